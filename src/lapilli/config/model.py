@@ -1,0 +1,191 @@
+"""What a model is: frozen descriptions of the language model, the tower, the projector and how they are joined.
+
+Foreign config.json files become these in config/parse.py; nothing else in lapilli reads a foreign key.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lapilli.errors import ConfigError
+from lapilli.geometry import Grid, ImageSize
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
+Aspect = Literal["square", "pad", "anyres"]
+Merge = Literal["flat", "spatial", "spatial_unpad"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched: `linear` (positions / factor), `dynamic` (NTK) or `llama3`."""
+
+    kind: Literal["linear", "dynamic", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """A Llama-shaped decoder: llama, vicuna, mistral, yi, qwen2."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    max_positions: int
+    family: str = "llama"
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    activation: Activation = "silu"
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MptConfig:
+    """MosaicML's MPT: ALiBi instead of rotary positions, one fused qkv projection, tied embeddings."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    max_positions: int
+    family: str = "mpt"
+    expansion_ratio: int = 4
+    norm_eps: float = 1e-5
+    alibi_bias_max: int = 8
+    clip_qkv: float | None = None
+    softmax_scale: float | None = None
+    tie_embeddings: bool = True
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Every query head has its own key and value."""
+        return self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_heads
+
+
+TextConfig = DecoderConfig | MptConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """A CLIP- or SigLIP-shaped vision transformer, and which of its hidden states are taken."""
+
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    family: Literal["clip", "siglip"] = "clip"
+    norm_eps: float = 1e-5
+    activation: Activation = "quick_gelu"
+    num_channels: int = 3
+    feature_layer: int = -2
+    feature_select: Literal["patch", "cls_patch"] = "patch"
+
+    @property
+    def grid(self) -> Grid:
+        """Patches of one tile."""
+        side = self.image_size // self.patch_size
+        return Grid(side, side)
+
+    @property
+    def num_patches(self) -> int:
+        """Features of one tile after selection."""
+        has_class_token = self.family == "clip" and self.feature_select == "cls_patch"
+        return self.grid.rows * self.grid.columns + int(has_class_token)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectorConfig:
+    """From tower width to language model width; `depth` linear layers with an activation between them."""
+
+    kind: Literal["linear", "mlp", "identity"]
+    vision_size: int
+    hidden_size: int
+    depth: int = 1
+    activation: Activation = "gelu"
+    bias: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PixelConfig:
+    """What preprocessor_config.json says: how one tile becomes numbers."""
+
+    crop_size: ImageSize
+    shortest_edge: int | None = None
+    resize_to: ImageSize | None = None
+    do_resize: bool = True
+    do_center_crop: bool = True
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    resample: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageConfig:
+    """How a picture becomes tiles and how their features are laid into one row."""
+
+    pixels: PixelConfig
+    aspect: Aspect = "square"
+    merge: Merge = "flat"
+    pinpoints: tuple[ImageSize, ...] = ()
+    # Hugging Face rounds the unpadded size to 7 decimals before truncating, the original truncates at once.
+    rounds_unpad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.aspect == "anyres" and not self.pinpoints:
+            raise ConfigError("image_aspect_ratio is 'anyres' but image_grid_pinpoints is empty: list the resolutions")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenConfig:
+    """Special ids and the token switches of the original."""
+
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    image_id: int | None = None  # the real vocabulary entry of Hugging Face checkpoints; None: the original's -200
+    use_start_end: bool = False
+    use_patch_token: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Everything about a checkpoint that its config files say."""
+
+    text: TextConfig
+    tokens: TokenConfig
+    vision: VisionConfig | None = None
+    projector: ProjectorConfig | None = None
+    image: ImageConfig | None = None
+    vision_source: str | None = None  # mm_vision_tower: a directory or a hub id
+    vision_in_checkpoint: bool = False
+    has_newline: bool = False
+    layout: Literal["llava", "hf_llava", "hf_llava_next", "text"] = "llava"
+    torch_dtype: str | None = None
+    max_length: int | None = None  # tokenizer_model_max_length: the original truncates the fused row to it
+    context_length: int = 2048
+    padding_side: Literal["left", "right"] = "right"
+    notes: tuple[str, ...] = field(default=())

@@ -1,0 +1,80 @@
+"""Every error that lapilli raises on purpose.
+
+    LapilliError
+    |- ConfigError (ValueError)           a config.json, a recipe or an option says something impossible
+    |  |- UnknownKeyError                 a key that nothing reads (strict_config=True)
+    |  '- UnsupportedModelError           a model, tower or projector type that lapilli does not have
+    |- CheckpointError (ValueError)       the files of a checkpoint
+    |  |- MissingFileError                a file that the checkpoint needs is not there
+    |  |- MissingWeightsError             parameters without a tensor, or tensors without a parameter
+    |  |- ShapeMismatchError              a tensor of another shape than the config says
+    |  '- UnsafeFileError                 a pickle that wants to run code
+    |- MediaError (ValueError)            a picture (or another medium) that cannot be fetched or decoded
+    |- PromptError (ValueError)           messages, templates, placeholders
+    |  '- MediaCountMismatchError         another number of media than of places for them
+    |- FusionError (ValueError)           features that do not fit their span
+    '- GenerationError (ValueError)       sampling options, the context
+       '- ContextTooLongError             prompt plus answer do not fit the context
+
+A message names the thing, says what was expected and what was found, and what to do.
+"""
+
+
+class LapilliError(Exception):
+    """The root: `except lapilli.LapilliError` catches everything raised on purpose."""
+
+
+class ConfigError(LapilliError, ValueError):
+    """A configuration, recipe or option that cannot be followed."""
+
+
+class UnknownKeyError(ConfigError):
+    """A configuration key that nothing reads."""
+
+
+class UnsupportedModelError(ConfigError):
+    """A model, tower or projector type that lapilli does not have."""
+
+
+class CheckpointError(LapilliError, ValueError):
+    """The files of a checkpoint are not usable."""
+
+
+class MissingFileError(CheckpointError, FileNotFoundError):
+    """A file that the checkpoint needs is not there."""
+
+
+class MissingWeightsError(CheckpointError):
+    """Parameters without a tensor, or tensors without a parameter."""
+
+
+class ShapeMismatchError(CheckpointError):
+    """A tensor has another shape than the configuration says."""
+
+
+class UnsafeFileError(CheckpointError):
+    """A pickle that would run code when read."""
+
+
+class MediaError(LapilliError, ValueError):
+    """A picture, or another medium, that cannot be fetched or decoded."""
+
+
+class PromptError(LapilliError, ValueError):
+    """Messages that a template cannot render."""
+
+
+class MediaCountMismatchError(PromptError):
+    """Another number of media than of places for them."""
+
+
+class FusionError(LapilliError, ValueError):
+    """Features that do not fit the span that was kept for them."""
+
+
+class GenerationError(LapilliError, ValueError):
+    """Sampling options that contradict each other, or a step that cannot be taken."""
+
+
+class ContextTooLongError(GenerationError):
+    """Prompt plus answer do not fit the context of the language model."""
