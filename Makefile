@@ -1,0 +1,64 @@
+# make demo    a question about the bundled picture, answered by the embedded model
+# make test    every test that needs no GPU, the conformance table included
+# make check   format, lint, types, import layers, docs, tests: what CI runs
+# make bench   side by side with transformers, ratios in one run
+#
+# Everything happens in a virtual environment of its own. On a machine with a GPU: make CONSTRAINTS= demo
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= -c constraints.txt
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+
+.PHONY: help demo test check format lint types layers docs conformance bench pebble clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/lapilli ask "What is in this picture?" examples/picture.png
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not network and not browser and not cluster"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
+
+conformance: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
+
+check: format lint types layers docs test
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+layers: $(VENV)/.installed-dev
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/cli_reference.py --check
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.run
+
+pebble: $(VENV)/.installed-dev
+	$(BIN)/python -m lapilli.train.pebble
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

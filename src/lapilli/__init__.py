@@ -1,0 +1,3 @@
+"""lapilli: LLaVA, finished."""
+
+__version__ = "0.1.0"

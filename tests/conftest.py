@@ -1,0 +1,34 @@
+"""What every test shares: shape checks on, one thread, and where the golden numbers lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Checks every annotated shape at run time. Production code does not pay for this: only the tests install the hook.
+install_import_hook("lapilli", "beartype.beartype")
+
+import torch  # noqa: E402  the hook has to stand before anything that may import lapilli
+
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def conformance() -> Path:
+    """The golden numbers of the original: LAPILLI_CONFORMANCE, ../shared/conformance or the copy in tests/golden."""
+    named = os.environ.get("LAPILLI_CONFORMANCE")
+    places = [Path(named)] if named else []
+    places += [REPOSITORY.parent / "shared" / "conformance", REPOSITORY / "tests" / "golden" / "conformance"]
+    for place in places:
+        if (place / "cases").is_dir():
+            return place
+    pytest.skip(f"no golden numbers in {', '.join(map(str, places))}")
