@@ -1,0 +1,1 @@
+"""The lapilli program: the only room that prints."""

@@ -1,0 +1,115 @@
+"""`lapilli ask`: one question about some pictures."""
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lapilli.cli import options
+from lapilli.cli.terminal import note, plain_errors, read_pipe_once, working
+
+if TYPE_CHECKING:
+    from lapilli.pipeline import Chat
+
+Question = Annotated[str, typer.Argument(help="What you want to know.")]
+Images = Annotated[
+    list[str] | None,
+    typer.Argument(help="Files, URLs or data URIs; - reads one from standard input."),
+]
+
+
+def ask(
+    question: Question,
+    images: Images = None,
+    model: options.Model = "pebble",
+    base: options.Base = None,
+    adapter: options.Adapter = None,
+    template: options.Template = None,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    num_beams: options.NumBeams = 1,
+    max_new_tokens: options.MaxNewTokens = 512,
+    stop: options.Stop = None,
+    seed: options.Seed = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Answer one question about some pictures (or about none)."""
+    with plain_errors():
+        pictures = read_pipe_once(images or [])
+        started = time.perf_counter()
+        with working(f"loading {model}", quiet=quiet):
+            import lapilli
+
+            session = lapilli.load(
+                model, base=base, adapter=adapter, template=template, device=device, dtype=dtype
+            )
+        load_s = time.perf_counter() - started
+        sampling: dict[str, Any] = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "num_beams": num_beams,
+            "max_new_tokens": max_new_tokens,
+            "stop": tuple(stop or ()),
+            "seed": seed,
+        }
+        if as_json:
+            _print_json(session, question, pictures, sampling, load_s=load_s)
+        else:
+            write_answer(session, question, pictures, sampling)
+        if not quiet:
+            warn_outside_world(session)
+
+
+def write_answer(
+    session: "Chat", question: str, pictures: list[Any], sampling: dict[str, Any]
+) -> None:
+    """The answer as it settles: a terminal and a pipe both see it grow."""
+    for piece in session.stream(question, *pictures, **sampling):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _print_json(
+    session: "Chat",
+    question: str,
+    pictures: list[Any],
+    sampling: dict[str, Any],
+    *,
+    load_s: float,
+) -> None:
+    started = time.perf_counter()
+    answer = session.ask(question, *pictures, **sampling)
+    generation = session.last
+    typer.echo(
+        json.dumps(
+            {
+                "answer": answer,
+                "finish_reason": generation.finish_reason,
+                "model": session.name,
+                "template": session.template.name,
+                "prompt_tokens": generation.prompt_len,
+                "new_tokens": len(generation.token_ids),
+                "load_s": round(load_s, 3),
+                "answer_s": round(time.perf_counter() - started, 3),
+            },
+            ensure_ascii=False,
+        )
+    )
+
+
+def warn_outside_world(session: "Chat") -> None:
+    """Say in one line when a picture is unlike everything that a narrow model was trained on."""
+    warning = session.outside_world()
+    if warning:
+        note(warning)

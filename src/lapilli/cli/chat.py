@@ -1,0 +1,146 @@
+"""`lapilli chat`: a conversation in the terminal. Ctrl-C stops an answer, not the program."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lapilli.cli import options
+from lapilli.cli.ask import warn_outside_world, write_answer
+from lapilli.cli.terminal import line_editing, note, plain_errors, working
+from lapilli.errors import LapilliError
+
+if TYPE_CHECKING:
+    from lapilli.pipeline import Chat
+
+HELP = (
+    "/image PATH shows a picture, /reset begins anew, /save FILE keeps the conversation, /quit ends"
+)
+Image = Annotated[str | None, typer.Argument(help="A picture to begin with.")]
+
+
+def chat(
+    image: Image = None,
+    model: options.Model = "pebble",
+    base: options.Base = None,
+    adapter: options.Adapter = None,
+    template: options.Template = None,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    seed: options.Seed = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quiet: options.Quiet = False,
+) -> None:
+    """Talk about pictures. /image PATH, /reset, /save FILE, /quit; Ctrl-C stops an answer."""
+    with plain_errors():
+        with working(f"loading {model}", quiet=quiet):
+            import lapilli
+
+            session = lapilli.load(
+                model, base=base, adapter=adapter, template=template, device=device, dtype=dtype
+            )
+        sampling: dict[str, Any] = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+        }
+        conversation = Conversation(session, sampling, quiet=quiet)
+        if image is not None:
+            conversation.show(image)
+        if not quiet:
+            note(HELP)
+        with line_editing(_history_file()):
+            conversation.run()
+
+
+class Conversation:
+    """Lines in, answers out, until the input ends."""
+
+    def __init__(self, session: "Chat", sampling: dict[str, Any], *, quiet: bool) -> None:
+        self.session = session
+        self.sampling = sampling
+        self.quiet = quiet
+        self.pictures: list[str] = []  # shown, and not yet part of a question
+
+    def run(self) -> None:
+        """Read and answer until /quit or the end of the input."""
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                note("\n(nothing to stop; /quit or Ctrl-D ends)")
+                continue
+            if line in ("/quit", "/exit"):
+                return
+            if line:
+                self._take(line)
+
+    def _take(self, line: str) -> None:
+        command, _, argument = line.partition(" ")
+        commands = {
+            "/image": self.show,
+            "/save": self.save,
+            "/reset": self.reset,
+            "/help": self.help,
+        }
+        try:
+            if command in commands:
+                commands[command](argument.strip())
+            elif command.startswith("/"):
+                note(f"no command {command}: {HELP}")
+            else:
+                self.answer(line)
+        except (LapilliError, OSError) as error:
+            # A mistyped path must not end the conversation.
+            note(f"lapilli: {' '.join(str(error).split())}")
+
+    def show(self, path: str) -> None:
+        """Keep a picture for the next question."""
+        self.session.check_image(path)
+        self.pictures.append(path)
+        note(f"{path}: ask about it")
+
+    def reset(self, _: str = "") -> None:
+        """Forget what was said and shown."""
+        self.session.reset()
+        self.pictures.clear()
+        note("a new conversation")
+
+    def help(self, _: str = "") -> None:
+        """List the commands."""
+        note(HELP)
+
+    def save(self, path: str) -> None:
+        """Write the conversation as JSON, roles and texts in order."""
+        target = Path(path or "conversation.json").expanduser()
+        turns = [{"role": turn.role, "text": turn.text} for turn in self.session.history]
+        target.write_text(json.dumps(turns, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        note(f"{len(turns)} turns saved to {target}")
+
+    def answer(self, question: str) -> None:
+        """Answer; Ctrl-C ends the answer and keeps what was said of it."""
+        try:
+            write_answer(self.session, question, self.pictures, self.sampling)
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            note("(stopped)")
+        self.pictures.clear()
+        if not self.quiet:
+            warn_outside_world(self.session)
+
+
+def _history_file() -> Path:
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "lapilli" / "history"

@@ -1,0 +1,42 @@
+"""The `lapilli` program: a table of commands. `lapilli --help` must not import torch."""
+
+from typing import Annotated
+
+import typer
+
+from lapilli import __version__
+from lapilli.cli import ask, chat, inspect
+
+app = typer.Typer(
+    name="lapilli",
+    help="LLaVA, finished: ask questions about pictures with any LLaVA checkpoint.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("ask")(ask.ask)
+app.command("chat")(chat.chat)
+app.command("inspect")(inspect.inspect)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lapilli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """LLaVA, finished: ask questions about pictures with any LLaVA checkpoint."""
+
+
+def main() -> None:
+    """Entry point of the installed `lapilli` script."""
+    app()

@@ -1,0 +1,78 @@
+"""How the commands talk to a person: one-line errors, progress on standard error, line editing.
+
+The only room that prints. Nothing here imports torch.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from lapilli.errors import LapilliError
+
+EXIT_BAD_INPUT = 2
+
+
+def note(text: str) -> None:
+    """One line on standard error, where a pipe does not see it."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Leave with exit code 2 and one line that names what is wrong."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    note(f"lapilli: {message}")
+    raise SystemExit(EXIT_BAD_INPUT)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What goes wrong on purpose becomes one line and exit code 2; a bug keeps its traceback."""
+    try:
+        yield
+    except (LapilliError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(0) from None  # the reader (head, less) has seen enough
+        fail(error)
+    except KeyboardInterrupt:
+        note("")
+        raise SystemExit(130) from None
+
+
+@contextmanager
+def working(message: str, *, quiet: bool) -> Iterator[None]:
+    """A spinner on standard error while something takes long; silent in a pipe and with --quiet."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(message):
+        yield
+
+
+def read_pipe_once(images: list[str]) -> list[str | bytes]:
+    """The picture arguments with `-` replaced by what standard input holds."""
+    if images.count("-") > 1:
+        fail(ValueError("standard input ('-') can be one picture only: it was given twice"))
+    return [sys.stdin.buffer.read() if image == "-" else image for image in images]
+
+
+@contextmanager
+def line_editing(history: Path) -> Iterator[None]:
+    """Arrow keys and a history that outlives the program, where the platform has readline."""
+    try:
+        import readline
+    except ImportError:  # Windows: input() still works, without history
+        yield
+        return
+    if history.is_file():
+        readline.read_history_file(history)
+    try:
+        yield
+    finally:
+        history.parent.mkdir(parents=True, exist_ok=True)
+        readline.set_history_length(1000)
+        readline.write_history_file(history)
