@@ -1,0 +1,1 @@
+"""Files on disk or hub become a model, a tokenizer and a report, and back."""

@@ -1,6 +1,6 @@
-"""What a model is: frozen descriptions of the language model, the tower, the projector and how they are joined.
+"""What a model is: frozen records of the language model, the tower, the projector and their joint.
 
-Foreign config.json files become these in config/parse.py; nothing else in lapilli reads a foreign key.
+Foreign config.json files become these in config/parse.py; nothing else reads a foreign key.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,10 @@ Merge = Literal["flat", "spatial", "spatial_unpad"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched: `linear` (positions / factor), `dynamic` (NTK) or `llama3`."""
+    """How rotary frequencies are stretched.
+
+    `linear` divides positions by the factor, `dynamic` is NTK-aware, `llama3` is Llama 3.1's rule.
+    """
 
     kind: Literal["linear", "dynamic", "llama3"]
     factor: float
@@ -50,12 +53,14 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+            raise ConfigError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MptConfig:
-    """MosaicML's MPT: ALiBi instead of rotary positions, one fused qkv projection, tied embeddings."""
+    """MosaicML's MPT: ALiBi instead of rotary positions, fused qkv, tied embeddings."""
 
     vocab_size: int
     hidden_size: int
@@ -116,7 +121,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectorConfig:
-    """From tower width to language model width; `depth` linear layers with an activation between them."""
+    """From tower width to language model width; `depth` linear layers, an activation between."""
 
     kind: Literal["linear", "mlp", "identity"]
     vision_size: int
@@ -151,12 +156,15 @@ class ImageConfig:
     aspect: Aspect = "square"
     merge: Merge = "flat"
     pinpoints: tuple[ImageSize, ...] = ()
-    # Hugging Face rounds the unpadded size to 7 decimals before truncating, the original truncates at once.
+    # Hugging Face rounds the unpadded size to 7 decimals before truncating, the original does not.
     rounds_unpad: bool = False
 
     def __post_init__(self) -> None:
         if self.aspect == "anyres" and not self.pinpoints:
-            raise ConfigError("image_aspect_ratio is 'anyres' but image_grid_pinpoints is empty: list the resolutions")
+            raise ConfigError(
+                "image_aspect_ratio is 'anyres' but image_grid_pinpoints is empty: "
+                "list the resolutions"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +174,9 @@ class TokenConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
-    image_id: int | None = None  # the real vocabulary entry of Hugging Face checkpoints; None: the original's -200
+    image_id: int | None = (
+        None  # the real vocabulary entry of Hugging Face checkpoints; None: the original's -200
+    )
     use_start_end: bool = False
     use_patch_token: bool = True
 
@@ -185,7 +195,9 @@ class ModelConfig:
     has_newline: bool = False
     layout: Literal["llava", "hf_llava", "hf_llava_next", "text"] = "llava"
     torch_dtype: str | None = None
-    max_length: int | None = None  # tokenizer_model_max_length: the original truncates the fused row to it
+    max_length: int | None = (
+        None  # tokenizer_model_max_length: the original truncates the fused row to it
+    )
     context_length: int = 2048
     padding_side: Literal["left", "right"] = "right"
     notes: tuple[str, ...] = field(default=())
