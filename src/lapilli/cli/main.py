@@ -12,6 +12,7 @@ app = typer.Typer(
     help="LLaVA, finished: ask questions about pictures with any LLaVA checkpoint.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich alone would cost a third of the time --help may take
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("ask")(ask.ask)
