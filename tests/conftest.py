@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-# Checks every annotated shape at run time. Production code does not pay for this: only the tests install the hook.
+# Checks every annotated shape at run time; only the tests pay for it.
 install_import_hook("lapilli", "beartype.beartype")
 
 import torch  # noqa: E402  the hook has to stand before anything that may import lapilli
@@ -24,10 +24,13 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def conformance() -> Path:
-    """The golden numbers of the original: LAPILLI_CONFORMANCE, ../shared/conformance or the copy in tests/golden."""
+    """The golden numbers of the original; LAPILLI_CONFORMANCE names another directory."""
     named = os.environ.get("LAPILLI_CONFORMANCE")
     places = [Path(named)] if named else []
-    places += [REPOSITORY.parent / "shared" / "conformance", REPOSITORY / "tests" / "golden" / "conformance"]
+    places += [
+        REPOSITORY.parent / "shared" / "conformance",
+        REPOSITORY / "tests" / "golden" / "conformance",
+    ]
     for place in places:
         if (place / "cases").is_dir():
             return place

@@ -1,0 +1,1 @@
+"""Side by side with the peers: ratios measured in one run, never asserted by a test."""

@@ -1,0 +1,136 @@
+"""Writes a LLaVA of real shape with gaussian weights, in a layout that all engines read.
+
+Zeros would be faster than real weights, so none are used. S is CLIP-L/14-336 with TinyLlama 1.1B,
+L the same tower with Llama-2 7B.
+"""
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+IMAGE_ID = 31999
+SHARD_BYTES = 1 << 30
+TEXT_SHAPES = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
+    "S": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+    "L": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+}
+CLIP_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
+CLIP_TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def write_checkpoint(shape: str, out: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """The directory of a checkpoint of `shape`, written once and reused by later runs."""
+    done = out / "complete"
+    if done.exists():
+        return out
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    config = LlavaConfig(
+        text_config=LlamaConfig(
+            vocab_size=32000,
+            max_position_embeddings=4096,
+            tie_word_embeddings=False,
+            **TEXT_SHAPES[shape],
+        ),
+        vision_config=CLIPVisionConfig(
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+            **(CLIP_TINY if shape == "tiny" else CLIP_L),
+        ),
+        image_token_id=IMAGE_ID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    config.save_pretrained(out)
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in LlavaForConditionalGeneration(config).state_dict().items()}
+    _write_shards(shapes, out, dtype)
+    _write_side_files(out)
+    done.touch()
+    return out
+
+
+def _write_shards(shapes: dict[str, torch.Size], out: Path, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_map: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    size = number = 0
+
+    def flush() -> None:
+        nonlocal size, number
+        number += 1
+        name = f"model-{number:05d}.safetensors"
+        save_file(shard, out / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+        size = 0
+
+    for name, shape in shapes.items():
+        is_norm = "norm" in name and name.endswith("weight")
+        tensor = torch.randn(shape, generator=generator) * 0.02 + float(is_norm)
+        shard[name] = tensor.to(dtype)
+        size += shard[name].nbytes
+        if size >= SHARD_BYTES:
+            flush()
+    flush()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _write_side_files(out: Path) -> None:
+    pebble = files("lapilli") / "pebble"
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        (out / name).write_bytes((pebble / name).read_bytes())
+    (out / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "crop_size": {"height": 336, "width": 336},
+                "size": {"shortest_edge": 336},
+                "do_center_crop": True,
+                "do_normalize": True,
+                "do_rescale": True,
+                "do_resize": True,
+                "image_processor_type": "CLIPImageProcessor",
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
+                "resample": 3,
+                "rescale_factor": 1 / 255,
+            }
+        )
+    )
