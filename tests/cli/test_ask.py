@@ -1,0 +1,84 @@
+"""`lapilli ask` as a process: what goes to standard output, what to standard error, exit codes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+
+SHORT = ("--max-new-tokens", "6", "--device", "cpu")
+
+
+def test_answer_goes_to_standard_output_alone(lapilli: Run, checkpoint: str, picture: str) -> None:
+    done = lapilli("ask", "What is this?", picture, "--model", checkpoint, *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+    assert done.stdout.strip()
+    assert done.stderr == ""
+
+
+def test_json_holds_the_same_answer(lapilli: Run, checkpoint: str, picture: str) -> None:
+    plain = lapilli("ask", "What is this?", picture, "--model", checkpoint, *SHORT)
+    done = lapilli("ask", "What is this?", picture, "--model", checkpoint, "--json", *SHORT)
+    said = json.loads(done.stdout)
+    assert said["answer"] == plain.stdout.removesuffix("\n")
+    assert said["finish_reason"] == "length"
+    assert said["new_tokens"] == 6
+    assert said["prompt_tokens"] > 4  # the picture's positions are counted
+
+
+def test_picture_from_standard_input(lapilli: Run, checkpoint: str, picture: str) -> None:
+    named = lapilli("ask", "What is this?", picture, "--model", checkpoint, *SHORT)
+    piped = lapilli(
+        "ask", "What is this?", "-", "--model", checkpoint, *SHORT,
+        text=False, input=Path(picture).read_bytes(),
+    )  # fmt: skip
+    assert piped.stdout.decode() == named.stdout
+
+
+def test_question_without_picture(lapilli: Run, checkpoint: str) -> None:
+    done = lapilli("ask", "Hello?", "--model", checkpoint, *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_same_seed_same_sample(lapilli: Run, checkpoint: str, picture: str) -> None:
+    options = ("--temperature", "1.5", "--model", checkpoint, *SHORT)
+    first, second, other = (
+        lapilli("ask", "What?", picture, *options, "--seed", seed).stdout
+        for seed in ("1", "1", "2")
+    )
+    assert first == second
+    assert first != other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("What?", "nowhere.png"), "nowhere.png"),
+        (("  ", ), "empty"),
+        (("What?", "--model", "no/such/folder/here"), "no/such/folder/here"),
+        (("What?", "--template", "vicuna_v9"), "vicuna_v9"),
+        (("What?", "-", "-"), "given twice"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(
+    lapilli: Run, checkpoint: str, arguments: tuple[str, ...], message: str
+) -> None:
+    model = () if "--model" in arguments else ("--model", checkpoint)
+    done = lapilli("ask", *arguments, *model, *SHORT, input="")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("lapilli: ")
+    assert message in done.stderr
+
+
+def test_file_that_is_no_picture(lapilli: Run, checkpoint: str, tmp_path: Path) -> None:
+    wrong = tmp_path / "notes.txt"
+    wrong.write_text("not a picture")
+    done = lapilli("ask", "What?", str(wrong), "--model", checkpoint, *SHORT)
+    assert done.returncode == 2
+    assert "notes.txt" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
