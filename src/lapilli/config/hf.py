@@ -1,0 +1,162 @@
+"""config.json of Hugging Face's LLaVA 1.5, LLaVA-NeXT and language models -> ModelConfig."""
+
+from lapilli.config import ignored
+from lapilli.config.files import ConfigFiles
+from lapilli.config.llava import parse_pinpoints
+from lapilli.config.model import (
+    ImageConfig,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
+from lapilli.config.reader import KeyReader, KeyReport
+from lapilli.config.text import parse_activation, parse_text
+from lapilli.config.tokens import parse_tokens
+from lapilli.config.vision import (
+    LARGE_CLIP,
+    Select,
+    default_pixels,
+    parse_pixels,
+    parse_tower,
+)
+from lapilli.errors import ConfigError, UnsupportedModelError
+
+STRATEGIES: dict[str, Select] = {"default": "patch", "full": "cls_patch"}
+DEFAULT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
+    """LlavaConfig (`llava`) or LlavaNextConfig (`llava_next`).
+
+    Raises:
+        ConfigError: a key is missing or of the wrong type.
+        UnsupportedModelError: a language model, tower or variation that lapilli does not have.
+
+    """
+    reader = KeyReader(files.config, "config.json", ignored.HF_LLAVA)
+    is_next = reader.text("model_type") == "llava_next"
+    text_reader = reader.child("text_config", ignored.TEXT)
+    family = text_reader.text("model_type") or "llama"
+    tied = _is_tied(reader, text_reader, files, is_next=is_next)
+    text = parse_text(text_reader, family, tied=tied)
+    vision = _vision(reader)
+    projector = ProjectorConfig(
+        kind="mlp",
+        vision_size=vision.hidden_size,
+        hidden_size=text.hidden_size,
+        depth=2,
+        activation=parse_activation(reader, "projector_hidden_act", "gelu"),
+        bias=reader.flag("multimodal_projector_bias", True),
+    )
+    image, image_report = _image(reader, files, vision, is_next=is_next)
+    generation = KeyReader(files.generation, "generation_config.json", ignored.GENERATION)
+    image_id = reader.optional_integer("image_token_index")
+    second_id = reader.optional_integer("image_token_id")
+    image_id = image_id if image_id is not None else second_id
+    tokens = parse_tokens(text_reader, generation, image_id=32000 if image_id is None else image_id)
+    dtypes = [one.text(key) for one in (reader, text_reader) for key in ("dtype", "torch_dtype")]
+    config = ModelConfig(
+        text=text,
+        tokens=tokens,
+        vision=vision,
+        projector=projector,
+        image=image,
+        vision_in_checkpoint=True,
+        has_newline=is_next,
+        layout="hf_llava_next" if is_next else "hf_llava",
+        torch_dtype=next((one for one in dtypes if one), None),
+        context_length=text.max_positions,
+        padding_side="left",
+    )
+    return config, reader.report() + generation.report() + image_report
+
+
+def _is_tied(
+    reader: KeyReader, text_reader: KeyReader, files: ConfigFiles, *, is_next: bool
+) -> bool:
+    """Whether the output layer is the embedding.
+
+    Note:
+        LlavaConfig takes the answer of either level, LlavaNextConfig only its own. Files of older
+        releases say it in text_config alone and then have no output layer, which decides.
+
+    """
+    outer = reader.flag("tie_word_embeddings", False)
+    inner = text_reader.flag("tie_word_embeddings", False)
+    has_head = any(name.endswith("lm_head.weight") for name in files.weight_names)
+    if outer or (inner and not is_next):
+        return True
+    return inner and not has_head
+
+
+def _vision(reader: KeyReader) -> VisionConfig:
+    layer = reader.value("vision_feature_layer")
+    if isinstance(layer, list):
+        if len(layer) != 1:
+            raise UnsupportedModelError(
+                f"config.json: vision_feature_layer {layer} takes {len(layer)} layers, "
+                "only one is supported"
+            )
+        layer = layer[0]
+    if layer is None:
+        layer = -2
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise ConfigError(f"config.json: vision_feature_layer must be a number, got {layer!r}")
+    strategy = reader.text("vision_feature_select_strategy", "default") or "default"
+    if strategy not in STRATEGIES:
+        raise ConfigError(
+            f"config.json: vision_feature_select_strategy is {strategy!r}, "
+            f"choose from {', '.join(STRATEGIES)}"
+        )
+    section = reader.child("vision_config", ignored.VISION)
+    if not section.raw:
+        section = KeyReader(LARGE_CLIP, "config.json")
+    return parse_tower(section, feature_layer=layer, feature_select=STRATEGIES[strategy])
+
+
+def _image(
+    reader: KeyReader, files: ConfigFiles, vision: VisionConfig, *, is_next: bool
+) -> tuple[ImageConfig, KeyReport]:
+    """Preprocessing from the checkpoint's own file, layout of the features from config.json."""
+    pixels, report = default_pixels(vision), KeyReport()
+    pads = False
+    if files.preprocessor is not None:
+        preprocessor = KeyReader(
+            files.preprocessor, "preprocessor_config.json", ignored.PREPROCESSOR, "preprocessor:"
+        )
+        pads = preprocessor.flag("do_pad", False)
+        pixels = parse_pixels(preprocessor, vision)
+        report = preprocessor.report()
+    if not is_next:
+        return ImageConfig(pixels=pixels, aspect="pad" if pads else "square"), report
+    if not reader.flag("use_image_newline_parameter", True):
+        raise UnsupportedModelError(
+            "config.json: use_image_newline_parameter false is not supported, expected true"
+        )
+    found = reader.value("image_grid_pinpoints")
+    pinpoints = parse_pinpoints(DEFAULT_PINPOINTS if found is None else found, width_first=False)
+    image = ImageConfig(
+        pixels=pixels,
+        aspect="anyres",
+        merge="spatial_unpad",
+        pinpoints=pinpoints,
+        rounds_unpad=True,
+    )
+    return image, report
+
+
+def parse_language_model(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
+    """A language model without images."""
+    family = str(files.config.get("model_type"))
+    base = ignored.MPT if family == "mpt" else ignored.TEXT
+    reader = KeyReader(files.config, "config.json", base)
+    generation = KeyReader(files.generation, "generation_config.json", ignored.GENERATION)
+    text = parse_text(reader, family)
+    config = ModelConfig(
+        text=text,
+        tokens=parse_tokens(reader, generation),
+        layout="text",
+        torch_dtype=reader.text("dtype") or reader.text("torch_dtype"),
+        context_length=text.max_positions,
+    )
+    return config, reader.report() + generation.report()

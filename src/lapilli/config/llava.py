@@ -1,0 +1,235 @@
+"""config.json of the original LLaVA -> ModelConfig.
+
+A flat file: the language model's keys and the `mm_` keys beside them.
+"""
+
+import ast
+import re
+from typing import Literal
+
+from lapilli.config import ignored
+from lapilli.config.files import ConfigFiles
+from lapilli.config.model import (
+    Aspect,
+    ImageConfig,
+    Merge,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
+from lapilli.config.reader import JsonObject, KeyReader, KeyReport
+from lapilli.config.text import parse_text
+from lapilli.config.tokens import parse_tokens
+from lapilli.config.vision import Select, default_pixels, parse_pixels, parse_tower
+from lapilli.errors import ConfigError, UnsupportedModelError
+from lapilli.geometry import ImageSize
+
+Side = Literal["left", "right"]
+
+FAMILIES = {"llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}
+ASPECTS: dict[str, Aspect] = {"square": "square", "pad": "pad", "anyres": "anyres"}
+MERGES: dict[str, Merge] = {
+    "flat": "flat",
+    "spatial": "spatial",
+    "spatial_unpad": "spatial_unpad",
+}
+SELECTS: dict[str, Select] = {"patch": "patch", "cls_patch": "cls_patch"}
+
+
+def family_of(raw: JsonObject) -> str:
+    """The language model inside: from the model type, or for old files from the architecture."""
+    kind = raw.get("model_type")
+    if isinstance(kind, str) and kind in FAMILIES:
+        return FAMILIES[kind]
+    architectures = str(raw.get("architectures", "")).lower()
+    return next((one for one in ("mistral", "mpt") if one in architectures), "llama")
+
+
+def named_tower(raw: JsonObject) -> str | None:
+    """The directory or hub id of the vision tower; None: a model without images."""
+    tower = raw.get("mm_vision_tower") or raw.get("vision_tower")
+    # Training scripts of 2023 wrote the name as a list of one.
+    if isinstance(tower, list) and len(tower) == 1:
+        tower = tower[0]
+    return tower if isinstance(tower, str) and tower else None
+
+
+def parse_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
+    """An original LLaVA checkpoint.
+
+    Raises:
+        ConfigError: a key is missing or of the wrong type.
+        UnsupportedModelError: a tower, projector or variation that lapilli does not have.
+
+    """
+    family = family_of(files.config)
+    base = ignored.MPT if family == "mpt" else ignored.TEXT
+    reader = KeyReader(files.config, "config.json", base | ignored.LLAVA)
+    text = parse_text(reader, family)
+    generation = KeyReader(files.generation, "generation_config.json", ignored.GENERATION)
+    tokens = parse_tokens(reader, generation)
+    source = named_tower(files.config)
+    has_vision = source is not None
+    _refuse_multi_scale(reader)
+    vision, vision_report = _vision(reader, files) if has_vision else (None, KeyReport())
+    image, image_report = _image(reader, files, vision) if vision else (None, KeyReport())
+    for key in ("mm_vision_tower", "vision_tower", "architectures", "model_type"):
+        reader.value(key)
+    torch_dtype = reader.text("torch_dtype") or reader.text("dtype")
+    projector = _projector(reader, vision, text.hidden_size) if vision else None
+    config = ModelConfig(
+        text=text,
+        tokens=tokens,
+        vision=vision,
+        projector=projector,
+        image=image,
+        vision_source=source,
+        vision_in_checkpoint=reader.flag("unfreeze_mm_vision_tower", False),
+        has_newline=bool(image and "unpad" in image.merge),
+        layout="llava",
+        torch_dtype=torch_dtype,
+        max_length=reader.optional_integer("tokenizer_model_max_length"),
+        context_length=reader.positive("max_sequence_length", 2048),
+        padding_side=_padding_side(reader),
+    )
+    report = reader.report() + generation.report() + vision_report + image_report
+    return config, report
+
+
+def _refuse_multi_scale(reader: KeyReader) -> None:
+    scales = reader.value("s2_scales")
+    if reader.flag("s2", False):
+        raise UnsupportedModelError(
+            f"config.json: s2 is true (a tower at the scales {scales}), which is not supported"
+        )
+
+
+def _vision(reader: KeyReader, files: ConfigFiles) -> tuple[VisionConfig, KeyReport]:
+    if files.tower is None:
+        raise ConfigError(
+            f"the configuration of the vision tower {reader.raw.get('mm_vision_tower')!r} "
+            "is needed, but none was found"
+        )
+    layer = reader.optional_integer("mm_vision_select_layer")
+    if layer is None:
+        raise ConfigError(
+            "config.json: mm_vision_select_layer is missing, expected the number of a hidden state "
+            "such as -2"
+        )
+    select = reader.text("mm_vision_select_feature", "patch") or "patch"
+    if select not in SELECTS:
+        raise ConfigError(
+            f"config.json: mm_vision_select_feature is {select!r}, choose from {', '.join(SELECTS)}"
+        )
+    tower = KeyReader(
+        files.tower, "config.json of the vision tower", ignored.VISION, "vision_tower:"
+    )
+    vision = parse_tower(tower, feature_layer=layer, feature_select=SELECTS[select])
+    width = reader.integer("mm_hidden_size", vision.hidden_size)
+    if width != vision.hidden_size:
+        raise ConfigError(
+            f"config.json: mm_hidden_size is {width}, but the vision tower has hidden_size "
+            f"{vision.hidden_size}: this is another tower than the checkpoint was trained with"
+        )
+    return vision, tower.report()
+
+
+def _projector(reader: KeyReader, vision: VisionConfig, hidden_size: int) -> ProjectorConfig:
+    """`linear`, `mlpNx_gelu` or `identity`."""
+    name = reader.text("mm_projector_type", "linear") or "linear"
+    width = vision.hidden_size
+    if name == "identity":
+        if width != hidden_size:
+            raise ConfigError(
+                f"config.json: mm_projector_type is 'identity', but the tower has width {width} "
+                f"and the language model {hidden_size}"
+            )
+        return ProjectorConfig(kind="identity", vision_size=width, hidden_size=hidden_size, depth=0)
+    if name == "linear":
+        return ProjectorConfig(kind="linear", vision_size=width, hidden_size=hidden_size)
+    matched = re.fullmatch(r"mlp([1-9]\d*)x_gelu", name)
+    if matched is None:
+        raise UnsupportedModelError(
+            f"config.json: mm_projector_type {name!r} is not supported, "
+            "choose from linear, mlpNx_gelu, identity"
+        )
+    return ProjectorConfig(
+        kind="mlp", vision_size=width, hidden_size=hidden_size, depth=int(matched.group(1))
+    )
+
+
+def _image(
+    reader: KeyReader, files: ConfigFiles, vision: VisionConfig
+) -> tuple[ImageConfig, KeyReport]:
+    aspect = reader.text("image_aspect_ratio", "square") or "square"
+    merge = reader.text("mm_patch_merge_type", "flat") or "flat"
+    pinpoints = parse_pinpoints(reader.value("image_grid_pinpoints"), width_first=True)
+    if aspect not in ASPECTS:
+        raise UnsupportedModelError(
+            f"config.json: image_aspect_ratio {aspect!r} is not supported, "
+            f"choose from {', '.join(ASPECTS)}"
+        )
+    if merge not in MERGES:
+        raise UnsupportedModelError(
+            f"config.json: mm_patch_merge_type {merge!r} is not supported, "
+            f"choose from {', '.join(MERGES)}"
+        )
+    pixels, report = default_pixels(vision), KeyReport()
+    if files.preprocessor is not None:
+        preprocessor = KeyReader(
+            files.preprocessor, "preprocessor_config.json", ignored.PREPROCESSOR, "preprocessor:"
+        )
+        pixels = parse_pixels(preprocessor, vision)
+        report = preprocessor.report()
+    image = ImageConfig(
+        pixels=pixels,
+        aspect=ASPECTS[aspect],
+        merge=MERGES[merge],
+        pinpoints=pinpoints if aspect == "anyres" else (),
+    )
+    return image, report
+
+
+def parse_pinpoints(value: object, *, width_first: bool) -> tuple[ImageSize, ...]:
+    """Resolutions of anyres, from a list of pairs or its literal in a string.
+
+    Args:
+        value: the list, a string such as "[[336, 672], [672, 336]]", or None.
+        width_first: pairs are (width, height) as in the original, else (height, width).
+
+    Raises:
+        ConfigError: anything else.
+
+    """
+    if value is None:
+        return ()
+    found = value
+    if isinstance(value, str):
+        try:
+            found = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise ConfigError(
+                f"config.json: image_grid_pinpoints is not a list: {value!r}"
+            ) from error
+    sizes: list[ImageSize] = []
+    for pair in found if isinstance(found, list | tuple) else [found]:
+        if (
+            not isinstance(pair, list | tuple)
+            or len(pair) != 2
+            or not all(isinstance(side, int) and side > 0 for side in pair)
+        ):
+            raise ConfigError(
+                f"config.json: image_grid_pinpoints must be a list of pairs of pixels, got {pair!r}"
+            )
+        first, second = pair
+        sizes.append(ImageSize(second, first) if width_first else ImageSize(first, second))
+    return tuple(sizes)
+
+
+def _padding_side(reader: KeyReader) -> Side:
+    side = reader.text("tokenizer_padding_side", "right")
+    if side == "left":
+        return "left"
+    if side == "right":
+        return "right"
+    raise ConfigError(f"config.json: tokenizer_padding_side is {side!r}, choose from left, right")

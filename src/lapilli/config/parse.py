@@ -1,0 +1,79 @@
+"""Foreign config files -> ModelConfig, by what the files say and never by a folder's name."""
+
+from lapilli.config.files import ConfigFiles
+from lapilli.config.hf import parse_hf_llava, parse_language_model
+from lapilli.config.llava import FAMILIES, parse_llava
+from lapilli.config.llava import named_tower as named_llava_tower
+from lapilli.config.model import ModelConfig
+from lapilli.config.reader import JsonObject, KeyReport
+from lapilli.config.text import TEXT_FAMILIES
+from lapilli.errors import UnsupportedModelError
+
+HF_LLAVA_TYPES = ("llava", "llava_next")
+SUPPORTED_TYPES = ("llava", *FAMILIES, "llava_next", *TEXT_FAMILIES)
+
+
+def parse_config(
+    raw: JsonObject,
+    *,
+    tower: JsonObject | None = None,
+    preprocessor: JsonObject | None = None,
+    generation: JsonObject | None = None,
+    weight_names: frozenset[str] = frozenset(),
+) -> tuple[ModelConfig, KeyReport]:
+    """What a checkpoint is, and what became of every key of its files.
+
+    Args:
+        raw: config.json.
+        tower: config.json of the vision tower that `named_tower(raw)` names.
+        preprocessor: preprocessor_config.json, or the image part of processor_config.json.
+        generation: generation_config.json.
+        weight_names: names of the checkpoint's tensors, where they are known cheaply.
+
+    Raises:
+        ConfigError: a key is missing, of the wrong type, or contradicts another.
+        UnsupportedModelError: the model type, or a variation of it, is not one of ours.
+
+    """
+    files = ConfigFiles(
+        config=raw,
+        tower=tower,
+        preprocessor=preprocessor,
+        generation=generation or {},
+        weight_names=weight_names,
+    )
+    if is_original(raw):
+        return parse_llava(files)
+    if is_hf_llava(raw):
+        return parse_hf_llava(files)
+    kind = raw.get("model_type")
+    if kind in TEXT_FAMILIES:
+        return parse_language_model(files)
+    raise UnsupportedModelError(
+        f"config.json: model_type {kind!r} is not supported, choose from "
+        f"{', '.join(SUPPORTED_TYPES)}"
+    )
+
+
+def is_hf_llava(raw: JsonObject) -> bool:
+    """Whether a file is Hugging Face's LLaVA: nested, without the original's flat keys."""
+    if raw.get("model_type") not in HF_LLAVA_TYPES:
+        return False
+    nested = "text_config" in raw or "vision_config" in raw
+    return nested or "ForConditionalGeneration" in str(raw.get("architectures", ""))
+
+
+def is_original(raw: JsonObject) -> bool:
+    """Whether a file is of the original LLaVA: flat, with `mm_` keys.
+
+    Note:
+        Releases of 2023 say `llava`, like Hugging Face's own class; the shape of the file decides.
+
+    """
+    kind = raw.get("model_type")
+    return kind in FAMILIES or (kind == "llava" and not is_hf_llava(raw))
+
+
+def named_tower(raw: JsonObject) -> str | None:
+    """The directory or hub id of a separate vision tower; None where there is none to fetch."""
+    return named_llava_tower(raw) if is_original(raw) else None

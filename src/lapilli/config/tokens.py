@@ -1,0 +1,33 @@
+"""Special token ids and the token switches of the original -> TokenConfig."""
+
+from lapilli.config.model import TokenConfig
+from lapilli.config.reader import KeyReader
+
+
+def parse_tokens(
+    reader: KeyReader, generation: KeyReader, *, image_id: int | None = None
+) -> TokenConfig:
+    """The special ids that the files agree on; generation_config.json wins over config.json.
+
+    Args:
+        reader: keys of the language model's config.json or `text_config`.
+        generation: keys of generation_config.json.
+        image_id: the vocabulary entry that stands for a picture, where there is one.
+
+    Note:
+        `mm_use_im_patch_token` is true when absent: the original then adds one token at loading.
+
+    """
+    pad = generation.ids("pad_token_id") or reader.ids("pad_token_id")
+    bos = generation.ids("bos_token_id") or reader.ids("bos_token_id")
+    eos = generation.ids("eos_token_id")
+    own = reader.ids("eos_token_id")
+    return TokenConfig(
+        bos_id=bos[0] if bos else None,
+        eos_ids=eos or own,
+        # Negative ids are how some files say "none".
+        pad_id=pad[0] if pad and pad[0] >= 0 else None,
+        image_id=image_id,
+        use_start_end=reader.flag("mm_use_im_start_end", False),
+        use_patch_token=reader.flag("mm_use_im_patch_token", True),
+    )

@@ -1,0 +1,214 @@
+"""config.json and preprocessor_config.json of a vision tower -> VisionConfig and PixelConfig.
+
+Defaults are those of the transformers library, which leaves default values out of its files.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lapilli.config import ignored
+from lapilli.config.model import PixelConfig, VisionConfig
+from lapilli.config.reader import JsonObject, KeyReader, is_object
+from lapilli.config.text import parse_activation
+from lapilli.errors import ConfigError, UnsupportedModelError
+from lapilli.geometry import ImageSize
+
+Family = Literal["clip", "siglip"]
+Select = Literal["patch", "cls_patch"]
+
+# The type of the tower's own file, the type inside a two-tower file, and the family.
+TOWER_TYPES: dict[str, Family] = {
+    "clip": "clip",
+    "clip_vision_model": "clip",
+    "siglip": "siglip",
+    "siglip_vision_model": "siglip",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerDefaults:
+    """What a family means when its file leaves a key out."""
+
+    patch_size: int
+    norm_eps: float
+    activation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+TOWERS: dict[Family, TowerDefaults] = {
+    "clip": TowerDefaults(
+        patch_size=32,
+        norm_eps=1e-5,
+        activation="quick_gelu",
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+    ),
+    "siglip": TowerDefaults(
+        patch_size=16,
+        norm_eps=1e-6,
+        activation="gelu_pytorch_tanh",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    ),
+}
+
+# Hugging Face's LLaVA without vision_config means the large CLIP at 336 pixels.
+LARGE_CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "image_size": 336,
+    "patch_size": 14,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
+
+
+def tower_section(reader: KeyReader) -> KeyReader:
+    """The keys of the vision half: the file itself, or its `vision_config` (two towers)."""
+    if not reader.has("vision_config"):
+        return reader
+    # Old two-tower files repeat the section; where both differ, the repetition counts.
+    section, repeated = reader.value("vision_config"), reader.value("vision_config_dict")
+    merged = {**_object(section), **_object(repeated)}
+    child = KeyReader(merged, reader.where, ignored.VISION, f"{reader.prefix}vision_config.")
+    reader.children.append(child)
+    return child
+
+
+def _object(value: object) -> JsonObject:
+    return value if is_object(value) else {}
+
+
+def parse_tower(
+    reader: KeyReader, *, feature_layer: int = -2, feature_select: Select = "patch"
+) -> VisionConfig:
+    """The tower that the reader's keys describe.
+
+    Args:
+        reader: keys of a tower's own config.json (vision only or two towers) or a `vision_config`.
+        feature_layer: index into the hidden states, the embeddings' output being number 0.
+        feature_select: with or without the class token.
+
+    Raises:
+        ConfigError: a key is of the wrong type, or the layer does not exist.
+        UnsupportedModelError: not a CLIP or SigLIP tower.
+
+    """
+    outer = reader.text("model_type")
+    section = tower_section(reader)
+    kind = section.text("model_type") or outer or "clip_vision_model"
+    if kind not in TOWER_TYPES:
+        raise UnsupportedModelError(
+            f"{reader.where}: vision tower type {kind!r} is not supported, "
+            f"choose from {', '.join(TOWER_TYPES)}"
+        )
+    family = TOWER_TYPES[kind]
+    defaults = TOWERS[family]
+    num_layers = section.positive("num_hidden_layers", 12)
+    if not -num_layers - 1 <= feature_layer <= num_layers:
+        raise ConfigError(
+            f"{reader.where}: the feature layer {feature_layer} does not exist, the tower has "
+            f"{num_layers} layers and {num_layers + 1} hidden states"
+        )
+    return VisionConfig(
+        family=family,
+        image_size=section.positive("image_size", 224),
+        patch_size=section.positive("patch_size", defaults.patch_size),
+        hidden_size=section.positive("hidden_size", 768),
+        intermediate_size=section.positive("intermediate_size", 3072),
+        num_layers=num_layers,
+        num_heads=section.positive("num_attention_heads", 12),
+        num_channels=section.positive("num_channels", 3),
+        norm_eps=section.number("layer_norm_eps", defaults.norm_eps),
+        activation=parse_activation(section, "hidden_act", defaults.activation),
+        feature_layer=feature_layer,
+        feature_select=feature_select,
+    )
+
+
+def default_pixels(vision: VisionConfig) -> PixelConfig:
+    """Preprocessing without preprocessor_config.json: the tower's size, its family's colours."""
+    defaults = TOWERS[vision.family]
+    side = ImageSize(vision.image_size, vision.image_size)
+    squeezes = vision.family == "siglip"
+    return PixelConfig(
+        crop_size=side,
+        shortest_edge=None if squeezes else vision.image_size,
+        resize_to=side if squeezes else None,
+        do_center_crop=not squeezes,
+        mean=defaults.mean,
+        std=defaults.std,
+    )
+
+
+def parse_pixels(reader: KeyReader, vision: VisionConfig) -> PixelConfig:
+    """How one tile becomes numbers.
+
+    Args:
+        reader: keys of preprocessor_config.json.
+        vision: the tower, whose family decides what absent keys mean.
+
+    Raises:
+        ConfigError: a key is of the wrong type, or a tile does not fit the tower.
+
+    """
+    name = reader.text("image_processor_type") or reader.text("feature_extractor_type") or ""
+    squeezes = "siglip" in name.lower() or (not name and vision.family == "siglip")
+    defaults = TOWERS["siglip" if squeezes else "clip"]
+    size = _size(reader, "size")
+    if size is None:
+        size = ImageSize(224, 224) if squeezes else 224
+    do_center_crop = reader.flag("do_center_crop", not squeezes)
+    crop = _size(reader, "crop_size")
+    crop_size = ImageSize(crop, crop) if isinstance(crop, int) else crop or ImageSize(224, 224)
+    if not do_center_crop and isinstance(size, ImageSize):
+        crop_size = size
+    pixels = PixelConfig(
+        crop_size=crop_size,
+        shortest_edge=size if isinstance(size, int) else None,
+        resize_to=size if isinstance(size, ImageSize) else None,
+        do_resize=reader.flag("do_resize", True),
+        do_center_crop=do_center_crop,
+        do_rescale=reader.flag("do_rescale", True),
+        rescale_factor=reader.number("rescale_factor", 1 / 255),
+        do_normalize=reader.flag("do_normalize", True),
+        mean=_colours(reader, "image_mean", defaults.mean),
+        std=_colours(reader, "image_std", defaults.std),
+        resample=reader.integer("resample", 3),
+    )
+    if pixels.crop_size != (vision.image_size, vision.image_size):
+        raise ConfigError(
+            f"{reader.where}: tiles of {pixels.crop_size} do not fit the vision tower, "
+            f"which expects {vision.image_size}x{vision.image_size}"
+        )
+    return pixels
+
+
+def _size(reader: KeyReader, key: str) -> int | ImageSize | None:
+    """A number is the shortest edge (or both sides of a crop); an object says which it is."""
+    value = reader.value(key)
+    if value is None:
+        return None
+    if is_object(value):
+        sides = KeyReader(value, reader.where, prefix=f"{reader.prefix}{key}.")
+        reader.children.append(sides)
+        if sides.has("shortest_edge"):
+            return sides.positive("shortest_edge")
+        return ImageSize(sides.positive("height"), sides.positive("width"))
+    if isinstance(value, list) and len(value) == 2:
+        return ImageSize(int(value[0]), int(value[1]))
+    return reader.positive(key)
+
+
+def _colours(
+    reader: KeyReader, key: str, default: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    value = reader.value(key)
+    if value is None:
+        return default
+    if not isinstance(value, list) or len(value) != 3:
+        raise ConfigError(f"{reader.where}: {key} must be a list of 3 numbers, got {value!r}")
+    red, green, blue = (float(one) for one in value)
+    return red, green, blue
