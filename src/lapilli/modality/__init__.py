@@ -1,0 +1,1 @@
+"""What is seen: pictures and vectors, each behind the same protocol."""

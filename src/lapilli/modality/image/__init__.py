@@ -1,0 +1,1 @@
+"""Pictures as a modality: decode, prepare, tower, projector, merge."""

@@ -1,0 +1,54 @@
+"""What lapilli asks of a language model; knows nothing of modalities, prompts or files."""
+
+from typing import Protocol, runtime_checkable
+
+from lapilli.config.model import TextConfig
+from lapilli.nn.kv_cache import KVCache
+from lapilli.shapes import Bool, Float, Int, Tensor
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A causal language model that reads vectors.
+
+    `embed` makes vectors of ids, `forward` hidden states of vectors, `logits` scores of hidden
+    states: three steps, so that other vectors can stand where ids have none, and so that logits
+    are only computed where somebody reads them.
+    """
+
+    @property
+    def config(self) -> TextConfig:
+        """Sizes of the model."""
+        ...
+
+    def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
+        """Vectors of token ids."""
+        ...
+
+    def forward(
+        self,
+        inputs_embeds: Float[Tensor, "B T D"],
+        *,
+        position_ids: Int[Tensor, "B T"],
+        attention_mask: Bool[Tensor, "B S"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Hidden states after the final norm.
+
+        Args:
+            inputs_embeds: vectors of the T new positions.
+            position_ids: their positions, counted without padding; any number under padding.
+            attention_mask: False for padding, over all S = cache.length + T positions; None when
+                no row is padded.
+            cache: what was read before; the new positions are appended.
+
+        """
+        ...
+
+    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Scores of every vocabulary entry."""
+        ...
+
+    def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
+        """An empty cache for this model, in its dtype and on its device."""
+        ...

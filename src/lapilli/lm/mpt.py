@@ -1,0 +1,184 @@
+"""MosaicML's MPT: linear biases instead of positions, one fused qkv; parameters as in its files.
+
+    inputs_embeds -> [ norm_1 -> attn -> + -> norm_2 -> ffn -> + ] x L -> norm_f -> hidden
+
+Knows nothing of modalities or files.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from lapilli.config.model import MptConfig
+from lapilli.nn.attention import attend, causal_mask
+from lapilli.nn.kv_cache import KVCache
+from lapilli.shapes import Bool, Float, Int, Tensor
+
+
+def alibi_slopes(num_heads: int, bias_max: int) -> Float[Tensor, " Q"]:
+    """How fast each head forgets with distance, float32 on the CPU.
+
+    Source: Press et al. 2022, "Train short, test long", with MPT's bias maximum; for a number of
+    heads that is not a power of two, every second slope of the next power comes first.
+    """
+    power = 2 ** math.ceil(math.log2(num_heads))
+    steps = torch.arange(1, power + 1, dtype=torch.float32, device="cpu") * (bias_max / power)
+    slopes = torch.exp2(-steps)
+    if power != num_heads:
+        slopes = torch.cat((slopes[1::2], slopes[::2]))[:num_heads]
+    return slopes
+
+
+class MptAttention(nn.Module):
+    """Self-attention with a fused projection and an additive distance bias."""
+
+    def __init__(self, config: MptConfig, layer: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.Wqkv = nn.Linear(width, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        self.head_dim = config.head_dim
+        self.clip = config.clip_qkv
+        self.scale = config.softmax_scale
+        self.layer = layer
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], bias: Float[Tensor, "rows Q T S"], cache: KVCache | None
+    ) -> Float[Tensor, "B T D"]:
+        """The block's update, without the residual."""
+        fused = self.Wqkv(x)
+        if self.clip is not None:
+            fused = fused.clamp(-self.clip, self.clip)
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in fused.chunk(3, dim=-1))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        out: Tensor = self.out_proj(
+            attend(q, k, v, mask=bias, scale=self.scale).transpose(1, 2).flatten(2)
+        )
+        return out
+
+
+class MptFeedForward(nn.Module):
+    """down(gelu(up(x))), the exact erf form."""
+
+    def __init__(self, config: MptConfig) -> None:
+        super().__init__()
+        inner = config.expansion_ratio * config.hidden_size
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """The block's update, without the residual."""
+        out: Tensor = self.down_proj(functional.gelu(self.up_proj(x)))
+        return out
+
+
+class MptBlock(nn.Module):
+    """Attention and feed-forward, each with its norm before and its residual around."""
+
+    def __init__(self, config: MptConfig, layer: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm_1 = nn.LayerNorm(width, eps=config.norm_eps, bias=False)
+        self.attn = MptAttention(config, layer)
+        self.norm_2 = nn.LayerNorm(width, eps=config.norm_eps, bias=False)
+        self.ffn = MptFeedForward(config)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], bias: Float[Tensor, "rows Q T S"], cache: KVCache | None
+    ) -> Float[Tensor, "B T D"]:
+        """Hidden states after this block."""
+        x = x + self.attn(self.norm_1(x), bias, cache)
+        out: Tensor = x + self.ffn(self.norm_2(x))
+        return out
+
+
+class MptStack(nn.Module):
+    """What the files call `transformer`: embeddings, blocks, the final norm."""
+
+    def __init__(self, config: MptConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(MptBlock(config, i) for i in range(config.num_layers))
+        self.norm_f = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+
+
+class Mpt(nn.Module):
+    """MPT behind the LanguageModel protocol.
+
+    Source: Hugging Face MptForCausalLM (same numbers).
+    Note: the bias of a head depends on the distance between query and key only, so padding on the
+    left moves nothing, and `position_ids` are not read.
+    """
+
+    def __init__(self, config: MptConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = MptStack(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._slopes = alibi_slopes(config.num_heads, config.alibi_bias_max)
+        self.gradient_checkpointing = False
+
+    def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
+        """Vectors of token ids."""
+        vectors: Tensor = self.transformer.wte(ids)
+        return vectors
+
+    def forward(
+        self,
+        inputs_embeds: Float[Tensor, "B T D"],
+        *,
+        position_ids: Int[Tensor, "B T"],
+        attention_mask: Bool[Tensor, "B S"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Hidden states after the final norm; see LanguageModel.forward."""
+        length = inputs_embeds.shape[1]
+        past = 0 if cache is None else cache.length
+        bias = self._bias(attention_mask, length, past + length, inputs_embeds)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        x = inputs_embeds
+        for block in self.transformer.blocks:
+            x = (
+                checkpoint(block, x, bias, cache, use_reentrant=False)
+                if recompute
+                else block(x, bias, cache)
+            )
+        out: Tensor = self.transformer.norm_f(x)
+        return out
+
+    def _bias(
+        self,
+        attention_mask: Bool[Tensor, "B S"] | None,
+        num_queries: int,
+        num_keys: int,
+        like: Tensor,
+    ) -> Float[Tensor, "rows Q T S"]:
+        """-slope * distance where a key is seen, minus infinity elsewhere."""
+        device = like.device
+        if self._slopes.device != device:
+            self._slopes = self._slopes.to(device)
+        keys = torch.arange(num_keys, device=device)
+        distance = keys[num_keys - num_queries :, None] - keys  # [T, S]
+        bias = -self._slopes[:, None, None] * distance  # [Q, T, S]
+        mask = causal_mask(attention_mask, num_queries, num_keys, device=device)
+        if mask is None:
+            mask = distance >= 0
+        return bias.to(like.dtype).masked_fill(~mask, float("-inf")).view(-1, *bias.shape)
+
+    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Scores of every vocabulary entry."""
+        if self.config.tie_embeddings:
+            return functional.linear(hidden, self.transformer.wte.weight)
+        scores: Tensor = self.lm_head(hidden)
+        return scores
+
+    def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
+        """An empty cache in the dtype and on the device of the weights."""
+        weight = self.transformer.norm_f.weight
+        return KVCache(self.config, batch, weight.dtype, weight.device, capacity=capacity)

@@ -1,0 +1,112 @@
+"""Scaled dot-product attention with grouped heads, and the masks for it; knows no model family.
+
+    query heads [B, Q, T, A]   key/value heads [B, K, S, A]   S = positions in the cache + T
+
+A mask is None (every query sees all positions up to its own), Bool (True: may look) or an additive
+float bias. A query always sees at least itself, so that padding rows stay finite.
+"""
+
+import torch
+from torch.nn import functional
+
+from lapilli.shapes import Bool, Float, Tensor
+
+
+def causal_mask(
+    attention_mask: Bool[Tensor, "B S"] | None,
+    num_queries: int,
+    num_keys: int,
+    *,
+    window: int | None = None,
+    device: torch.device,
+) -> Bool[Tensor, "rows 1 T S"] | None:
+    """Which keys each of the last `num_queries` positions may look at; None when plain causal.
+
+    Args:
+        attention_mask: False for padding among the keys; None when no row is padded.
+        num_queries: T, the positions of this pass.
+        num_keys: S, all positions so far; the queries are the last T of them.
+        window: a query sees its own and the `window - 1` positions before it (Mistral).
+        device: where the mask is made.
+
+    """
+    # Asking a GPU would wait for it; there the caller passes None when it knows that rows are full.
+    if attention_mask is not None and device.type == "cpu" and bool(attention_mask.all()):
+        attention_mask = None
+    if window is not None and num_keys <= window:
+        window = None
+    offset = num_keys - num_queries
+    plain = num_queries == 1 or offset == 0
+    if attention_mask is None and window is None and plain:
+        return None
+    queries = torch.arange(offset, num_keys, device=device)[:, None]  # [T, 1]
+    keys = torch.arange(num_keys, device=device)[None, :]  # [1, S]
+    seen = keys <= queries  # [T, S]
+    if window is not None:
+        seen &= keys > queries - window
+    if attention_mask is None:
+        return seen[None, None]
+    return (seen & attention_mask[:, None, :] | (keys == queries))[:, None]
+
+
+def attend(
+    q: Float[Tensor, "B Q T A"],
+    k: Float[Tensor, "B K S A"],
+    v: Float[Tensor, "B K S A"],
+    *,
+    mask: Bool[Tensor, "rows 1 T S"] | Float[Tensor, "rows Q T S"] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "B Q T A"]:
+    """Causal attention of T queries, the last positions among S.
+
+    For a single query the heads of a group are folded into the query length: the keys are then
+    read once per group instead of once per head, about 3 x faster than `enable_gqa` on a CPU.
+
+    Args:
+        q: queries, Q a multiple of K.
+        k: keys.
+        v: values.
+        mask: from `causal_mask`, or an additive bias that contains the causal mask.
+        scale: factor on the scores, 1 / sqrt(A) when None.
+
+    """
+    batch, heads, length, width = q.shape
+    groups = k.shape[1]
+    if length == 1 and groups != heads and (mask is None or mask.shape[1] == 1):
+        folded = q.reshape(batch, groups, heads // groups, width)
+        out = functional.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+        return out.reshape(batch, heads, 1, width)
+    return functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and length > 1,
+        scale=scale,
+        enable_gqa=groups != heads,
+    )
+
+
+def attend_plain(
+    q: Float[Tensor, "B Q T A"],
+    k: Float[Tensor, "B K S A"],
+    v: Float[Tensor, "B K S A"],
+    *,
+    mask: Bool[Tensor, "rows 1 T S"] | Float[Tensor, "rows Q T S"] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "B Q T A"]:
+    """The same as `attend`, as the formula says it: the twin that the tests compare with."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    if mask is None:
+        mask = causal_mask(None, q.shape[2], k.shape[2], device=q.device)
+    if mask is None:
+        mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(
+            k.shape[2] - q.shape[2]
+        )
+    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    bias = mask
+    if mask.dtype == torch.bool:
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    scores = scores + bias
+    return torch.softmax(scores, dim=-1) @ v
