@@ -1,0 +1,98 @@
+"""How many tiles and how many features a picture becomes; knows sizes only, no pixels."""
+
+from lapilli.config.model import ImageConfig, VisionConfig
+from lapilli.errors import ConfigError
+from lapilli.geometry import Grid, ImageSize, best_resolution, unpadded
+
+
+def picture_grid(size: ImageSize, config: ImageConfig, tile: int) -> Grid:
+    """Rows and columns of the tiles of one picture, without the base tile.
+
+    Args:
+        size: the picture as it was opened.
+        config: its `pinpoints` are the resolutions to choose from.
+        tile: side of a tile in pixels (the tower's image_size).
+
+    Raises:
+        ConfigError: the best resolution is not a whole number of tiles.
+
+    Source: LLaVA mm_utils.py, get_anyres_image_grid_shape.
+
+    """
+    resolution = best_resolution(size, config.pinpoints)
+    rows, rest_down = divmod(resolution.height, tile)
+    columns, rest_right = divmod(resolution.width, tile)
+    if rest_down or rest_right or not rows or not columns:
+        raise ConfigError(
+            f"image_grid_pinpoints has {resolution}, which is not a whole number of {tile}x{tile} "
+            "tiles: every resolution must be a multiple of the vision tower's image_size"
+        )
+    return Grid(rows, columns)
+
+
+def num_tiles(size: ImageSize, config: ImageConfig, tile: int) -> int:
+    """Tiles that the tower sees: one, or with anyres the base tile and the grid."""
+    if config.aspect != "anyres":
+        return 1
+    grid = picture_grid(size, config, tile)
+    return 1 + grid.rows * grid.columns
+
+
+def merged_map(size: ImageSize, config: ImageConfig, patches: Grid, grid: Grid) -> Grid:
+    """Rows and columns of features that are kept of the tiles' joint map.
+
+    Args:
+        size: the picture as it was opened.
+        config: `spatial` keeps the whole map, `spatial_unpad` what is not padding.
+        patches: patches of one tile.
+        grid: tiles of the picture.
+
+    """
+    whole = Grid(grid.rows * patches.rows, grid.columns * patches.columns)
+    if config.merge == "spatial_unpad":
+        return unpadded(size, whole, rounds=config.rounds_unpad)
+    return whole
+
+
+def check_mergeable(config: ImageConfig, vision: VisionConfig) -> None:
+    """A map of features needs features that lie on a grid.
+
+    Raises:
+        ConfigError: the class token is kept, which has no place in a map.
+
+    """
+    if config.merge != "flat" and vision.num_patches != vision.grid.rows * vision.grid.columns:
+        raise ConfigError(
+            f"mm_patch_merge_type {config.merge!r} lays features out as a map, but "
+            f"{vision.feature_select!r} keeps the class token ({vision.num_patches} features of "
+            f"{vision.grid.rows}x{vision.grid.columns} patches): use 'patch' or merge 'flat'"
+        )
+
+
+def num_tokens(
+    size: ImageSize, config: ImageConfig, vision: VisionConfig, *, has_newline: bool = True
+) -> int:
+    """Features of one picture, which is also the number of positions kept for it in a prompt.
+
+    Args:
+        size: the picture as it was opened.
+        config: aspect, merge and resolutions.
+        vision: the tower, which decides how many features a tile has.
+        has_newline: whether `merge_tiles` will be given a newline vector; it counts with
+            `spatial_unpad` only. The original gives none to a picture that is not tiled.
+
+    Raises:
+        ConfigError: the configuration cannot lay these features out.
+
+    Source: LLaVA llava_arch.py, prepare_inputs_labels_for_multimodal; transformers
+        processing_llava_next.py, _get_number_of_features.
+
+    """
+    newlines = has_newline and config.merge == "spatial_unpad"
+    if config.aspect != "anyres":
+        return vision.num_patches + int(newlines)
+    if config.merge == "flat":
+        return num_tiles(size, config, vision.image_size) * vision.num_patches
+    check_mergeable(config, vision)
+    kept = merged_map(size, config, vision.grid, picture_grid(size, config, vision.image_size))
+    return vision.num_patches + kept.rows * (kept.columns + int(newlines))
