@@ -122,7 +122,8 @@ def table(results: dict[str, Any]) -> str:
         f"{results['machine']['cpu']} ({results['machine']['capability']}, "
         f"{results['machine']['cores']} cores), torch {results['machine']['torch']}, "
         f"transformers {results['machine']['transformers']}. 576 visual and 40 text positions, "
-        f"{results['new_tokens']} new tokens; medians of {results['rounds']} processes each, in turns.",
+        f"{results['new_tokens']} new tokens; medians of {results['rounds']} processes each, "
+        "in turns.",
         "",
         "| engine | load s | first token s | decode tokens/s | peak GiB |",
         "|---|---|---|---|---|",
