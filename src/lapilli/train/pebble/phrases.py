@@ -1,7 +1,7 @@
 """How people ask, as data: several English wordings for each kind of question; knows no scene.
 
 `{a}` and `{b}` stand for references ("the red circle"), `{things}` for a plural ("red stars"),
-`{one}` for an indefinite phrase ("a red star"), `{place}` for a place with its preposition, `{side}`
+`{one}` for an indefinite phrase ("a red star"), `{place}` for a place with a preposition, `{side}`
 for "left of".
 """
 
