@@ -1,0 +1,250 @@
+"""Bytes of an http(s) URL with a limit on time, size and redirects; knows no pictures.
+
+The standard library's client is enough: huggingface_hub changed its own HTTP client twice, and the
+wish for a deadline over everything is met by none of them. Proxies are those that urllib finds.
+
+Note: an address inside the caller's own network is fetched like any other. A server that takes
+URLs from strangers has to check them first.
+"""
+
+import http.client
+import socket
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+from urllib.request import (
+    HTTPDefaultErrorHandler,
+    HTTPErrorProcessor,
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    ProxyHandler,
+    Request,
+    UnknownHandler,
+)
+
+from lapilli.errors import ConfigError, MediaError
+
+_CHUNK = 1 << 16
+_SCHEMES = ("http", "https")
+# Characters that may stand in a path or a query as they are; "%" because people paste quoted URLs.
+_SAFE = "%/:=&?~+!$,;'@()*[]-._"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchLimits:
+    """How long and how much: seconds for a whole download, bytes of one medium, redirects."""
+
+    timeout_s: float = 30.0
+    max_bytes: int = 128 << 20
+    max_redirects: int = 5
+
+    def __post_init__(self) -> None:
+        if self.timeout_s <= 0 or self.max_bytes <= 0 or self.max_redirects < 0:
+            raise ConfigError(
+                f"limits must be positive: timeout_s {self.timeout_s}, max_bytes {self.max_bytes}, "
+                f"max_redirects {self.max_redirects}"
+            )
+
+
+def url_name(url: str) -> str:
+    """The URL for messages: without user, password and query, which may hold secrets."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def download(url: str, limits: FetchLimits) -> bytes:
+    """The body behind a URL.
+
+    Raises:
+        MediaError: another scheme, no answer in time (also from a server that sends a byte now and
+            then), too many bytes, too many redirects, an HTTP error, a broken connection.
+
+    """
+    transfer = _Transfer(url, limits)
+    # A thread, because nothing else bounds the whole: a socket's timeout starts anew with every
+    # byte, and a name look-up has none.
+    worker = threading.Thread(target=transfer.run, name="lapilli-download", daemon=True)
+    worker.start()
+    try:
+        worker.join(limits.timeout_s)
+        if worker.is_alive():
+            raise MediaError(
+                f"{transfer.name} did not answer completely within {limits.timeout_s:g} s "
+                f"({len(transfer.body)} bytes came)"
+            )
+    finally:
+        transfer.cancel()
+    if transfer.error is not None:
+        raise transfer.error
+    if not transfer.complete:
+        raise MediaError(
+            f"{transfer.name} cannot be fetched: the download stopped with a traceback"
+        )
+    return bytes(transfer.body)
+
+
+class _Transfer:
+    """One download, run in its own thread and stopped from another."""
+
+    def __init__(self, url: str, limits: FetchLimits) -> None:
+        self.url = url
+        self.limits = limits
+        self.name = url_name(url)
+        self.body = bytearray()
+        self.error: MediaError | None = None
+        self.complete = False
+        self._cancelled = threading.Event()
+        self._sockets: list[socket.socket] = []
+
+    def run(self) -> None:
+        """Fill `body` and set `complete`, or set `error`."""
+        try:
+            self._read()
+        except MediaError as error:
+            self.error = error
+        except HTTPError as error:
+            error.close()
+            self.error = MediaError(f"{self.name} answered {error.code} {error.reason}")
+        except URLError as error:
+            self.error = MediaError(f"{self.name} cannot be fetched: {error.reason}")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            detail = str(error) or type(error).__name__
+            self.error = MediaError(f"{self.name} cannot be fetched: {detail}")
+
+    def cancel(self) -> None:
+        """Wake a reader that still waits; its thread ends by itself."""
+        self._cancelled.set()
+        for sock in self._sockets:
+            with suppress(OSError):  # closed already
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def keep(self, sock: socket.socket) -> None:
+        """Remember a connection, so that `cancel` can reach it."""
+        self._sockets.append(sock)
+        if self._cancelled.is_set():
+            self.cancel()
+
+    def _read(self) -> None:
+        request = Request(_quoted(self.url), headers={"User-Agent": "lapilli"})  # noqa: S310 - checked
+        with self._opener().open(request, timeout=self.limits.timeout_s) as response:
+            declared = response.headers.get("Content-Length", "")
+            expected = int(declared) if declared.isdigit() else None
+            if expected is not None and expected > self.limits.max_bytes:
+                raise MediaError(
+                    f"{self.name} has {expected} bytes, more than the limit of "
+                    f"{self.limits.max_bytes}"
+                )
+            while not self._cancelled.is_set() and (chunk := response.read1(_CHUNK)):
+                self.body += chunk
+                if len(self.body) > self.limits.max_bytes:
+                    raise MediaError(
+                        f"{self.name} has more bytes than the limit of {self.limits.max_bytes}"
+                    )
+        if expected is not None and len(self.body) < expected:
+            raise MediaError(
+                f"{self.name}: the connection ended after {len(self.body)} of {expected} bytes"
+            )
+        self.complete = True
+
+    def _opener(self) -> OpenerDirector:
+        opener = OpenerDirector()
+        for handler in (
+            ProxyHandler(),
+            _PlainHandler(self),
+            _SecureHandler(self),
+            _RedirectHandler(self),
+            HTTPDefaultErrorHandler(),
+            HTTPErrorProcessor(),
+            UnknownHandler(),
+        ):
+            opener.add_handler(handler)
+        return opener
+
+
+class _PlainHandler(HTTPHandler):
+    """http: URLs, with the socket handed to the transfer."""
+
+    def __init__(self, transfer: _Transfer) -> None:
+        super().__init__()
+        self._transfer = transfer
+
+    def http_open(self, req: Request) -> http.client.HTTPResponse:
+        """Called by urllib."""
+        keep = self._transfer.keep
+
+        class Connection(http.client.HTTPConnection):
+            def connect(self) -> None:
+                super().connect()
+                keep(self.sock)
+
+        return self.do_open(Connection, req)
+
+
+class _SecureHandler(HTTPSHandler):
+    """https: URLs, with the socket handed to the transfer."""
+
+    def __init__(self, transfer: _Transfer) -> None:
+        super().__init__()
+        self._transfer = transfer
+
+    def https_open(self, req: Request) -> http.client.HTTPResponse:
+        """Called by urllib."""
+        keep = self._transfer.keep
+
+        class Connection(http.client.HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()
+                keep(self.sock)
+
+        return self.do_open(Connection, req)
+
+
+class _RedirectHandler(HTTPRedirectHandler):
+    """Follows a limited number of redirects, to http and https only."""
+
+    max_repeats = 1 << 30  # counted below
+
+    def __init__(self, transfer: _Transfer) -> None:
+        self._transfer = transfer
+        self._followed = 0
+
+    def http_error_302(
+        self,
+        req: Request,
+        fp: Any,  # noqa: ANN401 - urllib hands over an HTTPResponse where it promises IO[bytes]
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+    ) -> Any:  # noqa: ANN401 - urllib's signature
+        """Called by urllib."""
+        target = urljoin(req.full_url, headers.get("Location", ""))
+        name, limit = self._transfer.name, self._transfer.limits.max_redirects
+        scheme = urlsplit(target).scheme
+        if scheme not in _SCHEMES:
+            fp.close()
+            raise MediaError(f"{name} redirects to {scheme}:, only http and https are followed")
+        self._followed += 1
+        if self._followed > limit:
+            fp.close()
+            raise MediaError(f"{name} redirects more than {limit} times")
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+def _quoted(url: str) -> str:
+    """The URL with spaces and letters outside ASCII escaped, as a browser's address bar does."""
+    parts = urlsplit(url)
+    if parts.scheme.lower() not in _SCHEMES:
+        raise MediaError(f"{url_name(url)}: only http and https URLs are fetched")
+    if "@" in parts.netloc:
+        raise MediaError(f"{url_name(url)}: a URL with a user name or password is not fetched")
+    return urlunsplit(
+        parts._replace(path=quote(parts.path, _SAFE), query=quote(parts.query, _SAFE), fragment="")
+    )
