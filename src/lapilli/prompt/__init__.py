@@ -1,0 +1,1 @@
+"""What is said: messages, templates, tokens. No torch, no files."""

@@ -1,0 +1,167 @@
+r"""Ids, loss mask and media spans of a conversation, in one pass.
+
+    segments  "USER: " | slot | "\nWhat?" ... "ASSISTANT:" | " A boat.</s>"*    (* trainable)
+      gaps    the text between two media, one tokenizer call each (LLaVA cuts there too)
+      tokens  with the characters they stand for -> trainable where their last character is
+      spans   as many positions as the medium has features
+
+Knows segments and tokenizers; must not know where features come from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lapilli.errors import MediaCountMismatchError, PromptError
+from lapilli.prompt.segments import MediaSlot, Segment, TextSegment
+from lapilli.prompt.tokenizer.base import Token, Tokenizer
+
+PLACEHOLDER = 0
+"""The id under a span: an id of every vocabulary, whose embedding is overwritten."""
+
+IGNORE_INDEX = -100
+"""The label of a position that the loss does not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where one medium goes: `length` positions of row `row` from `start` on."""
+
+    row: int
+    start: int
+    length: int
+    modality: str = "image"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """One row. `input_ids` hold PLACEHOLDER under the spans, where `loss_mask` is False."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+    spans: tuple[Span, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def labels(self) -> list[int]:
+        """Ids where the loss counts, IGNORE_INDEX elsewhere (not shifted)."""
+        pairs = zip(self.input_ids, self.loss_mask, strict=True)
+        return [token if counts else IGNORE_INDEX for token, counts in pairs]
+
+
+def encode(
+    segments: Sequence[Segment],
+    tokenizer: Tokenizer,
+    lengths: Sequence[int],
+    *,
+    row: int = 0,
+    image_id: int | None = None,
+) -> EncodedPrompt:
+    """Ids, loss mask and spans of rendered segments.
+
+    Args:
+        segments: what a template rendered.
+        tokenizer: of the language model.
+        lengths: positions of every medium, in the order of the slots.
+        row: row number that the spans carry.
+        image_id: the vocabulary's own image token, for checkpoints in the layout of Hugging Face:
+            then the text is tokenized whole, with that token in the place of each medium.
+
+    Raises:
+        MediaCountMismatchError: another number of lengths than of slots.
+        PromptError: a medium of no positions, or an image token that the tokenizer does not cut.
+
+    Source: LLaVA mm_utils.py tokenizer_image_token (BOS once, one call per gap); transformers'
+        LlavaProcessor for `image_id`.
+
+    """
+    slots = [segment for segment in segments if isinstance(segment, MediaSlot)]
+    if len(slots) != len(lengths):
+        raise MediaCountMismatchError(
+            f"the prompt has {len(slots)} places for media but {len(lengths)} media were given: "
+            "give one medium for each place"
+        )
+    if any(length < 1 for length in lengths):
+        raise PromptError(f"every medium needs at least one position, found {list(lengths)}")
+    pieces = (
+        _per_gap(segments, tokenizer)
+        if image_id is None
+        else _whole(segments, tokenizer, image_id, len(slots))
+    )
+    ids: list[int] = []
+    mask: list[bool] = []
+    spans: list[Span] = []
+    for i, piece in enumerate(pieces):
+        if i:
+            slot, length = slots[i - 1], lengths[i - 1]
+            spans.append(Span(row, len(ids), length, slot.modality))
+            ids += [PLACEHOLDER] * length
+            mask += [False] * length
+        ids += [token for token, _ in piece]
+        mask += [counts for _, counts in piece]
+    return EncodedPrompt(ids, mask, tuple(spans))
+
+
+Piece = list[tuple[int, bool]]
+"""Ids of a gap and whether the loss counts them."""
+
+
+def _per_gap(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[Piece]:
+    """One tokenizer call for the text before, between and after the media."""
+    gaps: list[list[TextSegment]] = [[]]
+    for segment in segments:
+        if isinstance(segment, MediaSlot):
+            gaps.append([])
+        else:
+            gaps[-1].append(segment)
+    pieces = [_tokenize(gap, tokenizer) for gap in gaps]
+    pieces[0] = _begin(tokenizer, pieces[0])
+    return pieces
+
+
+def _whole(
+    segments: Sequence[Segment], tokenizer: Tokenizer, image_id: int, num_slots: int
+) -> list[Piece]:
+    """One call for everything, cut at the image tokens afterwards."""
+    token = tokenizer.id_to_token(image_id)
+    texts = [TextSegment(token) if isinstance(s, MediaSlot) else s for s in segments]
+    pieces: list[Piece] = [[]]
+    for index, counts in _begin(tokenizer, _tokenize(texts, tokenizer)):
+        if index == image_id:
+            pieces.append([])
+        else:
+            pieces[-1].append((index, counts))
+    if len(pieces) - 1 != num_slots:
+        raise PromptError(
+            f"the tokenizer cut {len(pieces) - 1} image tokens {token!r} (id {image_id}) out of a "
+            f"prompt with {num_slots} media: the token is not an added token of this tokenizer, or "
+            "the template writes it itself"
+        )
+    return pieces
+
+
+def _begin(tokenizer: Tokenizer, piece: Piece) -> Piece:
+    """BOS first, unless the template has written it."""
+    prefix = [(index, False) for index in tokenizer.prefix_ids]
+    written = [index for index, _ in piece[: len(prefix)]] == list(tokenizer.prefix_ids)
+    return piece if written else prefix + piece
+
+
+def _tokenize(segments: Sequence[TextSegment], tokenizer: Tokenizer) -> Piece:
+    """Ids of joined segments; a token is trainable where its last character is."""
+    text = "".join(segment.text for segment in segments)
+    literal: list[tuple[int, int]] = []
+    counts: list[bool] = []
+    for segment in segments:
+        start = len(counts)
+        counts += [segment.trainable] * len(segment.text)
+        if segment.literal and segment.text:
+            literal.append((start, len(counts)))
+    tokens = tokenizer.tokenize(text, literal=literal)
+    return [(token.id, counts[_last_character(token)]) for token in tokens]
+
+
+def _last_character(token: Token) -> int:
+    """Bytes in the middle of a character may have no characters of their own."""
+    return token.end - 1 if token.end > token.start else token.start

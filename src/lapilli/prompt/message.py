@@ -1,0 +1,102 @@
+"""What one speaker said: text and media in order.
+
+Knows nothing of templates, tokens or pictures: the source of a medium is passed on untouched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lapilli.errors import MediaCountMismatchError, PromptError
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """Text as it was typed; nothing inside it is ever a special token or a placeholder."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPart:
+    """A medium in its place; `source` is whatever the media room can open."""
+
+    source: object
+    modality: str = "image"
+
+
+Part = TextPart | MediaPart
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    Raises:
+        PromptError: a role other than system, user or assistant.
+
+    """
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise PromptError(
+                f"unknown role {self.role!r}: expected {', '.join(ROLES[:-1])} or {ROLES[-1]}"
+            )
+
+    @property
+    def text(self) -> str:
+        """All text of the turn without its media."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+    @property
+    def media(self) -> tuple[MediaPart, ...]:
+        """The media of the turn in order."""
+        return tuple(part for part in self.parts if isinstance(part, MediaPart))
+
+    @classmethod
+    def system(cls, text: str) -> "Message":
+        """Instructions that replace those of the template."""
+        return cls("system", (TextPart(text),))
+
+    @classmethod
+    def user(cls, text: str, *sources: object) -> "Message":
+        """A question about `sources`, which stand in front of it as LLaVA was trained."""
+        return cls("user", (*(MediaPart(source) for source in sources), TextPart(text)))
+
+    @classmethod
+    def assistant(cls, text: str) -> "Message":
+        """An answer."""
+        return cls("assistant", (TextPart(text),))
+
+    @classmethod
+    def from_placeholders(
+        cls, role: Role, text: str, sources: Sequence[object], *, placeholder: str = "<image>"
+    ) -> "Message":
+        """A turn written by a program, with `placeholder` where each source goes.
+
+        A line break after a leading placeholder belongs to it: the template writes its own.
+
+        Raises:
+            MediaCountMismatchError: another number of placeholders than of sources.
+
+        """
+        pieces = text.split(placeholder)
+        if len(pieces) - 1 != len(sources):
+            raise MediaCountMismatchError(
+                f"the text has {len(pieces) - 1} {placeholder} but {len(sources)} sources were "
+                "given: give one source for each placeholder"
+            )
+        parts: list[Part] = [TextPart(pieces[0])] if pieces[0] else []
+        for source, piece in zip(sources, pieces[1:], strict=True):
+            leads = not any(isinstance(part, TextPart) for part in parts)
+            parts.append(MediaPart(source))
+            rest = piece.removeprefix("\n") if leads else piece
+            if rest:
+                parts.append(TextPart(rest))
+        return cls(role, tuple(parts))

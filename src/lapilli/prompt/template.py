@@ -1,0 +1,204 @@
+"""How the conversations of the original become text: five styles over plain fields.
+
+Knows roles, separators and where a picture goes. Must not know tokenizers, files or torch.
+
+    messages -> turns (role name, content segments | None) -> style -> segments
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lapilli.errors import PromptError
+from lapilli.prompt.message import MediaPart, Message
+from lapilli.prompt.segments import MediaSlot, Segment, TextSegment, to_text, trainable
+
+Style = Literal["single", "two", "mpt", "plain", "llama_2"]
+Turn = tuple[str, "list[Segment] | None"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplate:
+    """A conversation format as data.
+
+    `messages` and `offset` are the built-in examples (role, text) that stand before the first
+    question. `system` holds everything before the first separator, `system_prefix` its part that a
+    system message does not replace. `media_open` and `media_close` stand around every medium.
+
+    Source: LLaVA conversation.py, reference behaviour of every `conv_templates` entry.
+    """
+
+    name: str
+    system: str
+    roles: tuple[str, str]
+    style: Style
+    sep: str
+    sep2: str | None = None
+    messages: tuple[tuple[str, str], ...] = ()
+    offset: int = 0
+    version: str = "Unknown"
+    system_prefix: str = ""
+    media_open: str = ""
+    media_close: str = ""
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end an answer: `sep` for the styles with one separator, else `sep2`."""
+        end = self.sep if self.style in ("single", "mpt") else self.sep2
+        return (end,) if end else ()
+
+    def render(self, messages: Sequence[Message], *, open_turn: bool = True) -> list[Segment]:
+        """Segments of a conversation.
+
+        Args:
+            messages: an optional system message, then user and assistant in turn.
+            open_turn: end with the prompt for the answer; the last message is the user's (or an
+                empty one of the assistant). False for training: the last answer is closed. What
+                follows an open prompt is trainable, the space before the first word included.
+
+        Raises:
+            PromptError: a role out of turn, a medium in an answer, nothing to answer, or a first
+                message that the style cannot begin with.
+
+        Note: a message without text and media counts as "to be generated", as in the original:
+            only its role is written.
+
+        """
+        system, rest = _split_system(messages)
+        turns: list[Turn] = [(role, [TextSegment(text)]) for role, text in self.messages]
+        for message in rest:
+            is_answer = message.role == "assistant"
+            turns.append((self.roles[int(is_answer)], self._content(message)))
+        if open_turn:
+            _open(turns, rest, self.roles[1])
+        elif self.style == "plain":
+            return _caption_pair(turns, self.sep)
+        return self._layout(turns, _system_segments(self, system))
+
+    def prompt(self, turns: Sequence[tuple[str, str | None]]) -> str:
+        """The text of raw turns (role name, text or None), character by character as the original.
+
+        Raises:
+            PromptError: where the original raises too (an empty first llama_2 message, a second
+                plain message).
+
+        """
+        segments: list[Turn] = [(r, [TextSegment(t)] if t else None) for r, t in turns]
+        return to_text(self._layout(segments, [TextSegment(self.system)] if self.system else []))
+
+    def _content(self, message: Message) -> list[Segment] | None:
+        leading = True
+        content: list[Segment] = []
+        for part in message.parts:
+            if isinstance(part, MediaPart):
+                content += self._slot(part, message)
+                if leading and (message.text or self.style != "plain"):
+                    content.append(TextSegment("\n"))
+            elif part.text:
+                leading = False
+                content.append(TextSegment(part.text, literal=True))
+        return content or None
+
+    def _slot(self, part: MediaPart, message: Message) -> list[Segment]:
+        if message.role != "user":
+            raise PromptError(
+                f"a message of the {message.role} holds a medium ({part.modality}): "
+                "only the user shows media"
+            )
+        slot = MediaSlot(part.modality)
+        if not self.media_open:
+            return [slot]
+        return [TextSegment(self.media_open), slot, TextSegment(self.media_close)]
+
+    def _layout(self, turns: list[Turn], system: list[Segment]) -> list[Segment]:
+        style = _llama_2 if self.style == "llama_2" else _chat
+        segments = style(self, turns, system)
+        return [s for s in segments if isinstance(s, MediaSlot) or s.text]
+
+
+def _split_system(messages: Sequence[Message]) -> tuple[Message | None, Sequence[Message]]:
+    first = messages[0] if messages else None
+    system = first if first is not None and first.role == "system" else None
+    rest = messages if system is None else messages[1:]
+    for i, message in enumerate(rest):
+        expected = "user" if i % 2 == 0 else "assistant"
+        if message.role != expected:
+            raise PromptError(
+                f"message {i + (system is not None)} is from {message.role}, expected {expected}: "
+                "after an optional system message user and assistant take turns"
+            )
+    return system, rest
+
+
+def _system_segments(template: ChatTemplate, message: Message | None) -> list[Segment]:
+    if message is None:
+        return [TextSegment(template.system)] if template.system else []
+    if message.media:
+        raise PromptError("the system message holds a medium: only the user shows media")
+    prefix: list[Segment] = [TextSegment(template.system_prefix)] if template.system_prefix else []
+    text: list[Segment] = [TextSegment(message.text, literal=True)] if message.text else []
+    return prefix + text
+
+
+def _open(turns: list[Turn], messages: Sequence[Message], assistant: str) -> None:
+    """Add the assistant's open turn, unless an empty message already stands for it."""
+    if not messages:
+        raise PromptError("no message to answer: give at least one message of the user")
+    if messages[-1].role == "user":
+        turns.append((assistant, None))
+    elif turns[-1][1] is not None:
+        raise PromptError(
+            "the last message is the assistant's answer: add a message of the user, or render with "
+            "open_turn=False"
+        )
+
+
+def _caption_pair(turns: list[Turn], sep: str) -> list[Segment]:
+    """Media, caption, separator: what the projector is trained on; the question is not shown."""
+    if len(turns) != 2:
+        raise PromptError(
+            f"a plain template trains on one question and one caption, found {len(turns)} messages"
+        )
+    slots = [s for s in turns[0][1] or [] if isinstance(s, MediaSlot)]
+    if not slots:
+        raise PromptError("a plain template trains on a medium and its caption: no medium found")
+    return [*slots, *trainable([*(turns[1][1] or []), TextSegment(sep)])]
+
+
+def _chat(t: ChatTemplate, turns: list[Turn], system: list[Segment]) -> list[Segment]:
+    """Role, message, separator; also the styles without roles or without a second separator."""
+    colon = ":" if t.style in ("single", "two") else ""
+    segments = list(system) if t.style == "plain" else [*system, TextSegment(t.sep)]
+    for i, (role, content) in enumerate(turns):
+        if content is None:
+            segments.append(TextSegment(role + colon))
+            continue
+        ends_answer = i % 2 == 1
+        end = t.sep2 if ends_answer and t.style in ("two", "plain") else t.sep
+        if end is None:
+            raise PromptError(f"template {t.name!r} has no separator after an answer")
+        segments.append(TextSegment(role + colon))
+        turn = [TextSegment(" " if colon else ""), *content, TextSegment(end)]
+        segments += trainable(turn) if ends_answer and i >= len(t.messages) else turn
+    return segments
+
+
+def _llama_2(t: ChatTemplate, turns: list[Turn], system: list[Segment]) -> list[Segment]:
+    """[INST] question [/INST] answer; the system block stands inside the first question."""
+    if turns and turns[0][1] is None:
+        raise PromptError(f"the first message of template {t.name!r} is empty: ask something")
+    if turns and turns[0][0] != t.roles[0]:
+        raise PromptError(f"the first message of template {t.name!r} must come from {t.roles[0]}")
+    segments: list[Segment] = []
+    for i, (_, content) in enumerate(turns):
+        if content is None:
+            continue
+        if i % 2:
+            segments += trainable([TextSegment(" "), *content, TextSegment(f" {t.sep2 or ''}")])
+            continue
+        # The original strips the leading separator of the whole prompt: the tokenizer writes it.
+        segments.append(TextSegment(f"{t.sep if i else ''}[INST] "))
+        if i == 0 and system:
+            segments += [TextSegment("<<SYS>>\n"), *system, TextSegment("\n<</SYS>>\n\n")]
+        segments += [*content, TextSegment(" [/INST]")]
+    return segments

@@ -1,0 +1,108 @@
+"""SentencePiece with offsets, and with symbols that a person typed kept as text.
+
+The user-defined symbols of a model (such as Yi's <|im_start|>) are found by SentencePiece itself,
+wherever they stand. Where one stands in literal text, the text is encoded by a second processor
+that does not know them.
+"""
+
+import re
+from collections.abc import Sequence
+
+import sentencepiece
+
+from lapilli.errors import CheckpointError
+from lapilli.prompt.tokenizer import spm_model
+from lapilli.prompt.tokenizer.base import Range, Token, overlaps
+
+SPACE = "▁"  # SentencePiece writes a space like this
+
+
+def load_processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """A processor for the bytes of a tokenizer.model.
+
+    Raises:
+        CheckpointError: bytes that are not a SentencePiece model.
+
+    """
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.load_from_serialized_proto(model)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"tokenizer.model ({len(model)} bytes) is not a SentencePiece model: {error}"
+        ) from error
+    return processor
+
+
+class PieceEncoder:
+    """Text without added tokens -> tokens with offsets.
+
+    Args:
+        model: content of tokenizer.model, with or without dummy prefix.
+
+    """
+
+    def __init__(self, model: bytes) -> None:
+        self.processor = load_processor(model)
+        parsed = spm_model.parse(model)
+        self._model = model
+        self._dummy_prefix = parsed.add_dummy_prefix
+        # Symbols made of spaces or digits are how a model counts them, not something to protect.
+        self._symbols = {
+            piece.text: i
+            for i, piece in enumerate(parsed.pieces)
+            if piece.kind == spm_model.USER_DEFINED and re.fullmatch(r"<.+>", piece.text)
+        }
+        self._blind: sentencepiece.SentencePieceProcessor | None = None
+
+    def tokenize(self, text: str, literal: Sequence[Range] = ()) -> list[Token]:
+        """Tokens and their characters."""
+        symbols = self._find_symbols(text)
+        typed = [s for s in symbols if overlaps(s[0], s[1], literal)]
+        if not typed:
+            return _with_offsets(self.processor, text)
+        tokens: list[Token] = []
+        at = 0
+        for start, end, index in [s for s in symbols if s not in typed]:
+            tokens += [*self._tokenize_blind(text, at, start), Token(index, start, end)]
+            at = end
+        return tokens + self._tokenize_blind(text, at, len(text))
+
+    def _find_symbols(self, text: str) -> list[tuple[int, int, int]]:
+        if not self._symbols:
+            return []
+        names = sorted(self._symbols, key=len, reverse=True)
+        found = re.finditer("|".join(map(re.escape, names)), text)
+        return [(*match.span(), self._symbols[match.group()]) for match in found]
+
+    def _tokenize_blind(self, text: str, start: int, end: int) -> list[Token]:
+        """Tokens of text[start:end] by a processor without symbols and without dummy prefix."""
+        if self._blind is None:
+            model = spm_model.without_symbols(self._model, frozenset(self._symbols))
+            self._blind = load_processor(spm_model.without_dummy_prefix(model))
+        if start == end:
+            return []
+        shift = int(start == 0 and self._dummy_prefix)
+        tokens = _with_offsets(self._blind, " " * shift + text[start:end])
+        by = start - shift
+        return [Token(i, max(b + by, start), max(e + by, start)) for i, b, e in tokens]
+
+
+def _with_offsets(processor: sentencepiece.SentencePieceProcessor, text: str) -> list[Token]:
+    """Walk the pieces along the normalized text; `origin` leads from it back to `text`."""
+    pieces = processor.encode(text, out_type=str)
+    ids = [processor.piece_to_id(piece) for piece in pieces]
+    normalized, origin = processor.normalize(text, with_offsets=True)
+    tokens: list[Token] = []
+    at = pending = 0  # pending: bytes of the character at `at` that were not seen yet
+    for piece, index in zip(pieces, ids, strict=True):
+        if processor.is_byte(index):
+            pending = pending or len(normalized[at].encode())
+            tokens.append(Token(index, origin[at], origin[at + 1]))
+            pending -= 1
+            at += pending == 0
+            continue
+        end = at + len(piece)
+        tokens.append(Token(index, origin[at], origin[end]))
+        at = end
+    return tokens
