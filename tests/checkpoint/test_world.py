@@ -1,0 +1,57 @@
+"""The world of a narrow model: known pictures inside, others outside, kept beside a checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lapilli.checkpoint.world import load_world, measure_world, save_world
+from lapilli.errors import CheckpointError
+
+
+def known_features(count: int, seed: int) -> list[torch.Tensor]:
+    """Features with unequal spread and a mean away from zero."""
+    random = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0.1, 3.0, 8)
+    return [torch.randn(16, 8, generator=random) * scale + 2.0 for _ in range(count)]
+
+
+def test_fresh_known_pictures_lie_inside_and_others_outside() -> None:
+    world = measure_world(known_features(400, seed=0), knows="shapes")
+    inside = [world.contains(item) for item in known_features(100, seed=1)]
+    assert sum(inside) >= 97
+    assert not world.contains(torch.randn(16, 8) * 3.0 - 2.0)
+
+
+def test_average_distance_of_known_pictures_is_one() -> None:
+    known = known_features(400, seed=0)
+    world = measure_world(known, knows="shapes")
+    mean = torch.tensor([world.distance(item) for item in known]).mean()
+    torch.testing.assert_close(mean, torch.tensor(1.0), atol=0.05, rtol=0.0)
+
+
+def test_limit_leaves_the_share_inside() -> None:
+    known = known_features(200, seed=0)
+    world = measure_world(known, knows="shapes", share=0.9)
+    inside = sum(world.contains(item) for item in known)
+    assert 178 <= inside <= 182
+
+
+def test_saved_world_is_the_same(tmp_path: Path) -> None:
+    world = measure_world(known_features(50, seed=0), knows="shapes")
+    save_world(world, tmp_path)
+    again = load_world(tmp_path)
+    assert again is not None
+    assert (again.knows, again.limit) == (world.knows, world.limit)
+    item = known_features(1, seed=5)[0]
+    assert again.distance(item) == world.distance(item)
+
+
+def test_checkpoint_without_world_claims_none(tmp_path: Path) -> None:
+    assert load_world(tmp_path) is None
+
+
+def test_half_a_world_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "world.json").write_text('{"knows": "shapes", "limit": 1.0}')
+    with pytest.raises(CheckpointError, match=r"world\.json and world\.safetensors"):
+        load_world(tmp_path)
