@@ -14,7 +14,7 @@ from lapilli.shapes import Float, Tensor
 
 
 def fuse(
-    text: Float[Tensor, "B T D"], features: Sequence[Float[Tensor, "_ D"]], spans: Sequence[Span]
+    text: Float[Tensor, "B T D"], features: Sequence[Float[Tensor, "_ _"]], spans: Sequence[Span]
 ) -> Float[Tensor, "B T D"]:
     """Text embeddings with every item's features written over its span.
 
