@@ -52,7 +52,7 @@ def draw_questions(
     if scene.objects and rng.random() < _LONG_FIRST:
         opening = (describe if rng.random() < 0.5 else list_objects)(scene, rng)
         turns = [turn for turn in turns if turn.skill not in ("describe", "list")]
-        turns = [opening, *turns] if opening is not None else turns
+        turns = [opening, *turns][:most] if opening is not None else turns
     return _with_follow_ups(scene, turns, rng)
 
 

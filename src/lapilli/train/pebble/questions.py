@@ -21,7 +21,15 @@ from lapilli.train.pebble.caption import (
     with_article,
 )
 from lapilli.train.pebble.palette import COLOURS
-from lapilli.train.pebble.scene import LEVEL_MARGIN, PLACES, SHAPES, SIZES, Object, Scene
+from lapilli.train.pebble.scene import (
+    CLEAR_MARGIN,
+    LEVEL_MARGIN,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Object,
+    Scene,
+)
 
 T = TypeVar("T")
 Rng = np.random.Generator
@@ -150,7 +158,7 @@ def _about_one(
     item = pick(rng, scene.objects)
     if len(scene.objects) == 1 and rng.random() < 0.5:
         name: str | None = pick(rng, ("it", "the object", "the thing", "the shape"))
-    elif rng.random() < 0.15 and hide != "place":
+    elif rng.random() < 0.15 and hide != "place" and is_plain(scene, item.cell):
         name = f"the object {at_place(item.place)}"
     else:
         name = reference(scene, item, rng, hide=hide)
@@ -187,6 +195,16 @@ def size(scene: Scene, rng: Rng) -> Question | None:
     return _about_one(scene, rng, "size", "size", phrases.SIZE)
 
 
+def is_plain(scene: Scene, cell: int) -> bool:
+    """Whether a question may name this place.
+
+    An object at the top left is also on the left, so "on the left" is doubtful while it is there.
+    """
+    taken = {item.cell for item in scene.objects}
+    corners = {1: (0, 2), 3: (0, 6), 5: (2, 8), 7: (6, 8)}
+    return not taken.intersection(corners.get(cell, ()))
+
+
 def place(scene: Scene, rng: Rng) -> Question | None:
     """Where an object is, or what is at a place."""
     if not scene.objects:
@@ -194,8 +212,11 @@ def place(scene: Scene, rng: Rng) -> Question | None:
     if rng.random() < 0.65:
         return _about_one(scene, rng, "place", "place", phrases.PLACE)
     taken = {item.cell: item for item in scene.objects}
-    free = [cell for cell in range(9) if cell not in taken]
-    cell = pick(rng, free) if rng.random() < 0.2 else pick(rng, list(taken))
+    wants_nothing = rng.random() < 0.2
+    cells = [c for c in range(9) if (c not in taken) is wants_nothing and is_plain(scene, c)]
+    if not cells:
+        return None
+    cell = pick(rng, cells)
     found = taken.get(cell)
     return Question(
         skill="place",
@@ -209,10 +230,9 @@ def sideways(item: Object, other: Object, side: str) -> bool | None:
     """Whether `item` is on that side of `other`; None where a person could not say for certain."""
     vertical = side in ("above", "below")
     steps = other.row - item.row if vertical else other.column - item.column
-    gap = other.centre[1 - vertical] - item.centre[1 - vertical]
-    if vertical:
-        gap = other.centre[0] - item.centre[0]
-    if steps == 0 and abs(gap) > LEVEL_MARGIN:
+    axis = 0 if vertical else 1
+    gap = other.centre[axis] - item.centre[axis]
+    if abs(gap) > LEVEL_MARGIN if steps == 0 else abs(gap) < CLEAR_MARGIN:
         return None
     return (steps if side in ("left", "above") else -steps) > 0
 
@@ -328,7 +348,10 @@ def has_attribute(scene: Scene, rng: Rng) -> Question | None:
     kind = pick(rng, ("colour", "size", "place"))
     if kind == "place":
         taken = {one.cell for one in scene.objects}
-        cell = pick(rng, [one for one in range(9) if (one in taken) is wanted])
+        cells = [c for c in range(9) if (c in taken) is wanted and is_plain(scene, c)]
+        if not cells:
+            return None
+        cell = pick(rng, cells)
         text = pick(rng, phrases.ANY_AT).format(place=at_place(PLACES[cell]))
         return Question(skill="yes/no", text=text, answer=answer)
     name = reference(scene, item, rng, hide=kind)

@@ -38,10 +38,10 @@ WORDS: Final = (
 MAX_OBJECTS: Final = 5
 # Diameters as a share of `unit`: nothing lies between small and large.
 DIAMETERS: Final[dict[Size, tuple[float, float]]] = {"small": (0.14, 0.175), "large": (0.28, 0.32)}
-# Centres of two objects in one row or column that lie closer than this are level with each other;
-# further apart they are neither clearly level nor clearly beside each other, and no question is
-# asked.
+# Two centres closer than the first are level with each other, further apart than the second one is
+# clearly beside the other (shares of the picture); no question is asked about what lies between.
 LEVEL_MARGIN: Final = 0.06
+CLEAR_MARGIN: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
