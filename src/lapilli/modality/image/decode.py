@@ -45,8 +45,8 @@ _DAMAGE = (
     zlib.error,
 )
 
-_BEGINNINGS = (
-    (b"%PDF-", "a PDF document"),
+_BEGINNINGS = (  # compared with lower-cased bytes
+    (b"%pdf-", "a PDF document"),
     (b"<!doctype html", "an HTML page"),
     (b"<html", "an HTML page"),
     (b"<svg", "an SVG drawing: convert it to PNG"),

