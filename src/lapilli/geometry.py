@@ -74,6 +74,11 @@ def with_shortest_edge(size: ImageSize, edge: int) -> ImageSize:
     return ImageSize(edge, int(edge * size.width / size.height))
 
 
+def tile_grid(resolution: ImageSize, tile: int) -> Grid:
+    """Rows and columns of whole square tiles in a resolution."""
+    return Grid(resolution.height // tile, resolution.width // tile)
+
+
 def unpad_margins(size: ImageSize, feature_map: Grid, *, rounds: bool = False) -> Grid:
     """Rows above and below, and columns left and right, of a feature map that show only padding.
 

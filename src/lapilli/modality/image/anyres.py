@@ -2,7 +2,7 @@
 
 from lapilli.config.model import ImageConfig, VisionConfig
 from lapilli.errors import ConfigError
-from lapilli.geometry import Grid, ImageSize, best_resolution, unpadded
+from lapilli.geometry import Grid, ImageSize, best_resolution, tile_grid, unpadded
 
 
 def picture_grid(size: ImageSize, config: ImageConfig, tile: int) -> Grid:
@@ -20,14 +20,13 @@ def picture_grid(size: ImageSize, config: ImageConfig, tile: int) -> Grid:
 
     """
     resolution = best_resolution(size, config.pinpoints)
-    rows, rest_down = divmod(resolution.height, tile)
-    columns, rest_right = divmod(resolution.width, tile)
-    if rest_down or rest_right or not rows or not columns:
+    grid = tile_grid(resolution, tile)
+    if resolution != (grid.rows * tile, grid.columns * tile):
         raise ConfigError(
             f"image_grid_pinpoints has {resolution}, which is not a whole number of {tile}x{tile} "
             "tiles: every resolution must be a multiple of the vision tower's image_size"
         )
-    return Grid(rows, columns)
+    return grid
 
 
 def num_tiles(size: ImageSize, config: ImageConfig, tile: int) -> int:

@@ -8,8 +8,7 @@ Source: LLaVA mm_utils.py, process_images; transformers CLIPImageProcessor.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,14 +35,6 @@ class PreparedImage:
     size: ImageSize
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedBatch:
-    """Several pictures, and whether they stack into one tensor because all have as many tiles."""
-
-    images: tuple[PreparedImage, ...]
-    stacks: bool
-
-
 def prepare(
     image: Image.Image, config: ImageConfig, vision: VisionConfig | None = None
 ) -> PreparedImage:
@@ -60,7 +51,7 @@ def prepare(
         MediaError: the picture has no pixels.
 
     Note: a picture 1 or 3 pixels high is a picture here; the original takes it for channel-first
-        numbers, fails or scrambles it.
+        numbers and fails or scrambles it (compat/ does so too).
 
     """
     size = size_of(image)
@@ -75,55 +66,6 @@ def prepare(
             f"{vision.image_size}x{vision.image_size}: crop_size must be the tower's image_size"
         )
     return PreparedImage(torch.from_numpy(np.stack(tiles)), size)
-
-
-def prepare_batch(
-    images: Sequence[Image.Image], config: ImageConfig, *, misreads_channels: bool = False
-) -> PreparedBatch:
-    """Several pictures as the original hands them on: stacked when all have the same shape.
-
-    Args:
-        images: Pillow images, see `prepare`.
-        config: aspect, resolutions and pixel arithmetic.
-        misreads_channels: also take pictures 1 or 3 pixels high for channel-first numbers, as the
-            original's processor does; for programs that compare with the original.
-
-    Raises:
-        MediaError: there are none, or `misreads_channels` leaves one that cannot be read.
-
-    Source: LLaVA mm_utils.py, process_images.
-
-    """
-    if not images:
-        raise MediaError("no pictures to prepare: the list is empty")
-    sizes = [size_of(image) for image in images]
-    if misreads_channels and config.aspect != "anyres":
-        images = _misread(images, config)
-        config = replace(config, aspect="square")
-    prepared = tuple(
-        replace(prepare(image, config), size=size)
-        for image, size in zip(images, sizes, strict=True)
-    )
-    return PreparedBatch(prepared, len({item.pixel_values.shape for item in prepared}) == 1)
-
-
-def _misread(images: Sequence[Image.Image], config: ImageConfig) -> list[Image.Image]:
-    """The pictures as the original's processor sees them; in `square` the first decides."""
-    if config.aspect == "pad":
-        padded = [_pad(image, config.pixels) for image in images]
-        return [_as_channel_first(image) if image.height in (1, 3) else image for image in padded]
-    if images[0].height in (1, 3):
-        return [_as_channel_first(image) for image in images]
-    return list(images)
-
-
-def _as_channel_first(image: Image.Image) -> Image.Image:
-    if image.height != 3:
-        raise MediaError(
-            f"a picture of {size_of(image)} read as channel-first has {image.height} channels "
-            "instead of 3: leave misreads_channels off"
-        )
-    return Image.fromarray(np.ascontiguousarray(np.asarray(as_rgb(image)).transpose(1, 2, 0)))
 
 
 def _parts(image: Image.Image, config: ImageConfig) -> list[Image.Image]:
