@@ -27,6 +27,7 @@ from lapilli.geometry import ImageSize
 Side = Literal["left", "right"]
 
 FAMILIES = {"llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}
+RECORD_KEY = "lapilli_template"
 ASPECTS: dict[str, Aspect] = {"square": "square", "pad": "pad", "anyres": "anyres"}
 MERGES: dict[str, Merge] = {
     "flat": "flat",
@@ -73,7 +74,8 @@ def parse_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     _refuse_multi_scale(reader)
     vision, vision_report = _vision(reader, files) if has_vision else (None, KeyReport())
     image, image_report = _image(reader, files, vision) if vision else (None, KeyReport())
-    for key in ("mm_vision_tower", "vision_tower", "architectures", "model_type"):
+    # The template is read where templates are known; see lapilli.prompt.choose.
+    for key in ("mm_vision_tower", "vision_tower", "architectures", "model_type", RECORD_KEY):
         reader.value(key)
     torch_dtype = reader.text("torch_dtype") or reader.text("dtype")
     projector = _projector(reader, vision, text.hidden_size) if vision else None

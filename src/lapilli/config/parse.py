@@ -2,11 +2,11 @@
 
 from lapilli.config.files import ConfigFiles
 from lapilli.config.hf import parse_hf_llava, parse_language_model
-from lapilli.config.llava import FAMILIES, parse_llava
+from lapilli.config.llava import FAMILIES, family_of, parse_llava
 from lapilli.config.llava import named_tower as named_llava_tower
-from lapilli.config.model import ModelConfig
-from lapilli.config.reader import JsonObject, KeyReport
-from lapilli.config.text import TEXT_FAMILIES
+from lapilli.config.model import ModelConfig, TextConfig
+from lapilli.config.reader import JsonObject, KeyReader, KeyReport
+from lapilli.config.text import TEXT_FAMILIES, parse_text
 from lapilli.errors import UnsupportedModelError
 
 HF_LLAVA_TYPES = ("llava", "llava_next")
@@ -53,6 +53,23 @@ def parse_config(
         f"config.json: model_type {kind!r} is not supported, choose from "
         f"{', '.join(SUPPORTED_TYPES)}"
     )
+
+
+def parse_text_config(raw: JsonObject) -> TextConfig:
+    """The language model inside any supported config.json, without looking at its images.
+
+    Raises:
+        ConfigError: a key is missing or of the wrong type.
+        UnsupportedModelError: a language model that lapilli does not have.
+
+    """
+    reader = KeyReader(raw, "config.json")
+    if is_original(raw):
+        return parse_text(reader, family_of(raw))
+    if is_hf_llava(raw):
+        reader = reader.child("text_config")
+        return parse_text(reader, reader.text("model_type") or "llama")
+    return parse_text(reader, str(raw.get("model_type")))
 
 
 def is_hf_llava(raw: JsonObject) -> bool:

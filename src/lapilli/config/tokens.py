@@ -18,16 +18,20 @@ def parse_tokens(
         `mm_use_im_patch_token` is true when absent: the original then adds one token at loading.
 
     """
-    pad = generation.ids("pad_token_id") or reader.ids("pad_token_id")
-    bos = generation.ids("bos_token_id") or reader.ids("bos_token_id")
-    eos = generation.ids("eos_token_id")
-    own = reader.ids("eos_token_id")
+    bos, eos, pad = (
+        _first(generation.ids(key), reader.ids(key))
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+    )
     return TokenConfig(
         bos_id=bos[0] if bos else None,
-        eos_ids=eos or own,
+        eos_ids=eos,
         # Negative ids are how some files say "none".
         pad_id=pad[0] if pad and pad[0] >= 0 else None,
         image_id=image_id,
         use_start_end=reader.flag("mm_use_im_start_end", False),
         use_patch_token=reader.flag("mm_use_im_patch_token", True),
     )
+
+
+def _first(wins: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    return wins or other

@@ -1,0 +1,146 @@
+"""From weight parts to a model: built without memory, every parameter assigned and counted."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lapilli.checkpoint.directory import WeightPart
+from lapilli.checkpoint.keymaps.tables import EMBEDDINGS, OUTPUT
+from lapilli.checkpoint.report import LoadReport, some
+from lapilli.checkpoint.vocabulary import Vocabulary
+from lapilli.checkpoint.weights import refuse_not_finite
+from lapilli.config.model import ModelConfig
+from lapilli.errors import MissingWeightsError, ShapeMismatchError
+from lapilli.lm.build import build_language_model
+from lapilli.modality.image.image import ImageModality
+from lapilli.model.vlm import VisionLanguageModel
+
+VOCABULARY = (*EMBEDDINGS, OUTPUT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matching:
+    """Which tensor goes where; later parts override earlier ones."""
+
+    sources: Mapping[str, tuple[tuple[WeightPart, str], ...]]
+    dropped: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def report(self) -> LoadReport:
+        """The same without the tensors."""
+        return LoadReport(
+            used=tuple(sorted(self.sources)),
+            dropped=self.dropped,
+            missing=self.missing,
+            unexpected=self.unexpected,
+        )
+
+
+def build_model(config: ModelConfig) -> VisionLanguageModel:
+    """The model of a configuration on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        language_model = build_language_model(config.text)
+        if config.image is None or config.vision is None or config.projector is None:
+            return VisionLanguageModel(language_model, {})
+        image = ImageModality(
+            config.image, config.vision, config.projector, has_newline=config.has_newline
+        )
+        return VisionLanguageModel(language_model, {"image": image})
+
+
+def match(parts: Sequence[WeightPart], model: nn.Module, *, tied: bool) -> Matching:
+    """Pair every parameter with its tensors, and every tensor with what becomes of it."""
+    expected = model.state_dict().keys()
+    sources: dict[str, tuple[tuple[WeightPart, str], ...]] = {}
+    dropped: list[str] = []
+    unexpected: list[str] = []
+    for part in parts:
+        for foreign in part.store.infos:
+            ours = part.parameter(foreign)
+            if part.is_dropped(foreign) or (tied and ours == OUTPUT):
+                dropped.append(foreign)
+            elif ours is None or ours not in expected:
+                unexpected.append(foreign)
+            else:
+                # Only a vocabulary is ever put together from two files (rows of an adapter).
+                before = sources.get(ours, ()) if ours in VOCABULARY else ()
+                sources[ours] = (*before, (part, foreign))
+    return Matching(
+        sources=sources,
+        dropped=tuple(sorted(dropped)),
+        missing=tuple(sorted(expected - sources.keys())),
+        unexpected=tuple(sorted(unexpected)),
+    )
+
+
+def refuse_gaps(matching: Matching) -> None:
+    """Every parameter has a tensor and every tensor a parameter.
+
+    Raises:
+        MissingWeightsError: not so; the message names some and counts all.
+
+    """
+    problems = []
+    if matching.missing:
+        problems.append(
+            f"{len(matching.missing)} parameters have no tensor in the files: "
+            f"{some(matching.missing)}"
+        )
+    if matching.unexpected:
+        problems.append(
+            f"{len(matching.unexpected)} tensors of the files have no parameter: "
+            f"{some(matching.unexpected)}"
+        )
+    if problems:
+        raise MissingWeightsError(
+            f"{'; '.join(problems)}. Is config.json the one of these weights, and is the download "
+            "complete?"
+        )
+
+
+def fill(
+    model: nn.Module,
+    matching: Matching,
+    vocabulary: Vocabulary,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    check_finite: bool = True,
+) -> None:
+    """Assign every tensor to its parameter, in the target dtype and on the target device.
+
+    A tensor that has the dtype already stays a view of its file; others are converted one at a
+    time. Vocabulary tables get the number of rows that the model has.
+
+    Raises:
+        ShapeMismatchError: a tensor has another shape than the configuration says.
+        CheckpointError: a tensor holds NaN or an infinity.
+
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    filled: dict[str, Tensor] = {}
+    for name, sources in matching.sources.items():
+        tensors = []
+        for part, foreign in sources:
+            tensor = part.store.tensor(foreign, dtype)
+            if check_finite:
+                refuse_not_finite(f"{foreign} ({part.label})", tensor)
+            tensors.append(tensor)
+        tensor = vocabulary.fit(name, tensors) if name in VOCABULARY else tensors[-1]
+        _check_shape(name, sources[-1], tensor, shapes[name])
+        filled[name] = tensor.to(device)
+    model.load_state_dict(filled, strict=True, assign=True)
+
+
+def _check_shape(
+    name: str, source: tuple[WeightPart, str], tensor: Tensor, expected: tuple[int, ...]
+) -> None:
+    if tuple(tensor.shape) != expected:
+        part, foreign = source
+        raise ShapeMismatchError(
+            f"{foreign} ({part.label}) has shape {tuple(tensor.shape)}, but the configuration asks "
+            f"for {expected} ({name}): config.json and weights do not belong together"
+        )

@@ -1,0 +1,202 @@
+"""One checkpoint directory: its config files parsed, its tower found, its weights opened.
+
+Nothing of the weights is read but names and shapes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lapilli.checkpoint.files import read_json, read_optional_json
+from lapilli.checkpoint.keymaps import (
+    HF_LLAVA,
+    LANGUAGE_MODEL,
+    ORIGINAL,
+    ORIGINAL_MPT,
+    VISION_TOWER,
+    KeyMap,
+)
+from lapilli.checkpoint.keymaps.tables import TOWER
+from lapilli.checkpoint.source import find_directory, resolve
+from lapilli.checkpoint.weights import WeightStore, find_weight_files
+from lapilli.config.model import ModelConfig
+from lapilli.config.parse import is_original, named_tower, parse_config
+from lapilli.config.reader import JsonObject, KeyReport, is_object
+from lapilli.errors import CheckpointError, MissingFileError, MissingWeightsError
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPart:
+    """Some tensors and what they are called here.
+
+    Args:
+        label: of the part in messages.
+        store: the tensors.
+        keymap: their names here.
+        skipped: prefixes of parameters that this part holds but does not give.
+
+    """
+
+    label: str
+    store: WeightStore
+    keymap: KeyMap
+    skipped: tuple[str, ...] = ()
+
+    def parameter(self, foreign: str) -> str | None:
+        """The parameter that a tensor of the part is for; None when no rule knows its name."""
+        return self.keymap.to_ours(foreign)
+
+    def is_dropped(self, foreign: str) -> bool:
+        """Whether the part holds a tensor without giving it, on purpose."""
+        ours = self.keymap.to_ours(foreign)
+        skipped = bool(self.skipped) and ours is not None and ours.startswith(self.skipped)
+        return skipped or self.keymap.is_dropped(foreign)
+
+    def has(self, prefix: str) -> bool:
+        """Whether a tensor belongs under this parameter prefix, given or not."""
+        found = (self.keymap.to_ours(name) for name in self.store.infos)
+        return any(ours is not None and ours.startswith(prefix) for ours in found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointDirectory:
+    """What stands in a directory with a config.json."""
+
+    path: Path
+    raw: JsonObject
+    config: ModelConfig
+    keys: KeyReport
+    parts: tuple[WeightPart, ...] = ()
+    tower_path: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def open_weights(directory: Path) -> WeightStore:
+    """The tensors of a full model; none where the directory has no weight files."""
+    return WeightStore.of_files(find_weight_files(directory))
+
+
+def open_directory(path: Path, *, extra: Sequence[WeightPart] = ()) -> CheckpointDirectory:
+    """A checkpoint directory.
+
+    Args:
+        path: with config.json.
+        extra: weights that belong to it but lie elsewhere (the base of an adapter); they may
+            bring the vision tower.
+
+    Raises:
+        MissingFileError: config.json, the vision tower or a shard is missing.
+        ConfigError: config.json cannot be followed.
+        CheckpointError: a file is damaged.
+
+    """
+    raw = read_json(path / "config.json")
+    store = open_weights(path)
+    tower_path = _tower_directory(path, raw)
+    tower_config = read_json(tower_path / "config.json") if tower_path else None
+    config, keys = parse_config(
+        raw,
+        tower=tower_config,
+        preprocessor=_preprocessor(tower_path or path),
+        generation=read_optional_json(path / "generation_config.json"),
+        weight_names=frozenset(store.infos),
+    )
+    keymap = keymap_of(config)
+    own = (WeightPart("checkpoint", store, keymap),) if store.infos else ()
+    parts, notes = (*extra, *own), _pixel_notes(tower_path or path, config)
+    if tower_path is not None:
+        parts, more = _with_tower(parts, config, tower_path)
+        notes += more
+    return CheckpointDirectory(
+        path=path,
+        raw=raw,
+        config=config,
+        keys=keys,
+        parts=parts,
+        tower_path=tower_path,
+        notes=notes,
+    )
+
+
+def keymap_of(config: ModelConfig) -> KeyMap:
+    """The names that the tensors of this layout have."""
+    if config.layout == "text":
+        return LANGUAGE_MODEL
+    if config.layout != "llava":
+        return HF_LLAVA
+    return ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
+
+
+def _tower_directory(path: Path, raw: JsonObject) -> Path | None:
+    """Where the vision tower lies that the original layout names."""
+    name = named_tower(raw) if is_original(raw) else None
+    if name is None:
+        return None
+    try:
+        return resolve(name, beside=(path,))
+    except CheckpointError as error:
+        raise MissingFileError(
+            f"the vision tower of {path} (mm_vision_tower in its config.json) is not there: {error}"
+        ) from error
+
+
+def _with_tower(
+    parts: tuple[WeightPart, ...], config: ModelConfig, tower_path: Path
+) -> tuple[tuple[WeightPart, ...], tuple[str, ...]]:
+    """The parts with the tower from where the original takes it.
+
+    Source: LLaVA clip_encoder.py: a tower that was tuned (unfreeze_mm_vision_tower) comes from the
+    checkpoint, a frozen one from the directory or repository that mm_vision_tower names.
+
+    Raises:
+        MissingWeightsError: a tuned tower without weights in the checkpoint.
+
+    """
+    inside = any(part.has(TOWER) for part in parts)
+    if config.vision_in_checkpoint:
+        if not inside:
+            raise MissingWeightsError(
+                "unfreeze_mm_vision_tower is true, so the vision tower was tuned, but the "
+                "checkpoint has none of its weights: get the whole checkpoint, or set the key to "
+                f"false to take the tower of {tower_path} as it is"
+            )
+        return parts, ()
+    store = open_weights(tower_path)
+    if not store.infos:
+        if inside:
+            return parts, (f"the vision tower is the checkpoint's: {tower_path} has no weights",)
+        raise MissingFileError(f"no weights of the vision tower in {tower_path}")
+    tower = WeightPart("vision tower", store, VISION_TOWER)
+    if not inside:
+        return (tower, *parts), ()
+    kept = tuple(
+        WeightPart(part.label, part.store, part.keymap, (*part.skipped, TOWER)) for part in parts
+    )
+    note = (
+        f"the checkpoint holds a vision tower, but it was frozen: {tower_path} is read instead, "
+        "as the original does"
+    )
+    return (tower, *kept), (note,)
+
+
+def _preprocessor(path: Path) -> JsonObject | None:
+    """preprocessor_config.json, or its successor inside processor_config.json."""
+    found = read_optional_json(path / "preprocessor_config.json")
+    if found is not None:
+        return found
+    newer = (read_optional_json(path / "processor_config.json") or {}).get("image_processor")
+    return newer if is_object(newer) else None
+
+
+def _pixel_notes(path: Path, config: ModelConfig) -> tuple[str, ...]:
+    if config.vision is None or _preprocessor(path) is not None:
+        return ()
+    return (
+        f"no preprocessor_config.json in {path}: sizes and colours are those of a "
+        f"{config.vision.family} tower of {config.vision.image_size} pixels",
+    )
+
+
+def find_beside(name: str, path: Path) -> Path | None:
+    """A directory named by a checkpoint: relative to it, to its parent or to the working one."""
+    return find_directory(name, (path, path.parent))

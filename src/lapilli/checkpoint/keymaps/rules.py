@@ -1,0 +1,58 @@
+"""How a table of prefixes renames tensors, in both directions."""
+
+import re
+from dataclasses import dataclass
+
+# Entries of published files that no parameter takes, whatever their prefix: old buffers, the text
+# half of two-tower files, SigLIP's pooling head.
+DROPPED = (
+    r"\.rotary_emb\.inv_freq$",
+    r"(^|\.)embeddings\.position_ids$",
+    r"\.masked_bias$",
+    r"(^|\.)vision_model\.head\.",
+    r"^vision_tower\.head\.|\.vision_tower\.head\.",
+    r"^head\.(attention|layernorm|mlp|probe)",
+    r"^text_model\.",
+    r"^(visual|text)_projection\.",
+    r"^logit_(scale|bias)$",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyMap:
+    """Prefixes in the file and what they are called here, first match first.
+
+    Args:
+        name: in reports.
+        rules: (prefix in the file, prefix here); None here: dropped on purpose.
+        dropped: patterns of names that are dropped on purpose before the rules are read.
+
+    """
+
+    name: str
+    rules: tuple[tuple[str, str | None], ...]
+    dropped: tuple[str, ...] = DROPPED
+
+    def is_dropped(self, foreign: str) -> bool:
+        """Whether a tensor of the file is knowingly not loaded."""
+        if any(re.search(pattern, foreign) for pattern in self.dropped):
+            return True
+        return any(foreign.startswith(old) and new is None for old, new in self.rules)
+
+    def to_ours(self, foreign: str) -> str | None:
+        """The parameter for a tensor of the file; None when no rule knows the name."""
+        for old, new in self.rules:
+            if foreign.startswith(old) and new is not None:
+                return new + foreign[len(old) :]
+        return None
+
+    def to_foreign(self, ours: str) -> str | None:
+        """The tensor of the file for a parameter; None when no rule knows the name."""
+        matching = [
+            (old, new) for old, new in self.rules if new is not None and ours.startswith(new)
+        ]
+        if not matching:
+            return None
+        # Of several spellings of one place, the first of the longest is the one that is written.
+        old, new = max(matching, key=lambda rule: len(rule[1]))
+        return old + ours[len(new) :]

@@ -1,0 +1,135 @@
+"""`load_checkpoint`: a plan carried out. Read-only, counted, memory-mapped.
+
+Knows the order of things; what each file says is known by the files that it calls.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lapilli.checkpoint.assemble import Matching, build_model, fill, match, refuse_gaps
+from lapilli.checkpoint.placement import choose_device, choose_dtype
+from lapilli.checkpoint.plan import Plan, make_plan
+from lapilli.checkpoint.report import LoadReport
+from lapilli.checkpoint.template import choose_for
+from lapilli.config.model import ModelConfig
+from lapilli.config.reader import JsonObject
+from lapilli.lora import inject, merge
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.choose import TemplateChoice
+from lapilli.prompt.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A checkpoint in memory.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: with the tokens added that the original adds at loading.
+        config: what the checkpoint is.
+        template: the conversation template and why it was chosen.
+        report: what became of every tensor and every key.
+        path: the directory that was asked for.
+        dtype: of the weights.
+        raw: config.json as it is, for the names of the original.
+    """
+
+    model: VisionLanguageModel
+    tokenizer: Tokenizer
+    config: ModelConfig
+    template: TemplateChoice
+    report: LoadReport
+    path: Path
+    dtype: torch.dtype
+    raw: JsonObject
+
+
+def load_checkpoint(
+    source: str | Path,
+    *,
+    base: str | None = None,
+    adapter: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    strict_config: bool = False,
+    merge_lora: bool = True,
+    check_finite: bool = True,
+) -> Loaded:
+    """A model, its tokenizer and a report, from any LLaVA checkpoint as it was published.
+
+    Args:
+        source: a directory, a hub id ("owner/name" or "owner/name@revision") or "pebble".
+        base: the language model under a LoRA or a projector-only checkpoint; None takes what the
+            checkpoint names.
+        adapter: a PEFT adapter to lay over the checkpoint.
+        device: "auto" takes a CUDA device where there is one, else the CPU.
+        dtype: "auto": on a CPU float32 where it fits into the free memory, else bfloat16; on
+            another device what the checkpoint says.
+        strict_config: refuse configuration keys that nothing reads.
+        merge_lora: fold a LoRA into the weights; False keeps it beside them.
+        check_finite: refuse NaN and infinities, at the cost of one pass over the weights.
+
+    Raises:
+        CheckpointError: files are missing, damaged, unsafe, or do not belong together.
+        ConfigError: the configuration cannot be followed.
+
+    Source: LLaVA builder.py load_pretrained_model.
+    Note: the original decides by the name of the folder; here the files decide.
+    """
+    plan = make_plan(source, base=base, adapter=adapter)
+    if strict_config:
+        plan.keys.refuse_unknown()
+    where = choose_device(device)
+    model = build_model(plan.config)
+    matching = match_plan(plan, model)
+    refuse_gaps(matching)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    number_format = choose_dtype(
+        dtype, device=where, stored=plan.config.torch_dtype, num_parameters=count
+    )
+    fill(
+        model,
+        matching,
+        plan.vocabulary,
+        dtype=number_format,
+        device=where,
+        check_finite=check_finite,
+    )
+    lay_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
+    return Loaded(
+        model=model.eval(),
+        tokenizer=plan.tokenizer,
+        config=plan.config,
+        template=choose_for(plan),
+        report=report_of(plan, matching),
+        path=plan.path,
+        dtype=number_format,
+        raw=plan.raw,
+    )
+
+
+def match_plan(plan: Plan, model: torch.nn.Module) -> Matching:
+    """Every tensor of the plan and every parameter of the model, paired."""
+    return match(plan.parts, model, tied=plan.config.text.tie_embeddings)
+
+
+def report_of(plan: Plan, matching: Matching) -> LoadReport:
+    """The report of a plan."""
+    return replace(matching.report(), notes=plan.notes, keys=plan.keys)
+
+
+def lay_adapter(
+    model: VisionLanguageModel, plan: Plan, *, merged: bool, check_finite: bool
+) -> None:
+    """Inject the plan's adapter, and fold it into the weights when asked."""
+    if plan.adapter is None:
+        return
+    tensors: Mapping[str, torch.Tensor] = plan.adapter.tensors(
+        plan.keymap, check_finite=check_finite
+    )
+    inject(model, plan.adapter.config, tensors)
+    if merged:
+        merge(model)

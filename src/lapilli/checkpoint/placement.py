@@ -1,0 +1,103 @@
+"""On which device and in which number format a model is put when nobody says."""
+
+from pathlib import Path
+
+import torch
+
+from lapilli.errors import ConfigError
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
+AUTO = "auto"
+# Room for activations, the KV cache and everything else that runs.
+MEMORY_SHARE = 0.8
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device; "auto" takes a CUDA device where there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+
+    """
+    if device == AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is unknown: try auto, cpu, cuda or cuda:1") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {str(device)!r} was asked for, but there is no CUDA device")
+    return found
+
+
+def choose_dtype(
+    dtype: str | torch.dtype, *, device: torch.device, stored: str | None, num_parameters: int
+) -> torch.dtype:
+    """The number format of the weights.
+
+    "auto" on a CPU is float32 where the weights fit into the free memory, else bfloat16: CPUs
+    compute float32 several times as fast unless they have instructions for the short formats. On
+    any other device it is what the checkpoint says, else float16, which the original always takes.
+
+    Args:
+        dtype: "auto", a name such as "bfloat16", or the torch dtype.
+        device: where the model goes.
+        stored: `torch_dtype` of the checkpoint.
+        num_parameters: of the whole model.
+
+    Raises:
+        ConfigError: a name that is no number format for weights.
+
+    """
+    if isinstance(dtype, torch.dtype):
+        if dtype not in DTYPES.values():
+            raise ConfigError(f"dtype {dtype} is not one for weights: choose from {_names()}")
+        return dtype
+    if dtype != AUTO:
+        name = dtype.removeprefix("torch.")
+        if name not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is unknown: choose from auto, {_names()}")
+        return DTYPES[name]
+    if device.type != "cpu":
+        return DTYPES.get(stored or "", torch.float16)
+    free = available_memory()
+    fits = free is None or num_parameters * 4 <= MEMORY_SHARE * free
+    return torch.float32 if fits else torch.bfloat16
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can still be allocated here; None where the system does not say.
+
+    Linux only: what the kernel counts as available, or what the container's limit leaves.
+    """
+    known = [_meminfo(root / "proc/meminfo"), _container(root / "sys/fs/cgroup")]
+    return min((free for free in known if free is not None), default=None)
+
+
+def _meminfo(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    for line in path.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _container(path: Path) -> int | None:
+    limit, used = path / "memory.max", path / "memory.current"
+    if not limit.is_file() or not used.is_file():
+        return None
+    text = limit.read_text().strip()
+    return int(text) - int(used.read_text()) if text.isdigit() else None
+
+
+def _names() -> str:
+    return ", ".join(DTYPES)

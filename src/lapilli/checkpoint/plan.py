@@ -1,0 +1,264 @@
+"""What loading will do: which form a checkpoint has, and which files give which tensors.
+
+    weights of a model                        full
+    adapter_config.json + config.json of LLaVA  LoRA: base + what was trained beside it + adapter
+    adapter_config.json                       PEFT adapter on the model that it names
+    mm_projector.bin                          projector on a plain language model
+
+A plan reads config files, the tokenizer, and names and shapes of tensors, never their values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lapilli.checkpoint.adapter import Adapter, is_adapter, open_adapter
+from lapilli.checkpoint.base import base_part, find_base, refuse_wrong_base
+from lapilli.checkpoint.directory import (
+    CheckpointDirectory,
+    WeightPart,
+    keymap_of,
+    open_directory,
+)
+from lapilli.checkpoint.files import read_optional_json
+from lapilli.checkpoint.keymaps import KeyMap
+from lapilli.checkpoint.source import resolve
+from lapilli.checkpoint.tokenizer_files import add_image_tokens, has_tokenizer, load_tokenizer
+from lapilli.checkpoint.vocabulary import Vocabulary
+from lapilli.checkpoint.weights import WeightStore, find_weight_files
+from lapilli.config.model import ModelConfig
+from lapilli.config.parse import is_original
+from lapilli.config.reader import JsonObject, KeyReport
+from lapilli.errors import ConfigError, MissingFileError
+from lapilli.prompt.tokenizer import Tokenizer
+
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A checkpoint, understood.
+
+    Args:
+        form: "full", "LoRA", "PEFT adapter" or "projector".
+        name: of its folder or hub id, for the rules by name.
+        path: the directory that was asked for.
+        raw: its config.json.
+        config: what the model is, its vocabulary already of the tokenizer's length.
+        keys: what becomes of the configuration keys.
+        parts: where the tensors come from; later ones override earlier ones.
+        keymap: the names that an adapter's modules have.
+        tokenizer: with the tokens added that the original adds.
+        vocabulary: how the vocabulary tables of the files are fitted.
+        adapter: laid over the model when it is filled.
+        base_path: of the language model under an adapter or projector.
+        tower_path: of a vision tower outside the checkpoint.
+        notes: for the report.
+    """
+
+    form: str
+    name: str
+    path: Path
+    raw: JsonObject
+    config: ModelConfig
+    keys: KeyReport
+    parts: tuple[WeightPart, ...]
+    keymap: KeyMap
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    adapter: Adapter | None = None
+    base_path: Path | None = None
+    tower_path: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Where the tokenizer and the chat template come from."""
+        if self.base_path is not None and not has_tokenizer(self.path):
+            return self.base_path
+        return self.path
+
+
+def make_plan(source: str | Path, *, base: str | None = None, adapter: str | None = None) -> Plan:
+    """Understand a checkpoint.
+
+    Args:
+        source: a directory, a hub id or "pebble".
+        base: the language model under a LoRA or a projector; None takes what the checkpoint names.
+        adapter: a PEFT adapter to lay over the checkpoint.
+
+    Raises:
+        CheckpointError: files are missing, damaged, or do not belong together.
+        ConfigError: config.json cannot be followed.
+    """
+    if adapter is not None:
+        return _with_adapter(make_plan(source, base=base), resolve(adapter))
+    return replace(_plan_source(resolve(source), base), name=name_of(source))
+
+
+def name_of(source: str | Path) -> str:
+    """The name that a folder or a hub id gives: its last part.
+
+    Source: LLaVA mm_utils.py get_model_name_from_path; `checkpoint-N` takes its parent along.
+    """
+    parts = Path(str(source).partition("@")[0]).expanduser().parts
+    if len(parts) > 1 and parts[-1].startswith("checkpoint-"):
+        return f"{parts[-2]}_{parts[-1]}"
+    return parts[-1] if parts else ""
+
+
+def _plan_source(path: Path, base: str | None) -> Plan:
+    if is_adapter(path):
+        return _plan_adapter(path, base)
+    if not find_weight_files(path) and _first(path, PROJECTOR_FILES) is not None:
+        return _plan_on_base("projector", path, base, PROJECTOR_FILES, adapter=None)
+    if base is not None:
+        raise ConfigError(
+            f"base {base!r} was given, but {path} is a whole model: a base is for LoRA and "
+            "projector-only checkpoints"
+        )
+    directory = open_directory(path)
+    if not any(part.label == "checkpoint" for part in directory.parts):
+        raise MissingFileError(
+            f"no weights in {path}: looked for model.safetensors, pytorch_model.bin and their "
+            "shards, adapter_config.json and mm_projector.bin"
+        )
+    return _plan("full", directory)
+
+
+def _plan_adapter(path: Path, base: str | None) -> Plan:
+    """A directory with adapter_config.json: the original's LoRA, or a plain PEFT adapter."""
+    adapter = open_adapter(path)
+    raw = read_optional_json(path / "config.json")
+    if raw is not None and is_original(raw):
+        return _plan_on_base("LoRA", path, base, NON_LORA_FILES, adapter=adapter)
+    below = find_base(base, adapter.base_name, path)
+    return _with_adapter(make_plan(below), path)
+
+
+def _with_adapter(plan: Plan, path: Path) -> Plan:
+    """A plan with a PEFT adapter laid over it."""
+    adapter = open_adapter(path)
+    if plan.adapter is not None:
+        raise ConfigError(
+            f"{plan.path} is an adapter itself: merge it into a whole checkpoint before laying "
+            f"{path} over it"
+        )
+    saved = adapter.saved_modules()
+    parts = plan.parts
+    if saved.infos:
+        parts += (WeightPart("adapter", saved, plan.keymap),)
+    beside = _first(path, NON_LORA_FILES)
+    if beside is not None:
+        parts += (_trained_part("non-LoRA tensors", beside, plan.keymap),)
+    return replace(
+        plan,
+        form="PEFT adapter",
+        adapter=adapter,
+        parts=parts,
+        base_path=plan.base_path or plan.path,
+        path=path,
+    )
+
+
+def _plan_on_base(
+    form: str, path: Path, base: str | None, files: Sequence[str], *, adapter: Adapter | None
+) -> Plan:
+    """The original's LoRA or projector: its own config.json, the weights of a plain model below."""
+    raw = read_optional_json(path / "config.json") or {}
+    named = adapter.base_name if adapter else None
+    base_path = find_base(base, named or _name_of_base(raw), path)
+    trained = _first(path, files)
+    if trained is None:
+        raise MissingFileError(f"{files[-1]} is missing in {path}: the projector is in it")
+    below = base_part(base_path)
+    directory = open_directory(path, extra=(below,))
+    base_rows = refuse_wrong_base(directory.config.text, base_path)
+    parts = (
+        *directory.parts,
+        _trained_part(form, trained, keymap_of(directory.config)),
+    )
+    if adapter is not None and adapter.saved_modules().infos:
+        saved = adapter.saved_modules()
+        parts += (WeightPart("adapter", saved, keymap_of(directory.config)),)
+    return _plan(
+        form,
+        replace(directory, parts=parts),
+        adapter=adapter,
+        base_path=base_path,
+        base_rows=base_rows,
+    )
+
+
+def _name_of_base(raw: JsonObject) -> str | None:
+    name = raw.get("_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def _trained_part(label: str, file: Path, keymap: KeyMap) -> WeightPart:
+    """Tensors that were trained and stored under the names of a wrapped model.
+
+    Source: LLaVA builder.py: `base_model.` is stripped, then one `model.` where all have two.
+    """
+    store, plain = WeightStore.of_files([file]), WeightStore()
+    for foreign in store.infos:
+        name = foreign.removeprefix("module.").removeprefix("base_model.model.")
+        plain.rename(store, foreign, name)
+    return WeightPart(label, plain, keymap)
+
+
+def _first(path: Path, names: Sequence[str]) -> Path | None:
+    return next((path / name for name in names if (path / name).is_file()), None)
+
+
+def _plan(
+    form: str,
+    directory: CheckpointDirectory,
+    *,
+    adapter: Adapter | None = None,
+    base_path: Path | None = None,
+    base_rows: int | None = None,
+) -> Plan:
+    """The rest that every form needs: the tokenizer, and the vocabulary of its length."""
+    config = directory.config
+    own = has_tokenizer(directory.path) or base_path is None
+    where = directory.path if own or base_path is None else base_path
+    fast = config.layout != "llava" or config.text.family != "llama"
+    tokenizer = load_tokenizer(where, fast=fast)
+    before, new = config.text.vocab_size, 0
+    rows = before
+    notes = list(directory.notes)
+    if config.layout == "llava":
+        new = add_image_tokens(
+            tokenizer,
+            use_patch=config.tokens.use_patch_token,
+            use_start_end=config.tokens.use_start_end,
+        )
+        rows = tokenizer.vocab_size
+        notes += _vocabulary_notes(before, rows)
+    return Plan(
+        form=form,
+        name=directory.path.name,
+        path=directory.path,
+        raw=directory.raw,
+        config=replace(config, text=replace(config.text, vocab_size=rows)),
+        keys=directory.keys,
+        parts=directory.parts,
+        keymap=keymap_of(config),
+        tokenizer=tokenizer,
+        vocabulary=Vocabulary(
+            rows=rows, accepted=frozenset({before, base_rows or before}), new_rows=new
+        ),
+        adapter=adapter,
+        base_path=base_path,
+        tower_path=directory.tower_path,
+        notes=tuple(notes),
+    )
+
+
+def _vocabulary_notes(before: int, rows: int) -> list[str]:
+    if rows == before:
+        return []
+    how = "cut" if rows < before else "grown, new rows being the mean of the others,"
+    return [f"the vocabulary was {how} from {before} to {rows} rows, the length of the tokenizer"]

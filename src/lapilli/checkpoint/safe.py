@@ -1,0 +1,123 @@
+"""A .safetensors file: its header, and tensors as views of the mapped file or converted copies."""
+
+import json
+import struct
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lapilli.config.reader import is_object
+from lapilli.errors import CheckpointError
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+HEADER_LIMIT = 100_000_000
+
+
+class SafetensorsShard:
+    """One file, whose header is read at once and whose tensors are read when asked for.
+
+    Raises:
+        CheckpointError: the file is truncated or no safetensors file.
+
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._infos: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        start, header = self._header()
+        size = path.stat().st_size
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            shape, dtype, begin, end = self._entry(name, entry)
+            if start + end > size:
+                raise CheckpointError(
+                    f"{path} is truncated: {name} ends at byte {start + end}, "
+                    f"the file has {size} bytes; download it again"
+                )
+            self._infos[name] = (shape, dtype)
+            self._places[name] = (start + begin, end - begin)
+
+    def infos(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor."""
+        return self._infos
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor on the CPU: a view of the mapped file when no other dtype is asked for.
+
+        A conversion reads the bytes instead of mapping them, so that the memory in use is the
+        converted weights and one tensor, not both forms of the whole file.
+        """
+        shape, stored = self._infos[name]
+        offset, length = self._places[name]
+        if dtype in (None, stored) and length:
+            start, rest = divmod(offset, stored.itemsize)
+            if not rest:
+                strides = torch.empty(shape, device="meta").stride()
+                return torch.empty(0, dtype=stored).set_(self._mapping, start, shape, strides)
+        data = bytearray(length)
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            file.readinto(data)
+        flat = torch.frombuffer(data, dtype=stored) if length else torch.empty(0, dtype=stored)
+        return flat.view(shape).to(dtype or stored)
+
+    @cached_property
+    def _mapping(self) -> torch.UntypedStorage:
+        """The file as a private mapping: its pages are shared until somebody writes to them."""
+        size = self.path.stat().st_size
+        mapping = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=size)
+        return cast("torch.UntypedStorage", mapping)
+
+    def _header(self) -> tuple[int, Mapping[str, object]]:
+        with self.path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else HEADER_LIMIT + 1
+            text = file.read(length) if length <= HEADER_LIMIT else b""
+        if len(text) != length:
+            raise self._damaged()
+        try:
+            header: object = json.loads(text)
+        except ValueError as error:
+            raise self._damaged() from error
+        if not is_object(header):
+            raise self._damaged()
+        return 8 + length, header
+
+    def _entry(self, name: str, entry: object) -> tuple[tuple[int, ...], torch.dtype, int, int]:
+        if not is_object(entry):
+            raise self._damaged()
+        kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+            raise self._damaged()
+        if kind not in DTYPES:
+            raise CheckpointError(f"{self.path}: {name} has the unknown dtype {kind!r}")
+        dtype = DTYPES[str(kind)]
+        begin, end = offsets
+        if begin < 0 or end - begin != torch.Size(shape).numel() * dtype.itemsize:
+            raise self._damaged()
+        return tuple(shape), dtype, begin, end
+
+    def _damaged(self) -> CheckpointError:
+        size = self.path.stat().st_size
+        return CheckpointError(
+            f"{self.path} ({size} bytes) is truncated or no safetensors file: download it again"
+        )

@@ -1,0 +1,134 @@
+"""Where a checkpoint lies: a directory, a hub id or the embedded `pebble`; nothing is read here.
+
+The only file of lapilli that asks the hub. Cache, token, mirror and offline mode are those of
+huggingface_hub (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE), which reads them itself.
+"""
+
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from lapilli.errors import CheckpointError, MissingFileError
+
+PEBBLE = "pebble"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+
+# What a checkpoint may consist of besides its weights. Folders inside a repository are other forms
+# of the same model and are not fetched.
+SMALL_FILES = [
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "mm_projector.bin",
+    "non_lora_trainables.bin",
+]
+SAFE_WEIGHTS = ["*.safetensors"]
+PICKLED_WEIGHTS = ["pytorch_model*.bin", "adapter_model.bin"]
+
+
+def resolve(source: str | Path, *, weights: bool = True, beside: Sequence[Path] = ()) -> Path:
+    """The directory of a checkpoint, fetched from the hub when it is not on this disk.
+
+    Args:
+        source: a directory, a hub id ("owner/name" or "owner/name@revision") or "pebble".
+        weights: also fetch the weights; False fetches the small files only.
+        beside: directories that a relative path may start from, before the working directory.
+
+    Raises:
+        MissingFileError: no such directory, hub id or revision, or it cannot be fetched.
+        CheckpointError: a file instead of a directory.
+
+    """
+    name = str(source)
+    if name == PEBBLE:
+        return _embedded()
+    found = find_directory(name, beside)
+    if found is not None:
+        return found
+    if isinstance(source, Path) or not HUB_ID.fullmatch(name):
+        raise MissingFileError(
+            f"{name!r} is neither a directory nor a hub id such as owner/name: check the path"
+        )
+    return fetch_snapshot(name, weights=weights)
+
+
+def find_directory(name: str, beside: Sequence[Path] = ()) -> Path | None:
+    """The local directory of this name, or None.
+
+    Raises:
+        CheckpointError: there is a file of this name.
+
+    """
+    path = Path(name).expanduser()
+    for candidate in (*(start / path for start in beside), path):
+        if candidate.is_dir():
+            return candidate.resolve()
+        if candidate.is_file():
+            raise CheckpointError(
+                f"{name!r} is a file: give the directory that holds config.json and the weights"
+            )
+    return None
+
+
+def _embedded() -> Path:
+    path = Path(str(files("lapilli"))) / PEBBLE
+    if not (path / "config.json").is_file():
+        raise MissingFileError(
+            "the embedded model 'pebble' is not in this installation: run `make pebble`, "
+            "or give a directory or hub id"
+        )
+    return path
+
+
+def fetch_snapshot(name: str, *, weights: bool = True) -> Path:
+    """A repository of the hub in its local cache; one kind of weights only, safetensors first.
+
+    Raises:
+        MissingFileError: not there, not allowed, or offline and not in the cache.
+
+    """
+    path = _snapshot(name, SMALL_FILES)
+    if not weights:
+        return path
+    path = _snapshot(name, SAFE_WEIGHTS)
+    if not any(path.glob("*.safetensors")):
+        path = _snapshot(name, PICKLED_WEIGHTS)
+    return path
+
+
+def _snapshot(name: str, patterns: list[str]) -> Path:
+    # Imported here: a local checkpoint should not pay for it.
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repository, _, revision = name.partition("@")
+    try:
+        path = huggingface_hub.snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*"],
+        )
+    except errors.LocalEntryNotFoundError as error:
+        raise MissingFileError(
+            f"{name!r} is neither a directory nor in the hub's local cache, and the hub cannot be "
+            "reached (offline?): check the path, or fetch it once with a connection"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise MissingFileError(
+            f"the hub repository {repository!r} is gated: accept its terms on the hub and log in"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise MissingFileError(
+            f"the hub repository {repository!r} has no revision {revision!r}"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise MissingFileError(
+            f"{name!r} is neither a directory nor a repository of the hub: check the spelling "
+            "(private repositories need a login)"
+        ) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise MissingFileError(f"{name!r} could not be fetched from the hub: {error}") from error
+    return Path(path)

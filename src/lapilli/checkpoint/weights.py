@@ -1,0 +1,158 @@
+"""Weight files: names, shapes and dtypes without reading, tensors one by one, memory-mapped.
+
+Knows file formats, no models. Pickles are read with torch's restricted unpickler only.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lapilli.checkpoint.files import read_optional_json
+from lapilli.checkpoint.pickled import PickledShard
+from lapilli.checkpoint.safe import SafetensorsShard
+from lapilli.config.reader import is_object
+from lapilli.errors import CheckpointError, MissingFileError
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a file says about a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return self.num_parameters * self.dtype.itemsize
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+Shard = SafetensorsShard | PickledShard
+
+
+@dataclass(slots=True)
+class WeightStore:
+    """The tensors of some weight files by name."""
+
+    shards: dict[str, Shard] = field(default_factory=dict)
+    infos: dict[str, TensorInfo] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_files(cls, paths: Iterable[Path]) -> "WeightStore":
+        """The tensors of these files; a name may stand in one file only.
+
+        Raises:
+            MissingFileError: a file is not there.
+            CheckpointError: a file is damaged, or two hold the same tensor.
+
+        """
+        store = cls()
+        for path in paths:
+            shard = open_shard(path)
+            store.shards[path.name] = shard
+            for name, (shape, dtype) in shard.infos().items():
+                if name in store.infos:
+                    raise CheckpointError(
+                        f"{name} stands in {store.infos[name].file} and in {path.name}"
+                    )
+                store.infos[name] = TensorInfo(shape, dtype, path.name)
+        return store
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor on the CPU: a view of the file when no other dtype is asked for."""
+        shard = self.shards[self.infos[name].file]
+        return shard.tensor(self.aliases.get(name, name), dtype)
+
+    def rename(self, other: "WeightStore", foreign: str, name: str) -> None:
+        """Take a tensor of another store under another name."""
+        info = other.infos[foreign]
+        self.shards[info.file] = other.shards[info.file]
+        self.infos[name] = info
+        self.aliases[name] = other.aliases.get(foreign, foreign)
+
+
+def open_shard(path: Path) -> Shard:
+    """A weight file, by its ending."""
+    if not path.is_file():
+        raise MissingFileError(f"{path.name} is missing in {path.parent}")
+    return SafetensorsShard(path) if path.suffix == ".safetensors" else PickledShard(path)
+
+
+# Index, single file and numbered shards, in the order in which they are looked for.
+FULL_WEIGHTS = (
+    ("model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model-*-of-*.bin"),
+)
+
+
+def find_weight_files(directory: Path) -> tuple[Path, ...]:
+    """The files that hold a model's weights; empty when there are none.
+
+    Raises:
+        MissingFileError: an index names a file that is not there.
+        CheckpointError: an index without weight_map.
+
+    """
+    for index, single, pattern in FULL_WEIGHTS:
+        found = read_optional_json(directory / index)
+        if found is not None:
+            return _indexed(directory, index, found.get("weight_map"))
+        if (directory / single).is_file():
+            return (directory / single,)
+        shards = tuple(sorted(directory.glob(pattern)))
+        if shards:
+            _check_numbered(directory, shards)
+            return shards
+    return ()
+
+
+def _indexed(directory: Path, index: str, weight_map: object) -> tuple[Path, ...]:
+    if not is_object(weight_map):
+        raise CheckpointError(f"{directory / index} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{directory / index} names {outside[0]!r}, outside its directory")
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise MissingFileError(
+            f"{index} names {', '.join(missing[:3])}, missing in {directory} "
+            f"({len(missing)} of {len(names)} weight files): download it again"
+        )
+    return tuple(directory / name for name in names)
+
+
+def _check_numbered(directory: Path, shards: tuple[Path, ...]) -> None:
+    count = shards[0].stem.rpartition("-of-")[2]
+    if count.isdigit() and int(count) != len(shards):
+        raise MissingFileError(
+            f"{len(shards)} of {int(count)} weight files are in {directory}: download it again"
+        )
+
+
+def refuse_not_finite(name: str, tensor: Tensor) -> None:
+    """One pass that finds a NaN or an infinity: both survive minimum and maximum.
+
+    Raises:
+        CheckpointError: there is one.
+
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    low, high = tensor.aminmax()
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            f"{name} has {bad} values of {tensor.numel()} that are NaN or infinite: "
+            "the checkpoint is damaged or its training diverged"
+        )

@@ -1,0 +1,39 @@
+"""Checkpoints of the golden numbers, made once per session by the program that made them first."""
+
+import importlib.util
+import json
+import os
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def maker(conformance) -> ModuleType:
+    """make_checkpoint.py of the conformance directory."""
+    spec = importlib.util.spec_from_file_location("maker", conformance / "make_checkpoint.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def golden(conformance, maker, tmp_path_factory):
+    """golden(variant) -> (spec, paths and hashes, load case); made at the first call."""
+    made = {}
+
+    def make(variant: str):
+        if variant not in made:
+            cases = next((conformance / "cases").glob(f"*/{variant}"))
+            spec = json.loads((cases / "spec.json").read_text())
+            out = tmp_path_factory.mktemp(variant)
+            vision = None
+            if spec.get("vision_path") == "relative":
+                vision = os.path.relpath(out / spec["vision"]["dir"])
+            built = maker.build(spec, str(out), vision, str(conformance / "assets"))
+            every = json.loads((cases / "cases.json").read_text())["cases"]
+            load = next((case for case in every if case["op"] == "load"), None)
+            made[variant] = (spec, built, load)
+        return made[variant]
+
+    return make
