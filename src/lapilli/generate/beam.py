@@ -1,0 +1,197 @@
+"""Beam search: the likeliest answer among several that are grown side by side.
+
+Knows hypotheses and scores; one row's search does not depend on the other rows of its batch.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from math import pow as power
+
+import torch
+
+from lapilli.config.generation import SamplingParams
+from lapilli.generate.outputs import TokenLogprob
+from lapilli.generate.sample import penalize_repetition, report_logprobs
+from lapilli.generate.step import Decoding
+from lapilli.shapes import Bool, Float, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One answer that is being tried, and the sum of its log-probabilities."""
+
+    token_ids: tuple[int, ...] = ()
+    logprob: float = 0.0
+    reports: tuple[TokenLogprob, ...] = ()
+
+    def score(self, length_penalty: float) -> float:
+        """What finished hypotheses are ranked by."""
+        return self.logprob / power(len(self.token_ids), length_penalty)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A running hypothesis (by its number) with one more token."""
+
+    beam: int
+    token_id: int
+    logprob: float
+
+
+class BeamRow:
+    """The search of one row.
+
+    Args:
+        width: hypotheses that run at the same time, and finished ones that are kept.
+        length_penalty: see SamplingParams.
+        ends: whether an answer of these tokens is over.
+
+    """
+
+    def __init__(
+        self, width: int, length_penalty: float, ends: Callable[[Sequence[int]], bool]
+    ) -> None:
+        self._width = width
+        self._length_penalty = length_penalty
+        self._ends = ends
+        self.running = [Hypothesis()]
+        self.finished: list[tuple[float, Hypothesis]] = []
+
+    def extend(
+        self,
+        candidates: Sequence[Candidate],
+        report: Callable[[int, int], tuple[TokenLogprob, ...]],
+    ) -> list[int]:
+        """Go on with the best candidates, best first; returns the number of each one's parent.
+
+        Only the first `width` candidates may finish; the ones after them are there so that enough
+        can go on.
+        """
+        running: list[tuple[int, Hypothesis]] = []
+        for rank, candidate in enumerate(candidates):
+            parent = self.running[candidate.beam]
+            token_ids = (*parent.token_ids, candidate.token_id)
+            over = self._ends(token_ids)
+            if (over and rank >= self._width) or (not over and len(running) == self._width):
+                continue
+            reports = parent.reports + report(candidate.beam, candidate.token_id)
+            grown = Hypothesis(token_ids, candidate.logprob, reports)
+            if over:
+                self.finished.append((grown.score(self._length_penalty), grown))
+            else:
+                running.append((candidate.beam, grown))
+        self.finished.sort(key=lambda item: item[0], reverse=True)
+        del self.finished[self._width :]
+        self.running = [hypothesis for _, hypothesis in running]
+        return [beam for beam, _ in running]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no running hypothesis is expected to beat the worst finished one.
+
+        Source: `early_stopping=False` of the transformers library: the best running hypothesis is
+        rated at its present length.
+        """
+        if not self.running:
+            return True
+        if len(self.finished) < self._width:
+            return False
+        return self.running[0].score(self._length_penalty) <= self.finished[-1][0]
+
+    def best(self) -> tuple[float, Hypothesis]:
+        """The best finished hypothesis, or the best running one if none has finished."""
+        if self.finished:
+            return self.finished[0]
+        hypothesis = self.running[0]
+        score = hypothesis.score(self._length_penalty) if hypothesis.token_ids else 0.0
+        return score, hypothesis
+
+
+def search(
+    decoding: Decoding,
+    logits: Float[Tensor, "B V"],
+    rows: Sequence[BeamRow],
+    params: SamplingParams,
+    *,
+    num_stop_ids: int,
+    seen: Bool[Tensor, "B V"] | None = None,
+) -> Generator[None, None, None]:
+    """Grow all rows until each is done, one token per turn of the iterator.
+
+    Rows that are done leave the batch. Log-probabilities are penalised for repetition after the
+    softmax, not before it: what the transformers library does in beam search.
+
+    Args:
+        decoding: the rows, after their prefill.
+        logits: what the prefill gave.
+        rows: one search per row of the batch.
+        params: number of beams, repetition penalty, reports.
+        num_stop_ids: how many tokens end an answer.
+        seen: tokens that the repetition penalty applies to.
+
+    """
+    active = list(rows)
+    # Enough that `num_beams` hypotheses can go on even if every end token is among the best.
+    wanted = max(2, 1 + num_stop_ids) * params.num_beams
+    while True:
+        scores, candidates = best_candidates(logits, active, wanted, params, seen)
+        width = logits.shape[0] // len(active)
+        parents = [
+            row.extend(found, reporter(scores, at * width, params.logprobs))
+            for at, (row, found) in enumerate(zip(active, candidates, strict=True))
+        ]
+        yield
+        going = [not row.is_done for row in active]
+        order = [at * width + beam for at, row in enumerate(parents) if going[at] for beam in row]
+        active = list(compress(active, going))
+        if not active:
+            return
+        tokens = torch.tensor(
+            [hypothesis.token_ids[-1] for row in active for hypothesis in row.running],
+            device=logits.device,
+        )
+        if seen is not None:
+            seen = seen[order].scatter(1, tokens.unsqueeze(1), True)
+        decoding.take(order)
+        logits = decoding.advance(tokens)
+
+
+def best_candidates(
+    logits: Float[Tensor, "beams V"],
+    rows: Sequence[BeamRow],
+    wanted: int,
+    params: SamplingParams,
+    seen: Bool[Tensor, "beams V"] | None,
+) -> tuple[Float[Tensor, "beams V"], list[list[Candidate]]]:
+    """Log-probabilities of all beams, and the best continuations of every row."""
+    vocabulary = logits.shape[-1]
+    logprobs = logits.float().log_softmax(dim=-1)
+    scores = logprobs
+    if seen is not None:
+        scores = penalize_repetition(scores, seen, params.repetition_penalty)
+    so_far = logprobs.new_tensor([[h.logprob] for row in rows for h in row.running])
+    scores = (scores + so_far).view(len(rows), -1)
+    best = scores.topk(min(wanted, scores.shape[-1]))
+    found = [
+        [
+            Candidate(index // vocabulary, index % vocabulary, value)
+            for index, value in zip(indices, values, strict=True)
+        ]
+        for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    return logprobs, found
+
+
+def reporter(
+    logprobs: Float[Tensor, "beams V"], first_beam: int, alternatives: int | None
+) -> Callable[[int, int], tuple[TokenLogprob, ...]]:
+    """What to note about a token of one of a row's beams: nothing unless reports were asked for."""
+
+    def report(beam: int, token_id: int) -> tuple[TokenLogprob, ...]:
+        if alternatives is None:
+            return ()
+        at = first_beam + beam
+        return tuple(report_logprobs(logprobs[at : at + 1], [token_id], alternatives))
+
+    return report
