@@ -40,7 +40,7 @@ class Message:
 
     """
 
-    role: Role
+    role: str
     parts: tuple[Part, ...]
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Message:
 
     @classmethod
     def from_placeholders(
-        cls, role: Role, text: str, sources: Sequence[object], *, placeholder: str = "<image>"
+        cls, role: str, text: str, sources: Sequence[object], *, placeholder: str = "<image>"
     ) -> "Message":
         """A turn written by a program, with `placeholder` where each source goes.
 

@@ -7,7 +7,7 @@ Knows roles, separators and where a picture goes. Must not know tokenizers, file
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from lapilli.errors import PromptError
 from lapilli.prompt.message import MediaPart, Message
@@ -17,13 +17,30 @@ Style = Literal["single", "two", "mpt", "plain", "llama_2"]
 Turn = tuple[str, "list[Segment] | None"]
 
 
+@runtime_checkable
+class Template(Protocol):
+    """What messages are rendered with: one of ours, or a checkpoint's own."""
+
+    @property
+    def name(self) -> str:
+        """How people ask for it."""
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end an answer."""
+
+    def render(self, messages: Sequence[Message], *, open_turn: bool = True) -> list[Segment]:
+        """Segments of a conversation, with the prompt for the answer or (training) without."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatTemplate:
     """A conversation format as data.
 
     `messages` and `offset` are the built-in examples (role, text) that stand before the first
     question. `system` holds everything before the first separator, `system_prefix` its part that a
-    system message does not replace. `media_open` and `media_close` stand around every medium.
+    system message does not replace. `media_open` and `media_close` stand around every medium in
+    training: the original's programs for asking leave them out, and so do we.
 
     Source: LLaVA conversation.py, reference behaviour of every `conv_templates` entry.
     """
@@ -68,7 +85,7 @@ class ChatTemplate:
         turns: list[Turn] = [(role, [TextSegment(text)]) for role, text in self.messages]
         for message in rest:
             is_answer = message.role == "assistant"
-            turns.append((self.roles[int(is_answer)], self._content(message)))
+            turns.append((self.roles[int(is_answer)], self._content(message, tagged=not open_turn)))
         if open_turn:
             _open(turns, rest, self.roles[1])
         elif self.style == "plain":
@@ -86,12 +103,12 @@ class ChatTemplate:
         segments: list[Turn] = [(r, [TextSegment(t)] if t else None) for r, t in turns]
         return to_text(self._layout(segments, [TextSegment(self.system)] if self.system else []))
 
-    def _content(self, message: Message) -> list[Segment] | None:
+    def _content(self, message: Message, *, tagged: bool) -> list[Segment] | None:
         leading = True
         content: list[Segment] = []
         for part in message.parts:
             if isinstance(part, MediaPart):
-                content += self._slot(part, message)
+                content += self._slot(part, message, tagged)
                 if leading and (message.text or self.style != "plain"):
                     content.append(TextSegment("\n"))
             elif part.text:
@@ -99,14 +116,14 @@ class ChatTemplate:
                 content.append(TextSegment(part.text, literal=True))
         return content or None
 
-    def _slot(self, part: MediaPart, message: Message) -> list[Segment]:
+    def _slot(self, part: MediaPart, message: Message, tagged: bool) -> list[Segment]:
         if message.role != "user":
             raise PromptError(
                 f"a message of the {message.role} holds a medium ({part.modality}): "
                 "only the user shows media"
             )
         slot = MediaSlot(part.modality)
-        if not self.media_open:
+        if not tagged or not self.media_open:
             return [slot]
         return [TextSegment(self.media_open), slot, TextSegment(self.media_close)]
 

@@ -57,6 +57,10 @@ class Tokenizer(Protocol):
         """Number of ids, added tokens included: the original's len(tokenizer)."""
 
     @property
+    def added_vocab(self) -> dict[str, int]:
+        """Added tokens and their ids, the special ones among them."""
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Ids that `decode(skip_special=True)` leaves out."""
 

@@ -109,6 +109,11 @@ class FastTokenizer:
         return int(self._rust.get_vocab_size(with_added_tokens=True))
 
     @property
+    def added_vocab(self) -> dict[str, int]:
+        """Added tokens and their ids, the special ones among them."""
+        return dict(self._added.ids)
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Ids that `decode(skip_special=True)` leaves out."""
         return self._special_ids

@@ -89,6 +89,11 @@ class SentencePieceTokenizer:
         return self._num_pieces + sum(self._piece_id(name) is None for name in self._added.ids)
 
     @property
+    def added_vocab(self) -> dict[str, int]:
+        """Added tokens and their ids, the special ones among them."""
+        return dict(self._added.ids)
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Ids that `decode(skip_special=True)` leaves out."""
         return self._special_ids

@@ -1,0 +1,319 @@
+"""A checkpoint's own chat template, rendered as transformers renders it.
+
+    messages -> the same with unguessable marks in place of what a person typed
+      | jinja2, sandboxed
+      v
+    text with marks and the template's own image tokens -> segments
+
+What a person typed is never looked at by the template, so a typed "<image>" or "</s>" stays text.
+White space around it is, because templates trim. Knows nothing of tokenizers or files.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from itertools import chain, pairwise
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from lapilli.errors import PromptError
+from lapilli.prompt.message import MediaPart, Message, TextPart
+from lapilli.prompt.segments import MediaSlot, Segment, TextSegment
+
+PLACEHOLDER = "<image>"
+_FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class JinjaTemplate:
+    """A chat template with the interface of `ChatTemplate`.
+
+    Args:
+        source: the jinja2 text of chat_template.jinja or tokenizer_config.json.
+        bos_token: text of the token that the template may write first.
+        eos_token: text of the token that the template may write last.
+        image_token: what the template writes in the place of a picture.
+        name: how people see it named.
+
+    Raises:
+        PromptError: a text that is no template.
+
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        image_token: str = PLACEHOLDER,
+        name: str = "chat_template",
+    ) -> None:
+        self.name = name
+        self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
+        self._image_token = image_token
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise PromptError(
+                f"the checkpoint's chat template is not a template: line {error.lineno}: "
+                f"{error.message}; choose one by name"
+            ) from error
+
+    @cached_property
+    def stop(self) -> tuple[str, ...]:
+        """What the template writes after an answer."""
+        marks = _Marks(self._takes_parts, self._image_token)
+        answered = [marks.hide(m) for m in (Message.user("Q"), Message.assistant("A"))]
+        end = self._run(answered, open_turn=False).partition(marks.mark(1))[2].strip()
+        return (end,) if end else ()
+
+    def render(self, messages: Sequence[Message], *, open_turn: bool = True) -> list[Segment]:
+        """Segments of a conversation, as `ChatTemplate.render` gives them.
+
+        With `open_turn=False` the answers are trainable: what follows the open prompt, up to and
+        with the end token.
+
+        Raises:
+            PromptError: the template refuses the messages, fails, or loses a picture or a text.
+
+        """
+        messages = _without_open_turn(messages) if open_turn else messages
+        marks = _Marks(self._takes_parts, self._image_token)
+        hidden = [marks.hide(message) for message in messages]
+        text = self._run(hidden, open_turn=open_turn)
+        marks.check(text, sum(len(message.media) for message in messages))
+        ranges = [] if open_turn else self._answers(hidden, text)
+        return marks.reveal(text, ranges)
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template iterates over content parts, or adds content as a string."""
+        marks = _Marks(True, self._image_token)
+        try:
+            text = self._run([marks.hide(Message.user("Q"))], open_turn=True)
+        except PromptError:
+            return False
+        return marks.mark(0) in text and "'type'" not in text and '"type"' not in text
+
+    def _run(self, messages: Sequence[dict[str, Any]], *, open_turn: bool) -> str:
+        try:
+            return self._template.render(
+                messages=list(messages),
+                add_generation_prompt=open_turn,
+                tools=None,
+                documents=None,
+                **self._tokens,
+            )
+        except _FAILURES as error:
+            raise PromptError(
+                f"the checkpoint's chat template refuses these {len(messages)} messages "
+                f"({', '.join(str(m['role']) for m in messages)}): {error}"
+            ) from error
+
+    def _answers(self, messages: Sequence[dict[str, Any]], text: str) -> list[tuple[int, int]]:
+        """Characters of `text` that the model has to write."""
+        ranges = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._run(messages[:i], open_turn=True)
+            after = self._run(messages[: i + 1], open_turn=False).rstrip("\n")
+            if not (text.startswith(after) and after.startswith(before)):
+                raise PromptError(
+                    f"the checkpoint's chat template writes message {i} differently when more "
+                    "follow, so it cannot be trained on: choose a template by name"
+                )
+            ranges.append((len(before), len(after)))
+        return ranges
+
+
+class _Marks:
+    """Unguessable stand-ins for what a person typed, for one rendering."""
+
+    def __init__(self, takes_parts: bool, image_token: str) -> None:
+        self._nonce = secrets.token_hex(16)
+        self._takes_parts = takes_parts
+        self._image_token = image_token
+        self._texts: list[str] = []
+
+    def mark(self, index: int) -> str:
+        """The stand-in of the text with this number."""
+        return f"[{self._nonce}:{index}]"
+
+    def hide(self, message: Message) -> dict[str, Any]:
+        """A message as chat templates expect it, marks in place of its texts."""
+        content = self._parts(message) if self._takes_parts else self._string(message)
+        return {"role": message.role, "content": content}
+
+    def check(self, text: str, num_media: int) -> None:
+        """Refuse a rendering that lost or doubled something.
+
+        Raises:
+            PromptError: a text that is missing, or another number of image tokens than of media.
+
+        """
+        for index, typed in enumerate(self._texts):
+            times = text.count(self.mark(index))
+            if times != 1:
+                raise PromptError(
+                    f"the checkpoint's chat template writes the text {typed[:40]!r} {times} times "
+                    "instead of once: choose a template by name"
+                )
+        slots = text.count(self._image_token)
+        if slots != num_media:
+            raise PromptError(
+                f"the checkpoint's chat template wrote {slots} {self._image_token} for {num_media} "
+                "media: choose a template by name"
+            )
+
+    def reveal(self, text: str, answers: Sequence[tuple[int, int]]) -> list[Segment]:
+        """Segments: marks become what was typed, image tokens become slots, answers trainable."""
+        pattern = re.compile(rf"\[{self._nonce}:(\d+)\]|{re.escape(self._image_token)}")
+        borders = {
+            0,
+            len(text),
+            *chain(*answers),
+            *chain(*(m.span() for m in pattern.finditer(text))),
+        }
+        segments: list[Segment] = []
+        for start, end in pairwise(sorted(borders)):
+            piece = text[start:end]
+            counts = any(first <= start and end <= last for first, last in answers)
+            found = pattern.fullmatch(piece)
+            if found is None:
+                segments.append(TextSegment(piece, trainable=counts))
+            elif found.group(1) is None:
+                segments.append(MediaSlot())
+            else:
+                typed = self._texts[int(found.group(1))]
+                segments.append(TextSegment(typed, trainable=counts, literal=True))
+        return segments
+
+    def _parts(self, message: Message) -> list[dict[str, str]]:
+        return [
+            {"type": part.modality}
+            if isinstance(part, MediaPart)
+            else {"type": "text", "text": self._hide_text(part.text)}
+            for part in message.parts
+        ]
+
+    def _string(self, message: Message) -> str:
+        """One string, leading media on lines of their own, as LLaVA was trained."""
+        text = ""
+        leading = True
+        for part in message.parts:
+            if isinstance(part, TextPart):
+                text += self._hide_text(part.text)
+                leading = leading and not part.text
+            else:
+                text += f"{self._image_token}\n" if leading else self._image_token
+        return text
+
+    def _hide_text(self, text: str) -> str:
+        core = text.strip()
+        if not core:
+            return text
+        before, _, after = text.partition(core)
+        self._texts.append(core)
+        return f"{before}{self.mark(len(self._texts) - 1)}{after}"
+
+
+def _without_open_turn(messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages without an empty last answer, which stands for the one to be generated."""
+    if not messages or messages[-1].role != "assistant":
+        return messages
+    if messages[-1].parts and messages[-1].text:
+        raise PromptError(
+            "the last message is the assistant's answer: add a message of the user, or render with "
+            "open_turn=False"
+        )
+    return messages[:-1]
+
+
+def find_chat_template(jinja: str | None, *configs: Mapping[str, object] | None) -> str | None:
+    """The chat template among the files of a checkpoint, or None.
+
+    Args:
+        jinja: content of chat_template.jinja.
+        configs: parsed chat_template.json, processor_config.json, tokenizer_config.json, in the
+            order in which they count. A list of named templates gives its "default".
+
+    """
+    if jinja:
+        return jinja
+    for config in configs:
+        value = (config or {}).get("chat_template")
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            named = {t.get("name"): t.get("template") for t in value if isinstance(t, Mapping)}
+            value = named.get("default")
+        if isinstance(value, str) and value:
+            return value
+    return None
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`: where transformers marks answers; here its body is simply written."""
+
+    tags = {"generation"}  # noqa: RUF012  the name and type that jinja2 asks for
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The statements up to the end of the tag."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """What chat templates may use.
+
+    Source: transformers' chat template rendering: sandbox, block trimming, `tojson` without HTML
+    escapes, `raise_exception`, `strftime_now`.
+    """
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().astimezone().strftime(form)
