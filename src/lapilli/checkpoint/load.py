@@ -18,7 +18,7 @@ from lapilli.config.model import ModelConfig
 from lapilli.config.reader import JsonObject
 from lapilli.lora import inject, merge
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.prompt.choose import TemplateChoice
+from lapilli.prompt.choose import Template, TemplateChoice
 from lapilli.prompt.tokenizer import Tokenizer
 
 
@@ -52,6 +52,7 @@ def load_checkpoint(
     *,
     base: str | None = None,
     adapter: str | None = None,
+    template: str | Template | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     strict_config: bool = False,
@@ -65,6 +66,7 @@ def load_checkpoint(
         base: the language model under a LoRA or a projector-only checkpoint; None takes what the
             checkpoint names.
         adapter: a PEFT adapter to lay over the checkpoint.
+        template: see `lapilli.prompt.choose.choose_template`; None: what the checkpoint says.
         device: "auto" takes a CUDA device where there is one, else the CPU.
         dtype: "auto": on a CPU float32 where it fits into the free memory, else bfloat16; on
             another device what the checkpoint says.
@@ -75,6 +77,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: files are missing, damaged, unsafe, or do not belong together.
         ConfigError: the configuration cannot be followed.
+        PromptError: no template has the name that was asked for.
 
     Source: LLaVA builder.py load_pretrained_model.
     Note: the original decides by the name of the folder; here the files decide.
@@ -103,7 +106,7 @@ def load_checkpoint(
         model=model.eval(),
         tokenizer=plan.tokenizer,
         config=plan.config,
-        template=choose_for(plan),
+        template=choose_for(plan, template),
         report=report_of(plan, matching),
         path=plan.path,
         dtype=number_format,
