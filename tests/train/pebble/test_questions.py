@@ -18,7 +18,7 @@ from lapilli.train.pebble.sample import sample_scene
 from lapilli.train.pebble.scene import Scene
 from tests.train.pebble import oracle
 
-NUM_SCENES = 500
+NUM_SCENES = 400
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -91,7 +93,7 @@ def test_shades_are_nearest_to_shades_of_their_own_name():
     for name in COLOURS:
         for _ in range(30):
             point = lab(shade(name, rng))
-            nearest = min(known, key=lambda entry: float(np.linalg.norm(entry[1] - point)))
+            nearest = min(known, key=lambda entry: math.dist(entry[1], point))
             assert nearest[0] == name
 
 
@@ -121,11 +123,11 @@ def test_no_held_out_digit_is_ever_in_a_training_scene():
     assert len(held_out) == 359
     drawn = {
         scene.digit.index
-        for scene in (sample_scene(seed, "digit") for seed in range(600))
+        for scene in (sample_scene(seed, "digit") for seed in range(400))
         if scene.digit is not None
     }
     assert not drawn & set(held_out)
-    assert len(drawn) > 400
+    assert len(drawn) > 300
 
 
 def test_held_out_digits_hold_every_value():

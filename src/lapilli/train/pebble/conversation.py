@@ -44,8 +44,10 @@ def draw_questions(
     order = rng.choice(len(makers), size=_ATTEMPTS, p=weights / weights.sum())
     asked: dict[str, Question] = {}
     for i in order:
+        if len(asked) == wanted:
+            break
         question = makers[int(i)][0](scene, rng)
-        if question is not None and len(asked) < wanted:
+        if question is not None:
             asked.setdefault(question.text, question)
     turns = _one_long_each(list(asked.values()))
     turns.sort(key=lambda question: len(question.answer) > 24)

@@ -6,10 +6,10 @@ meant.
 """
 
 import colorsys
+import math
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 Rgb = tuple[int, int, int]
 
@@ -37,13 +37,11 @@ MIN_LIGHTNESS: Final = (
     20.0  # L* between thin strokes and their background: yellow on white cannot be read
 )
 _ATTEMPTS: Final = 6
-_WHITE_D65: Final = np.array([0.95047, 1.0, 1.08883])
-_TO_XYZ: Final = np.array(
-    [
-        [0.4124564, 0.3575761, 0.1804375],
-        [0.2126729, 0.7151522, 0.0721750],
-        [0.0193339, 0.1191920, 0.9503041],
-    ]
+_WHITE_D65: Final = (0.95047, 1.0, 1.08883)
+_TO_XYZ: Final = (
+    (0.4124564, 0.3575761, 0.1804375),
+    (0.2126729, 0.7151522, 0.0721750),
+    (0.0193339, 0.1191920, 0.9503041),
 )
 
 
@@ -71,18 +69,27 @@ def ground(rng: np.random.Generator) -> tuple[Rgb, Rgb]:
     return near, far
 
 
-def lab(rgb: Rgb) -> NDArray[np.float64]:
+def lab(rgb: Rgb) -> tuple[float, float, float]:
     """CIE L*a*b* of an sRGB colour (D65)."""
-    linear = np.asarray(rgb, dtype=np.float64) / 255.0
-    linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
-    ratio = _TO_XYZ @ linear / _WHITE_D65
-    x, y, z = np.where(ratio > 216 / 24389, np.cbrt(ratio), (24389 / 27 * ratio + 16) / 116)
-    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+    red, green, blue = (_linear(value / 255) for value in rgb)
+    x, y, z = (
+        _cube_root((row[0] * red + row[1] * green + row[2] * blue) / white)
+        for row, white in zip(_TO_XYZ, _WHITE_D65, strict=True)
+    )
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+def _linear(value: float) -> float:
+    return value / 12.92 if value <= 0.04045 else float(((value + 0.055) / 1.055) ** 2.4)
+
+
+def _cube_root(ratio: float) -> float:
+    return float(ratio ** (1 / 3)) if ratio > 216 / 24389 else (24389 / 27 * ratio + 16) / 116
 
 
 def contrast(one: Rgb, other: Rgb) -> float:
     """CIE76 distance of two colours; about 2 is just visible, 100 is black to white."""
-    return float(np.linalg.norm(lab(one) - lab(other)))
+    return math.dist(lab(one), lab(other))
 
 
 def visible_shade(
@@ -108,4 +115,4 @@ def _stands_out(rgb: Rgb, back: Rgb, strokes: bool) -> bool:
     front, behind = lab(rgb), lab(back)
     if strokes and abs(front[0] - behind[0]) < MIN_LIGHTNESS:
         return False
-    return float(np.linalg.norm(front - behind)) >= MIN_CONTRAST
+    return math.dist(front, behind) >= MIN_CONTRAST

@@ -84,6 +84,15 @@ def _matching(
     ]
 
 
+def _shown(scene: Scene) -> set[tuple[str | None, str | None]]:
+    """Colours, shapes and both together that some object has; None stands for any."""
+    return {
+        pair
+        for item in scene.objects
+        for pair in ((item.colour, item.shape), (item.colour, None), (None, item.shape))
+    }
+
+
 def count(scene: Scene, rng: Rng) -> Question | None:
     """How many objects of a kind; 0 is an answer too, and every number is about equally likely."""
     if rng.random() < 0.4 or not scene.objects:
@@ -317,17 +326,14 @@ def exists(scene: Scene, rng: Rng) -> Question | None:
     """
     wanted = bool(rng.random() < 0.5)
     kind = pick(rng, ("shape", "colour", "both", "both"))
+    shown = _shown(scene)
     options = [
         (one, other)
         for one in (COLOURS if kind != "shape" else (None,))
         for other in (SHAPES if kind != "colour" else (None,))
-        if bool(_matching(scene, colour=one, shape=other)) is wanted
+        if ((one, other) in shown) is wanted
     ]
-    near = [
-        (one, other)
-        for one, other in options
-        if _matching(scene, colour=one) and _matching(scene, shape=other)
-    ]
+    near = [(one, other) for one, other in options if {(one, None), (None, other)} <= shown]
     if near and rng.random() < 0.5:
         options = near
     if not options:
@@ -370,14 +376,15 @@ def absent(scene: Scene, rng: Rng) -> Question | None:
     if rng.random() < 0.15:
         return _absent_mark(scene, rng)
     kind = pick(rng, ("shape", "both", "both"))
+    shown = _shown(scene)
     options = [
         (one, other)
         for one in (COLOURS if kind == "both" else (None,))
         for other in SHAPES
-        if not _matching(scene, colour=one, shape=other)
+        if (one, other) not in shown
     ]
-    near = [pair for pair in options if pair[0] and _matching(scene, colour=pair[0])]
-    near = [pair for pair in near if _matching(scene, shape=pair[1])] or near
+    near = [pair for pair in options if pair[0] and (pair[0], None) in shown]
+    near = [pair for pair in near if (None, pair[1]) in shown] or near
     if near and rng.random() < 0.5:
         options = near
     one, other = pick(rng, options)
