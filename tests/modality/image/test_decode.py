@@ -229,6 +229,12 @@ def test_arrays_that_are_no_pictures(values, message):
         to_rgb(values)
 
 
+def test_eps_is_not_run():
+    data = encoded(Image.fromarray(NOISE), "EPS")
+    with pytest.raises(MediaError, match=r"plot\.eps is an EPS program, which is not run"):
+        to_rgb(data, name="plot.eps")
+
+
 def test_an_image_without_pixels():
     with pytest.raises(MediaError, match="the picture is empty: 0x5 pixels"):
         to_rgb(Image.new("RGB", (0, 5)))

@@ -1,8 +1,10 @@
 """From the features of tiles to one row, against a plain account in nested lists."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapilli.errors import ConfigError, FusionError
@@ -53,6 +55,26 @@ def test_spatial_reads_the_whole_map_row_by_row(size):
             tile = 1 + (row // 2) * grid.columns + column // 2
             expected.append(tile * 4 + (row % 2) * 2 + column % 2)
     assert merged[:, 0].tolist() == expected
+
+
+@settings(deadline=None)  # the first call imports transformers
+@given(sizes)
+def test_unpad_agrees_with_transformers(size):
+    modeling = pytest.importorskip("transformers.models.llava_next.modeling_llava_next")
+    config = image_config(28, "anyres", "spatial_unpad", rounds_unpad=True)
+    features = torch.randn(num_tiles(size, config, 28), 4, 3)
+    theirs = SimpleNamespace(
+        config=SimpleNamespace(
+            vision_config=SimpleNamespace(image_size=28, patch_size=14),
+            image_grid_pinpoints=[list(point) for point in config.pinpoints],
+        )
+    )
+    expected, lengths = modeling.LlavaNextModel.pack_image_features(
+        theirs, [features], [list(size)], "default", NEWLINE
+    )
+    assert num_tokens(size, config, TOWER) == lengths[0]
+    merged = merge_tiles(features, size, config, TOWER, newline=NEWLINE)
+    assert torch.equal(merged, expected[0])
 
 
 def test_unpad_cuts_the_padding_and_ends_rows():

@@ -326,6 +326,13 @@ def test_a_tower_of_another_size():
         prepare(picture(9, 9), image_config(28), vision_config(56))
 
 
+def test_tiles_of_unequal_sizes():
+    config = image_config(28, "anyres")
+    pixels = replace(config.pixels, shortest_edge=30, do_resize=False, do_center_crop=False)
+    with pytest.raises(ConfigError, match=r"tiles of \[\(3, 28, 28\), \(3, 30, 30\)\]"):
+        prepare(picture(9, 9), replace(config, pixels=pixels))
+
+
 def test_resizing_without_a_size():
     config = ImageConfig(pixels=PixelConfig(crop_size=ImageSize(28, 28)))
     with pytest.raises(ConfigError, match="do_resize but no size"):

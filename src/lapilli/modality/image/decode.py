@@ -129,7 +129,7 @@ def _open(encoded: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns at half of its limit; max_pixels is the limit here.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(BytesIO(encoded))
+            image = Image.open(BytesIO(encoded))
     except UnidentifiedImageError as error:
         raise MediaError(
             f"{name} is no picture that can be read: {_looks_like(encoded)}"
@@ -138,6 +138,9 @@ def _open(encoded: bytes, name: str) -> Image.Image:
         raise MediaError(f"{name} is too large to be unpacked safely: {error}") from error
     except _DAMAGE as error:
         raise MediaError(f"{name} is damaged and cannot be opened: {error}") from error
+    if image.format == "EPS":  # Pillow would start Ghostscript, and the file is its program
+        raise MediaError(f"{name} is an EPS program, which is not run: convert it to PNG")
+    return image
 
 
 def _looks_like(encoded: bytes) -> str:

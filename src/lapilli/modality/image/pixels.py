@@ -17,13 +17,14 @@ from PIL import Image
 
 from lapilli.config.model import ImageConfig, PixelConfig, VisionConfig
 from lapilli.errors import ConfigError, MediaError
-from lapilli.geometry import Grid, ImageSize, best_resolution, with_shortest_edge
+from lapilli.geometry import ImageSize, best_resolution, with_shortest_edge
 from lapilli.modality.image.decode import as_rgb
 from lapilli.modality.image.resize_modes import fit_and_pad, pad_to_square, size_of
 from lapilli.shapes import Float, Tensor
 
 # Above this many pixels an intermediate picture (a padded square, a resized strip) is not built:
-# a picture of 60000x1 would ask for 13 GiB. Ordinary pictures stay far below.
+# a picture of 60000x1 would ask for 13 GiB. `pad` differs from the original where a side is longer
+# than 11585 pixels, `square` where the sides are more than about 1000 : 1.
 MAX_INTERMEDIATE_PIXELS = 1 << 27
 
 
@@ -60,10 +61,11 @@ def prepare(
     table = _normalisation_table(config.pixels)
     tiles = [_normalise(_to_tile(part, config.pixels), table) for part in _parts(image, config)]
     shapes = {tile.shape for tile in tiles}
-    if vision is not None and shapes != {(3, vision.image_size, vision.image_size)}:
+    side = vision.image_size if vision is not None else tiles[0].shape[1]
+    if len(shapes) > 1 or (vision is not None and shapes != {(3, side, side)}):
         raise ConfigError(
             f"preprocessor_config.json makes tiles of {sorted(shapes)}, but the vision tower reads "
-            f"{vision.image_size}x{vision.image_size}: crop_size must be the tower's image_size"
+            f"{side}x{side}: crop_size must be the tower's image_size"
         )
     return PreparedImage(torch.from_numpy(np.stack(tiles)), size)
 
@@ -92,11 +94,10 @@ def _base_size(pixels: PixelConfig) -> ImageSize:
 
 
 def _cut(canvas: Image.Image, tile: int) -> list[Image.Image]:
-    grid = Grid(math.ceil(canvas.height / tile), math.ceil(canvas.width / tile))
     return [
         canvas.crop((left, top, left + tile, top + tile))
-        for top in range(0, grid.rows * tile, tile)
-        for left in range(0, grid.columns * tile, tile)
+        for top in range(0, canvas.height, tile)
+        for left in range(0, canvas.width, tile)
     ]
 
 
