@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -56,6 +57,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCache = CacheMachine.TestCase
+TestCache.settings = settings(stateful_step_count=12, max_examples=40, deadline=None)
 
 
 def test_one_step_within_the_capacity_copies_nothing_old():
