@@ -1,10 +1,12 @@
 """From weight parts to a model: built without memory, every parameter assigned and counted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lapilli.checkpoint.directory import WeightPart
 from lapilli.checkpoint.keymaps.tables import EMBEDDINGS, OUTPUT
@@ -39,9 +41,32 @@ class Matching:
         )
 
 
+class WithoutInitialisation(TorchFunctionMode):
+    """Modules are built with whatever their memory holds: the files will fill it.
+
+    On the meta device torch draws random numbers through its compiler stack, whose import alone
+    takes seconds.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401  whatever the function gives
+        """The call itself, or what it was to fill."""
+        given = dict(kwargs or {})
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return given["tensor"] if "tensor" in given else args[0]
+        if func is torch.randn:  # the few vectors that are drawn directly stay real
+            given["device"] = "cpu"
+        return func(*args, **given)
+
+
 def build_model(config: ModelConfig) -> VisionLanguageModel:
     """The model of a configuration on the meta device: shapes without memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInitialisation():
         language_model = build_language_model(config.text)
         if config.image is None or config.vision is None or config.projector is None:
             return VisionLanguageModel(language_model, {})
