@@ -1,3 +1,90 @@
-"""lapilli: LLaVA, finished."""
+"""lapilli: LLaVA, finished.
+
+    import lapilli
+
+    chat = lapilli.load("pebble")
+    print(chat.ask("What is in this picture?", "drawing.png"))
+
+Names are imported when they are first used: `import lapilli` alone does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from lapilli.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextTooLongError,
+    FusionError,
+    GenerationError,
+    LapilliError,
+    MediaCountMismatchError,
+    MediaError,
+    MissingFileError,
+    MissingWeightsError,
+    PromptError,
+    ShapeMismatchError,
+    UnknownKeyError,
+    UnsafeFileError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from lapilli.config.generation import SamplingParams
+    from lapilli.generate.outputs import Generation, Piece, TokenLogprob
+    from lapilli.pipeline import Chat, load
+    from lapilli.prompt.message import MediaPart, Message, TextPart
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Chat",
+    "CheckpointError",
+    "ConfigError",
+    "ContextTooLongError",
+    "FusionError",
+    "Generation",
+    "GenerationError",
+    "LapilliError",
+    "MediaCountMismatchError",
+    "MediaError",
+    "MediaPart",
+    "Message",
+    "MissingFileError",
+    "MissingWeightsError",
+    "Piece",
+    "PromptError",
+    "SamplingParams",
+    "ShapeMismatchError",
+    "TextPart",
+    "TokenLogprob",
+    "UnknownKeyError",
+    "UnsafeFileError",
+    "UnsupportedModelError",
+    "__version__",
+    "load",
+]
+
+_HOMES = {
+    "Chat": "lapilli.pipeline",
+    "Generation": "lapilli.generate.outputs",
+    "MediaPart": "lapilli.prompt.message",
+    "Message": "lapilli.prompt.message",
+    "Piece": "lapilli.generate.outputs",
+    "SamplingParams": "lapilli.config.generation",
+    "TextPart": "lapilli.prompt.message",
+    "TokenLogprob": "lapilli.generate.outputs",
+    "load": "lapilli.pipeline",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lapilli' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted(__all__)

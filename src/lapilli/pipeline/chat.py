@@ -1,0 +1,328 @@
+"""`load(source) -> Chat`: the order of the walk, and the conversation.
+
+Knows who is asked when; must not know how files look, how pixels are computed or how tokens are
+chosen.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.checkpoint.report import LoadReport
+from lapilli.checkpoint.world import load_world
+from lapilli.config.generation import SamplingParams
+from lapilli.config.model import ModelConfig
+from lapilli.errors import PromptError
+from lapilli.generate.outputs import Generation
+from lapilli.generate.run import check_context, generate, stream
+from lapilli.media.fetch import FetchLimits
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.nn.kv_cache import KVCache
+from lapilli.pipeline.memory import Memory
+from lapilli.pipeline.ready import ReadyPrompt, make_ready, prepare
+from lapilli.prompt.choose import Template
+from lapilli.prompt.message import MediaPart, Message
+from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.shapes import Tensor
+
+
+def load(
+    source: str,
+    *,
+    base: str | None = None,
+    adapter: str | None = None,
+    template: str | Template | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    strict_config: bool = False,
+) -> "Chat":
+    """A checkpoint, ready to answer.
+
+    Args:
+        source: a directory, a hub id, or "pebble".
+        base: the language model under a LoRA or a projector; None: what the checkpoint names.
+        adapter: a LoRA to lay over the checkpoint.
+        template: a name from `lapilli.prompt.templates.TEMPLATES`, "chat_template" for the
+            checkpoint's own, or a template of yours; None: what the checkpoint asks for.
+        device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes a GPU where there is one.
+        dtype: "float32", "bfloat16", "float16"; "auto" takes what suits device and checkpoint.
+        strict_config: raise where config.json has a key that nothing reads.
+
+    Raises:
+        CheckpointError: the files are not usable.
+        ConfigError: the configuration cannot be followed.
+        PromptError: no template has this name.
+
+    """
+    loaded = load_checkpoint(
+        source,
+        base=base,
+        adapter=adapter,
+        template=template,
+        device=device,
+        dtype=dtype,
+        strict_config=strict_config,
+    )
+    return Chat(loaded, name=str(source))
+
+
+class Chat:
+    """A model, and the conversation with it.
+
+    Pictures may be paths, URLs, data URIs, "-" (standard input), bytes, Pillow images, arrays, or
+    in place of a picture its features: a floating point tensor [n, width of the language model],
+    or [n, width of the tower], which goes through the projector and is laid down as it is.
+    """
+
+    def __init__(self, loaded: Loaded, *, name: str = "") -> None:
+        self._loaded = loaded
+        self._world = load_world(loaded.path)
+        self._memory = Memory()
+        self._history: tuple[Message, ...] = ()
+        self.name = name or loaded.path.name
+        self.template: Template = loaded.template.template
+        self.limits = FetchLimits()
+        self.system: str | None = None
+        """Instructions in place of the template's own; counted from the next question on."""
+        self.last: Generation | None = None
+        """The latest answer of `ask` or `stream` in full: tokens, finish reason, logprobs."""
+
+    @property
+    def model(self) -> VisionLanguageModel:
+        """The model."""
+        return self._loaded.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer."""
+        return self._loaded.tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the checkpoint is."""
+        return self._loaded.config
+
+    @property
+    def report(self) -> LoadReport:
+        """What became of every tensor in the files."""
+        return self._loaded.report
+
+    @property
+    def history(self) -> tuple[Message, ...]:
+        """Questions and answers so far, without the system message."""
+        return self._history
+
+    def reset(self) -> None:
+        """Forget the conversation, its features and its KV cache."""
+        self._history = ()
+        self._memory = Memory()
+        self.last = None
+
+    def ask(self, question: str, *images: object, keep: bool = False, **sampling: object) -> str:
+        """The answer, without white space around it.
+
+        Args:
+            question: anything; an `<image>` in it stays text.
+            images: stand before the question. With images a new conversation begins, without any
+                the question follows the one before, whose images are not encoded again.
+            keep: the images join the running conversation.
+            sampling: fields of SamplingParams.
+
+        Raises:
+            PromptError: the question is empty.
+            MediaError: an image cannot be fetched or decoded.
+            ContextTooLongError: the conversation leaves no room for an answer.
+
+        """
+        return "".join(self.stream(question, *images, keep=keep, **sampling)).strip()
+
+    def stream(
+        self,
+        question: str,
+        *images: object,
+        keep: bool = False,
+        **sampling: object,
+    ) -> Iterator[str]:
+        """The answer of `ask`, in pieces as it settles.
+
+        Closing the iterator stops the answer; what was said of it is kept in the history.
+        """
+        if not question.strip():
+            raise PromptError("the question is empty: ask something")
+        params = self._params(SamplingParams.from_options(**sampling))
+        begins = bool(images) and not keep
+        memory = Memory() if begins else self._memory
+        history = () if begins else self._history
+        messages = (*history, Message.user(question, *images))
+        prompt = self._ready(self._with_system(messages), memory)
+        return self._answer_in_pieces(messages, prompt, memory, params)
+
+    def answer(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> Generation:
+        """The answer to a conversation given as a whole; the chat's own history is not touched."""
+        return self.batch([messages], params)[0]
+
+    def batch(
+        self, conversations: Sequence[Sequence[Message]], params: SamplingParams | None = None
+    ) -> list[Generation]:
+        """The answers to several conversations at once, each as if it were the only one.
+
+        Raises:
+            PromptError: a conversation has nothing to answer.
+            ContextTooLongError: a conversation leaves no room for an answer.
+
+        """
+        params = self._params(params or SamplingParams())
+        prompts = [
+            self._ready(messages, Memory(), row=row) for row, messages in enumerate(conversations)
+        ]
+        if not prompts:
+            return []
+        with torch.inference_mode():
+            fused = self.model.embed_prompts(
+                [prompt.encoded for prompt in prompts], [prompt.media for prompt in prompts]
+            )
+        return generate(
+            self.model,
+            fused,
+            params,
+            tokenizer=self.tokenizer,
+            prompt_ids=[prompt.text_ids for prompt in prompts],
+            eos_ids=self._eos_ids,
+            context_length=self._context_length,
+        )
+
+    def encode(self, messages: Sequence[Message]) -> ReadyPrompt:
+        """The parts that `answer` works with: ids, spans and prepared media."""
+        return self._ready(messages, Memory())
+
+    def check_image(self, source: object) -> None:
+        """Fetch and decode a picture, and throw it away.
+
+        Raises:
+            MediaError: it cannot be fetched or decoded.
+            UnsupportedModelError: the model reads text only.
+
+        """
+        prepare(MediaPart(source), self.model, self.limits)
+
+    def outside_world(self) -> str | None:
+        """One line for people if a picture of the latest question is nothing this model knows.
+
+        None where the checkpoint does not say what it knows, as all but narrow ones do.
+        """
+        if self._world is None or len(self._history) < 2:
+            return None
+        shown = [self._memory.item(part) for part in self._history[-2].media]
+        features = [item for item in shown if isinstance(item, Tensor)]
+        if all(self._world.contains(item) for item in features):
+            return None
+        return (
+            f"this picture is unlike those that {self.name} was made for: {self._world.knows} "
+            "Load a LLaVA checkpoint for others, for instance llava-hf/llava-1.5-7b-hf."
+        )
+
+    def _answer_in_pieces(
+        self,
+        messages: tuple[Message, ...],
+        prompt: ReadyPrompt,
+        memory: Memory,
+        params: SamplingParams,
+    ) -> Iterator[str]:
+        media = [part for message in messages for part in message.media]
+        with torch.inference_mode():
+            memory.embed_new(self.model)
+            items = [memory.item(part) for part in media]
+            fused = self.model.embed_prompts([prompt.encoded], [items])
+        positions = memory.positions(prompt.encoded, media)
+        cache = None
+        if params.num_beams == 1:
+            cache = memory.take_cache(positions) or self.model.language_model.new_cache(
+                1, len(positions) + params.max_new_tokens
+            )
+        pieces = stream(
+            self.model,
+            fused,
+            params,
+            tokenizer=self.tokenizer,
+            prompt_ids=[prompt.text_ids],
+            eos_ids=self._eos_ids,
+            context_length=self._context_length,
+            cache=cache,
+        )
+        try:
+            for piece in pieces:
+                if piece.text:
+                    yield piece.text
+        except KeyboardInterrupt:
+            # The interrupt may have come between two layers: the cache cannot be trusted.
+            self._remember(messages, pieces.generation, memory)
+            raise
+        except GeneratorExit:
+            self._remember(messages, pieces.generation, memory, cache, positions)
+            raise
+        self._remember(messages, pieces.generation, memory, cache, positions)
+
+    def _remember(
+        self,
+        messages: tuple[Message, ...],
+        generation: Generation,
+        memory: Memory,
+        cache: KVCache | None = None,
+        positions: Sequence[int] = (),
+    ) -> None:
+        """Keep the turn, unless it was cancelled before it said anything."""
+        self.last = generation
+        memory.cache = cache
+        memory.cached = [*positions, *generation.token_ids]
+        if generation.text or generation.finish_reason != "cancelled":
+            self._memory = memory
+            self._history = (*messages, Message.assistant(generation.text.strip()))
+
+    def _ready(self, messages: Sequence[Message], memory: Memory, *, row: int = 0) -> ReadyPrompt:
+        if not messages:
+            raise PromptError("the conversation is empty: give at least one message of the user")
+        parts = [part for message in messages for part in message.media]
+        items = [self._item(part, memory) for part in parts]
+        prompt = make_ready(
+            messages,
+            items,
+            model=self.model,
+            template=self.template,
+            tokenizer=self.tokenizer,
+            image_id=self.config.tokens.image_id,
+        )
+        visual = sum(span.length for span in prompt.encoded.spans)
+        check_context(len(prompt.encoded.input_ids), self._context_length, row=row, visual=visual)
+        for part, item in zip(parts, items, strict=True):
+            memory.add(part, item)
+        return prompt
+
+    def _item(self, part: MediaPart, memory: Memory) -> object:
+        item = memory.item(part)
+        return prepare(part, self.model, self.limits) if item is None else item
+
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        return messages if self.system is None else (Message.system(self.system), *messages)
+
+    def _params(self, params: SamplingParams) -> SamplingParams:
+        """The parameters, with the template's end of an answer among the stops.
+
+        Where the tokenizer has the stop string as one token, that token stops too: special tokens
+        are not part of the text that stop strings are looked for in.
+        """
+        token_ids = [self.tokenizer.token_to_id(text) for text in self.template.stop]
+        return params.updated(
+            stop=dict.fromkeys((*params.stop, *self.template.stop)),
+            stop_token_ids=(*params.stop_token_ids, *(i for i in token_ids if i is not None)),
+        )
+
+    @property
+    def _eos_ids(self) -> tuple[int, ...] | None:
+        return self.config.tokens.eos_ids or None
+
+    @property
+    def _context_length(self) -> int:
+        return max(self.config.context_length, self.config.text.max_positions)

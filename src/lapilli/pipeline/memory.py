@@ -1,0 +1,83 @@
+"""What a conversation keeps from turn to turn: features of its media, and the KV cache.
+
+Knows parts, spans and ids; must not know templates, files or how tokens are chosen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.nn.kv_cache import KVCache
+from lapilli.prompt.encode import EncodedPrompt
+from lapilli.prompt.message import MediaPart
+from lapilli.shapes import Tensor
+
+
+@dataclass(slots=True)
+class Memory:
+    """What one conversation need not compute again.
+
+    A medium is known by the message part that shows it: the same object, because two pictures of
+    one path may differ. Positions that the cache holds are known by their token id or, under a
+    medium, by that medium's number.
+
+    Attributes:
+        parts: media that were shown.
+        items: per part what its modality prepared, and features [n, D] once they are computed.
+        cache: keys and values of the latest prompt and answer.
+        cached: what stands at its positions.
+
+    """
+
+    parts: list[MediaPart] = field(default_factory=list)
+    items: list[Any] = field(default_factory=list)
+    cache: KVCache | None = None
+    cached: list[int] = field(default_factory=list)
+
+    def number(self, part: MediaPart) -> int | None:
+        """Which of the known media this part shows."""
+        return next((i for i, known in enumerate(self.parts) if known is part), None)
+
+    def item(self, part: MediaPart) -> Any | None:  # noqa: ANN401 - every modality has its own
+        """What is kept of this part."""
+        number = self.number(part)
+        return None if number is None else self.items[number]
+
+    def add(self, part: MediaPart, item: Any) -> None:  # noqa: ANN401
+        """Keep a part, unless it is known."""
+        if self.number(part) is None:
+            self.parts.append(part)
+            self.items.append(item)
+
+    def embed_new(self, model: VisionLanguageModel) -> None:
+        """Compute the features of all media that have none yet."""
+        waiting: dict[str, list[int]] = {}
+        for i, (part, item) in enumerate(zip(self.parts, self.items, strict=True)):
+            if not isinstance(item, Tensor):
+                waiting.setdefault(part.modality, []).append(i)
+        for name, numbers in waiting.items():
+            features = model.modality(name).embed([self.items[i] for i in numbers])
+            for i, item in zip(numbers, features, strict=True):
+                self.items[i] = item
+
+    def positions(self, prompt: EncodedPrompt, media: Sequence[MediaPart]) -> list[int]:
+        """What stands at every position of a prompt whose media are all known."""
+        positions = list(prompt.input_ids)
+        for span, part in zip(prompt.spans, media, strict=True):
+            number = next(i for i, known in enumerate(self.parts) if known is part)
+            # Below every id; equal numbers mean the same features.
+            positions[span.start : span.start + span.length] = [-1 - number] * span.length
+        return positions
+
+    def take_cache(self, positions: list[int]) -> KVCache | None:
+        """The cache, cut to what it shares with these positions; whoever takes it owns it.
+
+        At least the last position is left to be read, because its logits are not kept.
+        """
+        cache, self.cache = self.cache, None
+        if cache is not None:
+            known = zip(self.cached[: cache.length], positions[:-1], strict=False)
+            cache.truncate(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], known)))
+        return cache

@@ -1,0 +1,137 @@
+"""Messages made ready for the model: media fetched, prepared and counted, text encoded.
+
+Knows where a medium goes on its way; must not know the conversation before or the answer after.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lapilli.errors import MediaError, UnsupportedModelError
+from lapilli.media.fetch import FetchLimits, fetch
+from lapilli.modality.base import Modality
+from lapilli.modality.image.decode import to_rgb
+from lapilli.modality.image.image import ImageModality
+from lapilli.modality.image.pixels import PreparedImage
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.choose import Template
+from lapilli.prompt.encode import EncodedPrompt, encode
+from lapilli.prompt.message import MediaPart, Message
+from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.shapes import Float, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyPrompt:
+    """A conversation as the model takes it: `model.embed_prompts([encoded], [media])`.
+
+    Attributes:
+        encoded: ids, and where the media go.
+        media: per medium what its modality prepared, or features [n, D].
+
+    """
+
+    encoded: EncodedPrompt
+    media: tuple[Any, ...]
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The ids outside the media: what the repetition penalty counts as seen."""
+        covered = {i for s in self.encoded.spans for i in range(s.start, s.start + s.length)}
+        return [token for i, token in enumerate(self.encoded.input_ids) if i not in covered]
+
+
+def make_ready(
+    messages: Sequence[Message],
+    items: Sequence[Any],
+    *,
+    model: VisionLanguageModel,
+    template: Template,
+    tokenizer: Tokenizer,
+    image_id: int | None = None,
+) -> ReadyPrompt:
+    """A prompt whose spans have the lengths of its media.
+
+    Args:
+        messages: system, user and assistant.
+        items: what `prepare` made of the media of all messages, in their order.
+        model: counts the positions of every item.
+        template: makes text of the messages.
+        tokenizer: makes ids of the text.
+        image_id: the vocabulary's own image token, in checkpoints of Hugging Face's layout.
+
+    Raises:
+        PromptError: the template cannot render these messages.
+
+    """
+    parts = [part for message in messages for part in message.media]
+    lengths = [
+        num_tokens(item, model.modality(part.modality))
+        for part, item in zip(parts, items, strict=True)
+    ]
+    segments = template.render(messages)
+    return ReadyPrompt(encode(segments, tokenizer, lengths, image_id=image_id), tuple(items))
+
+
+def num_tokens(item: Any, modality: Modality) -> int:  # noqa: ANN401 - every modality has its own
+    """Positions of a prepared item, or of features."""
+    return len(item) if isinstance(item, Tensor) else modality.num_tokens(item)
+
+
+def prepare(part: MediaPart, model: VisionLanguageModel, limits: FetchLimits) -> Any:  # noqa: ANN401
+    """A medium, prepared for its modality; features stay features.
+
+    Raises:
+        UnsupportedModelError: the model does not read this kind of medium.
+        MediaError: it cannot be fetched or decoded, or features of another shape.
+
+    """
+    if part.modality not in model.modalities:
+        known = ", ".join(model.modalities) or "text only"
+        raise UnsupportedModelError(
+            f"this model cannot take an {part.modality}, it reads {known}: leave it out, or load a "
+            "LLaVA checkpoint"
+        )
+    modality = model.modality(part.modality)
+    source = part.source
+    if not isinstance(modality, ImageModality):
+        return modality.prepare(source)
+    if isinstance(source, PreparedImage):
+        return source
+    if isinstance(source, Tensor):
+        return given_features(source, modality, model.language_model.config.hidden_size)
+    fetched = fetch(source, limits=limits, stdin=getattr(sys.stdin, "buffer", None))
+    return modality.prepare(to_rgb(fetched.data, name=fetched.name))
+
+
+@torch.inference_mode()
+def given_features(features: Tensor, modality: ImageModality, width: int) -> Float[Tensor, "n D"]:
+    """Features that somebody computed before, as wide as the language model reads them.
+
+    Args:
+        features: [n, width], or [n, width of the tower], which goes through the projector.
+        modality: gives the tower's width and the projector.
+        width: of the language model; what both are if they are equal.
+
+    Raises:
+        MediaError: another shape, or whole numbers.
+
+    """
+    tower = modality.vision.hidden_size
+    shape = list(features.shape)
+    fits = features.ndim == 2 and shape[0] > 0 and shape[1] in (width, tower)
+    if not fits or not features.is_floating_point():
+        raise MediaError(
+            f"features must be floating point [n, {width}] (language model) or [n, {tower}] "
+            f"(vision tower), got {features.dtype} {shape}; pass a picture as a Pillow image or an "
+            "array"
+        )
+    weight = next(modality.parameters())
+    features = features.to(weight.device, weight.dtype)
+    if shape[1] == width:
+        return features
+    projected: Tensor = modality.projector(features)
+    return projected
