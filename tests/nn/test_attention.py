@@ -10,12 +10,13 @@ from lapilli.nn.attention import attend, attend_plain, causal_mask
 CPU = torch.device("cpu")
 
 
-def _sees(query: int, key: int, window: int | None, valid: list[bool]) -> bool:
-    """The rule, one pair at a time."""
-    if query == key:
-        return True
-    near = window is None or query - key < window
-    return key < query and near and valid[key]
+def _sees(query: int, window: int | None, valid: list[bool]) -> list[bool]:
+    """The rule for one query: what is valid, near and not later; itself if that is nothing."""
+    looks = [
+        valid[key] and key <= query and (window is None or query - key < window)
+        for key in range(len(valid))
+    ]
+    return looks if any(looks) else [key == query for key in range(len(valid))]
 
 
 @st.composite
@@ -23,26 +24,19 @@ def situations(draw):
     queries = draw(st.integers(1, 6))
     keys = queries + draw(st.integers(0, 5))
     window = draw(st.none() | st.integers(1, 12))
-    padding = draw(st.none() | st.lists(st.integers(0, keys - 1), min_size=1, max_size=3))
-    return queries, keys, window, padding
-
-
-def _valid(padding, keys):
-    if padding is None:
-        return None
-    return torch.tensor([[i >= p for i in range(keys)] for p in padding])
+    row = st.lists(st.booleans(), min_size=keys, max_size=keys)
+    valid = draw(st.none() | st.lists(row, min_size=1, max_size=3))
+    return queries, keys, window, None if valid is None else torch.tensor(valid)
 
 
 @given(situations())
 def test_mask_follows_the_rule(situation):
-    queries, keys, window, padding = situation
-    valid = _valid(padding, keys)
+    queries, keys, window, valid = situation
     mask = causal_mask(valid, queries, keys, window=window, device=CPU)
     rows = [[True] * keys] if valid is None else valid.tolist()
     expected = torch.tensor(
-        [[[[_sees(q, k, window, row) for k in range(keys)]] for q in range(keys - queries, keys)]
-         for row in rows]
-    ).transpose(1, 2)  # fmt: skip
+        [[[_sees(q, window, row) for q in range(keys - queries, keys)]] for row in rows]
+    )
     if mask is None:
         mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
     assert torch.equal(mask.expand(expected.shape), expected)
@@ -63,10 +57,10 @@ def test_no_mask_is_made_where_plain_causal_is_meant():
     st.integers(0, 2**16),
 )
 def test_attend_equals_its_plain_twin(situation, heads, scale, seed):
-    queries, keys, window, padding = situation
+    queries, keys, window, valid = situation
     generator = torch.Generator().manual_seed(seed)
-    batch = 2 if padding is None else len(padding)
-    mask = causal_mask(_valid(padding, keys), queries, keys, window=window, device=CPU)
+    batch = 2 if valid is None else len(valid)
+    mask = causal_mask(valid, queries, keys, window=window, device=CPU)
     q, k, v = (
         torch.randn(batch, n, t, 8, generator=generator, dtype=torch.float64)
         for n, t in ((heads[0], queries), (heads[1], keys), (heads[1], keys))

@@ -3,7 +3,7 @@
     query heads [B, Q, T, A]   key/value heads [B, K, S, A]   S = positions in the cache + T
 
 A mask is None (every query sees all positions up to its own), Bool (True: may look) or an additive
-float bias. A query always sees at least itself, so that padding rows stay finite.
+float bias. A query that would see nothing sees itself, so that rows of padding stay finite.
 """
 
 import torch
@@ -46,7 +46,9 @@ def causal_mask(
         seen &= keys > queries - window
     if attention_mask is None:
         return seen[None, None]
-    return (seen & attention_mask[:, None, :] | (keys == queries))[:, None]
+    looks = seen & attention_mask[:, None, :]  # [B, T, S]
+    blind = ~looks.any(dim=-1, keepdim=True)
+    return (looks | (blind & (keys == queries)))[:, None]
 
 
 def attend(
