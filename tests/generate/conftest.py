@@ -32,7 +32,6 @@ class WordTokenizer:
 
     eos_id: int | None = None
     special_ids: frozenset[int] = frozenset()
-    strips_leading_space: bool = True
 
     def token_bytes(self, token_id: int) -> bytes:
         return f" w{token_id}".encode()

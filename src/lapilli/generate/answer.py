@@ -44,6 +44,11 @@ class Answer:
         self.score: float | None = None
 
     @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens so far, the one that ended the answer included."""
+        return tuple(self._token_ids)
+
+    @property
     def limit(self) -> int:
         """Most tokens that this answer may have."""
         return self._limit

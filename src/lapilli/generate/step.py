@@ -76,7 +76,8 @@ class Decoding:
         self._room = room
         self._batch: FusedBatch | None = batch
         self.cache = cache
-        self._positions = batch.position_ids[:, -1:]
+        # Counted, not read from the last column: prepared rows of compat may end in padding.
+        self._positions = batch.attention_mask.sum(dim=1, keepdim=True) - 1
         self._mask = needed_mask(batch)
 
     @torch.inference_mode()

@@ -5,7 +5,10 @@ answer loses its leading space while a later one keeps it.
 """
 
 from codecs import getincrementaldecoder
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
+
+from lapilli.errors import PromptError
 
 Utf8Decoder = getincrementaldecoder("utf-8")
 
@@ -22,12 +25,16 @@ class TokenBytes(Protocol):
     def special_ids(self) -> frozenset[int]:
         """Tokens that are not part of a text."""
 
-    @property
-    def strips_leading_space(self) -> bool:
-        """Whether a text begins without the space of its first word."""
-
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text, in UTF-8; not necessarily whole characters."""
+        """What a token adds to the text, in UTF-8; not necessarily whole characters.
+
+        Raises:
+            PromptError: the tokenizer has no such token.
+
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens without special ones."""
 
 
 class SettlingText:
@@ -45,19 +52,36 @@ class SettlingText:
     def __init__(self, tokenizer: TokenBytes) -> None:
         self._tokenizer = tokenizer
         self._silent = tokenizer.special_ids
-        self._at_start = tokenizer.strips_leading_space
         self._utf8 = Utf8Decoder(errors="replace")
+        # Tokens up to the first that is not white space: how much of that is dropped at the
+        # beginning of a text differs from tokenizer to tokenizer, `decode` knows.
+        self._beginning: list[int] | None = []
 
     def push(self, token_id: int) -> str:
         """The text that this token makes certain; empty while a character is incomplete."""
         if token_id in self._silent:
             return ""
-        text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
-        if self._at_start and text:
-            self._at_start = False
-            text = text.removeprefix(" ")
-        return text
+        try:
+            added = self._tokenizer.token_bytes(token_id)
+        except PromptError:
+            # Embeddings are often padded to more rows than the tokenizer has words. Trained models
+            # do not say those; if one does, the answer goes on.
+            return ""
+        text = self._utf8.decode(added)
+        if self._beginning is None:
+            return text
+        self._beginning.append(token_id)
+        if not text.strip():
+            return ""
+        return self._leading_space() + text.lstrip()
 
     def flush(self) -> str:
         """The rest: an incomplete character as a replacement character."""
-        return self._utf8.decode(b"", final=True)
+        text = self._utf8.decode(b"", final=True)
+        return text if self._beginning is None else self._leading_space() + text
+
+    def _leading_space(self) -> str:
+        """White space that the text begins with; the beginning is over then."""
+        text = self._tokenizer.decode(self._beginning or [])
+        self._beginning = None
+        return text[: len(text) - len(text.lstrip())]

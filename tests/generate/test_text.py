@@ -1,0 +1,123 @@
+"""Settling text against `decode` of every kind of tokenizer."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lapilli.generate.text import SettlingText
+from lapilli.prompt.tokenizer import Tokenizer, TokenizerFiles, build_tokenizer
+
+KINDS = ["slow", "slow, not legacy", "fast", "byte level"]
+REPLACEMENT = "\ufffd"
+TEXTS = [
+    "The quick brown fox, a bridge and the moon.",
+    "  two spaces, and\n\na line",
+    "日本語とемодзи 🌋👩‍👩‍👧 é é",
+    "",
+    "🪨",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(conformance) -> dict[str, Tokenizer]:
+    assets = conformance / "assets" / "open"
+    model = (assets / "tokenizer.model").read_bytes()
+    neox = (assets / "neox_tokenizer.json").read_text()
+    return {
+        "slow": build_tokenizer(TokenizerFiles(model=model), fast=False),
+        "slow, not legacy": build_tokenizer(
+            TokenizerFiles(model=model, config={"legacy": False}), fast=False
+        ),
+        "fast": build_tokenizer(TokenizerFiles(model=model), fast=True),
+        "byte level": build_tokenizer(
+            TokenizerFiles(json=neox, config={"tokenizer_class": "GPTNeoXTokenizer"}), fast=True
+        ),
+    }
+
+
+def settle(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    text = SettlingText(tokenizer)
+    return [*(text.push(token_id) for token_id in ids), text.flush()]
+
+
+def same_text(ours: str, theirs: str) -> bool:
+    """Equal but for how many replacement characters stand for bytes that are no text."""
+
+    def shrink(text: str) -> str:
+        while REPLACEMENT * 2 in text:
+            text = text.replace(REPLACEMENT * 2, REPLACEMENT)
+        return text
+
+    return shrink(ours) == shrink(theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_of_real_text(tokenizers, kind: str, text: str):
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode(text, add_bos=False)
+    pieces = settle(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert not any(REPLACEMENT in piece for piece in pieces)
+    assert pieces[-1] == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_pieces_of_any_text(tokenizers, kind: str, data: st.DataObject):
+    text = data.draw(st.text(alphabet=st.characters(codec="utf-8"), max_size=40))
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode(text, add_bos=False, literal=[(0, len(text))])
+    assert "".join(settle(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_pieces_of_any_tokens(tokenizers, kind: str, data: st.DataObject):
+    tokenizer = tokenizers[kind]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+    pieces = settle(tokenizer, ids)
+    whole = "".join(pieces)
+    if kind != "fast":
+        assert same_text(whole, tokenizer.decode(ids))
+    # Every prefix of the answer has the same pieces: nothing is ever taken back.
+    for end in range(len(ids)):
+        assert settle(tokenizer, ids[:end])[:-1] == pieces[:end]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_character_is_never_split(tokenizers, kind: str):
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode("a 🌋 b", add_bos=False)
+    text = SettlingText(tokenizer)
+    pieces = [text.push(token_id) for token_id in ids]
+    assert "🌋" in "".join(pieces)
+    assert any("🌋" in piece for piece in pieces)  # whole, in one piece
+    assert "" in pieces  # held back until its last byte
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unfinished_character_ends_as_a_replacement(tokenizers, kind: str):
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode("a 🌋", add_bos=False)[:-1]
+    *pieces, last = settle(tokenizer, ids)
+    assert "".join(pieces).rstrip() == "a"
+    assert last == REPLACEMENT
+
+
+@pytest.mark.parametrize("kind", ["slow", "fast"])
+def test_only_the_first_word_loses_its_space(tokenizers, kind: str):
+    tokenizer = tokenizers[kind]
+    word = tokenizer.encode("moon", add_bos=False)
+    assert "".join(settle(tokenizer, [*word, *word])) == "moon moon"
+    assert "".join(settle(tokenizer, [tokenizer.bos_id, *word, tokenizer.eos_id])) == "moon"
+
+
+def test_tokens_without_text_are_silent(tokenizers):
+    tokenizer = tokenizers["byte level"]
+    special = sorted(tokenizer.special_ids)
+    assert special
+    beyond = tokenizer.vocab_size + 7
+    assert settle(tokenizer, [*special, beyond]) == [""] * (len(special) + 2)
