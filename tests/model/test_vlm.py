@@ -4,7 +4,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lapilli.errors import FusionError, MediaCountMismatchError, UnsupportedModelError
+from lapilli.errors import (
+    FusionError,
+    MediaCountMismatchError,
+    PromptError,
+    UnsupportedModelError,
+)
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.encode import EncodedPrompt, Span
 from tests.model.conftest import build_tiny
@@ -163,6 +168,13 @@ def test_another_number_of_media_names_the_row(model, count):
 def test_media_of_another_number_of_rows_are_refused(model):
     with pytest.raises(MediaCountMismatchError, match="2 prompts but media for 1 rows"):
         model.embed_prompts([_prompt(1), _prompt(2)], [[]])
+
+
+def test_batches_and_rows_of_nothing_are_refused(model):
+    with pytest.raises(PromptError, match="no prompts: a batch has at least one row"):
+        model.embed_prompts([])
+    with pytest.raises(PromptError, match="row 1: the prompt has no tokens"):
+        model.embed_prompts([_prompt(1), _prompt()])
 
 
 def test_features_that_do_not_fit_their_span_are_refused(model):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lapilli.errors import MediaCountMismatchError, UnsupportedModelError
+from lapilli.errors import MediaCountMismatchError, PromptError, UnsupportedModelError
 from lapilli.lm.base import LanguageModel
 from lapilli.modality.base import Modality
 from lapilli.model.fuse import fuse
@@ -65,6 +65,7 @@ class VisionLanguageModel(nn.Module):
                 `prepare` returned, or features [n, D] that stand for it. None: no media.
 
         Raises:
+            PromptError: no rows, or a row without tokens.
             MediaCountMismatchError: a row has another number of items than of spans.
             FusionError: an item's features do not fit its span.
             UnsupportedModelError: a span of a modality that the model does not have.
@@ -75,7 +76,7 @@ class VisionLanguageModel(nn.Module):
 
         """
         media = [[] for _ in prompts] if media is None else media
-        _check_counts(prompts, media)
+        _check(prompts, media)
         ids, attention_mask, position_ids = _pad_left(prompts, self._device)
         longest = ids.shape[1]
         spans = [
@@ -122,13 +123,17 @@ class VisionLanguageModel(nn.Module):
         return self.language_model.logits(hidden)
 
 
-def _check_counts(prompts: Sequence[EncodedPrompt], media: Sequence[Sequence[Any]]) -> None:
+def _check(prompts: Sequence[EncodedPrompt], media: Sequence[Sequence[Any]]) -> None:
+    if not prompts:
+        raise PromptError("no prompts: a batch has at least one row")
     if len(prompts) != len(media):
         raise MediaCountMismatchError(
             f"{len(prompts)} prompts but media for {len(media)} rows: "
             "pass one list per row, empty for a row of text"
         )
     for row, (prompt, items) in enumerate(zip(prompts, media, strict=True)):
+        if not prompt.input_ids:
+            raise PromptError(f"row {row}: the prompt has no tokens, not even a first one")
         if len(prompt.spans) != len(items):
             raise MediaCountMismatchError(
                 f"row {row}: the prompt has {len(prompt.spans)} places for media "

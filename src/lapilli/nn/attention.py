@@ -101,8 +101,6 @@ def attend_plain(
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     if mask is None:
-        mask = causal_mask(None, q.shape[2], k.shape[2], device=q.device)
-    if mask is None:
         mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(
             k.shape[2] - q.shape[2]
         )

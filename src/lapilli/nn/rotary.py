@@ -39,7 +39,7 @@ def stretch_dynamic(
 ) -> Float[Tensor, "B 1 half"]:
     """Frequencies of rows of these lengths: theta grows once a row is longer than trained.
 
-    Source: Hugging Face rope type "dynamic" (NTK by parts of the sequence length).
+    Source: Hugging Face rope type "dynamic" (NTK-aware scaling by the sequence length).
     Note: every row has its own length, so a batch equals its solo runs; Hugging Face takes the
     longest row for all of them.
     """

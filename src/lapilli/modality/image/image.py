@@ -20,8 +20,7 @@ from lapilli.modality.image.vision import VisionTransformer
 from lapilli.modality.projector import build_projector
 from lapilli.shapes import Float, Tensor
 
-# Tiles that go through the tower at once: bounds the memory of many pictures (about 60 MB of inner
-# values per tile of CLIP-L/14-336 in float32) and is wide enough to keep every core busy.
+# Tiles that go through the tower at once: bounds the memory that many pictures take.
 TILE_LIMIT = 16
 
 
@@ -72,9 +71,9 @@ class ImageModality(nn.Module):
 
     def encode_tiles(self, pixel_values: Float[Tensor, "N C H W"]) -> Float[Tensor, "N P D"]:
         """Projected features of tiles, at most TILE_LIMIT of them in the tower at once."""
-        weight = self.vision_tower.vision_model.embeddings.patch_embedding.weight
+        device = self.vision_tower.vision_model.embeddings.patch_embedding.weight.device
         parts = [
-            self.projector(self.vision_tower(tiles.to(weight.device, weight.dtype)))
+            self.projector(self.vision_tower(tiles.to(device)))
             for tiles in torch.split(pixel_values, TILE_LIMIT)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
