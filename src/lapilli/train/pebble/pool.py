@@ -25,6 +25,7 @@ from lapilli.train.pebble.caption import caption
 from lapilli.train.pebble.conversation import conversation
 from lapilli.train.pebble.draw import draw, model_pixels
 from lapilli.train.pebble.sample import sample_scene
+from lapilli.train.pebble.scene import Scene
 
 SHARD: Final = 1024
 WORLD: Final = 1  # raise when the same seed gives another picture or other questions
@@ -38,12 +39,15 @@ class PoolSpec:
         first_seed: seed of scene 0.
         num_scenes: how many.
         side: pixels of the square that the model sees.
+        crowds: many scenes hold more objects than pebble is asked about, see `sample_scene`.
+        world: `WORLD` when it was drawn.
 
     """
 
     first_seed: int
     num_scenes: int
     side: int
+    crowds: bool = False
     world: int = WORLD
 
     def __post_init__(self) -> None:
@@ -51,6 +55,10 @@ class PoolSpec:
             raise ConfigError(
                 f"a pool needs 1 or more scenes, 16 or more pixels, a seed of 0 or more; got {self}"
             )
+
+    def scene(self, seed: int) -> Scene:
+        """The scene that a pool of this kind holds for the seed."""
+        return sample_scene(seed, crowds=self.crowds)
 
     @property
     def num_shards(self) -> int:
@@ -84,7 +92,7 @@ def _claim(folder: Path, spec: PoolSpec) -> None:
     note = folder / "pool.json"
     if note.exists():
         found = json.loads(note.read_text(encoding="utf-8"))
-        if found != asdict(spec):
+        if {"crowds": False, **found} != asdict(spec):
             raise ConfigError(
                 f"{folder} holds another pool: {found}, wanted {asdict(spec)}; use an empty folder"
             )
@@ -105,7 +113,7 @@ def draw_shard(folder: Path, spec: PoolSpec, shard: int) -> None:
     lines = []
     for i in range(start, min(start + SHARD, spec.num_scenes)):
         seed = spec.first_seed + i
-        scene = sample_scene(seed)
+        scene = spec.scene(seed)
         pixels[i] = model_pixels(draw(scene), spec.side)
         sample = conversation(scene, np.random.default_rng([seed, 17]))
         lines.append(json.dumps({**sample, "caption": caption(scene)}))

@@ -38,17 +38,22 @@ _REACH: Final[dict[Shape, float]] = {
     "circle": 0.5, "square": 0.64, "triangle": 0.6, "star": 0.58, "cross": 0.53, "ring": 0.5,
 }  # fmt: skip
 _NUM_FONTS: Final = 8
+_CROWD: Final = (6, 9)  # objects of a crowded scene
 MIN_SIDE: Final = 64
 MAX_SIDE: Final = 800
 
 
-def sample_scene(seed: int, kind: Kind | None = None, *, digit_index: int | None = None) -> Scene:
+def sample_scene(
+    seed: int, kind: Kind | None = None, *, digit_index: int | None = None, crowds: bool = False
+) -> Scene:
     """The scene of a seed.
 
     Args:
         seed: any non-negative integer; the same seed gives the same scene.
         kind: only scenes of this kind; None draws the kind too.
         digit_index: draw this scan (for held-out digits); None takes one from the training split.
+        crowds: two thirds of the scenes with objects hold six to nine of them. Pebble is asked
+            about no such scene; its tower learns shapes sooner where each picture shows many.
 
     """
     rng = np.random.default_rng([seed, 7])
@@ -59,7 +64,8 @@ def sample_scene(seed: int, kind: Kind | None = None, *, digit_index: int | None
     finish = _finish(rng, size)
     scene = Scene(seed=seed, size=size, background=background, finish=finish)
     if chosen == "objects":
-        objects = _objects(rng, size, background)
+        crowded = crowds and seed % 3 > 0
+        objects = _objects(rng, size, background, _CROWD if crowded else (1, MAX_OBJECTS))
         return Scene(seed=seed, size=size, background=background, finish=finish, objects=objects)
     if chosen == "writing":
         writing = _writing(rng, background)
@@ -115,14 +121,15 @@ def _inks(
 
 
 def _objects(
-    rng: np.random.Generator, size: ImageSize, background: Background
+    rng: np.random.Generator, size: ImageSize, background: Background, numbers: tuple[int, int]
 ) -> tuple[Object, ...]:
     inks = _inks(rng, background)
-    count = int(rng.integers(1, MAX_OBJECTS + 1))
+    count = int(rng.integers(numbers[0], numbers[1] + 1))
     looks = _looks(rng, count, list(inks))
     placed = None
     while placed is None:
-        sizes = [SIZES[int(rng.integers(2))] for _ in range(count)]
+        sizes = [SIZES[int(rng.integers(2))] for _ in range(min(count, MAX_OBJECTS))]
+        sizes += [SIZES[0]] * (count - len(sizes))
         placed = _layout(rng, size, [shape for shape, _ in looks], sizes)
     grounds = (background.near, background.far)
     objects = [
