@@ -3,13 +3,12 @@
 from dataclasses import fields
 from pathlib import Path
 
-from lapilli.checkpoint.directory import WeightPart, find_beside, open_weights
+from lapilli.checkpoint.directory import WeightPart, find_beside, keymap_of, open_weights
 from lapilli.checkpoint.files import read_json
-from lapilli.checkpoint.keymaps import HF_LLAVA, LANGUAGE_MODEL, ORIGINAL, ORIGINAL_MPT, KeyMap
 from lapilli.checkpoint.source import resolve
+from lapilli.checkpoint.weights import complete_weights
 from lapilli.config.model import TextConfig
-from lapilli.config.parse import is_hf_llava, is_original, parse_text_config
-from lapilli.config.reader import JsonObject
+from lapilli.config.parse import parse_text_config
 from lapilli.errors import CheckpointError, MissingFileError, ShapeMismatchError
 
 # Numbers that a base and what was trained on it must share.
@@ -25,19 +24,20 @@ SHARED = (
 MOST_NEW_TOKENS = 3
 
 
-def find_base(given: str | None, named: str | None, path: Path) -> Path:
+def find_base(given: str | None, named: str | None, path: Path, *, fetch: bool = True) -> Path:
     """The directory of the base.
 
     Args:
         given: by the caller.
         named: by the checkpoint: adapter_config.json or config.json.
         path: of the checkpoint; a relative name may start from it or from its parent.
+        fetch: False leaves the weights of a hub repository where they are.
 
     Raises:
         MissingFileError: neither names one, or the one that is named cannot be found.
     """
     if given is not None:
-        return resolve(given)
+        return resolve(given, weights=fetch)
     if not named:
         raise MissingFileError(
             f"{path} is an adapter or a projector and does not name the language model it was "
@@ -47,7 +47,7 @@ def find_base(given: str | None, named: str | None, path: Path) -> Path:
     if found is not None:
         return found
     try:
-        return resolve(named)
+        return resolve(named, weights=fetch)
     except CheckpointError as error:
         raise MissingFileError(
             f"{path} was trained on {named!r}, which is not there: {error}; or give another "
@@ -55,28 +55,24 @@ def find_base(given: str | None, named: str | None, path: Path) -> Path:
         ) from error
 
 
-def base_part(directory: Path) -> WeightPart:
+def base_part(directory: Path, *, fetch: bool = True) -> WeightPart | None:
     """The weights of a base: a plain language model, or a LLaVA of either layout.
+
+    None where they are on the hub and stay there (fetch=False).
 
     Raises:
         MissingFileError: no config.json or no weights there.
     """
     raw = read_json(directory / "config.json")
-    store = open_weights(directory)
+    store = open_weights(directory, weights=fetch or bool(complete_weights(directory)))
+    if not store.infos and not fetch:
+        return None
     if not store.infos:
         raise MissingFileError(
             f"no weights in the base {directory}: looked for model.safetensors, pytorch_model.bin "
             "and their shards"
         )
-    return WeightPart("base", store, _keymap(raw))
-
-
-def _keymap(raw: JsonObject) -> KeyMap:
-    if is_hf_llava(raw):
-        return HF_LLAVA
-    if not is_original(raw):
-        return LANGUAGE_MODEL
-    return ORIGINAL_MPT if parse_text_config(raw).family == "mpt" else ORIGINAL
+    return WeightPart("base", store, keymap_of(raw))
 
 
 def refuse_wrong_base(expected: TextConfig, base: Path) -> int:

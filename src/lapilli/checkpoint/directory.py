@@ -18,9 +18,15 @@ from lapilli.checkpoint.keymaps import (
 )
 from lapilli.checkpoint.keymaps.tables import TOWER
 from lapilli.checkpoint.source import find_directory, resolve
-from lapilli.checkpoint.weights import WeightStore, find_weight_files
+from lapilli.checkpoint.weights import WeightStore, complete_weights, find_weight_files
 from lapilli.config.model import ModelConfig
-from lapilli.config.parse import is_original, named_tower, parse_config
+from lapilli.config.parse import (
+    is_hf_llava,
+    is_original,
+    named_tower,
+    parse_config,
+    parse_text_config,
+)
 from lapilli.config.reader import JsonObject, KeyReport, is_object
 from lapilli.errors import CheckpointError, MissingFileError, MissingWeightsError
 
@@ -71,18 +77,22 @@ class CheckpointDirectory:
     notes: tuple[str, ...] = ()
 
 
-def open_weights(directory: Path) -> WeightStore:
-    """The tensors of a full model; none where the directory has no weight files."""
-    return WeightStore.of_files(find_weight_files(directory))
+def open_weights(directory: Path, *, weights: bool = True) -> WeightStore:
+    """The tensors of a full model; none where there are no weight files, or none are wanted."""
+    return WeightStore.of_files(find_weight_files(directory) if weights else ())
 
 
-def open_directory(path: Path, *, extra: Sequence[WeightPart] = ()) -> CheckpointDirectory:
+def open_directory(
+    path: Path, *, extra: Sequence[WeightPart] = (), weights: bool = True, fetch: bool = True
+) -> CheckpointDirectory:
     """A checkpoint directory.
 
     Args:
         path: with config.json.
         extra: weights that belong to it but lie elsewhere (the base of an adapter); they may
             bring the vision tower.
+        weights: False looks at the small files only and leaves `parts` empty.
+        fetch: False leaves the weights of a vision tower on the hub where they are.
 
     Raises:
         MissingFileError: config.json, the vision tower or a shard is missing.
@@ -91,8 +101,8 @@ def open_directory(path: Path, *, extra: Sequence[WeightPart] = ()) -> Checkpoin
 
     """
     raw = read_json(path / "config.json")
-    store = open_weights(path)
-    tower_path = _tower_directory(path, raw)
+    store = open_weights(path, weights=weights)
+    tower_path = _tower_directory(path, raw, fetch=fetch)
     tower_config = read_json(tower_path / "config.json") if tower_path else None
     config, keys = parse_config(
         raw,
@@ -101,11 +111,11 @@ def open_directory(path: Path, *, extra: Sequence[WeightPart] = ()) -> Checkpoin
         generation=read_optional_json(path / "generation_config.json"),
         weight_names=frozenset(store.infos),
     )
-    keymap = keymap_of(config)
+    keymap = keymap_of(raw)
     own = (WeightPart("checkpoint", store, keymap),) if store.infos else ()
     parts, notes = (*extra, *own), _pixel_notes(tower_path or path, config)
-    if tower_path is not None:
-        parts, more = _with_tower(parts, config, tower_path)
+    if tower_path is not None and weights:
+        parts, more = _with_tower(parts, config, tower_path, fetch=fetch)
         notes += more
     return CheckpointDirectory(
         path=path,
@@ -118,22 +128,22 @@ def open_directory(path: Path, *, extra: Sequence[WeightPart] = ()) -> Checkpoin
     )
 
 
-def keymap_of(config: ModelConfig) -> KeyMap:
-    """The names that the tensors of this layout have."""
-    if config.layout == "text":
-        return LANGUAGE_MODEL
-    if config.layout != "llava":
+def keymap_of(raw: JsonObject) -> KeyMap:
+    """The names that the tensors beside this config.json have."""
+    if is_hf_llava(raw):
         return HF_LLAVA
-    return ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
+    if not is_original(raw):
+        return LANGUAGE_MODEL
+    return ORIGINAL_MPT if parse_text_config(raw).family == "mpt" else ORIGINAL
 
 
-def _tower_directory(path: Path, raw: JsonObject) -> Path | None:
+def _tower_directory(path: Path, raw: JsonObject, *, fetch: bool) -> Path | None:
     """Where the vision tower lies that the original layout names."""
     name = named_tower(raw) if is_original(raw) else None
     if name is None:
         return None
     try:
-        return resolve(name, beside=(path,))
+        return resolve(name, beside=(path,), weights=fetch)
     except CheckpointError as error:
         raise MissingFileError(
             f"the vision tower of {path} (mm_vision_tower in its config.json) is not there: {error}"
@@ -141,7 +151,7 @@ def _tower_directory(path: Path, raw: JsonObject) -> Path | None:
 
 
 def _with_tower(
-    parts: tuple[WeightPart, ...], config: ModelConfig, tower_path: Path
+    parts: tuple[WeightPart, ...], config: ModelConfig, tower_path: Path, *, fetch: bool
 ) -> tuple[tuple[WeightPart, ...], tuple[str, ...]]:
     """The parts with the tower from where the original takes it.
 
@@ -161,8 +171,10 @@ def _with_tower(
                 f"false to take the tower of {tower_path} as it is"
             )
         return parts, ()
-    store = open_weights(tower_path)
+    store = open_weights(tower_path, weights=fetch or bool(complete_weights(tower_path)))
     if not store.infos:
+        if not fetch:
+            return parts, ("the weights of the vision tower are on the hub, not yet on this disk",)
         if inside:
             return parts, (f"the vision tower is the checkpoint's: {tower_path} has no weights",)
         raise MissingFileError(f"no weights of the vision tower in {tower_path}")

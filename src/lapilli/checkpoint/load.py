@@ -33,6 +33,7 @@ class Loaded:
         template: the conversation template and why it was chosen.
         report: what became of every tensor and every key.
         path: the directory that was asked for.
+        tokenizer_path: the directory that its tokenizer came from (a base's, for an adapter).
         dtype: of the weights.
         raw: config.json as it is, for the names of the original.
     """
@@ -43,6 +44,7 @@ class Loaded:
     template: TemplateChoice
     report: LoadReport
     path: Path
+    tokenizer_path: Path
     dtype: torch.dtype
     raw: JsonObject
 
@@ -109,6 +111,7 @@ def load_checkpoint(
         template=choose_for(plan, template),
         report=report_of(plan, matching),
         path=plan.path,
+        tokenizer_path=plan.tokenizer_path,
         dtype=number_format,
         raw=plan.raw,
     )

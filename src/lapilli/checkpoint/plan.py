@@ -20,9 +20,10 @@ from lapilli.checkpoint.directory import (
     keymap_of,
     open_directory,
 )
-from lapilli.checkpoint.files import read_optional_json
+from lapilli.checkpoint.files import read_json, read_optional_json
 from lapilli.checkpoint.keymaps import KeyMap
-from lapilli.checkpoint.source import resolve
+from lapilli.checkpoint.keymaps.tables import PROJECTOR
+from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.tokenizer_files import add_image_tokens, has_tokenizer, load_tokenizer
 from lapilli.checkpoint.vocabulary import Vocabulary
 from lapilli.checkpoint.weights import WeightStore, find_weight_files
@@ -50,6 +51,7 @@ class Plan:
         parts: where the tensors come from; later ones override earlier ones.
         keymap: the names that an adapter's modules have.
         tokenizer: with the tokens added that the original adds.
+        tokenizer_path: where it and the chat template come from.
         vocabulary: how the vocabulary tables of the files are fitted.
         adapter: laid over the model when it is filled.
         base_path: of the language model under an adapter or projector.
@@ -66,6 +68,7 @@ class Plan:
     parts: tuple[WeightPart, ...]
     keymap: KeyMap
     tokenizer: Tokenizer
+    tokenizer_path: Path
     vocabulary: Vocabulary
     adapter: Adapter | None = None
     base_path: Path | None = None
@@ -73,28 +76,36 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
-    def tokenizer_path(self) -> Path:
-        """Where the tokenizer and the chat template come from."""
-        if self.base_path is not None and not has_tokenizer(self.path):
-            return self.base_path
-        return self.path
+    def has_weights(self) -> bool:
+        """Whether the weights were looked at."""
+        return bool(self.parts)
 
 
-def make_plan(source: str | Path, *, base: str | None = None, adapter: str | None = None) -> Plan:
+def make_plan(
+    source: str | Path,
+    *,
+    base: str | None = None,
+    adapter: str | None = None,
+    fetch: bool = True,
+) -> Plan:
     """Understand a checkpoint.
 
     Args:
         source: a directory, a hub id or "pebble".
         base: the language model under a LoRA or a projector; None takes what the checkpoint names.
         adapter: a PEFT adapter to lay over the checkpoint.
+        fetch: False leaves the weights of a hub repository where they are; `parts` is then empty.
 
     Raises:
         CheckpointError: files are missing, damaged, or do not belong together.
         ConfigError: config.json cannot be followed.
     """
     if adapter is not None:
-        return _with_adapter(make_plan(source, base=base), resolve(adapter))
-    return replace(_plan_source(resolve(source), base), name=name_of(source))
+        return _with_adapter(make_plan(source, base=base, fetch=fetch), resolve(adapter))
+    path = resolve(source, weights=fetch)
+    weights = fetch or is_local(source)
+    plan = _plan_source(path, base, weights=weights, fetch=fetch)
+    return replace(plan, name=name_of(source))
 
 
 def name_of(source: str | Path) -> str:
@@ -108,18 +119,18 @@ def name_of(source: str | Path) -> str:
     return parts[-1] if parts else ""
 
 
-def _plan_source(path: Path, base: str | None) -> Plan:
+def _plan_source(path: Path, base: str | None, *, weights: bool, fetch: bool) -> Plan:
     if is_adapter(path):
-        return _plan_adapter(path, base)
-    if not find_weight_files(path) and _first(path, PROJECTOR_FILES) is not None:
-        return _plan_on_base("projector", path, base, PROJECTOR_FILES, adapter=None)
+        return _plan_adapter(path, base, fetch=fetch)
+    if _first(path, PROJECTOR_FILES) is not None and not find_weight_files(path):
+        return _plan_on_base("projector", path, base, PROJECTOR_FILES, fetch=fetch)
     if base is not None:
         raise ConfigError(
             f"base {base!r} was given, but {path} is a whole model: a base is for LoRA and "
             "projector-only checkpoints"
         )
-    directory = open_directory(path)
-    if not any(part.label == "checkpoint" for part in directory.parts):
+    directory = open_directory(path, weights=weights, fetch=fetch)
+    if weights and not any(part.label == "checkpoint" for part in directory.parts):
         raise MissingFileError(
             f"no weights in {path}: looked for model.safetensors, pytorch_model.bin and their "
             "shards, adapter_config.json and mm_projector.bin"
@@ -127,14 +138,14 @@ def _plan_source(path: Path, base: str | None) -> Plan:
     return _plan("full", directory)
 
 
-def _plan_adapter(path: Path, base: str | None) -> Plan:
+def _plan_adapter(path: Path, base: str | None, *, fetch: bool) -> Plan:
     """A directory with adapter_config.json: the original's LoRA, or a plain PEFT adapter."""
     adapter = open_adapter(path)
     raw = read_optional_json(path / "config.json")
     if raw is not None and is_original(raw):
-        return _plan_on_base("LoRA", path, base, NON_LORA_FILES, adapter=adapter)
-    below = find_base(base, adapter.base_name, path)
-    return _with_adapter(make_plan(below), path)
+        return _plan_on_base("LoRA", path, base, NON_LORA_FILES, adapter=adapter, fetch=fetch)
+    below = find_base(base, adapter.base_name, path, fetch=fetch)
+    return _with_adapter(make_plan(below, fetch=fetch), path)
 
 
 def _with_adapter(plan: Plan, path: Path) -> Plan:
@@ -145,13 +156,10 @@ def _with_adapter(plan: Plan, path: Path) -> Plan:
             f"{plan.path} is an adapter itself: merge it into a whole checkpoint before laying "
             f"{path} over it"
         )
-    saved = adapter.saved_modules()
-    parts = plan.parts
-    if saved.infos:
-        parts += (WeightPart("adapter", saved, plan.keymap),)
+    parts = (*plan.parts, *_saved_part(adapter, plan.keymap))
     beside = _first(path, NON_LORA_FILES)
     if beside is not None:
-        parts += (_trained_part("non-LoRA tensors", beside, plan.keymap),)
+        parts += (_trained_part(beside, plan.keymap),)
     return replace(
         plan,
         form="PEFT adapter",
@@ -163,28 +171,31 @@ def _with_adapter(plan: Plan, path: Path) -> Plan:
 
 
 def _plan_on_base(
-    form: str, path: Path, base: str | None, files: Sequence[str], *, adapter: Adapter | None
+    form: str,
+    path: Path,
+    base: str | None,
+    files: Sequence[str],
+    *,
+    adapter: Adapter | None = None,
+    fetch: bool = True,
 ) -> Plan:
     """The original's LoRA or projector: its own config.json, the weights of a plain model below."""
-    raw = read_optional_json(path / "config.json") or {}
+    raw = read_json(path / "config.json")
     named = adapter.base_name if adapter else None
-    base_path = find_base(base, named or _name_of_base(raw), path)
+    base_path = find_base(base, named or _name_of_base(raw), path, fetch=fetch)
+    below = base_part(base_path, fetch=fetch)
+    parts = [] if below is None else [below]
     trained = _first(path, files)
-    if trained is None:
+    if trained is not None:
+        parts.append(_trained_part(trained, keymap_of(raw)))
+    elif below is not None and not below.has(PROJECTOR):
         raise MissingFileError(f"{files[-1]} is missing in {path}: the projector is in it")
-    below = base_part(base_path)
-    directory = open_directory(path, extra=(below,))
+    parts += _saved_part(adapter, keymap_of(raw))
+    directory = open_directory(path, extra=parts, fetch=fetch)
     base_rows = refuse_wrong_base(directory.config.text, base_path)
-    parts = (
-        *directory.parts,
-        _trained_part(form, trained, keymap_of(directory.config)),
-    )
-    if adapter is not None and adapter.saved_modules().infos:
-        saved = adapter.saved_modules()
-        parts += (WeightPart("adapter", saved, keymap_of(directory.config)),)
     return _plan(
         form,
-        replace(directory, parts=parts),
+        directory,
         adapter=adapter,
         base_path=base_path,
         base_rows=base_rows,
@@ -196,7 +207,13 @@ def _name_of_base(raw: JsonObject) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _trained_part(label: str, file: Path, keymap: KeyMap) -> WeightPart:
+def _saved_part(adapter: Adapter | None, keymap: KeyMap) -> list[WeightPart]:
+    """Whole tensors inside an adapter, where it has some."""
+    saved = WeightStore() if adapter is None else adapter.saved_modules()
+    return [WeightPart("adapter", saved, keymap)] if saved.infos else []
+
+
+def _trained_part(file: Path, keymap: KeyMap) -> WeightPart:
     """Tensors that were trained and stored under the names of a wrapped model.
 
     Source: LLaVA builder.py: `base_model.` is stripped, then one `model.` where all have two.
@@ -205,7 +222,7 @@ def _trained_part(label: str, file: Path, keymap: KeyMap) -> WeightPart:
     for foreign in store.infos:
         name = foreign.removeprefix("module.").removeprefix("base_model.model.")
         plain.rename(store, foreign, name)
-    return WeightPart(label, plain, keymap)
+    return WeightPart(file.name, plain, keymap)
 
 
 def _first(path: Path, names: Sequence[str]) -> Path | None:
@@ -222,8 +239,9 @@ def _plan(
 ) -> Plan:
     """The rest that every form needs: the tokenizer, and the vocabulary of its length."""
     config = directory.config
-    own = has_tokenizer(directory.path) or base_path is None
-    where = directory.path if own or base_path is None else base_path
+    where = directory.path
+    if base_path is not None and not has_tokenizer(where):
+        where = base_path
     fast = config.layout != "llava" or config.text.family != "llama"
     tokenizer = load_tokenizer(where, fast=fast)
     before, new = config.text.vocab_size, 0
@@ -245,8 +263,9 @@ def _plan(
         config=replace(config, text=replace(config.text, vocab_size=rows)),
         keys=directory.keys,
         parts=directory.parts,
-        keymap=keymap_of(config),
+        keymap=keymap_of(directory.raw),
         tokenizer=tokenizer,
+        tokenizer_path=where,
         vocabulary=Vocabulary(
             rows=rows, accepted=frozenset({before, base_rows or before}), new_rows=new
         ),

@@ -72,6 +72,11 @@ def find_directory(name: str, beside: Sequence[Path] = ()) -> Path | None:
     return None
 
 
+def is_local(source: str | Path) -> bool:
+    """Whether a source lies on this disk without asking the hub."""
+    return str(source) == PEBBLE or find_directory(str(source)) is not None
+
+
 def _embedded() -> Path:
     path = Path(str(files("lapilli"))) / PEBBLE
     if not (path / "config.json").is_file():

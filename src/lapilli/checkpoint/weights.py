@@ -116,6 +116,14 @@ def find_weight_files(directory: Path) -> tuple[Path, ...]:
     return ()
 
 
+def complete_weights(directory: Path) -> tuple[Path, ...]:
+    """The weight files of a directory, none where an index names more than there are."""
+    try:
+        return find_weight_files(directory)
+    except MissingFileError:
+        return ()
+
+
 def _indexed(directory: Path, index: str, weight_map: object) -> tuple[Path, ...]:
     if not is_object(weight_map):
         raise CheckpointError(f"{directory / index} has no weight_map")

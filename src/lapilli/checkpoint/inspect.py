@@ -1,0 +1,265 @@
+"""`inspect_checkpoint`: what a checkpoint is and what loading would do, without reading weights."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lapilli.checkpoint.assemble import Matching, build_model
+from lapilli.checkpoint.keymaps.tables import TOWER
+from lapilli.checkpoint.load import match_plan
+from lapilli.checkpoint.plan import Plan, make_plan
+from lapilli.checkpoint.render import as_text
+from lapilli.checkpoint.template import choose_for
+from lapilli.config.model import ModelConfig
+from lapilli.geometry import ImageSize
+from lapilli.modality.image.anyres import num_tokens
+from lapilli.prompt.choose import Template
+
+# Pictures that people have: thumbnail, screen shot, phone, wide.
+COMMON_SIZES = (
+    ImageSize(224, 224),
+    ImageSize(336, 336),
+    ImageSize(480, 640),
+    ImageSize(1024, 1024),
+    ImageSize(1080, 1920),
+    ImageSize(1920, 1080),
+)
+LAYOUTS = {
+    "llava": "original LLaVA",
+    "hf_llava": "Hugging Face LLaVA 1.5",
+    "hf_llava_next": "Hugging Face LLaVA-NeXT",
+    "text": "language model without images",
+}
+COMPONENTS = {
+    "language model": "language_model.",
+    "vision tower": "modalities.image.vision_tower.",
+    "projector": "modalities.image.projector.",
+    "newline": "modalities.image.image_newline",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """Everything that `lapilli inspect` prints, as plain values.
+
+    Args:
+        source: what was asked for.
+        format: layout and form, such as "original LLaVA, LoRA".
+        architecture: family and sizes of the language model.
+        template: name, reason and, where a person overrode it, a note.
+        tower: family, sizes and place of the vision tower; empty without images.
+        projector: kind and widths; empty without images.
+        image: aspect, layout of the features, resolutions; empty without images.
+        dtypes: number format -> numbers stored in it, over all files.
+        parameters: component -> numbers of the model.
+        num_bytes: of the tensors in the files.
+        visual_tokens: picture size -> positions that it takes in a prompt.
+        special_tokens: role -> "token (id)".
+        context: positions that the language model was made for.
+        ignored_keys: configuration keys that are knowingly not read.
+        unknown_keys: configuration keys that nothing reads.
+        dropped: tensors that are not loaded on purpose.
+        missing: parameters without a tensor.
+        unexpected: tensors without a parameter.
+        paths: what -> the directory that it comes from.
+        notes: what else a person should know.
+    """
+
+    source: str
+    format: str
+    architecture: dict[str, object]
+    template: dict[str, str]
+    tower: dict[str, object] = field(default_factory=dict)
+    projector: dict[str, object] = field(default_factory=dict)
+    image: dict[str, object] = field(default_factory=dict)
+    dtypes: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    num_bytes: int = 0
+    visual_tokens: dict[str, int] = field(default_factory=dict)
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    context: int = 0
+    ignored_keys: tuple[str, ...] = ()
+    unknown_keys: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    paths: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """The same for json.dumps."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """The same for people."""
+        return as_text(self.to_dict())
+
+
+def inspect_checkpoint(
+    source: str | Path,
+    *,
+    base: str | None = None,
+    adapter: str | None = None,
+    template: str | Template | None = None,
+) -> Inspection:
+    """What a checkpoint is and what loading it would do.
+
+    Args:
+        source: a directory, a hub id or "pebble"; of a hub repository only the small files are
+            fetched.
+        base: as for `load_checkpoint`.
+        adapter: as for `load_checkpoint`.
+        template: what a person asks for instead of the checkpoint's own template.
+
+    Raises:
+        CheckpointError: files are missing or damaged. Missing or unexpected tensors are no error
+            here: they are listed.
+        ConfigError: config.json cannot be followed.
+    """
+    plan = make_plan(source, base=base, adapter=adapter, fetch=False)
+    model = build_model(plan.config)
+    matching = match_plan(plan, model)
+    shapes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    choice = choose_for(plan, template)
+    chosen = {"name": choice.template.name, "reason": choice.reason}
+    tensors = [info for part in plan.parts for info in part.store.infos.values()]
+    tensors += list(plan.adapter.store.infos.values()) if plan.adapter else []
+    dtypes: Counter[str] = Counter()
+    for info in tensors:
+        dtypes[str(info.dtype).removeprefix("torch.")] += info.num_parameters
+    return Inspection(
+        source=str(source),
+        format=f"{LAYOUTS[plan.config.layout]}, {plan.form}",
+        architecture=_architecture(plan),
+        template=chosen if choice.note is None else {**chosen, "note": choice.note},
+        tower=_tower(plan),
+        projector=_projector(plan.config),
+        image=_image(plan.config),
+        dtypes=dict(dtypes),
+        parameters=_parameters(shapes),
+        num_bytes=sum(info.num_bytes for info in tensors),
+        visual_tokens=_visual_tokens(plan.config),
+        special_tokens=_special_tokens(plan),
+        context=plan.config.text.max_positions,
+        ignored_keys=plan.keys.ignored,
+        unknown_keys=plan.keys.unknown,
+        dropped=matching.dropped,
+        missing=_missing(plan, matching),
+        unexpected=matching.unexpected,
+        paths=_paths(plan),
+        notes=plan.notes,
+    )
+
+
+def _architecture(plan: Plan) -> dict[str, object]:
+    text = plan.config.text
+    found: dict[str, object] = {
+        "model_type": plan.raw.get("model_type"),
+        "family": text.family,
+        "layers": text.num_layers,
+        "width": text.hidden_size,
+        "heads": text.num_heads,
+        "kv_heads": text.num_kv_heads,
+        "vocabulary": text.vocab_size,
+        "torch_dtype": plan.config.torch_dtype,
+    }
+    if plan.adapter is not None:
+        found["lora_rank"] = plan.adapter.config.rank
+    return found
+
+
+def _tower(plan: Plan) -> dict[str, object]:
+    vision = plan.config.vision
+    if vision is None:
+        return {}
+    inside = any(
+        part.parameter(name) is not None and str(part.parameter(name)).startswith(TOWER)
+        for part in plan.parts
+        if part.label != "vision tower"
+        for name in part.store.infos
+        if not part.is_dropped(name)
+    )
+    return {
+        "family": vision.family,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "layers": vision.num_layers,
+        "width": vision.hidden_size,
+        "feature_layer": vision.feature_layer,
+        "feature_select": vision.feature_select,
+        "from": "the checkpoint" if inside else plan.config.vision_source or "the checkpoint",
+    }
+
+
+def _projector(config: ModelConfig) -> dict[str, object]:
+    projector = config.projector
+    if projector is None:
+        return {}
+    return {
+        "kind": projector.kind,
+        "layers": projector.depth,
+        "from": projector.vision_size,
+        "to": projector.hidden_size,
+    }
+
+
+def _image(config: ModelConfig) -> dict[str, object]:
+    image = config.image
+    if image is None:
+        return {}
+    found: dict[str, object] = {"aspect": image.aspect}
+    if image.aspect == "anyres":
+        found["merge"] = image.merge
+        found["resolutions"] = ", ".join(str(size) for size in image.pinpoints)
+    return found
+
+
+def _parameters(shapes: dict[str, int]) -> dict[str, int]:
+    counts = {
+        label: sum(count for name, count in shapes.items() if name.startswith(prefix))
+        for label, prefix in COMPONENTS.items()
+    }
+    return {label: count for label, count in counts.items() if count}
+
+
+def _visual_tokens(config: ModelConfig) -> dict[str, int]:
+    if config.image is None or config.vision is None:
+        return {}
+    newline = config.has_newline and config.image.aspect == "anyres"
+    return {
+        str(size): num_tokens(size, config.image, config.vision, has_newline=newline)
+        for size in COMMON_SIZES
+    }
+
+
+def _special_tokens(plan: Plan) -> dict[str, str]:
+    tokenizer, tokens = plan.tokenizer, plan.config.tokens
+    eos = tokens.eos_ids or ((tokenizer.eos_id,) if tokenizer.eos_id is not None else ())
+    roles = {
+        "bos": (tokenizer.bos_id,),
+        "eos": eos,
+        "pad": (tokenizer.pad_id,),
+        "unk": (tokenizer.unk_id,),
+        "image": (tokens.image_id,),
+    }
+    found: dict[str, str] = {}
+    for role, ids in roles.items():
+        known = [i for i in ids if i is not None and i < tokenizer.vocab_size]
+        if known:
+            found[role] = ", ".join(f"{tokenizer.id_to_token(i)} ({i})" for i in known)
+    return found
+
+
+def _missing(plan: Plan, matching: Matching) -> tuple[str, ...]:
+    """Parameters without a tensor, where the weights were looked at."""
+    if not plan.has_weights:
+        return ()
+    waits = not any(part.has(TOWER) for part in plan.parts) and plan.tower_path is not None
+    return tuple(name for name in matching.missing if not (waits and name.startswith(TOWER)))
+
+
+def _paths(plan: Plan) -> dict[str, str]:
+    paths = {"checkpoint": plan.path, "base": plan.base_path, "vision tower": plan.tower_path}
+    if plan.adapter is not None:
+        paths["adapter"] = plan.adapter.path
+    return {label: str(path) for label, path in paths.items() if path is not None}
