@@ -141,3 +141,14 @@ def test_a_given_scan_is_shown():
     assert scene.digit is not None
     assert scene.digit.index == 1234
     assert scene.digit.value == digit_scans()[1][1234]
+
+
+def test_crowds_hold_more_objects_and_change_nothing_else():
+    usual = [sample_scene(seed) for seed in range(90)]
+    crowds = [sample_scene(seed, crowds=True) for seed in range(90)]
+    for seed, (one, other) in enumerate(zip(usual, crowds, strict=True)):
+        if not one.objects or seed % 3 == 0:
+            assert one == other
+        else:
+            assert 6 <= len(other.objects) <= 9
+            assert len({item.cell for item in other.objects}) == len(other.objects)

@@ -10,30 +10,17 @@ scene always gives the same picture.
 
 import io
 import math
-from functools import lru_cache
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 
 from lapilli.geometry import ImageSize
-from lapilli.train.pebble.digits import digit_scans
-from lapilli.train.pebble.scene import Background, Digit, Object, Scene, Shape, Writing
+from lapilli.train.pebble.glyphs import digit_mask, writing_mask
+from lapilli.train.pebble.scene import Background, Object, Scene, Shape
 
 PAD_RGB: Final = (122, 116, 104)  # CLIP's mean colour, as the original pads
-_FONT_FILES: Final = (
-    "DejaVuSans.ttf",
-    "DejaVuSans-Bold.ttf",
-    "DejaVuSans-Oblique.ttf",
-    "DejaVuSerif.ttf",
-    "DejaVuSerif-Bold.ttf",
-    "DejaVuSansMono.ttf",
-    "DejaVuSansMono-Bold.ttf",
-)
-_FONT_SIZE: Final = 96  # type is drawn at this size and scaled
-_DIGIT_SIDE: Final = 120
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -44,11 +31,11 @@ def draw(scene: Scene) -> Image.Image:
         mask = _object_mask(item, scene.unit)
         _paste(picture, mask, item.rgb, item.centre)
     if scene.writing is not None:
-        mask = _writing_mask(scene.writing, scene.size)
-        _paste(picture, mask, scene.writing.rgb, _inside(scene.writing.centre, mask, scene.size))
+        mask, centre = writing_mask(scene.writing, scene.size)
+        _paste(picture, mask, scene.writing.rgb, centre)
     if scene.digit is not None:
-        mask = _digit_mask(scene.digit, scene.size)
-        _paste(picture, mask, scene.digit.rgb, _inside(scene.digit.centre, mask, scene.size))
+        mask, centre = digit_mask(scene.digit, scene.size)
+        _paste(picture, mask, scene.digit.rgb, centre)
     if scene.finish.blur:
         picture = picture.filter(ImageFilter.GaussianBlur(scene.finish.blur * min(scene.size)))
     if scene.finish.jpeg_quality is not None:
@@ -111,15 +98,6 @@ def _paste(
     picture.paste(rgb, (left, top), mask)
 
 
-def _inside(share: tuple[float, float], mask: Image.Image, size: ImageSize) -> tuple[float, float]:
-    """A centre that keeps the mask inside: `share` 0 puts it at one edge, 1 at the other."""
-    room_y = max(size.height - mask.height, 0)
-    room_x = max(size.width - mask.width, 0)
-    y = (mask.height / 2 + share[0] * room_y) / size.height
-    x = (mask.width / 2 + share[1] * room_x) / size.width
-    return y, x
-
-
 def _object_mask(item: Object, unit: float) -> Image.Image:
     """The object's shape in a square box, 0 to 255."""
     diameter = item.diameter * unit
@@ -163,49 +141,6 @@ def _corners(shape: Shape, middle: float, radius: float, angle: float) -> list[t
             (middle + share * radius * math.sin(turn), middle - share * radius * math.cos(turn))
         )
     return points
-
-
-@lru_cache(maxsize=16)
-def _font(index: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own scalable font for 0, then the DejaVu fonts that matplotlib brings."""
-    if index == 0:
-        return ImageFont.load_default(_FONT_SIZE)
-    import matplotlib as mpl
-
-    folder = Path(mpl.get_data_path()) / "fonts" / "ttf"
-    return ImageFont.truetype(str(folder / _FONT_FILES[(index - 1) % len(_FONT_FILES)]), _FONT_SIZE)
-
-
-def _writing_mask(writing: Writing, size: ImageSize) -> Image.Image:
-    font = _font(writing.font)
-    left, top, right, bottom = font.getbbox(writing.drawn)
-    canvas = Image.new("L", (math.ceil(right - left) + 8, math.ceil(bottom - top) + 8), 0)
-    ImageDraw.Draw(canvas).text((4 - left, 4 - top), writing.drawn, fill=255, font=font)
-    canvas = canvas.rotate(writing.angle, Image.Resampling.BICUBIC, expand=True)
-    return _fitted(canvas, size, writing.extent)
-
-
-def _digit_mask(digit: Digit, size: ImageSize) -> Image.Image:
-    scan = np.zeros((12, 10), dtype=np.uint8)
-    scan[2:10, 1:9] = digit_scans()[0][digit.index]
-    large = Image.fromarray(scan).resize(
-        (round(_DIGIT_SIDE * digit.stretch[1]), round(_DIGIT_SIDE * 1.2 * digit.stretch[0])),
-        Image.Resampling.BICUBIC,
-    )
-    large = large.rotate(digit.angle, Image.Resampling.BICUBIC)
-    ink = np.asarray(large, dtype=np.float32) / 255.0
-    steep = 1.1 + 2.0 * digit.sharpness  # of the step from paper to ink
-    ink = np.clip((ink - 0.5) * steep + 0.5, 0, 1)
-    canvas = Image.fromarray((ink * 255).astype(np.uint8))
-    box = canvas.getbbox() or (0, 0, canvas.width, canvas.height)
-    return _fitted(canvas.crop(box), size, digit.extent)
-
-
-def _fitted(mask: Image.Image, size: ImageSize, extent: float) -> Image.Image:
-    """The mask scaled to fill `extent` of the picture in its tighter direction."""
-    scale = extent * min(size.width / mask.width, size.height / mask.height)
-    target = (max(round(mask.width * scale), 1), max(round(mask.height * scale), 1))
-    return mask.resize(target, Image.Resampling.BICUBIC)
 
 
 def _through_jpeg(picture: Image.Image, quality: int) -> Image.Image:
