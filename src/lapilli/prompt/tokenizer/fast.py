@@ -168,10 +168,12 @@ class FastTokenizer:
     def add_tokens(self, tokens: Sequence[str], *, special: bool) -> int:
         """Grow the vocabulary by those `tokens` that it lacks; how many were new."""
         before = self.vocab_size
+        known = self._special_ids if special else self._added.tokens.keys()
+        new = [name for name in tokens if self._added.ids.get(name) not in known]
         if special:
-            self._rust.add_special_tokens(list(tokens))
+            self._rust.add_special_tokens(new)
         else:
-            self._rust.add_tokens(list(tokens))
+            self._rust.add_tokens(new)
         self._note_added()
         return self.vocab_size - before
 
