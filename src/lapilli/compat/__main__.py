@@ -1,0 +1,44 @@
+"""`python -m lapilli.compat SCRIPT ARGS...` and `python -m lapilli.compat -m MODULE ARGS...`.
+
+Runs a program that was written against the original, unchanged.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+from lapilli.compat.install import install
+
+USAGE = "usage: python -m lapilli.compat SCRIPT [ARGS...] | -m MODULE [ARGS...]"
+
+
+def main(arguments: list[str]) -> None:
+    """Install the names of the original and run a script or a module in this process.
+
+    Raises:
+        SystemExit: nothing to run was named, or the script is not there (code 2).
+    """
+    if arguments[:1] == ["-m"] and len(arguments) > 1:
+        install()
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        return
+    if not arguments or arguments[0].startswith("-"):
+        raise SystemExit(_refuse(USAGE))
+    script = Path(arguments[0])
+    if not script.is_file():
+        raise SystemExit(_refuse(f"lapilli.compat: no script at {script}"))
+    install()
+    sys.argv = arguments
+    # As `python SCRIPT` does: modules beside the script come first.
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _refuse(message: str) -> int:
+    sys.stderr.write(f"{message}\n")
+    return 2
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

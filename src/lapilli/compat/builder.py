@@ -1,0 +1,113 @@
+"""load_pretrained_model of the original (llava.model.builder) over our own loading."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lapilli.checkpoint.files import read_optional_json
+from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.compat.configuration import build_config
+from lapilli.compat.foreign import Foreign
+from lapilli.compat.generation import GenerationDefaults
+from lapilli.compat.image_processor import CLIPImageProcessor
+from lapilli.compat.models import (
+    LlavaForCausalLM,
+    LlavaLlamaForCausalLM,
+    LlavaMistralForCausalLM,
+    LlavaMptForCausalLM,
+)
+from lapilli.compat.tokenizer import PreTrainedTokenizer, wrap_tokenizer
+from lapilli.errors import UnsupportedModelError
+
+DEFAULT_CONTEXT = 2048
+
+CLASSES = {"mistral": LlavaMistralForCausalLM, "mpt": LlavaMptForCausalLM}
+
+LoadedTuple = tuple[PreTrainedTokenizer, LlavaForCausalLM, CLIPImageProcessor | None, int]
+
+
+def load_pretrained_model(
+    model_path: str | Path,
+    model_base: str | None = None,
+    model_name: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: Foreign = "auto",
+    device: str | torch.device = "cuda",
+    use_flash_attn: bool = False,
+    *,
+    torch_dtype: torch.dtype | str | None = None,
+    **_: object,
+) -> LoadedTuple:
+    """(tokenizer, model, image_processor, context_len).
+
+    Args:
+        model_path: a directory or a hub id.
+        model_base: the language model under a LoRA or a projector-only checkpoint.
+        model_name: taken and not needed: the files say what a checkpoint is.
+        load_8bit: refused.
+        load_4bit: refused.
+        device_map: "auto", a device, or {"": device}.
+        device: "cuda" takes the CPU where there is no GPU.
+        use_flash_attn: taken and not needed: torch chooses the kernel.
+        torch_dtype: of the weights; None: float16 on a GPU, float32 on a CPU.
+
+    Raises:
+        UnsupportedModelError: 8 or 4 bits are asked for.
+        CheckpointError: files are missing, damaged or do not belong together.
+
+    Note: the original decides by parts of model_name, always loads float16, and may leave the tower
+        on another device than the rest.
+    """
+    if load_8bit or load_4bit:
+        raise UnsupportedModelError(
+            f"load_{'8' if load_8bit else '4'}bit is not there yet: load without it, for instance "
+            "with torch_dtype=torch.bfloat16"
+        )
+    place = _choose_device(device, device_map)
+    if torch_dtype is None:
+        torch_dtype = torch.float32 if place.type == "cpu" else torch.float16
+    loaded = load_checkpoint(model_path, base=model_base, device=place, dtype=torch_dtype)
+    return wrap_loaded(loaded, tokenizer_path=Path(model_base) if model_base else None)
+
+
+def wrap_loaded(loaded: Loaded, *, tokenizer_path: Path | None = None) -> LoadedTuple:
+    """A checkpoint of ours as the original returns it.
+
+    Args:
+        loaded: the checkpoint.
+        tokenizer_path: where the tokenizer's files are when they are not in the checkpoint.
+    """
+    config = build_config(loaded.raw, loaded.config)
+    own = (loaded.path / "tokenizer_config.json").is_file() or tokenizer_path is None
+    tokenizer = wrap_tokenizer(loaded.tokenizer, loaded.path if own else tokenizer_path)  # type: ignore[arg-type]  # own says that it is there
+    image = loaded.config.image
+    processor = None if image is None else CLIPImageProcessor(image.pixels)
+    model = CLASSES.get(loaded.config.text.family, LlavaLlamaForCausalLM)(
+        loaded.model,
+        config,
+        tokenizer=tokenizer,
+        defaults=_generation_defaults(loaded),
+        processor=processor,
+    )
+    return tokenizer, model, processor, config.get("max_sequence_length", DEFAULT_CONTEXT)
+
+
+def _generation_defaults(loaded: Loaded) -> GenerationDefaults:
+    """generation_config.json over the special ids of config.json, as transformers has it."""
+    named = {name: loaded.raw.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    raw = {f"{name}_token_id": value for name, value in named.items() if value is not None}
+    return GenerationDefaults.of(
+        raw | dict(read_optional_json(loaded.path / "generation_config.json") or {})
+    )
+
+
+def _choose_device(device: str | torch.device, device_map: Foreign) -> torch.device:
+    """Where everything goes, the tower too."""
+    asked: Any = device
+    if str(device) == "cuda" and device_map != "auto":
+        asked = device_map.get("", device) if isinstance(device_map, dict) else device_map
+    if str(asked) in ("auto", "cuda") and not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda" if asked == "auto" else asked)

@@ -1,0 +1,193 @@
+"""generate() of transformers over our own generation: its options, its return values, its padding.
+
+embeds, mask -> FusedBatch --generate/run.py--> answers -> rows [BOS, new tokens ..., pad ...]
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from lapilli.compat.image_processor import BatchFeature
+from lapilli.compat.tokenizer import PreTrainedTokenizer
+from lapilli.config.generation import SamplingParams
+from lapilli.errors import GenerationError
+from lapilli.generate.answer import Answer
+from lapilli.generate.run import Setting
+from lapilli.model.outputs import FusedBatch
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.shapes import Float, Int, Tensor
+
+NO_LIMIT = 1 << 40
+
+# Taken from callers and not needed: we always have a cache (quirk 1: so has the original).
+IGNORED = frozenset({"use_cache", "output_scores", "output_attentions", "output_hidden_states"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """Options of transformers' generate, with its defaults or those of generation_config.json."""
+
+    do_sample: bool = False
+    num_beams: int = 1
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    top_k: int | None = 50
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    length_penalty: float = 1.0
+    max_length: int = 20
+    max_new_tokens: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    pad_token_id: int | None = None
+    early_stopping: bool = False
+    num_return_sequences: int = 1
+    return_dict_in_generate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.early_stopping is not False:
+            raise GenerationError("early_stopping is not False: lapilli's beam search has no other")
+        if self.num_return_sequences != 1:
+            raise GenerationError(
+                f"num_return_sequences is {self.num_return_sequences}: lapilli returns the best one"
+            )
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> "GenerationDefaults":
+        """What a generation_config.json says of the options here; other keys are not read."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in raw.items() if key in known})
+
+    def updated(self, options: Mapping[str, Any]) -> "GenerationDefaults":
+        """The defaults with a call's options laid over them.
+
+        Raises:
+            GenerationError: an option that lapilli does not have.
+        """
+        known = {field.name for field in fields(self)}
+        unknown = sorted(set(options) - known - IGNORED)
+        if unknown:
+            raise GenerationError(
+                f"generate() has no option {', '.join(unknown)} here: choose from "
+                f"{', '.join(sorted(known | IGNORED))}"
+            )
+        return replace(self, **{key: value for key, value in options.items() if key in known})
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+        if self.eos_token_id is None:
+            return ()
+        if isinstance(self.eos_token_id, int):
+            return (self.eos_token_id,)
+        return tuple(self.eos_token_id)
+
+    def sampling(self) -> SamplingParams:
+        """The same for our sampler; without do_sample the filters say nothing."""
+        # max_length counts the BOS in front of the new tokens.
+        limit = self.max_new_tokens or max(self.max_length - 1, 1)
+        greedy = SamplingParams(
+            max_new_tokens=limit,
+            num_beams=self.num_beams,
+            repetition_penalty=self.repetition_penalty,
+            length_penalty=self.length_penalty,
+        )
+        if not self.do_sample:
+            return greedy
+        return greedy.updated(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=None if self.top_p in (None, 1.0) else self.top_p,
+            top_k=self.top_k or None,
+            min_p=self.min_p,
+        )
+
+
+class GenerateOutput(BatchFeature):
+    """`sequences`, and with beams `sequences_scores`."""
+
+
+def generate(
+    model: VisionLanguageModel,
+    embeds: Float[Tensor, "B T D"],
+    mask: Tensor | None,
+    tokenizer: PreTrainedTokenizer,
+    *,
+    defaults: GenerationDefaults,
+    options: Mapping[str, Any],
+) -> Int[Tensor, "B N"] | GenerateOutput:
+    """BOS and new tokens of every row, shorter rows filled with the pad token.
+
+    Args:
+        model: ours.
+        embeds: prepared rows.
+        mask: False or 0 for padding, None when nothing is padding.
+        tokenizer: for the ids that the configuration does not name.
+        defaults: what generation_config.json says.
+        options: what the caller says, `streamer` and `stopping_criteria` included.
+
+    Raises:
+        GenerationError: an option that lapilli does not have, or a streamer with beams.
+    """
+    called = dict(options)
+    streamer = called.pop("streamer", None)
+    criteria = list(called.pop("stopping_criteria", None) or ())
+    setting = defaults.updated(called)
+    bos = _first(setting.bos_token_id, tokenizer.bos_token_id, 0)
+    pad = _first(setting.pad_token_id, *setting.eos_ids, 0)
+    if streamer is not None and setting.num_beams > 1:
+        raise GenerationError("a streamer with beams: the best beam is not known before the end")
+    batch = as_batch(embeds, mask)
+    ours = Setting.of(
+        model.language_model, tokenizer.inner, setting.sampling(), setting.eos_ids, NO_LIMIT
+    )
+    answers = ours.new_answers(batch)
+    # Repetition counts the BOS, as in the original, where it is the only id before the answer.
+    prompt_ids = [[bos]] * len(answers)
+    if streamer is not None:
+        streamer.put(torch.tensor([[bos]] * len(answers)))
+    for _ in ours.grow(batch, answers, prompt_ids=prompt_ids):
+        if streamer is not None:
+            streamer.put(as_rows(answers, bos, pad)[:, -1].cpu())
+        if criteria and setting.num_beams == 1 and _stops(criteria, as_rows(answers, bos, pad)):
+            break
+    if streamer is not None:
+        streamer.end()
+    sequences = as_rows(answers, bos, pad).to(embeds.device)
+    if not setting.return_dict_in_generate:
+        return sequences
+    if setting.num_beams == 1:
+        return GenerateOutput(sequences=sequences)
+    scores = torch.tensor([answer.score for answer in answers])
+    return GenerateOutput(sequences=sequences, sequences_scores=scores)
+
+
+def as_batch(embeds: Float[Tensor, "B T D"], mask: Tensor | None) -> FusedBatch:
+    """Prepared rows as generation takes them.
+
+    Note: quirk 5. Rows may be padded on the right; positions are counted without padding, and
+        padding stands at position 1, as transformers counts them. Without a mask padding is text.
+    """
+    if mask is None:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    mask = mask.bool()
+    positions = (mask.long().cumsum(dim=1) - 1).masked_fill(~mask, 1)
+    return FusedBatch(embeds, mask, positions)
+
+
+def as_rows(answers: Sequence[Answer], bos: int, pad: int) -> Int[Tensor, "B N"]:
+    """BOS, the tokens of every answer, and padding up to the longest one."""
+    longest = max(len(answer.token_ids) for answer in answers)
+    rows = [[bos, *a.token_ids, *[pad] * (longest - len(a.token_ids))] for a in answers]
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def _stops(criteria: Iterable[Callable[..., Any]], rows: Int[Tensor, "B N"]) -> bool:
+    """Whether one of the criteria says so of every row."""
+    return any(bool(torch.as_tensor(criterion(rows, None)).all()) for criterion in criteria)
+
+
+def _first(*candidates: int | None) -> int:
+    """The first id that is there."""
+    return next(candidate for candidate in candidates if candidate is not None)

@@ -1,0 +1,184 @@
+"""Functions around pictures, prompts and names (llava.mm_utils).
+
+Sizes are (width, height) here, as in the original; they turn into ImageSize at this border.
+"""
+
+import ast
+import base64
+from collections.abc import Sequence
+from io import BytesIO
+
+import torch
+from PIL import Image
+
+from lapilli.compat.constants import IMAGE_TOKEN_INDEX
+from lapilli.compat.foreign import Foreign
+from lapilli.compat.stopping import KeywordsStoppingCriteria
+from lapilli.errors import ConfigError, MediaError
+from lapilli.geometry import ImageSize, best_resolution, tile_grid
+from lapilli.modality.image.resize_modes import fit_and_pad, pad_to_square
+from lapilli.shapes import Float, Tensor
+
+__all__ = [
+    "KeywordsStoppingCriteria",
+    "divide_to_patches",
+    "expand2square",
+    "get_anyres_image_grid_shape",
+    "get_model_name_from_path",
+    "load_image_from_base64",
+    "process_anyres_image",
+    "process_images",
+    "resize_and_pad_image",
+    "select_best_resolution",
+    "tokenizer_image_token",
+]
+
+WidthHeight = tuple[int, int]
+
+
+def select_best_resolution(
+    original_size: WidthHeight, possible_resolutions: Sequence[WidthHeight]
+) -> WidthHeight:
+    """The (width, height) that shows most of a picture and wastes least."""
+    best = best_resolution(_size(original_size), [_size(pair) for pair in possible_resolutions])
+    return best.width, best.height
+
+
+def resize_and_pad_image(image: Image.Image, target_resolution: WidthHeight) -> Image.Image:
+    """The picture as large as it fits, in the middle of black."""
+    return fit_and_pad(image, _size(target_resolution), Image.Resampling.BICUBIC)
+
+
+def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
+    """Tiles of a picture, row by row."""
+    return [
+        image.crop((left, top, left + patch_size, top + patch_size))
+        for top in range(0, image.height, patch_size)
+        for left in range(0, image.width, patch_size)
+    ]
+
+
+def get_anyres_image_grid_shape(
+    image_size: WidthHeight, grid_pinpoints: str | Sequence[WidthHeight], patch_size: int
+) -> tuple[int, int]:
+    """Columns and rows of the tiles of a picture."""
+    best = best_resolution(_size(image_size), [_size(p) for p in read_pinpoints(grid_pinpoints)])
+    grid = tile_grid(best, patch_size)
+    return grid.columns, grid.rows
+
+
+def process_anyres_image(
+    image: Image.Image,
+    processor: Foreign,
+    grid_pinpoints: str | Sequence[WidthHeight],
+) -> Float[Tensor, "N C H W"]:
+    """The squashed picture and the tiles of its best resolution, row by row."""
+    best = select_best_resolution(image.size, read_pinpoints(grid_pinpoints))
+    edge = processor.size["shortest_edge"]
+    squashed = image.resize((edge, edge))
+    tiles = divide_to_patches(resize_and_pad_image(image, best), processor.crop_size["height"])
+    pixels: Tensor = processor([squashed, *tiles], return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+def load_image_from_base64(image: str | bytes) -> Image.Image:
+    """The picture whose file is given in base64."""
+    return Image.open(BytesIO(base64.b64decode(image)))
+
+
+def expand2square(pil_img: Image.Image, background_color: tuple[int, ...]) -> Image.Image:
+    """The picture in the middle of a square."""
+    return pad_to_square(pil_img, background_color)
+
+
+def process_images(
+    images: Sequence[Image.Image],
+    image_processor: Foreign,
+    model_cfg: Foreign,
+) -> Tensor | list[Tensor]:
+    """Pictures as the model wants them.
+
+    Returns:
+        square, pad: [N, 3, H, W]. anyres: [N, tiles, 3, H, W] when all have as many tiles, else a
+        list of [tiles, 3, H, W] (quirk 7).
+
+    Raises:
+        ConfigError: anyres without image_grid_pinpoints.
+        MediaError: no pictures.
+    """
+    if not images:
+        raise MediaError("no pictures to process: the list is empty")
+    aspect = getattr(model_cfg, "image_aspect_ratio", None)
+    if aspect == "pad":
+        mean = tuple(int(channel * 255) for channel in image_processor.image_mean)
+        images = [expand2square(image, mean) for image in images]
+    if aspect != "anyres":
+        pixels: Tensor = image_processor(images, return_tensors="pt")["pixel_values"]
+        return pixels
+    pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
+    if pinpoints is None:
+        raise ConfigError(
+            "image_aspect_ratio is 'anyres' but the config has no image_grid_pinpoints: list the "
+            "(width, height) resolutions there"
+        )
+    tiled = [process_anyres_image(image, image_processor, pinpoints) for image in images]
+    stacks = len({item.shape for item in tiled}) == 1
+    return torch.stack(tiled) if stacks else tiled
+
+
+def tokenizer_image_token(
+    prompt: str,
+    tokenizer: Foreign,
+    image_token_index: int = IMAGE_TOKEN_INDEX,
+    return_tensors: str | None = None,
+) -> list[int] | Tensor:
+    """Ids of a prompt, with one `image_token_index` for every `<image>` in it.
+
+    Every stretch of text between pictures is tokenized on its own; BOS stays at the start only.
+
+    Raises:
+        ValueError: return_tensors is neither None nor "pt".
+    """
+    chunks = [tokenizer(chunk).input_ids for chunk in prompt.split("<image>")]
+    has_bos = bool(chunks[0]) and chunks[0][0] == tokenizer.bos_token_id
+    ids: list[int] = chunks[0][:1] if has_bos else []
+    for number, chunk in enumerate(chunks):
+        ids += [image_token_index] if number else []
+        ids += chunk[1:] if has_bos else chunk
+    if return_tensors is None:
+        return ids
+    if return_tensors == "pt":
+        return torch.tensor(ids, dtype=torch.long)
+    raise ValueError(f"return_tensors is {return_tensors!r}: expected None or 'pt'")
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """The last part of a path, with its parent's name in front of a `checkpoint-N`.
+
+    Raises:
+        IndexError: `checkpoint-N` without a parent, as in the original.
+    """
+    parts = str(model_path).strip("/").split("/")
+    if parts[-1].startswith("checkpoint-"):
+        return f"{parts[-2]}_{parts[-1]}"
+    return parts[-1]
+
+
+def read_pinpoints(pinpoints: str | Sequence[WidthHeight]) -> list[WidthHeight]:
+    """(width, height) pairs of a list or of its text.
+
+    Raises:
+        ConfigError: a text that is no list of pairs.
+    """
+    if not isinstance(pinpoints, str):
+        return [(int(width), int(height)) for width, height in pinpoints]
+    try:
+        return [(int(width), int(height)) for width, height in ast.literal_eval(pinpoints)]
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ConfigError(
+            f"image_grid_pinpoints is {pinpoints!r}: expected a list of [width, height]"
+        ) from error
+
+
+def _size(pair: WidthHeight) -> ImageSize:
+    return ImageSize(pair[1], pair[0])
