@@ -13,7 +13,9 @@ from lapilli.train.pebble.conversation import (
     draw_questions,
     text_sample,
 )
-from lapilli.train.pebble.questions import SKILLS, Question, reference, sideways
+from lapilli.train.pebble.questions import SKILLS
+from lapilli.train.pebble.reference import Question, reference
+from lapilli.train.pebble.relations import sideways
 from lapilli.train.pebble.sample import sample_scene
 from lapilli.train.pebble.scene import Scene
 from tests.train.pebble import oracle

@@ -10,14 +10,9 @@ from typing import Any, Final
 import numpy as np
 
 from lapilli.train.pebble.caption import caption
-from lapilli.train.pebble.questions import (
-    MAKERS,
-    MARK_MAKERS,
-    Question,
-    describe,
-    follow_up,
-    list_objects,
-)
+from lapilli.train.pebble.questions import MAKERS, MARK_MAKERS, describe, list_objects
+from lapilli.train.pebble.reference import Question
+from lapilli.train.pebble.relations import follow_up
 from lapilli.train.pebble.scene import Scene
 
 _FOLLOW_UP: Final = 0.15

@@ -6,56 +6,24 @@ clearly beside each other.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 
 from lapilli.train.pebble import phrases
-from lapilli.train.pebble.caption import (
-    at_place,
-    caption,
-    joined,
-    listing,
-    short_name,
-    with_article,
-)
+from lapilli.train.pebble.caption import at_place, caption, listing, short_name, with_article
 from lapilli.train.pebble.palette import COLOURS
-from lapilli.train.pebble.scene import (
-    CLEAR_MARGIN,
-    LEVEL_MARGIN,
-    PLACES,
-    SHAPES,
-    SIZES,
-    Object,
-    Scene,
+from lapilli.train.pebble.reference import (
+    Question,
+    Rng,
+    is_plain,
+    matching,
+    pick,
+    reference,
+    shown,
 )
-
-T = TypeVar("T")
-Rng = np.random.Generator
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """One turn.
-
-    Attributes:
-        skill: one of `SKILLS`.
-        about: the object that "it" means in the next turn, or None where nothing was named.
-        needs_previous: the question says "it" and means the object of the turn before.
-
-    """
-
-    skill: str
-    text: str
-    answer: str
-    about: Object | None = None
-    needs_previous: bool = False
-
-
-def pick(rng: Rng, options: Sequence[T]) -> T:
-    """One of the options, all equally likely."""
-    return options[int(rng.integers(len(options)))]
+from lapilli.train.pebble.relations import is_side, what_side
+from lapilli.train.pebble.scene import PLACES, SHAPES, SIZES, Scene
 
 
 def describe(scene: Scene, rng: Rng) -> Question | None:
@@ -72,27 +40,6 @@ def list_objects(scene: Scene, rng: Rng) -> Question | None:
     return Question(skill="list", text=pick(rng, phrases.LIST), answer=listing(scene), about=first)
 
 
-def _matching(
-    scene: Scene, *, size: str | None = None, colour: str | None = None, shape: str | None = None
-) -> list[Object]:
-    return [
-        item
-        for item in scene.objects
-        if size in (None, item.size)
-        and colour in (None, item.colour)
-        and shape in (None, item.shape)
-    ]
-
-
-def _shown(scene: Scene) -> set[tuple[str | None, str | None]]:
-    """Colours, shapes and both together that some object has; None stands for any."""
-    return {
-        pair
-        for item in scene.objects
-        for pair in ((item.colour, item.shape), (item.colour, None), (None, item.shape))
-    }
-
-
 def count(scene: Scene, rng: Rng) -> Question | None:
     """How many objects of a kind; 0 is an answer too, and every number is about equally likely."""
     if rng.random() < 0.4 or not scene.objects:
@@ -102,13 +49,13 @@ def count(scene: Scene, rng: Rng) -> Question | None:
     by_number: dict[int, list[str]] = {}
     kinds = [(colour, None) for colour in COLOURS] + [(None, shape) for shape in SHAPES]
     for colour, shape in kinds:
-        number = len(_matching(scene, colour=colour, shape=shape))
+        number = len(matching(scene, colour=colour, shape=shape))
         by_number.setdefault(number, []).append(_plural(rng, None, colour, shape))
     for size in SIZES:
-        number = len(_matching(scene, size=size))
+        number = len(matching(scene, size=size))
         by_number.setdefault(number, []).append(_plural(rng, size, None, None))
     for item in scene.objects:
-        number = len(_matching(scene, colour=item.colour, shape=item.shape))
+        number = len(matching(scene, colour=item.colour, shape=item.shape))
         by_number.setdefault(number, []).append(_plural(rng, None, item.colour, item.shape))
     weights = np.array([1.0 + number for number in by_number])
     number = list(by_number)[int(rng.choice(len(weights), p=weights / weights.sum()))]
@@ -125,37 +72,6 @@ def _plural(rng: Rng, size: str | None, colour: str | None, shape: str | None) -
 
 def _plural_noun(shape: str) -> str:
     return shape + ("es" if shape == "cross" else "s")
-
-
-def reference(scene: Scene, item: Object, rng: Rng, *, hide: str = "") -> str | None:
-    """A phrase that means this object and no other, or None.
-
-    Args:
-        scene: where the phrase must be unique.
-        item: the object meant.
-        rng: chooses among the phrases that fit.
-        hide: attribute that the phrase may not mention, because it is asked for.
-
-    """
-    choices: list[dict[str, str]] = [
-        {"shape": item.shape},
-        {"colour": item.colour},
-        {"colour": item.colour, "shape": item.shape},
-        {"size": item.size, "shape": item.shape},
-        {"size": item.size, "colour": item.colour, "shape": item.shape},
-    ]
-    fits = [
-        choice for choice in choices if hide not in choice and len(_matching(scene, **choice)) == 1
-    ]
-    if not fits:
-        return None
-    return _definite(rng, fits[0] if rng.random() < 0.4 else pick(rng, fits))
-
-
-def _definite(rng: Rng, choice: dict[str, str]) -> str:
-    noun = choice.get("shape") or pick(rng, ("object", "thing", "shape"))
-    words = ["the", choice.get("size", ""), choice.get("colour", ""), noun]
-    return " ".join(word for word in words if word)
 
 
 def _about_one(
@@ -204,16 +120,6 @@ def size(scene: Scene, rng: Rng) -> Question | None:
     return _about_one(scene, rng, "size", "size", phrases.SIZE)
 
 
-def is_plain(scene: Scene, cell: int) -> bool:
-    """Whether a question may name this place.
-
-    An object at the top left is also on the left, so "on the left" is doubtful while it is there.
-    """
-    taken = {item.cell for item in scene.objects}
-    corners = {1: (0, 2), 3: (0, 6), 5: (2, 8), 7: (6, 8)}
-    return not taken.intersection(corners.get(cell, ()))
-
-
 def place(scene: Scene, rng: Rng) -> Question | None:
     """Where an object is, or what is at a place."""
     if not scene.objects:
@@ -235,90 +141,6 @@ def place(scene: Scene, rng: Rng) -> Question | None:
     )
 
 
-def sideways(item: Object, other: Object, side: str) -> bool | None:
-    """Whether `item` is on that side of `other`; None where a person could not say for certain."""
-    vertical = side in ("above", "below")
-    steps = other.row - item.row if vertical else other.column - item.column
-    axis = 0 if vertical else 1
-    gap = other.centre[axis] - item.centre[axis]
-    if abs(gap) > LEVEL_MARGIN if steps == 0 else abs(gap) < CLEAR_MARGIN:
-        return None
-    return (steps if side in ("left", "above") else -steps) > 0
-
-
-def is_side(scene: Scene, rng: Rng) -> Question | None:
-    """Whether one object is left of, right of, above or below another; half the answers are yes."""
-    if len(scene.objects) < 2:
-        return None
-    side = pick(rng, list(phrases.SIDES))
-    wanted = bool(rng.random() < 0.5)
-    pairs = [
-        (item, other)
-        for item in scene.objects
-        for other in scene.objects
-        if item is not other and sideways(item, other, side) is wanted
-    ]
-    if not pairs:
-        return None
-    item, other = pick(rng, pairs)
-    first, second = reference(scene, item, rng), reference(scene, other, rng)
-    if first is None or second is None:
-        return None
-    words = pick(rng, phrases.SIDES[side])
-    return Question(
-        skill="relation",
-        text=pick(rng, phrases.IS_SIDE).format(a=first, b=second, side=words),
-        answer="yes" if wanted else "no",
-        about=item,
-    )
-
-
-def beside(scene: Scene, other: Object, side: str) -> list[Object] | None:
-    """Every object on that side of `other` in reading order, or None where one is doubtful."""
-    found = []
-    for item in scene.objects:
-        if item is other:
-            continue
-        verdict = sideways(item, other, side)
-        if verdict is None:
-            return None
-        if verdict:
-            found.append(item)
-    return found
-
-
-def what_side(scene: Scene, rng: Rng) -> Question | None:
-    """What is on one side of an object."""
-    if len(scene.objects) < 2 and rng.random() < 0.7:
-        return None
-    return _what_side(scene, rng, None)
-
-
-def follow_up(scene: Scene, rng: Rng, previous: Question) -> Question | None:
-    """What is beside the object of the turn before: "And what is left of it?"."""
-    return None if previous.about is None else _what_side(scene, rng, previous.about)
-
-
-def _what_side(scene: Scene, rng: Rng, it: Object | None) -> Question | None:
-    """At most two objects are listed, and "nothing" is kept from being the answer too often."""
-    if not scene.objects:
-        return None
-    other = it or pick(rng, scene.objects)
-    side = pick(rng, list(phrases.SIDES))
-    found = beside(scene, other, side)
-    name = "it" if it is not None else reference(scene, other, rng)
-    if found is None or name is None or len(found) > 2 or (not found and rng.random() < 0.5):
-        return None
-    wordings = phrases.WHAT_SIDE if it is None else phrases.WHAT_SIDE_IT
-    return Question(
-        skill="relation",
-        text=pick(rng, wordings).format(b=name, side=pick(rng, phrases.SIDES[side])),
-        answer=joined([short_name(item) for item in found]) or "nothing",
-        about=found[0] if found else None,
-        needs_previous=it is not None,
-    )
-
-
 def exists(scene: Scene, rng: Rng) -> Question | None:
     """Whether something is there; half the answers are yes.
 
@@ -326,14 +148,14 @@ def exists(scene: Scene, rng: Rng) -> Question | None:
     """
     wanted = bool(rng.random() < 0.5)
     kind = pick(rng, ("shape", "colour", "both", "both"))
-    shown = _shown(scene)
+    there = shown(scene)
     options = [
         (one, other)
         for one in (COLOURS if kind != "shape" else (None,))
         for other in (SHAPES if kind != "colour" else (None,))
-        if ((one, other) in shown) is wanted
+        if ((one, other) in there) is wanted
     ]
-    near = [(one, other) for one, other in options if {(one, None), (None, other)} <= shown]
+    near = [(one, other) for one, other in options if {(one, None), (None, other)} <= there]
     if near and rng.random() < 0.5:
         options = near
     if not options:
@@ -376,15 +198,15 @@ def absent(scene: Scene, rng: Rng) -> Question | None:
     if rng.random() < 0.15:
         return _absent_mark(scene, rng)
     kind = pick(rng, ("shape", "both", "both"))
-    shown = _shown(scene)
+    there = shown(scene)
     options = [
         (one, other)
         for one in (COLOURS if kind == "both" else (None,))
         for other in SHAPES
-        if (one, other) not in shown
+        if (one, other) not in there
     ]
-    near = [pair for pair in options if pair[0] and (pair[0], None) in shown]
-    near = [pair for pair in near if (None, pair[1]) in shown] or near
+    near = [pair for pair in options if pair[0] and (pair[0], None) in there]
+    near = [pair for pair in near if (None, pair[1]) in there] or near
     if near and rng.random() < 0.5:
         options = near
     one, other = pick(rng, options)

@@ -14,7 +14,8 @@ import numpy as np
 from lapilli.errors import ConfigError
 from lapilli.train.pebble.conversation import draw_questions
 from lapilli.train.pebble.digits import digit_split
-from lapilli.train.pebble.questions import SKILLS, Question
+from lapilli.train.pebble.questions import SKILLS
+from lapilli.train.pebble.reference import Question
 from lapilli.train.pebble.sample import sample_scene
 from lapilli.train.pebble.scene import Scene
 
