@@ -189,7 +189,7 @@ class Chat:
             fused,
             params,
             tokenizer=self.tokenizer,
-            prompt_ids=[prompt.text_ids for prompt in prompts],
+            prompt_ids=[self._seen_ids(prompt) for prompt in prompts],
             eos_ids=self._eos_ids,
             context_length=self._context_length,
         )
@@ -247,7 +247,7 @@ class Chat:
             fused,
             params,
             tokenizer=self.tokenizer,
-            prompt_ids=[prompt.text_ids],
+            prompt_ids=[self._seen_ids(prompt)],
             eos_ids=self._eos_ids,
             context_length=self._context_length,
             cache=cache,
@@ -318,6 +318,16 @@ class Chat:
             stop=dict.fromkeys((*params.stop, *self.template.stop)),
             stop_token_ids=(*params.stop_token_ids, *(i for i in token_ids if i is not None)),
         )
+
+    def _seen_ids(self, prompt: ReadyPrompt) -> list[int]:
+        """What the repetition penalty counts as seen: the text and the image token, if any.
+
+        As the transformers library does, whose prompts hold that token once per visual position.
+        """
+        image_id = self.config.tokens.image_id
+        if image_id is None or not prompt.encoded.spans:
+            return prompt.text_ids
+        return [*prompt.text_ids, image_id]
 
     @property
     def _eos_ids(self) -> tuple[int, ...] | None:

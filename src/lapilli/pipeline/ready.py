@@ -39,7 +39,7 @@ class ReadyPrompt:
 
     @property
     def text_ids(self) -> list[int]:
-        """The ids outside the media: what the repetition penalty counts as seen."""
+        """The ids outside the media."""
         covered = {i for s in self.encoded.spans for i in range(s.start, s.start + s.length)}
         return [token for i, token in enumerate(self.encoded.input_ids) if i not in covered]
 
