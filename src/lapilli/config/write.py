@@ -1,0 +1,230 @@
+"""ModelConfig -> config.json of the original LLaVA: the way back of llava.py."""
+
+from lapilli.config.llava import RECORD_KEY
+from lapilli.config.model import (
+    Activation,
+    DecoderConfig,
+    ImageConfig,
+    ModelConfig,
+    MptConfig,
+    PixelConfig,
+    ProjectorConfig,
+    RopeScaling,
+    TextConfig,
+    VisionConfig,
+)
+from lapilli.errors import UnsupportedModelError
+
+ARCHITECTURES = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+    "mpt": ("llava_mpt", "LlavaMptForCausalLM"),
+}
+# How transformers spells the activations that have several names.
+ACTIVATION_NAMES: dict[Activation, str] = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
+
+
+def write_llava_config(
+    config: ModelConfig,
+    *,
+    vision_source: str | None,
+    torch_dtype: str,
+    template: str | None = None,
+) -> dict[str, object]:
+    """config.json of a checkpoint in the original layout.
+
+    Args:
+        config: what the model is.
+        vision_source: what mm_vision_tower says: a directory (relative to the checkpoint where it
+            lies in it) or a hub id.
+        torch_dtype: of the stored weights, such as "float16".
+        template: name of the conversation template that the model was trained with.
+
+    Raises:
+        UnsupportedModelError: a language model or projector that the original layout cannot say.
+    """
+    text = config.text
+    if text.family not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"the original layout has no {text.family} language model, "
+            f"only {', '.join(ARCHITECTURES)}"
+        )
+    model_type, architecture = ARCHITECTURES[text.family]
+    written: dict[str, object] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        **_text(text),
+        "torch_dtype": torch_dtype,
+        **_tokens(config),
+        "tokenizer_padding_side": config.padding_side,
+        "tokenizer_model_max_length": config.max_length,
+        "max_sequence_length": config.context_length,
+    }
+    if config.vision and config.projector and config.image:
+        written |= _vision(config, config.vision, vision_source)
+        written["mm_projector_type"] = projector_name(config.projector)
+        written |= _image(config.image)
+    if template is not None:
+        written[RECORD_KEY] = template
+    return written
+
+
+def _text(text: TextConfig) -> dict[str, object]:
+    return _mpt(text) if isinstance(text, MptConfig) else _decoder(text)
+
+
+def _decoder(text: DecoderConfig) -> dict[str, object]:
+    return {
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "num_key_value_heads": text.num_kv_heads,
+        "head_dim": text.head_dim,
+        "hidden_act": ACTIVATION_NAMES[text.activation],
+        "rms_norm_eps": text.norm_eps,
+        "rope_theta": text.rope_theta,
+        "rope_scaling": _rope_scaling(text.rope_scaling),
+        "max_position_embeddings": text.max_positions,
+        "sliding_window": text.sliding_window,
+        "attention_bias": text.qkv_bias,
+        "mlp_bias": text.mlp_bias,
+        "tie_word_embeddings": text.tie_embeddings,
+    }
+
+
+def _rope_scaling(scaling: RopeScaling | None) -> dict[str, object] | None:
+    if scaling is None:
+        return None
+    written: dict[str, object] = {
+        "type": scaling.kind,
+        "rope_type": scaling.kind,
+        "factor": scaling.factor,
+    }
+    if scaling.kind == "llama3":
+        written |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    return written
+
+
+def _mpt(text: MptConfig) -> dict[str, object]:
+    return {
+        "vocab_size": text.vocab_size,
+        "d_model": text.hidden_size,
+        "n_layers": text.num_layers,
+        "n_heads": text.num_heads,
+        "max_seq_len": text.max_positions,
+        "expansion_ratio": text.expansion_ratio,
+        "layer_norm_epsilon": text.norm_eps,
+        "no_bias": True,
+        "tie_word_embeddings": text.tie_embeddings,
+        "attn_config": {
+            "alibi": True,
+            "alibi_bias_max": text.alibi_bias_max,
+            "attn_type": "multihead_attention",
+            "clip_qkv": text.clip_qkv,
+            "softmax_scale": text.softmax_scale,
+        },
+    }
+
+
+def _tokens(config: ModelConfig) -> dict[str, object]:
+    tokens = config.tokens
+    eos: int | list[int] | None = list(tokens.eos_ids)
+    if len(tokens.eos_ids) < 2:
+        eos = tokens.eos_ids[0] if tokens.eos_ids else None
+    return {
+        "bos_token_id": tokens.bos_id,
+        "eos_token_id": eos,
+        "pad_token_id": tokens.pad_id,
+        "mm_use_im_start_end": tokens.use_start_end,
+        "mm_use_im_patch_token": tokens.use_patch_token,
+    }
+
+
+def _vision(
+    config: ModelConfig, vision: VisionConfig, vision_source: str | None
+) -> dict[str, object]:
+    return {
+        "mm_vision_tower": vision_source or config.vision_source,
+        "mm_hidden_size": vision.hidden_size,
+        "mm_vision_select_layer": vision.feature_layer,
+        "mm_vision_select_feature": vision.feature_select,
+        "unfreeze_mm_vision_tower": config.vision_in_checkpoint,
+        "use_mm_proj": True,
+    }
+
+
+def projector_name(projector: ProjectorConfig) -> str:
+    """`mm_projector_type` of a projector.
+
+    Raises:
+        UnsupportedModelError: without bias or with another activation than the original's.
+    """
+    if projector.kind != "mlp":
+        return projector.kind
+    if not projector.bias or projector.activation != "gelu":
+        raise UnsupportedModelError(
+            "the original layout has no projector without bias or with another activation than gelu"
+        )
+    return f"mlp{projector.depth}x_gelu"
+
+
+def _image(image: ImageConfig) -> dict[str, object]:
+    written: dict[str, object] = {
+        "image_aspect_ratio": image.aspect,
+        "mm_patch_merge_type": image.merge,
+    }
+    if image.pinpoints:
+        written["image_grid_pinpoints"] = [[size.width, size.height] for size in image.pinpoints]
+    return written
+
+
+def write_tower_config(vision: VisionConfig, torch_dtype: str) -> dict[str, object]:
+    """config.json of a vision tower in a directory of its own."""
+    is_clip = vision.family == "clip"
+    return {
+        "architectures": ["CLIPVisionModel" if is_clip else "SiglipVisionModel"],
+        "model_type": f"{vision.family}_vision_model",
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_heads,
+        "num_channels": vision.num_channels,
+        "hidden_act": ACTIVATION_NAMES[vision.activation],
+        "layer_norm_eps": vision.norm_eps,
+        "torch_dtype": torch_dtype,
+    }
+
+
+def write_preprocessor_config(pixels: PixelConfig) -> dict[str, object]:
+    """preprocessor_config.json of a vision tower."""
+    size: dict[str, int] = {"shortest_edge": pixels.shortest_edge or pixels.crop_size.height}
+    if pixels.resize_to is not None:
+        size = pixels.resize_to._asdict()
+    squeezes = pixels.resize_to is not None and not pixels.do_center_crop
+    return {
+        "image_processor_type": "SiglipImageProcessor" if squeezes else "CLIPImageProcessor",
+        "size": size,
+        "crop_size": pixels.crop_size._asdict(),
+        "do_resize": pixels.do_resize,
+        "do_center_crop": pixels.do_center_crop,
+        "do_rescale": pixels.do_rescale,
+        "rescale_factor": pixels.rescale_factor,
+        "do_normalize": pixels.do_normalize,
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
+        "resample": pixels.resample,
+    }
