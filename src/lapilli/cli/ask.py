@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -11,6 +11,7 @@ from lapilli.cli import options
 from lapilli.cli.terminal import note, plain_errors, read_pipe_once, working
 
 if TYPE_CHECKING:
+    from lapilli.generate.outputs import Generation
     from lapilli.pipeline import Chat
 
 Question = Annotated[str, typer.Argument(help="What you want to know.")]
@@ -90,7 +91,7 @@ def _print_json(
 ) -> None:
     started = time.perf_counter()
     answer = session.ask(question, *pictures, **sampling)
-    generation = session.last
+    generation = cast("Generation", session.last)  # ask() has just set it
     typer.echo(
         json.dumps(
             {

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,7 +90,7 @@ class Conversation:
 
     def _take(self, line: str) -> None:
         command, _, argument = line.partition(" ")
-        commands = {
+        commands: dict[str, Callable[[str], None]] = {
             "/image": self.show,
             "/save": self.save,
             "/reset": self.reset,
