@@ -58,22 +58,27 @@ class Conversation:
     version: str = "Unknown"
     skip_next: bool = field(default=False)
 
-    def get_prompt(self) -> str:
-        """The conversation as one string, with `<image>` where pictures go.
-
-        Raises:
-            PromptError: where the original raises too (quirk 14).
-        """
-        style: Style = self.sep_style.name.lower()  # type: ignore[assignment]  # the names are the same
-        template = ChatTemplate(
+    @property
+    def template(self) -> ChatTemplate:
+        """The fields as our template."""
+        style: Style = self.sep_style.name.lower()  # type: ignore[assignment]  # the same names
+        return ChatTemplate(
             name="conversation",
             system=self.system,
             roles=(self.roles[0], self.roles[1]),
             style=style,
             sep=self.sep,
             sep2=self.sep2,
+            version=self.version,
         )
-        return template.prompt(
+
+    def get_prompt(self) -> str:
+        """The conversation as one string, with `<image>` where pictures go.
+
+        Raises:
+            PromptError: where the original raises too (quirk 14).
+        """
+        return self.template.prompt(
             [(role, text[0] if isinstance(text, tuple) else text) for role, text in self._turns()]
         )
 

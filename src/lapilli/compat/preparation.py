@@ -139,8 +139,8 @@ class LlavaMetaForCausalLM(nn.Module):
             places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
             if used + max(len(places), 1) > len(features):
                 raise IndexError(
-                    f"there are only {len(features)} pictures: every <image> takes one, and so does "
-                    "every row without <image> (give it a dummy picture)"
+                    f"there are only {len(features)} pictures: every <image> takes one, and so "
+                    "does every row without <image> (give it a dummy picture)"
                 )
             edges = [-1, *places, len(ids)]
             texts = [slice(a + 1, b) for a, b in pairwise(edges)]

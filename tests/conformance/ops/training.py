@@ -72,7 +72,8 @@ def labels(case: Case, workshop: Workshop, check: Check) -> None:
     check.equal("label_runs", runs(masked.tolist()), expect["label_runs"])
     warning = WARNING.search(out.getvalue())
     check.equal("mismatch_warning", warning is not None, expect["mismatch_warning"])
-    check.equal("mismatch", warning and warning.group(1), expect["mismatch"])
+    wanted = expect["mismatch"] and expect["mismatch"].rstrip(".")
+    check.equal("mismatch", warning and warning.group(1), wanted)
 
 
 def runs(labels: list[int]) -> list[list[int]]:
@@ -158,7 +159,7 @@ def train(case: Case, workshop: Workshop, check: Check) -> None:
 
     def run() -> Trained:
         with contextlib.redirect_stdout(io.StringIO()):
-            return original_train(arguments, initial=initial)
+            return original_train(arguments=arguments, initial=initial)
 
     if case.raises:
         check.raises(case.raises, run)
@@ -208,7 +209,8 @@ def _compare_training(case: Case, check: Check, found: Any, output: Path) -> Non
     check.equal("config", {k: written.get(k) for k in expect["config"]}, expect["config"])
     if "adapter_config" in expect:
         adapter = json.loads((output / "adapter_config.json").read_text(encoding="utf-8"))
-        check.equal("adapter_config", adapter, expect["adapter_config"])
+        found_keys = {key: adapter.get(key) for key in expect["adapter_config"]}
+        check.equal("adapter_config", found_keys, expect["adapter_config"])
     for name, tensors in expect["saved"].items():
         _compare_saved(case, check, name, read_tensors(output / name), tensors)
 

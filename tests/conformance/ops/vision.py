@@ -62,7 +62,9 @@ def load(case: Case, workshop: Workshop, check: Check) -> None:
     check.equal("vision_hidden", tower.hidden_size, expect["vision_hidden"])
     for name in ("crop_size", "size", "image_mean", "image_std", "resample"):
         check.equal(name, getattr(processor, name), expect[name])
-    _load_parameters(check, dict(model.named_parameters()), expect, lora=_is_lora(workshop))
+    rtol = 1e-5 if workshop.spec["kind"] == "lora" else 1e-6
+    limit = workshop.spec.get("logit_limit")
+    _load_parameters(check, dict(model.named_parameters()), expect, rtol=rtol, limit=limit)
 
 
 def _load_tokenizer(check: Check, tokenizer: Any, expect: dict[str, Any]) -> None:
@@ -78,20 +80,22 @@ def _load_tokenizer(check: Check, tokenizer: Any, expect: dict[str, Any]) -> Non
     check.equal("added_vocab", tokenizer.get_added_vocab(), expect["added_vocab"])
 
 
-def _is_lora(workshop: Workshop) -> bool:
-    return workshop.spec["kind"] == "lora"
-
-
 def _load_parameters(
-    check: Check, found: dict[str, torch.Tensor], expect: dict[str, Any], *, lora: bool
+    check: Check,
+    found: dict[str, torch.Tensor],
+    expect: dict[str, Any],
+    *,
+    rtol: float,
+    limit: int | None,
 ) -> None:
     check.equal("parameter names", sorted(found), sorted(expect["params"]))
-    rtol = 1e-5 if lora else 1e-6
     for name, expected in expect["params"].items():
         if name not in found:
             continue
         value = found[name].detach().double()
         check.equal(f"shape of {name}", value.shape, expected["shape"])
+        if limit is not None and expected["shape"][0] > limit:
+            continue  # the original drew the new rows at random
         # A sum of both signs is small by chance: the tolerance is relative to what was added up.
         scale = max(float(expected["abs_sum"]), 1e-12)
         check.close(f"sum {name}", value.sum(), expected["sum"], atol=rtol * scale)
@@ -242,7 +246,8 @@ def sample(case: Case, workshop: Workshop, check: Check) -> None:
         atol = LIMITED_ATOL if limit else LOGITS_ATOL
         check.close("loss", output.loss, case.expect["loss"], atol=atol)
     if "grad_norms" in case.expect:
-        _compare_gradients(check, model, output.loss, case.expect["grad_norms"])
+        rtol = LIMITED_ATOL if limit else 1e-3
+        _compare_gradients(check, model, output.loss, case.expect["grad_norms"], rtol=rtol)
 
 
 def _run(inputs: Inputs, model: Any, case: Case) -> tuple[tuple[Any, ...], Any]:
@@ -366,7 +371,7 @@ def _compare_argmax(
 
 
 def _compare_gradients(
-    check: Check, model: Any, loss: torch.Tensor, expected: dict[str, float]
+    check: Check, model: Any, loss: torch.Tensor, expected: dict[str, float], *, rtol: float
 ) -> None:
     model.zero_grad(set_to_none=True)
     loss.backward()
@@ -379,4 +384,4 @@ def _compare_gradients(
     model.requires_grad_(False)
     check.equal("parameters with a gradient", sorted(norms), sorted(expected))
     for name in sorted(set(norms) & set(expected)):
-        check.close(f"grad {name}", norms[name], expected[name], atol=1e-9, rtol=1e-3)
+        check.close(f"grad {name}", norms[name], expected[name], atol=1e-9, rtol=rtol)
