@@ -1,0 +1,76 @@
+"""The examples run as they are, as somebody would run them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conformance.cases import find_variants
+from tests.conformance.checkpoints import Workshop, load_maker
+
+# What the seed's notebook prints, in its order.
+SEED_SHAPES = [
+    [1, 595],
+    [1, 3, 336, 336],
+    [1, 595, 4096],
+    [1, 576, 1024],
+    [1, 576, 4096],
+    [1, 595, 4096],
+    [1, 595, 4096],
+    [1, 595, 4096],
+]
+
+
+def run(repository: Path, name: str, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, str(repository / "examples" / name), *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def model(conformance: Path, tmp_path_factory) -> str:
+    [variant] = [v for v in find_variants(conformance) if v.name == "llava-v1.6-vicuna-tiny-336"]
+    shop = Workshop(variant, load_maker(conformance), tmp_path_factory.mktemp("golden"))
+    return shop.checkpoint()["model_path"]
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("picture") / "drawing.png"
+    Image.new("RGB", (90, 50), "tomato").save(path)
+    return str(path)
+
+
+def test_every_example_is_tested(repository: Path):
+    names = {path.name for path in (repository / "examples").glob("*.py")}
+    assert names == {"01_ask.py", "02_batch.py", "03_forward_pass.py"}
+
+
+def test_ask(repository: Path, model: str, drawing: str):
+    assert len(run(repository, "01_ask.py", model, drawing).strip()) > 20
+
+
+def test_batch(repository: Path, model: str, drawing: str):
+    out = run(repository, "02_batch.py", model, drawing)
+    assert len(re.findall(r"  ->  ", out)) == 3
+    assert len(re.findall(r"\(log-probability -\d+\.\d\d\)", out)) == 3
+
+
+def test_forward_pass_prints_the_shapes_of_the_seed(repository: Path):
+    out = run(repository, "03_forward_pass.py")
+    printed = [
+        [int(side) for side in shape.split(",")]
+        for shape in re.findall(r"torch\.Size\(\[([\d, ]+)\]\)", out)
+    ]
+    assert printed == SEED_SHAPES
+    assert "Linear(in_features=1024, out_features=4096, bias=True)" in out
+    assert out.endswith("True\n")
