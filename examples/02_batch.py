@@ -1,4 +1,4 @@
-"""Many questions in one batch: rows of any length, with and without pictures, none disturbs another.
+"""Many questions in one batch: rows of any length, with pictures and without, each as if alone.
 
 python examples/02_batch.py [MODEL [PICTURE]]
 """
