@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -195,3 +197,21 @@ def test_plain_language_model(tmp_path):
         expected = model(input_ids=torch.tensor([ids])).logits
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     assert loaded.config.vision is None
+
+
+def test_language_model_of_another_family_goes_through_transformers(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = GPTNeoXConfig(**sizes, intermediate_size=64, vocab_size=VOCABULARY, eos_token_id=3)
+    model = GPTNeoXForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    add_tokenizer(tmp_path)
+    loaded = load_checkpoint(tmp_path, device="cpu", dtype="float32")
+    ids = [5, 6, 7, 8]
+    batch = loaded.model.embed_prompts([EncodedPrompt(ids, [False] * 4)])
+    with torch.no_grad():
+        ours = loaded.model.logits(loaded.model.forward(batch))
+        expected = model(input_ids=torch.tensor([ids])).logits
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    assert loaded.config.tokens.eos_ids == (3,)
+    assert "through the library transformers" in loaded.report.notes[0]

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 from lapilli.checkpoint.assemble import Matching, build_model, fill, match, refuse_gaps
+from lapilli.checkpoint.foreign import load_foreign_model
 from lapilli.checkpoint.placement import choose_device, choose_dtype
 from lapilli.checkpoint.plan import Plan, make_plan
 from lapilli.checkpoint.report import LoadReport
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import JsonObject
+from lapilli.errors import UnsupportedModelError
 from lapilli.lora import inject, merge
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template, TemplateChoice
@@ -84,10 +86,19 @@ def load_checkpoint(
     Source: LLaVA builder.py load_pretrained_model.
     Note: the original decides by the name of the folder; here the files decide.
     """
-    plan = make_plan(source, base=base, adapter=adapter)
+    where = choose_device(device)
+    try:
+        plan = make_plan(source, base=base, adapter=adapter)
+    except UnsupportedModelError:
+        foreign = None
+        if base is None and adapter is None:
+            foreign = load_foreign_model(source, device=where, dtype=dtype)
+        if foreign is None:
+            raise
+        model, plan = foreign
+        return _loaded(model, plan, LoadReport(used=tuple(model.state_dict())), template)
     if strict_config:
         plan.keys.refuse_unknown()
-    where = choose_device(device)
     model = build_model(plan.config)
     matching = match_plan(plan, model)
     refuse_gaps(matching)
@@ -104,15 +115,21 @@ def load_checkpoint(
         check_finite=check_finite,
     )
     lay_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
+    return _loaded(model, plan, matching.report(), template)
+
+
+def _loaded(
+    model: VisionLanguageModel, plan: Plan, report: LoadReport, template: str | Template | None
+) -> Loaded:
     return Loaded(
         model=model.eval(),
         tokenizer=plan.tokenizer,
         config=plan.config,
         template=choose_for(plan, template),
-        report=report_of(plan, matching),
+        report=replace(report, notes=plan.notes, keys=plan.keys),
         path=plan.path,
         tokenizer_path=plan.tokenizer_path,
-        dtype=number_format,
+        dtype=next(model.parameters()).dtype,
         raw=plan.raw,
     )
 
@@ -120,11 +137,6 @@ def load_checkpoint(
 def match_plan(plan: Plan, model: torch.nn.Module) -> Matching:
     """Every tensor of the plan and every parameter of the model, paired."""
     return match(plan.parts, model, tied=plan.config.text.tie_embeddings)
-
-
-def report_of(plan: Plan, matching: Matching) -> LoadReport:
-    """The report of a plan."""
-    return replace(matching.report(), notes=plan.notes, keys=plan.keys)
 
 
 def lay_adapter(

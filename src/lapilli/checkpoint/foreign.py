@@ -1,0 +1,90 @@
+"""Plain language models of families that lapilli does not have, through lapilli.lm.foreign."""
+
+from pathlib import Path
+
+import torch
+
+from lapilli.checkpoint.directory import open_weights
+from lapilli.checkpoint.files import read_optional_json
+from lapilli.checkpoint.keymaps import LANGUAGE_MODEL
+from lapilli.checkpoint.placement import choose_dtype
+from lapilli.checkpoint.plan import Plan, name_of
+from lapilli.checkpoint.source import resolve
+from lapilli.checkpoint.tokenizer_files import load_tokenizer
+from lapilli.checkpoint.vocabulary import Vocabulary
+from lapilli.config.ignored import GENERATION, TEXT
+from lapilli.config.model import ModelConfig
+from lapilli.config.parse import SUPPORTED_TYPES
+from lapilli.config.reader import JsonObject, KeyReader, KeyReport
+from lapilli.config.tokens import parse_tokens
+from lapilli.lm.foreign import load_foreign
+from lapilli.model.vlm import VisionLanguageModel
+
+
+def is_foreign(raw: JsonObject) -> bool:
+    """Whether a config.json is a causal language model that only transformers may know."""
+    named = "ForCausalLM" in str(raw.get("architectures", ""))
+    return named and raw.get("model_type") not in SUPPORTED_TYPES
+
+
+def load_foreign_model(
+    source: str | Path, *, device: torch.device, dtype: str | torch.dtype
+) -> tuple[VisionLanguageModel, Plan] | None:
+    """The model without images and what was done; None for every other checkpoint.
+
+    Args:
+        source: as for `load_checkpoint`.
+        device: where it goes.
+        dtype: as for `load_checkpoint`.
+
+    Raises:
+        UnsupportedModelError: transformers is not installed or cannot read the model.
+        MissingFileError: no tokenizer.
+
+    Note: which keys are read is transformers' affair, so none is reported as unknown.
+    """
+    path = resolve(source, weights=False)
+    raw = read_optional_json(path / "config.json") or {}
+    if not is_foreign(raw):
+        return None
+    path = resolve(source)
+    tokenizer = load_tokenizer(path, fast=True)
+    infos = open_weights(path).infos.values()
+    number_format = choose_dtype(
+        dtype,
+        device=device,
+        stored=str(raw.get("dtype") or raw.get("torch_dtype")),
+        num_parameters=sum(info.num_parameters for info in infos),
+    )
+    language_model = load_foreign(path, dtype=number_format, device=device)
+    generation = read_optional_json(path / "generation_config.json") or {}
+    text = language_model.config
+    config = ModelConfig(
+        text=text,
+        tokens=parse_tokens(
+            KeyReader(raw, "config.json", TEXT),
+            KeyReader(generation, "generation_config.json", GENERATION),
+        ),
+        layout="text",
+        torch_dtype=str(number_format).removeprefix("torch."),
+        context_length=text.max_positions,
+    )
+    note = (
+        f"model_type {raw.get('model_type')!r} is read through the library transformers: "
+        "it is none of lapilli's own families"
+    )
+    plan = Plan(
+        form="through transformers",
+        name=name_of(source),
+        path=path,
+        raw=raw,
+        config=config,
+        keys=KeyReport(used=tuple(sorted(raw))),
+        parts=(),
+        keymap=LANGUAGE_MODEL,
+        tokenizer=tokenizer,
+        tokenizer_path=path,
+        vocabulary=Vocabulary(rows=text.vocab_size, accepted=frozenset()),
+        notes=(note,),
+    )
+    return VisionLanguageModel(language_model, {}), plan
