@@ -19,10 +19,12 @@ from itertools import chain, pairwise
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+import jinja2.utils
 
 from lapilli.errors import PromptError
 from lapilli.prompt.message import MediaPart, Message, TextPart
@@ -246,27 +248,6 @@ def _without_open_turn(messages: Sequence[Message]) -> Sequence[Message]:
     return messages[:-1]
 
 
-def find_chat_template(jinja: str | None, *configs: Mapping[str, object] | None) -> str | None:
-    """The chat template among the files of a checkpoint, or None.
-
-    Args:
-        jinja: content of chat_template.jinja.
-        configs: parsed chat_template.json, processor_config.json, tokenizer_config.json, in the
-            order in which they count. A list of named templates gives its "default".
-
-    """
-    if jinja:
-        return jinja
-    for config in configs:
-        value = (config or {}).get("chat_template")
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            named = {t.get("name"): t.get("template") for t in value if isinstance(t, Mapping)}
-            value = named.get("default")
-        if isinstance(value, str) and value:
-            return value
-    return None
-
-
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}`: where transformers marks answers; here its body is simply written."""
 
@@ -292,7 +273,28 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.globals["namespace"] = _namespace
     return environment
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """jinja2's `namespace`, closed to names that could lead out of the sandbox."""
+
+    def __setitem__(self, name: str, value: object) -> None:
+        _refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def _namespace(*values: Mapping[str, object], **named: object) -> _Namespace:
+    start = dict(*values, **named)
+    for name in start:
+        _refuse_private(name)
+    return _Namespace(start)
+
+
+def _refuse_private(name: str) -> None:
+    if name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a chat template may not store {name!r}")
 
 
 def _to_json(

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import pytest
-
 from lapilli.prompt.encode import encode
 from lapilli.prompt.segments import MediaSlot, Segment, TextSegment
 from lapilli.prompt.tokenizer import Tokenizer
@@ -24,10 +22,7 @@ def around_images(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def grown(goldens: Any, given: dict[str, Any]) -> Tokenizer:
-    tokenizer = goldens.tokenizer(given["tokenizer"])
-    for names in given.get("add_tokens", []):
-        tokenizer.add_tokens(names, special=True)
-    return tokenizer
+    return goldens.tokenizer(given["tokenizer"], given.get("add_tokens", []))
 
 
 def test_ids_tokens_and_text_equal_the_original(goldens: Any) -> None:
@@ -70,28 +65,18 @@ def test_decoding_random_ids_equals_the_original(goldens: Any) -> None:
     assert compared > 150
 
 
-@pytest.mark.parametrize("op", ["load"])
-def test_properties_equal_the_original(goldens: Any, op: str) -> None:
-    import json
-
+def test_properties_equal_the_original(goldens: Any) -> None:
     compared = 0
-    for directory in sorted(goldens.cases_dir.glob("llava*")):
-        spec = json.loads((directory / "spec.json").read_text(encoding="utf-8"))
-        (case,) = goldens.cases(directory.name, op)
-        expect = case["expect"]
-        files = dict(spec["tokenizer"], fast=spec["lm"]["arch"] != "llama")
-        tokenizer = goldens.tokenizer(files)
-        mm = spec["mm"]
-        if mm.get("mm_use_im_patch_token", True):
-            tokenizer.add_tokens(["<im_patch>"], special=True)
-        if mm.get("mm_use_im_start_end", False):
-            tokenizer.add_tokens(["<im_start>", "<im_end>"], special=True)
-        assert tokenizer.vocab_size == expect["len_tokenizer"], directory.name
+    for name, spec in goldens.specs():
+        (case,) = goldens.cases(name, "load")
+        expect, tokenizer = case["expect"], goldens.of_model(spec)
+        assert tokenizer.vocab_size == expect["len_tokenizer"], name
         special = expect["tokenizer_special"]
         assert tokenizer.bos_id == special["bos_token_id"]
         assert tokenizer.eos_id == special["eos_token_id"]
         assert tokenizer.pad_id == special["pad_token_id"]
         assert tokenizer.unk_id == special["unk_token_id"]
         assert tokenizer.padding_side == expect["tokenizer_padding_side"]
+        assert tokenizer.model_max_length == expect["tokenizer_model_max_length"]
         compared += 1
     assert compared >= 10

@@ -7,6 +7,7 @@ that does not know them.
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 
 import sentencepiece
 
@@ -44,20 +45,12 @@ class PieceEncoder:
 
     def __init__(self, model: bytes) -> None:
         self.processor = load_processor(model)
-        parsed = spm_model.parse(model)
         self._model = model
-        self._dummy_prefix = parsed.add_dummy_prefix
-        # Symbols made of spaces or digits are how a model counts them, not something to protect.
-        self._symbols = {
-            piece.text: i
-            for i, piece in enumerate(parsed.pieces)
-            if piece.kind == spm_model.USER_DEFINED and re.fullmatch(r"<.+>", piece.text)
-        }
-        self._blind: sentencepiece.SentencePieceProcessor | None = None
 
     def tokenize(self, text: str, literal: Sequence[Range] = ()) -> list[Token]:
         """Tokens and their characters."""
-        symbols = self._find_symbols(text)
+        # Reading the whole model takes a tenth of a second: only for text that may hold a symbol.
+        symbols = self._find_symbols(text) if literal and "<" in text else []
         typed = [s for s in symbols if overlaps(s[0], s[1], literal)]
         if not typed:
             return _with_offsets(self.processor, text)
@@ -68,6 +61,25 @@ class PieceEncoder:
             at = end
         return tokens + self._tokenize_blind(text, at, len(text))
 
+    @cached_property
+    def _parsed(self) -> spm_model.SpmModel:
+        return spm_model.parse(self._model)
+
+    @cached_property
+    def _symbols(self) -> dict[str, int]:
+        """User-defined pieces in angle brackets; those of spaces or digits need no protection."""
+        return {
+            piece.text: i
+            for i, piece in enumerate(self._parsed.pieces)
+            if piece.kind == spm_model.USER_DEFINED and re.fullmatch(r"<.+>", piece.text)
+        }
+
+    @cached_property
+    def _blind(self) -> sentencepiece.SentencePieceProcessor:
+        """The same model without symbols and without dummy prefix."""
+        model = spm_model.without_symbols(self._model, frozenset(self._symbols))
+        return load_processor(spm_model.without_dummy_prefix(model))
+
     def _find_symbols(self, text: str) -> list[tuple[int, int, int]]:
         if not self._symbols:
             return []
@@ -77,12 +89,9 @@ class PieceEncoder:
 
     def _tokenize_blind(self, text: str, start: int, end: int) -> list[Token]:
         """Tokens of text[start:end] by a processor without symbols and without dummy prefix."""
-        if self._blind is None:
-            model = spm_model.without_symbols(self._model, frozenset(self._symbols))
-            self._blind = load_processor(spm_model.without_dummy_prefix(model))
         if start == end:
             return []
-        shift = int(start == 0 and self._dummy_prefix)
+        shift = int(start == 0 and self._parsed.add_dummy_prefix)
         tokens = _with_offsets(self._blind, " " * shift + text[start:end])
         by = start - shift
         return [Token(i, max(b + by, start), max(e + by, start)) for i, b, e in tokens]

@@ -1,0 +1,229 @@
+r"""Training ids and labels exactly as the original computes them, its mistakes included.
+
+Only the drop-in names use this. Our own training takes `encode(...).labels`, which follows
+characters; the original counts tokens of separately tokenized rounds and compares the sum with the
+whole, and where they differ it throws the sample away by masking everything.
+
+    v1          rounds end with sep2, an answer begins behind " ASSISTANT: "
+    llama_2     rounds end with sep2, an answer begins behind "[/INST] "
+    mpt         rounds of two turns (the first with the system), counts drift by the end token
+    plain       everything behind the picture
+    v0          "### Human: ...\n" turns; of a human turn all but the first two tokens is masked
+
+Source: LLaVA train.py, the preprocess_* functions; golden cases `_labels`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lapilli.errors import PromptError
+from lapilli.prompt.encode import IGNORE_INDEX
+from lapilli.prompt.template import ChatTemplate
+from lapilli.prompt.tokenizer.base import Tokenizer
+
+PLACEHOLDER_TEXT = "<image>"
+PLACEHOLDER_INDEX = -200
+SPEAKERS = ("human", "gpt")
+
+Turns = Sequence[tuple[str, str]]
+"""(human or gpt, text) of a record."""
+
+
+@dataclass(frozen=True, slots=True)
+class OriginalSample:
+    """One record. `mismatch` is (counted, actual) where the original masked everything."""
+
+    input_ids: list[int]
+    labels: list[int]
+    mismatch: tuple[int, int] | None = None
+
+
+def show_images_first(text: str, version: str, *, use_start_end: bool = False) -> str:
+    """The text of a turn with its picture moved to the front, as multimodal training reads it.
+
+    Note: several placeholders become one, as in the original.
+    """
+    if PLACEHOLDER_TEXT in text:
+        text = f"{PLACEHOLDER_TEXT}\n{text.replace(PLACEHOLDER_TEXT, '').strip()}".strip()
+        if "mmtag" in version:
+            text = text.replace(PLACEHOLDER_TEXT, f"<Image>{PLACEHOLDER_TEXT}</Image>")
+    shown = f"<im_start>{PLACEHOLDER_TEXT}<im_end>" if use_start_end else PLACEHOLDER_TEXT
+    return text.replace(PLACEHOLDER_TEXT, shown)
+
+
+def image_token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids with -200 for every `<image>`: each chunk on its own, BOS kept once.
+
+    Source: LLaVA mm_utils.py tokenizer_image_token.
+    """
+    chunks = [_ids(chunk, tokenizer) for chunk in text.split(PLACEHOLDER_TEXT)]
+    skipped = int(bool(chunks[0]) and chunks[0][0] == tokenizer.bos_id)
+    ids = chunks[0][:skipped]
+    for i, chunk in enumerate(chunks):
+        ids += [PLACEHOLDER_INDEX] * bool(i) + chunk[skipped:]
+    return ids
+
+
+def original_sample(
+    turns: Turns,
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    *,
+    has_image: bool,
+    max_length: int | None = None,
+    pad_id: int | None = None,
+) -> OriginalSample:
+    """Ids and labels of one conversation.
+
+    Args:
+        turns: after `show_images_first`.
+        template: the original's `default_conversation`.
+        tokenizer: of the language model.
+        has_image: text with pictures is never truncated here.
+        max_length: the tokenizer's model_max_length; None = no limit.
+        pad_id: None takes the tokenizer's.
+
+    Raises:
+        PromptError: where the original raises: a speaker that is neither human nor gpt, turns that
+            do not alternate, a plain record that is not one picture and one caption.
+
+    """
+    pad_id = tokenizer.pad_id if pad_id is None else pad_id
+    job = _Job(template, tokenizer, has_image, max_length, pad_id)
+    if template.style == "plain":
+        return _plain(job, turns)
+    if template.style == "llama_2":
+        return _rounds(job, turns, _split_at_end, "[/INST] ", 2)
+    if template.version.startswith("v1"):
+        return _rounds(job, turns, _split_at_end, f"{template.sep}{template.roles[1]}: ", 2)
+    if template.version == "mpt":
+        return _rounds(job, turns, _split_in_pairs, template.sep + template.roles[1], 1)
+    return _signals(job, turns)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    has_image: bool
+    max_length: int | None
+    pad_id: int | None
+
+    @property
+    def legacy(self) -> bool:
+        return bool(getattr(self.tokenizer, "legacy", False))
+
+    def ids(self, text: str) -> list[int]:
+        """The whole conversation; text without pictures is truncated."""
+        if self.has_image:
+            return image_token_ids(text, self.tokenizer)
+        return _ids(text, self.tokenizer)[: self.max_length]
+
+    def count(self, text: str) -> int:
+        """Tokens of a part, with its BOS."""
+        if self.has_image:
+            return len(image_token_ids(text, self.tokenizer))
+        return len(_ids(text, self.tokenizer))
+
+
+def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    return [*tokenizer.encode(text), *tokenizer.suffix_ids]
+
+
+def _speakers(job: _Job) -> Mapping[str, str]:
+    return dict(zip(SPEAKERS, job.template.roles, strict=True))
+
+
+def _check_speakers(turns: Turns) -> None:
+    for speaker, _ in turns:
+        if speaker not in SPEAKERS:
+            raise PromptError(f"a turn is from {speaker!r}: expected human or gpt")
+
+
+def _rounds(
+    job: _Job,
+    turns: Turns,
+    split: Callable[[str, ChatTemplate], list[str]],
+    separator: str,
+    surplus: int,
+) -> OriginalSample:
+    """Mask round by round by counted lengths; `surplus` tokens too many before an answer."""
+    _check_speakers(turns)
+    turns = turns[1:] if turns and turns[0][0] == "gpt" else turns
+    for i, (speaker, _) in enumerate(turns):
+        if speaker != SPEAKERS[i % 2]:
+            raise PromptError(f"turn {i} is from {speaker}: human and gpt must take turns")
+    names = _speakers(job)
+    text = job.template.prompt([(names[speaker], said) for speaker, said in turns])
+    ids = job.ids(text)
+    labels = list(ids)
+    in_pairs = split is _split_in_pairs
+    at = 0 if in_pairs else 1
+    _ignore(labels, 0, at)
+    for i, part in enumerate(split(text, job.template)):
+        halves = part.split(separator)
+        if not part or len(halves) != 2:
+            break
+        shift = _shift(job, i, in_pairs)
+        instruction = job.count(halves[0] + separator) - surplus + shift
+        _ignore(labels, at, at + instruction)
+        at += job.count(part) + shift
+    _ignore(labels, at, len(labels))
+    actual = sum(token != job.pad_id for token in ids)
+    if at != actual and (job.max_length is None or at < job.max_length):
+        return OriginalSample(ids, [IGNORE_INDEX] * len(ids), (at, actual))
+    return OriginalSample(ids, labels)
+
+
+def _shift(job: _Job, index: int, in_pairs: bool) -> int:
+    """What the original adds to the counts of a later round, depending on the tokenizer."""
+    if index == 0 or job.template.style == "llama_2":
+        return 0
+    if in_pairs:
+        return int(job.legacy)
+    return -int(not job.legacy)
+
+
+def _split_at_end(text: str, template: ChatTemplate) -> list[str]:
+    return text.split(template.sep2)
+
+
+def _split_in_pairs(text: str, template: ChatTemplate) -> list[str]:
+    """System, question and answer together, then every question with its answer."""
+    pieces = text.split(template.sep)
+    groups = [pieces[:3], *(pieces[i : i + 2] for i in range(3, len(pieces), 2))]
+    return [template.sep.join(group) for group in groups]
+
+
+def _plain(job: _Job, turns: Turns) -> OriginalSample:
+    if len(turns) != 2 or PLACEHOLDER_TEXT not in turns[0][1]:
+        raise PromptError(
+            "a plain record is one human turn with <image> and one caption, found "
+            f"{len(turns)} turns"
+        )
+    ids = image_token_ids(PLACEHOLDER_TEXT + turns[1][1] + job.template.sep, job.tokenizer)
+    labels = list(ids)
+    _ignore(labels, 0, len(image_token_ids(PLACEHOLDER_TEXT, job.tokenizer)))
+    return OriginalSample(ids, labels)
+
+
+def _signals(job: _Job, turns: Turns) -> OriginalSample:
+    """The oldest format; every part is counted with a BOS of its own, so the mask runs ahead."""
+    names = _speakers(job)
+    header = f"{job.template.system}\n\n"
+    parts = [f"### {names.get(speaker, 'unknown')}: {said}\n" for speaker, said in turns]
+    ids = job.ids(f"{header}{''.join(parts)}### ")
+    labels = list(ids)
+    at = len(job.ids(header))
+    _ignore(labels, 0, at)
+    for (speaker, _), part in zip(turns, parts, strict=True):
+        length = len(job.ids(part))
+        if speaker == "human":
+            _ignore(labels, at + 2, at + length)
+        at += length
+    return OriginalSample(ids, labels)
+
+
+def _ignore(labels: list[int], start: int, end: int) -> None:
+    for i in range(max(start, 0), min(end, len(labels))):
+        labels[i] = IGNORE_INDEX

@@ -1,0 +1,99 @@
+"""Which template is taken, and the reason that people read."""
+
+import pytest
+
+from lapilli.errors import PromptError
+from lapilli.prompt.choose import TemplateFacts, choose_template, template_for_name
+from lapilli.prompt.jinja import JinjaTemplate
+from lapilli.prompt.templates import TEMPLATES
+
+OWN = JinjaTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+LLAMA = {"model_type": "llava_llama", "projector": "mlp2x_gelu"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "name", "expected", "reason"),
+    [
+        (LLAMA, "llava-v1.5-7b", "llava_v1", "contains 'v1'"),
+        (LLAMA, "llava-v1.6-34b", "chatml_direct", "contains 'v1.6-34b'"),
+        (LLAMA, "llava-llama-2-13b-chat", "llava_llama_2", "contains 'llama-2'"),
+        (LLAMA, "my-finetune", "vicuna_v1", "projector mlp2x_gelu"),
+        (LLAMA | {"has_chatml": True}, "my-yi", "chatml_direct", "tokens of the vocabulary"),
+        (LLAMA | {"projector": "linear"}, "my-finetune", "llava_v0", "a linear projector"),
+        (LLAMA | {"recorded": "llava_llama_2"}, "llava-v1.5", "llava_llama_2", "lapilli_template"),
+        ({"model_type": "llava_mistral"}, "anything-v1", "mistral_instruct", "model_type llava_m"),
+        (
+            {"model_type": "llava_mistral", "has_chatml": True},
+            "hermes",
+            "chatml_direct",
+            "tokens of the vocabulary",
+        ),
+        ({"model_type": "llava_mpt", "has_chatml": True}, "x", "mpt", "model_type llava_mpt"),
+        (
+            {"layout": "hf_llava", "model_type": "llava", "text_type": "mistral"},
+            "x",
+            "mistral_instruct",
+            "model_type mistral",
+        ),
+        ({"layout": "text", "model_type": "llama"}, "x", "vicuna_v1", "original's default"),
+    ],
+)
+def test_the_evidence_of_a_checkpoint(
+    facts: dict[str, object], name: str, expected: str, reason: str
+) -> None:
+    choice = choose_template(TemplateFacts(**facts), name=name)  # type: ignore[arg-type]
+    assert choice.template == TEMPLATES[expected]
+    assert reason in choice.reason
+    assert choice.note is None
+
+
+@pytest.mark.parametrize("layout", ["hf_llava", "hf_llava_next", "text"])
+def test_a_chat_template_comes_first_for_hugging_face(layout: str) -> None:
+    facts = TemplateFacts(layout=layout, model_type="llava_mistral")  # type: ignore[arg-type]
+    choice = choose_template(facts, name="llava-v1", chat_template=OWN)
+    assert choice.template is OWN
+    assert choice.reason == "the checkpoint's own chat template"
+
+
+def test_an_original_checkpoint_does_not_follow_its_base_models_chat_template() -> None:
+    facts = TemplateFacts(model_type="llava_mistral")
+    choice = choose_template(facts, chat_template=OWN)
+    assert choice.template == TEMPLATES["mistral_instruct"]
+
+
+def test_what_was_asked_for_wins_with_a_note() -> None:
+    facts = TemplateFacts(model_type="llava_mpt")
+    choice = choose_template(facts, explicit="vicuna_v1")
+    assert choice.template == TEMPLATES["vicuna_v1"]
+    assert choice.note == (
+        "template vicuna_v1 was asked for, the checkpoint says mpt (model_type llava_mpt)"
+    )
+    assert choose_template(facts, explicit="mpt").note is None
+    assert choose_template(facts, explicit=OWN).template is OWN
+    assert choose_template(facts, explicit="chat_template", chat_template=OWN).template is OWN
+
+
+def test_unknown_names_list_the_choices() -> None:
+    with pytest.raises(PromptError, match="'vicuna_v2': choose from default, v0, v1, vicuna_v1"):
+        choose_template(TemplateFacts(), explicit="vicuna_v2")
+    with pytest.raises(PromptError, match="no chat template of its own: choose from default"):
+        choose_template(TemplateFacts(), explicit="chat_template")
+    with pytest.raises(PromptError, match="no template is called 'gone'"):
+        choose_template(TemplateFacts(recorded="gone"))
+    asked = choose_template(TemplateFacts(recorded="gone"), explicit="mpt")
+    assert asked.template == TEMPLATES["mpt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("LLaVA-Llama-2-13b", "llava_llama_2"),
+        ("llava-v1.6-mistral-7b", "mistral_instruct"),
+        ("llava-v1.6-34b", "chatml_direct"),
+        ("llava-v1.5-7b-lora", "llava_v1"),
+        ("llava-mpt-7b", "mpt"),
+        ("llava-mixtral", "llava_v0"),
+    ],
+)
+def test_the_rules_of_the_original_by_name(name: str, expected: str) -> None:
+    assert template_for_name(name)[0] == expected
