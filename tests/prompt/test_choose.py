@@ -5,6 +5,8 @@ import pytest
 from lapilli.errors import PromptError
 from lapilli.prompt.choose import TemplateFacts, choose_template, template_for_name
 from lapilli.prompt.jinja import JinjaTemplate
+from lapilli.prompt.message import Message
+from lapilli.prompt.segments import to_text
 from lapilli.prompt.templates import TEMPLATES
 
 OWN = JinjaTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
@@ -71,6 +73,15 @@ def test_what_was_asked_for_wins_with_a_note() -> None:
     assert choose_template(facts, explicit="mpt").note is None
     assert choose_template(facts, explicit=OWN).template is OWN
     assert choose_template(facts, explicit="chat_template", chat_template=OWN).template is OWN
+
+
+def test_start_and_end_tokens_stand_around_every_picture() -> None:
+    facts = TemplateFacts(model_type="llava_mistral", use_start_end=True)
+    for explicit in (None, "mistral_instruct"):
+        template = choose_template(facts, explicit=explicit).template
+        text = to_text(template.render([Message.user("Q", object())]))
+        assert text == "[INST] <im_start><image><im_end>\nQ [/INST]"
+    assert choose_template(facts, explicit=OWN).template is OWN
 
 
 def test_unknown_names_list_the_choices() -> None:

@@ -19,16 +19,17 @@ llava_v0 from the original's programs, which is right for none since version 1.
 Knows plain facts, never files.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lapilli.errors import PromptError
 from lapilli.prompt.jinja import JinjaTemplate
-from lapilli.prompt.template import Template
+from lapilli.prompt.template import ChatTemplate, Template
 from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
 
 __all__ = [
     "RECORD_KEY",
+    "START_END",
     "Template",
     "TemplateChoice",
     "TemplateFacts",
@@ -41,13 +42,18 @@ RECORD_KEY = "lapilli_template"
 """The key of config.json under which lapilli writes the template that it trained with."""
 
 
+START_END = ("<im_start>", "<im_end>")
+"""What stands around a picture under mm_use_im_start_end."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateFacts:
     """What the files of a checkpoint say that bears on the template.
 
     layout: as `ModelConfig.layout`. model_type: of config.json. text_type: of its `text_config`.
     projector: mm_projector_type. has_chatml: <|im_start|> and <|im_end|> are in the vocabulary.
-    recorded: value of `RECORD_KEY`.
+    recorded: value of `RECORD_KEY`. use_start_end: mm_use_im_start_end, which puts every picture
+    between <im_start> and <im_end> in whatever template of ours is taken.
     """
 
     layout: Literal["llava", "hf_llava", "hf_llava_next", "text"] = "llava"
@@ -56,6 +62,7 @@ class TemplateFacts:
     projector: str | None = None
     has_chatml: bool = False
     recorded: str | None = None
+    use_start_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +94,18 @@ def choose_template(
 
     Source: LLaVA run_llava.py and serve/cli.py for the rules by name.
     """
+    choice = _choose(facts, name, explicit, chat_template)
+    if facts.use_start_end and isinstance(choice.template, ChatTemplate):
+        return replace(choice, template=replace(choice.template, media_tokens=START_END))
+    return choice
+
+
+def _choose(
+    facts: TemplateFacts,
+    name: str,
+    explicit: str | Template | None,
+    chat_template: JinjaTemplate | None,
+) -> TemplateChoice:
     if explicit is None:
         return _by_evidence(facts, name, chat_template)
     template = _asked_for(explicit, chat_template)

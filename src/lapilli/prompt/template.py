@@ -40,7 +40,8 @@ class ChatTemplate:
     `messages` and `offset` are the built-in examples (role, text) that stand before the first
     question. `system` holds everything before the first separator, `system_prefix` its part that a
     system message does not replace. `media_open` and `media_close` stand around every medium in
-    training: the original's programs for asking leave them out, and so do we.
+    training: the original's programs for asking leave them out, and so do we. `media_tokens` stand
+    around every medium always: <im_start> and <im_end> of checkpoints with mm_use_im_start_end.
 
     Source: LLaVA conversation.py, reference behaviour of every `conv_templates` entry.
     """
@@ -57,6 +58,7 @@ class ChatTemplate:
     system_prefix: str = ""
     media_open: str = ""
     media_close: str = ""
+    media_tokens: tuple[str, str] = ("", "")
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -122,10 +124,10 @@ class ChatTemplate:
                 f"a message of the {message.role} holds a medium ({part.modality}): "
                 "only the user shows media"
             )
-        slot = MediaSlot(part.modality)
-        if not tagged or not self.media_open:
-            return [slot]
-        return [TextSegment(self.media_open), slot, TextSegment(self.media_close)]
+        before, after = self.media_tokens
+        if tagged:
+            before, after = self.media_open + before, after + self.media_close
+        return [TextSegment(before), MediaSlot(part.modality), TextSegment(after)]
 
     def _layout(self, turns: list[Turn], system: list[Segment]) -> list[Segment]:
         style = _llama_2 if self.style == "llama_2" else _chat

@@ -118,6 +118,15 @@ def test_typed_tokens_in_every_way_of_marking_spaces(goldens: Any, kind: str) ->
     assert [t.id for t in tokens][-len(tail) :] == tail
 
 
+@pytest.mark.parametrize("kind", ["prepend", "first", "always", "never"])
+def test_cutting_by_ourselves_equals_one_call_of_the_library(goldens: Any, kind: str) -> None:
+    config = {"tokenizer_class": "LlamaTokenizerFast"}
+    tokenizer = FastTokenizer(json.dumps(llama_json(goldens.spm, kind)), config=config)
+    for text in TEXTS:
+        cut = tokenizer._tokenize_typed(text, ())
+        assert [t.id for t in cut] == tokenizer.encode(text, add_bos=False), text
+
+
 def test_a_unigram_model_cannot_put_a_special_token_together() -> None:
     vocab = [["<unk>", 0.0], ["</s>", 0.0], *([c, -2.0] for c in "▁</s>a")]
     raw = {

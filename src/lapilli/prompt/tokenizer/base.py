@@ -5,9 +5,10 @@ Decoding token by token: the text of an answer is
     b"".join(token_bytes(i) for i in ids that are not special)
 
 decoded as UTF-8, without its first space where `strips_leading_space` is true (SentencePiece
-writes a space before the first word). A character may span several tokens, so a stream holds
-bytes back until they are whole. Bytes that never become valid UTF-8 are the only case in which
-`decode` may show another number of replacement characters.
+writes a space before the first word; the slow tokenizer with `legacy` drops a second one). A
+character may span several tokens, so a stream holds bytes back until they are whole. Bytes that
+never become valid UTF-8 are the only case in which `decode` may show another number of
+replacement characters.
 """
 
 from collections.abc import Sequence
