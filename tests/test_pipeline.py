@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lapilli import (
     SamplingParams,
     UnsupportedModelError,
 )
+from lapilli.checkpoint.world import measure_world, save_world
 
 Load = Callable[..., Chat]
 FEW = {"max_new_tokens": 8}
@@ -325,6 +327,26 @@ def test_a_batch_of_all_kinds(chat: Chat, drawing: str, options):
     assert chat.batch([]) == []
     with pytest.raises(PromptError, match="the conversation is empty"):
         chat.batch([conversations[0], []])
+
+
+def test_a_narrow_model_says_what_it_knows(paths, drawing: str, tmp_path: Path):
+    folder = tmp_path / "narrow"
+    shutil.copytree(paths("llava-v1.5-tiny-pad")["model_path"], folder)
+    chat = lapilli.load(str(folder), device="cpu", dtype="float32")
+    chat.ask("What?", drawing, **FEW)
+    assert chat.outside_world() is None  # it claims nothing
+    with torch.inference_mode():
+        [prepared] = chat.encode([Message.user("What?", drawing)]).media
+        [known] = chat.model.modality("image").embed([prepared])
+    save_world(measure_world([known + 0.01 * i for i in range(4)], knows="It knows one."), folder)
+    chat = lapilli.load(str(folder), device="cpu", dtype="float32")
+    chat.ask("What?", drawing, **FEW)
+    assert chat.outside_world() is None
+    noise = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
+    chat.ask("What?", noise, **FEW)
+    assert "narrow was made for: It knows one. Load a LLaVA" in chat.outside_world()
+    chat.ask("Why?", **FEW)
+    assert chat.outside_world() is None  # said once, not again at every question
 
 
 def test_system_prompt(chat: Chat):

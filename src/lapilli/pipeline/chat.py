@@ -252,6 +252,7 @@ class Chat:
             context_length=self._context_length,
             cache=cache,
         )
+        del fused  # a long prompt's vectors would stay until the end of the answer
         try:
             for piece in pieces:
                 if piece.text:
