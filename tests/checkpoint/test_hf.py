@@ -104,6 +104,7 @@ def theirs(model, length, **inputs):
     [
         ("llama", "clip", "default"),
         ("mistral", "siglip", "full"),
+        ("llama", "siglip", "default"),
         ("qwen2", "clip", "full"),
         ("tied", "clip", "default"),
     ],

@@ -42,6 +42,7 @@ class SafetensorsShard:
         self.path = path
         self._infos: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._places: dict[str, tuple[int, int]] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         start, header = self._header()
         size = path.stat().st_size
         for name, entry in header.items():
@@ -73,12 +74,17 @@ class SafetensorsShard:
             if not rest:
                 strides = torch.empty(shape, device="meta").stride()
                 return torch.empty(0, dtype=stored).set_(self._mapping, start, shape, strides)
-        data = bytearray(length)
+        return self._read(offset, length).view(stored).view(shape).to(dtype or stored, copy=True)
+
+    def _read(self, offset: int, length: int) -> Tensor:
+        """Bytes of the file in a buffer that the next call overwrites."""
+        if len(self._buffer) < length:
+            self._buffer = torch.empty(length, dtype=torch.uint8)
+        part = self._buffer[:length]
         with self.path.open("rb") as file:
             file.seek(offset)
-            file.readinto(data)
-        flat = torch.frombuffer(data, dtype=stored) if length else torch.empty(0, dtype=stored)
-        return flat.view(shape).to(dtype or stored)
+            file.readinto(part.numpy().data)
+        return part
 
     @cached_property
     def _mapping(self) -> torch.UntypedStorage:

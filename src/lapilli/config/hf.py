@@ -1,5 +1,7 @@
 """config.json of Hugging Face's LLaVA 1.5, LLaVA-NeXT and language models -> ModelConfig."""
 
+from dataclasses import replace
+
 from lapilli.config import ignored
 from lapilli.config.files import ConfigFiles
 from lapilli.config.llava import parse_pinpoints
@@ -21,7 +23,7 @@ from lapilli.config.vision import (
 )
 from lapilli.errors import ConfigError, UnsupportedModelError
 
-STRATEGIES: dict[str, Select] = {"default": "patch", "full": "cls_patch"}
+STRATEGIES: dict[str, Select] = {"default": "drop_first", "full": "cls_patch"}
 DEFAULT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -111,7 +113,10 @@ def _vision(reader: KeyReader) -> VisionConfig:
     section = reader.child("vision_config", ignored.VISION)
     if not section.raw:
         section = KeyReader(LARGE_CLIP, "config.json")
-    return parse_tower(section, feature_layer=layer, feature_select=STRATEGIES[strategy])
+    vision = parse_tower(section, feature_layer=layer, feature_select=STRATEGIES[strategy])
+    if vision.family == "clip" and strategy == "default":
+        return replace(vision, feature_select="patch")
+    return vision
 
 
 def _image(

@@ -104,7 +104,9 @@ class VisionConfig:
     activation: Activation = "quick_gelu"
     num_channels: int = 3
     feature_layer: int = -2
-    feature_select: Literal["patch", "cls_patch"] = "patch"
+    # drop_first: without the first feature, whatever it is. Hugging Face does so even to a SigLIP
+    # tower, whose first feature is a patch.
+    feature_select: Literal["patch", "cls_patch", "drop_first"] = "patch"
 
     @property
     def grid(self) -> Grid:
@@ -115,8 +117,9 @@ class VisionConfig:
     @property
     def num_patches(self) -> int:
         """Features of one tile after selection."""
-        has_class_token = self.family == "clip" and self.feature_select == "cls_patch"
-        return self.grid.rows * self.grid.columns + int(has_class_token)
+        has_class_token = self.family == "clip" and self.feature_select != "patch"
+        is_short = self.feature_select == "drop_first"
+        return self.grid.rows * self.grid.columns + int(has_class_token) - int(is_short)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

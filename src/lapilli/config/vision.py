@@ -14,7 +14,7 @@ from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.geometry import ImageSize
 
 Family = Literal["clip", "siglip"]
-Select = Literal["patch", "cls_patch"]
+Select = Literal["patch", "cls_patch", "drop_first"]
 
 # The type of the tower's own file, the type inside a two-tower file, and the family.
 TOWER_TYPES: dict[str, Family] = {

@@ -155,6 +155,10 @@ def _tokens(config: ModelConfig) -> dict[str, object]:
 def _vision(
     config: ModelConfig, vision: VisionConfig, vision_source: str | None
 ) -> dict[str, object]:
+    if vision.feature_select == "drop_first":
+        raise UnsupportedModelError(
+            "the original layout cannot leave out the first patch, as Hugging Face does with SigLIP"
+        )
     return {
         "mm_vision_tower": vision_source or config.vision_source,
         "mm_hidden_size": vision.hidden_size,

@@ -160,6 +160,7 @@ class VisionTransformer(nn.Module):
             x = stack.pre_layrnorm(x)
         for layer in stack.encoder.layers[: self.num_used_layers]:
             x = layer(x)
-        if self.config.family == "clip" and self.config.feature_select == "patch":
+        drops_class_token = self.config.family == "clip" and self.config.feature_select == "patch"
+        if drops_class_token or self.config.feature_select == "drop_first":
             x = x[:, 1:]
         return x
