@@ -1,18 +1,23 @@
-"""What every patch of a picture lies on, in words: the captioning targets of the tower; knows scenes, no model.
+"""What every patch of a picture lies on, in words: what the tower learns to name.
 
-A caption says everything about a picture once; here each patch gets the words of the caption that are about its own
-place. The words are one fixed lexicon, so the targets of a patch are one row of ones and zeros.
+A caption says everything about a picture once; here each patch gets the words of the caption that
+are about its own place. The words are one fixed lexicon, so the targets of a patch are one row of
+ones and zeros.
 
-    patch on a large red circle at the top left  ->  large red circle top-left      (and "middle" in the patch
-    patch of a picture with the number 42        ->  number tens:4 units:2 red       that holds its centre)
-    any patch                                    ->  how many objects there are
+    a large red circle at the top left   large red circle top-left; "middle" where its centre lies
+    the number 42                        number red, tens:4 under the 4, units:2 under the 2
+    the word cat                         word red word:cat, letter:c under the c, ...
+    any patch                            how many objects there are
 """
 
+import string
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lapilli.train.pebble.glyphs import Glyph, glyphs
 from lapilli.train.pebble.palette import COLOURS
 from lapilli.train.pebble.scene import MAX_OBJECTS, PLACES, SHAPES, SIZES, WORDS, Object, Scene
 
@@ -28,6 +33,7 @@ LEXICON: Final[tuple[str, ...]] = (
     *(f"tens:{digit}" for digit in range(1, 10)),
     *(f"units:{digit}" for digit in range(10)),
     *(f"digit:{digit}" for digit in range(10)),
+    *(f"letter:{letter}" for letter in string.ascii_lowercase),
 )
 _INDEX: Final = {word: i for i, word in enumerate(LEXICON)}
 
@@ -41,14 +47,17 @@ def region_words(scene: Scene, side: int) -> NDArray[np.bool_]:
 
     """
     words = np.zeros((side, side, len(LEXICON)), dtype=np.bool_)
-    words[:, :, _INDEX[f"objects:{len(scene.objects)}"]] = True
-    for name in mark_words(scene):
-        words[:, :, _INDEX[name]] = True
+    if len(scene.objects) <= MAX_OBJECTS:
+        words[:, :, _INDEX[f"objects:{len(scene.objects)}"]] = True
+    for glyph, names in mark_words(scene):
+        covered = _under(scene, glyph, side)
+        for name in names:
+            words[covered, _INDEX[name]] = True
     for item in scene.objects:
         covered, middle = _patches(scene, item, side)
         for name in object_words(item):
             words[covered, _INDEX[name]] = True
-        words[(*middle, _INDEX["middle"])] = True
+        words[middle[0], middle[1], _INDEX["middle"]] = True
     return words
 
 
@@ -57,17 +66,39 @@ def object_words(item: Object) -> tuple[str, ...]:
     return item.size, item.colour, item.shape, item.place
 
 
-def mark_words(scene: Scene) -> list[str]:
-    """The words of the writing or digit that fills the picture; none in a scene of objects."""
-    if scene.digit is not None:
-        return ["handwritten", f"digit:{scene.digit.value}", scene.digit.colour]
-    if scene.writing is None:
-        return []
-    text = scene.writing.text
-    if not scene.writing.is_number:
-        return ["word", f"word:{text}", scene.writing.colour]
-    tens = [f"tens:{text[0]}"] if len(text) == 2 else []
-    return ["number", *tens, f"units:{text[-1]}", scene.writing.colour]
+def mark_words(scene: Scene) -> Iterator[tuple[Glyph, list[str]]]:
+    """Every character of the writing, or the digit, with its words; none in a scene of objects."""
+    marks = glyphs(scene)
+    for i, glyph in enumerate(marks):
+        if scene.digit is not None:
+            yield glyph, ["handwritten", f"digit:{scene.digit.value}", scene.digit.colour]
+        elif scene.writing is not None and scene.writing.is_number:
+            place = "units" if i == len(marks) - 1 else "tens"
+            yield glyph, ["number", f"{place}:{glyph.text}", scene.writing.colour]
+        elif scene.writing is not None:
+            whole, letter = f"word:{scene.writing.text}", f"letter:{glyph.text}"
+            yield glyph, ["word", whole, letter, scene.writing.colour]
+
+
+def _under(scene: Scene, glyph: Glyph, side: int) -> NDArray[np.bool_]:
+    """Patches whose middle lies under the character, or the one that holds its own middle."""
+    height, width = scene.size
+    longest = max(height, width)
+    to_patches = side / longest
+    top, bottom = (
+        (share * height + (longest - height) / 2) * to_patches
+        for share in (glyph.top, glyph.bottom)
+    )
+    left, right = (
+        (share * width + (longest - width) / 2) * to_patches for share in (glyph.left, glyph.right)
+    )
+    steps = np.arange(side) + 0.5
+    rows = (steps >= top) & (steps <= bottom)
+    columns = (steps >= left) & (steps <= right)
+    rows[min(int((top + bottom) / 2), side - 1)] = True
+    columns[min(int((left + right) / 2), side - 1)] = True
+    covered: NDArray[np.bool_] = rows[:, None] & columns[None, :]
+    return covered
 
 
 def _patches(scene: Scene, item: Object, side: int) -> tuple[NDArray[np.bool_], tuple[int, int]]:

@@ -1,0 +1,51 @@
+"""Where a run's numbers go: one JSON object per line; knows no model.
+
+A run that resumes drops the lines after its checkpoint, so that a killed run leaves the same log as
+an undisturbed one.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+Record = Mapping[str, int | float]
+
+
+class RunLog:
+    """Appends records to `folder/log.jsonl`, and keeps a progress line for people."""
+
+    def __init__(self, folder: Path, *, echo: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "log.jsonl"
+        self._echo = echo
+
+    def rewind(self, step: int) -> None:
+        """Forget every record after this step."""
+        kept = [record for record in self.records() if record["step"] <= step]
+        staged = self.path.with_suffix(".part")
+        staged.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        staged.replace(self.path)
+
+    def write(self, record: Record) -> None:
+        """One more line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._echo:
+            os.write(2, (self.line(record) + "\n").encode())
+
+    def records(self) -> list[Record]:
+        """All lines so far; a last line that a kill cut short is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines if line]
+
+    @staticmethod
+    def line(record: Record) -> str:
+        """A record for people."""
+        parts = (
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in record.items()
+        )
+        return "  ".join(parts)

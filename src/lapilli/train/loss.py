@@ -1,0 +1,65 @@
+"""Loss functions; pure functions of tensors, no models.
+
+cross_entropy_sum / all supervised positions of a step     "tokens": every token weighs the same
+mean of the means of the micro-batches                      "llava": what the original's trainer
+does
+"""
+
+import torch
+from torch.nn import functional as F  # noqa: N812  torch's own habit
+
+from lapilli.errors import ConfigError
+from lapilli.shapes import Bool, Float, Int, Tensor
+from lapilli.train.recipe import Reduction
+
+
+def cross_entropy_sum(
+    logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"]
+) -> Float[Tensor, ""]:
+    """Sum of the negative log likelihoods of the targets, in float32."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def supervised(
+    input_ids: Int[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]
+) -> tuple[Bool[Tensor, "B T"], Int[Tensor, " M"]]:
+    """Positions whose next token counts, and those next tokens.
+
+    A position predicts its successor, so the mask moves one to the left and the last position never
+    counts.
+    """
+    where = torch.zeros_like(loss_mask)
+    where[:, :-1] = loss_mask[:, 1:]
+    return where, input_ids[:, 1:][loss_mask[:, 1:]]
+
+
+def scales(counts: list[int], reduction: Reduction) -> list[float]:
+    """What each micro-batch's sum is multiplied with so that the step's loss is their total.
+
+    Raises:
+        ConfigError: nothing is supervised, or (llava) one micro-batch has nothing.
+    """
+    total = sum(counts)
+    if total == 0 or (reduction == "llava" and 0 in counts):
+        raise ConfigError(
+            f"no supervised token among {len(counts)} micro-batches with {counts}: "
+            "check the loss mask of the data"
+        )
+    if reduction == "tokens":
+        return [1.0 / total] * len(counts)
+    return [1.0 / (count * len(counts)) for count in counts]
+
+
+def contrastive(
+    images: Float[Tensor, "B E"], texts: Float[Tensor, "B E"], log_scale: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Mean of both directions of the contrastive loss of B pairs; rows need no normalisation.
+
+    Source: Radford et al. 2021 (CLIP), figure 3; the scale is held below 100 as there.
+    """
+    scale = log_scale.exp().clamp(max=100.0)
+    images = F.normalize(images.float(), dim=-1)
+    texts = F.normalize(texts.float(), dim=-1)
+    logits = scale * images @ texts.T  # [B, B]
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2

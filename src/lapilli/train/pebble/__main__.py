@@ -1,0 +1,94 @@
+"""`python -m lapilli.train.pebble`: pebble from nothing, resumable at any step.
+
+tokenizer, pictures -> tower -> language -> features -> align -> instruct -> export -> exam
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lapilli.train.export import export_llava
+from lapilli.train.log import RunLog
+from lapilli.train.pebble.examine import ask_exported
+from lapilli.train.pebble.run import STAGES, Workshop
+from lapilli.train.pebble.score import Tally, exam, held_out_digits, score
+from lapilli.train.plot import loss_curve, plot_losses
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run every stage that is not finished, then export and examine."""
+    parser = argparse.ArgumentParser(prog="python -m lapilli.train.pebble", description=__doc__)
+    parser.add_argument("--recipes", type=Path, default=Path("recipes/pebble"))
+    parser.add_argument("--work", type=Path, default=Path("build/pebble"))
+    parser.add_argument("--out", type=Path, default=Path("src/lapilli/pebble"))
+    parser.add_argument("--plot", type=Path, default=Path("docs/assets/pebble-loss.png"))
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--stage", choices=STAGES, help="only this stage, as one process of many")
+    parser.add_argument("--rank", type=int, default=0)
+    options = parser.parse_args(arguments)
+    shop = Workshop(options.recipes, options.work)
+    if options.stage is not None:
+        shop.train(options.stage, rank=options.rank, size=options.processes)
+        return
+    _say("tokenizer and pictures")
+    shop.prepare(options.processes)
+    for stage in STAGES:
+        if not shop.is_finished(stage):
+            _say(f"stage {stage}")
+            shop.train_together(stage, options.processes)
+        if stage == "1_tower":
+            _say("features of all pictures")
+            shop.compute_features()
+    export(shop, options.out)
+    curves = {stage: loss_curve(RunLog(options.work / stage).records()) for stage in STAGES}
+    options.plot.parent.mkdir(parents=True, exist_ok=True)
+    plot_losses(curves, options.plot)
+    report(options.out)
+
+
+def export(shop: Workshop, folder: Path) -> None:
+    """The finished model as files in the original layout."""
+    reader = shop.finished_reader()
+    export_llava(
+        folder,
+        language_model=reader.language_model,  # type: ignore[arg-type]  # a module by construction
+        projector=reader.projector,
+        tower=shop.tower(),
+        text=shop.text,
+        vision=shop.vision,
+        tokenizer_model=(shop.work / "tokenizer.model").read_bytes(),
+    )
+
+
+def report(folder: Path) -> None:
+    """Accuracy of the exported model per skill: printed, and kept beside the weights."""
+    torch.set_grad_enabled(False)
+    ask = ask_exported(folder)
+    fresh, digits = score(ask, exam()), score(ask, held_out_digits())
+    figures = {
+        "questions": {name: _figures(tally) for name, tally in fresh.items()},
+        "held_out_digits": _figures(digits["all"]),
+    }
+    (folder / "accuracy.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    for name, tally in {**fresh, "held-out digits": digits["all"]}.items():
+        _say(
+            f"{name:16} {100 * tally.accuracy:6.2f} %   {tally.right} of {tally.total}", sys.stdout
+        )
+
+
+def _figures(tally: Tally) -> Mapping[str, float]:
+    return {**asdict(tally), "accuracy": round(tally.accuracy, 4)}
+
+
+def _say(line: str, stream: object = None) -> None:
+    (sys.stderr if stream is None else sys.stdout).write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
