@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -56,21 +57,22 @@ def tokenizer() -> WordTokenizer:
     return WordTokenizer()
 
 
+def fuse_rows(model: VisionLanguageModel, *rows: Sequence[int]) -> FusedBatch:
+    """A batch from rows of ids, padded on the left."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    positions = torch.zeros(len(rows), longest, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        start = longest - len(tokens)
+        ids[row, start:] = torch.tensor(tokens)
+        mask[row, start:] = True
+        positions[row, start:] = torch.arange(len(tokens))
+    with torch.inference_mode():
+        return FusedBatch(model.language_model.embed(ids), mask, positions)
+
+
 @pytest.fixture
 def fused(model: VisionLanguageModel) -> Callable[..., FusedBatch]:
-    """A batch from rows of ids, padded on the left."""
-
-    def make(*rows: Sequence[int]) -> FusedBatch:
-        longest = max(map(len, rows))
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-        positions = torch.zeros(len(rows), longest, dtype=torch.long)
-        for row, tokens in enumerate(rows):
-            start = longest - len(tokens)
-            ids[row, start:] = torch.tensor(tokens)
-            mask[row, start:] = True
-            positions[row, start:] = torch.arange(len(tokens))
-        with torch.inference_mode():
-            return FusedBatch(model.language_model.embed(ids), mask, positions)
-
-    return make
+    """fused(*rows of ids) -> a batch of the model's embeddings."""
+    return partial(fuse_rows, model)

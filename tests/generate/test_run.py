@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lapilli.config.generation import SamplingParams
@@ -12,7 +14,7 @@ from lapilli.generate.run import generate, stream
 from lapilli.model.outputs import FusedBatch
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.kv_cache import KVCache
-from tests.generate.conftest import CONFIG, VOCABULARY, WordTokenizer
+from tests.generate.conftest import CONFIG, VOCABULARY, WordTokenizer, fuse_rows
 
 PROMPTS = ([1, 2, 3], [7], [4, 9, 11, 30, 2, 8, 5], [12, 13])
 Fused = Callable[..., FusedBatch]
@@ -111,6 +113,24 @@ def test_rows_of_a_batch_answer_as_if_alone(model, tokenizer, fused: Fused, opti
     assert [a.finish_reason for a in together] == [a.finish_reason for a in alone]
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=9), min_size=1, max_size=4
+    ),
+    stops=st.sets(st.integers(0, VOCABULARY - 1), max_size=6),
+    beams=st.sampled_from([1, 2]),
+)
+def test_any_rows_answer_as_if_alone(model, rows, stops, beams):
+    tokenizer = WordTokenizer()
+    params = SamplingParams(max_new_tokens=6, stop_token_ids=tuple(stops), num_beams=beams)
+    together = generate(model, fuse_rows(model, *rows), params, tokenizer=tokenizer)
+    for row, answer in zip(rows, together, strict=True):
+        [alone] = generate(model, fuse_rows(model, row), params, tokenizer=tokenizer)
+        assert answer.token_ids == alone.token_ids
+        assert answer.finish_reason == alone.finish_reason
+
+
 def test_rows_end_at_their_own_step(model, tokenizer, fused: Fused):
     free = generate(model, fused(*PROMPTS), SamplingParams(max_new_tokens=8), tokenizer=tokenizer)
     stop = free[0].token_ids[2]
@@ -196,6 +216,13 @@ def test_seeds(model, tokenizer, fused: Fused):
     assert first[0] != first[1]
     torch.manual_seed(0)
     assert texts(None, [3], [3]) == first
+
+
+def test_greedy_leaves_the_global_random_source_alone(model, tokenizer, fused: Fused):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    generate(model, fused([1], [2, 3]), SamplingParams(max_new_tokens=3), tokenizer=tokenizer)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_closing_the_stream_frees_the_cache(model, tokenizer, fused: Fused, monkeypatch):

@@ -241,7 +241,9 @@ class Setting:
     ) -> Generator[None, None, None]:
         params = self.params
         active = list(answers)
-        generators = row_generators(len(active), params.seed, logits.device)
+        # Greedy draws nothing, so it leaves torch's global random source alone.
+        draws = params.temperature > 0
+        generators = row_generators(len(active) if draws else 0, params.seed, logits.device)
         while True:
             tokens = choose(logits, params, generators, seen=seen)
             token_ids = tokens.tolist()
@@ -260,7 +262,7 @@ class Setting:
                 return
             if len(going) < len(active):
                 active = [active[at] for at in going]
-                generators = [generators[at] for at in going]
+                generators = [generators[at] for at in going] if draws else []
                 tokens = tokens[going]
                 seen = None if seen is None else seen[going]
                 decoding.take(going)
