@@ -47,12 +47,8 @@ class KeyMap:
         return None
 
     def to_foreign(self, ours: str) -> str | None:
-        """The tensor of the file for a parameter; None when no rule knows the name."""
-        matching = [
-            (old, new) for old, new in self.rules if new is not None and ours.startswith(new)
-        ]
-        if not matching:
-            return None
-        # Of several spellings of one place, the first of the longest is the one that is written.
-        old, new = max(matching, key=lambda rule: len(rule[1]))
-        return old + ours[len(new) :]
+        """The tensor of the file for a parameter, by the first rule that fits; None without one."""
+        for old, new in self.rules:
+            if new is not None and ours.startswith(new):
+                return old + ours[len(new) :]
+        return None
