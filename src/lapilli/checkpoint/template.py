@@ -43,15 +43,20 @@ def template_facts(plan: Plan) -> TemplateFacts:
         projector=None if projector is None else projector.kind,
         has_chatml=all(plan.tokenizer.token_to_id(token) is not None for token in ends),
         recorded=recorded if isinstance(recorded, str) else None,
+        use_start_end=plan.config.tokens.use_start_end,
     )
 
 
 def own_template(plan: Plan) -> JinjaTemplate | None:
-    """The checkpoint's own chat template, where it has one.
+    """The checkpoint's own chat template, where it has one that counts.
+
+    Beside a checkpoint in the original layout it belongs to the base model and is not read.
 
     Raises:
         PromptError: a text that is no template.
     """
+    if plan.config.layout == "llava":
+        return None
     source = find_chat_template(plan.tokenizer_path)
     if source is None:
         return None
