@@ -6,10 +6,10 @@
     |  '- UnsupportedModelError           a model, tower or projector type that lapilli does not have
     |- CheckpointError (ValueError)       the files of a checkpoint
     |  |- MissingFileError                a file that the checkpoint needs is not there
-    |  |- MissingWeightsError             parameters without a tensor, or tensors without a parameter
+    |  |- MissingWeightsError             parameters without a tensor, tensors without a parameter
     |  |- ShapeMismatchError              a tensor of another shape than the config says
     |  '- UnsafeFileError                 a pickle that wants to run code
-    |- MediaError (ValueError)            a picture (or another medium) that cannot be fetched or decoded
+    |- MediaError (ValueError)            a picture that cannot be fetched or decoded
     |- PromptError (ValueError)           messages, templates, placeholders
     |  '- MediaCountMismatchError         another number of media than of places for them
     |- FusionError (ValueError)           features that do not fit their span
