@@ -1,9 +1,9 @@
 """Every error that lapilli raises on purpose.
 
     LapilliError
-    |- ConfigError (ValueError)           a config.json, a recipe or an option says something impossible
+    |- ConfigError (ValueError)           a config.json, recipe or option says the impossible
     |  |- UnknownKeyError                 a key that nothing reads (strict_config=True)
-    |  '- UnsupportedModelError           a model, tower or projector type that lapilli does not have
+    |  '- UnsupportedModelError           a model, tower or projector that lapilli does not have
     |- CheckpointError (ValueError)       the files of a checkpoint
     |  |- MissingFileError                a file that the checkpoint needs is not there
     |  |- MissingWeightsError             parameters without a tensor, tensors without a parameter
