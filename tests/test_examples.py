@@ -59,6 +59,13 @@ def test_ask(repository: Path, model: str, drawing: str):
     assert len(run(repository, "01_ask.py", model, drawing).strip()) > 20
 
 
+def test_without_arguments_pebble_answers(repository: Path):
+    first, second = run(repository, "01_ask.py").splitlines()
+    assert first
+    assert second
+    assert len(run(repository, "02_batch.py").splitlines()) == 3
+
+
 def test_batch(repository: Path, model: str, drawing: str):
     out = run(repository, "02_batch.py", model, drawing)
     assert len(re.findall(r"  ->  ", out)) == 3
