@@ -1,5 +1,6 @@
 """A scene from a seed; knows how often things occur in pebble's world, not how they look."""
 
+from dataclasses import replace
 from typing import Final, Literal, cast
 
 import numpy as np
@@ -65,13 +66,11 @@ def sample_scene(
     scene = Scene(seed=seed, size=size, background=background, finish=finish)
     if chosen == "objects":
         crowded = crowds and seed % 3 > 0
-        objects = _objects(rng, size, background, _CROWD if crowded else (1, MAX_OBJECTS))
-        return Scene(seed=seed, size=size, background=background, finish=finish, objects=objects)
+        numbers = _CROWD if crowded else (1, MAX_OBJECTS)
+        return replace(scene, objects=_objects(rng, size, background, numbers))
     if chosen == "writing":
-        writing = _writing(rng, background)
-        return Scene(seed=seed, size=size, background=background, finish=finish, writing=writing)
-    digit = _digit(rng, scene, digit_index)
-    return Scene(seed=seed, size=size, background=background, finish=finish, digit=digit)
+        return replace(scene, writing=_writing(rng, background))
+    return replace(scene, digit=_digit(rng, background, digit_index))
 
 
 def _picture_size(rng: np.random.Generator, *, portrait: bool) -> ImageSize:
@@ -234,8 +233,8 @@ def _writing(rng: np.random.Generator, background: Background) -> Writing:
     )
 
 
-def _digit(rng: np.random.Generator, scene: Scene, index: int | None) -> Digit:
-    colour, rgb = _ink(rng, scene.background)
+def _digit(rng: np.random.Generator, background: Background, index: int | None) -> Digit:
+    colour, rgb = _ink(rng, background)
     if index is None:
         allowed = digit_split()[0]
         index = allowed[int(rng.integers(len(allowed)))]

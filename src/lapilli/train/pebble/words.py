@@ -71,11 +71,6 @@ def corpus(seed: int, num_lines: int) -> Iterator[str]:
             yield " ".join(turns).replace("\n", " ")
 
 
-def everyday_sentence(rng: np.random.Generator) -> str:
-    """One sentence outside pebble's world."""
-    return _everyday(rng)
-
-
 def _everyday(rng: np.random.Generator) -> str:
     parts = [
         options[int(rng.integers(len(options)))] for options in (_SUBJECTS, _VERBS, _THINGS, _WHENS)
