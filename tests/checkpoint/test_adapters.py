@@ -171,3 +171,25 @@ def test_base_named_by_the_config(projector, golden):
     _, built, _ = golden("llava-v1.5-tiny-projector")
     options = projector(_name_or_path=built["model_base"])
     assert str(make_plan(options["source"]).base_path) == built["model_base"]
+
+
+def test_lora_on_a_llava_whose_image_part_is_another(golden, tmp_path):
+    """The projector, newline and tower of the base give way to those of the adapter."""
+    _, built, _ = golden("llava-v1.5-tiny-lora")
+    alone = load(built["model_path"], base=built["model_base"])
+    base = tmp_path / "llava-base"
+    shutil.copytree(built["model_base"], base)
+    file = base / "pytorch_model.bin"
+    more = {
+        "model.mm_projector.0.weight": torch.zeros(64, 32),
+        "model.mm_projector.9.weight": torch.zeros(64, 32),
+        "model.image_newline": torch.zeros(64),
+        "model.vision_tower.vision_tower.vision_model.post_layernorm.bias": torch.ones(32),
+    }
+    torch.save(torch.load(file, weights_only=True) | more, file)
+    raw = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**raw, "model_type": "llava_llama"}))
+    loaded = load(built["model_path"], base=str(base))
+    first, second = alone.model.state_dict(), loaded.model.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "model.image_newline" in loaded.report.dropped

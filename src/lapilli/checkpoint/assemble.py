@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lapilli.checkpoint.directory import WeightPart
+from lapilli.checkpoint.directory import BASE, WeightPart
 from lapilli.checkpoint.keymaps.tables import EMBEDDINGS, OUTPUT
 from lapilli.checkpoint.report import LoadReport, some
 from lapilli.checkpoint.vocabulary import Vocabulary
@@ -85,10 +85,12 @@ def match(parts: Sequence[WeightPart], model: nn.Module, *, tied: bool) -> Match
     for part in parts:
         for foreign in part.store.infos:
             ours = part.parameter(foreign)
+            # A LLaVA below an adapter may have an image part that the adapter's config does not.
+            surplus = part.label == BASE and (ours or "").startswith("modalities.")
             if part.is_dropped(foreign) or (tied and ours == OUTPUT):
                 dropped.append(foreign)
             elif ours is None or ours not in expected:
-                unexpected.append(foreign)
+                (dropped if surplus else unexpected).append(foreign)
             else:
                 # Only a vocabulary is ever put together from two files (rows of an adapter).
                 before = sources.get(ours, ()) if ours in VOCABULARY else ()

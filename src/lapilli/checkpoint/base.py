@@ -3,7 +3,7 @@
 from dataclasses import fields
 from pathlib import Path
 
-from lapilli.checkpoint.directory import WeightPart, find_beside, keymap_of, open_weights
+from lapilli.checkpoint.directory import BASE, WeightPart, find_beside, keymap_of, open_weights
 from lapilli.checkpoint.files import read_json
 from lapilli.checkpoint.source import resolve
 from lapilli.checkpoint.weights import complete_weights
@@ -72,7 +72,7 @@ def base_part(directory: Path, *, fetch: bool = True) -> WeightPart | None:
             f"no weights in the base {directory}: looked for model.safetensors, pytorch_model.bin "
             "and their shards"
         )
-    return WeightPart("base", store, keymap_of(raw))
+    return WeightPart(BASE, store, keymap_of(raw))
 
 
 def refuse_wrong_base(expected: TextConfig, base: Path) -> int:

@@ -30,13 +30,15 @@ from lapilli.config.parse import (
 from lapilli.config.reader import JsonObject, KeyReport, is_object
 from lapilli.errors import CheckpointError, MissingFileError, MissingWeightsError
 
+BASE = "base"
+
 
 @dataclass(frozen=True, slots=True)
 class WeightPart:
     """Some tensors and what they are called here.
 
     Args:
-        label: of the part in messages.
+        label: of the part in messages; BASE for the model under an adapter.
         store: the tensors.
         keymap: their names here.
         skipped: prefixes of parameters that this part holds but does not give.

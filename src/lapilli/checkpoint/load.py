@@ -89,13 +89,10 @@ def load_checkpoint(
     where = choose_device(device)
     try:
         plan = make_plan(source, base=base, adapter=adapter)
-    except UnsupportedModelError:
-        foreign = None
-        if base is None and adapter is None:
-            foreign = load_foreign_model(source, device=where, dtype=dtype)
-        if foreign is None:
+    except UnsupportedModelError as refusal:
+        if base is not None or adapter is not None:
             raise
-        model, plan = foreign
+        model, plan = _through_transformers(source, refusal, device=where, dtype=dtype)
         return _loaded(model, plan, LoadReport(used=tuple(model.state_dict())), template)
     if strict_config:
         plan.keys.refuse_unknown()
@@ -116,6 +113,24 @@ def load_checkpoint(
     )
     lay_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
     return _loaded(model, plan, matching.report(), template)
+
+
+def _through_transformers(
+    source: str | Path,
+    refusal: UnsupportedModelError,
+    *,
+    device: torch.device,
+    dtype: str | torch.dtype,
+) -> tuple[VisionLanguageModel, Plan]:
+    """A plain language model of another family, or the refusal with what transformers says."""
+    try:
+        found = load_foreign_model(source, device=device, dtype=dtype)
+    except UnsupportedModelError as error:
+        second = str(error).partition("\n")[0]
+        raise UnsupportedModelError(f"{refusal}; and as another family: {second}") from error
+    if found is None:
+        raise refusal
+    return found
 
 
 def _loaded(
