@@ -1,9 +1,9 @@
 """What a narrow model knows: a checkpoint may say which pictures it was made for.
 
     world.json          {"knows": a sentence, "limit": a number}
-    world.safetensors   mean [D] and whitening [D, D] of the features of pictures that it knows
+    world.safetensors   mean [D] and whitening [D, D] of known pictures (means of their features)
 
-A picture whose features lie further from those than `limit` is outside of its world. Checkpoints
+A picture that lies further from those than `limit` is outside of its world. Checkpoints
 without these files claim nothing. Knows features; no pictures and no prompts.
 """
 
@@ -24,12 +24,12 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The features of known pictures as one gaussian, and how far from it is too far.
+    """Known pictures as one gaussian, and how far from it is too far.
 
     Attributes:
         knows: one sentence for people.
         limit: the largest distance of a known picture.
-        mean: of the features of all positions, [D].
+        mean: of the pictures, each the mean of its positions, [D].
         whitening: turns differences from the mean into a unit gaussian, [D, D].
     """
 
@@ -39,8 +39,8 @@ class World:
     whitening: Float[Tensor, "D D"]
 
     def distance(self, features: Float[Tensor, "n D"]) -> float:
-        """Mean squared Mahalanobis distance of a picture's positions, 1 for an average picture."""
-        whitened = (features.float().cpu() - self.mean) @ self.whitening
+        """Squared Mahalanobis distance per dimension, 1 for an average known picture."""
+        whitened = (features.float().cpu().mean(dim=0) - self.mean) @ self.whitening
         return float(whitened.square().mean())
 
     def contains(self, features: Float[Tensor, "n D"]) -> bool:
@@ -55,9 +55,9 @@ def measure_world(
 
     Source: the Mahalanobis detector of Lee et al. 2018 (arXiv 1807.03888), with one class.
     """
-    features = torch.cat([item.double() for item in known])
-    mean = features.mean(dim=0)
-    covariance = torch.cov(features.T)
+    pictures = torch.stack([item.double().mean(dim=0) for item in known])
+    mean = pictures.mean(dim=0)
+    covariance = torch.cov(pictures.T)
     values, vectors = torch.linalg.eigh(covariance)
     whitening = vectors / (values + RIDGE * values.mean()).sqrt()
     world = World(knows, 0.0, mean.float(), whitening.float())
