@@ -48,7 +48,10 @@ class Variant:
     def cases(self) -> list[Case]:
         text = (self.path / "cases.json").read_text(encoding="utf-8")
         stored = self.path / "arrays.npz"
-        arrays = dict(np.load(stored)) if stored.exists() else {}
+        arrays: dict[str, np.ndarray] = {}
+        if stored.exists():
+            with np.load(stored) as archive:
+                arrays = dict(archive)
         return [
             Case(
                 id=entry["id"],

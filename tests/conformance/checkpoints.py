@@ -108,6 +108,7 @@ class Workshop:
         if not path.exists():
             raise SkipCase(f"picture {name} is not here")
         image = Image.open(path)
+        image.load()  # and close the file
         return image.convert("RGB") if convert else image
 
     def pictures(self, names: list[str], *, convert: bool = True) -> list[Image.Image]:

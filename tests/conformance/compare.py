@@ -57,7 +57,8 @@ class Check:
             return self.that(True, "")
         both_special = ~np.isfinite(a) & ~np.isfinite(b)
         same_special = both_special & ((a == b) | (np.isnan(a) & np.isnan(b)))
-        difference = np.where(same_special, 0.0, np.abs(a - b))
+        with np.errstate(invalid="ignore"):  # inf - inf
+            difference = np.where(same_special, 0.0, np.abs(a - b))
         difference = np.where(np.isnan(difference), np.inf, difference)
         allowed = atol + rtol * np.abs(np.where(np.isfinite(b), b, 0.0))
         share = float((difference / allowed).max())

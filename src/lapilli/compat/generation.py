@@ -31,12 +31,12 @@ class GenerationDefaults:
 
     do_sample: bool = False
     num_beams: int = 1
-    temperature: float | None = 1.0
-    top_p: float | None = 1.0
+    temperature: int | float | None = 1.0
+    top_p: int | float | None = 1.0
     top_k: int | None = 50
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    length_penalty: float = 1.0
+    min_p: int | float | None = None
+    repetition_penalty: int | float = 1.0
+    length_penalty: int | float = 1.0
     max_length: int = 20
     max_new_tokens: int | None = None
     bos_token_id: int | None = None

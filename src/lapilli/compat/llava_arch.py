@@ -1,5 +1,7 @@
 """Geometry of feature maps (llava.model.llava_arch)."""
 
+from collections.abc import Sequence
+
 from lapilli.compat.preparation import LlavaMetaForCausalLM
 from lapilli.geometry import Grid, ImageSize, unpad_margins
 from lapilli.shapes import Float, Tensor
@@ -8,7 +10,7 @@ __all__ = ["LlavaMetaForCausalLM", "unpad_image"]
 
 
 def unpad_image(
-    tensor: Float[Tensor, "D H W"], original_size: tuple[int, int]
+    tensor: Float[Tensor, "D H W"], original_size: Sequence[int]
 ) -> Float[Tensor, "D h w"]:
     """A feature map without what shows padding (quirk 18).
 

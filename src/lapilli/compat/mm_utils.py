@@ -34,17 +34,19 @@ __all__ = [
 ]
 
 WidthHeight = tuple[int, int]
+Pinpoints = str | Sequence[Sequence[int]]
+"""(width, height) pairs, or their text."""
 
 
 def select_best_resolution(
-    original_size: WidthHeight, possible_resolutions: Sequence[WidthHeight]
+    original_size: Sequence[int], possible_resolutions: Sequence[Sequence[int]]
 ) -> WidthHeight:
     """The (width, height) that shows most of a picture and wastes least."""
     best = best_resolution(_size(original_size), [_size(pair) for pair in possible_resolutions])
     return best.width, best.height
 
 
-def resize_and_pad_image(image: Image.Image, target_resolution: WidthHeight) -> Image.Image:
+def resize_and_pad_image(image: Image.Image, target_resolution: Sequence[int]) -> Image.Image:
     """The picture as large as it fits, in the middle of black."""
     return fit_and_pad(image, _size(target_resolution), Image.Resampling.BICUBIC)
 
@@ -59,7 +61,7 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
 
 
 def get_anyres_image_grid_shape(
-    image_size: WidthHeight, grid_pinpoints: str | Sequence[WidthHeight], patch_size: int
+    image_size: Sequence[int], grid_pinpoints: Pinpoints, patch_size: int
 ) -> tuple[int, int]:
     """Columns and rows of the tiles of a picture."""
     best = best_resolution(_size(image_size), [_size(p) for p in read_pinpoints(grid_pinpoints)])
@@ -70,7 +72,7 @@ def get_anyres_image_grid_shape(
 def process_anyres_image(
     image: Image.Image,
     processor: Foreign,
-    grid_pinpoints: str | Sequence[WidthHeight],
+    grid_pinpoints: Pinpoints,
 ) -> Float[Tensor, "N C H W"]:
     """The squashed picture and the tiles of its best resolution, row by row."""
     best = select_best_resolution(image.size, read_pinpoints(grid_pinpoints))
@@ -164,7 +166,7 @@ def get_model_name_from_path(model_path: str) -> str:
     return parts[-1]
 
 
-def read_pinpoints(pinpoints: str | Sequence[WidthHeight]) -> list[WidthHeight]:
+def read_pinpoints(pinpoints: Pinpoints) -> list[WidthHeight]:
     """(width, height) pairs of a list or of its text.
 
     Raises:
@@ -180,5 +182,5 @@ def read_pinpoints(pinpoints: str | Sequence[WidthHeight]) -> list[WidthHeight]:
         ) from error
 
 
-def _size(pair: WidthHeight) -> ImageSize:
+def _size(pair: Sequence[int]) -> ImageSize:
     return ImageSize(pair[1], pair[0])

@@ -160,7 +160,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         images: Images | None = None,
-        image_sizes: Sequence[tuple[int, int]] | None = None,
+        image_sizes: Sequence[Sequence[int]] | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of every position, and the loss when labels are given.
@@ -239,7 +239,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         self,
         inputs: Int[Tensor, "B L"] | None = None,
         images: Images | None = None,
-        image_sizes: Sequence[tuple[int, int]] | None = None,
+        image_sizes: Sequence[Sequence[int]] | None = None,
         **kwargs: Foreign,
     ) -> Foreign:
         """One BOS and the new tokens of every row, without the prompt (quirk 1).

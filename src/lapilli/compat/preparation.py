@@ -80,7 +80,7 @@ class LlavaMetaForCausalLM(nn.Module):
         past_key_values: Foreign,
         labels: Int[Tensor, "B L"] | None,
         images: Images | None,
-        image_sizes: Sequence[tuple[int, int]] | None = None,
+        image_sizes: Sequence[Sequence[int]] | None = None,
     ) -> Prepared:
         """(None, position_ids, attention_mask, past_key_values, inputs_embeds, labels).
 
@@ -164,7 +164,7 @@ class LlavaMetaForCausalLM(nn.Module):
         positions = [torch.arange(len(row.labels), device=device) for row in rows]
         real = [torch.ones_like(count, dtype=torch.bool) for count in positions]
 
-        def padded(parts: Sequence[Tensor], fill: float) -> Tensor:
+        def padded(parts: Sequence[Tensor], fill: int | float) -> Tensor:
             return pad_sequence(
                 list(parts), batch_first=True, padding_value=fill, padding_side=side
             )
@@ -177,7 +177,7 @@ class LlavaMetaForCausalLM(nn.Module):
         )
 
     def _features(
-        self, images: Images, image_sizes: Sequence[tuple[int, int]] | None
+        self, images: Images, image_sizes: Sequence[Sequence[int]] | None
     ) -> Sequence[Float[Tensor, "_ D"]]:
         """One row of features per picture.
 
@@ -203,7 +203,7 @@ class LlavaMetaForCausalLM(nn.Module):
         tiles: Float[Tensor, "N P D"],
         merge: str,
         index: int,
-        image_sizes: Sequence[tuple[int, int]] | None,
+        image_sizes: Sequence[Sequence[int]] | None,
     ) -> Float[Tensor, "n D"]:
         aspect = getattr(self.config, "image_aspect_ratio", "square")
         if len(tiles) > 1 and aspect != "anyres":

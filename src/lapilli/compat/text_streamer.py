@@ -1,7 +1,7 @@
 """Prints an answer word by word, as transformers' TextStreamer does; knows no model."""
 
 import sys
-from typing import TextIO
+from io import TextIOBase
 
 from lapilli.compat.foreign import Foreign
 
@@ -24,7 +24,7 @@ class TextStreamer:
         tokenizer: Foreign,
         skip_prompt: bool = False,
         *,
-        output: TextIO | None = None,
+        output: TextIOBase | None = None,
         **decode_options: Foreign,
     ) -> None:
         self._tokenizer = tokenizer

@@ -140,7 +140,8 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
     def _pixels(self, name: str) -> Tensor:
         """A picture of the folder; every aspect but `pad` is the middle of the picture."""
         processor = self.data_args.image_processor
-        image = Image.open(Path(self.data_args.image_folder) / name).convert("RGB")
+        with Image.open(Path(self.data_args.image_folder) / name) as opened:
+            image = opened.convert("RGB")
         if self.data_args.image_aspect_ratio == "pad":
             image = expand2square(image, tuple(int(x * 255) for x in processor.image_mean))
         pixels: Tensor = processor.preprocess(image, return_tensors="pt")["pixel_values"][0]

@@ -158,7 +158,8 @@ def train(case: Case, workshop: Workshop, check: Check) -> None:
     }
 
     def run() -> Trained:
-        with contextlib.redirect_stdout(io.StringIO()):
+        # The program assigns the template of its version; the next case must not see that.
+        with conversation("vicuna_v1"), contextlib.redirect_stdout(io.StringIO()):
             return original_train(arguments=arguments, initial=initial)
 
     if case.raises:

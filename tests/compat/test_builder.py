@@ -1,0 +1,52 @@
+from typing import Any
+
+import pytest
+import torch
+
+from lapilli.compat.builder import load_pretrained_model
+from lapilli.errors import MissingFileError, UnsupportedModelError
+from tests.compat.conftest import MakeCheckpoint
+
+
+def test_the_tuple_of_the_original(loaded: tuple[Any, Any, Any, int]) -> None:
+    tokenizer, model, processor, context_len = loaded
+    assert (len(tokenizer), processor.crop_size["height"], context_len) == (1000, 56, 2048)
+    assert model.device == torch.device("cpu")
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert model.config.mm_projector_type == "mlp2x_gelu"
+
+
+@pytest.mark.parametrize("bits", ["load_8bit", "load_4bit"])
+def test_quantized_loading_is_refused(bits: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{bits} is not there yet"):
+        load_pretrained_model("anywhere", None, "llava", **{bits: True})
+
+
+def test_the_name_of_the_model_does_not_matter(make_checkpoint: MakeCheckpoint) -> None:
+    path = make_checkpoint("llava-v1.6-mistral-tiny")["model_path"]
+    _, model, _, _ = load_pretrained_model(path, None, "something-else", device="cpu")
+    assert type(model).__name__ == "LlavaMistralForCausalLM"
+
+
+def test_the_dtype_may_be_asked_for(make_checkpoint: MakeCheckpoint) -> None:
+    path = make_checkpoint("llava-v1.5-tiny-pad")["model_path"]
+    _, model, _, _ = load_pretrained_model(
+        path, None, "llava", device_map={"": "cpu"}, torch_dtype=torch.bfloat16
+    )
+    assert model.dtype == torch.bfloat16
+    assert model.get_vision_tower().dtype == torch.bfloat16
+
+
+def test_a_missing_directory_is_named(tmp_path: Any) -> None:
+    with pytest.raises(MissingFileError, match=r"config\.json is missing"):
+        load_pretrained_model(str(tmp_path), None, "llava", device="cpu")
+
+
+def test_a_plain_language_model_reads_text(make_checkpoint: MakeCheckpoint) -> None:
+    base = make_checkpoint("llava-v1.5-tiny-lora")["model_base"]
+    tokenizer, model, processor, _ = load_pretrained_model(base, None, "vicuna", device="cpu")
+    assert processor is None
+    assert model.get_vision_tower() is None
+    ids = tokenizer("Hello", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3).shape == (1, 4)

@@ -1,0 +1,104 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lapilli.compat.__main__ import main
+from lapilli.compat.install import MODULES, PACKAGES, install
+
+
+def run_python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("name", sorted({*PACKAGES, *MODULES}))
+def test_every_name_can_be_imported(name: str) -> None:
+    __import__(name)
+    assert sys.modules[name] is not None
+
+
+def test_a_module_is_one_object_under_both_names() -> None:
+    import llava.conversation
+
+    import lapilli.compat.conversation
+
+    assert llava.conversation is lapilli.compat.conversation
+
+
+def test_packages_give_the_model_classes() -> None:
+    from llava import LlavaLlamaForCausalLM
+    from llava.model import LlavaMistralForCausalLM, LlavaMptForCausalLM
+
+    assert LlavaLlamaForCausalLM.__name__ == "LlavaLlamaForCausalLM"
+    assert issubclass(LlavaMptForCausalLM, LlavaMistralForCausalLM.__mro__[1])
+
+
+def test_a_name_that_the_original_lacks_is_not_found() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"llava\.nothing"):
+        __import__("llava.nothing")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_returns_the_same_object_where_there_is_no_gpu() -> None:
+    tensor, layer = torch.zeros(2), torch.nn.Linear(1, 1)
+    assert tensor.cuda() is tensor
+    assert layer.cuda() is layer
+
+
+def test_installing_again_changes_nothing() -> None:
+    before = list(sys.meta_path)
+    install()
+    assert sys.meta_path == before
+
+
+def test_another_llava_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "llava.py").write_text("", encoding="utf-8")
+    program = "import llava, lapilli.compat; lapilli.compat.install()"
+    run = run_python("-c", program, cwd=tmp_path)
+    assert "a package named llava is imported already" in run.stderr
+    assert run.returncode == 1
+
+
+def test_a_script_runs_with_its_arguments_and_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "neighbour.py").write_text("WORD = 'beside'", encoding="utf-8")
+    (tmp_path / "script.py").write_text(
+        "import sys, neighbour\n"
+        "from llava.constants import IMAGE_TOKEN_INDEX\n"
+        "from llava.utils import disable_torch_init\n"
+        "disable_torch_init()\n"
+        "if __name__ == '__main__':\n"
+        "    print(neighbour.WORD, IMAGE_TOKEN_INDEX, sys.argv[1:])\n",
+        encoding="utf-8",
+    )
+    run = run_python("-m", "lapilli.compat", "script.py", "--flag", "x", cwd=tmp_path)
+    assert run.stdout == "beside -200 ['--flag', 'x']\n", run.stderr
+
+
+@pytest.mark.parametrize("module", ["llava.eval.run_llava", "llava.serve.cli"])
+def test_a_module_of_the_original_runs(
+    module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.delitem(sys.modules, module, raising=False)  # runpy warns about a second copy
+    with pytest.raises(SystemExit, match="0"):
+        main(["-m", module, "--help"])
+    assert "--image-file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["-x"], ["-m"]])
+def test_nothing_to_run_is_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert capsys.readouterr().err.startswith("usage: python -m lapilli.compat")
+
+
+def test_a_missing_script_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["lost.py"])
+    assert capsys.readouterr().err == "lapilli.compat: no script at lost.py\n"

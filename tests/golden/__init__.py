@@ -1,0 +1,1 @@
+"""Golden data: a copy of the numbers of the original, so that the tests run without ../shared."""
