@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-Curve = Sequence[tuple[float, float]]
+from lapilli.train.log import Record
+
+Curve = Sequence[tuple[int | float, float]]
 
 
 def plot_losses(curves: Mapping[str, Curve], path: Path) -> None:
@@ -31,6 +33,6 @@ def plot_losses(curves: Mapping[str, Curve], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def loss_curve(records: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
+def loss_curve(records: Sequence[Record]) -> list[tuple[int | float, float]]:
     """(step, loss) of the log records that have a loss."""
     return [(record["step"], record["loss"]) for record in records if "loss" in record]

@@ -109,6 +109,7 @@ class DataRecipe:
         num_crowds: how many more with many objects, for the tower alone.
         patch_share: least and most of the patches without an object's middle that a picture
             shows (pebble).
+        full_after: part of the steps after which every picture shows all its patches (pebble).
         conversations: a LLaVA JSON file.
         images: the folder that its `image` paths are relative to.
         template: name of the chat template.
@@ -124,6 +125,7 @@ class DataRecipe:
     questions: tuple[int, int] = (6, 10)
     long_share: float = 1.0
     patch_share: tuple[float, float] = (1.0, 1.0)
+    full_after: float = 0.0
     max_length: int = 512
 
 

@@ -138,17 +138,18 @@ class TalkTask:
         scene = sample_scene(self._first_seed + index)
         rng = np.random.default_rng([scene.seed, step, 23])
         sample = self._sample(scene, rng)
-        media = [self._shown(index, rng)] if "image" in sample else []
+        media = [self._shown(index, step, rng)] if "image" in sample else []
         lengths = [len(item) for item in media]
         template = TEMPLATES[self._recipe.data.template]
         return encode_sample(sample, template, self._tokenizer, lengths), media
 
-    def _shown(self, index: int, rng: np.random.Generator) -> Tensor:
+    def _shown(self, index: int, step: int, rng: np.random.Generator) -> Tensor:
         """The picture's features, of fewer patches early in a curriculum."""
         features = self._features(index)
-        least, most = self._recipe.data.patch_share
-        if self._interest is None or least == 1.0:
+        data = self._recipe.data
+        if self._interest is None or step >= data.full_after * self._recipe.run.steps:
             return features
+        least, most = data.patch_share
         others = rng.random(len(features)) < rng.uniform(least, most)
         return features[self._interest(index) | torch.from_numpy(others)]
 

@@ -269,7 +269,7 @@ class TowerTask:
             features, _ = self.model.images(batch["pixels"])
             logits = self.model.region_head(features[:, 1:]).float()
             _count_hits(logits, batch["words"].bool(), hits)
-        return {name: round(float(np.mean(values)), 4) for name, values in hits.items()}
+        return {name: round(float(np.mean(v)), 4) for name, v in hits.items() if v}
 
 
 def _count_hits(

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lapilli.config.model import DecoderConfig
+from lapilli.lm.decoder import Decoder
+from lapilli.train.log import RunLog
+from lapilli.train.loop import train
+from lapilli.train.pebble.conversation import draw_questions
+from lapilli.train.pebble.examine import examine, words_of_scene
+from lapilli.train.pebble.regions import LEXICON, region_words
+from lapilli.train.pebble.sample import sample_scene
+from lapilli.train.pebble.score import exam
+from lapilli.train.pebble.talk import (
+    TalkTask,
+    patches_of_interest,
+    stored_features,
+    without_long,
+    word_features,
+)
+from lapilli.train.recipe import DataRecipe, OptimRecipe, Recipe, RunRecipe
+from lapilli.train.stages import FeatureReader
+
+SIDE = 4
+
+
+@pytest.fixture(scope="module")
+def regions():
+    words = [region_words(sample_scene(seed), SIDE).reshape(SIDE**2, -1) for seed in range(8)]
+    return np.packbits(np.stack(words), axis=-1)
+
+
+def new_task(tokenizer, regions, stage, **data):
+    config = DecoderConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=32, num_layers=1,
+        num_heads=1, num_kv_heads=1, head_dim=32, norm_eps=1e-5, rope_theta=1e4, max_positions=512,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    recipe = Recipe(
+        stage=stage,
+        optim=OptimRecipe(lr=2e-2),
+        run=RunRecipe(steps=12, batch_size=2, accumulate=2, log_every=1),
+        data=DataRecipe(questions=(2, 3), **data),
+    )
+    reader = FeatureReader(Decoder(config), nn.Linear(len(LEXICON), 32, bias=False))
+    return TalkTask(
+        reader,
+        recipe,
+        tokenizer,
+        word_features(regions),
+        interest=patches_of_interest(regions),
+        num_pictures=8,
+    )
+
+
+def test_answers_are_supervised_and_pictures_have_their_place(tokenizer, regions):
+    batch, count = new_task(tokenizer, regions, "instruct").batch(0, 0)
+    assert count == batch.num_valid == int(batch.loss_mask.sum())
+    assert [span.length for span in batch.spans] == [16, 16]
+    ends = batch.input_ids[batch.loss_mask] == tokenizer.eos_id
+    assert ends.any()
+    for span in batch.spans:
+        assert not batch.loss_mask[span.row, : span.start + span.length].any()
+
+
+def test_rows_are_a_function_of_the_step(tokenizer, regions):
+    first = new_task(tokenizer, regions, "language")
+    second = new_task(tokenizer, regions, "language")
+    second.batch(0, 1)
+    for micro in (0, 1):
+        ours, theirs = first.batch(4, micro)[0], second.batch(4, micro)[0]
+        assert torch.equal(ours.input_ids, theirs.input_ids)
+
+
+def test_the_language_stage_reads_sentences_too(tokenizer, regions):
+    task = new_task(tokenizer, regions, "language")
+    spans = [len(task.batch(step, micro)[0].spans) for step in range(8) for micro in (0, 1)]
+    assert min(spans) < 2
+    assert max(spans) == 2
+
+
+def test_a_curriculum_shows_few_patches_first(tokenizer, regions):
+    task = new_task(tokenizer, regions, "instruct", patch_share=(0.0, 0.0), full_after=0.5)
+    early = [span.length for step in range(6) for span in task.batch(step, 0)[0].spans]
+    late = [span.length for step in range(6, 12) for span in task.batch(step, 0)[0].spans]
+    assert max(early) < 16
+    assert set(late) == {16}
+
+
+def test_captions_align(tokenizer, regions):
+    batch, _ = new_task(tokenizer, regions, "align", template="plain").batch(0, 0)
+    text = tokenizer.decode(batch.input_ids[0][batch.loss_mask[0]].tolist())
+    assert text.strip()
+    assert "?" not in text
+
+
+def test_the_loss_falls(tokenizer, regions, tmp_path):
+    task = new_task(tokenizer, regions, "language")
+    train(task, task._recipe, tmp_path)
+    losses = [record["loss"] for record in RunLog(tmp_path).records()]
+    assert sum(losses[-3:]) < 0.85 * sum(losses[:3])
+
+
+def test_long_answers_go_with_their_follow_ups():
+    rng = np.random.default_rng(0)
+    found = 0
+    for seed in range(80):
+        scene = sample_scene(seed, "objects")
+        turns = draw_questions(scene, np.random.default_rng(seed), least=6, most=10)
+        kept = without_long(turns, rng, 0.0)
+        if all(len(turn.answer) > 24 for turn in turns):
+            continue
+        assert all(len(turn.answer) <= 24 for turn in kept)
+        for turn in kept:
+            if turn.needs_previous:
+                assert turns[turns.index(turn) - 1] in kept
+        found += len(turns) - len(kept)
+        assert without_long(turns, rng, 1.0) == turns
+    assert found > 10
+
+
+def test_stored_features_become_float32():
+    stored = np.ones((2, 3, 4), dtype=np.float16)
+    assert stored_features(stored)(1).dtype == torch.float32
+
+
+def test_the_exam_can_be_taken_while_training(tokenizer, regions):
+    model = new_task(tokenizer, regions, "instruct").model.eval()
+    items = exam(24)
+    figures = examine(model, tokenizer, words_of_scene(SIDE), items)
+    assert set(figures) == {item.skill for item in items} | {"all"}
+    assert all(0 <= value <= 1 for value in figures.values())

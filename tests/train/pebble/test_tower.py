@@ -1,0 +1,103 @@
+import numpy as np
+import torch
+
+from lapilli.config.model import VisionConfig
+from lapilli.train.log import RunLog
+from lapilli.train.loop import train
+from lapilli.train.pebble.draw import draw, model_pixels
+from lapilli.train.pebble.regions import LEXICON, region_words
+from lapilli.train.pebble.sample import sample_scene
+from lapilli.train.pebble.tower import (
+    Joined,
+    TowerTask,
+    TowerTrainer,
+    grid_waves,
+    shifted,
+    whitening_filters,
+    word_weights,
+)
+from lapilli.train.recipe import OptimRecipe, Recipe, RunRecipe
+
+CONFIG = VisionConfig(
+    image_size=32, patch_size=8, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2,
+    feature_select="cls_patch",
+)  # fmt: skip
+RUN = RunRecipe(steps=30, batch_size=6, accumulate=1, log_every=1, evaluate_every=30)
+
+
+def pool(number):
+    scenes = [sample_scene(seed) for seed in range(number)]
+    pixels = np.stack([model_pixels(draw(scene), 32) for scene in scenes])
+    words = [np.packbits(region_words(s, 4).reshape(16, -1), axis=-1) for s in scenes]
+    captions = np.zeros((number, 5), dtype=np.int64)
+    captions[:, :2] = np.arange(1, 2 * number + 1).reshape(number, 2)
+    return pixels, np.stack(words), captions
+
+
+def new_task():
+    pixels, words, captions = pool(24)
+    parts = Joined(pixels[:4], pixels[4:])
+    model = TowerTrainer(CONFIG, 64, 0)
+    return TowerTask(model, pixels=parts, words=words, captions=captions, run=RUN, held_out=6)
+
+
+def test_the_loss_falls_and_figures_are_logged(tmp_path):
+    recipe = Recipe(stage="tower", optim=OptimRecipe(lr=3e-3), run=RUN)
+    train(new_task(), recipe, tmp_path)
+    records = RunLog(tmp_path).records()
+    naming = [record["naming"] for record in records if "naming" in record]
+    assert sum(naming[-5:]) < sum(naming[:5]) / 2
+    assert 0 <= records[-1]["colour"] <= 1
+
+
+def test_batches_are_a_function_of_the_step():
+    first, second = new_task(), new_task()
+    for name, values in first.batch(3, 0)[0].items():
+        assert torch.equal(values, second.batch(3, 0)[0][name])
+
+
+def test_the_class_token_is_that_of_the_whole_last_layer():
+    model = TowerTrainer(CONFIG, 64, 0).eval()
+    features = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0))
+    stack = model.vision_tower.vision_model
+    expected = stack.post_layernorm(stack.encoder.layers[-1](features)[:, 0])
+    torch.testing.assert_close(model._class_token(features), expected)
+
+
+def test_whitened_patches_have_unit_variance_where_there_is_signal():
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    filters = whitening_filters(images, 4, 48)
+    patches = torch.nn.functional.conv2d(images, filters, stride=4).transpose(0, 1).flatten(1)
+    covariance = torch.cov(patches)
+    assert (covariance - torch.eye(48)).abs().max() < 0.05
+
+
+def test_positions_differ():
+    waves = grid_waves(4, 32)
+    assert waves.shape == (16, 32)
+    distance = torch.cdist(waves, waves) + 9 * torch.eye(16)
+    assert distance.min() > 0.5
+
+
+def test_joined_arrays_are_indexed_as_one():
+    whole = np.arange(30, dtype=np.uint8).reshape(10, 3)
+    joined = Joined(whole[:3], whole[3:4], whole[4:])
+    at = np.array([9, 0, 3, 3, 2])
+    assert len(joined) == 10
+    assert np.array_equal(joined[at], whole[at])
+
+
+def test_shifting_repeats_the_edge():
+    pixels = torch.arange(400).remainder(251).to(torch.uint8).view(1, 20, 20)
+    for seed in range(8):
+        down, right = np.random.default_rng(seed).integers(-6, 7, size=2)
+        moved = shifted(pixels, np.random.default_rng(seed))
+        wide = torch.nn.functional.pad(pixels[None].float(), (6, 6, 6, 6), mode="replicate")[0]
+        top, left = 6 - int(down), 6 - int(right)
+        assert torch.equal(moved.float(), wide[:, top : top + 20, left : left + 20])
+
+
+def test_every_word_has_a_weight():
+    weights = word_weights()
+    assert len(weights) == len(LEXICON)
+    assert weights.min() > 0
