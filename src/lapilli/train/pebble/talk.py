@@ -29,7 +29,7 @@ from lapilli.train.pebble.conversation import (
     caption_sample,
     draw_questions,
 )
-from lapilli.train.pebble.questions import Question
+from lapilli.train.pebble.reference import Question
 from lapilli.train.pebble.regions import LEXICON
 from lapilli.train.pebble.sample import sample_scene
 from lapilli.train.recipe import Recipe

@@ -237,7 +237,7 @@ class TowerTask:
         packed = np.bitwise_or.reduce(self._words[at], axis=1)
         words = np.unpackbits(packed, axis=-1, count=len(LEXICON))
         columns = [LEXICON.index(name) for name in ("word", "number", "handwritten")]
-        marked: NDArray[np.bool_] = words[:, columns].any(-1)
+        marked: NDArray[np.bool_] = words[:, columns].sum(-1) > 0
         return marked
 
     def _gather(self, at: NDArray[np.int64]) -> dict[str, Tensor]:
