@@ -23,10 +23,21 @@ def test_quantized_loading_is_refused(bits: str) -> None:
         load_pretrained_model("anywhere", None, "llava", **{bits: True})
 
 
-def test_the_name_of_the_model_does_not_matter(make_checkpoint: MakeCheckpoint) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "tokenizer_kind"),
+    [
+        (None, "LlavaMistralForCausalLM", "LlamaTokenizerFast"),
+        ("my-model", "LlavaMistralForCausalLM", "LlamaTokenizerFast"),
+        ("llava-v1.6-mistral-7b", "LlavaMistralForCausalLM", "LlamaTokenizerFast"),
+        ("llava-my-tune", "LlavaLlamaForCausalLM", "LlamaTokenizer"),
+    ],
+)
+def test_a_name_with_llava_decides_as_in_the_original(
+    make_checkpoint: MakeCheckpoint, name: str | None, kind: str, tokenizer_kind: str
+) -> None:
     path = make_checkpoint("llava-v1.6-mistral-tiny")["model_path"]
-    _, model, _, _ = load_pretrained_model(path, None, "something-else", device="cpu")
-    assert type(model).__name__ == "LlavaMistralForCausalLM"
+    tokenizer, model, _, _ = load_pretrained_model(path, None, name, device="cpu")
+    assert (type(model).__name__, type(tokenizer).__name__) == (kind, tokenizer_kind)
 
 
 def test_the_dtype_may_be_asked_for(make_checkpoint: MakeCheckpoint) -> None:

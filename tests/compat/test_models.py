@@ -117,6 +117,28 @@ def test_a_stopping_criterion_ends_the_answer(
     assert seen == [2, 3, 4]
 
 
+@pytest.mark.parametrize("stop_at", [99, 4])
+def test_criteria_see_every_beam(
+    loaded: Loaded, ids: torch.Tensor, pixels: torch.Tensor, stop_at: int
+) -> None:
+    shapes = []
+
+    def criterion(rows: torch.Tensor, scores: object) -> bool:
+        shapes.append(tuple(rows.shape))
+        return rows.shape[1] == stop_at
+
+    options = {"num_beams": 3, "max_new_tokens": 6, "return_dict_in_generate": True}
+    model = loaded[1]
+    found = model.generate(ids, images=pixels, stopping_criteria=[criterion], **options)
+    assert shapes[:3] == [(3, 2), (3, 3), (3, 4)]
+    if stop_at == 4:
+        assert found.sequences.shape == (1, 4)
+        return
+    plain = model.generate(ids, images=pixels, **options)
+    assert torch.equal(found.sequences, plain.sequences)
+    torch.testing.assert_close(found.sequences_scores, plain.sequences_scores)
+
+
 def test_an_unknown_option_is_named(loaded: Loaded, ids: torch.Tensor) -> None:
     with pytest.raises(GenerationError, match="no option no_repeat_ngram_size here"):
         loaded[1].generate(ids[:, :1], no_repeat_ngram_size=2)

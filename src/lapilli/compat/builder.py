@@ -7,6 +7,7 @@ import torch
 
 from lapilli.checkpoint.files import read_optional_json
 from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.checkpoint.tokenizer_files import add_image_tokens, has_tokenizer, load_tokenizer
 from lapilli.compat.configuration import build_config
 from lapilli.compat.foreign import Foreign
 from lapilli.compat.generation import GenerationDefaults
@@ -19,6 +20,7 @@ from lapilli.compat.models import (
 )
 from lapilli.compat.tokenizer import PreTrainedTokenizer, wrap_tokenizer
 from lapilli.errors import UnsupportedModelError
+from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer
 
 DEFAULT_CONTEXT = 2048
 
@@ -45,7 +47,8 @@ def load_pretrained_model(
     Args:
         model_path: a directory or a hub id.
         model_base: the language model under a LoRA or a projector-only checkpoint.
-        model_name: taken and not needed: the files say what a checkpoint is.
+        model_name: decides between the Llama and the Mistral class and their tokenizers, as in the
+            original (quirk 11); for everything else the files say what a checkpoint is.
         load_8bit: refused.
         load_4bit: refused.
         device_map: "auto", a device, or {"": device}.
@@ -69,22 +72,37 @@ def load_pretrained_model(
     if torch_dtype is None:
         torch_dtype = torch.float32 if place.type == "cpu" else torch.float16
     loaded = load_checkpoint(model_path, base=model_base, device=place, dtype=torch_dtype)
-    return wrap_loaded(loaded, tokenizer_path=Path(model_base) if model_base else None)
+    family = named_family(loaded, model_name, has_base=model_base is not None)
+    return wrap_loaded(loaded, family, tokenizer_path=Path(model_base) if model_base else None)
 
 
-def wrap_loaded(loaded: Loaded, *, tokenizer_path: Path | None = None) -> LoadedTuple:
+def named_family(loaded: Loaded, model_name: str | None, *, has_base: bool) -> str:
+    """The class that the original takes: `llama`, `mistral` or `mpt`.
+
+    Note: quirk 11. It goes by the name: a Mistral checkpoint without "mistral" in its name, and
+        every LoRA or projector on a Mistral base, becomes the Llama class with the slow tokenizer.
+    """
+    family = loaded.config.text.family
+    if model_name is None or "llava" not in model_name.lower() or family == "mpt":
+        return family
+    return "mistral" if "mistral" in model_name.lower() and not has_base else "llama"
+
+
+def wrap_loaded(loaded: Loaded, family: str, *, tokenizer_path: Path | None = None) -> LoadedTuple:
     """A checkpoint of ours as the original returns it.
 
     Args:
         loaded: the checkpoint.
+        family: `llama`, `mistral` or `mpt`: the class of the model and of the tokenizer.
         tokenizer_path: where the tokenizer's files are when they are not in the checkpoint.
     """
     config = build_config(loaded.raw, loaded.config)
-    own = (loaded.path / "tokenizer_config.json").is_file() or tokenizer_path is None
-    tokenizer = wrap_tokenizer(loaded.tokenizer, loaded.path if own else tokenizer_path)  # type: ignore[arg-type]  # own says that it is there
+    own = has_tokenizer(loaded.path) or tokenizer_path is None
+    folder = loaded.path if own or tokenizer_path is None else tokenizer_path
+    tokenizer = wrap_tokenizer(_tokenizer(loaded, folder, fast=family != "llama"), folder)
     image = loaded.config.image
     processor = None if image is None else CLIPImageProcessor(image.pixels)
-    model = CLASSES.get(loaded.config.text.family, LlavaLlamaForCausalLM)(
+    model = CLASSES.get(family, LlavaLlamaForCausalLM)(
         loaded.model,
         config,
         tokenizer=tokenizer,
@@ -92,6 +110,19 @@ def wrap_loaded(loaded: Loaded, *, tokenizer_path: Path | None = None) -> Loaded
         processor=processor,
     )
     return tokenizer, model, processor, config.get("max_sequence_length", DEFAULT_CONTEXT)
+
+
+def _tokenizer(loaded: Loaded, folder: Path, *, fast: bool) -> Tokenizer:
+    """The tokenizer of the class that the original takes, with its added tokens."""
+    is_fast = isinstance(loaded.tokenizer, FastTokenizer)
+    if loaded.config.layout != "llava" or fast == is_fast:
+        return loaded.tokenizer
+    tokenizer = load_tokenizer(folder, fast=fast)
+    tokens = loaded.config.tokens
+    add_image_tokens(
+        tokenizer, use_patch=tokens.use_patch_token, use_start_end=tokens.use_start_end
+    )
+    return tokenizer
 
 
 def _generation_defaults(loaded: Loaded) -> GenerationDefaults:

@@ -5,21 +5,26 @@ embeds, mask -> FusedBatch --generate/run.py--> answers -> rows [BOS, new tokens
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from lapilli.compat.beams import search_until
+from lapilli.compat.foreign import Foreign
 from lapilli.compat.image_processor import BatchFeature
 from lapilli.compat.tokenizer import PreTrainedTokenizer
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import GenerationError
-from lapilli.generate.answer import Answer
 from lapilli.generate.run import Setting
 from lapilli.model.outputs import FusedBatch
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.shapes import Float, Int, Tensor
 
 NO_LIMIT = 1 << 40
+
+Criterion = Callable[[Tensor, None], Any]
+"""Ids of all rows, scores (not kept) -> stop, for all rows together or one by one."""
 
 # Taken from callers and not needed: we always have a cache (quirk 1: so has the original).
 IGNORED = frozenset({"use_cache", "output_scores", "output_attentions", "output_hidden_states"})
@@ -134,33 +139,65 @@ def generate(
     streamer = called.pop("streamer", None)
     criteria = list(called.pop("stopping_criteria", None) or ())
     setting = defaults.updated(called)
-    bos = _first(setting.bos_token_id, tokenizer.bos_token_id, 0)
-    pad = _first(setting.pad_token_id, *setting.eos_ids, 0)
     if streamer is not None and setting.num_beams > 1:
         raise GenerationError("a streamer with beams: the best beam is not known before the end")
-    batch = as_batch(embeds, mask)
-    ours = Setting.of(
-        model.language_model, tokenizer.inner, setting.sampling(), setting.eos_ids, NO_LIMIT
+    job = _Job(
+        batch=as_batch(embeds, mask),
+        ours=Setting.of(
+            model.language_model, tokenizer.inner, setting.sampling(), setting.eos_ids, NO_LIMIT
+        ),
+        bos=_first(setting.bos_token_id, tokenizer.bos_token_id, 0),
+        pad=_first(setting.pad_token_id, *setting.eos_ids, 0),
     )
-    answers = ours.new_answers(batch)
-    # Repetition counts the BOS, as in the original, where it is the only id before the answer.
-    prompt_ids = [[bos]] * len(answers)
-    if streamer is not None:
-        streamer.put(torch.tensor([[bos]] * len(answers)))
-    for _ in ours.grow(batch, answers, prompt_ids=prompt_ids):
-        if streamer is not None:
-            streamer.put(as_rows(answers, bos, pad)[:, -1].cpu())
-        if criteria and setting.num_beams == 1 and _stops(criteria, as_rows(answers, bos, pad)):
-            break
-    if streamer is not None:
-        streamer.end()
-    sequences = as_rows(answers, bos, pad).to(embeds.device)
+    found: Sequence[tuple[float | None, tuple[int, ...]]]
+    if setting.num_beams > 1 and criteria:
+        found = search_until(
+            job.ours, job.batch, bos=job.bos, pad=job.pad, stops=partial(_stops, criteria)
+        )
+    else:
+        found = job.answer(streamer, criteria)
+    sequences = as_rows([ids for _, ids in found], job.bos, job.pad).to(embeds.device)
     if not setting.return_dict_in_generate:
         return sequences
     if setting.num_beams == 1:
         return GenerateOutput(sequences=sequences)
-    scores = torch.tensor([answer.score for answer in answers])
-    return GenerateOutput(sequences=sequences, sequences_scores=scores)
+    return GenerateOutput(
+        sequences=sequences, sequences_scores=torch.tensor([score for score, _ in found])
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """One call, in our terms."""
+
+    batch: FusedBatch
+    ours: Setting
+    bos: int
+    pad: int
+
+    def answer(
+        self, streamer: Foreign, criteria: Sequence[Criterion]
+    ) -> list[tuple[float | None, tuple[int, ...]]]:
+        """Score and tokens of every row.
+
+        Note: repetition counts the BOS, as in the original, where it is the only id before the
+            answer.
+        """
+        answers = self.ours.new_answers(self.batch)
+        start = [[self.bos]] * len(answers)
+        if streamer is not None:
+            streamer.put(torch.tensor(start))
+        for _ in self.ours.grow(self.batch, answers, prompt_ids=start):
+            if streamer is None and not criteria:
+                continue
+            rows = as_rows([answer.token_ids for answer in answers], self.bos, self.pad)
+            if streamer is not None:
+                streamer.put(rows[:, -1])
+            if _stops(criteria, rows):
+                break
+        if streamer is not None:
+            streamer.end()
+        return [(answer.score, answer.token_ids) for answer in answers]
 
 
 def as_batch(embeds: Float[Tensor, "B T D"], mask: Tensor | None) -> FusedBatch:
@@ -176,14 +213,14 @@ def as_batch(embeds: Float[Tensor, "B T D"], mask: Tensor | None) -> FusedBatch:
     return FusedBatch(embeds, mask, positions)
 
 
-def as_rows(answers: Sequence[Answer], bos: int, pad: int) -> Int[Tensor, "B N"]:
+def as_rows(answers: Sequence[Sequence[int]], bos: int, pad: int) -> Int[Tensor, "B N"]:
     """BOS, the tokens of every answer, and padding up to the longest one."""
-    longest = max(len(answer.token_ids) for answer in answers)
-    rows = [[bos, *a.token_ids, *[pad] * (longest - len(a.token_ids))] for a in answers]
+    longest = max(map(len, answers))
+    rows = [[bos, *ids, *[pad] * (longest - len(ids))] for ids in answers]
     return torch.tensor(rows, dtype=torch.long)
 
 
-def _stops(criteria: Iterable[Callable[..., Any]], rows: Int[Tensor, "B N"]) -> bool:
+def _stops(criteria: Iterable[Criterion], rows: Int[Tensor, "B N"]) -> bool:
     """Whether one of the criteria says so of every row."""
     return any(bool(torch.as_tensor(criterion(rows, None)).all()) for criterion in criteria)
 

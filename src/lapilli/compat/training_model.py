@@ -49,7 +49,9 @@ def build_model(arguments: TrainingArguments, initial: Initial) -> LoadedTuple:
         torch.save({k: v.clone() for k, v in weights.items()}, staged / "mm_projector.bin")
         dtype = torch.bfloat16 if arguments.bf16 else torch.float32
         loaded = load_checkpoint(staged, base=str(base), device="auto", dtype=dtype)
-        return wrap_loaded(loaded, tokenizer_path=base)
+        # Quirk 11: by the name of the base, and Mistral bases are trained as Llama.
+        family = "mpt" if loaded.config.text.family == "mpt" else "llama"
+        return wrap_loaded(loaded, family, tokenizer_path=base)
 
 
 def starting_config(arguments: TrainingArguments, base: Mapping[str, Any]) -> dict[str, Any]:

@@ -183,6 +183,8 @@ def _train_arguments(case: Case, workshop: Workshop, output: Path) -> list[str]:
         "output_dir": output,
         "mm_projector_type": mm.get("mm_projector_type", "linear"),
         "mm_vision_select_layer": mm["mm_vision_select_layer"],
+        "mm_vision_select_feature": mm.get("mm_vision_select_feature", "patch"),
+        "mm_patch_merge_type": mm.get("mm_patch_merge_type", "flat"),
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "max_steps": given["steps"],
