@@ -116,6 +116,19 @@ def test_lora_on_mistral(mistral_lora):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("prefix", ["", "base_model.", "base_model.model."])
+def test_what_was_trained_beside_a_lora_has_any_prefix(conformance, maker, tmp_path, prefix):
+    spec = json.loads(
+        next((conformance / "cases").glob("*/llava-v1.5-tiny-lora/spec.json")).read_text()
+    )
+    spec["lora"] |= {"non_lora_prefix": prefix}
+    built = maker.build(spec, str(tmp_path), None, str(conformance / "assets"))
+    loaded = load(built["model_path"], base=built["model_base"])
+    stored = torch.load(Path(built["model_path"]) / "non_lora_trainables.bin", weights_only=True)
+    found = loaded.model.state_dict()["modalities.image.projector.0.weight"]
+    assert torch.equal(found, stored[f"{prefix}model.mm_projector.0.weight"].float())
+
+
 @pytest.fixture
 def projector(golden, tmp_path):
     """projector(changes of config.json, more tensors of mm_projector.bin) -> load options."""

@@ -35,6 +35,8 @@ from lapilli.prompt.tokenizer import Tokenizer
 
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+# What names begin with that carry the `model.` of PEFT's wrapper before their own.
+WRAPPED = ("model.model.", "model.transformer.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,9 +221,10 @@ def _trained_part(file: Path, keymap: KeyMap) -> WeightPart:
     Source: LLaVA builder.py: `base_model.` is stripped, then one `model.` where all have two.
     """
     store, plain = WeightStore.of_files([file]), WeightStore()
-    for foreign in store.infos:
-        name = foreign.removeprefix("module.").removeprefix("base_model.model.")
-        plain.rename(store, foreign, name)
+    names = {n: n.removeprefix("module.").removeprefix("base_model.") for n in store.infos}
+    wrapped = any(name.startswith(WRAPPED) for name in names.values())
+    for foreign, name in names.items():
+        plain.rename(store, foreign, name.removeprefix("model.") if wrapped else name)
     return WeightPart(file.name, plain, keymap)
 
 
