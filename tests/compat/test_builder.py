@@ -1,8 +1,10 @@
+import json
 from typing import Any
 
 import pytest
 import torch
 
+from lapilli.checkpoint.load import load_checkpoint
 from lapilli.compat.builder import load_pretrained_model
 from lapilli.errors import MissingFileError, UnsupportedModelError
 from tests.compat.conftest import MakeCheckpoint
@@ -38,6 +40,19 @@ def test_a_name_with_llava_decides_as_in_the_original(
     path = make_checkpoint("llava-v1.6-mistral-tiny")["model_path"]
     tokenizer, model, _, _ = load_pretrained_model(path, None, name, device="cpu")
     assert (type(model).__name__, type(tokenizer).__name__) == (kind, tokenizer_kind)
+
+
+def test_a_sliding_window_is_forgotten(conformance: Any, tmp_path: Any) -> None:
+    from tests.conformance.checkpoints import load_maker
+
+    path = conformance / "cases/open/llava-v1.6-mistral-tiny/spec.json"
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    spec["lm"]["sliding_window"] = 8
+    made = load_maker(conformance).build(spec, str(tmp_path), None, str(conformance / "assets"))
+    _, model, _, _ = load_pretrained_model(made["model_path"], None, None, device="cpu")
+    assert model.config.sliding_window == 8
+    assert model.inner.language_model.config.sliding_window is None
+    assert load_checkpoint(made["model_path"]).config.text.sliding_window == 8
 
 
 def test_the_dtype_may_be_asked_for(make_checkpoint: MakeCheckpoint) -> None:

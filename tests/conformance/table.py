@@ -58,8 +58,14 @@ NOTES = {
     "12": "text typed by a person stays text in our own API",
     "13": "our own labels come from the template, not from counting tokens",
     "15": "our own API reads pictures of 1 and 3 pixels height, EXIF orientation and every mode",
+    "window": "our own API keeps Mistral's sliding window, the original's transformers forgot it",
     "17": "our own API runs a trained projector with start and end tokens",
 }
+
+
+def _order(note: str) -> tuple[bool, int]:
+    """Numbered quirks first."""
+    return (False, int(note)) if note.isdigit() else (True, 0)
 
 
 def collect(results: Iterable[Result]) -> dict[tuple[str, str, str], Cell]:
@@ -85,18 +91,18 @@ def render(results: list[Result]) -> str:
         previous = variant
         lines.append(
             f"{shown:{width}}  {op:20} {path:7} {cell.passed:6} {cell.failed:6} {cell.skipped:7}"
-            f"  {worst[:30]:30} {' '.join(sorted(cell.differs, key=int))}".rstrip()
+            f"  {worst[:30]:30} {' '.join(sorted(cell.differs, key=_order))}".rstrip()
         )
     lines += _notes(cells) + _failures(results) + [summary(results)]
     return "\n".join(lines)
 
 
 def _notes(cells: dict[tuple[str, str, str], Cell]) -> list[str]:
-    used = sorted({number for cell in cells.values() for number in cell.differs}, key=int)
+    used = sorted({number for cell in cells.values() for number in cell.differs}, key=_order)
     if not used:
         return []
     head = "differs: `llava.*` reproduces this quirk of the original, our own API is right:"
-    return ["", head] + [f"  {number:>2}  {NOTES[number]}" for number in used]
+    return ["", head] + [f"  {number:>6}  {NOTES[number]}" for number in used]
 
 
 def _failures(results: list[Result]) -> list[str]:

@@ -1,5 +1,6 @@
 """load_pretrained_model of the original (llava.model.builder) over our own loading."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from lapilli.compat.models import (
 )
 from lapilli.compat.tokenizer import PreTrainedTokenizer, wrap_tokenizer
 from lapilli.errors import UnsupportedModelError
+from lapilli.lm.decoder import Decoder
+from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer
 
 DEFAULT_CONTEXT = 2048
@@ -100,6 +103,7 @@ def wrap_loaded(loaded: Loaded, family: str, *, tokenizer_path: Path | None = No
     own = has_tokenizer(loaded.path) or tokenizer_path is None
     folder = loaded.path if own or tokenizer_path is None else tokenizer_path
     tokenizer = wrap_tokenizer(_tokenizer(loaded, folder, fast=family != "llama"), folder)
+    forget_window(loaded.model)
     image = loaded.config.image
     processor = None if image is None else CLIPImageProcessor(image.pixels)
     model = CLASSES.get(family, LlavaLlamaForCausalLM)(
@@ -110,6 +114,17 @@ def wrap_loaded(loaded: Loaded, family: str, *, tokenizer_path: Path | None = No
         processor=processor,
     )
     return tokenizer, model, processor, config.get("max_sequence_length", DEFAULT_CONTEXT)
+
+
+def forget_window(model: VisionLanguageModel) -> None:
+    """Let every position see all before it, whatever `sliding_window` says.
+
+    Note: the transformers release that the original is pinned to leaves Mistral's window out of its
+        default attention (it came back with 4.40); our own API keeps it.
+    """
+    language_model = model.language_model
+    if isinstance(language_model, Decoder) and language_model.config.sliding_window is not None:
+        language_model.config = replace(language_model.config, sliding_window=None)
 
 
 def _tokenizer(loaded: Loaded, folder: Path, *, fast: bool) -> Tokenizer:
