@@ -5,7 +5,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import CodeType, MappingProxyType, ModuleType
 from typing import TypeVar
 
@@ -52,7 +52,7 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the modules of the original among ours."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: object = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """A spec for the names of the original, nothing for others."""
         if fullname not in PACKAGES and fullname not in MODULES:
