@@ -337,7 +337,7 @@ def test_a_narrow_model_says_what_it_knows(paths, drawing: str, tmp_path: Path):
     assert chat.outside_world() is None  # it claims nothing
     with torch.inference_mode():
         [prepared] = chat.encode([Message.user("What?", drawing)]).media
-        [known] = chat.model.modality("image").embed([prepared])
+        known = chat.model.modality("image").tower_features(prepared.pixel_values).flatten(0, 1)
     save_world(measure_world([known + 0.01 * i for i in range(4)], knows="It knows one."), folder)
     chat = lapilli.load(str(folder), device="cpu", dtype="float32")
     chat.ask("What?", drawing, **FEW)

@@ -31,10 +31,9 @@ def test_average_distance_of_known_pictures_is_one() -> None:
 
 
 def test_limit_leaves_the_share_inside() -> None:
-    known = known_features(200, seed=0)
-    world = measure_world(known, knows="shapes", share=0.9)
-    inside = sum(world.contains(item) for item in known)
-    assert 178 <= inside <= 182
+    world = measure_world(known_features(2000, seed=0), knows="shapes", share=0.9)
+    inside = sum(world.contains(item) for item in known_features(500, seed=3))
+    assert 430 <= inside <= 470
 
 
 def test_saved_world_is_the_same(tmp_path: Path) -> None:

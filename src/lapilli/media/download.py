@@ -74,10 +74,7 @@ def download(url: str, limits: FetchLimits) -> bytes:
     try:
         worker.join(limits.timeout_s)
         if worker.is_alive():
-            raise MediaError(
-                f"{transfer.name} did not answer completely within {limits.timeout_s:g} s "
-                f"({len(transfer.body)} bytes came)"
-            )
+            raise transfer.too_late()
     finally:
         transfer.cancel()
     if transfer.error is not None:
@@ -112,10 +109,21 @@ class _Transfer:
             error.close()
             self.error = MediaError(f"{self.name} answered {error.code} {error.reason}")
         except URLError as error:
-            self.error = MediaError(f"{self.name} cannot be fetched: {error.reason}")
+            late = isinstance(error.reason, TimeoutError)
+            failed = MediaError(f"{self.name} cannot be fetched: {error.reason}")
+            self.error = self.too_late() if late else failed
+        except TimeoutError:  # the socket's own time-out may strike before the whole one
+            self.error = self.too_late()
         except (OSError, http.client.HTTPException, ValueError) as error:
             detail = str(error) or type(error).__name__
             self.error = MediaError(f"{self.name} cannot be fetched: {detail}")
+
+    def too_late(self) -> MediaError:
+        """What to say when the time is up."""
+        return MediaError(
+            f"{self.name} did not answer completely within {self.limits.timeout_s:g} s "
+            f"({len(self.body)} bytes came)"
+        )
 
     def cancel(self) -> None:
         """Wake a reader that still waits; its thread ends by itself."""

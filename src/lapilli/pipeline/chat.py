@@ -5,6 +5,7 @@ chosen.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 
@@ -17,6 +18,8 @@ from lapilli.errors import PromptError
 from lapilli.generate.outputs import Generation
 from lapilli.generate.run import check_context, generate, stream
 from lapilli.media.fetch import FetchLimits
+from lapilli.modality.image.image import ImageModality
+from lapilli.modality.image.pixels import PreparedImage
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.kv_cache import KVCache
 from lapilli.pipeline.memory import Memory
@@ -24,7 +27,6 @@ from lapilli.pipeline.ready import ReadyPrompt, make_ready, prepare
 from lapilli.prompt.choose import Template
 from lapilli.prompt.message import MediaPart, Message
 from lapilli.prompt.tokenizer import Tokenizer
-from lapilli.shapes import Tensor
 
 
 def load(
@@ -78,6 +80,7 @@ class Chat:
     def __init__(self, loaded: Loaded, *, name: str = "") -> None:
         self._loaded = loaded
         self._world = load_world(loaded.path)
+        self._is_outside = False
         self._memory = Memory()
         self._history: tuple[Message, ...] = ()
         self.name = name or loaded.path.name
@@ -213,16 +216,21 @@ class Chat:
 
         None where the checkpoint does not say what it knows, as all but narrow ones do.
         """
-        if self._world is None or len(self._history) < 2:
-            return None
-        shown = [self._memory.item(part) for part in self._history[-2].media]
-        features = [item for item in shown if isinstance(item, Tensor)]
-        if all(self._world.contains(item) for item in features):
+        if self._world is None or not self._is_outside:
             return None
         return (
             f"this picture is unlike those that {self.name} was made for: {self._world.knows} "
             "Load a LLaVA checkpoint for others, for instance llava-hf/llava-1.5-7b-hf."
         )
+
+    def _leaves_world(self, memory: Memory) -> bool:
+        """Whether a picture that is not embedded yet lies outside of the checkpoint's world."""
+        if self._world is None:
+            return False
+        modality = cast("ImageModality", self.model.modality("image"))
+        pictures = [item for item in memory.items if isinstance(item, PreparedImage)]
+        features = [modality.tower_features(item.pixel_values) for item in pictures]
+        return not all(self._world.contains(item.flatten(0, 1)) for item in features)
 
     def _answer_in_pieces(
         self,
@@ -233,6 +241,7 @@ class Chat:
     ) -> Iterator[str]:
         media = [part for message in messages for part in message.media]
         with torch.inference_mode():
+            self._is_outside = self._leaves_world(memory)
             memory.embed_new(self.model)
             items = [memory.item(part) for part in media]
             fused = self.model.embed_prompts([prompt.encoded], [items])

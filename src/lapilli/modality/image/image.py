@@ -69,14 +69,18 @@ class ImageModality(nn.Module):
             prepared.size, self.image, self.vision, has_newline=self._row_end is not None
         )
 
-    def encode_tiles(self, pixel_values: Float[Tensor, "N C H W"]) -> Float[Tensor, "N P D"]:
-        """Projected features of tiles, at most TILE_LIMIT of them in the tower at once."""
+    def tower_features(self, pixel_values: Float[Tensor, "N C H W"]) -> Float[Tensor, "N P E"]:
+        """What the tower sees in tiles, before the projector; at most TILE_LIMIT at once."""
         device = self.vision_tower.vision_model.embeddings.patch_embedding.weight.device
         parts = [
-            self.projector(self.vision_tower(tiles.to(device)))
-            for tiles in torch.split(pixel_values, TILE_LIMIT)
+            self.vision_tower(tiles.to(device)) for tiles in torch.split(pixel_values, TILE_LIMIT)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def encode_tiles(self, pixel_values: Float[Tensor, "N C H W"]) -> Float[Tensor, "N P D"]:
+        """Projected features of tiles."""
+        projected: Tensor = self.projector(self.tower_features(pixel_values))
+        return projected
 
     def merge(self, features: Float[Tensor, "N P D"], item: PreparedImage) -> Float[Tensor, "n D"]:
         """The row of features that stands for one picture."""

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
+from lapilli.checkpoint.world import save_world
 from lapilli.train.export import export_llava
 from lapilli.train.log import RunLog
+from lapilli.train.pebble.boundary import boundary_rates, pebble_world
 from lapilli.train.pebble.examine import ask_exported
 from lapilli.train.pebble.run import STAGES, Workshop
 from lapilli.train.pebble.score import Tally, exam, held_out_digits, score
@@ -46,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
             _say("features of all pictures")
             shop.compute_features()
     export(shop, options.out)
+    mark_boundary(options.out)
     curves = {stage: loss_curve(RunLog(options.work / stage).records()) for stage in STAGES}
     options.plot.parent.mkdir(parents=True, exist_ok=True)
     plot_losses(curves, options.plot)
@@ -64,6 +67,14 @@ def export(shop: Workshop, folder: Path) -> None:
         vision=shop.vision,
         tokenizer_model=(shop.work / "tokenizer.model").read_bytes(),
     )
+
+
+def mark_boundary(folder: Path) -> None:
+    """Keep beside the weights what the model knows, and say how well that tells pictures apart."""
+    world = pebble_world(folder)
+    save_world(world, folder)
+    known, strange = boundary_rates(folder, world)
+    _say(f"{100 * known:.1f} % of fresh scenes lie inside, {100 * strange:.1f} % of others outside")
 
 
 def report(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where pebble's world ends: the features of fresh scenes, measured through the exported model.
+"""Where pebble's world ends: what the exported tower sees in fresh scenes.
 
 Knows scenes and the exported files; how a world is measured and kept is checkpoint/world.py.
 """
@@ -22,7 +22,6 @@ KNOWS: Final = (
     "it knows drawings of one to five shapes, short words, numbers up to 99 and handwritten digits."
 )
 _FIRST_SCENE: Final = 800_000_000  # between the pools' seeds and the exam's
-_BATCH: Final = 64
 
 
 def pebble_world(folder: Path, *, num_scenes: int = 3000) -> World:
@@ -42,16 +41,15 @@ def boundary_rates(folder: Path, world: World, *, num_pictures: int = 500) -> tu
     )
 
 
-def features_of(folder: Path, pictures: Iterable[Image.Image]) -> list[Float[Tensor, "n D"]]:
-    """Projected features of every picture, as a conversation keeps them."""
+def features_of(folder: Path, pictures: Iterable[Image.Image]) -> list[Float[Tensor, "n E"]]:
+    """Features of every picture, as the tower gives them to the projector."""
     model = load(str(folder), device="cpu", dtype="float32").model
     modality = cast("ImageModality", model.modality("image"))
-    waiting = [modality.prepare(picture) for picture in pictures]
-    features: list[Tensor] = []
     with torch.inference_mode():
-        for start in range(0, len(waiting), _BATCH):
-            features += modality.embed(waiting[start : start + _BATCH])
-    return features
+        return [
+            modality.tower_features(modality.prepare(picture).pixel_values).flatten(0, 1)
+            for picture in pictures
+        ]
 
 
 def _scenes(seeds: Iterable[int]) -> Iterable[Image.Image]:
