@@ -37,7 +37,6 @@ def best_resolution(size: ImageSize, candidates: Sequence[ImageSize]) -> ImageSi
         ValueError: there are no candidates.
 
     Source: LLaVA mm_utils.py, select_best_resolution; LLaVA-NeXT blog, "dynamic high resolution".
-
     """
 
     def merit(candidate: ImageSize) -> tuple[int, int]:
@@ -93,7 +92,6 @@ def unpad_margins(size: ImageSize, feature_map: Grid, *, rounds: bool = False) -
         additional row or column stays.
 
     Source: LLaVA llava_arch.py, unpad_image; transformers modeling_llava_next.py, unpad_image.
-
     """
 
     def whole(value: float) -> int:

@@ -108,7 +108,6 @@ def refuse_gaps(matching: Matching) -> None:
 
     Raises:
         MissingWeightsError: not so; the message names some and counts all.
-
     """
     problems = []
     if matching.missing:
@@ -145,7 +144,6 @@ def fill(
     Raises:
         ShapeMismatchError: a tensor has another shape than the configuration says.
         CheckpointError: a tensor holds NaN or an infinity.
-
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     filled: dict[str, Tensor] = {}

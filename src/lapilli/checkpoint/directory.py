@@ -42,7 +42,6 @@ class WeightPart:
         store: the tensors.
         keymap: their names here.
         skipped: prefixes of parameters that this part holds but does not give.
-
     """
 
     label: str
@@ -100,7 +99,6 @@ def open_directory(
         MissingFileError: config.json, the vision tower or a shard is missing.
         ConfigError: config.json cannot be followed.
         CheckpointError: a file is damaged.
-
     """
     raw = read_json(path / "config.json")
     store = open_weights(path, weights=weights)
@@ -162,7 +160,6 @@ def _with_tower(
 
     Raises:
         MissingWeightsError: a tuned tower without weights in the checkpoint.
-
     """
     inside = any(part.has(TOWER) for part in parts)
     if config.vision_in_checkpoint:

@@ -13,7 +13,6 @@ def read_json(path: Path) -> JsonObject:
     Raises:
         MissingFileError: no such file.
         CheckpointError: not JSON, or not an object.
-
     """
     found = read_optional_json(path)
     if found is None:
@@ -28,7 +27,6 @@ def read_optional_json(path: Path) -> JsonObject | None:
 
     Raises:
         CheckpointError: not JSON, or not an object.
-
     """
     text = read_optional_text(path)
     if text is None:
@@ -49,7 +47,6 @@ def read_optional_text(path: Path) -> str | None:
 
     Raises:
         CheckpointError: not UTF-8.
-
     """
     if not path.is_file():
         return None

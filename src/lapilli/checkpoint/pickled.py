@@ -16,7 +16,6 @@ class PickledShard:
     Raises:
         UnsafeFileError: the pickle names anything but tensors and plain containers.
         CheckpointError: the file is truncated, or holds something else than named tensors.
-
     """
 
     def __init__(self, path: Path) -> None:

@@ -25,7 +25,6 @@ def choose_device(device: str | torch.device) -> torch.device:
 
     Raises:
         ConfigError: no such device here.
-
     """
     if device == AUTO:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,7 +54,6 @@ def choose_dtype(
 
     Raises:
         ConfigError: a name that is no number format for weights.
-
     """
     if isinstance(dtype, torch.dtype):
         if dtype not in DTYPES.values():

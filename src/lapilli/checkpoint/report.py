@@ -16,7 +16,6 @@ class LoadReport:
         unexpected: tensors of the files that no parameter takes.
         notes: what a person should know, one sentence each.
         keys: what became of the configuration keys.
-
     """
 
     used: tuple[str, ...] = ()

@@ -35,7 +35,6 @@ class SafetensorsShard:
 
     Raises:
         CheckpointError: the file is truncated or no safetensors file.
-
     """
 
     def __init__(self, path: Path) -> None:

@@ -39,7 +39,6 @@ def resolve(source: str | Path, *, weights: bool = True, beside: Sequence[Path] 
     Raises:
         MissingFileError: no such directory, hub id or revision, or it cannot be fetched.
         CheckpointError: a file instead of a directory.
-
     """
     name = str(source)
     if name == PEBBLE:
@@ -59,7 +58,6 @@ def find_directory(name: str, beside: Sequence[Path] = ()) -> Path | None:
 
     Raises:
         CheckpointError: there is a file of this name.
-
     """
     path = Path(name).expanduser()
     for candidate in (*(start / path for start in beside), path):
@@ -92,7 +90,6 @@ def fetch_snapshot(name: str, *, weights: bool = True) -> Path:
 
     Raises:
         MissingFileError: not there, not allowed, or offline and not in the cache.
-
     """
     path = _snapshot(name, SMALL_FILES)
     if not weights:

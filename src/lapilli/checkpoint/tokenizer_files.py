@@ -21,7 +21,6 @@ def load_tokenizer(directory: Path, *, fast: bool) -> Tokenizer:
     Raises:
         MissingFileError: no tokenizer there.
         CheckpointError: a file of it is damaged.
-
     """
     model = directory / "tokenizer.model"
     files = TokenizerFiles(

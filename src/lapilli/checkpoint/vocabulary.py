@@ -21,7 +21,6 @@ class Vocabulary:
     Source: LLaVA builder.py resizes both tables to the length of the tokenizer, also downwards.
     Note: the original fills rows that no file has with random numbers; here they are the mean of
         the others, so that loading twice gives the same model.
-
     """
 
     rows: int
@@ -33,7 +32,6 @@ class Vocabulary:
 
         Raises:
             ShapeMismatchError: a table with an unexpected number of rows.
-
         """
         table = tensors[-1]
         if len(tensors) > 1 and 0 < len(table) == self.new_rows:

@@ -54,7 +54,6 @@ class WeightStore:
         Raises:
             MissingFileError: a file is not there.
             CheckpointError: a file is damaged, or two hold the same tensor.
-
         """
         store = cls()
         for path in paths:
@@ -101,7 +100,6 @@ def find_weight_files(directory: Path) -> tuple[Path, ...]:
     Raises:
         MissingFileError: an index names a file that is not there.
         CheckpointError: an index without weight_map.
-
     """
     for index, single, pattern in FULL_WEIGHTS:
         found = read_optional_json(directory / index)
@@ -153,7 +151,6 @@ def refuse_not_finite(name: str, tensor: Tensor) -> None:
 
     Raises:
         CheckpointError: there is one.
-
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return

@@ -72,7 +72,6 @@ def train(
     Raises:
         ConfigError: an option that is unknown or missing.
         NotImplementedError: start and end tokens with tune_mm_mlp_adapter (quirk 17).
-
     """
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     torch.manual_seed(options.seed)

@@ -37,7 +37,6 @@ def build_model(arguments: TrainingArguments, initial: Initial) -> LoadedTuple:
     Raises:
         KeyError: start and end tokens with an adapter file that has no embeddings (quirk 17).
         CheckpointError: base, tower or adapter are missing or do not belong together.
-
     """
     base = resolve(arguments.model_name_or_path)
     with tempfile.TemporaryDirectory(prefix="llava-") as folder:

@@ -15,7 +15,6 @@ class ConfigFiles:
         preprocessor: preprocessor_config.json: the tower's (original) or the checkpoint's.
         generation: generation_config.json, empty when there is none.
         weight_names: names of the tensors in the checkpoint, where they are known cheaply.
-
     """
 
     config: JsonObject

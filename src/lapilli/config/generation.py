@@ -31,7 +31,6 @@ class SamplingParams:
 
     Raises:
         GenerationError: a value is out of its range, or two of them contradict each other.
-
     """
 
     max_new_tokens: int = 512
@@ -63,7 +62,6 @@ class SamplingParams:
 
         Raises:
             GenerationError: an option has another name than a field.
-
         """
         return cls().updated(**options)
 
@@ -120,7 +118,6 @@ def check_count(name: str, value: object, *, least: int) -> None:
 
     Raises:
         GenerationError: the value is something else.
-
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise GenerationError(f"{name} must be a whole number of at least {least}, got {value!r}")
@@ -133,7 +130,6 @@ def check_number(
 
     Raises:
         GenerationError: the value is no number, not a number (NaN) or out of the range.
-
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise GenerationError(f"{name} must be a number, got {value!r}")

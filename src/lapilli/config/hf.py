@@ -33,7 +33,6 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     Raises:
         ConfigError: a key is missing or of the wrong type.
         UnsupportedModelError: a language model, tower or variation that lapilli does not have.
-
     """
     reader = KeyReader(files.config, "config.json", ignored.HF_LLAVA)
     is_next = reader.text("model_type") == "llava_next"
@@ -81,7 +80,6 @@ def _is_tied(
     Note:
         LlavaConfig takes the answer of either level, LlavaNextConfig only its own. Files of older
         releases say it in text_config alone and then have no output layer, which decides.
-
     """
     outer = reader.flag("tie_word_embeddings", False)
     inner = text_reader.flag("tie_word_embeddings", False)

@@ -61,7 +61,6 @@ def parse_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     Raises:
         ConfigError: a key is missing or of the wrong type.
         UnsupportedModelError: a tower, projector or variation that lapilli does not have.
-
     """
     family = family_of(files.config)
     base = ignored.MPT if family == "mpt" else ignored.TEXT
@@ -201,7 +200,6 @@ def parse_pinpoints(value: object, *, width_first: bool) -> tuple[ImageSize, ...
 
     Raises:
         ConfigError: anything else.
-
     """
     if value is None:
         return ()

@@ -33,7 +33,6 @@ def parse_config(
     Raises:
         ConfigError: a key is missing, of the wrong type, or contradicts another.
         UnsupportedModelError: the model type, or a variation of it, is not one of ours.
-
     """
     files = ConfigFiles(
         config=raw,
@@ -61,7 +60,6 @@ def parse_text_config(raw: JsonObject) -> TextConfig:
     Raises:
         ConfigError: a key is missing or of the wrong type.
         UnsupportedModelError: a language model that lapilli does not have.
-
     """
     reader = KeyReader(raw, "config.json")
     if is_original(raw):
@@ -85,7 +83,6 @@ def is_original(raw: JsonObject) -> bool:
 
     Note:
         Releases of 2023 say `llava`, like Hugging Face's own class; the shape of the file decides.
-
     """
     kind = raw.get("model_type")
     return kind in FAMILIES or (kind == "llava" and not is_hf_llava(raw))

@@ -37,7 +37,6 @@ class KeyReport:
 
         Raises:
             UnknownKeyError: a key was neither used nor knowingly ignored.
-
         """
         if self.unknown:
             raise UnknownKeyError(
@@ -55,7 +54,6 @@ class KeyReader:
         where: name of the object in messages, such as `config.json`.
         ignored: keys that are knowingly not read.
         prefix: what stands before its keys in the report, such as `text_config.`.
-
     """
 
     raw: JsonObject
@@ -80,7 +78,6 @@ class KeyReader:
 
         Raises:
             ConfigError: absent without default, or something else.
-
         """
         found = self.optional_integer(key)
         if found is not None:
@@ -103,7 +100,6 @@ class KeyReader:
 
         Raises:
             ConfigError: absent without default, or something else.
-
         """
         found = self.integer(key, default)
         if found < 1:

@@ -56,7 +56,6 @@ def parse_activation(reader: KeyReader, key: str, default: str) -> Activation:
 
     Raises:
         UnsupportedModelError: lapilli does not have it.
-
     """
     name = reader.text(key) or default
     if name not in ACTIVATIONS:
@@ -78,7 +77,6 @@ def parse_text(reader: KeyReader, family: str, *, tied: bool | None = None) -> T
     Raises:
         ConfigError: a key is missing or of the wrong type.
         UnsupportedModelError: the family, or a variation of it, is not one of ours.
-
     """
     if family == "mpt":
         return parse_mpt(reader)
@@ -205,7 +203,6 @@ def parse_mpt(reader: KeyReader) -> MptConfig:
 
     Raises:
         UnsupportedModelError: a variation of it without published LLaVA checkpoint.
-
     """
     attention = reader.child("attn_config", ignored.MPT_ATTENTION)
     for source, key, only in (

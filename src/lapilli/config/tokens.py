@@ -16,7 +16,6 @@ def parse_tokens(
 
     Note:
         `mm_use_im_patch_token` is true when absent: the original then adds one token at loading.
-
     """
     bos, eos, pad = (
         _first(generation.ids(key), reader.ids(key))

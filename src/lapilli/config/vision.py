@@ -94,7 +94,6 @@ def parse_tower(
     Raises:
         ConfigError: a key is of the wrong type, or the layer does not exist.
         UnsupportedModelError: not a CLIP or SigLIP tower.
-
     """
     outer = reader.text("model_type")
     section = tower_section(reader)
@@ -152,7 +151,6 @@ def parse_pixels(reader: KeyReader, vision: VisionConfig) -> PixelConfig:
 
     Raises:
         ConfigError: a key is of the wrong type, or a tile does not fit the tower.
-
     """
     name = reader.text("image_processor_type") or reader.text("feature_extractor_type") or ""
     squeezes = "siglip" in name.lower() or (not name and vision.family == "siglip")

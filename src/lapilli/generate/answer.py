@@ -17,7 +17,6 @@ class Answer:
         stop_ids: tokens that end the answer.
         limit: most tokens.
         prompt_len: passed on to the result.
-
     """
 
     def __init__(

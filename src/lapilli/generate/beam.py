@@ -46,7 +46,6 @@ class BeamRow:
         width: hypotheses that run at the same time, and finished ones that are kept.
         length_penalty: see SamplingParams.
         ends: whether an answer of these tokens is over.
-
     """
 
     def __init__(
@@ -129,7 +128,6 @@ def search(
         params: number of beams, repetition penalty, reports.
         num_stop_ids: how many tokens end an answer.
         seen: tokens that the repetition penalty applies to.
-
     """
     active = list(rows)
     # Enough that `num_beams` hypotheses can go on even if every end token is among the best.

@@ -31,7 +31,6 @@ class Generation:
         logprobs: one report per token, if SamplingParams.logprobs asked for it.
         score: of the best beam: log-probability / length ** length_penalty; None without beams.
         prompt_len: positions of the prompt, every visual token counted.
-
     """
 
     token_ids: tuple[int, ...]
@@ -50,7 +49,6 @@ class Piece:
         text: never a part of a character or of a stop string.
         token_ids: generated since the piece before.
         finish_reason: set on the last piece only.
-
     """
 
     text: str

@@ -56,7 +56,6 @@ def generate(
 
     Raises:
         ContextTooLongError: a prompt leaves no room for a single token.
-
     """
     setting = Setting.of(model.language_model, tokenizer, params, eos_ids, context_length)
     answers = setting.new_answers(batch)
@@ -127,7 +126,6 @@ def stream(
     Raises:
         ContextTooLongError: the prompt leaves no room for a single token.
         GenerationError: the batch has more than one row, or a cache was given for beams.
-
     """
     rows = batch.inputs_embeds.shape[0]
     if rows != 1:
@@ -152,7 +150,6 @@ def check_context(positions: int, context_length: int, *, row: int = 0, visual: 
 
     Raises:
         ContextTooLongError: there is no room for a single token.
-
     """
     room = context_length - positions
     if room < 1:

@@ -88,7 +88,6 @@ def choose(
         params: greedy at temperature 0.
         generators: one per row, unused by greedy.
         seen: tokens that the repetition penalty applies to; None: no penalty.
-
     """
     logits = logits.float()
     if seen is not None:

@@ -23,7 +23,6 @@ def prefill(
         batch: rows padded on the left.
         cache: empty, or holding the first `cache.length` positions of these very rows, which are
             then not computed again.
-
     """
     start = cache.length
     hidden = language_model.forward(
@@ -66,7 +65,6 @@ class Decoding:
         batch: the prompts.
         cache: see `prefill`.
         room: most tokens that may follow the prompt.
-
     """
 
     def __init__(

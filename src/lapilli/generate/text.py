@@ -30,7 +30,6 @@ class TokenBytes(Protocol):
 
         Raises:
             PromptError: the tokenizer has no such token.
-
         """
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -46,7 +45,6 @@ class SettlingText:
         For bytes that are no text the number of replacement characters may differ from `decode`:
         the `tokenizers` library replaces a whole run of byte tokens, its valid characters too,
         when a part of it is invalid. What was shown stays shown here.
-
     """
 
     def __init__(self, tokenizer: TokenBytes) -> None:

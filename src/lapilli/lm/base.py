@@ -41,7 +41,6 @@ class LanguageModel(Protocol):
             attention_mask: False for padding, over all S = cache.length + T positions; None when
                 no row is padded.
             cache: what was read before; the new positions are appended.
-
         """
         ...
 

@@ -11,7 +11,6 @@ def build_language_model(config: TextConfig) -> Decoder | Mpt:
 
     Raises:
         UnsupportedModelError: a description that no language model here follows.
-
     """
     if isinstance(config, DecoderConfig):
         return Decoder(config)

@@ -31,7 +31,6 @@ class LoraConfig:
 
     Raises:
         ConfigError: a rank below one, a dropout outside of [0, 1), or fan_in_fan_out.
-
     """
 
     rank: int

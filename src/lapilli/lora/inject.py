@@ -25,7 +25,6 @@ class LoraReport:
     Attributes:
         paths: full paths of the modules, in the order of the model.
         num_parameters: numbers in all A and B.
-
     """
 
     paths: tuple[str, ...]
@@ -71,7 +70,6 @@ def inject(
         ConfigError: the model has adapters already, or nothing in it is a target.
         MissingWeightsError: a tensor that belongs to no linear layer, or half of a pair.
         ShapeMismatchError: a tensor that does not fit its layer or the rank.
-
     """
     if any(True for _ in adapters(model)):
         raise ConfigError("the model has an adapter already: merge() it before another one")

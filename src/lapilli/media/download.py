@@ -64,7 +64,6 @@ def download(url: str, limits: FetchLimits) -> bytes:
     Raises:
         MediaError: another scheme, no answer in time (also from a server that sends a byte now and
             then), too many bytes, too many redirects, an HTTP error, a broken connection.
-
     """
     transfer = _Transfer(url, limits)
     # A thread, because nothing else bounds the whole: a socket's timeout starts anew with every

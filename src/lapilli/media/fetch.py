@@ -57,7 +57,6 @@ def fetch(
 
     Raises:
         MediaError: nothing there, nothing in it, too much of it, or a kind that is not known.
-
     """
     if isinstance(source, Image.Image):
         return Fetched(source, getattr(source, "filename", "") or "the picture")

@@ -15,7 +15,6 @@ def build_projector(config: ProjectorConfig) -> nn.Module:
 
     Raises:
         ConfigError: an unknown kind, or an identity between different widths.
-
     """
     first, width = config.vision_size, config.hidden_size
     if config.kind == "linear":

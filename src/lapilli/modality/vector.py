@@ -39,7 +39,6 @@ class VectorModality(nn.Module):
 
         Raises:
             MediaError: not numbers, another width than the projector's, nothing, or not finite.
-
         """
         try:
             vectors = torch.as_tensor(raw, dtype=torch.float32)

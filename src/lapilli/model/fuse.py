@@ -29,7 +29,6 @@ def fuse(
 
     Source: LLaVA (arXiv 2304.08485) section 4.1; stands for the split-and-concatenate loop of
     prepare_inputs_labels_for_multimodal.
-
     """
     _check(text, features, spans)
     if not spans:

@@ -16,7 +16,6 @@ class FusedBatch:
         inputs_embeds: vectors of all positions.
         attention_mask: False for padding.
         position_ids: 0, 1, ... from the first real position of each row; 0 under padding.
-
     """
 
     inputs_embeds: Float[Tensor, "B T D"]

@@ -43,7 +43,6 @@ class VisionLanguageModel(nn.Module):
 
         Raises:
             UnsupportedModelError: the model has none of this name.
-
         """
         if name not in self.modalities:
             known = ", ".join(self.modalities) or "none, it reads text only"
@@ -73,7 +72,6 @@ class VisionLanguageModel(nn.Module):
         Note:
             The items of all rows go through their encoder together; the original loses its place
             when rows have different numbers of images, here every row keeps its own.
-
         """
         media = [[] for _ in prompts] if media is None else media
         _check(prompts, media)
@@ -109,7 +107,6 @@ class VisionLanguageModel(nn.Module):
         Args:
             batch: rows padded on the left.
             cache: an empty cache that the positions are appended to.
-
         """
         return self.language_model.forward(
             batch.inputs_embeds,

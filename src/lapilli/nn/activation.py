@@ -23,7 +23,6 @@ def build_activation(name: Activation) -> nn.Module:
 
     Raises:
         ConfigError: no activation of this name.
-
     """
     match name:
         case "silu":

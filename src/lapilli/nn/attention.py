@@ -28,7 +28,6 @@ def causal_mask(
         num_keys: S, all positions so far; the queries are the last T of them.
         window: a query sees its own and the `window - 1` positions before it (Mistral).
         device: where the mask is made.
-
     """
     # Asking a GPU would wait for it; there the caller passes None when it knows that rows are full.
     if attention_mask is not None and device.type == "cpu" and bool(attention_mask.all()):
@@ -70,7 +69,6 @@ def attend(
         v: values.
         mask: from `causal_mask`, or an additive bias that contains the causal mask.
         scale: factor on the scores, 1 / sqrt(A) when None.
-
     """
     batch, heads, length, width = q.shape
     groups = k.shape[1]

@@ -60,7 +60,6 @@ class KVCache:
 
         Raises:
             GenerationError: another number of rows than the cache was made for.
-
         """
         if k.shape[0] != self.batch:
             raise GenerationError(
@@ -103,7 +102,6 @@ class KVCache:
 
         Raises:
             GenerationError: the cache is shorter than that.
-
         """
         if not 0 <= length <= self.length:
             raise GenerationError(

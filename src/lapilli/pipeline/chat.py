@@ -55,7 +55,6 @@ def load(
         CheckpointError: the files are not usable.
         ConfigError: the configuration cannot be followed.
         PromptError: no template has this name.
-
     """
     loaded = load_checkpoint(
         source,
@@ -136,7 +135,6 @@ class Chat:
             PromptError: the question is empty.
             MediaError: an image cannot be fetched or decoded.
             ContextTooLongError: the conversation leaves no room for an answer.
-
         """
         return "".join(self.stream(question, *images, keep=keep, **sampling)).strip()
 
@@ -175,7 +173,6 @@ class Chat:
         Raises:
             PromptError: a conversation has nothing to answer.
             ContextTooLongError: a conversation leaves no room for an answer.
-
         """
         params = self._params(params or SamplingParams())
         prompts = [
@@ -207,7 +204,6 @@ class Chat:
         Raises:
             MediaError: it cannot be fetched or decoded.
             UnsupportedModelError: the model reads text only.
-
         """
         prepare(MediaPart(source), self.model, self.limits)
 

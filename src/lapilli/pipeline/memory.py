@@ -28,7 +28,6 @@ class Memory:
         items: per part what its modality prepared, and features [n, D] once they are computed.
         cache: keys and values of the latest prompt and answer.
         cached: what stands at its positions.
-
     """
 
     parts: list[MediaPart] = field(default_factory=list)

@@ -31,7 +31,6 @@ class ReadyPrompt:
     Attributes:
         encoded: ids, and where the media go.
         media: per medium what its modality prepared, or features [n, D].
-
     """
 
     encoded: EncodedPrompt
@@ -65,7 +64,6 @@ def make_ready(
 
     Raises:
         PromptError: the template cannot render these messages.
-
     """
     parts = [part for message in messages for part in message.media]
     lengths = [
@@ -87,7 +85,6 @@ def prepare(part: MediaPart, model: VisionLanguageModel, limits: FetchLimits) ->
     Raises:
         UnsupportedModelError: the model does not read this kind of medium.
         MediaError: it cannot be fetched or decoded, or features of another shape.
-
     """
     if part.modality not in model.modalities:
         known = ", ".join(model.modalities) or "text only"
@@ -118,7 +115,6 @@ def given_features(features: Tensor, modality: ImageModality, width: int) -> Flo
 
     Raises:
         MediaError: another shape, or whole numbers.
-
     """
     tower = modality.vision.hidden_size
     shape = list(features.shape)

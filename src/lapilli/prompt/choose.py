@@ -127,7 +127,6 @@ def template_by_name(name: str) -> Template:
 
     Raises:
         PromptError: no template has this name.
-
     """
     if name not in TEMPLATES:
         raise PromptError(f"no template is called {name!r}: choose from {', '.join(TEMPLATES)}")

@@ -74,7 +74,6 @@ def encode(
 
     Source: LLaVA mm_utils.py tokenizer_image_token (BOS once, one call per gap); transformers'
         LlavaProcessor for `image_id`.
-
     """
     slots = [segment for segment in segments if isinstance(segment, MediaSlot)]
     if len(slots) != len(lengths):

@@ -54,7 +54,6 @@ class JinjaTemplate:
 
     Raises:
         PromptError: a text that is no template.
-
     """
 
     def __init__(
@@ -93,7 +92,6 @@ class JinjaTemplate:
 
         Raises:
             PromptError: the template refuses the messages, fails, or loses a picture or a text.
-
         """
         messages = _without_open_turn(messages) if open_turn else messages
         marks = _Marks(self._takes_parts, self._image_token)
@@ -168,7 +166,6 @@ class _Marks:
 
         Raises:
             PromptError: a text that is missing, or another number of image tokens than of media.
-
         """
         for index, typed in enumerate(self._texts):
             times = text.count(self.mark(index))

@@ -37,7 +37,6 @@ class Message:
 
     Raises:
         PromptError: a role other than system, user or assistant.
-
     """
 
     role: str
@@ -84,7 +83,6 @@ class Message:
 
         Raises:
             MediaCountMismatchError: another number of placeholders than of sources.
-
         """
         pieces = text.split(placeholder)
         if len(pieces) - 1 != len(sources):

@@ -86,7 +86,6 @@ def original_sample(
     Raises:
         PromptError: where the original raises: a speaker that is neither human nor gpt, turns that
             do not alternate, a plain record that is not one picture and one caption.
-
     """
     pad_id = tokenizer.pad_id if pad_id is None else pad_id
     job = _Job(template, tokenizer, has_image, max_length, pad_id)

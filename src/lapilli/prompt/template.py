@@ -81,7 +81,6 @@ class ChatTemplate:
 
         Note: a message without text and media counts as "to be generated", as in the original:
             only its role is written.
-
         """
         system, rest = _split_system(messages)
         turns: list[Turn] = [(role, [TextSegment(text)]) for role, text in self.messages]
@@ -100,7 +99,6 @@ class ChatTemplate:
         Raises:
             PromptError: where the original raises too (an empty first llama_2 message, a second
                 plain message).
-
         """
         segments: list[Turn] = [(r, [TextSegment(t)] if t else None) for r, t in turns]
         return to_text(self._layout(segments, [TextSegment(self.system)] if self.system else []))

@@ -26,7 +26,6 @@ class KeyMap:
         name: in reports.
         rules: (prefix in the file, prefix here); None here: dropped on purpose.
         dropped: patterns of names that are dropped on purpose before the rules are read.
-
     """
 
     name: str

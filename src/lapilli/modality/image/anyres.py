@@ -17,7 +17,6 @@ def picture_grid(size: ImageSize, config: ImageConfig, tile: int) -> Grid:
         ConfigError: the best resolution is not a whole number of tiles.
 
     Source: LLaVA mm_utils.py, get_anyres_image_grid_shape.
-
     """
     resolution = best_resolution(size, config.pinpoints)
     grid = tile_grid(resolution, tile)
@@ -45,7 +44,6 @@ def merged_map(size: ImageSize, config: ImageConfig, patches: Grid, grid: Grid) 
         config: `spatial` keeps the whole map, `spatial_unpad` what is not padding.
         patches: patches of one tile.
         grid: tiles of the picture.
-
     """
     whole = Grid(grid.rows * patches.rows, grid.columns * patches.columns)
     if config.merge == "spatial_unpad":
@@ -58,7 +56,6 @@ def check_mergeable(config: ImageConfig, vision: VisionConfig) -> None:
 
     Raises:
         ConfigError: the class token is kept, which has no place in a map.
-
     """
     if config.merge != "flat" and vision.num_patches != vision.grid.rows * vision.grid.columns:
         raise ConfigError(
@@ -85,7 +82,6 @@ def num_tokens(
 
     Source: LLaVA llava_arch.py, prepare_inputs_labels_for_multimodal; transformers
         processing_llava_next.py, _get_number_of_features.
-
     """
     newlines = has_newline and config.merge == "spatial_unpad"
     if config.aspect != "anyres":

@@ -85,7 +85,6 @@ def to_rgb(
     Note: our defaults differ from the original for EXIF orientation and for 16-bit grey, where it
         shows people lying on their side and white sheets; `exif=False, depth="clip"` is what the
         original does.
-
     """
     if isinstance(source, np.ndarray):
         image = _from_array(source, name)

@@ -36,7 +36,6 @@ def merge_tiles(
         FusionError: the tiles do not make up the grid that the picture's size asks for.
 
     Source: LLaVA llava_arch.py, prepare_inputs_labels_for_multimodal.
-
     """
     if config.merge == "flat":
         return features.flatten(0, 1)

@@ -53,7 +53,6 @@ def prepare(
 
     Note: a picture 1 or 3 pixels high is a picture here; the original takes it for channel-first
         numbers and fails or scrambles it (compat/ does so too).
-
     """
     size = size_of(image)
     if not size.height or not size.width:

@@ -24,7 +24,6 @@ def pad_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.Imag
         TypeError: the image's mode cannot hold a background of that many channels (Pillow).
 
     Source: LLaVA mm_utils.py, expand2square.
-
     """
     if image.width == image.height:
         return image
@@ -61,7 +60,6 @@ def apply_chat_mode(
         MediaError: an unknown mode.
 
     Source: LLaVA conversation.py, Conversation.process_image.
-
     """
     if mode == "Pad":
         image = pad_to_square(image, CHAT_BACKGROUND)

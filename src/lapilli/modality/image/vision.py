@@ -116,7 +116,6 @@ class VisionTransformer(nn.Module):
 
     Raises:
         ConfigError: heads that do not divide the width, or no such hidden state.
-
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -146,7 +145,6 @@ class VisionTransformer(nn.Module):
 
         Raises:
             ConfigError: tiles of another size than the tower was made for.
-
         """
         side = self.config.image_size
         if tuple(pixel_values.shape[-2:]) != (side, side):

@@ -34,7 +34,6 @@ def build_tokenizer(files: TokenizerFiles, *, fast: bool) -> Tokenizer:
     Raises:
         MissingFileError: neither tokenizer.model nor tokenizer.json.
         CheckpointError: a file that cannot be read.
-
     """
     if files.json is not None and (fast or files.model is None):
         return FastTokenizer(

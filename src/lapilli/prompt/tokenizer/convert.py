@@ -21,7 +21,6 @@ def llama_tokenizer_json(model: bytes) -> str:
 
     Note: as in the original, the first three pieces are called <unk>, <s> and </s> whatever the
         file calls them, and text that no piece covers becomes bytes.
-
     """
     parsed = spm_model.parse(model)
     if parsed.algorithm != spm_model.BPE:

@@ -33,7 +33,6 @@ class FastTokenizer:
 
     Raises:
         CheckpointError: a text that the `tokenizers` library does not read.
-
     """
 
     def __init__(
@@ -147,7 +146,6 @@ class FastTokenizer:
 
         Raises:
             PromptError: an id outside the vocabulary.
-
         """
         token: str | None = self._rust.id_to_token(token_id) if token_id >= 0 else None
         if token is None:

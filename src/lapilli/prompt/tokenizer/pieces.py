@@ -23,7 +23,6 @@ def load_processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
     Raises:
         CheckpointError: bytes that are not a SentencePiece model.
-
     """
     processor = sentencepiece.SentencePieceProcessor()
     try:
@@ -40,7 +39,6 @@ class PieceEncoder:
 
     Args:
         model: content of tokenizer.model, with or without dummy prefix.
-
     """
 
     def __init__(self, model: bytes) -> None:

@@ -18,7 +18,6 @@ class PlainText:
 
     Args:
         source: content of tokenizer.json, on demand.
-
     """
 
     def __init__(self, source: Callable[[], str]) -> None:

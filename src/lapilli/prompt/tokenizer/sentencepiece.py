@@ -28,7 +28,6 @@ class SentencePieceTokenizer:
 
     Raises:
         CheckpointError: bytes that are not a SentencePiece model.
-
     """
 
     strips_leading_space = True
@@ -132,7 +131,6 @@ class SentencePieceTokenizer:
 
         Raises:
             PromptError: an id outside the vocabulary.
-
         """
         special = self._special_ids
         parts: list[str] = []
@@ -159,7 +157,6 @@ class SentencePieceTokenizer:
 
         Raises:
             PromptError: an id outside the vocabulary.
-
         """
         added = self._added.tokens.get(token_id)
         if added is not None:

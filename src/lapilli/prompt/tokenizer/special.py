@@ -60,7 +60,6 @@ def read_special_tokens(
 
     Raises:
         CheckpointError: a token that is neither a string nor an object with `content`.
-
     """
     settings = {f"{role}_token": token for role, token in defaults.items()} | dict(config)
     listed = config.get("added_tokens_decoder")

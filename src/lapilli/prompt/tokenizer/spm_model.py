@@ -46,7 +46,6 @@ def parse(model: bytes) -> SpmModel:
 
     Raises:
         CheckpointError: bytes that are not a SentencePiece model.
-
     """
     pieces: list[Piece] = []
     trainer: dict[int, bytes | int] = {}

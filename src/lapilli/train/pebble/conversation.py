@@ -31,7 +31,6 @@ def draw_questions(
         rng: chooses the questions and their wordings.
         least: fewest turns; a scene that allows fewer different questions gives fewer.
         most: most turns.
-
     """
     makers = MAKERS if scene.objects else MARK_MAKERS
     weights = np.array([weight for _, weight in makers])

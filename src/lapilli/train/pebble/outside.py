@@ -23,7 +23,6 @@ def outside_picture(seed: int, kind: OutsideKind | None = None) -> Image.Image:
     Args:
         seed: any non-negative integer.
         kind: one of `OUTSIDE_KINDS`; None draws one.
-
     """
     rng = np.random.default_rng([seed, 23])
     chosen = OUTSIDE_KINDS[int(rng.integers(len(OUTSIDE_KINDS)))]

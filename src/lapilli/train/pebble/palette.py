@@ -102,7 +102,6 @@ def visible_shade(
         grounds: the colours of the background.
         rng: where the shade comes from.
         strokes: for thin lines, which must differ in lightness too.
-
     """
     for _ in range(_ATTEMPTS):
         rgb = shade(colour, rng)

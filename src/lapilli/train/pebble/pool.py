@@ -41,7 +41,6 @@ class PoolSpec:
         side: pixels of the square that the model sees.
         crowds: many scenes hold more objects than pebble is asked about, see `sample_scene`.
         world: `WORLD` when it was drawn.
-
     """
 
     first_seed: int
@@ -71,7 +70,6 @@ def draw_pool(folder: Path, spec: PoolSpec, *, workers: int = 2) -> "Pool":
 
     Raises:
         ConfigError: the folder holds another pool.
-
     """
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, spec)

@@ -20,7 +20,6 @@ class Question:
         skill: one of `SKILLS`.
         about: the object that "it" means in the next turn, or None where nothing was named.
         needs_previous: the question says "it" and means the object of the turn before.
-
     """
 
     skill: str
@@ -65,7 +64,6 @@ def reference(scene: Scene, item: Object, rng: Rng, *, hide: str = "") -> str | 
         item: the object meant.
         rng: chooses among the phrases that fit.
         hide: attribute that the phrase may not mention, because it is asked for.
-
     """
     choices: list[dict[str, str]] = [
         {"shape": item.shape},

@@ -44,7 +44,6 @@ def region_words(scene: Scene, side: int) -> NDArray[np.bool_]:
     Args:
         scene: what the picture shows.
         side: patches of one row of the padded picture.
-
     """
     words = np.zeros((side, side, len(LEXICON)), dtype=np.bool_)
     if len(scene.objects) <= MAX_OBJECTS:

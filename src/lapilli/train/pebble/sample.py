@@ -55,7 +55,6 @@ def sample_scene(
         digit_index: draw this scan (for held-out digits); None takes one from the training split.
         crowds: two thirds of the scenes with objects hold six to nine of them. Pebble is asked
             about no such scene; its tower learns shapes sooner where each picture shows many.
-
     """
     rng = np.random.default_rng([seed, 7])
     drawn = list(_KINDS)[int(rng.choice(len(_KINDS), p=list(_KINDS.values())))]

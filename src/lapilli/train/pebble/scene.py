@@ -53,7 +53,6 @@ class Object:
         centre: vertical and horizontal position, 0 to 1 of the picture.
         diameter: share of the picture's `unit`.
         angle: degrees, counter-clockwise.
-
     """
 
     shape: Shape
@@ -107,7 +106,6 @@ class Digit:
     Attributes:
         stretch: vertical and horizontal scale, about 1.
         sharpness: 0 keeps the soft edges of the 8 x 8 original, 1 makes them crisp.
-
     """
 
     value: int

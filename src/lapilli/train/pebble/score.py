@@ -132,7 +132,6 @@ def score(
 
     Raises:
         ConfigError: the model gave another number of answers than questions.
-
     """
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()

@@ -196,7 +196,6 @@ class TowerTask:
         captions: token ids [n, T], 0 after the end.
         run: batch size and seed.
         held_out: pictures at the end that are only for evaluation.
-
     """
 
     def __init__(

@@ -99,7 +99,6 @@ def train_tokenizer(
 
     Raises:
         ConfigError: the vocabulary has no room beside bytes and letters.
-
     """
     import sentencepiece
 
