@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-IMAGE_ID = 31999
+from benchmarks.child import IMAGE_ID
+
 SHARD_BYTES = 1 << 30
 TEXT_SHAPES = {
     "tiny": {
