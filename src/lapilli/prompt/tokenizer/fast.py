@@ -19,10 +19,11 @@ from lapilli.prompt.tokenizer.byte_level import BYTE_OF
 from lapilli.prompt.tokenizer.convert import llama_tokenizer_json
 from lapilli.prompt.tokenizer.pieces import SPACE
 from lapilli.prompt.tokenizer.plain import PlainText
+from lapilli.prompt.tokenizer.roles import Roles
 from lapilli.prompt.tokenizer.special import LLAMA_TOKENS, AddedToken, read_special_tokens
 
 
-class FastTokenizer:
+class FastTokenizer(Roles):
     """Any tokenizer.json.
 
     Args:
@@ -83,39 +84,9 @@ class FastTokenizer:
         return cls(source, config=config, special_map=special_map, added=added)
 
     @property
-    def bos_id(self) -> int | None:
-        """Begin of sequence."""
-        return self._id_of("bos")
-
-    @property
-    def eos_id(self) -> int | None:
-        """End of sequence."""
-        return self._id_of("eos")
-
-    @property
-    def pad_id(self) -> int | None:
-        """Padding."""
-        return self._id_of("pad")
-
-    @property
-    def unk_id(self) -> int | None:
-        """What text becomes that no token covers."""
-        return self._id_of("unk")
-
-    @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return int(self._rust.get_vocab_size(with_added_tokens=True))
-
-    @property
-    def added_vocab(self) -> dict[str, int]:
-        """Added tokens and their ids, the special ones among them."""
-        return dict(self._added.ids)
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Ids that `decode(skip_special=True)` leaves out."""
-        return self._special_ids
 
     def encode(
         self, text: str, *, add_bos: bool = True, literal: Sequence[Range] = ()
@@ -174,10 +145,6 @@ class FastTokenizer:
             self._rust.add_tokens(new)
         self._note_added()
         return self.vocab_size - before
-
-    def _id_of(self, role: str) -> int | None:
-        name = self._special.content(role)
-        return None if name is None else self.token_to_id(name)
 
     def _wanted(self, role: str) -> tuple[int, ...]:
         index = self._id_of(role)

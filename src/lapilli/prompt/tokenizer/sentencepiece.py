@@ -14,10 +14,11 @@ from lapilli.prompt.tokenizer import spm_model
 from lapilli.prompt.tokenizer.added import AddedTokens
 from lapilli.prompt.tokenizer.base import Range, Token, clean_up, length_limit, shifted
 from lapilli.prompt.tokenizer.pieces import SPACE, PieceEncoder
+from lapilli.prompt.tokenizer.roles import Roles
 from lapilli.prompt.tokenizer.special import LLAMA_TOKENS, AddedToken, read_special_tokens
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Roles):
     """The slow LlamaTokenizer.
 
     Args:
@@ -63,39 +64,9 @@ class SentencePieceTokenizer:
         self._adds_eos = bool(config.get("add_eos_token", False))
 
     @property
-    def bos_id(self) -> int | None:
-        """Begin of sequence."""
-        return self._id_of("bos")
-
-    @property
-    def eos_id(self) -> int | None:
-        """End of sequence."""
-        return self._id_of("eos")
-
-    @property
-    def pad_id(self) -> int | None:
-        """Padding; Llama's own files name none."""
-        return self._id_of("pad")
-
-    @property
-    def unk_id(self) -> int | None:
-        """What text becomes that no piece covers."""
-        return self._id_of("unk")
-
-    @property
     def vocab_size(self) -> int:
         """Pieces and added tokens, the original's len(tokenizer)."""
         return self._num_pieces + sum(self._piece_id(name) is None for name in self._added.ids)
-
-    @property
-    def added_vocab(self) -> dict[str, int]:
-        """Added tokens and their ids, the special ones among them."""
-        return dict(self._added.ids)
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Ids that `decode(skip_special=True)` leaves out."""
-        return self._special_ids
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -184,10 +155,6 @@ class SentencePieceTokenizer:
             self._special_names |= set(new)
         self._sort()
         return self.vocab_size - before
-
-    def _id_of(self, role: str) -> int | None:
-        name = self._special.content(role)
-        return None if name is None else self.token_to_id(name)
 
     def _piece_id(self, piece: str) -> int | None:
         index: int = self._spm.piece_to_id(piece)
