@@ -107,14 +107,12 @@ class DataRecipe:
     Attributes:
         num_pictures: how many are drawn (pebble).
         num_crowds: how many more with many objects, for the tower alone.
-        patch_share: least and most of the patches without an object's middle that a picture
-            shows (pebble).
-        full_after: part of the steps after which every picture shows all its patches (pebble).
         conversations: a LLaVA JSON file.
         images: the folder that its `image` paths are relative to.
         template: name of the chat template.
         questions: fewest and most questions about one picture in one conversation.
         long_share: part of the long answers that are kept (pebble).
+        pointing: weight of the loss that teaches attention where to look (pebble).
     """
 
     num_pictures: int = 0
@@ -124,8 +122,7 @@ class DataRecipe:
     template: str = "vicuna_v1"
     questions: tuple[int, int] = (6, 10)
     long_share: float = 1.0
-    patch_share: tuple[float, float] = (1.0, 1.0)
-    full_after: float = 0.0
+    pointing: float = 0.0
     max_length: int = 512
 
 

@@ -9,12 +9,12 @@ from lapilli.train.log import RunLog
 from lapilli.train.loop import train
 from lapilli.train.pebble.conversation import draw_questions
 from lapilli.train.pebble.examine import examine, words_of_scene
+from lapilli.train.pebble.pointing import HEADS
 from lapilli.train.pebble.regions import LEXICON, region_words
 from lapilli.train.pebble.sample import sample_scene
 from lapilli.train.pebble.score import exam
 from lapilli.train.pebble.talk import (
     TalkTask,
-    patches_of_interest,
     stored_features,
     without_long,
     word_features,
@@ -31,10 +31,11 @@ def regions():
     return np.packbits(np.stack(words), axis=-1)
 
 
-def new_task(tokenizer, regions, stage, **data):
+def new_task(tokenizer, regions, stage, *, num_layers=1, num_heads=1, **data):
     config = DecoderConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=32, num_layers=1,
-        num_heads=1, num_kv_heads=1, head_dim=32, norm_eps=1e-5, rope_theta=1e4, max_positions=512,
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=32,
+        num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_heads,
+        head_dim=32 // num_heads, norm_eps=1e-5, rope_theta=1e4, max_positions=512,
     )  # fmt: skip
     torch.manual_seed(0)
     recipe = Recipe(
@@ -49,13 +50,13 @@ def new_task(tokenizer, regions, stage, **data):
         recipe,
         tokenizer,
         word_features(regions),
-        interest=patches_of_interest(regions),
         num_pictures=8,
     )
 
 
 def test_answers_are_supervised_and_pictures_have_their_place(tokenizer, regions):
     batch, count = new_task(tokenizer, regions, "instruct").batch(0, 0)
+    batch = batch.rows
     assert count == batch.num_valid == int(batch.loss_mask.sum())
     assert [span.length for span in batch.spans] == [16, 16]
     ends = batch.input_ids[batch.loss_mask] == tokenizer.eos_id
@@ -70,26 +71,33 @@ def test_rows_are_a_function_of_the_step(tokenizer, regions):
     second.batch(0, 1)
     for micro in (0, 1):
         ours, theirs = first.batch(4, micro)[0], second.batch(4, micro)[0]
-        assert torch.equal(ours.input_ids, theirs.input_ids)
+        assert torch.equal(ours.rows.input_ids, theirs.rows.input_ids)
 
 
 def test_the_language_stage_reads_sentences_too(tokenizer, regions):
     task = new_task(tokenizer, regions, "language")
-    spans = [len(task.batch(step, micro)[0].spans) for step in range(8) for micro in (0, 1)]
+    spans = [len(task.batch(step, micro)[0].rows.spans) for step in range(8) for micro in (0, 1)]
     assert min(spans) < 2
     assert max(spans) == 2
 
 
-def test_a_curriculum_shows_few_patches_first(tokenizer, regions):
-    task = new_task(tokenizer, regions, "instruct", patch_share=(0.0, 0.0), full_after=0.5)
-    early = [span.length for step in range(6) for span in task.batch(step, 0)[0].spans]
-    late = [span.length for step in range(6, 12) for span in task.batch(step, 0)[0].spans]
-    assert max(early) < 16
-    assert set(late) == {16}
+def test_attention_is_taught_where_the_recipe_says_so(tokenizer, regions):
+    task = new_task(tokenizer, regions, "instruct", pointing=0.5, num_layers=4, num_heads=2)
+    batch, count = task.batch(0, 0)
+    loss = task.loss(batch)
+    assert set(loss.parts) == {*HEADS, "answers"}
+    answers = float(task.model.loss(batch.rows).total.detach())
+    assert loss.parts["answers"] == pytest.approx(answers, rel=1e-4)
+    taught = sum(loss.parts[kind] for kind in HEADS)
+    assert float(loss.total.detach()) == pytest.approx(
+        loss.parts["answers"] + 0.5 * taught, rel=1e-4
+    )
+    assert taught > 0 < count
 
 
 def test_captions_align(tokenizer, regions):
     batch, _ = new_task(tokenizer, regions, "align", template="plain").batch(0, 0)
+    batch = batch.rows
     text = tokenizer.decode(batch.input_ids[0][batch.loss_mask[0]].tolist())
     assert text.strip()
     assert "?" not in text

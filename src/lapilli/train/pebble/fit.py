@@ -15,28 +15,44 @@ Both layers of the projector are trained from there; without this start the alig
 to find again what the two models already agree on.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 
 from lapilli.errors import ConfigError
-from lapilli.lm.decoder import Decoder
+from lapilli.lm.decoder import Decoder, DecoderLayer
 from lapilli.prompt.tokenizer.base import Tokenizer
 from lapilli.shapes import Float, Tensor
 from lapilli.train.initialise import initialise
 from lapilli.train.pebble.regions import LEXICON
+from lapilli.train.pebble.scene import PLACES
 
 _SPACE = "\u2581"  # how a tokenizer writes a space on its own
+_CARRIED = 0.7  # gain of values and of outputs: half of what is seen is added
 _SURE = 6.0  # about what the head scores a word that holds
 
 
 def start_language_model(model: Decoder, seed: int) -> None:
-    """Fresh weights, embeddings that the first layers do not drown, and a head that reads them."""
+    """Fresh weights from which looking things up is a short way.
+
+    Embeddings that the first layers do not drown and a head that reads them; attention that falls
+    on what is similar, and that carries over what it finds as it is.
+
+    Source: Trockman & Kolter 2023 (arXiv 2305.09828), section 3, for equal queries and keys.
+    """
     initialise(model, seed, depth=model.config.num_layers)
     embedding = model.model.embed_tokens.weight
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         embedding.normal_(std=embedding.shape[1] ** -0.5, generator=generator)
         model.lm_head.weight.copy_(embedding)
+        for layer in model.model.layers:
+            attention = cast(DecoderLayer, layer).self_attn
+            nn.init.orthogonal_(attention.q_proj.weight, generator=generator)
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            nn.init.orthogonal_(attention.v_proj.weight, _CARRIED, generator=generator)
+            attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
 def word_vectors(
@@ -44,8 +60,8 @@ def word_vectors(
 ) -> Float[Tensor, "D K"]:
     """One column per word of the lexicon: the mean of the embeddings of its pieces.
 
-    A number of objects and a tens digit are spelled like other words; half of their vector is
-    their own.
+    A number of objects and a tens digit are spelled like other words, and "top left" like "top"
+    and "left": half of their vector is their own.
     """
     generator = torch.Generator().manual_seed(seed)
     columns = []
@@ -54,7 +70,7 @@ def word_vectors(
         ids = tokenizer.encode(text, add_bos=False)
         ids = [index for index in ids if tokenizer.id_to_token(index) != _SPACE] or ids
         column = embedding[ids].mean(0).detach()
-        if kind in ("objects", "tens"):
+        if kind in ("objects", "tens") or word in PLACES:
             own = torch.randn(len(column), generator=generator) * len(column) ** -0.5
             column = (column + own) * 0.5**0.5
         columns.append(column)

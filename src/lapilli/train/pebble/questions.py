@@ -11,9 +11,17 @@ from typing import Final
 import numpy as np
 
 from lapilli.train.pebble import phrases
-from lapilli.train.pebble.caption import at_place, caption, listing, short_name, with_article
+from lapilli.train.pebble.caption import (
+    at_place,
+    caption,
+    full_name,
+    listing,
+    short_name,
+    with_article,
+)
 from lapilli.train.pebble.palette import COLOURS
 from lapilli.train.pebble.reference import (
+    Pointer,
     Question,
     Rng,
     is_plain,
@@ -30,14 +38,24 @@ def describe(scene: Scene, rng: Rng) -> Question | None:
     """The complete description."""
     first = scene.objects[0] if scene.objects else None
     return Question(
-        skill="describe", text=pick(rng, phrases.DESCRIBE), answer=caption(scene), about=first
+        skill="describe",
+        text=pick(rng, phrases.DESCRIBE),
+        answer=caption(scene),
+        about=first,
+        says=tuple((full_name(item), (item,)) for item in scene.objects),
     )
 
 
 def list_objects(scene: Scene, rng: Rng) -> Question | None:
     """What is in the picture, briefly."""
     first = scene.objects[0] if scene.objects else None
-    return Question(skill="list", text=pick(rng, phrases.LIST), answer=listing(scene), about=first)
+    return Question(
+        skill="list",
+        text=pick(rng, phrases.LIST),
+        answer=listing(scene),
+        about=first,
+        says=tuple((short_name(item), (item,)) for item in scene.objects),
+    )
 
 
 def count(scene: Scene, rng: Rng) -> Question | None:
@@ -46,22 +64,26 @@ def count(scene: Scene, rng: Rng) -> Question | None:
         return Question(
             skill="count", text=pick(rng, phrases.COUNT_ALL), answer=str(len(scene.objects))
         )
-    by_number: dict[int, list[str]] = {}
+    by_number: dict[int, list[Pointer]] = {}
     kinds = [(colour, None) for colour in COLOURS] + [(None, shape) for shape in SHAPES]
     for colour, shape in kinds:
-        number = len(matching(scene, colour=colour, shape=shape))
-        by_number.setdefault(number, []).append(_plural(rng, None, colour, shape))
+        found = matching(scene, colour=colour, shape=shape)
+        by_number.setdefault(len(found), []).append((_plural(rng, None, colour, shape), (*found,)))
     for size in SIZES:
-        number = len(matching(scene, size=size))
-        by_number.setdefault(number, []).append(_plural(rng, size, None, None))
+        found = matching(scene, size=size)
+        by_number.setdefault(len(found), []).append((_plural(rng, size, None, None), (*found,)))
     for item in scene.objects:
-        number = len(matching(scene, colour=item.colour, shape=item.shape))
-        by_number.setdefault(number, []).append(_plural(rng, None, item.colour, item.shape))
+        found = matching(scene, colour=item.colour, shape=item.shape)
+        name = _plural(rng, None, item.colour, item.shape)
+        by_number.setdefault(len(found), []).append((name, (*found,)))
     weights = np.array([1.0 + number for number in by_number])
     number = list(by_number)[int(rng.choice(len(weights), p=weights / weights.sum()))]
-    things = pick(rng, by_number[number])
+    things, counted = pick(rng, by_number[number])
     return Question(
-        skill="count", text=pick(rng, phrases.COUNT).format(things=things), answer=str(number)
+        skill="count",
+        text=pick(rng, phrases.COUNT).format(things=things),
+        answer=str(number),
+        names=((things, counted),),
     )
 
 
@@ -90,7 +112,14 @@ def _about_one(
     if name is None or (hide == "shape" and name == "the shape"):
         return None
     answer = str(getattr(item, hide))
-    return Question(skill=skill, text=pick(rng, wordings).format(a=name), answer=answer, about=item)
+    return Question(
+        skill=skill,
+        text=pick(rng, wordings).format(a=name),
+        answer=answer,
+        about=item,
+        names=((name, (item,)),),
+        says=((answer, (item,)),),
+    )
 
 
 def colour(scene: Scene, rng: Rng) -> Question | None:
@@ -133,11 +162,14 @@ def place(scene: Scene, rng: Rng) -> Question | None:
         return None
     cell = pick(rng, cells)
     found = taken.get(cell)
+    where, what = at_place(PLACES[cell]), "nothing" if found is None else short_name(found)
     return Question(
         skill="place",
-        text=pick(rng, phrases.WHAT_AT).format(place=at_place(PLACES[cell])),
-        answer="nothing" if found is None else short_name(found),
+        text=pick(rng, phrases.WHAT_AT).format(place=where),
+        answer=what,
         about=found,
+        names=((where, () if found is None else (found,)),),
+        says=() if found is None else ((what, (found,)),),
     )
 
 
@@ -163,7 +195,13 @@ def exists(scene: Scene, rng: Rng) -> Question | None:
     one, other = pick(rng, options)
     thing = " ".join(word for word in (one, other or "object") if word)
     text = pick(rng, phrases.EXISTS).format(one=with_article(thing))
-    return Question(skill="yes/no", text=text, answer="yes" if wanted else "no")
+    found = tuple(matching(scene, colour=one, shape=other))
+    return Question(
+        skill="yes/no",
+        text=text,
+        answer="yes" if wanted else "no",
+        names=((thing, found),),
+    )
 
 
 def has_attribute(scene: Scene, rng: Rng) -> Question | None:
@@ -180,8 +218,10 @@ def has_attribute(scene: Scene, rng: Rng) -> Question | None:
         if not cells:
             return None
         cell = pick(rng, cells)
-        text = pick(rng, phrases.ANY_AT).format(place=at_place(PLACES[cell]))
-        return Question(skill="yes/no", text=text, answer=answer)
+        where = at_place(PLACES[cell])
+        text = pick(rng, phrases.ANY_AT).format(place=where)
+        found = tuple(one for one in scene.objects if one.cell == cell)
+        return Question(skill="yes/no", text=text, answer=answer, names=((where, found),))
     name = reference(scene, item, rng, hide=kind)
     if name is None:
         return None
@@ -190,7 +230,7 @@ def has_attribute(scene: Scene, rng: Rng) -> Question | None:
     said = truth if wanted else pick(rng, [value for value in values if value != truth])
     wordings = phrases.HAS_COLOUR if kind == "colour" else phrases.HAS_SIZE
     text = pick(rng, wordings).format(a=name, colour=said, size=said)
-    return Question(skill="yes/no", text=text, answer=answer, about=item)
+    return Question(skill="yes/no", text=text, answer=answer, about=item, names=((name, (item,)),))
 
 
 def absent(scene: Scene, rng: Rng) -> Question | None:
@@ -209,6 +249,8 @@ def absent(scene: Scene, rng: Rng) -> Question | None:
     near = [pair for pair in near if (None, pair[1]) in there] or near
     if near and rng.random() < 0.5:
         options = near
+    if not options:  # a crowd may hold every shape
+        return None
     one, other = pick(rng, options)
     thing = f"{one} {other}" if one else other
     asks = [phrases.PLACE, phrases.SIZE] + ([] if one else [phrases.COLOUR, phrases.COLOUR])
@@ -216,7 +258,7 @@ def absent(scene: Scene, rng: Rng) -> Question | None:
     if rng.random() < 0.2:
         side = pick(rng, phrases.SIDES[pick(rng, list(phrases.SIDES))])
         text = pick(rng, phrases.WHAT_SIDE).format(b=f"the {thing}", side=side)
-    return Question(skill="absence", text=text, answer=f"there is no {thing}")
+    return Question(skill="absence", text=text, answer=f"there is no {thing}", names=((thing, ()),))
 
 
 def _absent_mark(scene: Scene, rng: Rng) -> Question | None:

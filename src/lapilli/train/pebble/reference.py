@@ -10,6 +10,8 @@ from lapilli.train.pebble.scene import Object, Scene
 
 T = TypeVar("T")
 Rng = np.random.Generator
+Pointer = tuple[str, tuple[Object, ...]]
+"""A phrase and all the objects that it means; none where it means what is not there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +22,8 @@ class Question:
         skill: one of `SKILLS`.
         about: the object that "it" means in the next turn, or None where nothing was named.
         needs_previous: the question says "it" and means the object of the turn before.
+        names: phrases of the question that mean objects of the scene, in their order.
+        says: phrases of the answer and the objects that they are read from, in their order.
     """
 
     skill: str
@@ -27,6 +31,8 @@ class Question:
     answer: str
     about: Object | None = None
     needs_previous: bool = False
+    names: tuple[Pointer, ...] = ()
+    says: tuple[Pointer, ...] = ()
 
 
 def pick(rng: Rng, options: Sequence[T]) -> T:

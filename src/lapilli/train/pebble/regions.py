@@ -60,6 +60,16 @@ def region_words(scene: Scene, side: int) -> NDArray[np.bool_]:
     return words
 
 
+def object_patches(scene: Scene, item: Object, side: int) -> NDArray[np.bool_]:
+    """Patches that show this object and no other, and the one that holds its centre."""
+    covered, middle = _patches(scene, item, side)
+    for other in scene.objects:
+        if other is not item:
+            covered &= ~_patches(scene, other, side)[0]
+    covered[middle] = True
+    return covered
+
+
 def object_words(item: Object) -> tuple[str, ...]:
     """The words of an object."""
     return item.size, item.colour, item.shape, item.place

@@ -44,6 +44,7 @@ def is_side(scene: Scene, rng: Rng) -> Question | None:
         text=pick(rng, phrases.IS_SIDE).format(a=first, b=second, side=words),
         answer="yes" if wanted else "no",
         about=item,
+        names=((first, (item,)), (second, (other,))),
     )
 
 
@@ -90,4 +91,6 @@ def _what_side(scene: Scene, rng: Rng, it: Object | None) -> Question | None:
         answer=joined([short_name(item) for item in found]) or "nothing",
         about=found[0] if found else None,
         needs_previous=it is not None,
+        names=((name, (other,)),),
+        says=tuple((short_name(item), (item,)) for item in found),
     )

@@ -34,7 +34,6 @@ from lapilli.train.pebble.prepare import prepare_pool, prepare_tokenizer
 from lapilli.train.pebble.regions import LEXICON
 from lapilli.train.pebble.talk import (
     TalkTask,
-    patches_of_interest,
     stored_features,
     word_features,
 )
@@ -185,7 +184,6 @@ class Workshop:
             recipe,
             self.tokenizer(),
             features,
-            interest=patches_of_interest(regions),
             num_pictures=recipe.data.num_pictures,
         )
 

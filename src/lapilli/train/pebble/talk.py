@@ -7,8 +7,9 @@ instruct   features of the tower, several questions in one conversation
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from math import isqrt
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.templates import TEMPLATES
 from lapilli.prompt.tokenizer.base import Tokenizer
-from lapilli.shapes import Bool, Float, Tensor
+from lapilli.shapes import Float, Tensor
 from lapilli.train.batch import TrainingBatch, by_length, collate
 from lapilli.train.data import encode_sample
 from lapilli.train.loop import Loss
@@ -29,9 +30,19 @@ from lapilli.train.pebble.conversation import (
     caption_sample,
     draw_questions,
 )
+from lapilli.train.pebble.pointing import (
+    HEADS,
+    Looks,
+    Pointers,
+    QueriesAndKeys,
+    collate_looks,
+    looks,
+    pointing_loss,
+)
 from lapilli.train.pebble.reference import Question
 from lapilli.train.pebble.regions import LEXICON
 from lapilli.train.pebble.sample import sample_scene
+from lapilli.train.pebble.scene import Scene
 from lapilli.train.recipe import Recipe
 from lapilli.train.stages import FeatureReader
 
@@ -48,18 +59,6 @@ def word_features(packed: NDArray[np.uint8]) -> Features:
         return torch.from_numpy(bits).float()
 
     return features
-
-
-def patches_of_interest(packed: NDArray[np.uint8]) -> Callable[[int], Bool[Tensor, " P"]]:
-    """Where the middles of objects lie in a picture, or what is written in it."""
-    marks = [LEXICON.index(name) for name in ("word", "number", "handwritten")]
-
-    def interest(index: int) -> Tensor:
-        bits = np.unpackbits(packed[index], axis=-1, count=len(LEXICON)).astype(np.bool_)
-        middles = bits[:, LEXICON.index("middle")]
-        return torch.from_numpy(middles if middles.any() else bits[:, marks].any(-1))
-
-    return interest
 
 
 def stored_features(stored: NDArray[np.float16]) -> Features:
@@ -84,6 +83,23 @@ def without_long(turns: list[Question], rng: np.random.Generator, share: float) 
     return kept or turns
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One conversation with its features and, where attention is taught, its looks."""
+
+    prompt: EncodedPrompt
+    media: list[Tensor]
+    looks: Looks
+
+
+@dataclass(frozen=True, slots=True)
+class TalkBatch:
+    """Rows to learn from, and where their attention should fall, by kind of look."""
+
+    rows: TrainingBatch
+    pointers: Mapping[str, Pointers]
+
+
 class TalkTask:
     """Rows for the stages that train a language model; see `lapilli.train.loop.Task`.
 
@@ -92,9 +108,6 @@ class TalkTask:
         recipe: batch size, seed, template, stage.
         tokenizer: of the language model.
         features: features of picture i.
-        interest: patches of picture i that are always shown; the recipe's `patch_share` says how
-            many of the others are. A lookup among five positions is learned with a fifth of the
-            conversations that one among 64 takes, and then carries over.
         num_pictures: how many there are; picture i shows scene first_seed + i.
         first_seed: seed of picture 0.
         evaluator: figures for the log.
@@ -107,7 +120,6 @@ class TalkTask:
         tokenizer: Tokenizer,
         features: Features,
         *,
-        interest: Callable[[int], Bool[Tensor, " P"]] | None = None,
         num_pictures: int,
         first_seed: int = 0,
         evaluator: Callable[[], Mapping[str, float]] | None = None,
@@ -115,58 +127,71 @@ class TalkTask:
         self.model = model
         self._recipe, self._tokenizer, self._features = recipe, tokenizer, features
         self._num_pictures, self._first_seed = num_pictures, first_seed
-        self._evaluator, self._interest = evaluator, interest
+        self._evaluator = evaluator
         self._rows = lru_cache(maxsize=1)(self._step_rows)
 
-    def batch(self, step: int, micro: int) -> tuple[TrainingBatch, int]:
+    def batch(self, step: int, micro: int) -> tuple[TalkBatch, int]:
         """A micro-batch of rows of similar length."""
         rows, groups = self._rows(step)
         chosen = [rows[i] for i in groups[micro]]
-        batch = collate([prompt for prompt, _ in chosen], [media for _, media in chosen])
-        return batch, batch.num_valid
+        batch = collate([row.prompt for row in chosen], [row.media for row in chosen])
+        width = batch.input_ids.shape[1]
+        pointers = {
+            kind: collate_looks([row.looks.get(kind, ()) for row in chosen], width)
+            for kind in (HEADS if self._recipe.data.pointing else ())
+        }
+        return TalkBatch(batch, pointers), batch.num_valid
 
-    def _step_rows(
-        self, step: int
-    ) -> tuple[list[tuple[EncodedPrompt, list[Tensor]]], list[list[int]]]:
+    def _step_rows(self, step: int) -> tuple[list[Row], list[list[int]]]:
         """All rows of a step, and which of them make each micro-batch."""
         run = self._recipe.run
         at = draw_indices(self._num_pictures, run.batch_size * run.accumulate, step, seed=run.seed)
         rows = [self._row(int(index), step) for index in at]
-        return rows, by_length([len(prompt) for prompt, _ in rows], run.accumulate)
+        return rows, by_length([len(row.prompt) for row in rows], run.accumulate)
 
-    def _row(self, index: int, step: int) -> tuple[EncodedPrompt, list[Tensor]]:
+    def _row(self, index: int, step: int) -> Row:
         scene = sample_scene(self._first_seed + index)
         rng = np.random.default_rng([scene.seed, step, 23])
-        sample = self._sample(scene, rng)
-        media = [self._shown(index, step, rng)] if "image" in sample else []
+        turns = [] if self._recipe.stage == "align" else self._turns(scene, rng)
+        sample = self._sample(scene, turns, rng)
+        media = [self._features(index)] if "image" in sample else []
         lengths = [len(item) for item in media]
         template = TEMPLATES[self._recipe.data.template]
-        return encode_sample(sample, template, self._tokenizer, lengths), media
+        prompt = encode_sample(sample, template, self._tokenizer, lengths)
+        if not (self._recipe.data.pointing and media and turns):
+            return Row(prompt, media, {})
+        side = isqrt(lengths[0])
+        return Row(prompt, media, looks(prompt, turns, self._tokenizer, scene, side))
 
-    def _shown(self, index: int, step: int, rng: np.random.Generator) -> Tensor:
-        """The picture's features, of fewer patches early in a curriculum."""
-        features = self._features(index)
-        data = self._recipe.data
-        if self._interest is None or step >= data.full_after * self._recipe.run.steps:
-            return features
-        least, most = data.patch_share
-        others = rng.random(len(features)) < rng.uniform(least, most)
-        return features[self._interest(index) | torch.from_numpy(others)]
-
-    def _sample(self, scene: Any, rng: np.random.Generator) -> Sample:  # noqa: ANN401
-        if self._recipe.stage == "align":
-            return caption_sample(scene)
+    def _turns(self, scene: Scene, rng: np.random.Generator) -> list[Question]:
         least, most = self._recipe.data.questions
         turns = draw_questions(scene, rng, least=least, most=most)
-        turns = without_long(turns, rng, self._recipe.data.long_share)
+        return without_long(turns, rng, self._recipe.data.long_share)
+
+    def _sample(self, scene: Scene, turns: list[Question], rng: np.random.Generator) -> Sample:
+        if self._recipe.stage == "align":
+            return caption_sample(scene)
         name = str(scene.seed)
         if self._recipe.stage == "language" and rng.random() < _TEXT_SHARE:
             return as_sample(name, turns, opening=f"{caption(scene)}\n", image=None)
         return as_sample(name, turns, opening="<image>\n", image=name)
 
-    def loss(self, batch: TrainingBatch) -> Loss:
-        """Cross entropy of the answers."""
-        return self.model.loss(batch)
+    def loss(self, batch: TalkBatch) -> Loss:
+        """Cross entropy of the answers, and of where attention falls when it is taught."""
+        if not batch.pointers:
+            return self.model.loss(batch.rows)
+        with QueriesAndKeys() as seen:
+            answers = self.model.loss(batch.rows)
+        kinds = {}
+        for kind, pointers in batch.pointers.items():
+            layer, head = HEADS[kind]
+            queries, keys = seen.layers[layer]
+            kinds[kind] = pointing_loss(queries, keys, pointers, head=head)
+        number = batch.rows.num_valid
+        parts = {kind: float(loss.detach()) * number for kind, loss in kinds.items()}
+        parts["answers"] = float(answers.total.detach())
+        weight = self._recipe.data.pointing * number
+        return Loss(answers.total + weight * sum(kinds.values()), parts)
 
     def evaluate(self) -> Mapping[str, float]:
         """The evaluator's figures."""
