@@ -118,7 +118,9 @@ def pointing_loss(
     ahead = torch.arange(k.shape[1]) > pointers.position[:, None]
     scores = scores.masked_fill(ahead, float("-inf"))
     right = scores.masked_fill(~pointers.seen, float("-inf")).logsumexp(-1)
-    return (pointers.weight * (scores.logsumexp(-1) - right)).sum() / pointers.weight.sum()
+    missed = pointers.weight * (scores.logsumexp(-1) - right)
+    mean: Tensor = missed.sum() / pointers.weight.sum()
+    return mean
 
 
 def looks(
