@@ -3,7 +3,7 @@
 from typing import Protocol, runtime_checkable
 
 from lapilli.config.model import TextConfig
-from lapilli.nn.kv_cache import KVCache
+from lapilli.nn.kv_cache import Cache, KVCache
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 
@@ -31,7 +31,7 @@ class LanguageModel(Protocol):
         *,
         position_ids: Int[Tensor, "B T"],
         attention_mask: Bool[Tensor, "B S"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states after the final norm.
 
@@ -40,7 +40,8 @@ class LanguageModel(Protocol):
             position_ids: their positions, counted without padding; any number under padding.
             attention_mask: False for padding, over all S = cache.length + T positions; None when
                 no row is padded.
-            cache: what was read before; the new positions are appended.
+            cache: what was read before; the new positions are appended. With a PagedBatch the one
+                row holds the new positions of many sequences, one after the other.
         """
         ...
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lapilli.config.model import DecoderConfig
 from lapilli.nn.attention import attend, causal_mask
-from lapilli.nn.kv_cache import KVCache
+from lapilli.nn.kv_cache import Cache, KVCache
 from lapilli.nn.mlp import GatedMLP
 from lapilli.nn.norm import RMSNorm
 from lapilli.nn.rotary import Rotary, rotate
@@ -33,6 +33,7 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(width, groups, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, width, bias=config.output_bias)
         self.head_dim = head_dim
+        self.window = config.sliding_window
         self.layer = layer
 
     def forward(
@@ -40,7 +41,7 @@ class DecoderAttention(nn.Module):
         x: Float[Tensor, "B T D"],
         table: RotaryTable,
         mask: Bool[Tensor, "rows 1 T S"] | None,
-        cache: KVCache | None,
+        cache: Cache | None,
     ) -> Float[Tensor, "B T D"]:
         """The block's update, without the residual."""
         heads = (*x.shape[:2], -1, self.head_dim)
@@ -48,10 +49,11 @@ class DecoderAttention(nn.Module):
         k = self.k_proj(x).view(heads).transpose(1, 2)  # [B, K, T, A]
         v = self.v_proj(x).view(heads).transpose(1, 2)
         q, k = rotate(q, *table), rotate(k, *table)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        seen = attend(q, k, v, mask=mask).transpose(1, 2).flatten(2)  # [B, T, Q * A]
-        out: Tensor = self.o_proj(seen)
+        if cache is None:
+            seen = attend(q, k, v, mask=mask)
+        else:
+            seen = cache.attend(self.layer, q, k, v, mask=mask, window=self.window)
+        out: Tensor = self.o_proj(seen.transpose(1, 2).flatten(2))
         return out
 
 
@@ -75,7 +77,7 @@ class DecoderLayer(nn.Module):
         x: Float[Tensor, "B T D"],
         table: RotaryTable,
         mask: Bool[Tensor, "rows 1 T S"] | None,
-        cache: KVCache | None,
+        cache: Cache | None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states after this layer."""
         x = x + self.self_attn(self.input_layernorm(x), table, mask, cache)
@@ -121,7 +123,7 @@ class Decoder(nn.Module):
         *,
         position_ids: Int[Tensor, "B T"],
         attention_mask: Bool[Tensor, "B S"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states after the final norm; see LanguageModel.forward.
 
@@ -129,14 +131,16 @@ class Decoder(nn.Module):
         again in the backward pass instead of being kept.
         """
         length = inputs_embeds.shape[1]
-        past = 0 if cache is None else cache.length
-        mask = causal_mask(
-            attention_mask,
-            length,
-            past + length,
-            window=self.config.sliding_window,
-            device=inputs_embeds.device,
-        )
+        mask = None
+        if cache is None or not cache.ragged:
+            past = 0 if cache is None else cache.length
+            mask = causal_mask(
+                attention_mask,
+                length,
+                past + length,
+                window=self.config.sliding_window,
+                device=inputs_embeds.device,
+            )
         table = self.rotary.table(position_ids, inputs_embeds.dtype)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         x = inputs_embeds

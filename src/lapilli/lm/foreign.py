@@ -14,7 +14,8 @@ from torch import nn
 
 from lapilli.config.model import DecoderConfig
 from lapilli.errors import GenerationError, UnsupportedModelError
-from lapilli.nn.kv_cache import KVCache
+from lapilli.nn.kv_cache import Cache, KVCache
+from lapilli.nn.paged import PagedBatch
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 
@@ -79,9 +80,17 @@ class ForeignLanguageModel(nn.Module):
         *,
         position_ids: Int[Tensor, "B T"],
         attention_mask: Bool[Tensor, "B S"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Hidden states after the final norm; see LanguageModel.forward."""
+        """Hidden states after the final norm; see LanguageModel.forward.
+
+        Raises:
+            UnsupportedModelError: ragged rows, which another library's attention cannot read.
+        """
+        if isinstance(cache, PagedBatch):
+            raise UnsupportedModelError(
+                "the batching engine cannot run a language model of transformers: use generate()"
+            )
         positions = {"position_ids": position_ids} if self._takes_positions else {}
         hidden: Tensor = self._stack(
             inputs_embeds=inputs_embeds,

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lapilli.config.model import MptConfig
 from lapilli.nn.attention import attend, causal_mask
-from lapilli.nn.kv_cache import KVCache
+from lapilli.nn.kv_cache import Cache, KVCache
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 
@@ -46,7 +46,11 @@ class MptAttention(nn.Module):
         self.layer = layer
 
     def forward(
-        self, x: Float[Tensor, "B T D"], bias: Float[Tensor, "rows Q T S"], cache: KVCache | None
+        self,
+        x: Float[Tensor, "B T D"],
+        bias: Float[Tensor, "rows Q T S"] | None,
+        slopes: Float[Tensor, " Q"],
+        cache: Cache | None,
     ) -> Float[Tensor, "B T D"]:
         """The block's update, without the residual."""
         fused = self.Wqkv(x)
@@ -54,11 +58,11 @@ class MptAttention(nn.Module):
             fused = fused.clamp(-self.clip, self.clip)
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (part.view(heads).transpose(1, 2) for part in fused.chunk(3, dim=-1))
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        out: Tensor = self.out_proj(
-            attend(q, k, v, mask=bias, scale=self.scale).transpose(1, 2).flatten(2)
-        )
+        if cache is None:
+            seen = attend(q, k, v, mask=bias, scale=self.scale)
+        else:
+            seen = cache.attend(self.layer, q, k, v, mask=bias, scale=self.scale, slopes=slopes)
+        out: Tensor = self.out_proj(seen.transpose(1, 2).flatten(2))
         return out
 
 
@@ -89,10 +93,14 @@ class MptBlock(nn.Module):
         self.ffn = MptFeedForward(config)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], bias: Float[Tensor, "rows Q T S"], cache: KVCache | None
+        self,
+        x: Float[Tensor, "B T D"],
+        bias: Float[Tensor, "rows Q T S"] | None,
+        slopes: Float[Tensor, " Q"],
+        cache: Cache | None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states after this block."""
-        x = x + self.attn(self.norm_1(x), bias, cache)
+        x = x + self.attn(self.norm_1(x), bias, slopes, cache)
         out: Tensor = x + self.ffn(self.norm_2(x))
         return out
 
@@ -135,19 +143,23 @@ class Mpt(nn.Module):
         *,
         position_ids: Int[Tensor, "B T"],
         attention_mask: Bool[Tensor, "B S"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states after the final norm; see LanguageModel.forward."""
         length = inputs_embeds.shape[1]
-        past = 0 if cache is None else cache.length
-        bias = self._bias(attention_mask, length, past + length, inputs_embeds)
+        if self._slopes.device != inputs_embeds.device:
+            self._slopes = self._slopes.to(inputs_embeds.device)
+        slopes, bias = self._slopes, None
+        if cache is None or not cache.ragged:
+            past = 0 if cache is None else cache.length
+            bias = self._bias(attention_mask, length, past + length, inputs_embeds)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         x = inputs_embeds
         for block in self.transformer.blocks:
             x = (
-                checkpoint(block, x, bias, cache, use_reentrant=False)
+                checkpoint(block, x, bias, slopes, cache, use_reentrant=False)
                 if recompute
-                else block(x, bias, cache)
+                else block(x, bias, slopes, cache)
             )
         out: Tensor = self.transformer.norm_f(x)
         return out
@@ -161,8 +173,6 @@ class Mpt(nn.Module):
     ) -> Float[Tensor, "rows Q T S"]:
         """-slope * distance where a key is seen, minus infinity elsewhere."""
         device = like.device
-        if self._slopes.device != device:
-            self._slopes = self._slopes.to(device)
         keys = torch.arange(num_keys, device=device)
         distance = keys[num_keys - num_queries :, None] - keys  # [T, S]
         bias = -self._slopes[:, None, None] * distance  # [Q, T, S]

@@ -10,6 +10,8 @@ import torch
 
 from lapilli.config.model import TextConfig
 from lapilli.errors import GenerationError
+from lapilli.nn.attention import attend
+from lapilli.nn.paged import PagedBatch
 from lapilli.shapes import Float, Int, Tensor
 
 
@@ -19,6 +21,9 @@ class KVCache:
     Meant for generation: appended tensors are written into a buffer, so run under
     `torch.no_grad()` or `torch.inference_mode()`.
     """
+
+    ragged = False
+    """All rows have the same number of positions; the caller's mask says which are padding."""
 
     def __init__(
         self,
@@ -76,6 +81,22 @@ class KVCache:
         self._lengths[layer] = end
         return keys[:, :, :end], values[:, :, :end]
 
+    def attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "B Q T A"],
+        k: Float[Tensor, "B K T A"],
+        v: Float[Tensor, "B K T A"],
+        *,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+        slopes: Tensor | None = None,
+    ) -> Float[Tensor, "B Q T A"]:
+        """The new keys and values appended, then `attention.attend` over all of the layer's."""
+        keys, values = self.append(layer, k, v)
+        return attend(q, keys, values, mask=mask, scale=scale)
+
     def _grow(self, layer: int, needed: int) -> None:
         """A buffer at least twice as long, so that n appends copy O(n) positions in all."""
         for buffers in (self._keys, self._values):
@@ -108,3 +129,7 @@ class KVCache:
                 f"a KV cache of {self.length} positions cannot be truncated to {length}"
             )
         self._lengths = [length] * len(self._lengths)
+
+
+Cache = KVCache | PagedBatch
+"""What a language model takes as its `cache`: rows of one length, or ragged rows over blocks."""

@@ -1,0 +1,162 @@
+"""Keys and values of many sequences in blocks of P positions; knows layers, not who owns a block.
+
+    per layer   keys, values  [N, K, P, A]
+    a sequence  a table of blocks; position i lies in block table[i // P] at offset i % P
+
+Block 0 is never written: tables of unequal length are padded with it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from lapilli.config.model import TextConfig
+from lapilli.shapes import Float, Int, Tensor
+
+
+class BlockStore:
+    """Memory for keys and values in the dtype of the model.
+
+    On a CPU the operating system hands out the memory page by page as blocks are written.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        num_blocks: int,
+        *,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.dtype = dtype
+        self.device = device
+        self._heads = config.num_kv_heads
+        self._width = config.head_dim
+        shape = (num_blocks, self._heads, block_size, self._width)
+        self.keys = [self._zeros(shape) for _ in range(config.num_layers)]
+        self.values = [self._zeros(shape) for _ in range(config.num_layers)]
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        # Zeros, not whatever was there: what attention masks out must still be finite.
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    @staticmethod
+    def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Memory of one block in all layers."""
+        positions = 2 * config.num_layers * config.num_kv_heads * block_size
+        return positions * config.head_dim * dtype.itemsize
+
+    def tensors(self) -> list[Tensor]:
+        """All memory, every tensor with the blocks first."""
+        return [*self.keys, *self.values]
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zeros over blocks that somebody used before: nothing of theirs may leak, not even NaN."""
+        if blocks:
+            index = torch.tensor(blocks, device=self.device)
+            for tensor in self.tensors():
+                tensor.index_fill_(0, index, 0)
+
+    def copy(self, source: int, target: int) -> None:
+        """One block over another."""
+        for tensor in self.tensors():
+            tensor[target] = tensor[source]
+
+    def write(
+        self,
+        layer: int,
+        blocks: Int[Tensor, " T"],
+        offsets: Int[Tensor, " T"],
+        k: Float[Tensor, "T K A"],
+        v: Float[Tensor, "T K A"],
+    ) -> None:
+        """Keys and values of T positions, each into its place."""
+        self.keys[layer][blocks, :, offsets] = k
+        self.values[layer][blocks, :, offsets] = v
+
+    def rows_of(self, tables: Int[Tensor, "R n"]) -> Int[Tensor, " places"]:
+        """What `gather` takes: the same for all layers, so it is computed once a step."""
+        heads = torch.arange(self._heads, device=self.device)[None, :, None]
+        return (tables[:, None] * self._heads + heads).flatten()
+
+    def gather(
+        self, layer: int, places: Int[Tensor, " places"], rows: int
+    ) -> tuple[Float[Tensor, "R K S A"], Float[Tensor, "R K S A"]]:
+        """Keys and values of R tables of n blocks, S = n * P; copies."""
+        return (
+            self._gathered(self.keys[layer], places, rows),
+            self._gathered(self.values[layer], places, rows),
+        )
+
+    def _gathered(self, memory: Tensor, places: Tensor, rows: int) -> Tensor:
+        found = memory.view(-1, self.block_size, self._width).index_select(0, places)
+        return found.view(rows, self._heads, -1, self._width)
+
+
+class QuantizedBlockStore(BlockStore):
+    """The same in int8, with one float32 scale per position and head.
+
+    A vector of A numbers is divided by its largest magnitude / 127 and rounded, so a number is off
+    by at most 1/254 of the largest one in its vector.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        num_blocks: int,
+        *,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(config, num_blocks, block_size=block_size, dtype=torch.int8, device=device)
+        self._float = dtype
+        shape = (num_blocks, self._heads, block_size, 1)
+        self.key_scales = [
+            torch.zeros(shape, dtype=torch.float32, device=device) for _ in self.keys
+        ]
+        self.value_scales = [torch.zeros_like(scales) for scales in self.key_scales]
+
+    @staticmethod
+    def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Memory of one block in all layers; `dtype` is what comes out and does not count."""
+        positions = 2 * config.num_layers * config.num_kv_heads * block_size
+        return positions * (config.head_dim + torch.float32.itemsize)
+
+    def tensors(self) -> list[Tensor]:
+        """All memory, every tensor with the blocks first."""
+        return [*self.keys, *self.values, *self.key_scales, *self.value_scales]
+
+    def write(
+        self,
+        layer: int,
+        blocks: Int[Tensor, " T"],
+        offsets: Int[Tensor, " T"],
+        k: Float[Tensor, "T K A"],
+        v: Float[Tensor, "T K A"],
+    ) -> None:
+        """Keys and values of T positions, rounded, each into its place."""
+        for memory, scales, x in (
+            (self.keys[layer], self.key_scales[layer], k),
+            (self.values[layer], self.value_scales[layer], v),
+        ):
+            x = x.float()
+            scale = x.abs().amax(dim=-1, keepdim=True) / 127
+            rounded = (x / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
+            memory[blocks, :, offsets] = rounded.to(torch.int8)
+            scales[blocks, :, offsets] = scale
+
+    def gather(
+        self, layer: int, places: Int[Tensor, " places"], rows: int
+    ) -> tuple[Float[Tensor, "R K S A"], Float[Tensor, "R K S A"]]:
+        """Keys and values of R tables of n blocks, S = n * P, as floats again."""
+        keys = self._gathered(self.keys[layer], places, rows)
+        values = self._gathered(self.values[layer], places, rows)
+        key_scales, value_scales = (
+            scales.view(-1, self.block_size).index_select(0, places).view(*keys.shape[:3], 1)
+            for scales in (self.key_scales[layer], self.value_scales[layer])
+        )
+        return (keys * key_scales).to(self._float), (values * value_scales).to(self._float)

@@ -1,0 +1,186 @@
+"""One pass over many sequences at once: tokens of all of them in one row, attention per sequence.
+
+    flat row   [ a | b | c | d d d d | e e ]     sequences with one new token first
+    a, b, c    read together over their block tables (decode)
+    d, e       one after the other, over their own positions (prefill, verification of drafts)
+
+Embeddings, norms and linear layers see [1, T, D] without padding. Stands where a KVCache stands;
+knows blocks and lengths, no requests.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lapilli.nn.attention import attend, causal_mask
+from lapilli.nn.block_store import BlockStore
+from lapilli.shapes import Float, Int, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PagedRow:
+    """One sequence in this pass.
+
+    Attributes:
+        table: its blocks, enough for `past + count` positions.
+        past: positions that the blocks hold already.
+        count: new positions in this pass, at least 1.
+    """
+
+    table: Sequence[int]
+    past: int
+    count: int
+
+    @property
+    def length(self) -> int:
+        """Positions after this pass."""
+        return self.past + self.count
+
+
+class PagedBatch:
+    """The view that a language model gets as its `cache` in one pass.
+
+    Args:
+        store: where keys and values are.
+        rows: in the order of the flat row, those with one new position first.
+    """
+
+    ragged = True
+    """Several sequences in one row: the model makes no mask, attention knows who sees whom."""
+
+    def __init__(self, store: BlockStore, rows: Sequence[PagedRow]) -> None:
+        self._store = store
+        self._singles = [row for row in rows if row.count == 1]
+        self._longer = [row for row in rows if row.count > 1]
+        if [*self._singles, *self._longer] != list(rows):
+            raise ValueError("rows with one new position come first")
+        self._blocks, self._offsets = self._places(rows)
+        self._lengths = self._tensor([row.length for row in self._singles])
+        self._single_places = store.rows_of(self._tables(self._singles))
+        self._single_bias: Tensor | None = None
+        self._has_single_bias = False
+        self._row_places = [
+            store.rows_of(self._tables([row])) if row.past else None for row in self._longer
+        ]
+
+    @property
+    def length(self) -> int:
+        """Not one number for ragged rows; positions are told by `position_ids`."""
+        return 0
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "1 Q T A"],
+        k: Float[Tensor, "1 K T A"],
+        v: Float[Tensor, "1 K T A"],
+        *,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+        slopes: Float[Tensor, " Q"] | None = None,
+    ) -> Float[Tensor, "1 Q T A"]:
+        """Attention of every new position over its own sequence; keys and values are kept.
+
+        Args:
+            layer: whose keys and values these are.
+            q: queries of the flat row.
+            k: keys of the flat row.
+            v: values of the flat row.
+            mask: not read; a KVCache needs it.
+            scale: factor on the scores, 1 / sqrt(A) when None.
+            window: a query sees its own and the `window - 1` positions before it.
+            slopes: per head, what every position of distance takes off the score (ALiBi).
+        """
+        self._store.write(
+            layer, self._blocks, self._offsets, k[0].transpose(0, 1), v[0].transpose(0, 1)
+        )
+        parts = []
+        start = len(self._singles)
+        if start:
+            parts.append(self._attend_singles(layer, q[:, :, :start], scale, window, slopes))
+        for row, places in zip(self._longer, self._row_places, strict=True):
+            new = slice(start, start + row.count)
+            if places is None:
+                keys, values = k[:, :, new], v[:, :, new]
+            else:
+                keys, values = self._store.gather(layer, places, 1)
+                keys, values = keys[:, :, : row.length], values[:, :, : row.length]
+            bias = _row_bias(row, window, slopes, q)
+            parts.append(attend(q[:, :, new], keys, values, mask=bias, scale=scale))
+            start += row.count
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _attend_singles(
+        self,
+        layer: int,
+        q: Float[Tensor, "1 Q R A"],
+        scale: float | None,
+        window: int | None,
+        slopes: Float[Tensor, " Q"] | None,
+    ) -> Float[Tensor, "1 Q R A"]:
+        rows = len(self._singles)
+        keys, values = self._store.gather(layer, self._single_places, rows)
+        if not self._has_single_bias:  # the same in all layers
+            self._single_bias = self._bias_of_singles(keys.shape[2], window, slopes, q)
+            self._has_single_bias = True
+        queries = q[0].transpose(0, 1).unsqueeze(2)  # [R, Q, 1, A]
+        out = attend(queries, keys, values, mask=self._single_bias, scale=scale)
+        return out[:, :, 0].transpose(0, 1).unsqueeze(0)
+
+    def _bias_of_singles(
+        self,
+        num_keys: int,
+        window: int | None,
+        slopes: Float[Tensor, " Q"] | None,
+        like: Tensor,
+    ) -> Tensor | None:
+        """What the one query of each row may see; None when all of them see everything."""
+        lengths = [row.length for row in self._singles]
+        if window is not None and max(lengths) <= window:
+            window = None
+        if window is None and slopes is None and min(lengths) == num_keys:
+            return None
+        distance = (self._lengths[:, None] - 1) - torch.arange(num_keys, device=like.device)
+        seen = distance >= 0  # [R, S]
+        if window is not None:
+            seen &= distance < window
+        if slopes is None:
+            return seen[:, None, None]
+        bias = -slopes[None, :, None] * distance[:, None]  # [R, Q, S]
+        return bias.to(like.dtype).masked_fill(~seen[:, None], float("-inf")).unsqueeze(2)
+
+    def _places(self, rows: Sequence[PagedRow]) -> tuple[Int[Tensor, " T"], Int[Tensor, " T"]]:
+        size = self._store.block_size
+        positions = [
+            (row.table[at // size], at % size) for row in rows for at in range(row.past, row.length)
+        ]
+        blocks, offsets = zip(*positions, strict=True)
+        return self._tensor(blocks), self._tensor(offsets)
+
+    def _tables(self, rows: Sequence[PagedRow]) -> Int[Tensor, "R n"]:
+        """Blocks of every row up to its length, padded with block 0."""
+        size = self._store.block_size
+        used = [-(-row.length // size) for row in rows]
+        longest = max(used, default=0)
+        tables = [[*row.table[:n], *[0] * (longest - n)] for row, n in zip(rows, used, strict=True)]
+        return self._tensor(tables).view(len(rows), longest)
+
+    def _tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self._store.device)
+
+
+def _row_bias(
+    row: PagedRow, window: int | None, slopes: Float[Tensor, " Q"] | None, like: Tensor
+) -> Tensor | None:
+    """Who sees whom among the new positions of one sequence."""
+    if slopes is None:
+        return causal_mask(None, row.count, row.length, window=window, device=like.device)
+    keys = torch.arange(row.length, device=like.device)
+    distance = keys[row.past :, None] - keys  # [T, S]
+    hidden = distance < 0
+    if window is not None:
+        hidden |= distance >= window
+    bias = -slopes[:, None, None] * distance
+    return bias.to(like.dtype).masked_fill(hidden, float("-inf")).unsqueeze(0)

@@ -1,0 +1,185 @@
+"""A pass over ragged rows in blocks equals one pass per sequence with a cache of its own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lapilli.config.model import DecoderConfig, MptConfig
+from lapilli.lm.base import LanguageModel
+from lapilli.lm.decoder import Decoder
+from lapilli.lm.mpt import Mpt
+from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
+from lapilli.nn.paged import PagedBatch, PagedRow
+
+BLOCK = 4
+NUM_BLOCKS = 32
+
+
+def decoder(window: int | None, kv_heads: int) -> Decoder:
+    config = DecoderConfig(
+        vocab_size=31,
+        hidden_size=24,
+        intermediate_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        head_dim=6,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        max_positions=64,
+        sliding_window=window,
+    )
+    return Decoder(config)
+
+
+def mpt() -> Mpt:
+    config = MptConfig(vocab_size=31, hidden_size=24, num_layers=2, num_heads=4, max_positions=64)
+    return Mpt(config)
+
+
+MODELS = {
+    "grouped": lambda: decoder(None, 2),
+    "one head each": lambda: decoder(None, 4),
+    "window": lambda: decoder(5, 2),
+    "alibi": mpt,
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request) -> LanguageModel:
+    torch.manual_seed(3)
+    model = MODELS[request.param]().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def store_for(model: LanguageModel, kind: type[BlockStore] = BlockStore) -> BlockStore:
+    store = kind(
+        model.config,
+        NUM_BLOCKS,
+        block_size=BLOCK,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    for tensor in store.tensors():  # what others left there must not matter
+        tensor[1:] = 7
+    return store
+
+
+@st.composite
+def passes(draw):
+    """New positions of every sequence in each of some passes, at most 14 in all."""
+    sequences = draw(st.integers(1, 4))
+    return draw(
+        st.lists(
+            st.lists(st.integers(0, 4), min_size=sequences, max_size=sequences).filter(any),
+            min_size=1,
+            max_size=3,
+        )
+    )
+
+
+def tables_for(counts: list[list[int]]) -> list[list[int]]:
+    """Scattered blocks, enough for every sequence."""
+    free = torch.randperm(NUM_BLOCKS - 1, generator=torch.Generator().manual_seed(1)) + 1
+    blocks = iter(free.tolist())
+    need = [-(-sum(column) // BLOCK) for column in zip(*counts, strict=True)]
+    return [[next(blocks) for _ in range(n)] for n in need]
+
+
+@torch.inference_mode()
+def run_paged(model, store, tables, counts, embeds) -> list[torch.Tensor]:
+    past = [0] * len(tables)
+    out: list[list[torch.Tensor]] = [[] for _ in tables]
+    for step in counts:
+        order = sorted((i for i, n in enumerate(step) if n), key=lambda i: step[i] > 1)
+        rows = [PagedRow(tables[i], past[i], step[i]) for i in order]
+        flat = torch.cat([embeds[i][past[i] : past[i] + step[i]] for i in order])[None]
+        positions = torch.cat([torch.arange(past[i], past[i] + step[i]) for i in order])[None]
+        hidden = model.forward(flat, position_ids=positions, cache=PagedBatch(store, rows))
+        parts = hidden[0].split([step[i] for i in order])
+        for i, part in zip(order, parts, strict=True):
+            out[i].append(part)
+            past[i] += step[i]
+    return [torch.cat(parts) for parts in out if parts]
+
+
+@torch.inference_mode()
+def run_alone(model, embeds) -> torch.Tensor:
+    positions = torch.arange(len(embeds))[None]
+    return model.forward(embeds[None], position_ids=positions, cache=model.new_cache(1))[0]
+
+
+@given(passes())
+@settings(max_examples=40, deadline=None)
+def test_ragged_rows_equal_solo_runs(model, counts):
+    torch.manual_seed(0)
+    lengths = [sum(column) for column in zip(*counts, strict=True)]
+    embeds = [torch.randn(n, 24) for n in lengths]
+    found = run_paged(model, store_for(model), tables_for(counts), counts, embeds)
+    expected = [run_alone(model, row) for row in embeds if len(row)]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+@given(passes())
+@settings(max_examples=15, deadline=None)
+def test_int8_blocks_stay_near(model, counts):
+    torch.manual_seed(0)
+    lengths = [sum(column) for column in zip(*counts, strict=True)]
+    embeds = [torch.randn(n, 24) for n in lengths]
+    store = store_for(model, QuantizedBlockStore)
+    found = run_paged(model, store, tables_for(counts), counts, embeds)
+    expected = [run_alone(model, row) for row in embeds if len(row)]
+    for ours, theirs in zip(found, expected, strict=True):
+        error = (ours - theirs).norm() / theirs.norm()
+        assert error < 0.05
+
+
+def test_int8_numbers_are_off_by_half_a_step():
+    model = decoder(None, 2)
+    store = store_for(model, QuantizedBlockStore)
+    k, v = torch.randn(5, 2, 6), torch.randn(5, 2, 6)
+    v[2] = 0  # no magnitude to divide by
+    blocks, offsets = torch.tensor([3, 3, 3, 3, 9]), torch.tensor([0, 1, 2, 3, 0])
+    store.write(1, blocks, offsets, k, v)
+    places = store.rows_of(torch.tensor([[3, 9]]))
+    for written, read in zip((k, v), store.gather(1, places, 1), strict=True):
+        back = read[0, :, :5].transpose(0, 1)
+        step = written.abs().amax(dim=-1, keepdim=True) / 127
+        assert ((back - written).abs() <= step / 2 + 1e-6).all()
+
+
+def test_bytes_per_block_are_those_of_the_tensors():
+    config = decoder(None, 2).config
+    for kind in (BlockStore, QuantizedBlockStore):
+        store = kind(config, 3, block_size=BLOCK, dtype=torch.float32, device=torch.device("cpu"))
+        held = sum(tensor.nbytes for tensor in store.tensors())
+        assert held == 3 * kind.bytes_per_block(config, BLOCK, torch.float32)
+
+
+def test_cleared_blocks_hold_no_nan():
+    model = decoder(None, 2)
+    store = store_for(model)
+    for tensor in store.tensors():
+        tensor[5] = float("nan")
+    store.clear([5])
+    assert all(bool(tensor.isfinite().all()) for tensor in store.tensors())
+    assert all(bool((tensor[4] == 7).all()) for tensor in store.tensors())
+
+
+def test_copied_block_is_equal():
+    store = store_for(decoder(None, 2))
+    for tensor in store.tensors():
+        tensor[2] = torch.randn(tensor.shape[1:])
+    store.copy(2, 6)
+    assert all(torch.equal(tensor[2], tensor[6]) for tensor in store.tensors())
+
+
+def test_rows_with_one_new_position_come_first():
+    store = store_for(decoder(None, 2))
+    with pytest.raises(ValueError, match="one new position come first"):
+        PagedBatch(store, [PagedRow([1], 0, 2), PagedRow([2], 0, 1)])
