@@ -18,7 +18,7 @@ from lapilli.train.pebble.pointing import (
     pointing_loss,
 )
 from lapilli.train.pebble.reference import Question
-from lapilli.train.pebble.regions import object_patches, region_words
+from lapilli.train.pebble.regions import region_words, shown_patches
 from lapilli.train.pebble.sample import sample_scene
 
 SIDE = 8
@@ -45,7 +45,7 @@ def scene():
 
 
 def expected(scene, item):
-    return object_patches(scene, item, SIDE).flatten().nonzero()[0].tolist()
+    return shown_patches(scene, item, SIDE).flatten().nonzero()[0].tolist()
 
 
 def test_a_named_object_is_looked_at(tokenizer, scene):
@@ -165,13 +165,13 @@ def test_queries_and_keys_are_kept_by_layer():
     )
 
 
-def test_object_patches_hold_its_middle_and_no_other_object(scene):
+def test_shown_patches_hold_its_middle_and_no_other_object(scene):
     words = region_words(scene, SIDE)
     for item in scene.objects:
-        patches = object_patches(scene, item, SIDE)
+        patches = shown_patches(scene, item, SIDE)
         assert patches.any()
         assert not any(
-            (patches & object_patches(scene, other, SIDE)).any()
+            (patches & shown_patches(scene, other, SIDE)).any()
             for other in scene.objects
             if other is not item
         )

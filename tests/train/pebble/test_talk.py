@@ -82,7 +82,7 @@ def test_the_language_stage_reads_sentences_too(tokenizer, regions):
 
 
 def test_attention_is_taught_where_the_recipe_says_so(tokenizer, regions):
-    task = new_task(tokenizer, regions, "instruct", pointing=0.5, num_layers=4, num_heads=2)
+    task = new_task(tokenizer, regions, "instruct", pointing=0.5, num_layers=4, num_heads=4)
     batch, count = task.batch(0, 0)
     loss = task.loss(batch)
     assert set(loss.parts) == {*HEADS, "answers"}

@@ -4,7 +4,7 @@
     layer 1   the last word of "the small red star" looks at that star's patches, or, as far as
               there is none, at the first position; of "red stars" equally at all of them
     layer 2   an answer looks at what its question named first, another head at what it named
-              last; a list looks at what it listed last
+              last, a third at "left" or "above"; a list looks at what it listed last
     layer 3   what is about to be said is looked at: the second object of a list before "a"
 
 Which patches answer a question is known when a scene is drawn. A model that has to find out by
@@ -27,12 +27,14 @@ from torch.overrides import TorchFunctionMode
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.tokenizer.base import Tokenizer
 from lapilli.shapes import Bool, Float, Int, Tensor
+from lapilli.train.pebble.glyphs import Glyph
 from lapilli.train.pebble.reference import Question
-from lapilli.train.pebble.regions import object_patches
+from lapilli.train.pebble.regions import shown_patches
 from lapilli.train.pebble.scene import SHAPES, Object, Scene
 
 _BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
 _NOUN: Final = re.compile(rf"\b({'|'.join(SHAPES)})\b")
+_SIDE: Final = re.compile(r"left|right|above|over|below|under")
 _ANSWER: Final = "ASSISTANT:"
 
 
@@ -49,6 +51,7 @@ HEADS: Final = {
     "named": Head(1, 0),
     "asked first": Head(2, 0),
     "asked last": Head(2, 1),
+    "asked side": Head(2, 2),
     "said": Head(3, 0),
 }
 """Who learns each kind of look."""
@@ -154,22 +157,22 @@ class _Reading:
 
     def looks(self, turns: Sequence[Question]) -> Looks:
         self.text, self.starts = _text(self.prompt, self.tokenizer)
-        self.patches = {id(item): self._patches(item) for item in self.scene.objects}
-        self.mentions: dict[int, int] = {}  # of an object: the position that named it last
+        self.mentions: dict[Object | Glyph, int] = {}  # the position that named it last
         self.at = 0
         self._look_back()
         previous: Question | None = None
         for turn in turns:
             self.at = self.text.index(turn.text, self.at)
             asked = self._read_question(turn, previous)
+            self.side_word = self._side(turn)
             self.at = self.text.index(_ANSWER, self.at) + len(_ANSWER)
             self._read_answer(turn, asked)
             previous = turn
         return self.found
 
-    def _patches(self, item: Object) -> tuple[int, ...]:
+    def _patches(self, item: Object | Glyph) -> tuple[int, ...]:
         start = self.prompt.spans[0].start
-        covered = object_patches(self.scene, item, self.side).flatten()
+        covered = shown_patches(self.scene, item, self.side).flatten()
         return tuple(start + int(patch) for patch in covered.nonzero()[0])
 
     def _look_back(self) -> None:
@@ -183,9 +186,8 @@ class _Reading:
     def _read_question(self, turn: Question, previous: Question | None) -> list[int]:
         """Positions that say what the question is about."""
         if turn.needs_previous and previous is not None:
-            return (
-                [self.mentions[id(previous.about)]] if id(previous.about) in self.mentions else []
-            )
+            named = None if previous.about is None else self.mentions.get(previous.about)
+            return [] if named is None else [named]
         asked = []
         for phrase, items in turn.names:
             self.at = self._find(phrase)
@@ -194,6 +196,14 @@ class _Reading:
             asked.append(last)
             self.at += len(phrase)
         return asked
+
+    def _side(self, turn: Question) -> int | None:
+        """The position of "left" in "to the left of"."""
+        word = _SIDE.search(turn.side)
+        if word is None:
+            return None
+        start = self.text.rindex(turn.text, 0, self.at + len(turn.text))
+        return self._position(self.text.index(turn.side, start) + word.end() - 1)
 
     def _read_answer(self, turn: Question, asked: list[int]) -> None:
         first = self._position(self.at - 1)
@@ -217,16 +227,18 @@ class _Reading:
         if asked:
             self.found["asked first"].append(Look(position, ((asked[0],),)))
             self.found["asked last"].append(Look(position, ((asked[-1],),)))
+        if self.side_word is not None:
+            self.found["asked side"].append(Look(position, ((self.side_word,),)))
 
-    def _name(self, position: int, items: Iterable[Object]) -> None:
+    def _name(self, position: int, items: Sequence[Object | Glyph]) -> None:
         self.found["named"].append(Look(position, ((0,), *self._shown(items))))
-        self.mentions.update({id(item): position for item in items})
+        self.mentions.update(dict.fromkeys(items, position))
 
-    def _shown(self, items: Iterable[Object]) -> list[tuple[int, ...]]:
-        return [self.patches[id(item)] for item in items]
+    def _shown(self, items: Iterable[Object | Glyph]) -> list[tuple[int, ...]]:
+        return [self._patches(item) for item in items]
 
     def _find(self, phrase: str) -> int:
-        match = re.compile(rf"\b{re.escape(phrase)}\b").search(self.text, self.at)
+        match = re.compile(rf"(?<![a-z]){re.escape(phrase)}(?![a-z])").search(self.text, self.at)
         if match is None:
             raise ValueError(f"{phrase!r} does not stand in {self.text[self.at :]!r}")
         return match.start()

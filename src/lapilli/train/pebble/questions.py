@@ -19,6 +19,7 @@ from lapilli.train.pebble.caption import (
     short_name,
     with_article,
 )
+from lapilli.train.pebble.glyphs import glyphs
 from lapilli.train.pebble.palette import COLOURS
 from lapilli.train.pebble.reference import (
     Pointer,
@@ -42,7 +43,7 @@ def describe(scene: Scene, rng: Rng) -> Question | None:
         text=pick(rng, phrases.DESCRIBE),
         answer=caption(scene),
         about=first,
-        says=tuple((full_name(item), (item,)) for item in scene.objects),
+        says=_marks(scene) or tuple((full_name(item), (item,)) for item in scene.objects),
     )
 
 
@@ -54,8 +55,18 @@ def list_objects(scene: Scene, rng: Rng) -> Question | None:
         text=pick(rng, phrases.LIST),
         answer=listing(scene),
         about=first,
-        says=tuple((short_name(item), (item,)) for item in scene.objects),
+        says=_marks(scene) or tuple((short_name(item), (item,)) for item in scene.objects),
     )
+
+
+def _marks(scene: Scene) -> tuple[Pointer, ...]:
+    """What a scene without objects says: every digit alone, a word whole."""
+    marks = glyphs(scene)
+    if scene.digit is not None:
+        return ((str(scene.digit.value), tuple(marks)),)
+    if scene.writing is not None and scene.writing.is_number:
+        return tuple((glyph.text, (glyph,)) for glyph in marks)
+    return () if scene.writing is None else ((scene.writing.text, tuple(marks)),)
 
 
 def count(scene: Scene, rng: Rng) -> Question | None:
@@ -274,11 +285,14 @@ def _absent_mark(scene: Scene, rng: Rng) -> Question | None:
 def read(scene: Scene, rng: Rng) -> Question | None:
     """What a word, a number or a digit says."""
     if scene.digit is not None:
-        return Question(skill="digit", text=pick(rng, phrases.DIGIT), answer=str(scene.digit.value))
+        answer = str(scene.digit.value)
+        text = pick(rng, phrases.DIGIT)
+        return Question(skill="digit", text=text, answer=answer, says=_marks(scene))
     if scene.writing is None:
         return None
     more = phrases.READ_NUMBER if scene.writing.is_number else phrases.READ_WORD
-    return Question(skill="reading", text=pick(rng, phrases.READ + more), answer=scene.writing.text)
+    text = pick(rng, phrases.READ + more)
+    return Question(skill="reading", text=text, answer=scene.writing.text, says=_marks(scene))
 
 
 Maker = Callable[[Scene, Rng], Question | None]

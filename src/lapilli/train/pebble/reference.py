@@ -6,12 +6,13 @@ from typing import TypeVar
 
 import numpy as np
 
+from lapilli.train.pebble.glyphs import Glyph
 from lapilli.train.pebble.scene import Object, Scene
 
 T = TypeVar("T")
 Rng = np.random.Generator
-Pointer = tuple[str, tuple[Object, ...]]
-"""A phrase and all the objects that it means; none where it means what is not there."""
+Pointer = tuple[str, tuple[Object | Glyph, ...]]
+"""A phrase and everything that it means; nothing where it means what is not there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,8 @@ class Question:
         about: the object that "it" means in the next turn, or None where nothing was named.
         needs_previous: the question says "it" and means the object of the turn before.
         names: phrases of the question that mean objects of the scene, in their order.
-        says: phrases of the answer and the objects that they are read from, in their order.
+        says: phrases of the answer and what they are read from, in their order.
+        side: the words of the question that say on which side of an object.
     """
 
     skill: str
@@ -33,6 +35,7 @@ class Question:
     needs_previous: bool = False
     names: tuple[Pointer, ...] = ()
     says: tuple[Pointer, ...] = ()
+    side: str = ""
 
 
 def pick(rng: Rng, options: Sequence[T]) -> T:

@@ -60,8 +60,10 @@ def region_words(scene: Scene, side: int) -> NDArray[np.bool_]:
     return words
 
 
-def object_patches(scene: Scene, item: Object, side: int) -> NDArray[np.bool_]:
-    """Patches that show this object and no other, and the one that holds its centre."""
+def shown_patches(scene: Scene, item: Object | Glyph, side: int) -> NDArray[np.bool_]:
+    """Patches of this object or character alone, and the one that holds its centre."""
+    if isinstance(item, Glyph):
+        return _under(scene, item, side)
     covered, middle = _patches(scene, item, side)
     for other in scene.objects:
         if other is not item:

@@ -45,6 +45,7 @@ def is_side(scene: Scene, rng: Rng) -> Question | None:
         answer="yes" if wanted else "no",
         about=item,
         names=((first, (item,)), (second, (other,))),
+        side=words,
     )
 
 
@@ -85,12 +86,14 @@ def _what_side(scene: Scene, rng: Rng, it: Object | None) -> Question | None:
     if found is None or name is None or len(found) > 2 or (not found and rng.random() < 0.5):
         return None
     wordings = phrases.WHAT_SIDE if it is None else phrases.WHAT_SIDE_IT
+    words = pick(rng, phrases.SIDES[side])
     return Question(
         skill="relation",
-        text=pick(rng, wordings).format(b=name, side=pick(rng, phrases.SIDES[side])),
+        text=pick(rng, wordings).format(b=name, side=words),
         answer=joined([short_name(item) for item in found]) or "nothing",
         about=found[0] if found else None,
         needs_previous=it is not None,
         names=((name, (other,)),),
         says=tuple((short_name(item), (item,)) for item in found),
+        side=words,
     )
