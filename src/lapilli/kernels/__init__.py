@@ -1,1 +1,1 @@
-"""Native CPU operations: for each a plain-torch reference and a compiled path that gives the same."""
+"""Native CPU operations, each with a plain-torch reference that gives the same."""

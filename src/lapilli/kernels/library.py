@@ -1,0 +1,116 @@
+"""The compiled library, by ctypes: the only file that knows that there is one.
+
+    native() -> Library | None      None: not compiled, not for this CPU, or LAPILLI_KERNELS=0
+
+LAPILLI_KERNELS may also name an instruction set (avx512vnni, avxvnni, avx2, portable). It is read
+here and not in the command line, because a switch for finding errors must work in every program.
+
+The library starts no threads: it is handed the GOMP_parallel of the OpenMP that torch has loaded,
+so that there is one pool in the process and `torch.set_num_threads` counts for both.
+"""
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lapilli.errors import ConfigError
+
+SWITCH = "LAPILLI_KERNELS"
+_NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
+
+
+class Weights(ctypes.Structure):
+    """`Weights` of native/abi.h, field by field."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("half_scales", ctypes.c_void_p),
+        ("row_scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The functions of the loaded library.
+
+    Attributes:
+        isa: the instruction set in use.
+        functions: the library; its functions are named as in native/library.cpp.
+    """
+
+    isa: str
+    functions: ctypes.CDLL
+
+
+@functools.cache
+def native() -> Library | None:
+    """The library in use, found and set up once.
+
+    Raises:
+        ConfigError: LAPILLI_KERNELS names an instruction set that is not there.
+    """
+    return open_library(os.environ.get(SWITCH, ""))
+
+
+def open_library(wanted: str = "") -> Library | None:
+    """The library with the best instruction set, or with the one that `wanted` names.
+
+    The choice counts for the whole process.
+
+    Raises:
+        ConfigError: this machine, or this build, does not have the one that is wanted.
+    """
+    path = _find()
+    if path is None or wanted == "0":
+        return None
+    functions = ctypes.CDLL(str(path))
+    _declare(functions)
+    named = functions.lapilli_select(wanted.encode())
+    if named is None:
+        raise ConfigError(f"{SWITCH}={wanted}: this CPU or this build has no such kernels")
+    pool = _torch_pool()
+    if pool is not None:
+        functions.lapilli_use_pool(pool)
+    return Library(named.decode(), functions)
+
+
+def _find() -> Path | None:
+    here = Path(__file__).parent
+    return next((here / name for name in _NAMES if (here / name).is_file()), None)
+
+
+def _declare(functions: ctypes.CDLL) -> None:
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    functions.lapilli_select.argtypes = (ctypes.c_char_p,)
+    functions.lapilli_select.restype = ctypes.c_char_p
+    functions.lapilli_use_pool.argtypes = (pointer,)
+    functions.lapilli_use_pool.restype = None
+    functions.lapilli_linear.argtypes = (pointer, pointer, pointer, *(number,) * 5)
+    functions.lapilli_linear.restype = None
+
+
+def _torch_pool() -> int | None:
+    """The address of the GOMP_parallel that torch itself uses; None: one thread.
+
+    torch makes its OpenMP visible to the whole process; where a build does not, it lies among
+    torch's libraries.
+    """
+    folder = Path(torch.__file__).parent / "lib"
+    beside = sorted(folder.glob("libgomp*.so*")) + sorted(folder.glob("lib*omp*.dylib"))
+    for name in (None, *beside):
+        try:
+            pool = ctypes.CDLL(None if name is None else str(name)).GOMP_parallel
+        except (AttributeError, OSError):
+            continue
+        return ctypes.cast(pool, ctypes.c_void_p).value
+    return None

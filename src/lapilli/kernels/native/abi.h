@@ -1,0 +1,57 @@
+// The structures that cross from Python (kernels/library.py mirrors them field by field) and the
+// table of functions that every instruction set fills. Knows no torch and no Python.
+//
+// Packed weights, one layout for every instruction set, in blocks of 16 output rows:
+//   8 bits   data[block][input / 4][row 16][input % 4]            one byte = weight + 128
+//   4 bits   data[block][input / 8][row 16][input % 4]            low nibble: inputs 0-3 of the 8,
+//                                                                 high nibble: inputs 4-7
+// so 64 bytes are one operand of vpdpbusd (16 rows x 4 inputs). Rows are padded to 16 and inputs
+// to 32 with weights of zero; groups of `group` inputs share a scale, the last one may be shorter.
+#pragma once
+
+#include <cstdint>
+
+namespace lapilli {
+
+constexpr int64_t kBlock = 16;  // output rows of a block
+constexpr int64_t kChunk = 32;  // inputs are padded to this
+
+struct Weights {
+  const uint8_t* data;
+  const uint16_t* half_scales;  // [block][group][16] float16, 4 bits
+  const float* row_scales;      // [block][16], 8 bits
+  const uint8_t* zeros;         // [block][group][16], or null: 8
+  const float* bias;            // [block][16], or null
+  int64_t rows;
+  int64_t inputs;
+  int64_t group;  // of the weights at 4 bits, of the activations at both
+  int64_t bits;
+
+  int64_t blocks() const { return (rows + kBlock - 1) / kBlock; }
+  int64_t padded() const { return (inputs + kChunk - 1) / kChunk * kChunk; }
+  int64_t groups() const { return (padded() + group - 1) / group; }
+  int64_t block_bytes() const { return padded() * kBlock * bits / 8; }
+};
+
+struct LinearCall {
+  Weights weights;
+  const float* x;  // [tokens, inputs], rows x_stride apart
+  float* y;        // [tokens, rows], rows y_stride apart
+  int64_t tokens;
+  int64_t x_stride;
+  int64_t y_stride;
+  int64_t threads;
+  int64_t weight_only;  // 1: activations stay float32
+};
+
+struct Table {
+  const char* name;
+  void (*linear)(const LinearCall&);
+};
+
+extern const Table kPortable;
+extern const Table kAvx2;
+extern const Table kAvxVnni;
+extern const Table kAvx512;
+
+}  // namespace lapilli

@@ -1,0 +1,119 @@
+// Activations in the order in which the tiles read them: kTokens rows of a tile interleaved, so that
+// the rows of a tile never alias in the cache.
+//
+//   quantized   q[tile][input / 4][token of the tile][input % 4], scale and correction [tile][group][token]
+//               q = round(x * 127 / max|x|) over a group;  correction = -sum(q) * what zero is stored as
+//   float       x[tile][input][token of the tile]
+#pragma once
+
+#include "abi.h"
+#include "pool.h"
+
+namespace lapilli {
+namespace {
+
+struct Activations {
+  int8_t* q;
+  float* scale;
+  int32_t* correction;
+  float* x;
+};
+
+constexpr int64_t kMaxGroup = 128;
+constexpr float kSmallest = 1e-30f;  // below this a group counts as zeros: 127 / max stays finite
+
+template <class S>
+void quantize_group(const float* x, int64_t count, int8_t* q, float* scale, int32_t* sum) {
+  typename S::I most = S::izero();
+  for (int64_t i = 0; i < count; i += S::kLanes) most = S::max_bits(most, S::load(x + i));
+  const int32_t bits = S::reduce_max(most);
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  const bool empty = largest < kSmallest;
+  const typename S::F factor = S::fset(empty ? 0.0f : 127.0f / largest);
+  for (int64_t i = 0; i < count; i += S::kLanes) {
+    S::store_rounded(q + i, S::mul(S::load(x + i), factor));
+  }
+  *scale = empty ? 0.0f : largest / 127.0f;
+  int32_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += q[i];
+  *sum = total;
+}
+
+template <class S>
+void quantize_tile(const LinearCall& call, int64_t first, int64_t tokens, int32_t bias, const Activations& out) {
+  const Weights& w = call.weights;
+  const int64_t padded = w.padded(), groups = w.groups();
+  alignas(64) float buffer[kMaxGroup];
+  alignas(64) int8_t q[kMaxGroup];
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* row = call.x + (first + t) * call.x_stride;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t begin = g * w.group;
+      const int64_t count = padded - begin < w.group ? padded - begin : w.group;
+      const int64_t valid = w.inputs - begin < count ? w.inputs - begin : count;
+      const float* source = row + begin;
+      if (valid < count) {
+        std::memcpy(buffer, source, static_cast<size_t>(valid) * 4);
+        std::memset(buffer + valid, 0, static_cast<size_t>(count - valid) * 4);
+        source = buffer;
+      }
+      int32_t sum;
+      quantize_group<S>(source, count, q, out.scale + (first * groups + g * tokens + t), &sum);
+      out.correction[first * groups + g * tokens + t] = -bias * sum;
+      int8_t* target = out.q + first * padded + (begin * tokens + t * 4);
+      for (int64_t i = 0; i < count; i += 4) std::memcpy(target + i * tokens, q + i, 4);
+    }
+  }
+}
+
+template <class S>
+void interleave_tile(const LinearCall& call, int64_t first, int64_t tokens, const Activations& out) {
+  const int64_t inputs = call.weights.inputs, padded = call.weights.padded();
+  float* target = out.x + first * padded;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* row = call.x + (first + t) * call.x_stride;
+    for (int64_t k = 0; k < inputs; ++k) target[k * tokens + t] = row[k];
+    for (int64_t k = inputs; k < padded; ++k) target[k * tokens + t] = 0.0f;
+  }
+}
+
+template <class S>
+int64_t tokens_of_tile(int64_t tokens, int64_t tile) {
+  const int64_t left = tokens - tile * S::kTokens;
+  return left < S::kTokens ? left : S::kTokens;
+}
+
+// All activations of a call, in memory of the calling thread.
+template <class S>
+Activations prepare(const LinearCall& call, Scratch& scratch) {
+  const Weights& w = call.weights;
+  const int64_t padded = w.padded(), groups = w.groups(), tokens = call.tokens;
+  const int64_t tiles = (tokens + S::kTokens - 1) / S::kTokens;
+  const int64_t step = 1 + (1 << 14) / (padded * S::kTokens);  // pieces worth handing out
+  Activations out{};
+  if (call.weight_only) {
+    out.x = reinterpret_cast<float*>(scratch.get(tokens * padded * 4));
+    for_pieces(call.threads, tiles, step, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        interleave_tile<S>(call, i * S::kTokens, tokens_of_tile<S>(tokens, i), out);
+      }
+    });
+    return out;
+  }
+  const int64_t facts = (tokens * groups * 4 + 63) / 64 * 64;
+  uint8_t* memory = scratch.get(tokens * padded + 2 * facts);
+  out.scale = reinterpret_cast<float*>(memory);
+  out.correction = reinterpret_cast<int32_t*>(memory + facts);
+  out.q = reinterpret_cast<int8_t*>(memory + 2 * facts);
+  const int32_t bias = w.bits == 8 ? S::kByteBias : (w.zeros != nullptr ? 1 : 8);
+  for_pieces(call.threads, tiles, step, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      quantize_tile<S>(call, i * S::kTokens, tokens_of_tile<S>(tokens, i), bias, out);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace lapilli

@@ -1,0 +1,120 @@
+// 8 lanes: AVX2, FMA, F16C; with AVX-VNNI (macro LAPILLI_AVXVNNI) the 256-bit vpdpbusd.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace lapilli {
+namespace {
+
+struct Avx2 {
+#if defined(LAPILLI_AVXVNNI)
+  static constexpr const char* kName = "avxvnni";
+  static constexpr int kByteBias = 128;  // bytes are unsigned: weight + 128
+  using P = struct Nothing {};
+#else
+  static constexpr const char* kName = "avx2";
+  static constexpr int kByteBias = 0;  // bytes become signed when they are loaded
+  using P = __m256i;
+#endif
+  static constexpr int kLanes = 8;
+  static constexpr int kTokens = 4;
+  static constexpr int kVectors = 2;
+
+  using I = __m256i;
+  using F = __m256;
+  using W = __m256i;
+
+  static W small_bytes(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static void nibbles(const uint8_t* p, W& low, W& high) {
+    const __m256i v = small_bytes(p), mask = _mm256_set1_epi8(15);
+    low = _mm256_and_si256(v, mask);
+    high = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
+  }
+  static void store_bytes(uint8_t* p, W w) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w);
+  }
+  static W broadcast(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+  }
+
+#if defined(LAPILLI_AVXVNNI)
+  static W bytes(const uint8_t* p) { return small_bytes(p); }
+  static P begin(I) { return P(); }
+  template <bool small>
+  static void dot(P&, I& sum, W w, W a) {
+    sum = _mm256_dpbusd_avx_epi32(sum, w, a);
+  }
+  static void end(P, I&) {}
+#else
+  static W bytes(const uint8_t* p) {
+    return _mm256_xor_si256(small_bytes(p), _mm256_set1_epi8(static_cast<char>(0x80)));
+  }
+  static P begin(I) { return _mm256_setzero_si256(); }
+  // vpmaddubsw saturates at 16 bits. Small weights: a pair is at most 2 * 15 * 127 = 3810, and the
+  // 8 steps of a chunk 30480: they may be summed in 16 bits. Signed bytes: |a| * (w * sign a) is at
+  // most 2 * 127 * 127 = 32258 a pair, so every pair is widened at once.
+  template <bool small>
+  static void dot(P& partial, I& sum, W w, W a) {
+    if (small) {
+      partial = _mm256_add_epi16(partial, _mm256_maddubs_epi16(w, a));
+    } else {
+      const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(w, a));
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+  }
+  static void end(P partial, I& sum) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(partial, _mm256_set1_epi16(1)));
+  }
+#endif
+
+  static I izero() { return _mm256_setzero_si256(); }
+  static I iset(int32_t v) { return _mm256_set1_epi32(v); }
+  static I imul(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static I widen(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <int j>
+  static I byte(W w) {
+    return _mm256_and_si256(_mm256_srli_epi32(w, 8 * j), _mm256_set1_epi32(255));
+  }
+
+  static F fzero() { return _mm256_setzero_ps(); }
+  static F fset(float v) { return _mm256_set1_ps(v); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F half(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+
+  static I max_bits(I m, F x) {
+    const __m256i bits = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+    return _mm256_max_epi32(m, bits);
+  }
+  static int32_t reduce_max(I v) {
+    alignas(32) int32_t lanes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), v);
+    int32_t most = lanes[0];
+    for (int i = 1; i < 8; ++i) most = lanes[i] > most ? lanes[i] : most;
+    return most;
+  }
+  static void store_rounded(int8_t* p, F v) {
+    const __m256i ints = _mm256_cvtps_epi32(v);
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+}  // namespace
+}  // namespace lapilli

@@ -1,0 +1,101 @@
+// Entry points (plain C, called through ctypes) and the choice of the instruction set.
+#include <cstdlib>
+#include <cstring>
+
+#include "abi.h"
+#include "pool.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace lapilli {
+
+Parallel g_parallel = nullptr;
+
+namespace {
+
+constexpr int64_t kKeep = 8 << 20;  // scratch above this is given back after a call
+
+bool supported(const Table* table) {
+#if defined(__x86_64__)
+  if (table == &kPortable) return true;
+#if defined(LAPILLI_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
+  if (table == &kAvx2) return avx2 && f16c;
+  if (table == &kAvxVnni) {
+    a = 0;
+    return avx2 && f16c && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+  }
+  if (table == &kAvx512) {
+    return avx2 && f16c && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  }
+#endif
+  return false;
+#else
+  return table == &kPortable;
+#endif
+}
+
+const Table* const kTables[] = {
+#if defined(LAPILLI_X86)
+    &kAvx512, &kAvxVnni, &kAvx2,
+#endif
+    &kPortable,
+};
+
+const Table* g_table = nullptr;
+
+}  // namespace
+
+uint8_t* Scratch::get(int64_t bytes) {
+  if (bytes > size_) {
+    release();
+    size_ = (bytes + 4095) / 4096 * 4096;
+    memory_ = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(size_)));
+    if (memory_ == nullptr) std::abort();
+  }
+  return memory_;
+}
+
+void Scratch::trim() {
+  if (size_ > kKeep) release();
+}
+
+void Scratch::release() {
+  std::free(memory_);
+  memory_ = nullptr;
+  size_ = 0;
+}
+
+}  // namespace lapilli
+
+extern "C" {
+
+// The name of the instruction set in use: the best one, or the one asked for; null when this
+// machine or this build does not have it.
+__attribute__((visibility("default"))) const char* lapilli_select(const char* name) {
+  using namespace lapilli;
+  for (const Table* table : kTables) {
+    if (name != nullptr && *name != '\0' && std::strcmp(name, table->name) != 0) continue;
+    if (!supported(table)) continue;
+    g_table = table;
+    return table->name;
+  }
+  return nullptr;
+}
+
+__attribute__((visibility("default"))) void lapilli_use_pool(void* parallel) {
+  lapilli::g_parallel = reinterpret_cast<lapilli::Parallel>(parallel);
+}
+
+__attribute__((visibility("default"))) void lapilli_linear(
+    const lapilli::Weights* weights, const float* x, float* y, int64_t tokens, int64_t x_stride,
+    int64_t y_stride, int64_t threads, int64_t weight_only) {
+  lapilli::g_table->linear({*weights, x, y, tokens, x_stride, y_stride, threads, weight_only});
+}
+}

@@ -1,0 +1,218 @@
+// Packed weights times activations: who computes which rows, and where the results go.
+//
+//   few tokens    packed weights straight from memory, one pass
+//   many tokens   the nibbles of a few rows are unpacked once into the cache, then met by every tile
+//   weight only   the same rows as floats, a piece of the inputs at a time
+#pragma once
+
+#include "tile.h"
+
+namespace lapilli {
+namespace {
+
+constexpr int64_t kUnpackFrom = 4;   // tiles of tokens; unpacking pays from here
+constexpr int64_t kFloatPiece = 128;  // inputs of a float panel
+
+template <class S, int R>
+Rows<R> rows_at(const Weights& w, int64_t vector) {
+  constexpr int64_t parts = kBlock / S::kLanes;  // vectors of a block
+  Rows<R> rows{};
+  rows.step = 64;
+  for (int r = 0; r < R; ++r) {
+    const int64_t block = (vector + r) / parts, lane = (vector + r) % parts * S::kLanes;
+    rows.data[r] = w.data + block * w.block_bytes() + lane * 4;
+    if (w.half_scales) rows.half[r] = w.half_scales + block * w.groups() * kBlock + lane;
+    if (w.zeros) rows.zeros[r] = w.zeros + block * w.groups() * kBlock + lane;
+    if (w.row_scales) rows.row[r] = w.row_scales + block * kBlock + lane;
+    if (w.bias) rows.bias[r] = w.bias + block * kBlock + lane;
+  }
+  return rows;
+}
+
+template <class S, Kind kind, bool zeros, int R>
+void dot_tokens(int64_t count, const Weights& shape, const Rows<R>& w, const int8_t* q, const float* scale,
+                const int32_t* correction, float* out, int64_t stride) {
+  switch (count) {
+    case 1: return dot_tile<S, kind, zeros, 1, R>(shape, w, q, scale, correction, out, stride);
+    case 2: return dot_tile<S, kind, zeros, 2, R>(shape, w, q, scale, correction, out, stride);
+    case 3: return dot_tile<S, kind, zeros, 3, R>(shape, w, q, scale, correction, out, stride);
+    case 4: return dot_tile<S, kind, zeros, 4, R>(shape, w, q, scale, correction, out, stride);
+  }
+  if constexpr (S::kTokens > 4) {
+    if (count == 5) return dot_tile<S, kind, zeros, 5, R>(shape, w, q, scale, correction, out, stride);
+    return dot_tile<S, kind, zeros, 6, R>(shape, w, q, scale, correction, out, stride);
+  }
+}
+
+template <class S, int R>
+void float_tokens(int64_t count, const float* panel, const float* x, int64_t inputs, float* out,
+                  int64_t stride) {
+  switch (count) {
+    case 1: return float_tile<S, 1, R>(panel, x, inputs, out, stride);
+    case 2: return float_tile<S, 2, R>(panel, x, inputs, out, stride);
+    case 3: return float_tile<S, 3, R>(panel, x, inputs, out, stride);
+    case 4: return float_tile<S, 4, R>(panel, x, inputs, out, stride);
+  }
+  if constexpr (S::kTokens > 4) {
+    if (count == 5) return float_tile<S, 5, R>(panel, x, inputs, out, stride);
+    return float_tile<S, 6, R>(panel, x, inputs, out, stride);
+  }
+}
+
+// Nibbles of R vectors as bytes, [input / 4][vector][lane][input % 4].
+template <class S, int R>
+Rows<R> unpack(const Weights& w, Rows<R> rows, uint8_t* panel) {
+  constexpr int64_t width = S::kLanes * 4;
+  for (int64_t k = 0; k < w.padded() / 8; ++k) {
+    for (int r = 0; r < R; ++r) {
+      typename S::W low, high;
+      S::nibbles(rows.data[r] + k * rows.step, low, high);
+      S::store_bytes(panel + (2 * k * R + r) * width, low);
+      S::store_bytes(panel + ((2 * k + 1) * R + r) * width, high);
+    }
+  }
+  for (int r = 0; r < R; ++r) rows.data[r] = panel + r * width;
+  rows.step = R * width;
+  return rows;
+}
+
+// One group of four inputs of a vector as floats: (byte - zero) * scale.
+template <class S, int R>
+inline void widen_four(const uint8_t* p, typename S::F scale, typename S::F shift, float* out) {
+  const typename S::W w = S::small_bytes(p);
+  constexpr int64_t next = R * S::kLanes;
+  S::store(out, S::fma(S::to_float(S::template byte<0>(w)), scale, shift));
+  S::store(out + next, S::fma(S::to_float(S::template byte<1>(w)), scale, shift));
+  S::store(out + 2 * next, S::fma(S::to_float(S::template byte<2>(w)), scale, shift));
+  S::store(out + 3 * next, S::fma(S::to_float(S::template byte<3>(w)), scale, shift));
+}
+
+// Inputs begin..end of R vectors as floats, [input][vector][lane].
+template <class S, int R>
+void dequantize(const Weights& w, const Rows<R>& rows, int64_t begin, int64_t end, float* panel) {
+  using F = typename S::F;
+  constexpr int64_t next = R * S::kLanes;
+  alignas(64) uint8_t bytes[128];
+  for (int r = 0; r < R; ++r) {
+    for (int64_t k = begin; k < end; k += 8) {
+      const int64_t group = k / w.group * kBlock;
+      float* out = panel + (k - begin) * next + r * S::kLanes;
+      if (w.bits == 8) {
+        const F scale = S::load(rows.row[r]), shift = S::mul(scale, S::fset(-128.0f));
+        widen_four<S, R>(rows.data[r] + k / 4 * 64, scale, shift, out);
+        widen_four<S, R>(rows.data[r] + (k / 4 + 1) * 64, scale, shift, out + 4 * next);
+        continue;
+      }
+      const F scale = S::half(rows.half[r] + group);
+      const F zero = w.zeros ? S::to_float(S::widen(rows.zeros[r] + group)) : S::fset(8.0f);
+      const F shift = S::mul(S::mul(scale, zero), S::fset(-1.0f));
+      typename S::W low, high;
+      S::nibbles(rows.data[r] + k / 8 * 64, low, high);
+      S::store_bytes(bytes, low);
+      S::store_bytes(bytes + 64, high);
+      widen_four<S, R>(bytes, scale, shift, out);
+      widen_four<S, R>(bytes + 64, scale, shift, out + 4 * next);
+    }
+  }
+}
+
+template <class S, bool zeros, int R>
+void dot_rows(const LinearCall& call, const Activations& a, int64_t vector, Scratch& scratch, float* out,
+              int64_t stride) {
+  const Weights& w = call.weights;
+  const int64_t padded = w.padded(), groups = w.groups();
+  Rows<R> rows = rows_at<S, R>(w, vector);
+  const bool unpacked = w.bits == 4 && call.tokens >= kUnpackFrom * S::kTokens;
+  if (unpacked) rows = unpack<S, R>(w, rows, scratch.get(padded * R * S::kLanes));
+  for (int64_t first = 0; first < call.tokens; first += S::kTokens) {
+    const int64_t count = tokens_of_tile<S>(call.tokens, first / S::kTokens);
+    const int8_t* q = a.q + first * padded;
+    const float* scale = a.scale + first * groups;
+    const int32_t* correction = a.correction + first * groups;
+    float* target = out + first * stride;
+    if (w.bits == 8) {
+      dot_tokens<S, kBytes, false, R>(count, w, rows, q, scale, correction, target, stride);
+    } else if (unpacked) {
+      dot_tokens<S, kUnpacked, zeros, R>(count, w, rows, q, scale, correction, target, stride);
+    } else {
+      dot_tokens<S, kPacked, zeros, R>(count, w, rows, q, scale, correction, target, stride);
+    }
+  }
+}
+
+template <class S, int R>
+void float_rows(const LinearCall& call, const Activations& a, int64_t vector, Scratch& scratch, float* out,
+                int64_t stride) {
+  const Weights& w = call.weights;
+  const int64_t padded = w.padded();
+  const Rows<R> rows = rows_at<S, R>(w, vector);
+  float* panel = reinterpret_cast<float*>(scratch.get(kFloatPiece * R * S::kLanes * 4));
+  for (int64_t t = 0; t < call.tokens; ++t) {
+    for (int r = 0; r < R; ++r) {
+      S::store(out + t * stride + r * S::kLanes, rows.bias[r] ? S::load(rows.bias[r]) : S::fzero());
+    }
+  }
+  for (int64_t begin = 0; begin < padded; begin += kFloatPiece) {
+    const int64_t end = begin + kFloatPiece < padded ? begin + kFloatPiece : padded;
+    dequantize<S, R>(w, rows, begin, end, panel);
+    for (int64_t first = 0; first < call.tokens; first += S::kTokens) {
+      const int64_t count = tokens_of_tile<S>(call.tokens, first / S::kTokens);
+      float_tokens<S, R>(count, panel, a.x + first * padded + begin * count, end - begin,
+                         out + first * stride, stride);
+    }
+  }
+}
+
+template <class S, int R>
+void some_rows(const LinearCall& call, const Activations& a, int64_t vector, float* out, int64_t stride) {
+  static thread_local Scratch scratch;
+  if (call.weight_only) return float_rows<S, R>(call, a, vector, scratch, out, stride);
+  if (call.weights.zeros) return dot_rows<S, true, R>(call, a, vector, scratch, out, stride);
+  dot_rows<S, false, R>(call, a, vector, scratch, out, stride);
+}
+
+// R vectors of rows into y; the last ones may be wider than y and go through a buffer.
+template <class S, int R>
+void write_rows(const LinearCall& call, const Activations& a, int64_t vector) {
+  static thread_local Scratch overhang;
+  const int64_t first = vector * S::kLanes, width = R * S::kLanes;
+  if (first >= call.weights.rows) return;
+  if (first + width <= call.weights.rows) {
+    return some_rows<S, R>(call, a, vector, call.y + first, call.y_stride);
+  }
+  float* buffer = reinterpret_cast<float*>(overhang.get(call.tokens * width * 4));
+  some_rows<S, R>(call, a, vector, buffer, width);
+  const size_t bytes = static_cast<size_t>(call.weights.rows - first) * 4;
+  for (int64_t t = 0; t < call.tokens; ++t) {
+    std::memcpy(call.y + t * call.y_stride + first, buffer + t * width, bytes);
+  }
+  overhang.trim();
+}
+
+template <class S>
+void linear(const LinearCall& call) {
+  static thread_local Scratch scratch;
+  if (call.tokens == 0) return;
+  const Activations a = prepare<S>(call, scratch);
+  constexpr int R = S::kVectors;
+  const int64_t vectors = call.weights.blocks() * (kBlock / S::kLanes);
+  const int64_t units = (vectors + R - 1) / R;
+  // A piece is worth a hand's while from about this many multiply-adds.
+  const int64_t work = call.tokens * call.weights.padded() * R * S::kLanes;
+  const int64_t least = 1 + (int64_t{1} << 17) / work;
+  const int64_t even = units / (call.threads * 8) + 1;
+  for_pieces(call.threads, units, least > even ? least : even, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t vector = unit * R;
+      if (vector + R <= vectors) {
+        write_rows<S, R>(call, a, vector);
+      } else {
+        for (int64_t v = vector; v < vectors; ++v) write_rows<S, 1>(call, a, v);
+      }
+    }
+  });
+  scratch.trim();
+}
+
+}  // namespace
+}  // namespace lapilli

@@ -1,0 +1,10 @@
+// The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
+#include "isa_avx2.h"
+
+#include "linear.h"
+
+namespace lapilli {
+
+const Table kAvx2 = {Avx2::kName, linear<Avx2>};
+
+}  // namespace lapilli

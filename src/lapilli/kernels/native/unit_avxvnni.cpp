@@ -1,0 +1,11 @@
+// The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
+#define LAPILLI_AVXVNNI
+#include "isa_avx2.h"
+
+#include "linear.h"
+
+namespace lapilli {
+
+const Table kAvxVnni = {Avx2::kName, linear<Avx2>};
+
+}  // namespace lapilli

@@ -1,0 +1,75 @@
+"""A linear layer whose weight is packed; its tensors are buffers, so state_dict has them."""
+
+import torch
+from torch import nn
+
+from lapilli.kernels.linear import PackedLinear
+from lapilli.kernels.packing import Packed
+from lapilli.shapes import Float, Tensor
+
+
+class QuantLinear(nn.Module):
+    """W x + b with W in 4 or 8 bits.
+
+    Attributes:
+        qweight: packed integers (kernels/packing.py).
+        scales: of groups or rows.
+        zeros: what zero is stored as, by group; None: the middle.
+        packed_bias: by block of 16 rows, or None.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    packed_bias: Tensor | None
+
+    def __init__(self, packed: Packed, *, weight_only: bool = False) -> None:
+        super().__init__()
+        self.in_features = packed.in_features
+        self.out_features = packed.out_features
+        self.group_size = packed.group_size
+        self.bits: int = packed.bits
+        self.weight_only = weight_only
+        self.register_buffer("qweight", packed.data)
+        self.register_buffer("scales", packed.scales)
+        self.register_buffer("zeros", packed.zeros)
+        self.register_buffer("packed_bias", packed.bias)
+        self._ready: PackedLinear | None = None
+
+    @property
+    def packed(self) -> Packed:
+        """The weight as the kernels take it."""
+        return Packed(
+            self.qweight,
+            self.scales,
+            self.zeros,
+            self.packed_bias,
+            self.out_features,
+            self.in_features,
+            self.group_size,
+            self.bits,
+        )
+
+    def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
+        """The layer's output in the dtype of x; no gradients.
+
+        Raises:
+            ConfigError: a gradient is wanted.
+        """
+        if torch.compiler.is_compiling():
+            sizes = [self.out_features, self.in_features, self.group_size, self.bits]
+            out: Tensor = torch.ops.lapilli.linear(
+                x, self.qweight, self.scales, self.zeros, self.packed_bias, sizes, self.weight_only
+            )
+            return out
+        ready = self._ready
+        if ready is None or ready.packed.data is not self.qweight:
+            ready = self._ready = PackedLinear(self.packed, weight_only=self.weight_only)
+        return ready(x)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bits={self.bits}, group_size={self.group_size}, bias={self.packed_bias is not None}"
+        )

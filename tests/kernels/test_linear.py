@@ -1,0 +1,178 @@
+"""Every kernel gives what float64 gives for the same integers, whatever the shape."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lapilli.errors import ConfigError
+from lapilli.kernels.library import Library, native
+from lapilli.kernels.linear import (
+    PackedLinear,
+    linear_native,
+    linear_op,
+    linear_reference,
+    native_weights,
+)
+from lapilli.kernels.packing import Packed, round_rows
+from lapilli.quant import QuantConfig
+from lapilli.quant.rounding import round4, round8
+
+ONCE = settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+KINDS = ("int8", "int4", "int4 zeros")
+
+
+def packed_weight(
+    kind: str, shape: tuple[int, int], *, group: int = 32, bias: bool = False, seed: int = 0
+) -> Packed:
+    random = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=random)
+    offset = torch.randn(shape[0], generator=random) if bias else None
+    if kind == "int8":
+        return round8(weight, offset, group)
+    config = QuantConfig(group_size=group, symmetric=kind == "int4", search=False)
+    return round4(weight, offset, config)
+
+
+def exact(x: torch.Tensor, packed: Packed, *, weight_only: bool) -> torch.Tensor:
+    """The product in float64 of what the kernel is to see."""
+    if weight_only:
+        seen = x.double()
+    else:
+        values, scale = round_rows(x, packed.group_size)
+        seen = (values.double() * scale.double()).view(len(x), -1)[:, : x.shape[1]]
+    out = seen @ packed.dequantize().double().T
+    return out if packed.plain_bias is None else out + packed.plain_bias.double()
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    size = expected.abs().max().clamp(min=1e-6)
+    assert ((found.double() - expected).abs().max() / size).item() < 3e-6
+
+
+shapes = st.tuples(
+    st.one_of(st.integers(1, 14), st.sampled_from((16, 23, 24, 25, 61))),  # tokens
+    st.one_of(st.integers(1, 300), st.sampled_from((32, 64, 128, 256))),  # inputs
+    st.one_of(st.integers(1, 80), st.sampled_from((16, 48, 96))),  # outputs
+)
+
+
+@ONCE
+@given(
+    shape=shapes,
+    kind=st.sampled_from(KINDS),
+    group=st.sampled_from((32, 64, 128)),
+    bias=st.booleans(),
+    weight_only=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_linear_equals_float64(
+    library: Library,
+    threads: int,
+    shape: tuple[int, int, int],
+    kind: str,
+    group: int,
+    bias: bool,
+    weight_only: bool,
+    seed: int,
+) -> None:
+    tokens, inputs, outputs = shape
+    packed = packed_weight(kind, (outputs, inputs), group=group, bias=bias, seed=seed)
+    x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(seed))
+    expected = exact(x, packed, weight_only=weight_only)
+    found = linear_native(library, x, native_weights(packed), weight_only=weight_only)
+    assert_close(found, expected)
+    assert_close(linear_reference(x, packed, weight_only=weight_only), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_integers_never_overflow(library: Library, kind: str) -> None:
+    inputs = 256
+    weight = torch.ones(16, inputs)
+    weight[1::2] = -1.0
+    packed = (
+        round8(weight, None, 128)
+        if kind == "int8"
+        else round4(weight, None, QuantConfig(symmetric=kind == "int4", search=False))
+    )
+    x = torch.ones(7, inputs)
+    x[1] = -1.0
+    x[2, ::2] = -1.0
+    found = linear_native(library, x, native_weights(packed))
+    assert_close(found, exact(x, packed, weight_only=False))
+
+
+def test_large_layer_on_threads(library: Library, threads: int) -> None:
+    packed = packed_weight("int4", (520, 1056), group=128, bias=True)
+    for tokens in (1, 8, 40):
+        x = torch.randn(tokens, 1056, generator=torch.Generator().manual_seed(tokens))
+        found = linear_native(library, x, native_weights(packed))
+        assert_close(found, exact(x, packed, weight_only=False))
+
+
+def test_rows_may_lie_apart(library: Library) -> None:
+    packed = packed_weight("int4", (32, 64))
+    wide = torch.randn(5, 100)
+    found = linear_native(library, wide[:, :64], native_weights(packed))
+    assert_close(found, exact(wide[:, :64].contiguous(), packed, weight_only=False))
+
+
+def test_nan_is_not_swallowed(library: Library) -> None:
+    packed = packed_weight("int8", (16, 64))
+    x = torch.zeros(3, 64)
+    x[0, 5], x[1, 7] = float("nan"), float("inf")
+    found = linear_native(library, x, native_weights(packed))
+    assert not torch.isfinite(found[0]).any()
+    assert not torch.isfinite(found[1]).all()
+    assert torch.equal(found[2], torch.zeros(16))
+
+
+def test_zero_and_tiny_rows_give_zero(library: Library) -> None:
+    packed = packed_weight("int4", (16, 64))
+    found = linear_native(library, torch.full((2, 64), 1e-38), native_weights(packed))
+    assert torch.equal(found, torch.zeros(2, 16))
+
+
+def test_no_rows() -> None:
+    layer = PackedLinear(packed_weight("int4", (16, 64)))
+    assert layer(torch.empty(0, 64)).shape == (0, 16)
+
+
+def test_any_leading_shape_and_dtype() -> None:
+    layer = PackedLinear(packed_weight("int8", (24, 64)))
+    x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    out = layer(x)
+    assert out.shape == (2, 3, 24)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out[1, 2], layer(x[1, 2].float()).bfloat16())
+
+
+def test_without_the_library_the_reference_answers() -> None:
+    layer = PackedLinear(packed_weight("int4", (24, 64)))
+    x = torch.randn(4, 64)
+    expected = layer(x)
+    layer.library = None
+    assert_close(layer(x), expected.double())
+
+
+def test_gradients_are_refused() -> None:
+    layer = PackedLinear(packed_weight("int4", (16, 64)))
+    with pytest.raises(ConfigError, match=r"no gradients: run under torch\.no_grad"):
+        layer(torch.randn(1, 64, requires_grad=True))
+
+
+def test_custom_op_is_well_formed() -> None:
+    packed = packed_weight("int4", (16, 64))
+    sizes = [16, 64, 32, 4]
+    arguments = (torch.randn(2, 64), packed.data, packed.scales, None, None, sizes, False)
+    torch.library.opcheck(linear_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert_close(linear_op(*arguments), PackedLinear(packed)(arguments[0]).double())
+
+
+def test_the_library_is_used_where_it_is_there() -> None:
+    assert PackedLinear(packed_weight("int4", (16, 64))).library is native()
