@@ -376,6 +376,33 @@ def test_the_template_ends_the_answer(paths):
     assert params.stop == ("x", "###")
 
 
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_lora_may_stay_beside_the_weights(paths, merged: bool):
+    made = paths("llava-v1.5-tiny-lora")
+    chat = lapilli.load(
+        made["model_path"],
+        base=made["model_base"],
+        device="cpu",
+        dtype="float32",
+        merge_lora=merged,
+    )
+    assert any("lora_A" in name for name in chat.model.state_dict()) is not merged
+
+
+def test_loading_says_how_far_it_is(paths):
+    seen: list[tuple[int, int]] = []
+    chat = lapilli.load(
+        paths("llava-v1.5-tiny-pad")["model_path"],
+        device="cpu",
+        dtype="float32",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert len(seen) == len(chat.report.used)
+    assert seen == sorted(seen)
+    assert len({total for _, total in seen}) == 1
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
 def test_unknown_template(paths):
     path = paths("llava-v1.5-tiny-pad")["model_path"]
     with pytest.raises(PromptError, match=r"no template is called 'v7': choose from .*vicuna_v1"):

@@ -118,6 +118,24 @@ def test_one_value_among_many_is_found(dtype, value):
         refuse_not_finite("w", tensor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_large_values_whose_sum_overflows_are_finite(dtype, monkeypatch):
+    monkeypatch.setattr("lapilli.checkpoint.weights.FINITE_BLOCK", 100)
+    tensor = torch.full((257, 33), torch.finfo(dtype).max, dtype=dtype)
+    assert not tensor.sum().isfinite()
+    refuse_not_finite("w", tensor)
+    tensor[3, 4] = float("nan")
+    tensor[256, 32] = float("inf")
+    with pytest.raises(CheckpointError, match="w has 2 values of 8481 that are NaN or infinite"):
+        refuse_not_finite("w", tensor)
+
+
+def test_infinities_that_cancel_are_found():
+    tensor = torch.tensor([float("inf"), 1.0, float("-inf")])
+    with pytest.raises(CheckpointError, match="w has 2 values of 3"):
+        refuse_not_finite("w", tensor)
+
+
 def test_integers_and_nothing_are_finite():
     refuse_not_finite("ids", torch.arange(3))
     refuse_not_finite("empty", torch.empty(0))

@@ -1,6 +1,11 @@
 """`lapilli ask` as a process: what goes to standard output, what to standard error, exit codes."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,6 +40,24 @@ def test_picture_from_standard_input(lapilli: Run, checkpoint: str, picture: str
         text=False, input=Path(picture).read_bytes(),
     )  # fmt: skip
     assert piped.stdout.decode() == named.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what is left in a pseudo-terminal")
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_terminal_sees_how_far_loading_is(lapilli: Run, checkpoint: str, quiet: bool) -> None:
+    reader, terminal = os.openpty()
+    arguments = ("ask", "Hello?", "--model", checkpoint, *SHORT, *(("--quiet",) if quiet else ()))
+    done = lapilli(*arguments, capture_output=False, stdout=subprocess.PIPE, stderr=terminal)
+    os.close(terminal)
+    seen = b""
+    with suppress(OSError):  # raised at the end of what was written
+        while True:
+            seen += os.read(reader, 1 << 16)
+    os.close(reader)
+    assert done.returncode == 0, seen
+    assert "loading" not in done.stdout
+    shown = re.search(rb"loading llava-v1.5-tiny-pad .*[kM]B", seen)
+    assert (shown is None) is quiet, seen
 
 
 def test_question_without_picture(lapilli: Run, checkpoint: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from lapilli.modality.image.image import ImageModality
 from lapilli.model.vlm import VisionLanguageModel
 
 VOCABULARY = (*EMBEDDINGS, OUTPUT)
+# Called with the bytes of the files that are loaded, and with how many there are in all.
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,12 @@ class Matching:
     dropped: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """What is read of the files."""
+        sources = chain.from_iterable(self.sources.values())
+        return sum(part.store.infos[foreign].num_bytes for part, foreign in sources)
 
     def report(self) -> LoadReport:
         """The same without the tensors."""
@@ -135,6 +144,7 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     check_finite: bool = True,
+    progress: Progress | None = None,
 ) -> None:
     """Assign every tensor to its parameter, in the target dtype and on the target device.
 
@@ -147,6 +157,7 @@ def fill(
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     filled: dict[str, Tensor] = {}
+    done, total = 0, matching.num_bytes
     for name, sources in matching.sources.items():
         tensors = []
         for part, foreign in sources:
@@ -154,9 +165,12 @@ def fill(
             if check_finite:
                 refuse_not_finite(f"{foreign} ({part.label})", tensor)
             tensors.append(tensor)
+            done += part.store.infos[foreign].num_bytes
         tensor = vocabulary.fit(name, tensors) if name in VOCABULARY else tensors[-1]
         _check_shape(name, sources[-1], tensor, shapes[name])
         filled[name] = tensor.to(device)
+        if progress is not None:
+            progress(done, total)
     model.load_state_dict(filled, strict=True, assign=True)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lapilli.checkpoint.assemble import Matching, build_model, fill, match, refuse_gaps
+from lapilli.checkpoint.assemble import Matching, Progress, build_model, fill, match, refuse_gaps
 from lapilli.checkpoint.foreign import load_foreign_model
 from lapilli.checkpoint.placement import choose_device, choose_dtype
 from lapilli.checkpoint.plan import Plan, make_plan
@@ -62,6 +62,7 @@ def load_checkpoint(
     strict_config: bool = False,
     merge_lora: bool = True,
     check_finite: bool = True,
+    progress: Progress | None = None,
 ) -> Loaded:
     """A model, its tokenizer and a report, from any LLaVA checkpoint as it was published.
 
@@ -77,6 +78,8 @@ def load_checkpoint(
         strict_config: refuse configuration keys that nothing reads.
         merge_lora: fold a LoRA into the weights; False keeps it beside them.
         check_finite: refuse NaN and infinities, at the cost of one pass over the weights.
+        progress: called after every tensor with the bytes of the files that are loaded and with
+            how many there are in all.
 
     Raises:
         CheckpointError: files are missing, damaged, unsafe, or do not belong together.
@@ -84,7 +87,10 @@ def load_checkpoint(
         PromptError: no template has the name that was asked for.
 
     Source: LLaVA builder.py load_pretrained_model.
-    Note: the original decides by the name of the folder; here the files decide.
+    Note: the original decides by the name of the folder; here the files decide. On a CPU, weights
+        that have the asked dtype already are views of their files, not copies: replace such a file
+        by renaming a new one over it, as `save_llava` does; written to or cut short in place while
+        the model lives, it changes or kills the process.
     """
     where = choose_device(device)
     try:
@@ -110,6 +116,7 @@ def load_checkpoint(
         dtype=number_format,
         device=where,
         check_finite=check_finite,
+        progress=progress,
     )
     lay_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
     return _loaded(model, plan, matching.report(), template)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from lapilli.cli import options
-from lapilli.cli.terminal import note, plain_errors, read_pipe_once, working
+from lapilli.cli.terminal import loading, note, plain_errors, read_pipe_once
 
 if TYPE_CHECKING:
     from lapilli.generate.outputs import Generation
@@ -45,11 +45,17 @@ def ask(
     with plain_errors():
         pictures = read_pipe_once(images or [])
         started = time.perf_counter()
-        with working(f"loading {model}", quiet=quiet):
+        with loading(model, quiet=quiet) as progress:
             import lapilli
 
             session = lapilli.load(
-                model, base=base, adapter=adapter, template=template, device=device, dtype=dtype
+                model,
+                base=base,
+                adapter=adapter,
+                template=template,
+                device=device,
+                dtype=dtype,
+                progress=progress,
             )
         load_s = time.perf_counter() - started
         sampling: dict[str, Any] = {

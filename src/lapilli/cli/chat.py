@@ -11,7 +11,7 @@ import typer
 
 from lapilli.cli import options
 from lapilli.cli.ask import warn_outside_world, write_answer
-from lapilli.cli.terminal import line_editing, note, plain_errors, working
+from lapilli.cli.terminal import line_editing, loading, note, plain_errors
 from lapilli.errors import LapilliError
 
 if TYPE_CHECKING:
@@ -41,11 +41,17 @@ def chat(
 ) -> None:
     """Talk about pictures. /image PATH, /reset, /save FILE, /quit; Ctrl-C stops an answer."""
     with plain_errors():
-        with working(f"loading {model}", quiet=quiet):
+        with loading(model, quiet=quiet) as progress:
             import lapilli
 
             session = lapilli.load(
-                model, base=base, adapter=adapter, template=template, device=device, dtype=dtype
+                model,
+                base=base,
+                adapter=adapter,
+                template=template,
+                device=device,
+                dtype=dtype,
+                progress=progress,
             )
         sampling: dict[str, Any] = {
             "temperature": temperature,

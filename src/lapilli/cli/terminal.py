@@ -4,11 +4,12 @@ The only room that prints. Nothing here imports torch.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from lapilli.checkpoint.source import is_local
 from lapilli.errors import LapilliError
 
 EXIT_BAD_INPUT = 2
@@ -42,15 +43,36 @@ def plain_errors() -> Iterator[None]:
 
 
 @contextmanager
-def working(message: str, *, quiet: bool) -> Iterator[None]:
-    """A spinner on standard error while something takes long; silent in a pipe and with --quiet."""
+def loading(model: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """On standard error a spinner, then a bar that `lapilli.load(progress=...)` moves.
+
+    None in a pipe and with --quiet. What comes from the hub shows the hub's own bars first.
+    """
     if quiet or not sys.stderr.isatty():
-        yield
+        yield None
         return
     from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    with Console(stderr=True).status(message):
-        yield
+    name = Path(model).name if is_local(model) else model
+    console = Console(stderr=True)
+    spinner = console.status(f"loading {name}")
+    text = TextColumn("loading {task.description}", markup=False)
+    bar = Progress(text, BarColumn(), DownloadColumn(), console=console, transient=True)
+    task = bar.add_task(name)
+
+    def show(done: int, total: int) -> None:
+        spinner.stop()
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    if is_local(model):
+        spinner.start()
+    try:
+        yield show
+    finally:
+        spinner.stop()
+        bar.stop()
 
 
 def read_pipe_once(images: list[str]) -> list[str | bytes]:

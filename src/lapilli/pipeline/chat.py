@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 
+from lapilli.checkpoint.assemble import Progress
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.report import LoadReport
 from lapilli.checkpoint.world import load_world
@@ -38,6 +39,8 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     strict_config: bool = False,
+    merge_lora: bool = True,
+    progress: Progress | None = None,
 ) -> "Chat":
     """A checkpoint, ready to answer.
 
@@ -50,6 +53,8 @@ def load(
         device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes a GPU where there is one.
         dtype: "float32", "bfloat16", "float16"; "auto" takes what suits device and checkpoint.
         strict_config: raise where config.json has a key that nothing reads.
+        merge_lora: fold a LoRA into the weights; False keeps it beside them.
+        progress: called while the weights are read, with bytes done and bytes in all.
 
     Raises:
         CheckpointError: the files are not usable.
@@ -64,6 +69,8 @@ def load(
         device=device,
         dtype=dtype,
         strict_config=strict_config,
+        merge_lora=merge_lora,
+        progress=progress,
     )
     return Chat(loaded, name=str(source))
 

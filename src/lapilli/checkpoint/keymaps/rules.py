@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 # Entries of published files that no parameter takes, whatever their prefix: old buffers, the text
 # half of two-tower files, SigLIP's pooling head.
-DROPPED = (
-    r"\.rotary_emb\.inv_freq$",
-    r"(^|\.)embeddings\.position_ids$",
-    r"\.masked_bias$",
-    r"(^|\.)vision_model\.head\.",
-    r"^vision_tower\.head\.|\.vision_tower\.head\.",
-    r"^head\.(attention|layernorm|mlp|probe)",
-    r"^text_model\.",
-    r"^(visual|text)_projection\.",
-    r"^logit_(scale|bias)$",
+DROPPED = re.compile(
+    r"\.rotary_emb\.inv_freq$"
+    r"|(^|\.)embeddings\.position_ids$"
+    r"|\.masked_bias$"
+    r"|(^|\.)vision_model\.head\."
+    r"|^vision_tower\.head\.|\.vision_tower\.head\."
+    r"|^head\.(attention|layernorm|mlp|probe)"
+    r"|^text_model\."
+    r"|^(visual|text)_projection\."
+    r"|^logit_(scale|bias)$"
 )
 
 
@@ -25,16 +25,16 @@ class KeyMap:
     Args:
         name: in reports.
         rules: (prefix in the file, prefix here); None here: dropped on purpose.
-        dropped: patterns of names that are dropped on purpose before the rules are read.
+        dropped: pattern of names that are dropped on purpose before the rules are read.
     """
 
     name: str
     rules: tuple[tuple[str, str | None], ...]
-    dropped: tuple[str, ...] = DROPPED
+    dropped: re.Pattern[str] = DROPPED
 
     def is_dropped(self, foreign: str) -> bool:
         """Whether a tensor of the file is knowingly not loaded."""
-        if any(re.search(pattern, foreign) for pattern in self.dropped):
+        if self.dropped.search(foreign):
             return True
         return any(foreign.startswith(old) and new is None for old, new in self.rules)
 
