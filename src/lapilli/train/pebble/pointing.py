@@ -32,6 +32,7 @@ from lapilli.train.pebble.reference import Question
 from lapilli.train.pebble.regions import shown_patches
 from lapilli.train.pebble.scene import SHAPES, Object, Scene
 
+_NOTHING: Final = (0,)  # where to look when there is nothing to see
 _BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
 _NOUN: Final = re.compile(rf"\b({'|'.join(SHAPES)})\b")
 _SIDE: Final = re.compile(r"left|right|above|over|below|under")
@@ -208,6 +209,8 @@ class _Reading:
     def _read_answer(self, turn: Question, asked: list[int]) -> None:
         first = self._position(self.at - 1)
         self._ask(first, asked)
+        if turn.answer == "nothing":
+            self.found["said"].append(Look(first, (_NOTHING,)))
         for number, (phrase, items) in enumerate(turn.says):
             self.at = self._find(phrase)
             begin, last = self._position(self.at), self._position(self.at + len(phrase) - 1)
@@ -231,7 +234,7 @@ class _Reading:
             self.found["asked side"].append(Look(position, ((self.side_word,),)))
 
     def _name(self, position: int, items: Sequence[Object | Glyph]) -> None:
-        self.found["named"].append(Look(position, ((0,), *self._shown(items))))
+        self.found["named"].append(Look(position, (_NOTHING, *self._shown(items))))
         self.mentions.update(dict.fromkeys(items, position))
 
     def _shown(self, items: Iterable[Object | Glyph]) -> list[tuple[int, ...]]:

@@ -28,7 +28,7 @@ from lapilli.train.pebble.sample import sample_scene
 from lapilli.train.pebble.scene import Scene
 
 SHARD: Final = 1024
-WORLD: Final = 1  # raise when the same seed gives another picture or other questions
+WORLD: Final = 2  # raise when the same seed gives another picture or other questions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,11 +29,10 @@ PLACES: Final = (
     "bottom",
     "bottom right",
 )
+# Few enough that the tower reads 98 % of them; of 40 words it confused a quarter.
 WORDS: Final = (
-    "ant", "bee", "bird", "book", "box", "bus", "car", "cat", "cow", "cup", "dog", "door", "egg",
-    "fish", "fox", "hand", "hat", "hello", "home", "ice", "key", "lamp", "leaf", "map", "milk",
-    "moon", "no", "owl", "pen", "pig", "rain", "road", "sea", "ship", "shoe", "snow", "stop",
-    "sun", "tree", "yes",
+    "book", "box", "bus", "cat", "cup", "dog", "hello", "ice", "key", "leaf", "milk", "no",
+    "owl", "sea", "snow", "yes",
 )  # fmt: skip
 MAX_OBJECTS: Final = 5
 # Diameters as a share of `unit`: nothing lies between small and large.
