@@ -14,7 +14,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from lapilli.prompt.tokenizer import FastTokenizer, SentencePieceTokenizer
-from lapilli.prompt.tokenizer.convert import llama_tokenizer_json
+from lapilli.prompt.tokenizer.convert import llama_tokenizer
 
 TEXTS = (
     *("", " ", "  a", "Hello  world ", "\n\n", "a \n b", "<s>", "a</s>b", "</s></s>", "x<unk> y"),
@@ -35,7 +35,7 @@ POST = {
 
 def llama_json(model: bytes, kind: str) -> dict[str, Any]:
     """A tokenizer.json in one of the three ways in which spaces are marked."""
-    raw: dict[str, Any] = json.loads(llama_tokenizer_json(model))
+    raw: dict[str, Any] = json.loads(llama_tokenizer(model).to_str())
     raw["post_processor"] = POST
     if kind != "prepend":
         raw["normalizer"] = None

@@ -1,4 +1,4 @@
-"""A SentencePiece BPE model as a tokenizer.json, for the fast tokenizer of Llama and Mistral.
+"""A SentencePiece BPE model as a tokenizer of the `tokenizers` library, for Llama and Mistral.
 
 The merges are not in the file: every way to cut a piece into two pieces is one, ranked by the
 score of what it makes.
@@ -7,14 +7,17 @@ Source: what transformers 4.37.2 builds for LlamaTokenizerFast when a checkpoint
 tokenizer.model.
 """
 
-import json
+from collections.abc import Mapping
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from lapilli.errors import CheckpointError
 from lapilli.prompt.tokenizer import spm_model
+from lapilli.prompt.tokenizer.pieces import SPACE
 
 
-def llama_tokenizer_json(model: bytes) -> str:
-    """tokenizer.json of a tokenizer.model.
+def llama_tokenizer(model: bytes) -> Tokenizer:
+    """The tokenizer of a tokenizer.model.
 
     Raises:
         CheckpointError: a unigram, word or character model.
@@ -32,55 +35,41 @@ def llama_tokenizer_json(model: bytes) -> str:
     scores = dict.fromkeys(named, 0.0)
     scores |= {piece.text: piece.score for piece in parsed.pieces[len(named) :]}
     vocab = {text: i for i, text in enumerate((*named, *(p.text for p in parsed.pieces[3:])))}
-    replace_space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    return json.dumps(
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [_special(i, name) for i, name in enumerate(named)],
-            "normalizer": {
-                "type": "Sequence",
-                "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace_space],
-            },
-            "pre_tokenizer": None,
-            "post_processor": None,
-            "decoder": {
-                "type": "Sequence",
-                "decoders": [
-                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                    {"type": "ByteFallback"},
-                    {"type": "Fuse"},
-                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-                ],
-            },
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": parsed.unk_piece,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": True,
-                "byte_fallback": True,
-                "vocab": vocab,
-                "merges": _merges(parsed, scores),
-            },
-        }
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=_merges(scores, {piece.text: i for i, piece in enumerate(parsed.pieces)}),
+            unk_token=parsed.unk_piece,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in named])
+    return tokenizer
 
 
-def _merges(model: spm_model.SpmModel, scores: dict[str, float]) -> list[list[str]]:
+def _merges(scores: Mapping[str, float], ids: Mapping[str, int]) -> list[tuple[str, str]]:
     """Pairs in the order in which they are merged: best score first, then first halves by id."""
-    ids = {piece.text: i for i, piece in enumerate(model.pieces)}
-    ranked: list[tuple[float, list[str]]] = []
+    ranked: list[tuple[float, tuple[str, str]]] = []
     for piece, score in scores.items():
-        cuts = ([piece[:i], piece[i:]] for i in range(1, len(piece)))
-        halves = [cut for cut in cuts if cut[0] in ids and cut[1] in ids]
-        ranked += [(score, cut) for cut in sorted(halves, key=lambda c: (ids[c[0]], ids[c[1]]))]
+        cuts = [
+            (piece[:i], piece[i:])
+            for i in range(1, len(piece))
+            if piece[:i] in ids and piece[i:] in ids
+        ]
+        if len(cuts) > 1:
+            cuts.sort(key=lambda cut: (ids[cut[0]], ids[cut[1]]))
+        ranked += [(score, cut) for cut in cuts]
     ranked.sort(key=lambda entry: entry[0], reverse=True)
     return [cut for _, cut in ranked]
-
-
-def _special(index: int, name: str) -> dict[str, object]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": index, "content": name, "special": True, **flags}

@@ -16,7 +16,7 @@ from lapilli.errors import CheckpointError, PromptError
 from lapilli.prompt.tokenizer.added import AddedTokens
 from lapilli.prompt.tokenizer.base import Range, Token, clean_up, length_limit
 from lapilli.prompt.tokenizer.byte_level import BYTE_OF
-from lapilli.prompt.tokenizer.convert import llama_tokenizer_json
+from lapilli.prompt.tokenizer.convert import llama_tokenizer
 from lapilli.prompt.tokenizer.pieces import SPACE
 from lapilli.prompt.tokenizer.plain import PlainText
 from lapilli.prompt.tokenizer.roles import Roles
@@ -27,7 +27,7 @@ class FastTokenizer(Roles):
     """Any tokenizer.json.
 
     Args:
-        source: content of tokenizer.json.
+        source: content of tokenizer.json, or what the library made of it.
         config: parsed tokenizer_config.json.
         special_map: parsed special_tokens_map.json.
         added: parsed added_tokens.json.
@@ -38,14 +38,14 @@ class FastTokenizer(Roles):
 
     def __init__(
         self,
-        source: str,
+        source: str | tokenizers.Tokenizer,
         *,
         config: Mapping[str, object] | None = None,
         special_map: Mapping[str, object] | None = None,
         added: Mapping[str, int] | None = None,
     ) -> None:
         config = config or {}
-        self._rust = _parse(source)
+        self._rust = _parse(source) if isinstance(source, str) else source
         family = str(config.get("tokenizer_class") or "").removesuffix("Fast")
         is_llama = family in ("LlamaTokenizer", "CodeLlamaTokenizer")
         self._special = read_special_tokens(
@@ -80,7 +80,7 @@ class FastTokenizer(Roles):
     ) -> "FastTokenizer":
         """LlamaTokenizerFast out of a tokenizer.model alone."""
         config = dict(config or {}) | {"tokenizer_class": "LlamaTokenizerFast"}
-        source = llama_tokenizer_json(model)
+        source = llama_tokenizer(model)
         return cls(source, config=config, special_map=special_map, added=added)
 
     @property

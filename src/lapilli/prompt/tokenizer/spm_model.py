@@ -7,10 +7,11 @@ trainer's settings, 3 the normalizer's. Read here directly, so that nothing need
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lapilli.errors import CheckpointError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, USER_DEFINED = 1, 4
 UNIGRAM, BPE = 1, 2
 
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
@@ -18,11 +19,14 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # normalizer_spec { add_dummy_prefix: false }: a repeated message field is merged by every reader.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 _TYPE_UNUSED = b"\x18\x05"
+# What nearly every piece ends with: tag and score, and tag and kind where it is not NORMAL.
+_TEXT_TAG, _SCORE_TAG, _KIND_TAG = 0x0A, 0x15, 0x18
+_SCORE = struct.Struct("<Bf")
+_SCORE_AND_KIND = struct.Struct("<BfBB")
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """An entry of the vocabulary; `kind` is NORMAL ... BYTE."""
+class Piece(NamedTuple):
+    """An entry of the vocabulary; `kind` is NORMAL, USER_DEFINED or another number."""
 
     text: str
     score: float
@@ -36,9 +40,7 @@ class SpmModel:
     pieces: tuple[Piece, ...]
     algorithm: int = UNIGRAM
     unk_piece: str = "<unk>"
-    charsmap: bytes = b""
     add_dummy_prefix: bool = True
-    remove_extra_whitespaces: bool = True
 
 
 def parse(model: bytes) -> SpmModel:
@@ -52,7 +54,7 @@ def parse(model: bytes) -> SpmModel:
     normalizer: dict[int, bytes | int] = {}
     for number, value in _fields(model):
         if number == _PIECES and isinstance(value, bytes):
-            pieces.append(_piece(value))
+            pieces.append(_usual_piece(value) or _piece(value))
         elif number == _TRAINER and isinstance(value, bytes):
             trainer |= dict(_fields(value))
         elif number == _NORMALIZER and isinstance(value, bytes):
@@ -63,9 +65,7 @@ def parse(model: bytes) -> SpmModel:
         pieces=tuple(pieces),
         algorithm=int(trainer.get(3, UNIGRAM)),
         unk_piece=_text(trainer.get(45, b"<unk>")),
-        charsmap=_raw(normalizer.get(2, b"")),
         add_dummy_prefix=bool(normalizer.get(3, 1)),
-        remove_extra_whitespaces=bool(normalizer.get(4, 1)),
     )
 
 
@@ -90,6 +90,27 @@ def without_symbols(model: bytes, symbols: frozenset[str]) -> bytes:
     return b"".join(parts)
 
 
+def _usual_piece(message: bytes) -> Piece | None:
+    """What `_piece` reads, from the one layout that SentencePiece itself writes; else None.
+
+    A vocabulary has tens of thousands of pieces, and field by field they would take a second.
+    """
+    if len(message) < 2 or message[0] != _TEXT_TAG or message[1] >= 0x80:
+        return None
+    end = 2 + message[1]
+    rest = len(message) - end
+    kind, kind_tag = NORMAL, _KIND_TAG
+    if rest == _SCORE.size:
+        score_tag, score = _SCORE.unpack_from(message, end)
+    elif rest == _SCORE_AND_KIND.size:
+        score_tag, score, kind_tag, kind = _SCORE_AND_KIND.unpack_from(message, end)
+    else:
+        return None
+    if score_tag != _SCORE_TAG or kind_tag != _KIND_TAG or kind >= 0x80:
+        return None
+    return Piece(_text(message[2:end]), score, kind)
+
+
 def _piece(message: bytes) -> Piece:
     fields = dict(_fields(message))
     (score,) = struct.unpack("<f", _raw(fields.get(2, b"\0\0\0\0")))
@@ -97,7 +118,10 @@ def _piece(message: bytes) -> Piece:
 
 
 def _text(value: bytes | int) -> str:
-    return _raw(value).decode("utf-8")
+    try:
+        return _raw(value).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"tokenizer.model is damaged: {value!r} is not UTF-8") from error
 
 
 def _raw(value: bytes | int) -> bytes:
@@ -110,7 +134,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
     """Field number and value: int for varints, the raw bytes for everything else."""
     at = 0
     while at < len(message):
-        tag, at = _varint(message, at)
+        tag, at = (message[at], at + 1) if message[at] < 0x80 else _varint(message, at)
         number, wire = tag >> 3, tag & 7
         if wire == _VARINT:
             value, at = _varint(message, at)
