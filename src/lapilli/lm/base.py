@@ -16,6 +16,9 @@ class LanguageModel(Protocol):
     are only computed where somebody reads them.
     """
 
+    takes_ragged: bool
+    """Whether `forward` reads ragged rows, with a PagedBatch as its cache."""
+
     @property
     def config(self) -> TextConfig:
         """Sizes of the model."""

@@ -103,6 +103,8 @@ class Decoder(nn.Module):
     Source: Hugging Face LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM (same numbers).
     """
 
+    takes_ragged = True
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config

@@ -55,6 +55,8 @@ class ForeignLanguageModel(nn.Module):
         UnsupportedModelError: see above.
     """
 
+    takes_ragged = False
+
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner

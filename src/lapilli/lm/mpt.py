@@ -123,6 +123,8 @@ class Mpt(nn.Module):
     left moves nothing, and `position_ids` are not read.
     """
 
+    takes_ragged = True
+
     def __init__(self, config: MptConfig) -> None:
         super().__init__()
         self.config = config

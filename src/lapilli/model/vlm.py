@@ -50,7 +50,8 @@ class VisionLanguageModel(nn.Module):
         return self.modalities[name]  # type: ignore[return-value]  # see __init__
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the prompts go."""
         return next(self.parameters()).device
 
     def embed_prompts(
@@ -75,7 +76,7 @@ class VisionLanguageModel(nn.Module):
         """
         media = [[] for _ in prompts] if media is None else media
         _check(prompts, media)
-        ids, attention_mask, position_ids = _pad_left(prompts, self._device)
+        ids, attention_mask, position_ids = _pad_left(prompts, self.device)
         longest = ids.shape[1]
         spans = [
             Span(row, longest - len(prompt.input_ids) + span.start, span.length, span.modality)

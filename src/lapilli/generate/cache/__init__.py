@@ -1,0 +1,1 @@
+"""Never twice: features by content, keys and values by everything before them."""

@@ -1,0 +1,265 @@
+"""Who owns which block of keys and values, and what blocks that nobody owns still know.
+
+    position key   what stands at a position: a token id, or a medium's digest and the place in it
+    chain          root -> digest of block 0 -> digest of block 0, 1 -> ...    (SHA-256)
+    block          fresh -> owned by sequences -> idle, found again by its digest -> evicted
+
+A full block is shared by all sequences that begin alike. Where two sequences part inside a block,
+the later one gets a copy of it and goes on there (copy on write). Knows keys, no requests.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+from lapilli.nn.block_store import BlockStore
+
+
+@dataclass(slots=True)
+class PrefixStats:
+    """Counts since the pool was made.
+
+    Attributes:
+        positions: of all prompts that were looked up.
+        reused: of those, positions whose keys and values were found.
+        evictions: idle blocks that were given to others.
+    """
+
+    positions: int = 0
+    reused: int = 0
+    evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What the pool knows of the beginning of a sequence.
+
+    Attributes:
+        chain: the root, then one digest per full block.
+        blocks: the full blocks.
+        tail: a block that begins like the sequence goes on, and how many positions of it.
+    """
+
+    chain: tuple[bytes, ...]
+    blocks: tuple[int, ...] = ()
+    tail: tuple[int, int] | None = None
+
+    def length(self, block_size: int) -> int:
+        """Positions that need not be read."""
+        return len(self.blocks) * block_size + (0 if self.tail is None else self.tail[1])
+
+
+@dataclass(slots=True)
+class BlockTable:
+    """The blocks of one sequence.
+
+    Attributes:
+        blocks: position i is in blocks[i // P].
+        chain: the root, then the digests of the first blocks, as far as they are published.
+        length: positions that are known at the beginning.
+    """
+
+    blocks: list[int]
+    chain: list[bytes]
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a published block holds: found by `digest`, next to others with the same `parent`."""
+
+    digest: bytes
+    parent: bytes
+    keys: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Block:
+    owners: int = 0
+    label: Label | None = None
+    is_used: bool = False
+
+
+class BlockPool:
+    """Blocks of a store: fresh, owned, or idle and known by what they hold.
+
+    Args:
+        store: the memory; its block 0 is never given away.
+        max_idle: most idle blocks that are remembered; 0: nothing outlives its sequence.
+    """
+
+    def __init__(self, store: BlockStore, *, max_idle: int | None = None) -> None:
+        self.store = store
+        self.block_size = store.block_size
+        self.max_idle = store.num_blocks if max_idle is None else max_idle
+        self.stats = PrefixStats()
+        self._blocks = [_Block() for _ in range(store.num_blocks)]
+        self._fresh = list(range(store.num_blocks - 1, 0, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._known: dict[bytes, int] = {}
+        self._children: dict[bytes, dict[int, None]] = {}
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that sequences may own."""
+        return self.store.num_blocks - 1
+
+    @property
+    def available(self) -> int:
+        """Blocks that nobody owns."""
+        return len(self._fresh) + len(self._idle)
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks that nobody owns and whose content can be found."""
+        return len(self._idle)
+
+    def blocks_for(self, positions: int) -> int:
+        """Blocks that hold so many positions."""
+        return -(-positions // self.block_size)
+
+    def chain(self, root: bytes, keys: Sequence[int]) -> tuple[bytes, ...]:
+        """The digests by which the beginning of a sequence is found.
+
+        The last position is left to be read, because nobody keeps its logits.
+        """
+        chain, size = [root], self.block_size
+        for start in range(0, len(keys) - size, size):
+            chain.append(chain_digest(chain[-1], keys[start : start + size]))
+        return tuple(chain)
+
+    def find(self, chain: Sequence[bytes], keys: Sequence[int]) -> Prefix:
+        """The longest known beginning of a sequence.
+
+        Args:
+            chain: of `keys`, from `chain`.
+            keys: what stands at every position.
+        """
+        known = takewhile(lambda block: block is not None, map(self._known.get, chain[1:]))
+        blocks = tuple(block for block in known if block is not None)
+        start = len(blocks) * self.block_size
+        tail = self._tail(chain[len(blocks)], keys[start : len(keys) - 1])
+        return Prefix(tuple(chain[: len(blocks) + 1]), blocks, tail)
+
+    def _tail(self, parent: bytes, keys: Sequence[int]) -> tuple[int, int] | None:
+        """Among the blocks after `parent` the one that shares the longest beginning."""
+        best = max(
+            (
+                (_shared(self._keys_of(block), keys), block)
+                for block in self._children.get(parent, ())
+            ),
+            default=(0, 0),
+        )
+        return (best[1], best[0]) if best[0] else None
+
+    def _keys_of(self, block: int) -> tuple[int, ...]:
+        label = self._blocks[block].label
+        return () if label is None else label.keys
+
+    def reserve(self, prefix: Prefix, num_positions: int) -> BlockTable | None:
+        """Blocks for a whole sequence, the known beginning shared; None: not enough are free."""
+        borrowed = [*prefix.blocks, *([] if prefix.tail is None else [prefix.tail[0]])]
+        for block in borrowed:
+            self._own(block)
+        needed = self.blocks_for(num_positions) - len(prefix.blocks)
+        if needed > self.available:
+            for block in reversed(borrowed):
+                self._disown(block)
+            # The block that would be copied may be the one that is missing.
+            return self.reserve(replace(prefix, tail=None), num_positions) if prefix.tail else None
+        fresh = [self._take() for _ in range(needed)]
+        self.store.clear([block for block in fresh if self._blocks[block].is_used])
+        for block in fresh:
+            self._blocks[block].is_used = True
+        if prefix.tail is not None:
+            self.store.copy(prefix.tail[0], fresh[0])
+            self._disown(prefix.tail[0])
+        length = prefix.length(self.block_size)
+        return BlockTable([*prefix.blocks, *fresh], list(prefix.chain), length)
+
+    def publish(self, table: BlockTable, keys: Sequence[int], length: int) -> None:
+        """Let others find the blocks of a table that are full once `length` positions are read."""
+        size = self.block_size
+        while len(table.chain) * size <= length:
+            at = len(table.chain) - 1
+            held = tuple(keys[at * size : (at + 1) * size])
+            digest = chain_digest(table.chain[-1], held)
+            self._label(table.blocks[at], Label(digest, table.chain[-1], held))
+            table.chain.append(digest)
+
+    def release(self, table: BlockTable, keys: Sequence[int], length: int) -> None:
+        """A sequence is over: its blocks are idle, the half-filled last one too."""
+        self.publish(table, keys, length)
+        full = len(table.chain) - 1
+        held = tuple(keys[full * self.block_size : length])
+        if held:
+            digest = chain_digest(table.chain[-1], held)
+            self._label(table.blocks[full], Label(digest, table.chain[-1], held))
+        # The end goes first when room is needed: a beginning without its end is still of use.
+        for block in reversed(table.blocks):
+            self._disown(block)
+        table.blocks = []
+
+    def forget(self) -> None:
+        """Make every idle block fresh."""
+        while self._idle:
+            self._fresh.append(self._evict())
+
+    def _label(self, block: int, label: Label) -> None:
+        # Another block may hold the same, read at the same time: that one stays the known one.
+        if label.digest not in self._known:
+            self._blocks[block].label = label
+            self._known[label.digest] = block
+            self._children.setdefault(label.parent, {})[block] = None
+
+    def _own(self, block: int) -> None:
+        self._blocks[block].owners += 1
+        self._idle.pop(block, None)
+
+    def _disown(self, block: int) -> None:
+        state = self._blocks[block]
+        state.owners -= 1
+        if state.owners:
+            return
+        if state.label is None:
+            self._fresh.append(block)
+            return
+        self._idle[block] = None
+        if len(self._idle) > self.max_idle:
+            self._fresh.append(self._evict())
+
+    def _take(self) -> int:
+        block = self._fresh.pop() if self._fresh else self._evict()
+        self._blocks[block].owners = 1
+        return block
+
+    def _evict(self) -> int:
+        """The idle block that was not used for longest, its content forgotten."""
+        block, _ = self._idle.popitem(last=False)
+        label = self._blocks[block].label
+        if label is not None:
+            del self._known[label.digest]
+            siblings = self._children[label.parent]
+            del siblings[block]
+            if not siblings:
+                del self._children[label.parent]
+        self._blocks[block].label = None
+        self.stats.evictions += 1
+        return block
+
+
+def chain_digest(parent: bytes, keys: Sequence[int]) -> bytes:
+    """What stands for everything up to the end of a block."""
+    return hashlib.sha256(parent + ",".join(f"{key:x}" for key in keys).encode()).digest()
+
+
+def media_keys(digest: bytes, length: int) -> list[int]:
+    """Position keys of a medium: below zero, so that none is a token id."""
+    number = int.from_bytes(digest, "big")
+    return [-1 - (number << 32 | i) for i in range(length)]
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

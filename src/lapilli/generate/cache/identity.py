@@ -1,0 +1,118 @@
+"""What a cached value depends on: the content of a medium, and whether a model is still the same.
+
+Knows tensors and modules; must not know what is cached.
+"""
+
+import hashlib
+import secrets
+import weakref
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lapilli.shapes import Tensor
+
+SCALARS = (bool, int, float, str, bytes)
+
+
+def content_digest(item: Any) -> bytes:  # noqa: ANN401 - every modality has its own items
+    """SHA-256 of what a modality prepared, or of features: equal digests mean equal numbers.
+
+    Records, tuples and lists of tensors, numbers and texts are read part by part. Anything else
+    gets a digest that never comes again, so that it is never taken for something known.
+    """
+    digest = hashlib.sha256()
+    _add(digest, item)
+    return digest.digest()
+
+
+def _add(digest: Any, item: Any) -> None:  # noqa: ANN401 - hashlib's type has no public name
+    if isinstance(item, Tensor):
+        digest.update(f"tensor {item.dtype} {list(item.shape)} ".encode())
+        plain = item.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
+    elif is_dataclass(item) and not isinstance(item, type):
+        digest.update(f"{type(item).__module__}.{type(item).__qualname__}(".encode())
+        for field in fields(item):
+            digest.update(f"{field.name}=".encode())
+            _add(digest, getattr(item, field.name))
+        digest.update(b")")
+    elif isinstance(item, tuple | list):
+        digest.update(f"{type(item).__qualname__} {len(item)} ".encode())
+        for part in item:
+            _add(digest, part)
+    elif item is None or isinstance(item, SCALARS):
+        digest.update(f"{type(item).__name__} {item!r} ".encode())
+    else:
+        digest.update(secrets.token_bytes(32))
+
+
+class WeightWatch:
+    """Notices that a model is not the one it was: other tensors, changed tensors, other settings.
+
+    Every difference begins a new epoch, and no epoch comes again: after an adapter was switched
+    off and on, everything is computed anew. Compared are, per module, its class and its plain
+    attributes (a LoRA's scaling, training mode), per parameter and buffer the tensor itself, its
+    memory and its version, which every in-place operation counts up.
+
+    Note: torch does not count operations on `tensor.data`, nor on tensors made under
+    `torch.inference_mode()`; whoever changes weights in such a way calls `renew`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._epoch = 0
+        self._tensors = self._current_tensors()
+        self._settings = self._current_settings()
+
+    @property
+    def epoch(self) -> int:
+        """A number that is the same as before exactly while nothing has changed."""
+        tensors, settings = self._current_tensors(), self._current_settings()
+        if settings != self._settings or not _same(tensors, self._tensors):
+            self._tensors, self._settings = tensors, settings
+            self._epoch += 1
+        return self._epoch
+
+    def renew(self) -> None:
+        """Begin a new epoch."""
+        self._epoch += 1
+
+    def _current_tensors(self) -> list[tuple[str, "weakref.ref[Tensor]", int, int]]:
+        found = [*self._model.named_parameters(), *self._model.named_buffers()]
+        return [
+            (name, weakref.ref(tensor), tensor.data_ptr(), _version(tensor))
+            for name, tensor in found
+        ]
+
+    def _current_settings(self) -> list[tuple[str, type, tuple[tuple[str, Any], ...]]]:
+        return [
+            (
+                path,
+                type(module),
+                tuple(
+                    (name, value)
+                    for name, value in vars(module).items()
+                    if isinstance(value, SCALARS)
+                ),
+            )
+            for path, module in self._model.named_modules()
+        ]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _same(
+    new: list[tuple[str, "weakref.ref[Tensor]", int, int]],
+    old: list[tuple[str, "weakref.ref[Tensor]", int, int]],
+) -> bool:
+    """Whether both name the same living tensors in the same state."""
+    if len(new) != len(old):
+        return False
+    return all(
+        a[0] == b[0] and a[1]() is b[1]() and a[2:] == b[2:] for a, b in zip(new, old, strict=True)
+    )

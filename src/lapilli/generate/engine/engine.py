@@ -1,0 +1,425 @@
+"""The engine: requests join and leave between steps, a step is one pass for all of them.
+
+    submit -> waiting --admit: blocks for prompt and longest answer--> rows
+    step      rows that grow: one token each  |  rows that are read: a chunk of their prompt
+              one pass over all of it -> a token per row that has been read -> pieces, ends
+
+Knows prompts as ids and spans, media as things that a modality embeds; must not know templates,
+files or conversations.
+"""
+
+import hashlib
+import threading
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+
+from lapilli.errors import (
+    GenerationError,
+    LapilliError,
+    MediaCountMismatchError,
+    UnsupportedModelError,
+)
+from lapilli.generate.answer import Answer
+from lapilli.generate.cache.blocks import PrefixStats
+from lapilli.generate.cache.features import FeatureCache
+from lapilli.generate.cache.identity import WeightWatch, content_digest
+from lapilli.generate.engine.choosing import choose_tokens, prepare_choosing
+from lapilli.generate.engine.media import MediaReader, lay_over
+from lapilli.generate.engine.memory import new_pool
+from lapilli.generate.engine.options import EngineOptions
+from lapilli.generate.engine.request import Request, Ticket
+from lapilli.generate.engine.sequence import Sequence
+from lapilli.generate.outputs import Generation, Piece
+from lapilli.generate.run import check_context
+from lapilli.generate.text import TokenBytes
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.nn.paged import PagedBatch, PagedRow
+from lapilli.shapes import Float, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one sequence does in a step: its next `count` tokens are read."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def ends(self) -> bool:
+        """Whether its last token is read, so that the next one can be chosen."""
+        return self.count == self.sequence.unread
+
+
+class Engine:
+    """Answers requests, many at a time.
+
+    `submit`, `Ticket.cancel` and `Ticket.take` may be called from any thread; `step` and what calls
+    it (`run`, `stream`, `as_completed`) from one thread at a time.
+
+    Args:
+        model: with a language model of lapilli's own.
+        tokenizer: turns ids into text.
+        eos_ids: end tokens; None: the tokenizer's.
+        context_length: most positions of prompt and answer; None: what the language model reads.
+        options: limits.
+
+    Raises:
+        UnsupportedModelError: a language model from elsewhere.
+        GenerationError: memory for less than one block.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: TokenBytes,
+        *,
+        eos_ids: Collection[int] | None = None,
+        context_length: int | None = None,
+        options: EngineOptions | None = None,
+    ) -> None:
+        language_model = model.language_model
+        if not language_model.takes_ragged:
+            raise UnsupportedModelError(
+                f"{type(language_model).__name__} reads rows of one length only, the engine needs "
+                "a language model of lapilli's own: use generate()"
+            )
+        self.model = model
+        self.options = options or EngineOptions()
+        self._tokenizer = tokenizer
+        if eos_ids is None:
+            eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self._eos_ids = frozenset(eos_ids)
+        self.context_length = readable_context(model, context_length)
+        like = language_model.embed(torch.zeros(1, dtype=torch.long, device=model.device))
+        self._device = like.device
+        self.pool = new_pool(
+            language_model.config,
+            self.options,
+            context_length=self.context_length,
+            dtype=like.dtype,
+            device=like.device,
+        )
+        self.features = FeatureCache(self.options.feature_bytes)
+        self._media = MediaReader(model, self.features)
+        self._watch = WeightWatch(model)
+        self._epoch = self._watch.epoch
+        self._order = count()
+        self._lock = threading.Lock()
+        self._inbox: list[Sequence] = []
+        self._waiting: list[Sequence] = []
+        self._rows: list[Sequence] = []
+
+    @property
+    def prefix_stats(self) -> PrefixStats:
+        """How much of the prompts was known."""
+        return self.pool.stats
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._inbox or self._waiting or self._rows)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that no block is reserved for yet."""
+        return len(self._inbox) + len(self._waiting)
+
+    def submit(self, request: Request, *, ticket: Ticket | None = None) -> Ticket:
+        """Take a request; the work is done by `step`.
+
+        Args:
+            request: what to answer.
+            ticket: made before by somebody who wants to be woken.
+
+        Raises:
+            ContextTooLongError: the prompt leaves no room for a single token.
+            MediaCountMismatchError: another number of media than of spans.
+            GenerationError: beams, no tokens, too large for the memory, or too many wait already.
+        """
+        sequence = self._new_sequence(request, ticket or Ticket(request))
+        with self._lock:
+            if self.num_waiting >= self.options.max_waiting:
+                raise GenerationError(
+                    f"{self.num_waiting} requests are waiting, the limit: try again later, or set "
+                    "EngineOptions(max_waiting=...)"
+                )
+            self._inbox.append(sequence)
+        return sequence.ticket
+
+    def run(self, requests: Iterable[Request]) -> list[Generation]:
+        """The answers to all requests, in their order.
+
+        Raises:
+            LapilliError: the first request that cannot be answered; the others are cancelled.
+        """
+        tickets: list[Ticket] = []
+        try:
+            for request in requests:
+                while self.num_waiting >= self.options.max_waiting:
+                    self.step()
+                tickets.append(self.submit(request))
+            while not all(ticket.is_finished for ticket in tickets):
+                self.step()
+            return [ticket.generation for ticket in tickets]
+        finally:
+            self._leave(tickets)
+
+    def stream(self, request: Request) -> Iterator[Piece]:
+        """One answer, piece by piece, while other requests go on too.
+
+        Closing the iterator cancels the request.
+        """
+        ticket = self.submit(request)
+        try:
+            while True:
+                piece = ticket.take()
+                if piece is not None:
+                    yield piece
+                elif ticket.is_finished:
+                    return
+                else:
+                    self.step()
+        finally:
+            self._leave([ticket])
+
+    def step(self) -> bool:
+        """One pass of the model for everybody; False when there is nothing to do.
+
+        Raises:
+            RuntimeError: the model failed (out of memory, for instance). All requests of the step
+                have failed with it; the engine can go on.
+        """
+        self._take_inbox()
+        self._drop_cancelled()
+        self._admit()
+        shares = self._share_out()
+        if shares:
+            self._advance(shares)
+        return self.has_work
+
+    def renew(self) -> None:
+        """Forget everything kept, after weights were changed in a way that nobody can see."""
+        self._watch.renew()
+
+    def _leave(self, tickets: Iterable[Ticket]) -> None:
+        """Let go of requests that nobody waits for any more."""
+        open_tickets = [ticket for ticket in tickets if not ticket.is_finished]
+        for ticket in open_tickets:
+            ticket.cancel()
+        if open_tickets:
+            self._take_inbox()
+            self._drop_cancelled()
+
+    def _new_sequence(self, request: Request, ticket: Ticket) -> Sequence:
+        prompt, params = request.prompt, request.params
+        if params.num_beams > 1:
+            raise GenerationError(
+                f"num_beams {params.num_beams}: the engine does not search by beams, use generate()"
+            )
+        if not prompt.input_ids:
+            raise GenerationError("the prompt has no tokens, not even a first one")
+        if len(prompt.spans) != len(request.media):
+            raise MediaCountMismatchError(
+                f"the prompt has {len(prompt.spans)} places for media but {len(request.media)} "
+                "items were given"
+            )
+        room = check_context(
+            len(prompt.input_ids),
+            self.context_length,
+            visual=sum(span.length for span in prompt.spans),
+        )
+        answer = Answer(
+            self._tokenizer,
+            params,
+            stop_ids=self._eos_ids | frozenset(params.stop_token_ids),
+            limit=min(params.max_new_tokens, room),
+            prompt_len=len(prompt.input_ids),
+        )
+        digests = [
+            hashlib.sha256(span.modality.encode() + b"\0" + content_digest(item)).digest()
+            for span, item in zip(prompt.spans, request.media, strict=True)
+        ]
+        sequence = Sequence(ticket, answer, digests=digests, order=next(self._order))
+        needed = self.pool.blocks_for(sequence.positions_needed)
+        if needed > self.pool.capacity:
+            size = self.pool.block_size
+            raise GenerationError(
+                f"prompt and answer may take {sequence.positions_needed} positions, the engine has "
+                f"memory for {self.pool.capacity * size}: lower max_new_tokens "
+                f"({params.max_new_tokens}) or raise EngineOptions(kv_bytes=...)"
+            )
+        return sequence
+
+    def _take_inbox(self) -> None:
+        with self._lock:
+            new, self._inbox = self._inbox, []
+        if new:
+            self._waiting = sorted([*self._waiting, *new], key=lambda sequence: sequence.rank)
+
+    def _drop_cancelled(self) -> None:
+        for sequence in [*self._waiting, *self._rows]:
+            if sequence.ticket.is_cancelled:
+                self._end(sequence)
+
+    def _admit(self) -> None:
+        """Give blocks to those who wait, in their order, until one does not fit."""
+        if not self._waiting or len(self._rows) >= self.options.max_rows:
+            return
+        self._epoch = self._watch.epoch
+        root = hashlib.sha256(f"{self._epoch}".encode()).digest()
+        for sequence in list(self._waiting):
+            if len(self._rows) >= self.options.max_rows:
+                return
+            if not sequence.chain or sequence.chain[0] != root:
+                sequence.chain = self.pool.chain(root, sequence.keys)
+            prefix = self.pool.find(sequence.chain, sequence.keys)
+            if self._is_being_read(sequence, len(prefix.blocks)):
+                continue
+            table = self.pool.reserve(prefix, sequence.positions_needed)
+            if table is None:
+                return
+            self._waiting.remove(sequence)
+            self._rows.append(sequence)
+            sequence.begin(table)
+            self.pool.stats.positions += sequence.prompt_length
+            self.pool.stats.reused += table.length
+            vocabulary = self.model.language_model.config.vocab_size
+            prepare_choosing(sequence, vocabulary, self._device)
+
+    def _is_being_read(self, sequence: Sequence, known: int) -> bool:
+        """Whether another row is about to read the very block that this one needs next."""
+        if known + 1 >= len(sequence.chain):
+            return False
+        wanted = sequence.chain[known + 1]
+        return any(
+            known + 1 < len(other.chain) and other.chain[known + 1] == wanted
+            for other in self._rows
+            if not other.is_growing
+        )
+
+    def _share_out(self) -> list[Share]:
+        """Who reads how much in this step: growing rows a token, then prompts by rank."""
+        growing = [Share(row, 1) for row in self._rows if row.is_growing]
+        waits = sorted((r for r in self._rows if not r.is_growing), key=lambda row: row.rank)
+        left = self.options.chunk if growing else self.options.max_step
+        looks = self._media.looks + (1 if growing else len(waits))
+        reading: list[Share] = []
+        for row in waits:
+            # A prompt that keeps nobody waiting is read at once, attention is faster then.
+            most = left if growing or reading else 4 * left
+            count = self._look(row, min(row.unread, most), looks - self._media.looks)
+            if count:
+                reading.append(Share(row, count))
+                left -= count
+            if left <= 0:
+                break
+        return sorted([*growing, *reading], key=lambda share: share.count > 1)
+
+    def _look(self, row: Sequence, count: int, looks: int) -> int:
+        """Positions that a row can read now; a row whose media do not fit has failed."""
+        try:
+            return self._media.readable(row, count, epoch=self._epoch, looks=looks)
+        except LapilliError as error:
+            self._fail(row, error)
+            return 0
+
+    def _advance(self, shares: list[Share]) -> None:
+        """Read, choose, deliver."""
+        ending = [share.sequence for share in shares if share.ends]
+        try:
+            logits = self._forward(shares)
+            chosen = [] if logits is None else choose_tokens(logits, ending)
+        except KeyboardInterrupt:
+            for share in shares:
+                self._end(share.sequence)
+            raise
+        except (RuntimeError, LapilliError) as error:
+            for share in shares:
+                self._fail(share.sequence, GenerationError(f"the model failed: {error}"))
+            raise
+        for share in shares:
+            share.sequence.length += share.count
+        for sequence, (token_id, report) in zip(ending, chosen, strict=True):
+            sequence.push(token_id, report)
+        for share in shares:
+            self._deliver(share.sequence)
+
+    @torch.inference_mode()
+    def _forward(self, shares: list[Share]) -> Float[Tensor, "R V"] | None:
+        """Logits after the last token of every row that has been read; None when there is none."""
+        language_model = self.model.language_model
+        ids: list[int] = []
+        positions: list[int] = []
+        rows, last = [], []
+        for share in shares:
+            row, end = share.sequence, share.sequence.length + share.count
+            ids += row.tokens[row.length : end]
+            positions += range(row.length, end)
+            rows.append(PagedRow(row.blocks, row.length, share.count))
+            if share.ends:
+                last.append(len(ids) - 1)
+        x = language_model.embed(torch.tensor(ids, device=self._device))
+        at = 0
+        for share in shares:
+            if not share.sequence.is_growing:
+                lay_over(x, share.sequence, at=at, count=share.count)
+            at += share.count
+        hidden = language_model.forward(
+            x[None],
+            position_ids=torch.tensor([positions], device=self._device),
+            cache=PagedBatch(self.pool.store, rows),
+        )
+        if not last:
+            return None
+        return language_model.logits(hidden[0, torch.tensor(last, device=self._device)])
+
+    def _deliver(self, sequence: Sequence) -> None:
+        """Hand out what settled; publish full blocks; end what is over."""
+        if sequence.table is not None:
+            self.pool.publish(sequence.table, sequence.keys, sequence.length)
+        if sequence.answer.is_finished:
+            self._end(sequence)
+            return
+        piece = sequence.answer.take()
+        if piece is not None:
+            sequence.ticket.deliver(piece)
+
+    def _end(self, sequence: Sequence) -> None:
+        """The answer is over, cancelled if nothing else ended it."""
+        self._remove(sequence)
+        generation = sequence.answer.result()
+        piece = sequence.answer.take()
+        if piece is not None:
+            sequence.ticket.deliver(piece)
+        sequence.ticket.finish(generation)
+
+    def _fail(self, sequence: Sequence, error: LapilliError) -> None:
+        self._remove(sequence)
+        sequence.ticket.fail(error)
+
+    def _remove(self, sequence: Sequence) -> None:
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        if sequence in self._rows:
+            self._rows.remove(sequence)
+        table, sequence.table = sequence.table, None
+        if table is not None:
+            self.pool.release(table, sequence.keys, sequence.length)
+
+
+def readable_context(model: VisionLanguageModel, wanted: int | None) -> int:
+    """Most positions of a sequence in the engine.
+
+    Note: with dynamic NTK scaling every longer pass turns the keys of a sequence differently, so
+    beyond the trained length the result would depend on how a prompt is cut; there the limit is
+    the trained length.
+    """
+    config = model.language_model.config
+    length = config.max_positions if wanted is None else wanted
+    scaling = getattr(config, "rope_scaling", None)
+    if scaling is not None and scaling.kind == "dynamic":
+        return min(length, config.max_positions)
+    return length

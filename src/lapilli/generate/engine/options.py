@@ -1,0 +1,52 @@
+"""What a person may set about an engine; knows no torch."""
+
+from dataclasses import dataclass
+
+from lapilli.config.generation import check_count
+from lapilli.errors import GenerationError
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Limits of an engine.
+
+    Args:
+        max_rows: most sequences that are worked on at the same time.
+        max_waiting: most requests that wait for their turn; `submit` refuses more.
+        chunk: most new prompt positions per step while other answers grow, so that a long prompt
+            delays their next token by the time of so many positions only.
+        max_step: most prompt positions per step while no answer grows; one prompt of up to
+            four times as many is read at once.
+        block_size: positions per block of keys and values.
+        kv_bytes: memory for keys and values, cached ones included; None: what fits `max_rows`
+            whole contexts, at most a quarter of the machine's or the GPU's memory.
+        kv_dtype: "auto" is the model's; "int8" takes about a quarter of float32, see
+            QuantizedBlockStore for what it costs.
+        prefix_bytes: of these, what may be kept of sequences that are over; 0 switches the prefix
+            cache off; None: all of it.
+        feature_bytes: most bytes of features of pictures that are kept; 0 keeps none.
+
+    Raises:
+        GenerationError: a number below its least.
+    """
+
+    max_rows: int = 16
+    max_waiting: int = 1024
+    chunk: int = 128
+    max_step: int = 1024
+    block_size: int = 32
+    kv_bytes: int | None = None
+    kv_dtype: str = "auto"
+    prefix_bytes: int | None = None
+    feature_bytes: int = 256 * MIB
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_waiting", "chunk", "max_step", "block_size"):
+            check_count(name, getattr(self, name), least=1)
+        for name in ("kv_bytes", "prefix_bytes", "feature_bytes"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), least=0)
+        if self.kv_dtype not in ("auto", "int8"):
+            raise GenerationError(f"kv_dtype must be 'auto' or 'int8', got {self.kv_dtype!r}")

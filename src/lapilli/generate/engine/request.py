@@ -1,0 +1,115 @@
+"""What goes into an engine and what comes out while it works; knows no model.
+
+Request --submit--> Ticket: take() the pieces, cancel(), generation
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lapilli.config.generation import SamplingParams
+from lapilli.errors import LapilliError
+from lapilli.generate.outputs import Generation, Piece
+from lapilli.prompt.encode import EncodedPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and how to answer it.
+
+    Attributes:
+        prompt: ids and spans.
+        media: per span what its modality prepared, or features [n, D].
+        params: how to choose tokens and when to stop; no beams.
+        seen_ids: what the repetition penalty counts as seen, see `generate`.
+        priority: a higher one is begun and read before all lower ones.
+    """
+
+    prompt: EncodedPrompt
+    media: tuple[Any, ...] = ()
+    params: SamplingParams = field(default_factory=SamplingParams)
+    seen_ids: Sequence[int] | None = None
+    priority: int = 0
+
+
+class Ticket:
+    """A request on its way. The engine writes, one reader reads, in any threads.
+
+    A slow reader does not make a queue grow: what settled since its last `take` is one piece.
+    """
+
+    def __init__(self, request: Request, wake: Callable[[], None] | None = None) -> None:
+        self.request = request
+        self.is_cancelled = False
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._waiting: list[Piece] = []
+        self._generation: Generation | None = None
+        self._error: LapilliError | None = None
+
+    def cancel(self) -> None:
+        """Stop at the next step; what was said until then is the answer."""
+        self.is_cancelled = True
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more comes, an error included."""
+        return self._generation is not None or self._error is not None
+
+    @property
+    def error(self) -> LapilliError | None:
+        """Why there is no answer."""
+        return self._error
+
+    @property
+    def generation(self) -> Generation:
+        """The finished answer.
+
+        Raises:
+            LapilliError: what went wrong with this request.
+            RuntimeError: it is not finished.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._generation is None:
+            raise RuntimeError("this request is not finished")
+        return self._generation
+
+    def take(self) -> Piece | None:
+        """What settled since the last call; None while there is nothing.
+
+        Raises:
+            LapilliError: what went wrong with this request.
+        """
+        with self._lock:
+            pieces, self._waiting = self._waiting, []
+        if not pieces:
+            if self._error is not None:
+                raise self._error
+            return None
+        return Piece(
+            "".join(piece.text for piece in pieces),
+            tuple(token for piece in pieces for token in piece.token_ids),
+            pieces[-1].finish_reason,
+        )
+
+    def deliver(self, piece: Piece) -> None:
+        """Called by the engine: more has settled."""
+        with self._lock:
+            self._waiting.append(piece)
+        self._call()
+
+    def finish(self, generation: Generation) -> None:
+        """Called by the engine: the answer is over."""
+        self._generation = generation
+        self._call()
+
+    def fail(self, error: LapilliError) -> None:
+        """Called by the engine: there will be no answer."""
+        self._error = error
+        self._call()
+
+    def _call(self) -> None:
+        if self._wake is not None:
+            self._wake()

@@ -1,0 +1,146 @@
+"""A digest tells contents apart; the watch sees every change of a model."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from lapilli.generate.cache.identity import WeightWatch, content_digest
+from lapilli.geometry import ImageSize
+from lapilli.lora import LoraConfig, inject, merge
+from lapilli.modality.image.pixels import PreparedImage
+
+
+@dataclass(frozen=True)
+class Other:
+    values: torch.Tensor
+
+
+def image(fill: float = 0.0, height: int = 10) -> PreparedImage:
+    return PreparedImage(torch.full((1, 3, 4, 4), fill), ImageSize(height, 20))
+
+
+def test_equal_contents_have_equal_digests():
+    assert content_digest(image()) == content_digest(image())
+
+
+def test_different_contents_differ():
+    changed = image()
+    changed.pixel_values[0, 2, 3, 3] = 1e-9
+    contents = [
+        image(),
+        changed,
+        image(height=11),
+        torch.zeros(4),
+        torch.zeros(2, 2),
+        torch.zeros(4, dtype=torch.bfloat16),
+        torch.zeros(8, dtype=torch.bfloat16),
+        Other(torch.zeros(4)),
+        "a",
+        b"a",
+        (1, 2),
+        [1, 2],
+        (12,),
+        1,
+        1.0,
+        True,
+        None,
+    ]
+    assert len({content_digest(content) for content in contents}) == len(contents)
+
+
+def test_unknown_things_never_come_again():
+    thing = object()
+    assert content_digest(thing) != content_digest(thing)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
+
+
+def test_nothing_changed(model):
+    watch = WeightWatch(model)
+    before = watch.epoch
+    model(torch.zeros(1, 3))
+    assert watch.epoch == before
+
+
+def change_value(model):
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1
+
+
+def change_buffer(model):
+    model[1].running_mean.zero_()
+
+
+def replace_parameter(model):
+    model[0].weight = nn.Parameter(model[0].weight.detach())
+
+
+def replace_data(model):
+    model[0].weight.data = model[0].weight.data.clone()
+
+
+def replace_module(model):
+    model[1] = nn.Identity()
+
+
+def train(model):
+    model.train()
+
+
+def change_setting(model):
+    model[1].eps = 1.0
+
+
+def add_lora(model):
+    inject(model, LoraConfig(rank=1, alpha=1, targets=("0",)))
+
+
+CHANGES = [
+    change_value,
+    change_buffer,
+    replace_parameter,
+    replace_data,
+    replace_module,
+    train,
+    change_setting,
+    add_lora,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_change_begins_a_new_epoch(model, change):
+    watch = WeightWatch(model)
+    before = watch.epoch
+    change(model)
+    after = watch.epoch
+    assert after != before
+    assert watch.epoch == after
+
+
+def test_epochs_never_come_again(model):
+    add_lora(model)
+    watch = WeightWatch(model)
+    epochs = [watch.epoch]
+    for scaling in (0.0, 1.0, 0.0):  # off, on, off
+        model[0].scaling = scaling
+        epochs.append(watch.epoch)
+    merge(model)
+    epochs.append(watch.epoch)
+    watch.renew()
+    epochs.append(watch.epoch)
+    assert len(set(epochs)) == len(epochs)
+
+
+def test_tensors_of_inference_mode_are_watched_by_identity():
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+    watch = WeightWatch(model)
+    before = watch.epoch
+    model.bias = nn.Parameter(torch.zeros(2))
+    assert watch.epoch != before
