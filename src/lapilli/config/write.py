@@ -61,6 +61,7 @@ def write_llava_config(
         "model_type": model_type,
         **_text(text),
         "torch_dtype": torch_dtype,
+        "use_cache": True,
         **_tokens(config),
         "tokenizer_padding_side": config.padding_side,
         "tokenizer_model_max_length": config.max_length,
@@ -166,6 +167,8 @@ def _vision(
         "mm_vision_select_feature": vision.feature_select,
         "unfreeze_mm_vision_tower": config.vision_in_checkpoint,
         "use_mm_proj": True,
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
     }
 
 
@@ -223,6 +226,7 @@ def write_preprocessor_config(pixels: PixelConfig) -> dict[str, object]:
         "image_processor_type": "SiglipImageProcessor" if squeezes else "CLIPImageProcessor",
         "size": size,
         "crop_size": pixels.crop_size._asdict(),
+        "do_convert_rgb": True,
         "do_resize": pixels.do_resize,
         "do_center_crop": pixels.do_center_crop,
         "do_rescale": pixels.do_rescale,
