@@ -329,24 +329,27 @@ def test_a_batch_of_all_kinds(chat: Chat, drawing: str, options):
         chat.batch([conversations[0], []])
 
 
-def test_a_narrow_model_says_what_it_knows(paths, drawing: str, tmp_path: Path):
+def test_a_narrow_model_says_what_it_knows(paths, drawing: str, tmp_path: Path, monkeypatch):
     folder = tmp_path / "narrow"
     shutil.copytree(paths("llava-v1.5-tiny-pad")["model_path"], folder)
     chat = lapilli.load(str(folder), device="cpu", dtype="float32")
-    chat.ask("What?", drawing, **FEW)
+    answer = chat.ask("What?", drawing, **FEW)
     assert chat.outside_world() is None  # it claims nothing
     with torch.inference_mode():
         [prepared] = chat.encode([Message.user("What?", drawing)]).media
         known = chat.model.modality("image").tower_features(prepared.pixel_values).flatten(0, 1)
     save_world(measure_world([known + 0.01 * i for i in range(4)], knows="It knows one."), folder)
     chat = lapilli.load(str(folder), device="cpu", dtype="float32")
-    chat.ask("What?", drawing, **FEW)
+    tower = Calls(monkeypatch, chat.model.modalities["image"].vision_tower, "forward")
+    assert chat.ask("What?", drawing, **FEW) == answer
     assert chat.outside_world() is None
+    assert tower.count == 1  # for the answer and for the world alike
     noise = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
     chat.ask("What?", noise, **FEW)
     assert "narrow was made for: It knows one. Load a LLaVA" in chat.outside_world()
     chat.ask("Why?", **FEW)
     assert chat.outside_world() is None  # said once, not again at every question
+    assert tower.count == 2
 
 
 def test_system_prompt(chat: Chat):

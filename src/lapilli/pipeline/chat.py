@@ -28,6 +28,7 @@ from lapilli.pipeline.ready import ReadyPrompt, make_ready, prepare
 from lapilli.prompt.choose import Template
 from lapilli.prompt.message import MediaPart, Message
 from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.quant import QuantConfig
 
 
 def load(
@@ -41,6 +42,8 @@ def load(
     strict_config: bool = False,
     merge_lora: bool = True,
     progress: Progress | None = None,
+    quantize: str | QuantConfig | None = None,
+    quantize_tower: bool = False,
 ) -> "Chat":
     """A checkpoint, ready to answer.
 
@@ -55,6 +58,9 @@ def load(
         strict_config: raise where config.json has a key that nothing reads.
         merge_lora: fold a LoRA into the weights; False keeps it beside them.
         progress: called while the weights are read, with bytes done and bytes in all.
+        quantize: "int8" or "int4" packs the language model while it is read (see
+            docs/guide/quantize.md); None: as the files are.
+        quantize_tower: pack the vision tower and the projector too, in 8 bits.
 
     Raises:
         CheckpointError: the files are not usable.
@@ -71,6 +77,8 @@ def load(
         strict_config=strict_config,
         merge_lora=merge_lora,
         progress=progress,
+        quantization=quantize,
+        quantize_tower=quantize_tower,
     )
     return Chat(loaded, name=str(source))
 
@@ -227,13 +235,20 @@ class Chat:
         )
 
     def _leaves_world(self, memory: Memory) -> bool:
-        """Whether a picture that is not embedded yet lies outside of the checkpoint's world."""
+        """Whether a picture that is not embedded yet lies outside of the checkpoint's world.
+
+        What the tower saw for this becomes the picture's features: it looks at each one once.
+        """
         if self._world is None:
             return False
         modality = cast("ImageModality", self.model.modality("image"))
-        pictures = [item for item in memory.items if isinstance(item, PreparedImage)]
-        features = [modality.tower_features(item.pixel_values) for item in pictures]
-        return not all(self._world.contains(item.flatten(0, 1)) for item in features)
+        leaves = False
+        for number, item in enumerate(memory.items):
+            if isinstance(item, PreparedImage):
+                seen = modality.tower_features(item.pixel_values)
+                leaves |= not self._world.contains(seen.flatten(0, 1))
+                memory.items[number] = modality.merge(modality.projector(seen), item)
+        return leaves
 
     def _answer_in_pieces(
         self,
