@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from lapilli.checkpoint.directory import BASE, WeightPart
 from lapilli.checkpoint.keymaps.tables import EMBEDDINGS, OUTPUT
+from lapilli.checkpoint.quantized import Packing
 from lapilli.checkpoint.report import LoadReport, some
 from lapilli.checkpoint.vocabulary import Vocabulary
 from lapilli.checkpoint.weights import refuse_not_finite
@@ -145,11 +146,13 @@ def fill(
     device: torch.device,
     check_finite: bool = True,
     progress: Progress | None = None,
+    packing: Packing | None = None,
 ) -> None:
     """Assign every tensor to its parameter, in the target dtype and on the target device.
 
     A tensor that has the dtype already stays a view of its file; others are converted one at a
-    time. Vocabulary tables get the number of rows that the model has.
+    time. Vocabulary tables get the number of rows that the model has. What `packing` takes is
+    rounded as it is read and not kept otherwise.
 
     Raises:
         ShapeMismatchError: a tensor has another shape than the configuration says.
@@ -161,16 +164,22 @@ def fill(
     for name, sources in matching.sources.items():
         tensors = []
         for part, foreign in sources:
-            tensor = part.store.tensor(foreign, dtype)
+            read_as = dtype if packing is None else packing.dtype_of(name, dtype)
+            tensor = part.store.tensor(foreign, read_as)
             if check_finite:
                 refuse_not_finite(f"{foreign} ({part.label})", tensor)
             tensors.append(tensor)
             done += part.store.infos[foreign].num_bytes
         tensor = vocabulary.fit(name, tensors) if name in VOCABULARY else tensors[-1]
         _check_shape(name, sources[-1], tensor, shapes[name])
-        filled[name] = tensor.to(device)
+        if packing is not None and packing.takes(name):
+            packing.take(name, tensor)
+        else:
+            filled[name] = tensor.to(device)
         if progress is not None:
             progress(done, total)
+    if packing is not None:
+        filled |= packing.finish(device)
     model.load_state_dict(filled, strict=True, assign=True)
 
 

@@ -13,15 +13,17 @@ from lapilli.checkpoint.assemble import Matching, Progress, build_model, fill, m
 from lapilli.checkpoint.foreign import load_foreign_model
 from lapilli.checkpoint.placement import choose_device, choose_dtype
 from lapilli.checkpoint.plan import Plan, make_plan
+from lapilli.checkpoint.quantized import Packing, stored_quantization
 from lapilli.checkpoint.report import LoadReport
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import JsonObject
-from lapilli.errors import UnsupportedModelError
+from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.lora import inject, merge
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template, TemplateChoice
 from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.quant import QuantConfig, quant_config, quantize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,7 @@ class Loaded:
         tokenizer_path: the directory that its tokenizer came from (a base's, for an adapter).
         dtype: of the weights.
         raw: config.json as it is, for the names of the original.
+        quantization: how the linear layers are packed; None where they are not.
     """
 
     model: VisionLanguageModel
@@ -49,6 +52,7 @@ class Loaded:
     tokenizer_path: Path
     dtype: torch.dtype
     raw: JsonObject
+    quantization: QuantConfig | None = None
 
 
 def load_checkpoint(
@@ -63,6 +67,8 @@ def load_checkpoint(
     merge_lora: bool = True,
     check_finite: bool = True,
     progress: Progress | None = None,
+    quantization: str | QuantConfig | None = None,
+    quantize_tower: bool = False,
 ) -> Loaded:
     """A model, its tokenizer and a report, from any LLaVA checkpoint as it was published.
 
@@ -80,6 +86,9 @@ def load_checkpoint(
         check_finite: refuse NaN and infinities, at the cost of one pass over the weights.
         progress: called after every tensor with the bytes of the files that are loaded and with
             how many there are in all.
+        quantization: "int8", "int4" or a QuantConfig: linear layers are packed while they are
+            read, so that memory holds the packed model and one layer more; None: as the files are.
+        quantize_tower: pack the vision tower and the projector too, in 8 bits.
 
     Raises:
         CheckpointError: files are missing, damaged, unsafe, or do not belong together.
@@ -98,16 +107,22 @@ def load_checkpoint(
     except UnsupportedModelError as refusal:
         if base is not None or adapter is not None:
             raise
+        if quantization is not None:
+            raise UnsupportedModelError(f"{refusal}; other families are not quantized") from refusal
         model, plan = _through_transformers(source, refusal, device=where, dtype=dtype)
         return _loaded(model, plan, LoadReport(used=tuple(model.state_dict())), template)
     if strict_config:
         plan.keys.refuse_unknown()
+    asked = quant_config(quantization, quantize_tower=quantize_tower) if quantization else None
     model = build_model(plan.config)
+    packing = _packing(plan, model, asked, merge_lora=merge_lora)
     matching = match_plan(plan, model)
     refuse_gaps(matching)
-    count = sum(parameter.numel() for parameter in model.parameters())
     number_format = choose_dtype(
-        dtype, device=where, stored=plan.config.torch_dtype, num_parameters=count
+        dtype,
+        device=where,
+        stored=plan.config.torch_dtype,
+        num_parameters=_num_floats(model, packing),
     )
     fill(
         model,
@@ -117,9 +132,52 @@ def load_checkpoint(
         device=where,
         check_finite=check_finite,
         progress=progress,
+        packing=packing,
     )
     lay_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
-    return _loaded(model, plan, matching.report(), template)
+    if asked is not None and packing is None:  # an adapter had to be folded in first
+        quantize(model, asked)
+    loaded = _loaded(model, plan, matching.report(), template)
+    return replace(loaded, quantization=asked or stored_quantization(plan.raw))
+
+
+def _packing(
+    plan: Plan, model: torch.nn.Module, asked: QuantConfig | None, *, merge_lora: bool
+) -> Packing | None:
+    """How layers are packed while they are read; None: not at all, or not before an adapter is in.
+
+    Raises:
+        ConfigError: the files are packed otherwise, or an adapter would lie over packed layers.
+    """
+    stored = stored_quantization(plan.raw)
+    if stored is not None:
+        if asked is not None and asked != stored:
+            raise ConfigError(
+                f"{plan.path} is quantized already ({stored.bits} bits): load it as it is, or "
+                "quantize the checkpoint that it was made from"
+            )
+        if plan.adapter is not None:
+            raise ConfigError(
+                "an adapter cannot be laid over quantized layers: lay it over the checkpoint "
+                "before quantization, with quantize= to pack the result"
+            )
+        return Packing(model, stored, stored=True)
+    if asked is None:
+        return None
+    if plan.adapter is None:
+        return Packing(model, asked)
+    if not merge_lora:
+        raise ConfigError("quantized layers carry no adapter: quantize= needs merge_lora=True")
+    return None
+
+
+def _num_floats(model: torch.nn.Module, packing: Packing | None) -> int:
+    """How many numbers will stay floats of the chosen format."""
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if packing is None or not packing.takes(name)
+    )
 
 
 def _through_transformers(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lapilli.checkpoint.keymaps import ORIGINAL, ORIGINAL_MPT, VISION_TOWER, KeyMap
 from lapilli.checkpoint.keymaps.tables import PROJECTOR, TOWER
+from lapilli.checkpoint.quantized import KEY, refuse_unknown_packing, written_quantization
 from lapilli.config.model import ModelConfig
 from lapilli.config.write import (
     write_llava_config,
@@ -28,6 +29,7 @@ from lapilli.config.write import (
 from lapilli.errors import CheckpointError, ConfigError
 from lapilli.lora.inject import adapters
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.quant import QuantConfig
 
 TowerPlace = Literal["named", "inside", "beside"]
 
@@ -56,6 +58,7 @@ def save_llava(
     template: str | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    quantization: QuantConfig | None = None,
 ) -> None:
     """A whole checkpoint that this loader and the original's read.
 
@@ -72,16 +75,22 @@ def save_llava(
         template: name of the conversation template that the model was trained with.
         overwrite: replace a directory that is there.
         shard_bytes: largest size of one weight file.
+        quantization: how the layers are packed, for a quantized model. Such a checkpoint is read
+            by lapilli alone; a packed tower lies inside of it.
 
     Raises:
         CheckpointError: the directory is there already.
-        ConfigError: an adapter is not merged, or a tower cannot be named.
+        ConfigError: an adapter is not merged, a tower cannot be named, or packed layers and
+            `quantization` do not go together.
         UnsupportedModelError: something that the original layout cannot say.
     """
     if any(True for _ in adapters(model)):
         raise ConfigError("the model has an unmerged adapter: lapilli.lora.merge(model) first")
+    refuse_unknown_packing(model, quantization, dtype)
     keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
     place = tower or _default_place(config)
+    if quantization is not None and quantization.quantize_tower:
+        place = "inside"
     state = {
         name: tensor.detach() if dtype is None else tensor.detach().to(dtype)
         for name, tensor in model.state_dict().items()
@@ -97,6 +106,8 @@ def save_llava(
             torch_dtype=stored,
             template=template,
         )
+        if quantization is not None:
+            written |= {KEY: written_quantization(quantization)}
         _write_json(folder / "config.json", written)
         if tower_state and written.get("mm_vision_tower") == TOWER_FOLDER:
             _write_tower(folder / TOWER_FOLDER, config, tower_state)

@@ -20,6 +20,7 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
+ABI = 2  # of native/abi.h: a library that was built from older sources is left alone
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
 
 
@@ -36,6 +37,32 @@ class Weights(ctypes.Structure):
         ("inputs", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("bits", ctypes.c_int64),
+    )
+
+
+class AttentionCall(ctypes.Structure):
+    """`AttentionCall` of native/abi.h, field by field."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("key_scales", ctypes.c_void_p),
+        ("value_scales", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("table_stride", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("scale", ctypes.c_double),
     )
 
 
@@ -74,6 +101,8 @@ def open_library(wanted: str = "") -> Library | None:
     if path is None or wanted == "0":
         return None
     functions = ctypes.CDLL(str(path))
+    if not hasattr(functions, "lapilli_abi") or functions.lapilli_abi() != ABI:
+        return None
     _declare(functions)
     named = functions.lapilli_select(wanted.encode())
     if named is None:
@@ -97,6 +126,8 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.lapilli_use_pool.restype = None
     functions.lapilli_linear.argtypes = (pointer, pointer, pointer, *(number,) * 5)
     functions.lapilli_linear.restype = None
+    functions.lapilli_attention.argtypes = (pointer,)
+    functions.lapilli_attention.restype = None
 
 
 def _torch_pool() -> int | None:

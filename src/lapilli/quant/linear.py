@@ -4,8 +4,31 @@ import torch
 from torch import nn
 
 from lapilli.kernels.linear import PackedLinear
-from lapilli.kernels.packing import Packed
+from lapilli.kernels.packing import BLOCK, CHUNK, Packed, block_bias
 from lapilli.shapes import Float, Tensor
+
+
+def empty_packed(linear: nn.Linear, bits: int, group_size: int, *, symmetric: bool) -> Packed:
+    """Packed tensors of the shapes that a layer's weight has, on its device, without values."""
+    blocks = -(-linear.out_features // BLOCK)
+    padded = -(-linear.in_features // CHUNK) * CHUNK
+    groups = -(-padded // group_size)
+    device = linear.weight.device
+    has_zeros = bits == 4 and not symmetric
+    return Packed(
+        torch.empty((blocks, padded * bits // 32, 64), dtype=torch.uint8, device=device),
+        torch.empty((blocks, groups, BLOCK), dtype=torch.float16, device=device)
+        if bits == 4
+        else torch.empty((blocks, BLOCK), device=device),
+        torch.empty((blocks, groups, BLOCK), dtype=torch.uint8, device=device)
+        if has_zeros
+        else None,
+        None if linear.bias is None else torch.empty((blocks, BLOCK), device=device),
+        linear.out_features,
+        linear.in_features,
+        group_size,
+        bits,
+    )
 
 
 class QuantLinear(nn.Module):
@@ -49,6 +72,11 @@ class QuantLinear(nn.Module):
             self.group_size,
             self.bits,
         )
+
+    def set_bias(self, bias: Float[Tensor, " out"] | None) -> None:
+        """Add this to the output from now on."""
+        self.packed_bias = block_bias(bias)
+        self._ready = None
 
     def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
         """The layer's output in the dtype of x; no gradients.

@@ -12,7 +12,7 @@ from lapilli.quant.rounding import round4, round8
 from lapilli.shapes import Tensor
 
 LANGUAGE_MODEL = "language_model."
-HEAD = "language_model.lm_head"
+HEAD = ".lm_head"
 SEEN = ("modalities.",)  # towers and projectors
 
 
@@ -33,10 +33,9 @@ class QuantReport:
 
 def bits_of(path: str, config: QuantConfig) -> int | None:
     """In how many bits the linear layer of this path is stored; None: as it is."""
-    if path == HEAD:
-        return max(config.head_bits, config.bits)
     if path.startswith(LANGUAGE_MODEL):
-        return config.bits
+        is_head = path.endswith(HEAD)
+        return max(config.head_bits, config.bits) if is_head else config.bits
     if config.quantize_tower and path.startswith(SEEN):
         return 8
     return None

@@ -13,6 +13,8 @@
 
 namespace lapilli {
 
+constexpr int kAbi = 2;  // rises when anything here changes; kernels/library.py compares
+
 constexpr int64_t kBlock = 16;  // output rows of a block
 constexpr int64_t kChunk = 32;  // inputs are padded to this
 
@@ -44,9 +46,34 @@ struct LinearCall {
   int64_t weight_only;  // 1: activations stay float32
 };
 
+enum CacheKind : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+
+struct AttentionCall {
+  const float* q;             // [rows, heads, width]
+  const void* keys;           // [blocks, kv_heads, block_size, width]
+  const void* values;         // likewise
+  const float* key_scales;    // [blocks, kv_heads, block_size], int8 only
+  const float* value_scales;  // likewise
+  const int32_t* table;       // [rows, table_stride]
+  const int32_t* lengths;     // [rows]
+  const float* slopes;        // [heads], or null
+  float* out;                 // [rows, heads, width]
+  int64_t rows;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t block_size;
+  int64_t width;  // a multiple of 16
+  int64_t table_stride;
+  int64_t kind;
+  int64_t window;  // 0: none
+  int64_t threads;
+  double scale;
+};
+
 struct Table {
   const char* name;
   void (*linear)(const LinearCall&);
+  void (*attention)(const AttentionCall&);
 };
 
 extern const Table kPortable;

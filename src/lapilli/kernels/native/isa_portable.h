@@ -101,6 +101,54 @@ struct Portable {
       p[i] = static_cast<int8_t>(r >= -127.0f && r <= 127.0f ? r : -128.0f);  // NaN too
     }
   }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F div(F a, F b) { return a / b; }
+  static F max(F a, F b) {
+    for (int i = 0; i < kLanes; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
+  }
+  static I nearest(F v) {
+    I out;
+    for (int i = 0; i < kLanes; ++i) out[i] = static_cast<int32_t>(std::nearbyintf(v[i]));
+    return out;
+  }
+  // v * 2^n for results that are normal numbers.
+  static F ldexp(F v, I n) {
+    I bits;
+    std::memcpy(&bits, &v, 64);
+    bits += n << 23;
+    std::memcpy(&v, &bits, 64);
+    return v;
+  }
+  static float sum(F v) {
+    float out = 0;
+    for (int i = 0; i < kLanes; ++i) out += v[i];
+    return out;
+  }
+  static float most(F v) {
+    float out = v[0];
+    for (int i = 1; i < kLanes; ++i) out = v[i] > out ? v[i] : out;
+    return out;
+  }
+  static void sum4(F a, F b, F c, F d, float* out) {
+    out[0] = sum(a);
+    out[1] = sum(b);
+    out[2] = sum(c);
+    out[3] = sum(d);
+  }
+  static F bfloat(const uint16_t* p) {
+    I bits;
+    for (int i = 0; i < kLanes; ++i) bits[i] = static_cast<int32_t>(p[i]) << 16;
+    F v;
+    std::memcpy(&v, &bits, 64);
+    return v;
+  }
+  static F signed_bytes(const int8_t* p) {
+    F v;
+    for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+    return v;
+  }
   static void prefetch(const void* p) { __builtin_prefetch(p); }
 
   static float half_to_float(uint16_t h) {

@@ -76,6 +76,8 @@ void Scratch::release() {
 
 extern "C" {
 
+__attribute__((visibility("default"))) int lapilli_abi() { return lapilli::kAbi; }
+
 // The name of the instruction set in use: the best one, or the one asked for; null when this
 // machine or this build does not have it.
 __attribute__((visibility("default"))) const char* lapilli_select(const char* name) {
@@ -97,5 +99,9 @@ __attribute__((visibility("default"))) void lapilli_linear(
     const lapilli::Weights* weights, const float* x, float* y, int64_t tokens, int64_t x_stride,
     int64_t y_stride, int64_t threads, int64_t weight_only) {
   lapilli::g_table->linear({*weights, x, y, tokens, x_stride, y_stride, threads, weight_only});
+}
+
+__attribute__((visibility("default"))) void lapilli_attention(const lapilli::AttentionCall* call) {
+  lapilli::g_table->attention(*call);
 }
 }

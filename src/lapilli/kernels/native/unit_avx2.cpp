@@ -1,10 +1,11 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_avx2.h"
 
+#include "attention.h"
 #include "linear.h"
 
 namespace lapilli {
 
-const Table kAvx2 = {Avx2::kName, linear<Avx2>};
+const Table kAvx2 = {Avx2::kName, linear<Avx2>, attention<Avx2>};
 
 }  // namespace lapilli

@@ -1,10 +1,11 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_avx512.h"
 
+#include "attention.h"
 #include "linear.h"
 
 namespace lapilli {
 
-const Table kAvx512 = {Avx512::kName, linear<Avx512>};
+const Table kAvx512 = {Avx512::kName, linear<Avx512>, attention<Avx512>};
 
 }  // namespace lapilli

@@ -1,0 +1,190 @@
+// Attention of one new position per row over blocks of keys and values: a piece of work is one row
+// and one head of keys; all query heads of its group share what is read.
+//
+//   scores[group head][position]  ->  softmax  ->  sum of values
+#pragma once
+
+#include <cmath>
+
+#include "abi.h"
+#include "exponential.h"
+#include "pool.h"
+
+namespace lapilli {
+namespace {
+
+template <class S, int64_t kind>
+inline typename S::F load_cache(const void* base, int64_t index) {
+  if constexpr (kind == kFloat32) return S::load(static_cast<const float*>(base) + index);
+  if constexpr (kind == kBfloat16) return S::bfloat(static_cast<const uint16_t*>(base) + index);
+  if constexpr (kind == kInt8) return S::signed_bytes(static_cast<const int8_t*>(base) + index);
+}
+
+// One group: its queries [group, width] and the blocks of its row.
+struct Group {
+  const float* q;
+  const float* slopes;
+  const int32_t* table;
+  float* out;
+  int64_t size;
+  int64_t head;   // of keys and values
+  int64_t begin;  // first position that is seen
+  int64_t end;
+};
+
+// body(first element, first scale, position, count) for every run of positions inside one block.
+template <class Body>
+inline void for_runs(const AttentionCall& call, const Group& group, const Body& body) {
+  for (int64_t at = group.begin; at < group.end;) {
+    const int64_t inside = at % call.block_size;
+    int64_t count = call.block_size - inside;
+    if (count > group.end - at) count = group.end - at;
+    const int64_t block = group.table[at / call.block_size];
+    const int64_t place = (block * call.kv_heads + group.head) * call.block_size + inside;
+    body(place, at - group.begin, count);
+    at += count;
+  }
+}
+
+template <class S, int64_t kind>
+void score_group(const AttentionCall& call, const Group& group, float* scores, int64_t stride) {
+  using F = typename S::F;
+  const int64_t width = call.width;
+  const float scale = static_cast<float>(call.scale);
+  for_runs(call, group, [&](int64_t place, int64_t at, int64_t count) {
+    for (int64_t i = 0; i < count; i += 4) {
+      const int64_t here = count - i < 4 ? count - i : 4;
+      int64_t key[4];  // the last of a run stands in for those beyond it
+      for (int64_t j = 0; j < 4; ++j) key[j] = (place + i + (j < here ? j : here - 1)) * width;
+      for (int64_t g = 0; g < group.size; ++g) {
+        const float* q = group.q + g * width;
+        F a = S::fzero(), b = S::fzero(), c = S::fzero(), d = S::fzero();
+        for (int64_t v = 0; v < width; v += S::kLanes) {
+          const F x = S::load(q + v);
+          a = S::fma(x, load_cache<S, kind>(call.keys, key[0] + v), a);
+          b = S::fma(x, load_cache<S, kind>(call.keys, key[1] + v), b);
+          c = S::fma(x, load_cache<S, kind>(call.keys, key[2] + v), c);
+          d = S::fma(x, load_cache<S, kind>(call.keys, key[3] + v), d);
+        }
+        float four[4];
+        S::sum4(a, b, c, d, four);
+        float* target = scores + g * stride + at + i;
+        for (int64_t j = 0; j < here; ++j) {
+          target[j] = four[j] * scale;
+          if (kind == kInt8) target[j] *= call.key_scales[place + i + j];
+        }
+      }
+    }
+  });
+  if (group.slopes == nullptr) return;
+  const int64_t seen = group.end - group.begin;
+  for (int64_t g = 0; g < group.size; ++g) {
+    for (int64_t s = 0; s < seen; ++s) {
+      scores[g * stride + s] -= group.slopes[g] * static_cast<float>(seen - 1 - s);
+    }
+  }
+}
+
+// Scores of one head as exponentials, and one over their sum; padding adds 1e-38.
+template <class S>
+float soften(float* scores, int64_t seen, int64_t padded) {
+  using F = typename S::F;
+  for (int64_t s = seen; s < padded; ++s) scores[s] = -INFINITY;
+  F most = S::load(scores);
+  for (int64_t s = S::kLanes; s < padded; s += S::kLanes) most = S::max(most, S::load(scores + s));
+  const F top = S::fset(S::most(most));
+  F total = S::fzero();
+  for (int64_t s = 0; s < padded; s += S::kLanes) {
+    const F e = exponential<S>(S::sub(S::load(scores + s), top));
+    S::store(scores + s, e);
+    total = S::add(total, e);
+  }
+  return 1.0f / S::sum(total);
+}
+
+// G heads times V vectors of the width: weighted values.
+template <class S, int64_t kind, int G, int V>
+void mix(const AttentionCall& call, const Group& group, const float* scores, int64_t stride, int64_t first,
+         int64_t lane, const float* factor) {
+  using F = typename S::F;
+  F acc[G][V];
+  for (int g = 0; g < G; ++g)
+    for (int v = 0; v < V; ++v) acc[g][v] = S::fzero();
+  for_runs(call, group, [&](int64_t place, int64_t at, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t element = (place + i) * call.width + lane;
+      F value[V];
+      for (int v = 0; v < V; ++v) value[v] = load_cache<S, kind>(call.values, element + v * S::kLanes);
+      const float scale = kind == kInt8 ? call.value_scales[place + i] : 1.0f;
+      for (int g = 0; g < G; ++g) {
+        const F weight = S::fset(scores[(first + g) * stride + at + i] * scale);
+        for (int v = 0; v < V; ++v) acc[g][v] = S::fma(weight, value[v], acc[g][v]);
+      }
+    }
+  });
+  for (int g = 0; g < G; ++g) {
+    float* out = group.out + (first + g) * call.width + lane;
+    const F by = S::fset(factor[first + g]);
+    for (int v = 0; v < V; ++v) S::store(out + v * S::kLanes, S::mul(acc[g][v], by));
+  }
+}
+
+template <class S, int64_t kind, int G>
+void mix_heads(const AttentionCall& call, const Group& group, const float* scores, int64_t stride,
+               int64_t first, const float* factor) {
+  constexpr int V = S::kLanes == 16 ? 4 : 2;
+  int64_t lane = 0;
+  for (; lane + V * S::kLanes <= call.width; lane += V * S::kLanes) {
+    mix<S, kind, G, V>(call, group, scores, stride, first, lane, factor);
+  }
+  for (; lane < call.width; lane += S::kLanes) {
+    mix<S, kind, G, 1>(call, group, scores, stride, first, lane, factor);
+  }
+}
+
+template <class S, int64_t kind>
+void attend_group(const AttentionCall& call, const Group& group, Scratch& scratch) {
+  const int64_t seen = group.end - group.begin;
+  const int64_t stride = (seen + 15) / 16 * 16;
+  float* scores = reinterpret_cast<float*>(scratch.get((stride + 1) * group.size * 4));
+  float* factor = scores + stride * group.size;
+  score_group<S, kind>(call, group, scores, stride);
+  for (int64_t g = 0; g < group.size; ++g) factor[g] = soften<S>(scores + g * stride, seen, stride);
+  int64_t g = 0;
+  for (; g + 4 <= group.size; g += 4) mix_heads<S, kind, 4>(call, group, scores, stride, g, factor);
+  for (; g < group.size; ++g) mix_heads<S, kind, 1>(call, group, scores, stride, g, factor);
+}
+
+template <class S>
+void attention(const AttentionCall& call) {
+  const int64_t group_size = call.heads / call.kv_heads;
+  int64_t longest = 0;
+  for (int64_t b = 0; b < call.rows; ++b) longest = call.lengths[b] > longest ? call.lengths[b] : longest;
+  const int64_t work = longest * call.width * group_size;
+  const int64_t step = 1 + (int64_t{1} << 14) / (work + 1);
+  for_pieces(call.threads, call.rows * call.kv_heads, step, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t row = piece / call.kv_heads, head = piece % call.kv_heads;
+      const int64_t first = row * call.heads + head * group_size;
+      Group group{};
+      group.q = call.q + first * call.width;
+      group.slopes = call.slopes ? call.slopes + head * group_size : nullptr;
+      group.table = call.table + row * call.table_stride;
+      group.out = call.out + first * call.width;
+      group.size = group_size;
+      group.head = head;
+      group.end = call.lengths[row];
+      group.begin = call.window > 0 && group.end > call.window ? group.end - call.window : 0;
+      switch (call.kind) {
+        case kFloat32: attend_group<S, kFloat32>(call, group, scratch); break;
+        case kBfloat16: attend_group<S, kBfloat16>(call, group, scratch); break;
+        default: attend_group<S, kInt8>(call, group, scratch);
+      }
+    }
+    scratch.trim();
+  });
+}
+
+}  // namespace
+}  // namespace lapilli

@@ -1,0 +1,112 @@
+"""Packed while loading, saved, read back: the same answers, and refusals that say what to do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import lapilli
+from lapilli.checkpoint.load import load_checkpoint
+from lapilli.checkpoint.quantized import stored_quantization, written_quantization
+from lapilli.checkpoint.save import save_llava
+from lapilli.errors import ConfigError, UnsupportedModelError
+from lapilli.quant import QuantConfig, quantize
+from lapilli.quant.embedding import StoredEmbedding
+from lapilli.quant.linear import QuantLinear
+
+IDS = torch.arange(12)[None]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    language_model = model.language_model
+    with torch.inference_mode():
+        hidden = language_model(language_model.embed(IDS), position_ids=IDS)
+        return language_model.logits(hidden)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_packed_while_loading_equals_the_pass(name: str) -> None:
+    whole = load_checkpoint("pebble", device="cpu", dtype="float32")
+    quantize(whole.model, QuantConfig(bits=4 if name == "int4" else 8))
+    direct = load_checkpoint("pebble", device="cpu", quantization=name)
+    assert torch.equal(logits(direct.model), logits(whole.model))
+    assert direct.dtype == torch.float32
+    assert isinstance(direct.model.language_model.model.embed_tokens, StoredEmbedding)
+    assert not any(parameter.requires_grad for parameter in direct.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantConfig(),
+        QuantConfig(bits=8, quantize_tower=True),
+        QuantConfig(group_size=32, symmetric=False, mode="weight_only", head_bits=4),
+    ],
+)
+def test_saved_and_read_back(tmp_path: Path, config: QuantConfig) -> None:
+    made = load_checkpoint("pebble", device="cpu", quantization=config)
+    target = tmp_path / "llava-packed"
+    save_llava(
+        target,
+        made.model,
+        made.config,
+        tokenizer_path=made.tokenizer_path,
+        quantization=made.quantization,
+    )
+    back = load_checkpoint(target, device="cpu", strict_config=True)
+    assert back.quantization == config
+    assert torch.equal(logits(back.model), logits(made.model))
+    layer = back.model.language_model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, QuantLinear)
+    assert layer.weight_only == (config.mode == "weight_only")
+    tower = [m for m in back.model.modalities.modules() if isinstance(m, QuantLinear)]
+    assert bool(tower) == config.quantize_tower
+    picture = str(Path(lapilli.__file__).parents[2] / "examples" / "picture.png")
+    assert lapilli.load(str(target)).ask("What is in this picture?", picture)
+
+
+def test_asked_otherwise_than_stored(tmp_path: Path) -> None:
+    made = load_checkpoint("pebble", device="cpu", quantization="int8")
+    target = tmp_path / "llava-packed"
+    save_llava(
+        target,
+        made.model,
+        made.config,
+        tokenizer_path=made.tokenizer_path,
+        quantization=made.quantization,
+    )
+    config = json.loads((target / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "lapilli"
+    with pytest.raises(ConfigError, match=r"is quantized already \(8 bits\)"):
+        load_checkpoint(target, quantization="int4", device="cpu")
+
+
+def test_quantization_of_others_is_refused() -> None:
+    raw = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    with pytest.raises(UnsupportedModelError, match="quantized by 'gptq' cannot be read"):
+        stored_quantization(raw)
+
+
+def test_unknown_options_are_refused() -> None:
+    raw = {"quantization_config": {**written_quantization(QuantConfig()), "rotation": True}}
+    with pytest.raises(ConfigError, match=r"has the keys .*rotation.*, this version reads"):
+        stored_quantization(raw)
+    assert stored_quantization({}) is None
+
+
+def test_saving_names_what_is_packed(tmp_path: Path) -> None:
+    plain = load_checkpoint("pebble", device="cpu")
+    with pytest.raises(ConfigError, match="is not quantized"):
+        save_llava(tmp_path / "a", plain.model, plain.config, quantization=QuantConfig())
+    quantize(plain.model, QuantConfig())
+    with pytest.raises(ConfigError, match="is quantized: save it with the QuantConfig"):
+        save_llava(tmp_path / "a", plain.model, plain.config)
+    with pytest.raises(ConfigError, match="without dtype"):
+        save_llava(
+            tmp_path / "a",
+            plain.model,
+            plain.config,
+            dtype=torch.float16,
+            quantization=QuantConfig(),
+        )
