@@ -17,6 +17,7 @@ from lapilli.train.pebble.pointing import (
     looks,
     pointing_loss,
 )
+from lapilli.train.pebble.questions import list_objects
 from lapilli.train.pebble.reference import Question
 from lapilli.train.pebble.regions import region_words, shown_patches
 from lapilli.train.pebble.sample import sample_scene
@@ -101,8 +102,20 @@ def test_it_means_what_was_named_before(tokenizer, scene):
     found = looks(prompt, turns, tokenizer, scene, SIDE)
     about, answer = found["named"]
     assert other.shape.endswith(word_at(prompt, tokenizer, answer.position))
-    late = [look for look in found["asked last"] if look.position > prompt.spans[0].start + 80]
-    assert {look.groups for look in late} == {((about.position,),)}
+    said = {look.position for look in found["said"]}
+    late = [look for look in found["asked last"] if look.position in said]
+    assert late[-1].groups == ((about.position,),)
+
+
+def test_the_end_of_a_phrase_looks_at_what_is_left_over(tokenizer, scene):
+    turn = list_objects(scene, np.random.default_rng(0))
+    prompt = encoded(scene, [turn], tokenizer)
+    left = looks(prompt, [turn], tokenizer, scene, SIDE)["left over"]
+    assert [patches_in(look, prompt) for look in left] == [
+        [expected(scene, item) for item in scene.objects[number + 1 :]]
+        for number in range(len(scene.objects))
+    ]
+    assert all(look.groups[0] == (0,) for look in left)
 
 
 @pytest.mark.parametrize("seed", range(40))

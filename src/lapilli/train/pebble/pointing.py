@@ -5,7 +5,8 @@
               there is none, at the first position; of "red stars" equally at all of them
     layer 2   an answer looks at what its question named first, another head at what it named
               last, a third at "left" or "above"; a list looks at what it listed last
-    layer 3   what is about to be said is looked at: the second object of a list before "a"
+    layer 3   what is about to be said is looked at: the second object of a list before "a";
+              another head looks, at the end of an object's phrase, at what is still to be said
 
 Which patches answer a question is known when a scene is drawn. A model that has to find out by
 itself still guesses colours after a hundred thousand questions. Its weights are those of any other
@@ -54,6 +55,7 @@ HEADS: Final = {
     "asked last": Head(2, 1),
     "asked side": Head(2, 2),
     "said": Head(3, 0),
+    "left over": Head(3, 1),
 }
 """Who learns each kind of look."""
 
@@ -222,8 +224,11 @@ class _Reading:
             if noun is not None:
                 named = self._position(self.at + noun.end() - 1)
                 self._name(named, items)
-                if number + 1 < len(turn.says) and not turn.names:
+                if not turn.names:
                     asked = [named]
+                self._ask(last, [named])
+                later = [self._shown(more)[0] for _, more in turn.says[number + 1 :]]
+                self.found["left over"].append(Look(last, (_NOTHING, *later)))
             self.at += len(phrase)
 
     def _ask(self, position: int, asked: list[int]) -> None:

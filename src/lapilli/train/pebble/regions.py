@@ -21,6 +21,7 @@ from lapilli.train.pebble.glyphs import Glyph, glyphs
 from lapilli.train.pebble.palette import COLOURS
 from lapilli.train.pebble.scene import MAX_OBJECTS, PLACES, SHAPES, SIZES, WORDS, Object, Scene
 
+MARKS: Final = ("word", "number", "handwritten")
 LEXICON: Final[tuple[str, ...]] = (
     *COLOURS,
     *SHAPES,
@@ -28,7 +29,7 @@ LEXICON: Final[tuple[str, ...]] = (
     *PLACES,
     "middle",
     *(f"objects:{number}" for number in range(MAX_OBJECTS + 1)),
-    *("word", "number", "handwritten"),
+    *MARKS,
     *(f"word:{word}" for word in WORDS),
     *(f"tens:{digit}" for digit in range(1, 10)),
     *(f"units:{digit}" for digit in range(10)),

@@ -25,7 +25,7 @@ from lapilli.train.loop import Loss
 from lapilli.train.loss import contrastive
 from lapilli.train.order import draw_indices
 from lapilli.train.pebble.palette import COLOURS
-from lapilli.train.pebble.regions import LEXICON
+from lapilli.train.pebble.regions import LEXICON, MARKS
 from lapilli.train.pebble.scene import SHAPES, SIZES
 from lapilli.train.recipe import RunRecipe
 
@@ -235,7 +235,7 @@ class TowerTask:
         """Which pictures show writing or a digit, which have no place of their own."""
         packed = np.bitwise_or.reduce(self._words[at], axis=1)
         words = np.unpackbits(packed, axis=-1, count=len(LEXICON))
-        columns = [LEXICON.index(name) for name in ("word", "number", "handwritten")]
+        columns = [LEXICON.index(name) for name in MARKS]
         marked: NDArray[np.bool_] = words[:, columns].sum(-1) > 0
         return marked
 
