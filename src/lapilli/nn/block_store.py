@@ -11,7 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from lapilli.config.model import TextConfig
+from lapilli.kernels.attention import decode_attention
+from lapilli.kernels.library import native
 from lapilli.shapes import Float, Int, Tensor
+
+KERNEL_WIDTH_STEP = 16
+"""Head widths that the compiled attention reads are multiples of this."""
 
 
 class BlockStore:
@@ -32,6 +37,7 @@ class BlockStore:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
+        self.float_dtype = dtype
         self.device = device
         self._heads = config.num_kv_heads
         self._width = config.head_dim
@@ -77,6 +83,39 @@ class BlockStore:
         self.keys[layer][blocks, :, offsets] = k
         self.values[layer][blocks, :, offsets] = v
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the compiled decode attention reads these blocks."""
+        fits = self.float_dtype == torch.float32 and self._width % KERNEL_WIDTH_STEP == 0
+        return fits and self.device.type == "cpu" and native() is not None
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "R Q A"],
+        tables: Int[Tensor, "R n"],
+        lengths: Int[Tensor, " R"],
+        *,
+        scale: float | None,
+        window: int | None,
+        slopes: Float[Tensor, " Q"] | None,
+    ) -> Float[Tensor, "R Q A"]:
+        """What one query per row sees of the row's positions; where `has_kernel`."""
+        return decode_attention(
+            q,
+            self.keys[layer],
+            self.values[layer],
+            tables,
+            lengths,
+            scale=scale,
+            window=window,
+            slopes=slopes,
+            **self._scales(layer),
+        )
+
+    def _scales(self, layer: int) -> dict[str, Tensor]:
+        return {}
+
     def rows_of(self, tables: Int[Tensor, "R n"]) -> Int[Tensor, " places"]:
         """What `gather` takes: the same for all layers, so it is computed once a step."""
         heads = torch.arange(self._heads, device=self.device)[None, :, None]
@@ -113,8 +152,8 @@ class QuantizedBlockStore(BlockStore):
         device: torch.device,
     ) -> None:
         super().__init__(config, num_blocks, block_size=block_size, dtype=torch.int8, device=device)
-        self._float = dtype
-        shape = (num_blocks, self._heads, block_size, 1)
+        self.float_dtype = dtype
+        shape = (num_blocks, self._heads, block_size)
         self.key_scales = [
             torch.zeros(shape, dtype=torch.float32, device=device) for _ in self.keys
         ]
@@ -144,8 +183,8 @@ class QuantizedBlockStore(BlockStore):
             (self.values[layer], self.value_scales[layer], v),
         ):
             x = x.float()
-            scale = x.abs().amax(dim=-1, keepdim=True) / 127
-            rounded = (x / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
+            scale = x.abs().amax(dim=-1) / 127  # [T, K]
+            rounded = (x / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
             memory[blocks, :, offsets] = rounded.to(torch.int8)
             scales[blocks, :, offsets] = scale
 
@@ -159,4 +198,9 @@ class QuantizedBlockStore(BlockStore):
             scales.view(-1, self.block_size).index_select(0, places).view(*keys.shape[:3], 1)
             for scales in (self.key_scales[layer], self.value_scales[layer])
         )
-        return (keys * key_scales).to(self._float), (values * value_scales).to(self._float)
+        return (keys * key_scales).to(self.float_dtype), (values * value_scales).to(
+            self.float_dtype
+        )
+
+    def _scales(self, layer: int) -> dict[str, Tensor]:
+        return {"key_scales": self.key_scales[layer], "value_scales": self.value_scales[layer]}

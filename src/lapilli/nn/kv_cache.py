@@ -54,6 +54,11 @@ class KVCache:
         return self._shape[0]
 
     @property
+    def device(self) -> torch.device:
+        """Where the positions are."""
+        return self._keys[0].device
+
+    @property
     def capacity(self) -> int:
         """Positions that fit before the next growth."""
         return self._keys[0].shape[2]

@@ -1,8 +1,8 @@
 """One pass over many sequences at once: tokens of all of them in one row, attention per sequence.
 
-    flat row   [ a | b | c | d d d d | e e ]     sequences with one new token first
-    a, b, c    read together over their block tables (decode)
-    d, e       one after the other, over their own positions (prefill, verification of drafts)
+    flat row   [ a | b | c c | d d d d | e e e e e ]     sequences with few new tokens first
+    a, b, c    read together over their block tables: decode, and guesses that are checked
+    d, e       one after the other, over their own positions: prefill
 
 Embeddings, norms and linear layers see [1, T, D] without padding. Stands where a KVCache stands;
 knows blocks and lengths, no requests.
@@ -10,12 +10,16 @@ knows blocks and lengths, no requests.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from lapilli.nn.attention import attend, causal_mask
 from lapilli.nn.block_store import BlockStore
 from lapilli.shapes import Float, Int, Tensor
+
+MOST_TOGETHER = 8
+"""New positions of one sequence up to which the compiled decode attention reads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +47,26 @@ class PagedBatch:
 
     Args:
         store: where keys and values are.
-        rows: in the order of the flat row, those with one new position first.
+        rows: in the order of the flat row, those with fewest new positions first.
     """
 
     ragged = True
     """Several sequences in one row: the model makes no mask, attention knows who sees whom."""
 
     def __init__(self, store: BlockStore, rows: Sequence[PagedRow]) -> None:
+        if any(a.count > b.count for a, b in pairwise(rows)):
+            raise ValueError("rows with fewer new positions come first")
         self._store = store
-        self._singles = [row for row in rows if row.count == 1]
-        self._longer = [row for row in rows if row.count > 1]
-        if [*self._singles, *self._longer] != list(rows):
-            raise ValueError("rows with one new position come first")
+        self._has_kernel = store.has_kernel
+        short = MOST_TOGETHER if self._has_kernel else 1
+        together = [row for row in rows if row.count <= short]
+        self._longer = list(rows[len(together) :])
+        # Every position that is read together is a row of its own, as long as what it sees.
+        self._single_lengths = [at + 1 for row in together for at in range(row.past, row.length)]
+        tables = self._tables([row for row in together for _ in range(row.count)])
         self._blocks, self._offsets = self._places(rows)
-        self._lengths = self._tensor([row.length for row in self._singles])
-        self._single_places = store.rows_of(self._tables(self._singles))
+        self._tables_read = tables.int() if self._has_kernel else store.rows_of(tables)
+        self._lengths = self._tensor(self._single_lengths).int()
         self._single_bias: Tensor | None = None
         self._has_single_bias = False
         self._row_places = [
@@ -97,7 +106,7 @@ class PagedBatch:
             layer, self._blocks, self._offsets, k[0].transpose(0, 1), v[0].transpose(0, 1)
         )
         parts = []
-        start = len(self._singles)
+        start = len(self._single_lengths)
         if start:
             parts.append(self._attend_singles(layer, q[:, :, :start], scale, window, slopes))
         for row, places in zip(self._longer, self._row_places, strict=True):
@@ -120,8 +129,19 @@ class PagedBatch:
         window: int | None,
         slopes: Float[Tensor, " Q"] | None,
     ) -> Float[Tensor, "1 Q R A"]:
-        rows = len(self._singles)
-        keys, values = self._store.gather(layer, self._single_places, rows)
+        if self._has_kernel:
+            found = self._store.attend(
+                layer,
+                q[0].transpose(0, 1),
+                self._tables_read,
+                self._lengths,
+                scale=scale,
+                window=window,
+                slopes=slopes,
+            )
+            return found.transpose(0, 1).unsqueeze(0)
+        rows = len(self._single_lengths)
+        keys, values = self._store.gather(layer, self._tables_read, rows)
         if not self._has_single_bias:  # the same in all layers
             self._single_bias = self._bias_of_singles(keys.shape[2], window, slopes, q)
             self._has_single_bias = True
@@ -137,7 +157,7 @@ class PagedBatch:
         like: Tensor,
     ) -> Tensor | None:
         """What the one query of each row may see; None when all of them see everything."""
-        lengths = [row.length for row in self._singles]
+        lengths = self._single_lengths
         if window is not None and max(lengths) <= window:
             window = None
         if window is None and slopes is None and min(lengths) == num_keys:

@@ -42,10 +42,14 @@ class CountingVectors(VectorModality):
 
     def __init__(self) -> None:
         super().__init__(ProjectorConfig(kind="linear", vision_size=3, hidden_size=WIDTH))
-        self.items_seen = 0
+        self._seen: list[PreparedVectors] = []  # not a number: that would be another setting
+
+    @property
+    def items_seen(self) -> int:
+        return len(self._seen)
 
     def embed(self, items: Sequence[PreparedVectors]) -> list[torch.Tensor]:
-        self.items_seen += len(items)
+        self._seen += items
         return super().embed(items)
 
 

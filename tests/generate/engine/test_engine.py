@@ -17,6 +17,7 @@ from lapilli.errors import (
 )
 from lapilli.generate.engine import Engine, EngineOptions
 from tests.generate.conftest import WordTokenizer
+from tests.generate.engine.agreement import assert_same
 from tests.generate.engine.conftest import (
     CONFIG,
     MPT,
@@ -43,20 +44,6 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-def same(ours, theirs) -> bool:
-    """Equal answers, log-probabilities up to rounding."""
-    if (ours.token_ids, ours.text, ours.finish_reason) != (
-        theirs.token_ids,
-        theirs.text,
-        theirs.finish_reason,
-    ):
-        return False
-    pairs = zip(ours.logprobs or (), theirs.logprobs or (), strict=True)
-    return ours.prompt_len == theirs.prompt_len and all(
-        abs(a.logprob - b.logprob) < 1e-3 for a, b in pairs
-    )
-
-
 def built(parts, options, priority=0):
     """A request of drawn numbers: hypothesis forbids random tensors inside a strategy."""
     if "temperature" in options:
@@ -71,7 +58,7 @@ def test_every_answer_is_that_of_a_solo_run(model, drawn):
     requests = [built(*numbers) for numbers in drawn]
     engine = Engine(model, WordTokenizer(), options=SMALL)
     for ours, request in zip(engine.run(requests), requests, strict=True):
-        assert same(ours, alone(model, request))
+        assert_same(ours, alone(model, request), model, request)
     assert engine.pool.available == engine.pool.capacity
     assert not engine.has_work
 
@@ -97,7 +84,7 @@ def test_other_families(config):
     ]
     for _ in range(2):  # the second time from the prefix cache
         for ours, request in zip(engine.run(wanted), wanted, strict=True):
-            assert same(ours, alone(model, request))
+            assert_same(ours, alone(model, request), model, request)
 
 
 def test_tokens_without_a_seed_follow_the_global_source(model, tokenizer):
@@ -122,7 +109,7 @@ def test_more_requests_than_rows_and_blocks(model, tokenizer):
     assert engine.pool.capacity == 10
     wanted = [request_of([i, i + 1, i + 2], max_new_tokens=30) for i in range(1, 8)]
     for ours, request in zip(engine.run(wanted), wanted, strict=True):
-        assert same(ours, alone(model, request))
+        assert_same(ours, alone(model, request), model, request)
 
 
 def test_end_token_of_the_model(model):
@@ -176,7 +163,7 @@ def test_cancelled_request_keeps_what_it_said(engine, model):
     assert first.generation.finish_reason == "cancelled"
     assert first.generation.token_ids == alone(model, long).token_ids[:5]
     assert first.take().finish_reason == "cancelled"
-    assert same(second.generation, alone(model, other))
+    assert_same(second.generation, alone(model, other), model, other)
 
 
 def test_cancelled_before_it_began(engine):
@@ -227,7 +214,7 @@ def test_wrong_media_fail_alone(engine, model):
     tickets = [engine.submit(request) for request in (good, bad)]
     while engine.step():
         pass
-    assert same(tickets[0].generation, alone(model, good))
+    assert_same(tickets[0].generation, alone(model, good), model, good)
     with pytest.raises(FusionError, match="has 3 positions of width 32, the features are"):
         _ = tickets[1].generation
     with pytest.raises(FusionError):
@@ -251,7 +238,7 @@ def test_failing_model_fails_the_step_and_not_the_engine(model, tokenizer, monke
     with pytest.raises(GenerationError, match="the model failed: no memory left"):
         _ = ticket.generation
     [answer] = engine.run([request_of([3])])
-    assert same(answer, alone(model, request_of([3])))
+    assert_same(answer, alone(model, request_of([3])), model, request_of([3]))
 
 
 def test_refusals(engine, model, tokenizer):
@@ -279,6 +266,33 @@ def test_waiting_requests_are_bounded(model, tokenizer):
     with pytest.raises(GenerationError, match="2 requests are waiting"):
         engine.submit(request_of([3]))
     assert len(engine.run([request_of([i]) for i in range(1, 9)])) == 8
+
+
+def test_as_completed_hands_out_errors_and_takes_requests_lazily(engine, model):
+    taken = []
+
+    def requests():
+        for i in range(20):
+            taken.append(i)
+            yield request_of([i + 1] * (200 if i == 3 else 1), max_new_tokens=2 + i % 4)
+
+    found = {}
+    for number, answer in engine.as_completed(requests()):
+        found[number] = answer
+        assert len(taken) <= len(found) + 2 * SMALL.max_rows
+    assert sorted(found) == list(range(20))
+    assert isinstance(found.pop(3), ContextTooLongError)
+    for number, answer in found.items():
+        request = request_of([number + 1], max_new_tokens=2 + number % 4)
+        assert_same(answer, alone(model, request), model, request)
+
+
+def test_as_completed_left_early_cancels(engine):
+    answers = engine.as_completed(request_of([i], max_new_tokens=9) for i in range(1, 9))
+    next(answers)
+    answers.close()
+    assert not engine.has_work
+    assert engine.pool.available == engine.pool.capacity
 
 
 def test_foreign_language_models_are_refused(model, tokenizer, monkeypatch):

@@ -57,6 +57,8 @@ class WeightWatch:
     attributes (a LoRA's scaling, training mode), per parameter and buffer the tensor itself, its
     memory and its version, which every in-place operation counts up.
 
+    Note: a module that counts something in a plain attribute looks changed every time, and nothing
+        is found again; keep counts in a record of their own.
     Note: torch does not count operations on `tensor.data`, nor on tensors made under
     `torch.inference_mode()`; whoever changes weights in such a way calls `renew`.
     """

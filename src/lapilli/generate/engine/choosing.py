@@ -1,6 +1,7 @@
 """The next token of every sequence in a step, each by its own rules and its own random source."""
 
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 
 import torch
 
@@ -10,18 +11,62 @@ from lapilli.generate.sample import choose, report_logprobs
 from lapilli.shapes import Float, Tensor
 
 
-def choose_tokens(
-    logits: Float[Tensor, "R V"], sequences: Items[Sequence]
-) -> list[tuple[int, TokenLogprob | None]]:
-    """One token per sequence and what is to be reported about it.
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one sequence does in a step: its next `count` tokens are read, then its guesses."""
 
-    The greedy ones are read from the device together.
+    sequence: Sequence
+    count: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Positions of this step."""
+        return self.count + len(self.draft)
+
+    @property
+    def ends(self) -> bool:
+        """Whether its last token is read, so that the next one can be chosen."""
+        return self.count == self.sequence.unread
+
+    @property
+    def tokens(self) -> list[int]:
+        """What is read."""
+        row = self.sequence
+        return [*row.tokens[row.length : row.length + self.count], *self.draft]
+
+
+def extend(logits: Float[Tensor, "R V"], shares: Items[Share]) -> int:
+    """New tokens for the sequences of `shares`; returns how many.
+
+    Each token is drawn as if nothing had been guessed; the guess says only whether the logits for
+    the token after it are there already. So the answer is the same as without guesses, seed for
+    seed: drawing a token and comparing it with the guess accepts the guess with its probability,
+    and a token that differs from it follows the distribution of the others.
+
+    Args:
+        logits: of each share one row, and one more per guess.
+        shares: those that end.
     """
-    best = logits.argmax(dim=-1).tolist() if any(map(is_plain, sequences)) else []
-    return [
-        (best[at], None) if is_plain(sequence) else choose_one(logits[at : at + 1], sequence)
-        for at, sequence in enumerate(sequences)
-    ]
+    best = logits.argmax(dim=-1).tolist() if any(is_plain(s.sequence) for s in shares) else []
+    start = total = 0
+    for share in shares:
+        sequence = share.sequence
+        known = len(sequence.answer.token_ids)
+        for at, guess in enumerate((*share.draft, None), start):
+            if is_plain(sequence):
+                token_id, report = best[at], None
+            else:
+                token_id, report = choose_one(logits[at : at + 1], sequence)
+            sequence.push(token_id, report)
+            if token_id != guess or sequence.answer.is_finished:
+                break
+        gained = len(sequence.answer.token_ids) - known
+        if share.draft:
+            sequence.pace.learn(len(share.draft), gained - 1)
+        start += 1 + len(share.draft)
+        total += gained
+    return total
 
 
 def is_plain(sequence: Sequence) -> bool:

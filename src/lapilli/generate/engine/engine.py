@@ -8,49 +8,30 @@ Knows prompts as ids and spans, media as things that a modality embeds; must not
 files or conversations.
 """
 
-import hashlib
 import threading
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import count
+from itertools import islice
 
 import torch
 
-from lapilli.errors import (
-    GenerationError,
-    LapilliError,
-    MediaCountMismatchError,
-    UnsupportedModelError,
-)
-from lapilli.generate.answer import Answer
+from lapilli.errors import GenerationError, LapilliError, UnsupportedModelError
 from lapilli.generate.cache.blocks import PrefixStats
 from lapilli.generate.cache.features import FeatureCache
-from lapilli.generate.cache.identity import WeightWatch, content_digest
-from lapilli.generate.engine.choosing import choose_tokens, prepare_choosing
+from lapilli.generate.cache.identity import WeightWatch
+from lapilli.generate.engine.admission import Admission
+from lapilli.generate.engine.arrival import Arrivals, readable_context
+from lapilli.generate.engine.choosing import Share, extend, prepare_choosing
 from lapilli.generate.engine.media import MediaReader, lay_over
 from lapilli.generate.engine.memory import new_pool
 from lapilli.generate.engine.options import EngineOptions
 from lapilli.generate.engine.request import Request, Ticket
 from lapilli.generate.engine.sequence import Sequence
 from lapilli.generate.outputs import Generation, Piece
-from lapilli.generate.run import check_context
+from lapilli.generate.speculate import Drafter, Payoff, PromptLookup
 from lapilli.generate.text import TokenBytes
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.paged import PagedBatch, PagedRow
 from lapilli.shapes import Float, Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one sequence does in a step: its next `count` tokens are read."""
-
-    sequence: Sequence
-    count: int
-
-    @property
-    def ends(self) -> bool:
-        """Whether its last token is read, so that the next one can be chosen."""
-        return self.count == self.sequence.unread
 
 
 class Engine:
@@ -65,6 +46,7 @@ class Engine:
         eos_ids: end tokens; None: the tokenizer's.
         context_length: most positions of prompt and answer; None: what the language model reads.
         options: limits.
+        drafter: where guesses of the next tokens come from.
 
     Raises:
         UnsupportedModelError: a language model from elsewhere.
@@ -79,6 +61,7 @@ class Engine:
         eos_ids: Collection[int] | None = None,
         context_length: int | None = None,
         options: EngineOptions | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         language_model = model.language_model
         if not language_model.takes_ragged:
@@ -88,10 +71,8 @@ class Engine:
             )
         self.model = model
         self.options = options or EngineOptions()
-        self._tokenizer = tokenizer
         if eos_ids is None:
             eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        self._eos_ids = frozenset(eos_ids)
         self.context_length = readable_context(model, context_length)
         like = language_model.embed(torch.zeros(1, dtype=torch.long, device=model.device))
         self._device = like.device
@@ -106,7 +87,14 @@ class Engine:
         self._media = MediaReader(model, self.features)
         self._watch = WeightWatch(model)
         self._epoch = self._watch.epoch
-        self._order = count()
+        self._drafter = drafter or PromptLookup()
+        self.payoff = Payoff()
+        """Whether guesses make tokens come faster."""
+        self._arrivals = Arrivals(
+            tokenizer, eos_ids=eos_ids, context_length=self.context_length, pool=self.pool
+        )
+        self._admission = Admission(self.pool, self.options.max_rows)
+        self._vocabulary = language_model.config.vocab_size
         self._lock = threading.Lock()
         self._inbox: list[Sequence] = []
         self._waiting: list[Sequence] = []
@@ -132,14 +120,14 @@ class Engine:
 
         Args:
             request: what to answer.
-            ticket: made before by somebody who wants to be woken.
+            ticket: made before, by somebody who wants to be woken.
 
         Raises:
             ContextTooLongError: the prompt leaves no room for a single token.
             MediaCountMismatchError: another number of media than of spans.
             GenerationError: beams, no tokens, too large for the memory, or too many wait already.
         """
-        sequence = self._new_sequence(request, ticket or Ticket(request))
+        sequence = self._arrivals.new_sequence(request, ticket or Ticket(request))
         with self._lock:
             if self.num_waiting >= self.options.max_waiting:
                 raise GenerationError(
@@ -166,6 +154,41 @@ class Engine:
             return [ticket.generation for ticket in tickets]
         finally:
             self._leave(tickets)
+
+    def as_completed(
+        self, requests: Iterable[Request]
+    ) -> Iterator[tuple[int, Generation | LapilliError]]:
+        """Number and answer of every request as it is finished; errors are handed out too.
+
+        Requests are taken from the iterable when there is room, so it may be long, or be made
+        while others are answered.
+        """
+        source = enumerate(requests)
+        tickets: dict[int, Ticket] = {}
+        try:
+            while True:
+                room = 2 * self.options.max_rows - len(tickets)
+                for number, request in islice(source, max(0, room)):
+                    tickets[number] = self._submit_or_fail(request)
+                if not tickets:
+                    return
+                if not any(ticket.is_finished for ticket in tickets.values()):
+                    self.step()
+                for number, ticket in list(tickets.items()):
+                    if ticket.is_finished:
+                        del tickets[number]
+                        yield number, ticket.error or ticket.generation
+        finally:
+            self._leave(tickets.values())
+
+    def _submit_or_fail(self, request: Request) -> Ticket:
+        """A ticket in any case."""
+        ticket = Ticket(request)
+        try:
+            return self.submit(request, ticket=ticket)
+        except LapilliError as error:
+            ticket.fail(error)
+            return ticket
 
     def stream(self, request: Request) -> Iterator[Piece]:
         """One answer, piece by piece, while other requests go on too.
@@ -200,6 +223,12 @@ class Engine:
             self._advance(shares)
         return self.has_work
 
+    def abandon(self, error: LapilliError) -> None:
+        """Fail every request that is not finished."""
+        self._take_inbox()
+        for sequence in [*self._waiting, *self._rows]:
+            self._fail(sequence, error)
+
     def renew(self) -> None:
         """Forget everything kept, after weights were changed in a way that nobody can see."""
         self._watch.renew()
@@ -213,46 +242,6 @@ class Engine:
             self._take_inbox()
             self._drop_cancelled()
 
-    def _new_sequence(self, request: Request, ticket: Ticket) -> Sequence:
-        prompt, params = request.prompt, request.params
-        if params.num_beams > 1:
-            raise GenerationError(
-                f"num_beams {params.num_beams}: the engine does not search by beams, use generate()"
-            )
-        if not prompt.input_ids:
-            raise GenerationError("the prompt has no tokens, not even a first one")
-        if len(prompt.spans) != len(request.media):
-            raise MediaCountMismatchError(
-                f"the prompt has {len(prompt.spans)} places for media but {len(request.media)} "
-                "items were given"
-            )
-        room = check_context(
-            len(prompt.input_ids),
-            self.context_length,
-            visual=sum(span.length for span in prompt.spans),
-        )
-        answer = Answer(
-            self._tokenizer,
-            params,
-            stop_ids=self._eos_ids | frozenset(params.stop_token_ids),
-            limit=min(params.max_new_tokens, room),
-            prompt_len=len(prompt.input_ids),
-        )
-        digests = [
-            hashlib.sha256(span.modality.encode() + b"\0" + content_digest(item)).digest()
-            for span, item in zip(prompt.spans, request.media, strict=True)
-        ]
-        sequence = Sequence(ticket, answer, digests=digests, order=next(self._order))
-        needed = self.pool.blocks_for(sequence.positions_needed)
-        if needed > self.pool.capacity:
-            size = self.pool.block_size
-            raise GenerationError(
-                f"prompt and answer may take {sequence.positions_needed} positions, the engine has "
-                f"memory for {self.pool.capacity * size}: lower max_new_tokens "
-                f"({params.max_new_tokens}) or raise EngineOptions(kv_bytes=...)"
-            )
-        return sequence
-
     def _take_inbox(self) -> None:
         with self._lock:
             new, self._inbox = self._inbox, []
@@ -265,44 +254,23 @@ class Engine:
                 self._end(sequence)
 
     def _admit(self) -> None:
-        """Give blocks to those who wait, in their order, until one does not fit."""
+        """Give blocks to those who wait, as long as there are rows."""
         if not self._waiting or len(self._rows) >= self.options.max_rows:
             return
         self._epoch = self._watch.epoch
-        root = hashlib.sha256(f"{self._epoch}".encode()).digest()
-        for sequence in list(self._waiting):
-            if len(self._rows) >= self.options.max_rows:
-                return
-            if not sequence.chain or sequence.chain[0] != root:
-                sequence.chain = self.pool.chain(root, sequence.keys)
-            prefix = self.pool.find(sequence.chain, sequence.keys)
-            if self._is_being_read(sequence, len(prefix.blocks)):
-                continue
-            table = self.pool.reserve(prefix, sequence.positions_needed)
-            if table is None:
-                return
-            self._waiting.remove(sequence)
-            self._rows.append(sequence)
-            sequence.begin(table)
-            self.pool.stats.positions += sequence.prompt_length
-            self.pool.stats.reused += table.length
-            vocabulary = self.model.language_model.config.vocab_size
-            prepare_choosing(sequence, vocabulary, self._device)
-
-    def _is_being_read(self, sequence: Sequence, known: int) -> bool:
-        """Whether another row is about to read the very block that this one needs next."""
-        if known + 1 >= len(sequence.chain):
-            return False
-        wanted = sequence.chain[known + 1]
-        return any(
-            known + 1 < len(other.chain) and other.chain[known + 1] == wanted
-            for other in self._rows
-            if not other.is_growing
-        )
+        for sequence in self._admission.admit(self._waiting, self._rows, epoch=self._epoch):
+            prepare_choosing(sequence, self._vocabulary, self._device)
+            if self.options.speculate != "off":
+                sequence.drafting = self._drafter.begin()
 
     def _share_out(self) -> list[Share]:
         """Who reads how much in this step: growing rows a token, then prompts by rank."""
-        growing = [Share(row, 1) for row in self._rows if row.is_growing]
+        guesses = self.options.speculate == "on" or self.payoff.wants_guesses
+        growing = [
+            Share(row, 1, tuple(row.draft()) if guesses else ())
+            for row in self._rows
+            if row.is_growing
+        ]
         waits = sorted((r for r in self._rows if not r.is_growing), key=lambda row: row.rank)
         left = self.options.chunk if growing else self.options.max_step
         looks = self._media.looks + (1 if growing else len(waits))
@@ -316,7 +284,7 @@ class Engine:
                 left -= count
             if left <= 0:
                 break
-        return sorted([*growing, *reading], key=lambda share: share.count > 1)
+        return sorted([*growing, *reading], key=lambda share: share.length)
 
     def _look(self, row: Sequence, count: int, looks: int) -> int:
         """Positions that a row can read now; a row whose media do not fit has failed."""
@@ -328,10 +296,12 @@ class Engine:
 
     def _advance(self, shares: list[Share]) -> None:
         """Read, choose, deliver."""
-        ending = [share.sequence for share in shares if share.ends]
+        ending = [share for share in shares if share.ends]
+        is_growth = all(share.sequence.is_growing for share in shares)
+        started = self.payoff.clock()
         try:
             logits = self._forward(shares)
-            chosen = [] if logits is None else choose_tokens(logits, ending)
+            tokens = 0 if logits is None else extend(logits, ending)
         except KeyboardInterrupt:
             for share in shares:
                 self._end(share.sequence)
@@ -340,41 +310,48 @@ class Engine:
             for share in shares:
                 self._fail(share.sequence, GenerationError(f"the model failed: {error}"))
             raise
+        if is_growth:
+            self.payoff.learn(
+                self.payoff.clock() - started,
+                rows=len(shares),
+                tokens=tokens,
+                guessed=any(share.draft for share in shares),
+            )
         for share in shares:
-            share.sequence.length += share.count
-        for sequence, (token_id, report) in zip(ending, chosen, strict=True):
-            sequence.push(token_id, report)
-        for share in shares:
-            self._deliver(share.sequence)
+            row = share.sequence
+            # After a choice everything but the newest token has been read, rejected guesses apart.
+            row.length = len(row.tokens) - 1 if row.is_growing else row.length + share.count
+            self._deliver(row)
 
     @torch.inference_mode()
     def _forward(self, shares: list[Share]) -> Float[Tensor, "R V"] | None:
-        """Logits after the last token of every row that has been read; None when there is none."""
+        """Logits after the last token, and every guess, of the rows that have been read."""
         language_model = self.model.language_model
         ids: list[int] = []
         positions: list[int] = []
-        rows, last = [], []
+        read: list[int] = []
+        rows = []
         for share in shares:
-            row, end = share.sequence, share.sequence.length + share.count
-            ids += row.tokens[row.length : end]
-            positions += range(row.length, end)
-            rows.append(PagedRow(row.blocks, row.length, share.count))
+            start, row = len(ids), share.sequence
+            ids += share.tokens
+            positions += range(row.length, row.length + share.length)
+            rows.append(PagedRow(row.blocks, row.length, share.length))
             if share.ends:
-                last.append(len(ids) - 1)
+                read += range(start + share.count - 1, len(ids))
         x = language_model.embed(torch.tensor(ids, device=self._device))
         at = 0
         for share in shares:
             if not share.sequence.is_growing:
                 lay_over(x, share.sequence, at=at, count=share.count)
-            at += share.count
+            at += share.length
         hidden = language_model.forward(
             x[None],
             position_ids=torch.tensor([positions], device=self._device),
             cache=PagedBatch(self.pool.store, rows),
         )
-        if not last:
+        if not read:
             return None
-        return language_model.logits(hidden[0, torch.tensor(last, device=self._device)])
+        return language_model.logits(hidden[0, torch.tensor(read, device=self._device)])
 
     def _deliver(self, sequence: Sequence) -> None:
         """Hand out what settled; publish full blocks; end what is over."""
@@ -408,18 +385,3 @@ class Engine:
         table, sequence.table = sequence.table, None
         if table is not None:
             self.pool.release(table, sequence.keys, sequence.length)
-
-
-def readable_context(model: VisionLanguageModel, wanted: int | None) -> int:
-    """Most positions of a sequence in the engine.
-
-    Note: with dynamic NTK scaling every longer pass turns the keys of a sequence differently, so
-    beyond the trained length the result would depend on how a prompt is cut; there the limit is
-    the trained length.
-    """
-    config = model.language_model.config
-    length = config.max_positions if wanted is None else wanted
-    scaling = getattr(config, "rope_scaling", None)
-    if scaling is not None and scaling.kind == "dynamic":
-        return min(length, config.max_positions)
-    return length

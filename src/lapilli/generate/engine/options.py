@@ -27,6 +27,8 @@ class EngineOptions:
         prefix_bytes: of these, what may be kept of sequences that are over; 0 switches the prefix
             cache off; None: all of it.
         feature_bytes: most bytes of features of pictures that are kept; 0 keeps none.
+        speculate: whether guesses of the next tokens are checked: "on", "off", or "auto", while
+            that makes tokens come faster by the clock.
 
     Raises:
         GenerationError: a number below its least.
@@ -41,6 +43,7 @@ class EngineOptions:
     kv_dtype: str = "auto"
     prefix_bytes: int | None = None
     feature_bytes: int = 256 * MIB
+    speculate: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_waiting", "chunk", "max_step", "block_size"):
@@ -50,3 +53,7 @@ class EngineOptions:
                 check_count(name, getattr(self, name), least=0)
         if self.kv_dtype not in ("auto", "int8"):
             raise GenerationError(f"kv_dtype must be 'auto' or 'int8', got {self.kv_dtype!r}")
+        if self.speculate not in ("on", "off", "auto"):
+            raise GenerationError(
+                f"speculate must be 'on', 'off' or 'auto', got {self.speculate!r}"
+            )

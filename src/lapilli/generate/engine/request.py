@@ -39,10 +39,11 @@ class Ticket:
     A slow reader does not make a queue grow: what settled since its last `take` is one piece.
     """
 
-    def __init__(self, request: Request, wake: Callable[[], None] | None = None) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
         self.is_cancelled = False
-        self._wake = wake
+        self.wake: Callable[[], None] = _nobody
+        """Called by the engine's thread when there is something to take."""
         self._lock = threading.Lock()
         self._waiting: list[Piece] = []
         self._generation: Generation | None = None
@@ -98,18 +99,18 @@ class Ticket:
         """Called by the engine: more has settled."""
         with self._lock:
             self._waiting.append(piece)
-        self._call()
+        self.wake()
 
     def finish(self, generation: Generation) -> None:
         """Called by the engine: the answer is over."""
         self._generation = generation
-        self._call()
+        self.wake()
 
     def fail(self, error: LapilliError) -> None:
         """Called by the engine: there will be no answer."""
         self._error = error
-        self._call()
+        self.wake()
 
-    def _call(self) -> None:
-        if self._wake is not None:
-            self._wake()
+
+def _nobody() -> None:
+    """Nobody waits to be woken."""

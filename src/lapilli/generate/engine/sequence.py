@@ -10,6 +10,7 @@ from lapilli.generate.answer import Answer
 from lapilli.generate.cache.blocks import BlockTable, media_keys
 from lapilli.generate.engine.request import Ticket
 from lapilli.generate.outputs import TokenLogprob
+from lapilli.generate.speculate import Drafting, Pace
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.shapes import Bool, Float, Tensor
 
@@ -40,6 +41,8 @@ class Sequence:
         self.table: BlockTable | None = None
         self.length = 0
         """Positions whose keys and values are known."""
+        self.drafting: Drafting | None = None
+        self.pace = Pace()
         self.generator: torch.Generator | None = None
         self.seen: Bool[Tensor, "1 V"] | None = None
 
@@ -82,6 +85,13 @@ class Sequence:
         """Blocks are reserved, their beginning is known."""
         self.table = table
         self.length = table.length
+
+    def draft(self) -> list[int]:
+        """Guesses of the next tokens, none beyond the last that the answer may have."""
+        most = min(self.pace.length, self.answer.limit - len(self.answer.token_ids) - 1)
+        if self.drafting is None or most < 1:
+            return []
+        return self.drafting.propose(self.keys, most)
 
     def push(self, token_id: int, report: TokenLogprob | None = None) -> None:
         """One more token of the answer."""

@@ -1,0 +1,63 @@
+"""Who may begin: by priority and order, when there is memory for prompt and longest answer."""
+
+import hashlib
+
+from lapilli.generate.cache.blocks import BlockPool
+from lapilli.generate.engine.sequence import Sequence
+
+
+class Admission:
+    """Reserves blocks.
+
+    Args:
+        pool: the blocks.
+        max_rows: most sequences that have blocks.
+    """
+
+    def __init__(self, pool: BlockPool, max_rows: int) -> None:
+        self._pool = pool
+        self._max_rows = max_rows
+
+    def admit(self, waiting: list[Sequence], rows: list[Sequence], *, epoch: int) -> list[Sequence]:
+        """Move those who can begin from `waiting` to `rows`; returns them.
+
+        The first one that does not fit ends it, so that small requests do not starve a large one.
+        One whose next block is being read for another waits for that, and takes nobody's turn.
+
+        Args:
+            waiting: in their order.
+            rows: sequences that have blocks.
+            epoch: of the weights; what was kept in another one is not found.
+        """
+        root = hashlib.sha256(f"{epoch}".encode()).digest()
+        begun: list[Sequence] = []
+        for sequence in list(waiting):
+            if len(rows) >= self._max_rows:
+                break
+            if not sequence.chain or sequence.chain[0] != root:
+                sequence.chain = self._pool.chain(root, sequence.keys)
+            prefix = self._pool.find(sequence.chain, sequence.keys)
+            if is_being_read(sequence, len(prefix.blocks), rows):
+                continue
+            table = self._pool.reserve(prefix, sequence.positions_needed)
+            if table is None:
+                break
+            sequence.begin(table)
+            waiting.remove(sequence)
+            rows.append(sequence)
+            begun.append(sequence)
+            self._pool.stats.positions += sequence.prompt_length
+            self._pool.stats.reused += table.length
+        return begun
+
+
+def is_being_read(sequence: Sequence, known: int, rows: list[Sequence]) -> bool:
+    """Whether a row is about to read the very block that `sequence` needs after `known` ones."""
+    if known + 1 >= len(sequence.chain):
+        return False
+    wanted = sequence.chain[known + 1]
+    return any(
+        known + 1 < len(row.chain) and row.chain[known + 1] == wanted
+        for row in rows
+        if not row.is_growing
+    )
