@@ -8,6 +8,7 @@ from lapilli.checkpoint.assemble import Matching, build_model
 from lapilli.checkpoint.keymaps.tables import TOWER
 from lapilli.checkpoint.load import match_plan
 from lapilli.checkpoint.plan import Plan, make_plan
+from lapilli.checkpoint.quantized import Packing, stored_quantization
 from lapilli.checkpoint.render import as_text
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
@@ -118,8 +119,11 @@ def inspect_checkpoint(
     """
     plan = make_plan(source, base=base, adapter=adapter, fetch=False)
     model = build_model(plan.config)
-    matching = match_plan(plan, model)
     shapes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    packed = stored_quantization(plan.raw)
+    if packed is not None:
+        Packing(model, packed, stored=True)
+    matching = match_plan(plan, model)
     choice = choose_for(plan, template)
     chosen = {"name": choice.template.name, "reason": choice.reason}
     tensors = [info for part in plan.parts for info in part.store.infos.values()]

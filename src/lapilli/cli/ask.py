@@ -38,6 +38,7 @@ def ask(
     seed: options.Seed = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -56,6 +57,7 @@ def ask(
                 device=device,
                 dtype=dtype,
                 progress=progress,
+                quantize=quantize,
             )
         load_s = time.perf_counter() - started
         sampling: dict[str, Any] = {

@@ -37,6 +37,7 @@ def chat(
     seed: options.Seed = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Talk about pictures. /image PATH, /reset, /save FILE, /quit; Ctrl-C stops an answer."""
@@ -52,6 +53,7 @@ def chat(
                 device=device,
                 dtype=dtype,
                 progress=progress,
+                quantize=quantize,
             )
         sampling: dict[str, Any] = {
             "temperature": temperature,

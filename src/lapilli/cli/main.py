@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lapilli import __version__
-from lapilli.cli import ask, chat, inspect
+from lapilli.cli import ask, chat, inspect, quantize
 
 app = typer.Typer(
     name="lapilli",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
+app.command("quantize")(quantize.quantize)
 
 
 def _print_version(wanted: bool) -> None:

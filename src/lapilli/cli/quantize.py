@@ -1,0 +1,69 @@
+"""`lapilli quantize`: a checkpoint in 4 or 8 bits, for CPUs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lapilli.cli import options
+from lapilli.cli.terminal import loading, note, plain_errors
+
+Source = Annotated[str, typer.Argument(help="A directory, a hub id, or pebble.")]
+Target = Annotated[Path, typer.Argument(help="The new directory.")]
+Bits = Annotated[int, typer.Option(help="4 or 8.")]
+GroupSize = Annotated[int, typer.Option(help="Inputs that share a scale: 32, 64 or 128.")]
+Zeros = Annotated[bool, typer.Option("--zero-points", help="4 bits with zero points.")]
+Mode = Annotated[
+    str, typer.Option(help="dynamic rounds activations to 8 bits, weight_only does not.")
+]
+Tower = Annotated[bool, typer.Option("--tower", help="The vision tower too, in 8 bits.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory.")]
+
+
+def quantize(
+    source: Source,
+    target: Target,
+    bits: Bits = 4,
+    group_size: GroupSize = 128,
+    zero_points: Zeros = False,
+    mode: Mode = "dynamic",
+    tower: Tower = False,
+    base: options.Base = None,
+    adapter: options.Adapter = None,
+    overwrite: Overwrite = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Save a checkpoint in 4 or 8 bits; it loads at once and answers faster on a CPU."""
+    with plain_errors():
+        with loading(source, quiet=quiet) as progress:
+            from lapilli.checkpoint.load import load_checkpoint
+            from lapilli.checkpoint.save import save_llava
+            from lapilli.quant import QuantConfig
+
+            config = QuantConfig(
+                bits=bits,
+                group_size=group_size,
+                symmetric=not zero_points,
+                mode=mode,
+                quantize_tower=tower,
+            )
+            loaded = load_checkpoint(
+                source,
+                base=base,
+                adapter=adapter,
+                device="cpu",
+                quantization=config,
+                progress=progress,
+            )
+        save_llava(
+            target,
+            loaded.model,
+            loaded.config,
+            tokenizer_path=loaded.tokenizer_path,
+            template=loaded.template.template.name,
+            overwrite=overwrite,
+            quantization=config,
+        )
+        if not quiet:
+            size = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
+            note(f"{target}: {size / 1e6:.1f} MB in {bits} bits")
