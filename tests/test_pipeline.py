@@ -14,15 +14,18 @@ from PIL import Image
 import lapilli
 from lapilli import (
     Chat,
+    CheckpointError,
     ContextTooLongError,
     GenerationError,
     MediaError,
     Message,
+    MissingFileError,
     PromptError,
     SamplingParams,
     UnsupportedModelError,
 )
 from lapilli.checkpoint.world import measure_world, save_world
+from lapilli.generate.engine import EngineOptions
 
 Load = Callable[..., Chat]
 FEW = {"max_new_tokens": 8}
@@ -129,18 +132,26 @@ def test_what_is_kept_changes_no_answer(loaded: Load, variant: str, drawing: str
 
 
 def test_the_image_is_encoded_once(chat: Chat, drawing: str, monkeypatch):
+    chat.engine.renew()  # other tests have shown it
     tower = Calls(monkeypatch, chat.model.modalities["image"].vision_tower, "forward")
     chat.ask("What is shown?", drawing, **FEW)
     chat.ask("Where?", **FEW)
     list(chat.stream("Why?", **FEW))
     assert tower.count == 1
-    chat.ask("And here?", drawing, keep=True, **FEW)
+    chat.ask("And here?", drawing, keep=True, **FEW)  # the same once more
+    assert tower.count == 1
+    chat.ask("And now?", np.zeros((9, 9, 3), dtype=np.uint8), keep=True, **FEW)
     assert tower.count == 2
     chat.ask("Which is brighter?", **FEW)
+    assert tower.count == 2
+    chat.reset()
+    chat.ask("What is shown?", drawing, **FEW)  # another conversation
+    chat.batch([[Message.user("Who?", drawing)]], SamplingParams(**FEW))
     assert tower.count == 2
 
 
 def test_the_beginning_of_a_conversation_is_read_once(chat: Chat, drawing: str, monkeypatch):
+    chat.engine.renew()
     read: list[int] = []
     forward = chat.model.language_model.forward
 
@@ -419,3 +430,74 @@ def test_properties(chat: Chat):
     assert chat.report.missing == ()
     assert chat.template.name
     assert chat.outside_world() is None
+
+
+def test_ask_many_answers_each_as_if_alone(chat: Chat, drawing: str):
+    other = np.full((30, 40, 3), 200, dtype=np.uint8)
+    asked = [("What?", drawing), "Who are you?", ("What?", other), ("Where?", drawing, other)]
+    answers = chat.ask_many(asked, **FEW)
+    assert chat.history == ()
+    for each, answer in zip(asked, answers, strict=True):
+        question, *images = (each,) if isinstance(each, str) else each
+        chat.engine.renew()
+        assert chat.ask(question, *images, **FEW) == answer
+        chat.reset()
+    assert chat.ask_many([]) == []
+
+
+def test_as_completed_hands_out_what_is_wrong(chat: Chat, drawing: str):
+    conversations = [
+        [Message.user("What?", drawing)],
+        [Message.user("What?", "missing.png")],
+        [],
+        [Message.user("Who?")],
+        [Message.user("word " * 5000)],
+    ]
+    found = dict(chat.as_completed(iter(conversations), SamplingParams(**FEW)))
+    assert sorted(found) == [0, 1, 2, 3, 4]
+    assert isinstance(found[1], MediaError)
+    assert isinstance(found[2], PromptError)
+    assert isinstance(found[4], ContextTooLongError)
+    assert found[0].text == chat.batch([conversations[0]], SamplingParams(**FEW))[0].text
+
+
+def test_beams_take_the_plain_loop(chat: Chat, drawing: str):
+    params = SamplingParams(num_beams=2, **FEW)
+    conversations = [[Message.user("What?", drawing)], [Message.user("Who?")], []]
+    found = dict(chat.as_completed(conversations, params))
+    assert found[0].score is not None
+    assert found[0] == chat.batch(conversations[:1], params)[0]
+    assert isinstance(found[2], PromptError)
+
+
+def test_saved_prefix_spares_the_tower_and_the_prompt(paths, drawing: str, tmp_path, monkeypatch):
+    path, file = paths("llava-v1.5-tiny-pad")["model_path"], tmp_path / "seen.safetensors"
+    first = lapilli.load(path, device="cpu", dtype="float32")
+    with pytest.raises(CheckpointError, match="nothing to save yet"):
+        first.save_prefix(file)
+    first.ask("What is shown?", drawing, **FEW)
+    assert first.save_prefix(file) == first.last.prompt_len + len(first.last.token_ids) - 1
+    expected = first.ask("What is it?", drawing, **FEW)
+
+    again = lapilli.load(path, device="cpu", dtype="float32", prefix=file)
+    tower = Calls(monkeypatch, again.model.modalities["image"].vision_tower, "forward")
+    assert again.ask("What is it?", drawing, **FEW) == expected
+    assert tower.count == 0
+    assert again.engine.prefix_stats.reused > 16
+
+    with pytest.raises(CheckpointError, match="was read by another model"):
+        lapilli.load(path, device="cpu", dtype="bfloat16", prefix=file)
+    with pytest.raises(CheckpointError, match="as float32, the engine keeps them as int8"):
+        lapilli.load(
+            path,
+            device="cpu",
+            dtype="float32",
+            prefix=file,
+            engine=EngineOptions(kv_dtype="int8"),
+        )
+    with pytest.raises(MissingFileError, match="no such file"):
+        again.load_prefix(tmp_path / "nothing")
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="not a saved prefix"):
+        again.load_prefix(broken)

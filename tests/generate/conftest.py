@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from lapilli.config.model import DecoderConfig
 from lapilli.lm.decoder import Decoder
 from lapilli.model.outputs import FusedBatch
 from lapilli.model.vlm import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 VOCABULARY = 61
 CONFIG = DecoderConfig(
@@ -50,6 +54,30 @@ def model() -> VisionLanguageModel:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)
     return VisionLanguageModel(decoder.eval())
+
+
+@pytest.fixture(scope="session")
+def oracle(model: VisionLanguageModel) -> "LlamaForCausalLM":
+    """The same model in transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=CONFIG.hidden_size,
+            intermediate_size=CONFIG.intermediate_size,
+            num_hidden_layers=CONFIG.num_layers,
+            num_attention_heads=CONFIG.num_heads,
+            num_key_value_heads=CONFIG.num_kv_heads,
+            rms_norm_eps=CONFIG.norm_eps,
+            max_position_embeddings=CONFIG.max_positions,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    )
+    llama.load_state_dict(model.language_model.state_dict())
+    return llama.eval()
 
 
 @pytest.fixture

@@ -6,39 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import ContextTooLongError, GenerationError
 from lapilli.generate.run import generate, stream
 from lapilli.model.outputs import FusedBatch
-from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.kv_cache import KVCache
-from tests.generate.conftest import CONFIG, VOCABULARY, WordTokenizer, fuse_rows
+from tests.generate.conftest import VOCABULARY, WordTokenizer, fuse_rows
 
 PROMPTS = ([1, 2, 3], [7], [4, 9, 11, 30, 2, 8, 5], [12, 13])
 Fused = Callable[..., FusedBatch]
-
-
-@pytest.fixture(scope="module")
-def oracle(model: VisionLanguageModel) -> LlamaForCausalLM:
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=CONFIG.hidden_size,
-            intermediate_size=CONFIG.intermediate_size,
-            num_hidden_layers=CONFIG.num_layers,
-            num_attention_heads=CONFIG.num_heads,
-            num_key_value_heads=CONFIG.num_kv_heads,
-            rms_norm_eps=CONFIG.norm_eps,
-            max_position_embeddings=CONFIG.max_positions,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    )
-    llama.load_state_dict(model.language_model.state_dict())
-    return llama.eval()
 
 
 def oracle_answer(oracle: LlamaForCausalLM, prompt: list[int], **options: object) -> list[int]:
@@ -103,7 +81,15 @@ def test_beams_equal_transformers(
         assert answer.score == pytest.approx(float(expected.sequences_scores[0]), rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 0.9, "seed": 3}])
+OPTIONS = [
+    {},
+    {"num_beams": 3},
+    {"temperature": 0.9, "seed": 3},
+    {"num_beams": 3, "temperature": 0.9, "top_p": 0.8, "seed": 3},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_rows_of_a_batch_answer_as_if_alone(model, tokenizer, fused: Fused, options):
     params = SamplingParams(max_new_tokens=10, stop_token_ids=(17, 40, 33), **options)
     together = generate(model, fused(*PROMPTS), params, tokenizer=tokenizer)

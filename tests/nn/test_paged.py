@@ -1,5 +1,8 @@
 """A pass over ragged rows in blocks equals one pass per sequence with a cache of its own."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -171,6 +174,24 @@ def test_bytes_per_block_are_those_of_the_tensors():
         store = kind(config, 3, block_size=BLOCK, dtype=torch.float32, device=torch.device("cpu"))
         held = sum(tensor.nbytes for tensor in store.tensors())
         assert held == 3 * kind.bytes_per_block(config, BLOCK, torch.float32)
+
+
+def test_memory_is_taken_as_blocks_are_written():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("no /proc here")
+    before = resident()
+    store = BlockStore(
+        decoder(None, 2).config,
+        20_000,
+        block_size=32,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    assert sum(tensor.nbytes for tensor in store.tensors()) > 300 << 20
+    assert resident() - before < 50 << 20
 
 
 def test_cleared_blocks_hold_no_nan():

@@ -39,6 +39,7 @@ def ask(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
+    speculate: options.Speculate = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -48,6 +49,7 @@ def ask(
         started = time.perf_counter()
         with loading(model, quiet=quiet) as progress:
             import lapilli
+            from lapilli.generate.engine.options import EngineOptions
 
             session = lapilli.load(
                 model,
@@ -58,6 +60,7 @@ def ask(
                 dtype=dtype,
                 progress=progress,
                 quantize=quantize,
+                engine=EngineOptions(speculate=speculate),
             )
         load_s = time.perf_counter() - started
         sampling: dict[str, Any] = {

@@ -38,12 +38,14 @@ def chat(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
+    speculate: options.Speculate = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Talk about pictures. /image PATH, /reset, /save FILE, /quit; Ctrl-C stops an answer."""
     with plain_errors():
         with loading(model, quiet=quiet) as progress:
             import lapilli
+            from lapilli.generate.engine.options import EngineOptions
 
             session = lapilli.load(
                 model,
@@ -54,6 +56,7 @@ def chat(
                 dtype=dtype,
                 progress=progress,
                 quantize=quantize,
+                engine=EngineOptions(speculate=speculate),
             )
         sampling: dict[str, Any] = {
             "temperature": temperature,

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lapilli import __version__
-from lapilli.cli import ask, chat, inspect, quantize
+from lapilli.cli import ask, batch, chat, inspect, quantize
 
 app = typer.Typer(
     name="lapilli",
@@ -16,6 +16,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("ask")(ask.ask)
+app.command("batch")(batch.batch)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("quantize")(quantize.quantize)

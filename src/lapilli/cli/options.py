@@ -19,9 +19,7 @@ Template = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Quantize = Annotated[
-    str | None, typer.Option(help="int8 or int4: smaller and faster on a CPU.")
-]
+Quantize = Annotated[str | None, typer.Option(help="int8 or int4: smaller and faster on a CPU.")]
 Temperature = Annotated[
     float,
     typer.Option(min=0.0, help="0 takes the likeliest token each time."),
@@ -45,5 +43,8 @@ Stop = Annotated[
     typer.Option(help="End the answer before this text; repeatable."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Speculate = Annotated[
+    str, typer.Option(help="Guess tokens ahead and check them: on, off, or auto, while it pays.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the answer.")]

@@ -1,5 +1,7 @@
 """Beam search: the likeliest answer among several that are grown side by side.
 
+With a temperature the continuations are drawn instead of taken from the top (beam sampling).
+
 Knows hypotheses and scores; one row's search does not depend on the other rows of its batch.
 """
 
@@ -12,14 +14,17 @@ import torch
 
 from lapilli.config.generation import SamplingParams
 from lapilli.generate.outputs import TokenLogprob
-from lapilli.generate.sample import penalize_repetition, report_logprobs
+from lapilli.generate.sample import penalize_repetition, report_logprobs, warp
 from lapilli.generate.step import Decoding
-from lapilli.shapes import Bool, Float, Tensor
+from lapilli.shapes import Bool, Float, Int, Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """One answer that is being tried, and the sum of its log-probabilities."""
+    """One answer that is being tried, and the sum of its log-probabilities.
+
+    While sampling these are divided by the temperature, as in the transformers library.
+    """
 
     token_ids: tuple[int, ...] = ()
     logprob: float = 0.0
@@ -46,14 +51,20 @@ class BeamRow:
         width: hypotheses that run at the same time, and finished ones that are kept.
         length_penalty: see SamplingParams.
         ends: whether an answer of these tokens is over.
+        generator: the row's own random source; None: nothing is drawn.
     """
 
     def __init__(
-        self, width: int, length_penalty: float, ends: Callable[[Sequence[int]], bool]
+        self,
+        width: int,
+        length_penalty: float,
+        ends: Callable[[Sequence[int]], bool],
+        generator: torch.Generator | None = None,
     ) -> None:
         self._width = width
         self._length_penalty = length_penalty
         self._ends = ends
+        self.generator = generator
         self.running = [Hypothesis()]
         self.finished: list[tuple[float, Hypothesis]] = []
 
@@ -125,7 +136,8 @@ def search(
         decoding: the rows, after their prefill.
         logits: what the prefill gave.
         rows: one search per row of the batch.
-        params: number of beams, repetition penalty, reports.
+        params: number of beams, repetition penalty, reports; with a temperature above 0 every row
+            needs a generator.
         num_stop_ids: how many tokens end an answer.
         seen: tokens that the repetition penalty applies to.
     """
@@ -162,23 +174,55 @@ def best_candidates(
     params: SamplingParams,
     seen: Bool[Tensor, "beams V"] | None,
 ) -> tuple[Float[Tensor, "beams V"], list[list[Candidate]]]:
-    """Log-probabilities of all beams, and the best continuations of every row."""
+    """Log-probabilities of all beams, and the best or drawn continuations of every row."""
     vocabulary = logits.shape[-1]
     logprobs = logits.float().log_softmax(dim=-1)
     scores = logprobs
     if seen is not None:
         scores = penalize_repetition(scores, seen, params.repetition_penalty)
+    generators = [row.generator for row in rows if row.generator is not None]
+    if generators:
+        scores = warp_keeping(scores, wanted, params)
     so_far = logprobs.new_tensor([[h.logprob] for row in rows for h in row.running])
     scores = (scores + so_far).view(len(rows), -1)
-    best = scores.topk(min(wanted, scores.shape[-1]))
+    wanted = min(wanted, scores.shape[-1])
+    values, indices = (
+        draw_several(scores, wanted, generators) if generators else scores.topk(wanted)
+    )
     found = [
         [
-            Candidate(index // vocabulary, index % vocabulary, value)
-            for index, value in zip(indices, values, strict=True)
+            Candidate(place // vocabulary, place % vocabulary, value)
+            for place, value in zip(*row, strict=True)
         ]
-        for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for row in zip(indices.tolist(), values.tolist(), strict=True)
     ]
     return logprobs, found
+
+
+def warp_keeping(
+    logprobs: Float[Tensor, "beams V"], least: int, params: SamplingParams
+) -> Float[Tensor, "beams V"]:
+    """The filters of sampling, which leave every beam at least its `least` best tokens."""
+    kept = logprobs.topk(min(least, logprobs.shape[-1])).indices
+    tempered = logprobs / params.temperature
+    return warp(logprobs, params).scatter(-1, kept, tempered.gather(-1, kept))
+
+
+def draw_several(
+    scores: Float[Tensor, "B N"], number: int, generators: Sequence[torch.Generator]
+) -> tuple[Float[Tensor, "B n"], Int[Tensor, "B n"]]:
+    """Several different places per row, drawn by the softmax of its scores; best score first.
+
+    Source: the Gumbel top-k trick (Kool et al. 2019, arXiv 1903.06059): drawing one after the other
+    without putting back, for scores of which most are too small for a probability above 0 as well.
+    """
+    noise = [
+        -torch.empty_like(row).exponential_(generator=generator).log()
+        for row, generator in zip(scores, generators, strict=True)
+    ]
+    drawn = (scores + torch.stack(noise)).topk(number).indices
+    values, order = scores.gather(-1, drawn).sort(dim=-1, descending=True, stable=True)
+    return values, drawn.gather(-1, order)
 
 
 def reporter(

@@ -273,9 +273,12 @@ class Setting:
         seen: Bool[Tensor, "B V"] | None,
     ) -> Generator[None, None, None]:
         params = self.params
+        draws = params.temperature > 0
+        count = len(answers)
+        generators = row_generators(count, params.seed, logits.device) if draws else [None] * count
         rows = [
-            BeamRow(params.num_beams, params.length_penalty, self._ending(answer.limit))
-            for answer in answers
+            BeamRow(params.num_beams, params.length_penalty, self._ending(answer.limit), generator)
+            for answer, generator in zip(answers, generators, strict=True)
         ]
         try:
             yield from search(

@@ -17,6 +17,9 @@ from lapilli.errors import GenerationError
 from lapilli.lm.base import LanguageModel
 from lapilli.nn.kv_cache import KVCache
 
+MOST_GUESSING = 64
+"""Guessing passes after which a plain one is timed again."""
+
 
 @runtime_checkable
 class Drafting(Protocol):
@@ -180,16 +183,19 @@ class Payoff:
         self._watched = 0
         self._rest = 0
         self._next_rest = 16
+        self._guessed_on = 0
 
     @property
     def gain(self) -> float:
         """Tokens a second with guesses over those without, lately."""
         return self._gain
 
-    @property
-    def wants_guesses(self) -> bool:
-        """Whether to guess in the next pass."""
-        return self._rest == 0
+    def wants_guesses(self, rows: int) -> bool:
+        """Whether to guess in the next pass of so many rows.
+
+        A plain pass comes first, and again after many guessing ones, to compare with.
+        """
+        return self._rest == 0 and rows in self._plain and self._guessed_on < MOST_GUESSING
 
     def learn(self, seconds: float, *, rows: int, tokens: int, guessed: bool) -> None:
         """What a pass over growing rows took and gave.
@@ -202,12 +208,14 @@ class Payoff:
         """
         if not guessed:
             self._rest = max(0, self._rest - 1)
+            self._guessed_on = 0
             old = self._plain.get(rows, seconds)
             self._plain[rows] = old + 0.2 * (seconds - old)
             return
+        self._guessed_on += 1
         plain = self._plain.get(rows)
         if plain is None:
-            return  # nothing to compare with yet
+            return  # guesses are on whatever they cost
         self._gain += 0.2 * (tokens * plain / (rows * max(seconds, 1e-9)) - self._gain)
         self._watched += 1
         if self._watched < self._patience:

@@ -9,6 +9,7 @@ float bias. A query that would see nothing sees itself, so that rows of padding 
 import torch
 from torch.nn import functional
 
+from lapilli.kernels.attention import decode_attention, decodes_natively
 from lapilli.shapes import Bool, Float, Tensor
 
 
@@ -72,6 +73,8 @@ def attend(
     """
     batch, heads, length, width = q.shape
     groups = k.shape[1]
+    if length == 1 and mask is None and decodes_natively(q, k, v):
+        return _decode(q, k, v, scale)
     if length == 1 and groups != heads and (mask is None or mask.shape[1] == 1):
         folded = q.reshape(batch, groups, heads // groups, width)
         out = functional.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
@@ -85,6 +88,19 @@ def attend(
         scale=scale,
         enable_gqa=groups != heads,
     )
+
+
+def _decode(
+    q: Float[Tensor, "B Q 1 A"],
+    k: Float[Tensor, "B K S A"],
+    v: Float[Tensor, "B K S A"],
+    scale: float | None,
+) -> Float[Tensor, "B Q 1 A"]:
+    """One query per row, every row of the same length: a contiguous cache is one block a row."""
+    batch, length = k.shape[0], k.shape[2]
+    table = torch.arange(batch, dtype=torch.int32)[:, None]
+    lengths = torch.full((batch,), length, dtype=torch.int32)
+    return decode_attention(q.squeeze(2), k, v, table, lengths, scale=scale).unsqueeze(2)
 
 
 def attend_plain(

@@ -6,8 +6,10 @@
 Block 0 is never written: tables of unequal length are padded with it.
 """
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from lapilli.config.model import TextConfig
@@ -42,12 +44,8 @@ class BlockStore:
         self._heads = config.num_kv_heads
         self._width = config.head_dim
         shape = (num_blocks, self._heads, block_size, self._width)
-        self.keys = [self._zeros(shape) for _ in range(config.num_layers)]
-        self.values = [self._zeros(shape) for _ in range(config.num_layers)]
-
-    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
-        # Zeros, not whatever was there: what attention masks out must still be finite.
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.keys = [lazy_zeros(shape, dtype, device) for _ in range(config.num_layers)]
+        self.values = [lazy_zeros(shape, dtype, device) for _ in range(config.num_layers)]
 
     @staticmethod
     def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -154,10 +152,8 @@ class QuantizedBlockStore(BlockStore):
         super().__init__(config, num_blocks, block_size=block_size, dtype=torch.int8, device=device)
         self.float_dtype = dtype
         shape = (num_blocks, self._heads, block_size)
-        self.key_scales = [
-            torch.zeros(shape, dtype=torch.float32, device=device) for _ in self.keys
-        ]
-        self.value_scales = [torch.zeros_like(scales) for scales in self.key_scales]
+        self.key_scales = [lazy_zeros(shape, torch.float32, device) for _ in self.keys]
+        self.value_scales = [lazy_zeros(shape, torch.float32, device) for _ in self.keys]
 
     @staticmethod
     def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -204,3 +200,17 @@ class QuantizedBlockStore(BlockStore):
 
     def _scales(self, layer: int) -> dict[str, Tensor]:
         return {"key_scales": self.key_scales[layer], "value_scales": self.value_scales[layer]}
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take memory page by page as they are written, where the device can do that.
+
+    Zeros, not whatever was there: what attention masks out must still be finite. torch.zeros would
+    write every page at once; numpy leaves it to the operating system.
+    """
+    # Whoever makes a store inside inference mode must still be able to change it outside.
+    with torch.inference_mode(mode=False):
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(memory).view(dtype).view(shape)

@@ -3,6 +3,7 @@
 from torch import nn
 
 from lapilli.config.model import Activation
+from lapilli.kernels.fused import silu_mul
 from lapilli.nn.activation import build_activation
 from lapilli.shapes import Float, Tensor
 
@@ -22,7 +23,9 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """The block's update, without the residual."""
-        out: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        is_silu = isinstance(self.act, nn.SiLU)
+        out: Tensor = self.down_proj(silu_mul(gate, up) if is_silu else self.act(gate) * up)
         return out
 
 

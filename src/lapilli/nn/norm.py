@@ -2,8 +2,8 @@
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from lapilli.kernels.fused import rms_norm
 from lapilli.shapes import Float, Tensor
 
 
@@ -23,5 +23,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """The last axis scaled to a root mean square of one, times the gain."""
-        normed = functional.rms_norm(x.float(), self.weight.shape, None, self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)

@@ -4,26 +4,23 @@ Knows who is asked when; must not know how files look, how pixels are computed o
 chosen.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import cast
-
-import torch
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from lapilli.checkpoint.assemble import Progress
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.report import LoadReport
-from lapilli.checkpoint.world import load_world
 from lapilli.config.generation import SamplingParams
 from lapilli.config.model import ModelConfig
-from lapilli.errors import PromptError
+from lapilli.errors import CheckpointError, LapilliError, PromptError
+from lapilli.generate.engine import Engine, EngineOptions
 from lapilli.generate.outputs import Generation
-from lapilli.generate.run import check_context, generate, stream
+from lapilli.generate.run import check_context
 from lapilli.media.fetch import FetchLimits
-from lapilli.modality.image.image import ImageModality
-from lapilli.modality.image.pixels import PreparedImage
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.nn.kv_cache import KVCache
+from lapilli.pipeline.answering import Answering, Reply
 from lapilli.pipeline.memory import Memory
+from lapilli.pipeline.outside import Outside
 from lapilli.pipeline.ready import ReadyPrompt, make_ready, prepare
 from lapilli.prompt.choose import Template
 from lapilli.prompt.message import MediaPart, Message
@@ -44,6 +41,8 @@ def load(
     progress: Progress | None = None,
     quantize: str | QuantConfig | None = None,
     quantize_tower: bool = False,
+    engine: EngineOptions | None = None,
+    prefix: str | Path | None = None,
 ) -> "Chat":
     """A checkpoint, ready to answer.
 
@@ -61,6 +60,8 @@ def load(
         quantize: "int8" or "int4" packs the language model while it is read (see
             docs/guide/quantize.md); None: as the files are.
         quantize_tower: pack the vision tower and the projector too, in 8 bits.
+        engine: limits of what is kept and done at the same time, and whether to guess ahead.
+        prefix: a file from `Chat.save_prefix`: what begins like that is not read again.
 
     Raises:
         CheckpointError: the files are not usable.
@@ -80,7 +81,10 @@ def load(
         quantization=quantize,
         quantize_tower=quantize_tower,
     )
-    return Chat(loaded, name=str(source))
+    chat = Chat(loaded, name=str(source), engine=engine)
+    if prefix is not None:
+        chat.load_prefix(prefix)
+    return chat
 
 
 class Chat:
@@ -91,10 +95,12 @@ class Chat:
     or [n, width of the tower], which goes through the projector and is laid down as it is.
     """
 
-    def __init__(self, loaded: Loaded, *, name: str = "") -> None:
+    def __init__(
+        self, loaded: Loaded, *, name: str = "", engine: EngineOptions | None = None
+    ) -> None:
         self._loaded = loaded
-        self._world = load_world(loaded.path)
-        self._is_outside = False
+        self._answering = Answering(loaded, engine)
+        self._outside = Outside(loaded, self._answering)
         self._memory = Memory()
         self._history: tuple[Message, ...] = ()
         self.name = name or loaded.path.name
@@ -102,6 +108,7 @@ class Chat:
         self.limits = FetchLimits()
         self.system: str | None = None
         """Instructions in place of the template's own; counted from the next question on."""
+        self._last_keys: tuple[int, ...] = ()
         self.last: Generation | None = None
         """The latest answer of `ask` or `stream` in full: tokens, finish reason, logprobs."""
 
@@ -114,6 +121,16 @@ class Chat:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer."""
         return self._loaded.tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        """What answers: all methods share what it keeps. Made when it is first needed.
+
+        Raises:
+            UnsupportedModelError: the language model is one of another library; Chat then answers
+                without the engine.
+        """
+        return self._answering.engine
 
     @property
     def config(self) -> ModelConfig:
@@ -131,9 +148,14 @@ class Chat:
         return self._history
 
     def reset(self) -> None:
-        """Forget the conversation, its features and its KV cache."""
+        """Forget the conversation.
+
+        What the engine keeps by content stays, so a picture that comes again is not read again;
+        `chat.engine.renew()` lets go of that too.
+        """
         self._history = ()
         self._memory = Memory()
+        self._last_keys = ()
         self.last = None
 
     def ask(self, question: str, *images: object, keep: bool = False, **sampling: object) -> str:
@@ -193,21 +215,63 @@ class Chat:
         prompts = [
             self._ready(messages, Memory(), row=row) for row, messages in enumerate(conversations)
         ]
-        if not prompts:
-            return []
-        with torch.inference_mode():
-            fused = self.model.embed_prompts(
-                [prompt.encoded for prompt in prompts], [prompt.media for prompt in prompts]
-            )
-        return generate(
-            self.model,
-            fused,
-            params,
-            tokenizer=self.tokenizer,
-            prompt_ids=[self._seen_ids(prompt) for prompt in prompts],
-            eos_ids=self._eos_ids,
-            context_length=self._context_length,
-        )
+        return self._answering.answer_all(prompts, params)
+
+    def as_completed(
+        self, conversations: Iterable[Sequence[Message]], params: SamplingParams | None = None
+    ) -> Iterator[tuple[int, Generation | LapilliError]]:
+        """Number and answer of every conversation as it is finished, many at the same time.
+
+        What is wrong with one (a picture that cannot be read) is handed out in its place. The
+        conversations are taken from the iterable when there is room for them.
+        """
+        params = self._params(params or SamplingParams())
+        prompts = (self._ready_or_error(messages) for messages in conversations)
+        return self._answering.as_completed(prompts, params)
+
+    def ask_many(
+        self, questions: Sequence[str | tuple[object, ...]], **sampling: object
+    ) -> list[str]:
+        """The answers to questions that have nothing to do with each other, many at a time.
+
+        The chat's own history is not touched. Pictures and beginnings that several questions share
+        are read once.
+
+        Args:
+            questions: a text, or a tuple of a text and the pictures before it.
+            sampling: fields of SamplingParams.
+
+        Raises:
+            LapilliError: the first question that cannot be answered, see `as_completed`.
+        """
+        asked = [(each,) if isinstance(each, str) else each for each in questions]
+        conversations = [
+            self._with_system((Message.user(str(text), *images),)) for text, *images in asked
+        ]
+        answers = self.batch(conversations, SamplingParams.from_options(**sampling))
+        return [answer.text.strip() for answer in answers]
+
+    def save_prefix(self, path: str | Path) -> int:
+        """Keys and values of the latest question and its answer, in a file; returns positions.
+
+        `load(..., prefix=path)` and `load_prefix` take it up in another process: what begins like
+        this (the same instructions, the same picture) is then read from disk instead of computed.
+
+        Raises:
+            CheckpointError: nothing was asked yet, or what was read is not kept any more.
+        """
+        if not self._last_keys:
+            raise CheckpointError("there is nothing to save yet: ask something first")
+        return self.engine.save_prefix(Path(path), self._last_keys)
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Take up what `save_prefix` wrote; returns positions.
+
+        Raises:
+            MissingFileError: there is no such file.
+            CheckpointError: it is not a saved prefix, or one of another model.
+        """
+        return self.engine.load_prefix(Path(path))
 
     def encode(self, messages: Sequence[Message]) -> ReadyPrompt:
         """The parts that `answer` works with: ids, spans and prepared media."""
@@ -227,28 +291,7 @@ class Chat:
 
         None where the checkpoint does not say what it knows, as all but narrow ones do.
         """
-        if self._world is None or not self._is_outside:
-            return None
-        return (
-            f"this picture is unlike those that {self.name} was made for: {self._world.knows} "
-            "Load a LLaVA checkpoint for others, for instance llava-hf/llava-1.5-7b-hf."
-        )
-
-    def _leaves_world(self, memory: Memory) -> bool:
-        """Whether a picture that is not embedded yet lies outside of the checkpoint's world.
-
-        What the tower saw for this becomes the picture's features: it looks at each one once.
-        """
-        if self._world is None:
-            return False
-        modality = cast("ImageModality", self.model.modality("image"))
-        leaves = False
-        for number, item in enumerate(memory.items):
-            if isinstance(item, PreparedImage):
-                seen = modality.tower_features(item.pixel_values)
-                leaves |= not self._world.contains(seen.flatten(0, 1))
-                memory.items[number] = modality.merge(modality.projector(seen), item)
-        return leaves
+        return self._outside.warning(self.name)
 
     def _answer_in_pieces(
         self,
@@ -258,53 +301,35 @@ class Chat:
         params: SamplingParams,
     ) -> Iterator[str]:
         media = [part for message in messages for part in message.media]
-        with torch.inference_mode():
-            self._is_outside = self._leaves_world(memory)
-            memory.embed_new(self.model)
-            items = [memory.item(part) for part in media]
-            fused = self.model.embed_prompts([prompt.encoded], [items])
-        positions = memory.positions(prompt.encoded, media)
-        cache = None
-        if params.num_beams == 1:
-            cache = memory.take_cache(positions) or self.model.language_model.new_cache(
-                1, len(positions) + params.max_new_tokens
-            )
-        pieces = stream(
-            self.model,
-            fused,
-            params,
-            tokenizer=self.tokenizer,
-            prompt_ids=[self._seen_ids(prompt)],
-            eos_ids=self._eos_ids,
-            context_length=self._context_length,
-            cache=cache,
-        )
-        del fused  # a long prompt's vectors would stay until the end of the answer
+        self._outside.judge(memory)
+        reply = self._answering.start(prompt, media, memory, params)
+        pieces = reply.pieces
         try:
             for piece in pieces:
                 if piece.text:
                     yield piece.text
         except KeyboardInterrupt:
             # The interrupt may have come between two layers: the cache cannot be trusted.
-            self._remember(messages, pieces.generation, memory)
+            self._remember(messages, reply, memory, is_whole=False)
             raise
         except GeneratorExit:
-            self._remember(messages, pieces.generation, memory, cache, positions)
+            self._remember(messages, reply, memory)
             raise
-        self._remember(messages, pieces.generation, memory, cache, positions)
+        self._remember(messages, reply, memory)
 
     def _remember(
         self,
         messages: tuple[Message, ...],
-        generation: Generation,
+        reply: Reply,
         memory: Memory,
-        cache: KVCache | None = None,
-        positions: Sequence[int] = (),
+        *,
+        is_whole: bool = True,
     ) -> None:
         """Keep the turn, unless it was cancelled before it said anything."""
-        self.last = generation
-        memory.cache = cache
-        memory.cached = [*positions, *generation.token_ids]
+        self.last = generation = reply.pieces.generation
+        self._last_keys = reply.keys
+        memory.cache = reply.cache if is_whole else None
+        memory.cached = [*reply.positions, *generation.token_ids]
         if generation.text or generation.finish_reason != "cancelled":
             self._memory = memory
             self._history = (*messages, Message.assistant(generation.text.strip()))
@@ -323,10 +348,18 @@ class Chat:
             image_id=self.config.tokens.image_id,
         )
         visual = sum(span.length for span in prompt.encoded.spans)
-        check_context(len(prompt.encoded.input_ids), self._context_length, row=row, visual=visual)
+        check_context(
+            len(prompt.encoded.input_ids), self._answering.context_length, row=row, visual=visual
+        )
         for part, item in zip(parts, items, strict=True):
             memory.add(part, item)
         return prompt
+
+    def _ready_or_error(self, messages: Sequence[Message]) -> ReadyPrompt | LapilliError:
+        try:
+            return self._ready(messages, Memory())
+        except LapilliError as error:
+            return error
 
     def _item(self, part: MediaPart, memory: Memory) -> object:
         item = memory.item(part)
@@ -346,21 +379,3 @@ class Chat:
             stop=dict.fromkeys((*params.stop, *self.template.stop)),
             stop_token_ids=(*params.stop_token_ids, *(i for i in token_ids if i is not None)),
         )
-
-    def _seen_ids(self, prompt: ReadyPrompt) -> list[int]:
-        """What the repetition penalty counts as seen: the text and the image token, if any.
-
-        As the transformers library does, whose prompts hold that token once per visual position.
-        """
-        image_id = self.config.tokens.image_id
-        if image_id is None or not prompt.encoded.spans:
-            return prompt.text_ids
-        return [*prompt.text_ids, image_id]
-
-    @property
-    def _eos_ids(self) -> tuple[int, ...] | None:
-        return self.config.tokens.eos_ids or None
-
-    @property
-    def _context_length(self) -> int:
-        return max(self.config.context_length, self.config.text.max_positions)

@@ -1,4 +1,4 @@
-"""What a conversation keeps from turn to turn: features of its media, and the KV cache.
+"""What a conversation keeps from turn to turn: its media, and the KV cache of the plain loop.
 
 Knows parts, spans and ids; must not know templates, files or how tokens are chosen.
 """
@@ -28,12 +28,14 @@ class Memory:
         items: per part what its modality prepared, and features [n, D] once they are computed.
         cache: keys and values of the latest prompt and answer.
         cached: what stands at its positions.
+        judged: how many of the items were compared with the checkpoint's world.
     """
 
     parts: list[MediaPart] = field(default_factory=list)
     items: list[Any] = field(default_factory=list)
     cache: KVCache | None = None
     cached: list[int] = field(default_factory=list)
+    judged: int = 0
 
     def number(self, part: MediaPart) -> int | None:
         """Which of the known media this part shows."""

@@ -90,7 +90,7 @@ def test_failing_step_does_not_end_the_thread(engine, monkeypatch):
     async def ask():
         async with AsyncEngine(engine) as service:
             with monkeypatch.context() as patch:
-                patch.setattr(engine, "_forward", out_of_memory)
+                patch.setattr(engine.model.language_model, "logits", out_of_memory)
                 with pytest.raises(GenerationError, match="no memory left"):
                     await service.answer(request_of([3]))
             return await service.answer(request_of([3]))

@@ -49,6 +49,11 @@ def _add(digest: Any, item: Any) -> None:  # noqa: ANN401 - hashlib's type has n
         digest.update(secrets.token_bytes(32))
 
 
+def media_digest(modality: str, item: Any) -> bytes:  # noqa: ANN401
+    """The digest of an item that this modality looks at; two modalities see two things."""
+    return hashlib.sha256(modality.encode() + b"\0" + content_digest(item)).digest()
+
+
 class WeightWatch:
     """Notices that a model is not the one it was: other tensors, changed tensors, other settings.
 

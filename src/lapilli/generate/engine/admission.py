@@ -29,7 +29,7 @@ class Admission:
             rows: sequences that have blocks.
             epoch: of the weights; what was kept in another one is not found.
         """
-        root = hashlib.sha256(f"{epoch}".encode()).digest()
+        root = root_digest(epoch)
         begun: list[Sequence] = []
         for sequence in list(waiting):
             if len(rows) >= self._max_rows:
@@ -61,3 +61,8 @@ def is_being_read(sequence: Sequence, known: int, rows: list[Sequence]) -> bool:
         for row in rows
         if not row.is_growing
     )
+
+
+def root_digest(epoch: int) -> bytes:
+    """What the chains of sequences begin with that were read in this epoch of the weights."""
+    return hashlib.sha256(f"{epoch}".encode()).digest()

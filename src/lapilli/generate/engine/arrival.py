@@ -1,13 +1,12 @@
 """From a request to a sequence: everything that can be refused is refused here, at once."""
 
-import hashlib
 from collections.abc import Collection
 from itertools import count
 
 from lapilli.errors import GenerationError, MediaCountMismatchError
 from lapilli.generate.answer import Answer
 from lapilli.generate.cache.blocks import BlockPool
-from lapilli.generate.cache.identity import content_digest
+from lapilli.generate.cache.identity import media_digest
 from lapilli.generate.engine.request import Request, Ticket
 from lapilli.generate.engine.sequence import Sequence
 from lapilli.generate.run import check_context
@@ -72,7 +71,7 @@ class Arrivals:
             prompt_len=len(prompt.input_ids),
         )
         digests = [
-            hashlib.sha256(span.modality.encode() + b"\0" + content_digest(item)).digest()
+            media_digest(span.modality, item)
             for span, item in zip(prompt.spans, request.media, strict=True)
         ]
         sequence = Sequence(ticket, answer, digests=digests, order=next(self._order))

@@ -10,27 +10,37 @@ files or conversations.
 
 import threading
 from collections.abc import Collection, Iterable, Iterator
-from itertools import islice
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from lapilli.errors import GenerationError, LapilliError, UnsupportedModelError
 from lapilli.generate.cache.blocks import PrefixStats
 from lapilli.generate.cache.features import FeatureCache
-from lapilli.generate.cache.identity import WeightWatch
-from lapilli.generate.engine.admission import Admission
+from lapilli.generate.cache.identity import WeightWatch, media_digest
+from lapilli.generate.cache.prefix_file import (
+    model_digest,
+    place_prefix,
+    read_prefix,
+    write_prefix,
+)
+from lapilli.generate.engine.admission import Admission, root_digest
 from lapilli.generate.engine.arrival import Arrivals, readable_context
 from lapilli.generate.engine.choosing import Share, extend, prepare_choosing
-from lapilli.generate.engine.media import MediaReader, lay_over
+from lapilli.generate.engine.completed import answer_as_completed
+from lapilli.generate.engine.media import MediaReader
 from lapilli.generate.engine.memory import new_pool
 from lapilli.generate.engine.options import EngineOptions
+from lapilli.generate.engine.reading import read
 from lapilli.generate.engine.request import Request, Ticket
 from lapilli.generate.engine.sequence import Sequence
-from lapilli.generate.outputs import Generation, Piece
+from lapilli.generate.engine.stream import EngineStream
+from lapilli.generate.outputs import Generation
 from lapilli.generate.speculate import Drafter, Payoff, PromptLookup
 from lapilli.generate.text import TokenBytes
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.nn.paged import PagedBatch, PagedRow
 from lapilli.shapes import Float, Tensor
 
 
@@ -153,7 +163,7 @@ class Engine:
                 self.step()
             return [ticket.generation for ticket in tickets]
         finally:
-            self._leave(tickets)
+            self.leave(tickets)
 
     def as_completed(
         self, requests: Iterable[Request]
@@ -163,50 +173,16 @@ class Engine:
         Requests are taken from the iterable when there is room, so it may be long, or be made
         while others are answered.
         """
-        source = enumerate(requests)
-        tickets: dict[int, Ticket] = {}
-        try:
-            while True:
-                room = 2 * self.options.max_rows - len(tickets)
-                for number, request in islice(source, max(0, room)):
-                    tickets[number] = self._submit_or_fail(request)
-                if not tickets:
-                    return
-                if not any(ticket.is_finished for ticket in tickets.values()):
-                    self.step()
-                for number, ticket in list(tickets.items()):
-                    if ticket.is_finished:
-                        del tickets[number]
-                        yield number, ticket.error or ticket.generation
-        finally:
-            self._leave(tickets.values())
+        return answer_as_completed(self, requests, most=2 * self.options.max_rows)
 
-    def _submit_or_fail(self, request: Request) -> Ticket:
-        """A ticket in any case."""
-        ticket = Ticket(request)
-        try:
-            return self.submit(request, ticket=ticket)
-        except LapilliError as error:
-            ticket.fail(error)
-            return ticket
-
-    def stream(self, request: Request) -> Iterator[Piece]:
-        """One answer, piece by piece, while other requests go on too.
-
-        Closing the iterator cancels the request.
-        """
-        ticket = self.submit(request)
-        try:
-            while True:
-                piece = ticket.take()
-                if piece is not None:
-                    yield piece
-                elif ticket.is_finished:
-                    return
-                else:
-                    self.step()
-        finally:
-            self._leave([ticket])
+    def stream(self, request: Request) -> EngineStream:
+        """One answer, piece by piece, while other requests go on too."""
+        return EngineStream(
+            request,
+            submit=lambda ticket: self.submit(request, ticket=ticket),
+            step=self.step,
+            leave=lambda ticket: self.leave([ticket]),
+        )
 
     def step(self) -> bool:
         """One pass of the model for everybody; False when there is nothing to do.
@@ -229,11 +205,51 @@ class Engine:
         for sequence in [*self._waiting, *self._rows]:
             self._fail(sequence, error)
 
+    def keep_features(self, modality: str, item: Any, features: Float[Tensor, "n D"]) -> None:  # noqa: ANN401
+        """Remember what a modality made of an item, for somebody who had to look before asking."""
+        self.features.put((media_digest(modality, item), self._notice_changes()), features)
+
+    def save_prefix(self, path: Path, keys: Items[int]) -> int:
+        """What is kept of a sequence of these position keys, in a file; returns positions.
+
+        Args:
+            path: of a new safetensors file.
+            keys: `Ticket.keys` of a finished request.
+
+        Raises:
+            CheckpointError: nothing is kept of it any more.
+        """
+        probe = [*keys, 0]  # a last position that is not looked for
+        known = self.pool.find(self.pool.chain(self._root(), probe), probe)
+        return write_prefix(path, self.pool, known, keys, model_digest(self.model))
+
+    def load_prefix(self, path: Path) -> int:
+        """Keys and values from a file, found by every prompt that begins so; returns positions.
+
+        Raises:
+            MissingFileError: there is no such file.
+            CheckpointError: it is of another model, or larger than the memory.
+        """
+        saved = read_prefix(path, self.pool, model_digest(self.model))
+        return place_prefix(saved, self.pool, self._root())
+
+    def _root(self) -> bytes:
+        return root_digest(self._notice_changes())
+
+    def _notice_changes(self) -> int:
+        """The epoch of the weights; what was kept in the one before is let go."""
+        epoch = self._watch.epoch
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.pool.forget()
+            self.features.clear()
+        return epoch
+
     def renew(self) -> None:
         """Forget everything kept, after weights were changed in a way that nobody can see."""
         self._watch.renew()
 
-    def _leave(self, tickets: Iterable[Ticket]) -> None:
+    def leave(self, tickets: Iterable[Ticket]) -> None:
         """Let go of requests that nobody waits for any more."""
         open_tickets = [ticket for ticket in tickets if not ticket.is_finished]
         for ticket in open_tickets:
@@ -257,20 +273,17 @@ class Engine:
         """Give blocks to those who wait, as long as there are rows."""
         if not self._waiting or len(self._rows) >= self.options.max_rows:
             return
-        self._epoch = self._watch.epoch
-        for sequence in self._admission.admit(self._waiting, self._rows, epoch=self._epoch):
+        epoch = self._notice_changes()
+        for sequence in self._admission.admit(self._waiting, self._rows, epoch=epoch):
             prepare_choosing(sequence, self._vocabulary, self._device)
             if self.options.speculate != "off":
                 sequence.drafting = self._drafter.begin()
 
     def _share_out(self) -> list[Share]:
         """Who reads how much in this step: growing rows a token, then prompts by rank."""
-        guesses = self.options.speculate == "on" or self.payoff.wants_guesses
-        growing = [
-            Share(row, 1, tuple(row.draft()) if guesses else ())
-            for row in self._rows
-            if row.is_growing
-        ]
+        rows = [row for row in self._rows if row.is_growing]
+        guesses = self.options.speculate == "on" or self.payoff.wants_guesses(len(rows))
+        growing = [Share(row, 1, tuple(row.draft()) if guesses else ()) for row in rows]
         waits = sorted((r for r in self._rows if not r.is_growing), key=lambda row: row.rank)
         left = self.options.chunk if growing else self.options.max_step
         looks = self._media.looks + (1 if growing else len(waits))
@@ -292,7 +305,9 @@ class Engine:
             return self._media.readable(row, count, epoch=self._epoch, looks=looks)
         except LapilliError as error:
             self._fail(row, error)
-            return 0
+        except RuntimeError as error:
+            self._fail(row, GenerationError(f"the model failed to look at a medium: {error}"))
+        return 0
 
     def _advance(self, shares: list[Share]) -> None:
         """Read, choose, deliver."""
@@ -300,7 +315,7 @@ class Engine:
         is_growth = all(share.sequence.is_growing for share in shares)
         started = self.payoff.clock()
         try:
-            logits = self._forward(shares)
+            logits = read(self.model, self.pool.store, shares)
             tokens = 0 if logits is None else extend(logits, ending)
         except KeyboardInterrupt:
             for share in shares:
@@ -322,36 +337,6 @@ class Engine:
             # After a choice everything but the newest token has been read, rejected guesses apart.
             row.length = len(row.tokens) - 1 if row.is_growing else row.length + share.count
             self._deliver(row)
-
-    @torch.inference_mode()
-    def _forward(self, shares: list[Share]) -> Float[Tensor, "R V"] | None:
-        """Logits after the last token, and every guess, of the rows that have been read."""
-        language_model = self.model.language_model
-        ids: list[int] = []
-        positions: list[int] = []
-        read: list[int] = []
-        rows = []
-        for share in shares:
-            start, row = len(ids), share.sequence
-            ids += share.tokens
-            positions += range(row.length, row.length + share.length)
-            rows.append(PagedRow(row.blocks, row.length, share.length))
-            if share.ends:
-                read += range(start + share.count - 1, len(ids))
-        x = language_model.embed(torch.tensor(ids, device=self._device))
-        at = 0
-        for share in shares:
-            if not share.sequence.is_growing:
-                lay_over(x, share.sequence, at=at, count=share.count)
-            at += share.length
-        hidden = language_model.forward(
-            x[None],
-            position_ids=torch.tensor([positions], device=self._device),
-            cache=PagedBatch(self.pool.store, rows),
-        )
-        if not read:
-            return None
-        return language_model.logits(hidden[0, torch.tensor(read, device=self._device)])
 
     def _deliver(self, sequence: Sequence) -> None:
         """Hand out what settled; publish full blocks; end what is over."""
@@ -382,6 +367,7 @@ class Engine:
             self._waiting.remove(sequence)
         if sequence in self._rows:
             self._rows.remove(sequence)
+        sequence.ticket.keys = tuple(sequence.keys[: sequence.length])
         table, sequence.table = sequence.table, None
         if table is not None:
             self.pool.release(table, sequence.keys, sequence.length)

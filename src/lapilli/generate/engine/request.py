@@ -44,6 +44,8 @@ class Ticket:
         self.is_cancelled = False
         self.wake: Callable[[], None] = _nobody
         """Called by the engine's thread when there is something to take."""
+        self.keys: tuple[int, ...] = ()
+        """When it is finished, what stands at the positions that were read (Engine.save_prefix)."""
         self._lock = threading.Lock()
         self._waiting: list[Piece] = []
         self._generation: Generation | None = None

@@ -1,0 +1,198 @@
+"""How a loaded model answers prompts: through the engine, or by the plain loop where that must be.
+
+    greedy, sampled                    Engine     features, prefixes and blocks are shared
+    beams, foreign language models     generate()/stream() with a KV cache per conversation
+
+Knows ready prompts; must not know messages, templates or the conversation before.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from lapilli.checkpoint.load import Loaded
+from lapilli.config.generation import SamplingParams
+from lapilli.errors import LapilliError
+from lapilli.generate.engine import Engine, EngineOptions, Request
+from lapilli.generate.engine.stream import EngineStream
+from lapilli.generate.outputs import Generation
+from lapilli.generate.run import Stream, generate, stream
+from lapilli.nn.kv_cache import KVCache
+from lapilli.pipeline.memory import Memory
+from lapilli.pipeline.ready import ReadyPrompt
+from lapilli.prompt.message import MediaPart
+from lapilli.shapes import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer that is on its way.
+
+    Attributes:
+        pieces: to be pulled.
+        cache: of the plain loop; afterwards it holds prompt and answer.
+        positions: what stands at the positions of the prompt, for that cache.
+    """
+
+    pieces: Stream | EngineStream
+    cache: KVCache | None = None
+    positions: Sequence[int] = ()
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """What the engine keeps it under; nothing of the plain loop."""
+        return self.pieces.ticket.keys if isinstance(self.pieces, EngineStream) else ()
+
+
+class Answering:
+    """Prompts in, answers out.
+
+    Args:
+        loaded: model, tokenizer, configuration.
+        options: of the engine.
+    """
+
+    def __init__(self, loaded: Loaded, options: EngineOptions | None = None) -> None:
+        self._loaded = loaded
+        self._options = options
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Made when it is first needed.
+
+        Raises:
+            UnsupportedModelError: a language model of another library.
+        """
+        return Engine(
+            self._loaded.model,
+            self._loaded.tokenizer,
+            eos_ids=self._eos_ids,
+            context_length=self.context_length,
+            options=self._options,
+        )
+
+    @property
+    def context_length(self) -> int:
+        """Most positions of prompt and answer."""
+        config = self._loaded.config
+        return max(config.context_length, config.text.max_positions)
+
+    def start(
+        self,
+        prompt: ReadyPrompt,
+        media: Sequence[MediaPart],
+        memory: Memory,
+        params: SamplingParams,
+    ) -> Reply:
+        """One answer, piece by piece.
+
+        Args:
+            prompt: what to answer.
+            media: the parts of the conversation that stand for the prompt's spans.
+            memory: of the conversation; it knows them all.
+            params: how to choose tokens.
+        """
+        if self._has_engine(params):
+            return Reply(self.engine.stream(self._request(prompt, params)))
+        with torch.inference_mode():
+            memory.embed_new(self._loaded.model)
+            items = [memory.item(part) for part in media]
+            fused = self._loaded.model.embed_prompts([prompt.encoded], [items])
+        positions, cache = memory.positions(prompt.encoded, media), None
+        if params.num_beams == 1:
+            cache = memory.take_cache(positions) or self._loaded.model.language_model.new_cache(
+                1, len(positions) + params.max_new_tokens
+            )
+        pieces = stream(
+            self._loaded.model,
+            fused,
+            params,
+            tokenizer=self._loaded.tokenizer,
+            prompt_ids=[self._seen_ids(prompt)],
+            eos_ids=self._eos_ids,
+            context_length=self.context_length,
+            cache=cache,
+        )
+        return Reply(pieces, cache, positions)
+
+    def answer_all(
+        self, prompts: Sequence[ReadyPrompt], params: SamplingParams
+    ) -> list[Generation]:
+        """The answers, each as if it were the only one."""
+        if not prompts:
+            return []
+        if self._has_engine(params):
+            return self.engine.run(self._request(prompt, params) for prompt in prompts)
+        with torch.inference_mode():
+            fused = self._loaded.model.embed_prompts(
+                [prompt.encoded for prompt in prompts], [prompt.media for prompt in prompts]
+            )
+        return generate(
+            self._loaded.model,
+            fused,
+            params,
+            tokenizer=self._loaded.tokenizer,
+            prompt_ids=[self._seen_ids(prompt) for prompt in prompts],
+            eos_ids=self._eos_ids,
+            context_length=self.context_length,
+        )
+
+    def as_completed(
+        self, prompts: Iterable[ReadyPrompt | LapilliError], params: SamplingParams
+    ) -> Iterator[tuple[int, Generation | LapilliError]]:
+        """Number and answer of every prompt as it is finished; errors keep their number."""
+        good: list[int] = []
+        bad: list[tuple[int, LapilliError]] = []
+
+        def sound() -> Iterator[ReadyPrompt]:
+            for number, prompt in enumerate(prompts):
+                if isinstance(prompt, LapilliError):
+                    bad.append((number, prompt))
+                else:
+                    good.append(number)
+                    yield prompt
+
+        if self._has_engine(params):
+            requests = (self._request(prompt, params) for prompt in sound())
+            answers = self.engine.as_completed(requests)
+        else:
+            answers = enumerate(self._alone(prompt, params) for prompt in sound())
+        for at, answer in answers:
+            while bad:
+                yield bad.pop()
+            yield good[at], answer
+        yield from bad
+
+    def _alone(self, prompt: ReadyPrompt, params: SamplingParams) -> Generation | LapilliError:
+        try:
+            return self.answer_all([prompt], params)[0]
+        except LapilliError as error:
+            return error
+
+    def keep_features(self, modality: str, item: Any, features: Tensor) -> None:  # noqa: ANN401
+        """Remember what a modality made of an item, if there is an engine."""
+        if self._loaded.model.language_model.takes_ragged:
+            self.engine.keep_features(modality, item, features)
+
+    def _has_engine(self, params: SamplingParams) -> bool:
+        return params.num_beams == 1 and self._loaded.model.language_model.takes_ragged
+
+    def _request(self, prompt: ReadyPrompt, params: SamplingParams) -> Request:
+        return Request(prompt.encoded, prompt.media, params, seen_ids=self._seen_ids(prompt))
+
+    def _seen_ids(self, prompt: ReadyPrompt) -> list[int]:
+        """What the repetition penalty counts as seen: the text and the image token, if any.
+
+        As the transformers library does, whose prompts hold that token once per visual position.
+        """
+        image_id = self._loaded.config.tokens.image_id
+        if image_id is None or not prompt.encoded.spans:
+            return prompt.text_ids
+        return [*prompt.text_ids, image_id]
+
+    @property
+    def _eos_ids(self) -> tuple[int, ...] | None:
+        return self._loaded.config.tokens.eos_ids or None
