@@ -10,6 +10,7 @@ import torch
 
 from lapilli.generate.beam import BeamRow, Hypothesis, search
 from lapilli.generate.run import Setting, seen_tokens
+from lapilli.generate.sample import row_generators
 from lapilli.generate.step import Decoding
 from lapilli.model.outputs import FusedBatch
 from lapilli.shapes import Int, Tensor
@@ -44,7 +45,12 @@ def search_until(
         language_model, batch, language_model.new_cache(rows, length + limit), room=limit
     )
     logits = decoding.prefill()
-    searched = [BeamRow(params.num_beams, params.length_penalty, ends) for _ in range(rows)]
+    draws = params.temperature > 0
+    generators = row_generators(rows, params.seed, logits.device) if draws else [None] * rows
+    searched = [
+        BeamRow(params.num_beams, params.length_penalty, ends, generator)
+        for generator in generators
+    ]
     seen = None if params.repetition_penalty == 1 else seen_tokens([[bos]] * rows, logits)
     steps = search(
         decoding, logits, searched, params, num_stop_ids=len(setting.stop_ids), seen=seen

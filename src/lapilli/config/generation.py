@@ -22,7 +22,8 @@ class SamplingParams:
         top_k: keep this many best tokens, at least 1.
         min_p: keep tokens at least this many times as probable as the best one, in [0, 1].
         repetition_penalty: divides positive and multiplies negative logits of tokens already seen.
-        num_beams: width of the beam search; 1 is no beam search.
+        num_beams: width of the beam search; 1 is no beam search. With a temperature the beams go
+            on with continuations that are drawn.
         length_penalty: a beam's score is its log-probability / length ** length_penalty.
         stop: strings that end an answer; they are not part of it.
         stop_token_ids: ids that end an answer, besides the model's own end tokens.
@@ -50,11 +51,6 @@ class SamplingParams:
         self._check_counts()
         self._check_ranges()
         self._check_stops()
-        if self.num_beams > 1 and self.temperature > 0:
-            raise GenerationError(
-                f"num_beams {self.num_beams} with temperature {self.temperature}: beam search does "
-                "not sample; set temperature to 0 or num_beams to 1"
-            )
 
     @classmethod
     def from_options(cls, **options: object) -> "SamplingParams":
