@@ -2,8 +2,9 @@
 
     python -m benchmarks.child ENGINE CHECKPOINT --dtype float32 --new-tokens 64 --repeats 3
 
-Every repeat shows a new picture, so that no cache can help. An engine is a function that takes the
-directory and returns `answer(pixel_values, new_tokens)`, which runs tower, prefill and decoding.
+Every repeat shows a new picture, so that no cache can help. An engine is a function that imports
+what it needs and returns `load(directory, dtype)`; that returns `answer(pixel_values, new_tokens)`,
+which runs tower, prefill and decoding.
 """
 
 import argparse
@@ -19,6 +20,7 @@ IMAGE_ID = 31999  # an entry of the vocabulary that stands for the picture
 NUM_VISUAL = 576
 NUM_TEXT = 40
 Answer = Callable[[torch.Tensor, int], int]
+Load = Callable[[Path, torch.dtype], Answer]
 
 
 def prompt_ids() -> list[int]:
@@ -27,7 +29,7 @@ def prompt_ids() -> list[int]:
     return [1, *[IMAGE_ID] * NUM_VISUAL, *text.tolist()]
 
 
-def load_lapilli(folder: Path, dtype: torch.dtype) -> Answer:
+def import_lapilli() -> Load:
     """The path of `Chat.answer`, entered where the pixels are ready."""
     from lapilli.checkpoint.load import load_checkpoint
     from lapilli.config.generation import SamplingParams
@@ -36,45 +38,53 @@ def load_lapilli(folder: Path, dtype: torch.dtype) -> Answer:
     from lapilli.modality.image.pixels import PreparedImage
     from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 
-    loaded = load_checkpoint(str(folder), device="cpu", dtype=str(dtype).removeprefix("torch."))
     ids = [PLACEHOLDER if i == IMAGE_ID else i for i in prompt_ids()]
     prompt = EncodedPrompt(ids, [False] * len(ids), (Span(0, 1, NUM_VISUAL),))
 
-    def answer(pixel_values: torch.Tensor, new_tokens: int) -> int:
-        params = SamplingParams(max_new_tokens=new_tokens)
-        item = PreparedImage(pixel_values, ImageSize(336, 336))
-        with torch.inference_mode():
-            batch = loaded.model.embed_prompts([prompt], [[item]])
-            done = generate(loaded.model, batch, params, tokenizer=loaded.tokenizer, eos_ids=())
-        return len(done[0].token_ids)
+    def load(folder: Path, dtype: torch.dtype) -> Answer:
+        loaded = load_checkpoint(folder, device="cpu", dtype=dtype)
 
-    return answer
+        def answer(pixel_values: torch.Tensor, new_tokens: int) -> int:
+            params = SamplingParams(max_new_tokens=new_tokens)
+            item = PreparedImage(pixel_values, ImageSize(336, 336))
+            with torch.inference_mode():
+                batch = loaded.model.embed_prompts([prompt], [[item]])
+                done = generate(loaded.model, batch, params, tokenizer=loaded.tokenizer, eos_ids=())
+            return len(done[0].token_ids)
+
+        return answer
+
+    return load
 
 
-def load_transformers(folder: Path, dtype: torch.dtype) -> Answer:
+def import_transformers() -> Load:
     """`LlavaForConditionalGeneration.generate` with its own defaults."""
     from transformers import LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
     ids = torch.tensor([prompt_ids()])
 
-    def answer(pixel_values: torch.Tensor, new_tokens: int) -> int:
-        with torch.inference_mode():
-            done = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=pixel_values.to(dtype),
-                do_sample=False,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-                pad_token_id=0,
-            )
-        return int(done.shape[1]) - ids.shape[1]
+    def load(folder: Path, dtype: torch.dtype) -> Answer:
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
 
-    return answer
+        def answer(pixel_values: torch.Tensor, new_tokens: int) -> int:
+            with torch.inference_mode():
+                done = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    pixel_values=pixel_values.to(dtype),
+                    do_sample=False,
+                    min_new_tokens=new_tokens,
+                    max_new_tokens=new_tokens,
+                    pad_token_id=0,
+                )
+            return int(done.shape[1]) - ids.shape[1]
+
+        return answer
+
+    return load
 
 
-ENGINES = {"lapilli": load_lapilli, "transformers": load_transformers}
+ENGINES = {"lapilli": import_lapilli, "transformers": import_transformers}
 
 
 def peak_bytes() -> int:
@@ -100,7 +110,10 @@ def main() -> None:
 
     before = peak_bytes()
     started = time.perf_counter()
-    answer = ENGINES[wanted.engine](wanted.checkpoint, dtype)
+    load = ENGINES[wanted.engine]()
+    import_s = time.perf_counter() - started
+    started = time.perf_counter()
+    answer = load(wanted.checkpoint, dtype)
     load_s = time.perf_counter() - started
     loaded = peak_bytes()
     first: list[float] = []
@@ -121,6 +134,7 @@ def main() -> None:
         json.dumps(
             {
                 "engine": wanted.engine,
+                "import_s": import_s,
                 "load_s": load_s,
                 "first_token_s": statistics.median(first),
                 "tokens_per_s": statistics.median(rates),
