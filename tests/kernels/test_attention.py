@@ -93,6 +93,15 @@ def test_reference_is_plain_attention_on_a_contiguous_cache() -> None:
     assert torch.allclose(decode_attention(q, k, v, table, lengths), expected, atol=1e-6)
 
 
+def test_a_growing_cache_may_be_a_view(library: Library) -> None:
+    q, k, v = torch.randn(2, 4, 16), torch.randn(2, 2, 30, 16), torch.randn(2, 2, 30, 16)
+    table, lengths = torch.arange(2)[:, None], torch.full((2,), 9)
+    views = k[:, :, :9], v[:, :, :9]
+    expected = attend_plain(q.unsqueeze(2), *views)[:, :, 0]
+    found = attention_native(library, q, *views, table, lengths)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
 def test_nan_is_not_swallowed(library: Library) -> None:
     q, k, v = torch.randn(1, 1, 16), torch.randn(1, 1, 20, 16), torch.randn(1, 1, 20, 16)
     k[0, 0, 7, 3] = float("nan")
@@ -109,7 +118,9 @@ def test_odd_widths_run_on_torch() -> None:
 def test_views_and_missing_scales_are_refused(library: Library) -> None:
     q, k = torch.randn(1, 1, 16), torch.randn(1, 1, 6, 16)
     table, lengths = torch.zeros(1, 1).int(), torch.tensor([3]).int()
-    with pytest.raises(ShapeMismatchError, match=r"keys must be contiguous \[N, K, P, A\]"):
-        attention_native(library, q, k[:, :, ::2], k, table, lengths)
+    with pytest.raises(ShapeMismatchError, match=r"lie alike.*strides \(96, 96, 32, 1\)"):
+        attention_native(library, q, k[:, :, ::2], k[:, :, ::2], table, lengths)
+    with pytest.raises(ShapeMismatchError, match="must lie alike"):
+        attention_native(library, q, k[:, :, :3], torch.randn(1, 1, 3, 16), table, lengths)
     with pytest.raises(ShapeMismatchError, match=r"int8 keys need contiguous scales"):
         attention_native(library, q, k.to(torch.int8), k, table, lengths)

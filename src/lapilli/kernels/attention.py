@@ -89,9 +89,8 @@ def decode_attention(
         key_scales: of int8 keys, by position and head.
         value_scales: of int8 values, likewise.
     """
-    library = native() if q.device.type == "cpu" else None
-    fits = q.dtype == torch.float32 and q.shape[-1] % _WIDTH_STEP == 0
-    if library is not None and fits and not torch.compiler.is_compiling():
+    library = native()
+    if library is not None and decodes_natively(q, keys, values):
         return attention_native(
             library,
             q,
@@ -119,6 +118,21 @@ def decode_attention(
     )
 
 
+def decodes_natively(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether `decode_attention` of these runs on the library; q ends in the width of a head."""
+    return (
+        q.dtype == torch.float32
+        and q.device.type == "cpu"
+        and keys.dtype in _KINDS
+        and q.shape[-1] % _WIDTH_STEP == 0
+        and keys.stride() == values.stride()
+        and keys.stride()[2:] == (q.shape[-1], 1)
+        and not (torch.is_grad_enabled() and q.requires_grad)
+        and not torch.compiler.is_compiling()
+        and native() is not None
+    )
+
+
 def attention_native(
     library: Library,
     q: Float[Tensor, "B Q A"],
@@ -136,7 +150,8 @@ def attention_native(
     """The library's `decode_attention`.
 
     Raises:
-        ShapeMismatchError: caches that are not contiguous, or int8 without scales.
+        ShapeMismatchError: positions of a cache that do not lie side by side, keys and values
+            that lie differently, or int8 without scales.
     """
     q, block_table, lengths = q.contiguous(), block_table.int().contiguous(), lengths.int()
     _check_caches(keys, values, key_scales, value_scales)
@@ -158,6 +173,8 @@ def attention_native(
         block_size=keys.shape[2],
         width=q.shape[2],
         table_stride=block_table.shape[1],
+        block_stride=keys.stride(0),
+        head_stride=keys.stride(1),
         kind=_KINDS[keys.dtype],
         window=window or 0,
         threads=torch.get_num_threads(),
@@ -170,8 +187,12 @@ def attention_native(
 def _check_caches(
     keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None
 ) -> None:
+    width = keys.shape[3]
+    if keys.stride() != values.stride() or keys.stride()[2:] != (width, 1):
+        raise ShapeMismatchError(
+            "keys and values must lie alike, the positions of a head side by side: found strides "
+            f"{keys.stride()} and {values.stride()}"
+        )
     for name, cache, scales in (("keys", keys, key_scales), ("values", values, value_scales)):
-        if not cache.is_contiguous():
-            raise ShapeMismatchError(f"{name} must be contiguous [N, K, P, A], found a view")
         if cache.dtype == torch.int8 and (scales is None or not scales.is_contiguous()):
             raise ShapeMismatchError(f"int8 {name} need contiguous scales [N, K, P]")

@@ -20,7 +20,7 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
-ABI = 2  # of native/abi.h: a library that was built from older sources is left alone
+ABI = 3  # of native/abi.h: a library that was built from older sources is left alone
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
 
 
@@ -59,10 +59,49 @@ class AttentionCall(ctypes.Structure):
         ("block_size", ctypes.c_int64),
         ("width", ctypes.c_int64),
         ("table_stride", ctypes.c_int64),
+        ("block_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
         ("kind", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("scale", ctypes.c_double),
+    )
+
+
+class RowsCall(ctypes.Structure):
+    """`RowsCall` of native/abi.h, field by field."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("other", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("eps", ctypes.c_double),
+    )
+
+
+class RotateCall(ctypes.Structure):
+    """`RotateCall` of native/abi.h, field by field."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("cosine", ctypes.c_void_p),
+        ("sine", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("positions", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("x_row", ctypes.c_int64),
+        ("x_head", ctypes.c_int64),
+        ("x_position", ctypes.c_int64),
+        ("y_row", ctypes.c_int64),
+        ("y_head", ctypes.c_int64),
+        ("y_position", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
     )
 
 
@@ -126,8 +165,10 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.lapilli_use_pool.restype = None
     functions.lapilli_linear.argtypes = (pointer, pointer, pointer, *(number,) * 5)
     functions.lapilli_linear.restype = None
-    functions.lapilli_attention.argtypes = (pointer,)
-    functions.lapilli_attention.restype = None
+    for name in ("attention", "rms_norm", "silu_mul", "rotate"):
+        function = functions[f"lapilli_{name}"]
+        function.argtypes = (pointer,)
+        function.restype = None
 
 
 def _torch_pool() -> int | None:

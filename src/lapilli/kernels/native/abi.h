@@ -13,7 +13,7 @@
 
 namespace lapilli {
 
-constexpr int kAbi = 2;  // rises when anything here changes; kernels/library.py compares
+constexpr int kAbi = 3;  // rises when anything here changes; kernels/library.py compares
 
 constexpr int64_t kBlock = 16;  // output rows of a block
 constexpr int64_t kChunk = 32;  // inputs are padded to this
@@ -50,7 +50,7 @@ enum CacheKind : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
 
 struct AttentionCall {
   const float* q;             // [rows, heads, width]
-  const void* keys;           // [blocks, kv_heads, block_size, width]
+  const void* keys;           // [blocks, kv_heads, block_size, width], strides below
   const void* values;         // likewise
   const float* key_scales;    // [blocks, kv_heads, block_size], int8 only
   const float* value_scales;  // likewise
@@ -64,16 +64,50 @@ struct AttentionCall {
   int64_t block_size;
   int64_t width;  // a multiple of 16
   int64_t table_stride;
+  int64_t block_stride;  // elements from one block of keys or values to the next
+  int64_t head_stride;   // and from one head to the next
   int64_t kind;
   int64_t window;  // 0: none
   int64_t threads;
   double scale;
 };
 
+struct RowsCall {
+  const float* x;      // [rows, width], rows x_stride apart (silu_mul: width)
+  const float* other;  // rms_norm: weight [width]; silu_mul: [rows, width]
+  float* y;            // [rows, width]
+  int64_t rows;
+  int64_t width;
+  int64_t x_stride;
+  int64_t threads;
+  double eps;
+};
+
+struct RotateCall {
+  const float* x;       // [rows, heads, positions, width], strides below, elements side by side
+  const float* cosine;  // [rows, positions, width]
+  const float* sine;    // likewise
+  float* y;             // as x
+  int64_t rows;
+  int64_t heads;
+  int64_t positions;
+  int64_t width;  // a multiple of 32
+  int64_t x_row;
+  int64_t x_head;
+  int64_t x_position;
+  int64_t y_row;
+  int64_t y_head;
+  int64_t y_position;
+  int64_t threads;
+};
+
 struct Table {
   const char* name;
   void (*linear)(const LinearCall&);
   void (*attention)(const AttentionCall&);
+  void (*rms_norm)(const RowsCall&);
+  void (*silu_mul)(const RowsCall&);
+  void (*rotate)(const RotateCall&);
 };
 
 extern const Table kPortable;

@@ -40,8 +40,9 @@ inline void for_runs(const AttentionCall& call, const Group& group, const Body& 
     int64_t count = call.block_size - inside;
     if (count > group.end - at) count = group.end - at;
     const int64_t block = group.table[at / call.block_size];
-    const int64_t place = (block * call.kv_heads + group.head) * call.block_size + inside;
-    body(place, at - group.begin, count);
+    const int64_t scale = (block * call.kv_heads + group.head) * call.block_size + inside;
+    const int64_t start = block * call.block_stride + group.head * call.head_stride + inside * call.width;
+    body(start, scale, at - group.begin, count);
     at += count;
   }
 }
@@ -51,11 +52,11 @@ void score_group(const AttentionCall& call, const Group& group, float* scores, i
   using F = typename S::F;
   const int64_t width = call.width;
   const float scale = static_cast<float>(call.scale);
-  for_runs(call, group, [&](int64_t place, int64_t at, int64_t count) {
+  for_runs(call, group, [&](int64_t start, int64_t scales, int64_t at, int64_t count) {
     for (int64_t i = 0; i < count; i += 4) {
       const int64_t here = count - i < 4 ? count - i : 4;
       int64_t key[4];  // the last of a run stands in for those beyond it
-      for (int64_t j = 0; j < 4; ++j) key[j] = (place + i + (j < here ? j : here - 1)) * width;
+      for (int64_t j = 0; j < 4; ++j) key[j] = start + (i + (j < here ? j : here - 1)) * width;
       for (int64_t g = 0; g < group.size; ++g) {
         const float* q = group.q + g * width;
         F a = S::fzero(), b = S::fzero(), c = S::fzero(), d = S::fzero();
@@ -71,7 +72,7 @@ void score_group(const AttentionCall& call, const Group& group, float* scores, i
         float* target = scores + g * stride + at + i;
         for (int64_t j = 0; j < here; ++j) {
           target[j] = four[j] * scale;
-          if (kind == kInt8) target[j] *= call.key_scales[place + i + j];
+          if (kind == kInt8) target[j] *= call.key_scales[scales + i + j];
         }
       }
     }
@@ -110,12 +111,12 @@ void mix(const AttentionCall& call, const Group& group, const float* scores, int
   F acc[G][V];
   for (int g = 0; g < G; ++g)
     for (int v = 0; v < V; ++v) acc[g][v] = S::fzero();
-  for_runs(call, group, [&](int64_t place, int64_t at, int64_t count) {
+  for_runs(call, group, [&](int64_t start, int64_t scales, int64_t at, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t element = (place + i) * call.width + lane;
+      const int64_t element = start + i * call.width + lane;
       F value[V];
       for (int v = 0; v < V; ++v) value[v] = load_cache<S, kind>(call.values, element + v * S::kLanes);
-      const float scale = kind == kInt8 ? call.value_scales[place + i] : 1.0f;
+      const float scale = kind == kInt8 ? call.value_scales[scales + i] : 1.0f;
       for (int g = 0; g < G; ++g) {
         const F weight = S::fset(scores[(first + g) * stride + at + i] * scale);
         for (int v = 0; v < V; ++v) acc[g][v] = S::fma(weight, value[v], acc[g][v]);

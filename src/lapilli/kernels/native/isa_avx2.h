@@ -77,6 +77,7 @@ struct Avx2 {
   static I izero() { return _mm256_setzero_si256(); }
   static I iset(int32_t v) { return _mm256_set1_epi32(v); }
   static I imul(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static I isub(I a, I b) { return _mm256_sub_epi32(a, b); }
   static I widen(const uint8_t* p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }

@@ -44,6 +44,7 @@ struct Avx512 {
   static I izero() { return _mm512_setzero_si512(); }
   static I iset(int32_t v) { return _mm512_set1_epi32(v); }
   static I imul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I widen(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }

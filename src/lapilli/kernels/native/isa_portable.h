@@ -54,6 +54,7 @@ struct Portable {
   static I izero() { return I{}; }
   static I iset(int32_t v) { return I{} + v; }
   static I imul(I a, I b) { return a * b; }
+  static I isub(I a, I b) { return a - b; }
   static I widen(const uint8_t* p) {
     I v;
     for (int i = 0; i < kLanes; ++i) v[i] = p[i];

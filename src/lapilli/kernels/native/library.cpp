@@ -104,4 +104,16 @@ __attribute__((visibility("default"))) void lapilli_linear(
 __attribute__((visibility("default"))) void lapilli_attention(const lapilli::AttentionCall* call) {
   lapilli::g_table->attention(*call);
 }
+
+__attribute__((visibility("default"))) void lapilli_rms_norm(const lapilli::RowsCall* call) {
+  lapilli::g_table->rms_norm(*call);
+}
+
+__attribute__((visibility("default"))) void lapilli_silu_mul(const lapilli::RowsCall* call) {
+  lapilli::g_table->silu_mul(*call);
+}
+
+__attribute__((visibility("default"))) void lapilli_rotate(const lapilli::RotateCall* call) {
+  lapilli::g_table->rotate(*call);
+}
 }

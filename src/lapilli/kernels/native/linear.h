@@ -11,6 +11,7 @@ namespace lapilli {
 namespace {
 
 constexpr int64_t kUnpackFrom = 4;   // tiles of tokens; unpacking pays from here
+constexpr int64_t kFloatFew = 8;      // tokens; above this a panel of floats pays
 constexpr int64_t kFloatPiece = 128;  // inputs of a float panel
 
 template <class S, int R>
@@ -116,6 +117,76 @@ void dequantize(const Weights& w, const Rows<R>& rows, int64_t begin, int64_t en
   }
 }
 
+// Four inputs of a vector, as bytes, against T tokens.
+template <class S, int T>
+inline void meet_four(typename S::W w, typename S::I zero, const float* x, typename S::F (&sum)[T][2]) {
+  using F = typename S::F;
+  const F four[4] = {S::to_float(S::isub(S::template byte<0>(w), zero)),
+                     S::to_float(S::isub(S::template byte<1>(w), zero)),
+                     S::to_float(S::isub(S::template byte<2>(w), zero)),
+                     S::to_float(S::isub(S::template byte<3>(w), zero))};
+  for (int j = 0; j < 4; ++j) {
+    for (int t = 0; t < T; ++t) sum[t][j & 1] = S::fma(four[j], S::fset(x[j * T + t]), sum[t][j & 1]);
+  }
+}
+
+// Float activations of few tokens: weights widened in registers, one pass over them.
+template <class S, int T>
+void float_direct(const Weights& w, const Rows<1>& rows, const float* x, float* out, int64_t stride) {
+  using F = typename S::F;
+  F acc[T];
+  for (int t = 0; t < T; ++t) acc[t] = rows.bias[0] ? S::load(rows.bias[0]) : S::fzero();
+  const int64_t padded = w.padded(), groups = w.groups();
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t begin = g * w.group;
+    const int64_t end = begin + w.group < padded ? begin + w.group : padded;
+    typename S::I zero = S::iset(w.bits == 8 ? 128 : 8);
+    if (w.zeros) zero = S::widen(rows.zeros[0] + g * kBlock);
+    F sum[T][2];
+    for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = S::fzero();
+    if (w.bits == 8) {
+      for (int64_t k = begin; k < end; k += 4) {
+        meet_four<S, T>(S::small_bytes(rows.data[0] + k * 16), zero, x + k * T, sum);
+      }
+    } else {
+      for (int64_t k = begin; k < end; k += 8) {
+        typename S::W low, high;
+        S::nibbles(rows.data[0] + k * 8, low, high);
+        S::prefetch(rows.data[0] + k * 8 + 2048);
+        meet_four<S, T>(low, zero, x + k * T, sum);
+        meet_four<S, T>(high, zero, x + (k + 4) * T, sum);
+      }
+    }
+    const F scale = w.bits == 8 ? S::load(rows.row[0]) : S::half(rows.half[0] + g * kBlock);
+    for (int t = 0; t < T; ++t) acc[t] = S::fma(S::add(sum[t][0], sum[t][1]), scale, acc[t]);
+  }
+  for (int t = 0; t < T; ++t) S::store(out + t * stride, acc[t]);
+}
+
+template <class S>
+void float_few(const LinearCall& call, const Activations& a, int64_t vector, float* out, int64_t stride) {
+  const Weights& w = call.weights;
+  const Rows<1> rows = rows_at<S, 1>(w, vector);
+  for (int64_t first = 0; first < call.tokens; first += S::kTokens) {
+    const float* x = a.x + first * w.padded();
+    float* y = out + first * stride;
+    switch (tokens_of_tile<S>(call.tokens, first / S::kTokens)) {
+      case 1: float_direct<S, 1>(w, rows, x, y, stride); break;
+      case 2: float_direct<S, 2>(w, rows, x, y, stride); break;
+      case 3: float_direct<S, 3>(w, rows, x, y, stride); break;
+      case 4: float_direct<S, 4>(w, rows, x, y, stride); break;
+      default:
+        if constexpr (S::kTokens > 4) {
+          if (call.tokens - first == 5) {
+            float_direct<S, 5>(w, rows, x, y, stride);
+          } else {
+            float_direct<S, 6>(w, rows, x, y, stride);
+          }
+        }
+    }
+  }
+}
+
 template <class S, bool zeros, int R>
 void dot_rows(const LinearCall& call, const Activations& a, int64_t vector, Scratch& scratch, float* out,
               int64_t stride) {
@@ -143,6 +214,10 @@ void dot_rows(const LinearCall& call, const Activations& a, int64_t vector, Scra
 template <class S, int R>
 void float_rows(const LinearCall& call, const Activations& a, int64_t vector, Scratch& scratch, float* out,
                 int64_t stride) {
+  if (call.tokens <= kFloatFew) {
+    for (int r = 0; r < R; ++r) float_few<S>(call, a, vector + r, out + r * S::kLanes, stride);
+    return;
+  }
   const Weights& w = call.weights;
   const int64_t padded = w.padded();
   const Rows<R> rows = rows_at<S, R>(w, vector);

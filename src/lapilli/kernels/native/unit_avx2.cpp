@@ -2,10 +2,13 @@
 #include "isa_avx2.h"
 
 #include "attention.h"
+#include "fused.h"
 #include "linear.h"
 
 namespace lapilli {
 
-const Table kAvx2 = {Avx2::kName, linear<Avx2>, attention<Avx2>};
+const Table kAvx2 = {
+    Avx2::kName, linear<Avx2>, attention<Avx2>, rms_norm<Avx2>, silu_mul<Avx2>, rotate<Avx2>,
+};
 
 }  // namespace lapilli

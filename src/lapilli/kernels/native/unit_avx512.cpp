@@ -2,10 +2,13 @@
 #include "isa_avx512.h"
 
 #include "attention.h"
+#include "fused.h"
 #include "linear.h"
 
 namespace lapilli {
 
-const Table kAvx512 = {Avx512::kName, linear<Avx512>, attention<Avx512>};
+const Table kAvx512 = {
+    Avx512::kName, linear<Avx512>, attention<Avx512>, rms_norm<Avx512>, silu_mul<Avx512>, rotate<Avx512>,
+};
 
 }  // namespace lapilli

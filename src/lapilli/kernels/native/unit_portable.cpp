@@ -2,10 +2,13 @@
 #include "isa_portable.h"
 
 #include "attention.h"
+#include "fused.h"
 #include "linear.h"
 
 namespace lapilli {
 
-const Table kPortable = {Portable::kName, linear<Portable>, attention<Portable>};
+const Table kPortable = {
+    Portable::kName, linear<Portable>, attention<Portable>, rms_norm<Portable>, silu_mul<Portable>, rotate<Portable>,
+};
 
 }  // namespace lapilli
