@@ -28,7 +28,7 @@ def results(path: Path) -> dict[int, dict[str, object]]:
 
 
 def test_every_line_has_a_result(lapilli, checkpoint, picture, tmp_path):
-    source = tmp_path / "in.jsonl"
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [
         {"question": "What is shown?", "image": picture, "id": "a"},
         {"question": "Who are you?", "id": 2},
@@ -40,11 +40,11 @@ def test_every_line_has_a_result(lapilli, checkpoint, picture, tmp_path):
     write(source, rows)
     with source.open("a", encoding="utf-8") as file:
         file.write("no JSON\n\n")
-    done = lapilli("batch", str(source), "out.jsonl", "--model", checkpoint, *FEW)
+    done = lapilli("batch", str(source), str(target), "--model", checkpoint, *FEW)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "5 of 7 lines have an error" in done.stderr
-    found = results(tmp_path / "out.jsonl")
+    found = results(target)
     assert sorted(found) == [1, 2, 3, 4, 5, 6, 7]
     assert found[1]["id"] == "a"
     assert found[1]["new_tokens"] == 5
@@ -58,10 +58,10 @@ def test_every_line_has_a_result(lapilli, checkpoint, picture, tmp_path):
 
     asked = lapilli("ask", "What is shown?", picture, "--model", checkpoint, "-q", *FEW)
     assert asked.stdout.strip() == found[1]["answer"]
-    before = (tmp_path / "out.jsonl").read_bytes()
-    again = lapilli("batch", str(source), "out.jsonl", "--model", checkpoint, *FEW)
-    assert "7 of 7 lines are in out.jsonl already" in again.stderr
-    assert (tmp_path / "out.jsonl").read_bytes() == before
+    before = target.read_bytes()
+    again = lapilli("batch", str(source), str(target), "--model", checkpoint, *FEW)
+    assert "7 of 7 lines are in" in again.stderr
+    assert target.read_bytes() == before
 
 
 def test_killed_in_the_middle_it_goes_on(lapilli, checkpoint, tmp_path):
