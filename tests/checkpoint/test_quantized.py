@@ -1,17 +1,25 @@
 """Packed while loading, saved, read back: the same answers, and refusals that say what to do."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import lapilli
+from lapilli.checkpoint.assemble import build_model
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.quantized import stored_quantization, written_quantization
+from lapilli.checkpoint.quantized import (
+    Packing,
+    faster_tower_dtype,
+    stored_quantization,
+    written_quantization,
+)
 from lapilli.checkpoint.save import save_llava
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.quant import QuantConfig, quantize
+from lapilli.quant.choose import Choices
 from lapilli.quant.embedding import StoredEmbedding
 from lapilli.quant.linear import QuantLinear
 
@@ -110,3 +118,40 @@ def test_saving_names_what_is_packed(tmp_path: Path) -> None:
             dtype=torch.float16,
             quantization=QuantConfig(),
         )
+
+
+def test_only_a_large_tower_takes_the_faster_float() -> None:
+    measured = []
+
+    def timer(path: str, shape: tuple[int, int, int]) -> float:
+        measured.append(shape)
+        return {"float32": 5.0, "bfloat16": 1.0}[path]
+
+    small = load_checkpoint("pebble", device="cpu").config
+    choices = Choices(timer=timer)
+    assert faster_tower_dtype(small, choices) is None
+    assert measured == []
+    tower = replace(
+        small.vision, hidden_size=1024, intermediate_size=4096, image_size=336, patch_size=14
+    )
+    large = replace(small, vision=tower)
+    assert faster_tower_dtype(large, choices) == torch.bfloat16
+    assert set(measured) == {(4096, 1024, 577)}
+    assert faster_tower_dtype(replace(small, vision=None), choices) is None
+
+
+def test_a_tower_in_the_faster_float_answers() -> None:
+    chat = lapilli.load("pebble", quantize="int4", device="cpu")
+    model = chat.model
+    model.modalities.to(torch.bfloat16)
+    picture = str(Path(lapilli.__file__).parents[2] / "examples" / "picture.png")
+    assert chat.ask("What is in this picture?", picture)
+
+
+def test_packing_reads_the_tower_in_its_format() -> None:
+    model = build_model(load_checkpoint("pebble", device="cpu").config)
+    packing = Packing(model, QuantConfig(), tower_dtype=torch.bfloat16)
+    assert packing.dtype_of("modalities.image.projector.0.weight", torch.float32) == torch.bfloat16
+    assert packing.dtype_of("language_model.model.norm.weight", torch.float32) == torch.float32
+    assert packing.dtype_of("language_model.model.embed_tokens.weight", torch.float32) is None
+    assert packing.dtype_of("language_model.lm_head.weight", torch.bfloat16) == torch.float32

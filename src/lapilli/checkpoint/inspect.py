@@ -15,6 +15,7 @@ from lapilli.config.model import ModelConfig
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.anyres import num_tokens
 from lapilli.prompt.choose import Template
+from lapilli.quant.choose import Choices, layer_shapes
 
 # Pictures that people have: thumbnail, screen shot, phone, wide.
 COMMON_SIZES = (
@@ -25,6 +26,8 @@ COMMON_SIZES = (
     ImageSize(1080, 1920),
     ImageSize(1920, 1080),
 )
+# One new token, eight sequences at once, and a prompt with a picture of LLaVA 1.5 in it.
+ROWS = (1, 8, 616)
 LAYOUTS = {
     "llava": "original LLaVA",
     "hf_llava": "Hugging Face LLaVA 1.5",
@@ -63,6 +66,8 @@ class Inspection:
         missing: parameters without a tensor.
         unexpected: tensors without a parameter.
         paths: what -> the directory that it comes from.
+        layers_on_cpu: size and rows of every kind of linear layer, and how long each path takes on
+            this machine; only where it was asked for.
         notes: what else a person should know.
     """
 
@@ -85,6 +90,7 @@ class Inspection:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     paths: dict[str, str] = field(default_factory=dict)
+    layers_on_cpu: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
@@ -102,6 +108,7 @@ def inspect_checkpoint(
     base: str | None = None,
     adapter: str | None = None,
     template: str | Template | None = None,
+    choices: Choices | None = None,
 ) -> Inspection:
     """What a checkpoint is and what loading it would do.
 
@@ -110,6 +117,7 @@ def inspect_checkpoint(
             fetched.
         base: as for `load_checkpoint`.
         adapter: as for `load_checkpoint`.
+        choices: measures the paths of linear layers on this CPU; None: nothing is measured.
         template: what a person asks for instead of the checkpoint's own template.
 
     Raises:
@@ -120,6 +128,7 @@ def inspect_checkpoint(
     plan = make_plan(source, base=base, adapter=adapter, fetch=False)
     model = build_model(plan.config)
     shapes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    sizes = layer_shapes(model, ROWS) if choices is not None else []
     packed = stored_quantization(plan.raw)
     if packed is not None:
         Packing(model, packed, stored=True)
@@ -151,6 +160,7 @@ def inspect_checkpoint(
         missing=_missing(plan, matching),
         unexpected=matching.unexpected,
         paths=_paths(plan),
+        layers_on_cpu=tuple(choices.describe(size) for size in sizes) if choices else (),
         notes=plan.notes,
     )
 

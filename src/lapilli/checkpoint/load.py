@@ -11,9 +11,9 @@ import torch
 
 from lapilli.checkpoint.assemble import Matching, Progress, build_model, fill, match, refuse_gaps
 from lapilli.checkpoint.foreign import load_foreign_model
-from lapilli.checkpoint.placement import choose_device, choose_dtype
+from lapilli.checkpoint.placement import AUTO, choose_device, choose_dtype
 from lapilli.checkpoint.plan import Plan, make_plan
-from lapilli.checkpoint.quantized import Packing, stored_quantization
+from lapilli.checkpoint.quantized import Packing, faster_tower_dtype, stored_quantization
 from lapilli.checkpoint.report import LoadReport
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
@@ -24,6 +24,7 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template, TemplateChoice
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant import QuantConfig, quant_config, quantize
+from lapilli.quant.choose import Choices, cache_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +116,8 @@ def load_checkpoint(
         plan.keys.refuse_unknown()
     asked = quant_config(quantization, quantize_tower=quantize_tower) if quantization else None
     model = build_model(plan.config)
-    packing = _packing(plan, model, asked, merge_lora=merge_lora)
+    free = where.type == "cpu" and dtype == AUTO  # to take the faster number format
+    packing = _packing(plan, model, asked, merge_lora=merge_lora, free=free)
     matching = match_plan(plan, model)
     refuse_gaps(matching)
     number_format = choose_dtype(
@@ -142,7 +144,12 @@ def load_checkpoint(
 
 
 def _packing(
-    plan: Plan, model: torch.nn.Module, asked: QuantConfig | None, *, merge_lora: bool
+    plan: Plan,
+    model: torch.nn.Module,
+    asked: QuantConfig | None,
+    *,
+    merge_lora: bool,
+    free: bool,
 ) -> Packing | None:
     """How layers are packed while they are read; None: not at all, or not before an adapter is in.
 
@@ -161,14 +168,20 @@ def _packing(
                 "an adapter cannot be laid over quantized layers: lay it over the checkpoint "
                 "before quantization, with quantize= to pack the result"
             )
-        return Packing(model, stored, stored=True)
+        return Packing(model, stored, stored=True, tower_dtype=_tower_dtype(plan, stored, free))
     if asked is None:
         return None
     if plan.adapter is None:
-        return Packing(model, asked)
+        return Packing(model, asked, tower_dtype=_tower_dtype(plan, asked, free))
     if not merge_lora:
         raise ConfigError("quantized layers carry no adapter: quantize= needs merge_lora=True")
     return None
+
+
+def _tower_dtype(plan: Plan, config: QuantConfig, free: bool) -> torch.dtype | None:
+    if not free or config.quantize_tower:
+        return None
+    return faster_tower_dtype(plan.config, Choices(cache_file()))
 
 
 def _num_floats(model: torch.nn.Module, packing: Packing | None) -> int:

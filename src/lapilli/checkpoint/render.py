@@ -41,7 +41,7 @@ def _list(key: str, names: list[str]) -> str:
     if not names:
         return ""
     margin = "\n" + " " * (LABEL_WIDTH + 1)
-    if key == "notes":
+    if key in ("notes", "layers_on_cpu"):
         return margin.join(names)
     shown = names[: CUT.get(key, len(names))]
     more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""

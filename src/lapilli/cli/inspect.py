@@ -10,17 +10,33 @@ from lapilli.cli.terminal import plain_errors
 
 Source = Annotated[str, typer.Argument(help="A directory, a hub id, or pebble.")]
 
+Measured = Annotated[
+    str | None,
+    typer.Option(help="cpu: measure each number format for every layer on this machine."),
+]
+
 
 def inspect(
     source: Source = "pebble",
     base: options.Base = None,
     adapter: options.Adapter = None,
     template: options.Template = None,
+    device: Measured = None,
     as_json: options.Json = False,
 ) -> None:
     """Print what a checkpoint is: format, architecture, template, tower, tokens, keys."""
     with plain_errors():
         from lapilli.checkpoint.inspect import inspect_checkpoint
+        from lapilli.errors import ConfigError
+        from lapilli.quant.choose import Choices, cache_file
 
-        found = inspect_checkpoint(source, base=base, adapter=adapter, template=template)
+        if device not in (None, "cpu"):
+            raise ConfigError(f"device {device!r}: only cpu has paths to choose between")
+        found = inspect_checkpoint(
+            source,
+            base=base,
+            adapter=adapter,
+            template=template,
+            choices=None if device is None else Choices(cache_file()),
+        )
         typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.to_text())

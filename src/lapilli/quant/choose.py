@@ -1,0 +1,166 @@
+"""Which path a linear layer should take on this machine: measured once, kept on disk.
+
+    paths   float32, bfloat16   torch          int8, int4   the packed kernels
+    key     CPU, threads, instruction set, torch and lapilli versions; output x input x rows
+
+CPUs differ by more than an order of magnitude in bfloat16, so nothing here is guessed from names.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lapilli.kernels.library import native
+from lapilli.kernels.linear import PackedLinear
+from lapilli.quant.config import QuantConfig
+from lapilli.quant.rounding import round4, round8
+from lapilli.shapes import Tensor
+
+FLOATS = ("float32", "bfloat16")
+PATHS = (*FLOATS, "int8", "int4")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_REPEATS = 3
+_MARGIN = 1.2  # another number format has to be faster by this factor
+
+Shape = tuple[int, int, int]  # output, input, rows
+
+
+def machine() -> str:
+    """What a measurement belongs to."""
+    library = native()
+    return "; ".join(
+        (
+            _cpu_name(),
+            f"{torch.get_num_threads()} threads",
+            "torch alone" if library is None else library.isa,
+            f"torch {torch.__version__}",
+            f"lapilli {version('lapilli')}",
+        )
+    )
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        lines = [line.partition(":") for line in path.read_text().splitlines()]
+        facts = {key.strip(): value.strip() for key, _, value in lines}
+        parts = [facts[key] for key in ("model name", "cpu family", "model") if key in facts]
+        if parts:
+            return " ".join(parts)
+    return f"{platform.machine()} {platform.processor()}".strip()
+
+
+def cache_file() -> Path:
+    """Where measurements are kept."""
+    return Path.home() / ".cache" / "lapilli" / "paths.json"
+
+
+def time_path(path: str, shape: Shape) -> float:
+    """Seconds of one call, the best of a few, on random weights that are never zero."""
+    out_features, in_features, rows = shape
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=random)
+    x = torch.randn(rows, in_features, generator=random)
+    call = _call_of(path, weight, x)
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(_REPEATS):
+            started = time.perf_counter()
+            call()
+            best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _call_of(path: str, weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
+    if path in DTYPES:
+        dtype = DTYPES[path]
+        kept, seen = weight.to(dtype), x.to(dtype)
+        return lambda: functional.linear(seen, kept)
+    config = QuantConfig(search=False)
+    packed = round8(weight, None) if path == "int8" else round4(weight, None, config)
+    layer = PackedLinear(packed)
+    return lambda: layer(x)
+
+
+def layer_shapes(model: nn.Module, rows: Sequence[int]) -> list[Shape]:
+    """Every size of a linear layer of the model, with each number of rows."""
+    sizes = dict.fromkeys(
+        (module.out_features, module.in_features)
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    )
+    return [(*size, count) for size in sizes for count in rows]
+
+
+@dataclass(slots=True)
+class Choices:
+    """Seconds per path and shape, measured where they are not known yet.
+
+    Args:
+        file: kept here; None: measured anew in every process.
+        timer: what measures; tests have their own.
+    """
+
+    file: Path | None = None
+    timer: Callable[[str, Shape], float] = time_path
+    _known: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def seconds(self, shape: Shape, paths: Sequence[str] = PATHS) -> dict[str, float]:
+        """Seconds of one call for each of these paths."""
+        key = " ".join(map(str, shape))
+        known = self._read().get(key, {})
+        missing = [path for path in paths if path not in known]
+        for path in missing:
+            known[path] = self.timer(path, shape)
+        if missing:
+            self._write(key, known)
+        return {path: known[path] for path in paths}
+
+    def float_dtype(self, shape: Shape) -> torch.dtype:
+        """The faster float format for a layer; float32 unless the other is clearly faster."""
+        seconds = self.seconds(shape, FLOATS)
+        faster = seconds["bfloat16"] * _MARGIN < seconds["float32"]
+        return torch.bfloat16 if faster else torch.float32
+
+    def describe(self, shape: Shape) -> str:
+        """One line for people: milliseconds per path, and the fastest."""
+        seconds = self.seconds(shape)
+        times = ", ".join(f"{path} {1e3 * value:.2f}" for path, value in seconds.items())
+        out_features, in_features, rows = shape
+        fastest = min(seconds, key=lambda path: seconds[path])
+        return f"{out_features} x {in_features}, {rows} rows: {times} ms -> {fastest}"
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        if not self._known:
+            self._known.update(self._stored().get(machine(), {}))
+        return self._known
+
+    def _stored(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Measurements of all machines that share the file."""
+        if self.file is None or not self.file.is_file():
+            return {}
+        try:
+            return dict(json.loads(self.file.read_text(encoding="utf-8")))
+        except ValueError:  # cut short by a crash: measured again
+            return {}
+
+    def _write(self, key: str, known: dict[str, float]) -> None:
+        self._known[key] = known
+        if self.file is None:
+            return
+        stored = self._stored() | {machine(): self._known}
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            aside = self.file.with_suffix(".new")
+            aside.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+            aside.replace(self.file)
+        except OSError:  # a home that cannot be written to: measured again next time
+            return
