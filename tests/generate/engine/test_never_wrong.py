@@ -52,6 +52,23 @@ class Service(RuleBasedStateMachine):
             self.engine.step()
         ticket.cancel()
 
+    @rule(parts=QUESTIONS, steps=st.integers(1, 3), more=st.integers(0, 3))
+    def turn_and_turn_back_while_asked(self, parts, steps, more):
+        """What is read with a setting that is gone again must not stay."""
+        ticket = self.engine.submit(self.request(parts, 6))
+        for _ in range(steps):
+            self.engine.step()
+        layers = [layer for _, layer in adapters(self.model)]
+        before = [layer.scaling for layer in layers]
+        for layer in layers:
+            layer.scaling += 1.0
+        for _ in range(more):
+            self.engine.step()
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling = scaling
+        while not ticket.is_finished:
+            self.engine.step()
+
     @rule()
     def forget_features(self):
         self.engine.features.clear()

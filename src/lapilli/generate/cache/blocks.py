@@ -190,7 +190,10 @@ class BlockPool:
             table.chain.append(digest)
 
     def release(self, table: BlockTable, keys: Sequence[int], length: int) -> None:
-        """A sequence is over: its blocks are idle, the half-filled last one too."""
+        """A sequence is over: its blocks are idle, the half-filled last one too.
+
+        Of positions from `length` on nothing is remembered.
+        """
         self.publish(table, keys, length)
         full = len(table.chain) - 1
         held = tuple(keys[full * self.block_size : length])

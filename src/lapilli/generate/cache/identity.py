@@ -6,6 +6,7 @@ Knows tensors and modules; must not know what is cached.
 import hashlib
 import secrets
 import weakref
+from collections import OrderedDict
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -15,6 +16,11 @@ from torch import nn
 from lapilli.shapes import Tensor
 
 SCALARS = (bool, int, float, str, bytes)
+_NO_SETTINGS = frozenset((dict, OrderedDict, set, type(None)))  # most attributes, sorted out first
+
+Setting = tuple[str, type, tuple[tuple[str, Any], ...]]
+Held = tuple[str, str, "weakref.ref[Tensor]", tuple[int, int]]
+State = tuple[list[Setting], list[Held]]
 
 
 def content_digest(item: Any) -> bytes:  # noqa: ANN401 - every modality has its own items
@@ -71,15 +77,14 @@ class WeightWatch:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._epoch = 0
-        self._tensors = self._current_tensors()
-        self._settings = self._current_settings()
+        self._state = self._current_state()
 
     @property
     def epoch(self) -> int:
         """A number that is the same as before exactly while nothing has changed."""
-        tensors, settings = self._current_tensors(), self._current_settings()
-        if settings != self._settings or not _same(tensors, self._tensors):
-            self._tensors, self._settings = tensors, settings
+        state = self._current_state()
+        if not _same(state, self._state):
+            self._state = state
             self._epoch += 1
         return self._epoch
 
@@ -87,39 +92,35 @@ class WeightWatch:
         """Begin a new epoch."""
         self._epoch += 1
 
-    def _current_tensors(self) -> list[tuple[str, "weakref.ref[Tensor]", int, int]]:
-        found = [*self._model.named_parameters(), *self._model.named_buffers()]
-        return [
-            (name, weakref.ref(tensor), tensor.data_ptr(), _version(tensor))
-            for name, tensor in found
-        ]
-
-    def _current_settings(self) -> list[tuple[str, type, tuple[tuple[str, Any], ...]]]:
-        return [
-            (
-                path,
-                type(module),
-                tuple(
-                    (name, value)
-                    for name, value in vars(module).items()
-                    if isinstance(value, SCALARS)
-                ),
+    def _current_state(self) -> State:
+        """One walk over all modules; tensors are held weakly, so that replaced ones can go."""
+        settings: list[Setting] = []
+        tensors: list[Held] = []
+        for path, module in self._model.named_modules():
+            inside = vars(module)
+            plain = tuple(
+                item
+                for item in inside.items()
+                if type(item[1]) not in _NO_SETTINGS and isinstance(item[1], SCALARS)
             )
-            for path, module in self._model.named_modules()
-        ]
+            settings.append((path, type(module), plain))
+            for held in (inside["_parameters"], inside["_buffers"]):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        state = (tensor.data_ptr(), _version(tensor))
+                        tensors.append((path, name, weakref.ref(tensor), state))
+        return settings, tensors
 
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _same(
-    new: list[tuple[str, "weakref.ref[Tensor]", int, int]],
-    old: list[tuple[str, "weakref.ref[Tensor]", int, int]],
-) -> bool:
-    """Whether both name the same living tensors in the same state."""
-    if len(new) != len(old):
+def _same(new: State, old: State) -> bool:
+    """Whether both name the same living tensors in the same state, and the same settings."""
+    if new[0] != old[0] or len(new[1]) != len(old[1]):
         return False
     return all(
-        a[0] == b[0] and a[1]() is b[1]() and a[2:] == b[2:] for a, b in zip(new, old, strict=True)
+        a[:2] == b[:2] and a[2]() is b[2]() and a[3] == b[3]
+        for a, b in zip(new[1], old[1], strict=True)
     )

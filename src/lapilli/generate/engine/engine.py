@@ -12,9 +12,10 @@ import threading
 from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from lapilli.errors import GenerationError, LapilliError, UnsupportedModelError
 from lapilli.generate.cache.blocks import PrefixStats
@@ -97,6 +98,8 @@ class Engine:
         self._media = MediaReader(model, self.features)
         self._watch = WeightWatch(model)
         self._epoch = self._watch.epoch
+        self._text_watch = WeightWatch(cast("nn.Module", language_model))
+        self._text_epoch = self._text_watch.epoch
         self._drafter = drafter or PromptLookup()
         self.payoff = Payoff()
         """Whether guesses make tokens come faster."""
@@ -193,6 +196,7 @@ class Engine:
         """
         self._take_inbox()
         self._drop_cancelled()
+        self._watch_rows()
         self._admit()
         shares = self._share_out()
         if shares:
@@ -243,7 +247,23 @@ class Engine:
             self._epoch = epoch
             self.pool.forget()
             self.features.clear()
+            for row in self._rows:
+                row.is_stale = True
         return epoch
+
+    def _watch_rows(self) -> None:
+        """Look for changes before every step.
+
+        A setting that is turned and turned back between two requests must not leave behind what
+        was read in between. While answers grow the modalities are not asked, so the language model
+        is watched alone: it costs a third.
+        """
+        if self._waiting or not all(row.is_growing for row in self._rows):
+            self._notice_changes()
+        elif self._rows and self._text_watch.epoch != self._text_epoch:
+            self._text_epoch = self._text_watch.epoch
+            self.renew()
+            self._notice_changes()
 
     def renew(self) -> None:
         """Forget everything kept, after weights were changed in a way that nobody can see."""
@@ -273,8 +293,7 @@ class Engine:
         """Give blocks to those who wait, as long as there are rows."""
         if not self._waiting or len(self._rows) >= self.options.max_rows:
             return
-        epoch = self._notice_changes()
-        for sequence in self._admission.admit(self._waiting, self._rows, epoch=epoch):
+        for sequence in self._admission.admit(self._waiting, self._rows, epoch=self._epoch):
             prepare_choosing(sequence, self._vocabulary, self._device)
             if self.options.speculate != "off":
                 sequence.drafting = self._drafter.begin()
@@ -340,7 +359,7 @@ class Engine:
 
     def _deliver(self, sequence: Sequence) -> None:
         """Hand out what settled; publish full blocks; end what is over."""
-        if sequence.table is not None:
+        if sequence.table is not None and not sequence.is_stale:
             self.pool.publish(sequence.table, sequence.keys, sequence.length)
         if sequence.answer.is_finished:
             self._end(sequence)
@@ -370,4 +389,4 @@ class Engine:
         sequence.ticket.keys = tuple(sequence.keys[: sequence.length])
         table, sequence.table = sequence.table, None
         if table is not None:
-            self.pool.release(table, sequence.keys, sequence.length)
+            self.pool.release(table, sequence.keys, 0 if sequence.is_stale else sequence.length)

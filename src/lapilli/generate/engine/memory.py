@@ -27,17 +27,19 @@ def new_pool(
     kind = QuantizedBlockStore if options.kv_dtype == "int8" else BlockStore
     size = options.block_size
     per_block = kind.bytes_per_block(config, size, dtype)
-    whole = options.max_rows * -(-context_length // size) * per_block
-    budget = options.kv_bytes
+    budget, idle_bytes = options.kv_bytes, options.prefix_bytes
     if budget is None:
-        budget = min(whole, total_memory(device) // 4)
+        one = -(-context_length // size) * per_block
+        memory = total_memory(device)
+        budget = max(one, min(options.max_rows * one, memory // 4))
+        idle_bytes = memory // 8 if idle_bytes is None else idle_bytes
     num_blocks = budget // per_block
     if num_blocks < 1:
         raise GenerationError(
             f"kv_bytes {budget} is less than one block of {size} positions takes in this model "
             f"({per_block}): give it at least {per_block / MIB:.1f} MiB per {size} positions"
         )
-    idle = None if options.prefix_bytes is None else options.prefix_bytes // per_block
+    idle = None if idle_bytes is None else idle_bytes // per_block
     store = kind(config, num_blocks + 1, block_size=size, dtype=dtype, device=device)
     return BlockPool(store, max_idle=idle)
 

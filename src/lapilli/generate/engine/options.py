@@ -20,12 +20,13 @@ class EngineOptions:
         max_step: most prompt positions per step while no answer grows; one prompt of up to
             four times as many is read at once.
         block_size: positions per block of keys and values.
-        kv_bytes: memory for keys and values, cached ones included; None: what fits `max_rows`
-            whole contexts, at most a quarter of the machine's or the GPU's memory.
+        kv_bytes: memory for keys and values, cached ones included; on a CPU it is taken as it is
+            used. None: a quarter of the machine's or the GPU's memory, no less than one whole
+            context and no more than `max_rows` of them.
         kv_dtype: "auto" is the model's; "int8" takes about a quarter of float32, see
             QuantizedBlockStore for what it costs.
         prefix_bytes: of these, what may be kept of sequences that are over; 0 switches the prefix
-            cache off; None: all of it.
+            cache off. None: all of `kv_bytes`, or an eighth of the memory where that is None too.
         feature_bytes: most bytes of features of pictures that are kept; 0 keeps none.
         speculate: whether guesses of the next tokens are checked: "on", "off", or "auto", while
             that makes tokens come faster by the clock.

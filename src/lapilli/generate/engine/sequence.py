@@ -41,6 +41,8 @@ class Sequence:
         self.table: BlockTable | None = None
         self.length = 0
         """Positions whose keys and values are known."""
+        self.is_stale = False
+        """The model changed while it was read: nobody else may find its keys and values."""
         self.drafting: Drafting | None = None
         self.pace = Pace()
         self.generator: torch.Generator | None = None

@@ -1,0 +1,59 @@
+"""How much memory an engine plans for."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lapilli.generate.engine import EngineOptions
+from lapilli.generate.engine import memory as planning
+from lapilli.generate.engine.memory import new_pool, total_memory
+from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
+from tests.generate.engine.conftest import CONFIG
+
+CPU = torch.device("cpu")
+PER_BLOCK = BlockStore.bytes_per_block(CONFIG, 32, torch.float32)
+
+
+def pool(context_length: int = 128, **options: object):
+    return new_pool(
+        CONFIG,
+        EngineOptions(**options),
+        context_length=context_length,
+        dtype=torch.float32,
+        device=CPU,
+    )
+
+
+@pytest.mark.parametrize(
+    ("blocks_of_memory", "expected", "idle"),
+    [
+        (4 * 1000, 4 * 3, 500),  # enough: three rows of four blocks
+        (4 * 6, 6, 3),  # a quarter of what there is
+        (8, 4, 1),  # one whole context, whatever there is
+    ],
+)
+def test_plan_by_the_memory_of_the_machine(monkeypatch, blocks_of_memory, expected, idle):
+    monkeypatch.setattr(planning, "total_memory", lambda _: blocks_of_memory * PER_BLOCK)
+    found = pool(max_rows=3)
+    assert found.capacity == expected
+    assert found.max_idle == idle
+
+
+def test_given_numbers_count():
+    found = pool(kv_bytes=5 * PER_BLOCK)
+    assert (found.capacity, found.max_idle) == (5, 6)
+    found = pool(kv_bytes=5 * PER_BLOCK + 1, prefix_bytes=2 * PER_BLOCK)
+    assert (found.capacity, found.max_idle) == (5, 2)
+
+
+def test_int8_holds_more():
+    config = dataclasses.replace(CONFIG, head_dim=64)
+    full = BlockStore.bytes_per_block(config, 32, torch.float32)
+    small = QuantizedBlockStore.bytes_per_block(config, 32, torch.float32)
+    assert 3.7 < full / small < 4
+    assert isinstance(pool(kv_dtype="int8").store, QuantizedBlockStore)
+
+
+def test_this_machine_has_memory():
+    assert total_memory(CPU) > 1 << 28
