@@ -214,6 +214,12 @@ def test_draft_model_stops_at_the_end_of_its_context():
     assert drafting.propose(list(range(20)) * 6, 9) == []
 
 
+def test_draft_model_of_other_tokens_is_refused(model):
+    other = Decoder(dataclasses.replace(CONFIG, num_layers=1, vocab_size=60)).eval()
+    with pytest.raises(GenerationError, match="has 60 tokens, the model that it guesses for 61"):
+        Engine(model, WordTokenizer(), drafter=DraftModel(other))
+
+
 def test_pace_follows_success():
     pace = Pace(first=4, most=10)
     pace.learn(4, 4)

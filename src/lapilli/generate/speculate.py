@@ -116,6 +116,19 @@ class DraftModel:
         """For a new sequence."""
         return ModelDrafting(self.language_model)
 
+    def check_vocabulary(self, wanted: int) -> None:
+        """Refuse to guess for a model with another vocabulary.
+
+        Raises:
+            GenerationError: the numbers of tokens differ.
+        """
+        found = self.language_model.config.vocab_size
+        if found != wanted:
+            raise GenerationError(
+                f"the draft model has {found} tokens, the model that it guesses for {wanted}: take "
+                "one with the same vocabulary"
+            )
+
 
 class ModelDrafting:
     """A small model that reads along."""

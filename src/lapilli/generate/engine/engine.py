@@ -39,7 +39,7 @@ from lapilli.generate.engine.request import Request, Ticket
 from lapilli.generate.engine.sequence import Sequence
 from lapilli.generate.engine.stream import EngineStream
 from lapilli.generate.outputs import Generation
-from lapilli.generate.speculate import Drafter, Payoff, PromptLookup
+from lapilli.generate.speculate import Drafter, DraftModel, Payoff, PromptLookup
 from lapilli.generate.text import TokenBytes
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.shapes import Float, Tensor
@@ -61,7 +61,7 @@ class Engine:
 
     Raises:
         UnsupportedModelError: a language model from elsewhere.
-        GenerationError: memory for less than one block.
+        GenerationError: memory for less than one block, or a draft model of other tokens.
     """
 
     def __init__(
@@ -101,6 +101,8 @@ class Engine:
         self._text_watch = WeightWatch(cast("nn.Module", language_model))
         self._text_epoch = self._text_watch.epoch
         self._drafter = drafter or PromptLookup()
+        if isinstance(drafter, DraftModel):
+            drafter.check_vocabulary(language_model.config.vocab_size)
         self.payoff = Payoff()
         """Whether guesses make tokens come faster."""
         self._arrivals = Arrivals(
