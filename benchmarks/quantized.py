@@ -26,8 +26,9 @@ ROWS = 20
 RESULT = Path(__file__).parent / "results" / "quantized.json"
 CONFIGS = {
     "float32": None,
-    "int8": QuantConfig(bits=8),
-    "int8 with tower": QuantConfig(bits=8, quantize_tower=True),
+    "int8": QuantConfig(bits=8, group_size=32),
+    "int8 with tower": QuantConfig(bits=8, group_size=32, quantize_tower=True),
+    "int8 g128": QuantConfig(bits=8),
     "int4 g128": QuantConfig(bits=4),
     "int4 g32": QuantConfig(bits=4, group_size=32),
 }

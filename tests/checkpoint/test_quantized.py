@@ -18,7 +18,7 @@ from lapilli.checkpoint.quantized import (
 )
 from lapilli.checkpoint.save import save_llava
 from lapilli.errors import ConfigError, UnsupportedModelError
-from lapilli.quant import QuantConfig, quantize
+from lapilli.quant import QuantConfig, quant_config, quantize
 from lapilli.quant.choose import Choices
 from lapilli.quant.embedding import StoredEmbedding
 from lapilli.quant.linear import QuantLinear
@@ -36,7 +36,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["int4", "int8"])
 def test_packed_while_loading_equals_the_pass(name: str) -> None:
     whole = load_checkpoint("pebble", device="cpu", dtype="float32")
-    quantize(whole.model, QuantConfig(bits=4 if name == "int4" else 8))
+    quantize(whole.model, quant_config(name))
     direct = load_checkpoint("pebble", device="cpu", quantization=name)
     assert torch.equal(logits(direct.model), logits(whole.model))
     assert direct.dtype == torch.float32
