@@ -115,7 +115,7 @@ def options():
     ),
     st.sampled_from(["lookup", "parrot", "itself", "small"]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_answers_are_those_without_guesses(model, drawn, kind):
     drafters: dict[str, Drafter] = {
         "lookup": PromptLookup(longest=2, shortest=1),
@@ -177,7 +177,7 @@ def test_sampled_tokens_keep_their_distribution(guesses):
     torch.manual_seed(2)
     config = dataclasses.replace(CONFIG, vocab_size=4)
     model = build(config)
-    runs = 1500
+    runs = 800
     engine = Engine(
         model,
         WordTokenizer(),

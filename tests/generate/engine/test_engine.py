@@ -53,7 +53,7 @@ def built(parts, options, priority=0):
 
 
 @given(st.lists(st.tuples(PARTS, OPTIONS, st.integers(0, 2)), min_size=1, max_size=9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_every_answer_is_that_of_a_solo_run(model, drawn):
     requests = [built(*numbers) for numbers in drawn]
     engine = Engine(model, WordTokenizer(), options=SMALL)

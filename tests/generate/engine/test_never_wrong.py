@@ -113,7 +113,7 @@ class Service(RuleBasedStateMachine):
 
 
 TestService = Service.TestCase
-TestService.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
+TestService.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
 
 
 def test_second_question_reads_only_what_is_new(model, tokenizer):
