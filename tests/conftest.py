@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
@@ -12,6 +13,9 @@ install_import_hook("lapilli", "beartype.beartype")
 import torch  # noqa: E402  the hook has to stand before anything that may import lapilli
 
 torch.set_num_threads(1)
+# A busy machine is no failure.
+hypothesis.settings.register_profile("lapilli", deadline=None)
+hypothesis.settings.load_profile("lapilli")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -3,8 +3,10 @@
 import json
 import os
 import pty
+import select
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,7 +55,7 @@ def test_interrupt_stops_the_answer_and_not_the_program(checkpoint: str, tmp_pat
         "TERM": "dumb",
     }
     command = [str(PROGRAM), "chat", "--model", checkpoint, "--device", "cpu", "--quiet"]
-    command += ["--max-new-tokens", "1500"]
+    command += ["--max-new-tokens", "1500", "--speculate", "off"]  # an answer that takes its time
     process = subprocess.Popen(
         command, stdin=side, stdout=side, stderr=side, env=environment, start_new_session=True,
         preexec_fn=lambda: _take_terminal(side),
@@ -82,17 +84,18 @@ def _take_terminal(side: int) -> None:
 
 
 def _read_some(main: int, count: int) -> str:
-    text = ""
-    deadline = time.monotonic() + 60
-    while len(text) < count and time.monotonic() < deadline:
-        text += os.read(main, 1024).decode("utf-8", "replace")
-    return text
+    return _read(main, lambda text: len(text) >= count)
 
 
 def _read_until(main: int, wanted: str) -> str:
+    return _read(main, lambda text: wanted in text)
+
+
+def _read(main: int, enough: Callable[[str], bool]) -> str:
     text = ""
     deadline = time.monotonic() + 60
-    while wanted not in text:
-        assert time.monotonic() < deadline, text
+    while not enough(text):
+        ready, _, _ = select.select([main], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"nothing more came after {text!r}"
         text += os.read(main, 1024).decode("utf-8", "replace")
     return text

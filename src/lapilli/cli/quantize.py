@@ -11,7 +11,10 @@ from lapilli.cli.terminal import loading, note, plain_errors
 Source = Annotated[str, typer.Argument(help="A directory, a hub id, or pebble.")]
 Target = Annotated[Path, typer.Argument(help="The new directory.")]
 Bits = Annotated[int, typer.Option(help="4 or 8.")]
-GroupSize = Annotated[int, typer.Option(help="Inputs that share a scale: 32, 64 or 128.")]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(help="Inputs that share a scale: 32, 64 or 128; 32 at 8 bits, 128 at 4."),
+]
 Zeros = Annotated[bool, typer.Option("--zero-points", help="4 bits with zero points.")]
 Mode = Annotated[
     str, typer.Option(help="dynamic rounds activations to 8 bits, weight_only does not.")
@@ -24,7 +27,7 @@ def quantize(
     source: Source,
     target: Target,
     bits: Bits = 4,
-    group_size: GroupSize = 128,
+    group_size: GroupSize = None,
     zero_points: Zeros = False,
     mode: Mode = "dynamic",
     tower: Tower = False,
@@ -39,10 +42,11 @@ def quantize(
             from lapilli.checkpoint.load import load_checkpoint
             from lapilli.checkpoint.save import save_llava
             from lapilli.quant import QuantConfig
+            from lapilli.quant.config import GROUP_SIZES
 
             config = QuantConfig(
                 bits=bits,
-                group_size=group_size,
+                group_size=group_size or GROUP_SIZES.get(bits, 128),
                 symmetric=not zero_points,
                 mode=mode,
                 quantize_tower=tower,
