@@ -71,6 +71,7 @@ def test_interrupt_stops_the_answer_and_not_the_program(checkpoint: str, tmp_pat
         assert process.wait(timeout=30) == 0
     finally:
         process.kill()
+        process.wait()
         os.close(main)
         os.close(side)
     assert "Traceback" not in seen
@@ -78,8 +79,10 @@ def test_interrupt_stops_the_answer_and_not_the_program(checkpoint: str, tmp_pat
 
 def _take_terminal(side: int) -> None:
     import fcntl
+    import signal
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
     fcntl.ioctl(side, termios.TIOCSCTTY, 0)
 
 
