@@ -64,7 +64,8 @@ def batch(
     """Answer the questions of a file, many at a time; run again after a stop, it goes on."""
     with plain_errors():
         lines = read_lines(source)
-        waiting = [line for line in lines if line.number not in answered(target)]
+        done = answered(target)
+        waiting = [line for line in lines if line.number not in done]
         if len(waiting) < len(lines) and not quiet:
             note(f"{len(lines) - len(waiting)} of {len(lines)} lines are in {target} already")
         if not waiting:

@@ -17,7 +17,8 @@ from lapilli.kernels.library import AttentionCall, Library, native
 from lapilli.shapes import Float, Int, Tensor
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_WIDTH_STEP = 16
+WIDTH_STEP = 16
+"""Head widths that the library reads are multiples of this."""
 
 
 def attention_reference(
@@ -124,7 +125,7 @@ def decodes_natively(q: Tensor, keys: Tensor, values: Tensor) -> bool:
         q.dtype == torch.float32
         and q.device.type == "cpu"
         and keys.dtype in _KINDS
-        and q.shape[-1] % _WIDTH_STEP == 0
+        and q.shape[-1] % WIDTH_STEP == 0
         and keys.stride() == values.stride()
         and keys.stride()[2:] == (q.shape[-1], 1)
         and not (torch.is_grad_enabled() and q.requires_grad)

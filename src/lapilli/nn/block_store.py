@@ -13,12 +13,9 @@ import numpy as np
 import torch
 
 from lapilli.config.model import TextConfig
-from lapilli.kernels.attention import decode_attention
+from lapilli.kernels.attention import WIDTH_STEP, decode_attention
 from lapilli.kernels.library import native
 from lapilli.shapes import Float, Int, Tensor
-
-KERNEL_WIDTH_STEP = 16
-"""Head widths that the compiled attention reads are multiples of this."""
 
 
 class BlockStore:
@@ -84,7 +81,7 @@ class BlockStore:
     @property
     def has_kernel(self) -> bool:
         """Whether the compiled decode attention reads these blocks."""
-        fits = self.float_dtype == torch.float32 and self._width % KERNEL_WIDTH_STEP == 0
+        fits = self.float_dtype == torch.float32 and self._width % WIDTH_STEP == 0
         return fits and self.device.type == "cpu" and native() is not None
 
     def attend(

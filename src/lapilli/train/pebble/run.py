@@ -174,9 +174,8 @@ class Workshop:
             return self._tower_task(recipe)
         reader = self.reader(stage)
         freeze(reader, recipe.stage)
-        regions = np.load(self.work / "scenes" / "regions.npy")
         if stage == "2_language":
-            features = word_features(regions)
+            features = word_features(np.load(self.work / "scenes" / "regions.npy"))
         else:
             features = stored_features(np.load(self.work / "features.npy", mmap_mode="r"))
         return TalkTask(
