@@ -20,7 +20,7 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
-ABI = 3  # of native/abi.h: a library that was built from older sources is left alone
+ABI = 4  # of native/abi.h: a library that was built from older sources is left alone
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
 
 
@@ -62,6 +62,40 @@ class AttentionCall(ctypes.Structure):
         ("block_stride", ctypes.c_int64),
         ("head_stride", ctypes.c_int64),
         ("kind", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+    )
+
+
+class PrefillCall(ctypes.Structure):
+    """`PrefillCall` of native/abi.h, field by field."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("queries", ctypes.c_int64),
+        ("positions", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("q_row", ctypes.c_int64),
+        ("q_head", ctypes.c_int64),
+        ("q_position", ctypes.c_int64),
+        ("k_row", ctypes.c_int64),
+        ("k_head", ctypes.c_int64),
+        ("k_position", ctypes.c_int64),
+        ("v_row", ctypes.c_int64),
+        ("v_head", ctypes.c_int64),
+        ("v_position", ctypes.c_int64),
+        ("out_row", ctypes.c_int64),
+        ("out_head", ctypes.c_int64),
+        ("out_position", ctypes.c_int64),
+        ("causal", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("scale", ctypes.c_double),
@@ -165,7 +199,7 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.lapilli_use_pool.restype = None
     functions.lapilli_linear.argtypes = (pointer, pointer, pointer, *(number,) * 5)
     functions.lapilli_linear.restype = None
-    for name in ("attention", "rms_norm", "silu_mul", "rotate"):
+    for name in ("attention", "prefill", "rms_norm", "silu_mul", "rotate"):
         function = functions[f"lapilli_{name}"]
         function.argtypes = (pointer,)
         function.restype = None

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from lapilli.kernels.attention import decode_attention, decodes_natively
+from lapilli.kernels.prefill import prefill_attention, prefills_natively
 from lapilli.shapes import Bool, Float, Tensor
 
 
@@ -75,6 +76,8 @@ def attend(
     groups = k.shape[1]
     if length == 1 and mask is None and decodes_natively(q, k, v):
         return _decode(q, k, v, scale)
+    if length > 1 and mask is None and prefills_natively(q, k, v):
+        return prefill_attention(q, k, v, scale=scale)
     if length == 1 and groups != heads and (mask is None or mask.shape[1] == 1):
         folded = q.reshape(batch, groups, heads // groups, width)
         out = functional.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
@@ -88,6 +91,15 @@ def attend(
         scale=scale,
         enable_gqa=groups != heads,
     )
+
+
+def attend_all(
+    q: Float[Tensor, "B Q T A"], k: Float[Tensor, "B Q S A"], v: Float[Tensor, "B Q S A"]
+) -> Float[Tensor, "B Q T A"]:
+    """Attention of T queries that see all of S positions, as the patches of a picture do."""
+    if prefills_natively(q, k, v):
+        return prefill_attention(q, k, v, causal=False)
+    return functional.scaled_dot_product_attention(q, k, v)
 
 
 def _decode(

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import torch
 
+from lapilli.kernels.prefill import prefill_attention, prefills_natively
 from lapilli.nn.attention import attend, causal_mask
 from lapilli.nn.block_store import BlockStore
 from lapilli.shapes import Float, Int, Tensor
@@ -116,8 +117,15 @@ class PagedBatch:
             else:
                 keys, values = self._store.gather(layer, places, 1)
                 keys, values = keys[:, :, : row.length], values[:, :, : row.length]
-            bias = _row_bias(row, window, slopes, q)
-            parts.append(attend(q[:, :, new], keys, values, mask=bias, scale=scale))
+            queries = q[:, :, new]
+            if prefills_natively(queries, keys, values):
+                seen = prefill_attention(
+                    queries, keys, values, scale=scale, window=window, slopes=slopes
+                )
+            else:
+                bias = _row_bias(row, window, slopes, q)
+                seen = attend(queries, keys, values, mask=bias, scale=scale)
+            parts.append(seen)
             start += row.count
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 

@@ -13,7 +13,7 @@
 
 namespace lapilli {
 
-constexpr int kAbi = 3;  // rises when anything here changes; kernels/library.py compares
+constexpr int kAbi = 4;  // rises when anything here changes; kernels/library.py compares
 
 constexpr int64_t kBlock = 16;  // output rows of a block
 constexpr int64_t kChunk = 32;  // inputs are padded to this
@@ -72,6 +72,37 @@ struct AttentionCall {
   double scale;
 };
 
+// Many new positions per row, the last `queries` of `positions`; elements of a head lie side by side.
+struct PrefillCall {
+  const float* q;       // [batch, heads, queries, width], strides below
+  const float* keys;    // [batch, kv_heads, positions, width]
+  const float* values;  // likewise
+  const float* slopes;  // [heads], or null
+  float* out;           // as q
+  int64_t batch;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t queries;
+  int64_t positions;
+  int64_t width;  // a multiple of 16
+  int64_t q_row;
+  int64_t q_head;
+  int64_t q_position;
+  int64_t k_row;
+  int64_t k_head;
+  int64_t k_position;
+  int64_t v_row;
+  int64_t v_head;
+  int64_t v_position;
+  int64_t out_row;
+  int64_t out_head;
+  int64_t out_position;
+  int64_t causal;  // 0: every query sees every position
+  int64_t window;  // 0: none
+  int64_t threads;
+  double scale;
+};
+
 struct RowsCall {
   const float* x;      // [rows, width], rows x_stride apart (silu_mul: width)
   const float* other;  // rms_norm: weight [width]; silu_mul: [rows, width]
@@ -105,6 +136,7 @@ struct Table {
   const char* name;
   void (*linear)(const LinearCall&);
   void (*attention)(const AttentionCall&);
+  void (*prefill)(const PrefillCall&);
   void (*rms_norm)(const RowsCall&);
   void (*silu_mul)(const RowsCall&);
   void (*rotate)(const RotateCall&);
@@ -114,5 +146,7 @@ extern const Table kPortable;
 extern const Table kAvx2;
 extern const Table kAvxVnni;
 extern const Table kAvx512;
+extern const Table kNeon;
+extern const Table kNeonDot;
 
 }  // namespace lapilli

@@ -133,7 +133,7 @@ void mix(const AttentionCall& call, const Group& group, const float* scores, int
 template <class S, int64_t kind, int G>
 void mix_heads(const AttentionCall& call, const Group& group, const float* scores, int64_t stride,
                int64_t first, const float* factor) {
-  constexpr int V = S::kLanes == 16 ? 4 : 2;
+  constexpr int V = S::kLanes == 8 ? 2 : 4;  // AVX2 has 16 registers, the others 32
   int64_t lane = 0;
   for (; lane + V * S::kLanes <= call.width; lane += V * S::kLanes) {
     mix<S, kind, G, V>(call, group, scores, stride, first, lane, factor);

@@ -105,6 +105,10 @@ __attribute__((visibility("default"))) void lapilli_attention(const lapilli::Att
   lapilli::g_table->attention(*call);
 }
 
+__attribute__((visibility("default"))) void lapilli_prefill(const lapilli::PrefillCall* call) {
+  lapilli::g_table->prefill(*call);
+}
+
 __attribute__((visibility("default"))) void lapilli_rms_norm(const lapilli::RowsCall* call) {
   lapilli::g_table->rms_norm(*call);
 }

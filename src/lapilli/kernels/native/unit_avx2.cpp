@@ -1,14 +1,20 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_avx2.h"
 
-#include "attention.h"
 #include "fused.h"
 #include "linear.h"
+#include "prefill.h"
 
 namespace lapilli {
 
 const Table kAvx2 = {
-    Avx2::kName, linear<Avx2>, attention<Avx2>, rms_norm<Avx2>, silu_mul<Avx2>, rotate<Avx2>,
+    Avx2::kName,
+    linear<Avx2>,
+    attention<Avx2>,
+    prefill<Avx2>,
+    rms_norm<Avx2>,
+    silu_mul<Avx2>,
+    rotate<Avx2>,
 };
 
 }  // namespace lapilli

@@ -1,14 +1,20 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_avx512.h"
 
-#include "attention.h"
 #include "fused.h"
 #include "linear.h"
+#include "prefill.h"
 
 namespace lapilli {
 
 const Table kAvx512 = {
-    Avx512::kName, linear<Avx512>, attention<Avx512>, rms_norm<Avx512>, silu_mul<Avx512>, rotate<Avx512>,
+    Avx512::kName,
+    linear<Avx512>,
+    attention<Avx512>,
+    prefill<Avx512>,
+    rms_norm<Avx512>,
+    silu_mul<Avx512>,
+    rotate<Avx512>,
 };
 
 }  // namespace lapilli

@@ -1,14 +1,20 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_portable.h"
 
-#include "attention.h"
 #include "fused.h"
 #include "linear.h"
+#include "prefill.h"
 
 namespace lapilli {
 
 const Table kPortable = {
-    Portable::kName, linear<Portable>, attention<Portable>, rms_norm<Portable>, silu_mul<Portable>, rotate<Portable>,
+    Portable::kName,
+    linear<Portable>,
+    attention<Portable>,
+    prefill<Portable>,
+    rms_norm<Portable>,
+    silu_mul<Portable>,
+    rotate<Portable>,
 };
 
 }  // namespace lapilli

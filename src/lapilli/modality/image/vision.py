@@ -8,10 +8,10 @@ checkpoint is saved as it was loaded. Knows nothing of pixels' origin or of proj
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lapilli.config.model import VisionConfig
 from lapilli.errors import ConfigError
+from lapilli.nn.attention import attend_all
 from lapilli.nn.mlp import MLP
 from lapilli.shapes import Float, Tensor
 
@@ -60,9 +60,7 @@ class VisionAttention(nn.Module):
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out: Tensor = self.out_proj(
-            functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        )
+        out: Tensor = self.out_proj(attend_all(q, k, v).transpose(1, 2).flatten(2))
         return out
 
 
