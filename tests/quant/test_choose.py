@@ -4,8 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from lapilli.quant.choose import PATHS, Choices, Shape, machine, time_path
+from lapilli.nn.linear import OneDnnLinear
+from lapilli.quant.choose import (
+    PATHS,
+    Choices,
+    Shape,
+    machine,
+    take_faster_products,
+    time_path,
+)
 
 
 class Clock:
@@ -23,22 +32,44 @@ class Clock:
 SHAPE = (64, 32, 8)
 
 
-def test_the_faster_float_wins_only_clearly() -> None:
-    assert Choices(timer=Clock(float32=2.0, bfloat16=1.0)).float_dtype(SHAPE) == torch.bfloat16
-    assert Choices(timer=Clock(float32=1.1, bfloat16=1.0)).float_dtype(SHAPE) == torch.float32
+@pytest.mark.parametrize(
+    ("seconds", "faster"),
+    [
+        ({"float32": 2.0, "onednn": 2.0, "bfloat16": 1.0}, torch.bfloat16),
+        ({"float32": 1.1, "onednn": 1.1, "bfloat16": 1.0}, torch.float32),
+        ({"float32": 2.0, "onednn": 1.0, "bfloat16": 1.0}, torch.float32),
+    ],
+)
+def test_the_faster_float_wins_only_clearly(seconds: dict[str, float], faster: torch.dtype) -> None:
+    assert Choices(timer=Clock(**seconds)).float_dtype(SHAPE) == faster
+
+
+@pytest.mark.parametrize(("onednn", "changed"), [(1.0, 2), (1.9, 0)])
+def test_large_float32_layers_take_the_faster_product(onednn: float, changed: int) -> None:
+    large, small = nn.Linear(1024, 1024), nn.Linear(64, 64)
+    model = nn.Sequential(large, nn.Sequential(small, nn.Linear(4096, 4096)), nn.Linear(8, 8))
+    model.append(nn.Linear(1024, 1024, dtype=torch.bfloat16))
+    before = model.state_dict()
+    clock = Clock(float32=2.0, onednn=onednn)
+    assert take_faster_products(model, Choices(timer=clock)) == changed
+    assert {shape for _, shape in clock.calls} == {(1024, 1024, 256), (2048, 2048, 256)}
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(before[name].data_ptr() == after[name].data_ptr() for name in before)
+    assert sum(isinstance(module, OneDnnLinear) for module in model.modules()) == changed
 
 
 def test_a_second_process_measures_nothing(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "paths.json"
-    clock = Clock(float32=2.0, bfloat16=1.0)
+    clock = Clock(float32=2.0, onednn=2.0, bfloat16=1.0)
     first = Choices(file, clock)
     assert first.seconds(SHAPE, ("float32", "bfloat16")) == {"float32": 2.0, "bfloat16": 1.0}
     assert len(clock.calls) == 2
     again = Choices(file, clock)
-    assert again.float_dtype(SHAPE) == torch.bfloat16
+    assert again.seconds(SHAPE, ("float32", "bfloat16")) == {"float32": 2.0, "bfloat16": 1.0}
     assert len(clock.calls) == 2
     again.float_dtype((1, 2, 3))
-    assert len(clock.calls) == 4
+    assert len(clock.calls) == 5
     assert machine() in file.read_text()
 
 

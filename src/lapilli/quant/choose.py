@@ -1,6 +1,6 @@
 """Which path a linear layer should take on this machine: measured once, kept on disk.
 
-    paths   float32, bfloat16   torch          int8, int4   the packed kernels
+    paths   float32, bfloat16: torch    onednn: float32 by oneDNN    int8, int4: the packed kernels
     key     CPU, threads, instruction set, torch and lapilli versions; output x input x rows
 
 CPUs differ by more than an order of magnitude in bfloat16, so nothing here is guessed from names.
@@ -20,15 +20,19 @@ from torch.nn import functional
 
 from lapilli.kernels.library import native
 from lapilli.kernels.linear import PackedLinear
+from lapilli.nn.linear import OneDnnLinear, has_onednn, onednn_linear
 from lapilli.quant.config import QuantConfig
 from lapilli.quant.rounding import round4, round8
 from lapilli.shapes import Tensor
 
-FLOATS = ("float32", "bfloat16")
+FLOATS = ("float32", "onednn", "bfloat16")
 PATHS = (*FLOATS, "int8", "int4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _REPEATS = 3
-_MARGIN = 1.2  # another number format has to be faster by this factor
+_MARGIN = 1.2  # another number format or library has to be faster by this factor
+LARGE = 1 << 20  # elements of a weight from which its product is worth a choice
+_ROWS = 256  # of a prefill
+_WIDEST = 2048  # wider layers are as fast, element by element, and take longer to measure
 
 Shape = tuple[int, int, int]  # output, input, rows
 
@@ -80,6 +84,8 @@ def time_path(path: str, shape: Shape) -> float:
 
 
 def _call_of(path: str, weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
+    if path == "onednn":
+        return lambda: onednn_linear(x, weight, None)
     if path in DTYPES:
         dtype = DTYPES[path]
         kept, seen = weight.to(dtype), x.to(dtype)
@@ -100,6 +106,26 @@ def layer_shapes(model: nn.Module, rows: Sequence[int]) -> list[Shape]:
     return [(*size, count) for size in sizes for count in rows]
 
 
+def _here(paths: Sequence[str]) -> tuple[str, ...]:
+    """Those of these paths that this build of torch has."""
+    return tuple(path for path in paths if path != "onednn" or has_onednn())
+
+
+def take_faster_products(model: nn.Module, choices: "Choices") -> int:
+    """Give large float32 layers oneDNN's product where it is faster; how many were changed."""
+    changed = 0
+    for path, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or module.weight.numel() < LARGE:
+            continue
+        if module.weight.dtype != torch.float32 or module.weight.device.type != "cpu":
+            continue
+        out_features, in_features = module.out_features, module.in_features
+        if choices.is_onednn_faster((min(out_features, _WIDEST), min(in_features, _WIDEST), _ROWS)):
+            model.set_submodule(path, OneDnnLinear.of(module))
+            changed += 1
+    return changed
+
+
 @dataclass(slots=True)
 class Choices:
     """Seconds per path and shape, measured where they are not known yet.
@@ -113,7 +139,7 @@ class Choices:
     timer: Callable[[str, Shape], float] = time_path
     _known: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def seconds(self, shape: Shape, paths: Sequence[str] = PATHS) -> dict[str, float]:
+    def seconds(self, shape: Shape, paths: Sequence[str]) -> dict[str, float]:
         """Seconds of one call for each of these paths."""
         key = " ".join(map(str, shape))
         known = self._read().get(key, {})
@@ -126,13 +152,21 @@ class Choices:
 
     def float_dtype(self, shape: Shape) -> torch.dtype:
         """The faster float format for a layer; float32 unless the other is clearly faster."""
-        seconds = self.seconds(shape, FLOATS)
-        faster = seconds["bfloat16"] * _MARGIN < seconds["float32"]
+        seconds = self.seconds(shape, _here(FLOATS))
+        others = min(seconds[path] for path in seconds if path != "bfloat16")
+        faster = seconds["bfloat16"] * _MARGIN < others
         return torch.bfloat16 if faster else torch.float32
+
+    def is_onednn_faster(self, shape: Shape) -> bool:
+        """Whether oneDNN's product in float32 is clearly faster than torch's own."""
+        if not has_onednn():
+            return False
+        seconds = self.seconds(shape, ("float32", "onednn"))
+        return seconds["onednn"] * _MARGIN < seconds["float32"]
 
     def describe(self, shape: Shape) -> str:
         """One line for people: milliseconds per path, and the fastest."""
-        seconds = self.seconds(shape)
+        seconds = self.seconds(shape, _here(PATHS))
         times = ", ".join(f"{path} {1e3 * value:.2f}" for path, value in seconds.items())
         out_features, in_features, rows = shape
         fastest = min(seconds, key=lambda path: seconds[path])
