@@ -100,3 +100,14 @@ def test_a_wanted_gradient_runs_on_torch() -> None:
     assert not prefills_natively(q, q, q)
     prefill_attention(q, q, q).sum().backward()
     assert q.grad is not None
+
+
+def test_bfloat16_is_rounded_once(library: Library) -> None:
+    del library
+    torch.manual_seed(0)
+    q, k, v = (heads_first(1, 40, 2, 32, joined=True).bfloat16() for _ in range(3))
+    found = prefill_attention(q, k, v, causal=False)
+    exact = prefill_reference(q.double(), k.double(), v.double(), causal=False)
+    assert found.dtype == torch.bfloat16
+    assert found.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(found.double(), exact, atol=0, rtol=2**-8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lapilli.nn.linear import OneDnnLinear
+from lapilli.nn.linear import FloatLinear
 from lapilli.quant.choose import (
     PATHS,
     Choices,
@@ -44,19 +44,23 @@ def test_the_faster_float_wins_only_clearly(seconds: dict[str, float], faster: t
     assert Choices(timer=Clock(**seconds)).float_dtype(SHAPE) == faster
 
 
-@pytest.mark.parametrize(("onednn", "changed"), [(1.0, 2), (1.9, 0)])
-def test_large_float32_layers_take_the_faster_product(onednn: float, changed: int) -> None:
-    large, small = nn.Linear(1024, 1024), nn.Linear(64, 64)
-    model = nn.Sequential(large, nn.Sequential(small, nn.Linear(4096, 4096)), nn.Linear(8, 8))
-    model.append(nn.Linear(1024, 1024, dtype=torch.bfloat16))
+@pytest.mark.parametrize(("onednn", "by_onednn"), [(1.0, True), (1.9, False)])
+def test_large_float_layers_take_the_faster_product(onednn: float, by_onednn: bool) -> None:
+    model = nn.Sequential(
+        nn.Linear(1024, 1024),
+        nn.Sequential(nn.Linear(64, 64), nn.Linear(4096, 4096)),
+        nn.Linear(1024, 1024, dtype=torch.bfloat16),
+        nn.Linear(1024, 1024, dtype=torch.float64),
+    )
     before = model.state_dict()
     clock = Clock(float32=2.0, onednn=onednn)
-    assert take_faster_products(model, Choices(timer=clock)) == changed
+    assert take_faster_products(model, Choices(timer=clock)) == 3
     assert {shape for _, shape in clock.calls} == {(1024, 1024, 256), (2048, 2048, 256)}
     after = model.state_dict()
     assert list(before) == list(after)
     assert all(before[name].data_ptr() == after[name].data_ptr() for name in before)
-    assert sum(isinstance(module, OneDnnLinear) for module in model.modules()) == changed
+    changed = {n: m.by_onednn for n, m in model.named_modules() if isinstance(m, FloatLinear)}
+    assert changed == {"0": by_onednn, "1.1": by_onednn, "2": False}
 
 
 def test_a_second_process_measures_nothing(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
-ABI = 4  # of native/abi.h: a library that was built from older sources is left alone
+ABI = 5  # of native/abi.h: a library that was built from older sources is left alone
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
 
 
@@ -37,6 +37,25 @@ class Weights(ctypes.Structure):
         ("inputs", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("bits", ctypes.c_int64),
+    )
+
+
+class DenseCall(ctypes.Structure):
+    """`DenseCall` of native/abi.h, field by field."""
+
+    _fields_ = (
+        ("w", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("w_stride", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("y_stride", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
     )
 
 
@@ -199,7 +218,7 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.lapilli_use_pool.restype = None
     functions.lapilli_linear.argtypes = (pointer, pointer, pointer, *(number,) * 5)
     functions.lapilli_linear.restype = None
-    for name in ("attention", "prefill", "rms_norm", "silu_mul", "rotate"):
+    for name in ("dense", "attention", "prefill", "rms_norm", "silu_mul", "rotate"):
         function = functions[f"lapilli_{name}"]
         function.argtypes = (pointer,)
         function.restype = None

@@ -1,17 +1,19 @@
-"""A linear layer in float32 that takes oneDNN's product; the weight stays as it lies.
+"""A linear layer of floats on a CPU that takes the faster product; the weight stays as it lies.
 
-torch gives float32 products to MKL, which leaves half of some CPUs unused. Which of the two is
-faster is measured (quant/choose.py), never guessed.
+1 to 4 rows    kernels/dense.py: the weight is read once, as fast as memory gives it
+more           float32 by oneDNN where that was measured to be faster (quant/choose.py)
+the rest       torch: it gives float32 to MKL, which leaves half of some CPUs unused
 """
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from lapilli.kernels.dense import dense, is_dense_native
 from lapilli.shapes import Float, Tensor
 
-FEWEST_ROWS = 16
-"""Below this a product waits for its weight, whoever computes it."""
+FEW = 4
+"""Rows up to which a product waits for its weight, whoever computes it."""
 
 
 def has_onednn() -> bool:
@@ -27,29 +29,33 @@ def onednn_linear(
     return out
 
 
-class OneDnnLinear(nn.Linear):
-    """nn.Linear whose products of many rows are oneDNN's where no gradient is wanted."""
+class FloatLinear(nn.Linear):
+    """nn.Linear in float32 or bfloat16 that is faster where no gradient is wanted.
+
+    Attributes:
+        by_onednn: many rows of float32 go to oneDNN.
+    """
+
+    by_onednn = False
 
     @classmethod
-    def of(cls, plain: nn.Linear) -> "OneDnnLinear":
+    def of(cls, plain: nn.Linear, *, by_onednn: bool) -> "FloatLinear":
         """A layer with the same parameters, not copies of them."""
         layer = cls(
             plain.in_features, plain.out_features, bias=plain.bias is not None, device="meta"
         )
         layer.weight, layer.bias = plain.weight, plain.bias
+        layer.by_onednn = by_onednn
         return layer.train(plain.training)
 
     def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
         """W x + b."""
-        is_eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if is_eager and self._fits(x):
-            return onednn_linear(x, self.weight, self.bias)
-        return functional.linear(x, self.weight, self.bias)
-
-    def _fits(self, x: Tensor) -> bool:
-        """Many rows of float32 on a CPU."""
-        return (
-            x.dtype == self.weight.dtype == torch.float32
-            and x.device.type == "cpu"
-            and x.numel() >= FEWEST_ROWS * self.in_features
-        )
+        weight, bias = self.weight, self.bias
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return functional.linear(x, weight, bias)
+        if x.numel() <= FEW * self.in_features and is_dense_native(x, weight):
+            return dense(x, weight, bias)
+        is_float = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+        if self.by_onednn and is_float:
+            return onednn_linear(x, weight, bias)
+        return functional.linear(x, weight, bias)

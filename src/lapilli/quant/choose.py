@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from lapilli.kernels.library import native
 from lapilli.kernels.linear import PackedLinear
-from lapilli.nn.linear import OneDnnLinear, has_onednn, onednn_linear
+from lapilli.nn.linear import FloatLinear, has_onednn, onednn_linear
 from lapilli.quant.config import QuantConfig
 from lapilli.quant.rounding import round4, round8
 from lapilli.shapes import Tensor
@@ -112,17 +112,18 @@ def _here(paths: Sequence[str]) -> tuple[str, ...]:
 
 
 def take_faster_products(model: nn.Module, choices: "Choices") -> int:
-    """Give large float32 layers oneDNN's product where it is faster; how many were changed."""
+    """Make the large float layers of a model on a CPU FloatLinear; how many were changed."""
     changed = 0
     for path, module in list(model.named_modules()):
         if type(module) is not nn.Linear or module.weight.numel() < LARGE:
             continue
-        if module.weight.dtype != torch.float32 or module.weight.device.type != "cpu":
+        weight = module.weight
+        if weight.device.type != "cpu" or weight.dtype not in DTYPES.values():
             continue
-        out_features, in_features = module.out_features, module.in_features
-        if choices.is_onednn_faster((min(out_features, _WIDEST), min(in_features, _WIDEST), _ROWS)):
-            model.set_submodule(path, OneDnnLinear.of(module))
-            changed += 1
+        shape = (min(module.out_features, _WIDEST), min(module.in_features, _WIDEST), _ROWS)
+        by_onednn = weight.dtype == torch.float32 and choices.is_onednn_faster(shape)
+        model.set_submodule(path, FloatLinear.of(module, by_onednn=by_onednn))
+        changed += 1
     return changed
 
 

@@ -13,7 +13,7 @@
 
 namespace lapilli {
 
-constexpr int kAbi = 4;  // rises when anything here changes; kernels/library.py compares
+constexpr int kAbi = 5;  // rises when anything here changes; kernels/library.py compares
 
 constexpr int64_t kBlock = 16;  // output rows of a block
 constexpr int64_t kChunk = 32;  // inputs are padded to this
@@ -46,7 +46,7 @@ struct LinearCall {
   int64_t weight_only;  // 1: activations stay float32
 };
 
-enum CacheKind : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+enum NumberKind : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
 
 struct AttentionCall {
   const float* q;             // [rows, heads, width]
@@ -70,6 +70,22 @@ struct AttentionCall {
   int64_t window;  // 0: none
   int64_t threads;
   double scale;
+};
+
+// Weights as torch has them, times few tokens.
+struct DenseCall {
+  const void* w;      // [rows, inputs], rows w_stride elements apart
+  const float* x;     // [tokens, inputs], rows x_stride apart
+  const float* bias;  // [rows], or null
+  float* y;           // [tokens, rows], rows y_stride apart
+  int64_t rows;
+  int64_t inputs;
+  int64_t tokens;
+  int64_t w_stride;
+  int64_t x_stride;
+  int64_t y_stride;
+  int64_t kind;  // of the weights: float32 or bfloat16
+  int64_t threads;
 };
 
 // Many new positions per row, the last `queries` of `positions`; elements of a head lie side by side.
@@ -135,6 +151,7 @@ struct RotateCall {
 struct Table {
   const char* name;
   void (*linear)(const LinearCall&);
+  void (*dense)(const DenseCall&);
   void (*attention)(const AttentionCall&);
   void (*prefill)(const PrefillCall&);
   void (*rms_norm)(const RowsCall&);

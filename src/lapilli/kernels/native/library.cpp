@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(LAPILLI_ARM) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace lapilli {
@@ -36,6 +38,16 @@ bool supported(const Table* table) {
   }
 #endif
   return false;
+#elif defined(LAPILLI_ARM)
+  if (table != &kNeonDot) return true;  // every AArch64 CPU has NEON
+#if defined(__APPLE__)
+  return true;  // every Mac with an Arm CPU has sdot
+#elif defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kDotProduct) != 0;
+#else
+  return false;
+#endif
 #else
   return table == &kPortable;
 #endif
@@ -44,6 +56,8 @@ bool supported(const Table* table) {
 const Table* const kTables[] = {
 #if defined(LAPILLI_X86)
     &kAvx512, &kAvxVnni, &kAvx2,
+#elif defined(LAPILLI_ARM)
+    &kNeonDot, &kNeon,
 #endif
     &kPortable,
 };
@@ -99,6 +113,10 @@ __attribute__((visibility("default"))) void lapilli_linear(
     const lapilli::Weights* weights, const float* x, float* y, int64_t tokens, int64_t x_stride,
     int64_t y_stride, int64_t threads, int64_t weight_only) {
   lapilli::g_table->linear({*weights, x, y, tokens, x_stride, y_stride, threads, weight_only});
+}
+
+__attribute__((visibility("default"))) void lapilli_dense(const lapilli::DenseCall* call) {
+  lapilli::g_table->dense(*call);
 }
 
 __attribute__((visibility("default"))) void lapilli_attention(const lapilli::AttentionCall* call) {

@@ -1,6 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_avx2.h"
 
+#include "dense.h"
 #include "fused.h"
 #include "linear.h"
 #include "prefill.h"
@@ -10,6 +11,7 @@ namespace lapilli {
 const Table kAvx2 = {
     Avx2::kName,
     linear<Avx2>,
+    dense<Avx2>,
     attention<Avx2>,
     prefill<Avx2>,
     rms_norm<Avx2>,

@@ -1,6 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_avx512.h"
 
+#include "dense.h"
 #include "fused.h"
 #include "linear.h"
 #include "prefill.h"
@@ -10,6 +11,7 @@ namespace lapilli {
 const Table kAvx512 = {
     Avx512::kName,
     linear<Avx512>,
+    dense<Avx512>,
     attention<Avx512>,
     prefill<Avx512>,
     rms_norm<Avx512>,

@@ -2,6 +2,7 @@
 #define LAPILLI_AVXVNNI
 #include "isa_avx2.h"
 
+#include "dense.h"
 #include "fused.h"
 #include "linear.h"
 #include "prefill.h"
@@ -11,6 +12,7 @@ namespace lapilli {
 const Table kAvxVnni = {
     Avx2::kName,
     linear<Avx2>,
+    dense<Avx2>,
     attention<Avx2>,
     prefill<Avx2>,
     rms_norm<Avx2>,

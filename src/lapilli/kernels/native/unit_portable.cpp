@@ -1,6 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_portable.h"
 
+#include "dense.h"
 #include "fused.h"
 #include "linear.h"
 #include "prefill.h"
@@ -10,6 +11,7 @@ namespace lapilli {
 const Table kPortable = {
     Portable::kName,
     linear<Portable>,
+    dense<Portable>,
     attention<Portable>,
     prefill<Portable>,
     rms_norm<Portable>,
