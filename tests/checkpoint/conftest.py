@@ -37,3 +37,21 @@ def golden(conformance, maker, tmp_path_factory):
         return made[variant]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory):
+    """Hugging Face LLaVA 1.5, random, with layers of 128 inputs and more."""
+    from tests.checkpoint.published import make_llava
+
+    path = tmp_path_factory.mktemp("llava")
+    make_llava(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def packed_llava(llava, tmp_path_factory):
+    """The same with its language model in AWQ, groups of 64."""
+    from tests.checkpoint.published import awq, convert, of_text_layers
+
+    return convert(llava, tmp_path_factory.mktemp("awq"), awq(64), chosen=of_text_layers)[0]

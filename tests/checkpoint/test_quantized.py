@@ -86,13 +86,13 @@ def test_asked_otherwise_than_stored(tmp_path: Path) -> None:
     )
     config = json.loads((target / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "lapilli"
-    with pytest.raises(ConfigError, match=r"is quantized already \(8 bits\)"):
+    with pytest.raises(ConfigError, match=r"is quantized already \(lapilli, 8 bits, dynamic\)"):
         load_checkpoint(target, quantization="int4", device="cpu")
 
 
 def test_quantization_of_others_is_refused() -> None:
-    raw = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    with pytest.raises(UnsupportedModelError, match="quantized by 'gptq' cannot be read"):
+    raw = {"quantization_config": {"quant_method": "hqq", "bits": 4}}
+    with pytest.raises(UnsupportedModelError, match="quantized by 'hqq' cannot be read"):
         stored_quantization(raw)
 
 

@@ -161,21 +161,23 @@ def fill(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     filled: dict[str, Tensor] = {}
     done, total = 0, matching.num_bytes
-    for name, sources in matching.sources.items():
+    for name in matching.sources if packing is None else packing.in_order(matching.sources):
+        sources = matching.sources[name]
         tensors = []
+        read_as = dtype if packing is None else packing.dtype_of(name, dtype)
+        kept = packing is None or not packing.takes(name)
         for part, foreign in sources:
-            read_as = dtype if packing is None else packing.dtype_of(name, dtype)
-            tensor = part.store.tensor(foreign, read_as)
+            tensor = part.store.tensor(foreign, read_as, mapped=kept)
             if check_finite:
                 refuse_not_finite(f"{foreign} ({part.label})", tensor)
             tensors.append(tensor)
             done += part.store.infos[foreign].num_bytes
         tensor = vocabulary.fit(name, tensors) if name in VOCABULARY else tensors[-1]
         _check_shape(name, sources[-1], tensor, shapes[name])
-        if packing is not None and packing.takes(name):
-            packing.take(name, tensor)
-        else:
+        if packing is None or kept:
             filled[name] = tensor.to(device)
+        else:
+            packing.take(name, tensor)
         if progress is not None:
             progress(done, total)
     if packing is not None:

@@ -78,6 +78,7 @@ def load_foreign_model(
         name=name_of(source),
         path=path,
         raw=raw,
+        weights_raw=raw,
         config=config,
         keys=KeyReport(used=tuple(sorted(raw))),
         parts=(),

@@ -50,6 +50,8 @@ class Inspection:
         source: what was asked for.
         format: layout and form, such as "original LLaVA, LoRA".
         architecture: family and sizes of the language model.
+        quantization: how the weights are packed: format, bits, groups, zero points; empty where
+            they are not.
         template: name, reason and, where a person overrode it, a note.
         tower: family, sizes and place of the vision tower; empty without images.
         projector: kind and widths; empty without images.
@@ -74,6 +76,7 @@ class Inspection:
     source: str
     format: str
     architecture: dict[str, object]
+    quantization: str = ""
     template: dict[str, str]
     tower: dict[str, object] = field(default_factory=dict)
     projector: dict[str, object] = field(default_factory=dict)
@@ -129,9 +132,10 @@ def inspect_checkpoint(
     model = build_model(plan.config)
     shapes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     sizes = layer_shapes(model, ROWS) if choices is not None else []
-    packed = stored_quantization(plan.raw)
+    packed = stored_quantization(plan.weights_raw)
     if packed is not None:
-        Packing(model, packed, stored=True)
+        names = plan.parameters
+        Packing(model, packed.config, stored=True, published=packed.published, names=names)
     matching = match_plan(plan, model)
     choice = choose_for(plan, template)
     chosen = {"name": choice.template.name, "reason": choice.reason}
@@ -144,6 +148,7 @@ def inspect_checkpoint(
         source=str(source),
         format=f"{LAYOUTS[plan.config.layout]}, {plan.form}",
         architecture=_architecture(plan),
+        quantization="" if packed is None else str(packed),
         template=chosen if choice.note is None else {**chosen, "note": choice.note},
         tower=_tower(plan),
         projector=_projector(plan.config),

@@ -13,7 +13,12 @@ from lapilli.checkpoint.assemble import Matching, Progress, build_model, fill, m
 from lapilli.checkpoint.foreign import load_foreign_model
 from lapilli.checkpoint.placement import AUTO, choose_device, choose_dtype
 from lapilli.checkpoint.plan import Plan, make_plan
-from lapilli.checkpoint.quantized import Packing, faster_tower_dtype, stored_quantization
+from lapilli.checkpoint.quantized import (
+    Packing,
+    StoredQuantization,
+    faster_tower_dtype,
+    stored_quantization,
+)
 from lapilli.checkpoint.report import LoadReport
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
@@ -24,7 +29,7 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template, TemplateChoice
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant import QuantConfig, quant_config, quantize
-from lapilli.quant.choose import Choices, cache_file
+from lapilli.quant.choose import Choices, cache_file, take_faster_products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +46,7 @@ class Loaded:
         tokenizer_path: the directory that its tokenizer came from (a base's, for an adapter).
         dtype: of the weights.
         raw: config.json as it is, for the names of the original.
-        quantization: how the linear layers are packed; None where they are not.
+        quantization: how the linear layers are packed, for `save_llava`; None where they are not.
     """
 
     model: VisionLanguageModel
@@ -114,10 +119,11 @@ def load_checkpoint(
         return _loaded(model, plan, LoadReport(used=tuple(model.state_dict())), template)
     if strict_config:
         plan.keys.refuse_unknown()
-    asked = quant_config(quantization, quantize_tower=quantize_tower) if quantization else None
+    stored = stored_quantization(plan.weights_raw)
+    asked = _asked(quantization, stored, quantize_tower=quantize_tower)
     model = build_model(plan.config)
     free = where.type == "cpu" and dtype == AUTO  # to take the faster number format
-    packing = _packing(plan, model, asked, merge_lora=merge_lora, free=free)
+    packing = _packing(plan, model, asked, stored, merge_lora=merge_lora, free=free)
     matching = match_plan(plan, model)
     refuse_gaps(matching)
     number_format = choose_dtype(
@@ -139,14 +145,33 @@ def load_checkpoint(
     lay_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
     if asked is not None and packing is None:  # an adapter had to be folded in first
         quantize(model, asked)
+    if where.type == "cpu":
+        take_faster_products(model, Choices(cache_file()))
     loaded = _loaded(model, plan, matching.report(), template)
-    return replace(loaded, quantization=asked or stored_quantization(plan.raw))
+    return replace(loaded, quantization=asked if packing is None else packing.config)
+
+
+def _asked(
+    quantization: str | QuantConfig | None,
+    stored: StoredQuantization | None,
+    *,
+    quantize_tower: bool,
+) -> QuantConfig | None:
+    """What a caller wants; "int4" takes groups and zero points as published files have them."""
+    if quantization is None:
+        return None
+    asked = quant_config(quantization, quantize_tower=quantize_tower)
+    if stored is None or stored.published is None or quantization != "int4":
+        return asked
+    own = stored.config
+    return replace(asked, group_size=own.group_size, symmetric=own.symmetric)
 
 
 def _packing(
     plan: Plan,
     model: torch.nn.Module,
     asked: QuantConfig | None,
+    stored: StoredQuantization | None,
     *,
     merge_lora: bool,
     free: bool,
@@ -156,19 +181,23 @@ def _packing(
     Raises:
         ConfigError: the files are packed otherwise, or an adapter would lie over packed layers.
     """
-    stored = stored_quantization(plan.raw)
     if stored is not None:
-        if asked is not None and asked != stored:
-            raise ConfigError(
-                f"{plan.path} is quantized already ({stored.bits} bits): load it as it is, or "
-                "quantize the checkpoint that it was made from"
-            )
+        if asked is not None:
+            stored.refuse_other(asked, plan.path)
         if plan.adapter is not None:
             raise ConfigError(
                 "an adapter cannot be laid over quantized layers: lay it over the checkpoint "
                 "before quantization, with quantize= to pack the result"
             )
-        return Packing(model, stored, stored=True, tower_dtype=_tower_dtype(plan, stored, free))
+        config = asked or stored.config
+        return Packing(
+            model,
+            config,
+            stored=asked is None or stored.published is None,
+            published=stored.published,
+            names=plan.parameters,
+            tower_dtype=_tower_dtype(plan, config, free),
+        )
     if asked is None:
         return None
     if plan.adapter is None:

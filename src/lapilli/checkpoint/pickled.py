@@ -26,9 +26,9 @@ class PickledShard:
         """Shape and dtype of every tensor."""
         return {name: (tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
         """A tensor on the CPU: a view of the file when no other dtype is asked for."""
-        return self._tensors[name].to(dtype or self._tensors[name].dtype)
+        return self._tensors[name].to(dtype or self._tensors[name].dtype, copy=not mapped)
 
 
 def _load(path: Path) -> object:

@@ -23,6 +23,7 @@ from lapilli.checkpoint.directory import (
 from lapilli.checkpoint.files import read_json, read_optional_json
 from lapilli.checkpoint.keymaps import KeyMap
 from lapilli.checkpoint.keymaps.tables import PROJECTOR
+from lapilli.checkpoint.quantized import is_packed_here, with_quantization_file
 from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.tokenizer_files import add_image_tokens, has_tokenizer, load_tokenizer
 from lapilli.checkpoint.vocabulary import Vocabulary
@@ -48,6 +49,8 @@ class Plan:
         name: of its folder or hub id, for the rules by name.
         path: the directory that was asked for.
         raw: its config.json.
+        weights_raw: config.json of the language model's weights, a base's for what lies on one;
+            it says how they are packed.
         config: what the model is, its vocabulary already of the tokenizer's length.
         keys: what becomes of the configuration keys.
         parts: where the tensors come from; later ones override earlier ones.
@@ -65,6 +68,7 @@ class Plan:
     name: str
     path: Path
     raw: JsonObject
+    weights_raw: JsonObject
     config: ModelConfig
     keys: KeyReport
     parts: tuple[WeightPart, ...]
@@ -76,6 +80,12 @@ class Plan:
     base_path: Path | None = None
     tower_path: Path | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Names of the parameters that a tensor of the files is for, by the rules for names."""
+        names = (part.parameter(name) for part in self.parts for name in part.store.infos)
+        return frozenset(name for name in names if name is not None)
 
     @property
     def has_weights(self) -> bool:
@@ -256,13 +266,15 @@ def _plan(
             use_patch=config.tokens.use_patch_token,
             use_start_end=config.tokens.use_start_end,
         )
-        rows = tokenizer.vocab_size
+        if not is_packed_here(directory.raw):  # packed rows stay as they were written
+            rows = tokenizer.vocab_size
         notes += _vocabulary_notes(before, rows)
     return Plan(
         form=form,
         name=directory.path.name,
         path=directory.path,
         raw=directory.raw,
+        weights_raw=_weights_raw(directory, base_path),
         config=replace(config, text=replace(config.text, vocab_size=rows)),
         keys=directory.keys,
         parts=directory.parts,
@@ -277,6 +289,12 @@ def _plan(
         tower_path=directory.tower_path,
         notes=tuple(notes),
     )
+
+
+def _weights_raw(directory: CheckpointDirectory, base_path: Path | None) -> JsonObject:
+    if base_path is None:
+        return with_quantization_file(directory.raw, directory.path)
+    return with_quantization_file(read_json(base_path / "config.json"), base_path)
 
 
 def _vocabulary_notes(before: int, rows: int) -> list[str]:

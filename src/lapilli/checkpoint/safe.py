@@ -60,15 +60,17 @@ class SafetensorsShard:
         """Shape and dtype of every tensor."""
         return self._infos
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
         """A tensor on the CPU: a view of the mapped file when no other dtype is asked for.
 
+        With mapped=False it is always a copy, for tensors that are not kept: pages of a mapping
+        count as memory in use as long as the file is mapped.
         A conversion reads the bytes instead of mapping them, so that the memory in use is the
         converted weights and one tensor, not both forms of the whole file.
         """
         shape, stored = self._infos[name]
         offset, length = self._places[name]
-        if dtype in (None, stored) and length:
+        if mapped and dtype in (None, stored) and length:
             start, rest = divmod(offset, stored.itemsize)
             if not rest:
                 strides = torch.empty(shape, device="meta").stride()

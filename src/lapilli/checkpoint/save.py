@@ -30,6 +30,7 @@ from lapilli.errors import CheckpointError, ConfigError
 from lapilli.lora.inject import adapters
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.quant import QuantConfig
+from lapilli.quant.linear import QuantLinear
 
 TowerPlace = Literal["named", "inside", "beside"]
 
@@ -76,7 +77,7 @@ def save_llava(
         overwrite: replace a directory that is there.
         shard_bytes: largest size of one weight file.
         quantization: how the layers are packed, for a quantized model. Such a checkpoint is read
-            by lapilli alone; a packed tower lies inside of it.
+            by lapilli alone; a packed tower lies inside of it, a tuned float one beside.
 
     Raises:
         CheckpointError: the directory is there already.
@@ -91,6 +92,8 @@ def save_llava(
     place = tower or _default_place(config)
     if quantization is not None and quantization.quantize_tower:
         place = "inside"
+    elif quantization is not None and place == "inside":
+        place = "beside"  # stored once: inside, the original wants it beside as well
     state = {
         name: tensor.detach() if dtype is None else tensor.detach().to(dtype)
         for name, tensor in model.state_dict().items()
@@ -110,7 +113,8 @@ def save_llava(
             written |= {KEY: written_quantization(quantization)}
         _write_json(folder / "config.json", written)
         if tower_state and written.get("mm_vision_tower") == TOWER_FOLDER:
-            _write_tower(folder / TOWER_FOLDER, config, tower_state)
+            is_packed = quantization is not None and quantization.quantize_tower
+            _write_tower(folder / TOWER_FOLDER, config, {} if is_packed else tower_state)
         for name in TOKENIZER_FILES if tokenizer_path else ():
             if tokenizer_path and (tokenizer_path / name).is_file():
                 shutil.copyfile(tokenizer_path / name, folder / name)
@@ -135,8 +139,10 @@ def save_projector(
 
     Raises:
         CheckpointError: the directory is there already.
-        ConfigError: the tower has no name.
+        ConfigError: the tower has no name, or the projector is quantized.
     """
+    if any(isinstance(module, QuantLinear) for module in model.modalities.modules()):
+        raise ConfigError("the projector is quantized: save it from a model whose projector is not")
     keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
     state = {n: t.detach().clone() for n, t in model.state_dict().items() if PROJECTOR in n}
     first = next(iter(model.parameters()))
@@ -214,12 +220,14 @@ def _write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int
 
 
 def _write_tower(folder: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
-    """The tower's own directory."""
+    """The tower's own directory, without weights where there are none to write."""
     if config.vision is None or config.image is None:
         return
     folder.mkdir()
-    _write_weights(folder, _renamed(state, VISION_TOWER), SHARD_BYTES)
-    stored = _name_of(next(iter(state.values())).dtype)
+    stored = config.torch_dtype or "float32"
+    if state:
+        _write_weights(folder, _renamed(state, VISION_TOWER), SHARD_BYTES)
+        stored = _name_of(next(iter(state.values())).dtype)
     _write_json(folder / "config.json", write_tower_config(config.vision, stored))
     _write_json(folder / "preprocessor_config.json", write_preprocessor_config(config.image.pixels))
 

@@ -71,10 +71,16 @@ class WeightStore:
                 store.infos[name] = TensorInfo(shape, dtype, path.name)
         return store
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor on the CPU: a view of the file when no other dtype is asked for."""
+    def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
+        """A tensor on the CPU.
+
+        Args:
+            name: of the tensor.
+            dtype: to convert it to; None: as it is stored.
+            mapped: a view of the file where nothing is converted; False: a copy.
+        """
         shard = self.shards[self.infos[name].file]
-        return shard.tensor(self.aliases.get(name, name), dtype)
+        return shard.tensor(self.aliases.get(name, name), dtype, mapped=mapped)
 
     def rename(self, other: "WeightStore", foreign: str, name: str) -> None:
         """Take a tensor of another store under another name."""

@@ -21,7 +21,8 @@ class QuantConfig:
         symmetric: 4 bits without zero points.
         mode: "dynamic" rounds activations to 8 bits by token and group, so that products are
             integers; "weight_only" keeps them in float32.
-        head_bits: bits of the layer that gives the logits, which are the most sensitive.
+        head_bits: bits of the layer that gives the logits, which are the most sensitive; None: it
+            stays float.
         quantize_tower: the vision tower and the projector too, in 8 bits.
         search: at 4 bits, look for the scale with the least squared error instead of the one that
             just covers the largest weight.
@@ -34,13 +35,13 @@ class QuantConfig:
     group_size: int = 128
     symmetric: bool = True
     mode: str = "dynamic"
-    head_bits: int = 8
+    head_bits: int | None = 8
     quantize_tower: bool = False
     search: bool = True
 
     def __post_init__(self) -> None:
         for name, bits in (("bits", self.bits), ("head_bits", self.head_bits)):
-            if bits not in BITS:
+            if bits not in BITS and not (name == "head_bits" and bits is None):
                 raise ConfigError(f"{name} must be 4 or 8, found {bits}")
         if self.group_size not in GROUPS:
             raise ConfigError(f"group_size must be 32, 64 or 128, found {self.group_size}")

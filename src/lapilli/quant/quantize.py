@@ -34,8 +34,9 @@ class QuantReport:
 def bits_of(path: str, config: QuantConfig) -> int | None:
     """In how many bits the linear layer of this path is stored; None: as it is."""
     if path.startswith(LANGUAGE_MODEL):
-        is_head = path.endswith(HEAD)
-        return max(config.head_bits, config.bits) if is_head else config.bits
+        if not path.endswith(HEAD):
+            return config.bits
+        return None if config.head_bits is None else max(config.head_bits, config.bits)
     if config.quantize_tower and path.startswith(SEEN):
         return 8
     return None
@@ -68,7 +69,7 @@ def quantize(model: nn.Module, config: QuantConfig) -> QuantReport:
     done: dict[str, int] = {}
     after = before = 0
     # The modules are looked up by name one at a time: a list of them would keep every old weight.
-    paths = [path for path, module in model.named_modules() if type(module) is nn.Linear]
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     for path in paths:
         bits = bits_of(path, config)
         if bits is None:
