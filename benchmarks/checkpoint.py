@@ -6,23 +6,27 @@ L the same tower with Llama-2 7B.
 
 import json
 import shutil
+import struct
+import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks.child import IMAGE_ID
-
+VOCABULARY = 32000
+IMAGE_ID = 31999  # an entry of the vocabulary that stands for the picture
 SHARD_BYTES = 1 << 30
 TEXT_SHAPES = {
     "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 352,
+        "hidden_size": 256,
+        "intermediate_size": 768,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_key_value_heads": 4,
+        "num_key_value_heads": 2,
     },
     "S": {
         "hidden_size": 2048,
@@ -46,10 +50,10 @@ CLIP_L = {
     "num_attention_heads": 16,
 }
 CLIP_TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
 }
 
 
@@ -62,8 +66,9 @@ def write_checkpoint(shape: str, out: Path, *, dtype: torch.dtype = torch.float3
     out.mkdir(parents=True)
     config = LlavaConfig(
         text_config=LlamaConfig(
-            vocab_size=32000,
-            max_position_embeddings=4096,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=8192,  # eight pictures in one prompt
+            rms_norm_eps=1e-5,
             tie_word_embeddings=False,
             **TEXT_SHAPES[shape],
         ),
@@ -84,6 +89,17 @@ def write_checkpoint(shape: str, out: Path, *, dtype: torch.dtype = torch.float3
     _write_shards(shapes, out, dtype)
     _write_side_files(out)
     done.touch()
+    return out
+
+
+def write_quantized(source: Path, out: Path, bits: int) -> Path:
+    """What `lapilli quantize --bits` makes of a checkpoint."""
+    if not out.exists():
+        aside = out.with_name(f"{out.name}.new")
+        command = [str(Path(sys.executable).parent / "lapilli"), "quantize"]
+        command += [str(source), str(aside), "--bits", str(bits), "--overwrite", "--quiet"]
+        subprocess.run(command, check=True)
+        aside.rename(out)
     return out
 
 
@@ -116,8 +132,12 @@ def _write_shards(shapes: dict[str, torch.Size], out: Path, dtype: torch.dtype) 
 
 def _write_side_files(out: Path) -> None:
     pebble = files("lapilli") / "pebble"
-    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
         (out / name).write_bytes((pebble / name).read_bytes())
+    words = (pebble / "tokenizer.model").read_bytes()
+    known = SentencePieceProcessor(model_proto=words).vocab_size()
+    words += b"".join(_piece(f"\u2581w{i}", -1e3 - i) for i in range(known, IMAGE_ID))
+    (out / "tokenizer.model").write_bytes(words)
     (out / "preprocessor_config.json").write_text(
         json.dumps(
             {
@@ -135,3 +155,10 @@ def _write_side_files(out: Path) -> None:
             }
         )
     )
+
+
+def _piece(text: str, score: float) -> bytes:
+    """One more entry of a SentencePiece model: entries may follow each other anywhere in it."""
+    raw = text.encode()
+    entry = b"\x0a" + bytes([len(raw)]) + raw + b"\x15" + struct.pack("<f", score)
+    return b"\x0a" + bytes([len(entry)]) + entry

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.run import RESULTS, ROOT, machine, read_s
+from benchmarks.machine import RESULTS, ROOT, machine, read_s
 
 
 def one_pair(checkpoint: Path, dtype: str, threads: int) -> dict[str, float]:

@@ -1,183 +1,193 @@
-"""`make bench`: lapilli beside transformers on random weights of real shape, figures as ratios.
+"""`make bench`: lapilli and its peers on random weights of real shape, each in its own process.
 
-The engines run in processes of their own, one after the other in turns (A B A B), so that what
-disturbs the machine disturbs both. Writes benchmarks/results/inference.{json,md}.
+    python -m benchmarks.run --shape S --rounds 3 --peers-python PEERS/bin/python
+    python -m benchmarks.run --shape tiny --rounds 1 --engines lapilli     seconds: does it run
+
+Rounds go A B C A B C, so that what disturbs the machine disturbs all. What each process found is
+written at once (results/raw); --resume goes on where a run was cut off. The report is
+benchmarks/results/inference-SHAPE.{json,md,svg}.
 """
 
 import argparse
 import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpoint import write_checkpoint
+from benchmarks.contest import LOADING, Engine, chosen, make_files, remove_files
+from benchmarks.machine import (
+    RESULTS,
+    ChildError,
+    machine,
+    package_version,
+    read_s,
+    run_child,
+    start_up,
+)
+from benchmarks.report import write_report
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
-ENGINES = ("lapilli", "transformers")
-
-
-def child(engine: str, checkpoint: Path, options: list[str]) -> dict[str, Any]:
-    """The figures of one process."""
-    command = [sys.executable, "-m", "benchmarks.child", engine, str(checkpoint), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{engine}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def seconds_of(command: list[str], repeats: int) -> float:
-    """Median wall time of a whole process."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+POINTS = {
+    "positions": [256, 512, 1024, 2048, 4096],
+    "batch": [1, 2, 4, 8, 16],
+    "pictures": [1, 2, 4, 8],
+}
+TINY_POINTS = {"positions": [256, 512], "batch": [1, 4], "pictures": [1, 2]}
+GROWS = {"positions": ("lapilli int4", "llama.cpp Q4_0"), "batch": ("lapilli int4",)}
+GROWS["pictures"] = GROWS["batch"]
 
 
-def read_s(checkpoint: Path) -> float:
-    """Seconds to read the weight files when they are warm: the floor of loading.
+class Notes:
+    """What was found so far, on disk after every process.
 
-    Into one small buffer again and again: memory for the whole file would cost several times more
-    to get than to fill, and a loader that maps the files needs none.
+    Args:
+        path: of the file.
+        settings: what figures can be compared under.
+        resume: go on with what is there.
+
+    Raises:
+        SystemExit: what is there was measured under other settings.
     """
-    buffer = bytearray(1 << 24)
-    started = time.perf_counter()
-    for shard in sorted(checkpoint.glob("*.safetensors")):
-        with shard.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-    return time.perf_counter() - started
+
+    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool) -> None:
+        self.path = path
+        self.found: dict[str, Any] = {"settings": settings, "done": {}, "failed": {}}
+        if resume and path.exists():
+            self.found = json.loads(path.read_text())
+            if self.found["settings"] != settings:
+                raise SystemExit(f"{path} has other settings: {self.found['settings']}")
+        self.found["failed"] = {}
+
+    def run(self, name: str, python: str, arguments: list[str]) -> None:
+        """One process, if it has not been run yet."""
+        if name in self.found["done"]:
+            return
+        started = time.perf_counter()
+        try:
+            self.found["done"][name] = run_child(python, arguments)
+            said = "done"
+        except ChildError as error:
+            self.found["failed"][name] = str(error)
+            said = f"failed: {error}"
+        print(f"{name}: {said}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
+        self.write()
+
+    def write(self) -> None:
+        """To disk, whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_suffix(".new")
+        aside.write_text(json.dumps(self.found, indent=1))
+        aside.replace(self.path)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import torch
-    import transformers
-
-    cpu = "unknown"
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((x.split(":")[1].strip() for x in info.open() if "model name" in x), cpu)
-    return {
-        "cpu": cpu,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def median(rows: list[dict[str, Any]], key: str) -> float:
-    """Median of one figure over the processes of one engine."""
-    return statistics.median(row[key] for row in rows)
+def run_rounds(notes: Notes, engines: list[Engine], folder: Path, wanted: Any) -> None:
+    """The machine's limits, then every engine, again and again."""
+    plain = ["--threads", str(wanted.threads)]
+    plain += ["--new-tokens", str(wanted.new_tokens), "--repeats", str(wanted.repeats)]
+    for turn in range(wanted.rounds):
+        quick = ["--quick"] if wanted.shape == "tiny" else []
+        notes.run(f"limits/{turn}", sys.executable, ["limits", *plain[:2], *quick])
+        for engine in engines:
+            python = wanted.peers_python if engine.is_peer else sys.executable
+            many = 0 if engine.is_slow and turn else wanted.many
+            arguments = ["figures", *engine.arguments(folder), *plain, "--many", str(many)]
+            notes.run(f"figures/{engine.name}/{turn}", python, arguments)
+        if not turn and any(engine.name == "lapilli int4" for engine in engines):
+            arguments = ["figures", *LOADING.arguments(folder), *plain, "--many", "0"]
+            notes.run(f"loading/{LOADING.name}/0", sys.executable, arguments)
 
 
-def compare(checkpoint: Path, options: list[str], rounds: int) -> dict[str, Any]:
-    """Every figure of both engines, their ratios, and the limits next to them."""
-    rows: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
-    reads = []
-    for turn in range(rounds):
-        for engine in ENGINES:
-            reads.append(read_s(checkpoint))
-            rows[engine].append(child(engine, checkpoint, options))
-            print(f"round {turn + 1}: {rows[engine][-1]}", file=sys.stderr)
-    weight_bytes = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
-    figures: dict[str, Any] = {
-        "weight_bytes": weight_bytes,
-        "read_warm_s": statistics.median(reads),
-        "engines": {
-            engine: {key: median(rows[engine], key) for key in rows[engine][0] if key != "engine"}
-            for engine in ENGINES
-        },
-    }
-    ours, theirs = (figures["engines"][engine] for engine in ENGINES)
-    figures["ratios"] = {
-        "first token, times faster than transformers": theirs["first_token_s"]
-        / ours["first_token_s"],
-        "decode, times the rate of transformers": ours["tokens_per_s"] / theirs["tokens_per_s"],
-        "load, seconds per second of reading the files": ours["load_s"] / figures["read_warm_s"],
-        "imports and load, seconds per second of reading the files": (
-            (ours["import_s"] + ours["load_s"]) / figures["read_warm_s"]
-        ),
-        "peak memory above the imports, per byte of weights": (
-            (ours["peak_bytes"] - ours["start_bytes"]) / weight_bytes
-        ),
-    }
-    return figures
+def run_growth(notes: Notes, engines: list[Engine], folder: Path, wanted: Any) -> None:
+    """How cost grows, and what prompt lookup gains."""
+    points = TINY_POINTS if wanted.shape == "tiny" else POINTS
+    for task, names in GROWS.items():
+        for engine in engines:
+            if engine.name in names:
+                at = [str(point) for point in points[task]]
+                python = wanted.peers_python if engine.is_peer else sys.executable
+                arguments = [task, *engine.arguments(folder), "--threads", str(wanted.threads)]
+                notes.run(f"{task}/{engine.name}", python, [*arguments, "--at", *at])
+    for engine in engines:
+        if engine.name == "lapilli int4":
+            arguments = ["lookup", *engine.arguments(folder), "--threads", str(wanted.threads)]
+            notes.run("lookup", sys.executable, arguments)
 
 
-def start_up(repeats: int) -> dict[str, float]:
-    """`lapilli ask` on pebble against `import torch`, whole processes."""
-    picture = str(ROOT / "examples" / "picture.png")
-    program = str(Path(sys.executable).parent / "lapilli")
-    torch_s = seconds_of([sys.executable, "-c", "import torch"], repeats)
-    ask_s = seconds_of([program, "ask", "What is in this picture?", picture], repeats)
-    help_s = seconds_of([program, "--help"], repeats)
-    return {"import_torch_s": torch_s, "ask_s": ask_s, "more_s": ask_s - torch_s, "help_s": help_s}
-
-
-def table(results: dict[str, Any]) -> str:
-    """The figures as Markdown."""
-    lines = [
-        f"# Inference, shape {results['shape']}, {results['dtype']}, {results['threads']} threads",
-        "",
-        f"{results['machine']['cpu']} ({results['machine']['capability']}, "
-        f"{results['machine']['cores']} cores), torch {results['machine']['torch']}, "
-        f"transformers {results['machine']['transformers']}. 576 visual and 40 text positions, "
-        f"{results['new_tokens']} new tokens; medians of {results['rounds']} processes each, "
-        "in turns.",
-        "",
-        "| engine | imports s | load s | first token s | decode tokens/s | peak GiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for engine, row in results["figures"]["engines"].items():
-        cells = [row["import_s"], row["load_s"], row["first_token_s"], row["tokens_per_s"]]
-        cells.append(row["peak_bytes"] / 2**30)
-        lines.append(f"| {engine} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
-    lines += ["", "| ratio | |", "|---|---|"]
-    lines += [f"| {name} | {value:.2f} |" for name, value in results["figures"]["ratios"].items()]
-    lines += ["", "| whole process | s |", "|---|---|"]
-    lines += [f"| {name} | {value:.2f} |" for name, value in results["start_up"].items()]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="S", choices=("tiny", "S", "L"))
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    wanted = parser.parse_args()
-    checkpoint = write_checkpoint(
-        wanted.shape, wanted.folder / f"lapilli-bench-{wanted.shape}-{wanted.dtype}"
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options = ["--dtype", wanted.dtype, "--threads", str(wanted.threads)]
-    options += ["--new-tokens", str(wanted.new_tokens), "--repeats", str(wanted.repeats)]
-    results = {
+    parser.add_argument("--shape", default="S", choices=("tiny", "S", "L"))
+    parser.add_argument(
+        "--engines", default="", help="beginnings of names, by comma: 'lapilli int4,llama.cpp'"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2, help="answers per process")
+    parser.add_argument("--many", type=int, default=8, help="requests at the same time")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--peers-python", default=os.environ.get("PEERS_PYTHON", sys.executable))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--keep", action="store_true", help="leave the models where they are")
+    parser.add_argument("--resume", action="store_true", help="go on where a run was cut off")
+    parser.add_argument("--no-growth", action="store_true", help="the table alone")
+    parser.add_argument("--only-report", action="store_true", help="write it again")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    wanted = parse(arguments)
+    names = [name.strip() for name in wanted.engines.split(",") if name.strip()]
+    engines, skipped = chosen(names, wanted.shape, sys.executable, wanted.peers_python)
+    settings = {
         "shape": wanted.shape,
-        "dtype": wanted.dtype,
         "threads": wanted.threads,
-        "rounds": wanted.rounds,
         "new_tokens": wanted.new_tokens,
-        "machine": machine(),
-        "figures": compare(checkpoint, options, wanted.rounds),
-        "start_up": start_up(5),
+        "repeats": wanted.repeats,
+        "many": wanted.many,
     }
-    RESULTS.mkdir(exist_ok=True)
-    name = "inference" if wanted.shape == "S" else f"inference-{wanted.shape}"
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
-    (RESULTS / f"{name}.md").write_text(table(results))
-    print(table(results))
+    name = f"inference-{wanted.shape}"
+    resume = wanted.resume or wanted.only_report
+    notes = Notes(wanted.out / "raw" / f"{name}.json", settings, resume=resume)
+    if not wanted.only_report:
+        measure(notes, engines, skipped, wanted)
+    print(write_report(notes.found, wanted.out, name))
+
+
+def measure(notes: Notes, engines: list[Engine], skipped: dict, wanted: Any) -> None:
+    """Files, rounds, growth."""
+    folder = wanted.folder / f"lapilli-bench-models-{wanted.shape}"
+    keeps = wanted.keep or folder.exists()
+    peers = {"llama_cpp_python", "openvino-genai"}
+    notes.found |= {
+        "date": datetime.now(tz=timezone.utc).date().isoformat(),
+        "machine": machine(),
+        "peers": {name: package_version(wanted.peers_python, name) for name in sorted(peers)},
+        "skipped": skipped,
+        "rounds": wanted.rounds,
+    }
+    try:
+        make_files(folder, wanted.shape, engines, wanted.peers_python, wanted.threads)
+        weights = (folder / "float").glob("*.safetensors")
+        notes.found["float_bytes"] = sum(file.stat().st_size for file in weights)
+        notes.found["config"] = json.loads((folder / "float" / "config.json").read_text())
+        read_s(folder / "float")
+        notes.found["read_warm_s"] = read_s(folder / "float")
+        notes.write()
+        run_rounds(notes, engines, folder, wanted)
+        if not wanted.no_growth:
+            run_growth(notes, engines, folder, wanted)
+            notes.found["start_up"] = start_up(2 if wanted.shape == "tiny" else 5)
+        notes.found["load_average_after"] = os.getloadavg()[0]
+        notes.write()
+    finally:
+        if not keeps:
+            remove_files(folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""The plot of a run: bars per engine above, growth below."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.contest import ENGINES
+
+COLOURS = {"lapilli": "#1b6ca8", "llama.cpp": "#c8553d", "transformers": "#8a8d91"}
+OTHER = "#5b8c5a"
+BARS = (
+    ("first_s", "first token, s (less is better)"),
+    ("tokens_per_s", "decoding, tokens/s"),
+    ("many_tokens_per_s", "8 at once, tokens/s"),
+)
+GROWTH = (
+    ("positions", "first_s", "positions", "first token, s"),
+    ("positions", "tokens_per_s", "positions", "decoding, tokens/s"),
+    ("batch", "tokens_per_s", "requests at the same time", "tokens/s of all"),
+    ("pictures", "first_s", "pictures in one prompt", "first token, s"),
+)
+
+
+def colour(engine: str) -> str:
+    """One per family of engines."""
+    return next((shade for name, shade in COLOURS.items() if engine.startswith(name)), OTHER)
+
+
+def draw(found: dict[str, Any], rows: dict[str, dict[str, float]], path: Path) -> None:
+    """Write the plot; the same figures give the same bytes."""
+    with plt.rc_context({"svg.hashsalt": "lapilli", "font.size": 9, "axes.spines.right": False}):
+        figure = plt.figure(figsize=(12, 7), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+        shape = found["settings"]["shape"]
+        figure.suptitle(f"shape {shape}, {found['machine']['cpu']}, {found['date']}", fontsize=10)
+        for axes, (key, title) in zip(above.subplots(1, 3, sharey=True), BARS, strict=True):
+            _bars(axes, rows, key, title)
+        for axes, (task, *labels) in zip(below.subplots(1, 4), GROWTH, strict=True):
+            _lines(axes, found, task, labels)
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
+def _bars(axes: Axes, rows: dict[str, dict[str, float]], key: str, title: str) -> None:
+    names = [engine.name for engine in reversed(ENGINES) if engine.name in rows]
+    values = [rows[name].get(key, 0.0) for name in names]
+    bars = axes.barh(names, values, color=[colour(name) for name in names])
+    labels = [f"{value:.3g}" if value else "" for value in values]
+    axes.bar_label(bars, labels=labels, padding=2, fontsize=8)
+    axes.margins(x=0.15)
+    axes.set_title(title, fontsize=9)
+
+
+def _lines(axes: Axes, found: dict[str, Any], task: str, labels: list[str]) -> None:
+    key, x_label, y_label = labels
+    for name, figures in found["done"].items():
+        if name.startswith(f"{task}/"):
+            engine = name.split("/")[1]
+            points = [(int(at), one[key]) for at, one in figures["points"].items() if key in one]
+            axes.plot(*zip(*points, strict=True), "o-", color=colour(engine), label=engine)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_ylim(bottom=0)
+    if axes.has_data():
+        axes.legend(fontsize=7)
