@@ -90,6 +90,20 @@ def decode_attention(
         key_scales: of int8 keys, by position and head.
         value_scales: of int8 values, likewise.
     """
+    if torch.compiler.is_compiling():
+        found: Tensor = torch.ops.lapilli.decode_attention(
+            q,
+            keys,
+            values,
+            block_table,
+            lengths,
+            scale,
+            window,
+            slopes,
+            key_scales,
+            value_scales,
+        )
+        return found
     library = native()
     if library is not None and decodes_natively(q, keys, values):
         return attention_native(

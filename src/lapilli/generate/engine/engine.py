@@ -34,7 +34,7 @@ from lapilli.generate.engine.completed import answer_as_completed
 from lapilli.generate.engine.media import MediaReader
 from lapilli.generate.engine.memory import new_pool
 from lapilli.generate.engine.options import EngineOptions
-from lapilli.generate.engine.reading import read
+from lapilli.generate.engine.reading import Reader
 from lapilli.generate.engine.request import Request, Ticket
 from lapilli.generate.engine.sequence import Sequence
 from lapilli.generate.engine.stream import EngineStream
@@ -93,6 +93,9 @@ class Engine:
             context_length=self.context_length,
             dtype=like.dtype,
             device=like.device,
+        )
+        self._reader = Reader(
+            model, self.pool.store, self.options, context_length=self.context_length
         )
         self.features = FeatureCache(self.options.feature_bytes)
         self._media = MediaReader(model, self.features)
@@ -249,6 +252,7 @@ class Engine:
             self._epoch = epoch
             self.pool.forget()
             self.features.clear()
+            self._reader.forget()
             for row in self._rows:
                 row.is_stale = True
         return epoch
@@ -336,7 +340,7 @@ class Engine:
         is_growth = all(share.sequence.is_growing for share in shares)
         started = self.payoff.clock()
         try:
-            logits = read(self.model, self.pool.store, shares)
+            logits = self._reader.read(shares)
             tokens = 0 if logits is None else extend(logits, ending)
         except KeyboardInterrupt:
             for share in shares:
@@ -346,7 +350,7 @@ class Engine:
             for share in shares:
                 self._fail(share.sequence, GenerationError(f"the model failed: {error}"))
             raise
-        if is_growth:
+        if is_growth and self._reader.is_steady:
             self.payoff.learn(
                 self.payoff.clock() - started,
                 rows=len(shares),
