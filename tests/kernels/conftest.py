@@ -8,7 +8,7 @@ import torch
 from lapilli.errors import ConfigError
 from lapilli.kernels.library import Library, open_library
 
-ALL = ("portable", "avx2", "avxvnni", "avx512vnni")
+ALL = ("portable", "avx2", "avxvnni", "avx512vnni", "neon", "neondot")
 
 
 @pytest.fixture(params=ALL)

@@ -1,0 +1,23 @@
+// The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
+#define LAPILLI_NEONDOT
+#include "isa_neon.h"
+
+#include "dense.h"
+#include "fused.h"
+#include "linear.h"
+#include "prefill.h"
+
+namespace lapilli {
+
+const Table kNeonDot = {
+    Neon::kName,
+    linear<Neon>,
+    dense<Neon>,
+    attention<Neon>,
+    prefill<Neon>,
+    rms_norm<Neon>,
+    silu_mul<Neon>,
+    rotate<Neon>,
+};
+
+}  // namespace lapilli
