@@ -94,6 +94,7 @@ def load_checkpoint(
             how many there are in all.
         quantization: "int8", "int4" or a QuantConfig: linear layers are packed while they are
             read, so that memory holds the packed model and one layer more; None: as the files are.
+            What AWQ and GPTQ files hold packed stays as it is; "int4" packs the rest.
         quantize_tower: pack the vision tower and the projector too, in 8 bits.
 
     Raises:
