@@ -1,5 +1,7 @@
 """A digest tells contents apart; the watch sees every change of a model."""
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -58,7 +60,9 @@ def test_unknown_things_never_come_again():
 @pytest.fixture
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
+    made = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
+    made[1].limit = [3]
+    return made
 
 
 def test_nothing_changed(model):
@@ -97,6 +101,14 @@ def change_setting(model):
     model[1].eps = 1.0
 
 
+def set_number_for_record(model):
+    model[1].limit = 3
+
+
+def hide_child(model):
+    model[0] = None
+
+
 def add_lora(model):
     inject(model, LoraConfig(rank=1, alpha=1, targets=("0",)))
 
@@ -109,6 +121,8 @@ CHANGES = [
     replace_module,
     train,
     change_setting,
+    set_number_for_record,
+    hide_child,
     add_lora,
 ]
 
@@ -144,3 +158,20 @@ def test_tensors_of_inference_mode_are_watched_by_identity():
     before = watch.epoch
     model.bias = nn.Parameter(torch.zeros(2))
     assert watch.epoch != before
+
+
+def test_equal_settings_are_no_change(model):
+    watch = WeightWatch(model)
+    before = watch.epoch
+    model[1].eps = float(str(model[1].eps))  # another object
+    model[1].limit = [4]  # no plain setting
+    assert watch.epoch == before
+
+
+def test_replaced_weights_go_at_once(model):
+    watch = WeightWatch(model)
+    gone = weakref.ref(model[0].weight)
+    model[0] = nn.Linear(3, 3)
+    gc.collect()
+    assert gone() is None
+    assert watch.epoch
