@@ -1,7 +1,7 @@
 # make demo    a question about the bundled picture, answered by the embedded model
 # make test    every test that needs no GPU, the conformance table included
 # make check   format, lint, types, import layers, docs, tests: what CI runs
-# make bench   side by side with transformers, ratios in one run
+# make bench   side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
 #
 # Everything happens in a virtual environment of its own. On a machine with a GPU: make CONSTRAINTS= demo
 
@@ -57,7 +57,7 @@ docs: $(VENV)/.installed-dev
 	diff docs/cli.md build/cli.md  # differs: cp build/cli.md docs/cli.md
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run $(BENCH)
 
 pebble: $(VENV)/.installed-dev
 	$(BIN)/python -m lapilli.train.pebble

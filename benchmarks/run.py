@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.contest import LOADING, Engine, chosen, make_files, remove_files
 from benchmarks.machine import (
     RESULTS,
+    ROOT,
     ChildError,
     machine,
     package_version,
@@ -30,6 +31,7 @@ from benchmarks.machine import (
 )
 from benchmarks.report import write_report
 
+PEERS = ROOT / ".venv-peers" / "bin" / "python"  # see README.md
 POINTS = {
     "positions": [256, 512, 1024, 2048, 4096],
     "batch": [1, 2, 4, 8, 16],
@@ -130,7 +132,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--many", type=int, default=8, help="requests at the same time")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--peers-python", default=os.environ.get("PEERS_PYTHON", sys.executable))
+    parser.add_argument("--peers-python", default=str(PEERS if PEERS.exists() else sys.executable))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--keep", action="store_true", help="leave the models where they are")
@@ -162,7 +164,6 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(notes: Notes, engines: list[Engine], skipped: dict, wanted: Any) -> None:
     """Files, rounds, growth."""
     folder = wanted.folder / f"lapilli-bench-models-{wanted.shape}"
-    keeps = wanted.keep or folder.exists()
     peers = {"llama_cpp_python", "openvino-genai"}
     notes.found |= {
         "date": datetime.now(tz=timezone.utc).date().isoformat(),
@@ -186,7 +187,7 @@ def measure(notes: Notes, engines: list[Engine], skipped: dict, wanted: Any) -> 
         notes.found["load_average_after"] = os.getloadavg()[0]
         notes.write()
     finally:
-        if not keeps:
+        if not wanted.keep:
             remove_files(folder)
 
 

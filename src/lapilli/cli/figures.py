@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 Figures = dict[str, float]
 Times = list[float]
@@ -25,6 +25,7 @@ class Question(NamedTuple):
     text: tuple[int, ...]
 
 
+@runtime_checkable
 class Timed(Protocol):
     """An engine that is ready to answer."""
 
@@ -47,7 +48,7 @@ class Timed(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """How much is measured.
 

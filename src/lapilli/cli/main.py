@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lapilli import __version__
-from lapilli.cli import ask, batch, chat, inspect, quantize
+from lapilli.cli import ask, batch, bench, chat, inspect, quantize
 
 app = typer.Typer(
     name="lapilli",
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command("ask")(ask.ask)
 app.command("batch")(batch.batch)
+app.command("bench")(bench.bench)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("quantize")(quantize.quantize)

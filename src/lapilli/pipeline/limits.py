@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 
 def measure_limits(
-    *, megabytes: int = 1024, side: int = 2048, seconds: float = 0.6
+    *, megabytes: int = 512, side: int = 2048, seconds: float = 0.3
 ) -> dict[str, float]:
     """Bytes a second, and operations a second by number format.
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from lapilli.config.generation import SamplingParams
-from lapilli.config.model import DecoderConfig, ModelConfig, TextConfig, VisionConfig
+from lapilli.config.model import DecoderConfig, TextConfig, VisionConfig
 from lapilli.errors import UnsupportedModelError
 from lapilli.generate.engine import Engine, EngineOptions, Request, Ticket
 from lapilli.modality.image.image import ImageModality
@@ -78,6 +78,18 @@ class TimedChat:
         """Bytes of weights that one decoded token reads."""
         language_model = cast("nn.Module", self._model.language_model)
         return {"weight_bytes": float(linear_bytes(language_model))}
+
+    def work(self, text: int) -> dict[str, float]:
+        """Positions and operations of a prompt of one picture and so many positions of text."""
+        [item] = self._request([bytes(3 * self.side**2)], [], SamplingParams()).media
+        positions = self._modality.num_tokens(item) + text
+        tiles = len(item.pixel_values)
+        width = self._config.text.hidden_size
+        return {
+            "positions": float(positions),
+            "prompt_operations": prompt_operations(self._config.text, positions),
+            "tower_operations": tiles * tower_operations(self._modality.vision, width),
+        }
 
     @torch.inference_mode()
     def look(self, picture: bytes) -> None:
@@ -146,11 +158,6 @@ def linear_bytes(language_model: nn.Module) -> int:
             total += size
             has_head |= name.endswith("lm_head")
     return total if has_head else total + embeddings  # tied: the head reads the embeddings
-
-
-def visual_positions(config: ModelConfig) -> int:
-    """Positions of one square picture that is not cut into tiles."""
-    return 0 if config.vision is None else config.vision.num_patches
 
 
 def prompt_operations(config: TextConfig, positions: int) -> float:
