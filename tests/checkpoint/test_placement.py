@@ -7,7 +7,7 @@ from lapilli.checkpoint import placement
 from lapilli.checkpoint.placement import available_memory, choose_device, choose_dtype
 from lapilli.errors import ConfigError
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU, GPU, OLD_GPU = torch.device("cpu"), torch.device("cuda"), torch.device("cuda:1")
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,16 @@ def test_auto_on_a_cpu_is_float32_where_it_fits(monkeypatch, free, chosen):
 @pytest.mark.parametrize(
     ("stored", "chosen"), [("bfloat16", torch.bfloat16), (None, torch.float16)]
 )
-def test_auto_elsewhere_is_the_checkpoints(stored, chosen):
-    assert choose_dtype("auto", device=GPU, stored=stored, num_parameters=1) is chosen
+@pytest.mark.parametrize("device", [OLD_GPU, torch.device("mps")], ids=str)
+def test_auto_elsewhere_is_the_checkpoints(monkeypatch, device, stored, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert choose_dtype("auto", device=device, stored=stored, num_parameters=1) is chosen
+
+
+@pytest.mark.parametrize("stored", ["float16", "float32", None])
+def test_auto_on_a_gpu_is_bfloat16(monkeypatch, stored):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    assert choose_dtype("auto", device=GPU, stored=stored, num_parameters=1) is torch.bfloat16
 
 
 @pytest.mark.parametrize("asked", ["bf16", "bfloat16", "torch.bfloat16", torch.bfloat16])

@@ -86,7 +86,7 @@ def load_checkpoint(
         template: see `lapilli.prompt.choose.choose_template`; None: what the checkpoint says.
         device: "auto" takes a CUDA device where there is one, else the CPU.
         dtype: "auto": on a CPU float32 where it fits into the free memory, else bfloat16; on
-            another device what the checkpoint says.
+            CUDA bfloat16; on another device what the checkpoint says.
         strict_config: refuse configuration keys that nothing reads.
         merge_lora: fold a LoRA into the weights; False keeps it beside them.
         check_finite: refuse NaN and infinities, at the cost of one pass over the weights.

@@ -18,6 +18,7 @@ DTYPES = {
 AUTO = "auto"
 # Room for activations, the KV cache and everything else that runs.
 MEMORY_SHARE = 0.8
+_BFLOAT16 = (8, 0)  # compute capability
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -44,7 +45,8 @@ def choose_dtype(
 
     "auto" on a CPU is float32 where the weights fit into the free memory, else bfloat16: CPUs
     compute float32 several times as fast unless they have instructions for the short formats. On
-    any other device it is what the checkpoint says, else float16, which the original always takes.
+    CUDA it is bfloat16 where the device computes it (from compute capability 8.0 on). Anywhere else
+    it is what the checkpoint says, else float16, which the original always takes.
 
     Args:
         dtype: "auto", a name such as "bfloat16", or the torch dtype.
@@ -64,6 +66,8 @@ def choose_dtype(
         if name not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is unknown: choose from auto, {_names()}")
         return DTYPES[name]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= _BFLOAT16:
+        return torch.bfloat16
     if device.type != "cpu":
         return DTYPES.get(stored or "", torch.float16)
     free = available_memory()
