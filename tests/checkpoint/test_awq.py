@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -68,8 +68,8 @@ def text_logits(model):
 
 def weight_only(model):
     """The same model without rounding of activations."""
-    for layer in packed_layers(model).values():
-        layer.weight_only, layer._ready = True, None
+    for path, layer in packed_layers(model).items():
+        model.set_submodule(path, QuantLinear(layer.packed, weight_only=True))
     return model
 
 
@@ -163,6 +163,8 @@ def test_gptq(llava, tmp_path, section):
 
 
 @settings(max_examples=40)
+@example(inputs=8, outputs=1032, group=32, method="awq", seed=0)
+@example(inputs=8, outputs=8, group=-1, method="gptq", seed=0)
 @given(
     inputs=st.integers(1, 20).map(lambda n: 8 * n),
     outputs=st.integers(1, 150).map(lambda n: 8 * n),

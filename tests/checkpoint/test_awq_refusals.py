@@ -111,6 +111,15 @@ def test_a_layer_that_cannot_be_packed():
         PublishedLinear("a", linear, published_format(gptq()))
 
 
+def test_a_section_over_float_weights(llava, tmp_path):
+    path = tmp_path / "float"
+    shutil.copytree(llava, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": awq()}))
+    with pytest.raises(CheckpointError, match=r"config\.json says AWQ, .* has a qweight"):
+        load(path)
+
+
 def test_act_order_is_refused(llava, tmp_path):
     packed, _ = convert(llava, tmp_path, gptq(32, desc_act=True), chosen=of_text_layers)
     file = packed / "model.safetensors"

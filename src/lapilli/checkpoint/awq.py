@@ -269,9 +269,14 @@ class PublishedLinear(nn.Module):
         return None
 
 
+def _laid_out(numbers: Tensor) -> Tensor:
+    """A copy with plain strides, which seeing numbers as bytes needs even of a single column."""
+    return numbers.clone(memory_format=torch.contiguous_format)
+
+
 def in_order(numbers: Int[Tensor, "rows columns"]) -> UInt8[Tensor, "rows nibbles"]:
     """The nibbles of every row as GPTQ has them: one after another."""
-    each = numbers.flatten().view(torch.uint8).view(len(numbers), -1)
+    each = _laid_out(numbers).view(torch.uint8)
     return torch.stack((each & 15, each >> 4), dim=-1).flatten(1)
 
 
@@ -282,7 +287,7 @@ def interleaved(numbers: Int[Tensor, "rows columns"]) -> UInt8[Tensor, "nibbles 
     bytes and bytes before halves, which is six times as fast as the other way round.
     """
     rows, columns = numbers.shape
-    each = numbers.t().flatten().view(torch.uint8).view(columns, rows, 2, 2)  # [.., a, b]
+    each = _laid_out(numbers.t()).view(torch.uint8).view(columns, rows, 2, 2)  # [.., a, b]
     each = each.permute(0, 3, 2, 1).contiguous()  # [columns, b, a, rows]
     return torch.stack((each & 15, each >> 4), dim=2).view(columns * PER_NUMBER, rows)
 

@@ -26,7 +26,7 @@ from lapilli.checkpoint.awq import (
 from lapilli.checkpoint.files import read_optional_json
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import JsonObject, is_object
-from lapilli.errors import ConfigError, UnsupportedModelError
+from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lapilli.quant import QuantConfig
 from lapilli.quant.choose import Choices
 from lapilli.quant.embedding import StoredEmbedding
@@ -201,6 +201,10 @@ class Packing:
 
     Attributes:
         config: as given; where the files have the layer of the logits in 4 bits, that is in it.
+
+    Raises:
+        CheckpointError: a foreign format is named and no layer has it.
+        ShapeMismatchError: a layer that the foreign format has no shape for.
     """
 
     def __init__(
@@ -230,6 +234,11 @@ class Packing:
                 self._bits[path] = bits
             elif bits is not None and published is None:
                 self._expect_packed(path, linear, bits)
+        if published is not None and names and not self._as_stored:
+            raise CheckpointError(
+                f"config.json says {published}, but no linear layer of the files has a qweight: "
+                "config.json and weights do not belong together"
+            )
         self._keep_embeddings()
 
     def _expect_packed(self, path: str, linear: nn.Linear, bits: int) -> None:
