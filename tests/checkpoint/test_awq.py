@@ -109,7 +109,7 @@ def test_awq_of_every_group_size(llava, tmp_path, group):
     assert {layer.group_size for layer in layers.values()} == {
         min(group, 128) if group > 0 else 128
     }
-    assert type(loaded.model.language_model.lm_head) is nn.Linear
+    assert isinstance(loaded.model.language_model.lm_head, nn.Linear)
     assert loaded.report.missing == loaded.report.unexpected == ()
 
 
@@ -135,7 +135,7 @@ def test_awq_of_llava_next_in_every_key_style(tmp_path, style):
 def test_awq_in_the_original_layout(pebble):
     loaded = check(*pebble, lambda loaded: text_logits(loaded.model))
     assert len(packed_layers(loaded.model)) == 30
-    assert type(loaded.model.get_submodule(LAYER.replace("up_proj", "down_proj"))) is nn.Linear
+    assert isinstance(loaded.model.get_submodule(LAYER.replace("up_proj", "down_proj")), nn.Linear)
     picture = str(Path(lapilli.__file__).parents[2] / "examples" / "picture.png")
     answers = [
         lapilli.load(source, device="cpu").ask("What is in this picture?", picture)

@@ -163,7 +163,7 @@ def refuse_unknown_packing(
 def _refuse_other_layers(model: nn.Module, config: QuantConfig) -> None:
     """Every layer has the bits that a QuantConfig gives it, which published files need not obey."""
     for path, module in model.named_modules():
-        if not isinstance(module, QuantLinear) and type(module) is not nn.Linear:
+        if not isinstance(module, QuantLinear | nn.Linear):
             continue
         found = module.bits if isinstance(module, QuantLinear) else None
         expected = bits_of(path, config)
