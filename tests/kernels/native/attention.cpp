@@ -207,10 +207,60 @@ void check_many(const Library& library, Report& report, lapilli::PrefillCall cal
   report.compare("prefill", kLimit, out, expected, what);
 }
 
+// Scores of 0, 100, 200, ...: the last position that a query sees takes all. Then a key of NaN: it
+// reaches whoever sees it and no one else.
+void check_unusual(const Library& library, Report& report, Random& random) {
+  constexpr int64_t width = 16, positions = 40, strange = 27;
+  const Floats v = random.normals(positions * width);
+  Floats q(v.size(), 0.0f), k(v.size(), 0.0f), one(width), many(v.size());
+  for (size_t s = 0; s < positions; ++s) {
+    q[s * width] = 100;
+    k[s * width] = static_cast<float>(s);
+  }
+  const int32_t table = 0, length = positions;
+  lapilli::AttentionCall decode{};
+  decode.q = q.data();
+  decode.keys = k.data();
+  decode.values = v.data();
+  decode.table = &table;
+  decode.lengths = &length;
+  decode.out = one.data();
+  decode.rows = decode.heads = decode.kv_heads = decode.table_stride = decode.threads = 1;
+  decode.block_size = positions;
+  decode.width = width;
+  decode.block_stride = decode.head_stride = positions * width;
+  decode.scale = 1;
+  library.attention(&decode);
+  report.compare("attention", kLimit, one, Doubles(v.end() - width, v.end()), "large scores");
+
+  lapilli::PrefillCall prefill{};
+  prefill.q = q.data();
+  prefill.keys = k.data();
+  prefill.values = v.data();
+  prefill.out = many.data();
+  prefill.batch = prefill.heads = prefill.kv_heads = prefill.causal = prefill.threads = 1;
+  prefill.queries = prefill.positions = positions;
+  prefill.width = width;
+  prefill.q_position = prefill.k_position = prefill.v_position = prefill.out_position = width;
+  prefill.scale = 1;
+  library.prefill(&prefill);
+  report.compare("prefill", kLimit, many, Doubles(v.begin(), v.end()), "large scores");
+
+  k[strange * width + 3] = NAN;
+  library.attention(&decode);
+  library.prefill(&prefill);
+  const auto finite = [](float x) { return std::isfinite(x); };
+  report.require("attention", std::none_of(one.begin(), one.end(), finite), "a key of NaN");
+  const auto from = many.begin() + strange * width;
+  report.require("prefill", std::all_of(many.begin(), from, finite), "a key of NaN that is not seen");
+  report.require("prefill", std::none_of(from, many.end(), finite), "a key of NaN that is seen");
+}
+
 }  // namespace
 
 void check_attention(const Library& library, Report& report) {
   Random random(2);
+  check_unusual(library, report, random);
   const int64_t heads[][2] = {{1, 1}, {2, 1}, {3, 3}, {8, 2}, {10, 2}, {9, 1}};
   const int64_t sizes[] = {1, 7, 16, 32, 100}, widths[] = {16, 32, 64, 80, 112, 128}, windows[] = {0, 0, 1, 20};
   for (const int64_t kind : {lapilli::kFloat32, lapilli::kBfloat16, lapilli::kInt8}) {
