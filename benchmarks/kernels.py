@@ -47,8 +47,12 @@ def layers(shape: tuple[int, int]) -> dict[str, tuple[Callable[[], Call], float]
         library = native()
         if library is None:
             raise SystemExit("nothing was compiled")
-        # The weight lives as long as the function that was made of it.
-        return lambda x, _kept=weight: linear_native(library, x, described, weight_only=weight_only)
+
+        def call(x: torch.Tensor, _kept: Packed = weight) -> torch.Tensor:
+            """The weight lives as long as the function that was made of it."""
+            return linear_native(library, x, [described], weight_only=weight_only)[0]
+
+        return call
 
     def plain(dtype: torch.dtype) -> Call:
         weight = torch.randn(shape).to(dtype)

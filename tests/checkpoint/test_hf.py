@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from lapilli.checkpoint.load import load_checkpoint
+from lapilli.checkpoint.save import save_llava
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span
@@ -216,3 +217,27 @@ def test_language_model_of_another_family_goes_through_transformers(tmp_path):
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     assert loaded.config.tokens.eos_ids == (3,)
     assert "through the library transformers" in loaded.report.notes[0]
+
+
+def test_packed_rows_without_a_token_stay(tmp_path):
+    """llava-hf tables have more rows than their tokenizers; our own layout cuts float ones."""
+    source, target = tmp_path / "source", tmp_path / "llava-packed"
+    make(source, "llama", "clip")
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(101)}, unk_token="w0"))
+    tokenizer.save(str(source / "tokenizer.json"))
+    made = load_checkpoint(source, device="cpu", quantization="int4")
+    save_llava(
+        target,
+        made.model,
+        made.config,
+        tokenizer_path=made.tokenizer_path,
+        quantization=made.quantization,
+        template="vicuna_v1",
+    )
+    back = load_checkpoint(target, device="cpu")
+    assert back.config.text.vocab_size == VOCABULARY
+    pixels, size = torch.randn(1, 3, 28, 28), ImageSize(28, 28)
+    ours, again = logits_of(made, pixels, size, 4), logits_of(back, pixels, size, 4)
+    assert torch.equal(ours, again)
+    inside = load_file(target / "model.safetensors")
+    assert not [name for name in inside if "vision" in name]  # beside, and only there

@@ -12,6 +12,7 @@ from lapilli.kernels.linear import (
     linear_native,
     linear_op,
     linear_reference,
+    linears,
     native_weights,
 )
 from lapilli.kernels.packing import Packed, round_rows
@@ -55,6 +56,13 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert ((found.double() - expected).abs().max() / size).item() < 3e-6
 
 
+def one(
+    library: Library, x: torch.Tensor, packed: Packed, *, weight_only: bool = False
+) -> torch.Tensor:
+    """The library's product with one weight."""
+    return linear_native(library, x, [native_weights(packed)], weight_only=weight_only)[0]
+
+
 shapes = st.tuples(
     st.one_of(st.integers(1, 14), st.sampled_from((16, 23, 24, 25, 61))),  # tokens
     st.one_of(st.integers(1, 300), st.sampled_from((32, 64, 128, 256))),  # inputs
@@ -85,7 +93,7 @@ def test_linear_equals_float64(
     packed = packed_weight(kind, (outputs, inputs), group=group, bias=bias, seed=seed)
     x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(seed))
     expected = exact(x, packed, weight_only=weight_only)
-    found = linear_native(library, x, native_weights(packed), weight_only=weight_only)
+    found = one(library, x, packed, weight_only=weight_only)
     assert_close(found, expected)
     assert_close(linear_reference(x, packed, weight_only=weight_only), expected)
 
@@ -103,7 +111,7 @@ def test_extreme_integers_never_overflow(library: Library, kind: str) -> None:
     x = torch.ones(7, inputs)
     x[1] = -1.0
     x[2, ::2] = -1.0
-    found = linear_native(library, x, native_weights(packed))
+    found = one(library, x, packed)
     assert_close(found, exact(x, packed, weight_only=False))
 
 
@@ -111,14 +119,14 @@ def test_large_layer_on_threads(library: Library, threads: int) -> None:
     packed = packed_weight("int4", (520, 1056), group=128, bias=True)
     for tokens in (1, 8, 40):
         x = torch.randn(tokens, 1056, generator=torch.Generator().manual_seed(tokens))
-        found = linear_native(library, x, native_weights(packed))
+        found = one(library, x, packed)
         assert_close(found, exact(x, packed, weight_only=False))
 
 
 def test_rows_may_lie_apart(library: Library) -> None:
     packed = packed_weight("int4", (32, 64))
     wide = torch.randn(5, 100)
-    found = linear_native(library, wide[:, :64], native_weights(packed))
+    found = one(library, wide[:, :64], packed)
     assert_close(found, exact(wide[:, :64].contiguous(), packed, weight_only=False))
 
 
@@ -126,7 +134,7 @@ def test_nan_is_not_swallowed(library: Library) -> None:
     packed = packed_weight("int8", (16, 64))
     x = torch.zeros(3, 64)
     x[0, 5], x[1, 7] = float("nan"), float("inf")
-    found = linear_native(library, x, native_weights(packed))
+    found = one(library, x, packed)
     assert not torch.isfinite(found[0]).any()
     assert not torch.isfinite(found[1]).all()
     assert torch.equal(found[2], torch.zeros(16))
@@ -134,7 +142,7 @@ def test_nan_is_not_swallowed(library: Library) -> None:
 
 def test_zero_and_tiny_rows_give_zero(library: Library) -> None:
     packed = packed_weight("int4", (16, 64))
-    found = linear_native(library, torch.full((2, 64), 1e-38), native_weights(packed))
+    found = one(library, torch.full((2, 64), 1e-38), packed)
     assert torch.equal(found, torch.zeros(2, 16))
 
 
@@ -176,3 +184,35 @@ def test_custom_op_is_well_formed() -> None:
 
 def test_the_library_is_used_where_it_is_there() -> None:
     assert PackedLinear(packed_weight("int4", (16, 64))).library is native()
+
+
+@ONCE
+@given(
+    tokens=st.integers(1, 40),
+    outputs=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    kind=st.sampled_from(KINDS),
+    weight_only=st.booleans(),
+)
+def test_weights_in_one_call_equal_weights_alone(
+    library: Library,
+    threads: int,
+    tokens: int,
+    outputs: list[int],
+    kind: str,
+    weight_only: bool,
+) -> None:
+    x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(tokens))
+    packed = [
+        packed_weight(kind, (rows, 96), bias=bool(i % 2), seed=i) for i, rows in enumerate(outputs)
+    ]
+    layers = [PackedLinear(one, weight_only=weight_only) for one in packed]
+    together = linears(x, layers)
+    for layer, found in zip(layers, together, strict=True):
+        assert torch.equal(found, layer(x))
+
+
+def test_kinds_that_cannot_share_a_call() -> None:
+    a, b = (PackedLinear(packed_weight("int4", (16, 64), group=g)) for g in (32, 64))
+    c = PackedLinear(packed_weight("int8", (16, 64), group=32))
+    assert len({a.kind, b.kind, c.kind}) == 3
+    assert a.kind == PackedLinear(packed_weight("int4", (48, 64), group=32, seed=1)).kind

@@ -2,8 +2,9 @@
 
     native() -> Library | None      None: not compiled, not for this CPU, or LAPILLI_KERNELS=0
 
-LAPILLI_KERNELS may also name an instruction set (avx512vnni, avxvnni, avx2, portable). It is read
-here and not in the command line, because a switch for finding errors must work in every program.
+LAPILLI_KERNELS may also name an instruction set (avx512vnni, avxvnni, avx2, neondot, neon,
+portable). It is read here and not in the command line, because a switch for finding errors must
+work in every program.
 
 The library starts no threads: it is handed the GOMP_parallel of the OpenMP that torch has loaded,
 so that there is one pool in the process and `torch.set_num_threads` counts for both.
@@ -20,7 +21,7 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
-ABI = 5  # of native/abi.h: a library that was built from older sources is left alone
+ABI = 6  # of native/abi.h: a library that was built from older sources is left alone
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
 
 
@@ -121,6 +122,28 @@ class PrefillCall(ctypes.Structure):
     )
 
 
+class StoreCall(ctypes.Structure):
+    """`StoreCall` of native/abi.h, field by field."""
+
+    _fields_ = (
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("positions", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("k_position", ctypes.c_int64),
+        ("k_head", ctypes.c_int64),
+        ("v_position", ctypes.c_int64),
+        ("v_head", ctypes.c_int64),
+        ("block_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+    )
+
+
 class RowsCall(ctypes.Structure):
     """`RowsCall` of native/abi.h, field by field."""
 
@@ -216,9 +239,9 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.lapilli_select.restype = ctypes.c_char_p
     functions.lapilli_use_pool.argtypes = (pointer,)
     functions.lapilli_use_pool.restype = None
-    functions.lapilli_linear.argtypes = (pointer, pointer, pointer, *(number,) * 5)
+    functions.lapilli_linear.argtypes = (pointer, pointer, number, pointer, *(number,) * 4)
     functions.lapilli_linear.restype = None
-    for name in ("dense", "attention", "prefill", "rms_norm", "silu_mul", "rotate"):
+    for name in ("dense", "store", "attention", "prefill", "rms_norm", "silu_mul", "rotate"):
         function = functions[f"lapilli_{name}"]
         function.argtypes = (pointer,)
         function.restype = None

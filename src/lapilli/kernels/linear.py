@@ -1,13 +1,14 @@
 """Packed weights times float activations: reference, native call and custom op.
 
-    linear(x, packed)      y = x W^T + b      activations rounded to 8 bits by token and group, or
-                                              left in float32 (weight_only)
+    y = x W^T + b      activations rounded to 8 bits by token and group, or left in float32
+                       (weight_only); several W that meet the same x share one call
 
 The eager path calls the library directly, since a custom op's dispatch costs more than a small
 layer; while torch compiles, the op `lapilli::linear` stands in its place. No gradients.
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional
@@ -49,23 +50,25 @@ def native_weights(packed: Packed) -> Weights:
 def linear_native(
     library: Library,
     x: Float[Tensor, "M K"],
-    weights: Weights,
+    weights: Sequence[Weights],
     *,
     weight_only: bool = False,
-) -> Float[Tensor, "M out"]:
-    """The library's product of float32 rows, contiguous along K."""
-    out = torch.empty((x.shape[0], weights.rows), dtype=torch.float32)
+) -> list[Float[Tensor, "M out"]]:
+    """The library's products of float32 rows, contiguous along K, with weights packed alike."""
+    count, tokens = len(weights), x.shape[0]
+    outs = [torch.empty((tokens, weight.rows), dtype=torch.float32) for weight in weights]
+    pointers = ctypes.c_void_p * count
     library.functions.lapilli_linear(
-        ctypes.byref(weights),
+        pointers(*map(ctypes.addressof, weights)),
+        pointers(*[out.data_ptr() for out in outs]),
+        count,
         x.data_ptr(),
-        out.data_ptr(),
-        x.shape[0],
+        tokens,
         x.stride(0),
-        weights.rows,
         torch.get_num_threads(),
         int(weight_only),
     )
-    return out
+    return outs
 
 
 class PackedLinear:
@@ -75,7 +78,16 @@ class PackedLinear:
         self.packed = packed
         self.weight_only = weight_only
         self.library = native() if packed.data.device.type == "cpu" else None
-        self._weights = native_weights(packed)
+        self.weights = native_weights(packed)
+        self.kind = (
+            packed.in_features,
+            packed.group_size,
+            packed.bits,
+            packed.zeros is None,
+            weight_only,
+            self.library is None,
+        )
+        """Weights of the same kind can meet the same activations in one call."""
 
     def __call__(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
         """The product in the dtype of x.
@@ -83,21 +95,33 @@ class PackedLinear:
         Raises:
             ConfigError: a gradient is wanted.
         """
-        packed = self.packed
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ConfigError(
-                "quantized layers have no gradients: run under torch.no_grad(), and train on the "
-                "model as it was before quantize()"
-            )
-        rows = x.reshape(-1, packed.in_features)
-        if self.library is None:
-            out = linear_reference(rows, packed, weight_only=self.weight_only)
-        else:
-            rows = rows.float()
-            if rows.stride(-1) != 1:
-                rows = rows.contiguous()
-            out = linear_native(self.library, rows, self._weights, weight_only=self.weight_only)
-        return out.to(x.dtype).view(*x.shape[:-1], packed.out_features)
+        return linears(x, (self,))[0]
+
+
+def linears(
+    x: Float[Tensor, "... K"], layers: Sequence[PackedLinear]
+) -> list[Float[Tensor, "... out"]]:
+    """Products of one input with weights of one kind: x is rounded once, the rows share one call.
+
+    Raises:
+        ConfigError: a gradient is wanted.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ConfigError(
+            "quantized layers have no gradients: run under torch.no_grad(), and train on the "
+            "model as it was before quantize()"
+        )
+    first = layers[0]
+    rows = x.reshape(-1, first.packed.in_features)
+    if first.library is None:
+        outs = [linear_reference(rows, y.packed, weight_only=y.weight_only) for y in layers]
+    else:
+        rows = rows.float()
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        weights = [layer.weights for layer in layers]
+        outs = linear_native(first.library, rows, weights, weight_only=first.weight_only)
+    return [out.to(x.dtype).view(*x.shape[:-1], out.shape[1]) for out in outs]
 
 
 @torch.library.custom_op("lapilli::linear", mutates_args=())

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lapilli.config.model import DecoderConfig
 from lapilli.nn.attention import attend, causal_mask
 from lapilli.nn.kv_cache import Cache, KVCache
+from lapilli.nn.linear import project
 from lapilli.nn.mlp import GatedMLP
 from lapilli.nn.norm import RMSNorm
 from lapilli.nn.rotary import Rotary, rotate
@@ -45,9 +46,8 @@ class DecoderAttention(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """The block's update, without the residual."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x).view(heads).transpose(1, 2)  # [B, Q, T, A]
-        k = self.k_proj(x).view(heads).transpose(1, 2)  # [B, K, T, A]
-        v = self.v_proj(x).view(heads).transpose(1, 2)
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.view(heads).transpose(1, 2) for y in projected)  # [B, Q or K, T, A]
         q, k = rotate(q, *table), rotate(k, *table)
         if cache is None:
             seen = attend(q, k, v, mask=mask)

@@ -15,6 +15,7 @@ import torch
 from lapilli.config.model import TextConfig
 from lapilli.kernels.attention import WIDTH_STEP, decode_attention
 from lapilli.kernels.library import native
+from lapilli.kernels.store import store_positions
 from lapilli.shapes import Float, Int, Tensor
 
 
@@ -75,8 +76,7 @@ class BlockStore:
         v: Float[Tensor, "T K A"],
     ) -> None:
         """Keys and values of T positions, each into its place."""
-        self.keys[layer][blocks, :, offsets] = k
-        self.values[layer][blocks, :, offsets] = v
+        store_positions(self.keys[layer], self.values[layer], blocks, offsets, k, v)
 
     @property
     def has_kernel(self) -> bool:

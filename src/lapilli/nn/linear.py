@@ -1,15 +1,18 @@
-"""A linear layer of floats on a CPU that takes the faster product; the weight stays as it lies.
+"""Linear layers on a CPU: one of floats that takes the faster product, and several in one call.
 
 1 to 4 rows    kernels/dense.py: the weight is read once, as fast as memory gives it
 more           float32 by oneDNN where that was measured to be faster (quant/choose.py)
 the rest       torch: it gives float32 to MKL, which leaves half of some CPUs unused
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from lapilli.kernels.dense import dense, is_dense_native
+from lapilli.kernels.linear import PackedLinear, linears
 from lapilli.shapes import Float, Tensor
 
 FEW = 4
@@ -59,3 +62,20 @@ class FloatLinear(nn.Linear):
         if self.by_onednn and is_float:
             return onednn_linear(x, weight, bias)
         return functional.linear(x, weight, bias)
+
+
+class KernelLayer(nn.Module, ABC):
+    """A layer whose product is a kernel's, so that others with the same input can join in."""
+
+    @abstractmethod
+    def kernel(self) -> PackedLinear:
+        """The weight ready to be called."""
+
+
+def project(x: Float[Tensor, "... K"], *layers: nn.Module) -> list[Float[Tensor, "... out"]]:
+    """Each layer's output for the same input; packed layers (quant/linear.py) share one call."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        kernels = [layer.kernel() for layer in layers if isinstance(layer, KernelLayer)]
+        if len(kernels) == len(layers) and len({kernel.kind for kernel in kernels}) == 1:
+            return linears(x, kernels)
+    return [layer(x) for layer in layers]

@@ -5,6 +5,7 @@ from torch import nn
 from lapilli.config.model import Activation
 from lapilli.kernels.fused import silu_mul
 from lapilli.nn.activation import build_activation
+from lapilli.nn.linear import project
 from lapilli.shapes import Float, Tensor
 
 
@@ -23,7 +24,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """The block's update, without the residual."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = project(x, self.gate_proj, self.up_proj)
         is_silu = isinstance(self.act, nn.SiLU)
         out: Tensor = self.down_proj(silu_mul(gate, up) if is_silu else self.act(gate) * up)
         return out

@@ -5,6 +5,8 @@ from torch import nn
 
 from lapilli.kernels.linear import PackedLinear
 from lapilli.kernels.packing import BLOCK, CHUNK, Packed, block_bias
+from lapilli.nn.linear import KernelLayer
+from lapilli.quant.cuda import Int4Tiles, gpu_linear, int4_tiles
 from lapilli.shapes import Float, Tensor
 
 
@@ -31,7 +33,7 @@ def empty_packed(linear: nn.Linear, bits: int, group_size: int, *, symmetric: bo
     )
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(KernelLayer):
     """W x + b with W in 4 or 8 bits.
 
     Attributes:
@@ -58,6 +60,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("zeros", packed.zeros)
         self.register_buffer("packed_bias", packed.bias)
         self._ready: PackedLinear | None = None
+        self._tiles: Int4Tiles | None = None
 
     @property
     def packed(self) -> Packed:
@@ -84,16 +87,35 @@ class QuantLinear(nn.Module):
         Raises:
             ConfigError: a gradient is wanted.
         """
+        if x.device.type == "cuda":
+            return self.on_gpu(x)
         if torch.compiler.is_compiling():
             sizes = [self.out_features, self.in_features, self.group_size, self.bits]
             out: Tensor = torch.ops.lapilli.linear(
                 x, self.qweight, self.scales, self.zeros, self.packed_bias, sizes, self.weight_only
             )
             return out
+        return self.kernel()(x)
+
+    def kernel(self) -> PackedLinear:
+        """The weight ready to be called, made once."""
         ready = self._ready
         if ready is None or ready.packed.data is not self.qweight:
             ready = self._ready = PackedLinear(self.packed, weight_only=self.weight_only)
-        return ready(x)
+        return ready
+
+    def on_gpu(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
+        """`forward` by operations of torch (quant/cuda.py), whatever the device.
+
+        The tiles are made in the first call, which is not one that is compiled or recorded: the
+        engine reads a prompt before it gives a token.
+        """
+        tiles = self._tiles
+        if not torch.compiler.is_compiling() and (
+            tiles is None or tiles.source is not self.qweight
+        ):
+            tiles = self._tiles = int4_tiles(self.packed, x.dtype)
+        return gpu_linear(x, self.packed, tiles)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

@@ -27,7 +27,7 @@ struct Library {
   int (*abi)();
   const char* (*select)(const char*);
   void (*use_pool)(void*);
-  void (*linear)(const lapilli::Weights*, const float*, float*, int64_t, int64_t, int64_t, int64_t, int64_t);
+  void (*linear)(const lapilli::Weights* const*, float* const*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t);
   void (*dense)(const lapilli::DenseCall*);
   void (*attention)(const lapilli::AttentionCall*);
   void (*prefill)(const lapilli::PrefillCall*);

@@ -13,7 +13,7 @@
 
 namespace lapilli {
 
-constexpr int kAbi = 5;  // rises when anything here changes; kernels/library.py compares
+constexpr int kAbi = 6;  // rises when anything here changes; kernels/library.py compares
 
 constexpr int64_t kBlock = 16;  // output rows of a block
 constexpr int64_t kChunk = 32;  // inputs are padded to this
@@ -119,6 +119,25 @@ struct PrefillCall {
   double scale;
 };
 
+// New keys and values into the blocks of a cache of float32.
+struct StoreCall {
+  const float* k;  // [positions, heads, width], strides below, elements side by side
+  const float* v;
+  float* keys;  // [blocks, heads, block_size, width]
+  float* values;
+  const int64_t* blocks;   // [positions]
+  const int64_t* offsets;  // [positions], inside the block
+  int64_t positions;
+  int64_t heads;
+  int64_t width;
+  int64_t k_position;
+  int64_t k_head;
+  int64_t v_position;
+  int64_t v_head;
+  int64_t block_stride;
+  int64_t head_stride;
+};
+
 struct RowsCall {
   const float* x;      // [rows, width], rows x_stride apart (silu_mul: width)
   const float* other;  // rms_norm: weight [width]; silu_mul: [rows, width]
@@ -150,7 +169,7 @@ struct RotateCall {
 
 struct Table {
   const char* name;
-  void (*linear)(const LinearCall&);
+  void (*linear)(const LinearCall*, int64_t count);
   void (*dense)(const DenseCall&);
   void (*attention)(const AttentionCall&);
   void (*prefill)(const PrefillCall&);

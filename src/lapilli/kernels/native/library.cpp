@@ -109,10 +109,27 @@ __attribute__((visibility("default"))) void lapilli_use_pool(void* parallel) {
   lapilli::g_parallel = reinterpret_cast<lapilli::Parallel>(parallel);
 }
 
+// Up to eight weights that are packed alike, met by the same activations.
 __attribute__((visibility("default"))) void lapilli_linear(
-    const lapilli::Weights* weights, const float* x, float* y, int64_t tokens, int64_t x_stride,
-    int64_t y_stride, int64_t threads, int64_t weight_only) {
-  lapilli::g_table->linear({*weights, x, y, tokens, x_stride, y_stride, threads, weight_only});
+    const lapilli::Weights* const* weights, float* const* y, int64_t count, const float* x, int64_t tokens,
+    int64_t x_stride, int64_t threads, int64_t weight_only) {
+  lapilli::LinearCall calls[8];
+  for (int64_t i = 0; i < count; ++i) {
+    calls[i] = {*weights[i], x, y[i], tokens, x_stride, weights[i]->rows, threads, weight_only};
+  }
+  lapilli::g_table->linear(calls, count);
+}
+
+__attribute__((visibility("default"))) void lapilli_store(const lapilli::StoreCall* call) {
+  const size_t bytes = static_cast<size_t>(call->width) * sizeof(float);
+  for (int64_t t = 0; t < call->positions; ++t) {
+    const int64_t place = call->blocks[t] * call->block_stride + call->offsets[t] * call->width;
+    for (int64_t h = 0; h < call->heads; ++h) {
+      const int64_t to = place + h * call->head_stride;
+      std::memcpy(call->keys + to, call->k + t * call->k_position + h * call->k_head, bytes);
+      std::memcpy(call->values + to, call->v + t * call->v_position + h * call->v_head, bytes);
+    }
+  }
 }
 
 __attribute__((visibility("default"))) void lapilli_dense(const lapilli::DenseCall* call) {

@@ -265,25 +265,43 @@ void write_rows(const LinearCall& call, const Activations& a, int64_t vector) {
 }
 
 template <class S>
-void linear(const LinearCall& call) {
-  static thread_local Scratch scratch;
-  if (call.tokens == 0) return;
-  const Activations a = prepare<S>(call, scratch);
-  constexpr int R = S::kVectors;
+int64_t units_of(const LinearCall& call) {
   const int64_t vectors = call.weights.blocks() * (kBlock / S::kLanes);
-  const int64_t units = (vectors + R - 1) / R;
+  return (vectors + S::kVectors - 1) / S::kVectors;
+}
+
+// The rows of one unit: as many vectors as a tile has, fewer at the end.
+template <class S>
+void write_unit(const LinearCall& call, const Activations& a, int64_t unit) {
+  constexpr int R = S::kVectors;
+  const int64_t vectors = call.weights.blocks() * (kBlock / S::kLanes), vector = unit * R;
+  if (vector + R <= vectors) return write_rows<S, R>(call, a, vector);
+  for (int64_t v = vector; v < vectors; ++v) write_rows<S, 1>(call, a, v);
+}
+
+// Some calls with the same activations, of weights that are packed alike: those are rounded once, and
+// the rows of all weights are shared out together.
+template <class S>
+void linear(const LinearCall* calls, int64_t count) {
+  static thread_local Scratch scratch;
+  const LinearCall& one = calls[0];
+  if (one.tokens == 0) return;
+  const Activations a = prepare<S>(one, scratch);
+  constexpr int R = S::kVectors;
+  int64_t units = 0;
+  for (int64_t i = 0; i < count; ++i) units += units_of<S>(calls[i]);
   // A piece is worth a hand's while from about this many multiply-adds.
-  const int64_t work = call.tokens * call.weights.padded() * R * S::kLanes;
+  const int64_t work = one.tokens * one.weights.padded() * R * S::kLanes;
   const int64_t least = 1 + (int64_t{1} << 17) / work;
-  const int64_t even = units / (call.threads * 8) + 1;
-  for_pieces(call.threads, units, least > even ? least : even, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t vector = unit * R;
-      if (vector + R <= vectors) {
-        write_rows<S, R>(call, a, vector);
-      } else {
-        for (int64_t v = vector; v < vectors; ++v) write_rows<S, 1>(call, a, v);
-      }
+  const int64_t even = units / (one.threads * 8) + 1;
+  for_pieces(one.threads, units, least > even ? least : even, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // unit of the call
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t own = units_of<S>(calls[i]);
+      const int64_t from = begin > first ? begin - first : 0;
+      const int64_t to = end - first < own ? end - first : own;
+      for (int64_t unit = from; unit < to; ++unit) write_unit<S>(calls[i], a, unit);
+      first += own;
     }
   });
   scratch.trim();

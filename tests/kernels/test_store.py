@@ -1,0 +1,49 @@
+"""Positions land in their places, wherever their heads lie, and nowhere else."""
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lapilli.kernels.library import Library
+from lapilli.kernels.store import store_positions, store_reference
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    count=st.integers(0, 30),
+    heads=st.integers(1, 4),
+    size=st.sampled_from((1, 7, 16)),
+    width=st.sampled_from((1, 8, 33)),
+    heads_first=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+    seed=st.integers(0, 99),
+)
+def test_equals_indexing(
+    library: Library,
+    count: int,
+    heads: int,
+    size: int,
+    width: int,
+    heads_first: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    del library
+    torch.manual_seed(seed)
+    num_blocks = count // size + 3
+    places = torch.randperm(num_blocks * size)[:count]
+    blocks, offsets = places // size, places % size
+    if heads_first:
+        k, v = (torch.randn(heads, count, width).transpose(0, 1).to(dtype) for _ in range(2))
+    else:
+        k, v = (torch.randn(count, heads, width).to(dtype) for _ in range(2))
+    memory = [torch.randn(num_blocks, heads, size, width).to(dtype) for _ in range(2)]
+    expected = [one.clone() for one in memory]
+    store_reference(*expected, blocks, offsets, k, v)
+    store_positions(*memory, blocks, offsets, k, v)
+    assert torch.equal(memory[0], expected[0])
+    assert torch.equal(memory[1], expected[1])
