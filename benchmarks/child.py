@@ -39,7 +39,10 @@ def figures(engine: Timed, wanted: argparse.Namespace) -> Figures:
         many=wanted.many,
         vocabulary=VOCABULARY,
     )
-    return measure(engine, plan)
+    found = measure(engine, plan)
+    if not getattr(engine, "has_tower", True):
+        del found["tower_s"]
+    return found
 
 
 def growth(engine: Timed, wanted: argparse.Namespace) -> dict[int, Figures]:

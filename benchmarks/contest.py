@@ -42,9 +42,29 @@ class Engine:
         return [self.module, str(files), "--kind", self.kind]
 
 
+# Flash attention, llama.cpp's own choice, reads prompts faster and decodes slower on some CPUs:
+# both are measured, and ratios are taken against whichever is better.
 ENGINES = (
     Engine("lapilli int4", "lapilli", "int4", "lapilli", "int8"),
     Engine("llama.cpp Q4_0", "llamacpp", "Q4_0", "llama_cpp_python", "int8", is_peer=True),
+    Engine(
+        "llama.cpp Q4_0, no flash attention",
+        "llamacpp",
+        "Q4_0-noflash",
+        "llama_cpp_python",
+        "int8",
+        is_peer=True,
+        is_slow=True,
+    ),
+    Engine(
+        "OpenVINO GenAI Q4_0, text alone",
+        "openvino",
+        "Q4_0",
+        "openvino-genai",
+        "int8",
+        is_peer=True,
+        is_slow=True,
+    ),
     Engine("lapilli int8", "lapilli", "int8", "lapilli", "int8", is_slow=True),
     Engine(
         "llama.cpp Q4_K_M",
@@ -113,10 +133,10 @@ def chosen(names: list[str], shape: str, python: str, peers: str) -> tuple[list[
 def make_files(folder: Path, shape: str, engines: list[Engine], peers: str, threads: int) -> None:
     """The checkpoint, and what engines make of it with their own tools."""
     source = write_checkpoint(shape, folder / "float", dtype=DTYPES[shape])
-    kinds = [engine.kind for engine in engines if engine.module == "llamacpp"]
+    kinds = {engine.kind.partition("-")[0] for engine in engines if engine.is_peer}
     if kinds:
-        command = [peers, "-m", "benchmarks.gguf_files", str(source), str(folder / "gguf"), *kinds]
-        command += ["--threads", str(threads)]
+        command = [peers, "-m", "benchmarks.gguf_files", str(source), str(folder / "gguf")]
+        command += [*sorted(kinds), "--threads", str(threads)]
         environment = {"PYTHONPATH": str(ROOT), "PATH": str(Path(peers).parent)}
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False

@@ -137,23 +137,25 @@ def write_tensors(writer: gguf.GGUFWriter, tensors: Tensors, text: dict[str, Any
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
-    """Words that nobody says: as many as the matrices have rows."""
+    """Words that nobody says: as many as the matrices have rows.
+
+    Byte-level BPE, since OpenVINO reads GGUF files with no other vocabulary.
+    """
     types = gguf.TokenType
-    tokens = [b"<unk>", b"<s>", b"</s>", *(f"<0x{i:02X}>".encode() for i in range(256))]
-    kinds = [types.UNKNOWN, types.CONTROL, types.CONTROL, *[types.BYTE] * 256]
-    rest = size - len(tokens)
-    tokens += [f"\u2581w{i}".encode() for i in range(rest)]
-    kinds += [types.NORMAL] * rest
-    writer.add_tokenizer_model("llama")
+    shown = [i for i in range(256) if 33 <= i < 127 or (161 <= i < 256 and i != 173)]
+    hidden = [chr(256 + i) for i in range(256 - len(shown))]  # as GPT-2 writes the other bytes
+    tokens = ["<unk>", "<s>", "</s>", *map(chr, shown), *hidden]
+    tokens += [f"w{i}" for i in range(size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(rest)])
-    writer.add_token_types(kinds)
+    writer.add_token_types([types.UNKNOWN, *[types.CONTROL] * 2, *[types.NORMAL] * (size - 3)])
+    writer.add_token_merges(["w 0"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
-    writer.add_add_bos_token(True)
-    writer.add_add_space_prefix(False)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
 
 def write_text(config: dict[str, Any], tensors: Tensors, path: Path) -> None:
@@ -168,6 +170,7 @@ def write_text(config: dict[str, Any], tensors: Tensors, path: Path) -> None:
     writer.add_head_count(text["num_attention_heads"])
     writer.add_head_count_kv(text["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
+    writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(text["hidden_size"] // text["num_attention_heads"])
     writer.add_vocab_size(text["vocab_size"])
     add_vocabulary(writer, text["vocab_size"])

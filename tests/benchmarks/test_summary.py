@@ -52,7 +52,8 @@ def found() -> dict[str, Any]:
             "figures/lapilli int4/0": row(2.0, 40.0, 200.0),
             "figures/lapilli int4/1": row(3.0, 42.0, 200.0),
             "figures/lapilli int4/2": row(9.0, 41.0, 200.0),
-            "figures/llama.cpp Q4_0/0": row(6.0, 20.0, 50.0),
+            "figures/llama.cpp Q4_0/0": row(6.0, 19.0, 50.0),
+            "figures/llama.cpp Q4_0, no flash attention/0": row(7.0, 20.0, 40.0),
             "figures/transformers float32/0": row(9.0, 4.0, 8.0),
         },
     }
