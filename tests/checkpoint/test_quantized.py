@@ -155,3 +155,15 @@ def test_packing_reads_the_tower_in_its_format() -> None:
     assert packing.dtype_of("language_model.model.norm.weight", torch.float32) == torch.float32
     assert packing.dtype_of("language_model.model.embed_tokens.weight", torch.float32) is None
     assert packing.dtype_of("language_model.lm_head.weight", torch.bfloat16) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "inner"), [("cpu", torch.float32), ("meta", torch.bfloat16)], ids=str
+)
+def test_packed_layers_compute_in_float32_on_a_cpu_alone(device: str, inner: torch.dtype) -> None:
+    loaded = load_checkpoint(
+        "pebble", device=device, dtype="bfloat16", quantization="int4", check_finite=False
+    )
+    language_model = loaded.model.language_model
+    assert language_model.embed(IDS.to(device)).dtype == inner
+    assert language_model.model.norm.weight.dtype == torch.bfloat16

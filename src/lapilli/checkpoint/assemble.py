@@ -181,7 +181,7 @@ def fill(
         if progress is not None:
             progress(done, total)
     if packing is not None:
-        filled |= packing.finish(device)
+        filled |= packing.finish(device, dtype)
     model.load_state_dict(filled, strict=True, assign=True)
 
 

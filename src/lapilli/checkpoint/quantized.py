@@ -309,8 +309,14 @@ class Packing:
             layer = QuantLinear(packed, weight_only=self.config.mode == "weight_only")
             self._model.set_submodule(path, layer)
 
-    def finish(self, device: torch.device) -> Mapping[str, Tensor]:
-        """State of the layers that were packed, by full name, biases in place."""
+    def finish(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """State of the layers that were packed, by full name, biases in place.
+
+        On a CPU they compute in float32, elsewhere in the dtype of the model's other weights.
+        """
+        for module in self._model.modules():
+            if isinstance(module, StoredEmbedding) and device.type != "cpu":
+                module.dtype = dtype
         state: dict[str, Tensor] = {}
         for path in self._bits:
             layer = self._model.get_submodule(path)

@@ -30,8 +30,8 @@ _ROWS = 1024  # rounded at once, which bounds the memory of a large layer
 def round8(weight: Float[Tensor, "out in"], bias: Tensor | None, group_size: int = 128) -> Packed:
     """A linear layer in 8 bits; `group_size` is of the activations."""
     out_features, in_features = weight.shape
-    values = torch.empty((out_features, in_features), dtype=torch.uint8)
-    scales = torch.empty(out_features)
+    values = torch.empty((out_features, in_features), dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(out_features, device=weight.device)
     for rows in range(0, out_features, _ROWS):
         piece = weight[rows : rows + _ROWS].detach().float()
         scale = piece.abs().amax(dim=1) / 127.0

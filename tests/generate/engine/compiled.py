@@ -1,22 +1,65 @@
-"""A program: the engine with its decode step compiled for the CPU, run by test_static.py.
+"""A program: the engine with its decode step compiled, run by test_static.py and test_gpu.py.
 
-Fails if the answers differ, or if a new length makes torch compile again.
+    python -m tests.generate.engine.compiled CASE cpu|cuda
+
+Fails if the answers are not those of the CPU's ordinary step, or if a new length makes torch
+compile again.
 """
 
+import copy
 import dataclasses
 import sys
 
 import torch
+from torch import nn
 
 from lapilli.generate.engine import Engine
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.quant import QuantConfig, quantize
+from lapilli.quant.linear import QuantLinear
 from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.agreement import assert_same
 from tests.generate.engine.conftest import CONFIG, MPT, SMALL, build, request_of
 
+FLOAT_INPUTS = QuantConfig(bits=4, group_size=32, mode="weight_only")
+
+
+class AsOnGpu(nn.Module):
+    """A packed layer that computes with torch alone."""
+
+    def __init__(self, layer: QuantLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer.on_gpu(x)
+
+
+def kernels() -> VisionLanguageModel:
+    """Attention and linear layers are ops of the compiled library."""
+    model = build(dataclasses.replace(CONFIG, head_dim=16, num_layers=1))
+    quantize(model, FLOAT_INPUTS)
+    return model
+
+
+def as_on_a_gpu() -> VisionLanguageModel:
+    """Attention is fused by the compiler, linear layers are torch's."""
+    model = build(dataclasses.replace(CONFIG, sliding_window=9, num_layers=1))
+    quantize(model, FLOAT_INPUTS)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            model.set_submodule(path, AsOnGpu(module))
+    return model
+
+
+def alibi() -> VisionLanguageModel:
+    return build(dataclasses.replace(MPT, num_layers=1))
+
+
 CASES = {
-    "kernel": (dataclasses.replace(CONFIG, head_dim=16), {}),
-    "fused": (dataclasses.replace(CONFIG, sliding_window=9), {}),
-    "alibi int8": (MPT, {"kv_dtype": "int8"}),
+    "kernels": (kernels, {}),
+    "as on a gpu": (as_on_a_gpu, {}),
+    "alibi": (alibi, {"kv_dtype": "int8"}),
 }
 
 
@@ -24,13 +67,15 @@ def questions(count: int):
     return [request_of([1 + i, 2, 3 + i], max_new_tokens=2 + 9 * i) for i in range(1, 1 + count)]
 
 
-def main(case: str) -> None:
+def main(case: str, device: str) -> None:
     torch.set_num_threads(1)
-    config, options = CASES[case]
-    model = build(config)
+    make, options = CASES[case]
+    model = make()
     plain = Engine(model, WordTokenizer(), options=dataclasses.replace(SMALL, **options))
     engine = Engine(
-        model, WordTokenizer(), options=dataclasses.replace(SMALL, compile="on", **options)
+        copy.deepcopy(model).to(device),
+        WordTokenizer(),
+        options=dataclasses.replace(SMALL, compile="on", **options),
     )
     engine.run(questions(2))  # two rows, then one: everything there is to compile
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -44,4 +89,4 @@ def main(case: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -16,11 +16,11 @@ from lapilli.errors import GenerationError
 from lapilli.generate.engine import Engine, EngineOptions, reading, static
 from lapilli.generate.engine.reading import read
 from lapilli.generate.engine.static import StaticSteps, doublings, ways
-from lapilli.kernels import fused
 from lapilli.lora import LoraConfig, inject, merge
 from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
 from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.agreement import assert_same
+from tests.generate.engine.compiled import CASES
 from tests.generate.engine.conftest import CONFIG, MPT, SMALL, alone, build, picture, request_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -43,7 +43,9 @@ def recorded(step):
 @pytest.fixture
 def only_torch(monkeypatch):
     """As where nothing was compiled: torch records no foreign library."""
-    monkeypatch.setattr(fused, "native", lambda: None)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("lapilli.kernels.") and hasattr(module, "native"):
+            monkeypatch.setattr(module, "native", lambda: None)
     for kind in (BlockStore, QuantizedBlockStore):
         monkeypatch.setattr(kind, "has_kernel", False)
 
@@ -59,6 +61,23 @@ def with_recorder(engine: Engine, recorder) -> StaticSteps:
     )
     engine._reader._steps = steps
     return steps
+
+
+def compare_steps(engine: Engine, monkeypatch, **near: float) -> list[tuple[int, bool]]:
+    """Run every step in fixed shapes as a ragged one too; rows of each, and if it was new."""
+    steps, ragged, passes = engine._reader._steps, engine._reader.read, []
+
+    def compared(shares):
+        if not steps.takes(shares):
+            return ragged(shares)
+        ours = steps.read(shares).clone()
+        passes.append((len(ours), steps.is_fresh))
+        theirs = read(engine.model, engine.pool.store, shares)
+        torch.testing.assert_close(ours, theirs, **near)
+        return ours
+
+    monkeypatch.setattr(engine._reader, "read", compared)
+    return passes
 
 
 def questions():
@@ -85,19 +104,8 @@ def test_logits_of_every_step_are_those_of_the_ragged_pass(family, options, monk
     engine = Engine(
         build(FAMILIES[family]), WordTokenizer(), options=dataclasses.replace(STATIC, **options)
     )
-    steps, passes = engine._reader._steps, []
-
-    def compared(shares):
-        ours = steps.read(shares).clone()
-        passes.append((len(ours), steps.is_fresh))
-        theirs = read(engine.model, engine.pool.store, shares)
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-        return ours
-
-    ragged = engine._reader.read
-    monkeypatch.setattr(
-        engine._reader, "read", lambda s: compared(s) if steps.takes(s) else ragged(s)
-    )
+    passes = compare_steps(engine, monkeypatch, atol=1e-5, rtol=1e-5)
+    steps = engine._reader._steps
     engine.run(questions())
     assert {rows for rows, _ in passes} >= {2, 3, 4}  # a row of padding among them
     assert {blocks for _, blocks in steps.shapes} == {8, 16}
@@ -226,12 +234,10 @@ def test_sizes_waste_less_than_half(first, last):
     assert all(b == 2 * a for a, b in itertools.pairwise(sizes))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["kernel", "fused", "alibi int8"])
-def test_compiled_steps_are_the_steps(case, repository):
+def run_compiled(case: str, device: str, repository) -> None:
     """In a process of its own: torch cannot compile through the shape checks of the tests."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.generate.engine.compiled", case],
+        [sys.executable, "-m", "tests.generate.engine.compiled", case, device],
         cwd=repository,
         capture_output=True,
         text=True,
@@ -240,3 +246,9 @@ def test_compiled_steps_are_the_steps(case, repository):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "the same"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_steps_are_the_steps(case, repository):
+    run_compiled(case, "cpu", repository)
