@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lapilli.errors import ConfigError
 from lapilli.kernels.linear import linear_reference
+from lapilli.quant import QuantConfig
 from lapilli.quant import cuda as gpu
 from lapilli.quant.cuda import (
     MOST_TILED_ROWS,
@@ -17,6 +18,7 @@ from lapilli.quant.cuda import (
     summed8,
 )
 from lapilli.quant.linear import QuantLinear
+from lapilli.quant.quantize import round_weight
 from tests.kernels.test_linear import KINDS, packed_weight
 
 GPU = torch.device("cuda")
@@ -149,3 +151,15 @@ def test_tiles_on_the_device_are_the_weight():
     tiles = int4_tiles(on_device, torch.bfloat16)
     weight = tiles.product(torch.eye(128, device=GPU, dtype=torch.bfloat16)).T
     assert error(weight.cpu(), packed.dequantize()) < DTYPES[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_on_the_device(bits):
+    weight = torch.randn(40, 128)
+    config = QuantConfig(bits=bits, search=False)
+    here, there = (round_weight(w, None, bits, config) for w in (weight, weight.to(GPU)))
+    assert there.data.device.type == "cuda"
+    near = {"atol": 1e-6, "rtol": 1e-5}
+    torch.testing.assert_close(there.dequantize().cpu(), here.dequantize(), **near)

@@ -67,3 +67,9 @@ def test_a_bias_is_kept() -> None:
 def test_too_large_weights_are_refused() -> None:
     with pytest.raises(ConfigError, match="weights above 65504 x 8 do not fit into 4 bits"):
         round4(torch.full((16, 32), 1e6), None, QuantConfig())
+
+
+def test_int8_is_packed_where_the_weight_is() -> None:
+    weight = torch.empty(20, 96, device="meta")
+    packed = round8(weight, weight[:, 0])
+    assert {part.device.type for part in (packed.data, packed.scales, packed.bias)} == {"meta"}
