@@ -33,7 +33,14 @@ def colour(engine: str) -> str:
 
 def draw(found: dict[str, Any], rows: dict[str, dict[str, float]], path: Path) -> None:
     """Write the plot; the same figures give the same bytes."""
-    with plt.rc_context({"svg.hashsalt": "lapilli", "font.size": 9, "axes.spines.right": False}):
+    with plt.rc_context(
+        {
+            "svg.hashsalt": "lapilli",
+            "font.size": 9,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+        }
+    ):
         figure = plt.figure(figsize=(12, 7), layout="constrained")
         above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))
         shape = found["settings"]["shape"]
