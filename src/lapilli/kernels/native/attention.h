@@ -20,6 +20,17 @@ inline typename S::F load_cache(const void* base, int64_t index) {
   if constexpr (kind == kInt8) return S::signed_bytes(static_cast<const int8_t*>(base) + index);
 }
 
+constexpr int64_t cache_bytes(int64_t kind) {
+  return kind == kFloat32 ? 4 : kind == kBfloat16 ? 2 : 1;
+}
+
+// One position of a cache, fetched before it is read.
+template <class S, int64_t kind>
+inline void fetch(const void* base, int64_t index, int64_t width) {
+  const char* from = static_cast<const char*>(base) + index * cache_bytes(kind);
+  for (int64_t byte = 0; byte < width * cache_bytes(kind); byte += 64) S::prefetch(from + byte);
+}
+
 // One group: its queries [group, width] and the blocks of its row.
 struct Group {
   const float* q;
@@ -32,7 +43,9 @@ struct Group {
   int64_t end;
 };
 
-// body(first element, first scale, position, count) for every run of positions inside one block.
+// body(first element, first scale, position, count, ahead) for every run of positions inside one block;
+// `ahead` is how many elements further the next run begins. Processors fetch ahead inside a page only,
+// and a run is about that long, so the loops ask for the next one.
 template <class Body>
 inline void for_runs(const AttentionCall& call, const Group& group, const Body& body) {
   for (int64_t at = group.begin; at < group.end;) {
@@ -42,7 +55,10 @@ inline void for_runs(const AttentionCall& call, const Group& group, const Body& 
     const int64_t block = group.table[at / call.block_size];
     const int64_t scale = (block * call.kv_heads + group.head) * call.block_size + inside;
     const int64_t start = block * call.block_stride + group.head * call.head_stride + inside * call.width;
-    body(start, scale, at - group.begin, count);
+    const bool last = at + count >= group.end;
+    const int64_t next = last ? block : group.table[(at + count) / call.block_size];
+    const int64_t ahead = next * call.block_stride + group.head * call.head_stride - start;
+    body(start, scale, at - group.begin, count, ahead);
     at += count;
   }
 }
@@ -52,11 +68,14 @@ void score_group(const AttentionCall& call, const Group& group, float* scores, i
   using F = typename S::F;
   const int64_t width = call.width;
   const float scale = static_cast<float>(call.scale);
-  for_runs(call, group, [&](int64_t start, int64_t scales, int64_t at, int64_t count) {
+  for_runs(call, group, [&](int64_t start, int64_t scales, int64_t at, int64_t count, int64_t ahead) {
     for (int64_t i = 0; i < count; i += 4) {
       const int64_t here = count - i < 4 ? count - i : 4;
       int64_t key[4];  // the last of a run stands in for those beyond it
-      for (int64_t j = 0; j < 4; ++j) key[j] = start + (i + (j < here ? j : here - 1)) * width;
+      for (int64_t j = 0; j < 4; ++j) {
+        key[j] = start + (i + (j < here ? j : here - 1)) * width;
+        fetch<S, kind>(call.keys, key[j] + ahead, width);
+      }
       for (int64_t g = 0; g < group.size; ++g) {
         const float* q = group.q + g * width;
         F a = S::fzero(), b = S::fzero(), c = S::fzero(), d = S::fzero();
@@ -111,9 +130,11 @@ void mix(const AttentionCall& call, const Group& group, const float* scores, int
   F acc[G][V];
   for (int g = 0; g < G; ++g)
     for (int v = 0; v < V; ++v) acc[g][v] = S::fzero();
-  for_runs(call, group, [&](int64_t start, int64_t scales, int64_t at, int64_t count) {
+  const bool is_first = first == 0 && lane == 0;  // later passes find the values in the cache
+  for_runs(call, group, [&](int64_t start, int64_t scales, int64_t at, int64_t count, int64_t ahead) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t element = start + i * call.width + lane;
+      if (is_first) fetch<S, kind>(call.values, element + ahead, call.width);
       F value[V];
       for (int v = 0; v < V; ++v) value[v] = load_cache<S, kind>(call.values, element + v * S::kLanes);
       const float scale = kind == kInt8 ? call.value_scales[scales + i] : 1.0f;
