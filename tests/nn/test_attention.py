@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lapilli.nn import attention
 from lapilli.nn.attention import attend, attend_plain, causal_mask
 
 CPU = torch.device("cpu")
@@ -76,6 +77,14 @@ def test_additive_bias_of_every_head(queries):
     k, v = torch.randn(2, 2, 2, 6, 8)
     bias = torch.randn(2, 4, queries, 6)
     torch.testing.assert_close(attend(q, k, v, mask=bias), attend_plain(q, k, v, mask=bias))
+
+
+def test_equal_heads_for_a_gpu_change_nothing(monkeypatch):
+    monkeypatch.setattr(attention, "_wants_equal_heads", lambda _: True)
+    q = torch.randn(2, 4, 3, 8)
+    k, v = torch.randn(2, 2, 2, 6, 8)
+    for mask in (causal_mask(None, 3, 6, device=CPU), torch.randn(2, 4, 3, 6)):
+        torch.testing.assert_close(attend(q, k, v, mask=mask), attend_plain(q, k, v, mask=mask))
 
 
 def test_gradients_equal_those_of_the_plain_twin():

@@ -82,6 +82,8 @@ def attend(
         folded = q.reshape(batch, groups, heads // groups, width)
         out = functional.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
         return out.reshape(batch, heads, 1, width)
+    if mask is not None and groups != heads and _wants_equal_heads(q.device):
+        k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
     return functional.scaled_dot_product_attention(
         q,
         k,
@@ -89,8 +91,17 @@ def attend(
         attn_mask=mask,
         is_causal=mask is None and length > 1,
         scale=scale,
-        enable_gqa=groups != heads,
+        enable_gqa=k.shape[1] != heads,
     )
+
+
+def _wants_equal_heads(device: torch.device) -> bool:
+    """Whether masked attention of grouped heads would store every score.
+
+    On a GPU flash attention refuses masks, and the other kernel that stores no scores refuses
+    unequal numbers of heads.
+    """
+    return device.type == "cuda"
 
 
 def attend_all(
