@@ -5,7 +5,8 @@
 A compiler cannot look into a compiled library; an op stands there as one opaque step. While torch
 compiles, the two kinds of attention call their ops, because their references are slow. The small
 operations do not: written in plain torch the compiler fuses them with what is around them, which
-an op would prevent. Their ops are for programs that trace without a compiler behind it.
+an op would prevent (three layers of width 256 take 1.6 times as long with the ops, of width 1024
+1.05 times). Their ops are for programs that trace without a compiler behind it.
 """
 
 import torch

@@ -51,13 +51,18 @@ def only_torch(monkeypatch):
 
 
 def with_recorder(engine: Engine, recorder) -> StaticSteps:
-    """Let an engine replay its steps."""
+    """Let an engine replay its steps; a recorder is used for one model only."""
+
+    def new_recorder():
+        assert engine._reader._steps.shapes == ()
+        return recorder
+
     steps = StaticSteps(
         engine.model.language_model,
         engine.pool.store,
         most_rows=engine.options.max_rows,
         most_blocks=-(-engine.context_length // engine.pool.block_size),
-        recorder=recorder,
+        new_recorder=new_recorder,
     )
     engine._reader._steps = steps
     return steps
@@ -184,7 +189,7 @@ def test_auto_goes_on_in_another_way(model, tokenizer, monkeypatch):
         tried.append(way)
         made = static.static_steps("off" if way == "off" else "static", *arguments, **limits)
         if made is not None:
-            made._recorder = broken
+            made._new_recorder = lambda: broken
         return made
 
     monkeypatch.setattr(reading, "static_steps", steps)

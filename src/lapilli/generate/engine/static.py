@@ -15,6 +15,7 @@ Knows shares and blocks; must not know how a token is chosen.
 import importlib.util
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from functools import partial
 
 import torch
 
@@ -42,7 +43,8 @@ class StaticSteps:
         most_rows: most new positions that are read in one pass, guesses included.
         most_blocks: of one sequence.
         is_compiled: translate the step with torch.compile first.
-        recorder: turns a step into one that is replayed; None: it runs as it is.
+        new_recorder: makes what turns steps into ones that are replayed, one for each model that is
+            recorded; None: they run as they are.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class StaticSteps:
         most_rows: int,
         most_blocks: int,
         is_compiled: bool = False,
-        recorder: Recorder | None = None,
+        new_recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         self._store = store
         self._row_counts = doublings(1, most_rows)
@@ -62,7 +64,8 @@ class StaticSteps:
         step = DecodeStep(language_model, store)
         self._step = compiled(step) if is_compiled else step
         self._is_compiled = is_compiled
-        self._recorder = recorder
+        self._new_recorder = new_recorder
+        self._recorder: Recorder | None = None
         self._recorded: dict[tuple[int, int], tuple[Tensor, Replay]] = {}
         self.is_fresh = False
         """Whether the last pass was the first of its shape, which takes longer."""
@@ -80,6 +83,7 @@ class StaticSteps:
     def forget(self) -> None:
         """Record anew: the model is not the one that was recorded."""
         self._recorded.clear()
+        self._recorder = None
 
     @torch.inference_mode()
     def read(self, shares: Items[Share]) -> Float[Tensor, "R V"]:
@@ -124,8 +128,10 @@ class StaticSteps:
                 if count > 1:
                     torch._dynamo.mark_dynamic(inputs, axis)
         step = self._step
-        if self._recorder is None:
+        if self._new_recorder is None:
             return inputs, lambda: step(inputs)
+        if self._recorder is None:
+            self._recorder = self._new_recorder()
         return inputs, self._recorder(lambda: step(inputs))
 
 
@@ -168,7 +174,10 @@ def compiled(step: DecodeStep) -> Callable[[Tensor], Tensor]:
 
 
 class CudaRecorder:
-    """Records steps as CUDA graphs; they are replayed one at a time and share their memory."""
+    """Records steps as CUDA graphs; they are replayed one at a time and share their memory.
+
+    Note: torch refuses the memory of graphs that are all gone, so a recorder does not outlive them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -227,13 +236,14 @@ def static_steps(
     """
     if way == "off":
         return None
+    on_gpu = store.device.type == "cuda"
     return StaticSteps(
         language_model,
         store,
         most_rows=most_rows,
         most_blocks=-(-context_length // store.block_size),
         is_compiled=way == "on",
-        recorder=CudaRecorder(store.device) if store.device.type == "cuda" else None,
+        new_recorder=partial(CudaRecorder, store.device) if on_gpu else None,
     )
 
 
