@@ -26,7 +26,7 @@ class Engine:
         package: that must be installed.
         arithmetic: the machine's limit that its prefill is compared with.
         is_peer: runs in the peers' environment.
-        is_slow: reads eight prompts in the first round only.
+        is_slow: gives one answer per process, and eight at once in the first round only.
     """
 
     name: str

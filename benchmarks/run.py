@@ -87,18 +87,19 @@ class Notes:
 
 def run_rounds(notes: Notes, engines: list[Engine], folder: Path, wanted: Any) -> None:
     """The machine's limits, then every engine, again and again."""
-    plain = ["--threads", str(wanted.threads)]
-    plain += ["--new-tokens", str(wanted.new_tokens), "--repeats", str(wanted.repeats)]
+    plain = ["--threads", str(wanted.threads), "--new-tokens", str(wanted.new_tokens)]
+    often = [*plain, "--repeats", str(wanted.repeats)]
     for turn in range(wanted.rounds):
         quick = ["--quick"] if wanted.shape == "tiny" else []
         notes.run(f"limits/{turn}", sys.executable, ["limits", *plain[:2], *quick])
         for engine in engines:
             python = wanted.peers_python if engine.is_peer else sys.executable
             many = 0 if engine.is_slow and turn else wanted.many
-            arguments = ["figures", *engine.arguments(folder), *plain, "--many", str(many)]
+            repeats = [*plain, "--repeats", "1"] if engine.is_slow else often
+            arguments = ["figures", *engine.arguments(folder), *repeats, "--many", str(many)]
             notes.run(f"figures/{engine.name}/{turn}", python, arguments)
         if not turn and any(engine.name == "lapilli int4" for engine in engines):
-            arguments = ["figures", *LOADING.arguments(folder), *plain, "--many", "0"]
+            arguments = ["figures", *LOADING.arguments(folder), *often, "--many", "0"]
             notes.run(f"loading/{LOADING.name}/0", sys.executable, arguments)
 
 
