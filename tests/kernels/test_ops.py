@@ -1,5 +1,7 @@
 """The custom ops keep torch's rules, with and without the compiled library."""
 
+import inspect
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -76,3 +78,27 @@ def test_small_operations(dtype):
     torch.testing.assert_close(gate, fused.silu_mul_reference(x, up), **near)
     turned = torch.ops.lapilli.rotate(heads, cos, sin)
     torch.testing.assert_close(turned, fused.rotate_reference(heads, cos, sin), **near)
+
+
+def test_a_compiler_sees_the_ops_of_attention():
+    """Without the shape checks of the tests, which torch cannot compile."""
+    seen = []
+    decodes, prefills = map(inspect.unwrap, (attention.decode_attention, prefill.prefill_attention))
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def both(decode, q, k, v):
+        return decodes(*decode), prefills(q, k, v)
+
+    decode, (q, k, v) = decode_arguments(kind="float32")[:5], torch.randn(3, 1, 2, 5, 16).unbind()
+    with torch.inference_mode():
+        found = both(decode, q, k, v)
+    torch.testing.assert_close(found[0], attention_reference(*decode), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(found[1], prefill_reference(q, k, v), atol=1e-5, rtol=1e-4)
+    assert [name for name in seen if "lapilli" in name] == [
+        "lapilli.decode_attention",
+        "lapilli.prefill_attention",
+    ]
