@@ -3,7 +3,6 @@
 import json
 
 from lapilli.cli.bench import describe
-from lapilli.cli.figures import Plan
 from tests.cli.conftest import Run
 
 
@@ -19,7 +18,7 @@ def test_figures_as_json_and_as_text(lapilli: Run) -> None:
     assert found["bytes_per_s"] > 1e8
     assert found["positions"] > 40
     threads = found.pop("threads")
-    lines = describe(found, Plan(many=2)).splitlines()
+    lines = describe(found, 2).splitlines()
     assert threads == 1
     assert [line.split("  ")[0] for line in lines] == [
         "load",

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from lapilli.cli import options
-from lapilli.cli.figures import Figures, Plan, measure
 from lapilli.cli.terminal import loading, plain_errors
 
 Source = Annotated[str, typer.Argument(help="A directory, a hub id, or pebble.")]
@@ -39,6 +38,7 @@ def bench(
             import torch
 
             import lapilli
+            from lapilli.cli.figures import Plan, measure
             from lapilli.pipeline.limits import measure_limits
             from lapilli.pipeline.timed import TimedChat
 
@@ -62,11 +62,16 @@ def bench(
         # Last: its matrices would count as memory of the model.
         found |= measure_limits() | engine.work(plan.text)
         threads = torch.get_num_threads()
-        typer.echo(json.dumps(found | {"threads": threads}) if as_json else describe(found, plan))
+        typer.echo(json.dumps(found | {"threads": threads}) if as_json else describe(found, many))
 
 
-def describe(found: Figures, plan: Plan) -> str:
-    """The figures for people."""
+def describe(found: dict[str, float], many: int) -> str:
+    """The figures for people.
+
+    Args:
+        found: as they were measured.
+        many: requests at the same time.
+    """
     read = found["weight_bytes"] * found["tokens_per_s"]
     seconds = found["first_s"] - found["tower_s"]
     prefill = found["prompt_operations"] / seconds
@@ -89,7 +94,7 @@ def describe(found: Figures, plan: Plan) -> str:
         ),
     ]
     if "many_tokens_per_s" in found:
-        lines.append((f"{plan.many} at once", f"{found['many_tokens_per_s']:.1f} tokens/s"))
+        lines.append((f"{many} at once", f"{found['many_tokens_per_s']:.1f} tokens/s"))
     if "peak_bytes" in found:
         lines.append(("peak memory", f"{found['peak_bytes'] / 1e9:.2f} GB"))
     lines.append(
