@@ -21,6 +21,13 @@ TARGETS = (
     ),
     ("decode: times the rate of llama.cpp Q4_0", "SL", "tokens_per_s", 1.1, "llama.cpp Q4_0"),
     ("8 at once: times llama.cpp's slots", "S", "many_tokens_per_s", 2.0, "llama.cpp Q4_0"),
+    (
+        "8 at once, reading included: times llama.cpp's slots",
+        "",
+        "many_whole_tokens_per_s",
+        2.0,
+        "llama.cpp Q4_0",
+    ),
 )
 
 
