@@ -21,7 +21,7 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
-ABI = 6  # of native/abi.h: a library that was built from older sources is left alone
+ABI = 7  # of native/abi.h: a library that was built from older sources is left alone
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
 
 
@@ -181,6 +181,59 @@ class RotateCall(ctypes.Structure):
     )
 
 
+class Product(ctypes.Structure):
+    """`Product` of native/abi.h, field by field."""
+
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("plain", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
+    )
+
+
+class LayerCall(ctypes.Structure):
+    """`LayerCall` of native/abi.h, field by field."""
+
+    _fields_ = (
+        ("input_norm", ctypes.c_void_p),
+        ("post_norm", ctypes.c_void_p),
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("o", ctypes.c_void_p),
+        ("gate", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("cosine", ctypes.c_void_p),
+        ("sine", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("table_stride", ctypes.c_int64),
+        ("block_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("weight_only", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+        ("eps", ctypes.c_double),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """The functions of the loaded library.
@@ -241,7 +294,16 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.lapilli_use_pool.restype = None
     functions.lapilli_linear.argtypes = (pointer, pointer, number, pointer, *(number,) * 4)
     functions.lapilli_linear.restype = None
-    for name in ("dense", "store", "attention", "prefill", "rms_norm", "silu_mul", "rotate"):
+    for name in (
+        "dense",
+        "store",
+        "attention",
+        "prefill",
+        "rms_norm",
+        "silu_mul",
+        "rotate",
+        "layer",
+    ):
         function = functions[f"lapilli_{name}"]
         function.argtypes = (pointer,)
         function.restype = None

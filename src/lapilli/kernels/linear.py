@@ -89,6 +89,13 @@ class PackedLinear:
         )
         """Weights of the same kind can meet the same activations in one call."""
 
+    def __getstate__(self) -> tuple[Packed, bool]:
+        """For copies, whose tensors lie elsewhere."""
+        return self.packed, self.weight_only
+
+    def __setstate__(self, state: tuple[Packed, bool]) -> None:
+        self.__init__(state[0], weight_only=state[1])  # type: ignore[misc]  # begins as a new one
+
     def __call__(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
         """The product in the dtype of x.
 

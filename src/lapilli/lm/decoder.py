@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lapilli.config.model import DecoderConfig
+from lapilli.lm.fused_layer import FusedLayer
 from lapilli.nn.attention import attend, causal_mask
 from lapilli.nn.kv_cache import Cache, KVCache
 from lapilli.nn.linear import project
@@ -71,6 +72,7 @@ class DecoderLayer(nn.Module):
             activation=config.activation,
             bias=config.mlp_bias,
         )
+        self._fused = FusedLayer(self)
 
     def forward(
         self,
@@ -80,6 +82,10 @@ class DecoderLayer(nn.Module):
         cache: Cache | None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states after this layer."""
+        if not torch.compiler.is_compiling():
+            fused = self._fused.run(x, table, cache, index=self.self_attn.layer)
+            if fused is not None:
+                return fused
         x = x + self.self_attn(self.input_layernorm(x), table, mask, cache)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out

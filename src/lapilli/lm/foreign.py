@@ -16,6 +16,7 @@ from lapilli.config.model import DecoderConfig
 from lapilli.errors import GenerationError, UnsupportedModelError
 from lapilli.nn.kv_cache import Cache, KVCache
 from lapilli.nn.paged import PagedBatch
+from lapilli.nn.static import StaticBatch
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 
@@ -89,7 +90,7 @@ class ForeignLanguageModel(nn.Module):
         Raises:
             UnsupportedModelError: ragged rows, which another library's attention cannot read.
         """
-        if isinstance(cache, PagedBatch):
+        if isinstance(cache, PagedBatch | StaticBatch):
             raise UnsupportedModelError(
                 "the batching engine cannot run a language model of transformers: use generate()"
             )

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import torch
 
+from lapilli.kernels.layer import Places
 from lapilli.kernels.prefill import prefill_attention, prefills_natively
 from lapilli.nn.attention import attend, causal_mask
 from lapilli.nn.block_store import BlockStore
@@ -68,11 +69,25 @@ class PagedBatch:
         self._blocks, self._offsets = self._places(rows)
         self._tables_read = tables.int() if self._has_kernel else store.rows_of(tables)
         self._lengths = self._tensor(self._single_lengths).int()
+        self._places_together: Places | None = None
+        if self._has_kernel and not self._longer and type(store) is BlockStore:
+            self._places_together = Places(
+                self._blocks, self._offsets, self._tables_read, self._lengths
+            )
         self._single_bias: Tensor | None = None
         self._has_single_bias = False
         self._row_places = [
             store.rows_of(self._tables([row])) if row.past else None for row in self._longer
         ]
+
+    @property
+    def places(self) -> Places | None:
+        """Where the new positions go, when all of them are read together from float blocks."""
+        return self._places_together
+
+    def memory(self, layer: int) -> tuple[Float[Tensor, "N K P A"], Float[Tensor, "N K P A"]]:
+        """Keys and values of one layer."""
+        return self._store.keys[layer], self._store.values[layer]
 
     @property
     def length(self) -> int:

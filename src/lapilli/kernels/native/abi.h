@@ -13,7 +13,7 @@
 
 namespace lapilli {
 
-constexpr int kAbi = 6;  // rises when anything here changes; kernels/library.py compares
+constexpr int kAbi = 7;  // rises when anything here changes; kernels/library.py compares
 
 constexpr int64_t kBlock = 16;  // output rows of a block
 constexpr int64_t kChunk = 32;  // inputs are padded to this
@@ -167,6 +167,53 @@ struct RotateCall {
   int64_t threads;
 };
 
+// A linear layer: packed, or as torch has it.
+struct Product {
+  const Weights* packed;  // or null
+  const void* plain;      // [rows, inputs], rows stride elements apart
+  const float* bias;      // of a plain one, or null
+  int64_t rows;
+  int64_t inputs;
+  int64_t stride;
+  int64_t kind;  // of a plain one: float32 or bfloat16
+};
+
+// A decoder layer for a few positions, each the last of its row of a cache of float32.
+struct LayerCall {
+  const float* input_norm;
+  const float* post_norm;
+  const Product* q;
+  const Product* k;
+  const Product* v;
+  const Product* o;
+  const Product* gate;
+  const Product* up;
+  const Product* down;
+  const float* x;       // [tokens, hidden]
+  float* y;             // likewise
+  const float* cosine;  // [tokens, width]
+  const float* sine;    // likewise
+  float* keys;          // [blocks, kv_heads, block_size, width]
+  float* values;
+  const int64_t* blocks;   // [tokens], where new keys and values go
+  const int64_t* offsets;  // likewise
+  const int32_t* table;    // [tokens, table_stride]
+  const int32_t* lengths;  // [tokens]
+  int64_t tokens;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t width;  // a multiple of 32
+  int64_t block_size;
+  int64_t table_stride;
+  int64_t block_stride;
+  int64_t head_stride;
+  int64_t window;       // 0: none
+  int64_t weight_only;  // of packed layers
+  int64_t threads;
+  double scale;
+  double eps;
+};
+
 struct Table {
   const char* name;
   void (*linear)(const LinearCall*, int64_t count);
@@ -176,6 +223,7 @@ struct Table {
   void (*rms_norm)(const RowsCall&);
   void (*silu_mul)(const RowsCall&);
   void (*rotate)(const RotateCall&);
+  void (*layer)(const LayerCall&);
 };
 
 extern const Table kPortable;

@@ -4,6 +4,7 @@
 
 #include "abi.h"
 #include "pool.h"
+#include "store.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -121,15 +122,11 @@ __attribute__((visibility("default"))) void lapilli_linear(
 }
 
 __attribute__((visibility("default"))) void lapilli_store(const lapilli::StoreCall* call) {
-  const size_t bytes = static_cast<size_t>(call->width) * sizeof(float);
-  for (int64_t t = 0; t < call->positions; ++t) {
-    const int64_t place = call->blocks[t] * call->block_stride + call->offsets[t] * call->width;
-    for (int64_t h = 0; h < call->heads; ++h) {
-      const int64_t to = place + h * call->head_stride;
-      std::memcpy(call->keys + to, call->k + t * call->k_position + h * call->k_head, bytes);
-      std::memcpy(call->values + to, call->v + t * call->v_position + h * call->v_head, bytes);
-    }
-  }
+  lapilli::store(*call);
+}
+
+__attribute__((visibility("default"))) void lapilli_layer(const lapilli::LayerCall* call) {
+  lapilli::g_table->layer(*call);
 }
 
 __attribute__((visibility("default"))) void lapilli_dense(const lapilli::DenseCall* call) {

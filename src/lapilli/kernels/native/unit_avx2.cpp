@@ -1,9 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_avx2.h"
 
-#include "dense.h"
-#include "fused.h"
-#include "linear.h"
+#include "layer.h"
 #include "prefill.h"
 
 namespace lapilli {
@@ -17,6 +15,7 @@ const Table kAvx2 = {
     rms_norm<Avx2>,
     silu_mul<Avx2>,
     rotate<Avx2>,
+    layer<Avx2>,
 };
 
 }  // namespace lapilli

@@ -1,9 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_avx512.h"
 
-#include "dense.h"
-#include "fused.h"
-#include "linear.h"
+#include "layer.h"
 #include "prefill.h"
 
 namespace lapilli {
@@ -17,6 +15,7 @@ const Table kAvx512 = {
     rms_norm<Avx512>,
     silu_mul<Avx512>,
     rotate<Avx512>,
+    layer<Avx512>,
 };
 
 }  // namespace lapilli

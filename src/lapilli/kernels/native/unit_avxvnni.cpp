@@ -2,9 +2,7 @@
 #define LAPILLI_AVXVNNI
 #include "isa_avx2.h"
 
-#include "dense.h"
-#include "fused.h"
-#include "linear.h"
+#include "layer.h"
 #include "prefill.h"
 
 namespace lapilli {
@@ -18,6 +16,7 @@ const Table kAvxVnni = {
     rms_norm<Avx2>,
     silu_mul<Avx2>,
     rotate<Avx2>,
+    layer<Avx2>,
 };
 
 }  // namespace lapilli

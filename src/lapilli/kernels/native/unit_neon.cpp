@@ -1,9 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_neon.h"
 
-#include "dense.h"
-#include "fused.h"
-#include "linear.h"
+#include "layer.h"
 #include "prefill.h"
 
 namespace lapilli {
@@ -17,6 +15,7 @@ const Table kNeon = {
     rms_norm<Neon>,
     silu_mul<Neon>,
     rotate<Neon>,
+    layer<Neon>,
 };
 
 }  // namespace lapilli

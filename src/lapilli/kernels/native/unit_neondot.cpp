@@ -2,9 +2,7 @@
 #define LAPILLI_NEONDOT
 #include "isa_neon.h"
 
-#include "dense.h"
-#include "fused.h"
-#include "linear.h"
+#include "layer.h"
 #include "prefill.h"
 
 namespace lapilli {
@@ -18,6 +16,7 @@ const Table kNeonDot = {
     rms_norm<Neon>,
     silu_mul<Neon>,
     rotate<Neon>,
+    layer<Neon>,
 };
 
 }  // namespace lapilli

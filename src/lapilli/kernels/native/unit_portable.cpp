@@ -1,9 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_portable.h"
 
-#include "dense.h"
-#include "fused.h"
-#include "linear.h"
+#include "layer.h"
 #include "prefill.h"
 
 namespace lapilli {
@@ -17,6 +15,7 @@ const Table kPortable = {
     rms_norm<Portable>,
     silu_mul<Portable>,
     rotate<Portable>,
+    layer<Portable>,
 };
 
 }  // namespace lapilli

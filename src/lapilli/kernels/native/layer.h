@@ -1,0 +1,112 @@
+// A whole decoder layer for a few positions: the same operations, in the order of lm/decoder.py, without
+// a caller between them. One token of a small model is otherwise spent in callers.
+#pragma once
+
+#include "attention.h"
+#include "dense.h"
+#include "fused.h"
+#include "linear.h"
+#include "store.h"
+
+namespace lapilli {
+namespace {
+
+// The products of one input with layers that are all packed alike, or all plain.
+template <class S>
+void products(const LayerCall& call, const Product* const* layers, float* const* y, int64_t count, const float* x) {
+  const int64_t tokens = call.tokens, inputs = layers[0]->inputs;
+  if (layers[0]->packed != nullptr) {
+    LinearCall calls[3];
+    for (int64_t i = 0; i < count; ++i) {
+      calls[i] = {*layers[i]->packed, x, y[i], tokens, inputs, layers[i]->rows, call.threads, call.weight_only};
+    }
+    return linear<S>(calls, count);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Product& p = *layers[i];
+    dense<S>({p.plain, x, p.bias, y[i], p.rows, inputs, tokens, p.stride, inputs, p.rows, p.kind, call.threads});
+  }
+}
+
+template <class S>
+void product(const LayerCall& call, const Product& layer, const float* x, float* y) {
+  const Product* layers[] = {&layer};
+  float* targets[] = {y};
+  products<S>(call, layers, targets, 1, x);
+}
+
+inline void add(const float* a, const float* b, float* y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] = a[i] + b[i];
+}
+
+// Every head of every position turned; what is turned lies [tokens, heads, width].
+template <class S>
+void rotate_heads(const LayerCall& call, float* x, int64_t heads) {
+  const int64_t width = call.width;
+  rotate<S>({x, call.cosine, call.sine, x, 1, heads, call.tokens, width, 0, width, heads * width, 0, width,
+             heads * width, call.threads});
+}
+
+template <class S>
+void attend_layer(const LayerCall& call, const float* q, const float* k, const float* v, float* seen) {
+  const int64_t width = call.width, kv = call.kv_heads * width;
+  store({k, v, call.keys, call.values, call.blocks, call.offsets, call.tokens, call.kv_heads, width, kv, width, kv,
+         width, call.block_stride, call.head_stride});
+  AttentionCall attend{};
+  attend.q = q;
+  attend.keys = call.keys;
+  attend.values = call.values;
+  attend.table = call.table;
+  attend.lengths = call.lengths;
+  attend.out = seen;
+  attend.rows = call.tokens;
+  attend.heads = call.heads;
+  attend.kv_heads = call.kv_heads;
+  attend.block_size = call.block_size;
+  attend.width = width;
+  attend.table_stride = call.table_stride;
+  attend.block_stride = call.block_stride;
+  attend.head_stride = call.head_stride;
+  attend.kind = kFloat32;
+  attend.window = call.window;
+  attend.threads = call.threads;
+  attend.scale = call.scale;
+  attention<S>(attend);
+}
+
+template <class S>
+void layer(const LayerCall& call) {
+  static thread_local Scratch scratch;
+  const int64_t tokens = call.tokens, hidden = call.q->inputs, inner = call.down->inputs;
+  const int64_t queries = call.heads * call.width, kv = call.kv_heads * call.width;
+  const int64_t size = tokens * (2 * hidden + 2 * queries + 2 * kv + 2 * inner);
+  float* normed = reinterpret_cast<float*>(scratch.get(size * 4));
+  float* update = normed + tokens * hidden;
+  float* q = update + tokens * hidden;
+  float* seen = q + tokens * queries;
+  float* k = seen + tokens * queries;
+  float* v = k + tokens * kv;
+  float* gate = v + tokens * kv;
+  float* up = gate + tokens * inner;
+
+  rms_norm<S>({call.x, call.input_norm, normed, tokens, hidden, hidden, call.threads, call.eps});
+  const Product* three[] = {call.q, call.k, call.v};
+  float* qkv[] = {q, k, v};
+  products<S>(call, three, qkv, 3, normed);
+  rotate_heads<S>(call, q, call.heads);
+  rotate_heads<S>(call, k, call.kv_heads);
+  attend_layer<S>(call, q, k, v, seen);
+  product<S>(call, *call.o, seen, update);
+  add(call.x, update, call.y, tokens * hidden);
+
+  rms_norm<S>({call.y, call.post_norm, normed, tokens, hidden, hidden, call.threads, call.eps});
+  const Product* two[] = {call.gate, call.up};
+  float* gates[] = {gate, up};
+  products<S>(call, two, gates, 2, normed);
+  silu_mul<S>({gate, up, gate, tokens, inner, inner, call.threads, 0.0});
+  product<S>(call, *call.down, gate, update);
+  add(call.y, update, call.y, tokens * hidden);
+}
+
+}  // namespace
+}  // namespace lapilli
