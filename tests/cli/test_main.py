@@ -32,7 +32,7 @@ def test_shell_completion_lists_the_commands() -> None:
     done = subprocess.run(
         [str(PROGRAM)], env={**os.environ, **asked}, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == ["ask", "batch", "chat", "inspect", "quantize"]
+    assert done.stdout.split() == ["ask", "batch", "bench", "chat", "inspect", "quantize"]
 
 
 def test_unknown_option_is_exit_code_2(lapilli: Run) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from lapilli.cli import options
-from lapilli.cli.terminal import loading, note, plain_errors, read_pipe_once
+from lapilli.cli.terminal import note, open_chat, plain_errors, read_pipe_once
 
 if TYPE_CHECKING:
     from lapilli.generate.outputs import Generation
@@ -47,21 +47,17 @@ def ask(
     with plain_errors():
         pictures = read_pipe_once(images or [])
         started = time.perf_counter()
-        with loading(model, quiet=quiet) as progress:
-            import lapilli
-            from lapilli.generate.engine.options import EngineOptions
-
-            session = lapilli.load(
-                model,
-                base=base,
-                adapter=adapter,
-                template=template,
-                device=device,
-                dtype=dtype,
-                progress=progress,
-                quantize=quantize,
-                engine=EngineOptions(speculate=speculate),
-            )
+        session = open_chat(
+            model,
+            quiet=quiet,
+            speculate=speculate,
+            base=base,
+            adapter=adapter,
+            template=template,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+        )
         load_s = time.perf_counter() - started
         sampling: dict[str, Any] = {
             "temperature": temperature,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from lapilli.cli import options
-from lapilli.cli.terminal import loading, note, plain_errors
+from lapilli.cli.terminal import note, open_chat, plain_errors
 from lapilli.errors import LapilliError, PromptError
 
 if TYPE_CHECKING:
@@ -70,21 +70,18 @@ def batch(
             note(f"{len(lines) - len(waiting)} of {len(lines)} lines are in {target} already")
         if not waiting:
             return
-        with loading(model, quiet=quiet) as reading:
-            import lapilli
-            from lapilli.generate.engine.options import EngineOptions
-
-            session = lapilli.load(
-                model,
-                base=base,
-                adapter=adapter,
-                template=template,
-                device=device,
-                dtype=dtype,
-                progress=reading,
-                quantize=quantize,
-                engine=EngineOptions(max_rows=rows, speculate=speculate),
-            )
+        session = open_chat(
+            model,
+            quiet=quiet,
+            speculate=speculate,
+            max_rows=rows,
+            base=base,
+            adapter=adapter,
+            template=template,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+        )
         sampling: dict[str, Any] = {
             "temperature": temperature,
             "top_p": top_p,

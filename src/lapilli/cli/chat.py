@@ -11,7 +11,7 @@ import typer
 
 from lapilli.cli import options
 from lapilli.cli.ask import warn_outside_world, write_answer
-from lapilli.cli.terminal import line_editing, loading, note, plain_errors
+from lapilli.cli.terminal import line_editing, note, open_chat, plain_errors
 from lapilli.errors import LapilliError
 
 if TYPE_CHECKING:
@@ -43,21 +43,17 @@ def chat(
 ) -> None:
     """Talk about pictures. /image PATH, /reset, /save FILE, /quit; Ctrl-C stops an answer."""
     with plain_errors():
-        with loading(model, quiet=quiet) as progress:
-            import lapilli
-            from lapilli.generate.engine.options import EngineOptions
-
-            session = lapilli.load(
-                model,
-                base=base,
-                adapter=adapter,
-                template=template,
-                device=device,
-                dtype=dtype,
-                progress=progress,
-                quantize=quantize,
-                engine=EngineOptions(speculate=speculate),
-            )
+        session = open_chat(
+            model,
+            quiet=quiet,
+            speculate=speculate,
+            base=base,
+            adapter=adapter,
+            template=template,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+        )
         sampling: dict[str, Any] = {
             "temperature": temperature,
             "top_p": top_p,

@@ -6,11 +6,15 @@ The only room that prints. Nothing here imports torch.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lapilli.checkpoint.source import is_local
 from lapilli.errors import LapilliError
+
+if TYPE_CHECKING:
+    from lapilli.pipeline import Chat
 
 EXIT_BAD_INPUT = 2
 
@@ -73,6 +77,25 @@ def loading(model: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] |
     finally:
         spinner.stop()
         bar.stop()
+
+
+def open_chat(
+    model: str,
+    *,
+    quiet: bool,
+    speculate: str,
+    max_rows: int | None = None,
+    **how: Any,  # noqa: ANN401 - see lapilli.load
+) -> "Chat":
+    """`lapilli.load` behind a bar; the imports that take time are behind it too."""
+    with loading(model, quiet=quiet) as progress:
+        import lapilli
+        from lapilli.generate.engine.options import EngineOptions
+
+        engine = EngineOptions(speculate=speculate)
+        if max_rows is not None:
+            engine = replace(engine, max_rows=max_rows)
+        return lapilli.load(model, progress=progress, engine=engine, **how)
 
 
 def read_pipe_once(images: list[str]) -> list[str | bytes]:
