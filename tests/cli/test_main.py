@@ -10,7 +10,7 @@ from tests.cli.conftest import PROGRAM, Run
 def test_help_names_every_command(lapilli: Run) -> None:
     done = lapilli("--help")
     assert done.returncode == 0
-    for command in ("ask", "batch", "chat", "inspect", "quantize"):
+    for command in ("ask", "batch", "bench", "chat", "inspect", "quantize"):
         assert f"\n  {command} " in done.stdout
 
 
