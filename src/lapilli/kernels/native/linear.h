@@ -264,32 +264,27 @@ void write_rows(const LinearCall& call, const Activations& a, int64_t vector) {
   overhang.trim();
 }
 
-template <class S>
+// Tokens up to which one block of rows is read at a time: one stream from memory is faster than two.
+constexpr int64_t kOneStream = 2;
+
+template <class S, int R>
 int64_t units_of(const LinearCall& call) {
-  const int64_t vectors = call.weights.blocks() * (kBlock / S::kLanes);
-  return (vectors + S::kVectors - 1) / S::kVectors;
+  return (call.weights.blocks() * (kBlock / S::kLanes) + R - 1) / R;
 }
 
-// The rows of one unit: as many vectors as a tile has, fewer at the end.
-template <class S>
+// The rows of one unit: R vectors, fewer at the end.
+template <class S, int R>
 void write_unit(const LinearCall& call, const Activations& a, int64_t unit) {
-  constexpr int R = S::kVectors;
   const int64_t vectors = call.weights.blocks() * (kBlock / S::kLanes), vector = unit * R;
   if (vector + R <= vectors) return write_rows<S, R>(call, a, vector);
   for (int64_t v = vector; v < vectors; ++v) write_rows<S, 1>(call, a, v);
 }
 
-// Some calls with the same activations, of weights that are packed alike: those are rounded once, and
-// the rows of all weights are shared out together.
-template <class S>
-void linear(const LinearCall* calls, int64_t count) {
-  static thread_local Scratch scratch;
+template <class S, int R>
+void share_out(const LinearCall* calls, int64_t count, const Activations& a) {
   const LinearCall& one = calls[0];
-  if (one.tokens == 0) return;
-  const Activations a = prepare<S>(one, scratch);
-  constexpr int R = S::kVectors;
   int64_t units = 0;
-  for (int64_t i = 0; i < count; ++i) units += units_of<S>(calls[i]);
+  for (int64_t i = 0; i < count; ++i) units += units_of<S, R>(calls[i]);
   // A piece is worth a hand's while from about this many multiply-adds.
   const int64_t work = one.tokens * one.weights.padded() * R * S::kLanes;
   const int64_t least = 1 + (int64_t{1} << 17) / work;
@@ -297,13 +292,27 @@ void linear(const LinearCall* calls, int64_t count) {
   for_pieces(one.threads, units, least > even ? least : even, [&](int64_t begin, int64_t end) {
     int64_t first = 0;  // unit of the call
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t own = units_of<S>(calls[i]);
+      const int64_t own = units_of<S, R>(calls[i]);
       const int64_t from = begin > first ? begin - first : 0;
       const int64_t to = end - first < own ? end - first : own;
-      for (int64_t unit = from; unit < to; ++unit) write_unit<S>(calls[i], a, unit);
+      for (int64_t unit = from; unit < to; ++unit) write_unit<S, R>(calls[i], a, unit);
       first += own;
     }
   });
+}
+
+// Some calls with the same activations, of weights that are packed alike: those are rounded once, and
+// the rows of all weights are shared out together.
+template <class S>
+void linear(const LinearCall* calls, int64_t count) {
+  static thread_local Scratch scratch;
+  if (calls[0].tokens == 0) return;
+  const Activations a = prepare<S>(calls[0], scratch);
+  if (calls[0].tokens <= kOneStream) {
+    share_out<S, kBlock / S::kLanes>(calls, count, a);
+  } else {
+    share_out<S, S::kVectors>(calls, count, a);
+  }
   scratch.trim();
 }
 
