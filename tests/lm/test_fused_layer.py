@@ -12,7 +12,7 @@ from torch import nn
 from lapilli.config.model import DecoderConfig
 from lapilli.kernels.library import native
 from lapilli.lm.decoder import Decoder, DecoderLayer
-from lapilli.lm.fused_layer import FusedLayer
+from lapilli.lm.fused_layer import FusedLayer, _Part
 from lapilli.lora import LoraConfig, inject
 from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
 from lapilli.nn.paged import PagedBatch, PagedRow
@@ -60,7 +60,9 @@ def build(kind: str = "float", **changes) -> Decoder:
     return decoder
 
 
-def step(decoder: Decoder, counts=(1, 1, 3), *, kind=BlockStore) -> torch.Tensor:
+def step(
+    decoder: Decoder, counts=(1, 1, 3), *, kind=BlockStore, unchanged: object = None
+) -> torch.Tensor:
     """Hidden states of a few rows over a cache whose memory is the same in every call."""
     config = decoder.config
     store = kind(config, 20, block_size=4, dtype=torch.float32, device=torch.device("cpu"))
@@ -72,7 +74,9 @@ def step(decoder: Decoder, counts=(1, 1, 3), *, kind=BlockStore) -> torch.Tensor
     positions = torch.tensor([[at for row in rows for at in range(row.past, row.length)]])
     x = torch.randn(1, positions.shape[1], config.hidden_size, generator=generator)
     with torch.inference_mode():
-        return decoder(x, position_ids=positions, cache=PagedBatch(store, rows))
+        return decoder(
+            x, position_ids=positions, cache=PagedBatch(store, rows, unchanged=unchanged)
+        )
 
 
 @pytest.fixture
@@ -144,6 +148,23 @@ def test_changes_are_noticed(calls, monkeypatch) -> None:
     calls.clear()
     torch.testing.assert_close(step(decoder), plain(decoder, monkeypatch), atol=1e-5, rtol=1e-5)
     assert calls == [False, False]
+
+
+def test_a_watched_model_is_looked_at_once(calls, monkeypatch) -> None:
+    decoder = build()
+    looks = []
+    is_same = _Part.is_same
+    monkeypatch.setattr(_Part, "is_same", lambda part: looks.append(1) or is_same(part))
+    first, second = object(), object()
+    step(decoder, unchanged=first)
+    step(decoder, unchanged=first)
+    after_first = len(looks)
+    step(decoder, unchanged=first)
+    assert len(looks) == after_first
+    decoder.model.layers[0].mlp.up_proj = nn.Linear(96, 112, bias=False).requires_grad_(False)
+    found = step(decoder, unchanged=second)
+    torch.testing.assert_close(found, plain(decoder, monkeypatch), atol=1e-5, rtol=1e-5)
+    assert all(calls)
 
 
 def test_copies_and_replaced_weights(monkeypatch) -> None:

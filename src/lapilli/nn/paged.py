@@ -50,14 +50,19 @@ class PagedBatch:
     Args:
         store: where keys and values are.
         rows: in the order of the flat row, those with fewest new positions first.
+        unchanged: whoever runs the model watches it and hands over the same object as long as
+            nothing in it changes; None: nobody watches.
     """
 
     ragged = True
     """Several sequences in one row: the model makes no mask, attention knows who sees whom."""
 
-    def __init__(self, store: BlockStore, rows: Sequence[PagedRow]) -> None:
+    def __init__(
+        self, store: BlockStore, rows: Sequence[PagedRow], *, unchanged: object | None = None
+    ) -> None:
         if any(a.count > b.count for a, b in pairwise(rows)):
             raise ValueError("rows with fewer new positions come first")
+        self.unchanged = unchanged
         self._store = store
         self._has_kernel = store.has_kernel
         short = MOST_TOGETHER if self._has_kernel else 1

@@ -170,6 +170,8 @@ def test_equal_settings_are_no_change(model):
 
 def test_replaced_weights_go_at_once(model):
     watch = WeightWatch(model)
+    assert watch.epoch == watch.epoch
+    watch.rest()
     gone = weakref.ref(model[0].weight)
     model[0] = nn.Linear(3, 3)
     gc.collect()

@@ -72,9 +72,9 @@ def compare_steps(engine: Engine, monkeypatch, **near: float) -> list[tuple[int,
     """Run every step in fixed shapes as a ragged one too; rows of each, and if it was new."""
     steps, ragged, passes = engine._reader._steps, engine._reader.read, []
 
-    def compared(shares):
+    def compared(shares, **options):
         if not steps.takes(shares):
-            return ragged(shares)
+            return ragged(shares, **options)
         ours = steps.read(shares).clone()
         passes.append((len(ours), steps.is_fresh))
         theirs = read(engine.model, engine.pool.store, shares)

@@ -8,6 +8,7 @@ import secrets
 import weakref
 from collections import OrderedDict
 from dataclasses import fields, is_dataclass
+from operator import attrgetter, getitem, is_
 from typing import Any
 
 import torch
@@ -77,25 +78,36 @@ class WeightWatch:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._epoch = 0
+        self._token = object()
         self._state = self._current_state()
-        self._glances = [_Glance(module) for module in model.modules()]
+        self._glance: _Glance | None = None
+
+    @property
+    def token(self) -> object:
+        """Of this epoch and this watch; for others that look whether something has changed."""
+        return self._token
 
     @property
     def epoch(self) -> int:
         """A number that is the same as before exactly while nothing has changed."""
         # Asked before every token: a glance that sees too much is followed by a look that does not.
-        if all(map(_Glance.is_same, self._glances)):
+        if self._glance is not None and self._glance.is_same():
             return self._epoch
         state = self._current_state()
         if not _same(state, self._state):
-            self._epoch += 1
+            self.renew()
         self._state = state
-        self._glances = [_Glance(module) for module in self._model.modules()]
+        self._glance = _Glance(self._model)
         return self._epoch
+
+    def rest(self) -> None:
+        """Let go of everything but weak references: what is replaced from now on goes at once."""
+        self._glance = None
 
     def renew(self) -> None:
         """Begin a new epoch."""
         self._epoch += 1
+        self._token = object()
 
     def _current_state(self) -> State:
         """One walk over all modules; tensors are held weakly, so that replaced ones can go."""
@@ -118,75 +130,71 @@ class WeightWatch:
 
 
 class _Glance:
-    """One module's attributes, children and tensors, compared by identity in microseconds.
+    """All modules of a model as they are, compared by loops that run in C.
 
-    Holds nothing alive: weights that somebody replaces go at once.
+    Keeps everything alive that it has seen, so nobody keeps a glance for long.
     """
 
-    __slots__ = ("_attributes", "_children", "_count", "_kind", "_module", "_tensors", "_types")
-
-    def __init__(self, module: nn.Module) -> None:
-        inside = vars(module)
-        self._module, self._kind, self._count = weakref.ref(module), type(module), len(inside)
-        self._attributes = [
-            (name, value)
-            for name, value in inside.items()
-            if value is None or isinstance(value, SCALARS)
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._insides = [vars(module) for module in self._modules]
+        named = [(inside, name) for inside in self._insides for name in inside]
+        plain = [one for one in named if _is_plain(one[0][one[1]])]
+        things = [one for one in named if not isinstance(one[0][one[1]], _UNSEEN)]
+        self._plain, self._things = _columns(plain), _columns(things)
+        groups = [inside[kind] for kind in _GROUPS for inside in self._insides]
+        self._groups = [group for group in groups if group]
+        tensors = [
+            (group, name)
+            for group in self._groups
+            for name, tensor in group.items()
+            if isinstance(tensor, Tensor)
         ]
-        self._types = [
-            (name, type(value))
-            for name, value in inside.items()
-            if value is not None and not isinstance(value, (*SCALARS, dict, set))
-        ]
-        self._children = [
-            None if child is None else weakref.ref(child) for child in inside["_modules"].values()
-        ]
-        self._tensors = [_held(tensor) for tensor in _tensors_of(inside)]
+        self._tensors = _columns(tensors)
+        self._counted = [one[0][one[1]] for one in tensors if not one[0][one[1]].is_inference()]
+        self._held = [group[name] for group, name in tensors]
+        self._children = [inside["_modules"] for inside in self._insides]
+        self._empty = [group for group in groups if not group]
+        self._facts = self._look()
 
     def is_same(self) -> bool:
         """False for every change that counts, and sometimes where there is none."""
-        module = self._module()
-        if module is None or type(module) is not self._kind:
-            return False
-        inside = module.__dict__
-        if len(inside) != self._count:
-            return False
-        for name, value in self._attributes:
-            if inside.get(name) is not value:
+        try:
+            if not all(map(is_, map(getitem, *self._tensors), self._held)):
                 return False
-        for name, kind in self._types:
-            if type(inside.get(name)) is not kind:
-                return False
-        children = inside["_modules"].values()
-        if len(children) != len(self._children):
+            return self._facts == self._look()
+        except KeyError:
             return False
-        for child, held in zip(children, self._children, strict=True):
-            if child is not (None if held is None else held()):
-                return False
-        return self._has_same_tensors(_tensors_of(inside))
 
-    def _has_same_tensors(self, tensors: list[Tensor | None]) -> bool:
-        if len(tensors) != len(self._tensors):
-            return False
-        for tensor, held in zip(tensors, self._tensors, strict=True):
-            if tensor is None or held is None:
-                if (tensor is None) != (held is None):
-                    return False
-            elif (
-                tensor is not held[0]()
-                or tensor.data_ptr() != held[1]
-                or _version(tensor) != held[2]
-            ):
-                return False
-        return True
+    def _look(self) -> tuple[list[Any], ...]:
+        """What can be compared by value: no tensors, whose equality is a tensor."""
+        return (
+            list(map(type, self._modules)),
+            list(map(len, self._insides)),
+            list(map(len, self._groups)),
+            list(map(len, self._empty)),
+            list(map(list, map(dict.values, self._children))),
+            list(map(getitem, *self._plain)),
+            list(map(type, map(getitem, *self._things))),
+            list(map(Tensor.data_ptr, self._held)),
+            list(map(_VERSION, self._counted)),
+        )
 
 
-def _tensors_of(inside: dict[str, Any]) -> list[Tensor | None]:
-    return [*inside["_parameters"].values(), *inside["_buffers"].values()]
+_GROUPS = ("_parameters", "_buffers")
+_UNSEEN = (type(None), dict, set, *SCALARS)  # compared otherwise, or no settings
+_VERSION = attrgetter("_version")
 
 
-def _held(tensor: Tensor | None) -> tuple["weakref.ref[Tensor]", int, int] | None:
-    return None if tensor is None else (weakref.ref(tensor), tensor.data_ptr(), _version(tensor))
+def _is_plain(value: Any) -> bool:  # noqa: ANN401 - an attribute of a module
+    return value is None or isinstance(value, SCALARS)
+
+
+def _columns(
+    pairs: list[tuple[dict[str, Any], str]],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Dictionaries and names, for map(getitem, ...)."""
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def _version(tensor: Tensor) -> int:

@@ -178,8 +178,7 @@ class Engine:
     ) -> Iterator[tuple[int, Generation | LapilliError]]:
         """Number and answer of every request as it is finished; errors are handed out too.
 
-        Requests are taken from the iterable when there is room, so it may be long, or be made
-        while others are answered.
+        Requests are taken from the iterable when there is room: it may be long, or made meanwhile.
         """
         return answer_as_completed(self, requests, most=2 * self.options.max_rows)
 
@@ -206,6 +205,9 @@ class Engine:
         shares = self._share_out()
         if shares:
             self._advance(shares)
+        if not self.has_work:
+            self._watch.rest()
+            self._text_watch.rest()
         return self.has_work
 
     def abandon(self, error: LapilliError) -> None:
@@ -340,7 +342,7 @@ class Engine:
         is_growth = all(share.sequence.is_growing for share in shares)
         started = self.payoff.clock()
         try:
-            logits = self._reader.read(shares)
+            logits = self._reader.read(shares, unchanged=self._watch.token)
             tokens = 0 if logits is None else extend(logits, ending)
         except KeyboardInterrupt:
             for share in shares:

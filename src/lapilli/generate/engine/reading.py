@@ -42,12 +42,14 @@ class Reader:
         self.is_steady = True
         """Whether the last pass took as long as others like it will."""
 
-    def read(self, shares: Items[Share]) -> Float[Tensor, "R V"] | None:
+    def read(
+        self, shares: Items[Share], *, unchanged: object | None = None
+    ) -> Float[Tensor, "R V"] | None:
         """See the function `read`; the logits are valid until the next pass."""
         steps = self._steps
         if steps is None or not steps.takes(shares):
             self.is_steady = True
-            return read(self._model, self._store, shares)
+            return read(self._model, self._store, shares, unchanged=unchanged)
         try:
             logits = steps.read(shares)
         except RuntimeError as error:
@@ -61,7 +63,7 @@ class Reader:
                 stacklevel=2,
             )
             self._steps = self._next_steps()
-            return self.read(shares)
+            return self.read(shares, unchanged=unchanged)
         self.is_steady = not steps.is_fresh
         return logits
 
@@ -82,7 +84,11 @@ class Reader:
 
 @torch.inference_mode()
 def read(
-    model: VisionLanguageModel, store: BlockStore, shares: Items[Share]
+    model: VisionLanguageModel,
+    store: BlockStore,
+    shares: Items[Share],
+    *,
+    unchanged: object | None = None,
 ) -> Float[Tensor, "R V"] | None:
     """Logits after the last token, and every guess, of the rows that have been read.
 
@@ -90,6 +96,7 @@ def read(
         model: the model.
         store: where keys and values go.
         shares: those with fewest positions first.
+        unchanged: the same object as before says that the model is, too; see PagedBatch.
 
     Returns:
         None when no row has been read to its end.
@@ -115,7 +122,7 @@ def read(
     hidden = language_model.forward(
         x[None],
         position_ids=torch.tensor([positions], device=store.device),
-        cache=PagedBatch(store, rows),
+        cache=PagedBatch(store, rows, unchanged=unchanged),
     )
     if not ends:
         return None

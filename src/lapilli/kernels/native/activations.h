@@ -1,4 +1,4 @@
-// Activations in the order in which the tiles read them: kTokens rows of a tile interleaved, so that
+// Activations in the order in which the tiles read them: the rows of a tile interleaved, so that
 // the rows of a tile never alias in the cache.
 //
 //   quantized   q[tile][input / 4][token of the tile][input % 4], scale and correction [tile][group][token]
@@ -78,10 +78,15 @@ void interleave_tile(const LinearCall& call, int64_t first, int64_t tokens, cons
   }
 }
 
+// Tokens of a whole tile: few, rounded, go together, since their tiles have one block of rows (linear.h).
 template <class S>
-int64_t tokens_of_tile(int64_t tokens, int64_t tile) {
-  const int64_t left = tokens - tile * S::kTokens;
-  return left < S::kTokens ? left : S::kTokens;
+int64_t tile_size(const LinearCall& call) {
+  return !call.weight_only && call.tokens <= S::kFew ? S::kFew : S::kTokens;
+}
+
+inline int64_t tokens_of_tile(int64_t tokens, int64_t tile, int64_t size) {
+  const int64_t left = tokens - tile * size;
+  return left < size ? left : size;
 }
 
 // All activations of a call, in memory of the calling thread.
@@ -89,14 +94,14 @@ template <class S>
 Activations prepare(const LinearCall& call, Scratch& scratch) {
   const Weights& w = call.weights;
   const int64_t padded = w.padded(), groups = w.groups(), tokens = call.tokens;
-  const int64_t tiles = (tokens + S::kTokens - 1) / S::kTokens;
-  const int64_t step = 1 + (1 << 14) / (padded * S::kTokens);  // pieces worth handing out
+  const int64_t size = tile_size<S>(call), tiles = (tokens + size - 1) / size;
+  const int64_t step = 1 + (1 << 14) / (padded * size);  // pieces worth handing out
   Activations out{};
   if (call.weight_only) {
     out.x = reinterpret_cast<float*>(scratch.get(tokens * padded * 4));
     for_pieces(call.threads, tiles, step, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        interleave_tile<S>(call, i * S::kTokens, tokens_of_tile<S>(tokens, i), out);
+        interleave_tile<S>(call, i * size, tokens_of_tile(tokens, i, size), out);
       }
     });
     return out;
@@ -109,7 +114,7 @@ Activations prepare(const LinearCall& call, Scratch& scratch) {
   const int32_t bias = w.bits == 8 ? S::kByteBias : (w.zeros != nullptr ? 1 : 8);
   for_pieces(call.threads, tiles, step, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      quantize_tile<S>(call, i * S::kTokens, tokens_of_tile<S>(tokens, i), bias, out);
+      quantize_tile<S>(call, i * size, tokens_of_tile(tokens, i, size), bias, out);
     }
   });
   return out;

@@ -21,6 +21,7 @@ struct Avx2 {
 #endif
   static constexpr int kLanes = 8;
   static constexpr int kTokens = 4;
+  static constexpr int kFew = 4;  // of a tile with one block of output rows
   static constexpr int kVectors = 2;
 
   using I = __m256i;

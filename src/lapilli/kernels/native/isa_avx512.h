@@ -13,6 +13,7 @@ struct Avx512 {
   static constexpr const char* kName = "avx512vnni";
   static constexpr int kLanes = 16;
   static constexpr int kTokens = 6;    // of a tile
+  static constexpr int kFew = 8;  // of a tile with one block of output rows
   static constexpr int kVectors = 2;   // of output rows in a tile
   static constexpr int kByteBias = 128;  // bytes are unsigned: weight + 128
 

@@ -14,10 +14,12 @@ struct Neon {
 #if defined(LAPILLI_NEONDOT)
   static constexpr const char* kName = "neondot";
   static constexpr int kTokens = 6;
+  static constexpr int kFew = 6;  // of a tile with one block of output rows
   using P = struct Nothing {};
 #else
   static constexpr const char* kName = "neon";
   static constexpr int kTokens = 2;  // two registers of 16-bit sums each: more do not fit
+  static constexpr int kFew = 2;
   using P = int16x8x2_t;
 #endif
   static constexpr int kLanes = 4;

@@ -12,6 +12,7 @@ struct Portable {
   static constexpr const char* kName = "portable";
   static constexpr int kLanes = 16;
   static constexpr int kTokens = 4;
+  static constexpr int kFew = 4;  // of a tile with one block of output rows
   static constexpr int kVectors = 1;
   static constexpr int kByteBias = 128;
 

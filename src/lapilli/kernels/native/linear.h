@@ -41,7 +41,11 @@ void dot_tokens(int64_t count, const Weights& shape, const Rows<R>& w, const int
   }
   if constexpr (S::kTokens > 4) {
     if (count == 5) return dot_tile<S, kind, zeros, 5, R>(shape, w, q, scale, correction, out, stride);
-    return dot_tile<S, kind, zeros, 6, R>(shape, w, q, scale, correction, out, stride);
+    if (count == 6) return dot_tile<S, kind, zeros, 6, R>(shape, w, q, scale, correction, out, stride);
+  }
+  if constexpr (S::kFew > S::kTokens && R * S::kLanes == kBlock) {
+    if (count == 7) return dot_tile<S, kind, zeros, 7, R>(shape, w, q, scale, correction, out, stride);
+    return dot_tile<S, kind, zeros, 8, R>(shape, w, q, scale, correction, out, stride);
   }
 }
 
@@ -170,7 +174,7 @@ void float_few(const LinearCall& call, const Activations& a, int64_t vector, flo
   for (int64_t first = 0; first < call.tokens; first += S::kTokens) {
     const float* x = a.x + first * w.padded();
     float* y = out + first * stride;
-    switch (tokens_of_tile<S>(call.tokens, first / S::kTokens)) {
+    switch (tokens_of_tile(call.tokens, first / S::kTokens, S::kTokens)) {
       case 1: float_direct<S, 1>(w, rows, x, y, stride); break;
       case 2: float_direct<S, 2>(w, rows, x, y, stride); break;
       case 3: float_direct<S, 3>(w, rows, x, y, stride); break;
@@ -195,8 +199,9 @@ void dot_rows(const LinearCall& call, const Activations& a, int64_t vector, Scra
   Rows<R> rows = rows_at<S, R>(w, vector);
   const bool unpacked = w.bits == 4 && call.tokens >= kUnpackFrom * S::kTokens;
   if (unpacked) rows = unpack<S, R>(w, rows, scratch.get(padded * R * S::kLanes));
-  for (int64_t first = 0; first < call.tokens; first += S::kTokens) {
-    const int64_t count = tokens_of_tile<S>(call.tokens, first / S::kTokens);
+  const int64_t size = tile_size<S>(call);
+  for (int64_t first = 0; first < call.tokens; first += size) {
+    const int64_t count = tokens_of_tile(call.tokens, first / size, size);
     const int8_t* q = a.q + first * padded;
     const float* scale = a.scale + first * groups;
     const int32_t* correction = a.correction + first * groups;
@@ -231,7 +236,7 @@ void float_rows(const LinearCall& call, const Activations& a, int64_t vector, Sc
     const int64_t end = begin + kFloatPiece < padded ? begin + kFloatPiece : padded;
     dequantize<S, R>(w, rows, begin, end, panel);
     for (int64_t first = 0; first < call.tokens; first += S::kTokens) {
-      const int64_t count = tokens_of_tile<S>(call.tokens, first / S::kTokens);
+      const int64_t count = tokens_of_tile(call.tokens, first / S::kTokens, S::kTokens);
       float_tokens<S, R>(count, panel, a.x + first * padded + begin * count, end - begin,
                          out + first * stride, stride);
     }
@@ -264,9 +269,6 @@ void write_rows(const LinearCall& call, const Activations& a, int64_t vector) {
   overhang.trim();
 }
 
-// Tokens up to which one block of rows is read at a time: one stream from memory is faster than two.
-constexpr int64_t kOneStream = 2;
-
 template <class S, int R>
 int64_t units_of(const LinearCall& call) {
   return (call.weights.blocks() * (kBlock / S::kLanes) + R - 1) / R;
@@ -280,15 +282,16 @@ void write_unit(const LinearCall& call, const Activations& a, int64_t unit) {
   for (int64_t v = vector; v < vectors; ++v) write_rows<S, 1>(call, a, v);
 }
 
+// `pieces` for every thread: whoever is done takes the next one.
 template <class S, int R>
-void share_out(const LinearCall* calls, int64_t count, const Activations& a) {
+void share_out(const LinearCall* calls, int64_t count, const Activations& a, int64_t pieces) {
   const LinearCall& one = calls[0];
   int64_t units = 0;
   for (int64_t i = 0; i < count; ++i) units += units_of<S, R>(calls[i]);
   // A piece is worth a hand's while from about this many multiply-adds.
   const int64_t work = one.tokens * one.weights.padded() * R * S::kLanes;
   const int64_t least = 1 + (int64_t{1} << 17) / work;
-  const int64_t even = units / (one.threads * 8) + 1;
+  const int64_t even = units / (one.threads * pieces) + 1;
   for_pieces(one.threads, units, least > even ? least : even, [&](int64_t begin, int64_t end) {
     int64_t first = 0;  // unit of the call
     for (int64_t i = 0; i < count; ++i) {
@@ -308,10 +311,11 @@ void linear(const LinearCall* calls, int64_t count) {
   static thread_local Scratch scratch;
   if (calls[0].tokens == 0) return;
   const Activations a = prepare<S>(calls[0], scratch);
-  if (calls[0].tokens <= kOneStream) {
-    share_out<S, kBlock / S::kLanes>(calls, count, a);
+  // One block of rows at a time: one stream from memory is faster than two.
+  if (calls[0].tokens <= S::kFew) {
+    share_out<S, kBlock / S::kLanes>(calls, count, a, 4);  // long stretches of memory
   } else {
-    share_out<S, S::kVectors>(calls, count, a);
+    share_out<S, S::kVectors>(calls, count, a, 8);
   }
   scratch.trim();
 }
