@@ -9,6 +9,7 @@ import torch
 
 from lapilli.errors import ConfigError
 from lapilli.kernels.packing import (
+    BLOCK,
     BYTE_ZERO,
     CHUNK,
     NIBBLE_ZERO,
@@ -24,7 +25,7 @@ from lapilli.shapes import Float, Tensor
 
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _HALF_MAX = 65504.0
-_ROWS = 1024  # rounded at once, which bounds the memory of a large layer
+_PIECE = 1 << 18  # weights rounded at once: what is computed of them stays in the cache
 
 
 def round8(weight: Float[Tensor, "out in"], bias: Tensor | None, group_size: int = 128) -> Packed:
@@ -32,13 +33,14 @@ def round8(weight: Float[Tensor, "out in"], bias: Tensor | None, group_size: int
     out_features, in_features = weight.shape
     values = torch.empty((out_features, in_features), dtype=torch.uint8, device=weight.device)
     scales = torch.empty(out_features, device=weight.device)
-    for rows in range(0, out_features, _ROWS):
-        piece = weight[rows : rows + _ROWS].detach().float()
+    step = _rows_at_once(in_features)
+    for rows in range(0, out_features, step):
+        piece = weight[rows : rows + step].detach().float()
         scale = piece.abs().amax(dim=1) / 127.0
         factor = torch.where(scale > 0, 1.0 / scale, 0.0)
         near = (piece * factor[:, None]).round_().clamp_(-127, 127)
-        values[rows : rows + _ROWS] = (near + BYTE_ZERO).to(torch.uint8)
-        scales[rows : rows + _ROWS] = scale
+        values[rows : rows + step] = (near + BYTE_ZERO).to(torch.uint8)
+        scales[rows : rows + step] = scale
     blocked = by_block(scales[:, None])[:, 0]
     return Packed(
         pack8(values), blocked, None, block_bias(bias), out_features, in_features, group_size, 8
@@ -55,8 +57,9 @@ def round4(weight: Float[Tensor, "out in"], bias: Tensor | None, config: QuantCo
     groups = -(-in_features // config.group_size)
     padded = -(-in_features // CHUNK) * CHUNK
     data, scales, zeros = [], [], []
-    for rows in range(0, out_features, _ROWS):
-        piece = weight[rows : rows + _ROWS].detach().float()
+    step = _rows_at_once(in_features)
+    for rows in range(0, out_features, step):
+        piece = weight[rows : rows + step].detach().float()
         piece = pad_to(piece, 1, config.group_size, 0).view(len(piece), groups, -1)
         values, scale, zero = (_symmetric if config.symmetric else _with_zeros)(piece, config)
         if not bool(torch.isfinite(scale).all()):
@@ -75,6 +78,11 @@ def round4(weight: Float[Tensor, "out in"], bias: Tensor | None, config: QuantCo
         config.group_size,
         4,
     )
+
+
+def _rows_at_once(in_features: int) -> int:
+    """Whole blocks of rows."""
+    return max(_PIECE // in_features // BLOCK, 1) * BLOCK
 
 
 _Rounded = tuple[Tensor, Tensor, Tensor]
