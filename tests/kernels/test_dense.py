@@ -60,3 +60,14 @@ def test_a_transposed_weight_runs_on_torch() -> None:
     x, weight = torch.randn(2, 8), torch.randn(8, 3).T
     assert not is_dense_native(x, weight)
     torch.testing.assert_close(dense(x, weight, None), functional.linear(x, weight))
+
+
+def test_the_default_dtype_of_a_program_does_not_count() -> None:
+    x, weight = torch.randn(2, 64), torch.randn(300, 64)
+    expected = dense(x, weight, None)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = dense(x, weight, None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

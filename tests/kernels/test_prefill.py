@@ -111,3 +111,14 @@ def test_bfloat16_is_rounded_once(library: Library) -> None:
     assert found.dtype == torch.bfloat16
     assert found.transpose(1, 2).is_contiguous()
     torch.testing.assert_close(found.double(), exact, atol=0, rtol=2**-8)
+
+
+def test_the_default_dtype_of_a_program_does_not_count() -> None:
+    x = torch.randn(1, 2, 40, 32)
+    expected = prefill_attention(x, x, x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = prefill_attention(x, x, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

@@ -51,7 +51,7 @@ def dense(
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     added = None if bias is None else bias.float().contiguous()
-    out = torch.empty((rows.shape[0], out_features))
+    out = torch.empty((rows.shape[0], out_features), dtype=torch.float32)
     call = DenseCall(
         w=weight.data_ptr(),
         x=rows.data_ptr(),

@@ -88,7 +88,7 @@ def prefill_attention(
     q, k, v = q.float(), k.float(), v.float()
     batch, heads, queries, width = q.shape
     slopes = slopes.float().contiguous() if slopes is not None and causal else None
-    out = torch.empty((batch, queries, heads, width)).transpose(1, 2)
+    out = torch.empty((batch, queries, heads, width), dtype=torch.float32).transpose(1, 2)
     strides = {
         f"{name}_{axis}": x.stride(i)
         for name, x in (("q", q), ("k", k), ("v", v), ("out", out))
