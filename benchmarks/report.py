@@ -54,7 +54,7 @@ def markdown(found: dict[str, Any], summary: dict[str, Any], name: str) -> str:
     """The report as a page."""
     parts = [*_heading(found), "", *_table(summary["engines"]), ""]
     parts += [*_limits(summary), "", *_ratios(summary["ratios"]), "", *_spreads(found)]
-    parts += ["", *_growth(found), *_lookup(found), *_start(found, summary["engines"])]
+    parts += ["", *_growth(found), *_lookup(found), *_start(found)]
     parts += [f"![first token, decoding, growth]({name}.svg)", ""]
     left_out = found["skipped"] | found["failed"]
     parts += [f"- not measured: {key}: {why}" for key, why in left_out.items()]
@@ -172,17 +172,8 @@ def _lookup(found: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _start(found: dict[str, Any], rows: dict[str, dict[str, float]]) -> list[str]:
+def _start(found: dict[str, Any]) -> list[str]:
     lines = []
-    ours = rows.get("lapilli float32")
-    if ours and "load_s" in ours:
-        read = found["read_warm_s"]
-        lines += [
-            f"Loading lapilli float32 takes {ours['load_s'] / read:.2f} x the time of reading its "
-            f"files warm ({read:.2f} s), imports and loading "
-            f"{(ours['import_s'] + ours['load_s']) / read:.2f} x.",
-            "",
-        ]
     if "start_up" in found:
         start = found["start_up"]
         lines += [

@@ -25,7 +25,6 @@ from benchmarks.machine import (
     ChildError,
     machine,
     package_version,
-    read_s,
     run_child,
     start_up,
 )
@@ -178,8 +177,6 @@ def measure(notes: Notes, engines: list[Engine], skipped: dict, wanted: Any) -> 
         weights = (folder / "float").glob("*.safetensors")
         notes.found["float_bytes"] = sum(file.stat().st_size for file in weights)
         notes.found["config"] = json.loads((folder / "float" / "config.json").read_text())
-        read_s(folder / "float")
-        notes.found["read_warm_s"] = read_s(folder / "float")
         notes.write()
         run_rounds(notes, engines, folder, wanted)
         if not wanted.no_growth:

@@ -5,6 +5,7 @@ import torch
 
 from lapilli.errors import ConfigError
 from lapilli.quant import QuantConfig
+from lapilli.quant.quantize import round_weight
 from lapilli.quant.rounding import round4, round8
 
 
@@ -73,3 +74,17 @@ def test_int8_is_packed_where_the_weight_is() -> None:
     weight = torch.empty(20, 96, device="meta")
     packed = round8(weight, weight[:, 0])
     assert {part.device.type for part in (packed.data, packed.scales, packed.bias)} == {"meta"}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_default_dtype_of_a_program_does_not_count(bits: int) -> None:
+    weight = torch.randn(48, 64)
+    expected = round_weight(weight, None, bits, QuantConfig(bits=bits))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = round_weight(weight, None, bits, QuantConfig(bits=bits))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.scales.dtype == expected.scales.dtype
+    assert torch.equal(found.scales, expected.scales)
+    assert torch.equal(found.data, expected.data)

@@ -21,11 +21,13 @@ def empty_packed(linear: nn.Linear, bits: int, group_size: int, *, symmetric: bo
         torch.empty((blocks, padded * bits // 32, 64), dtype=torch.uint8, device=device),
         torch.empty((blocks, groups, BLOCK), dtype=torch.float16, device=device)
         if bits == 4
-        else torch.empty((blocks, BLOCK), device=device),
+        else torch.empty((blocks, BLOCK), dtype=torch.float32, device=device),
         torch.empty((blocks, groups, BLOCK), dtype=torch.uint8, device=device)
         if has_zeros
         else None,
-        None if linear.bias is None else torch.empty((blocks, BLOCK), device=device),
+        None
+        if linear.bias is None
+        else torch.empty((blocks, BLOCK), dtype=torch.float32, device=device),
         linear.out_features,
         linear.in_features,
         group_size,

@@ -32,7 +32,7 @@ def round8(weight: Float[Tensor, "out in"], bias: Tensor | None, group_size: int
     """A linear layer in 8 bits; `group_size` is of the activations."""
     out_features, in_features = weight.shape
     values = torch.empty((out_features, in_features), dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(out_features, device=weight.device)
+    scales = torch.empty(out_features, dtype=torch.float32, device=weight.device)
     step = _rows_at_once(in_features)
     for rows in range(0, out_features, step):
         piece = weight[rows : rows + step].detach().float()
