@@ -12,7 +12,8 @@ from torch.nn import functional
 from lapilli.kernels.library import DenseCall, native
 from lapilli.shapes import Float, Tensor
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+"""Number formats of plain weights, as native/abi.h counts them."""
 
 
 def dense_reference(
@@ -25,7 +26,7 @@ def dense_reference(
 def is_dense_native(x: Tensor, weight: Tensor) -> bool:
     """Whether the library has the product of these."""
     return (
-        weight.dtype in _KINDS
+        weight.dtype in KINDS
         and x.dtype == weight.dtype
         and x.device.type == weight.device.type == "cpu"
         and weight.stride(1) == 1
@@ -63,7 +64,7 @@ def dense(
         w_stride=weight.stride(0),
         x_stride=rows.stride(0),
         y_stride=out_features,
-        kind=_KINDS[weight.dtype],
+        kind=KINDS[weight.dtype],
         threads=torch.get_num_threads(),
     )
     library.functions.lapilli_dense(ctypes.byref(call))

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from lapilli.kernels.dense import KINDS
 from lapilli.kernels.library import LayerCall, Library, Product
 from lapilli.kernels.linear import PackedLinear
 from lapilli.shapes import Float, Int, Tensor
 
 PRODUCTS = ("q", "k", "v", "o", "gate", "up", "down")
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 WIDTH_STEP = 32
 """Head widths that the library rotates and reads are multiples of this."""
 
@@ -138,5 +138,5 @@ def _described(layer: PackedLinear | PlainLinear) -> Product:
         rows=weight.shape[0],
         inputs=weight.shape[1],
         stride=weight.stride(0),
-        kind=_KINDS[weight.dtype],
+        kind=KINDS[weight.dtype],
     )

@@ -10,10 +10,10 @@ import ctypes
 
 import torch
 
+from lapilli.kernels.attention import WIDTH_STEP
 from lapilli.kernels.library import PrefillCall, native
 from lapilli.shapes import Float, Tensor
 
-_WIDTH_STEP = 16
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -48,7 +48,7 @@ def prefills_natively(*tensors: Tensor) -> bool:
     needs_gradient = torch.is_grad_enabled()
     for x in tensors:
         fits = x.dtype in _DTYPES and x.device.type == "cpu" and x.stride(-1) == 1
-        if not fits or x.shape[-1] % _WIDTH_STEP or (needs_gradient and x.requires_grad):
+        if not fits or x.shape[-1] % WIDTH_STEP or (needs_gradient and x.requires_grad):
             return False
     return not torch.compiler.is_compiling() and native() is not None
 

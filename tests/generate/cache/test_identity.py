@@ -62,6 +62,7 @@ def model() -> nn.Module:
     torch.manual_seed(0)
     made = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
     made[1].limit = [3]
+    made[1].register_buffer("extra", None)
     return made
 
 
@@ -109,6 +110,10 @@ def hide_child(model):
     model[0] = None
 
 
+def fill_empty_buffer(model):
+    model[1].extra = torch.zeros(3)
+
+
 def add_lora(model):
     inject(model, LoraConfig(rank=1, alpha=1, targets=("0",)))
 
@@ -123,6 +128,7 @@ CHANGES = [
     change_setting,
     set_number_for_record,
     hide_child,
+    fill_empty_buffer,
     add_lora,
 ]
 
@@ -131,6 +137,7 @@ CHANGES = [
 def test_change_begins_a_new_epoch(model, change):
     watch = WeightWatch(model)
     before = watch.epoch
+    assert watch.epoch == before  # by a glance
     change(model)
     after = watch.epoch
     assert after != before

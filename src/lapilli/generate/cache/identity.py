@@ -144,15 +144,11 @@ class _Glance:
         self._plain, self._things = _columns(plain), _columns(things)
         groups = [inside[kind] for kind in _GROUPS for inside in self._insides]
         self._groups = [group for group in groups if group]
-        tensors = [
-            (group, name)
-            for group in self._groups
-            for name, tensor in group.items()
-            if isinstance(tensor, Tensor)
-        ]
-        self._tensors = _columns(tensors)
-        self._counted = [one[0][one[1]] for one in tensors if not one[0][one[1]].is_inference()]
-        self._held = [group[name] for group, name in tensors]
+        entries = [(group, name) for group in self._groups for name in group]
+        self._entries = _columns(entries)
+        self._values = [group[name] for group, name in entries]  # tensors, or None
+        self._held = [tensor for tensor in self._values if tensor is not None]
+        self._counted = [tensor for tensor in self._held if not tensor.is_inference()]
         self._children = [inside["_modules"] for inside in self._insides]
         self._empty = [group for group in groups if not group]
         self._facts = self._look()
@@ -160,7 +156,7 @@ class _Glance:
     def is_same(self) -> bool:
         """False for every change that counts, and sometimes where there is none."""
         try:
-            if not all(map(is_, map(getitem, *self._tensors), self._held)):
+            if not all(map(is_, map(getitem, *self._entries), self._values)):
                 return False
             return self._facts == self._look()
         except KeyError:
