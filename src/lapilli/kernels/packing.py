@@ -163,7 +163,8 @@ def round_rows(
     padded = pad_to(x.float(), 1, group_size, 0).view(len(x), -1, group_size)
     largest = padded.abs().amax(dim=-1, keepdim=True)
     empty = largest < _SMALLEST
-    factor = torch.where(empty, 0.0, 127.0 / largest)
+    # A number over a tensor would be the number times a rounded reciprocal.
+    factor = torch.where(empty, 0.0, torch.full_like(largest, 127.0) / largest)
     scale = torch.where(empty, 0.0, largest / 127.0)
     return (padded * factor).round().to(torch.int32), scale
 
