@@ -14,7 +14,8 @@ from lapilli.train.batch import TrainingBatch, collate
 from lapilli.train.initialise import initialise
 from lapilli.train.log import RunLog
 from lapilli.train.loop import Loss, train
-from lapilli.train.recipe import Recipe, build_section, load_recipe
+from lapilli.train.recipe import Recipe
+from lapilli.train.recipe_file import build_section, load_recipe
 from lapilli.train.stages import FeatureReader, freeze
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny" / "instruct.toml"

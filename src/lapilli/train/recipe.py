@@ -1,47 +1,40 @@
-"""What a training run does, as frozen values read from TOML; no torch.
+"""What a training run does, as frozen values; no torch. recipe_file.py reads them from TOML."""
 
-recipes/pebble/1_tower.toml  ->  Recipe(stage, optim, run, model, data)      unknown key = error
---optim.lr 2e-4              ->  the same recipe with one value replaced
-"""
-
-import dataclasses
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from lapilli.errors import ConfigError, UnknownKeyError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found]  # only on Python 3.10
+from lapilli.errors import ConfigError
 
 Stage = Literal["tower", "language", "align", "instruct"]
 Schedule = Literal["cosine", "linear", "constant", "trapezoid"]
 Reduction = Literal["tokens", "llava"]
 Precision = Literal["float32", "bfloat16"]
-
-Section = TypeVar("Section")
+Layout = Literal["llava", "huggingface"]
+OnBadSample = Literal["error", "skip"]
+Sharding = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimRecipe:
-    """AdamW and its schedule.
+    """The optimizer and its schedule.
 
     Attributes:
+        name: "adamw", or "sgd" without momentum.
         lr: learning rate at the end of the warm-up.
         projector_lr: another one for the projector; None takes `lr`.
         tower_lr: another one for the vision tower; None takes `lr`.
         warmup_steps: steps of linear growth from 0.
+        warmup_share: the same as a part of all steps, rounded up; it counts when warmup_steps is 0.
         decay_share: part of all steps that a `trapezoid` spends on its way down.
         final_share: part of `lr` that is left at the end.
         clip: largest norm of all gradients together.
+        z_loss: weight of the squared log of the softmax's denominator; 0: none.
+        ema: share of the old average that a step keeps; 0: no average.
     """
 
     lr: float
+    name: Literal["adamw", "sgd"] = "adamw"
     projector_lr: float | None = None
     tower_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
@@ -49,23 +42,44 @@ class OptimRecipe:
     weight_decay: float = 0.0
     schedule: Schedule = "cosine"
     warmup_steps: int = 0
+    warmup_share: float = 0.0
     decay_share: float = 0.3
     final_share: float = 0.0
     clip: float = 1.0
+    z_loss: float = 0.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ConfigError(f"optim.lr is {self.lr}: expected a number above 0")
-        if not 0 <= self.decay_share <= 1:
-            raise ConfigError(f"optim.decay_share is {self.decay_share}: expected 0 to 1")
+        for name in ("decay_share", "warmup_share", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"optim.{name} is {getattr(self, name)}: expected 0 to 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecipe:
-    """How long, how much at once, how often something is written."""
+    """How long, how much at once, how often something is written.
 
-    steps: int
+    Attributes:
+        steps: optimizer steps; 0: as many as `epochs` take.
+        epochs: passes over the data, where `steps` is 0.
+        batch_size: samples of a micro-batch.
+        accumulate: micro-batches of a step, in all processes together.
+        precision: of the forward and backward pass; weights and moments stay as they are.
+        reduction: "tokens": every supervised token of a step weighs the same; "llava": the mean of
+            the micro-batches' means, as in the original.
+        evaluate_every: steps between evaluations; 0: never.
+        keep_best: keep the weights with the lowest evaluation loss.
+        gradient_checkpointing: forget the activations of the layers and compute them again.
+        compile: torch.compile the layers.
+        sharding: what several processes share: "ddp" nothing, "fsdp" weights and moments.
+        workers: processes that read samples ahead; 0: read in the training process.
+    """
+
     batch_size: int
+    steps: int = 0
+    epochs: float = 1.0
     accumulate: int = 1
     precision: Precision = "float32"
     reduction: Reduction = "tokens"
@@ -74,56 +88,168 @@ class RunRecipe:
     log_every: int = 10
     save_every: int = 200
     evaluate_every: int = 0
+    keep_best: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    sharding: Sharding = "ddp"
+    workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
+        for name in ("batch_size", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"run.{name} is {getattr(self, name)}: expected at least 1")
+        if self.steps < 0 or self.epochs <= 0:
+            raise ConfigError(
+                f"run.steps is {self.steps} and run.epochs {self.epochs}: expected 0 or more steps "
+                "and more than no epoch"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecipe:
-    """Sizes of what starts with fresh weights, and where the rest comes from.
+    """What is trained.
 
     Attributes:
-        language_model: output folder of an earlier stage, or a checkpoint.
-        vision_tower: the same for the tower.
-        projector: the same for the projector.
-        vision: fields of VisionConfig for a fresh tower.
-        text: fields of DecoderConfig for a fresh language model.
+        checkpoint: a model that `lapilli build` made, or any LLaVA checkpoint.
+        projector: a projector of an earlier run that is laid over it (its output folder).
+        adapter: a LoRA that is trained on.
+        tune_tower: train the vision tower too (with `optim.tower_lr`).
+        language_model: output folder of an earlier stage (pebble).
+        vision_tower: the same for the tower (pebble).
+        vision: fields of VisionConfig for a fresh tower (pebble).
+        text: fields of DecoderConfig for a fresh language model (pebble).
     """
 
+    checkpoint: str | None = None
+    projector: str | None = None
+    adapter: str | None = None
+    tune_tower: bool = False
     language_model: str | None = None
     vision_tower: str | None = None
-    projector: str | None = None
     vision: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataRecipe:
-    """Which samples.
+class SourceRecipe:
+    """One collection of samples.
 
     Attributes:
+        path: a JSON, JSONL or Parquet file, or tar shards ("shards/{000..012}.tar", a glob).
+        images: the folder that its image paths are relative to; None: the file's own.
+        weight: how often its samples are drawn beside those of other sources; all 1: each
+            sample of all sources once in an epoch.
+    """
+
+    path: str
+    images: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataRecipe:
+    """Which samples, and how they become rows.
+
+    Attributes:
+        sources: where samples come from.
+        held_out: part of every source that is kept for evaluation, 0 to 1; at least one sample.
+        evaluation: sources of their own for evaluation, instead of `held_out`.
+        template: name of the chat template; "": what the checkpoint says ("plain" for align).
+        max_length: positions of a row; longer samples are cut on the right.
+        group: "modality": batches of similar length and of one kind; "length"; "none".
+        pack: several samples in one row of max_length, none seeing another.
+        on_bad_sample: what a sample that cannot be read does to the run.
         num_pictures: how many are drawn (pebble).
-        num_crowds: how many more with many objects, for the tower alone.
-        conversations: a LLaVA JSON file.
-        images: the folder that its `image` paths are relative to.
-        template: name of the chat template.
-        questions: fewest and most questions about one picture in one conversation.
+        num_crowds: how many more with many objects, for the tower alone (pebble).
+        questions: fewest and most questions about one picture in one conversation (pebble).
         long_share: part of the long answers that are kept (pebble).
         pointing: weight of the loss that teaches attention where to look (pebble).
     """
 
+    sources: tuple[SourceRecipe, ...] = ()
+    held_out: float = 0.0
+    evaluation: tuple[SourceRecipe, ...] = ()
+    template: str = ""
+    max_length: int = 2048
+    group: Literal["none", "length", "modality"] = "none"
+    pack: bool = False
+    on_bad_sample: OnBadSample = "error"
     num_pictures: int = 0
     num_crowds: int = 0
-    conversations: str | None = None
-    images: str | None = None
-    template: str = "vicuna_v1"
     questions: tuple[int, int] = (6, 10)
     long_share: float = 1.0
     pointing: float = 0.0
-    max_length: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"data.held_out is {self.held_out}: expected 0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraRecipe:
+    """Adapters instead of whole weights.
+
+    Attributes:
+        rank: of the two small matrices.
+        alpha: scale is alpha / rank.
+        targets: patterns of module paths; empty: all linear layers of the language model but
+            the head, as the original.
+        base: how the frozen base is held: "float", or packed in 4 bits ("int4", "nf4").
+    """
+
+    rank: int = 64
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ()
+    base: Literal["float", "int4", "nf4"] = "float"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseRecipe:
+    """NEFTune: uniform noise while training, never in evaluation.
+
+    Attributes:
+        alpha: size; 0: none.
+        on: "image": the projected features of every picture; "all": every embedding.
+
+    Source: Jain et al. 2023 (all); TinyChat's training (image).
+    """
+
+    alpha: float = 0.0
+    on: Literal["image", "all"] = "all"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillRecipe:
+    """A teacher whose answers are imitated.
+
+    Attributes:
+        teacher: a checkpoint with the same vocabulary.
+        temperature: of both distributions.
+        weight: of the teacher's distribution; the rest is the data's own loss.
+        hidden_weight: of the distance between last hidden states (through a fresh linear map
+            where the widths differ); 0: none.
+    """
+
+    teacher: str
+    temperature: float = 1.0
+    weight: float = 0.5
+    hidden_weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveRecipe:
+    """What comes out.
+
+    Attributes:
+        layout: "llava": the original's; "huggingface": LlavaForConditionalGeneration.
+        merge: fold a LoRA into the weights instead of saving it beside them.
+        dtype: of the stored weights; None: as the checkpoint's.
+    """
+
+    layout: Layout = "llava"
+    merge: bool = False
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,100 +261,7 @@ class Recipe:
     run: RunRecipe
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
-
-
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a TOML file, with `--section.key value` pairs laid over it.
-
-    Raises:
-        ConfigError: not TOML, a missing section, or a value of another type.
-        UnknownKeyError: a section or key that nothing reads.
-    """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    _override(raw, overrides)
-    return build_section(Recipe, raw, "")
-
-
-def build_section(kind: type[Section], raw: Mapping[str, Any], where: str) -> Section:
-    """A dataclass from a table; `where` is the table's name for messages.
-
-    Raises:
-        ConfigError: a key is missing, or its value has another type.
-        UnknownKeyError: a key that is no field.
-    """
-    hints = get_type_hints(kind)
-    fields = {item.name: item for item in dataclasses.fields(cast(Any, kind))}
-    unknown = sorted(set(raw) - set(fields))
-    if unknown:
-        raise UnknownKeyError(
-            f"recipe key {_join(where, unknown[0])} is unknown: expected one of {', '.join(fields)}"
-        )
-    missing = [
-        name
-        for name, item in fields.items()
-        if name not in raw
-        and item.default is dataclasses.MISSING
-        and item.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"recipe key {_join(where, missing[0])} is missing: add it")
-    return kind(**{key: _value(hints[key], value, _join(where, key)) for key, value in raw.items()})
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401  TOML values
-    """The value as the field's type, or an error that names both."""
-    origin = get_origin(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return build_section(hint, value, where)
-    if origin in (Union, UnionType):
-        kinds = [kind for kind in get_args(hint) if kind is not NoneType]
-        return _value(kinds[0], value, where)
-    if origin is Literal:
-        if value not in get_args(hint):
-            raise ConfigError(
-                f"recipe key {where} is {value!r}: expected one of {', '.join(get_args(hint))}"
-            )
-        return value
-    if origin is tuple and isinstance(value, list) and len(value) == len(get_args(hint)):
-        pairs = zip(get_args(hint), value, strict=True)
-        return tuple(_value(kind, item, where) for kind, item in pairs)
-    if origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if (
-        isinstance(hint, type)
-        and isinstance(value, hint)
-        and isinstance(value, bool) is (hint is bool)
-    ):
-        return value
-    name = getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"recipe key {where} is {value!r}: expected {name}")
-
-
-def _override(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """`--section.key value` pairs written into the table; values are read as TOML, else as text."""
-    if len(overrides) % 2:
-        raise ConfigError(f"recipe option {overrides[-1]} has no value: write --section.key VALUE")
-    for option, text in zip(overrides[::2], overrides[1::2], strict=True):
-        if not option.startswith("--"):
-            raise ConfigError(f"recipe option {option!r}: expected --section.key VALUE")
-        *sections, key = option[2:].split(".")
-        table = raw
-        for section in sections:
-            table = table.setdefault(section, {})
-        table[key] = _literal(text)
-
-
-def _literal(text: str) -> Any:  # noqa: ANN401  TOML values
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+    lora: LoraRecipe | None = None
+    noise: NoiseRecipe = field(default_factory=NoiseRecipe)
+    distill: DistillRecipe | None = None
+    save: SaveRecipe = field(default_factory=SaveRecipe)

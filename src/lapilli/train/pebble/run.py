@@ -38,7 +38,8 @@ from lapilli.train.pebble.talk import (
     word_features,
 )
 from lapilli.train.pebble.tower import Joined, TowerTask, TowerTrainer, normalise
-from lapilli.train.recipe import Recipe, build_section, load_recipe
+from lapilli.train.recipe import Recipe
+from lapilli.train.recipe_file import build_section, load_recipe
 from lapilli.train.stages import FeatureReader, freeze
 
 STAGES: Final = ("1_tower", "2_language", "3_align", "4_instruct")

@@ -1,0 +1,127 @@
+"""A recipe from its TOML file and from options; knows text and dataclasses, no torch.
+
+recipes/pebble/1_tower.toml  ->  Recipe(stage, optim, run, model, data)      unknown key = error
+--optim.lr 2e-4              ->  the same recipe with one value replaced
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from lapilli.errors import ConfigError, UnknownKeyError
+from lapilli.train.recipe import Recipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found]  # only on Python 3.10
+
+Section = TypeVar("Section")
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a TOML file, with `--section.key value` pairs laid over it.
+
+    Raises:
+        ConfigError: not TOML, a missing section, or a value of another type.
+        UnknownKeyError: a section or key that nothing reads.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    _override(raw, overrides)
+    return build_section(Recipe, raw, "")
+
+
+def build_section(kind: type[Section], raw: Mapping[str, Any], where: str) -> Section:
+    """A dataclass from a table; `where` is the table's name for messages.
+
+    Raises:
+        ConfigError: a key is missing, or its value has another type.
+        UnknownKeyError: a key that is no field.
+    """
+    hints = get_type_hints(kind)
+    fields = {item.name: item for item in dataclasses.fields(cast(Any, kind))}
+    unknown = sorted(set(raw) - set(fields))
+    if unknown:
+        raise UnknownKeyError(
+            f"recipe key {_join(where, unknown[0])} is unknown: expected one of {', '.join(fields)}"
+        )
+    missing = [
+        name
+        for name, item in fields.items()
+        if name not in raw
+        and item.default is dataclasses.MISSING
+        and item.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"recipe key {_join(where, missing[0])} is missing: add it")
+    return kind(**{key: _value(hints[key], value, _join(where, key)) for key, value in raw.items()})
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401  TOML values
+    """The value as the field's type, or an error that names both."""
+    origin = get_origin(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return build_section(hint, value, where)
+    if origin in (Union, UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+        return _value(kinds[0], value, where)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(
+                f"recipe key {where} is {value!r}: expected one of {', '.join(get_args(hint))}"
+            )
+        return value
+    if origin is tuple and isinstance(value, list):
+        return _tuple(get_args(hint), value, where)
+    if origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and isinstance(value, bool) is (hint is bool)
+    ):
+        return value
+    name = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"recipe key {where} is {value!r}: expected {name}")
+
+
+def _tuple(kinds: tuple[Any, ...], value: list[Any], where: str) -> tuple[Any, ...]:
+    """A list as a tuple of fixed kinds, or of any number of one kind."""
+    if kinds[-1] is Ellipsis:
+        return tuple(_value(kinds[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if len(kinds) != len(value):
+        raise ConfigError(f"recipe key {where} has {len(value)} values: expected {len(kinds)}")
+    return tuple(_value(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+
+
+def _override(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """`--section.key value` pairs written into the table; values are read as TOML, else as text."""
+    if len(overrides) % 2:
+        raise ConfigError(f"recipe option {overrides[-1]} has no value: write --section.key VALUE")
+    for option, text in zip(overrides[::2], overrides[1::2], strict=True):
+        if not option.startswith("--"):
+            raise ConfigError(f"recipe option {option!r}: expected --section.key VALUE")
+        *sections, key = option[2:].split(".")
+        table = raw
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[key] = _literal(text)
+
+
+def _literal(text: str) -> Any:  # noqa: ANN401  TOML values
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
