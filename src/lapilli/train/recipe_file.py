@@ -102,7 +102,7 @@ def _tuple(kinds: tuple[Any, ...], value: list[Any], where: str) -> tuple[Any, .
     if kinds[-1] is Ellipsis:
         return tuple(_value(kinds[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if len(kinds) != len(value):
-        raise ConfigError(f"recipe key {where} has {len(value)} values: expected {len(kinds)}")
+        raise ConfigError(f"recipe key {where} is {value!r}: expected {len(kinds)} values")
     return tuple(_value(kind, item, where) for kind, item in zip(kinds, value, strict=True))
 
 
