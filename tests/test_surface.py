@@ -14,6 +14,7 @@ PUBLIC = {
     "CheckpointError",
     "ConfigError",
     "ContextTooLongError",
+    "DataError",
     "FusionError",
     "Generation",
     "GenerationError",

@@ -10,6 +10,7 @@
     |  |- ShapeMismatchError              a tensor of another shape than the config says
     |  '- UnsafeFileError                 a pickle that wants to run code
     |- MediaError (ValueError)            a picture that cannot be fetched or decoded
+    |- DataError (ValueError)             a training sample, or the file that holds it
     |- PromptError (ValueError)           messages, templates, placeholders
     |  '- MediaCountMismatchError         another number of media than of places for them
     |- FusionError (ValueError)           features that do not fit their span
@@ -58,6 +59,10 @@ class UnsafeFileError(CheckpointError):
 
 class MediaError(LapilliError, ValueError):
     """A picture, or another medium, that cannot be fetched or decoded."""
+
+
+class DataError(LapilliError, ValueError):
+    """A training sample, or a file of samples, that cannot be learned from."""
 
 
 class PromptError(LapilliError, ValueError):

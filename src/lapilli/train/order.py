@@ -1,7 +1,25 @@
-"""Which samples a step reads: a function of seed and step, so resuming needs no kept state."""
+"""Which samples a step reads: a function of seed, step and the data, so resuming needs no state.
+
+    epoch 0                     epoch 1
+    | step 0 | step 1 | step 2 ...                 every epoch another order of all samples;
+    |mb|mb|mb|mb|mb|mb|                            steps are whole, also across the border
+
+Knows numbers of samples and their lengths only.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import ceil
+from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from lapilli.errors import ConfigError
+from lapilli.train.sampler import grouped_by_length, grouped_by_modality
+
+Group = Literal["none", "length", "modality"]
 
 
 def draw_indices(num_samples: int, batch_size: int, number: int, *, seed: int) -> NDArray[np.int64]:
@@ -13,6 +31,116 @@ def draw_indices(num_samples: int, batch_size: int, number: int, *, seed: int) -
     epochs, offsets = np.divmod(places, num_samples)
     out = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(epochs):
-        order = np.random.default_rng([seed, int(epoch), 29]).permutation(num_samples)
+        order = _permutation(num_samples, int(epoch), seed)
         out[epochs == epoch] = order[offsets[epochs == epoch]]
     return out
+
+
+def _permutation(num_samples: int, epoch: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch, 29]).permutation(num_samples)
+
+
+class Order:
+    """The samples of every step and micro-batch.
+
+    Args:
+        counts: samples of every source; they are numbered source after source.
+        batch_size: samples of a micro-batch.
+        accumulate: micro-batches of a step, in all processes together.
+        seed: of the shuffles.
+        weights: of the sources: how often an epoch has each of its samples; 0.5: every second
+            epoch. None: all 1.
+        words: of every sample, negative without media; needed for groups.
+        group: "length": micro-batches of even length in sum, as the original's sampler deals them
+            out; "modality": and of one kind each, but for the ends of epochs.
+
+    Raises:
+        ConfigError: nothing to draw from, or no words to group by.
+
+    Source: LLaVA llava_trainer.py (LengthGroupedSampler); see sampler.py.
+    Note: the last step of an epoch is filled from the next one, so every step is whole; the
+        original ends with a smaller one.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        words: Sequence[int] | NDArray[np.int64] | None = None,
+        group: Group = "none",
+    ) -> None:
+        self._counts = tuple(counts)
+        self._weights = tuple(weights or [1.0] * len(self._counts))
+        self._per_source = [
+            round(n * weight) for n, weight in zip(self._counts, self._weights, strict=True)
+        ]
+        self.epoch_size = sum(self._per_source)
+        self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
+        self._words, self._group = words, group
+        if min(self._weights, default=0.0) < 0 or not self.epoch_size:
+            raise ConfigError(
+                f"an epoch of sources with {self._counts} samples and the weights {self._weights} "
+                "is empty: expected samples, and weights above 0"
+            )
+        if group != "none" and (words is None or len(words) != sum(self._counts)):
+            raise ConfigError(f"grouping by {group} needs the words of every sample")
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    @property
+    def step_size(self) -> int:
+        """Samples of a step."""
+        return self.batch_size * self.accumulate
+
+    def steps(self, epochs: float) -> int:
+        """Steps that so many passes over the data take."""
+        return max(1, ceil(epochs * self.epoch_size / self.step_size))
+
+    def indices(self, step: int, micro: int) -> list[int]:
+        """Numbers of the samples of a micro-batch."""
+        first = step * self.step_size + micro * self.batch_size
+        places = np.arange(first, first + self.batch_size)
+        epochs, offsets = np.divmod(places, self.epoch_size)
+        return [
+            int(self._epoch(int(epoch))[offset])
+            for epoch, offset in zip(epochs, offsets, strict=True)
+        ]
+
+    def _draw_epoch(self, epoch: int) -> NDArray[np.int64]:
+        members = self._members(epoch)
+        order = members[_permutation(len(members), epoch, self.seed)]
+        if self._group == "none":
+            return order
+        head = -(epoch * self.epoch_size) % self.step_size  # what the last step still lacks
+        return np.concatenate([order[:head], self._grouped(order[head:], epoch)])
+
+    def _members(self, epoch: int) -> NDArray[np.int64]:
+        """The samples of an epoch, unshuffled: of every source the next ones of its own passes."""
+        parts, start = [], 0
+        for number, (count, drawn) in enumerate(zip(self._counts, self._per_source, strict=True)):
+            if drawn == count:
+                parts.append(np.arange(start, start + count))
+            elif drawn:
+                inside = draw_indices(count, drawn, epoch, seed=self.seed + 7919 * (number + 1))
+                parts.append(start + inside)
+            start += count
+        return np.concatenate(parts)
+
+    def _grouped(self, order: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        if not len(order):
+            return order
+        words = np.asarray(self._words)[order].tolist()
+        first, second = np.random.default_rng([self.seed, epoch, 37]).integers(2**62, size=2)
+        outer = torch.Generator().manual_seed(int(first))
+        if self._group == "length":
+            sizes = [abs(size) for size in words]
+            places = grouped_by_length(sizes, self.batch_size, self.accumulate, outer)
+        else:
+            inner = torch.Generator().manual_seed(int(second))
+            places = grouped_by_modality(
+                words, self.batch_size, self.accumulate, outer, within=inner
+            )
+        return order[places]

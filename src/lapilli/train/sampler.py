@@ -6,6 +6,7 @@ Source: LLaVA llava_trainer.py (LengthGroupedSampler), which follows fairseq and
 """
 
 from collections.abc import Iterator, Sequence
+from heapq import heappop, heappush
 
 import torch
 from torch.utils.data import Sampler
@@ -22,9 +23,12 @@ def even_chunks(indices: Sequence[int], lengths: Sequence[int], chunks: int) -> 
         return [list(indices[start::chunks]) for start in range(chunks)]
     size = len(indices) // chunks
     parts: list[list[int]] = [[] for _ in range(chunks)]
+    shortest_first: list[tuple[int, int]] = [(0, part) for part in range(chunks)]
     for index in indices:
-        open_parts = [part for part in parts if len(part) < size]
-        min(open_parts, key=lambda part: sum(lengths[i] for i in part)).append(index)
+        total, part = heappop(shortest_first)
+        parts[part].append(index)
+        if len(parts[part]) < size:
+            heappush(shortest_first, (total + lengths[index], part))
     return parts
 
 
@@ -57,6 +61,8 @@ def grouped_by_modality(
     batch_size: int,
     world_size: int,
     generator: torch.Generator | None = None,
+    *,
+    within: torch.Generator | None = None,
 ) -> list[int]:
     """As `grouped_by_length`, with no batch of both kinds but the last.
 
@@ -64,8 +70,9 @@ def grouped_by_modality(
         lengths: positive with an image, negative without.
         batch_size: see `grouped_by_length`.
         world_size: see `grouped_by_length`.
-        generator: shuffles the batches; the samples of a kind are shuffled by torch's global
-            source, as in the original.
+        generator: shuffles the batches.
+        within: shuffles the samples of a kind; None takes torch's global source, as the original
+            always does.
 
     Raises:
         ConfigError: a length of 0, which says of neither kind that it is one.
@@ -83,7 +90,7 @@ def grouped_by_modality(
     whole: list[list[int]] = []
     rest: list[int] = []
     for kind in kinds:
-        inner = grouped_by_length([sizes[i] for i in kind], batch_size, world_size)
+        inner = grouped_by_length([sizes[i] for i in kind], batch_size, world_size, within)
         order = [kind[i] for i in inner]
         batches = [order[start : start + mega] for start in range(0, len(order), mega)]
         whole += batches[:-1]

@@ -1,0 +1,195 @@
+"""Samples of several sources under one numbering; knows neither tokens nor pixels."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lapilli.errors import DataError
+from lapilli.train.data.formats import Placement, to_sample
+from lapilli.train.data.rows import Row, RowMaker
+from lapilli.train.data.sample import Sample
+from lapilli.train.data.source import Source, open_source
+from lapilli.train.order import Order
+from lapilli.train.recipe import DataRecipe, OnBadSample, RunRecipe, SourceRecipe
+
+
+class Dataset:
+    """Samples 0 to len - 1, source after source.
+
+    Args:
+        sources: where records come from.
+        weights: of the sources, see SourceRecipe; None: all 1.
+        placement: see `to_sample`.
+        chosen: which records of every source; None: all.
+
+    Raises:
+        DataError: no sample at all.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        weights: Sequence[float] | None = None,
+        placement: Placement = "front",
+        chosen: Sequence[NDArray[np.int64]] | None = None,
+    ) -> None:
+        self.sources = tuple(sources)
+        self.weights = tuple(weights or [1.0] * len(self.sources))
+        self._placement: Placement = placement
+        self._chosen = chosen
+        self.counts = tuple(
+            len(source) if chosen is None else len(chosen[number])
+            for number, source in enumerate(self.sources)
+        )
+        self._ends = list(accumulate(self.counts))
+        self._words: NDArray[np.int64] | None = None
+        if not len(self):
+            names = ", ".join(source.name for source in self.sources) or "no source"
+            raise DataError(f"there is no sample in {names}")
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _at(self, index: int) -> tuple[Source, int]:
+        number = bisect_right(self._ends, index)
+        inside = index - (self._ends[number - 1] if number else 0)
+        if self._chosen is not None:
+            inside = int(self._chosen[number][inside])
+        return self.sources[number], inside
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`, its media unopened.
+
+        Raises:
+            DataError: its record cannot be read.
+        """
+        source, inside = self._at(index)
+        return to_sample(
+            source.record(inside),
+            where=source.where(inside),
+            placement=self._placement,
+            resolve=lambda name: source.media(inside, name),
+        )
+
+    def words(self) -> NDArray[np.int64]:
+        """Words of every sample, negative where it has no media; every record is read once.
+
+        A sample that cannot be read counts -1: what is wrong is said when it is drawn.
+
+        Source: LLaVA train.py, LazySupervisedDataset.modality_lengths.
+        """
+        if self._words is None:
+            counts = (self._signed_words(index) for index in range(len(self)))
+            self._words = np.fromiter(counts, np.int64, len(self))
+        return self._words
+
+    def _signed_words(self, index: int) -> int:
+        try:
+            sample = self.sample(index)
+        except DataError:
+            return -1
+        pictures = len(sample.media)
+        words = sum(len(message.text.split()) for message in sample.messages) + pictures
+        return words if pictures else -max(words, 1)
+
+    def split(self, share: float, *, seed: int) -> tuple["Dataset", "Dataset"]:
+        """What is trained on, and what is held out: of every source, a choice by seed and name.
+
+        Args:
+            share: of every source that is held out; at least one sample.
+            seed: another one holds out others.
+
+        Raises:
+            DataError: a source of one sample only.
+        """
+        kept, held = [], []
+        for source, count in zip(self.sources, self.counts, strict=True):
+            number = max(1, round(share * count))
+            if number >= count:
+                raise DataError(
+                    f"{source.name} has {count} samples: holding out {number} leaves none to learn "
+                    "from"
+                )
+            key = crc32(source.name.replace("\\", "/").rpartition("/")[2].encode())
+            order = np.random.default_rng([seed, key, 31]).permutation(count)
+            held.append(np.sort(order[:number]))
+            kept.append(np.sort(order[number:]))
+        return self._part(kept), self._part(held)
+
+    def _part(self, chosen: list[NDArray[np.int64]]) -> "Dataset":
+        if self._chosen is not None:
+            chosen = [old[new] for old, new in zip(self._chosen, chosen, strict=True)]
+        return Dataset(self.sources, weights=self.weights, placement=self._placement, chosen=chosen)
+
+
+class Rows:
+    """Rows by number of the sample, with what to do about a bad one.
+
+    Args:
+        dataset: gives the samples.
+        maker: makes rows of them.
+        on_bad_sample: "error", or "skip": the next sample that can be read stands in for it.
+    """
+
+    def __init__(
+        self, dataset: Dataset, maker: RowMaker, *, on_bad_sample: OnBadSample = "error"
+    ) -> None:
+        self._dataset, self._maker = dataset, maker
+        self._on_bad_sample: OnBadSample = on_bad_sample
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def row(self, index: int) -> Row:
+        """The row of sample `index`; `skipped` says what could not be read on the way to it.
+
+        Raises:
+            DataError: it cannot be read, or with "skip" none can.
+        """
+        skipped: list[str] = []
+        for step in range(len(self._dataset)):
+            row = self._try_row((index + step) % len(self._dataset))
+            if isinstance(row, Row):
+                return replace(row, skipped=tuple(skipped))
+            skipped.append(str(row))
+        raise DataError(
+            f"none of {len(skipped)} samples can be learned from; the first: {skipped[0]}"
+        )
+
+    def _try_row(self, index: int) -> Row | DataError:
+        try:
+            return self._maker.row(self._dataset.sample(index))
+        except DataError as error:
+            if self._on_bad_sample == "error":
+                raise
+            return error
+
+
+def open_dataset(sources: Sequence[SourceRecipe], *, placement: Placement = "front") -> Dataset:
+    """The samples of a recipe's sources.
+
+    Raises:
+        DataError: no such file, a damaged one, or no sample.
+        ConfigError: a Parquet file without pyarrow.
+    """
+    opened = [open_source(source) for source in sources]
+    return Dataset(opened, weights=[source.weight for source in sources], placement=placement)
+
+
+def order_of(dataset: Dataset, data: DataRecipe, run: RunRecipe) -> Order:
+    """Which samples every step of a run reads."""
+    return Order(
+        dataset.counts,
+        weights=dataset.weights,
+        words=None if data.group == "none" else dataset.words(),
+        group=data.group,
+        batch_size=run.batch_size,
+        accumulate=run.accumulate,
+        seed=run.seed,
+    )

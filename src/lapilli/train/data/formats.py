@@ -1,0 +1,206 @@
+r"""Records of the formats that people have -> Sample; knows names of keys, opens nothing.
+
+    LLaVA     {"id", "image": name | [names], "conversations": [{"from": "human"|"gpt", "value"}]}
+    ShareGPT  {"images": [...], "system": text, "conversations": [{"from", "value"}, ...]}
+    OpenAI    {"messages": [{"role", "content": text | [{"type": "text"|"image_url"|"image"}]}]}
+
+A text holds one "<image>" for every picture that the record lists. Every record is looked at on its
+own: a file may mix the formats.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lapilli.errors import DataError, MediaCountMismatchError
+from lapilli.prompt.message import MediaPart, Message, Part, Role, TextPart
+from lapilli.train.data.sample import Sample
+
+Record = Mapping[str, Any]
+Placement = Literal["front", "written"]
+Resolve = Callable[[object], object]
+
+PLACEHOLDER = "<image>"
+ROLES: Mapping[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+}
+_TURN_KEYS = ("conversations", "messages", "conversation")
+_MEDIA_KEYS = ("image", "images")
+_ID_KEYS = ("id", "sample_id", "question_id", "__key__")
+
+
+def to_sample(
+    record: object, *, where: str, placement: Placement = "front", resolve: Resolve | None = None
+) -> Sample:
+    """The sample of a record of any known format.
+
+    Args:
+        record: what a file holds.
+        where: its place, for messages.
+        placement: "front" moves the pictures of a turn before its text, as the original does with
+            one; "written" leaves them where they stand.
+        resolve: makes of what the record calls a picture something that media/fetch takes.
+
+    Raises:
+        DataError: no known format, an unknown role, or another number of pictures than of places.
+
+    Source: LLaVA train.py, preprocess_multimodal (placement) and preprocess_v1 (an answer that
+        stands first is dropped).
+    """
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where} holds a {type(record).__name__}: expected an object")
+    name = next((str(record[key]) for key in _ID_KEYS if record.get(key) is not None), where)
+    sample = Sample(name, (), where)
+    try:
+        messages = _messages(record)
+    except _FormatError as reason:
+        raise DataError(f"{sample.label}: {reason}") from reason
+    resolve = resolve or (lambda source: source)
+    shown = [_place(_resolved(message, resolve), placement) for message in messages]
+    return replace(sample, messages=tuple(shown))
+
+
+class _FormatError(Exception):
+    """Why a record is no sample; becomes a DataError with its place."""
+
+
+def _messages(record: Record) -> list[Message]:
+    pictures = _Pictures(listed_media(record))
+    messages = [pictures.message(role, content) for role, content in turns_of(record)]
+    if pictures.used != len(pictures.names):
+        raise _FormatError(
+            f"{len(pictures.names)} images but {pictures.used} {PLACEHOLDER} placeholders: write "
+            "one for each image"
+        )
+    if messages and messages[0].role == "assistant":
+        if messages[0].media:
+            raise _FormatError("the first turn is an answer with an image: only the user shows any")
+        messages = messages[1:]
+    system = record.get("system")
+    if isinstance(system, str) and system:
+        messages.insert(0, Message.system(system))
+    if not messages:
+        raise _FormatError("it has no turns")
+    return messages
+
+
+def listed_media(record: Record) -> list[object]:
+    """What the record's "image" or "images" names, in order."""
+    for key in _MEDIA_KEYS:
+        value = record.get(key)
+        if value is not None:
+            return list(value) if isinstance(value, list | tuple) else [value]
+    return []
+
+
+def turns_of(record: Record) -> list[tuple[Role, object]]:
+    """Role and content of every turn, under whatever names."""
+    key = next((key for key in _TURN_KEYS if record.get(key) is not None), None)
+    if key is None:
+        raise _FormatError(
+            f"no list {' or '.join(map(repr, _TURN_KEYS[:2]))}, found the keys "
+            f"{', '.join(map(repr, record)) or 'none'}"
+        )
+    turns = record[key]
+    if isinstance(turns, str):  # a column of a table may hold JSON
+        try:
+            turns = json.loads(turns)
+        except json.JSONDecodeError as error:
+            raise _FormatError(f"{key!r} is a text that is no JSON: {error}") from error
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise _FormatError(f"{key!r} is a {type(turns).__name__}: expected a list of turns")
+    return [_turn(turn, number) for number, turn in enumerate(turns)]
+
+
+def _turn(turn: object, number: int) -> tuple[Role, object]:
+    if not isinstance(turn, Mapping):
+        raise _FormatError(f"turn {number} is a {type(turn).__name__}: expected an object")
+    speaker = turn.get("from", turn.get("role"))
+    if speaker not in ROLES:
+        raise _FormatError(
+            f"turn {number} is from {speaker!r}: expected human, gpt or system (user, assistant)"
+        )
+    content = turn.get("value", turn.get("content"))
+    if not isinstance(content, str | list):
+        raise _FormatError(
+            f"turn {number} says a {type(content).__name__}: expected a text or a list of parts"
+        )
+    return ROLES[speaker], content
+
+
+@dataclass(slots=True)
+class _Pictures:
+    """The record's pictures, handed out in order."""
+
+    names: list[object]
+    used: int = 0
+
+    def message(self, role: Role, content: object) -> Message:
+        if isinstance(content, str):
+            return self._from_text(role, content)
+        parts = [self._part(part) for part in content if part is not None]  # type: ignore[attr-defined]  # a list, see _turn
+        return Message(role, tuple(part for part in parts if part != TextPart("")))
+
+    def _from_text(self, role: Role, text: str) -> Message:
+        number = text.count(PLACEHOLDER)
+        given = self.names[self.used : self.used + number]
+        self.used += number
+        try:
+            return Message.from_placeholders(role, text, given)
+        except MediaCountMismatchError as error:
+            raise _FormatError(
+                f"{len(self.names)} images but at least {self.used} {PLACEHOLDER} placeholders: "
+                "list one image for each"
+            ) from error
+
+    def _part(self, part: object) -> Part:
+        if isinstance(part, str):
+            return TextPart(part)
+        if not isinstance(part, Mapping):
+            raise _FormatError(f"a part is a {type(part).__name__}: expected an object")
+        kind = part.get("type")
+        if kind in ("text", "input_text", "output_text"):
+            return TextPart(str(part.get("text") or ""))
+        if kind in ("image", "image_url", "input_image"):
+            return MediaPart(self._source(part))
+        raise _FormatError(f"a part has the type {kind!r}: expected text, image or image_url")
+
+    def _source(self, part: Mapping[str, Any]) -> object:
+        for key in ("image_url", "image", "url", "path", "source", "data", "base64"):
+            value = part.get(key)
+            if isinstance(value, Mapping):
+                value = value.get("url", value)
+            if value is not None:
+                return value
+        self.used += 1  # an empty place: the record lists the picture
+        if self.used > len(self.names):
+            raise _FormatError(
+                f"{len(self.names)} images but at least {self.used} parts without a picture of "
+                "their own"
+            )
+        return self.names[self.used - 1]
+
+
+def _resolved(message: Message, resolve: Resolve) -> Message:
+    parts = [
+        replace(part, source=resolve(part.source)) if isinstance(part, MediaPart) else part
+        for part in message.parts
+    ]
+    return Message(message.role, tuple(parts))
+
+
+def _place(message: Message, placement: Placement) -> Message:
+    """Pictures first, and the text without white space around it, as the original."""
+    if placement == "written" or not message.media:
+        return message
+    text = message.text.strip()
+    return Message(message.role, (*message.media, *([TextPart(text)] if text else [])))

@@ -1,0 +1,190 @@
+"""JSON arrays and JSON lines as records by number; only byte ranges stay in memory.
+
+read once:  [ {...}, {...} ]  ->  start, end, line of every record (20 bytes each)
+record(i):  seek, read, decode
+"""
+
+import codecs
+import json
+from array import array
+from collections.abc import Iterator
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from lapilli.errors import DataError
+from lapilli.train.data.pictures import PictureFolder
+
+_BLOCK = 1 << 22
+_BLANK = " \t\r\n"
+_BOM = codecs.BOM_UTF8
+
+
+class _Ranges:
+    """Byte ranges of a file that hold one JSON value each."""
+
+    def __init__(self, path: Path, folder: PictureFolder) -> None:
+        self.name = str(path)
+        self._path, self._folder = path, folder
+        self._starts, self._ends = array("q"), array("q")
+        self._lines = array("l")
+
+    def _add(self, start: int, end: int, line: int) -> None:
+        self._starts.append(start)
+        self._ends.append(end)
+        self._lines.append(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def record(self, index: int) -> Any:  # noqa: ANN401 - see Source
+        """See Source."""
+        with self._path.open("rb") as file:
+            file.seek(self._starts[index])
+            data = file.read(self._ends[index] - self._starts[index])
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.where(index)}: no valid JSON: {error}") from error
+
+    def where(self, index: int) -> str:
+        """See Source."""
+        return f"{self._path}:{self._lines[index]}"
+
+    def media(self, index: int, name: object) -> object:
+        """See Source."""
+        try:
+            return self._folder.find(name)
+        except DataError as error:
+            raise DataError(f"{self.where(index)}: {error}") from error
+
+
+class LinesSource(_Ranges):
+    """One JSON value per line; empty lines do not count. A broken line is found when it is read."""
+
+    def __init__(self, path: Path, folder: PictureFolder) -> None:
+        super().__init__(path, folder)
+        at = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                skipped = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
+                if line[skipped:].strip():
+                    self._add(at + skipped, at + len(line), number)
+                at += len(line)
+
+
+class JsonSource(_Ranges):
+    """One array of records.
+
+    Raises:
+        DataError: the file is no array, or ends in the middle of it.
+    """
+
+    def __init__(self, path: Path, folder: PictureFolder) -> None:
+        super().__init__(path, folder)
+        with path.open("rb") as file:
+            for start, end, line in _Scanner(path, file).values():
+                self._add(start, end, line)
+
+
+class _Scanner:
+    """Finds the values of an array; decodes one at a time and forgets it.
+
+    `text` is the stretch of the file that is looked at, `at` a place in it.
+    """
+
+    def __init__(self, path: Path, file: BufferedReader) -> None:
+        self._path, self._file = path, file
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._scan = json.JSONDecoder().raw_decode
+        self.text, self.at = "", 0
+        self._bytes, self._line = 0, 1  # of what lies before `at`
+        self._ended = False
+
+    def values(self) -> Iterator[tuple[int, int, int]]:
+        """Start and end in bytes, and line, of every value.
+
+        Raises:
+            DataError: see JsonSource.
+        """
+        if self._file.read(len(_BOM)) == _BOM:
+            self._bytes = len(_BOM)
+        else:
+            self._file.seek(0)
+        if self._next() != "[":
+            raise DataError(
+                f"{self._path}:{self._line}: expected a list of samples, which begins with '['; "
+                "one object per line belongs into a .jsonl file"
+            )
+        self._move(self.at + 1)
+        if self._next() != "]":
+            yield self._value()
+            while self._next() == ",":
+                self._move(self.at + 1)
+                self._next()
+                yield self._value()
+        if self._next() != "]":
+            found = repr(self._next()) if self._next() else "the end of the file"
+            raise DataError(
+                f"{self._path}:{self._line}: expected ',' or ']' after a sample, found {found}"
+            )
+        self._move(self.at + 1)
+        if self._next():
+            raise DataError(f"{self._path}:{self._line}: more text after the list of samples")
+
+    def _next(self) -> str:
+        """The next character that is no white space; "" at the end of the file."""
+        while True:
+            end = len(self.text)
+            place = self.at
+            while place < end and self.text[place] in _BLANK:
+                place += 1
+            self._move(place)
+            if place < end:
+                return self.text[place]
+            if not self._more():
+                return ""
+
+    def _value(self) -> tuple[int, int, int]:
+        while True:
+            try:
+                end = self._scan(self.text, self.at)[1]
+            except json.JSONDecodeError as error:
+                if not self._cut_off(error) or not self._more():
+                    line = self._line + self.text.count("\n", self.at, error.pos)
+                    raise DataError(
+                        f"{self._path}:{line}: no valid JSON: {error.msg} (in the sample that "
+                        f"begins in line {self._line}); a file that was cut off ends like this"
+                    ) from error
+                continue
+            except RecursionError as error:
+                raise DataError(f"{self._path}:{self._line}: nested too deeply") from error
+            start, line = self._bytes, self._line
+            self._move(end)
+            return start, self._bytes, line
+
+    def _cut_off(self, error: json.JSONDecodeError) -> bool:
+        """Whether more text could mend it: what is wrong is where the text ends."""
+        return error.msg.startswith("Unterminated") or error.pos >= len(self.text) - 16
+
+    def _move(self, place: int) -> None:
+        passed = self.text[self.at : place]
+        self._bytes += len(passed) if passed.isascii() else len(passed.encode())
+        self._line += passed.count("\n")
+        self.at = place
+
+    def _more(self) -> bool:
+        """Read as much again as is kept, and a block at least; False at the end of the file."""
+        if self._ended:
+            return False
+        kept = self.text[self.at :]
+        data = self._file.read(max(_BLOCK, len(kept)))
+        self._ended = not data
+        try:
+            self.text = kept + self._decode(data, self._ended)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self._path} is no UTF-8 (near byte {self._bytes}): {error}"
+            ) from error
+        self.at = 0
+        return not self._ended

@@ -1,0 +1,55 @@
+"""What a record calls a picture -> what media/fetch takes; opens nothing."""
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lapilli.errors import DataError
+
+_URL = re.compile(r"(?:https?|data):", re.IGNORECASE)
+# How base64 of JPEG, PNG, GIF, WebP, BMP and TIFF begins.
+_BASE64 = re.compile(
+    r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-9A-Za-z]|SUkq|TU0A)[A-Za-z0-9+/=\s]{60,}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFolder:
+    """Names of pictures as files of a folder; data URIs, URLs, bytes and base64 as themselves."""
+
+    folder: Path
+
+    def find(self, name: object) -> object:
+        """What media/fetch takes.
+
+        Raises:
+            DataError: a picture of an unknown kind, or an empty name.
+        """
+        picture = picture_of(name)
+        if isinstance(picture, str) and not _URL.match(picture):
+            return self.folder / picture
+        return picture
+
+
+def picture_of(name: object) -> str | bytes:
+    """The bytes that a record holds, or the file name, URL or data URI.
+
+    Raises:
+        DataError: neither bytes nor a name.
+    """
+    if isinstance(name, Mapping):  # a picture column of Hugging Face's datasets
+        inside = name.get("bytes")
+        name = inside if inside is not None else name.get("path", name.get("url"))
+    if isinstance(name, bytes | bytearray | memoryview):
+        return bytes(name)
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"a picture is {name!r}: expected a file name, a URL, a data URI or bytes")
+    if not _BASE64.fullmatch(name, 0, min(len(name), 4096)):
+        return name
+    try:
+        return base64.b64decode(name)
+    except binascii.Error as error:
+        raise DataError(f"a picture in base64 ({name[:12]}...) is damaged: {error}") from error

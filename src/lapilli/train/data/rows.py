@@ -1,0 +1,166 @@
+"""Samples as encoded rows with their loss mask; knows templates, tokenizers and modalities.
+
+Sample --media/fetch, prepare--> media --lengths--.
+   '------template.render--> segments ------------+--encode--> EncodedPrompt, cut to max_length
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lapilli.errors import DataError, LapilliError, PromptError
+from lapilli.media.fetch import FetchLimits, fetch
+from lapilli.modality.image.decode import to_rgb
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.choose import Template
+from lapilli.prompt.encode import EncodedPrompt, encode
+from lapilli.prompt.message import MediaPart
+from lapilli.prompt.tokenizer.base import Tokenizer
+from lapilli.train.data.formats import to_sample
+from lapilli.train.data.sample import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A sample as the model learns from it.
+
+    Attributes:
+        prompt: ids, loss mask and spans.
+        media: what `prepare` made of every medium, in the order of the spans.
+        id: of the sample.
+        cut: positions that max_length took off the end.
+        skipped: why the samples that this one stands in for could not be read.
+    """
+
+    prompt: EncodedPrompt
+    media: tuple[Any, ...] = ()
+    id: str = ""
+    cut: int = 0
+    skipped: tuple[str, ...] = ()
+
+
+class RowMaker:
+    """Makes rows of samples.
+
+    Args:
+        tokenizer: of the language model.
+        template: makes text of the turns, with the answers marked.
+        model: its modalities prepare and count the media; weights are not used.
+        max_length: positions that a row may have; None: any number.
+        image_id: the vocabulary's own image token, in checkpoints of Hugging Face's layout.
+        limits: of files and downloads.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: Template,
+        model: VisionLanguageModel,
+        max_length: int | None = None,
+        *,
+        image_id: int | None = None,
+        limits: FetchLimits | None = None,
+    ) -> None:
+        self._tokenizer, self._template, self._model = tokenizer, template, model
+        self._max_length, self._image_id = max_length, image_id
+        self._limits = limits or FetchLimits()
+
+    def row(self, sample: Sample) -> Row:
+        """The row of a sample.
+
+        Raises:
+            DataError: a medium that cannot be read, turns that the template cannot have, no
+                supervised token, or a medium across the end of the row.
+        """
+        try:
+            media = tuple(self._prepare(part) for part in sample.media)
+            lengths = [
+                self._model.modality(part.modality).num_tokens(item)
+                for part, item in zip(sample.media, media, strict=True)
+            ]
+            prompt = self.encode(sample, lengths)
+            kept = cut(prompt, self._max_length)
+            _check_supervised(prompt, kept)
+        except LapilliError as error:
+            raise DataError(f"{sample.label}: {error}") from error
+        return Row(kept, media[: len(kept.spans)], sample.id, len(prompt) - len(kept))
+
+    def encode(self, sample: Sample, lengths: Sequence[int]) -> EncodedPrompt:
+        """The whole row, from the number of positions of every medium alone.
+
+        Raises:
+            PromptError: turns that the template cannot have.
+        """
+        segments = self._template.render(sample.messages, open_turn=False)
+        return encode(segments, self._tokenizer, lengths, image_id=self._image_id)
+
+    def _prepare(self, part: MediaPart) -> Any:  # noqa: ANN401 - every modality has its own
+        modality = self._model.modality(part.modality)
+        if part.modality != "image":
+            return modality.prepare(part.source)
+        fetched = fetch(part.source, limits=self._limits)
+        return modality.prepare(to_rgb(fetched.data, name=fetched.name))
+
+
+def cut(prompt: EncodedPrompt, max_length: int | None) -> EncodedPrompt:
+    """The first `max_length` positions.
+
+    Raises:
+        PromptError: the end would lie inside a medium.
+
+    Source: LLaVA train.py, DataCollatorForSupervisedDataset, and llava_arch.py, which cuts the
+        fused row.
+    Note: the original cuts through pictures too; here that is an error.
+    """
+    if max_length is None or len(prompt) <= max_length:
+        return prompt
+    for span in prompt.spans:
+        if span.start < max_length < span.start + span.length:
+            raise PromptError(
+                f"max_length {max_length} would cut through the {span.modality} at positions "
+                f"{span.start} to {span.start + span.length} (the sample has {len(prompt)}): raise "
+                "max_length, or leave the sample out"
+            )
+    return EncodedPrompt(
+        prompt.input_ids[:max_length],
+        prompt.loss_mask[:max_length],
+        tuple(span for span in prompt.spans if span.start < max_length),
+    )
+
+
+def _check_supervised(whole: EncodedPrompt, kept: EncodedPrompt) -> None:
+    """Nothing predicts the first token of a row, so it does not count."""
+    if any(kept.loss_mask[1:]):
+        return
+    if any(whole.loss_mask[1:]):
+        raise PromptError(
+            f"no supervised token is left of {len(whole)} positions after max_length "
+            f"{len(kept)}: raise max_length, or leave the sample out"
+        )
+    raise PromptError("no supervised token: every answer in it is empty")
+
+
+def encode_sample(
+    record: Mapping[str, Any],
+    template: Template,
+    tokenizer: Tokenizer,
+    lengths: Sequence[int],
+) -> EncodedPrompt:
+    """The row of a record whose pictures somebody has prepared already.
+
+    Args:
+        record: of any format, see formats.py.
+        template: how turns become text.
+        tokenizer: of the language model.
+        lengths: positions of each of its images.
+
+    Raises:
+        DataError: nothing in the row is supervised.
+        PromptError: turns that the template cannot have.
+    """
+    sample = to_sample(record, where=f"sample {record.get('id')!r}")
+    segments = template.render(sample.messages, open_turn=False)
+    prompt = encode(segments, tokenizer, lengths)
+    if not any(prompt.loss_mask):
+        raise DataError(f"{sample.where} has no supervised token: every answer in it is empty")
+    return prompt

@@ -1,0 +1,30 @@
+"""One conversation to learn from; knows messages, no files and no numbers."""
+
+from dataclasses import dataclass
+
+from lapilli.prompt.message import MediaPart, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One conversation to learn from.
+
+    Attributes:
+        id: how the data names it; its place, where the data gives it no name.
+        messages: turns with their media in place; a medium's source is what media/fetch takes.
+        where: "file:line" or the like, for messages.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    where: str
+
+    @property
+    def media(self) -> tuple[MediaPart, ...]:
+        """The media of all turns in order."""
+        return tuple(part for message in self.messages for part in message.media)
+
+    @property
+    def label(self) -> str:
+        """Place and id, as messages about the sample begin."""
+        return self.where if self.id == self.where else f"{self.where} (id {self.id!r})"

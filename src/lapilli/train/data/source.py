@@ -1,0 +1,139 @@
+"""Files of records with random access; knows bytes and offsets, no conversation.
+
+    *.json             one array       an index of byte ranges; a record is read when asked for
+    *.jsonl            one per line    the same
+    *.parquet          row groups      read by pyarrow (the extra "data")
+    *.tar              WebDataset      KEY.json, KEY.jpg, ...
+    {00..12}.tar, *    several files, one after the other
+
+Nothing is open between two calls, so a source may be used in forked processes.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from glob import glob
+from itertools import accumulate, product
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lapilli.errors import DataError
+from lapilli.train.data.json_source import JsonSource, LinesSource
+from lapilli.train.data.pictures import PictureFolder
+from lapilli.train.recipe import SourceRecipe
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Records by number."""
+
+    @property
+    def name(self) -> str:
+        """The file, as the recipe names it."""
+
+    def __len__(self) -> int: ...
+
+    def record(self, index: int) -> Any:  # noqa: ANN401 - whatever the file holds
+        """Record `index`.
+
+        Raises:
+            DataError: it cannot be read; the message names its place.
+        """
+
+    def where(self, index: int) -> str:
+        """Its place, "file:line"."""
+
+    def media(self, index: int, name: object) -> object:
+        """What media/fetch takes, of what record `index` calls a picture.
+
+        Raises:
+            DataError: there is nothing of that name, or it is no name.
+        """
+
+
+class Joined:
+    """Several sources, one after the other."""
+
+    def __init__(self, name: str, parts: Sequence[Source]) -> None:
+        self.name = name
+        self._parts = parts
+        self._ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _at(self, index: int) -> tuple[Source, int]:
+        number = bisect_right(self._ends, index)
+        return self._parts[number], index - (self._ends[number - 1] if number else 0)
+
+    def record(self, index: int) -> Any:  # noqa: ANN401 - see Source
+        """See Source."""
+        part, inside = self._at(index)
+        return part.record(inside)
+
+    def where(self, index: int) -> str:
+        """See Source."""
+        part, inside = self._at(index)
+        return part.where(inside)
+
+    def media(self, index: int, name: object) -> object:
+        """See Source."""
+        part, inside = self._at(index)
+        return part.media(inside, name)
+
+
+def open_source(recipe: SourceRecipe) -> Source:
+    """The files of a recipe's source.
+
+    Raises:
+        DataError: no such file, a kind that is not known, or one that is damaged.
+        ConfigError: a Parquet file without pyarrow.
+    """
+    paths = expand(recipe.path)
+    parts = [_open_file(path, recipe.images) for path in paths]
+    return parts[0] if len(parts) == 1 else Joined(recipe.path, parts)
+
+
+def _open_file(path: Path, images: str | None) -> Source:
+    folder = PictureFolder(path.parent if images is None else Path(images).expanduser())
+    match path.suffix.lower():
+        case ".json":
+            return JsonSource(path, folder)
+        case ".jsonl" | ".ndjson":
+            return LinesSource(path, folder)
+    raise DataError(
+        f"{path} is none of the data files that are known: give .json, .jsonl, .parquet or .tar"
+    )
+
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def expand(pattern: str) -> list[Path]:
+    """The files of a path with braces ({a,b}, {000..012}) and wildcards, in order.
+
+    Raises:
+        DataError: there is none.
+    """
+    whole = Path(pattern).expanduser()
+    if whole.is_file():
+        return [whole]
+    pieces = _BRACES.split(str(whole))
+    choices = [_choices(piece) if i % 2 else [piece] for i, piece in enumerate(pieces)]
+    paths: list[Path] = []
+    for parts in product(*choices):
+        path = "".join(parts)
+        found = sorted(glob(path)) if re.search(r"[*?\[]", path) else [path]  # noqa: PTH207 - of any root
+        if not found or not all(Path(name).is_file() for name in found):
+            raise DataError(f"{path} is no file: expected a data file (from {Path.cwd()})")
+        paths += map(Path, found)
+    return paths
+
+
+def _choices(inside: str) -> list[str]:
+    numbers = _RANGE.fullmatch(inside)
+    if numbers is None:
+        return inside.split(",")
+    first, last = numbers.groups()
+    return [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
