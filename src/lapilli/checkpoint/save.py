@@ -4,22 +4,29 @@ config.json  model.safetensors or shards with index  tokenizer files  generation
 vision_tower/{config.json, preprocessor_config.json, model.safetensors}   with tower="beside"
 """
 
-import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lapilli.checkpoint.keymaps import ORIGINAL, ORIGINAL_MPT, VISION_TOWER, KeyMap
 from lapilli.checkpoint.keymaps.tables import PROJECTOR, TOWER
 from lapilli.checkpoint.quantized import KEY, refuse_unknown_packing, written_quantization
+from lapilli.checkpoint.save_files import (
+    SHARD_BYTES,
+    Deferred,
+    Stored,
+    dtype_name,
+    new_directory,
+    write_json,
+    write_pickled,
+    write_weights,
+)
 from lapilli.config.model import ModelConfig
 from lapilli.config.write import (
     write_llava_config,
@@ -28,6 +35,7 @@ from lapilli.config.write import (
 )
 from lapilli.errors import CheckpointError, ConfigError
 from lapilli.lora.inject import adapters
+from lapilli.lora.linear import LoraLinear
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.quant import QuantConfig
 from lapilli.quant.linear import QuantLinear
@@ -44,8 +52,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 TOWER_FOLDER = "vision_tower"
-SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
+_HALVES = ("lora_A", "lora_B")
 
 
 def save_llava(
@@ -60,6 +67,8 @@ def save_llava(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     quantization: QuantConfig | None = None,
+    state: Mapping[str, Stored] | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> None:
     """A whole checkpoint that this loader and the original's read.
 
@@ -78,6 +87,8 @@ def save_llava(
         shard_bytes: largest size of one weight file.
         quantization: how the layers are packed, for a quantized model. Such a checkpoint is read
             by lapilli alone; a packed tower lies inside of it, a tuned float one beside.
+        state: other tensors under the names of `model.state_dict()`, for instance `merged_state`.
+        extra: more files by name, such as README.md.
 
     Raises:
         CheckpointError: the directory is there already.
@@ -85,7 +96,7 @@ def save_llava(
             `quantization` do not go together.
         UnsupportedModelError: something that the original layout cannot say.
     """
-    if any(True for _ in adapters(model)):
+    if state is None and any(True for _ in adapters(model)):
         raise ConfigError("the model has an unmerged adapter: lapilli.lora.merge(model) first")
     refuse_unknown_packing(model, quantization, dtype)
     keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
@@ -94,30 +105,26 @@ def save_llava(
         place = "inside"
     elif quantization is not None and place == "inside":
         place = "beside"  # stored once: inside, the original wants it beside as well
-    state = {
-        name: tensor.detach() if dtype is None else tensor.detach().to(dtype)
-        for name, tensor in model.state_dict().items()
-    }
+    state = model.state_dict() if state is None else state
     tower_state = {name: state[name] for name in state if name.startswith(TOWER)}
     inner = {n: t for n, t in state.items() if place == "inside" or n not in tower_state}
-    stored = _name_of(next(iter(state.values())).dtype)
-    with _new_directory(path, overwrite=overwrite) as folder:
-        _write_weights(folder, _renamed(inner, keymap), shard_bytes)
+    stored = dtype_name(dtype or next(iter(state.values())).dtype)
+    with new_directory(path, overwrite=overwrite) as folder:
+        write_weights(folder, renamed(inner, keymap), dtype=dtype, shard_bytes=shard_bytes)
         written = write_llava_config(
             replace(config, vision_in_checkpoint=place == "inside"),
-            vision_source=_tower_name(config, place),
+            vision_source=tower_name(config, place),
             torch_dtype=stored,
             template=template,
         )
         if quantization is not None:
             written |= {KEY: written_quantization(quantization)}
-        _write_json(folder / "config.json", written)
+        write_json(folder / "config.json", written)
         if tower_state and written.get("mm_vision_tower") == TOWER_FOLDER:
             is_packed = quantization is not None and quantization.quantize_tower
-            _write_tower(folder / TOWER_FOLDER, config, {} if is_packed else tower_state)
-        for name in TOKENIZER_FILES if tokenizer_path else ():
-            if tokenizer_path and (tokenizer_path / name).is_file():
-                shutil.copyfile(tokenizer_path / name, folder / name)
+            _write_tower(folder / TOWER_FOLDER, config, {} if is_packed else tower_state, dtype)
+        copy_tokenizer(tokenizer_path, folder)
+        write_texts(folder, extra or {})
 
 
 def save_projector(
@@ -126,7 +133,11 @@ def save_projector(
     config: ModelConfig,
     *,
     base: str | None = None,
+    tokenizer_path: Path | None = None,
+    template: str | None = None,
     overwrite: bool = False,
+    state: Mapping[str, Stored] | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> None:
     """A projector-only checkpoint: config.json and mm_projector.bin, as stage 1 leaves it.
 
@@ -135,7 +146,11 @@ def save_projector(
         model: whose projector is stored.
         config: what it is; its tower has to be named.
         base: the language model, written as `_name_or_path`.
+        tokenizer_path: a directory whose tokenizer files are copied.
+        template: name of the conversation template that the model is to be spoken to with.
         overwrite: replace a directory that is there.
+        state: other tensors under the names of `model.state_dict()`.
+        extra: more files by name, such as README.md.
 
     Raises:
         CheckpointError: the directory is there already.
@@ -144,19 +159,57 @@ def save_projector(
     if any(isinstance(module, QuantLinear) for module in model.modalities.modules()):
         raise ConfigError("the projector is quantized: save it from a model whose projector is not")
     keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
-    state = {n: t.detach().clone() for n, t in model.state_dict().items() if PROJECTOR in n}
+    whole = model.state_dict() if state is None else state
+    projector = {name: tensor for name, tensor in whole.items() if name.startswith(PROJECTOR)}
     first = next(iter(model.parameters()))
-    with _new_directory(path, overwrite=overwrite) as folder:
-        torch.save(_renamed(state, keymap), folder / "mm_projector.bin")
+    with new_directory(path, overwrite=overwrite) as folder:
+        write_pickled(folder / "mm_projector.bin", renamed(projector, keymap))
         written = write_llava_config(
             config,
-            vision_source=_tower_name(config, "named"),
-            torch_dtype=_name_of(first.dtype),
+            vision_source=tower_name(config, "named"),
+            torch_dtype=dtype_name(first.dtype),
+            template=template,
         )
         written |= {"tune_mm_mlp_adapter": True}
-        _write_json(
+        write_json(
             folder / "config.json", written if base is None else {"_name_or_path": base, **written}
         )
+        copy_tokenizer(tokenizer_path, folder)
+        write_texts(folder, extra or {})
+
+
+def copy_tokenizer(source: Path | None, folder: Path) -> None:
+    """The tokenizer's files, as far as there are some."""
+    for name in TOKENIZER_FILES if source else ():
+        if source and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Further files of a checkpoint, such as its model card."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def merged_state(model: VisionLanguageModel) -> dict[str, Stored]:
+    """The tensors of a model with every adapter folded in; `model` itself is left as it is.
+
+    A folded layer is computed when it is written, so that one layer more than the model is held.
+    """
+    folded = {f"{path}.weight": layer for path, layer in adapters(model)}
+    halves = {f"{path}.{half}.weight" for path, _ in adapters(model) for half in _HALVES}
+    state: dict[str, Stored] = {}
+    for name, tensor in model.state_dict().items():
+        if name in folded:
+            layer = folded[name]
+            state[name] = Deferred(tensor.shape, tensor.dtype, partial(_folded, layer))
+        elif name not in halves:
+            state[name] = tensor
+    return state
+
+
+def _folded(layer: LoraLinear) -> Tensor:
+    return layer.merged().weight.detach()
 
 
 def _default_place(config: ModelConfig) -> TowerPlace:
@@ -172,7 +225,7 @@ def _is_lasting(source: str | None) -> bool:
     return "/" in source or Path(source).is_absolute()
 
 
-def _tower_name(config: ModelConfig, place: TowerPlace) -> str | None:
+def tower_name(config: ModelConfig, place: TowerPlace) -> str | None:
     """What mm_vision_tower says.
 
     The original builds even a tuned tower from what this names, so it is a whole directory.
@@ -186,74 +239,31 @@ def _tower_name(config: ModelConfig, place: TowerPlace) -> str | None:
     return config.vision_source
 
 
-def _renamed(state: Mapping[str, Tensor], keymap: KeyMap) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = {}
+def renamed(state: Mapping[str, Stored], keymap: KeyMap) -> dict[str, Stored]:
+    """The same tensors under the names of a layout.
+
+    Raises:
+        CheckpointError: the layout has no name for one.
+    """
+    found: dict[str, Stored] = {}
     for ours, tensor in state.items():
         foreign = keymap.to_foreign(ours)
         if foreign is None:
             raise CheckpointError(f"{ours} has no name in the layout {keymap.name!r}")
-        renamed[foreign] = tensor.contiguous()
-    return renamed
+        found[foreign] = tensor
+    return found
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
-    """One file, or numbered shards with an index, in the order of the tensors."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / INDEX, index)
-
-
-def _write_tower(folder: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+def _write_tower(
+    folder: Path, config: ModelConfig, state: Mapping[str, Stored], dtype: torch.dtype | None
+) -> None:
     """The tower's own directory, without weights where there are none to write."""
     if config.vision is None or config.image is None:
         return
     folder.mkdir()
     stored = config.torch_dtype or "float32"
     if state:
-        _write_weights(folder, _renamed(state, VISION_TOWER), SHARD_BYTES)
-        stored = _name_of(next(iter(state.values())).dtype)
-    _write_json(folder / "config.json", write_tower_config(config.vision, stored))
-    _write_json(folder / "preprocessor_config.json", write_preprocessor_config(config.image.pixels))
-
-
-@contextmanager
-def _new_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `path` that takes its place once everything in it is written.
-
-    Raises:
-        CheckpointError: there is something at `path` already.
-    """
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path} is there already: choose another place, or overwrite it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as aside:
-        folder = Path(aside) / "new"
-        folder.mkdir()
-        yield folder
-        if path.exists():
-            path.rename(Path(aside) / "old")
-        folder.rename(path)
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_weights(folder, renamed(state, VISION_TOWER), dtype=dtype)
+        stored = dtype_name(dtype or next(iter(state.values())).dtype)
+    write_json(folder / "config.json", write_tower_config(config.vision, stored))
+    write_json(folder / "preprocessor_config.json", write_preprocessor_config(config.image.pixels))
