@@ -12,6 +12,7 @@ from lapilli.checkpoint.quantized import Packing, stored_quantization
 from lapilli.checkpoint.render import as_text
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
+from lapilli.config.projector import tile_features
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.anyres import num_tokens
 from lapilli.prompt.choose import Template
@@ -214,12 +215,16 @@ def _projector(config: ModelConfig) -> dict[str, object]:
     projector = config.projector
     if projector is None:
         return {}
-    return {
+    found: dict[str, object] = {
         "kind": projector.kind,
         "layers": projector.depth,
         "from": projector.vision_size,
         "to": projector.hidden_size,
     }
+    if projector.joins and config.vision is not None:
+        found |= {"pool": projector.pool} if projector.pool > 1 else {}
+        found |= {"features_per_tile": tile_features(config.vision, projector).number}
+    return found
 
 
 def _image(config: ModelConfig) -> dict[str, object]:
@@ -246,7 +251,9 @@ def _visual_tokens(config: ModelConfig) -> dict[str, int]:
         return {}
     newline = config.has_newline and config.image.aspect == "anyres"
     return {
-        str(size): num_tokens(size, config.image, config.vision, has_newline=newline)
+        str(size): num_tokens(
+            size, config.image, config.vision, projector=config.projector, has_newline=newline
+        )
         for size in COMMON_SIZES
     }
 

@@ -4,7 +4,6 @@ A flat file: the language model's keys and the `mm_` keys beside them.
 """
 
 import ast
-import re
 from typing import Literal
 
 from lapilli.config import ignored
@@ -17,6 +16,7 @@ from lapilli.config.model import (
     ProjectorConfig,
     VisionConfig,
 )
+from lapilli.config.projector import parse_projector, tile_features
 from lapilli.config.reader import JsonObject, KeyReader, KeyReport
 from lapilli.config.text import parse_text
 from lapilli.config.tokens import parse_tokens
@@ -136,27 +136,10 @@ def _vision(reader: KeyReader, files: ConfigFiles) -> tuple[VisionConfig, KeyRep
 
 
 def _projector(reader: KeyReader, vision: VisionConfig, hidden_size: int) -> ProjectorConfig:
-    """`linear`, `mlpNx_gelu` or `identity`."""
     name = reader.text("mm_projector_type", "linear") or "linear"
-    width = vision.hidden_size
-    if name == "identity":
-        if width != hidden_size:
-            raise ConfigError(
-                f"config.json: mm_projector_type is 'identity', but the tower has width {width} "
-                f"and the language model {hidden_size}"
-            )
-        return ProjectorConfig(kind="identity", vision_size=width, hidden_size=hidden_size, depth=0)
-    if name == "linear":
-        return ProjectorConfig(kind="linear", vision_size=width, hidden_size=hidden_size)
-    matched = re.fullmatch(r"mlp([1-9]\d*)x_gelu", name)
-    if matched is None:
-        raise UnsupportedModelError(
-            f"config.json: mm_projector_type {name!r} is not supported, "
-            "choose from linear, mlpNx_gelu, identity"
-        )
-    return ProjectorConfig(
-        kind="mlp", vision_size=width, hidden_size=hidden_size, depth=int(matched.group(1))
-    )
+    projector = parse_projector(name, vision_size=vision.hidden_size, hidden_size=hidden_size)
+    tile_features(vision, projector)  # refuses what cannot be pooled
+    return projector
 
 
 def _image(

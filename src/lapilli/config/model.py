@@ -124,14 +124,41 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectorConfig:
-    """From tower width to language model width; `depth` linear layers, an activation between."""
+    """From tower width to language model width; `depth` linear layers, an activation between.
 
-    kind: Literal["linear", "mlp", "identity"]
+    Attributes:
+        depth: linear layers of an mlp, cross-attention layers of a resampler.
+        pool: side of the square of neighbours that an mlp averages; 1: none.
+        pool_at: whether the mean is taken before the mlp or after it.
+        num_queries: positions that a resampler leaves of a tile.
+    """
+
+    kind: Literal["linear", "mlp", "identity", "resampler"]
     vision_size: int
     hidden_size: int
     depth: int = 1
     activation: Activation = "gelu"
     bias: bool = True
+    pool: int = 1
+    pool_at: Literal["input", "output"] = "input"
+    num_queries: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pool < 1 or (self.pool > 1 and self.kind != "mlp"):
+            raise ConfigError(
+                f"a {self.kind} projector with pool {self.pool}: expected 1, or more for an mlp "
+                "(mlp1x_gelu is a linear layer)"
+            )
+        if (self.num_queries > 0) != (self.kind == "resampler") or self.num_queries < 0:
+            raise ConfigError(
+                f"a {self.kind} projector with num_queries {self.num_queries}: expected at least 1 "
+                "for a resampler, 0 for every other"
+            )
+
+    @property
+    def joins(self) -> bool:
+        """Whether several features become one, so that a tile has fewer positions than patches."""
+        return self.pool > 1 or self.kind == "resampler"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,11 @@ from lapilli.config.model import (
     ModelConfig,
     MptConfig,
     PixelConfig,
-    ProjectorConfig,
     RopeScaling,
     TextConfig,
     VisionConfig,
 )
+from lapilli.config.projector import projector_name
 from lapilli.errors import UnsupportedModelError
 
 ARCHITECTURES = {
@@ -170,21 +170,6 @@ def _vision(
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
     }
-
-
-def projector_name(projector: ProjectorConfig) -> str:
-    """`mm_projector_type` of a projector.
-
-    Raises:
-        UnsupportedModelError: without bias or with another activation than the original's.
-    """
-    if projector.kind != "mlp":
-        return projector.kind
-    if not projector.bias or projector.activation != "gelu":
-        raise UnsupportedModelError(
-            "the original layout has no projector without bias or with another activation than gelu"
-        )
-    return f"mlp{projector.depth}x_gelu"
 
 
 def _image(image: ImageConfig) -> dict[str, object]:

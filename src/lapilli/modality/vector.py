@@ -23,7 +23,9 @@ class PreparedVectors:
 
 
 class VectorModality(nn.Module):
-    """Items of n vectors [n, E], each vector one position, through a projector.
+    """Items of n vectors [n, E] through a projector: each vector one position.
+
+    A resampler makes the same number of positions of every item, however many vectors it has.
 
     Source: Ning et al. 2024, User-LLM section 3.2 (user embeddings as soft prompt).
     """
@@ -57,14 +59,17 @@ class VectorModality(nn.Module):
         return PreparedVectors(vectors)
 
     def num_tokens(self, prepared: PreparedVectors) -> int:
-        """One position per vector."""
-        return len(prepared.values)
+        """One position per vector, or one per query of a resampler."""
+        return self.config.num_queries or len(prepared.values)
 
     def embed(self, items: Sequence[PreparedVectors]) -> list[Float[Tensor, "_ D"]]:
         """All vectors of all items through the projector at once, split again by item."""
         if not items:
             return []
         weight = next(self.projector.parameters(), None)
+        if self.config.num_queries and weight is not None:
+            rows_of = [item.values.to(weight.device, weight.dtype) for item in items]
+            return [self.projector(rows) for rows in rows_of]
         rows = torch.cat([item.values for item in items])
         if weight is not None:
             rows = rows.to(weight.device, weight.dtype)

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from lapilli.config.model import ImageConfig, PixelConfig, ProjectorConfig, VisionConfig
+from lapilli.errors import ConfigError
 from lapilli.geometry import ImageSize
 from lapilli.modality.base import Modality
 from lapilli.modality.image import image as module
@@ -21,9 +22,15 @@ PINPOINTS = (ImageSize(28, 56), ImageSize(56, 28), ImageSize(56, 56))
 UNPAD = dataclasses.replace(SQUARE, aspect="anyres", merge="spatial_unpad", pinpoints=PINPOINTS)
 
 
-def _modality(image: ImageConfig, *, has_newline: bool = False) -> ImageModality:
+POOLED = dataclasses.replace(PROJECTOR, pool=2)
+RESAMPLED = dataclasses.replace(PROJECTOR, kind="resampler", num_queries=5)
+
+
+def _modality(
+    image: ImageConfig, *, has_newline: bool = False, projector: ProjectorConfig = PROJECTOR
+) -> ImageModality:
     torch.manual_seed(0)
-    return ImageModality(image, VISION, PROJECTOR, has_newline=has_newline).eval()
+    return ImageModality(image, VISION, projector, has_newline=has_newline).eval()
 
 
 def _pictures() -> list[Image.Image]:
@@ -49,6 +56,44 @@ def test_every_picture_has_as_many_features_as_promised(image, has_newline):
     with torch.no_grad():
         features = modality.embed(items)
     assert [f.shape for f in features] == [(modality.num_tokens(i), 12) for i in items]
+
+
+@pytest.mark.parametrize("has_newline", [False, True])
+@pytest.mark.parametrize(
+    ("image", "projector"),
+    [
+        (SQUARE, POOLED),
+        (UNPAD, POOLED),
+        (dataclasses.replace(UNPAD, merge="spatial"), POOLED),
+        (dataclasses.replace(UNPAD, merge="flat"), POOLED),
+        (SQUARE, RESAMPLED),
+        (dataclasses.replace(UNPAD, merge="flat"), RESAMPLED),
+    ],
+)
+def test_projectors_that_join_features_are_counted(image, projector, has_newline):
+    modality = _modality(image, has_newline=has_newline, projector=projector)
+    plain = _modality(image, has_newline=has_newline)
+    items = [modality.prepare(picture) for picture in _pictures()]
+    with torch.no_grad():
+        features = modality.embed(items)
+        alone = [modality.embed([item])[0] for item in items]
+    assert [f.shape for f in features] == [(modality.num_tokens(i), 12) for i in items]
+    assert all(modality.num_tokens(i) < plain.num_tokens(i) for i in items)
+    torch.testing.assert_close(features, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_pooled_tiles_lie_in_one_map_row_by_row():
+    image = dataclasses.replace(UNPAD, merge="spatial")
+    modality = _modality(image, projector=POOLED)
+    item = modality.prepare(Image.new("RGB", (56, 56)))  # 2x2 tiles of 2x2 features
+    values = torch.arange(5 * 4, dtype=torch.float32).reshape(5, 4, 1)
+    merged = modality.merge(values, item)[:, 0].tolist()
+    assert merged[:8] == [0, 1, 2, 3, 4, 5, 8, 9]
+
+
+def test_a_resampler_under_a_map_is_refused():
+    with pytest.raises(ConfigError, match=r"resampler's 5 features have no place.*merge 'flat'"):
+        _modality(UNPAD, projector=RESAMPLED)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 16])

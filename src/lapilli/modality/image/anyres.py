@@ -1,6 +1,7 @@
 """How many tiles and how many features a picture becomes; knows sizes only, no pixels."""
 
-from lapilli.config.model import ImageConfig, VisionConfig
+from lapilli.config.model import ImageConfig, ProjectorConfig, VisionConfig
+from lapilli.config.projector import TileFeatures, tile_features
 from lapilli.errors import ConfigError
 from lapilli.geometry import Grid, ImageSize, best_resolution, tile_grid, unpadded
 
@@ -42,7 +43,7 @@ def merged_map(size: ImageSize, config: ImageConfig, patches: Grid, grid: Grid) 
     Args:
         size: the picture as it was opened.
         config: `spatial` keeps the whole map, `spatial_unpad` what is not padding.
-        patches: patches of one tile.
+        patches: features of one tile.
         grid: tiles of the picture.
     """
     whole = Grid(grid.rows * patches.rows, grid.columns * patches.columns)
@@ -51,22 +52,27 @@ def merged_map(size: ImageSize, config: ImageConfig, patches: Grid, grid: Grid) 
     return whole
 
 
-def check_mergeable(config: ImageConfig, vision: VisionConfig) -> None:
-    """A map of features needs features that lie on a grid.
+def features_grid(config: ImageConfig, tile: TileFeatures) -> Grid:
+    """Rows and columns of the features of one tile, which a map of several tiles needs.
 
     Raises:
-        ConfigError: the class token is kept, which has no place in a map.
+        ConfigError: features without a place: a kept class token, a resampler's.
     """
-    if config.merge != "flat" and vision.num_patches != vision.grid.rows * vision.grid.columns:
+    if tile.grid is None:
         raise ConfigError(
-            f"mm_patch_merge_type {config.merge!r} lays features out as a map, but "
-            f"{vision.feature_select!r} keeps the class token ({vision.num_patches} features of "
-            f"{vision.grid.rows}x{vision.grid.columns} patches): use 'patch' or merge 'flat'"
+            f"mm_patch_merge_type {config.merge!r} lays features out as a map, but {tile.reason}: "
+            "use features of patches ('patch', no resampler), or merge 'flat'"
         )
+    return tile.grid
 
 
 def num_tokens(
-    size: ImageSize, config: ImageConfig, vision: VisionConfig, *, has_newline: bool = True
+    size: ImageSize,
+    config: ImageConfig,
+    vision: VisionConfig,
+    *,
+    projector: ProjectorConfig | None = None,
+    has_newline: bool = True,
 ) -> int:
     """Features of one picture, which is also the number of positions kept for it in a prompt.
 
@@ -74,6 +80,7 @@ def num_tokens(
         size: the picture as it was opened.
         config: aspect, merge and resolutions.
         vision: the tower, which decides how many features a tile has.
+        projector: decides it too where it joins features; None: it does not.
         has_newline: whether `merge_tiles` will be given a newline vector; it counts with
             `spatial_unpad` only. The original gives none to a picture that is not tiled.
 
@@ -84,10 +91,11 @@ def num_tokens(
         processing_llava_next.py, _get_number_of_features.
     """
     newlines = has_newline and config.merge == "spatial_unpad"
+    tile = tile_features(vision, projector)
     if config.aspect != "anyres":
-        return vision.num_patches + int(newlines)
+        return tile.number + int(newlines)
     if config.merge == "flat":
-        return num_tiles(size, config, vision.image_size) * vision.num_patches
-    check_mergeable(config, vision)
-    kept = merged_map(size, config, vision.grid, picture_grid(size, config, vision.image_size))
-    return vision.num_patches + kept.rows * (kept.columns + int(newlines))
+        return num_tiles(size, config, vision.image_size) * tile.number
+    grid = picture_grid(size, config, vision.image_size)
+    kept = merged_map(size, config, features_grid(config, tile), grid)
+    return tile.number + kept.rows * (kept.columns + int(newlines))

@@ -1,8 +1,9 @@
 """Pictures as a modality: tower, projector and the learned row end, behind the Modality protocol.
 
-    picture --prepare--> tiles [N, 3, H, W] --tower--> [N, P, E] --projector--> [N, P, D] --merge-->
-    [n, D]
+    picture --prepare--> tiles [N, 3, H, W] --tower--> [N, P, E] --projector--> [N, P', D]
+    --merge--> [n, D]
 
+P' is P, or fewer where the projector joins features (pooling, a resampler).
 Knows neither prompts nor language models.
 """
 
@@ -13,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 from lapilli.config.model import ImageConfig, ProjectorConfig, VisionConfig
-from lapilli.modality.image.anyres import num_tokens
+from lapilli.config.projector import tile_features
+from lapilli.modality.image.anyres import features_grid, num_tokens
 from lapilli.modality.image.merge import merge_tiles
 from lapilli.modality.image.pixels import PreparedImage, prepare
 from lapilli.modality.image.vision import VisionTransformer
@@ -32,6 +34,10 @@ class ImageModality(nn.Module):
 
     Source: LLaVA llava_arch.py encode_images and prepare_inputs_labels_for_multimodal.
     Note: `image_newline` exists only with `has_newline`; without it a row has no learned end.
+
+    Raises:
+        ConfigError: a projector that cannot pool the tower's features, or that leaves none which
+            the merge could lay out.
     """
 
     name = "image"
@@ -47,8 +53,12 @@ class ImageModality(nn.Module):
         super().__init__()
         self.image = image
         self.vision = vision
+        self.projector_config = projector
+        tile = tile_features(vision, projector)
+        if image.aspect == "anyres" and image.merge != "flat":
+            features_grid(image, tile)
         self.vision_tower = VisionTransformer(vision)
-        self.projector = build_projector(projector)
+        self.projector = build_projector(projector, vision)
         self.image_newline: nn.Parameter | None = None
         if has_newline:
             width = projector.hidden_size
@@ -66,7 +76,11 @@ class ImageModality(nn.Module):
     def num_tokens(self, prepared: PreparedImage) -> int:
         """Positions that the picture takes, from its size alone."""
         return num_tokens(
-            prepared.size, self.image, self.vision, has_newline=self._row_end is not None
+            prepared.size,
+            self.image,
+            self.vision,
+            projector=self.projector_config,
+            has_newline=self._row_end is not None,
         )
 
     def tower_features(self, pixel_values: Float[Tensor, "N C H W"]) -> Float[Tensor, "N P E"]:
@@ -84,7 +98,14 @@ class ImageModality(nn.Module):
 
     def merge(self, features: Float[Tensor, "N P D"], item: PreparedImage) -> Float[Tensor, "n D"]:
         """The row of features that stands for one picture."""
-        return merge_tiles(features, item.size, self.image, self.vision, newline=self._row_end)
+        return merge_tiles(
+            features,
+            item.size,
+            self.image,
+            self.vision,
+            newline=self._row_end,
+            projector=self.projector_config,
+        )
 
     def embed(self, items: Sequence[PreparedImage]) -> list[Float[Tensor, "_ D"]]:
         """Features of every picture; the tiles of all pictures share the tower's batches."""

@@ -2,10 +2,11 @@
 
 import torch
 
-from lapilli.config.model import ImageConfig, VisionConfig
+from lapilli.config.model import ImageConfig, ProjectorConfig, VisionConfig
+from lapilli.config.projector import tile_features
 from lapilli.errors import FusionError
 from lapilli.geometry import Grid, ImageSize, unpad_margins
-from lapilli.modality.image.anyres import check_mergeable, picture_grid
+from lapilli.modality.image.anyres import features_grid, picture_grid
 from lapilli.shapes import Float, Tensor
 
 
@@ -16,6 +17,7 @@ def merge_tiles(
     vision: VisionConfig,
     *,
     newline: Float[Tensor, " D"] | None,
+    projector: ProjectorConfig | None = None,
 ) -> Float[Tensor, "n D"]:
     """One row of features per picture, as long as `num_tokens` says.
 
@@ -30,9 +32,10 @@ def merge_tiles(
         vision: the tower that made the features: its grid and its image_size.
         newline: the learned end of a row, or None. A single tile gets one at its end when the
             merge is spatial_unpad; the original passes none for a picture that was never tiled.
+        projector: what the features went through, where it joined some; None: it did not.
 
     Raises:
-        ConfigError: the class token is kept, which has no place in a map.
+        ConfigError: features that have no place in a map: a kept class token, a resampler's.
         FusionError: the tiles do not make up the grid that the picture's size asks for.
 
     Source: LLaVA llava_arch.py, prepare_inputs_labels_for_multimodal.
@@ -43,7 +46,7 @@ def merge_tiles(
     unpads = config.merge == "spatial_unpad"
     if features.shape[0] == 1:
         return torch.cat([base, newline[None]]) if unpads and newline is not None else base
-    joint = _joint_map(features[1:], size, config, vision)  # [H, W, D]
+    joint = _joint_map(features[1:], size, config, vision, projector)  # [H, W, D]
     if unpads:
         margins = unpad_margins(
             size, Grid(joint.shape[0], joint.shape[1]), rounds=config.rounds_unpad
@@ -63,6 +66,7 @@ def _joint_map(
     size: ImageSize,
     config: ImageConfig,
     vision: VisionConfig,
+    projector: ProjectorConfig | None,
 ) -> Float[Tensor, "H W D"]:
     """The features of a grid of tiles as one map."""
     if config.aspect != "anyres":
@@ -70,13 +74,14 @@ def _joint_map(
             f"{1 + tiles.shape[0]} tiles and merge {config.merge!r}, but image_aspect_ratio is "
             f"{config.aspect!r}: only 'anyres' says how several tiles lie side by side"
         )
-    check_mergeable(config, vision)
+    tile = tile_features(vision, projector)
+    places = features_grid(config, tile)
     grid = picture_grid(size, config, vision.image_size)
-    expected = (grid.rows * grid.columns, vision.num_patches)
+    expected = (grid.rows * grid.columns, tile.number)
     if tuple(tiles.shape[:2]) != expected:
         raise FusionError(
             f"a picture of {size} needs {expected[0]} tiles of {expected[1]} features after the "
             f"base tile, got {tiles.shape[0]} tiles of {tiles.shape[1]}"
         )
-    split = tiles.reshape(*grid, *vision.grid, -1)  # [rows, columns, h, w, D]
+    split = tiles.reshape(*grid, *places, -1)  # [rows, columns, h, w, D]
     return split.transpose(1, 2).flatten(2, 3).flatten(0, 1)
