@@ -222,6 +222,7 @@ class LlavaMetaForCausalLM(nn.Module):
             self._image_config(modality.image, merge, aspect),
             modality.vision,
             newline=getattr(self.get_model(), "image_newline", None),
+            projector=modality.projector_config,
         )
 
     def _image_config(self, image: ImageConfig, merge: str, aspect: str) -> ImageConfig:
