@@ -8,7 +8,6 @@ Knows numbers of samples and their lengths only.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import ceil
 from typing import Literal
 
@@ -88,7 +87,7 @@ class Order:
             )
         if group != "none" and (words is None or len(words) != sum(self._counts)):
             raise ConfigError(f"grouping by {group} needs the words of every sample")
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+        self._epochs: dict[int, NDArray[np.int64]] = {}
 
     @property
     def step_size(self) -> int:
@@ -108,6 +107,14 @@ class Order:
             int(self._epoch(int(epoch))[offset])
             for epoch, offset in zip(epochs, offsets, strict=True)
         ]
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        """The order of an epoch; the last two are kept, because a step may touch both."""
+        if epoch not in self._epochs:
+            self._epochs[epoch] = self._draw_epoch(epoch)
+            for old in list(self._epochs)[:-2]:
+                del self._epochs[old]
+        return self._epochs[epoch]
 
     def _draw_epoch(self, epoch: int) -> NDArray[np.int64]:
         members = self._members(epoch)

@@ -11,8 +11,10 @@ Schedule = Literal["cosine", "linear", "constant", "trapezoid"]
 Reduction = Literal["tokens", "llava"]
 Precision = Literal["float32", "bfloat16"]
 Layout = Literal["llava", "huggingface"]
+Placement = Literal["front", "written"]
 OnBadSample = Literal["error", "skip"]
 Sharding = Literal["ddp", "fsdp"]
+Logger = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,8 @@ class OptimRecipe:
         tower_lr: another one for the vision tower; None takes `lr`.
         warmup_steps: steps of linear growth from 0.
         warmup_share: the same as a part of all steps, rounded up; it counts when warmup_steps is 0.
+        decay: "original": weight decay for everything but norms and biases; "matrices": for
+            parameters of two axes and more alone.
         decay_share: part of all steps that a `trapezoid` spends on its way down.
         final_share: part of `lr` that is left at the end.
         clip: largest norm of all gradients together.
@@ -40,6 +44,7 @@ class OptimRecipe:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    decay: Literal["original", "matrices"] = "original"
     schedule: Schedule = "cosine"
     warmup_steps: int = 0
     warmup_share: float = 0.0
@@ -75,6 +80,8 @@ class RunRecipe:
         compile: torch.compile the layers.
         sharding: what several processes share: "ddp" nothing, "fsdp" weights and moments.
         workers: processes that read samples ahead; 0: read in the training process.
+        loggers: programs that the log goes to as well.
+        plot: draw the loss over the steps at the end.
     """
 
     batch_size: int
@@ -93,6 +100,8 @@ class RunRecipe:
     compile: bool = False
     sharding: Sharding = "ddp"
     workers: int = 0
+    loggers: tuple[Logger, ...] = ()
+    plot: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "log_every", "save_every"):
@@ -103,6 +112,13 @@ class RunRecipe:
                 f"run.steps is {self.steps} and run.epochs {self.epochs}: expected 0 or more steps "
                 "and more than no epoch"
             )
+        if self.keep_best and not self.evaluate_every:
+            raise ConfigError(
+                "run.keep_best compares evaluations, and run.evaluate_every is 0: set it to a "
+                "number of steps"
+            )
+        if self.workers < 0:
+            raise ConfigError(f"run.workers is {self.workers}: expected 0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +174,10 @@ class DataRecipe:
         max_length: positions of a row; longer samples are cut on the right.
         group: "modality": batches of similar length and of one kind; "length"; "none".
         pack: several samples in one row of max_length, none seeing another.
-        on_bad_sample: what a sample that cannot be read does to the run.
+        placement: "front" moves the pictures of a turn before its text, as the original does with
+            one; "written" leaves them where they stand.
+        on_bad_sample: what a sample that cannot be read does to the run: "skip" puts the next one
+            into its place and counts.
         num_pictures: how many are drawn (pebble).
         num_crowds: how many more with many objects, for the tower alone (pebble).
         questions: fewest and most questions about one picture in one conversation (pebble).
@@ -173,6 +192,7 @@ class DataRecipe:
     max_length: int = 2048
     group: Literal["none", "length", "modality"] = "none"
     pack: bool = False
+    placement: Placement = "front"
     on_bad_sample: OnBadSample = "error"
     num_pictures: int = 0
     num_crowds: int = 0

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapilli.errors import DataError
-from lapilli.train.data.formats import Placement, to_sample
+from lapilli.train.data.formats import to_sample
 from lapilli.train.data.rows import Row, RowMaker
 from lapilli.train.data.sample import Sample
 from lapilli.train.data.source import Source, open_source
 from lapilli.train.order import Order
-from lapilli.train.recipe import DataRecipe, OnBadSample, RunRecipe, SourceRecipe
+from lapilli.train.recipe import DataRecipe, OnBadSample, Placement, RunRecipe, SourceRecipe
 
 
 class Dataset:

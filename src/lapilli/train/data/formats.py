@@ -11,14 +11,14 @@ own: a file may mix the formats.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from lapilli.errors import DataError, MediaCountMismatchError
 from lapilli.prompt.message import MediaPart, Message, Part, Role, TextPart
 from lapilli.train.data.sample import Sample
+from lapilli.train.recipe import Placement
 
 Record = Mapping[str, Any]
-Placement = Literal["front", "written"]
 Resolve = Callable[[object], object]
 
 PLACEHOLDER = "<image>"
@@ -35,7 +35,7 @@ ROLES: Mapping[str, Role] = {
 }
 _TURN_KEYS = ("conversations", "messages", "conversation")
 _MEDIA_KEYS = ("image", "images")
-_ID_KEYS = ("id", "sample_id", "question_id", "__key__")
+_ID_KEYS = ("id", "sample_id", "question_id")
 
 
 def to_sample(

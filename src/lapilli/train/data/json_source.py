@@ -150,13 +150,14 @@ class _Scanner:
             try:
                 end = self._scan(self.text, self.at)[1]
             except json.JSONDecodeError as error:
-                if not self._cut_off(error) or not self._more():
-                    line = self._line + self.text.count("\n", self.at, error.pos)
-                    raise DataError(
-                        f"{self._path}:{line}: no valid JSON: {error.msg} (in the sample that "
-                        f"begins in line {self._line}); a file that was cut off ends like this"
-                    ) from error
-                continue
+                cut_off = self._cut_off(error)
+                if cut_off and self._more():
+                    continue
+                line = self._line + self.text.count("\n", self.at, error.pos)
+                raise DataError(
+                    f"{self._path}:{line}: no valid JSON: {error.msg} (in the sample that begins "
+                    f"in line {self._line})" + "; the file seems to be cut off" * cut_off
+                ) from error
             except RecursionError as error:
                 raise DataError(f"{self._path}:{self._line}: nested too deeply") from error
             start, line = self._bytes, self._line

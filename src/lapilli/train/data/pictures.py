@@ -29,9 +29,12 @@ class PictureFolder:
             DataError: a picture of an unknown kind, or an empty name.
         """
         picture = picture_of(name)
-        if isinstance(picture, str) and not _URL.match(picture):
-            return self.folder / picture
-        return picture
+        return self.folder / str(picture) if is_file_name(picture) else picture
+
+
+def is_file_name(picture: object) -> bool:
+    """Whether it is neither bytes nor a URL or data URI."""
+    return isinstance(picture, str) and not _URL.match(picture)
 
 
 def picture_of(name: object) -> str | bytes:

@@ -19,7 +19,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from lapilli.errors import DataError
 from lapilli.train.data.json_source import JsonSource, LinesSource
+from lapilli.train.data.parquet_source import ParquetSource
 from lapilli.train.data.pictures import PictureFolder
+from lapilli.train.data.tar_source import TarSource
 from lapilli.train.recipe import SourceRecipe
 
 
@@ -101,6 +103,10 @@ def _open_file(path: Path, images: str | None) -> Source:
             return JsonSource(path, folder)
         case ".jsonl" | ".ndjson":
             return LinesSource(path, folder)
+        case ".parquet" | ".pq":
+            return ParquetSource(path, folder)
+        case ".tar":
+            return TarSource(path)
     raise DataError(
         f"{path} is none of the data files that are known: give .json, .jsonl, .parquet or .tar"
     )
