@@ -1,0 +1,139 @@
+"""How processes meet and part: torchrun's variables, or a file; knows no training.
+
+    torchrun, srun     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+    joined(seat)       device, process group, signs of life; on the way out, who failed
+
+Control (counts, figures, checkpoints' plans) goes over gloo on the CPU, tensors over nccl where the
+device is a GPU.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from lapilli.errors import ConfigError
+from lapilli.train.parallel.presence import BEAT_S, Presence, is_network_error
+from lapilli.train.parallel.team import ALONE, Team
+from lapilli.train.recipe import Sharding
+
+_NAMES: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Which process this is, and where all of them meet.
+
+    Attributes:
+        local_rank: among the processes of this machine: the number of its GPU.
+        meeting: "env://" (the variables that torchrun sets), "file:///a/new/file", or
+            "tcp://host:port".
+    """
+
+    rank: int
+    size: int
+    local_rank: int = 0
+    meeting: str = "env://"
+
+
+def seat_of(environment: Mapping[str, str]) -> Seat | None:
+    """The seat that torchrun (or a Slurm script) has put into the environment; None: alone.
+
+    Raises:
+        ConfigError: some of the variables are there, others are not, or are no numbers.
+    """
+    if "WORLD_SIZE" not in environment:
+        return None
+    missing = [name for name in _NAMES if name not in environment]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {environment['WORLD_SIZE']} but {', '.join(missing)} is not set: start "
+            "with torchrun, which sets all of them"
+        )
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    try:
+        rank, size, local = (int(environment.get(name, 0)) for name in names)
+    except ValueError as error:
+        told = ", ".join(f"{name}={environment.get(name)}" for name in names)
+        raise ConfigError(f"{told}: expected whole numbers") from error
+    return Seat(rank, size, local)
+
+
+@contextmanager
+def joined(
+    seat: Seat | None,
+    *,
+    sharding: Sharding = "ddp",
+    device: str = "auto",
+    timeout_s: float = 600.0,
+    beat_s: float = BEAT_S,
+) -> Iterator[Team]:
+    """The team, while the block runs.
+
+    Args:
+        seat: None, or of one process: nobody is met, and there is no network.
+        sharding: what the processes share: "ddp" nothing, "fsdp" weights and moments.
+        device: "cpu", "cuda", or "auto": a GPU where there is one.
+        timeout_s: how long an operation waits for the others. A process that was killed is
+            noticed at once, a machine that was switched off after this time.
+        beat_s: seconds between two signs of life.
+
+    Raises:
+        ProcessLostError: another process failed; it names it, and its error where it left one.
+        ConfigError: fewer GPUs than processes on this machine.
+    """
+    if seat is None or seat.size == 1:
+        yield Team(device=_device(device, 0)) if device != "cpu" else ALONE
+        return
+    place = _device(device, seat.local_rank)
+    wait = timedelta(seconds=timeout_s)
+    store, _, _ = next(rendezvous(seat.meeting, seat.rank, seat.size, timeout=wait))
+    backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("group", store),
+        rank=seat.rank,
+        world_size=seat.size,
+        timeout=wait,
+    )
+    presence = Presence(PrefixStore("presence", store), seat.rank, seat.size, beat_s)
+    try:
+        yield Team(seat.rank, seat.size, sharding, place)
+        dist.barrier()  # the one that holds the store leaves last
+    except BaseException as error:
+        lost = is_network_error(error)
+        presence.leave_word(error, lost=lost)
+        if lost:
+            raise presence.find_lost() from error
+        raise
+    finally:
+        presence.end()
+        dist.destroy_process_group()
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    number = torch.cuda.device_count()
+    if local_rank >= number:
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU: there are {number}; start as many "
+            "processes as GPUs (torchrun --nproc_per_node)"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_team(rank: int, size: int, meeting: Path) -> Team:
+    """Meet the other processes at a file that does not exist before the first comes."""
+    if size > 1:
+        dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
+    return Team(rank, size)
