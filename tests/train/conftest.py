@@ -41,7 +41,14 @@ def new_regression(fails_at=None):
 
 
 def new_recipe(**run):
-    settings = {"steps": 12, "batch_size": 2, "accumulate": 2, "save_every": 3, "log_every": 1}
+    settings = {
+        "steps": 12,
+        "batch_size": 2,
+        "accumulate": 2,
+        "save_every": 3,
+        "log_every": 1,
+        "plot": False,
+    }
     return Recipe(
         stage="instruct",
         optim=OptimRecipe(lr=0.01, weight_decay=0.1, warmup_steps=3),

@@ -86,8 +86,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(tmp_path):
     with pytest.raises(TrainingError, match=r"loss of step 5 is .*bad_batch.pt"):
         train(new_regression(fails_at=4), new_recipe(), tmp_path)
-    _, _, step = torch.load(tmp_path / "bad_batch.pt", weights_only=True)
-    assert step == 4
+    kept = torch.load(tmp_path / "bad_batch.pt", weights_only=True)
+    assert [(item["step"], item["micro"], item["batch"][2]) for item in kept] == [
+        (4, 0, 4),
+        (4, 1, 4),
+    ]
 
 
 def test_evaluation_is_logged_in_evaluation_mode(tmp_path, regression):

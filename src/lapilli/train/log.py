@@ -8,8 +8,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
+
+from lapilli.train.contract import TrainingError
 
 Record = Mapping[str, int | float]
+TIMED: Final = frozenset({"per_s", "gib"})
+"""What two runs of the same bits still measure differently."""
 
 
 class RunLog:
@@ -22,17 +27,38 @@ class RunLog:
 
     def rewind(self, step: int) -> None:
         """Forget every record after this step."""
-        kept = [record for record in self.records() if record["step"] <= step]
+        if not self.path.exists():
+            return
+        found = self.records()
+        kept = [record for record in found if record["step"] <= step]
+        if len(kept) == len(found) and self.path.read_bytes().endswith(b"\n"):
+            return
         staged = self.path.with_suffix(".part")
         staged.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         staged.replace(self.path)
 
     def write(self, record: Record) -> None:
-        """One more line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """One more line.
+
+        Raises:
+            TrainingError: the disk does not take it.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path} cannot be written ({error}): make room and start the same command "
+                "again; the run goes on from its last checkpoint"
+            ) from error
         if self._echo:
             os.write(2, (self.line(record) + "\n").encode())
+
+    def sync(self) -> None:
+        """Everything written so far survives a power cut."""
+        if self.path.exists():
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())
 
     def records(self) -> list[Record]:
         """All lines so far; a last line that a kill cut short is left out."""

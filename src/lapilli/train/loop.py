@@ -2,173 +2,206 @@
 
     task.batch(step, i) -> batch          a function of the seed, the step and the micro-batch alone
     task.loss(batch)    -> sum, count     the loop divides by what the whole step supervises
-    folder/state.pt                       weights, moments, step: written aside, then renamed
+    folder/state.pt                       weights, moments, averages, step: state.py
+    folder/log.jsonl, best.pt, loss.png   what happened, the best weights, the curve
+
+    batches ahead -> step -> average -> log -> evaluate, best -> save -> asked to stop?
 
 The order of samples being a function of the step, a run that is killed and started again makes the
-same weights.
+same weights. What is written last is the state: whatever a kill interrupts is done again.
 """
 
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
 
-from lapilli.errors import LapilliError
-from lapilli.train.attention import PlainAttention
-from lapilli.train.log import RunLog
-from lapilli.train.loss import scales
+from lapilli.errors import ConfigError
+from lapilli.train.ahead import MakeBatch, batches
+from lapilli.train.bad_batch import stopped_at
+from lapilli.train.contract import CountedTask, Loss, Task, TrainingError
+from lapilli.train.ema import Average
+from lapilli.train.evaluate import evaluate, keep_best
+from lapilli.train.journal import Journal, open_journal
+from lapilli.train.memory import peak_memory
 from lapilli.train.optim import build_optimizer, lr_share, set_lr
 from lapilli.train.parallel import ALONE, Team
-from lapilli.train.recipe import Recipe
+from lapilli.train.recipe import Recipe, RunRecipe
+from lapilli.train.state import RunState, load_best, load_state, save_state
+from lapilli.train.step import Moment, NotFiniteError, StepRecord, device_of, take_step
+from lapilli.train.stop import StopWatch, exit_code
 
+__all__ = ["Loss", "Task", "TrainingError", "number_of_steps", "train"]
 
-class TrainingError(LapilliError, RuntimeError):
-    """A run that cannot go on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Loss of one micro-batch: a sum over what counts, and parts of it for the log."""
-
-    total: torch.Tensor
-    parts: Mapping[str, float] = field(default_factory=dict)
-
-
-@runtime_checkable
-class Task(Protocol):
-    """What is trained on what."""
-
-    @property
-    def model(self) -> nn.Module:
-        """Trainable parameters are those that require a gradient."""
-        ...
-
-    def batch(self, step: int, micro: int) -> tuple[Any, int]:
-        """A micro-batch and how many supervised things it has."""
-        ...
-
-    def loss(self, batch: Any) -> Loss:  # noqa: ANN401  the task's own type
-        """The summed loss."""
-        ...
-
-    def evaluate(self) -> Mapping[str, float]:
-        """Figures on held-out data."""
-        ...
+OnSave = Callable[[int], None]
 
 
 def train(
-    task: Task, recipe: Recipe, folder: Path, *, team: Team = ALONE, echo: bool = False
+    task: Task,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    team: Team = ALONE,
+    echo: bool = False,
+    progress: bool = False,
+    on_save: OnSave | None = None,
 ) -> None:
     """Run the recipe to its last step, from the checkpoint in `folder` when there is one.
 
+    At the end the model has the weights to keep: the best with run.keep_best, else the averages
+    with optim.ema, else the last.
+
+    Args:
+        task: what is trained on what.
+        recipe: how.
+        folder: where everything goes.
+        team: this process among all.
+        echo: log lines on stderr.
+        progress: a progress bar on stderr.
+        on_save: called in every process after each checkpoint, with the number of steps done.
+
     Raises:
-        TrainingError: the loss is not finite; the batch is kept in `folder/bad_batch.pt`.
+        TrainingError: the loss or the gradient is not finite (the batch is kept in
+            `folder/bad_batch.pt`), a worker died, or the disk is full; the checkpoint is whole.
+        ConfigError: the recipe does not go with the task or the team.
+        SystemExit: SIGTERM (143) or SIGINT (130) came; the state is saved.
     """
-    run = recipe.run
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
-    optimizer = build_optimizer(task.model, recipe.optim)
-    log = RunLog(folder, echo=echo)
-    first = resume(task.model, optimizer, folder)
-    if team.leads:
-        log.rewind(first)
-    seen, started = 0.0, time.monotonic()
-    for step in range(first, run.steps):
-        record = _step(task, optimizer, recipe, step, team=team, folder=folder)
-        seen += record.pop("count")
-        done = step + 1
-        last = done == run.steps
-        if not team.leads:
-            continue
-        if done % run.log_every == 0 or last:
-            speed = seen / (time.monotonic() - started)
-            log.write({"step": done, **record, "per_s": round(speed, 1)})
-            seen, started = 0.0, time.monotonic()
-        if done % run.save_every == 0 or last:
-            save(task.model, optimizer, done, folder)
-        if run.evaluate_every and (done % run.evaluate_every == 0 or last):
-            log.write({"step": done, **evaluate(task, recipe)})
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+    steps = number_of_steps(task, recipe.run)
+    _check(recipe.run, team)
+    folder.mkdir(parents=True, exist_ok=True)
+    average = Average(task.model, recipe.optim.ema) if recipe.optim.ema else None
+    state = RunState(task.model, build_optimizer(task.model, recipe.optim), average)
+    load_state(state, folder, team)
+    with open_journal(
+        recipe, folder, (state.step, steps), team=team, echo=echo, progress=progress
+    ) as journal:
+        _Run(task, recipe, folder, team, state, steps, journal, on_save).go()
+        journal.draw()
+    if state.best is not None and recipe.run.keep_best:
+        load_best(state, folder, team)
+    elif average is not None:
+        average.put_into_model()
 
 
-def _step(
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    step: int,
-    *,
-    team: Team,
-    folder: Path,
-) -> dict[str, float]:
-    """One optimizer step; the loss and its parts per supervised thing."""
-    run = recipe.run
-    micro_batches = {micro: task.batch(step, micro) for micro in team.own(run.accumulate)}
-    counts = [micro_batches[m][1] if m in micro_batches else 0 for m in range(run.accumulate)]
-    counts = team.sum_counts(counts)
-    weights = scales(counts, run.reduction)
-    record: dict[str, float] = {"loss": 0.0}
-    for micro, (batch, _) in micro_batches.items():
-        with PlainAttention(), _precision(recipe):
-            loss = task.loss(batch)
-        if not torch.isfinite(loss.total):
-            torch.save(batch, folder / "bad_batch.pt")
-            raise TrainingError(
-                f"the loss of step {step + 1} is {loss.total.item()}: its batch is in "
-                f"{folder / 'bad_batch.pt'}; lower optim.lr or check that data"
+def number_of_steps(task: Task, run: RunRecipe) -> int:
+    """Optimizer steps of a run; the last one of an epoch is filled from the next.
+
+    Raises:
+        ConfigError: neither the recipe nor the task knows.
+    """
+    if run.steps:
+        return run.steps
+    if not isinstance(task, CountedTask):
+        raise ConfigError(
+            "run.steps is 0 and this task does not know how many samples an epoch has: set "
+            "run.steps"
+        )
+    # Rounded: 0.1 epochs of 30 samples are not a little more than 3.
+    return ceil(round(run.epochs * task.num_samples / (run.batch_size * run.accumulate), 6))
+
+
+def _check(run: RunRecipe, team: Team) -> None:
+    if run.accumulate < team.size:
+        raise ConfigError(
+            f"run.accumulate is {run.accumulate} and {team.size} processes train: each of them "
+            f"needs a micro-batch of every step, so set run.accumulate to {team.size} or more"
+        )
+
+
+@dataclass(slots=True)
+class _Pace:
+    """Supervised things a second, of the steps alone: saving and evaluating do not count."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def add(self, count: int, seconds: float) -> None:
+        self.count += count
+        self.seconds += seconds
+
+    def take(self) -> float:
+        speed = self.count / max(self.seconds, 1e-9)
+        self.count, self.seconds = 0, 0.0
+        return round(speed, 1)
+
+
+@dataclass(slots=True)
+class _Run:
+    """The steps that are left, and what is written beside them."""
+
+    task: Task
+    recipe: Recipe
+    folder: Path
+    team: Team
+    state: RunState
+    steps: int
+    journal: Journal
+    on_save: OnSave | None
+    pace: _Pace = field(default_factory=_Pace)
+
+    def go(self) -> None:
+        run, first = self.recipe.run, self.state.step
+        own = self.team.own(run.accumulate)
+        places = ((step, micro) for step in range(first, self.steps) for micro in own)
+        with StopWatch() as watch, batches(self.task.batch, places, run.workers) as make:
+            while self.state.step < self.steps:
+                started = time.monotonic()
+                record = self._step(make, watch)
+                self.pace.add(record.count, time.monotonic() - started)
+                is_saved = self._write(record)
+                if record.stop:
+                    if not is_saved:
+                        self._save()
+                    raise SystemExit(exit_code(watch.seen or signal.SIGTERM))
+
+    def _step(self, make: MakeBatch, watch: StopWatch) -> StepRecord:
+        step, optim = self.state.step, self.recipe.optim
+        made = {micro: make(step, micro) for micro in self.team.own(self.recipe.run.accumulate)}
+        share = lr_share(step, self.steps, optim)
+        set_lr(self.state.optimizer, share)
+        try:
+            record = take_step(
+                self.task,
+                self.state.optimizer,
+                self.recipe,
+                made,
+                at=Moment(step, self.team, watch.asked),
             )
-        (loss.total * weights[micro]).backward()  # type: ignore[no-untyped-call]  # torch's own
-        record["loss"] += float(loss.total.detach()) * weights[micro]
-        for name, part in loss.parts.items():
-            record[name] = record.get(name, 0.0) + part * weights[micro]
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    team.sum_gradients(trainable)
-    norm = nn.utils.clip_grad_norm_(trainable, recipe.optim.clip)
-    share = lr_share(step, run.steps, recipe.optim)
-    set_lr(optimizer, share)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    record = team.sum_floats(record)
-    return {**record, "norm": float(norm), "lr": recipe.optim.lr * share, "count": sum(counts)}
+        except NotFiniteError as error:
+            raise stopped_at(error, step, self.folder, self.team) from error
+        self.state.step = step + 1
+        if self.state.average is not None:
+            self.state.average.update(self.state.step)
+        record.figures["lr"] = optim.lr * share
+        return record
 
+    def _write(self, record: StepRecord) -> bool:
+        """Log, evaluation and checkpoint, as far as they are due; whether the state is saved."""
+        run, done = self.recipe.run, self.state.step
+        is_last = done == self.steps
+        figures = {"step": done, **record.figures}
+        memory = round(peak_memory(device_of(self.task.model)) / 2**30, 2)
+        self.journal.tick({**figures, "gib": memory}, record.count)
+        if done % run.log_every == 0 or is_last:
+            self.journal.write({**figures, "per_s": self.pace.take(), "gib": memory})
+        if run.evaluate_every and (done % run.evaluate_every == 0 or is_last):
+            found = evaluate(self.task, self.recipe, self.state.average)
+            self.journal.write({"step": done, **found})
+            if run.keep_best:
+                keep_best(self.state, found, self.folder, self.team)
+        is_due = done % run.save_every == 0 or is_last
+        if is_due:
+            self._save()
+        return is_due
 
-def _precision(recipe: Recipe) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=recipe.run.precision == "bfloat16")
-
-
-def evaluate(task: Task, recipe: Recipe) -> Mapping[str, float]:
-    """The task's figures with the model in evaluation mode."""
-    task.model.eval()
-    try:
-        with torch.no_grad(), _precision(recipe):
-            return task.evaluate()
-    finally:
-        task.model.train()
-
-
-def save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, folder: Path) -> None:
-    """Everything that the next step needs; a kill while writing leaves the earlier file whole."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"step": step, "model": trained, "optimizer": optimizer.state_dict()}
-    staged = folder / "state.part"
-    torch.save(state, staged)
-    staged.replace(folder / "state.pt")
-
-
-def resume(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> int:
-    """The step to go on from: 0 without a checkpoint."""
-    path = folder / "state.pt"
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    with torch.no_grad():
-        parameters = dict(model.named_parameters())
-        for name, value in state["model"].items():
-            parameters[name].copy_(value)
-    peaks = [group["base_lr"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-        group["base_lr"] = peak  # the recipe's, should it have changed
-    return int(state["step"])
+    def _save(self) -> None:
+        self.journal.sync()
+        save_state(self.state, self.folder, self.team)
+        if self.on_save is not None:
+            self.on_save(self.state.step)

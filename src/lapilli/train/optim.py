@@ -1,4 +1,4 @@
-"""AdamW with its parameter groups, and the learning rate of every step."""
+"""AdamW or SGD with their parameter groups, and the learning rate of every step."""
 
 import math
 
@@ -11,22 +11,39 @@ from lapilli.train.recipe import OptimRecipe
 def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, object]]:
     """Trainable parameters by learning rate, with and without weight decay.
 
-    Norms and biases (one axis) are never decayed. A parameter belongs to the projector or to the
-    tower when its name
-    says so. `base_lr` is the peak of a group; the schedule scales it.
+    A parameter belongs to the projector or to the tower when its name says so. `base_lr` is the
+    peak of a group; the schedule scales it.
 
     Source: LLaVA llava_trainer.py create_optimizer.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((peak_lr(name, recipe), decay), []).append(parameter)
+    seen: set[nn.Parameter] = set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:  # seen: tied weights
+                continue
+            seen.add(parameter)
+            decay = recipe.weight_decay if decays(module, name, parameter, recipe) else 0.0
+            key = (peak_lr(f"{path}.{name}", recipe), decay)
+            groups.setdefault(key, []).append(parameter)
     return [
         {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
         for (lr, decay), parameters in groups.items()
     ]
+
+
+def decays(module: nn.Module, name: str, parameter: nn.Parameter, recipe: OptimRecipe) -> bool:
+    """Whether weight decay pulls at this parameter of `module`.
+
+    "original": all but biases and what norms have; "matrices": what has two axes or more.
+
+    Source: Hugging Face trainer_pt_utils.get_parameter_names, with which the original makes its
+        groups.
+    Note: there the gains of Mistral's norms decay, for want of an entry in a list; here no norm's.
+    """
+    if recipe.decay == "matrices":
+        return parameter.dim() > 1
+    return "bias" not in name and "Norm" not in type(module).__name__
 
 
 def peak_lr(name: str, recipe: OptimRecipe) -> float:
@@ -38,15 +55,20 @@ def peak_lr(name: str, recipe: OptimRecipe) -> float:
     return recipe.lr
 
 
-def build_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters."""
-    return torch.optim.AdamW(
-        parameter_groups(model, recipe),
-        lr=recipe.lr,
-        betas=recipe.betas,
-        eps=recipe.eps,
-        fused=True,
-    )
+def build_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters; one kernel for all tensors of a group."""
+    groups = parameter_groups(model, recipe)
+    if recipe.name == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+
+
+def warmup_steps(steps: int, recipe: OptimRecipe) -> int:
+    """Steps of linear growth: as given, else a share of all, rounded up.
+
+    Source: Hugging Face TrainingArguments.get_warmup_steps.
+    """
+    return recipe.warmup_steps or math.ceil(steps * recipe.warmup_share)
 
 
 def lr_share(step: int, steps: int, recipe: OptimRecipe) -> float:
@@ -55,9 +77,10 @@ def lr_share(step: int, steps: int, recipe: OptimRecipe) -> float:
     Source: Hugging Face get_cosine_schedule_with_warmup and its siblings; `trapezoid` is
         constant, then linear.
     """
-    if step < recipe.warmup_steps:
-        return step / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(steps - recipe.warmup_steps, 1)
+    warmup = warmup_steps(steps, recipe)
+    if step < warmup:
+        return step / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
     match recipe.schedule:
         case "constant":
             share = 1.0

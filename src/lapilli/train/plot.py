@@ -8,12 +8,18 @@ from lapilli.train.log import Record
 Curve = Sequence[tuple[int | float, float]]
 
 
-def plot_losses(curves: Mapping[str, Curve], path: Path) -> None:
+def plot_losses(
+    curves: Mapping[str, Curve],
+    path: Path,
+    *,
+    evaluations: Mapping[str, Curve] | None = None,
+) -> None:
     """One panel per run, loss over steps, as PNG.
 
     Args:
         curves: (step, loss) pairs by name of the run.
         path: where the picture goes.
+        evaluations: the same of held-out data, for the runs that have them.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -23,7 +29,12 @@ def plot_losses(curves: Mapping[str, Curve], path: Path) -> None:
     for place, (name, curve) in enumerate(curves.items()):
         axes = figure.add_subplot(1, len(curves), place + 1)
         axes.plot([step for step, _ in curve], [loss for _, loss in curve], linewidth=1.0)
-        axes.set_yscale("log")
+        if held_out := (evaluations or {}).get(name):
+            steps, losses = zip(*held_out, strict=True)
+            axes.plot(steps, losses, marker="o", markersize=3.0, linewidth=1.0, label="held out")
+            axes.legend(fontsize=7)
+        if all(loss > 0 for _, loss in curve):
+            axes.set_yscale("log")
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         if place == 0:
@@ -36,3 +47,8 @@ def plot_losses(curves: Mapping[str, Curve], path: Path) -> None:
 def loss_curve(records: Sequence[Record]) -> list[tuple[int | float, float]]:
     """(step, loss) of the log records that have a loss."""
     return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+def evaluation_curve(records: Sequence[Record]) -> list[tuple[int | float, float]]:
+    """(step, loss) of the evaluations that have a loss."""
+    return [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]

@@ -1,0 +1,74 @@
+"""What a task and the loop promise each other, and how a run fails; knows no data and no model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from lapilli.errors import LapilliError
+
+
+class TrainingError(LapilliError, RuntimeError):
+    """A run that cannot go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Loss of one micro-batch: a sum over what counts, and parts of it for the log.
+
+    Attributes:
+        total: what is differentiated.
+        parts: sums of the same kind; a tensor is read when the step is over, so that no
+            micro-batch waits for the device.
+    """
+
+    total: torch.Tensor
+    parts: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What is trained on what."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Trainable parameters are those that require a gradient."""
+        ...
+
+    def batch(self, step: int, micro: int) -> tuple[Any, int]:
+        """A micro-batch and how many supervised things it has.
+
+        A function of the two numbers and of nothing else: it may be called in another process,
+        ahead of time, or again after a kill.
+        """
+        ...
+
+    def loss(self, batch: Any) -> Loss:  # noqa: ANN401  the task's own type
+        """The summed loss."""
+        ...
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Figures on held-out data, the same in every process; `eval_loss` decides what is best."""
+        ...
+
+
+@runtime_checkable
+class CountedTask(Task, Protocol):
+    """A task that knows how long an epoch is."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples (or packed rows) of one epoch."""
+        ...
+
+
+@runtime_checkable
+class NamedBatch(Protocol):
+    """A batch that knows which samples it has."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """One per sample."""
+        ...

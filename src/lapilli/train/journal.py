@@ -1,0 +1,106 @@
+"""Everything that listens to a run: the log file, trackers, a progress bar, the curve at the end.
+
+    write(record)    a line of the log: log.jsonl, TensorBoard, wandb
+    tick(record)     every step: the bar
+
+Processes that do not lead have a journal in which nothing is written.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from lapilli.train.log import Record, RunLog
+from lapilli.train.parallel import Team
+from lapilli.train.plot import evaluation_curve, loss_curve, plot_losses
+from lapilli.train.progress import ProgressBar
+from lapilli.train.recipe import Recipe
+from lapilli.train.tracker import Tracker, open_trackers
+
+
+class Journal:
+    """What is told to everyone who listens.
+
+    Args:
+        log: None: this process does not lead.
+        trackers: other programs that collect curves.
+        bar: None: no progress is shown.
+        plot: whether `draw` draws.
+    """
+
+    def __init__(
+        self,
+        log: RunLog | None = None,
+        trackers: Sequence[Tracker] = (),
+        *,
+        bar: ProgressBar | None = None,
+        plot: bool = False,
+    ) -> None:
+        self._log, self._trackers, self._bar, self._plot = log, tuple(trackers), bar, plot
+
+    def tick(self, record: Record, count: int) -> None:
+        """A step is done."""
+        if self._bar is not None:
+            self._bar.tick(record, count)
+
+    def write(self, record: Record) -> None:
+        """A record for the log."""
+        if self._log is not None:
+            self._log.write(record)
+        for tracker in self._trackers:
+            tracker.write(record)
+
+    def sync(self) -> None:
+        """Everything written so far is on the disk: the checkpoint that follows relies on it."""
+        if self._log is not None:
+            self._log.sync()
+        for tracker in self._trackers:
+            tracker.sync()
+
+    def draw(self) -> None:
+        """The loss over the steps as `loss.png` beside the log, where matplotlib is installed."""
+        if self._log is None or not self._plot or find_spec("matplotlib") is None:
+            return
+        records, folder = self._log.records(), self._log.path.parent
+        if curve := loss_curve(records):
+            name = folder.resolve().name
+            found = {name: evaluation_curve(records)}
+            plot_losses({name: curve}, folder / "loss.png", evaluations=found)
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        if self._bar is not None:
+            self._bar.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+@contextmanager
+def open_journal(
+    recipe: Recipe,
+    folder: Path,
+    span: tuple[int, int],
+    *,
+    team: Team,
+    echo: bool,
+    progress: bool,
+) -> Iterator[Journal]:
+    """The journal of the steps `span` (done, of all); what an earlier run wrote after it is gone.
+
+    Raises:
+        ConfigError: a tracker that the recipe asks for is not installed.
+    """
+    if not team.leads:
+        yield Journal()
+        return
+    first, steps = span
+    log = RunLog(folder, echo=echo)
+    log.rewind(first)
+    trackers = open_trackers(recipe, folder, first)
+    bar = ProgressBar(first, steps, recipe.stage) if progress else None
+    journal = Journal(log, trackers, bar=bar, plot=recipe.run.plot)
+    try:
+        yield journal
+    finally:
+        journal.close()

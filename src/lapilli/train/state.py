@@ -1,0 +1,211 @@
+"""What a run needs to go on with the same bits: files, written whole or not at all.
+
+folder/state.pt    {step, model, optimizer, average, best}
+folder/best.pt     {step, eval_loss, model}
+
+A file is written aside as NAME.part, flushed to the disk, then renamed over the earlier one: a
+kill, a power cut or a full disk at any moment leaves one of the two whole.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lapilli.train.contract import TrainingError
+from lapilli.train.ema import Average
+from lapilli.train.parallel import ALONE, Team
+
+_STATE = "state.pt"
+_BEST = "best.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The evaluation with the lowest loss so far."""
+
+    step: int
+    eval_loss: float
+
+
+@dataclass(slots=True)
+class RunState:
+    """Where a run stands; everything else is a function of the seed and the step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: Average | None = None
+    step: int = 0
+    best: Best | None = None
+
+    @property
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The weights that the run changes, by parameter name."""
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+
+
+def save_state(state: RunState, folder: Path, team: Team = ALONE) -> None:
+    """Everything that the next step needs.
+
+    Raises:
+        TrainingError: no room on the disk; the earlier checkpoint is whole.
+    """
+    if not team.leads:
+        return
+    content = {
+        "step": state.step,
+        "model": state.trained,
+        "optimizer": state.optimizer.state_dict(),
+        "average": None if state.average is None else state.average.tensors,
+        "best": None if state.best is None else (state.best.step, state.best.eval_loss),
+    }
+    write_whole(content, folder / _STATE)
+
+
+def load_state(state: RunState, folder: Path, team: Team = ALONE) -> bool:
+    """Go on from the checkpoint in `folder`; False and nothing changed where there is none.
+
+    Raises:
+        TrainingError: the checkpoint is of another recipe: other weights, another optimizer.
+    """
+    del team  # every process reads the same file
+    path = folder / _STATE
+    if not path.exists():
+        return False
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    trained = state.trained
+    _check_names(trained, content["model"], path)
+    with torch.no_grad():
+        for name, value in content["model"].items():
+            trained[name].copy_(value)
+    _load_optimizer(state.optimizer, content["optimizer"], path)
+    if state.average is not None:
+        state.average.restore(content.get("average") or content["model"])
+    best = content.get("best")
+    state.best = None if best is None else Best(*best)
+    state.step = int(content["step"])
+    return True
+
+
+def save_best(state: RunState, folder: Path, team: Team = ALONE) -> None:
+    """The weights of this moment as the best so far: the averages where the run keeps them."""
+    if not team.leads or state.best is None:
+        return
+    weights = state.trained if state.average is None else state.average.tensors
+    content = {"step": state.best.step, "eval_loss": state.best.eval_loss, "model": weights}
+    write_whole(content, folder / _BEST)
+
+
+def load_best(state: RunState, folder: Path, team: Team = ALONE) -> None:
+    """Put the best weights into the model.
+
+    Raises:
+        TrainingError: the file is missing or of another recipe.
+    """
+    del team
+    path = folder / _BEST
+    if not path.exists():
+        raise TrainingError(
+            f"{path} is missing, and the run says that its best step was "
+            f"{state.best.step if state.best else None}: train again, or set run.keep_best = false"
+        )
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    trained = state.trained
+    _check_names(trained, content["model"], path)
+    with torch.no_grad():
+        for name, value in content["model"].items():
+            trained[name].copy_(value)
+
+
+def write_whole(content: Any, path: Path) -> None:  # noqa: ANN401  whatever torch.save takes
+    """torch.save that replaces `path` at once, when every byte is on the disk.
+
+    Raises:
+        TrainingError: the disk does not take it; `path` is as it was.
+    """
+    staged = path.with_suffix(".part")
+    try:
+        with staged.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        if _disk_error(error) is None:
+            raise
+        staged.unlink(missing_ok=True)
+        needed = sum(tensor.nbytes for tensor in _tensors(content))
+        raise TrainingError(_no_room(path, needed, _disk_error(error))) from error
+
+
+def _no_room(path: Path, needed: int, error: OSError | None) -> str:
+    free = shutil.disk_usage(path.parent).free
+    kept = f"the earlier {path.name} is whole" if path.exists() else f"there is no {path.name} yet"
+    return (
+        f"{path} cannot be written ({error}): about {needed:,} bytes are needed, {free:,} are "
+        f"free; {kept}. Make room (or raise the quota) and start the same command again"
+    )
+
+
+def _disk_error(error: BaseException) -> OSError | None:
+    """What the disk said: torch's writer answers a failed write with an error of its own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen
+        seen = seen.__context__
+    return None
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on the disk only when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _tensors(content: Any) -> Iterator[torch.Tensor]:  # noqa: ANN401  nested containers
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _tensors(value)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            yield from _tensors(value)
+
+
+def _check_names(
+    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    """Refuse a checkpoint of other weights; a silent half would be another run."""
+    for name in sorted(set(ours) | set(theirs)):
+        found = tuple(theirs[name].shape) if name in theirs else "nothing"
+        expected = tuple(ours[name].shape) if name in ours else "nothing (it is frozen or absent)"
+        if found != expected:
+            raise TrainingError(
+                f"{path} has {found} for {name}, and this recipe trains {expected}: go on with "
+                "the recipe that began the run, or train into another folder"
+            )
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], path: Path) -> None:
+    """The moments of the checkpoint under the recipe's own learning rates and decay."""
+    ours = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(dict(saved))
+    except ValueError as error:
+        raise TrainingError(
+            f"{path} has other parameter groups ({error}): go on with the recipe that began the "
+            "run, or train into another folder"
+        ) from error
+    for group, settings in zip(optimizer.param_groups, ours, strict=True):
+        group.update(settings)

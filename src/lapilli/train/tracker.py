@@ -1,0 +1,122 @@
+"""Programs that collect curves from many runs: TensorBoard and wandb; knows records alone.
+
+A resumed run tells them the same steps again: TensorBoard purges what came after the checkpoint,
+and wandb draws over the step that a record names.
+"""
+
+import dataclasses
+import uuid
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lapilli.errors import ConfigError
+from lapilli.train.log import Record
+from lapilli.train.recipe import Recipe
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Takes the records of a run."""
+
+    def write(self, record: Record) -> None:
+        """One more."""
+        ...
+
+    def sync(self) -> None:
+        """Everything so far is safe when this returns."""
+        ...
+
+    def close(self) -> None:
+        """There are no more."""
+        ...
+
+
+class TensorBoardTracker:
+    """Event files in `folder/tensorboard`.
+
+    Raises:
+        ConfigError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing("tensorboard") from error
+        self._writer: Any = SummaryWriter(folder / "tensorboard", purge_step=first + 1)
+
+    def write(self, record: Record) -> None:
+        """One scalar per figure."""
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(record["step"]))
+
+    def sync(self) -> None:
+        """Flush the event file."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """End the event file."""
+        self._writer.close()
+
+
+class WandbTracker:
+    """A run of wandb; its id stands in `folder/wandb_id`, so that a resumed run is the same one.
+
+    Raises:
+        ConfigError: wandb is not installed.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        try:
+            wandb = import_module("wandb")
+        except ImportError as error:
+            raise _missing("wandb") from error
+        kept = folder / "wandb_id"
+        if not kept.exists():
+            kept.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        self._run: Any = wandb.init(
+            project="lapilli",
+            name=folder.resolve().name,
+            id=kept.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=folder,
+            config=dataclasses.asdict(recipe),
+        )
+        # wandb's own counter only grows; a resumed run goes back to its checkpoint.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: Record) -> None:
+        """All figures of a step."""
+        self._run.log(dict(record))
+
+    def sync(self) -> None:
+        """Nothing to do: records are sent from a process of its own."""
+
+    def close(self) -> None:
+        """End the run there."""
+        self._run.finish()
+
+
+def open_trackers(recipe: Recipe, folder: Path, first: int) -> list[Tracker]:
+    """The trackers that `run.loggers` names.
+
+    Raises:
+        ConfigError: one of them is not installed.
+    """
+    made: list[Tracker] = []
+    for name in recipe.run.loggers:
+        match name:
+            case "tensorboard":
+                made.append(TensorBoardTracker(folder, first))
+            case "wandb":
+                made.append(WandbTracker(folder, recipe))
+    return made
+
+
+def _missing(package: str) -> ConfigError:
+    return ConfigError(
+        f"run.loggers asks for {package}, which is not installed: pip install {package}, or take "
+        "it out of run.loggers"
+    )
