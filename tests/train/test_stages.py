@@ -8,6 +8,7 @@ from lapilli.lm.decoder import Decoder
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.train.attention import PlainAttention, plain_attention
 from lapilli.train.batch import collate
+from lapilli.train.data.rows import Row
 from lapilli.train.stages import FeatureReader, freeze
 
 CONFIG = DecoderConfig(
@@ -23,27 +24,26 @@ def new_reader():
 
 def new_batch(rows):
     generator = torch.Generator().manual_seed(1)
-    prompts, media = [], []
+    made = []
     for length in rows:
         ids = [1, 0, 0, 0, *range(5, 5 + length)]
         mask = [False] * 6 + [True] * (length - 2)
-        prompts.append(EncodedPrompt(ids, mask, (Span(0, 1, 3),)))
-        media.append([torch.randn(3, 5, generator=generator)])
-    return prompts, media
+        features = torch.randn(3, 5, generator=generator)
+        made.append(Row(EncodedPrompt(ids, mask, (Span(0, 1, 3),)), (features,)))
+    return made
 
 
 def test_padding_does_not_change_the_loss():
     reader = new_reader()
-    prompts, media = new_batch([4, 9, 6])
-    together = reader.loss(collate(prompts, media)).total
-    alone = sum(reader.loss(collate([p], [m])).total for p, m in zip(prompts, media, strict=True))
+    rows = new_batch([4, 9, 6])
+    together = reader.loss(collate(rows)).total
+    alone = sum(reader.loss(collate([row])).total for row in rows)
     torch.testing.assert_close(together, alone)
 
 
 def test_the_loss_is_that_of_all_logits_with_ignored_labels():
     reader = new_reader()
-    prompts, media = new_batch([7])
-    batch = collate(prompts, media)
+    batch = collate(new_batch([7]))
     logits = reader.language_model.logits(reader.hidden(batch))
     labels = torch.where(batch.loss_mask, batch.input_ids, -100)
     expected = nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
@@ -52,7 +52,7 @@ def test_the_loss_is_that_of_all_logits_with_ignored_labels():
 
 def test_features_reach_the_loss_through_the_projector():
     reader = new_reader()
-    reader.loss(collate(*new_batch([6]))).total.backward()
+    reader.loss(collate(new_batch([6]))).total.backward()
     assert reader.projector.weight.grad.abs().sum() > 0
 
 
@@ -88,7 +88,7 @@ def test_plain_attention_is_its_fused_twin(is_causal):
 
 def test_plain_attention_stands_in_only_without_a_mask():
     reader = new_reader()
-    batch = collate(*new_batch([5, 8]))
+    batch = collate(new_batch([5, 8]))
     expected = reader.loss(batch).total
     with PlainAttention():
         torch.testing.assert_close(reader.loss(batch).total, expected)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lapilli import __version__
-from lapilli.cli import ask, batch, bench, chat, inspect, quantize
+from lapilli.cli import ask, batch, bench, chat, inspect, quantize, train
 
 app = typer.Typer(
     name="lapilli",
@@ -21,6 +21,7 @@ app.command("bench")(bench.bench)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("quantize")(quantize.quantize)
+app.command("train", context_settings=train.SETTINGS)(train.train)
 
 
 def _print_version(wanted: bool) -> None:

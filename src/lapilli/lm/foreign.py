@@ -15,8 +15,6 @@ from torch import nn
 from lapilli.config.model import DecoderConfig
 from lapilli.errors import GenerationError, UnsupportedModelError
 from lapilli.nn.kv_cache import Cache, KVCache
-from lapilli.nn.paged import PagedBatch
-from lapilli.nn.static import StaticBatch
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 
@@ -90,7 +88,7 @@ class ForeignLanguageModel(nn.Module):
         Raises:
             UnsupportedModelError: ragged rows, which another library's attention cannot read.
         """
-        if isinstance(cache, PagedBatch | StaticBatch):
+        if not isinstance(cache, KVCache | None):
             raise UnsupportedModelError(
                 "the batching engine cannot run a language model of transformers: use generate()"
             )

@@ -12,6 +12,7 @@ from lapilli.config.model import TextConfig
 from lapilli.errors import GenerationError
 from lapilli.nn.attention import attend
 from lapilli.nn.paged import PagedBatch
+from lapilli.nn.segments import Segments
 from lapilli.nn.static import StaticBatch
 from lapilli.shapes import Float, Int, Tensor
 
@@ -137,5 +138,5 @@ class KVCache:
         self._lengths = [length] * len(self._lengths)
 
 
-Cache = KVCache | PagedBatch | StaticBatch
+Cache = KVCache | PagedBatch | StaticBatch | Segments
 """What a language model takes as its `cache`: rows of one length, or ragged rows over blocks."""

@@ -1,17 +1,40 @@
-"""Encoded conversations as one rectangle of tensors; knows no strings and no files.
+"""Encoded samples as one rectangle of tensors; knows no strings and no files.
 
-Rows are padded on the right: under a causal mask no real position ever looks at padding, so no
-attention mask is needed
-and every row's positions start at 0.
+    rows    prompt, prompt, ...           one sample each, padded on the right
+    bins    [prompt, prompt], [prompt]    several samples in a row, one after the other
+
+Padding stands on the right: under a causal mask no real position ever looks at it, so no attention
+mask is needed. Positions start at 0 in every sample.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
-from lapilli.shapes import Bool, Float, Int, Tensor
+from lapilli.shapes import Bool, Int, Tensor
+
+
+@runtime_checkable
+class RowLike(Protocol):
+    """What is collated: an encoded conversation and its media, in the order of its spans."""
+
+    @property
+    def prompt(self) -> EncodedPrompt:
+        """Ids, loss mask and spans."""
+        ...
+
+    @property
+    def media(self) -> Sequence[Any]:
+        """What the modality prepared, or features [n, E] that a tower made earlier."""
+        ...
+
+    @property
+    def id(self) -> str:
+        """The sample's name in its data."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,43 +43,67 @@ class TrainingBatch:
 
     Attributes:
         input_ids: PLACEHOLDER under spans and padding.
-        loss_mask: True where a token is supervised; never under spans or padding.
+        loss_mask: True where a token is supervised; never under spans or padding, nor at the first
+            position of a sample, which nothing predicts.
+        position_ids: 0, 1, 2, ... in every sample and in the padding after the last.
         spans: places of media, in the order of `media`.
-        media: encoder features, one [n_i, E] each.
+        media: what the modalities prepared, or encoder features [n, E].
+        segments: per row the lengths of its samples, one after the other.
         num_valid: supervised tokens.
+        ids: names of the samples, row after row.
     """
 
     input_ids: Int[Tensor, "B T"]
     loss_mask: Bool[Tensor, "B T"]
+    position_ids: Int[Tensor, "B T"]
     spans: tuple[Span, ...]
-    media: tuple[Float[Tensor, "_ E"], ...]
+    media: tuple[Any, ...]
+    segments: tuple[tuple[int, ...], ...]
     num_valid: int
+    ids: tuple[str, ...] = ()
 
     @property
-    def position_ids(self) -> Int[Tensor, "B T"]:
-        """0, 1, 2, ... in every row."""
-        rows, length = self.input_ids.shape
-        return torch.arange(length).expand(rows, length)
+    def is_packed(self) -> bool:
+        """Whether any row holds several samples."""
+        return any(len(lengths) > 1 for lengths in self.segments)
 
 
-def collate(
-    prompts: Sequence[EncodedPrompt], media: Sequence[Sequence[Float[Tensor, "_ E"]]]
-) -> TrainingBatch:
-    """One batch of rows; `media` holds the features of each row in the order of its spans."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), PLACEHOLDER, dtype=torch.long)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt.input_ids)
-        mask[row, : len(prompt)] = torch.tensor(prompt.loss_mask)
-    mask[:, 0] = False  # nothing predicts the first token of a row
-    spans = tuple(
-        Span(row, span.start, span.length, span.modality)
-        for row, prompt in enumerate(prompts)
-        for span in prompt.spans
+def collate(rows: Sequence[RowLike]) -> TrainingBatch:
+    """One batch of rows of one sample each."""
+    return collate_bins([[row] for row in rows])
+
+
+def collate_bins(bins: Sequence[Sequence[RowLike]]) -> TrainingBatch:
+    """One batch with a row for every bin, the samples of a bin one after the other."""
+    segments = tuple(tuple(len(sample.prompt) for sample in samples) for samples in bins)
+    shape = len(bins), max(map(sum, segments))
+    ids = torch.full(shape, PLACEHOLDER, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    positions = torch.zeros(shape, dtype=torch.long)
+    spans: list[Span] = []
+    media: list[Any] = []
+    for row, samples in enumerate(bins):
+        start = 0
+        for sample in samples:
+            prompt, end = sample.prompt, start + len(sample.prompt)
+            ids[row, start:end] = torch.tensor(prompt.input_ids)
+            mask[row, start:end] = torch.tensor(prompt.loss_mask)
+            mask[row, start] = False
+            positions[row, start:end] = torch.arange(len(prompt))
+            spans += [Span(row, start + s.start, s.length, s.modality) for s in prompt.spans]
+            media += sample.media
+            start = end
+        positions[row, start:] = torch.arange(shape[1] - start)
+    return TrainingBatch(
+        input_ids=ids,
+        loss_mask=mask,
+        position_ids=positions,
+        spans=tuple(spans),
+        media=tuple(media),
+        segments=segments,
+        num_valid=int(mask.sum()),
+        ids=tuple(sample.id for samples in bins for sample in samples),
     )
-    features = tuple(item for row in media for item in row)
-    return TrainingBatch(ids, mask, spans, features, int(mask.sum()))
 
 
 def by_length(lengths: Sequence[int], pieces: int) -> list[list[int]]:

@@ -1,22 +1,31 @@
-"""Which parameters each stage trains, and the model that it trains; knows modules, no data.
+"""Which parameters each stage trains.
 
-tower      everything it is given (the tower and the heads of its own losses)
-language   everything it is given
-align      the projector
-instruct   the projector and the language model
+    tower      everything it is given (the tower and the heads of its own losses)
+    language   everything it is given
+    align      the projector
+    instruct   the projector and the language model, or an adapter beside its layers
+
+Knows modules, no data.
 """
+
+from typing import cast
 
 import torch
 from torch import nn
 
 from lapilli.errors import ConfigError
 from lapilli.lm.base import LanguageModel
+from lapilli.lora import LoraConfig, adapter_tensors, inject
+from lapilli.lora.inject import adapters
+from lapilli.modality.image.image import ImageModality
+from lapilli.modality.image.vision import VisionTransformer
 from lapilli.model.fuse import fuse
+from lapilli.model.vlm import VisionLanguageModel
 from lapilli.shapes import Float, Tensor
 from lapilli.train.batch import TrainingBatch
 from lapilli.train.loop import Loss
 from lapilli.train.loss import cross_entropy_sum, supervised
-from lapilli.train.recipe import Stage
+from lapilli.train.recipe import LoraRecipe, Recipe, Stage
 
 
 class FeatureReader(nn.Module):
@@ -33,7 +42,7 @@ class FeatureReader(nn.Module):
         if torch.is_autocast_enabled("cpu"):  # a residual stream of half the width: a fifth faster
             embeds = embeds.to(torch.get_autocast_dtype("cpu"))
         if batch.media:
-            sizes = [len(item) for item in batch.media]
+            sizes = [span.length for span in batch.spans]
             projected = self.projector(_stacked(batch.media))
             embeds = fuse(embeds, projected.split(sizes), batch.spans)
         return self.language_model.forward(embeds, position_ids=batch.position_ids)
@@ -71,3 +80,80 @@ def freeze(model: nn.Module, stage: Stage) -> None:
                 parameter.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"stage {stage!r} trains nothing in a {type(model).__name__}")
+
+
+def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, ...]:
+    """Mark what the recipe trains in the model, which is changed in place; everything else rests.
+
+        align      the projector and the learned row end
+        instruct   those and the language model, or an adapter beside its layers
+        both       the tower too with `model.tune_tower`: the layers that its features come from
+
+    Args:
+        model: without adapters, or with the one that `model.adapter` names.
+        recipe: stage, model and lora.
+
+    Returns:
+        Full names of the parameters that are trained.
+
+    Raises:
+        ConfigError: a stage that a whole model has not, or one that would train nothing in it.
+
+    Source: LLaVA section 4.2 and train.py: tune_mm_mlp_adapter, find_all_linear_names; LLaVA-NeXT
+        for the tower and the row end.
+    """
+    if recipe.stage not in ("align", "instruct"):
+        raise ConfigError(
+            f"stage {recipe.stage!r} makes the parts of a model: a whole one has the stages align "
+            "and instruct"
+        )
+    model.requires_grad_(False)
+    trained: list[nn.Parameter] = []
+    for modality in model.modalities.values():
+        trained += modality.projector.parameters()  # type: ignore[union-attr]  # all modalities have one
+        newline = getattr(modality, "image_newline", None)
+        trained += [] if newline is None else [newline]
+        if recipe.model.tune_tower and isinstance(modality, ImageModality):
+            trained += _used(modality.vision_tower)
+    if recipe.stage == "instruct":
+        trained += _of_language_model(model, recipe.lora)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    if not trained:
+        raise ConfigError(f"stage {recipe.stage!r} trains nothing in this model")
+    return tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _used(tower: VisionTransformer) -> list[nn.Parameter]:
+    """Parameters that the tower's features depend on; the others would wait for a gradient."""
+    stack = tower.vision_model
+    idle = [stack.post_layernorm, *stack.encoder.layers[tower.num_used_layers :]]
+    unused = {id(parameter) for module in idle for parameter in module.parameters()}
+    return [parameter for parameter in tower.parameters() if id(parameter) not in unused]
+
+
+def _of_language_model(model: VisionLanguageModel, lora: LoraRecipe | None) -> list[nn.Parameter]:
+    """All of it, or the adapter beside its layers, fresh where the model has none."""
+    if lora is None:
+        return list(model.language_model.parameters())  # type: ignore[attr-defined]  # a module that follows the protocol
+    if not any(True for _ in adapters(model)):
+        targets = lora.targets or default_targets(model)
+        inject(
+            model,
+            LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=targets, dropout=lora.dropout),
+        )
+    return [cast(nn.Parameter, tensor) for tensor in adapter_tensors(model).values()]
+
+
+def default_targets(model: nn.Module) -> tuple[str, ...]:
+    """Every linear layer of the language model but the head, by path.
+
+    Source: LLaVA train.py find_all_linear_names.
+    """
+    return tuple(
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and path.startswith("language_model.")
+        and not path.endswith(".lm_head")
+    )

@@ -90,6 +90,7 @@ class Row:
     prompt: EncodedPrompt
     media: list[Tensor]
     looks: Looks
+    id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ class TalkTask:
         """A micro-batch of rows of similar length."""
         rows, groups = self._rows(step)
         chosen = [rows[i] for i in groups[micro]]
-        batch = collate([row.prompt for row in chosen], [row.media for row in chosen])
+        batch = collate(chosen)
         width = batch.input_ids.shape[1]
         pointers = {
             kind: collate_looks([row.looks.get(kind, ()) for row in chosen], width)
@@ -159,9 +160,10 @@ class TalkTask:
         template = TEMPLATES[self._recipe.data.template]
         prompt = encode_sample(sample, template, self._tokenizer, lengths)
         if not (self._recipe.data.pointing and media and turns):
-            return Row(prompt, media, {})
+            return Row(prompt, media, {}, str(scene.seed))
         side = isqrt(lengths[0])
-        return Row(prompt, media, looks(prompt, turns, self._tokenizer, scene, side))
+        found = looks(prompt, turns, self._tokenizer, scene, side)
+        return Row(prompt, media, found, str(scene.seed))
 
     def _turns(self, scene: Scene, rng: np.random.Generator) -> list[Question]:
         least, most = self._recipe.data.questions

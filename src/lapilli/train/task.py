@@ -1,0 +1,183 @@
+"""What a recipe trains on what: checkpoint, samples and their order become a TrainingTask.
+
+    checkpoint --load--> model --stages--> what learns --> TrainedModel
+    files ----> samples --order(step)--> rows --collate or pack--> TrainingBatch
+
+Knows every room of the trainer; must not know the loop's arithmetic or what results look like.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.errors import ConfigError
+from lapilli.prompt.choose import Template, template_by_name
+from lapilli.train.batch import TrainingBatch, collate, collate_bins
+from lapilli.train.contract import Loss
+from lapilli.train.data import Dataset, Row, RowMaker, Rows, open_dataset, order_of
+from lapilli.train.distill import (
+    DistilledModel,
+    PairMaker,
+    Teacher,
+    load_teacher,
+    with_teacher,
+)
+from lapilli.train.model import TrainedModel
+from lapilli.train.order import Order
+from lapilli.train.pack import pack
+from lapilli.train.parallel import Team
+from lapilli.train.recipe import Recipe
+from lapilli.train.stages import choose_trainable
+
+
+@dataclass
+class TrainingTask:
+    """A model and its data; see `lapilli.train.loop.Task`.
+
+    Attributes:
+        model: what learns, and how its loss is made.
+        loaded: the checkpoint that it came from.
+        recipe: what is done.
+        team: this process among all.
+        rows: of the samples that are learned from.
+        order: which of them a step reads.
+        held_out: rows of the samples that evaluation reads; None: there are none.
+        template: what the rows were rendered with.
+    """
+
+    model: TrainedModel
+    loaded: Loaded
+    recipe: Recipe
+    team: Team
+    rows: Rows
+    order: Order
+    held_out: Rows | None
+    template: Template
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        return self.order.epoch_size
+
+    def batch(self, step: int, micro: int) -> tuple[TrainingBatch, int]:
+        """The micro-batch and how many supervised tokens it has."""
+        made = self._collate([self.rows.row(index) for index in self.order.indices(step, micro)])
+        return made, made.num_valid
+
+    def _collate(self, rows: list[Row]) -> TrainingBatch:
+        data = self.recipe.data
+        if not data.pack:
+            return with_teacher(collate(rows), rows)
+        bins = pack([len(row.prompt) for row in rows], data.max_length)
+        packed = [[rows[i] for i in numbers] for numbers in bins]
+        return with_teacher(collate_bins(packed), [row for one in packed for row in one])
+
+    def loss(self, batch: TrainingBatch) -> Loss:
+        """The summed loss."""
+        found: Loss = self.model(batch)
+        return found
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Loss per supervised token of the held-out samples, the same in every process.
+
+        In pieces all processes run equally many batches; one that has none left repeats its first
+        for nothing.
+        """
+        if self.held_out is None:
+            return {}
+        size, team = self.recipe.run.batch_size, self.team
+        starts = range(0, len(self.held_out), size)
+        sums = {"total": 0.0, "count": 0.0}
+        for turn in range(-(-len(starts) // team.size)):
+            at = turn * team.size + team.rank
+            start = starts[at] if at < len(starts) else 0
+            numbers = range(start, min(start + size, len(self.held_out)))
+            batch = self._collate([self.held_out.row(i) for i in numbers])
+            total = float(self.loss(batch).total)
+            if at < len(starts):
+                sums = {"total": sums["total"] + total, "count": sums["count"] + batch.num_valid}
+        sums = team.sum_floats(sums)
+        return {"eval_loss": sums["total"] / sums["count"]}
+
+
+def build_task(recipe: Recipe, team: Team) -> TrainingTask:
+    """The task of a recipe whose stage trains a whole model.
+
+    Raises:
+        ConfigError: the recipe names no checkpoint or no data, or parts do not go together.
+        CheckpointError: the checkpoint cannot be read.
+        DataError: the data cannot be read.
+    """
+    loaded = _load(recipe)
+    teacher = load_teacher(recipe, loaded)
+    template = _template(recipe, loaded)
+    maker = _row_maker(loaded, template, recipe.data.max_length)
+    pairs = PairMaker(maker, _row_maker(teacher, template)) if teacher else maker
+    kept, held = _datasets(recipe)
+    order = order_of(kept, recipe.data, recipe.run)
+    choose_trainable(loaded.model, recipe)
+    model = _learner(recipe, loaded, teacher)
+    team.wrap(model, precision=recipe.run.precision)
+    policy = recipe.data.on_bad_sample
+    return TrainingTask(
+        model=model,
+        loaded=loaded,
+        recipe=recipe,
+        team=team,
+        rows=Rows(kept, pairs, on_bad_sample=policy),
+        order=order,
+        held_out=None if held is None else Rows(held, maker, on_bad_sample=policy),
+        template=template,
+    )
+
+
+def _load(recipe: Recipe) -> Loaded:
+    """The checkpoint, with its adapter beside its layers."""
+    if recipe.model.checkpoint is None:
+        raise ConfigError(
+            "recipe key model.checkpoint is missing: name what `lapilli build` made, or any LLaVA"
+        )
+    loaded = load_checkpoint(
+        recipe.model.checkpoint, adapter=recipe.model.adapter, merge_lora=False, dtype="float32"
+    )
+    if not loaded.model.modalities:
+        raise ConfigError(
+            f"{loaded.path} reads text only: give it a tower and a projector with `lapilli build`"
+        )
+    return loaded
+
+
+def _row_maker(loaded: Loaded, template: Template, max_length: int | None = None) -> RowMaker:
+    image_id = loaded.config.tokens.image_id
+    return RowMaker(loaded.tokenizer, template, loaded.model, max_length, image_id=image_id)
+
+
+def _learner(recipe: Recipe, loaded: Loaded, teacher: Loaded | None) -> TrainedModel:
+    """What learns: from the data, and from the teacher where there is one."""
+    noise, z_loss = recipe.noise, recipe.optim.z_loss
+    if recipe.distill is None or teacher is None:
+        return TrainedModel(loaded.model, noise=noise, z_loss=z_loss)
+    asked = Teacher(teacher.model)
+    return DistilledModel(loaded.model, asked, recipe.distill, noise=noise, z_loss=z_loss)
+
+
+def _template(recipe: Recipe, loaded: Loaded) -> Template:
+    """What the recipe says, plain for the first stage, else the checkpoint's own."""
+    name = recipe.data.template or ("plain" if recipe.stage == "align" else "")
+    return template_by_name(name) if name else loaded.template.template
+
+
+def _datasets(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+    """What is learned from, and what evaluation reads."""
+    data = recipe.data
+    if not data.sources:
+        raise ConfigError(
+            "recipe key data.sources is empty: name a file of conversations, for instance "
+            '--data.sources \'[{path = "train.json", images = "pictures"}]\''
+        )
+    dataset = open_dataset(data.sources)
+    if data.evaluation:
+        return dataset, open_dataset(data.evaluation)
+    if data.held_out:
+        return dataset.split(data.held_out, seed=recipe.run.seed)
+    return dataset, None

@@ -1,0 +1,65 @@
+"""`lapilli train` as a process: both stages on a tiny LLaVA, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.cli.conftest import Run
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
+COLOURS = {"red": (200, 20, 20), "green": (20, 180, 30), "blue": (20, 30, 220)}
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of one colour and their names, in LLaVA's format."""
+    folder = tmp_path_factory.mktemp("data")
+    records = []
+    for i in range(12):
+        name = list(COLOURS)[i % 3]
+        Image.new("RGB", (40 + i, 50), COLOURS[name]).save(folder / f"{i}.png")
+        turns = [
+            {"from": "human", "value": "<image>\nWhich colour?"},
+            {"from": "gpt", "value": f"It is {name}."},
+        ]
+        records.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+    (folder / "captions.json").write_text(json.dumps(records))
+    return folder / "captions.json"
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+def test_a_stage_learns(
+    lapilli: Run, checkpoint: str, captions: Path, tmp_path: Path, stage: str
+) -> None:
+    done = lapilli(
+        "train", str(RECIPES / f"{stage}.toml"), "--out", str(tmp_path / "run"),
+        "--model.checkpoint", checkpoint, "--data.sources", f'[{{path = "{captions}"}}]',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = losses(tmp_path / "run")
+    assert len(found) == 10
+    assert found[-1] < 0.6 * found[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "recipe key model.checkpoint is missing"),
+        (("--optim.rate", "1"), "recipe key optim.rate is unknown"),
+        (("--optim.lr",), "recipe option --optim.lr has no value"),
+    ],
+)
+def test_what_a_recipe_lacks_is_named(
+    lapilli: Run, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = lapilli("train", str(RECIPES / "align.toml"), "--out", str(tmp_path / "run"), *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
