@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lapilli.checkpoint.keymaps import ORIGINAL, ORIGINAL_MPT, VISION_TOWER, KeyMap
-from lapilli.checkpoint.keymaps.tables import PROJECTOR, TOWER
+from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.quantized import KEY, refuse_unknown_packing, written_quantization
 from lapilli.checkpoint.save_files import (
     SHARD_BYTES,
@@ -23,6 +23,7 @@ from lapilli.checkpoint.save_files import (
     Stored,
     dtype_name,
     new_directory,
+    value,
     write_json,
     write_pickled,
     write_weights,
@@ -35,7 +36,6 @@ from lapilli.config.write import (
 )
 from lapilli.errors import CheckpointError, ConfigError
 from lapilli.lora.inject import adapters
-from lapilli.lora.linear import LoraLinear
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.quant import QuantConfig
 from lapilli.quant.linear import QuantLinear
@@ -52,7 +52,6 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 TOWER_FOLDER = "vision_tower"
-_HALVES = ("lora_A", "lora_B")
 
 
 def save_llava(
@@ -68,7 +67,7 @@ def save_llava(
     shard_bytes: int = SHARD_BYTES,
     quantization: QuantConfig | None = None,
     state: Mapping[str, Stored] | None = None,
-    extra: Mapping[str, str] | None = None,
+    extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """A whole checkpoint that this loader and the original's read.
 
@@ -124,7 +123,7 @@ def save_llava(
             is_packed = quantization is not None and quantization.quantize_tower
             _write_tower(folder / TOWER_FOLDER, config, {} if is_packed else tower_state, dtype)
         copy_tokenizer(tokenizer_path, folder)
-        write_texts(folder, extra or {})
+        write_extra(folder, extra or {})
 
 
 def save_projector(
@@ -137,7 +136,7 @@ def save_projector(
     template: str | None = None,
     overwrite: bool = False,
     state: Mapping[str, Stored] | None = None,
-    extra: Mapping[str, str] | None = None,
+    extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """A projector-only checkpoint: config.json and mm_projector.bin, as stage 1 leaves it.
 
@@ -160,13 +159,15 @@ def save_projector(
         raise ConfigError("the projector is quantized: save it from a model whose projector is not")
     keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
     whole = model.state_dict() if state is None else state
-    projector = {name: tensor for name, tensor in whole.items() if name.startswith(PROJECTOR)}
+    projector = {
+        name: tensor for name, tensor in whole.items() if name.startswith((PROJECTOR, NEWLINE))
+    }
     first = next(iter(model.parameters()))
     with new_directory(path, overwrite=overwrite) as folder:
         write_pickled(folder / "mm_projector.bin", renamed(projector, keymap))
         written = write_llava_config(
             config,
-            vision_source=tower_name(config, "named"),
+            vision_source=named_tower(folder, config),
             torch_dtype=dtype_name(first.dtype),
             template=template,
         )
@@ -175,7 +176,7 @@ def save_projector(
             folder / "config.json", written if base is None else {"_name_or_path": base, **written}
         )
         copy_tokenizer(tokenizer_path, folder)
-        write_texts(folder, extra or {})
+        write_extra(folder, extra or {})
 
 
 def copy_tokenizer(source: Path | None, folder: Path) -> None:
@@ -185,40 +186,46 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+def write_extra(folder: Path, files: Mapping[str, str | bytes]) -> None:
     """Further files of a checkpoint, such as its model card."""
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in files.items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def merged_state(model: VisionLanguageModel) -> dict[str, Stored]:
+def merged_state(
+    model: VisionLanguageModel, state: Mapping[str, Stored] | None = None
+) -> dict[str, Stored]:
     """The tensors of a model with every adapter folded in; `model` itself is left as it is.
 
     A folded layer is computed when it is written, so that one layer more than the model is held.
+
+    Args:
+        model: with adapters.
+        state: other tensors under the names of `model.state_dict()`.
     """
-    folded = {f"{path}.weight": layer for path, layer in adapters(model)}
-    halves = {f"{path}.{half}.weight" for path, _ in adapters(model) for half in _HALVES}
-    state: dict[str, Stored] = {}
-    for name, tensor in model.state_dict().items():
-        if name in folded:
-            layer = folded[name]
-            state[name] = Deferred(tensor.shape, tensor.dtype, partial(_folded, layer))
-        elif name not in halves:
-            state[name] = tensor
-    return state
+    whole = model.state_dict() if state is None else state
+    merged = dict(whole)
+    for path, layer in adapters(model):
+        down, up = (merged.pop(f"{path}.{half}.weight") for half in ("lora_A", "lora_B"))
+        weight = whole[f"{path}.weight"]
+        make = partial(_folded, weight, down, up, layer.scaling)
+        merged[f"{path}.weight"] = Deferred(layer.weight.shape, weight.dtype, make)
+    return merged
 
 
-def _folded(layer: LoraLinear) -> Tensor:
-    return layer.merged().weight.detach()
+def _folded(weight: Stored, down: Stored, up: Stored, scaling: float) -> Tensor:
+    """W + scaling * B A, summed in float32."""
+    update = scaling * (value(up).float() @ value(down).float())
+    return (value(weight).float() + update).to(weight.dtype)
 
 
 def _default_place(config: ModelConfig) -> TowerPlace:
     if config.vision_in_checkpoint:
         return "inside"
-    return "named" if _is_lasting(config.vision_source) else "beside"
+    return "named" if is_lasting(config.vision_source) else "beside"
 
 
-def _is_lasting(source: str | None) -> bool:
+def is_lasting(source: str | None) -> bool:
     """Whether a name still finds the tower when the checkpoint lies elsewhere."""
     if source is None or source.startswith("."):
         return False
@@ -232,11 +239,26 @@ def tower_name(config: ModelConfig, place: TowerPlace) -> str | None:
     """
     if config.vision is None:
         return None
-    if place == "beside" or (place == "inside" and not _is_lasting(config.vision_source)):
+    if place == "beside" or (place == "inside" and not is_lasting(config.vision_source)):
         return TOWER_FOLDER
     if not config.vision_source:
         raise ConfigError("the vision tower has no name: save it inside or beside the checkpoint")
     return config.vision_source
+
+
+def named_tower(folder: Path, config: ModelConfig) -> str | None:
+    """What mm_vision_tower says beside an adapter or a projector.
+
+    A tower among the weights below has no place of its own: its two config files are written into
+    `folder`, because the original layout keeps them nowhere else.
+
+    Raises:
+        ConfigError: a tower that lies apart and has no name.
+    """
+    if not config.vision_in_checkpoint or config.vision_source:
+        return tower_name(config, "named")
+    _write_tower(folder / TOWER_FOLDER, config, {}, None)
+    return TOWER_FOLDER
 
 
 def renamed(state: Mapping[str, Stored], keymap: KeyMap) -> dict[str, Stored]:

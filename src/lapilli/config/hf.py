@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from lapilli.config import ignored
 from lapilli.config.files import ConfigFiles
-from lapilli.config.llava import parse_pinpoints
+from lapilli.config.llava import RECORD_KEY, parse_pinpoints
 from lapilli.config.model import (
     ImageConfig,
     ModelConfig,
@@ -55,6 +55,7 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     second_id = reader.optional_integer("image_token_id")
     image_id = image_id if image_id is not None else second_id
     tokens = parse_tokens(text_reader, generation, image_id=32000 if image_id is None else image_id)
+    reader.value(RECORD_KEY)  # read where templates are known; see lapilli.prompt.choose
     dtypes = [one.text(key) for one in (reader, text_reader) for key in ("dtype", "torch_dtype")]
     config = ModelConfig(
         text=text,

@@ -26,7 +26,12 @@ from lapilli.geometry import ImageSize
 
 Side = Literal["left", "right"]
 
-FAMILIES = {"llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}
+FAMILIES = {
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_mpt": "mpt",
+    "llava_qwen": "qwen2",
+}
 RECORD_KEY = "lapilli_template"
 ASPECTS: dict[str, Aspect] = {"square": "square", "pad": "pad", "anyres": "anyres"}
 MERGES: dict[str, Merge] = {
@@ -43,7 +48,8 @@ def family_of(raw: JsonObject) -> str:
     if isinstance(kind, str) and kind in FAMILIES:
         return FAMILIES[kind]
     architectures = str(raw.get("architectures", "")).lower()
-    return next((one for one in ("mistral", "mpt") if one in architectures), "llama")
+    named = {"mistral": "mistral", "mpt": "mpt", "qwen": "qwen2"}
+    return next((family for part, family in named.items() if part in architectures), "llama")
 
 
 def named_tower(raw: JsonObject) -> str | None:

@@ -19,6 +19,8 @@ ARCHITECTURES = {
     "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
     "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
     "mpt": ("llava_mpt", "LlavaMptForCausalLM"),
+    # Not of the original but of its successor LLaVA-NeXT, with the same flat keys.
+    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
 }
 # How transformers spells the activations that have several names.
 ACTIVATION_NAMES: dict[Activation, str] = {
@@ -59,7 +61,7 @@ def write_llava_config(
     written: dict[str, object] = {
         "architectures": [architecture],
         "model_type": model_type,
-        **_text(text),
+        **write_text_config(text),
         "torch_dtype": torch_dtype,
         "use_cache": True,
         **_tokens(config),
@@ -76,12 +78,13 @@ def write_llava_config(
     return written
 
 
-def _text(text: TextConfig) -> dict[str, object]:
+def write_text_config(text: TextConfig) -> dict[str, object]:
+    """The language model's keys, flat in the original layout and a section in others."""
     return _mpt(text) if isinstance(text, MptConfig) else _decoder(text)
 
 
 def _decoder(text: DecoderConfig) -> dict[str, object]:
-    return {
+    written: dict[str, object] = {
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
         "intermediate_size": text.intermediate_size,
@@ -95,10 +98,13 @@ def _decoder(text: DecoderConfig) -> dict[str, object]:
         "rope_scaling": _rope_scaling(text.rope_scaling),
         "max_position_embeddings": text.max_positions,
         "sliding_window": text.sliding_window,
-        "attention_bias": text.qkv_bias,
+        "attention_bias": text.output_bias,
         "mlp_bias": text.mlp_bias,
         "tie_word_embeddings": text.tie_embeddings,
     }
+    if text.family == "qwen2" and text.sliding_window is not None:
+        written |= {"use_sliding_window": True, "max_window_layers": 0}
+    return written
 
 
 def _rope_scaling(scaling: RopeScaling | None) -> dict[str, object] | None:

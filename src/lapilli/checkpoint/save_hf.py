@@ -1,0 +1,141 @@
+"""A model as Hugging Face's LLaVA: LlavaForConditionalGeneration, or LlavaNext for anyres.
+
+    config.json  generation_config.json  model.safetensors or shards with index
+    tokenizer.json  tokenizer_config.json  preprocessor_config.json  processor_config.json
+    chat_template.jinja
+
+One vocabulary entry stands for every position of a picture; it is added where there is none.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lapilli.checkpoint.assemble import VOCABULARY
+from lapilli.checkpoint.keymaps import HF_LLAVA
+from lapilli.checkpoint.save import merged_state, renamed, write_extra
+from lapilli.checkpoint.save_files import (
+    SHARD_BYTES,
+    Deferred,
+    Stored,
+    dtype_name,
+    new_directory,
+    value,
+    write_json,
+    write_weights,
+)
+from lapilli.checkpoint.save_tokenizer import save_tokenizer_with
+from lapilli.checkpoint.vocabulary import resized
+from lapilli.config.model import ModelConfig
+from lapilli.config.write_hf import (
+    IMAGE_TOKEN,
+    processor_class,
+    refuse_unsayable,
+    write_hf_config,
+    write_hf_preprocessor,
+    write_hf_processor,
+)
+from lapilli.errors import ConfigError
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.to_jinja import to_jinja
+from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.quant.linear import QuantLinear
+
+
+def save_hf(
+    path: Path,
+    model: VisionLanguageModel,
+    config: ModelConfig,
+    *,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    dtype: torch.dtype | None = None,
+    template: str | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    state: Mapping[str, Stored] | None = None,
+    extra: Mapping[str, str | bytes] | None = None,
+) -> None:
+    """A whole checkpoint that transformers and this loader read; adapters are folded in.
+
+    Args:
+        path: the new directory.
+        model: what is saved.
+        config: what it is, in whatever layout it came.
+        tokenizer: of the model.
+        tokenizer_path: the directory that it came from.
+        dtype: of the stored weights; None: as they are.
+        template: name of the conversation template that the model was trained with.
+        overwrite: replace a directory that is there.
+        shard_bytes: largest size of one weight file.
+        state: other tensors under the names of `model.state_dict()`, without adapters.
+        extra: more files by name, such as README.md.
+
+    Raises:
+        CheckpointError: the directory is there already, or the disk is full.
+        ConfigError: the model is quantized.
+        UnsupportedModelError: something that the layout of Hugging Face cannot say.
+
+    Note: rows that the image token needs in both vocabulary tables are the mean of the others.
+    """
+    refuse_unsayable(config)
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ConfigError("the model is quantized: save it from one that is not")
+    whole = merged_state(model) if state is None else state
+    stored = dtype or next(iter(whole.values())).dtype
+    with new_directory(path, overwrite=overwrite) as folder:
+        image_id = save_tokenizer_with(
+            folder, tokenizer_path, tokenizer, IMAGE_TOKEN, processor=processor_class(config)
+        )
+        rows = max(config.text.vocab_size, image_id + 1)
+        tensors = {name: _with_rows(name, tensor, rows) for name, tensor in whole.items()}
+        write_weights(folder, renamed(tensors, HF_LLAVA), dtype=dtype, shard_bytes=shard_bytes)
+        written = replace(config, text=replace(config.text, vocab_size=rows))
+        write_json(
+            folder / "config.json",
+            write_hf_config(
+                written, image_id=image_id, torch_dtype=dtype_name(stored), template=template
+            ),
+        )
+        _write_generation(folder, config)
+        write_json(folder / "preprocessor_config.json", write_hf_preprocessor(config))
+        write_json(folder / "processor_config.json", write_hf_processor(config))
+        if template is not None:
+            text = to_jinja(TEMPLATES[template])
+            (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+        write_extra(folder, extra or {})
+
+
+def _with_rows(name: str, tensor: Stored, rows: int) -> Stored:
+    if name not in VOCABULARY or tensor.shape[0] == rows:
+        return tensor
+    shape = torch.Size((rows, *tensor.shape[1:]))
+    return Deferred(shape, tensor.dtype, partial(_grown, tensor, rows))
+
+
+def _grown(tensor: Stored, rows: int) -> torch.Tensor:
+    return resized(value(tensor), rows)
+
+
+def _write_generation(folder: Path, config: ModelConfig) -> None:
+    """generation_config.json, unless the tokenizer's directory had one."""
+    path = folder / "generation_config.json"
+    if path.is_file():
+        return
+    tokens = config.tokens
+    eos: list[int] | int | None = list(tokens.eos_ids)
+    if len(tokens.eos_ids) < 2:
+        eos = next(iter(tokens.eos_ids), None)
+    write_json(
+        path,
+        {
+            "_from_model_config": True,
+            "bos_token_id": tokens.bos_id,
+            "eos_token_id": eos,
+            "pad_token_id": tokens.pad_id,
+        },
+    )

@@ -1,0 +1,268 @@
+"""What a stage leaves on the disk: which form it has, and what it lies on; no file formats.
+
+    align                        config.json, mm_projector.bin           a projector
+    instruct, lora               adapter, non_lora_trainables.bin        adapter and projector
+    instruct | lora, save.merge  a whole checkpoint
+    save.layout = "huggingface"  the same as LlavaForConditionalGeneration, or a PEFT adapter
+
+The same files at the end and at every save on the way, tokenizer included. The folder changes in
+one step: killed or out of space while saving, what was there before stays whole.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lapilli.checkpoint.adapter import is_adapter, open_adapter
+from lapilli.checkpoint.base import find_base
+from lapilli.checkpoint.files import read_optional_json
+from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TOWER
+from lapilli.checkpoint.load import Loaded
+from lapilli.checkpoint.placement import DTYPES
+from lapilli.checkpoint.save import is_lasting, merged_state, save_llava, save_projector
+from lapilli.checkpoint.save_adapter import save_lora, save_peft
+from lapilli.checkpoint.save_files import Stored
+from lapilli.checkpoint.save_hf import save_hf
+from lapilli.checkpoint.source import find_directory, is_local
+from lapilli.checkpoint.weights import complete_weights
+from lapilli.config.model import ModelConfig
+from lapilli.config.write_hf import refuse_unsayable
+from lapilli.errors import ConfigError
+from lapilli.lora.inject import adapters
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.templates import TEMPLATES
+from lapilli.train.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """How the results of a run are saved.
+
+    Attributes:
+        loaded: the checkpoint that the run started from.
+        recipe: of the run.
+        config: what the trained model is.
+        base: the checkpoint with the weights that an adapter or a projector lies on.
+        template: name of the conversation template to record; None: it has none of ours.
+    """
+
+    loaded: Loaded
+    recipe: Recipe
+    config: ModelConfig
+    base: str
+    template: str | None
+
+    @classmethod
+    def of(cls, loaded: Loaded, recipe: Recipe) -> "Results":
+        """The results of a recipe, refused before the run where they could not be saved.
+
+        Raises:
+            ConfigError: the recipe asks for a form that this checkpoint cannot be saved in.
+            MissingFileError: an adapter or a projector whose base is not there.
+        """
+        config = _as_original(loaded.config) if recipe.save.layout == "llava" else loaded.config
+        tuned = config.vision_in_checkpoint or recipe.model.tune_tower
+        results = cls(
+            loaded=loaded,
+            recipe=recipe,
+            config=replace(config, vision_in_checkpoint=tuned),
+            base=_base_of(loaded, recipe),
+            template=_recorded(loaded, recipe),
+        )
+        results.refuse_impossible()
+        return results
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored weights of a whole checkpoint."""
+        name = self.recipe.save.dtype or self.loaded.config.torch_dtype or "float32"
+        if name not in DTYPES:
+            raise ConfigError(f"save.dtype is {name!r}: choose from {', '.join(DTYPES)}")
+        return DTYPES[name]
+
+    def config_with_lasting_tower(self) -> ModelConfig:
+        """The configuration whose tower is found from another folder than the checkpoint's."""
+        source = self.config.vision_source
+        if source is None or is_lasting(source):
+            return self.config
+        found = find_directory(source, beside=(self.loaded.path, Path(self.base)))
+        return replace(self.config, vision_source=str(found) if found else source)
+
+    @property
+    def _is_adapter(self) -> bool:
+        return self.recipe.lora is not None and not self.recipe.save.merge
+
+    def refuse_impossible(self) -> None:
+        """See `of`."""
+        save, lora = self.recipe.save, self.recipe.lora
+        if save.merge and lora is not None and lora.base != "float":
+            raise ConfigError(
+                f"save.merge with lora.base {lora.base!r}: an adapter is not folded into packed "
+                "weights; leave merge out, then load base and adapter in float and save that"
+            )
+        _ = self.dtype
+        if save.layout != "huggingface":
+            return
+        refuse_unsayable(self.loaded.config)
+        if self._is_adapter and self.loaded.config.layout == "llava":
+            raise ConfigError(
+                f"save.layout is 'huggingface', but the adapter lies on {self.base}, which has the "
+                "layout of the original: PEFT needs the model in its own layout. Set save.merge, "
+                "or export the checkpoint first: lapilli export SOURCE OUT --layout huggingface"
+            )
+
+
+def save_results(
+    folder: Path,
+    model: VisionLanguageModel,
+    results: Results,
+    *,
+    state: Mapping[str, torch.Tensor] | None = None,
+    extra: Mapping[str, str | bytes] | None = None,
+) -> None:
+    """What the stage trained, in the form that its recipe asks for.
+
+    Args:
+        folder: is made or replaced, in one step; it holds nothing but these results.
+        model: as it is trained, adapters unmerged.
+        results: made before the run.
+        state: tensors under the names of `model.state_dict()` in place of the model's own
+            (averages, or what several processes gathered).
+        extra: more files by name, such as README.md.
+
+    Raises:
+        CheckpointError: the disk is full; what was in `folder` before is still there.
+    """
+    recipe = results.recipe
+    tensors: Mapping[str, Stored] | None = state
+    has_adapter = any(True for _ in adapters(model))
+    if has_adapter and not recipe.save.merge:
+        _save_adapter(folder, model, results, tensors, extra)
+        return
+    if has_adapter:
+        tensors = merged_state(model, state)
+    if recipe.save.layout == "huggingface":
+        save_hf(
+            folder,
+            model,
+            results.config,
+            tokenizer=results.loaded.tokenizer,
+            tokenizer_path=results.loaded.tokenizer_path,
+            dtype=results.dtype,
+            template=results.template,
+            overwrite=True,
+            state=tensors,
+            extra=extra,
+        )
+    elif _is_projector_alone(model):
+        save_projector(
+            folder,
+            model,
+            results.config_with_lasting_tower(),
+            base=results.base,
+            tokenizer_path=results.loaded.tokenizer_path,
+            template=results.template,
+            overwrite=True,
+            state=tensors,
+            extra=extra,
+        )
+    else:
+        _save_whole(folder, model, results, tensors, extra)
+
+
+def _save_adapter(
+    folder: Path,
+    model: VisionLanguageModel,
+    results: Results,
+    state: Mapping[str, Stored] | None,
+    extra: Mapping[str, str | bytes] | None,
+) -> None:
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if results.recipe.model.tune_tower:  # a tower is read from one place, so all of it
+        trained += [name for name, _ in model.named_parameters() if name.startswith(TOWER)]
+    trained = [name for name in trained if ".lora_" not in name]
+    if results.recipe.save.layout == "huggingface":
+        save_peft(
+            folder,
+            model,
+            base=results.base,
+            trained=trained,
+            tokenizer_path=results.loaded.tokenizer_path,
+            overwrite=True,
+            state=state,
+            extra=extra,
+        )
+        return
+    save_lora(
+        folder,
+        model,
+        results.config_with_lasting_tower(),
+        base=results.base,
+        trained=trained,
+        tokenizer_path=results.loaded.tokenizer_path,
+        template=results.template,
+        overwrite=True,
+        state=state,
+        extra=extra,
+    )
+
+
+def _save_whole(
+    folder: Path,
+    model: VisionLanguageModel,
+    results: Results,
+    state: Mapping[str, Stored] | None,
+    extra: Mapping[str, str | bytes] | None,
+) -> None:
+    save_llava(
+        folder,
+        model,
+        results.config,
+        tokenizer_path=results.loaded.tokenizer_path,
+        dtype=results.dtype,
+        template=results.template,
+        overwrite=True,
+        state=state,
+        extra=extra,
+    )
+
+
+def _is_projector_alone(model: VisionLanguageModel) -> bool:
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return bool(trained) and all(name.startswith((PROJECTOR, NEWLINE)) for name in trained)
+
+
+def _as_original(config: ModelConfig) -> ModelConfig:
+    """The same model as the original layout says it: pictures stand between tokens, not for one."""
+    if config.layout == "llava":
+        return config
+    tokens = replace(config.tokens, image_id=None, use_patch_token=False)
+    return replace(config, layout="llava", tokens=tokens)
+
+
+def _recorded(loaded: Loaded, recipe: Recipe) -> str | None:
+    """What the model answers with from now on; the captions of the first stage say nothing."""
+    asked = recipe.data.template
+    name = asked if asked and "plain" not in asked else loaded.template.template.name
+    return name if name in TEMPLATES else None
+
+
+def _base_of(loaded: Loaded, recipe: Recipe) -> str:
+    """The nearest checkpoint with weights of its own: a hub id as it is, a folder by full path."""
+    source, path = recipe.model.checkpoint or str(loaded.path), loaded.path
+    if recipe.model.adapter is not None and is_adapter(path):  # laid over the checkpoint
+        return source if not is_local(source) else str(Path(source).expanduser().resolve())
+    is_hub = not is_local(source)
+    while not complete_weights(path):
+        path = find_base(None, _named_below(path), path)
+        is_hub = False
+    return source if is_hub else str(path.resolve())
+
+
+def _named_below(path: Path) -> str | None:
+    if is_adapter(path):
+        return open_adapter(path).base_name
+    name = (read_optional_json(path / "config.json") or {}).get("_name_or_path")
+    return name if isinstance(name, str) else None
