@@ -1,5 +1,6 @@
 # make demo    a question about the bundled picture, answered by the embedded model
 # make test    every test that needs no GPU, the conformance table included
+# make cluster tests that start several processes, on this machine
 # make check   format, lint, types, import layers, docs, tests: what CI runs
 # make bench   side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
 #
@@ -11,7 +12,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: help demo test check format lint types layers docs conformance bench pebble clean
+.PHONY: help demo test check format lint types layers docs cluster conformance bench pebble clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -34,10 +35,13 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not network and not browser and not cluster"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
 
+cluster: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not gpu and not network" tests/train
+
 conformance: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
 
-check: format lint types layers docs test
+check: format lint types layers docs test cluster
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
