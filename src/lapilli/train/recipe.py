@@ -256,6 +256,14 @@ class DistillRecipe:
     weight: float = 0.5
     hidden_weight: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ConfigError(f"distill.temperature is {self.temperature}: expected above 0")
+        if not 0 <= self.weight <= 1:
+            raise ConfigError(f"distill.weight is {self.weight}: expected 0 to 1")
+        if self.hidden_weight < 0:
+            raise ConfigError(f"distill.hidden_weight is {self.hidden_weight}: expected 0 or more")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveRecipe:
