@@ -19,6 +19,7 @@ from lapilli.modality.image.image import ImageModality
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
 from lapilli.train.pebble.words import corpus, train_tokenizer
+from tests.prompt.conftest import Goldens
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,12 @@ def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer(corpus(1, 200), path, 500)
     return SentencePieceTokenizer(path.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def goldens(conformance: Path) -> Goldens:
+    """The open set of golden cases."""
+    return Goldens(conformance, "open")
 
 
 @pytest.fixture(scope="session")

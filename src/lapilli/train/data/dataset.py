@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lapilli.errors import DataError
 from lapilli.train.data.formats import to_sample
-from lapilli.train.data.rows import Row, RowMaker
+from lapilli.train.data.rows import MakesRows, Row
 from lapilli.train.data.sample import Sample
 from lapilli.train.data.source import Source, open_source
 from lapilli.train.order import Order
@@ -94,9 +94,8 @@ class Dataset:
             sample = self.sample(index)
         except DataError:
             return -1
-        pictures = len(sample.media)
-        words = sum(len(message.text.split()) for message in sample.messages) + pictures
-        return words if pictures else -max(words, 1)
+        words = max(sample.words, 1)
+        return words if sample.media else -words
 
     def split(self, share: float, *, seed: int) -> tuple["Dataset", "Dataset"]:
         """What is trained on, and what is held out: of every source, a choice by seed and name.
@@ -138,7 +137,7 @@ class Rows:
     """
 
     def __init__(
-        self, dataset: Dataset, maker: RowMaker, *, on_bad_sample: OnBadSample = "error"
+        self, dataset: Dataset, maker: MakesRows, *, on_bad_sample: OnBadSample = "error"
     ) -> None:
         self._dataset, self._maker = dataset, maker
         self._on_bad_sample: OnBadSample = on_bad_sample

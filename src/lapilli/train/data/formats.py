@@ -20,6 +20,7 @@ from lapilli.train.recipe import Placement
 
 Record = Mapping[str, Any]
 Resolve = Callable[[object], object]
+Turn = tuple[Role, "str | list[Any]"]
 
 PLACEHOLDER = "<image>"
 ROLES: Mapping[str, Role] = {
@@ -58,24 +59,26 @@ def to_sample(
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{where} holds a {type(record).__name__}: expected an object")
-    name = next((str(record[key]) for key in _ID_KEYS if record.get(key) is not None), where)
-    sample = Sample(name, (), where)
+    name = _first(record, *_ID_KEYS)
+    sample = Sample(where if name is None else str(name), (), where)
     try:
-        messages = _messages(record)
+        turns = turns_of(record)
+        turns, notes = _shown_once(turns, record) if placement == "front" else (turns, ())
+        messages = _messages(record, turns)
     except _FormatError as reason:
         raise DataError(f"{sample.label}: {reason}") from reason
     resolve = resolve or (lambda source: source)
-    shown = [_place(_resolved(message, resolve), placement) for message in messages]
-    return replace(sample, messages=tuple(shown))
+    shown = tuple(_place(_resolved(message, resolve), placement) for message in messages)
+    return replace(sample, messages=shown, words=_count_words(record), notes=notes)
 
 
 class _FormatError(Exception):
     """Why a record is no sample; becomes a DataError with its place."""
 
 
-def _messages(record: Record) -> list[Message]:
+def _messages(record: Record, turns: list[Turn]) -> list[Message]:
     pictures = _Pictures(listed_media(record))
-    messages = [pictures.message(role, content) for role, content in turns_of(record)]
+    messages = [pictures.message(role, content) for role, content in turns]
     if pictures.used != len(pictures.names):
         raise _FormatError(
             f"{len(pictures.names)} images but {pictures.used} {PLACEHOLDER} placeholders: write "
@@ -93,6 +96,36 @@ def _messages(record: Record) -> list[Message]:
     return messages
 
 
+def _shown_once(turns: list[Turn], record: Record) -> tuple[list[Turn], tuple[str, ...]]:
+    """One picture that a turn names more than once stands in front of it once, as in the original.
+
+    Source: LLaVA train.py, preprocess_multimodal.
+    """
+    places = [
+        (number, content.count(PLACEHOLDER))
+        for number, (_, content) in enumerate(turns)
+        if isinstance(content, str) and PLACEHOLDER in content
+    ]
+    if len(listed_media(record)) != 1 or len(places) != 1 or places[0][1] == 1:
+        return turns, ()
+    number, count = places[0]
+    role, content = turns[number]
+    mended = str(content).replace(PLACEHOLDER, "", count - 1)
+    note = f"turn {number} has {count} {PLACEHOLDER} for 1 image, which is shown once"
+    return [*turns[:number], (role, mended), *turns[number + 1 :]], (note,)
+
+
+def _count_words(record: Record) -> int:
+    """As the original counts them: with placeholders, and with turns that are dropped."""
+    words = 0
+    for _, content in turns_of(record):
+        parts = [content] if isinstance(content, str) else content
+        for part in parts:
+            text = part.get("text") if isinstance(part, Mapping) else part
+            words += len(text.split()) if isinstance(text, str) else 1
+    return words
+
+
 def listed_media(record: Record) -> list[object]:
     """What the record's "image" or "images" names, in order."""
     for key in _MEDIA_KEYS:
@@ -102,7 +135,7 @@ def listed_media(record: Record) -> list[object]:
     return []
 
 
-def turns_of(record: Record) -> list[tuple[Role, object]]:
+def turns_of(record: Record) -> list[Turn]:
     """Role and content of every turn, under whatever names."""
     key = next((key for key in _TURN_KEYS if record.get(key) is not None), None)
     if key is None:
@@ -121,20 +154,25 @@ def turns_of(record: Record) -> list[tuple[Role, object]]:
     return [_turn(turn, number) for number, turn in enumerate(turns)]
 
 
-def _turn(turn: object, number: int) -> tuple[Role, object]:
+def _turn(turn: object, number: int) -> Turn:
     if not isinstance(turn, Mapping):
         raise _FormatError(f"turn {number} is a {type(turn).__name__}: expected an object")
-    speaker = turn.get("from", turn.get("role"))
-    if speaker not in ROLES:
+    speaker = _first(turn, "from", "role")
+    if not isinstance(speaker, str) or speaker not in ROLES:
         raise _FormatError(
             f"turn {number} is from {speaker!r}: expected human, gpt or system (user, assistant)"
         )
-    content = turn.get("value", turn.get("content"))
+    content = _first(turn, "value", "content")
     if not isinstance(content, str | list):
         raise _FormatError(
             f"turn {number} says a {type(content).__name__}: expected a text or a list of parts"
         )
     return ROLES[speaker], content
+
+
+def _first(record: Record, *keys: str) -> Any:  # noqa: ANN401 - JSON values
+    """The first of the keys that says something: a table has all of them, and nulls."""
+    return next((record[key] for key in keys if record.get(key) is not None), None)
 
 
 @dataclass(slots=True)
@@ -144,10 +182,10 @@ class _Pictures:
     names: list[object]
     used: int = 0
 
-    def message(self, role: Role, content: object) -> Message:
+    def message(self, role: Role, content: str | list[Any]) -> Message:
         if isinstance(content, str):
             return self._from_text(role, content)
-        parts = [self._part(part) for part in content if part is not None]  # type: ignore[attr-defined]  # a list, see _turn
+        parts = [self._part(part) for part in content if part is not None]
         return Message(role, tuple(part for part in parts if part != TextPart("")))
 
     def _from_text(self, role: Role, text: str) -> Message:

@@ -6,7 +6,7 @@ Sample --media/fetch, prepare--> media --lengths--.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lapilli.errors import DataError, LapilliError, PromptError
 from lapilli.media.fetch import FetchLimits, fetch
@@ -37,6 +37,19 @@ class Row:
     id: str = ""
     cut: int = 0
     skipped: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class MakesRows(Protocol):
+    """What turns samples into rows: a RowMaker, or what makes more of a sample than one does."""
+
+    def row(self, sample: Sample) -> Row:
+        """The row of a sample.
+
+        Raises:
+            DataError: it has none.
+        """
+        ...
 
 
 class RowMaker:

@@ -13,11 +13,15 @@ class Sample:
         id: how the data names it; its place, where the data gives it no name.
         messages: turns with their media in place; a medium's source is what media/fetch takes.
         where: "file:line" or the like, for messages.
+        words: of all turns as the data has them; a placeholder is one too.
+        notes: what is odd about it and was mended.
     """
 
     id: str
     messages: tuple[Message, ...]
     where: str
+    words: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def media(self) -> tuple[MediaPart, ...]:

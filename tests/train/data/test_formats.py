@@ -1,0 +1,186 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lapilli.errors import DataError
+from lapilli.prompt.message import MediaPart, Message, TextPart
+from lapilli.train.data import to_sample
+from tests.train.data.conftest import turns
+
+
+def read(record, **options):
+    return to_sample(record, where="d.json:4", **options)
+
+
+def said(sample):
+    return [(message.role, message.text) for message in sample.messages]
+
+
+def test_one_conversation_in_every_format():
+    expected = read(
+        {"id": 7, "image": "a.png", "conversations": turns("<image>\nQ", "A", "R", "B")}
+    )
+    assert expected.id == "7"
+    assert expected.messages[0] == Message.user("Q", "a.png")
+    assert said(expected) == [("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")]
+    sharegpt = {
+        "id": "7",
+        "images": ["a.png"],
+        "conversations": [
+            {"from": "user", "value": "<image>Q"},
+            {"from": "assistant", "value": "A"},
+            {"from": "human", "value": "R"},
+            {"from": "model", "value": "B"},
+        ],
+    }
+    openai = {
+        "id": "7",
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
+                    {"type": "text", "text": "Q"},
+                ],
+            },
+            {"role": "assistant", "content": "A"},
+            {"role": "user", "content": [{"type": "text", "text": "R"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "B"}]},
+        ],
+    }
+    listed = json.loads(json.dumps(openai)) | {"images": ["a.png"]}
+    listed["messages"][0]["content"][0] = {"type": "image"}
+    as_text = {"id": "7", "conversations": json.dumps(sharegpt["conversations"]), "image": "a.png"}
+    for record in (sharegpt, openai, listed, as_text):
+        assert (read(record).id, read(record).messages) == ("7", expected.messages)
+
+
+@pytest.mark.parametrize("key", ["image_url", "image", "url", "path"])
+def test_parts_name_their_picture_in_many_ways(key):
+    content = [{"type": "image", key: "a.png", "text": None}, {"type": "text", "text": "Q"}, None]
+    sample = read({"messages": [{"role": "user", "content": content}]})
+    assert sample.messages == (Message.user("Q", "a.png"),)
+
+
+def test_pictures_stand_in_front_or_where_they_were_written():
+    record = {"image": ["a", "b"], "conversations": turns("One <image>, two <image>? ", "A")}
+    a, b = MediaPart("a"), MediaPart("b")
+    assert read(record).messages[0].parts == (a, b, TextPart("One , two ?"))
+    parts = (TextPart("One "), a, TextPart(", two "), b, TextPart("? "))
+    assert read(record, placement="written").messages[0].parts == parts
+
+
+def test_one_picture_that_is_named_twice_is_shown_once():
+    record = {"image": "a", "conversations": turns("Two <image> of <image> it", "A")}
+    sample = read(record)
+    assert sample.messages[0].parts == (MediaPart("a"), TextPart("Two  of  it"))
+    assert sample.notes == ("turn 0 has 2 <image> for 1 image, which is shown once",)
+    with pytest.raises(DataError, match="1 images but at least 2"):
+        read(record, placement="written")
+
+
+def test_text_without_pictures_is_left_as_it_is():
+    record = {"image": "a", "conversations": turns(" Q ", " A ", "<image> R ", "B")}
+    assert [m.text for m in read(record).messages] == [" Q ", " A ", "R", "B"]
+
+
+def test_systems_and_first_answers():
+    first = {"conversations": [{"from": "gpt", "value": "Hello"}, *turns("Q", "A")]}
+    assert said(read(first)) == [("user", "Q"), ("assistant", "A")]
+    system = {"system": "Be brief.", "conversations": turns("Q", "A")}
+    assert said(read(system))[0] == ("system", "Be brief.")
+    turn = {
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q"}]
+    }
+    assert said(read(turn)) == [("system", "Be brief."), ("user", "Q")]
+
+
+def test_names_are_resolved():
+    record = {"image": "a", "conversations": turns("<image>", "A")}
+    sample = read(record, resolve=lambda name: f"folder/{name}")
+    assert sample.media == (MediaPart("folder/a"),)
+    assert sample.id == sample.label == "d.json:4"
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (["a"], "d.json:4 holds a list: expected an object"),
+        ({}, "no list 'conversations' or 'messages', found the keys none"),
+        ({"question": "Q"}, "found the keys 'question'"),
+        ({"conversations": "Q"}, "is a text that is no JSON"),
+        ({"conversations": {"from": "gpt"}}, "is a dict: expected a list of turns"),
+        ({"conversations": ["Q"]}, "turn 0 is a str: expected an object"),
+        ({"conversations": []}, "it has no turns"),
+        ({"conversations": turns("Q", "A")[1:]}, "it has no turns"),
+        (
+            {"conversations": [{"from": "robot", "value": "Q"}]},
+            "turn 0 is from 'robot': expected human",
+        ),
+        ({"conversations": [{"from": ["x"], "value": "Q"}]}, r"turn 0 is from \['x'\]"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "turn 0 says a int: expected a text"),
+        ({"conversations": [{"from": "human"}]}, "turn 0 says a NoneType"),
+        ({"conversations": turns("<image>", "A")}, "0 images but at least 1 <image>"),
+        ({"image": "a", "conversations": turns("Q", "A")}, "1 images but 0 <image>"),
+        (
+            {"image": "a", "conversations": turns("<image>", "A", "<image>", "B")},
+            "1 images but at least 2",
+        ),
+        ({"image": ["a", "b"], "conversations": turns("<image>", "A")}, "2 images but 1 <image>"),
+        (
+            {"image": "a", "conversations": [{"from": "gpt", "value": "<image>"}]},
+            "the first turn is an answer with an image",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "has the type 'audio'"),
+        ({"messages": [{"role": "user", "content": [3]}]}, "a part is a int"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "at least 1 parts without",
+        ),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "from 'tool'"),
+    ],
+)
+def test_what_is_wrong_is_said_with_place_and_id(record, expected):
+    with pytest.raises(DataError, match=expected):
+        read(record)
+    if isinstance(record, dict):
+        with pytest.raises(DataError, match=r"d.json:4 \(id 'x'\): "):
+            read({"id": "x", **record})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "id",
+                    "image",
+                    "images",
+                    "conversations",
+                    "messages",
+                    "from",
+                    "value",
+                    "role",
+                    "content",
+                ]
+            )
+            | st.text(max_size=3),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@given(JSON)
+def test_no_record_breaks_the_reader(record):
+    try:
+        sample = read(record)
+    except DataError:
+        return
+    assert sample.messages
