@@ -34,18 +34,26 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("stage", ["align", "instruct"])
-def test_a_stage_learns(
-    lapilli: Run, checkpoint: str, captions: Path, tmp_path: Path, stage: str
+def test_both_stages_learn_and_leave_a_model_that_answers(
+    lapilli: Run, checkpoint: str, captions: Path, tmp_path: Path
 ) -> None:
+    given = ("--model.checkpoint", checkpoint, "--data.sources", f'[{{path = "{captions}"}}]')
+    align, instruct = tmp_path / "align", tmp_path / "instruct"
+    done = lapilli("train", str(RECIPES / "align.toml"), "--out", str(align), *given)
+    assert done.returncode == 0, done.stderr
+    assert losses(align)[-1] < 0.6 * losses(align)[0]
+    assert (align / "model" / "mm_projector.bin").is_file()
     done = lapilli(
-        "train", str(RECIPES / f"{stage}.toml"), "--out", str(tmp_path / "run"),
-        "--model.checkpoint", checkpoint, "--data.sources", f'[{{path = "{captions}"}}]',
+        "train", str(RECIPES / "instruct.toml"), "--out", str(instruct), *given,
+        "--model.projector", str(align),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = losses(tmp_path / "run")
-    assert len(found) == 10
-    assert found[-1] < 0.6 * found[0]
+    assert len(losses(instruct)) == 10
+    assert losses(instruct)[-1] < 0.6 * losses(instruct)[0]
+    picture = str(captions.parent / "0.png")
+    asked = ("ask", "Which colour?", picture, "--model", str(instruct / "model"), "--device", "cpu")
+    done = lapilli(*asked, "--max-new-tokens", "3")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

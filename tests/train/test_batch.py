@@ -13,6 +13,7 @@ class Row:
     prompt: EncodedPrompt
     media: list = field(default_factory=list)
     id: str = "a"
+    skipped: tuple = ()
 
 
 def row(length, *, span=None):

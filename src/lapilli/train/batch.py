@@ -36,6 +36,11 @@ class RowLike(Protocol):
         """The sample's name in its data."""
         ...
 
+    @property
+    def skipped(self) -> Sequence[str]:
+        """Why the samples that this one stands in for could not be read."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
@@ -51,6 +56,7 @@ class TrainingBatch:
         segments: per row the lengths of its samples, one after the other.
         num_valid: supervised tokens.
         ids: names of the samples, row after row.
+        skipped: why other samples, which these stand in for, could not be read.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -61,6 +67,7 @@ class TrainingBatch:
     segments: tuple[tuple[int, ...], ...]
     num_valid: int
     ids: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     @property
     def is_packed(self) -> bool:
@@ -103,6 +110,7 @@ def collate_bins(bins: Sequence[Sequence[RowLike]]) -> TrainingBatch:
         segments=segments,
         num_valid=int(mask.sum()),
         ids=tuple(sample.id for samples in bins for sample in samples),
+        skipped=tuple(why for samples in bins for sample in samples for why in sample.skipped),
     )
 
 

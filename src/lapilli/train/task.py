@@ -7,11 +7,11 @@ Knows every room of the trainer; must not know the loop's arithmetic or what res
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.checkpoint.load import Loaded
 from lapilli.errors import ConfigError
-from lapilli.prompt.choose import Template, template_by_name
+from lapilli.prompt.choose import Template
 from lapilli.train.batch import TrainingBatch, collate, collate_bins
 from lapilli.train.contract import Loss
 from lapilli.train.data import Dataset, Row, RowMaker, Rows, open_dataset, order_of
@@ -28,6 +28,7 @@ from lapilli.train.pack import pack
 from lapilli.train.parallel import Team
 from lapilli.train.recipe import Recipe
 from lapilli.train.stages import choose_trainable
+from lapilli.train.start import choose_template, load_start
 
 
 @dataclass
@@ -43,6 +44,7 @@ class TrainingTask:
         order: which of them a step reads.
         held_out: rows of the samples that evaluation reads; None: there are none.
         template: what the rows were rendered with.
+        skipped: why samples could not be read, as far as batches of them were learned from.
     """
 
     model: TrainedModel
@@ -53,6 +55,7 @@ class TrainingTask:
     order: Order
     held_out: Rows | None
     template: Template
+    skipped: list[str] = field(default_factory=list)
 
     @property
     def num_samples(self) -> int:
@@ -74,6 +77,7 @@ class TrainingTask:
 
     def loss(self, batch: TrainingBatch) -> Loss:
         """The summed loss."""
+        self.skipped += batch.skipped  # here, as batches may be made in other processes
         found: Loss = self.model(batch)
         return found
 
@@ -108,9 +112,9 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
         CheckpointError: the checkpoint cannot be read.
         DataError: the data cannot be read.
     """
-    loaded = _load(recipe)
+    loaded = load_start(recipe)
     teacher = load_teacher(recipe, loaded)
-    template = _template(recipe, loaded)
+    template = choose_template(recipe, loaded)
     maker = _row_maker(loaded, template, recipe.data.max_length)
     pairs = PairMaker(maker, _row_maker(teacher, template)) if teacher else maker
     kept, held = _datasets(recipe)
@@ -131,22 +135,6 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
     )
 
 
-def _load(recipe: Recipe) -> Loaded:
-    """The checkpoint, with its adapter beside its layers."""
-    if recipe.model.checkpoint is None:
-        raise ConfigError(
-            "recipe key model.checkpoint is missing: name what `lapilli build` made, or any LLaVA"
-        )
-    loaded = load_checkpoint(
-        recipe.model.checkpoint, adapter=recipe.model.adapter, merge_lora=False, dtype="float32"
-    )
-    if not loaded.model.modalities:
-        raise ConfigError(
-            f"{loaded.path} reads text only: give it a tower and a projector with `lapilli build`"
-        )
-    return loaded
-
-
 def _row_maker(loaded: Loaded, template: Template, max_length: int | None = None) -> RowMaker:
     image_id = loaded.config.tokens.image_id
     return RowMaker(loaded.tokenizer, template, loaded.model, max_length, image_id=image_id)
@@ -159,12 +147,6 @@ def _learner(recipe: Recipe, loaded: Loaded, teacher: Loaded | None) -> TrainedM
         return TrainedModel(loaded.model, noise=noise, z_loss=z_loss)
     asked = Teacher(teacher.model)
     return DistilledModel(loaded.model, asked, recipe.distill, noise=noise, z_loss=z_loss)
-
-
-def _template(recipe: Recipe, loaded: Loaded) -> Template:
-    """What the recipe says, plain for the first stage, else the checkpoint's own."""
-    name = recipe.data.template or ("plain" if recipe.stage == "align" else "")
-    return template_by_name(name) if name else loaded.template.template
 
 
 def _datasets(recipe: Recipe) -> tuple[Dataset, Dataset | None]:

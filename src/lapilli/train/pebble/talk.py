@@ -91,6 +91,7 @@ class Row:
     media: list[Tensor]
     looks: Looks
     id: str
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,70 @@
+"""A recipe from its files to its results, in every process of a team; knows the order of things.
+
+start -> what could not be saved is refused -> steps -> FOLDER/model, also on the way where small
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lapilli.lora.inject import adapters
+from lapilli.train.loop import train
+from lapilli.train.parallel import Team
+from lapilli.train.recipe import Recipe
+from lapilli.train.results import Results, save_results
+from lapilli.train.sharded import gather
+from lapilli.train.start import RESULTS
+from lapilli.train.task import TrainingTask, build_task
+
+
+def launch(
+    recipe: Recipe, folder: Path, *, team: Team, echo: bool = False, progress: bool = False
+) -> TrainingTask:
+    """Run a recipe from where it stopped, and leave its results in `folder/model`.
+
+    A projector or an adapter is saved with every checkpoint, a whole model at the end.
+
+    Args:
+        recipe: of the stage align or instruct.
+        folder: of the run.
+        team: this process among all.
+        echo: log lines on stderr.
+        progress: a progress bar on stderr.
+
+    Raises:
+        LapilliError: see build_task, Results.of and train.
+    """
+    task = build_task(recipe, team)
+    saver = _Saver(task, Results.of(task.loaded, recipe), folder / RESULTS)
+    train(
+        task,
+        recipe,
+        folder,
+        team=team,
+        echo=echo,
+        progress=progress,
+        on_save=saver.on_the_way,
+    )
+    saver.save()
+    return task
+
+
+@dataclass(frozen=True, slots=True)
+class _Saver:
+    task: TrainingTask
+    results: Results
+    folder: Path
+
+    def on_the_way(self, step: int) -> None:
+        """What is small enough to be saved with every checkpoint."""
+        del step
+        model = self.task.model.vlm
+        if self.results.recipe.stage == "align" or any(True for _ in adapters(model)):
+            self.save()
+
+    def save(self) -> None:
+        """The results as the model is now; every process has to call it."""
+        team, model = self.task.team, self.task.model.vlm
+        state = gather(model.state_dict(), team) if team.is_sharded else None
+        if team.leads:
+            save_results(self.folder, model, self.results, state=state)
+        team.wait()

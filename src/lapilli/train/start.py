@@ -1,0 +1,147 @@
+"""What a run starts from: the checkpoint, the projector laid over it, the template of its rows.
+
+    model.checkpoint --load_checkpoint--> Loaded
+    model.projector  --mm_projector.*---> over the projector of it
+    data.template    --does the vocabulary have its marks?--> Template
+
+Knows recipes and checkpoints; must not know data or the loop.
+"""
+
+import re
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.checkpoint.plan import PROJECTOR_FILES
+from lapilli.checkpoint.weights import WeightStore
+from lapilli.errors import ConfigError, MissingFileError, MissingWeightsError, ShapeMismatchError
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.choose import Template, template_by_name
+from lapilli.prompt.template import ChatTemplate
+from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.train.recipe import Recipe
+
+RESULTS: Final = "model"
+"""Where in the folder of a run its results lie."""
+
+_MARK: Final = re.compile(r"</?s>|<\|[^|<>\s]+\|>")
+
+
+def load_start(recipe: Recipe) -> Loaded:
+    """The checkpoint with its adapter beside its layers, and the recipe's projector over its own.
+
+    Frozen weights under an adapter are held in the run's precision, all others in float32.
+
+    Raises:
+        ConfigError: the recipe names no checkpoint, or one that reads text only.
+        CheckpointError: it cannot be read, or the projector does not fit.
+    """
+    if recipe.model.checkpoint is None:
+        raise ConfigError(
+            "recipe key model.checkpoint is missing: name what `lapilli build` made, or any LLaVA"
+        )
+    loaded = load_checkpoint(
+        recipe.model.checkpoint,
+        adapter=recipe.model.adapter,
+        merge_lora=False,
+        device="cpu",
+        dtype="float32",
+    )
+    if not loaded.model.modalities:
+        raise ConfigError(
+            f"{loaded.path} reads text only: give it a tower and a projector with `lapilli build`"
+        )
+    if recipe.model.projector is not None:
+        lay_projector(loaded.model, Path(recipe.model.projector).expanduser())
+    return loaded
+
+
+def lay_projector(model: VisionLanguageModel, folder: Path) -> None:
+    """The projector that an earlier run left, over the model's own.
+
+    Args:
+        model: is changed in place.
+        folder: of the run, or of its results.
+
+    Raises:
+        MissingFileError: there is no projector.
+        MissingWeightsError: it lacks a tensor, or has one that the model's does not.
+        ShapeMismatchError: it was made for another tower or another language model.
+    """
+    places = [at / name for at in (folder, folder / RESULTS) for name in PROJECTOR_FILES]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise MissingFileError(
+            f"recipe key model.projector: no {' or '.join(PROJECTOR_FILES)} in {folder} or "
+            f"{folder / RESULTS}: give the folder of an align run"
+        )
+    image = model.modality("image")
+    own = {f"projector.{name}": p for name, p in image.projector.named_parameters()}  # type: ignore[attr-defined]  # every modality has one
+    newline = getattr(image, "image_newline", None)
+    if newline is not None:
+        own["image_newline"] = newline
+    store = WeightStore.of_files([file])
+    pairs = ((_own_name(name), name) for name in store.infos)
+    found = {ours: name for ours, name in pairs if ours is not None}
+    needed = {name for name in own if name != "image_newline"}
+    strange = sorted(found.keys() - own.keys()) + sorted(needed - found.keys())
+    if strange:
+        raise MissingWeightsError(
+            f"{file} and the projector of the model differ in {strange[0]}: was it trained with "
+            "another projector type?"
+        )
+    for name, foreign in found.items():
+        tensor = store.tensor(foreign, torch.float32)
+        target = own[name]
+        if tensor.shape != target.shape:
+            raise ShapeMismatchError(
+                f"{file}: {foreign} is {list(tensor.shape)}, the model's is {list(target.shape)}: "
+                "was it trained with another tower or language model?"
+            )
+        with torch.no_grad():
+            target.copy_(tensor)
+
+
+def _own_name(foreign: str) -> str | None:
+    """`model.mm_projector.0.weight` -> `projector.0.weight`; None: no part of the projector."""
+    if foreign.endswith("image_newline"):
+        return "image_newline"
+    _, mark, rest = foreign.rpartition("mm_projector.")
+    return f"projector.{rest}" if mark else None
+
+
+def choose_template(recipe: Recipe, loaded: Loaded) -> Template:
+    """The recipe's, `plain` for the first stage, else the checkpoint's own.
+
+    Raises:
+        PromptError: no template has the name.
+        ConfigError: the vocabulary lacks a mark that the template ends turns with.
+    """
+    name = recipe.data.template or ("plain" if recipe.stage == "align" else "")
+    template = template_by_name(name) if name else loaded.template.template
+    refuse_unknown_marks(template, loaded.tokenizer, loaded.template.template.name)
+    return template
+
+
+def refuse_unknown_marks(template: Template, tokenizer: Tokenizer, own: str) -> None:
+    """A template belongs to a base whose vocabulary has its marks as tokens.
+
+    Args:
+        template: what rows would be rendered with.
+        tokenizer: of the language model.
+        own: name of the template that the checkpoint itself asks for.
+
+    Raises:
+        ConfigError: a mark is no token: it would be learned as several pieces of text, and an
+            answer would never end.
+    """
+    if not isinstance(template, ChatTemplate):
+        return
+    for mark in _MARK.findall(f"{template.sep} {template.sep2 or ''}"):
+        if tokenizer.token_to_id(mark) is None:
+            raise ConfigError(
+                f"template {template.name!r} ends turns with {mark!r}, which is no token of this "
+                f"checkpoint's vocabulary: set data.template to {own!r}, which it asks for itself"
+            )
