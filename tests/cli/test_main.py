@@ -10,7 +10,7 @@ from tests.cli.conftest import PROGRAM, Run
 def test_help_names_every_command(lapilli: Run) -> None:
     done = lapilli("--help")
     assert done.returncode == 0
-    for command in ("ask", "batch", "bench", "chat", "inspect", "quantize"):
+    for command in ("ask", "batch", "bench", "build", "chat", "inspect", "quantize", "train"):
         assert f"\n  {command} " in done.stdout
 
 
@@ -32,7 +32,8 @@ def test_shell_completion_lists_the_commands() -> None:
     done = subprocess.run(
         [str(PROGRAM)], env={**os.environ, **asked}, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == ["ask", "batch", "bench", "chat", "inspect", "quantize"]
+    commands = ["ask", "batch", "bench", "build", "chat", "inspect", "quantize", "train"]
+    assert done.stdout.split() == commands
 
 
 def test_unknown_option_is_exit_code_2(lapilli: Run) -> None:

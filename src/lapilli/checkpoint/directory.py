@@ -107,7 +107,7 @@ def open_directory(
     config, keys = parse_config(
         raw,
         tower=tower_config,
-        preprocessor=_preprocessor(tower_path or path),
+        preprocessor=preprocessor_of(tower_path or path),
         generation=read_optional_json(path / "generation_config.json"),
         weight_names=frozenset(store.infos),
     )
@@ -190,7 +190,7 @@ def _with_tower(
     return (tower, *kept), (note,)
 
 
-def _preprocessor(path: Path) -> JsonObject | None:
+def preprocessor_of(path: Path) -> JsonObject | None:
     """preprocessor_config.json, or its successor inside processor_config.json."""
     found = read_optional_json(path / "preprocessor_config.json")
     if found is not None:
@@ -200,7 +200,7 @@ def _preprocessor(path: Path) -> JsonObject | None:
 
 
 def _pixel_notes(path: Path, config: ModelConfig) -> tuple[str, ...]:
-    if config.vision is None or _preprocessor(path) is not None:
+    if config.vision is None or preprocessor_of(path) is not None:
         return ()
     return (
         f"no preprocessor_config.json in {path}: sizes and colours are those of a "

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lapilli import __version__
-from lapilli.cli import ask, batch, bench, chat, inspect, quantize, train
+from lapilli.cli import ask, batch, bench, build, chat, data, inspect, quantize, train
 
 app = typer.Typer(
     name="lapilli",
@@ -18,7 +18,9 @@ app = typer.Typer(
 app.command("ask")(ask.ask)
 app.command("batch")(batch.batch)
 app.command("bench")(bench.bench)
+app.command("build")(build.build)
 app.command("chat")(chat.chat)
+app.add_typer(data.app, name="data")
 app.command("inspect")(inspect.inspect)
 app.command("quantize")(quantize.quantize)
 app.command("train", context_settings=train.SETTINGS)(train.train)

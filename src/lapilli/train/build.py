@@ -1,0 +1,334 @@
+"""A loadable model out of a language model and a vision tower, with a fresh projector between.
+
+    language model   its tensors as they are, the vocabulary fitted to the tokenizer
+    vision tower     named where a hub id says where it is, else copied beside
+    projector        torch's own start, a function of the seed
+
+Tensors are views of the files they come from until they are written, one after the other. Knows the
+order of things; every file format is known elsewhere.
+"""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast, get_args
+
+import torch
+
+from lapilli.checkpoint.assemble import build_model, fill, refuse_gaps
+from lapilli.checkpoint.directory import preprocessor_of
+from lapilli.checkpoint.files import read_json, read_optional_json
+from lapilli.checkpoint.load import match_plan
+from lapilli.checkpoint.placement import DTYPES
+from lapilli.checkpoint.plan import Plan, make_plan, name_of
+from lapilli.checkpoint.quantized import stored_quantization
+from lapilli.checkpoint.save import TowerPlace, save_llava
+from lapilli.checkpoint.save_files import dtype_name, write_json, write_pickled
+from lapilli.checkpoint.source import is_local, resolve
+from lapilli.checkpoint.template import find_chat_template
+from lapilli.checkpoint.tokenizer_files import add_image_tokens, load_tokenizer
+from lapilli.config.model import ModelConfig
+from lapilli.config.parse import is_hf_llava, is_original, parse_config
+from lapilli.config.reader import JsonObject
+from lapilli.config.vision import TOWER_TYPES
+from lapilli.config.write import write_llava_config
+from lapilli.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
+from lapilli.modality.projector import build_projector
+from lapilli.prompt.base_template import refuse_wrong_template, template_of_base
+from lapilli.prompt.choose import TemplateFacts, choose_template, template_by_name
+from lapilli.prompt.templates import DEFAULT_TEMPLATE
+from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.train.start import refuse_unknown_marks
+
+# Columns and rows of tiles that LLaVA 1.6 chooses from.
+_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+# Vocabulary tables are padded to round sizes; a larger difference means another tokenizer.
+_MOST_ROWS_APART = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """What `build_llava` made.
+
+    Attributes:
+        path: the new checkpoint.
+        config: what it is.
+        template: name of its conversation template, and why it was taken.
+        reason: of the template.
+        notes: what else is worth knowing.
+    """
+
+    path: Path
+    config: ModelConfig
+    template: str
+    reason: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joint:
+    """How the parts are joined; names and defaults are those of the original's training.
+
+    Attributes:
+        projector: `linear`, `mlp2x_gelu`, or another name that config/projector.py knows.
+        select_layer: hidden state of the tower, the embeddings' output being number 0.
+        select_feature: "patch", or "cls_patch" with the class token.
+        aspect: how a picture becomes tiles: "square", "pad" or "anyres".
+        use_start_end: put pictures between <im_start> and <im_end>.
+        use_patch_token: add <im_patch>, which nothing uses.
+        seed: of the projector.
+
+    Note: the original's default is square; its second stage, and what is published, is pad.
+    """
+
+    projector: str = "mlp2x_gelu"
+    select_layer: int = -2
+    select_feature: str = "patch"
+    aspect: str = "pad"
+    use_start_end: bool = False
+    use_patch_token: bool = False
+    seed: int = 0
+
+
+def build_llava(
+    language: str,
+    vision: str,
+    out: Path,
+    *,
+    joint: Joint | None = None,
+    template: str | None = None,
+    dtype: str | None = None,
+    tower: str | None = None,
+    force: bool = False,
+    overwrite: bool = False,
+) -> Built:
+    """A valid LLaVA in the original layout that can be loaded, asked and trained.
+
+    Args:
+        language: directory or hub id of a plain language model.
+        vision: directory or hub id of a CLIP or SigLIP tower.
+        out: the new directory.
+        joint: how they are joined; None: as LLaVA 1.5.
+        template: name of the conversation template to record; None: what the language model's own
+            chat template speaks like, else what its family is spoken to with.
+        dtype: of the stored weights; None: as the language model's.
+        tower: see `save_llava`; None: named by a hub id, else copied beside.
+        force: take a template that contradicts the language model's own.
+        overwrite: replace a directory that is there.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the disk is full.
+        ConfigError: parts that cannot be joined, or a template that contradicts the base.
+        UnsupportedModelError: a language model, tower or projector of an unknown kind.
+
+    Source: LLaVA train.py and initialize_vision_modules: the projector's start, new vocabulary rows
+        being the mean of the old ones.
+    Note: rows beyond the tokenizer's length are cut, as the original does at loading.
+    """
+    joint = joint or Joint()
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown: choose from {', '.join(DTYPES)}")
+    if tower not in (None, *get_args(TowerPlace)):
+        raise ConfigError(f"tower {tower!r}: choose from {', '.join(get_args(TowerPlace))}")
+    base, eyes = resolve(language), resolve(vision)
+    raw = read_json(base / "config.json")
+    _refuse_base(raw, base)
+    tower_raw = read_json(eyes / "config.json")
+    _refuse_tower(tower_raw, eyes)
+    name, reason = _template(raw, base, language, template, force=force)
+    tokenizer = _tokenizer(raw, base, joint)
+    doubts = _doubts(name, tokenizer, insists=template is not None and not force)
+    written = _config(raw, base, joint, tokenizer) | _vision_keys(joint, tower_raw, eyes)
+    config, _ = parse_config(
+        written,
+        tower=tower_raw,
+        preprocessor=preprocessor_of(eyes),
+        generation=_generation(base),
+    )
+    with tempfile.TemporaryDirectory(prefix="lapilli-build-") as folder:
+        staged = Path(folder)
+        write_json(staged / "config.json", written)
+        write_json(staged / "generation_config.json", dict(_generation(base)))
+        write_pickled(staged / "mm_projector.bin", _fresh(config, joint.seed))
+        plan = make_plan(staged, base=str(base))
+        model = build_model(plan.config)
+        matching = match_plan(plan, model)
+        refuse_gaps(matching)
+        fill(model, matching, plan.vocabulary, dtype=_stored(plan), device=torch.device("cpu"))
+    is_hub = not is_local(vision)
+    source = vision.partition("@")[0] if is_hub else str(eyes)
+    config = replace(plan.config, vision_source=source)
+    save_llava(
+        out,
+        model,
+        config,
+        tokenizer_path=base,
+        tower=cast("TowerPlace", tower or ("named" if is_hub else "beside")),
+        dtype=None if dtype is None else DTYPES[dtype],
+        template=name,
+        overwrite=overwrite,
+        extra=_with_pad(base, tokenizer),
+    )
+    return Built(
+        path=out, config=config, template=name, reason=reason, notes=(*plan.notes, *doubts)
+    )
+
+
+def _refuse_base(raw: JsonObject, base: Path) -> None:
+    if is_original(raw) or is_hf_llava(raw):
+        raise ConfigError(
+            f"{base} is a LLaVA already: train it as it is (model.checkpoint of a recipe), or give "
+            "the plain language model that it was made from"
+        )
+    if raw.get("model_type") in TOWER_TYPES:
+        raise ConfigError(f"{base} is a vision tower: give it as --vision, not as --language")
+    if stored_quantization(raw) is not None:
+        raise ConfigError(f"{base} is quantized: build from the language model in float")
+
+
+def _refuse_tower(raw: JsonObject, eyes: Path) -> None:
+    kind = raw.get("model_type")
+    if kind not in TOWER_TYPES:
+        raise UnsupportedModelError(
+            f"{eyes} is no vision tower: its config.json says model_type {kind!r}, expected one of "
+            f"{', '.join(TOWER_TYPES)}"
+        )
+
+
+def _template(
+    raw: JsonObject, base: Path, language: str, asked: str | None, *, force: bool
+) -> tuple[str, str]:
+    """Name of the template, and why it is taken."""
+    own = find_chat_template(base)
+    if asked is not None:
+        template_by_name(asked)
+        if not force:
+            refuse_wrong_template(asked, own, str(base))
+        return asked, "asked for"
+    family = str(raw.get("model_type"))
+    spoken = template_of_base(own, family=family)
+    if spoken is not None:
+        return spoken, "the language model's own chat template takes turns like it"
+    facts = TemplateFacts(model_type=f"llava_{family}", projector="mlp")
+    choice = choose_template(facts, name=name_of(language))
+    return choice.template.name, choice.reason
+
+
+def _doubts(name: str, tokenizer: Tokenizer, *, insists: bool) -> tuple[str, ...]:
+    """What the vocabulary says against a template: refused where a person named it."""
+    try:
+        refuse_unknown_marks(template_by_name(name), tokenizer, DEFAULT_TEMPLATE)
+    except ConfigError as error:
+        if insists:
+            raise
+        return (str(error),)
+    return ()
+
+
+def _tokenizer(raw: JsonObject, base: Path, joint: Joint) -> Tokenizer:
+    """The base's, with what is added at loading; refused where it is not the base's.
+
+    Raises:
+        ShapeMismatchError: the vocabulary has far more or far fewer rows than it has tokens.
+    """
+    config, _ = parse_config(raw, generation=_generation(base))
+    tokenizer = load_tokenizer(base, fast=config.text.family != "llama")
+    rows = config.text.vocab_size
+    if abs(rows - tokenizer.vocab_size) > _MOST_ROWS_APART:
+        raise ShapeMismatchError(
+            f"the vocabulary of {base} has {rows} rows, but its tokenizer {tokenizer.vocab_size} "
+            "tokens: the tokenizer belongs to another model"
+        )
+    add_image_tokens(tokenizer, use_patch=joint.use_patch_token, use_start_end=joint.use_start_end)
+    return tokenizer
+
+
+def _config(raw: JsonObject, base: Path, joint: Joint, tokenizer: Tokenizer) -> dict[str, object]:
+    """config.json of the language model half, in the original layout."""
+    plain, _ = parse_config(raw, generation=_generation(base))
+    pad = next((i for i in _pads(plain, tokenizer) if i is not None), None)
+    tokens = replace(
+        plain.tokens,
+        pad_id=pad,
+        use_start_end=joint.use_start_end,
+        use_patch_token=joint.use_patch_token,
+    )
+    config = replace(plain, layout="llava", tokens=tokens, max_length=plain.text.max_positions)
+    stored = plain.torch_dtype or "float32"
+    return write_llava_config(config, vision_source=None, torch_dtype=stored)
+
+
+def _pads(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int | None, ...]:
+    """What pads, in the order of preference; the original takes unk."""
+    return config.tokens.pad_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id
+
+
+def _vision_keys(joint: Joint, tower: JsonObject, eyes: Path) -> dict[str, object]:
+    """The `mm_` keys."""
+    section = tower.get("vision_config")
+    sizes: Mapping[str, object] = section if isinstance(section, dict) else tower
+    written: dict[str, object] = {
+        "mm_vision_tower": str(eyes),
+        "mm_vision_select_layer": joint.select_layer,
+        "mm_vision_select_feature": joint.select_feature,
+        "mm_projector_type": joint.projector,
+        "image_aspect_ratio": joint.aspect,
+        "mm_patch_merge_type": "flat",
+        "use_mm_proj": True,
+    }
+    if joint.aspect == "anyres":
+        side = sizes.get("image_size")
+        side = side if isinstance(side, int) else 224
+        written["mm_patch_merge_type"] = "spatial_unpad"
+        written["image_grid_pinpoints"] = [
+            [columns * side, rows * side] for columns, rows in _GRIDS
+        ]
+    return written
+
+
+def _generation(base: Path) -> JsonObject:
+    return read_optional_json(base / "generation_config.json") or {}
+
+
+def _fresh(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    """A projector as torch begins one, and the end of a row; the same for the same seed.
+
+    Source: LLaVA llava_arch.py: image_newline is normal with variance 1 / width.
+    """
+    if config.projector is None:
+        raise ConfigError("a model without a vision tower has no projector")
+    width = config.text.hidden_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projector = build_projector(config.projector, config.vision)
+        newline = torch.randn(width) * width**-0.5
+    prefix = "transformer" if config.text.family == "mpt" else "model"
+    found = {f"{prefix}.mm_projector.{name}": t for name, t in projector.state_dict().items()}
+    if config.has_newline:
+        found[f"{prefix}.image_newline"] = newline
+    return found
+
+
+def _stored(plan: Plan) -> torch.dtype:
+    """The format of most numbers of the language model."""
+    counts: Counter[torch.dtype] = Counter()
+    for part in plan.parts:
+        for info in part.store.infos.values():
+            if info.dtype.is_floating_point:
+                counts[info.dtype] += info.num_parameters
+    common = counts.most_common(1)[0][0]
+    return common if dtype_name(common) in DTYPES else torch.float32
+
+
+def _with_pad(base: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """tokenizer_config.json with a token for padding, where the base has none; as the original."""
+    found = dict(read_optional_json(base / "tokenizer_config.json") or {})
+    others = read_optional_json(base / "special_tokens_map.json") or {}
+    index = tokenizer.unk_id if tokenizer.unk_id is not None else tokenizer.eos_id
+    if found.get("pad_token") or others.get("pad_token") or index is None:
+        return {}
+    found["pad_token"] = tokenizer.id_to_token(index)
+    return {"tokenizer_config.json": json.dumps(found, indent=2) + "\n"}
