@@ -52,6 +52,8 @@ class GivenAnswer:
     def __init__(self, logits: Any, answer: list[int]) -> None:
         self._logits, self._answer = logits, answer
         self.known = 0
+        self.passes = 0
+        self.guesses = 0
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of one sequence: after its newest token, then after each guess."""
@@ -59,6 +61,8 @@ class GivenAnswer:
         best = torch.tensor(self._answer[self.known : self.known + len(found)])
         rows = torch.arange(len(best))
         found[rows, best] = found.amax() + 1
+        self.passes += 1
+        self.guesses += len(found) - 1
         return found
 
 
@@ -94,12 +98,15 @@ def measure_lookup(options: Options, *, rounds: int = 3) -> dict[str, Any]:
     for text_name, text in texts().items():
         ids = chat.tokenizer.encode(text, add_bos=False)[:TOKENS]
         rates: dict[str, list[float]] = {name: [] for name in modes}
+        work: dict[str, dict[str, int]] = {}
         for _ in range(rounds):
             for name, engine in modes.items():
                 seen = picture(0, engine.side)  # read once by each engine
-                with given(language_model, ids) as engine.forced:
+                with given(language_model, ids) as forced:
+                    engine.forced = forced
                     [times] = engine.answer([Question((seen,), (11, 12, 13))], len(ids))
                 rates[name].append(rate(times))
+                work[name] = {"passes": forced.passes, "guesses": forced.guesses}
         medians = {name: sorted(values)[len(values) // 2] for name, values in rates.items()}
         found[text_name] = {
             "tokens": len(ids),
@@ -107,5 +114,6 @@ def measure_lookup(options: Options, *, rounds: int = 3) -> dict[str, Any]:
             "tokens_per_s": medians,
             "on over off": medians["on"] / medians["off"],
             "auto over off": medians["auto"] / medians["off"],
+            "last round": work,
         }
     return found

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections import Counter
-from itertools import count
 
 import pytest
 import torch
@@ -11,13 +10,8 @@ from hypothesis import strategies as st
 
 from lapilli.errors import GenerationError
 from lapilli.generate.engine import Engine
-from lapilli.generate.speculate import (
-    Drafter,
-    DraftModel,
-    Pace,
-    Payoff,
-    PromptLookup,
-)
+from lapilli.generate.payoff import Payoff
+from lapilli.generate.speculate import CONTEXTS, Drafter, DraftModel, PromptLookup
 from lapilli.lm.decoder import Decoder
 from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.agreement import assert_same
@@ -26,8 +20,12 @@ from tests.generate.engine.conftest import CONFIG, SMALL, alone, build, picture,
 ON = dataclasses.replace(SMALL, speculate="on")
 
 
+def always(chance: float) -> bool:
+    return chance > 0
+
+
 class Parrot:
-    """Guesses that are right, wrong or half right, from a list."""
+    """Guesses that are right, wrong or half right, from a list; says that it is sure of them."""
 
     def __init__(self, *guesses: int) -> None:
         self.guesses = guesses
@@ -36,8 +34,8 @@ class Parrot:
     def begin(self) -> "Parrot":
         return self
 
-    def propose(self, keys, most):
-        guess = list(self.guesses[len(keys) % 3 :][:most])
+    def propose(self, keys, most, is_worth):
+        guess = [g for g in self.guesses[len(keys) % 3 :][:most] if is_worth(1.0)]
         self.proposed += len(guess)
         return guess
 
@@ -47,23 +45,80 @@ def model():
     return build()
 
 
+def look_up(keys, most, is_worth=always):
+    return PromptLookup().begin().propose(keys, most, is_worth)
+
+
 def test_lookup_proposes_what_followed_last_time():
-    drafting = PromptLookup(longest=3, shortest=2).begin()
-    assert drafting.propose([1, 2, 3, 4, 5, 1, 2], 3) == [3, 4, 5]
-    assert drafting.propose([1, 2, 3, 4, 5, 1, 2, 9, 1, 2], 3) == [9, 1, 2]  # the latest place
-    assert drafting.propose([1, 2, 3, 4, 5, 1, 2, 9, 1, 2, 3], 9) == [4, 5, 1, 2, 9, 1, 2, 3]
+    assert look_up([1, 2, 3, 4, 5, 1, 2], 3) == [3, 4, 5]
+    assert look_up([1, 2, 3, 4, 5, 1, 2, 9, 1, 2], 3) == [9, 1, 2]  # the latest place
+    assert look_up([1, 2, 3, 4, 5, 1, 2, 9, 1, 2, 3], 9)[:2] == [4, 5]
 
 
-def test_lookup_takes_the_longest_match():
-    keys = [7, 1, 2, 3, 8, 1, 2, 4, 7, 1, 2]
-    assert PromptLookup(longest=3, shortest=2).begin().propose(keys, 1) == [3]
-    assert PromptLookup(longest=2, shortest=2).begin().propose(keys, 1) == [4]
+def test_lookup_trusts_more_words_more():
+    assert look_up([7, 1, 2, 3, 8, 1, 2, 4, 7, 1, 2], 1) == [3]  # 1 2 alone: 4
+    assert look_up([1, 2, 4, 2, 5, 7, 1, 2], 1) == [4]  # 2 alone: 5
+
+
+def test_lookup_trusts_what_came_again():
+    # After 1 2 there was always another number, after 2 alone 5, twice.
+    keys = [1, 2, 3, 0, 1, 2, 4, 0, 9, 2, 5, 8, 2, 5, 8, 2, 5, 0, 1, 2]
+    assert look_up(keys, 1) == [5]
+
+
+def test_lookup_knows_what_follows_a_number_that_it_never_saw():
+    lines = [6, 7, 31, 8, 9, 6, 7, 32, 8, 9, 6, 7, 33]
+    assert look_up(lines, 3) == [8, 9, 6]
 
 
 def test_lookup_without_a_match_proposes_nothing():
-    assert PromptLookup().begin().propose([1, 2, 3, 4], 4) == []
-    assert PromptLookup().begin().propose([1], 4) == []
-    assert PromptLookup().begin().propose([], 4) == []
+    assert look_up([1, 2, 3, 4], 4) == []
+    assert look_up([1], 4) == []
+    assert look_up([], 4) == []
+
+
+def test_lookup_stops_where_a_guess_is_not_worth_it():
+    asked = []
+
+    def thrice(chance):
+        asked.append(chance)
+        return len(asked) <= 3
+
+    assert look_up([1, 2, 3, 4, 5, 6, 1, 2], 9, thrice) == [3, 4, 5]
+    assert len(asked) == 4
+    assert sorted(asked, reverse=True) == asked
+    assert look_up([1, 2, 3, 1, 2], 9, lambda chance: chance > 1) == []
+
+
+def chance_of_first(keys, known) -> float:
+    """What lookup thinks of its next guess after an answer that began at `known`."""
+    drafting = PromptLookup().begin()
+    drafting.propose(keys[:known], 1, always)
+    chances = [0.0]
+    drafting.propose(keys, 1, lambda chance: chances.append(chance) is None)
+    return chances[-1]
+
+
+def test_lookup_learns_from_the_answer_whether_it_is_right():
+    prompt = [n for i in range(20) for n in (1, 10 + i)]
+    wrong = [n for i in range(20) for n in (1, 40 + i)]
+    right = [1, 10] * 20
+    fresh = chance_of_first([*prompt, 1], len(prompt) + 1)
+    assert chance_of_first([*prompt, 1, *wrong, 1], len(prompt) + 1) < 0.5 * fresh
+    assert chance_of_first([*prompt, 1, *right, 1], len(prompt) + 1) > 0.8
+
+
+def allowed_guesses(keys) -> set[int]:
+    """By comparing the end with every place in the text: the plain twin of the tables."""
+    return {
+        keys[at]
+        for reach, gap in CONTEXTS
+        for at in range(reach, len(keys))
+        if keys[at] >= 0
+        and min(keys[at - reach : at]) >= 0
+        and min(keys[-reach:]) >= 0
+        and keys[at - reach : at - gap] == keys[len(keys) - reach : len(keys) - gap]
+    }
 
 
 @given(
@@ -72,26 +127,13 @@ def test_lookup_without_a_match_proposes_nothing():
     st.integers(1, 30),
 )
 def test_lookup_never_touches_a_medium(keys, most, cut):
-    drafting = PromptLookup(longest=3, shortest=1).begin()
-    drafting.propose(keys[:cut], most)  # asked before: what it knows must not depend on that
-    proposed = drafting.propose(keys, most)
-    assert proposed == PromptLookup(longest=3, shortest=1).begin().propose(keys, most)
+    drafting = PromptLookup().begin()
+    drafting.propose(keys[:cut], most, always)
+    proposed = drafting.propose(keys, most, always)
     assert len(proposed) <= most
-    assert min(proposed, default=0) >= 0
-    if proposed:
-        # It stands somewhere in the text, right after tokens that end the sequence now.
-        places = [
-            at
-            for at in range(1, len(keys))
-            if keys[at : at + len(proposed)] == proposed and keys[at - 1] == keys[-1] >= 0
-        ]
-        assert places
-
-
-@pytest.mark.parametrize(("longest", "shortest"), [(2, 3), (2, 0)])
-def test_lookup_of_nonsense_is_refused(longest, shortest):
-    with pytest.raises(GenerationError, match="needs 1 <= shortest <= longest"):
-        PromptLookup(longest=longest, shortest=shortest)
+    assert bool(proposed) == bool(allowed_guesses(keys))
+    for i, guess in enumerate(proposed):
+        assert guess in allowed_guesses([*keys, *proposed[:i]])
 
 
 def options():
@@ -118,7 +160,7 @@ def options():
 @settings(max_examples=25, deadline=None)
 def test_answers_are_those_without_guesses(model, drawn, kind):
     drafters: dict[str, Drafter] = {
-        "lookup": PromptLookup(longest=2, shortest=1),
+        "lookup": PromptLookup(),
         "parrot": Parrot(4, 5, 6, 7, 8, 9),
         "itself": DraftModel(model.language_model),
         "small": DraftModel(small_model()),
@@ -210,8 +252,34 @@ def pair_probabilities(model, prompt, *, temperature):
 def test_draft_model_stops_at_the_end_of_its_context():
     small = small_model()
     drafting = DraftModel(small).begin()
-    assert len(drafting.propose(list(range(20)), 5)) == 5
-    assert drafting.propose(list(range(20)) * 6, 9) == []
+    assert len(drafting.propose(list(range(20)), 5, always)) == 5
+    assert drafting.propose(list(range(20)) * 6, 9, always) == []
+
+
+def test_draft_model_is_not_asked_where_it_is_not_worth_it():
+    small = small_model()
+    drafting, keys = DraftModel(small).begin(), list(range(20))
+    with torch.no_grad():
+        small.forward = pytest.fail
+        assert drafting.propose(keys, 5, lambda chance: chance > 1) == []
+        del small.forward
+    assert drafting.propose(keys, 3, always) == DraftModel(small).begin().propose(keys, 3, always)
+
+
+def test_draft_model_learns_how_often_it_is_right():
+    drafting, keys = DraftModel(small_model()).begin(), [3, 4, 5]
+    chances = []
+
+    def note(chance):
+        chances.append(chance)
+        return True
+
+    for is_right in [True] * 8 + [False] * 8:
+        [guess] = drafting.propose(keys, 1, note)
+        keys = [*keys, guess if is_right else (guess + 1) % 61]
+    assert chances[0] == pytest.approx(0.7)
+    assert chances[8] > 0.85
+    assert chances[15] < 0.5
 
 
 def test_draft_model_of_other_tokens_is_refused(model):
@@ -220,59 +288,35 @@ def test_draft_model_of_other_tokens_is_refused(model):
         Engine(model, WordTokenizer(), drafter=DraftModel(other))
 
 
-def test_pace_follows_success():
-    pace = Pace(first=4, most=10)
-    pace.learn(4, 4)
-    assert pace.length == 8
-    pace.learn(8, 8)
-    assert pace.length == 10
-    pace.learn(10, 2)
-    assert pace.length == 3
-    pace.learn(3, 0)
-    assert pace.length == 1
+class Priced(Payoff):
+    """Passes that take what they are said to."""
+
+    def __init__(self, price: float) -> None:
+        super().__init__()
+        self.price = price
+        self.guesses = 0
+
+    def learn(self, seconds, *, rows, guesses):
+        self.guesses += guesses
+        super().learn(1.0 * rows + self.price * guesses, rows=rows, guesses=guesses)
 
 
-def run_payoff(payoff: Payoff, *, guess_seconds: float, tokens: int, passes: int) -> int:
-    """Passes with guesses among so many, a plain one taking a second."""
-    guessed = 0
-    for _ in range(passes):
-        wants = payoff.wants_guesses(1)
-        guessed += wants
-        payoff.learn(
-            guess_seconds if wants else 1.0, rows=1, tokens=tokens if wants else 1, guessed=wants
-        )
-    return guessed
-
-
-def test_guessing_that_pays_goes_on():
-    payoff = Payoff()
-    payoff.learn(1.0, rows=1, tokens=1, guessed=False)
-    assert run_payoff(payoff, guess_seconds=1.2, tokens=2, passes=100) == 99  # one to compare
-    assert payoff.gain == pytest.approx(2 / 1.2, rel=0.01)
-
-
-def test_guessing_that_does_not_pay_stops_and_is_tried_again():
-    payoff = Payoff()
-    payoff.learn(1.0, rows=1, tokens=1, guessed=False)
-    guessed = run_payoff(payoff, guess_seconds=1.5, tokens=1, passes=1000)
-    assert 8 <= guessed < 50
-    assert run_payoff(payoff, guess_seconds=0.5, tokens=3, passes=2000) > 500
-
-
-def test_engine_switches_useless_guesses_off(model):
-    parrot = Parrot(60, 60, 60)  # what nobody says
-    engine = Engine(
-        model,
-        WordTokenizer(),
-        options=dataclasses.replace(SMALL, speculate="auto"),
-        drafter=parrot,
-    )
-    ticks = count()
-    engine.payoff.clock = lambda: float(
-        next(ticks) ** 2
-    )  # every pass takes longer than the one before
-    engine.run([request_of([3, i], max_new_tokens=90) for i in range(3)])
-    assert 0 < parrot.proposed < 3 * 3 * 40  # 89 passes of 3 rows
+@pytest.mark.parametrize(
+    ("draft_layers", "price", "fewest", "most"),
+    [(2, 0.1, 150, 270), (2, 2, 0, 20), (1, 0.5, 0, 60)],
+)
+def test_engine_makes_the_guesses_that_pay(model, draft_layers, price, fewest, most):
+    """The model itself is always right, with one layer it seldom is."""
+    draft = model.language_model if draft_layers == 2 else small_model()
+    options = dataclasses.replace(SMALL, speculate="auto")
+    engine = Engine(model, WordTokenizer(), options=options, drafter=DraftModel(draft))
+    engine.payoff = Priced(price)
+    requests = [request_of([3, i], max_new_tokens=90) for i in range(3)]
+    engine.run(requests)
+    assert engine.payoff.guesses > 0  # it was tried
+    engine.payoff.guesses = 0
+    engine.run(requests)
+    assert fewest <= engine.payoff.guesses <= most
 
 
 def test_wrong_word_is_refused():

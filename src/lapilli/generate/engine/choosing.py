@@ -36,8 +36,8 @@ class Share:
         return [*row.tokens[row.length : row.length + self.count], *self.draft]
 
 
-def extend(logits: Float[Tensor, "R V"], shares: Items[Share]) -> int:
-    """New tokens for the sequences of `shares`; returns how many.
+def extend(logits: Float[Tensor, "R V"], shares: Items[Share]) -> None:
+    """New tokens for the sequences of `shares`.
 
     Each token is drawn as if nothing had been guessed; the guess says only whether the logits for
     the token after it are there already. So the answer is the same as without guesses, seed for
@@ -49,10 +49,9 @@ def extend(logits: Float[Tensor, "R V"], shares: Items[Share]) -> int:
         shares: those that end.
     """
     best = logits.argmax(dim=-1).tolist() if any(is_plain(s.sequence) for s in shares) else []
-    start = total = 0
+    start = 0
     for share in shares:
         sequence = share.sequence
-        known = len(sequence.answer.token_ids)
         for at, guess in enumerate((*share.draft, None), start):
             if is_plain(sequence):
                 token_id, report = best[at], None
@@ -61,12 +60,7 @@ def extend(logits: Float[Tensor, "R V"], shares: Items[Share]) -> int:
             sequence.push(token_id, report)
             if token_id != guess or sequence.answer.is_finished:
                 break
-        gained = len(sequence.answer.token_ids) - known
-        if share.draft:
-            sequence.pace.learn(len(share.draft), gained - 1)
         start += 1 + len(share.draft)
-        total += gained
-    return total
 
 
 def is_plain(sequence: Sequence) -> bool:

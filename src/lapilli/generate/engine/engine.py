@@ -39,7 +39,8 @@ from lapilli.generate.engine.request import Request, Ticket
 from lapilli.generate.engine.sequence import Sequence
 from lapilli.generate.engine.stream import EngineStream
 from lapilli.generate.outputs import Generation
-from lapilli.generate.speculate import Drafter, DraftModel, Payoff, PromptLookup
+from lapilli.generate.payoff import Payoff
+from lapilli.generate.speculate import Drafter, DraftModel, PromptLookup
 from lapilli.generate.text import TokenBytes
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.shapes import Float, Tensor
@@ -106,8 +107,8 @@ class Engine:
         self._drafter = drafter or PromptLookup()
         if isinstance(drafter, DraftModel):
             drafter.check_vocabulary(language_model.config.vocab_size)
-        self.payoff = Payoff()
-        """Whether guesses make tokens come faster."""
+        self.payoff = Payoff(is_timed=self.options.speculate == "auto")
+        """Which guesses make tokens come faster."""
         self._arrivals = Arrivals(
             tokenizer, eos_ids=eos_ids, context_length=self.context_length, pool=self.pool
         )
@@ -202,9 +203,10 @@ class Engine:
         self._drop_cancelled()
         self._watch_rows()
         self._admit()
+        started = self.payoff.clock()
         shares = self._share_out()
         if shares:
-            self._advance(shares)
+            self._advance(shares, started=started)
         if not self.has_work:
             self._watch.rest()
             self._text_watch.rest()
@@ -309,8 +311,8 @@ class Engine:
     def _share_out(self) -> list[Share]:
         """Who reads how much in this step: growing rows a token, then prompts by rank."""
         rows = [row for row in self._rows if row.is_growing]
-        guesses = self.options.speculate == "on" or self.payoff.wants_guesses(len(rows))
-        growing = [Share(row, 1, tuple(row.draft()) if guesses else ()) for row in rows]
+        offer = self.payoff.offer(len(rows))
+        growing = [Share(row, 1, tuple(row.draft(offer.takes))) for row in rows]
         waits = sorted((r for r in self._rows if not r.is_growing), key=lambda row: row.rank)
         left = self.options.chunk if growing else self.options.max_step
         looks = self._media.looks + (1 if growing else len(waits))
@@ -336,14 +338,14 @@ class Engine:
             self._fail(row, GenerationError(f"the model failed to look at a medium: {error}"))
         return 0
 
-    def _advance(self, shares: list[Share]) -> None:
+    def _advance(self, shares: list[Share], *, started: float) -> None:
         """Read, choose, deliver."""
         ending = [share for share in shares if share.ends]
         is_growth = all(share.sequence.is_growing for share in shares)
-        started = self.payoff.clock()
         try:
             logits = self._reader.read(shares, unchanged=self._watch.token)
-            tokens = 0 if logits is None else extend(logits, ending)
+            if logits is not None:
+                extend(logits, ending)
         except KeyboardInterrupt:
             for share in shares:
                 self._end(share.sequence)
@@ -353,12 +355,9 @@ class Engine:
                 self._fail(share.sequence, GenerationError(f"the model failed: {error}"))
             raise
         if is_growth and self._reader.is_steady:
-            self.payoff.learn(
-                self.payoff.clock() - started,
-                rows=len(shares),
-                tokens=tokens,
-                guessed=any(share.draft for share in shares),
-            )
+            seconds = self.payoff.clock() - started
+            guesses = sum(len(share.draft) for share in shares)
+            self.payoff.learn(seconds, rows=len(shares), guesses=guesses)
         for share in shares:
             row = share.sequence
             # After a choice everything but the newest token has been read, rejected guesses apart.

@@ -28,8 +28,8 @@ class EngineOptions:
         prefix_bytes: of these, what may be kept of sequences that are over; 0 switches the prefix
             cache off. None: all of `kv_bytes`, or an eighth of the memory where that is None too.
         feature_bytes: most bytes of features of pictures that are kept; 0 keeps none.
-        speculate: whether guesses of the next tokens are checked: "on", "off", or "auto", while
-            that makes tokens come faster by the clock.
+        speculate: whether guesses of the next tokens are checked: "off"; "auto", those that make
+            tokens come faster by the clock; "on", those that would if each took a tenth of a pass.
         compile: how a step runs in which every row gives one token. "on": in fixed shapes and
             translated by torch.compile, on CUDA recorded as graphs; "static": the same without
             the compiler; "off": as every other step; "auto": on CUDA the first of these that

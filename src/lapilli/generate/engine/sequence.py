@@ -10,9 +10,13 @@ from lapilli.generate.answer import Answer
 from lapilli.generate.cache.blocks import BlockTable, media_keys
 from lapilli.generate.engine.request import Ticket
 from lapilli.generate.outputs import TokenLogprob
-from lapilli.generate.speculate import Drafting, Pace
+from lapilli.generate.speculate import Drafting, IsWorth
+from lapilli.nn.paged import MOST_TOGETHER
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.shapes import Bool, Float, Tensor
+
+MOST_GUESSES = MOST_TOGETHER - 1
+"""In one pass, of one sequence: more positions would take a slower way through the model."""
 
 
 class Sequence:
@@ -44,7 +48,6 @@ class Sequence:
         self.is_stale = False
         """The model changed while it was read: nobody else may find its keys and values."""
         self.drafting: Drafting | None = None
-        self.pace = Pace()
         self.generator: torch.Generator | None = None
         self.seen: Bool[Tensor, "1 V"] | None = None
 
@@ -88,12 +91,12 @@ class Sequence:
         self.table = table
         self.length = table.length
 
-    def draft(self) -> list[int]:
+    def draft(self, is_worth: IsWorth) -> list[int]:
         """Guesses of the next tokens, none beyond the last that the answer may have."""
-        most = min(self.pace.length, self.answer.limit - len(self.answer.token_ids) - 1)
+        most = min(MOST_GUESSES, self.answer.limit - len(self.answer.token_ids) - 1)
         if self.drafting is None or most < 1:
             return []
-        return self.drafting.propose(self.keys, most)
+        return self.drafting.propose(self.keys, most, is_worth)
 
     def push(self, token_id: int, report: TokenLogprob | None = None) -> None:
         """One more token of the answer."""
