@@ -61,11 +61,19 @@ def build(kind: str = "float", **changes) -> Decoder:
 
 
 def step(
-    decoder: Decoder, counts=(1, 1, 3), *, kind=BlockStore, unchanged: object = None
+    decoder: Decoder,
+    counts=(1, 1, 3),
+    *,
+    kind=BlockStore,
+    unchanged: object = None,
+    kept_dtype=torch.float32,
 ) -> torch.Tensor:
     """Hidden states of a few rows over a cache whose memory is the same in every call."""
     config = decoder.config
-    store = kind(config, 20, block_size=4, dtype=torch.float32, device=torch.device("cpu"))
+    where = {"dtype": torch.float32, "device": torch.device("cpu")}
+    if kind is BlockStore:
+        where["kept_dtype"] = kept_dtype
+    store = kind(config, 20, block_size=4, **where)
     generator = torch.Generator().manual_seed(1)
     if kind is BlockStore:
         for memory in store.tensors():
@@ -116,6 +124,20 @@ def test_one_call_equals_the_modules(calls, monkeypatch, kind, counts, changes) 
     # Plain products of one row are torch's in the modules, the library's in the call.
     near = {"atol": 1e-5, "rtol": 1e-5} if kind == "float" else {"atol": 0, "rtol": 0}
     torch.testing.assert_close(found, expected, **near)
+
+
+@pytest.mark.parametrize("counts", [(1,), (1, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_call_keeps_bfloat16(calls, monkeypatch, kind, counts) -> None:
+    decoder = build(kind)
+    options = {"counts": counts, "kept_dtype": torch.bfloat16}
+    found = step(decoder, **options)
+    assert calls == [True, True]
+    expected = plain(decoder, monkeypatch, **options)
+    # Where products differ in their last bit, a key may be rounded to its other neighbour.
+    near = {"atol": 1e-2, "rtol": 1e-2} if kind == "float" else {"atol": 0, "rtol": 0}
+    torch.testing.assert_close(found, expected, **near)
+    assert not torch.equal(found, step(decoder, counts=counts))
 
 
 def test_what_is_special_runs_module_by_module(calls) -> None:

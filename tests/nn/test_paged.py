@@ -29,6 +29,11 @@ class PlainQuantizedStore(QuantizedBlockStore):
     has_kernel = False
 
 
+class KeptBfloat16(BlockStore):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, kept_dtype=torch.bfloat16, **options)
+
+
 def decoder(window: int | None, kv_heads: int) -> Decoder:
     config = DecoderConfig(
         vocab_size=31,
@@ -152,6 +157,28 @@ def test_int8_blocks_stay_near(model, kind, counts):
     for ours, theirs in zip(found, expected, strict=True):
         error = (ours - theirs).norm() / theirs.norm()
         assert error < 0.05
+
+
+@pytest.mark.parametrize("kind", [KeptBfloat16, QuantizedBlockStore, PlainQuantizedStore])
+@given(st.integers(1, 20), st.integers(0, 20))
+@settings(max_examples=20, deadline=None)
+def test_what_is_read_does_not_depend_on_how(kind, first, second):
+    """All at once or in two passes: rounding comes before reading in both."""
+    model = decoder(None, 2)
+    generator = torch.Generator().manual_seed(first)
+    q = torch.randn(1, 4, first + second, 16, generator=generator)
+    k, v = (torch.randn(1, 2, first + second, 16, generator=generator) for _ in range(2))
+    table = tables_for([[first + second]])[0]
+    found = []
+    for split in ([first + second], [first, second]):
+        store, past, parts = store_for(model, kind), 0, []
+        for count in filter(None, split):
+            new = slice(past, past + count)
+            batch = PagedBatch(store, [PagedRow(table, past, count)])
+            parts.append(batch.attend(0, q[:, :, new], k[:, :, new], v[:, :, new]))
+            past += count
+        found.append(torch.cat(parts, dim=2))
+    torch.testing.assert_close(*found, atol=2e-6, rtol=2e-6)
 
 
 def test_int8_numbers_are_off_by_half_a_step():

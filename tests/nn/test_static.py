@@ -83,8 +83,6 @@ def both_ways(model, kind, past, counts) -> tuple[list[torch.Tensor], list[Block
 @settings(max_examples=10)
 def test_fixed_shapes_equal_ragged_rows(model, kind, drawn):
     past, counts = [list(column) for column in zip(*drawn, strict=True)]
-    if kind is PlainQuantizedStore:  # where ragged rows read several new positions unrounded
-        counts = [min(count, 1) for count in counts]
     (ragged, static), stores = both_ways(model, kind, past, counts)
     # A number next to the middle of two steps may be rounded to either.
     is_rounded = issubclass(kind, QuantizedBlockStore)

@@ -13,10 +13,9 @@ import ctypes
 import torch
 
 from lapilli.errors import ShapeMismatchError
-from lapilli.kernels.library import AttentionCall, Library, native
+from lapilli.kernels.library import KINDS, AttentionCall, Library, native
 from lapilli.shapes import Float, Int, Tensor
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 WIDTH_STEP = 16
 """Head widths that the library reads are multiples of this."""
 
@@ -138,7 +137,7 @@ def decodes_natively(q: Tensor, keys: Tensor, values: Tensor) -> bool:
     return (
         q.dtype == torch.float32
         and q.device.type == "cpu"
-        and keys.dtype in _KINDS
+        and keys.dtype in KINDS
         and q.shape[-1] % WIDTH_STEP == 0
         and keys.stride() == values.stride()
         and keys.stride()[2:] == (q.shape[-1], 1)
@@ -190,7 +189,7 @@ def attention_native(
         table_stride=block_table.shape[1],
         block_stride=keys.stride(0),
         head_stride=keys.stride(1),
-        kind=_KINDS[keys.dtype],
+        kind=KINDS[keys.dtype],
         window=window or 0,
         threads=torch.get_num_threads(),
         scale=q.shape[2] ** -0.5 if scale is None else scale,

@@ -9,11 +9,10 @@ import ctypes
 import torch
 from torch.nn import functional
 
-from lapilli.kernels.library import DenseCall, native
+from lapilli.kernels.library import KINDS, DenseCall, native
 from lapilli.shapes import Float, Tensor
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
-"""Number formats of plain weights, as native/abi.h counts them."""
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def dense_reference(
@@ -26,7 +25,7 @@ def dense_reference(
 def is_dense_native(x: Tensor, weight: Tensor) -> bool:
     """Whether the library has the product of these."""
     return (
-        weight.dtype in KINDS
+        weight.dtype in _DTYPES
         and x.dtype == weight.dtype
         and x.device.type == weight.device.type == "cpu"
         and weight.stride(1) == 1

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lapilli.kernels.dense import KINDS
-from lapilli.kernels.library import LayerCall, Library, Product
+from lapilli.kernels.library import KINDS, LayerCall, Library, Product
 from lapilli.kernels.linear import PackedLinear
 from lapilli.shapes import Float, Int, Tensor
 
@@ -104,7 +103,7 @@ class LayerKernel:
         Args:
             x: hidden states before, float32, contiguous.
             table: cosines and signed sines of the positions.
-            memory: keys and values of this layer.
+            memory: keys and values of this layer, float32 or bfloat16.
             places: of the positions in it.
         """
         call, y = self._call, torch.empty_like(x)
@@ -118,6 +117,7 @@ class LayerKernel:
         call.block_size = keys.shape[2]
         call.table_stride = places.table.shape[1]
         call.block_stride, call.head_stride = keys.stride(0), keys.stride(1)
+        call.kind = KINDS[keys.dtype]
         call.threads = torch.get_num_threads()
         self._library.functions.lapilli_layer(self._address)
         return y

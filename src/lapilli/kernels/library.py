@@ -21,7 +21,9 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
-ABI = 7  # of native/abi.h: a library that was built from older sources is left alone
+ABI = 8  # of native/abi.h: a library that was built from older sources is left alone
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""Number formats of native/abi.h."""
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
 
 
@@ -141,6 +143,7 @@ class StoreCall(ctypes.Structure):
         ("v_head", ctypes.c_int64),
         ("block_stride", ctypes.c_int64),
         ("head_stride", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
     )
 
 
@@ -226,6 +229,7 @@ class LayerCall(ctypes.Structure):
         ("table_stride", ctypes.c_int64),
         ("block_stride", ctypes.c_int64),
         ("head_stride", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("weight_only", ctypes.c_int64),
         ("threads", ctypes.c_int64),

@@ -1,10 +1,13 @@
-"""New keys and values into the blocks of a cache: one call, where indexing takes many steps."""
+"""New keys and values into the blocks of a cache: one call, where indexing takes many steps.
+
+Blocks of bfloat16 take float32 keys and values rounded to the nearest.
+"""
 
 import ctypes
 
 import torch
 
-from lapilli.kernels.library import StoreCall, native
+from lapilli.kernels.library import KINDS, StoreCall, native
 from lapilli.shapes import Float, Int, Tensor
 
 
@@ -17,8 +20,8 @@ def store_reference(
     v: Float[Tensor, "T K A"],
 ) -> None:
     """The same as `store_positions` in plain torch."""
-    keys[blocks, :, offsets] = k
-    values[blocks, :, offsets] = v
+    keys[blocks, :, offsets] = k.to(keys.dtype)
+    values[blocks, :, offsets] = v.to(values.dtype)
 
 
 def store_positions(
@@ -59,6 +62,7 @@ def store_positions(
         v_head=v.stride(1),
         block_stride=keys.stride(0),
         head_stride=keys.stride(1),
+        kind=KINDS[keys.dtype],
     )
     library.functions.lapilli_store(ctypes.byref(call))
 
@@ -67,9 +71,11 @@ def _fits(
     keys: Tensor, values: Tensor, blocks: Tensor, offsets: Tensor, k: Tensor, v: Tensor
 ) -> bool:
     """Whether the library can copy these."""
-    floats = (keys, values, k, v)
     return (
-        all(x.dtype == torch.float32 and x.device.type == "cpu" for x in floats)
+        k.dtype == v.dtype == torch.float32
+        and keys.dtype == values.dtype
+        and keys.dtype in (torch.float32, torch.bfloat16)
+        and all(x.device.type == "cpu" for x in (keys, values, k, v))
         and blocks.dtype == offsets.dtype == torch.int64
         and blocks.is_contiguous()
         and offsets.is_contiguous()

@@ -20,9 +20,17 @@ from lapilli.shapes import Float, Int, Tensor
 
 
 class BlockStore:
-    """Memory for keys and values in the dtype of the model.
+    """Memory for keys and values.
 
     On a CPU the operating system hands out the memory page by page as blocks are written.
+
+    Args:
+        config: layers, heads and widths.
+        num_blocks: blocks, block 0 included.
+        block_size: positions of a block.
+        dtype: of the model, in which keys and values come and go.
+        kept_dtype: of the memory; None: the model's.
+        device: of the memory.
     """
 
     def __init__(
@@ -32,22 +40,23 @@ class BlockStore:
         *,
         block_size: int,
         dtype: torch.dtype,
+        kept_dtype: torch.dtype | None = None,
         device: torch.device,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.dtype = dtype
+        self.dtype = kept_dtype or dtype
         self.float_dtype = dtype
         self.device = device
         self._heads = config.num_kv_heads
         self._width = config.head_dim
         shape = (num_blocks, self._heads, block_size, self._width)
-        self.keys = [lazy_zeros(shape, dtype, device) for _ in range(config.num_layers)]
-        self.values = [lazy_zeros(shape, dtype, device) for _ in range(config.num_layers)]
+        self.keys = [lazy_zeros(shape, self.dtype, device) for _ in range(config.num_layers)]
+        self.values = [lazy_zeros(shape, self.dtype, device) for _ in range(config.num_layers)]
 
     @staticmethod
     def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Memory of one block in all layers."""
+        """Memory of one block in all layers; `dtype` is that of the memory."""
         positions = 2 * config.num_layers * config.num_kv_heads * block_size
         return positions * config.head_dim * dtype.itemsize
 
@@ -121,9 +130,16 @@ class BlockStore:
     ) -> tuple[Float[Tensor, "R K S A"], Float[Tensor, "R K S A"]]:
         """Keys and values of R tables of n blocks, S = n * P; copies."""
         return (
-            self._gathered(self.keys[layer], places, rows),
-            self._gathered(self.values[layer], places, rows),
+            self._gathered(self.keys[layer], places, rows).to(self.float_dtype),
+            self._gathered(self.values[layer], places, rows).to(self.float_dtype),
         )
+
+    def as_kept(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """New keys or values as they will come back.
+
+        Who reads a prompt reads these: an answer does not depend on what was kept of it before.
+        """
+        return x.to(self.dtype).to(self.float_dtype)
 
     def _gathered(self, memory: Tensor, places: Tensor, rows: int) -> Tensor:
         found = memory.view(-1, self.block_size, self._width).index_select(0, places)
@@ -144,17 +160,24 @@ class QuantizedBlockStore(BlockStore):
         *,
         block_size: int,
         dtype: torch.dtype,
+        kept_dtype: torch.dtype | None = torch.int8,
         device: torch.device,
     ) -> None:
-        super().__init__(config, num_blocks, block_size=block_size, dtype=torch.int8, device=device)
-        self.float_dtype = dtype
+        super().__init__(
+            config,
+            num_blocks,
+            block_size=block_size,
+            dtype=dtype,
+            kept_dtype=kept_dtype,
+            device=device,
+        )
         shape = (num_blocks, self._heads, block_size)
         self.key_scales = [lazy_zeros(shape, torch.float32, device) for _ in self.keys]
         self.value_scales = [lazy_zeros(shape, torch.float32, device) for _ in self.keys]
 
     @staticmethod
     def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Memory of one block in all layers; `dtype` is what comes out and does not count."""
+        """Memory of one block in all layers, scales included; `dtype` does not count."""
         positions = 2 * config.num_layers * config.num_kv_heads * block_size
         return positions * (config.head_dim + torch.float32.itemsize)
 
@@ -175,11 +198,7 @@ class QuantizedBlockStore(BlockStore):
             (self.keys[layer], self.key_scales[layer], k),
             (self.values[layer], self.value_scales[layer], v),
         ):
-            x = x.float()
-            scale = x.abs().amax(dim=-1) / 127  # [T, K]
-            rounded = (x / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
-            memory[blocks, :, offsets] = rounded.to(torch.int8)
-            scales[blocks, :, offsets] = scale
+            memory[blocks, :, offsets], scales[blocks, :, offsets] = _rounded(x)
 
     def gather(
         self, layer: int, places: Int[Tensor, " places"], rows: int
@@ -195,8 +214,21 @@ class QuantizedBlockStore(BlockStore):
             self.float_dtype
         )
 
+    def as_kept(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """New keys or values as they will come back."""
+        rounded, scale = _rounded(x)
+        return (rounded * scale[..., None]).to(self.float_dtype)
+
     def _scales(self, layer: int) -> dict[str, Tensor]:
         return {"key_scales": self.key_scales[layer], "value_scales": self.value_scales[layer]}
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors in int8, and the scale of each."""
+    x = x.float()
+    scale = x.abs().amax(dim=-1) / 127
+    rounded = (x / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
+    return rounded.to(torch.int8), scale
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

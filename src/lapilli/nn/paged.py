@@ -133,7 +133,7 @@ class PagedBatch:
         for row, places in zip(self._longer, self._row_places, strict=True):
             new = slice(start, start + row.count)
             if places is None:
-                keys, values = k[:, :, new], v[:, :, new]
+                keys, values = (self._store.as_kept(x[:, :, new]) for x in (k, v))
             else:
                 keys, values = self._store.gather(layer, places, 1)
                 keys, values = keys[:, :, : row.length], values[:, :, : row.length]

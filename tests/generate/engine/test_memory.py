@@ -8,20 +8,22 @@ import torch
 from lapilli.generate.engine import EngineOptions
 from lapilli.generate.engine import memory as planning
 from lapilli.generate.engine.memory import new_pool, total_memory
+from lapilli.lm.decoder import Decoder
+from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
+from lapilli.quant import QuantConfig, quantize
 from tests.generate.engine.conftest import CONFIG
 
 CPU = torch.device("cpu")
 PER_BLOCK = BlockStore.bytes_per_block(CONFIG, 32, torch.float32)
 
 
-def pool(context_length: int = 128, **options: object):
+def pool(context_length: int = 128, *, model: VisionLanguageModel | None = None, **options: object):
     return new_pool(
-        CONFIG,
+        model or VisionLanguageModel(Decoder(CONFIG)),
         EngineOptions(**options),
         context_length=context_length,
-        dtype=torch.float32,
-        device=CPU,
+        like=torch.zeros(1),
     )
 
 
@@ -53,6 +55,23 @@ def test_int8_holds_more():
     small = QuantizedBlockStore.bytes_per_block(config, 32, torch.float32)
     assert 3.7 < full / small < 4
     assert isinstance(pool(kv_dtype="int8").store, QuantizedBlockStore)
+
+
+@pytest.mark.parametrize(
+    ("asked", "plain", "packed"),
+    [
+        ("auto", torch.float32, torch.bfloat16),
+        ("model", torch.float32, torch.float32),
+        ("bfloat16", torch.bfloat16, torch.bfloat16),
+        ("int8", torch.int8, torch.int8),
+    ],
+)
+def test_a_packed_model_keeps_bfloat16(asked, plain, packed):
+    model = VisionLanguageModel(Decoder(CONFIG))
+    assert pool(model=model, kv_dtype=asked).store.dtype == plain
+    quantize(model, QuantConfig(bits=8))
+    store = pool(model=model, kv_dtype=asked).store
+    assert (store.dtype, store.float_dtype) == (packed, torch.float32)
 
 
 def test_this_machine_has_memory():

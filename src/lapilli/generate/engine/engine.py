@@ -88,13 +88,7 @@ class Engine:
         self.context_length = readable_context(model, context_length)
         like = language_model.embed(torch.zeros(1, dtype=torch.long, device=model.device))
         self._device = like.device
-        self.pool = new_pool(
-            language_model.config,
-            self.options,
-            context_length=self.context_length,
-            dtype=like.dtype,
-            device=like.device,
-        )
+        self.pool = new_pool(model, self.options, context_length=self.context_length, like=like)
         self._reader = Reader(
             model, self.pool.store, self.options, context_length=self.context_length
         )

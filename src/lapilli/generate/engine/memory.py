@@ -4,27 +4,35 @@ import os
 
 import torch
 
-from lapilli.config.model import TextConfig
 from lapilli.errors import GenerationError
 from lapilli.generate.cache.blocks import BlockPool
 from lapilli.generate.engine.options import MIB, EngineOptions
+from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
+from lapilli.quant.linear import QuantLinear
+from lapilli.shapes import Tensor
 
 
 def new_pool(
-    config: TextConfig,
-    options: EngineOptions,
-    *,
-    context_length: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    model: VisionLanguageModel, options: EngineOptions, *, context_length: int, like: Tensor
 ) -> BlockPool:
     """The blocks of an engine.
+
+    Args:
+        model: whose keys and values they hold.
+        options: how much, and how.
+        context_length: positions of the longest conversation.
+        like: a tensor of the dtype and on the device of the hidden states.
 
     Raises:
         GenerationError: `kv_bytes` does not hold two blocks.
     """
     kind = QuantizedBlockStore if options.kv_dtype == "int8" else BlockStore
+    config, device, dtype = (
+        model.language_model.config,
+        like.device,
+        kept_dtype(model, options, like),
+    )
     size = options.block_size
     per_block = kind.bytes_per_block(config, size, dtype)
     budget, idle_bytes = options.kv_bytes, options.prefix_bytes
@@ -40,8 +48,28 @@ def new_pool(
             f"({per_block}): give it at least {per_block / MIB:.1f} MiB per {size} positions"
         )
     idle = None if idle_bytes is None else idle_bytes // per_block
-    store = kind(config, num_blocks + 1, block_size=size, dtype=dtype, device=device)
+    store = kind(
+        config,
+        num_blocks + 1,
+        block_size=size,
+        dtype=like.dtype,
+        kept_dtype=dtype,
+        device=device,
+    )
     return BlockPool(store, max_idle=idle)
+
+
+def kept_dtype(model: VisionLanguageModel, options: EngineOptions, like: Tensor) -> torch.dtype:
+    """In which format keys and values are kept.
+
+    Where weights are rounded to 8 or 4 bits, bfloat16 keys and values change nothing that could be
+    seen beside it, and a token of a 7B model reads a third of a gigabyte less.
+    """
+    if options.kv_dtype == "int8":
+        return torch.int8
+    is_packed = any(isinstance(one, QuantLinear) for one in model.modules())
+    rounds = options.kv_dtype == "auto" and is_packed and like.device.type == "cpu"
+    return torch.bfloat16 if rounds or options.kv_dtype == "bfloat16" else like.dtype
 
 
 def total_memory(device: torch.device) -> int:

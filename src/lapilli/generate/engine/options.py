@@ -23,8 +23,9 @@ class EngineOptions:
         kv_bytes: memory for keys and values, cached ones included; on a CPU it is taken as it is
             used. None: a quarter of the machine's or the GPU's memory, no less than one whole
             context and no more than `max_rows` of them.
-        kv_dtype: "auto" is the model's; "int8" takes about a quarter of float32, see
-            QuantizedBlockStore for what it costs.
+        kv_dtype: how keys and values are kept: "model": as they are computed; "bfloat16": half of
+            float32; "int8": about a quarter, see QuantizedBlockStore for what it costs; "auto":
+            bfloat16 for a packed model on a CPU, else as they are computed.
         prefix_bytes: of these, what may be kept of sequences that are over; 0 switches the prefix
             cache off. None: all of `kv_bytes`, or an eighth of the memory where that is None too.
         feature_bytes: most bytes of features of pictures that are kept; 0 keeps none.
@@ -57,8 +58,10 @@ class EngineOptions:
         for name in ("kv_bytes", "prefix_bytes", "feature_bytes"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least=0)
-        if self.kv_dtype not in ("auto", "int8"):
-            raise GenerationError(f"kv_dtype must be 'auto' or 'int8', got {self.kv_dtype!r}")
+        if self.kv_dtype not in ("auto", "model", "bfloat16", "int8"):
+            raise GenerationError(
+                f"kv_dtype must be 'auto', 'model', 'bfloat16' or 'int8', got {self.kv_dtype!r}"
+            )
         if self.speculate not in ("on", "off", "auto"):
             raise GenerationError(
                 f"speculate must be 'on', 'off' or 'auto', got {self.speculate!r}"

@@ -13,7 +13,7 @@
 
 namespace lapilli {
 
-constexpr int kAbi = 7;  // rises when anything here changes; kernels/library.py compares
+constexpr int kAbi = 8;  // rises when anything here changes; kernels/library.py compares
 
 constexpr int64_t kBlock = 16;  // output rows of a block
 constexpr int64_t kChunk = 32;  // inputs are padded to this
@@ -123,8 +123,8 @@ struct PrefillCall {
 struct StoreCall {
   const float* k;  // [positions, heads, width], strides below, elements side by side
   const float* v;
-  float* keys;  // [blocks, heads, block_size, width]
-  float* values;
+  void* keys;  // [blocks, heads, block_size, width]
+  void* values;
   const int64_t* blocks;   // [positions]
   const int64_t* offsets;  // [positions], inside the block
   int64_t positions;
@@ -136,6 +136,7 @@ struct StoreCall {
   int64_t v_head;
   int64_t block_stride;
   int64_t head_stride;
+  int64_t kind;  // of keys and values: kFloat32 or kBfloat16
 };
 
 struct RowsCall {
@@ -193,8 +194,8 @@ struct LayerCall {
   float* y;             // likewise
   const float* cosine;  // [tokens, width]
   const float* sine;    // likewise
-  float* keys;          // [blocks, kv_heads, block_size, width]
-  float* values;
+  void* keys;           // [blocks, kv_heads, block_size, width]
+  void* values;
   const int64_t* blocks;   // [tokens], where new keys and values go
   const int64_t* offsets;  // likewise
   const int32_t* table;    // [tokens, table_stride]
@@ -207,6 +208,7 @@ struct LayerCall {
   int64_t table_stride;
   int64_t block_stride;
   int64_t head_stride;
+  int64_t kind;         // of keys and values: kFloat32 or kBfloat16
   int64_t window;       // 0: none
   int64_t weight_only;  // of packed layers
   int64_t threads;

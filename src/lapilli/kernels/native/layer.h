@@ -51,7 +51,7 @@ template <class S>
 void attend_layer(const LayerCall& call, const float* q, const float* k, const float* v, float* seen) {
   const int64_t width = call.width, kv = call.kv_heads * width;
   store({k, v, call.keys, call.values, call.blocks, call.offsets, call.tokens, call.kv_heads, width, kv, width, kv,
-         width, call.block_stride, call.head_stride});
+         width, call.block_stride, call.head_stride, call.kind});
   AttentionCall attend{};
   attend.q = q;
   attend.keys = call.keys;
@@ -67,7 +67,7 @@ void attend_layer(const LayerCall& call, const float* q, const float* k, const f
   attend.table_stride = call.table_stride;
   attend.block_stride = call.block_stride;
   attend.head_stride = call.head_stride;
-  attend.kind = kFloat32;
+  attend.kind = call.kind;
   attend.window = call.window;
   attend.threads = call.threads;
   attend.scale = call.scale;
