@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapilli.errors import DataError
-from lapilli.train.data.formats import to_sample
+from lapilli.train.data.formats import id_of, to_sample
 from lapilli.train.data.rows import MakesRows, Row
 from lapilli.train.data.sample import Sample
 from lapilli.train.data.source import Source, open_source
@@ -62,6 +62,20 @@ class Dataset:
         if self._chosen is not None:
             inside = int(self._chosen[number][inside])
         return self.sources[number], inside
+
+    def where(self, index: int) -> str:
+        """The place of sample `index`."""
+        source, inside = self._at(index)
+        return source.where(inside)
+
+    def id(self, index: int) -> str:
+        """How sample `index` names itself; its place, where it does not or cannot be read."""
+        source, inside = self._at(index)
+        where = source.where(inside)
+        try:
+            return id_of(source.record(inside), where=where)
+        except DataError:
+            return where
 
     def sample(self, index: int) -> Sample:
         """Sample `index`, its media unopened.

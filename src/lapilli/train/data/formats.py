@@ -59,8 +59,7 @@ def to_sample(
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{where} holds a {type(record).__name__}: expected an object")
-    name = _first(record, *_ID_KEYS)
-    sample = Sample(where if name is None else str(name), (), where)
+    sample = Sample(id_of(record, where=where), (), where)
     try:
         turns = turns_of(record)
         turns, notes = _shown_once(turns, record) if placement == "front" else (turns, ())
@@ -70,6 +69,12 @@ def to_sample(
     resolve = resolve or (lambda source: source)
     shown = tuple(_place(_resolved(message, resolve), placement) for message in messages)
     return replace(sample, messages=shown, words=_count_words(record), notes=notes)
+
+
+def id_of(record: object, *, where: str) -> str:
+    """How the record names itself; its place, where it does not."""
+    name = _first(record, *_ID_KEYS) if isinstance(record, Mapping) else None
+    return where if name is None else str(name)
 
 
 class _FormatError(Exception):

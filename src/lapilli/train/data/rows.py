@@ -74,7 +74,7 @@ class RowMaker:
         image_id: int | None = None,
         limits: FetchLimits | None = None,
     ) -> None:
-        self._tokenizer, self._template, self._model = tokenizer, template, model
+        self.tokenizer, self._template, self._model = tokenizer, template, model
         self._max_length, self._image_id = max_length, image_id
         self._limits = limits or FetchLimits()
 
@@ -87,16 +87,19 @@ class RowMaker:
         """
         try:
             media = tuple(self._prepare(part) for part in sample.media)
-            lengths = [
-                self._model.modality(part.modality).num_tokens(item)
-                for part, item in zip(sample.media, media, strict=True)
-            ]
-            prompt = self.encode(sample, lengths)
+            prompt = self.encode(sample, self.count(sample, media))
             kept = cut(prompt, self._max_length)
             _check_supervised(prompt, kept)
         except LapilliError as error:
             raise DataError(f"{sample.label}: {error}") from error
         return Row(kept, media[: len(kept.spans)], sample.id, len(prompt) - len(kept))
+
+    def count(self, sample: Sample, media: Sequence[Any]) -> list[int]:
+        """Positions of every prepared medium of a sample."""
+        return [
+            self._model.modality(part.modality).num_tokens(item)
+            for part, item in zip(sample.media, media, strict=True)
+        ]
 
     def encode(self, sample: Sample, lengths: Sequence[int]) -> EncodedPrompt:
         """The whole row, from the number of positions of every medium alone.
@@ -105,7 +108,7 @@ class RowMaker:
             PromptError: turns that the template cannot have.
         """
         segments = self._template.render(sample.messages, open_turn=False)
-        return encode(segments, self._tokenizer, lengths, image_id=self._image_id)
+        return encode(segments, self.tokenizer, lengths, image_id=self._image_id)
 
     def _prepare(self, part: MediaPart) -> Any:  # noqa: ANN401 - every modality has its own
         modality = self._model.modality(part.modality)

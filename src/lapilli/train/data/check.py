@@ -1,0 +1,204 @@
+"""Reads a data set once, pictures included, and says what training would stumble over.
+
+record -> sample          unknown roles, placeholders, ids
+sample -> pictures        readable? the same content under another name?
+sample -> ids and labels  with a model: too long, nothing supervised
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+
+from lapilli.errors import DataError, LapilliError, MediaError
+from lapilli.geometry import ImageSize
+from lapilli.media.fetch import fetch
+from lapilli.modality.image.decode import to_rgb
+from lapilli.modality.image.pixels import PreparedImage
+from lapilli.prompt.message import MediaPart
+from lapilli.train.data.dataset import Dataset
+from lapilli.train.data.report import DataReport, Finding, Kind, Spread
+from lapilli.train.data.rows import RowMaker
+from lapilli.train.data.sample import Sample
+
+Progress = Callable[[int, int], None]
+
+
+def check(
+    dataset: Dataset,
+    *,
+    maker: RowMaker | None = None,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+) -> DataReport:
+    """What a data set is like, and what is wrong with it.
+
+    Args:
+        dataset: read from beginning to end; every different picture is opened once.
+        maker: counts positions and labels; None leaves both out. Its model's weights are not used.
+        max_length: positions that a row may have.
+        progress: called with the samples that are done and with how many there are.
+    """
+    checker = _Checker(maker, max_length)
+    for index in range(len(dataset)):
+        checker.read(dataset, index)
+        if progress is not None:
+            progress(index + 1, len(dataset))
+    return checker.report(", ".join(source.name for source in dataset.sources), len(dataset))
+
+
+def size_only(size: ImageSize) -> PreparedImage:
+    """A picture without pixels: enough to count its positions."""
+    return PreparedImage(torch.empty(0, 3, 0, 0), size)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A picture that could be opened; `twin` is another name of the same content."""
+
+    name: str
+    size: ImageSize
+    twin: str | None = None
+
+
+class Album:
+    """Every picture once: its size, or why it cannot be opened, and its content's first name."""
+
+    def __init__(self) -> None:
+        self._seen: dict[object, Seen | str] = {}
+        self._names: dict[bytes, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def look(self, source: Any) -> Seen:  # noqa: ANN401 - whatever media/fetch takes
+        """Open a picture, or remember it.
+
+        Raises:
+            MediaError: it cannot be fetched or decoded.
+        """
+        key = blake2b(source, digest_size=16).digest() if isinstance(source, bytes) else source
+        known = self._seen.get(key)
+        if known is None:
+            try:
+                known = self._open(source)
+            except MediaError as error:
+                known = str(error)
+            first = known if isinstance(known, str) else Seen(known.name, known.size)
+            self._seen[key] = first
+        if isinstance(known, str):
+            raise MediaError(known)
+        return known
+
+    def _open(self, source: Any) -> Seen:  # noqa: ANN401 - see look
+        fetched = fetch(source)
+        image = to_rgb(fetched.data, name=fetched.name)
+        twin = None
+        if isinstance(fetched.data, bytes):
+            digest = blake2b(fetched.data, digest_size=16).digest()
+            first = self._names.setdefault(digest, fetched.name)
+            twin = first if first != fetched.name else None
+        return Seen(fetched.name, ImageSize(image.height, image.width), twin)
+
+
+class _Checker:
+    """Goes through a data set and keeps numbers and findings."""
+
+    def __init__(self, maker: RowMaker | None, max_length: int | None) -> None:
+        self._maker, self._max_length = maker, max_length
+        self._album = Album()
+        self._ids: dict[str, str] = {}
+        self._findings: list[Finding] = []
+        self._num_media: list[int] = []
+        self._words: list[int] = []
+        self._positions: list[int] = []
+        self._supervised: list[int] = []
+        self._num_answers = 0
+
+    def _add(self, kind: Kind, sample: Sample, text: object) -> None:
+        self._findings.append(Finding(kind, sample.where, sample.id, str(text)))
+
+    def read(self, dataset: Dataset, index: int) -> None:
+        """One sample."""
+        try:
+            sample = dataset.sample(index)
+        except DataError as error:
+            sample = Sample(dataset.id(index), (), dataset.where(index))
+            text = str(error).removeprefix(sample.label).removeprefix(sample.where)
+            self._add("record", sample, text.removeprefix(": ").strip())
+            return
+        self._num_media.append(len(sample.media))
+        self._words.append(sample.words)
+        for note in sample.notes:
+            self._add("placeholder", sample, note)
+        self._check_id(sample)
+        self._check_answers(sample)
+        sizes = self._check_media(sample)
+        if self._maker is not None and len(sizes) == len(sample.media):
+            self._check_row(sample, sizes, self._maker)
+
+    def _check_id(self, sample: Sample) -> None:
+        first = self._ids.setdefault(sample.id, sample.where)
+        if first != sample.where:
+            self._add("duplicate id", sample, f"{first} has the same id")
+
+    def _check_answers(self, sample: Sample) -> None:
+        answers = [message.text for message in sample.messages if message.role == "assistant"]
+        self._num_answers += len(answers)
+        empty = [str(i + 1) for i, text in enumerate(answers) if not text.strip()]
+        if empty:
+            self._add("empty answer", sample, f"empty answer (number {', '.join(empty)})")
+        if not answers:
+            self._add("no labels", sample, "no answer to learn from")
+
+    def _check_media(self, sample: Sample) -> list[ImageSize]:
+        """Sizes of the pictures that can be opened."""
+        seen = [self._look(sample, part) for part in sample.media]
+        return [picture.size for picture in seen if picture is not None]
+
+    def _look(self, sample: Sample, part: MediaPart) -> Seen | None:
+        try:
+            seen = self._album.look(part.source)
+        except MediaError as error:
+            self._add("image", sample, error)
+            return None
+        if seen.twin is not None:
+            self._add("duplicate image", sample, f"{seen.name} is the same as {seen.twin}")
+        return seen
+
+    def _check_row(self, sample: Sample, sizes: list[ImageSize], maker: RowMaker) -> None:
+        try:
+            prompt = maker.encode(sample, maker.count(sample, [size_only(size) for size in sizes]))
+        except LapilliError as error:
+            self._add("turns", sample, error)
+            return
+        supervised = sum(prompt.loss_mask[1:])
+        self._positions.append(len(prompt))
+        self._supervised.append(supervised)
+        if not supervised:
+            self._add("no labels", sample, "no supervised token")
+        if self._max_length is not None and len(prompt) > self._max_length:
+            left = sum(prompt.loss_mask[1 : self._max_length])
+            text = f"{len(prompt)} positions, more than {self._max_length}: {left} of {supervised} "
+            self._add("too long", sample, text + "supervised ones would be left")
+
+    def report(self, source: str, num_samples: int) -> DataReport:
+        """Everything that was found."""
+        has_media = np.array(self._num_media, np.int64) > 0
+        return DataReport(
+            source=source,
+            num_samples=num_samples,
+            num_with_media=int(has_media.sum()),
+            num_text_only=int((~has_media).sum()),
+            num_media=sum(self._num_media),
+            num_different_media=len(self._album),
+            num_answers=self._num_answers,
+            words=Spread.of(self._words),
+            positions=Spread.of(self._positions),
+            supervised=Spread.of(self._supervised),
+            max_length=self._max_length,
+            findings=tuple(self._findings),
+        )

@@ -1,0 +1,92 @@
+"""A sample as stretches of text that are learned or not; knows nothing of colours."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from lapilli.errors import DataError, LapilliError
+from lapilli.prompt.choose import Template
+from lapilli.prompt.encode import EncodedPrompt
+from lapilli.prompt.segments import MediaSlot
+from lapilli.prompt.tokenizer.base import Tokenizer
+from lapilli.train.data.check import Album, size_only
+from lapilli.train.data.rows import RowMaker
+from lapilli.train.data.sample import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Text, and what it is.
+
+    Attributes:
+        text: as the model reads it; of a medium its name and positions.
+        supervised: the loss counts it.
+        is_media: it stands for a medium.
+    """
+
+    text: str
+    supervised: bool = False
+    is_media: bool = False
+
+
+def rendered(sample: Sample, template: Template) -> list[Stretch]:
+    """The sample as a template writes it, without tokens.
+
+    Raises:
+        DataError: turns that the template cannot have.
+    """
+    try:
+        segments = template.render(sample.messages, open_turn=False)
+    except LapilliError as error:
+        raise DataError(f"{sample.label}: {error}") from error
+    stretches = [
+        Stretch(f"<{segment.modality}>", is_media=True)
+        if isinstance(segment, MediaSlot)
+        else Stretch(segment.text, segment.trainable)
+        for segment in segments
+    ]
+    return _joined(stretches)
+
+
+def tokenized(sample: Sample, maker: RowMaker, album: Album) -> list[Stretch]:
+    """The sample as the model reads it, token by token, with the sizes of its pictures.
+
+    Raises:
+        DataError: a picture that cannot be opened, or turns that the template cannot have.
+    """
+    try:
+        media = [size_only(album.look(part.source).size) for part in sample.media]
+        prompt = maker.encode(sample, maker.count(sample, media))
+    except LapilliError as error:
+        raise DataError(f"{sample.label}: {error}") from error
+    return stretches_of(prompt, maker.tokenizer)
+
+
+def stretches_of(prompt: EncodedPrompt, tokenizer: Tokenizer) -> list[Stretch]:
+    """A row as text: every token is shown, also special ones."""
+    stretches, at = [], 0
+    for span in prompt.spans:
+        stretches += _text_of(prompt, at, span.start, tokenizer)
+        label = f"<{span.modality}: {span.length} positions>"
+        stretches.append(Stretch(label, is_media=True))
+        at = span.start + span.length
+    return stretches + _text_of(prompt, at, len(prompt), tokenizer)
+
+
+def _text_of(prompt: EncodedPrompt, start: int, end: int, tokenizer: Tokenizer) -> list[Stretch]:
+    out = []
+    for supervised, places in groupby(range(start, end), key=prompt.loss_mask.__getitem__):
+        data = b"".join(tokenizer.token_bytes(prompt.input_ids[i]) for i in places)
+        out.append(Stretch(data.decode("utf-8", "replace"), supervised))
+    return out
+
+
+def _joined(stretches: Sequence[Stretch]) -> list[Stretch]:
+    """Neighbours of one kind as one."""
+    out: list[Stretch] = []
+    for kind, group in groupby(stretches, key=lambda s: (s.supervised, s.is_media)):
+        if kind[1]:
+            out += group
+        else:
+            out.append(Stretch("".join(s.text for s in group), *kind))
+    return out

@@ -1,0 +1,160 @@
+"""Data sets with one of everything that goes wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lapilli.prompt.templates import TEMPLATES
+from lapilli.train.data import RowMaker, open_dataset
+from lapilli.train.data.check import check
+from lapilli.train.data.planned import plan_rows
+from lapilli.train.data.report import DataReport, Spread
+from lapilli.train.recipe import SourceRecipe
+from tests.train.data.conftest import RECORDS, turns
+
+
+def write(folder: Path, records: list[object]) -> str:
+    """One record per line; line n has record n - 1."""
+    path = folder / "data.jsonl"
+    lines = (r if isinstance(r, str) else json.dumps(r) for r in records)
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def look(folder: Path, records: list[object], **options: object) -> DataReport:
+    return check(open_dataset([SourceRecipe(path=write(folder, records))]), **options)
+
+
+def kinds(report: DataReport) -> list[tuple[str, int]]:
+    return [(f.kind, int(f.where.rpartition(":")[2])) for f in report.findings]
+
+
+def test_nothing_is_wrong_with_good_data(folder, tokenizer, model):
+    maker = RowMaker(tokenizer, TEMPLATES["vicuna_v1"], model)
+    report = look(folder, RECORDS, maker=maker, max_length=500)
+    assert report.findings == ()
+    assert (report.num_samples, report.num_with_media, report.num_text_only) == (3, 2, 1)
+    assert (report.num_media, report.num_different_media, report.num_answers) == (3, 2, 5)
+    assert report.words == Spread(min=6, median=9, p95=9, max=9, total=24)
+    rows = [
+        maker.row(open_dataset([SourceRecipe(path=str(folder / "data.json"))]).sample(i))
+        for i in range(3)
+    ]
+    lengths = [len(row.prompt) for row in rows]
+    assert report.positions is not None
+    assert (report.positions.total, report.positions.max) == (sum(lengths), max(lengths))
+    assert report.supervised is not None
+    assert report.supervised.total == sum(sum(row.prompt.loss_mask) for row in rows)
+    assert report.supervised_share == report.supervised.total / sum(lengths)
+    assert "nothing is wrong" in report.to_text()
+
+
+def test_everything_that_is_wrong_is_found_with_its_line(folder, tokenizer, model):
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    Image.new("RGB", (30, 20), "red").save(folder / "twin.png")
+    long = " ".join(["word"] * 300)
+    records = [
+        {"id": "a", "image": "red.png", "conversations": turns("<image>", "A")},
+        {"id": "b", "image": "broken.jpg", "conversations": turns("<image>", "A")},
+        {"id": "c", "image": "gone.png", "conversations": turns("<image>", "A")},
+        {"id": "d", "conversations": [{"from": "robot", "value": "Q"}]},
+        {"id": "e", "conversations": turns("<image>", "A")},
+        {"id": "f", "image": "red.png", "conversations": turns("Q", "A")},
+        {"id": "g", "conversations": turns("Q", "A", "R", "  ")},
+        {"id": "h", "conversations": turns("Q", "")},
+        {"id": "i", "conversations": turns("Q")},
+        {"id": "j", "conversations": turns(long, "A")},
+        {"id": "a", "conversations": turns("Q", "A")},
+        {"id": "k", "image": "twin.png", "conversations": turns("<image>", "A")},
+        {"id": "l", "image": "red.png", "conversations": turns("<image> <image>", "A")},
+        {"id": "m", "conversations": [*turns("Q", "A"), turns("Q", "B")[1]]},
+        '{"id": "n", "conversations"',
+    ]
+    maker = RowMaker(tokenizer, TEMPLATES["vicuna_v1"], model)
+    report = look(folder, records, maker=maker, max_length=500)
+    assert kinds(report) == [
+        ("image", 2),
+        ("image", 3),
+        ("record", 4),
+        ("record", 5),
+        ("record", 6),
+        ("empty answer", 7),
+        ("empty answer", 8),
+        ("no labels", 8),
+        ("no labels", 9),
+        ("no labels", 9),
+        ("too long", 10),
+        ("duplicate id", 11),
+        ("duplicate image", 12),
+        ("placeholder", 13),
+        ("turns", 14),
+        ("record", 15),
+    ]
+    text = report.to_text()
+    path = folder / "data.jsonl"
+    for expected in (
+        "13 errors",
+        "3 notes",
+        f"{path}:2 (id 'b'): {folder / 'broken.jpg'} is damaged",
+        f"{path}:3 (id 'c'): {folder / 'gone.png'} does not exist",
+        f"{path}:4 (id 'd'): turn 0 is from 'robot'",
+        f"{path}:7 (id 'g'): empty answer (number 2)",
+        "more than 500: 0 of ",
+        f"{path}:11 (id 'a'): {path}:1 has the same id",
+        f"{path}:12 (id 'k'): {folder / 'twin.png'} is the same as {folder / 'red.png'}",
+        f"{path}:14 (id 'm'): message 2 is from assistant, expected user",
+        f"{path}:15: no valid JSON",
+    ):
+        assert expected in text
+    assert json.loads(json.dumps(report.to_dict()))["num_errors"] == 13
+
+
+def test_long_lists_are_shortened(folder):
+    report = look(folder, [{"conversations": turns("Q", "")}] * 30)
+    assert len(report.errors) == 30
+    assert report.to_text(limit=7).count("empty answer (number 1)") == 7
+    assert "... and 23 more of the kind 'empty answer'" in report.to_text(limit=7)
+
+
+def test_every_picture_is_opened_once(folder, monkeypatch):
+    from lapilli.train.data import check as module
+
+    opened = []
+    fetch = module.fetch
+    monkeypatch.setattr(module, "fetch", lambda source: opened.append(source) or fetch(source))
+    records = [{"image": "red.png", "conversations": turns("<image>", "A")}] * 5
+    records += [{"image": "gone.png", "conversations": turns("<image>", "A")}] * 3
+    report = look(folder, records)
+    assert len(opened) == 2
+    assert [finding.kind for finding in report.findings] == ["image"] * 3
+
+
+def test_progress_counts_samples(folder):
+    seen = []
+    look(folder, RECORDS, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_positions_are_those_of_the_checkpoint(folder):
+    planned = plan_rows("pebble")
+    report = look(folder, RECORDS[:1], maker=planned.maker, max_length=planned.context_length)
+    assert planned.template.name == "vicuna_v1"
+    assert report.positions is not None
+    dataset = open_dataset([SourceRecipe(path=str(folder / "data.json"))])
+    assert report.positions.max == len(planned.maker.row(dataset.sample(0)).prompt)
+    assert plan_rows("pebble", template="plain").template.name == "plain"
+
+
+def test_a_spread_of_nothing_is_none():
+    assert Spread.of([]) is None
+    assert Spread.of(range(1, 101)) == Spread(min=1, median=50, p95=95, max=100, total=5050)
+
+
+@pytest.mark.parametrize("name", ["data.tar", "data.parquet"])
+def test_other_files_are_checked_too(folder, name):
+    from tests.train.data.test_source import write as write_file
+
+    report = check(open_dataset([SourceRecipe(path=str(write_file(folder / name, RECORDS[1:2])))]))
+    assert report.findings == ()
