@@ -5,18 +5,30 @@ processes are forks of one server that has imported everything, so that starting
 time; they meet at a file.
 """
 
+import dataclasses
+import json
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import time
 import traceback
 from pathlib import Path
 
 import torch
+from PIL import Image
 
+from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
+from lapilli.train import sharded
+from lapilli.train.batch import collate
+from lapilli.train.data.rows import Row
 from lapilli.train.loop import train
-from lapilli.train.parallel import Seat, joined
+from lapilli.train.model import TrainedModel
+from lapilli.train.parallel import ALONE, Seat, joined
+from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe
+from lapilli.train.stages import choose_trainable
+from tests.model.conftest import build_tiny
 from tests.train.conftest import new_recipe, new_regression
 
 torch.set_num_threads(1)
@@ -91,9 +103,83 @@ def fail():
     raise ValueError("row 17 has no picture")
 
 
+class Talk:
+    """A tiny vision language model; every third micro-batch has no picture at all.
+
+    `kind`: "full" (projector, tower, language model), "frozen" (tower at rest) or "lora".
+    """
+
+    def __init__(self, kind):
+        torch.manual_seed(0)
+        vlm = build_tiny()
+        if kind == "lora":
+            torch.manual_seed(1)
+        self.recipe = dataclasses.replace(
+            new_recipe(),
+            lora=LoraRecipe(rank=2, alpha=4.0, dropout=0.1) if kind == "lora" else None,
+            model=ModelRecipe(tune_tower=kind == "full"),
+        )
+        choose_trainable(vlm, self.recipe)
+        self.model = TrainedModel(vlm)
+        self.image = vlm.modality("image")
+        self.team = ALONE
+
+    def batch(self, step, micro):
+        generator = random.Random(1000 * step + micro)
+        pictures = 0 if micro % 3 == 1 else 1 + generator.randrange(2)
+        batch = collate([self._row(generator, pictures), self._row(generator, pictures // 2)])
+        return batch, batch.num_valid
+
+    def _row(self, generator, pictures):
+        prepared = []
+        for _ in range(pictures):
+            size = generator.choice([(28, 56), (56, 28), (40, 30)])
+            prepared.append(
+                self.image.prepare(Image.new("RGB", size, generator.randrange(1 << 24)))
+            )
+        ids, mask, spans = [1], [False], []
+        for item in prepared:
+            length = self.image.num_tokens(item)
+            spans.append(Span(0, len(ids), length))
+            ids, mask = ids + [PLACEHOLDER] * length, mask + [False] * length
+        words = [generator.randrange(2, 53) for _ in range(3 + generator.randrange(5))]
+        return Row(
+            EncodedPrompt(ids + words, mask + [True] * len(words), tuple(spans)), tuple(prepared)
+        )
+
+    def loss(self, batch):
+        return self.model(batch)
+
+    def evaluate(self):
+        sums = {"total": 0.0, "count": 0.0}
+        for number in self.team.own(4):
+            batch, count = self.batch(99, number)
+            sums["total"] += float(self.loss(batch).total)
+            sums["count"] += count
+        sums = self.team.sum_floats(sums)
+        return {"eval_loss": sums["total"] / sums["count"]}
+
+
+def run_talk(seat, folder, sharding, kind, run, optim=None):
+    """Weights after training a tiny vision language model."""
+    with joined(seat, sharding=sharding, device="cpu", timeout_s=20.0, beat_s=BEAT_S) as team:
+        task = Talk(kind)
+        if seat is not None and seat.rank:
+            with torch.no_grad():  # the lead's weights count, whatever the others have drawn
+                for parameter in task.model.parameters():
+                    parameter.add_(parameter.requires_grad * torch.rand(()))
+        team.wrap(task.model)
+        task.team = team
+        recipe = dataclasses.replace(task.recipe, run=new_recipe(**run).run)
+        if optim:
+            recipe = dataclasses.replace(recipe, optim=OptimRecipe(**optim))
+        train(task, recipe, folder / "run", team=team)
+        return {name: _whole(p) for name, p in task.model.named_parameters()}
+
+
 def run_regression(seat, folder, sharding, run, dies=None):
     """Weights after training; `dies`: (rank, step, how) of a process that does not come through."""
-    with joined(seat, sharding=sharding, device="cpu", timeout_s=20, beat_s=BEAT_S) as team:
+    with joined(seat, sharding=sharding, device="cpu", timeout_s=20.0, beat_s=BEAT_S) as team:
         task = new_regression()
         team.wrap(task.model)
         if dies and dies[0] == seat.rank:
@@ -102,15 +188,26 @@ def run_regression(seat, folder, sharding, run, dies=None):
         return {name: _whole(p) for name, p in task.model.named_parameters()}
 
 
+def run_killed_while_saving(seat, folder, run, step):
+    """The lead dies when all pieces of this step are written, before they get their name."""
+    finish = sharded._finish
+
+    def die(staged, place, values):
+        if values["step"] == step:
+            kill_me()
+        finish(staged, place, values)
+
+    sharded._finish = die
+    return run_regression(seat, folder, "fsdp", run)
+
+
 def _whole(parameter):
     parameter = parameter.detach()
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.clone()
 
 
 def losses(folder: Path):
-    """The loss of every step that a run has logged."""
-    import json
-
+    """The loss of every step that a run has logged, and of every evaluation."""
     lines = (folder / "run" / "log.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    return [record["loss"] for record in records if "loss" in record]
+    return [r[name] for r in records for name in ("loss", "eval_loss") if name in r]

@@ -1,10 +1,21 @@
+import signal
+from functools import cache
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
+from lapilli.errors import ConfigError
 from lapilli.train.loop import train
+from lapilli.train.parallel import ALONE, Seat, Team, joined, seat_of
+from lapilli.train.parallel.presence import is_network_error
+from lapilli.train.parallel.shard import layers_of, shard
+from tests.model.conftest import build_tiny
 from tests.train import cluster
 from tests.train.conftest import new_recipe, new_regression
 
+TALK = {"accumulate": 4, "steps": 6, "save_every": 100, "evaluate_every": 3}
 RUN = {"accumulate": 4, "steps": 12, "save_every": 100}
 
 
@@ -27,3 +38,145 @@ def test_several_processes_take_the_steps_of_one(tmp_path, alone, size, sharding
         assert not isinstance(answer, Exception), answer
         for name, weight in weights.items():
             torch.testing.assert_close(answer[name], weight.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    """The same of a tiny vision language model, by what of it is trained."""
+
+    @cache
+    def talk(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        return folder, cluster.run_talk(None, folder, "ddp", kind, TALK)
+
+    return talk
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["full", "frozen", "lora"])
+def test_a_vision_language_model_learns_the_same(tmp_path, talks, kind, sharding, size):
+    folder, weights = talks(kind)
+    answers = cluster.together(cluster.run_talk, size, tmp_path, sharding, kind, TALK)
+    for answer in answers:
+        assert isinstance(answer, dict), answer
+    assert cluster.losses(tmp_path) == pytest.approx(cluster.losses(folder), abs=1e-5)
+    is_the_same(answers[0], weights)
+    for name in weights:
+        assert torch.equal(answers[-1][name], answers[0][name])
+
+
+def is_the_same(found, expected):
+    for name, weight in expected.items():
+        # A softmax does not see the bias of its keys: Adam scales up a gradient of rounding.
+        atol = 1e-3 if name.endswith("k_proj.bias") else 1e-5
+        torch.testing.assert_close(found[name], weight, atol=atol, rtol=0, msg=name)
+
+
+LONG = {"accumulate": 4, "save_every": 2, "evaluate_every": 2, "keep_best": True}
+OPTIM = {"lr": 0.01, "schedule": "constant", "ema": 0.9}
+
+
+@pytest.mark.cluster
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
+    alone, parts = tmp_path / "alone", tmp_path / "parts"
+    weights = cluster.run_talk(None, alone, "ddp", "lora", {**LONG, "steps": 10}, OPTIM)
+    for steps, size, sharding in ((2, 4, "fsdp"), (4, 2, "fsdp"), (6, 1, "ddp"), (8, 2, "fsdp")):
+        run = {**LONG, "steps": steps}
+        cluster.together(cluster.run_talk, size, parts, sharding, "lora", run, OPTIM)
+        in_pieces = (parts / "run" / "state").exists()
+        assert in_pieces == (size > 1)
+        assert in_pieces != (parts / "run" / "state.pt").exists()
+    run = {**LONG, "steps": 10}
+    answers = cluster.together(cluster.run_talk, 2, parts, "ddp", "lora", run, OPTIM)
+    assert isinstance(answers[0], dict), answers
+    assert cluster.losses(parts) == pytest.approx(cluster.losses(alone), abs=1e-5)
+    is_the_same(answers[0], weights)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_a_killed_process_is_named_and_the_run_goes_on(tmp_path, alone, sharding):
+    run = {**RUN, "save_every": 3}
+    dies = (2, 7, cluster.kill_me)
+    answers = cluster.together(cluster.run_regression, 4, tmp_path, sharding, run, dies)
+    assert answers[2] == -signal.SIGKILL
+    for rank in (0, 1, 3):
+        assert "ProcessLostError: process 2 of 4 is gone without a word" in str(answers[rank])
+    answers = cluster.together(cluster.run_regression, 4, tmp_path, sharding, run)
+    losses, weights = alone
+    assert cluster.losses(tmp_path) == pytest.approx(losses, abs=1e-5)
+    is_the_same(answers[3], {name: p.detach() for name, p in weights.items()})
+
+
+@pytest.mark.cluster
+def test_a_process_that_fails_tells_the_others_why(tmp_path):
+    dies = (1, 3, cluster.fail)
+    answers = cluster.together(cluster.run_regression, 2, tmp_path, "ddp", RUN, dies)
+    assert "ValueError: row 17 has no picture" in str(answers[1])
+    assert "process 1 of 2: ValueError: row 17 has no picture. start the same" in str(answers[0])
+
+
+@pytest.mark.cluster
+def test_killed_while_saving_pieces_the_earlier_ones_are_whole(tmp_path, alone):
+    run = {**RUN, "save_every": 3}
+    answers = cluster.together(cluster.run_killed_while_saving, 2, tmp_path, run, 6)
+    assert answers[0] == -signal.SIGKILL
+    assert "process 0 of 2" in str(answers[1])
+    assert [path.name for path in sorted((tmp_path / "run" / "state").iterdir())] == [
+        "000003",
+        "000006.part",
+    ]
+    answers = cluster.together(cluster.run_regression, 2, tmp_path, "fsdp", run)
+    assert cluster.losses(tmp_path) == pytest.approx(alone[0], abs=1e-5)
+    assert isinstance(answers[1], dict)
+
+
+def test_a_seat_is_read_from_what_torchrun_sets():
+    variables = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}
+    assert seat_of({"PATH": "/bin"}) is None
+    assert seat_of({**variables, "MASTER_PORT": "29500"}) == Seat(3, 8, 1, "env://")
+    with pytest.raises(
+        ConfigError, match=r"WORLD_SIZE is 8 but MASTER_PORT is not set: start with"
+    ):
+        seat_of(variables)
+    with pytest.raises(ConfigError, match=r"RANK=three.*expected whole numbers"):
+        seat_of({**variables, "MASTER_PORT": "29500", "RANK": "three"})
+
+
+def test_one_process_meets_nobody():
+    with joined(Seat(0, 1), device="cpu") as team:
+        assert team == ALONE
+
+
+def test_every_micro_batch_belongs_to_one_process():
+    owned = [list(Team(rank, 3).own(7)) for rank in range(3)]
+    assert owned == [[0, 3, 6], [1, 4], [2, 5]]
+    with pytest.raises(ConfigError, match=r"accumulate is 7 in 3 processes.*a multiple of 3"):
+        Team(0, 3, "fsdp").own(7)
+
+
+def test_a_rank_outside_of_the_team_is_refused():
+    with pytest.raises(ConfigError, match="process 4 of 4: ranks are 0 to 3"):
+        Team(4, 4)
+
+
+def test_pieces_of_two_number_formats_are_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.bfloat16))
+    with pytest.raises(ConfigError, match=r"0.bias is float32, 1.bias is bfloat16.*float32"):
+        shard(model, 2, torch.device("cpu"), "float32")
+
+
+def test_layers_are_the_members_of_the_outermost_lists():
+    model = build_tiny()
+    found = [type(layer).__name__ for layer in layers_of(model)]
+    assert found == ["DecoderLayer"] * 2 + ["VisionLayer"] * 2
+
+
+def test_other_errors_are_not_taken_for_the_network():
+    assert not is_network_error(RuntimeError("CUDA out of memory"))
+    assert is_network_error(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed"))
+    wrapped = ValueError("while summing")
+    wrapped.__cause__ = dist.DistNetworkError("gone")
+    assert is_network_error(wrapped)

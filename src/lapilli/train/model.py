@@ -67,10 +67,7 @@ class TrainedModel(nn.Module):
         where, targets = supervised(
             batch.input_ids.to(hidden.device), batch.loss_mask.to(hidden.device)
         )
-        loss = self.loss_of(hidden[where], targets, batch)
-        if self.training:
-            return Loss(loss.total + self._touch(batch), loss.parts)
-        return loss
+        return self.loss_of(hidden[where], targets, batch)
 
     def loss_of(
         self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, " M"], batch: TrainingBatch
@@ -118,6 +115,10 @@ class TrainedModel(nn.Module):
         if alpha and self.noise.on == "image":
             features = [noisy(item, alpha) for item in features]
         fused = fuse(text, features, batch.spans)
+        if self.training or self._is_sharded:
+            # Before the language model, where a tower with pictures runs: in pieces all processes
+            # put the same layer together at the same time, forwards and backwards.
+            fused = fused + self._touch(batch)
         if alpha and self.noise.on == "all":
             fused = noisy_samples(fused, batch.segments, alpha)
         return fused

@@ -1,6 +1,7 @@
 """What a run needs to go on with the same bits: files, written whole or not at all.
 
 folder/state.pt    {step, model, optimizer, average, best}
+folder/state/      the same in pieces, where several processes share the weights: sharded.py
 folder/best.pt     {step, eval_loss, model}
 
 A file is written aside as NAME.part, flushed to the disk, then renamed over the earlier one: a
@@ -20,6 +21,14 @@ from torch import nn
 from lapilli.train.contract import TrainingError
 from lapilli.train.ema import Average
 from lapilli.train.parallel import ALONE, Team
+from lapilli.train.sharded import (
+    drop_pieces,
+    gather,
+    load_pieces,
+    newest_pieces,
+    piece_of,
+    save_pieces,
+)
 
 _STATE = "state.pt"
 _BEST = "best.pt"
@@ -55,16 +64,32 @@ def save_state(state: RunState, folder: Path, team: Team = ALONE) -> None:
     Raises:
         TrainingError: no room on the disk; the earlier checkpoint is whole.
     """
+    best = None if state.best is None else (state.best.step, state.best.eval_loss)
+    average = None if state.average is None else state.average.tensors
+    if team.is_sharded:
+        save_pieces(
+            folder,
+            team,
+            model=state.model,
+            optimizer=state.optimizer,
+            average=average,
+            step=state.step,
+            values={"best": best},
+        )
+        if team.leads:
+            (folder / _STATE).unlink(missing_ok=True)  # of earlier steps
+        return
     if not team.leads:
         return
     content = {
         "step": state.step,
         "model": state.trained,
         "optimizer": state.optimizer.state_dict(),
-        "average": None if state.average is None else state.average.tensors,
-        "best": None if state.best is None else (state.best.step, state.best.eval_loss),
+        "average": average,
+        "best": best,
     }
     write_whole(content, folder / _STATE)
+    drop_pieces(folder, team)  # of earlier steps
 
 
 def load_state(state: RunState, folder: Path, team: Team = ALONE) -> bool:
@@ -73,32 +98,52 @@ def load_state(state: RunState, folder: Path, team: Team = ALONE) -> bool:
     Raises:
         TrainingError: the checkpoint is of another recipe: other weights, another optimizer.
     """
-    del team  # every process reads the same file
-    path = folder / _STATE
-    if not path.exists():
+    path, pieces = folder / _STATE, newest_pieces(folder)
+    content = None
+    if path.exists():
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if pieces is not None and (content is None or pieces[0] > int(content["step"])):
+        average = None if state.average is None else state.average.tensors
+        values = load_pieces(
+            pieces[1], team, model=state.model, optimizer=state.optimizer, average=average
+        )
+        _go_on(state, values)
+        return True
+    if content is None:
         return False
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    trained = state.trained
-    _check_names(trained, content["model"], path)
-    with torch.no_grad():
-        for name, value in content["model"].items():
-            trained[name].copy_(value)
+    _put(content["model"], state.trained, path)
     _load_optimizer(state.optimizer, content["optimizer"], path)
     if state.average is not None:
-        state.average.restore(content.get("average") or content["model"])
-    best = content.get("best")
-    state.best = None if best is None else Best(*best)
-    state.step = int(content["step"])
+        _put(content.get("average") or content["model"], state.average.tensors, path)
+    _go_on(state, content)
     return True
+
+
+def _go_on(state: RunState, values: Mapping[str, Any]) -> None:
+    best = values.get("best")
+    state.best = None if best is None else Best(*best)
+    state.step = int(values["step"])
+
+
+def _put(whole: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Saved tensors over our own, of which this process may have pieces."""
+    _check_names(ours, whole, path)
+    with torch.no_grad():
+        for name, value in whole.items():
+            ours[name].copy_(piece_of(value, ours[name]))
 
 
 def save_best(state: RunState, folder: Path, team: Team = ALONE) -> None:
     """The weights of this moment as the best so far: the averages where the run keeps them."""
-    if not team.leads or state.best is None:
+    if state.best is None:
         return
     weights = state.trained if state.average is None else state.average.tensors
+    if team.is_sharded:
+        weights = gather(weights, team)
     content = {"step": state.best.step, "eval_loss": state.best.eval_loss, "model": weights}
-    write_whole(content, folder / _BEST)
+    if team.leads:
+        write_whole(content, folder / _BEST)
+    team.wait()  # whoever loads it next finds it
 
 
 def load_best(state: RunState, folder: Path, team: Team = ALONE) -> None:
@@ -115,11 +160,7 @@ def load_best(state: RunState, folder: Path, team: Team = ALONE) -> None:
             f"{state.best.step if state.best else None}: train again, or set run.keep_best = false"
         )
     content = torch.load(path, map_location="cpu", weights_only=True)
-    trained = state.trained
-    _check_names(trained, content["model"], path)
-    with torch.no_grad():
-        for name, value in content["model"].items():
-            trained[name].copy_(value)
+    _put(content["model"], state.trained, path)
 
 
 def write_whole(content: Any, path: Path) -> None:  # noqa: ANN401  whatever torch.save takes
@@ -200,12 +241,21 @@ def _check_names(
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], path: Path) -> None:
     """The moments of the checkpoint under the recipe's own learning rates and decay."""
     ours = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    owners = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        optimizer.load_state_dict(dict(saved))
-    except ValueError as error:
+        moments = {
+            number: {key: _piece(value, owners[number]) for key, value in kept.items()}
+            for number, kept in saved["state"].items()
+        }
+        optimizer.load_state_dict({**saved, "state": moments})
+    except (ValueError, IndexError) as error:
         raise TrainingError(
             f"{path} has other parameter groups ({error}): go on with the recipe that began the "
             "run, or train into another folder"
         ) from error
     for group, settings in zip(optimizer.param_groups, ours, strict=True):
         group.update(settings)
+
+
+def _piece(value: Any, parameter: torch.Tensor) -> Any:  # noqa: ANN401  whatever an optimizer keeps
+    return piece_of(value, parameter) if isinstance(value, torch.Tensor) else value

@@ -2,8 +2,8 @@
 
     each member of an outermost ModuleList    the layers of the tower and of the language model:
                                               whole only while they run
-    everything else                           embeddings, projector, norms, head: whole from the
-                                              forward to the end of the backward pass
+    everything else                           embeddings, projector, norms, head: whole during the
+                                              forward and again during the backward pass
 
 Frozen weights are cut too: they need no gradients, but room.
 """
@@ -46,7 +46,9 @@ def shard(model: nn.Module, size: int, device: torch.device, precision: Precisio
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    # Taken apart after the forward pass as well: evaluation has no backward pass that would do it,
+    # and whoever saves, or puts in averages, means the pieces.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # A batch of text leaves the projector without gradients in one process and not in another.
     if isinstance(model, FSDPModule) and hasattr(model, "set_reduce_scatter_unused_params"):
         model.set_reduce_scatter_unused_params(True)
