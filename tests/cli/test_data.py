@@ -1,0 +1,118 @@
+"""`lapilli data`: once as a process, else as functions, which saves importing torch each time."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from PIL import Image
+
+from lapilli.cli import data
+
+
+def turns(*texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    records = [
+        {"id": "one", "image": "red.png", "conversations": turns("<image>\nWhat?", "Red.")},
+        {"id": "two", "conversations": turns("Hello", "Hi!")},
+        {"id": "three", "conversations": turns("Hello", "")},
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(capsys):
+    """Exit code, standard output and standard error of a command."""
+
+    def run(command, *arguments, **options):
+        code = 0
+        try:
+            command(*arguments, **options)
+        except typer.Exit as leaves:
+            code = leaves.exit_code
+        except SystemExit as leaves:
+            code = leaves.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_program_checks_and_shows(lapilli, file):
+    done = lapilli("data", "check", str(file))
+    assert done.returncode == 1
+    assert "3 samples, 1 with images" in done.stdout
+    assert f"{file}:29 (id 'three'): empty answer (number 1)" in done.stdout
+    assert done.stderr == ""
+    done = lapilli("data", "show", str(file), "-n", "1")
+    assert done.returncode == 0
+    title, *text = done.stdout.splitlines()
+    assert title == f"--- {file}:2 (id 'one')"
+    assert "\n".join(text).endswith("USER: <image>\nWhat? ASSISTANT:[[ Red.</s>]]")
+
+
+def test_check_with_a_model_counts_tokens(run, file, checkpoint):
+    code, out, _ = run(data.check, str(file), model=checkpoint, max_length=70, as_json=True)
+    assert code == 1
+    report = json.loads(out)
+    assert report["max_length"] == 70
+    assert report["positions"]["max"] > 70
+    assert {finding["kind"] for finding in report["findings"]} >= {"too long", "empty answer"}
+
+
+def test_check_of_good_data_leaves_with_0(run, file, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "good.json"
+    elsewhere.write_text(json.dumps(json.loads(file.read_text())[:2]))
+    code, out, _ = run(data.check, str(elsewhere), images=file.parent)
+    assert (code, out.splitlines()[-1]) == (0, "nothing is wrong")
+    assert run(data.check, str(elsewhere))[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        (data.check, {"file": "gone.json"}, "gone.json is no file"),
+        (data.show, {"file": "gone.json"}, "gone.json is no file"),
+        (data.check, {"placement": "back"}, "--placement is 'back': expected front or written"),
+        (data.show, {"color": "red"}, "--color is 'red': expected auto, always or never"),
+        (data.show, {"template": "x"}, "no template is called 'x'"),
+    ],
+)
+def test_bad_input_is_one_line_and_2(run, file, command, options, expected):
+    code, out, err = run(command, **({"file": str(file)} | options))
+    assert (code, out) == (2, "")
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+def test_show_takes_a_template_and_a_beginning(run, file):
+    code, out, _ = run(data.show, str(file), 9, 1, template="mpt")
+    assert code == 0
+    assert "[[Hi!<|im_end|>]]" in out
+    assert out.count("---") == 2
+
+
+def test_show_with_a_model_shows_positions_in_colour(run, file, checkpoint):
+    code, out, _ = run(data.show, str(file), 1, model=checkpoint, color="always")
+    assert code == 0
+    assert "<image: " in out
+    assert " positions>" in out
+    assert "\x1b[32m" in out
+    assert "[[" not in out
+
+
+def test_show_goes_on_after_a_bad_sample(run, file):
+    records = json.loads(file.read_text())
+    records[0]["conversations"][0]["from"] = "robot"
+    file.write_text(json.dumps(records))
+    code, out, err = run(data.show, str(file), 2)
+    assert code == 0
+    assert "cannot be learned: " in err
+    assert "from 'robot'" in err
+    assert "[[ Hi!</s>]]" in out
