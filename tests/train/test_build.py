@@ -2,95 +2,24 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    MptConfig,
-    MptForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
 
 import lapilli
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.errors import ConfigError, PromptError, ShapeMismatchError, UnsupportedModelError
 from lapilli.train.build import Joint, build_llava
 from tests.integration.oracle import make_tokenizer, picture
+from tests.train.parts import LANGUAGE_MODELS, ROWS, TOWERS, Parts
 
-ROWS = 264  # of the vocabulary tables; the tokenizer has 260 tokens
-SIZES = {
-    "vocab_size": ROWS,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MPT = {
-    "vocab_size": ROWS,
-    "d_model": 32,
-    "n_layers": 2,
-    "n_heads": 4,
-    "max_seq_len": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LANGUAGE_MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=64)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
-    "mpt": lambda: MptForCausalLM(MptConfig(**MPT)),
-}
-TOWER = {
-    "hidden_size": 24,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 28,
-    "patch_size": 14,
-}
-TOWERS = {
-    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**TOWER)),
-    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**TOWER)),
-}
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
 PICTURE = picture(60, 40, 1)
 
 
-def made(path: Path, kinds, kind, *, dtype=torch.bfloat16) -> Path:
-    torch.manual_seed(3)
-    kinds[kind]().to(dtype).save_pretrained(path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """parts(language model, tower) -> their folders, with names that tell nothing."""
-    root = tmp_path_factory.mktemp("parts")
-
-    def find(language, tower):
-        base, eyes = root / f"a-{language}", root / f"b-{tower}"
-        if not base.exists():
-            made(base, LANGUAGE_MODELS, language)
-            make_tokenizer().save_pretrained(base)
-        if not eyes.exists():
-            made(eyes, TOWERS, tower)
-        return str(base), str(eyes)
-
-    return find
+    return Parts(tmp_path_factory.mktemp("parts"))
 
 
 def state_of(path):

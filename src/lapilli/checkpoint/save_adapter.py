@@ -36,10 +36,8 @@ HF_MODULES = KeyMap(
     (
         ("model.language_model.", "language_model.model."),
         ("lm_head.", "language_model.lm_head."),
-        ("model.vision_tower.vision_model.", "modalities.image.vision_tower.vision_model."),
         ("model.multi_modal_projector.linear_1.", f"{PROJECTOR}0."),
         ("model.multi_modal_projector.linear_2.", f"{PROJECTOR}2."),
-        ("model.image_newline", NEWLINE),
     ),
 )
 _HF_PROJECTOR = "multi_modal_projector"

@@ -106,7 +106,15 @@ class Results:
         if save.layout != "huggingface":
             return
         refuse_unsayable(self.loaded.config)
-        if self._is_adapter and self.loaded.config.layout == "llava":
+        if not self._is_adapter:
+            return
+        if self.recipe.model.tune_tower or self.loaded.config.has_newline:
+            what = "a tuned vision tower" if self.recipe.model.tune_tower else "image_newline"
+            raise ConfigError(
+                f"save.layout is 'huggingface', but a PEFT adapter cannot carry {what}: set "
+                'save.merge, or save.layout = "llava"'
+            )
+        if self.loaded.config.layout == "llava":
             raise ConfigError(
                 f"save.layout is 'huggingface', but the adapter lies on {self.base}, which has the "
                 "layout of the original: PEFT needs the model in its own layout. Set save.merge, "
