@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lapilli.checkpoint.source import resolve
 from lapilli.compat.builder import LoadedTuple, wrap_loaded
 from lapilli.compat.models import LlavaForCausalLM
 from lapilli.compat.training_arguments import TrainingArguments
-from lapilli.config.model import ProjectorConfig
+from lapilli.config.projector import parse_projector
 from lapilli.errors import CheckpointError, ConfigError
 from lapilli.lora import LoraConfig, inject
 from lapilli.modality.projector import build_projector
@@ -110,16 +111,12 @@ def _adapter(
 
 def _fresh_projector(raw: Mapping[str, Any]) -> dict[str, Tensor]:
     """Torch's own start, as the original's projectors begin."""
-    kind = str(raw["mm_projector_type"])
-    depth = int(kind[3:].split("x")[0]) if kind.startswith("mlp") else 1
-    projector = build_projector(
-        ProjectorConfig(
-            kind="mlp" if kind.startswith("mlp") else "linear",
-            vision_size=raw["mm_hidden_size"],
-            hidden_size=raw.get("hidden_size", raw.get("d_model")),
-            depth=depth,
-        )
+    config = parse_projector(
+        str(raw["mm_projector_type"]),
+        vision_size=raw["mm_hidden_size"],
+        hidden_size=raw.get("hidden_size", raw.get("d_model")),
     )
+    projector = build_projector(replace(config, pool=1))  # pooling has no weights of its own
     return {f"model.mm_projector.{name}": p.detach() for name, p in projector.named_parameters()}
 
 

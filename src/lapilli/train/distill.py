@@ -58,7 +58,9 @@ def distillation_loss(
     hidden: tuple[Float[Tensor, "M W"], Float[Tensor, "M W"]] | None = None,
     hidden_weight: float = 0.0,
 ) -> DistillationLoss:
-    """How far the student is from the teacher and from the data, in float32 or, where they are so, float64.
+    """How far the student is from the teacher and from the data.
+
+    Computed in float32, or in float64 where the tensors are.
 
     Args:
         student_logits: at M positions.
@@ -255,7 +257,7 @@ class DistilledModel(TrainedModel):
 
 
 def load_teacher(recipe: Recipe, student: Loaded) -> Loaded | None:
-    """The teacher that the recipe names; None: it names none.
+    """The teacher that the recipe names, on the CPU; None: it names none.
 
     Raises:
         ConfigError: its vocabulary is not the student's.
@@ -264,7 +266,7 @@ def load_teacher(recipe: Recipe, student: Loaded) -> Loaded | None:
     if recipe.distill is None:
         return None
     dtype = "bfloat16" if recipe.run.precision == "bfloat16" else "float32"
-    teacher = load_checkpoint(recipe.distill.teacher, dtype=dtype)
+    teacher = load_checkpoint(recipe.distill.teacher, device="cpu", dtype=dtype)
     check_vocabulary(student, teacher)
     return teacher
 

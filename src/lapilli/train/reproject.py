@@ -11,12 +11,14 @@ from typing import cast
 
 import torch
 
+from lapilli.checkpoint.assemble import build_model
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.plan import make_plan
 from lapilli.checkpoint.save import save_llava
 from lapilli.config.projector import parse_projector
 from lapilli.errors import ConfigError
 from lapilli.modality.image.image import ImageModality
+from lapilli.modality.projector import build_projector
 from lapilli.prompt.templates import TEMPLATES
 
 
@@ -54,9 +56,11 @@ def reproject(source: str, out: Path, *, projector: str, seed: int = 0) -> tuple
         vision_size=config.vision.hidden_size,
         hidden_size=config.text.hidden_size,
     )
+    config = replace(config, projector=wanted)
+    build_model(config)  # refuses what this tower or this merge cannot have
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = ImageModality(config.image, config.vision, wanted).projector
+        fresh = build_projector(wanted, config.vision)
     image = cast("ImageModality", loaded.model.modality("image"))
     old = image.projector.state_dict()
     new = fresh.state_dict()
@@ -68,7 +72,7 @@ def reproject(source: str, out: Path, *, projector: str, seed: int = 0) -> tuple
     save_llava(
         out,
         loaded.model,
-        replace(config, projector=wanted),
+        config,
         tokenizer_path=loaded.tokenizer_path,
         template=template if template in TEMPLATES else None,
     )
