@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from lapilli.nn.linear import FEW, FloatLinear, has_onednn, onednn_linear
+from lapilli.nn.linear import FEW, FloatLinear
+from lapilli.nn.onednn import has_onednn, onednn_linear
 
 
 @pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")

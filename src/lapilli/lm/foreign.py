@@ -102,6 +102,11 @@ class ForeignLanguageModel(nn.Module):
         ).last_hidden_state
         return hidden
 
+    def recompute_layers(self) -> None:
+        """Forget the layers' inner values while training, and compute them again backwards."""
+        module: Any = self.inner
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Scores of every vocabulary entry."""
         module: Any = self.inner

@@ -6,15 +6,18 @@ tensors None    fresh, on every linear layer that a target pattern matches
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from lapilli.errors import ConfigError, MissingWeightsError, ShapeMismatchError
 from lapilli.lora.config import LoraConfig
-from lapilli.lora.linear import LoraLinear
+from lapilli.lora.linear import LoraLayer, LoraLinear, LoraStored
+from lapilli.nn.stored import StoredLinear
 from lapilli.shapes import Tensor
 
+Linear = nn.Linear | StoredLinear
 _HALVES = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -31,10 +34,10 @@ class LoraReport:
     num_parameters: int
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """Every layer with an adapter, with its path."""
     for path, module in model.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer):
             yield path, module
 
 
@@ -74,26 +77,34 @@ def inject(
     if any(True for _ in adapters(model)):
         raise ConfigError("the model has an adapter already: merge() it before another one")
     linears = {
-        path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | StoredLinear)
     }
     paths = _fresh_paths(linears, config) if tensors is None else _told_paths(linears, tensors)
     if tensors is not None:
         for path in paths:
             _check_shapes(path, linears[path], config.rank_of(path), tensors)
     for path in paths:
-        layer = LoraLinear(
-            linears[path],
-            rank=config.rank_of(path),
-            scaling=config.scaling(path),
-            dropout=config.dropout,
-        ).train(linears[path].training)
+        layer = _beside(linears[path], config, path)
         if tensors is not None:
             _fill(layer, path, tensors)
         model.set_submodule(path, layer)
     return report(model)
 
 
-def _fresh_paths(linears: Mapping[str, nn.Linear], config: LoraConfig) -> list[str]:
+def _beside(base: Linear, config: LoraConfig, path: str) -> LoraLayer:
+    sizes: dict[str, Any] = {
+        "rank": config.rank_of(path),
+        "scaling": config.scaling(path),
+        "dropout": config.dropout,
+    }
+    if isinstance(base, StoredLinear):
+        return LoraStored(base, **sizes).train(base.training)
+    return LoraLinear(base, **sizes).train(base.training)
+
+
+def _fresh_paths(linears: Mapping[str, Linear], config: LoraConfig) -> list[str]:
     paths = [path for path in linears if config.is_target(path)]
     if not paths:
         raise ConfigError(
@@ -103,7 +114,7 @@ def _fresh_paths(linears: Mapping[str, nn.Linear], config: LoraConfig) -> list[s
     return paths
 
 
-def _told_paths(linears: Mapping[str, nn.Linear], tensors: Mapping[str, Tensor]) -> list[str]:
+def _told_paths(linears: Mapping[str, Linear], tensors: Mapping[str, Tensor]) -> list[str]:
     """Paths of the tensors in the order of the model, every tensor accounted for."""
     known = {path + half for path in linears for half in _HALVES}
     lost = sorted(name for name in tensors if name not in known)
@@ -122,7 +133,7 @@ def _told_paths(linears: Mapping[str, nn.Linear], tensors: Mapping[str, Tensor])
     return paths
 
 
-def _check_shapes(path: str, linear: nn.Linear, rank: int, tensors: Mapping[str, Tensor]) -> None:
+def _check_shapes(path: str, linear: Linear, rank: int, tensors: Mapping[str, Tensor]) -> None:
     expected = ((rank, linear.in_features), (linear.out_features, rank))
     for half, shape in zip(_HALVES, expected, strict=True):
         found = tuple(tensors[path + half].shape)
@@ -133,7 +144,7 @@ def _check_shapes(path: str, linear: nn.Linear, rank: int, tensors: Mapping[str,
             )
 
 
-def _fill(layer: LoraLinear, path: str, tensors: Mapping[str, Tensor]) -> None:
+def _fill(layer: LoraLayer, path: str, tensors: Mapping[str, Tensor]) -> None:
     """The tensors in the device and dtype of the layer's weight."""
     for half, part in zip(_HALVES, (layer.lora_A, layer.lora_B), strict=True):
         with torch.no_grad():

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from lapilli.kernels.attention import decode_attention, decodes_natively
 from lapilli.kernels.prefill import prefill_attention, prefills_natively
+from lapilli.nn.learned_attention import learned_attention, learns_natively
 from lapilli.shapes import Bool, Float, Tensor
 
 
@@ -78,6 +79,8 @@ def attend(
         return _decode(q, k, v, scale)
     if length > 1 and mask is None and prefills_natively(q, k, v):
         return prefill_attention(q, k, v, scale=scale)
+    if mask is None and learns_natively(q, k, v):
+        return learned_attention(q, k, v, scale=scale)
     if length == 1 and groups != heads and (mask is None or mask.shape[1] == 1):
         folded = q.reshape(batch, groups, heads // groups, width)
         out = functional.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
@@ -110,6 +113,8 @@ def attend_all(
     """Attention of T queries that see all of S positions, as the patches of a picture do."""
     if prefills_natively(q, k, v):
         return prefill_attention(q, k, v, causal=False)
+    if learns_natively(q, k, v):
+        return learned_attention(q, k, v, causal=False)
     return functional.scaled_dot_product_attention(q, k, v)
 
 

@@ -13,27 +13,15 @@ from torch.nn import functional
 
 from lapilli.kernels.dense import dense, is_dense_native
 from lapilli.kernels.linear import PackedLinear, linears
+from lapilli.nn.onednn import learned_product, onednn_linear
 from lapilli.shapes import Float, Tensor
 
 FEW = 4
 """Rows up to which a product waits for its weight, whoever computes it."""
 
 
-def has_onednn() -> bool:
-    """Whether this build of torch has the product."""
-    return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def onednn_linear(
-    x: Float[Tensor, "... K"], weight: Float[Tensor, "out K"], bias: Float[Tensor, " out"] | None
-) -> Float[Tensor, "... out"]:
-    """The same as `functional.linear`, by oneDNN; no gradients."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
-
-
 class FloatLinear(nn.Linear):
-    """nn.Linear in float32 or bfloat16 that is faster where no gradient is wanted.
+    """nn.Linear in float32 or bfloat16 on a CPU, faster.
 
     Attributes:
         by_onednn: many rows of float32 go to oneDNN.
@@ -54,14 +42,20 @@ class FloatLinear(nn.Linear):
     def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
         """W x + b."""
         weight, bias = self.weight, self.bias
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return functional.linear(x, weight, bias)
-        if x.numel() <= FEW * self.in_features and is_dense_native(x, weight):
+        learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if not learns and x.numel() <= FEW * self.in_features and is_dense_native(x, weight):
             return dense(x, weight, bias)
-        is_float = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-        if self.by_onednn and is_float:
-            return onednn_linear(x, weight, bias)
+        if self.by_onednn and is_plain_float(x, weight):
+            return (learned_product if learns else onednn_linear)(x, weight, bias)
         return functional.linear(x, weight, bias)
+
+
+def is_plain_float(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of these is one of float32 on a CPU."""
+    is_float = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    return is_float and not torch.is_autocast_enabled("cpu")
 
 
 class KernelLayer(nn.Module, ABC):
@@ -74,7 +68,8 @@ class KernelLayer(nn.Module, ABC):
 
 def project(x: Float[Tensor, "... K"], *layers: nn.Module) -> list[Float[Tensor, "... out"]]:
     """Each layer's output for the same input; packed layers (quant/linear.py) share one call."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    learns = torch.is_grad_enabled() and x.requires_grad
+    if x.device.type == "cpu" and not learns and not torch.compiler.is_compiling():
         kernels = [layer.kernel() for layer in layers if isinstance(layer, KernelLayer)]
         if len(kernels) == len(layers) and len({kernel.kind for kernel in kernels}) == 1:
             return linears(x, kernels)

@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from lapilli.kernels.library import native
 from lapilli.kernels.linear import PackedLinear
-from lapilli.nn.linear import FloatLinear, has_onednn, onednn_linear
+from lapilli.nn.linear import FloatLinear
+from lapilli.nn.onednn import has_onednn, onednn_linear
 from lapilli.quant.config import QuantConfig
 from lapilli.quant.rounding import round4, round8
 from lapilli.shapes import Tensor

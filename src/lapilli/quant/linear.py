@@ -1,11 +1,14 @@
 """A linear layer whose weight is packed; its tensors are buffers, so state_dict has them."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from lapilli.kernels.linear import PackedLinear
 from lapilli.kernels.packing import BLOCK, CHUNK, Packed, block_bias
 from lapilli.nn.linear import KernelLayer
+from lapilli.nn.stored import StoredLinear
 from lapilli.quant.cuda import Int4Tiles, gpu_linear, int4_tiles
 from lapilli.shapes import Float, Tensor
 
@@ -35,7 +38,7 @@ def empty_packed(linear: nn.Linear, bits: int, group_size: int, *, symmetric: bo
     )
 
 
-class QuantLinear(KernelLayer):
+class QuantLinear(KernelLayer, StoredLinear):
     """W x + b with W in 4 or 8 bits.
 
     Attributes:
@@ -84,11 +87,13 @@ class QuantLinear(KernelLayer):
         self._ready = None
 
     def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
-        """The layer's output in the dtype of x; no gradients.
+        """The layer's output in the dtype of x.
 
-        Raises:
-            ConfigError: a gradient is wanted.
+        Where a gradient of x is wanted, of exactly the packed weight: nothing is rounded on the
+        fly.
         """
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self.product(x)
         if x.device.type == "cuda":
             return self.on_gpu(x)
         if torch.compiler.is_compiling():
@@ -98,6 +103,24 @@ class QuantLinear(KernelLayer):
             )
             return out
         return self.kernel()(x)
+
+    def weight_rows(self, start: int, stop: int) -> Float[Tensor, "rows in"]:
+        """See StoredLinear."""
+        blocks = slice(start // BLOCK, -(-stop // BLOCK))
+        part = replace(
+            self.packed,
+            data=self.qweight[blocks],
+            scales=self.scales[blocks],
+            zeros=None if self.zeros is None else self.zeros[blocks],
+            bias=None,
+            out_features=stop - start,
+        )
+        return part.dequantize()
+
+    @property
+    def plain_bias(self) -> Float[Tensor, " out"] | None:
+        """The bias without padding."""
+        return self.packed.plain_bias
 
     def kernel(self) -> PackedLinear:
         """The weight ready to be called, made once."""

@@ -15,17 +15,22 @@ from torch import nn
 
 from lapilli.errors import ConfigError
 from lapilli.lm.base import LanguageModel
+from lapilli.lm.decoder import Decoder
+from lapilli.lm.foreign import ForeignLanguageModel
+from lapilli.lm.mpt import Mpt
 from lapilli.lora import LoraConfig, adapter_tensors, inject
 from lapilli.lora.inject import adapters
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.vision import VisionTransformer
 from lapilli.model.fuse import fuse
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.nn.stored import StoredLinear
+from lapilli.quant.nf4 import store_nf4
 from lapilli.shapes import Float, Tensor
 from lapilli.train.batch import TrainingBatch
 from lapilli.train.loop import Loss
 from lapilli.train.loss import cross_entropy_sum, supervised
-from lapilli.train.recipe import LoraRecipe, Recipe, Stage
+from lapilli.train.recipe import LoraRecipe, Recipe, RunRecipe, Stage
 
 
 class FeatureReader(nn.Module):
@@ -137,11 +142,21 @@ def _of_language_model(model: VisionLanguageModel, lora: LoraRecipe | None) -> l
     if lora is None:
         return list(model.language_model.parameters())  # type: ignore[attr-defined]  # a module that follows the protocol
     if not any(True for _ in adapters(model)):
+        if lora.base == "nf4":
+            store_nf4(model, default_targets(model))
         targets = lora.targets or default_targets(model)
         inject(
             model,
             LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=targets, dropout=lora.dropout),
         )
+    elif lora.base != "float":
+        raise ConfigError(
+            f"lora.base is {lora.base!r} and the model has an adapter already: go on with an "
+            'adapter over floats (lora.base = "float"), or merge it first'
+        )
+    for _, layer in adapters(model):
+        layer.lora_A.float()
+        layer.lora_B.float()
     return [cast(nn.Parameter, tensor) for tensor in adapter_tensors(model).values()]
 
 
@@ -153,7 +168,37 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
     return tuple(
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | StoredLinear)
         and path.startswith("language_model.")
         and not path.endswith(".lm_head")
     )
+
+
+def lighten(model: nn.Module, recipe: Recipe) -> None:
+    """Frozen weights in the precision of the run, where none of them will be saved.
+
+    Weights that learn stay in float32. Cast once, frozen ones need not be cast in every pass, and
+    what is kept for the backward pass is the weight itself.
+    """
+    is_saved = recipe.stage == "instruct" and (recipe.lora is None or recipe.save.merge)
+    if recipe.run.precision != "bfloat16" or is_saved:
+        return
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def set_up_layers(model: VisionLanguageModel, run: RunRecipe) -> None:
+    """Recomputation and compilation of the layers, as the run asks for them."""
+    towers = [getattr(modality, "vision_tower", None) for modality in model.modalities.values()]
+    for part in (model.language_model, *towers):
+        if isinstance(part, Decoder | Mpt | VisionTransformer):
+            part.gradient_checkpointing = run.gradient_checkpointing
+        elif run.gradient_checkpointing and isinstance(part, ForeignLanguageModel):
+            part.recompute_layers()
+    if not run.compile:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                layer.compile(dynamic=True)

@@ -21,8 +21,10 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template, template_by_name
 from lapilli.prompt.template import ChatTemplate
 from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.quant import QuantConfig
 from lapilli.train.recipe import Recipe
 
+_INT4: Final = QuantConfig(bits=4, head_bits=None, mode="weight_only")
 RESULTS: Final = "model"
 """Where in the folder of a run its results lie."""
 
@@ -32,7 +34,7 @@ _MARK: Final = re.compile(r"</?s>|<\|[^|<>\s]+\|>")
 def load_start(recipe: Recipe) -> Loaded:
     """The checkpoint with its adapter beside its layers, and the recipe's projector over its own.
 
-    Frozen weights under an adapter are held in the run's precision, all others in float32.
+    Weights are float32 but for those that `lora.base` packs, which is done while they are read.
 
     Raises:
         ConfigError: the recipe names no checkpoint, or one that reads text only.
@@ -48,6 +50,7 @@ def load_start(recipe: Recipe) -> Loaded:
         merge_lora=False,
         device="cpu",
         dtype="float32",
+        quantization=_INT4 if recipe.lora is not None and recipe.lora.base == "int4" else None,
     )
     if not loaded.model.modalities:
         raise ConfigError(

@@ -8,6 +8,7 @@ checkpoint is saved as it was loaded. Knows nothing of pixels' origin or of proj
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lapilli.config.model import VisionConfig
 from lapilli.errors import ConfigError
@@ -132,6 +133,7 @@ class VisionTransformer(nn.Module):
             )
         self.config = config
         self.vision_model = VisionStack(config)
+        self.gradient_checkpointing = False
 
     @property
     def num_used_layers(self) -> int:
@@ -154,8 +156,9 @@ class VisionTransformer(nn.Module):
         x: Tensor = stack.embeddings(pixel_values)
         if self.config.family == "clip":
             x = stack.pre_layrnorm(x)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in stack.encoder.layers[: self.num_used_layers]:
-            x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         drops_class_token = self.config.family == "clip" and self.config.feature_select == "patch"
         if drops_class_token or self.config.feature_select == "drop_first":
             x = x[:, 1:]

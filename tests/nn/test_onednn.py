@@ -1,0 +1,48 @@
+"""Products by oneDNN, and of stored weights, against torch's own with its gradients."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from lapilli.nn.linear import FloatLinear
+from lapilli.nn.onednn import has_onednn, learned_product, times_transposed
+
+pytestmark = pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
+SIZES = st.integers(1, 40)
+
+
+@given(SIZES, SIZES, SIZES, st.booleans(), st.sampled_from(["all", "x", "weight"]))
+def test_output_and_gradients_are_those_of_torch(rows, inputs, outputs, has_bias, learns):
+    random = torch.Generator().manual_seed(rows)
+    x = torch.randn(2, rows, inputs, generator=random)
+    weight = torch.randn(outputs, inputs, generator=random)
+    bias = torch.randn(outputs, generator=random) if has_bias else None
+    wanted = {"all": [x, weight, bias], "x": [x], "weight": [weight]}[learns]
+    wanted = [tensor.requires_grad_() for tensor in wanted if tensor is not None]
+    expected, found = functional.linear(x, weight, bias), learned_product(x, weight, bias)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    gradient = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, wanted, gradient),
+        torch.autograd.grad(expected, wanted, gradient),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+def test_a_transposed_side_may_be_a_view():
+    x, y = torch.randn(7, 5), torch.randn(5, 9)
+    torch.testing.assert_close(times_transposed(x, y.t()), x @ y)
+    torch.testing.assert_close(
+        times_transposed(x.bfloat16(), y.t().bfloat16()), (x.bfloat16() @ y.bfloat16())
+    )
+
+
+def test_float_layers_learn_by_it_outside_of_autocast():
+    layer = FloatLinear.of(torch.nn.Linear(6, 4), by_onednn=True)
+    x = torch.randn(3, 6)
+    assert "_Product" in layer(x).grad_fn.name()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
