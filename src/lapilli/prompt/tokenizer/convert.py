@@ -7,12 +7,11 @@ Source: what transformers 4.37.2 builds for LlamaTokenizerFast when a checkpoint
 tokenizer.model.
 """
 
-from collections.abc import Mapping
-
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from lapilli.errors import CheckpointError
 from lapilli.prompt.tokenizer import spm_model
+from lapilli.prompt.tokenizer.merges import merges
 from lapilli.prompt.tokenizer.pieces import SPACE
 
 
@@ -38,7 +37,7 @@ def llama_tokenizer(model: bytes) -> Tokenizer:
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=_merges(scores, {piece.text: i for i, piece in enumerate(parsed.pieces)}),
+            merges=merges(scores, {piece.text: i for i, piece in enumerate(parsed.pieces)}),
             unk_token=parsed.unk_piece,
             fuse_unk=True,
             byte_fallback=True,
@@ -57,19 +56,3 @@ def llama_tokenizer(model: bytes) -> Tokenizer:
     )
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in named])
     return tokenizer
-
-
-def _merges(scores: Mapping[str, float], ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Pairs in the order in which they are merged: best score first, then first halves by id."""
-    ranked: list[tuple[float, tuple[str, str]]] = []
-    for piece, score in scores.items():
-        cuts = [
-            (piece[:i], piece[i:])
-            for i in range(1, len(piece))
-            if piece[:i] in ids and piece[i:] in ids
-        ]
-        if len(cuts) > 1:
-            cuts.sort(key=lambda cut: (ids[cut[0]], ids[cut[1]]))
-        ranked += [(score, cut) for cut in cuts]
-    ranked.sort(key=lambda entry: entry[0], reverse=True)
-    return [cut for _, cut in ranked]
