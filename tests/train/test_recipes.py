@@ -1,0 +1,210 @@
+"""Every recipe file is read, and its model is built and cut into what learns, without memory.
+
+The models of 7B and 13B stand on torch's meta device: shapes, names and counts are real.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from lapilli.checkpoint.assemble import build_model
+from lapilli.config.files import ConfigFiles
+from lapilli.config.llava import parse_llava
+from lapilli.config.model import DecoderConfig, VisionConfig
+from lapilli.lm.build import build_language_model
+from lapilli.modality.image.vision import VisionTransformer
+from lapilli.train.optim import build_optimizer, parameter_groups
+from lapilli.train.recipe import Recipe
+from lapilli.train.recipe_file import load_recipe
+from lapilli.train.stages import choose_trainable
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+FILES = sorted(RECIPES.rglob("*.toml"))
+NAMES = [f"{path.parent.name}/{path.stem}" for path in FILES]
+
+# Published sizes: Vicuna 1.5 is Llama 2; the tower is CLIP ViT-L/14 at 336 pixels.
+SIZES = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40)}
+TOWER = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "image_size": 336,
+    "patch_size": 14,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+PROJECTORS = {"7b": 20_979_712, "13b": 31_467_520}
+WHOLE = {"7b": 6_738_415_616, "13b": 13_015_864_320}  # language models, head included
+
+
+def llava(size, *, aspect):
+    """A LLaVA 1.5 or NeXT of the published sizes, from its config.json, on the meta device."""
+    width, inner, layers, heads = SIZES[size]
+    raw = {
+        "model_type": "llava_llama",
+        "vocab_size": 32000,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 4096,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_hidden_size": 1024,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": aspect,
+    }
+    if aspect == "anyres":
+        raw |= {"mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": PINPOINTS}
+    config, _ = parse_llava(ConfigFiles(config=raw, tower=TOWER))
+    return build_model(config)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe of a published size, and its model with what it trains marked."""
+
+    recipe: Recipe
+    model: object
+    trained: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name):
+        folder, _, stage = name.partition("/")
+        size = "13b" if folder.endswith("13b") else "7b"
+        is_next = folder == "llava_next" and stage != "align"
+        recipe = load_recipe(RECIPES / f"{name}.toml")
+        with torch.device("meta"):
+            model = llava(size, aspect="anyres" if is_next else "pad")
+            trained = choose_trainable(model, recipe)
+        return cls(recipe, model, trained)
+
+    def count(self, part=""):
+        return sum(
+            parameter.numel()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and part in name
+        )
+
+    def rates(self):
+        """Learning rate -> numbers that learn with it."""
+        found = {}
+        for group in parameter_groups(self.model, self.recipe.optim):
+            size = sum(parameter.numel() for parameter in group["params"])
+            found[group["lr"]] = found.get(group["lr"], 0) + size
+        return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_it_is_read(path):
+    recipe = load_recipe(path)
+    assert isinstance(recipe, Recipe)
+    assert recipe.run.batch_size * recipe.run.accumulate >= 1
+
+
+def test_there_are_recipes_of_every_kind():
+    assert {path.parent.name for path in FILES} >= {
+        "llava15_7b",
+        "llava15_13b",
+        "llava_next",
+        "pebble",
+        "tiny",
+    }
+    stages = {"align", "instruct", "lora", "task", "task_lora"}
+    for size in SIZES:
+        assert {path.stem for path in (RECIPES / f"llava15_{size}").iterdir()} == stages
+
+
+SIZED = [name for name in NAMES if name.startswith("llava")]
+
+
+@pytest.mark.parametrize("name", [name for name in SIZED if name.endswith("/align")])
+def test_the_first_stage_trains_the_projector(name):
+    plan = Plan.of(name)
+    size = "13b" if "13b" in name else "7b"
+    assert plan.count() == PROJECTORS[size] == plan.count("projector")
+    assert plan.rates() == {1e-3: PROJECTORS[size]}
+    run = plan.recipe.run
+    assert (run.batch_size * run.accumulate, run.epochs) == (256, 1.0)
+    assert plan.recipe.data.template == "plain"
+
+
+@pytest.mark.parametrize(
+    "name", [f"llava15_{size}/{stage}" for size in SIZES for stage in ("instruct", "task")]
+)
+def test_the_second_stage_trains_all_but_the_tower(name):
+    plan = Plan.of(name)
+    size = "13b" if "13b" in name else "7b"
+    assert plan.count("vision_tower") == 0
+    assert plan.count("projector") == PROJECTORS[size]
+    assert plan.count("language_model") == WHOLE[size]
+    assert plan.rates() == {2e-5: WHOLE[size] + PROJECTORS[size]}
+    run = plan.recipe.run
+    assert run.batch_size * run.accumulate == 128
+
+
+@pytest.mark.parametrize(
+    "name", [f"llava15_{size}/{stage}" for size in SIZES for stage in ("lora", "task_lora")]
+)
+def test_lora_trains_adapters_and_the_projector_at_their_own_rates(name):
+    plan = Plan.of(name)
+    size = "13b" if "13b" in name else "7b"
+    width, inner, layers, _ = SIZES[size]
+    rank = 128
+    adapters = layers * rank * (4 * 2 * width + 3 * (width + inner))
+    assert plan.count(".lora_") == adapters
+    assert plan.rates() == {2e-4: adapters, 2e-5: PROJECTORS[size]}
+    assert (plan.recipe.lora.rank, plan.recipe.lora.alpha) == (rank, 256.0)
+    assert sum(".lora_A" in name for name in plan.trained) == 7 * layers
+
+
+def test_next_tunes_the_tower_at_a_rate_of_its_own():
+    plan = Plan.of("llava_next/instruct")
+    tower = plan.count("vision_tower")
+    # 24 layers less the last, which the features do not pass; no last norm either.
+    layer = 12 * 1024**2 + 13 * 1024
+    embeddings = 1024 + 3 * 14 * 14 * 1024 + 577 * 1024 + 2 * 1024
+    assert tower == 23 * layer + embeddings
+    newline = 4096
+    assert plan.rates() == {2e-6: tower, 2e-5: WHOLE["7b"] + PROJECTORS["7b"] + newline}
+    assert plan.recipe.data.max_length == 4096
+    run = plan.recipe.run
+    assert run.batch_size * run.accumulate == 128
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_an_optimizer_takes_its_groups(name):
+    plan = Plan.of(name)
+    optimizer = build_optimizer(plan.model, plan.recipe.optim)
+    held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    assert held == plan.count()
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_every_number_has_a_source(name):
+    """A comment stands beside every value that a script could have set."""
+    lines = (RECIPES / f"{name}.toml").read_text().splitlines()
+    section = ""
+    for line in lines:
+        if line.startswith("["):
+            section = line
+        if section in ("[optim]", "[run]", "[lora]") and "=" in line.partition("#")[0]:
+            assert "#" in line, line
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.parent.name == "pebble"], ids=lambda p: p.stem
+)
+def test_pebbles_own_parts_are_built(path):
+    recipe = load_recipe(path)
+    with torch.device("meta"):
+        if recipe.model.vision:
+            tower = VisionTransformer(VisionConfig(**recipe.model.vision))
+            assert sum(p.numel() for p in tower.parameters()) > 1_000_000
+        if recipe.model.text:
+            text = build_language_model(DecoderConfig(**recipe.model.text))
+            assert sum(p.numel() for p in text.parameters()) > 1_000_000
