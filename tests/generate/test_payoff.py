@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapilli.generate.payoff import FIXED, MEMORY, Payoff
+from lapilli.generate.payoff import FIXED, MEMORY, REMEMBERED, Payoff
 
 
 def timed(costs: dict[int, float], *, rows: int = 1) -> Payoff:
     """A payoff that saw passes of so many guesses often enough."""
     payoff = Payoff()
-    for _ in range(6):
+    for _ in range(2 * REMEMBERED):
         for guesses in sorted(costs):
             payoff.learn(costs[guesses], rows=rows, guesses=guesses)
     return payoff

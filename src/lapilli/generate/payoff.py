@@ -12,7 +12,7 @@ from time import perf_counter
 
 FIXED = 10
 """A pass that was never timed is taken to cost as much as so many positions, and its positions."""
-REMEMBERED = 5
+REMEMBERED = 9
 """Passes of one size whose middle counts: one that was held up does not."""
 MEMORY = 500
 """Passes after which a size that did not come again is forgotten, so that it may be tried."""
