@@ -159,9 +159,9 @@ def _datasets(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
             "recipe key data.sources is empty: name a file of conversations, for instance "
             '--data.sources \'[{path = "train.json", images = "pictures"}]\''
         )
-    dataset = open_dataset(data.sources)
+    dataset = open_dataset(data.sources, placement=data.placement)
     if data.evaluation:
-        return dataset, open_dataset(data.evaluation)
+        return dataset, open_dataset(data.evaluation, placement=data.placement)
     if data.held_out:
         return dataset.split(data.held_out, seed=recipe.run.seed)
     return dataset, None

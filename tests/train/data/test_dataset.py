@@ -1,9 +1,15 @@
+import json
+
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lapilli.errors import DataError
 from lapilli.prompt.templates import TEMPLATES
-from lapilli.train.data import RowMaker, Rows, open_dataset
-from lapilli.train.recipe import SourceRecipe
+from lapilli.train.data import Dataset, RowMaker, Rows, open_dataset, order_of
+from lapilli.train.recipe import DataRecipe, RunRecipe, SourceRecipe
+from tests.train.data.conftest import turns
 
 
 def maker(tokenizer, model, max_length=None, template="vicuna_v1"):
@@ -32,3 +38,88 @@ def test_a_bad_sample_ends_the_run_or_is_replaced_by_the_next(folder, tokenizer,
     assert len(row.skipped) == 2
     assert "'two'" in row.skipped[0]
     assert "'one'" in row.skipped[1]
+
+
+def test_when_nothing_can_be_read_the_run_ends(folder, tokenizer, model):
+    bad = [{"conversations": turns("Q", "")}] * 3
+    (folder / "data.json").write_text(json.dumps(bad))
+    dataset = open_dataset([SourceRecipe(path=str(folder / "data.json"))])
+    rows = Rows(dataset, maker(tokenizer, model), on_bad_sample="skip")
+    with pytest.raises(DataError, match=r"none of 3 samples can be learned from; the first: .*:1"):
+        rows.row(1)
+
+
+class Numbers:
+    """A source whose records are numbers."""
+
+    def __init__(self, name, count):
+        self.name, self._count = name, count
+
+    def __len__(self):
+        return self._count
+
+    def record(self, index):
+        return {"id": f"{self.name}/{index}", "conversations": turns("Q " * (index + 1), "A")}
+
+    def where(self, index):
+        return f"{self.name}:{index}"
+
+    def media(self, index, name):
+        raise AssertionError
+
+
+def ids(dataset):
+    return [dataset.sample(i).id for i in range(len(dataset))]
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(st.integers(2, 12), min_size=1, max_size=3),
+    st.floats(0.01, 0.45),
+    st.integers(0, 50),
+)
+def test_what_is_held_out_is_never_learned(counts, share, seed):
+    sources = [Numbers(f"s{number}", count) for number, count in enumerate(counts)]
+    whole = Dataset(sources)
+    kept, held = whole.split(share, seed=seed)
+    assert sorted(ids(kept) + ids(held)) == sorted(ids(whole))
+    assert held.counts == tuple(max(1, round(share * count)) for count in counts)
+    again = Dataset(sources).split(share, seed=seed)
+    assert (ids(again[0]), ids(again[1])) == (ids(kept), ids(held))
+    backwards = Dataset(sources[::-1]).split(share, seed=seed)[1]
+    assert sorted(ids(backwards)) == sorted(ids(held))
+    inner, _ = kept.split(share, seed=seed) if min(kept.counts) > 1 else (kept, held)
+    assert set(ids(inner)) <= set(ids(kept))
+
+
+def test_seeds_hold_out_others_and_folders_do_not_matter():
+    def held(name, seed):
+        return [
+            i.rpartition("/")[2]
+            for i in ids(Dataset([Numbers(name, 100)]).split(0.1, seed=seed)[1])
+        ]
+
+    assert held("a.json", 0) != held("a.json", 1)
+    assert held("a.json", 0) == held("/data/a.json", 0)
+    assert held("a.json", 0) != held("b.json", 0)
+    with pytest.raises(DataError, match=r"b.json has 1 samples: holding out 1 leaves none"):
+        Dataset([Numbers("a.json", 9), Numbers("b.json", 1)]).split(0.1, seed=0)
+
+
+def test_words_follow_the_split_and_are_counted_once(monkeypatch):
+    source = Numbers("a", 20)
+    kept, _ = Dataset([source]).split(0.2, seed=3)
+    expected = [-(int(name.rpartition("/")[2]) + 2) for name in ids(kept)]
+    assert kept.words().tolist() == expected
+    monkeypatch.setattr(Numbers, "record", None)
+    assert kept.words().tolist() == expected
+
+
+def test_the_order_of_a_recipe():
+    dataset = Dataset([Numbers("a", 8), Numbers("b", 4)], weights=[1.0, 2.0])
+    run = RunRecipe(batch_size=2, accumulate=2, seed=5)
+    order = order_of(dataset, DataRecipe(group="length"), run)
+    assert order.epoch_size == 16
+    seen = [i for step in range(4) for micro in range(2) for i in order.indices(step, micro)]
+    assert np.bincount(seen).tolist() == [1] * 8 + [2] * 4
+    assert order_of(dataset, DataRecipe(), run).steps(1.0) == 4

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from lapilli.errors import DataError
 from lapilli.prompt.message import MediaPart, Message, TextPart
 from lapilli.train.data import to_sample
+from lapilli.train.data.formats import signed_words
 from tests.train.data.conftest import turns
 
 
@@ -177,10 +178,31 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"conversations": turns("one two", "three")}, -3),
+        ({"image": "a", "conversations": turns("<image>\none two", "three")}, 4),
+        ({"image": "a", "conversations": turns("", "")}, 1),
+        ({"conversations": turns("", "")}, -1),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "a"}]}]}, 1),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a b"}]}]}, -2),
+        ({"conversations": [{"from": "robot", "value": "a b"}]}, -1),
+        (["a b"], -1),
+    ],
+)
+def test_words_tell_the_kind(record, expected):
+    assert signed_words(record) == expected
+
+
 @given(JSON)
 def test_no_record_breaks_the_reader(record):
+    assert signed_words(record) != 0
     try:
         sample = read(record)
     except DataError:
         return
     assert sample.messages
+    assert (signed_words(record) > 0) is bool(
+        sample.media or record.get("image") or record.get("images")
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapilli.errors import DataError
-from lapilli.train.data.formats import id_of, to_sample
+from lapilli.train.data.formats import id_of, signed_words, to_sample
 from lapilli.train.data.rows import MakesRows, Row
 from lapilli.train.data.sample import Sample
 from lapilli.train.data.source import Source, open_source
@@ -95,8 +95,6 @@ class Dataset:
         """Words of every sample, negative where it has no media; every record is read once.
 
         A sample that cannot be read counts -1: what is wrong is said when it is drawn.
-
-        Source: LLaVA train.py, LazySupervisedDataset.modality_lengths.
         """
         if self._words is None:
             counts = (self._signed_words(index) for index in range(len(self)))
@@ -104,12 +102,11 @@ class Dataset:
         return self._words
 
     def _signed_words(self, index: int) -> int:
+        source, inside = self._at(index)
         try:
-            sample = self.sample(index)
+            return signed_words(source.record(inside))
         except DataError:
             return -1
-        words = max(sample.words, 1)
-        return words if sample.media else -words
 
     def split(self, share: float, *, seed: int) -> tuple["Dataset", "Dataset"]:
         """What is trained on, and what is held out: of every source, a choice by seed and name.

@@ -35,6 +35,7 @@ ROLES: Mapping[str, Role] = {
     "system": "system",
 }
 _TURN_KEYS = ("conversations", "messages", "conversation")
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA_KEYS = ("image", "images")
 _ID_KEYS = ("id", "sample_id", "question_id")
 
@@ -62,13 +63,14 @@ def to_sample(
     sample = Sample(id_of(record, where=where), (), where)
     try:
         turns = turns_of(record)
+        words = _count_words(turns)
         turns, notes = _shown_once(turns, record) if placement == "front" else (turns, ())
         messages = _messages(record, turns)
     except _FormatError as reason:
         raise DataError(f"{sample.label}: {reason}") from reason
     resolve = resolve or (lambda source: source)
     shown = tuple(_place(_resolved(message, resolve), placement) for message in messages)
-    return replace(sample, messages=shown, words=_count_words(record), notes=notes)
+    return replace(sample, messages=shown, words=words, notes=notes)
 
 
 def id_of(record: object, *, where: str) -> str:
@@ -120,10 +122,32 @@ def _shown_once(turns: list[Turn], record: Record) -> tuple[list[Turn], tuple[st
     return [*turns[:number], (role, mended), *turns[number + 1 :]], (note,)
 
 
-def _count_words(record: Record) -> int:
-    """As the original counts them: with placeholders, and with turns that are dropped."""
+def signed_words(record: object) -> int:
+    """Words of a record as the original counts them, negative without pictures; never 0.
+
+    Placeholders count, and turns that are dropped too. What is no sample counts -1.
+
+    Source: LLaVA train.py, LazySupervisedDataset.modality_lengths.
+    """
+    if not isinstance(record, Mapping):
+        return -1
+    try:
+        turns = turns_of(record)
+    except _FormatError:
+        return -1
+    words = max(_count_words(turns), 1)
+    shows = listed_media(record) or any(
+        isinstance(part, Mapping) and part.get("type") not in _TEXT_PARTS
+        for _, content in turns
+        if isinstance(content, list)
+        for part in content
+    )
+    return words if shows else -words
+
+
+def _count_words(turns: Sequence[Turn]) -> int:
     words = 0
-    for _, content in turns_of(record):
+    for _, content in turns:
         parts = [content] if isinstance(content, str) else content
         for part in parts:
             text = part.get("text") if isinstance(part, Mapping) else part
@@ -211,7 +235,7 @@ class _Pictures:
         if not isinstance(part, Mapping):
             raise _FormatError(f"a part is a {type(part).__name__}: expected an object")
         kind = part.get("type")
-        if kind in ("text", "input_text", "output_text"):
+        if kind in _TEXT_PARTS:
             return TextPart(str(part.get("text") or ""))
         if kind in ("image", "image_url", "input_image"):
             return MediaPart(self._source(part))

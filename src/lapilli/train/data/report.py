@@ -58,7 +58,7 @@ class Spread:
         numbers = np.fromiter(values, np.int64)
         if not len(numbers):
             return None
-        median, p95 = (int(np.quantile(numbers, q, method="lower")) for q in (0.5, 0.95))
+        median, p95 = (int(np.quantile(numbers, q, method="inverted_cdf")) for q in (0.5, 0.95))
         return cls(int(numbers.min()), median, p95, int(numbers.max()), int(numbers.sum()))
 
     def __str__(self) -> str:
