@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lapilli.lora.inject import adapters
+from lapilli.train.card import model_card
 from lapilli.train.loop import train
 from lapilli.train.parallel import Team
 from lapilli.train.recipe import Recipe
@@ -44,7 +45,7 @@ def launch(
         progress=progress,
         on_save=saver.on_the_way,
     )
-    saver.save()
+    saver.save(card=True)
     return task
 
 
@@ -61,10 +62,15 @@ class _Saver:
         if self.results.recipe.stage == "align" or any(True for _ in adapters(model)):
             self.save()
 
-    def save(self) -> None:
-        """The results as the model is now; every process has to call it."""
+    def save(self, *, card: bool = False) -> None:
+        """The results as the model is now; every process has to call it.
+
+        Args:
+            card: with the model card, whose digest reads all of the data.
+        """
         team, model = self.task.team, self.task.model.vlm
         state = gather(model.state_dict(), team) if team.is_sharded else None
         if team.leads:
-            save_results(self.folder, model, self.results, state=state)
+            extra = model_card(self.results, self.folder.parent) if card else None
+            save_results(self.folder, model, self.results, state=state, extra=extra)
         team.wait()

@@ -1,0 +1,211 @@
+"""The model card of a run: what was trained on what, how it went, and how to use it.
+
+README.md with the header that the hub reads, the loss curve as a picture, and the recipe as it ran.
+Knows recipes, logs and files; no models.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lapilli.checkpoint.files import read_optional_text
+from lapilli.checkpoint.source import HUB_ID, is_local
+from lapilli.train.data.source import expand
+from lapilli.train.log import Record, RunLog
+from lapilli.train.recipe import Recipe
+from lapilli.train.recipe_text import recipe_text
+from lapilli.train.results import Results
+
+CURVE = "loss.png"
+RECIPE = "recipe.toml"
+# Larger files are named by size and time: reading them would take minutes.
+HASHED_BYTES = 4_000_000_000
+_PIECE = 1 << 20
+_LICENSE = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
+_FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One file of samples.
+
+    Attributes:
+        name: without its folder, which says something about one machine alone.
+        num_bytes: its size.
+        digest: "sha256:..." of its content, or of its size and time where it is very large.
+    """
+
+    name: str
+    num_bytes: int
+    digest: str
+
+
+def model_card(
+    results: Results, folder: Path, *, hashed_bytes: int = HASHED_BYTES
+) -> dict[str, str | bytes]:
+    """Files that stand beside the results of a run: `extra` of `save_results`.
+
+    Args:
+        results: what is saved and how.
+        folder: of the run, with its log and the picture of its losses.
+        hashed_bytes: data files up to this size are read for their digest.
+    """
+    recipe = results.recipe
+    records = RunLog(folder).records()
+    files: dict[str, str | bytes] = {RECIPE: recipe_text(recipe)}
+    if (folder / CURVE).is_file():
+        files[CURVE] = (folder / CURVE).read_bytes()
+    parts = [
+        _front(results),
+        _title(results, folder),
+        _use(results),
+        _course(records, has_curve=CURVE in files),
+        _evaluation(records),
+        _data(recipe, hashed_bytes),
+        f"## Recipe\n\n```toml\n{recipe_text(recipe)}```\n",
+    ]
+    files["README.md"] = "\n".join(part for part in parts if part)
+    return files
+
+
+def data_files(recipe: Recipe, *, hashed_bytes: int = HASHED_BYTES) -> list[DataFile]:
+    """Every file of samples that a recipe reads, with what tells it from another."""
+    sources = (*recipe.data.sources, *recipe.data.evaluation)
+    paths = dict.fromkeys(path for source in sources for path in expand(source.path))
+    return [_data_file(path, hashed_bytes) for path in paths]
+
+
+def _data_file(path: Path, hashed_bytes: int) -> DataFile:
+    facts = path.stat()
+    digest = hashlib.sha256()
+    if facts.st_size > hashed_bytes:
+        digest.update(f"{facts.st_size} {facts.st_mtime_ns}".encode())
+        return DataFile(path.name, facts.st_size, f"size and time, sha256:{digest.hexdigest()}")
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return DataFile(path.name, facts.st_size, f"sha256:{digest.hexdigest()}")
+
+
+def _front(results: Results) -> str:
+    """The header; a base that is no hub id would be refused by the hub and is left out."""
+    recipe = results.recipe
+    base = recipe.model.checkpoint or ""
+    is_adapter = recipe.lora is not None and not recipe.save.merge
+    front: dict[str, object] = {
+        "license": _license(results),
+        "library_name": "transformers" if recipe.save.layout == "huggingface" else "lapilli",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["llava", "lapilli", *(["lora", "peft"] if is_adapter else [])],
+    }
+    if HUB_ID.fullmatch(base) and "/" in base and not is_local(base):
+        front["base_model"] = base.partition("@")[0]
+        front["base_model_relation"] = "adapter" if is_adapter else "finetune"
+    lines = [f"{key}: {_yaml(value)}" for key, value in front.items()]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _yaml(value: object) -> str:
+    """Strings and lists of them; JSON is YAML, and plain words need no quotes."""
+    if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value):
+        return value
+    return json.dumps(value)
+
+
+def _license(results: Results) -> str:
+    """What the card of the checkpoint below says, for it binds what is made from it."""
+    front = _FRONT.match(read_optional_text(results.loaded.path / "README.md") or "")
+    found = _LICENSE.search(front[1]) if front else None
+    return found[1] if found else "other"
+
+
+def _title(results: Results, folder: Path) -> str:
+    recipe = results.recipe
+    what = {
+        "align": "The projector of a LLaVA, trained alone on captions.",
+        "instruct": "A LLaVA, trained on conversations.",
+    }.get(recipe.stage, "A part of a LLaVA.")
+    if recipe.lora is not None:
+        what = "A LLaVA whose LoRA is folded in." if recipe.save.merge else "A LoRA for a LLaVA."
+    base = recipe.model.checkpoint or results.loaded.path.name
+    shown = base if not is_local(base) else Path(base).name
+    return f"# {folder.resolve().name}\n\n{what} It started from `{shown}`.\n"
+
+
+def _use(results: Results) -> str:
+    template = f"The conversation template is `{results.template}`.\n" if results.template else ""
+    return (
+        "## Use\n\n"
+        "```\n"
+        'lapilli ask "What is in this picture?" picture.png --model FOLDER\n'
+        "```\n\n"
+        '`lapilli.load("FOLDER")` gives the same in Python. FOLDER holds this file.\n'
+        f"{template}"
+    )
+
+
+def _course(records: Sequence[Record], *, has_curve: bool) -> str:
+    losses = [record for record in records if "loss" in record]
+    if not losses:
+        return ""
+    first, last = losses[0], losses[-1]
+    tail = losses[-max(len(losses) // 10, 1) :]
+    mean = sum(record["loss"] for record in tail) / len(tail)
+    lines = [
+        "## Training",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| steps | {last['step']} |",
+        f"| loss of step {first['step']} | {first['loss']:.4f} |",
+        f"| mean loss of the last tenth | {mean:.4f} |",
+    ]
+    if has_curve:
+        lines += ["", f"![loss over steps]({CURVE})"]
+    return "\n".join([*lines, ""])
+
+
+def _evaluation(records: Sequence[Record]) -> str:
+    """The last figures on held-out data, and the best loss there was."""
+    evaluations = [record for record in records if "eval_loss" in record]
+    if not evaluations:
+        return ""
+    last = evaluations[-1]
+    best = min(evaluations, key=lambda record: record["eval_loss"])
+    rows = [f"| {key} | {value:.4f} |" for key, value in last.items() if key != "step"]
+    return "\n".join(
+        [
+            "## Evaluation",
+            "",
+            f"On samples that were held out, after step {last['step']}; the lowest eval_loss was "
+            f"{best['eval_loss']:.4f}, after step {best['step']}.",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _data(recipe: Recipe, hashed_bytes: int) -> str:
+    files = data_files(recipe, hashed_bytes=hashed_bytes)
+    if not files:
+        return ""
+    rows = [f"| {file.name} | {file.num_bytes} | {file.digest} |" for file in files]
+    together = hashlib.sha256("\n".join(file.digest for file in files).encode()).hexdigest()
+    return "\n".join(
+        [
+            "## Data",
+            "",
+            f"Together: sha256:{together}. Pictures outside of these files are not counted.",
+            "",
+            "| file | bytes | digest |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
