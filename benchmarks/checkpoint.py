@@ -57,26 +57,35 @@ CLIP_TINY = {
 }
 
 
-def write_checkpoint(shape: str, out: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """The directory of a checkpoint of `shape`, written once and reused by later runs."""
+def write_checkpoint(
+    shape: str, out: Path, *, dtype: torch.dtype = torch.float32, layers: int | None = None
+) -> Path:
+    """The directory of a checkpoint of `shape`, written once and reused by later runs.
+
+    `layers`: another depth of the language model, and of the tower where that is deeper.
+    """
     done = out / "complete"
     if done.exists():
         return out
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    text, tower = TEXT_SHAPES[shape], CLIP_TINY if shape == "tiny" else CLIP_L
+    if layers is not None:
+        text = {**text, "num_hidden_layers": layers}
+        tower = {**tower, "num_hidden_layers": min(layers + 1, tower["num_hidden_layers"])}
     config = LlavaConfig(
         text_config=LlamaConfig(
             vocab_size=VOCABULARY,
             max_position_embeddings=8192,  # eight pictures in one prompt
             rms_norm_eps=1e-5,
             tie_word_embeddings=False,
-            **TEXT_SHAPES[shape],
+            **text,
         ),
         vision_config=CLIPVisionConfig(
             image_size=336,
             patch_size=14,
             projection_dim=768,
-            **(CLIP_TINY if shape == "tiny" else CLIP_L),
+            **tower,
         ),
         image_token_id=IMAGE_ID,
         vision_feature_layer=-2,

@@ -28,6 +28,7 @@ class LoraLayer(nn.Module, ABC):
         like: Tensor,
     ) -> None:
         super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_A = nn.Linear(
             base.in_features, rank, bias=False, device=like.device, dtype=like.dtype
         )
