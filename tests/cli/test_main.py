@@ -10,7 +10,19 @@ from tests.cli.conftest import PROGRAM, Run
 def test_help_names_every_command(lapilli: Run) -> None:
     done = lapilli("--help")
     assert done.returncode == 0
-    for command in ("ask", "batch", "bench", "build", "chat", "inspect", "quantize", "train"):
+    commands = (
+        "ask",
+        "batch",
+        "bench",
+        "build",
+        "chat",
+        "export",
+        "inspect",
+        "quantize",
+        "train",
+        "data",
+    )
+    for command in commands:
         assert f"\n  {command} " in done.stdout
 
 
@@ -32,7 +44,18 @@ def test_shell_completion_lists_the_commands() -> None:
     done = subprocess.run(
         [str(PROGRAM)], env={**os.environ, **asked}, capture_output=True, text=True, check=False
     )
-    commands = ["ask", "batch", "bench", "build", "chat", "inspect", "quantize", "train"]
+    commands = [
+        "ask",
+        "batch",
+        "bench",
+        "build",
+        "chat",
+        "export",
+        "inspect",
+        "quantize",
+        "train",
+        "data",
+    ]
     assert done.stdout.split() == commands
 
 

@@ -30,6 +30,7 @@ Model = Annotated[
 MaxLength = Annotated[
     int | None, typer.Option(min=1, help="Longest row; without it, the model's context.")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no bar.")]
 Number = Annotated[int, typer.Option("-n", min=1, help="How many samples.")]
 Start = Annotated[int, typer.Option(min=0, help="Number of the first one, from 0.")]
 Placement = Annotated[
@@ -48,7 +49,7 @@ def check(
     max_length: MaxLength = None,
     placement: Placement = "front",
     as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    quiet: Quiet = False,
 ) -> None:
     """Read a data set once and report what is wrong, with line numbers; exit code 1 if anything is.
 

@@ -110,11 +110,12 @@ class Order:
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         """The order of an epoch; the last two are kept, because a step may touch both."""
-        if epoch not in self._epochs:
-            self._epochs[epoch] = self._draw_epoch(epoch)
+        found = self._epochs.get(epoch)
+        if found is None:
+            found = self._epochs[epoch] = self._draw_epoch(epoch)
             for old in list(self._epochs)[:-2]:
-                del self._epochs[old]
-        return self._epochs[epoch]
+                self._epochs.pop(old, None)  # another thread may have been quicker
+        return found
 
     def _draw_epoch(self, epoch: int) -> NDArray[np.int64]:
         members = self._members(epoch)

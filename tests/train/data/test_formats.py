@@ -140,6 +140,7 @@ def test_names_are_resolved():
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
             "at least 1 parts without",
         ),
+        ({"conversations": turns("Q", "half \ud83d")}, "turn 1 has half of a character"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "from 'tool'"),
     ],
 )

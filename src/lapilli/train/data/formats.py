@@ -91,6 +91,9 @@ def _messages(record: Record, turns: list[Turn]) -> list[Message]:
             f"{len(pictures.names)} images but {pictures.used} {PLACEHOLDER} placeholders: write "
             "one for each image"
         )
+    for number, message in enumerate(messages):
+        if not _is_unicode(message.text):
+            raise _FormatError(f"turn {number} has half of a character (a lone surrogate)")
     if messages and messages[0].role == "assistant":
         if messages[0].media:
             raise _FormatError("the first turn is an answer with an image: only the user shows any")
@@ -101,6 +104,11 @@ def _messages(record: Record, turns: list[Turn]) -> list[Message]:
     if not messages:
         raise _FormatError("it has no turns")
     return messages
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can hold what no tokenizer reads: half of a pair that stands for one character."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _shown_once(turns: list[Turn], record: Record) -> tuple[list[Turn], tuple[str, ...]]:

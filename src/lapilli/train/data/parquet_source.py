@@ -52,11 +52,12 @@ class ParquetSource:
 
     def _group(self, group: int) -> Any:  # noqa: ANN401 - a pyarrow.Table
         """A row group, of which the last few are kept."""
-        if group not in self._groups:
-            self._groups[group] = self._read_group(group)
+        found = self._groups.get(group)
+        if found is None:
+            found = self._groups[group] = self._read_group(group)
             for old in list(self._groups)[:-_KEPT_GROUPS]:
-                del self._groups[old]
-        return self._groups[group]
+                self._groups.pop(old, None)  # another thread may have been quicker
+        return found
 
     def _read_group(self, group: int) -> Any:  # noqa: ANN401 - see _group
         import pyarrow
