@@ -90,7 +90,7 @@ def take_step(
     losses: list[Loss] = []
     for micro, (batch, _) in made.items():
         torch.manual_seed(random_seed(run.seed, at.step, micro))
-        with _attention(task.model):
+        with _attention(task.model, recipe):
             with precision(task.model, recipe):
                 loss = task.loss(batch)
             (loss.total * (weights[micro] * team.loss_scale)).backward()  # type: ignore[no-untyped-call]  # torch's own
@@ -124,12 +124,14 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _attention(model: nn.Module) -> AbstractContextManager[object]:
+def _attention(model: nn.Module, recipe: Recipe) -> AbstractContextManager[object]:
     """On a CPU attention that is fast backwards.
 
-    It holds for the backward pass too: gradient checkpointing computes layers again in there.
+    Not with gradient checkpointing: torch leaves the mode before it runs a backward pass, so that
+    layers would be computed again in another way than the first time.
     """
-    return PlainAttention() if device_of(model).type == "cpu" else nullcontext()
+    is_plain = device_of(model).type == "cpu" and not recipe.run.gradient_checkpointing
+    return PlainAttention() if is_plain else nullcontext()
 
 
 def _weighted(losses: Sequence[Loss], weights: Sequence[float]) -> dict[str, float]:

@@ -1,0 +1,220 @@
+"""Floating point operations of a training sample, from a model's sizes; no torch, no model.
+
+    tower    P patches            forward alone while it is frozen
+    project  n image positions    what the stage always trains
+    layers   T positions          forward, gradients of the inputs, gradients of the weights
+    head     m supervised ones    logits are made only where they count
+
+A multiplication and an addition are two operations; norms, activations and softmax are left out.
+Attention counts the whole square of positions, also where a kernel skips what a causal mask hides.
+
+Source: Chowdhery et al. 2022 (PaLM) appendix B for the counting; tests/train/test_plan.py compares
+    it with torch.utils.flop_counter.
+"""
+
+from dataclasses import dataclass
+
+from lapilli.config.model import DecoderConfig, MptConfig, ProjectorConfig, TextConfig, VisionConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Weights of the parts of a model, and their products for one position.
+
+    Attributes:
+        layers: numbers in the linear layers of all decoder layers.
+        embedding: numbers in the embedding.
+        head: numbers in the head; 0 where it is the embedding.
+        norms: numbers in the decoder's norms and biases.
+        projector: numbers in the projector.
+        tower: numbers in the tower.
+    """
+
+    layers: int
+    embedding: int
+    head: int
+    norms: int
+    projector: int
+    tower: int
+
+    @property
+    def language_model(self) -> int:
+        """Numbers in the language model."""
+        return self.layers + self.embedding + self.head + self.norms
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How often a part's forward operations are spent: forward, inputs' and weights' gradients."""
+
+    tower: int
+    projector: int
+    layers: int
+    head: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFlops:
+    """Operations of one sample.
+
+    Attributes:
+        tower: with all of its passes, as the others.
+        adapter: of LoRA's two matrices beside every layer.
+        recomputed: of layers whose activations were not kept.
+    """
+
+    tower: float
+    projector: float
+    layers: float
+    attention: float
+    head: float
+    adapter: float
+    recomputed: float
+
+    @property
+    def model(self) -> float:
+        """What the step needs: the numerator of MFU."""
+        return self.tower + self.projector + self.layers + self.attention + self.head + self.adapter
+
+    @property
+    def computed(self) -> float:
+        """What the device does, recomputation included."""
+        return self.model + self.recomputed
+
+
+def linear_widths(text: TextConfig) -> list[tuple[int, int]]:
+    """Input and output width of the linear layers of one decoder layer."""
+    width = text.hidden_size
+    if isinstance(text, MptConfig):
+        inner = text.expansion_ratio * width
+        return [(width, 3 * width), (width, width), (width, inner), (inner, width)]
+    queries, groups = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    attention = [(width, queries), (width, groups), (width, groups), (queries, width)]
+    inner = text.intermediate_size
+    return [*attention, (width, inner), (width, inner), (inner, width)]
+
+
+def sizes(text: TextConfig, vision: VisionConfig, projector: ProjectorConfig) -> Sizes:
+    """Numbers in the parts of a model."""
+    embedding = text.vocab_size * text.hidden_size
+    biases = text.num_layers * _layer_biases(text)
+    return Sizes(
+        layers=text.num_layers * sum(a * b for a, b in linear_widths(text)),
+        embedding=embedding,
+        head=0 if text.tie_embeddings else embedding,
+        norms=(2 * text.num_layers + 1) * text.hidden_size + biases,
+        projector=sum((a + int(projector.bias)) * b for a, b in projector_widths(projector)),
+        tower=_tower_numbers(vision),
+    )
+
+
+def _layer_biases(text: TextConfig) -> int:
+    if not isinstance(text, DecoderConfig):
+        return 0
+    queries, groups = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    inner = 2 * text.intermediate_size + text.hidden_size
+    return (
+        text.qkv_bias * (queries + 2 * groups)
+        + text.output_bias * text.hidden_size
+        + text.mlp_bias * inner
+    )
+
+
+def projector_widths(projector: ProjectorConfig) -> list[tuple[int, int]]:
+    """Input and output width of its linear layers; a resampler's are not counted."""
+    if projector.kind == "identity":
+        return []
+    first, width = (projector.vision_size, projector.hidden_size), projector.hidden_size
+    return [first] + [(width, width)] * (projector.depth - 1)
+
+
+def _tower_numbers(vision: VisionConfig) -> int:
+    width, inner = vision.hidden_size, vision.intermediate_size
+    layer = 4 * (width + 1) * width + 2 * width * inner + width + inner + 4 * width
+    patches = vision.grid.rows * vision.grid.columns
+    is_clip = vision.family == "clip"
+    patch = vision.num_channels * vision.patch_size**2 * width + (0 if is_clip else width)
+    positions = (patches + is_clip) * width
+    norms = (4 if is_clip else 2) * width
+    return vision.num_layers * layer + patch + positions + is_clip * width + norms
+
+
+def tower_flops(vision: VisionConfig) -> float:
+    """One tile through the layers that its features come from."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    seen = vision.grid.rows * vision.grid.columns + (vision.family == "clip")
+    layers = vision.feature_layer % (vision.num_layers + 1)
+    layer = 2 * seen * (4 * width**2 + 2 * width * inner) + 4 * seen**2 * width
+    return float(layers * layer) + patch_flops(vision)
+
+
+def patch_flops(vision: VisionConfig) -> float:
+    """Of them, the patches of one tile as vectors."""
+    patches = vision.grid.rows * vision.grid.columns
+    return 2.0 * patches * vision.num_channels * vision.patch_size**2 * vision.hidden_size
+
+
+def sample_flops(
+    parts: tuple[TextConfig, VisionConfig, ProjectorConfig],
+    passes: Passes,
+    *,
+    positions: float,
+    image_positions: float,
+    supervised: float,
+    lora_rank: int = 0,
+    recomputes: bool = False,
+) -> SampleFlops:
+    """Operations of one sample.
+
+    Args:
+        parts: language model, tower, projector.
+        passes: see `passes_of`.
+        positions: of the sample, image positions included.
+        image_positions: of its pictures; their number is this by the positions of a tile.
+        supervised: positions that predict something.
+        lora_rank: of adapters beside the layers; 0: none.
+        recomputes: layers are computed again in the backward pass.
+    """
+    text, vision, projector = parts
+    square = 4 * positions**2 * text.num_heads * text.head_dim * text.num_layers
+    linear = 2 * positions * sizes(text, vision, projector).layers
+    tiles = image_positions / positions_of_a_tile(vision, projector)
+    numbers = sum(lora_rank * (a + b) for a, b in linear_widths(text)) * text.num_layers
+    adapter = 2 * positions * numbers
+    through = [2 * image_positions * a * b for a, b in projector_widths(projector)]
+    # Nobody asks for the gradient of pixels, nor for that of what a frozen tower has seen.
+    spared = through[0] if through and passes.tower == 1 else 0.0
+    pixels = tiles * patch_flops(vision) if passes.tower > 1 else 0.0
+    # What a layer ends with is not computed again, unless an adapter is computed along with it.
+    last = 0.0 if lora_rank else 2 * positions * text.num_layers * _last_linear(text)
+    return SampleFlops(
+        tower=passes.tower * tiles * tower_flops(vision) - pixels,
+        projector=passes.projector * sum(through) - spared,
+        layers=passes.layers * linear,
+        attention=3 * square,
+        head=passes.head * 2 * supervised * text.vocab_size * text.hidden_size,
+        adapter=3 * adapter,
+        recomputed=(linear - last + square + adapter) if recomputes else 0.0,
+    )
+
+
+def _last_linear(text: TextConfig) -> int:
+    first, second = linear_widths(text)[-1]
+    return first * second
+
+
+def positions_of_a_tile(vision: VisionConfig, projector: ProjectorConfig) -> int:
+    """Positions that a tile takes in a row."""
+    if projector.num_queries:
+        return projector.num_queries
+    return vision.num_patches // projector.pool**2
+
+
+def passes_of(*, trains_layers: bool, trains_head: bool, trains_tower: bool) -> Passes:
+    """Three where weights learn, two where gradients only come through, one where nothing does."""
+    return Passes(
+        tower=3 if trains_tower else 1,
+        projector=3,
+        layers=3 if trains_layers else 2,
+        head=3 if trains_head else 2,
+    )
