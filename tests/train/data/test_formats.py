@@ -87,6 +87,11 @@ def test_text_without_pictures_is_left_as_it_is():
     assert [m.text for m in read(record).messages] == [" Q ", " A ", "R", "B"]
 
 
+@pytest.mark.parametrize("nothing", [None, "", []])
+def test_no_picture_can_be_written_in_many_ways(nothing):
+    assert read({"image": nothing, "conversations": turns("Q", "A")}).media == ()
+
+
 def test_systems_and_first_answers():
     first = {"conversations": [{"from": "gpt", "value": "Hello"}, *turns("Q", "A")]}
     assert said(read(first)) == [("user", "Q"), ("assistant", "A")]

@@ -167,7 +167,7 @@ def listed_media(record: Record) -> list[object]:
     """What the record's "image" or "images" names, in order."""
     for key in _MEDIA_KEYS:
         value = record.get(key)
-        if value is not None:
+        if value is not None and value != "":  # made from a table, an empty cell
             return list(value) if isinstance(value, list | tuple) else [value]
     return []
 
