@@ -6,6 +6,19 @@ import sys
 
 from tests.cli.conftest import PROGRAM, Run
 
+COMMANDS = [
+    "ask",
+    "batch",
+    "bench",
+    "build",
+    "chat",
+    "export",
+    "inspect",
+    "quantize",
+    "train",
+    "data",
+]
+
 
 def test_help_names_every_command(lapilli: Run) -> None:
     done = lapilli("--help")

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lapilli import __version__
-from lapilli.cli import ask, batch, bench, build, chat, data, inspect, quantize, train
+from lapilli.cli import ask, batch, bench, build, chat, data, export, inspect, quantize, train
 
 app = typer.Typer(
     name="lapilli",
@@ -21,6 +21,7 @@ app.command("bench")(bench.bench)
 app.command("build")(build.build)
 app.command("chat")(chat.chat)
 app.add_typer(data.app, name="data")
+app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("quantize")(quantize.quantize)
 app.command("train", context_settings=train.SETTINGS)(train.train)

@@ -1,5 +1,7 @@
 """ModelConfig -> config.json of the original LLaVA: the way back of llava.py."""
 
+from dataclasses import replace
+
 from lapilli.config.llava import RECORD_KEY
 from lapilli.config.model import (
     Activation,
@@ -76,6 +78,18 @@ def write_llava_config(
     if template is not None:
         written[RECORD_KEY] = template
     return written
+
+
+def as_original(config: ModelConfig) -> ModelConfig:
+    """The same model as the original layout says it: pictures stand between tokens, not for one.
+
+    Note: Hugging Face rounds the size of an unpadded picture, the original does not; very long
+        pictures can differ by a row of features.
+    """
+    if config.layout == "llava":
+        return config
+    tokens = replace(config.tokens, image_id=None, use_patch_token=False)
+    return replace(config, layout="llava", tokens=tokens)
 
 
 def write_text_config(text: TextConfig) -> dict[str, object]:

@@ -28,6 +28,7 @@ from lapilli.checkpoint.save_hf import save_hf
 from lapilli.checkpoint.source import find_directory, is_local
 from lapilli.checkpoint.weights import complete_weights
 from lapilli.config.model import ModelConfig
+from lapilli.config.write import as_original
 from lapilli.config.write_hf import refuse_unsayable
 from lapilli.errors import ConfigError
 from lapilli.lora.inject import adapters
@@ -62,7 +63,7 @@ class Results:
             ConfigError: the recipe asks for a form that this checkpoint cannot be saved in.
             MissingFileError: an adapter or a projector whose base is not there.
         """
-        config = _as_original(loaded.config) if recipe.save.layout == "llava" else loaded.config
+        config = as_original(loaded.config) if recipe.save.layout == "llava" else loaded.config
         tuned = config.vision_in_checkpoint or recipe.model.tune_tower
         results = cls(
             loaded=loaded,
@@ -240,14 +241,6 @@ def _save_whole(
 def _is_projector_alone(model: VisionLanguageModel) -> bool:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return bool(trained) and all(name.startswith((PROJECTOR, NEWLINE)) for name in trained)
-
-
-def _as_original(config: ModelConfig) -> ModelConfig:
-    """The same model as the original layout says it: pictures stand between tokens, not for one."""
-    if config.layout == "llava":
-        return config
-    tokens = replace(config.tokens, image_id=None, use_patch_token=False)
-    return replace(config, layout="llava", tokens=tokens)
 
 
 def _recorded(loaded: Loaded, recipe: Recipe) -> str | None:

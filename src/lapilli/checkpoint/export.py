@@ -1,0 +1,82 @@
+"""A checkpoint read and saved again: in another layout or number format, adapters folded in."""
+
+from pathlib import Path
+
+from lapilli.checkpoint.assemble import Progress
+from lapilli.checkpoint.load import load_checkpoint
+from lapilli.checkpoint.placement import DTYPES
+from lapilli.checkpoint.plan import make_plan
+from lapilli.checkpoint.quantized import stored_quantization
+from lapilli.checkpoint.save import save_llava
+from lapilli.checkpoint.save_hf import save_hf
+from lapilli.config.write import as_original
+from lapilli.config.write_hf import refuse_unsayable
+from lapilli.errors import ConfigError
+from lapilli.prompt.templates import TEMPLATES
+
+LAYOUTS = ("llava", "huggingface")
+
+
+def export_checkpoint(
+    source: str,
+    target: Path,
+    *,
+    layout: str = "llava",
+    dtype: str | None = None,
+    base: str | None = None,
+    adapter: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> str:
+    """Save a checkpoint for other programs; the name of the number format that it got.
+
+    Args:
+        source: a directory, a hub id or "pebble".
+        target: the new directory.
+        layout: "llava": the original's; "huggingface": LlavaForConditionalGeneration.
+        dtype: of the stored weights; None: as the checkpoint says.
+        base: the language model under a LoRA or a projector.
+        adapter: a PEFT adapter to fold in.
+        overwrite: replace a directory that is there.
+        progress: see `load_checkpoint`.
+
+    Raises:
+        CheckpointError: files are missing or damaged, `target` is there, or the disk is full.
+        ConfigError: an unknown layout or dtype, or a quantized checkpoint.
+        UnsupportedModelError: something that the layout cannot say.
+    """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout {layout!r} is unknown: choose from {', '.join(LAYOUTS)}")
+    plan = make_plan(source, base=base, adapter=adapter)
+    if stored_quantization(plan.weights_raw) is not None:
+        raise ConfigError(f"{plan.path} is quantized: export the checkpoint that it was made from")
+    if layout == "huggingface":
+        refuse_unsayable(plan.config)
+    stored = dtype or plan.config.torch_dtype or "float32"
+    if stored not in DTYPES:
+        raise ConfigError(f"dtype {stored!r} is unknown: choose from {', '.join(DTYPES)}")
+    loaded = load_checkpoint(
+        source, base=base, adapter=adapter, device="cpu", dtype=stored, progress=progress
+    )
+    name = loaded.template.template.name
+    template = name if name in TEMPLATES else None
+    if layout == "huggingface":
+        save_hf(
+            target,
+            loaded.model,
+            loaded.config,
+            tokenizer=loaded.tokenizer,
+            tokenizer_path=loaded.tokenizer_path,
+            template=template,
+            overwrite=overwrite,
+        )
+        return stored
+    save_llava(
+        target,
+        loaded.model,
+        as_original(loaded.config),
+        tokenizer_path=loaded.tokenizer_path,
+        template=template,
+        overwrite=overwrite,
+    )
+    return stored

@@ -1,0 +1,62 @@
+"""A checkpoint goes from layout to layout and stays what it is."""
+
+import pytest
+import torch
+
+from lapilli.checkpoint.export import export_checkpoint
+from lapilli.checkpoint.load import load_checkpoint
+from lapilli.checkpoint.save import save_llava
+from lapilli.errors import ConfigError, UnsupportedModelError
+from lapilli.quant import QuantConfig
+
+
+def state_of(path, **options):
+    loaded = load_checkpoint(path, device="cpu", dtype="float32", **options)
+    return loaded, loaded.model.state_dict()
+
+
+def test_there_and_back(golden, tmp_path):
+    _, built, _ = golden("llava-v1.5-tiny-pad")
+    there, back = tmp_path / "there", tmp_path / "back"
+    export_checkpoint(built["model_path"], there, layout="huggingface", dtype="float32")
+    stored = export_checkpoint(str(there), back)
+    first, one = state_of(built["model_path"])
+    last, two = state_of(back)
+    assert stored == last.config.torch_dtype == "float32"
+    assert last.config.layout == "llava"
+    assert last.template.template == first.template.template
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():  # the image token stays in the vocabulary
+        assert torch.equal(tensor, two[name][: len(tensor)]), name
+
+
+def test_an_adapter_is_folded_in(golden, tmp_path):
+    _, built, _ = golden("llava-v1.5-tiny-lora")
+    base = built["model_base"]
+    export_checkpoint(built["model_path"], tmp_path / "out", base=base, dtype="float32")
+    _, merged = state_of(tmp_path / "out")
+    _, expected = state_of(built["model_path"], base=base)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_cannot_be_exported_is_refused(golden, tmp_path):
+    _, built, _ = golden("llava-mpt-tiny")
+    with pytest.raises(ConfigError, match="layout 'onnx' is unknown: choose from llava, huggingf"):
+        export_checkpoint(built["model_path"], tmp_path / "out", layout="onnx")
+    with pytest.raises(UnsupportedModelError, match="no mpt language model"):
+        export_checkpoint(built["model_path"], tmp_path / "out", layout="huggingface")
+    with pytest.raises(ConfigError, match="dtype 'int8' is unknown"):
+        export_checkpoint(built["model_path"], tmp_path / "out", dtype="int8")
+    loaded = load_checkpoint(
+        "pebble", device="cpu", quantization=QuantConfig(bits=8, group_size=32)
+    )
+    packed = tmp_path / "packed"
+    save_llava(
+        packed,
+        loaded.model,
+        loaded.config,
+        tokenizer_path=loaded.tokenizer_path,
+        quantization=loaded.quantization,
+    )
+    with pytest.raises(ConfigError, match="packed is quantized: export the checkpoint"):
+        export_checkpoint(str(packed), tmp_path / "out")
