@@ -1,8 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from lapilli.train.optim import build_optimizer, lr_share, parameter_groups, set_lr
+from lapilli.train.optim import build_optimizer, lr_share, parameter_groups, set_lr, warmup_steps
 from lapilli.train.recipe import OptimRecipe
 
 
@@ -71,3 +73,66 @@ def test_set_lr_scales_every_group():
     optimizer = build_optimizer(Parts(), OptimRecipe(lr=1e-3, projector_lr=1e-2))
     set_lr(optimizer, 0.5)
     assert {g["lr"] for g in optimizer.param_groups} == {5e-4, 5e-3}
+
+
+class Vectors(nn.Module):
+    """Parameters of one axis that are neither biases nor of norms, and weights that are tied."""
+
+    def __init__(self):
+        super().__init__()
+        self.image_newline = nn.Parameter(torch.zeros(3))
+        self.embed = nn.Embedding(3, 3)
+        self.head = nn.Linear(3, 3)
+        self.head.weight = self.embed.weight
+        self.norm = nn.RMSNorm(3)
+
+
+def decayed(model, **optim):
+    groups = parameter_groups(model, OptimRecipe(lr=1.0, weight_decay=0.1, **optim))
+    owner = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(owner)
+    return {name for name, p in model.named_parameters() if owner[id(p)]}
+
+
+def test_groups_are_those_of_the_original():
+    from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    for model in (Vectors(), Parts()):
+        theirs = get_parameter_names(model, [*ALL_LAYERNORM_LAYERS, nn.RMSNorm])
+        names = {name for name, _ in model.named_parameters()}
+        assert decayed(model) == {n for n in theirs if "bias" not in n} & names
+
+
+def test_matrices_alone_may_decay():
+    assert decayed(Vectors()) == {"image_newline", "embed.weight"}
+    assert decayed(Vectors(), decay="matrices") == {"embed.weight"}
+
+
+def test_warmup_is_a_share_rounded_up_unless_steps_are_given():
+    from transformers import TrainingArguments
+
+    assert warmup_steps(21, OptimRecipe(lr=1.0, warmup_share=0.03)) == 1
+    assert warmup_steps(5198, OptimRecipe(lr=1.0, warmup_share=0.03)) == 156
+    assert warmup_steps(21, OptimRecipe(lr=1.0, warmup_share=0.03, warmup_steps=7)) == 7
+    assert warmup_steps(21, OptimRecipe(lr=1.0)) == 0
+    for steps in (21, 100, 5198):
+        asked = SimpleNamespace(warmup_steps=0.03, warmup_ratio=0.03)
+        theirs = TrainingArguments.get_warmup_steps(asked, steps)
+        assert warmup_steps(steps, OptimRecipe(lr=1.0, warmup_share=0.03)) == theirs
+    recipe = OptimRecipe(lr=1.0, schedule="linear", warmup_share=0.1)
+    shares = [lr_share(step, 20, recipe) for step in range(20)]
+    assert shares[:3] == [0.0, 0.5, 1.0]
+
+
+def test_sgd_is_the_plain_rule():
+    model = Parts()
+    optimizer = build_optimizer(model, OptimRecipe(lr=0.5, name="sgd", weight_decay=0.1))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        decay = 0.1 if p.dim() > 1 else 0.0
+        expected = before[name] - 0.5 * (2.0 + decay * before[name])
+        torch.testing.assert_close(p.detach(), expected)

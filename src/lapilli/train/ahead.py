@@ -15,6 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import Array, c_int64
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
@@ -29,6 +30,7 @@ from lapilli.train.contract import TrainingError
 Place = tuple[int, int]  # step, micro
 MakeBatch = Callable[[int, int], tuple[Any, int]]
 _DEPTH: Final = 2  # items that a worker has been asked for at once
+_IDLE: Final = (-1, -1)
 
 
 class WorkerError(Exception):
@@ -39,6 +41,7 @@ class WorkerError(Exception):
 class _Worker:
     process: ForkProcess
     line: Connection
+    making: "Array[c_int64]"
     asked: deque[Place] = field(default_factory=deque)
 
 
@@ -63,11 +66,14 @@ class ReadAhead:
         context = multiprocessing.get_context("fork")
         for _ in range(workers):
             ours, theirs = context.Pipe()
+            making = context.RawArray(c_int64, _IDLE)
             foreign = [worker.line for worker in self._workers] + [ours]
-            process = context.Process(target=_work, args=(make, theirs, foreign), daemon=True)
+            process = context.Process(
+                target=_work, args=(make, theirs, making, foreign), daemon=True
+            )
             process.start()
             theirs.close()
-            self._workers.append(_Worker(process, ours))
+            self._workers.append(_Worker(process, ours, making))
         for _ in range(_DEPTH):
             for worker in self._workers:
                 self._ask(worker)
@@ -106,7 +112,9 @@ class ReadAhead:
         return made[0], made[1]
 
     def _death(self, worker: _Worker) -> TrainingError:
-        step, micro = worker.asked[0]
+        # Items that it has made are gone with it; the one that it was making is what it died of.
+        making = tuple(worker.making)
+        step, micro = worker.asked[0] if making == _IDLE else making
         worker.process.join(timeout=5)
         return TrainingError(
             f"the worker that reads micro-batch {micro} of step {step + 1} died "
@@ -141,7 +149,9 @@ def _cause(code: int | None) -> str:
     return name + hints.get(name, "")
 
 
-def _work(make: MakeBatch, line: Connection, foreign: Sequence[Connection]) -> None:
+def _work(
+    make: MakeBatch, line: Connection, making: "Array[c_int64]", foreign: Sequence[Connection]
+) -> None:
     """A worker: makes what it is asked for until nobody is there any more."""
     for other in foreign:  # or their ends would stay open when the training process dies
         other.close()
@@ -151,7 +161,10 @@ def _work(make: MakeBatch, line: Connection, foreign: Sequence[Connection]) -> N
     try:
         while True:
             step, micro = line.recv()
-            line.send(_answer(make, step, micro))
+            making[:] = [step, micro]
+            answer = _answer(make, step, micro)
+            making[:] = list(_IDLE)
+            line.send(answer)
     except (EOFError, OSError):
         return
 

@@ -1,6 +1,6 @@
 """Averages of the trained weights over the steps; knows no files and no loop."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -33,12 +33,6 @@ class Average:
         with torch.no_grad():
             now = [p.detach().float() for p in self._parameters.values()]
             torch._foreach_lerp_(list(self.tensors.values()), now, 1.0 - keep)
-
-    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from saved averages; names and shapes are those of `tensors`."""
-        with torch.no_grad():
-            for name, value in tensors.items():
-                self.tensors[name].copy_(value)
 
     def put_into_model(self) -> None:
         """The averages become the model's weights."""

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from typing import Final, TextIO
+from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,11 +19,12 @@ class ProgressBar:
         done: steps of earlier runs.
         steps: of the whole run.
         title: stands before the bar.
-        file: where it goes; None: standard error.
+        console: where it goes; None: standard error, be it a terminal or not.
     """
 
-    def __init__(self, done: int, steps: int, title: str, *, file: TextIO | None = None) -> None:
-        console = Console(file=file, stderr=file is None, force_terminal=True)
+    def __init__(
+        self, done: int, steps: int, title: str, *, console: Console | None = None
+    ) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -31,7 +32,7 @@ class ProgressBar:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            console=console,
+            console=console or Console(stderr=True, force_terminal=True),
         )
         self._task = self._progress.add_task(title, total=steps, completed=done, figures="")
         self._ticks: deque[tuple[float, int]] = deque(maxlen=_WINDOW)

@@ -186,7 +186,7 @@ def write_whole(content: Any, path: Path) -> None:  # noqa: ANN401  whatever tor
 
 
 def _no_room(path: Path, needed: int, error: OSError | None) -> str:
-    free = shutil.disk_usage(path.parent).free
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
     kept = f"the earlier {path.name} is whole" if path.exists() else f"there is no {path.name} yet"
     return (
         f"{path} cannot be written ({error}): about {needed:,} bytes are needed, {free:,} are "

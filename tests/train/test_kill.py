@@ -1,0 +1,102 @@
+"""Killed at any moment, also while saving, and continued: the same bits as undisturbed."""
+
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from lapilli.train.log import RunLog
+from lapilli.train.loop import train
+from tests.train.faults import (
+    STEPS,
+    assert_same,
+    kill,
+    new_noisy,
+    noisy_recipe,
+    run_noisy,
+    start,
+    wait_for,
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(new_noisy(), noisy_recipe(), folder)
+    return folder
+
+
+def step_of(folder):
+    path = folder / "state.pt"
+    return torch.load(path, weights_only=True)["step"] if path.exists() else 0
+
+
+def test_killed_while_saving(tmp_path, undisturbed):
+    killed_at = []
+    for _ in range(2):
+        child = start(run_noisy, tmp_path, 0.01, {})
+        begun = step_of(tmp_path)
+        # A later save than the first of this process, caught with its file half written.
+        assert wait_for(lambda begun=begun: len(RunLog(tmp_path).records()) > begun + 3)
+        assert wait_for((tmp_path / "state.part").exists)
+        assert kill(child) == -signal.SIGKILL
+        killed_at.append(step_of(tmp_path))  # whole
+    assert killed_at == sorted(killed_at)
+    assert 0 < killed_at[0] < killed_at[-1] < STEPS
+    train(new_noisy(), noisy_recipe(), tmp_path)
+    assert_same(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_random_moments(tmp_path, undisturbed, workers):
+    chance, kills = random.Random(workers), 0
+    for _ in range(40):
+        child = start(run_noisy, tmp_path, 0.03, {"workers": workers})
+        child.join(chance.uniform(0.1, 0.9))
+        if child.exitcode is not None:
+            break
+        assert kill(child) == -signal.SIGKILL
+        kills += 1
+    child = start(run_noisy, tmp_path, 0.0, {"workers": workers})
+    child.join(120)
+    assert child.exitcode == 0
+    assert kills >= 3
+    assert_same(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_wish_to_stop_is_granted_after_the_step(tmp_path, undisturbed, number, code):
+    rarely = {"save_every": 100, "workers": 1}
+    child = start(run_noisy, tmp_path, 0.05, rarely)
+    assert wait_for(lambda: len(RunLog(tmp_path).records()) > 4)
+    assert not (tmp_path / "state.pt").exists()
+    assert kill(child, number) == code
+    done = step_of(tmp_path)
+    assert 0 < done < STEPS
+    assert RunLog(tmp_path).records()[-1]["step"] == done
+    train(new_noisy(), noisy_recipe(save_every=100), tmp_path)
+    assert_same(tmp_path, undisturbed)
+
+
+def read_for_ever(folder):
+    task = new_noisy()
+
+    def batch(step, micro):
+        (folder / "reading").touch()
+        time.sleep(600)
+
+    task.batch = batch
+    train(task, noisy_recipe(), folder)
+
+
+def test_a_second_signal_does_not_wait(tmp_path):
+    child = start(read_for_ever, tmp_path)
+    assert wait_for((tmp_path / "reading").exists)
+    child.terminate()
+    child.join(0.5)
+    assert child.is_alive()
+    assert kill(child, signal.SIGTERM) == -signal.SIGTERM
+    assert not (tmp_path / "state.pt").exists()
