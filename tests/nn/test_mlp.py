@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lapilli.nn import mlp
 from lapilli.nn.mlp import MLP, GatedMLP
 
 
@@ -19,6 +20,18 @@ def test_gated_mlp_is_its_formula(bias):
     gated = gated / (1 + torch.exp(-gated)) * (x @ up[0].T + up[1])
     torch.testing.assert_close(block(x), gated @ down[0].T + down[1])
     assert len(block.state_dict()) == (6 if bias else 3)
+
+
+def test_pieces_of_a_long_prompt_equal_the_whole(monkeypatch):
+    block = GatedMLP(6, 10, activation="silu", bias=True).double()
+    x = torch.randn(2, 23, 6, dtype=torch.float64)
+    whole = block(x)
+    sizes = []
+    block.gate_proj.register_forward_hook(lambda _, seen, __: sizes.append(seen[0].shape[1]))
+    monkeypatch.setattr(mlp, "PIECE_BYTES", 7 * 10 * 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(block(x), whole)
+    assert sizes == [6, 6, 6, 5]
 
 
 def test_mlp_is_its_formula():

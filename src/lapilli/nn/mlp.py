@@ -1,5 +1,6 @@
 """Feed-forward blocks; knows no model family."""
 
+import torch
 from torch import nn
 
 from lapilli.config.model import Activation
@@ -7,6 +8,10 @@ from lapilli.kernels.fused import silu_mul
 from lapilli.nn.activation import build_activation
 from lapilli.nn.linear import project
 from lapilli.shapes import Float, Tensor
+
+PIECE_BYTES = 16 << 20
+"""Of one intermediate: a longer prompt goes through a block in pieces, so that memory does not grow
+with it. A piece is still hundreds of rows, which is what products are fast with."""
 
 
 class GatedMLP(nn.Module):
@@ -24,10 +29,17 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """The block's update, without the residual."""
+        rows = max(1, PIECE_BYTES // (self.gate_proj.out_features * x.element_size()))
+        pieces = -(-x.shape[-2] // rows) if x.dim() > 1 else 1
+        if pieces == 1 or torch.is_grad_enabled():
+            out: Tensor = self.down_proj(self._gated(x))
+            return out
+        parts = x.chunk(pieces, dim=-2)
+        return torch.cat([self.down_proj(self._gated(part)) for part in parts], dim=-2)
+
+    def _gated(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... inner"]:
         gate, up = project(x, self.gate_proj, self.up_proj)
-        is_silu = isinstance(self.act, nn.SiLU)
-        out: Tensor = self.down_proj(silu_mul(gate, up) if is_silu else self.act(gate) * up)
-        return out
+        return silu_mul(gate, up) if isinstance(self.act, nn.SiLU) else self.act(gate) * up
 
 
 class MLP(nn.Module):

@@ -1,13 +1,15 @@
 """How much memory an engine plans for."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from lapilli.generate.engine import EngineOptions
 from lapilli.generate.engine import memory as planning
-from lapilli.generate.engine.memory import new_pool, total_memory
+from lapilli.generate.engine.memory import give_back, new_pool, total_memory
 from lapilli.lm.decoder import Decoder
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
@@ -76,3 +78,19 @@ def test_a_packed_model_keeps_bfloat16(asked, plain, packed):
 
 def test_this_machine_has_memory():
     assert total_memory(CPU) > 1 << 28
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
+def test_what_a_long_prompt_took_goes_back():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    give_back()
+    before = resident()
+    held = [torch.ones(4096) for _ in range(6000)]  # 16 KiB each: too small for pages of their own
+    kept = held[-1]
+    assert resident() - before > 80 << 20
+    del held
+    give_back()
+    assert resident() - before < 20 << 20
+    assert kept.sum() == 4096

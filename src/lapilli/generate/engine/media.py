@@ -6,6 +6,7 @@ import torch
 
 from lapilli.errors import FusionError
 from lapilli.generate.cache.features import FeatureCache
+from lapilli.generate.engine.memory import give_back
 from lapilli.generate.engine.sequence import Sequence
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.encode import Span
@@ -56,6 +57,7 @@ class MediaReader:
     def _look(self, item: Any, modality: str) -> Float[Tensor, "n D"]:  # noqa: ANN401
         self.looks += 1
         [features] = self._model.modality(modality).embed([item])
+        give_back()
         return features
 
 

@@ -7,12 +7,16 @@ import torch
 
 from lapilli.generate.engine.choosing import Share
 from lapilli.generate.engine.media import lay_over
+from lapilli.generate.engine.memory import give_back
 from lapilli.generate.engine.options import EngineOptions
 from lapilli.generate.engine.static import StaticSteps, static_steps, ways
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.block_store import BlockStore
 from lapilli.nn.paged import PagedBatch, PagedRow
 from lapilli.shapes import Float, Tensor
+
+LONG = 128
+"""New positions of one row after which memory is given back."""
 
 
 class Reader:
@@ -49,7 +53,10 @@ class Reader:
         steps = self._steps
         if steps is None or not steps.takes(shares):
             self.is_steady = True
-            return read(self._model, self._store, shares, unchanged=unchanged)
+            logits = read(self._model, self._store, shares, unchanged=unchanged)
+            if shares[-1].length >= LONG:
+                give_back()
+            return logits
         try:
             logits = steps.read(shares)
         except RuntimeError as error:
