@@ -71,3 +71,20 @@ def test_what_a_recipe_lacks_is_named(
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_plan_costs_nothing_and_says_what_a_run_would(lapilli: Run) -> None:
+    recipe = str(RECIPES / "instruct.toml")
+    done = lapilli("train", recipe, "--plan", "2", "--model.checkpoint", "pebble")
+    assert done.returncode == 0, done.stderr
+    assert "2 x A100-80G, ddp, 1 x 2 rows on each GPU, 10 steps" in done.stdout
+    assert "2 x H100-80G" in done.stdout
+    done = lapilli("train", recipe, "--plan", "3", "--model.checkpoint", "pebble")
+    assert done.returncode == 2
+    assert "run.accumulate is 2, and 3 GPUs share its micro-batches" in done.stderr
+
+
+def test_a_run_needs_a_folder(lapilli: Run) -> None:
+    done = lapilli("train", str(RECIPES / "instruct.toml"))
+    assert done.returncode == 2
+    assert "--out" in done.stderr

@@ -3,15 +3,22 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lapilli.cli import options
 from lapilli.cli.terminal import note, plain_errors
 
+if TYPE_CHECKING:
+    from lapilli.train.recipe import Recipe
+
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file; see recipes/.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder of the run: state, log, model.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run: state, log, model.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option("--plan", min=1, metavar="GPUS", help="Only say what it costs on so many GPUs."),
+]
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """What typer has to be told so that `--section.key value` comes through."""
@@ -20,9 +27,10 @@ SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 def train(
     context: typer.Context,
     recipe_file: RecipeFile,
-    out: Out,
+    out: Out = None,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
+    gpus: Gpus = None,
 ) -> None:
     """Train a model by a recipe; any value of it can be set: --optim.lr 2e-4.
 
@@ -30,23 +38,56 @@ def train(
     Under torchrun all processes train one model. The result lies in OUT/model.
     """
     with plain_errors():
-        from lapilli.train.launch import launch
-        from lapilli.train.parallel import joined, seat_of
         from lapilli.train.recipe_file import load_recipe
 
         recipe = load_recipe(recipe_file, context.args)
-        shows_bar = sys.stderr.isatty() and not quiet
-        with joined(seat_of(os.environ), sharding=recipe.run.sharding, device=device) as team:
-            task = launch(
-                recipe,
-                out,
-                team=team,
-                echo=team.leads and not quiet and not shows_bar,
-                progress=team.leads and shows_bar,
-            )
-        for why in task.skipped[:5]:
-            note(f"skipped: {why}")
-        if task.skipped:
-            note(f"{len(task.skipped)} samples could not be read; others stood in for them")
-        if team.leads and not quiet:
-            note(f"{out / 'model'}")
+        if gpus is not None:
+            _print_plan(recipe, gpus)
+            return
+        if out is None:
+            raise typer.BadParameter("where does the run go?", param_hint="--out")
+        _run(recipe, out, device=device, quiet=quiet)
+
+
+def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
+    from lapilli.train.launch import launch
+    from lapilli.train.parallel import joined, seat_of
+
+    shows_bar = sys.stderr.isatty() and not quiet
+    with joined(seat_of(os.environ), sharding=recipe.run.sharding, device=device) as team:
+        task = launch(
+            recipe,
+            out,
+            team=team,
+            echo=team.leads and not quiet and not shows_bar,
+            progress=team.leads and shows_bar,
+        )
+    for why in task.skipped[:5]:
+        note(f"skipped: {why}")
+    if task.skipped:
+        note(f"{len(task.skipped)} samples could not be read; others stood in for them")
+    if team.leads and not quiet:
+        note(f"{out / 'model'}")
+
+
+def _print_plan(recipe: "Recipe", gpus: int) -> None:
+    """What the run costs on two kinds of GPU."""
+    from dataclasses import replace
+
+    from lapilli.checkpoint.plan import make_plan
+    from lapilli.errors import ConfigError
+    from lapilli.train.data import open_dataset
+    from lapilli.train.plan import A100, H100, MIX_665K, plan
+
+    if recipe.model.checkpoint is None:
+        raise ConfigError("recipe key model.checkpoint is missing: a plan needs its config.json")
+    config = make_plan(recipe.model.checkpoint, fetch=False).config
+    work = replace(MIX_665K, longest=recipe.data.max_length)
+    if recipe.data.sources and all(Path(one.path).is_file() for one in recipe.data.sources):
+        work = replace(work, samples=len(open_dataset(recipe.data.sources)))
+    typer.echo(
+        f"{work.samples:,} samples of {work.positions:.0f} positions ({work.supervised:.0f} "
+        "supervised) are assumed: docs/guide/cluster.md"
+    )
+    for gpu in (A100, H100):
+        typer.echo(f"\n{plan(recipe, config, gpus, gpu=gpu, work=work).table()}", nl=False)
