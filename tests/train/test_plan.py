@@ -254,6 +254,51 @@ def test_the_table_says_everything():
         assert word in table
 
 
+LORA = LoraRecipe(rank=128, alpha=256.0)
+SMALL = {"batch_size": 2, "accumulate": 64}
+GUIDE = [
+    ("LoRA, 1 GPU", {"sharding": "ddp"}, LORA, 1),
+    ("LoRA, 8 GPUs", {"sharding": "ddp"}, LORA, 8),
+    ("LoRA, 64 GPUs (2 rows each)", {"sharding": "ddp", **SMALL}, LORA, 64),
+    ("everything, 8 GPUs, fsdp", {}, None, 8),
+    ("everything, 64 GPUs, fsdp (2 rows each)", SMALL, None, 64),
+]
+
+
+@pytest.mark.parametrize(("name", "run", "lora", "gpus"), GUIDE)
+def test_the_guide_has_these_times(repository, name, run, lora, gpus):
+    guide = (repository / "docs" / "guide" / "cluster.md").read_text("utf-8")
+    recipe = dataclasses.replace(seven_b(**run), lora=lora)
+    times = [plan(recipe, SEVEN_B, gpus, gpu=gpu).hours for gpu in (A100, H100)]
+    row = next(line for line in guide.splitlines() if line.startswith(f"| {name} |"))
+    assert [cell.split()[0] for cell in row.split("|")[2:4]] == [f"{time:.1f}" for time in times]
+
+
+def test_the_guide_has_this_memory(repository):
+    guide = (repository / "docs" / "guide" / "cluster.md").read_text("utf-8")
+    lora = dataclasses.replace(seven_b(), lora=LORA)
+    columns = [
+        plan(lora, SEVEN_B, 1),
+        plan(seven_b(batch_size=1, accumulate=128), SEVEN_B, 1),
+        plan(seven_b(sharding="ddp"), SEVEN_B, 8),
+        plan(seven_b(), SEVEN_B, 8),
+        plan(seven_b(**SMALL), SEVEN_B, 64),
+    ]
+    names = {
+        "weights": "weights",
+        "bfloat16 copies, layers put together": "copies",
+        "gradients": "gradients",
+        "moments": "moments",
+        "activations, recomputed": "activations",
+        "logits": "logits",
+        "**together**": "total",
+    }
+    for line, name in names.items():
+        row = next(text for text in guide.splitlines() if text.startswith(f"| {line} |"))
+        cells = [cell.strip(" *") for cell in row.split("|")[2:-1]]
+        assert cells == [f"{getattr(one.memory, name) / 2**30:.1f}" for one in columns]
+
+
 class OneBatch:
     def __init__(self, recomputes):
         vlm = tiny()
