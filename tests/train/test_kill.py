@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lapilli.train.log import RunLog
-from lapilli.train.loop import train
+from lapilli.train.loop import Loss, TrainingError, train
+from lapilli.train.parallel import join_team
 from tests.train.faults import (
     STEPS,
     assert_same,
@@ -100,3 +101,47 @@ def test_a_second_signal_does_not_wait(tmp_path):
     assert child.is_alive()
     assert kill(child, signal.SIGTERM) == -signal.SIGTERM
     assert not (tmp_path / "state.pt").exists()
+
+
+def run_together(folder, rank, faulty):
+    """One of two processes; the loss of the second is no number in step 4 where `faulty`."""
+    task = new_noisy(0.05)
+    own_loss = task.loss
+
+    def loss(batch):
+        made = own_loss(batch)
+        task.calls = getattr(task, "calls", 0) + 1
+        spoiled = made.total * float("nan") if rank == 1 and task.calls == 5 else made.total
+        return Loss(spoiled, made.parts)
+
+    if faulty:
+        task.loss = loss
+    team = join_team(rank, 2, folder / "meeting")
+    recipe = noisy_recipe(save_every=100, evaluate_every=0, keep_best=False)
+    try:
+        train(task, recipe, folder / str(rank), team=team)
+    except TrainingError as error:
+        (folder / f"told_{rank}").write_text(str(error))
+
+
+@pytest.mark.cluster
+def test_all_processes_stop_when_one_is_asked_to(tmp_path):
+    children = [start(run_together, tmp_path, rank, False) for rank in range(2)]
+    assert wait_for(lambda: len(RunLog(tmp_path / "0").records()) > 3)
+    assert kill(children[1], signal.SIGTERM) == 143
+    children[0].join(60)
+    assert children[0].exitcode == 143
+    assert 3 < step_of(tmp_path / "0") < STEPS
+
+
+@pytest.mark.cluster
+def test_all_processes_stop_at_a_loss_that_one_of_them_has(tmp_path):
+    children = [start(run_together, tmp_path, rank, True) for rank in range(2)]
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
+    told = [(tmp_path / f"told_{rank}").read_text() for rank in range(2)]
+    assert "loss of step 5 is nan, from a batch of another process" in told[0]
+    assert "bad_batch_1.pt" in told[1]
+    (bad,) = torch.load(tmp_path / "1" / "bad_batch_1.pt", weights_only=True)
+    assert (bad["step"], bad["micro"]) == (4, 1)

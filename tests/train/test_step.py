@@ -183,3 +183,20 @@ def test_each_checkpoint_is_told(tmp_path, regression):
     told = []
     train(regression, new_recipe(save_every=5), tmp_path, on_save=told.append)
     assert told == [5, 10, 12]
+
+
+def test_a_checkpoint_is_told_with_the_averages_in_the_model(tmp_path, regression):
+    recipe, seen = new_recipe(steps=6), {}
+    first = regression.model[0].weight
+
+    def look(step):
+        kept = torch.load(tmp_path / "state.pt", weights_only=True)
+        assert kept["step"] == step
+        seen[step] = (first.detach().clone(), kept)
+
+    averaged = replace(recipe, optim=replace(recipe.optim, ema=0.5))
+    train(regression, averaged, tmp_path, on_save=look)
+    assert sorted(seen) == [3, 6]
+    for weight, kept in seen.values():
+        assert torch.equal(weight, kept["average"]["0.weight"])
+        assert not torch.equal(weight, kept["model"]["0.weight"])

@@ -14,6 +14,7 @@ same weights. What is written last is the state: whatever a kill interrupts is d
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -62,7 +63,8 @@ def train(
         team: this process among all.
         echo: log lines on stderr.
         progress: a progress bar on stderr.
-        on_save: called in every process after each checkpoint, with the number of steps done.
+        on_save: called in every process after each checkpoint, with the number of steps done; the
+            model has its averages then, where the run keeps them.
 
     Raises:
         TrainingError: the loss or the gradient is not finite (the batch is kept in
@@ -204,4 +206,6 @@ class _Run:
         self.journal.sync()
         save_state(self.state, self.folder, self.team)
         if self.on_save is not None:
-            self.on_save(self.state.step)
+            average = self.state.average
+            with nullcontext() if average is None else average.in_place():
+                self.on_save(self.state.step)
