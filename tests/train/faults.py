@@ -68,7 +68,8 @@ def run_noisy(folder, pause, settings):
 def start(target, *arguments):
     """A process of its own, which has not computed anything before."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.train.faults"])
+    # An optimizer imports torch._dynamo at its first step: a second that every process would pay.
+    context.set_forkserver_preload(["torch._dynamo", "tests.train.faults"])
     process = context.Process(target=target, args=arguments)
     process.start()
     return process
