@@ -16,7 +16,10 @@ import time
 import traceback
 from pathlib import Path
 
+import matplotlib.pyplot  # noqa: F401  what every process would import for itself otherwise
+import numpy.random  # noqa: F401
 import torch
+import torch._dynamo
 from PIL import Image
 
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span

@@ -72,7 +72,7 @@ def joined(
     *,
     sharding: Sharding = "ddp",
     device: str = "auto",
-    timeout_s: float = 600.0,
+    timeout_s: float = 1800.0,
     beat_s: float = BEAT_S,
 ) -> Iterator[Team]:
     """The team, while the block runs.
@@ -81,8 +81,9 @@ def joined(
         seat: None, or of one process: nobody is met, and there is no network.
         sharding: what the processes share: "ddp" nothing, "fsdp" weights and moments.
         device: "cpu", "cuda", or "auto": a GPU where there is one.
-        timeout_s: how long an operation waits for the others. A process that was killed is
-            noticed at once, a machine that was switched off after this time.
+        timeout_s: how long an operation waits for the others: longer than the lead writes a
+            whole model. A process that was killed is noticed at once, a machine that was switched
+            off after this time.
         beat_s: seconds between two signs of life.
 
     Raises:
