@@ -15,8 +15,10 @@ from lapilli.compat.training_arguments import TrainingArguments
 from lapilli.compat.training_model import build_model as start_of_original
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.geometry import ImageSize
+from lapilli.lora import adapter_tensors
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span
+from lapilli.quant import QuantConfig
 from lapilli.train.build import Joint, build_llava
 from lapilli.train.recipe import (
     DataRecipe,
@@ -208,7 +210,8 @@ def test_lora_leaves_an_adapter_and_its_projector(llava, parts, tmp_path):
     }
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 6, 0.1)
-    assert config["target_modules"] != []
+    layers = ["q", "k", "v", "o", "gate", "up", "down"]
+    assert config["target_modules"] == sorted(f"{name}_proj" for name in layers)
     # The original's loader, by its own names.
     _, model, _, _ = load_pretrained_model(str(out), base, "llava-lora", device="cpu")
     same(logits_of(model.inner.float()), logits, atol=2e-2)  # it rounds to float16
@@ -229,6 +232,24 @@ def test_a_frozen_projector_of_another_run_is_not_lost(llava, tmp_path):
     loaded.model.modalities["image"].projector.requires_grad_(False)
     save_results(tmp_path / "out", loaded.model, Results.of(loaded, recipe))
     same(logits_of(load(tmp_path / "out").model), logits_of(loaded.model))
+
+
+def test_a_base_in_four_bits_is_not_written(llava, tmp_path):
+    packed = QuantConfig(bits=4, group_size=32)
+    recipe = recipe_of(llava, lora=replace(LORA, base="int4"))
+    loaded = load(llava, merge_lora=False, quantization=packed)
+    choose_trainable(loaded.model, recipe)
+    out = tmp_path / "out"
+    save_results(out, loaded.model, Results.of(loaded, recipe))
+    assert "model.safetensors" not in names_in(out)
+    again = load(out, merge_lora=False)
+    ours, theirs = adapter_tensors(loaded.model), adapter_tensors(again.model)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(
+        f"{n}_proj" for n in ["q", "k", "v", "o", "gate", "up", "down"]
+    )
 
 
 def test_lora_merged(llava, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lapilli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WRAPPER
 from lapilli.checkpoint.keymaps import ORIGINAL, ORIGINAL_MPT, KeyMap
-from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR
+from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TEXT
 from lapilli.checkpoint.plan import NON_LORA_FILES
 from lapilli.checkpoint.save import copy_tokenizer, named_tower, renamed, write_extra
 from lapilli.checkpoint.save_files import (
@@ -175,17 +175,16 @@ def _module(path: str, keymap: KeyMap) -> str:
 
 
 def _targets(model: VisionLanguageModel, keymap: KeyMap) -> list[str]:
-    """Last names of the modules where these mean all of them, else the full names."""
+    """Last names of the modules where these mean all of them, else the full names.
+
+    In the original's layout names mean modules of the language model: the tower is not there yet
+    when its programs lay an adapter.
+    """
     adapted = [path for path, _ in adapters(model)]
     ends = {path.rpartition(".")[2] for path in adapted}
-    meant = {
-        name.removesuffix(".weight")
-        for name, parameter in model.named_parameters()
-        if parameter.dim() > 1
-        and ".lora_" not in name
-        and name.endswith(".weight")
-        and name.removesuffix(".weight").rpartition(".")[2] in ends
-    }
+    meant = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in ends}
+    if keymap is not HF_MODULES:
+        meant = {path for path in meant if path.startswith(TEXT)}
     if meant == set(adapted):
         return sorted(ends)
     return [_module(path, keymap) for path in adapted]
