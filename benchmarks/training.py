@@ -67,7 +67,7 @@ def lapilli_step(path: Path, precision: str) -> Callable[[TrainingBatch], float]
     from lapilli.train.optim import build_optimizer
     from lapilli.train.parallel import ALONE
     from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe, Recipe, RunRecipe
-    from lapilli.train.stages import choose_trainable, lighten
+    from lapilli.train.stages import choose_trainable
     from lapilli.train.start import load_start
     from lapilli.train.step import Moment, take_step
 
@@ -80,7 +80,6 @@ def lapilli_step(path: Path, precision: str) -> Callable[[TrainingBatch], float]
     )
     loaded = load_start(recipe)
     choose_trainable(loaded.model, recipe)
-    lighten(loaded.model, recipe)
 
     class Task:
         model = TrainedModel(loaded.model).train()

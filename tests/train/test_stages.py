@@ -1,15 +1,30 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from lapilli.config.model import DecoderConfig
+from lapilli.config.model import (
+    DecoderConfig,
+    ImageConfig,
+    PixelConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
 from lapilli.errors import ConfigError
+from lapilli.geometry import ImageSize
 from lapilli.lm.decoder import Decoder
+from lapilli.lora.inject import adapters
+from lapilli.modality.image.image import ImageModality
+from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.encode import EncodedPrompt, Span
+from lapilli.quant.nf4 import Nf4Linear
 from lapilli.train.attention import PlainAttention, plain_attention
 from lapilli.train.batch import collate
 from lapilli.train.data.rows import Row
-from lapilli.train.stages import FeatureReader, freeze
+from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe, Recipe, RunRecipe
+from lapilli.train.stages import FeatureReader, choose_trainable, freeze, set_up_layers
 
 CONFIG = DecoderConfig(
     vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2,
@@ -95,3 +110,117 @@ def test_plain_attention_stands_in_only_without_a_mask():
         masked = torch.ones(2, 2, 4, 4, dtype=torch.bool)
         x = torch.randn(2, 2, 4, 8)
         nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=masked)
+
+
+def recipe_of(stage="instruct", *, lora=None, tune_tower=False, **run):
+    return Recipe(
+        stage=stage,
+        optim=OptimRecipe(lr=1e-3),
+        run=RunRecipe(batch_size=1, **run),
+        model=ModelRecipe(tune_tower=tune_tower),
+        lora=lora,
+    )
+
+
+def parts(names):
+    """language_model, projector, vision_tower, image_newline: whatever the names lie in."""
+    known = ("lora_", "vision_tower", "projector", "image_newline", "language_model")
+    return {next(part for part in known if part in name) for name in names}
+
+
+@pytest.fixture
+def whole():
+    """A tiny LLaVA of tiles, with a learned row end."""
+    torch.manual_seed(0)
+    vision = VisionConfig(
+        family="clip", hidden_size=16, intermediate_size=32, num_layers=4, num_heads=2,
+        image_size=28, patch_size=14, feature_layer=-2, norm_eps=1e-5, activation="quick_gelu",
+    )  # fmt: skip
+    image = ImageConfig(
+        pixels=PixelConfig(crop_size=ImageSize(28, 28), shortest_edge=28),
+        aspect="anyres", merge="spatial_unpad", pinpoints=(ImageSize(28, 56),),
+    )  # fmt: skip
+    projector = ProjectorConfig(kind="mlp", depth=2, vision_size=16, hidden_size=16)
+    seen = ImageModality(image, vision, projector, has_newline=True)
+    return VisionLanguageModel(Decoder(CONFIG), {"image": seen})
+
+
+LORA = LoraRecipe(rank=2, alpha=4.0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (recipe_of("align"), {"projector", "image_newline"}),
+        (recipe_of(), {"projector", "image_newline", "language_model"}),
+        (recipe_of(lora=LORA), {"projector", "image_newline", "lora_"}),
+        (
+            recipe_of(tune_tower=True),
+            {"projector", "image_newline", "language_model", "vision_tower"},
+        ),
+    ],
+)
+def test_a_recipe_chooses_what_learns(whole, recipe, expected):
+    names = choose_trainable(whole, recipe)
+    assert parts(names) == expected
+    assert set(names) == {n for n, p in whole.named_parameters() if p.requires_grad}
+
+
+def test_layers_of_the_tower_that_nothing_reads_rest(whole):
+    names = choose_trainable(whole, recipe_of(tune_tower=True))
+    assert any("encoder.layers.2." in name for name in names)
+    assert not any("encoder.layers.3." in name or "post_layernorm" in name for name in names)
+
+
+def test_adapters_sit_on_all_linear_layers_but_the_head(whole):
+    choose_trainable(whole, recipe_of(lora=LORA))
+    paths = {path for path, _ in adapters(whole)}
+    kinds = {path.rsplit(".", 1)[1] for path in paths}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(paths) == 7 * CONFIG.num_layers
+
+
+def test_an_adapter_learns_in_float32_beside_narrow_weights(whole):
+    whole.bfloat16()
+    choose_trainable(whole, recipe_of(lora=LORA))
+    dtypes = {p.dtype for n, p in whole.named_parameters() if "lora_" in n}
+    assert dtypes == {torch.float32}
+
+
+def test_a_packed_base_is_frozen_and_smaller(whole):
+    choose_trainable(whole, recipe_of(lora=LoraRecipe(rank=2, base="nf4")))
+    layers = dict(adapters(whole))
+    assert len(layers) == 7 * CONFIG.num_layers
+    assert all(isinstance(layer.base, Nf4Linear) for layer in layers.values())
+    assert isinstance(whole.language_model.lm_head, nn.Linear)
+
+
+def test_an_adapter_goes_on_over_floats_alone(whole):
+    choose_trainable(whole, recipe_of(lora=LORA))
+    before = [id(layer) for _, layer in adapters(whole)]
+    choose_trainable(whole, recipe_of(lora=LORA))
+    assert [id(layer) for _, layer in adapters(whole)] == before
+    with pytest.raises(ConfigError, match=r"lora\.base is 'nf4' and the model has an adapter"):
+        choose_trainable(whole, recipe_of(lora=LoraRecipe(base="nf4")))
+
+
+def test_stages_of_parts_are_refused(whole):
+    with pytest.raises(ConfigError, match="stage 'tower' makes the parts of a model"):
+        choose_trainable(whole, recipe_of("tower"))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_layers_recompute_as_the_run_says(whole, wanted):
+    set_up_layers(whole, recipe_of(gradient_checkpointing=wanted).run)
+    tower = whole.modality("image").vision_tower
+    assert whole.language_model.gradient_checkpointing is tower.gradient_checkpointing is wanted
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_loss_and_gradients():
+    """In a process of its own: the checks of annotations cannot be compiled."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.compiled"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -147,12 +147,13 @@ def fill(
     check_finite: bool = True,
     progress: Progress | None = None,
     packing: Packing | None = None,
+    wide: tuple[str, ...] = (),
 ) -> None:
     """Assign every tensor to its parameter, in the target dtype and on the target device.
 
     A tensor that has the dtype already stays a view of its file; others are converted one at a
     time. Vocabulary tables get the number of rows that the model has. What `packing` takes is
-    rounded as it is read and not kept otherwise.
+    rounded as it is read and not kept otherwise. What begins with one of `wide` is float32.
 
     Raises:
         ShapeMismatchError: a tensor has another shape than the configuration says.
@@ -165,11 +166,19 @@ def fill(
         sources = matching.sources[name]
         tensors = []
         read_as = dtype if packing is None else packing.dtype_of(name, dtype)
+        if name.startswith(wide):
+            read_as = torch.float32
         kept = packing is None or not packing.takes(name)
         for part, foreign in sources:
             tensor = part.store.tensor(foreign, read_as, mapped=kept)
             if check_finite:
-                refuse_not_finite(f"{foreign} ({part.label})", tensor)
+                # Of a table few rows are used: it is looked at in a copy, so that the other pages
+                # of its file stay out of memory.
+                is_view = kept and read_as in (None, part.store.infos[foreign].dtype)
+                in_copy = is_view and name in EMBEDDINGS
+                seen = part.store.tensor(foreign, mapped=False) if in_copy else tensor
+                refuse_not_finite(f"{foreign} ({part.label})", seen)
+                del seen
             tensors.append(tensor)
             done += part.store.infos[foreign].num_bytes
         tensor = vocabulary.fit(name, tensors) if name in VOCABULARY else tensors[-1]

@@ -75,6 +75,7 @@ def load_checkpoint(
     progress: Progress | None = None,
     quantization: str | QuantConfig | None = None,
     quantize_tower: bool = False,
+    wide: tuple[str, ...] = (),
 ) -> Loaded:
     """A model, its tokenizer and a report, from any LLaVA checkpoint as it was published.
 
@@ -96,6 +97,8 @@ def load_checkpoint(
             read, so that memory holds the packed model and one layer more; None: as the files are.
             What AWQ and GPTQ files hold packed stays as it is; "int4" packs the rest.
         quantize_tower: pack the vision tower and the projector too, in 8 bits.
+        wide: beginnings of names of parameters that are float32 whatever `dtype` says: what will
+            be trained. An adapter that is kept beside the weights is float32 too.
 
     Raises:
         CheckpointError: files are missing, damaged, unsafe, or do not belong together.
@@ -142,6 +145,7 @@ def load_checkpoint(
         check_finite=check_finite,
         progress=progress,
         packing=packing,
+        wide=wide,
     )
     lay_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
     if asked is not None and packing is None:  # an adapter had to be folded in first
@@ -271,6 +275,6 @@ def lay_adapter(
     tensors: Mapping[str, torch.Tensor] = plan.adapter.tensors(
         plan.keymap, check_finite=check_finite
     )
-    inject(model, plan.adapter.config, tensors)
+    inject(model, plan.adapter.config, tensors, dtype=None if merged else torch.float32)
     if merged:
         merge(model)

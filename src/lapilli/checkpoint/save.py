@@ -209,7 +209,7 @@ def merged_state(
         down, up = (merged.pop(f"{path}.{half}.weight") for half in ("lora_A", "lora_B"))
         weight = whole[f"{path}.weight"]
         make = partial(_folded, weight, down, up, layer.scaling)
-        merged[f"{path}.weight"] = Deferred(layer.weight.shape, weight.dtype, make)
+        merged[f"{path}.weight"] = Deferred(weight.shape, weight.dtype, make)
     return merged
 
 

@@ -58,7 +58,11 @@ def report(model: nn.Module) -> LoraReport:
 
 
 def inject(
-    model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    config: LoraConfig,
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> LoraReport:
     """Adapters beside linear layers of `model`, which is changed in place.
 
@@ -68,6 +72,7 @@ def inject(
         model: any module without adapters.
         config: rank, scale, dropout; the targets count for a fresh adapter only.
         tensors: `PATH.lora_A.weight` and `PATH.lora_B.weight` by full path in `model`.
+        dtype: of the adapters; None: of the weights beside them.
 
     Raises:
         ConfigError: the model has adapters already, or nothing in it is a target.
@@ -86,7 +91,7 @@ def inject(
         for path in paths:
             _check_shapes(path, linears[path], config.rank_of(path), tensors)
     for path in paths:
-        layer = _beside(linears[path], config, path)
+        layer = _beside(linears[path], config, path).to_dtype(dtype)
         if tensors is not None:
             _fill(layer, path, tensors)
         model.set_submodule(path, layer)

@@ -39,6 +39,13 @@ class LoraLayer(nn.Module, ABC):
         self.dropout = nn.Dropout(dropout)
         self.scaling = scaling
 
+    def to_dtype(self, dtype: torch.dtype | None) -> "LoraLayer":
+        """The same layer, its adapter alone in this dtype where one is given."""
+        if dtype is not None:
+            self.lora_A.to(dtype)
+            self.lora_B.to(dtype)
+        return self
+
     @abstractmethod
     def merged(self) -> nn.Linear:
         """A plain linear layer with the update in its weight, summed in float32."""

@@ -145,18 +145,13 @@ def _of_language_model(model: VisionLanguageModel, lora: LoraRecipe | None) -> l
         if lora.base == "nf4":
             store_nf4(model, default_targets(model))
         targets = lora.targets or default_targets(model)
-        inject(
-            model,
-            LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=targets, dropout=lora.dropout),
-        )
+        config = LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=targets, dropout=lora.dropout)
+        inject(model, config, dtype=torch.float32)
     elif lora.base != "float":
         raise ConfigError(
             f"lora.base is {lora.base!r} and the model has an adapter already: go on with an "
             'adapter over floats (lora.base = "float"), or merge it first'
         )
-    for _, layer in adapters(model):
-        layer.lora_A.float()
-        layer.lora_B.float()
     return [cast(nn.Parameter, tensor) for tensor in adapter_tensors(model).values()]
 
 
@@ -172,20 +167,6 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
         and path.startswith("language_model.")
         and not path.endswith(".lm_head")
     )
-
-
-def lighten(model: nn.Module, recipe: Recipe) -> None:
-    """Frozen weights in the precision of the run, where none of them will be saved.
-
-    Weights that learn stay in float32. Cast once, frozen ones need not be cast in every pass, and
-    what is kept for the backward pass is the weight itself.
-    """
-    is_saved = recipe.stage == "instruct" and (recipe.lora is None or recipe.save.merge)
-    if recipe.run.precision != "bfloat16" or is_saved:
-        return
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.dtype == torch.float32:
-            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def set_up_layers(model: VisionLanguageModel, run: RunRecipe) -> None:

@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 
+from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.plan import PROJECTOR_FILES
 from lapilli.checkpoint.weights import WeightStore
@@ -34,7 +35,9 @@ _MARK: Final = re.compile(r"</?s>|<\|[^|<>\s]+\|>")
 def load_start(recipe: Recipe) -> Loaded:
     """The checkpoint with its adapter beside its layers, and the recipe's projector over its own.
 
-    Weights are float32 but for those that `lora.base` packs, which is done while they are read.
+    What will be trained is float32, and so is everything where frozen weights will be saved with
+    it. Else frozen weights are in the precision of the run: so they need not be cast in every pass,
+    and what is kept for the backward pass is the weight itself. `lora.base` packs while reading.
 
     Raises:
         ConfigError: the recipe names no checkpoint, or one that reads text only.
@@ -49,7 +52,8 @@ def load_start(recipe: Recipe) -> Loaded:
         adapter=recipe.model.adapter,
         merge_lora=False,
         device="cpu",
-        dtype="float32",
+        dtype="float32" if _saves_all(recipe) else recipe.run.precision,
+        wide=(PROJECTOR, NEWLINE, *([TOWER] if recipe.model.tune_tower else [])),
         quantization=_INT4 if recipe.lora is not None and recipe.lora.base == "int4" else None,
     )
     if not loaded.model.modalities:
@@ -59,6 +63,13 @@ def load_start(recipe: Recipe) -> Loaded:
     if recipe.model.projector is not None:
         lay_projector(loaded.model, Path(recipe.model.projector).expanduser())
     return loaded
+
+
+def _saves_all(recipe: Recipe) -> bool:
+    """Whether weights that the recipe does not train are part of its result."""
+    if recipe.lora is not None:
+        return recipe.save.merge
+    return recipe.stage == "instruct" or recipe.save.layout == "huggingface"
 
 
 def lay_projector(model: VisionLanguageModel, folder: Path) -> None:

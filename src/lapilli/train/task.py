@@ -27,7 +27,7 @@ from lapilli.train.order import Order
 from lapilli.train.pack import pack
 from lapilli.train.parallel import Team
 from lapilli.train.recipe import Recipe
-from lapilli.train.stages import choose_trainable, lighten, set_up_layers
+from lapilli.train.stages import choose_trainable, set_up_layers
 from lapilli.train.start import choose_template, load_start
 
 
@@ -120,7 +120,6 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
     kept, held = _datasets(recipe)
     order = order_of(kept, recipe.data, recipe.run)
     choose_trainable(loaded.model, recipe)
-    lighten(loaded.model, recipe)
     set_up_layers(loaded.model, recipe.run)
     model = _learner(recipe, loaded, teacher)
     team.wrap(model, precision=recipe.run.precision)

@@ -1,0 +1,42 @@
+"""Compiled layers with adapters beside plain ones; ends with an error where they differ."""
+
+import torch
+
+from lapilli.config.model import DecoderConfig
+from lapilli.lm.decoder import Decoder
+from lapilli.lora import LoraConfig, inject
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.encode import EncodedPrompt
+from lapilli.train.batch import collate
+from lapilli.train.data.rows import Row
+from lapilli.train.model import TrainedModel
+from lapilli.train.recipe import RunRecipe
+from lapilli.train.stages import set_up_layers
+
+CONFIG = DecoderConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2,
+    num_kv_heads=1, head_dim=8, norm_eps=1e-5, rope_theta=1e4, max_positions=64,
+)  # fmt: skip
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    vlm = VisionLanguageModel(Decoder(CONFIG))
+    inject(vlm, LoraConfig(rank=2, alpha=4, targets=("language_model.model.*_proj",)))
+    model = TrainedModel(vlm).train()
+    results = []
+    for compiles in (False, True):
+        set_up_layers(vlm, RunRecipe(batch_size=1, compile=compiles))
+        for length in (19, 25):
+            row = Row(EncodedPrompt(list(range(1, length)), [True] * (length - 1)), (), "0")
+            model.zero_grad()
+            loss = model(collate([row])).total
+            loss.backward()
+            found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            results.append((loss.detach(), found))
+    for plain, compiled in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-4)
+
+
+if __name__ == "__main__":
+    main()

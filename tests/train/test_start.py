@@ -1,0 +1,128 @@
+"""What a run starts from: dtypes, an earlier projector, and templates that do not fit."""
+
+import pytest
+import torch
+
+from lapilli.checkpoint.load import load_checkpoint
+from lapilli.errors import (
+    ConfigError,
+    MissingFileError,
+    MissingWeightsError,
+    PromptError,
+    ShapeMismatchError,
+)
+from lapilli.lora.inject import adapters
+from lapilli.quant.linear import QuantLinear
+from lapilli.train.recipe import (
+    DataRecipe,
+    LoraRecipe,
+    ModelRecipe,
+    OptimRecipe,
+    Recipe,
+    RunRecipe,
+    SaveRecipe,
+)
+from lapilli.train.stages import choose_trainable
+from lapilli.train.start import RESULTS, choose_template, lay_projector, load_start
+from tests.checkpoint.conftest import golden, llava, maker  # noqa: F401  fixtures
+
+
+@pytest.fixture(scope="module")
+def checkpoint(golden):  # noqa: F811
+    return str(golden("llava-v1.5-tiny-pad")[1]["model_path"])
+
+
+def recipe_of(checkpoint, stage="instruct", **given):
+    sections = {"model": ModelRecipe(checkpoint=checkpoint), **given}
+    run = RunRecipe(batch_size=1, precision=sections.pop("precision", "bfloat16"))
+    return Recipe(stage=stage, optim=OptimRecipe(lr=1e-3), run=run, **sections)
+
+
+LORA = LoraRecipe(rank=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "frozen"),
+    [
+        ({"lora": LORA}, torch.bfloat16),
+        ({"stage": "align"}, torch.bfloat16),
+        ({"lora": LORA, "precision": "float32"}, torch.float32),
+        ({"lora": LORA, "save": SaveRecipe(merge=True)}, torch.float32),
+        ({"stage": "align", "save": SaveRecipe(layout="huggingface")}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_frozen_weights_are_as_narrow_as_the_run_unless_they_are_saved(checkpoint, given, frozen):
+    recipe = recipe_of(checkpoint, **given)
+    model = load_start(recipe).model
+    choose_trainable(model, recipe)
+    learned = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert learned == {torch.float32}
+    assert model.modality("image").vision_tower.vision_model.pre_layrnorm.weight.dtype == frozen
+
+
+def test_a_tower_that_learns_is_read_in_float32(checkpoint):
+    model = ModelRecipe(checkpoint=checkpoint, tune_tower=True)
+    loaded = load_start(recipe_of(checkpoint, lora=LORA, model=model))
+    dtypes = {n.startswith("language"): p.dtype for n, p in loaded.model.named_parameters()}
+    assert dtypes == {True: torch.bfloat16, False: torch.float32}
+
+
+def test_int4_packs_the_layers_under_the_adapter(llava):  # noqa: F811
+    recipe = recipe_of(str(llava), lora=LoraRecipe(rank=2, base="int4"))
+    model = load_start(recipe).model
+    choose_trainable(model, recipe)
+    found = [layer.base for _, layer in adapters(model)]
+    assert len(found) == 14
+    assert all(isinstance(base, QuantLinear) and base.bits == 4 for base in found)
+
+
+def test_a_projector_is_found_in_the_folder_of_its_run(checkpoint, tmp_path):
+    model = load_checkpoint(checkpoint, dtype="float32").model
+    own = model.modality("image").projector
+    drawn = {f"model.mm_projector.{n}": torch.randn_like(p) for n, p in own.named_parameters()}
+    (tmp_path / RESULTS).mkdir()
+    torch.save(drawn, tmp_path / RESULTS / "mm_projector.bin")
+    lay_projector(model, tmp_path)
+    for name, parameter in own.named_parameters():
+        assert torch.equal(parameter, drawn[f"model.mm_projector.{name}"])
+
+
+def test_a_projector_that_does_not_fit_is_refused(checkpoint, tmp_path):
+    model = load_checkpoint(checkpoint, dtype="float32").model
+    with pytest.raises(MissingFileError, match=r"no mm_projector\.safetensors or"):
+        lay_projector(model, tmp_path)
+    own = dict(model.modality("image").projector.named_parameters())
+    torch.save({"model.mm_projector.weight": torch.ones(2, 2)}, tmp_path / "mm_projector.bin")
+    with pytest.raises(MissingWeightsError, match="another projector type"):
+        lay_projector(model, tmp_path)
+    wrong = {f"mm_projector.{name}": torch.ones(3) for name in own}
+    torch.save(wrong, tmp_path / "mm_projector.bin")
+    with pytest.raises(ShapeMismatchError, match="another tower or language model"):
+        lay_projector(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "asked", "name"),
+    [("align", "", "plain"), ("instruct", "", "llava_v1"), ("instruct", "llava_v0", "llava_v0")],
+)
+def test_the_template_is_that_of_the_stage_or_the_recipe(checkpoint, stage, asked, name):
+    recipe = recipe_of(checkpoint, stage, data=DataRecipe(template=asked))
+    assert choose_template(recipe, load_start(recipe)).name == name
+
+
+def test_a_template_of_another_base_is_refused(checkpoint):
+    recipe = recipe_of(checkpoint, data=DataRecipe(template="chatml_direct"))
+    with pytest.raises(ConfigError, match=r"ends turns with '<\|im_end\|>', which is no token"):
+        choose_template(recipe, load_start(recipe))
+    recipe = recipe_of(checkpoint, data=DataRecipe(template="nothing"))
+    with pytest.raises(PromptError, match="no template is called 'nothing'"):
+        choose_template(recipe, load_start(recipe))
+
+
+def test_no_checkpoint_and_no_pictures_are_refused(golden):  # noqa: F811
+    with pytest.raises(ConfigError, match=r"model\.checkpoint is missing"):
+        load_start(recipe_of(None))
+    base = str(golden("llava-v1.5-tiny-projector")[1]["model_base"])
+    with pytest.raises(ConfigError, match="reads text only"):
+        load_start(recipe_of(base))
