@@ -1,0 +1,138 @@
+"""A recipe's model and data as a task: what its batches hold, and what evaluation says."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from lapilli.errors import ConfigError
+from lapilli.train.contract import CountedTask, NamedBatch, Task
+from lapilli.train.parallel import ALONE
+from lapilli.train.recipe import (
+    DataRecipe,
+    LoraRecipe,
+    ModelRecipe,
+    OptimRecipe,
+    Recipe,
+    RunRecipe,
+    SourceRecipe,
+)
+from lapilli.train.task import build_task
+from tests.checkpoint.conftest import golden, maker  # noqa: F401  fixtures
+
+
+@pytest.fixture(scope="module")
+def checkpoint(golden):  # noqa: F811
+    return str(golden("llava-v1.5-tiny-pad")[1]["model_path"])
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Samples with no, one and two pictures, over several turns."""
+    folder = tmp_path_factory.mktemp("data")
+    records = []
+    for i in range(8):
+        names = [f"{i}_{n}.png" for n in range(i % 3)]
+        for name in names:
+            Image.new("RGB", (30 + i, 40), (20 * i, 90, 200)).save(folder / name)
+        turns = []
+        for n in range(2):
+            shown = "<image>\n" * (len(names) if n == i % 2 else 0)
+            turns.append({"from": "human", "value": f"{shown}What about {i}?"})
+            turns.append({"from": "gpt", "value": f"It is {i} of {n}."})
+        records.append({"id": f"s{i}", "image": names, "conversations": turns})
+    (folder / "train.json").write_text(json.dumps(records))
+    return folder / "train.json"
+
+
+def build(checkpoint, file, *, run=None, lora=None, **data):
+    return build_task(
+        Recipe(
+            stage="instruct",
+            optim=OptimRecipe(lr=1e-3),
+            run=RunRecipe(**{"batch_size": 4, **(run or {})}),
+            model=ModelRecipe(checkpoint=checkpoint),
+            data=DataRecipe(sources=(SourceRecipe(path=str(file)),) if file else (), **data),
+            lora=lora,
+        ),
+        ALONE,
+    )
+
+
+def test_it_is_what_the_loop_asks_for(checkpoint, file):
+    task = build(checkpoint, file)
+    batch, count = task.batch(0, 0)
+    assert isinstance(task, Task)
+    assert isinstance(task, CountedTask)
+    assert isinstance(batch, NamedBatch)
+    assert task.num_samples == 8
+    assert count == batch.num_valid > 0
+    assert task.evaluate() == {}
+    again, _ = task.batch(0, 0)
+    assert again.ids == batch.ids
+    assert torch.equal(again.input_ids, batch.input_ids)
+    other, _ = task.batch(1, 0)
+    assert sorted(batch.ids + other.ids) == [f"s{i}" for i in range(8)]
+
+
+def test_packed_batches_have_the_loss_of_padded_ones(checkpoint, file):
+    losses = []
+    for packed in (False, True):
+        task = build(checkpoint, file, pack=packed, max_length=512)
+        batch, count = task.batch(0, 0)
+        assert batch.is_packed is packed
+        losses.append(task.loss(batch).total.detach() / count)
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+
+
+def test_held_out_samples_are_evaluated_and_not_learned_from(checkpoint, file):
+    task = build(checkpoint, file, held_out=0.25)
+    assert task.num_samples == 6
+    assert len(task.held_out) == 2
+    learned = {name for step in range(3) for name in task.batch(step, 0)[0].ids}
+    kept = {task.held_out.row(i).id for i in range(2)}
+    assert not learned & kept
+    task.model.eval()
+    with torch.no_grad():
+        found = task.evaluate()["eval_loss"]
+        rows = [task.held_out.row(i) for i in range(2)]
+        batch = task._collate(rows)
+        expected = task.loss(batch).total / batch.num_valid
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_file_of_its_own_may_be_evaluated(checkpoint, file):
+    task = build(checkpoint, file, evaluation=(SourceRecipe(path=str(file)),))
+    assert task.num_samples == len(task.held_out) == 8
+
+
+def test_what_cannot_be_read_is_counted_where_it_is_learned_from(checkpoint, file, tmp_path):
+    records = json.loads(file.read_text())
+    records[1]["image"] = ["missing.png"]
+    (tmp_path / "bad.json").write_text(json.dumps(records))
+    for name in file.parent.glob("*.png"):
+        (tmp_path / name.name).write_bytes(name.read_bytes())
+    task = build(checkpoint, tmp_path / "bad.json", on_bad_sample="skip", run={"batch_size": 8})
+    batch, _ = task.batch(0, 0)
+    assert task.skipped == []
+    with torch.no_grad():
+        task.loss(batch)
+    assert len(task.skipped) == 1
+    assert "missing.png" in task.skipped[0]
+
+
+def test_an_adapter_learns_beside_a_packed_base(checkpoint, file):
+    task = build(checkpoint, file, lora=LoraRecipe(rank=2, dropout=0.1, base="nf4"))
+    task.model.train()
+    batch, _ = task.batch(0, 0)
+    task.loss(batch).total.backward()
+    learned = {n: p.grad for n, p in task.model.named_parameters() if p.requires_grad}
+    assert any("lora_B" in name for name in learned)
+    assert all(gradient is not None for gradient in learned.values())
+    assert all(g.abs().sum() > 0 for n, g in learned.items() if "lora_B" in n or "projector" in n)
+
+
+def test_no_data_is_refused(checkpoint):
+    with pytest.raises(ConfigError, match=r"data\.sources is empty: name a file"):
+        build(checkpoint, None)
