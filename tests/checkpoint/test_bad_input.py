@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lapilli.checkpoint import assemble
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.errors import (
     CheckpointError,
@@ -245,6 +246,24 @@ def test_values_that_are_not_finite(copy, value):
     ):
         load(path)
     assert load(path, check_finite=False).report.missing == ()
+
+
+def test_a_table_is_looked_at_in_a_copy(copy, monkeypatch):
+    """Rows that nobody uses stay out of memory: the model's table is not what is summed."""
+    path, _ = copy(SAFE)
+    change_weights(
+        path / "model.safetensors",
+        lambda tensors: tensors.update({name: x.float() for name, x in tensors.items()}),
+    )
+    summed = {}
+    monkeypatch.setattr(
+        assemble,
+        "refuse_not_finite",
+        lambda name, tensor: summed.update({name.split()[0]: tensor.data_ptr()}),
+    )
+    model = load_checkpoint(path, device="cpu", dtype="float32").model.language_model
+    assert summed["model.norm.weight"] == model.model.norm.weight.data_ptr()
+    assert summed["model.embed_tokens.weight"] != model.model.embed_tokens.weight.data_ptr()
 
 
 def test_no_tokenizer(copy):

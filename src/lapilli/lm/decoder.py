@@ -49,6 +49,7 @@ class DecoderAttention(nn.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         projected = project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.view(heads).transpose(1, 2) for y in projected)  # [B, Q or K, T, A]
+        del projected  # a long prompt's unrotated queries and keys are megabytes
         q, k = rotate(q, *table), rotate(k, *table)
         if cache is None:
             seen = attend(q, k, v, mask=mask)
