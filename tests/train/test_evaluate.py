@@ -45,6 +45,17 @@ def test_the_model_ends_with_its_best_weights(tmp_path):
     assert figures[:3] == [3.0, 1.0, 2.0]
 
 
+def test_what_is_not_a_number_is_never_best(tmp_path):
+    task = Scripted([float("nan"), 2.0, float("nan"), 3.0])
+    train(task, new_recipe(evaluate_every=3, keep_best=True), tmp_path)
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 6
+    assert all(map(torch.equal, task.model.parameters(), task.seen[1]))
+    never = Scripted([float("nan")] * 4)
+    train(never, new_recipe(evaluate_every=3, keep_best=True), tmp_path / "never")
+    assert not (tmp_path / "never" / "best.pt").exists()
+    assert all(map(torch.equal, never.model.parameters(), never.seen[3]))
+
+
 def test_the_best_survives_a_resume(tmp_path):
     recipe = new_recipe(evaluate_every=3, keep_best=True)
     first = Scripted([1.0, 2.0])

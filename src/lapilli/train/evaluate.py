@@ -1,5 +1,6 @@
 """Figures on held-out data while a run goes on, and the weights that did best; no loop."""
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -42,6 +43,7 @@ def keep_best(state: RunState, figures: Mapping[str, float], folder: Path, team:
         )
     # The processes may differ in the last bit; all of them have to write or none.
     found = team.sum_floats({FIGURE: float(figures[FIGURE]) if team.leads else 0.0})[FIGURE]
-    if state.best is None or found < state.best.eval_loss:
+    least = math.inf if state.best is None else state.best.eval_loss
+    if found < least:  # never, where it is not a number
         state.best = Best(state.step, found)
         save_best(state, folder, team)
