@@ -1,6 +1,7 @@
 """What a stage leaves is read by our loader, the original's names, transformers and peft."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import peft
@@ -294,6 +295,20 @@ def test_on_a_projector_of_the_first_stage(llava, tmp_path):
     for name, lora in (("lora", LORA), ("whole", None)):
         loaded = finished(recipe_of(tmp_path / "projector", lora=lora), tmp_path / name)
         same(logits_of(load(tmp_path / name).model), logits_of(loaded.model))
+
+
+@pytest.mark.parametrize("kind", ["align", "instruct", "lora"])
+def test_a_tower_that_is_named_from_the_checkpoint_is_still_found(llava, tmp_path, kind):
+    start = tmp_path / "start"
+    shutil.copytree(llava, start)
+    (start / "towers").mkdir()
+    (start / "vision_tower").rename(start / "towers" / "clip")
+    config = json.loads((start / "config.json").read_text()) | {"mm_vision_tower": "towers/clip"}
+    (start / "config.json").write_text(json.dumps(config))
+    lora = LORA if kind == "lora" else None
+    recipe = recipe_of(start, "align" if kind == "align" else "instruct", lora=lora)
+    loaded = finished(recipe, tmp_path / "out")
+    same(logits_of(load(tmp_path / "out").model), logits_of(loaded.model))
 
 
 HF = SaveRecipe(layout="huggingface")

@@ -83,10 +83,14 @@ class Results:
             raise ConfigError(f"save.dtype is {name!r}: choose from {', '.join(DTYPES)}")
         return DTYPES[name]
 
-    def config_with_lasting_tower(self) -> ModelConfig:
-        """The configuration whose tower is found from another folder than the checkpoint's."""
+    def config_for(self, *, whole: bool) -> ModelConfig:
+        """The configuration, its tower named so that it is found from where the results lie.
+
+        A tower in a folder of the checkpoint itself is copied into a whole one; an adapter or a
+        projector says where it is.
+        """
         source = self.config.vision_source
-        if source is None or is_lasting(source):
+        if source is None or Path(source).is_absolute() or (whole and not is_lasting(source)):
             return self.config
         found = find_directory(source, beside=(self.loaded.path, Path(self.base)))
         return replace(self.config, vision_source=str(found) if found else source)
@@ -169,7 +173,7 @@ def save_results(
         save_projector(
             folder,
             model,
-            results.config_with_lasting_tower(),
+            results.config_for(whole=False),
             base=results.base,
             tokenizer_path=results.loaded.tokenizer_path,
             template=results.template,
@@ -207,7 +211,7 @@ def _save_adapter(
     save_lora(
         folder,
         model,
-        results.config_with_lasting_tower(),
+        results.config_for(whole=False),
         base=results.base,
         trained=trained,
         tokenizer_path=results.loaded.tokenizer_path,
@@ -228,7 +232,7 @@ def _save_whole(
     save_llava(
         folder,
         model,
-        results.config,
+        results.config_for(whole=True),
         tokenizer_path=results.loaded.tokenizer_path,
         dtype=results.dtype,
         template=results.template,
