@@ -157,6 +157,13 @@ def test_a_seat_is_read_from_what_torchrun_sets():
 def test_one_process_meets_nobody():
     with joined(Seat(0, 1), device="cpu") as team:
         assert team == ALONE
+    with joined(None, device="cuda:1") as team:
+        assert team.device == torch.device("cuda", 1)
+
+
+def test_one_device_for_several_processes_is_refused():
+    with pytest.raises(ConfigError, match="device cuda:1 for several processes: say cuda"):
+        joined(Seat(0, 2), device="cuda:1").__enter__()
 
 
 def test_every_micro_batch_belongs_to_one_process():

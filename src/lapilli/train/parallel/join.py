@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from lapilli.errors import ConfigError
 from lapilli.train.parallel.presence import BEAT_S, Presence, is_network_error
-from lapilli.train.parallel.team import ALONE, Team
+from lapilli.train.parallel.team import Team
 from lapilli.train.recipe import Sharding
 
 _NAMES: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -80,7 +80,8 @@ def joined(
     Args:
         seat: None, or of one process: nobody is met, and there is no network.
         sharding: what the processes share: "ddp" nothing, "fsdp" weights and moments.
-        device: "cpu", "cuda", or "auto": a GPU where there is one.
+        device: "cpu", "cuda", or "auto": a GPU where there is one. One process alone may name any
+            other, such as "cuda:1".
         timeout_s: how long an operation waits for the others: longer than the lead writes a
             whole model. A process that was killed is noticed at once, a machine that was switched
             off after this time.
@@ -88,10 +89,11 @@ def joined(
 
     Raises:
         ProcessLostError: another process failed; it names it, and its error where it left one.
-        ConfigError: fewer GPUs than processes on this machine.
+        ConfigError: fewer GPUs than processes on this machine, or one named for all of them.
     """
     if seat is None or seat.size == 1:
-        yield Team(device=_device(device, 0)) if device != "cpu" else ALONE
+        named = device not in ("auto", "cpu", "cuda")
+        yield Team(device=torch.device(device) if named else _device(device, 0))
         return
     place = _device(device, seat.local_rank)
     wait = timedelta(seconds=timeout_s)
@@ -120,6 +122,11 @@ def joined(
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"device {wanted} for several processes: say cuda, and each takes a GPU of its own; "
+            "CUDA_VISIBLE_DEVICES chooses among them"
+        )
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     number = torch.cuda.device_count()
