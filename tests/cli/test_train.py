@@ -56,6 +56,21 @@ def test_both_stages_learn_and_leave_a_model_that_answers(
     assert done.returncode == 0, done.stderr
 
 
+def test_an_adapter_goes_on_where_it_was_stopped(
+    lapilli: Run, checkpoint: str, captions: Path, tmp_path: Path
+) -> None:
+    given = ("--model.checkpoint", checkpoint, "--data.sources", f'[{{path = "{captions}"}}]')
+    given = (*given, "--lora.rank", "4", "--lora.base", "nf4", "--out", str(tmp_path / "run"))
+    for steps in ("5", "10"):
+        recipe = str(RECIPES / "instruct.toml")
+        done = lapilli(
+            "train", recipe, *given, "--run.steps", steps, "--optim.schedule", "constant"
+        )
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
+    assert len(losses(tmp_path / "run")) == 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
