@@ -151,7 +151,7 @@ class SourceRecipe:
     """One collection of samples.
 
     Attributes:
-        path: a JSON, JSONL or Parquet file, or tar shards ("shards/{000..012}.tar", a glob).
+        path: a JSON, JSONL, CSV or Parquet file, or tar shards ("shards/{000..012}.tar", a glob).
         images: the folder that its image paths are relative to; None: the file's own.
         weight: how often its samples are drawn beside those of other sources; all 1: each
             sample of all sources once in an epoch.

@@ -290,9 +290,9 @@ def test_files_that_are_not_there_or_not_known(tmp_path):
         expand(str(tmp_path / "a.json"))
     with pytest.raises(DataError, match=r"x\*.tar is no file"):
         expand(str(tmp_path / "x*.tar"))
-    (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(DataError, match=r"a.csv is none of the data files that are known"):
-        open_source(SourceRecipe(path=str(tmp_path / "a.csv")))
+    (tmp_path / "a.xml").write_text("a,b")
+    with pytest.raises(DataError, match=r"a.xml is no data file that is known"):
+        open_source(SourceRecipe(path=str(tmp_path / "a.xml")))
 
 
 @pytest.mark.parametrize("kind", KINDS)

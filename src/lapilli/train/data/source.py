@@ -2,6 +2,7 @@
 
     *.json             one array       an index of byte ranges; a record is read when asked for
     *.jsonl            one per line    the same
+    *.csv              one per row     image, question, answer
     *.parquet          row groups      read by pyarrow (the extra "data")
     *.tar              WebDataset      KEY.json, KEY.jpg, ...
     {00..12}.tar, *    several files, one after the other
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lapilli.errors import DataError
+from lapilli.train.data.csv_source import CsvSource
 from lapilli.train.data.json_source import JsonSource, LinesSource
 from lapilli.train.data.parquet_source import ParquetSource
 from lapilli.train.data.pictures import PictureFolder
@@ -103,12 +105,14 @@ def _open_file(path: Path, images: str | None) -> Source:
             return JsonSource(path, folder)
         case ".jsonl" | ".ndjson":
             return LinesSource(path, folder)
+        case ".csv":
+            return CsvSource(path, folder)
         case ".parquet" | ".pq":
             return ParquetSource(path, folder)
         case ".tar":
             return TarSource(path)
     raise DataError(
-        f"{path} is none of the data files that are known: give .json, .jsonl, .parquet or .tar"
+        f"{path} is no data file that is known: give .json, .jsonl, .csv, .parquet or .tar"
     )
 
 

@@ -1,0 +1,62 @@
+"""Tables become conversations of one turn; what is no such table is refused with its place."""
+
+import pytest
+
+from lapilli.errors import DataError
+from lapilli.train.data import open_dataset, open_source
+from lapilli.train.recipe import SourceRecipe
+
+
+def table(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "table.csv"
+    path.write_text(text, encoding=encoding)
+    return SourceRecipe(path=str(path))
+
+
+def test_rows_are_questions_about_pictures(tmp_path):
+    text = 'image,question,answer,by\na.png,"What, and\nwhere?",A boat.,me\n,Hello?,Hi.,you\n'
+    source = open_source(table(tmp_path, text, "utf-8-sig"))  # as a spreadsheet writes it
+    assert len(source) == 2
+    assert source.record(0) == {
+        "id": "1",
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat, and\nwhere?"},
+            {"from": "gpt", "value": "A boat."},
+        ],
+    }
+    assert source.record(1)["conversations"][0]["value"] == "Hello?"
+    assert "image" not in source.record(1)
+    assert [source.where(i).rpartition(":")[2] for i in range(2)] == ["2", "4"]
+    assert source.media(0, "a.png") == tmp_path / "a.png"
+
+
+def test_captions_are_read_as_samples(tmp_path):
+    dataset = open_dataset([table(tmp_path, "id,image,caption\nx7,a.png,A boat.\n")])
+    sample = dataset.sample(0)
+    assert sample.id == "x7"
+    assert [message.role for message in sample.messages] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,text\na.png,A boat.\n", "has the columns image, text: expected image, question"),
+        ("", "has the columns none"),
+    ],
+)
+def test_other_tables_are_refused(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        open_source(table(tmp_path, text))
+
+
+def test_a_short_row_is_named(tmp_path):
+    source = open_source(table(tmp_path, "image,question,answer\na.png,What?,A boat.\nb.png\n"))
+    with pytest.raises(DataError, match=r"table.csv:3 has not as many fields"):
+        source.record(1)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    recipe = table(tmp_path, "image,answer\na.png,hôtel\n", "latin-1")
+    with pytest.raises(DataError, match="is no table in UTF-8"):
+        open_source(recipe)
