@@ -1,11 +1,13 @@
 """A recipe's model and data as a task: what its batches hold, and what evaluation says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+from lapilli.config.model import RopeScaling
 from lapilli.errors import ConfigError
 from lapilli.train.contract import CountedTask, NamedBatch, Task
 from lapilli.train.parallel import ALONE
@@ -18,7 +20,7 @@ from lapilli.train.recipe import (
     RunRecipe,
     SourceRecipe,
 )
-from lapilli.train.task import build_task
+from lapilli.train.task import build_task, refuse_packing
 from tests.checkpoint.conftest import golden, maker  # noqa: F401  fixtures
 
 
@@ -84,6 +86,16 @@ def test_packed_batches_have_the_loss_of_padded_ones(checkpoint, file):
         assert batch.is_packed is packed
         losses.append(task.loss(batch).total.detach() / count)
     torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_whose_positions_depend_on_their_length_are_not_packed(checkpoint, file):
+    loaded = build(checkpoint, file).loaded
+    scaling = RopeScaling(kind="dynamic", factor=2.0)
+    text = replace(loaded.config.text, rope_scaling=scaling, max_positions=64)
+    loaded = replace(loaded, config=replace(loaded.config, text=text))
+    refuse_packing(loaded, 64)
+    with pytest.raises(ConfigError, match="positions grow with the row beyond 64"):
+        refuse_packing(loaded, 65)
 
 
 def test_held_out_samples_are_evaluated_and_not_learned_from(checkpoint, file):

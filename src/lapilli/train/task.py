@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lapilli.checkpoint.load import Loaded
+from lapilli.config.model import DecoderConfig
 from lapilli.errors import ConfigError
 from lapilli.prompt.choose import Template
 from lapilli.train.batch import TrainingBatch, collate, collate_bins
@@ -113,6 +114,8 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
         DataError: the data cannot be read.
     """
     loaded = load_start(recipe)
+    if recipe.data.pack:
+        refuse_packing(loaded, recipe.data.max_length)
     teacher = load_teacher(recipe, loaded)
     template = choose_template(recipe, loaded)
     maker = _row_maker(loaded, template, recipe.data.max_length)
@@ -134,6 +137,21 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
         held_out=None if held is None else Rows(held, maker, on_bad_sample=policy),
         template=template,
     )
+
+
+def refuse_packing(loaded: Loaded, max_length: int) -> None:
+    """Packed rows have to give the loss of their samples.
+
+    Raises:
+        ConfigError: positions are scaled by the longest sample of a row, so they would not.
+    """
+    text = loaded.config.text
+    scaling = text.rope_scaling if isinstance(text, DecoderConfig) else None
+    if scaling is not None and scaling.kind == "dynamic" and max_length > text.max_positions:
+        raise ConfigError(
+            f"data.pack with rows of {max_length} positions: this model's positions grow with the "
+            f"row beyond {text.max_positions}; set data.max_length to that, or data.pack = false"
+        )
 
 
 def _row_maker(loaded: Loaded, template: Template, max_length: int | None = None) -> RowMaker:
