@@ -20,6 +20,7 @@ from lapilli.shapes import Float, Tensor
 FEWEST = 192
 """Positions from which it is faster than storing all scores of a row."""
 
+_DTYPES = (torch.float32, torch.bfloat16)
 _STRETCH = 64  # queries whose scores are made at once: they stay in the cache
 
 
@@ -31,9 +32,6 @@ def learns_natively(q: Tensor, k: Tensor, v: Tensor) -> bool:
     fits = q.shape[2] == k.shape[2] >= FEWEST and q.shape[3] % WIDTH_STEP == 0 and has_onednn()
     known = all(x.device.type == "cpu" and x.dtype in _DTYPES for x in (q, k, v))
     return is_wanted and fits and known
-
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def learned_attention(
