@@ -52,7 +52,14 @@ def drawing(tmp_path_factory) -> str:
 
 def test_every_example_is_tested(repository: Path):
     names = {path.name for path in (repository / "examples").glob("*.py")}
-    assert names == {"01_ask.py", "02_batch.py", "03_forward_pass.py"}
+    assert names == {"01_ask.py", "02_batch.py", "03_forward_pass.py", "boxes.py"}
+
+
+def test_the_guide_shows_the_recipe_of_the_boxes(repository: Path):
+    """boxes.py and boxes.toml run in tests/docs, as the guide's page says."""
+    recipe = (repository / "examples" / "boxes.toml").read_text("utf-8")
+    page = (repository / "docs" / "guide" / "train.md").read_text("utf-8")
+    assert f"```toml\n{recipe.partition(chr(10))[2]}```" in page
 
 
 def test_ask(repository: Path, model: str, drawing: str):

@@ -31,8 +31,8 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for picture in (REPOSITORY / "examples").glob("*.png"):
-        shutil.copy(picture, tmp_path)
+    for file in (REPOSITORY / "examples").iterdir():
+        shutil.copy(file, tmp_path)
     return tmp_path
 
 
