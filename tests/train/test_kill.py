@@ -56,7 +56,13 @@ def test_killed_at_random_moments(tmp_path, undisturbed, workers):
     chance, kills = random.Random(workers), 0
     for _ in range(40):
         child = start(run_noisy, tmp_path, 0.03, {"workers": workers})
-        child.join(chance.uniform(0.1, 0.9))
+        enough = step_of(tmp_path) + chance.randint(1, 3)
+        assert wait_for(
+            lambda child=child, enough=enough: (
+                child.exitcode is not None or len(RunLog(tmp_path).records()) >= enough
+            )
+        )
+        child.join(chance.uniform(0.0, 0.1))
         if child.exitcode is not None:
             break
         assert kill(child) == -signal.SIGKILL

@@ -68,4 +68,5 @@ def test_counts_below_one_are_refused(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda p: p.stem)
 def test_every_recipe_file_is_followed(path):
-    assert load_recipe(path).run.steps >= 1
+    run = load_recipe(path).run
+    assert run.steps >= 1 or run.epochs > 0

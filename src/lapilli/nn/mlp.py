@@ -22,6 +22,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, inner: int, *, activation: Activation, bias: bool) -> None:
         super().__init__()
+        self.inner = inner
         self.gate_proj = nn.Linear(width, inner, bias=bias)
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
@@ -29,7 +30,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """The block's update, without the residual."""
-        rows = max(1, PIECE_BYTES // (self.gate_proj.out_features * x.element_size()))
+        rows = max(1, PIECE_BYTES // (self.inner * x.element_size()))
         pieces = -(-x.shape[-2] // rows) if x.dim() > 1 else 1
         if pieces == 1 or torch.is_grad_enabled():
             out: Tensor = self.down_proj(self._gated(x))
