@@ -23,19 +23,7 @@ COMMANDS = [
 def test_help_names_every_command(lapilli: Run) -> None:
     done = lapilli("--help")
     assert done.returncode == 0
-    commands = (
-        "ask",
-        "batch",
-        "bench",
-        "build",
-        "chat",
-        "export",
-        "inspect",
-        "quantize",
-        "train",
-        "data",
-    )
-    for command in commands:
+    for command in COMMANDS:
         assert f"\n  {command} " in done.stdout
 
 

@@ -38,7 +38,6 @@ Force = Annotated[
     bool,
     typer.Option("--force", help="Take a template that contradicts the language model's own."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory.")]
 
 
 def build(
@@ -56,7 +55,7 @@ def build(
     start_end: StartEnd = False,
     patch_token: PatchToken = False,
     force: Force = False,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Join a language model and a vision tower with a fresh projector, ready to be trained."""

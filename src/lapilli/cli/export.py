@@ -1,6 +1,5 @@
 """`lapilli export`: any checkpoint in another layout or number format, adapters folded in."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,8 +7,6 @@ import typer
 from lapilli.cli import options
 from lapilli.cli.terminal import loading, note, plain_errors
 
-Source = Annotated[str, typer.Argument(help="A directory, a hub id, or pebble.")]
-Target = Annotated[Path, typer.Argument(help="The new directory.")]
 Layout = Annotated[
     str,
     typer.Option(help="llava, as the original, or huggingface (LlavaForConditionalGeneration)."),
@@ -17,17 +14,16 @@ Layout = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; by default as the checkpoint's.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory.")]
 
 
 def export(
-    source: Source,
-    target: Target,
+    source: options.Source,
+    target: options.Target,
     layout: Layout = "llava",
     dtype: Dtype = None,
     base: options.Base = None,
     adapter: options.Adapter = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Save a checkpoint for other programs: one folder with everything, adapters folded in."""

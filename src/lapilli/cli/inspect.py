@@ -8,8 +8,6 @@ import typer
 from lapilli.cli import options
 from lapilli.cli.terminal import plain_errors
 
-Source = Annotated[str, typer.Argument(help="A directory, a hub id, or pebble.")]
-
 Measured = Annotated[
     str | None,
     typer.Option(help="cpu: measure each number format for every layer on this machine."),
@@ -17,7 +15,7 @@ Measured = Annotated[
 
 
 def inspect(
-    source: Source = "pebble",
+    source: options.Source = "pebble",
     base: options.Base = None,
     adapter: options.Adapter = None,
     template: options.Template = None,

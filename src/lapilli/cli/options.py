@@ -1,5 +1,6 @@
 """The options that several commands share, each written once. Imports typer and nothing else."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,3 +49,6 @@ Speculate = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the answer.")]
+Source = Annotated[str, typer.Argument(help="A directory, a hub id, or pebble.")]
+Target = Annotated[Path, typer.Argument(help="The new directory.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory.")]

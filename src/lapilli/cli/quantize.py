@@ -1,6 +1,5 @@
 """`lapilli quantize`: a checkpoint in 4 or 8 bits, for CPUs."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,8 +7,6 @@ import typer
 from lapilli.cli import options
 from lapilli.cli.terminal import loading, note, plain_errors
 
-Source = Annotated[str, typer.Argument(help="A directory, a hub id, or pebble.")]
-Target = Annotated[Path, typer.Argument(help="The new directory.")]
 Bits = Annotated[int, typer.Option(help="4 or 8.")]
 GroupSize = Annotated[
     int | None,
@@ -20,12 +17,11 @@ Mode = Annotated[
     str, typer.Option(help="dynamic rounds activations to 8 bits, weight_only does not.")
 ]
 Tower = Annotated[bool, typer.Option("--tower", help="The vision tower too, in 8 bits.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory.")]
 
 
 def quantize(
-    source: Source,
-    target: Target,
+    source: options.Source,
+    target: options.Target,
     bits: Bits = 4,
     group_size: GroupSize = None,
     zero_points: Zeros = False,
@@ -33,7 +29,7 @@ def quantize(
     tower: Tower = False,
     base: options.Base = None,
     adapter: options.Adapter = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Save a checkpoint in 4 or 8 bits; it loads at once and answers faster on a CPU."""

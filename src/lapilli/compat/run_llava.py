@@ -74,7 +74,7 @@ def eval_model(args: Foreign) -> None:
     conv.append_message(conv.roles[1], None)
     images = load_images(image_parser(args))
     # Quirk 8: pictures of different tile counts come as a list, which has no `.to`.
-    pixels = process_images(images, image_processor, model.config).to(model.device, model.dtype)  # type: ignore[union-attr]
+    pixels = process_images(images, image_processor, model.config).to(model.device, model.dtype)  # type: ignore[union-attr]  # see above
     ids = tokenizer_image_token(conv.get_prompt(), tokenizer, return_tensors="pt")
     with torch.inference_mode():
         output = model.generate(

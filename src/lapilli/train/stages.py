@@ -60,7 +60,6 @@ class FeatureReader(nn.Module):
 
 
 def _stacked(media: tuple[Tensor, ...]) -> Tensor:
-
     return torch.cat([item.float() for item in media])
 
 

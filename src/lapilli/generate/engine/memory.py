@@ -31,12 +31,9 @@ def new_pool(
     Raises:
         GenerationError: `kv_bytes` does not hold two blocks.
     """
-    kind = QuantizedBlockStore if options.kv_dtype == "int8" else BlockStore
-    config, device, dtype = (
-        model.language_model.config,
-        like.device,
-        kept_dtype(model, options, like),
-    )
+    config, device = model.language_model.config, like.device
+    dtype = kept_dtype(model, options, like)
+    kind = QuantizedBlockStore if dtype == torch.int8 else BlockStore
     size = options.block_size
     per_block = kind.bytes_per_block(config, size, dtype)
     budget, idle_bytes = options.kv_bytes, options.prefix_bytes
