@@ -4,8 +4,9 @@ import statistics
 from typing import Any
 
 from benchmarks.contest import ENGINES
-from lapilli.config.model import DecoderConfig, VisionConfig
-from lapilli.pipeline.timed import prompt_operations, tower_operations
+from lapilli.config.model import DecoderConfig, ProjectorConfig, VisionConfig
+from lapilli.config.operations import projector_operations, tower_operations
+from lapilli.pipeline.timed import prompt_operations
 
 NUM_TEXT = 40
 TARGETS = (
@@ -91,10 +92,13 @@ def work(found: dict[str, Any]) -> dict[str, float]:
         num_heads=vision["num_attention_heads"],
         feature_layer=found["config"]["vision_feature_layer"],
     )
+    projector = ProjectorConfig(
+        kind="mlp", depth=2, vision_size=tower.hidden_size, hidden_size=decoder.hidden_size
+    )
     positions = tower.num_patches + NUM_TEXT
     return {
         "positions": float(positions),
-        "tower_operations": tower_operations(tower, decoder.hidden_size),
+        "tower_operations": tower_operations(tower) + projector_operations(tower, projector),
         "prompt_operations": prompt_operations(decoder, positions),
     }
 

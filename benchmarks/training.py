@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoint import IMAGE_ID, write_checkpoint
-from benchmarks.machine import ROOT
+from benchmarks.machine import ROOT, machine
 from lapilli.cli.figures import peak_bytes
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
@@ -267,7 +267,8 @@ def main() -> None:
     path = wanted.folder / f"lapilli-training-{wanted.shape}{depth}"
     write_checkpoint(wanted.shape, path, layers=wanted.layers)
     found = (compare_packing if wanted.task == "packing" else compare)(wanted, path)
-    text = json.dumps({"task": wanted.task, "shape": wanted.shape, **found}, indent=1)
+    work = {"task": wanted.task, "shape": wanted.shape, "layers": wanted.layers}
+    text = json.dumps({**work, "machine": machine(), **found}, indent=1)
     if wanted.out:
         wanted.out.write_text(text + "\n", encoding="utf-8")
     print(text)
