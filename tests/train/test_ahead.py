@@ -121,7 +121,10 @@ def test_a_worker_that_dies_ends_the_run_and_nothing_is_lost(tmp_path):
         return draw(step, micro)
 
     task.batch = draw_or_die
-    with pytest.raises(TrainingError, match="micro-batch 1 of step 8 died"):
+    task.names = lambda step, micro: [f"rows.json:{step}", f"rows.json:{micro}"]
+    with pytest.raises(
+        TrainingError, match=r"micro-batch 1 of step 8 \(rows.json:7, rows.json:1\) died"
+    ):
         train(task, new_recipe(workers=2), tmp_path)
     resumed, whole = new_regression(), new_regression()
     train(resumed, new_recipe(workers=2), tmp_path)
@@ -156,3 +159,12 @@ def test_idle_workers_end_with_the_process_that_started_them(tmp_path):
     assert all(map(is_alive, pids))
     child.kill()
     assert wait_for(lambda: not any(map(is_alive, pids)))
+
+
+@pytest.mark.parametrize(
+    ("made_of", "shown"), [("", ""), ("a.json:3, a.json:9", r" \(a.json:3, a.json:9\)")]
+)
+def test_a_dead_worker_is_named_with_what_it_was_reading_from(made_of, shown):
+    told = pytest.raises(TrainingError, match=f"micro-batch 2 of step 1{shown} died")
+    with batches(quits, [(0, 2)], 1, describe=lambda *_: made_of) as take, told:
+        take(0, 2)

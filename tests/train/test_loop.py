@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lapilli.train.log import RunLog
-from lapilli.train.loop import TrainingError, train
+from lapilli.train.loop import Stopped, TrainingError, train
 from lapilli.train.parallel import Team
 from tests.train.conftest import new_recipe, new_regression
 
@@ -160,3 +160,37 @@ def test_a_team_splits_micro_batches():
     assert list(Team(1, 3).own(8)) == [1, 4, 7]
     with pytest.raises(ValueError, match="process 2 of 2"):
         Team(2, 2)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_was_asked_to_stop_says_where_it_stands(tmp_path, regression, number, code):
+    draw = regression.batch
+
+    def draw_and_ask(step, micro):
+        if (step, micro) == (4, 1):
+            signal.raise_signal(number)
+        return draw(step, micro)
+
+    regression.batch = draw_and_ask
+    with pytest.raises(Stopped) as told:
+        train(regression, new_recipe(save_every=100), tmp_path)
+    assert told.value.code == code
+    assert told.value.message == (
+        f"stopped by {number.name} after step 5 of 12: the state is in {tmp_path / 'state.pt'}; "
+        "the same command goes on from there"
+    )
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 5
+
+
+def test_a_run_with_other_batches_is_refused_before_a_step(tmp_path):
+    first, second = new_regression(), new_regression()
+    first.identity = lambda: {"run.seed": 0, "data.group": "none"}
+    second.identity = lambda: {"run.seed": 0, "data.group": "length"}
+    train(first, new_recipe(steps=3), tmp_path)
+    log = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(
+        TrainingError, match=r"\(data.group: the state says 'none', the recipe 'length'\): go on"
+    ):
+        train(second, new_recipe(), tmp_path)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+    train(first, new_recipe(), tmp_path)

@@ -7,7 +7,7 @@ from torch import nn
 
 from lapilli.errors import LapilliError
 from lapilli.train.parallel import ALONE
-from lapilli.train.sharded import load_pieces, newest_pieces, save_pieces
+from lapilli.train.sharded import load_pieces, newest_pieces, save_pieces, values_of
 
 
 def small(width=4):
@@ -45,7 +45,7 @@ def saved(folder, step=3, model=None):
 
 
 def load(path, model, optimizer, average=None):
-    return load_pieces(path, ALONE, model=model, optimizer=optimizer, average=average)
+    load_pieces(path, ALONE, model=model, optimizer=optimizer, average=average)
 
 
 def test_everything_comes_back_whatever_the_order_of_the_groups(tmp_path):
@@ -54,8 +54,9 @@ def test_everything_comes_back_whatever_the_order_of_the_groups(tmp_path):
     trained = [p for p in other.parameters() if p.requires_grad]
     fresh = torch.optim.AdamW(trained, lr=0.5)
     average = {"0.weight": torch.zeros(8, 4), "2.weight": torch.zeros(1, 8)}
-    values = load(newest_pieces(tmp_path)[1], other, fresh, average)
-    assert values == {"best": [2, 0.25], "step": 3}
+    path = newest_pieces(tmp_path)[1]
+    load(path, other, fresh, average)
+    assert values_of(path) == {"best": [2, 0.25], "step": 3}
     for (name, ours), theirs in zip(
         other.named_parameters(), dict(model.named_parameters()).values(), strict=True
     ):
@@ -99,6 +100,9 @@ def test_a_missing_piece_is_named(tmp_path):
         piece.unlink()
     with pytest.raises(LapilliError, match=r"cannot be read.*distcp"):
         load(path, small(), taught(small()))
+    (path / "values.json").write_text("{")
+    with pytest.raises(LapilliError, match=r"values.json cannot be read"):
+        values_of(path)
 
 
 def test_a_disk_that_takes_nothing_leaves_the_earlier_state(tmp_path, monkeypatch):

@@ -1,16 +1,23 @@
 import os
+import re
 import resource
 import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lapilli.train.contract import TrainingError
 from lapilli.train.ema import Average
 from lapilli.train.loop import train
 from lapilli.train.optim import build_optimizer
+from lapilli.train.parallel import ALONE
 from lapilli.train.recipe import OptimRecipe
+from lapilli.train.sharded import save_pieces
 from lapilli.train.state import (
     Best,
     RunState,
@@ -84,6 +91,78 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     del grouped.optimizer.param_groups[1:]
     with pytest.raises(TrainingError, match="other parameter groups"):
         load_state(grouped, tmp_path)
+
+
+def in_a_file(state, folder):
+    save_state(state, folder)
+
+
+def in_pieces(state, folder):
+    """As several processes save it, by one of them."""
+    values = {"best": None, "identity": state.identity and dict(state.identity)}
+    save_pieces(
+        folder,
+        ALONE,
+        model=state.model,
+        optimizer=state.optimizer,
+        average=state.average.tensors,
+        step=state.step,
+        values=values,
+    )
+
+
+IDENTITIES = st.dictionaries(
+    st.sampled_from(["run.seed", "data.group", "data.held_out", "data.pack"]),
+    st.one_of(st.integers(0, 2), st.sampled_from(["none", "length"]), st.sampled_from([0.1, 0.5])),
+)
+
+
+@pytest.mark.parametrize("save", [in_a_file, in_pieces])
+@given(IDENTITIES, IDENTITIES)
+@settings(max_examples=12, deadline=None)
+def test_a_state_of_other_batches_is_refused_and_every_difference_named(save, theirs, ours):
+    saved, state = new_state(steps=1), new_state(steps=0)
+    saved.identity, state.identity = theirs, ours
+    before = {name: value.clone() for name, value in everything(state).items()}
+    differ = {name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)}
+    with TemporaryDirectory() as name:
+        save(saved, Path(name))
+        if not differ:
+            assert load_state(state, Path(name))
+            return
+        with pytest.raises(TrainingError, match="the recipe that began the run, or train") as told:
+            load_state(state, Path(name))
+    named = re.findall(r"([a-z._]+): the state says (\S+), the recipe (\S+?)[;)]", str(told.value))
+    assert {key: (found, expected) for key, found, expected in named} == {
+        key: tuple(repr(side[key]) if key in side else "nothing" for side in (theirs, ours))
+        for key in differ
+    }
+    after = everything(state)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("save", [in_a_file, in_pieces])
+@pytest.mark.parametrize(("theirs", "ours"), [(None, {"run.seed": 1}), ({"run.seed": 1}, None)])
+def test_a_state_or_a_task_that_does_not_say_is_believed(tmp_path, save, theirs, ours):
+    saved, state = new_state(), new_state(steps=0)
+    saved.identity, state.identity = theirs, ours
+    save(saved, tmp_path)
+    assert load_state(state, tmp_path)
+    assert state.step == 3
+
+
+def test_a_state_of_an_earlier_version_loads_and_says_what_it_is_from_then_on(tmp_path):
+    save_state(new_state(), tmp_path)
+    old = torch.load(tmp_path / "state.pt", weights_only=True)
+    del old["identity"]
+    torch.save(old, tmp_path / "state.pt")
+    state = new_state(steps=0)
+    state.identity = {"run.seed": 1}
+    assert load_state(state, tmp_path)
+    assert save_state(state, tmp_path) == tmp_path / "state.pt"
+    state.identity = {"run.seed": 2}
+    with pytest.raises(TrainingError, match=r"run.seed: the state says 1, the recipe 2\)"):
+        load_state(state, tmp_path)
 
 
 def test_the_best_weights_are_the_averages_of_their_step(tmp_path):

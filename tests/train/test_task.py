@@ -1,6 +1,7 @@
 """A recipe's model and data as a task: what its batches hold, and what evaluation says."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,15 @@ from PIL import Image
 
 from lapilli.config.model import RopeScaling
 from lapilli.errors import ConfigError
-from lapilli.train.contract import CountedTask, NamedBatch, Task
+from lapilli.train.contract import (
+    CountedTask,
+    IdentifiedTask,
+    NamedBatch,
+    NamingTask,
+    Task,
+    TrainingError,
+)
+from lapilli.train.loop import train
 from lapilli.train.parallel import ALONE
 from lapilli.train.recipe import (
     DataRecipe,
@@ -67,6 +76,7 @@ def test_it_is_what_the_loop_asks_for(checkpoint, file):
     batch, count = task.batch(0, 0)
     assert isinstance(task, Task)
     assert isinstance(task, CountedTask)
+    assert isinstance(task, IdentifiedTask)
     assert isinstance(batch, NamedBatch)
     assert task.num_samples == 8
     assert count == batch.num_valid > 0
@@ -148,3 +158,28 @@ def test_an_adapter_learns_beside_a_packed_base(checkpoint, file):
 def test_no_data_is_refused(checkpoint):
     with pytest.raises(ConfigError, match=r"data\.sources is empty: name a file"):
         build(checkpoint, None)
+
+
+def test_a_run_with_another_seed_or_other_data_is_refused(checkpoint, file, tmp_path):
+    run = {"steps": 1, "plot": False, "batch_size": 2}
+    first = build(checkpoint, file, run=run)
+    train(first, first.recipe, tmp_path / "run")
+    other = build(checkpoint, file, run={**run, "seed": 1})
+    with pytest.raises(TrainingError, match=r"run.seed: the state says 0, the recipe 1"):
+        train(other, other.recipe, tmp_path / "run")
+    folder = tmp_path / "data"
+    shutil.copytree(file.parent, folder)
+    again = build(checkpoint, folder / file.name, run={**run, "steps": 2})
+    train(again, again.recipe, tmp_path / "run")
+    records = json.loads(file.read_text())
+    (folder / file.name).write_text(json.dumps(records[::-1]))
+    changed = build(checkpoint, folder / file.name, run=run)
+    with pytest.raises(TrainingError, match=r"data.sources\[0\].content: the state says 'sha256:"):
+        train(changed, changed.recipe, tmp_path / "run")
+
+
+def test_the_samples_of_a_micro_batch_are_named_before_it_is_made(checkpoint, file):
+    task = build(checkpoint, file)
+    assert isinstance(task, NamingTask)
+    ids = task.batch(1, 0)[0].ids
+    assert task.names(1, 0) == [f"{file}:1 (id {name!r})" for name in ids]

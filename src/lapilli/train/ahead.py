@@ -29,6 +29,7 @@ from lapilli.train.contract import TrainingError
 
 Place = tuple[int, int]  # step, micro
 MakeBatch = Callable[[int, int], tuple[Any, int]]
+Describe = Callable[[int, int], str]
 _DEPTH: Final = 2  # items that a worker has been asked for at once
 _IDLE: Final = (-1, -1)
 
@@ -52,15 +53,23 @@ class ReadAhead:
         make: what makes an item.
         places: all items that will be taken, in order.
         workers: how many processes, at least 1.
+        describe: says what an item is made of, should a worker die of it; "": nothing is known.
 
     Raises:
         ConfigError: this system has no fork.
     """
 
-    def __init__(self, make: MakeBatch, places: Iterable[Place], workers: int) -> None:
+    def __init__(
+        self,
+        make: MakeBatch,
+        places: Iterable[Place],
+        workers: int,
+        *,
+        describe: Describe | None = None,
+    ) -> None:
         if "fork" not in multiprocessing.get_all_start_methods():
             raise ConfigError("run.workers needs a system with fork: set run.workers = 0")
-        self._places = iter(places)
+        self._places, self._describe = iter(places), describe
         self._next = count()
         self._workers: list[_Worker] = []
         context = multiprocessing.get_context("fork")
@@ -116,8 +125,10 @@ class ReadAhead:
         making = tuple(worker.making)
         step, micro = worker.asked[0] if making == _IDLE else making
         worker.process.join(timeout=5)
+        made_of = self._describe(step, micro) if self._describe is not None else ""
         return TrainingError(
-            f"the worker that reads micro-batch {micro} of step {step + 1} died "
+            f"the worker that reads micro-batch {micro} of step {step + 1}"
+            f"{f' ({made_of})' if made_of else ''} died "
             f"({_cause(worker.process.exitcode)}): start the same command again to go on from "
             "the last checkpoint; with run.workers = 0 the sample is read in the training process"
         )
@@ -185,12 +196,18 @@ def _answer(
 
 
 @contextmanager
-def batches(make: MakeBatch, places: Iterable[Place], workers: int) -> Iterator[MakeBatch]:
+def batches(
+    make: MakeBatch,
+    places: Iterable[Place],
+    workers: int,
+    *,
+    describe: Describe | None = None,
+) -> Iterator[MakeBatch]:
     """A function that gives the items of `places` in order; without workers `make` itself."""
     if workers == 0:
         yield make
         return
-    ahead = ReadAhead(make, places, workers)
+    ahead = ReadAhead(make, places, workers, describe=describe)
     try:
         yield ahead.take
     finally:

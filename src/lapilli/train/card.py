@@ -4,15 +4,14 @@ README.md with the header that the hub reads, the loss curve as a picture, and t
 Knows recipes, logs and files; no models.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from lapilli.checkpoint.files import read_optional_text
 from lapilli.checkpoint.source import HUB_ID, is_local
+from lapilli.train.data.digest import DataFile, data_file, together
 from lapilli.train.data.source import expand
 from lapilli.train.log import Record, RunLog
 from lapilli.train.recipe import Recipe
@@ -21,26 +20,10 @@ from lapilli.train.results import Results
 
 CURVE = "loss.png"
 RECIPE = "recipe.toml"
-# Larger files are named by size and time: reading them would take minutes.
+# Of larger files pieces are read: the whole would take minutes.
 HASHED_BYTES = 4_000_000_000
-_PIECE = 1 << 20
 _LICENSE = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class DataFile:
-    """One file of samples.
-
-    Attributes:
-        name: without its folder, which says something about one machine alone.
-        num_bytes: its size.
-        digest: "sha256:..." of its content, or of its size and time where it is very large.
-    """
-
-    name: str
-    num_bytes: int
-    digest: str
 
 
 def model_card(
@@ -75,19 +58,7 @@ def data_files(recipe: Recipe, *, hashed_bytes: int = HASHED_BYTES) -> list[Data
     """Every file of samples that a recipe reads, with what tells it from another."""
     sources = (*recipe.data.sources, *recipe.data.evaluation)
     paths = dict.fromkeys(path for source in sources for path in expand(source.path))
-    return [_data_file(path, hashed_bytes) for path in paths]
-
-
-def _data_file(path: Path, hashed_bytes: int) -> DataFile:
-    facts = path.stat()
-    digest = hashlib.sha256()
-    if facts.st_size > hashed_bytes:
-        digest.update(f"{facts.st_size} {facts.st_mtime_ns}".encode())
-        return DataFile(path.name, facts.st_size, f"size and time, sha256:{digest.hexdigest()}")
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return DataFile(path.name, facts.st_size, f"sha256:{digest.hexdigest()}")
+    return [data_file(path, whole_bytes=hashed_bytes) for path in paths]
 
 
 def _front(results: Results) -> str:
@@ -196,12 +167,11 @@ def _data(recipe: Recipe, hashed_bytes: int) -> str:
     if not files:
         return ""
     rows = [f"| {file.name} | {file.num_bytes} | {file.digest} |" for file in files]
-    together = hashlib.sha256("\n".join(file.digest for file in files).encode()).hexdigest()
     return "\n".join(
         [
             "## Data",
             "",
-            f"Together: sha256:{together}. Pictures outside of these files are not counted.",
+            f"Together: {together(files)}. Pictures outside of these files are not counted.",
             "",
             "| file | bytes | digest |",
             "|---|---|---|",

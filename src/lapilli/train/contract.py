@@ -9,6 +9,8 @@ from torch import nn
 
 from lapilli.errors import LapilliError
 
+Plain = str | int | float | bool
+
 
 class TrainingError(LapilliError, RuntimeError):
     """A run that cannot go on."""
@@ -61,6 +63,24 @@ class CountedTask(Task, Protocol):
     @property
     def num_samples(self) -> int:
         """Samples (or packed rows) of one epoch."""
+        ...
+
+
+@runtime_checkable
+class IdentifiedTask(Task, Protocol):
+    """A task that knows what decides its batches: a state of other batches is refused."""
+
+    def identity(self) -> Mapping[str, Plain]:
+        """Whatever `batch` is a function of beside its two numbers, by the recipe's names."""
+        ...
+
+
+@runtime_checkable
+class NamingTask(Task, Protocol):
+    """A task that knows which samples a micro-batch has before it is made."""
+
+    def names(self, step: int, micro: int) -> Sequence[str]:
+        """How messages name them; no media are opened."""
         ...
 
 

@@ -24,7 +24,14 @@ import torch
 from lapilli.errors import ConfigError
 from lapilli.train.ahead import MakeBatch, batches
 from lapilli.train.bad_batch import stopped_at
-from lapilli.train.contract import CountedTask, Loss, Task, TrainingError
+from lapilli.train.contract import (
+    CountedTask,
+    IdentifiedTask,
+    Loss,
+    NamingTask,
+    Task,
+    TrainingError,
+)
 from lapilli.train.ema import Average
 from lapilli.train.evaluate import evaluate, keep_best
 from lapilli.train.journal import Journal, open_journal
@@ -34,9 +41,9 @@ from lapilli.train.parallel import ALONE, Team
 from lapilli.train.recipe import Recipe, RunRecipe
 from lapilli.train.state import RunState, load_best, load_state, save_state
 from lapilli.train.step import Moment, NotFiniteError, StepRecord, device_of, take_step
-from lapilli.train.stop import StopWatch, exit_code
+from lapilli.train.stop import Stopped, StopWatch
 
-__all__ = ["Loss", "Task", "TrainingError", "number_of_steps", "train"]
+__all__ = ["Loss", "Stopped", "Task", "TrainingError", "number_of_steps", "train"]
 
 OnSave = Callable[[int], None]
 
@@ -68,9 +75,10 @@ def train(
 
     Raises:
         TrainingError: the loss or the gradient is not finite (the batch is kept in
-            `folder/bad_batch.pt`), a worker died, or the disk is full; the checkpoint is whole.
+            `folder/bad_batch.pt`), a worker died, or the disk is full; the checkpoint is whole. Or
+            the checkpoint in `folder` is of another run.
         ConfigError: the recipe does not go with the task or the team.
-        SystemExit: SIGTERM (143) or SIGINT (130) came; the state is saved.
+        Stopped: SIGTERM (143) or SIGINT (130) came; the state is saved. A SystemExit.
     """
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
@@ -78,7 +86,9 @@ def train(
     _check(recipe.run, team)
     folder.mkdir(parents=True, exist_ok=True)
     average = Average(task.model, recipe.optim.ema) if recipe.optim.ema else None
-    state = RunState(task.model, build_optimizer(task.model, recipe.optim), average)
+    identity = task.identity() if isinstance(task, IdentifiedTask) else None
+    optimizer = build_optimizer(task.model, recipe.optim)
+    state = RunState(task.model, optimizer, average, identity=identity)
     load_state(state, folder, team)
     with open_journal(
         recipe, folder, (state.step, steps), team=team, echo=echo, progress=progress
@@ -112,7 +122,8 @@ def _check(run: RunRecipe, team: Team) -> None:
     if run.accumulate < team.size:
         raise ConfigError(
             f"run.accumulate is {run.accumulate} and {team.size} processes train: each of them "
-            f"needs a micro-batch of every step, so set run.accumulate to {team.size} or more"
+            f"needs a micro-batch of every step, so start {run.accumulate} processes at most, or "
+            f"begin a run with run.accumulate set to {team.size} or more"
         )
 
 
@@ -146,12 +157,14 @@ class _Run:
     journal: Journal
     on_save: OnSave | None
     pace: _Pace = field(default_factory=_Pace)
+    saved: Path | None = None
 
     def go(self) -> None:
         run, first = self.recipe.run, self.state.step
         own = self.team.own(run.accumulate)
         places = ((step, micro) for step in range(first, self.steps) for micro in own)
-        with StopWatch() as watch, batches(self.task.batch, places, run.workers) as make:
+        ahead = batches(self.task.batch, places, run.workers, describe=self._describe)
+        with StopWatch() as watch, ahead as make:
             while self.state.step < self.steps:
                 started = time.monotonic()
                 record = self._step(make, watch)
@@ -160,7 +173,20 @@ class _Run:
                 if record.stop:
                     if not is_saved:
                         self._save()
-                    raise SystemExit(exit_code(watch.seen or signal.SIGTERM))
+                    raise self._stopped(watch.seen)
+
+    def _describe(self, step: int, micro: int) -> str:
+        """The samples of a micro-batch, by place and id."""
+        return ", ".join(self.task.names(step, micro)) if isinstance(self.task, NamingTask) else ""
+
+    def _stopped(self, seen: signal.Signals | None) -> Stopped:
+        """The end that was asked for: of this process, or of another one."""
+        asked = "a signal to another process" if seen is None else seen.name
+        return Stopped(
+            seen or signal.SIGTERM,
+            f"stopped by {asked} after step {self.state.step} of {self.steps}: the state is in "
+            f"{self.saved}; the same command goes on from there",
+        )
 
     def _step(self, make: MakeBatch, watch: StopWatch) -> StepRecord:
         step, optim = self.state.step, self.recipe.optim
@@ -204,7 +230,7 @@ class _Run:
 
     def _save(self) -> None:
         self.journal.sync()
-        save_state(self.state, self.folder, self.team)
+        self.saved = save_state(self.state, self.folder, self.team)
         if self.on_save is not None:
             average = self.state.average
             with nullcontext() if average is None else average.in_place():

@@ -65,6 +65,11 @@ def newest_pieces(folder: Path) -> tuple[int, Path] | None:
     return None if newest is None else (int(newest.name), newest)
 
 
+def place_of(folder: Path, step: int) -> Path:
+    """Where the pieces of a step lie."""
+    return folder / _FOLDER / f"{step:06d}"
+
+
 def save_pieces(
     folder: Path,
     team: Team,
@@ -91,7 +96,7 @@ def save_pieces(
     Raises:
         TrainingError: a disk does not take it, in every process; the earlier state is whole.
     """
-    place = folder / _FOLDER / f"{step:06d}"
+    place = place_of(folder, step)
     staged = place.with_name(place.name + _STAGED)
     if team.leads:
         shutil.rmtree(staged, ignore_errors=True)
@@ -130,6 +135,19 @@ def drop_pieces(folder: Path, team: Team) -> None:
         shutil.rmtree(folder / _FOLDER, ignore_errors=True)
 
 
+def values_of(path: Path) -> dict[str, Any]:
+    """What was saved beside the tensors, with "step".
+
+    Raises:
+        TrainingError: the file is missing or damaged.
+    """
+    try:
+        values: dict[str, Any] = json.loads((path / _VALUES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path / _VALUES} cannot be read ({error})") from error
+    return values
+
+
 def load_pieces(
     path: Path,
     team: Team,
@@ -137,7 +155,7 @@ def load_pieces(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: Mapping[str, Tensor] | None,
-) -> dict[str, Any]:
+) -> None:
     """Fill model, optimizer and average from what any number of processes has saved.
 
     Args:
@@ -147,14 +165,10 @@ def load_pieces(
         optimizer: over its trainable parameters; its own learning rates stay.
         average: filled from the weights where the saved run kept none.
 
-    Returns:
-        The values, with "step".
-
     Raises:
         TrainingError: the state is of another recipe, or a file of it is missing.
     """
     try:
-        values: dict[str, Any] = json.loads((path / _VALUES).read_text(encoding="utf-8"))
         stored = FileSystemReader(path).read_metadata().state_dict_metadata
         parameters = _trained(model)
         _check(parameters, stored, path)
@@ -173,7 +187,6 @@ def load_pieces(
             if f"average.{name}" not in stored:
                 value.copy_(parameters[name])
     _fill_optimizer(optimizer, parameters, moments)
-    return values
 
 
 @contextmanager

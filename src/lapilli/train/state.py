@@ -1,6 +1,6 @@
 """What a run needs to go on with the same bits: files, written whole or not at all.
 
-folder/state.pt    {step, model, optimizer, average, best}
+folder/state.pt    {step, model, optimizer, average, best, identity}
 folder/state/      the same in pieces, where several processes share the weights: sharded.py
 folder/best.pt     {step, eval_loss, model}
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lapilli.train.contract import TrainingError
+from lapilli.train.contract import Plain, TrainingError
 from lapilli.train.ema import Average
 from lapilli.train.parallel import ALONE, Team
 from lapilli.train.sharded import (
@@ -27,7 +27,9 @@ from lapilli.train.sharded import (
     load_pieces,
     newest_pieces,
     piece_of,
+    place_of,
     save_pieces,
+    values_of,
 )
 
 _STATE = "state.pt"
@@ -44,13 +46,18 @@ class Best:
 
 @dataclass(slots=True)
 class RunState:
-    """Where a run stands; everything else is a function of the seed and the step."""
+    """Where a run stands; everything else is a function of its identity and the step.
+
+    Attributes:
+        identity: what decides its batches, by the recipe's names; None: its task does not say.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     average: Average | None = None
     step: int = 0
     best: Best | None = None
+    identity: Mapping[str, Plain] | None = None
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:
@@ -58,14 +65,15 @@ class RunState:
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
 
 
-def save_state(state: RunState, folder: Path, team: Team = ALONE) -> None:
-    """Everything that the next step needs.
+def save_state(state: RunState, folder: Path, team: Team = ALONE) -> Path:
+    """Everything that the next step needs, and where it lies.
 
     Raises:
         TrainingError: no room on the disk; the earlier checkpoint is whole.
     """
     best = None if state.best is None else (state.best.step, state.best.eval_loss)
     average = None if state.average is None else state.average.tensors
+    values = {"best": best, "identity": None if state.identity is None else dict(state.identity)}
     if team.is_sharded:
         save_pieces(
             folder,
@@ -74,29 +82,32 @@ def save_state(state: RunState, folder: Path, team: Team = ALONE) -> None:
             optimizer=state.optimizer,
             average=average,
             step=state.step,
-            values={"best": best},
+            values=values,
         )
         if team.leads:
             (folder / _STATE).unlink(missing_ok=True)  # of earlier steps
-        return
+        return place_of(folder, state.step)
+    path = folder / _STATE
     if not team.leads:
-        return
+        return path
     content = {
         "step": state.step,
         "model": state.trained,
         "optimizer": state.optimizer.state_dict(),
         "average": average,
-        "best": best,
+        **values,
     }
-    write_whole(content, folder / _STATE)
+    write_whole(content, path)
     drop_pieces(folder, team)  # of earlier steps
+    return path
 
 
 def load_state(state: RunState, folder: Path, team: Team = ALONE) -> bool:
     """Go on from the checkpoint in `folder`; False and nothing changed where there is none.
 
     Raises:
-        TrainingError: the checkpoint is of another recipe: other weights, another optimizer.
+        TrainingError: the checkpoint is of another run: other batches, other weights, another
+            optimizer.
     """
     path, pieces = folder / _STATE, newest_pieces(folder)
     content = None
@@ -104,13 +115,14 @@ def load_state(state: RunState, folder: Path, team: Team = ALONE) -> bool:
         content = torch.load(path, map_location="cpu", weights_only=True)
     if pieces is not None and (content is None or pieces[0] > int(content["step"])):
         average = None if state.average is None else state.average.tensors
-        values = load_pieces(
-            pieces[1], team, model=state.model, optimizer=state.optimizer, average=average
-        )
+        values = values_of(pieces[1])
+        _check_identity(state.identity, values.get("identity"), pieces[1])
+        load_pieces(pieces[1], team, model=state.model, optimizer=state.optimizer, average=average)
         _go_on(state, values)
         return True
     if content is None:
         return False
+    _check_identity(state.identity, content.get("identity"), path)
     _put(content["model"], state.trained, path)
     _load_optimizer(state.optimizer, content["optimizer"], path)
     if state.average is not None:
@@ -222,6 +234,29 @@ def _tensors(content: Any) -> Iterator[torch.Tensor]:  # noqa: ANN401  nested co
     elif isinstance(content, (list, tuple)):
         for value in content:
             yield from _tensors(value)
+
+
+def _check_identity(
+    ours: Mapping[str, Plain] | None, theirs: Mapping[str, Plain] | None, path: Path
+) -> None:
+    """Refuse a checkpoint of other batches; one that does not say is believed."""
+    if ours is None or theirs is None:
+        return
+    names = [*theirs, *(name for name in ours if name not in theirs)]
+    differ = [name for name in names if ours.get(name) != theirs.get(name)]
+    if differ:
+        told = "; ".join(
+            f"{name}: the state says {_said(theirs, name)}, the recipe {_said(ours, name)}"
+            for name in differ
+        )
+        raise TrainingError(
+            f"{path} is of a run with other batches ({told}): go on with the recipe that began "
+            "the run, or train into another folder"
+        )
+
+
+def _said(identity: Mapping[str, Plain], name: str) -> str:
+    return repr(identity[name]) if name in identity else "nothing"
 
 
 def _check_names(

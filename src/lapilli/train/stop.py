@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT as a wish that the loop grants at the end of a step; knows no training."""
+"""SIGTERM and SIGINT as a wish that the loop grants at the end of a step; knows no training.
+
+signal --noted--> the step ends, the state is saved --> Stopped, an exit with a message
+"""
 
 import signal
 import threading
@@ -6,6 +9,18 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """A run that ends because a signal asked for it, with its state saved.
+
+    Attributes:
+        message: one line for a person.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(exit_code(number))
+        self.message = message
 
 
 class StopWatch:

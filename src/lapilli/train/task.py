@@ -14,8 +14,8 @@ from lapilli.config.model import DecoderConfig
 from lapilli.errors import ConfigError
 from lapilli.prompt.choose import Template
 from lapilli.train.batch import TrainingBatch, collate, collate_bins
-from lapilli.train.contract import Loss
-from lapilli.train.data import Dataset, Row, RowMaker, Rows, open_dataset, order_of
+from lapilli.train.contract import Loss, Plain
+from lapilli.train.data import Dataset, Row, RowMaker, Rows, open_dataset, order_of, rows_of
 from lapilli.train.distill import (
     DistilledModel,
     PairMaker,
@@ -23,6 +23,7 @@ from lapilli.train.distill import (
     load_teacher,
     with_teacher,
 )
+from lapilli.train.identity import identity_of
 from lapilli.train.model import TrainedModel
 from lapilli.train.order import Order
 from lapilli.train.pack import pack
@@ -62,6 +63,15 @@ class TrainingTask:
     def num_samples(self) -> int:
         """Samples of one epoch."""
         return self.order.epoch_size
+
+    def identity(self) -> Mapping[str, Plain]:
+        """What decides the batches; the files of samples are read for their digests."""
+        counts = [len(source) for source in self.rows.dataset.sources]
+        return identity_of(self.recipe, self.template.name, counts)
+
+    def names(self, step: int, micro: int) -> list[str]:
+        """Place and id of the samples of a micro-batch."""
+        return [self.rows.dataset.label(index) for index in self.order.indices(step, micro)]
 
     def batch(self, step: int, micro: int) -> tuple[TrainingBatch, int]:
         """The micro-batch and how many supervised tokens it has."""
@@ -132,7 +142,7 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
         loaded=loaded,
         recipe=recipe,
         team=team,
-        rows=Rows(kept, pairs, on_bad_sample=policy),
+        rows=rows_of(kept, pairs, recipe.data),
         order=order,
         held_out=None if held is None else Rows(held, maker, on_bad_sample=policy),
         template=template,

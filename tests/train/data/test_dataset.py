@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapilli.errors import DataError
+from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.templates import TEMPLATES
-from lapilli.train.data import Dataset, RowMaker, Rows, open_dataset, order_of
+from lapilli.train.data import Dataset, Row, RowMaker, Rows, open_dataset, order_of, rows_of
 from lapilli.train.recipe import DataRecipe, RunRecipe, SourceRecipe
 from tests.train.data.conftest import turns
 
@@ -113,6 +114,56 @@ def test_words_follow_the_split_and_are_counted_once(monkeypatch):
     assert kept.words().tolist() == expected
     monkeypatch.setattr(Numbers, "record", None)
     assert kept.words().tolist() == expected
+
+
+class Mixed(Numbers):
+    """Every second sample has a picture, and those in `bad` cannot be read."""
+
+    def __init__(self, count, bad):
+        super().__init__("m", count)
+        self._bad = bad
+
+    def record(self, index):
+        shown = {"image": "a.png"} if index % 2 else {}
+        places = "<image>" * (index % 2)
+        answer = "" if index in self._bad else "A"
+        return {"id": str(index), **shown, "conversations": turns(f"{places}Q", answer)}
+
+    def media(self, index, name):
+        return name
+
+
+class Words:
+    """Rows of samples that say something."""
+
+    def row(self, sample):
+        if not sample.messages[-1].text:
+            raise DataError(f"{sample.id} is bad")
+        return Row(EncodedPrompt([], [], ()), id=sample.id)
+
+
+@given(st.integers(2, 12), st.data())
+def test_a_sample_of_the_same_kind_stands_in_where_batches_have_one_kind(count, data):
+    bad = data.draw(st.sets(st.integers(0, count - 1)))
+    index = data.draw(st.integers(0, count - 1))
+    dataset = Dataset([Mixed(count, bad)])
+    rows = rows_of(dataset, Words(), DataRecipe(group="modality", on_bad_sample="skip"))
+    ring = [*range(index, count), *range(index)]
+    alike = [at for at in ring if at % 2 == index % 2]
+    expected = next((at for at in alike if at not in bad), None)
+    if expected is None:
+        with pytest.raises(DataError, match=f"none of {len(alike)} samples of a kind"):
+            rows.row(index)
+        return
+    row = rows.row(index)
+    assert row.id == str(expected)
+    assert row.skipped == tuple(f"{at} is bad" for at in alike[: alike.index(expected)])
+
+
+@pytest.mark.parametrize("group", ["none", "length"])
+def test_any_sample_stands_in_where_kinds_are_mixed(group):
+    recipe = DataRecipe(group=group, on_bad_sample="skip")
+    assert rows_of(Dataset([Mixed(4, {1})]), Words(), recipe).row(1).id == "2"
 
 
 def test_the_order_of_a_recipe():

@@ -1,6 +1,6 @@
 """Where samples come from and how they become rows: files, formats, labels, order."""
 
-from lapilli.train.data.dataset import Dataset, Rows, open_dataset, order_of
+from lapilli.train.data.dataset import Dataset, Rows, open_dataset, order_of, rows_of
 from lapilli.train.data.formats import to_sample
 from lapilli.train.data.rows import Row, RowMaker, encode_sample
 from lapilli.train.data.sample import Sample
@@ -17,5 +17,6 @@ __all__ = [
     "open_dataset",
     "open_source",
     "order_of",
+    "rows_of",
     "to_sample",
 ]

@@ -1,9 +1,9 @@
 """Samples of several sources under one numbering; knows neither tokens nor pixels."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from zlib import crc32
 
 import numpy as np
@@ -77,6 +77,10 @@ class Dataset:
         except DataError:
             return where
 
+    def label(self, index: int) -> str:
+        """Place and id of sample `index`, as messages about it begin."""
+        return Sample(self.id(index), (), self.where(index)).label
+
     def sample(self, index: int) -> Sample:
         """Sample `index`, its media unopened.
 
@@ -145,16 +149,23 @@ class Rows:
         dataset: gives the samples.
         maker: makes rows of them.
         on_bad_sample: "error", or "skip": the next sample that can be read stands in for it.
+        words: of every sample, negative without media: then only a sample of the same kind does,
+            so that a batch stays of one kind. None: any does.
     """
 
     def __init__(
-        self, dataset: Dataset, maker: MakesRows, *, on_bad_sample: OnBadSample = "error"
+        self,
+        dataset: Dataset,
+        maker: MakesRows,
+        *,
+        on_bad_sample: OnBadSample = "error",
+        words: NDArray[np.int64] | None = None,
     ) -> None:
-        self._dataset, self._maker = dataset, maker
+        self.dataset, self._maker, self._words = dataset, maker, words
         self._on_bad_sample: OnBadSample = on_bad_sample
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def row(self, index: int) -> Row:
         """The row of sample `index`; `skipped` says what could not be read on the way to it.
@@ -163,18 +174,25 @@ class Rows:
             DataError: it cannot be read, or with "skip" none can.
         """
         skipped: list[str] = []
-        for step in range(len(self._dataset)):
-            row = self._try_row((index + step) % len(self._dataset))
+        for candidate in self._candidates(index):
+            row = self._try_row(candidate)
             if isinstance(row, Row):
                 return replace(row, skipped=tuple(skipped))
             skipped.append(str(row))
         raise DataError(
-            f"none of {len(skipped)} samples can be learned from; the first: {skipped[0]}"
+            f"none of {len(skipped)} samples{'' if self._words is None else ' of a kind'} can be "
+            f"learned from; the first: {skipped[0]}"
         )
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The sample, and those that may stand in for it: the ones after it, round the end."""
+        for at in chain(range(index, len(self)), range(index)):
+            if self._words is None or (self._words[at] > 0) == (self._words[index] > 0):
+                yield at
 
     def _try_row(self, index: int) -> Row | DataError:
         try:
-            return self._maker.row(self._dataset.sample(index))
+            return self._maker.row(self.dataset.sample(index))
         except DataError as error:
             if self._on_bad_sample == "error":
                 raise
@@ -190,6 +208,12 @@ def open_dataset(sources: Sequence[SourceRecipe], *, placement: Placement = "fro
     """
     opened = [open_source(source) for source in sources]
     return Dataset(opened, weights=[source.weight for source in sources], placement=placement)
+
+
+def rows_of(dataset: Dataset, maker: MakesRows, data: DataRecipe) -> Rows:
+    """What a recipe learns from, by number."""
+    words = dataset.words() if data.group == "modality" else None
+    return Rows(dataset, maker, on_bad_sample=data.on_bad_sample, words=words)
 
 
 def order_of(dataset: Dataset, data: DataRecipe, run: RunRecipe) -> Order:

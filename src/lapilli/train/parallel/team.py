@@ -65,8 +65,8 @@ class Team:
         if self.is_sharded and number % self.size:
             raise ConfigError(
                 f"run.accumulate is {number} in {self.size} processes: with run.sharding = "
-                f'"fsdp" all of them run the same number of micro-batches; set run.accumulate to '
-                f"a multiple of {self.size}"
+                f'"fsdp" all of them run the same number of micro-batches; start as many processes '
+                f"as divide it, or begin a run with run.accumulate set to a multiple of {self.size}"
             )
         return range(self.rank, number, self.size)
 

@@ -1,0 +1,49 @@
+"""What decides which samples a run reads, in which order, and what becomes of them.
+
+    recipe, template, files --> {"run.seed": 0, "data.sources[0].content": "sha256:...", ...}
+
+A state keeps it, and is refused where a recipe says something else: state.py. What may change while
+a run goes on (steps, rates, precision, workers, processes, on_bad_sample, evaluation) is not in it,
+nor is the folder that the data lie in. Pictures outside of the files of samples are not read.
+Knows recipes and files; no models.
+"""
+
+from collections.abc import Sequence
+
+from lapilli.train.contract import Plain
+from lapilli.train.data.digest import data_file, together
+from lapilli.train.data.source import expand
+from lapilli.train.recipe import Recipe, SourceRecipe
+
+
+def identity_of(recipe: Recipe, template: str, counts: Sequence[int]) -> dict[str, Plain]:
+    """Names of recipe keys, and what they stand for.
+
+    Args:
+        recipe: of the run.
+        template: name of the one that rows are rendered with.
+        counts: records of every source, those that are held out too.
+    """
+    run, data = recipe.run, recipe.data
+    found: dict[str, Plain] = {
+        "run.seed": run.seed,
+        "run.batch_size": run.batch_size,
+        "run.accumulate": run.accumulate,
+        "data.held_out": 0.0 if data.evaluation else data.held_out,
+        "data.template": template,
+        "data.max_length": data.max_length,
+        "data.group": data.group,
+        "data.pack": data.pack,
+        "data.placement": data.placement,
+    }
+    for number, (source, count) in enumerate(zip(data.sources, counts, strict=True)):
+        facts = {"samples": count, "weight": source.weight, **_files(source)}
+        found |= {f"data.sources[{number}].{key}": value for key, value in facts.items()}
+    return found
+
+
+def _files(source: SourceRecipe) -> dict[str, Plain]:
+    """The files without their folder; the name counts, as what is held out depends on it."""
+    digests = [data_file(path) for path in expand(source.path)]
+    name = source.path.replace("\\", "/").rpartition("/")[2]
+    return {"path": name, "content": together(digests)}
