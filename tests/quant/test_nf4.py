@@ -1,5 +1,6 @@
 """4-bit normal floats: their values, rounding to the nearest, and gradients of packed layers."""
 
+from functools import partial
 from statistics import NormalDist
 
 import pytest
@@ -49,7 +50,20 @@ def test_a_model_keeps_its_layers_names_and_loses_their_weights():
     store_nf4(model, ["a"])
     assert [name for name, _ in model.named_parameters()] == ["b.weight", "b.bias"]
     stored = model["a"]
-    assert stored.qweight.nbytes + stored.largest.nbytes == 64 * 64 * 4.5 / 8
+    assert sum(buffer.nbytes for buffer in stored.buffers()) == 64 * 64 * 4.5 / 8 + 64 * 4  # bias
+
+
+@pytest.mark.parametrize("inputs", [512, 70])
+def test_scales_in_a_byte_move_little_and_weigh_less(inputs):
+    weight = torch.randn(512, inputs, generator=torch.Generator().manual_seed(1))
+    once, twice = (Nf4Linear(weight, None, double_quant=double) for double in (False, True))
+    assert torch.equal(once.qweight, twice.qweight)
+    values = [layer.weight_rows(0, 512) for layer in (once, twice)]
+    moved = (values[0] - values[1]).abs().max()
+    assert 0 < moved < 0.02 * weight.abs().max()
+    if inputs == 512:
+        bits = 8 * sum(buffer.nbytes for buffer in twice.buffers()) / weight.numel()
+        assert bits == pytest.approx(4 + 8 / 64 + 32 / 64 / 256, abs=0.04)  # and a table of 1 KiB
 
 
 PACKED = {
@@ -57,6 +71,7 @@ PACKED = {
     "int4": lambda w, b: QuantLinear(round4(w, b, QuantConfig())),
     "zeros": lambda w, b: QuantLinear(round4(w, b, QuantConfig(symmetric=False, group_size=32))),
     "nf4": Nf4Linear,
+    "nf4, scales in a byte": partial(Nf4Linear, double_quant=True),
 }
 
 

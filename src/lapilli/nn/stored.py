@@ -15,8 +15,6 @@ from torch import nn
 from lapilli.nn.onednn import times_transposed
 from lapilli.shapes import Float, Tensor
 
-_ROWS = 1024  # of the weight that are floats at once
-
 
 class StoredLinear(nn.Module, ABC):
     """W x + b with a frozen W that is no tensor of floats.
@@ -31,7 +29,16 @@ class StoredLinear(nn.Module, ABC):
 
     @abstractmethod
     def weight_rows(self, start: int, stop: int) -> Float[Tensor, "rows in"]:
-        """Rows `start` to `stop` of W; `start` is a multiple of 16."""
+        """Rows `start` to `stop` of W in float32; `start` is a multiple of 16."""
+
+    def rows_like(self, start: int, stop: int, other: Tensor) -> Float[Tensor, "rows in"]:
+        """The same in the dtype of the other factor."""
+        return self.weight_rows(start, stop).to(other)
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many are floats at the same time, a multiple of 16."""
+        return 1024
 
     @property
     @abstractmethod
@@ -47,7 +54,7 @@ class StoredLinear(nn.Module, ABC):
         """The product rows W^T + b, without gradients."""
         out = rows.new_empty(len(rows), self.out_features)
         for start, stop in self._pieces():
-            out[:, start:stop] = times_transposed(rows, self.weight_rows(start, stop).to(rows))
+            out[:, start:stop] = times_transposed(rows, self.rows_like(start, stop, rows))
         bias = self.plain_bias
         return out if bias is None else out.add_(bias.to(rows))
 
@@ -55,13 +62,14 @@ class StoredLinear(nn.Module, ABC):
         """The product rows W, without gradients."""
         out = rows.new_zeros(len(rows), self.in_features)
         for start, stop in self._pieces():
-            piece = self.weight_rows(start, stop).to(rows)
+            piece = self.rows_like(start, stop, rows)
             out += times_transposed(rows[:, start:stop], piece.t())
         return out
 
     def _pieces(self) -> list[tuple[int, int]]:
-        starts = range(0, self.out_features, _ROWS)
-        return [(start, min(start + _ROWS, self.out_features)) for start in starts]
+        size = self.rows_at_once
+        starts = range(0, self.out_features, size)
+        return [(start, min(start + size, self.out_features)) for start in starts]
 
 
 class _StoredProduct(torch.autograd.Function):

@@ -122,15 +122,20 @@ def _choose(
     return TemplateChoice(template, "asked for", note)
 
 
-def template_by_name(name: str) -> Template:
+def template_by_name(name: str, *, use_start_end: bool = False) -> ChatTemplate:
     """A template of the original.
+
+    Args:
+        name: as in `TEMPLATES`.
+        use_start_end: see TemplateFacts.
 
     Raises:
         PromptError: no template has this name.
     """
     if name not in TEMPLATES:
         raise PromptError(f"no template is called {name!r}: choose from {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
+    template = TEMPLATES[name]
+    return replace(template, media_tokens=START_END) if use_start_end else template
 
 
 def template_for_name(model_name: str) -> tuple[str, str | None]:
