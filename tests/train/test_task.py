@@ -183,3 +183,15 @@ def test_the_samples_of_a_micro_batch_are_named_before_it_is_made(checkpoint, fi
     assert isinstance(task, NamingTask)
     ids = task.batch(1, 0)[0].ids
     assert task.names(1, 0) == [f"{file}:1 (id {name!r})" for name in ids]
+
+
+def test_a_fresh_adapter_is_drawn_from_the_seed(checkpoint, file):
+    """Whatever else was drawn before."""
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.randn(5)
+        task = build(checkpoint, file, lora=LoraRecipe(rank=2), run={"seed": seed})
+        halves = [p.detach() for n, p in task.model.named_parameters() if "lora_A" in n]
+        drawn.append(torch.cat([half.flatten() for half in halves]))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])

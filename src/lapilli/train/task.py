@@ -9,6 +9,8 @@ Knows every room of the trainer; must not know the loop's arithmetic or what res
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from lapilli.checkpoint.load import Loaded
 from lapilli.config.model import DecoderConfig
 from lapilli.errors import ConfigError
@@ -132,6 +134,7 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
     pairs = PairMaker(maker, _row_maker(teacher, template)) if teacher else maker
     kept, held = _datasets(recipe)
     order = order_of(kept, recipe.data, recipe.run)
+    torch.manual_seed(recipe.run.seed)  # a fresh adapter is drawn
     choose_trainable(loaded.model, recipe)
     set_up_layers(loaded.model, recipe.run)
     model = _learner(recipe, loaded, teacher)
