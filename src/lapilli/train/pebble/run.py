@@ -199,11 +199,19 @@ class Workshop:
         )
 
     def train(self, stage: str, *, rank: int, size: int) -> None:
-        """Run a stage in this process, one of `size`."""
-        folder = self.work / stage
-        folder.mkdir(parents=True, exist_ok=True)
+        """Run a stage in this process, one of `size`; all of them start from the lead's weights.
+
+        The first weights come from eigenvectors and orthogonal matrices, whose bits, and signs,
+        hang on the number of threads: a run that is killed before its first checkpoint would
+        otherwise begin elsewhere when the machine gives it another number.
+        """
+        recipe = self.recipes[stage]
+        if recipe.run.threads is not None:
+            torch.set_num_threads(recipe.run.threads)
         team = join_team(rank, size, self.work / "meeting")
-        train(self.task(stage), self.recipes[stage], folder, team=team, echo=team.leads)
+        task = self.task(stage)
+        team.wrap(task.model)
+        train(task, recipe, self.work / stage, team=team, echo=team.leads)
 
     def train_together(self, stage: str, processes: int) -> None:
         """Run a stage in several processes and wait for them.

@@ -1,0 +1,80 @@
+"""How a stage of pebble begins in one process of several."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lapilli.train.log import RunLog
+from lapilli.train.parallel import Team
+from lapilli.train.pebble import run
+from lapilli.train.pebble.run import Workshop
+from lapilli.train.pebble.tower import whitening_filters
+from tests.train.conftest import new_recipe, new_regression
+
+RECIPES = Path(__file__).parents[3] / "recipes" / "pebble"
+
+
+class Lent(Workshop):
+    """A workshop whose stage is a regression that starts from whitening filters."""
+
+    def task(self, stage):
+        images = torch.randn(32, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+        self.start = whitening_filters(images, 16, 256).flatten()
+        task = new_regression()
+        with torch.no_grad():
+            task.model[0].weight.copy_(self.start[:32].view(8, 4))
+        return task
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the test's end gives the earlier one back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def shop_in(folder):
+    shop = Lent(RECIPES, folder)
+    shop.recipes = {"1_tower": new_recipe(steps=2, threads=1)}
+    return shop
+
+
+def test_a_run_begins_with_the_same_bits_whatever_the_machine_gives_it(tmp_path, threads):
+    starts = []
+    for number in (1, 2, 3):
+        threads(number)
+        shop = shop_in(tmp_path / str(number))
+        shop.train("1_tower", rank=0, size=1)
+        starts.append(shop.start)
+    assert torch.equal(starts[0], starts[1])
+    assert torch.equal(starts[0], starts[2])
+    losses = [
+        [record["loss"] for record in RunLog(tmp_path / str(number) / "1_tower").records()]
+        for number in (1, 2, 3)
+    ]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_all_processes_start_from_the_leads_weights(tmp_path, threads, monkeypatch):
+    class Shared(Team):
+        """A process to which the lead sends ones."""
+
+        def wrap(self, model, **_options):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(1.0)
+
+    monkeypatch.setattr(run, "join_team", lambda rank, size, meeting: Shared())
+    shop = shop_in(tmp_path)
+    shop.recipes = {"1_tower": replace(shop.recipes["1_tower"], optim=slow())}
+    shop.train("1_tower", rank=1, size=2)
+    trained = shop.state("1_tower")["model"]
+    assert all(((value - 1).abs() < 1e-6).all() for value in trained.values())
+
+
+def slow():
+    """So slow that weights stay what they were."""
+    return replace(new_recipe().optim, lr=1e-9, weight_decay=0.0)
