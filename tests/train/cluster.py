@@ -174,6 +174,8 @@ def run_talk(seat, folder, sharding, kind, run, optim=None):
         team.wrap(task.model)
         task.team = team
         recipe = dataclasses.replace(task.recipe, run=new_recipe(**run).run)
+        facts = {"run.seed": recipe.run.seed, "run.accumulate": recipe.run.accumulate}
+        task.identity = lambda: facts
         if optim:
             recipe = dataclasses.replace(recipe, optim=OptimRecipe(**optim))
         train(task, recipe, folder / "run", team=team)
