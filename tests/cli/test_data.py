@@ -82,6 +82,14 @@ def test_check_of_good_data_leaves_with_0(run, file, tmp_path_factory):
         (data.check, {"placement": "back"}, "--placement is 'back': expected front or written"),
         (data.show, {"color": "red"}, "--color is 'red': expected auto, always or never"),
         (data.show, {"template": "x"}, "no template is called 'x'"),
+        (data.check, {"template": "x"}, "no template is called 'x'"),
+        (data.show, {"start": 3}, "--start is 3, and"),
+        (
+            data.check,
+            {"max_length": 9},
+            "--max-length counts the positions of a model: give --model",
+        ),
+        (data.check, {"images": Path("lost")}, "lost is no folder: expected that of the images"),
     ],
 )
 def test_bad_input_is_one_line_and_2(run, file, command, options, expected):
@@ -89,6 +97,18 @@ def test_bad_input_is_one_line_and_2(run, file, command, options, expected):
     assert (code, out) == (2, "")
     assert expected in err
     assert err.count("\n") == 1
+
+
+def test_turns_are_those_of_the_template(run, tmp_path):
+    one = {"id": "one", "conversations": turns("Q", "A") + turns("R", "B")[1:]}
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(one))
+    code, out, _ = run(data.check, str(path))
+    assert code == 1
+    assert f"{path}:1 (id 'one'): message 2 is from assistant, expected user" in out
+    path.write_text(json.dumps(one | {"conversations": turns("Q", "A")}))
+    assert run(data.check, str(path))[0] == 0
+    assert "a plain template trains on" in run(data.check, str(path), template="plain")[1]
 
 
 def test_show_takes_a_template_and_a_beginning(run, file):

@@ -7,8 +7,12 @@ from lapilli.errors import ConfigError
 from lapilli.train.evaluate import evaluate
 from lapilli.train.log import RunLog
 from lapilli.train.loop import train
+from lapilli.train.parallel import ALONE
+from lapilli.train.task import build_task
+from tests.checkpoint.conftest import golden, maker  # noqa: F401  fixtures
 from tests.train.conftest import new_recipe, new_regression
 from tests.train.faults import new_noisy, noisy_recipe
+from tests.train.real_run import recipe_of, write_samples
 
 
 class Scripted:
@@ -112,3 +116,22 @@ def test_the_best_needs_a_figure(tmp_path, regression):
         train(regression, new_recipe(evaluate_every=2, keep_best=True), tmp_path)
     with pytest.raises(ConfigError, match=r"run.evaluate_every is 0"):
         new_recipe(keep_best=True)
+
+
+def test_nothing_that_is_drawn_while_training_is_in_an_evaluation(golden, tmp_path):  # noqa: F811
+    """Noise and dropout as large as they go leave the figures as they are."""
+    checkpoint, file = str(golden("llava-v1.5-tiny-pad")[1]["model_path"]), write_samples(tmp_path)
+    found, learned = [], []
+    for alpha, dropout in ((0.0, 0.0), (50.0, 0.9)):
+        recipe = recipe_of(checkpoint, file, alpha=alpha, dropout=dropout)
+        task = build_task(recipe, ALONE)
+        with torch.no_grad():
+            for name, parameter in task.model.named_parameters():
+                if "lora_" in name:
+                    parameter.fill_(0.05)  # fresh adapters change nothing, and differ
+        found.append(evaluate(task, recipe))
+        assert task.model.training
+        batch, count = task.batch(0, 0)
+        learned.append(task.loss(batch).parts["answers"].item() / count)
+    assert found[0] == found[1]
+    assert abs(learned[0] - learned[1]) > 0.01

@@ -7,9 +7,13 @@ import time
 import pytest
 import torch
 
+from lapilli.checkpoint.load import load_checkpoint
 from lapilli.train.log import RunLog
 from lapilli.train.loop import Loss, TrainingError, train
 from lapilli.train.parallel import join_team
+from tests.checkpoint.conftest import golden, maker  # noqa: F401  fixtures
+from tests.conformance.ops.training import read_tensors
+from tests.train import real_run
 from tests.train.faults import (
     STEPS,
     assert_same,
@@ -48,6 +52,27 @@ def test_killed_while_saving(tmp_path, undisturbed):
     assert 0 < killed_at[0] < killed_at[-1] < STEPS
     train(new_noisy(), noisy_recipe(), tmp_path)
     assert_same(tmp_path, undisturbed)
+
+
+def test_a_model_that_is_killed_learns_the_same(tmp_path, golden):  # noqa: F811
+    """With all that a run draws or remembers, from samples on disk to the adapter that is left."""
+    checkpoint, file = (
+        str(golden("llava-v1.5-tiny-pad")[1]["model_path"]),
+        real_run.write_samples(tmp_path),
+    )
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    real_run.run(whole, checkpoint, file)
+    child = start(real_run.run, folder, checkpoint, file, 0.02)
+    assert wait_for(lambda: len(RunLog(folder).records()) >= 3)
+    assert kill(child) == -signal.SIGKILL
+    assert 0 < step_of(folder) < real_run.STEPS
+    load_checkpoint(folder / "model", dtype="float32", device="cpu")  # left on the way, and whole
+    real_run.run(folder, checkpoint, file)
+    assert_same(folder, whole)
+    for name in ("adapter_model.safetensors", "non_lora_trainables.bin"):
+        ours, theirs = (read_tensors(path / "model" / name) for path in (folder, whole))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 @pytest.mark.slow

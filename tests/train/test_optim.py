@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from lapilli.checkpoint.keymaps import HF_LLAVA
+from lapilli.checkpoint.load import load_checkpoint
 from lapilli.train.optim import build_optimizer, lr_share, parameter_groups, set_lr, warmup_steps
 from lapilli.train.recipe import OptimRecipe
+from tests.checkpoint.published import make_llava
 
 
 class Parts(nn.Module):
@@ -52,14 +55,20 @@ def test_schedules(schedule, expected):
     assert [lr_share(step, 6, recipe) for step in range(6)] == pytest.approx(expected)
 
 
-def test_cosine_is_that_of_transformers():
-    from transformers import get_cosine_schedule_with_warmup
+@pytest.mark.parametrize("warmup", [0, 5])
+@pytest.mark.parametrize(
+    ("schedule", "name"),
+    [("cosine", "cosine"), ("linear", "linear"), ("constant", "constant_with_warmup")],
+)
+def test_schedules_are_those_of_transformers(schedule, name, warmup):
+    from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = get_cosine_schedule_with_warmup(optimizer, 5, 40)
-    recipe = OptimRecipe(lr=1.0, schedule="cosine", warmup_steps=5)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=40)
+    recipe = OptimRecipe(lr=1.0, schedule=schedule, warmup_steps=warmup)
     for step in range(40):
-        assert lr_share(step, 40, recipe) == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
+        expected = theirs.get_last_lr()[0]
+        assert lr_share(step, 40, recipe) == pytest.approx(expected, rel=1e-12, abs=1e-15)
         optimizer.step()
         theirs.step()
 
@@ -102,6 +111,22 @@ def test_groups_are_those_of_the_original():
         theirs = get_parameter_names(model, [*ALL_LAYERNORM_LAYERS, nn.RMSNorm])
         names = {name for name, _ in model.named_parameters()}
         assert decayed(model) == {n for n in theirs if "bias" not in n} & names
+
+
+@pytest.mark.parametrize("is_next", [False, True])
+def test_groups_of_a_llava_are_those_of_transformers(tmp_path, is_next):
+    """Of the same checkpoint, by the trainer that the original is built on."""
+    from transformers import AutoModelForImageTextToText, Trainer
+
+    make_llava(tmp_path / "llava", is_next=is_next)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava")
+    loaded = load_checkpoint(tmp_path / "llava", dtype="float32", device="cpu")
+    expected = {HF_LLAVA.to_ours(n) for n in Trainer.get_decay_parameter_names(None, theirs)}
+    model = loaded.model.requires_grad_(True)
+    names = {HF_LLAVA.to_ours(n) for n, _ in theirs.named_parameters()}
+    assert names == {name for name, _ in model.named_parameters()}
+    assert len(expected) > 20
+    assert decayed(model) == expected
 
 
 def test_matrices_alone_may_decay():

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -60,3 +62,17 @@ def test_a_sample_without_words_is_named() -> None:
 def test_lengths_are_needed() -> None:
     with pytest.raises(ConfigError, match="needs the lengths"):
         LengthGroupedSampler(2, 1)
+
+
+def test_orders_are_those_of_the_original(conformance) -> None:
+    """Index by index, with the same seeds."""
+    text = (conformance / "cases" / "open" / "_labels" / "cases.json").read_text(encoding="utf-8")
+    cases = [case for case in json.loads(text)["cases"] if case["op"] == "sampler"]
+    assert len(cases) >= 6
+    for case in cases:
+        given = case["input"]
+        group = grouped_by_modality if given["by_modality"] else grouped_by_length
+        generator = torch.Generator().manual_seed(given["seed"])
+        torch.manual_seed(given["global_seed"])  # of the samples of a kind
+        arguments = (given["lengths"], given["batch_size"], given["world_size"], generator)
+        assert group(*arguments) == case["expect"]["indices"], case["id"]

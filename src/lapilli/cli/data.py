@@ -13,13 +13,15 @@ from lapilli.cli import options
 from lapilli.cli.terminal import note, plain_errors
 
 if TYPE_CHECKING:
+    from lapilli.prompt.choose import Template
     from lapilli.train.data import Dataset
+    from lapilli.train.data.planned import PlannedRows
     from lapilli.train.data.show import Stretch
 
 app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
 
 File = Annotated[
-    str, typer.Argument(help="JSON, JSONL, Parquet or tar; several with {000..012} or *.")
+    str, typer.Argument(help="JSON, JSONL, CSV, Parquet or tar; several with {000..012} or *.")
 ]
 Images = Annotated[
     Path | None, typer.Option(help="The folder of the images; without it, the file's own.")
@@ -53,22 +55,26 @@ def check(
 ) -> None:
     """Read a data set once and report what is wrong, with line numbers; exit code 1 if anything is.
 
-    Unreadable images, unknown roles, placeholders without images, empty answers, duplicates, and
-    with --model samples that are too long, tokens, and how many of them are learned.
+    Unreadable images, unknown roles, turns out of order, placeholders without images, empty
+    answers, duplicates, and with --model samples that are too long, tokens, and how many of them
+    are learned.
     """
     wrong = False
     with plain_errors():
+        from lapilli.errors import ConfigError
         from lapilli.train.data.check import check as check_data
-        from lapilli.train.data.planned import plan_rows
 
         dataset = _open(file, images, placement)
-        planned = None if model is None else plan_rows(model, base=base, template=template)
-        if planned is not None and max_length is None:
-            max_length = planned.context_length
+        planned, plain = _plan(model, base, template)
+        if planned is not None:
+            max_length = max_length or planned.context_length
+        elif max_length is not None:
+            raise ConfigError("--max-length counts the positions of a model: give --model too")
         with _bar(quiet=quiet) as progress:
             report = check_data(
                 dataset,
                 maker=None if planned is None else planned.maker,
+                template=plain,
                 max_length=max_length,
                 progress=progress,
             )
@@ -95,16 +101,15 @@ def show(
     With --model every token is shown and every image has its number of positions.
     """
     with plain_errors():
-        from lapilli.errors import DataError
-        from lapilli.prompt.choose import template_by_name
+        from lapilli.errors import ConfigError, DataError
         from lapilli.train.data.check import Album
-        from lapilli.train.data.planned import plan_rows
         from lapilli.train.data.show import rendered, tokenized
 
         colored = _wants_color(color)
         dataset, album = _open(file, images, placement), Album()
-        planned = None if model is None else plan_rows(model, base=base, template=template)
-        plain = template_by_name(template or "vicuna_v1") if planned is None else planned.template
+        planned, plain = _plan(model, base, template)
+        if start >= len(dataset):
+            raise ConfigError(f"--start is {start}, and {file} has {len(dataset)} samples")
         for index in range(start, min(start + number, len(dataset))):
             try:
                 sample = dataset.sample(index)
@@ -128,6 +133,19 @@ def _open(file: str, images: Path | None, placement: str) -> "Dataset":
         raise ConfigError(f"--placement is {placement!r}: expected front or written")
     source = SourceRecipe(path=file, images=None if images is None else str(images))
     return open_dataset([source], placement="written" if placement == "written" else "front")
+
+
+def _plan(
+    model: str | None, base: str | None, template: str | None
+) -> "tuple[PlannedRows | None, Template]":
+    """What makes rows, where there is a model, and what makes text of turns."""
+    from lapilli.prompt.choose import template_by_name
+    from lapilli.train.data.planned import plan_rows
+
+    if model is None:
+        return None, template_by_name(template or "vicuna_v1")
+    planned = plan_rows(model, base=base, template=template)
+    return planned, planned.template
 
 
 @contextmanager

@@ -61,11 +61,24 @@ class RunLog:
                 os.fsync(file.fileno())
 
     def records(self) -> list[Record]:
-        """All lines so far; a last line that a kill cut short is left out."""
+        """All lines so far; a last line that a kill cut short is left out.
+
+        Raises:
+            TrainingError: a line is no JSON.
+        """
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines if line]
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        return [self._record(number, line) for number, line in enumerate(lines, 1) if line]
+
+    def _record(self, number: int, line: str) -> Record:
+        try:
+            found: Record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TrainingError(
+                f"{self.path}:{number} is damaged ({error.msg}): delete the line and start again"
+            ) from error
+        return found
 
     @staticmethod
     def line(record: Record) -> str:

@@ -10,7 +10,7 @@ from lapilli.prompt.templates import TEMPLATES
 from lapilli.train.data import RowMaker, open_dataset
 from lapilli.train.data.check import check
 from lapilli.train.data.planned import plan_rows
-from lapilli.train.data.report import DataReport, Spread
+from lapilli.train.data.report import DataReport, Finding, Spread
 from lapilli.train.recipe import SourceRecipe
 from tests.train.data.conftest import RECORDS, turns
 
@@ -88,7 +88,7 @@ def test_everything_that_is_wrong_is_found_with_its_line(folder, tokenizer, mode
         ("too long", 10),
         ("duplicate id", 11),
         ("duplicate image", 12),
-        ("placeholder", 13),
+        ("mended", 13),
         ("turns", 14),
         ("record", 15),
     ]
@@ -109,6 +109,23 @@ def test_everything_that_is_wrong_is_found_with_its_line(folder, tokenizer, mode
     ):
         assert expected in text
     assert json.loads(json.dumps(report.to_dict()))["num_errors"] == 13
+
+
+def test_turns_are_checked_without_a_model_too(folder):
+    twice = [*turns("Q", "A"), turns("Q", "B")[1]]
+    records = [{"conversations": twice}, {"conversations": turns("Q", "A", "R")}]
+    report = look(folder, records, template=TEMPLATES["vicuna_v1"])
+    assert kinds(report) == [("turns", 1), ("mended", 2)]
+    assert "message 2 is from assistant, expected user" in report.findings[0].text
+    assert [finding.is_error for finding in report.findings] == [True, False]
+    assert kinds(look(folder, records)) == [("mended", 2)]
+
+
+def test_a_finding_is_one_line_of_printable_letters():
+    text = str(Finding("image", "a.json:1", "\x1b[2J", "b\n\x1b[31m\ud800é.png does not exist"))
+    expected = r"a.json:1 (id '\x1b[2J'): b\n\x1b[31m\ud800é.png does not exist"
+    assert text == expected
+    text.encode()
 
 
 def test_long_lists_are_shortened(folder):

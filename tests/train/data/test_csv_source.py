@@ -1,5 +1,8 @@
 """Tables become conversations of one turn; what is no such table is refused with its place."""
 
+import base64
+import csv
+
 import pytest
 
 from lapilli.errors import DataError
@@ -31,6 +34,29 @@ def test_rows_are_questions_about_pictures(tmp_path):
     assert source.media(0, "a.png") == tmp_path / "a.png"
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_tables_of_any_spreadsheet(tmp_path, separator, end):
+    """Separators by language, line ends by system, empty lines and cells at the end."""
+    lines = ("Image ,ID,Question,Answer,", 'a.png,x,What?,"A""b""",', "", 'b.png,y,Where?,"C\nD",')
+    text = end.join(lines).replace(",", separator) + end
+    source = open_source(table(tmp_path, text, "utf-8-sig"))
+    assert [source.where(i).rpartition(":")[2] for i in range(len(source))] == ["2", "4"]
+    one, two = source.record(0), source.record(1)
+    assert (one["id"], one["image"], two["id"], two["image"]) == ("x", "a.png", "y", "b.png")
+    assert [turn["value"] for turn in one["conversations"]] == ["<image>\nWhat?", 'A"b"']
+    assert two["conversations"][1]["value"] == "C\nD"
+
+
+def test_a_field_may_hold_a_picture(tmp_path):
+    packed = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(200_000)).decode()
+    source = open_source(table(tmp_path, f"image,caption\n{packed},A boat.\n"))
+    picture = source.media(0, source.record(0)["image"])
+    assert isinstance(picture, bytes)
+    assert len(picture) == 200_008
+    assert csv.field_size_limit() < 200_000  # other programs keep theirs
+
+
 def test_captions_are_read_as_samples(tmp_path):
     dataset = open_dataset([table(tmp_path, "id,image,caption\nx7,a.png,A boat.\n")])
     sample = dataset.sample(0)
@@ -43,6 +69,12 @@ def test_captions_are_read_as_samples(tmp_path):
     [
         ("image,text\na.png,A boat.\n", "has the columns image, text: expected image, question"),
         ("", "has the columns none"),
+        ("image,image,answer\na.png,b.png,A\n", "has two columns 'image': rename or delete one"),
+        (
+            'image,answer\na.png,"A boat.\nb.png,B\n',
+            r"table.csv:2: no row of a table: .*never closed",
+        ),
+        ('image,answer\na.png,"A" boat\n', r"table.csv:2: no row of a table: .*not doubled"),
     ],
 )
 def test_other_tables_are_refused(tmp_path, text, message):
@@ -52,11 +84,13 @@ def test_other_tables_are_refused(tmp_path, text, message):
 
 def test_a_short_row_is_named(tmp_path):
     source = open_source(table(tmp_path, "image,question,answer\na.png,What?,A boat.\nb.png\n"))
-    with pytest.raises(DataError, match=r"table.csv:3 has not as many fields"):
+    with pytest.raises(DataError, match=r"table.csv:3 has 1 fields, and the first line 3"):
         source.record(1)
 
 
 def test_bytes_that_are_no_text(tmp_path):
     recipe = table(tmp_path, "image,answer\na.png,hôtel\n", "latin-1")
-    with pytest.raises(DataError, match="is no table in UTF-8"):
+    with pytest.raises(
+        DataError, match=r"table.csv:2: no UTF-8 \(byte 0xf4\): save the table as CSV"
+    ):
         open_source(recipe)

@@ -95,6 +95,16 @@ def test_no_picture_can_be_written_in_many_ways(nothing):
 def test_systems_and_first_answers():
     first = {"conversations": [{"from": "gpt", "value": "Hello"}, *turns("Q", "A")]}
     assert said(read(first)) == [("user", "Q"), ("assistant", "A")]
+    assert read(first).notes == ("the first turn is an answer, which is left out",)
+    after = {"conversations": [{"from": "system", "value": "S"}, *first["conversations"]]}
+    assert [role for role, _ in said(read(after))] == ["system", "user", "assistant"]
+    swapped = [{"from": turn["from"], "value": "x"} for turn in turns("Q", "A", "R", "B")[1:]]
+    swapped.append({"from": "human", "value": "x"})
+    assert read({"conversations": swapped}).notes == (
+        "the first turn is an answer, which is left out",
+        "the last turn has no answer",
+    )
+    assert read({"conversations": turns("Q")}).notes == ()
     system = {"system": "Be brief.", "conversations": turns("Q", "A")}
     assert said(read(system))[0] == ("system", "Be brief.")
     turn = {
@@ -147,6 +157,21 @@ def test_names_are_resolved():
         ),
         ({"conversations": turns("Q", "half \ud83d")}, "turn 1 has half of a character"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "from 'tool'"),
+        (
+            {"image": "a", "images": ["a", "b"], "conversations": turns("<image><image>", "A")},
+            "its 'image' and its 'images' are not the same: keep one",
+        ),
+        ({"messages": [{"role": "assistant", "content": None}]}, "turn 0 says a NoneType"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "it has no turns"),
+        (
+            {"system": ["x"], "conversations": turns("Q", "A")},
+            "its system is a list: expected a text",
+        ),
+        (
+            {"video": "v.mp4", "conversations": turns("Q", "A")},
+            "has 'video', .* only images are read",
+        ),
+        ({"image": None, "audios": ["a.wav"], "conversations": turns("Q", "A")}, "has 'audios'"),
     ],
 )
 def test_what_is_wrong_is_said_with_place_and_id(record, expected):

@@ -124,7 +124,10 @@ def test_an_empty_array_has_no_records(tmp_path, text):
         ('{"a": 1}\n{"b": 2}', r"json:1: expected a list of samples.*\.jsonl"),
         ("", r"json:1: expected a list"),
         ('[{"a": 1, "b": nope}' + " " * 99, r"json:1: no valid JSON: Expecting value"),
-        ("[" * 99_999, r"json:1: nested too deeply"),
+        ('[{"a": 1},\n{"b": nope}]\n\n\n', r"json:2: no valid JSON: [^;]*in line 2\)$"),
+        ('[{"a": 1},\n{"b": 2},\n]', r"json:3: a comma before the closing '\]'"),
+        ('[{"a": ' + "9" * 5000 + "}]", r"json:1: no valid JSON: .*digits"),
+        ("[" * 99_999, r"json:1: no valid JSON: .*recursion"),
     ],
 )
 def test_a_damaged_array_is_named_with_its_line(tmp_path, text, expected):
@@ -137,7 +140,10 @@ def test_a_damaged_array_is_named_with_its_line(tmp_path, text, expected):
 def test_text_that_is_no_utf8_is_named(tmp_path):
     path = tmp_path / "data.json"
     path.write_bytes('[{"a": "é"}]'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"data.json is no UTF-8"):
+    with pytest.raises(DataError, match=r"data.json:1: no UTF-8: .*save the file as UTF-8"):
+        read(path)
+    path.write_bytes(b'[\n{"a": 1},\n\n{"a": "\xe9"}]')
+    with pytest.raises(DataError, match=r"data.json:4: no UTF-8"):
         read(path)
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{}\n{"a": "\xe9"}\n')
@@ -175,8 +181,8 @@ def test_pictures_may_be_inside_the_record(tmp_path):
         for i, way in enumerate(ways)
     ]
     assert colors(write(tmp_path / "data.jsonl", records)) == [(255, 0, 0)] * 2
-    broken = [{"image": packed[:-3], "conversations": turns("<image>", "A")}]
-    with pytest.raises(DataError, match=r"jsonl:1: a picture in base64 .* is damaged"):
+    broken = [{"id": "x", "image": packed[:-3], "conversations": turns("<image>", "A")}]
+    with pytest.raises(DataError, match=r"jsonl:1 \(id 'x'\): a picture in base64 .* is damaged"):
         colors(write(tmp_path / "broken.jsonl", broken))
 
 
@@ -234,11 +240,72 @@ def test_a_shard_holds_its_pictures(tmp_path):
     assert dataset.sample(1).where == f"{path}:b/2"
 
 
+def test_pictures_of_a_shard_are_shown_once_whoever_names_them(tmp_path):
+    content = [{"type": "image_url", "image_url": {"url": "1.png"}}, {"type": "text", "text": "Q"}]
+    answer = {"role": "assistant", "content": "A"}
+    inline = {"messages": [{"role": "user", "content": content}, answer]}
+    content = [{"type": "image", "image_url": {"url": None}}, {"type": "text", "text": "Q"}]
+    empty = {"messages": [{"role": "user", "content": content}, answer]}
+    listed = {"images": ["of/another/name.png"], "conversations": turns("<image>", "A")}
+    members = {}
+    for number, record in enumerate((inline, empty, listed), 1):
+        members |= {f"{number}.json": json.dumps(record).encode(), f"{number}.png": png("red")}
+    assert colors(write_tar(tmp_path / "0.tar", members)) == [(255, 0, 0)] * 3
+
+
+@pytest.mark.parametrize("names", [("1.json", "1.json"), ("1.jpg", "1.JPG")])
+def test_two_members_of_one_name_are_refused(tmp_path, names):
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as shard:
+        for name in names:
+            shard.addfile(tarfile.TarInfo(name))
+    with pytest.raises(DataError, match=rf"two members of one name, '{names[0]}' and '{names[1]}'"):
+        read(path)
+
+
+def test_messages_do_not_list_a_whole_shard(tmp_path):
+    members = {f"COCO.{i:03d}.jpg": b"" for i in range(50)}
+    with pytest.raises(DataError, match=r"only 000.jpg, .*, 007.jpg and 42 more$"):
+        read(write_tar(tmp_path / "0.tar", members))
+
+
+def test_a_caption_that_is_no_text_is_named(tmp_path):
+    path = write_tar(
+        tmp_path / "0.tar", {"1.txt": "caf\xe9".encode("latin-1"), "1.png": png("red")}
+    )
+    with pytest.raises(DataError, match=r"0.tar:1: 1.txt is no UTF-8"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"\x1f\x8b\x08", "is gzip-compressed: unpack it first"),
+        (b"PK\x03\x04...", "is a ZIP archive or a spreadsheet"),
+        ("[]".encode("utf-16"), "is text in UTF-16: save it in UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer: run `git lfs pull`"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet", "a.tar", "a.jsonl.gz"])
+def test_files_that_are_something_else_are_named(tmp_path, name, data, expected):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=expected):
+        read(tmp_path / name)
+
+
+def test_a_folder_of_images_that_is_not_there(tmp_path):
+    path = write(tmp_path / "data.json", RECORDS)
+    with pytest.raises(DataError, match=r"lost is no folder: expected that of the images"):
+        open_source(SourceRecipe(path=str(path), images=str(tmp_path / "lost")))
+
+
 def test_what_a_shard_lacks_is_named(tmp_path):
     lost = {"id": "x", "image": "gone.png", "conversations": turns("<image>", "A")}
     members = {"1.json": json.dumps(lost).encode(), "2.png": png("red"), "3.json": b"{"}
     dataset = open_dataset([SourceRecipe(path=str(write_tar(tmp_path / "0.tar", members)))])
-    with pytest.raises(DataError, match=r"0.tar:1: the shard has no member 'gone.png'; .* json"):
+    with pytest.raises(
+        DataError, match=r"0.tar:1 \(id 'x'\): the shard has no member 'gone.png'; .* json"
+    ):
         dataset.sample(0)
     with pytest.raises(DataError, match=r"0.tar:2 has no member .json or .txt, only png"):
         dataset.sample(1)
@@ -255,7 +322,10 @@ def test_a_shard_that_is_cut_off_or_compressed_is_refused(tmp_path):
     import gzip
 
     path.write_bytes(gzip.compress(whole))
-    with pytest.raises(DataError, match=r"0.tar is no whole tar archive: .*compressed"):
+    with pytest.raises(DataError, match=r"0.tar is gzip-compressed: unpack it first"):
+        read(path)
+    path.write_bytes(b"no archive" * 100)
+    with pytest.raises(DataError, match=r"0.tar is no whole tar archive: "):
         read(path)
 
 

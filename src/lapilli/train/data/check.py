@@ -1,6 +1,6 @@
 """Reads a data set once, pictures included, and says what training would stumble over.
 
-record -> sample          unknown roles, placeholders, ids
+record -> sample          unknown roles, placeholders, ids, turns
 sample -> pictures        readable? the same content under another name?
 sample -> ids and labels  with a model: too long, nothing supervised
 """
@@ -18,6 +18,7 @@ from lapilli.geometry import ImageSize
 from lapilli.media.fetch import fetch
 from lapilli.modality.image.decode import to_rgb
 from lapilli.modality.image.pixels import PreparedImage
+from lapilli.prompt.choose import Template
 from lapilli.prompt.message import MediaPart
 from lapilli.train.data.dataset import Dataset
 from lapilli.train.data.report import DataReport, Finding, Kind, Spread
@@ -31,6 +32,7 @@ def check(
     dataset: Dataset,
     *,
     maker: RowMaker | None = None,
+    template: Template | None = None,
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> DataReport:
@@ -39,10 +41,11 @@ def check(
     Args:
         dataset: read from beginning to end; every different picture is opened once.
         maker: counts positions and labels; None leaves both out. Its model's weights are not used.
+        template: without a maker, what turns have to suit; None: any order of turns is taken.
         max_length: positions that a row may have.
         progress: called with the samples that are done and with how many there are.
     """
-    checker = _Checker(maker, max_length)
+    checker = _Checker(maker, template, max_length)
     for index in range(len(dataset)):
         checker.read(dataset, index)
         if progress is not None:
@@ -107,8 +110,10 @@ class Album:
 class _Checker:
     """Goes through a data set and keeps numbers and findings."""
 
-    def __init__(self, maker: RowMaker | None, max_length: int | None) -> None:
-        self._maker, self._max_length = maker, max_length
+    def __init__(
+        self, maker: RowMaker | None, template: Template | None, max_length: int | None
+    ) -> None:
+        self._maker, self._template, self._max_length = maker, template, max_length
         self._album = Album()
         self._ids: dict[str, str] = {}
         self._findings: list[Finding] = []
@@ -133,11 +138,13 @@ class _Checker:
         self._num_media.append(len(sample.media))
         self._words.append(sample.words)
         for note in sample.notes:
-            self._add("placeholder", sample, note)
+            self._add("mended", sample, note)
         self._check_id(sample)
         self._check_answers(sample)
         sizes = self._check_media(sample)
-        if self._maker is not None and len(sizes) == len(sample.media):
+        if self._maker is None:
+            self._check_turns(sample)
+        elif len(sizes) == len(sample.media):
             self._check_row(sample, sizes, self._maker)
 
     def _check_id(self, sample: Sample) -> None:
@@ -168,6 +175,14 @@ class _Checker:
         if seen.twin is not None:
             self._add("duplicate image", sample, f"{seen.name} is the same as {seen.twin}")
         return seen
+
+    def _check_turns(self, sample: Sample) -> None:
+        if self._template is None:
+            return
+        try:
+            self._template.render(sample.messages, open_turn=False)
+        except LapilliError as error:
+            self._add("turns", sample, error)
 
     def _check_row(self, sample: Sample, sizes: list[ImageSize], maker: RowMaker) -> None:
         try:

@@ -3,10 +3,12 @@
     image,question,answer        a conversation of one turn
     image,caption                the same with an empty question: what the stage align reads
 
-Rows are kept in memory. Other columns are left alone.
+Fields are parted by commas, semicolons or tabs, whichever the first line has most of: spreadsheets
+take what their language has. Rows are kept in memory. Other columns are left alone.
 """
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,52 +17,78 @@ from lapilli.errors import DataError
 from lapilli.train.data.pictures import PictureFolder
 
 _ANSWERS: Final = ("answer", "caption")
+_READ: Final = ("id", "image", "question", *_ANSWERS)
+_DELIMITERS: Final = ",;\t"
 
 
 class CsvSource:
-    """The rows of one file; its first line names the columns.
+    """The rows of one file; its first line names the columns, in letters of any case.
 
     Raises:
-        DataError: no column "answer" or "caption", or a file that is no text.
+        DataError: no column "answer" or "caption", or a file that is no table.
     """
 
     def __init__(self, path: Path, folder: PictureFolder) -> None:
         self.name = str(path)
-        self._path, self._folder = path, folder
-        self._rows: list[tuple[int, Mapping[str, str | None]]] = []
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file)
-                columns = reader.fieldnames or ()
-                begin = reader.line_num + 1
-                for row in reader:
-                    self._rows.append((begin, row))
-                    begin = reader.line_num + 1
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path} is no table in UTF-8: {error}") from error
+        self._folder = folder
+        self._rows = self._read(_text_of(path))
+        columns = [name.strip().lower() for name in self._rows.pop(0)[1]] if self._rows else []
         self._answer = next((name for name in _ANSWERS if name in columns), "")
         if not self._answer:
             raise DataError(
                 f"{path} has the columns {', '.join(columns) or 'none'}: expected image, question "
                 "and answer, or image and caption"
             )
+        twice = next((name for name in _READ if columns.count(name) > 1), "")
+        if twice:
+            raise DataError(f"{path} has two columns {twice!r}: rename or delete one")
+        self._columns = columns
+
+    def _read(self, text: str) -> list[tuple[int, list[str]]]:
+        """Line and fields of every row; empty lines are none."""
+        first = text.partition("\n")[0]
+        delimiter = max(_DELIMITERS, key=first.count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        rows: list[tuple[int, list[str]]] = []
+        begin = 1
+        limit = csv.field_size_limit(len(text) + 1)  # a field may hold a picture in base64
+        try:
+            for fields in reader:
+                if fields:
+                    rows.append((begin, fields))
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"{self.name}:{begin}: no row of a table: {error} (is a quote never closed, or not "
+                "doubled inside of a field?)"
+            ) from error
+        finally:
+            csv.field_size_limit(limit)
+        return rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def record(self, index: int) -> dict[str, Any]:
         """See Source: a record in LLaVA's format."""
-        row = self._rows[index][1]
-        if None in row or None in row.values():
-            raise DataError(f"{self.where(index)} has not as many fields as the first line")
-        image, question = row.get("image"), row.get("question") or ""
+        row = self._row(index)
+        image, question = row.get("image"), row.get("question")
         asked = "\n".join(filter(None, ("<image>" if image else "", question)))
-        turns = [("human", asked), ("gpt", row[self._answer] or "")]
+        turns = [("human", asked), ("gpt", row[self._answer])]
         record: dict[str, Any] = {
             "id": row.get("id") or str(index + 1),
             "conversations": [{"from": who, "value": text} for who, text in turns],
         }
         return {**record, "image": image} if image else record
+
+    def _row(self, index: int) -> Mapping[str, str]:
+        fields = self._rows[index][1]
+        if len(fields) != len(self._columns):
+            raise DataError(
+                f"{self.where(index)} has {len(fields)} fields, and the first line "
+                f"{len(self._columns)}: put quotes around text with separators or line breaks"
+            )
+        return dict(zip(self._columns, fields, strict=True))
 
     def where(self, index: int) -> str:
         """See Source."""
@@ -69,3 +97,15 @@ class CsvSource:
     def media(self, index: int, name: object) -> object:
         """See Source."""
         return self._folder.find(name)
+
+
+def _text_of(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}: no UTF-8 (byte 0x{data[error.start]:02x}): save the table as CSV in "
+            "UTF-8"
+        ) from error

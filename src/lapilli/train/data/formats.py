@@ -37,6 +37,8 @@ ROLES: Mapping[str, Role] = {
 _TURN_KEYS = ("conversations", "messages", "conversation")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA_KEYS = ("image", "images")
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_SOURCE_KEYS = ("image_url", "image", "url", "path", "source", "data", "base64")
 _ID_KEYS = ("id", "sample_id", "question_id")
 
 
@@ -66,11 +68,12 @@ def to_sample(
         words = _count_words(turns)
         turns, notes = _shown_once(turns, record) if placement == "front" else (turns, ())
         messages = _messages(record, turns)
-    except _FormatError as reason:
+        messages, odd = _from_first_question(messages)
+        resolve = resolve or (lambda source: source)
+        shown = tuple(_place(_resolved(message, resolve), placement) for message in messages)
+    except (_FormatError, DataError) as reason:
         raise DataError(f"{sample.label}: {reason}") from reason
-    resolve = resolve or (lambda source: source)
-    shown = tuple(_place(_resolved(message, resolve), placement) for message in messages)
-    return replace(sample, messages=shown, words=words, notes=notes)
+    return replace(sample, messages=shown, words=words, notes=(*notes, *odd))
 
 
 def id_of(record: object, *, where: str) -> str:
@@ -84,6 +87,12 @@ class _FormatError(Exception):
 
 
 def _messages(record: Record, turns: list[Turn]) -> list[Message]:
+    for key in _OTHER_MEDIA:
+        if record.get(key):
+            raise _FormatError(f"it has {key!r}, and only images are read: leave it out")
+    one, several = (record.get(key) for key in _MEDIA_KEYS)
+    if one and several and _as_list(one) != _as_list(several):
+        raise _FormatError("its 'image' and its 'images' are not the same: keep one of the keys")
     pictures = _Pictures(listed_media(record))
     messages = [pictures.message(role, content) for role, content in turns]
     if pictures.used != len(pictures.names):
@@ -94,16 +103,31 @@ def _messages(record: Record, turns: list[Turn]) -> list[Message]:
     for number, message in enumerate(messages):
         if not _is_unicode(message.text):
             raise _FormatError(f"turn {number} has half of a character (a lone surrogate)")
-    if messages and messages[0].role == "assistant":
-        if messages[0].media:
-            raise _FormatError("the first turn is an answer with an image: only the user shows any")
-        messages = messages[1:]
     system = record.get("system")
-    if isinstance(system, str) and system:
+    if system is not None and not isinstance(system, str):
+        raise _FormatError(f"its system is a {type(system).__name__}: expected a text")
+    if system:
         messages.insert(0, Message.system(system))
-    if not messages:
-        raise _FormatError("it has no turns")
     return messages
+
+
+def _from_first_question(messages: list[Message]) -> tuple[list[Message], tuple[str, ...]]:
+    """Turns from the first question on, and what is to be said about it.
+
+    Source: LLaVA train.py, preprocess_v1 and its siblings.
+    """
+    start = sum(message.role == "system" for message in messages[:1])
+    notes: tuple[str, ...] = ()
+    if [message.role for message in messages[start : start + 1]] == ["assistant"]:
+        if messages[start].media:
+            raise _FormatError("the first turn is an answer with an image: only the user shows any")
+        messages = messages[:start] + messages[start + 1 :]
+        notes = ("the first turn is an answer, which is left out",)
+    if len(messages) == start:
+        raise _FormatError("it has no turns")
+    if len(messages) > start + 1 and messages[-1].role == "user":
+        notes = (*notes, "the last turn has no answer")
+    return messages, notes
 
 
 def _is_unicode(text: str) -> bool:
@@ -168,8 +192,29 @@ def listed_media(record: Record) -> list[object]:
     for key in _MEDIA_KEYS:
         value = record.get(key)
         if value is not None and value != "":  # made from a table, an empty cell
-            return list(value) if isinstance(value, list | tuple) else [value]
+            return _as_list(value)
     return []
+
+
+def _as_list(value: object) -> list[object]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def names_pictures_in_turns(record: Record) -> bool:
+    """Whether parts of its turns say themselves which picture they show."""
+    try:
+        contents = [content for _, content in turns_of(record) if isinstance(content, list)]
+    except _FormatError:
+        return False
+    parts = [part for content in contents for part in content if isinstance(part, Mapping)]
+    return any(_source_of(part) is not None for part in parts)
+
+
+def _source_of(part: Record) -> object:
+    """What a part says its picture is; None where it leaves that to the record."""
+    values = (part.get(key) for key in _SOURCE_KEYS)
+    found = (value.get("url", value) if isinstance(value, Mapping) else value for value in values)
+    return next((value for value in found if value is not None), None)
 
 
 def turns_of(record: Record) -> list[Turn]:
@@ -250,12 +295,9 @@ class _Pictures:
         raise _FormatError(f"a part has the type {kind!r}: expected text, image or image_url")
 
     def _source(self, part: Mapping[str, Any]) -> object:
-        for key in ("image_url", "image", "url", "path", "source", "data", "base64"):
-            value = part.get(key)
-            if isinstance(value, Mapping):
-                value = value.get("url", value)
-            if value is not None:
-                return value
+        own = _source_of(part)
+        if own is not None:
+            return own
         self.used += 1  # an empty place: the record lists the picture
         if self.used > len(self.names):
             raise _FormatError(

@@ -14,6 +14,7 @@ from typing import Any
 
 from lapilli.errors import DataError
 from lapilli.train.data.pictures import PictureFolder
+from lapilli.train.data.strict_json import decode
 
 _BLOCK = 1 << 22
 _BLANK = " \t\r\n"
@@ -42,10 +43,7 @@ class _Ranges:
         with self._path.open("rb") as file:
             file.seek(self._starts[index])
             data = file.read(self._ends[index] - self._starts[index])
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.where(index)}: no valid JSON: {error}") from error
+        return decode(data, self.where(index))
 
     def where(self, index: int) -> str:
         """See Source."""
@@ -53,10 +51,7 @@ class _Ranges:
 
     def media(self, index: int, name: object) -> object:
         """See Source."""
-        try:
-            return self._folder.find(name)
-        except DataError as error:
-            raise DataError(f"{self.where(index)}: {error}") from error
+        return self._folder.find(name)
 
 
 class LinesSource(_Ranges):
@@ -67,9 +62,8 @@ class LinesSource(_Ranges):
         at = 0
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                skipped = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
-                if line[skipped:].strip():
-                    self._add(at + skipped, at + len(line), number)
+                if line.strip():
+                    self._add(at, at + len(line), number)
                 at += len(line)
 
 
@@ -113,24 +107,31 @@ class _Scanner:
             self._file.seek(0)
         if self._next() != "[":
             raise DataError(
-                f"{self._path}:{self._line}: expected a list of samples, which begins with '['; "
-                "one object per line belongs into a .jsonl file"
+                f"{self._path}:{self._line}: expected a list of samples, which begins with '[', "
+                f"found {self._found()}; one object per line belongs into a .jsonl file"
             )
         self._move(self.at + 1)
         if self._next() != "]":
             yield self._value()
             while self._next() == ",":
                 self._move(self.at + 1)
-                self._next()
+                if self._next() == "]":
+                    raise DataError(
+                        f"{self._path}:{self._line}: a comma before the closing ']': delete it"
+                    )
                 yield self._value()
         if self._next() != "]":
-            found = repr(self._next()) if self._next() else "the end of the file"
             raise DataError(
-                f"{self._path}:{self._line}: expected ',' or ']' after a sample, found {found}"
+                f"{self._path}:{self._line}: expected ',' or ']' after a sample, found "
+                f"{self._found()}"
             )
         self._move(self.at + 1)
         if self._next():
             raise DataError(f"{self._path}:{self._line}: more text after the list of samples")
+
+    def _found(self) -> str:
+        """The next character for messages."""
+        return repr(self._next()) if self._next() else "the end of the file"
 
     def _next(self) -> str:
         """The next character that is no white space; "" at the end of the file."""
@@ -150,23 +151,28 @@ class _Scanner:
             try:
                 end = self._scan(self.text, self.at)[1]
             except json.JSONDecodeError as error:
-                cut_off = self._cut_off(error)
-                if cut_off and self._more():
+                inside = error.pos - self.at  # a place of the value, wherever that lies in `text`
+                if self._may_go_on(error) and self._more():
                     continue
-                line = self._line + self.text.count("\n", self.at, error.pos)
-                raise DataError(
-                    f"{self._path}:{line}: no valid JSON: {error.msg} (in the sample that begins "
-                    f"in line {self._line})" + "; the file seems to be cut off" * cut_off
-                ) from error
-            except RecursionError as error:
-                raise DataError(f"{self._path}:{self._line}: nested too deeply") from error
+                raise self._no_value(error.msg, inside) from error
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits, deep nests
+                raise DataError(f"{self._path}:{self._line}: no valid JSON: {error}") from error
             start, line = self._bytes, self._line
             self._move(end)
             return start, self._bytes, line
 
-    def _cut_off(self, error: json.JSONDecodeError) -> bool:
+    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
         """Whether more text could mend it: what is wrong is where the text ends."""
         return error.msg.startswith("Unterminated") or error.pos >= len(self.text) - 16
+
+    def _no_value(self, reason: str, inside: int) -> DataError:
+        place = self.at + inside
+        line = self._line + self.text.count("\n", self.at, place)
+        is_cut = reason.startswith("Unterminated") or not self.text[place:].strip()
+        return DataError(
+            f"{self._path}:{line}: no valid JSON: {reason} (in the sample that begins in line "
+            f"{self._line})" + "; the file seems to be cut off" * is_cut
+        )
 
     def _move(self, place: int) -> None:
         passed = self.text[self.at : place]
@@ -184,8 +190,9 @@ class _Scanner:
         try:
             self.text = kept + self._decode(data, self._ended)
         except UnicodeDecodeError as error:
+            line = self._line + kept.count("\n") + error.object[: error.start].count(b"\n")
             raise DataError(
-                f"{self._path} is no UTF-8 (near byte {self._bytes}): {error}"
+                f"{self._path}:{line}: no UTF-8: {error.reason}; save the file as UTF-8"
             ) from error
         self.at = 0
         return not self._ended

@@ -84,7 +84,4 @@ class ParquetSource:
 
     def media(self, index: int, name: object) -> object:
         """See Source."""
-        try:
-            return self._folder.find(name)
-        except DataError as error:
-            raise DataError(f"{self.where(index)}: {error}") from error
+        return self._folder.find(name)

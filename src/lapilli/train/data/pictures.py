@@ -14,6 +14,7 @@ _URL = re.compile(r"(?:https?|data):", re.IGNORECASE)
 _BASE64 = re.compile(
     r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-9A-Za-z]|SUkq|TU0A)[A-Za-z0-9+/=\s]{60,}"
 )
+_KEYS = ("bytes", "path", "url")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +45,18 @@ def picture_of(name: object) -> str | bytes:
         DataError: neither bytes nor a name.
     """
     if isinstance(name, Mapping):  # a picture column of Hugging Face's datasets
-        inside = name.get("bytes")
-        name = inside if inside is not None else name.get("path", name.get("url"))
+        given = [name[key] for key in _KEYS if name.get(key) is not None]
+        if not given:
+            keys = ", ".join(map(repr, name)) or "none"
+            raise DataError(
+                f"a picture is an object without bytes, path and url: its keys are {keys}"
+            )
+        name = given[0]
     if isinstance(name, bytes | bytearray | memoryview):
         return bytes(name)
     if not isinstance(name, str) or not name.strip():
-        raise DataError(f"a picture is {name!r}: expected a file name, a URL, a data URI or bytes")
+        shown = repr(name) if isinstance(name, str) or name is None else f"a {type(name).__name__}"
+        raise DataError(f"a picture is {shown}: expected a file name, a URL, a data URI or bytes")
     if not _BASE64.fullmatch(name, 0, min(len(name), 4096)):
         return name
     try:

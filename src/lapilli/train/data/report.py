@@ -11,14 +11,14 @@ Kind = Literal[
     "record",
     "turns",
     "image",
-    "placeholder",
+    "mended",
     "empty answer",
     "no labels",
     "too long",
     "duplicate id",
     "duplicate image",
 ]
-NOTES: frozenset[Kind] = frozenset({"placeholder", "duplicate id", "duplicate image"})
+NOTES: frozenset[Kind] = frozenset({"mended", "duplicate id", "duplicate image"})
 """Kinds that training takes as they are; all others end it, or cost a sample."""
 
 
@@ -37,9 +37,10 @@ class Finding:
         return self.kind not in NOTES
 
     def __str__(self) -> str:
-        """One line, the place first."""
+        """One line of printable letters, the place first."""
         name = "" if self.id == self.where else f" (id {self.id!r})"
-        return f"{self.where}{name}: {self.text}"
+        line = f"{self.where}{name}: {self.text}"
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
     *.json             one array       an index of byte ranges; a record is read when asked for
     *.jsonl            one per line    the same
-    *.csv              one per row     image, question, answer
+    *.csv, *.tsv       one per row     image, question, answer
     *.parquet          row groups      read by pyarrow (the extra "data")
     *.tar              WebDataset      KEY.json, KEY.jpg, ...
     {00..12}.tar, *    several files, one after the other
@@ -10,13 +10,14 @@
 Nothing is open between two calls, so a source may be used in forked processes.
 """
 
+import codecs
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from glob import glob
 from itertools import accumulate, product
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 from lapilli.errors import DataError
 from lapilli.train.data.csv_source import CsvSource
@@ -25,6 +26,18 @@ from lapilli.train.data.parquet_source import ParquetSource
 from lapilli.train.data.pictures import PictureFolder
 from lapilli.train.data.tar_source import TarSource
 from lapilli.train.recipe import SourceRecipe
+
+# First bytes of files that are not what their names say, and what to do.
+_FOREIGN: Final = (
+    (b"\x1f\x8b", "gzip-compressed: unpack it first, samples are read by seeking"),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed: unpack it first, samples are read by seeking"),
+    (b"BZh91AY&SY", "bzip2-compressed: unpack it first, samples are read by seeking"),
+    (b"\xfd7zXZ", "xz-compressed: unpack it first, samples are read by seeking"),
+    (b"PK\x03\x04", "a ZIP archive or a spreadsheet: unpack it, or save it as CSV in UTF-8"),
+    (codecs.BOM_UTF16_LE, "text in UTF-16: save it in UTF-8"),
+    (codecs.BOM_UTF16_BE, "text in UTF-16: save it in UTF-8"),
+    (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull`"),
+)
 
 
 @runtime_checkable
@@ -99,21 +112,37 @@ def open_source(recipe: SourceRecipe) -> Source:
 
 
 def _open_file(path: Path, images: str | None) -> Source:
-    folder = PictureFolder(path.parent if images is None else Path(images).expanduser())
+    _refuse_foreign(path)
+    folder = _folder_of(path, images)
     match path.suffix.lower():
         case ".json":
             return JsonSource(path, folder)
         case ".jsonl" | ".ndjson":
             return LinesSource(path, folder)
-        case ".csv":
+        case ".csv" | ".tsv":
             return CsvSource(path, folder)
         case ".parquet" | ".pq":
             return ParquetSource(path, folder)
         case ".tar":
             return TarSource(path)
     raise DataError(
-        f"{path} is no data file that is known: give .json, .jsonl, .csv, .parquet or .tar"
+        f"{path} is no data file that is known: give .json, .jsonl, .csv, .tsv, .parquet or .tar"
     )
+
+
+def _folder_of(path: Path, images: str | None) -> PictureFolder:
+    folder = path.parent if images is None else Path(images).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder: expected that of the images (from {Path.cwd()})")
+    return PictureFolder(folder)
+
+
+def _refuse_foreign(path: Path) -> None:
+    with path.open("rb") as file:
+        begins = file.read(max(len(mark) for mark, _ in _FOREIGN))
+    for mark, meaning in _FOREIGN:
+        if begins.startswith(mark):
+            raise DataError(f"{path} is {meaning}")
 
 
 _BRACES = re.compile(r"\{([^{}]*)\}")

@@ -5,7 +5,6 @@ record(i):  KEY.json decoded (or KEY.txt as the caption of KEY's picture)
 media(i):   a place in the file, read when it is fetched
 """
 
-import json
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.errors import DataError
-from lapilli.train.data.formats import listed_media
+from lapilli.train.data.formats import listed_media, names_pictures_in_turns
 from lapilli.train.data.pictures import is_file_name, picture_of
+from lapilli.train.data.strict_json import decode
 
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"})
+_LISTED = 8  # members that a message names
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class TarSource:
     """The samples of one shard, in its order.
 
     Raises:
-        DataError: no tar archive, a compressed one, or one that ends in the middle.
+        DataError: no tar archive, a compressed one, one that ends in the middle, or one with two
+            members of one name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,10 +59,7 @@ class TarSource:
                     if info.isreg():
                         self._add(info, size)
         except tarfile.TarError as error:
-            raise DataError(
-                f"{self._path} is no whole tar archive: {error} (a compressed one must be unpacked "
-                "first: samples are read by seeking)"
-            ) from error
+            raise DataError(f"{self._path} is no whole tar archive: {error}") from error
 
     def _add(self, info: tarfile.TarInfo, file_size: int) -> None:
         if info.offset_data + info.size > file_size:
@@ -70,7 +69,13 @@ class TarSource:
         if not stem:
             return  # hidden files, as macOS packs them
         inside = self._members.setdefault(f"{folder}{slash}{stem}", {})
-        inside[extension.lower()] = Member(self._path, info.name, info.offset_data, info.size)
+        member = Member(self._path, info.name, info.offset_data, info.size)
+        first = inside.setdefault(extension.lower(), member)
+        if first is not member:
+            raise DataError(
+                f"{self._path} has two members of one name, {first.name!r} and {info.name!r}: "
+                "delete the wrong one"
+            )
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -83,20 +88,20 @@ class TarSource:
         """See Source."""
         members = self._members[self._keys[index]]
         if "json" in members:
-            record = self._decoded(members["json"], index)
+            record = decode(members["json"].read(), self.where(index))
             if "txt" not in members or _has_turns(record):
                 return self._with_pictures(record, index)
         if "txt" in members:
             return self._captioned(members["txt"], index)
         raise DataError(
-            f"{self.where(index)} has no member .json or .txt, only {', '.join(members)}"
+            f"{self.where(index)} has no member .json or .txt, only {self._listed(index)}"
         )
 
-    def _decoded(self, member: Member, index: int) -> Any:  # noqa: ANN401 - see Source
-        try:
-            return json.loads(member.read())
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.where(index)}: no valid JSON: {error}") from error
+    def _listed(self, index: int) -> str:
+        """Members of a sample for messages: a dot in a name puts many under one key."""
+        names = list(self._members[self._keys[index]])
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        return ", ".join(names[:_LISTED]) + more
 
     def _pictures(self, index: int) -> list[str]:
         members = self._members[self._keys[index]]
@@ -108,15 +113,19 @@ class TarSource:
             return record
         if record.get("id") is None:
             record = {**record, "id": self._keys[index]}
-        own = self._pictures(index)
-        named = listed_media(record)
+        own, named = self._pictures(index), listed_media(record)
         if named and (len(named) != len(own) or any(self._find(index, name) for name in named)):
             return record
-        return {**record, "image": own} if own else record
+        if not own or names_pictures_in_turns(record):
+            return record
+        return {**record, "image": own, "images": None}
 
     def _captioned(self, member: Member, index: int) -> dict[str, Any]:
         own = self._pictures(index)
-        caption = member.read().decode("utf-8", "replace").strip()
+        try:
+            caption = member.read().decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.where(index)}: {member.name} is no UTF-8: {error}") from error
         turns = [
             {"from": "human", "value": "<image>" * len(own)},
             {"from": "gpt", "value": caption},
@@ -139,16 +148,10 @@ class TarSource:
         found = self._find(index, name)
         if found is not None:
             return found
-        try:
-            picture = picture_of(name)
-        except DataError as error:
-            raise DataError(f"{self.where(index)}: {error}") from error
+        picture = picture_of(name)
         if not is_file_name(picture):
             return picture
-        raise DataError(
-            f"{self.where(index)}: the shard has no member {name!r}; this sample has "
-            f"{', '.join(self._members[self._keys[index]])}"
-        )
+        raise DataError(f"the shard has no member {name!r}; this sample has {self._listed(index)}")
 
 
 def _has_turns(record: object) -> bool:
