@@ -5,12 +5,11 @@ import torch
 from torch import nn
 
 import lapilli
-from lapilli.config.model import DecoderConfig, VisionConfig
+from lapilli.config.model import DecoderConfig
 from lapilli.errors import LapilliError
 from lapilli.lm.build import build_language_model
-from lapilli.modality.image.vision import VisionTransformer
 from lapilli.pipeline import Chat
-from lapilli.pipeline.timed import TimedChat, linear_bytes, prompt_operations, tower_operations
+from lapilli.pipeline.timed import TimedChat, linear_bytes, prompt_operations
 
 TEXT = tuple(range(20, 30))
 
@@ -91,23 +90,3 @@ def test_operations_are_two_per_weight_and_position(positions: int) -> None:
     attention = 3 * positions**2 * 64
     expected = 2 * (layers * positions + attention + 300 * 64)
     assert prompt_operations(config, positions) == expected
-
-
-def test_operations_of_the_tower_stop_at_the_layer_that_is_used() -> None:
-    config = VisionConfig(
-        image_size=28,
-        patch_size=14,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=4,
-        num_heads=2,
-    )
-    tower = VisionTransformer(config)
-    layers = sum(
-        p.numel()
-        for n, p in tower.named_parameters()
-        if p.ndim == 2 and any(f"layers.{i}." in n for i in range(3))
-    )
-    attention = 2 * 5 * 5 * 32 * 3
-    expected = 2 * (5 * layers + attention + 4 * 3 * 14 * 14 * 32 + 4 * 48 * (32 + 48))
-    assert tower_operations(config, 48) == expected

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from lapilli.config.model import ProjectorConfig
+from lapilli.config.operations import RESAMPLER_EXPANSION
 from lapilli.errors import FusionError
 from lapilli.nn.attention import attend_all
 from lapilli.nn.mlp import MLP
 from lapilli.shapes import Float, Tensor
 
 _HEAD_WIDTH = 64
-_EXPANSION = 4
 
 
 def as_tiles(features: Float[Tensor, "*n E"], positions: int) -> Float[Tensor, "N P E"]:
@@ -52,7 +52,7 @@ class ResamplerLayer(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = MLP(width, _EXPANSION * width, activation="gelu")
+        self.mlp = MLP(width, RESAMPLER_EXPANSION * width, activation="gelu")
 
     def forward(
         self, queries: Float[Tensor, "N m D"], features: Float[Tensor, "N P D"]

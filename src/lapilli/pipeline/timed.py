@@ -13,7 +13,8 @@ from PIL import Image
 from torch import nn
 
 from lapilli.config.generation import SamplingParams
-from lapilli.config.model import DecoderConfig, TextConfig, VisionConfig
+from lapilli.config.model import DecoderConfig, TextConfig
+from lapilli.config.operations import projector_operations, tower_operations
 from lapilli.errors import UnsupportedModelError
 from lapilli.generate.engine import Engine, EngineOptions, Request, Ticket
 from lapilli.modality.image.image import ImageModality
@@ -83,13 +84,17 @@ class TimedChat:
         """Positions and operations of a prompt of one picture and so many positions of text."""
         [item] = self._request([bytes(3 * self.side**2)], [], SamplingParams()).media
         positions = self._modality.num_tokens(item) + text
-        tiles = len(item.pixel_values)
-        width = self._config.text.hidden_size
         return {
             "positions": float(positions),
             "prompt_operations": prompt_operations(self._config.text, positions),
-            "tower_operations": tiles * tower_operations(self._modality.vision, width),
+            "tower_operations": len(item.pixel_values) * self._tile_operations(),
         }
+
+    def _tile_operations(self) -> float:
+        """Of the tower and the projector on one tile."""
+        vision, projector = self._modality.vision, self._config.projector
+        joined = 0.0 if projector is None else projector_operations(vision, projector)
+        return tower_operations(vision) + joined
 
     @torch.inference_mode()
     def look(self, picture: bytes) -> None:
@@ -172,17 +177,3 @@ def prompt_operations(config: TextConfig, positions: int) -> float:
     attention = positions * positions * heads  # the causal half of scores and sums
     linear = positions * matrices * layers + config.vocab_size * width
     return 2.0 * (linear + attention * layers)
-
-
-def tower_operations(config: VisionConfig, projector_width: int) -> float:
-    """Operations of the tower, down to the layer that is used, and of a two-layer projector."""
-    width = config.hidden_size
-    layers = config.feature_layer
-    layers = config.num_layers + layers + 1 if layers < 0 else layers
-    tokens = config.grid.rows * config.grid.columns
-    seen = tokens + int(config.family == "clip")
-    linear = seen * (4 * width * width + 2 * width * config.intermediate_size)
-    attention = 2 * seen * seen * width
-    patches = tokens * config.num_channels * config.patch_size**2 * width
-    projector = tokens * projector_width * (width + projector_width)
-    return 2.0 * (layers * (linear + attention) + patches + projector)

@@ -15,6 +15,14 @@ Source: Chowdhery et al. 2022 (PaLM) appendix B for the counting; tests/train/te
 from dataclasses import dataclass
 
 from lapilli.config.model import DecoderConfig, MptConfig, ProjectorConfig, TextConfig, VisionConfig
+from lapilli.config.operations import (
+    of_product,
+    patch_operations,
+    projector_numbers,
+    projector_products,
+    tower_operations,
+)
+from lapilli.config.projector import tile_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +111,7 @@ def sizes(text: TextConfig, vision: VisionConfig, projector: ProjectorConfig) ->
         embedding=embedding,
         head=0 if text.tie_embeddings else embedding,
         norms=(2 * text.num_layers + 1) * text.hidden_size + biases,
-        projector=sum((a + int(projector.bias)) * b for a, b in projector_widths(projector)),
+        projector=projector_numbers(projector),
         tower=_tower_numbers(vision),
     )
 
@@ -120,14 +128,6 @@ def _layer_biases(text: TextConfig) -> int:
     )
 
 
-def projector_widths(projector: ProjectorConfig) -> list[tuple[int, int]]:
-    """Input and output width of its linear layers; a resampler's are not counted."""
-    if projector.kind == "identity":
-        return []
-    first, width = (projector.vision_size, projector.hidden_size), projector.hidden_size
-    return [first] + [(width, width)] * (projector.depth - 1)
-
-
 def _tower_numbers(vision: VisionConfig) -> int:
     width, inner = vision.hidden_size, vision.intermediate_size
     layer = 4 * (width + 1) * width + 2 * width * inner + width + inner + 4 * width
@@ -137,21 +137,6 @@ def _tower_numbers(vision: VisionConfig) -> int:
     positions = (patches + is_clip) * width
     norms = (4 if is_clip else 2) * width
     return vision.num_layers * layer + patch + positions + is_clip * width + norms
-
-
-def tower_flops(vision: VisionConfig) -> float:
-    """One tile through the layers that its features come from."""
-    width, inner = vision.hidden_size, vision.intermediate_size
-    seen = vision.grid.rows * vision.grid.columns + (vision.family == "clip")
-    layers = vision.feature_layer % (vision.num_layers + 1)
-    layer = 2 * seen * (4 * width**2 + 2 * width * inner) + 4 * seen**2 * width
-    return float(layers * layer) + patch_flops(vision)
-
-
-def patch_flops(vision: VisionConfig) -> float:
-    """Of them, the patches of one tile as vectors."""
-    patches = vision.grid.rows * vision.grid.columns
-    return 2.0 * patches * vision.num_channels * vision.patch_size**2 * vision.hidden_size
 
 
 def sample_flops(
@@ -178,17 +163,17 @@ def sample_flops(
     text, vision, projector = parts
     square = 4 * positions**2 * text.num_heads * text.head_dim * text.num_layers
     linear = 2 * positions * sizes(text, vision, projector).layers
-    tiles = image_positions / positions_of_a_tile(vision, projector)
+    tiles = image_positions / tile_features(vision, projector).number
     numbers = sum(lora_rank * (a + b) for a, b in linear_widths(text)) * text.num_layers
     adapter = 2 * positions * numbers
-    through = [2 * image_positions * a * b for a, b in projector_widths(projector)]
+    through = [tiles * of_product(one) for one in projector_products(vision, projector)]
     # Nobody asks for the gradient of pixels, nor for that of what a frozen tower has seen.
     spared = through[0] if through and passes.tower == 1 else 0.0
-    pixels = tiles * patch_flops(vision) if passes.tower > 1 else 0.0
+    pixels = tiles * patch_operations(vision) if passes.tower > 1 else 0.0
     # What a layer ends with is not computed again, unless an adapter is computed along with it.
     last = 0.0 if lora_rank else 2 * positions * text.num_layers * _last_linear(text)
     return SampleFlops(
-        tower=passes.tower * tiles * tower_flops(vision) - pixels,
+        tower=passes.tower * tiles * tower_operations(vision) - pixels,
         projector=passes.projector * sum(through) - spared,
         layers=passes.layers * linear,
         attention=3 * square,
@@ -201,13 +186,6 @@ def sample_flops(
 def _last_linear(text: TextConfig) -> int:
     first, second = linear_widths(text)[-1]
     return first * second
-
-
-def positions_of_a_tile(vision: VisionConfig, projector: ProjectorConfig) -> int:
-    """Positions that a tile takes in a row."""
-    if projector.num_queries:
-        return projector.num_queries
-    return vision.num_patches // projector.pool**2
 
 
 def passes_of(*, trains_layers: bool, trains_head: bool, trains_tower: bool) -> Passes:
