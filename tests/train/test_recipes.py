@@ -4,6 +4,7 @@ The models of 7B and 13B stand on torch's meta device: shapes, names and counts 
 """
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from lapilli.config.llava import parse_llava
 from lapilli.config.model import DecoderConfig, VisionConfig
 from lapilli.lm.build import build_language_model
 from lapilli.modality.image.vision import VisionTransformer
+from lapilli.quant.nf4 import Nf4Linear
 from lapilli.train.optim import build_optimizer, parameter_groups
+from lapilli.train.plan import A100, RTX4090, plan, usual_work
 from lapilli.train.recipe import Recipe
 from lapilli.train.recipe_file import load_recipe
 from lapilli.train.stages import choose_trainable
@@ -23,6 +26,7 @@ from lapilli.train.stages import choose_trainable
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FILES = sorted(RECIPES.rglob("*.toml"))
 NAMES = [f"{path.parent.name}/{path.stem}" for path in FILES]
+SIZED = [name for name in NAMES if name.startswith("llava")]
 
 # Published sizes: Vicuna 1.5 is Llama 2; the tower is CLIP ViT-L/14 at 336 pixels.
 SIZES = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40)}
@@ -40,8 +44,8 @@ PROJECTORS = {"7b": 20_979_712, "13b": 31_467_520}
 WHOLE = {"7b": 6_738_415_616, "13b": 13_015_864_320}  # language models, head included
 
 
-def llava(size, *, aspect):
-    """A LLaVA 1.5 or NeXT of the published sizes, from its config.json, on the meta device."""
+def config_of(size, *, aspect):
+    """A LLaVA 1.5 or NeXT of the published sizes, from its config.json."""
     width, inner, layers, heads = SIZES[size]
     raw = {
         "model_type": "llava_llama",
@@ -61,27 +65,34 @@ def llava(size, *, aspect):
     if aspect == "anyres":
         raw |= {"mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": PINPOINTS}
     config, _ = parse_llava(ConfigFiles(config=raw, tower=TOWER))
-    return build_model(config)
+    return config
+
+
+def read(name):
+    """A recipe of a published size, and what its model is."""
+    folder, _, stage = name.partition("/")
+    size = "13b" if folder.endswith("13b") else "7b"
+    is_next = folder == "llava_next" and stage != "align"
+    recipe = load_recipe(RECIPES / f"{name}.toml")
+    return recipe, config_of(size, aspect="anyres" if is_next else "pad")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Made:
     """A recipe of a published size, and its model with what it trains marked."""
 
     recipe: Recipe
     model: object
     trained: tuple[str, ...]
 
-    @classmethod
-    def of(cls, name):
-        folder, _, stage = name.partition("/")
-        size = "13b" if folder.endswith("13b") else "7b"
-        is_next = folder == "llava_next" and stage != "align"
-        recipe = load_recipe(RECIPES / f"{name}.toml")
+    @staticmethod
+    @cache
+    def of(name):
+        recipe, config = read(name)
         with torch.device("meta"):
-            model = llava(size, aspect="anyres" if is_next else "pad")
+            model = build_model(config)
             trained = choose_trainable(model, recipe)
-        return cls(recipe, model, trained)
+        return Made(recipe, model, trained)
 
     def count(self, part=""):
         return sum(
@@ -115,73 +126,111 @@ def test_there_are_recipes_of_every_kind():
         "tiny",
     }
     stages = {"align", "instruct", "lora", "task", "task_lora"}
-    for size in SIZES:
-        assert {path.stem for path in (RECIPES / f"llava15_{size}").iterdir()} == stages
-
-
-SIZED = [name for name in NAMES if name.startswith("llava")]
+    for size, more in (("7b", {"qlora"}), ("13b", set())):
+        assert {path.stem for path in (RECIPES / f"llava15_{size}").iterdir()} == stages | more
 
 
 @pytest.mark.parametrize("name", [name for name in SIZED if name.endswith("/align")])
 def test_the_first_stage_trains_the_projector(name):
-    plan = Plan.of(name)
+    made = Made.of(name)
     size = "13b" if "13b" in name else "7b"
-    assert plan.count() == PROJECTORS[size] == plan.count("projector")
-    assert plan.rates() == {1e-3: PROJECTORS[size]}
-    run = plan.recipe.run
+    assert made.count() == PROJECTORS[size] == made.count("projector")
+    assert made.rates() == {1e-3: PROJECTORS[size]}
+    run = made.recipe.run
     assert (run.batch_size * run.accumulate, run.epochs) == (256, 1.0)
-    assert plan.recipe.data.template == "plain"
+    assert made.recipe.data.template == "plain"
 
 
 @pytest.mark.parametrize(
     "name", [f"llava15_{size}/{stage}" for size in SIZES for stage in ("instruct", "task")]
 )
 def test_the_second_stage_trains_all_but_the_tower(name):
-    plan = Plan.of(name)
+    made = Made.of(name)
     size = "13b" if "13b" in name else "7b"
-    assert plan.count("vision_tower") == 0
-    assert plan.count("projector") == PROJECTORS[size]
-    assert plan.count("language_model") == WHOLE[size]
-    assert plan.rates() == {2e-5: WHOLE[size] + PROJECTORS[size]}
-    run = plan.recipe.run
+    assert made.count("vision_tower") == 0
+    assert made.count("projector") == PROJECTORS[size]
+    assert made.count("language_model") == WHOLE[size]
+    assert made.rates() == {2e-5: WHOLE[size] + PROJECTORS[size]}
+    run = made.recipe.run
     assert run.batch_size * run.accumulate == 128
 
 
-@pytest.mark.parametrize(
-    "name", [f"llava15_{size}/{stage}" for size in SIZES for stage in ("lora", "task_lora")]
-)
+LORA = [f"llava15_{size}/{stage}" for size in SIZES for stage in ("lora", "task_lora")]
+
+
+@pytest.mark.parametrize("name", [*LORA, "llava15_7b/qlora"])
 def test_lora_trains_adapters_and_the_projector_at_their_own_rates(name):
-    plan = Plan.of(name)
+    made = Made.of(name)
     size = "13b" if "13b" in name else "7b"
     width, inner, layers, _ = SIZES[size]
     rank = 128
     adapters = layers * rank * (4 * 2 * width + 3 * (width + inner))
-    assert plan.count(".lora_") == adapters
-    assert plan.rates() == {2e-4: adapters, 2e-5: PROJECTORS[size]}
-    assert (plan.recipe.lora.rank, plan.recipe.lora.alpha) == (rank, 256.0)
-    assert sum(".lora_A" in name for name in plan.trained) == 7 * layers
+    assert made.count(".lora_") == adapters
+    assert made.rates() == {2e-4: adapters, 2e-5: PROJECTORS[size]}
+    assert (made.recipe.lora.rank, made.recipe.lora.alpha) == (rank, 256.0)
+    assert sum(".lora_A" in name for name in made.trained) == 7 * layers
+    packed = sum(isinstance(module, Nf4Linear) for module in made.model.modules())
+    assert packed == (7 * layers if name.endswith("qlora") else 0)
+    run = made.recipe.run
+    assert run.batch_size * run.accumulate == 128
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_it_fits_eight_gpus_as_it_is(name):
+    """The machine of the published runs; one of 24 GB is enough for 4 bits."""
+    recipe, config = read(name)
+    work = usual_work(recipe)
+    assert plan(recipe, config, 8, gpu=A100, work=work).fits
+    assert plan(recipe, config, 1, gpu=RTX4090, work=work).fits == name.endswith("qlora")
+
+
+PUBLISHED_H = {
+    "llava15_7b/align": 3.5,
+    "llava15_7b/instruct": 10.0,
+    "llava15_13b/align": 5.5,
+    "llava15_13b/instruct": 20.0,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_H)
+def test_the_plan_takes_about_the_published_time(repository, name):
+    recipe, config = read(name)
+    hours = plan(recipe, config, 8, gpu=A100, work=usual_work(recipe)).hours
+    assert hours == pytest.approx(PUBLISHED_H[name], rel=0.2)
+    guide = (repository / "docs" / "guide" / "cluster.md").read_text("utf-8")
+    folder, _, stage = name.partition("/")
+    size = folder.removeprefix("llava15_").upper()
+    assert f"| {size}, {stage} | {PUBLISHED_H[name]:g} h | {hours:.1f} h |" in guide
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_pieces_are_where_the_scripts_have_zero_3_for_all_weights(name):
+    recipe = load_recipe(RECIPES / f"{name}.toml")
+    learns_all = recipe.stage == "instruct" and recipe.lora is None
+    assert recipe.run.sharding == ("fsdp" if learns_all else "ddp")
+    assert recipe.run.gradient_checkpointing
 
 
 def test_next_tunes_the_tower_at_a_rate_of_its_own():
-    plan = Plan.of("llava_next/instruct")
-    tower = plan.count("vision_tower")
+    made = Made.of("llava_next/instruct")
+    tower = made.count("vision_tower")
     # 24 layers less the last, which the features do not pass; no last norm either.
     layer = 12 * 1024**2 + 13 * 1024
     embeddings = 1024 + 3 * 14 * 14 * 1024 + 577 * 1024 + 2 * 1024
     assert tower == 23 * layer + embeddings
     newline = 4096
-    assert plan.rates() == {2e-6: tower, 2e-5: WHOLE["7b"] + PROJECTORS["7b"] + newline}
-    assert plan.recipe.data.max_length == 4096
-    run = plan.recipe.run
+    assert made.rates() == {2e-6: tower, 2e-5: WHOLE["7b"] + PROJECTORS["7b"] + newline}
+    assert made.recipe.data.max_length == 4096
+    run = made.recipe.run
     assert run.batch_size * run.accumulate == 128
 
 
 @pytest.mark.parametrize("name", SIZED)
 def test_an_optimizer_takes_its_groups(name):
-    plan = Plan.of(name)
-    optimizer = build_optimizer(plan.model, plan.recipe.optim)
+    made = Made.of(name)
+    optimizer = build_optimizer(made.model, made.recipe.optim)
     held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    assert held == plan.count()
+    assert held == made.count()
 
 
 @pytest.mark.parametrize("name", SIZED)

@@ -6,7 +6,7 @@ Every number is a formula over sizes; what is assumed (how busy a GPU is, how fa
 in Gpu and Work.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Final
 
@@ -30,6 +30,7 @@ from lapilli.train.recipe import Recipe
 
 GIB: Final = float(2**30)
 _PACKED: Final = 0.5625  # bytes of a weight in 4 bits with its share of a scale
+_TWICE_PACKED: Final = 0.515869140625  # with scales in 8 bits: 1/2 + 1/64 + 4/(64 x 256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,7 @@ class Gpu:
 
 A100: Final = Gpu(name="A100-80G", peak=312e12, memory=80e9, mfu=0.35, near=200e9, far=20e9)
 H100: Final = Gpu(name="H100-80G", peak=989e12, memory=80e9, mfu=0.35, near=300e9, far=40e9)
+RTX4090: Final = Gpu(name="RTX4090-24G", peak=165e12, memory=24e9, mfu=0.35, near=10e9, far=3e9)
 GPUS_OF_A_MACHINE: Final = 8
 
 
@@ -80,6 +82,17 @@ MIX_665K: Final = Work(
     samples=665_298, positions=1100.0, image_positions=576.0, supervised=220.0, longest=2048
 )
 """LLaVA 1.5's instruction data; its lengths are our assumption (docs/guide/cluster.md)."""
+CAPTIONS_558K: Final = Work(
+    samples=558_128, positions=610.0, image_positions=576.0, supervised=32.0, longest=768
+)
+"""The captions of its first stage; the same."""
+
+
+def usual_work(recipe: Recipe) -> Work:
+    """What LLaVA 1.5 trained this stage on, rows no longer than the recipe's."""
+    if recipe.stage == "align":
+        return replace(CAPTIONS_558K, longest=min(768, recipe.data.max_length))
+    return replace(MIX_665K, longest=recipe.data.max_length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,9 +288,8 @@ def _memory(recipe: Recipe, parts: Parts, work: Work, *, gpus: int, is_sharded: 
     trained, frozen = trained_numbers(recipe, text, size), _frozen_numbers(recipe, size)
     cut = gpus if is_sharded else 1
     is_half = run.precision == "bfloat16"
-    # Frozen weights that will be saved stay as they are (train/stages.py lighten).
-    is_saved = recipe.stage == "instruct" and (recipe.lora is None or recipe.save.merge)
-    frozen_bytes = 2 if is_half and not is_saved else 4
+    # Frozen weights that will be saved stay as they are (train/start.py).
+    frozen_bytes = 2 if is_half and not recipe.saves_frozen else 4
     packed = size.layers if recipe.lora is not None and recipe.lora.base != "float" else 0
     width = 2 if is_half else 4
     together = 2 * (size.layers // text.num_layers) + size.embedding + size.head + size.projector
@@ -285,17 +297,25 @@ def _memory(recipe: Recipe, parts: Parts, work: Work, *, gpus: int, is_sharded: 
         copies = float(width * together)
     else:
         copies = 2.0 * (trained - (size.embedding if not recipe.lora else 0)) if is_half else 0.0
+    if packed:  # one matrix is made floats at a time
+        copies += width * max(a * b for a, b in linear_widths(text))
     moments = (8 if recipe.optim.name == "adamw" else 0) + (4 if recipe.optim.ema else 0)
     share = work.supervised / work.positions
     return Memory(
         # FSDP cuts parameters, not weights in 4 bits, which are buffers.
-        weights=(4 * trained + frozen_bytes * (frozen - packed)) / cut + _PACKED * packed,
+        weights=(4 * trained + frozen_bytes * (frozen - packed)) / cut
+        + _packed_bytes(recipe) * packed,
         copies=max(copies, 0.0),
         gradients=4.0 * trained / cut,
         moments=moments * trained / cut,
         activations=run.batch_size * work.longest * activation_bytes(recipe, text),
         logits=run.batch_size * work.longest * share * text.vocab_size * (width + 8),
     )
+
+
+def _packed_bytes(recipe: Recipe) -> float:
+    """Of a weight of the frozen base."""
+    return _TWICE_PACKED if recipe.lora is not None and recipe.lora.double_quant else _PACKED
 
 
 def layer_bytes(text: TextConfig, *, is_half: bool) -> float:

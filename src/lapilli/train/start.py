@@ -52,7 +52,7 @@ def load_start(recipe: Recipe) -> Loaded:
         adapter=recipe.model.adapter,
         merge_lora=False,
         device="cpu",
-        dtype="float32" if _saves_all(recipe) else recipe.run.precision,
+        dtype="float32" if recipe.saves_frozen else recipe.run.precision,
         wide=(PROJECTOR, NEWLINE, *([TOWER] if recipe.model.tune_tower else [])),
         quantization=_INT4 if recipe.lora is not None and recipe.lora.base == "int4" else None,
     )
@@ -63,13 +63,6 @@ def load_start(recipe: Recipe) -> Loaded:
     if recipe.model.projector is not None:
         lay_projector(loaded.model, Path(recipe.model.projector).expanduser())
     return loaded
-
-
-def _saves_all(recipe: Recipe) -> bool:
-    """Whether weights that the recipe does not train are part of its result."""
-    if recipe.lora is not None:
-        return recipe.save.merge
-    return recipe.stage == "instruct" or recipe.save.layout == "huggingface"
 
 
 def lay_projector(model: VisionLanguageModel, folder: Path) -> None:
@@ -129,13 +122,16 @@ def _own_name(foreign: str) -> str | None:
 def choose_template(recipe: Recipe, loaded: Loaded) -> Template:
     """The recipe's, `plain` for the first stage, else the checkpoint's own.
 
+    Whatever its name, it puts the checkpoint's tokens around a picture, where it has them.
+
     Raises:
         PromptError: no template has the name.
         ConfigError: the vocabulary lacks a mark that the template ends turns with.
     """
     name = recipe.data.template or ("plain" if recipe.stage == "align" else "")
-    template = template_by_name(name) if name else loaded.template.template
-    refuse_unknown_marks(template, loaded.tokenizer, loaded.template.template.name)
+    own, use_start_end = loaded.template.template, loaded.config.tokens.use_start_end
+    template = template_by_name(name, use_start_end=use_start_end) if name else own
+    refuse_unknown_marks(template, loaded.tokenizer, own.name)
     return template
 
 
