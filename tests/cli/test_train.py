@@ -1,11 +1,15 @@
 """`lapilli train` as a process: both stages on a tiny LLaVA, and what is refused."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from lapilli.cli.train import _run
+from lapilli.train.recipe_file import load_recipe
+from lapilli.train.stop import Stopped
 from tests.cli.conftest import Run
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
@@ -103,3 +107,16 @@ def test_a_run_needs_a_folder(lapilli: Run) -> None:
     done = lapilli("train", str(RECIPES / "instruct.toml"))
     assert done.returncode == 2
     assert "--out" in done.stderr
+
+
+def test_a_stop_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def stop(*_arguments: object, **_options: object) -> None:
+        raise Stopped(signal.SIGTERM, "stopped by SIGTERM after step 3 of 9")
+
+    monkeypatch.setattr("lapilli.train.launch.launch", stop)
+    with pytest.raises(SystemExit) as told:
+        _run(load_recipe(RECIPES / "align.toml"), tmp_path, device="cpu", quiet=True)
+    assert told.value.code == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM after step 3 of 9\n"

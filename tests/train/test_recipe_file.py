@@ -37,12 +37,19 @@ def test_overrides_are_laid_over_the_file(tmp_path):
     [
         ("[optim]\nlr = 1\nlearning = 2\n", UnknownKeyError, "optim.learning is unknown: .*lr"),
         ("extra = 1\n", UnknownKeyError, "recipe key extra is unknown"),
-        ('[optim]\nlr = "fast"\n', ConfigError, "optim.lr is 'fast': expected float"),
+        ('[optim]\nlr = "fast"\n', ConfigError, "optim.lr is 'fast': expected a number"),
         ("[optim]\nlr = true\n", ConfigError, "optim.lr is True"),
         ("[optim]\n", ConfigError, "optim.lr is missing"),
         ("[optim]\nlr = -1\n", ConfigError, "optim.lr is -1"),
         ('[optim]\nlr = 1\nschedule = "step"\n', ConfigError, "schedule is 'step': .*cosine"),
         ("[optim]\nlr = 1\nbetas = [0.9]\n", ConfigError, "optim.betas is"),
+        ("[optim]\nlr = 1\nbetas = 0.9\n", ConfigError, "a list .* of which each is a number"),
+        ("optim = 3\n", ConfigError, "optim is 3: expected a table with lr, name"),
+        ('[optim]\nlr = 1\nclip = "1"\n', ConfigError, "optim.clip is '1': expected a number"),
+        ("[optim]\nlr = 1\nbatch_size = 2\n", UnknownKeyError, r"mean run\.batch_size\?"),
+        ("[optim]\nlr = 1\nwarmup_step = 2\n", UnknownKeyError, r"mean optim\.warmup_steps\?"),
+        ("[optim]\nlr = 1\n[lora]\n", ConfigError, "'align' trains the projector alone"),
+        ("[optim]\nlr = 1\ntower_lr = 1\n", ConfigError, "the tower does not learn"),
         ("[optim\n", ConfigError, "not valid TOML"),
     ],
 )
@@ -51,6 +58,61 @@ def test_mistakes_are_named(tmp_path, change, kind, message):
     path = written(tmp_path, 'stage = "align"\n' + change + rest)
     with pytest.raises(kind, match=message):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--run.compile", "--run.seed", "1"],
+            r"--run\.compile has no value: write --run\.compile V",
+        ),
+        (["--run.seed", "1", "--run.seed"], r"--run\.seed has no value"),
+        (["--stage.name", "x"], "--stage.name: stage is 'instruct', no table"),
+        (["--data.sources.path", "x"], r"sources is \[\{'path': 'a\.json'\}\], no table"),
+        (
+            ["--batch-size", "4"],
+            r"recipe key batch-size is unknown: did you mean run\.batch_size\?",
+        ),
+        (["--data.sources", '[{"path": "x"}]'], "expected a list .* each is a table with path, im"),
+    ],
+)
+def test_options_that_cannot_be_followed(tmp_path, options, message):
+    path = written(tmp_path, SMALL + '[data]\nsources = [{path = "a.json"}]\n')
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path, options)
+
+
+def test_an_equals_sign_joins_as_well(tmp_path):
+    options = ["--optim.lr=2e-4", '--data.sources=[{path = "a=b.json"}]', "--run.seed", "3"]
+    recipe = load_recipe(written(tmp_path, SMALL), options)
+    assert (recipe.optim.lr, recipe.run.seed) == (2e-4, 3)
+    assert recipe.data.sources[0].path == "a=b.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, r"/nothing\.toml is no file"), (b"a = '\xff'", "not valid TOML")],
+)
+def test_no_recipe(tmp_path, content, message):
+    path = tmp_path / "nothing.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path)
+
+
+def test_a_byte_order_mark_is_not_read(tmp_path):
+    (tmp_path / "recipe.toml").write_bytes(b"\xef\xbb\xbf" + SMALL.encode())
+    assert load_recipe(tmp_path / "recipe.toml").stage == "instruct"
+
+
+def test_double_quantization_belongs_to_nf4(tmp_path):
+    options = ["--lora.double_quant", "true", "--lora.base"]
+    path = written(tmp_path, SMALL)
+    assert load_recipe(path, [*options, "nf4"]).lora.double_quant
+    with pytest.raises(ConfigError, match=r"lora\.double_quant .* lora\.base is 'int4'"):
+        load_recipe(path, [*options, "int4"])
 
 
 def test_options_without_value_or_dashes_are_refused(tmp_path):

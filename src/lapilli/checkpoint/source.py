@@ -48,7 +48,8 @@ def resolve(source: str | Path, *, weights: bool = True, beside: Sequence[Path] 
         return found
     if isinstance(source, Path) or not HUB_ID.fullmatch(name):
         raise MissingFileError(
-            f"{name!r} is neither a directory nor a hub id such as owner/name: check the path"
+            f"{name!r} is neither a directory nor a hub id such as owner/name: check the path "
+            f"({_place(name)})"
         )
     return fetch_snapshot(name, weights=weights)
 
@@ -68,6 +69,11 @@ def find_directory(name: str, beside: Sequence[Path] = ()) -> Path | None:
                 f"{name!r} is a file: give the directory that holds config.json and the weights"
             )
     return None
+
+
+def _place(name: str) -> Path:
+    """Where a directory of this name would lie."""
+    return Path(name).expanduser().absolute()
 
 
 def is_local(source: str | Path) -> bool:
@@ -116,7 +122,8 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
     except errors.LocalEntryNotFoundError as error:
         raise MissingFileError(
             f"{name!r} is neither a directory nor in the hub's local cache, and the hub cannot be "
-            "reached (offline?): check the path, or fetch it once with a connection"
+            f"reached (offline?): check the path ({_place(name)}), or fetch it once with a "
+            "connection"
         ) from error
     except errors.GatedRepoError as error:
         raise MissingFileError(
@@ -128,8 +135,8 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise MissingFileError(
-            f"{name!r} is neither a directory nor a repository of the hub: check the spelling "
-            "(private repositories need a login)"
+            f"{name!r} is neither a directory ({_place(name)}) nor a repository of the hub: check "
+            "the spelling (private repositories need a login)"
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise MissingFileError(f"{name!r} could not be fetched from the hub: {error}") from error

@@ -39,6 +39,7 @@ def train(
     """
     with plain_errors():
         from lapilli.train.recipe_file import load_recipe
+        from lapilli.train.recipe_paths import refuse_missing
 
         recipe = load_recipe(recipe_file, context.args)
         if gpus is not None:
@@ -46,22 +47,29 @@ def train(
             return
         if out is None:
             raise typer.BadParameter("where does the run go?", param_hint="--out")
+        refuse_missing(recipe, recipe_file)
         _run(recipe, out, device=device, quiet=quiet)
 
 
 def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
     from lapilli.train.launch import launch
     from lapilli.train.parallel import joined, seat_of
+    from lapilli.train.stop import Stopped
 
     shows_bar = sys.stderr.isatty() and not quiet
     with joined(seat_of(os.environ), sharding=recipe.run.sharding, device=device) as team:
-        task = launch(
-            recipe,
-            out,
-            team=team,
-            echo=team.leads and not quiet and not shows_bar,
-            progress=team.leads and shows_bar,
-        )
+        try:
+            task = launch(
+                recipe,
+                out,
+                team=team,
+                echo=team.leads and not quiet and not shows_bar,
+                progress=team.leads and shows_bar,
+            )
+        except Stopped as stop:
+            if team.leads:
+                note(stop.message)
+            raise
     for why in task.skipped[:5]:
         note(f"skipped: {why}")
     if task.skipped:
@@ -71,23 +79,23 @@ def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
 
 
 def _print_plan(recipe: "Recipe", gpus: int) -> None:
-    """What the run costs on two kinds of GPU."""
+    """What the run costs on three kinds of GPU."""
     from dataclasses import replace
 
     from lapilli.checkpoint.plan import make_plan
     from lapilli.errors import ConfigError
     from lapilli.train.data import open_dataset
-    from lapilli.train.plan import A100, H100, MIX_665K, plan
+    from lapilli.train.plan import A100, H100, RTX4090, plan, usual_work
 
     if recipe.model.checkpoint is None:
         raise ConfigError("recipe key model.checkpoint is missing: a plan needs its config.json")
     config = make_plan(recipe.model.checkpoint, fetch=False).config
-    work = replace(MIX_665K, longest=recipe.data.max_length)
+    work = usual_work(recipe)
     if recipe.data.sources and all(Path(one.path).is_file() for one in recipe.data.sources):
         work = replace(work, samples=len(open_dataset(recipe.data.sources)))
     typer.echo(
         f"{work.samples:,} samples of {work.positions:.0f} positions ({work.supervised:.0f} "
         "supervised) are assumed: docs/guide/cluster.md"
     )
-    for gpu in (A100, H100):
+    for gpu in (A100, H100, RTX4090):
         typer.echo(f"\n{plan(recipe, config, gpus, gpu=gpu, work=work).table()}", nl=False)

@@ -1,12 +1,13 @@
 """A recipe from its TOML file and from options; knows text and dataclasses, no torch.
 
 recipes/pebble/1_tower.toml  ->  Recipe(stage, optim, run, model, data)      unknown key = error
---optim.lr 2e-4              ->  the same recipe with one value replaced
+--optim.lr 2e-4              ->  the same recipe with one value replaced (--optim.lr=2e-4 too)
 """
 
 import dataclasses
+import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -21,17 +22,22 @@ else:
 
 Section = TypeVar("Section")
 
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+_LIKE = 0.85  # of two names that one may have been meant for the other
+
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a TOML file, with `--section.key value` pairs laid over it.
 
     Raises:
-        ConfigError: not TOML, a missing section, or a value of another type.
+        ConfigError: no such file, not TOML, a missing section, or a value of another type.
         UnknownKeyError: a section or key that nothing reads.
     """
+    if not path.is_file():
+        raise ConfigError(f"{path.absolute()} is no file: expected a recipe in TOML")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     _override(raw, overrides)
     return build_section(Recipe, raw, "")
@@ -48,9 +54,10 @@ def build_section(kind: type[Section], raw: Mapping[str, Any], where: str) -> Se
     fields = {item.name: item for item in dataclasses.fields(cast(Any, kind))}
     unknown = sorted(set(raw) - set(fields))
     if unknown:
-        raise UnknownKeyError(
-            f"recipe key {_join(where, unknown[0])} is unknown: expected one of {', '.join(fields)}"
-        )
+        key = _join(where, unknown[0])
+        meant = _meant(key)
+        rest = f"did you mean {meant}?" if meant else f"expected one of {', '.join(fields)}"
+        raise UnknownKeyError(f"recipe key {key} is unknown: {rest}")
     missing = [
         name
         for name, item in fields.items()
@@ -65,6 +72,25 @@ def build_section(kind: type[Section], raw: Mapping[str, Any], where: str) -> Se
 
 def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
+
+
+def _meant(key: str) -> str | None:
+    """The key of a recipe that has this name in another section, or nearly this name."""
+    name = key.rpartition(".")[2].replace("-", "_")
+    known = list(_keys(Recipe))
+    elsewhere = [one for one in known if one.rpartition(".")[2] == name]
+    return next(iter(elsewhere or difflib.get_close_matches(key, known, 1, _LIKE)), None)
+
+
+def _keys(kind: type, where: str = "") -> Iterator[str]:
+    """Names of all sections and keys."""
+    for key, hint in get_type_hints(kind).items():
+        name = _join(where, key)
+        yield name
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        for section in kinds:
+            if isinstance(section, type) and dataclasses.is_dataclass(section):
+                yield from _keys(section, name)
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401  TOML values
@@ -93,8 +119,16 @@ def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401  TOML valu
         and isinstance(value, bool) is (hint is bool)
     ):
         return value
-    name = getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"recipe key {where} is {value!r}: expected {name}")
+    raise ConfigError(f"recipe key {where} is {value!r}: expected {_expected(hint)}")
+
+
+def _expected(hint: Any) -> str:  # noqa: ANN401  any annotation
+    """What a value of this type looks like in TOML."""
+    if get_origin(hint) is tuple:
+        return f"a list [...] of which each is {_expected(get_args(hint)[0])}"
+    if dataclasses.is_dataclass(hint):
+        return f"a table with {', '.join(field.name for field in dataclasses.fields(hint))}"
+    return _NAMES.get(hint, "a table")
 
 
 def _tuple(kinds: tuple[Any, ...], value: list[Any], where: str) -> tuple[Any, ...]:
@@ -108,15 +142,23 @@ def _tuple(kinds: tuple[Any, ...], value: list[Any], where: str) -> tuple[Any, .
 
 def _override(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     """`--section.key value` pairs written into the table; values are read as TOML, else as text."""
-    if len(overrides) % 2:
-        raise ConfigError(f"recipe option {overrides[-1]} has no value: write --section.key VALUE")
-    for option, text in zip(overrides[::2], overrides[1::2], strict=True):
+    left = list(overrides)
+    while left:
+        option, is_joined, text = left.pop(0).partition("=")
         if not option.startswith("--"):
             raise ConfigError(f"recipe option {option!r}: expected --section.key VALUE")
+        if not is_joined:
+            if not left or left[0].startswith("--"):
+                raise ConfigError(f"recipe option {option} has no value: write {option} VALUE")
+            text = left.pop(0)
         *sections, key = option[2:].split(".")
-        table = raw
+        table: Any = raw
         for section in sections:
             table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise ConfigError(
+                    f"recipe option {option}: {section} is {table!r}, no table with keys of its own"
+                )
         table[key] = _literal(text)
 
 
