@@ -122,8 +122,7 @@ def save_llava(
         if tower_state and written.get("mm_vision_tower") == TOWER_FOLDER:
             is_packed = quantization is not None and quantization.quantize_tower
             _write_tower(folder / TOWER_FOLDER, config, {} if is_packed else tower_state, dtype)
-        copy_tokenizer(tokenizer_path, folder)
-        write_extra(folder, extra or {})
+        write_beside(folder, tokenizer_path, extra)
 
 
 def save_projector(
@@ -162,21 +161,36 @@ def save_projector(
     projector = {
         name: tensor for name, tensor in whole.items() if name.startswith((PROJECTOR, NEWLINE))
     }
-    first = next(iter(model.parameters()))
+    named = {} if base is None else {"_name_or_path": base}
     with new_directory(path, overwrite=overwrite) as folder:
         write_pickled(folder / "mm_projector.bin", renamed(projector, keymap))
-        written = write_llava_config(
-            config,
-            vision_source=named_tower(folder, config),
-            torch_dtype=dtype_name(first.dtype),
-            template=template,
-        )
-        written |= {"tune_mm_mlp_adapter": True}
-        write_json(
-            folder / "config.json", written if base is None else {"_name_or_path": base, **written}
-        )
-        copy_tokenizer(tokenizer_path, folder)
-        write_extra(folder, extra or {})
+        written = config_of_part(folder, model, config, template)
+        write_json(folder / "config.json", {**named, **written, "tune_mm_mlp_adapter": True})
+        write_beside(folder, tokenizer_path, extra)
+
+
+def config_of_part(
+    folder: Path, model: VisionLanguageModel, config: ModelConfig, template: str | None
+) -> dict[str, object]:
+    """config.json of what lies on another checkpoint: an adapter or a projector.
+
+    Raises:
+        ConfigError: see `named_tower`.
+    """
+    return write_llava_config(
+        config,
+        vision_source=named_tower(folder, config),
+        torch_dtype=dtype_name(next(iter(model.parameters())).dtype),
+        template=template,
+    )
+
+
+def write_beside(
+    folder: Path, tokenizer_path: Path | None, extra: Mapping[str, str | bytes] | None
+) -> None:
+    """What every form ends with: the tokenizer's files, and further ones."""
+    copy_tokenizer(tokenizer_path, folder)
+    write_extra(folder, extra or {})
 
 
 def copy_tokenizer(source: Path | None, folder: Path) -> None:

@@ -15,17 +15,15 @@ from lapilli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WRAPPER
 from lapilli.checkpoint.keymaps import ORIGINAL, ORIGINAL_MPT, KeyMap
 from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TEXT
 from lapilli.checkpoint.plan import NON_LORA_FILES
-from lapilli.checkpoint.save import copy_tokenizer, named_tower, renamed, write_extra
+from lapilli.checkpoint.save import config_of_part, renamed, write_beside
 from lapilli.checkpoint.save_files import (
     Stored,
-    dtype_name,
     new_directory,
     write_json,
     write_pickled,
     write_safetensors,
 )
 from lapilli.config.model import ModelConfig
-from lapilli.config.write import write_llava_config
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lapilli.lora.inject import adapter_tensors, adapters
 from lapilli.model.vlm import VisionLanguageModel
@@ -77,7 +75,6 @@ def save_lora(
     keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
     whole = _whole(model, state)
     halves, others = _split(model, whole, keymap, trained)
-    first = next(iter(model.parameters()))
     with new_directory(path, overwrite=overwrite) as folder:
         write_safetensors(folder / ADAPTER_WEIGHTS[0], halves)
         write_pickled(folder / NON_LORA_FILES[-1], others)
@@ -85,15 +82,8 @@ def save_lora(
             folder / ADAPTER_CONFIG,
             _adapter_config(model, base, keymap) | {"task_type": "CAUSAL_LM"},
         )
-        written = write_llava_config(
-            config,
-            vision_source=named_tower(folder, config),
-            torch_dtype=dtype_name(first.dtype),
-            template=template,
-        )
-        write_json(folder / "config.json", written)
-        copy_tokenizer(tokenizer_path, folder)
-        write_extra(folder, extra or {})
+        write_json(folder / "config.json", config_of_part(folder, model, config, template))
+        write_beside(folder, tokenizer_path, extra)
 
 
 def save_peft(
@@ -136,8 +126,7 @@ def save_peft(
     with new_directory(path, overwrite=overwrite) as folder:
         write_safetensors(folder / ADAPTER_WEIGHTS[0], {**halves, **others})
         write_json(folder / ADAPTER_CONFIG, written)
-        copy_tokenizer(tokenizer_path, folder)
-        write_extra(folder, extra or {})
+        write_beside(folder, tokenizer_path, extra)
 
 
 def _whole(model: VisionLanguageModel, state: Mapping[str, Stored] | None) -> Mapping[str, Stored]:

@@ -12,6 +12,7 @@ one step: killed or out of space while saving, what was there before stays whole
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -148,98 +149,60 @@ def save_results(
     Raises:
         CheckpointError: the disk is full; what was in `folder` before is still there.
     """
-    recipe = results.recipe
-    tensors: Mapping[str, Stored] | None = state
+    recipe, template = results.recipe, results.template
+    is_hf = recipe.save.layout == "huggingface"
     has_adapter = any(True for _ in adapters(model))
-    if has_adapter and not recipe.save.merge:
-        _save_adapter(folder, model, results, tensors, extra)
-        return
-    if has_adapter:
-        tensors = merged_state(model, state)
-    if recipe.save.layout == "huggingface":
+    merges = has_adapter and recipe.save.merge
+    common = _Common(
+        tokenizer_path=results.loaded.tokenizer_path,
+        overwrite=True,
+        state=merged_state(model, state) if merges else state,
+        extra=extra,
+    )
+    base, lies_on = results.base, results.config_for(whole=False)
+    if has_adapter and not merges:
+        trained = _trained_whole(model, recipe)
+        if is_hf:
+            save_peft(folder, model, base=base, trained=trained, **common)
+        else:
+            save_lora(
+                folder, model, lies_on, base=base, trained=trained, template=template, **common
+            )
+    elif is_hf:
         save_hf(
             folder,
             model,
             results.config,
             tokenizer=results.loaded.tokenizer,
-            tokenizer_path=results.loaded.tokenizer_path,
             dtype=results.dtype,
-            template=results.template,
-            overwrite=True,
-            state=tensors,
-            extra=extra,
+            template=template,
+            **common,
         )
     elif _is_projector_alone(model):
-        save_projector(
-            folder,
-            model,
-            results.config_for(whole=False),
-            base=results.base,
-            tokenizer_path=results.loaded.tokenizer_path,
-            template=results.template,
-            overwrite=True,
-            state=tensors,
-            extra=extra,
-        )
+        save_projector(folder, model, lies_on, base=base, template=template, **common)
     else:
-        _save_whole(folder, model, results, tensors, extra)
+        config = results.config_for(whole=True)
+        save_llava(folder, model, config, dtype=results.dtype, template=template, **common)
 
 
-def _save_adapter(
-    folder: Path,
-    model: VisionLanguageModel,
-    results: Results,
-    state: Mapping[str, Stored] | None,
-    extra: Mapping[str, str | bytes] | None,
-) -> None:
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if results.recipe.model.tune_tower:  # a tower is read from one place, so all of it
-        trained += [name for name, _ in model.named_parameters() if name.startswith(TOWER)]
-    trained = [name for name in trained if ".lora_" not in name]
-    if results.recipe.save.layout == "huggingface":
-        save_peft(
-            folder,
-            model,
-            base=results.base,
-            trained=trained,
-            tokenizer_path=results.loaded.tokenizer_path,
-            overwrite=True,
-            state=state,
-            extra=extra,
-        )
-        return
-    save_lora(
-        folder,
-        model,
-        results.config_for(whole=False),
-        base=results.base,
-        trained=trained,
-        tokenizer_path=results.loaded.tokenizer_path,
-        template=results.template,
-        overwrite=True,
-        state=state,
-        extra=extra,
-    )
+class _Common(TypedDict):
+    """What all forms are saved with."""
+
+    tokenizer_path: Path
+    overwrite: bool
+    state: Mapping[str, Stored] | None
+    extra: Mapping[str, str | bytes] | None
 
 
-def _save_whole(
-    folder: Path,
-    model: VisionLanguageModel,
-    results: Results,
-    state: Mapping[str, Stored] | None,
-    extra: Mapping[str, str | bytes] | None,
-) -> None:
-    save_llava(
-        folder,
-        model,
-        results.config_for(whole=True),
-        tokenizer_path=results.loaded.tokenizer_path,
-        dtype=results.dtype,
-        template=results.template,
-        overwrite=True,
-        state=state,
-        extra=extra,
-    )
+def _trained_whole(model: VisionLanguageModel, recipe: Recipe) -> list[str]:
+    """Parameters that an adapter's folder holds beside the adapter."""
+    tunes_tower = recipe.model.tune_tower  # a tower is read from one place, so all of it
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name
+        and (parameter.requires_grad or (tunes_tower and name.startswith(TOWER)))
+    ]
 
 
 def _is_projector_alone(model: VisionLanguageModel) -> bool:
