@@ -8,11 +8,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import lapilli
 from lapilli import Message
+from lapilli.checkpoint.export import export_checkpoint
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.save_hf import save_hf
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.lora import LoraConfig, inject, merge
 from lapilli.quant import QuantConfig, quantize
+from lapilli.train.reproject import reproject
 from tests.integration.oracle import picture
 
 VARIANTS = ["llava-v1.5-tiny-pad", "llava-v1.6-vicuna-tiny-336", "llava-v1.6-mistral-tiny"]
@@ -114,7 +116,7 @@ def test_an_adapter_is_folded_in_and_stays(golden, tmp_path):
     ("variant", "message"),
     [
         ("llava-mpt-tiny", "no mpt language model"),
-        ("llava-tiny-identity", "projector but two linear layers"),
+        ("llava-tiny-identity", "projector 'identity', only 'mlp2x_gelu': keep the original's"),
         ("llava-v1.6-tiny-anyres-flat", "'anyres' with mm_patch_merge_type 'flat'"),
         ("llava-tiny-im-start-end", "no <im_start>"),
     ],
@@ -125,6 +127,19 @@ def test_what_the_layout_cannot_say_is_refused(golden, tmp_path, variant, messag
     with pytest.raises(UnsupportedModelError, match=message):
         saved(tmp_path / "saved", loaded)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["pool2x2_mlp2x_gelu", "mlp2x_gelu_pool2x2", "resampler4"])
+def test_projectors_that_join_features_are_refused(tmp_path, name):
+    reproject("pebble", tmp_path / "llava", projector=name)
+    with pytest.raises(
+        UnsupportedModelError, match=rf"projector '{name}', .*save\.layout = \"llava"
+    ):
+        export_checkpoint(str(tmp_path / "llava"), tmp_path / "out", layout="huggingface")
+    loaded = load_checkpoint(tmp_path / "llava", device="cpu")
+    with pytest.raises(UnsupportedModelError, match=f"projector '{name}'"):
+        saved(tmp_path / "out", loaded)
+    assert not (tmp_path / "out").exists()
 
 
 def test_packed_weights_are_refused(golden, tmp_path):

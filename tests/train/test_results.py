@@ -366,6 +366,9 @@ def test_what_cannot_be_saved_is_refused_before_the_run(llava, hf_llava, parts, 
     build_llava(*parts("mpt", "clip"), tmp_path / "mpt")
     with pytest.raises(UnsupportedModelError, match="no mpt language model"):
         results(tmp_path / "mpt", save=HF)
+    build_llava(*parts("llama", "clip"), tmp_path / "pooled", joint=Joint(projector="resampler2"))
+    with pytest.raises(UnsupportedModelError, match="projector 'resampler2'"):
+        results(tmp_path / "pooled", save=HF)
     tuned = {"tune_tower": True}
     with pytest.raises(ConfigError, match="a PEFT adapter cannot carry a tuned vision tower"):
         results(hf_llava, lora=LORA, save=HF, model=tuned)

@@ -2,6 +2,7 @@
 
 from lapilli.config.llava import RECORD_KEY
 from lapilli.config.model import ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from lapilli.config.projector import projector_name
 from lapilli.config.write import (
     ACTIVATION_NAMES,
     write_preprocessor_config,
@@ -20,27 +21,32 @@ def refuse_unsayable(config: ModelConfig) -> None:
     Raises:
         UnsupportedModelError: another language model, projector or layout of the features.
     """
+    lack = _what_is_unsayable(config)
+    if lack is not None:
+        raise UnsupportedModelError(
+            f"the layout of Hugging Face has no {lack}: keep the original's (save.layout = "
+            '"llava" in a recipe, --layout llava in lapilli export)'
+        )
+
+
+def _what_is_unsayable(config: ModelConfig) -> str | None:
+    """The first thing that the layout has no words for."""
     vision, projector, image = _parts(config)
-    layout = "the layout of Hugging Face has no"
     if config.text.family not in TEXT_TYPES:
-        raise UnsupportedModelError(
-            f"{layout} {config.text.family} language model, only {', '.join(TEXT_TYPES)}"
-        )
+        return f"{config.text.family} language model, only {', '.join(TEXT_TYPES)}"
     if config.tokens.use_start_end:
-        raise UnsupportedModelError(f"{layout} <im_start> and <im_end> around a picture")
+        return "<im_start> and <im_end> around a picture"
     if projector.kind != "mlp" or projector.depth != 2 or projector.joins:
-        raise UnsupportedModelError(
-            f"{layout} projector but two linear layers with an activation between (mlp2x_gelu), "
-            f"found kind {projector.kind!r} of depth {projector.depth}"
-        )
+        return f"projector {projector_name(projector)!r}, only 'mlp2x_gelu'"
     is_flat = image.aspect != "anyres" and image.merge == "flat"
     if not is_flat and not _is_next(image):
-        raise UnsupportedModelError(
-            f"{layout} image_aspect_ratio {image.aspect!r} with mm_patch_merge_type "
-            f"{image.merge!r}: only square or pad with flat, and anyres with spatial_unpad"
+        return (
+            f"image_aspect_ratio {image.aspect!r} with mm_patch_merge_type {image.merge!r}, only "
+            "square or pad with flat, and anyres with spatial_unpad"
         )
     if _is_next(image) and vision.num_patches != vision.grid.rows * vision.grid.columns:
-        raise UnsupportedModelError(f"{layout} anyres with {vision.feature_select!r} features")
+        return f"anyres with {vision.feature_select!r} features"
+    return None
 
 
 def write_hf_config(
