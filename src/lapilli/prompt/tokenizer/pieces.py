@@ -34,6 +34,22 @@ def load_processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     return processor
 
 
+class _Pieces(dict[str, tuple[int, bool]]):
+    """Ids of pieces and whether they stand for a byte, as a processor has said them once.
+
+    Asking it again takes ten times as long. What is in no vocabulary is not kept: it has no end.
+    """
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        super().__init__()
+        self.processor = processor
+
+    def __missing__(self, piece: str) -> tuple[int, bool]:
+        index = self.processor.piece_to_id(piece)
+        found = (index, self.processor.is_byte(index))
+        return found if index == self.processor.unk_id() else self.setdefault(piece, found)
+
+
 class PieceEncoder:
     """Text without added tokens -> tokens with offsets.
 
@@ -44,6 +60,7 @@ class PieceEncoder:
     def __init__(self, model: bytes) -> None:
         self.processor = load_processor(model)
         self._model = model
+        self._pieces = _Pieces(self.processor)
 
     def tokenize(self, text: str, literal: Sequence[Range] = ()) -> list[Token]:
         """Tokens and their characters."""
@@ -51,7 +68,7 @@ class PieceEncoder:
         symbols = self._find_symbols(text) if literal and "<" in text else []
         typed = [s for s in symbols if overlaps(s[0], s[1], literal)]
         if not typed:
-            return _with_offsets(self.processor, text)
+            return _with_offsets(self._pieces, text)
         tokens: list[Token] = []
         at = 0
         for start, end, index in [s for s in symbols if s not in typed]:
@@ -73,10 +90,10 @@ class PieceEncoder:
         }
 
     @cached_property
-    def _blind(self) -> sentencepiece.SentencePieceProcessor:
+    def _blind(self) -> _Pieces:
         """The same model without symbols and without dummy prefix."""
         model = spm_model.without_symbols(self._model, frozenset(self._symbols))
-        return load_processor(spm_model.without_dummy_prefix(model))
+        return _Pieces(load_processor(spm_model.without_dummy_prefix(model)))
 
     def _find_symbols(self, text: str) -> list[tuple[int, int, int]]:
         if not self._symbols:
@@ -95,15 +112,14 @@ class PieceEncoder:
         return [Token(i, max(b + by, start), max(e + by, start)) for i, b, e in tokens]
 
 
-def _with_offsets(processor: sentencepiece.SentencePieceProcessor, text: str) -> list[Token]:
+def _with_offsets(known: _Pieces, text: str) -> list[Token]:
     """Walk the pieces along the normalized text; `origin` leads from it back to `text`."""
-    pieces = processor.encode(text, out_type=str)
-    ids = [processor.piece_to_id(piece) for piece in pieces]
-    normalized, origin = processor.normalize(text, with_offsets=True)
+    normalized, origin = known.processor.normalize(text, with_offsets=True)
     tokens: list[Token] = []
     at = pending = 0  # pending: bytes of the character at `at` that were not seen yet
-    for piece, index in zip(pieces, ids, strict=True):
-        if processor.is_byte(index):
+    for piece in known.processor.encode(text, out_type=str):
+        index, is_byte = known[piece]
+        if is_byte:
             pending = pending or len(normalized[at].encode())
             tokens.append(Token(index, origin[at], origin[at + 1]))
             pending -= 1

@@ -175,17 +175,16 @@ class SentencePieceTokenizer(Roles):
                 continue
             inside = [(b - start, e - start) for b, e in literal if b < end and start < e]
             found = self._encode_piece(text[start:end], inside)
-            tokens += [Token(i, start + b, start + e) for i, b, e in found]
+            tokens += found if start == 0 else [Token(i, start + b, start + e) for i, b, e in found]
         return tokens
 
     def _encode_piece(self, text: str, literal: Sequence[Range]) -> list[Token]:
         """Through SentencePiece; a leading space survives only behind a guard (not legacy)."""
-        guarded = not self.legacy and text.startswith((SPACE, " "))
-        shift = len(self._guard) if guarded else 0
-        text = self._guard + text if guarded else text
-        tokens = self._encoder.tokenize(text, shifted(literal, shift))
-        if guarded:
-            tokens = tokens[self._guard_length :]
+        if self.legacy or not text.startswith((SPACE, " ")):
+            return self._encoder.tokenize(text, literal)
+        shift = len(self._guard)
+        tokens = self._encoder.tokenize(self._guard + text, shifted(literal, shift))
+        tokens = tokens[self._guard_length :]
         return [Token(i, max(b - shift, 0), max(e - shift, 0)) for i, b, e in tokens]
 
     def _is_lone_space(self, token: Token) -> bool:

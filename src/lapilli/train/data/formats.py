@@ -308,6 +308,8 @@ class _Pictures:
 
 
 def _resolved(message: Message, resolve: Resolve) -> Message:
+    if not message.media:
+        return message
     parts = [
         replace(part, source=resolve(part.source)) if isinstance(part, MediaPart) else part
         for part in message.parts
