@@ -1,4 +1,6 @@
 import io
+import json
+import struct
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -86,13 +88,10 @@ def test_tensorboard_has_the_log(tmp_path):
 
 class FakeRun:
     def __init__(self, **settings):
-        self.settings, self.records, self.ended, self.steps = settings, [], False, None
+        self.settings, self.records, self.ended = settings, [], False
 
-    def define_metric(self, name, *, step_metric):
-        self.steps = (name, step_metric)
-
-    def log(self, record):
-        self.records.append(record)
+    def log(self, record, *, step):
+        self.records.append(record | {"step": step})
 
     def finish(self):
         self.ended = True
@@ -101,6 +100,7 @@ class FakeRun:
 def test_wandb_gets_the_log_as_one_run(tmp_path, monkeypatch):
     runs = []
     module = ModuleType("wandb")
+    module.Error = RuntimeError
     module.init = lambda **settings: runs.append(FakeRun(**settings)) or runs[-1]
     monkeypatch.setitem(sys.modules, "wandb", module)
     recipe = new_recipe(loggers=("wandb",), steps=4)
@@ -111,9 +111,58 @@ def test_wandb_gets_the_log_as_one_run(tmp_path, monkeypatch):
     assert [record["step"] for record in first.records + second.records] == [1, 2, 3, 4, 5, 6]
     assert first.settings["id"] == second.settings["id"]
     assert first.settings["config"]["optim"]["lr"] == 0.01
-    assert first.steps == ("*", "step")
     assert first.ended
     assert second.ended
+
+
+def test_wandb_that_does_not_start_is_an_error_with_a_way_out(tmp_path, monkeypatch):
+    def refuse(**settings):
+        raise module.Error("No API key configured.")
+
+    module = ModuleType("wandb")
+    module.Error, module.init = RuntimeError, refuse
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(ConfigError, match=r"No API key configured\. .* set WANDB_MODE=offline"):
+        open_trackers(new_recipe(loggers=("wandb",)), tmp_path, 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_real_wandb_keeps_one_run_in_two_folders(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    recipe = new_recipe(loggers=("wandb",), steps=5, evaluate_every=2)
+    with pytest.raises(RuntimeError):
+        train(new_regression(fails_at=4), recipe, tmp_path)
+    train(new_regression(), recipe, tmp_path)
+    folders = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda at: at.stat().st_ctime)
+    name = (tmp_path / "wandb_id").read_text()
+    starts = [history(folder / f"run-{name}.wandb") for folder in folders]
+    assert [list(rows) for rows in starts] == [[1, 2, 3, 4], [4, 5]]
+    rows = starts[0] | starts[1]
+    for record in RunLog(tmp_path).records():
+        assert record.items() - {("step", record["step"])} <= rows[record["step"]].items()
+    assert "training" in rows[2]
+    assert "training" not in rows[1]
+
+
+def history(file):
+    """Rows of a run of wandb by step; records lie in blocks of 32 KiB, one after the other."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, rows = file.read_bytes(), 7, {}
+    assert len(data) < 1 << 15
+    while at < len(data):
+        _, size, _ = struct.unpack("<IHB", data[at : at + 7])
+        record = Record.FromString(data[at + 7 : at + 7 + size])
+        row = {
+            (item.key or item.nested_key[0]): json.loads(item.value_json)
+            for item in record.history.item
+        }
+        if row:
+            rows[row["_step"]] = row
+        at += 7 + size
+    return rows
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -1,7 +1,7 @@
 """Programs that collect curves from many runs: TensorBoard and wandb; knows records alone.
 
 A resumed run tells them the same steps again: TensorBoard purges what came after the checkpoint,
-and wandb draws over the step that a record names.
+and wandb keeps what it has of a step and takes what is new.
 """
 
 import dataclasses
@@ -64,8 +64,11 @@ class TensorBoardTracker:
 class WandbTracker:
     """A run of wandb; its id stands in `folder/wandb_id`, so that a resumed run is the same one.
 
+    Without a network set WANDB_MODE=offline: every start of the run leaves a folder in
+    `folder/wandb` that `wandb sync` sends later, to the same run.
+
     Raises:
-        ConfigError: wandb is not installed.
+        ConfigError: wandb is not installed, or does not start.
     """
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
@@ -76,20 +79,25 @@ class WandbTracker:
         kept = folder / "wandb_id"
         if not kept.exists():
             kept.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-        self._run: Any = wandb.init(
-            project="lapilli",
-            name=folder.resolve().name,
-            id=kept.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=folder,
-            config=dataclasses.asdict(recipe),
-        )
-        # wandb's own counter only grows; a resumed run goes back to its checkpoint.
-        self._run.define_metric("*", step_metric="step")
+        try:
+            self._run: Any = wandb.init(
+                project="lapilli",
+                name=folder.resolve().name,
+                id=kept.read_text(encoding="utf-8"),
+                resume="allow",
+                dir=folder,
+                config=dataclasses.asdict(recipe),
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                f"run.loggers asks for wandb, which does not start: {error} Without a network set "
+                "WANDB_MODE=offline, or take it out of run.loggers"
+            ) from error
 
     def write(self, record: Record) -> None:
         """All figures of a step."""
-        self._run.log(dict(record))
+        figures = {name: value for name, value in record.items() if name != "step"}
+        self._run.log(figures, step=int(record["step"]))
 
     def sync(self) -> None:
         """Nothing to do: records are sent from a process of its own."""
