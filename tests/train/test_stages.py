@@ -20,6 +20,7 @@ from lapilli.modality.image.image import ImageModality
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.quant.nf4 import Nf4Linear
+from lapilli.quant.scales import RoundedScales
 from lapilli.train.attention import PlainAttention, plain_attention
 from lapilli.train.batch import collate
 from lapilli.train.data.rows import Row
@@ -187,11 +188,15 @@ def test_an_adapter_learns_in_float32_beside_narrow_weights(whole):
     assert dtypes == {torch.float32}
 
 
-def test_a_packed_base_is_frozen_and_smaller(whole):
-    choose_trainable(whole, recipe_of(lora=LoraRecipe(rank=2, base="nf4")))
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_packed_base_is_frozen_and_smaller(whole, double_quant):
+    lora = LoraRecipe(rank=2, base="nf4", double_quant=double_quant)
+    choose_trainable(whole, recipe_of(lora=lora))
     layers = dict(adapters(whole))
     assert len(layers) == 7 * CONFIG.num_layers
     assert all(isinstance(layer.base, Nf4Linear) for layer in layers.values())
+    rounded = [isinstance(layer.base.scales, RoundedScales) for layer in layers.values()]
+    assert rounded == [double_quant] * len(layers)
     assert isinstance(whole.language_model.lm_head, nn.Linear)
 
 

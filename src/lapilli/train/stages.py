@@ -142,7 +142,7 @@ def _of_language_model(model: VisionLanguageModel, lora: LoraRecipe | None) -> l
         return list(model.language_model.parameters())  # type: ignore[attr-defined]  # a module that follows the protocol
     if not any(True for _ in adapters(model)):
         if lora.base == "nf4":
-            store_nf4(model, default_targets(model))
+            store_nf4(model, default_targets(model), double_quant=lora.double_quant)
         targets = lora.targets or default_targets(model)
         config = LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=targets, dropout=lora.dropout)
         inject(model, config, dtype=torch.float32)
