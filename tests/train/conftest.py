@@ -9,6 +9,7 @@ from torch import nn
 
 from lapilli.train.loop import Loss
 from lapilli.train.recipe import OptimRecipe, Recipe, RunRecipe
+from tests.checkpoint.conftest import golden, maker  # noqa: F401  fixtures
 
 
 @dataclass
@@ -54,6 +55,12 @@ def new_recipe(**run):
         optim=OptimRecipe(lr=0.01, weight_decay=0.1, warmup_steps=3),
         run=RunRecipe(**{**settings, **run}),
     )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(golden):  # noqa: F811
+    """A tiny LLaVA 1.5 of the golden numbers."""
+    return str(golden("llava-v1.5-tiny-pad")[1]["model_path"])
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.train.log import RunLog
 from lapilli.train.loop import Loss, TrainingError, train
 from lapilli.train.parallel import join_team
-from tests.checkpoint.conftest import golden, maker  # noqa: F401  fixtures
 from tests.conformance.ops.training import read_tensors
 from tests.train import real_run
 from tests.train.faults import (
@@ -54,12 +53,9 @@ def test_killed_while_saving(tmp_path, undisturbed):
     assert_same(tmp_path, undisturbed)
 
 
-def test_a_model_that_is_killed_learns_the_same(tmp_path, golden):  # noqa: F811
+def test_a_model_that_is_killed_learns_the_same(tmp_path, checkpoint):
     """With all that a run draws or remembers, from samples on disk to the adapter that is left."""
-    checkpoint, file = (
-        str(golden("llava-v1.5-tiny-pad")[1]["model_path"]),
-        real_run.write_samples(tmp_path),
-    )
+    file = real_run.write_samples(tmp_path)
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     real_run.run(whole, checkpoint, file)
     child = start(real_run.run, folder, checkpoint, file, 0.02)

@@ -20,7 +20,6 @@ from lapilli.train.loop import train
 from lapilli.train.model import TrainedModel
 from lapilli.train.recipe import ModelRecipe, NoiseRecipe, OptimRecipe, Recipe, RunRecipe
 from lapilli.train.stages import choose_trainable
-from tests.checkpoint.conftest import golden, maker  # noqa: F401  fixtures
 from tests.checkpoint.published import make_llava
 from tests.train.golden import VARIANTS, rows_of, with_gradients
 
@@ -29,7 +28,7 @@ INSTRUCT = Recipe(stage="instruct", optim=OptimRecipe(lr=1.0), run=RunRecipe(bat
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_the_originals(conformance, golden, variant, packed):  # noqa: F811
+def test_gradients_are_the_originals(conformance, golden, variant, packed):
     _, built, _ = golden(variant)
     loaded = load_checkpoint(built["model_path"], dtype="float32", device="cpu")
     choose_trainable(loaded.model, INSTRUCT)
@@ -51,12 +50,11 @@ def test_gradients_are_the_originals(conformance, golden, variant, packed):  # n
 
 
 @pytest.fixture(scope="module")
-def llava(golden):  # noqa: F811
+def llava(checkpoint):
     """A fresh tiny LLaVA in training, each time it is called."""
-    _, built, _ = golden("llava-v1.5-tiny-pad")
 
     def fresh(recipe=INSTRUCT, **options):
-        loaded = load_checkpoint(built["model_path"], dtype="float32", device="cpu")
+        loaded = load_checkpoint(checkpoint, dtype="float32", device="cpu")
         choose_trainable(loaded.model, recipe)
         return TrainedModel(loaded.model, **options).train()
 

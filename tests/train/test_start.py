@@ -13,6 +13,7 @@ from lapilli.errors import (
 )
 from lapilli.lora.inject import adapters
 from lapilli.quant.linear import QuantLinear
+from lapilli.train.data import RowMaker
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -24,12 +25,10 @@ from lapilli.train.recipe import (
 )
 from lapilli.train.stages import choose_trainable
 from lapilli.train.start import RESULTS, choose_template, lay_projector, load_start
-from tests.checkpoint.conftest import golden, llava, maker  # noqa: F401  fixtures
-
-
-@pytest.fixture(scope="module")
-def checkpoint(golden):  # noqa: F811
-    return str(golden("llava-v1.5-tiny-pad")[1]["model_path"])
+from tests.checkpoint.conftest import llava  # noqa: F401  fixture
+from tests.prompt.test_encode import with_sentinels
+from tests.train.data.conftest import goldens  # noqa: F401  fixture
+from tests.train.data.test_rows import golden_sample
 
 
 def recipe_of(checkpoint, stage="instruct", **given):
@@ -111,6 +110,26 @@ def test_the_template_is_that_of_the_stage_or_the_recipe(checkpoint, stage, aske
     assert choose_template(recipe, load_start(recipe)).name == name
 
 
+def test_a_template_by_name_puts_the_checkpoints_tokens_around_a_picture(golden, goldens):  # noqa: F811
+    """Against labels of the original under mm_use_im_start_end."""
+    loaded = load_checkpoint(golden("llava-tiny-im-start-end")[1]["model_path"], dtype="float32")
+    compared = 0
+    for case in goldens.cases("_labels", "labels"):
+        if not case["input"].get("im_start_end"):
+            continue
+        recipe = recipe_of("", data=DataRecipe(template=case["input"]["version"]))
+        tokenizer = goldens.tokenizer(
+            case["input"]["tokenizer"], [["<im_patch>"], ["<im_start>", "<im_end>"]]
+        )
+        sample = golden_sample(case)
+        rows = RowMaker(tokenizer, choose_template(recipe, loaded), loaded.model)
+        prompt = rows.encode(sample, [1] * len(sample.media))
+        assert with_sentinels(prompt) == case["expect"]["input_ids"], case["id"]
+        assert prompt.labels == case["expect"]["labels"], case["id"]
+        compared += 1
+    assert compared >= 3
+
+
 def test_a_template_of_another_base_is_refused(checkpoint):
     recipe = recipe_of(checkpoint, data=DataRecipe(template="chatml_direct"))
     with pytest.raises(ConfigError, match=r"ends turns with '<\|im_end\|>', which is no token"):
@@ -120,7 +139,7 @@ def test_a_template_of_another_base_is_refused(checkpoint):
         choose_template(recipe, load_start(recipe))
 
 
-def test_no_checkpoint_and_no_pictures_are_refused(golden):  # noqa: F811
+def test_no_checkpoint_and_no_pictures_are_refused(golden):
     with pytest.raises(ConfigError, match=r"model\.checkpoint is missing"):
         load_start(recipe_of(None))
     base = str(golden("llava-v1.5-tiny-projector")[1]["model_base"])

@@ -30,12 +30,6 @@ from lapilli.train.recipe import (
     SourceRecipe,
 )
 from lapilli.train.task import build_task, refuse_packing
-from tests.checkpoint.conftest import golden, maker  # noqa: F401  fixtures
-
-
-@pytest.fixture(scope="module")
-def checkpoint(golden):  # noqa: F811
-    return str(golden("llava-v1.5-tiny-pad")[1]["model_path"])
 
 
 @pytest.fixture(scope="module")
