@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lapilli.cli.terminal import plain_errors
 from lapilli.cli.train import _run
 from lapilli.train.recipe_file import load_recipe
 from lapilli.train.stop import Stopped
@@ -120,3 +121,30 @@ def test_a_stop_is_told_in_one_line(
         _run(load_recipe(RECIPES / "align.toml"), tmp_path, device="cpu", quiet=True)
     assert told.value.code == 143
     assert capsys.readouterr().err == "stopped by SIGTERM after step 3 of 9\n"
+
+
+def test_a_bad_picture_ends_the_run_or_is_counted(
+    checkpoint: str, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As functions, which saves importing torch each time."""
+    records = json.loads(captions.read_text())
+    records[5]["image"] = "lost.png"
+    data = captions.parent / "one_is_lost.json"
+    data.write_text(json.dumps(records))
+    given = ["--model.checkpoint", checkpoint, "--data.sources", f'[{{path = "{data}"}}]']
+    given += ["--run.steps", "3", "--run.plot", "false", "--run.workers", "1"]
+    for policy, code in (("error", 2), ("skip", 0)):
+        recipe = load_recipe(RECIPES / "align.toml", [*given, "--data.on_bad_sample", policy])
+        try:
+            with plain_errors():
+                _run(recipe, tmp_path / policy, device="cpu", quiet=True)
+            found = 0
+        except SystemExit as left:
+            found = left.code
+        said = capsys.readouterr().err
+        assert found == code
+        assert f"{data}:1 (id '5'): {captions.parent / 'lost.png'} does not exist" in said
+        if policy == "skip":
+            assert "1 samples could not be read; others stood in for them" in said
+        else:
+            assert said.count("\n") == 1

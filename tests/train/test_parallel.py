@@ -40,6 +40,21 @@ def test_several_processes_take_the_steps_of_one(tmp_path, alone, sharding, size
             torch.testing.assert_close(answer[name], weight.detach(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.cluster
+def test_means_of_means_are_the_same_in_several_processes(tmp_path):
+    """The micro-batches have 2 to 4 rows each, so their means weigh otherwise than their rows."""
+    run = {**RUN, "steps": 4, "reduction": "llava"}
+    task = new_regression()
+    train(task, new_recipe(**run), tmp_path / "alone" / "run")
+    answers = cluster.together(cluster.run_regression, 2, tmp_path, "ddp", run)
+    expected = cluster.losses(tmp_path / "alone")
+    assert cluster.losses(tmp_path) == pytest.approx(expected, abs=1e-5)
+    is_the_same(answers[1], {name: p.detach() for name, p in task.model.named_parameters()})
+    by_tokens = tmp_path / "tokens"
+    train(new_regression(), new_recipe(**{**run, "reduction": "tokens"}), by_tokens / "run")
+    assert cluster.losses(by_tokens)[0] != pytest.approx(expected[0], abs=1e-3)
+
+
 @pytest.fixture(scope="module")
 def talks(tmp_path_factory):
     """The same of a tiny vision language model, by what of it is trained."""
