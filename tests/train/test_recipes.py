@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lapilli.checkpoint.assemble import build_model
+from lapilli.checkpoint.plan import make_plan
 from lapilli.config.files import ConfigFiles
 from lapilli.config.llava import parse_llava
 from lapilli.config.model import DecoderConfig, VisionConfig
@@ -245,15 +246,33 @@ def test_every_number_has_a_source(name):
             assert "#" in line, line
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if p.parent.name == "pebble"], ids=lambda p: p.stem
-)
-def test_pebbles_own_parts_are_built(path):
-    recipe = load_recipe(path)
+SMALL = [name for name in NAMES if name not in SIZED]
+
+
+def stage_of(name):
+    return load_recipe(RECIPES / f"{name}.toml").stage
+
+
+@pytest.mark.parametrize("name", [n for n in SMALL if stage_of(n) in ("align", "instruct")])
+def test_small_models_are_cut_into_what_learns(name):
+    """The embedded model stands for those that a recipe of no size is given."""
+    recipe = load_recipe(RECIPES / f"{name}.toml")
     with torch.device("meta"):
-        if recipe.model.vision:
-            tower = VisionTransformer(VisionConfig(**recipe.model.vision))
-            assert sum(p.numel() for p in tower.parameters()) > 1_000_000
-        if recipe.model.text:
-            text = build_language_model(DecoderConfig(**recipe.model.text))
-            assert sum(p.numel() for p in text.parameters()) > 1_000_000
+        model = build_model(make_plan("pebble", fetch=False).config)
+        trained = choose_trainable(model, recipe)
+    parts = {next(part for part in ("projector", "language_model") if part in n) for n in trained}
+    assert parts == {"projector"} | ({"language_model"} if recipe.stage == "instruct" else set())
+    optimizer = build_optimizer(model, recipe.optim)
+    held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    assert held == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
+
+
+@pytest.mark.parametrize("name", [n for n in SMALL if stage_of(n) in ("tower", "language")])
+def test_pebbles_own_parts_are_built(name):
+    recipe = load_recipe(RECIPES / f"{name}.toml")
+    with torch.device("meta"):
+        if recipe.stage == "tower":
+            part = VisionTransformer(VisionConfig(**recipe.model.vision))
+        else:
+            part = build_language_model(DecoderConfig(**recipe.model.text))
+    assert sum(p.numel() for p in part.parameters()) > 1_000_000
