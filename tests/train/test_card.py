@@ -5,7 +5,9 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import lapilli
 from lapilli.checkpoint.load import load_checkpoint
@@ -106,10 +108,27 @@ def test_the_recipe_in_it_is_the_recipe(recipe, start, run, tmp_path):
     assert load_recipe(tmp_path / "again.toml") == recipe
 
 
+@pytest.mark.parametrize("defaults", [True, False])
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_every_recipe_is_written_and_read_back(path, tmp_path):
+def test_every_recipe_is_written_and_read_back(path, tmp_path, defaults):
     recipe = load_recipe(path)
-    (tmp_path / "again.toml").write_text(recipe_text(recipe))
+    (tmp_path / "again.toml").write_text(recipe_text(recipe, defaults=defaults))
+    assert load_recipe(tmp_path / "again.toml") == recipe
+
+
+def test_the_card_shows_what_is_no_default(recipe, start, run, tmp_path):
+    recipe = replace(recipe, lora=LoraRecipe(), optim=OptimRecipe(lr=2e-5, betas=(0.9, 0.999)))
+    text = model_card(results_of(recipe, start), run)["README.md"]
+    shown = text.partition("```toml\n")[2].partition("```")[0]
+    assert shown == (
+        'stage = "instruct"\n\n'
+        "[optim]\nlr = 2e-05\nbetas = [0.9, 0.999]\n\n"
+        "[run]\nbatch_size = 4\nsteps = 3\n\n"
+        f'[model]\ncheckpoint = "{start}"\n\n'
+        f'[data]\nsources = [{{ path = "{tmp_path / "train.json"}" }}]\n\n'
+        "[lora]\n"
+    )
+    (tmp_path / "again.toml").write_text(shown)
     assert load_recipe(tmp_path / "again.toml") == recipe
 
 
@@ -156,7 +175,7 @@ def test_a_run_ends_with_results_and_their_card(start, tmp_path):
         optim=OptimRecipe(lr=1e-2),
         run=RunRecipe(batch_size=1, steps=3, save_every=2, log_every=1),
         model=ModelRecipe(checkpoint=str(start)),
-        data=DataRecipe(sources=(SourceRecipe(path=str(tmp_path / "train.json")),)),
+        data=DataRecipe(sources=(SourceRecipe(path=str(tmp_path / "train.json")),), held_out=0.25),
         lora=LoraRecipe(rank=2, alpha=4.0),
     )
     run = tmp_path / "my-run"
@@ -164,6 +183,14 @@ def test_a_run_ends_with_results_and_their_card(start, tmp_path):
     front, body = front_of({"README.md": (run / "model" / "README.md").read_text()})
     assert front["tags"] == ["llava", "lapilli", "lora", "peft"]
     assert "| steps | 3 |" in body
+    assert "| samples | 3, and 1 held out |" in body
+    saved = load_file(run / "model" / "adapter_model.safetensors")
+    saved |= torch.load(run / "model" / "non_lora_trainables.bin", weights_only=True)
+    learned = sum(tensor.numel() for tensor in saved.values())
+    assert f"| numbers that learned | {learned:,} |" in body
+    assert (
+        f"| made with | lapilli {lapilli.__version__}, torch {torch.__version__}, 1 x cpu |" in body
+    )
     assert (run / "model" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert load_recipe(run / "model" / "recipe.toml") == recipe
     chat = lapilli.load(str(run / "model"), device="cpu", dtype="float32")

@@ -6,7 +6,7 @@ Knows recipes, logs and files; no models.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lapilli.checkpoint.files import read_optional_text
@@ -27,13 +27,18 @@ _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
 def model_card(
-    results: Results, folder: Path, *, hashed_bytes: int = HASHED_BYTES
+    results: Results,
+    folder: Path,
+    *,
+    facts: Mapping[str, str] | None = None,
+    hashed_bytes: int = HASHED_BYTES,
 ) -> dict[str, str | bytes]:
     """Files that stand beside the results of a run: `extra` of `save_results`.
 
     Args:
         results: what is saved and how.
         folder: of the run, with its log and the picture of its losses.
+        facts: more that is known of the run, by name.
         hashed_bytes: data files up to this size are read for their digest.
     """
     recipe = results.recipe
@@ -45,10 +50,10 @@ def model_card(
         _front(results),
         _title(results, folder),
         _use(results),
-        _course(records, has_curve=CURVE in files),
+        _course(records, facts or {}, has_curve=CURVE in files),
         _evaluation(records),
         _data(recipe, hashed_bytes),
-        f"## Recipe\n\n```toml\n{recipe_text(recipe)}```\n",
+        _recipe(recipe),
     ]
     files["README.md"] = "\n".join(part for part in parts if part)
     return files
@@ -118,25 +123,32 @@ def _use(results: Results) -> str:
     )
 
 
-def _course(records: Sequence[Record], *, has_curve: bool) -> str:
+def _course(records: Sequence[Record], facts: Mapping[str, str], *, has_curve: bool) -> str:
     losses = [record for record in records if "loss" in record]
     if not losses:
         return ""
     first, last = losses[0], losses[-1]
     tail = losses[-max(len(losses) // 10, 1) :]
     mean = sum(record["loss"] for record in tail) / len(tail)
-    lines = [
-        "## Training",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| steps | {last['step']} |",
-        f"| loss of step {first['step']} | {first['loss']:.4f} |",
-        f"| mean loss of the last tenth | {mean:.4f} |",
-    ]
+    shown = {
+        **facts,
+        "steps": f"{last['step']}",
+        f"loss of step {first['step']}": f"{first['loss']:.4f}",
+        "mean loss of the last tenth": f"{mean:.4f}",
+    }
+    lines = ["## Training", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in shown.items()]
     if has_curve:
         lines += ["", f"![loss over steps]({CURVE})"]
     return "\n".join([*lines, ""])
+
+
+def _recipe(recipe: Recipe) -> str:
+    """What differs from the defaults of today; the file beside has every value."""
+    return (
+        f"## Recipe\n\n```toml\n{recipe_text(recipe, defaults=False)}```\n\n"
+        f"`{RECIPE}` has every other value as it was.\n"
+    )
 
 
 def _evaluation(records: Sequence[Record]) -> str:

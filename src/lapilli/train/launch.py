@@ -6,6 +6,9 @@ start -> what could not be saved is refused -> steps -> FOLDER/model, also on th
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from lapilli import __version__
 from lapilli.lora.inject import adapters
 from lapilli.train.card import model_card
 from lapilli.train.loop import train
@@ -49,6 +52,21 @@ def launch(
     return task
 
 
+def facts_of(task: TrainingTask) -> dict[str, str]:
+    """What a model card says of a run beside its log."""
+    parameters = task.model.vlm.parameters()
+    learned = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    held_out = "" if task.held_out is None else f", and {len(task.held_out):,} held out"
+    skipped = {"samples that could not be read": f"{len(task.skipped):,}"} if task.skipped else {}
+    return {
+        "samples": f"{task.num_samples:,}{held_out}",
+        **skipped,
+        "numbers that learned": f"{learned:,}",
+        "made with": f"lapilli {__version__}, torch {torch.__version__}, "
+        f"{task.team.size} x {task.team.device.type}",
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class _Saver:
     task: TrainingTask
@@ -71,6 +89,8 @@ class _Saver:
         team, model = self.task.team, self.task.model.vlm
         state = gather(model.state_dict(), team) if team.is_sharded else None
         if team.leads:
-            extra = model_card(self.results, self.folder.parent) if card else None
+            extra = None
+            if card:
+                extra = model_card(self.results, self.folder.parent, facts=facts_of(self.task))
             save_results(self.folder, model, self.results, state=state, extra=extra)
         team.wait()
