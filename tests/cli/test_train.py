@@ -104,10 +104,29 @@ def test_a_plan_costs_nothing_and_says_what_a_run_would(lapilli: Run) -> None:
     assert "run.accumulate is 2, and 3 GPUs share its micro-batches" in done.stderr
 
 
-def test_a_run_needs_a_folder(lapilli: Run) -> None:
-    done = lapilli("train", str(RECIPES / "instruct.toml"))
+def test_a_run_needs_a_folder(lapilli: Run, tmp_path: Path) -> None:
+    recipe = str(RECIPES / "instruct.toml")
+    (tmp_path / "file").touch()
+    for out in ((), ("--out", str(tmp_path / "file"))):
+        done = lapilli("train", recipe, *out)
+        assert done.returncode == 2
+        assert "--out" in done.stderr
+
+
+def test_a_path_that_leads_nowhere_is_told_before_anything_is_read(
+    lapilli: Run, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text((RECIPES / "align.toml").read_text())
+    (tmp_path / "train.json").write_text("[]")
+    given = ("--out", str(tmp_path / "run"), "--model.checkpoint", "pebble")
+    options = ("--data.sources", '[{path = "train.json"}]')
+    done = lapilli("train", str(recipe), *given, *options)
     assert done.returncode == 2
-    assert "--out" in done.stderr
+    assert f"{tmp_path / 'train.json'} is there: write that, or start in {tmp_path}" in done.stderr
+    assert not (tmp_path / "run").exists()
+    done = lapilli("train", str(recipe), "--plan", "1", "--model.checkpoint", "./nothing")
+    assert "A plan reads config.json of the model" in done.stderr
 
 
 def test_a_stop_is_told_in_one_line(

@@ -32,10 +32,11 @@ def train(
     quiet: options.Quiet = False,
     gpus: Gpus = None,
 ) -> None:
-    """Train a model by a recipe; any value of it can be set: --optim.lr 2e-4.
+    """Train a model by a recipe; any value of it can be set: --optim.lr 2e-4 (--section.key VALUE).
 
     A run that was stopped goes on from its last checkpoint when the same command is given again.
-    Under torchrun all processes train one model. The result lies in OUT/model.
+    Under torchrun all processes train one model. The result lies in OUT/model. Relative paths in a
+    recipe start in the folder where the command is started.
     """
     with plain_errors():
         from lapilli.train.recipe_file import load_recipe
@@ -47,6 +48,8 @@ def train(
             return
         if out is None:
             raise typer.BadParameter("where does the run go?", param_hint="--out")
+        if out.is_file():
+            raise typer.BadParameter(f"{out} is a file: expected a folder", param_hint="--out")
         refuse_missing(recipe, recipe_file)
         _run(recipe, out, device=device, quiet=quiet)
 
@@ -83,13 +86,19 @@ def _print_plan(recipe: "Recipe", gpus: int) -> None:
     from dataclasses import replace
 
     from lapilli.checkpoint.plan import make_plan
-    from lapilli.errors import ConfigError
+    from lapilli.errors import ConfigError, MissingFileError
     from lapilli.train.data import open_dataset
     from lapilli.train.plan import A100, H100, RTX4090, plan, usual_work
 
     if recipe.model.checkpoint is None:
         raise ConfigError("recipe key model.checkpoint is missing: a plan needs its config.json")
-    config = make_plan(recipe.model.checkpoint, fetch=False).config
+    try:
+        config = make_plan(recipe.model.checkpoint, fetch=False).config
+    except MissingFileError as error:
+        raise ConfigError(
+            f"{error}. A plan reads config.json of the model: build it first, or name another of "
+            "its sizes, --model.checkpoint liuhaotian/llava-v1.5-7b"
+        ) from error
     work = usual_work(recipe)
     if recipe.data.sources and all(Path(one.path).is_file() for one in recipe.data.sources):
         work = replace(work, samples=len(open_dataset(recipe.data.sources)))
