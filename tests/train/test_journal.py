@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from lapilli.errors import ConfigError
+from lapilli.train import progress
 from lapilli.train.log import RunLog
 from lapilli.train.loop import train
 from lapilli.train.plot import evaluation_curve, loss_curve
@@ -18,14 +19,16 @@ from tests.train.conftest import new_recipe, new_regression
 from tests.train.faults import new_noisy, noisy_recipe
 
 
-def test_the_bar_shows_loss_speed_memory_and_time_left():
-    file = io.StringIO()
+def test_the_bar_shows_loss_speed_memory_and_time_left(monkeypatch):
+    file, now = io.StringIO(), iter((10.0, 10.5))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
     bar = ProgressBar(2, 10, "align", console=Console(file=file, force_terminal=True, width=200))
     bar.tick({"step": 3, "loss": 1.23456, "gib": 2.04}, 100)
-    bar.tick({"step": 4, "loss": 1.13456, "gib": 2.04}, 100)
+    bar.tick({"step": 4, "loss": 1.13456, "gib": 2.04}, 700)
+    monkeypatch.undo()
     bar.close()
     shown = file.getvalue()
-    for part in ("align", "4/10", "loss 1.1346", "tokens/s", "2.0 GiB", "left"):
+    for part in ("align", "4/10", "loss 1.1346", "1,400 tokens/s", "2.0 GiB", "left"):
         assert part in shown
 
 

@@ -72,6 +72,20 @@ def test_steps_of_one_kind(words, batch_size, accumulate):
         assert all(len(kinds) == 1 for kinds in first_epoch)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_of_later_epochs_are_of_one_kind_too(seed):
+    """The first step of an epoch is full of the one before; groups begin after it."""
+    words = [*range(1, 38), *range(-30, 0)]
+    order = new_order(words, "modality", 4, 2, seed)
+    for epoch in (1, 2):
+        first, last = (-(-e * len(words) // 8) for e in (epoch, epoch + 1))
+        inside = read(order, first, last)[: (epoch + 1) * len(words) - first * 8]
+        kinds = [words[index] > 0 for index in inside]
+        whole = sum((kinds.count(kind) - 1) // 8 for kind in (True, False))
+        assert whole >= 5
+        assert all(len(set(kinds[8 * n : 8 * n + 8])) == 1 for n in range(whole))
+
+
 @given(st.integers(1, 30), SIZES, st.integers(0, 9), st.integers(0, 30))
 def test_without_groups_it_is_a_permutation_per_epoch(count, batch_size, seed, step):
     order = Order([count], batch_size=batch_size, seed=seed)

@@ -13,7 +13,7 @@ from lapilli.errors import DataError, PromptError
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.prompt.templates import TEMPLATES
 from lapilli.train.data import Row, RowMaker, encode_sample, open_dataset, to_sample
-from lapilli.train.data.rows import cut
+from lapilli.train.data.rows import _check_supervised, cut
 from lapilli.train.recipe import SourceRecipe
 from tests.prompt.test_encode import check_learned, is_right, with_sentinels
 from tests.train.data.conftest import turns
@@ -253,6 +253,14 @@ def test_turns_out_of_order_are_named(tokenizer, model):
     one["conversations"].append({"from": "gpt", "value": "B"})
     with pytest.raises(DataError, match=r"id '7'\): message 2 is from assistant, expected user"):
         make(tokenizer, model, one)
+
+
+def test_what_nothing_predicts_is_not_learned():
+    """A supervised first token is no label: no position stands before it."""
+    prompt = EncodedPrompt([5, 6], [True, False])
+    with pytest.raises(PromptError, match="no supervised token: every answer"):
+        _check_supervised(prompt, prompt)
+    _check_supervised(EncodedPrompt([5, 6], [False, True]), EncodedPrompt([5, 6], [False, True]))
 
 
 def test_rows_say_what_they_are():

@@ -216,6 +216,7 @@ def test_a_shard_holds_its_pictures(tmp_path):
     one = {"image": "coco/train2017/1.png", "conversations": turns("<image>", "A")}
     two = {"conversations": turns("<image> and <image>", "A")}
     named = {"image": "b/2.1.png", "conversations": turns("<image>", "A")}
+    short = {"image": "1.PNG", "conversations": turns("<image>", "A")}
     alone = {"conversations": turns("Q", "A")}
     path = write_tar(
         tmp_path / "0.tar",
@@ -228,15 +229,18 @@ def test_a_shard_holds_its_pictures(tmp_path):
             "b/3.json": json.dumps(named).encode(),
             "b/4.json": json.dumps(alone).encode(),
             "b/._4.json": b"macOS",
+            "b/5.json": json.dumps(short).encode(),
+            "b/5.0.png": png("blue"),
+            "b/5.1.png": png("lime"),
             "c.png": png("red"),
             "c.txt": b"A caption.\n",
         },
     )
     red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    assert colors(path) == [red, green, blue, blue, red]
+    assert colors(path) == [red, green, blue, blue, green, red]
     dataset = open_dataset([SourceRecipe(path=str(path))])
-    assert [dataset.sample(i).id for i in range(5)] == ["a/1", "b/2", "b/3", "b/4", "c"]
-    assert dataset.sample(4).messages[1].text == "A caption."
+    assert [dataset.sample(i).id for i in range(6)] == ["a/1", "b/2", "b/3", "b/4", "b/5", "c"]
+    assert dataset.sample(5).messages[1].text == "A caption."
     assert dataset.sample(1).where == f"{path}:b/2"
 
 
