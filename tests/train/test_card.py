@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import lapilli
 from lapilli.checkpoint.load import load_checkpoint
+from lapilli.errors import MissingFileError
 from lapilli.train.build import build_llava
 from lapilli.train.card import data_files, model_card
 from lapilli.train.launch import launch
@@ -145,6 +146,10 @@ def test_a_hub_id_is_the_base(recipe, start, run):
     assert front["base_model_relation"] == "finetune"
     assert front["library_name"] == "transformers"
     assert "whose LoRA is folded in" in body
+    assert '`AutoModelForImageTextToText.from_pretrained("FOLDER")`' in body
+    apart = replace(merged, save=SaveRecipe(layout="huggingface"))
+    _, body = front_of(model_card(replace(results, recipe=apart), run))
+    assert '`PeftModel.from_pretrained(model, "FOLDER")`' in body
 
 
 def test_a_run_without_log_has_a_card(recipe, start, tmp_path):
@@ -193,5 +198,7 @@ def test_a_run_ends_with_results_and_their_card(start, tmp_path):
     )
     assert (run / "model" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert load_recipe(run / "model" / "recipe.toml") == recipe
+    with pytest.raises(MissingFileError, match=rf"did you mean {run / 'model'}\?"):
+        lapilli.load(str(run))
     chat = lapilli.load(str(run / "model"), device="cpu", dtype="float32")
     assert isinstance(chat.ask("What?", str(tmp_path / "a.png"), max_new_tokens=2), str)

@@ -172,9 +172,12 @@ def test_a_seat_is_read_from_what_torchrun_sets():
         seat_of({**variables, "MASTER_PORT": "29500", "RANK": "three"})
 
 
-def test_one_process_meets_nobody():
+def test_one_process_meets_nobody(monkeypatch):
     with joined(Seat(0, 1), device="cpu") as team:
         assert team == ALONE
+    with pytest.raises(ConfigError, match="device 'gpu' is unknown: try auto, cpu, cuda"):
+        joined(None, device="gpu").__enter__()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with joined(None, device="cuda:1") as team:
         assert team.device == torch.device("cuda", 1)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lapilli.checkpoint.files import RESULTS
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.errors import (
     ConfigError,
@@ -24,7 +25,7 @@ from lapilli.train.recipe import (
     SaveRecipe,
 )
 from lapilli.train.stages import choose_trainable
-from lapilli.train.start import RESULTS, choose_template, lay_projector, load_start
+from lapilli.train.start import choose_template, lay_projector, load_start
 from tests.checkpoint.conftest import llava  # noqa: F401  fixture
 from tests.prompt.test_encode import with_sentinels
 from tests.train.data.conftest import goldens  # noqa: F401  fixture

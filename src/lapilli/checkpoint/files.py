@@ -2,9 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Final
 
 from lapilli.config.reader import JsonObject, is_object
 from lapilli.errors import CheckpointError, MissingFileError
+
+RESULTS: Final = "model"
+"""Where in the folder of a run its results lie."""
 
 
 def read_json(path: Path) -> JsonObject:
@@ -16,9 +20,10 @@ def read_json(path: Path) -> JsonObject:
     """
     found = read_optional_json(path)
     if found is None:
-        raise MissingFileError(
-            f"{path.name} is missing in {path.parent}: is this the directory of a checkpoint?"
-        )
+        results = path.parent / RESULTS
+        is_run = (results / path.name).is_file()
+        meant = f"did you mean {results}?" if is_run else "is this the directory of a checkpoint?"
+        raise MissingFileError(f"{path.name} is missing in {path.parent}: {meant}")
     return found
 
 

@@ -70,7 +70,7 @@ def _front(results: Results) -> str:
     """The header; a base that is no hub id would be refused by the hub and is left out."""
     recipe = results.recipe
     base = recipe.model.checkpoint or ""
-    is_adapter = recipe.lora is not None and not recipe.save.merge
+    is_adapter = results.is_adapter
     front: dict[str, object] = {
         "license": _license(results),
         "library_name": "transformers" if recipe.save.layout == "huggingface" else "lapilli",
@@ -113,13 +113,19 @@ def _title(results: Results, folder: Path) -> str:
 
 def _use(results: Results) -> str:
     template = f"The conversation template is `{results.template}`.\n" if results.template else ""
+    elsewhere = ""
+    if results.recipe.save.layout == "huggingface":
+        program, call = "transformers reads it", "AutoModelForImageTextToText.from_pretrained("
+        if results.is_adapter:
+            program, call = "peft lays it over the base", "PeftModel.from_pretrained(model, "
+        elsewhere = f'{program}: `{call}"FOLDER")`.\n'
     return (
         "## Use\n\n"
         "```\n"
         'lapilli ask "What is in this picture?" picture.png --model FOLDER\n'
         "```\n\n"
         '`lapilli.load("FOLDER")` gives the same in Python. FOLDER holds this file.\n'
-        f"{template}"
+        f"{elsewhere}{template}"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lapilli import __version__
+from lapilli.checkpoint.files import RESULTS
 from lapilli.lora.inject import adapters
 from lapilli.train.card import model_card
 from lapilli.train.loop import train
@@ -16,7 +17,6 @@ from lapilli.train.parallel import Team
 from lapilli.train.recipe import Recipe
 from lapilli.train.results import Results, save_results
 from lapilli.train.sharded import gather
-from lapilli.train.start import RESULTS
 from lapilli.train.task import TrainingTask, build_task
 
 

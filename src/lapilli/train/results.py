@@ -97,7 +97,8 @@ class Results:
         return replace(self.config, vision_source=str(found) if found else source)
 
     @property
-    def _is_adapter(self) -> bool:
+    def is_adapter(self) -> bool:
+        """Whether what comes out is an adapter beside its base."""
         return self.recipe.lora is not None and not self.recipe.save.merge
 
     def refuse_impossible(self) -> None:
@@ -112,7 +113,7 @@ class Results:
         if save.layout != "huggingface":
             return
         refuse_unsayable(self.loaded.config)
-        if not self._is_adapter:
+        if not self.is_adapter:
             return
         if self.recipe.model.tune_tower or self.loaded.config.has_newline:
             what = "a tuned vision tower" if self.recipe.model.tune_tower else "image_newline"

@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 
+from lapilli.checkpoint.files import RESULTS
 from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.plan import PROJECTOR_FILES
@@ -26,9 +27,6 @@ from lapilli.quant import QuantConfig
 from lapilli.train.recipe import Recipe
 
 _INT4: Final = QuantConfig(bits=4, head_bits=None, mode="weight_only")
-RESULTS: Final = "model"
-"""Where in the folder of a run its results lie."""
-
 _MARK: Final = re.compile(r"</?s>|<\|[^|<>\s]+\|>")
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from lapilli.checkpoint.placement import choose_device
 from lapilli.errors import ConfigError
 from lapilli.train.parallel.presence import BEAT_S, Presence, is_network_error
 from lapilli.train.parallel.team import Team
@@ -89,11 +90,12 @@ def joined(
 
     Raises:
         ProcessLostError: another process failed; it names it, and its error where it left one.
-        ConfigError: fewer GPUs than processes on this machine, or one named for all of them.
+        ConfigError: no such device, fewer GPUs than processes on this machine, or one named for
+            all of them.
     """
     if seat is None or seat.size == 1:
-        named = device not in ("auto", "cpu", "cuda")
-        yield Team(device=torch.device(device) if named else _device(device, 0))
+        found = choose_device(device)
+        yield Team(device=_device("cuda", 0) if found == torch.device("cuda") else found)
         return
     place = _device(device, seat.local_rank)
     wait = timedelta(seconds=timeout_s)
