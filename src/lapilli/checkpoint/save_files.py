@@ -61,7 +61,9 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: there is something at `path` already, or the disk is full.
     """
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path} is there already: choose another place, or overwrite it")
+        raise CheckpointError(
+            f"{path} is there already: choose another place, or overwrite it (--overwrite)"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.parent / f".{path.name}.part"
     _remove(aside)
