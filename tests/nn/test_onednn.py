@@ -1,5 +1,7 @@
 """Products by oneDNN, and of stored weights, against torch's own with its gradients."""
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,13 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from lapilli.nn.linear import FloatLinear
-from lapilli.nn.onednn import has_onednn, learned_product, times_transposed
+from lapilli.nn.onednn import (
+    has_onednn,
+    learned_product,
+    onednn_linear,
+    rounded,
+    times_transposed,
+)
 
 pytestmark = pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
 SIZES = st.integers(1, 40)
@@ -38,6 +46,33 @@ def test_a_transposed_side_may_be_a_view():
     torch.testing.assert_close(
         times_transposed(x.bfloat16(), y.t().bfloat16()), (x.bfloat16() @ y.bfloat16())
     )
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_weight_with_gaps_takes_no_reference(is_transposed, capfd):
+    """oneDNN's plain loops took 300 times as long: attention of float32 learned by them."""
+    x, wide = torch.randn(64, 64), torch.randn(64, 256)
+    weight = wide[:, :64].t() if is_transposed else wide[:, :64]
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        found = onednn_linear(x, weight, None)
+    ctypes.CDLL(None).fflush(None)
+    ways = [line for line in capfd.readouterr().out.splitlines() if "inner_product" in line]
+    assert ways
+    assert not any("ref:any" in line for line in ways)
+    torch.testing.assert_close(found, x @ weight.t(), atol=1e-4, rtol=1e-4)
+
+
+@given(st.integers(1, 2_000))
+def test_sizes_are_few_and_near(length):
+    found = rounded(length)
+    assert length <= found <= length * 17 / 16
+    assert rounded(found) == found
+    assert len({rounded(n) for n in range(length, 2 * length)}) <= 17
+
+
+def test_short_rows_and_powers_of_two_are_sizes():
+    sizes = [*range(32), *(2**n for n in range(5, 20))]
+    assert [rounded(size) for size in sizes] == sizes
 
 
 def test_float_layers_learn_by_it_outside_of_autocast():

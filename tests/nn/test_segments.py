@@ -7,7 +7,11 @@ from hypothesis import strategies as st
 
 from lapilli.nn.segments import Segments
 
-LENGTHS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3)
+LENGTHS = st.lists(
+    st.lists(st.integers(1, 9) | st.integers(31, 39), min_size=1, max_size=4),
+    min_size=1,
+    max_size=3,
+)
 
 
 def masked(q, k, v, lengths, *, scale, window, slopes):

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lapilli.nn.onednn import rounded
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from lapilli.train.batch import by_length, collate, collate_bins
 
@@ -33,7 +34,7 @@ def test_rows_are_padded_on_the_right():
     assert batch.loss_mask.tolist() == [[False, False, False, True], [False, True, False, False]]
     assert batch.num_valid == 2
     assert batch.spans == (Span(0, 1, 2),)
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
     assert batch.segments == ((4,), (2,))
     assert not batch.is_packed
 
@@ -46,7 +47,9 @@ def test_spans_name_their_row():
 
 
 drawn_bins = st.lists(
-    st.lists(st.tuples(st.integers(2, 12), st.booleans()), min_size=1, max_size=6),
+    st.lists(
+        st.tuples(st.integers(2, 12) | st.integers(33, 90), st.booleans()), min_size=1, max_size=6
+    ),
     min_size=1,
     max_size=4,
 )
@@ -76,7 +79,10 @@ def test_bins_hold_every_sample_one_after_the_other(drawn):
                 assert next(spans) == Span(number, start + span.start, span.length)
             start = end
         assert not batch.loss_mask[number, start:].any()
+        assert not batch.input_ids[number, start:].any()
+        assert not batch.position_ids[number, start:].any()
     assert batch.num_valid == int(batch.loss_mask.sum())
+    assert batch.input_ids.shape[1] == rounded(max(map(sum, batch.segments)))
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 6))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlavaForConditionalGeneration
 
 from lapilli.checkpoint.keymaps import ORIGINAL, ORIGINAL_MPT
@@ -13,6 +14,7 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span
+from lapilli.train.attention import PlainAttention
 from lapilli.train.batch import collate, collate_bins
 from lapilli.train.data.rows import Row
 from lapilli.train.log import RunLog
@@ -107,6 +109,54 @@ def test_packed_rows_give_the_loss_and_gradients_of_their_samples(llava, shapes,
     torch.testing.assert_close(found_loss, loss, atol=1e-5, rtol=1e-5)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+class Shapes(TorchDispatchMode):
+    """Sizes of what enters every product."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if any(part in name for part in ("mm", "linear", "conv", "attention")):
+            shapes = [tuple(a.shape) for a in args if isinstance(a, torch.Tensor)]
+            self.found.add((name, *shapes))
+        return func(*args, **(kwargs or {}))
+
+
+def products(model, rows, *, packed, precision):
+    """Shapes of all products, forwards and backwards, of a batch of these rows."""
+    rows = list(rows)
+    batch = collate_bins([rows]) if packed else collate(rows)
+    how = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    with Shapes() as shapes, PlainAttention():
+        with how:
+            loss = model(batch).total
+        loss.backward()
+    return shapes.found
+
+
+def long_row(model, length, count):
+    """A row of so many positions with a picture, the last of which count."""
+    patches = model.vlm.modality("image").vision.num_patches
+    row = draw_row(model, length, length=length - patches)
+    mask = [False] * (length - count) + [True] * count
+    return replace(row, prompt=replace(row.prompt, loss_mask=mask))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_other_lengths_are_products_of_the_same_shapes(llava, packed, precision):
+    """oneDNN keeps a program for every new shape, megabytes a batch: memory grew for ever."""
+    model, how = llava(), {"packed": packed, "precision": precision}
+    lengths, counts = (208, 80), (20, 20)
+    expected = products(model, map(long_row, [model] * 2, lengths, counts), **how)
+    assert len(expected) > 10
+    for lengths, counts in (((201, 77), (20, 19)), ((205, 80), (19, 20)), ((207, 78), (20, 20))):
+        found = products(model, map(long_row, [model] * 2, lengths, counts), **how)
+        assert found == expected
 
 
 def test_a_batch_without_pictures_gives_the_projector_a_zero_gradient(llava):

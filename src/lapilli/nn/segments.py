@@ -9,8 +9,10 @@ computed.
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional
 
 from lapilli.nn.attention import attend, causal_mask
+from lapilli.nn.onednn import rounded
 from lapilli.shapes import Float, Tensor
 
 
@@ -60,11 +62,20 @@ class Segments:
             padding = q.shape[2] - sum(lengths)
             pieces = [torch.split(x[row : row + 1], [*lengths, padding], dim=2) for x in (q, k, v)]
             seen = [
-                attend(*piece, mask=_bias(piece[0], window, slopes), scale=scale)
+                _attend_one(piece, window, slopes, scale)
                 for piece in list(zip(*pieces, strict=True))[:-1]
             ]
             rows.append(torch.cat([*seen, torch.zeros_like(pieces[0][-1])], dim=2))
         return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _attend_one(
+    piece: tuple[Tensor, ...], window: int | None, slopes: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attention inside one sequence, `rounded`: what is padded on its right is seen by nobody."""
+    length = piece[0].shape[2]
+    q, k, v = (functional.pad(x, (0, 0, 0, rounded(length) - length)) for x in piece)
+    return attend(q, k, v, mask=_bias(q, window, slopes), scale=scale)[:, :, :length]
 
 
 def _bias(q: Tensor, window: int | None, slopes: Tensor | None) -> Tensor | None:

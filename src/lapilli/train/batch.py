@@ -4,7 +4,8 @@
     bins    [prompt, prompt], [prompt]    several samples in a row, one after the other
 
 Padding stands on the right: under a causal mask no real position ever looks at it, so no attention
-mask is needed. Positions start at 0 in every sample.
+mask is needed. Positions start at 0 in every sample. Rows are `rounded`: batches of ever new
+lengths would grow the memory of a run without end.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from lapilli.nn.onednn import rounded
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from lapilli.shapes import Bool, Int, Tensor
 
@@ -50,7 +52,7 @@ class TrainingBatch:
         input_ids: PLACEHOLDER under spans and padding.
         loss_mask: True where a token is supervised; never under spans or padding, nor at the first
             position of a sample, which nothing predicts.
-        position_ids: 0, 1, 2, ... in every sample and in the padding after the last.
+        position_ids: 0, 1, 2, ... in every sample, 0 in the padding after the last.
         spans: places of media, in the order of `media`.
         media: what the modalities prepared, or encoder features [n, E].
         segments: per row the lengths of its samples, one after the other.
@@ -83,7 +85,7 @@ def collate(rows: Sequence[RowLike]) -> TrainingBatch:
 def collate_bins(bins: Sequence[Sequence[RowLike]]) -> TrainingBatch:
     """One batch with a row for every bin, the samples of a bin one after the other."""
     segments = tuple(tuple(len(sample.prompt) for sample in samples) for samples in bins)
-    shape = len(bins), max(map(sum, segments))
+    shape = len(bins), rounded(max(map(sum, segments)))
     ids = torch.full(shape, PLACEHOLDER, dtype=torch.long)
     mask = torch.zeros(shape, dtype=torch.bool)
     positions = torch.zeros(shape, dtype=torch.long)
@@ -100,7 +102,6 @@ def collate_bins(bins: Sequence[Sequence[RowLike]]) -> TrainingBatch:
             spans += [Span(row, start + s.start, s.length, s.modality) for s in prompt.spans]
             media += sample.media
             start = end
-        positions[row, start:] = torch.arange(shape[1] - start)
     return TrainingBatch(
         input_ids=ids,
         loss_mask=mask,

@@ -195,7 +195,7 @@ class Teacher:
         self._model.to(device)
         where, _ = supervised(batch.input_ids.to(device), batch.loss_mask.to(device))
         hidden = self._model.hidden(batch)[where]
-        return self._model.vlm.logits(hidden), hidden
+        return self._model.logits(hidden), hidden
 
 
 class DistilledModel(TrainedModel):
@@ -235,7 +235,7 @@ class DistilledModel(TrainedModel):
         """Summed loss of M positions that predict M tokens."""
         if not self.training or not isinstance(batch, Lesson) or batch.teacher is None:
             return super().loss_of(hidden, targets, batch)
-        logits = self.vlm.logits(hidden)
+        logits = self.logits(hidden)
         teacher_logits, teacher_hidden = self._teacher.answer(batch.teacher, hidden.device)
         states = None
         if self._distill.hidden_weight:

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional
 
 from lapilli.errors import UnsupportedModelError
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.vector import VectorModality
 from lapilli.model.fuse import fuse
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.nn.onednn import rounded
 from lapilli.nn.segments import Segments
 from lapilli.prompt.encode import Span
 from lapilli.shapes import Float, Int, Tensor
@@ -73,8 +75,14 @@ class TrainedModel(nn.Module):
         self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, " M"], batch: TrainingBatch
     ) -> Loss:
         """Summed loss of M positions of the batch that predict M tokens."""
-        logits = self.vlm.logits(hidden)
+        logits = self.logits(hidden)
         return self.with_z_loss(Loss(cross_entropy_sum(logits, targets)), logits)
+
+    def logits(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M V"]:
+        """Scores of every vocabulary entry; M is another in every batch, so they are `rounded`."""
+        count = len(hidden)
+        padded = functional.pad(hidden, (0, 0, 0, rounded(count) - count))
+        return self.vlm.logits(padded)[:count]
 
     def with_z_loss(self, loss: Loss, logits: Float[Tensor, "M V"]) -> Loss:
         """The loss and, while training, what holds the softmax's denominator near 1."""
