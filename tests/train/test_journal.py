@@ -11,7 +11,7 @@ from rich.console import Console
 from lapilli.errors import ConfigError
 from lapilli.train import progress
 from lapilli.train.log import RunLog
-from lapilli.train.loop import train
+from lapilli.train.loop import TrainingError, train
 from lapilli.train.plot import evaluation_curve, loss_curve
 from lapilli.train.progress import ProgressBar
 from lapilli.train.tracker import open_trackers
@@ -59,6 +59,22 @@ def test_the_curve_is_drawn_at_the_end(tmp_path):
     records = RunLog(tmp_path).records()
     assert [step for step, _ in loss_curve(records)] == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in evaluation_curve(records)] == [3, 6]
+
+
+def test_a_folder_may_be_called_anything(tmp_path):
+    folder = tmp_path / "$a_b_c$ \\frac{"
+    train(new_regression(), new_recipe(steps=2, plot=True), folder)
+    assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_damaged_line_of_the_log_is_named(tmp_path):
+    log = RunLog(tmp_path)
+    log.write({"step": 1, "loss": 2.0})
+    with log.path.open("ab") as file:
+        file.write(b"\0\0\xff\n")
+    log.write({"step": 2, "loss": 1.0})
+    with pytest.raises(TrainingError, match=r"log.jsonl:2 is damaged .*: delete the line"):
+        train(new_regression(), new_recipe(), tmp_path)
 
 
 def test_a_log_that_is_whole_is_not_written_again(tmp_path):
