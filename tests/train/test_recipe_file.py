@@ -92,7 +92,7 @@ def test_an_equals_sign_joins_as_well(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, r"/nothing\.toml is no file"), (b"a = '\xff'", "not valid TOML")],
+    [(None, r"/nothing\.toml is not there"), (b"a = '\xff'", "not valid TOML")],
 )
 def test_no_recipe(tmp_path, content, message):
     path = tmp_path / "nothing.toml"

@@ -33,8 +33,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: no such file, not TOML, a missing section, or a value of another type.
         UnknownKeyError: a section or key that nothing reads.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path.absolute()} is no file: expected a recipe in TOML")
+    if not path.exists():
+        raise ConfigError(f"{path.absolute()} is not there: expected a recipe in TOML")
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
