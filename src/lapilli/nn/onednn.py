@@ -16,7 +16,7 @@ def rounded(length: int) -> int:
     """The next of few sizes, at most a 16th above `length`: 16 of them between n and 2 n.
 
     oneDNN takes longer to write a program for a new shape than for a small product itself, and
-    pebble in bfloat16 keeps 4 MiB of them for every new length of a batch.
+    pebble in bfloat16 keeps 5 MiB of them for every new length of a batch.
     """
     step = 1 << max(length.bit_length() - 5, 0)
     return -(-length // step) * step
