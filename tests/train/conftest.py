@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lapilli.train.log import RunLog
 from lapilli.train.loop import Loss
 from lapilli.train.recipe import OptimRecipe, Recipe, RunRecipe
 from tests.checkpoint.conftest import golden, maker  # noqa: F401  fixtures
@@ -34,6 +35,11 @@ class Regression:
 
     def evaluate(self) -> Mapping[str, float]:
         return {"training": float(self.model.training)}
+
+
+def steps_of(folder):
+    """The records of steps, without those of evaluations."""
+    return [record for record in RunLog(folder).records() if "loss" in record]
 
 
 def new_regression(fails_at=None):

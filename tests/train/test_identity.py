@@ -35,7 +35,7 @@ def sources_in(folder, weight=1.0):
 
 def identity(recipe, template="vicuna_v1"):
     counts = [len(source) for source in open_dataset(recipe.data.sources).sources]
-    return identity_of(recipe, template, counts)
+    return identity_of(recipe, template, counts, {})
 
 
 def changed(recipe, section, **values):
@@ -107,6 +107,14 @@ def test_the_share_that_is_held_out_counts_only_where_it_is(recipe):
     own = changed(recipe, "data", evaluation=recipe.data.sources[:1])
     assert identity(own)["data.held_out"] == 0.0
     assert identity(own) == identity(changed(own, "data", held_out=0.0))
+
+
+def test_another_model_below_is_told_by_its_key(recipe, tmp_path):
+    files = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes([number]))
+    one, other = (identity_of(recipe, "", [3, 3], {"model.checkpoint": [file]}) for file in files)
+    assert differences(one, other) == {"model.checkpoint.content"}
 
 
 def test_it_is_plain(recipe):

@@ -12,7 +12,7 @@ import torch
 from lapilli.train.log import RunLog
 from lapilli.train.loop import Stopped, TrainingError, train
 from lapilli.train.parallel import Team
-from tests.train.conftest import new_recipe, new_regression
+from tests.train.conftest import new_recipe, new_regression, steps_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def weights(task):
 
 def test_loss_falls_and_every_step_is_logged(tmp_path, regression):
     train(regression, new_recipe(steps=150, save_every=150), tmp_path)
-    records = RunLog(tmp_path).records()
+    records = steps_of(tmp_path)
     assert [record["step"] for record in records] == list(range(1, 151))
     losses = [record["loss"] for record in records]
     assert sum(losses[-20:]) < sum(losses[:20]) / 4
@@ -99,6 +99,11 @@ def test_evaluation_is_logged_in_evaluation_mode(tmp_path, regression):
     assert regression.model.training
 
 
+def test_what_is_held_out_is_evaluated_once_where_nobody_asked_for_more(tmp_path, regression):
+    train(regression, new_recipe(steps=4), tmp_path)
+    assert [r["step"] for r in RunLog(tmp_path).records() if "training" in r] == [4]
+
+
 def test_frozen_parameters_keep_their_bits(tmp_path, regression):
     regression.model[0].weight.requires_grad_(False)
     before = regression.model[0].weight.clone()
@@ -151,7 +156,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, regression):
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for one, other in zip(weights(regression), together, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    ours, theirs = RunLog(tmp_path / "alone").records(), RunLog(tmp_path / "0").records()
+    ours, theirs = steps_of(tmp_path / "alone"), steps_of(tmp_path / "0")
     assert [r["loss"] for r in theirs] == pytest.approx([r["loss"] for r in ours], rel=1e-5)
     assert not (tmp_path / "1" / "log.jsonl").exists()
 

@@ -13,6 +13,7 @@ from lapilli.errors import (
     ShapeMismatchError,
 )
 from lapilli.lora.inject import adapters
+from lapilli.prompt.choose import template_by_name
 from lapilli.quant.linear import QuantLinear
 from lapilli.train.data import RowMaker
 from lapilli.train.recipe import (
@@ -25,7 +26,7 @@ from lapilli.train.recipe import (
     SaveRecipe,
 )
 from lapilli.train.stages import choose_trainable
-from lapilli.train.start import choose_template, lay_projector, load_start
+from lapilli.train.start import choose_template, for_model, lay_projector, load_start
 from tests.checkpoint.conftest import llava  # noqa: F401  fixture
 from tests.prompt.test_encode import with_sentinels
 from tests.train.data.conftest import goldens  # noqa: F401  fixture
@@ -129,6 +130,13 @@ def test_a_template_by_name_puts_the_checkpoints_tokens_around_a_picture(golden,
         assert prompt.labels == case["expect"]["labels"], case["id"]
         compared += 1
     assert compared >= 3
+
+
+def test_student_and_teacher_each_have_their_own_tokens_around_a_picture(checkpoint, golden):
+    marked = load_checkpoint(golden("llava-tiny-im-start-end")[1]["model_path"], dtype="float32")
+    bare, template = load_start(recipe_of(checkpoint)), template_by_name("vicuna_v1")
+    assert for_model(template, marked).media_tokens == ("<im_start>", "<im_end>")
+    assert for_model(for_model(template, marked), bare) == template
 
 
 def test_a_template_of_another_base_is_refused(checkpoint):

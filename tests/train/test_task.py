@@ -18,6 +18,7 @@ from lapilli.train.contract import (
     Task,
     TrainingError,
 )
+from lapilli.train.log import RunLog
 from lapilli.train.loop import train
 from lapilli.train.parallel import ALONE
 from lapilli.train.recipe import (
@@ -136,6 +137,22 @@ def test_what_cannot_be_read_is_counted_where_it_is_learned_from(checkpoint, fil
         task.loss(batch)
     assert len(task.skipped) == 1
     assert "missing.png" in task.skipped[0]
+
+
+def test_the_log_counts_what_could_not_be_read_over_a_stop(checkpoint, file, tmp_path):
+    shutil.copytree(file.parent, tmp_path / "data")
+    (tmp_path / "data" / "4_0.png").unlink()
+    for steps in (3, 5):
+        task = build(
+            checkpoint,
+            tmp_path / "data" / "train.json",
+            on_bad_sample="skip",
+            run={"batch_size": 8, "steps": steps, "log_every": 1, "plot": False},
+        )
+        train(task, task.recipe, tmp_path / "run")
+        assert all("4_0.png" in why for why in task.skipped)
+    counts = [record["skipped"] for record in RunLog(tmp_path / "run").records()]
+    assert counts == [1, 2, 3, 4, 5]
 
 
 def test_an_adapter_learns_beside_a_packed_base(checkpoint, file):

@@ -46,6 +46,7 @@ class Loaded:
         tokenizer_path: the directory that its tokenizer came from (a base's, for an adapter).
         dtype: of the weights.
         raw: config.json as it is, for the names of the original.
+        weight_files: that its tensors came from; none where transformers read them.
         quantization: how the linear layers are packed, for `save_llava`; None where they are not.
     """
 
@@ -58,6 +59,7 @@ class Loaded:
     tokenizer_path: Path
     dtype: torch.dtype
     raw: JsonObject
+    weight_files: tuple[Path, ...] = ()
     quantization: QuantConfig | None = None
 
 
@@ -258,6 +260,7 @@ def _loaded(
         tokenizer_path=plan.tokenizer_path,
         dtype=next(model.parameters()).dtype,
         raw=plan.raw,
+        weight_files=plan.weight_files,
     )
 
 

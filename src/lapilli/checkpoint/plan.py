@@ -88,6 +88,13 @@ class Plan:
         return frozenset(name for name in names if name is not None)
 
     @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """Every file that gives tensors, a base's, a tower's and an adapter's too."""
+        stores = [part.store for part in self.parts]
+        stores += [] if self.adapter is None else [self.adapter.store]
+        return tuple(dict.fromkeys(s.path for store in stores for s in store.shards.values()))
+
+    @property
     def has_weights(self) -> bool:
         """Whether the weights were looked at."""
         return bool(self.parts)

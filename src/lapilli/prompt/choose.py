@@ -95,9 +95,21 @@ def choose_template(
     Source: LLaVA run_llava.py and serve/cli.py for the rules by name.
     """
     choice = _choose(facts, name, explicit, chat_template)
-    if facts.use_start_end and isinstance(choice.template, ChatTemplate):
-        return replace(choice, template=replace(choice.template, media_tokens=START_END))
-    return choice
+    if not facts.use_start_end:
+        return choice
+    return replace(choice, template=around_media(choice.template, use_start_end=True))
+
+
+def around_media(template: Template, *, use_start_end: bool) -> Template:
+    """The template with what a checkpoint puts around a picture.
+
+    Args:
+        template: one of another form (Jinja) says that itself and stays as it is.
+        use_start_end: see TemplateFacts.
+    """
+    if not isinstance(template, ChatTemplate):
+        return template
+    return replace(template, media_tokens=START_END if use_start_end else ("", ""))
 
 
 def _choose(
@@ -122,20 +134,15 @@ def _choose(
     return TemplateChoice(template, "asked for", note)
 
 
-def template_by_name(name: str, *, use_start_end: bool = False) -> ChatTemplate:
+def template_by_name(name: str) -> ChatTemplate:
     """A template of the original.
-
-    Args:
-        name: as in `TEMPLATES`.
-        use_start_end: see TemplateFacts.
 
     Raises:
         PromptError: no template has this name.
     """
     if name not in TEMPLATES:
         raise PromptError(f"no template is called {name!r}: choose from {', '.join(TEMPLATES)}")
-    template = TEMPLATES[name]
-    return replace(template, media_tokens=START_END) if use_start_end else template
+    return TEMPLATES[name]
 
 
 def template_for_name(model_name: str) -> tuple[str, str | None]:

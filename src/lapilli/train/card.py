@@ -136,8 +136,10 @@ def _course(records: Sequence[Record], facts: Mapping[str, str], *, has_curve: b
     first, last = losses[0], losses[-1]
     tail = losses[-max(len(losses) // 10, 1) :]
     mean = sum(record["loss"] for record in tail) / len(tail)
+    skipped = last.get("skipped", 0)
     shown = {
         **facts,
+        **({"samples that could not be read": f"{int(skipped):,}"} if skipped else {}),
         "steps": f"{last['step']}",
         f"loss of step {first['step']}": f"{first['loss']:.4f}",
         "mean loss of the last tenth": f"{mean:.4f}",

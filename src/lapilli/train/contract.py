@@ -92,3 +92,13 @@ class NamedBatch(Protocol):
     def ids(self) -> Sequence[str]:
         """One per sample."""
         ...
+
+
+@runtime_checkable
+class SkippingBatch(Protocol):
+    """A batch that knows which samples it has not."""
+
+    @property
+    def skipped(self) -> Sequence[str]:
+        """Why each of them could not be read; others stand in for them."""
+        ...

@@ -4,11 +4,13 @@
 
 A state keeps it, and is refused where a recipe says something else: state.py. What may change while
 a run goes on (steps, rates, precision, workers, processes, on_bad_sample, evaluation) is not in it,
-nor is the folder that the data lie in. Pictures outside of the files of samples are not read.
+nor are the folders that data and models lie in. Pictures outside of the files of samples are not
+read.
 Knows recipes and files; no models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lapilli.train.contract import Plain
 from lapilli.train.data.digest import data_file, together
@@ -16,13 +18,20 @@ from lapilli.train.data.source import expand
 from lapilli.train.recipe import Recipe, SourceRecipe
 
 
-def identity_of(recipe: Recipe, template: str, counts: Sequence[int]) -> dict[str, Plain]:
+def identity_of(
+    recipe: Recipe,
+    template: str,
+    counts: Sequence[int],
+    weights: Mapping[str, Sequence[Path]],
+) -> dict[str, Plain]:
     """Names of recipe keys, and what they stand for.
 
     Args:
         recipe: of the run.
         template: name of the one that rows are rendered with.
         counts: records of every source, those that are held out too.
+        weights: files of the models that the run begins with, by the keys that name them: what it
+            does not train stands in no state.
     """
     run, data = recipe.run, recipe.data
     found: dict[str, Plain] = {
@@ -39,6 +48,8 @@ def identity_of(recipe: Recipe, template: str, counts: Sequence[int]) -> dict[st
     for number, (source, count) in enumerate(zip(data.sources, counts, strict=True)):
         facts = {"samples": count, "weight": source.weight, **_files(source)}
         found |= {f"data.sources[{number}].{key}": value for key, value in facts.items()}
+    for key, files in weights.items():
+        found[f"{key}.content"] = together([data_file(path) for path in files])
     return found
 
 

@@ -57,10 +57,8 @@ def facts_of(task: TrainingTask) -> dict[str, str]:
     parameters = task.model.vlm.parameters()
     learned = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     held_out = "" if task.held_out is None else f", and {len(task.held_out):,} held out"
-    skipped = {"samples that could not be read": f"{len(task.skipped):,}"} if task.skipped else {}
     return {
         "samples": f"{task.num_samples:,}{held_out}",
-        **skipped,
         "numbers that learned": f"{learned:,}",
         "made with": f"lapilli {__version__}, torch {torch.__version__}, "
         f"{task.team.size} x {task.team.device.type}",

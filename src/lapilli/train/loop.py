@@ -206,7 +206,10 @@ class _Run:
         self.state.step = step + 1
         if self.state.average is not None:
             self.state.average.update(self.state.step)
+        self.state.skipped += record.skipped
         record.figures["lr"] = optim.lr * share
+        if self.state.skipped:
+            record.figures["skipped"] = self.state.skipped
         return record
 
     def _write(self, record: StepRecord) -> bool:
@@ -218,9 +221,10 @@ class _Run:
         self.journal.tick({**figures, "gib": memory}, record.count)
         if done % run.log_every == 0 or is_last:
             self.journal.write({**figures, "per_s": self.pace.take(), "gib": memory})
-        if run.evaluate_every and (done % run.evaluate_every == 0 or is_last):
+        if is_last or (run.evaluate_every and done % run.evaluate_every == 0):
             found = evaluate(self.task, self.recipe, self.state.average)
-            self.journal.write({"step": done, **found})
+            if found:
+                self.journal.write({"step": done, **found})
             if run.keep_best:
                 keep_best(self.state, found, self.folder, self.team)
         is_due = done % run.save_every == 0 or is_last

@@ -74,7 +74,8 @@ class RunRecipe:
         precision: of the forward and backward pass; weights and moments stay as they are.
         reduction: "tokens": every supervised token of a step weighs the same; "llava": the mean of
             the micro-batches' means, as in the original.
-        evaluate_every: steps between evaluations; 0: never.
+        evaluate_every: steps between evaluations; 0: at the end alone. Nothing is evaluated
+            where nothing is held out.
         keep_best: keep the weights with the lowest evaluation loss.
         gradient_checkpointing: forget the activations of the layers and compute them again.
         compile: torch.compile the layers.

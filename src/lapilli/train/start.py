@@ -20,7 +20,7 @@ from lapilli.checkpoint.plan import PROJECTOR_FILES
 from lapilli.checkpoint.weights import WeightStore
 from lapilli.errors import ConfigError, MissingFileError, MissingWeightsError, ShapeMismatchError
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.prompt.choose import Template, template_by_name
+from lapilli.prompt.choose import Template, around_media, template_by_name
 from lapilli.prompt.template import ChatTemplate
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant import QuantConfig
@@ -121,17 +121,20 @@ def _own_name(foreign: str) -> str | None:
 def choose_template(recipe: Recipe, loaded: Loaded) -> Template:
     """The recipe's, `plain` for the first stage, else the checkpoint's own.
 
-    Whatever its name, it puts the checkpoint's tokens around a picture, where it has them.
-
     Raises:
         PromptError: no template has the name.
         ConfigError: the vocabulary lacks a mark that the template ends turns with.
     """
     name = recipe.data.template or ("plain" if recipe.stage == "align" else "")
-    own, use_start_end = loaded.template.template, loaded.config.tokens.use_start_end
-    template = template_by_name(name, use_start_end=use_start_end) if name else own
+    own = loaded.template.template
+    template = template_by_name(name) if name else own
     refuse_unknown_marks(template, loaded.tokenizer, own.name)
-    return template
+    return for_model(template, loaded)
+
+
+def for_model(template: Template, loaded: Loaded) -> Template:
+    """The template with the tokens that this checkpoint has around a picture, or without."""
+    return around_media(template, use_start_end=loaded.config.tokens.use_start_end)
 
 
 def refuse_unknown_marks(template: Template, tokenizer: Tokenizer, own: str) -> None:

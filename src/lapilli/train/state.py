@@ -49,6 +49,7 @@ class RunState:
     """Where a run stands; everything else is a function of its identity and the step.
 
     Attributes:
+        skipped: samples so far that could not be read.
         identity: what decides its batches, by the recipe's names; None: its task does not say.
     """
 
@@ -56,6 +57,7 @@ class RunState:
     optimizer: torch.optim.Optimizer
     average: Average | None = None
     step: int = 0
+    skipped: int = 0
     best: Best | None = None
     identity: Mapping[str, Plain] | None = None
 
@@ -73,7 +75,8 @@ def save_state(state: RunState, folder: Path, team: Team = ALONE) -> Path:
     """
     best = None if state.best is None else (state.best.step, state.best.eval_loss)
     average = None if state.average is None else state.average.tensors
-    values = {"best": best, "identity": None if state.identity is None else dict(state.identity)}
+    identity = None if state.identity is None else dict(state.identity)
+    values = {"best": best, "skipped": state.skipped, "identity": identity}
     if team.is_sharded:
         save_pieces(
             folder,
@@ -134,7 +137,7 @@ def load_state(state: RunState, folder: Path, team: Team = ALONE) -> bool:
 def _go_on(state: RunState, values: Mapping[str, Any]) -> None:
     best = values.get("best")
     state.best = None if best is None else Best(*best)
-    state.step = int(values["step"])
+    state.step, state.skipped = int(values["step"]), int(values.get("skipped", 0))
 
 
 def _put(whole: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor], path: Path) -> None:

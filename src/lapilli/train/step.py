@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lapilli.train.attention import PlainAttention
-from lapilli.train.contract import Loss, Task
+from lapilli.train.contract import Loss, SkippingBatch, Task
 from lapilli.train.loss import scales
 from lapilli.train.parallel import Team
 from lapilli.train.recipe import Recipe
@@ -45,11 +45,13 @@ class StepRecord:
     Attributes:
         figures: loss and its parts per supervised thing, the gradients' norm.
         count: supervised things in all processes.
+        skipped: samples that could not be read, in all processes.
         stop: whether a process was asked to end.
     """
 
     figures: dict[str, float]
     count: int
+    skipped: int
     stop: bool
 
 
@@ -99,12 +101,18 @@ def take_step(
     team.sum_gradients(trainable)
     norm = team.clip(trainable, recipe.optim.clip)
     figures = _weighted(losses, [weights[micro] for micro in made])
-    figures = team.sum_floats({**figures, "stop": float(at.asked_to_stop())})
-    asked = figures.pop("stop") > 0
+    beside = {"stop": float(at.asked_to_stop()), "skipped": float(_num_skipped(made))}
+    figures = team.sum_floats({**figures, **beside})
+    asked, skipped = figures.pop("stop") > 0, int(figures.pop("skipped"))
     _check_finite(figures, norm, losses, made)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepRecord({**figures, "norm": norm}, sum(counts), asked)
+    return StepRecord({**figures, "norm": norm}, sum(counts), skipped, asked)
+
+
+def _num_skipped(made: Made) -> int:
+    batches = (batch for batch, _ in made.values())
+    return sum(len(batch.skipped) for batch in batches if isinstance(batch, SkippingBatch))
 
 
 def random_seed(seed: int, step: int, micro: int) -> int:

@@ -6,8 +6,9 @@
 Knows every room of the trainer; must not know the loop's arithmetic or what results look like.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from lapilli.prompt.choose import Template
 from lapilli.train.batch import TrainingBatch, collate, collate_bins
 from lapilli.train.contract import Loss, Plain
 from lapilli.train.data import Dataset, Row, RowMaker, Rows, open_dataset, order_of, rows_of
+from lapilli.train.data.rows import MakesRows
 from lapilli.train.distill import (
     DistilledModel,
     PairMaker,
@@ -32,7 +34,7 @@ from lapilli.train.pack import pack
 from lapilli.train.parallel import Team
 from lapilli.train.recipe import Recipe
 from lapilli.train.stages import choose_trainable, set_up_layers
-from lapilli.train.start import choose_template, load_start
+from lapilli.train.start import choose_template, for_model, load_start
 
 
 @dataclass
@@ -48,6 +50,7 @@ class TrainingTask:
         order: which of them a step reads.
         held_out: rows of the samples that evaluation reads; None: there are none.
         template: what the rows were rendered with.
+        weights: files of the models that it begins with, by the recipe's keys.
         skipped: why samples could not be read, as far as batches of them were learned from.
     """
 
@@ -59,6 +62,7 @@ class TrainingTask:
     order: Order
     held_out: Rows | None
     template: Template
+    weights: Mapping[str, Sequence[Path]]
     skipped: list[str] = field(default_factory=list)
 
     @property
@@ -67,9 +71,9 @@ class TrainingTask:
         return self.order.epoch_size
 
     def identity(self) -> Mapping[str, Plain]:
-        """What decides the batches; the files of samples are read for their digests."""
+        """What decides the batches and what rests; files are read for their digests."""
         counts = [len(source) for source in self.rows.dataset.sources]
-        return identity_of(self.recipe, self.template.name, counts)
+        return identity_of(self.recipe, self.template.name, counts, self.weights)
 
     def names(self, step: int, micro: int) -> list[str]:
         """Place and id of the samples of a micro-batch."""
@@ -110,7 +114,7 @@ class TrainingTask:
             start = starts[at] if at < len(starts) else 0
             numbers = range(start, min(start + size, len(self.held_out)))
             batch = self._collate([self.held_out.row(i) for i in numbers])
-            total = float(self.loss(batch).total)
+            total = float(self.model(batch).total)
             if at < len(starts):
                 sums = {"total": sums["total"] + total, "count": sums["count"] + batch.num_valid}
         sums = team.sum_floats(sums)
@@ -131,7 +135,7 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
     teacher = load_teacher(recipe, loaded)
     template = choose_template(recipe, loaded)
     maker = _row_maker(loaded, template, recipe.data.max_length)
-    pairs = PairMaker(maker, _row_maker(teacher, template)) if teacher else maker
+    pairs = _with_teacher(maker, template, teacher)
     kept, held = _datasets(recipe)
     order = order_of(kept, recipe.data, recipe.run)
     torch.manual_seed(recipe.run.seed)  # a fresh adapter is drawn
@@ -140,6 +144,9 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
     model = _learner(recipe, loaded, teacher)
     team.wrap(model, precision=recipe.run.precision)
     policy = recipe.data.on_bad_sample
+    weights = {"model.checkpoint": loaded.weight_files}
+    if teacher is not None:
+        weights["distill.teacher"] = teacher.weight_files
     return TrainingTask(
         model=model,
         loaded=loaded,
@@ -149,7 +156,15 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
         order=order,
         held_out=None if held is None else Rows(held, maker, on_bad_sample=policy),
         template=template,
+        weights=weights,
     )
+
+
+def _with_teacher(maker: RowMaker, template: Template, teacher: Loaded | None) -> MakesRows:
+    """What makes the rows that are learned from, the teacher's beside them if there is one."""
+    if teacher is None:
+        return maker
+    return PairMaker(maker, _row_maker(teacher, for_model(template, teacher)))
 
 
 def refuse_packing(loaded: Loaded, max_length: int) -> None:

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lapilli.train.log import RunLog
 from lapilli.train.parallel import Team
 from lapilli.train.pebble import run
 from lapilli.train.pebble.run import Workshop
 from lapilli.train.pebble.tower import whitening_filters
-from tests.train.conftest import new_recipe, new_regression
+from tests.train.conftest import new_recipe, new_regression, steps_of
 
 RECIPES = Path(__file__).parents[3] / "recipes" / "pebble"
 
@@ -52,7 +51,7 @@ def test_a_run_begins_with_the_same_bits_whatever_the_machine_gives_it(tmp_path,
     assert torch.equal(starts[0], starts[1])
     assert torch.equal(starts[0], starts[2])
     losses = [
-        [record["loss"] for record in RunLog(tmp_path / str(number) / "1_tower").records()]
+        [record["loss"] for record in steps_of(tmp_path / str(number) / "1_tower")]
         for number in (1, 2, 3)
     ]
     assert losses[0] == losses[1] == losses[2]
