@@ -5,10 +5,13 @@ mean of the means of the micro-batches                      "llava": what the or
 does
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F  # noqa: N812  torch's own habit
 
 from lapilli.errors import ConfigError
+from lapilli.nn.onednn import rounded
 from lapilli.shapes import Bool, Float, Int, Tensor
 from lapilli.train.recipe import Reduction
 
@@ -31,6 +34,19 @@ def supervised(
     where = torch.zeros_like(loss_mask)
     where[:, :-1] = loss_mask[:, 1:]
     return where, input_ids[:, 1:][loss_mask[:, 1:]]
+
+
+def scores(
+    head: Callable[[Tensor], Float[Tensor, "R V"]], hidden: Float[Tensor, "M D"]
+) -> Float[Tensor, "M V"]:
+    """What a head makes of M states; M is another in every batch, so it sees R, `rounded`, of them.
+
+    Args:
+        head: logits of states, each by itself.
+        hidden: of the positions that predict something.
+    """
+    count = len(hidden)
+    return head(F.pad(hidden, (0, 0, 0, rounded(count) - count)))[:count]
 
 
 def scales(counts: list[int], reduction: Reduction) -> list[float]:

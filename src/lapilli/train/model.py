@@ -12,20 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional
 
 from lapilli.errors import UnsupportedModelError
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.vector import VectorModality
 from lapilli.model.fuse import fuse
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.nn.onednn import rounded
 from lapilli.nn.segments import Segments
 from lapilli.prompt.encode import Span
 from lapilli.shapes import Float, Int, Tensor
 from lapilli.train.batch import TrainingBatch
 from lapilli.train.contract import Loss
-from lapilli.train.loss import cross_entropy_sum, supervised
+from lapilli.train.loss import cross_entropy_sum, scores, supervised
 from lapilli.train.noise import noisy, noisy_samples
 from lapilli.train.recipe import NoiseRecipe
 
@@ -79,10 +77,8 @@ class TrainedModel(nn.Module):
         return self.with_z_loss(Loss(cross_entropy_sum(logits, targets)), logits)
 
     def logits(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M V"]:
-        """Scores of every vocabulary entry; M is another in every batch, so they are `rounded`."""
-        count = len(hidden)
-        padded = functional.pad(hidden, (0, 0, 0, rounded(count) - count))
-        return self.vlm.logits(padded)[:count]
+        """Scores of every vocabulary entry."""
+        return scores(self.vlm.logits, hidden)
 
     def with_z_loss(self, loss: Loss, logits: Float[Tensor, "M V"]) -> Loss:
         """The loss and, while training, what holds the softmax's denominator near 1."""

@@ -29,7 +29,7 @@ from lapilli.quant.nf4 import store_nf4
 from lapilli.shapes import Float, Tensor
 from lapilli.train.batch import TrainingBatch
 from lapilli.train.loop import Loss
-from lapilli.train.loss import cross_entropy_sum, supervised
+from lapilli.train.loss import cross_entropy_sum, scores, supervised
 from lapilli.train.recipe import LoraRecipe, Recipe, RunRecipe, Stage
 
 
@@ -55,7 +55,7 @@ class FeatureReader(nn.Module):
     def loss(self, batch: TrainingBatch) -> Loss:
         """Summed cross entropy of the supervised tokens; logits are made only where they count."""
         where, targets = supervised(batch.input_ids, batch.loss_mask)
-        logits = self.language_model.logits(self.hidden(batch)[where])
+        logits = scores(self.language_model.logits, self.hidden(batch)[where])
         return Loss(cross_entropy_sum(logits, targets))
 
 
