@@ -6,6 +6,7 @@ Stands where a KVCache stands and keeps nothing: what a block-diagonal mask woul
 computed.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -67,6 +68,16 @@ class Segments:
             ]
             rows.append(torch.cat([*seen, torch.zeros_like(pieces[0][-1])], dim=2))
         return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+@functools.cache
+def uncompiled_segments() -> type[Segments]:
+    """Segments for compiled layers: a part of no program, as lengths are others in every batch.
+
+    Made when asked for, as torch takes a second to import what it is made with.
+    """
+    left_out = torch.compiler.disable(Segments.attend)  # type: ignore[no-untyped-call]  # torch's own
+    return type("UncompiledSegments", (Segments,), {"attend": left_out})
 
 
 def _attend_one(

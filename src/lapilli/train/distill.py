@@ -217,8 +217,9 @@ class DistilledModel(TrainedModel):
         *,
         noise: NoiseRecipe | None = None,
         z_loss: float = 0.0,
+        compiles: bool = False,
     ) -> None:
-        super().__init__(vlm, noise=noise, z_loss=z_loss)
+        super().__init__(vlm, noise=noise, z_loss=z_loss, compiles=compiles)
         self._teacher, self._distill = teacher, distill
         self.hidden_map: nn.Linear | None = None
         width = vlm.language_model.config.hidden_size

@@ -18,7 +18,7 @@ from lapilli.modality.image.image import ImageModality
 from lapilli.modality.vector import VectorModality
 from lapilli.model.fuse import fuse
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.nn.segments import Segments
+from lapilli.nn.segments import Segments, uncompiled_segments
 from lapilli.prompt.encode import Span
 from lapilli.shapes import Float, Int, Tensor
 from lapilli.train.batch import TrainingBatch
@@ -35,17 +35,24 @@ class TrainedModel(nn.Module):
         vlm: what is trained; `stages.choose_trainable` has marked which parts of it.
         noise: noise on embeddings while training.
         z_loss: weight of the squared log of the softmax's denominator.
+        compiles: whether its layers are compiled.
 
     Source: LLaVA (arXiv 2304.08485) section 4.2; the loss of the answers alone.
     """
 
     def __init__(
-        self, vlm: VisionLanguageModel, *, noise: NoiseRecipe | None = None, z_loss: float = 0.0
+        self,
+        vlm: VisionLanguageModel,
+        *,
+        noise: NoiseRecipe | None = None,
+        z_loss: float = 0.0,
+        compiles: bool = False,
     ) -> None:
         super().__init__()
         self.vlm = vlm
         self.noise = noise or NoiseRecipe()
         self.z_loss = z_loss
+        self._segments = uncompiled_segments() if compiles else Segments
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TrainedModel":
@@ -104,7 +111,7 @@ class TrainedModel(nn.Module):
         return language_model.forward(
             embeds,
             position_ids=batch.position_ids.to(embeds.device),
-            cache=Segments(batch.segments) if packed else None,
+            cache=self._segments(batch.segments) if packed else None,
         )
 
     def _embeds(self, batch: TrainingBatch) -> Float[Tensor, "B T D"]:

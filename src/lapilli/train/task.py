@@ -6,8 +6,9 @@
 Knows every room of the trainer; must not know the loop's arithmetic or what results look like.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -189,11 +190,15 @@ def _row_maker(loaded: Loaded, template: Template, max_length: int | None = None
 
 def _learner(recipe: Recipe, loaded: Loaded, teacher: Loaded | None) -> TrainedModel:
     """What learns: from the data, and from the teacher where there is one."""
-    noise, z_loss = recipe.noise, recipe.optim.z_loss
-    if recipe.distill is None or teacher is None:
-        return TrainedModel(loaded.model, noise=noise, z_loss=z_loss)
-    asked = Teacher(teacher.model)
-    return DistilledModel(loaded.model, asked, recipe.distill, noise=noise, z_loss=z_loss)
+    kind: Callable[..., TrainedModel] = TrainedModel
+    if recipe.distill is not None and teacher is not None:
+        kind = partial(DistilledModel, teacher=Teacher(teacher.model), distill=recipe.distill)
+    return kind(
+        loaded.model,
+        noise=recipe.noise,
+        z_loss=recipe.optim.z_loss,
+        compiles=recipe.run.compile,
+    )
 
 
 def _datasets(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
