@@ -10,6 +10,7 @@ and five times in bfloat16, which is computed in float32 here.
 from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from lapilli.kernels.attention import WIDTH_STEP
 from lapilli.kernels.library import native
@@ -54,6 +55,11 @@ def learned_attention(
     Source: the formula of prefill_reference; the order of the backward pass is that of Dao et al.
         2022, FlashAttention, appendix B.4, with the softmax made anew.
     """
+    if has_torch_function((q, k, v)):  # as torch's own: a mode may look on, or take its place
+        seen: Tensor = handle_torch_function(
+            learned_attention, (q, k, v), q, k, v, scale=scale, causal=causal
+        )
+        return seen
     if scale is None:
         scale = q.shape[3] ** -0.5
     found: Tensor = _Attention.apply(q, k, v, scale, causal)  # type: ignore[no-untyped-call]  # torch's own

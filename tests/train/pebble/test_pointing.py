@@ -5,7 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from lapilli.nn.attention import attend
+from lapilli.nn.learned_attention import FEWEST
 from lapilli.prompt.templates import TEMPLATES
+from lapilli.train.attention import PlainAttention
 from lapilli.train.data import encode_sample
 from lapilli.train.pebble.conversation import as_sample, draw_questions
 from lapilli.train.pebble.pointing import (
@@ -176,6 +179,19 @@ def test_queries_and_keys_are_kept_by_layer():
     assert [pair[0] is one for pair, one in zip(seen.layers, (q, k), strict=True)] == [True, True]
     torch.testing.assert_close(
         out, functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    )
+
+
+@pytest.mark.parametrize("length", [FEWEST - 1, FEWEST])
+def test_they_are_kept_whatever_way_attention_takes(length):
+    q, k, v = torch.randn(3, 1, 2, length, 64).requires_grad_().unbind()
+    with PlainAttention(), QueriesAndKeys() as seen:
+        out = attend(q, k, v)
+    [(queries, keys)] = seen.layers
+    assert queries is q
+    assert keys is k
+    torch.testing.assert_close(
+        out, functional.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5, rtol=1e-4
     )
 
 
