@@ -110,8 +110,8 @@ class FakeRun:
     def log(self, record, *, step):
         self.records.append(record | {"step": step})
 
-    def finish(self):
-        self.ended = True
+    def finish(self, exit_code):
+        self.exit_code = exit_code
 
 
 def test_wandb_gets_the_log_as_one_run(tmp_path, monkeypatch):
@@ -122,15 +122,16 @@ def test_wandb_gets_the_log_as_one_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", module)
     recipe = new_recipe(loggers=("wandb",), steps=4)
     train(new_regression(), recipe, tmp_path)
-    longer = replace(recipe, run=replace(recipe.run, steps=6))
+    longer = replace(recipe, run=replace(recipe.run, steps=6, save_every=5))
+    with pytest.raises(RuntimeError):
+        train(new_regression(fails_at=5), longer, tmp_path)
     train(new_regression(), longer, tmp_path)
-    first, second = runs
-    steps = [record["step"] for record in first.records + second.records if "loss" in record]
+    records = [record for run in runs for record in run.records]
+    steps = [record["step"] for record in records if "loss" in record]
     assert steps == [1, 2, 3, 4, 5, 6]
-    assert first.settings["id"] == second.settings["id"]
-    assert first.settings["config"]["optim"]["lr"] == 0.01
-    assert first.ended
-    assert second.ended
+    assert len({run.settings["id"] for run in runs}) == 1
+    assert runs[0].settings["config"]["optim"]["lr"] == 0.01
+    assert [run.exit_code for run in runs] == [0, 1, 0]
 
 
 def test_wandb_that_does_not_start_is_an_error_with_a_way_out(tmp_path, monkeypatch):

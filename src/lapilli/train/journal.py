@@ -68,12 +68,12 @@ class Journal:
             found = {name: evaluation_curve(records)}
             plot_losses({name: curve}, folder / "loss.png", evaluations=found)
 
-    def close(self) -> None:
-        """Nothing more will come."""
+    def close(self, *, finished: bool) -> None:
+        """Nothing more will come; `finished`: the run reached its last step."""
         if self._bar is not None:
             self._bar.close()
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(finished=finished)
 
 
 @contextmanager
@@ -100,7 +100,9 @@ def open_journal(
     trackers = open_trackers(recipe, folder, first)
     bar = ProgressBar(first, steps, recipe.stage) if progress else None
     journal = Journal(log, trackers, bar=bar, plot=recipe.run.plot)
+    finished = False
     try:
         yield journal
+        finished = True
     finally:
-        journal.close()
+        journal.close(finished=finished)

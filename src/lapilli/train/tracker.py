@@ -27,8 +27,8 @@ class Tracker(Protocol):
         """Everything so far is safe when this returns."""
         ...
 
-    def close(self) -> None:
-        """There are no more."""
+    def close(self, *, finished: bool) -> None:
+        """There are no more; `finished`: the run reached its last step."""
         ...
 
 
@@ -56,8 +56,8 @@ class TensorBoardTracker:
         """Flush the event file."""
         self._writer.flush()
 
-    def close(self) -> None:
-        """End the event file."""
+    def close(self, *, finished: bool) -> None:
+        """End the event file, which does not say how a run ended."""
         self._writer.close()
 
 
@@ -102,9 +102,9 @@ class WandbTracker:
     def sync(self) -> None:
         """Nothing to do: records are sent from a process of its own."""
 
-    def close(self) -> None:
-        """End the run there."""
-        self._run.finish()
+    def close(self, *, finished: bool) -> None:
+        """End the run there, as finished or as failed: going on with it makes it run again."""
+        self._run.finish(exit_code=0 if finished else 1)
 
 
 def open_trackers(recipe: Recipe, folder: Path, first: int) -> list[Tracker]:
