@@ -23,13 +23,10 @@ def test_rows_are_questions_about_pictures(tmp_path):
     assert source.record(0) == {
         "id": "1",
         "image": "a.png",
-        "conversations": [
-            {"from": "human", "value": "<image>\nWhat, and\nwhere?"},
-            {"from": "gpt", "value": "A boat."},
-        ],
+        "question": "What, and\nwhere?",
+        "answer": "A boat.",
     }
-    assert source.record(1)["conversations"][0]["value"] == "Hello?"
-    assert "image" not in source.record(1)
+    assert source.record(1) == {"id": "2", "question": "Hello?", "answer": "Hi."}
     assert [source.where(i).rpartition(":")[2] for i in range(2)] == ["2", "4"]
     assert source.media(0, "a.png") == tmp_path / "a.png"
 
@@ -44,8 +41,7 @@ def test_tables_of_any_spreadsheet(tmp_path, separator, end):
     assert [source.where(i).rpartition(":")[2] for i in range(len(source))] == ["2", "4"]
     one, two = source.record(0), source.record(1)
     assert (one["id"], one["image"], two["id"], two["image"]) == ("x", "a.png", "y", "b.png")
-    assert [turn["value"] for turn in one["conversations"]] == ["<image>\nWhat?", 'A"b"']
-    assert two["conversations"][1]["value"] == "C\nD"
+    assert (one["question"], one["answer"], two["answer"]) == ("What?", 'A"b"', "C\nD")
 
 
 def test_a_field_may_hold_a_picture(tmp_path):

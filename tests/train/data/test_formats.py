@@ -54,8 +54,30 @@ def test_one_conversation_in_every_format():
     listed = json.loads(json.dumps(openai)) | {"images": ["a.png"]}
     listed["messages"][0]["content"][0] = {"type": "image"}
     as_text = {"id": "7", "conversations": json.dumps(sharegpt["conversations"]), "image": "a.png"}
-    for record in (sharegpt, openai, listed, as_text):
+    columns = sharegpt | {
+        "conversations": {
+            key: [turn[key] for turn in sharegpt["conversations"]] for key in ("from", "value")
+        }
+    }
+    for record in (sharegpt, openai, listed, as_text, columns):
         assert (read(record).id, read(record).messages) == ("7", expected.messages)
+
+
+def test_a_row_of_a_table_is_one_question():
+    a, b = MediaPart("a"), MediaPart("b")
+    row = {"image": ["a", "b"], "question": "Which?", "answer": "A"}
+    expected = (Message("user", (a, b, TextPart("Which?"))), Message.assistant("A"))
+    assert read(row).messages == expected
+    inside = row | {"question": "<image> or <image>?"}
+    parts = (a, TextPart(" or "), b, TextPart("?"))
+    assert read(inside, placement="written").messages[0].parts == parts
+    caption = read({"image": "a", "question": None, "caption": "A boat."})
+    assert caption.messages == (Message("user", (a,)), Message.assistant("A boat."))
+    assert said(read({"question": "Hello?", "answer": ""})) == [
+        ("user", "Hello?"),
+        ("assistant", ""),
+    ]
+    assert signed_words(row) == 3  # the placeholders are one of them
 
 
 @pytest.mark.parametrize("key", ["image_url", "image", "url", "path"])
@@ -124,10 +146,21 @@ def test_names_are_resolved():
     ("record", "expected"),
     [
         (["a"], "d.json:4 holds a list: expected an object"),
-        ({}, "no list 'conversations' or 'messages', found the keys none"),
+        (
+            {},
+            "no list 'conversations' or 'messages' and no text 'answer' or 'caption', found the "
+            "keys none",
+        ),
         ({"question": "Q"}, "found the keys 'question'"),
         ({"conversations": "Q"}, "is a text that is no JSON"),
         ({"conversations": {"from": "gpt"}}, "is a dict: expected a list of turns"),
+        ({"conversations": {}}, "is a dict: expected a list of turns"),
+        (
+            {"conversations": {"from": ["human"], "value": []}},
+            r"different lengths \('from': 1, 'value': 0\)",
+        ),
+        ({"question": "Q", "answer": ["A", "B"]}, "its question or answer is a list: expected a"),
+        ({"question": 3, "answer": "A"}, "its question or answer is a int: expected a text"),
         ({"conversations": ["Q"]}, "turn 0 is a str: expected an object"),
         ({"conversations": []}, "it has no turns"),
         ({"conversations": turns("Q", "A")[1:]}, "it has no turns"),

@@ -202,6 +202,21 @@ def test_pictures_of_a_table_may_be_bytes(tmp_path):
     assert open_source(SourceRecipe(path=str(path))).where(2) == f"{path}:3"
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_any_file_may_hold_rows_of_a_table(tmp_path, suffix):
+    rows = [
+        {"image": "red.png", "question": "Which colour?", "answer": "Red."},
+        {"image": "blue.png", "question": None, "answer": "Blue."},
+    ]
+    for color in ("red", "blue"):
+        (tmp_path / f"{color}.png").write_bytes(png(color))
+    path = write(tmp_path / f"data.{suffix}", rows)
+    dataset = open_dataset([SourceRecipe(path=str(path))])
+    said = [[message.text for message in dataset.sample(i).messages] for i in range(2)]
+    assert said == [["Which colour?", "Red."], ["", "Blue."]]
+    assert colors(path) == [(255, 0, 0), (0, 0, 255)]
+
+
 def colors(path: Path | str) -> list[Any]:
     dataset = open_dataset([SourceRecipe(path=str(path))])
     out = []

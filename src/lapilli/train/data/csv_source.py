@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from lapilli.errors import DataError
+from lapilli.train.data.formats import ANSWER_KEYS
 from lapilli.train.data.pictures import PictureFolder
 
-_ANSWERS: Final = ("answer", "caption")
-_READ: Final = ("id", "image", "question", *_ANSWERS)
+_READ: Final = ("id", "image", "question", *ANSWER_KEYS)
 _DELIMITERS: Final = ",;\t"
 
 
@@ -33,7 +33,7 @@ class CsvSource:
         self._folder = folder
         self._rows = self._read(_text_of(path))
         columns = [name.strip().lower() for name in self._rows.pop(0)[1]] if self._rows else []
-        self._answer = next((name for name in _ANSWERS if name in columns), "")
+        self._answer = next((name for name in ANSWER_KEYS if name in columns), "")
         if not self._answer:
             raise DataError(
                 f"{path} has the columns {', '.join(columns) or 'none'}: expected image, question "
@@ -70,16 +70,10 @@ class CsvSource:
         return len(self._rows)
 
     def record(self, index: int) -> dict[str, Any]:
-        """See Source: a record in LLaVA's format."""
+        """See Source: what the row says, without its empty cells."""
         row = self._row(index)
-        image, question = row.get("image"), row.get("question")
-        asked = "\n".join(filter(None, ("<image>" if image else "", question)))
-        turns = [("human", asked), ("gpt", row[self._answer])]
-        record: dict[str, Any] = {
-            "id": row.get("id") or str(index + 1),
-            "conversations": [{"from": who, "value": text} for who, text in turns],
-        }
-        return {**record, "image": image} if image else record
+        said = {name: row[name] for name in ("image", "question") if row.get(name)}
+        return {"id": row.get("id") or str(index + 1), **said, self._answer: row[self._answer]}
 
     def _row(self, index: int) -> Mapping[str, str]:
         fields = self._rows[index][1]

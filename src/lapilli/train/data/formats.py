@@ -3,9 +3,10 @@ r"""Records of the formats that people have -> Sample; knows names of keys, open
     LLaVA     {"id", "image": name | [names], "conversations": [{"from": "human"|"gpt", "value"}]}
     ShareGPT  {"images": [...], "system": text, "conversations": [{"from", "value"}, ...]}
     OpenAI    {"messages": [{"role", "content": text | [{"type": "text"|"image_url"|"image"}]}]}
+    a table's {"image": name | [names], "question", "answer"}, or "caption" and no question
 
-A text holds one "<image>" for every picture that the record lists. Every record is looked at on its
-own: a file may mix the formats.
+A text of a list of turns holds one "<image>" for every picture that the record lists; in a table
+they come first. Every record is looked at on its own: a file may mix the formats.
 """
 
 import json
@@ -35,6 +36,7 @@ ROLES: Mapping[str, Role] = {
     "system": "system",
 }
 _TURN_KEYS = ("conversations", "messages", "conversation")
+ANSWER_KEYS = ("answer", "caption")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA_KEYS = ("image", "images")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
@@ -221,19 +223,51 @@ def turns_of(record: Record) -> list[Turn]:
     """Role and content of every turn, under whatever names."""
     key = next((key for key in _TURN_KEYS if record.get(key) is not None), None)
     if key is None:
-        raise _FormatError(
-            f"no list {' or '.join(map(repr, _TURN_KEYS[:2]))}, found the keys "
-            f"{', '.join(map(repr, record)) or 'none'}"
-        )
+        return _asked_once(record)
     turns = record[key]
     if isinstance(turns, str):  # a column of a table may hold JSON
         try:
             turns = json.loads(turns)
         except json.JSONDecodeError as error:
             raise _FormatError(f"{key!r} is a text that is no JSON: {error}") from error
+    if isinstance(turns, Mapping):
+        turns = _rows(turns)
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise _FormatError(f"{key!r} is a {type(turns).__name__}: expected a list of turns")
     return [_turn(turn, number) for number, turn in enumerate(turns)]
+
+
+def _rows(columns: Mapping[str, Any]) -> object:
+    """The turns of {"from": [...], "value": [...]}, as older tables of Hugging Face store them.
+
+    What is no such thing comes back as it is.
+    """
+    lists = list(columns.values())
+    if not lists or not all(isinstance(column, list) for column in lists):
+        return columns
+    if len({len(column) for column in lists}) > 1:
+        lengths = ", ".join(f"{name!r}: {len(column)}" for name, column in columns.items())
+        raise _FormatError(f"the columns of its turns have different lengths ({lengths})")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
+
+
+def _asked_once(record: Record) -> list[Turn]:
+    """The turns of a row of a table: its pictures and the question, the answer or caption."""
+    answer, question = _first(record, *ANSWER_KEYS), record.get("question")
+    if answer is None:
+        raise _FormatError(
+            f"no list {' or '.join(map(repr, _TURN_KEYS[:2]))} and no text "
+            f"{' or '.join(map(repr, ANSWER_KEYS))}, found the keys "
+            f"{', '.join(map(repr, record)) or 'none'}"
+        )
+    for text in (answer, question):
+        if not isinstance(text, str | None):
+            raise _FormatError(
+                f"its question or answer is a {type(text).__name__}: expected a text"
+            )
+    is_placed = question is not None and PLACEHOLDER in question
+    shown = "" if is_placed else PLACEHOLDER * len(listed_media(record))
+    return [("user", "\n".join(filter(None, (shown, question)))), ("assistant", answer)]
 
 
 def _turn(turn: object, number: int) -> Turn:

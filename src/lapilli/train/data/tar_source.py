@@ -126,11 +126,7 @@ class TarSource:
             caption = member.read().decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise DataError(f"{self.where(index)}: {member.name} is no UTF-8: {error}") from error
-        turns = [
-            {"from": "human", "value": "<image>" * len(own)},
-            {"from": "gpt", "value": caption},
-        ]
-        return {"id": self._keys[index], "image": own, "conversations": turns}
+        return {"id": self._keys[index], "image": own, "caption": caption}
 
     def _find(self, index: int, name: object) -> Member | None:
         """A member by its extension or by its name; None where `name` is no name."""
