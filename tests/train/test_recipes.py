@@ -20,10 +20,11 @@ from lapilli.lm.build import build_language_model
 from lapilli.modality.image.vision import VisionTransformer
 from lapilli.quant.nf4 import Nf4Linear
 from lapilli.train.optim import build_optimizer, parameter_groups
-from lapilli.train.plan import A100, RTX4090, plan, usual_work
+from lapilli.train.plan import A100, RTX4090, plan
 from lapilli.train.recipe import Recipe
 from lapilli.train.recipe_file import load_recipe
 from lapilli.train.stages import choose_trainable
+from lapilli.train.work import usual_work
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FILES = sorted(RECIPES.rglob("*.toml"))
@@ -182,7 +183,7 @@ def test_lora_trains_adapters_and_the_projector_at_their_own_rates(name):
 def test_it_fits_eight_gpus_as_it_is(name):
     """The machine of the published runs; one of 24 GB is enough for 4 bits."""
     recipe, config = read(name)
-    work = usual_work(recipe)
+    work = usual_work(recipe, config)
     assert plan(recipe, config, 8, gpu=A100, work=work).fits
     assert plan(recipe, config, 1, gpu=RTX4090, work=work).fits == name.endswith("qlora")
 
@@ -198,12 +199,19 @@ PUBLISHED_H = {
 @pytest.mark.parametrize("name", PUBLISHED_H)
 def test_the_plan_takes_about_the_published_time(repository, name):
     recipe, config = read(name)
-    hours = plan(recipe, config, 8, gpu=A100, work=usual_work(recipe)).hours
+    hours = plan(recipe, config, 8, gpu=A100, work=usual_work(recipe, config)).hours
     assert hours == pytest.approx(PUBLISHED_H[name], rel=0.2)
     guide = (repository / "docs" / "guide" / "cluster.md").read_text("utf-8")
     folder, _, stage = name.partition("/")
     size = folder.removeprefix("llava15_").upper()
     assert f"| {size}, {stage} | {PUBLISHED_H[name]:g} h | {hours:.1f} h |" in guide
+
+
+def test_tiles_cost_what_the_guide_says(repository):
+    recipe, config = read("llava_next/instruct")
+    made = plan(recipe, config, 8, gpu=A100, work=usual_work(recipe, config))
+    guide = (repository / "docs" / "guide" / "cluster.md").read_text("utf-8")
+    assert f"`recipes/llava_next/instruct.toml` takes {made.hours:.1f} h on 8 x A100" in guide
 
 
 @pytest.mark.parametrize("name", SIZED)

@@ -88,7 +88,8 @@ def _print_plan(recipe: "Recipe", gpus: int) -> None:
     from lapilli.checkpoint.plan import make_plan
     from lapilli.errors import ConfigError, MissingFileError
     from lapilli.train.data import open_dataset
-    from lapilli.train.plan import A100, H100, RTX4090, plan, usual_work
+    from lapilli.train.plan import A100, H100, RTX4090, plan
+    from lapilli.train.work import usual_work
 
     if recipe.model.checkpoint is None:
         raise ConfigError("recipe key model.checkpoint is missing: a plan needs its config.json")
@@ -99,12 +100,12 @@ def _print_plan(recipe: "Recipe", gpus: int) -> None:
             f"{error}. A plan reads config.json of the model: build it first, or name another of "
             "its sizes, --model.checkpoint liuhaotian/llava-v1.5-7b"
         ) from error
-    work = usual_work(recipe)
+    work = usual_work(recipe, config)
     if recipe.data.sources and all(Path(one.path).is_file() for one in recipe.data.sources):
         work = replace(work, samples=len(open_dataset(recipe.data.sources)))
     typer.echo(
         f"{work.samples:,} samples of {work.positions:.0f} positions ({work.supervised:.0f} "
-        "supervised) are assumed: docs/guide/cluster.md"
+        f"supervised) and {work.tiles:.0f} tiles are assumed: docs/guide/cluster.md"
     )
     for gpu in (A100, H100, RTX4090):
         typer.echo(f"\n{plan(recipe, config, gpus, gpu=gpu, work=work).table()}", nl=False)

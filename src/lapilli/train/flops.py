@@ -1,7 +1,7 @@
 """Floating point operations of a training sample, from a model's sizes; no torch, no model.
 
-    tower    P patches            forward alone while it is frozen
-    project  n image positions    what the stage always trains
+    tower    P patches a tile     forward alone while it is frozen
+    project  n features of it     what the stage always trains
     layers   T positions          forward, gradients of the inputs, gradients of the weights
     head     m supervised ones    logits are made only where they count
 
@@ -22,7 +22,6 @@ from lapilli.config.operations import (
     projector_products,
     tower_operations,
 )
-from lapilli.config.projector import tile_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +143,7 @@ def sample_flops(
     passes: Passes,
     *,
     positions: float,
-    image_positions: float,
+    tiles: float,
     supervised: float,
     lora_rank: int = 0,
     recomputes: bool = False,
@@ -155,7 +154,7 @@ def sample_flops(
         parts: language model, tower, projector.
         passes: see `passes_of`.
         positions: of the sample, image positions included.
-        image_positions: of its pictures; their number is this by the positions of a tile.
+        tiles: that the tower sees for it, one for a picture that is not tiled.
         supervised: positions that predict something.
         lora_rank: of adapters beside the layers; 0: none.
         recomputes: layers are computed again in the backward pass.
@@ -163,7 +162,6 @@ def sample_flops(
     text, vision, projector = parts
     square = 4 * positions**2 * text.num_heads * text.head_dim * text.num_layers
     linear = 2 * positions * sizes(text, vision, projector).layers
-    tiles = image_positions / tile_features(vision, projector).number
     numbers = sum(lora_rank * (a + b) for a, b in linear_widths(text)) * text.num_layers
     adapter = 2 * positions * numbers
     through = [tiles * of_product(one) for one in projector_products(vision, projector)]

@@ -1,12 +1,12 @@
-"""What a recipe costs on a number of GPUs, on paper: operations, memory, time; no torch.
+"""What a recipe costs on a number of GPUs, on paper: operations, memory, time; no tensors.
 
     recipe, sizes of the model, what the samples are like, a GPU  ->  Plan  ->  a table
 
 Every number is a formula over sizes; what is assumed (how busy a GPU is, how fast links are) stands
-in Gpu and Work.
+in Gpu and Work (work.py).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from typing import Final
 
@@ -27,6 +27,7 @@ from lapilli.train.flops import (
     sizes,
 )
 from lapilli.train.recipe import Recipe
+from lapilli.train.work import MIX_665K, Work
 
 GIB: Final = float(2**30)
 _PACKED: Final = 0.5625  # bytes of a weight in 4 bits with its share of a scale
@@ -57,42 +58,6 @@ A100: Final = Gpu(name="A100-80G", peak=312e12, memory=80e9, mfu=0.35, near=200e
 H100: Final = Gpu(name="H100-80G", peak=989e12, memory=80e9, mfu=0.35, near=300e9, far=40e9)
 RTX4090: Final = Gpu(name="RTX4090-24G", peak=165e12, memory=24e9, mfu=0.35, near=10e9, far=3e9)
 GPUS_OF_A_MACHINE: Final = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What the samples are like; `lapilli data check` measures it.
-
-    Attributes:
-        samples: of an epoch.
-        positions: of a sample in the mean, image positions included.
-        image_positions: of them.
-        supervised: of them, positions that predict something.
-        longest: positions of the longest row, which memory has to hold.
-    """
-
-    samples: int
-    positions: float
-    image_positions: float
-    supervised: float
-    longest: int
-
-
-MIX_665K: Final = Work(
-    samples=665_298, positions=1100.0, image_positions=576.0, supervised=220.0, longest=2048
-)
-"""LLaVA 1.5's instruction data; its lengths are our assumption (docs/guide/cluster.md)."""
-CAPTIONS_558K: Final = Work(
-    samples=558_128, positions=610.0, image_positions=576.0, supervised=32.0, longest=768
-)
-"""The captions of its first stage; the same."""
-
-
-def usual_work(recipe: Recipe) -> Work:
-    """What LLaVA 1.5 trained this stage on, rows no longer than the recipe's."""
-    if recipe.stage == "align":
-        return replace(CAPTIONS_558K, longest=min(768, recipe.data.max_length))
-    return replace(MIX_665K, longest=recipe.data.max_length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +220,7 @@ def flops_of(recipe: Recipe, parts: Parts, work: Work) -> SampleFlops:
         parts,
         passes,
         positions=work.positions,
-        image_positions=work.image_positions,
+        tiles=work.tiles,
         supervised=work.supervised,
         lora_rank=recipe.lora.rank if has_adapter and recipe.lora else 0,
         recomputes=recipe.run.gradient_checkpointing,
