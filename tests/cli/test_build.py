@@ -1,8 +1,52 @@
-"""`lapilli build`: the words and exit codes around `build_llava`."""
+"""`lapilli build`: the words, options and exit codes around `build_llava`."""
 
+import json
 from pathlib import Path
 
+import torch
+import typer
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from lapilli.cli.build import build
 from tests.cli.conftest import Run
+from tests.train.parts import Parts
+
+
+def test_every_option_reaches_the_checkpoint(tmp_path: Path) -> None:
+    app, run = typer.Typer(), CliRunner().invoke
+    app.command()(build)
+    base, eyes = Parts(tmp_path)("llama", "clip")
+    out = tmp_path / "out"
+    program = [str(out), "--language", base, "--vision", eyes]
+    plain = run(app, program)
+    assert plain.exit_code == 0, plain.output
+    assert "train it with `lapilli train`" in plain.stderr
+    written = json.loads((out / "config.json").read_text())
+    assert (written["torch_dtype"], written["image_aspect_ratio"]) == ("bfloat16", "pad")
+
+    options = ["--projector", "linear", "--template", "chatml_direct", "--select-layer", "-1"]
+    options += ["--select-feature", "cls_patch", "--aspect", "square", "--dtype", "float32"]
+    options += ["--tower", "inside", "--seed", "7", "--start-end", "--patch-token"]
+    done = run(app, [*program, *options, "--force", "--overwrite", "--quiet"])
+    assert (done.exit_code, done.output) == (0, "")
+    expected = {
+        "mm_projector_type": "linear",
+        "lapilli_template": "chatml_direct",
+        "mm_vision_select_layer": -1,
+        "mm_vision_select_feature": "cls_patch",
+        "image_aspect_ratio": "square",
+        "torch_dtype": "float32",
+        "mm_use_im_start_end": True,
+        "mm_use_im_patch_token": True,
+    }
+    written = json.loads((out / "config.json").read_text())
+    assert {name: written.get(name) for name in expected} == expected
+    state = load_file(out / "model.safetensors")
+    assert any("vision_tower" in name for name in state)
+    torch.manual_seed(7)
+    drawn = torch.nn.Linear(24, 32).weight
+    assert torch.equal(state["model.mm_projector.weight"], drawn.bfloat16().float())
 
 
 def test_a_llava_is_no_language_model(lapilli: Run, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,23 @@ def test_the_projector_is_torchs_own_start_and_follows_the_seed(parts, tmp_path)
     assert not torch.equal(one, other)
     torch.manual_seed(7)
     assert torch.equal(one, torch.nn.Linear(24, 32).weight.bfloat16().float())
+
+
+def test_a_tower_of_the_hub_is_named_without_its_revision(parts, tmp_path, monkeypatch):
+    base, eyes = parts("llama", "clip")
+    asked = []
+
+    def fetch(name, *, weights=True):
+        asked.append(name)
+        return Path(eyes)
+
+    monkeypatch.setattr("lapilli.checkpoint.source.fetch_snapshot", fetch)
+    built = build_llava(base, "owner/clip@v1", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["mm_vision_tower"] == built.config.vision_source == "owner/clip"
+    assert not (tmp_path / "out" / "vision_tower").exists()
+    assert any("vision_tower" in name for name in state_of(tmp_path / "out"))
+    assert asked == ["owner/clip@v1", "owner/clip"]
 
 
 def test_new_vocabulary_rows_are_the_mean_of_the_old(parts, tmp_path):
