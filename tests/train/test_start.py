@@ -1,5 +1,8 @@
 """What a run starts from: dtypes, an earlier projector, and templates that do not fit."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from lapilli.errors import (
     PromptError,
     ShapeMismatchError,
 )
+from lapilli.lora import adapter_tensors
 from lapilli.lora.inject import adapters
 from lapilli.prompt.choose import template_by_name
 from lapilli.quant.linear import QuantLinear
@@ -25,6 +29,7 @@ from lapilli.train.recipe import (
     RunRecipe,
     SaveRecipe,
 )
+from lapilli.train.results import Results, save_results
 from lapilli.train.stages import choose_trainable
 from lapilli.train.start import choose_template, for_model, lay_projector, load_start
 from tests.checkpoint.conftest import llava  # noqa: F401  fixture
@@ -78,15 +83,36 @@ def test_int4_packs_the_layers_under_the_adapter(llava):  # noqa: F811
     assert all(isinstance(base, QuantLinear) and base.bits == 4 for base in found)
 
 
-def test_a_projector_is_found_in_the_folder_of_its_run(checkpoint, tmp_path):
-    model = load_checkpoint(checkpoint, dtype="float32").model
-    own = model.modality("image").projector
-    drawn = {f"model.mm_projector.{n}": torch.randn_like(p) for n, p in own.named_parameters()}
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_run_starts_with_the_projector_in_the_folder_of_another(checkpoint, tmp_path, lora):
+    own = load_checkpoint(checkpoint).model.modality("image").projector
+    drawn = {name: torch.randn_like(p, dtype=torch.float32) for name, p in own.named_parameters()}
     (tmp_path / RESULTS).mkdir()
-    torch.save(drawn, tmp_path / RESULTS / "mm_projector.bin")
-    lay_projector(model, tmp_path)
-    for name, parameter in own.named_parameters():
-        assert torch.equal(parameter, drawn[f"model.mm_projector.{name}"])
+    saved = {f"model.mm_projector.{name}": tensor for name, tensor in drawn.items()}
+    torch.save(saved, tmp_path / RESULTS / "mm_projector.bin")
+    model = ModelRecipe(checkpoint=checkpoint, projector=str(tmp_path))
+    loaded = load_start(recipe_of(checkpoint, lora=lora, model=model))
+    for name, parameter in loaded.model.modality("image").projector.named_parameters():
+        assert torch.equal(parameter, drawn[name]), name
+
+
+def test_a_run_goes_on_with_the_adapter_of_another(checkpoint, tmp_path):
+    recipe = recipe_of(checkpoint, lora=LORA)
+    first = load_start(recipe)
+    choose_trainable(first.model, recipe)
+    drawn = adapter_tensors(first.model)
+    with torch.no_grad():
+        for tensor in drawn.values():
+            tensor.normal_()
+    save_results(tmp_path, first.model, Results.of(first, recipe))
+    model = ModelRecipe(checkpoint=checkpoint, adapter=str(tmp_path))
+    recipe = recipe_of(checkpoint, lora=LORA, model=model)
+    loaded = load_start(recipe).model
+    choose_trainable(loaded, recipe)
+    found = adapter_tensors(loaded)
+    assert found.keys() == drawn.keys()
+    assert all(torch.equal(found[name], drawn[name]) for name in drawn)
+    assert all(tensor.requires_grad for tensor in found.values())
 
 
 def test_a_projector_that_does_not_fit_is_refused(checkpoint, tmp_path):
@@ -146,6 +172,25 @@ def test_a_template_of_another_base_is_refused(checkpoint):
     recipe = recipe_of(checkpoint, data=DataRecipe(template="nothing"))
     with pytest.raises(PromptError, match="no template is called 'nothing'"):
         choose_template(recipe, load_start(recipe))
+
+
+def test_a_template_that_contradicts_the_chat_template_beside_the_checkpoint_is_refused(
+    checkpoint, tmp_path
+):
+    folder = tmp_path / Path(checkpoint).name
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text("{{ '[INST] <<SYS>>' }}")
+    for asked in ("vicuna_v1", "llava_v0"):
+        recipe = recipe_of(str(folder), data=DataRecipe(template=asked))
+        with pytest.raises(
+            ConfigError,
+            match=rf"'{asked}' is wrong .* take 'llava_llama_2', or leave data\.template out: the "
+            "checkpoint asks for 'llava_v1'",
+        ):
+            choose_template(recipe, load_start(recipe))
+    for asked in ("", "llava_v1", "plain", "llava_llama_2"):  # its own, and what fits
+        recipe = recipe_of(str(folder), data=DataRecipe(template=asked))
+        assert choose_template(recipe, load_start(recipe)).name == (asked or "llava_v1")
 
 
 def test_no_checkpoint_and_no_pictures_are_refused(golden):

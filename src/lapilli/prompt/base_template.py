@@ -60,8 +60,16 @@ def contradicts(asked: Template, chat_template: str | None) -> bool:
     return _MARKS[mark] != asked.style
 
 
-def refuse_wrong_template(asked: str, chat_template: str | None, base: str) -> None:
+def refuse_wrong_template(
+    asked: str, chat_template: str | None, base: str, *, otherwise: str = "insist (--force)"
+) -> None:
     """Refuse a template that contradicts the chat template of the base.
+
+    Args:
+        asked: its name.
+        chat_template: the jinja text beside the base.
+        base: where that is.
+        otherwise: what a person can do who does not want the one that fits.
 
     Raises:
         ConfigError: it does; the message names the template that fits.
@@ -71,5 +79,5 @@ def refuse_wrong_template(asked: str, chat_template: str | None, base: str) -> N
     raise ConfigError(
         f"template {asked!r} is wrong for {base}: its own chat template begins turns with "
         f"{mark_in(chat_template)!r}, and a model that is trained with other marks forgets what it "
-        f"knows about conversations; take {template_of_base(chat_template)!r}, or insist (--force)"
+        f"knows about conversations; take {template_of_base(chat_template)!r}, or {otherwise}"
     )

@@ -166,7 +166,7 @@ def _evaluation(records: Sequence[Record]) -> str:
         return ""
     last = evaluations[-1]
     best = min(evaluations, key=lambda record: record["eval_loss"])
-    rows = [f"| {key} | {value:.4f} |" for key, value in last.items() if key != "step"]
+    rows = [f"| {key} | {_shown(value)} |" for key, value in last.items() if key != "step"]
     return "\n".join(
         [
             "## Evaluation",
@@ -180,6 +180,11 @@ def _evaluation(records: Sequence[Record]) -> str:
             "",
         ]
     )
+
+
+def _shown(figure: float) -> str:
+    """A loss or a share with its decimals, a count without."""
+    return f"{int(figure):,}" if float(figure).is_integer() else f"{figure:.4f}"
 
 
 def _data(recipe: Recipe, hashed_bytes: int) -> str:

@@ -2,7 +2,7 @@
 
     model.checkpoint --load_checkpoint--> Loaded
     model.projector  --mm_projector.*---> over the projector of it
-    data.template    --does the vocabulary have its marks?--> Template
+    data.template    --is it the base's? does the vocabulary have its marks?--> Template
 
 Knows recipes and checkpoints; must not know data or the loop.
 """
@@ -17,9 +17,11 @@ from lapilli.checkpoint.files import RESULTS
 from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.plan import PROJECTOR_FILES
+from lapilli.checkpoint.template import find_chat_template
 from lapilli.checkpoint.weights import WeightStore
 from lapilli.errors import ConfigError, MissingFileError, MissingWeightsError, ShapeMismatchError
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.base_template import refuse_wrong_template
 from lapilli.prompt.choose import Template, around_media, template_by_name
 from lapilli.prompt.template import ChatTemplate
 from lapilli.prompt.tokenizer import Tokenizer
@@ -123,11 +125,19 @@ def choose_template(recipe: Recipe, loaded: Loaded) -> Template:
 
     Raises:
         PromptError: no template has the name.
-        ConfigError: the vocabulary lacks a mark that the template ends turns with.
+        ConfigError: the vocabulary lacks a mark that the template ends turns with, or the chat
+            template beside the checkpoint takes turns otherwise.
     """
     name = recipe.data.template or ("plain" if recipe.stage == "align" else "")
     own = loaded.template.template
     template = template_by_name(name) if name else own
+    if name and name != own.name:
+        refuse_wrong_template(
+            name,
+            find_chat_template(loaded.tokenizer_path),
+            str(loaded.path),
+            otherwise=f"leave data.template out: the checkpoint asks for {own.name!r}",
+        )
     refuse_unknown_marks(template, loaded.tokenizer, own.name)
     return for_model(template, loaded)
 

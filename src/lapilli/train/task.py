@@ -7,7 +7,7 @@ Knows every room of the trainer; must not know the loop's arithmetic or what res
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -103,23 +103,34 @@ class TrainingTask:
         """Loss per supervised token of the held-out samples, the same in every process.
 
         In pieces all processes run equally many batches; one that has none left repeats its first
-        for nothing.
+        for nothing. So does a row that stands in for a sample that cannot be read: `eval_skipped`
+        counts those, where there are any.
         """
         if self.held_out is None:
             return {}
         size, team = self.recipe.run.batch_size, self.team
         starts = range(0, len(self.held_out), size)
-        sums = {"total": 0.0, "count": 0.0}
+        sums = {"total": 0.0, "count": 0.0, "skipped": 0.0}
         for turn in range(-(-len(starts) // team.size)):
             at = turn * team.size + team.rank
             start = starts[at] if at < len(starts) else 0
             numbers = range(start, min(start + size, len(self.held_out)))
-            batch = self._collate([self.held_out.row(i) for i in numbers])
+            rows = [self.held_out.row(i) for i in numbers]
+            batch = self._collate([_silent(row) if row.skipped else row for row in rows])
             total = float(self.model(batch).total)
             if at < len(starts):
-                sums = {"total": sums["total"] + total, "count": sums["count"] + batch.num_valid}
+                sums["total"] += total
+                sums["count"] += batch.num_valid
+                sums["skipped"] += sum(bool(row.skipped) for row in rows)
         sums = team.sum_floats(sums)
-        return {"eval_loss": sums["total"] / sums["count"]}
+        found = {"eval_loss": sums["total"] / sums["count"]}
+        return found | ({"eval_skipped": sums["skipped"]} if sums["skipped"] else {})
+
+
+def _silent(row: Row) -> Row:
+    """The row with nothing supervised."""
+    prompt = replace(row.prompt, loss_mask=[False] * len(row.prompt))
+    return replace(row, prompt=prompt)
 
 
 def build_task(recipe: Recipe, team: Team) -> TrainingTask:
@@ -130,6 +141,7 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
         CheckpointError: the checkpoint cannot be read.
         DataError: the data cannot be read.
     """
+    kept, held = _datasets(recipe)
     loaded = load_start(recipe)
     if recipe.data.pack:
         refuse_packing(loaded, recipe.data.max_length)
@@ -137,14 +149,13 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
     template = choose_template(recipe, loaded)
     maker = _row_maker(loaded, template, recipe.data.max_length)
     pairs = _with_teacher(maker, template, teacher)
-    kept, held = _datasets(recipe)
     order = order_of(kept, recipe.data, recipe.run)
     torch.manual_seed(recipe.run.seed)  # a fresh adapter is drawn
     choose_trainable(loaded.model, recipe)
     set_up_layers(loaded.model, recipe.run)
     model = _learner(recipe, loaded, teacher)
     team.wrap(model, precision=recipe.run.precision)
-    policy = recipe.data.on_bad_sample
+    held_out = None if held is None else _held_out(held, maker, recipe, team)
     weights = {"model.checkpoint": loaded.weight_files}
     if teacher is not None:
         weights["distill.teacher"] = teacher.weight_files
@@ -155,10 +166,22 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
         team=team,
         rows=rows_of(kept, pairs, recipe.data),
         order=order,
-        held_out=None if held is None else Rows(held, maker, on_bad_sample=policy),
+        held_out=held_out,
         template=template,
         weights=weights,
     )
+
+
+def _held_out(dataset: Dataset, maker: RowMaker, recipe: Recipe, team: Team) -> Rows:
+    """Rows of what evaluation reads, each of them read once where a bad one is an error.
+
+    The first evaluation would else end a run after all of its steps, before they are saved.
+    """
+    rows = Rows(dataset, maker, on_bad_sample=recipe.data.on_bad_sample)
+    if recipe.data.on_bad_sample == "error":
+        for index in range(team.rank, len(rows), team.size):
+            rows.row(index)
+    return rows
 
 
 def _with_teacher(maker: RowMaker, template: Template, teacher: Loaded | None) -> MakesRows:
@@ -214,4 +237,9 @@ def _datasets(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
         return dataset, open_dataset(data.evaluation, placement=data.placement)
     if data.held_out:
         return dataset.split(data.held_out, seed=recipe.run.seed)
+    if recipe.run.keep_best:
+        raise ConfigError(
+            "run.keep_best compares evaluations, and nothing is held out: set data.held_out or "
+            "data.evaluation"
+        )
     return dataset, None
