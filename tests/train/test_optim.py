@@ -161,3 +161,23 @@ def test_sgd_is_the_plain_rule():
         decay = 0.1 if p.dim() > 1 else 0.0
         expected = before[name] - 0.5 * (2.0 + decay * before[name])
         torch.testing.assert_close(p.detach(), expected)
+
+
+def test_adamw_is_the_rule_of_its_paper():
+    """Loshchilov and Hutter 2019, algorithm 2, with numbers that each change what comes out."""
+    model = Parts()
+    recipe = OptimRecipe(lr=0.5, betas=(0.6, 0.8), eps=0.3, weight_decay=0.1)
+    optimizer = build_optimizer(model, recipe)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first = second = 0.0
+    for step, gradient in enumerate((2.0, -1.0, 0.25), 1):
+        first = 0.6 * first + 0.4 * gradient
+        second = 0.8 * second + 0.2 * gradient**2
+        towards = first / (1 - 0.6**step) / ((second / (1 - 0.8**step)) ** 0.5 + 0.3)
+        for name, p in model.named_parameters():
+            decay = 0.1 if p.dim() > 1 else 0.0
+            expected[name] -= 0.5 * (towards + decay * expected[name])
+            p.grad = torch.full_like(p, gradient)
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name])
