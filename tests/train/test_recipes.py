@@ -21,7 +21,7 @@ from lapilli.modality.image.vision import VisionTransformer
 from lapilli.quant.nf4 import Nf4Linear
 from lapilli.train.optim import build_optimizer, parameter_groups
 from lapilli.train.plan import A100, RTX4090, plan
-from lapilli.train.recipe import Recipe
+from lapilli.train.recipe import OptimRecipe, Recipe
 from lapilli.train.recipe_file import load_recipe
 from lapilli.train.stages import choose_trainable
 from lapilli.train.work import usual_work
@@ -186,6 +186,59 @@ def test_it_fits_eight_gpus_as_it_is(name):
     work = usual_work(recipe, config)
     assert plan(recipe, config, 8, gpu=A100, work=work).fits
     assert plan(recipe, config, 1, gpu=RTX4090, work=work).fits == name.endswith("qlora")
+
+
+# LLaVA scripts/v1_5, which are of one mind, and the defaults of transformers' TrainingArguments.
+SAME_OPTIM = {
+    "name": "adamw",
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "schedule": "cosine",
+    "warmup_share": 0.03,
+    "clip": 1.0,
+}
+SAME_RUN = {
+    "steps": 0,
+    "epochs": 1.0,
+    "precision": "bfloat16",
+    "reduction": "llava",
+    "gradient_checkpointing": True,
+    "workers": 4,
+    "seed": 42,
+}
+RATES = {"align": (1e-3, None), "whole": (2e-5, None), "lora": (2e-4, 2e-5)}  # projector_lr
+
+
+def among(section, expected):
+    return {name: getattr(section, name) for name in expected}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_it_has_the_published_numbers(name):
+    recipe = load_recipe(RECIPES / f"{name}.toml")
+    stage = name.rpartition("/")[2]
+    is_first, has_lora = stage == "align", stage.endswith("lora")
+    lr, projector_lr = RATES["align" if is_first else "lora" if has_lora else "whole"]
+    tower_lr, max_length = None, 2048
+    if name == "llava_next/instruct":  # config.json of liuhaotian/llava-v1.6-vicuna-7b
+        tower_lr, max_length = 2e-6, 4096
+    expected = OptimRecipe(lr=lr, projector_lr=projector_lr, tower_lr=tower_lr, **SAME_OPTIM)
+    assert recipe.optim == expected
+    assert among(recipe.run, SAME_RUN) == SAME_RUN
+    assert recipe.run.batch_size * recipe.run.accumulate == (256 if is_first else 128)
+    data = {
+        "template": "plain" if is_first else "vicuna_v1",
+        "group": "none" if is_first else "modality",
+        "max_length": max_length,
+        "held_out": 0.0,
+        "pack": False,
+        "placement": "front",
+    }
+    assert among(recipe.data, data) == data
+    lora = {"rank": 128, "alpha": 256.0, "dropout": 0.05, "targets": ()} if has_lora else {}
+    assert (recipe.lora is not None, among(recipe.lora, lora)) == (has_lora, lora)
+    assert (recipe.noise.alpha, recipe.distill) == (0.0, None)
 
 
 PUBLISHED_H = {
