@@ -19,48 +19,59 @@ def said(sample):
     return [(message.role, message.text) for message in sample.messages]
 
 
-def test_one_conversation_in_every_format():
-    expected = read(
-        {"id": 7, "image": "a.png", "conversations": turns("<image>\nQ", "A", "R", "B")}
-    )
-    assert expected.id == "7"
-    assert expected.messages[0] == Message.user("Q", "a.png")
-    assert said(expected) == [("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")]
-    sharegpt = {
-        "id": "7",
-        "images": ["a.png"],
-        "conversations": [
-            {"from": "user", "value": "<image>Q"},
-            {"from": "assistant", "value": "A"},
-            {"from": "human", "value": "R"},
-            {"from": "model", "value": "B"},
-        ],
-    }
-    openai = {
+LLAVA = {"id": 7, "image": "a.png", "conversations": turns("<image>\nQ", "A", "R", "B")}
+SHAREGPT = {
+    "id": "7",
+    "images": ["a.png"],
+    "conversations": [
+        {"from": "user", "value": "<image>Q"},
+        {"from": "assistant", "value": "A"},
+        {"from": "human", "value": "R"},
+        {"from": "model", "value": "B"},
+    ],
+}
+
+
+def openai(picture, *answers):
+    """Parts of several kinds, of which `picture` is one."""
+    return {
         "id": "7",
         "messages": [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
-                    {"type": "text", "text": "Q"},
-                ],
-            },
-            {"role": "assistant", "content": "A"},
+            {"role": "user", "content": [picture, {"type": "text", "text": "Q"}]},
+            {"role": "assistant", "content": answers[0]},
             {"role": "user", "content": [{"type": "text", "text": "R"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "B"}]},
+            {"role": "assistant", "content": answers[1]},
         ],
     }
-    listed = json.loads(json.dumps(openai)) | {"images": ["a.png"]}
-    listed["messages"][0]["content"][0] = {"type": "image"}
-    as_text = {"id": "7", "conversations": json.dumps(sharegpt["conversations"]), "image": "a.png"}
-    columns = sharegpt | {
+
+
+IN_PARTS = [[{"type": "text", "text": text}] for text in "AB"]
+OWN_PICTURE = {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}
+SAME = {
+    "llava": LLAVA,
+    "sharegpt": SHAREGPT,
+    "openai": openai(OWN_PICTURE, *IN_PARTS),
+    "openai_mixed": openai(OWN_PICTURE, "A", IN_PARTS[1]),
+    "openai_listed": openai({"type": "image"}, *IN_PARTS) | {"images": ["a.png"]},
+    "text": SHAREGPT | {"conversations": json.dumps(SHAREGPT["conversations"])},
+    "columns": SHAREGPT
+    | {
         "conversations": {
-            key: [turn[key] for turn in sharegpt["conversations"]] for key in ("from", "value")
+            key: [turn[key] for turn in SHAREGPT["conversations"]] for key in ("from", "value")
         }
-    }
-    for record in (sharegpt, openai, listed, as_text, columns):
-        assert (read(record).id, read(record).messages) == ("7", expected.messages)
+    },
+}
+
+
+def same_messages(picture):
+    texts = Message.assistant("A"), Message.user("R"), Message.assistant("B")
+    return Message.user("Q", picture), *texts
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_one_conversation_in_every_format(name):
+    sample = read(SAME[name])
+    assert (sample.id, sample.messages) == ("7", same_messages("a.png"))
 
 
 def test_a_row_of_a_table_is_one_question():

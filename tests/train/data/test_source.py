@@ -17,9 +17,11 @@ from lapilli.errors import ConfigError, DataError
 from lapilli.media.fetch import fetch
 from lapilli.modality.image.decode import to_rgb
 from lapilli.train.data import json_source, open_dataset, open_source
+from lapilli.train.data.formats import signed_words
 from lapilli.train.data.source import expand
 from lapilli.train.recipe import SourceRecipe
 from tests.train.data.conftest import RECORDS, turns
+from tests.train.data.test_formats import SAME, same_messages
 
 KINDS = ("json", "jsonl", "parquet", "tar")
 
@@ -215,6 +217,20 @@ def test_any_file_may_hold_rows_of_a_table(tmp_path, suffix):
     said = [[message.text for message in dataset.sample(i).messages] for i in range(2)]
     assert said == [["Which colour?", "Red."], ["", "Blue."]]
     assert colors(path) == [(255, 0, 0), (0, 0, 255)]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_any_file_may_hold_conversations_of_any_format(tmp_path, name):
+    """Tables too, which give every part the keys of all others, with nulls."""
+    (tmp_path / "a.png").write_bytes(png("red"))
+    for suffix in KINDS[: 2 if name == "openai_mixed" else 3]:  # a column has one type
+        path = write(tmp_path / f"data.{suffix}", [SAME[name]])
+        dataset = open_dataset([SourceRecipe(path=str(path))])
+        sample = dataset.sample(0)
+        assert sample.id == "7"
+        assert sample.messages == same_messages(tmp_path / "a.png"), suffix
+        assert dataset.words().tolist() == [signed_words(SAME[name])]
+        assert colors(path) == [(255, 0, 0)]
 
 
 def colors(path: Path | str) -> list[Any]:
