@@ -16,6 +16,7 @@ from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.train.attention import PlainAttention
 from lapilli.train.batch import collate, collate_bins
+from lapilli.train.contract import TrainingError
 from lapilli.train.data.rows import Row
 from lapilli.train.log import RunLog
 from lapilli.train.loop import train
@@ -255,12 +256,12 @@ def test_z_loss_is_added_while_training_alone(llava):
 class FixedRows:
     """The same rows in every step; see lapilli.train.contract.Task."""
 
-    def __init__(self, model, rows):
-        self.model, self.rows = model, rows
+    def __init__(self, model, rows, *, packed=False):
+        self.model, self.rows, self.packed = model, rows, packed
 
     def batch(self, step, micro):
         rows = [self.rows[(step + i) % len(self.rows)] for i in range(2)]
-        made = collate(rows)
+        made = collate_bins([rows]) if self.packed else collate(rows)
         return made, made.num_valid
 
     def loss(self, batch):
@@ -318,3 +319,20 @@ def test_twenty_steps_have_the_losses_of_transformers(tmp_path):
     found = [record["loss"] for record in RunLog(tmp_path / "run").records()]
     assert expected[-1] < 0.9 * expected[0]
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_bad_batch_of_packed_pictures_is_read_without_our_classes(llava, tmp_path):
+    model = llava()
+    with torch.no_grad():
+        model.vlm.modality("image").projector[0].weight.fill_(torch.nan)
+    task = FixedRows(model, [draw_row(model, i, pictures=(1, 4)) for i in range(2)], packed=True)
+    with pytest.raises(TrainingError, match=r"is nan \(samples 0, 1\)"):
+        train(task, replace(INSTRUCT, run=RunRecipe(batch_size=2, steps=1)), tmp_path)
+    (bad,) = torch.load(tmp_path / "bad_batch.pt", weights_only=True)
+    expected, _ = task.batch(0, 0)
+    assert expected.is_packed
+    assert torch.equal(bad["batch"]["input_ids"], expected.input_ids)
+    assert bad["batch"]["segments"] == expected.segments
+    assert [span["start"] for span in bad["batch"]["spans"]] == [s.start for s in expected.spans]
+    for saved, item in zip(bad["batch"]["media"], expected.media, strict=True):
+        assert torch.equal(saved["pixel_values"], item.pixel_values)
