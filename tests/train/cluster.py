@@ -26,6 +26,7 @@ from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from lapilli.train import sharded
 from lapilli.train.batch import collate
 from lapilli.train.data.rows import Row
+from lapilli.train.launch import launch
 from lapilli.train.loop import train
 from lapilli.train.model import TrainedModel
 from lapilli.train.parallel import ALONE, Seat, joined
@@ -163,9 +164,9 @@ class Talk:
         return {"eval_loss": sums["total"] / sums["count"]}
 
 
-def run_talk(seat, folder, sharding, kind, run, optim=None):
+def run_talk(seat, folder, sharding, kind, run, optim=None, *, device="cpu"):
     """Weights after training a tiny vision language model."""
-    with joined(seat, sharding=sharding, device="cpu", timeout_s=20.0, beat_s=BEAT_S) as team:
+    with joined(seat, sharding=sharding, device=device, timeout_s=20.0, beat_s=BEAT_S) as team:
         task = Talk(kind)
         if seat is not None and seat.rank:
             with torch.no_grad():  # the lead's weights count, whatever the others have drawn
@@ -180,6 +181,14 @@ def run_talk(seat, folder, sharding, kind, run, optim=None):
             recipe = dataclasses.replace(recipe, optim=OptimRecipe(**optim))
         train(task, recipe, folder / "run", team=team)
         return {name: _whole(p) for name, p in task.model.named_parameters()}
+
+
+def run_recipe(seat, folder, recipe):
+    """A recipe from its files to its results."""
+    with joined(
+        seat, sharding=recipe.run.sharding, device="cpu", timeout_s=20.0, beat_s=BEAT_S
+    ) as team:
+        launch(recipe, folder / "run", team=team)
 
 
 def run_regression(seat, folder, sharding, run, dies=None):

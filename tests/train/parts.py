@@ -1,5 +1,7 @@
 """Random language models and towers, saved by transformers: what LLaVAs are built from in tests."""
 
+import shutil
+
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -18,6 +20,7 @@ from transformers import (
 
 from tests.integration.oracle import make_tokenizer
 
+VOCABULARY_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 ROWS = 264  # of the vocabulary tables; the tokenizer has 260 tokens
 SIZES = {
     "hidden_size": 32,
@@ -68,18 +71,25 @@ TOWERS = {
 
 
 class Parts:
-    """parts(language model, tower) -> their folders, with names that tell nothing."""
+    """parts(language model, tower) -> their folders, with names that tell nothing.
 
-    def __init__(self, root, dtype=torch.bfloat16, rows=ROWS):
+    `vocabulary`: a folder whose tokenizer the language model takes, instead of the one of 260.
+    """
+
+    def __init__(self, root, dtype=torch.bfloat16, rows=ROWS, vocabulary=None):
         self.root = root
         self.dtype = dtype
         self.rows = rows
+        self.vocabulary = vocabulary
 
     def __call__(self, language, tower):
         base, eyes = self.root / f"a-{language}", self.root / f"b-{tower}"
         if not base.exists():
             self._make(base, lambda: LANGUAGE_MODELS[language](self.rows))
-            make_tokenizer().save_pretrained(base)
+            if self.vocabulary is None:
+                make_tokenizer().save_pretrained(base)
+            for file in VOCABULARY_FILES if self.vocabulary else ():
+                shutil.copy(self.vocabulary / file, base)
         if not eyes.exists():
             self._make(eyes, TOWERS[tower])
         return str(base), str(eyes)

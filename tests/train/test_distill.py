@@ -1,6 +1,5 @@
 """The loss of imitation against its formula, and rows of different lengths side by side."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 
 from lapilli.checkpoint.assemble import build_model
 from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.config.projector import projector_name
 from lapilli.errors import ConfigError, DataError, PromptError
 from lapilli.nn.onednn import rounded
 from lapilli.prompt.encode import EncodedPrompt, Span
@@ -29,22 +27,11 @@ from lapilli.train.distill import (
     matched,
     with_teacher,
 )
-from lapilli.train.launch import launch
 from lapilli.train.loss import supervised
 from lapilli.train.model import TrainedModel
-from lapilli.train.parallel import ALONE
 from lapilli.train.pebble.draw import draw
-from lapilli.train.pebble.folder import write_folder
 from lapilli.train.pebble.sample import sample_scene
-from lapilli.train.recipe import (
-    DataRecipe,
-    DistillRecipe,
-    ModelRecipe,
-    OptimRecipe,
-    Recipe,
-    RunRecipe,
-    SourceRecipe,
-)
+from lapilli.train.recipe import DistillRecipe
 from lapilli.train.reproject import reproject
 
 VICUNA = TEMPLATES["vicuna_v1"]
@@ -285,30 +272,6 @@ def test_evaluation_asks_no_teacher(short, pebble):
     batch, distilled = lesson(short, pebble), model(short, pebble, hidden_weight=1.0).eval()
     with torch.no_grad():
         assert torch.equal(distilled(batch).total, TrainedModel(short.model).eval()(batch).total)
-
-
-def test_a_run_from_files_to_a_shorter_model(tmp_path):
-    reproject("pebble", tmp_path / "llava-short", projector="mlp2x_gelu_pool2x2")
-    write_folder(tmp_path, 5, questions=(1, 2))
-    scenes = SourceRecipe(
-        path=str(tmp_path / "conversations.jsonl"), images=str(tmp_path / "pictures")
-    )
-    recipe = Recipe(
-        stage="align",
-        model=ModelRecipe(checkpoint=str(tmp_path / "llava-short")),
-        distill=DistillRecipe(teacher="pebble", hidden_weight=0.1),
-        data=DataRecipe(sources=(scenes,), template="vicuna_v1", held_out=0.2, pack=True),
-        optim=OptimRecipe(lr=1e-4),
-        run=RunRecipe(steps=2, batch_size=2, log_every=1, evaluate_every=2, workers=1, plot=False),
-    )
-    launch(recipe, tmp_path / "run", team=ALONE)
-    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    parts = {"answers", "imitation", "hidden"}
-    assert [parts <= set(record) for record in records] == [True, True, False]
-    assert "eval_loss" in records[-1]
-    loaded = load_checkpoint(tmp_path / "run" / "model", device="cpu", dtype="float32")
-    assert projector_name(loaded.config.projector) == "mlp2x_gelu_pool2x2"
 
 
 def test_states_of_other_widths_go_through_a_map_that_learns(pebble):
