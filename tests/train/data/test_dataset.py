@@ -166,8 +166,14 @@ def test_any_sample_stands_in_where_kinds_are_mixed(group):
     assert rows_of(Dataset([Mixed(4, {1})]), Words(), recipe).row(1).id == "2"
 
 
-def test_the_order_of_a_recipe():
-    dataset = Dataset([Numbers("a", 8), Numbers("b", 4)], weights=[1.0, 2.0])
+def test_the_order_of_a_recipe(tmp_path):
+    sources = []
+    for name, count, weight in (("a", 10, 1.0), ("b", 5, 2.0)):
+        records = [json.dumps(Numbers(name, count).record(i)) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(records))
+        sources.append(SourceRecipe(path=str(tmp_path / f"{name}.jsonl"), weight=weight))
+    dataset, held = open_dataset(sources).split(0.2, seed=3)
+    assert (dataset.counts, held.counts) == ((8, 4), (2, 1))
     run = RunRecipe(batch_size=2, accumulate=2, seed=5)
     order = order_of(dataset, DataRecipe(group="length"), run)
     assert order.epoch_size == 16
