@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -44,21 +45,21 @@ def file(tmp_path_factory):
             Image.new("RGB", (30 + i, 40), (20 * i, 90, 200)).save(folder / name)
         turns = []
         for n in range(2):
-            shown = "<image>\n" * (len(names) if n == i % 2 else 0)
-            turns.append({"from": "human", "value": f"{shown}What about {i}?"})
+            shown = "\n<image>" * (len(names) if n == i % 2 else 0)
+            turns.append({"from": "human", "value": f"What about {i}?{shown}"})
             turns.append({"from": "gpt", "value": f"It is {i} of {n}."})
         records.append({"id": f"s{i}", "image": names, "conversations": turns})
     (folder / "train.json").write_text(json.dumps(records))
     return folder / "train.json"
 
 
-def build(checkpoint, file, *, run=None, lora=None, **data):
+def build(checkpoint, file, *, run=None, model=None, lora=None, **data):
     return build_task(
         Recipe(
             stage="instruct",
             optim=OptimRecipe(lr=1e-3),
             run=RunRecipe(**{"batch_size": 4, **(run or {})}),
-            model=ModelRecipe(checkpoint=checkpoint),
+            model=ModelRecipe(checkpoint=checkpoint, **(model or {})),
             data=DataRecipe(sources=(SourceRecipe(path=str(file)),) if file else (), **data),
             lora=lora,
         ),
@@ -91,6 +92,48 @@ def test_packed_batches_have_the_loss_of_padded_ones(checkpoint, file):
         assert batch.is_packed is packed
         losses.append(task.loss(batch).total.detach() / count)
     torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("apart", ["held_out", "evaluation"])
+def test_rows_are_placed_and_cut_as_the_recipe_says(checkpoint, file, apart):
+    """Those that are learned from, and those that are evaluated."""
+    given = {"held_out": 0.4, "evaluation": (SourceRecipe(path=str(file)),)}[apart]
+
+    def prompts(**data):
+        task = build(checkpoint, file, **{apart: given}, **data)
+        return [
+            [rows.row(i).prompt for i in range(len(rows))] for rows in (task.rows, task.held_out)
+        ]
+
+    usual, written = prompts(), prompts(placement="written")
+    limit = min(max(map(len, rows)) for rows in usual) - 1
+    for front, back, cut in zip(usual, written, prompts(max_length=limit), strict=True):
+        starts, later = ([s.start for row in rows for s in row.spans] for rows in (front, back))
+        assert starts
+        assert all(one < other for one, other in zip(starts, later, strict=True))
+        assert [row.input_ids for row in cut] == [row.input_ids[:limit] for row in front]
+        assert max(map(len, cut)) == limit
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_layers_are_computed_twice_and_compiled_as_the_recipe_says(
+    checkpoint, file, wanted, monkeypatch
+):
+    compiled, calls = [], Counter()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **_: compiled.append(layer))
+    run = {"gradient_checkpointing": wanted, "compile": wanted}
+    task = build(checkpoint, file, run=run, model={"tune_tower": True})
+    tower = task.loaded.model.modality("image").vision_tower
+    layers = [
+        *task.loaded.model.language_model.model.layers,
+        *tower.vision_model.encoder.layers[: tower.num_used_layers],
+    ]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, _: calls.update([layer]))
+    batch, _ = task.batch(0, 0)
+    task.loss(batch).total.backward()
+    assert calls == dict.fromkeys(layers, 2 if wanted else 1)
+    assert (set(layers) <= set(compiled)) is bool(compiled) is wanted
 
 
 def test_rows_whose_positions_depend_on_their_length_are_not_packed(checkpoint, file):
