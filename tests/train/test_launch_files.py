@@ -2,15 +2,24 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
+
+from lapilli.checkpoint.source import resolve
+from lapilli.train.launch import launch
+from lapilli.train.parallel import ALONE, joined
+from lapilli.train.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "recipes" / "launch"
+RECIPE = ROOT / "recipes" / "tiny" / "instruct.toml"
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
@@ -41,37 +50,83 @@ def log(folder):
     return [line[name] for line in lines for name in ("loss", "eval_loss") if name in line]
 
 
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        return taken.getsockname()[1]
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """Two processes on one machine, with stand-ins for Slurm's own programs."""
+    stubs = {"scontrol": 'echo "$3"', "srun": 'shift && exec "$@"'}
+    for name, does in stubs.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{does}\n")
+        path.chmod(0o755)
+    places = (tmp_path / "bin", Path(sys.executable).parent, os.environ["PATH"])
+    slurm = {"JOB_NUM_NODES": "1", "JOB_NODELIST": "localhost", "JOB_ID": "7"}
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join(map(str, places)),
+        "PROCESSES": "2",
+        "PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        **{f"SLURM_{name}": value for name, value in slurm.items()},
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+
+
+def start(file, run, given, environment, device="cpu"):
+    program = ["bash", str(LAUNCH / file), str(RECIPE), str(run), *given, "--device", device]
+    done = subprocess.run(
+        program, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def given(conversations):
+    """Two steps of pebble, which are evaluated."""
+    options = ["--model.checkpoint", "pebble", "--data.sources", f'[{{path = "{conversations}"}}]']
+    return [*options, "--run.steps", "2", "--data.held_out", "0.3", "--run.evaluate_every", "1"]
+
+
+LORA = ["--lora.rank", "2", "--save.merge", "true"]
+
+
 @pytest.mark.cluster
-def test_torchrun_trains_the_model_that_one_process_trains(tmp_path, conversations):
-    recipe = str(ROOT / "recipes" / "tiny" / "instruct.toml")
-    given = ["--model.checkpoint", "pebble", "--data.sources", f'[{{path = "{conversations}"}}]']
-    given += ["--run.steps", "2", "--data.held_out", "0.3", "--run.evaluate_every", "1"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PROCESSES": "2", "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize(
+    ("file", "more"), [("one_machine.sh", ["--run.workers", "1"]), ("slurm.sbatch", LORA)]
+)
+def test_torchrun_trains_the_model_that_one_process_trains(
+    tmp_path, given, environment, file, more
+):
+    """slurm.sbatch starts several_machines.sh."""
+    given = [*given, *more, "--save.dtype", "float32", "--run.sharding", "fsdp"]
     together, alone = tmp_path / "together", tmp_path / "alone"
-    program = [str(LAUNCH / "one_machine.sh"), recipe, str(together), *given]
-    commands = [
-        [*program, "--run.sharding", "fsdp"],
-        [
-            str(Path(sys.executable).parent / "lapilli"),
-            "train",
-            recipe,
-            "--out",
-            str(alone),
-            *given,
-        ],
-    ]
-    for command in commands:
-        done = subprocess.run(
-            [*command, "--device", "cpu"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+    start(file, together, given, environment)
+    launch(load_recipe(RECIPE, [*given, "--run.workers", "0"]), alone, team=ALONE)
     assert log(together) == pytest.approx(log(alone), abs=1e-5)
     assert len(log(together)) == 4
-    for folder in (together, alone):
-        assert (folder / "model" / "model.safetensors").is_file()
+    found, expected = (
+        load_file(folder / "model" / "model.safetensors") for folder in (together, alone)
+    )
+    before = load_file(resolve("pebble") / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=2e-5, rtol=0, msg=name)
+    learned = "model.layers.0.self_attn.q_proj.weight"
+    assert (expected[learned] - before[learned].float()).abs().max() > 5e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.cluster
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_one_process_of_torchrun_on_a_gpu_is_a_process(tmp_path, given, environment):
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    start("one_machine.sh", together, given, {**environment, "PROCESSES": "1"}, "cuda")
+    with joined(None, device="cuda") as team:
+        launch(load_recipe(RECIPE, given), alone, team=team)
+    assert log(together) == pytest.approx(log(alone), abs=1e-3)

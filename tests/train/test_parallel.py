@@ -1,5 +1,5 @@
 import signal
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -89,6 +89,38 @@ def test_a_vision_language_model_learns_the_same(tmp_path, talks, kind, sharding
     is_the_same(answers[0], weights)
     for name in weights:
         assert torch.equal(answers[-1][name], answers[0][name])
+
+
+@pytest.mark.gpu
+@pytest.mark.cluster
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices here")
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_gpus_learn_the_same(tmp_path, talks, sharding):
+    folder, _ = talks("full")
+    job = partial(cluster.run_talk, device="cuda")
+    answers = cluster.together(job, 2, tmp_path, sharding, "full", TALK)
+    assert all(isinstance(answer, dict) for answer in answers), answers
+    assert cluster.losses(tmp_path) == pytest.approx(cluster.losses(folder), rel=5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_pieces_of_one_gpu_have_the_gradients_of_the_whole(tmp_path):
+    """One process alone meets nobody, so nccl is put under it by hand."""
+    whole, pieces = (cluster.Talk("full").model.to("cuda").train() for _ in range(2))
+    batch, _ = cluster.Talk("full").batch(0, 0)
+    meeting = f"file://{tmp_path / 'meeting'}"
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=meeting, rank=0, world_size=1)
+    try:
+        shard(pieces, 1, torch.device("cuda", 0), "float32")
+        for model in (whole, pieces):
+            model(batch).total.backward()
+        for (name, one), other in zip(whole.named_parameters(), pieces.parameters(), strict=True):
+            if one.grad is not None:
+                found = other.grad.full_tensor()
+                torch.testing.assert_close(found, one.grad, atol=1e-4, rtol=1e-3, msg=name)
+    finally:
+        dist.destroy_process_group()
 
 
 def is_the_same(found, expected):
