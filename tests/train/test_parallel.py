@@ -105,6 +105,7 @@ def test_two_gpus_learn_the_same(tmp_path, talks, sharding):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.filterwarnings("default")  # what nccl says of a group of one
 def test_pieces_of_one_gpu_have_the_gradients_of_the_whole(tmp_path):
     """One process alone meets nobody, so nccl is put under it by hand."""
     whole, pieces = (cluster.Talk("full").model.to("cuda").train() for _ in range(2))
