@@ -48,4 +48,4 @@ def test_no_piece_sees_another(window, has_slopes, lengths, padding):
     slopes = torch.tensor([0.5, 0.25, 0.1, 0.05]) if has_slopes else None
     how = {"scale": 0.3, "window": window, "slopes": slopes}
     expected = masked(q, k, v, lengths, **how)
-    torch.testing.assert_close(Segments(lengths).attend(0, q, k, v, **how), expected)
+    torch.testing.assert_close(Segments(lengths).attend(q, k, v, **how), expected)

@@ -1,55 +1,86 @@
-"""Compiled layers with adapters beside plain ones; ends with an error where they differ."""
+"""Compiled layers beside plain ones: same loss, same gradients, one translation for all layers.
+
+python -m tests.train.compiled BACKEND alone|packed; ends with an error where they differ.
+"""
+
+import sys
 
 import torch
+from PIL import Image
 from torch._dynamo.utils import counters
 
-from lapilli.config.model import DecoderConfig
-from lapilli.lm.decoder import Decoder
-from lapilli.lora import LoraConfig, inject
-from lapilli.model.vlm import VisionLanguageModel
-from lapilli.prompt.encode import EncodedPrompt
-from lapilli.train.batch import collate_bins
+from lapilli.modality.image.image import ImageModality
+from lapilli.prompt.encode import EncodedPrompt, Span
+from lapilli.train.batch import TrainingBatch, collate_bins
 from lapilli.train.data.rows import Row
 from lapilli.train.model import TrainedModel
-from lapilli.train.recipe import RunRecipe
-from lapilli.train.stages import set_up_layers
+from lapilli.train.recipe import LoraRecipe
+from lapilli.train.stages import choose_trainable, set_up_layers
+from tests.train.test_stages import new_llava, recipe_of
 
-CONFIG = DecoderConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2,
-    num_kv_heads=1, head_dim=8, norm_eps=1e-5, rope_theta=1e4, max_positions=64,
-)  # fmt: skip
+LAYERS = 12
+"""Of the language model and of the tower: more than the 8 translations that torch makes of a
+function."""
+
+BATCHES = {
+    "alone": (((18,), (24,)), ((15,), (27,))),
+    "packed": (((9, 12), (7, 5, 9)), ((4, 4, 4), (20, 3))),
+}
+"""Of every batch the lengths of the texts that share a row, row after row."""
+
+PROGRAMS = {"alone": 6, "packed": 5}
+"""One for the tower's layers; the rest for the decoder's, which attention cuts into pieces."""
 
 
-LENGTHS = ((18,), (24,)), ((9, 12), (7, 5, 9))
-"""Of the samples of a row, batch after batch; the second two rows are packed."""
+def batch_of(image: ImageModality, lengths: tuple[tuple[int, ...], ...]) -> TrainingBatch:
+    """Texts that all count, a picture before each."""
+    prepared = image.prepare(Image.new("RGB", (56, 28), (200, 30, 60)))
+    count = image.num_tokens(prepared)
+
+    def row(length: int) -> Row:
+        ids = [*[0] * count, *range(1, length + 1)]
+        mask = [*[False] * count, *[True] * length]
+        return Row(EncodedPrompt(ids, mask, (Span(0, 0, count),)), (prepared,), "0")
+
+    return collate_bins([[row(length) for length in bin] for bin in lengths])
 
 
-def rows_of(lengths: tuple[int, ...]) -> list[Row]:
-    return [Row(EncodedPrompt(list(range(1, n + 1)), [True] * n), (), "0") for n in lengths]
+def compare(kind: str) -> None:
+    """Losses, gradients and the number of programs of two batches; packed ones are recomputed.
+
+    Raises:
+        AssertionError: another loss or gradient.
+        SystemExit: more programs than there are kinds of layers.
+    """
+    vlm = new_llava(num_layers=LAYERS, tower_layers=LAYERS)
+    choose_trainable(vlm, recipe_of(lora=LoraRecipe(rank=2, dropout=0.0), tune_tower=True))
+    batches = [batch_of(vlm.modality("image"), lengths) for lengths in BATCHES[kind]]
+    results, programs = [], []
+    recomputes = kind == "packed"
+    for compiles in (False, True):
+        set_up_layers(vlm, recipe_of(compile=compiles, gradient_checkpointing=recomputes).run)
+        model = TrainedModel(vlm, compiles=compiles).train()
+        for batch in batches:
+            model.zero_grad()
+            loss = model(batch).total
+            loss.backward()
+            found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            results.append((loss.detach(), found))
+            programs.append(counters["stats"]["unique_graphs"])
+    for plain, compiled in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-4)
+    if programs != [0, 0, PROGRAMS[kind], PROGRAMS[kind]]:
+        raise SystemExit(
+            f"{LAYERS} layers, rows {kind}: {programs} programs after two plain and two compiled "
+            f"batches, expected {PROGRAMS[kind]} from the first compiled one on"
+        )
 
 
-def main() -> None:
-    for batches in LENGTHS:
-        torch.manual_seed(0)
-        vlm = VisionLanguageModel(Decoder(CONFIG))
-        inject(vlm, LoraConfig(rank=2, alpha=4, targets=("language_model.model.*_proj",)))
-        results, programs = [], []
-        for compiles in (False, True):
-            set_up_layers(vlm, RunRecipe(batch_size=1, compile=compiles))
-            model = TrainedModel(vlm, compiles=compiles).train()
-            for lengths in batches:
-                model.zero_grad()
-                loss = model(collate_bins([rows_of(lengths)])).total
-                loss.backward()
-                parameters = model.named_parameters()
-                found = {n: p.grad.clone() for n, p in parameters if p.grad is not None}
-                results.append((loss.detach(), found))
-                programs.append(counters["stats"]["unique_graphs"])
-        for plain, compiled in zip(results[:2], results[2:], strict=True):
-            torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-4)
-    if programs[-1] != programs[-2]:
-        raise SystemExit("other lengths of the samples of a row made other programs")
+def main(backend: str, kind: str) -> None:
+    torch.compiler.set_default_backend(backend)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        compare(kind)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,12 +130,11 @@ def parts(names):
     return {next(part for part in known if part in name) for name in names}
 
 
-@pytest.fixture
-def whole():
+def new_llava(*, num_layers=2, tower_layers=4):
     """A tiny LLaVA of tiles, with a learned row end."""
     torch.manual_seed(0)
     vision = VisionConfig(
-        family="clip", hidden_size=16, intermediate_size=32, num_layers=4, num_heads=2,
+        family="clip", hidden_size=16, intermediate_size=32, num_layers=tower_layers, num_heads=2,
         image_size=28, patch_size=14, feature_layer=-2, norm_eps=1e-5, activation="quick_gelu",
     )  # fmt: skip
     image = ImageConfig(
@@ -143,7 +143,13 @@ def whole():
     )  # fmt: skip
     projector = ProjectorConfig(kind="mlp", depth=2, vision_size=16, hidden_size=16)
     seen = ImageModality(image, vision, projector, has_newline=True)
-    return VisionLanguageModel(Decoder(CONFIG), {"image": seen})
+    language_model = Decoder(replace(CONFIG, num_layers=num_layers))
+    return VisionLanguageModel(language_model, {"image": seen})
+
+
+@pytest.fixture
+def whole():
+    return new_llava()
 
 
 LORA = LoraRecipe(rank=2, alpha=4.0)
@@ -221,11 +227,18 @@ def test_layers_recompute_as_the_run_says(whole, wanted):
     assert whole.language_model.gradient_checkpointing is tower.gradient_checkpointing is wanted
 
 
-@pytest.mark.slow
-def test_compiled_layers_give_the_same_loss_and_gradients():
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [
+        ("eager", "packed"),
+        pytest.param("inductor", "packed", marks=pytest.mark.slow),
+        pytest.param("inductor", "alone", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_layers_give_the_same_loss_and_gradients_from_few_programs(backend, kind):
     """In a process of its own: the checks of annotations cannot be compiled."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.train.compiled"],
-        capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, "-m", "tests.train.compiled", backend, kind],
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -18,6 +18,7 @@ from lapilli.nn.linear import project
 from lapilli.nn.mlp import GatedMLP
 from lapilli.nn.norm import RMSNorm
 from lapilli.nn.rotary import Rotary, rotate
+from lapilli.nn.segments import Segments
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 RotaryTable = tuple[Tensor, Tensor]
@@ -53,6 +54,8 @@ class DecoderAttention(nn.Module):
         q, k = rotate(q, *table), rotate(k, *table)
         if cache is None:
             seen = attend(q, k, v, mask=mask)
+        elif isinstance(cache, Segments):
+            seen = cache.attend(q, k, v, window=self.window)
         else:
             seen = cache.attend(self.layer, q, k, v, mask=mask, window=self.window)
         out: Tensor = self.o_proj(seen.transpose(1, 2).flatten(2))

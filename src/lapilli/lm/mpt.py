@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lapilli.config.model import MptConfig
 from lapilli.nn.attention import attend, causal_mask
 from lapilli.nn.kv_cache import Cache, KVCache
+from lapilli.nn.segments import Segments
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 
@@ -60,6 +61,8 @@ class MptAttention(nn.Module):
         q, k, v = (part.view(heads).transpose(1, 2) for part in fused.chunk(3, dim=-1))
         if cache is None:
             seen = attend(q, k, v, mask=bias, scale=self.scale)
+        elif isinstance(cache, Segments):
+            seen = cache.attend(q, k, v, scale=self.scale, slopes=slopes)
         else:
             seen = cache.attend(self.layer, q, k, v, mask=bias, scale=self.scale, slopes=slopes)
         out: Tensor = self.out_proj(seen.transpose(1, 2).flatten(2))

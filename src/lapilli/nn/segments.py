@@ -3,7 +3,7 @@
     row   [ 0 1 2 3 | 0 1 2 | 0 1 2 3 4 | padding ]      attention inside each piece alone
 
 Stands where a KVCache stands and keeps nothing: what a block-diagonal mask would hide is never
-computed.
+computed. No layer tells its number, which compiled layers would be translated for one by one.
 """
 
 import functools
@@ -36,12 +36,10 @@ class Segments:
 
     def attend(
         self,
-        layer: int,
         q: Float[Tensor, "B Q T A"],
         k: Float[Tensor, "B K T A"],
         v: Float[Tensor, "B K T A"],
         *,
-        mask: Tensor | None = None,
         scale: float | None = None,
         window: int | None = None,
         slopes: Float[Tensor, " Q"] | None = None,
@@ -49,11 +47,9 @@ class Segments:
         """Causal attention inside every sequence; zeros where there is padding.
 
         Args:
-            layer: not read.
             q: queries of all rows.
             k: their keys.
             v: their values.
-            mask: not read.
             scale: factor on the scores, 1 / sqrt(A) when None.
             window: a query sees its own and the `window - 1` positions before it.
             slopes: per head, what every position of distance takes off the score (ALiBi).
