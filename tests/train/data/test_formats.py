@@ -52,6 +52,7 @@ SAME = {
     "sharegpt": SHAREGPT,
     "openai": openai(OWN_PICTURE, *IN_PARTS),
     "openai_mixed": openai(OWN_PICTURE, "A", IN_PARTS[1]),
+    "openai_named": openai({"type": "image", "image": "a.png"}, *IN_PARTS),
     "openai_listed": openai({"type": "image"}, *IN_PARTS) | {"images": ["a.png"]},
     "text": SHAREGPT | {"conversations": json.dumps(SHAREGPT["conversations"])},
     "columns": SHAREGPT

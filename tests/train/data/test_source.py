@@ -219,18 +219,20 @@ def test_any_file_may_hold_rows_of_a_table(tmp_path, suffix):
     assert colors(path) == [(255, 0, 0), (0, 0, 255)]
 
 
-@pytest.mark.parametrize("name", SAME)
-def test_any_file_may_hold_conversations_of_any_format(tmp_path, name):
-    """Tables too, which give every part the keys of all others, with nulls."""
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "names",
+    [["llava"], ["sharegpt"], ["openai_listed", "openai", "openai_named"], ["text"], ["columns"]],
+)
+def test_any_file_may_hold_conversations_of_any_format(tmp_path, suffix, names):
+    """Tables too, which give every record and every part the keys of all others, with nulls."""
     (tmp_path / "a.png").write_bytes(png("red"))
-    for suffix in KINDS[: 2 if name == "openai_mixed" else 3]:  # a column has one type
-        path = write(tmp_path / f"data.{suffix}", [SAME[name]])
-        dataset = open_dataset([SourceRecipe(path=str(path))])
-        sample = dataset.sample(0)
-        assert sample.id == "7"
-        assert sample.messages == same_messages(tmp_path / "a.png"), suffix
-        assert dataset.words().tolist() == [signed_words(SAME[name])]
-        assert colors(path) == [(255, 0, 0)]
+    path = write(tmp_path / f"data.{suffix}", [SAME[name] for name in names])
+    dataset = open_dataset([SourceRecipe(path=str(path))])
+    for sample in map(dataset.sample, range(len(names))):
+        assert (sample.id, sample.messages) == ("7", same_messages(tmp_path / "a.png"))
+    assert dataset.words().tolist() == [signed_words(SAME[name]) for name in names]
+    assert colors(path) == [(255, 0, 0)] * len(names)
 
 
 def colors(path: Path | str) -> list[Any]:
