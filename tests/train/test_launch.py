@@ -80,7 +80,7 @@ def test_bfloat16_has_the_losses_of_float32(recipe_of, tmp_path, lora):
         recipe = recipe_of(run={"precision": precision, "log_every": 1}, lora=lora)
         launch(recipe, tmp_path / precision, team=ALONE)
     exact, found = losses(tmp_path / "float32"), losses(tmp_path / "bfloat16")
-    assert found == pytest.approx(exact, rel=0.01)
+    assert found == pytest.approx(exact, rel=4e-3)  # a loss summed in bfloat16 is 5e-3 away
     assert found != pytest.approx(exact, rel=1e-5)
 
 
