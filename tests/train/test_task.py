@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lapilli.config.model import RopeScaling
-from lapilli.errors import ConfigError
+from lapilli.errors import ConfigError, DataError
 from lapilli.train.contract import (
     CountedTask,
     IdentifiedTask,
@@ -180,6 +180,38 @@ def test_what_cannot_be_read_is_counted_where_it_is_learned_from(checkpoint, fil
         task.loss(batch)
     assert len(task.skipped) == 1
     assert "missing.png" in task.skipped[0]
+
+
+def test_what_cannot_be_read_is_left_out_of_an_evaluation_and_counted(checkpoint, file, tmp_path):
+    shutil.copytree(file.parent, tmp_path / "data")
+    (tmp_path / "data" / "4_0.png").unlink()
+    lost = (SourceRecipe(path=str(tmp_path / "data" / "train.json")),)
+    records = json.loads(file.read_text())
+    whole = [record for record in records if "4_0.png" not in record.get("image", [])]
+    (tmp_path / "data" / "whole.json").write_text(json.dumps(whole))
+    rest = (SourceRecipe(path=str(tmp_path / "data" / "whole.json")),)
+    found = []
+    for sources in (lost, rest):
+        for size in (1, 3):
+            task = build(
+                checkpoint, file, evaluation=sources, on_bad_sample="skip", run={"batch_size": size}
+            )
+            with torch.no_grad():
+                found.append(task.evaluate())
+    assert len(whole) == len(records) - 1
+    assert [figures.get("eval_skipped") for figures in found] == [1, 1, None, None]
+    losses = [figures["eval_loss"] for figures in found]
+    assert losses == pytest.approx([losses[-1]] * 4, rel=1e-5)
+
+
+def test_a_bad_held_out_sample_ends_a_run_before_its_first_step(checkpoint, file, tmp_path):
+    shutil.copytree(file.parent, tmp_path / "data")
+    (tmp_path / "data" / "4_0.png").unlink()
+    lost = (SourceRecipe(path=str(tmp_path / "data" / "train.json")),)
+    with pytest.raises(DataError, match=r"4_0\.png does not exist"):
+        build(checkpoint, file, evaluation=lost)
+    with pytest.raises(ConfigError, match="compares evaluations, and nothing is held out"):
+        build(checkpoint, file, run={"keep_best": True, "evaluate_every": 2})
 
 
 def test_the_log_counts_what_could_not_be_read_over_a_stop(checkpoint, file, tmp_path):
