@@ -109,7 +109,8 @@ def test_packed_rows_give_the_loss_and_gradients_of_their_samples(llava, shapes,
     found_loss, found = gradients(model, collate_bins(bins))
     torch.testing.assert_close(found_loss, loss, atol=1e-5, rtol=1e-5)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+        scale = max(float(gradient.abs().max()), 1.0)  # small sums of large terms differ by theirs
+        torch.testing.assert_close(found[name], gradient, atol=1e-5 * scale, rtol=1e-4, msg=name)
 
 
 class Shapes(TorchDispatchMode):
