@@ -79,7 +79,7 @@ def test_an_adapter_goes_on_where_it_was_stopped(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "recipe key model.checkpoint is missing"),
+        ((), "recipe key data.sources is empty"),
         (("--optim.rate", "1"), "recipe key optim.rate is unknown"),
         (("--optim.lr",), "recipe option --optim.lr has no value"),
     ],

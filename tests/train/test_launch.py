@@ -1,6 +1,7 @@
 """A run from its recipe to its folder, in this process."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.errors import DataError
+from lapilli.errors import ConfigError, DataError
 from lapilli.lora import adapter_tensors
 from lapilli.train.build import Joint, build_llava
 from lapilli.train.launch import launch
@@ -67,6 +68,26 @@ def test_one_process_takes_a_recipe_for_many(recipe_of, tmp_path):
             launch(recipe, tmp_path / sharding, team=team)
         saved.append((tmp_path / sharding / "model" / "model.safetensors").read_bytes())
     assert saved[0] == saved[1]
+
+
+def test_results_replace_those_of_their_own_run_alone(recipe_of, start, tmp_path):
+    taken = tmp_path / "taken"
+    (taken / "model").mkdir(parents=True)
+    (taken / "model" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no state of a run beside it to go on from"):
+        launch(recipe_of(), taken, team=ALONE)
+    assert [path.name for path in taken.rglob("*")] == ["model", "thesis.txt"]
+    shutil.copytree(start, tmp_path / "own" / "model")
+    for key in ("checkpoint", "adapter", "projector"):
+        for given in (tmp_path / "own", tmp_path / "own" / "model"):
+            recipe = recipe_of()
+            recipe = replace(recipe, model=replace(recipe.model, **{key: str(given)}))
+            with pytest.raises(ConfigError, match="which it begins with: give another folder"):
+                launch(recipe, tmp_path / "own", team=ALONE)
+    launch(recipe_of("align"), tmp_path / "run", team=ALONE)
+    launch(recipe_of("align", run={"steps": 3}), tmp_path / "run", team=ALONE)  # it goes on
+    with pytest.raises(ConfigError, match="has done 3 steps, and this recipe has 2"):
+        launch(recipe_of("align"), tmp_path / "run", team=ALONE)
 
 
 def losses(folder):

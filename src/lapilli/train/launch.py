@@ -10,6 +10,7 @@ import torch
 
 from lapilli import __version__
 from lapilli.checkpoint.files import RESULTS
+from lapilli.errors import ConfigError
 from lapilli.lora.inject import adapters
 from lapilli.train.card import model_card
 from lapilli.train.loop import train
@@ -17,6 +18,7 @@ from lapilli.train.parallel import Team
 from lapilli.train.recipe import Recipe
 from lapilli.train.results import Results, save_results
 from lapilli.train.sharded import gather
+from lapilli.train.state import holds_state
 from lapilli.train.task import TrainingTask, build_task
 
 
@@ -35,8 +37,10 @@ def launch(
         progress: a progress bar on stderr.
 
     Raises:
+        ConfigError: something else lies where the results would.
         LapilliError: see build_task, Results.of and train.
     """
+    refuse_taken(folder, recipe)
     task = build_task(recipe, team)
     saver = _Saver(task, Results.of(task.loaded, recipe), folder / RESULTS)
     train(
@@ -50,6 +54,30 @@ def launch(
     )
     saver.save(card=True)
     return task
+
+
+def refuse_taken(folder: Path, recipe: Recipe) -> None:
+    """Results replace `folder/model`, which must not be anything else that somebody needs.
+
+    Raises:
+        ConfigError: no run that can go on left it, or this run begins with it.
+    """
+    results, model = folder / RESULTS, recipe.model
+    teacher = None if recipe.distill is None else recipe.distill.teacher
+    for given in (model.checkpoint, model.projector, model.adapter, teacher):
+        if given is None:
+            continue
+        start = Path(given).expanduser()
+        if results.resolve() in (start.resolve(), (start / RESULTS).resolve()):
+            raise ConfigError(
+                f"the results of this run would replace {results}, which it begins with: give "
+                "another folder as --out"
+            )
+    if results.exists() and not holds_state(folder):
+        raise ConfigError(
+            f"the results of this run would replace {results}, and there is no state of a run "
+            "beside it to go on from: give another folder as --out, or move it away"
+        )
 
 
 def facts_of(task: TrainingTask) -> dict[str, str]:

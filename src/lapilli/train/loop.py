@@ -90,6 +90,11 @@ def train(
     optimizer = build_optimizer(task.model, recipe.optim)
     state = RunState(task.model, optimizer, average, identity=identity)
     load_state(state, folder, team)
+    if state.step > steps:
+        raise ConfigError(
+            f"the run in {folder} has done {state.step} steps, and this recipe has {steps}: give "
+            "another folder, or as many steps as are done"
+        )
     with open_journal(
         recipe, folder, (state.step, steps), team=team, echo=echo, progress=progress
     ) as journal:

@@ -105,6 +105,11 @@ def save_state(state: RunState, folder: Path, team: Team = ALONE) -> Path:
     return path
 
 
+def holds_state(folder: Path) -> bool:
+    """Whether a run can go on from what lies in `folder`."""
+    return (folder / _STATE).exists() or newest_pieces(folder) is not None
+
+
 def load_state(state: RunState, folder: Path, team: Team = ALONE) -> bool:
     """Go on from the checkpoint in `folder`; False and nothing changed where there is none.
 
