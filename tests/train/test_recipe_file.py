@@ -123,9 +123,65 @@ def test_options_without_value_or_dashes_are_refused(tmp_path):
         load_recipe(path, ["lr", "1"])
 
 
-def test_counts_below_one_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"run.save_every is 0"):
-        load_recipe(written(tmp_path, SMALL), ["--run.save_every", "0"])
+HARM = {
+    "above 0": [("optim.clip", "0 -1 nan")],
+    "a number above 0": [("optim.lr", "0 nan inf"), ("optim.eps", "0 nan"), ("lora.alpha", "0 -1")],
+    "at least 1": [
+        ("run.save_every", "0"),
+        ("run.threads", "0"),
+        ("data.max_length", "0"),
+        ("lora.rank", "0"),
+    ],
+    "0 or more": [
+        ("optim.weight_decay", "-0.1 nan"),
+        ("optim.projector_lr", "-1"),
+        ("optim.warmup_steps", "-1"),
+        ("optim.z_loss", "-1"),
+        ("run.seed", "-1"),
+        ("run.evaluate_every", "-1"),
+        ("run.workers", "-1"),
+        ("noise.alpha", "-5.0"),
+        ("distill.hidden_weight", "-1"),
+    ],
+    "0 to 1": [("optim.final_share", "-0.1 1.1 nan"), ("distill.weight", "1.5")],
+    "at least 0 and below 1": [
+        ("data.held_out", "1 -0.1"),
+        ("lora.dropout", "1 -0.1"),
+        ("optim.ema", "1"),
+    ],
+    "two numbers of at least 0 and below 1": [("optim.betas", "[0.9,1] [-0.1,0.9]")],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        (key, value, expected)
+        for expected, keys in HARM.items()
+        for key, values in keys
+        for value in values.split()
+    ],
+)
+def test_values_that_do_harm_are_refused(tmp_path, key, value, expected):
+    path = written(tmp_path, SMALL + '[distill]\nteacher = "t"\n')
+    with pytest.raises(ConfigError, match=rf"^{key} is .*: expected {expected}( \(inf|$)"):
+        load_recipe(path, [f"--{key}", value])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.clip", "inf"),
+        ("optim.betas", "[0, 0]"),
+        ("optim.final_share", "1"),
+        ("optim.projector_lr", "0"),
+        ("lora.dropout", "0"),
+        ("run.threads", "1"),
+        ("data.max_length", "1"),
+    ],
+)
+def test_the_last_values_that_do_none_are_followed(tmp_path, key, value):
+    load_recipe(written(tmp_path, SMALL), [f"--{key}", value])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda p: p.stem)

@@ -1,7 +1,8 @@
 """What a training run does, as frozen values; no torch. recipe_file.py reads them from TOML."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 from lapilli.errors import ConfigError
@@ -15,6 +16,36 @@ Placement = Literal["front", "written"]
 OnBadSample = Literal["error", "skip"]
 Sharding = Literal["ddp", "fsdp"]
 Logger = Literal["tensorboard", "wandb"]
+
+
+def _expect(
+    section: str, recipe: object, names: tuple[str, ...], is_fine: Callable[[Any], bool], what: str
+) -> None:
+    """Refuse values of these names that are given and not fine; nan never is."""
+    for name in names:
+        value = getattr(recipe, name)
+        if value is not None and not is_fine(value):
+            raise ConfigError(f"{section}.{name} is {value}: expected {what}")
+
+
+def _is_count(value: int | float) -> bool:
+    return value >= 1
+
+
+def _is_positive(value: int | float) -> bool:
+    return 0 < value < inf
+
+
+def _is_not_negative(value: int | float) -> bool:
+    return 0 <= value < inf
+
+
+def _is_share(value: int | float) -> bool:
+    return 0 <= value <= 1
+
+
+def _is_below_one(value: int | float) -> bool:
+    return 0 <= value < 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +63,7 @@ class OptimRecipe:
             parameters of two axes and more alone.
         decay_share: part of all steps that a `trapezoid` spends on its way down.
         final_share: part of `lr` that is left at the end.
-        clip: largest norm of all gradients together.
+        clip: largest norm of all gradients together, above 0; inf: they stay as they are.
         z_loss: weight of the squared log of the softmax's denominator; 0: none.
         ema: share of the old average that a step keeps; 0: no average.
     """
@@ -55,11 +86,15 @@ class OptimRecipe:
     ema: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError(f"optim.lr is {self.lr}: expected a number above 0")
-        for name in ("decay_share", "warmup_share", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"optim.{name} is {getattr(self, name)}: expected 0 to 1")
+        _expect("optim", self, ("lr", "eps"), _is_positive, "a number above 0")
+        rest = ("projector_lr", "tower_lr", "weight_decay", "warmup_steps", "z_loss")
+        _expect("optim", self, rest, _is_not_negative, "0 or more")
+        _expect("optim", self, ("decay_share", "warmup_share", "final_share"), _is_share, "0 to 1")
+        _expect("optim", self, ("ema",), _is_below_one, "at least 0 and below 1")
+        both = "two numbers of at least 0 and below 1"
+        _expect("optim", self, ("betas",), lambda betas: all(map(_is_below_one, betas)), both)
+        off = "above 0 (inf switches clipping off)"
+        _expect("optim", self, ("clip",), lambda clip: clip > 0, off)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +140,10 @@ class RunRecipe:
     plot: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"run.{name} is {getattr(self, name)}: expected at least 1")
-        if self.steps < 0 or self.epochs <= 0:
+        counts = ("batch_size", "accumulate", "log_every", "save_every", "threads")
+        _expect("run", self, counts, _is_count, "at least 1")
+        _expect("run", self, ("seed", "evaluate_every", "workers"), _is_not_negative, "0 or more")
+        if self.steps < 0 or not _is_positive(self.epochs):
             raise ConfigError(
                 f"run.steps is {self.steps} and run.epochs {self.epochs}: expected 0 or more steps "
                 "and more than no epoch"
@@ -118,8 +153,6 @@ class RunRecipe:
                 "run.keep_best compares evaluations, and run.evaluate_every is 0: set it to a "
                 "number of steps"
             )
-        if self.workers < 0:
-            raise ConfigError(f"run.workers is {self.workers}: expected 0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +202,7 @@ class DataRecipe:
 
     Attributes:
         sources: where samples come from.
-        held_out: part of every source that is kept for evaluation, 0 to 1; at least one sample.
+        held_out: part of every source that is kept for evaluation, below 1; at least one sample.
         evaluation: sources of their own for evaluation, instead of `held_out`.
         template: name of the chat template; "": what the checkpoint says ("plain" for align).
         max_length: positions of a row; longer samples are cut on the right.
@@ -202,8 +235,8 @@ class DataRecipe:
     pointing: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.held_out < 1:
-            raise ConfigError(f"data.held_out is {self.held_out}: expected 0 to 1")
+        _expect("data", self, ("held_out",), _is_below_one, "at least 0 and below 1")
+        _expect("data", self, ("max_length",), _is_count, "at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +260,9 @@ class LoraRecipe:
     double_quant: bool = False
 
     def __post_init__(self) -> None:
+        _expect("lora", self, ("rank",), _is_count, "at least 1")
+        _expect("lora", self, ("alpha",), _is_positive, "a number above 0")
+        _expect("lora", self, ("dropout",), _is_below_one, "at least 0 and below 1")
         if self.double_quant and self.base != "nf4":
             raise ConfigError(
                 f"lora.double_quant rounds the scales of nf4, and lora.base is {self.base!r}: set "
@@ -248,6 +284,9 @@ class NoiseRecipe:
     alpha: float = 0.0
     on: Literal["image", "all"] = "all"
 
+    def __post_init__(self) -> None:
+        _expect("noise", self, ("alpha",), _is_not_negative, "0 or more")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillRecipe:
@@ -267,12 +306,9 @@ class DistillRecipe:
     hidden_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ConfigError(f"distill.temperature is {self.temperature}: expected above 0")
-        if not 0 <= self.weight <= 1:
-            raise ConfigError(f"distill.weight is {self.weight}: expected 0 to 1")
-        if self.hidden_weight < 0:
-            raise ConfigError(f"distill.hidden_weight is {self.hidden_weight}: expected 0 or more")
+        _expect("distill", self, ("temperature",), _is_positive, "above 0")
+        _expect("distill", self, ("weight",), _is_share, "0 to 1")
+        _expect("distill", self, ("hidden_weight",), _is_not_negative, "0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
