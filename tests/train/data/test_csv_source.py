@@ -65,6 +65,12 @@ def test_captions_are_read_as_samples(tmp_path):
     [
         ("image,text\na.png,A boat.\n", "has the columns image, text: expected image, question"),
         ("", "has the columns none"),
+        (
+            "image_path,question,answer\na.png,What?,A boat.\n",
+            "has the columns image_path, question, answer and no 'image': rename image_path to",
+        ),
+        ("images,caption\na.png,A boat.\n", "no 'image': rename images to image, or delete it"),
+        ("File,caption\na.png,A boat.\n", "no 'image': rename file to image"),
         ("image,image,answer\na.png,b.png,A\n", "has two columns 'image': rename or delete one"),
         (
             'image,answer\na.png,"A boat.\nb.png,B\n',
@@ -76,6 +82,11 @@ def test_captions_are_read_as_samples(tmp_path):
 def test_other_tables_are_refused(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         open_source(table(tmp_path, text))
+
+
+@pytest.mark.parametrize("columns", ["question,answer", "image,image_path,answer"])
+def test_tables_of_text_and_tables_with_more_columns_are_read(tmp_path, columns):
+    assert len(open_source(table(tmp_path, f"{columns}\n{columns}\n"))) == 1
 
 
 def test_a_short_row_is_named(tmp_path):

@@ -147,6 +147,25 @@ def test_systems_and_first_answers():
     assert said(read(turn)) == [("system", "Be brief."), ("user", "Q")]
 
 
+@pytest.mark.parametrize(("question", "answer"), [(3, 4.5), (0, 10**400), (1.0, "a")])
+def test_numbers_of_a_table_are_its_text(question, answer):
+    record = {"question": question, "answer": answer}
+    assert said(read(record)) == [("user", str(question)), ("assistant", str(answer))]
+    assert signed_words(record) == -2
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"photo": "", "img": None, "conversations": turns("Q", "A")},
+        {"photo": "b.png", **LLAVA},
+        {"image_url": "b.png", **openai(OWN_PICTURE, *IN_PARTS)},
+    ],
+)
+def test_other_keys_do_no_harm_beside_pictures_or_empty(record):
+    assert len(read(record).messages) in (2, 4)
+
+
 def test_names_are_resolved():
     record = {"image": "a", "conversations": turns("<image>", "A")}
     sample = read(record, resolve=lambda name: f"folder/{name}")
@@ -171,8 +190,15 @@ def test_names_are_resolved():
             {"conversations": {"from": ["human"], "value": []}},
             r"different lengths \('from': 1, 'value': 0\)",
         ),
-        ({"question": "Q", "answer": ["A", "B"]}, "its question or answer is a list: expected a"),
-        ({"question": 3, "answer": "A"}, "its question or answer is a int: expected a text"),
+        ({"question": "Q", "answer": ["A", "B"]}, "its 'answer' is a list: expected a text"),
+        ({"question": True, "answer": "A"}, "its 'question' is a bool: expected a text"),
+        ({"question": "Q", "answer": float("nan")}, "its 'answer' is nan: expected a text"),
+        ({"question": "Q", "answer": None}, "its 'answer' is null"),
+        (
+            {"image_path": "a.png", "question": "Q", "answer": "A"},
+            "shows no picture, and its 'image_path' is not read: call it 'image'",
+        ),
+        ({"image": "", "img": ["a.png"], "conversations": turns("Q", "A")}, "its 'img' is not"),
         ({"conversations": ["Q"]}, "turn 0 is a str: expected an object"),
         ({"conversations": []}, "it has no turns"),
         ({"conversations": turns("Q", "A")[1:]}, "it has no turns"),

@@ -19,13 +19,16 @@ from lapilli.train.data.pictures import PictureFolder
 
 _READ: Final = ("id", "image", "question", *ANSWER_KEYS)
 _DELIMITERS: Final = ",;\t"
+# What a column is called that may be meant to be "image".
+_LIKE_IMAGE: Final = ("image", "img", "picture", "photo", "file", "path")
 
 
 class CsvSource:
     """The rows of one file; its first line names the columns, in letters of any case.
 
     Raises:
-        DataError: no column "answer" or "caption", or a file that is no table.
+        DataError: no column "answer" or "caption", a column of pictures that is not called "image",
+            or a file that is no table.
     """
 
     def __init__(self, path: Path, folder: PictureFolder) -> None:
@@ -42,6 +45,12 @@ class CsvSource:
         twice = next((name for name in _READ if columns.count(name) > 1), "")
         if twice:
             raise DataError(f"{path} has two columns {twice!r}: rename or delete one")
+        other = next((name for name in columns if any(part in name for part in _LIKE_IMAGE)), "")
+        if other and "image" not in columns:  # a whole run without its pictures otherwise
+            raise DataError(
+                f"{path} has the columns {', '.join(columns)} and no 'image': rename {other} to "
+                "image, or delete it"
+            )
         self._columns = columns
 
     def _read(self, text: str) -> list[tuple[int, list[str]]]:

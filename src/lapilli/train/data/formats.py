@@ -10,6 +10,7 @@ they come first. Every record is looked at on its own: a file may mix the format
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,6 +40,8 @@ _TURN_KEYS = ("conversations", "messages", "conversation")
 ANSWER_KEYS = ("answer", "caption")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA_KEYS = ("image", "images")
+# Keys of pictures in data of other trainers: a record of theirs would be learned without any.
+_UNREAD_KEYS = ("img", "img_path", "image_path", "image_file", "image_url", "picture", "photo")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _SOURCE_KEYS = ("image_url", "image", "url", "path", "source", "data", "base64")
 _ID_KEYS = ("id", "sample_id", "question_id")
@@ -102,6 +105,8 @@ def _messages(record: Record, turns: list[Turn]) -> list[Message]:
             f"{len(pictures.names)} images but {pictures.used} {PLACEHOLDER} placeholders: write "
             "one for each image"
         )
+    if not any(message.media for message in messages):
+        _refuse_unread(record)
     for number, message in enumerate(messages):
         if not _is_unicode(message.text):
             raise _FormatError(f"turn {number} has half of a character (a lone surrogate)")
@@ -111,6 +116,13 @@ def _messages(record: Record, turns: list[Turn]) -> list[Message]:
     if system:
         messages.insert(0, Message.system(system))
     return messages
+
+
+def _refuse_unread(record: Record) -> None:
+    """A record without pictures has none under another name either."""
+    for key in _UNREAD_KEYS:
+        if record.get(key):
+            raise _FormatError(f"it shows no picture, and its {key!r} is not read: call it 'image'")
 
 
 def _from_first_question(messages: list[Message]) -> tuple[list[Message], tuple[str, ...]]:
@@ -253,21 +265,29 @@ def _rows(columns: Mapping[str, Any]) -> object:
 
 def _asked_once(record: Record) -> list[Turn]:
     """The turns of a row of a table: its pictures and the question, the answer or caption."""
-    answer, question = _first(record, *ANSWER_KEYS), record.get("question")
-    if answer is None:
+    key = next((key for key in ANSWER_KEYS if record.get(key) is not None), None)
+    if key is None:
+        null = next((key for key in ANSWER_KEYS if key in record), None)
+        if null is not None:
+            raise _FormatError(f"its {null!r} is null")
         raise _FormatError(
             f"no list {' or '.join(map(repr, _TURN_KEYS[:2]))} and no text "
             f"{' or '.join(map(repr, ANSWER_KEYS))}, found the keys "
             f"{', '.join(map(repr, record)) or 'none'}"
         )
-    for text in (answer, question):
-        if not isinstance(text, str | None):
-            raise _FormatError(
-                f"its question or answer is a {type(text).__name__}: expected a text"
-            )
-    is_placed = question is not None and PLACEHOLDER in question
-    shown = "" if is_placed else PLACEHOLDER * len(listed_media(record))
-    return [("user", "\n".join(filter(None, (shown, question)))), ("assistant", answer)]
+    question = "" if record.get("question") is None else _cell(record, "question")
+    shown = "" if PLACEHOLDER in question else PLACEHOLDER * len(listed_media(record))
+    return [("user", "\n".join(filter(None, (shown, question)))), ("assistant", _cell(record, key))]
+
+
+def _cell(record: Record, key: str) -> str:
+    """A text, or a number as its text, as in CSV; what pandas writes for an empty cell is none."""
+    value = record[key]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _FormatError(f"its {key!r} is {value}: expected a text")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise _FormatError(f"its {key!r} is a {type(value).__name__}: expected a text")
+    return str(value)
 
 
 def _turn(turn: object, number: int) -> Turn:
