@@ -33,6 +33,12 @@ def test_what_is_there_is_taken_from_the_working_directory(here):
     refuse_missing(recipe, here / "recipes" / "a.toml")
 
 
+def test_a_folder_is_no_file_of_data(here):
+    expected = rf"path is 'recipes', and {here}/recipes is a folder: name a \.json, .* file in it$"
+    with pytest.raises(ConfigError, match=expected):
+        refuse_missing(recipe_of(path="recipes"), here / "a.toml")
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lapilli.checkpoint.source import HUB_ID, is_local
 from lapilli.errors import ConfigError, DataError
-from lapilli.train.data.source import expand
+from lapilli.train.data.source import NAME_A_FILE, expand
 from lapilli.train.recipe import Recipe
 
 
@@ -21,13 +21,18 @@ def refuse_missing(recipe: Recipe, file: Path) -> None:
         file: that it was read from.
 
     Raises:
-        ConfigError: a path that leads nowhere, and where it would, from the recipe's own folder.
+        ConfigError: a path that leads nowhere, and where it would, from the recipe's own folder; a
+            folder where files of data are meant.
         CheckpointError: a file where a checkpoint's directory is meant.
     """
     for key, name, is_there in _paths(recipe):
         if name is None or is_there(name):
             continue
         path = Path(name).expanduser()
+        if is_there is _has_files and path.is_dir():
+            raise ConfigError(
+                f"recipe key {key} is {name!r}, and {path.absolute()} is a folder: {NAME_A_FILE}"
+            )
         beside = file.absolute().parent / path
         lies_beside = is_there(str(beside))
         if is_there is is_local and HUB_ID.fullmatch(name) and not lies_beside:

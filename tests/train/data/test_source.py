@@ -153,6 +153,14 @@ def test_text_that_is_no_utf8_is_named(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("begin", ["", "\ufeff", "\n "])
+def test_an_array_is_no_file_of_lines(tmp_path, begin):
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{begin}[\n{{"a": 1}}\n]\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"jsonl begins with '\[': an array belongs into a \.json"):
+        read(path)
+
+
 def test_a_broken_line_is_one_bad_record(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"a": 1}\n\n{"b": \n{"c": 3}\n')
@@ -395,6 +403,8 @@ def test_several_files_are_one_source(tmp_path):
 def test_files_that_are_not_there_or_not_known(tmp_path):
     with pytest.raises(DataError, match=r"a.json is no file"):
         expand(str(tmp_path / "a.json"))
+    with pytest.raises(DataError, match=rf"{tmp_path} is a folder: name a \.json, .* file in it"):
+        expand(str(tmp_path))
     with pytest.raises(DataError, match=r"x\*.tar is no file"):
         expand(str(tmp_path / "x*.tar"))
     (tmp_path / "a.xml").write_text("a,b")

@@ -55,7 +55,11 @@ class _Ranges:
 
 
 class LinesSource(_Ranges):
-    """One JSON value per line; empty lines do not count. A broken line is found when it is read."""
+    """One JSON value per line; empty lines do not count. A broken line is found when it is read.
+
+    Raises:
+        DataError: the file is an array.
+    """
 
     def __init__(self, path: Path, folder: PictureFolder) -> None:
         super().__init__(path, folder)
@@ -63,6 +67,10 @@ class LinesSource(_Ranges):
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
+                    if not self and line.removeprefix(_BOM).lstrip().startswith(b"["):
+                        raise DataError(
+                            f"{path} begins with '[': an array belongs into a .json file"
+                        )
                     self._add(at, at + len(line), number)
                 at += len(line)
 

@@ -27,6 +27,8 @@ from lapilli.train.data.pictures import PictureFolder
 from lapilli.train.data.tar_source import TarSource
 from lapilli.train.recipe import SourceRecipe
 
+NAME_A_FILE: Final = "name a .json, .jsonl, .csv, .tsv, .parquet or .tar file in it"
+
 # First bytes of files that are not what their names say, and what to do.
 _FOREIGN: Final = (
     (b"\x1f\x8b", "gzip-compressed: unpack it first, samples are read by seeking"),
@@ -153,7 +155,7 @@ def expand(pattern: str) -> list[Path]:
     """The files of a path with braces ({a,b}, {000..012}) and wildcards, in order.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or it is a folder.
     """
     whole = Path(pattern).expanduser()
     if whole.is_file():
@@ -164,8 +166,11 @@ def expand(pattern: str) -> list[Path]:
     for parts in product(*choices):
         path = "".join(parts)
         found = sorted(glob(path)) if re.search(r"[*?\[]", path) else [path]  # noqa: PTH207 - of any root
-        if not found or not all(Path(name).is_file() for name in found):
-            raise DataError(f"{path} is no file: expected a data file (from {Path.cwd()})")
+        lost = next((name for name in found or [path] if not Path(name).is_file()), None)
+        if lost is not None and Path(lost).is_dir():
+            raise DataError(f"{lost} is a folder: {NAME_A_FILE}")
+        if lost is not None:
+            raise DataError(f"{lost} is no file: expected a data file (from {Path.cwd()})")
         paths += map(Path, found)
     return paths
 
