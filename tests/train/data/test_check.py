@@ -99,6 +99,7 @@ def test_everything_that_is_wrong_is_found_with_its_line(folder, tokenizer, mode
         "3 notes",
         f"{path}:2 (id 'b'): {folder / 'broken.jpg'} is damaged",
         f"{path}:3 (id 'c'): {folder / 'gone.png'} does not exist",
+        ": pictures are looked for beside the data file, or in the folder that",
         f"{path}:4 (id 'd'): turn 0 is from 'robot'",
         f"{path}:7 (id 'g'): empty answer (number 2)",
         "more than 500: 0 of ",
@@ -139,8 +140,10 @@ def test_every_picture_is_opened_once(folder, monkeypatch):
     from lapilli.train.data import check as module
 
     opened = []
-    fetch = module.fetch
-    monkeypatch.setattr(module, "fetch", lambda source: opened.append(source) or fetch(source))
+    fetch = module.fetch_picture
+    monkeypatch.setattr(
+        module, "fetch_picture", lambda source: opened.append(source) or fetch(source)
+    )
     records = [{"image": "red.png", "conversations": turns("<image>", "A")}] * 5
     records += [{"image": "gone.png", "conversations": turns("<image>", "A")}] * 3
     report = look(folder, records)

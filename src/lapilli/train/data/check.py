@@ -15,12 +15,12 @@ import torch
 
 from lapilli.errors import DataError, LapilliError, MediaError
 from lapilli.geometry import ImageSize
-from lapilli.media.fetch import fetch
 from lapilli.modality.image.decode import to_rgb
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.choose import Template
 from lapilli.prompt.message import MediaPart
 from lapilli.train.data.dataset import Dataset
+from lapilli.train.data.pictures import fetch_picture
 from lapilli.train.data.report import DataReport, Finding, Kind, Spread
 from lapilli.train.data.rows import RowMaker
 from lapilli.train.data.sample import Sample
@@ -97,7 +97,7 @@ class Album:
         return known
 
     def _open(self, source: Any) -> Seen:  # noqa: ANN401 - see look
-        fetched = fetch(source)
+        fetched = fetch_picture(source)
         image = to_rgb(fetched.data, name=fetched.name)
         twin = None
         if isinstance(fetched.data, bytes):

@@ -1,4 +1,4 @@
-"""What a record calls a picture -> what media/fetch takes; opens nothing."""
+"""What a record calls a picture -> what media/fetch takes -> the picture."""
 
 import base64
 import binascii
@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lapilli.errors import DataError
+from lapilli.errors import DataError, MediaError
+from lapilli.media.fetch import Fetched, FetchLimits, fetch
 
 _URL = re.compile(r"(?:https?|data):", re.IGNORECASE)
 # How base64 of JPEG, PNG, GIF, WebP, BMP and TIFF begins.
@@ -31,6 +32,23 @@ class PictureFolder:
         """
         picture = picture_of(name)
         return self.folder / str(picture) if is_file_name(picture) else picture
+
+
+def fetch_picture(source: object, limits: FetchLimits | None = None) -> Fetched:
+    """The picture of a sample.
+
+    Raises:
+        MediaError: it cannot be fetched; of a file that is not there, where it is looked for.
+    """
+    try:
+        return fetch(source, limits=limits or FetchLimits())
+    except MediaError as error:
+        if isinstance(source, Path) and isinstance(error.__cause__, FileNotFoundError):
+            raise MediaError(
+                f"{error}: pictures are looked for beside the data file, or in the folder that "
+                "images = ... in the recipe, or --images, names"
+            ) from error
+        raise
 
 
 def is_file_name(picture: object) -> bool:

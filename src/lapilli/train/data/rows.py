@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from lapilli.errors import DataError, LapilliError, PromptError
-from lapilli.media.fetch import FetchLimits, fetch
+from lapilli.media.fetch import FetchLimits
 from lapilli.modality.image.decode import to_rgb
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template
@@ -17,6 +17,7 @@ from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart
 from lapilli.prompt.tokenizer.base import Tokenizer
 from lapilli.train.data.formats import to_sample
+from lapilli.train.data.pictures import fetch_picture
 from lapilli.train.data.sample import Sample
 
 
@@ -114,7 +115,7 @@ class RowMaker:
         modality = self._model.modality(part.modality)
         if part.modality != "image":
             return modality.prepare(part.source)
-        fetched = fetch(part.source, limits=self._limits)
+        fetched = fetch_picture(part.source, self._limits)
         return modality.prepare(to_rgb(fetched.data, name=fetched.name))
 
 
