@@ -75,6 +75,14 @@ def test_a_file_is_no_directory(tmp_path):
         load(str(file))
 
 
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+def test_the_folder_of_a_run(tmp_path, file):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / file).write_text("{}")
+    with pytest.raises(MissingFileError, match=rf"did you mean {tmp_path / 'model'}\?"):
+        load(tmp_path)
+
+
 def test_no_config(copy):
     path, _ = copy(SAFE)
     (path / "config.json").unlink()

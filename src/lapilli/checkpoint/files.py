@@ -21,7 +21,7 @@ def read_json(path: Path) -> JsonObject:
     found = read_optional_json(path)
     if found is None:
         results = path.parent / RESULTS
-        is_run = (results / path.name).is_file()
+        is_run = any(results.glob("*config.json"))  # an adapter may have adapter_config.json only
         meant = f"did you mean {results}?" if is_run else "is this the directory of a checkpoint?"
         raise MissingFileError(f"{path.name} is missing in {path.parent}: {meant}")
     return found
