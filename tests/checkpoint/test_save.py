@@ -9,7 +9,7 @@ import torch
 
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.save import save_llava, save_projector
-from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
+from lapilli.errors import CheckpointError, ConfigError, MissingFileError, UnsupportedModelError
 from lapilli.lora import LoraConfig, inject
 
 
@@ -117,6 +117,24 @@ def test_projector_alone(golden, tmp_path):
     save_projector(path, before.model, before.config, base=built["model_base"])
     assert sorted(file.name for file in path.iterdir()) == ["config.json", "mm_projector.bin"]
     assert_same_weights(before, load(path))
+
+
+def test_a_base_that_moved_brings_its_tower(golden, tmp_path):
+    _, built, _ = golden("llava-tiny-identity")
+    one = load(built["model_path"])
+    base, moved, path = tmp_path / "b1", tmp_path / "b2", tmp_path / "llava-projector"
+    save_llava(base, one.model, one.config, tokenizer_path=one.tokenizer_path, tower="beside")
+    config = replace(one.config, vision_source=str(base / "vision_tower"))
+    save_projector(path, one.model, config, base=str(base))
+    base.rename(moved)
+    after = load(path, base=str(moved))
+    assert_same_weights(one, after)
+    assert after.config.vision_source == str(moved / "vision_tower")
+    (moved / "vision_tower").rename(tmp_path / "tower")
+    with pytest.raises(
+        MissingFileError, match=r"b1/vision_tower' is no directory.*b2 has no .*--base"
+    ):
+        load(path, base=str(moved))
 
 
 def test_projector_without_named_tower(golden, tmp_path):

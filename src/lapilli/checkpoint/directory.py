@@ -17,7 +17,7 @@ from lapilli.checkpoint.keymaps import (
     KeyMap,
 )
 from lapilli.checkpoint.keymaps.tables import TOWER
-from lapilli.checkpoint.source import find_directory, resolve
+from lapilli.checkpoint.source import HUB_ID, find_directory, resolve
 from lapilli.checkpoint.weights import WeightStore, complete_weights, find_weight_files
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import (
@@ -84,7 +84,12 @@ def open_weights(directory: Path, *, weights: bool = True) -> WeightStore:
 
 
 def open_directory(
-    path: Path, *, extra: Sequence[WeightPart] = (), weights: bool = True, fetch: bool = True
+    path: Path,
+    *,
+    extra: Sequence[WeightPart] = (),
+    base: Path | None = None,
+    weights: bool = True,
+    fetch: bool = True,
 ) -> CheckpointDirectory:
     """A checkpoint directory.
 
@@ -92,6 +97,7 @@ def open_directory(
         path: with config.json.
         extra: weights that belong to it but lie elsewhere (the base of an adapter); they may
             bring the vision tower.
+        base: the model under an adapter or a projector; it may have moved with its tower.
         weights: False looks at the small files only and leaves `parts` empty.
         fetch: False leaves the weights of a vision tower on the hub where they are.
 
@@ -101,6 +107,9 @@ def open_directory(
         CheckpointError: a file is damaged.
     """
     raw = read_json(path / "config.json")
+    moved = None if base is None else _tower_of_base(raw, path, base)
+    if moved is not None:
+        raw = {**raw, "mm_vision_tower": str(moved)}
     store = open_weights(path, weights=weights)
     tower_path = _tower_directory(path, raw, fetch=fetch)
     tower_config = read_json(tower_path / "config.json") if tower_path else None
@@ -114,6 +123,8 @@ def open_directory(
     keymap = keymap_of(raw)
     own = (WeightPart("checkpoint", store, keymap),) if store.infos else ()
     parts, notes = (*extra, *own), _pixel_notes(tower_path or path, config)
+    if moved is not None:
+        notes += (f"the vision tower is the base's, {moved}: the one that was named is gone",)
     if tower_path is not None and weights:
         parts, more = _with_tower(parts, config, tower_path, fetch=fetch)
         notes += more
@@ -135,6 +146,26 @@ def keymap_of(raw: JsonObject) -> KeyMap:
     if not is_original(raw):
         return LANGUAGE_MODEL
     return ORIGINAL_MPT if parse_text_config(raw).family == "mpt" else ORIGINAL
+
+
+def _tower_of_base(raw: JsonObject, path: Path, base: Path) -> Path | None:
+    """The base's vision tower, where config.json names a folder that is gone.
+
+    Raises:
+        MissingFileError: that folder is gone and the base has no tower either.
+    """
+    own = named_tower(raw)
+    if own is None or HUB_ID.fullmatch(own) or find_directory(own, (path,)) is not None:
+        return None
+    other = named_tower(read_json(base / "config.json"))
+    found = None if other is None else find_directory(other, (base,))
+    if found is None:
+        raise MissingFileError(
+            f"the vision tower of {path} (mm_vision_tower in its config.json) is not there: "
+            f"{own!r} is no directory, and the base {base} has no folder of a tower: write where "
+            "it lies now into the key, or give a base that has it (--base)"
+        )
+    return found
 
 
 def _tower_directory(path: Path, raw: JsonObject, *, fetch: bool) -> Path | None:

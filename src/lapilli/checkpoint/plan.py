@@ -210,7 +210,7 @@ def _plan_on_base(
     elif below is not None and not below.has(PROJECTOR):
         raise MissingFileError(f"{files[-1]} is missing in {path}: the projector is in it")
     parts += _saved_part(adapter, keymap_of(raw))
-    directory = open_directory(path, extra=parts, fetch=fetch)
+    directory = open_directory(path, extra=parts, base=base_path, fetch=fetch)
     base_rows = refuse_wrong_base(directory.config.text, base_path)
     return _plan(
         form,
