@@ -8,7 +8,14 @@ import pytest
 
 from lapilli.train.data import open_dataset
 from lapilli.train.identity import identity_of
-from lapilli.train.recipe import DataRecipe, OptimRecipe, Recipe, RunRecipe, SourceRecipe
+from lapilli.train.recipe import (
+    DataRecipe,
+    LoraRecipe,
+    OptimRecipe,
+    Recipe,
+    RunRecipe,
+    SourceRecipe,
+)
 
 
 @pytest.fixture
@@ -25,6 +32,7 @@ def recipe(tmp_path):
         optim=OptimRecipe(lr=0.1),
         run=RunRecipe(batch_size=2),
         data=DataRecipe(sources=sources_in(folder), held_out=0.3),
+        lora=LoraRecipe(base="nf4"),
     )
 
 
@@ -49,6 +57,11 @@ def differences(ours, theirs):
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
+        ("optim", "name", "sgd"),
+        ("lora", "rank", 8),
+        ("lora", "alpha", 32.0),
+        ("lora", "base", "int4"),
+        ("lora", "double_quant", True),
         ("run", "seed", 1),
         ("run", "batch_size", 3),
         ("run", "accumulate", 2),
@@ -59,11 +72,18 @@ def differences(ours, theirs):
         ("data", "placement", "written"),
     ],
 )
-def test_what_decides_the_batches_is_in_it_by_its_key(recipe, section, key, value):
+def test_what_makes_another_run_is_in_it_by_its_key(recipe, section, key, value):
     before, after = identity(recipe), identity(changed(recipe, section, **{key: value}))
     assert differences(before, after) == {f"{section}.{key}"}
     assert after[f"{section}.{key}"] == value
     assert differences(before, identity(recipe, "plain")) == {"data.template"}
+
+
+def test_a_run_without_adapters_or_of_another_stage_is_another(recipe):
+    whole = replace(recipe, lora=None)
+    gone = {f"lora.{name}" for name in ("rank", "alpha", "base", "double_quant")}
+    assert differences(identity(recipe), identity(whole)) == gone
+    assert differences(identity(whole), identity(replace(whole, stage="align"))) == {"stage"}
 
 
 def test_what_may_change_while_a_run_goes_on_is_not_in_it(recipe):
@@ -71,7 +91,8 @@ def test_what_may_change_while_a_run_goes_on_is_not_in_it(recipe):
         recipe, "run", steps=9, epochs=2.0, precision="bfloat16", log_every=1, save_every=1,
         threads=1, workers=2, sharding="fsdp", gradient_checkpointing=True, reduction="llava",
     )  # fmt: skip
-    later = changed(later, "optim", lr=0.2, warmup_steps=5)
+    later = changed(later, "optim", lr=0.2, warmup_steps=5, clip=2.0)
+    later = changed(later, "lora", dropout=0.2)
     later = changed(later, "data", on_bad_sample="skip")
     assert identity(later) == identity(recipe)
 

@@ -148,7 +148,7 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     run = {**LONG, "steps": 10}
     other = cluster.together(cluster.run_talk, 2, parts, "fsdp", "lora", {**run, "seed": 1}, OPTIM)
     for answer in other:
-        assert "000008 is of a run with other batches (run.seed: the state says 0" in str(answer)
+        assert "000008 is of another run (run.seed: the state says 0" in str(answer)
     answers = cluster.together(cluster.run_talk, 2, parts, "ddp", "lora", run, OPTIM)
     assert isinstance(answers[0], dict), answers
     assert cluster.losses(parts) == pytest.approx(cluster.losses(alone), abs=1e-5)

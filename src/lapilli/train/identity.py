@@ -1,4 +1,4 @@
-"""What decides which samples a run reads, in which order, and what becomes of them.
+"""What makes another run: the samples that it reads, their order, and what learns from them.
 
     recipe, template, files --> {"run.seed": 0, "data.sources[0].content": "sha256:...", ...}
 
@@ -35,6 +35,8 @@ def identity_of(
     """
     run, data = recipe.run, recipe.data
     found: dict[str, Plain] = {
+        "stage": recipe.stage,
+        "optim.name": recipe.optim.name,
         "run.seed": run.seed,
         "run.batch_size": run.batch_size,
         "run.accumulate": run.accumulate,
@@ -45,6 +47,9 @@ def identity_of(
         "data.pack": data.pack,
         "data.placement": data.placement,
     }
+    if recipe.lora is not None:
+        names = ("rank", "alpha", "base", "double_quant")
+        found |= {f"lora.{name}": getattr(recipe.lora, name) for name in names}
     for number, (source, count) in enumerate(zip(data.sources, counts, strict=True)):
         facts = {"samples": count, "weight": source.weight, **_files(source)}
         found |= {f"data.sources[{number}].{key}": value for key, value in facts.items()}

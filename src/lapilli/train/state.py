@@ -50,7 +50,7 @@ class RunState:
 
     Attributes:
         skipped: samples so far that could not be read.
-        identity: what decides its batches, by the recipe's names; None: its task does not say.
+        identity: what makes it another run, by the recipe's names; None: its task does not say.
     """
 
     model: nn.Module
@@ -247,7 +247,7 @@ def _tensors(content: Any) -> Iterator[torch.Tensor]:  # noqa: ANN401  nested co
 def _check_identity(
     ours: Mapping[str, Plain] | None, theirs: Mapping[str, Plain] | None, path: Path
 ) -> None:
-    """Refuse a checkpoint of other batches; one that does not say is believed."""
+    """Refuse a checkpoint of another run; one that does not say is believed."""
     if ours is None or theirs is None:
         return
     names = [*theirs, *(name for name in ours if name not in theirs)]
@@ -258,7 +258,7 @@ def _check_identity(
             for name in differ
         )
         raise TrainingError(
-            f"{path} is of a run with other batches ({told}): go on with the recipe that began "
+            f"{path} is of another run ({told}): go on with the recipe that began "
             "the run, or train into another folder"
         )
 
