@@ -41,7 +41,7 @@ def find_base(given: str | None, named: str | None, path: Path, *, fetch: bool =
     if not named:
         raise MissingFileError(
             f"{path} is an adapter or a projector and does not name the language model it was "
-            "trained on: give it as base"
+            "trained on: give it as base (--base)"
         )
     found = find_beside(named, path)
     if found is not None:
@@ -51,7 +51,7 @@ def find_base(given: str | None, named: str | None, path: Path, *, fetch: bool =
     except CheckpointError as error:
         raise MissingFileError(
             f"{path} was trained on {named!r}, which is not there: {error}; or give another "
-            "place of it as base"
+            "place of it as base (--base)"
         ) from error
 
 
