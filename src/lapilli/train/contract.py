@@ -68,10 +68,10 @@ class CountedTask(Task, Protocol):
 
 @runtime_checkable
 class IdentifiedTask(Task, Protocol):
-    """A task that knows what decides its batches: a state of other batches is refused."""
+    """A task that knows what makes another run: a state of another one is refused."""
 
     def identity(self) -> Mapping[str, Plain]:
-        """Whatever `batch` is a function of beside its two numbers, by the recipe's names."""
+        """What decides its batches and what its weights mean, by the recipe's names."""
         ...
 
 
