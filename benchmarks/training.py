@@ -269,9 +269,9 @@ def main() -> None:
     found = (compare_packing if wanted.task == "packing" else compare)(wanted, path)
     work = {"task": wanted.task, "shape": wanted.shape, "layers": wanted.layers}
     text = json.dumps({**work, "machine": machine(), **found}, indent=1)
+    print(text)  # first: a file that cannot be written must not lose a quarter of an hour
     if wanted.out:
         wanted.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
 
 
 if __name__ == "__main__":
