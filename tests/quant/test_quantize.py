@@ -32,10 +32,21 @@ def test_language_model_in_4_head_in_8_tower_as_it_is() -> None:
     before = model.language_model["layers"][0].weight.nbytes
     report = quantize(model, QuantConfig())
     assert report.bits == {"language_model.layers.0": 4, "language_model.lm_head": 8}
+    assert report.head_bits == 8
     assert report.num_bytes_before == before + 20 * 48 * 4
     assert report.num_bytes < report.num_bytes_before / 2
     assert type(model.modalities["image"]) is nn.Linear
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("head_bits", [4, 8, None])
+def test_the_report_says_that_a_tied_head_stays_float(head_bits: int | None) -> None:
+    """With tied embeddings there is no layer for the logits, whatever is asked for."""
+    model = Whole()
+    del model.language_model["lm_head"]
+    report = quantize(model, QuantConfig(head_bits=head_bits))
+    assert report.head_bits is None
+    assert list(report.bits) == ["language_model.layers.0"]
 
 
 def test_the_tower_when_asked() -> None:

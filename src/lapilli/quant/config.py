@@ -22,7 +22,7 @@ class QuantConfig:
         mode: "dynamic" rounds activations to 8 bits by token and group, so that products are
             integers; "weight_only" keeps them in float32.
         head_bits: bits of the layer that gives the logits, which are the most sensitive; None: it
-            stays float.
+            stays float. A model with tied embeddings has no such layer, and its logits stay float.
         quantize_tower: the vision tower and the projector too, in 8 bits.
         search: at 4 bits, look for the scale with the least squared error instead of the one that
             just covers the largest weight.

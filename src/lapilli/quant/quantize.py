@@ -24,11 +24,15 @@ class QuantReport:
         bits: of every replaced layer, by full path, in the order of the model.
         num_bytes: of the packed layers.
         num_bytes_before: of the same layers as they were.
+        head_bits: of the layer that gives the logits; None: it stays float, as asked for, or as a
+            model with tied embeddings has no such layer: its logits read the vocabulary table,
+            which is never packed, whatever QuantConfig.head_bits says.
     """
 
     bits: dict[str, int]
     num_bytes: int
     num_bytes_before: int
+    head_bits: int | None
 
 
 def bits_of(path: str, config: QuantConfig) -> int | None:
@@ -86,4 +90,5 @@ def quantize(model: nn.Module, config: QuantConfig) -> QuantReport:
     if not done:
         raise ConfigError(f"no linear layer lies under {LANGUAGE_MODEL}: is this a whole model?")
     model.requires_grad_(False)
-    return QuantReport(done, after, before)
+    head = next((bits for path, bits in done.items() if path.endswith(HEAD)), None)
+    return QuantReport(done, after, before, head)
