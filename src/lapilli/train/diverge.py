@@ -18,7 +18,7 @@ LOWEST: Final = "loss_was"
 _MOST: Final = 10  # losses of a mean
 _FEWEST: Final = 3
 _RISE: Final = 1.0  # e times as unlikely a token: more than any good run takes back
-_SIGMAS: Final = 4.0
+_SIGMAS: Final = 6.0  # none of 800 noisy runs of 200 steps without a trend is told then
 
 
 class LossWatch:
