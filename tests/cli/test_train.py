@@ -167,3 +167,18 @@ def test_a_bad_picture_ends_the_run_or_is_counted(
             assert "1 samples could not be read; others stood in for them" in said
         else:
             assert said.count("\n") == 1
+
+
+def test_an_exam_is_printed_at_the_end(
+    lapilli: Run, checkpoint: str, captions: Path, tmp_path: Path
+) -> None:
+    given = ("--model.checkpoint", checkpoint, "--data.sources", f'[{{path = "{captions}"}}]')
+    given = (*given, "--lora.rank", "2", "--run.steps", "2", "--out", str(tmp_path / "run"))
+    recipe = str(RECIPES / "instruct.toml")
+    done = lapilli("train", recipe, *given, "--exam", "2")
+    assert done.returncode == 2
+    assert "nothing is held out: set data.held_out" in done.stderr
+    done = lapilli("train", recipe, *given, "--exam", "2", "--data.held_out", "0.2")
+    assert done.returncode == 0, done.stderr
+    assert "of 2 held-out answers" in done.stderr
+    assert "exact match" in done.stderr

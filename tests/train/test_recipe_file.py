@@ -52,6 +52,9 @@ def test_overrides_are_laid_over_the_file(tmp_path):
         ("[optim]\nlr = 1\ntower_lr = 1\n", ConfigError, "the tower does not learn"),
         ("[optim\n", ConfigError, "not valid TOML"),
         ("", ConfigError, "recipe key optim.lr is missing"),
+        ("[optimizer]\nlr = 1\n", UnknownKeyError, r"optimizer is unknown: did you mean optim\?"),
+        ("[optim]\nlearning_rate = 1\n", UnknownKeyError, r"did you mean optim\.lr\?"),
+        ("max_steps = 1\n", UnknownKeyError, r"did you mean run\.steps\?"),
     ],
 )
 def test_mistakes_are_named(tmp_path, change, kind, message):

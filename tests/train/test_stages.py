@@ -242,3 +242,13 @@ def test_compiled_layers_give_the_same_loss_and_gradients_from_few_programs(back
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_adapter_goes_on_as_it_is_or_is_refused(whole):
+    """rank, alpha and targets of a recipe did nothing beside an adapter that was there."""
+    choose_trainable(whole, recipe_of(lora=LORA))
+    for key, value in (("rank", 5), ("alpha", 99.0), ("targets", ("language_model.nothing",))):
+        with pytest.raises(ConfigError, match=rf"lora\.{key}"):
+            choose_trainable(whole, recipe_of(lora=replace(LORA, **{key: value})))
+    choose_trainable(whole, recipe_of(lora=replace(LORA, dropout=0.25)))
+    assert {layer.dropout.p for _, layer in adapters(whole)} == {0.25}

@@ -210,7 +210,9 @@ def test_a_bad_held_out_sample_ends_a_run_before_its_first_step(checkpoint, file
     lost = (SourceRecipe(path=str(tmp_path / "data" / "train.json")),)
     with pytest.raises(DataError, match=r"4_0\.png does not exist"):
         build(checkpoint, file, evaluation=lost)
-    with pytest.raises(ConfigError, match="compares evaluations, and nothing is held out"):
+    with pytest.raises(
+        ConfigError, match="evaluate_every would change nothing: nothing is held out"
+    ):
         build(checkpoint, file, run={"keep_best": True, "evaluate_every": 2})
 
 

@@ -25,6 +25,28 @@ Section = TypeVar("Section")
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 _LIKE = 0.85  # of two names that one may have been meant for the other
+_LIKE_A_SECTION = 0.7  # there are few of them
+# What the trainers of transformers and peft call a key.
+_OTHER_NAMES = {
+    "learning_rate": "optim.lr",
+    "warmup_ratio": "optim.warmup_share",
+    "lr_scheduler_type": "optim.schedule",
+    "max_grad_norm": "optim.clip",
+    "max_steps": "run.steps",
+    "num_train_epochs": "run.epochs",
+    "per_device_train_batch_size": "run.batch_size",
+    "gradient_accumulation_steps": "run.accumulate",
+    "logging_steps": "run.log_every",
+    "save_steps": "run.save_every",
+    "eval_steps": "run.evaluate_every",
+    "model_name_or_path": "model.checkpoint",
+    "model_max_length": "data.max_length",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "r": "lora.rank",
+    "target_modules": "lora.targets",
+    "output_dir": "--out",
+}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -95,7 +117,13 @@ def _first_key(hint: Any, where: str) -> str:  # noqa: ANN401  any annotation
 def _meant(key: str) -> str | None:
     """The key of a recipe that has this name in another section, or nearly this name."""
     name = key.rpartition(".")[2].replace("-", "_")
+    if name in _OTHER_NAMES:
+        return _OTHER_NAMES[name]
     known = list(_keys(Recipe))
+    if "." not in key:
+        sections = [one for one in known if "." not in one]
+        if near := difflib.get_close_matches(name, sections, 1, _LIKE_A_SECTION):
+            return near[0]
     elsewhere = [one for one in known if one.rpartition(".")[2] == name]
     return next(iter(elsewhere or difflib.get_close_matches(key, known, 1, _LIKE)), None)
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from lapilli.errors import UnknownKeyError
+from lapilli.errors import ConfigError, UnknownKeyError
 
 if TYPE_CHECKING:
     from lapilli.train.recipe import Recipe
@@ -82,6 +82,24 @@ def _is_read(key: str, stage: str, *, drawn: bool) -> bool:
     tables = (_DRAWN, _OF_DRAWN_STAGE[stage]) if drawn else (_FROM_FILES,)
     names = [one for table in tables for one in table.get(section, ())]
     return name in names or names == list(_ALL)
+
+
+def refuse_drawn(recipe: "Recipe") -> None:
+    """A run over files of samples draws no pictures and makes no parts.
+
+    Raises:
+        ConfigError: the recipe is one of recipes/pebble.
+    """
+    if recipe.stage not in ("align", "instruct"):
+        raise ConfigError(
+            f"stage {recipe.stage!r} makes the parts of a model: a whole one has the stages align "
+            "and instruct (`make pebble` follows recipes/pebble)"
+        )
+    if is_drawn(recipe):
+        raise ConfigError(
+            "recipe key data.num_pictures has pictures drawn, as `make pebble` does by "
+            "recipes/pebble: name a model.checkpoint and data.sources instead"
+        )
 
 
 def set_keys(recipe: "Recipe") -> Iterator[str]:

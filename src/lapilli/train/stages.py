@@ -31,7 +31,6 @@ from lapilli.train.batch import TrainingBatch
 from lapilli.train.loop import Loss
 from lapilli.train.loss import cross_entropy_sum, scores, supervised
 from lapilli.train.recipe import LoraRecipe, Recipe, RunRecipe, Stage
-from lapilli.train.recipe_keys import is_drawn
 
 
 class FeatureReader(nn.Module):
@@ -107,7 +106,11 @@ def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, .
     Source: LLaVA section 4.2 and train.py: tune_mm_mlp_adapter, find_all_linear_names; LLaVA-NeXT
         for the tower and the row end.
     """
-    refuse_parts(recipe)
+    if recipe.stage not in ("align", "instruct"):
+        raise ConfigError(
+            f"stage {recipe.stage!r} makes the parts of a model: a whole one has the stages align "
+            "and instruct"
+        )
     model.requires_grad_(False)
     trained: list[nn.Parameter] = []
     for modality in model.modalities.values():
@@ -123,24 +126,6 @@ def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, .
     if not trained:
         raise ConfigError(f"stage {recipe.stage!r} trains nothing in this model")
     return tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def refuse_parts(recipe: Recipe) -> None:
-    """A whole model has no stages of parts, and no pictures are drawn for it.
-
-    Raises:
-        ConfigError: the recipe is one of recipes/pebble.
-    """
-    if recipe.stage not in ("align", "instruct"):
-        raise ConfigError(
-            f"stage {recipe.stage!r} makes the parts of a model: a whole one has the stages align "
-            "and instruct (`make pebble` follows recipes/pebble)"
-        )
-    if is_drawn(recipe):
-        raise ConfigError(
-            "recipe key data.num_pictures has pictures drawn, as `make pebble` does by "
-            "recipes/pebble: name a model.checkpoint and data.sources instead"
-        )
 
 
 def _used(tower: VisionTransformer) -> list[nn.Parameter]:
