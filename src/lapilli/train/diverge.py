@@ -18,7 +18,9 @@ LOWEST: Final = "loss_was"
 _MOST: Final = 10  # losses of a mean
 _FEWEST: Final = 3
 _RISE: Final = 1.0  # e times as unlikely a token: more than any good run takes back
-_SIGMAS: Final = 6.0  # none of 800 noisy runs of 200 steps without a trend is told then
+_SIGMAS: Final = 6.0
+_LARGE, _LARGEST = 1.5, 4.0
+_TIMES = 20.0
 
 
 class LossWatch:
@@ -57,7 +59,12 @@ class LossWatch:
         # Half the mean square of the jumps is the variance of losses without their trend.
         losses = 1 / self._window + (1.0 if self._is_alone else 1 / self._window)
         noise = sqrt(self._jumps / self._count * losses)
-        if self._is_told or mean - self._lowest <= max(_RISE, _SIGMAS * noise):
+        # Losses that diverge jump about as well, so that a large rise is believed without this.
+        is_large = mean - self._lowest > _LARGE and (
+            mean > _TIMES * self._lowest or mean - self._lowest > _LARGEST
+        )
+        is_clear = mean - self._lowest > max(_RISE, _SIGMAS * noise)
+        if self._is_told or not (is_large or is_clear):
             return None
         self._is_told = True
         return self._lowest, mean
