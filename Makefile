@@ -6,7 +6,7 @@
 # make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
 # make lock         choose the exact versions that demo and test install anew (locks/), from pyproject.toml
 # make test-newest  the tests with the newest packages that pyproject.toml allows
-# make test-oldest  the tests with the oldest ones
+# make test-oldest  the tests with the oldest ones (locks/oldest.txt)
 #
 # Everything happens in a virtual environment of its own. Another Python: make test PYTHON=python3.13 VENV=.venv-3.13
 
@@ -84,16 +84,20 @@ bench: $(VENV)/.installed-dev
 pebble: $(VENV)/.installed-dev
 	$(BIN)/python -m lapilli.train.pebble
 
-# Locks hold for every platform that torch has a CPU build for, so its local version (+cpu) is cut off.
-LOCK = build/lock/bin/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --no-header --annotation-style line \
+# Locks hold for every machine that torch has a build for, so the local version of its CPU build (+cpu) is cut off,
+# and what its CUDA build brings is not named. pip-compile chooses the newest versions, uv the oldest.
+NEWEST = build/lock/bin/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --no-header --annotation-style line \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --constraint constraints.txt
+OLDEST = build/lock/bin/uv pip compile --quiet --no-header --annotation-style line --resolution lowest-direct \
+	--constraint constraints.txt
 
 lock:
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet --disable-pip-version-check pip-tools
-	$(LOCK) --output-file locks/demo.txt pyproject.toml locks/build.in
-	$(LOCK) --output-file locks/test.txt --extra dev pyproject.toml locks/build.in
-	sed -i -E -e '/^lapilli @/d' -e 's/^(torch==[0-9.]+)\+cpu/\1    /' locks/demo.txt locks/test.txt
+	build/lock/bin/python -m pip install --quiet --disable-pip-version-check pip-tools uv
+	$(NEWEST) --output-file locks/demo.txt pyproject.toml locks/build.in
+	$(NEWEST) --output-file locks/test.txt --extra dev pyproject.toml locks/build.in
+	$(OLDEST) --output-file locks/oldest.txt --extra dev pyproject.toml
+	sed -i -E -e '/^lapilli @/d' -e 's/^(torch==[0-9.]+)\+cpu/\1    /' -e '/^(nvidia|cuda|triton)/d' locks/*.txt
 
 # torch stays where constraints.txt has it: another one is a download of gigabytes.
 test-newest:
@@ -104,8 +108,9 @@ test-newest:
 
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python locks/oldest.py pyproject.toml > .venv-oldest/oldest.txt
-	.venv-oldest/bin/python -m pip install --quiet --constraint constraints.txt --constraint .venv-oldest/oldest.txt --requirement locks/build.in --editable '.[dev]'
+	.venv-oldest/bin/python -m pip install --quiet --no-deps --requirement locks/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --requirement locks/build.in
+	.venv-oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch .venv-oldest/.installed .venv-oldest/.installed-dev
 	$(MAKE) test VENV=.venv-oldest
 
