@@ -150,12 +150,15 @@ def load_checkpoint(
         wide=wide,
     )
     lay_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
+    notes = () if packing is None else packing.notes
     if asked is not None and packing is None:  # an adapter had to be folded in first
-        quantize(model, asked)
+        notes = quantize(model, asked).notes
     if where.type == "cpu":
         take_faster_products(model, Choices(cache_file()))
     loaded = _loaded(model, plan, matching.report(), template)
-    return replace(loaded, quantization=asked if packing is None else packing.config)
+    report = replace(loaded.report, notes=(*loaded.report.notes, *notes))
+    config = asked if packing is None else packing.config
+    return replace(loaded, report=report, quantization=config)
 
 
 def _asked(

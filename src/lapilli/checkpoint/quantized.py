@@ -29,9 +29,10 @@ from lapilli.config.reader import JsonObject, is_object
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lapilli.quant import QuantConfig
 from lapilli.quant.choose import Choices
+from lapilli.quant.config import describe
 from lapilli.quant.embedding import StoredEmbedding
 from lapilli.quant.linear import QuantLinear, empty_packed
-from lapilli.quant.quantize import SEEN, bits_of, round_weight
+from lapilli.quant.quantize import SEEN, bits_of, notes_on, round_weight
 
 KEY = "quantization_config"
 METHOD = "lapilli"
@@ -59,12 +60,7 @@ class StoredQuantization:
     def __str__(self) -> str:
         if self.published is not None:
             return str(self.published)
-        config = self.config
-        words = f"{config.bits} bits"
-        if config.bits == 4:
-            zeros = "symmetric" if config.symmetric else "zero points"
-            words += f", groups of {config.group_size}, {zeros}"
-        return f"lapilli, {words}, {config.mode}"
+        return f"lapilli, {describe(self.config)}"
 
     def refuse_other(self, asked: QuantConfig, what: Path) -> None:
         """Nothing is rounded twice: what is asked for has to be what the files hold.
@@ -201,6 +197,7 @@ class Packing:
 
     Attributes:
         config: as given; where the files have the layer of the logits in 4 bits, that is in it.
+        notes: what it asks for and the model cannot have.
 
     Raises:
         CheckpointError: a foreign format is named and no layer has it.
@@ -226,6 +223,7 @@ class Packing:
         self._bits: dict[str, int] = {}
         self._as_stored: set[str] = set()
         linears = [(path, m) for path, m in model.named_modules() if type(m) is nn.Linear]
+        self.notes = notes_on((path for path, _ in linears), self.config)
         for path, linear in linears:
             bits = bits_of(path, self.config)
             if published is not None and is_published(path, names):

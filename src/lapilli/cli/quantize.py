@@ -9,8 +9,8 @@ from lapilli.cli.terminal import loading, note, plain_errors
 
 Bits = Annotated[int, typer.Option(help="4 or 8.")]
 GroupSize = Annotated[
-    int | None,
-    typer.Option(help="Inputs that share a scale: 32, 64 or 128; 32 at 8 bits, 128 at 4."),
+    int,
+    typer.Option(help="Inputs that share a scale: 32, 64 or 128. 0 is 32 at 8 bits, 128 at 4."),
 ]
 Zeros = Annotated[bool, typer.Option("--zero-points", help="4 bits with zero points.")]
 Mode = Annotated[
@@ -23,7 +23,7 @@ def quantize(
     source: options.Source,
     target: options.Target,
     bits: Bits = 4,
-    group_size: GroupSize = None,
+    group_size: GroupSize = 0,
     zero_points: Zeros = False,
     mode: Mode = "dynamic",
     tower: Tower = False,
@@ -38,11 +38,12 @@ def quantize(
             from lapilli.checkpoint.load import load_checkpoint
             from lapilli.checkpoint.save import save_llava
             from lapilli.quant import QuantConfig
-            from lapilli.quant.config import GROUP_SIZES
+            from lapilli.quant.config import describe
+            from lapilli.quant.quantize import notes_on
 
             config = QuantConfig(
                 bits=bits,
-                group_size=group_size or GROUP_SIZES.get(bits, 128),
+                group_size=group_size,
                 symmetric=not zero_points,
                 mode=mode,
                 quantize_tower=tower,
@@ -66,4 +67,6 @@ def quantize(
         )
         if not quiet:
             size = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
-            note(f"{target}: {size / 1e6:.1f} MB in {bits} bits")
+            note(f"{target}: {size / 1e6:.1f} MB, {describe(config)}")
+            for line in notes_on(dict(loaded.model.named_modules()), config):
+                note(line)
