@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 import lapilli
 from lapilli import Message
 from lapilli.checkpoint.adapter import parse_adapter_config
+from lapilli.checkpoint.export import export_checkpoint
 from lapilli.checkpoint.inspect import inspect_checkpoint
 from lapilli.checkpoint.plan import make_plan
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -302,3 +303,18 @@ def test_a_pinned_revision_of_the_base_is_asked_for(bases, tmp_path, monkeypatch
         edit(adapter / "adapter_config.json", lambda config, change=change: config.update(change))
         make_plan(adapter)
         assert asked.pop() == name
+
+
+@pytest.mark.parametrize("layout", ["llava", "huggingface"])
+def test_a_folded_output_layer_is_exported(bases, inputs, tmp_path, layout):
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    train(bases[True], adapter, modules_to_save=["lm_head"])
+    export_checkpoint(str(bases[True]), out, layout=layout, adapter=str(adapter), dtype="float32")
+    expected = with_peft(bases[True], adapter, inputs)
+    same(ours(bases[True], adapter=str(adapter))[0], expected)
+    loaded = lapilli.load(str(out), device="cpu", dtype="float32")
+    head = ours(bases[True], adapter=str(adapter))[1].model.language_model.lm_head.weight
+    assert torch.equal(loaded.model.language_model.lm_head.weight, head)
+    if layout == "huggingface":
+        with torch.inference_mode():
+            same(model_of(out)(**inputs).logits[0], expected)
