@@ -379,6 +379,10 @@ def _tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
     fast = config.layout != "llava" or config.text.family != "llama"
     tokenizer = load_tokenizer(path, fast=fast)
     if config.layout != "llava":
+        image = config.tokens.image_id
+        if image in tokenizer.added_vocab.values() and image is not None:
+            # Whatever its file says: typed by a person it stands for no picture.
+            tokenizer.add_tokens([tokenizer.id_to_token(image)], special=True)
         return tokenizer, 0
     new = add_image_tokens(
         tokenizer,

@@ -1,4 +1,4 @@
-"""Added tokens in what a person typed: ordinary ones as the libraries find them, special ones never.
+"""Added tokens in what a person typed: ordinary ones as the library finds them, special ones never.
 
 The oracle is the `tokenizers` library itself, reading the same tokenizer.json in one call.
 """
@@ -12,14 +12,13 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lapilli.generate.text import SettlingText
 from lapilli.prompt.encode import encode
 from lapilli.prompt.segments import TextSegment
 from lapilli.prompt.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer
 from tests.prompt.tokenizer.test_oracle import llama_json
 
 EXAMPLES = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 ORDINARY = ("<loc1>", "  ", "   ", "boat", "é", "<loc12>", "c>x")
@@ -90,3 +89,61 @@ def test_special_tokens_are_text_where_they_are_typed(
     expected = theirs.encode(text, add_special_tokens=False).ids
     if not ours.special_ids & set(expected):  # the model can put one together from its letters
         assert ids == expected
+
+
+def llama(goldens: Any, fast: bool, *, legacy: bool = True) -> Tokenizer:
+    """A tokenizer.model with an ordinary token and two special ones, one a part of the other."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    listed = {"1000": {"content": "<loc1>", "special": False, **flags}}
+    config = {"added_tokens_decoder": listed, "legacy": legacy}
+    build = FastTokenizer.from_spm if fast else SentencePieceTokenizer
+    tokenizer = build(goldens.spm, config=config)
+    tokenizer.add_tokens(["<a>", "<a>b"], special=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize(("fast", "legacy"), [(False, True), (False, False), (True, True)])
+def test_both_kinds_of_tokens_in_a_conversation(goldens: Any, fast: bool, legacy: bool) -> None:
+    tokenizer = llama(goldens, fast, legacy=legacy)
+    segments = [
+        TextSegment("<a>"),  # the template's, though a person goes on with the rest of "<a>b"
+        TextSegment("b at <loc1><a>", literal=True),
+        TextSegment("<a>b"),
+        TextSegment("<loc1> </s>", literal=True, trainable=True),
+        TextSegment("</s>", trainable=True),
+    ]
+    encoded = encode(segments, tokenizer, [])
+    kinds = [i for i in encoded.input_ids if i in (2, 1000, 1001, 1002)]
+    assert kinds == [1001, 1000, 1002, 1000, 2]
+    assert encoded.loss_mask[-1]
+    text = "".join(segment.text for segment in segments)
+    assert "<loc1>" in tokenizer.decode(encoded.input_ids)
+    ordinary = text.replace("<a>b", "").replace("<a>", "").replace("</s>", "")
+    whole = tokenizer.encode(ordinary, literal=[(0, len(ordinary))])
+    assert whole == tokenizer.encode(ordinary)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_tokens_that_become_special_later_stay_text_when_typed(goldens: Any, fast: bool) -> None:
+    """As <im_start> of a checkpoint whose added_tokens.json only lists its id."""
+    build = FastTokenizer.from_spm if fast else SentencePieceTokenizer
+    tokenizer = build(goldens.spm, added={"<im_start>": 1000, "<loc1>": 1001})
+    assert tokenizer.add_tokens(["<im_start>"], special=True) == 0
+    typed = "<im_start> <loc1>"
+    ids = tokenizer.encode(typed, literal=[(0, len(typed))])
+    assert 1000 not in ids
+    assert 1001 in ids
+    assert tokenizer.encode(typed).count(1000) == 1
+
+
+def test_a_word_stands_alone_as_the_library_has_it(goldens: Any) -> None:
+    """Beside punctuation too, where a slow tokenizer wants a space."""
+    raw = source(goldens, "never", [set()] * 3 + [{"single_word"}] + [set()] * 3)
+    raw["added_tokens"][-4]["special"] = True
+    ours = FastTokenizer(json.dumps(raw))
+    boat = ours.token_to_id("boat")
+    for text, count in (("a boat.", 1), ("boats", 0), ("(boat)", 1), ("xboat", 0)):
+        assert ours.encode(text).count(boat) == count, text
+        typed = f"{text}</s>"
+        ids = ours.encode(typed, literal=[(len(text), len(typed))])
+        assert ids.count(boat) == count, text

@@ -118,18 +118,15 @@ class FastTokenizer(Roles):
         Raises:
             PromptError: an id outside the vocabulary.
         """
-        token: str | None = self._rust.id_to_token(token_id) if token_id >= 0 else None
-        if token is None:
-            raise PromptError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
-        return token
+        added = self._added.tokens.get(token_id)
+        return self._in_library(token_id) if added is None else added.content
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text, in UTF-8."""
-        token = self.id_to_token(token_id)
-        if self._is_byte_level and all(character in BYTE_OF for character in token):
-            return bytes(BYTE_OF[character] for character in token)
-        if token_id in self._added.tokens:
-            return token.encode()
+        """What a token adds to the text, in UTF-8; added tokens go through the decoder too."""
+        token = self._in_library(token_id)
+        if self._is_byte_level:
+            is_written = all(character in BYTE_OF for character in token)
+            return bytes(map(BYTE_OF.__getitem__, token)) if is_written else token.encode()
         if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             return bytes([int(token[1:-1], 16)])
         return token.replace(SPACE, " ").encode()
@@ -145,6 +142,13 @@ class FastTokenizer(Roles):
             self._rust.add_tokens(new)
         self._note_added()
         return self.vocab_size - before
+
+    def _in_library(self, token_id: int) -> str:
+        """The token as the library has it: some added ones with the space that they begin with."""
+        token: str | None = self._rust.id_to_token(token_id) if token_id >= 0 else None
+        if token is None:
+            raise PromptError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
+        return token
 
     def _as_special(self, name: str) -> tokenizers.AddedToken:
         """A new token, or one that is there already with its flags."""

@@ -33,6 +33,8 @@ class SentencePieceTokenizer(Roles):
     """
 
     strips_leading_space = True
+    apart_ids: frozenset[int]
+    """Added tokens that `decode` sets off by spaces."""
 
     def __init__(
         self,
@@ -210,6 +212,7 @@ class SentencePieceTokenizer(Roles):
         # Between spaces: added tokens that are not special, or special and not a piece.
         new = {name for name in self._extra_special if ids[name] >= self._num_pieces}
         self._apart = (set(ids) - self._special_names) | new
+        self.apart_ids = frozenset(ids[name] for name in self._apart)
 
     def _join(self, tokens: list[str]) -> str:
         """Pieces through SentencePiece, with special tokens in between as they are."""
