@@ -100,6 +100,8 @@ def _messages(record: Record, turns: list[Turn]) -> list[Message]:
         raise _FormatError("its 'image' and its 'images' are not the same: keep one of the keys")
     pictures = _Pictures(listed_media(record))
     messages = [pictures.message(role, content) for role, content in turns]
+    if _turns_key(record) is None and PLACEHOLDER not in str(record.get("question") or ""):
+        messages = [replace(message, written=None) for message in messages]  # a table's own words
     if pictures.used != len(pictures.names):
         raise _FormatError(
             f"{len(pictures.names)} images but {pictures.used} {PLACEHOLDER} placeholders: write "
@@ -233,7 +235,7 @@ def _source_of(part: Record) -> object:
 
 def turns_of(record: Record) -> list[Turn]:
     """Role and content of every turn, under whatever names."""
-    key = next((key for key in _TURN_KEYS if record.get(key) is not None), None)
+    key = _turns_key(record)
     if key is None:
         return _asked_once(record)
     turns = record[key]
@@ -247,6 +249,11 @@ def turns_of(record: Record) -> list[Turn]:
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise _FormatError(f"{key!r} is a {type(turns).__name__}: expected a list of turns")
     return [_turn(turn, number) for number, turn in enumerate(turns)]
+
+
+def _turns_key(record: Record) -> str | None:
+    """The key of the list of turns; None: a row of a table."""
+    return next((key for key in _TURN_KEYS if record.get(key) is not None), None)
 
 
 def _rows(columns: Mapping[str, Any]) -> object:
@@ -368,12 +375,21 @@ def _resolved(message: Message, resolve: Resolve) -> Message:
         replace(part, source=resolve(part.source)) if isinstance(part, MediaPart) else part
         for part in message.parts
     ]
-    return Message(message.role, tuple(parts))
+    return replace(message, parts=tuple(parts))
 
 
 def _place(message: Message, placement: Placement) -> Message:
-    """Pictures first, and the text without white space around it, as the original."""
+    """Pictures first, and the text without white space around it, as the original.
+
+    The original knows turns with one picture. Several that stand in front already are left as they
+    are written, and others are laid as in a question about pictures.
+    """
     if placement == "written" or not message.media:
         return message
     text = message.text.strip()
+    if message.written is not None:
+        if len(message.media) > 1 and not "".join(message.written[:-1]).strip():
+            return message
+        if len(message.media) == 1 and not text:
+            return replace(message, written=("", ""))
     return Message(message.role, (*message.media, *([TextPart(text)] if text else [])))
