@@ -5,7 +5,6 @@ Knows nothing of templates, tokens or pictures: the source of a medium is passed
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
 from lapilli.errors import MediaCountMismatchError, PromptError
@@ -78,8 +77,10 @@ class Message:
         if self.written is None:
             return self.parts
         first, *rest = self.written
-        pairs = zip(self.media, map(TextPart, rest), strict=True)
-        return (TextPart(first), *chain.from_iterable(pairs))
+        found: list[Part] = [TextPart(first)]
+        for part, text in zip(self.media, rest, strict=True):
+            found += [part, TextPart(text)]
+        return tuple(found)
 
     @classmethod
     def system(cls, text: str) -> "Message":

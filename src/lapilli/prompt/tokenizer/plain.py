@@ -47,8 +47,8 @@ class PlainText:
         _never_first(raw["pre_tokenizer"])
         self._later = tokenizers.Tokenizer.from_str(json.dumps(raw))
         # Tokens that are not in the model's vocabulary are counted anew.
-        ids = {self._first.token_to_id(t["content"]): t["id"] for t in raw["added_tokens"]}
-        self._ids = {theirs: ours for theirs, ours in ids.items() if theirs != ours}
+        pairs = [(self._first.token_to_id(t["content"]), t["id"]) for t in raw["added_tokens"]]
+        self._ids = {theirs: ours for theirs, ours in pairs if theirs not in (None, ours)}
         self._added = added
 
 
