@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from lapilli.checkpoint.load import load_checkpoint
@@ -352,6 +354,46 @@ def test_from_the_layout_of_hugging_face_into_the_originals(hf_llava, tmp_path, 
     again = load(tmp_path / "out")
     assert again.config.layout == "llava"
     same(logits_of(again.model), logits_of(loaded.model))
+
+
+def test_going_on_with_our_own_adapter_over_hugging_face(hf_llava, tmp_path):
+    """The folder has the names of the original, its base those of Hugging Face."""
+    first = finished(recipe_of(hf_llava, lora=LORA), tmp_path / "first")
+    expected = logits_of(first.model)
+    same(logits_of(load(tmp_path / "first").model), expected)
+    same(logits_of(load(hf_llava, adapter=str(tmp_path / "first")).model), expected)
+    recipe = recipe_of(hf_llava, lora=LORA, model={"adapter": str(tmp_path / "first")})
+    second = finished(recipe, tmp_path / "second")
+    assert (logits_of(second.model) - expected).abs().max() > 1e-2
+    same(logits_of(load(tmp_path / "second").model), logits_of(second.model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_came_with_an_adapter_goes_on_with_the_next(hf_llava, tmp_path, tied):
+    """An embedding that PEFT stored whole is not the base's: the next adapter brings it too."""
+    base = tmp_path / "base"
+    shutil.copytree(hf_llava, base)
+    raw = json.loads((base / "config.json").read_text())
+    raw["tie_word_embeddings"] = raw["text_config"]["tie_word_embeddings"] = tied
+    (base / "config.json").write_text(json.dumps(raw))
+    if tied:
+        tensors = load_file(base / "model.safetensors")
+        kept = {name: one for name, one in tensors.items() if "lm_head" not in name}
+        save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype="float32")
+        model = peft.get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.data += 1.0
+        model.save_pretrained(tmp_path / "first")
+    recipe = recipe_of(base, lora=LORA, model={"adapter": str(tmp_path / "first")})
+    second = finished(recipe, tmp_path / "second")
+    same(logits_of(load(tmp_path / "second").model), logits_of(second.model))
+    with pytest.raises(ConfigError, match=r"cannot carry language_model.* came with the adapter"):
+        Results.of(second, replace(recipe, save=HF))
 
 
 def test_what_cannot_be_saved_is_refused_before_the_run(llava, hf_llava, parts, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lapilli.checkpoint.assemble import Matching, build_model
 from lapilli.checkpoint.keymaps.tables import TOWER
-from lapilli.checkpoint.load import match_plan
+from lapilli.checkpoint.load import match_plan, with_own_head
 from lapilli.checkpoint.plan import Plan, make_plan
 from lapilli.checkpoint.quantized import Packing, stored_quantization
 from lapilli.checkpoint.render import as_text
@@ -129,7 +129,7 @@ def inspect_checkpoint(
             here: they are listed.
         ConfigError: config.json cannot be followed.
     """
-    plan = make_plan(source, base=base, adapter=adapter, fetch=False)
+    plan = with_own_head(make_plan(source, base=base, adapter=adapter, fetch=False))
     model = build_model(plan.config)
     shapes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     sizes = layer_shapes(model, ROWS) if choices is not None else []

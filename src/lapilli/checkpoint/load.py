@@ -9,7 +9,15 @@ from pathlib import Path
 
 import torch
 
-from lapilli.checkpoint.assemble import Matching, Progress, build_model, fill, match, refuse_gaps
+from lapilli.checkpoint.assemble import (
+    Matching,
+    Progress,
+    build_model,
+    fill,
+    has_other_head,
+    match,
+    refuse_gaps,
+)
 from lapilli.checkpoint.foreign import load_foreign_model
 from lapilli.checkpoint.placement import AUTO, choose_device, choose_dtype
 from lapilli.checkpoint.plan import Plan, make_plan
@@ -48,6 +56,7 @@ class Loaded:
         raw: config.json as it is, for the names of the original.
         weight_files: that its tensors came from; none where transformers read them.
         quantization: how the linear layers are packed, for `save_llava`; None where they are not.
+        beside: parameters that came whole with an adapter or a projector, not with the base.
     """
 
     model: VisionLanguageModel
@@ -61,6 +70,7 @@ class Loaded:
     raw: JsonObject
     weight_files: tuple[Path, ...] = ()
     quantization: QuantConfig | None = None
+    beside: tuple[str, ...] = ()
 
 
 def load_checkpoint(
@@ -127,6 +137,7 @@ def load_checkpoint(
         plan.keys.refuse_unknown()
     stored = stored_quantization(plan.weights_raw)
     asked = _asked(quantization, stored, quantize_tower=quantize_tower)
+    plan = with_own_head(plan)
     model = build_model(plan.config)
     free = where.type == "cpu" and dtype == AUTO  # to take the faster number format
     packing = _packing(plan, model, asked, stored, merge_lora=merge_lora, free=free)
@@ -159,6 +170,22 @@ def load_checkpoint(
     report = replace(loaded.report, notes=(*loaded.report.notes, *notes))
     config = asked if packing is None else packing.config
     return replace(loaded, report=report, quantization=config)
+
+
+def with_own_head(plan: Plan) -> Plan:
+    """The plan, with the output layer of the files where it is not the embedding that it should be.
+
+    Source: transformers from 5.0 keeps both tables and warns.
+    """
+    text = plan.config.text
+    if not text.tie_embeddings or not has_other_head(plan.parts):
+        return plan
+    note = (
+        "config.json says that the output layer is the embedding (tie_word_embeddings), but the "
+        "files hold another one: that is used"
+    )
+    config = replace(plan.config, text=replace(text, tie_embeddings=False))
+    return replace(plan, config=config, notes=(*plan.notes, note))
 
 
 def _asked(
@@ -264,6 +291,7 @@ def _loaded(
         dtype=next(model.parameters()).dtype,
         raw=plan.raw,
         weight_files=plan.weight_files,
+        beside=plan.beside,
     )
 
 
@@ -281,6 +309,7 @@ def lay_adapter(
     tensors: Mapping[str, torch.Tensor] = plan.adapter.tensors(
         plan.keymap, check_finite=check_finite
     )
-    inject(model, plan.adapter.config, tensors, dtype=None if merged else torch.float32)
+    config = plan.adapter.config_of(plan.keymap)
+    inject(model, config, tensors, dtype=None if merged else torch.float32)
     if merged:
         merge(model)

@@ -58,6 +58,8 @@ def own_template(plan: Plan) -> JinjaTemplate | None:
     if plan.config.layout == "llava":
         return None
     source = find_chat_template(plan.tokenizer_path)
+    if source is None and plan.base_path is not None:  # an adapter's tokenizer, without one
+        source = find_chat_template(plan.base_path)
     if source is None:
         return None
     tokenizer, tokens = plan.tokenizer, plan.config.tokens

@@ -205,6 +205,8 @@ class _Marks:
         return segments
 
     def _parts(self, message: Message) -> list[dict[str, str]]:
+        if message.written is not None:  # templates move pictures, but leave text as it is
+            return [{"type": "text", "text": self._string(message)}]
         return [
             {"type": part.modality}
             if isinstance(part, MediaPart)
@@ -215,8 +217,8 @@ class _Marks:
     def _string(self, message: Message) -> str:
         """One string, leading media on lines of their own, as LLaVA was trained."""
         text = ""
-        leading = True
-        for part in message.parts:
+        leading = message.written is None
+        for part in message.in_order:
             if isinstance(part, TextPart):
                 text += self._hide_text(part.text)
                 leading = leading and not part.text

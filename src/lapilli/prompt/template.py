@@ -106,9 +106,11 @@ class ChatTemplate:
     def _content(self, message: Message, *, tagged: bool) -> list[Segment] | None:
         leading = True
         content: list[Segment] = []
-        for part in message.parts:
+        for part in message.in_order:
             if isinstance(part, MediaPart):
                 content += self._slot(part, message, tagged)
+                if message.written is not None:
+                    continue
                 if leading and (message.text or self.style != "plain"):
                     content.append(TextSegment("\n"))
             elif part.text:

@@ -21,7 +21,7 @@ import torch
 from lapilli.checkpoint.assemble import build_model, fill, refuse_gaps
 from lapilli.checkpoint.directory import preprocessor_of
 from lapilli.checkpoint.files import read_json, read_optional_json
-from lapilli.checkpoint.load import match_plan
+from lapilli.checkpoint.load import match_plan, with_own_head
 from lapilli.checkpoint.placement import DTYPES
 from lapilli.checkpoint.plan import Plan, make_plan, name_of
 from lapilli.checkpoint.quantized import stored_quantization
@@ -153,7 +153,7 @@ def build_llava(
         write_json(staged / "config.json", written)
         write_json(staged / "generation_config.json", dict(_generation(base)))
         write_pickled(staged / "mm_projector.bin", _fresh(config, joint.seed))
-        plan = make_plan(staged, base=str(base))
+        plan = with_own_head(make_plan(staged, base=str(base)))
         model = build_model(plan.config)
         matching = match_plan(plan, model)
         refuse_gaps(matching)

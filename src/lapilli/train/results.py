@@ -66,6 +66,7 @@ class Results:
         """
         config = as_original(loaded.config) if recipe.save.layout == "llava" else loaded.config
         tuned = config.vision_in_checkpoint or recipe.model.tune_tower
+        tuned = tuned or any(name.startswith(TOWER) for name in loaded.beside)
         results = cls(
             loaded=loaded,
             recipe=recipe,
@@ -121,6 +122,13 @@ class Results:
                 f"save.layout is 'huggingface', but a PEFT adapter cannot carry {what}: set "
                 'save.merge, or save.layout = "llava"'
             )
+        beyond = [name for name in self.loaded.beside if not name.startswith(PROJECTOR)]
+        if beyond:
+            raise ConfigError(
+                f"save.layout is 'huggingface', but a PEFT adapter cannot carry {beyond[0]}, which "
+                "came with the adapter that the run starts from: set save.merge, or save.layout = "
+                '"llava"'
+            )
         if self.loaded.config.layout == "llava":
             raise ConfigError(
                 f"save.layout is 'huggingface', but the adapter lies on {self.base}, which has the "
@@ -162,7 +170,7 @@ def save_results(
     )
     base, lies_on = results.base, results.config_for(whole=False)
     if has_adapter and not merges:
-        trained = _trained_whole(model, recipe)
+        trained = [*_trained_whole(model, recipe), *results.loaded.beside]
         if is_hf:
             save_peft(folder, model, base=base, trained=trained, **common)
         else:
