@@ -262,7 +262,9 @@ def _plan(
     where = directory.path
     if base_path is not None and not has_tokenizer(where):
         where = base_path
-    fast = config.layout != "llava" or config.text.family != "llama"
+    # A model that came with an image token was tokenized by its tokenizer.json.
+    has_image_token = config.tokens.image_id is not None
+    fast = config.layout != "llava" or config.text.family != "llama" or has_image_token
     tokenizer = load_tokenizer(where, fast=fast)
     before, new = config.text.vocab_size, 0
     rows = before

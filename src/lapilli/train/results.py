@@ -24,7 +24,7 @@ from lapilli.checkpoint.load import Loaded
 from lapilli.checkpoint.placement import DTYPES
 from lapilli.checkpoint.save import is_lasting, merged_state, save_llava, save_projector
 from lapilli.checkpoint.save_adapter import save_lora, save_peft
-from lapilli.checkpoint.save_files import Stored
+from lapilli.checkpoint.save_files import Formats, Stored
 from lapilli.checkpoint.save_hf import save_hf
 from lapilli.checkpoint.source import find_directory, is_local
 from lapilli.checkpoint.weights import complete_weights
@@ -34,7 +34,7 @@ from lapilli.config.write_hf import refuse_unsayable
 from lapilli.errors import ConfigError
 from lapilli.lora.inject import adapters
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.choose import Template, template_by_name
 from lapilli.train.recipe import Recipe
 
 
@@ -47,14 +47,14 @@ class Results:
         recipe: of the run.
         config: what the trained model is.
         base: the checkpoint with the weights that an adapter or a projector lies on.
-        template: name of the conversation template to record; None: it has none of ours.
+        template: the conversation template that the model is spoken to with.
     """
 
     loaded: Loaded
     recipe: Recipe
     config: ModelConfig
     base: str
-    template: str | None
+    template: Template
 
     @classmethod
     def of(cls, loaded: Loaded, recipe: Recipe) -> "Results":
@@ -71,15 +71,17 @@ class Results:
             recipe=recipe,
             config=replace(config, vision_in_checkpoint=tuned),
             base=_base_of(loaded, recipe),
-            template=_recorded(loaded, recipe),
+            template=_spoken(loaded, recipe),
         )
         results.refuse_impossible()
         return results
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored weights of a whole checkpoint."""
-        name = self.recipe.save.dtype or self.loaded.config.torch_dtype or "float32"
+    def dtype(self) -> Formats:
+        """Of the stored weights of a whole checkpoint: as in the files that it started from."""
+        name = self.recipe.save.dtype
+        if name is None:
+            return self.loaded.stored
         if name not in DTYPES:
             raise ConfigError(f"save.dtype is {name!r}: choose from {', '.join(DTYPES)}")
         return DTYPES[name]
@@ -164,7 +166,9 @@ def save_results(
     if has_adapter and not merges:
         trained = _trained_whole(model, recipe)
         if is_hf:
-            save_peft(folder, model, base=base, trained=trained, **common)
+            save_peft(
+                folder, model, lies_on, base=base, trained=trained, template=template, **common
+            )
         else:
             save_lora(
                 folder, model, lies_on, base=base, trained=trained, template=template, **common
@@ -211,11 +215,10 @@ def _is_projector_alone(model: VisionLanguageModel) -> bool:
     return bool(trained) and all(name.startswith((PROJECTOR, NEWLINE)) for name in trained)
 
 
-def _recorded(loaded: Loaded, recipe: Recipe) -> str | None:
+def _spoken(loaded: Loaded, recipe: Recipe) -> Template:
     """What the model answers with from now on; the captions of the first stage say nothing."""
     asked = recipe.data.template
-    name = asked if asked and "plain" not in asked else loaded.template.template.name
-    return name if name in TEMPLATES else None
+    return template_by_name(asked) if asked and "plain" not in asked else loaded.template.template
 
 
 def _base_of(loaded: Loaded, recipe: Recipe) -> str:
