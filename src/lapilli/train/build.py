@@ -18,7 +18,7 @@ from typing import cast, get_args
 
 import torch
 
-from lapilli.checkpoint.assemble import Matching, build_model, fill, refuse_gaps
+from lapilli.checkpoint.assemble import build_model, fill, refuse_gaps
 from lapilli.checkpoint.directory import preprocessor_of
 from lapilli.checkpoint.files import read_json, read_optional_json
 from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR
@@ -38,6 +38,7 @@ from lapilli.config.vision import TOWER_TYPES
 from lapilli.config.write import write_llava_config
 from lapilli.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
 from lapilli.modality.projector import build_projector
+from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.base_template import refuse_wrong_template, template_of_base
 from lapilli.prompt.choose import TemplateFacts, choose_template, template_by_name
 from lapilli.prompt.templates import DEFAULT_TEMPLATE
@@ -160,7 +161,7 @@ def build_llava(
         matching = match_plan(plan, model)
         refuse_gaps(matching)
         fill(model, matching, plan.vocabulary, dtype=None, device=torch.device("cpu"))
-        formats = _formats(plan, matching)
+        _round_fresh(model, plan)
     is_hub = not is_local(vision)
     source = vision.partition("@")[0] if is_hub else str(eyes)
     config = replace(plan.config, vision_source=source)
@@ -170,7 +171,7 @@ def build_llava(
         config,
         tokenizer_path=base,
         tower=cast("TowerPlace", tower or ("named" if is_hub else "beside")),
-        dtype=formats if dtype is None else DTYPES[dtype],
+        dtype=None if dtype is None else DTYPES[dtype],
         template=name,
         overwrite=overwrite,
         extra=_with_pad(base, tokenizer),
@@ -312,18 +313,17 @@ def _fresh(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def _formats(plan: Plan, matching: Matching) -> dict[str, torch.dtype]:
-    """The number format of every parameter: the projector's is that of most numbers beside it."""
+def _round_fresh(model: VisionLanguageModel, plan: Plan) -> None:
+    """The fresh projector in the number format of most numbers beside it."""
     counts: Counter[torch.dtype] = Counter()
     for part in plan.parts:
         for info in part.store.infos.values():
             if info.dtype.is_floating_point:
                 counts[info.dtype] += info.num_parameters
     common = counts.most_common(1)[0][0]
-    fresh = dict.fromkeys(
-        (n for n in matching.sources if n.startswith((PROJECTOR, NEWLINE))), common
-    )
-    return matching.dtypes | fresh
+    for name, parameter in model.named_parameters():
+        if name.startswith((PROJECTOR, NEWLINE)):
+            parameter.data = parameter.data.to(common)
 
 
 def _with_pad(base: Path, tokenizer: Tokenizer) -> dict[str, str]:
