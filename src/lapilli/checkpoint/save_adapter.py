@@ -159,6 +159,11 @@ def _jinja(spoken: WrittenTemplate, config: ModelConfig, tokenizer_path: Path | 
     return spoken.for_whole_prompts(tokenizer, config.tokens.image_id, was_whole=True)
 
 
+def is_unknown_to_peft(path: str) -> bool:
+    """Whether `save_peft` has no name for an adapter on the module of this path."""
+    return HF_MODULES.to_foreign(f"{path}.weight") is None
+
+
 def _whole(model: VisionLanguageModel, state: Mapping[str, Stored] | None) -> Mapping[str, Stored]:
     if not any(True for _ in adapters(model)):
         raise ConfigError("the model has no adapter: save_llava saves a whole model")

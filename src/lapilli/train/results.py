@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
+from torch import nn
 
 from lapilli.checkpoint.adapter import is_adapter, open_adapter
 from lapilli.checkpoint.base import find_base
@@ -23,7 +24,7 @@ from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.load import Loaded
 from lapilli.checkpoint.placement import DTYPES
 from lapilli.checkpoint.save import is_lasting, merged_state, save_llava, save_projector
-from lapilli.checkpoint.save_adapter import save_lora, save_peft
+from lapilli.checkpoint.save_adapter import is_unknown_to_peft, save_lora, save_peft
 from lapilli.checkpoint.save_files import Formats, Stored
 from lapilli.checkpoint.save_hf import save_hf
 from lapilli.checkpoint.source import find_directory, is_local
@@ -32,8 +33,10 @@ from lapilli.config.model import ModelConfig
 from lapilli.config.write import as_original
 from lapilli.config.write_hf import refuse_unsayable
 from lapilli.errors import ConfigError
+from lapilli.lora import LoraConfig
 from lapilli.lora.inject import adapters
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.nn.stored import StoredLinear
 from lapilli.prompt.choose import Template, template_by_name
 from lapilli.train.recipe import Recipe
 
@@ -123,12 +126,32 @@ class Results:
                 f"save.layout is 'huggingface', but a PEFT adapter cannot carry {what}: set "
                 'save.merge, or save.layout = "llava"'
             )
+        beyond = [path for path in self._adapted() if is_unknown_to_peft(path)]
+        if beyond:
+            raise ConfigError(
+                f"save.layout is 'huggingface', but a PEFT adapter cannot lie on {beyond[0]} "
+                f"({len(beyond)} such layers): take the vision tower out of lora.targets, or set "
+                'save.merge, or save.layout = "llava"'
+            )
         if self.loaded.config.layout == "llava":
             raise ConfigError(
                 f"save.layout is 'huggingface', but the adapter lies on {self.base}, which has the "
                 "layout of the original: PEFT needs the model in its own layout. Set save.merge, "
                 "or export the checkpoint first: lapilli export SOURCE OUT --layout huggingface"
             )
+
+    def _adapted(self) -> list[str]:
+        """Paths of the layers that have an adapter, or will get a fresh one by a target."""
+        model, lora = self.loaded.model, self.recipe.lora
+        present = [path for path, _ in adapters(model)]
+        if present or lora is None or not lora.targets:
+            return present
+        config = LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        return [
+            path
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear | StoredLinear) and config.is_target(path)
+        ]
 
 
 def save_results(
