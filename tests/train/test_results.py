@@ -402,6 +402,13 @@ def test_what_cannot_be_saved_is_refused_before_the_run(llava, hf_llava, parts, 
 
     with pytest.raises(ConfigError, match="PEFT needs the model in its own layout"):
         results(llava, lora=LORA, save=HF)
+    on_tower = replace(LORA, targets=("*.{q,v}_proj",))
+    with pytest.raises(
+        ConfigError, match=r"cannot lie on modalities\.image\.vision_tower.*take the v"
+    ):
+        results(hf_llava, lora=on_tower, save=HF)
+    results(hf_llava, lora=on_tower, save=replace(HF, merge=True))
+    results(hf_llava, lora=on_tower)
     packed = replace(LORA, base="int4")
     with pytest.raises(ConfigError, match=r"save\.merge with lora.base 'int4'"):
         results(llava, lora=packed, save=SaveRecipe(merge=True))

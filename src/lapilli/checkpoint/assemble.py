@@ -41,6 +41,12 @@ class Matching:
         sources = chain.from_iterable(self.sources.values())
         return sum(part.store.infos[foreign].num_bytes for part, foreign in sources)
 
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """In which number format the files hold each parameter that they hold as floats."""
+        infos = {n: part.store.infos[foreign] for n, (*_, (part, foreign)) in self.sources.items()}
+        return {n: info.dtype for n, info in infos.items() if info.dtype.is_floating_point}
+
     def report(self) -> LoadReport:
         """The same without the tensors."""
         return LoadReport(
@@ -162,7 +168,7 @@ def fill(
     matching: Matching,
     vocabulary: Vocabulary,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device,
     check_finite: bool = True,
     progress: Progress | None = None,
@@ -170,6 +176,8 @@ def fill(
     wide: tuple[str, ...] = (),
 ) -> None:
     """Assign every tensor to its parameter, in the target dtype and on the target device.
+
+    Without a target dtype every tensor keeps the one of its file.
 
     A tensor that has the dtype already stays a view of its file; others are converted one at a
     time. Vocabulary tables get the number of rows that the model has. What `packing` takes is

@@ -4,7 +4,7 @@ Knows the order of things; what each file says is known by the files that it cal
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from lapilli.checkpoint.assemble import (
     refuse_gaps,
 )
 from lapilli.checkpoint.foreign import load_foreign_model
-from lapilli.checkpoint.placement import AUTO, choose_device, choose_dtype
+from lapilli.checkpoint.placement import AUTO, STORED, choose_device, choose_dtype
 from lapilli.checkpoint.plan import Plan, make_plan
 from lapilli.checkpoint.quantized import (
     Packing,
@@ -57,6 +57,8 @@ class Loaded:
         weight_files: that its tensors came from; none where transformers read them.
         quantization: how the linear layers are packed, for `save_llava`; None where they are not.
         beside: parameters that came whole with an adapter or a projector, not with the base.
+        stored: number format in which the files hold the floats of a parameter, by its name; a
+            writer takes them (`dtype=`), so that nothing is rounded that nobody asked to be.
     """
 
     model: VisionLanguageModel
@@ -71,6 +73,7 @@ class Loaded:
     weight_files: tuple[Path, ...] = ()
     quantization: QuantConfig | None = None
     beside: tuple[str, ...] = ()
+    stored: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 def load_checkpoint(
@@ -99,7 +102,8 @@ def load_checkpoint(
         template: see `lapilli.prompt.choose.choose_template`; None: what the checkpoint says.
         device: "auto" takes a CUDA device where there is one, else the CPU.
         dtype: "auto": on a CPU float32 where it fits into the free memory, else bfloat16; on
-            CUDA bfloat16; on another device what the checkpoint says.
+            CUDA bfloat16; on another device what the checkpoint says. "stored": every tensor as its
+            file holds it, to be written again and not to be computed with.
         strict_config: refuse configuration keys that nothing reads.
         merge_lora: fold a LoRA into the weights; False keeps it beside them.
         check_finite: refuse NaN and infinities, at the cost of one pass over the weights.
@@ -143,12 +147,14 @@ def load_checkpoint(
     packing = _packing(plan, model, asked, stored, merge_lora=merge_lora, free=free)
     matching = match_plan(plan, model)
     refuse_gaps(matching)
-    number_format = choose_dtype(
-        dtype,
-        device=where,
-        stored=plan.config.torch_dtype,
-        num_parameters=_num_floats(model, packing),
-    )
+    number_format = None
+    if dtype != STORED:
+        number_format = choose_dtype(
+            dtype,
+            device=where,
+            stored=plan.config.torch_dtype,
+            num_parameters=_num_floats(model, packing),
+        )
     fill(
         model,
         matching,
@@ -164,12 +170,12 @@ def load_checkpoint(
     notes = () if packing is None else packing.notes
     if asked is not None and packing is None:  # an adapter had to be folded in first
         notes = quantize(model, asked).notes
-    if where.type == "cpu":
+    if where.type == "cpu" and dtype != STORED:
         take_faster_products(model, Choices(cache_file()))
     loaded = _loaded(model, plan, matching.report(), template)
     report = replace(loaded.report, notes=(*loaded.report.notes, *notes))
     config = asked if packing is None else packing.config
-    return replace(loaded, report=report, quantization=config)
+    return replace(loaded, report=report, quantization=config, stored=matching.dtypes)
 
 
 def with_own_head(plan: Plan) -> Plan:
@@ -310,6 +316,6 @@ def lay_adapter(
         plan.keymap, check_finite=check_finite
     )
     config = plan.adapter.config_of(plan.keymap)
-    inject(model, config, tensors, dtype=None if merged else torch.float32)
+    inject(model, config, tensors, dtype=torch.float32)
     if merged:
         merge(model)

@@ -376,7 +376,9 @@ def _plan(
 
 def _tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
     """A directory's tokenizer as this kind of model reads it, and how many tokens were added."""
-    fast = config.layout != "llava" or config.text.family != "llama"
+    # A model that came with an image token was tokenized by its tokenizer.json.
+    has_image_token = config.tokens.image_id is not None
+    fast = config.layout != "llava" or config.text.family != "llama" or has_image_token
     tokenizer = load_tokenizer(path, fast=fast)
     if config.layout != "llava":
         image = config.tokens.image_id

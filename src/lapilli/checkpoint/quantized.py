@@ -280,7 +280,7 @@ class Packing:
             return list(names)
         return sorted(names, key=lambda name: name.rpartition("."))
 
-    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype | None:
+    def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
         """The number format to read a tensor in; None: as it is stored."""
         if name in self._as_stored:
             return None
@@ -307,13 +307,13 @@ class Packing:
             layer = QuantLinear(packed, weight_only=self.config.mode == "weight_only")
             self._model.set_submodule(path, layer)
 
-    def finish(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    def finish(self, device: torch.device, dtype: torch.dtype | None) -> Mapping[str, Tensor]:
         """State of the layers that were packed, by full name, biases in place.
 
         On a CPU they compute in float32, elsewhere in the dtype of the model's other weights.
         """
         for module in self._model.modules():
-            if isinstance(module, StoredEmbedding) and device.type != "cpu":
+            if isinstance(module, StoredEmbedding) and device.type != "cpu" and dtype is not None:
                 module.dtype = dtype
         state: dict[str, Tensor] = {}
         for path in self._bits:

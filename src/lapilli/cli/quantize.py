@@ -27,6 +27,7 @@ def quantize(
     zero_points: Zeros = False,
     mode: Mode = "dynamic",
     tower: Tower = False,
+    template: options.Template = None,
     base: options.Base = None,
     adapter: options.Adapter = None,
     overwrite: options.Overwrite = False,
@@ -36,6 +37,7 @@ def quantize(
     with plain_errors():
         with loading(source, quiet=quiet) as progress:
             from lapilli.checkpoint.load import load_checkpoint
+            from lapilli.checkpoint.placement import STORED
             from lapilli.checkpoint.save import save_llava
             from lapilli.quant import QuantConfig
             from lapilli.quant.config import describe
@@ -52,7 +54,9 @@ def quantize(
                 source,
                 base=base,
                 adapter=adapter,
+                template=template,
                 device="cpu",
+                dtype=STORED,
                 quantization=config,
                 progress=progress,
             )
@@ -61,7 +65,7 @@ def quantize(
             loaded.model,
             loaded.config,
             tokenizer_path=loaded.tokenizer_path,
-            template=loaded.template.template.name,
+            template=loaded.template.template,
             overwrite=overwrite,
             quantization=config,
         )

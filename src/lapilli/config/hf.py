@@ -55,7 +55,6 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     second_id = reader.optional_integer("image_token_id")
     image_id = image_id if image_id is not None else second_id
     tokens = parse_tokens(text_reader, generation, image_id=32000 if image_id is None else image_id)
-    reader.value(RECORD_KEY)  # read where templates are known; see lapilli.prompt.choose
     dtypes = [one.text(key) for one in (reader, text_reader) for key in ("dtype", "torch_dtype")]
     config = ModelConfig(
         text=text,
@@ -69,6 +68,7 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
         torch_dtype=next((one for one in dtypes if one), None),
         context_length=text.max_positions,
         padding_side="left",
+        template=reader.text(RECORD_KEY),
     )
     return config, reader.report() + generation.report() + image_report
 

@@ -32,7 +32,10 @@ FAMILIES = {
     "llava_mpt": "mpt",
     "llava_qwen": "qwen2",
 }
+# What lapilli records in a config.json that it writes, beyond what other programs have a key for.
 RECORD_KEY = "lapilli_template"
+IMAGE_KEY = "lapilli_image_token_index"  # in the original layout, of a model that came with one
+ROUNDS_KEY = "lapilli_rounds_unpad"  # see ImageConfig.rounds_unpad
 ASPECTS: dict[str, Aspect] = {"square": "square", "pad": "pad", "anyres": "anyres"}
 MERGES: dict[str, Merge] = {
     "flat": "flat",
@@ -73,14 +76,13 @@ def parse_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     reader = KeyReader(files.config, "config.json", base | ignored.LLAVA)
     text = parse_text(reader, family)
     generation = KeyReader(files.generation, "generation_config.json", ignored.GENERATION)
-    tokens = parse_tokens(reader, generation)
+    tokens = parse_tokens(reader, generation, image_id=reader.optional_integer(IMAGE_KEY))
     source = named_tower(files.config)
     has_vision = source is not None
     _refuse_multi_scale(reader)
     vision, vision_report = _vision(reader, files) if has_vision else (None, KeyReport())
     image, image_report = _image(reader, files, vision) if vision else (None, KeyReport())
-    # The template is read where templates are known; see lapilli.prompt.choose.
-    for key in ("mm_vision_tower", "vision_tower", "architectures", "model_type", RECORD_KEY):
+    for key in ("mm_vision_tower", "vision_tower", "architectures", "model_type"):
         reader.value(key)
     torch_dtype = reader.text("torch_dtype") or reader.text("dtype")
     projector = _projector(reader, vision, text.hidden_size) if vision else None
@@ -98,6 +100,7 @@ def parse_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
         max_length=reader.optional_integer("tokenizer_model_max_length"),
         context_length=reader.positive("max_sequence_length", 2048),
         padding_side=_padding_side(reader),
+        template=reader.text(RECORD_KEY),
     )
     report = reader.report() + generation.report() + vision_report + image_report
     return config, report
@@ -176,6 +179,7 @@ def _image(
         aspect=ASPECTS[aspect],
         merge=MERGES[merge],
         pinpoints=pinpoints if aspect == "anyres" else (),
+        rounds_unpad=reader.flag(ROUNDS_KEY, False),
     )
     return image, report
 

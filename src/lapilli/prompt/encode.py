@@ -140,6 +140,32 @@ def _whole(
     return pieces
 
 
+def media_gap(tokenizer: Tokenizer, image_id: int | None) -> str:
+    """What has to stand between a medium and text after it for the ids of the original.
+
+    The original makes ids of the text after a picture as of a text of its own, and SentencePiece
+    writes a space before the first word of a text. A tokenizer that is given the whole prompt, and
+    that writes this space at the very beginning alone (`legacy: false`), needs it in the text.
+
+    Args:
+        tokenizer: of a language model.
+        image_id: see `encode`; None: the text is cut at the media anyway.
+
+    Returns:
+        A space, or nothing.
+    """
+    if image_id is None:
+        return ""
+    token, word = tokenizer.id_to_token(image_id), "a"
+    alone = tokenizer.encode(word, add_bos=False)
+
+    def after(text: str) -> list[int]:
+        ids = tokenizer.encode(token + text, add_bos=False)
+        return ids[ids.index(image_id) + 1 :] if image_id in ids else alone
+
+    return " " if after(word) != alone == after(f" {word}") else ""
+
+
 def _begin(tokenizer: Tokenizer, piece: Piece) -> Piece:
     """BOS first, unless the template has written it."""
     prefix = [(index, False) for index in tokenizer.prefix_ids]

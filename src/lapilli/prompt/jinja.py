@@ -51,6 +51,7 @@ class JinjaTemplate:
         eos_token: text of the token that the template may write last.
         image_token: what the template writes in the place of a picture.
         name: how people see it named.
+        special_tokens: texts of further tokens that it may write, such as `pad_token`.
 
     Raises:
         PromptError: a text that is no template.
@@ -64,9 +65,15 @@ class JinjaTemplate:
         eos_token: str | None = None,
         image_token: str = PLACEHOLDER,
         name: str = "chat_template",
+        special_tokens: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
-        self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
+        self.source = source
+        self._tokens = {
+            **(special_tokens or {}),
+            "bos_token": bos_token or "",
+            "eos_token": eos_token or "",
+        }
         self._image_token = image_token
         try:
             self._template = _environment().from_string(source)
