@@ -7,7 +7,10 @@ import PIL.Image
 import lapilli
 from lapilli.checkpoint.inspect import inspect_checkpoint
 from lapilli.errors import LapilliError
+from lapilli.generate.engine.options import EngineOptions
 
+# Memory for keys and values is reserved for the whole context, and used as it is needed.
+SMALL = EngineOptions(max_rows=1, kv_bytes=64 << 20)
 PICTURE = PIL.Image.new("RGB", (40, 30), (200, 30, 30))
 
 
@@ -17,7 +20,7 @@ def load_and_ask(folder: Path) -> None:
     A question may be refused with any error of ours: its options come from the files too.
     """
     inspect_checkpoint(folder / "model").to_text()
-    chat = lapilli.load(folder / "model", device="cpu", dtype="float32")
+    chat = lapilli.load(folder / "model", device="cpu", dtype="float32", engine=SMALL)
     try:
         pictures = [PICTURE] if chat.config.vision is not None else []
         chat.ask("What is <s> in  it? 12", *pictures, max_new_tokens=2)
