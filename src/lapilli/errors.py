@@ -3,7 +3,9 @@
     LapilliError
     |- ConfigError (ValueError)           a config.json, recipe or option says the impossible
     |  |- UnknownKeyError                 a key that nothing reads (strict_config=True)
-    |  '- UnsupportedModelError           a model, tower or projector that lapilli does not have
+    |  |- ConfigFileError                 the same of a checkpoint's own file: a CheckpointError too
+    |  '- UnsupportedModelError           a model, tower or projector that lapilli does not have:
+    |                                     a CheckpointError too
     |- CheckpointError (ValueError)       the files of a checkpoint
     |  |- MissingFileError                a file that the checkpoint needs is not there
     |  |- MissingWeightsError             parameters without a tensor, tensors without a parameter
@@ -33,12 +35,16 @@ class UnknownKeyError(ConfigError):
     """A configuration key that nothing reads."""
 
 
-class UnsupportedModelError(ConfigError):
-    """A model, tower or projector type that lapilli does not have."""
-
-
 class CheckpointError(LapilliError, ValueError):
     """The files of a checkpoint are not usable."""
+
+
+class ConfigFileError(ConfigError, CheckpointError):
+    """A configuration file of a checkpoint that cannot be followed."""
+
+
+class UnsupportedModelError(ConfigError, CheckpointError):
+    """A model, tower or projector type that lapilli does not have."""
 
 
 class MissingFileError(CheckpointError, FileNotFoundError):

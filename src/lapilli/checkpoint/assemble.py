@@ -16,7 +16,7 @@ from lapilli.checkpoint.report import LoadReport, some
 from lapilli.checkpoint.vocabulary import Vocabulary
 from lapilli.checkpoint.weights import refuse_not_finite
 from lapilli.config.model import ModelConfig
-from lapilli.errors import MissingWeightsError, ShapeMismatchError
+from lapilli.errors import CheckpointError, MissingWeightsError, ShapeMismatchError
 from lapilli.lm.build import build_language_model
 from lapilli.modality.image.image import ImageModality
 from lapilli.model.vlm import VisionLanguageModel
@@ -185,9 +185,9 @@ def fill(
 
     Raises:
         ShapeMismatchError: a tensor has another shape than the configuration says.
-        CheckpointError: a tensor holds NaN or an infinity.
+        CheckpointError: a tensor holds NaN or an infinity, or numbers of another kind.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = model.state_dict()
     filled: dict[str, Tensor] = {}
     done, total = 0, matching.num_bytes
     for name in matching.sources if packing is None else packing.in_order(matching.sources):
@@ -198,6 +198,7 @@ def fill(
             read_as = torch.float32
         kept = packing is None or not packing.takes(name)
         for part, foreign in sources:
+            _check_kind(part, foreign, expected[name].dtype)
             tensor = part.store.tensor(foreign, read_as, mapped=kept)
             if check_finite:
                 # Of a table few rows are used: it is looked at in a copy, so that the other pages
@@ -210,7 +211,7 @@ def fill(
             tensors.append(tensor)
             done += part.store.infos[foreign].num_bytes
         tensor = vocabulary.fit(name, tensors) if name in VOCABULARY else tensors[-1]
-        _check_shape(name, sources[-1], tensor, shapes[name])
+        _check_shape(name, sources[-1], tensor, tuple(expected[name].shape))
         if packing is None or kept:
             filled[name] = tensor.to(device)
         else:
@@ -220,6 +221,21 @@ def fill(
     if packing is not None:
         filled |= packing.finish(device, dtype)
     model.load_state_dict(filled, strict=True, assign=True)
+
+
+def _check_kind(part: WeightPart, foreign: str, expected: torch.dtype) -> None:
+    """Floats for floats, whichever; packed integers exactly as the kernels read them.
+
+    Raises:
+        CheckpointError: not so.
+    """
+    stored = part.store.infos[foreign].dtype
+    if stored == expected or (stored.is_floating_point and expected.is_floating_point):
+        return
+    raise CheckpointError(
+        f"{foreign} is {stored}, expected {expected} ({part.label}): the weights are packed "
+        "otherwise than config.json says"
+    )
 
 
 def _check_shape(

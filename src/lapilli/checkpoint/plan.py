@@ -20,7 +20,7 @@ from lapilli.checkpoint.directory import (
     keymap_of,
     open_directory,
 )
-from lapilli.checkpoint.files import read_json, read_optional_json
+from lapilli.checkpoint.files import has_file, read_json, read_optional_json
 from lapilli.checkpoint.keymaps import LANGUAGE_MODEL, KeyMap
 from lapilli.checkpoint.keymaps.tables import EMBEDDINGS, OUTPUT, PROJECTOR
 from lapilli.checkpoint.quantized import is_packed_here, with_quantization_file
@@ -31,7 +31,7 @@ from lapilli.checkpoint.weights import WeightStore, find_weight_files
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import is_original
 from lapilli.config.reader import JsonObject, KeyReport
-from lapilli.errors import ConfigError, MissingFileError
+from lapilli.errors import ConfigError, ConfigFileError, MissingFileError
 from lapilli.prompt.tokenizer import Tokenizer
 
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
@@ -328,7 +328,7 @@ def _trained_part(file: Path, keymap: KeyMap) -> WeightPart:
 
 
 def _first(path: Path, names: Sequence[str]) -> Path | None:
-    return next((path / name for name in names if (path / name).is_file()), None)
+    return next((path / name for name in names if has_file(path / name)), None)
 
 
 def _plan(
@@ -380,6 +380,7 @@ def _tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
     has_image_token = config.tokens.image_id is not None
     fast = config.layout != "llava" or config.text.family != "llama" or has_image_token
     tokenizer = load_tokenizer(path, fast=fast)
+    _refuse_image_id(config, tokenizer)
     if config.layout != "llava":
         image = config.tokens.image_id
         if image in tokenizer.added_vocab.values() and image is not None:
@@ -392,6 +393,15 @@ def _tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
         use_start_end=config.tokens.use_start_end,
     )
     return tokenizer, new
+
+
+def _refuse_image_id(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    image_id = config.tokens.image_id
+    if image_id is not None and not 0 <= image_id < tokenizer.vocab_size:
+        raise ConfigFileError(
+            f"config.json: image_token_index is {image_id}, but the tokenizer has "
+            f"{tokenizer.vocab_size} tokens: they do not belong together"
+        )
 
 
 def _weights_raw(directory: CheckpointDirectory, base_path: Path | None) -> JsonObject:

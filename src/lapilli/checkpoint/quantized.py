@@ -25,8 +25,8 @@ from lapilli.checkpoint.awq import (
 )
 from lapilli.checkpoint.files import read_optional_json
 from lapilli.config.model import ModelConfig
-from lapilli.config.reader import JsonObject, is_object
-from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
+from lapilli.config.reader import JsonObject, in_file, is_object, shown
+from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, UnsupportedModelError
 from lapilli.quant import QuantConfig
 from lapilli.quant.choose import Choices
 from lapilli.quant.config import describe
@@ -114,21 +114,22 @@ def stored_quantization(raw: JsonObject) -> StoredQuantization | None:
     if not is_object(found):
         return None
     method = found.get("quant_method")
-    if method in NAMES:
+    if isinstance(method, str) and method in NAMES:
         published = published_format(found)
         return StoredQuantization(published.config, published)
     if method != METHOD:
         raise UnsupportedModelError(
-            f"config.json: weights quantized by {method!r} cannot be read: {ADVICE}"
+            f"config.json: weights quantized by {shown(method)} cannot be read: {ADVICE}"
         )
     options = {str(key): value for key, value in found.items() if key != "quant_method"}
     known = asdict(QuantConfig()).keys()
     if options.keys() != known:
-        raise ConfigError(
-            f"config.json: {KEY} has the keys {', '.join(sorted(options))}, this version reads "
-            f"{', '.join(sorted(known))}"
+        raise ConfigFileError(
+            f"config.json: {KEY} has the keys {', '.join(sorted(options))[:500]}, this version "
+            f"reads {', '.join(sorted(known))}"
         )
-    config = QuantConfig(**options)  # type: ignore[arg-type]  # checked by QuantConfig itself
+    with in_file():
+        config = QuantConfig(**options)  # type: ignore[arg-type]  # checked by QuantConfig itself
     return StoredQuantization(config)
 
 

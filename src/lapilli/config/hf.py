@@ -11,7 +11,7 @@ from lapilli.config.model import (
     ProjectorConfig,
     VisionConfig,
 )
-from lapilli.config.reader import KeyReader, KeyReport
+from lapilli.config.reader import KeyReader, KeyReport, shown
 from lapilli.config.text import parse_activation, parse_text
 from lapilli.config.tokens import parse_tokens
 from lapilli.config.vision import (
@@ -95,14 +95,14 @@ def _vision(reader: KeyReader) -> VisionConfig:
     if isinstance(layer, list):
         if len(layer) != 1:
             raise UnsupportedModelError(
-                f"config.json: vision_feature_layer {layer} takes {len(layer)} layers, "
+                f"config.json: vision_feature_layer {shown(layer)} takes {len(layer)} layers, "
                 "only one is supported"
             )
         layer = layer[0]
     if layer is None:
         layer = -2
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise ConfigError(f"config.json: vision_feature_layer must be a number, got {layer!r}")
+        raise ConfigError(f"config.json: vision_feature_layer must be a number, got {shown(layer)}")
     strategy = reader.text("vision_feature_select_strategy", "default") or "default"
     if strategy not in STRATEGIES:
         raise ConfigError(

@@ -5,18 +5,24 @@ lacks are added, the Llama family writes BOS as `add_bos_token` says, every othe
 post-processor of the file says.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
 
-from lapilli.errors import CheckpointError, PromptError
+from lapilli.errors import PromptError
 from lapilli.prompt.tokenizer.added import AddedTokens
 from lapilli.prompt.tokenizer.base import Range, Token, clean_up, length_limit
 from lapilli.prompt.tokenizer.byte_level import BYTE_OF
 from lapilli.prompt.tokenizer.convert import llama_tokenizer
+from lapilli.prompt.tokenizer.json_file import (
+    encode_text,
+    frame_of,
+    parse_tokenizer,
+    refusing_panics,
+    state_of,
+)
 from lapilli.prompt.tokenizer.pieces import SPACE
 from lapilli.prompt.tokenizer.plain import PlainText
 from lapilli.prompt.tokenizer.roles import Roles
@@ -45,7 +51,7 @@ class FastTokenizer(Roles):
         added: Mapping[str, int] | None = None,
     ) -> None:
         config = config or {}
-        self._rust = _parse(source) if isinstance(source, str) else source
+        self._rust = parse_tokenizer(source) if isinstance(source, str) else source
         family = str(config.get("tokenizer_class") or "").removesuffix("Fast")
         is_llama = family in ("LlamaTokenizer", "CodeLlamaTokenizer")
         self._special = read_special_tokens(
@@ -56,7 +62,7 @@ class FastTokenizer(Roles):
         self.padding_side = str(config.get("padding_side", default_side))
         self.model_max_length = length_limit(config.get("model_max_length"))
         self._clean_up = bool(config.get("clean_up_tokenization_spaces", not is_llama))
-        prefix, suffix = _frame(self._rust)
+        prefix, suffix = frame_of(self._rust)
         if is_llama:
             prefix = self._wanted("bos") if config.get("add_bos_token", True) else ()
             suffix = self._wanted("eos") if config.get("add_eos_token", False) else ()
@@ -64,7 +70,7 @@ class FastTokenizer(Roles):
         self.suffix_ids: tuple[int, ...] = suffix
         # Neither special tokens nor trimmed offsets: `encode` writes the prefix itself.
         self._rust.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
-        decoder = _state(self._rust.decoder)
+        decoder = state_of(self._rust.decoder)
         self._is_byte_level = "ByteLevel" in _types(decoder)
         self.strips_leading_space = _strips(decoder)
         self._plain = PlainText(self._rust.to_str)
@@ -99,12 +105,13 @@ class FastTokenizer(Roles):
         """Tokens with their characters, without prefix."""
         if self._first_cut.has_typed(text, literal):
             return self._tokenize_typed(text, literal)
-        encoding = self._rust.encode(text, add_special_tokens=False)
+        encoding = encode_text(self._rust, text)
         return [Token(i, *span) for i, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ids."""
-        text = str(self._rust.decode(list(ids), skip_special_tokens=skip_special))
+        with refusing_panics():
+            text = str(self._rust.decode(list(ids), skip_special_tokens=skip_special))
         return clean_up(text) if self._clean_up else text
 
     def token_to_id(self, token: str) -> int | None:
@@ -191,19 +198,6 @@ class FastTokenizer(Roles):
         return tokens
 
 
-def _parse(source: str) -> tokenizers.Tokenizer:
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(source)
-    except Exception as error:  # the library raises nothing more precise
-        raise CheckpointError(
-            f"tokenizer.json ({len(source)} characters) cannot be read: {error}; is it truncated, "
-            "or written by a newer `tokenizers`?"
-        ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
 def _entry(token: AddedToken) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(
         token.content,
@@ -228,20 +222,6 @@ def _added_of(tokenizer: tokenizers.Tokenizer) -> AddedTokens:
             for index, token in tokenizer.get_added_tokens_decoder().items()
         }
     )
-
-
-def _frame(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the post-processor writes before and after a text."""
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
-    full = tokenizer.encode("a", add_special_tokens=True).ids
-    before = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-    return tuple(full[:before]), tuple(full[before + len(bare) :])
-
-
-def _state(decoder: tokenizers.decoders.Decoder | None) -> dict[str, Any]:
-    """A decoder of the library as the JSON that it is saved as."""
-    state: dict[str, Any] = {} if decoder is None else json.loads(decoder.__getstate__())
-    return state
 
 
 def _types(state: dict[str, Any]) -> set[str]:

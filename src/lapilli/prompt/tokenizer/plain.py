@@ -13,6 +13,7 @@ import tokenizers
 
 from lapilli.prompt.tokenizer.added import AddedTokens
 from lapilli.prompt.tokenizer.base import Token
+from lapilli.prompt.tokenizer.json_file import encode_text, parse_tokenizer
 
 
 class PlainText:
@@ -32,7 +33,7 @@ class PlainText:
         if self._added is not added:
             self._build(added)
         tokenizer = self._later if start else self._first
-        encoding = tokenizer.encode(text[start:end], add_special_tokens=False)
+        encoding = encode_text(tokenizer, text[start:end])
         found = zip(encoding.ids, encoding.offsets, strict=True)
         return [Token(self._ids.get(i, i), start + b, start + e) for i, (b, e) in found]
 
@@ -43,9 +44,9 @@ class PlainText:
         raw["added_tokens"] = [t for t in raw["added_tokens"] if t["content"] not in special]
         raw["post_processor"] = None
         _forget(raw["model"], special)
-        self._first = tokenizers.Tokenizer.from_str(json.dumps(raw))
+        self._first = parse_tokenizer(json.dumps(raw))
         _never_first(raw["pre_tokenizer"])
-        self._later = tokenizers.Tokenizer.from_str(json.dumps(raw))
+        self._later = parse_tokenizer(json.dumps(raw))
         # Tokens that are not in the model's vocabulary are counted anew.
         pairs = [(self._first.token_to_id(t["content"]), t["id"]) for t in raw["added_tokens"]]
         self._ids = {theirs: ours for theirs, ours in pairs if theirs not in (None, ours)}
