@@ -6,6 +6,7 @@ that it names. Libraries that take seconds to import are imported where they are
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,11 @@ def packed(folder: Path) -> None:
         tokenizer_path=loaded.tokenizer_path,
         quantization=loaded.quantization,
     )
+
+
+def pebble(folder: Path) -> None:
+    """The embedded model, which says which pictures it knows."""
+    shutil.copytree(Path(__file__).parents[2] / "src" / "lapilli" / "pebble", folder / "model")
 
 
 def _published(folder: Path, method: str) -> None:

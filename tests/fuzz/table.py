@@ -43,6 +43,8 @@ KINDS: tuple[Kind, ...] = (
     Kind(make=MISTRAL, file="model/tokenizer.model", damages=PROTOBUF, share=2),
     Kind(make=honest.awq, file="model/config.json", damages=JSON, share=2),
     Kind(make=honest.awq, file="model/model.safetensors", damages=SAFETENSORS, share=2),
+    Kind(make=honest.pebble, file="model/world.json", damages=JSON),
+    Kind(make=honest.pebble, file="model/world.safetensors", damages=SAFETENSORS),
     Kind(make=honest.gptq, file="model/config.json", damages=JSON),
     Kind(make=honest.packed, file="model/config.json", damages=JSON, share=2),
     Kind(make=honest.packed, file="model/model.safetensors", damages=SAFETENSORS, share=2),

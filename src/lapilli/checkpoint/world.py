@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from lapilli.checkpoint.files import read_optional_json
+from lapilli.checkpoint.weights import open_shard, refuse_not_finite
+from lapilli.config.reader import JsonObject, KeyReader
 from lapilli.errors import CheckpointError
 from lapilli.shapes import Float, Tensor
 
@@ -76,23 +79,40 @@ def save_world(world: World, folder: Path) -> None:
     save_file(tensors, folder / "world.safetensors")
 
 
-def load_world(folder: Path) -> World | None:
+def load_world(folder: Path, *, width: int | None = None) -> World | None:
     """The world of a checkpoint, or None when it claims none.
+
+    Args:
+        folder: of the checkpoint.
+        width: of the tower's features, E; None: whatever the files say.
 
     Raises:
         CheckpointError: one of the two files is there and not usable.
     """
     path = folder / "world.json"
-    if not path.is_file():
-        return None
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        tensors = load_file(folder / "world.safetensors")
-        return World(
-            str(said["knows"]), float(said["limit"]), tensors["mean"], tensors["whitening"]
-        )
-    except (OSError, ValueError, KeyError) as error:
+        said = read_optional_json(path)
+        return None if said is None else _world(said, folder / "world.safetensors", width)
+    except (CheckpointError, KeyError) as error:
         raise CheckpointError(
-            f"{path} and world.safetensors beside it do not describe a world: {error!r}; "
+            f"{path} and world.safetensors beside it do not describe a world: {error!s}; "
             "delete both to load the checkpoint without"
         ) from error
+
+
+def _world(said: JsonObject, file: Path, width: int | None) -> World:
+    reader = KeyReader(said, "world.json")
+    limit = reader.optional_number("limit", least=0.0)
+    if limit is None:
+        raise CheckpointError("world.json: limit is missing")
+    shard = open_shard(file)
+    mean, whitening = (shard.tensor(name, torch.float32) for name in ("mean", "whitening"))
+    size = len(mean) if width is None and mean.dim() == 1 else width
+    if mean.shape != (size,) or whitening.shape != (size, size):
+        raise CheckpointError(
+            f"mean has shape {tuple(mean.shape)} and whitening {tuple(whitening.shape)}, expected "
+            f"({size},) and ({size}, {size})"
+        )
+    refuse_not_finite("mean", mean)
+    refuse_not_finite("whitening", whitening)
+    return World(reader.text("knows", "") or "", limit, mean, whitening)

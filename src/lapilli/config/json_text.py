@@ -78,7 +78,7 @@ def _is_deep(value: object) -> bool:
         level = [
             inner
             for holder in level
-            for inner in (holder.values() if isinstance(holder, dict) else holder)  # type: ignore[attr-defined]
+            for inner in (holder.values() if isinstance(holder, dict) else holder)
             if isinstance(inner, dict | list)
         ]
         if not level:

@@ -25,7 +25,8 @@ class Outside:
     """
 
     def __init__(self, loaded: Loaded, answering: Answering) -> None:
-        self._world = load_world(loaded.path)
+        vision = loaded.config.vision
+        self._world = load_world(loaded.path, width=vision and vision.hidden_size)
         self._model = loaded.model
         self._answering = answering
         self._judged: dict[bytes, bool] = {}

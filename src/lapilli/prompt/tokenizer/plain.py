@@ -9,8 +9,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import tokenizers
-
 from lapilli.prompt.tokenizer.added import AddedTokens
 from lapilli.prompt.tokenizer.base import Token
 from lapilli.prompt.tokenizer.json_file import encode_text, parse_tokenizer
