@@ -10,6 +10,7 @@ from lapilli.checkpoint.quantized import stored_quantization
 from lapilli.checkpoint.save import save_llava
 from lapilli.checkpoint.save_files import common_dtypes, dtype_name
 from lapilli.checkpoint.save_hf import save_hf
+from lapilli.checkpoint.world import world_files
 from lapilli.config.write import refuse_unsayable as refuse_unsayable_in_original
 from lapilli.config.write_hf import refuse_unsayable
 from lapilli.errors import ConfigError
@@ -78,6 +79,7 @@ def export_checkpoint(
             tokenizer_path=loaded.tokenizer_path,
             template=spoken,
             overwrite=overwrite,
+            extra=world_files(loaded.path),
         )
     else:
         save_llava(
@@ -87,5 +89,6 @@ def export_checkpoint(
             tokenizer_path=loaded.tokenizer_path,
             template=spoken,
             overwrite=overwrite,
+            extra=world_files(loaded.path),
         )
     return " and ".join(dtype_name(one) for one in common_dtypes(loaded.model.state_dict()))
