@@ -35,6 +35,7 @@ from lapilli.train.recipe import (
 from lapilli.train.results import Results, save_results
 from lapilli.train.stages import choose_trainable
 from lapilli.train.start import lay_projector
+from tests.integration.oracle import make_oracle
 from tests.train.parts import Parts
 
 IDS = [1, 50, 60, 70]
@@ -409,6 +410,16 @@ def test_what_cannot_be_saved_is_refused_before_the_run(llava, hf_llava, parts, 
         results(hf_llava, lora=on_tower, save=HF)
     results(hf_llava, lora=on_tower, save=replace(HF, merge=True))
     results(hf_llava, lora=on_tower)
+    first = tmp_path / "first"
+    make_oracle(first, next_=False, text="llama", tower="siglip")
+    raw = json.loads((first / "config.json").read_text())
+    raw["vision_feature_select_strategy"] = "default"
+    (first / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(
+        UnsupportedModelError, match="the original layout cannot leave out the first"
+    ):
+        results(first, lora=LORA)
+    results(first, lora=LORA, save=HF)
     packed = replace(LORA, base="int4")
     with pytest.raises(ConfigError, match=r"save\.merge with lora.base 'int4'"):
         results(llava, lora=packed, save=SaveRecipe(merge=True))

@@ -10,6 +10,8 @@ from lapilli.checkpoint.quantized import stored_quantization
 from lapilli.checkpoint.save import save_llava
 from lapilli.checkpoint.save_files import common_dtypes, dtype_name
 from lapilli.checkpoint.save_hf import save_hf
+from lapilli.checkpoint.world import world_files
+from lapilli.config.write import refuse_unsayable as refuse_unsayable_in_original
 from lapilli.config.write_hf import refuse_unsayable
 from lapilli.errors import ConfigError
 
@@ -54,6 +56,8 @@ def export_checkpoint(
         raise ConfigError(f"{plan.path} is quantized: export the checkpoint that it was made from")
     if layout == "huggingface":
         refuse_unsayable(plan.config)
+    else:
+        refuse_unsayable_in_original(plan.config)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown: choose from {', '.join(DTYPES)}")
     loaded = load_checkpoint(
@@ -75,6 +79,7 @@ def export_checkpoint(
             tokenizer_path=loaded.tokenizer_path,
             template=spoken,
             overwrite=overwrite,
+            extra=world_files(loaded.path),
         )
     else:
         save_llava(
@@ -84,5 +89,6 @@ def export_checkpoint(
             tokenizer_path=loaded.tokenizer_path,
             template=spoken,
             overwrite=overwrite,
+            extra=world_files(loaded.path),
         )
     return " and ".join(dtype_name(one) for one in common_dtypes(loaded.model.state_dict()))

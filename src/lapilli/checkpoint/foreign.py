@@ -8,7 +8,7 @@ from lapilli.checkpoint.directory import open_weights
 from lapilli.checkpoint.files import read_optional_json
 from lapilli.checkpoint.keymaps import LANGUAGE_MODEL
 from lapilli.checkpoint.placement import choose_dtype
-from lapilli.checkpoint.plan import Plan, name_of
+from lapilli.checkpoint.plan import Plan
 from lapilli.checkpoint.source import resolve
 from lapilli.checkpoint.tokenizer_files import load_tokenizer
 from lapilli.checkpoint.vocabulary import Vocabulary
@@ -75,7 +75,6 @@ def load_foreign_model(
     )
     plan = Plan(
         form="through transformers",
-        name=name_of(source),
         path=path,
         raw=raw,
         weights_raw=raw,

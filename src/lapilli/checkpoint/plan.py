@@ -47,7 +47,6 @@ class Plan:
 
     Args:
         form: "full", "LoRA", "PEFT adapter" or "projector".
-        name: of its folder or hub id, for the rules by name.
         path: the directory that was asked for.
         raw: its config.json.
         weights_raw: config.json of the language model's weights, a base's for what lies on one;
@@ -66,7 +65,6 @@ class Plan:
     """
 
     form: str
-    name: str
     path: Path
     raw: JsonObject
     weights_raw: JsonObject
@@ -132,19 +130,7 @@ def make_plan(
         return _with_adapter(make_plan(source, base=base, fetch=fetch), resolve(adapter))
     path = resolve(source, weights=fetch)
     weights = fetch or is_local(source)
-    plan = _plan_source(path, base, weights=weights, fetch=fetch)
-    return replace(plan, name=name_of(source))
-
-
-def name_of(source: str | Path) -> str:
-    """The name that a folder or a hub id gives: its last part.
-
-    Source: LLaVA mm_utils.py get_model_name_from_path; `checkpoint-N` takes its parent along.
-    """
-    parts = Path(str(source).partition("@")[0]).expanduser().parts
-    if len(parts) > 1 and parts[-1].startswith("checkpoint-"):
-        return f"{parts[-2]}_{parts[-1]}"
-    return parts[-1] if parts else ""
+    return _plan_source(path, base, weights=weights, fetch=fetch)
 
 
 def _plan_source(path: Path, base: str | None, *, weights: bool, fetch: bool) -> Plan:
@@ -354,7 +340,6 @@ def _plan(
         notes += _vocabulary_notes(before, rows)
     return Plan(
         form=form,
-        name=directory.path.name,
         path=directory.path,
         raw=directory.raw,
         weights_raw=_weights_raw(directory, base_path),

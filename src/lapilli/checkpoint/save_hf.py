@@ -7,6 +7,7 @@
 One vocabulary entry stands for every position of a picture; it is added where there is none.
 """
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -38,7 +39,7 @@ from lapilli.checkpoint.save_files import (
     write_weights,
 )
 from lapilli.checkpoint.save_tokenizer import save_tokenizer_with
-from lapilli.checkpoint.template import written_template
+from lapilli.checkpoint.template import WrittenTemplate, written_template
 from lapilli.checkpoint.tokenizer_files import load_tokenizer
 from lapilli.checkpoint.vocabulary import resized
 from lapilli.config.model import ModelConfig
@@ -99,13 +100,9 @@ def save_hf(
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ConfigError("the model is quantized: save it from one that is not")
     spoken = written_template(template, config, tokenizer_path)
-    own = config.tokens.image_id
-    token = IMAGE_TOKEN if own is None else tokenizer.id_to_token(own)
     whole = merged_state(model) if state is None else state
     with new_directory(path, overwrite=overwrite) as folder:
-        image_id = save_tokenizer_with(
-            folder, tokenizer_path, tokenizer, token, processor=processor_class(config)
-        )
+        image_id = _write_words(folder, config, tokenizer, tokenizer_path, spoken)
         rows = max(config.text.vocab_size, image_id + 1)
         tensors = {name: _with_rows(name, tensor, rows) for name, tensor in whole.items()}
         formats = renamed_formats(dtype, HF_LLAVA)
@@ -122,12 +119,55 @@ def save_hf(
         )
         _write_generation(folder, config)
         write_json(folder / "preprocessor_config.json", write_hf_preprocessor(config))
-        write_json(folder / "processor_config.json", write_hf_processor(config, token))
-        source = spoken.for_whole_prompts(
-            load_tokenizer(folder, fast=True), image_id, was_whole=own is not None
-        )
-        write_chat_template(folder, source)
         write_extra(folder, extra or {})
+
+
+def refuse_unwritable(
+    config: ModelConfig,
+    *,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    template: str | Template | None,
+) -> None:
+    """Refuse before a run what `save_hf` would refuse after it.
+
+    Args:
+        config: of the model.
+        tokenizer: as for `save_hf`.
+        tokenizer_path: as for `save_hf`.
+        template: as for `save_hf`.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be written as a tokenizer.json.
+        ConfigError: the template cannot be written.
+        PromptError: the template is one for captions.
+        UnsupportedModelError: something that the layout of Hugging Face cannot say.
+    """
+    refuse_unsayable(config)
+    spoken = written_template(template, config, tokenizer_path)
+    with tempfile.TemporaryDirectory(prefix="lapilli-words-") as folder:
+        _write_words(Path(folder), config, tokenizer, tokenizer_path, spoken)
+
+
+def _write_words(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    spoken: WrittenTemplate,
+) -> int:
+    """The files of tokenizer, processor and template; the id of the image token."""
+    own = config.tokens.image_id
+    token = IMAGE_TOKEN if own is None else tokenizer.id_to_token(own)
+    image_id = save_tokenizer_with(
+        folder, tokenizer_path, tokenizer, token, processor=processor_class(config)
+    )
+    write_json(folder / "processor_config.json", write_hf_processor(config, token))
+    source = spoken.for_whole_prompts(
+        load_tokenizer(folder, fast=True), image_id, was_whole=own is not None
+    )
+    write_chat_template(folder, source)
+    return image_id
 
 
 def _with_rows(name: str, tensor: Stored, rows: int) -> Stored:

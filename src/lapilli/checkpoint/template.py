@@ -58,7 +58,8 @@ def template_facts(plan: Plan) -> TemplateFacts:
         base=str(plan.raw.get("_name_or_path") or ""),
         projector=None if projector is None else projector.kind,
         has_chatml=all(plan.tokenizer.token_to_id(token) is not None for token in ends),
-        recorded=OWN if _of_adapter(plan) is not None else plan.config.template,
+        # What a PEFT adapter was trained with comes before what its base records.
+        recorded=None if _of_adapter(plan) is not None else plan.config.template,
         use_start_end=tokens.use_start_end,
         media_gap=media_gap(plan.tokenizer, tokens.image_id),
     )
@@ -76,10 +77,8 @@ def own_template(plan: Plan) -> JinjaTemplate | None:
     if plan.config.layout == "llava" and plan.config.template != OWN:
         return None
     # The folder of a PEFT adapter is no place of the checkpoint below.
-    places = (plan.tokenizer_path,) if plan.form == ADAPTER else (plan.path, plan.tokenizer_path)
-    source = _of_adapter(plan) or find_chat_template(*places)
-    if source is None and plan.base_path is not None:  # an adapter's tokenizer, without one
-        source = find_chat_template(plan.base_path)
+    first = plan.base_path if plan.form == ADAPTER else plan.path
+    source = _of_adapter(plan) or find_chat_template(first or plan.path, plan.tokenizer_path)
     if source is None:
         return None
     tokenizer, tokens = plan.tokenizer, plan.config.tokens

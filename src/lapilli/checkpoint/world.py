@@ -79,6 +79,12 @@ def save_world(world: World, folder: Path) -> None:
     save_file(tensors, folder / "world.safetensors")
 
 
+def world_files(folder: Path) -> dict[str, bytes]:
+    """The two files of a checkpoint, for a copy with the same tower: contents by name."""
+    paths = [folder / name for name in ("world.json", "world.safetensors")]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
 def load_world(folder: Path, *, width: int | None = None) -> World | None:
     """The world of a checkpoint, or None when it claims none.
 

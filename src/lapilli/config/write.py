@@ -82,6 +82,15 @@ def write_llava_config(
     return written
 
 
+def refuse_unsayable(config: ModelConfig) -> None:
+    """Refuse a model that the original layout cannot be.
+
+    Raises:
+        UnsupportedModelError: see `write_llava_config`.
+    """
+    write_llava_config(as_original(config), vision_source=None, torch_dtype="float32")
+
+
 def as_original(config: ModelConfig) -> ModelConfig:
     """The same model as the original layout says it.
 

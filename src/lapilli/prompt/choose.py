@@ -230,5 +230,7 @@ def _by_projector(facts: TemplateFacts) -> tuple[str, str]:
     if facts.layout == "llava" and facts.projector == "linear":
         return "llava_v0", "a linear projector: the first generation of LLaVA"
     if facts.projector is not None:
-        return INFERENCE_TEMPLATE, f"projector {facts.projector}: LLaVA 1.5 and later"
+        return INFERENCE_TEMPLATE, (
+            f"projector {facts.projector}: LLaVA 1.5 and later, whatever the folder is called"
+        )
     return DEFAULT_TEMPLATE, "nothing in the checkpoint tells: the original's default"

@@ -26,11 +26,12 @@ from lapilli.checkpoint.placement import DTYPES
 from lapilli.checkpoint.save import is_lasting, merged_state, save_llava, save_projector
 from lapilli.checkpoint.save_adapter import is_unknown_to_peft, save_lora, save_peft
 from lapilli.checkpoint.save_files import Formats, Stored
-from lapilli.checkpoint.save_hf import save_hf
+from lapilli.checkpoint.save_hf import refuse_unwritable, save_hf
 from lapilli.checkpoint.source import find_directory, is_local
 from lapilli.checkpoint.weights import complete_weights
 from lapilli.config.model import ModelConfig
 from lapilli.config.write import as_original
+from lapilli.config.write import refuse_unsayable as refuse_unsayable_in_original
 from lapilli.config.write_hf import refuse_unsayable
 from lapilli.errors import ConfigError
 from lapilli.lora import LoraConfig
@@ -117,9 +118,16 @@ class Results:
             )
         _ = self.dtype
         if save.layout != "huggingface":
+            refuse_unsayable_in_original(self.config)
             return
         refuse_unsayable(self.loaded.config)
         if not self.is_adapter:
+            refuse_unwritable(
+                self.config,
+                tokenizer=self.loaded.tokenizer,
+                tokenizer_path=self.loaded.tokenizer_path,
+                template=self.template,
+            )
             return
         if self.recipe.model.tune_tower or self.loaded.config.has_newline:
             what = "a tuned vision tower" if self.recipe.model.tune_tower else "image_newline"
