@@ -105,7 +105,7 @@ def encode(
 
 
 def _check_text(segments: Sequence[Segment]) -> None:
-    """Refuse halves of characters, which come from "\\ud800" in JSON and from bytes that are no UTF-8."""
+    """Refuse halves of characters: escapes in JSON, and bytes that are no UTF-8, become such."""
     for segment in segments:
         if isinstance(segment, TextSegment) and not segment.text.isascii():
             try:

@@ -16,10 +16,10 @@ import torch
 from lapilli.checkpoint.load import Loaded
 from lapilli.config.model import DecoderConfig
 from lapilli.errors import ConfigError
+from lapilli.modality.image.decode import Alpha
 from lapilli.prompt.choose import Template
 from lapilli.train.batch import TrainingBatch, collate, collate_bins
 from lapilli.train.contract import Loss, Plain
-from lapilli.modality.image.decode import Alpha
 from lapilli.train.data import Dataset, Row, RowMaker, Rows, open_dataset, order_of, rows_of
 from lapilli.train.data.rows import MakesRows
 from lapilli.train.distill import (
