@@ -133,6 +133,8 @@ class Conversation:
                 note(f"no command {command}: {HELP}")
             else:
                 self.answer(line)
+        except BrokenPipeError:
+            raise  # nobody reads the answers any more
         except (LapilliError, OSError) as error:
             # A mistyped path must not end the conversation.
             note(f"lapilli: {in_one_line(error)}")
