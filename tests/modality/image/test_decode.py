@@ -293,6 +293,15 @@ def test_whatever_a_decoder_raises_is_our_error():
         to_rgb(bytes(data))
 
 
+def test_what_libtiff_prints_from_c_is_not_heard(capfd):
+    data = bytearray(encoded(Image.fromarray(NOISE), "TIFF", compression="tiff_deflate"))
+    at = data.index(b"\x78")  # zlib's stream
+    data[at + 40 : at + 60] = bytes(20)
+    with pytest.raises(MediaError):
+        to_rgb(bytes(data))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_no_warning_of_pillow_comes_through_from_any_thread():
     damaged = encoded(Image.fromarray(NOISE), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\xff\xff\xff")
     before = list(warnings.filters)

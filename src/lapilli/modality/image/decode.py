@@ -1,12 +1,14 @@
 """Whatever is handed over as a picture -> a Pillow RGB image; knows no model, fetches nothing."""
 
+import ctypes
 import logging
 import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -61,8 +63,24 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _TOO_MUCH_TEXT = ("Decompressed data too large", "Too much memory used in text chunks")
 
-# Pillow's own words on damaged files go to whoever set logging up, and to nobody else's stderr.
-logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+def _keep_libraries_quiet() -> None:
+    """Send what Pillow and libtiff say of damaged files to nobody's standard error.
+
+    Pillow's words go to whoever has set logging up. libtiff prints them from C, and Pillow raises
+    its errors besides; its wheels carry a libtiff of their own, the system's is left alone.
+    """
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    package = Path(Image.__file__).parent
+    for folder in (package.parent / "pillow.libs", package / ".dylibs"):
+        for path in folder.glob("libtiff*"):
+            with suppress(OSError, AttributeError):  # it has other names: then it goes on talking
+                library = ctypes.CDLL(str(path))
+                library.TIFFSetErrorHandler(None)
+                library.TIFFSetWarningHandler(None)
+
+
+_keep_libraries_quiet()
 
 _BEGINNINGS = (  # compared with lower-cased bytes
     (b"%pdf-", "a PDF document"),
