@@ -14,6 +14,7 @@ from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import tile_features
 from lapilli.geometry import ImageSize
+from lapilli.kernels.library import why_not_native
 from lapilli.modality.image.anyres import num_tokens
 from lapilli.prompt.choose import Template
 from lapilli.quant.choose import Choices, layer_shapes
@@ -167,7 +168,7 @@ def inspect_checkpoint(
         unexpected=matching.unexpected,
         paths=_paths(plan),
         layers_on_cpu=tuple(choices.describe(size) for size in sizes) if choices else (),
-        notes=plan.notes,
+        notes=tuple(note for note in (*plan.notes, why_not_native()) if note),
     )
 
 

@@ -261,6 +261,21 @@ def native() -> Library | None:
     return open_library(os.environ.get(SWITCH, ""))
 
 
+def why_not_native() -> str:
+    """One line for people, where the kernels are missing without anybody having asked for that.
+
+    A wheel that was built without a compiler has none, which nothing else would say. Empty where
+    they are in use, and where LAPILLI_KERNELS=0 turns them off.
+    """
+    if native() is not None or os.environ.get(SWITCH) == "0":
+        return ""
+    built = "were built from other sources" if _find() else "were not built"
+    return (
+        f"the compiled kernels {built}: answers on this CPU are up to ten times slower; install a "
+        "C++ compiler and CMake, then reinstall lapilli"
+    )
+
+
 def open_library(wanted: str = "") -> Library | None:
     """The library with the best instruction set, or with the one that `wanted` names.
 

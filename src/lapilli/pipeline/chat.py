@@ -17,6 +17,7 @@ from lapilli.generate.engine import Engine, EngineOptions
 from lapilli.generate.outputs import Generation
 from lapilli.generate.run import check_context
 from lapilli.media.fetch import FetchLimits
+from lapilli.modality.image.decode import Alpha, check_alpha
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.pipeline.answering import Answering, Reply
 from lapilli.pipeline.memory import Memory
@@ -43,6 +44,7 @@ def load(
     quantize_tower: bool = False,
     engine: EngineOptions | None = None,
     prefix: str | Path | None = None,
+    alpha: Alpha = "drop",
 ) -> "Chat":
     """A checkpoint, ready to answer.
 
@@ -62,12 +64,15 @@ def load(
         quantize_tower: pack the vision tower and the projector too, in 8 bits.
         engine: limits of what is kept and done at the same time, and whether to guess ahead.
         prefix: a file from `Chat.save_prefix`: what begins like that is not read again.
+        alpha: "drop" shows the colours that lie under the transparency of a picture, as the
+            original does; "composite" lays the picture on white, as people see it.
 
     Raises:
         CheckpointError: the files are not usable.
         ConfigError: the configuration cannot be followed.
         PromptError: no template has this name.
     """
+    check_alpha(alpha)
     loaded = load_checkpoint(
         source,
         base=base,
@@ -82,6 +87,7 @@ def load(
         quantize_tower=quantize_tower,
     )
     chat = Chat(loaded, name=str(source), engine=engine)
+    chat.alpha = alpha
     if prefix is not None:
         chat.load_prefix(prefix)
     return chat
@@ -106,6 +112,8 @@ class Chat:
         self.name = name or loaded.path.name
         self.template: Template = loaded.template.template
         self.limits = FetchLimits()
+        self.alpha: Alpha = "drop"
+        """What becomes of the transparency of pictures, see `load`."""
         self.system: str | None = None
         """Instructions in place of the template's own; counted from the next question on."""
         self._last_keys: tuple[int, ...] = ()
@@ -284,7 +292,7 @@ class Chat:
             MediaError: it cannot be fetched or decoded.
             UnsupportedModelError: the model reads text only.
         """
-        prepare(MediaPart(source), self.model, self.limits)
+        prepare(MediaPart(source), self.model, self.limits, alpha=self.alpha)
 
     def outside_world(self) -> str | None:
         """One line for people if a picture of the latest question is nothing this model knows.
@@ -363,7 +371,9 @@ class Chat:
 
     def _item(self, part: MediaPart, memory: Memory) -> object:
         item = memory.item(part)
-        return prepare(part, self.model, self.limits) if item is None else item
+        if item is not None:
+            return item
+        return prepare(part, self.model, self.limits, alpha=self.alpha)
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         return messages if self.system is None else (Message.system(self.system), *messages)

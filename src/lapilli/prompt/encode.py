@@ -70,7 +70,8 @@ def encode(
 
     Raises:
         MediaCountMismatchError: another number of lengths than of slots.
-        PromptError: a medium of no positions, or an image token that the tokenizer does not cut.
+        PromptError: a medium of no positions, text that is no Unicode, or an image token that the
+            tokenizer does not cut.
 
     Source: LLaVA mm_utils.py tokenizer_image_token (BOS once, one call per gap); transformers'
         LlavaProcessor for `image_id`.
@@ -83,6 +84,7 @@ def encode(
         )
     if any(length < 1 for length in lengths):
         raise PromptError(f"every medium needs at least one position, found {list(lengths)}")
+    _check_text(segments)
     pieces = (
         _per_gap(segments, tokenizer)
         if image_id is None
@@ -100,6 +102,19 @@ def encode(
         ids += [token for token, _ in piece]
         mask += [counts for _, counts in piece]
     return EncodedPrompt(ids, mask, tuple(spans))
+
+
+def _check_text(segments: Sequence[Segment]) -> None:
+    """Refuse halves of characters: escapes in JSON, and bytes that are no UTF-8, become such."""
+    for segment in segments:
+        if isinstance(segment, TextSegment) and not segment.text.isascii():
+            try:
+                segment.text.encode()
+            except UnicodeEncodeError as error:
+                raise PromptError(
+                    f"the text has {segment.text[error.start]!a} in it, which is no character "
+                    "(a lone surrogate): write the text in UTF-8"
+                ) from error
 
 
 Piece = list[tuple[int, bool]]
