@@ -1,6 +1,10 @@
 """`python -m lapilli.train.pebble`: pebble from nothing, resumable at any step.
 
 tokenizer, pictures -> tower -> language -> features -> align -> instruct -> export -> exam
+
+`--recipes recipes/pebble/warm` goes on from the embedded pebble instead:
+
+tokenizer, pictures -> tower -> features -> instruct -> export -> exam
 """
 
 import argparse
@@ -40,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     _say("tokenizer and pictures")
     shop.prepare(options.processes)
-    for stage in STAGES:
+    for stage in shop.stages:
         if not shop.is_finished(stage):
             _say(f"stage {stage}")
             shop.train_together(stage, options.processes)
@@ -49,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
             shop.compute_features()
     export(shop, options.out)
     mark_boundary(options.out)
-    curves = {stage: loss_curve(RunLog(options.work / stage).records()) for stage in STAGES}
+    curves = {stage: loss_curve(RunLog(options.work / stage).records()) for stage in shop.stages}
     options.plot.parent.mkdir(parents=True, exist_ok=True)
     plot_losses(curves, options.plot)
     report(options.out)

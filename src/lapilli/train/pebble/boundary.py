@@ -16,7 +16,7 @@ from lapilli.pipeline import load
 from lapilli.shapes import Float, Tensor
 from lapilli.train.pebble.draw import draw
 from lapilli.train.pebble.outside import outside_picture
-from lapilli.train.pebble.sample import sample_scene
+from lapilli.train.pebble.typed import wide_scene
 
 KNOWS: Final = (
     "it knows drawings of one to five shapes, short words, numbers up to 99 and handwritten digits."
@@ -53,4 +53,4 @@ def features_of(folder: Path, pictures: Iterable[Image.Image]) -> list[Float[Ten
 
 
 def _scenes(seeds: Iterable[int]) -> Iterable[Image.Image]:
-    return (draw(sample_scene(seed)) for seed in seeds)
+    return (draw(wide_scene(seed)) for seed in seeds)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lapilli.train.pebble.scene import Object, Scene
 
+TOO_SMALL = "too small to read"
 _PREPOSITIONS = {"left": "on the left", "right": "on the right", "centre": "in the centre"}
 
 
@@ -43,8 +44,7 @@ def caption(scene: Scene) -> str:
     This is what the tower is trained on and what "Describe the image." is answered with.
     """
     if scene.writing is not None:
-        kind = "number" if scene.writing.is_number else "word"
-        return f"the {kind} {scene.writing.text} in {scene.writing.colour}"
+        return f"{listing(scene)} in {scene.writing.colour}"
     if scene.digit is not None:
         return f"a handwritten {scene.digit.value} in {scene.digit.colour}"
     return joined([full_name(item) for item in scene.objects])
@@ -52,6 +52,8 @@ def caption(scene: Scene) -> str:
 
 def listing(scene: Scene) -> str:
     """The short description, which "What is in this picture?" is answered with."""
+    if scene.writing is not None and scene.writing.is_small:
+        return f"text {TOO_SMALL}"
     if scene.writing is not None:
         return f"the {'number' if scene.writing.is_number else 'word'} {scene.writing.text}"
     if scene.digit is not None:

@@ -7,6 +7,7 @@ ones and zeros.
     a large red circle at the top left   large red circle top-left; "middle" where its centre lies
     the number 42                        number red, tens:4 under the 4, units:2 under the 2
     the word cat                         word red word:cat, letter:c under the c, ...
+    text too small to read               small type, red
     any patch                            how many objects there are
 """
 
@@ -21,7 +22,7 @@ from lapilli.train.pebble.glyphs import Glyph, glyphs
 from lapilli.train.pebble.palette import COLOURS
 from lapilli.train.pebble.scene import MAX_OBJECTS, PLACES, SHAPES, SIZES, WORDS, Object, Scene
 
-MARKS: Final = ("word", "number", "handwritten")
+MARKS: Final = ("word", "number", "handwritten", "small type")
 LEXICON: Final[tuple[str, ...]] = (
     *COLOURS,
     *SHAPES,
@@ -84,6 +85,8 @@ def mark_words(scene: Scene) -> Iterator[tuple[Glyph, list[str]]]:
     for i, glyph in enumerate(marks):
         if scene.digit is not None:
             yield glyph, ["handwritten", f"digit:{scene.digit.value}", scene.digit.colour]
+        elif scene.writing is not None and scene.writing.is_small:
+            yield glyph, ["small type", scene.writing.colour]
         elif scene.writing is not None and scene.writing.is_number:
             place = "units" if i == len(marks) - 1 else "tens"
             yield glyph, ["number", f"{place}:{glyph.text}", scene.writing.colour]

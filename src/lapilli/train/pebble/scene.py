@@ -81,7 +81,16 @@ class Object:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writing:
-    """A word or a number in type; `text` is lower case, `drawn` is what stands in the picture."""
+    """A word or a number in type.
+
+    Attributes:
+        text: in lower case.
+        drawn: what stands in the picture.
+        font: see `glyphs.py`.
+        extent: share of the picture that it fills in its tighter direction.
+        points: size of the type where Pillow sets it at its own size; 0: `extent` says it.
+        is_small: too small to be read.
+    """
 
     text: str
     drawn: str
@@ -91,6 +100,8 @@ class Writing:
     extent: float
     centre: tuple[float, float]
     angle: float
+    points: int = 0
+    is_small: bool = False
 
     @property
     def is_number(self) -> bool:

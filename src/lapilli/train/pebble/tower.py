@@ -44,6 +44,7 @@ _MARKS = (
     ("units", "units:", "number"),
     ("digit", "digit:", "handwritten"),
 )
+_FITTED_PATCHES = 2048  # of a step that fits the naming head
 _SHIFT = 6  # pixels that writing and digits are moved at random: nothing is said of their place
 
 
@@ -165,6 +166,46 @@ def word_weights() -> Float[Tensor, " K"]:
     return torch.where(torch.tensor(counts), _COUNT_WEIGHT, torch.tensor(weights))
 
 
+def fit_naming_head(
+    trainer: TowerTrainer,
+    pixels: UInt8[Tensor, "n C H W"],
+    words: NDArray[np.uint8],
+    *,
+    steps: int = 600,
+    seed: int = 0,
+) -> None:
+    """Fit the head that names what lies under each patch to a tower that is trained already.
+
+    An exported tower comes without this head; while a fresh one is fitted, the tower would be
+    pulled away from what it knows.
+
+    Args:
+        trainer: its tower stays as it is.
+        pixels: pictures to learn from.
+        words: packed bits of `region_words` per picture, [n, P, bytes].
+        steps: of Adam over random patches.
+        seed: chooses the patches.
+    """
+    config = trainer.vision_tower.config
+    with torch.no_grad():
+        seen = [trainer.vision_tower(normalise(part))[:, 1:] for part in pixels.split(64)]
+    features = torch.cat(seen).reshape(-1, config.hidden_size)
+    names = words.reshape(len(features), -1)
+    head, weights = trainer.region_head, word_weights()
+    optimizer = torch.optim.Adam(head.parameters(), lr=2e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        at = torch.randint(len(features), (_FITTED_PATCHES,), generator=generator)
+        bits = np.unpackbits(names[at.numpy()], axis=-1, count=len(LEXICON))
+        targets = torch.from_numpy(bits).float()
+        loss = F.binary_cross_entropy_with_logits(head(features[at]), targets, weight=weights)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
 class Joined:
     """Several arrays that are indexed as one; none of them is read before it is asked for."""
 
@@ -196,6 +237,7 @@ class TowerTask:
         captions: token ids [n, T], 0 after the end.
         run: batch size and seed.
         held_out: pictures at the end that are only for evaluation.
+        fresh: the tower gets filters that whiten these pictures; False: it is trained already.
     """
 
     def __init__(
@@ -207,6 +249,7 @@ class TowerTask:
         captions: NDArray[np.int64],
         run: RunRecipe,
         held_out: int = 512,
+        fresh: bool = True,
     ) -> None:
         self.model = model
         self._pixels, self._words, self._captions = pixels, words, captions
@@ -217,7 +260,8 @@ class TowerTask:
         crowds = trained[: len(pixels.parts[0])] if len(pixels.parts) > 1 else trained[:0]
         again = (trained[marked], *[crowds[~marked[: len(crowds)]]] * 2)
         self._order = np.concatenate((trained, *again))
-        model.start_from(torch.from_numpy(pixels[np.arange(_WHITENED)]))
+        if fresh:
+            model.start_from(torch.from_numpy(pixels[np.arange(_WHITENED)]))
 
     def batch(self, step: int, micro: int) -> tuple[dict[str, Tensor], int]:
         """Pictures drawn without repetition within an epoch."""
