@@ -23,7 +23,7 @@ from lapilli.train.log import RunLog
 from lapilli.train.pebble.boundary import boundary_rates, pebble_world
 from lapilli.train.pebble.examine import ask_exported
 from lapilli.train.pebble.run import STAGES, Workshop
-from lapilli.train.pebble.score import Tally, exam, held_out_digits, score
+from lapilli.train.pebble.score import Tally, exam, held_out_digits, score, wider_exam
 from lapilli.train.plot import loss_curve, plot_losses
 
 
@@ -86,14 +86,17 @@ def report(folder: Path) -> None:
     torch.set_grad_enabled(False)
     ask = ask_exported(folder)
     fresh, digits = score(ask, exam()), score(ask, held_out_digits())
+    wider = score(ask, wider_exam())
+    del wider["all"]
     figures = {
         "questions": {name: _figures(tally) for name, tally in fresh.items()},
         "held_out_digits": _figures(digits["all"]),
+        "wider": {name: _figures(tally) for name, tally in wider.items()},
     }
     (folder / "accuracy.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    for name, tally in {**fresh, "held-out digits": digits["all"]}.items():
+    for name, tally in {**fresh, "held-out digits": digits["all"], **wider}.items():
         _say(
-            f"{name:16} {100 * tally.accuracy:6.2f} %   {tally.right} of {tally.total}", sys.stdout
+            f"{name:33} {100 * tally.accuracy:6.2f} %   {tally.right} of {tally.total}", sys.stdout
         )
 
 

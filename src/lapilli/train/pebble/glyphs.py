@@ -101,7 +101,7 @@ def _font(index: int, points: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFo
 def type_size(drawn: str, font: int, points: int) -> tuple[float, float]:
     """Height and width of a line of type in pixels."""
     left, top, right, bottom = _font(font, points).getbbox(drawn)
-    return bottom - top, right - left
+    return float(bottom - top), float(right - left)
 
 
 def writing_mask(writing: Writing, size: ImageSize) -> tuple[Image.Image, tuple[float, float]]:

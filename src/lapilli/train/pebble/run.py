@@ -241,7 +241,8 @@ class Workshop:
             image = cast(ImageModality, self._earlier.modality("image"))
             trainer.vision_tower.load_state_dict(image.vision_tower.state_dict())
             at = np.arange(len(pixels) - _FITTED_TO, len(pixels))
-            fit_naming_head(trainer, torch.from_numpy(pixels[at]), words[at])
+            if not (self.work / STAGES[0] / "state.pt").exists():  # it holds the head too
+                fit_naming_head(trainer, torch.from_numpy(pixels[at]), words[at])
         return TowerTask(
             trainer,
             pixels=pixels,

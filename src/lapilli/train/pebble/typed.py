@@ -20,8 +20,8 @@ from lapilli.train.pebble.sample import MAX_SIDE, NUM_FONTS, sample_scene
 from lapilli.train.pebble.scene import WORDS, Background, Scene, Writing
 
 TYPED_SHARE: Final = 0.3  # of the scenes that pebble is trained on
-# Points in a picture of 128 pixels: what is set smaller cannot be read, what is set larger can.
-# Nothing is drawn between the two.
+# Points in a picture of 128 pixels: type that is set smaller than READABLE is too small to be read.
+# Only rounding to whole points draws anything between the two.
 TOO_SMALL: Final = (4.0, 7.5)
 READABLE: Final = 9.0
 _SIDE: Final = 128  # of the picture that the model sees
