@@ -13,8 +13,8 @@ import numpy as np
 
 from lapilli.errors import ConfigError
 from lapilli.train.pebble.conversation import text_sample
-from lapilli.train.pebble.sample import sample_scene
 from lapilli.train.pebble.scene import WORDS
+from lapilli.train.pebble.typed import wide_scene
 
 VOCAB_SIZE: Final = 1200
 SUBJECTS: Final = (
@@ -47,6 +47,8 @@ TALK: Final = (
     "Who are you and what do you know?",
     "I am a small model that was trained on drawn shapes, words, numbers and handwritten digits.",
     "I do not know the answer to this question.",
+    "I need a picture to answer that.",
+    "This text is too small to read.",
     "Could you explain why this is so?",
     "Is this a photo, a drawing, a person or an animal?",
     "Which one of these would you choose, and why?",
@@ -66,7 +68,7 @@ def corpus(seed: int, num_lines: int) -> Iterator[str]:
         elif i % 10 == 8:
             yield _everyday(rng)
         else:
-            sample = text_sample(sample_scene(seed + i), rng)
+            sample = text_sample(wide_scene(seed + i), rng)
             turns = [turn["value"] for turn in sample["conversations"]]
             yield " ".join(turns).replace("\n", " ")
 
