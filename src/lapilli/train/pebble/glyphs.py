@@ -50,10 +50,10 @@ def glyphs(scene: Scene) -> tuple[Glyph, ...]:
         mask, (y, x) = digit_mask(scene.digit, scene.size)
         tall, wide = mask.height / 2 / scene.size.height, mask.width / 2 / scene.size.width
         return (Glyph(str(scene.digit.value), y - tall, x - wide, y + tall, x + wide),)
-    return () if scene.writing is None else _characters(scene.writing, scene.size)
+    return () if scene.writing is None else characters(scene.writing, scene.size)
 
 
-def _characters(writing: Writing, size: ImageSize) -> tuple[Glyph, ...]:
+def characters(writing: Writing, size: ImageSize) -> tuple[Glyph, ...]:
     """Boxes of the characters: their place on the line, turned and scaled as the line is."""
     font = _font(writing.font, writing.points or _FONT_SIZE)
     left, top, right, bottom = font.getbbox(writing.drawn)

@@ -150,7 +150,11 @@ class Finish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """One picture; objects stand in reading order (rows from the top, each from the left)."""
+    """One picture; objects stand in reading order (rows from the top, each from the left).
+
+    Attributes:
+        more: further words and numbers beside `writing`, in crowds that the tower alone sees.
+    """
 
     seed: int
     size: ImageSize
@@ -159,6 +163,12 @@ class Scene:
     objects: tuple[Object, ...] = ()
     writing: Writing | None = None
     digit: Digit | None = None
+    more: tuple[Writing, ...] = ()
+
+    @property
+    def writings(self) -> tuple[Writing, ...]:
+        """Everything that is in type."""
+        return self.more if self.writing is None else (self.writing, *self.more)
 
     @property
     def unit(self) -> float:

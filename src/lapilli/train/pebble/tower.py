@@ -45,7 +45,9 @@ _MARKS = (
     ("digit", "digit:", "handwritten"),
 )
 _FITTED_PATCHES = 2048  # of a step that fits the naming head
-_SHIFT = 6  # pixels that writing and digits are moved at random: nothing is said of their place
+# Pixels that large writing and digits are moved at random: nothing is said of their place.
+_SHIFT = 6
+_LARGE_SHARE = 0.18  # of the patches
 
 
 def normalise(pixels: UInt8[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
@@ -232,7 +234,7 @@ class TowerTask:
     Args:
         model: what is trained.
         pixels: uint8 [n, 3, S, S]; where there are two parts the first shows crowds. Marks are
-            seen twice as often, objects in crowds three times.
+            seen twice as often, objects in crowds three times, marks in crowds six times.
         words: packed bits of `region_words` per picture, uint8 [n, P, bytes].
         captions: token ids [n, T], 0 after the end.
         run: batch size and seed.
@@ -258,8 +260,10 @@ class TowerTask:
         trained = np.arange(self._num_trained)
         marked = self._is_mark(trained)
         crowds = trained[: len(pixels.parts[0])] if len(pixels.parts) > 1 else trained[:0]
-        again = (trained[marked], *[crowds[~marked[: len(crowds)]]] * 2)
+        in_crowds = marked[: len(crowds)]
+        again = [trained[marked], *[crowds[~in_crowds]] * 2, *[crowds[in_crowds]] * 4]
         self._order = np.concatenate((trained, *again))
+        self._num_crowds = len(crowds)
         if fresh:
             model.start_from(torch.from_numpy(pixels[np.arange(_WHITENED)]))
 
@@ -271,9 +275,20 @@ class TowerTask:
         at = self._order[places]
         batch = self._gather(at)
         rng = np.random.default_rng([run.seed, number, 31])
-        for row in np.flatnonzero(self._is_mark(at)):
+        for row in np.flatnonzero(self._fills_its_picture(at)):
             batch["pixels"][row] = shifted(batch["pixels"][row], rng)
         return batch, len(at)
+
+    def _fills_its_picture(self, at: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which pictures show one large word, number or digit, whose place is not learned.
+
+        What is told of the patches of small type would be wrong for a picture that was moved.
+        """
+        words = np.unpackbits(self._words[at], axis=-1, count=len(LEXICON))
+        columns = [LEXICON.index(name) for name in MARKS]
+        covered = words[:, :, columns].any(-1).mean(-1)
+        large: NDArray[np.bool_] = (covered >= _LARGE_SHARE) & (at >= self._num_crowds)
+        return large
 
     def _is_mark(self, at: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which pictures show writing or a digit, which have no place of their own."""

@@ -13,17 +13,21 @@ from typing import Final
 import numpy as np
 
 from lapilli.geometry import ImageSize
-from lapilli.train.pebble.glyphs import BITMAP_FONT, BITMAP_POINTS, type_size
+from lapilli.train.pebble.glyphs import BITMAP_FONT, BITMAP_POINTS, characters, type_size
 from lapilli.train.pebble.palette import COLOURS, Rgb, shade, visible_shade
 from lapilli.train.pebble.reference import Rng, pick
 from lapilli.train.pebble.sample import MAX_SIDE, NUM_FONTS, sample_scene
 from lapilli.train.pebble.scene import WORDS, Background, Scene, Writing
 
 TYPED_SHARE: Final = 0.3  # of the scenes that pebble is trained on
-# Points in a picture of 128 pixels: type that is set smaller than READABLE is too small to be read.
-# Only rounding to whole points draws anything between the two.
-TOO_SMALL: Final = (4.0, 7.5)
-READABLE: Final = 9.0
+_CROWDED_SHARE: Final = 0.6  # of the crowds
+_CROWD: Final = 18  # words and numbers that are tried, of which some find no room
+_CROWD_POINTS: Final = (13.5, 36.0)  # in 128 pixels
+# Points in a picture of 128 pixels. Type that is set smaller than READABLE is too small to be read;
+# a tenth of all type is very small, the rest has any size from _SMALLEST up.
+READABLE: Final = 14.0
+_TINY: Final = (4.0, 7.5)
+_SMALLEST: Final = 9.0
 _SIDE: Final = 128  # of the picture that the model sees
 _SMALL_SHARE: Final = 0.1
 _SMALLEST_TYPE: Final = 8  # points of a typeface that people still choose
@@ -35,6 +39,7 @@ _SIZES: Final = (
     (256, 256), (256, 128), (320, 240), (400, 200), (400, 300), (512, 512), (640, 480), (336, 336),
 )  # fmt: skip
 _BITMAP_SIZES: Final = ((40, 20), (64, 32), (60, 60), (64, 64), (80, 40), (100, 50), (120, 60))
+_GAP: Final = 0.02  # of the picture, between two lines of a crowd
 _TEXTURED: Final = 0.2
 _WHITE: Final = 0.5
 _BLACK: Final = 0.14
@@ -47,8 +52,10 @@ def wide_scene(seed: int, *, crowds: bool = False) -> Scene:
         seed: any non-negative integer; the same seed gives the same scene.
         crowds: see `sample_scene`.
     """
-    is_typed = np.random.default_rng([seed, 37]).random() < TYPED_SHARE
-    return typed_scene(seed) if is_typed else sample_scene(seed, crowds=crowds)
+    share = _CROWDED_SHARE if crowds else TYPED_SHARE
+    if np.random.default_rng([seed, 37]).random() >= share:
+        return sample_scene(seed, crowds=crowds)
+    return crowded_type(seed) if crowds else typed_scene(seed)
 
 
 def typed_scene(seed: int) -> Scene:
@@ -81,6 +88,68 @@ def typed_scene(seed: int) -> Scene:
     quality = int(rng.integers(80, 98)) if quality is not None and rng.random() < 0.6 else None
     finish = replace(base.finish, jpeg_quality=quality, blur=0.0)
     return replace(base, size=size, background=background, finish=finish, writing=writing)
+
+
+def crowded_type(seed: int) -> Scene:
+    """Several words and numbers of readable size in one picture, none over another.
+
+    Pebble is asked about no such scene; its tower reads small type from far fewer pictures where
+    each one shows many characters.
+    """
+    rng = np.random.default_rng([seed, 59])
+    base = sample_scene(seed, "writing")
+    size = _picture_size(rng, is_bitmap=False)
+    background = _paper(rng, base.background)
+    found: list[Writing] = []
+    taken: list[tuple[float, float, float, float]] = []
+    for _ in range(_CROWD):
+        one = _crowd_member(rng, size, background)
+        box = _box(one, size)
+        if box[2] <= 1 and box[3] <= 1 and not any(_overlap(box, other) for other in taken):
+            found.append(one)
+            taken.append(box)
+    if not found:
+        return typed_scene(seed)
+    finish = replace(base.finish, blur=0.0)
+    scene = replace(base, size=size, background=background, finish=finish)
+    return replace(scene, writing=found[0], more=tuple(found[1:]))
+
+
+def _crowd_member(rng: Rng, size: ImageSize, background: Background) -> Writing:
+    text, drawn = _text(rng)
+    low, high = _CROWD_POINTS
+    points = float(np.exp(rng.uniform(np.log(low), np.log(high)))) * max(size) / _SIDE
+    colour, rgb = _ink(rng, background)
+    return Writing(
+        text=text,
+        drawn=drawn,
+        colour=colour,
+        rgb=rgb,
+        font=_typeface(rng),
+        extent=0.0,
+        centre=(float(rng.random()), float(rng.random())),
+        angle=0.0,
+        points=max(round(points), 1),
+        is_small=_model_points(round(points), size) < READABLE,
+    )
+
+
+def _box(writing: Writing, size: ImageSize) -> tuple[float, float, float, float]:
+    """Top, left, height and width in shares of the picture."""
+    marks = characters(writing, size)
+    top, left = min(mark.top for mark in marks), min(mark.left for mark in marks)
+    bottom, right = max(mark.bottom for mark in marks), max(mark.right for mark in marks)
+    return top, left, bottom - top, right - left
+
+
+def _overlap(
+    one: tuple[float, float, float, float], other: tuple[float, float, float, float]
+) -> bool:
+    return all(
+        one[axis] < other[axis] + other[axis + 2] + _GAP
+        and other[axis] < one[axis] + one[axis + 2] + _GAP
+        for axis in (0, 1)
+    )
 
 
 def _text(rng: Rng) -> tuple[str, str]:
@@ -116,15 +185,15 @@ def _points(rng: Rng, font: int, drawn: str, size: ImageSize) -> int | None:
     """Size of the type, small sizes as likely as their doubles; None where none fits."""
     if font == BITMAP_FONT:
         tall, wide = type_size(drawn, font, BITMAP_POINTS)
-        between = TOO_SMALL[1] < _model_points(BITMAP_POINTS, size) < READABLE
+        between = _TINY[1] < _model_points(BITMAP_POINTS, size) < _SMALLEST
         fits = wide <= size.width and tall <= size.height and not between
         return BITMAP_POINTS if fits else None
     tall, wide = type_size(drawn, font, 96)
     largest = 96 * min(_FILLS[0] * size.width / wide, _FILLS[1] * size.height / tall)
     scale = max(size) / _SIDE
-    low, high = READABLE, largest / scale
+    low, high = _SMALLEST, largest / scale
     if rng.random() < _SMALL_SHARE:
-        low, high = max(TOO_SMALL[0], _SMALLEST_TYPE / scale), min(TOO_SMALL[1], high)
+        low, high = max(_TINY[0], _SMALLEST_TYPE / scale), min(_TINY[1], high)
     if low >= high:
         return None
     return max(round(float(np.exp(rng.uniform(np.log(low), np.log(high)))) * scale), 1)
