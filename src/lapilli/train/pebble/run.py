@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ from lapilli.train.recipe import Recipe
 from lapilli.train.recipe_file import build_section, load_recipe
 from lapilli.train.stages import FeatureReader, freeze
 
+Part = TypeVar("Part")
 STAGES: Final = ("1_tower", "2_language", "3_align", "4_instruct")
 _FEATURE_BATCH: Final = 64
 _FIRST_CROWD: Final = 100_000_000
@@ -91,14 +92,14 @@ class Workshop:
     def vision(self) -> VisionConfig:
         """The tower as LLaVA uses it: patches of the hidden state before the last."""
         if self._plan is not None:
-            return self._plan.config.vision
+            return _part(self._plan.config.vision, VisionConfig)
         return build_section(VisionConfig, self.recipes["1_tower"].model.vision, "model.vision")
 
     @property
     def text(self) -> DecoderConfig:
         """The language model."""
         if self._plan is not None:
-            return self._plan.config.text
+            return _part(self._plan.config.text, DecoderConfig)
         return build_section(DecoderConfig, self.recipes["2_language"].model.text, "model.text")
 
     @property
@@ -165,7 +166,7 @@ class Workshop:
         language_model = Decoder(self.text)
         if self.start is not None:
             image = cast(ImageModality, self._earlier.modality("image"))
-            language_model.load_state_dict(self._earlier.language_model.state_dict())
+            language_model.load_state_dict(cast(Decoder, self._earlier.language_model).state_dict())
             projector = build_projector(self.projector)
             projector.load_state_dict(image.projector.state_dict())
             return FeatureReader(language_model, projector)
@@ -283,6 +284,13 @@ class Workshop:
         codes = [child.wait() for child in children]
         if any(codes):
             raise ConfigError(f"stage {stage} ended with exit codes {codes}: see above")
+
+
+def _part(found: object, kind: type[Part]) -> Part:
+    """The part of an earlier pebble, which must be of pebble's own kind."""
+    if not isinstance(found, kind):
+        raise ConfigError(f"model.checkpoint has {found}: expected a pebble, with {kind.__name__}")
+    return found
 
 
 def _load(module: nn.Module, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:

@@ -122,9 +122,15 @@ def wider_exam(*, first_seed: int = EXAM_SEED + 700_000_000) -> list[ExamItem]:
     asked = left.pop("asked without a picture")
     items = []
     for text in exam_questions(first_seed, asked):
-        skill, turn = "asked without a picture", needs_picture(text)
+        answer = needs_picture(text).answer
         items.append(
-            ExamItem(scene=None, history=(), question=text, answer=turn.answer, skill=skill)
+            ExamItem(
+                scene=None,
+                history=(),
+                question=text,
+                answer=answer,
+                skill="asked without a picture",
+            )
         )
     seed = first_seed
     while any(left.values()):

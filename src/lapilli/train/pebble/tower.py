@@ -190,7 +190,8 @@ def fit_naming_head(
     """
     config = trainer.vision_tower.config
     with torch.no_grad():
-        seen = [trainer.vision_tower(normalise(part))[:, 1:] for part in pixels.split(64)]
+        parts = (pixels[start : start + 64] for start in range(0, len(pixels), 64))
+        seen = [trainer.vision_tower(normalise(part))[:, 1:] for part in parts]
     features = torch.cat(seen).reshape(-1, config.hidden_size)
     names = words.reshape(len(features), -1)
     head, weights = trainer.region_head, word_weights()
@@ -203,7 +204,7 @@ def fit_naming_head(
         targets = torch.from_numpy(bits).float()
         loss = F.binary_cross_entropy_with_logits(head(features[at]), targets, weight=weights)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
         optimizer.step()
         schedule.step()
 

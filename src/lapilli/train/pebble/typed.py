@@ -168,8 +168,8 @@ def _picture_size(rng: Rng, *, is_bitmap: bool) -> ImageSize:
         return ImageSize(height=height, width=width)
     aspect = float(np.exp(rng.uniform(-np.log(1.5), np.log(3.2))))
     longest = float(np.exp(rng.uniform(np.log(64), np.log(MAX_SIDE))))
-    width, height = (longest, longest / aspect) if aspect > 1 else (longest * aspect, longest)
-    return ImageSize(height=round(height), width=round(width))
+    wide, tall = (longest, longest / aspect) if aspect > 1 else (longest * aspect, longest)
+    return ImageSize(height=round(tall), width=round(wide))
 
 
 def _typeface(rng: Rng) -> int:
