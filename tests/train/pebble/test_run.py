@@ -93,7 +93,8 @@ def test_the_warm_recipes_go_on_from_the_embedded_pebble(tmp_path):
         assert expected.keys() == mine.state_dict().keys()
         assert all(torch.equal(value, expected[name]) for name, value in mine.state_dict().items())
     assert shop.vision == earlier.modality("image").vision
-    assert shop.recipes["1_tower"].data.num_pictures == shop.recipes["4_instruct"].data.num_pictures
+    tower, instruct = (shop.recipes[stage].data.num_pictures for stage in shop.stages)
+    assert instruct <= tower, "only these have features"
 
 
 def test_from_nothing_every_stage_runs(tmp_path):

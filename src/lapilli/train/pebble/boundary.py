@@ -14,6 +14,7 @@ from lapilli.checkpoint.world import World, measure_world
 from lapilli.modality.image.image import ImageModality
 from lapilli.pipeline import load
 from lapilli.shapes import Float, Tensor
+from lapilli.train.pebble.blind import NEEDS_PICTURE
 from lapilli.train.pebble.draw import draw
 from lapilli.train.pebble.outside import outside_picture
 from lapilli.train.pebble.typed import wide_scene
@@ -27,7 +28,9 @@ _FIRST_SCENE: Final = 800_000_000  # between the pools' seeds and the exam's
 def pebble_world(folder: Path, *, num_scenes: int = 3000) -> World:
     """The world of an exported pebble, from scenes that it was not trained on."""
     seeds = range(_FIRST_SCENE, _FIRST_SCENE + num_scenes)
-    return measure_world(features_of(folder, _scenes(seeds)), knows=KNOWS)
+    return measure_world(
+        features_of(folder, _scenes(seeds)), knows=KNOWS, without_picture=NEEDS_PICTURE
+    )
 
 
 def boundary_rates(folder: Path, world: World, *, num_pictures: int = 500) -> tuple[float, float]:
