@@ -1,15 +1,16 @@
 """What a narrow model knows: a checkpoint may say which pictures it was made for.
 
-    world.json          {"knows": a sentence, "limit": a number}
+    world.json          {"knows": a sentence, "limit": a number, "without_picture": a sentence}
     world.safetensors   mean [E] and whitening [E, E] of known pictures, as the tower sees them
 
-A picture that lies further from those than `limit` is outside of its world. Checkpoints
+A picture that lies further from those than `limit` is outside of its world. A question without
+any picture is answered with `without_picture`, where a model was trained on none. Checkpoints
 without these files claim nothing. Knows features; no pictures and no prompts.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,12 +35,14 @@ class World:
         limit: the largest distance of a known picture.
         mean: of the pictures, each the mean of its patches, [E].
         whitening: turns differences from the mean into a unit gaussian, [E, E].
+        without_picture: the answer to a question without a picture; "": the model's own.
     """
 
     knows: str
     limit: float
     mean: Float[Tensor, " E"]
     whitening: Float[Tensor, "E E"]
+    without_picture: str = ""
 
     def distance(self, features: Float[Tensor, "n E"]) -> float:
         """Squared Mahalanobis distance per dimension, 1 for an average known picture."""
@@ -52,7 +55,11 @@ class World:
 
 
 def measure_world(
-    known: Sequence[Float[Tensor, "n E"]], *, knows: str, share: float = 0.995
+    known: Sequence[Float[Tensor, "n E"]],
+    *,
+    knows: str,
+    share: float = 0.995,
+    without_picture: str = "",
 ) -> World:
     """The world of these pictures, drawn so that about `share` of such pictures lies inside.
 
@@ -68,12 +75,15 @@ def measure_world(
     whitening = vectors / (values + RIDGE * values.mean()).sqrt()
     world = World(knows, 0.0, mean.float(), whitening.float().contiguous())
     distances = torch.tensor([world.distance(item) for item in known[1::2]])
-    return World(knows, float(distances.quantile(share)), world.mean, world.whitening)
+    limit = float(distances.quantile(share))
+    return replace(world, limit=limit, without_picture=without_picture)
 
 
 def save_world(world: World, folder: Path) -> None:
     """Write the two files beside a checkpoint."""
-    said = {"knows": world.knows, "limit": world.limit}
+    said: dict[str, str | float] = {"knows": world.knows, "limit": world.limit}
+    if world.without_picture:
+        said["without_picture"] = world.without_picture
     (folder / "world.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     tensors = {"mean": world.mean, "whitening": world.whitening}
     save_file(tensors, folder / "world.safetensors")
@@ -121,4 +131,5 @@ def _world(said: JsonObject, file: Path, width: int | None) -> World:
         )
     refuse_not_finite("mean", mean)
     refuse_not_finite("whitening", whitening)
-    return World(reader.text("knows", "") or "", limit, mean, whitening)
+    knows, without = (reader.text(key, "") or "" for key in ("knows", "without_picture"))
+    return World(knows, limit, mean, whitening, without)

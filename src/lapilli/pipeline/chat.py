@@ -10,6 +10,7 @@ from pathlib import Path
 from lapilli.checkpoint.assemble import Progress
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.report import LoadReport
+from lapilli.checkpoint.world import load_world
 from lapilli.config.generation import SamplingParams
 from lapilli.config.model import ModelConfig
 from lapilli.errors import CheckpointError, LapilliError, PromptError
@@ -105,8 +106,10 @@ class Chat:
         self, loaded: Loaded, *, name: str = "", engine: EngineOptions | None = None
     ) -> None:
         self._loaded = loaded
-        self._answering = Answering(loaded, engine)
-        self._outside = Outside(loaded, self._answering)
+        vision = loaded.config.vision
+        world = load_world(loaded.path, width=vision and vision.hidden_size)
+        self._answering = Answering(loaded, engine, "" if world is None else world.without_picture)
+        self._outside = Outside(world, loaded.model, self._answering)
         self._memory = Memory()
         self._history: tuple[Message, ...] = ()
         self.name = name or loaded.path.name

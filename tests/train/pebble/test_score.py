@@ -3,16 +3,22 @@ from collections import Counter
 import pytest
 
 from lapilli.errors import ConfigError
+from lapilli.train.pebble.blind import NEEDS_PICTURE
+from lapilli.train.pebble.caption import TOO_SMALL
 from lapilli.train.pebble.digits import digit_split
+from lapilli.train.pebble.examine import _messages
+from lapilli.train.pebble.glyphs import BITMAP_FONT
 from lapilli.train.pebble.questions import SKILLS
 from lapilli.train.pebble.score import (
     EXAM_SEED,
+    WIDER,
     Tally,
     exam,
     held_out_digits,
     is_exact,
     normalised,
     score,
+    wider_exam,
 )
 
 
@@ -57,6 +63,34 @@ def test_every_held_out_digit_is_asked_once():
     digits = held_out_digits()
     assert sorted(item.scene.digit.index for item in digits) == sorted(digit_split()[1])
     assert all(item.answer == str(item.scene.digit.value) for item in digits)
+
+
+def test_the_wider_exam_asks_for_type_of_any_size_and_without_a_picture():
+    items = wider_exam()
+    assert Counter(item.skill for item in items) == WIDER
+    for item in items:
+        if item.skill == "asked without a picture":
+            assert item.scene is None
+            assert item.answer == NEEDS_PICTURE
+            continue
+        writing = item.scene.writing
+        assert item.scene.seed >= EXAM_SEED
+        assert writing.is_small == (item.skill == "type too small to read")
+        assert item.answer == (TOO_SMALL if writing.is_small else writing.text)
+        if "default font" in item.skill:
+            assert writing.font in (0, BITMAP_FONT)
+    assert wider_exam() == items
+
+
+def test_questions_without_a_picture_reach_a_model_without_one(tmp_path):
+    """A model that answers by the number of its pictures: 0 or 1."""
+    items = wider_exam()
+    blind = next(item for item in items if item.scene is None)
+    shown = next(item for item in items if item.scene is not None)
+    assert [
+        len(_messages(item, picture)[0].media)
+        for item, picture in ((blind, None), (shown, "picture"))
+    ] == [0, 1]
 
 
 @pytest.mark.parametrize(
