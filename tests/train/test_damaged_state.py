@@ -92,7 +92,9 @@ CHANGES = {
     "optimizer is a tensor": lambda c: c.update(optimizer=torch.zeros(3)),
     "no groups": lambda c: c["optimizer"].pop("param_groups"),
     "groups without parameters": lambda c: c["optimizer"]["param_groups"][0].pop("params"),
-    "parameters of groups are text": lambda c: put("optimizer", "param_groups", 0, "params")(c, "a"),
+    "parameters of groups are text": lambda c: put("optimizer", "param_groups", 0, "params")(
+        c, "a"
+    ),
     "groups are exchanged": lambda c: c["optimizer"]["param_groups"].reverse(),
     "moments are a list": lambda c: put("optimizer", "state")(c, []),
     "moments of nobody": lambda c: put("optimizer", "state", 99)(c, {}),
@@ -212,7 +214,13 @@ def test_a_changed_byte_is_refused_or_does_not_matter(saved, tmp_path, seed):
 def test_other_files_are_refused(saved, tmp_path):
     path = tmp_path / "state.pt"
     whole = (saved / "state.pt").read_bytes()
-    for content in (b"", b"PK\x05\x06" + bytes(18), b"text", whole + bytes(99_999), pickle.dumps({})):
+    for content in (
+        b"",
+        b"PK\x05\x06" + bytes(18),
+        b"text",
+        whole + bytes(99_999),
+        pickle.dumps({}),
+    ):
         path.write_bytes(content)
         refused(tmp_path, match="is damaged or no state")
     with (
