@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import cache, wraps
-from typing import Final, NoReturn
+from typing import Final, NoReturn, cast
 
 import jinja2
 import jinja2.exceptions
@@ -112,7 +112,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return formatted
 
     @staticmethod
-    def concat(pieces: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(pieces: Iterable[str]) -> str:
         """What was written, in one piece."""
         pieces = list(pieces)
         pay_text(len(pieces) + sum(map(len, pieces)))
@@ -207,7 +207,7 @@ def _charge(node: nodes.Node) -> int:
             found = 0
         if isinstance(value, list):
             value[:] = [_paid(child) if isinstance(child, nodes.Node) else child for child in value]
-        elif isinstance(value, nodes.Node) and not isinstance(node, nodes.CallBlock):
+        elif isinstance(value, nodes.Node):
             setattr(node, field, _paid(value))
         steps += found
     if isinstance(node, nodes.For) and node.test is not None:
@@ -248,8 +248,9 @@ def _is_short(node: nodes.Node) -> bool:
     return isinstance(node, nodes.Const)
 
 
-def _called(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
-    return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno or 1)
+def _called(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Filter:
+    value = cast("nodes.Expr", node)
+    return nodes.Filter(value, name, list(args), [], None, None, lineno=node.lineno or 1)
 
 
 @jinja2.pass_context
@@ -328,7 +329,8 @@ def _environment() -> _Sandbox:
         _JOINED: _joined,
     }
     environment.tests = {
-        name: _paying_test(function) for name, function in environment.tests.items()
+        name: _paying_test(cast("Callable[..., Value]", function))
+        for name, function in environment.tests.items()
     }
     del environment.globals["lipsum"]  # as many words as it is asked for
     environment.globals["raise_exception"] = _raise_exception
@@ -376,9 +378,9 @@ def _to_json(
     )
 
 
-def _raise_exception(message: str) -> NoReturn:
-    pay_text(size_now(message))  # which may be anything that can be told
-    raise jinja2.TemplateError(message)
+def _raise_exception(message: object) -> NoReturn:
+    pay_text(size_now(message))
+    raise jinja2.TemplateError(str(message))
 
 
 def _strftime_now(form: str) -> str:

@@ -176,7 +176,7 @@ def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {len(header[name])} {header[name]} ".encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
