@@ -16,10 +16,10 @@ def written(tmp_path, text):
 
 
 def test_values_have_the_types_of_their_fields(tmp_path):
-    recipe = load_recipe(written(tmp_path, SMALL + "[data]\nquestions = [1, 4]\n"))
+    recipe = load_recipe(written(tmp_path, SMALL.replace("[run]", "betas = [0, 0.5]\n[run]")))
     assert recipe.optim.lr == 1.0
     assert isinstance(recipe.optim.lr, float)
-    assert recipe.data.questions == (1, 4)
+    assert recipe.optim.betas == (0.0, 0.5)
     assert recipe.optim.projector_lr is None
 
 

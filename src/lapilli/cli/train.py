@@ -19,6 +19,14 @@ Gpus = Annotated[
     int | None,
     typer.Option("--plan", min=1, metavar="GPUS", help="Only say what it costs on so many GPUs."),
 ]
+Exam = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Let the result answer N held-out samples; exact match is printed (run.exam).",
+    ),
+]
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """What typer has to be told so that `--section.key value` comes through."""
@@ -31,6 +39,7 @@ def train(
     device: options.Device = "auto",
     quiet: options.Quiet = False,
     gpus: Gpus = None,
+    exam: Exam = None,
 ) -> None:
     """Train a model by a recipe; any value of it can be set: --optim.lr 2e-4 (--section.key VALUE).
 
@@ -42,7 +51,8 @@ def train(
         from lapilli.train.recipe_file import load_recipe
         from lapilli.train.recipe_paths import refuse_missing
 
-        recipe = load_recipe(recipe_file, context.args)
+        asked = [] if exam is None else ["--run.exam", str(exam)]
+        recipe = load_recipe(recipe_file, [*context.args, *asked])
         if gpus is not None:
             _print_plan(recipe, gpus)
             return
@@ -77,8 +87,28 @@ def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
         note(f"skipped: {why}")
     if task.skipped:
         note(f"{len(task.skipped)} samples could not be read; others stood in for them")
-    if team.leads and not quiet:
-        note(f"{out / 'model'}")
+    if team.leads:
+        _say_end(recipe, out, quiet=quiet)
+
+
+def _say_end(recipe: "Recipe", out: Path, *, quiet: bool) -> None:
+    """How the run went, by its log; a rising loss is told even with --quiet."""
+    from lapilli.train.diverge import advice
+    from lapilli.train.exam import ANSWERS, FIGURE
+    from lapilli.train.log import RunLog
+
+    records, optim = RunLog(out).records(), recipe.optim
+    if text := advice(records, max(optim.lr, optim.projector_lr or 0.0, optim.tower_lr or 0.0)):
+        note(text)
+    if quiet:
+        return
+    exam = next((record for record in reversed(records) if FIGURE in record), None)
+    if exam is not None and recipe.run.exam:
+        note(
+            f"exact match {exam[FIGURE]:.1%}: {exam['equal']} of {exam['answers']} held-out answers"
+            f" ({out / ANSWERS})"
+        )
+    note(f"{out / 'model'}")
 
 
 def _print_plan(recipe: "Recipe", gpus: int) -> None:

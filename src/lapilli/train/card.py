@@ -13,6 +13,8 @@ from lapilli.checkpoint.files import read_optional_text
 from lapilli.checkpoint.source import HUB_ID, is_local
 from lapilli.train.data.digest import DataFile, data_file, together
 from lapilli.train.data.source import expand
+from lapilli.train.diverge import LOWEST, RISEN
+from lapilli.train.exam import FIGURE as EXACT_MATCH
 from lapilli.train.log import Record, RunLog
 from lapilli.train.recipe import Recipe
 from lapilli.train.recipe_text import recipe_text
@@ -57,6 +59,14 @@ def model_card(
     ]
     files["README.md"] = "\n".join(part for part in parts if part)
     return files
+
+
+def add_card(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """The files of a card beside results that are saved already, each in one step."""
+    for name, content in files.items():
+        staged = folder / f"{name}.part"
+        staged.write_bytes(content.encode() if isinstance(content, str) else content)
+        staged.replace(folder / name)
 
 
 def data_files(recipe: Recipe, *, hashed_bytes: int = HASHED_BYTES) -> list[DataFile]:
@@ -143,6 +153,12 @@ def _course(records: Sequence[Record], facts: Mapping[str, str], *, has_curve: b
         "steps": f"{last['step']}",
         f"loss of step {first['step']}": f"{first['loss']:.4f}",
         "mean loss of the last tenth": f"{mean:.4f}",
+        **{
+            "the loss rose": f"from {record[LOWEST]:.4f} to {record[RISEN]:.4f} by step "
+            f"{record['step']}"
+            for record in records
+            if RISEN in record
+        },
     }
     lines = ["## Training", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in shown.items()]
@@ -166,13 +182,19 @@ def _evaluation(records: Sequence[Record]) -> str:
         return ""
     last = evaluations[-1]
     best = min(evaluations, key=lambda record: record["eval_loss"])
-    rows = [f"| {key} | {_shown(value)} |" for key, value in last.items() if key != "step"]
+    exam = next((record for record in reversed(records) if EXACT_MATCH in record), {})
+    figures = {**last, **exam}
+    rows = [f"| {key} | {_shown(value)} |" for key, value in figures.items() if key != "step"]
+    told = (
+        " exact_match is the share of the answers given greedily that were equal to those of the "
+        "data."
+    )
     return "\n".join(
         [
             "## Evaluation",
             "",
             f"On samples that were held out, after step {last['step']}; the lowest eval_loss was "
-            f"{best['eval_loss']:.4f}, after step {best['step']}.",
+            f"{best['eval_loss']:.4f}, after step {best['step']}.{told if exam else ''}",
             "",
             "| | |",
             "|---|---|",

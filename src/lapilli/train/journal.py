@@ -51,6 +51,18 @@ class Journal:
         for tracker in self._trackers:
             tracker.write(record)
 
+    @property
+    def records(self) -> Sequence[Record]:
+        """What the log says so far; nothing in a process that does not lead."""
+        return () if self._log is None else self._log.records()
+
+    def warn(self, text: str) -> None:
+        """One line for people on standard error."""
+        if self._bar is not None:
+            self._bar.say(text)
+        elif self._log is not None:
+            self._log.say(text)
+
     def sync(self) -> None:
         """Everything written so far is on the disk: the checkpoint that follows relies on it."""
         if self._log is not None:
@@ -60,7 +72,13 @@ class Journal:
 
     def draw(self) -> None:
         """The loss over the steps as `loss.png` beside the log, where matplotlib is installed."""
-        if self._log is None or not self._plot or find_spec("matplotlib") is None:
+        if self._log is None or not self._plot:
+            return
+        if find_spec("matplotlib") is None:
+            self.warn(
+                "loss.png is not drawn, as matplotlib is not installed: pip install "
+                "'lapilli[train]', or set run.plot = false"
+            )
             return
         records, folder = self._log.records(), self._log.path.parent
         if curve := loss_curve(records):

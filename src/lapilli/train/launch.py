@@ -1,6 +1,7 @@
 """A recipe from its files to its results, in every process of a team; knows the order of things.
 
 start -> what could not be saved is refused -> steps -> FOLDER/model, also on the way where small
+      -> the exam, which asks what was saved -> model card
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from lapilli import __version__
 from lapilli.checkpoint.files import RESULTS
 from lapilli.errors import ConfigError
 from lapilli.lora.inject import adapters
-from lapilli.train.card import model_card
-from lapilli.train.loop import train
+from lapilli.train.card import add_card, model_card
+from lapilli.train.exam import exam_record, hold_exam, write_exam
+from lapilli.train.log import RunLog
+from lapilli.train.loop import number_of_steps, train
 from lapilli.train.parallel import Team
 from lapilli.train.recipe import Recipe
 from lapilli.train.results import Results, save_results
@@ -27,7 +30,8 @@ def launch(
 ) -> TrainingTask:
     """Run a recipe from where it stopped, and leave its results in `folder/model`.
 
-    A projector or an adapter is saved with every checkpoint, a whole model at the end.
+    A projector or an adapter is saved with every checkpoint, a whole model at the end. With
+    run.exam the leading process then answers held-out questions, while the others wait.
 
     Args:
         recipe: of the stage align or instruct.
@@ -52,7 +56,9 @@ def launch(
         progress=progress,
         on_save=saver.on_the_way,
     )
-    saver.save(card=True)
+    saver.save(card=not recipe.run.exam)
+    if recipe.run.exam:
+        saver.examine(echo=echo)
     return task
 
 
@@ -119,4 +125,25 @@ class _Saver:
             if card:
                 extra = model_card(self.results, self.folder.parent, facts=facts_of(self.task))
             save_results(self.folder, model, self.results, state=state, extra=extra)
+        team.wait()
+
+    def examine(self, *, echo: bool = False) -> None:
+        """Let the saved results answer held-out questions, log the figures, add the card.
+
+        Every process has to call it; the leading one alone works, as it alone is sure to see the
+        files.
+        """
+        task, team, folder = self.task, self.task.team, self.folder.parent
+        rows, number = task.held_out, self.results.recipe.run.exam
+        if team.leads and rows is not None:
+            graded = hold_exam(
+                self.folder, rows, number, template=task.template, device=team.device
+            )
+            write_exam(folder, graded)
+            log = RunLog(folder, echo=echo)
+            record = exam_record(number_of_steps(task, self.results.recipe.run), graded)
+            if record not in log.records():  # the same command may be given again
+                log.write(record)
+            card = model_card(self.results, folder, facts=facts_of(task))
+            add_card(self.folder, card)
         team.wait()

@@ -52,7 +52,12 @@ class RunLog:
                 "again; the run goes on from its last checkpoint"
             ) from error
         if self._echo:
-            os.write(2, (self.line(record) + "\n").encode())
+            self.say(self.line(record))
+
+    @staticmethod
+    def say(text: str) -> None:
+        """One line on standard error."""
+        os.write(2, f"{text}\n".encode())
 
     def sync(self) -> None:
         """Everything written so far survives a power cut."""

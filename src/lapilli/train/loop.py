@@ -32,11 +32,12 @@ from lapilli.train.contract import (
     Task,
     TrainingError,
 )
+from lapilli.train.diverge import LossWatch, advice, rise_record
 from lapilli.train.ema import Average
 from lapilli.train.evaluate import evaluate, keep_best
 from lapilli.train.journal import Journal, open_journal
 from lapilli.train.memory import peak_memory
-from lapilli.train.optim import build_optimizer, lr_share, set_lr
+from lapilli.train.optim import build_optimizer, lr_share, peak_lrs, set_lr
 from lapilli.train.parallel import ALONE, Team
 from lapilli.train.recipe import Recipe, RunRecipe
 from lapilli.train.state import RunState, load_best, load_state, read_best, save_state
@@ -100,7 +101,8 @@ def train(
     with open_journal(
         recipe, folder, (state.step, steps), team=team, echo=echo, progress=progress
     ) as journal:
-        _Run(task, recipe, folder, team, state, steps, journal, on_save).go()
+        watch = LossWatch(steps, journal.records)
+        _Run(task, recipe, folder, team, state, steps, journal, on_save, watch).go()
         journal.draw()
     if state.best is not None and recipe.run.keep_best:
         load_best(state, folder)
@@ -163,6 +165,7 @@ class _Run:
     steps: int
     journal: Journal
     on_save: OnSave | None
+    losses: LossWatch
     pace: _Pace = field(default_factory=_Pace)
     saved: Path | None = None
 
@@ -228,6 +231,11 @@ class _Run:
         self.journal.tick({**figures, "gib": memory}, record.count)
         if done % run.log_every == 0 or is_last:
             self.journal.write({**figures, "per_s": self.pace.take(), "gib": memory})
+        if rise := self.losses.push(record.figures["loss"]):
+            told = rise_record(done, rise)
+            self.journal.write(told)
+            if text := advice([told], max(peak_lrs(self.state.optimizer))):
+                self.journal.warn(text)
         if is_last or (run.evaluate_every and done % run.evaluate_every == 0):
             found = evaluate(self.task, self.recipe, self.state.average)
             if found:

@@ -97,3 +97,8 @@ def set_lr(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Every group's learning rate as a part of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * share
+
+
+def peak_lrs(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Learning rate of every group after the warm-up."""
+    return [float(group["base_lr"]) for group in optimizer.param_groups]

@@ -47,6 +47,10 @@ class ProgressBar:
         figures = f"loss {record['loss']:.4f}  {speed}{record['gib']:.1f} GiB"
         self._progress.update(self._task, completed=record["step"], figures=figures)
 
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def close(self) -> None:
         """Leave the last state of the bar standing."""
         self._progress.stop()

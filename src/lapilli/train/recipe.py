@@ -118,6 +118,8 @@ class RunRecipe:
         workers: processes that read samples ahead; 0: read in the training process.
         loggers: programs that the log goes to as well.
         plot: draw the loss over the steps at the end.
+        exam: samples of what is held out whose answers the finished model gives itself, greedily;
+            `exact_match` is the share of answers that are equal to theirs. 0: no exam.
     """
 
     batch_size: int
@@ -138,11 +140,18 @@ class RunRecipe:
     workers: int = 0
     loggers: tuple[Logger, ...] = ()
     plot: bool = True
+    exam: int = 0
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "accumulate", "log_every", "save_every", "threads")
         _expect("run", self, counts, _is_count, "at least 1")
-        _expect("run", self, ("seed", "evaluate_every", "workers"), _is_not_negative, "0 or more")
+        _expect(
+            "run",
+            self,
+            ("seed", "evaluate_every", "workers", "exam"),
+            _is_not_negative,
+            "0 or more",
+        )
         if self.steps < 0 or not _is_positive(self.epochs):
             raise ConfigError(
                 f"run.steps is {self.steps} and run.epochs {self.epochs}: expected 0 or more steps "
@@ -164,8 +173,6 @@ class ModelRecipe:
         projector: a projector of an earlier run that is laid over it (its output folder).
         adapter: a LoRA that is trained on.
         tune_tower: train the vision tower too (with `optim.tower_lr`).
-        language_model: output folder of an earlier stage (pebble).
-        vision_tower: the same for the tower (pebble).
         vision: fields of VisionConfig for a fresh tower (pebble).
         text: fields of DecoderConfig for a fresh language model (pebble).
     """
@@ -174,8 +181,6 @@ class ModelRecipe:
     projector: str | None = None
     adapter: str | None = None
     tune_tower: bool = False
-    language_model: str | None = None
-    vision_tower: str | None = None
     vision: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from lapilli.errors import ConfigError, UnknownKeyError
 from lapilli.train.recipe import Recipe
+from lapilli.train.recipe_keys import refuse_unread
 
 Section = TypeVar("Section")
 
@@ -26,7 +27,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         ConfigError: no such file, not TOML, a missing section, or a value of another type.
-        UnknownKeyError: a section or key that nothing reads.
+        UnknownKeyError: a section or key that nothing reads, in this stage or in any.
     """
     if not path.exists():
         raise ConfigError(f"{path.absolute()} is not there: expected a recipe in TOML")
@@ -35,7 +36,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     _override(raw, overrides)
-    return build_section(Recipe, raw, "")
+    recipe = build_section(Recipe, raw, "")
+    refuse_unread(recipe)
+    return recipe
 
 
 def build_section(kind: type[Section], raw: Mapping[str, Any], where: str) -> Section:

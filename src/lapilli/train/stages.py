@@ -31,6 +31,7 @@ from lapilli.train.batch import TrainingBatch
 from lapilli.train.loop import Loss
 from lapilli.train.loss import cross_entropy_sum, scores, supervised
 from lapilli.train.recipe import LoraRecipe, Recipe, RunRecipe, Stage
+from lapilli.train.recipe_keys import is_drawn
 
 
 class FeatureReader(nn.Module):
@@ -106,11 +107,7 @@ def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, .
     Source: LLaVA section 4.2 and train.py: tune_mm_mlp_adapter, find_all_linear_names; LLaVA-NeXT
         for the tower and the row end.
     """
-    if recipe.stage not in ("align", "instruct"):
-        raise ConfigError(
-            f"stage {recipe.stage!r} makes the parts of a model: a whole one has the stages align "
-            "and instruct"
-        )
+    refuse_parts(recipe)
     model.requires_grad_(False)
     trained: list[nn.Parameter] = []
     for modality in model.modalities.values():
@@ -126,6 +123,24 @@ def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, .
     if not trained:
         raise ConfigError(f"stage {recipe.stage!r} trains nothing in this model")
     return tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def refuse_parts(recipe: Recipe) -> None:
+    """A whole model has no stages of parts, and no pictures are drawn for it.
+
+    Raises:
+        ConfigError: the recipe is one of recipes/pebble.
+    """
+    if recipe.stage not in ("align", "instruct"):
+        raise ConfigError(
+            f"stage {recipe.stage!r} makes the parts of a model: a whole one has the stages align "
+            "and instruct (`make pebble` follows recipes/pebble)"
+        )
+    if is_drawn(recipe):
+        raise ConfigError(
+            "recipe key data.num_pictures has pictures drawn, as `make pebble` does by "
+            "recipes/pebble: name a model.checkpoint and data.sources instead"
+        )
 
 
 def _used(tower: VisionTransformer) -> list[nn.Parameter]:
@@ -151,7 +166,36 @@ def _of_language_model(model: VisionLanguageModel, lora: LoraRecipe | None) -> l
             f"lora.base is {lora.base!r} and the model has an adapter already: go on with an "
             'adapter over floats (lora.base = "float"), or merge it first'
         )
+    else:
+        _go_on(model, lora)
     return [cast(nn.Parameter, tensor) for tensor in adapter_tensors(model).values()]
+
+
+def _go_on(model: VisionLanguageModel, lora: LoraRecipe) -> None:
+    """The adapter that the model has, with the recipe's dropout where it names one.
+
+    Raises:
+        ConfigError: the recipe names another rank, alpha or other layers than the adapter has.
+    """
+    usual = LoraRecipe()
+    config = LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    for path, layer in adapters(model):
+        rank = layer.lora_A.weight.shape[0]
+        has = {"rank": rank, "alpha": round(layer.scaling * rank, 6)}
+        for key, value in has.items():
+            asked = getattr(lora, key)
+            if asked not in (value, getattr(usual, key)):
+                raise ConfigError(
+                    f"lora.{key} is {asked}, and the adapter that the run goes on with has {value}:"
+                    f" leave lora.{key} out, or merge the adapter and begin another one"
+                )
+        if lora.targets and not config.is_target(path):
+            raise ConfigError(
+                f"lora.targets leaves out {path}, where the adapter that the run goes on with lies:"
+                " leave lora.targets out, or merge the adapter and begin another one"
+            )
+        if lora.dropout != usual.dropout:
+            layer.dropout.p = lora.dropout
 
 
 def default_targets(model: nn.Module) -> tuple[str, ...]:

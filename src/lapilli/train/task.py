@@ -35,7 +35,8 @@ from lapilli.train.order import Order
 from lapilli.train.pack import pack
 from lapilli.train.parallel import Team
 from lapilli.train.recipe import Recipe
-from lapilli.train.stages import choose_trainable, set_up_layers
+from lapilli.train.recipe_keys import refuse_unread
+from lapilli.train.stages import choose_trainable, refuse_parts, set_up_layers
 from lapilli.train.start import choose_template, for_model, load_start
 
 
@@ -141,7 +142,10 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
         ConfigError: the recipe names no checkpoint or no data, or parts do not go together.
         CheckpointError: the checkpoint cannot be read.
         DataError: the data cannot be read.
+        UnknownKeyError: a key that nothing would read.
     """
+    refuse_parts(recipe)
+    refuse_unread(recipe)
     kept, held = _datasets(recipe)
     loaded = load_start(recipe)
     if recipe.data.pack:

@@ -1,0 +1,81 @@
+"""Whether the loss of a run rises instead of falling; knows numbers alone.
+
+    mean of the latest losses  >  lowest mean so far + 1 + noise   ->  the learning rate is too large
+
+A loss that is infinite or no number ends a run (step.py); one that rises only does not.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from math import sqrt
+from statistics import fmean, pvariance
+from typing import Final
+
+from lapilli.train.log import Record
+
+RISEN: Final = "loss_risen_to"
+LOWEST: Final = "loss_was"
+_MOST: Final = 10  # losses of a mean
+_FEWEST: Final = 3
+_RISE: Final = 1.0  # e times as unlikely a token: more than any good run takes back
+_SIGMAS: Final = 4.0
+
+
+class LossWatch:
+    """Told every loss, tells once when they have risen.
+
+    Args:
+        steps: of the run; short ones are judged by fewer losses.
+        records: of the log of an earlier part of the run: what is known from it.
+    """
+
+    def __init__(self, steps: int, records: Sequence[Record] = ()) -> None:
+        self._window = min(_MOST, max(_FEWEST, steps // 4))
+        self._losses: deque[float] = deque(maxlen=self._window)
+        self._lowest: tuple[float, float | None] | None = None  # a mean and its variance
+        self._is_told = any(RISEN in record for record in records)
+        for record in records:
+            if "loss" in record:
+                self.push(record["loss"])
+
+    def push(self, loss: float) -> tuple[float, float] | None:
+        """The lowest mean and the one of now, when the loss has risen for the first time."""
+        self._losses.append(loss)
+        if self._lowest is None:
+            self._lowest = (loss, None)
+            return None
+        if len(self._losses) < self._window:
+            return None
+        mean, spread = fmean(self._losses), pvariance(self._losses)
+        lowest, noise = self._lowest
+        if mean < lowest:
+            self._lowest = (mean, spread / self._window)
+            return None
+        # The first loss stands alone: how far others lie from it is seen in those of now.
+        apart = sqrt(spread / self._window + (spread if noise is None else noise))
+        if self._is_told or mean - lowest <= max(_RISE, _SIGMAS * apart):
+            return None
+        self._is_told = True
+        return lowest, mean
+
+
+def rise_record(step: int, rise: tuple[float, float]) -> Record:
+    """What the log says of it."""
+    return {"step": step, LOWEST: rise[0], RISEN: rise[1]}
+
+
+def advice(records: Sequence[Record], lr: float) -> str | None:
+    """One sentence about the rise that a log tells of; None where there is none.
+
+    Args:
+        records: of the log.
+        lr: the largest learning rate of the run.
+    """
+    found = next((record for record in records if RISEN in record), None)
+    if found is None:
+        return None
+    return (
+        f"the loss rose from {found[LOWEST]:.2f} to {found[RISEN]:.2f} by step {found['step']}: the "
+        f"learning rate of {lr:g} is likely too large. Begin again in another folder with a smaller "
+        f"one (optim.lr = {lr / 10:.1g}), or with a longer optim.warmup_share"
+    )
