@@ -31,8 +31,16 @@ def save_tokenizer_with(
     """
     rust = _rust(source)
     for name, index in sorted(tokenizer.added_vocab.items(), key=lambda item: item[1]):
-        if rust.token_to_id(name) is None:
-            rust.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+        if index not in rust.get_added_tokens_decoder():
+            known = tokenizer.added_tokens[index]
+            entry = AddedToken(
+                name,
+                single_word=known.single_word,
+                lstrip=known.lstrip,
+                rstrip=known.rstrip,
+                normalized=False,  # as slow tokenizers, which look at the text as it is
+            )
+            (rust.add_special_tokens if known.special else rust.add_tokens)([entry])
         if rust.token_to_id(name) != index:
             raise CheckpointError(
                 f"{source}: token {name!r} has id {index}, but would get "

@@ -1,7 +1,7 @@
 """What every tokenizer says of its vocabulary alike: ids by role, added tokens, special ids."""
 
 from lapilli.prompt.tokenizer.added import AddedTokens
-from lapilli.prompt.tokenizer.special import SpecialTokens
+from lapilli.prompt.tokenizer.special import AddedToken, SpecialTokens
 
 
 class Roles:
@@ -38,6 +38,11 @@ class Roles:
     def added_vocab(self) -> dict[str, int]:
         """Added tokens and their ids, the special ones among them."""
         return dict(self._added.ids)
+
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """The same by id, with how each is found in a text."""
+        return dict(self._added.tokens)
 
     @property
     def special_ids(self) -> frozenset[int]:
