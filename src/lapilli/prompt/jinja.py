@@ -11,7 +11,7 @@ White space around it is, because templates trim. Knows nothing of tokenizers or
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any, Final
