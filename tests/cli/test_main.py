@@ -74,6 +74,7 @@ def test_unknown_option_is_exit_code_2(lapilli: Run) -> None:
 
 ENDS = [*([command, "--help"] for command in COMMANDS), ["--help"], ["--version"], ["inspect"]]
 FULL = Path("/dev/full")
+SLOW = [pytest.param(command, marks=pytest.mark.slow) for command in ("ask", "chat", "batch")]
 
 
 @pytest.mark.slow
@@ -94,7 +95,7 @@ def test_a_full_disk_in_the_middle_of_an_answer(lapilli: Run, checkpoint: str) -
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
-@pytest.mark.parametrize("command", ["ask", "chat", "batch", "--help", "nonsense"])
+@pytest.mark.parametrize("command", [*SLOW, "--help", "nonsense"])
 def test_closed_streams(
     lapilli: Run, checkpoint: str, tmp_path: Path, closed: tuple[int, ...], command: str
 ) -> None:

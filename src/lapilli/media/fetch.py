@@ -202,8 +202,7 @@ class _Pipe(io.RawIOBase):
 def _fetch_stream(stream: Readable, name: str, limits: FetchLimits) -> Fetched:
     try:
         data = _read_all(stream, name, limits.max_bytes + 1)
-        if not data and _is_not_at_its_start(stream):
-            stream.seek(0)  # type: ignore[attr-defined] - it has just told where it is
+        if not data and _rewound(stream):
             data = _read_all(stream, name, limits.max_bytes + 1)
     except (OSError, ValueError) as error:  # ValueError: it is closed
         if isinstance(error, MediaError):
@@ -223,10 +222,13 @@ def _read_all(stream: Readable, name: str, most: int) -> bytes:
     return b"".join(parts)
 
 
-def _is_not_at_its_start(stream: Readable) -> bool:
-    """Whether somebody wrote or read the stream before, and it can be rewound."""
+def _rewound(stream: Any) -> bool:  # noqa: ANN401 - not every stream can tell where it stands
+    """Go back to the start of a stream that was written or read before; False if there is none."""
     seekable = getattr(stream, "seekable", None)
-    return seekable is not None and seekable() and stream.tell() > 0  # type: ignore[attr-defined]
+    if seekable is None or not seekable() or not stream.tell():
+        return False
+    stream.seek(0)
+    return True
 
 
 def _fetch_data_uri(source: str, limits: FetchLimits) -> Fetched:
