@@ -148,7 +148,7 @@ def _honest(kind: Kind, folder: Path) -> bytes:
     for file in kept.rglob("*.*"):
         _put(folder / file.relative_to(kept), file.read_bytes())
     content = (folder / kind.file).read_bytes()
-    (kept / kind.file).parent.mkdir(exist_ok=True)
+    (kept / kind.file).parent.mkdir(parents=True, exist_ok=True)
     (kept / kind.file).write_bytes(content)
     return content
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lapilli.train.contract import TrainingError
+from lapilli.train.log import RunLog
 from lapilli.train.loop import train
 from lapilli.train.sharded import newest_pieces
 from lapilli.train.state import Best, load_best, load_state, save_best, save_state
@@ -436,3 +437,13 @@ def test_a_folder_with_an_odd_name_is_no_state(pieces):
     for name in ("²", "12a", "-3"):
         shutil.copytree(pieces, pieces.with_name(name))
     assert newest_pieces(pieces.parent.parent)[0] == 3
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", "3", "{}", '{"step": "x"}', "[" * 90_000, '{"step": ' + "9" * 5000 + "}", "{"]
+)
+def test_a_damaged_line_of_the_log_is_named(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n' + line + "\n")
+    with pytest.raises(TrainingError, match=r"log.jsonl:2 is damaged") as told:
+        RunLog(tmp_path).rewind(1)
+    assert "\n" not in str(told.value)

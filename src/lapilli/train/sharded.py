@@ -170,12 +170,13 @@ def values_of(path: Path) -> dict[str, Any]:
             raise damaged(path, f"{needed.name} is missing")
     try:
         values: object = json.loads(place.read_text(encoding="utf-8"))
+        digest = data_file(directory).digest
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(place, first_line(error)) from error
     if not isinstance(values, dict):
         raise damaged(place, f"it holds a {type(values).__name__}")
     said = values.get(_DIRECTORY)  # absent: of an earlier version
-    if said is not None and said != data_file(directory).digest:
+    if said is not None and said != digest:
         raise damaged(path, "its directory is not the one that was saved")
     if values.get("step") != int(path.name):
         raise damaged(place, f"step is {values.get('step')!r:.80}, the folder says {path.name}")

@@ -148,7 +148,9 @@ def content_digest(content: object, *, most: int | None = None) -> str:
                 raise ValueError("more values than the file can have")
         if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype} {list(leaf.shape)} ".encode())
-            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(
+                leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )
         else:
             digest.update(f"{type(leaf).__name__} {leaf!r} ".encode(errors="surrogatepass"))
     return digest.hexdigest()
