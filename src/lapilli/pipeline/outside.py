@@ -26,7 +26,8 @@ class Outside:
 
     def __init__(self, loaded: Loaded, answering: Answering) -> None:
         vision = loaded.config.vision
-        self._world = load_world(loaded.path, width=vision and vision.hidden_size)
+        width = None if vision is None else vision.hidden_size
+        self._world = load_world(loaded.path, width=width)
         self._model = loaded.model
         self._answering = answering
         self._judged: dict[bytes, bool] = {}
