@@ -384,3 +384,13 @@ def test_a_charsmap_that_makes_much_of_little():
     source["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": blob}
     with refused("tokenizer.json"):
         build_tokenizer(TokenizerFiles(json=json.dumps(source)), fast=True)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "n_embd", "n_positions"])
+def test_sizes_of_a_family_that_transformers_would_build(tmp_path, key):
+    raw = {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], key: 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "tokenizer.json").write_text(words())
+    save_file({"a": WEIGHT}, tmp_path / "model.safetensors")
+    with refused(f"{key} must be a number of at most"):
+        load_checkpoint(tmp_path, device="cpu")

@@ -13,6 +13,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from random import Random
@@ -106,9 +107,7 @@ def _change(value: object, random: Random) -> object:
         holder[random.choice(TEXTS)] = holder.pop(key)
     elif kind == 2:
         other, name, _ = random.choice(places)
-        if name in other if isinstance(other, dict) else name < len(other):
-            holder[key] = other[name]
-            return json.loads(json.dumps(value)) if _is_tree(value) else _nasty(random)
+        holder[key] = deepcopy(other[name])
     elif kind == 3:
         holder[key] = [holder[key]]
     elif kind == 4 and isinstance(holder[key], int | float | str):
@@ -116,14 +115,6 @@ def _change(value: object, random: Random) -> object:
     else:
         holder[key] = _nasty(random)
     return value
-
-
-def _is_tree(value: object) -> bool:
-    try:
-        json.dumps(value)
-    except ValueError:  # a value that holds itself
-        return False
-    return True
 
 
 def _near(value: object, random: Random) -> object:
@@ -137,7 +128,7 @@ def _near(value: object, random: Random) -> object:
 
 
 def _nasty(random: Random) -> object:
-    return random.choice(random.choice((NUMBERS, NUMBERS, TEXTS, OTHERS)))
+    return deepcopy(random.choice(random.choice((NUMBERS, NUMBERS, TEXTS, OTHERS))))
 
 
 def _places(value: object, depth: int = 0) -> list[tuple[object, object, int]]:

@@ -1,6 +1,6 @@
 """Runs cases in a child process: what they end with, how long they take and what they allocate.
 
-    python -m tests.fuzz.run --cases 2000 --seed 3 [--kinds NAME] [--only NAME:INDEX]
+    python -m tests.fuzz.run --cases 2000 --seed 3 [--kinds NAME] [--only KIND:INDEX]
 
 A case is named "KIND:INDEX"; with the seed it is always the same. In the child every case has at
 most SECONDS of processor time (and MINUTE on the clock, which finds what waits) and 1 GiB of
@@ -56,8 +56,12 @@ def run(kinds: Sequence[str], *, cases: int, seed: int, folder: Path) -> list[Fa
         seed: of the cases.
         folder: where honest folders are made, once.
     """
+    return run_cases(_spread(kinds, cases), seed=seed, folder=folder)
+
+
+def run_cases(todo: list[str], *, seed: int, folder: Path) -> list[Fault]:
+    """The faults of these cases."""
     faults: list[Fault] = []
-    todo = _spread(kinds, cases)
     while todo:
         done, last = 0, todo[0]
         for line in (child := _Child(todo, seed, folder)).lines():
@@ -206,6 +210,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default="", help="part of the names of the kinds")
+    parser.add_argument("--only", help="one case, as KIND:INDEX")
     parser.add_argument("--folder", type=Path, help="where honest folders are kept")
     parser.add_argument("--child", action="store_true")
     options = parser.parse_args()
@@ -219,11 +224,12 @@ def main() -> None:
     from tests.fuzz.table import KINDS
 
     names = [kind.name for kind in KINDS if options.kinds in kind.name]
+    cases = [options.only] if options.only else _spread(names, options.cases)
     with tempfile.TemporaryDirectory() as made:
         folder = options.folder or Path(made)
-        faults = run(names, cases=options.cases, seed=options.seed, folder=folder)
+        faults = run_cases(cases, seed=options.seed, folder=folder)
     print("\n".join(map(str, faults)))
-    print(f"{len(faults)} of {options.cases} cases end badly")
+    print(f"{len(faults)} of {len(cases)} cases end badly")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class Chat:
     ) -> None:
         self._loaded = loaded
         vision = loaded.config.vision
-        world = load_world(loaded.path, width=vision and vision.hidden_size)
+        world = load_world(loaded.path, width=None if vision is None else vision.hidden_size)
         self._answering = Answering(loaded, engine, "" if world is None else world.without_picture)
         self._outside = Outside(world, loaded.model, self._answering)
         self._memory = Memory()
