@@ -16,6 +16,7 @@ from lapilli.checkpoint.report import LoadReport, some
 from lapilli.checkpoint.vocabulary import Vocabulary
 from lapilli.checkpoint.weights import refuse_not_finite
 from lapilli.config.model import ModelConfig
+from lapilli.config.reader import in_file
 from lapilli.errors import CheckpointError, MissingWeightsError, ShapeMismatchError
 from lapilli.lm.build import build_language_model
 from lapilli.modality.image.image import ImageModality
@@ -82,7 +83,7 @@ class WithoutInitialisation(TorchFunctionMode):
 
 def build_model(config: ModelConfig) -> VisionLanguageModel:
     """The model of a configuration on the meta device: shapes without memory."""
-    with torch.device("meta"), WithoutInitialisation():
+    with in_file(), torch.device("meta"), WithoutInitialisation():
         language_model = build_language_model(config.text)
         if config.image is None or config.vision is None or config.projector is None:
             return VisionLanguageModel(language_model, {})

@@ -13,6 +13,7 @@ from lapilli.checkpoint.render import as_text
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import tile_features
+from lapilli.config.reader import in_file
 from lapilli.geometry import ImageSize
 from lapilli.kernels.library import why_not_native
 from lapilli.modality.image.anyres import num_tokens
@@ -251,12 +252,13 @@ def _visual_tokens(config: ModelConfig) -> dict[str, int]:
     if config.image is None or config.vision is None:
         return {}
     newline = config.has_newline and config.image.aspect == "anyres"
-    return {
-        str(size): num_tokens(
-            size, config.image, config.vision, projector=config.projector, has_newline=newline
-        )
-        for size in COMMON_SIZES
-    }
+    with in_file():
+        return {
+            str(size): num_tokens(
+                size, config.image, config.vision, projector=config.projector, has_newline=newline
+            )
+            for size in COMMON_SIZES
+        }
 
 
 def _special_tokens(plan: Plan) -> dict[str, str]:

@@ -40,6 +40,7 @@ class TensorInfo:
         return torch.Size(self.shape).numel()
 
 
+LONGEST_NAME = 255  # of a file, on every file system that there is
 LFS = b"version https://git-lfs"
 Shard = SafetensorsShard | PickledShard
 
@@ -156,7 +157,7 @@ def _indexed(directory: Path, index: str, weight_map: object) -> tuple[Path, ...
         raise CheckpointError(
             f"{directory / index} names {shown(outside[0])}, outside its directory"
         )
-    missing = [name for name in names if not has_file(directory / name)]
+    missing = [n for n in names if len(n) > LONGEST_NAME or not has_file(directory / n)]
     if missing:
         some = ", ".join(shown(name)[1:-1] for name in missing[:3])
         raise MissingFileError(

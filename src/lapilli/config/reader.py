@@ -252,4 +252,4 @@ def in_file() -> Iterator[None]:
     except CheckpointError:
         raise
     except ConfigError as error:
-        raise ConfigFileError(str(error)) from error
+        raise ConfigFileError(str(error)[:LONGEST]) from error
