@@ -6,9 +6,9 @@
 Knows ready prompts; must not know messages, templates or the conversation before.
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,21 +58,26 @@ class Answering:
     def __init__(self, loaded: Loaded, options: EngineOptions | None = None) -> None:
         self._loaded = loaded
         self._options = options
+        self._making = threading.Lock()
+        self._engine: Engine | None = None
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
         """Made when it is first needed.
 
         Raises:
             UnsupportedModelError: a language model of another library.
         """
-        return Engine(
-            self._loaded.model,
-            self._loaded.tokenizer,
-            eos_ids=self._eos_ids,
-            context_length=self.context_length,
-            options=self._options,
-        )
+        with self._making:
+            if self._engine is None:
+                self._engine = Engine(
+                    self._loaded.model,
+                    self._loaded.tokenizer,
+                    eos_ids=self._eos_ids,
+                    context_length=self.context_length,
+                    options=self._options,
+                )
+            return self._engine
 
     @property
     def context_length(self) -> int:
