@@ -62,7 +62,7 @@ def line_of(frame) -> str:
     return _SOURCES[name][frame.f_lineno - 1].strip()
 
 
-SOME = 12
+SOME = 8
 EVERY = int(os.environ.get("LAPILLI_INTERRUPT_EVERY", "97"))
 """Lines from one interrupt to the next in the slow test; 1 takes most of an hour."""
 TINY = dataclasses.replace(SMALL, kv_bytes=14 * 2 * 2 * 2 * 4 * 8 * 4)

@@ -55,7 +55,7 @@ ASKED = st.tuples(
     st.booleans(),
     st.sampled_from([SMALL, TINY]),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_every_answer_is_that_of_a_solo_run(model, asked, is_shared, options):
     """Threads that ask, stream and hang up, on one engine or on several of one model."""
     engines = [Engine(model, WordTokenizer(), options=options)]
