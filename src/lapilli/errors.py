@@ -17,7 +17,8 @@
     |  '- MediaCountMismatchError         another number of media than of places for them
     |- FusionError (ValueError)           features that do not fit their span
     '- GenerationError (ValueError)       sampling options, the context
-       '- ContextTooLongError             prompt plus answer do not fit the context
+       |- ContextTooLongError             prompt plus answer do not fit the context
+       '- RequestError                    a request that an engine could not answer as it is
 
 A message names the thing, says what was expected and what was found, and what to do.
 """
@@ -89,3 +90,7 @@ class GenerationError(LapilliError, ValueError):
 
 class ContextTooLongError(GenerationError):
     """Prompt plus answer do not fit the context of the language model."""
+
+
+class RequestError(GenerationError):
+    """A request that an engine could not answer as it is: ids, spans, media or options."""

@@ -7,7 +7,8 @@ portable). It is read here and not in the command line, because a switch for fin
 work in every program.
 
 The library starts no threads: it is handed the GOMP_parallel of the OpenMP that torch has loaded,
-so that there is one pool in the process and `torch.set_num_threads` counts for both.
+so that there is one pool in the process and `torch.set_num_threads` counts for both. A process that
+was forked has none of the pool's threads and would wait for them for ever: it works alone.
 """
 
 import ctypes
@@ -298,6 +299,16 @@ def open_library(wanted: str = "") -> Library | None:
     if pool is not None:
         functions.lapilli_use_pool(pool)
     return Library(named.decode(), functions)
+
+
+def work_alone() -> None:
+    """One thread for this process, if its parent has used a pool that was not forked with it."""
+    if native.cache_info().currsize:  # a model was run there
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=work_alone)
 
 
 def _find() -> Path | None:

@@ -6,9 +6,9 @@
 Knows ready prompts; must not know messages, templates or the conversation before.
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,15 +27,19 @@ from lapilli.prompt.message import MediaPart
 from lapilli.shapes import Tensor
 
 
-class Told:
+class Told(Iterator[Piece]):
     """An answer that needs no model, as a stream of one piece."""
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
+        self._is_read = False
 
-    def __iter__(self) -> Iterator[Piece]:
-        told = self.generation
-        yield Piece(told.text, told.token_ids, told.finish_reason)
+    def __next__(self) -> Piece:
+        """Return the whole answer, once."""
+        if self._is_read:
+            raise StopIteration
+        self._is_read = True
+        return Piece(self.generation.text, self.generation.token_ids, self.generation.finish_reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +78,26 @@ class Answering:
         self._loaded = loaded
         self._options = options
         self._without_media = without_media
+        self._making = threading.Lock()
+        self._engine: Engine | None = None
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
         """Made when it is first needed.
 
         Raises:
             UnsupportedModelError: a language model of another library.
         """
-        return Engine(
-            self._loaded.model,
-            self._loaded.tokenizer,
-            eos_ids=self._eos_ids,
-            context_length=self.context_length,
-            options=self._options,
-        )
+        with self._making:
+            if self._engine is None:
+                self._engine = Engine(
+                    self._loaded.model,
+                    self._loaded.tokenizer,
+                    eos_ids=self._eos_ids,
+                    context_length=self.context_length,
+                    options=self._options,
+                )
+            return self._engine
 
     @property
     def context_length(self) -> int:

@@ -4,7 +4,9 @@ Knows who is asked when; must not know how files look, how pixels are computed o
 chosen.
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 from lapilli.checkpoint.assemble import Progress
@@ -21,6 +23,7 @@ from lapilli.media.fetch import FetchLimits
 from lapilli.modality.image.decode import Alpha, check_alpha
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.pipeline.answering import Answering, Reply
+from lapilli.pipeline.conversation import Conversation, Turn
 from lapilli.pipeline.memory import Memory
 from lapilli.pipeline.outside import Outside
 from lapilli.pipeline.ready import ReadyPrompt, make_ready, prepare
@@ -97,6 +100,10 @@ def load(
 class Chat:
     """A model, and the conversation with it.
 
+    Any number of threads may use one: the model is run by one of them at a time. `ask` and `stream`
+    are turns of the one conversation and follow each other; `answer`, `batch`, `ask_many` and
+    `as_completed` leave it alone and are answered side by side.
+
     Pictures may be paths, URLs, data URIs, "-" (standard input), bytes, Pillow images, arrays, or
     in place of a picture its features: a floating point tensor [n, width of the language model],
     or [n, width of the tower], which goes through the projector and is laid down as it is.
@@ -110,8 +117,10 @@ class Chat:
         world = load_world(loaded.path, width=None if vision is None else vision.hidden_size)
         self._answering = Answering(loaded, engine, "" if world is None else world.without_picture)
         self._outside = Outside(world, loaded.model, self._answering)
-        self._memory = Memory()
-        self._history: tuple[Message, ...] = ()
+        self._turns = threading.RLock()
+        self._numbers = count(1)
+        self._adopting = threading.Lock()
+        self._conversation = Conversation()
         self.name = name or loaded.path.name
         self.template: Template = loaded.template.template
         self.limits = FetchLimits()
@@ -156,18 +165,18 @@ class Chat:
     @property
     def history(self) -> tuple[Message, ...]:
         """Questions and answers so far, without the system message."""
-        return self._history
+        return self._conversation.history
 
     def reset(self) -> None:
         """Forget the conversation.
 
         What the engine keeps by content stays, so a picture that comes again is not read again;
-        `chat.engine.renew()` lets go of that too.
+        `chat.engine.renew()` lets go of that too. An answer that is on its way in another thread
+        goes on; it belongs to the conversation that is forgotten.
         """
-        self._history = ()
-        self._memory = Memory()
-        self._last_keys = ()
-        self.last = None
+        with self._adopting:
+            self._conversation = Conversation(next(self._numbers))
+            self._last_keys, self.last = (), None
 
     def ask(self, question: str, *images: object, keep: bool = False, **sampling: object) -> str:
         """The answer, without white space around it.
@@ -184,7 +193,8 @@ class Chat:
             MediaError: an image cannot be fetched or decoded.
             ContextTooLongError: the conversation leaves no room for an answer.
         """
-        return "".join(self.stream(question, *images, keep=keep, **sampling)).strip()
+        with self._turns:
+            return "".join(self.stream(question, *images, keep=keep, **sampling)).strip()
 
     def stream(
         self,
@@ -192,20 +202,26 @@ class Chat:
         *images: object,
         keep: bool = False,
         **sampling: object,
-    ) -> Iterator[str]:
+    ) -> Turn:
         """The answer of `ask`, in pieces as it settles.
 
-        Closing the iterator stops the answer; what was said of it is kept in the history.
+        Closing the iterator stops the answer; what was said of it is kept. The question follows the
+        history as it is now, and joins it with its answer when that is over.
         """
         if not question.strip():
             raise PromptError("the question is empty: ask something")
         params = self._params(SamplingParams.from_options(**sampling))
-        begins = bool(images) and not keep
-        memory = Memory() if begins else self._memory
-        history = () if begins else self._history
-        messages = (*history, Message.user(question, *images))
-        prompt = self._ready(self._with_system(messages), memory)
-        return self._answer_in_pieces(messages, prompt, memory, params)
+        with self._turns:
+            begins = bool(images) and not keep
+            talk = Conversation(next(self._numbers)) if begins else self._conversation
+            messages = (*talk.history, Message.user(question, *images))
+            prompt = self._ready(self._with_system(messages), talk.memory)
+            return Turn(
+                lambda: self._start(messages, prompt, talk.memory, params),
+                lambda reply, is_whole: self._remember(
+                    messages[-1], talk, reply, is_whole=is_whole
+                ),
+            )
 
     def answer(
         self, messages: Sequence[Message], params: SamplingParams | None = None
@@ -304,46 +320,41 @@ class Chat:
         """
         return self._outside.warning(self.name)
 
-    def _answer_in_pieces(
+    def _start(
         self,
         messages: tuple[Message, ...],
         prompt: ReadyPrompt,
         memory: Memory,
         params: SamplingParams,
-    ) -> Iterator[str]:
+    ) -> Reply:
         media = [part for message in messages for part in message.media]
         self._outside.judge(memory)
-        reply = self._answering.start(prompt, media, memory, params)
-        pieces = reply.pieces
-        try:
-            for piece in pieces:
-                if piece.text:
-                    yield piece.text
-        except KeyboardInterrupt:
-            # The interrupt may have come between two layers: the cache cannot be trusted.
-            self._remember(messages, reply, memory, is_whole=False)
-            raise
-        except GeneratorExit:
-            self._remember(messages, reply, memory)
-            raise
-        self._remember(messages, reply, memory)
+        return self._answering.start(prompt, media, memory, params)
 
     def _remember(
         self,
-        messages: tuple[Message, ...],
+        question: Message,
+        talk: Conversation,
         reply: Reply,
-        memory: Memory,
         *,
-        is_whole: bool = True,
+        is_whole: bool,
     ) -> None:
         """Keep the turn, unless it was cancelled before it said anything."""
-        self.last = generation = reply.pieces.generation
-        self._last_keys = reply.keys
-        memory.cache = reply.cache if is_whole else None
-        memory.cached = [*reply.positions, *generation.token_ids]
-        if generation.text or generation.finish_reason != "cancelled":
-            self._memory = memory
-            self._history = (*messages, Message.assistant(generation.text.strip()))
+        generation = reply.pieces.generation
+        # After an interrupt between two layers the cache cannot be trusted.
+        talk.memory.keep_cache(
+            reply.cache if is_whole else None, [*reply.positions, *generation.token_ids]
+        )
+        is_said = bool(generation.text) or generation.finish_reason != "cancelled"
+        with self._adopting:
+            if is_said:
+                answer = Message.assistant(generation.text.strip())
+                talk.history = (*talk.history, question, answer)
+            if talk.number < self._conversation.number:
+                return  # a later conversation has begun, or this one is to be forgotten
+            self.last, self._last_keys = generation, reply.keys
+            if is_said:
+                self._conversation = talk
 
     def _ready(self, messages: Sequence[Message], memory: Memory, *, row: int = 0) -> ReadyPrompt:
         if not messages:
