@@ -81,7 +81,7 @@ def slow():
 
 
 def test_the_warm_recipes_go_on_from_the_embedded_pebble(tmp_path):
-    shop = Workshop(RECIPES / "warm", tmp_path)
+    shop = Workshop(RECIPES.parent / "pebble_warm", tmp_path)
     assert shop.stages == ("1_tower", "4_instruct")
     earlier = load("pebble", device="cpu", dtype="float32").model
     reader = shop.reader("4_instruct")

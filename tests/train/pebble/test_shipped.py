@@ -67,7 +67,7 @@ LOOKS = [
 ]
 
 
-NOT_YET = "the shipped weights saw no type that small; recipes/pebble/warm teaches it"
+NOT_YET = "the shipped weights saw no type that small; recipes/pebble_warm teaches it"
 
 
 @pytest.mark.slow

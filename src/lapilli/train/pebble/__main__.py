@@ -2,7 +2,7 @@
 
 tokenizer, pictures -> tower -> language -> features -> align -> instruct -> export -> exam
 
-`--recipes recipes/pebble/warm` goes on from the embedded pebble instead:
+`--recipes recipes/pebble_warm` goes on from the embedded pebble instead:
 
 tokenizer, pictures -> tower -> features -> instruct -> export -> exam
 """
