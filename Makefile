@@ -2,6 +2,7 @@
 # make test         every test that needs no GPU, the conformance table included
 # make quick        the tests to run between two commits, in under a minute: no slow ones, no docs, no benchmarks
 # make cluster      tests that start several processes, on this machine
+# make stress       the fuzzer with 20,000 damaged files, two threads with 10,000 answers: half an hour
 # make check        format, lint, types, import layers, docs, tests: what CI runs
 # make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
 # make lock         choose the exact versions that demo and test install anew (locks/), from pyproject.toml
@@ -19,7 +20,7 @@ SELF := $(PIP) --quiet --no-deps --no-build-isolation --editable .
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 HERE := not gpu and not network and not browser and not cluster
 
-.PHONY: help demo test quick check format lint types layers docs cluster conformance bench pebble lock test-newest \
+.PHONY: help demo test quick stress check format lint types layers docs cluster conformance bench pebble lock test-newest \
 	test-oldest clean
 
 help:
@@ -52,6 +53,10 @@ test: $(VENV)/.installed-dev
 
 quick: $(VENV)/.installed-dev
 	$(PYTEST) -m "$(HERE) and not slow" --ignore=tests/docs --ignore=tests/benchmarks
+
+stress: $(VENV)/.installed-dev
+	LAPILLI_FUZZ_CASES=20000 LAPILLI_THREAD_ANSWERS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 3600 \
+		tests/fuzz/test_fuzz.py tests/pipeline/test_threads.py
 
 cluster: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not gpu and not network" tests/train
