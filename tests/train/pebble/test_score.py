@@ -6,12 +6,13 @@ from lapilli.errors import ConfigError
 from lapilli.train.pebble.blind import NEEDS_PICTURE
 from lapilli.train.pebble.caption import TOO_SMALL
 from lapilli.train.pebble.digits import digit_split
-from lapilli.train.pebble.examine import _messages
+from lapilli.train.pebble.examine import messages_of
 from lapilli.train.pebble.glyphs import BITMAP_FONT
 from lapilli.train.pebble.questions import SKILLS
 from lapilli.train.pebble.score import (
     EXAM_SEED,
     WIDER,
+    ExamItem,
     Tally,
     exam,
     held_out_digits,
@@ -65,6 +66,7 @@ def test_every_held_out_digit_is_asked_once():
     assert all(item.answer == str(item.scene.digit.value) for item in digits)
 
 
+@pytest.mark.slow
 def test_the_wider_exam_asks_for_type_of_any_size_and_without_a_picture():
     items = wider_exam()
     assert Counter(item.skill for item in items) == WIDER
@@ -82,15 +84,10 @@ def test_the_wider_exam_asks_for_type_of_any_size_and_without_a_picture():
     assert wider_exam() == items
 
 
-def test_questions_without_a_picture_reach_a_model_without_one(tmp_path):
-    """A model that answers by the number of its pictures: 0 or 1."""
-    items = wider_exam()
-    blind = next(item for item in items if item.scene is None)
-    shown = next(item for item in items if item.scene is not None)
-    assert [
-        len(_messages(item, picture)[0].media)
-        for item, picture in ((blind, None), (shown, "picture"))
-    ] == [0, 1]
+def test_questions_without_a_picture_reach_a_model_without_one():
+    item = ExamItem(scene=None, history=(), question="Hello", answer=NEEDS_PICTURE, skill="blind")
+    assert [len(message.media) for message in messages_of(item, None)] == [0]
+    assert [len(message.media) for message in messages_of(item, "picture")] == [1]
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_the_exam_can_be_taken_while_training(tokenizer, regions):
 def test_some_conversations_of_the_last_stage_begin_without_a_picture(tokenizer, regions):
     task = new_task(tokenizer, regions, "instruct", num_layers=4, num_heads=4, pointing=0.5)
     seen = set()
-    for step in range(60):
+    for step in range(30):
         for micro in range(2):
             batch, count = task.batch(step, micro)
             assert count > 0

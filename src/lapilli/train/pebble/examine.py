@@ -86,7 +86,7 @@ def ask_exported(folder: Path) -> Answerer:
 
     def answer(batch: Sequence[ExamItem]) -> list[str]:
         conversations = [
-            _messages(item, None if item.scene is None else draw(item.scene)) for item in batch
+            messages_of(item, None if item.scene is None else draw(item.scene)) for item in batch
         ]
         return [one.text for one in chat.batch(conversations, params)]
 
@@ -96,11 +96,11 @@ def ask_exported(folder: Path) -> Answerer:
 def _prompt(
     item: ExamItem, tokenizer: Tokenizer, lengths: Sequence[int], template: str
 ) -> EncodedPrompt:
-    segments = TEMPLATES[template].render(_messages(item, "picture" if lengths else None))
+    segments = TEMPLATES[template].render(messages_of(item, "picture" if lengths else None))
     return encode(segments, tokenizer, lengths)
 
 
-def _messages(item: ExamItem, picture: object | None) -> list[Message]:
+def messages_of(item: ExamItem, picture: object | None) -> list[Message]:
     """The question with what was said before it; a picture stands in the first turn."""
     messages = []
     for question, answer in item.history:
