@@ -219,3 +219,16 @@ def test_a_fewer_tokens_projector(parts, tmp_path):
     chat = lapilli.load(str(tmp_path / "out"), device="cpu", dtype="float32")
     ready = chat.encode([lapilli.Message.user("What?", PICTURE)])
     assert [span.length for span in ready.encoded.spans] == [1]
+
+
+def test_the_tower_of_a_llava_is_taken_from_it(parts, tmp_path):
+    """`--vision pebble`, or any LLaVA with its tower in a folder beside its weights."""
+    base, _ = parts("llama", "clip")
+    first = build_llava(base, "pebble", tmp_path / "first")
+    assert first.config.vision.hidden_size == 256
+    assert (tmp_path / "first" / "vision_tower" / "config.json").is_file()
+    build_llava(base, str(tmp_path / "first"), tmp_path / "second")
+    own, pebbles = state_of(tmp_path / "second"), state_of("pebble")
+    towers = [name for name in pebbles if "vision_tower" in name]
+    assert towers
+    assert all(torch.equal(own[name], pebbles[name]) for name in towers)

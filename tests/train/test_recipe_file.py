@@ -51,6 +51,7 @@ def test_overrides_are_laid_over_the_file(tmp_path):
         ("[optim]\nlr = 1\n[lora]\n", ConfigError, "'align' trains the projector alone"),
         ("[optim]\nlr = 1\ntower_lr = 1\n", ConfigError, "the tower does not learn"),
         ("[optim\n", ConfigError, "not valid TOML"),
+        ("", ConfigError, "recipe key optim.lr is missing"),
     ],
 )
 def test_mistakes_are_named(tmp_path, change, kind, message):
@@ -100,6 +101,17 @@ def test_no_recipe(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         load_recipe(path)
+
+
+def test_a_recipe_without_run_names_its_first_key(tmp_path):
+    path = written(tmp_path, 'stage = "instruct"\n[optim]\nlr = 1\n')
+    with pytest.raises(ConfigError, match=r"recipe key run\.batch_size is missing"):
+        load_recipe(path)
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder: expected a recipe"):
+        load_recipe(tmp_path)
 
 
 def test_a_byte_order_mark_is_not_read(tmp_path):

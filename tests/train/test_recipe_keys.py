@@ -125,7 +125,7 @@ def reads(tmp_path_factory, checkpoint):
         "run.evaluate_every": 1,
         "run.keep_best": True,
         "run.plot": False,
-        "run.epochs": 0.5,
+        "run.epochs": 1.5,
         "run.steps": 0,
         "noise.alpha": 1.0,
         "distill.teacher": checkpoint,
@@ -135,7 +135,7 @@ def reads(tmp_path_factory, checkpoint):
     runs = {
         "align": {**common, **tower, "optim.schedule": "trapezoid"},
         "instruct": {**common, "lora.rank": 2, "lora.base": "nf4"},
-        "whole": {**common, "optim.final_share": 0.1},
+        "whole": {**common, **tower, "optim.schedule": "trapezoid"},
     }
     seen = {}
     with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,9 @@ Out = Annotated[Path, typer.Argument(help="The new directory.")]
 Language = Annotated[
     str, typer.Option(help="Language model: a directory or a hub id (llama, mistral, qwen2, mpt).")
 ]
-Vision = Annotated[str, typer.Option(help="Vision tower: a directory or a hub id (CLIP, SigLIP).")]
+Vision = Annotated[
+    str, typer.Option(help="Vision tower: a directory or a hub id (CLIP, SigLIP), or pebble.")
+]
 Projector = Annotated[str, typer.Option(help="mlp2x_gelu, linear, pool2x2_mlp2x_gelu ...")]
 Template = Annotated[
     str | None,

@@ -26,7 +26,7 @@ from lapilli.checkpoint.load import match_plan, with_own_head
 from lapilli.checkpoint.placement import DTYPES
 from lapilli.checkpoint.plan import Plan, make_plan
 from lapilli.checkpoint.quantized import stored_quantization
-from lapilli.checkpoint.save import TowerPlace, save_llava
+from lapilli.checkpoint.save import TOWER_FOLDER, TowerPlace, save_llava
 from lapilli.checkpoint.save_files import write_json, write_pickled
 from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.template import find_chat_template
@@ -111,7 +111,8 @@ def build_llava(
 
     Args:
         language: directory or hub id of a plain language model.
-        vision: directory or hub id of a CLIP or SigLIP tower.
+        vision: directory or hub id of a CLIP or SigLIP tower; "pebble", or a LLaVA with its tower
+            in a folder of its own, gives that.
         out: the new directory.
         joint: how they are joined; None: as LLaVA 1.5.
         template: name of the conversation template to record; None: what the language model's own
@@ -136,7 +137,7 @@ def build_llava(
         raise ConfigError(f"dtype {dtype!r} is unknown: choose from {', '.join(DTYPES)}")
     if tower not in (None, *get_args(TowerPlace)):
         raise ConfigError(f"tower {tower!r}: choose from {', '.join(get_args(TowerPlace))}")
-    base, eyes = resolve(language), resolve(vision)
+    base, eyes = resolve(language), _tower_of(resolve(vision))
     raw = read_json(base / "config.json")
     _refuse_base(raw, base)
     tower_raw = read_json(eyes / "config.json")
@@ -191,6 +192,13 @@ def _refuse_base(raw: JsonObject, base: Path) -> None:
         raise ConfigError(f"{base} is a vision tower: give it as --vision, not as --language")
     if stored_quantization(raw) is not None:
         raise ConfigError(f"{base} is quantized: build from the language model in float")
+
+
+def _tower_of(folder: Path) -> Path:
+    """The folder of the tower: of a LLaVA the one inside it."""
+    inside = folder / TOWER_FOLDER
+    is_llava = (raw := read_optional_json(folder / "config.json")) and is_original(raw)
+    return inside if is_llava and (inside / "config.json").is_file() else folder
 
 
 def _refuse_tower(raw: JsonObject, eyes: Path) -> None:

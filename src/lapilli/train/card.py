@@ -153,13 +153,10 @@ def _course(records: Sequence[Record], facts: Mapping[str, str], *, has_curve: b
         "steps": f"{last['step']}",
         f"loss of step {first['step']}": f"{first['loss']:.4f}",
         "mean loss of the last tenth": f"{mean:.4f}",
-        **{
-            "the loss rose": f"from {record[LOWEST]:.4f} to {record[RISEN]:.4f} by step "
-            f"{record['step']}"
-            for record in records
-            if RISEN in record
-        },
     }
+    if rise := next((record for record in records if RISEN in record), None):
+        what = f"from {rise[LOWEST]:.4f} to {rise[RISEN]:.4f} by step {rise['step']}"
+        shown["the loss rose"] = what
     lines = ["## Training", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in shown.items()]
     if has_curve:
@@ -204,7 +201,7 @@ def _evaluation(records: Sequence[Record]) -> str:
     )
 
 
-def _shown(figure: float) -> str:
+def _shown(figure: int | float) -> str:
     """A loss or a share with its decimals, a count without."""
     return f"{int(figure):,}" if float(figure).is_integer() else f"{figure:.4f}"
 

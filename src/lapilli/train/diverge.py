@@ -1,6 +1,6 @@
 """Whether the loss of a run rises instead of falling; knows numbers alone.
 
-    mean of the latest losses  >  lowest mean so far + 1 + noise   ->  the learning rate is too large
+    mean of the latest losses  >  lowest mean so far + 1 + noise  ->  the learning rate is too large
 
 A loss that is infinite or no number ends a run (step.py); one that rises only does not.
 """
@@ -8,7 +8,7 @@ A loss that is infinite or no number ends a run (step.py); one that rises only d
 from collections import deque
 from collections.abc import Sequence
 from math import sqrt
-from statistics import fmean, pvariance
+from statistics import fmean
 from typing import Final
 
 from lapilli.train.log import Record
@@ -18,7 +18,7 @@ LOWEST: Final = "loss_was"
 _MOST: Final = 10  # losses of a mean
 _FEWEST: Final = 3
 _RISE: Final = 1.0  # e times as unlikely a token: more than any good run takes back
-_SIGMAS: Final = 4.0
+_SIGMAS: Final = 6.0  # none of 800 noisy runs of 200 steps without a trend is told then
 
 
 class LossWatch:
@@ -32,7 +32,9 @@ class LossWatch:
     def __init__(self, steps: int, records: Sequence[Record] = ()) -> None:
         self._window = min(_MOST, max(_FEWEST, steps // 4))
         self._losses: deque[float] = deque(maxlen=self._window)
-        self._lowest: tuple[float, float | None] | None = None  # a mean and its variance
+        self._lowest: float | None = None
+        self._is_alone = True  # the lowest is the first loss, not a mean
+        self._jumps, self._count = 0.0, 0
         self._is_told = any(RISEN in record for record in records)
         for record in records:
             if "loss" in record:
@@ -40,23 +42,25 @@ class LossWatch:
 
     def push(self, loss: float) -> tuple[float, float] | None:
         """The lowest mean and the one of now, when the loss has risen for the first time."""
+        if self._losses:
+            self._jumps += (loss - self._losses[-1]) ** 2 / 2
+            self._count += 1
         self._losses.append(loss)
         if self._lowest is None:
-            self._lowest = (loss, None)
-            return None
+            self._lowest = loss
         if len(self._losses) < self._window:
             return None
-        mean, spread = fmean(self._losses), pvariance(self._losses)
-        lowest, noise = self._lowest
-        if mean < lowest:
-            self._lowest = (mean, spread / self._window)
+        mean = fmean(self._losses)
+        if mean < self._lowest:
+            self._lowest, self._is_alone = mean, False
             return None
-        # The first loss stands alone: how far others lie from it is seen in those of now.
-        apart = sqrt(spread / self._window + (spread if noise is None else noise))
-        if self._is_told or mean - lowest <= max(_RISE, _SIGMAS * apart):
+        # Half the mean square of the jumps is the variance of losses without their trend.
+        losses = 1 / self._window + (1.0 if self._is_alone else 1 / self._window)
+        noise = sqrt(self._jumps / self._count * losses)
+        if self._is_told or mean - self._lowest <= max(_RISE, _SIGMAS * noise):
             return None
         self._is_told = True
-        return lowest, mean
+        return self._lowest, mean
 
 
 def rise_record(step: int, rise: tuple[float, float]) -> Record:
@@ -75,7 +79,7 @@ def advice(records: Sequence[Record], lr: float) -> str | None:
     if found is None:
         return None
     return (
-        f"the loss rose from {found[LOWEST]:.2f} to {found[RISEN]:.2f} by step {found['step']}: the "
-        f"learning rate of {lr:g} is likely too large. Begin again in another folder with a smaller "
-        f"one (optim.lr = {lr / 10:.1g}), or with a longer optim.warmup_share"
+        f"the loss rose from {found[LOWEST]:.2f} to {found[RISEN]:.2f} by step {found['step']}: "
+        f"the learning rate of {lr:g} is likely too large. Begin again in another folder with a "
+        f"smaller one (optim.lr = {lr / 10:.1g}), or with a longer optim.warmup_share"
     )

@@ -31,6 +31,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     if not path.exists():
         raise ConfigError(f"{path.absolute()} is not there: expected a recipe in TOML")
+    if path.is_dir():
+        raise ConfigError(f"{path.absolute()} is a folder: expected a recipe in TOML")
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -64,12 +66,25 @@ def build_section(kind: type[Section], raw: Mapping[str, Any], where: str) -> Se
         and item.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"recipe key {_join(where, missing[0])} is missing: add it")
+        key = _first_key(hints[missing[0]], _join(where, missing[0]))
+        raise ConfigError(f"recipe key {key} is missing: add it")
     return kind(**{key: _value(hints[key], value, _join(where, key)) for key, value in raw.items()})
 
 
 def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
+
+
+def _first_key(hint: Any, where: str) -> str:  # noqa: ANN401  any annotation
+    """The first key of a section that has to be given; the name itself where it is no section."""
+    if not dataclasses.is_dataclass(hint):
+        return where
+    needed = (
+        field.name
+        for field in dataclasses.fields(hint)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    )
+    return _join(where, next(needed))
 
 
 def _meant(key: str) -> str | None:
