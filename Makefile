@@ -1,39 +1,62 @@
-# make demo    a question about the bundled picture, answered by the embedded model
-# make test    every test that needs no GPU, the conformance table included
-# make cluster tests that start several processes, on this machine
-# make check   format, lint, types, import layers, docs, tests: what CI runs
-# make bench   side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
+# make demo         a question about the bundled picture, answered by the embedded model
+# make test         every test that needs no GPU, the conformance table included
+# make quick        the tests to run between two commits, in under a minute: no slow ones, no docs, no benchmarks
+# make cluster      tests that start several processes, on this machine
+# make stress       the fuzzer with 20,000 damaged files, two threads with 10,000 answers: half an hour
+# make check        format, lint, types, import layers, docs, tests: what CI runs
+# make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
+# make lock         choose the exact versions that demo and test install anew (locks/), from pyproject.toml
+# make test-newest  the tests with the newest packages that pyproject.toml allows
+# make test-oldest  the tests with the oldest ones (locks/oldest.txt)
 #
-# Everything happens in a virtual environment of its own. On a machine with a GPU: make CONSTRAINTS= demo
+# Everything happens in a virtual environment of its own. Another Python: make test PYTHON=python3.13 VENV=.venv-3.13
 
 PYTHON ?= python3
 VENV ?= .venv
-CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
+# What belongs to this checkout itself: its dependencies and what it is built with are in the lock.
+SELF := $(PIP) --quiet --no-deps --no-build-isolation --editable .
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+HERE := not gpu and not network and not browser and not cluster
 
-.PHONY: help demo test check format lint types layers docs cluster conformance bench pebble clean
+.PHONY: help demo test quick stress check format lint types layers docs cluster conformance bench pebble lock test-newest \
+	test-oldest clean
 
 help:
 	@sed -n 's/^# //p' Makefile
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@echo "make: a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) --editable .
+$(VENV)/.installed: $(BIN)/python pyproject.toml locks/demo.txt
+	@echo "make: the exact packages of locks/demo.txt; torch is the largest and takes a minute or two"
+	@$(PIP) --requirement locks/demo.txt
+	@echo "make: lapilli itself, its native kernels compiled if there is a compiler"
+	@$(SELF)
 	@touch $@
 
-$(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[dev]'
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml locks/test.txt
+	@echo "make: the exact packages of locks/test.txt; torch is the largest and takes a minute or two"
+	@$(PIP) --requirement locks/test.txt
+	@echo "make: lapilli itself, its native kernels compiled if there is a compiler"
+	@$(SELF)
 	@touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/lapilli ask "What is in this picture?" examples/picture.png
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not network and not browser and not cluster"
+	$(PYTEST) -m "$(HERE)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
+
+quick: $(VENV)/.installed-dev
+	$(PYTEST) -m "$(HERE) and not slow" --ignore=tests/docs --ignore=tests/benchmarks
+
+stress: $(VENV)/.installed-dev
+	LAPILLI_FUZZ_CASES=20000 LAPILLI_THREAD_ANSWERS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 3600 \
+		tests/fuzz/test_fuzz.py tests/pipeline/test_threads.py
 
 cluster: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not gpu and not network" tests/train
@@ -65,6 +88,36 @@ bench: $(VENV)/.installed-dev
 
 pebble: $(VENV)/.installed-dev
 	$(BIN)/python -m lapilli.train.pebble
+
+# Locks hold for every machine that torch has a build for, so the local version of its CPU build (+cpu) is cut off,
+# and what its CUDA build brings is not named. pip-compile chooses the newest versions, uv the oldest.
+NEWEST = build/lock/bin/pip-compile --quiet --upgrade --strip-extras --allow-unsafe --no-header --annotation-style line \
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --constraint constraints.txt
+OLDEST = build/lock/bin/uv pip compile --quiet --no-header --annotation-style line --resolution lowest-direct \
+	--constraint constraints.txt
+
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --disable-pip-version-check pip-tools uv
+	$(NEWEST) --output-file locks/demo.txt pyproject.toml locks/build.in
+	$(NEWEST) --output-file locks/test.txt --extra dev pyproject.toml locks/build.in
+	$(OLDEST) --output-file locks/oldest.txt --extra dev pyproject.toml
+	sed -i -E -e '/^lapilli @/d' -e 's/^(torch==[0-9.]+)\+cpu/\1    /' -e '/^(nvidia|cuda|triton)/d' locks/*.txt
+
+# torch stays where constraints.txt has it: another one is a download of gigabytes.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --constraint constraints.txt --requirement locks/build.in --editable '.[dev]'
+	touch .venv-newest/.installed .venv-newest/.installed-dev
+	$(MAKE) test VENV=.venv-newest
+
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --no-deps --requirement locks/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --requirement locks/build.in
+	.venv-oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch .venv-oldest/.installed .venv-oldest/.installed-dev
+	$(MAKE) test VENV=.venv-oldest
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

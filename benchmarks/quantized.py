@@ -28,7 +28,7 @@ CONFIGS = {
     "float32": None,
     "int8": QuantConfig(bits=8, group_size=32),
     "int8 with tower": QuantConfig(bits=8, group_size=32, quantize_tower=True),
-    "int8 g128": QuantConfig(bits=8),
+    "int8 g128": QuantConfig(bits=8, group_size=128),
     "int4 g128": QuantConfig(bits=4),
     "int4 g32": QuantConfig(bits=4, group_size=32),
 }

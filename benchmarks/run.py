@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ def measure(notes: Notes, engines: list[Engine], skipped: dict, wanted: Any) -> 
     folder = wanted.folder / f"lapilli-bench-models-{wanted.shape}"
     peers = {"llama_cpp_python", "openvino-genai"}
     notes.found |= {
-        "date": datetime.now(tz=timezone.utc).date().isoformat(),
+        "date": datetime.now(tz=UTC).date().isoformat(),
         "machine": machine(),
         "peers": {name: package_version(wanted.peers_python, name) for name in sorted(peers)},
         "skipped": skipped,

@@ -12,6 +12,12 @@ install_import_hook("lapilli", "beartype.beartype")
 
 import torch  # noqa: E402  the hook has to stand before anything that may import lapilli
 
+# What a person's terminal and shell say must not decide a test: programs that the tests start see
+# a terminal with colours of the usual width.
+for _name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
+os.environ["TERM"] = "xterm-256color"
+
 torch.set_num_threads(1)
 # A busy machine is no failure.
 hypothesis.settings.register_profile("lapilli", deadline=None)

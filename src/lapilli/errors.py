@@ -3,7 +3,9 @@
     LapilliError
     |- ConfigError (ValueError)           a config.json, recipe or option says the impossible
     |  |- UnknownKeyError                 a key that nothing reads (strict_config=True)
-    |  '- UnsupportedModelError           a model, tower or projector that lapilli does not have
+    |  |- ConfigFileError                 the same of a checkpoint's own file: a CheckpointError too
+    |  '- UnsupportedModelError           a model, tower or projector that lapilli does not have:
+    |                                     a CheckpointError too
     |- CheckpointError (ValueError)       the files of a checkpoint
     |  |- MissingFileError                a file that the checkpoint needs is not there
     |  |- MissingWeightsError             parameters without a tensor, tensors without a parameter
@@ -15,7 +17,8 @@
     |  '- MediaCountMismatchError         another number of media than of places for them
     |- FusionError (ValueError)           features that do not fit their span
     '- GenerationError (ValueError)       sampling options, the context
-       '- ContextTooLongError             prompt plus answer do not fit the context
+       |- ContextTooLongError             prompt plus answer do not fit the context
+       '- RequestError                    a request that an engine could not answer as it is
 
 A message names the thing, says what was expected and what was found, and what to do.
 """
@@ -33,12 +36,16 @@ class UnknownKeyError(ConfigError):
     """A configuration key that nothing reads."""
 
 
-class UnsupportedModelError(ConfigError):
-    """A model, tower or projector type that lapilli does not have."""
-
-
 class CheckpointError(LapilliError, ValueError):
     """The files of a checkpoint are not usable."""
+
+
+class ConfigFileError(ConfigError, CheckpointError):
+    """A configuration file of a checkpoint that cannot be followed."""
+
+
+class UnsupportedModelError(ConfigError, CheckpointError):
+    """A model, tower or projector type that lapilli does not have."""
 
 
 class MissingFileError(CheckpointError, FileNotFoundError):
@@ -83,3 +90,7 @@ class GenerationError(LapilliError, ValueError):
 
 class ContextTooLongError(GenerationError):
     """Prompt plus answer do not fit the context of the language model."""
+
+
+class RequestError(GenerationError):
+    """A request that an engine could not answer as it is: ids, spans, media or options."""

@@ -86,7 +86,9 @@ def test_asked_otherwise_than_stored(tmp_path: Path) -> None:
     )
     config = json.loads((target / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "lapilli"
-    with pytest.raises(ConfigError, match=r"is quantized already \(lapilli, 8 bits, dynamic\)"):
+    with pytest.raises(
+        ConfigError, match=r"is quantized already \(lapilli, 8 bits, groups of 32, dynamic\)"
+    ):
         load_checkpoint(target, quantization="int4", device="cpu")
 
 

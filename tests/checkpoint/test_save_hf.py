@@ -11,6 +11,8 @@ from lapilli import Message
 from lapilli.checkpoint.export import export_checkpoint
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.save_hf import save_hf
+from lapilli.checkpoint.save_tokenizer import save_tokenizer_with
+from lapilli.checkpoint.tokenizer_files import load_tokenizer
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.lora import LoraConfig, inject, merge
 from lapilli.quant import QuantConfig, quantize
@@ -84,6 +86,27 @@ def test_it_is_read_back_here(pair):
     _, found = logits_of(after, messages)
     rows = expected.shape[-1]
     torch.testing.assert_close(found[:, :rows], expected, atol=1e-5, rtol=0)
+
+
+def test_ordinary_added_tokens_stay_ordinary(conformance, tmp_path):
+    """What added_tokens.json lists is cut out of typed text before and after, special or not."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    model = conformance / "assets" / "open" / "tokenizer.model"
+    (source / "tokenizer.model").write_bytes(model.read_bytes())
+    added = {"<loc1>": 1000, "   ": 1001, "<im_start>": 1002}
+    (source / "added_tokens.json").write_text(json.dumps(added))
+    before = load_tokenizer(source, fast=False)
+    before.add_tokens(["<im_start>"], special=True)
+    save_tokenizer_with(out, source, before, "<image>", processor="LlavaProcessor")
+    after = load_tokenizer(out, fast=True)
+    text = "at <loc1>,   or <im_start> there</s>"
+    for literal in ([], [(0, len(text))]):
+        expected = before.encode(text, literal=literal)
+        assert after.encode(text, literal=literal) == expected
+        assert {1000, 1001} <= set(expected)
+        assert (1002 in expected) == (2 in expected) == (not literal)
 
 
 def test_new_rows_are_the_mean_of_the_others(pair):

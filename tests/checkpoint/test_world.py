@@ -1,9 +1,11 @@
 """The world of a narrow model: known pictures inside, others outside, kept beside a checkpoint."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lapilli.checkpoint.world import load_world, measure_world, save_world
 from lapilli.errors import CheckpointError
@@ -52,5 +54,31 @@ def test_checkpoint_without_world_claims_none(tmp_path: Path) -> None:
 
 def test_half_a_world_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "world.json").write_text('{"knows": "shapes", "limit": 1.0}')
+    with pytest.raises(CheckpointError, match=r"world\.json and world\.safetensors"):
+        load_world(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "mean", "whitening"),
+    [
+        ({"limit": float("nan")}, [8], [8, 8]),
+        ({"limit": "far"}, [8], [8, 8]),
+        ({}, [8], [8, 8]),
+        ({"limit": 1.0}, [7], [8, 8]),
+        ({"limit": 1.0}, [8, 1], [8, 8]),
+        ({"limit": 1.0}, [9], [9, 9]),
+    ],
+)
+def test_a_world_that_is_none(tmp_path, said, mean, whitening) -> None:
+    (tmp_path / "world.json").write_text(json.dumps({"knows": "shapes", **said}))
+    tensors = {"mean": torch.zeros(mean), "whitening": torch.zeros(whitening)}
+    save_file(tensors, tmp_path / "world.safetensors")
+    with pytest.raises(CheckpointError, match=r"world\.json and world\.safetensors"):
+        load_world(tmp_path, width=8)
+
+
+def test_a_damaged_file_of_a_world(tmp_path: Path) -> None:
+    (tmp_path / "world.json").write_text('{"knows": "shapes", "limit": 1.0}')
+    (tmp_path / "world.safetensors").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match=r"world\.json and world\.safetensors"):
         load_world(tmp_path)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.cli.conftest import Run
 
@@ -105,3 +106,71 @@ def test_file_that_is_no_picture(lapilli: Run, checkpoint: str, tmp_path: Path) 
     assert done.returncode == 2
     assert "notes.txt" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_question_comes_first(lapilli: Run, checkpoint: str, picture: str) -> None:
+    options = ("--model", checkpoint, *SHORT)
+    done = lapilli("ask", picture, "What is this?", *options)
+    assert done.returncode == 2
+    assert "What is this? does not exist" in done.stderr
+    assert done.stderr.endswith('; the question comes first: lapilli ask "QUESTION" IMAGE\n')
+    done = lapilli("ask", picture, *options)
+    assert done.returncode == 0
+    assert f"{picture} is taken for the question" in done.stderr
+    assert lapilli("ask", picture, *options, "--quiet").stderr == ""
+
+
+def test_a_typed_placeholder_beside_a_picture(lapilli: Run, checkpoint: str, picture: str) -> None:
+    options = ("--model", checkpoint, *SHORT)
+    done = lapilli("ask", "What <image>?", picture, *options)
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("<image> in the question stays text")
+    assert lapilli("ask", "What <image>?", *options).stderr == ""
+
+
+def test_standard_input_has_the_limit_of_other_sources(lapilli: Run, checkpoint: str) -> None:
+    with Path("/dev/zero").open("rb") as endless:
+        done = lapilli("ask", "What?", "-", "--model", checkpoint, *SHORT, stdin=endless)
+    assert done.returncode == 2
+    assert "standard input has at least 134217729 bytes, more than the limit" in done.stderr
+
+
+def test_transparent_pictures(lapilli: Run, checkpoint: str, tmp_path: Path) -> None:
+    hidden, white = tmp_path / "hidden.png", tmp_path / "white.png"
+    Image.effect_noise((90, 60), 90).convert("RGBA").save(hidden)
+    image = Image.open(hidden)
+    image.putalpha(0)
+    image.save(hidden)
+    Image.new("RGB", (90, 60), "white").save(white)
+    options = ("--model", checkpoint, *SHORT)
+    dropped, composed, expected = (
+        lapilli("ask", "What?", str(path), *options, *more).stdout
+        for path, more in (
+            (hidden, ()),
+            (hidden, ("--alpha", "composite")),
+            (white, ()),
+        )
+    )
+    assert composed == expected
+    assert dropped != expected
+    done = lapilli("ask", "What?", str(hidden), *options, "--alpha", "black")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "lapilli: alpha 'black' is unknown: choose from drop, composite\n",
+    )
+
+
+def test_missing_kernels_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("LAPILLI_KERNELS", raising=False)
+    missing = "lapilli.kernels.library._find = lambda: None;"
+    run = "sys.argv[1:] = {arguments}; lapilli.cli.main.main()"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for arguments, stream in (
+        (["ask", "Hi", "--max-new-tokens", "2", "--device", "cpu"], "stderr"),
+        (["inspect", "pebble"], "stdout"),
+    ):
+        code = "import sys, lapilli.cli.main, lapilli.kernels.library;" + missing
+        code += run.format(arguments=arguments)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert getattr(done, stream).count("the compiled kernels were not built") == 1

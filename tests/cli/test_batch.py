@@ -1,16 +1,23 @@
 """`lapilli batch`: a line for every line, errors among them, and killed in the middle."""
 
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lapilli.cli.batch import Line, answered, parse, read_lines
-from lapilli.errors import PromptError
+from lapilli.cli.answers import AnswerFile
+from lapilli.cli.batch import answer_lines
+from lapilli.cli.question import Line, read_lines
+from lapilli.errors import GenerationError, LapilliError, PromptError
 from tests.cli.conftest import PROGRAM
 
 FEW = ("--max-new-tokens", "5", "--device", "cpu", "--dtype", "float32")
@@ -98,33 +105,267 @@ def results_of_whole_lines(path: Path) -> dict[int, dict[str, object]]:
     return {row["line"]: row for row in map(json.loads, whole.splitlines())}
 
 
-def test_torn_line_is_dropped(tmp_path):
+POISON = {
+    "an address that ends inside": '{"question": "x", "images": ["http://["]}',
+    "a closed port": '{"question": "x", "image": "http://127.0.0.1:1/x.png"}',
+    "a broken data URI": '{"question": "x", "image": "data:image/png;base64,@@"}',
+    "a folder": '{"question": "x", "image": "."}',
+    "no path": '{"question": "x", "image": ""}',
+    "half a character": '{"question": "\\ud800"}',
+    "half a character in a path": '{"question": "x", "image": "\\ud800.png"}',
+    "half a character in instructions": '{"question": "x", "system": "\\ud800"}',
+    "nested": "[" * 100_000,
+    "nested objects": '{"question": ' * 50_000,
+    "not a number": '{"question": "x", "id": NaN}',
+    "infinity": '{"question": "x", "id": 1e999}',
+    "thousands of digits": '{"question": "x", "id": ' + "7" * 10_000 + "}",
+    "a list": "[]",
+    "a number": "7",
+    "wrong question": '{"question": ["x"]}',
+    "wrong instructions": '{"question": "x", "system": 7}',
+    "wrong image": '{"question": "x", "image": {"path": "a"}}',
+    "standard input": '{"question": "x", "image": "-"}',
+    "image and images": '{"question": "x", "image": "a", "images": ["b"]}',
+    "image that is false": '{"question": "x", "image": false}',
+}  # fmt: skip
+HARMLESS = {
+    "an id of half a character": '{"question": "x", "id": "\\ud800"}',
+    "other ends of lines": '{"question": "x\u2028y\x85z", "id": "\u2029"}',
+    "no picture": '{"question": "x", "image": null, "images": null, "system": null}',
+    "other keys": '{"question": "x", "note": 7}',
+}
+
+
+@pytest.mark.slow
+def test_no_line_stops_the_run(lapilli, checkpoint, tmp_path):
+    damaged = tmp_path / "damaged.avif"
+    damaged.write_bytes(DAMAGED_AVIF)
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    bad = [*POISON.values(), json.dumps({"question": "x", "image": str(damaged)})]
+    good = [*HARMLESS.values(), '{"question": "last"}']
+    source.write_bytes("\r\n".join([*bad, *good]).encode() + b"\n\xff\xfe\n")
+    done = lapilli("batch", str(source), str(target), "--model", checkpoint, *FEW)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    found = results(target)
+    assert sorted(found) == list(range(1, len(bad) + len(good) + 2))
+    for number, row in found.items():
+        is_good = len(bad) < number <= len(bad) + len(good)
+        assert ("answer" in row) is is_good, row
+        assert ("error" in row) is not is_good
+    assert found[len(bad) + 1]["id"] == "\ud800"
+    assert found[len(bad) + 2]["id"] == "\u2029"
+
+
+# A header that promises a picture, and no picture.
+DAMAGED_AVIF = bytes.fromhex("0000001c667479706176696600000000617669666d6966316d696166") + bytes(64)
+
+
+@given(st.binary(max_size=60) | st.text(max_size=40).map(str.encode))
+def test_whatever_a_line_holds_it_is_a_question_or_an_error(content):
+    question = Line(3, content).question(Path("/pictures"))
+    assert question.head["line"] == 3
+    assert ("error" in question.head) is (question.messages == ())
+
+
+def fake(answers):
+    """A session that gives an answer for every question, or raises what stands in its place."""
+
+    def answer(messages, _params=None):
+        said = answers[messages[-1].text]
+        if isinstance(said, Exception):
+            raise said
+        return SimpleNamespace(text=said, finish_reason="stop", prompt_len=1, token_ids=[1])
+
+    def as_completed(conversations, params):
+        together = []
+        for at, messages in enumerate(conversations):
+            together.append((at, messages))
+            if len(together) == 3:
+                yield from [(i, answer(one, params)) for i, one in reversed(together)]
+                together = []
+        yield from [(i, answer(one, params)) for i, one in together]
+
+    return SimpleNamespace(answer=answer, as_completed=as_completed)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a product"), GenerationError("one"), MemoryError()]
+)
+def test_an_error_stays_with_the_line_that_it_belongs_to(error):
+    answers = {f"q{i}": f"a{i}" for i in range(20)} | {"q4": error, "q11": error, "q19": error}
+    lines = [Line(i + 1, json.dumps({"question": q}).encode()) for i, q in enumerate(answers)]
+    lines.insert(5, Line(21, b"no JSON"))
+    rows = {row["line"]: row for row in answer_lines(fake(answers), lines, Path(), {})}
+    assert sorted(rows) == list(range(1, 22))
+    assert [n for n, row in rows.items() if "error" in row and n != 21] == [5, 12, 20]
+    assert all(rows[i + 1]["answer"] == f"a{i}" for i in range(20) if i not in (4, 11, 19))
+    expected = str(error) if isinstance(error, LapilliError) else type(error).__name__
+    assert expected in rows[5]["error"]
+
+
+def test_every_row_failed(lapilli, checkpoint, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"question": "x", "image": "missing.png"}] * 2)
+    for _ in range(2):  # and a second time, when there is nothing to do
+        done = lapilli("batch", str(source), str(tmp_path / "o"), "--model", checkpoint, *FEW)
+        assert done.returncode == 1
+
+
+def test_changed_lines_are_answered_again(lapilli, checkpoint, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    command = ("batch", str(source), str(target), "--model", checkpoint, *FEW)
+    write(source, [{"question": "a", "id": 1}, {"question": "b"}, {"question": "c"}])
+    lapilli(*command)
+    before = results(target)
+    target.chmod(0o640)
+    write(source, [{"question": "a", "id": 2}, {"question": "b"}])
+    done = lapilli(*command)
+    assert done.returncode == 0
+    assert "1 of 2 lines are in" in done.stderr
+    assert "2 answers are to lines that were changed since" in done.stderr
+    after = results(target)
+    assert sorted(after) == [1, 2]
+    assert (after[1]["id"], after[2]) == (2, before[2])
+    assert sorted(results(tmp_path / "out.jsonl.old")) == [1, 3]
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "out.jsonl.old"}
+
+
+def answers_in(target: Path, *contents: bytes) -> AnswerFile:
+    source = target.with_name("source")
+    source.touch()
+    lines = [Line(number, content) for number, content in enumerate(contents, 1)]
+    return AnswerFile(target, lines, source=source)
+
+
+def test_torn_lines_are_dropped(tmp_path):
     target = tmp_path / "out.jsonl"
-    assert answered(target) == frozenset()
+    with answers_in(target) as answers:
+        assert answers.done == frozenset()
     target.write_bytes(b'{"line": 4, "answer": "x"}\n{"line": 5, "an')
-    assert answered(target) == {4}
-    assert target.read_bytes() == b'{"line": 4, "answer": "x"}\n'
+    with answers_in(target, *b"abcde".split()) as answers:
+        assert answers.done == frozenset()  # there is no line 4
+    target.write_bytes(b'{"line": 1, "answer": "x"}\n{"line": 2, "an')
+    with answers_in(target, b"a", b"b") as answers:
+        assert answers.done == {1}  # written before lines had digests
+        answers.add({"line": 2, "error": "y"})
+    torn = b'{"line": 1, "answer": "x"}\n{"line": 2, "an{"line": 3, "answer": "z"}\n'
+    target.write_bytes(torn)
+    with answers_in(target, b"a", b"b", b"c") as answers:
+        assert answers.done == {1}
+        assert answers.num_answers == 1
+    assert target.read_bytes() == b'{"line": 1, "answer": "x"}\n'
 
 
-@pytest.mark.parametrize("content", [b"something\n", b"[1]\n", b'{"answer": 1}\n', b"no line end"])
+@pytest.mark.parametrize(
+    "content",
+    [b"something\n", b"[1]\n", b'{"answer": 1}\n', b"no line end", b'{"line": "1"}\n', bytes(9)],
+)
 def test_other_files_are_not_touched(tmp_path, content):
     target = tmp_path / "out.jsonl"
     target.write_bytes(content)
     with pytest.raises(PromptError, match="something else than answers of lapilli batch"):
-        answered(target)
+        answers_in(target)
     assert target.read_bytes() == content
 
 
-def test_empty_lines_keep_their_number(tmp_path):
+def test_a_short_write_is_gone_on_with(tmp_path, monkeypatch):
+    write_some = os.write
+    with answers_in(tmp_path / "out.jsonl") as answers:
+        monkeypatch.setattr(os, "write", lambda number, rest: write_some(number, rest[:5]))
+        answers.add({"line": 1, "answer": "a long one"})
+    assert results(tmp_path / "out.jsonl")[1]["answer"] == "a long one"
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(lapilli, checkpoint, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"question": f"number {i}"} for i in range(8)])
+    target = tmp_path / "out.jsonl"
+    command = ("batch", str(source), str(target), "--model", checkpoint, "--rows", "1", *FEW)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+
+    done = lapilli(*command, "--quiet", preexec_fn=limit)
+    assert done.returncode == 2
+    assert done.stderr == f"lapilli: {target}: {os.strerror(errno.EFBIG)}\n"
+    assert target.stat().st_size == 300
+    assert lapilli(*command).returncode == 0
+    assert sorted(results(target)) == list(range(1, 9))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_devices(lapilli, checkpoint, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"question": "a"}])
+    done = lapilli("batch", str(source), "/dev/full", "--model", checkpoint, "-q", *FEW)
+    assert (done.returncode, done.stderr) == (2, f"lapilli: /dev/full: {os.strerror(28)}\n")
+    done = lapilli("batch", str(source), "/dev/stdout", "--model", checkpoint, "-q", *FEW)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["line"] == 1
+
+
+def test_outputs_that_cannot_be(lapilli, checkpoint, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"question": "a"}])
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(source)
+    expected = {
+        "nowhere/out.jsonl": "No such file or directory",
+        ".": "Is a directory",
+        "in.jsonl": "is the input: name another file",
+        "link": "is the input: name another file",
+        "pipe": "is a pipe that nobody reads",
+    }
+    for name, message in expected.items():
+        done = lapilli("batch", str(source), str(tmp_path / name), "--model", checkpoint, *FEW)
+        assert done.returncode == 2, name
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert source.read_text() == '{"question": "a"}\n'
+
+
+def test_a_second_process_is_refused(tmp_path):
+    target = tmp_path / "out.jsonl"
+    with answers_in(target, b"a") as first:
+        with pytest.raises(PromptError, match="is being written by another lapilli batch"):
+            answers_in(target, b"a")
+        first.add({"line": 1, "asked": "other", "answer": "x"})
+    with answers_in(target, b"a") as second:  # which puts another file into its place
+        assert second.stale == 1
+        with pytest.raises(PromptError, match="is being written"):
+            answers_in(target, b"a")
+
+
+def test_lines_keep_their_number_whatever_ends_them(tmp_path):
     source = tmp_path / "in.jsonl"
-    source.write_text("a\n\n  \nb\n", encoding="utf-8")
-    assert read_lines(source) == [Line(1, "a"), Line(4, "b")]
+    expected = [Line(1, b"a"), Line(4, "\u2028b\x0cc\x85".encode())]
+    text = "a\n\n  \n\u2028b\x0cc\x85\n"
+    for content in (
+        text.encode(),
+        text.encode("utf-8-sig"),
+        text.replace("\n", "\r\n").encode("utf-16"),
+        b"\xfe\xff" + text.encode("utf-16-be"),
+    ):
+        source.write_bytes(content)
+        assert read_lines(source) == expected
+    source.write_bytes(b"\xff\xfea")
+    with pytest.raises(PromptError, match="begins as UTF-16 and is none"):
+        read_lines(source)
 
 
 def test_pictures_lie_beside_the_file(tmp_path):
-    row = {"question": "Q", "images": ["a.png", "/b.png", "https://c/d.png"], "system": "S"}
-    head, messages = parse(Line(3, json.dumps(row)), tmp_path)
-    assert head == {"line": 3}
-    assert [message.role for message in messages] == ["system", "user"]
-    sources = [part.source for part in messages[1].media]
-    assert sources == [str(tmp_path / "a.png"), "/b.png", "https://c/d.png"]
+    pictures = ["a.png", "/b.png", "https://c/d.png", "FILE:///e.png"]
+    row = {"question": "Q", "images": pictures, "system": "S"}
+    line = Line(3, json.dumps(row).encode())
+    question = line.question(tmp_path)
+    assert question.head == {"line": 3, "asked": line.digest}
+    assert [message.role for message in question.messages] == ["system", "user"]
+    sources = [part.source for part in question.messages[1].media]
+    assert sources == [str(tmp_path / "a.png"), *pictures[1:]]
+
+
+def test_a_typed_placeholder_stays_text(lapilli, checkpoint, picture, tmp_path):
+    source = write(
+        tmp_path / "in.jsonl",
+        [{"question": "<image> a"}, {"question": "<image> b", "image": picture}],
+    )
+    command = ("batch", str(source), str(tmp_path / "o"), "--model", checkpoint, *FEW)
+    assert lapilli(*command).stderr.startswith("line 2: <image> in the question stays text")

@@ -1,8 +1,14 @@
 """The program as a whole: help, version, completion, what it imports."""
 
+import errno
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
 
 from tests.cli.conftest import PROGRAM, Run
 
@@ -64,3 +70,82 @@ def test_unknown_option_is_exit_code_2(lapilli: Run) -> None:
     done = lapilli("ask", "Why?", "--colour", "red")
     assert done.returncode == 2
     assert "No such option" in done.stderr
+
+
+ENDS = [*([command, "--help"] for command in COMMANDS), ["--help"], ["--version"], ["inspect"]]
+FULL = Path("/dev/full")
+SLOW = [pytest.param(command, marks=pytest.mark.slow) for command in ("ask", "chat", "batch")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FULL.exists(), reason="a device of Linux")
+@pytest.mark.parametrize("arguments", ENDS, ids=" ".join)
+def test_a_full_disk_is_one_line(lapilli: Run, arguments: list[str]) -> None:
+    with FULL.open("w") as full:
+        done = lapilli(*arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (2, f"lapilli: {os.strerror(errno.ENOSPC)}\n")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="a device of Linux")
+def test_a_full_disk_in_the_middle_of_an_answer(lapilli: Run, checkpoint: str) -> None:
+    arguments = ("ask", "Hello?", "--model", checkpoint, "--max-new-tokens", "3", "--device", "cpu")
+    with FULL.open("w") as full:
+        done = lapilli(*arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (2, f"lapilli: {os.strerror(errno.ENOSPC)}\n")
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("command", [*SLOW, "--help", "nonsense"])
+def test_closed_streams(
+    lapilli: Run, checkpoint: str, tmp_path: Path, closed: tuple[int, ...], command: str
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"question": "a"}\n')
+    short = ["--model", checkpoint, "--max-new-tokens", "3", "--device", "cpu", "--quiet"]
+    rest = {
+        "ask": ["Hello?", *short],
+        "chat": short,
+        "batch": [str(source), str(tmp_path / "out.jsonl"), *short],
+    }.get(command, [])
+
+    def close() -> None:
+        for number in closed:
+            os.close(number)
+
+    done = lapilli(command, *rest, preexec_fn=close, input=None if 0 in closed else "")
+    assert done.returncode == (2 if command == "nonsense" else 0), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    if command == "batch":  # nothing else was written into a file that got a free number
+        assert len(json.loads((tmp_path / "out.jsonl").read_text())) == 6
+
+
+def test_a_reader_that_has_seen_enough(lapilli: Run) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = lapilli("--help", capture_output=False, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.stderr == ""
+
+
+def test_an_encoding_without_the_letters_of_the_answer(lapilli: Run) -> None:
+    code = (
+        "import sys, typer; from lapilli.cli import main;"
+        "main.app = lambda: (sys.stdout.write('a \\u2713'), sys.stderr.write('\\u2713'));"
+        "main.main()"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a \\u2713", "\\u2713")
+
+
+def test_libraries_that_warn_are_not_heard(lapilli: Run, checkpoint: str, tmp_path: Path) -> None:
+    damaged = tmp_path / "exif.jpg"
+    Image.new("RGB", (9, 9)).save(damaged, exif=b"Exif\0\0MM\0*\0\0\0\xff\xff\xff")
+    palette = tmp_path / "palette.png"
+    Image.new("P", (9, 9)).save(palette, transparency=bytes([0, 128]))
+    short = ("--model", checkpoint, "--max-new-tokens", "3", "--device", "cpu")
+    done = lapilli("ask", "What?", str(damaged), str(palette), *short)
+    assert (done.returncode, done.stderr) == (0, "")

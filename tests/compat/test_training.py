@@ -6,10 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
+from lapilli.checkpoint.inspect import inspect_checkpoint
 from lapilli.compat import conversation
 from lapilli.compat.training import train
 from lapilli.compat.training_arguments import parse_arguments
 from lapilli.compat.training_data import LazySupervisedDataset
+from lapilli.compat.training_files import recorded
 from lapilli.errors import CheckpointError, ConfigError, PromptError, UnsupportedModelError
 from tests.compat.conftest import MakeCheckpoint
 
@@ -65,6 +67,24 @@ def test_what_was_trained_can_be_loaded(make_checkpoint: MakeCheckpoint, tmp_pat
     named = dict(model.named_parameters())
     for name, value in weights.items():
         assert torch.equal(named[name], value)
+    chosen = inspect_checkpoint(out, base=made["model_base"]).template
+    assert chosen == {"name": "v1", "reason": "config.json says lapilli_template v1"}
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("v1", {"lapilli_template": "v1"}),
+        ("llava_llama_2", {"lapilli_template": "llava_llama_2"}),
+        ("v0", {"lapilli_template": "vicuna_v1"}),
+        ("nonsense", {"lapilli_template": "vicuna_v1"}),
+        ("plain", {}),
+    ],
+)
+def test_the_template_is_recorded_for_our_own_loader(
+    version: str, expected: dict[str, str]
+) -> None:
+    assert recorded(parse_arguments([*NEEDED, "--version", version])) == expected
 
 
 def test_a_fresh_lora_can_be_loaded(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from lapilli.config.model import DecoderConfig, MptConfig
 from lapilli.config.parse import named_tower, parse_config
-from lapilli.errors import ConfigError, UnknownKeyError, UnsupportedModelError
+from lapilli.errors import CheckpointError, ConfigError, UnknownKeyError, UnsupportedModelError
 from lapilli.geometry import ImageSize
 
 CLIP = {
@@ -347,3 +347,77 @@ def test_qwen2_window_in_all_or_no_layers(first, window):
     assert parse_config(raw)[0].text.sliding_window == window
     with pytest.raises(UnsupportedModelError, match="max_window_layers 9 of 28 layers"):
         parse_config({**raw, "max_window_layers": 9})
+
+
+HUGE = [
+    *(("num_hidden_layers", value) for value in (10**9, 1001, -1, 0, float("nan"), 2.5)),
+    *(("hidden_size", value) for value in (10**9, -64, float("inf"), 10**4000, True, [64])),
+    *(("max_position_embeddings", value) for value in (10**9, 0, float("-inf"), "many")),
+    *(("vocab_size", value) for value in (10**9, -1)),
+    *(("intermediate_size", value) for value in (10**9, 10**300)),
+    *(("num_attention_heads", value) for value in (10**9, 0)),
+    *(("num_key_value_heads", value) for value in (-4, 10**9, float("nan"))),
+    *(("head_dim", value) for value in (-16, 10**9)),
+    *(("sliding_window", value) for value in (-1, 0, float("nan"))),
+    *(("rms_norm_eps", value) for value in (float("nan"), -1, 2, 10**400, "1e-5")),
+    *(("rope_theta", value) for value in (float("nan"), float("inf"), 0, -1, 1e300)),
+    *(("rope_scaling", {"type": "linear", "factor": value}) for value in (float("nan"), 0, 1e300)),
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4}),
+    ("rope_scaling", {"type": "dynamic", "factor": 2, "original_max_position_embeddings": -1}),
+    *(("bos_token_id", value) for value in (float("nan"), 10**30, [None], "1", [True])),
+    *(("mm_vision_select_layer", value) for value in (float("nan"), 10**30, 10**9)),
+    *(("mm_projector_type", value) for value in ("mlp1000000000x_gelu", "resampler" + "9" * 5000)),
+    ("mm_projector_type", "x" * 100_000),
+    *(("image_grid_pinpoints", value) for value in ("[" * 5000, "9" * 20_000, [[10**9, 10**9]])),
+    *(("image_grid_pinpoints", value) for value in ([[336, 336]] * 5000, [[True, 336]])),
+    *(("tokenizer_model_max_length", value) for value in (-1, float("nan"), "x")),
+    *(("max_sequence_length", value) for value in (10**9, -1)),
+    ("model_type", ["llava_llama"]),
+    ("model_type", "x" * 100_000),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), HUGE)
+def test_a_value_beyond_every_model_is_the_files_fault(key, value):
+    with pytest.raises(CheckpointError) as caught:
+        parse(original(**{key: value}))
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+
+
+TOWER = [
+    *(("image_size", value) for value in (10**9, 8193, 7, float("nan"))),
+    *(("patch_size", value) for value in (10**9, 0, -14)),
+    *(("num_hidden_layers", value) for value in (10**9, -1)),
+    *(("num_attention_heads", value) for value in (10**9, 3)),
+    *(("hidden_size", value) for value in (10**9, float("nan"))),
+    *(("layer_norm_eps", value) for value in (float("nan"), -1)),
+    ("num_channels", 4),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), TOWER)
+def test_the_same_of_a_tower(key, value):
+    with pytest.raises(CheckpointError):
+        parse(original(), tower={**CLIP, key: value})
+
+
+PIXELS = [
+    *(("image_std", value) for value in ([0, 0.5, 0.5], [float("nan")] * 3, [[1]] * 3, ["1"] * 3)),
+    *(("image_mean", value) for value in ([float("inf")] * 3, [10**400] * 3, 0.5)),
+    *(("rescale_factor", value) for value in (float("nan"), 1e300, "1/255")),
+    *(("size", value) for value in (10**9, -1, {"shortest_edge": 10**9}, ["a", "b"], [10**9, 1])),
+    *(("resample", value) for value in (6, -1, float("nan"))),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), PIXELS)
+def test_the_same_of_a_preprocessor(key, value):
+    with pytest.raises(CheckpointError):
+        parse(original(), preprocessor={**PREPROCESSOR, key: value})
+
+
+def test_no_limit_is_no_number_of_tokens():
+    config, _ = parse(original(tokenizer_model_max_length=10**30, eos_token_id=[2, -1]))
+    assert config.max_length is None
+    assert config.tokens.eos_ids == (2,)

@@ -13,3 +13,16 @@ def test_accuracy_of_pebble() -> None:
     for name, tally in rows.items():
         share = 100 * tally["right"] / tally["total"]
         assert f"| {name} | {share:.1f} % | {tally['right']} of {tally['total']} |" in readme
+
+
+def test_accuracy_of_pebble_in_its_wider_world() -> None:
+    guide = (REPOSITORY / "docs/guide/pebble.md").read_text("utf-8")
+    measured = json.loads((REPOSITORY / "src/lapilli/pebble/accuracy.json").read_text("utf-8"))
+    rows = {
+        "2,000 questions": measured["questions"]["all"],
+        "handwritten digits never trained on": measured["held_out_digits"],
+        **measured["wider"],
+    }
+    for name, tally in rows.items():
+        share = 100 * tally["right"] / tally["total"]
+        assert f"| {name} | {share:.1f} % | {tally['right']} of {tally['total']} |" in guide

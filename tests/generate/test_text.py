@@ -1,5 +1,7 @@
 """Settling text against `decode` of every kind of tokenizer."""
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,3 +123,22 @@ def test_tokens_without_text_are_silent(tokenizers):
     assert special
     beyond = tokenizer.vocab_size + 7
     assert settle(tokenizer, [*special, beyond]) == [""] * (len(special) + 2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_with_added_tokens(tokenizers, kind: str, data: st.DataObject):
+    """Ordinary added tokens are text; the slow tokenizers set them off by spaces."""
+    tokenizer = grown(tokenizers[kind])
+    words = ["a", " b", " ", "  ", "<loc1>", "\n", "<loc2>", "c", "é"]
+    text = "".join(data.draw(st.lists(st.sampled_from(words), max_size=8)))
+    ids = tokenizer.encode(text, add_bos=False)
+    settled = "".join(settle(tokenizer, ids))
+    assert settled == tokenizer.decode(ids)
+
+
+def grown(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.add_tokens(["<loc1>", "<loc2>"], special=False)
+    return tokenizer

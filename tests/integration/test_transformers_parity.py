@@ -39,6 +39,21 @@ def conversation(row: int) -> list[Message]:
     return [Message.user(question, *pictures)]
 
 
+@pytest.mark.parametrize("text", ["<image><image>\nWhich?", "Is <image> like <image>?"])
+def test_text_with_placeholders(pair, text):
+    """A program's own text: what transformers makes of the same string."""
+    oracle, chat = pair
+    ready = chat.encode([Message.from_placeholders("user", text, PICTURES[1:])])
+    ids = list(ready.encoded.input_ids)
+    for span in ready.encoded.spans:
+        ids[span.start : span.start + span.length] = [3] * span.length
+    whole = f"<s>USER: {text}ASSISTANT:"
+    theirs = oracle.processor(
+        text=[whole], images=PICTURES[1:], return_tensors="pt", add_special_tokens=False
+    )
+    assert ids == theirs["input_ids"][0].tolist()
+
+
 def test_everything_was_loaded(pair):
     _, chat = pair
     assert chat.report.missing == ()

@@ -124,3 +124,30 @@ def test_views_and_missing_scales_are_refused(library: Library) -> None:
         attention_native(library, q, k[:, :, :3], torch.randn(1, 1, 3, 16), table, lengths)
     with pytest.raises(ShapeMismatchError, match=r"int8 keys need contiguous scales"):
         attention_native(library, q, k.to(torch.int8), k, table, lengths)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("size", [16, 100, 512])
+def test_sums_over_many_positions_are_as_exact_as_torch_s(
+    library: Library, kind: str, size: int
+) -> None:
+    """Values whose mean is not 0, so that the sum grows with every position of a long row."""
+    torch.manual_seed(size)
+    table, counts, blocks = ragged([8192, 4097, 383, 129, 128, 127], size)
+    cache = caches(blocks, 1, size, 64, "float32")
+    keys, values, scales = cache["keys"], cache["values"] + 1, {}
+    if kind == "int8":
+        for name, x in (("key", keys), ("value", values)):
+            scales[f"{name}_scales"] = x.abs().amax(-1) / 127
+        keys = (keys / scales["key_scales"][..., None]).round().to(torch.int8)
+        values = (values / scales["value_scales"][..., None]).round().to(torch.int8)
+    elif kind == "bfloat16":
+        keys, values = keys.bfloat16(), values.bfloat16()
+    q = torch.randn(len(counts), 4, 64)
+    wide = {name: x.double() for name, x in scales.items()}
+    exact = attention_reference(q.double(), keys, values, table, counts, **wide)
+    theirs = attention_reference(q, keys, values, table, counts, **scales) - exact
+    ours = attention_native(library, q, keys, values, table, counts, **scales) - exact
+    for row in range(len(counts)):
+        error, allowed = (float(x[row].square().mean().sqrt()) for x in (ours, theirs))
+        assert error < 2 * allowed, f"row of {int(counts[row])}: {error} against {allowed}"

@@ -122,3 +122,29 @@ def test_the_default_dtype_of_a_program_does_not_count() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
+
+
+def root_mean_square(x: torch.Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("positions", [2048, 8192])
+@pytest.mark.parametrize(("spread", "middle"), [(1.0, 0.0), (3.0, 0.0), (10.0, 0.0), (1.0, 1.0)])
+def test_long_prompts_are_as_exact_as_torch_s_own_attention(
+    library: Library, positions: int, spread: float, middle: float
+) -> None:
+    """Rows of a prompt with three tiled pictures: sums of thousands of values in float32.
+
+    Args:
+        library: every instruction set that this machine has.
+        positions: of the keys.
+        spread: of the queries: the larger, the fewer positions share the weight.
+        middle: mean of the values, which makes the sum grow with every position.
+    """
+    torch.manual_seed(positions)
+    q = spread * torch.randn(1, 1, 48, 64)
+    k, v = torch.randn(1, 1, positions, 64), torch.randn(1, 1, positions, 64) + middle
+    exact = prefill_reference(q.double(), k.double(), v.double())
+    theirs = root_mean_square(prefill_reference(q, k, v) - exact)
+    assert prefills_natively(q, k, v)
+    assert root_mean_square(prefill_attention(q, k, v) - exact) < 1.5 * theirs

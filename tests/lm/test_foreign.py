@@ -1,6 +1,7 @@
 """Families that lapilli does not have, through transformers."""
 
 import builtins
+import inspect
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import (
 
 from lapilli.errors import UnsupportedModelError
 from lapilli.lm.base import LanguageModel
-from lapilli.lm.foreign import ForeignLanguageModel, load_foreign
+from lapilli.lm.foreign import ForeignLanguageModel, cache_argument, load_foreign
 
 SIZES = {
     "vocab_size": 61,
@@ -59,6 +60,44 @@ def test_logits_and_cache_equal_the_wrapped_model(build):
             parts.append(_run(model, ids[:, a:b], position_ids=places, cache=cache))
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
     assert cache.length == 9
+
+
+class _OlderStack(torch.nn.Module):
+    """A stack whose forward names its cache as transformers did up to 5.23."""
+
+    def __init__(self, stack):
+        super().__init__()
+        self.stack = stack
+        self.newer = "cache" in inspect.signature(stack.forward).parameters
+
+    def forward(self, inputs_embeds, attention_mask=None, past_key_values=None, **kwargs):
+        name = "cache" if self.newer else "past_key_values"
+        kwargs |= {name: past_key_values, "attention_mask": attention_mask}
+        return self.stack(inputs_embeds=inputs_embeds, **kwargs)
+
+
+class _NewerStack(_OlderStack):
+    """The same as transformers 5.24 and later name it."""
+
+    def forward(self, inputs_embeds, attention_mask=None, cache=None, **kwargs):
+        return super().forward(inputs_embeds, attention_mask, cache, **kwargs)
+
+
+@pytest.mark.parametrize("stack", [_OlderStack, _NewerStack])
+def test_the_cache_goes_under_the_name_that_the_family_takes(stack):
+    model = ForeignLanguageModel(_qwen3())
+    ids = torch.randint(0, 61, (1, 5))
+    with torch.no_grad():
+        expected = _run(model, ids)
+        other = ForeignLanguageModel(model.inner)
+        other._stack = stack(model._stack)
+        other._cache_argument = cache_argument(other._stack)
+        cache = other.new_cache(1)
+        parts = [
+            _run(other, ids[:, i : i + 1], position_ids=torch.tensor([[i]]), cache=cache)
+            for i in range(5)
+        ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("build", [_qwen3, _neox])

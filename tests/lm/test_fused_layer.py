@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import threading
 import weakref
 
 import pytest
@@ -208,3 +209,25 @@ def test_gradients_run_module_by_module() -> None:
     fused = FusedLayer(layer)
     x, table = torch.randn(1, 1, 96), torch.zeros(1, 1, 1, 32)
     assert fused.run(x, (table, table), None, index=0) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_that_share_a_layer_do_not_meet_in_it(kind):
+    """The description of a call was kept in the layer: a thread filled in another one's."""
+    decoder = build(kind)
+    counts = [(1, 1, 3), (1, 2)]
+    alone = [step(decoder, each) for each in counts]
+    wrong = []
+
+    def go(at: int) -> None:
+        for turn in range(60):
+            which = (at + turn) % 2
+            if not torch.equal(step(decoder, counts[which]), alone[which]):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=go, args=(at,)) for at in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -32,6 +32,16 @@ def test_the_deadline_holds_for_the_whole(server, path):
         time.sleep(0.02)
 
 
+def test_the_deadline_holds_for_looking_up_a_name(monkeypatch):
+    asked = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: asked.wait(3) and [])
+    start = time.monotonic()
+    with pytest.raises(MediaError, match=r"within 0\.4 s"):
+        download("http://slow.invalid/x", QUICK)
+    assert time.monotonic() - start < 2
+    asked.set()
+
+
 def test_a_listener_that_never_accepts():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/x"

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lapilli.errors import MediaError
-from lapilli.media.fetch import FetchLimits, fetch
+from lapilli.media.fetch import FetchLimits, fetch, is_path
 from tests.media.conftest import BODY
 
 SMALL = FetchLimits(max_bytes=100)
@@ -28,6 +29,101 @@ def test_paths(file):
     assert fetch(file).data == b"abc"
     assert fetch(str(file)).data == b"abc"
     assert fetch(str(file)).name == str(file)
+
+
+def test_file_urls(tmp_path):
+    path = tmp_path / "a b%.png"
+    path.write_bytes(b"abc")
+    for url in (path.as_uri(), path.as_uri().replace("file://", "FILE://localhost")):
+        assert fetch(url).data == b"abc"
+    assert fetch(path.as_uri().replace("file://", "file:")).name == str(path)
+
+
+PNG = io.BytesIO()
+Image.new("RGB", (9, 9)).save(PNG, "PNG")
+
+
+def test_base64_without_a_head():
+    packed = base64.b64encode(PNG.getvalue()).decode()
+    for text in (packed, packed.rstrip("="), f"{packed[:60]}\n{packed[60:]}"):
+        assert fetch(text).data == PNG.getvalue()
+        assert not is_path(text)
+    with pytest.raises(MediaError, match="does not exist"):
+        fetch("b" * 64)  # a name, such as the digest of a file
+
+
+def test_a_file_wins_over_base64(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = base64.b64encode(PNG.getvalue()).decode().replace("/", "A")
+    (tmp_path / name).write_bytes(b"abc")
+    assert fetch(name).data == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("a.png", True),
+        ("/9j/a.png", True),
+        ("HTTP://x/y", False),
+        ("File:///x", False),
+        ("-", False),
+    ],
+)
+def test_what_is_a_path(source, expected):
+    assert is_path(source) is expected
+
+
+def test_a_stream_that_was_written_is_rewound():
+    stream = io.BytesIO()
+    stream.write(b"abc")
+    assert fetch(stream).data == b"abc"
+    stream.seek(1)  # somebody has read the first byte and means the rest
+    assert fetch(stream).data == b"bc"
+
+
+class Trickle(io.RawIOBase):
+    """Gives two bytes at a time, as a socket may."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self.rest = data
+
+    def readable(self):
+        return True
+
+    def readinto(self, into):
+        piece, self.rest = self.rest[:2], self.rest[2:]
+        into[: len(piece)] = piece
+        return len(piece)
+
+
+def test_streams_that_cannot_be_read_at_once():
+    assert fetch(Trickle(b"abcdefg")).data == b"abcdefg"
+    with pytest.raises(MediaError, match="has at least 102 bytes"):
+        fetch(Trickle(bytes(500)), limits=SMALL)
+    closed = io.BytesIO(b"abc")
+    closed.close()
+    with pytest.raises(MediaError, match=r"the stream cannot be read: .*closed"):
+        fetch(closed)
+
+
+def test_pipes_with_and_without_a_writer(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(MediaError, match=r"pipe is a pipe that gave nothing for 0\.2 s"):
+        fetch(path, limits=FetchLimits(timeout_s=0.2))
+    writer = os.open(path, os.O_RDWR)
+    os.write(writer, b"abc")
+    with pytest.raises(MediaError, match="gave nothing"):  # three bytes, and the writer stays
+        fetch(path, limits=FetchLimits(timeout_s=0.2))
+    os.close(writer)
+
+
+def test_devices_without_end():
+    with pytest.raises(MediaError, match="/dev/zero has at least 101 bytes"):
+        fetch("/dev/zero", limits=SMALL)
+    with pytest.raises(MediaError, match="/dev/null is empty"):
+        fetch("/dev/null")
 
 
 def test_home_is_expanded(file, monkeypatch):
@@ -137,10 +233,14 @@ def test_sources_over_the_limit(tmp_path):
     [
         ("-", "standard input, which is not available"),
         ("ftp://host/x.png", "only http and https URLs"),
-        ("file:///etc/passwd", "only http and https URLs"),
+        ("file://elsewhere/x.png", "names no file on this machine: write file:///path"),
+        ("file:x.png", "names no file on this machine"),
+        ("file://[", "is no URL: Invalid IPv6 URL"),
+        ("http://[", r"'http://\[' is no URL: Invalid IPv6 URL"),
+        ("http://\ud800/x.png", "cannot be fetched"),
         ("~no-such-user-here/x.png", "cannot be read: .*home|does not exist"),
         ("null\0byte.png", "is no path"),
-        ("x" * 5000, r"x\.\.\. \(5000 letters\) cannot be read"),
+        ("x" * 5000, r"x\.\.\. \(5000 letters\) cannot be read: .*; if it is a picture in base64"),
         (io.StringIO("text"), "opened as text"),
         (7, "a int is no source of a picture"),
         (None, "a NoneType is no source"),

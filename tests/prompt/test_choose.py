@@ -14,36 +14,31 @@ LLAMA = {"model_type": "llava_llama", "projector": "mlp2x_gelu"}
 
 
 @pytest.mark.parametrize(
-    ("facts", "name", "expected", "reason"),
+    ("facts", "expected", "reason"),
     [
-        (LLAMA, "llava-v1.5-7b", "llava_v1", "contains 'v1'"),
-        (LLAMA, "llava-v1.6-34b", "chatml_direct", "contains 'v1.6-34b'"),
-        (LLAMA, "llava-llama-2-13b-chat", "llava_llama_2", "contains 'llama-2'"),
-        (LLAMA, "my-finetune", "vicuna_v1", "projector mlp2x_gelu"),
-        (LLAMA | {"has_chatml": True}, "my-yi", "chatml_direct", "tokens of the vocabulary"),
-        (LLAMA | {"projector": "linear"}, "my-finetune", "llava_v0", "a linear projector"),
-        (LLAMA | {"recorded": "llava_llama_2"}, "llava-v1.5", "llava_llama_2", "lapilli_template"),
-        ({"model_type": "llava_mistral"}, "anything-v1", "mistral_instruct", "model_type llava_m"),
+        (LLAMA, "llava_v1", "projector mlp2x_gelu: LLaVA 1.5 and later"),
+        (LLAMA | {"base": "lmsys/vicuna-7b-v1.5"}, "llava_v1", "projector mlp2x_gelu"),
+        (LLAMA | {"base": "./checkpoints/Llama-2-13b-chat"}, "llava_llama_2", "was made from ./ch"),
+        (LLAMA | {"has_chatml": True}, "chatml_direct", "tokens of the vocabulary"),
+        (LLAMA | {"projector": "linear"}, "llava_v0", "a linear projector"),
+        (LLAMA | {"recorded": "llava_llama_2"}, "llava_llama_2", "lapilli_template llava_llama_2"),
+        ({"model_type": "llava_mistral"}, "mistral_instruct", "model_type llava_m"),
         (
             {"model_type": "llava_mistral", "has_chatml": True},
-            "hermes",
             "chatml_direct",
             "tokens of the vocabulary",
         ),
-        ({"model_type": "llava_mpt", "has_chatml": True}, "x", "mpt", "model_type llava_mpt"),
+        ({"model_type": "llava_mpt", "has_chatml": True}, "mpt", "model_type llava_mpt"),
         (
             {"layout": "hf_llava", "model_type": "llava", "text_type": "mistral"},
-            "x",
             "mistral_instruct",
             "model_type mistral",
         ),
-        ({"layout": "text", "model_type": "llama"}, "x", "vicuna_v1", "original's default"),
+        ({"layout": "text", "model_type": "llama"}, "vicuna_v1", "original's default"),
     ],
 )
-def test_the_evidence_of_a_checkpoint(
-    facts: dict[str, object], name: str, expected: str, reason: str
-) -> None:
-    choice = choose_template(TemplateFacts(**facts), name=name)  # type: ignore[arg-type]
+def test_the_evidence_of_a_checkpoint(facts: dict[str, object], expected: str, reason: str) -> None:
+    choice = choose_template(TemplateFacts(**facts))  # type: ignore[arg-type]
     assert choice.template == TEMPLATES[expected]
     assert reason in choice.reason
     assert choice.note is None
@@ -52,7 +47,7 @@ def test_the_evidence_of_a_checkpoint(
 @pytest.mark.parametrize("layout", ["hf_llava", "hf_llava_next", "text"])
 def test_a_chat_template_comes_first_for_hugging_face(layout: str) -> None:
     facts = TemplateFacts(layout=layout, model_type="llava_mistral")  # type: ignore[arg-type]
-    choice = choose_template(facts, name="llava-v1", chat_template=OWN)
+    choice = choose_template(facts, chat_template=OWN)
     assert choice.template is OWN
     assert choice.reason == "the checkpoint's own chat template"
 
@@ -61,6 +56,15 @@ def test_an_original_checkpoint_does_not_follow_its_base_models_chat_template() 
     facts = TemplateFacts(model_type="llava_mistral")
     choice = choose_template(facts, chat_template=OWN)
     assert choice.template == TEMPLATES["mistral_instruct"]
+
+
+def test_a_chat_template_is_followed_in_every_layout_where_it_is_recorded() -> None:
+    facts = TemplateFacts(model_type="llava_mistral", recorded="chat_template")
+    choice = choose_template(facts, chat_template=OWN)
+    assert choice.template is OWN
+    assert choice.reason == "config.json says lapilli_template chat_template"
+    with pytest.raises(PromptError, match="no chat template lies beside it: bring"):
+        choose_template(facts)
 
 
 def test_what_was_asked_for_wins_with_a_note() -> None:

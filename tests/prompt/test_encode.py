@@ -214,6 +214,12 @@ def test_media_are_counted(tokenizer: Tokenizer, lengths: list[int]) -> None:
         encode([MediaSlot()], tokenizer, lengths)
 
 
+def test_halves_of_characters_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(PromptError, match=r"the text has '\\ud800' in it, which is no character"):
+        encode([TextSegment("a \U0001f600 b \ud800")], tokenizer, [])
+    assert encode([TextSegment("a \U0001f600 b")], tokenizer, []).input_ids
+
+
 def test_empty_media_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(PromptError, match=r"at least one position, found \[0\]"):
         encode([MediaSlot()], tokenizer, [0])

@@ -131,6 +131,19 @@ def test_a_picture_inside_a_text_stays_in_its_place() -> None:
     assert "Is <image> old?" in text
 
 
+WRITTEN = ("<image><image>\nWhich?", "Is <image> old?", "<image>\n<image>Q", "<image>Q", "<image>")
+
+
+@pytest.mark.parametrize("source", [PARTS, STRING])
+@pytest.mark.parametrize("text", WRITTEN)
+def test_text_with_placeholders_is_left_as_it_is(source: str, text: str) -> None:
+    """Whatever the template makes of pictures that are given apart from the text."""
+    template = JinjaTemplate(source, **TOKENS)
+    message = Message.from_placeholders("user", text, [IMAGE] * text.count("<image>"))
+    found = to_text(template.render([message]))
+    assert found == to_text(template.render([Message.user("TEXT")])).replace("TEXT", text)
+
+
 def test_an_empty_answer_is_the_one_to_be_generated() -> None:
     template = JinjaTemplate(STRING, **TOKENS)
     opened = [Message.user("Q"), Message.assistant("")]

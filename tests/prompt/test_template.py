@@ -248,3 +248,20 @@ def test_a_placeholder_becomes_a_part_in_its_place() -> None:
     message = Message.from_placeholders("user", "<image>\nSee <image>\nhere", [1, 2])
     assert message.parts == (MediaPart(1), TextPart("See "), MediaPart(2), TextPart("\nhere"))
     assert message.text == "See \nhere"
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "mistral_instruct", "chatml_direct", "llava_v0"])
+@pytest.mark.parametrize(
+    "text", ["<image><image>\nQ", "<image> <image>Q", "Is <image> <image>?", "<image>Q", "<image>"]
+)
+def test_text_with_placeholders_is_kept_character_by_character(name: str, text: str) -> None:
+    template = TEMPLATES[name]
+    message = Message.from_placeholders("user", text, [IMAGE] * text.count("<image>"))
+    apart = to_text(template.render([Message.user("TEXT")]))
+    assert to_text(template.render([message])) == apart.replace("TEXT", text)
+    assert message.media == tuple([MediaPart(IMAGE)] * text.count("<image>"))
+
+
+def test_pieces_of_text_are_counted() -> None:
+    with pytest.raises(PromptError, match="1 media stand between 2 pieces of text, found 1"):
+        Message("user", (MediaPart(IMAGE),), ("Q",))

@@ -9,6 +9,7 @@ from lapilli.errors import ConfigError
 from lapilli.kernels.packing import Packed
 from lapilli.lora import LoraConfig, inject
 from lapilli.quant import QuantConfig, quant_config, quantize
+from lapilli.quant.config import describe
 from lapilli.quant.linear import QuantLinear
 
 
@@ -32,21 +33,31 @@ def test_language_model_in_4_head_in_8_tower_as_it_is() -> None:
     before = model.language_model["layers"][0].weight.nbytes
     report = quantize(model, QuantConfig())
     assert report.bits == {"language_model.layers.0": 4, "language_model.lm_head": 8}
-    assert report.head_bits == 8
     assert report.num_bytes_before == before + 20 * 48 * 4
     assert report.num_bytes < report.num_bytes_before / 2
     assert type(model.modalities["image"]) is nn.Linear
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("head_bits", [4, 8, None])
-def test_the_report_says_that_a_tied_head_stays_float(head_bits: int | None) -> None:
-    """With tied embeddings there is no layer for the logits, whatever is asked for."""
+def test_tied_embeddings_are_named_in_the_report() -> None:
     model = Whole()
-    del model.language_model["lm_head"]
-    report = quantize(model, QuantConfig(head_bits=head_bits))
-    assert report.head_bits is None
-    assert list(report.bits) == ["language_model.layers.0"]
+    assert quantize(model, QuantConfig()).notes == ()
+    tied = Whole()
+    del tied.language_model["lm_head"]
+    (note,) = quantize(tied, QuantConfig(head_bits=4)).notes
+    assert "embeddings are tied" in note
+    assert "head_bits 4 changes nothing" in note
+    tied = Whole()
+    del tied.language_model["lm_head"]
+    assert quantize(tied, QuantConfig(head_bits=None)).notes == ()
+
+
+def test_the_group_size_follows_the_bits_wherever_it_is_not_given() -> None:
+    assert QuantConfig(bits=8) == quant_config("int8")
+    assert QuantConfig(bits=4) == quant_config("int4")
+    assert (QuantConfig(bits=8).group_size, QuantConfig(bits=4).group_size) == (32, 128)
+    assert describe(QuantConfig(bits=8)) == "8 bits, groups of 32, dynamic"
+    assert describe(QuantConfig(symmetric=False)) == "4 bits, groups of 128, zero points, dynamic"
 
 
 def test_the_tower_when_asked() -> None:

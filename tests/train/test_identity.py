@@ -70,6 +70,7 @@ def differences(ours, theirs):
         ("data", "group", "modality"),
         ("data", "pack", True),
         ("data", "placement", "written"),
+        ("data", "alpha", "composite"),
     ],
 )
 def test_what_makes_another_run_is_in_it_by_its_key(recipe, section, key, value):

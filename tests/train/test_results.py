@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from lapilli.checkpoint.load import load_checkpoint
@@ -33,6 +35,7 @@ from lapilli.train.recipe import (
 from lapilli.train.results import Results, save_results
 from lapilli.train.stages import choose_trainable
 from lapilli.train.start import lay_projector
+from tests.integration.oracle import make_oracle
 from tests.train.parts import Parts
 
 IDS = [1, 50, 60, 70]
@@ -354,12 +357,69 @@ def test_from_the_layout_of_hugging_face_into_the_originals(hf_llava, tmp_path, 
     same(logits_of(again.model), logits_of(loaded.model))
 
 
+def test_going_on_with_our_own_adapter_over_hugging_face(hf_llava, tmp_path):
+    """The folder has the names of the original, its base those of Hugging Face."""
+    first = finished(recipe_of(hf_llava, lora=LORA), tmp_path / "first")
+    expected = logits_of(first.model)
+    same(logits_of(load(tmp_path / "first").model), expected)
+    same(logits_of(load(hf_llava, adapter=str(tmp_path / "first")).model), expected)
+    recipe = recipe_of(hf_llava, lora=LORA, model={"adapter": str(tmp_path / "first")})
+    second = finished(recipe, tmp_path / "second")
+    assert (logits_of(second.model) - expected).abs().max() > 1e-2
+    same(logits_of(load(tmp_path / "second").model), logits_of(second.model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_came_with_an_adapter_goes_on_with_the_next(hf_llava, tmp_path, tied):
+    """An embedding that PEFT stored whole is not the base's: the next adapter brings it too."""
+    base = tmp_path / "base"
+    shutil.copytree(hf_llava, base)
+    raw = json.loads((base / "config.json").read_text())
+    raw["tie_word_embeddings"] = raw["text_config"]["tie_word_embeddings"] = tied
+    (base / "config.json").write_text(json.dumps(raw))
+    if tied:
+        tensors = load_file(base / "model.safetensors")
+        kept = {name: one for name, one in tensors.items() if "lm_head" not in name}
+        save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype="float32")
+        model = peft.get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.data += 1.0
+        model.save_pretrained(tmp_path / "first")
+    recipe = recipe_of(base, lora=LORA, model={"adapter": str(tmp_path / "first")})
+    second = finished(recipe, tmp_path / "second")
+    same(logits_of(load(tmp_path / "second").model), logits_of(second.model))
+    with pytest.raises(ConfigError, match=r"cannot carry language_model.* came with the adapter"):
+        Results.of(second, replace(recipe, save=HF))
+
+
 def test_what_cannot_be_saved_is_refused_before_the_run(llava, hf_llava, parts, tmp_path):
     def results(checkpoint, **more):
         return Results.of(load(checkpoint), recipe_of(checkpoint, **more))
 
     with pytest.raises(ConfigError, match="PEFT needs the model in its own layout"):
         results(llava, lora=LORA, save=HF)
+    on_tower = replace(LORA, targets=("*.{q,v}_proj",))
+    with pytest.raises(
+        ConfigError, match=r"cannot lie on modalities\.image\.vision_tower.*take the v"
+    ):
+        results(hf_llava, lora=on_tower, save=HF)
+    results(hf_llava, lora=on_tower, save=replace(HF, merge=True))
+    results(hf_llava, lora=on_tower)
+    first = tmp_path / "first"
+    make_oracle(first, next_=False, text="llama", tower="siglip")
+    raw = json.loads((first / "config.json").read_text())
+    raw["vision_feature_select_strategy"] = "default"
+    (first / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(
+        UnsupportedModelError, match="the original layout cannot leave out the first"
+    ):
+        results(first, lora=LORA)
+    results(first, lora=LORA, save=HF)
     packed = replace(LORA, base="int4")
     with pytest.raises(ConfigError, match=r"save\.merge with lora.base 'int4'"):
         results(llava, lora=packed, save=SaveRecipe(merge=True))

@@ -16,7 +16,8 @@ from lapilli.checkpoint.report import LoadReport, some
 from lapilli.checkpoint.vocabulary import Vocabulary
 from lapilli.checkpoint.weights import refuse_not_finite
 from lapilli.config.model import ModelConfig
-from lapilli.errors import MissingWeightsError, ShapeMismatchError
+from lapilli.config.reader import in_file
+from lapilli.errors import CheckpointError, MissingWeightsError, ShapeMismatchError
 from lapilli.lm.build import build_language_model
 from lapilli.modality.image.image import ImageModality
 from lapilli.model.vlm import VisionLanguageModel
@@ -40,6 +41,12 @@ class Matching:
         """What is read of the files."""
         sources = chain.from_iterable(self.sources.values())
         return sum(part.store.infos[foreign].num_bytes for part, foreign in sources)
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """In which number format the files hold each parameter that they hold as floats."""
+        infos = {n: part.store.infos[foreign] for n, (*_, (part, foreign)) in self.sources.items()}
+        return {n: info.dtype for n, info in infos.items() if info.dtype.is_floating_point}
 
     def report(self) -> LoadReport:
         """The same without the tensors."""
@@ -76,7 +83,7 @@ class WithoutInitialisation(TorchFunctionMode):
 
 def build_model(config: ModelConfig) -> VisionLanguageModel:
     """The model of a configuration on the meta device: shapes without memory."""
-    with torch.device("meta"), WithoutInitialisation():
+    with in_file(), torch.device("meta"), WithoutInitialisation():
         language_model = build_language_model(config.text)
         if config.image is None or config.vision is None or config.projector is None:
             return VisionLanguageModel(language_model, {})
@@ -113,6 +120,26 @@ def match(parts: Sequence[WeightPart], model: nn.Module, *, tied: bool) -> Match
     )
 
 
+def has_other_head(parts: Sequence[WeightPart]) -> bool:
+    """Whether the last part with an output layer holds another one than its embedding.
+
+    Only of a model whose configuration says that both are one: some programs that fold an adapter
+    in leave that as it was.
+    """
+    for part in reversed(parts):
+        named = {part.parameter(foreign): foreign for foreign in part.store.infos}
+        head = named.get(OUTPUT)
+        if head is None or part.is_dropped(head):
+            continue
+        table = next((named[name] for name in EMBEDDINGS if name in named), None)
+        infos = part.store.infos
+        if table is None or infos[table].shape != infos[head].shape:
+            return True
+        wide = None if infos[table].dtype == infos[head].dtype else torch.float32
+        return not torch.equal(part.store.tensor(head, wide), part.store.tensor(table, wide))
+    return False
+
+
 def refuse_gaps(matching: Matching) -> None:
     """Every parameter has a tensor and every tensor a parameter.
 
@@ -142,7 +169,7 @@ def fill(
     matching: Matching,
     vocabulary: Vocabulary,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device,
     check_finite: bool = True,
     progress: Progress | None = None,
@@ -151,15 +178,17 @@ def fill(
 ) -> None:
     """Assign every tensor to its parameter, in the target dtype and on the target device.
 
+    Without a target dtype every tensor keeps the one of its file.
+
     A tensor that has the dtype already stays a view of its file; others are converted one at a
     time. Vocabulary tables get the number of rows that the model has. What `packing` takes is
     rounded as it is read and not kept otherwise. What begins with one of `wide` is float32.
 
     Raises:
         ShapeMismatchError: a tensor has another shape than the configuration says.
-        CheckpointError: a tensor holds NaN or an infinity.
+        CheckpointError: a tensor holds NaN or an infinity, or numbers of another kind.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = model.state_dict()
     filled: dict[str, Tensor] = {}
     done, total = 0, matching.num_bytes
     for name in matching.sources if packing is None else packing.in_order(matching.sources):
@@ -170,6 +199,7 @@ def fill(
             read_as = torch.float32
         kept = packing is None or not packing.takes(name)
         for part, foreign in sources:
+            _check_kind(part, foreign, expected[name].dtype)
             tensor = part.store.tensor(foreign, read_as, mapped=kept)
             if check_finite:
                 # Of a table few rows are used: it is looked at in a copy, so that the other pages
@@ -182,7 +212,7 @@ def fill(
             tensors.append(tensor)
             done += part.store.infos[foreign].num_bytes
         tensor = vocabulary.fit(name, tensors) if name in VOCABULARY else tensors[-1]
-        _check_shape(name, sources[-1], tensor, shapes[name])
+        _check_shape(name, sources[-1], tensor, tuple(expected[name].shape))
         if packing is None or kept:
             filled[name] = tensor.to(device)
         else:
@@ -192,6 +222,21 @@ def fill(
     if packing is not None:
         filled |= packing.finish(device, dtype)
     model.load_state_dict(filled, strict=True, assign=True)
+
+
+def _check_kind(part: WeightPart, foreign: str, expected: torch.dtype) -> None:
+    """Floats for floats, whichever; packed integers exactly as the kernels read them.
+
+    Raises:
+        CheckpointError: not so.
+    """
+    stored = part.store.infos[foreign].dtype
+    if stored == expected or (stored.is_floating_point and expected.is_floating_point):
+        return
+    raise CheckpointError(
+        f"{foreign} is {stored}, expected {expected} ({part.label}): the weights are packed "
+        "otherwise than config.json says"
+    )
 
 
 def _check_shape(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lapilli.checkpoint.directory import BASE, WeightPart, find_beside, keymap_of, open_weights
 from lapilli.checkpoint.files import read_json
-from lapilli.checkpoint.source import resolve
+from lapilli.checkpoint.source import HUB_ID, resolve
 from lapilli.checkpoint.weights import complete_weights
 from lapilli.config.model import TextConfig
 from lapilli.config.parse import parse_text_config
@@ -24,13 +24,21 @@ SHARED = (
 MOST_NEW_TOKENS = 3
 
 
-def find_base(given: str | None, named: str | None, path: Path, *, fetch: bool = True) -> Path:
+def find_base(
+    given: str | None,
+    named: str | None,
+    path: Path,
+    *,
+    revision: str | None = None,
+    fetch: bool = True,
+) -> Path:
     """The directory of the base.
 
     Args:
         given: by the caller.
         named: by the checkpoint: adapter_config.json or config.json.
         path: of the checkpoint; a relative name may start from it or from its parent.
+        revision: of the named base, where it is a repository of the hub.
         fetch: False leaves the weights of a hub repository where they are.
 
     Raises:
@@ -47,7 +55,9 @@ def find_base(given: str | None, named: str | None, path: Path, *, fetch: bool =
     if found is not None:
         return found
     try:
-        return resolve(named, weights=fetch)
+        is_open = HUB_ID.fullmatch(named) is not None and "@" not in named
+        pinned = f"{named}@{revision}" if revision and is_open else named
+        return resolve(pinned, weights=fetch)
     except CheckpointError as error:
         raise MissingFileError(
             f"{path} was trained on {named!r}, which is not there: {error}; or give another "

@@ -4,15 +4,16 @@ from pathlib import Path
 
 from lapilli.checkpoint.assemble import Progress
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.placement import DTYPES
+from lapilli.checkpoint.placement import DTYPES, STORED
 from lapilli.checkpoint.plan import make_plan
 from lapilli.checkpoint.quantized import stored_quantization
 from lapilli.checkpoint.save import save_llava
+from lapilli.checkpoint.save_files import common_dtypes, dtype_name
 from lapilli.checkpoint.save_hf import save_hf
-from lapilli.config.write import as_original
+from lapilli.checkpoint.world import world_files
+from lapilli.config.write import refuse_unsayable as refuse_unsayable_in_original
 from lapilli.config.write_hf import refuse_unsayable
 from lapilli.errors import ConfigError
-from lapilli.prompt.templates import TEMPLATES
 
 LAYOUTS = ("llava", "huggingface")
 
@@ -23,18 +24,20 @@ def export_checkpoint(
     *,
     layout: str = "llava",
     dtype: str | None = None,
+    template: str | None = None,
     base: str | None = None,
     adapter: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> str:
-    """Save a checkpoint for other programs; the name of the number format that it got.
+    """Save a checkpoint for other programs; the names of the number formats that it got.
 
     Args:
         source: a directory, a hub id or "pebble".
         target: the new directory.
         layout: "llava": the original's; "huggingface": LlavaForConditionalGeneration.
-        dtype: of the stored weights; None: as the checkpoint says.
+        dtype: of the stored weights; None: each as its file holds it.
+        template: name of the conversation template to record; None: the checkpoint's own.
         base: the language model under a LoRA or a projector.
         adapter: a PEFT adapter to fold in.
         overwrite: replace a directory that is there.
@@ -44,6 +47,7 @@ def export_checkpoint(
         CheckpointError: files are missing or damaged, `target` is there, or the disk is full.
         ConfigError: an unknown layout or dtype, or a quantized checkpoint.
         UnsupportedModelError: something that the layout cannot say.
+        PromptError: no template has the name.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r} is unknown: choose from {', '.join(LAYOUTS)}")
@@ -52,14 +56,20 @@ def export_checkpoint(
         raise ConfigError(f"{plan.path} is quantized: export the checkpoint that it was made from")
     if layout == "huggingface":
         refuse_unsayable(plan.config)
-    stored = dtype or plan.config.torch_dtype or "float32"
-    if stored not in DTYPES:
-        raise ConfigError(f"dtype {stored!r} is unknown: choose from {', '.join(DTYPES)}")
+    else:
+        refuse_unsayable_in_original(plan.config)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown: choose from {', '.join(DTYPES)}")
     loaded = load_checkpoint(
-        source, base=base, adapter=adapter, device="cpu", dtype=stored, progress=progress
+        source,
+        base=base,
+        adapter=adapter,
+        template=template,
+        device="cpu",
+        dtype=dtype or STORED,
+        progress=progress,
     )
-    name = loaded.template.template.name
-    template = name if name in TEMPLATES else None
+    spoken = loaded.template.template
     if layout == "huggingface":
         save_hf(
             target,
@@ -67,16 +77,18 @@ def export_checkpoint(
             loaded.config,
             tokenizer=loaded.tokenizer,
             tokenizer_path=loaded.tokenizer_path,
-            template=template,
+            template=spoken,
             overwrite=overwrite,
+            extra=world_files(loaded.path),
         )
-        return stored
-    save_llava(
-        target,
-        loaded.model,
-        as_original(loaded.config),
-        tokenizer_path=loaded.tokenizer_path,
-        template=template,
-        overwrite=overwrite,
-    )
-    return stored
+    else:
+        save_llava(
+            target,
+            loaded.model,
+            loaded.config,
+            tokenizer_path=loaded.tokenizer_path,
+            template=spoken,
+            overwrite=overwrite,
+            extra=world_files(loaded.path),
+        )
+    return " and ".join(dtype_name(one) for one in common_dtypes(loaded.model.state_dict()))

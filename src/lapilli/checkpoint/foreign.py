@@ -8,14 +8,22 @@ from lapilli.checkpoint.directory import open_weights
 from lapilli.checkpoint.files import read_optional_json
 from lapilli.checkpoint.keymaps import LANGUAGE_MODEL
 from lapilli.checkpoint.placement import choose_dtype
-from lapilli.checkpoint.plan import Plan, name_of
+from lapilli.checkpoint.plan import Plan
 from lapilli.checkpoint.source import resolve
 from lapilli.checkpoint.tokenizer_files import load_tokenizer
 from lapilli.checkpoint.vocabulary import Vocabulary
 from lapilli.config.ignored import GENERATION, TEXT
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import SUPPORTED_TYPES
-from lapilli.config.reader import JsonObject, KeyReader, KeyReport
+from lapilli.config.reader import (
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    MOST_WIDTH,
+    MOST_WORDS,
+    JsonObject,
+    KeyReader,
+    KeyReport,
+)
 from lapilli.config.tokens import parse_tokens
 from lapilli.lm.foreign import load_foreign
 from lapilli.model.vlm import VisionLanguageModel
@@ -25,6 +33,23 @@ def is_foreign(raw: JsonObject) -> bool:
     """Whether a config.json is a causal language model that only transformers may know."""
     named = "ForCausalLM" in str(raw.get("architectures", ""))
     return named and raw.get("model_type") not in SUPPORTED_TYPES
+
+
+# What other families call the sizes that memory and time grow with.
+_SIZES = {
+    MOST_LAYERS: ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    MOST_WIDTH: ("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner"),
+    MOST_WORDS: ("vocab_size",),
+    MOST_POSITIONS: ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+}
+
+
+def _refuse_sizes(raw: JsonObject) -> None:
+    """Check the sizes before transformers builds what they say."""
+    reader = KeyReader(raw, "config.json")
+    for most, keys in _SIZES.items():
+        for key in keys:
+            reader.optional_positive(key, most=most)
 
 
 def load_foreign_model(
@@ -40,6 +65,7 @@ def load_foreign_model(
     Raises:
         UnsupportedModelError: transformers is not installed or cannot read the model.
         MissingFileError: no tokenizer.
+        ConfigFileError: a size beyond every model that there is.
 
     Note: which keys are read is transformers' affair, so none is reported as unknown.
     """
@@ -47,6 +73,7 @@ def load_foreign_model(
     raw = read_optional_json(path / "config.json") or {}
     if not is_foreign(raw):
         return None
+    _refuse_sizes(raw)
     path = resolve(source)
     tokenizer = load_tokenizer(path, fast=True)
     infos = open_weights(path).infos.values()
@@ -75,7 +102,6 @@ def load_foreign_model(
     )
     plan = Plan(
         form="through transformers",
-        name=name_of(source),
         path=path,
         raw=raw,
         weights_raw=raw,

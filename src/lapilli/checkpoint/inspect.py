@@ -6,14 +6,16 @@ from pathlib import Path
 
 from lapilli.checkpoint.assemble import Matching, build_model
 from lapilli.checkpoint.keymaps.tables import TOWER
-from lapilli.checkpoint.load import match_plan
+from lapilli.checkpoint.load import match_plan, with_own_head
 from lapilli.checkpoint.plan import Plan, make_plan
 from lapilli.checkpoint.quantized import Packing, stored_quantization
 from lapilli.checkpoint.render import as_text
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import tile_features
+from lapilli.config.reader import in_file
 from lapilli.geometry import ImageSize
+from lapilli.kernels.library import why_not_native
 from lapilli.modality.image.anyres import num_tokens
 from lapilli.prompt.choose import Template
 from lapilli.quant.choose import Choices, layer_shapes
@@ -129,7 +131,7 @@ def inspect_checkpoint(
             here: they are listed.
         ConfigError: config.json cannot be followed.
     """
-    plan = make_plan(source, base=base, adapter=adapter, fetch=False)
+    plan = with_own_head(make_plan(source, base=base, adapter=adapter, fetch=False))
     model = build_model(plan.config)
     shapes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     sizes = layer_shapes(model, ROWS) if choices is not None else []
@@ -167,7 +169,7 @@ def inspect_checkpoint(
         unexpected=matching.unexpected,
         paths=_paths(plan),
         layers_on_cpu=tuple(choices.describe(size) for size in sizes) if choices else (),
-        notes=plan.notes,
+        notes=tuple(note for note in (*plan.notes, why_not_native()) if note),
     )
 
 
@@ -250,12 +252,13 @@ def _visual_tokens(config: ModelConfig) -> dict[str, int]:
     if config.image is None or config.vision is None:
         return {}
     newline = config.has_newline and config.image.aspect == "anyres"
-    return {
-        str(size): num_tokens(
-            size, config.image, config.vision, projector=config.projector, has_newline=newline
-        )
-        for size in COMMON_SIZES
-    }
+    with in_file():
+        return {
+            str(size): num_tokens(
+                size, config.image, config.vision, projector=config.projector, has_newline=newline
+            )
+            for size in COMMON_SIZES
+        }
 
 
 def _special_tokens(plan: Plan) -> dict[str, str]:

@@ -4,14 +4,22 @@ Knows the order of things; what each file says is known by the files that it cal
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from lapilli.checkpoint.assemble import Matching, Progress, build_model, fill, match, refuse_gaps
+from lapilli.checkpoint.assemble import (
+    Matching,
+    Progress,
+    build_model,
+    fill,
+    has_other_head,
+    match,
+    refuse_gaps,
+)
 from lapilli.checkpoint.foreign import load_foreign_model
-from lapilli.checkpoint.placement import AUTO, choose_device, choose_dtype
+from lapilli.checkpoint.placement import AUTO, STORED, choose_device, choose_dtype
 from lapilli.checkpoint.plan import Plan, make_plan
 from lapilli.checkpoint.quantized import (
     Packing,
@@ -48,6 +56,9 @@ class Loaded:
         raw: config.json as it is, for the names of the original.
         weight_files: that its tensors came from; none where transformers read them.
         quantization: how the linear layers are packed, for `save_llava`; None where they are not.
+        beside: parameters that came whole with an adapter or a projector, not with the base.
+        stored: number format in which the files hold the floats of a parameter, by its name; a
+            writer takes them (`dtype=`), so that nothing is rounded that nobody asked to be.
     """
 
     model: VisionLanguageModel
@@ -61,6 +72,8 @@ class Loaded:
     raw: JsonObject
     weight_files: tuple[Path, ...] = ()
     quantization: QuantConfig | None = None
+    beside: tuple[str, ...] = ()
+    stored: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 def load_checkpoint(
@@ -89,7 +102,8 @@ def load_checkpoint(
         template: see `lapilli.prompt.choose.choose_template`; None: what the checkpoint says.
         device: "auto" takes a CUDA device where there is one, else the CPU.
         dtype: "auto": on a CPU float32 where it fits into the free memory, else bfloat16; on
-            CUDA bfloat16; on another device what the checkpoint says.
+            CUDA bfloat16; on another device what the checkpoint says. "stored": every tensor as its
+            file holds it, to be written again and not to be computed with.
         strict_config: refuse configuration keys that nothing reads.
         merge_lora: fold a LoRA into the weights; False keeps it beside them.
         check_finite: refuse NaN and infinities, at the cost of one pass over the weights.
@@ -127,17 +141,20 @@ def load_checkpoint(
         plan.keys.refuse_unknown()
     stored = stored_quantization(plan.weights_raw)
     asked = _asked(quantization, stored, quantize_tower=quantize_tower)
+    plan = with_own_head(plan)
     model = build_model(plan.config)
     free = where.type == "cpu" and dtype == AUTO  # to take the faster number format
     packing = _packing(plan, model, asked, stored, merge_lora=merge_lora, free=free)
     matching = match_plan(plan, model)
     refuse_gaps(matching)
-    number_format = choose_dtype(
-        dtype,
-        device=where,
-        stored=plan.config.torch_dtype,
-        num_parameters=_num_floats(model, packing),
-    )
+    number_format = None
+    if dtype != STORED:
+        number_format = choose_dtype(
+            dtype,
+            device=where,
+            stored=plan.config.torch_dtype,
+            num_parameters=_num_floats(model, packing),
+        )
     fill(
         model,
         matching,
@@ -150,12 +167,31 @@ def load_checkpoint(
         wide=wide,
     )
     lay_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
+    notes = () if packing is None else packing.notes
     if asked is not None and packing is None:  # an adapter had to be folded in first
-        quantize(model, asked)
-    if where.type == "cpu":
+        notes = quantize(model, asked).notes
+    if where.type == "cpu" and dtype != STORED:
         take_faster_products(model, Choices(cache_file()))
     loaded = _loaded(model, plan, matching.report(), template)
-    return replace(loaded, quantization=asked if packing is None else packing.config)
+    report = replace(loaded.report, notes=(*loaded.report.notes, *notes))
+    config = asked if packing is None else packing.config
+    return replace(loaded, report=report, quantization=config, stored=matching.dtypes)
+
+
+def with_own_head(plan: Plan) -> Plan:
+    """The plan, with the output layer of the files where it is not the embedding that it should be.
+
+    Source: transformers from 5.0 keeps both tables and warns.
+    """
+    text = plan.config.text
+    if not text.tie_embeddings or not has_other_head(plan.parts):
+        return plan
+    note = (
+        "config.json says that the output layer is the embedding (tie_word_embeddings), but the "
+        "files hold another one: that is used"
+    )
+    config = replace(plan.config, text=replace(text, tie_embeddings=False))
+    return replace(plan, config=config, notes=(*plan.notes, note))
 
 
 def _asked(
@@ -261,6 +297,7 @@ def _loaded(
         dtype=next(model.parameters()).dtype,
         raw=plan.raw,
         weight_files=plan.weight_files,
+        beside=plan.beside,
     )
 
 
@@ -278,6 +315,7 @@ def lay_adapter(
     tensors: Mapping[str, torch.Tensor] = plan.adapter.tensors(
         plan.keymap, check_finite=check_finite
     )
-    inject(model, plan.adapter.config, tensors, dtype=None if merged else torch.float32)
+    config = plan.adapter.config_of(plan.keymap)
+    inject(model, config, tensors, dtype=torch.float32)
     if merged:
         merge(model)

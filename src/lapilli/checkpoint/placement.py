@@ -16,6 +16,7 @@ DTYPES = {
     "fp32": torch.float32,
 }
 AUTO = "auto"
+STORED = "stored"  # every tensor as its file holds it
 # Room for activations, the KV cache and everything else that runs.
 MEMORY_SHARE = 0.8
 _BFLOAT16 = (8, 0)  # compute capability

@@ -20,9 +20,9 @@ from lapilli.checkpoint.directory import (
     keymap_of,
     open_directory,
 )
-from lapilli.checkpoint.files import read_json, read_optional_json
-from lapilli.checkpoint.keymaps import KeyMap
-from lapilli.checkpoint.keymaps.tables import PROJECTOR
+from lapilli.checkpoint.files import has_file, read_json, read_optional_json
+from lapilli.checkpoint.keymaps import LANGUAGE_MODEL, KeyMap
+from lapilli.checkpoint.keymaps.tables import EMBEDDINGS, OUTPUT, PROJECTOR
 from lapilli.checkpoint.quantized import is_packed_here, with_quantization_file
 from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.tokenizer_files import add_image_tokens, has_tokenizer, load_tokenizer
@@ -31,11 +31,12 @@ from lapilli.checkpoint.weights import WeightStore, find_weight_files
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import is_original
 from lapilli.config.reader import JsonObject, KeyReport
-from lapilli.errors import ConfigError, MissingFileError
+from lapilli.errors import ConfigError, ConfigFileError, MissingFileError
 from lapilli.prompt.tokenizer import Tokenizer
 
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+ADAPTER = "adapter"
 # What names begin with that carry the `model.` of PEFT's wrapper before their own.
 WRAPPED = ("model.model.", "model.transformer.")
 
@@ -46,7 +47,6 @@ class Plan:
 
     Args:
         form: "full", "LoRA", "PEFT adapter" or "projector".
-        name: of its folder or hub id, for the rules by name.
         path: the directory that was asked for.
         raw: its config.json.
         weights_raw: config.json of the language model's weights, a base's for what lies on one;
@@ -65,7 +65,6 @@ class Plan:
     """
 
     form: str
-    name: str
     path: Path
     raw: JsonObject
     weights_raw: JsonObject
@@ -86,6 +85,14 @@ class Plan:
         """Names of the parameters that a tensor of the files is for, by the rules for names."""
         names = (part.parameter(name) for part in self.parts for name in part.store.infos)
         return frozenset(name for name in names if name is not None)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Parameters that came whole with an adapter or a projector: the base below has others."""
+        labels = (ADAPTER, *NON_LORA_FILES, *PROJECTOR_FILES)
+        parts = [part for part in self.parts if part.label in labels]
+        names = [part.parameter(name) for part in parts for name in part.store.infos]
+        return tuple(dict.fromkeys(name for name in names if name is not None))
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -123,19 +130,7 @@ def make_plan(
         return _with_adapter(make_plan(source, base=base, fetch=fetch), resolve(adapter))
     path = resolve(source, weights=fetch)
     weights = fetch or is_local(source)
-    plan = _plan_source(path, base, weights=weights, fetch=fetch)
-    return replace(plan, name=name_of(source))
-
-
-def name_of(source: str | Path) -> str:
-    """The name that a folder or a hub id gives: its last part.
-
-    Source: LLaVA mm_utils.py get_model_name_from_path; `checkpoint-N` takes its parent along.
-    """
-    parts = Path(str(source).partition("@")[0]).expanduser().parts
-    if len(parts) > 1 and parts[-1].startswith("checkpoint-"):
-        return f"{parts[-2]}_{parts[-1]}"
-    return parts[-1] if parts else ""
+    return _plan_source(path, base, weights=weights, fetch=fetch)
 
 
 def _plan_source(path: Path, base: str | None, *, weights: bool, fetch: bool) -> Plan:
@@ -163,7 +158,7 @@ def _plan_adapter(path: Path, base: str | None, *, fetch: bool) -> Plan:
     raw = read_optional_json(path / "config.json")
     if raw is not None and is_original(raw):
         return _plan_on_base("LoRA", path, base, NON_LORA_FILES, adapter=adapter, fetch=fetch)
-    below = find_base(base, adapter.base_name, path, fetch=fetch)
+    below = find_base(base, adapter.base_name, path, revision=adapter.revision, fetch=fetch)
     return _with_adapter(make_plan(below, fetch=fetch), path)
 
 
@@ -175,18 +170,88 @@ def _with_adapter(plan: Plan, path: Path) -> Plan:
             f"{plan.path} is an adapter itself: merge it into a whole checkpoint before laying "
             f"{path} over it"
         )
-    parts = (*plan.parts, *_saved_part(adapter, plan.keymap))
+    own = read_optional_json(path / "config.json")
+    # The original's folder keeps the original's names, whatever the base calls its modules.
+    keymap = keymap_of(own) if own is not None and is_original(own) else plan.keymap
+    parts = (*plan.parts, *_saved_part(adapter, keymap))
     beside = _first(path, NON_LORA_FILES)
     if beside is not None:
-        parts += (_trained_part(beside, plan.keymap),)
-    return replace(
+        parts += (_trained_part(beside, keymap),)
+    laid = replace(
         plan,
         form="PEFT adapter",
         adapter=adapter,
         parts=parts,
+        keymap=keymap,
         base_path=plan.base_path or plan.path,
         path=path,
     )
+    return _with_own_head(_with_longer_vocabulary(laid))
+
+
+def _with_own_head(plan: Plan) -> Plan:
+    """The plan, with an output layer of its own where the adapter changes one side of a tied pair.
+
+    Source: PEFT: LoRA and modules_to_save lie on one module, the other keeps the base's weight.
+    """
+    adapter = plan.adapter
+    if adapter is None or not plan.config.text.tie_embeddings:
+        return plan
+    saved = _saved_tables(plan)
+    adapted = f"{OUTPUT.removesuffix('weight')}lora_A.weight" in adapter.halves(plan.keymap)
+    if not adapted and OUTPUT not in saved and (adapter.keeps_ties or not saved):
+        return plan
+    heads = []
+    for part in plan.parts:
+        head = WeightStore()
+        for foreign in part.store.infos if part.label != ADAPTER else ():
+            if part.parameter(foreign) in EMBEDDINGS:
+                head.rename(part.store, foreign, "lm_head.weight")
+        heads += [WeightPart(ADAPTER, head, LANGUAGE_MODEL)] if head.infos else []
+    note = (
+        "the base's output layer is its embedding, but the adapter changes one of the two: they "
+        "are kept apart"
+    )
+    return replace(
+        plan,
+        config=replace(plan.config, text=replace(plan.config.text, tie_embeddings=False)),
+        parts=(*heads, *plan.parts),
+        notes=(*plan.notes, note),
+    )
+
+
+def _with_longer_vocabulary(plan: Plan) -> Plan:
+    """The plan, with the words that the adapter adds: its tables have rows for them.
+
+    Source: PEFT stores both tables whole where a program gave the model more rows.
+    """
+    saved = _saved_tables(plan)
+    rows = max(saved.values(), default=0)
+    path, before = plan.path, plan.vocabulary.rows
+    if has_tokenizer(path):
+        tokenizer = _tokenizer_of(path, plan.config)[0]
+        if tokenizer.vocab_size > plan.tokenizer.vocab_size:
+            plan = replace(plan, tokenizer=tokenizer, tokenizer_path=path)
+    if rows <= before:
+        return plan
+    table = replace(plan.vocabulary, rows=rows, accepted=plan.vocabulary.accepted | {rows})
+    return replace(
+        plan,
+        config=replace(plan.config, text=replace(plan.config.text, vocab_size=rows)),
+        vocabulary=table,
+        notes=(*plan.notes, f"the adapter's vocabulary has {rows} rows, the base's {before}"),
+    )
+
+
+def _saved_tables(plan: Plan) -> dict[str, int]:
+    """Vocabulary tables that the adapter holds whole, and their rows."""
+    found = (
+        (part.parameter(name), info.shape[0] if info.shape else 0)
+        for part in plan.parts
+        if part.label == ADAPTER
+        for name, info in part.store.infos.items()
+    )
+    return {name: rows for name, rows in found if name in (*EMBEDDINGS, OUTPUT)}
 
 
 def _plan_on_base(
@@ -201,7 +266,8 @@ def _plan_on_base(
     """The original's LoRA or projector: its own config.json, the weights of a plain model below."""
     raw = read_json(path / "config.json")
     named = adapter.base_name if adapter else None
-    base_path = find_base(base, named or _name_of_base(raw), path, fetch=fetch)
+    revision = adapter.revision if adapter and named else None
+    base_path = find_base(base, named or _name_of_base(raw), path, revision=revision, fetch=fetch)
     below = base_part(base_path, fetch=fetch)
     parts = [] if below is None else [below]
     trained = _first(path, files)
@@ -212,12 +278,14 @@ def _plan_on_base(
     parts += _saved_part(adapter, keymap_of(raw))
     directory = open_directory(path, extra=parts, base=base_path, fetch=fetch)
     base_rows = refuse_wrong_base(directory.config.text, base_path)
-    return _plan(
-        form,
-        directory,
-        adapter=adapter,
-        base_path=base_path,
-        base_rows=base_rows,
+    return _with_own_head(
+        _plan(
+            form,
+            directory,
+            adapter=adapter,
+            base_path=base_path,
+            base_rows=base_rows,
+        )
     )
 
 
@@ -229,7 +297,7 @@ def _name_of_base(raw: JsonObject) -> str | None:
 def _saved_part(adapter: Adapter | None, keymap: KeyMap) -> list[WeightPart]:
     """Whole tensors inside an adapter, where it has some."""
     saved = WeightStore() if adapter is None else adapter.saved_modules()
-    return [WeightPart("adapter", saved, keymap)] if saved.infos else []
+    return [WeightPart(ADAPTER, saved, keymap)] if saved.infos else []
 
 
 def _trained_part(file: Path, keymap: KeyMap) -> WeightPart:
@@ -246,7 +314,7 @@ def _trained_part(file: Path, keymap: KeyMap) -> WeightPart:
 
 
 def _first(path: Path, names: Sequence[str]) -> Path | None:
-    return next((path / name for name in names if (path / name).is_file()), None)
+    return next((path / name for name in names if has_file(path / name)), None)
 
 
 def _plan(
@@ -262,23 +330,16 @@ def _plan(
     where = directory.path
     if base_path is not None and not has_tokenizer(where):
         where = base_path
-    fast = config.layout != "llava" or config.text.family != "llama"
-    tokenizer = load_tokenizer(where, fast=fast)
-    before, new = config.text.vocab_size, 0
+    tokenizer, new = _tokenizer_of(where, config)
+    before = config.text.vocab_size
     rows = before
     notes = list(directory.notes)
     if config.layout == "llava":
-        new = add_image_tokens(
-            tokenizer,
-            use_patch=config.tokens.use_patch_token,
-            use_start_end=config.tokens.use_start_end,
-        )
         if not is_packed_here(directory.raw):  # packed rows stay as they were written
             rows = tokenizer.vocab_size
         notes += _vocabulary_notes(before, rows)
     return Plan(
         form=form,
-        name=directory.path.name,
         path=directory.path,
         raw=directory.raw,
         weights_raw=_weights_raw(directory, base_path),
@@ -296,6 +357,36 @@ def _plan(
         tower_path=directory.tower_path,
         notes=tuple(notes),
     )
+
+
+def _tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
+    """A directory's tokenizer as this kind of model reads it, and how many tokens were added."""
+    # A model that came with an image token was tokenized by its tokenizer.json.
+    has_image_token = config.tokens.image_id is not None
+    fast = config.layout != "llava" or config.text.family != "llama" or has_image_token
+    tokenizer = load_tokenizer(path, fast=fast)
+    _refuse_image_id(config, tokenizer)
+    if config.layout != "llava":
+        image = config.tokens.image_id
+        if image in tokenizer.added_vocab.values() and image is not None:
+            # Whatever its file says: typed by a person it stands for no picture.
+            tokenizer.add_tokens([tokenizer.id_to_token(image)], special=True)
+        return tokenizer, 0
+    new = add_image_tokens(
+        tokenizer,
+        use_patch=config.tokens.use_patch_token,
+        use_start_end=config.tokens.use_start_end,
+    )
+    return tokenizer, new
+
+
+def _refuse_image_id(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    image_id = config.tokens.image_id
+    if image_id is not None and not 0 <= image_id < tokenizer.vocab_size:
+        raise ConfigFileError(
+            f"config.json: image_token_index is {image_id}, but the tokenizer has "
+            f"{tokenizer.vocab_size} tokens: they do not belong together"
+        )
 
 
 def _weights_raw(directory: CheckpointDirectory, base_path: Path | None) -> JsonObject:

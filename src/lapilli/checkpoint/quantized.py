@@ -25,13 +25,14 @@ from lapilli.checkpoint.awq import (
 )
 from lapilli.checkpoint.files import read_optional_json
 from lapilli.config.model import ModelConfig
-from lapilli.config.reader import JsonObject, is_object
-from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
+from lapilli.config.reader import JsonObject, in_file, is_object, shown
+from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, UnsupportedModelError
 from lapilli.quant import QuantConfig
 from lapilli.quant.choose import Choices
+from lapilli.quant.config import describe
 from lapilli.quant.embedding import StoredEmbedding
 from lapilli.quant.linear import QuantLinear, empty_packed
-from lapilli.quant.quantize import SEEN, bits_of, round_weight
+from lapilli.quant.quantize import SEEN, bits_of, notes_on, round_weight
 
 KEY = "quantization_config"
 METHOD = "lapilli"
@@ -59,12 +60,7 @@ class StoredQuantization:
     def __str__(self) -> str:
         if self.published is not None:
             return str(self.published)
-        config = self.config
-        words = f"{config.bits} bits"
-        if config.bits == 4:
-            zeros = "symmetric" if config.symmetric else "zero points"
-            words += f", groups of {config.group_size}, {zeros}"
-        return f"lapilli, {words}, {config.mode}"
+        return f"lapilli, {describe(self.config)}"
 
     def refuse_other(self, asked: QuantConfig, what: Path) -> None:
         """Nothing is rounded twice: what is asked for has to be what the files hold.
@@ -118,21 +114,22 @@ def stored_quantization(raw: JsonObject) -> StoredQuantization | None:
     if not is_object(found):
         return None
     method = found.get("quant_method")
-    if method in NAMES:
+    if isinstance(method, str) and method in NAMES:
         published = published_format(found)
         return StoredQuantization(published.config, published)
     if method != METHOD:
         raise UnsupportedModelError(
-            f"config.json: weights quantized by {method!r} cannot be read: {ADVICE}"
+            f"config.json: weights quantized by {shown(method)} cannot be read: {ADVICE}"
         )
     options = {str(key): value for key, value in found.items() if key != "quant_method"}
     known = asdict(QuantConfig()).keys()
     if options.keys() != known:
-        raise ConfigError(
-            f"config.json: {KEY} has the keys {', '.join(sorted(options))}, this version reads "
-            f"{', '.join(sorted(known))}"
+        raise ConfigFileError(
+            f"config.json: {KEY} has the keys {', '.join(sorted(options))[:500]}, this version "
+            f"reads {', '.join(sorted(known))}"
         )
-    config = QuantConfig(**options)  # type: ignore[arg-type]  # checked by QuantConfig itself
+    with in_file():
+        config = QuantConfig(**options)  # type: ignore[arg-type]  # checked by QuantConfig itself
     return StoredQuantization(config)
 
 
@@ -201,6 +198,7 @@ class Packing:
 
     Attributes:
         config: as given; where the files have the layer of the logits in 4 bits, that is in it.
+        notes: what it asks for and the model cannot have.
 
     Raises:
         CheckpointError: a foreign format is named and no layer has it.
@@ -226,6 +224,7 @@ class Packing:
         self._bits: dict[str, int] = {}
         self._as_stored: set[str] = set()
         linears = [(path, m) for path, m in model.named_modules() if type(m) is nn.Linear]
+        self.notes = notes_on((path for path, _ in linears), self.config)
         for path, linear in linears:
             bits = bits_of(path, self.config)
             if published is not None and is_published(path, names):
@@ -282,7 +281,7 @@ class Packing:
             return list(names)
         return sorted(names, key=lambda name: name.rpartition("."))
 
-    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype | None:
+    def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
         """The number format to read a tensor in; None: as it is stored."""
         if name in self._as_stored:
             return None
@@ -309,13 +308,13 @@ class Packing:
             layer = QuantLinear(packed, weight_only=self.config.mode == "weight_only")
             self._model.set_submodule(path, layer)
 
-    def finish(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    def finish(self, device: torch.device, dtype: torch.dtype | None) -> Mapping[str, Tensor]:
         """State of the layers that were packed, by full name, biases in place.
 
         On a CPU they compute in float32, elsewhere in the dtype of the model's other weights.
         """
         for module in self._model.modules():
-            if isinstance(module, StoredEmbedding) and device.type != "cpu":
+            if isinstance(module, StoredEmbedding) and device.type != "cpu" and dtype is not None:
                 module.dtype = dtype
         state: dict[str, Tensor] = {}
         for path in self._bits:

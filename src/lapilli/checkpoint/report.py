@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from lapilli.config.reader import KeyReport
+from lapilli.config.reader import KeyReport, shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,5 +28,5 @@ class LoadReport:
 
 def some(names: tuple[str, ...] | list[str], most: int = 3) -> str:
     """The first names and how many more there are."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+    first = ", ".join(shown(name)[1:-1] for name in names[:most])
+    return first if len(names) <= most else f"{first} and {len(names) - most} more"

@@ -1,16 +1,18 @@
 """A .safetensors file: its header, and tensors as views of the mapped file or converted copies."""
 
-import json
+import math
 import struct
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor
 
-from lapilli.config.reader import is_object
+from lapilli.checkpoint.files import first_bytes
+from lapilli.config.json_text import MOST_BYTES, parse_json
+from lapilli.config.reader import is_object, shown
 from lapilli.errors import CheckpointError
 
 DTYPES = {
@@ -27,7 +29,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-HEADER_LIMIT = 100_000_000
+MOST_DIMENSIONS = 8
 
 
 class SafetensorsShard:
@@ -50,11 +52,12 @@ class SafetensorsShard:
             shape, dtype, begin, end = self._entry(name, entry)
             if start + end > size:
                 raise CheckpointError(
-                    f"{path} is truncated: {name} ends at byte {start + end}, "
+                    f"{path} is truncated: {shown(name)} ends at byte {start + end}, "
                     f"the file has {size} bytes; download it again"
                 )
             self._infos[name] = (shape, dtype)
             self._places[name] = (start + begin, end - begin)
+        self._refuse_overlaps()
 
     def infos(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor."""
@@ -95,16 +98,15 @@ class SafetensorsShard:
         return cast("torch.UntypedStorage", mapping)
 
     def _header(self) -> tuple[int, Mapping[str, object]]:
-        with self.path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else HEADER_LIMIT + 1
-            text = file.read(length) if length <= HEADER_LIMIT else b""
+        prefix = first_bytes(self.path, 8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MOST_BYTES + 1
+        text = first_bytes(self.path, 8 + length)[8:] if length <= MOST_BYTES else b""
         if len(text) != length:
             raise self._damaged()
         try:
-            header: object = json.loads(text)
-        except ValueError as error:
-            raise self._damaged() from error
+            header = parse_json(text, f"the header of {self.path}", unique=True)
+        except CheckpointError as error:
+            raise self._damaged(str(error)) from error
         if not is_object(header):
             raise self._damaged()
         return 8 + length, header
@@ -113,18 +115,32 @@ class SafetensorsShard:
         if not is_object(entry):
             raise self._damaged()
         kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-        if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
-            raise self._damaged()
-        if kind not in DTYPES:
-            raise CheckpointError(f"{self.path}: {name} has the unknown dtype {kind!r}")
-        dtype = DTYPES[str(kind)]
+        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+            raise self._damaged(f"shape or data_offsets of {shown(name)} are no list of sizes")
+        if not isinstance(kind, str) or kind not in DTYPES:
+            raise CheckpointError(f"{self.path}: {shown(name)} has the unknown dtype {shown(kind)}")
+        dtype = DTYPES[kind]
         begin, end = offsets
-        if begin < 0 or end - begin != torch.Size(shape).numel() * dtype.itemsize:
-            raise self._damaged()
+        # Sizes of 0 do not hide what a stride would overflow with.
+        fits = len(shape) <= MOST_DIMENSIONS and math.prod(size or 1 for size in shape) < 1 << 60
+        if not fits or end - begin != math.prod(shape) * dtype.itemsize:
+            raise self._damaged(f"data_offsets of {shown(name)} are not those of its shape")
         return tuple(shape), dtype, begin, end
 
-    def _damaged(self) -> CheckpointError:
+    def _refuse_overlaps(self) -> None:
+        end, before = 0, ""
+        for name, (begin, length) in sorted(self._places.items(), key=lambda item: item[1]):
+            if length and begin < end:
+                raise self._damaged(f"{shown(name)} lies over {shown(before)}")
+            end, before = max(end, begin + length), name
+
+    def _damaged(self, why: str = "") -> CheckpointError:
         size = self.path.stat().st_size
         return CheckpointError(
-            f"{self.path} ({size} bytes) is truncated or no safetensors file: download it again"
+            f"{self.path} ({size} bytes) is truncated or no safetensors file"
+            f"{f' ({why})' if why else ''}: download it again"
         )
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)

@@ -14,13 +14,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lapilli.checkpoint.files import read_optional_json
 from lapilli.checkpoint.keymaps import ORIGINAL, ORIGINAL_MPT, VISION_TOWER, KeyMap
 from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.quantized import KEY, refuse_unknown_packing, written_quantization
 from lapilli.checkpoint.save_files import (
     SHARD_BYTES,
     Deferred,
+    Formats,
     Stored,
+    common_dtypes,
     dtype_name,
     new_directory,
     value,
@@ -28,8 +31,10 @@ from lapilli.checkpoint.save_files import (
     write_pickled,
     write_weights,
 )
-from lapilli.config.model import ModelConfig
+from lapilli.checkpoint.template import WrittenTemplate, written_template
+from lapilli.config.model import ModelConfig, TokenConfig
 from lapilli.config.write import (
+    as_original,
     write_llava_config,
     write_preprocessor_config,
     write_tower_config,
@@ -37,6 +42,7 @@ from lapilli.config.write import (
 from lapilli.errors import CheckpointError, ConfigError
 from lapilli.lora.inject import adapters
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.choose import Template
 from lapilli.quant import QuantConfig
 from lapilli.quant.linear import QuantLinear
 
@@ -61,8 +67,8 @@ def save_llava(
     *,
     tokenizer_path: Path | None = None,
     tower: TowerPlace | None = None,
-    dtype: torch.dtype | None = None,
-    template: str | None = None,
+    dtype: Formats = None,
+    template: str | Template | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     quantization: QuantConfig | None = None,
@@ -75,13 +81,15 @@ def save_llava(
         path: the new directory; its name is what the original decides by, so it should contain
             "llava", and "mistral" or "mpt" for those language models.
         model: without unmerged adapters.
-        config: what it is.
+        config: what it is, in whatever layout it came.
         tokenizer_path: a directory whose tokenizer files are copied.
         tower: "named": only named, by `config.vision_source`; "inside": among the other weights,
             as a tuned tower; "beside": in a folder of its own. None: inside where it was tuned,
             named where a hub id or an absolute path says where it is, else beside.
-        dtype: of the stored weights; None: as they are.
-        template: name of the conversation template that the model was trained with.
+        dtype: of the stored weights, or of each by the name of its parameter (such as
+            `Loaded.stored`, what the files hold that it came from); None: as they are.
+        template: the conversation template that the model was trained with, or its name; None: what
+            it came with (see `written_template`).
         overwrite: replace a directory that is there.
         shard_bytes: largest size of one weight file.
         quantization: how the layers are packed, for a quantized model. Such a checkpoint is read
@@ -97,7 +105,9 @@ def save_llava(
     """
     if state is None and any(True for _ in adapters(model)):
         raise ConfigError("the model has an unmerged adapter: lapilli.lora.merge(model) first")
-    refuse_unknown_packing(model, quantization, dtype)
+    refuse_unknown_packing(model, quantization, dtype if isinstance(dtype, torch.dtype) else None)
+    spoken = written_template(template, config, tokenizer_path)
+    config = as_original(config)
     keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
     place = tower or _default_place(config)
     if quantization is not None and quantization.quantize_tower:
@@ -107,14 +117,14 @@ def save_llava(
     state = model.state_dict() if state is None else state
     tower_state = {name: state[name] for name in state if name.startswith(TOWER)}
     inner = {n: t for n, t in state.items() if place == "inside" or n not in tower_state}
-    stored = dtype_name(dtype or next(iter(state.values())).dtype)
     with new_directory(path, overwrite=overwrite) as folder:
-        write_weights(folder, renamed(inner, keymap), dtype=dtype, shard_bytes=shard_bytes)
+        formats = renamed_formats(dtype, keymap)
+        write_weights(folder, renamed(inner, keymap), dtype=formats, shard_bytes=shard_bytes)
         written = write_llava_config(
             replace(config, vision_in_checkpoint=place == "inside"),
             vision_source=tower_name(config, place),
-            torch_dtype=stored,
-            template=template,
+            torch_dtype=dtype_name(common_dtypes(inner, dtype)[0]),
+            template=spoken.name,
         )
         if quantization is not None:
             written |= {KEY: written_quantization(quantization)}
@@ -122,7 +132,7 @@ def save_llava(
         if tower_state and written.get("mm_vision_tower") == TOWER_FOLDER:
             is_packed = quantization is not None and quantization.quantize_tower
             _write_tower(folder / TOWER_FOLDER, config, {} if is_packed else tower_state, dtype)
-        write_beside(folder, tokenizer_path, extra)
+        write_beside(folder, tokenizer_path, extra, template=spoken, tokens=config.tokens)
 
 
 def save_projector(
@@ -132,7 +142,7 @@ def save_projector(
     *,
     base: str | None = None,
     tokenizer_path: Path | None = None,
-    template: str | None = None,
+    template: str | Template | None = None,
     overwrite: bool = False,
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
@@ -145,7 +155,8 @@ def save_projector(
         config: what it is; its tower has to be named.
         base: the language model, written as `_name_or_path`.
         tokenizer_path: a directory whose tokenizer files are copied.
-        template: name of the conversation template that the model is to be spoken to with.
+        template: the conversation template that the model is to be spoken to with, or its name;
+            None: what it came with (see `written_template`).
         overwrite: replace a directory that is there.
         state: other tensors under the names of `model.state_dict()`.
         extra: more files by name, such as README.md.
@@ -156,6 +167,8 @@ def save_projector(
     """
     if any(isinstance(module, QuantLinear) for module in model.modalities.modules()):
         raise ConfigError("the projector is quantized: save it from a model whose projector is not")
+    spoken = written_template(template, config, tokenizer_path)
+    config = as_original(config)
     keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
     whole = model.state_dict() if state is None else state
     projector = {
@@ -164,9 +177,9 @@ def save_projector(
     named = {} if base is None else {"_name_or_path": base}
     with new_directory(path, overwrite=overwrite) as folder:
         write_pickled(folder / "mm_projector.bin", renamed(projector, keymap))
-        written = config_of_part(folder, model, config, template)
+        written = config_of_part(folder, model, config, spoken.name)
         write_json(folder / "config.json", {**named, **written, "tune_mm_mlp_adapter": True})
-        write_beside(folder, tokenizer_path, extra)
+        write_beside(folder, tokenizer_path, extra, template=spoken, tokens=config.tokens)
 
 
 def config_of_part(
@@ -174,23 +187,65 @@ def config_of_part(
 ) -> dict[str, object]:
     """config.json of what lies on another checkpoint: an adapter or a projector.
 
+    Its number format is the one of the files below, not the one that was computed in.
+
     Raises:
         ConfigError: see `named_tower`.
     """
     return write_llava_config(
         config,
         vision_source=named_tower(folder, config),
-        torch_dtype=dtype_name(next(iter(model.parameters())).dtype),
+        torch_dtype=config.torch_dtype or dtype_name(next(iter(model.parameters())).dtype),
         template=template,
     )
 
 
 def write_beside(
-    folder: Path, tokenizer_path: Path | None, extra: Mapping[str, str | bytes] | None
+    folder: Path,
+    tokenizer_path: Path | None,
+    extra: Mapping[str, str | bytes] | None,
+    *,
+    template: WrittenTemplate,
+    tokens: TokenConfig,
 ) -> None:
-    """What every form ends with: the tokenizer's files, and further ones."""
+    """What every form ends with: the tokenizer's files, the template, and further ones."""
     copy_tokenizer(tokenizer_path, folder)
+    settle_generation(folder, tokens)
     write_extra(folder, extra or {})
+    write_chat_template(folder, template.jinja)
+
+
+def write_chat_template(folder: Path, source: str | None) -> None:
+    """chat_template.jinja, and no other text that claims to be the template."""
+    if source is None:
+        return
+    (folder / "chat_template.jinja").write_text(source, encoding="utf-8", newline="")
+    settings = read_optional_json(folder / "tokenizer_config.json") or {}
+    if "chat_template" in settings:
+        others = {key: entry for key, entry in settings.items() if key != "chat_template"}
+        write_json(folder / "tokenizer_config.json", others)
+
+
+def settle_generation(folder: Path, tokens: TokenConfig) -> None:
+    """Bring a generation_config.json that was copied in line with the ids of the model.
+
+    It wins over config.json when it is read, and an adapter's tokenizer may have come from the
+    folder of its base.
+    """
+    found = read_optional_json(folder / "generation_config.json")
+    if found is None:
+        return
+    ids = {key: one for key, one in generation_ids(tokens).items() if one is not None}
+    if any(found.get(key) != one for key, one in ids.items()):
+        write_json(folder / "generation_config.json", {**found, **ids})
+
+
+def generation_ids(tokens: TokenConfig) -> dict[str, int | list[int] | None]:
+    """The special ids as generation_config.json spells them."""
+    eos: list[int] | int | None = list(tokens.eos_ids)
+    if len(tokens.eos_ids) < 2:
+        eos = next(iter(tokens.eos_ids), None)
+    return {"bos_token_id": tokens.bos_id, "eos_token_id": eos, "pad_token_id": tokens.pad_id}
 
 
 def copy_tokenizer(source: Path | None, folder: Path) -> None:
@@ -271,7 +326,7 @@ def named_tower(folder: Path, config: ModelConfig) -> str | None:
     """
     if not config.vision_in_checkpoint or config.vision_source:
         return tower_name(config, "named")
-    _write_tower(folder / TOWER_FOLDER, config, {}, None)
+    _write_tower(folder / TOWER_FOLDER, config, {})
     return TOWER_FOLDER
 
 
@@ -290,8 +345,16 @@ def renamed(state: Mapping[str, Stored], keymap: KeyMap) -> dict[str, Stored]:
     return found
 
 
+def renamed_formats(dtype: Formats, keymap: KeyMap) -> Formats:
+    """Number formats by the names of a layout, where they are told by name."""
+    if not isinstance(dtype, Mapping):
+        return dtype
+    pairs = ((keymap.to_foreign(name), one) for name, one in dtype.items())
+    return {name: one for name, one in pairs if name is not None}
+
+
 def _write_tower(
-    folder: Path, config: ModelConfig, state: Mapping[str, Stored], dtype: torch.dtype | None
+    folder: Path, config: ModelConfig, state: Mapping[str, Stored], dtype: Formats = None
 ) -> None:
     """The tower's own directory, without weights where there are none to write."""
     if config.vision is None or config.image is None:
@@ -299,7 +362,8 @@ def _write_tower(
     folder.mkdir()
     stored = config.torch_dtype or "float32"
     if state:
-        write_weights(folder, renamed(state, VISION_TOWER), dtype=dtype)
-        stored = dtype_name(dtype or next(iter(state.values())).dtype)
+        formats = renamed_formats(dtype, VISION_TOWER)
+        write_weights(folder, renamed(state, VISION_TOWER), dtype=formats)
+        stored = dtype_name(common_dtypes(state, dtype)[0])
     write_json(folder / "config.json", write_tower_config(config.vision, stored))
     write_json(folder / "preprocessor_config.json", write_preprocessor_config(config.image.pixels))

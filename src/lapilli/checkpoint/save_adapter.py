@@ -15,7 +15,14 @@ from lapilli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WRAPPER
 from lapilli.checkpoint.keymaps import ORIGINAL, ORIGINAL_MPT, KeyMap
 from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TEXT
 from lapilli.checkpoint.plan import NON_LORA_FILES
-from lapilli.checkpoint.save import config_of_part, renamed, write_beside
+from lapilli.checkpoint.save import (
+    config_of_part,
+    copy_tokenizer,
+    renamed,
+    write_beside,
+    write_chat_template,
+    write_extra,
+)
 from lapilli.checkpoint.save_files import (
     Stored,
     new_directory,
@@ -23,10 +30,14 @@ from lapilli.checkpoint.save_files import (
     write_pickled,
     write_safetensors,
 )
+from lapilli.checkpoint.template import WrittenTemplate, written_template
+from lapilli.checkpoint.tokenizer_files import load_tokenizer
 from lapilli.config.model import ModelConfig
+from lapilli.config.write import as_original
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lapilli.lora.inject import adapter_tensors, adapters
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.choose import Template
 
 # The modules that transformers' LLaVA has since 4.52: what PEFT sees when it looks for a target.
 HF_MODULES = KeyMap(
@@ -49,7 +60,7 @@ def save_lora(
     base: str,
     trained: Sequence[str] = (),
     tokenizer_path: Path | None = None,
-    template: str | None = None,
+    template: str | Template | None = None,
     overwrite: bool = False,
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
@@ -63,7 +74,8 @@ def save_lora(
         base: the checkpoint below, as `base_model_name_or_path`.
         trained: parameters that were trained whole; the projector is always stored.
         tokenizer_path: a directory whose tokenizer files are copied.
-        template: name of the conversation template that the model was trained with.
+        template: the conversation template that the model was trained with, or its name; None: what
+            it came with (see `written_template`).
         overwrite: replace a directory that is there.
         state: other tensors under the names of `model.state_dict()`.
         extra: more files by name, such as README.md.
@@ -72,6 +84,8 @@ def save_lora(
         CheckpointError: the directory is there already, or the disk is full.
         ConfigError: the model has no adapter, or its tower no name.
     """
+    spoken = written_template(template, config, tokenizer_path)
+    config = as_original(config)
     keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
     whole = _whole(model, state)
     halves, others = _split(model, whole, keymap, trained)
@@ -82,17 +96,19 @@ def save_lora(
             folder / ADAPTER_CONFIG,
             _adapter_config(model, base, keymap) | {"task_type": "CAUSAL_LM"},
         )
-        write_json(folder / "config.json", config_of_part(folder, model, config, template))
-        write_beside(folder, tokenizer_path, extra)
+        write_json(folder / "config.json", config_of_part(folder, model, config, spoken.name))
+        write_beside(folder, tokenizer_path, extra, template=spoken, tokens=config.tokens)
 
 
 def save_peft(
     path: Path,
     model: VisionLanguageModel,
+    config: ModelConfig,
     *,
     base: str,
     trained: Sequence[str] = (),
     tokenizer_path: Path | None = None,
+    template: str | Template | None = None,
     overwrite: bool = False,
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
@@ -102,9 +118,12 @@ def save_peft(
     Args:
         path: the new directory.
         model: with adapters.
+        config: what it is.
         base: the checkpoint in the layout of Hugging Face, as `base_model_name_or_path`.
         trained: parameters that were trained whole.
         tokenizer_path: a directory whose tokenizer files are copied.
+        template: the conversation template that the model was trained with, or its name; None: what
+            it came with (see `written_template`). It is written as chat_template.jinja.
         overwrite: replace a directory that is there.
         state: other tensors under the names of `model.state_dict()`.
         extra: more files by name, such as README.md.
@@ -123,10 +142,26 @@ def save_peft(
     whole = _whole(model, state)
     halves, others = _split(model, whole, HF_MODULES, trained)
     written = _adapter_config(model, base, HF_MODULES) | {"modules_to_save": [_HF_PROJECTOR]}
+    spoken = written_template(template, config, tokenizer_path)
     with new_directory(path, overwrite=overwrite) as folder:
         write_safetensors(folder / ADAPTER_WEIGHTS[0], {**halves, **others})
         write_json(folder / ADAPTER_CONFIG, written)
-        write_beside(folder, tokenizer_path, extra)
+        copy_tokenizer(tokenizer_path, folder)
+        write_chat_template(folder, _jinja(spoken, config, tokenizer_path))
+        write_extra(folder, extra or {})
+
+
+def _jinja(spoken: WrittenTemplate, config: ModelConfig, tokenizer_path: Path | None) -> str | None:
+    """The template of an adapter, for which its folder has no other place."""
+    if tokenizer_path is None or config.tokens.image_id is None:
+        return spoken.jinja
+    tokenizer = load_tokenizer(tokenizer_path, fast=True)
+    return spoken.for_whole_prompts(tokenizer, config.tokens.image_id, was_whole=True)
+
+
+def is_unknown_to_peft(path: str) -> bool:
+    """Whether `save_peft` has no name for an adapter on the module of this path."""
+    return HF_MODULES.to_foreign(f"{path}.weight") is None
 
 
 def _whole(model: VisionLanguageModel, state: Mapping[str, Stored] | None) -> Mapping[str, Stored]:

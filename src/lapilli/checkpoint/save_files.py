@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Deferred:
 
 
 Stored = Tensor | Deferred
+# One number format for all floats, or each tensor's own by its name; None: as they are.
+Formats = torch.dtype | Mapping[str, torch.dtype] | None
 
 
 @contextmanager
@@ -101,7 +104,7 @@ def write_weights(
     folder: Path,
     tensors: Mapping[str, Stored],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: Formats = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """model.safetensors, or numbered shards with an index, in the order of the tensors.
@@ -109,13 +112,13 @@ def write_weights(
     Args:
         folder: is there.
         tensors: by the names in the file.
-        dtype: of the stored floats; None: each as it is.
+        dtype: of the stored floats, of all or by the same names; None: each as it is.
         shard_bytes: largest size of one file.
     """
     shards: list[dict[str, Stored]] = [{}]
     size = total = 0
     for name, tensor in tensors.items():
-        num_bytes = tensor.numel() * _stored_as(tensor, dtype).itemsize
+        num_bytes = tensor.numel() * _stored_as(name, tensor, dtype).itemsize
         if shards[-1] and size + num_bytes > shard_bytes:
             shards.append({})
             size = 0
@@ -133,9 +136,7 @@ def write_weights(
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, Stored], *, dtype: torch.dtype | None = None
-) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Stored], *, dtype: Formats = None) -> None:
     """One file; a tensor is converted while it is written, a piece at a time.
 
     Wider numbers come first, so that each tensor lies at a multiple of its own width and can be
@@ -143,7 +144,7 @@ def write_safetensors(
 
     Source: the safetensors format, version 1.
     """
-    named = {name: (tensor, _stored_as(tensor, dtype)) for name, tensor in tensors.items()}
+    named = {name: (tensor, _stored_as(name, tensor, dtype)) for name, tensor in tensors.items()}
     order = sorted(named, key=lambda name: (-named[name][1].itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -166,13 +167,28 @@ def write_safetensors(
                 file.write(raw.numpy().data)
 
 
-def _stored_as(tensor: Stored, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
+def _stored_as(name: str, tensor: Stored, dtype: Formats) -> torch.dtype:
+    wanted = dtype.get(name) if isinstance(dtype, Mapping) else dtype
+    return wanted if wanted is not None and tensor.dtype.is_floating_point else tensor.dtype
 
 
 def value(tensor: Stored) -> Tensor:
     """The tensor itself, made now where it was deferred."""
     return tensor.make() if isinstance(tensor, Deferred) else tensor.detach()
+
+
+def common_dtypes(state: Mapping[str, Stored], dtype: Formats = None) -> tuple[torch.dtype, ...]:
+    """The number formats of the floats among these tensors, the one of most numbers first.
+
+    Args:
+        state: by name.
+        dtype: that they are written in.
+    """
+    counts: Counter[torch.dtype] = Counter()
+    for name, tensor in state.items():
+        if tensor.dtype.is_floating_point:
+            counts[_stored_as(name, tensor, dtype)] += tensor.numel()
+    return tuple(found for found, _ in counts.most_common()) or (torch.float32,)
 
 
 def write_pickled(path: Path, tensors: Mapping[str, Stored]) -> None:

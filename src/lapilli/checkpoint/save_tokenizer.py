@@ -10,6 +10,7 @@ from lapilli.checkpoint.files import read_optional_json, read_optional_text
 from lapilli.checkpoint.save import copy_tokenizer
 from lapilli.checkpoint.save_files import write_json
 from lapilli.errors import CheckpointError
+from lapilli.prompt.tokenizer import SentencePieceTokenizer
 from lapilli.prompt.tokenizer import Tokenizer as LoadedTokenizer
 from lapilli.prompt.tokenizer.convert import llama_tokenizer
 
@@ -23,20 +24,29 @@ def save_tokenizer_with(
         folder: where to.
         source: a directory with tokenizer.json or tokenizer.model.
         tokenizer: the same, loaded, with the tokens that were added at loading.
-        token: is added at the end where the tokenizer does not have it.
+        token: stands for a picture; it is added at the end where the tokenizer does not have it.
         processor: class of transformers that the files are for.
 
     Raises:
         CheckpointError: the files give other ids than the loaded tokenizer.
     """
-    rust = _rust(source)
-    for name, index in sorted(tokenizer.added_vocab.items(), key=lambda item: item[1]):
-        if rust.token_to_id(name) is None:
-            rust.add_special_tokens([AddedToken(name, special=True, normalized=False)])
-        if rust.token_to_id(name) != index:
+    is_slow = isinstance(tokenizer, SentencePieceTokenizer)
+    rust, legacy = _rust(source, tokenizer)
+    for index, one in sorted(tokenizer.added_tokens.items()):
+        entry = AddedToken(
+            one.content,
+            single_word=one.single_word,
+            lstrip=one.lstrip,
+            rstrip=one.rstrip,
+            # A slow tokenizer looks for its added tokens in the text as it was typed.
+            normalized=one.normalized and not is_slow,
+        )
+        add = rust.add_special_tokens if one.special else rust.add_tokens
+        add([entry])
+        if rust.token_to_id(one.content) != index:
             raise CheckpointError(
-                f"{source}: token {name!r} has id {index}, but would get "
-                f"{rust.token_to_id(name)} in tokenizer.json"
+                f"{source}: token {one.content!r} has id {index}, but would get "
+                f"{rust.token_to_id(one.content)} in tokenizer.json"
             )
     rust.add_special_tokens([AddedToken(token, special=True, normalized=False)])
     _frame(rust, tokenizer)
@@ -48,6 +58,8 @@ def save_tokenizer_with(
         written.pop(key, None)
     (folder / "added_tokens.json").unlink(missing_ok=True)
     written |= {"padding_side": "left", "processor_class": processor}
+    if legacy is not None:
+        written["legacy"] = legacy
     pad = _pad(tokenizer, written, read_optional_json(source / "special_tokens_map.json") or {})
     if pad is not None:
         written["pad_token"] = pad
@@ -58,11 +70,19 @@ def save_tokenizer_with(
     return int(found)
 
 
-def _rust(source: Path) -> Tokenizer:
-    text = read_optional_text(source / "tokenizer.json")
+def _rust(source: Path, tokenizer: LoadedTokenizer) -> tuple[Tokenizer, bool | None]:
+    """What the loaded tokenizer was made of, and the `legacy` that says the same.
+
+    A folder may have both files; a slow tokenizer was read from tokenizer.model. None: what
+    tokenizer.json says is all.
+    """
+    is_slow = isinstance(tokenizer, SentencePieceTokenizer)
+    text = None if is_slow else read_optional_text(source / "tokenizer.json")
     if text is not None:
-        return Tokenizer.from_str(text)
-    return llama_tokenizer((source / "tokenizer.model").read_bytes())
+        return Tokenizer.from_str(text), None
+    legacy = tokenizer.legacy if isinstance(tokenizer, SentencePieceTokenizer) else True
+    model = (source / "tokenizer.model").read_bytes()
+    return llama_tokenizer(model, legacy=legacy), legacy
 
 
 def _frame(rust: Tokenizer, tokenizer: LoadedTokenizer) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from lapilli.checkpoint.files import GGUF, first_bytes
+from lapilli.config.reader import shown
 from lapilli.errors import CheckpointError, MissingFileError
 
 PEBBLE = "pebble"
@@ -48,8 +50,8 @@ def resolve(source: str | Path, *, weights: bool = True, beside: Sequence[Path] 
         return found
     if isinstance(source, Path) or not HUB_ID.fullmatch(name):
         raise MissingFileError(
-            f"{name!r} is neither a directory nor a hub id such as owner/name: check the path "
-            f"({_place(name)})"
+            f"{shown(name)} is neither a directory nor a hub id such as owner/name: check the path "
+            f"({shown(str(_place(name)))[1:-1]})"
         )
     return fetch_snapshot(name, weights=weights)
 
@@ -60,20 +62,34 @@ def find_directory(name: str, beside: Sequence[Path] = ()) -> Path | None:
     Raises:
         CheckpointError: there is a file of this name.
     """
-    path = Path(name).expanduser()
+    path = _path_of(name)
     for candidate in (*(start / path for start in beside), path):
-        if candidate.is_dir():
-            return candidate.resolve()
-        if candidate.is_file():
+        try:
+            if candidate.is_dir():
+                return candidate.resolve()
+            is_file = candidate.is_file()
+        except OSError as error:  # a name that is too long, a directory that nobody may enter
+            raise CheckpointError(f"{shown(name)} cannot be read: {error.strerror}") from error
+        if is_file and first_bytes(candidate, 4) == b"GGUF":
+            raise CheckpointError(f"{shown(name)} is {GGUF}")
+        if is_file:
             raise CheckpointError(
-                f"{name!r} is a file: give the directory that holds config.json and the weights"
+                f"{shown(name)} is a file: give the directory that holds config.json and the "
+                "weights"
             )
     return None
 
 
+def _path_of(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # "~" of a user who has no home
+        return Path(name)
+
+
 def _place(name: str) -> Path:
     """Where a directory of this name would lie."""
-    return Path(name).expanduser().absolute()
+    return _path_of(name).absolute()
 
 
 def is_local(source: str | Path) -> bool:

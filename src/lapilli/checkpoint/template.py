@@ -1,18 +1,34 @@
-"""The conversation template of a checkpoint: gathers the facts, lapilli.prompt.choose decides."""
+"""The conversation template of a checkpoint, read and written.
+
+Gathers the facts, lapilli.prompt.choose decides. What is written names the template in config.json
+and, where it is none of the original's, puts it beside as chat_template.jinja.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from lapilli.checkpoint.files import read_optional_json, read_optional_text
 from lapilli.checkpoint.plan import Plan
+from lapilli.config.model import ModelConfig
+from lapilli.errors import ConfigError
 from lapilli.prompt.choose import (
-    RECORD_KEY,
+    OWN,
     Template,
     TemplateChoice,
     TemplateFacts,
+    around_media,
     choose_template,
+    template_by_name,
 )
+from lapilli.prompt.encode import media_gap
 from lapilli.prompt.jinja import JinjaTemplate
+from lapilli.prompt.template import ChatTemplate
+from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.to_jinja import to_jinja, with_gaps
+from lapilli.prompt.tokenizer import Tokenizer
+
+ADAPTER = "PEFT adapter"
 
 
 def choose_for(plan: Plan, explicit: str | Template | None = None) -> TemplateChoice:
@@ -26,38 +42,43 @@ def choose_for(plan: Plan, explicit: str | Template | None = None) -> TemplateCh
         PromptError: no template has the name that was asked for or recorded.
     """
     return choose_template(
-        template_facts(plan), name=plan.name, explicit=explicit, chat_template=own_template(plan)
+        template_facts(plan), explicit=explicit, chat_template=own_template(plan)
     )
 
 
 def template_facts(plan: Plan) -> TemplateFacts:
     """What the files say that bears on the template."""
     text = plan.raw.get("text_config")
-    recorded = plan.raw.get(RECORD_KEY)
-    projector = plan.config.projector
+    projector, tokens = plan.config.projector, plan.config.tokens
     ends = ("<|im_start|>", "<|im_end|>")
     return TemplateFacts(
         layout=plan.config.layout,
         model_type=str(plan.raw.get("model_type") or ""),
         text_type=str(text.get("model_type") or "") if isinstance(text, Mapping) else "",
+        base=str(plan.raw.get("_name_or_path") or ""),
         projector=None if projector is None else projector.kind,
         has_chatml=all(plan.tokenizer.token_to_id(token) is not None for token in ends),
-        recorded=recorded if isinstance(recorded, str) else None,
-        use_start_end=plan.config.tokens.use_start_end,
+        # What a PEFT adapter was trained with comes before what its base records.
+        recorded=None if _of_adapter(plan) is not None else plan.config.template,
+        use_start_end=tokens.use_start_end,
+        media_gap=media_gap(plan.tokenizer, tokens.image_id),
     )
 
 
 def own_template(plan: Plan) -> JinjaTemplate | None:
     """The checkpoint's own chat template, where it has one that counts.
 
-    Beside a checkpoint in the original layout it belongs to the base model and is not read.
+    Beside a checkpoint in the original layout it belongs to the base model and is not read, unless
+    config.json records that it is the model's.
 
     Raises:
         PromptError: a text that is no template.
     """
-    if plan.config.layout == "llava":
+    if plan.config.layout == "llava" and plan.config.template != OWN:
         return None
-    source = find_chat_template(plan.tokenizer_path)
+    # The folder of a PEFT adapter is no place of the checkpoint below.
+    first = plan.base_path if plan.form == ADAPTER else plan.path
+    source = _of_adapter(plan) or find_chat_template(first or plan.path, plan.tokenizer_path)
     if source is None:
         return None
     tokenizer, tokens = plan.tokenizer, plan.config.tokens
@@ -68,21 +89,120 @@ def own_template(plan: Plan) -> JinjaTemplate | None:
     image = text_of(tokens.image_id)
     more = {} if image is None else {"image_token": image}
     return JinjaTemplate(
-        source, bos_token=text_of(tokenizer.bos_id), eos_token=text_of(tokenizer.eos_id), **more
+        source,
+        bos_token=text_of(tokenizer.bos_id),
+        eos_token=text_of(tokenizer.eos_id),
+        special_tokens=tokenizer.named_tokens | more,
+        **more,
     )
 
 
-def find_chat_template(directory: Path) -> str | None:
-    """The jinja text, from the newest place that has one."""
-    found = read_optional_text(directory / "chat_template.jinja")
-    if found is not None:
-        return found
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        value = (read_optional_json(directory / name) or {}).get("chat_template")
-        if isinstance(value, list):
-            # Several by name; the one for conversation is called default.
-            named = {entry.get("name"): entry for entry in value if isinstance(entry, Mapping)}
-            value = named.get("default", {}).get("template")
-        if isinstance(value, str):
-            return value
+def _of_adapter(plan: Plan) -> str | None:
+    """The chat template in the folder of a PEFT adapter: what it was trained with.
+
+    Such a folder has no config.json to record a name in. Over a checkpoint in the original layout
+    it says nothing, like every chat template beside one.
+    """
+    if plan.form != ADAPTER or plan.adapter is None or plan.config.layout == "llava":
+        return None
+    return find_chat_template(plan.adapter.path)
+
+
+def find_chat_template(*directories: Path) -> str | None:
+    """The jinja text, from the first directory and the newest place that has one."""
+    for directory in directories:
+        found = read_optional_text(directory / "chat_template.jinja")
+        if found is not None:
+            return found
+        for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+            value = (read_optional_json(directory / name) or {}).get("chat_template")
+            if isinstance(value, list):
+                # Several by name; the one for conversation is called default.
+                named = {entry.get("name"): entry for entry in value if isinstance(entry, Mapping)}
+                value = named.get("default", {}).get("template")
+            if isinstance(value, str):
+                return value
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenTemplate:
+    """A template as the files of a checkpoint carry it.
+
+    Attributes:
+        name: for `lapilli_template` in config.json: a template of the original, or "chat_template".
+        jinja: text for chat_template.jinja; None: the name says everything.
+    """
+
+    name: str | None = None
+    jinja: str | None = None
+
+    def for_whole_prompts(
+        self, tokenizer: Tokenizer, image_id: int, *, was_whole: bool
+    ) -> str | None:
+        """chat_template.jinja in the layout of Hugging Face; None: there is no template.
+
+        Args:
+            tokenizer: of that layout.
+            image_id: the token that stands for a picture there.
+            was_whole: whether prompts were tokenized whole before, so that a chat template says
+                itself what follows a picture.
+
+        Raises:
+            PromptError: captions (the plain style) are no conversation.
+        """
+        token, gap = tokenizer.id_to_token(image_id), media_gap(tokenizer, image_id)
+        if self.jinja is not None:
+            return self.jinja if was_whole else with_gaps(self.jinja, gap, token)
+        if self.name is None:
+            return None
+        return with_gaps(to_jinja(TEMPLATES[self.name], token), gap, token)
+
+
+def written_template(
+    template: str | Template | None, config: ModelConfig, tokenizer_path: Path | None
+) -> WrittenTemplate:
+    """How a template is written beside a model.
+
+    Args:
+        template: one, or its name; "chat_template" is the one among the tokenizer's files. None:
+            what the model came with, as its configuration records it, or in another layout than
+            the original's its chat template.
+        config: of the model, in the layout that it came in.
+        tokenizer_path: a directory with the tokenizer's files.
+
+    Raises:
+        ConfigError: a template of a class that no file can hold.
+        PromptError: no template has the name, or there is no chat template.
+    """
+    source = None if tokenizer_path is None else find_chat_template(tokenizer_path)
+    if template is None:
+        template = config.template
+        if template is None and source is not None and config.layout != "llava":
+            template = OWN
+    if template is None:
+        return WrittenTemplate()
+    if isinstance(template, str):
+        if template == OWN:
+            return WrittenTemplate(OWN, _present(source, tokenizer_path))
+        return WrittenTemplate(template_by_name(template).name)
+    if isinstance(template, JinjaTemplate):
+        return WrittenTemplate(OWN, template.source)
+    if not isinstance(template, ChatTemplate):
+        raise ConfigError(
+            f"the template {template.name!r} is a {type(template).__name__}, which no file of a "
+            f"checkpoint can hold: give one by name ({', '.join(TEMPLATES)}), a ChatTemplate or a "
+            "JinjaTemplate"
+        )
+    if TEMPLATES.get(template.name) == around_media(template, use_start_end=False):
+        return WrittenTemplate(template.name)
+    return WrittenTemplate(OWN, with_gaps(to_jinja(template), template.media_gap))
+
+
+def _present(source: str | None, place: Path | None) -> str:
+    if source is None:
+        raise ConfigError(
+            f"template {OWN!r} is to be written, but there is no chat template in {place}: give "
+            f"one by name ({', '.join(TEMPLATES)})"
+        )
+    return source

@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
-from lapilli.checkpoint.files import read_optional_json, read_optional_text
-from lapilli.errors import CheckpointError, MissingFileError
+from lapilli.checkpoint.files import (
+    has_file,
+    read_optional_bytes,
+    read_optional_json,
+    read_optional_text,
+)
+from lapilli.config.reader import KeyReader
+from lapilli.errors import MissingFileError
 from lapilli.prompt.tokenizer import Tokenizer, TokenizerFiles, build_tokenizer
 
+MOST_BYTES = 64 << 20
+"""Of a tokenizer's file: the largest that are published have half of it."""
 IMAGE_PATCH = "<im_patch>"
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 
@@ -22,10 +30,9 @@ def load_tokenizer(directory: Path, *, fast: bool) -> Tokenizer:
         MissingFileError: no tokenizer there.
         CheckpointError: a file of it is damaged.
     """
-    model = directory / "tokenizer.model"
     files = TokenizerFiles(
-        model=model.read_bytes() if model.is_file() else None,
-        json=read_optional_text(directory / "tokenizer.json"),
+        model=read_optional_bytes(directory / "tokenizer.model", most=MOST_BYTES),
+        json=read_optional_text(directory / "tokenizer.json", most=MOST_BYTES),
         config=read_optional_json(directory / "tokenizer_config.json") or {},
         special_map=read_optional_json(directory / "special_tokens_map.json") or {},
         added=_added(directory / "added_tokens.json"),
@@ -40,7 +47,7 @@ def load_tokenizer(directory: Path, *, fast: bool) -> Tokenizer:
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a directory holds a tokenizer."""
-    return any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+    return any(has_file(directory / name) for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def add_image_tokens(tokenizer: Tokenizer, *, use_patch: bool, use_start_end: bool) -> int:
@@ -56,6 +63,4 @@ def add_image_tokens(tokenizer: Tokenizer, *, use_patch: bool, use_start_end: bo
 
 def _added(path: Path) -> dict[str, int]:
     found = read_optional_json(path) or {}
-    if not all(isinstance(index, int) for index in found.values()):
-        raise CheckpointError(f"{path} must map tokens to ids")
-    return {token: int(str(index)) for token, index in found.items()}
+    return KeyReader(found, path.name).all_ids()

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lapilli.checkpoint.files import read_optional_json
+from lapilli.checkpoint.files import GGUF, first_bytes, has_file, read_optional_json
 from lapilli.checkpoint.pickled import PickledShard
 from lapilli.checkpoint.safe import SafetensorsShard
-from lapilli.config.reader import is_object
+from lapilli.config.reader import is_object, shown
 from lapilli.errors import CheckpointError, MissingFileError
 
 # Elements looked at together in the search for NaN and infinities.
@@ -40,6 +40,8 @@ class TensorInfo:
         return torch.Size(self.shape).numel()
 
 
+LONGEST_NAME = 255  # of a file, on every file system that there is
+LFS = b"version https://git-lfs"
 Shard = SafetensorsShard | PickledShard
 
 
@@ -91,9 +93,21 @@ class WeightStore:
 
 
 def open_shard(path: Path) -> Shard:
-    """A weight file, by its ending."""
-    if not path.is_file():
+    """A weight file, by its ending.
+
+    Raises:
+        MissingFileError: it is not there.
+        CheckpointError: it is damaged, or a file of another kind under this name.
+    """
+    if not has_file(path):
         raise MissingFileError(f"{path.name} is missing in {path.parent}")
+    beginning = first_bytes(path, len(LFS))
+    if beginning.startswith(b"GGUF"):
+        raise CheckpointError(f"{path} is {GGUF}")
+    if beginning == LFS:
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer without the weights: run `git lfs pull`"
+        )
     return SafetensorsShard(path) if path.suffix == ".safetensors" else PickledShard(path)
 
 
@@ -115,7 +129,7 @@ def find_weight_files(directory: Path) -> tuple[Path, ...]:
         found = read_optional_json(directory / index)
         if found is not None:
             return _indexed(directory, index, found.get("weight_map"))
-        if (directory / single).is_file():
+        if has_file(directory / single):
             return (directory / single,)
         shards = tuple(sorted(directory.glob(pattern)))
         if shards:
@@ -135,14 +149,19 @@ def complete_weights(directory: Path) -> tuple[Path, ...]:
 def _indexed(directory: Path, index: str, weight_map: object) -> tuple[Path, ...]:
     if not is_object(weight_map):
         raise CheckpointError(f"{directory / index} has no weight_map")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{directory / index}: weight_map must map tensors to file names")
     names = sorted({str(name) for name in weight_map.values()})
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise CheckpointError(f"{directory / index} names {outside[0]!r}, outside its directory")
-    missing = [name for name in names if not (directory / name).is_file()]
+        raise CheckpointError(
+            f"{directory / index} names {shown(outside[0])}, outside its directory"
+        )
+    missing = [n for n in names if len(n) > LONGEST_NAME or not has_file(directory / n)]
     if missing:
+        some = ", ".join(shown(name)[1:-1] for name in missing[:3])
         raise MissingFileError(
-            f"{index} names {', '.join(missing[:3])}, missing in {directory} "
+            f"{index} names {some}, missing in {directory} "
             f"({len(missing)} of {len(names)} weight files): download it again"
         )
     return tuple(directory / name for name in names)

@@ -1,20 +1,24 @@
 """What a narrow model knows: a checkpoint may say which pictures it was made for.
 
-    world.json          {"knows": a sentence, "limit": a number}
+    world.json          {"knows": a sentence, "limit": a number, "without_picture": a sentence}
     world.safetensors   mean [E] and whitening [E, E] of known pictures, as the tower sees them
 
-A picture that lies further from those than `limit` is outside of its world. Checkpoints
+A picture that lies further from those than `limit` is outside of its world. A question without
+any picture is answered with `without_picture`, where a model was trained on none. Checkpoints
 without these files claim nothing. Knows features; no pictures and no prompts.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from lapilli.checkpoint.files import read_optional_json
+from lapilli.checkpoint.weights import open_shard, refuse_not_finite
+from lapilli.config.reader import JsonObject, KeyReader
 from lapilli.errors import CheckpointError
 from lapilli.shapes import Float, Tensor
 
@@ -31,12 +35,14 @@ class World:
         limit: the largest distance of a known picture.
         mean: of the pictures, each the mean of its patches, [E].
         whitening: turns differences from the mean into a unit gaussian, [E, E].
+        without_picture: the answer to a question without a picture; "": the model's own.
     """
 
     knows: str
     limit: float
     mean: Float[Tensor, " E"]
     whitening: Float[Tensor, "E E"]
+    without_picture: str = ""
 
     def distance(self, features: Float[Tensor, "n E"]) -> float:
         """Squared Mahalanobis distance per dimension, 1 for an average known picture."""
@@ -49,7 +55,11 @@ class World:
 
 
 def measure_world(
-    known: Sequence[Float[Tensor, "n E"]], *, knows: str, share: float = 0.995
+    known: Sequence[Float[Tensor, "n E"]],
+    *,
+    knows: str,
+    share: float = 0.995,
+    without_picture: str = "",
 ) -> World:
     """The world of these pictures, drawn so that about `share` of such pictures lies inside.
 
@@ -65,34 +75,61 @@ def measure_world(
     whitening = vectors / (values + RIDGE * values.mean()).sqrt()
     world = World(knows, 0.0, mean.float(), whitening.float().contiguous())
     distances = torch.tensor([world.distance(item) for item in known[1::2]])
-    return World(knows, float(distances.quantile(share)), world.mean, world.whitening)
+    limit = float(distances.quantile(share))
+    return replace(world, limit=limit, without_picture=without_picture)
 
 
 def save_world(world: World, folder: Path) -> None:
     """Write the two files beside a checkpoint."""
-    said = {"knows": world.knows, "limit": world.limit}
+    said: dict[str, str | float] = {"knows": world.knows, "limit": world.limit}
+    if world.without_picture:
+        said["without_picture"] = world.without_picture
     (folder / "world.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     tensors = {"mean": world.mean, "whitening": world.whitening}
     save_file(tensors, folder / "world.safetensors")
 
 
-def load_world(folder: Path) -> World | None:
+def world_files(folder: Path) -> dict[str, bytes]:
+    """The two files of a checkpoint, for a copy with the same tower: contents by name."""
+    paths = [folder / name for name in ("world.json", "world.safetensors")]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def load_world(folder: Path, *, width: int | None = None) -> World | None:
     """The world of a checkpoint, or None when it claims none.
+
+    Args:
+        folder: of the checkpoint.
+        width: of the tower's features, E; None: whatever the files say.
 
     Raises:
         CheckpointError: one of the two files is there and not usable.
     """
     path = folder / "world.json"
-    if not path.is_file():
-        return None
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        tensors = load_file(folder / "world.safetensors")
-        return World(
-            str(said["knows"]), float(said["limit"]), tensors["mean"], tensors["whitening"]
-        )
-    except (OSError, ValueError, KeyError) as error:
+        said = read_optional_json(path)
+        return None if said is None else _world(said, folder / "world.safetensors", width)
+    except (CheckpointError, KeyError) as error:
         raise CheckpointError(
-            f"{path} and world.safetensors beside it do not describe a world: {error!r}; "
+            f"{path} and world.safetensors beside it do not describe a world: {error!s}; "
             "delete both to load the checkpoint without"
         ) from error
+
+
+def _world(said: JsonObject, file: Path, width: int | None) -> World:
+    reader = KeyReader(said, "world.json")
+    limit = reader.optional_number("limit", least=0.0)
+    if limit is None:
+        raise CheckpointError("world.json: limit is missing")
+    shard = open_shard(file)
+    mean, whitening = (shard.tensor(name, torch.float32) for name in ("mean", "whitening"))
+    size = len(mean) if width is None and mean.dim() == 1 else width
+    if mean.shape != (size,) or whitening.shape != (size, size):
+        raise CheckpointError(
+            f"mean has shape {tuple(mean.shape)} and whitening {tuple(whitening.shape)}, expected "
+            f"({size},) and ({size}, {size})"
+        )
+    refuse_not_finite("mean", mean)
+    refuse_not_finite("whitening", whitening)
+    knows, without = (reader.text(key, "") or "" for key in ("knows", "without_picture"))
+    return World(knows, limit, mean, whitening, without)

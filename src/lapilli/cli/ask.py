@@ -3,17 +3,27 @@
 import json
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from lapilli.cli import options
-from lapilli.cli.terminal import note, open_chat, plain_errors, read_pipe_once
+from lapilli.cli.terminal import (
+    PLACEHOLDER,
+    STAYED_TEXT,
+    note,
+    open_chat,
+    plain_errors,
+    read_pipe_once,
+)
+from lapilli.errors import MediaError
 
 if TYPE_CHECKING:
     from lapilli.generate.outputs import Generation
     from lapilli.pipeline import Chat
 
+QUESTION_FIRST = 'the question comes first: lapilli ask "QUESTION" IMAGE'
 Question = Annotated[str, typer.Argument(help="What you want to know.")]
 Images = Annotated[
     list[str] | None,
@@ -40,12 +50,15 @@ def ask(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     speculate: options.Speculate = "auto",
+    alpha: options.Alpha = "drop",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Answer one question about some pictures (or about none)."""
     with plain_errors():
         pictures = read_pipe_once(images or [])
+        if not quiet:
+            _say_what_is_odd(question, images or [])
         started = time.perf_counter()
         session = open_chat(
             model,
@@ -57,6 +70,7 @@ def ask(
             device=device,
             dtype=dtype,
             quantize=quantize,
+            alpha=alpha,
         )
         load_s = time.perf_counter() - started
         sampling: dict[str, Any] = {
@@ -69,12 +83,35 @@ def ask(
             "stop": tuple(stop or ()),
             "seed": seed,
         }
-        if as_json:
-            _print_json(session, question, pictures, sampling, load_s=load_s)
-        else:
-            write_answer(session, question, pictures, sampling)
+        try:
+            if as_json:
+                _print_json(session, question, pictures, sampling, load_s=load_s)
+            else:
+                write_answer(session, question, pictures, sampling)
+        except MediaError as error:
+            if not _is_picture(question):
+                raise
+            raise MediaError(f"{error}; {QUESTION_FIRST}") from error
         if not quiet:
             warn_outside_world(session)
+
+
+def _say_what_is_odd(question: str, images: list[str]) -> None:
+    """Say in one line what a question is that nobody asks."""
+    if images and PLACEHOLDER in question:
+        note(STAYED_TEXT)
+    elif not images and _is_picture(question):
+        note(f"{question} is taken for the question: {QUESTION_FIRST}")
+
+
+def _is_picture(question: str) -> bool:
+    """Whether a question is the name of a file, or a place to get a picture from."""
+    try:
+        return question.startswith(("http://", "https://", "data:", "file:")) or (
+            Path(question).expanduser().is_file()
+        )
+    except (OSError, ValueError, RuntimeError):  # too long for a name, or "~" of nobody
+        return False
 
 
 def write_answer(

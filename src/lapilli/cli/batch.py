@@ -1,27 +1,28 @@
 """`lapilli batch IN.jsonl OUT.jsonl`: many questions, a line each; may be stopped and run again.
 
     in    {"question": "...", "images": ["a.png"], "id": 7}      paths beside the file, any id
-    out   {"line": 1, "id": 7, "answer": "...", ...} or {"line": 1, "id": 7, "error": "..."}
+    out   {"line": 1, "id": 7, "asked": "...", "answer": "...", ...} or {..., "error": "..."}
 
-Lines are written as they are answered, each in one piece: whatever ends the program, what is in the
-file is whole but for a torn last line, which the next run drops.
+Every line ends as an answer or as its error, whatever it holds. What the output looks like and how
+it is written stands in answers.py, what a line may say in question.py.
 """
 
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 from lapilli.cli import options
-from lapilli.cli.terminal import note, open_chat, plain_errors
-from lapilli.errors import LapilliError, PromptError
+from lapilli.cli.answers import AnswerFile, Result
+from lapilli.cli.question import Line, Question, read_lines
+from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, note, open_chat, plain_errors
+from lapilli.errors import LapilliError
 
 if TYPE_CHECKING:
+    from lapilli.config.generation import SamplingParams
     from lapilli.generate.outputs import Generation
     from lapilli.pipeline import Chat
     from lapilli.prompt.message import Message
@@ -35,8 +36,8 @@ Folder = Annotated[
 ]
 Rows = Annotated[int, typer.Option(min=1, help="Most questions that are answered at once.")]
 
-START = b'{"line": '
-"""How every line of the output begins."""
+EXIT_NO_ANSWER = 1
+"""The exit code when there is no answer to any line."""
 
 
 def batch(
@@ -59,141 +60,154 @@ def batch(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
+    alpha: options.Alpha = "drop",
     quiet: options.Quiet = False,
 ) -> None:
-    """Answer the questions of a file, many at a time; run again after a stop, it goes on."""
+    """Answer the questions of a file, many at a time; run again after a stop, it goes on.
+
+    A line that was changed since is answered again. The exit code is 1 where no line has an answer.
+    """
+    sampling: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "max_new_tokens": max_new_tokens,
+        "stop": tuple(stop or ()),
+        "seed": seed,
+    }
     with plain_errors():
         lines = read_lines(source)
-        done = answered(target)
-        waiting = [line for line in lines if line.number not in done]
-        if len(waiting) < len(lines) and not quiet:
-            note(f"{len(lines) - len(waiting)} of {len(lines)} lines are in {target} already")
-        if not waiting:
-            return
-        session = open_chat(
-            model,
-            quiet=quiet,
-            speculate=speculate,
-            max_rows=rows,
-            base=base,
-            adapter=adapter,
-            template=template,
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
+        with AnswerFile(target, lines, source=source) as answers:
+            if not quiet:
+                _say_what_is_there(answers, len(lines), target)
+            waiting = [line for line in lines if line.number not in answers.done]
+            folder = images or source.parent
+            if waiting and not quiet:
+                _warn_of_placeholders(waiting, folder)
+            if waiting:
+                session = open_chat(
+                    model,
+                    quiet=quiet,
+                    speculate=speculate,
+                    max_rows=rows,
+                    base=base,
+                    adapter=adapter,
+                    template=template,
+                    device=device,
+                    dtype=dtype,
+                    quantize=quantize,
+                    alpha=alpha,
+                )
+                results = answer_lines(session, waiting, folder, sampling)
+                errors = write_results(results, answers, total=len(waiting), quiet=quiet)
+                if errors and not quiet:
+                    note(f"{errors} of {len(waiting)} lines have an error, see {target}")
+            has_answers = answers.num_answers > 0 or not lines
+    if not has_answers:
+        raise typer.Exit(EXIT_NO_ANSWER)
+
+
+def _say_what_is_there(answers: AnswerFile, num_lines: int, target: Path) -> None:
+    if answers.done:
+        note(f"{len(answers.done)} of {num_lines} lines are in {target} already")
+    if answers.stale:
+        note(
+            f"{answers.stale} answers are to lines that were changed since: they are now in "
+            f"{answers.old}, and the lines are answered again"
         )
-        sampling: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "max_new_tokens": max_new_tokens,
-            "stop": tuple(stop or ()),
-            "seed": seed,
-        }
-        results = answer_lines(session, waiting, images or source.parent, sampling)
-        errors = write_results(results, target, total=len(waiting), quiet=quiet)
-        if errors and not quiet:
-            note(f"{errors} of {len(waiting)} lines have an error, see {target}")
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A line of the input, numbered from 1."""
-
-    number: int
-    text: str
-
-
-def read_lines(source: Path) -> list[Line]:
-    """The lines that hold something."""
-    texts = source.read_text(encoding="utf-8").splitlines()
-    return [Line(number, text) for number, text in enumerate(texts, 1) if text.strip()]
-
-
-def answered(target: Path) -> frozenset[int]:
-    """Numbers of the lines that are answered; a torn last line is cut off.
-
-    Raises:
-        PromptError: the file holds something else than answers.
-    """
-    if not target.exists():
-        return frozenset()
-    written = target.read_bytes()
-    end = written.rfind(b"\n") + 1
-    torn = written[end:]
-    try:
-        done = frozenset(int(json.loads(row)["line"]) for row in written[:end].splitlines())
-    except (ValueError, KeyError, TypeError) as error:
-        raise _not_ours(target) from error
-    if not START.startswith(torn[: len(START)]):
-        raise _not_ours(target)
-    if torn:
-        with target.open("r+b") as file:
-            file.truncate(end)
-    return done
-
-
-def _not_ours(target: Path) -> PromptError:
-    return PromptError(
-        f"{target} holds something else than answers of lapilli batch: name another file"
-    )
+def _warn_of_placeholders(lines: Sequence[Line], folder: Path) -> None:
+    """Say in one line where <image> stands in a question beside pictures."""
+    for line in lines:
+        if PLACEHOLDER.encode() in line.content:
+            messages = line.question(folder).messages
+            if messages and messages[-1].media and PLACEHOLDER in messages[-1].text:
+                note(f"line {line.number}: {STAYED_TEXT}")
+                return
 
 
 def answer_lines(
-    session: "Chat", lines: Iterable[Line], folder: Path, sampling: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """A result for every line, in the order in which they are finished."""
+    session: "Chat", lines: Sequence[Line], folder: Path, sampling: dict[str, Any]
+) -> Iterator[Result]:
+    """A result for every line, in the order in which they are finished.
+
+    Questions are answered together. Where that ends in an error of all (a fault in the model's
+    arithmetic, or in ours), those that were on their way are asked one by one, so that the error
+    stays with the line that it belongs to, and the rest goes on together.
+    """
     from lapilli.config.generation import SamplingParams
 
-    asked: list[dict[str, Any]] = []
-    unreadable: list[dict[str, Any]] = []
-
-    def conversations() -> "Iterator[tuple[Message, ...]]":
-        for line in lines:
-            head, messages = parse(line, folder)
-            if messages is None:
-                unreadable.append(head)
-            else:
-                asked.append(head)
-                yield messages
-
     params = SamplingParams.from_options(**sampling)
-    for at, answer in session.as_completed(conversations(), params):
-        while unreadable:
-            yield unreadable.pop()
-        yield asked[at] | describe(answer)
-    yield from unreadable
+    waiting = list(lines)
+    while waiting:
+        together = _Together(session, waiting, folder, params)
+        try:
+            yield from together.results()
+        except Exception:  # noqa: BLE001 - whatever it was, the lines have to be told apart
+            for question in together.unanswered():
+                yield question.head | _answer_alone(session, question.messages, params)
+        waiting = waiting[together.taken :]
 
 
-def parse(line: Line, folder: Path) -> "tuple[dict[str, Any], tuple[Message, ...] | None]":
-    """The beginning of a line's result, and the question; without one the result is an error."""
-    from lapilli.prompt.message import Message
+class _Together:
+    """Lines that are answered at the same time; knows which of them are still on their way."""
 
-    head: dict[str, Any] = {"line": line.number}
+    def __init__(
+        self, session: "Chat", lines: Sequence[Line], folder: Path, params: "SamplingParams"
+    ) -> None:
+        self.taken = 0
+        self._session, self._lines, self._folder = session, lines, folder
+        self._params = params
+        self._asked: list[Question] = []
+        self._answered: set[int] = set()
+        self._unreadable: list[Result] = []
+
+    def results(self) -> Iterator[Result]:
+        """Results as they come."""
+        for at, answer in self._session.as_completed(self._conversations(), self._params):
+            while self._unreadable:
+                yield self._unreadable.pop()
+            self._answered.add(at)
+            yield self._asked[at].head | describe(answer)
+        while self._unreadable:
+            yield self._unreadable.pop()
+
+    def unanswered(self) -> Iterator[Question]:
+        """Questions that were taken and have no result."""
+        for result in self._unreadable:
+            yield Question(result, ())
+        for at, question in enumerate(self._asked):
+            if at not in self._answered:
+                yield question
+
+    def _conversations(self) -> "Iterator[tuple[Message, ...]]":
+        for line in self._lines:
+            self.taken += 1
+            question = line.question(self._folder)
+            if question.messages:
+                self._asked.append(question)
+                yield question.messages
+            else:
+                self._unreadable.append(question.head)
+
+
+def _answer_alone(
+    session: "Chat", messages: "Sequence[Message]", params: "SamplingParams"
+) -> Result:
+    """The end of a line's result, whatever happens; nothing where the line had its error before."""
+    if not messages:
+        return {}
     try:
-        row = json.loads(line.text)
-    except ValueError as error:
-        return head | {"error": f"not JSON: {error}"}, None
-    if not isinstance(row, dict):
-        return head | {"error": "not a JSON object"}, None
-    head |= {"id": row["id"]} if "id" in row else {}
-    question, system = row.get("question"), row.get("system")
-    pictures = row.get("images", [row["image"]] if row.get("image") else [])
-    if not isinstance(question, str) or not question.strip():
-        return head | {"error": 'no "question", or an empty one'}, None
-    if not isinstance(pictures, list) or not all(isinstance(each, str) for each in pictures):
-        return head | {"error": '"images" must be a list of paths, URLs or data URIs'}, None
-    messages = [Message.system(system)] if isinstance(system, str) else []
-    return head, (*messages, Message.user(question, *(_place(each, folder) for each in pictures)))
+        return describe(session.answer(messages, params))
+    except LapilliError as error:
+        return describe(error)
+    except Exception as error:  # noqa: BLE001 - one line must not cost the answers to the others
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
 
 
-def _place(picture: str, folder: Path) -> str:
-    is_elsewhere = picture.startswith(("http:", "https:", "data:", "file:"))
-    return picture if is_elsewhere else str(folder / picture)
-
-
-def describe(answer: "Generation | LapilliError") -> dict[str, Any]:
+def describe(answer: "Generation | LapilliError") -> Result:
     """The end of a line's result."""
     if isinstance(answer, LapilliError):
         return {"error": " ".join(str(answer).split())}
@@ -206,13 +220,13 @@ def describe(answer: "Generation | LapilliError") -> dict[str, Any]:
 
 
 def write_results(
-    results: Iterator[dict[str, Any]], target: Path, *, total: int, quiet: bool
+    results: Iterator[Result], answers: AnswerFile, *, total: int, quiet: bool
 ) -> int:
     """Append every result as it comes; returns how many are errors."""
     errors = 0
-    with target.open("ab", buffering=0) as file, progress(total, quiet=quiet) as bar:
+    with progress(total, quiet=quiet) as bar:
         for result in results:
-            file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+            answers.add(result)
             errors += "error" in result
             bar.advance()
     return errors

@@ -11,7 +11,16 @@ import typer
 
 from lapilli.cli import options
 from lapilli.cli.ask import warn_outside_world, write_answer
-from lapilli.cli.terminal import line_editing, note, open_chat, plain_errors
+from lapilli.cli.terminal import (
+    PLACEHOLDER,
+    STAYED_TEXT,
+    in_one_line,
+    line_editing,
+    note,
+    open_chat,
+    plain_errors,
+    typed_ahead,
+)
 from lapilli.errors import LapilliError
 
 if TYPE_CHECKING:
@@ -39,6 +48,7 @@ def chat(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     speculate: options.Speculate = "auto",
+    alpha: options.Alpha = "drop",
     quiet: options.Quiet = False,
 ) -> None:
     """Talk about pictures. /image PATH, /reset, /save FILE, /quit; Ctrl-C stops an answer."""
@@ -53,6 +63,7 @@ def chat(
             device=device,
             dtype=dtype,
             quantize=quantize,
+            alpha=alpha,
         )
         sampling: dict[str, Any] = {
             "temperature": temperature,
@@ -84,7 +95,7 @@ class Conversation:
         """Read and answer until /quit or the end of the input."""
         while True:
             try:
-                line = input("> " if sys.stdin.isatty() else "").strip()
+                line = self._read().strip()
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -94,6 +105,18 @@ class Conversation:
                 return
             if line:
                 self._take(line)
+
+    @staticmethod
+    def _read() -> str:
+        """The next line.
+
+        Raises:
+            EOFError: there is none.
+        """
+        ahead = typed_ahead()
+        if ahead == "":
+            raise EOFError
+        return input("> " if sys.stdin.isatty() else "") if ahead is None else ahead
 
     def _take(self, line: str) -> None:
         command, _, argument = line.partition(" ")
@@ -110,9 +133,11 @@ class Conversation:
                 note(f"no command {command}: {HELP}")
             else:
                 self.answer(line)
+        except BrokenPipeError:
+            raise  # nobody reads the answers any more
         except (LapilliError, OSError) as error:
             # A mistyped path must not end the conversation.
-            note(f"lapilli: {' '.join(str(error).split())}")
+            note(f"lapilli: {in_one_line(error)}")
 
     def show(self, path: str) -> None:
         """Keep a picture for the next question."""
@@ -139,6 +164,8 @@ class Conversation:
 
     def answer(self, question: str) -> None:
         """Answer; Ctrl-C ends the answer and keeps what was said of it."""
+        if self.pictures and PLACEHOLDER in question and not self.quiet:
+            note(STAYED_TEXT)
         try:
             write_answer(self.session, question, self.pictures, self.sampling)
         except KeyboardInterrupt:
@@ -151,4 +178,5 @@ class Conversation:
 
 def _history_file() -> Path:
     state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "lapilli" / "history"
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() fails for a user without one
+    return (Path(state) if state else Path(home, ".local", "state")) / "lapilli" / "history"

@@ -12,7 +12,7 @@ Layout = Annotated[
     typer.Option(help="llava, as the original, or huggingface (LlavaForConditionalGeneration)."),
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; by default as the checkpoint's.")
+    str | None, typer.Option(help="float32, bfloat16 or float16; by default as in the files.")
 ]
 
 
@@ -21,6 +21,7 @@ def export(
     target: options.Target,
     layout: Layout = "llava",
     dtype: Dtype = None,
+    template: options.Template = None,
     base: options.Base = None,
     adapter: options.Adapter = None,
     overwrite: options.Overwrite = False,
@@ -36,6 +37,7 @@ def export(
                 target,
                 layout=layout,
                 dtype=dtype,
+                template=template,
                 base=base,
                 adapter=adapter,
                 overwrite=overwrite,

@@ -6,6 +6,7 @@ import typer
 
 from lapilli import __version__
 from lapilli.cli import ask, batch, bench, build, chat, data, export, inspect, quantize, train
+from lapilli.cli.terminal import close_streams, plain_errors, prepare_streams
 
 app = typer.Typer(
     name="lapilli",
@@ -46,5 +47,12 @@ def _program(
 
 
 def main() -> None:
-    """Entry point of the installed `lapilli` script."""
-    app()
+    """Entry point of the installed `lapilli` script: no traceback, whatever the streams are."""
+    prepare_streams()
+    code = 0
+    try:
+        with plain_errors():
+            app()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    raise SystemExit(close_streams(code))

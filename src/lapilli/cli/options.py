@@ -21,6 +21,10 @@ Template = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Quantize = Annotated[str | None, typer.Option(help="int8 or int4: smaller and faster on a CPU.")]
+Alpha = Annotated[
+    str,
+    typer.Option(help="Transparent pictures: drop shows what lies under, composite lays on white."),
+]
 Temperature = Annotated[
     float,
     typer.Option(min=0.0, help="0 takes the likeliest token each time."),

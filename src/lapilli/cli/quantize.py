@@ -9,8 +9,8 @@ from lapilli.cli.terminal import loading, note, plain_errors
 
 Bits = Annotated[int, typer.Option(help="4 or 8.")]
 GroupSize = Annotated[
-    int | None,
-    typer.Option(help="Inputs that share a scale: 32, 64 or 128; 32 at 8 bits, 128 at 4."),
+    int,
+    typer.Option(help="Inputs that share a scale: 32, 64 or 128. 0 is 32 at 8 bits, 128 at 4."),
 ]
 Zeros = Annotated[bool, typer.Option("--zero-points", help="4 bits with zero points.")]
 Mode = Annotated[
@@ -23,10 +23,11 @@ def quantize(
     source: options.Source,
     target: options.Target,
     bits: Bits = 4,
-    group_size: GroupSize = None,
+    group_size: GroupSize = 0,
     zero_points: Zeros = False,
     mode: Mode = "dynamic",
     tower: Tower = False,
+    template: options.Template = None,
     base: options.Base = None,
     adapter: options.Adapter = None,
     overwrite: options.Overwrite = False,
@@ -36,13 +37,16 @@ def quantize(
     with plain_errors():
         with loading(source, quiet=quiet) as progress:
             from lapilli.checkpoint.load import load_checkpoint
+            from lapilli.checkpoint.placement import STORED
             from lapilli.checkpoint.save import save_llava
+            from lapilli.checkpoint.world import world_files
             from lapilli.quant import QuantConfig
-            from lapilli.quant.config import GROUP_SIZES
+            from lapilli.quant.config import describe
+            from lapilli.quant.quantize import notes_on
 
             config = QuantConfig(
                 bits=bits,
-                group_size=group_size or GROUP_SIZES.get(bits, 128),
+                group_size=group_size,
                 symmetric=not zero_points,
                 mode=mode,
                 quantize_tower=tower,
@@ -51,7 +55,9 @@ def quantize(
                 source,
                 base=base,
                 adapter=adapter,
+                template=template,
                 device="cpu",
+                dtype=STORED,
                 quantization=config,
                 progress=progress,
             )
@@ -60,10 +66,13 @@ def quantize(
             loaded.model,
             loaded.config,
             tokenizer_path=loaded.tokenizer_path,
-            template=loaded.template.template.name,
+            template=loaded.template.template,
             overwrite=overwrite,
             quantization=config,
+            extra=world_files(loaded.path),
         )
         if not quiet:
             size = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
-            note(f"{target}: {size / 1e6:.1f} MB in {bits} bits")
+            note(f"{target}: {size / 1e6:.1f} MB, {describe(config)}")
+            for line in notes_on(dict(loaded.model.named_modules()), config):
+                note(line)

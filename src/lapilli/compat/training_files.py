@@ -13,6 +13,8 @@ from lapilli.checkpoint.source import resolve
 from lapilli.compat.models import LlavaForCausalLM
 from lapilli.compat.tokenizer import PreTrainedTokenizer
 from lapilli.compat.training_arguments import TrainingArguments
+from lapilli.prompt.choose import RECORD_KEY
+from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
 from lapilli.shapes import Tensor
 
 WRAPPER = "base_model.model."
@@ -49,7 +51,7 @@ def _save_projector(model: LlavaForCausalLM, arguments: TrainingArguments, folde
     keys = ["mm_projector"] + (["embed_tokens"] if arguments.mm_use_im_start_end else [])
     named = {k: v for k, v in _weights(model).items() if any(key in k for key in keys)}
     torch.save(named, folder / "mm_projector.bin")
-    _write(folder / "config.json", model.config.to_dict())
+    _write(folder / "config.json", model.config.to_dict() | recorded(arguments))
 
 
 def _save_lora(model: LlavaForCausalLM, arguments: TrainingArguments, folder: Path) -> None:
@@ -64,12 +66,24 @@ def _save_lora(model: LlavaForCausalLM, arguments: TrainingArguments, folder: Pa
     torch.save(others, folder / "non_lora_trainables.bin")
     targets = {name.split(".lora_")[0].split(".")[-1] for name in halves}
     _write(folder / "adapter_config.json", adapter_config(arguments, sorted(targets)))
-    _write(folder / "config.json", model.config.to_dict())
+    _write(folder / "config.json", model.config.to_dict() | recorded(arguments))
     (folder / "README.md").write_text(
         "---\nlibrary_name: peft\n---\n\nA LoRA adapter trained with "
         f"{arguments.model_name_or_path} as its base.\n",
         encoding="utf-8",
     )
+
+
+def recorded(arguments: TrainingArguments) -> dict[str, str]:
+    """The template of the conversations, for our own loader; captions (plain) say nothing.
+
+    Source: LLaVA train.py: v0 and v0.5 leave the default, an unknown version takes vicuna_v1.
+    """
+    version = arguments.version
+    if "plain" in version:
+        return {}
+    is_named = version in TEMPLATES and version not in ("v0", "v0.5")
+    return {RECORD_KEY: version if is_named else DEFAULT_TEMPLATE}
 
 
 def adapter_config(arguments: TrainingArguments, targets: list[str]) -> dict[str, Any]:
@@ -107,7 +121,8 @@ def _save_whole(
 ) -> None:
     """Everything, the frozen tower included (quirk 17)."""
     save_file(_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {
+    config = model.config.to_dict() | recorded(arguments)
+    config |= {
         "architectures": [type(model).__name__],
         "torch_dtype": str(model.dtype).removeprefix("torch."),
     }

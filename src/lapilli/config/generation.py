@@ -91,6 +91,10 @@ class SamplingParams:
             check_count("top_k", self.top_k, least=1)
         if self.logprobs is not None:
             check_count("logprobs", self.logprobs, least=0)
+        if self.seed is not None:
+            check_count("seed", self.seed, least=-(2**63))
+            if self.seed >= 2**64:
+                raise GenerationError(f"seed must be below 2 ** 64, got {self.seed}")
 
     def _check_ranges(self) -> None:
         infinity = float("inf")

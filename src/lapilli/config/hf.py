@@ -11,7 +11,7 @@ from lapilli.config.model import (
     ProjectorConfig,
     VisionConfig,
 )
-from lapilli.config.reader import KeyReader, KeyReport
+from lapilli.config.reader import KeyReader, KeyReport, shown
 from lapilli.config.text import parse_activation, parse_text
 from lapilli.config.tokens import parse_tokens
 from lapilli.config.vision import (
@@ -55,7 +55,6 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     second_id = reader.optional_integer("image_token_id")
     image_id = image_id if image_id is not None else second_id
     tokens = parse_tokens(text_reader, generation, image_id=32000 if image_id is None else image_id)
-    reader.value(RECORD_KEY)  # read where templates are known; see lapilli.prompt.choose
     dtypes = [one.text(key) for one in (reader, text_reader) for key in ("dtype", "torch_dtype")]
     config = ModelConfig(
         text=text,
@@ -69,6 +68,7 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
         torch_dtype=next((one for one in dtypes if one), None),
         context_length=text.max_positions,
         padding_side="left",
+        template=reader.text(RECORD_KEY),
     )
     return config, reader.report() + generation.report() + image_report
 
@@ -95,14 +95,14 @@ def _vision(reader: KeyReader) -> VisionConfig:
     if isinstance(layer, list):
         if len(layer) != 1:
             raise UnsupportedModelError(
-                f"config.json: vision_feature_layer {layer} takes {len(layer)} layers, "
+                f"config.json: vision_feature_layer {shown(layer)} takes {len(layer)} layers, "
                 "only one is supported"
             )
         layer = layer[0]
     if layer is None:
         layer = -2
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise ConfigError(f"config.json: vision_feature_layer must be a number, got {layer!r}")
+        raise ConfigError(f"config.json: vision_feature_layer must be a number, got {shown(layer)}")
     strategy = reader.text("vision_feature_select_strategy", "default") or "default"
     if strategy not in STRATEGIES:
         raise ConfigError(

@@ -17,7 +17,7 @@ from lapilli.config.model import (
     VisionConfig,
 )
 from lapilli.config.projector import parse_projector, tile_features
-from lapilli.config.reader import JsonObject, KeyReader, KeyReport
+from lapilli.config.reader import MOST, MOST_POSITIONS, JsonObject, KeyReader, KeyReport, shown
 from lapilli.config.text import parse_text
 from lapilli.config.tokens import parse_tokens
 from lapilli.config.vision import Select, default_pixels, parse_pixels, parse_tower
@@ -32,7 +32,13 @@ FAMILIES = {
     "llava_mpt": "mpt",
     "llava_qwen": "qwen2",
 }
+_MOST_PINPOINTS = 1000
+_MOST_PIXELS = 1 << 25  # of a resolution: 0.4 GB as float32
+_LONGEST_LITERAL = 1 << 14
+# What lapilli records in a config.json that it writes, beyond what other programs have a key for.
 RECORD_KEY = "lapilli_template"
+IMAGE_KEY = "lapilli_image_token_index"  # in the original layout, of a model that came with one
+ROUNDS_KEY = "lapilli_rounds_unpad"  # see ImageConfig.rounds_unpad
 ASPECTS: dict[str, Aspect] = {"square": "square", "pad": "pad", "anyres": "anyres"}
 MERGES: dict[str, Merge] = {
     "flat": "flat",
@@ -73,14 +79,13 @@ def parse_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     reader = KeyReader(files.config, "config.json", base | ignored.LLAVA)
     text = parse_text(reader, family)
     generation = KeyReader(files.generation, "generation_config.json", ignored.GENERATION)
-    tokens = parse_tokens(reader, generation)
+    tokens = parse_tokens(reader, generation, image_id=reader.optional_integer(IMAGE_KEY))
     source = named_tower(files.config)
     has_vision = source is not None
     _refuse_multi_scale(reader)
     vision, vision_report = _vision(reader, files) if has_vision else (None, KeyReport())
     image, image_report = _image(reader, files, vision) if vision else (None, KeyReport())
-    # The template is read where templates are known; see lapilli.prompt.choose.
-    for key in ("mm_vision_tower", "vision_tower", "architectures", "model_type", RECORD_KEY):
+    for key in ("mm_vision_tower", "vision_tower", "architectures", "model_type"):
         reader.value(key)
     torch_dtype = reader.text("torch_dtype") or reader.text("dtype")
     projector = _projector(reader, vision, text.hidden_size) if vision else None
@@ -95,9 +100,10 @@ def parse_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
         has_newline=bool(image and "unpad" in image.merge),
         layout="llava",
         torch_dtype=torch_dtype,
-        max_length=reader.optional_integer("tokenizer_model_max_length"),
-        context_length=reader.positive("max_sequence_length", 2048),
+        max_length=_max_length(reader),
+        context_length=reader.positive("max_sequence_length", 2048, most=MOST_POSITIONS),
         padding_side=_padding_side(reader),
+        template=reader.text(RECORD_KEY),
     )
     report = reader.report() + generation.report() + vision_report + image_report
     return config, report
@@ -107,14 +113,15 @@ def _refuse_multi_scale(reader: KeyReader) -> None:
     scales = reader.value("s2_scales")
     if reader.flag("s2", False):
         raise UnsupportedModelError(
-            f"config.json: s2 is true (a tower at the scales {scales}), which is not supported"
+            f"config.json: s2 is true (a tower at the scales {shown(scales)}), which is not "
+            "supported"
         )
 
 
 def _vision(reader: KeyReader, files: ConfigFiles) -> tuple[VisionConfig, KeyReport]:
     if files.tower is None:
         raise ConfigError(
-            f"the configuration of the vision tower {reader.raw.get('mm_vision_tower')!r} "
+            f"the configuration of the vision tower {shown(named_tower(reader.raw))} "
             "is needed, but none was found"
         )
     layer = reader.optional_integer("mm_vision_select_layer")
@@ -176,6 +183,7 @@ def _image(
         aspect=ASPECTS[aspect],
         merge=MERGES[merge],
         pinpoints=pinpoints if aspect == "anyres" else (),
+        rounds_unpad=reader.flag(ROUNDS_KEY, False),
     )
     return image, report
 
@@ -192,27 +200,48 @@ def parse_pinpoints(value: object, *, width_first: bool) -> tuple[ImageSize, ...
     """
     if value is None:
         return ()
-    found = value
-    if isinstance(value, str):
-        try:
-            found = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise ConfigError(
-                f"config.json: image_grid_pinpoints is not a list: {value!r}"
-            ) from error
+    found = _literal(value) if isinstance(value, str) else value
+    pairs = found if isinstance(found, list | tuple) else [found]
+    if len(pairs) > _MOST_PINPOINTS:
+        raise ConfigError(
+            f"config.json: image_grid_pinpoints has {len(pairs)} resolutions, expected at most "
+            f"{_MOST_PINPOINTS}"
+        )
     sizes: list[ImageSize] = []
-    for pair in found if isinstance(found, list | tuple) else [found]:
+    for pair in pairs:
         if (
             not isinstance(pair, list | tuple)
             or len(pair) != 2
-            or not all(isinstance(side, int) and side > 0 for side in pair)
+            or not all(type(side) is int and side > 0 for side in pair)
         ):
             raise ConfigError(
-                f"config.json: image_grid_pinpoints must be a list of pairs of pixels, got {pair!r}"
+                "config.json: image_grid_pinpoints must be a list of pairs of pixels, got "
+                f"{shown(pair)}"
             )
         first, second = pair
+        if first * second > _MOST_PIXELS:
+            raise ConfigError(
+                f"config.json: image_grid_pinpoints has the resolution {shown(pair)}, expected at "
+                f"most {_MOST_PIXELS} pixels"
+            )
         sizes.append(ImageSize(second, first) if width_first else ImageSize(first, second))
     return tuple(sizes)
+
+
+def _literal(text: str) -> object:
+    """The list that a string spells."""
+    try:
+        return ast.literal_eval(text if len(text) < _LONGEST_LITERAL else "")
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ConfigError(
+            f"config.json: image_grid_pinpoints is not a list: {shown(text)}"
+        ) from error
+
+
+def _max_length(reader: KeyReader) -> int | None:
+    """The longest fused row; transformers writes 1e30 for "no limit"."""
+    found = reader.optional_number("tokenizer_model_max_length", least=1.0, most=1e300)
+    return None if found is None or found > MOST else int(found)
 
 
 def _padding_side(reader: KeyReader) -> Side:

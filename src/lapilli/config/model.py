@@ -204,9 +204,9 @@ class TokenConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
-    image_id: int | None = (
-        None  # the real vocabulary entry of Hugging Face checkpoints; None: the original's -200
-    )
+    # The vocabulary entry that stands for a picture where a prompt is tokenized whole, as Hugging
+    # Face does; None: the text between pictures is, each piece for itself, as the original does.
+    image_id: int | None = None
     use_start_end: bool = False
     use_patch_token: bool = True
 
@@ -230,4 +230,5 @@ class ModelConfig:
     )
     context_length: int = 2048
     padding_side: Literal["left", "right"] = "right"
+    template: str | None = None  # lapilli_template: what lapilli recorded when it wrote the files
     notes: tuple[str, ...] = field(default=())

@@ -5,7 +5,7 @@ from lapilli.config.hf import parse_hf_llava, parse_language_model
 from lapilli.config.llava import FAMILIES, family_of, parse_llava
 from lapilli.config.llava import named_tower as named_llava_tower
 from lapilli.config.model import ModelConfig, TextConfig
-from lapilli.config.reader import JsonObject, KeyReader, KeyReport
+from lapilli.config.reader import JsonObject, KeyReader, KeyReport, in_file, shown
 from lapilli.config.text import TEXT_FAMILIES, parse_text
 from lapilli.errors import UnsupportedModelError
 
@@ -31,7 +31,7 @@ def parse_config(
         weight_names: names of the checkpoint's tensors, where they are known cheaply.
 
     Raises:
-        ConfigError: a key is missing, of the wrong type, or contradicts another.
+        ConfigFileError: a key is missing, of the wrong type, or contradicts another.
         UnsupportedModelError: the model type, or a variation of it, is not one of ours.
     """
     files = ConfigFiles(
@@ -41,15 +41,16 @@ def parse_config(
         generation=generation or {},
         weight_names=weight_names,
     )
-    if is_original(raw):
-        return parse_llava(files)
-    if is_hf_llava(raw):
-        return parse_hf_llava(files)
-    kind = raw.get("model_type")
-    if kind in TEXT_FAMILIES:
-        return parse_language_model(files)
+    with in_file():
+        if is_original(raw):
+            return parse_llava(files)
+        if is_hf_llava(raw):
+            return parse_hf_llava(files)
+        kind = raw.get("model_type")
+        if isinstance(kind, str) and kind in TEXT_FAMILIES:
+            return parse_language_model(files)
     raise UnsupportedModelError(
-        f"config.json: model_type {kind!r} is not supported, choose from "
+        f"config.json: model_type {shown(kind)} is not supported, choose from "
         f"{', '.join(SUPPORTED_TYPES)}"
     )
 
@@ -58,16 +59,17 @@ def parse_text_config(raw: JsonObject) -> TextConfig:
     """The language model inside any supported config.json, without looking at its images.
 
     Raises:
-        ConfigError: a key is missing or of the wrong type.
+        ConfigFileError: a key is missing or of the wrong type.
         UnsupportedModelError: a language model that lapilli does not have.
     """
     reader = KeyReader(raw, "config.json")
-    if is_original(raw):
-        return parse_text(reader, family_of(raw))
-    if is_hf_llava(raw):
-        reader = reader.child("text_config")
-        return parse_text(reader, reader.text("model_type") or "llama")
-    return parse_text(reader, str(raw.get("model_type")))
+    with in_file():
+        if is_original(raw):
+            return parse_text(reader, family_of(raw))
+        if is_hf_llava(raw):
+            reader = reader.child("text_config")
+            return parse_text(reader, reader.text("model_type") or "llama")
+        return parse_text(reader, reader.text("model_type", "") or "")
 
 
 def is_hf_llava(raw: JsonObject) -> bool:
@@ -85,7 +87,7 @@ def is_original(raw: JsonObject) -> bool:
         Releases of 2023 say `llava`, like Hugging Face's own class; the shape of the file decides.
     """
     kind = raw.get("model_type")
-    return kind in FAMILIES or (kind == "llava" and not is_hf_llava(raw))
+    return kind in tuple(FAMILIES) or (kind == "llava" and not is_hf_llava(raw))
 
 
 def named_tower(raw: JsonObject) -> str | None:

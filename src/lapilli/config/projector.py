@@ -21,11 +21,11 @@ KINDS = (
     "linear, mlpNx_gelu, identity, poolKxK_mlpNx_gelu, mlpNx_gelu_poolKxK, resamplerM, resamplerMxN"
 )
 _MLP = re.compile(
-    r"(?:pool(?P<before>[1-9]\d*)x(?P=before)_)?"
-    r"mlp(?P<depth>[1-9]\d*)x_gelu"
-    r"(?:_pool(?P<after>[1-9]\d*)x(?P=after))?"
+    r"(?:pool(?P<before>[1-9]\d{0,4})x(?P=before)_)?"
+    r"mlp(?P<depth>[1-9]\d{0,4})x_gelu"
+    r"(?:_pool(?P<after>[1-9]\d{0,4})x(?P=after))?"
 )
-_RESAMPLER = re.compile(r"resampler(?P<queries>[1-9]\d*)(?:x(?P<depth>[1-9]\d*))?")
+_RESAMPLER = re.compile(r"resampler(?P<queries>[1-9]\d{0,4})(?:x(?P<depth>[1-9]\d{0,4}))?")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,30 @@
 Knows nothing about models. Errors name the file, the key, what was expected and what was found.
 """
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import Final, TypeGuard
 
-from lapilli.errors import ConfigError, UnknownKeyError
+from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, UnknownKeyError
 
 JsonObject = Mapping[str, object]
+
+# Beyond every model that there is, and far below what could not be built or counted.
+MOST_LAYERS: Final = 1000
+MOST_HEADS: Final = 1 << 12
+MOST_WIDTH: Final = 1 << 18
+MOST_WORDS: Final = 1 << 24
+MOST_POSITIONS: Final = 1 << 26
+MOST_PIXELS: Final = 1 << 13  # of one side of a tile
+MOST: Final = (1 << 31) - 1  # of everything else that is counted
+LARGEST: Final = float(1 << 63)
+LONGEST: Final = 1000  # characters of a value that is a string
+
+_SHORT: Final = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+_SHORT.maxlevel = 3
 
 
 def is_object(value: object) -> TypeGuard[JsonObject]:
@@ -77,48 +94,62 @@ class KeyReader:
         """A whole number; an integral float counts as one.
 
         Raises:
-            ConfigError: absent without default, or something else.
+            ConfigFileError: absent without default, or something else.
         """
         found = self.optional_integer(key)
         if found is not None:
             return found
         if default is None:
-            raise ConfigError(f"{self.where}: {self.prefix}{key} is missing, expected a number")
+            raise ConfigFileError(f"{self.where}: {self.prefix}{key} is missing, expected a number")
         return default
 
     def optional_integer(self, key: str) -> int | None:
-        """A whole number or None."""
+        """A whole number of at most 63 bits, or None."""
         value = self.value(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        if not _is_number(value) or not abs(value) < LARGEST or value != int(value):
             raise self._wrong(key, "a whole number", value)
         return int(value)
 
-    def positive(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1.
+    def positive(self, key: str, default: int | None = None, *, most: int = MOST) -> int:
+        """A whole number from 1 to `most`.
 
         Raises:
-            ConfigError: absent without default, or something else.
+            ConfigFileError: absent without default, or something else.
         """
         found = self.integer(key, default)
-        if found < 1:
-            raise self._wrong(key, "a number of at least 1", found)
-        return found
+        return self._from(1, key, found, most)
 
-    def number(self, key: str, default: float) -> float:
-        """A number."""
-        found = self.optional_number(key)
+    def optional_positive(self, key: str, *, most: int = MOST) -> int | None:
+        """A whole number from 1 to `most`, or None."""
+        found = self.optional_integer(key)
+        return None if found is None else self._from(1, key, found, most)
+
+    def number(
+        self, key: str, default: float, *, least: float = -LARGEST, most: float = LARGEST
+    ) -> float:
+        """A finite number from `least` to `most`."""
+        found = self.optional_number(key, least=least, most=most)
         return default if found is None else found
 
-    def optional_number(self, key: str) -> float | None:
-        """A number or None."""
+    def optional_number(
+        self, key: str, *, least: float = -LARGEST, most: float = LARGEST
+    ) -> float | None:
+        """A finite number from `least` to `most`, or None."""
+        value = self.value(key)
+        return None if value is None else self._number(key, value, least, most)
+
+    def numbers(
+        self, key: str, count: int, *, least: float = -LARGEST, most: float = LARGEST
+    ) -> tuple[float, ...] | None:
+        """A list of so many finite numbers from `least` to `most`, or None."""
         value = self.value(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(key, "a number", value)
-        return float(value)
+        if not isinstance(value, list) or len(value) != count:
+            raise self._wrong(key, f"a list of {count} numbers", value)
+        return tuple(self._number(key, one, least, most) for one in value)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
@@ -130,12 +161,12 @@ class KeyReader:
         return value
 
     def text(self, key: str, default: str | None = None) -> str | None:
-        """A string or the default."""
+        """A string of at most LONGEST characters, or the default."""
         value = self.value(key)
         if value is None:
             return default
-        if not isinstance(value, str):
-            raise self._wrong(key, "a string", value)
+        if not isinstance(value, str) or len(value) > LONGEST:
+            raise self._wrong(key, "a short string", value)
         return value
 
     def child(self, key: str, ignored: frozenset[str] = frozenset()) -> "KeyReader":
@@ -157,10 +188,14 @@ class KeyReader:
         values = value if isinstance(value, list) else [value]
         found: list[int] = []
         for one in values:
-            if isinstance(one, bool) or not isinstance(one, int):
+            if isinstance(one, bool) or not isinstance(one, int) or abs(one) > MOST:
                 raise self._wrong(key, "an id or a list of ids", value)
             found.append(one)
         return tuple(found)
+
+    def all_ids(self) -> dict[str, int]:
+        """Every key with its id, of a file that maps tokens to ids."""
+        return {key: self._from(0, key, self.integer(key), MOST_WORDS) for key in self.raw}
 
     def report(self) -> KeyReport:
         """What became of every key, those of nested objects included."""
@@ -177,5 +212,44 @@ class KeyReader:
     def _named(self, keys: set[str]) -> tuple[str, ...]:
         return tuple(sorted(self.prefix + key for key in keys))
 
-    def _wrong(self, key: str, expected: str, found: object) -> ConfigError:
-        return ConfigError(f"{self.where}: {self.prefix}{key} must be {expected}, got {found!r}")
+    def _from(self, least: int, key: str, found: int, most: int) -> int:
+        if not least <= found <= most:
+            limit = f"of at least {least}" if found < least else f"of at most {most}"
+            raise self._wrong(key, f"a number {limit}", found)
+        return found
+
+    def _number(self, key: str, value: object, least: float, most: float) -> float:
+        # NaN fails every comparison.
+        if not _is_number(value) or not least <= value <= most:
+            bounded = least > -LARGEST or most < LARGEST
+            limits = f"a number from {least:g} to {most:g}" if bounded else "a finite number"
+            raise self._wrong(key, limits, value)
+        return float(value)
+
+    def _wrong(self, key: str, expected: str, found: object) -> ConfigFileError:
+        where = f"{self.where}: {self.prefix}{key}"
+        return ConfigFileError(f"{where} must be {expected}, got {shown(found)}")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """A value of a foreign file in a message: short, whatever it is, and on one line."""
+    return _SHORT.repr(value)
+
+
+@contextmanager
+def in_file() -> Iterator[None]:
+    """What a configuration refuses is the fault of the file that it was read from.
+
+    Raises:
+        ConfigFileError: for a ConfigError inside.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ConfigError as error:
+        raise ConfigFileError(str(error)[:LONGEST]) from error

@@ -8,7 +8,14 @@ from typing import Literal
 
 from lapilli.config import ignored
 from lapilli.config.model import Activation, DecoderConfig, MptConfig, RopeScaling, TextConfig
-from lapilli.config.reader import KeyReader
+from lapilli.config.reader import (
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    MOST_WIDTH,
+    MOST_WORDS,
+    KeyReader,
+)
 from lapilli.errors import ConfigError, UnsupportedModelError
 
 
@@ -38,6 +45,7 @@ DECODERS = {
     ),
 }
 TEXT_FAMILIES = (*DECODERS, "mpt")
+_LARGEST_BASE = 1e15  # of rotary positions: what float32 still counts with
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -91,10 +99,12 @@ def parse_text(reader: KeyReader, family: str, *, tied: bool | None = None) -> T
 def parse_decoder(reader: KeyReader, family: str, *, tied: bool | None = None) -> DecoderConfig:
     """A Llama-shaped decoder."""
     defaults = DECODERS[family]
-    hidden_size = reader.positive("hidden_size", 4096)
-    num_heads = reader.positive("num_attention_heads", 32)
-    max_positions = reader.positive("max_position_embeddings", defaults.max_positions)
-    head_dim = reader.optional_integer("head_dim")
+    hidden_size = reader.positive("hidden_size", 4096, most=MOST_WIDTH)
+    num_heads = reader.positive("num_attention_heads", 32, most=MOST_HEADS)
+    max_positions = reader.positive(
+        "max_position_embeddings", defaults.max_positions, most=MOST_POSITIONS
+    )
+    head_dim = reader.optional_positive("head_dim", most=MOST_WIDTH)
     if head_dim is None and hidden_size % num_heads:
         raise ConfigError(
             f"{reader.where}: hidden_size {hidden_size} is not a multiple of "
@@ -103,17 +113,19 @@ def parse_decoder(reader: KeyReader, family: str, *, tied: bool | None = None) -
     theta, scaling = parse_rope(reader, max_positions)
     says_tied = reader.flag("tie_word_embeddings", False)
     attention_bias = reader.flag("attention_bias", False)
-    num_layers = reader.positive("num_hidden_layers", 32)
+    num_layers = reader.positive("num_hidden_layers", 32, most=MOST_LAYERS)
     return DecoderConfig(
         family=family,
-        vocab_size=reader.positive("vocab_size", defaults.vocab_size),
+        vocab_size=reader.positive("vocab_size", defaults.vocab_size, most=MOST_WORDS),
         hidden_size=hidden_size,
-        intermediate_size=reader.positive("intermediate_size", defaults.intermediate_size),
+        intermediate_size=reader.positive(
+            "intermediate_size", defaults.intermediate_size, most=MOST_WIDTH
+        ),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=_num_kv_heads(reader, defaults, num_heads),
         head_dim=head_dim or hidden_size // num_heads,
-        norm_eps=reader.number("rms_norm_eps", 1e-6),
+        norm_eps=reader.number("rms_norm_eps", 1e-6, least=0.0, most=1.0),
         rope_theta=theta,
         rope_scaling=scaling,
         max_positions=max_positions,
@@ -129,14 +141,14 @@ def parse_decoder(reader: KeyReader, family: str, *, tied: bool | None = None) -
 def _num_kv_heads(reader: KeyReader, defaults: DecoderDefaults, num_heads: int) -> int:
     # An explicit null means "as many as query heads"; only an absent key takes the default.
     if reader.has("num_key_value_heads") or defaults.num_kv_heads is None:
-        return reader.optional_integer("num_key_value_heads") or num_heads
+        return reader.optional_positive("num_key_value_heads", most=MOST_HEADS) or num_heads
     return defaults.num_kv_heads
 
 
 def _sliding_window(reader: KeyReader, family: str, num_layers: int) -> int | None:
     """Positions that a token sees; None: all before it."""
     defaults = DECODERS[family]
-    window = reader.optional_integer("sliding_window")
+    window = reader.optional_positive("sliding_window")
     if family == "mistral":
         return window if reader.has("sliding_window") else defaults.sliding_window
     if family != "qwen2" or not reader.flag("use_sliding_window", False):
@@ -158,10 +170,10 @@ def parse_rope(reader: KeyReader, max_positions: int) -> tuple[float, RopeScalin
     `rope_theta` + `rope_scaling: {type | rope_type, factor, ...}` before transformers 5,
     `rope_parameters: {rope_type, rope_theta, factor, ...}` since.
     """
-    theta = reader.number("rope_theta", 10000.0)
+    theta = reader.number("rope_theta", 10000.0, least=1.0, most=_LARGEST_BASE)
     newer, older = reader.child("rope_parameters"), reader.child("rope_scaling")
     rope = newer if newer.raw else older
-    theta = rope.number("rope_theta", theta)
+    theta = rope.number("rope_theta", theta, least=1.0, most=_LARGEST_BASE)
     partial = rope.number("partial_rotary_factor", reader.number("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise UnsupportedModelError(
@@ -184,17 +196,24 @@ def _rope_scaling(rope: KeyReader, kind: str, max_positions: int) -> RopeScaling
             f"{rope.where}: {rope.prefix}rope_type {kind!r} is not supported, "
             f"choose from default, {', '.join(kinds)}"
         )
-    factor = rope.optional_number("factor")
-    if factor is None or factor < 1:
+    factor = rope.optional_number("factor", least=1.0, most=_LARGEST_BASE)
+    if factor is None:
+        raise ConfigError(f"{rope.where}: {rope.prefix}factor must be a number, got None")
+    low = rope.number("low_freq_factor", 1.0, least=0.0, most=_LARGEST_BASE)
+    high = rope.number("high_freq_factor", 4.0, least=0.0, most=_LARGEST_BASE)
+    if kind == "llama3" and high <= low:
         raise ConfigError(
-            f"{rope.where}: {rope.prefix}factor must be a number of at least 1, got {factor}"
+            f"{rope.where}: {rope.prefix}high_freq_factor {high:g} must be larger than "
+            f"low_freq_factor {low:g}"
         )
     return RopeScaling(
         kind=kinds[kind],
         factor=factor,
-        low_freq_factor=rope.number("low_freq_factor", 1.0),
-        high_freq_factor=rope.number("high_freq_factor", 4.0),
-        original_max_positions=rope.integer("original_max_position_embeddings", max_positions),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_positions=rope.positive(
+            "original_max_position_embeddings", max_positions, most=MOST_POSITIONS
+        ),
     )
 
 
@@ -222,16 +241,26 @@ def parse_mpt(reader: KeyReader) -> MptConfig:
         )
     if reader.value("logit_scale") is not None:
         raise UnsupportedModelError(f"{reader.where}: logit_scale is not supported, expected null")
+    width, layers, heads = (
+        reader.positive(_either(reader, own, usual), default, most=most)
+        for own, usual, default, most in (
+            ("d_model", "hidden_size", 2048, MOST_WIDTH),
+            ("n_layers", "num_hidden_layers", 24, MOST_LAYERS),
+            ("n_heads", "num_attention_heads", 16, MOST_HEADS),
+        )
+    )
+    if width % heads:
+        raise ConfigError(f"{reader.where}: d_model {width} is not a multiple of n_heads {heads}")
     return MptConfig(
-        vocab_size=reader.positive("vocab_size", 50368),
-        hidden_size=reader.positive(_either(reader, "d_model", "hidden_size"), 2048),
-        num_layers=reader.positive(_either(reader, "n_layers", "num_hidden_layers"), 24),
-        num_heads=reader.positive(_either(reader, "n_heads", "num_attention_heads"), 16),
-        max_positions=reader.positive("max_seq_len", 2048),
-        expansion_ratio=reader.positive("expansion_ratio", 4),
-        norm_eps=reader.number("layer_norm_epsilon", 1e-5),
-        alibi_bias_max=attention.positive("alibi_bias_max", 8),
-        clip_qkv=attention.optional_number("clip_qkv"),
+        vocab_size=reader.positive("vocab_size", 50368, most=MOST_WORDS),
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=heads,
+        max_positions=reader.positive("max_seq_len", 2048, most=MOST_POSITIONS),
+        expansion_ratio=reader.positive("expansion_ratio", 4, most=64),
+        norm_eps=reader.number("layer_norm_epsilon", 1e-5, least=0.0, most=1.0),
+        alibi_bias_max=attention.positive("alibi_bias_max", 8, most=1000),
+        clip_qkv=attention.optional_number("clip_qkv", least=0.0),
         softmax_scale=attention.optional_number("softmax_scale"),
         tie_embeddings=reader.flag("tie_word_embeddings", True),
     )

@@ -18,19 +18,23 @@ def parse_tokens(
         `mm_use_im_patch_token` is true when absent: the original then adds one token at loading.
     """
     bos, eos, pad = (
-        _first(generation.ids(key), reader.ids(key))
+        _first(_real(generation.ids(key)), _real(reader.ids(key)))
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")
     )
     return TokenConfig(
         bos_id=bos[0] if bos else None,
         eos_ids=eos,
-        # Negative ids are how some files say "none".
-        pad_id=pad[0] if pad and pad[0] >= 0 else None,
+        pad_id=pad[0] if pad else None,
         image_id=image_id,
         use_start_end=reader.flag("mm_use_im_start_end", False),
         use_patch_token=reader.flag("mm_use_im_patch_token", True),
     )
 
 
+def _real(ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The ids without negative ones, which are how some files say "none"."""
+    return tuple(one for one in ids if one >= 0)
+
+
 def _first(wins: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    return wins or other
+    return wins or other  # both were read, so that both keys count as used

@@ -8,11 +8,21 @@ from typing import Literal
 
 from lapilli.config import ignored
 from lapilli.config.model import PixelConfig, VisionConfig
-from lapilli.config.reader import JsonObject, KeyReader, is_object
+from lapilli.config.reader import (
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_PIXELS,
+    MOST_WIDTH,
+    JsonObject,
+    KeyReader,
+    is_object,
+)
 from lapilli.config.text import parse_activation
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.geometry import ImageSize
 
+_MOST_PATCHES = 1 << 16
+_LAST_FILTER = 5
 Family = Literal["clip", "siglip"]
 Select = Literal["patch", "cls_patch", "drop_first"]
 
@@ -105,26 +115,49 @@ def parse_tower(
         )
     family = TOWER_TYPES[kind]
     defaults = TOWERS[family]
-    num_layers = section.positive("num_hidden_layers", 12)
+    num_layers = section.positive("num_hidden_layers", 12, most=MOST_LAYERS)
     if not -num_layers - 1 <= feature_layer <= num_layers:
         raise ConfigError(
             f"{reader.where}: the feature layer {feature_layer} does not exist, the tower has "
             f"{num_layers} layers and {num_layers + 1} hidden states"
         )
+    image_size = section.positive("image_size", 224, most=MOST_PIXELS)
+    patch_size = section.positive("patch_size", defaults.patch_size, most=MOST_PIXELS)
+    if not 1 <= (image_size // patch_size) ** 2 <= _MOST_PATCHES:
+        raise ConfigError(
+            f"{reader.where}: image_size {image_size} has {image_size // patch_size} patches of "
+            f"patch_size {patch_size} on a side, expected 1 to {int(_MOST_PATCHES**0.5)}"
+        )
+    hidden_size = section.positive("hidden_size", 768, most=MOST_WIDTH)
+    num_heads = section.positive("num_attention_heads", 12, most=MOST_HEADS)
+    if hidden_size % num_heads:
+        raise ConfigError(
+            f"{reader.where}: hidden_size {hidden_size} of the vision tower is not a multiple of "
+            f"num_attention_heads {num_heads}"
+        )
     return VisionConfig(
         family=family,
-        image_size=section.positive("image_size", 224),
-        patch_size=section.positive("patch_size", defaults.patch_size),
-        hidden_size=section.positive("hidden_size", 768),
-        intermediate_size=section.positive("intermediate_size", 3072),
+        image_size=image_size,
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        intermediate_size=section.positive("intermediate_size", 3072, most=MOST_WIDTH),
         num_layers=num_layers,
-        num_heads=section.positive("num_attention_heads", 12),
-        num_channels=section.positive("num_channels", 3),
-        norm_eps=section.number("layer_norm_eps", defaults.norm_eps),
+        num_heads=num_heads,
+        num_channels=_three_channels(section),
+        norm_eps=section.number("layer_norm_eps", defaults.norm_eps, least=0.0, most=1.0),
         activation=parse_activation(section, "hidden_act", defaults.activation),
         feature_layer=feature_layer,
         feature_select=feature_select,
     )
+
+
+def _three_channels(section: KeyReader) -> int:
+    found = section.positive("num_channels", 3)
+    if found != 3:
+        raise UnsupportedModelError(
+            f"{section.where}: num_channels {found} is not supported, expected 3: pictures are RGB"
+        )
+    return found
 
 
 def default_pixels(vision: VisionConfig) -> PixelConfig:
@@ -170,11 +203,11 @@ def parse_pixels(reader: KeyReader, vision: VisionConfig) -> PixelConfig:
         do_resize=reader.flag("do_resize", True),
         do_center_crop=do_center_crop,
         do_rescale=reader.flag("do_rescale", True),
-        rescale_factor=reader.number("rescale_factor", 1 / 255),
+        rescale_factor=reader.number("rescale_factor", 1 / 255, least=-1e6, most=1e6),
         do_normalize=reader.flag("do_normalize", True),
         mean=_colours(reader, "image_mean", defaults.mean),
-        std=_colours(reader, "image_std", defaults.std),
-        resample=reader.integer("resample", 3),
+        std=_colours(reader, "image_std", defaults.std, least=1e-6),
+        resample=_resample(reader),
     )
     if pixels.crop_size != (vision.image_size, vision.image_size):
         raise ConfigError(
@@ -193,20 +226,31 @@ def _size(reader: KeyReader, key: str) -> int | ImageSize | None:
         sides = KeyReader(value, reader.where, prefix=f"{reader.prefix}{key}.")
         reader.children.append(sides)
         if sides.has("shortest_edge"):
-            return sides.positive("shortest_edge")
-        return ImageSize(sides.positive("height"), sides.positive("width"))
+            return sides.positive("shortest_edge", most=MOST_PIXELS)
+        height, width = (sides.positive(side, most=MOST_PIXELS) for side in ("height", "width"))
+        return ImageSize(height, width)
     if isinstance(value, list) and len(value) == 2:
-        return ImageSize(int(value[0]), int(value[1]))
-    return reader.positive(key)
+        named = KeyReader(dict(zip(("height", "width"), value, strict=True)), reader.where)
+        return ImageSize(*(named.positive(side, most=MOST_PIXELS) for side in named.raw))
+    return reader.positive(key, most=MOST_PIXELS)
+
+
+def _resample(reader: KeyReader) -> int:
+    """The number of one of Pillow's filters."""
+    found = reader.integer("resample", 3)
+    if not 0 <= found <= _LAST_FILTER:
+        raise ConfigError(
+            f"{reader.where}: resample must be a filter of Pillow from 0 to {_LAST_FILTER}, "
+            f"got {found}"
+        )
+    return found
 
 
 def _colours(
-    reader: KeyReader, key: str, default: tuple[float, float, float]
+    reader: KeyReader, key: str, default: tuple[float, float, float], *, least: float = -1e6
 ) -> tuple[float, float, float]:
-    value = reader.value(key)
-    if value is None:
+    found = reader.numbers(key, 3, least=least, most=1e6)
+    if found is None:
         return default
-    if not isinstance(value, list) or len(value) != 3:
-        raise ConfigError(f"{reader.where}: {key} must be a list of 3 numbers, got {value!r}")
-    red, green, blue = (float(one) for one in value)
+    red, green, blue = found
     return red, green, blue

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lapilli.config.llava import RECORD_KEY
+from lapilli.config.llava import IMAGE_KEY, RECORD_KEY, ROUNDS_KEY
 from lapilli.config.model import (
     Activation,
     DecoderConfig,
@@ -48,7 +48,7 @@ def write_llava_config(
         vision_source: what mm_vision_tower says: a directory (relative to the checkpoint where it
             lies in it) or a hub id.
         torch_dtype: of the stored weights, such as "float16".
-        template: name of the conversation template that the model was trained with.
+        template: name of its conversation template, or "chat_template" for the one beside it.
 
     Raises:
         UnsupportedModelError: a language model or projector that the original layout cannot say.
@@ -77,18 +77,31 @@ def write_llava_config(
         written |= _image(config.image)
     if template is not None:
         written[RECORD_KEY] = template
+    if config.tokens.image_id is not None:
+        written[IMAGE_KEY] = config.tokens.image_id
     return written
 
 
-def as_original(config: ModelConfig) -> ModelConfig:
-    """The same model as the original layout says it: pictures stand between tokens, not for one.
+def refuse_unsayable(config: ModelConfig) -> None:
+    """Refuse a model that the original layout cannot be.
 
-    Note: Hugging Face rounds the size of an unpadded picture, the original does not; very long
-        pictures can differ by a row of features.
+    Raises:
+        UnsupportedModelError: see `write_llava_config`.
+    """
+    write_llava_config(as_original(config), vision_source=None, torch_dtype="float32")
+
+
+def as_original(config: ModelConfig) -> ModelConfig:
+    """The same model as the original layout says it.
+
+    How Hugging Face tokenizes a prompt and rounds the size of an unpadded picture goes along under
+    keys of lapilli's own, so that the model answers here as it did. The original's programs do not
+    know them: they tokenize the text between pictures, and a very long picture can differ there by
+    a row of features.
     """
     if config.layout == "llava":
         return config
-    tokens = replace(config.tokens, image_id=None, use_patch_token=False)
+    tokens = replace(config.tokens, use_patch_token=False)
     return replace(config, layout="llava", tokens=tokens)
 
 
@@ -199,6 +212,8 @@ def _image(image: ImageConfig) -> dict[str, object]:
     }
     if image.pinpoints:
         written["image_grid_pinpoints"] = [[size.width, size.height] for size in image.pinpoints]
+    if image.rounds_unpad:
+        written[ROUNDS_KEY] = True
     return written
 
 

@@ -58,7 +58,7 @@ def write_hf_config(
         config: what the model is, its vocabulary with the image token.
         image_id: the vocabulary entry that stands for every position of a picture.
         torch_dtype: of the stored weights.
-        template: name of the conversation template that the model was trained with.
+        template: name of its conversation template, or "chat_template" for the one beside it.
 
     Raises:
         UnsupportedModelError: see `refuse_unsayable`.
@@ -123,13 +123,13 @@ def write_hf_preprocessor(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def write_hf_processor(config: ModelConfig) -> dict[str, object]:
+def write_hf_processor(config: ModelConfig, image_token: str = IMAGE_TOKEN) -> dict[str, object]:
     """processor_config.json: how many image tokens the processor writes for a picture."""
     vision, _, _ = _parts(config)
     extra = int(vision.family == "clip")
     return {
         "processor_class": processor_class(config),
-        "image_token": IMAGE_TOKEN,
+        "image_token": image_token,
         "patch_size": vision.patch_size,
         "num_additional_image_tokens": extra,
         "vision_feature_select_strategy": _strategy(vision),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from lapilli.generate.model_lock import lock_of
 from lapilli.lm.base import LanguageModel
 from lapilli.model.outputs import FusedBatch
 from lapilli.nn.kv_cache import KVCache
@@ -71,6 +72,7 @@ class Decoding:
         self, language_model: LanguageModel, batch: FusedBatch, cache: KVCache, *, room: int
     ) -> None:
         self._language_model = language_model
+        self._lock = lock_of(language_model)
         self._room = room
         self._batch: FusedBatch | None = batch
         self.cache = cache
@@ -84,7 +86,8 @@ class Decoding:
         batch, self._batch = self._batch, None
         if batch is None:
             raise RuntimeError("this prompt was prefilled before")
-        logits = prefill(self._language_model, batch, self.cache)
+        with self._lock.turn:
+            logits = prefill(self._language_model, batch, self.cache)
         self._positions = self._positions + 1
         if self._mask is not None:
             # Room for all steps at once, so that a step only takes a longer view of it.
@@ -98,7 +101,8 @@ class Decoding:
     def advance(self, token_ids: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         """Logits after one more token of every row."""
         mask = None if self._mask is None else self._mask[:, : self.cache.length + 1]
-        logits = decode_one(self._language_model, token_ids, self._positions, mask, self.cache)
+        with self._lock.turn:
+            logits = decode_one(self._language_model, token_ids, self._positions, mask, self.cache)
         self._positions += 1
         return logits
 

@@ -50,10 +50,14 @@ class SettlingText:
     def __init__(self, tokenizer: TokenBytes) -> None:
         self._tokenizer = tokenizer
         self._silent = tokenizer.special_ids
+        # Added tokens that the slow tokenizers set off by spaces; most tokenizers have none.
+        self._apart: frozenset[int] = getattr(tokenizer, "apart_ids", frozenset())
         self._utf8 = Utf8Decoder(errors="replace")
-        # Tokens up to the first that is not white space: how much of that is dropped at the
-        # beginning of a text differs from tokenizer to tokenizer, `decode` knows.
-        self._beginning: list[int] | None = []
+        self._ids: list[int] = []
+        self._length = 0  # of the text so far
+        # How much white space there is at the beginning of a text, and behind a token that is set
+        # off, differs from tokenizer to tokenizer: until something follows it, `decode` knows.
+        self._is_open = True
 
     def push(self, token_id: int) -> str:
         """The text that this token makes certain; empty while a character is incomplete."""
@@ -65,21 +69,33 @@ class SettlingText:
             # Embeddings are often padded to more rows than the tokenizer has words. Trained models
             # do not say those; if one does, the answer goes on.
             return ""
+        self._ids.append(token_id)
+        if token_id in self._apart:
+            self._utf8.reset()
+            self._is_open = True
+            return self._shown(self._behind())
         text = self._utf8.decode(added)
-        if self._beginning is None:
-            return text
-        self._beginning.append(token_id)
+        if not self._is_open:
+            return self._shown(text)
         if not text.strip():
             return ""
-        return self._leading_space() + text.lstrip()
+        self._is_open = False
+        return self._shown(_white(self._behind()) + text.lstrip())
 
     def flush(self) -> str:
         """The rest: an incomplete character as a replacement character."""
         text = self._utf8.decode(b"", final=True)
-        return text if self._beginning is None else self._leading_space() + text
+        return self._shown(_white(self._behind()) + text if self._is_open else text)
 
-    def _leading_space(self) -> str:
-        """White space that the text begins with; the beginning is over then."""
-        text = self._tokenizer.decode(self._beginning or [])
-        self._beginning = None
-        return text[: len(text) - len(text.lstrip())]
+    def _behind(self) -> str:
+        """What `decode` has behind the text so far."""
+        return self._tokenizer.decode(self._ids)[self._length :]
+
+    def _shown(self, text: str) -> str:
+        self._length += len(text)
+        return text
+
+
+def _white(text: str) -> str:
+    """White space that a text begins with."""
+    return text[: len(text) - len(text.lstrip())]

@@ -46,7 +46,7 @@ class PlainLinear:
 
 
 class LayerKernel:
-    """One layer, its native description made once.
+    """One layer, its native description made once; any number of threads may call it.
 
     Plain weights are not kept: whoever calls knows that they are still where they were.
 
@@ -77,7 +77,8 @@ class LayerKernel:
         self._kept = [one for one in products.values() if isinstance(one, PackedLinear)]
         self._products = {name: _described(products[name]) for name in PRODUCTS}
         packed = [one for one in products.values() if isinstance(one, PackedLinear)]
-        self._call = LayerCall(
+        # Only read from now on: every call fills in a copy, so that threads do not meet in it.
+        self._facts = LayerCall(
             input_norm=norms[0].data_ptr(),
             post_norm=norms[1].data_ptr(),
             **{name: ctypes.addressof(one) for name, one in self._products.items()},
@@ -89,7 +90,6 @@ class LayerKernel:
             scale=width**-0.5,
             eps=eps,
         )
-        self._address = ctypes.byref(self._call)
 
     def __call__(
         self,
@@ -106,7 +106,7 @@ class LayerKernel:
             memory: keys and values of this layer, float32 or bfloat16.
             places: of the positions in it.
         """
-        call, y = self._call, torch.empty_like(x)
+        call, y = LayerCall.from_buffer_copy(self._facts), torch.empty_like(x)
         keys, values = memory
         call.x, call.y = x.data_ptr(), y.data_ptr()
         call.cosine, call.sine = table[0].data_ptr(), table[1].data_ptr()
@@ -119,7 +119,7 @@ class LayerKernel:
         call.block_stride, call.head_stride = keys.stride(0), keys.stride(1)
         call.kind = KINDS[keys.dtype]
         call.threads = torch.get_num_threads()
-        self._library.functions.lapilli_layer(self._address)
+        self._library.functions.lapilli_layer(ctypes.byref(call))
         return y
 
 

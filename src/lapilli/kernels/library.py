@@ -7,7 +7,8 @@ portable). It is read here and not in the command line, because a switch for fin
 work in every program.
 
 The library starts no threads: it is handed the GOMP_parallel of the OpenMP that torch has loaded,
-so that there is one pool in the process and `torch.set_num_threads` counts for both.
+so that there is one pool in the process and `torch.set_num_threads` counts for both. A process that
+was forked has none of the pool's threads and would wait for them for ever: it works alone.
 """
 
 import ctypes
@@ -261,6 +262,21 @@ def native() -> Library | None:
     return open_library(os.environ.get(SWITCH, ""))
 
 
+def why_not_native() -> str:
+    """One line for people, where the kernels are missing without anybody having asked for that.
+
+    A wheel that was built without a compiler has none, which nothing else would say. Empty where
+    they are in use, and where LAPILLI_KERNELS=0 turns them off.
+    """
+    if native() is not None or os.environ.get(SWITCH) == "0":
+        return ""
+    built = "were built from other sources" if _find() else "were not built"
+    return (
+        f"the compiled kernels {built}: answers on this CPU are up to ten times slower; install a "
+        "C++ compiler and CMake, then reinstall lapilli"
+    )
+
+
 def open_library(wanted: str = "") -> Library | None:
     """The library with the best instruction set, or with the one that `wanted` names.
 
@@ -283,6 +299,16 @@ def open_library(wanted: str = "") -> Library | None:
     if pool is not None:
         functions.lapilli_use_pool(pool)
     return Library(named.decode(), functions)
+
+
+def work_alone() -> None:
+    """One thread for this process, if its parent has used a pool that was not forked with it."""
+    if native.cache_info().currsize:  # a model was run there
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=work_alone)
 
 
 def _find() -> Path | None:

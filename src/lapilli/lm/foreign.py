@@ -67,6 +67,7 @@ class ForeignLanguageModel(nn.Module):
             )
         parameters = inspect.signature(self._stack.forward).parameters
         self._takes_positions = "position_ids" in parameters
+        self._cache_argument = cache_argument(self._stack)
         _try(self)
 
     def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
@@ -96,8 +97,12 @@ class ForeignLanguageModel(nn.Module):
         hidden: Tensor = self._stack(
             inputs_embeds=inputs_embeds,
             attention_mask=None if attention_mask is None else attention_mask.long(),
-            past_key_values=None if cache is None else _as_foreign_cache(cache, self.config),
             use_cache=cache is not None,
+            **{
+                self._cache_argument: None
+                if cache is None
+                else _as_foreign_cache(cache, self.config)
+            },
             **positions,
         ).last_hidden_state
         return hidden
@@ -117,6 +122,15 @@ class ForeignLanguageModel(nn.Module):
         """An empty cache in the dtype and on the device of the weights."""
         weight = next(self.inner.parameters())
         return KVCache(self.config, batch, weight.dtype, weight.device, capacity=capacity)
+
+
+def cache_argument(stack: nn.Module) -> str:
+    """Return the name under which `stack.forward` takes its cache.
+
+    transformers 5.24 renamed `past_key_values` to `cache`, family by family, and will drop the
+    older name in 5.40, so the signature decides and not the version.
+    """
+    return "cache" if "cache" in inspect.signature(stack.forward).parameters else "past_key_values"
 
 
 def _import_transformers() -> ModuleType:

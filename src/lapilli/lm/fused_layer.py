@@ -6,6 +6,7 @@ another number format, weights that were moved. Looked at before every call, in 
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,10 +38,8 @@ class FusedLayer:
 
     def __init__(self, layer: Any) -> None:  # noqa: ANN401 - a DecoderLayer, which imports this
         self._layer = layer
-        self._kernel: LayerKernel | None = None
-        self._most = 0
-        self._parts: list[_Part] = []
-        self._seen_with: object | None = None
+        self._made: _Made | None = None
+        self._seen_with: tuple[object, _Made] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: addresses are made anew."""
@@ -58,22 +57,26 @@ class FusedLayer:
         places = cache.places
         if places is None or x.dtype != torch.float32 or not x.is_contiguous():
             return None
-        if self._kernel is None or not self._is_same(cache.unchanged):
-            self._kernel = self._make()
-        if self._kernel is None or x.shape[1] > self._most:
+        made = self._current(cache.unchanged)
+        if made is None or x.shape[1] > made.most or any(map(_Part.is_hooked, made.parts)):
             return None
-        if any(map(_Part.is_hooked, self._parts)):
-            return None
-        return self._kernel(x, table, cache.memory(index), places)
+        return made.kernel(x, table, cache.memory(index), places)
 
-    def _is_same(self, unchanged: object | None) -> bool:
-        """Whether the parts are those of the call; not looked at where somebody watches them."""
-        if unchanged is not None and unchanged is self._seen_with:
-            return True
-        self._seen_with = unchanged
-        return all(map(_Part.is_same, self._parts))
+    def _current(self, unchanged: object | None) -> "_Made | None":
+        """The call for the parts of now; not looked at again where somebody watches them.
 
-    def _make(self) -> LayerKernel | None:
+        Threads and interrupts may come between any two lines: what was made, and with what it was
+        seen, are replaced as wholes, and the second says for which of the first it holds.
+        """
+        made, seen = self._made, self._seen_with
+        if made is not None and seen is not None and unchanged is seen[0] and made is seen[1]:
+            return made
+        if made is None or not all(map(_Part.is_same, made.parts)):
+            made = self._made = self._make()
+        self._seen_with = None if made is None or unchanged is None else (unchanged, made)
+        return made
+
+    def _make(self) -> "_Made | None":
         """The call for the modules of now; None where they are not of the plain kind."""
         layer, library = self._layer, native()
         attention, mlp = layer.self_attn, layer.mlp
@@ -92,9 +95,8 @@ class FusedLayer:
             return None
         if not (_are_alike(found[:3]) and _are_alike(found[4:6]) and _agree(found)):
             return None
-        self._most = min(MOST[type(one)] for one in found)
-        self._parts = [_Part(one) for one in (layer, attention, mlp, *norms, *parts)]
-        return LayerKernel(
+        watched = [_Part(one) for one in (layer, attention, mlp, *norms, *parts)]
+        kernel = LayerKernel(
             library,
             dict(zip(PRODUCTS, found, strict=True)),
             (norms[0].weight, norms[1].weight),
@@ -104,6 +106,16 @@ class FusedLayer:
             width=width,
             window=attention.window,
         )
+        return _Made(kernel, min(MOST[type(one)] for one in found), watched)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A call, the most positions it is for, and the modules that it was made of."""
+
+    kernel: LayerKernel
+    most: int
+    parts: "list[_Part]"
 
 
 class _Part:

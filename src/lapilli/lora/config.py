@@ -80,8 +80,13 @@ def _choices(pattern: str) -> list[str]:
     return [c for choice in found[1].split(",") for c in _choices(before + choice + after)]
 
 
+def ends_with(pattern: str, path: str) -> bool:
+    """Whether a module path ends with whole names that a regular expression describes.
+
+    Source: peft, get_pattern_key.
+    """
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
 def _by_ending(patterns: Mapping[str, Number], path: str, default: Number) -> Number:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items() if ends_with(pattern, path)), default)

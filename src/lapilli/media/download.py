@@ -53,7 +53,10 @@ class FetchLimits:
 
 def url_name(url: str) -> str:
     """The URL for messages: without user, password and query, which may hold secrets."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # http://[ ends inside an address
+        return url.partition("?")[0].rpartition("@")[2][:200]
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
@@ -247,7 +250,10 @@ class _RedirectHandler(HTTPRedirectHandler):
 
 def _quoted(url: str) -> str:
     """The URL with spaces and letters outside ASCII escaped, as a browser's address bar does."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise MediaError(f"{url_name(url)!r} is no URL: {error}") from error
     if parts.scheme.lower() not in _SCHEMES:
         raise MediaError(f"{url_name(url)}: only http and https URLs are fetched")
     if "@" in parts.netloc:

@@ -1,8 +1,8 @@
 """Where a medium's bytes come from: disk, network, memory; knows no picture format.
 
-path, "~/path"            read, up to limits.max_bytes
+path, "~/path", file:     read, up to limits.max_bytes
 http:// https://          downloaded (media/download.py)
-data:...;base64,...       unpacked
+data:...;base64,...       unpacked; base64 alone too, where it begins as a picture does
 "-"                       read from the stream that the caller gives
 bytes, file-like          read
 Pillow image, array       handed on as they are
@@ -10,12 +10,19 @@ Pillow image, array       handed on as they are
 
 import base64
 import binascii
+import io
 import os
 import re
+import select
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +31,13 @@ from PIL import Image
 from lapilli.errors import MediaError
 from lapilli.media.download import FetchLimits, download, url_name
 
-__all__ = ["FetchLimits", "Fetched", "fetch"]
+__all__ = ["FetchLimits", "Fetched", "fetch", "is_path"]
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+# How PNG, JPEG, GIF, WebP, BMP, TIFF and AVIF begin in base64, for text that does not say so.
+_BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-9a-zA-Z]|SUkqA|TU0AK|AAAA[A-Z].Z0eX)")
+_SHORTEST_BASE64 = 40  # the smallest GIF has 35 bytes; less is a name
+_LONGEST_NAME = 255  # letters between two slashes, on every file system in use
 _DEFAULT_LIMITS = FetchLimits()
 
 
@@ -76,6 +87,12 @@ def fetch(
     )
 
 
+def is_path(source: str) -> bool:
+    """Whether a text names a file relative to somewhere: no URL, no data, not standard input."""
+    is_elsewhere = source == "-" or source[:5].lower() in ("data:", "file:")
+    return not is_elsewhere and not _URL.match(source) and _from_base64(source) is None
+
+
 def _fetch_text(source: str, limits: FetchLimits, stdin: Readable | None) -> Fetched:
     if source == "-":
         if stdin is None:
@@ -83,9 +100,38 @@ def _fetch_text(source: str, limits: FetchLimits, stdin: Readable | None) -> Fet
         return _fetch_stream(stdin, "standard input", limits)
     if source[:5].lower() == "data:":
         return _fetch_data_uri(source, limits)
+    if source[:5].lower() == "file:":
+        return _fetch_path(_path_of_url(source), limits)
     if _URL.match(source):
         return _checked(download(source, limits), url_name(source), limits)
+    data = _from_base64(source)
+    if data is not None and not os.path.lexists(source):
+        return _checked(data, f"the base64 text ({len(source)} letters)", limits)
     return _fetch_path(source, limits)
+
+
+def _path_of_url(url: str) -> str:
+    """The path in `file:///path`, `file:/path` or `file://localhost/path`."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise MediaError(f"{_short(url)!r} is no URL: {error}") from error
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        raise MediaError(
+            f"{_short(url)} names no file on this machine: write file:///path, or the path alone"
+        )
+    return url2pathname(parts.path)
+
+
+def _from_base64(source: str) -> bytes | None:
+    """What a picture in base64 unpacks to; None: the text is something else."""
+    if len(source) < _SHORTEST_BASE64 or not _BASE64.match(source):
+        return None
+    packed = "".join(source.split())
+    try:
+        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+    except ValueError:
+        return None
 
 
 def _fetch_path(source: str | bytes, limits: FetchLimits) -> Fetched:
@@ -98,23 +144,91 @@ def _fetch_path(source: str | bytes, limits: FetchLimits) -> Fetched:
             raise MediaError(f"{named} is a directory: give a picture file")
         if path.is_file() and path.stat().st_size > limits.max_bytes:
             raise MediaError(_too_large(named, path.stat().st_size, limits))
-        with path.open("rb") as stream:
+        with _opened(path, named, limits) as stream:
             return _fetch_stream(stream, named, limits)
     except FileNotFoundError as error:
         raise MediaError(f"{_short(named)} does not exist (from {Path.cwd()})") from error
     except (OSError, RuntimeError) as error:  # RuntimeError: "~" of a user who has no home
-        raise MediaError(f"{_short(named)} cannot be read: {_reason(error)}") from error
+        hint = ""
+        if max(map(len, named.split("/"))) > _LONGEST_NAME:
+            hint = "; if it is a picture in base64, write data:image/png;base64, before it"
+        raise MediaError(f"{_short(named)} cannot be read: {_reason(error)}{hint}") from error
     except ValueError as error:
         if isinstance(error, MediaError):
             raise
         raise MediaError(f"{_short(named)!r} is no path: {error}") from error
 
 
+@contextmanager
+def _opened(path: Path, name: str, limits: FetchLimits) -> Iterator[Readable]:
+    """The file, or a pipe that nobody waits for longer than for a download."""
+    if not stat.S_ISFIFO(path.stat().st_mode) or not hasattr(select, "poll"):
+        with path.open("rb") as stream:
+            yield stream
+        return
+    pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        yield io.BufferedReader(_Pipe(pipe, name, limits))
+    finally:
+        os.close(pipe)
+
+
+class _Pipe(io.RawIOBase):
+    """A named pipe, read until its writers are gone or the time is up."""
+
+    def __init__(self, number: int, name: str, limits: FetchLimits) -> None:
+        super().__init__()
+        self._number = number
+        self._name = name
+        self._timeout_s = limits.timeout_s
+        self._end = time.monotonic() + limits.timeout_s
+        self._poll = select.poll()
+        self._poll.register(number, select.POLLIN)
+
+    def readable(self) -> bool:
+        """Called by io."""
+        return True
+
+    def readinto(self, into: Any) -> int:  # noqa: ANN401 - a buffer, which 3.11 has no name for
+        """Called by io."""
+        left = self._end - time.monotonic()
+        if left <= 0 or not self._poll.poll(left * 1000):
+            raise MediaError(f"{self._name} is a pipe that gave nothing for {self._timeout_s:g} s")
+        data = os.read(self._number, len(into))
+        into[: len(data)] = data
+        return len(data)
+
+
 def _fetch_stream(stream: Readable, name: str, limits: FetchLimits) -> Fetched:
-    data = stream.read(limits.max_bytes + 1)
-    if isinstance(data, str):
-        raise MediaError(f"{name} was opened as text: open it in binary mode ('rb')")
-    return _checked(bytes(data), name, limits)
+    try:
+        data = _read_all(stream, name, limits.max_bytes + 1)
+        if not data and _rewound(stream):
+            data = _read_all(stream, name, limits.max_bytes + 1)
+    except (OSError, ValueError) as error:  # ValueError: it is closed
+        if isinstance(error, MediaError):
+            raise
+        raise MediaError(f"{name} cannot be read: {_reason(error)}") from error
+    return _checked(data, name, limits)
+
+
+def _read_all(stream: Readable, name: str, most: int) -> bytes:
+    """What is left of a stream; one that is not buffered gives it in pieces."""
+    parts, count = [], 0
+    while count < most and (part := stream.read(most - count)):
+        if isinstance(part, str):
+            raise MediaError(f"{name} was opened as text: open it in binary mode ('rb')")
+        parts.append(bytes(part))
+        count += len(parts[-1])
+    return b"".join(parts)
+
+
+def _rewound(stream: Any) -> bool:  # noqa: ANN401 - not every stream can tell where it stands
+    """Go back to the start of a stream that was written or read before; False if there is none."""
+    seekable = getattr(stream, "seekable", None)
+    if seekable is None or not seekable() or not stream.tell():
+        return False
+    stream.seek(0)
+    return True
 
 
 def _fetch_data_uri(source: str, limits: FetchLimits) -> Fetched:

@@ -6,9 +6,9 @@
 Knows ready prompts; must not know messages, templates or the conversation before.
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,13 +18,28 @@ from lapilli.config.generation import SamplingParams
 from lapilli.errors import LapilliError
 from lapilli.generate.engine import Engine, EngineOptions, Request
 from lapilli.generate.engine.stream import EngineStream
-from lapilli.generate.outputs import Generation
+from lapilli.generate.outputs import Generation, Piece
 from lapilli.generate.run import Stream, generate, stream
 from lapilli.nn.kv_cache import KVCache
 from lapilli.pipeline.memory import Memory
 from lapilli.pipeline.ready import ReadyPrompt
 from lapilli.prompt.message import MediaPart
 from lapilli.shapes import Tensor
+
+
+class Told(Iterator[Piece]):
+    """An answer that needs no model, as a stream of one piece."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+        self._is_read = False
+
+    def __next__(self) -> Piece:
+        """Return the whole answer, once."""
+        if self._is_read:
+            raise StopIteration
+        self._is_read = True
+        return Piece(self.generation.text, self.generation.token_ids, self.generation.finish_reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +52,7 @@ class Reply:
         positions: what stands at the positions of the prompt, for that cache.
     """
 
-    pieces: Stream | EngineStream
+    pieces: Stream | EngineStream | Told
     cache: KVCache | None = None
     positions: Sequence[int] = ()
 
@@ -53,26 +68,36 @@ class Answering:
     Args:
         loaded: model, tokenizer, configuration.
         options: of the engine.
+        without_media: the answer to every prompt without a picture, where the checkpoint says one;
+            "": the model answers those too.
     """
 
-    def __init__(self, loaded: Loaded, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self, loaded: Loaded, options: EngineOptions | None = None, without_media: str = ""
+    ) -> None:
         self._loaded = loaded
         self._options = options
+        self._without_media = without_media
+        self._making = threading.Lock()
+        self._engine: Engine | None = None
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
         """Made when it is first needed.
 
         Raises:
             UnsupportedModelError: a language model of another library.
         """
-        return Engine(
-            self._loaded.model,
-            self._loaded.tokenizer,
-            eos_ids=self._eos_ids,
-            context_length=self.context_length,
-            options=self._options,
-        )
+        with self._making:
+            if self._engine is None:
+                self._engine = Engine(
+                    self._loaded.model,
+                    self._loaded.tokenizer,
+                    eos_ids=self._eos_ids,
+                    context_length=self.context_length,
+                    options=self._options,
+                )
+            return self._engine
 
     @property
     def context_length(self) -> int:
@@ -95,6 +120,9 @@ class Answering:
             memory: of the conversation; it knows them all.
             params: how to choose tokens.
         """
+        told = self._told(prompt)
+        if told is not None:
+            return Reply(Told(told))
         if self._has_engine(params):
             return Reply(self.engine.stream(self._request(prompt, params)))
         with torch.inference_mode():
@@ -122,6 +150,22 @@ class Answering:
         self, prompts: Sequence[ReadyPrompt], params: SamplingParams
     ) -> list[Generation]:
         """The answers, each as if it were the only one."""
+        told = [self._told(prompt) for prompt in prompts]
+        asked = [prompt for prompt, known in zip(prompts, told, strict=True) if known is None]
+        answers = iter(self._answer_with_model(asked, params))
+        return [next(answers) if known is None else known for known in told]
+
+    def _told(self, prompt: ReadyPrompt) -> Generation | None:
+        """The answer to a prompt that no model is needed for."""
+        if not self._without_media or prompt.encoded.spans:
+            return None
+        ids = self._loaded.tokenizer.encode(self._without_media, add_bos=False)
+        length = len(prompt.encoded.input_ids)
+        return Generation(tuple(ids), self._without_media, "stop", prompt_len=length)
+
+    def _answer_with_model(
+        self, prompts: Sequence[ReadyPrompt], params: SamplingParams
+    ) -> list[Generation]:
         if not prompts:
             return []
         if self._has_engine(params):
@@ -144,27 +188,31 @@ class Answering:
         self, prompts: Iterable[ReadyPrompt | LapilliError], params: SamplingParams
     ) -> Iterator[tuple[int, Generation | LapilliError]]:
         """Number and answer of every prompt as it is finished; errors keep their number."""
-        good: list[int] = []
-        bad: list[tuple[int, LapilliError]] = []
+        asked: list[int] = []
+        known: list[tuple[int, Generation | LapilliError]] = []
 
-        def sound() -> Iterator[ReadyPrompt]:
+        def to_ask() -> Iterator[ReadyPrompt]:
             for number, prompt in enumerate(prompts):
                 if isinstance(prompt, LapilliError):
-                    bad.append((number, prompt))
-                else:
-                    good.append(number)
-                    yield prompt
+                    known.append((number, prompt))
+                    continue
+                told = self._told(prompt)
+                if told is not None:
+                    known.append((number, told))
+                    continue
+                asked.append(number)
+                yield prompt
 
         if self._has_engine(params):
-            requests = (self._request(prompt, params) for prompt in sound())
+            requests = (self._request(prompt, params) for prompt in to_ask())
             answers = self.engine.as_completed(requests)
         else:
-            answers = enumerate(self._alone(prompt, params) for prompt in sound())
+            answers = enumerate(self._alone(prompt, params) for prompt in to_ask())
         for at, answer in answers:
-            while bad:
-                yield bad.pop()
-            yield good[at], answer
-        yield from bad
+            while known:
+                yield known.pop()
+            yield asked[at], answer
+        yield from known
 
     def _alone(self, prompt: ReadyPrompt, params: SamplingParams) -> Generation | LapilliError:
         try:

@@ -4,12 +4,15 @@ Knows who is asked when; must not know how files look, how pixels are computed o
 chosen.
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 from lapilli.checkpoint.assemble import Progress
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.report import LoadReport
+from lapilli.checkpoint.world import load_world
 from lapilli.config.generation import SamplingParams
 from lapilli.config.model import ModelConfig
 from lapilli.errors import CheckpointError, LapilliError, PromptError
@@ -17,8 +20,10 @@ from lapilli.generate.engine import Engine, EngineOptions
 from lapilli.generate.outputs import Generation
 from lapilli.generate.run import check_context
 from lapilli.media.fetch import FetchLimits
+from lapilli.modality.image.decode import Alpha, check_alpha
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.pipeline.answering import Answering, Reply
+from lapilli.pipeline.conversation import Conversation, Turn
 from lapilli.pipeline.memory import Memory
 from lapilli.pipeline.outside import Outside
 from lapilli.pipeline.ready import ReadyPrompt, make_ready, prepare
@@ -43,6 +48,7 @@ def load(
     quantize_tower: bool = False,
     engine: EngineOptions | None = None,
     prefix: str | Path | None = None,
+    alpha: Alpha = "drop",
 ) -> "Chat":
     """A checkpoint, ready to answer.
 
@@ -62,12 +68,15 @@ def load(
         quantize_tower: pack the vision tower and the projector too, in 8 bits.
         engine: limits of what is kept and done at the same time, and whether to guess ahead.
         prefix: a file from `Chat.save_prefix`: what begins like that is not read again.
+        alpha: "drop" shows the colours that lie under the transparency of a picture, as the
+            original does; "composite" lays the picture on white, as people see it.
 
     Raises:
         CheckpointError: the files are not usable.
         ConfigError: the configuration cannot be followed.
         PromptError: no template has this name.
     """
+    check_alpha(alpha)
     loaded = load_checkpoint(
         source,
         base=base,
@@ -82,6 +91,7 @@ def load(
         quantize_tower=quantize_tower,
     )
     chat = Chat(loaded, name=str(source), engine=engine)
+    chat.alpha = alpha
     if prefix is not None:
         chat.load_prefix(prefix)
     return chat
@@ -89,6 +99,10 @@ def load(
 
 class Chat:
     """A model, and the conversation with it.
+
+    Any number of threads may use one: the model is run by one of them at a time. `ask` and `stream`
+    are turns of the one conversation and follow each other; `answer`, `batch`, `ask_many` and
+    `as_completed` leave it alone and are answered side by side.
 
     Pictures may be paths, URLs, data URIs, "-" (standard input), bytes, Pillow images, arrays, or
     in place of a picture its features: a floating point tensor [n, width of the language model],
@@ -99,13 +113,19 @@ class Chat:
         self, loaded: Loaded, *, name: str = "", engine: EngineOptions | None = None
     ) -> None:
         self._loaded = loaded
-        self._answering = Answering(loaded, engine)
-        self._outside = Outside(loaded, self._answering)
-        self._memory = Memory()
-        self._history: tuple[Message, ...] = ()
+        vision = loaded.config.vision
+        world = load_world(loaded.path, width=None if vision is None else vision.hidden_size)
+        self._answering = Answering(loaded, engine, "" if world is None else world.without_picture)
+        self._outside = Outside(world, loaded.model, self._answering)
+        self._turns = threading.RLock()
+        self._numbers = count(1)
+        self._adopting = threading.Lock()
+        self._conversation = Conversation()
         self.name = name or loaded.path.name
         self.template: Template = loaded.template.template
         self.limits = FetchLimits()
+        self.alpha: Alpha = "drop"
+        """What becomes of the transparency of pictures, see `load`."""
         self.system: str | None = None
         """Instructions in place of the template's own; counted from the next question on."""
         self._last_keys: tuple[int, ...] = ()
@@ -145,18 +165,18 @@ class Chat:
     @property
     def history(self) -> tuple[Message, ...]:
         """Questions and answers so far, without the system message."""
-        return self._history
+        return self._conversation.history
 
     def reset(self) -> None:
         """Forget the conversation.
 
         What the engine keeps by content stays, so a picture that comes again is not read again;
-        `chat.engine.renew()` lets go of that too.
+        `chat.engine.renew()` lets go of that too. An answer that is on its way in another thread
+        goes on; it belongs to the conversation that is forgotten.
         """
-        self._history = ()
-        self._memory = Memory()
-        self._last_keys = ()
-        self.last = None
+        with self._adopting:
+            self._conversation = Conversation(next(self._numbers))
+            self._last_keys, self.last = (), None
 
     def ask(self, question: str, *images: object, keep: bool = False, **sampling: object) -> str:
         """The answer, without white space around it.
@@ -173,7 +193,8 @@ class Chat:
             MediaError: an image cannot be fetched or decoded.
             ContextTooLongError: the conversation leaves no room for an answer.
         """
-        return "".join(self.stream(question, *images, keep=keep, **sampling)).strip()
+        with self._turns:
+            return "".join(self.stream(question, *images, keep=keep, **sampling)).strip()
 
     def stream(
         self,
@@ -181,20 +202,26 @@ class Chat:
         *images: object,
         keep: bool = False,
         **sampling: object,
-    ) -> Iterator[str]:
+    ) -> Turn:
         """The answer of `ask`, in pieces as it settles.
 
-        Closing the iterator stops the answer; what was said of it is kept in the history.
+        Closing the iterator stops the answer; what was said of it is kept. The question follows the
+        history as it is now, and joins it with its answer when that is over.
         """
         if not question.strip():
             raise PromptError("the question is empty: ask something")
         params = self._params(SamplingParams.from_options(**sampling))
-        begins = bool(images) and not keep
-        memory = Memory() if begins else self._memory
-        history = () if begins else self._history
-        messages = (*history, Message.user(question, *images))
-        prompt = self._ready(self._with_system(messages), memory)
-        return self._answer_in_pieces(messages, prompt, memory, params)
+        with self._turns:
+            begins = bool(images) and not keep
+            talk = Conversation(next(self._numbers)) if begins else self._conversation
+            messages = (*talk.history, Message.user(question, *images))
+            prompt = self._ready(self._with_system(messages), talk.memory)
+            return Turn(
+                lambda: self._start(messages, prompt, talk.memory, params),
+                lambda reply, is_whole: self._remember(
+                    messages[-1], talk, reply, is_whole=is_whole
+                ),
+            )
 
     def answer(
         self, messages: Sequence[Message], params: SamplingParams | None = None
@@ -284,7 +311,7 @@ class Chat:
             MediaError: it cannot be fetched or decoded.
             UnsupportedModelError: the model reads text only.
         """
-        prepare(MediaPart(source), self.model, self.limits)
+        prepare(MediaPart(source), self.model, self.limits, alpha=self.alpha)
 
     def outside_world(self) -> str | None:
         """One line for people if a picture of the latest question is nothing this model knows.
@@ -293,46 +320,41 @@ class Chat:
         """
         return self._outside.warning(self.name)
 
-    def _answer_in_pieces(
+    def _start(
         self,
         messages: tuple[Message, ...],
         prompt: ReadyPrompt,
         memory: Memory,
         params: SamplingParams,
-    ) -> Iterator[str]:
+    ) -> Reply:
         media = [part for message in messages for part in message.media]
         self._outside.judge(memory)
-        reply = self._answering.start(prompt, media, memory, params)
-        pieces = reply.pieces
-        try:
-            for piece in pieces:
-                if piece.text:
-                    yield piece.text
-        except KeyboardInterrupt:
-            # The interrupt may have come between two layers: the cache cannot be trusted.
-            self._remember(messages, reply, memory, is_whole=False)
-            raise
-        except GeneratorExit:
-            self._remember(messages, reply, memory)
-            raise
-        self._remember(messages, reply, memory)
+        return self._answering.start(prompt, media, memory, params)
 
     def _remember(
         self,
-        messages: tuple[Message, ...],
+        question: Message,
+        talk: Conversation,
         reply: Reply,
-        memory: Memory,
         *,
-        is_whole: bool = True,
+        is_whole: bool,
     ) -> None:
         """Keep the turn, unless it was cancelled before it said anything."""
-        self.last = generation = reply.pieces.generation
-        self._last_keys = reply.keys
-        memory.cache = reply.cache if is_whole else None
-        memory.cached = [*reply.positions, *generation.token_ids]
-        if generation.text or generation.finish_reason != "cancelled":
-            self._memory = memory
-            self._history = (*messages, Message.assistant(generation.text.strip()))
+        generation = reply.pieces.generation
+        # After an interrupt between two layers the cache cannot be trusted.
+        talk.memory.keep_cache(
+            reply.cache if is_whole else None, [*reply.positions, *generation.token_ids]
+        )
+        is_said = bool(generation.text) or generation.finish_reason != "cancelled"
+        with self._adopting:
+            if is_said:
+                answer = Message.assistant(generation.text.strip())
+                talk.history = (*talk.history, question, answer)
+            if talk.number < self._conversation.number:
+                return  # a later conversation has begun, or this one is to be forgotten
+            self.last, self._last_keys = generation, reply.keys
+            if is_said:
+                self._conversation = talk
 
     def _ready(self, messages: Sequence[Message], memory: Memory, *, row: int = 0) -> ReadyPrompt:
         if not messages:
@@ -363,7 +385,9 @@ class Chat:
 
     def _item(self, part: MediaPart, memory: Memory) -> object:
         item = memory.item(part)
-        return prepare(part, self.model, self.limits) if item is None else item
+        if item is not None:
+            return item
+        return prepare(part, self.model, self.limits, alpha=self.alpha)
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         return messages if self.system is None else (Message.system(self.system), *messages)

@@ -3,6 +3,7 @@
 Knows parts, spans and ids; must not know templates, files or how tokens are chosen.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -21,7 +22,7 @@ class Memory:
 
     A medium is known by the message part that shows it: the same object, because two pictures of
     one path may differ. Positions that the cache holds are known by their token id or, under a
-    medium, by that medium's number.
+    medium, by that medium's number. Several turns of a conversation may come at the same time.
 
     Attributes:
         parts: media that were shown.
@@ -29,6 +30,7 @@ class Memory:
         cache: keys and values of the latest prompt and answer.
         cached: what stands at its positions.
         judged: how many of the items were compared with the checkpoint's world.
+        lock: held while something of this is changed.
     """
 
     parts: list[MediaPart] = field(default_factory=list)
@@ -36,6 +38,7 @@ class Memory:
     cache: KVCache | None = None
     cached: list[int] = field(default_factory=list)
     judged: int = 0
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def number(self, part: MediaPart) -> int | None:
         """Which of the known media this part shows."""
@@ -48,20 +51,23 @@ class Memory:
 
     def add(self, part: MediaPart, item: Any) -> None:  # noqa: ANN401
         """Keep a part, unless it is known."""
-        if self.number(part) is None:
-            self.parts.append(part)
-            self.items.append(item)
+        with self.lock:
+            if self.number(part) is None:
+                del self.items[len(self.parts) :]  # what an interrupt left between these lines
+                self.items.append(item)
+                self.parts.append(part)
 
     def embed_new(self, model: VisionLanguageModel) -> None:
         """Compute the features of all media that have none yet."""
-        waiting: dict[str, list[int]] = {}
-        for i, (part, item) in enumerate(zip(self.parts, self.items, strict=True)):
-            if not isinstance(item, Tensor):
-                waiting.setdefault(part.modality, []).append(i)
-        for name, numbers in waiting.items():
-            features = model.modality(name).embed([self.items[i] for i in numbers])
-            for i, item in zip(numbers, features, strict=True):
-                self.items[i] = item
+        with self.lock:
+            waiting: dict[str, list[int]] = {}
+            for i, part in enumerate(self.parts):
+                if not isinstance(self.items[i], Tensor):
+                    waiting.setdefault(part.modality, []).append(i)
+            for name, numbers in waiting.items():
+                features = model.modality(name).embed([self.items[i] for i in numbers])
+                for i, item in zip(numbers, features, strict=True):
+                    self.items[i] = item
 
     def positions(self, prompt: EncodedPrompt, media: Sequence[MediaPart]) -> list[int]:
         """What stands at every position of a prompt whose media are all known."""
@@ -77,8 +83,17 @@ class Memory:
 
         At least the last position is left to be read, because its logits are not kept.
         """
-        cache, self.cache = self.cache, None
+        with self.lock:
+            cache, self.cache = self.cache, None
+            cached = self.cached
         if cache is not None:
-            known = zip(self.cached[: cache.length], positions[:-1], strict=False)
+            known = zip(cached[: cache.length], positions[:-1], strict=False)
             cache.truncate(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], known)))
         return cache
+
+    def keep_cache(self, cache: KVCache | None, cached: list[int]) -> None:
+        """Keep the cache of an answer that is over, and what stands at its positions."""
+        with self.lock:
+            self.cache = None  # never a cache with the positions of another
+            self.cached = cached
+            self.cache = cache

@@ -7,11 +7,11 @@ from typing import cast
 
 import torch
 
-from lapilli.checkpoint.load import Loaded
-from lapilli.checkpoint.world import load_world
+from lapilli.checkpoint.world import World
 from lapilli.generate.cache.identity import content_digest
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
+from lapilli.model.vlm import VisionLanguageModel
 from lapilli.pipeline.answering import Answering
 from lapilli.pipeline.memory import Memory
 
@@ -20,13 +20,16 @@ class Outside:
     """Looks at every picture once; what the tower saw for this becomes the picture's features.
 
     Args:
-        loaded: the checkpoint; most say nothing about their world.
+        world: of the checkpoint; most say nothing about theirs.
+        model: has the tower.
         answering: is given the features.
     """
 
-    def __init__(self, loaded: Loaded, answering: Answering) -> None:
-        self._world = load_world(loaded.path)
-        self._model = loaded.model
+    def __init__(
+        self, world: World | None, model: VisionLanguageModel, answering: Answering
+    ) -> None:
+        self._world = world
+        self._model = model
         self._answering = answering
         self._judged: dict[bytes, bool] = {}
         self.is_latest = False

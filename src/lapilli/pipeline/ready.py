@@ -13,7 +13,7 @@ import torch
 from lapilli.errors import MediaError, UnsupportedModelError
 from lapilli.media.fetch import FetchLimits, fetch
 from lapilli.modality.base import Modality
-from lapilli.modality.image.decode import to_rgb
+from lapilli.modality.image.decode import Alpha, to_rgb
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.model.vlm import VisionLanguageModel
@@ -79,8 +79,16 @@ def num_tokens(item: Any, modality: Modality) -> int:  # noqa: ANN401 - every mo
     return len(item) if isinstance(item, Tensor) else modality.num_tokens(item)
 
 
-def prepare(part: MediaPart, model: VisionLanguageModel, limits: FetchLimits) -> Any:  # noqa: ANN401
+def prepare(
+    part: MediaPart, model: VisionLanguageModel, limits: FetchLimits, *, alpha: Alpha = "drop"
+) -> Any:  # noqa: ANN401 - every modality has its own
     """A medium, prepared for its modality; features stay features.
+
+    Args:
+        part: the medium.
+        model: says which media it reads, and how.
+        limits: of what is fetched.
+        alpha: what becomes of the transparency of a picture, see `to_rgb`.
 
     Raises:
         UnsupportedModelError: the model does not read this kind of medium.
@@ -101,7 +109,7 @@ def prepare(part: MediaPart, model: VisionLanguageModel, limits: FetchLimits) ->
     if isinstance(source, Tensor):
         return given_features(source, modality, model.language_model.config.hidden_size)
     fetched = fetch(source, limits=limits, stdin=getattr(sys.stdin, "buffer", None))
-    return modality.prepare(to_rgb(fetched.data, name=fetched.name))
+    return modality.prepare(to_rgb(fetched.data, alpha=alpha, name=fetched.name))
 
 
 @torch.inference_mode()

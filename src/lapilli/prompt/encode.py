@@ -70,7 +70,8 @@ def encode(
 
     Raises:
         MediaCountMismatchError: another number of lengths than of slots.
-        PromptError: a medium of no positions, or an image token that the tokenizer does not cut.
+        PromptError: a medium of no positions, text that is no Unicode, or an image token that the
+            tokenizer does not cut.
 
     Source: LLaVA mm_utils.py tokenizer_image_token (BOS once, one call per gap); transformers'
         LlavaProcessor for `image_id`.
@@ -83,6 +84,7 @@ def encode(
         )
     if any(length < 1 for length in lengths):
         raise PromptError(f"every medium needs at least one position, found {list(lengths)}")
+    _check_text(segments)
     pieces = (
         _per_gap(segments, tokenizer)
         if image_id is None
@@ -100,6 +102,19 @@ def encode(
         ids += [token for token, _ in piece]
         mask += [counts for _, counts in piece]
     return EncodedPrompt(ids, mask, tuple(spans))
+
+
+def _check_text(segments: Sequence[Segment]) -> None:
+    """Refuse halves of characters: escapes in JSON, and bytes that are no UTF-8, become such."""
+    for segment in segments:
+        if isinstance(segment, TextSegment) and not segment.text.isascii():
+            try:
+                segment.text.encode()
+            except UnicodeEncodeError as error:
+                raise PromptError(
+                    f"the text has {segment.text[error.start]!a} in it, which is no character "
+                    "(a lone surrogate): write the text in UTF-8"
+                ) from error
 
 
 Piece = list[tuple[int, bool]]
@@ -138,6 +153,32 @@ def _whole(
             "the template writes it itself"
         )
     return pieces
+
+
+def media_gap(tokenizer: Tokenizer, image_id: int | None) -> str:
+    """What has to stand between a medium and text after it for the ids of the original.
+
+    The original makes ids of the text after a picture as of a text of its own, and SentencePiece
+    writes a space before the first word of a text. A tokenizer that is given the whole prompt, and
+    that writes this space at the very beginning alone (`legacy: false`), needs it in the text.
+
+    Args:
+        tokenizer: of a language model.
+        image_id: see `encode`; None: the text is cut at the media anyway.
+
+    Returns:
+        A space, or nothing.
+    """
+    if image_id is None:
+        return ""
+    token, word = tokenizer.id_to_token(image_id), "a"
+    alone = tokenizer.encode(word, add_bos=False)
+
+    def after(text: str) -> list[int]:
+        ids = tokenizer.encode(token + text, add_bos=False)
+        return ids[ids.index(image_id) + 1 :] if image_id in ids else alone
+
+    return " " if after(word) != alone == after(f" {word}") else ""
 
 
 def _begin(tokenizer: Tokenizer, piece: Piece) -> Piece:

@@ -9,37 +9,26 @@ What a person typed is never looked at by the template, so a typed "<image>" or 
 White space around it is, because templates trim. Knows nothing of tokenizers or files.
 """
 
-import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import Any, NoReturn
+from typing import Any, Final
 
 import jinja2
-import jinja2.exceptions
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-import jinja2.utils
 
 from lapilli.errors import PromptError
+from lapilli.prompt.budget import budget_of
 from lapilli.prompt.message import MediaPart, Message, TextPart
+from lapilli.prompt.sandbox import compile_template
 from lapilli.prompt.segments import MediaSlot, Segment, TextSegment
 
 PLACEHOLDER = "<image>"
-_FAILURES = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+_MOST_TOLD: Final = 300
+_STEPS: Final = 1_000_000
+_STEPS_OF_MESSAGE: Final = 20_000
+"""More with every message, as some templates look at all of them for each of them."""
 
 
 class JinjaTemplate:
@@ -51,6 +40,7 @@ class JinjaTemplate:
         eos_token: text of the token that the template may write last.
         image_token: what the template writes in the place of a picture.
         name: how people see it named.
+        special_tokens: texts of further tokens that it may write, such as `pad_token`.
 
     Raises:
         PromptError: a text that is no template.
@@ -64,16 +54,28 @@ class JinjaTemplate:
         eos_token: str | None = None,
         image_token: str = PLACEHOLDER,
         name: str = "chat_template",
+        special_tokens: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
-        self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
+        self.source = source
+        self._tokens = {
+            **(special_tokens or {}),
+            "bos_token": bos_token or "",
+            "eos_token": eos_token or "",
+        }
         self._image_token = image_token
         try:
-            self._template = _environment().from_string(source)
+            source.encode()
+            with budget_of(_STEPS):
+                self._template = compile_template(source)
         except jinja2.TemplateSyntaxError as error:
             raise PromptError(
                 f"the checkpoint's chat template is not a template: line {error.lineno}: "
-                f"{error.message}; choose one by name"
+                f"{_short(error.message)}; choose one by name"
+            ) from error
+        except Exception as error:  # whatever a stranger's text makes of jinja2 and of Python
+            raise PromptError(
+                f"the checkpoint's chat template cannot be used: {_told(error)}; choose one by name"
             ) from error
 
     @cached_property
@@ -112,19 +114,24 @@ class JinjaTemplate:
         return marks.mark(0) in text and "'type'" not in text and '"type"' not in text
 
     def _run(self, messages: Sequence[dict[str, Any]], *, open_turn: bool) -> str:
+        steps = _STEPS + _STEPS_OF_MESSAGE * len(messages)
         try:
-            return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=open_turn,
-                tools=None,
-                documents=None,
-                **self._tokens,
-            )
-        except _FAILURES as error:
+            with budget_of(steps) as budget:
+                text = self._template.render(
+                    messages=list(messages),
+                    add_generation_prompt=open_turn,
+                    tools=None,
+                    documents=None,
+                    **self._tokens,
+                )
+                budget.pay(len(text))
+            text.encode()
+        except Exception as error:  # a stranger's program: whatever it raises, it refuses
             raise PromptError(
                 f"the checkpoint's chat template refuses these {len(messages)} messages "
-                f"({', '.join(str(m['role']) for m in messages)}): {error}"
+                f"({_short(', '.join(str(m['role']) for m in messages))}): {_told(error)}"
             ) from error
+        return text
 
     def _answers(self, messages: Sequence[dict[str, Any]], text: str) -> list[tuple[int, int]]:
         """Characters of `text` that the model has to write."""
@@ -205,6 +212,8 @@ class _Marks:
         return segments
 
     def _parts(self, message: Message) -> list[dict[str, str]]:
+        if message.written is not None:  # templates move pictures, but leave text as it is
+            return [{"type": "text", "text": self._string(message)}]
         return [
             {"type": part.modality}
             if isinstance(part, MediaPart)
@@ -215,8 +224,8 @@ class _Marks:
     def _string(self, message: Message) -> str:
         """One string, leading media on lines of their own, as LLaVA was trained."""
         text = ""
-        leading = True
-        for part in message.parts:
+        leading = message.written is None
+        for part in message.in_order:
             if isinstance(part, TextPart):
                 text += self._hide_text(part.text)
                 leading = leading and not part.text
@@ -233,6 +242,20 @@ class _Marks:
         return f"{before}{self.mark(len(self._texts) - 1)}{after}"
 
 
+def _told(error: Exception) -> str:
+    """What went wrong, short enough for one line."""
+    if isinstance(error, UnicodeEncodeError):
+        return "it writes half of a surrogate pair, which is no text"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return _short(str(error)) or type(error).__name__
+
+
+def _short(text: str | None) -> str:
+    text = text or ""
+    return text if len(text) <= _MOST_TOLD else f"{text[:_MOST_TOLD]}..."
+
+
 def _without_open_turn(messages: Sequence[Message]) -> Sequence[Message]:
     """The messages without an empty last answer, which stands for the one to be generated."""
     if not messages or messages[-1].role != "assistant":
@@ -243,76 +266,3 @@ def _without_open_turn(messages: Sequence[Message]) -> Sequence[Message]:
             "open_turn=False"
         )
     return messages[:-1]
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`: where transformers marks answers; here its body is simply written."""
-
-    tags = {"generation"}  # noqa: RUF012  the name and type that jinja2 asks for
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """The statements up to the end of the tag."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """What chat templates may use.
-
-    Source: transformers' chat template rendering: sandbox, block trimming, `tojson` without HTML
-    escapes, `raise_exception`, `strftime_now`.
-    """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    environment.globals["namespace"] = _namespace
-    return environment
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """jinja2's `namespace`, closed to names that could lead out of the sandbox."""
-
-    def __setitem__(self, name: str, value: object) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
-
-
-def _namespace(*values: Mapping[str, object], **named: object) -> _Namespace:
-    start = dict(*values, **named)
-    for name in start:
-        _refuse_private(name)
-    return _Namespace(start)
-
-
-def _refuse_private(name: str) -> None:
-    if name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a chat template may not store {name!r}")
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().astimezone().strftime(form)

@@ -35,17 +35,30 @@ Part = TextPart | MediaPart
 class Message:
     """One turn.
 
+    Attributes:
+        role: who speaks.
+        parts: text and media in order.
+        written: the text around the media, one piece more than there are media, where a program
+            wrote it with placeholders: it is kept character by character. None: the template lays
+            line breaks behind the media that stand in front.
+
     Raises:
-        PromptError: a role other than system, user or assistant.
+        PromptError: a role other than system, user or assistant, or another number of pieces.
     """
 
     role: str
     parts: tuple[Part, ...]
+    written: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise PromptError(
                 f"unknown role {self.role!r}: expected {', '.join(ROLES[:-1])} or {ROLES[-1]}"
+            )
+        if self.written is not None and len(self.written) != len(self.media) + 1:
+            raise PromptError(
+                f"{len(self.media)} media stand between {len(self.media) + 1} pieces of text, "
+                f"found {len(self.written)}"
             )
 
     @property
@@ -57,6 +70,17 @@ class Message:
     def media(self) -> tuple[MediaPart, ...]:
         """The media of the turn in order."""
         return tuple(part for part in self.parts if isinstance(part, MediaPart))
+
+    @property
+    def in_order(self) -> tuple[Part, ...]:
+        """Parts as they are written: `parts`, or the pieces of `written` with the media between."""
+        if self.written is None:
+            return self.parts
+        first, *rest = self.written
+        found: list[Part] = [TextPart(first)]
+        for part, text in zip(self.media, rest, strict=True):
+            found += [part, TextPart(text)]
+        return tuple(found)
 
     @classmethod
     def system(cls, text: str) -> "Message":
@@ -79,7 +103,8 @@ class Message:
     ) -> "Message":
         """A turn written by a program, with `placeholder` where each source goes.
 
-        A line break after a leading placeholder belongs to it: the template writes its own.
+        The text is kept character by character. In `parts` a line break after a leading
+        placeholder belongs to that, as where a template lays it.
 
         Raises:
             MediaCountMismatchError: another number of placeholders than of sources.
@@ -97,4 +122,4 @@ class Message:
             rest = piece.removeprefix("\n") if leads else piece
             if rest:
                 parts.append(TextPart(rest))
-        return cls(role, tuple(parts))
+        return cls(role, tuple(parts), tuple(pieces) if sources else None)

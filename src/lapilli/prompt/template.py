@@ -6,7 +6,8 @@ Knows roles, separators and where a picture goes. Must not know tokenizers, file
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, Protocol, runtime_checkable
 
 from lapilli.errors import PromptError
@@ -42,6 +43,7 @@ class ChatTemplate:
     system message does not replace. `media_open` and `media_close` stand around every medium in
     training: the original's programs for asking leave them out, and so do we. `media_tokens` stand
     around every medium always: <im_start> and <im_end> of checkpoints with mm_use_im_start_end.
+    `media_gap` stands between a medium and text that follows it; see `prompt.encode.media_gap`.
 
     Source: LLaVA conversation.py, reference behaviour of every `conv_templates` entry.
     """
@@ -59,6 +61,7 @@ class ChatTemplate:
     media_open: str = ""
     media_close: str = ""
     media_tokens: tuple[str, str] = ("", "")
+    media_gap: str = field(default="", compare=False)  # of the tokenizer, not of the conversation
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -90,8 +93,9 @@ class ChatTemplate:
         if open_turn:
             _open(turns, rest, self.roles[1])
         elif self.style == "plain":
-            return _caption_pair(turns, self.sep)
-        return self._layout(turns, _system_segments(self, system))
+            return _with_gaps(_caption_pair(turns, self.sep), self.media_gap)
+        segments = self._layout(turns, _system_segments(self, system))
+        return _with_gaps(segments, self.media_gap)
 
     def prompt(self, turns: Sequence[tuple[str, str | None]]) -> str:
         """The text of raw turns (role name, text or None), character by character as the original.
@@ -106,9 +110,11 @@ class ChatTemplate:
     def _content(self, message: Message, *, tagged: bool) -> list[Segment] | None:
         leading = True
         content: list[Segment] = []
-        for part in message.parts:
+        for part in message.in_order:
             if isinstance(part, MediaPart):
                 content += self._slot(part, message, tagged)
+                if message.written is not None:
+                    continue
                 if leading and (message.text or self.style != "plain"):
                     content.append(TextSegment("\n"))
             elif part.text:
@@ -131,6 +137,18 @@ class ChatTemplate:
         style = _llama_2 if self.style == "llama_2" else _chat
         segments = style(self, turns, system)
         return [s for s in segments if isinstance(s, MediaSlot) or s.text]
+
+
+def _with_gaps(segments: list[Segment], gap: str) -> list[Segment]:
+    """The segments with a gap wherever text follows a medium."""
+    if not gap:
+        return segments
+    spaced = segments[:1]
+    for before, segment in pairwise(segments):
+        if isinstance(before, MediaSlot) and isinstance(segment, TextSegment):
+            spaced.append(TextSegment(gap, trainable=segment.trainable))
+        spaced.append(segment)
+    return spaced
 
 
 def _split_system(messages: Sequence[Message]) -> tuple[Message | None, Sequence[Message]]:

@@ -63,8 +63,35 @@ _LLAMA_2 = """\
 """
 
 
-def to_jinja(template: ChatTemplate) -> str:
+# The text is cut at its pictures; a gap goes before every piece but the first and empty ones.
+_GAPS = """\
+{%- for piece in text.split(@TOKEN) -%}
+{{ ('' if loop.first else @TOKEN) + ('' if loop.first or not piece else @GAP) + piece }}
+{%- endfor -%}
+"""
+
+
+def with_gaps(source: str, gap: str, token: str = PLACEHOLDER) -> str:
+    """A chat template that writes the same with a gap wherever text follows a picture.
+
+    Args:
+        source: of the chat template.
+        gap: see `prompt.encode.media_gap`; nothing leaves the template as it is.
+        token: what the template writes for a picture.
+    """
+    if not gap:
+        return source
+    # jinja2 leaves out one new line at the end of a template, but not at the end of a block.
+    body = "{% set text %}" + source.removesuffix("\n") + "{% endset %}"
+    return body + _written(_GAPS, {"TOKEN": token, "GAP": gap})
+
+
+def to_jinja(template: ChatTemplate, image_token: str = PLACEHOLDER) -> str:
     """The chat template that renders as `template` does.
+
+    Args:
+        template: of the original, or one like it.
+        image_token: what stands for a picture.
 
     Raises:
         PromptError: captions (the plain style) are no conversation.
@@ -73,7 +100,7 @@ def to_jinja(template: ChatTemplate) -> str:
         raise PromptError(f"template {template.name!r} is for captions: it holds no conversation")
     before, after = template.media_tokens
     values = {
-        "PICTURE": before + PLACEHOLDER + after,
+        "PICTURE": before + image_token + after,
         "LINE": "\n",
         "SYSTEM": template.system,
         "PREFIX": template.system_prefix,

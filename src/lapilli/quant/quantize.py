@@ -1,5 +1,6 @@
 """The pass: linear layers of a plain model replaced by packed ones, by full module path."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -24,15 +25,13 @@ class QuantReport:
         bits: of every replaced layer, by full path, in the order of the model.
         num_bytes: of the packed layers.
         num_bytes_before: of the same layers as they were.
-        head_bits: of the layer that gives the logits; None: it stays float, as asked for, or as a
-            model with tied embeddings has no such layer: its logits read the vocabulary table,
-            which is never packed, whatever QuantConfig.head_bits says.
+        notes: what was asked for and could not be done, one sentence each.
     """
 
     bits: dict[str, int]
     num_bytes: int
     num_bytes_before: int
-    head_bits: int | None
+    notes: tuple[str, ...] = ()
 
 
 def bits_of(path: str, config: QuantConfig) -> int | None:
@@ -44,6 +43,17 @@ def bits_of(path: str, config: QuantConfig) -> int | None:
     if config.quantize_tower and path.startswith(SEEN):
         return 8
     return None
+
+
+def notes_on(paths: Iterable[str], config: QuantConfig) -> tuple[str, ...]:
+    """Return what `config` asks for and a model with linear layers of these paths cannot have."""
+    has_head = any(path.startswith(LANGUAGE_MODEL) and path.endswith(HEAD) for path in paths)
+    if has_head or config.head_bits is None:
+        return ()
+    return (
+        "the logits stay float: the embeddings are tied, so the logits are made of the embedding "
+        f"table, and head_bits {config.head_bits} changes nothing",
+    )
 
 
 def round_weight(weight: Tensor, bias: Tensor | None, bits: int, config: QuantConfig) -> Packed:
@@ -90,5 +100,4 @@ def quantize(model: nn.Module, config: QuantConfig) -> QuantReport:
     if not done:
         raise ConfigError(f"no linear layer lies under {LANGUAGE_MODEL}: is this a whole model?")
     model.requires_grad_(False)
-    head = next((bits for path, bits in done.items() if path.endswith(HEAD)), None)
-    return QuantReport(done, after, before, head)
+    return QuantReport(done, after, before, notes_on(paths, config))

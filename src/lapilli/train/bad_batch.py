@@ -10,7 +10,7 @@ import torch
 
 from lapilli.train.contract import NamedBatch, TrainingError
 from lapilli.train.parallel import Team
-from lapilli.train.state import write_whole
+from lapilli.train.state_file import write_whole
 from lapilli.train.step import NotFiniteError
 
 

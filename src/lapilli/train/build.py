@@ -21,12 +21,13 @@ import torch
 from lapilli.checkpoint.assemble import build_model, fill, refuse_gaps
 from lapilli.checkpoint.directory import preprocessor_of
 from lapilli.checkpoint.files import read_json, read_optional_json
-from lapilli.checkpoint.load import match_plan
+from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR
+from lapilli.checkpoint.load import match_plan, with_own_head
 from lapilli.checkpoint.placement import DTYPES
-from lapilli.checkpoint.plan import Plan, make_plan, name_of
+from lapilli.checkpoint.plan import Plan, make_plan
 from lapilli.checkpoint.quantized import stored_quantization
 from lapilli.checkpoint.save import TOWER_FOLDER, TowerPlace, save_llava
-from lapilli.checkpoint.save_files import dtype_name, write_json, write_pickled
+from lapilli.checkpoint.save_files import write_json, write_pickled
 from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.template import find_chat_template
 from lapilli.checkpoint.tokenizer_files import add_image_tokens, load_tokenizer
@@ -37,6 +38,7 @@ from lapilli.config.vision import TOWER_TYPES
 from lapilli.config.write import write_llava_config
 from lapilli.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
 from lapilli.modality.projector import build_projector
+from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.base_template import refuse_wrong_template, template_of_base
 from lapilli.prompt.choose import TemplateFacts, choose_template, template_by_name
 from lapilli.prompt.templates import DEFAULT_TEMPLATE
@@ -115,7 +117,8 @@ def build_llava(
         joint: how they are joined; None: as LLaVA 1.5.
         template: name of the conversation template to record; None: what the language model's own
             chat template speaks like, else what its family is spoken to with.
-        dtype: of the stored weights; None: as the language model's.
+        dtype: of the stored weights; None: each as its file holds it, and the projector as most of
+            the language model.
         tower: see `save_llava`; None: named by a hub id, else copied beside.
         force: take a template that contradicts the language model's own.
         overwrite: replace a directory that is there.
@@ -139,7 +142,7 @@ def build_llava(
     _refuse_base(raw, base)
     tower_raw = read_json(eyes / "config.json")
     _refuse_tower(tower_raw, eyes)
-    name, reason = _template(raw, base, language, template, force=force)
+    name, reason = _template(raw, base, template, force=force)
     tokenizer = _tokenizer(raw, base, joint)
     doubts = _doubts(name, tokenizer, insists=template is not None and not force)
     written = _config(raw, base, joint, tokenizer) | _vision_keys(joint, tower_raw, eyes)
@@ -154,11 +157,12 @@ def build_llava(
         write_json(staged / "config.json", written)
         write_json(staged / "generation_config.json", dict(_generation(base)))
         write_pickled(staged / "mm_projector.bin", _fresh(config, joint.seed))
-        plan = make_plan(staged, base=str(base))
+        plan = with_own_head(make_plan(staged, base=str(base)))
         model = build_model(plan.config)
         matching = match_plan(plan, model)
         refuse_gaps(matching)
-        fill(model, matching, plan.vocabulary, dtype=_stored(plan), device=torch.device("cpu"))
+        fill(model, matching, plan.vocabulary, dtype=None, device=torch.device("cpu"))
+        _round_fresh(model, plan)
     is_hub = not is_local(vision)
     source = vision.partition("@")[0] if is_hub else str(eyes)
     config = replace(plan.config, vision_source=source)
@@ -206,9 +210,7 @@ def _refuse_tower(raw: JsonObject, eyes: Path) -> None:
         )
 
 
-def _template(
-    raw: JsonObject, base: Path, language: str, asked: str | None, *, force: bool
-) -> tuple[str, str]:
+def _template(raw: JsonObject, base: Path, asked: str | None, *, force: bool) -> tuple[str, str]:
     """Name of the template, and why it is taken."""
     own = find_chat_template(base)
     if asked is not None:
@@ -220,8 +222,7 @@ def _template(
     spoken = template_of_base(own, family=family)
     if spoken is not None:
         return spoken, "the language model's own chat template takes turns like it"
-    facts = TemplateFacts(model_type=f"llava_{family}", projector="mlp")
-    choice = choose_template(facts, name=name_of(language))
+    choice = choose_template(TemplateFacts(model_type=f"llava_{family}"))
     return choice.template.name, choice.reason
 
 
@@ -320,15 +321,17 @@ def _fresh(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def _stored(plan: Plan) -> torch.dtype:
-    """The format of most numbers of the language model."""
+def _round_fresh(model: VisionLanguageModel, plan: Plan) -> None:
+    """The fresh projector in the number format of most numbers beside it."""
     counts: Counter[torch.dtype] = Counter()
     for part in plan.parts:
         for info in part.store.infos.values():
             if info.dtype.is_floating_point:
                 counts[info.dtype] += info.num_parameters
     common = counts.most_common(1)[0][0]
-    return common if dtype_name(common) in DTYPES else torch.float32
+    for name, parameter in model.named_parameters():
+        if name.startswith((PROJECTOR, NEWLINE)):
+            parameter.data = parameter.data.to(common)
 
 
 def _with_pad(base: Path, tokenizer: Tokenizer) -> dict[str, str]:

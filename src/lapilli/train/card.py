@@ -122,7 +122,7 @@ def _title(results: Results, folder: Path) -> str:
 
 
 def _use(results: Results) -> str:
-    template = f"The conversation template is `{results.template}`.\n" if results.template else ""
+    template = f"The conversation template is `{results.template.name}`.\n"
     elsewhere = ""
     if results.recipe.save.layout == "huggingface":
         program, call = "transformers reads it", "AutoModelForImageTextToText.from_pretrained("

@@ -28,6 +28,7 @@ from lapilli.config.model import (
 )
 from lapilli.geometry import ImageSize
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.templates import DEFAULT_TEMPLATE
 
 _BOS, _EOS, _PAD = 1, 2, 0
 _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -43,6 +44,7 @@ def export_llava(
     vision: VisionConfig,
     tokenizer_model: bytes,
     dtype: torch.dtype = torch.float16,
+    template: str = DEFAULT_TEMPLATE,
 ) -> None:
     """Write a checkpoint that LLaVA's loader and ours can read.
 
@@ -55,6 +57,7 @@ def export_llava(
         vision: sizes of the tower, and the hidden state that is taken.
         tokenizer_model: content of tokenizer.model.
         dtype: of the stored weights.
+        template: name of the conversation template that it was trained with.
     """
     config = llava_config(text, vision)
     model = _joined(config, language_model=language_model, projector=projector, tower=tower)
@@ -68,7 +71,15 @@ def export_llava(
         _write_json(
             tokenizer / "generation_config.json", {"bos_token_id": _BOS, "eos_token_id": _EOS}
         )
-        save_llava(written, model, config, tokenizer_path=tokenizer, tower="beside", dtype=dtype)
+        save_llava(
+            written,
+            model,
+            config,
+            tokenizer_path=tokenizer,
+            tower="beside",
+            dtype=dtype,
+            template=template,
+        )
         for file in [path for path in written.rglob("*") if path.is_file()]:
             target = folder / file.relative_to(written)
             target.parent.mkdir(exist_ok=True)

@@ -46,6 +46,7 @@ def identity_of(
         "data.group": data.group,
         "data.pack": data.pack,
         "data.placement": data.placement,
+        **({"data.alpha": data.alpha} if data.alpha != "drop" else {}),  # as runs from before it
     }
     if recipe.lora is not None:
         names = ("rank", "alpha", "base", "double_quant")

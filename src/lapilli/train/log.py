@@ -78,12 +78,18 @@ class RunLog:
 
     def _record(self, number: int, line: str) -> Record:
         try:
-            found: Record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TrainingError(
-                f"{self.path}:{number} is damaged ({error.msg}): delete the line and start again"
-            ) from error
+            found: object = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            said = getattr(error, "msg", type(error).__name__)
+            raise self._damaged(number, said) from error
+        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+            raise self._damaged(number, "expected an object with a step")
         return found
+
+    def _damaged(self, number: int, what: str) -> TrainingError:
+        return TrainingError(
+            f"{self.path}:{number} is damaged ({what}): delete the line and start again"
+        )
 
     @staticmethod
     def line(record: Record) -> str:

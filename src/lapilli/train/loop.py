@@ -40,7 +40,7 @@ from lapilli.train.memory import peak_memory
 from lapilli.train.optim import build_optimizer, lr_share, peak_lrs, set_lr
 from lapilli.train.parallel import ALONE, Team
 from lapilli.train.recipe import Recipe, RunRecipe
-from lapilli.train.state import RunState, load_best, load_state, save_state
+from lapilli.train.state import RunState, load_best, load_state, read_best, save_state
 from lapilli.train.step import Moment, NotFiniteError, StepRecord, device_of, take_step
 from lapilli.train.stop import Stopped, StopWatch
 
@@ -91,6 +91,8 @@ def train(
     optimizer = build_optimizer(task.model, recipe.optim)
     state = RunState(task.model, optimizer, average, identity=identity)
     load_state(state, folder, team)
+    if state.best is not None and recipe.run.keep_best:
+        read_best(state, folder)  # one that cannot be used is told before the steps, not after them
     if state.step > steps:
         raise ConfigError(
             f"the run in {folder} has done {state.step} steps, and this recipe has {steps}: give "
@@ -103,7 +105,7 @@ def train(
         _Run(task, recipe, folder, team, state, steps, journal, on_save, watch).go()
         journal.draw()
     if state.best is not None and recipe.run.keep_best:
-        load_best(state, folder, team)
+        load_best(state, folder)
     elif average is not None:
         average.put_into_model()
 

@@ -215,6 +215,8 @@ class DataRecipe:
         pack: several samples in one row of max_length, none seeing another.
         placement: "front" moves the pictures of a turn before its text, as the original does with
             one; "written" leaves them where they stand.
+        alpha: "drop" shows the colours under the transparency of a picture, as the original does;
+            "composite" lays the picture on white.
         on_bad_sample: what a sample that cannot be read does to the run: "skip" puts the next one
             into its place and counts.
         num_pictures: how many are drawn (pebble).
@@ -232,6 +234,7 @@ class DataRecipe:
     group: Literal["none", "length", "modality"] = "none"
     pack: bool = False
     placement: Placement = "front"
+    alpha: Literal["drop", "composite"] = "drop"
     on_bad_sample: OnBadSample = "error"
     num_pictures: int = 0
     num_crowds: int = 0

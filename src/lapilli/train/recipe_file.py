@@ -6,7 +6,7 @@ recipes/pebble/1_tower.toml  ->  Recipe(stage, optim, run, model, data)      unk
 
 import dataclasses
 import difflib
-import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,11 +15,6 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 from lapilli.errors import ConfigError, UnknownKeyError
 from lapilli.train.recipe import Recipe
 from lapilli.train.recipe_keys import refuse_unread
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found]  # only on Python 3.10
 
 Section = TypeVar("Section")
 

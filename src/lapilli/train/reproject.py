@@ -13,13 +13,12 @@ import torch
 
 from lapilli.checkpoint.assemble import build_model
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.plan import make_plan
+from lapilli.checkpoint.placement import STORED
 from lapilli.checkpoint.save import save_llava
 from lapilli.config.projector import parse_projector
 from lapilli.errors import ConfigError
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.projector import build_projector
-from lapilli.prompt.templates import TEMPLATES
 
 
 def reproject(source: str, out: Path, *, projector: str, seed: int = 0) -> tuple[str, ...]:
@@ -41,8 +40,7 @@ def reproject(source: str, out: Path, *, projector: str, seed: int = 0) -> tuple
         ConfigError: a text model, or a projector that this tower cannot have.
         CheckpointError: the directory is there already.
     """
-    dtype = make_plan(source).config.torch_dtype or "float32"
-    loaded = load_checkpoint(source, device="cpu", dtype=dtype)
+    loaded = load_checkpoint(source, device="cpu", dtype=STORED)
     config = loaded.config
     if config.vision is None or config.image is None or config.projector is None:
         raise ConfigError(f"{source} reads text only: it has no projector to replace")
@@ -67,13 +65,14 @@ def reproject(source: str, out: Path, *, projector: str, seed: int = 0) -> tuple
     fits = {n: t.shape for n, t in old.items()} == {n: t.shape for n, t in new.items()}
     if fits:
         fresh.load_state_dict(old)
-    image.projector = fresh.to(next(loaded.model.parameters()).dtype)
-    template = loaded.template.template.name
+    image.projector = fresh.to(
+        next(iter((*image.projector.parameters(), *loaded.model.parameters()))).dtype
+    )
     save_llava(
         out,
         loaded.model,
         config,
         tokenizer_path=loaded.tokenizer_path,
-        template=template if template in TEMPLATES else None,
+        template=loaded.template.template,
     )
     return () if fits else tuple(new)

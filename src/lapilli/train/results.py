@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
+from torch import nn
 
 from lapilli.checkpoint.adapter import is_adapter, open_adapter
 from lapilli.checkpoint.base import find_base
@@ -23,18 +24,21 @@ from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.load import Loaded
 from lapilli.checkpoint.placement import DTYPES
 from lapilli.checkpoint.save import is_lasting, merged_state, save_llava, save_projector
-from lapilli.checkpoint.save_adapter import save_lora, save_peft
-from lapilli.checkpoint.save_files import Stored
-from lapilli.checkpoint.save_hf import save_hf
+from lapilli.checkpoint.save_adapter import is_unknown_to_peft, save_lora, save_peft
+from lapilli.checkpoint.save_files import Formats, Stored
+from lapilli.checkpoint.save_hf import refuse_unwritable, save_hf
 from lapilli.checkpoint.source import find_directory, is_local
 from lapilli.checkpoint.weights import complete_weights
 from lapilli.config.model import ModelConfig
 from lapilli.config.write import as_original
+from lapilli.config.write import refuse_unsayable as refuse_unsayable_in_original
 from lapilli.config.write_hf import refuse_unsayable
 from lapilli.errors import ConfigError
+from lapilli.lora import LoraConfig
 from lapilli.lora.inject import adapters
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.nn.stored import StoredLinear
+from lapilli.prompt.choose import Template, template_by_name
 from lapilli.train.recipe import Recipe
 
 
@@ -47,14 +51,14 @@ class Results:
         recipe: of the run.
         config: what the trained model is.
         base: the checkpoint with the weights that an adapter or a projector lies on.
-        template: name of the conversation template to record; None: it has none of ours.
+        template: the conversation template that the model is spoken to with.
     """
 
     loaded: Loaded
     recipe: Recipe
     config: ModelConfig
     base: str
-    template: str | None
+    template: Template
 
     @classmethod
     def of(cls, loaded: Loaded, recipe: Recipe) -> "Results":
@@ -66,20 +70,23 @@ class Results:
         """
         config = as_original(loaded.config) if recipe.save.layout == "llava" else loaded.config
         tuned = config.vision_in_checkpoint or recipe.model.tune_tower
+        tuned = tuned or any(name.startswith(TOWER) for name in loaded.beside)
         results = cls(
             loaded=loaded,
             recipe=recipe,
             config=replace(config, vision_in_checkpoint=tuned),
             base=_base_of(loaded, recipe),
-            template=_recorded(loaded, recipe),
+            template=_spoken(loaded, recipe),
         )
         results.refuse_impossible()
         return results
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored weights of a whole checkpoint."""
-        name = self.recipe.save.dtype or self.loaded.config.torch_dtype or "float32"
+    def dtype(self) -> Formats:
+        """Of the stored weights of a whole checkpoint: as in the files that it started from."""
+        name = self.recipe.save.dtype
+        if name is None:
+            return self.loaded.stored
         if name not in DTYPES:
             raise ConfigError(f"save.dtype is {name!r}: choose from {', '.join(DTYPES)}")
         return DTYPES[name]
@@ -111,14 +118,35 @@ class Results:
             )
         _ = self.dtype
         if save.layout != "huggingface":
+            refuse_unsayable_in_original(self.config)
             return
         refuse_unsayable(self.loaded.config)
         if not self.is_adapter:
+            refuse_unwritable(
+                self.config,
+                tokenizer=self.loaded.tokenizer,
+                tokenizer_path=self.loaded.tokenizer_path,
+                template=self.template,
+            )
             return
         if self.recipe.model.tune_tower or self.loaded.config.has_newline:
             what = "a tuned vision tower" if self.recipe.model.tune_tower else "image_newline"
             raise ConfigError(
                 f"save.layout is 'huggingface', but a PEFT adapter cannot carry {what}: set "
+                'save.merge, or save.layout = "llava"'
+            )
+        beyond = [name for name in self.loaded.beside if not name.startswith(PROJECTOR)]
+        if beyond:
+            raise ConfigError(
+                f"save.layout is 'huggingface', but a PEFT adapter cannot carry {beyond[0]}, which "
+                "came with the adapter that the run starts from: set save.merge, or save.layout = "
+                '"llava"'
+            )
+        beyond = [path for path in self._adapted() if is_unknown_to_peft(path)]
+        if beyond:
+            raise ConfigError(
+                f"save.layout is 'huggingface', but a PEFT adapter cannot lie on {beyond[0]} "
+                f"({len(beyond)} such layers): take the vision tower out of lora.targets, or set "
                 'save.merge, or save.layout = "llava"'
             )
         if self.loaded.config.layout == "llava":
@@ -127,6 +155,19 @@ class Results:
                 "layout of the original: PEFT needs the model in its own layout. Set save.merge, "
                 "or export the checkpoint first: lapilli export SOURCE OUT --layout huggingface"
             )
+
+    def _adapted(self) -> list[str]:
+        """Paths of the layers that have an adapter, or will get a fresh one by a target."""
+        model, lora = self.loaded.model, self.recipe.lora
+        present = [path for path, _ in adapters(model)]
+        if present or lora is None or not lora.targets:
+            return present
+        config = LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        return [
+            path
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear | StoredLinear) and config.is_target(path)
+        ]
 
 
 def save_results(
@@ -162,9 +203,11 @@ def save_results(
     )
     base, lies_on = results.base, results.config_for(whole=False)
     if has_adapter and not merges:
-        trained = _trained_whole(model, recipe)
+        trained = [*_trained_whole(model, recipe), *results.loaded.beside]
         if is_hf:
-            save_peft(folder, model, base=base, trained=trained, **common)
+            save_peft(
+                folder, model, lies_on, base=base, trained=trained, template=template, **common
+            )
         else:
             save_lora(
                 folder, model, lies_on, base=base, trained=trained, template=template, **common
@@ -211,11 +254,10 @@ def _is_projector_alone(model: VisionLanguageModel) -> bool:
     return bool(trained) and all(name.startswith((PROJECTOR, NEWLINE)) for name in trained)
 
 
-def _recorded(loaded: Loaded, recipe: Recipe) -> str | None:
+def _spoken(loaded: Loaded, recipe: Recipe) -> Template:
     """What the model answers with from now on; the captions of the first stage say nothing."""
     asked = recipe.data.template
-    name = asked if asked and "plain" not in asked else loaded.template.template.name
-    return name if name in TEMPLATES else None
+    return template_by_name(asked) if asked and "plain" not in asked else loaded.template.template
 
 
 def _base_of(loaded: Loaded, recipe: Recipe) -> str:

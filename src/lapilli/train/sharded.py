@@ -10,8 +10,10 @@
 Knows tensors and files; knows no loop.
 """
 
+import io
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,18 +25,38 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lapilli.shapes import Tensor
 from lapilli.train.contract import TrainingError
+from lapilli.train.data.digest import data_file
 from lapilli.train.parallel import Team
+from lapilli.train.state_check import check_moment_shape, check_numbers, check_shapes
+from lapilli.train.state_file import check_archive, damaged, first_line
 
 _FOLDER: Final = "state"
 _VALUES: Final = "values.json"
 _STAGED: Final = ".part"
+_DIRECTORY: Final = "directory"
+"""In values.json: the digest of .metadata; the pieces have checksums of their own."""
+_METADATA: Final = "torch.distributed.checkpoint.metadata"
+_NAMED: Final = frozenset(
+    {
+        *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
+        *((_METADATA, name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata")),
+        *((_METADATA, name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        *(("torch", name) for name in ("float16", "bfloat16", "float32", "float64")),
+        *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
+        *((module, "WindowsPath") for module in ("pathlib", "pathlib._local")),
+    }
+)
+"""All that the directory of pieces names; a pickle that names anything else would run code."""
 
 
 def gather(tensors: Mapping[str, Tensor], team: Team) -> dict[str, Tensor]:
@@ -60,7 +82,7 @@ def piece_of(whole: Tensor, like: Tensor) -> Tensor:
 
 def newest_pieces(folder: Path) -> tuple[int, Path] | None:
     """The last step of a run that was saved in pieces and whole, and where; None: there is none."""
-    found = [p for p in (folder / _FOLDER).glob("*") if p.name.isdigit()]
+    found = [p for p in (folder / _FOLDER).glob("*") if p.name.isascii() and p.name.isdigit()]
     newest = max(found, key=lambda path: int(path.name), default=None)
     return None if newest is None else (int(newest.name), newest)
 
@@ -118,6 +140,7 @@ def save_pieces(
 
 def _finish(staged: Path, place: Path, values: Mapping[str, Any]) -> None:
     """The staged state under its own name; earlier ones are removed."""
+    values = {**values, _DIRECTORY: data_file(staged / ".metadata").digest}
     with (staged / _VALUES).open("w", encoding="utf-8") as file:
         json.dump(values, file)
         file.flush()
@@ -141,10 +164,22 @@ def values_of(path: Path) -> dict[str, Any]:
     Raises:
         TrainingError: the file is missing or damaged.
     """
+    place, directory = path / _VALUES, path / ".metadata"
+    for needed in (place, directory):
+        if not needed.is_file():
+            raise damaged(path, f"{needed.name} is missing")
     try:
-        values: dict[str, Any] = json.loads((path / _VALUES).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{path / _VALUES} cannot be read ({error})") from error
+        values: object = json.loads(place.read_text(encoding="utf-8"))
+        digest = data_file(directory).digest
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(place, first_line(error)) from error
+    if not isinstance(values, dict):
+        raise damaged(place, f"it holds a {type(values).__name__}")
+    said = values.get(_DIRECTORY)  # absent: of an earlier version
+    if said is not None and said != digest:
+        raise damaged(path, "its directory is not the one that was saved")
+    if values.get("step") != int(path.name):
+        raise damaged(place, f"step is {values.get('step')!r:.80}, the folder says {path.name}")
     return values
 
 
@@ -168,10 +203,10 @@ def load_pieces(
     Raises:
         TrainingError: the state is of another recipe, or a file of it is missing.
     """
+    reader, parameters = _Reader(path), _trained(model)
     try:
-        stored = FileSystemReader(path).read_metadata().state_dict_metadata
-        parameters = _trained(model)
-        _check(parameters, stored, path)
+        stored = reader.read_metadata().state_dict_metadata
+        _check(parameters, average or {}, stored, path)
         moments = _empty_moments(parameters, stored)
         tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
         tensors |= {f"optimizer.{name}.{key}": value for (name, key), value in moments.items()}
@@ -179,9 +214,14 @@ def load_pieces(
             kept = f"average.{name}" in stored
             tensors |= {f"average.{name}": value} if kept else {}
         with _without_hint():  # everyone in a team of whole models reads for itself
-            load(tensors, checkpoint_id=path, no_dist=not team.is_sharded)
-    except (CheckpointException, OSError) as error:
-        raise TrainingError(f"{path} cannot be read ({_reason(error)})") from error
+            load(tensors, storage_reader=reader, no_dist=not team.is_sharded)
+    except TrainingError:
+        raise
+    except (Exception, CheckpointException) as error:  # every parser in there has its own errors
+        raise damaged(path, _reason(error)) from error
+    for name, value in tensors.items():
+        squares = name.endswith((".step", ".exp_avg_sq")) and name.startswith("optimizer.")
+        check_numbers(value, path, name, not_negative=squares)
     with torch.no_grad():
         for name, value in (average or {}).items():
             if f"average.{name}" not in stored:
@@ -213,20 +253,67 @@ def _tensors(
         yield f"average.{name}", value
 
 
-def _check(ours: Mapping[str, Tensor], stored: Mapping[str, Any], path: Path) -> None:
-    theirs = {
-        name.removeprefix("model."): tuple(entry.size)
-        for name, entry in stored.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-    }
-    for name in sorted(set(ours) | set(theirs)):
-        expected = tuple(ours[name].shape) if name in ours else "nothing (it is frozen or absent)"
-        found = theirs.get(name, "nothing")
-        if found != expected:
-            raise TrainingError(
-                f"{path} has {found} for {name}, and this recipe trains {expected}: go on with "
-                "the recipe that began the run, or train into another folder"
-            )
+class _Reader(FileSystemReader):
+    """Torch's reader, which runs no code that a file names and looks at what it reads."""
+
+    def read_metadata(self, *_args: Any, **_more: Any) -> Metadata:  # noqa: ANN401  torch's own
+        """Return the directory of all pieces, where each lies inside its file."""
+        path = Path(self.path)
+        with (path / ".metadata").open("rb") as file:
+            found = _Directory(file).load()
+        if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, dict):
+            raise damaged(path, "its directory names no tensors")
+        for place in (found.storage_data or {}).values():
+            piece = path / Path(place.relative_path).name
+            end = place.offset + place.length if place.offset >= 0 <= place.length else -1
+            if not piece.is_file() or str(place.relative_path) != piece.name:
+                raise damaged(path, f"there is no file {place.relative_path}")
+            if not 0 <= end <= piece.stat().st_size:
+                raise damaged(path, f"{piece.name} is cut short")
+        found.storage_meta = found.storage_meta or StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+    def _slice_file(self, file: Any, sinfo: Any) -> io.BytesIO:  # noqa: ANN401  torch's own
+        """Return one piece of a file, whose checksum is right."""
+        piece = io.BytesIO(super()._slice_file(file, sinfo).read(sinfo.length))
+        check_archive(piece, sinfo.length)
+        piece.seek(0)
+        return piece
+
+
+class _Directory(pickle.Unpickler):
+    """Reads what torch has pickled about the pieces, and nothing that would run code."""
+
+    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401  a class or a value
+        """Return one of the few things that a directory names."""
+        if (module, name) not in _NAMED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which would be run")
+        return super().find_class(module, name)
+
+
+def _check(
+    ours: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
+    stored: Mapping[str, Any],
+    path: Path,
+) -> None:
+    """Refuse what is stored for other weights, or in shapes that no memory of ours has."""
+    kinds: dict[str, dict[str, tuple[int, ...]]] = {"model": {}, "optimizer": {}, "average": {}}
+    for full, entry in stored.items():
+        kind, _, name = str(full).partition(".")
+        if kind not in kinds or not isinstance(entry, TensorStorageMetadata):
+            raise damaged(path, f"{full!s:.80} is no tensor of a state")
+        kinds[kind][name] = tuple(entry.size)
+    check_shapes(ours, kinds["model"], path)
+    if kinds["average"]:
+        kept = {name: shape for name, shape in kinds["average"].items() if name in average}
+        check_shapes({name: average[name] for name in kept}, kept, path)
+    for full, shape in kinds["optimizer"].items():
+        name, _, key = full.rpartition(".")
+        if name not in ours:
+            raise damaged(path, f"it has moments of {name!s:.80}, which is not trained")
+        check_moment_shape(shape, ours[name], key, path, f"optimizer.{full}")
 
 
 def _empty_moments(
@@ -263,5 +350,5 @@ def _reason(error: BaseException) -> str:
     """The first failure of the processes, without their tracebacks."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (failure, _) = next(iter(error.failures.items()))
-        return f"process {rank}: {type(failure).__name__}: {failure}"
-    return str(error)
+        return f"process {rank}: {first_line(failure)}"
+    return first_line(error)

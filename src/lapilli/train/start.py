@@ -23,6 +23,7 @@ from lapilli.errors import ConfigError, MissingFileError, MissingWeightsError, S
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.base_template import refuse_wrong_template
 from lapilli.prompt.choose import Template, around_media, template_by_name
+from lapilli.prompt.encode import media_gap
 from lapilli.prompt.template import ChatTemplate
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant import QuantConfig
@@ -144,7 +145,9 @@ def choose_template(recipe: Recipe, loaded: Loaded) -> Template:
 
 def for_model(template: Template, loaded: Loaded) -> Template:
     """The template with the tokens that this checkpoint has around a picture, or without."""
-    return around_media(template, use_start_end=loaded.config.tokens.use_start_end)
+    tokens = loaded.config.tokens
+    gap = media_gap(loaded.tokenizer, tokens.image_id)
+    return around_media(template, use_start_end=tokens.use_start_end, gap=gap)
 
 
 def refuse_unknown_marks(template: Template, tokenizer: Tokenizer, own: str) -> None:

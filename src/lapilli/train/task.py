@@ -16,6 +16,7 @@ import torch
 from lapilli.checkpoint.load import Loaded
 from lapilli.config.model import DecoderConfig
 from lapilli.errors import ConfigError
+from lapilli.modality.image.decode import Alpha
 from lapilli.prompt.choose import Template
 from lapilli.train.batch import TrainingBatch, collate, collate_bins
 from lapilli.train.contract import Loss, Plain
@@ -151,7 +152,8 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
         refuse_packing(loaded, recipe.data.max_length)
     teacher = load_teacher(recipe, loaded)
     template = choose_template(recipe, loaded)
-    maker = _row_maker(loaded, template, recipe.data.max_length)
+    data = recipe.data
+    maker = _row_maker(loaded, template, data.max_length, alpha=data.alpha)
     pairs = _with_teacher(maker, template, teacher)
     order = order_of(kept, recipe.data, recipe.run)
     torch.manual_seed(recipe.run.seed)  # a fresh adapter is drawn
@@ -192,7 +194,7 @@ def _with_teacher(maker: RowMaker, template: Template, teacher: Loaded | None) -
     """What makes the rows that are learned from, the teacher's beside them if there is one."""
     if teacher is None:
         return maker
-    return PairMaker(maker, _row_maker(teacher, for_model(template, teacher)))
+    return PairMaker(maker, _row_maker(teacher, for_model(template, teacher), alpha=maker.alpha))
 
 
 def refuse_packing(loaded: Loaded, max_length: int) -> None:
@@ -210,9 +212,13 @@ def refuse_packing(loaded: Loaded, max_length: int) -> None:
         )
 
 
-def _row_maker(loaded: Loaded, template: Template, max_length: int | None = None) -> RowMaker:
+def _row_maker(
+    loaded: Loaded, template: Template, max_length: int | None = None, *, alpha: Alpha
+) -> RowMaker:
     image_id = loaded.config.tokens.image_id
-    return RowMaker(loaded.tokenizer, template, loaded.model, max_length, image_id=image_id)
+    return RowMaker(
+        loaded.tokenizer, template, loaded.model, max_length, image_id=image_id, alpha=alpha
+    )
 
 
 def _learner(recipe: Recipe, loaded: Loaded, teacher: Loaded | None) -> TrainedModel:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lapilli.errors import ContextTooLongError, FusionError, GenerationError
+from lapilli.errors import ContextTooLongError, FusionError, GenerationError, RequestError
 from lapilli.generate.engine import AsyncEngine, Engine, Ticket
 from tests.generate.engine.agreement import assert_same
 from tests.generate.engine.conftest import SMALL, alone, picture, request_of
@@ -147,3 +147,102 @@ def test_slow_reader_gets_longer_pieces(engine, model):
     pieces = run(ask())
     assert len(pieces) <= 3
     assert "".join(piece.text for piece in pieces) == alone(model, request).text
+
+
+def test_a_malformed_request_ends_its_own_task_only(engine, model):
+    good = request_of([3, picture(1)])
+    bad = dataclasses.replace(good, prompt=dataclasses.replace(good.prompt, input_ids=[99] * 4))
+
+    async def ask():
+        async with AsyncEngine(engine) as service:
+            answers = await asyncio.gather(
+                *(service.answer(request) for request in (good, bad, good)), return_exceptions=True
+            )
+            return [*answers, await service.answer(good)]
+
+    answers = run(ask())
+    assert isinstance(answers[1], RequestError)
+    for answer in (answers[0], answers[2], answers[3]):
+        assert_same(answer, alone(model, good), model, good)
+
+
+def test_any_error_of_a_step_does_not_end_the_thread(engine, monkeypatch):
+    def broken(*_, **__):
+        raise IndexError("anything")
+
+    async def ask():
+        async with AsyncEngine(engine) as service:
+            for name in ("logits", "embed"):
+                with monkeypatch.context() as patch:
+                    patch.setattr(engine.model.language_model, name, broken)
+                    with pytest.raises(GenerationError, match="anything"):
+                        await service.answer(request_of([3]))
+            return await service.answer(request_of([3]))
+
+    assert run(ask()).finish_reason == "length"
+
+
+def test_two_event_loops_share_the_places(engine, model):
+    """More tasks than places, in two loops of two threads: all are answered."""
+    engine = Engine(
+        engine.model, engine._arrivals._tokenizer, options=dataclasses.replace(SMALL, max_waiting=2)
+    )
+    service = AsyncEngine(engine)
+    requests = [request_of([i], max_new_tokens=5) for i in range(1, 9)]
+    found = []
+
+    async def ask():
+        found.append(await asyncio.gather(*(service.answer(request) for request in requests)))
+
+    threads = [threading.Thread(target=lambda: run(ask()), daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    service.close()
+    assert len(found) == 2
+    for answers in found:
+        for answer, request in zip(answers, requests, strict=True):
+            assert_same(answer, alone(model, request), model, request)
+
+
+def test_who_waits_for_a_place_may_give_up(engine):
+    engine = Engine(
+        engine.model, engine._arrivals._tokenizer, options=dataclasses.replace(SMALL, max_waiting=1)
+    )
+
+    async def ask():
+        async with AsyncEngine(engine) as service:
+            long = asyncio.create_task(service.answer(request_of([3], max_new_tokens=100)))
+            await asyncio.sleep(0.01)
+            waits = [asyncio.create_task(service.answer(request_of([i]))) for i in (4, 5)]
+            await asyncio.sleep(0.01)
+            waits[0].cancel()
+            return [await long, await waits[1]]
+
+    assert all(answer.finish_reason == "length" for answer in run(ask()))
+
+
+def test_a_closed_engine_leaves_the_requests_of_others_alone(engine, model):
+    mine = request_of([3], max_new_tokens=20)
+    ticket = engine.submit(mine)
+    AsyncEngine(engine).close()
+    while engine.step():
+        pass
+    assert_same(ticket.generation, alone(model, mine), model, mine)
+
+
+def test_a_service_and_a_chat_use_one_engine(engine, model):
+    requests = [request_of([i], max_new_tokens=9) for i in range(1, 7)]
+    found = []
+
+    async def ask():
+        async with AsyncEngine(engine) as service:
+            return await asyncio.gather(*(service.answer(request) for request in requests))
+
+    other = threading.Thread(target=lambda: found.extend(engine.run(requests)), daemon=True)
+    other.start()
+    found.extend(run(ask()))
+    other.join(WAIT)
+    for answer, request in zip(found, [*requests, *requests], strict=True):
+        assert_same(answer, alone(model, request), model, request)

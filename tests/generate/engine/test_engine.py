@@ -211,6 +211,24 @@ def test_one_look_per_step_while_an_answer_grows(engine, model):
 def test_wrong_media_fail_alone(engine, model):
     good = request_of([3, picture(1)])
     bad = dataclasses.replace(good, media=(picture(1, 4),))
+    ticket = engine.submit(good)
+    with pytest.raises(FusionError, match="the span has 3 positions, the item takes 4"):
+        engine.submit(bad)
+    while engine.step():
+        pass
+    assert_same(ticket.generation, alone(model, good), model, good)
+    with pytest.raises(FusionError):
+        engine.run([bad])
+
+
+def test_a_modality_that_breaks_its_promise_fails_its_request_alone(engine, model, monkeypatch):
+    good, bad = request_of([3, 4]), request_of([3, picture(77)])
+    embed = type(model.modality("vector")).embed
+
+    def one_less(self, items):
+        return [features[1:] for features in embed(self, items)]
+
+    monkeypatch.setattr(type(model.modality("vector")), "embed", one_less)
     tickets = [engine.submit(request) for request in (good, bad)]
     while engine.step():
         pass
@@ -219,8 +237,6 @@ def test_wrong_media_fail_alone(engine, model):
         _ = tickets[1].generation
     with pytest.raises(FusionError):
         tickets[1].take()
-    with pytest.raises(FusionError):
-        engine.run([bad])
     assert engine.pool.available == engine.pool.capacity
 
 

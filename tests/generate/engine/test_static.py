@@ -211,7 +211,7 @@ def test_auto_goes_on_in_another_way(model, tokenizer, monkeypatch):
 def test_what_was_asked_for_must_work(model, tokenizer):
     engine = Engine(model, tokenizer, options=STATIC)
     with_recorder(engine, broken)
-    with pytest.raises(RuntimeError, match="no such graphs"):
+    with pytest.raises(GenerationError, match="the model failed: no such graphs"):
         engine.run([request_of([1, 2, 3])])
     assert engine.pool.available == engine.pool.capacity
 

@@ -2,7 +2,11 @@
 
 import contextlib
 import io
+import subprocess
+import sys
 import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
 from lapilli.errors import MediaError
-from lapilli.modality.image.decode import as_rgb, to_rgb
+from lapilli.modality.image.decode import MAX_BYTES, MAX_PIXELS, _check_size, as_rgb, to_rgb
 
 SIDE = 24
 RANDOM = np.random.default_rng(7)
@@ -57,8 +61,7 @@ def test_unknown_orientation_is_ignored(orientation):
 
 def test_damaged_exif_is_ignored():
     data = encoded(Image.fromarray(NOISE), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\xff\xff\xff")
-    with pytest.warns(UserWarning, match="Corrupt EXIF"):
-        assert to_rgb(data).size == (SIDE + 8, SIDE)
+    assert to_rgb(data).size == (SIDE + 8, SIDE)  # and Pillow's warning goes nowhere
 
 
 def test_cmyk():
@@ -199,6 +202,113 @@ def test_decompression_bombs():
     # Between Pillow's warning and its error only our own limit speaks.
     with pytest.raises(MediaError, match="10000x10000 = 100000000 pixels, more than the limit"):
         to_rgb(bomb(10_000, 10_000), max_pixels=50_000_000)
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(178_956_970, 1), (1, 178_956_970), (30_000_000, 3), (20_000_000, 2)]
+)
+def test_few_pixels_that_take_much_memory(width, height):
+    data = bomb(width, height)
+    with pytest.raises(MediaError, match=r"too large: decoding would take \d+ MiB, more than the"):
+        to_rgb(data, name="cat")
+
+
+def webp_of(width: int, height: int) -> bytes:
+    """The header of a lossless WebP, which claims a size; 34 bytes."""
+    size = (width - 1 | (height - 1) << 14).to_bytes(4, "little")
+    body = b"VP8L" + (13).to_bytes(4, "little") + b"\x2f" + size + bytes(9)
+    return b"RIFF" + (len(body) + 4).to_bytes(4, "little") + b"WEBP" + body
+
+
+def test_a_decoder_counts_with_what_it_holds():
+    assert len(webp_of(9, 9)) == 34
+    with pytest.raises(MediaError, match=r"\(16383x10900\) is too large: decoding would take 34"):
+        to_rgb(webp_of(16383, 10900))
+    data = encoded(Image.fromarray(NOISE), "WEBP")
+    most = 20 * SIDE * (SIDE + 8) + 64 * (SIDE + 8)
+    assert to_rgb(data, max_bytes=most).size == (SIDE + 8, SIDE)
+    with pytest.raises(MediaError, match="too large"):
+        to_rgb(data, max_bytes=most - 1)
+
+
+@pytest.mark.parametrize("kind", ["photo", "scan", "progressive", "WEBP", "AVIF", "JPEG2000"])
+def test_a_photo_of_24_megapixels_is_within_the_limit(kind):
+    """Its header alone: the size is checked before the pixels are unpacked."""
+    small = Image.new("I;16" if kind == "scan" else "RGB", (8, 8))
+    options = {"progressive": True} if kind == "progressive" else {}
+    formats = {"photo": "JPEG", "progressive": "JPEG", "scan": "PNG"}
+    image = Image.open(io.BytesIO(encoded(small, formats.get(kind, kind), **options)))
+    image._size = (6000, 4000)
+    _check_size(image, "photo", exif=True, max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES)
+
+
+def test_images_and_arrays_that_are_given_have_the_same_limit():
+    with pytest.raises(MediaError, match="too large: decoding would take"):
+        to_rgb(Image.new("L", (30_000_000, 1)))
+    with pytest.raises(MediaError, match="too large: decoding would take"):
+        to_rgb(np.zeros((1, 30_000_000), np.uint8))
+
+
+@pytest.mark.slow
+def test_16_bits_take_no_more_than_the_result_and_the_file():
+    code = """
+import io, resource
+import numpy as np
+from PIL import Image
+from lapilli.modality.image.decode import to_rgb
+Image.fromarray(np.zeros((4, 4), np.uint16)).convert("L")
+stream = io.BytesIO()
+Image.new("I;16", (6000, 4000)).save(stream, "PNG")
+to_rgb(Image.new("I;16", (8, 8)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+to_rgb(stream.getvalue())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 250 * 1024  # kB; 460 MB before the strips
+
+
+def texts(place: str) -> bytes:
+    """A PNG whose texts are longer than Pillow unpacks, before or after the pixels."""
+    data = encoded(Image.fromarray(NOISE))
+    body = b"Comment\0\0" + zlib.compress(b"x" * (PngImagePlugin.MAX_TEXT_CHUNK + 9))
+    chunk = b"zTXt" + body
+    text = len(body).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    at = 33 if place == "before" else len(data) - 12
+    return data[:at] + text + data[at:]
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_long_texts_are_no_damage(place):
+    assert (pixels(to_rgb(texts(place))) == NOISE).all()
+    with pytest.raises(MediaError, match="damaged"):
+        to_rgb(texts(place)[:200])
+
+
+def test_whatever_a_decoder_raises_is_our_error():
+    data = bytearray(encoded(Image.fromarray(np.tile(NOISE, (4, 4, 1))), "AVIF"))
+    start = data.index(b"mdat") + 4
+    data[start:] = bytes([255]) * (len(data) - start)
+    with pytest.raises(MediaError, match="is damaged"):  # a RuntimeError of Pillow's
+        to_rgb(bytes(data))
+
+
+def test_what_libtiff_prints_from_c_is_not_heard(capfd):
+    data = bytearray(encoded(Image.fromarray(NOISE), "TIFF", compression="tiff_deflate"))
+    at = data.index(b"\x78")  # zlib's stream
+    data[at + 40 : at + 60] = bytes(20)
+    with pytest.raises(MediaError):
+        to_rgb(bytes(data))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_warning_of_pillow_comes_through_from_any_thread():
+    damaged = encoded(Image.fromarray(NOISE), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\xff\xff\xff")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        sizes = list(pool.map(lambda _: to_rgb(damaged).size, range(64)))
+    assert set(sizes) == {(SIDE + 8, SIDE)}
+    assert warnings.filters == before
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1), (4, 6, 3), (4, 6, 4)])

@@ -26,6 +26,15 @@ from tests.modality.image.build import image_config, vision_config
 TOLERANCE = 1e-5
 
 
+def test_resizing_that_takes_much_memory_is_refused():
+    tall = Image.new("RGB", (1, 2_000_000))  # 336 x 2000000 between two passes of Pillow's
+    with pytest.raises(MediaError, match=r"1x2000000.* too large: resizing it to 336x336 would"):
+        prepare(tall, image_config(336, "anyres"))
+    assert prepare(tall.rotate(90, expand=True), image_config(336, "anyres")).size.height == 1
+    with pytest.raises(MediaError, match="a square of 2000000x2000000 would take"):
+        pad_to_square(tall, (0, 0, 0))
+
+
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)

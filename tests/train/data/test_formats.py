@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from lapilli.errors import DataError
 from lapilli.prompt.message import MediaPart, Message, TextPart
+from lapilli.prompt.segments import to_text
+from lapilli.prompt.templates import TEMPLATES
 from lapilli.train.data import to_sample
 from lapilli.train.data.formats import signed_words
 from tests.train.data.conftest import turns
@@ -166,6 +168,72 @@ def test_other_keys_do_no_harm_beside_pictures_or_empty(record):
     assert len(read(record).messages) in (2, 4)
 
 
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])
+def test_instructions_have_several_names(key):
+    record = {key: "Be brief.", "conversations": turns("Q", "A")}
+    assert said(read(record)) == [("system", "Be brief."), ("user", "Q"), ("assistant", "A")]
+    both = record | {"system": "Be brief."}
+    both["conversations"] = [{"from": "system", "value": "Be brief."}, *turns("Q", "A")]
+    assert said(read(both)) == said(read(record))
+
+
+def text_of(record, placement="front", template="vicuna_v1"):
+    """The user's turn as the original's templates write it."""
+    sample = read(record, placement=placement)
+    text = to_text(TEMPLATES[template].render(sample.messages, open_turn=False))
+    return text.partition("USER: ")[2].partition(" ASSISTANT:")[0]
+
+
+@pytest.mark.parametrize(
+    ("question", "front"),
+    [
+        ("<image><image>\nWhich?", None),
+        ("<image> <image>Which? ", None),
+        ("\n<image>\n\n<image>\nWhich?", None),
+        ("<image>\n<image>\nWhich?", None),
+        ("One <image>, two <image>?", "<image>\n<image>\nOne , two ?"),
+    ],
+)
+def test_text_with_placeholders_is_kept_as_it_is(question, front):
+    """Pictures that stand in front already are not laid anew; others are, where that is asked."""
+    record = {"image": ["a", "b"], "conversations": turns(question, "A")}
+    assert text_of(record, "written") == question
+    assert text_of(record) == (question if front is None else front)
+
+
+@pytest.mark.parametrize(
+    ("question", "front"),
+    [
+        ("<image>\nQ", "<image>\nQ"),
+        ("<image>Q", "<image>\nQ"),
+        ("Q <image> ", "<image>\nQ"),
+        ("<image>", "<image>"),
+        ("\n<image>\n", "<image>"),
+    ],
+)
+def test_one_picture_is_laid_as_the_original_does(question, front):
+    """Source: LLaVA train.py, preprocess_multimodal."""
+    record = {"image": "a", "conversations": turns(question, "A")}
+    assert text_of(record) == front
+    assert text_of(record, "written") == question
+
+
+def test_a_question_of_a_table_is_laid_by_the_template():
+    row = {"image": ["a", "b"], "question": "Which?", "answer": "A"}
+    for placement in ("front", "written"):
+        assert text_of(row, placement) == "<image>\n<image>\nWhich?"
+    assert text_of(row | {"question": "<image><image>Which?"}) == "<image><image>Which?"
+
+
+def test_keys_that_say_what_is_asked_are_noted():
+    record = {"conversations": turns("Q", "A"), "tools": ["t"], "choices": [], "width": 3}
+    assert read(record).notes == ("its 'tools' is not read",)
+    user = [{"from": "human", "value": "Q", "weight": 0}, *turns("Q", "A")[1:]]
+    assert read({"conversations": user}).notes == ()
+    answer = {"from": "gpt", "value": "A", "weight": 1, "loss": True}
+    assert read({"conversations": [*turns("Q"), answer]}).notes == ()
+
+
 def test_names_are_resolved():
     record = {"image": "a", "conversations": turns("<image>", "A")}
     sample = read(record, resolve=lambda name: f"folder/{name}")
@@ -243,6 +311,38 @@ def test_names_are_resolved():
             "has 'video', .* only images are read",
         ),
         ({"image": None, "audios": ["a.wav"], "conversations": turns("Q", "A")}, "has 'audios'"),
+        (
+            {"system": "a", "system_prompt": "b", "conversations": turns("Q", "A")},
+            "its 'system' and its 'system_prompt' are not the same",
+        ),
+        (
+            {
+                "system_prompt": "a",
+                "conversations": [{"from": "system", "value": "b"}, *turns("Q", "A")],
+            },
+            "its 'system_prompt' and its first turn are two systems",
+        ),
+        ({"system_prompt": 3, "conversations": turns("Q", "A")}, "its system_prompt is a int"),
+        (
+            {"image": "a", "prompt": "What?", "answer": "A"},
+            "it has no 'question', and its 'prompt' is not read: call it 'question'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "Q", "images": ["a"]}]},
+            "turn 0 has a key 'images', which is not read there",
+        ),
+        (
+            {"conversations": [*turns("Q"), {"from": "gpt", "value": "A", "weight": 0}]},
+            "turn 1 has 'weight' 0, and every answer is learned",
+        ),
+        (
+            {"conversations": [*turns("Q"), {"from": "gpt", "value": "A", "loss": False}]},
+            "turn 1 has 'loss' False",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "A", "tool_calls": [{"id": "1"}]}]},
+            "turn 0 has 'tool_calls', which is not read",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_place_and_id(record, expected):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from lapilli.errors import DataError, PromptError
 from lapilli.prompt.encode import EncodedPrompt, Span
@@ -261,6 +262,20 @@ def test_what_nothing_predicts_is_not_learned():
     with pytest.raises(PromptError, match="no supervised token: every answer"):
         _check_supervised(prompt, prompt)
     _check_supervised(EncodedPrompt([5, 6], [False, True]), EncodedPrompt([5, 6], [False, True]))
+
+
+def test_transparent_pictures_are_laid_on_white(tokenizer, model, tmp_path):
+    Image.new("RGBA", (28, 28), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGB", (28, 28), "white").save(tmp_path / "white.png")
+
+    def seen(name, **how):
+        one = record("<image>\nQ", "A", image=name)
+        maker = RowMaker(tokenizer, TEMPLATES["vicuna_v1"], model, **how)
+        sample = to_sample(one, where="d.json:1", resolve=lambda name: tmp_path / str(name))
+        return maker.row(sample).media[0].pixel_values
+
+    assert seen("clear.png", alpha="composite").equal(seen("white.png"))
+    assert not seen("clear.png").equal(seen("white.png"))
 
 
 def test_rows_say_what_they_are():

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lapilli.pipeline import load
 from lapilli.train.parallel import Team
 from lapilli.train.pebble import run
-from lapilli.train.pebble.run import Workshop
+from lapilli.train.pebble.run import STAGES, Workshop
 from lapilli.train.pebble.tower import whitening_filters
 from tests.train.conftest import new_recipe, new_regression, steps_of
 
@@ -77,3 +78,27 @@ def test_all_processes_start_from_the_leads_weights(tmp_path, threads, monkeypat
 def slow():
     """So slow that weights stay what they were."""
     return replace(new_recipe().optim, lr=1e-9, weight_decay=0.0)
+
+
+def test_the_warm_recipes_go_on_from_the_embedded_pebble(tmp_path):
+    shop = Workshop(RECIPES.parent / "pebble_warm", tmp_path)
+    assert shop.stages == ("1_tower", "4_instruct")
+    earlier = load("pebble", device="cpu", dtype="float32").model
+    reader = shop.reader("4_instruct")
+    for part, mine in (
+        (earlier.language_model, reader.language_model),
+        (earlier.modality("image").projector, reader.projector),
+    ):
+        expected = part.state_dict()
+        assert expected.keys() == mine.state_dict().keys()
+        assert all(torch.equal(value, expected[name]) for name, value in mine.state_dict().items())
+    assert shop.vision == earlier.modality("image").vision
+    tower, instruct = (shop.recipes[stage].data.num_pictures for stage in shop.stages)
+    assert instruct <= tower, "only these have features"
+
+
+def test_from_nothing_every_stage_runs(tmp_path):
+    shop = Workshop(RECIPES, tmp_path)
+    assert shop.start is None
+    assert shop.stages == STAGES
+    assert shop.text.hidden_size == shop.projector.hidden_size

@@ -3,16 +3,23 @@ from collections import Counter
 import pytest
 
 from lapilli.errors import ConfigError
+from lapilli.train.pebble.blind import NEEDS_PICTURE
+from lapilli.train.pebble.caption import TOO_SMALL
 from lapilli.train.pebble.digits import digit_split
+from lapilli.train.pebble.examine import messages_of
+from lapilli.train.pebble.glyphs import BITMAP_FONT
 from lapilli.train.pebble.questions import SKILLS
 from lapilli.train.pebble.score import (
     EXAM_SEED,
+    WIDER,
+    ExamItem,
     Tally,
     exam,
     held_out_digits,
     is_exact,
     normalised,
     score,
+    wider_exam,
 )
 
 
@@ -57,6 +64,30 @@ def test_every_held_out_digit_is_asked_once():
     digits = held_out_digits()
     assert sorted(item.scene.digit.index for item in digits) == sorted(digit_split()[1])
     assert all(item.answer == str(item.scene.digit.value) for item in digits)
+
+
+@pytest.mark.slow
+def test_the_wider_exam_asks_for_type_of_any_size_and_without_a_picture():
+    items = wider_exam()
+    assert Counter(item.skill for item in items) == WIDER
+    for item in items:
+        if item.skill == "asked without a picture":
+            assert item.scene is None
+            assert item.answer == NEEDS_PICTURE
+            continue
+        writing = item.scene.writing
+        assert item.scene.seed >= EXAM_SEED
+        assert writing.is_small == (item.skill == "type too small to read")
+        assert item.answer == (TOO_SMALL if writing.is_small else writing.text)
+        if "default font" in item.skill:
+            assert writing.font in (0, BITMAP_FONT)
+    assert wider_exam() == items
+
+
+def test_questions_without_a_picture_reach_a_model_without_one():
+    item = ExamItem(scene=None, history=(), question="Hello", answer=NEEDS_PICTURE, skill="blind")
+    assert [len(message.media) for message in messages_of(item, None)] == [0]
+    assert [len(message.media) for message in messages_of(item, "picture")] == [1]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from lapilli.config.model import DecoderConfig
 from lapilli.lm.decoder import Decoder
 from lapilli.train.log import RunLog
 from lapilli.train.loop import train
+from lapilli.train.pebble.blind import NEEDS_PICTURE
 from lapilli.train.pebble.conversation import draw_questions
 from lapilli.train.pebble.examine import examine, words_of_scene
 from lapilli.train.pebble.pointing import HEADS
@@ -139,3 +140,27 @@ def test_the_exam_can_be_taken_while_training(tokenizer, regions):
     figures = examine(model, tokenizer, words_of_scene(SIDE), items)
     assert set(figures) == {item.skill for item in items} | {"all"}
     assert all(0 <= value <= 1 for value in figures.values())
+
+
+def test_some_conversations_of_the_last_stage_begin_without_a_picture(tokenizer, regions):
+    task = new_task(tokenizer, regions, "instruct", num_layers=4, num_heads=4, pointing=0.5)
+    seen = set()
+    for step in range(30):
+        for micro in range(2):
+            batch, count = task.batch(step, micro)
+            assert count > 0
+            for row in range(len(batch.rows.input_ids)):
+                spans = [span for span in batch.rows.spans if span.row == row]
+                answers = batch.rows.input_ids[row][batch.rows.loss_mask[row]].tolist()
+                asks = NEEDS_PICTURE in tokenizer.decode(answers)
+                seen.add((len(spans), asks))
+                if not spans:
+                    assert asks
+    assert seen == {(0, True), (1, True), (1, False)}
+
+
+def test_other_stages_always_have_their_picture(tokenizer, regions):
+    for stage in ("align", "language"):
+        task = new_task(tokenizer, regions, stage)
+        ids = [task.batch(step, 0)[0].rows.input_ids for step in range(8)]
+        assert all(NEEDS_PICTURE not in tokenizer.decode(row.tolist()) for x in ids for row in x)

@@ -11,6 +11,7 @@ from lapilli.train.pebble.tower import (
     Joined,
     TowerTask,
     TowerTrainer,
+    fit_naming_head,
     grid_waves,
     shifted,
     whitening_filters,
@@ -101,3 +102,35 @@ def test_every_word_has_a_weight():
     weights = word_weights()
     assert len(weights) == len(LEXICON)
     assert weights.min() > 0
+
+
+def test_a_naming_head_is_fitted_to_a_tower_that_stays_as_it_is():
+    pixels, words, _ = pool(24)
+    model = TowerTrainer(CONFIG, 64, 0)
+    tower = {name: value.clone() for name, value in model.vision_tower.state_dict().items()}
+
+    def naming():
+        features, _ = model.images(torch.from_numpy(pixels))
+        logits = model.region_head(features[:, 1:])
+        bits = np.unpackbits(words, axis=-1, count=len(LEXICON))
+        targets = torch.from_numpy(bits).float()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
+        return float(loss.detach())
+
+    before = naming()
+    fit_naming_head(model, torch.from_numpy(pixels), words, steps=60)
+    assert naming() < before / 4
+    after = model.vision_tower.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in tower.items())
+
+
+def test_a_trained_tower_keeps_its_filters():
+    pixels, words, captions = pool(24)
+    model = TowerTrainer(CONFIG, 64, 0)
+    weight = model.vision_tower.vision_model.embeddings.patch_embedding.weight
+    before = weight.clone()
+    options = {"words": words, "captions": captions, "run": RUN, "held_out": 6}
+    TowerTask(model, pixels=Joined(pixels), fresh=False, **options)
+    assert torch.equal(weight, before)
+    TowerTask(model, pixels=Joined(pixels), **options)
+    assert not torch.equal(weight, before)

@@ -51,3 +51,11 @@ class KeyMap:
             if new is not None and ours.startswith(new):
                 return old + ours[len(new) :]
         return None
+
+    def spellings(self, ours: str) -> tuple[str, ...]:
+        """Every name that a parameter or module has in files of this layout."""
+        return tuple(
+            old + ours[len(new) :]
+            for old, new in self.rules
+            if new is not None and ours.startswith(new)
+        )

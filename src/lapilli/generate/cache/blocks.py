@@ -9,8 +9,8 @@ the later one gets a copy of it and goes on there (copy on write). Knows keys, n
 """
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -208,6 +208,31 @@ class BlockPool:
     def forget(self) -> None:
         """Make every idle block fresh."""
         while self._idle:
+            self._fresh.append(self._evict())
+
+    def recount(self, tables: Iterable[BlockTable]) -> None:
+        """Work out anew who owns what, after a change that was broken off.
+
+        A block has its label from when its content is whole until before it is given to another,
+        so what the labels say holds at any moment.
+
+        Args:
+            tables: of all sequences that own blocks.
+        """
+        owners = Counter(block for table in tables for block in table.blocks)
+        self._known, self._children = {}, {}
+        free = []
+        for number in [*self._idle, *(set(range(1, len(self._blocks))) - self._idle.keys())]:
+            block = self._blocks[number]
+            block.owners = owners[number]
+            label, block.label = block.label, None
+            if label is not None:
+                self._label(number, label)
+            if not block.owners:
+                free.append(number)
+        self._idle = OrderedDict.fromkeys(n for n in free if self._blocks[n].label is not None)
+        self._fresh = sorted((n for n in free if self._blocks[n].label is None), reverse=True)
+        while len(self._idle) > self.max_idle:
             self._fresh.append(self._evict())
 
     def _label(self, block: int, label: Label) -> None:

@@ -66,6 +66,11 @@ class FeatureCache:
                 self._bytes -= oldest.nbytes
                 self.stats.evictions += 1
 
+    def recount(self) -> None:
+        """Count the bytes anew, after a change that was broken off."""
+        with self._lock:
+            self._bytes = sum(features.nbytes for features in self._kept.values())
+
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:

@@ -106,8 +106,9 @@ class WeightWatch:
 
     def renew(self) -> None:
         """Begin a new epoch."""
-        self._epoch += 1
+        # The token first: an interrupt between the two must not leave an old one with a new epoch.
         self._token = object()
+        self._epoch += 1
 
     def _current_state(self) -> State:
         """One walk over all modules; tensors are held weakly, so that replaced ones can go."""

@@ -1,16 +1,19 @@
 """Keys and values on disk: what a model has read, for the next start of the program.
 
     safetensors    LAYER.keys, LAYER.values [K, S, A]   (int8: LAYER.key_scales, .value_scales too)
-    header         format, model, kind, keys: what stands at every position (hexadecimal)
+    header         format, model, kind, keys: what stands at every position (hexadecimal),
+                   digest: of all of this
 
-`model` is a digest of the weights; another model, another adapter or another dtype is refused.
+`model` is a digest of the weights; another model, another adapter or another dtype is refused. So
+is whatever is not what was written: nobody sees that an answer came from a damaged file.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,8 +25,15 @@ from lapilli.generate.cache.blocks import BlockPool, Prefix
 from lapilli.nn.block_store import BlockStore
 from lapilli.shapes import Tensor
 
-FORMAT = "lapilli prefix 1"
+FORMAT = "lapilli prefix 2"
+_EARLIER = "lapilli prefix 1"  # without a digest
 _SAMPLES = 4096
+_NAMES = {  # of safetensors, for what a store may hold
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +85,7 @@ def write_prefix(
     """The positions that the pool knows of `keys`, in a file; returns how many.
 
     Raises:
-        CheckpointError: the pool knows none of them any more.
+        CheckpointError: the pool knows none of them any more, or the disk does not take it.
     """
     store = pool.store
     blocks = [*known.blocks, *([] if known.tail is None else [known.tail[0]])]
@@ -96,7 +106,10 @@ def write_prefix(
         "kind": _kind(store),
         "keys": json.dumps([f"{key:x}" for key in keys[:length]]),
     }
-    save_file(tensors, path, metadata=header)
+    try:
+        save_file(tensors, path, metadata={**header, "digest": _digest(header, tensors)})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"the prefix cannot be saved to {path} ({error})") from error
     return length
 
 
@@ -105,18 +118,29 @@ def read_prefix(path: Path, pool: BlockPool, model: str) -> SavedPrefix:
 
     Raises:
         MissingFileError: there is no such file.
-        CheckpointError: it is no prefix, or one of another model.
+        CheckpointError: it is no prefix, one of another model, or not what was saved.
     """
-    if not path.is_file():
+    if not path.exists():
         raise MissingFileError(f"{path}: no such file; Chat.save_prefix writes one")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a saved prefix (it is no file)")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             _check(path, header, pool.store, model)
-            tensors = [file.get_tensor(name) for name, _ in _named(pool.store)]
-    except SafetensorError as error:
+            keys = _keys(path, header)
+            _check_tensors(path, file, pool.store, len(keys))
+            tensors = {name: file.get_tensor(name) for name, _ in _named(pool.store)}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path}: not a saved prefix ({error})") from error
-    return SavedPrefix([int(key, 16) for key in json.loads(header["keys"])], tensors)
+    if header["digest"] != _digest(header, tensors):
+        raise _damaged(path, "its content is not what was saved")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise _damaged(path, f"{name} has numbers that are not finite")
+    return SavedPrefix(keys, list(tensors.values()))
 
 
 def place_prefix(saved: SavedPrefix, pool: BlockPool, root: bytes) -> int:
@@ -141,21 +165,69 @@ def place_prefix(saved: SavedPrefix, pool: BlockPool, root: bytes) -> int:
     return length
 
 
-def _check(path: Path, header: dict[str, str], store: BlockStore, model: str) -> None:
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: a damaged prefix ({what}): save it again")
+
+
+def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of what stands in a file but for itself."""
+    digest = hashlib.sha256()
+    for name in ("format", "model", "kind", "keys"):
+        digest.update(f"{name} {len(header[name])} {header[name]} ".encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _keys(path: Path, header: Mapping[str, str]) -> list[int]:
+    """Return what stands at every position."""
+    try:
+        texts: object = json.loads(header["keys"])
+        if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+            return [int(text, 16) for text in texts]
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "its keys are no list of numbers") from error
+    raise _damaged(path, "its keys are no list of numbers")
+
+
+def _check_tensors(path: Path, file: Any, store: BlockStore, length: int) -> None:  # noqa: ANN401  a file of safetensors
+    """Compare names, shapes and dtypes with the memory, before anything is read."""
+    memory = dict(_named(store))
+    strange = sorted(set(file.keys()) ^ set(memory))
+    if strange:
+        raise _damaged(path, f"{strange[0]!s:.80} is missing, or nobody reads it")
+    for name, tensor in memory.items():
+        stored = file.get_slice(name)
+        found = (stored.get_dtype(), list(stored.get_shape()))
+        expected = (_NAMES.get(tensor.dtype), [tensor.shape[1], length, *tensor.shape[3:]])
+        if found != expected:
+            raise _damaged(path, f"{name} is {found[0]} {found[1]}, expected {expected}")
+
+
+def _check(path: Path, header: Mapping[str, str], store: BlockStore, model: str) -> None:
+    if header.get("format") == _EARLIER:
+        raise CheckpointError(
+            f"{path}: saved by an earlier version, whose files do not tell when they are damaged: "
+            "save the prefix again"
+        )
     if header.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: not a saved prefix of this version: expected format {FORMAT!r}, found "
-            f"{header.get('format')!r}"
+            f"{header.get('format')!r:.80}"
         )
+    for name in ("model", "kind", "keys", "digest"):
+        if name not in header:
+            raise _damaged(path, f"its header has no {name}")
     if header["model"] != model:
         raise CheckpointError(
-            f"{path}: was read by another model (digest {header['model'][:12]}, this one has "
-            f"{model[:12]}): other weights, another adapter, quantization or dtype. Load that "
+            f"{path}: was read by another model (digest {header['model'][:12]!r}, this one has "
+            f"{model[:12]!r}): other weights, another adapter, quantization or dtype. Load that "
             "model, or save the prefix again with this one"
         )
     if header["kind"] != _kind(store):
         raise CheckpointError(
-            f"{path}: holds keys and values as {header['kind']}, the engine keeps them as "
+            f"{path}: holds keys and values as {header['kind'][:40]}, the engine keeps them as "
             f"{_kind(store)}: set EngineOptions(kv_dtype=...) alike"
         )
 

@@ -18,8 +18,8 @@ class Admission:
         self._pool = pool
         self._max_rows = max_rows
 
-    def admit(self, waiting: list[Sequence], rows: list[Sequence], *, epoch: int) -> list[Sequence]:
-        """Move those who can begin from `waiting` to `rows`; returns them.
+    def admit(self, waiting: list[Sequence], rows: list[Sequence], *, epoch: int) -> None:
+        """Move those who can begin from `waiting` to `rows`.
 
         The first one that does not fit ends it, so that small requests do not starve a large one.
         One whose next block is being read for another waits for that, and takes nobody's turn.
@@ -30,7 +30,6 @@ class Admission:
             epoch: of the weights; what was kept in another one is not found.
         """
         root = root_digest(epoch)
-        begun: list[Sequence] = []
         for sequence in list(waiting):
             if len(rows) >= self._max_rows:
                 break
@@ -43,12 +42,10 @@ class Admission:
             if table is None:
                 break
             sequence.begin(table)
-            waiting.remove(sequence)
             rows.append(sequence)
-            begun.append(sequence)
+            waiting.remove(sequence)
             self._pool.stats.positions += sequence.prompt_length
             self._pool.stats.reused += table.length
-        return begun
 
 
 def is_being_read(sequence: Sequence, known: int, rows: list[Sequence]) -> bool:

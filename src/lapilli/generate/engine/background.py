@@ -7,6 +7,7 @@ Knows tickets and event loops; must not know the model.
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import AsyncIterator
 from types import TracebackType
 
@@ -17,9 +18,9 @@ from lapilli.generate.outputs import Generation, Piece
 
 
 class AsyncEngine:
-    """Answers as asynchronous iterators.
+    """Answers as asynchronous iterators, in any number of event loops.
 
-    While it is open nobody else may call `step`, `run` or `stream` of the engine.
+    Others may go on using the engine meanwhile.
 
     Args:
         engine: does the work.
@@ -27,9 +28,11 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._slots = asyncio.Semaphore(engine.options.max_waiting)
+        self._places = Places(engine.options.max_waiting)
+        self._tickets: set[Ticket] = set()
         self._has_news = threading.Event()
         self._is_closing = False
+        self._is_over = False
         self._thread = threading.Thread(target=self._work, name="lapilli-engine", daemon=True)
         self._thread.start()
 
@@ -51,28 +54,32 @@ class AsyncEngine:
             LapilliError: what `Engine.submit` raises, and what goes wrong with the request.
         """
         ticket = ticket or Ticket(request)
-        if not wait and self._slots.locked():
+        if wait:
+            await self._places.take()
+        elif not self._places.take_at_once():
             raise GenerationError(
                 f"{self.engine.options.max_waiting} requests are on their way, the limit: try "
                 "again later"
             )
-        async with self._slots:
+        try:
             news = asyncio.Event()
             ticket.wake = Waker(asyncio.get_running_loop(), news)
-            try:
-                await self._submit(request, ticket)
-                while True:
-                    await news.wait()
-                    news.clear()
-                    is_finished = ticket.is_finished  # asked first: a piece may come between
-                    while (piece := ticket.take()) is not None:
-                        yield piece
-                    if is_finished:
-                        return
-            finally:
-                if not ticket.is_finished:
-                    ticket.cancel()
-                    self._has_news.set()
+            # In a thread: a large picture takes milliseconds to be hashed.
+            await asyncio.to_thread(self._enter, request, ticket)
+            while True:
+                await news.wait()
+                news.clear()
+                is_finished = ticket.is_finished  # asked first: a piece may come between
+                while (piece := ticket.take()) is not None:
+                    yield piece
+                if is_finished:
+                    return
+        finally:
+            self._places.give_back()
+            self._tickets.discard(ticket)
+            if not ticket.is_finished:
+                ticket.cancel()
+                self._has_news.set()
 
     async def answer(self, request: Request) -> Generation:
         """The whole answer; raises what `submit` raises."""
@@ -85,7 +92,8 @@ class AsyncEngine:
         """End the thread after the step that it is in; requests that are not finished fail."""
         self._is_closing = True
         self._has_news.set()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     async def __aenter__(self) -> "AsyncEngine":
         return self
@@ -98,12 +106,14 @@ class AsyncEngine:
     ) -> None:
         await asyncio.to_thread(self.close)
 
-    async def _submit(self, request: Request, ticket: Ticket) -> None:
-        # In a thread: a large picture takes milliseconds to be hashed.
-        await asyncio.to_thread(self.engine.submit, request, ticket=ticket)
+    def _enter(self, request: Request, ticket: Ticket) -> None:
+        self._tickets.add(ticket)
+        self.engine.submit(request, ticket=ticket)
         self._has_news.set()
-        if not self._thread.is_alive():
-            self.engine.abandon(GenerationError("the engine is closed"))
+        # Asked after the request is there: either this sees that nobody works any more, or who
+        # says so sees the request. In a forked process the thread was never there.
+        if self._is_over or not self._thread.is_alive():
+            self._fail_open()
 
     def _work(self) -> None:
         try:
@@ -113,14 +123,17 @@ class AsyncEngine:
                 while self.engine.has_work and not self._is_closing:
                     self._step()
         finally:  # whatever ended this thread, nobody may wait for ever
-            self.engine.abandon(GenerationError("the engine is closed"))
+            self._is_over = True
+            self._fail_open()
 
     def _step(self) -> None:
         try:
             self.engine.step()
-        except RuntimeError:
-            # The requests of this step know; those after it may fare better.
+        except Exception:  # noqa: BLE001  the requests that it failed know, others may fare better
             return
+
+    def _fail_open(self) -> None:
+        self.engine.abandon(GenerationError("the engine is closed"), list(self._tickets))
 
 
 class Waker:
@@ -136,3 +149,57 @@ class Waker:
             self._loop.call_soon_threadsafe(self._event.set)
         except RuntimeError:  # the loop is closed, nobody reads any more
             return
+
+
+class Places:
+    """So many may be in at a time, first come, first served; they may wait in different loops."""
+
+    def __init__(self, count: int) -> None:
+        self._lock = threading.Lock()
+        self._free = count
+        self._line: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
+
+    def take_at_once(self) -> bool:
+        """Take a place, if one is free."""
+        with self._lock:
+            if not self._free:
+                return False
+            self._free -= 1
+            return True
+
+    async def take(self) -> None:
+        """Take a place, waiting for it."""
+        loop = asyncio.get_running_loop()
+        mine = (loop, loop.create_future())
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            self._line.append(mine)
+        try:
+            await mine[1]
+        except asyncio.CancelledError:
+            with self._lock:
+                waits = mine in self._line
+                if waits:
+                    self._line.remove(mine)
+            if not waits:  # it was given a place meanwhile
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        """Leave a place to the next in line."""
+        with self._lock:
+            while self._line:
+                loop, future = self._line.popleft()
+                try:
+                    loop.call_soon_threadsafe(_grant, future)
+                except RuntimeError:  # the loop is closed, nobody waits there
+                    continue
+                return
+            self._free += 1
+
+
+def _grant(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)

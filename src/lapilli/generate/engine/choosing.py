@@ -36,8 +36,8 @@ class Share:
         return [*row.tokens[row.length : row.length + self.count], *self.draft]
 
 
-def extend(logits: Float[Tensor, "R V"], shares: Items[Share]) -> None:
-    """New tokens for the sequences of `shares`.
+def extend(logits: Float[Tensor, "R V"], shares: Items[Share]) -> dict[Sequence, Exception]:
+    """New tokens for the sequences of `shares`; returns those that have none, and why.
 
     Each token is drawn as if nothing had been guessed; the guess says only whether the logits for
     the token after it are there already. So the answer is the same as without guesses, seed for
@@ -49,18 +49,29 @@ def extend(logits: Float[Tensor, "R V"], shares: Items[Share]) -> None:
         shares: those that end.
     """
     best = logits.argmax(dim=-1).tolist() if any(is_plain(s.sequence) for s in shares) else []
+    failures: dict[Sequence, Exception] = {}
     start = 0
     for share in shares:
-        sequence = share.sequence
-        for at, guess in enumerate((*share.draft, None), start):
-            if is_plain(sequence):
-                token_id, report = best[at], None
-            else:
-                token_id, report = choose_one(logits[at : at + 1], sequence)
-            sequence.push(token_id, report)
-            if token_id != guess or sequence.answer.is_finished:
-                break
+        try:
+            _extend_one(logits, best, share, start)
+        except Exception as error:  # noqa: BLE001  logits without numbers, a tokenizer: one request's own
+            failures[share.sequence] = error
         start += 1 + len(share.draft)
+    return failures
+
+
+def _extend_one(logits: Float[Tensor, "R V"], best: Items[int], share: Share, start: int) -> None:
+    """The tokens of one sequence, whose logits begin at row `start`."""
+    sequence = share.sequence
+    sequence.is_open = True  # until all of it fits together again, see Stepper._deliver
+    for at, guess in enumerate((*share.draft, None), start):
+        if is_plain(sequence):
+            token_id, report = best[at], None
+        else:
+            token_id, report = choose_one(logits[at : at + 1], sequence)
+        sequence.push(token_id, report)
+        if token_id != guess or sequence.answer.is_finished:
+            break
 
 
 def is_plain(sequence: Sequence) -> bool:

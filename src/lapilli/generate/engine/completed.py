@@ -1,6 +1,6 @@
 """Many requests through an engine, each handed out as soon as it is finished; errors too."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Protocol, runtime_checkable
 
@@ -13,11 +13,11 @@ from lapilli.generate.outputs import Generation
 class Works(Protocol):
     """What is asked of an engine here."""
 
-    def submit(self, request: Request, *, ticket: Ticket | None = None) -> Ticket:
-        """Take a request."""
+    def queue(self, request: Request, *, ticket: Ticket) -> None:
+        """Take a request as soon as there is room for it."""
 
-    def step(self) -> bool:
-        """Work."""
+    def work(self, until: Callable[[], bool]) -> None:
+        """Work for somebody who waits."""
 
     def leave(self, tickets: Iterable[Ticket]) -> None:
         """Let go of requests that nobody waits for any more."""
@@ -38,34 +38,17 @@ def answer_as_completed(
     try:
         while True:
             for number, request in islice(source, most - len(tickets)):
-                tickets[number] = _submit(engine, request)
+                ticket = tickets[number] = Ticket(request)
+                try:
+                    engine.queue(request, ticket=ticket)
+                except LapilliError as error:
+                    ticket.fail(error)
             if not tickets:
                 return
-            _step(engine, tickets.values())
+            engine.work(lambda: any(ticket.is_finished for ticket in tickets.values()))
             for number, ticket in list(tickets.items()):
                 if ticket.is_finished:
                     del tickets[number]
                     yield number, ticket.error or ticket.generation
     finally:
         engine.leave(tickets.values())
-
-
-def _submit(engine: Works, request: Request) -> Ticket:
-    """A ticket in any case."""
-    ticket = Ticket(request)
-    try:
-        return engine.submit(request, ticket=ticket)
-    except LapilliError as error:
-        ticket.fail(error)
-        return ticket
-
-
-def _step(engine: Works, tickets: Collection[Ticket]) -> None:
-    """A step, unless one of these is finished; its failure belongs to those that it failed."""
-    if any(ticket.is_finished for ticket in tickets):
-        return
-    try:
-        engine.step()
-    except RuntimeError:
-        if not any(ticket.is_finished for ticket in tickets):
-            raise

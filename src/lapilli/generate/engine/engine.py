@@ -1,43 +1,39 @@
 """The engine: requests join and leave between steps, a step is one pass for all of them.
 
-    submit -> waiting --admit: blocks for prompt and longest answer--> rows
-    step      rows that grow: one token each  |  rows that are read: a chunk of their prompt
-              one pass over all of it -> a token per row that has been read -> pieces, ends
+    submit -> waiting --admit: blocks for prompt and longest answer--> rows --step--> answers
 
 Knows prompts as ids and spans, media as things that a modality embeds; must not know templates,
-files or conversations.
+files or conversations. What a step does is in stepper.py; here is who may ask for what, and when.
 """
 
-import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from lapilli.errors import GenerationError, LapilliError, UnsupportedModelError
 from lapilli.generate.cache.blocks import PrefixStats
 from lapilli.generate.cache.features import FeatureCache
-from lapilli.generate.cache.identity import WeightWatch, media_digest
+from lapilli.generate.cache.identity import media_digest
 from lapilli.generate.cache.prefix_file import (
     model_digest,
     place_prefix,
     read_prefix,
     write_prefix,
 )
-from lapilli.generate.engine.admission import Admission, root_digest
 from lapilli.generate.engine.arrival import Arrivals, readable_context
-from lapilli.generate.engine.choosing import Share, extend, prepare_choosing
 from lapilli.generate.engine.completed import answer_as_completed
-from lapilli.generate.engine.media import MediaReader
 from lapilli.generate.engine.memory import new_pool
 from lapilli.generate.engine.options import EngineOptions
-from lapilli.generate.engine.reading import Reader
-from lapilli.generate.engine.request import Request, Ticket
-from lapilli.generate.engine.sequence import Sequence
+from lapilli.generate.engine.request import Request, Ticket, tell
+from lapilli.generate.engine.roster import Roster
+from lapilli.generate.engine.stepper import Stepper
 from lapilli.generate.engine.stream import EngineStream
+from lapilli.generate.model_lock import lock_of
 from lapilli.generate.outputs import Generation
 from lapilli.generate.payoff import Payoff
 from lapilli.generate.speculate import Drafter, DraftModel, PromptLookup
@@ -45,12 +41,18 @@ from lapilli.generate.text import TokenBytes
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.shapes import Float, Tensor
 
+T = TypeVar("T")
+
 
 class Engine:
     """Answers requests, many at a time.
 
-    `submit`, `Ticket.cancel` and `Ticket.take` may be called from any thread; `step` and what calls
-    it (`run`, `stream`, `as_completed`) from one thread at a time.
+    Everything may be called from any thread, at any time: the model is run by one thread at a time
+    (generate/model_lock.py), and a step works for the requests of all. What is wrong with a request
+    is found by `submit` and told to its caller alone.
+
+    An interrupt (KeyboardInterrupt) may come anywhere. Requests that were not being changed at
+    that moment go on with the next step, and all blocks come back.
 
     Args:
         model: with a language model of lapilli's own.
@@ -81,37 +83,35 @@ class Engine:
                 f"{type(language_model).__name__} reads rows of one length only, the engine needs "
                 "a language model of lapilli's own: use generate()"
             )
-        self.model = model
-        self.options = options or EngineOptions()
-        if eos_ids is None:
-            eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        self.context_length = readable_context(model, context_length)
-        like = language_model.embed(torch.zeros(1, dtype=torch.long, device=model.device))
-        self._device = like.device
-        self.pool = new_pool(model, self.options, context_length=self.context_length, like=like)
-        self._reader = Reader(
-            model, self.pool.store, self.options, context_length=self.context_length
-        )
-        self.features = FeatureCache(self.options.feature_bytes)
-        self._media = MediaReader(model, self.features)
-        self._watch = WeightWatch(model)
-        self._epoch = self._watch.epoch
-        self._text_watch = WeightWatch(cast("nn.Module", language_model))
-        self._text_epoch = self._text_watch.epoch
-        self._drafter = drafter or PromptLookup()
         if isinstance(drafter, DraftModel):
             drafter.check_vocabulary(language_model.config.vocab_size)
-        self.payoff = Payoff(is_timed=self.options.speculate == "auto")
-        """Which guesses make tokens come faster."""
+        self.model = model
+        self.options = options or EngineOptions()
+        self.context_length = readable_context(model, context_length)
+        like = language_model.embed(torch.zeros(1, dtype=torch.long, device=model.device))
+        self.pool = new_pool(model, self.options, context_length=self.context_length, like=like)
+        self.features = FeatureCache(self.options.feature_bytes)
+        if eos_ids is None:
+            eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         self._arrivals = Arrivals(
-            tokenizer, eos_ids=eos_ids, context_length=self.context_length, pool=self.pool
+            model, tokenizer, eos_ids=eos_ids, context_length=self.context_length, pool=self.pool
         )
-        self._admission = Admission(self.pool, self.options.max_rows)
-        self._vocabulary = language_model.config.vocab_size
-        self._lock = threading.Lock()
-        self._inbox: list[Sequence] = []
-        self._waiting: list[Sequence] = []
-        self._rows: list[Sequence] = []
+        self._roster = Roster()
+        self._stepper = Stepper(
+            model,
+            self._roster,
+            self.pool,
+            self.features,
+            self.options,
+            context_length=self.context_length,
+            drafter=drafter or PromptLookup(),
+            payoff=Payoff(is_timed=self.options.speculate == "auto"),
+        )
+        self._reader = self._stepper.reader
+        self._lock = lock_of(language_model)
+        self._held_by: object | None = None
+        """The lock under which something is going on; only the thread that holds it finds it."""
+        self._is_broken_off = False
 
     @property
     def prefix_stats(self) -> PrefixStats:
@@ -119,17 +119,26 @@ class Engine:
         return self.pool.stats
 
     @property
+    def payoff(self) -> Payoff:
+        """Which guesses make tokens come faster."""
+        return self._stepper.payoff
+
+    @payoff.setter
+    def payoff(self, payoff: Payoff) -> None:
+        self._stepper.payoff = payoff
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return bool(self._inbox or self._waiting or self._rows)
+        return self._roster.has_work
 
     @property
     def num_waiting(self) -> int:
         """Requests that no block is reserved for yet."""
-        return len(self._inbox) + len(self._waiting)
+        return self._roster.num_waiting
 
     def submit(self, request: Request, *, ticket: Ticket | None = None) -> Ticket:
-        """Take a request; the work is done by `step`.
+        """Take a request; the work is done by `step`, whoever calls it.
 
         Args:
             request: what to answer.
@@ -138,17 +147,26 @@ class Engine:
         Raises:
             ContextTooLongError: the prompt leaves no room for a single token.
             MediaCountMismatchError: another number of media than of spans.
+            FusionError: a medium that does not fit its span.
+            UnsupportedModelError: a modality that the model does not have.
+            RequestError: ids, spans or options that the model cannot work with.
             GenerationError: beams, no tokens, too large for the memory, or too many wait already.
         """
-        sequence = self._arrivals.new_sequence(request, ticket or Ticket(request))
-        with self._lock:
-            if self.num_waiting >= self.options.max_waiting:
-                raise GenerationError(
-                    f"{self.num_waiting} requests are waiting, the limit: try again later, or set "
-                    "EngineOptions(max_waiting=...)"
-                )
-            self._inbox.append(sequence)
-        return sequence.ticket
+        ticket = ticket or Ticket(request)
+        sequence = self._arrivals.new_sequence(request, ticket)
+        if not self._roster.enter(sequence, most=self.options.max_waiting):
+            raise GenerationError(
+                f"{self.num_waiting} requests are waiting, the limit: try again later, or set "
+                "EngineOptions(max_waiting=...)"
+            )
+        return ticket
+
+    def queue(self, request: Request, *, ticket: Ticket) -> None:
+        """`submit`, working until there is room where too many wait already."""
+        sequence = self._arrivals.new_sequence(request, ticket)
+        most = self.options.max_waiting
+        while not self._roster.enter(sequence, most=most):
+            self.work(lambda: self.num_waiting < most)
 
     def run(self, requests: Iterable[Request]) -> list[Generation]:
         """The answers to all requests, in their order.
@@ -159,11 +177,11 @@ class Engine:
         tickets: list[Ticket] = []
         try:
             for request in requests:
-                while self.num_waiting >= self.options.max_waiting:
-                    self.step()
-                tickets.append(self.submit(request))
-            while not all(ticket.is_finished for ticket in tickets):
-                self.step()
+                tickets.append(Ticket(request))
+                self.queue(request, ticket=tickets[-1])
+            for ticket in tickets:
+                while not ticket.is_finished:
+                    self.work(lambda: ticket.is_finished)  # noqa: B023  called at once
             return [ticket.generation for ticket in tickets]
         finally:
             self.leave(tickets)
@@ -182,39 +200,70 @@ class Engine:
         return EngineStream(
             request,
             submit=lambda ticket: self.submit(request, ticket=ticket),
-            step=self.step,
+            work=self.work,
             leave=lambda ticket: self.leave([ticket]),
         )
 
     def step(self) -> bool:
         """One pass of the model for everybody; False when there is nothing to do.
 
+        Those who have something to read are woken afterwards, when the engine is free again.
+
         Raises:
             RuntimeError: the model failed (out of memory, for instance). All requests of the step
                 have failed with it; the engine can go on.
         """
-        self._take_inbox()
-        self._drop_cancelled()
-        self._watch_rows()
-        self._admit()
-        started = self.payoff.clock()
-        shares = self._share_out()
-        if shares:
-            self._advance(shares, started=started)
-        if not self.has_work:
-            self._watch.rest()
-            self._text_watch.rest()
+        self._do(self._stepper.step, alone=True)
         return self.has_work
 
-    def abandon(self, error: LapilliError) -> None:
-        """Fail every request that is not finished."""
-        self._take_inbox()
-        for sequence in [*self._waiting, *self._rows]:
-            self._fail(sequence, error)
+    def work(self, until: Callable[[], bool]) -> None:
+        """A step for somebody who waits; none where another thread has done enough meanwhile.
+
+        What a step raises is in the tickets that it failed, so nothing is raised here.
+
+        Args:
+            until: what is waited for.
+
+        Raises:
+            GenerationError: asked for from within a step, which would wait for itself.
+        """
+        asked: list[bool] = []
+
+        def step() -> None:
+            asked.append(until())
+            if not asked[-1]:
+                self._stepper.step()
+
+        with suppress(Exception):  # it is in the tickets
+            self._do(step, alone=True)
+        if not asked:
+            raise GenerationError(
+                "this engine is in the middle of a step: what a step calls cannot wait for an "
+                "answer of the same engine"
+            )
+
+    def abandon(self, error: LapilliError, tickets: Iterable[Ticket] | None = None) -> None:
+        """Fail requests that are not finished: those of `tickets`, or all."""
+        meant = None if tickets is None else set(tickets)
+        self._do(lambda: self._stepper.abandon(error, meant))
+
+    def leave(self, tickets: Iterable[Ticket]) -> None:
+        """Let go of requests that nobody waits for any more."""
+        open_tickets = [ticket for ticket in tickets if not ticket.is_finished]
+        try:
+            for ticket in open_tickets:
+                ticket.cancel()
+        except BaseException:  # an interrupt: all the more nobody waits for them
+            for ticket in open_tickets:
+                ticket.cancel()
+            raise
+        if open_tickets:
+            self._do(self._stepper.drop_cancelled, alone=True)
 
     def keep_features(self, modality: str, item: Any, features: Float[Tensor, "n D"]) -> None:  # noqa: ANN401
         """Remember what a modality made of an item, for somebody who had to look before asking."""
-        self.features.put((media_digest(modality, item), self._notice_changes()), features)
+        digest = media_digest(modality, item)
+        self._do(lambda: self.features.put((digest, self._stepper.notice_changes()), features))
 
     def save_prefix(self, path: Path, keys: Items[int]) -> int:
         """What is kept of a sequence of these position keys, in a file; returns positions.
@@ -227,8 +276,12 @@ class Engine:
             CheckpointError: nothing is kept of it any more.
         """
         probe = [*keys, 0]  # a last position that is not looked for
-        known = self.pool.find(self.pool.chain(self._root(), probe), probe)
-        return write_prefix(path, self.pool, known, keys, model_digest(self.model))
+
+        def save() -> int:
+            known = self.pool.find(self.pool.chain(self._stepper.root(), probe), probe)
+            return write_prefix(path, self.pool, known, keys, model_digest(self.model))
+
+        return self._do(save)
 
     def load_prefix(self, path: Path) -> int:
         """Keys and values from a file, found by every prompt that begins so; returns positions.
@@ -237,157 +290,43 @@ class Engine:
             MissingFileError: there is no such file.
             CheckpointError: it is of another model, or larger than the memory.
         """
-        saved = read_prefix(path, self.pool, model_digest(self.model))
-        return place_prefix(saved, self.pool, self._root())
 
-    def _root(self) -> bytes:
-        return root_digest(self._notice_changes())
+        def load() -> int:
+            saved = read_prefix(path, self.pool, model_digest(self.model))
+            return place_prefix(saved, self.pool, self._stepper.root())
 
-    def _notice_changes(self) -> int:
-        """The epoch of the weights; what was kept in the one before is let go."""
-        epoch = self._watch.epoch
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self.pool.forget()
-            self.features.clear()
-            self._reader.forget()
-            for row in self._rows:
-                row.is_stale = True
-        return epoch
-
-    def _watch_rows(self) -> None:
-        """Look for changes before every step.
-
-        A setting that is turned and turned back between two requests must not leave behind what
-        was read in between. While answers grow the modalities are not asked, so the language model
-        is watched alone: it costs a third.
-        """
-        if self._waiting or not all(row.is_growing for row in self._rows):
-            self._notice_changes()
-        elif self._rows and self._text_watch.epoch != self._text_epoch:
-            self._text_epoch = self._text_watch.epoch
-            self.renew()
-            self._notice_changes()
+        return self._do(load)
 
     def renew(self) -> None:
         """Forget everything kept, after weights were changed in a way that nobody can see."""
-        self._watch.renew()
+        self._do(self._stepper.renew)
 
-    def leave(self, tickets: Iterable[Ticket]) -> None:
-        """Let go of requests that nobody waits for any more."""
-        open_tickets = [ticket for ticket in tickets if not ticket.is_finished]
-        for ticket in open_tickets:
-            ticket.cancel()
-        if open_tickets:
-            self._take_inbox()
-            self._drop_cancelled()
+    def _do(self, work: Callable[[], T], *, alone: bool = False) -> T:
+        """Let this thread alone work with the model, then wake those who have something to read.
 
-    def _take_inbox(self) -> None:
-        with self._lock:
-            new, self._inbox = self._inbox, []
-        if new:
-            self._waiting = sorted([*self._waiting, *new], key=lambda sequence: sequence.rank)
-
-    def _drop_cancelled(self) -> None:
-        for sequence in [*self._waiting, *self._rows]:
-            if sequence.ticket.is_cancelled:
-                self._end(sequence)
-
-    def _admit(self) -> None:
-        """Give blocks to those who wait, as long as there are rows."""
-        if not self._waiting or len(self._rows) >= self.options.max_rows:
-            return
-        for sequence in self._admission.admit(self._waiting, self._rows, epoch=self._epoch):
-            prepare_choosing(sequence, self._vocabulary, self._device)
-            if self.options.speculate != "off":
-                sequence.drafting = self._drafter.begin()
-
-    def _share_out(self) -> list[Share]:
-        """Who reads how much in this step: growing rows a token, then prompts by rank."""
-        rows = [row for row in self._rows if row.is_growing]
-        offer = self.payoff.offer(len(rows))
-        growing = [Share(row, 1, tuple(row.draft(offer.takes))) for row in rows]
-        waits = sorted((r for r in self._rows if not r.is_growing), key=lambda row: row.rank)
-        left = self.options.chunk if growing else self.options.max_step
-        looks = self._media.looks + (1 if growing else len(waits))
-        reading: list[Share] = []
-        for row in waits:
-            # A prompt that keeps nobody waiting is read at once, attention is faster then.
-            most = left if growing or reading else 4 * left
-            count = self._look(row, min(row.unread, most), looks - self._media.looks)
-            if count:
-                reading.append(Share(row, count))
-                left -= count
-            if left <= 0:
-                break
-        return sorted([*growing, *reading], key=lambda share: share.length)
-
-    def _look(self, row: Sequence, count: int, looks: int) -> int:
-        """Positions that a row can read now; a row whose media do not fit has failed."""
+        Args:
+            work: what to do.
+            alone: leave it undone where this thread is in the middle of something here: a ticket
+                may be let go of by the garbage collector, in any line.
+        """
+        news: deque[Ticket] = deque()
         try:
-            return self._media.readable(row, count, epoch=self._epoch, looks=looks)
-        except LapilliError as error:
-            self._fail(row, error)
-        except RuntimeError as error:
-            self._fail(row, GenerationError(f"the model failed to look at a medium: {error}"))
-        return 0
+            return self._do_locked(work, news, alone=alone)
+        finally:
+            tell(news)
 
-    def _advance(self, shares: list[Share], *, started: float) -> None:
-        """Read, choose, deliver."""
-        ending = [share for share in shares if share.ends]
-        is_growth = all(share.sequence.is_growing for share in shares)
-        try:
-            logits = self._reader.read(shares, unchanged=self._watch.token)
-            if logits is not None:
-                extend(logits, ending)
-        except KeyboardInterrupt:
-            for share in shares:
-                self._end(share.sequence)
-            raise
-        except (RuntimeError, LapilliError) as error:
-            for share in shares:
-                self._fail(share.sequence, GenerationError(f"the model failed: {error}"))
-            raise
-        if is_growth and self._reader.is_steady:
-            seconds = self.payoff.clock() - started
-            guesses = sum(len(share.draft) for share in shares)
-            self.payoff.learn(seconds, rows=len(shares), guesses=guesses)
-        for share in shares:
-            row = share.sequence
-            # After a choice everything but the newest token has been read, rejected guesses apart.
-            row.length = len(row.tokens) - 1 if row.is_growing else row.length + share.count
-            self._deliver(row)
-
-    def _deliver(self, sequence: Sequence) -> None:
-        """Hand out what settled; publish full blocks; end what is over."""
-        if sequence.table is not None and not sequence.is_stale:
-            self.pool.publish(sequence.table, sequence.keys, sequence.length)
-        if sequence.answer.is_finished:
-            self._end(sequence)
-            return
-        piece = sequence.answer.take()
-        if piece is not None:
-            sequence.ticket.deliver(piece)
-
-    def _end(self, sequence: Sequence) -> None:
-        """The answer is over, cancelled if nothing else ended it."""
-        self._remove(sequence)
-        generation = sequence.answer.result()
-        piece = sequence.answer.take()
-        if piece is not None:
-            sequence.ticket.deliver(piece)
-        sequence.ticket.finish(generation)
-
-    def _fail(self, sequence: Sequence, error: LapilliError) -> None:
-        self._remove(sequence)
-        sequence.ticket.fail(error)
-
-    def _remove(self, sequence: Sequence) -> None:
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
-        if sequence in self._rows:
-            self._rows.remove(sequence)
-        sequence.ticket.keys = tuple(sequence.keys[: sequence.length])
-        table, sequence.table = sequence.table, None
-        if table is not None:
-            self.pool.release(table, sequence.keys, 0 if sequence.is_stale else sequence.length)
+    def _do_locked(self, work: Callable[[], T], news: deque[Ticket], *, alone: bool) -> T:
+        with self._lock.turn:
+            if self._held_by is self._lock.turn:
+                return None if alone else work()  # type: ignore[return-value]  # alone: T is None
+            try:
+                self._held_by = self._lock.turn
+                self._stepper.news = news
+                if self._is_broken_off:
+                    self._stepper.settle()
+                self._is_broken_off = True
+                done = work()
+                self._is_broken_off = False
+                return done
+            finally:
+                self._held_by = None

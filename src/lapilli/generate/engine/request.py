@@ -3,15 +3,19 @@
 Request --submit--> Ticket: take() the pieces, cancel(), generation
 """
 
+import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lapilli.config.generation import SamplingParams
-from lapilli.errors import LapilliError
+from lapilli.errors import LapilliError, RequestError
 from lapilli.generate.outputs import Generation, Piece
 from lapilli.prompt.encode import EncodedPrompt
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +47,12 @@ class Ticket:
         self.request = request
         self.is_cancelled = False
         self.wake: Callable[[], None] = _nobody
-        """Called by the engine's thread when there is something to take."""
+        """Called when there is something to take, by a thread that has taken a step; the engine is
+        free by then, so it may be asked and told anything. What it raises goes to the log."""
         self.keys: tuple[int, ...] = ()
         """When it is finished, what stands at the positions that were read (Engine.save_prefix)."""
         self._lock = threading.Lock()
+        self._is_submitted = False
         self._waiting: list[Piece] = []
         self._generation: Generation | None = None
         self._error: LapilliError | None = None
@@ -59,6 +65,11 @@ class Ticket:
     def is_finished(self) -> bool:
         """Whether nothing more comes, an error included."""
         return self._generation is not None or self._error is not None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `take` or `generation` has something to say."""
+        return bool(self._waiting) or self.is_finished
 
     @property
     def error(self) -> LapilliError | None:
@@ -97,21 +108,54 @@ class Ticket:
             pieces[-1].finish_reason,
         )
 
+    def claim(self) -> None:
+        """Called by the engine that takes it.
+
+        Raises:
+            RequestError: one did so before.
+        """
+        with self._lock:
+            if self._is_submitted or self.is_finished:
+                raise RequestError(
+                    "this ticket was submitted before: make a new one for every request"
+                )
+            self._is_submitted = True
+
     def deliver(self, piece: Piece) -> None:
-        """Called by the engine: more has settled."""
+        """Called by the engine: more has settled. Its reader is told after the step."""
         with self._lock:
             self._waiting.append(piece)
-        self.wake()
 
     def finish(self, generation: Generation) -> None:
         """Called by the engine: the answer is over."""
         self._generation = generation
-        self.wake()
 
     def fail(self, error: LapilliError) -> None:
         """Called by the engine: there will be no answer."""
         self._error = error
-        self.wake()
+
+
+def tell(tickets: deque[Ticket]) -> None:
+    """Wake the readers of all tickets, whatever some of them raise; takes them off the list.
+
+    An interrupt does not keep the others from being told: nobody may wait for ever.
+    """
+    try:
+        while tickets:
+            try:
+                _wake(tickets[0])
+            finally:
+                tickets.popleft()
+    finally:
+        if tickets:
+            tell(tickets)
+
+
+def _wake(ticket: Ticket) -> None:
+    try:
+        ticket.wake()
+    except Exception:  # foreign code: its error is nobody else's business
+        LOG.exception("Ticket.wake raised; the engine goes on")
 
 
 def _nobody() -> None:

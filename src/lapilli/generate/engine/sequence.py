@@ -47,6 +47,10 @@ class Sequence:
         """Positions whose keys and values are known."""
         self.is_stale = False
         """The model changed while it was read: nobody else may find its keys and values."""
+        self.is_ready = False
+        """What it draws and guesses with is there."""
+        self.is_open = False
+        """It is being changed: where an interrupt leaves it so, it cannot be trusted."""
         self.drafting: Drafting | None = None
         self.generator: torch.Generator | None = None
         self.seen: Bool[Tensor, "1 V"] | None = None

@@ -14,7 +14,7 @@ class EngineStream(Iterator[Piece]):
     Args:
         request: what to answer.
         submit: gives the request to the engine.
-        step: one step of the engine.
+        work: works until there is something to read.
         leave: lets go of a request that nobody waits for.
     """
 
@@ -23,12 +23,12 @@ class EngineStream(Iterator[Piece]):
         request: Request,
         *,
         submit: Callable[[Ticket], object],
-        step: Callable[[], object],
+        work: Callable[[Callable[[], bool]], object],
         leave: Callable[[Ticket], None],
     ) -> None:
         self.ticket = Ticket(request)
         self._submit = submit
-        self._step = step
+        self._work = work
         self._leave = leave
         self._is_submitted = False
 
@@ -39,23 +39,30 @@ class EngineStream(Iterator[Piece]):
             LapilliError: what is wrong with the request.
         """
         if not self._is_submitted:
+            self._is_submitted = True  # first: an interrupt must not leave behind what nobody knows
             self._submit(self.ticket)
-            self._is_submitted = True
         while True:
+            is_finished = self.ticket.is_finished  # asked first: a piece may come between
             piece = self.ticket.take()
             if piece is not None:
                 return piece
-            if self.ticket.is_finished:
+            if is_finished:
                 raise StopIteration
-            self._step()
+            self._work(lambda: self.ticket.has_news)
 
     def close(self) -> None:
         """Cancel what has not been generated yet."""
+        self.ticket.cancel()
         if self._is_submitted and not self.ticket.is_finished:
             self._leave(self.ticket)
 
     @property
     def generation(self) -> Generation:
-        """The answer so far; asked before its end, the answer is cancelled."""
+        """The answer so far; asked before its end, the answer is cancelled.
+
+        Raises:
+            LapilliError: what went wrong with the request.
+            RuntimeError: it was never begun.
+        """
         self.close()
         return self.ticket.generation

@@ -31,6 +31,10 @@ inline void fetch(const void* base, int64_t index, int64_t width) {
   for (int64_t byte = 0; byte < width * cache_bytes(kind); byte += 64) S::prefetch(from + byte);
 }
 
+// A sum over thousands of positions is made of sums over this many: added one by one in a float, every
+// position would be rounded to the size of the whole sum. Powers of two.
+constexpr int64_t kSumBlock = 128;
+
 // One group: its queries [group, width] and the blocks of its row.
 struct Group {
   const float* q;
@@ -114,10 +118,15 @@ float soften(float* scores, int64_t seen, int64_t padded) {
   for (int64_t s = S::kLanes; s < padded; s += S::kLanes) most = S::max(most, S::load(scores + s));
   const F top = S::fset(S::most(most));
   F total = S::fzero();
-  for (int64_t s = 0; s < padded; s += S::kLanes) {
-    const F e = exponential<S>(S::sub(S::load(scores + s), top));
-    S::store(scores + s, e);
-    total = S::add(total, e);
+  for (int64_t begin = 0; begin < padded; begin += kSumBlock * S::kLanes) {
+    const int64_t left = padded - begin, end = begin + (left < kSumBlock * S::kLanes ? left : kSumBlock * S::kLanes);
+    F part = S::fzero();
+    for (int64_t s = begin; s < end; s += S::kLanes) {
+      const F e = exponential<S>(S::sub(S::load(scores + s), top));
+      S::store(scores + s, e);
+      part = S::add(part, e);
+    }
+    total = S::add(total, part);
   }
   return 1.0f / S::sum(total);
 }
@@ -130,24 +139,42 @@ void mix(const AttentionCall& call, const Group& group, const float* scores, int
   F acc[G][V];
   for (int g = 0; g < G; ++g)
     for (int v = 0; v < V; ++v) acc[g][v] = S::fzero();
+  float* out = group.out + first * call.width + lane;
+  for (int g = 0; g < G; ++g)
+    for (int v = 0; v < V; ++v) S::store(out + g * call.width + v * S::kLanes, S::fzero());
+  const auto add_block = [&]() {
+    for (int g = 0; g < G; ++g)
+      for (int v = 0; v < V; ++v) {
+        float* target = out + g * call.width + v * S::kLanes;
+        S::store(target, S::add(S::load(target), acc[g][v]));
+        acc[g][v] = S::fzero();
+      }
+  };
   const bool is_first = first == 0 && lane == 0;  // later passes find the values in the cache
   for_runs(call, group, [&](int64_t start, int64_t scales, int64_t at, int64_t count, int64_t ahead) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t element = start + i * call.width + lane;
-      if (is_first) fetch<S, kind>(call.values, element + ahead, call.width);
-      F value[V];
-      for (int v = 0; v < V; ++v) value[v] = load_cache<S, kind>(call.values, element + v * S::kLanes);
-      const float scale = kind == kInt8 ? call.value_scales[scales + i] : 1.0f;
-      for (int g = 0; g < G; ++g) {
-        const F weight = S::fset(scores[(first + g) * stride + at + i] * scale);
-        for (int v = 0; v < V; ++v) acc[g][v] = S::fma(weight, value[v], acc[g][v]);
+    for (int64_t i = 0; i < count;) {
+      const int64_t room = kSumBlock - (at + i) % kSumBlock, end = count - i < room ? count : i + room;
+      for (; i < end; ++i) {
+        const int64_t element = start + i * call.width + lane;
+        if (is_first) fetch<S, kind>(call.values, element + ahead, call.width);
+        F value[V];
+        for (int v = 0; v < V; ++v) value[v] = load_cache<S, kind>(call.values, element + v * S::kLanes);
+        const float scale = kind == kInt8 ? call.value_scales[scales + i] : 1.0f;
+        for (int g = 0; g < G; ++g) {
+          const F weight = S::fset(scores[(first + g) * stride + at + i] * scale);
+          for (int v = 0; v < V; ++v) acc[g][v] = S::fma(weight, value[v], acc[g][v]);
+        }
       }
+      if ((at + i) % kSumBlock == 0) add_block();
     }
   });
+  add_block();
   for (int g = 0; g < G; ++g) {
-    float* out = group.out + (first + g) * call.width + lane;
     const F by = S::fset(factor[first + g]);
-    for (int v = 0; v < V; ++v) S::store(out + v * S::kLanes, S::mul(acc[g][v], by));
+    for (int v = 0; v < V; ++v) {
+      float* target = out + g * call.width + v * S::kLanes;
+      S::store(target, S::mul(S::load(target), by));
+    }
   }
 }
 

@@ -79,19 +79,25 @@ template <class S, int V>
 void mix_rows(const float* weights, int64_t stride, const float* values, int64_t width, int64_t count,
               float* out) {
   using F = typename S::F;
-  F acc[kRows][V];
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < V; ++v) acc[r][v] = S::fzero();
-  for (int64_t s = 0; s < count; ++s) {
-    F value[V];
-    for (int v = 0; v < V; ++v) value[v] = S::load(values + s * width + v * S::kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      const F x = S::fset(weights[r * stride + s]);
-      for (int v = 0; v < V; ++v) acc[r][v] = S::fma(x, value[v], acc[r][v]);
+  for (int64_t begin = 0; begin < count; begin += kSumBlock) {
+    const int64_t end = count - begin < kSumBlock ? count : begin + kSumBlock;
+    F acc[kRows][V];
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < V; ++v) acc[r][v] = S::fzero();
+    for (int64_t s = begin; s < end; ++s) {
+      F value[V];
+      for (int v = 0; v < V; ++v) value[v] = S::load(values + s * width + v * S::kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        const F x = S::fset(weights[r * stride + s]);
+        for (int v = 0; v < V; ++v) acc[r][v] = S::fma(x, value[v], acc[r][v]);
+      }
     }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < V; ++v) {
+        float* target = out + r * width + v * S::kLanes;
+        S::store(target, begin == 0 ? acc[r][v] : S::add(S::load(target), acc[r][v]));
+      }
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < V; ++v) S::store(out + r * width + v * S::kLanes, acc[r][v]);
 }
 
 // Positions begin..end of the keys that one query sees.

@@ -1,18 +1,21 @@
 """Whatever is handed over as a picture -> a Pillow RGB image; knows no model, fetches nothing."""
 
+import ctypes
+import logging
 import struct
+import threading
 import warnings
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
-from lapilli.errors import MediaError
+from lapilli.errors import ConfigError, MediaError
 
 Alpha = Literal["drop", "composite"]
 Depth = Literal["scale", "clip"]
@@ -31,19 +34,53 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What Pillow's decoders raise on damaged files (found by mutating files in the tests).
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    LookupError,
-    OverflowError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-)
+# What decoding may take, beside the file itself. A photo of 100 megapixels takes 400 to 800 MiB.
+MAX_BYTES = 1 << 30
+
+# Bytes per pixel that a decoder holds beside the picture, measured with Pillow 11 to 13: WebP keeps
+# two canvases and a copy, JPEG 2000 whole numbers of 32 bits, AVIF its own colours.
+_DECODER_BYTES = {
+    "WEBP": 16,
+    "AVIF": 16,
+    "JPEG2000": 20,
+    "BMP": 0,
+    "GIF": 0,
+    "JPEG": 0,
+    "MPO": 0,
+    "PNG": 0,
+    "PPM": 0,
+    "TGA": 0,
+}
+_OTHER_DECODER_BYTES = 4  # one copy: what formats decoded in Python hold, and large strips of TIFF
+_PROGRESSIVE_JPEG_BYTES = 2  # a coefficient per channel and pixel, until the last scan is read
+# Resizing holds a table of 8 bytes for each of the 6 pixels that a new one is made of, and a PNG
+# two rows of up to 8 bytes: nothing for a photo, gigabytes for a picture 178956970 pixels wide.
+_BYTES_PER_SIDE = 64
+_STRIP_PIXELS = 1 << 20
+
+# A PNG may carry more text than Pillow unpacks, before or after the pixels; it says so in words.
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_TOO_MUCH_TEXT = ("Decompressed data too large", "Too much memory used in text chunks")
+
+
+def _keep_libraries_quiet() -> None:
+    """Send what Pillow and libtiff say of damaged files to nobody's standard error.
+
+    Pillow's words go to whoever has set logging up. libtiff prints them from C, and Pillow raises
+    its errors besides; its wheels carry a libtiff of their own, the system's is left alone.
+    """
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    package = Path(Image.__file__).parent
+    for folder in (package.parent / "pillow.libs", package / ".dylibs"):
+        for path in folder.glob("libtiff*"):
+            with suppress(OSError, AttributeError):  # it has other names: then it goes on talking
+                library = ctypes.CDLL(str(path))
+                library.TIFFSetErrorHandler(None)
+                library.TIFFSetWarningHandler(None)
+
+
+_keep_libraries_quiet()
 
 _BEGINNINGS = (  # compared with lower-cased bytes
     (b"%pdf-", "a PDF document"),
@@ -65,6 +102,7 @@ def to_rgb(
     alpha: Alpha = "drop",
     depth: Depth = "scale",
     max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
     name: str = "the picture",
 ) -> Image.Image:
     """The first frame of a picture in RGB, 8 bits a channel.
@@ -77,6 +115,7 @@ def to_rgb(
             does; "composite" lays the picture on white.
         depth: 16-bit grey is scaled to 8 bits; "clip" cuts at 255 as the original does.
         max_pixels: a larger picture is refused before its pixels are unpacked.
+        max_bytes: a picture whose decoding would hold more bytes is refused likewise.
         name: what the picture is called in messages.
 
     Raises:
@@ -86,28 +125,61 @@ def to_rgb(
         shows people lying on their side and white sheets; `exif=False, depth="clip"` is what the
         original does.
     """
-    if isinstance(source, np.ndarray):
-        image = _from_array(source, name)
-    elif isinstance(source, Image.Image):
-        image = source
-    elif isinstance(source, bytes):
-        image = _open(source, name)
-    else:
-        raise MediaError(
-            f"{name} is a {type(source).__name__}: give encoded bytes, a Pillow image or an array"
-        )
-    if not image.width or not image.height:
-        raise MediaError(f"{name} is empty: {image.width}x{image.height} pixels")
-    if image.width * image.height > max_pixels:
-        raise MediaError(
-            f"{name} has {image.width}x{image.height} = {image.width * image.height} pixels, more "
-            f"than the limit of {max_pixels}: shrink it, or raise max_pixels if you trust it"
-        )
-    with _damage_named(name):
-        image.load()
+    with _named(name), _warnings_of_pillow.kept_quiet():
+        if isinstance(source, np.ndarray):
+            image = _from_array(source, name)
+        elif isinstance(source, Image.Image):
+            image = source
+        elif isinstance(source, bytes):
+            image = _open(source, name)
+        else:
+            raise MediaError(
+                f"{name} is a {type(source).__name__}: give encoded bytes, a Pillow image or an "
+                "array"
+            )
+        _check_size(image, name, exif=exif, max_pixels=max_pixels, max_bytes=max_bytes)
+        before = image.size
+        try:
+            image.load()
+        except ValueError as error:
+            if not isinstance(source, bytes) or not _is_too_much_text(error):
+                raise
+            image = _open(_without_text(source), name)
+            image.load()
+        if image.size != before:  # the picture inside an icon has a size of its own
+            _check_size(image, name, exif=exif, max_pixels=max_pixels, max_bytes=max_bytes)
         if exif:
             image = _upright(image)
         return _flatten(image, name, alpha=alpha, depth=depth)
+
+
+def check_alpha(alpha: str) -> None:
+    """Refuse a way to treat transparency that there is not.
+
+    Raises:
+        ConfigError: another one than "drop" and "composite".
+    """
+    if alpha not in get_args(Alpha):
+        raise ConfigError(f"alpha {alpha!r} is unknown: choose from {', '.join(get_args(Alpha))}")
+
+
+def check_bytes(needed: int, name: str, what: str, max_bytes: int = MAX_BYTES) -> None:
+    """Refuse what would take too much memory, before it is done.
+
+    Args:
+        needed: bytes that it would take.
+        name: what the picture is called.
+        what: what would be done, such as "decoding".
+        max_bytes: most bytes that it may take.
+
+    Raises:
+        MediaError: `needed` is more than `max_bytes`.
+    """
+    if needed > max_bytes:
+        raise MediaError(
+            f"{name} is too large: {what} would take {-(-needed >> 20)} MiB, more than the limit "
+            f"of {max_bytes >> 20} MiB: shrink it"
+        )
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -121,25 +193,110 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+class _PillowWarnings:
+    """Keeps the warnings of Pillow, and no others, from standard error while pictures are decoded.
+
+    `warnings.catch_warnings` puts back what it found, which goes wrong where threads overlap: the
+    first of them sets the filter, the last one takes it away.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = warnings.catch_warnings()
+
+    @contextmanager
+    def kept_quiet(self) -> Iterator[None]:
+        """Ignore what Pillow warns of inside the block."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\b")
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._before.__exit__(None, None, None)
+
+
+_warnings_of_pillow = _PillowWarnings()
+
+
 def _open(encoded: bytes, name: str) -> Image.Image:
     if not encoded:
         raise MediaError(f"{name} is empty (0 bytes)")
     try:
-        with warnings.catch_warnings():
-            # Pillow warns at half of its limit; max_pixels is the limit here.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(BytesIO(encoded))
+        image = Image.open(BytesIO(encoded))
     except UnidentifiedImageError as error:
         raise MediaError(
             f"{name} is no picture that can be read: {_looks_like(encoded)}"
         ) from error
-    except Image.DecompressionBombError as error:
-        raise MediaError(f"{name} is too large to be unpacked safely: {error}") from error
-    except _DAMAGE as error:
-        raise MediaError(f"{name} is damaged and cannot be opened: {error}") from error
+    except ValueError as error:
+        if not _is_too_much_text(error):
+            raise
+        image = Image.open(BytesIO(_without_text(encoded)))
     if image.format == "EPS":  # Pillow would start Ghostscript, and the file is its program
         raise MediaError(f"{name} is an EPS program, which is not run: convert it to PNG")
     return image
+
+
+def _check_size(
+    image: Image.Image, name: str, *, exif: bool, max_pixels: int, max_bytes: int
+) -> None:
+    """Refuse an image without pixels, and one that takes too much memory to decode."""
+    if not image.width or not image.height:
+        raise MediaError(f"{name} is empty: {image.width}x{image.height} pixels")
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise MediaError(
+            f"{name} has {image.width}x{image.height} = {pixels} pixels, more "
+            f"than the limit of {max_pixels}: shrink it, or raise max_pixels if you trust it"
+        )
+    needed = pixels * _bytes_per_pixel(image, exif=exif) + _BYTES_PER_SIDE * max(image.size)
+    check_bytes(needed, f"{name} ({image.width}x{image.height})", "decoding", max_bytes)
+
+
+def _bytes_per_pixel(image: Image.Image, *, exif: bool) -> int:
+    """What one pixel takes while the image is decoded, turned and made RGB."""
+    stored = _stored_bytes(image.mode)
+    # The RGB copy, or the turned one before the first is let go. Whether it will be turned is not
+    # asked: Pillow decodes a PNG to find its EXIF data.
+    copies = max(0 if image.mode == "RGB" else 4, stored if exif else 0)
+    if not isinstance(image, ImageFile.ImageFile):
+        return stored + copies
+    decoder = _DECODER_BYTES.get(image.format or "", _OTHER_DECODER_BYTES)
+    if image.info.get("progressive"):
+        decoder += _PROGRESSIVE_JPEG_BYTES * len(image.getbands())
+    return stored + max(copies, decoder)
+
+
+def _stored_bytes(mode: str) -> int:
+    """Bytes in which Pillow keeps a pixel."""
+    if mode in ("1", "L", "P"):
+        return 1
+    return 2 if mode.startswith("I;16") else 4
+
+
+def _is_too_much_text(error: ValueError) -> bool:
+    return str(error).startswith(_TOO_MUCH_TEXT)
+
+
+def _without_text(encoded: bytes) -> bytes:
+    """A PNG without its texts and its colour profile, none of which is shown."""
+    if not encoded.startswith(_PNG_SIGNATURE):
+        return encoded
+    kept, at = [encoded[:8]], 8
+    while at < len(encoded):
+        (length,) = struct.unpack_from(">I", encoded, at) if at + 4 <= len(encoded) else (0,)
+        end = at + 12 + length  # length, kind, data, checksum
+        if encoded[at + 4 : at + 8] not in _PNG_TEXT:
+            kept.append(encoded[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def _looks_like(encoded: bytes) -> str:
@@ -155,20 +312,27 @@ def _looks_like(encoded: bytes) -> str:
 
 
 @contextmanager
-def _damage_named(name: str) -> Iterator[None]:
+def _named(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises into one error that names the picture."""
     try:
         yield
     except MediaError:
         raise
-    except _DAMAGE as error:
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{name} is too large to be unpacked safely: {error}") from error
+    except MemoryError as error:
+        raise MediaError(f"{name} takes more memory than there is: shrink it") from error
+    # Each of forty decoders raises what it ran into: OSError, SyntaxError, struct.error, AVIF's
+    # RuntimeError. The arrays that are read here raise nothing but MediaError.
+    except Exception as error:
         raise MediaError(f"{name} is damaged or cut off: {error}") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
-    except _DAMAGE:
-        return image  # unreadable EXIF data says nothing about the pixels
+    except Exception:  # noqa: BLE001 - whatever unreadable EXIF data ends in, the pixels are good
+        return image
     if orientation in _TRANSPOSITIONS:
         return image.transpose(_TRANSPOSITIONS[orientation])
     return image
@@ -179,8 +343,9 @@ def _flatten(image: Image.Image, name: str, *, alpha: Alpha, depth: Depth) -> Im
         return _from_deep_grey(image, name, depth=depth)
     if alpha == "composite" and image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
     return as_rgb(image)
 
 
@@ -188,20 +353,36 @@ def _from_deep_grey(image: Image.Image, name: str, *, depth: Depth) -> Image.Ima
     """16-bit grey (also what Pillow opens as 32-bit "I") and floating point, in 8 bits."""
     if depth == "clip":
         return image.convert("RGB")
+    grey = Image.new("L", image.size)
+    tops = range(0, image.height, max(1, _STRIP_PIXELS // image.width))
+    strips = [(0, top, image.width, min(top + tops.step, image.height)) for top in tops]
+    ends = np.array([_ends(np.asarray(image.crop(strip))) for strip in strips])
+    low, high = ends[:, 0].min(), ends[:, 1].max()
     if image.mode == "F":
-        return _from_array(np.asarray(image), name).convert("RGB")
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 0xFFFF:
+        _check_floats(low, high, np.dtype(np.float32), name)
+    elif low < 0 or high > 0xFFFF:
         raise MediaError(
-            f"{name} has grey values from {values.min()} to {values.max()}, outside of 16 bits "
+            f"{name} has grey values from {low:g} to {high:g}, outside of 16 bits "
             "(0 to 65535): scale them first"
         )
-    return Image.fromarray(_to_8_bits(values)).convert("RGB")
+    levels = 255.0 if image.mode == "F" else 1 / 257  # 65535 = 257 * 255
+    for strip in strips:
+        values = np.asarray(image.crop(strip), np.float64)
+        grey.paste(Image.fromarray(np.rint(values * levels).astype(np.uint8)), strip[:2])
+    return grey.convert("RGB")
 
 
-def _to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
-    scaled: NDArray[np.uint8] = np.rint(values / 257.0).astype(np.uint8)  # 65535 = 257 * 255
-    return scaled
+def _ends(values: NDArray[Any]) -> tuple[float, float]:
+    """The smallest and the largest value; NaN if one is NaN."""
+    return float(values.min()), float(values.max())
+
+
+def _check_floats(low: float, high: float, dtype: np.dtype[Any], name: str) -> None:
+    if not (low >= 0 and high <= 1):  # written so that NaN is refused
+        raise MediaError(
+            f"{name} is an array of {dtype} with values from {low} to "
+            f"{high}: floating point must lie between 0 and 1, or give uint8"
+        )
 
 
 def _from_array(values: NDArray[Any], name: str) -> Image.Image:
@@ -217,12 +398,8 @@ def _from_array(values: NDArray[Any], name: str) -> Image.Image:
     if not values.size:
         raise MediaError(f"{name} is an empty array of shape {shape}")
     if values.dtype.kind == "f":
-        if not (values.min() >= 0 and values.max() <= 1):  # written so that NaN is refused
-            raise MediaError(
-                f"{name} is an array of {values.dtype} with values from {values.min()} to "
-                f"{values.max()}: floating point must lie between 0 and 1, or give uint8"
-            )
-        values = np.rint(values.astype(np.float64) * 255).astype(np.uint8)
+        _check_floats(*_ends(values), values.dtype, name)
+        values = _floats_to_8_bits(values)
     if values.dtype != np.uint8:
         raise MediaError(
             f"{name} is an array of {values.dtype}: give uint8, or floating point from 0 to 1"
@@ -230,3 +407,11 @@ def _from_array(values: NDArray[Any], name: str) -> Image.Image:
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[:, :, 0]
     return Image.fromarray(np.ascontiguousarray(values))
+
+
+def _floats_to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
+    out = np.empty(values.shape, np.uint8)
+    step = max(1, _STRIP_PIXELS // values.shape[1])
+    for top in range(0, len(values), step):
+        out[top : top + step] = np.rint(values[top : top + step].astype(np.float64) * 255)
+    return out

@@ -18,7 +18,7 @@ from PIL import Image
 from lapilli.config.model import ImageConfig, PixelConfig, VisionConfig
 from lapilli.errors import ConfigError, MediaError
 from lapilli.geometry import ImageSize, best_resolution, with_shortest_edge
-from lapilli.modality.image.decode import as_rgb
+from lapilli.modality.image.decode import as_rgb, check_bytes
 from lapilli.modality.image.resize_modes import fit_and_pad, pad_to_square, size_of
 from lapilli.shapes import Float, Tensor
 
@@ -49,7 +49,7 @@ def prepare(
 
     Raises:
         ConfigError: the tiles are not what the tower reads.
-        MediaError: the picture has no pixels.
+        MediaError: the picture has no pixels, or resizing it would take too much memory.
 
     Note: a picture 1 or 3 pixels high is a picture here; the original takes it for channel-first
         numbers and fails or scrambles it (compat/ does so too).
@@ -80,8 +80,23 @@ def _parts(image: Image.Image, config: ImageConfig) -> list[Image.Image]:
     target = best_resolution(size_of(image), config.pinpoints)
     canvas = fit_and_pad(image, target, resample)
     base = _base_size(pixels)
-    squashed = image.resize((base.width, base.height), resample)
+    squashed = _resize(image, base, resample)
     return [squashed, *_cut(canvas, pixels.crop_size.height)]
+
+
+def _resize(image: Image.Image, size: ImageSize, resample: Image.Resampling) -> Image.Image:
+    """The whole picture in another size, unless that would take too much memory.
+
+    Pillow brings every row to the new width before it brings the columns to the new height: a
+    picture 1 pixel wide and 10 million high becomes one of 336 x 10 million in between.
+    """
+    between = 4 * size.width * max(image.height, size.height)
+    check_bytes(
+        4 * image.width * image.height + between,
+        f"the picture ({size_of(image)})",
+        f"resizing it to {size}",
+    )
+    return image.resize((size.width, size.height), resample)
 
 
 def _base_size(pixels: PixelConfig) -> ImageSize:
@@ -118,7 +133,7 @@ def _to_tile(image: Image.Image, pixels: PixelConfig) -> NDArray[np.uint8]:
         size = _resized_size(size_of(image), pixels)
         if crop is not None and size.height * size.width > MAX_INTERMEDIATE_PIXELS:
             return np.asarray(_resize_middle(image, size, crop, resample))
-        image = image.resize((size.width, size.height), resample)
+        image = _resize(image, size, resample)
     values = np.asarray(image)
     return values if crop is None else _centre_crop(values, crop)
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from lapilli.errors import MediaError
 from lapilli.geometry import ImageSize, fit_within
+from lapilli.modality.image.decode import check_bytes
 
 CHAT_BACKGROUND = (122, 116, 104)  # the CLIP mean in 8 bits
 CHAT_RESIZED = (336, 336)
@@ -21,6 +22,7 @@ def pad_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.Imag
     """The picture in the middle of a square; a square picture comes back as it is.
 
     Raises:
+        MediaError: the square would take too much memory.
         TypeError: the image's mode cannot hold a background of that many channels (Pillow).
 
     Source: LLaVA mm_utils.py, expand2square.
@@ -28,6 +30,7 @@ def pad_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.Imag
     if image.width == image.height:
         return image
     side = max(image.size)
+    check_bytes(4 * side * side, f"the picture ({size_of(image)})", f"a square of {side}x{side}")
     square = Image.new(image.mode, (side, side), background)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

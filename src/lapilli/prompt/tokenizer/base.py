@@ -14,6 +14,8 @@ replacement characters.
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from lapilli.prompt.tokenizer.special import AddedToken
+
 Range = tuple[int, int]
 """Characters [start, end) of a text."""
 
@@ -60,6 +62,14 @@ class Tokenizer(Protocol):
     @property
     def added_vocab(self) -> dict[str, int]:
         """Added tokens and their ids, the special ones among them."""
+
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """Added tokens by id, with how they are cut out of a text."""
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Texts of the special tokens by the names of chat templates, such as `pad_token`."""
 
     @property
     def special_ids(self) -> frozenset[int]:

@@ -7,7 +7,7 @@ Source: what transformers 4.37.2 builds for LlamaTokenizerFast when a checkpoint
 tokenizer.model.
 """
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lapilli.errors import CheckpointError
 from lapilli.prompt.tokenizer import spm_model
@@ -15,8 +15,13 @@ from lapilli.prompt.tokenizer.merges import merges
 from lapilli.prompt.tokenizer.pieces import SPACE
 
 
-def llama_tokenizer(model: bytes) -> Tokenizer:
+def llama_tokenizer(model: bytes, *, legacy: bool = True) -> Tokenizer:
     """The tokenizer of a tokenizer.model.
+
+    Args:
+        model: content of tokenizer.model.
+        legacy: a space is written before the first word of every stretch between added tokens;
+            False: at the beginning of a text alone, as slow tokenizers with `legacy: false` do.
 
     Raises:
         CheckpointError: a unigram, word or character model.
@@ -43,9 +48,14 @@ def llama_tokenizer(model: bytes) -> Tokenizer:
             byte_fallback=True,
         )
     )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    )
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            SPACE, prepend_scheme="first", split=False
+        )
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(SPACE, " "),

@@ -5,18 +5,24 @@ lacks are added, the Llama family writes BOS as `add_bos_token` says, every othe
 post-processor of the file says.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
 
-from lapilli.errors import CheckpointError, PromptError
+from lapilli.errors import PromptError
 from lapilli.prompt.tokenizer.added import AddedTokens
 from lapilli.prompt.tokenizer.base import Range, Token, clean_up, length_limit
 from lapilli.prompt.tokenizer.byte_level import BYTE_OF
 from lapilli.prompt.tokenizer.convert import llama_tokenizer
+from lapilli.prompt.tokenizer.json_file import (
+    encode_text,
+    frame_of,
+    parse_tokenizer,
+    refusing_panics,
+    state_of,
+)
 from lapilli.prompt.tokenizer.pieces import SPACE
 from lapilli.prompt.tokenizer.plain import PlainText
 from lapilli.prompt.tokenizer.roles import Roles
@@ -45,7 +51,7 @@ class FastTokenizer(Roles):
         added: Mapping[str, int] | None = None,
     ) -> None:
         config = config or {}
-        self._rust = _parse(source) if isinstance(source, str) else source
+        self._rust = parse_tokenizer(source) if isinstance(source, str) else source
         family = str(config.get("tokenizer_class") or "").removesuffix("Fast")
         is_llama = family in ("LlamaTokenizer", "CodeLlamaTokenizer")
         self._special = read_special_tokens(
@@ -56,7 +62,7 @@ class FastTokenizer(Roles):
         self.padding_side = str(config.get("padding_side", default_side))
         self.model_max_length = length_limit(config.get("model_max_length"))
         self._clean_up = bool(config.get("clean_up_tokenization_spaces", not is_llama))
-        prefix, suffix = _frame(self._rust)
+        prefix, suffix = frame_of(self._rust)
         if is_llama:
             prefix = self._wanted("bos") if config.get("add_bos_token", True) else ()
             suffix = self._wanted("eos") if config.get("add_eos_token", False) else ()
@@ -64,7 +70,7 @@ class FastTokenizer(Roles):
         self.suffix_ids: tuple[int, ...] = suffix
         # Neither special tokens nor trimmed offsets: `encode` writes the prefix itself.
         self._rust.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
-        decoder = _state(self._rust.decoder)
+        decoder = state_of(self._rust.decoder)
         self._is_byte_level = "ByteLevel" in _types(decoder)
         self.strips_leading_space = _strips(decoder)
         self._plain = PlainText(self._rust.to_str)
@@ -97,14 +103,15 @@ class FastTokenizer(Roles):
 
     def tokenize(self, text: str, *, literal: Sequence[Range] = ()) -> list[Token]:
         """Tokens with their characters, without prefix."""
-        if any(any(self._added.matches(text[start:end], ())) for start, end in literal):
+        if self._first_cut.has_typed(text, literal):
             return self._tokenize_typed(text, literal)
-        encoding = self._rust.encode(text, add_special_tokens=False)
+        encoding = encode_text(self._rust, text)
         return [Token(i, *span) for i, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ids."""
-        text = str(self._rust.decode(list(ids), skip_special_tokens=skip_special))
+        with refusing_panics():
+            text = str(self._rust.decode(list(ids), skip_special_tokens=skip_special))
         return clean_up(text) if self._clean_up else text
 
     def token_to_id(self, token: str) -> int | None:
@@ -118,18 +125,15 @@ class FastTokenizer(Roles):
         Raises:
             PromptError: an id outside the vocabulary.
         """
-        token: str | None = self._rust.id_to_token(token_id) if token_id >= 0 else None
-        if token is None:
-            raise PromptError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
-        return token
+        added = self._added.tokens.get(token_id)
+        return self._in_library(token_id) if added is None else added.content
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text, in UTF-8."""
-        token = self.id_to_token(token_id)
-        if token_id in self._added.tokens:
-            return token.encode()
+        """What a token adds to the text, in UTF-8; added tokens go through the decoder too."""
+        token = self._in_library(token_id)
         if self._is_byte_level:
-            return bytes(BYTE_OF[character] for character in token)
+            is_written = all(character in BYTE_OF for character in token)
+            return bytes(map(BYTE_OF.__getitem__, token)) if is_written else token.encode()
         if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             return bytes([int(token[1:-1], 16)])
         return token.replace(SPACE, " ").encode()
@@ -140,11 +144,23 @@ class FastTokenizer(Roles):
         known = self._special_ids if special else self._added.tokens.keys()
         new = [name for name in tokens if self._added.ids.get(name) not in known]
         if special:
-            self._rust.add_special_tokens(new)
+            self._rust.add_special_tokens([self._as_special(name) for name in new])
         else:
             self._rust.add_tokens(new)
         self._note_added()
         return self.vocab_size - before
+
+    def _in_library(self, token_id: int) -> str:
+        """The token as the library has it: some added ones with the space that they begin with."""
+        token: str | None = self._rust.id_to_token(token_id) if token_id >= 0 else None
+        if token is None:
+            raise PromptError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
+        return token
+
+    def _as_special(self, name: str) -> tokenizers.AddedToken:
+        """A new token, or one that is there already with its flags."""
+        known = self._added.tokens.get(self._added.ids.get(name, -1))
+        return _entry(known or AddedToken(name, normalized=False))
 
     def _wanted(self, role: str) -> tuple[int, ...]:
         index = self._id_of(role)
@@ -157,47 +173,39 @@ class FastTokenizer(Roles):
         missing = [token for token in self._special.all if token.content not in known]
         names = {token.content for token in self._special.all}
         for token in (*listed, *missing):
-            entry = tokenizers.AddedToken(
-                token.content,
-                single_word=token.single_word,
-                lstrip=token.lstrip,
-                rstrip=token.rstrip,
-                normalized=token.normalized,
-            )
             if token.special or token.content in names:
-                self._rust.add_special_tokens([entry])
+                self._rust.add_special_tokens([_entry(token)])
             else:
-                self._rust.add_tokens([entry])
+                self._rust.add_tokens([_entry(token)])
         self._note_added()
 
     def _note_added(self) -> None:
         self._added = _added_of(self._rust)
         tokens = self._added.tokens
         self._special_ids = frozenset(i for i, token in tokens.items() if token.special)
+        # Tokens that are looked for in the text as it is; the others wait for the normalizer.
+        early = {i: one for i, one in tokens.items() if one.special or not one.normalized}
+        self._first_cut = AddedTokens(early, by_words=True)
 
     def _tokenize_typed(self, text: str, literal: Sequence[Range]) -> list[Token]:
-        """As `tokenize`, where a person typed an added token: it stays text."""
-        names = self._added.ids
+        """As `tokenize`, where a person typed a special token: it stays text."""
         tokens: list[Token] = []
-        for start, end, index in self._added.cut(text, literal):
+        for start, end, index in self._first_cut.cut(text, literal, ids=self._special_ids):
             if index is None:
-                tokens += self._plain.tokenize(text, start, end, names)
+                tokens += self._plain.tokenize(text, start, end, self._added)
             else:
                 tokens.append(Token(index, start, end))
         return tokens
 
 
-def _parse(source: str) -> tokenizers.Tokenizer:
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(source)
-    except Exception as error:  # the library raises nothing more precise
-        raise CheckpointError(
-            f"tokenizer.json ({len(source)} characters) cannot be read: {error}; is it truncated, "
-            "or written by a newer `tokenizers`?"
-        ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+def _entry(token: AddedToken) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+    )
 
 
 def _added_of(tokenizer: tokenizers.Tokenizer) -> AddedTokens:
@@ -214,20 +222,6 @@ def _added_of(tokenizer: tokenizers.Tokenizer) -> AddedTokens:
             for index, token in tokenizer.get_added_tokens_decoder().items()
         }
     )
-
-
-def _frame(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the post-processor writes before and after a text."""
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
-    full = tokenizer.encode("a", add_special_tokens=True).ids
-    before = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-    return tuple(full[:before]), tuple(full[before + len(bare) :])
-
-
-def _state(decoder: tokenizers.decoders.Decoder | None) -> dict[str, Any]:
-    """A decoder of the library as the JSON that it is saved as."""
-    state: dict[str, Any] = {} if decoder is None else json.loads(decoder.__getstate__())
-    return state
 
 
 def _types(state: dict[str, Any]) -> set[str]:

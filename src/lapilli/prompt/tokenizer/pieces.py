@@ -27,9 +27,9 @@ def load_processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.load_from_serialized_proto(model)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the second: of what the first would say
         raise CheckpointError(
-            f"tokenizer.model ({len(model)} bytes) is not a SentencePiece model: {error}"
+            f"tokenizer.model ({len(model)} bytes) is not a SentencePiece model: {str(error)[:200]}"
         ) from error
     return processor
 

@@ -1,7 +1,7 @@
 """What every tokenizer says of its vocabulary alike: ids by role, added tokens, special ids."""
 
 from lapilli.prompt.tokenizer.added import AddedTokens
-from lapilli.prompt.tokenizer.special import SpecialTokens
+from lapilli.prompt.tokenizer.special import AddedToken, SpecialTokens
 
 
 class Roles:
@@ -38,6 +38,16 @@ class Roles:
     def added_vocab(self) -> dict[str, int]:
         """Added tokens and their ids, the special ones among them."""
         return dict(self._added.ids)
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Texts of the special tokens by the names of chat templates, such as `pad_token`."""
+        return {f"{role}_token": token.content for role, token in self._special.named.items()}
+
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """Added tokens by id, with how they are cut out of a text."""
+        return dict(self._added.tokens)
 
     @property
     def special_ids(self) -> frozenset[int]:

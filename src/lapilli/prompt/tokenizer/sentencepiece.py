@@ -8,6 +8,7 @@ Exactly the behaviour of transformers 4.37.2 with `legacy` true, false or absent
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from lapilli.errors import PromptError
 from lapilli.prompt.tokenizer import spm_model
@@ -32,6 +33,8 @@ class SentencePieceTokenizer(Roles):
     """
 
     strips_leading_space = True
+    apart_ids: frozenset[int]
+    """Added tokens that `decode` sets off by spaces."""
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class SentencePieceTokenizer(Roles):
         self._extra_special = [token.content for token in self._special.additional]
         self._added = AddedTokens(self._special.added)
         self._register(self._special.all)
+        self._guard_typed(self._special_names)
         self._sort()
         self._guard = self._special.content("unk") or LLAMA_TOKENS["unk"]
         self._guard_length = len(self._spm.encode(self._guard, out_type=str))
@@ -151,10 +155,18 @@ class SentencePieceTokenizer(Roles):
         new = [name for name in tokens if name not in self._added.ids]
         self._register(AddedToken(name, special=special, normalized=not special) for name in new)
         if special:
+            self._guard_typed(tokens)
             self._extra_special += [name for name in new if name not in self._special_names]
             self._special_names |= set(new)
         self._sort()
         return self.vocab_size - before
+
+    def _guard_typed(self, names: Iterable[str]) -> None:
+        """Leave tokens that were added before as text where a person types them."""
+        for name in names:
+            index = self._added.ids.get(name)
+            if index is not None:
+                self._added.add(index, replace(self._added.tokens[index], special=True))
 
     def _piece_id(self, piece: str) -> int | None:
         index: int = self._spm.piece_to_id(piece)
@@ -200,6 +212,7 @@ class SentencePieceTokenizer(Roles):
         # Between spaces: added tokens that are not special, or special and not a piece.
         new = {name for name in self._extra_special if ids[name] >= self._num_pieces}
         self._apart = (set(ids) - self._special_names) | new
+        self.apart_ids = frozenset(ids[name] for name in self._apart)
 
     def _join(self, tokens: list[str]) -> str:
         """Pieces through SentencePiece, with special tokens in between as they are."""

@@ -13,6 +13,7 @@ from lapilli.errors import CheckpointError
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """Order in which missing special tokens get new ids."""
+_MOST_DIGITS = 9  # of an id
 LLAMA_TOKENS: Mapping[str, str] = MappingProxyType({"bos": "<s>", "eos": "</s>", "unk": "<unk>"})
 """What the Llama family calls its tokens where no file says otherwise."""
 
@@ -64,7 +65,7 @@ def read_special_tokens(
     settings = {f"{role}_token": token for role, token in defaults.items()} | dict(config)
     listed = config.get("added_tokens_decoder")
     if isinstance(listed, Mapping):
-        by_id = {int(i): _token(t, special=False, normalized=True) for i, t in listed.items()}
+        by_id = {_index(i): _token(t, special=False, normalized=True) for i, t in listed.items()}
     else:
         settings |= special_map
         by_id = {}
@@ -89,6 +90,16 @@ def _from_names(added: Mapping[str, int], special: Iterable[str]) -> dict[int, A
     }
 
 
+def _index(key: object) -> int:
+    """The id that a key of `added_tokens_decoder` spells."""
+    text = str(key)
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS):
+        raise CheckpointError(
+            f"tokenizer_config.json: added_tokens_decoder has the key {text[:50]!r}, expected an id"
+        )
+    return int(text)
+
+
 def _token(value: object, *, special: bool, normalized: bool) -> AddedToken:
     """A token written as a string or as an object."""
     if isinstance(value, str):
@@ -103,6 +114,6 @@ def _token(value: object, *, special: bool, normalized: bool) -> AddedToken:
             single_word=bool(value.get("single_word", False)),
         )
     raise CheckpointError(
-        f"special token {value!r}: expected a string or an object with `content`, as in "
+        f"special token {value!r:.100}: expected a string or an object with `content`, as in "
         "special_tokens_map.json"
     )

@@ -18,6 +18,7 @@ from typing import Any
 from lapilli.errors import DataError, MediaCountMismatchError
 from lapilli.prompt.message import MediaPart, Message, Part, Role, TextPart
 from lapilli.train.data.sample import Sample
+from lapilli.train.data.unread import notes_on, other_system, system_of, why_not, why_not_turn
 from lapilli.train.recipe import Placement
 
 Record = Mapping[str, Any]
@@ -40,9 +41,6 @@ _TURN_KEYS = ("conversations", "messages", "conversation")
 ANSWER_KEYS = ("answer", "caption")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA_KEYS = ("image", "images")
-# Keys of pictures in data of other trainers: a record of theirs would be learned without any.
-_UNREAD_KEYS = ("img", "img_path", "image_path", "image_file", "image_url", "picture", "photo")
-_OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _SOURCE_KEYS = ("image_url", "image", "url", "path", "source", "data", "base64")
 _ID_KEYS = ("id", "sample_id", "question_id")
 
@@ -78,7 +76,8 @@ def to_sample(
         shown = tuple(_place(_resolved(message, resolve), placement) for message in messages)
     except (_FormatError, DataError) as reason:
         raise DataError(f"{sample.label}: {reason}") from reason
-    return replace(sample, messages=shown, words=words, notes=(*notes, *odd))
+    notes = (*notes, *odd, *notes_on(record))
+    return replace(sample, messages=shown, words=words, notes=notes)
 
 
 def id_of(record: object, *, where: str) -> str:
@@ -92,37 +91,48 @@ class _FormatError(Exception):
 
 
 def _messages(record: Record, turns: list[Turn]) -> list[Message]:
-    for key in _OTHER_MEDIA:
-        if record.get(key):
-            raise _FormatError(f"it has {key!r}, and only images are read: leave it out")
     one, several = (record.get(key) for key in _MEDIA_KEYS)
     if one and several and _as_list(one) != _as_list(several):
         raise _FormatError("its 'image' and its 'images' are not the same: keep one of the keys")
     pictures = _Pictures(listed_media(record))
     messages = [pictures.message(role, content) for role, content in turns]
+    if _turns_key(record) is None and PLACEHOLDER not in str(record.get("question") or ""):
+        messages = [replace(message, written=None) for message in messages]  # a table's own words
     if pictures.used != len(pictures.names):
         raise _FormatError(
             f"{len(pictures.names)} images but {pictures.used} {PLACEHOLDER} placeholders: write "
             "one for each image"
         )
-    if not any(message.media for message in messages):
-        _refuse_unread(record)
     for number, message in enumerate(messages):
         if not _is_unicode(message.text):
             raise _FormatError(f"turn {number} has half of a character (a lone surrogate)")
-    system = record.get("system")
-    if system is not None and not isinstance(system, str):
-        raise _FormatError(f"its system is a {type(system).__name__}: expected a text")
-    if system:
-        messages.insert(0, Message.system(system))
-    return messages
+    reason = why_not(
+        record,
+        is_table=_turns_key(record) is None,
+        shows=any(message.media for message in messages),
+    )
+    if reason is not None:
+        raise _FormatError(reason)
+    return [*_system(record, messages), *messages]
 
 
-def _refuse_unread(record: Record) -> None:
-    """A record without pictures has none under another name either."""
-    for key in _UNREAD_KEYS:
-        if record.get(key):
-            raise _FormatError(f"it shows no picture, and its {key!r} is not read: call it 'image'")
+def _system(record: Record, messages: Sequence[Message]) -> list[Message]:
+    """The record's own instructions, which stand in no turn."""
+    key, system = system_of(record)
+    if not isinstance(system, str):
+        raise _FormatError(f"its {key} is a {type(system).__name__}: expected a text")
+    if not _is_unicode(system):
+        raise _FormatError(f"its {key} has half of a character (a lone surrogate)")
+    other = other_system(record)
+    if other is not None:
+        raise _FormatError(f"its {key!r} and its {other!r} are not the same: keep one of the keys")
+    if not system:
+        return []
+    if messages and messages[0].role == "system":
+        if messages[0].text == system:
+            return []
+        raise _FormatError(f"its {key!r} and its first turn are two systems: keep one of them")
+    return [Message.system(system)]
 
 
 def _from_first_question(messages: list[Message]) -> tuple[list[Message], tuple[str, ...]]:
@@ -233,7 +243,7 @@ def _source_of(part: Record) -> object:
 
 def turns_of(record: Record) -> list[Turn]:
     """Role and content of every turn, under whatever names."""
-    key = next((key for key in _TURN_KEYS if record.get(key) is not None), None)
+    key = _turns_key(record)
     if key is None:
         return _asked_once(record)
     turns = record[key]
@@ -247,6 +257,11 @@ def turns_of(record: Record) -> list[Turn]:
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise _FormatError(f"{key!r} is a {type(turns).__name__}: expected a list of turns")
     return [_turn(turn, number) for number, turn in enumerate(turns)]
+
+
+def _turns_key(record: Record) -> str | None:
+    """The key of the list of turns; None: a row of a table."""
+    return next((key for key in _TURN_KEYS if record.get(key) is not None), None)
 
 
 def _rows(columns: Mapping[str, Any]) -> object:
@@ -303,6 +318,9 @@ def _turn(turn: object, number: int) -> Turn:
         raise _FormatError(
             f"turn {number} says a {type(content).__name__}: expected a text or a list of parts"
         )
+    reason = why_not_turn(turn, is_answer=ROLES[speaker] == "assistant")
+    if reason is not None:
+        raise _FormatError(f"turn {number} {reason}")
     return ROLES[speaker], content
 
 
@@ -368,12 +386,21 @@ def _resolved(message: Message, resolve: Resolve) -> Message:
         replace(part, source=resolve(part.source)) if isinstance(part, MediaPart) else part
         for part in message.parts
     ]
-    return Message(message.role, tuple(parts))
+    return replace(message, parts=tuple(parts))
 
 
 def _place(message: Message, placement: Placement) -> Message:
-    """Pictures first, and the text without white space around it, as the original."""
+    """Pictures first, and the text without white space around it, as the original.
+
+    The original knows turns with one picture. Several that stand in front already are left as they
+    are written, and others are laid as in a question about pictures.
+    """
     if placement == "written" or not message.media:
         return message
     text = message.text.strip()
+    if message.written is not None:
+        if len(message.media) > 1 and not "".join(message.written[:-1]).strip():
+            return message
+        if len(message.media) == 1 and not text:
+            return replace(message, written=("", ""))
     return Message(message.role, (*message.media, *([TextPart(text)] if text else [])))

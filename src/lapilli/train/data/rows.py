@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from lapilli.errors import DataError, LapilliError, PromptError
 from lapilli.media.fetch import FetchLimits
-from lapilli.modality.image.decode import to_rgb
+from lapilli.modality.image.decode import Alpha, to_rgb
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt, encode
@@ -63,6 +63,7 @@ class RowMaker:
         max_length: positions that a row may have; None: any number.
         image_id: the vocabulary's own image token, in checkpoints of Hugging Face's layout.
         limits: of files and downloads.
+        alpha: what becomes of the transparency of pictures, see `to_rgb`.
     """
 
     def __init__(
@@ -74,10 +75,11 @@ class RowMaker:
         *,
         image_id: int | None = None,
         limits: FetchLimits | None = None,
+        alpha: Alpha = "drop",
     ) -> None:
         self.tokenizer, self._template, self._model = tokenizer, template, model
         self._max_length, self._image_id = max_length, image_id
-        self._limits = limits or FetchLimits()
+        self._limits, self.alpha = limits or FetchLimits(), alpha
 
     def row(self, sample: Sample) -> Row:
         """The row of a sample.
@@ -116,7 +118,7 @@ class RowMaker:
         if part.modality != "image":
             return modality.prepare(part.source)
         fetched = fetch_picture(part.source, self._limits)
-        return modality.prepare(to_rgb(fetched.data, name=fetched.name))
+        return modality.prepare(to_rgb(fetched.data, alpha=self.alpha, name=fetched.name))
 
 
 def cut(prompt: EncodedPrompt, max_length: int | None) -> EncodedPrompt:

@@ -1,6 +1,10 @@
 """`python -m lapilli.train.pebble`: pebble from nothing, resumable at any step.
 
 tokenizer, pictures -> tower -> language -> features -> align -> instruct -> export -> exam
+
+`--recipes recipes/pebble_warm` goes on from the embedded pebble instead:
+
+tokenizer, pictures -> tower -> features -> instruct -> export -> exam
 """
 
 import argparse
@@ -19,7 +23,7 @@ from lapilli.train.log import RunLog
 from lapilli.train.pebble.boundary import boundary_rates, pebble_world
 from lapilli.train.pebble.examine import ask_exported
 from lapilli.train.pebble.run import STAGES, Workshop
-from lapilli.train.pebble.score import Tally, exam, held_out_digits, score
+from lapilli.train.pebble.score import Tally, exam, held_out_digits, score, wider_exam
 from lapilli.train.plot import loss_curve, plot_losses
 
 
@@ -40,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     _say("tokenizer and pictures")
     shop.prepare(options.processes)
-    for stage in STAGES:
+    for stage in shop.stages:
         if not shop.is_finished(stage):
             _say(f"stage {stage}")
             shop.train_together(stage, options.processes)
@@ -49,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
             shop.compute_features()
     export(shop, options.out)
     mark_boundary(options.out)
-    curves = {stage: loss_curve(RunLog(options.work / stage).records()) for stage in STAGES}
+    curves = {stage: loss_curve(RunLog(options.work / stage).records()) for stage in shop.stages}
     options.plot.parent.mkdir(parents=True, exist_ok=True)
     plot_losses(curves, options.plot)
     report(options.out)
@@ -82,14 +86,17 @@ def report(folder: Path) -> None:
     torch.set_grad_enabled(False)
     ask = ask_exported(folder)
     fresh, digits = score(ask, exam()), score(ask, held_out_digits())
+    wider = score(ask, wider_exam())
+    del wider["all"]
     figures = {
         "questions": {name: _figures(tally) for name, tally in fresh.items()},
         "held_out_digits": _figures(digits["all"]),
+        "wider": {name: _figures(tally) for name, tally in wider.items()},
     }
     (folder / "accuracy.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    for name, tally in {**fresh, "held-out digits": digits["all"]}.items():
+    for name, tally in {**fresh, "held-out digits": digits["all"], **wider}.items():
         _say(
-            f"{name:16} {100 * tally.accuracy:6.2f} %   {tally.right} of {tally.total}", sys.stdout
+            f"{name:33} {100 * tally.accuracy:6.2f} %   {tally.right} of {tally.total}", sys.stdout
         )
 
 

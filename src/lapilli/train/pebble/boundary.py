@@ -14,9 +14,10 @@ from lapilli.checkpoint.world import World, measure_world
 from lapilli.modality.image.image import ImageModality
 from lapilli.pipeline import load
 from lapilli.shapes import Float, Tensor
+from lapilli.train.pebble.blind import NEEDS_PICTURE
 from lapilli.train.pebble.draw import draw
 from lapilli.train.pebble.outside import outside_picture
-from lapilli.train.pebble.sample import sample_scene
+from lapilli.train.pebble.typed import wide_scene
 
 KNOWS: Final = (
     "it knows drawings of one to five shapes, short words, numbers up to 99 and handwritten digits."
@@ -27,7 +28,9 @@ _FIRST_SCENE: Final = 800_000_000  # between the pools' seeds and the exam's
 def pebble_world(folder: Path, *, num_scenes: int = 3000) -> World:
     """The world of an exported pebble, from scenes that it was not trained on."""
     seeds = range(_FIRST_SCENE, _FIRST_SCENE + num_scenes)
-    return measure_world(features_of(folder, _scenes(seeds)), knows=KNOWS)
+    return measure_world(
+        features_of(folder, _scenes(seeds)), knows=KNOWS, without_picture=NEEDS_PICTURE
+    )
 
 
 def boundary_rates(folder: Path, world: World, *, num_pictures: int = 500) -> tuple[float, float]:
@@ -53,4 +56,4 @@ def features_of(folder: Path, pictures: Iterable[Image.Image]) -> list[Float[Ten
 
 
 def _scenes(seeds: Iterable[int]) -> Iterable[Image.Image]:
-    return (draw(sample_scene(seed)) for seed in seeds)
+    return (draw(wide_scene(seed)) for seed in seeds)

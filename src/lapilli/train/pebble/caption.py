@@ -5,8 +5,9 @@ Every scene has exactly one wording of each kind, so that an answer can be compa
 
 from collections.abc import Sequence
 
-from lapilli.train.pebble.scene import Object, Scene
+from lapilli.train.pebble.scene import Object, Scene, Writing
 
+TOO_SMALL = "too small to read"
 _PREPOSITIONS = {"left": "on the left", "right": "on the right", "centre": "in the centre"}
 
 
@@ -37,14 +38,20 @@ def full_name(item: Object) -> str:
     return f"a {item.size} {item.colour} {item.shape} {at_place(item.place)}"
 
 
+def _written(writing: Writing) -> str:
+    """What is written: "the number 42"."""
+    if writing.is_small:
+        return f"text {TOO_SMALL}"
+    return f"the {'number' if writing.is_number else 'word'} {writing.text}"
+
+
 def caption(scene: Scene) -> str:
     """The complete description, objects in reading order.
 
     This is what the tower is trained on and what "Describe the image." is answered with.
     """
     if scene.writing is not None:
-        kind = "number" if scene.writing.is_number else "word"
-        return f"the {kind} {scene.writing.text} in {scene.writing.colour}"
+        return joined([f"{_written(one)} in {one.colour}" for one in scene.writings])
     if scene.digit is not None:
         return f"a handwritten {scene.digit.value} in {scene.digit.colour}"
     return joined([full_name(item) for item in scene.objects])
@@ -53,7 +60,7 @@ def caption(scene: Scene) -> str:
 def listing(scene: Scene) -> str:
     """The short description, which "What is in this picture?" is answered with."""
     if scene.writing is not None:
-        return f"the {'number' if scene.writing.is_number else 'word'} {scene.writing.text}"
+        return joined([_written(one) for one in scene.writings])
     if scene.digit is not None:
         return f"a handwritten {scene.digit.value}"
     return joined([short_name(item) for item in scene.objects])

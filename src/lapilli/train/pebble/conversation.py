@@ -5,6 +5,7 @@ r"""Turns of a conversation about one scene, in LLaVA's JSON layout; knows quest
     {"from": "gpt", "value": "3"}, ...]}
 """
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -101,11 +102,13 @@ def text_sample(
     return as_sample(str(scene.seed), turns, opening=f"{caption(scene)}\n", image=None)
 
 
-def as_sample(name: str, turns: list[Question], *, opening: str, image: str | None) -> Sample:
-    """Turns in LLaVA's layout; `opening` stands before the first question."""
+def as_sample(
+    name: str, turns: Sequence[Question], *, opening: str, image: str | None, first: int = 0
+) -> Sample:
+    """Turns in LLaVA's layout; `opening` stands before the question of turn `first`."""
     values: list[dict[str, str]] = []
     for i, turn in enumerate(turns):
-        text = opening + turn.text if i == 0 else turn.text
+        text = opening + turn.text if i == first else turn.text
         values += [{"from": "human", "value": text}, {"from": "gpt", "value": turn.answer}]
     sample: Sample = {"id": name, "conversations": values, "skills": [t.skill for t in turns]}
     if image is not None:

@@ -30,9 +30,9 @@ def draw(scene: Scene) -> Image.Image:
     for item in scene.objects:
         mask = _object_mask(item, scene.unit)
         _paste(picture, mask, item.rgb, item.centre)
-    if scene.writing is not None:
-        mask, centre = writing_mask(scene.writing, scene.size)
-        _paste(picture, mask, scene.writing.rgb, centre)
+    for writing in scene.writings:
+        mask, centre = writing_mask(writing, scene.size)
+        _paste(picture, mask, writing.rgb, centre)
     if scene.digit is not None:
         mask, centre = digit_mask(scene.digit, scene.size)
         _paste(picture, mask, scene.digit.rgb, centre)

@@ -65,12 +65,12 @@ def examine(
     params = SamplingParams(max_new_tokens=80)
 
     def answer(batch: Sequence[ExamItem]) -> list[str]:
-        seen = [features(item.scene) for item in batch]
+        seen = [[] if item.scene is None else [features(item.scene)] for item in batch]
         prompts = [
-            _prompt(item, tokenizer, len(item_seen), template)
+            _prompt(item, tokenizer, [len(one) for one in item_seen], template)
             for item, item_seen in zip(batch, seen, strict=True)
         ]
-        media = [[model.projector(item_seen.float()).float()] for item_seen in seen]
+        media = [[model.projector(one.float()).float() for one in item_seen] for item_seen in seen]
         fused = reader.embed_prompts(prompts, media)
         return [one.text for one in generate(reader, fused, params, tokenizer=tokenizer)]
 
@@ -85,22 +85,27 @@ def ask_exported(folder: Path) -> Answerer:
     params = SamplingParams(max_new_tokens=80)
 
     def answer(batch: Sequence[ExamItem]) -> list[str]:
-        conversations = [_messages(item, draw(item.scene)) for item in batch]
+        conversations = [
+            messages_of(item, None if item.scene is None else draw(item.scene)) for item in batch
+        ]
         return [one.text for one in chat.batch(conversations, params)]
 
     return answer
 
 
-def _prompt(item: ExamItem, tokenizer: Tokenizer, length: int, template: str) -> EncodedPrompt:
-    segments = TEMPLATES[template].render(_messages(item, "picture"))
-    return encode(segments, tokenizer, [length])
+def _prompt(
+    item: ExamItem, tokenizer: Tokenizer, lengths: Sequence[int], template: str
+) -> EncodedPrompt:
+    segments = TEMPLATES[template].render(messages_of(item, "picture" if lengths else None))
+    return encode(segments, tokenizer, lengths)
 
 
-def _messages(item: ExamItem, picture: object) -> list[Message]:
-    """The question with what was said before it; the picture stands in the first turn."""
+def messages_of(item: ExamItem, picture: object | None) -> list[Message]:
+    """The question with what was said before it; a picture stands in the first turn."""
     messages = []
     for question, answer in item.history:
         messages += [Message.user(question), Message.assistant(answer)]
     messages.append(Message.user(item.question))
-    messages[0] = Message.user(messages[0].text, picture)
+    if picture is not None:
+        messages[0] = Message.user(messages[0].text, picture)
     return messages

@@ -16,7 +16,7 @@ from lapilli.train.pebble.draw import draw, model_pixels
 from lapilli.train.pebble.sample import sample_scene
 from lapilli.train.pebble.talk import without_long
 
-FIRST_SEED: Final = 200_000_000  # pebble itself learned from scenes 0 to 65535
+FIRST_SEED: Final = 200_000_000  # pebble itself learned from seeds below this
 
 
 def write_folder(

@@ -23,6 +23,9 @@ _FONT_FILES: Final = (
     "DejaVuSansMono-Bold.ttf",
 )
 _FONT_SIZE: Final = 96  # type is drawn at this size and scaled
+BITMAP_FONT: Final = 1 + len(_FONT_FILES)  # Pillow's own without FreeType
+BITMAP_POINTS: Final = 11  # its one size
+_MARGIN: Final = 4  # pixels around type that is turned
 _DIGIT_SIDE: Final = 120
 
 
@@ -47,22 +50,23 @@ def glyphs(scene: Scene) -> tuple[Glyph, ...]:
         mask, (y, x) = digit_mask(scene.digit, scene.size)
         tall, wide = mask.height / 2 / scene.size.height, mask.width / 2 / scene.size.width
         return (Glyph(str(scene.digit.value), y - tall, x - wide, y + tall, x + wide),)
-    return () if scene.writing is None else _characters(scene.writing, scene.size)
+    return () if scene.writing is None else characters(scene.writing, scene.size)
 
 
-def _characters(writing: Writing, size: ImageSize) -> tuple[Glyph, ...]:
+def characters(writing: Writing, size: ImageSize) -> tuple[Glyph, ...]:
     """Boxes of the characters: their place on the line, turned and scaled as the line is."""
-    font = _font(writing.font)
+    font = _font(writing.font, writing.points or _FONT_SIZE)
     left, top, right, bottom = font.getbbox(writing.drawn)
     mask, (y, x) = writing_mask(writing, size)
     angle = math.radians(writing.angle)
-    width, height = math.ceil(right - left) + 8, math.ceil(bottom - top) + 8
+    margin = 0 if writing.points else _MARGIN
+    width, height = math.ceil(right - left) + 2 * margin, math.ceil(bottom - top) + 2 * margin
     turned = width * math.cos(angle) + height * abs(math.sin(angle))
     scale = mask.width / turned
     found = []
     for i, character in enumerate(writing.drawn):
         start, end = font.getlength(writing.drawn[:i]), font.getlength(writing.drawn[: i + 1])
-        along = 4 - left + (start + end) / 2 - width / 2  # from the middle of the line
+        along = margin - left + (start + end) / 2 - width / 2  # from the middle of the line
         middle_x = x + along * math.cos(angle) * scale / size.width
         middle_y = y - along * math.sin(angle) * scale / size.height
         wide = (end - start) / 2 * scale / size.width
@@ -81,23 +85,35 @@ def _inside(share: tuple[float, float], mask: Image.Image, size: ImageSize) -> t
     return y, x
 
 
-@lru_cache(maxsize=16)
-def _font(index: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own scalable font for 0, then the DejaVu fonts that matplotlib brings."""
+@lru_cache(maxsize=256)
+def _font(index: int, points: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own scalable font for 0, the DejaVu fonts of matplotlib, Pillow's bitmap."""
     if index == 0:
-        return ImageFont.load_default(_FONT_SIZE)
+        return ImageFont.load_default(points)
+    if index == BITMAP_FONT:
+        return ImageFont.load_default_imagefont()
     import matplotlib as mpl
 
     folder = Path(mpl.get_data_path()) / "fonts" / "ttf"
-    return ImageFont.truetype(str(folder / _FONT_FILES[(index - 1) % len(_FONT_FILES)]), _FONT_SIZE)
+    return ImageFont.truetype(str(folder / _FONT_FILES[(index - 1) % len(_FONT_FILES)]), points)
+
+
+def type_size(drawn: str, font: int, points: int) -> tuple[float, float]:
+    """Height and width of a line of type in pixels."""
+    left, top, right, bottom = _font(font, points).getbbox(drawn)
+    return float(bottom - top), float(right - left)
 
 
 def writing_mask(writing: Writing, size: ImageSize) -> tuple[Image.Image, tuple[float, float]]:
     """Ink of the writing, 0 to 255, and where its middle lies (shares of the picture)."""
-    font = _font(writing.font)
+    font = _font(writing.font, writing.points or _FONT_SIZE)
     left, top, right, bottom = font.getbbox(writing.drawn)
-    canvas = Image.new("L", (math.ceil(right - left) + 8, math.ceil(bottom - top) + 8), 0)
-    ImageDraw.Draw(canvas).text((4 - left, 4 - top), writing.drawn, fill=255, font=font)
+    margin = 0 if writing.points else _MARGIN
+    box = (math.ceil(right - left) + 2 * margin, math.ceil(bottom - top) + 2 * margin)
+    canvas = Image.new("L", box, 0)
+    ImageDraw.Draw(canvas).text((margin - left, margin - top), writing.drawn, fill=255, font=font)
+    if writing.points:
+        return canvas, _inside(writing.centre, canvas, size)
     canvas = canvas.rotate(writing.angle, Image.Resampling.BICUBIC, expand=True)
     mask = _fitted(canvas, size, writing.extent)
     return mask, _inside(writing.centre, mask, size)

@@ -24,11 +24,11 @@ from lapilli.errors import ConfigError
 from lapilli.train.pebble.caption import caption
 from lapilli.train.pebble.conversation import conversation
 from lapilli.train.pebble.draw import draw, model_pixels
-from lapilli.train.pebble.sample import sample_scene
 from lapilli.train.pebble.scene import Scene
+from lapilli.train.pebble.typed import wide_scene
 
 SHARD: Final = 1024
-WORLD: Final = 2  # raise when the same seed gives another picture or other questions
+WORLD: Final = 3  # raise when the same seed gives another picture or other questions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class PoolSpec:
         first_seed: seed of scene 0.
         num_scenes: how many.
         side: pixels of the square that the model sees.
-        crowds: many scenes hold more objects than pebble is asked about, see `sample_scene`.
+        crowds: many scenes hold more objects than pebble is asked about, see `wide_scene`.
         world: `WORLD` when it was drawn.
     """
 
@@ -57,7 +57,7 @@ class PoolSpec:
 
     def scene(self, seed: int) -> Scene:
         """The scene that a pool of this kind holds for the seed."""
-        return sample_scene(seed, crowds=self.crowds)
+        return wide_scene(seed, crowds=self.crowds)
 
     @property
     def num_shards(self) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 
 from lapilli.train.pebble import phrases
 from lapilli.train.pebble.caption import (
+    TOO_SMALL,
     at_place,
     caption,
     full_name,
@@ -64,6 +65,8 @@ def _marks(scene: Scene) -> tuple[Pointer, ...]:
     marks = glyphs(scene)
     if scene.digit is not None:
         return ((str(scene.digit.value), tuple(marks)),)
+    if scene.writing is not None and scene.writing.is_small:
+        return ((TOO_SMALL, tuple(marks)),)
     if scene.writing is not None and scene.writing.is_number:
         return tuple((glyph.text, (glyph,)) for glyph in marks)
     return () if scene.writing is None else ((scene.writing.text, tuple(marks)),)
@@ -292,7 +295,8 @@ def read(scene: Scene, rng: Rng) -> Question | None:
         return None
     more = phrases.READ_NUMBER if scene.writing.is_number else phrases.READ_WORD
     text = pick(rng, phrases.READ + more)
-    return Question(skill="reading", text=text, answer=scene.writing.text, says=_marks(scene))
+    answer = TOO_SMALL if scene.writing.is_small else scene.writing.text
+    return Question(skill="reading", text=text, answer=answer, says=_marks(scene))
 
 
 Maker = Callable[[Scene, Rng], Question | None]

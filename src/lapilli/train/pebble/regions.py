@@ -7,6 +7,7 @@ ones and zeros.
     a large red circle at the top left   large red circle top-left; "middle" where its centre lies
     the number 42                        number red, tens:4 under the 4, units:2 under the 2
     the word cat                         word red word:cat, letter:c under the c, ...
+    text too small to read               small type, red
     any patch                            how many objects there are
 """
 
@@ -17,11 +18,21 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lapilli.train.pebble.glyphs import Glyph, glyphs
+from lapilli.geometry import ImageSize
+from lapilli.train.pebble.glyphs import Glyph, characters, glyphs
 from lapilli.train.pebble.palette import COLOURS
-from lapilli.train.pebble.scene import MAX_OBJECTS, PLACES, SHAPES, SIZES, WORDS, Object, Scene
+from lapilli.train.pebble.scene import (
+    MAX_OBJECTS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    WORDS,
+    Object,
+    Scene,
+    Writing,
+)
 
-MARKS: Final = ("word", "number", "handwritten")
+MARKS: Final = ("word", "number", "handwritten", "small type")
 LEXICON: Final[tuple[str, ...]] = (
     *COLOURS,
     *SHAPES,
@@ -80,16 +91,24 @@ def object_words(item: Object) -> tuple[str, ...]:
 
 def mark_words(scene: Scene) -> Iterator[tuple[Glyph, list[str]]]:
     """Every character of the writing, or the digit, with its words; none in a scene of objects."""
-    marks = glyphs(scene)
+    if scene.digit is not None:
+        names = ["handwritten", f"digit:{scene.digit.value}", scene.digit.colour]
+        yield glyphs(scene)[0], names
+    for writing in scene.writings:
+        yield from _character_words(writing, scene.size)
+
+
+def _character_words(writing: Writing, size: ImageSize) -> Iterator[tuple[Glyph, list[str]]]:
+    marks = characters(writing, size)
     for i, glyph in enumerate(marks):
-        if scene.digit is not None:
-            yield glyph, ["handwritten", f"digit:{scene.digit.value}", scene.digit.colour]
-        elif scene.writing is not None and scene.writing.is_number:
+        if writing.is_small:
+            yield glyph, ["small type", writing.colour]
+        elif writing.is_number:
             place = "units" if i == len(marks) - 1 else "tens"
-            yield glyph, ["number", f"{place}:{glyph.text}", scene.writing.colour]
-        elif scene.writing is not None:
-            whole, letter = f"word:{scene.writing.text}", f"letter:{glyph.text}"
-            yield glyph, ["word", whole, letter, scene.writing.colour]
+            yield glyph, ["number", f"{place}:{glyph.text}", writing.colour]
+        else:
+            whole, letter = f"word:{writing.text}", f"letter:{glyph.text}"
+            yield glyph, ["word", whole, letter, writing.colour]
 
 
 def _under(scene: Scene, glyph: Glyph, side: int) -> NDArray[np.bool_]:

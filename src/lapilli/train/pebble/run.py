@@ -4,25 +4,33 @@
     work/1_tower .. 4_instruct/    state.pt, log.jsonl           train/loop.py
     work/features.npy              float16 [n, P, E]             the finished tower over scenes/
 
-Everything that is finished is left as it is, so the whole run resumes where it stopped.
+Everything that is finished is left as it is, so the whole run resumes where it stopped. Where the
+recipes name a checkpoint, the tower and the last stage go on from an earlier pebble, with its
+tokenizer, and the two stages between them are left out.
 """
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from lapilli.checkpoint.plan import Plan, make_plan
 from lapilli.config.model import DecoderConfig, ProjectorConfig, VisionConfig
 from lapilli.errors import ConfigError
 from lapilli.lm.decoder import Decoder
+from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.vision import VisionTransformer
 from lapilli.modality.projector import build_projector
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.pipeline import load
 from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
 from lapilli.train.attention import PlainAttention
 from lapilli.train.initialise import initialise
@@ -37,14 +45,22 @@ from lapilli.train.pebble.talk import (
     stored_features,
     word_features,
 )
-from lapilli.train.pebble.tower import Joined, TowerTask, TowerTrainer, normalise
+from lapilli.train.pebble.tower import (
+    Joined,
+    TowerTask,
+    TowerTrainer,
+    fit_naming_head,
+    normalise,
+)
 from lapilli.train.recipe import Recipe
 from lapilli.train.recipe_file import build_section, load_recipe
 from lapilli.train.stages import FeatureReader, freeze
 
+Part = TypeVar("Part")
 STAGES: Final = ("1_tower", "2_language", "3_align", "4_instruct")
 _FEATURE_BATCH: Final = 64
 _FIRST_CROWD: Final = 100_000_000
+_FITTED_TO: Final = 3072  # pictures that a naming head is fitted to
 
 
 class Workshop:
@@ -53,18 +69,37 @@ class Workshop:
     def __init__(self, recipes: Path, work: Path) -> None:
         self._recipes = recipes
         self.work = work
+        first = load_recipe(recipes / f"{STAGES[0]}.toml")
+        self.start = first.model.checkpoint
+        self.stages = STAGES if self.start is None else (STAGES[0], STAGES[-1])
         self.recipes: Mapping[str, Recipe] = {
-            name: load_recipe(recipes / f"{name}.toml") for name in STAGES
+            name: load_recipe(recipes / f"{name}.toml") for name in self.stages
         }
+
+    @cached_property
+    def _plan(self) -> Plan | None:
+        """The earlier pebble, or None where the run begins from nothing."""
+        return None if self.start is None else make_plan(self.start, fetch=False)
+
+    @cached_property
+    def _earlier(self) -> VisionLanguageModel:
+        """The weights of the earlier pebble, float32."""
+        if self.start is None:
+            raise ConfigError("model.checkpoint is missing in the recipe of the first stage")
+        return load(self.start, device="cpu", dtype="float32").model
 
     @property
     def vision(self) -> VisionConfig:
         """The tower as LLaVA uses it: patches of the hidden state before the last."""
+        if self._plan is not None:
+            return _part(self._plan.config.vision, VisionConfig)
         return build_section(VisionConfig, self.recipes["1_tower"].model.vision, "model.vision")
 
     @property
     def text(self) -> DecoderConfig:
         """The language model."""
+        if self._plan is not None:
+            return _part(self._plan.config.text, DecoderConfig)
         return build_section(DecoderConfig, self.recipes["2_language"].model.text, "model.text")
 
     @property
@@ -83,7 +118,11 @@ class Workshop:
 
     def prepare(self, processes: int) -> None:
         """Tokenizer and pool, as far as they are missing."""
-        prepare_tokenizer(self.work / "tokenizer.model")
+        if self._plan is None:
+            prepare_tokenizer(self.work / "tokenizer.model")
+        else:
+            self.work.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._plan.path / "tokenizer.model", self.work / "tokenizer.model")
         data, side = self.recipes["1_tower"].data, self.vision.image_size
         scenes = PoolSpec(first_seed=0, num_scenes=data.num_pictures, side=side)
         crowds = PoolSpec(
@@ -125,6 +164,12 @@ class Workshop:
         """Projector and language model as they stand before (or, with a checkpoint, in) a stage."""
         seed = self.recipes[stage].run.seed
         language_model = Decoder(self.text)
+        if self.start is not None:
+            image = cast(ImageModality, self._earlier.modality("image"))
+            language_model.load_state_dict(cast(Decoder, self._earlier.language_model).state_dict())
+            projector = build_projector(self.projector)
+            projector.load_state_dict(image.projector.state_dict())
+            return FeatureReader(language_model, projector)
         if stage == "2_language":
             start_language_model(language_model, seed)
             words = nn.Linear(len(LEXICON), self.text.hidden_size, bias=False)
@@ -190,12 +235,22 @@ class Workshop:
     def _tower_task(self, recipe: Recipe) -> TowerTask:
         config = replace(self.vision, feature_select="cls_patch")
         pools = [self.work / "crowds", self.work / "scenes"]
+        trainer = TowerTrainer(config, self.text.vocab_size, recipe.run.seed)
+        pixels = Joined(*(np.load(p / "pool" / "pixels.npy", mmap_mode="r") for p in pools))
+        words = np.concatenate([np.load(pool / "regions.npy") for pool in pools])
+        if self.start is not None:
+            image = cast(ImageModality, self._earlier.modality("image"))
+            trainer.vision_tower.load_state_dict(image.vision_tower.state_dict())
+            at = np.arange(len(pixels) - _FITTED_TO, len(pixels))
+            if not (self.work / STAGES[0] / "state.pt").exists():  # it holds the head too
+                fit_naming_head(trainer, torch.from_numpy(pixels[at]), words[at])
         return TowerTask(
-            TowerTrainer(config, self.text.vocab_size, recipe.run.seed),
-            pixels=Joined(*(np.load(p / "pool" / "pixels.npy", mmap_mode="r") for p in pools)),
-            words=np.concatenate([np.load(pool / "regions.npy") for pool in pools]),
+            trainer,
+            pixels=pixels,
+            words=words,
             captions=np.concatenate([np.load(pool / "captions.npy") for pool in pools]),
             run=recipe.run,
+            fresh=self.start is None,
         )
 
     def train(self, stage: str, *, rank: int, size: int) -> None:
@@ -229,6 +284,13 @@ class Workshop:
         codes = [child.wait() for child in children]
         if any(codes):
             raise ConfigError(f"stage {stage} ended with exit codes {codes}: see above")
+
+
+def _part(found: object, kind: type[Part]) -> Part:
+    """The part of an earlier pebble, which must be of pebble's own kind."""
+    if not isinstance(found, kind):
+        raise ConfigError(f"model.checkpoint has {found}: expected a pebble, with {kind.__name__}")
+    return found
 
 
 def _load(module: nn.Module, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:

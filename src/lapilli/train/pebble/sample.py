@@ -38,7 +38,7 @@ _TWINS: Final = 0.15  # chance that a scene may hold two objects of one colour a
 _REACH: Final[dict[Shape, float]] = {
     "circle": 0.5, "square": 0.64, "triangle": 0.6, "star": 0.58, "cross": 0.53, "ring": 0.5,
 }  # fmt: skip
-_NUM_FONTS: Final = 8
+NUM_FONTS: Final = 8
 _CROWD: Final = (6, 9)  # objects of a crowded scene
 MIN_SIDE: Final = 64
 MAX_SIDE: Final = 800
@@ -225,7 +225,7 @@ def _writing(rng: np.random.Generator, background: Background) -> Writing:
         drawn=drawn,
         colour=colour,
         rgb=rgb,
-        font=int(rng.integers(_NUM_FONTS)),
+        font=int(rng.integers(NUM_FONTS)),
         extent=float(rng.uniform(0.65, 0.95)),
         centre=(float(rng.uniform(0.15, 0.85)), float(rng.uniform(0.15, 0.85))),
         angle=float(rng.uniform(-6, 6)),

@@ -81,7 +81,16 @@ class Object:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writing:
-    """A word or a number in type; `text` is lower case, `drawn` is what stands in the picture."""
+    """A word or a number in type.
+
+    Attributes:
+        text: in lower case.
+        drawn: what stands in the picture.
+        font: see `glyphs.py`.
+        extent: share of the picture that it fills in its tighter direction.
+        points: size of the type where Pillow sets it at its own size; 0: `extent` says it.
+        is_small: too small to be read.
+    """
 
     text: str
     drawn: str
@@ -91,6 +100,8 @@ class Writing:
     extent: float
     centre: tuple[float, float]
     angle: float
+    points: int = 0
+    is_small: bool = False
 
     @property
     def is_number(self) -> bool:
@@ -139,7 +150,11 @@ class Finish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """One picture; objects stand in reading order (rows from the top, each from the left)."""
+    """One picture; objects stand in reading order (rows from the top, each from the left).
+
+    Attributes:
+        more: further words and numbers beside `writing`, in crowds that the tower alone sees.
+    """
 
     seed: int
     size: ImageSize
@@ -148,6 +163,12 @@ class Scene:
     objects: tuple[Object, ...] = ()
     writing: Writing | None = None
     digit: Digit | None = None
+    more: tuple[Writing, ...] = ()
+
+    @property
+    def writings(self) -> tuple[Writing, ...]:
+        """Everything that is in type."""
+        return self.more if self.writing is None else (self.writing, *self.more)
 
     @property
     def unit(self) -> float:

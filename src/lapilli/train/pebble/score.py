@@ -6,28 +6,42 @@ Scenes of the exam have seeds that no pool uses, and its digits come from the he
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
 from lapilli.errors import ConfigError
+from lapilli.train.pebble.blind import exam_questions, needs_picture
 from lapilli.train.pebble.conversation import draw_questions
 from lapilli.train.pebble.digits import digit_split
-from lapilli.train.pebble.questions import SKILLS
+from lapilli.train.pebble.glyphs import BITMAP_FONT
+from lapilli.train.pebble.questions import SKILLS, read
 from lapilli.train.pebble.reference import Question
 from lapilli.train.pebble.sample import sample_scene
 from lapilli.train.pebble.scene import Scene
+from lapilli.train.pebble.typed import typed_scene
 
 EXAM_SEED: Final = 1_000_000_000  # pools stay below
 NUM_QUESTIONS: Final = 2000
+WIDER: Final = {
+    "numbers in Pillow's default font": 200,
+    "words in Pillow's default font": 200,
+    "words and numbers in other fonts": 200,
+    "type too small to read": 100,
+    "asked without a picture": 100,
+}
+"""What the exam of the wider world asks, and how often."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExamItem:
-    """A question to answer; only a follow-up has a history of (question, answer) before it."""
+    """A question to answer; only a follow-up has a history of (question, answer) before it.
 
-    scene: Scene
+    A question that is asked without a picture has no scene.
+    """
+
+    scene: Scene | None
     history: tuple[tuple[str, str], ...]
     question: str
     answer: str
@@ -102,6 +116,48 @@ def held_out_digits(*, first_seed: int = EXAM_SEED + 500_000_000) -> list[ExamIt
     return items
 
 
+def wider_exam(*, first_seed: int = EXAM_SEED + 700_000_000) -> list[ExamItem]:
+    """Type of any size, and questions without a picture: as many as `WIDER` says."""
+    left = dict(WIDER)
+    asked = left.pop("asked without a picture")
+    items = []
+    for text in exam_questions(first_seed, asked):
+        answer = needs_picture(text).answer
+        items.append(
+            ExamItem(
+                scene=None,
+                history=(),
+                question=text,
+                answer=answer,
+                skill="asked without a picture",
+            )
+        )
+    seed = first_seed
+    while any(left.values()):
+        scene = typed_scene(seed)
+        seed += 1
+        skill = _wider_skill(scene)
+        if not left[skill]:
+            continue
+        left[skill] -= 1
+        turn = read(scene, np.random.default_rng([scene.seed, 53]))
+        if turn is None:
+            raise ConfigError(f"scene {scene.seed} should show type and shows none")
+        items.append(replace(_as_item(scene, (), turn), skill=skill))
+    return items
+
+
+def _wider_skill(scene: Scene) -> str:
+    writing = scene.writing
+    if writing is None:
+        raise ConfigError(f"scene {scene.seed} should show type and shows none")
+    if writing.is_small:
+        return "type too small to read"
+    if writing.font not in (0, BITMAP_FONT):
+        return "words and numbers in other fonts"
+    return f"{'numbers' if writing.is_number else 'words'} in Pillow's default font"
+
+
 def normalised(answer: str) -> str:
     """Lower case, single spaces, no full stop at the end."""
     return re.sub(r"\s+", " ", answer).strip().lower().removesuffix(".").rstrip()
@@ -146,5 +202,5 @@ def score(
             for name in (item.skill, "all"):
                 total[name] += 1
                 right[name] += is_exact(answer, item.answer)
-    names = [skill for skill in (*SKILLS, "all") if total[skill]]
+    names = [skill for skill in (*SKILLS, *WIDER, "all") if total[skill]]
     return {name: Tally(right=right[name], total=total[name]) for name in names}

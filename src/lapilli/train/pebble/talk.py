@@ -3,7 +3,8 @@
 language   a picture is its words: each position is the sum of vectors of what lies on that patch,
            or its caption stands in the prompt as text
 align      features of the tower, caption, plain template
-instruct   features of the tower, several questions in one conversation
+instruct   features of the tower, several questions in one conversation; some conversations
+           begin without a picture, and there every question is answered by asking for one
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from lapilli.train.batch import TrainingBatch, by_length, collate
 from lapilli.train.data import encode_sample
 from lapilli.train.loop import Loss
 from lapilli.train.order import draw_indices
+from lapilli.train.pebble.blind import blind_question
 from lapilli.train.pebble.caption import caption
 from lapilli.train.pebble.conversation import (
     Sample,
@@ -41,13 +43,17 @@ from lapilli.train.pebble.pointing import (
 )
 from lapilli.train.pebble.reference import Question
 from lapilli.train.pebble.regions import LEXICON
-from lapilli.train.pebble.sample import sample_scene
 from lapilli.train.pebble.scene import Scene
+from lapilli.train.pebble.typed import wide_scene
 from lapilli.train.recipe import Recipe
 from lapilli.train.stages import FeatureReader
 
 _LONG = 24  # characters
 _TEXT_SHARE = 0.2  # of the language stage: conversations whose picture is a sentence
+# Of the last stage: conversations that begin without a picture, and those of them that stay so.
+_BLIND_SHARE = 0.12
+_STAYS_BLIND = 0.75
+_MOST_BLIND = 6  # turns
 Features = Callable[[int], Float[Tensor, "P E"]]
 
 
@@ -81,6 +87,19 @@ def without_long(turns: list[Question], rng: np.random.Generator, share: float) 
         if not dropped:
             kept.append(turn)
     return kept or turns
+
+
+def begun_blind(
+    scene: Scene, turns: list[Question], rng: np.random.Generator
+) -> tuple[list[Question], Sample]:
+    """A conversation that begins without a picture; in some the picture comes later."""
+    most = _MOST_BLIND if rng.random() < _STAYS_BLIND else 2
+    blind = [blind_question(scene, rng) for _ in range(int(rng.integers(1, most + 1)))]
+    name = str(scene.seed)
+    if most == _MOST_BLIND:
+        return blind, as_sample(name, blind, opening="", image=None)
+    talk = [*blind, *turns]
+    return talk, as_sample(name, talk, opening="<image>\n", image=name, first=len(blind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +171,13 @@ class TalkTask:
         return rows, by_length([len(row.prompt) for row in rows], run.accumulate)
 
     def _row(self, index: int, step: int) -> Row:
-        scene = sample_scene(self._first_seed + index)
+        scene = wide_scene(self._first_seed + index)
         rng = np.random.default_rng([scene.seed, step, 23])
         turns = [] if self._recipe.stage == "align" else self._turns(scene, rng)
-        sample = self._sample(scene, turns, rng)
+        if self._recipe.stage == "instruct" and rng.random() < _BLIND_SHARE:
+            turns, sample = begun_blind(scene, turns, rng)
+        else:
+            sample = self._sample(scene, turns, rng)
         media = [self._features(index)] if "image" in sample else []
         lengths = [len(item) for item in media]
         template = TEMPLATES[self._recipe.data.template]

@@ -44,7 +44,10 @@ _MARKS = (
     ("units", "units:", "number"),
     ("digit", "digit:", "handwritten"),
 )
-_SHIFT = 6  # pixels that writing and digits are moved at random: nothing is said of their place
+_FITTED_PATCHES = 2048  # of a step that fits the naming head
+# Pixels that large writing and digits are moved at random: nothing is said of their place.
+_SHIFT = 6
+_LARGE_SHARE = 0.18  # of the patches
 
 
 def normalise(pixels: UInt8[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
@@ -165,6 +168,47 @@ def word_weights() -> Float[Tensor, " K"]:
     return torch.where(torch.tensor(counts), _COUNT_WEIGHT, torch.tensor(weights))
 
 
+def fit_naming_head(
+    trainer: TowerTrainer,
+    pixels: UInt8[Tensor, "n C H W"],
+    words: NDArray[np.uint8],
+    *,
+    steps: int = 600,
+    seed: int = 0,
+) -> None:
+    """Fit the head that names what lies under each patch to a tower that is trained already.
+
+    An exported tower comes without this head; while a fresh one is fitted, the tower would be
+    pulled away from what it knows.
+
+    Args:
+        trainer: its tower stays as it is.
+        pixels: pictures to learn from.
+        words: packed bits of `region_words` per picture, [n, P, bytes].
+        steps: of Adam over random patches.
+        seed: chooses the patches.
+    """
+    config = trainer.vision_tower.config
+    with torch.no_grad():
+        parts = (pixels[start : start + 64] for start in range(0, len(pixels), 64))
+        seen = [trainer.vision_tower(normalise(part))[:, 1:] for part in parts]
+    features = torch.cat(seen).reshape(-1, config.hidden_size)
+    names = words.reshape(len(features), -1)
+    head, weights = trainer.region_head, word_weights()
+    optimizer = torch.optim.Adam(head.parameters(), lr=2e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        at = torch.randint(len(features), (_FITTED_PATCHES,), generator=generator)
+        bits = np.unpackbits(names[at.numpy()], axis=-1, count=len(LEXICON))
+        targets = torch.from_numpy(bits).float()
+        loss = F.binary_cross_entropy_with_logits(head(features[at]), targets, weight=weights)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
+        optimizer.step()
+        schedule.step()
+
+
 class Joined:
     """Several arrays that are indexed as one; none of them is read before it is asked for."""
 
@@ -191,11 +235,12 @@ class TowerTask:
     Args:
         model: what is trained.
         pixels: uint8 [n, 3, S, S]; where there are two parts the first shows crowds. Marks are
-            seen twice as often, objects in crowds three times.
+            seen twice as often, objects in crowds three times, marks in crowds six times.
         words: packed bits of `region_words` per picture, uint8 [n, P, bytes].
         captions: token ids [n, T], 0 after the end.
         run: batch size and seed.
         held_out: pictures at the end that are only for evaluation.
+        fresh: the tower gets filters that whiten these pictures; False: it is trained already.
     """
 
     def __init__(
@@ -207,6 +252,7 @@ class TowerTask:
         captions: NDArray[np.int64],
         run: RunRecipe,
         held_out: int = 512,
+        fresh: bool = True,
     ) -> None:
         self.model = model
         self._pixels, self._words, self._captions = pixels, words, captions
@@ -215,9 +261,12 @@ class TowerTask:
         trained = np.arange(self._num_trained)
         marked = self._is_mark(trained)
         crowds = trained[: len(pixels.parts[0])] if len(pixels.parts) > 1 else trained[:0]
-        again = (trained[marked], *[crowds[~marked[: len(crowds)]]] * 2)
+        in_crowds = marked[: len(crowds)]
+        again = [trained[marked], *[crowds[~in_crowds]] * 2, *[crowds[in_crowds]] * 4]
         self._order = np.concatenate((trained, *again))
-        model.start_from(torch.from_numpy(pixels[np.arange(_WHITENED)]))
+        self._num_crowds = len(crowds)
+        if fresh:
+            model.start_from(torch.from_numpy(pixels[np.arange(_WHITENED)]))
 
     def batch(self, step: int, micro: int) -> tuple[dict[str, Tensor], int]:
         """Pictures drawn without repetition within an epoch."""
@@ -227,9 +276,20 @@ class TowerTask:
         at = self._order[places]
         batch = self._gather(at)
         rng = np.random.default_rng([run.seed, number, 31])
-        for row in np.flatnonzero(self._is_mark(at)):
+        for row in np.flatnonzero(self._fills_its_picture(at)):
             batch["pixels"][row] = shifted(batch["pixels"][row], rng)
         return batch, len(at)
+
+    def _fills_its_picture(self, at: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which pictures show one large word, number or digit, whose place is not learned.
+
+        What is told of the patches of small type would be wrong for a picture that was moved.
+        """
+        words = np.unpackbits(self._words[at], axis=-1, count=len(LEXICON))
+        columns = [LEXICON.index(name) for name in MARKS]
+        covered = words[:, :, columns].any(-1).mean(-1)
+        large: NDArray[np.bool_] = (covered >= _LARGE_SHARE) & (at >= self._num_crowds)
+        return large
 
     def _is_mark(self, at: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which pictures show writing or a digit, which have no place of their own."""

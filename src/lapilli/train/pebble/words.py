@@ -13,33 +13,33 @@ import numpy as np
 
 from lapilli.errors import ConfigError
 from lapilli.train.pebble.conversation import text_sample
-from lapilli.train.pebble.sample import sample_scene
 from lapilli.train.pebble.scene import WORDS
+from lapilli.train.pebble.typed import wide_scene
 
 VOCAB_SIZE: Final = 1200
-_SUBJECTS: Final = (
+SUBJECTS: Final = (
     "the child", "my friend", "a teacher", "the dog", "our neighbour", "the old man", "a woman",
     "the driver", "everyone", "somebody", "the team", "her brother", "his sister", "the doctor",
     "a student", "the computer",
 )  # fmt: skip
-_VERBS: Final = (
+VERBS: Final = (
     "is looking at", "wants to buy", "found", "has lost", "would like", "can see", "talks about",
     "is drawing", "remembers", "needs", "writes about", "is waiting for", "asked about",
     "will bring", "does not know", "likes",
 )  # fmt: skip
-_THINGS: Final = (
+THINGS: Final = (
     "a new house", "the next train", "some fresh bread", "a good question", "the long answer",
     "an old photograph", "a cup of coffee", "the first page", "a green garden", "the blue water",
     "a small machine", "the open window", "a piece of paper", "the whole story",
     "a different language", "the right word", "a funny picture", "some music",
 )  # fmt: skip
-_WHENS: Final = (
+WHENS: Final = (
     "today", "in the morning", "every evening", "at school", "on the table", "near the river",
     "in the city", "before dinner", "after work", "on Monday", "during the summer",
     "because it is raining", "with great care", "for the first time", "in front of the door",
     "between two trees", "without help", "as soon as possible",
 )  # fmt: skip
-_TALK: Final = (
+TALK: Final = (
     "Hello, how are you?",
     "Good morning! What can I do for you?",
     "Thank you very much, that was helpful.",
@@ -47,6 +47,8 @@ _TALK: Final = (
     "Who are you and what do you know?",
     "I am a small model that was trained on drawn shapes, words, numbers and handwritten digits.",
     "I do not know the answer to this question.",
+    "I need a picture to answer that.",
+    "This text is too small to read.",
     "Could you explain why this is so?",
     "Is this a photo, a drawing, a person or an animal?",
     "Which one of these would you choose, and why?",
@@ -62,18 +64,18 @@ def corpus(seed: int, num_lines: int) -> Iterator[str]:
     rng = np.random.default_rng([seed, 13])
     for i in range(num_lines):
         if i % 10 == 9:
-            yield _TALK[int(rng.integers(len(_TALK)))]
+            yield TALK[int(rng.integers(len(TALK)))]
         elif i % 10 == 8:
             yield _everyday(rng)
         else:
-            sample = text_sample(sample_scene(seed + i), rng)
+            sample = text_sample(wide_scene(seed + i), rng)
             turns = [turn["value"] for turn in sample["conversations"]]
             yield " ".join(turns).replace("\n", " ")
 
 
 def _everyday(rng: np.random.Generator) -> str:
     parts = [
-        options[int(rng.integers(len(options)))] for options in (_SUBJECTS, _VERBS, _THINGS, _WHENS)
+        options[int(rng.integers(len(options)))] for options in (SUBJECTS, VERBS, THINGS, WHENS)
     ]
     if rng.random() < 0.2:
         parts.append(

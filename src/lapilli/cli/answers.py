@@ -1,0 +1,211 @@
+"""The output of a batch: read back, locked, and written so that nothing is lost or torn.
+
+Lines are written as they are answered, each in one piece: whatever ends the program, what is in the
+file is whole but for a torn last line, which the next run drops. A line of the input that was
+changed is answered again; the answer to what it said before is moved to OUT.old.
+"""
+
+import errno
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lapilli.cli.question import Line
+from lapilli.errors import PromptError
+
+Result = dict[str, Any]
+"""A line of the output."""
+
+START = b'{"line": '
+"""How every line of the output begins."""
+
+# Ends of lines to many programs, though not to JSON: written as escapes.
+_ESCAPED = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+
+
+class AnswerFile:
+    """The answers that are there, and those that are added; one process at a time.
+
+    Args:
+        path: of the file. A pipe or a device is written and not read back.
+        lines: what is to be answered.
+        source: the file that they come from.
+
+    Raises:
+        PromptError: the file holds something else than answers, another process writes it, it is
+            the input, or a pipe that nobody reads.
+        OSError: it cannot be read or written.
+    """
+
+    def __init__(self, path: Path, lines: Iterable[Line], *, source: Path) -> None:
+        self.path = path
+        self.old = path.with_name(f"{path.name}.old")
+        self.done: frozenset[int] = frozenset()
+        """Numbers of the lines that are answered or have their error."""
+        self.stale = 0
+        """Answers that were moved away, because the line was changed."""
+        self.num_answers = 0
+        """How many of them are answers."""
+        if path.exists() and path.samefile(source):
+            raise PromptError(f"{path} is the input: name another file for the answers")
+        self._number = _open(path)
+        try:
+            if stat.S_ISREG(os.fstat(self._number).st_mode):
+                self._take_up({line.number: line.digest for line in lines})
+        except BaseException:
+            os.close(self._number)
+            raise
+
+    def __enter__(self) -> "AnswerFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._number)
+
+    def add(self, result: Result) -> None:
+        """Append a result, whole.
+
+        Raises:
+            OSError: the disk is full, or the like; what was written of the line is a torn end.
+        """
+        self._write(_encoded(result))
+        self.num_answers += "answer" in result
+
+    def _write(self, content: bytes) -> None:
+        rest = memoryview(content)
+        try:
+            while rest:
+                rest = rest[os.write(self._number, rest) :]
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
+
+    def _take_up(self, digests: dict[int, str]) -> None:
+        """Read what is there; keep what answers the lines as they are now."""
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if not START.startswith(content[end:][: len(START)]):
+            raise _not_ours(self.path)
+        kept: dict[int, bytes] = {}
+        stale = []
+        rows = content[:end].splitlines(keepends=True)
+        for row in rows:
+            number, asked, is_answer = _read_back(row, self.path)
+            if number in digests and number not in kept and asked in (None, digests[number]):
+                kept[number] = row
+                self.num_answers += is_answer
+            else:
+                stale.append(row)
+        self.done, self.stale = frozenset(kept), len(stale)
+        if stale:
+            with self.old.open("ab") as file:
+                file.writelines(stale)
+            self._replace(b"".join(kept.values()))
+        elif end < len(content):
+            os.truncate(self._number, end)
+
+    def _replace(self, content: bytes) -> None:
+        """Put another file into the place of this one, so that a stop in between loses nothing."""
+        before, whole = self._number, self.path
+        self.path = whole.with_name(f"{whole.name}.new")
+        self.path.unlink(missing_ok=True)
+        self._number = _open(self.path)
+        try:
+            self._write(content)
+            self.path.chmod(stat.S_IMODE(os.fstat(before).st_mode))
+            self.path.replace(whole)
+        finally:
+            self.path = whole
+            os.close(before)
+
+
+def _encoded(result: Result) -> bytes:
+    """A line of the output; what is no Unicode is written as escapes."""
+    try:
+        text = json.dumps(result, ensure_ascii=False, allow_nan=False).translate(_ESCAPED)
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(result)}\n".encode()
+
+
+def _read_back(row: bytes, path: Path) -> tuple[int, str | None, bool]:
+    """Number of the line, what was asked (None: not written down), whether it is an answer.
+
+    A row that was torn and written over is nobody's: line 0.
+
+    Raises:
+        PromptError: the row is none of ours.
+    """
+    try:
+        found = json.loads(row)
+        number, asked = found["line"], found.get("asked")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if row.startswith(START):
+            return 0, None, False
+        raise _not_ours(path) from error
+    if type(number) is not int or not isinstance(asked, str | None):
+        raise _not_ours(path)
+    return number, asked, "answer" in found
+
+
+def _not_ours(path: Path) -> PromptError:
+    return PromptError(
+        f"{path} holds something else than answers of lapilli batch: name another file"
+    )
+
+
+def _open(path: Path) -> int:
+    """A descriptor at the end of the file, locked.
+
+    Raises:
+        PromptError: another process has it, or nobody reads the pipe that it is.
+    """
+    while True:
+        number = _open_to_append(path)
+        try:
+            _lock(number, path)
+        except BaseException:
+            os.close(number)
+            raise
+        # Whoever had it before may have put another file into its place meanwhile.
+        if path.exists() and os.path.samestat(os.fstat(number), path.stat()):
+            return number
+        os.close(number)
+
+
+def _open_to_append(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    try:  # a pipe without a reader would wait for ever
+        number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise PromptError(f"{path} is a pipe that nobody reads: start its reader") from error
+        raise
+    if sys.platform != "win32":
+        os.set_blocking(number, True)
+    return number
+
+
+def _lock(number: int, path: Path) -> None:
+    """Make this process the only one that writes the file, where the system can do that."""
+    if sys.platform == "win32" or not stat.S_ISREG(os.fstat(number).st_mode):
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise PromptError(
+            f"{path} is being written by another lapilli batch: wait for it, or name another file"
+        ) from error
+    except OSError:
+        return  # a file system without locks
