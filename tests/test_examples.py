@@ -52,7 +52,7 @@ def drawing(tmp_path_factory) -> str:
 
 def test_every_example_is_tested(repository: Path):
     names = {path.name for path in (repository / "examples").glob("*.py")}
-    assert names == {"01_ask.py", "02_batch.py", "03_forward_pass.py", "boxes.py"}
+    assert names == {"01_ask.py", "02_batch.py", "03_forward_pass.py", "boxes.py", "tiny_llama.py"}
 
 
 def test_the_guide_shows_the_recipe_of_the_boxes(repository: Path):

@@ -381,7 +381,9 @@ def test_what_came_with_an_adapter_goes_on_with_the_next(hf_llava, tmp_path, tie
         tensors = load_file(base / "model.safetensors")
         kept = {name: one for name, one in tensors.items() if "lm_head" not in name}
         save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj"], modules_to_save=["embed_tokens"]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForImageTextToText.from_pretrained(base, dtype="float32")

@@ -382,10 +382,12 @@ def _tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
 
 def _refuse_image_id(config: ModelConfig, tokenizer: Tokenizer) -> None:
     image_id = config.tokens.image_id
-    if image_id is not None and not 0 <= image_id < tokenizer.vocab_size:
+    # A table often has more rows than the tokenizer has tokens, and the image may stand for one.
+    size = max(tokenizer.vocab_size, config.text.vocab_size)
+    if image_id is not None and not 0 <= image_id < size:
         raise ConfigFileError(
-            f"config.json: image_token_index is {image_id}, but the tokenizer has "
-            f"{tokenizer.vocab_size} tokens: they do not belong together"
+            f"config.json: image_token_index is {image_id}, but there are {size} tokens: they do "
+            "not belong together"
         )
 
 

@@ -84,7 +84,8 @@ def own_template(plan: Plan) -> JinjaTemplate | None:
     tokenizer, tokens = plan.tokenizer, plan.config.tokens
 
     def text_of(token_id: int | None) -> str | None:
-        return None if token_id is None else tokenizer.id_to_token(token_id)
+        known = token_id is not None and token_id < tokenizer.vocab_size
+        return tokenizer.id_to_token(token_id) if known and token_id is not None else None
 
     image = text_of(tokens.image_id)
     more = {} if image is None else {"image_token": image}

@@ -169,7 +169,7 @@ def media_gap(tokenizer: Tokenizer, image_id: int | None) -> str:
     Returns:
         A space, or nothing.
     """
-    if image_id is None:
+    if image_id is None or image_id >= tokenizer.vocab_size:  # an id that no text stands for
         return ""
     token, word = tokenizer.id_to_token(image_id), "a"
     alone = tokenizer.encode(word, add_bos=False)

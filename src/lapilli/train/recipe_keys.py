@@ -41,10 +41,10 @@ _DRAWN: Final[Mapping[str, Sequence[str]]] = {
     "data": ("num_pictures",),
 }
 _OF_DRAWN_STAGE: Final[Mapping[str, Mapping[str, Sequence[str]]]] = {
-    "tower": {"model": ("vision",), "data": ("num_crowds",)},
+    "tower": {"model": ("vision", "checkpoint"), "data": ("num_crowds",)},
     "language": {"model": ("text",), **_TALK},
     "align": {"optim": ("projector_lr",), "data": ("template",)},
-    "instruct": _TALK,
+    "instruct": {"model": ("checkpoint",), **_TALK},
 }
 
 
@@ -52,8 +52,7 @@ def is_drawn(recipe: "Recipe") -> bool:
     """Whether the stage is one of recipes/pebble, which draw their own pictures."""
     if recipe.stage in ("tower", "language"):
         return True
-    named = recipe.model.checkpoint is not None or recipe.data.sources
-    return bool(recipe.data.num_pictures) and not named
+    return bool(recipe.data.num_pictures) and not recipe.data.sources
 
 
 def refuse_unread(recipe: "Recipe") -> None:

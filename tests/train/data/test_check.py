@@ -54,7 +54,7 @@ def test_nothing_is_wrong_with_good_data(folder, tokenizer, model):
 def test_everything_that_is_wrong_is_found_with_its_line(folder, tokenizer, model):
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
     Image.new("RGB", (30, 20), "red").save(folder / "twin.png")
-    long = " ".join(["word"] * 300)
+    long = " ".join(["word"] * 600)
     records = [
         {"id": "a", "image": "red.png", "conversations": turns("<image>", "A")},
         {"id": "b", "image": "broken.jpg", "conversations": turns("<image>", "A")},

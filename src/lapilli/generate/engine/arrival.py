@@ -147,7 +147,7 @@ def is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def check_ids(name: str, ids: Items[int], vocabulary: int) -> None:
+def check_ids(name: str, ids: Items[Any], vocabulary: int) -> None:
     """Refuse ids that the embeddings have no row for.
 
     Raises:

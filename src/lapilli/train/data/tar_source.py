@@ -7,7 +7,7 @@ media(i):   a place in the file, read when it is fetched
 
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ _IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", 
 _LISTED = 8  # members that a message names
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Member:
     """A stretch of a shard; looks like an open file to media/fetch."""
 
@@ -28,12 +28,20 @@ class Member:
     name: str
     start: int
     size: int
+    position: int = 0
 
     def read(self, size: int = -1, /) -> bytes:
-        """The first `size` bytes."""
+        """Return the next `size` bytes, all that are left where it is negative."""
+        left = self.size - self.position
         with self.shard.open("rb") as file:
-            file.seek(self.start)
-            return file.read(self.size if size < 0 else min(size, self.size))
+            file.seek(self.start + self.position)
+            data = file.read(left if size < 0 else min(size, left))
+        self.position += len(data)
+        return data
+
+    def content(self) -> bytes:
+        """Return all of it, wherever the reading stands."""
+        return replace(self, position=0).read()
 
 
 class TarSource:
@@ -88,7 +96,7 @@ class TarSource:
         """See Source."""
         members = self._members[self._keys[index]]
         if "json" in members:
-            record = decode(members["json"].read(), self.where(index))
+            record = decode(members["json"].content(), self.where(index))
             if "txt" not in members or _has_turns(record):
                 return self._with_pictures(record, index)
         if "txt" in members:
@@ -123,7 +131,7 @@ class TarSource:
     def _captioned(self, member: Member, index: int) -> dict[str, Any]:
         own = self._pictures(index)
         try:
-            caption = member.read().decode("utf-8-sig").strip()
+            caption = member.content().decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise DataError(f"{self.where(index)}: {member.name} is no UTF-8: {error}") from error
         return {"id": self._keys[index], "image": own, "caption": caption}
@@ -143,7 +151,7 @@ class TarSource:
         """See Source."""
         found = self._find(index, name)
         if found is not None:
-            return found
+            return replace(found, position=0)  # each reader begins at its start
         picture = picture_of(name)
         if not is_file_name(picture):
             return picture
