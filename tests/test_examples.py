@@ -62,10 +62,12 @@ def test_the_guide_shows_the_recipe_of_the_boxes(repository: Path):
     assert f"```toml\n{recipe.partition(chr(10))[2]}```" in page
 
 
+@pytest.mark.slow
 def test_ask(repository: Path, model: str, drawing: str):
     assert len(run(repository, "01_ask.py", model, drawing).strip()) > 20
 
 
+@pytest.mark.slow
 def test_without_arguments_pebble_answers(repository: Path):
     first, second = run(repository, "01_ask.py").splitlines()
     assert first
@@ -73,12 +75,14 @@ def test_without_arguments_pebble_answers(repository: Path):
     assert len(run(repository, "02_batch.py").splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_batch(repository: Path, model: str, drawing: str):
     out = run(repository, "02_batch.py", model, drawing)
     assert len(re.findall(r"  ->  ", out)) == 3
     assert len(re.findall(r"\(log-probability -\d+\.\d\d\)", out)) == 3
 
 
+@pytest.mark.slow
 def test_forward_pass_prints_the_shapes_of_the_seed(repository: Path):
     out = run(repository, "03_forward_pass.py")
     printed = [

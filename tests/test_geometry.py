@@ -38,6 +38,7 @@ def golden_rows(conformance: Path) -> list[tuple[tuple[ImageSize, ...], int, dic
     return rows
 
 
+@pytest.mark.slow
 def test_every_golden_row(conformance):
     rows = golden_rows(conformance)
     assert len(rows) > 100

@@ -99,6 +99,7 @@ class Calls:
 VARIANTS = ["llava-v1.5-tiny-pad", "llava-v1.6-vicuna-tiny-336", "llava-v1.6-mistral-tiny"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_conversation(loaded: Load, variant: str, drawing: str):
     chat = loaded(variant)
@@ -116,6 +117,7 @@ def test_a_conversation(loaded: Load, variant: str, drawing: str):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_kept_changes_no_answer(loaded: Load, variant: str, drawing: str):
     """Kept features and KV cache against everything computed anew."""
@@ -131,6 +133,7 @@ def test_what_is_kept_changes_no_answer(loaded: Load, variant: str, drawing: str
         assert (fresh.token_ids, fresh.prompt_len) == (kept.token_ids, kept.prompt_len)
 
 
+@pytest.mark.slow
 def test_the_image_is_encoded_once(chat: Chat, drawing: str, monkeypatch):
     chat.engine.renew()  # other tests have shown it
     tower = Calls(monkeypatch, chat.model.modalities["image"].vision_tower, "forward")
@@ -170,6 +173,7 @@ def test_the_beginning_of_a_conversation_is_read_once(chat: Chat, drawing: str, 
     assert chat.last.prompt_len > first
 
 
+@pytest.mark.slow
 def test_images_begin_anew_unless_kept(chat: Chat, drawing: str):
     chat.ask("One?", drawing, **FEW)
     chat.ask("Two?", drawing, **FEW)
@@ -208,6 +212,7 @@ def test_the_image_stands_first(chat: Chat, drawing: str):
     assert after.startswith("\nQ")
 
 
+@pytest.mark.slow
 def test_sources_of_a_picture(chat: Chat, drawing: str):
     picture = Image.open(drawing)
     sources = [drawing, Path(drawing), Path(drawing).read_bytes(), picture, np.asarray(picture)]
@@ -240,6 +245,7 @@ def test_empty_question(chat: Chat, question):
     assert chat.history == ()
 
 
+@pytest.mark.slow
 def test_a_failing_question_leaves_the_conversation_alone(chat: Chat, drawing: str, tmp_path: Path):
     chat.ask("What?", drawing, **FEW)
     before = chat.history
@@ -252,6 +258,7 @@ def test_a_failing_question_leaves_the_conversation_alone(chat: Chat, drawing: s
     assert len(chat.history) == 4
 
 
+@pytest.mark.slow
 def test_too_long(chat: Chat, drawing: str):
     with pytest.raises(ContextTooLongError, match=r"positions, 16 of them visual tokens.*shorten"):
         chat.ask("why " * 6000, drawing)
@@ -259,6 +266,7 @@ def test_too_long(chat: Chat, drawing: str):
         chat.batch([[Message.user("Hi")], [Message.user("why " * 6000)]])
 
 
+@pytest.mark.slow
 def test_text_only_model(paths, drawing: str):
     chat = lapilli.load(paths("llava-v1.5-tiny-lora")["model_base"], device="cpu", dtype="float32")
     assert chat.ask("Who?", **FEW) == chat.last.text.strip()
@@ -276,6 +284,7 @@ def test_check_image(chat: Chat, drawing: str, tmp_path: Path):
     assert chat.history == ()
 
 
+@pytest.mark.slow
 def test_stopping_keeps_what_was_said(chat: Chat, drawing: str, monkeypatch):
     pieces = chat.stream("What?", drawing, max_new_tokens=30)
     said = next(pieces) + next(pieces)
@@ -291,6 +300,7 @@ def test_stopping_keeps_what_was_said(chat: Chat, drawing: str, monkeypatch):
     assert fresh.token_ids == chat.last.token_ids
 
 
+@pytest.mark.slow
 def test_an_interrupt_does_not_leave_a_torn_cache(chat: Chat, drawing: str, monkeypatch):
     pieces = chat.stream("What?", drawing, max_new_tokens=30)
     next(pieces)
@@ -309,6 +319,7 @@ def test_an_interrupt_does_not_leave_a_torn_cache(chat: Chat, drawing: str, monk
     assert fresh.token_ids == chat.last.token_ids
 
 
+@pytest.mark.slow
 def test_two_streams_at_once(chat: Chat, drawing: str):
     chat.ask("What?", drawing, **FEW)
     before = chat.history
@@ -321,6 +332,7 @@ def test_two_streams_at_once(chat: Chat, drawing: str):
         assert text == fresh.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 1.0, "seed": 4}])
 def test_a_batch_of_all_kinds(chat: Chat, drawing: str, options):
     conversations = [
@@ -340,6 +352,7 @@ def test_a_batch_of_all_kinds(chat: Chat, drawing: str, options):
         chat.batch([conversations[0], []])
 
 
+@pytest.mark.slow
 def test_a_narrow_model_says_what_it_knows(paths, drawing: str, tmp_path: Path, monkeypatch):
     folder = tmp_path / "narrow"
     shutil.copytree(paths("llava-v1.5-tiny-pad")["model_path"], folder)
@@ -363,6 +376,7 @@ def test_a_narrow_model_says_what_it_knows(paths, drawing: str, tmp_path: Path, 
     assert tower.count == 2
 
 
+@pytest.mark.slow
 def test_system_prompt(chat: Chat):
     chat.ask("Who?", **FEW)
     plain = chat.last.prompt_len
@@ -375,6 +389,7 @@ def test_system_prompt(chat: Chat):
     assert [m.role for m in chat.history] == ["user", "assistant"]
 
 
+@pytest.mark.slow
 def test_the_template_ends_the_answer(paths):
     path = paths("llava-v1.5-tiny-pad")["model_path"]
     chat = lapilli.load(path, device="cpu", dtype="float32", template="llava_v0")
@@ -390,6 +405,7 @@ def test_the_template_ends_the_answer(paths):
     assert params.stop == ("x", "###")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [True, False])
 def test_a_lora_may_stay_beside_the_weights(paths, merged: bool):
     made = paths("llava-v1.5-tiny-lora")
@@ -432,6 +448,7 @@ def test_properties(chat: Chat):
     assert chat.outside_world() is None
 
 
+@pytest.mark.slow
 def test_ask_many_answers_each_as_if_alone(chat: Chat, drawing: str):
     other = np.full((30, 40, 3), 200, dtype=np.uint8)
     asked = [("What?", drawing), "Who are you?", ("What?", other), ("Where?", drawing, other)]
@@ -445,6 +462,7 @@ def test_ask_many_answers_each_as_if_alone(chat: Chat, drawing: str):
     assert chat.ask_many([]) == []
 
 
+@pytest.mark.slow
 def test_as_completed_hands_out_what_is_wrong(chat: Chat, drawing: str):
     conversations = [
         [Message.user("What?", drawing)],
@@ -461,6 +479,7 @@ def test_as_completed_hands_out_what_is_wrong(chat: Chat, drawing: str):
     assert found[0].text == chat.batch([conversations[0]], SamplingParams(**FEW))[0].text
 
 
+@pytest.mark.slow
 def test_beams_take_the_plain_loop(chat: Chat, drawing: str):
     params = SamplingParams(num_beams=2, **FEW)
     conversations = [[Message.user("What?", drawing)], [Message.user("Who?")], []]
@@ -470,6 +489,7 @@ def test_beams_take_the_plain_loop(chat: Chat, drawing: str):
     assert isinstance(found[2], PromptError)
 
 
+@pytest.mark.slow
 def test_saved_prefix_spares_the_tower_and_the_prompt(paths, drawing: str, tmp_path, monkeypatch):
     path, file = paths("llava-v1.5-tiny-pad")["model_path"], tmp_path / "seen.safetensors"
     first = lapilli.load(path, device="cpu", dtype="float32")

@@ -37,6 +37,7 @@ def peft_adapter(path, adapter_path, **options):
     return wrapped.merge_and_unload().eval()
 
 
+@pytest.mark.slow
 @of_peft
 @pytest.mark.parametrize("is_source", [True, False])
 @pytest.mark.parametrize(
@@ -116,6 +117,7 @@ def test_lora_on_mistral(mistral_lora):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "base_model.", "base_model.model."])
 def test_what_was_trained_beside_a_lora_has_any_prefix(conformance, maker, tmp_path, prefix):
     spec = json.loads(

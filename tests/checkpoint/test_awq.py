@@ -97,6 +97,7 @@ def with_picture(loaded):
     return logits_of(loaded, pixels, ImageSize(28, 28), loaded.config.vision.num_patches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [32, 64, 128, 256, -1])
 def test_awq_of_every_group_size(llava, tmp_path, group):
     def chosen(name):  # AWQ needs whole groups
@@ -113,6 +114,7 @@ def test_awq_of_every_group_size(llava, tmp_path, group):
     assert loaded.report.missing == loaded.report.unexpected == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", [classic, nested], ids=["classic", "nested"])
 def test_awq_of_llava_next_in_every_key_style(tmp_path, style):
     (tmp_path / "source").mkdir()
@@ -132,6 +134,7 @@ def test_awq_of_llava_next_in_every_key_style(tmp_path, style):
     check(*paths, tiled)
 
 
+@pytest.mark.slow
 def test_awq_in_the_original_layout(pebble):
     loaded = check(*pebble, lambda loaded: text_logits(loaded.model))
     assert len(packed_layers(loaded.model)) == 30
@@ -144,6 +147,7 @@ def test_awq_in_the_original_layout(pebble):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "section",
     [
@@ -162,6 +166,7 @@ def test_gptq(llava, tmp_path, section):
     assert all((m.zeros is not None) == zero_points for m in packed_layers(loaded.model).values())
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @example(inputs=8, outputs=1032, group=32, method="awq", seed=0)
 @example(inputs=8, outputs=8, group=-1, method="gptq", seed=0)
@@ -195,6 +200,7 @@ def test_a_biased_layer_keeps_its_bias():
     layer.refuse_bias(torch.zeros(16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_biases_of_gptq(llava, tmp_path, value):
     packed, _ = convert(llava, tmp_path, gptq(), chosen=of_text_layers)
@@ -229,6 +235,7 @@ def test_one_layer_waits_at_a_time(packed_llava, monkeypatch):
     assert waiting == []
 
 
+@pytest.mark.slow
 def test_a_section_in_a_file_of_its_own(packed_llava, tmp_path):
     path = tmp_path / "old"
     shutil.copytree(packed_llava, path)
@@ -242,6 +249,7 @@ def test_a_section_in_a_file_of_its_own(packed_llava, tmp_path):
     assert torch.equal(text_logits(load(path).model), text_logits(load(packed_llava).model))
 
 
+@pytest.mark.slow
 def test_asked_for_more(pebble, packed_llava):
     plain = load(packed_llava)
     assert plain.quantization == QuantConfig(group_size=64, symmetric=False, head_bits=None)
@@ -261,6 +269,7 @@ def test_asked_for_more(pebble, packed_llava):
     assert rest.get_submodule(LAYER.replace("up_proj", "down_proj")).bits == 4
 
 
+@pytest.mark.slow
 def test_inspection(packed_llava, llava):
     found = inspect_checkpoint(packed_llava)
     assert found.quantization == "AWQ, 4 bits, groups of 64, zero points"
@@ -273,6 +282,7 @@ def test_inspection(packed_llava, llava):
     )
 
 
+@pytest.mark.slow
 def test_saved_in_our_own_format(packed_llava, pebble, tmp_path):
     for options in ({}, {"quantization": "int4"}):
         made = load(packed_llava, **options)
@@ -294,6 +304,7 @@ def test_saved_in_our_own_format(packed_llava, pebble, tmp_path):
         save_llava(tmp_path / "x", partly.model, partly.config, quantization=partly.quantization)
 
 
+@pytest.mark.slow
 def test_a_projector_on_an_awq_language_model(pebble, tmp_path):
     packed, _ = pebble
     whole = load(packed)
@@ -313,6 +324,7 @@ def test_a_projector_on_an_awq_language_model(pebble, tmp_path):
     assert inspect_checkpoint(path, base=str(packed)).quantization.startswith("AWQ")
 
 
+@pytest.mark.slow
 def test_a_packed_output_layer(llava, tmp_path):
     def chosen(name):
         return of_text_layers(name) or name.endswith("lm_head.weight")

@@ -83,6 +83,7 @@ def test_a_missing_piece(spoiled, piece):
         load(spoiled(change))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("piece", "change", "error", "message"),
     [

@@ -241,6 +241,7 @@ def test_wrong_vocabulary(copy):
         load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite(copy, value):
     path, _ = copy(SAFE)
@@ -306,6 +307,7 @@ def test_tuned_tower_that_is_not_in_the_checkpoint(copy):
         load(path)
 
 
+@pytest.mark.slow
 def test_frozen_tower_in_the_checkpoint_is_left_out(copy):
     path, _ = copy(SHARDED)
     tuned = load(path).model.state_dict()
@@ -324,6 +326,7 @@ def test_another_tower(copy):
         load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [LORA, PROJECTOR])
 @pytest.mark.parametrize(
     ("change", "match"),

@@ -27,6 +27,7 @@ VARIANTS = [
 RTOL = 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_golden_load(golden, variant):
     _, built, case = golden(variant)
@@ -72,6 +73,7 @@ def test_same_dtype_is_a_view_of_the_file(golden):
     assert weights.norm.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_lora_kept_beside_the_weights_gives_the_same_output(golden):
     _, built, _ = golden("llava-v1.5-tiny-lora")
     place = {"base": built["model_base"], "device": "cpu", "dtype": "float32"}

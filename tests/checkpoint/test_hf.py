@@ -100,6 +100,7 @@ def theirs(model, length, **inputs):
         return model(input_ids=ids, **inputs).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "tower", "strategy"),
     [
@@ -122,6 +123,7 @@ def test_llava_logits(tmp_path, text, tower, strategy):
     assert loaded.config.tokens.image_id == IMAGE_ID
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
 def test_llava_next_logits(tmp_path, text):
     model = make(tmp_path, text, "clip", is_next=True)
@@ -149,6 +151,7 @@ def nested(name):
     return "model." + classic(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", [classic, nested], ids=["classic", "nested"])
 def test_key_styles_give_the_same_model(tmp_path, style):
     make(tmp_path, "llama", "clip", is_next=True)
@@ -219,6 +222,7 @@ def test_language_model_of_another_family_goes_through_transformers(tmp_path):
     assert "through the library transformers" in loaded.report.notes[0]
 
 
+@pytest.mark.slow
 def test_packed_rows_without_a_token_stay(tmp_path):
     """llava-hf tables have more rows than their tokenizers; our own layout cuts float ones."""
     source, target = tmp_path / "source", tmp_path / "llava-packed"

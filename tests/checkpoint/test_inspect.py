@@ -24,6 +24,7 @@ def no_reading(monkeypatch):
     monkeypatch.setattr(SafetensorsShard, "tensor", refuse)
 
 
+@pytest.mark.slow
 def test_original_with_anyres(golden, no_reading):
     _, built, _ = golden("llava-v1.6-mistral-tiny")
     found = inspect_checkpoint(built["model_path"])

@@ -34,6 +34,7 @@ def with_projector(loaded, name):
     return model, config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "positions"),
     [("pool2x2_mlp2x_gelu", 16), ("mlp2x_gelu_pool4x4", 4), ("resampler9x2", 9)],
@@ -60,6 +61,7 @@ def test_round_trip(pebble, tmp_path, name, positions):
     assert chat.ask("What is this?", features, max_new_tokens=3) == one
 
 
+@pytest.mark.slow
 def test_projector_alone(pebble, tmp_path):
     model, config = with_projector(pebble, "resampler9")
     config = replace(config, vision_source=str(pebble.path / "vision_tower"))

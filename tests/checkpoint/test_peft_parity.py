@@ -131,6 +131,7 @@ EQUAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
 def test_logits_are_pefts(bases, inputs, tmp_path, name):
     """Merged over a base with an output layer of its own, beside the weights of a tied one."""
@@ -142,6 +143,7 @@ def test_logits_are_pefts(bases, inputs, tmp_path, name):
         assert chat.report.dropped == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_names_of_older_releases(bases, inputs, tmp_path, suffix):
     """Adapters of transformers before 4.52: another prefix, patterns in both spellings."""
@@ -243,6 +245,7 @@ def test_several_adapters_in_one_file_are_refused(bases, tmp_path):
         ours(bases[False], adapter=str(adapter))
 
 
+@pytest.mark.slow
 def test_words_that_an_adapter_adds(oracle, bases, inputs, tmp_path):
     """Both tables with more rows, and the tokenizer that has the words for them."""
     adapter = tmp_path / "adapter"
@@ -266,6 +269,7 @@ def test_words_that_an_adapter_adds(oracle, bases, inputs, tmp_path):
     assert chat.template.name == "chat_template"  # the base's: the adapter has none
 
 
+@pytest.mark.slow
 def test_another_output_layer_than_the_embedding_is_used(oracle, bases, inputs, tmp_path):
     """tie_word_embeddings true over files with two tables, as a folded adapter leaves them."""
     path = tmp_path / "other"
@@ -305,6 +309,7 @@ def test_a_pinned_revision_of_the_base_is_asked_for(bases, tmp_path, monkeypatch
         assert asked.pop() == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["llava", "huggingface"])
 def test_a_folded_output_layer_is_exported(bases, inputs, tmp_path, layout):
     adapter, out = tmp_path / "adapter", tmp_path / "out"

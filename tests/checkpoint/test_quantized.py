@@ -33,6 +33,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return language_model.logits(hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "int8"])
 def test_packed_while_loading_equals_the_pass(name: str) -> None:
     whole = load_checkpoint("pebble", device="cpu", dtype="float32")
@@ -44,6 +45,7 @@ def test_packed_while_loading_equals_the_pass(name: str) -> None:
     assert not any(parameter.requires_grad for parameter in direct.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -74,6 +76,7 @@ def test_saved_and_read_back(tmp_path: Path, config: QuantConfig) -> None:
     assert lapilli.load(str(target)).ask("What is in this picture?", picture)
 
 
+@pytest.mark.slow
 def test_asked_otherwise_than_stored(tmp_path: Path) -> None:
     made = load_checkpoint("pebble", device="cpu", quantization="int8")
     target = tmp_path / "llava-packed"
@@ -105,6 +108,7 @@ def test_unknown_options_are_refused() -> None:
     assert stored_quantization({}) is None
 
 
+@pytest.mark.slow
 def test_saving_names_what_is_packed(tmp_path: Path) -> None:
     plain = load_checkpoint("pebble", device="cpu")
     with pytest.raises(ConfigError, match="is not quantized"):
@@ -142,6 +146,7 @@ def test_only_a_large_tower_takes_the_faster_float() -> None:
     assert faster_tower_dtype(replace(small, vision=None), choices) is None
 
 
+@pytest.mark.slow
 def test_a_tower_in_the_faster_float_answers() -> None:
     chat = lapilli.load("pebble", quantize="int4", device="cpu")
     model = chat.model
@@ -150,6 +155,7 @@ def test_a_tower_in_the_faster_float_answers() -> None:
     assert chat.ask("What is in this picture?", picture)
 
 
+@pytest.mark.slow
 def test_packing_reads_the_tower_in_its_format() -> None:
     model = build_model(load_checkpoint("pebble", device="cpu").config)
     packing = Packing(model, QuantConfig(), tower_dtype=torch.bfloat16)
@@ -159,6 +165,7 @@ def test_packing_reads_the_tower_in_its_format() -> None:
     assert packing.dtype_of("language_model.lm_head.weight", torch.bfloat16) == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "inner"), [("cpu", torch.float32), ("meta", torch.bfloat16)], ids=str
 )

@@ -23,6 +23,7 @@ def assert_same_weights(one, two):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", ["llava-v1.6-mistral-tiny", "llava-mpt-tiny", "llava-tiny-im-start-end"]
 )
@@ -39,6 +40,7 @@ def test_round_trip(golden, tmp_path, variant):
     assert after.tokenizer.encode("one two") == before.tokenizer.encode("one two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["inside", "beside", "named"])
 def test_places_of_the_tower(golden, tmp_path, place):
     _, built, _ = golden("llava-tiny-identity")
@@ -56,6 +58,7 @@ def test_places_of_the_tower(golden, tmp_path, place):
     assert after.config.image == before.config.image
 
 
+@pytest.mark.slow
 def test_shards_and_dtype(golden, tmp_path):
     _, built, _ = golden("llava-tiny-identity")
     before = load(built["model_path"])
@@ -93,6 +96,7 @@ def test_a_directory_is_replaced_only_when_asked(golden, tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["llava"]
 
 
+@pytest.mark.slow
 def test_a_failed_save_leaves_nothing(golden, tmp_path):
     _, built, _ = golden("llava-tiny-identity")
     loaded = load(built["model_path"])
@@ -110,6 +114,7 @@ def test_an_unmerged_adapter_is_refused(golden, tmp_path):
         save_llava(tmp_path / "llava", loaded.model, loaded.config)
 
 
+@pytest.mark.slow
 def test_projector_alone(golden, tmp_path):
     _, built, _ = golden("llava-v1.5-tiny-projector")
     before = load(built["model_path"], base=built["model_base"])
@@ -119,6 +124,7 @@ def test_projector_alone(golden, tmp_path):
     assert_same_weights(before, load(path))
 
 
+@pytest.mark.slow
 def test_a_base_that_moved_brings_its_tower(golden, tmp_path):
     _, built, _ = golden("llava-tiny-identity")
     one = load(built["model_path"])
@@ -144,6 +150,7 @@ def test_projector_without_named_tower(golden, tmp_path):
         save_projector(tmp_path / "llava", loaded.model, replace(loaded.config, vision_source=None))
 
 
+@pytest.mark.slow
 def test_recorded_template(golden, tmp_path):
     _, built, _ = golden("llava-tiny-identity")
     loaded = load(built["model_path"])

@@ -52,6 +52,7 @@ def _config_number(path):
     return (path / "config.json").read_text().split(":")[1].strip(" }\n")
 
 
+@pytest.mark.slow
 def test_killed_while_saving_one_version_is_whole(tmp_path):
     path = tmp_path / "results"
     for delay in (0.0, 0.003, 0.006, 0.01, 0.02):

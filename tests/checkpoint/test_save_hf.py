@@ -53,6 +53,7 @@ def logits_of(chat, messages):
         return ready, chat.model.logits(chat.model(batch))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_transformers_computes_the_same(pair, number):
     chat, path = pair
@@ -77,6 +78,7 @@ def test_transformers_computes_the_same(pair, number):
     torch.testing.assert_close(found[:, :rows], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_it_is_read_back_here(pair):
     before, path = pair
     after = lapilli.load(str(path), device="cpu", dtype="float32", strict_config=True)
@@ -152,6 +154,7 @@ def test_what_the_layout_cannot_say_is_refused(golden, tmp_path, variant, messag
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pool2x2_mlp2x_gelu", "mlp2x_gelu_pool2x2", "resampler4"])
 def test_projectors_that_join_features_are_refused(tmp_path, name):
     reproject("pebble", tmp_path / "llava", projector=name)

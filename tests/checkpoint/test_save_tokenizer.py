@@ -67,6 +67,7 @@ def written(golden, tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 @given(text=TEXTS)
 def test_same_ids(written, name, text):

@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = ("torch._dynamo", "sympy", "transformers", "huggingface_hub", "peft")
 
 
+@pytest.mark.slow
 def test_loading_a_local_checkpoint_imports_nothing_heavy(golden):
     _, built, _ = golden("llava-v1.6-mistral-tiny")
     program = (

@@ -236,6 +236,7 @@ def test_a_transposed_weight_is_one(tmp_path):
     assert PickledShard(tmp_path / "x.bin").infos()["b"] == ((3,), torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", ["x/data.pkl", "x/data/0"])
 def test_a_zip_bomb(tmp_path, member):
     torch.save({"a": WEIGHT}, whole := io.BytesIO())
@@ -250,6 +251,7 @@ def test_a_zip_bomb(tmp_path, member):
         PickledShard(tmp_path / "x.bin")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(30))
 def test_damaged_pickles(tmp_path, seed):
     torch.save({"a": WEIGHT, "b": WEIGHT.half()}, whole := io.BytesIO())

@@ -48,6 +48,7 @@ def edit(file, change):
     file.write_text(json.dumps(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "expected"),
     [
@@ -92,6 +93,7 @@ def test_pebble_keeps_its_template():
     assert inspect_checkpoint("pebble").template["name"] == "vicuna_v1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["llava", "huggingface"])
 @pytest.mark.parametrize("start", ["original", "hf"])
 def test_a_changed_template_is_written_as_it_is(golden, hf, tmp_path, layout, start):
@@ -147,6 +149,7 @@ def test_another_chat_template_leaves_no_trace_of_the_one_before(hf, tmp_path):
     assert "stale" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
 
 
+@pytest.mark.slow
 def test_another_image_token_stays_the_image_token(hf, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(hf, source)
@@ -184,6 +187,7 @@ def test_ids_that_end_an_answer_are_the_models_and_not_the_tokenizers(golden, tm
         assert again.config.tokens.eos_ids == (2, 7)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_onto_itself(hf, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(hf, source)

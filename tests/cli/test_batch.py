@@ -34,6 +34,7 @@ def results(path: Path) -> dict[int, dict[str, object]]:
     return {row["line"]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_every_line_has_a_result(lapilli, checkpoint, picture, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [
@@ -71,6 +72,7 @@ def test_every_line_has_a_result(lapilli, checkpoint, picture, tmp_path):
     assert target.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on(lapilli, checkpoint, tmp_path):
     source = write(
         tmp_path / "in.jsonl",
@@ -204,6 +206,7 @@ def test_an_error_stays_with_the_line_that_it_belongs_to(error):
     assert expected in rows[5]["error"]
 
 
+@pytest.mark.slow
 def test_every_row_failed(lapilli, checkpoint, tmp_path):
     source = write(tmp_path / "in.jsonl", [{"question": "x", "image": "missing.png"}] * 2)
     for _ in range(2):  # and a second time, when there is nothing to do
@@ -211,6 +214,7 @@ def test_every_row_failed(lapilli, checkpoint, tmp_path):
         assert done.returncode == 1
 
 
+@pytest.mark.slow
 def test_changed_lines_are_answered_again(lapilli, checkpoint, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     command = ("batch", str(source), str(target), "--model", checkpoint, *FEW)
@@ -277,6 +281,7 @@ def test_a_short_write_is_gone_on_with(tmp_path, monkeypatch):
     assert results(tmp_path / "out.jsonl")[1]["answer"] == "a long one"
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_loses_nothing(lapilli, checkpoint, tmp_path):
     source = write(tmp_path / "in.jsonl", [{"question": f"number {i}"} for i in range(8)])
     target = tmp_path / "out.jsonl"
@@ -293,6 +298,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(lapilli, checkpoint, tmp_pat
     assert sorted(results(target)) == list(range(1, 9))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_devices(lapilli, checkpoint, tmp_path):
     source = write(tmp_path / "in.jsonl", [{"question": "a"}])
@@ -303,6 +309,7 @@ def test_devices(lapilli, checkpoint, tmp_path):
     assert json.loads(done.stdout)["line"] == 1
 
 
+@pytest.mark.slow
 def test_outputs_that_cannot_be(lapilli, checkpoint, tmp_path):
     source = write(tmp_path / "in.jsonl", [{"question": "a"}])
     os.mkfifo(tmp_path / "pipe")
@@ -362,6 +369,7 @@ def test_pictures_lie_beside_the_file(tmp_path):
     assert sources == [str(tmp_path / "a.png"), *pictures[1:]]
 
 
+@pytest.mark.slow
 def test_a_typed_placeholder_stays_text(lapilli, checkpoint, picture, tmp_path):
     source = write(
         tmp_path / "in.jsonl",

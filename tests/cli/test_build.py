@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import typer
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from tests.cli.conftest import Run
 from tests.train.parts import Parts
 
 
+@pytest.mark.slow
 def test_every_option_reaches_the_checkpoint(tmp_path: Path) -> None:
     app, run = typer.Typer(), CliRunner().invoke
     app.command()(build)
@@ -49,6 +51,7 @@ def test_every_option_reaches_the_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(state["model.mm_projector.weight"], drawn.bfloat16().float())
 
 
+@pytest.mark.slow
 def test_a_llava_is_no_language_model(lapilli: Run, tmp_path: Path) -> None:
     done = lapilli("build", "--language", "pebble", "--vision", "pebble", str(tmp_path / "out"))
     assert done.returncode == 2
@@ -56,6 +59,7 @@ def test_a_llava_is_no_language_model(lapilli: Run, tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_parts_are_asked_for(lapilli: Run, tmp_path: Path) -> None:
     done = lapilli("build", str(tmp_path / "out"))
     assert done.returncode == 2

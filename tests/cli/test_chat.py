@@ -18,6 +18,7 @@ from tests.cli.conftest import PROGRAM, Run
 OPTIONS = ("--device", "cpu", "--max-new-tokens", "5")
 
 
+@pytest.mark.slow
 def test_conversation_through_a_pipe(
     lapilli: Run, checkpoint: str, picture: str, tmp_path: Path
 ) -> None:
@@ -31,6 +32,7 @@ def test_conversation_through_a_pipe(
     assert done.stdout.splitlines()[0] == turns[1]["text"]
 
 
+@pytest.mark.slow
 def test_reset_forgets(lapilli: Run, checkpoint: str, tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     lines = ["Hello?", "/reset", "Who?", f"/save {saved}"]
@@ -38,6 +40,7 @@ def test_reset_forgets(lapilli: Run, checkpoint: str, tmp_path: Path) -> None:
     assert json.loads(saved.read_text("utf-8"))[0]["text"] == "Who?"
 
 
+@pytest.mark.slow
 def test_mistakes_do_not_end_the_conversation(lapilli: Run, checkpoint: str) -> None:
     lines = ["/image nowhere.png", "/dance", "Hello?"]
     done = lapilli("chat", "--model", checkpoint, *OPTIONS, input="\n".join(lines) + "\n")
@@ -47,6 +50,7 @@ def test_mistakes_do_not_end_the_conversation(lapilli: Run, checkpoint: str) -> 
     assert done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_bytes_that_are_no_text_do_not_end_the_conversation(lapilli: Run, checkpoint: str) -> None:
     lines = b"a \xff\n/image \xfe.png\n/dance \xfd\n/save nowhere/x.json\nHello?\n"
     done = lapilli("chat", "--model", checkpoint, *OPTIONS, input=lines, text=False)
@@ -58,6 +62,7 @@ def test_bytes_that_are_no_text_do_not_end_the_conversation(lapilli: Run, checkp
     assert done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_picture_whose_name_is_no_text(
     lapilli: Run, checkpoint: str, picture: str, tmp_path: Path
 ) -> None:
@@ -71,6 +76,7 @@ def test_a_picture_whose_name_is_no_text(
     assert said[2].startswith("<image> in the question stays text")
 
 
+@pytest.mark.slow
 def test_a_history_that_cannot_be_kept(lapilli: Run, checkpoint: str, tmp_path: Path) -> None:
     (tmp_path / "lapilli").touch()  # a file where the folder should be
     done = lapilli("chat", "--model", checkpoint, *OPTIONS, input="/quit\n")

@@ -44,6 +44,7 @@ def run(capsys):
     return run
 
 
+@pytest.mark.slow
 def test_the_program_checks_and_shows(lapilli, file):
     done = lapilli("data", "check", str(file))
     assert done.returncode == 1

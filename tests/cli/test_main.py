@@ -26,6 +26,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 def test_help_names_every_command(lapilli: Run) -> None:
     done = lapilli("--help")
     assert done.returncode == 0
@@ -33,6 +34,7 @@ def test_help_names_every_command(lapilli: Run) -> None:
         assert f"\n  {command} " in done.stdout
 
 
+@pytest.mark.slow
 def test_program_imports_no_torch_before_a_command_runs() -> None:
     heavy = ("torch", "numpy", "PIL")
     code = f"import sys, lapilli.cli.main; print([m for m in {heavy} if m in sys.modules])"
@@ -46,6 +48,7 @@ def test_version(lapilli: Run) -> None:
     assert lapilli("--version").stdout.strip() == f"lapilli {package.__version__}"
 
 
+@pytest.mark.slow
 def test_shell_completion_lists_the_commands() -> None:
     asked = {"_LAPILLI_COMPLETE": "complete_bash", "COMP_WORDS": "lapilli ", "COMP_CWORD": "1"}
     done = subprocess.run(
@@ -66,6 +69,7 @@ def test_shell_completion_lists_the_commands() -> None:
     assert done.stdout.split() == commands
 
 
+@pytest.mark.slow
 def test_unknown_option_is_exit_code_2(lapilli: Run) -> None:
     done = lapilli("ask", "Why?", "--colour", "red")
     assert done.returncode == 2
@@ -86,6 +90,7 @@ def test_a_full_disk_is_one_line(lapilli: Run, arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (2, f"lapilli: {os.strerror(errno.ENOSPC)}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="a device of Linux")
 def test_a_full_disk_in_the_middle_of_an_answer(lapilli: Run, checkpoint: str) -> None:
     arguments = ("ask", "Hello?", "--model", checkpoint, "--max-new-tokens", "3", "--device", "cpu")
@@ -94,6 +99,7 @@ def test_a_full_disk_in_the_middle_of_an_answer(lapilli: Run, checkpoint: str) -
     assert (done.returncode, done.stderr) == (2, f"lapilli: {os.strerror(errno.ENOSPC)}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
 @pytest.mark.parametrize("command", [*SLOW, "--help", "nonsense"])
 def test_closed_streams(
@@ -120,6 +126,7 @@ def test_closed_streams(
         assert len(json.loads((tmp_path / "out.jsonl").read_text())) == 6
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough(lapilli: Run) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -128,6 +135,7 @@ def test_a_reader_that_has_seen_enough(lapilli: Run) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_an_encoding_without_the_letters_of_the_answer(lapilli: Run) -> None:
     code = (
         "import sys, typer; from lapilli.cli import main;"
@@ -141,6 +149,7 @@ def test_an_encoding_without_the_letters_of_the_answer(lapilli: Run) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "a \\u2713", "\\u2713")
 
 
+@pytest.mark.slow
 def test_libraries_that_warn_are_not_heard(lapilli: Run, checkpoint: str, tmp_path: Path) -> None:
     damaged = tmp_path / "exif.jpg"
     Image.new("RGB", (9, 9)).save(damaged, exif=b"Exif\0\0MM\0*\0\0\0\xff\xff\xff")

@@ -8,6 +8,7 @@ from tests.cli.conftest import Run
 from tests.integration.oracle import make_oracle
 
 
+@pytest.mark.slow
 def test_a_quantized_checkpoint_answers(lapilli: Run, tmp_path: Path, picture: str) -> None:
     target = tmp_path / "llava-small"
     done = lapilli("quantize", "pebble", str(target), "--bits", "4", "--group-size", "64")
@@ -39,6 +40,7 @@ def test_a_checkpoint_of_hugging_face_is_quantized_with_its_chat_template(
     assert "is quantized already" in again.stderr
 
 
+@pytest.mark.slow
 def test_bad_options_are_one_line(lapilli: Run, tmp_path: Path) -> None:
     done = lapilli("quantize", "pebble", str(tmp_path / "x"), "--bits", "3")
     assert done.returncode == 2

@@ -37,6 +37,7 @@ def empty_weights(folder: Path) -> None:
         file.write_bytes(b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "says"),
     [

@@ -39,6 +39,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_both_stages_learn_and_leave_a_model_that_answers(
     lapilli: Run, checkpoint: str, captions: Path, tmp_path: Path
 ) -> None:
@@ -61,6 +62,7 @@ def test_both_stages_learn_and_leave_a_model_that_answers(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_where_it_was_stopped(
     lapilli: Run, checkpoint: str, captions: Path, tmp_path: Path
 ) -> None:
@@ -76,6 +78,7 @@ def test_an_adapter_goes_on_where_it_was_stopped(
     assert len(losses(tmp_path / "run")) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -93,6 +96,7 @@ def test_what_a_recipe_lacks_is_named(
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_plan_costs_nothing_and_says_what_a_run_would(lapilli: Run) -> None:
     recipe = str(RECIPES / "instruct.toml")
     done = lapilli("train", recipe, "--plan", "2", "--model.checkpoint", "pebble")
@@ -104,6 +108,7 @@ def test_a_plan_costs_nothing_and_says_what_a_run_would(lapilli: Run) -> None:
     assert "run.accumulate is 2, and 3 GPUs share its micro-batches" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_needs_a_folder(lapilli: Run, tmp_path: Path) -> None:
     recipe = str(RECIPES / "instruct.toml")
     (tmp_path / "file").touch()
@@ -113,6 +118,7 @@ def test_a_run_needs_a_folder(lapilli: Run, tmp_path: Path) -> None:
         assert "--out" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_path_that_leads_nowhere_is_told_before_anything_is_read(
     lapilli: Run, tmp_path: Path
 ) -> None:
@@ -142,6 +148,7 @@ def test_a_stop_is_told_in_one_line(
     assert capsys.readouterr().err == "stopped by SIGTERM after step 3 of 9\n"
 
 
+@pytest.mark.slow
 def test_a_bad_picture_ends_the_run_or_is_counted(
     checkpoint: str, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

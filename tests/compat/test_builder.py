@@ -25,6 +25,7 @@ def test_quantized_loading_is_refused(bits: str) -> None:
         load_pretrained_model("anywhere", None, "llava", **{bits: True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "tokenizer_kind"),
     [
@@ -42,6 +43,7 @@ def test_a_name_with_llava_decides_as_in_the_original(
     assert (type(model).__name__, type(tokenizer).__name__) == (kind, tokenizer_kind)
 
 
+@pytest.mark.slow
 def test_a_sliding_window_is_forgotten(conformance: Any, tmp_path: Any) -> None:
     from tests.conformance.checkpoints import load_maker
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from tests.compat.conftest import MakeCheckpoint
@@ -20,6 +21,7 @@ def code_block() -> str:
     return "\n".join(lines[first : last + 1]) + "\n"
 
 
+@pytest.mark.slow
 def test_the_printed_example_answers(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> None:
     block = code_block()
     assert block.count(PUBLISHED) == 1

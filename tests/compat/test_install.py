@@ -55,6 +55,7 @@ def test_installing_again_changes_nothing() -> None:
     assert sys.meta_path == before
 
 
+@pytest.mark.slow
 def test_another_llava_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "llava.py").write_text("", encoding="utf-8")
     program = "import llava, lapilli.compat; lapilli.compat.install()"
@@ -63,6 +64,7 @@ def test_another_llava_is_not_replaced(tmp_path: Path) -> None:
     assert run.returncode == 1
 
 
+@pytest.mark.slow
 def test_a_script_runs_with_its_arguments_and_neighbours(tmp_path: Path) -> None:
     (tmp_path / "neighbour.py").write_text("WORD = 'beside'", encoding="utf-8")
     (tmp_path / "script.py").write_text(

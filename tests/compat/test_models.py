@@ -79,6 +79,7 @@ def test_max_length_counts_the_bos(loaded: Loaded, ids: torch.Tensor, pixels: An
     assert loaded[1].generate(ids, images=pixels, max_length=4).shape == (1, 4)
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_global_seed(
     loaded: Loaded, ids: torch.Tensor, pixels: torch.Tensor
 ) -> None:

@@ -47,6 +47,7 @@ def arguments(made: dict[str, Any], folder: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_what_was_trained_can_be_loaded(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     from llava.model.builder import load_pretrained_model
 
@@ -87,6 +88,7 @@ def test_the_template_is_recorded_for_our_own_loader(
     assert recorded(parse_arguments([*NEEDED, "--version", version])) == expected
 
 
+@pytest.mark.slow
 def test_a_fresh_lora_can_be_loaded(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     from llava.model.builder import load_pretrained_model
 

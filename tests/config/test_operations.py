@@ -46,6 +46,7 @@ def test_a_projector_costs_what_it_does(name, tiles):
     assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 @pytest.mark.parametrize("layer", [-1, -2, 1])
 def test_a_tower_ends_at_the_layer_that_is_used(family, layer):

@@ -31,6 +31,7 @@ def first_of_each(cases: list[Case], number: int) -> tuple[str, ...]:
     return tuple(chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.set}/{v.name}")
 def test_the_numbers_are_those_of_the_original(variant: Variant, tmp_path: Path) -> None:
     workshop = Workshop(variant, load_maker(variant.root), tmp_path)

@@ -21,6 +21,7 @@ def told(faults):
     return "\n".join(map(str, faults))
 
 
+@pytest.mark.slow
 def test_some_cases_of_the_kinds_that_are_quickly_made(folder):
     quick = [kind.name for kind in KINDS if kind.name.startswith(("original", "packed"))]
     faults = run.run(quick, cases=150, seed=1, folder=folder)

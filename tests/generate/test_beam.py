@@ -12,6 +12,7 @@ PROMPT = [4, 5, 9]
 SCORES = torch.tensor([[1.0, 0.0, 2.0, -1.0, 0.5]])
 
 
+@pytest.mark.slow
 def test_draws_are_without_repetition_and_as_likely_as_their_scores() -> None:
     generator = torch.Generator().manual_seed(0)
     pairs = torch.zeros(5, 5)
@@ -37,6 +38,7 @@ def test_every_beam_keeps_enough_tokens_to_go_on() -> None:
     assert torch.equal(warped[kept], (SCORES.log_softmax(-1) / 0.5)[kept])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_a_sampled_beam_is_scored_by_the_model(model, oracle, tokenizer, fused, penalty) -> None:
     seen = set()
@@ -63,6 +65,7 @@ def test_near_zero_temperature_is_plain_beam_search(model, tokenizer, fused) -> 
     assert cold.token_ids == plain.token_ids
 
 
+@pytest.mark.slow
 def test_the_seed_decides(model, tokenizer, fused) -> None:
     def answer(seed: int) -> tuple[int, ...]:
         params = SamplingParams(max_new_tokens=8, num_beams=2, temperature=1.5, seed=seed)

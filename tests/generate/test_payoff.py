@@ -31,6 +31,7 @@ def test_a_plain_pass_comes_first():
     assert taken(payoff, [1.0], rows=2) == 0  # two rows are another matter
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.floats(0.01, 3), min_size=7, max_size=7),
     st.lists(st.floats(0.05, 1), min_size=7, max_size=7),

@@ -25,6 +25,7 @@ def oracle_answer(oracle: LlamaForCausalLM, prompt: list[int], **options: object
     return out[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
 def test_greedy_equals_transformers(model, oracle, tokenizer, fused: Fused, prompt, penalty):
@@ -38,6 +39,7 @@ def test_greedy_equals_transformers(model, oracle, tokenizer, fused: Fused, prom
     assert answer.prompt_len == len(prompt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("penalty", "length_penalty", "eos"),
     [
@@ -89,6 +91,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_rows_of_a_batch_answer_as_if_alone(model, tokenizer, fused: Fused, options):
     params = SamplingParams(max_new_tokens=10, stop_token_ids=(17, 40, 33), **options)
@@ -99,6 +102,7 @@ def test_rows_of_a_batch_answer_as_if_alone(model, tokenizer, fused: Fused, opti
     assert [a.finish_reason for a in together] == [a.finish_reason for a in alone]
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     rows=st.lists(
@@ -211,6 +215,7 @@ def test_greedy_leaves_the_global_random_source_alone(model, tokenizer, fused: F
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_closing_the_stream_frees_the_cache(model, tokenizer, fused: Fused, monkeypatch):
     caches: list[weakref.ref[KVCache]] = []
     steps: list[int] = []

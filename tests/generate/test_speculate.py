@@ -149,6 +149,7 @@ def options():
     )
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(1, 3) | st.just(None), min_size=1, max_size=9), options()),
@@ -191,6 +192,7 @@ def passes_for(model, drafter, request, **changes) -> int:
     return steps
 
 
+@pytest.mark.slow
 def test_right_guesses_save_passes(model):
     request = request_of([3, 4], max_new_tokens=30)
     assert passes_for(model, DraftModel(model.language_model), request) <= 6
@@ -203,6 +205,7 @@ def test_guesses_are_off(model):
     assert parrot.proposed == 0
 
 
+@pytest.mark.slow
 def test_kept_blocks_hold_no_rejected_guess(model):
     engine = Engine(model, WordTokenizer(), options=ON, drafter=Parrot(4, 5, 6, 7, 8, 9))
     first = request_of([3, 4], max_new_tokens=20)
@@ -213,6 +216,7 @@ def test_kept_blocks_hold_no_rejected_guess(model):
     assert_same(second, alone(model, further), model, further)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guesses", [(), (0,), (1, 1), (2, 0, 1)])
 def test_sampled_tokens_keep_their_distribution(guesses):
     """Pairs of tokens of a tiny vocabulary against their exact probabilities."""
@@ -301,6 +305,7 @@ class Priced(Payoff):
         super().learn(1.0 * rows + self.price * guesses, rows=rows, guesses=guesses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draft_layers", "price", "fewest", "most"),
     [(2, 0.1, 150, 270), (2, 2, 0, 20), (1, 0.5, 0, 60)],

@@ -64,6 +64,7 @@ def test_pieces_of_real_text(tokenizers, kind: str, text: str):
     assert pieces[-1] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
@@ -74,6 +75,7 @@ def test_pieces_of_any_text(tokenizers, kind: str, data: st.DataObject):
     assert "".join(settle(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
@@ -125,6 +127,7 @@ def test_tokens_without_text_are_silent(tokenizers):
     assert settle(tokenizer, [*special, beyond]) == [""] * (len(special) + 2)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", KINDS)

@@ -45,6 +45,7 @@ def load(path):
     return lapilli.load(str(path), device="cpu", dtype="float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_prompts_have_the_ids_of_transformers(grown, question):
     path, oracle, first = grown

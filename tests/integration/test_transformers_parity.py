@@ -39,6 +39,7 @@ def conversation(row: int) -> list[Message]:
     return [Message.user(question, *pictures)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["<image><image>\nWhich?", "Is <image> like <image>?"])
 def test_text_with_placeholders(pair, text):
     """A program's own text: what transformers makes of the same string."""
@@ -61,6 +62,7 @@ def test_everything_was_loaded(pair):
     assert chat.template.name == "chat_template"
 
 
+@pytest.mark.slow
 def test_ids_and_pixels(pair):
     oracle, chat = pair
     for row in range(len(ROWS)):
@@ -78,6 +80,7 @@ def test_ids_and_pixels(pair):
             torch.testing.assert_close(ours.pixel_values, theirs[:tiles], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_logits_of_a_ragged_batch(pair):
     oracle, chat = pair
     inputs = oracle.inputs(ROWS)
@@ -99,6 +102,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_tokens(pair, name: str):
     oracle, chat = pair

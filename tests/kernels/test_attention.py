@@ -39,6 +39,7 @@ def ragged(lengths: list[int], size: int) -> tuple[torch.Tensor, torch.Tensor, i
     return torch.tensor(rows, dtype=torch.int32), torch.tensor(lengths).int(), sum(used) + 1
 
 
+@pytest.mark.slow
 @settings(
     max_examples=25,
     deadline=None,
@@ -126,6 +127,7 @@ def test_views_and_missing_scales_are_refused(library: Library) -> None:
         attention_native(library, q, k.to(torch.int8), k, table, lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("size", [16, 100, 512])
 def test_sums_over_many_positions_are_as_exact_as_torch_s(

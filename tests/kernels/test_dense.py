@@ -10,6 +10,7 @@ from lapilli.kernels.dense import dense, dense_reference, is_dense_native
 from lapilli.kernels.library import Library
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40,
     deadline=None,

@@ -48,6 +48,7 @@ def test_silu_mul_at_the_ends(threads: int) -> None:
     assert (same | (found == expected) | (found.isnan() & expected.isnan())).all()
 
 
+@pytest.mark.slow
 @EVERYWHERE
 @given(
     batch=st.integers(1, 3),

@@ -37,6 +37,7 @@ def run(**environment: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists what is loaded")
 def test_one_openmp_and_the_same_numbers_without_the_library() -> None:
     with_library = run(LAPILLI_KERNELS="", OMP_NUM_THREADS="2")

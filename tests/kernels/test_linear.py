@@ -70,6 +70,7 @@ shapes = st.tuples(
 )
 
 
+@pytest.mark.slow
 @ONCE
 @given(
     shape=shapes,
@@ -115,6 +116,7 @@ def test_extreme_integers_never_overflow(library: Library, kind: str) -> None:
     assert_close(found, exact(x, packed, weight_only=False))
 
 
+@pytest.mark.slow
 def test_large_layer_on_threads(library: Library, threads: int) -> None:
     packed = packed_weight("int4", (520, 1056), group=128, bias=True)
     for tokens in (1, 8, 40):
@@ -186,6 +188,7 @@ def test_the_library_is_used_where_it_is_there() -> None:
     assert PackedLinear(packed_weight("int4", (16, 64))).library is native()
 
 
+@pytest.mark.slow
 @ONCE
 @given(
     tokens=st.integers(1, 40),

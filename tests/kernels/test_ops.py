@@ -33,6 +33,7 @@ def decode_arguments(*, kind: str, window=None, slopes=False):
     return (q, keys, values, tables, lengths, 0.3, window, biases, *scales)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 @pytest.mark.parametrize(("window", "slopes"), [(None, False), (5, False), (None, True)])
@@ -45,6 +46,7 @@ def test_decode_attention(kind, window, slopes):
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     ("window", "slopes", "causal"),
@@ -60,6 +62,7 @@ def test_prefill_attention(window, slopes, causal):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_operations(dtype):

@@ -16,6 +16,7 @@ def heads_first(batch: int, length: int, heads: int, width: int, *, joined: bool
     return torch.randn(batch, heads, length, width)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40,
     deadline=None,
@@ -128,6 +129,7 @@ def root_mean_square(x: torch.Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [2048, 8192])
 @pytest.mark.parametrize(("spread", "middle"), [(1.0, 0.0), (3.0, 0.0), (10.0, 0.0), (1.0, 1.0)])
 def test_long_prompts_are_as_exact_as_torch_s_own_attention(

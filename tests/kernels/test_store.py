@@ -1,5 +1,6 @@
 """Positions land in their places, wherever their heads lie, and nowhere else."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -8,6 +9,7 @@ from lapilli.kernels.library import Library
 from lapilli.kernels.store import store_positions, store_reference
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40,
     deadline=None,

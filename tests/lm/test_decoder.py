@@ -144,6 +144,7 @@ def _solo(model, ids):
     return _run(model, ids[None])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_logits_equal_transformers(name):
     oracle, model = _pair(name)
@@ -152,6 +153,7 @@ def test_logits_equal_transformers(name):
         torch.testing.assert_close(_run(model, ids), oracle(ids).logits, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_greedy_tokens_equal_transformers(name):
     oracle, model = _pair(name)

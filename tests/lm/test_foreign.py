@@ -83,6 +83,7 @@ class _NewerStack(_OlderStack):
         return super().forward(inputs_embeds, attention_mask, cache, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", [_OlderStack, _NewerStack])
 def test_the_cache_goes_under_the_name_that_the_family_takes(stack):
     model = ForeignLanguageModel(_qwen3())

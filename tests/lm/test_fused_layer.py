@@ -110,6 +110,7 @@ def plain(decoder: Decoder, monkeypatch, **options) -> torch.Tensor:
         return step(decoder, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(1,), (1, 1, 1), (1, 1, 3)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
@@ -127,6 +128,7 @@ def test_one_call_equals_the_modules(calls, monkeypatch, kind, counts, changes) 
     torch.testing.assert_close(found, expected, **near)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(1,), (1, 3)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_call_keeps_bfloat16(calls, monkeypatch, kind, counts) -> None:
@@ -190,6 +192,7 @@ def test_a_watched_model_is_looked_at_once(calls, monkeypatch) -> None:
     assert all(calls)
 
 
+@pytest.mark.slow
 def test_copies_and_replaced_weights(monkeypatch) -> None:
     decoder = build("int4")
     first = step(decoder)
@@ -211,6 +214,7 @@ def test_gradients_run_module_by_module() -> None:
     assert fused.run(x, (table, table), None, index=0) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_that_share_a_layer_do_not_meet_in_it(kind):
     """The description of a call was kept in the layer: a thread filled in another one's."""

@@ -28,6 +28,7 @@ def _oracle(model, **options):
     return model.eval(), tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [

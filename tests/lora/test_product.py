@@ -23,6 +23,7 @@ def formula(x, weight, bias, a, b, scaling):
     return functional.linear(x, weight, bias) + scaling * (x @ a.T) @ b.T
 
 
+@pytest.mark.slow
 @given(*[st.integers(1, 24)] * 3, st.integers(1, 6), st.booleans())
 def test_output_and_gradients_are_those_of_the_formula(rows, inputs, outputs, rank, by_onednn):
     tensors = draw(rows, inputs, outputs, rank)

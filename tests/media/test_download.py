@@ -19,6 +19,7 @@ def test_the_body_arrives(server, path):
     assert download(f"{server}/{path}", LIMITS) == BODY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["hang", "drip-headers", "drip-body"])
 def test_the_deadline_holds_for_the_whole(server, path):
     start = time.monotonic()
@@ -32,6 +33,7 @@ def test_the_deadline_holds_for_the_whole(server, path):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_the_deadline_holds_for_looking_up_a_name(monkeypatch):
     asked = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: asked.wait(3) and [])
@@ -42,6 +44,7 @@ def test_the_deadline_holds_for_looking_up_a_name(monkeypatch):
     asked.set()
 
 
+@pytest.mark.slow
 def test_a_listener_that_never_accepts():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/x"

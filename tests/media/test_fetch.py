@@ -107,6 +107,7 @@ def test_streams_that_cannot_be_read_at_once():
         fetch(closed)
 
 
+@pytest.mark.slow
 def test_pipes_with_and_without_a_writer(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)

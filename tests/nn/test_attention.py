@@ -51,6 +51,7 @@ def test_no_mask_is_made_where_plain_causal_is_meant():
     assert causal_mask(full, 5, 5, window=4, device=CPU) is not None
 
 
+@pytest.mark.slow
 @given(
     situations(),
     st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),

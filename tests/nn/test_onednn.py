@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not has_onednn(), reason="this torch has no oneD
 SIZES = st.integers(1, 40)
 
 
+@pytest.mark.slow
 @given(SIZES, SIZES, SIZES, st.booleans(), st.sampled_from(["all", "x", "weight"]))
 def test_output_and_gradients_are_those_of_torch(rows, inputs, outputs, has_bias, learns):
     random = torch.Generator().manual_seed(rows)
@@ -62,6 +63,7 @@ def test_a_weight_with_gaps_takes_no_reference(is_transposed, capfd):
     torch.testing.assert_close(found, x @ weight.t(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 2_000))
 def test_sizes_are_few_and_near(length):
     found = rounded(length)

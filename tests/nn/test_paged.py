@@ -131,6 +131,7 @@ def run_alone(model, embeds) -> torch.Tensor:
     return model.forward(embeds[None], position_ids=positions, cache=model.new_cache(1))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [BlockStore, PlainStore])
 @given(passes())
 @settings(max_examples=25, deadline=None)
@@ -144,6 +145,7 @@ def test_ragged_rows_equal_solo_runs(model, kind, counts):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [QuantizedBlockStore, PlainQuantizedStore])
 @given(passes())
 @settings(max_examples=10, deadline=None)
@@ -159,6 +161,7 @@ def test_int8_blocks_stay_near(model, kind, counts):
         assert error < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [KeptBfloat16, QuantizedBlockStore, PlainQuantizedStore])
 @given(st.integers(1, 20), st.integers(0, 20))
 @settings(max_examples=20, deadline=None)

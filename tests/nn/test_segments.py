@@ -38,6 +38,7 @@ def masked(q, k, v, lengths, *, scale, window, slopes):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("has_slopes", [False, True])
 @given(LENGTHS, st.integers(0, 3))

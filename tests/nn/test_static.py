@@ -74,6 +74,7 @@ def both_ways(model, kind, past, counts) -> tuple[list[torch.Tensor], list[Block
     return found, stores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.integers(0, MOST)), min_size=1, max_size=4).filter(

@@ -76,6 +76,7 @@ def ask(chat: Chat, number: int, how: str) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_answers_in_threads_are_those_of_one_thread():
     answer_in_threads(12, ASKED[:5])
 
@@ -109,6 +110,7 @@ def answer_in_threads(total: int, asked: list[tuple[str, int]]) -> None:
     assert [ask(chat, number, "answer") for number in range(len(asked))] == right
 
 
+@pytest.mark.slow
 def test_turns_of_a_conversation_follow_each_other():
     """Every answer is the one to the history before it; no turn is lost."""
     chat = load()
@@ -125,6 +127,7 @@ def test_turns_of_a_conversation_follow_each_other():
         assert load().answer(history[:at], FEW).text.strip() == history[at].text
 
 
+@pytest.mark.slow
 def test_streams_that_are_open_together_all_join_the_history():
     chat = load()
     chat.ask("What is in this picture?", PICTURES[0], max_new_tokens=4)
@@ -170,6 +173,7 @@ def test_a_stream_is_closed_from_another_thread():
     assert not chat.engine.has_work
 
 
+@pytest.mark.slow
 def test_a_prefix_is_saved_and_loaded_while_others_answer(tmp_path):
     chat = load()
     chat.ask("What is in this picture?", PICTURES[0], max_new_tokens=4)
@@ -217,6 +221,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_answers():
     """It has no thread but one: neither OpenMP's nor the one that held the model."""

@@ -24,6 +24,7 @@ def _picture(engine: TimedChat, number: int) -> bytes:
     return bytes(torch.randint(256, (3 * engine.side**2,), generator=random).tolist())
 
 
+@pytest.mark.slow
 def test_every_token_of_every_answer_has_a_time(pebble: Chat) -> None:
     engine = TimedChat(pebble)
     questions = [((_picture(engine, i),), TEXT) for i in range(3)]
@@ -64,6 +65,7 @@ def test_a_decoded_token_reads_all_matrices_and_the_head_once(pebble: Chat) -> N
     assert linear_bytes(model) == expected
 
 
+@pytest.mark.slow
 def test_packed_weights_are_counted_as_they_are_stored(pebble: Chat) -> None:
     plain = TimedChat(pebble).facts["weight_bytes"]
     packed = TimedChat(lapilli.load("pebble", device="cpu", quantize="int8")).facts["weight_bytes"]

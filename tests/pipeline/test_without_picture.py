@@ -33,6 +33,7 @@ def test_a_question_without_a_picture_is_answered_by_asking_for_one(chat, questi
     assert [message.text for message in chat.history] == [question, NEEDS] * 2
 
 
+@pytest.mark.slow
 def test_a_picture_that_comes_later_is_looked_at(chat):
     chat.reset()
     chat.ask("Hello")
@@ -43,6 +44,7 @@ def test_a_picture_that_comes_later_is_looked_at(chat):
     assert chat.ask("What is this?") == NEEDS
 
 
+@pytest.mark.slow
 def test_every_way_of_asking_gives_the_same_answer(chat):
     blind, shown = [Message.user(QUESTIONS[0])], [Message.user("What is this?", PICTURE)]
     rows = [blind, shown, blind, shown, blind]

@@ -67,6 +67,7 @@ def is_right(case: dict[str, Any]) -> bool:
     return not (expect["mismatch"] or wrong_style or (drifts and later) or typed_marker or cut)
 
 
+@pytest.mark.slow
 def test_ids_and_labels_equal_the_original_where_it_is_right(goldens: Any) -> None:
     compared = 0
     for case in goldens.cases("_labels", "labels"):
@@ -114,6 +115,7 @@ def check_learned(
     assert squeezed == [f"{answer}{end}".replace(" ", "") for answer in answers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if not name.endswith("plain")])
 @NUMBERED
 @given(
@@ -150,6 +152,7 @@ def test_an_open_prompt_is_the_masked_beginning_of_its_training_row(
     assert runs(closed.loss_mask) == [[len(opened), len(closed)]]
 
 
+@pytest.mark.slow
 def test_prompts_of_every_model_equal_the_original(goldens: Any) -> None:
     compared = 0
     for name, spec in goldens.specs():

@@ -91,6 +91,7 @@ def test_text_equals_transformers(source: str, as_string: bool, open_turn: bool)
     assert to_text(template.render(messages, open_turn=open_turn)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [PARTS, STRING])
 @settings(max_examples=30, deadline=None)
 @given(typed=st.text(st.sampled_from("<image> </s>[]{{}}%\n✓a0:"), max_size=12))

@@ -9,6 +9,7 @@ from lapilli.prompt.original_mask import image_token_ids, original_sample, show_
 from lapilli.prompt.templates import TEMPLATES
 
 
+@pytest.mark.slow
 def test_ids_labels_and_mismatches_equal_the_original(goldens: Any) -> None:
     compared = refused = 0
     for case in goldens.cases("_labels", "labels"):
@@ -44,6 +45,7 @@ def test_ids_labels_and_mismatches_equal_the_original(goldens: Any) -> None:
     assert refused >= 5
 
 
+@pytest.mark.slow
 def test_image_token_ids_of_raw_text_equal_the_original(goldens: Any) -> None:
     compared = 0
     for case in goldens.cases("_tokenizer", "tokenize"):

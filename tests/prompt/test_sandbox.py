@@ -242,11 +242,13 @@ def test_with_the_whole_budget_all_of_them_are_refused_within_seconds():
         assert kibibytes < 400_000, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", COMPILED.values(), ids=COMPILED.keys())
 def test_what_cannot_be_compiled_in_bounds_is_refused(source):
     refused(source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", RUN.values(), ids=RUN.keys())
 def test_what_does_not_end_in_bounds_is_refused(source):
     refused(source)
@@ -341,6 +343,7 @@ def test_honest_templates_write_what_jinja_writes(source):
     assert budget.left > 97_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [PARTS, STRING])
 def test_a_long_conversation_takes_a_small_part_of_what_it_may(source):
     turns = [Message.user("x" * 5000), Message.assistant("y" * 5000)] * 200
@@ -360,6 +363,7 @@ def test_a_long_conversation_takes_a_small_part_of_what_it_may(source):
     assert len(template.render(turns[:-1])) >= 2 * len(turns) - 1
 
 
+@pytest.mark.slow
 def test_threads_have_budgets_of_their_own():
     template = JinjaTemplate(STRING, **TOKENS)
     greedy = JinjaTemplate(

@@ -22,6 +22,7 @@ def text_of(segments):
     return "".join("<image>" if isinstance(s, MediaSlot) else s.text for s in segments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPOKEN)
 @pytest.mark.parametrize("number", range(len(CONVERSATIONS)))
 def test_both_render_the_same(name, number):

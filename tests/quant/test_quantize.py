@@ -128,6 +128,7 @@ def test_impossible_options(options: dict[str, object], message: str) -> None:
         QuantConfig(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_pebble_answers_as_before(bits: int) -> None:
     picture = lapilli.__path__[0] + "/../../examples/picture.png"

@@ -25,6 +25,7 @@ def make(step, micro):
     return {"pixels": torch.randn(3, 4, generator=generator), "pid": os.getpid()}, step + micro
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_items_come_in_order_and_are_the_same(workers):
     with batches(make, PLACES, workers) as take:
@@ -102,6 +103,7 @@ def test_an_exit_code_is_told():
         take(0, 0)
 
 
+@pytest.mark.slow
 def test_a_run_with_workers_makes_the_same_bits(tmp_path):
     alone, helped = new_regression(), new_regression()
     train(alone, new_recipe(), tmp_path / "alone")
@@ -111,6 +113,7 @@ def test_a_run_with_workers_makes_the_same_bits(tmp_path):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_the_run_and_nothing_is_lost(tmp_path):
     task = new_regression()
     draw = task.batch
@@ -152,6 +155,7 @@ def is_alive(pid):
         return False
 
 
+@pytest.mark.slow
 def test_idle_workers_end_with_the_process_that_started_them(tmp_path):
     child = start(hold_idle, tmp_path / "pids")
     assert wait_for((tmp_path / "pids").exists)

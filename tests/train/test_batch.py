@@ -1,5 +1,6 @@
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +56,7 @@ drawn_bins = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(drawn_bins)
 def test_bins_hold_every_sample_one_after_the_other(drawn):
     bins = [

@@ -27,6 +27,7 @@ def state_of(path):
     return load_checkpoint(path, device="cpu", dtype="float32").model.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("language", LANGUAGE_MODELS)
 def test_it_loads_and_answers(parts, tmp_path, language, tower):
@@ -56,6 +57,7 @@ def test_the_weights_keep_their_format(parts, tmp_path):
     assert 1.9 < sizes[1] / sizes[0] < 2.1
 
 
+@pytest.mark.slow
 def test_the_projector_is_torchs_own_start_and_follows_the_seed(parts, tmp_path):
     base, eyes = parts("llama", "clip")
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
@@ -85,6 +87,7 @@ def test_a_tower_of_the_hub_is_named_without_its_revision(parts, tmp_path, monke
     assert asked == ["owner/clip@v1", "owner/clip"]
 
 
+@pytest.mark.slow
 def test_new_vocabulary_rows_are_the_mean_of_the_old(parts, tmp_path):
     base, eyes = parts("llama", "clip")
     raw = tmp_path / "base"
@@ -131,6 +134,7 @@ def with_chat_template(base, folder, text):
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("language", "text", "expected"),
     [
@@ -154,6 +158,7 @@ def test_the_template_follows_the_base(parts, tmp_path, language, text, expected
     assert loaded.template.template.name == expected
 
 
+@pytest.mark.slow
 def test_a_template_that_contradicts_the_base_is_refused(parts, tmp_path):
     base, eyes = parts("qwen2", "clip")
     chat = with_chat_template(base, tmp_path / "base", CHATML)
@@ -221,6 +226,7 @@ def test_a_fewer_tokens_projector(parts, tmp_path):
     assert [span.length for span in ready.encoded.spans] == [1]
 
 
+@pytest.mark.slow
 def test_the_tower_of_a_llava_is_taken_from_it(parts, tmp_path):
     """`--vision pebble`, or any LLaVA with its tower in a folder beside its weights."""
     base, _ = parts("llama", "clip")

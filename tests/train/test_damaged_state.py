@@ -157,6 +157,7 @@ def refused(folder, **expected):
     return str(told.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_what_cannot_be_a_state_is_refused_also_of_an_earlier_version(saved, tmp_path, change):
     content = torch.load(saved / "state.pt", weights_only=True)
@@ -193,6 +194,7 @@ def test_a_file_that_is_cut_off_anywhere_is_refused(saved, tmp_path):
         refused(tmp_path, match=r"state.pt is damaged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_changed_byte_is_refused_or_does_not_matter(saved, tmp_path, seed):
     whole, draw = (saved / "state.pt").read_bytes(), random.Random(seed)
@@ -212,6 +214,7 @@ def test_a_changed_byte_is_refused_or_does_not_matter(saved, tmp_path, seed):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_other_files_are_refused(saved, tmp_path):
     path = tmp_path / "state.pt"
     whole = (saved / "state.pt").read_bytes()
@@ -415,6 +418,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_damaged_pieces_are_refused(pieces, damage):
     kept = new_state().optimizer.state_dict()["state"][0]["exp_avg"]

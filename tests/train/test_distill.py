@@ -187,6 +187,7 @@ def lesson(student, teacher, *, packed=False):
     return made
 
 
+@pytest.mark.slow
 def test_both_rows_of_a_batch(short, pebble):
     batch = lesson(short, pebble)
     assert [span.length for span in batch.spans] == [16, 16]
@@ -230,6 +231,7 @@ def model(loaded, teacher, **values):
     return DistilledModel(loaded.model, Teacher(teacher.model), DistillRecipe(teacher="", **values))
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_the_student_leaves_the_data(pebble):
     batch = lesson(pebble, pebble)
     teacher = load_checkpoint("pebble", device="cpu", dtype="float32")
@@ -240,6 +242,7 @@ def test_a_teacher_that_is_the_student_leaves_the_data(pebble):
     torch.testing.assert_close(found.total, 0.75 * plain.total, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_packed_lessons_have_the_same_loss(short, pebble):
     distilled = model(short, pebble, temperature=2.0, hidden_weight=0.5).train()
     apart, packed = (distilled(lesson(short, pebble, packed=one)) for one in (False, True))
@@ -247,6 +250,7 @@ def test_packed_lessons_have_the_same_loss(short, pebble):
     torch.testing.assert_close(packed.total, apart.total, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_few_steps_bring_the_student_nearer(short, pebble):
     distilled = model(short, pebble, weight=1.0).train()
     before = {n: p.clone() for n, p in pebble.model.state_dict().items()}
@@ -274,6 +278,7 @@ def test_evaluation_asks_no_teacher(short, pebble):
         assert torch.equal(distilled(batch).total, TrainedModel(short.model).eval()(batch).total)
 
 
+@pytest.mark.slow
 def test_states_of_other_widths_go_through_a_map_that_learns(pebble):
     wide = replace(pebble.config.text, hidden_size=320)
     projector = replace(pebble.config.projector, hidden_size=320)

@@ -64,6 +64,7 @@ def records_of(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_shorter_student(recipe_of, tmp_path):
     reproject("pebble", tmp_path / "llava-short", projector="mlp2x_gelu_pool2x2")
     launch(recipe_of(tmp_path / "llava-short", "align", workers=1), tmp_path / "run", team=ALONE)
@@ -74,6 +75,7 @@ def test_a_shorter_student(recipe_of, tmp_path):
     assert projector_name(loaded.config.projector) == "mlp2x_gelu_pool2x2"
 
 
+@pytest.mark.slow
 def test_a_student_of_other_parts(recipe_of, stranger):
     """Its batch and the teacher's differ in everything but what they supervise."""
     task = build_task(recipe_of(stranger, "instruct"), ALONE)

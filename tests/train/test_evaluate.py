@@ -117,6 +117,7 @@ def test_the_best_needs_a_figure(tmp_path, regression):
         new_recipe(keep_best=True)
 
 
+@pytest.mark.slow
 def test_nothing_that_is_drawn_while_training_is_in_an_evaluation(checkpoint, tmp_path):
     """Noise or dropout as large as they go leave the figures as they are."""
     file = write_samples(tmp_path)

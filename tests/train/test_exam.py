@@ -70,6 +70,7 @@ def graded(folder):
     return [json.loads(line) for line in (folder / "exam.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_what_was_learned_by_heart_is_answered(recipe_of, tmp_path):
     """And both turns of every sample are asked, with the words that `ask` gives."""
     folder = tmp_path / "run"
@@ -82,6 +83,7 @@ def test_what_was_learned_by_heart_is_answered(recipe_of, tmp_path):
     assert "| answers | 4 |" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -102,6 +104,7 @@ def test_every_form_of_results_is_examined(recipe_of, tmp_path, more):
     assert not list((folder / "model").glob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_projector_is_examined_on_captions(recipe_of, tmp_path):
     recipe = recipe_of("align")
     samples = json.loads((tmp_path / "train.json").read_text())
@@ -112,6 +115,7 @@ def test_a_projector_is_examined_on_captions(recipe_of, tmp_path):
     assert [one["reference"] for one in graded(tmp_path / "run")] == ["A b"] * 2
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_examined_again(recipe_of, tmp_path):
     folder = tmp_path / "run"
     recipe = recipe_of(lora=LoraRecipe(rank=2))
@@ -131,6 +135,7 @@ def test_several_processes_hold_one_exam(recipe_of, tmp_path, sharding):
     assert "exact_match" in (tmp_path / "run" / "run" / "model" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_skipped_sample_is_not_asked(recipe_of, tmp_path):
     recipe = recipe_of(run={"exam": 8})
     samples = json.loads((tmp_path / "train.json").read_text())

@@ -47,6 +47,7 @@ def exported(tmp_path_factory):
     return folder / "model", parts
 
 
+@pytest.mark.slow
 def test_the_files_load_with_every_weight(exported):
     folder, parts = exported
     chat = load(str(folder), dtype="float32")

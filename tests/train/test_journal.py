@@ -51,6 +51,7 @@ def test_every_record_says_speed_and_memory(tmp_path, regression):
     assert all(record["per_s"] > 0 and record["gib"] > 0.05 for record in records)
 
 
+@pytest.mark.slow
 def test_the_curve_is_drawn_at_the_end(tmp_path):
     train(new_noisy(), noisy_recipe(steps=6, plot=True), tmp_path)
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -145,6 +146,7 @@ def test_wandb_that_does_not_start_is_an_error_with_a_way_out(tmp_path, monkeypa
         open_trackers(new_recipe(loggers=("wandb",)), tmp_path, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_real_wandb_keeps_one_run_in_two_folders(tmp_path, monkeypatch):
     pytest.importorskip("wandb")

@@ -37,6 +37,7 @@ def step_of(folder):
     return torch.load(path, weights_only=True)["step"] if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path, undisturbed):
     killed_at = []
     for _ in range(2):
@@ -53,6 +54,7 @@ def test_killed_while_saving(tmp_path, undisturbed):
     assert_same(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_killed_learns_the_same(tmp_path, checkpoint):
     """With all that a run draws or remembers, from samples on disk to the adapter that is left."""
     file = real_run.write_samples(tmp_path)
@@ -95,6 +97,7 @@ def test_killed_at_random_moments(tmp_path, undisturbed, workers):
     assert_same(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_wish_to_stop_is_granted_after_the_step(tmp_path, undisturbed, number, code):
     rarely = {"save_every": 100, "workers": 1}
@@ -120,6 +123,7 @@ def read_for_ever(folder):
     train(task, noisy_recipe(), folder)
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait(tmp_path):
     child = start(read_for_ever, tmp_path)
     assert wait_for((tmp_path / "reading").exists)

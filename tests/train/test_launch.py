@@ -59,6 +59,7 @@ def recipe_of(start, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_one_process_takes_a_recipe_for_many(recipe_of, tmp_path):
     """run.sharding = "fsdp" of one process is the whole model."""
     saved = []
@@ -70,6 +71,7 @@ def test_one_process_takes_a_recipe_for_many(recipe_of, tmp_path):
     assert saved[0] == saved[1]
 
 
+@pytest.mark.slow
 def test_results_replace_those_of_their_own_run_alone(recipe_of, start, tmp_path):
     taken = tmp_path / "taken"
     (taken / "model").mkdir(parents=True)
@@ -95,6 +97,7 @@ def losses(folder):
     return [line["loss"] for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoraRecipe(rank=2)])
 def test_bfloat16_has_the_losses_of_float32(recipe_of, tmp_path, lora):
     for precision in ("float32", "bfloat16"):
@@ -105,6 +108,7 @@ def test_bfloat16_has_the_losses_of_float32(recipe_of, tmp_path, lora):
     assert found != pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_every_part_learns_from_packed_rows(recipe_of, start, tmp_path):
     """With noise, averages and a rate of its own for the tower."""
     recipe = recipe_of(noise=NoiseRecipe(alpha=5.0), run={"batch_size": 2})
@@ -153,6 +157,7 @@ def first_alone(self, step, micro):
     return MAKE(self, step, micro)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", FILES)
 def test_every_checkpoint_has_the_files_of_the_end(recipe_of, tmp_path, monkeypatch, stage):
     """The original's own intermediate ones lack non_lora_trainables.bin and the tokenizer."""

@@ -21,6 +21,7 @@ def weights(task):
     return [p.detach().clone() for p in task.model.parameters()]
 
 
+@pytest.mark.slow
 def test_loss_falls_and_every_step_is_logged(tmp_path, regression):
     train(regression, new_recipe(steps=150, save_every=150), tmp_path)
     records = steps_of(tmp_path)
@@ -65,6 +66,7 @@ train(task, new_recipe(steps=40), Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(

@@ -29,6 +29,7 @@ from tests.train.golden import VARIANTS, rows_of, with_gradients
 INSTRUCT = Recipe(stage="instruct", optim=OptimRecipe(lr=1.0), run=RunRecipe(batch_size=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_the_originals(conformance, golden, variant, packed):
@@ -96,6 +97,7 @@ SHAPES = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(SHAPES, st.data())
 def test_packed_rows_give_the_loss_and_gradients_of_their_samples(llava, shapes, data):
@@ -148,6 +150,7 @@ def long_row(model, length, count):
     return replace(row, prompt=replace(row.prompt, loss_mask=mask))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_other_lengths_are_products_of_the_same_shapes(llava, packed, precision):
@@ -298,6 +301,7 @@ def transformers_losses(path, task, *, steps, lr):
     return found
 
 
+@pytest.mark.slow
 def test_twenty_steps_have_the_losses_of_transformers(tmp_path):
     path = tmp_path / "llava"
     make_llava(path)

@@ -113,6 +113,7 @@ def test_groups_are_those_of_the_original():
         assert decayed(model) == {n for n in theirs if "bias" not in n} & names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_next", [False, True])
 def test_groups_of_a_llava_are_those_of_transformers(tmp_path, is_next):
     """Of the same checkpoint, by the trainer that the original is built on."""

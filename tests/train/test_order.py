@@ -37,6 +37,7 @@ def new_order(words, group, batch_size, accumulate, seed=0, **options):
     )
 
 
+@pytest.mark.slow
 @given(WORDS, GROUPS, SIZES, SIZES, st.integers(0, 99))
 def test_every_epoch_has_every_sample_once(words, group, batch_size, accumulate, seed):
     order = new_order(words, group, batch_size, accumulate, seed)
@@ -46,6 +47,7 @@ def test_every_epoch_has_every_sample_once(words, group, batch_size, accumulate,
         assert sorted(part) == list(range(len(words)))
 
 
+@pytest.mark.slow
 @given(WORDS, GROUPS, SIZES, SIZES, st.integers(0, 20))
 def test_a_run_that_goes_on_reads_what_it_would_have_read(words, group, batch, accumulate, step):
     whole = read(new_order(words, group, batch, accumulate), 0, step + 5)
@@ -92,6 +94,7 @@ def test_without_groups_it_is_a_permutation_per_epoch(count, batch_size, seed, s
     assert order.indices(step, 0) == draw_indices(count, batch_size, step, seed=seed).tolist()
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(st.integers(1, 20), st.sampled_from([0.25, 0.5, 1.0, 2.0, 2.5])), min_size=1
@@ -122,6 +125,7 @@ def test_half_a_source_is_another_half_next_time():
     assert sorted(read(order, 2, 4)) == list(range(10))
 
 
+@pytest.mark.slow
 @given(WORDS, SIZES, SIZES, st.integers(1, 4))
 def test_processes_share_the_micro_batches(words, batch_size, rounds, processes):
     """The micro-batches of a step are the same whoever reads them, in whatever order."""

@@ -101,6 +101,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft about itself
 @pytest.mark.parametrize("form", FORMS)
 def test_the_original_computes_the_same(llava, parts, tmp_path, monkeypatch, form):  # noqa: F811

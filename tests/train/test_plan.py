@@ -86,6 +86,7 @@ def batch_of(vlm, words=21):
     return collate([Row(EncodedPrompt(ids, mask, (Span(0, 1, seen),)), (item,))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("kind", ["align", "full", "tower", "lora"])
 def test_flops_are_those_that_torch_counts(monkeypatch, kind, recomputes):
@@ -100,6 +101,7 @@ def test_flops_are_those_that_torch_counts(monkeypatch, kind, recomputes):
 JOINING = ["pool2x2_mlp2x_gelu", "mlp2x_gelu_pool2x2", "resampler5", "resampler3x2", "linear"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["align", "tower"])
 @pytest.mark.parametrize("name", JOINING)
 def test_flops_of_projectors_that_join_features(monkeypatch, name, kind):
@@ -364,6 +366,7 @@ class OneBatch:
         return {}
 
 
+@pytest.mark.slow
 def test_layers_that_are_computed_again_learn_the_same(tmp_path):
     """On a CPU the loop exchanges attention, and may not do so in one of the two passes alone."""
     tasks = {recomputes: OneBatch(recomputes) for recomputes in (False, True)}

@@ -133,6 +133,7 @@ def names_in(folder):
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 
+@pytest.mark.slow
 def test_align_leaves_a_projector(llava, parts, tmp_path):
     out = tmp_path / "out"
     loaded = finished(recipe_of(llava, "align", data=DataRecipe(template="plain")), out)
@@ -190,6 +191,7 @@ def test_the_format_of_the_numbers(llava, tmp_path):
         finished(recipe_of(llava, save=SaveRecipe(dtype="int8")), tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_lora_leaves_an_adapter_and_its_projector(llava, parts, tmp_path):
     out = tmp_path / "llava-lora"
     loaded = finished(recipe_of(llava, lora=LORA), out)
@@ -273,6 +275,7 @@ def test_other_tensors_than_the_models_own(llava, tmp_path):
     same(logits_of(load(tmp_path / "out").model), logits_of(loaded.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_a_tuned_tower_comes_along(llava, tmp_path, lora):
     recipe = recipe_of(llava, lora=lora, model={"tune_tower": True})
@@ -282,6 +285,7 @@ def test_a_tuned_tower_comes_along(llava, tmp_path, lora):
     same(logits_of(again.model), logits_of(loaded.model))
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on(llava, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     finished(recipe_of(llava, lora=LORA), first)
@@ -293,6 +297,7 @@ def test_an_adapter_goes_on(llava, tmp_path):
     same(logits_of(load(tmp_path / "third").model), logits_of(laid.model))
 
 
+@pytest.mark.slow
 def test_on_a_projector_of_the_first_stage(llava, tmp_path):
     finished(recipe_of(llava, "align"), tmp_path / "projector")
     for name, lora in (("lora", LORA), ("whole", None)):
@@ -300,6 +305,7 @@ def test_on_a_projector_of_the_first_stage(llava, tmp_path):
         same(logits_of(load(tmp_path / name).model), logits_of(loaded.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["align", "instruct", "lora"])
 def test_a_tower_that_is_named_from_the_checkpoint_is_still_found(llava, tmp_path, kind):
     start = tmp_path / "start"
@@ -323,6 +329,7 @@ def transformers_logits(model):
         return model.eval()(input_ids=ids, pixel_values=PIXELS).logits[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_the_layout_of_hugging_face(llava, tmp_path, lora):
     save = replace(HF, merge=lora is not None)
@@ -332,6 +339,7 @@ def test_the_layout_of_hugging_face(llava, tmp_path, lora):
     same(logits_of(load(tmp_path / "out").model), logits_of(loaded.model))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("targets", [(), ("language_model.model.layers.0.mlp.{up,down}_proj",)])
 def test_an_adapter_for_peft(hf_llava, tmp_path, targets):
@@ -347,6 +355,7 @@ def test_an_adapter_for_peft(hf_llava, tmp_path, targets):
     same(logits_of(load(hf_llava, adapter=str(out)).model), logits_of(loaded.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "instruct", "lora"])
 def test_from_the_layout_of_hugging_face_into_the_originals(hf_llava, tmp_path, stage):
     lora = LORA if stage == "lora" else None
@@ -357,6 +366,7 @@ def test_from_the_layout_of_hugging_face_into_the_originals(hf_llava, tmp_path, 
     same(logits_of(again.model), logits_of(loaded.model))
 
 
+@pytest.mark.slow
 def test_going_on_with_our_own_adapter_over_hugging_face(hf_llava, tmp_path):
     """The folder has the names of the original, its base those of Hugging Face."""
     first = finished(recipe_of(hf_llava, lora=LORA), tmp_path / "first")
@@ -369,6 +379,7 @@ def test_going_on_with_our_own_adapter_over_hugging_face(hf_llava, tmp_path):
     same(logits_of(load(tmp_path / "second").model), logits_of(second.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_came_with_an_adapter_goes_on_with_the_next(hf_llava, tmp_path, tied):
     """An embedding that PEFT stored whole is not the base's: the next adapter brings it too."""
@@ -399,6 +410,7 @@ def test_what_came_with_an_adapter_goes_on_with_the_next(hf_llava, tmp_path, tie
         Results.of(second, replace(recipe, save=HF))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_saved_is_refused_before_the_run(llava, hf_llava, parts, tmp_path):
     def results(checkpoint, **more):
         return Results.of(load(checkpoint), recipe_of(checkpoint, **more))
@@ -436,6 +448,7 @@ def test_what_cannot_be_saved_is_refused_before_the_run(llava, hf_llava, parts, 
         results(hf_llava, lora=LORA, save=HF, model=tuned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ["mistral", "qwen2", "mpt"])
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_other_language_models(parts, tmp_path, language, lora):

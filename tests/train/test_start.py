@@ -47,6 +47,7 @@ def recipe_of(checkpoint, stage="instruct", **given):
 LORA = LoraRecipe(rank=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "frozen"),
     [
@@ -83,6 +84,7 @@ def test_int4_packs_the_layers_under_the_adapter(llava):  # noqa: F811
     assert all(isinstance(base, QuantLinear) and base.bits == 4 for base in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_a_run_starts_with_the_projector_in_the_folder_of_another(checkpoint, tmp_path, lora):
     own = load_checkpoint(checkpoint).model.modality("image").projector
@@ -174,6 +176,7 @@ def test_a_template_of_another_base_is_refused(checkpoint):
         choose_template(recipe, load_start(recipe))
 
 
+@pytest.mark.slow
 def test_a_template_that_contradicts_the_chat_template_beside_the_checkpoint_is_refused(
     checkpoint, tmp_path
 ):

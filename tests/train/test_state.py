@@ -117,6 +117,7 @@ IDENTITIES = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [in_a_file, in_pieces])
 @given(IDENTITIES, IDENTITIES)
 @settings(max_examples=12, deadline=None)
@@ -205,6 +206,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(small_disk):
     assert state.step == 1
 
 
+@pytest.mark.slow
 def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(small_disk, tmp_path):
     folder, whole = small_disk / "run", tmp_path / "whole"
     recipe = noisy_recipe(save_every=4, evaluate_every=0, keep_best=False)

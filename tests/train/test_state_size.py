@@ -86,6 +86,7 @@ def size_of(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "what"), CASES)
 def test_a_state_has_nothing_of_the_base(layouts, tmp_path, layout, what):
     state = trained_once(layouts[layout], what)

@@ -84,6 +84,7 @@ def test_it_is_what_the_loop_asks_for(checkpoint, file):
     assert sorted(batch.ids + other.ids) == [f"s{i}" for i in range(8)]
 
 
+@pytest.mark.slow
 def test_packed_batches_have_the_loss_of_padded_ones(checkpoint, file):
     losses = []
     for packed in (False, True):
@@ -94,6 +95,7 @@ def test_packed_batches_have_the_loss_of_padded_ones(checkpoint, file):
     torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apart", ["held_out", "evaluation"])
 def test_rows_are_placed_and_cut_as_the_recipe_says(checkpoint, file, apart):
     """Those that are learned from, and those that are evaluated."""
@@ -115,6 +117,7 @@ def test_rows_are_placed_and_cut_as_the_recipe_says(checkpoint, file, apart):
         assert max(map(len, cut)) == limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [False, True])
 def test_layers_are_computed_twice_and_compiled_as_the_recipe_says(
     checkpoint, file, wanted, monkeypatch
@@ -146,6 +149,7 @@ def test_rows_whose_positions_depend_on_their_length_are_not_packed(checkpoint, 
         refuse_packing(loaded, 65)
 
 
+@pytest.mark.slow
 def test_held_out_samples_are_evaluated_and_not_learned_from(checkpoint, file):
     task = build(checkpoint, file, held_out=0.25)
     assert task.num_samples == 6
@@ -182,6 +186,7 @@ def test_what_cannot_be_read_is_counted_where_it_is_learned_from(checkpoint, fil
     assert "missing.png" in task.skipped[0]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_left_out_of_an_evaluation_and_counted(checkpoint, file, tmp_path):
     shutil.copytree(file.parent, tmp_path / "data")
     (tmp_path / "data" / "4_0.png").unlink()
@@ -216,6 +221,7 @@ def test_a_bad_held_out_sample_ends_a_run_before_its_first_step(checkpoint, file
         build(checkpoint, file, run={"keep_best": True, "evaluate_every": 2})
 
 
+@pytest.mark.slow
 def test_the_log_counts_what_could_not_be_read_over_a_stop(checkpoint, file, tmp_path):
     shutil.copytree(file.parent, tmp_path / "data")
     (tmp_path / "data" / "4_0.png").unlink()
@@ -232,6 +238,7 @@ def test_the_log_counts_what_could_not_be_read_over_a_stop(checkpoint, file, tmp
     assert counts == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_an_adapter_learns_beside_a_packed_base(checkpoint, file):
     task = build(checkpoint, file, lora=LoraRecipe(rank=2, dropout=0.1, base="nf4"))
     task.model.train()
@@ -248,6 +255,7 @@ def test_no_data_is_refused(checkpoint):
         build(checkpoint, None)
 
 
+@pytest.mark.slow
 def test_a_run_with_another_seed_or_other_data_is_refused(checkpoint, file, tmp_path):
     run = {"steps": 1, "plot": False, "batch_size": 2}
     first = build(checkpoint, file, run=run)
@@ -273,6 +281,7 @@ def test_the_samples_of_a_micro_batch_are_named_before_it_is_made(checkpoint, fi
     assert task.names(1, 0) == [f"{file}:1 (id {name!r})" for name in ids]
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_is_drawn_from_the_seed(checkpoint, file):
     """Whatever else was drawn before."""
     drawn = []

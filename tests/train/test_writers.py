@@ -217,6 +217,7 @@ def test_every_writer_carries_the_template(sources, tmp_path, kind):
         same(answers(tmp_path / name), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["export", "LoRA"])
 def test_a_chat_template_is_carried_into_the_originals_layout(sources, tmp_path, name):
     source = sources["processor_config.json"]
@@ -227,6 +228,7 @@ def test_a_chat_template_is_carried_into_the_originals_layout(sources, tmp_path,
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == WITH_SYSTEM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["chat_template.jinja", "chat_template.jinja, template named", "exported"]
 )
@@ -240,6 +242,7 @@ def test_an_adapter_for_peft_carries_the_template(sources, tmp_path, kind):
     same(answers(tmp_path / "folded"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["original", "chat_template.jinja", "chat_template.jinja, template named", "exported"]
 )
@@ -260,6 +263,7 @@ def test_quantize_carries_the_template(sources, tmp_path, kind):
     same(answers(tmp_path / "out"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["original", "original, template named", "processor_config.json"])
 def test_transformers_reads_the_same_ids_and_logits(sources, tmp_path, kind):
     source = sources[kind]
@@ -303,6 +307,7 @@ def processor_inputs(processor, messages):
     return processor(text=text, images=pictures, return_tensors="pt", add_special_tokens=not begins)
 
 
+@pytest.mark.slow
 def test_number_formats_are_those_of_the_files(sources, tmp_path):
     """A run in bfloat16 leaves an adapter that is exported in the format of its base."""
     source = sources["chat_template.jinja"]  # float32
@@ -312,6 +317,7 @@ def test_number_formats_are_those_of_the_files(sources, tmp_path):
     same(answers(tmp_path / "out"), answers(source.path))
 
 
+@pytest.mark.slow
 def test_a_float32_tower_stays_float32_beside_a_float16_language_model(sources, tmp_path):
     loaded = load_checkpoint(sources["original"].path, device="cpu", dtype=STORED)
     tower = {dtype for name, dtype in loaded.stored.items() if "vision_tower" in name}

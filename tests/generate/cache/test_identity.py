@@ -175,6 +175,7 @@ def test_equal_settings_are_no_change(model):
     assert watch.epoch == before
 
 
+@pytest.mark.slow
 def test_replaced_weights_go_at_once(model):
     watch = WeightWatch(model)
     assert watch.epoch == watch.epoch

@@ -61,6 +61,7 @@ def refused(path, kind, engine=None, **expected):
     assert len(str(told.value)) < 600
 
 
+@pytest.mark.slow
 def test_what_was_saved_is_found_and_answers_are_the_same(saved, kind):
     fresh, loaded = new_engine(kind), new_engine(kind)
     assert loaded.load_prefix(saved) > 12
@@ -124,6 +125,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_changed_prefix_is_refused(saved, kind, tmp_path, change):
     header, tensors = content(saved)
@@ -132,6 +134,7 @@ def test_a_changed_prefix_is_refused(saved, kind, tmp_path, change):
     refused(tmp_path / "changed", kind)
 
 
+@pytest.mark.slow
 def test_a_prefix_that_is_cut_off_anywhere_is_refused(saved, kind, tmp_path):
     whole, path, engine = saved.read_bytes(), tmp_path / "cut", new_engine(kind)
     for size in [*range(0, len(whole), len(whole) // 40), len(whole) - 1]:
@@ -141,6 +144,7 @@ def test_a_prefix_that_is_cut_off_anywhere_is_refused(saved, kind, tmp_path):
     refused(path, kind)
 
 
+@pytest.mark.slow
 def test_a_changed_byte_is_refused_or_does_not_matter(saved, kind, tmp_path):
     whole, draw, path = saved.read_bytes(), random.Random(0), tmp_path / "changed"
     engine = new_engine(kind)
@@ -165,6 +169,7 @@ def test_a_prefix_of_an_earlier_version_is_refused_by_name(saved, kind, tmp_path
     refused(tmp_path / "old", kind, match="saved by an earlier version.*save the prefix again")
 
 
+@pytest.mark.slow
 def test_what_is_no_file_is_refused(kind, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
@@ -173,6 +178,7 @@ def test_what_is_no_file_is_refused(kind, tmp_path):
         new_engine(kind).load_prefix(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_a_place_that_takes_no_prefix_is_told(saved, kind, tmp_path):
     engine = new_engine(kind)
     ticket = engine.submit(request_of(PARTS))

@@ -18,6 +18,7 @@ def run(steps):
     return asyncio.run(asyncio.wait_for(steps, WAIT))
 
 
+@pytest.mark.slow
 def test_many_tasks_at_once(engine, model):
     requests = [request_of([i, picture(i % 3), 2], max_new_tokens=3 + i) for i in range(1, 9)]
 
@@ -98,6 +99,7 @@ def test_failing_step_does_not_end_the_thread(engine, monkeypatch):
     assert len(run(ask()).token_ids) == 8
 
 
+@pytest.mark.slow
 def test_places_are_limited(model, tokenizer):
     engine = Engine(model, tokenizer, options=dataclasses.replace(SMALL, max_waiting=2))
 
@@ -132,6 +134,7 @@ def test_closed_engine_refuses(engine):
     assert not any(thread.name == "lapilli-engine" for thread in threading.enumerate())
 
 
+@pytest.mark.slow
 def test_slow_reader_gets_longer_pieces(engine, model):
     request = request_of([3], max_new_tokens=20)
 
@@ -149,6 +152,7 @@ def test_slow_reader_gets_longer_pieces(engine, model):
     assert "".join(piece.text for piece in pieces) == alone(model, request).text
 
 
+@pytest.mark.slow
 def test_a_malformed_request_ends_its_own_task_only(engine, model):
     good = request_of([3, picture(1)])
     bad = dataclasses.replace(good, prompt=dataclasses.replace(good.prompt, input_ids=[99] * 4))
@@ -182,6 +186,7 @@ def test_any_error_of_a_step_does_not_end_the_thread(engine, monkeypatch):
     assert run(ask()).finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_two_event_loops_share_the_places(engine, model):
     """More tasks than places, in two loops of two threads: all are answered."""
     engine = Engine(
@@ -206,6 +211,7 @@ def test_two_event_loops_share_the_places(engine, model):
             assert_same(answer, alone(model, request), model, request)
 
 
+@pytest.mark.slow
 def test_who_waits_for_a_place_may_give_up(engine):
     engine = Engine(
         engine.model, engine._arrivals._tokenizer, options=dataclasses.replace(SMALL, max_waiting=1)
@@ -223,6 +229,7 @@ def test_who_waits_for_a_place_may_give_up(engine):
     assert all(answer.finish_reason == "length" for answer in run(ask()))
 
 
+@pytest.mark.slow
 def test_a_closed_engine_leaves_the_requests_of_others_alone(engine, model):
     mine = request_of([3], max_new_tokens=20)
     ticket = engine.submit(mine)
@@ -232,6 +239,7 @@ def test_a_closed_engine_leaves_the_requests_of_others_alone(engine, model):
     assert_same(ticket.generation, alone(model, mine), model, mine)
 
 
+@pytest.mark.slow
 def test_a_service_and_a_chat_use_one_engine(engine, model):
     requests = [request_of([i], max_new_tokens=9) for i in range(1, 7)]
     found = []

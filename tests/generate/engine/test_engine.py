@@ -52,6 +52,7 @@ def built(parts, options, priority=0):
     return request_of(media, priority=priority, **options)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(PARTS, OPTIONS, st.integers(0, 2)), min_size=1, max_size=9))
 @settings(max_examples=15, deadline=None)
 def test_every_answer_is_that_of_a_solo_run(model, drawn):
@@ -63,6 +64,7 @@ def test_every_answer_is_that_of_a_solo_run(model, drawn):
     assert not engine.has_work
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -87,6 +89,7 @@ def test_other_families(config):
             assert_same(ours, alone(model, request), model, request)
 
 
+@pytest.mark.slow
 def test_tokens_without_a_seed_follow_the_global_source(model, tokenizer):
     def answer() -> tuple[int, ...]:
         torch.manual_seed(4)
@@ -103,6 +106,7 @@ def test_greedy_leaves_the_global_source_alone(engine):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_more_requests_than_rows_and_blocks(model, tokenizer):
     options = dataclasses.replace(SMALL, kv_bytes=10 * 2 * 2 * 2 * 4 * 8 * 4)
     engine = Engine(model, tokenizer, options=options)
@@ -112,6 +116,7 @@ def test_more_requests_than_rows_and_blocks(model, tokenizer):
         assert_same(ours, alone(model, request), model, request)
 
 
+@pytest.mark.slow
 def test_end_token_of_the_model(model):
     [free] = Engine(model, WordTokenizer(), options=SMALL).run([request_of([3, 4])])
     end = free.token_ids[2]
@@ -133,6 +138,7 @@ def test_answer_ends_with_the_context(model, tokenizer):
         engine.submit(request_of(list(range(1, 11))))
 
 
+@pytest.mark.slow
 def test_stream_is_the_answer_in_pieces(engine, model):
     request = request_of([3, picture(2), 9], max_new_tokens=12)
     pieces = list(engine.stream(request))
@@ -152,6 +158,7 @@ def test_closed_stream_gives_its_blocks_back(engine):
     assert engine.pool.available == engine.pool.capacity
 
 
+@pytest.mark.slow
 def test_cancelled_request_keeps_what_it_said(engine, model):
     long, other = request_of([3], max_new_tokens=50), request_of([4], max_new_tokens=20)
     first, second = engine.submit(long), engine.submit(other)
@@ -275,6 +282,7 @@ def test_refusals(engine, model, tokenizer):
         EngineOptions(kv_dtype="int4")
 
 
+@pytest.mark.slow
 def test_waiting_requests_are_bounded(model, tokenizer):
     engine = Engine(model, tokenizer, options=dataclasses.replace(SMALL, max_waiting=2))
     for _ in range(2):
@@ -284,6 +292,7 @@ def test_waiting_requests_are_bounded(model, tokenizer):
     assert len(engine.run([request_of([i]) for i in range(1, 9)])) == 8
 
 
+@pytest.mark.slow
 def test_as_completed_hands_out_errors_and_takes_requests_lazily(engine, model):
     taken = []
 

@@ -114,6 +114,7 @@ def check(model, right: dict[int, Generation], at: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_an_interrupt_before_some_lines(model, right):
     with Interrupt(None) as counted:
         session(Engine(model, WordTokenizer(), options=TINY))

@@ -80,6 +80,7 @@ def test_this_machine_has_memory():
     assert total_memory(CPU) > 1 << 28
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
 def test_what_a_long_prompt_took_goes_back():
     def resident() -> int:

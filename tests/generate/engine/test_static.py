@@ -93,6 +93,7 @@ def questions():
     ]
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 14)), min_size=1, max_size=7))
 @settings(max_examples=10)
 def test_every_answer_is_that_of_a_solo_run(model, drawn):
@@ -104,6 +105,7 @@ def test_every_answer_is_that_of_a_solo_run(model, drawn):
         assert_same(ours, alone(model, request), model, request)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [{}, {"kv_dtype": "int8"}, {"speculate": "on"}], ids=str)
 def test_logits_of_every_step_are_those_of_the_ragged_pass(family, options, monkeypatch):
@@ -118,6 +120,7 @@ def test_logits_of_every_step_are_those_of_the_ragged_pass(family, options, monk
     assert sum(is_fresh for _, is_fresh in passes) == len(steps.shapes) < len(passes)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("only_torch")
 @pytest.mark.parametrize(
     ("family", "options"),
@@ -144,6 +147,7 @@ def test_a_replayed_step_is_the_step(family, options):
     assert len(steps.shapes) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("only_torch")
 def test_another_model_is_recorded_anew():
     model = build()
@@ -182,6 +186,7 @@ def broken(step):
     raise RuntimeError("no such graphs\nand much more")
 
 
+@pytest.mark.slow
 def test_auto_goes_on_in_another_way(model, tokenizer, monkeypatch):
     monkeypatch.setattr(reading, "ways", lambda *_: ("on", "static", "off"))
     tried = []

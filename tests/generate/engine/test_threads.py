@@ -50,6 +50,7 @@ ASKED = st.tuples(
 )
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.lists(ASKED, min_size=1, max_size=5), min_size=2, max_size=3),
     st.booleans(),
@@ -97,6 +98,7 @@ def test_engines_of_one_model_have_one_lock(model, tokenizer):
     assert first._lock is second._lock is lock_of(model.language_model)
 
 
+@pytest.mark.slow
 def test_who_waits_is_served_by_another_threads_steps(engine, model):
     """Steps of a thread that does not end serve a stream in another one, piece by piece."""
     long = engine.submit(request_of([3], max_new_tokens=110))
@@ -118,6 +120,7 @@ def test_who_waits_is_served_by_another_threads_steps(engine, model):
     engine.step()
 
 
+@pytest.mark.slow
 def test_a_callback_that_raises_harms_nobody(engine, model, caplog):
     requests = [request_of([i, 5], max_new_tokens=6) for i in range(1, 5)]
     tickets = [engine.submit(request) for request in requests]
@@ -242,6 +245,7 @@ MALFORMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_a_malformed_request_is_refused_at_once_and_harms_nobody(engine, model, kind):
     changes, error, text = MALFORMED[kind]
@@ -292,6 +296,7 @@ def test_logits_without_numbers_fail_their_request_alone(engine, model, monkeypa
     assert engine.pool.available == engine.pool.capacity
 
 
+@pytest.mark.slow
 def test_any_error_of_a_pass_fails_its_requests_and_not_the_engine(engine, model, monkeypatch):
     ticket = engine.submit(request_of([3]))
 
@@ -342,6 +347,7 @@ def fails(keys):
     raise ValueError("mine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guess", [fails, lambda _: [10**6], lambda _: [-3], lambda _: ["a"]])
 def test_a_careless_drafter_costs_its_guesses_only(model, tokenizer, guess):
     options = dataclasses.replace(SMALL, speculate="on")
@@ -361,6 +367,7 @@ def test_what_a_step_calls_cannot_wait_for_the_engine(model, tokenizer, caplog):
     assert "in the middle of a step" in caplog.text
 
 
+@pytest.mark.slow
 def test_as_completed_waits_for_room(model, tokenizer):
     engine = Engine(model, tokenizer, options=dataclasses.replace(SMALL, max_waiting=1))
     answers = dict(engine.as_completed(request_of([i + 1]) for i in range(7)))

@@ -49,6 +49,7 @@ def driver(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_driver(compiler, sources, tmp_path_factory.mktemp("driver"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_operation_equals_float64(driver: Path, name: str) -> None:
     found = native()

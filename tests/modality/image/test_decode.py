@@ -356,6 +356,7 @@ WHOLE = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(WHOLE)), st.data())
 def test_damaged_files_give_a_picture_or_our_error(kind, data):

@@ -58,6 +58,7 @@ def test_every_picture_has_as_many_features_as_promised(image, has_newline):
     assert [f.shape for f in features] == [(modality.num_tokens(i), 12) for i in items]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_newline", [False, True])
 @pytest.mark.parametrize(
     ("image", "projector"),

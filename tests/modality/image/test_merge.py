@@ -42,6 +42,7 @@ def test_as_many_features_as_num_tokens_says(size, aspect, merge, has_newline, r
     assert merged.shape[0] == num_tokens(size, config, TOWER, has_newline=has_newline)
 
 
+@pytest.mark.slow
 @given(sizes)
 def test_spatial_reads_the_whole_map_row_by_row(size):
     config = image_config(28, "anyres", "spatial")
@@ -57,6 +58,7 @@ def test_spatial_reads_the_whole_map_row_by_row(size):
     assert merged[:, 0].tolist() == expected
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # the first call imports transformers
 @given(sizes)
 def test_unpad_agrees_with_transformers(size):

@@ -26,6 +26,7 @@ from tests.modality.image.build import image_config, vision_config
 TOLERANCE = 1e-5
 
 
+@pytest.mark.slow
 def test_resizing_that_takes_much_memory_is_refused():
     tall = Image.new("RGB", (1, 2_000_000))  # 336 x 2000000 between two passes of Pillow's
     with pytest.raises(MediaError, match=r"1x2000000.* too large: resizing it to 336x336 would"):
@@ -82,6 +83,7 @@ def prepared(pictures: list[Image.Image], config: ImageConfig) -> list[PreparedI
 
 
 # Palette images whose transparency is a list make Pillow warn when the golden way converts them.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_every_golden_picture(conformance):
     worst, compared, identical, differing = 0.0, 0, 0, 0
@@ -116,6 +118,7 @@ def test_every_golden_picture(conformance):
     assert identical == compared, f"{identical} of {compared} bit for bit, worst {worst}"
 
 
+@pytest.mark.slow
 def test_the_pictures_of_every_golden_checkpoint(conformance):
     compared = 0
     for spec_path in sorted((conformance / "cases").glob("*/*/spec.json")):

@@ -51,6 +51,7 @@ def _pair(config: VisionConfig):
     return oracle, tower
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [-5, -2, -1, 0, 1, 4])
 @pytest.mark.parametrize(
     "config", [CLIP, dataclasses.replace(CLIP, activation="gelu"), SIGLIP], ids=str

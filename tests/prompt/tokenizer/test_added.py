@@ -54,6 +54,7 @@ def source(goldens: Any, kind: str, given_flags: list[set[str]]) -> dict[str, An
     return raw
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @EXAMPLES
 @given(text=texts, on=all_flags)
@@ -74,6 +75,7 @@ def test_ordinary_tokens_are_found_in_typed_text(
         assert [token.id for token in cut] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @EXAMPLES
 @given(text=typed_texts, on=all_flags)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from lapilli.prompt.encode import encode
 from lapilli.prompt.segments import MediaSlot, Segment, TextSegment
 from lapilli.prompt.tokenizer import Tokenizer
@@ -25,6 +27,7 @@ def grown(goldens: Any, given: dict[str, Any]) -> Tokenizer:
     return goldens.tokenizer(given["tokenizer"], given.get("add_tokens", []))
 
 
+@pytest.mark.slow
 def test_ids_tokens_and_text_equal_the_original(goldens: Any) -> None:
     compared = 0
     for case in goldens.cases("_tokenizer", "tokenize"):
@@ -40,6 +43,7 @@ def test_ids_tokens_and_text_equal_the_original(goldens: Any) -> None:
     assert compared > 400
 
 
+@pytest.mark.slow
 def test_text_around_images_equals_the_original(goldens: Any) -> None:
     compared = 0
     for case in goldens.cases("_tokenizer", "tokenize"):

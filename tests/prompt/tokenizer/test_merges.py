@@ -1,5 +1,6 @@
 """The merges of a vocabulary are all cuts whose halves are pieces, in their order."""
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ def plain_merges(scores, ids):
     return [cut for _, cut in ranked]
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(TEXTS, st.sampled_from([-2.0, -1.0, 0.0]) | st.floats(-9, 9), max_size=40),
     st.lists(TEXTS, max_size=9),

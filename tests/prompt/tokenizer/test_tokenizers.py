@@ -59,6 +59,7 @@ def test_literal_ranges_change_nothing_where_nothing_special_is_typed(
     assert tokenizer.encode(text, literal=[(0, len(text))]) == tokenizer.encode(text)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(before=texts, text=typed_texts, after=texts)
 def test_special_tokens_around_a_literal_range_are_still_special(

@@ -31,6 +31,7 @@ def kinds(report: DataReport) -> list[tuple[str, int]]:
     return [(f.kind, int(f.where.rpartition(":")[2])) for f in report.findings]
 
 
+@pytest.mark.slow
 def test_nothing_is_wrong_with_good_data(folder, tokenizer, model):
     maker = RowMaker(tokenizer, TEMPLATES["vicuna_v1"], model)
     report = look(folder, RECORDS, maker=maker, max_length=500)
@@ -172,6 +173,7 @@ def test_a_spread_of_nothing_is_none():
     assert Spread.of(range(1, 101)) == Spread(min=1, median=50, p95=95, max=100, total=5050)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data.tar", "data.parquet"])
 def test_other_files_are_checked_too(folder, name):
     from tests.train.data.test_source import write as write_file

@@ -73,6 +73,7 @@ def ids(dataset):
     return [dataset.sample(i).id for i in range(len(dataset))]
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     st.lists(st.integers(2, 12), min_size=1, max_size=3),
@@ -142,6 +143,7 @@ class Words:
         return Row(EncodedPrompt([], [], ()), id=sample.id)
 
 
+@pytest.mark.slow
 @given(st.integers(2, 12), st.data())
 def test_a_sample_of_the_same_kind_stands_in_where_batches_have_one_kind(count, data):
     bad = data.draw(st.sets(st.integers(0, count - 1)))

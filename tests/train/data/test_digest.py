@@ -49,6 +49,7 @@ def test_neither_folder_nor_time_counts(tmp_path):
     assert data_file(path) == data_file(moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, LARGE - 1, SAMPLED_BYTES * 3 // 63])
 def test_a_large_file_is_read_in_pieces_from_the_first_byte_to_the_last(large, at):
     before = data_file(large)

@@ -397,6 +397,7 @@ def test_words_tell_the_kind(record, expected):
     assert signed_words(record) == expected
 
 
+@pytest.mark.slow
 @given(JSON)
 def test_no_record_breaks_the_reader(record):
     assert signed_words(record) != 0

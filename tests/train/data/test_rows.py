@@ -46,6 +46,7 @@ def golden_row(case, goldens, model):
     return maker.encode(sample, [1] * len(sample.media)), sample, template, tokenizer
 
 
+@pytest.mark.slow
 def test_labels_equal_the_original_where_it_is_right(goldens, model):
     compared = Counter()
     for case in goldens.cases("_labels", "labels"):
@@ -61,6 +62,7 @@ def test_labels_equal_the_original_where_it_is_right(goldens, model):
     assert compared.total() >= 60
 
 
+@pytest.mark.slow
 def test_answers_are_learned_where_the_original_learns_others(goldens, model):
     """mpt and chatml drift by a token a round, v0 learns parts of its roles, some rows are cut."""
     compared = Counter()
@@ -78,6 +80,7 @@ def test_answers_are_learned_where_the_original_learns_others(goldens, model):
     assert compared.total() >= 40
 
 
+@pytest.mark.slow
 def test_answers_are_learned_where_the_original_drops_the_sample(goldens, model):
     compared = 0
     for case in goldens.cases("_labels", "labels"):
@@ -101,6 +104,7 @@ def test_what_the_original_refuses_is_refused(goldens, model):
     assert refused >= 5
 
 
+@pytest.mark.slow
 def test_batches_of_the_original_dataset(goldens, conformance, model):
     """Ids and labels of whole records, pictures opened; the original's collator cuts afterwards."""
     compared = 0

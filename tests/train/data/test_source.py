@@ -69,6 +69,7 @@ def read(path: Path | str) -> list[Any]:
 TEXTS = st.text(st.characters(blacklist_categories=("Cs",)), max_size=12)
 
 
+@pytest.mark.slow
 @given(
     records=st.lists(
         st.fixed_dictionaries({"id": TEXTS, "conversations": st.lists(TEXTS, min_size=1)}),
@@ -227,6 +228,7 @@ def test_any_file_may_hold_rows_of_a_table(tmp_path, suffix):
     assert colors(path) == [(255, 0, 0), (0, 0, 255)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
 @pytest.mark.parametrize(
     "names",
@@ -253,6 +255,7 @@ def colors(path: Path | str) -> list[Any]:
     return out
 
 
+@pytest.mark.slow
 def test_a_shard_holds_its_pictures(tmp_path):
     one = {"image": "coco/train2017/1.png", "conversations": turns("<image>", "A")}
     two = {"conversations": turns("<image> and <image>", "A")}
@@ -285,6 +288,7 @@ def test_a_shard_holds_its_pictures(tmp_path):
     assert dataset.sample(1).where == f"{path}:b/2"
 
 
+@pytest.mark.slow
 def test_pictures_of_a_shard_are_shown_once_whoever_names_them(tmp_path):
     content = [{"type": "image_url", "image_url": {"url": "1.png"}}, {"type": "text", "text": "Q"}]
     answer = {"role": "assistant", "content": "A"}

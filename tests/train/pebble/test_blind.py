@@ -15,6 +15,7 @@ def asked():
     return [blind_question(sample_scene(seed), rng) for seed in range(400)]
 
 
+@pytest.mark.slow
 def test_every_question_without_a_picture_has_one_answer(asked):
     assert {question.answer for question in asked} == {NEEDS_PICTURE}
     assert all(question.text.strip() for question in asked)
@@ -29,6 +30,7 @@ def test_they_are_questions_of_the_world_and_anything_else(asked):
     assert any(text == text.lower() for text in texts)
 
 
+@pytest.mark.slow
 def test_the_exam_asks_what_training_never_says():
     rng = np.random.default_rng(1)
     trained = {blind_question(sample_scene(seed), rng).text for seed in range(500)}
@@ -39,6 +41,7 @@ def test_the_exam_asks_what_training_never_says():
     assert exam_questions(10**9, 3) == list(UNHEARD[:3])
 
 
+@pytest.mark.slow
 def test_a_picture_may_come_after_the_first_turns():
     kinds = set()
     for seed in range(60):

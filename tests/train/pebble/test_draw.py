@@ -88,6 +88,7 @@ def test_turning_a_square_widens_it():
     )
 
 
+@pytest.mark.slow
 def test_writing_and_digits_stay_inside_the_picture():
     for seed in range(60):
         for kind in ("writing", "digit"):
@@ -154,6 +155,7 @@ def test_padding_has_the_mean_colour():
     assert tuple(pixels[:, 32, 32]) == (255, 255, 255)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OUTSIDE_KINDS)
 def test_pictures_from_outside_repeat_and_differ(kind):
     pictures = [outside_picture(seed, kind) for seed in range(6)]

@@ -38,6 +38,7 @@ def test_a_projector_of_one_layer_is_refused():
         start_projector(one, nn.Linear(2, NUM_WORDS), torch.zeros(2, NUM_WORDS))
 
 
+@pytest.mark.slow
 def test_words_and_answers_share_their_embeddings(tokenizer):
     config = DecoderConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=32, num_layers=1,

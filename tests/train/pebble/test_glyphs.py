@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from lapilli.train.pebble.draw import draw
 from lapilli.train.pebble.glyphs import glyphs
@@ -19,6 +20,7 @@ def black_on_white(seed, kind):
     return replace(scene, background=PLAIN, finish=finish, **changes)
 
 
+@pytest.mark.slow
 def test_boxes_hold_the_ink_of_their_characters():
     for seed in range(40):
         for kind in ("writing", "digit"):

@@ -121,6 +121,7 @@ def test_the_end_of_a_phrase_looks_at_what_is_left_over(tokenizer, scene):
     assert all(look.groups[0] == (0,) for look in left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_every_conversation_can_be_pointed_out(tokenizer, seed):
     scene = sample_scene(seed)

@@ -14,6 +14,7 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(pool_module, "SHARD", 8)
 
 
+@pytest.mark.slow
 def test_a_pool_holds_what_its_seeds_draw(tmp_path, small_shards):
     pool = draw_pool(tmp_path, PoolSpec(first_seed=50, num_scenes=20, side=32), workers=1)
     assert len(pool) == 20
@@ -28,6 +29,7 @@ def test_a_pool_holds_what_its_seeds_draw(tmp_path, small_shards):
         np.testing.assert_array_equal(pool.pixels[i], model_pixels(draw(scene), 32))
 
 
+@pytest.mark.slow
 def test_an_interrupted_pool_goes_on_with_the_missing_shards(tmp_path, small_shards, monkeypatch):
     spec = PoolSpec(first_seed=0, num_scenes=24, side=16)
     whole = draw_pool(tmp_path / "whole", spec, workers=1)

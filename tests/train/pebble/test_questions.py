@@ -32,6 +32,7 @@ def asked() -> list[tuple[Scene, list[Question]]]:
     return pairs
 
 
+@pytest.mark.slow
 def test_every_answer_follows_from_the_scene(asked):
     for scene, turns in asked:
         it = None
@@ -70,6 +71,7 @@ def test_short_answers_come_first_unless_a_description_opens(asked):
         assert long[1:] == sorted(long[1:])
 
 
+@pytest.mark.slow
 def test_every_skill_is_asked(asked):
     skills = Counter(turn.skill for _, turns in asked for turn in turns)
     assert set(skills) == set(SKILLS)

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from lapilli.train.pebble.regions import LEXICON, region_words
 from lapilli.train.pebble.sample import sample_scene
@@ -15,6 +16,7 @@ def test_the_lexicon_names_everything_once():
     assert len(set(LEXICON)) == len(LEXICON)
 
 
+@pytest.mark.slow
 def test_every_object_is_named_where_its_middle_lies():
     for seed in range(60):
         scene = sample_scene(seed, "objects")
@@ -28,6 +30,7 @@ def test_every_object_is_named_where_its_middle_lies():
             assert f"objects:{len(scene.objects)}" in named(words[0, 0])
 
 
+@pytest.mark.slow
 def test_padding_moves_the_patches():
     seeds = [
         s
@@ -41,6 +44,7 @@ def test_padding_moves_the_patches():
         assert not covered[-1].any()
 
 
+@pytest.mark.slow
 def test_characters_are_named_where_they_stand():
     for seed in range(60):
         scene = sample_scene(seed, "writing")
@@ -54,6 +58,7 @@ def test_characters_are_named_where_they_stand():
         assert not any(name.startswith("digit:") for name in words)
 
 
+@pytest.mark.slow
 def test_the_tens_stand_left_of_the_units():
     for seed in range(80):
         scene = sample_scene(seed, "writing")

@@ -19,6 +19,7 @@ def scenes() -> list[Scene]:
     return [sample_scene(seed) for seed in range(NUM_SCENES)]
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_scene_every_time(scenes):
     assert [sample_scene(seed) for seed in range(NUM_SCENES)] == scenes
     assert len({repr(scene) for scene in scenes}) == NUM_SCENES
@@ -50,6 +51,7 @@ def test_every_number_of_objects_is_about_equally_likely(scenes):
     assert numbers.min() > 0.5 * numbers.mean()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31))
 def test_objects_touch_neither_each_other_nor_the_edge(seed):
@@ -67,6 +69,7 @@ def test_objects_touch_neither_each_other_nor_the_edge(seed):
                 assert gap > reach + far
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31))
 def test_place_size_and_colour_can_be_told_without_doubt(seed):
@@ -116,6 +119,7 @@ def test_unit_is_the_root_of_the_area_unless_the_picture_is_long():
     assert unit_length(ImageSize(height=100, width=200)) == pytest.approx(120)
 
 
+@pytest.mark.slow
 def test_no_held_out_digit_is_ever_in_a_training_scene():
     training, held_out = digit_split()
     assert not set(training) & set(held_out)
@@ -143,6 +147,7 @@ def test_a_given_scan_is_shown():
     assert scene.digit.value == digit_scans()[1][1234]
 
 
+@pytest.mark.slow
 def test_crowds_hold_more_objects_and_change_nothing_else():
     usual = [sample_scene(seed) for seed in range(90)]
     crowds = [sample_scene(seed, crowds=True) for seed in range(90)]

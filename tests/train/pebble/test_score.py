@@ -28,6 +28,7 @@ def items():
     return exam(120)
 
 
+@pytest.mark.slow
 def test_every_skill_is_examined_about_equally(items):
     skills = Counter(item.skill for item in items)
     assert set(skills) == set(SKILLS)
@@ -41,6 +42,7 @@ def test_exam_scenes_are_fresh_and_differ(items):
     assert len(set(seeds)) == len(seeds) == 120
 
 
+@pytest.mark.slow
 def test_the_exam_is_the_same_every_time():
     assert exam(20) == exam(20)
     assert exam(20) != exam(20, first_seed=EXAM_SEED + 1)
@@ -60,6 +62,7 @@ def test_only_follow_ups_have_a_history(items):
         assert says_it or not item.history
 
 
+@pytest.mark.slow
 def test_every_held_out_digit_is_asked_once():
     digits = held_out_digits()
     assert sorted(item.scene.digit.index for item in digits) == sorted(digit_split()[1])

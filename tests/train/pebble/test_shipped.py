@@ -83,6 +83,7 @@ def test_numbers_and_words_in_the_default_font_are_read_nearly_always(chat):
     assert sum(words) / len(words) >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(reason=NOT_YET, strict=True)
 def test_type_that_is_too_small_is_not_guessed(chat):
     for question in ("Which number is this?", "What does it say?"):

@@ -55,6 +55,7 @@ def new_task(tokenizer, regions, stage, *, num_layers=1, num_heads=1, **data):
     )
 
 
+@pytest.mark.slow
 def test_answers_are_supervised_and_pictures_have_their_place(tokenizer, regions):
     batch, count = new_task(tokenizer, regions, "instruct").batch(0, 0)
     batch = batch.rows
@@ -75,6 +76,7 @@ def test_rows_are_a_function_of_the_step(tokenizer, regions):
         assert torch.equal(ours.rows.input_ids, theirs.rows.input_ids)
 
 
+@pytest.mark.slow
 def test_the_language_stage_reads_sentences_too(tokenizer, regions):
     task = new_task(tokenizer, regions, "language")
     spans = [len(task.batch(step, micro)[0].rows.spans) for step in range(8) for micro in (0, 1)]
@@ -104,6 +106,7 @@ def test_captions_align(tokenizer, regions):
     assert "?" not in text
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tokenizer, regions, tmp_path):
     task = new_task(tokenizer, regions, "language")
     train(task, task._recipe, tmp_path)
@@ -111,6 +114,7 @@ def test_the_loss_falls(tokenizer, regions, tmp_path):
     assert sum(losses[-3:]) < 0.85 * sum(losses[:3])
 
 
+@pytest.mark.slow
 def test_long_answers_go_with_their_follow_ups():
     rng = np.random.default_rng(0)
     found = 0
@@ -134,6 +138,7 @@ def test_stored_features_become_float32():
     assert stored_features(stored)(1).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_the_exam_can_be_taken_while_training(tokenizer, regions):
     model = new_task(tokenizer, regions, "instruct").model.eval()
     items = exam(24)
@@ -142,6 +147,7 @@ def test_the_exam_can_be_taken_while_training(tokenizer, regions):
     assert all(0 <= value <= 1 for value in figures.values())
 
 
+@pytest.mark.slow
 def test_some_conversations_of_the_last_stage_begin_without_a_picture(tokenizer, regions):
     task = new_task(tokenizer, regions, "instruct", num_layers=4, num_heads=4, pointing=0.5)
     seen = set()
@@ -159,6 +165,7 @@ def test_some_conversations_of_the_last_stage_begin_without_a_picture(tokenizer,
     assert seen == {(0, True), (1, True), (1, False)}
 
 
+@pytest.mark.slow
 def test_other_stages_always_have_their_picture(tokenizer, regions):
     for stage in ("align", "language"):
         task = new_task(tokenizer, regions, stage)

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 
 from lapilli.config.model import VisionConfig
@@ -42,6 +43,7 @@ def new_task():
     return TowerTask(model, pixels=parts, words=words, captions=captions, run=RUN, held_out=6)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_figures_are_logged(tmp_path):
     recipe = Recipe(stage="tower", optim=OptimRecipe(lr=3e-3), run=RUN)
     train(new_task(), recipe, tmp_path)
@@ -51,6 +53,7 @@ def test_the_loss_falls_and_figures_are_logged(tmp_path):
     assert 0 <= records[-1]["colour"] <= 1
 
 
+@pytest.mark.slow
 def test_batches_are_a_function_of_the_step():
     first, second = new_task(), new_task()
     for name, values in first.batch(3, 0)[0].items():
@@ -104,6 +107,7 @@ def test_every_word_has_a_weight():
     assert weights.min() > 0
 
 
+@pytest.mark.slow
 def test_a_naming_head_is_fitted_to_a_tower_that_stays_as_it_is():
     pixels, words, _ = pool(24)
     model = TowerTrainer(CONFIG, 64, 0)

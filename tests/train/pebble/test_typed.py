@@ -37,6 +37,7 @@ def model_points(scene):
     return scene.writing.points * 128 / max(scene.size)
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_scene_every_time(scenes):
     assert [typed_scene(seed) for seed in range(40)] == scenes[:40]
     assert len({repr(scene) for scene in scenes}) == NUM_SCENES
@@ -113,6 +114,7 @@ def test_the_default_font_is_drawn_as_pillow_draws_it(points):
     assert np.abs(np.asarray(found, int) - np.asarray(moved, int)).max() <= 1
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31))
 def test_every_glyph_lies_in_its_picture_and_names_a_patch(seed):
@@ -148,6 +150,7 @@ def test_bitmap_type_has_its_one_size(scenes):
     assert any(not scene.writing.is_small for scene in bitmaps)
 
 
+@pytest.mark.slow
 def test_the_wide_world_adds_type_to_the_scenes_of_before():
     scenes = [wide_scene(seed) for seed in range(NUM_SCENES)]
     typed = [scene.writing is not None and scene.writing.points > 0 for scene in scenes]
@@ -157,6 +160,7 @@ def test_the_wide_world_adds_type_to_the_scenes_of_before():
         assert scenes[seed] == expected
 
 
+@pytest.mark.slow
 def test_crowds_of_type_do_not_overlap_and_say_what_is_where():
     number = []
     for seed in range(40):
@@ -181,6 +185,7 @@ def test_crowds_of_type_do_not_overlap_and_say_what_is_where():
     assert np.mean(number) > 4
 
 
+@pytest.mark.slow
 def test_only_crowds_hold_several_lines_of_type():
     assert not any(wide_scene(seed).more for seed in range(100))
     crowds = [wide_scene(seed, crowds=True) for seed in range(100)]

@@ -21,6 +21,7 @@ def tokenizer(lines, tmp_path_factory):
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
+@pytest.mark.slow
 def test_the_corpus_repeats_for_a_seed(lines):
     assert list(corpus(0, 200)) == lines
     assert list(corpus(1, 20)) != lines[:20]
