@@ -33,7 +33,7 @@ def parse_json(data: bytes, where: str, *, unique: bool = False) -> object:
         )
     text = decode_text(data, where)
     try:
-        found: object = json.loads(text, object_pairs_hook=_unique if unique else None)
+        found: object = json.loads(text, object_pairs_hook=unique_keys if unique else None)
     except json.JSONDecodeError as error:
         raise CheckpointError(
             f"{where} is not valid JSON: {error.msg} in line {error.lineno}"
@@ -63,7 +63,12 @@ def decode_text(data: bytes, where: str) -> str:
         raise CheckpointError(f"{where} is not UTF-8 text: is it damaged?") from error
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs, as an object_pairs_hook of the json module.
+
+    Raises:
+        ValueError: a key comes twice, so one of its values would be lost.
+    """
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]

@@ -1,9 +1,9 @@
 """Bytes of one record -> its JSON value, or what is wrong with it; knows no files."""
 
 import json
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from lapilli.config.json_text import unique_keys
 from lapilli.errors import DataError
 
 _SHOWN = 20  # letters of what was found
@@ -32,17 +32,8 @@ def decode(data: bytes, where: str) -> Any:  # noqa: ANN401 - whatever JSON hold
         raise DataError(f"{where}: no valid JSON: {error}") from error
 
 
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} comes twice in one object")
-    return made
-
-
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON: write null, or leave the key out")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=_no_number)
