@@ -6,23 +6,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 
@@ -154,6 +152,16 @@ def make_oracle(path: Path, *, next_: bool, text: str, tower: str) -> Oracle:
     return Oracle(path, model, processor)
 
 
+def pixel_processor(family: str, **options: Any) -> Any:
+    """The image processor of a family that resizes with PIL: CLIP, LlavaNext or Siglip.
+
+    transformers 5.0 calls it CLIPImageProcessor; later ones keep that name for torchvision's.
+    """
+    name = f"{family}ImageProcessor"
+    kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    return kind(**options)
+
+
 def make_processor(
     tokenizer: PreTrainedTokenizerFast, *, next_: bool, tower: str, strategy: str
 ) -> LlavaProcessor | LlavaNextProcessor:
@@ -168,11 +176,11 @@ def make_processor(
     }
     edge = {"size": {"shortest_edge": SIDE}, "crop_size": square}
     if next_:
-        pixels = LlavaNextImageProcessorPil(image_grid_pinpoints=PINPOINTS, **edge)
+        pixels = pixel_processor("LlavaNext", image_grid_pinpoints=PINPOINTS, **edge)
         return LlavaNextProcessor(image_processor=pixels, **shared)
     if tower == "clip":
-        return LlavaProcessor(image_processor=CLIPImageProcessorPil(**edge), **shared)
-    return LlavaProcessor(image_processor=SiglipImageProcessorPil(size=square), **shared)
+        return LlavaProcessor(image_processor=pixel_processor("CLIP", **edge), **shared)
+    return LlavaProcessor(image_processor=pixel_processor("Siglip", size=square), **shared)
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:

@@ -21,6 +21,7 @@ from lapilli.modality.image import pixels as pixels_module
 from lapilli.modality.image.anyres import num_tiles
 from lapilli.modality.image.pixels import PreparedImage, prepare
 from lapilli.modality.image.resize_modes import apply_chat_mode, pad_to_square
+from tests.integration.oracle import pixel_processor
 from tests.modality.image.build import image_config, vision_config
 
 TOLERANCE = 1e-5
@@ -165,16 +166,6 @@ def test_every_golden_chat_mode(conformance):
 # ---- transformers as oracle
 
 
-def oracle(name: str, **options):
-    module = pytest.importorskip(f"transformers.models.{name}.image_processing_pil_{name}")
-    kind = {
-        "clip": "CLIPImageProcessorPil",
-        "llava_next": "LlavaNextImageProcessorPil",
-        "siglip": "SiglipImageProcessorPil",
-    }[name]
-    return getattr(module, kind)(**options)
-
-
 extents = st.integers(4, 200)  # 1 and 3 are taken for channels there
 
 
@@ -182,7 +173,7 @@ extents = st.integers(4, 200)  # 1 and 3 are taken for channels there
 @given(extents, extents, st.sampled_from([28, 33, 56]))
 def test_square_agrees_with_transformers(width, height, side):
     image = picture(width, height)
-    processor = oracle("clip", size={"shortest_edge": side}, crop_size=side)
+    processor = pixel_processor("CLIP", size={"shortest_edge": side}, crop_size=side)
     expected = processor(image, return_tensors="np")["pixel_values"]
     found = prepare(image, image_config(side)).pixel_values.numpy()
     assert found.shape == expected.shape
@@ -195,8 +186,8 @@ def test_anyres_agrees_with_transformers(width, height, explicit):
     image = picture(width, height)
     config = image_config(28, "anyres")
     size = {"height": 28, "width": 28} if explicit else {"shortest_edge": 28}
-    processor = oracle(
-        "llava_next",
+    processor = pixel_processor(
+        "LlavaNext",
         size=size,
         crop_size=28,
         image_grid_pinpoints=[list(point) for point in config.pinpoints],
@@ -224,7 +215,7 @@ SIGLIP = PixelConfig(
 @given(extents, extents)
 def test_siglip_agrees_with_transformers(width, height):
     image = picture(width, height)
-    processor = oracle("siglip", size={"height": 56, "width": 56})
+    processor = pixel_processor("Siglip", size={"height": 56, "width": 56})
     expected = processor(image, return_tensors="np")["pixel_values"]
     found = prepare(image, ImageConfig(pixels=SIGLIP)).pixel_values.numpy()
     assert np.abs(found - expected).max() <= TOLERANCE
@@ -249,8 +240,8 @@ def test_any_preprocessor_config_agrees_with_transformers(width, height, flags, 
         "image_std": [0.2, 0.3, 0.4],
         "rescale_factor": 1 / 127,
     }
-    processor = oracle(
-        "clip",
+    processor = pixel_processor(
+        "CLIP",
         size={"shortest_edge": 40},
         crop_size={"height": 31, "width": 44},
         resample=resample,
