@@ -38,6 +38,8 @@ ROLES: Mapping[str, Role] = {
     "bard": "assistant",
     "system": "system",
 }
+MOST_LETTERS = 1 << 22
+"""Of the turns of a sample: more than any context holds, and what tokenizers have memory for."""
 _TURN_KEYS = ("conversations", "messages", "conversation")
 ANSWER_KEYS = ("answer", "caption")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -105,6 +107,9 @@ def _messages(record: Record, turns: list[Turn]) -> list[Message]:
             f"{len(pictures.names)} images but {pictures.used} {PLACEHOLDER} placeholders: write "
             "one for each image"
         )
+    letters = sum(len(message.text) for message in messages)
+    if letters > MOST_LETTERS:
+        raise _FormatError(f"its turns have {letters} letters, at most {MOST_LETTERS} are read")
     for number, message in enumerate(messages):
         if not _is_unicode(message.text):
             raise _FormatError(f"turn {number} has half of a character (a lone surrogate)")
@@ -123,6 +128,8 @@ def _system(record: Record, messages: Sequence[Message]) -> list[Message]:
     key, system = system_of(record)
     if not isinstance(system, str):
         raise _FormatError(f"its {key} is a {type(system).__name__}: expected a text")
+    if len(system) > MOST_LETTERS:
+        raise _FormatError(f"its {key} has {len(system)} letters, at most {MOST_LETTERS} are read")
     if not _is_unicode(system):
         raise _FormatError(f"its {key} has half of a character (a lone surrogate)")
     other = other_system(record)
