@@ -148,7 +148,7 @@ class TarSource:
 
     def _add(self, info: tarfile.TarInfo, file_size: int) -> None:
         if info.offset_data + info.size > file_size:
-            raise DataError(f"{self._path} was cut off in the middle of {shown(info.name)}")
+            raise DataError(f"{self._path} was cut off in the middle of {shown(info.name)[1:-1]}")
         if len(info.name) > _LONGEST_NAME:
             raise DataError(f"{self._path}: a member's name has {len(info.name)} letters")
         folder, slash, file = info.name.rpartition("/")
@@ -212,7 +212,9 @@ class TarSource:
         try:
             caption = self._text(member, index).decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.where(index)}: its text is no UTF-8: {error}") from error
+            raise DataError(
+                f"{self.where(index)}: {shown(member.name)[1:-1]} is no UTF-8: {error}"
+            ) from error
         return {"id": self._keys[index], "image": own, "caption": caption}
 
     def _text(self, member: Member, index: int) -> bytes:
