@@ -11,7 +11,7 @@ from random import Random
 
 import lapilli
 from lapilli.checkpoint.inspect import inspect_checkpoint
-from lapilli.errors import CheckpointError, PromptError
+from lapilli.errors import CheckpointError, ContextTooLongError, PromptError
 from lapilli.prompt.message import Message
 from lapilli.train.contract import TrainingError
 from tests.fuzz import honest, readers
@@ -191,7 +191,7 @@ def read_prefix_again(folder: Path) -> None:
 TEMPLATES = (damaged_template,) * 6 + (damaged_text, damaged_bytes)
 NAMED = (damaged_named_template,) * 4 + JSON
 FOLDER = "state/000003"
-ERRORS = (CheckpointError, PromptError)
+ERRORS = (CheckpointError, PromptError, ContextTooLongError)
 STOPPED = (TrainingError,)
 KINDS: tuple[Kind, ...] = (
     Kind(

@@ -4,7 +4,7 @@ A row says how an honest folder is made, which file of it is damaged and how, an
 folder. The reader ends normally or with a CheckpointError; everything else is a fault.
 """
 
-from tests.fuzz import honest, states
+from tests.fuzz import honest, samples, states
 from tests.fuzz.damage import JSON, PICKLE, PROTOBUF, SAFETENSORS
 from tests.fuzz.kind import Kind
 
@@ -49,4 +49,5 @@ KINDS: tuple[Kind, ...] = (
     Kind(make=honest.packed, file="model/config.json", damages=JSON, share=2),
     Kind(make=honest.packed, file="model/model.safetensors", damages=SAFETENSORS, share=2),
     *states.KINDS,
+    *samples.KINDS,
 )

@@ -367,6 +367,7 @@ DAMAGES = {
     "values are a list": rewrite("values.json", b"[1]"),
     "values are nested too deeply": rewrite("values.json", b"[" * 100_000),
     "values have a long number": rewrite("values.json", b'{"step": ' + b"9" * 5000 + b"}"),
+    "values are larger than any memory": lambda path: os.truncate(path / "values.json", 10**12),
     "values are not text": rewrite("values.json", b"\xff\xfe{}"),
     "step is text": change_values(lambda values: values.update(step="3")),
     "step is another": change_values(lambda values: values.update(step=4)),

@@ -60,7 +60,7 @@ def _unpickled(path: Path, *, mmap: bool) -> object:
         raise _unsafe_or_damaged(path, error) from error
     except RuntimeError:
         raise
-    except Exception as error:
+    except Exception as error:  # damaged bytes make an unpickler raise anything
         raise _damaged(path) from error
 
 

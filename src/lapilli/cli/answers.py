@@ -57,7 +57,7 @@ class AnswerFile:
         try:
             if stat.S_ISREG(os.fstat(self._number).st_mode):
                 self._take_up({line.number: line.digest for line in lines})
-        except BaseException:
+        except BaseException:  # an interrupt too must leave no lock behind
             os.close(self._number)
             raise
 
@@ -173,7 +173,7 @@ def _open(path: Path) -> int:
         number = _open_to_append(path)
         try:
             _lock(number, path)
-        except BaseException:
+        except BaseException:  # an interrupt too must leave no descriptor open
             os.close(number)
             raise
         # Whoever had it before may have put another file into its place meanwhile.

@@ -90,7 +90,7 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
             image_aspect_ratio.
 
     Raises:
-        PromptError: the file is no list.
+        PromptError: the file is no list, or no JSON.
     """
 
     def __init__(
@@ -98,9 +98,11 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.tokenizer = tokenizer
         self.data_args = data_args
-        self.list_data_dict: list[dict[str, Any]] = json.loads(
-            Path(data_path).read_text(encoding="utf-8")
-        )
+        try:
+            found = json.loads(Path(data_path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{data_path} is no JSON file that can be read: {error}") from error
+        self.list_data_dict: list[dict[str, Any]] = found
         if not isinstance(self.list_data_dict, list):
             raise PromptError(f"{data_path} does not hold a list of records")
 

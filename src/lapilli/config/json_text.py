@@ -42,7 +42,7 @@ def parse_json(data: bytes, where: str, *, unique: bool = False) -> object:
         raise CheckpointError(f"{where} is nested more than {MOST_DEPTH} deep") from None
     except ValueError as error:  # a number of thousands of digits, a key that comes twice
         raise CheckpointError(f"{where} cannot be read: {error}") from error
-    if _is_deep(found):
+    if is_deep(found):
         raise CheckpointError(f"{where} is nested more than {MOST_DEPTH} deep")
     if "\\ud" in text or "\\uD" in text:
         _refuse_halves(found, where)
@@ -77,7 +77,8 @@ def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _is_deep(value: object) -> bool:
+def is_deep(value: object) -> bool:
+    """Return whether lists and objects lie in each other more than MOST_DEPTH deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MOST_DEPTH):
         level = [

@@ -227,7 +227,7 @@ class KeyReader:
         return float(value)
 
     def _wrong(self, key: str, expected: str, found: object) -> ConfigFileError:
-        where = f"{self.where}: {self.prefix}{key}"
+        where = f"{self.where}: {self.prefix}{key[:100]}"  # keys of a vocabulary are foreign too
         return ConfigFileError(f"{where} must be {expected}, got {shown(found)}")
 
 

@@ -48,7 +48,7 @@ class Turn(Iterator[str]):
         with self._lock:
             try:
                 text = self._pull()
-            except Exception:
+            except Exception:  # whatever it was, there is no more of this answer
                 self._is_over = True
                 raise
             except BaseException:  # an interrupt: what the answer was made with may be torn

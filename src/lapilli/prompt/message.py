@@ -116,10 +116,11 @@ class Message:
                 "given: give one source for each placeholder"
             )
         parts: list[Part] = [TextPart(pieces[0])] if pieces[0] else []
+        leads = not parts  # no text stands before
         for source, piece in zip(sources, pieces[1:], strict=True):
-            leads = not any(isinstance(part, TextPart) for part in parts)
             parts.append(MediaPart(source))
             rest = piece.removeprefix("\n") if leads else piece
             if rest:
                 parts.append(TextPart(rest))
+                leads = False
         return cls(role, tuple(parts), tuple(pieces) if sources else None)

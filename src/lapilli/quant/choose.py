@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lapilli.config.json_text import parse_json
+from lapilli.errors import CheckpointError
 from lapilli.kernels.library import native
 from lapilli.kernels.linear import PackedLinear
 from lapilli.nn.linear import FloatLinear
@@ -184,9 +186,10 @@ class Choices:
         if self.file is None or not self.file.is_file():
             return {}
         try:
-            return dict(json.loads(self.file.read_text(encoding="utf-8")))
-        except ValueError:  # cut short by a crash: measured again
+            found = parse_json(self.file.read_bytes(), str(self.file))
+        except (OSError, CheckpointError):  # cut short by a crash: measured again
             return {}
+        return found if isinstance(found, dict) else {}
 
     def _write(self, key: str, known: dict[str, float]) -> None:
         self._known[key] = known

@@ -7,14 +7,19 @@ an undisturbed one.
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
+from lapilli.config.json_text import parse_json
+from lapilli.errors import CheckpointError
 from lapilli.train.contract import TrainingError
 
 Record = Mapping[str, int | float]
 TIMED: Final = frozenset({"per_s", "gib"})
 """What two runs of the same bits still measure differently."""
+_LONGEST: Final = 1 << 20
+"""Bytes of a line; the longest that is written has a thousandth of it."""
 
 
 class RunLog:
@@ -57,7 +62,7 @@ class RunLog:
     @staticmethod
     def say(text: str) -> None:
         """One line on standard error."""
-        os.write(2, f"{text}\n".encode())
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
     def sync(self) -> None:
         """Everything written so far survives a power cut."""
@@ -73,15 +78,20 @@ class RunLog:
         """
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-        return [self._record(number, line) for number, line in enumerate(lines, 1) if line]
+        found: list[Record] = []
+        with self.path.open("rb") as file:
+            for number, line in enumerate(iter(partial(file.readline, _LONGEST + 1), b""), 1):
+                if len(line) > _LONGEST:
+                    raise self._damaged(number, f"more than {_LONGEST} bytes")
+                if line.endswith(b"\n") and line != b"\n":
+                    found.append(self._record(number, line))
+        return found
 
-    def _record(self, number: int, line: str) -> Record:
+    def _record(self, number: int, line: bytes) -> Record:
         try:
-            found: object = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            said = getattr(error, "msg", type(error).__name__)
-            raise self._damaged(number, said) from error
+            found = parse_json(line, f"line {number}")
+        except CheckpointError as error:
+            raise self._damaged(number, str(error)) from error
         if not isinstance(found, dict) or not isinstance(found.get("step"), int):
             raise self._damaged(number, "expected an object with a step")
         return found

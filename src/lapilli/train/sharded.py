@@ -30,6 +30,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lapilli.checkpoint.files import read_json
+from lapilli.errors import CheckpointError
 from lapilli.shapes import Tensor
 from lapilli.train.contract import TrainingError
 from lapilli.train.data.digest import data_file
@@ -169,12 +171,10 @@ def values_of(path: Path) -> dict[str, Any]:
         if not needed.is_file():
             raise damaged(path, f"{needed.name} is missing")
     try:
-        values: object = json.loads(place.read_text(encoding="utf-8"))
+        values = dict(read_json(place))
         digest = data_file(directory).digest
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, CheckpointError) as error:
         raise damaged(place, first_line(error)) from error
-    if not isinstance(values, dict):
-        raise damaged(place, f"it holds a {type(values).__name__}")
     said = values.get(_DIRECTORY)  # absent: of an earlier version
     if said is not None and said != digest:
         raise damaged(path, "its directory is not the one that was saved")

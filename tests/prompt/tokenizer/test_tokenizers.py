@@ -220,3 +220,13 @@ def test_only_bpe_becomes_a_fast_tokenizer(goldens: Any) -> None:
     slow = build_tokenizer(files, fast=False)
     assert slow.decode(slow.encode("a red boat")) == "a red boat"
     assert json.loads(json.dumps(slow.tokenize("a zebra")))  # unknown letters have offsets too
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(2048, 2048), (2048.0, 2048), (1e30, None), (float("nan"), None), (float("-inf"), None)],
+)
+def test_a_limit_that_is_no_number_is_none(value, expected):
+    from lapilli.prompt.tokenizer.base import length_limit
+
+    assert length_limit(value) == expected

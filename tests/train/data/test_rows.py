@@ -13,8 +13,10 @@ from PIL import Image
 from lapilli.errors import DataError, PromptError
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
 from lapilli.train.data import Row, RowMaker, encode_sample, open_dataset, to_sample
 from lapilli.train.data.rows import _check_supervised, cut
+from lapilli.train.pebble.words import corpus, train_tokenizer
 from lapilli.train.recipe import SourceRecipe
 from tests.prompt.test_encode import check_learned, is_right, with_sentinels
 from tests.train.data.conftest import turns
@@ -284,3 +286,12 @@ def test_transparent_pictures_are_laid_on_white(tokenizer, model, tmp_path):
 
 def test_rows_say_what_they_are():
     assert Row(EncodedPrompt([1], [True])).skipped == ()
+
+
+def test_a_token_beyond_the_embeddings_is_refused(tmp_path, model):
+    path = tmp_path / "tokenizer.model"
+    train_tokenizer(corpus(1, 200), path, 500)
+    tokenizer = SentencePieceTokenizer(path.read_bytes(), added={"<far>": 5000})
+    sample = to_sample({"id": "a", "conversations": turns("Hi", "x <far>")}, where="d.json:1")
+    with pytest.raises(DataError, match=r"d.json:1 .*'<far>' has the id 5000.* 500 rows"):
+        RowMaker(tokenizer, TEMPLATES["vicuna_v1"], model).row(sample)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from lapilli.config.json_text import parse_json
 from lapilli.errors import CheckpointError, MissingFileError
 from lapilli.generate.cache.blocks import BlockPool, Prefix
 from lapilli.nn.block_store import BlockStore
@@ -131,7 +132,8 @@ def read_prefix(path: Path, pool: BlockPool, model: str) -> SavedPrefix:
             keys = _keys(path, header)
             _check_tensors(path, file, pool.store, len(keys))
             tensors = {name: file.get_tensor(name) for name, _ in _named(pool.store)}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        # MemoryError: a file with holes that is larger than any address space
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: not a saved prefix ({error})") from error
@@ -183,10 +185,10 @@ def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 def _keys(path: Path, header: Mapping[str, str]) -> list[int]:
     """Return what stands at every position."""
     try:
-        texts: object = json.loads(header["keys"])
+        texts = parse_json(header["keys"].encode(), f"the keys of {path}")
         if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
             return [int(text, 16) for text in texts]
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:  # a CheckpointError is one
         raise _damaged(path, "its keys are no list of numbers") from error
     raise _damaged(path, "its keys are no list of numbers")
 

@@ -243,7 +243,7 @@ class Stepper:
             logits = self.reader.read(shares, unchanged=self._watch.token)
             if logits is not None:
                 failures = extend(logits, ending)
-        except Exception as error:
+        except Exception as error:  # of whatever the model met: its requests know
             failure = GenerationError(f"the model failed: {error}")
             failure.__cause__ = error
             for share in shares:

@@ -324,7 +324,7 @@ def _named(name: str) -> Iterator[None]:
         raise MediaError(f"{name} takes more memory than there is: shrink it") from error
     # Each of forty decoders raises what it ran into: OSError, SyntaxError, struct.error, AVIF's
     # RuntimeError. The arrays that are read here raise nothing but MediaError.
-    except Exception as error:
+    except Exception as error:  # see above: forty decoders, as many errors
         raise MediaError(f"{name} is damaged or cut off: {error}") from error
 
 

@@ -144,6 +144,6 @@ def shifted(ranges: Sequence[Range], by: int) -> list[Range]:
 
 def length_limit(value: object) -> int | None:
     """`model_max_length` of a configuration; transformers writes 1e30 for "no limit"."""
-    if not isinstance(value, int | float) or value > _NO_LIMIT:
+    if not isinstance(value, int | float) or not -_NO_LIMIT <= value <= _NO_LIMIT:  # or NaN
         return None
     return int(value)

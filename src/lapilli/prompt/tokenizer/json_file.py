@@ -64,7 +64,7 @@ def refusing_panics() -> Iterator[None]:
     """
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # a panic of Rust is no Exception
         if type(error).__name__ != "PanicException":  # it has no importable name
             raise
         raise CheckpointError(

@@ -9,16 +9,21 @@ take what their language has. Rows are kept in memory. Other columns are left al
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 from lapilli.errors import DataError
 from lapilli.train.data.formats import ANSWER_KEYS
 from lapilli.train.data.pictures import PictureFolder
+from lapilli.train.data.strict_json import MOST_BYTES, too_large
 
 _READ: Final = ("id", "image", "question", *ANSWER_KEYS)
 _DELIMITERS: Final = ",;\t"
+_SHOWN: Final = 12  # columns that a message names
+_SHOWN_LETTERS: Final = 50
 # What a column is called that may be meant to be "image".
 _LIKE_IMAGE: Final = ("image", "img", "picture", "photo", "file", "path")
 
@@ -34,12 +39,12 @@ class CsvSource:
     def __init__(self, path: Path, folder: PictureFolder) -> None:
         self.name = str(path)
         self._folder = folder
-        self._rows = self._read(_text_of(path))
+        self._rows = self._read(path)
         columns = [name.strip().lower() for name in self._rows.pop(0)[1]] if self._rows else []
         self._answer = next((name for name in ANSWER_KEYS if name in columns), "")
         if not self._answer:
             raise DataError(
-                f"{path} has the columns {', '.join(columns) or 'none'}: expected image, question "
+                f"{path} has the columns {_listed(columns)}: expected image, question "
                 "and answer, or image and caption"
             )
         twice = next((name for name in _READ if columns.count(name) > 1), "")
@@ -48,19 +53,20 @@ class CsvSource:
         other = next((name for name in columns if any(part in name for part in _LIKE_IMAGE)), "")
         if other and "image" not in columns:  # a whole run without its pictures otherwise
             raise DataError(
-                f"{path} has the columns {', '.join(columns)} and no 'image': rename {other} to "
-                "image, or delete it"
+                f"{path} has the columns {_listed(columns)} and no 'image': rename "
+                f"{other[:_SHOWN_LETTERS]} to image, or delete it"
             )
         self._columns = columns
 
-    def _read(self, text: str) -> list[tuple[int, list[str]]]:
+    def _read(self, path: Path) -> list[tuple[int, list[str]]]:
         """Line and fields of every row; empty lines are none."""
-        first = text.partition("\n")[0]
+        lines = _lines_of(path)
+        first = next(lines, "")
         delimiter = max(_DELIMITERS, key=first.count)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
         rows: list[tuple[int, list[str]]] = []
         begin = 1
-        limit = csv.field_size_limit(len(text) + 1)  # a field may hold a picture in base64
+        limit = csv.field_size_limit(MOST_BYTES)  # a field may hold a picture in base64
         try:
             for fields in reader:
                 if fields:
@@ -102,13 +108,37 @@ class CsvSource:
         return self._folder.find(name)
 
 
-def _text_of(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: no UTF-8 (byte 0x{data[error.start]:02x}): save the table as CSV in "
-            "UTF-8"
-        ) from error
+def _listed(columns: list[str]) -> str:
+    """A few names for messages."""
+    more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
+    return (", ".join(name[:_SHOWN_LETTERS] for name in columns[:_SHOWN]) or "none") + more
+
+
+def _lines_of(path: Path) -> Iterator[str]:
+    """Lines with their ends, whichever system wrote them; a line at a time is in memory.
+
+    Raises:
+        DataError: no UTF-8, or a line longer than MOST_BYTES.
+    """
+    with path.open("rb") as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        try:
+            for number, line in enumerate(iter(partial(text.readline, MOST_BYTES), ""), 1):
+                if len(line) >= MOST_BYTES:
+                    raise too_large(f"{path}:{number}")
+                yield line
+        except UnicodeDecodeError as error:
+            raise _no_utf8(path) from error
+
+
+def _no_utf8(path: Path) -> DataError:
+    """The error that names the first line which is no UTF-8."""
+    advice = "save the table as CSV in UTF-8"
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(partial(file.readline, MOST_BYTES), b""), 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                return DataError(f"{path}:{number}: no UTF-8 (byte 0x{byte:02x}): {advice}")
+    return DataError(f"{path} is no UTF-8: {advice}")

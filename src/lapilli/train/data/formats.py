@@ -9,15 +9,16 @@ A text of a list of turns holds one "<image>" for every picture that the record 
 they come first. Every record is looked at on its own: a file may mix the formats.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lapilli.config.reader import shown
 from lapilli.errors import DataError, MediaCountMismatchError
 from lapilli.prompt.message import MediaPart, Message, Part, Role, TextPart
 from lapilli.train.data.sample import Sample
+from lapilli.train.data.strict_json import decode
 from lapilli.train.data.unread import notes_on, other_system, system_of, why_not, why_not_turn
 from lapilli.train.recipe import Placement
 
@@ -37,11 +38,14 @@ ROLES: Mapping[str, Role] = {
     "bard": "assistant",
     "system": "system",
 }
+MOST_LETTERS = 1 << 22
+"""Of the turns of a sample: more than any context holds, and what tokenizers have memory for."""
 _TURN_KEYS = ("conversations", "messages", "conversation")
 ANSWER_KEYS = ("answer", "caption")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA_KEYS = ("image", "images")
 _SOURCE_KEYS = ("image_url", "image", "url", "path", "source", "data", "base64")
+_LISTED = 12  # keys that a message names
 _ID_KEYS = ("id", "sample_id", "question_id")
 
 
@@ -83,7 +87,7 @@ def to_sample(
 def id_of(record: object, *, where: str) -> str:
     """How the record names itself; its place, where it does not."""
     name = _first(record, *_ID_KEYS) if isinstance(record, Mapping) else None
-    return where if name is None else str(name)
+    return where if name is None else name if isinstance(name, str) else shown(name)
 
 
 class _FormatError(Exception):
@@ -103,6 +107,9 @@ def _messages(record: Record, turns: list[Turn]) -> list[Message]:
             f"{len(pictures.names)} images but {pictures.used} {PLACEHOLDER} placeholders: write "
             "one for each image"
         )
+    letters = sum(len(message.text) for message in messages)
+    if letters > MOST_LETTERS:
+        raise _FormatError(f"its turns have {letters} letters, at most {MOST_LETTERS} are read")
     for number, message in enumerate(messages):
         if not _is_unicode(message.text):
             raise _FormatError(f"turn {number} has half of a character (a lone surrogate)")
@@ -121,6 +128,8 @@ def _system(record: Record, messages: Sequence[Message]) -> list[Message]:
     key, system = system_of(record)
     if not isinstance(system, str):
         raise _FormatError(f"its {key} is a {type(system).__name__}: expected a text")
+    if len(system) > MOST_LETTERS:
+        raise _FormatError(f"its {key} has {len(system)} letters, at most {MOST_LETTERS} are read")
     if not _is_unicode(system):
         raise _FormatError(f"its {key} has half of a character (a lone surrogate)")
     other = other_system(record)
@@ -249,8 +258,8 @@ def turns_of(record: Record) -> list[Turn]:
     turns = record[key]
     if isinstance(turns, str):  # a column of a table may hold JSON
         try:
-            turns = json.loads(turns)
-        except json.JSONDecodeError as error:
+            turns = decode(turns.encode("utf-8", "surrogatepass"), repr(key))
+        except DataError as error:
             raise _FormatError(f"{key!r} is a text that is no JSON: {error}") from error
     if isinstance(turns, Mapping):
         turns = _rows(turns)
@@ -273,7 +282,7 @@ def _rows(columns: Mapping[str, Any]) -> object:
     if not lists or not all(isinstance(column, list) for column in lists):
         return columns
     if len({len(column) for column in lists}) > 1:
-        lengths = ", ".join(f"{name!r}: {len(column)}" for name, column in columns.items())
+        lengths = ", ".join(f"{shown(n)}: {len(c)}" for n, c in list(columns.items())[:_LISTED])
         raise _FormatError(f"the columns of its turns have different lengths ({lengths})")
     return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
 
@@ -288,11 +297,18 @@ def _asked_once(record: Record) -> list[Turn]:
         raise _FormatError(
             f"no list {' or '.join(map(repr, _TURN_KEYS[:2]))} and no text "
             f"{' or '.join(map(repr, ANSWER_KEYS))}, found the keys "
-            f"{', '.join(map(repr, record)) or 'none'}"
+            f"{_listed(record)}"
         )
     question = "" if record.get("question") is None else _cell(record, "question")
     shown = "" if PLACEHOLDER in question else PLACEHOLDER * len(listed_media(record))
     return [("user", "\n".join(filter(None, (shown, question)))), ("assistant", _cell(record, key))]
+
+
+def _listed(record: Record) -> str:
+    """Keys of a record for messages."""
+    names = ", ".join(map(shown, list(record)[:_LISTED]))
+    more = f" and {len(record) - _LISTED} more" if len(record) > _LISTED else ""
+    return (names or "none") + more
 
 
 def _cell(record: Record, key: str) -> str:
@@ -311,7 +327,8 @@ def _turn(turn: object, number: int) -> Turn:
     speaker = _first(turn, "from", "role")
     if not isinstance(speaker, str) or speaker not in ROLES:
         raise _FormatError(
-            f"turn {number} is from {speaker!r}: expected human, gpt or system (user, assistant)"
+            f"turn {number} is from {shown(speaker)}: expected human, gpt or system (user, "
+            "assistant)"
         )
     content = _first(turn, "value", "content")
     if not isinstance(content, str | list):
@@ -364,7 +381,7 @@ class _Pictures:
             return TextPart(str(part.get("text") or ""))
         if kind in ("image", "image_url", "input_image"):
             return MediaPart(self._source(part))
-        raise _FormatError(f"a part has the type {kind!r}: expected text, image or image_url")
+        raise _FormatError(f"a part has the type {shown(kind)}: expected text, image or image_url")
 
     def _source(self, part: Mapping[str, Any]) -> object:
         own = _source_of(part)

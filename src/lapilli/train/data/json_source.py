@@ -8,13 +8,14 @@ import codecs
 import json
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from lapilli.errors import DataError
 from lapilli.train.data.pictures import PictureFolder
-from lapilli.train.data.strict_json import decode
+from lapilli.train.data.strict_json import MOST_BYTES, decode, is_large, too_large
 
 _BLOCK = 1 << 22
 _BLANK = " \t\r\n"
@@ -58,14 +59,16 @@ class LinesSource(_Ranges):
     """One JSON value per line; empty lines do not count. A broken line is found when it is read.
 
     Raises:
-        DataError: the file is an array.
+        DataError: the file is an array, or a line is longer than MOST_BYTES.
     """
 
     def __init__(self, path: Path, folder: PictureFolder) -> None:
         super().__init__(path, folder)
         at = 0
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(partial(file.readline, MOST_BYTES + 1), b""), 1):
+                if len(line) > MOST_BYTES:  # the rest of it may be longer than any disk
+                    raise too_large(f"{path}:{number}")
                 if line.strip():
                     if not self and line.removeprefix(_BOM).lstrip().startswith(b"["):
                         raise DataError(
@@ -193,6 +196,8 @@ class _Scanner:
         if self._ended:
             return False
         kept = self.text[self.at :]
+        if is_large(kept):
+            raise too_large(f"{self._path}:{self._line}")
         data = self._file.read(max(_BLOCK, len(kept)))
         self._ended = not data
         try:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lapilli.config.reader import shown
 from lapilli.errors import DataError, MediaError
 from lapilli.media.fetch import Fetched, FetchLimits, fetch
 
@@ -65,7 +66,7 @@ def picture_of(name: object) -> str | bytes:
     if isinstance(name, Mapping):  # a picture column of Hugging Face's datasets
         given = [name[key] for key in _KEYS if name.get(key) is not None]
         if not given:
-            keys = ", ".join(map(repr, name)) or "none"
+            keys = ", ".join(map(shown, list(name)[:8])) or "none"
             raise DataError(
                 f"a picture is an object without bytes, path and url: its keys are {keys}"
             )
@@ -73,8 +74,8 @@ def picture_of(name: object) -> str | bytes:
     if isinstance(name, bytes | bytearray | memoryview):
         return bytes(name)
     if not isinstance(name, str) or not name.strip():
-        shown = repr(name) if isinstance(name, str) or name is None else f"a {type(name).__name__}"
-        raise DataError(f"a picture is {shown}: expected a file name, a URL, a data URI or bytes")
+        found = shown(name) if isinstance(name, str) or name is None else f"a {type(name).__name__}"
+        raise DataError(f"a picture is {found}: expected a file name, a URL, a data URI or bytes")
     if not _BASE64.fullmatch(name, 0, min(len(name), 4096)):
         return name
     try:

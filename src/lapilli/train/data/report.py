@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lapilli.config.reader import shown
+
 Kind = Literal[
     "record",
     "turns",
@@ -38,7 +40,7 @@ class Finding:
 
     def __str__(self) -> str:
         """One line of printable letters, the place first."""
-        name = "" if self.id == self.where else f" (id {self.id!r})"
+        name = "" if self.id == self.where else f" (id {shown(self.id)})"
         line = f"{self.where}{name}: {self.text}"
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
@@ -147,13 +149,13 @@ class DataReport:
 
 
 def _listed(findings: Sequence[Finding], limit: int) -> list[str]:
-    shown: Counter[Kind] = Counter()
+    counts: Counter[Kind] = Counter()
     lines = []
     for finding in findings:
-        shown[finding.kind] += 1
-        if shown[finding.kind] <= limit:
+        counts[finding.kind] += 1
+        if counts[finding.kind] <= limit:
             lines.append(f"  {finding}")
-    for kind, number in shown.items():
+    for kind, number in counts.items():
         if number > limit:
             lines.append(f"  ... and {number - limit} more of the kind {kind!r}")
     return lines

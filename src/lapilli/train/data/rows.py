@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from lapilli.config.reader import shown
 from lapilli.errors import DataError, LapilliError, PromptError
 from lapilli.media.fetch import FetchLimits
 from lapilli.modality.image.decode import Alpha, to_rgb
@@ -86,16 +87,28 @@ class RowMaker:
 
         Raises:
             DataError: a medium that cannot be read, turns that the template cannot have, no
-                supervised token, or a medium across the end of the row.
+                supervised token, a medium across the end of the row, or a token that the
+                embeddings have no row for.
         """
         try:
             media = tuple(self._prepare(part) for part in sample.media)
             prompt = self.encode(sample, self.count(sample, media))
             kept = cut(prompt, self._max_length)
             _check_supervised(prompt, kept)
+            self._check_ids(kept)
         except LapilliError as error:
             raise DataError(f"{sample.label}: {error}") from error
         return Row(kept, media[: len(kept.spans)], sample.id, len(prompt) - len(kept))
+
+    def _check_ids(self, prompt: EncodedPrompt) -> None:
+        """Refuse ids of added tokens that the files give and the weights know nothing of."""
+        rows = self._model.language_model.config.vocab_size
+        largest = max(prompt.input_ids, default=0)
+        if largest >= rows:
+            raise PromptError(
+                f"the token {shown(self.tokenizer.id_to_token(largest))} has the id {largest}, and "
+                f"the embeddings have {rows} rows: the tokenizer belongs to other weights"
+            )
 
     def count(self, sample: Sample, media: Sequence[Any]) -> list[int]:
         """Positions of every prepared medium of a sample."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lapilli.config.reader import shown
 from lapilli.prompt.message import MediaPart, Message
 
 
@@ -31,4 +32,4 @@ class Sample:
     @property
     def label(self) -> str:
         """Place and id, as messages about the sample begin."""
-        return self.where if self.id == self.where else f"{self.where} (id {self.id!r})"
+        return self.where if self.id == self.where else f"{self.where} (id {shown(self.id)})"

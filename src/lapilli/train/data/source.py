@@ -108,14 +108,20 @@ def open_source(recipe: SourceRecipe) -> Source:
         DataError: no such file, a kind that is not known, or one that is damaged.
         ConfigError: a Parquet file without pyarrow.
     """
-    paths = expand(recipe.path)
-    parts = [_open_file(path, recipe.images) for path in paths]
+    parts = [_open_file(path, recipe.images) for path in expand(recipe.path)]
     return parts[0] if len(parts) == 1 else Joined(recipe.path, parts)
 
 
 def _open_file(path: Path, images: str | None) -> Source:
-    _refuse_foreign(path)
     folder = _folder_of(path, images)
+    try:
+        _refuse_foreign(path)
+        return _open_kind(path, folder)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _open_kind(path: Path, folder: PictureFolder) -> Source:
     match path.suffix.lower():
         case ".json":
             return JsonSource(path, folder)

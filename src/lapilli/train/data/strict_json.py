@@ -1,11 +1,14 @@
 """Bytes of one record -> its JSON value, or what is wrong with it; knows no files."""
 
 import json
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
-from lapilli.config.json_text import unique_keys
+from lapilli.config.json_text import MOST_DEPTH, is_deep, unique_keys
 from lapilli.errors import DataError
 
+MOST_BYTES: Final = 64 << 20
+"""Of one record. Larger pictures in base64 belong into files, or into a Parquet table."""
+_MOST_VALUES: Final = 1 << 22  # lists of two bytes take a hundred in memory
 _SHOWN = 20  # letters of what was found
 
 
@@ -18,10 +21,13 @@ def decode(data: bytes, where: str) -> Any:  # noqa: ANN401 - whatever JSON hold
 
     Raises:
         DataError: no value, more than one, no UTF-8, a key that comes twice in an object (one of
-            its values would be lost), or NaN and Infinity, which JSON does not have.
+            its values would be lost), NaN and Infinity, which JSON does not have, nests deeper
+            than MOST_DEPTH, or more than MOST_BYTES.
     """
+    if is_large(data):
+        raise too_large(where)
     try:
-        return _DECODER.decode(data.decode("utf-8-sig"))
+        found = _DECODER.decode(data.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         found = error.doc[error.pos : error.pos + _SHOWN].rstrip()
         raise DataError(
@@ -30,6 +36,27 @@ def decode(data: bytes, where: str) -> Any:  # noqa: ANN401 - whatever JSON hold
         ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: no valid JSON: {error}") from error
+    if is_deep(found):
+        raise DataError(f"{where}: lists and objects are nested more than {MOST_DEPTH} deep")
+    return found
+
+
+def is_large(data: bytes | str) -> bool:
+    """Return whether a record is too long, or has too many values, for the memory of anybody."""
+    if len(data) > MOST_BYTES:
+        return True
+    if len(data) <= _MOST_VALUES:
+        return False
+    marks = (b",", b"[", b"{") if isinstance(data, bytes) else (",", "[", "{")
+    return sum(data.count(mark) for mark in marks) > _MOST_VALUES  # type: ignore[arg-type]
+
+
+def too_large(where: str) -> DataError:
+    """Return the error that says so."""
+    return DataError(
+        f"{where}: a record of more than {MOST_BYTES >> 20} MiB, or of more than {_MOST_VALUES} "
+        "values: give pictures as files"
+    )
 
 
 def _no_number(name: str) -> NoReturn:

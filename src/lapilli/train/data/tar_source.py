@@ -5,30 +5,50 @@ record(i):  KEY.json decoded (or KEY.txt as the caption of KEY's picture)
 media(i):   a place in the file, read when it is fetched
 """
 
+import re
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from lapilli.config.reader import shown
 from lapilli.errors import DataError
 from lapilli.train.data.formats import listed_media, names_pictures_in_turns
 from lapilli.train.data.pictures import is_file_name, picture_of
-from lapilli.train.data.strict_json import decode
+from lapilli.train.data.strict_json import MOST_BYTES, decode, too_large
 
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"})
 _LISTED = 8  # members that a message names
+_LONGEST = 50  # letters of a name in such a list
+_LONGEST_NAME = 1000
+_BLOCK = tarfile.BLOCKSIZE
+_EXTENDED = frozenset(
+    {
+        *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_SPARSE),
+        *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    }
+)
+# ValueError and its neighbours: numbers of a header; RecursionError: headers of headers.
+_BROKEN = (
+    *(tarfile.TarError, OSError, ValueError, OverflowError, IndexError, RecursionError),
+    MemoryError,
+)
+_MOST_EXTENDED = 1 << 16  # bytes of a header of long names and more
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Member:
-    """A stretch of a shard; looks like an open file to media/fetch."""
+    """A stretch of a shard; looks like an open file to media/fetch.
+
+    Two are the same where they are the same bytes, wherever the reading stands.
+    """
 
     shard: Path
     name: str
     start: int
     size: int
-    position: int = 0
+    position: int = field(default=0, compare=False)
 
     def read(self, size: int = -1, /) -> bytes:
         """Return the next `size` bytes, all that are left where it is negative."""
@@ -44,12 +64,46 @@ class Member:
         return replace(self, position=0).read()
 
 
+class _Header(tarfile.TarInfo):
+    """Looks at headers that describe the next one, before tarfile follows them."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_Header":
+        """Return the next member.
+
+        Raises:
+            DataError: it was packed with holes left out, or what is said about it is too long.
+        """
+        file = tarfile.fileobj
+        if file is not None:
+            start = file.tell()
+            cls._look(file, tarfile.name)
+            file.seek(start)
+        return super().fromtarfile(tarfile)
+
+    @classmethod
+    def _look(cls, file: IO[bytes], name: object) -> None:
+        block = file.read(_BLOCK)
+        kind = block[156:157]
+        if kind not in _EXTENDED:
+            return
+        size = cls.frombuf(block, tarfile.ENCODING, "surrogateescape").size
+        text = file.read(size) if 0 <= size <= _MOST_EXTENDED else b""
+        if kind == tarfile.GNUTYPE_SPARSE or b"GNU.sparse." in text:
+            raise DataError(
+                f"{name} holds a file with its holes left out: pack it again without --sparse"
+            )
+        # tarfile searches digits in a time that grows with the square of their number.
+        if not 0 <= size <= _MOST_EXTENDED or re.search(rb"\d{1000}", text):
+            raise DataError(f"{name} is no whole tar archive: a header of {size} bytes")
+
+
 class TarSource:
     """The samples of one shard, in its order.
 
     Raises:
-        DataError: no tar archive, a compressed one, one that ends in the middle, or one with two
-            members of one name.
+        DataError: no tar archive, a compressed, sparse or damaged one, one that ends in the middle,
+            or one with two members of one name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,18 +114,43 @@ class TarSource:
         self._keys = list(self._members)
 
     def _read_headers(self) -> None:
-        size = self._path.stat().st_size
         try:
-            with tarfile.open(self._path, "r:") as shard:
-                for info in shard:
-                    if info.isreg():
-                        self._add(info, size)
-        except tarfile.TarError as error:
+            with tarfile.open(self._path, "r:", tarinfo=_Header) as shard:
+                end = self._add_all(shard)
+        except DataError:
+            raise
+        except _BROKEN as error:
             raise DataError(f"{self._path} is no whole tar archive: {error}") from error
+        self._check_end(end)
+
+    def _add_all(self, shard: tarfile.TarFile) -> int:
+        """Add the files of a shard; returns where the last one ends."""
+        size, end = self._path.stat().st_size, 0
+        for info in shard:
+            if info.size < 0 or info.offset < end:  # else the same headers come again for ever
+                raise DataError(f"{self._path} is no whole tar archive: a member has no size")
+            end = info.offset_data
+            if info.isreg():
+                self._add(info, size)
+            if info.isreg() or info.type not in tarfile.SUPPORTED_TYPES:
+                end += -(-info.size // _BLOCK) * _BLOCK
+        return end
+
+    def _check_end(self, end: int) -> None:
+        """Refuse a shard whose next header is damaged: tarfile takes that for the end."""
+        with self._path.open("rb") as file:
+            file.seek(end)
+            block = file.read(_BLOCK)
+        if block.strip(b"\0"):
+            raise DataError(
+                f"{self._path} is no whole tar archive: the header at byte {end} is damaged"
+            )
 
     def _add(self, info: tarfile.TarInfo, file_size: int) -> None:
         if info.offset_data + info.size > file_size:
-            raise DataError(f"{self._path} was cut off in the middle of {info.name}")
+            raise DataError(f"{self._path} was cut off in the middle of {shown(info.name)[1:-1]}")
+        if len(info.name) > _LONGEST_NAME:
+            raise DataError(f"{self._path}: a member's name has {len(info.name)} letters")
         folder, slash, file = info.name.rpartition("/")
         stem, _, extension = file.partition(".")
         if not stem:
@@ -81,8 +160,8 @@ class TarSource:
         first = inside.setdefault(extension.lower(), member)
         if first is not member:
             raise DataError(
-                f"{self._path} has two members of one name, {first.name!r} and {info.name!r}: "
-                "delete the wrong one"
+                f"{self._path} has two members of one name, {shown(first.name)} and "
+                f"{shown(info.name)}: delete the wrong one"
             )
 
     def __len__(self) -> int:
@@ -96,7 +175,7 @@ class TarSource:
         """See Source."""
         members = self._members[self._keys[index]]
         if "json" in members:
-            record = decode(members["json"].content(), self.where(index))
+            record = decode(self._text(members["json"], index), self.where(index))
             if "txt" not in members or _has_turns(record):
                 return self._with_pictures(record, index)
         if "txt" in members:
@@ -109,7 +188,7 @@ class TarSource:
         """Members of a sample for messages: a dot in a name puts many under one key."""
         names = list(self._members[self._keys[index]])
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        return ", ".join(names[:_LISTED]) + more
+        return ", ".join(name[:_LONGEST] for name in names[:_LISTED]) + more
 
     def _pictures(self, index: int) -> list[str]:
         members = self._members[self._keys[index]]
@@ -131,10 +210,17 @@ class TarSource:
     def _captioned(self, member: Member, index: int) -> dict[str, Any]:
         own = self._pictures(index)
         try:
-            caption = member.content().decode("utf-8-sig").strip()
+            caption = self._text(member, index).decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.where(index)}: {member.name} is no UTF-8: {error}") from error
+            raise DataError(
+                f"{self.where(index)}: {shown(member.name)[1:-1]} is no UTF-8: {error}"
+            ) from error
         return {"id": self._keys[index], "image": own, "caption": caption}
+
+    def _text(self, member: Member, index: int) -> bytes:
+        if member.size > MOST_BYTES:
+            raise too_large(self.where(index))
+        return member.content()
 
     def _find(self, index: int, name: object) -> Member | None:
         """A member by its extension or by its name; None where `name` is no name."""
@@ -155,7 +241,9 @@ class TarSource:
         picture = picture_of(name)
         if not is_file_name(picture):
             return picture
-        raise DataError(f"the shard has no member {name!r}; this sample has {self._listed(index)}")
+        raise DataError(
+            f"the shard has no member {shown(name)}; this sample has {self._listed(index)}"
+        )
 
 
 def _has_turns(record: object) -> bool:

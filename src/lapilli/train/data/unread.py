@@ -7,6 +7,8 @@ what is asked, seen or learned, and a record that is learned without them is ano
 from collections.abc import Mapping
 from typing import Any
 
+from lapilli.config.reader import shown
+
 Record = Mapping[str, Any]
 
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
@@ -57,7 +59,7 @@ def why_not_turn(turn: Record, *, is_answer: bool) -> str | None:
         )
     off = next((key for key in _SWITCHES if is_answer and _is_off(turn.get(key))), None)
     if off is not None:
-        return f"has {off!r} {turn[off]}, and every answer is learned: leave the turn out"
+        return f"has {off!r} {shown(turn[off])}, and every answer is learned: leave the turn out"
     call = _first_of(turn, _CALLS)
     return None if call is None else f"has {call!r}, which is not read: write it into the text"
 

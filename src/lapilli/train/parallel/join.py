@@ -112,7 +112,7 @@ def joined(
     try:
         yield Team(seat.rank, seat.size, sharding, place)
         dist.barrier()  # the one that holds the store leaves last
-    except BaseException as error:
+    except BaseException as error:  # the others have to hear of it, an interrupt included
         lost = is_network_error(error)
         presence.leave_word(error, lost=lost)
         if lost:

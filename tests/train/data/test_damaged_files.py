@@ -1,0 +1,248 @@
+"""A data file that is damaged is one short error; nothing of it is taken for the whole."""
+
+import io
+import json
+import struct
+import tarfile
+import time
+from contextlib import suppress
+
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from lapilli.errors import DataError
+from lapilli.prompt.message import Message
+from lapilli.train.data import Dataset, open_dataset, to_sample
+from lapilli.train.data.check import check
+from lapilli.train.data.formats import MOST_LETTERS, signed_words
+from lapilli.train.data.strict_json import MOST_BYTES
+from lapilli.train.log import RunLog
+from lapilli.train.recipe import SourceRecipe
+from tests.train.data.conftest import RECORDS
+from tests.train.data.test_source import png, write, write_tar
+
+
+def opened(path) -> Dataset:
+    return open_dataset([SourceRecipe(path=str(path))])
+
+
+def learned(path) -> list[str]:
+    """What every sample says, or why it cannot be learned."""
+    dataset = opened(path)
+    return [finding.text for finding in check(dataset).errors]
+
+
+SHARD = {"a.json": json.dumps({"caption": "x"}).encode(), "a.png": png("red"), "b.txt": b"two"}
+
+
+def test_a_shard_with_pictures_can_be_checked(tmp_path):
+    report = check(opened(write_tar(tmp_path / "data.tar", SHARD | {"b.png": png("red")})))
+    assert (report.num_media, report.num_different_media, report.errors) == (2, 2, ())
+
+
+def with_header(data: bytes, at: int, field: int, value: bytes) -> bytes:
+    """A tar archive with another field in one header, the checksum right."""
+    block = bytearray(data[at : at + 512])
+    block[field : field + len(value)] = value
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return data[:at] + bytes(block) + data[at + 512 :]
+
+
+def with_pax(data: bytes, body: bytes) -> bytes:
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = b"x", len(body)
+    return header.tobuf(tarfile.USTAR_FORMAT) + body + b"\0" * (-len(body) % 512) + data
+
+
+def record_of(key: bytes, value: bytes) -> bytes:
+    length = len(key) + len(value) + 3
+    length += len(str(length + len(str(length))))
+    return b"%d %s=%s\n" % (length, key, value)
+
+
+HEADERS = {
+    "a header in the middle is damaged": lambda d: d[:1024] + b"\xff" + d[1025:],
+    "a member is larger than all": lambda d: with_header(d, 0, 124, b"77777777777\0"),
+    "a size is negative": lambda d: with_header(d, 0, 124, b"\xff" * 11 + b"\xf0"),
+    "a size has 96 bits": lambda d: with_header(d, 0, 124, b"\x80" + b"\x7f" * 11),
+    "a member is sparse": lambda d: with_header(with_header(d, 0, 156, b"S"), 0, 482, b"\1"),
+    "sparse in a pax header": lambda d: with_pax(d, record_of(b"GNU.sparse.map", b"0,x")),
+    "a size of 5,000 digits": lambda d: with_pax(d, record_of(b"GNU.sparse.size", b"9" * 5000)),
+    "a million digits": lambda d: with_pax(d, record_of(b"comment", b"9" * 1_000_000)),
+    "sixty thousand digits": lambda d: with_pax(d, record_of(b"comment", b"9" * 60_000)),
+    "a thousand headers of headers": lambda d: b"".join([with_pax(b"", b"")] * 5000) + d,
+    "a name of 5,000 letters": lambda d: with_pax(d, record_of(b"path", b"x" * 5000)),
+}
+
+
+@pytest.mark.parametrize("damage", HEADERS.values(), ids=HEADERS)
+def test_a_damaged_shard_is_refused_at_once(tmp_path, damage):
+    path = write_tar(tmp_path / "data.tar", SHARD)
+    path.write_bytes(damage(path.read_bytes()))
+    started = time.process_time()
+    with pytest.raises(DataError, match=r"data\.tar") as told:
+        learned(path)
+    assert len(str(told.value)) < 1000
+    assert time.process_time() - started < 2
+
+
+@given(st.integers(0, 2047), st.integers(1, 255))
+def test_no_byte_of_a_shard_costs_a_sample_silently(tmp_path_factory, at, change):
+    folder = tmp_path_factory.getbasetemp()
+    path = write_tar(folder / "flip.tar", {"a.txt": b"one", "b.txt": b"two", "c.txt": b"three"})
+    data = bytearray(path.read_bytes())
+    data[at] ^= change
+    path.write_bytes(data)
+    with suppress(DataError):
+        assert len(opened(path)) == 3
+
+
+NESTED = "[" * 900 + "]" * 900
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (f'{{"caption": "x", "id": {NESTED}}}', "nested more than 100"),
+        (f'{{"conversations": "{"[" * 100_000}"}}', "no JSON"),
+        (f'{{"conversations": "{"9" * 5000}"}}', "no JSON"),
+        (f'{{"id": "{"x" * 9000}", "conversations": 1}}', "expected a list"),
+        (f'{{"id": 1, "{"k" * 9000}": 1}}', "found the keys"),
+        (f'{{"messages": [{{"role": "{"x" * 9000}", "content": ""}}]}}', "is from"),
+        (f'{{"caption": "{"x" * (MOST_LETTERS + 1)}"}}', "letters"),
+    ],
+)
+def test_a_record_that_nobody_can_learn_is_one_short_error(tmp_path, kind, record, expected):
+    path = tmp_path / f"data.{kind}"
+    path.write_text(f"[{record}]" if kind == "json" else f"{record}\n")
+    dataset = opened(path)
+    dataset.words()
+    with pytest.raises(DataError, match=expected) as told:
+        dataset.sample(0)
+    assert len(str(told.value)) < 1000
+    assert all(len(str(finding)) < 1000 for finding in check(dataset).findings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv"])
+def test_a_value_without_an_end_is_not_read_for_ever(tmp_path, kind):
+    path = tmp_path / f"data.{kind}"
+    path.write_bytes({"json": b'[{"caption": "', "jsonl": b'{"caption": "', "csv": b'id,"'}[kind])
+    with path.open("r+b") as file:
+        file.truncate(10**12)
+    with pytest.raises(DataError, match="data"):
+        opened(path)
+
+
+@pytest.mark.slow
+def test_a_record_has_as_many_values_as_the_memory_takes(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('[{"id": [' + "[]," * (5 << 20) + "1]}]")
+    with pytest.raises(DataError, match="values"):
+        opened(path)
+    assert path.stat().st_size < MOST_BYTES
+
+
+def test_a_picture_for_every_place_takes_a_time_that_grows_with_their_number():
+    started = time.process_time()
+    number = 20_000
+    message = Message.from_placeholders("user", "<image>" * number, ["x"] * number)
+    assert len(message.media) == number
+    sample = to_sample({"image": ["x"] * number, "caption": "y"}, where="here")
+    assert (len(sample.media), signed_words({"caption": "a b"})) == (number, -2)
+    assert time.process_time() - started < 3
+
+
+def table(path, columns, **options):
+    parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+def broken_text():
+    offsets = pyarrow.py_buffer(struct.pack("<3i", 0, 2, 5))
+    return pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, offsets, pyarrow.py_buffer(b"\xff\xfeabc")]
+    )
+
+
+VALUES = {
+    "a day beyond the calendar": pyarrow.array([2**30, 1], pyarrow.date32()),
+    "a second beyond it": pyarrow.array([2**40, 1], pyarrow.timestamp("s")),
+    "a span beyond it": pyarrow.array([2**62, 1], pyarrow.duration("us")),
+    "a zone that is none": pyarrow.array([1, 1], pyarrow.timestamp("us", tz="No/Where")),
+    "a text that is no UTF-8": broken_text(),
+}
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+def test_a_value_that_python_cannot_hold_is_an_error_of_its_row(tmp_path, values):
+    path = table(tmp_path / "data.parquet", {"caption": values, "id": ["a", "b"]})
+    assert learned(path)
+
+
+def test_rows_of_a_damaged_group_are_not_read_again_each(tmp_path):
+    path = table(tmp_path / "data.parquet", {"caption": [f"text {i}" for i in range(3000)]})
+    data = bytearray(path.read_bytes())
+    (length,) = struct.unpack("<I", data[-8:-4])
+    data[4 : len(data) - 8 - length] = b"\xff" * (len(data) - 12 - length)
+    path.write_bytes(data)
+    started = time.process_time()
+    assert len(learned(path)) == 3000
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"caption": pyarrow.nulls(10**7)},
+        {"caption": pyarrow.array([[None] * 10**6])},
+        {"caption": ["a" * 100_000_000]},
+    ],
+    ids=["rows", "values", "letters"],
+)
+def test_a_few_bytes_that_become_many_are_refused(tmp_path, columns):
+    path = table(tmp_path / "data.parquet", columns, compression="zstd", row_group_size=10**8)
+    with pytest.raises(DataError, match="row group 0"):
+        opened(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "tar"])
+@given(data=st.data())
+def test_flipped_bytes_end_as_samples_or_an_error(tmp_path_factory, kind, data):
+    path = write(tmp_path_factory.getbasetemp() / f"data.{kind}", RECORDS[:2])
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    with suppress(DataError):
+        check(opened(path))
+
+
+def test_names_of_columns_are_told_shortly(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text(",".join("x" * 200 for _ in range(500)))
+    with pytest.raises(DataError, match="and 488 more") as told:
+        opened(path)
+    assert len(str(told.value)) < 2000
+
+
+def test_what_cannot_be_printed_is_said_with_escapes(capfd):
+    RunLog.say("a.\udcff.json is damaged")
+    assert capfd.readouterr().err == "a.\\udcff.json is damaged\n"
+
+
+def test_a_tar_member_is_read_from_its_start_by_everybody(tmp_path):
+    path = write_tar(tmp_path / "data.tar", SHARD)
+    part = opened(path).sample(0).media[0].source
+    again = opened(path).sample(0).media[0].source
+    part.read(2)
+    assert part == again
+    assert hash(part) == hash(again)
+    assert io.BytesIO(again.read()).read() == png("red")
