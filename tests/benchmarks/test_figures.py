@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from lapilli.cli.figures import (
+from benchmarks.figures import (
     Plan,
     Question,
     measure,

@@ -1,6 +1,6 @@
 """The machine's limits are positive and of the right order."""
 
-from lapilli.pipeline.limits import measure_limits
+from benchmarks.limits import measure_limits
 
 
 def test_limits_of_this_machine() -> None:

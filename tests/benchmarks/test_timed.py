@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import lapilli
+from benchmarks.timed import TimedChat, linear_bytes, prompt_operations
 from lapilli.config.model import DecoderConfig
 from lapilli.errors import LapilliError
 from lapilli.lm.build import build_language_model
 from lapilli.pipeline import Chat
-from lapilli.pipeline.timed import TimedChat, linear_bytes, prompt_operations
 
 TEXT = tuple(range(20, 30))
 

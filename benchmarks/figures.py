@@ -69,12 +69,12 @@ class Plan:
 
 def picture(number: int, side: int) -> bytes:
     """A picture of noise, another one for every number."""
-    return random.Random(number).randbytes(3 * side * side)  # noqa: S311 - not for secrets
+    return random.Random(number).randbytes(3 * side * side)
 
 
 def words(number: int, count: int, vocabulary: int) -> tuple[int, ...]:
     """Token ids, other ones for every number; the first ids are often special."""
-    source = random.Random(number)  # noqa: S311 - not for secrets
+    source = random.Random(number)
     return tuple(source.randrange(10, vocabulary) for _ in range(count))
 
 
