@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from lapilli.checkpoint.world import save_world
+from lapilli.checkpoint.out_of_distribution import save_detector
 from lapilli.train.log import RunLog
 from lapilli.train.plot import loss_curve, plot_losses
-from pebble.boundary import boundary_rates, pebble_world
+from pebble.boundary import boundary_rates, pebble_detector
 from pebble.examine import ask_exported
 from pebble.export import export_llava
 from pebble.run import RECIPES, STAGES, Workshop
@@ -75,9 +75,9 @@ def export(shop: Workshop, folder: Path) -> None:
 
 def mark_boundary(folder: Path) -> None:
     """Keep beside the weights what the model knows, and say how well that tells pictures apart."""
-    world = pebble_world(folder)
-    save_world(world, folder)
-    known, strange = boundary_rates(folder, world)
+    detector = pebble_detector(folder)
+    save_detector(detector, folder)
+    known, strange = boundary_rates(folder, detector)
     _say(f"{100 * known:.1f} % of fresh scenes lie inside, {100 * strange:.1f} % of others outside")
 
 

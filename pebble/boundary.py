@@ -1,6 +1,7 @@
 """Where pebble's world ends: what the exported tower sees in fresh scenes.
 
-Knows scenes and the exported files; how a world is measured and kept is checkpoint/world.py.
+Knows scenes and the exported files; a detector is fitted and kept by
+lapilli.checkpoint.out_of_distribution.
 """
 
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from typing import Final, cast
 import torch
 from PIL import Image
 
-from lapilli.checkpoint.world import World, measure_world
+from lapilli.checkpoint.out_of_distribution import Detector, fit_detector
 from lapilli.modality.image.image import ImageModality
 from lapilli.pipeline import load
 from lapilli.shapes import Float, Tensor
@@ -25,22 +26,24 @@ KNOWS: Final = (
 _FIRST_SCENE: Final = 800_000_000  # between the pools' seeds and the exam's
 
 
-def pebble_world(folder: Path, *, num_scenes: int = 3000) -> World:
-    """The world of an exported pebble, from scenes that it was not trained on."""
+def pebble_detector(folder: Path, *, num_scenes: int = 3000) -> Detector:
+    """Fit the detector of an exported pebble, from scenes that it was not trained on."""
     seeds = range(_FIRST_SCENE, _FIRST_SCENE + num_scenes)
-    return measure_world(
+    return fit_detector(
         features_of(folder, _scenes(seeds)), knows=KNOWS, without_picture=NEEDS_PICTURE
     )
 
 
-def boundary_rates(folder: Path, world: World, *, num_pictures: int = 500) -> tuple[float, float]:
+def boundary_rates(
+    folder: Path, detector: Detector, *, num_pictures: int = 500
+) -> tuple[float, float]:
     """Share of fresh scenes taken for known, and share of other pictures told apart."""
     first = _FIRST_SCENE + 50_000_000
     known = features_of(folder, _scenes(range(first, first + num_pictures)))
     other = features_of(folder, (outside_picture(seed) for seed in range(num_pictures)))
     return (
-        sum(world.contains(item) for item in known) / num_pictures,
-        sum(not world.contains(item) for item in other) / num_pictures,
+        sum(detector.is_known(item) for item in known) / num_pictures,
+        sum(not detector.is_known(item) for item in other) / num_pictures,
     )
 
 

@@ -1,5 +1,7 @@
 """How a stage of pebble begins in one process of several."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -101,3 +103,13 @@ def test_from_nothing_every_stage_runs(tmp_path):
     assert shop.start is None
     assert shop.stages == STAGES
     assert shop.text.hidden_size == shop.projector.hidden_size
+
+
+@pytest.mark.slow
+def test_it_is_a_program_of_the_repositorys_root(repository, tmp_path):
+    """As `make pebble` and `Workshop.train_together` start it."""
+    command = [sys.executable, "-m", "pebble", "--work", str(tmp_path)]
+    command += ["--stage", "3_align", "--processes", "1"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert "state.pt is missing: run stage 2_language first" in done.stderr
+    assert not any(tmp_path.glob("*/state.pt"))
