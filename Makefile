@@ -5,6 +5,7 @@
 # make stress       the fuzzer with 20,000 damaged files, two threads with 10,000 answers: half an hour
 # make check        format, lint, types, import layers, docs, tests: what CI runs
 # make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
+# make pebble      the embedded model from nothing, hours; PEBBLE="--recipes pebble/recipes/warm" for options
 # make lock         choose the exact versions that demo and test install anew (locks/), from pyproject.toml
 # make test-newest  the tests with the newest packages that pyproject.toml allows
 # make test-oldest  the tests with the oldest ones (locks/oldest.txt)
@@ -87,7 +88,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
 pebble: $(VENV)/.installed-dev
-	$(BIN)/python -m lapilli.train.pebble
+	$(BIN)/python -m pebble $(PEBBLE)
 
 # Locks hold for every machine that torch has a build for, so the local version of its CPU build (+cpu) is cut off,
 # and what its CUDA build brings is not named. pip-compile chooses the newest versions, uv the oldest.

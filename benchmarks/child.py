@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import Options
-from lapilli.cli.figures import (
+from benchmarks.figures import (
     Figures,
     Plan,
     Question,
@@ -69,7 +69,7 @@ def limits(wanted: argparse.Namespace) -> Figures:
     """What the machine can do."""
     import torch
 
-    from lapilli.pipeline.limits import measure_limits
+    from benchmarks.limits import measure_limits
 
     torch.set_num_threads(wanted.threads)
     if wanted.quick:

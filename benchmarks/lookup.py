@@ -17,9 +17,9 @@ from torch import nn
 
 from benchmarks.engines import Options
 from benchmarks.engines.lapilli import load_chat
-from lapilli.cli.figures import Question, picture, rate
+from benchmarks.figures import Question, picture, rate
+from benchmarks.timed import TimedChat
 from lapilli.generate.engine import EngineOptions
-from lapilli.pipeline.timed import TimedChat
 
 TOKENS = 400
 GOODS = "apples bread butter cheese coffee eggs flour honey milk oranges pears rice salt tea"

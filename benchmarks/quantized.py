@@ -2,7 +2,7 @@
 
     .venv/bin/python -m benchmarks.quantized --questions 500
 
-float32, int8 and int4 answer the questions of the exam (train/pebble/score.py). The divergence is
+float32, int8 and int4 answer the questions of the exam (pebble/score.py). The divergence is
 KL(float32 || quantized) of the next token, along the answers that float32 gave, in nats.
 """
 
@@ -19,8 +19,8 @@ from lapilli.model.outputs import FusedBatch
 from lapilli.pipeline import Chat
 from lapilli.prompt.message import Message
 from lapilli.quant import QuantConfig
-from lapilli.train.pebble.draw import draw
-from lapilli.train.pebble.score import ExamItem, exam, is_exact
+from pebble.draw import draw
+from pebble.score import ExamItem, exam, is_exact
 
 ROWS = 20
 RESULT = Path(__file__).parent / "results" / "quantized.json"

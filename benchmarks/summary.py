@@ -4,9 +4,9 @@ import statistics
 from typing import Any
 
 from benchmarks.contest import ENGINES
+from benchmarks.timed import prompt_operations
 from lapilli.config.model import DecoderConfig, ProjectorConfig, VisionConfig
 from lapilli.config.operations import projector_operations, tower_operations
-from lapilli.pipeline.timed import prompt_operations
 
 NUM_TEXT = 40
 TARGETS = (

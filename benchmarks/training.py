@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoint import IMAGE_ID, write_checkpoint
+from benchmarks.figures import peak_bytes
 from benchmarks.machine import ROOT, machine
-from lapilli.cli.figures import peak_bytes
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span

@@ -8,7 +8,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Checks every annotated shape at run time; only the tests pay for it.
-install_import_hook("lapilli", "beartype.beartype")
+install_import_hook(["lapilli", "pebble"], "beartype.beartype")
 
 import torch  # noqa: E402  the hook has to stand before anything that may import lapilli
 

@@ -24,7 +24,7 @@ from lapilli import (
     SamplingParams,
     UnsupportedModelError,
 )
-from lapilli.checkpoint.world import measure_world, save_world
+from lapilli.checkpoint.out_of_distribution import fit_detector, save_detector
 from lapilli.generate.engine import EngineOptions
 
 Load = Callable[..., Chat]
@@ -358,22 +358,28 @@ def test_a_narrow_model_says_what_it_knows(paths, drawing: str, tmp_path: Path, 
     shutil.copytree(paths("llava-v1.5-tiny-pad")["model_path"], folder)
     chat = lapilli.load(str(folder), device="cpu", dtype="float32")
     answer = chat.ask("What?", drawing, **FEW)
-    assert chat.outside_world() is None  # it claims nothing
+    assert chat.out_of_distribution() is None  # it claims nothing
     with torch.inference_mode():
         [prepared] = chat.encode([Message.user("What?", drawing)]).media
         known = chat.model.modality("image").tower_features(prepared.pixel_values).flatten(0, 1)
-    save_world(measure_world([known + 0.01 * i for i in range(4)], knows="It knows one."), folder)
+    save_detector(fit_detector([known + 0.01 * i for i in range(4)], knows="It knows one."), folder)
     chat = lapilli.load(str(folder), device="cpu", dtype="float32")
-    tower = Calls(monkeypatch, chat.model.modalities["image"].vision_tower, "forward")
+    modality = chat.model.modalities["image"]
+    tower = Calls(monkeypatch, modality.vision_tower, "forward")
+    embed = Calls(monkeypatch, modality, "embed")
     assert chat.ask("What?", drawing, **FEW) == answer
-    assert chat.outside_world() is None
-    assert tower.count == 1  # for the answer and for the world alike
+    assert (embed.count, tower.count) == (1, 1)  # as of any checkpoint
+    assert chat.out_of_distribution() is None
+    assert (embed.count, tower.count) == (1, 2)
     noise = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
     chat.ask("What?", noise, **FEW)
-    assert "narrow was made for: It knows one. Load a LLaVA" in chat.outside_world()
+    assert "narrow was made for: It knows one. Load a LLaVA" in chat.out_of_distribution()
     chat.ask("Why?", **FEW)
-    assert chat.outside_world() is None  # said once, not again at every question
-    assert tower.count == 2
+    assert chat.out_of_distribution() is None  # said once, not again at every question
+    chat.ask("Why?", drawing, noise, keep=True, num_beams=2, **FEW)
+    assert "It knows one." in chat.out_of_distribution()  # after beams, which use no engine
+    chat.reset()
+    assert chat.out_of_distribution() is None
 
 
 @pytest.mark.slow
@@ -445,7 +451,7 @@ def test_properties(chat: Chat):
     assert chat.tokenizer.eos_id == 2
     assert chat.report.missing == ()
     assert chat.template.name
-    assert chat.outside_world() is None
+    assert chat.out_of_distribution() is None
 
 
 @pytest.mark.slow

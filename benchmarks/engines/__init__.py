@@ -1,4 +1,4 @@
-"""One file per engine: `load(files, options) -> Timed` (lapilli/cli/figures.py)."""
+"""One file per engine: `load(files, options) -> Timed` (figures.py)."""
 
 from dataclasses import dataclass
 from pathlib import Path

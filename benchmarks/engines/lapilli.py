@@ -4,7 +4,7 @@ import torch
 
 import lapilli
 from benchmarks.engines import Options
-from lapilli.pipeline.timed import TimedChat
+from benchmarks.timed import TimedChat
 
 FOLDERS = {"float32": "float", "bfloat16": "float", "int8": "int8", "int4": "int4"}
 

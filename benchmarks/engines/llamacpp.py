@@ -18,7 +18,7 @@ import numpy as np
 from llama_cpp import mtmd_cpp
 
 from benchmarks.engines import Options
-from lapilli.cli.figures import Question
+from benchmarks.figures import Question
 
 BOS = 1
 UBATCH = 1024  # the picture in one pass; 512, the default, is as fast

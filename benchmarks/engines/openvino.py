@@ -16,7 +16,7 @@ import openvino
 import openvino_genai
 
 from benchmarks.engines import Options
-from lapilli.cli.figures import Question, words
+from benchmarks.figures import Question, words
 
 POSITIONS = 576
 

@@ -12,7 +12,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.engines import Options
-from lapilli.cli.figures import Question
+from benchmarks.figures import Question
 
 
 class Clock(StoppingCriteria):

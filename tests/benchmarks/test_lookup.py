@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lapilli
+from benchmarks.figures import Question
 from benchmarks.lookup import Counted, GivenAnswer, given, texts
-from lapilli.cli.figures import Question
 from lapilli.generate.engine import EngineOptions
 from lapilli.pipeline import Chat
 

@@ -5,9 +5,9 @@ import torch
 
 from lapilli.checkpoint.export import export_checkpoint
 from lapilli.checkpoint.load import load_checkpoint
+from lapilli.checkpoint.out_of_distribution import load_detector
 from lapilli.checkpoint.save import save_llava
 from lapilli.checkpoint.source import resolve
-from lapilli.checkpoint.world import load_world
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.quant import QuantConfig
 
@@ -47,7 +47,7 @@ def test_an_adapter_is_folded_in(golden, tmp_path):
 @pytest.mark.parametrize("layout", ["llava", "huggingface"])
 def test_pebble_still_says_which_pictures_it_was_made_for(tmp_path, layout):
     export_checkpoint("pebble", tmp_path / "out", layout=layout)
-    before, after = (load_world(resolve(place)) for place in ("pebble", str(tmp_path / "out")))
+    before, after = (load_detector(resolve(place)) for place in ("pebble", str(tmp_path / "out")))
     assert after.knows == before.knows
     assert torch.equal(after.whitening, before.whitening)
 

@@ -15,7 +15,6 @@ from tests.cli.conftest import PROGRAM, Run
 COMMANDS = [
     "ask",
     "batch",
-    "bench",
     "build",
     "chat",
     "export",
@@ -57,7 +56,6 @@ def test_shell_completion_lists_the_commands() -> None:
     commands = [
         "ask",
         "batch",
-        "bench",
         "build",
         "chat",
         "export",

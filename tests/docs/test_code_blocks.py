@@ -25,8 +25,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
+    """Return the environment of a reader who stands in a checkout of the repository."""
     scripts = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PATH": scripts + os.pathsep + os.environ["PATH"],
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture

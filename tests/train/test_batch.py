@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lapilli.nn.onednn import rounded
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
-from lapilli.train.batch import by_length, collate, collate_bins
+from lapilli.train.batch import collate, collate_bins
 
 
 @dataclass
@@ -85,12 +85,3 @@ def test_bins_hold_every_sample_one_after_the_other(drawn):
         assert not batch.position_ids[number, start:].any()
     assert batch.num_valid == int(batch.loss_mask.sum())
     assert batch.input_ids.shape[1] == rounded(max(map(sum, batch.segments)))
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 6))
-def test_groups_hold_every_row_once_by_length(lengths, pieces):
-    groups = by_length(lengths, pieces)
-    rows = [row for group in groups for row in group]
-    assert sorted(rows) == list(range(len(lengths)))
-    ordered = [lengths[row] for row in rows]
-    assert ordered == sorted(lengths, reverse=True)

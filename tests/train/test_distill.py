@@ -29,10 +29,10 @@ from lapilli.train.distill import (
 )
 from lapilli.train.loss import supervised
 from lapilli.train.model import TrainedModel
-from lapilli.train.pebble.draw import draw
-from lapilli.train.pebble.sample import sample_scene
 from lapilli.train.recipe import DistillRecipe
 from lapilli.train.reproject import reproject
+from pebble.draw import draw
+from pebble.sample import sample_scene
 
 VICUNA = TEMPLATES["vicuna_v1"]
 

@@ -12,7 +12,6 @@ from lapilli.train.build import Joint, build_llava
 from lapilli.train.launch import launch
 from lapilli.train.loss import supervised
 from lapilli.train.parallel import ALONE
-from lapilli.train.pebble.folder import write_folder
 from lapilli.train.recipe import (
     DataRecipe,
     DistillRecipe,
@@ -24,6 +23,7 @@ from lapilli.train.recipe import (
 )
 from lapilli.train.reproject import reproject
 from lapilli.train.task import build_task
+from pebble.folder import write_folder
 from tests.train import cluster
 from tests.train.parts import Parts
 

@@ -12,7 +12,7 @@ from lapilli.errors import ConfigError
 from lapilli.train import progress
 from lapilli.train.log import RunLog
 from lapilli.train.loop import TrainingError, train
-from lapilli.train.plot import evaluation_curve, loss_curve
+from lapilli.train.plot import evaluation_curve, loss_curve, plot_losses
 from lapilli.train.progress import ProgressBar
 from lapilli.train.tracker import open_trackers
 from tests.train.conftest import new_recipe, new_regression, steps_of
@@ -192,3 +192,10 @@ def test_a_tracker_that_is_missing_is_named(tmp_path, monkeypatch, name):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(ConfigError, match=f"asks for {name}, .* pip install {name}"):
         open_trackers(new_recipe(loggers=(name,)), tmp_path, 0)
+
+
+def test_loss_curves_become_a_picture(tmp_path):
+    records = [{"step": 1, "loss": 2.0}, {"step": 1, "colour": 0.5}, {"step": 2, "loss": 1.0}]
+    assert loss_curve(records) == [(1, 2.0), (2, 1.0)]
+    plot_losses({"one": loss_curve(records), "two": [(1, 3.0), (2, 2.0)]}, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

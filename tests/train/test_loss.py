@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from lapilli.train.loss import contrastive, cross_entropy_sum, scales, supervised
+from lapilli.train.loss import cross_entropy_sum, scales, supervised
 
 
 def test_a_position_predicts_its_successor():
@@ -31,17 +31,3 @@ def test_nothing_supervised_is_an_error():
     with pytest.raises(ValueError, match=r"\[3, 0\]"):
         scales([3, 0], "llava")
     assert scales([3, 0], "tokens") == [1 / 3, 1 / 3]
-
-
-def test_contrastive_is_zero_for_perfect_pairs_and_log_n_for_equal_ones():
-    scale = torch.tensor(100.0).log()
-    assert contrastive(torch.eye(4), 3 * torch.eye(4), scale) < 1e-6
-    same = torch.ones(4, 4)
-    assert contrastive(same, same, scale).item() == pytest.approx(torch.tensor(4.0).log().item())
-
-
-def test_contrastive_holds_its_scale():
-    torch.manual_seed(0)
-    images, texts = torch.randn(4, 8), torch.randn(4, 8)
-    huge, most = torch.tensor(50.0), torch.tensor(100.0).log()
-    torch.testing.assert_close(contrastive(images, texts, huge), contrastive(images, texts, most))

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from lapilli.checkpoint.assemble import Progress
 from lapilli.checkpoint.load import load_checkpoint
+from lapilli.checkpoint.out_of_distribution import detector_files
 from lapilli.checkpoint.placement import DTYPES, STORED
 from lapilli.checkpoint.plan import make_plan
 from lapilli.checkpoint.quantized import stored_quantization
 from lapilli.checkpoint.save import save_llava
 from lapilli.checkpoint.save_files import common_dtypes, dtype_name
 from lapilli.checkpoint.save_hf import save_hf
-from lapilli.checkpoint.world import world_files
 from lapilli.config.write import refuse_unsayable as refuse_unsayable_in_original
 from lapilli.config.write_hf import refuse_unsayable
 from lapilli.errors import ConfigError
@@ -79,7 +79,7 @@ def export_checkpoint(
             tokenizer_path=loaded.tokenizer_path,
             template=spoken,
             overwrite=overwrite,
-            extra=world_files(loaded.path),
+            extra=detector_files(loaded.path),
         )
     else:
         save_llava(
@@ -89,6 +89,6 @@ def export_checkpoint(
             tokenizer_path=loaded.tokenizer_path,
             template=spoken,
             overwrite=overwrite,
-            extra=world_files(loaded.path),
+            extra=detector_files(loaded.path),
         )
     return " and ".join(dtype_name(one) for one in common_dtypes(loaded.model.state_dict()))

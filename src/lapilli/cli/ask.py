@@ -93,7 +93,7 @@ def ask(
                 raise
             raise MediaError(f"{error}; {QUESTION_FIRST}") from error
         if not quiet:
-            warn_outside_world(session)
+            warn_out_of_distribution(session)
 
 
 def _say_what_is_odd(question: str, images: list[str]) -> None:
@@ -153,8 +153,8 @@ def _print_json(
     )
 
 
-def warn_outside_world(session: "Chat") -> None:
-    """Say in one line when a picture is unlike everything that a narrow model was trained on."""
-    warning = session.outside_world()
+def warn_out_of_distribution(session: "Chat") -> None:
+    """Say in one line when a picture is unlike those that the model was trained on."""
+    warning = session.out_of_distribution()
     if warning:
         note(warning)

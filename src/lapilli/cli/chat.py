@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lapilli.cli import options
-from lapilli.cli.ask import warn_outside_world, write_answer
+from lapilli.cli.ask import warn_out_of_distribution, write_answer
 from lapilli.cli.terminal import (
     PLACEHOLDER,
     STAYED_TEXT,
@@ -173,7 +173,7 @@ class Conversation:
             note("(stopped)")
         self.pictures.clear()
         if not self.quiet:
-            warn_outside_world(self.session)
+            warn_out_of_distribution(self.session)
 
 
 def _history_file() -> Path:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lapilli import __version__
-from lapilli.cli import ask, batch, bench, build, chat, data, export, inspect, quantize, train
+from lapilli.cli import ask, batch, build, chat, data, export, inspect, quantize, train
 from lapilli.cli.terminal import close_streams, plain_errors, prepare_streams
 
 app = typer.Typer(
@@ -18,7 +18,6 @@ app = typer.Typer(
 )
 app.command("ask")(ask.ask)
 app.command("batch")(batch.batch)
-app.command("bench")(bench.bench)
 app.command("build")(build.build)
 app.command("chat")(chat.chat)
 app.add_typer(data.app, name="data")

@@ -37,9 +37,9 @@ def quantize(
     with plain_errors():
         with loading(source, quiet=quiet) as progress:
             from lapilli.checkpoint.load import load_checkpoint
+            from lapilli.checkpoint.out_of_distribution import detector_files
             from lapilli.checkpoint.placement import STORED
             from lapilli.checkpoint.save import save_llava
-            from lapilli.checkpoint.world import world_files
             from lapilli.quant import QuantConfig
             from lapilli.quant.config import describe
             from lapilli.quant.quantize import notes_on
@@ -69,7 +69,7 @@ def quantize(
             template=loaded.template.template,
             overwrite=overwrite,
             quantization=config,
-            extra=world_files(loaded.path),
+            extra=detector_files(loaded.path),
         )
         if not quiet:
             size = sum(file.stat().st_size for file in target.rglob("*.safetensors"))

@@ -9,7 +9,6 @@ Knows ready prompts; must not know messages, templates or the conversation befor
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -24,7 +23,6 @@ from lapilli.nn.kv_cache import KVCache
 from lapilli.pipeline.memory import Memory
 from lapilli.pipeline.ready import ReadyPrompt
 from lapilli.prompt.message import MediaPart
-from lapilli.shapes import Tensor
 
 
 class Told(Iterator[Piece]):
@@ -219,11 +217,6 @@ class Answering:
             return self.answer_all([prompt], params)[0]
         except LapilliError as error:
             return error
-
-    def keep_features(self, modality: str, item: Any, features: Tensor) -> None:  # noqa: ANN401
-        """Remember what a modality made of an item, if there is an engine."""
-        if self._loaded.model.language_model.takes_ragged:
-            self.engine.keep_features(modality, item, features)
 
     def _has_engine(self, params: SamplingParams) -> bool:
         return params.num_beams == 1 and self._loaded.model.language_model.takes_ragged

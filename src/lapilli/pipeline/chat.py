@@ -8,11 +8,12 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from lapilli.checkpoint.assemble import Progress
 from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.checkpoint.out_of_distribution import load_detector
 from lapilli.checkpoint.report import LoadReport
-from lapilli.checkpoint.world import load_world
 from lapilli.config.generation import SamplingParams
 from lapilli.config.model import ModelConfig
 from lapilli.errors import CheckpointError, LapilliError, PromptError
@@ -25,7 +26,6 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.pipeline.answering import Answering, Reply
 from lapilli.pipeline.conversation import Conversation, Turn
 from lapilli.pipeline.memory import Memory
-from lapilli.pipeline.outside import Outside
 from lapilli.pipeline.ready import ReadyPrompt, make_ready, prepare
 from lapilli.prompt.choose import Template
 from lapilli.prompt.message import MediaPart, Message
@@ -114,9 +114,10 @@ class Chat:
     ) -> None:
         self._loaded = loaded
         vision = loaded.config.vision
-        world = load_world(loaded.path, width=None if vision is None else vision.hidden_size)
-        self._answering = Answering(loaded, engine, "" if world is None else world.without_picture)
-        self._outside = Outside(world, loaded.model, self._answering)
+        width = None if vision is None else vision.hidden_size
+        self._detector = load_detector(loaded.path, width=width)
+        without = "" if self._detector is None else self._detector.without_picture
+        self._answering = Answering(loaded, engine, without)
         self._turns = threading.RLock()
         self._numbers = count(1)
         self._adopting = threading.Lock()
@@ -129,6 +130,7 @@ class Chat:
         self.system: str | None = None
         """Instructions in place of the template's own; counted from the next question on."""
         self._last_keys: tuple[int, ...] = ()
+        self._last_media: tuple[Any, ...] = ()
         self.last: Generation | None = None
         """The latest answer of `ask` or `stream` in full: tokens, finish reason, logprobs."""
 
@@ -176,7 +178,7 @@ class Chat:
         """
         with self._adopting:
             self._conversation = Conversation(next(self._numbers))
-            self._last_keys, self.last = (), None
+            self._last_keys, self._last_media, self.last = (), (), None
 
     def ask(self, question: str, *images: object, keep: bool = False, **sampling: object) -> str:
         """The answer, without white space around it.
@@ -216,10 +218,12 @@ class Chat:
             talk = Conversation(next(self._numbers)) if begins else self._conversation
             messages = (*talk.history, Message.user(question, *images))
             prompt = self._ready(self._with_system(messages), talk.memory)
+            media = [part for message in messages for part in message.media]
+            new = prompt.media[len(media) - len(messages[-1].media) :]
             return Turn(
-                lambda: self._start(messages, prompt, talk.memory, params),
+                lambda: self._answering.start(prompt, media, talk.memory, params),
                 lambda reply, is_whole: self._remember(
-                    messages[-1], talk, reply, is_whole=is_whole
+                    messages[-1], new, talk, reply, is_whole=is_whole
                 ),
             )
 
@@ -313,27 +317,22 @@ class Chat:
         """
         prepare(MediaPart(source), self.model, self.limits, alpha=self.alpha)
 
-    def outside_world(self) -> str | None:
-        """One line for people if a picture of the latest question is nothing this model knows.
+    def out_of_distribution(self) -> str | None:
+        """Return one line for people if a picture of the latest question is unlike the training's.
 
-        None where the checkpoint does not say what it knows, as all but narrow ones do.
+        None where it is like them, and where the checkpoint has no detector, as nearly all. The
+        tower runs once more for it: what answers keep are features behind the projector.
         """
-        return self._outside.warning(self.name)
-
-    def _start(
-        self,
-        messages: tuple[Message, ...],
-        prompt: ReadyPrompt,
-        memory: Memory,
-        params: SamplingParams,
-    ) -> Reply:
-        media = [part for message in messages for part in message.media]
-        self._outside.judge(memory)
-        return self._answering.start(prompt, media, memory, params)
+        if self._detector is None or not any(
+            self._detector.is_unknown(item, self.model) for item in self._last_media
+        ):
+            return None
+        return self._detector.warning(self.name)
 
     def _remember(
         self,
         question: Message,
+        media: tuple[Any, ...],
         talk: Conversation,
         reply: Reply,
         *,
@@ -352,7 +351,7 @@ class Chat:
                 talk.history = (*talk.history, question, answer)
             if talk.number < self._conversation.number:
                 return  # a later conversation has begun, or this one is to be forgotten
-            self.last, self._last_keys = generation, reply.keys
+            self.last, self._last_keys, self._last_media = generation, reply.keys, media
             if is_said:
                 self._conversation = talk
 

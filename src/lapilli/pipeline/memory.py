@@ -29,7 +29,6 @@ class Memory:
         items: per part what its modality prepared, and features [n, D] once they are computed.
         cache: keys and values of the latest prompt and answer.
         cached: what stands at its positions.
-        judged: how many of the items were compared with the checkpoint's world.
         lock: held while something of this is changed.
     """
 
@@ -37,7 +36,6 @@ class Memory:
     items: list[Any] = field(default_factory=list)
     cache: KVCache | None = None
     cached: list[int] = field(default_factory=list)
-    judged: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def number(self, part: MediaPart) -> int | None:

@@ -113,13 +113,3 @@ def collate_bins(bins: Sequence[Sequence[RowLike]]) -> TrainingBatch:
         ids=tuple(sample.id for samples in bins for sample in samples),
         skipped=tuple(why for samples in bins for sample in samples for why in sample.skipped),
     )
-
-
-def by_length(lengths: Sequence[int], pieces: int) -> list[list[int]]:
-    """Row numbers in `pieces` groups of similar length, longest first.
-
-    The micro-batches of one step: their padding shrinks, and their sum does not change.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    size = -(-len(order) // pieces)
-    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -12,14 +12,16 @@ from lapilli.errors import ConfigError
 from lapilli.train.contract import Task
 from lapilli.train.ema import Average
 from lapilli.train.parallel import Team
-from lapilli.train.recipe import Recipe
+from lapilli.train.recipe import TrainerRecipe
 from lapilli.train.state import Best, RunState, save_best
 from lapilli.train.step import precision
 
 FIGURE: Final = "eval_loss"
 
 
-def evaluate(task: Task, recipe: Recipe, average: Average | None = None) -> Mapping[str, float]:
+def evaluate(
+    task: Task, recipe: TrainerRecipe, average: Average | None = None
+) -> Mapping[str, float]:
     """The task's figures with the model in evaluation mode, with its averages where it has them."""
     task.model.eval()
     try:

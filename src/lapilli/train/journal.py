@@ -15,7 +15,7 @@ from lapilli.train.log import Record, RunLog
 from lapilli.train.parallel import Team
 from lapilli.train.plot import evaluation_curve, loss_curve, plot_losses
 from lapilli.train.progress import ProgressBar
-from lapilli.train.recipe import Recipe
+from lapilli.train.recipe import TrainerRecipe
 from lapilli.train.tracker import Tracker, open_trackers
 
 
@@ -96,7 +96,7 @@ class Journal:
 
 @contextmanager
 def open_journal(
-    recipe: Recipe,
+    recipe: TrainerRecipe,
     folder: Path,
     span: tuple[int, int],
     *,

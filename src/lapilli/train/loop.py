@@ -39,7 +39,7 @@ from lapilli.train.journal import Journal, open_journal
 from lapilli.train.memory import peak_memory
 from lapilli.train.optim import build_optimizer, lr_share, peak_lrs, set_lr
 from lapilli.train.parallel import ALONE, Team
-from lapilli.train.recipe import Recipe, RunRecipe
+from lapilli.train.recipe import RunRecipe, TrainerRecipe
 from lapilli.train.state import RunState, load_best, load_state, read_best, save_state
 from lapilli.train.step import Moment, NotFiniteError, StepRecord, device_of, take_step
 from lapilli.train.stop import Stopped, StopWatch
@@ -51,7 +51,7 @@ OnSave = Callable[[int], None]
 
 def train(
     task: Task,
-    recipe: Recipe,
+    recipe: TrainerRecipe,
     folder: Path,
     *,
     team: Team = ALONE,
@@ -158,7 +158,7 @@ class _Run:
     """The steps that are left, and what is written beside them."""
 
     task: Task
-    recipe: Recipe
+    recipe: TrainerRecipe
     folder: Path
     team: Team
     state: RunState

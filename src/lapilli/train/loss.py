@@ -64,18 +64,3 @@ def scales(counts: list[int], reduction: Reduction) -> list[float]:
     if reduction == "tokens":
         return [1.0 / total] * len(counts)
     return [1.0 / (count * len(counts)) for count in counts]
-
-
-def contrastive(
-    images: Float[Tensor, "B E"], texts: Float[Tensor, "B E"], log_scale: Float[Tensor, ""]
-) -> Float[Tensor, ""]:
-    """Mean of both directions of the contrastive loss of B pairs; rows need no normalisation.
-
-    Source: Radford et al. 2021 (CLIP), figure 3; the scale is held below 100 as there.
-    """
-    scale = log_scale.exp().clamp(max=100.0)
-    images = F.normalize(images.float(), dim=-1)
-    texts = F.normalize(texts.float(), dim=-1)
-    logits = scale * images @ texts.T  # [B, B]
-    own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2

@@ -1,13 +1,13 @@
 """What a training run does, as frozen values; no torch. recipe_file.py reads them from TOML."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
 
 from lapilli.errors import ConfigError
 
-Stage = Literal["tower", "language", "align", "instruct"]
+Stage = Literal["align", "instruct"]
 Schedule = Literal["cosine", "linear", "constant", "trapezoid"]
 Reduction = Literal["tokens", "llava"]
 Precision = Literal["float32", "bfloat16"]
@@ -165,6 +165,21 @@ class RunRecipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerRecipe:
+    """What the trainer's loop reads; a program that trains a task of its own adds its keys to it.
+
+    Attributes:
+        stage: name of the run in the progress bar.
+        optim: the optimizer and its schedule.
+        run: how long, how much at once, how often something is written.
+    """
+
+    stage: str
+    optim: OptimRecipe
+    run: RunRecipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecipe:
     """What is trained.
 
@@ -173,16 +188,12 @@ class ModelRecipe:
         projector: a projector of an earlier run that is laid over it (its output folder).
         adapter: a LoRA that is trained on.
         tune_tower: train the vision tower too (with `optim.tower_lr`).
-        vision: fields of VisionConfig for a fresh tower (pebble).
-        text: fields of DecoderConfig for a fresh language model (pebble).
     """
 
     checkpoint: str | None = None
     projector: str | None = None
     adapter: str | None = None
     tune_tower: bool = False
-    vision: Mapping[str, Any] = field(default_factory=dict)
-    text: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,11 +230,6 @@ class DataRecipe:
             "composite" lays the picture on white.
         on_bad_sample: what a sample that cannot be read does to the run: "skip" puts the next one
             into its place and counts.
-        num_pictures: how many are drawn (pebble).
-        num_crowds: how many more with many objects, for the tower alone (pebble).
-        questions: fewest and most questions about one picture in one conversation (pebble).
-        long_share: part of the long answers that are kept (pebble).
-        pointing: weight of the loss that teaches attention where to look (pebble).
     """
 
     sources: tuple[SourceRecipe, ...] = ()
@@ -236,11 +242,6 @@ class DataRecipe:
     placement: Placement = "front"
     alpha: Literal["drop", "composite"] = "drop"
     on_bad_sample: OnBadSample = "error"
-    num_pictures: int = 0
-    num_crowds: int = 0
-    questions: tuple[int, int] = (6, 10)
-    long_share: float = 1.0
-    pointing: float = 0.0
 
     def __post_init__(self) -> None:
         _expect("data", self, ("held_out",), _is_below_one, "at least 0 and below 1")
@@ -335,12 +336,10 @@ class SaveRecipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """One training run."""
+class Recipe(TrainerRecipe):
+    """One run of `lapilli train`: a whole model that learns from files of samples."""
 
     stage: Stage
-    optim: OptimRecipe
-    run: RunRecipe
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     lora: LoraRecipe | None = None

@@ -1,6 +1,6 @@
 """A recipe from its TOML file and from options; knows text and dataclasses, no torch.
 
-recipes/pebble/1_tower.toml  ->  Recipe(stage, optim, run, model, data)      unknown key = error
+recipes/tiny/align.toml      ->  Recipe(stage, optim, run, model, data)      unknown key = error
 --optim.lr 2e-4              ->  the same recipe with one value replaced (--optim.lr=2e-4 too)
 """
 
@@ -45,11 +45,28 @@ _OTHER_NAMES = {
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a TOML file, with `--section.key value` pairs laid over it.
+    """Load the recipe of a TOML file, with `--section.key value` pairs laid over it.
 
     Raises:
         ConfigError: no such file, not TOML, a missing section, or a value of another type.
-        UnknownKeyError: a section or key that nothing reads, in this stage or in any.
+        UnknownKeyError: a section or key that nothing reads, or that another value makes idle.
+    """
+    recipe = read_recipe(path, Recipe, overrides)
+    refuse_unread(recipe)
+    return recipe
+
+
+def read_recipe(path: Path, kind: type[Section], overrides: Sequence[str] = ()) -> Section:
+    """Read a TOML file as a recipe of your own: a dataclass such as a subclass of TrainerRecipe.
+
+    Args:
+        path: of the file.
+        kind: the dataclass; its fields are sections (dataclasses) or plain values.
+        overrides: `--section.key value` pairs laid over the file.
+
+    Raises:
+        ConfigError: no such file, not TOML, a missing section, or a value of another type.
+        UnknownKeyError: a section or key that is no field.
     """
     if not path.exists():
         raise ConfigError(f"{path.absolute()} is not there: expected a recipe in TOML")
@@ -60,9 +77,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     _override(raw, overrides)
-    recipe = build_section(Recipe, raw, "")
-    refuse_unread(recipe)
-    return recipe
+    return build_section(kind, raw, "")
 
 
 def build_section(kind: type[Section], raw: Mapping[str, Any], where: str) -> Section:

@@ -1,7 +1,5 @@
 """Which parameters each stage trains.
 
-    tower      everything it is given (the tower and the heads of its own losses)
-    language   everything it is given
     align      the projector
     instruct   the projector and the language model, or an adapter beside its layers
 
@@ -14,7 +12,6 @@ import torch
 from torch import nn
 
 from lapilli.errors import ConfigError
-from lapilli.lm.base import LanguageModel
 from lapilli.lm.decoder import Decoder
 from lapilli.lm.foreign import ForeignLanguageModel
 from lapilli.lm.mpt import Mpt
@@ -22,68 +19,10 @@ from lapilli.lora import LoraConfig, adapter_tensors, inject
 from lapilli.lora.inject import adapters
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.vision import VisionTransformer
-from lapilli.model.fuse import fuse
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.stored import StoredLinear
 from lapilli.quant.nf4 import store_nf4
-from lapilli.shapes import Float, Tensor
-from lapilli.train.batch import TrainingBatch
-from lapilli.train.loop import Loss
-from lapilli.train.loss import cross_entropy_sum, scores, supervised
-from lapilli.train.recipe import LoraRecipe, Recipe, RunRecipe, Stage
-
-
-class FeatureReader(nn.Module):
-    """Projector and language model over features that a frozen tower made earlier."""
-
-    def __init__(self, language_model: LanguageModel, projector: nn.Module) -> None:
-        super().__init__()
-        self.language_model: LanguageModel = language_model
-        self.projector = projector
-
-    def hidden(self, batch: TrainingBatch) -> Float[Tensor, "B T D"]:
-        """Hidden states of every position after the final norm."""
-        embeds = self.language_model.embed(batch.input_ids)
-        if torch.is_autocast_enabled("cpu"):  # a residual stream of half the width: a fifth faster
-            embeds = embeds.to(torch.get_autocast_dtype("cpu"))
-        if batch.media:
-            sizes = [span.length for span in batch.spans]
-            projected = self.projector(_stacked(batch.media))
-            embeds = fuse(embeds, projected.split(sizes), batch.spans)
-        return self.language_model.forward(embeds, position_ids=batch.position_ids)
-
-    def loss(self, batch: TrainingBatch) -> Loss:
-        """Summed cross entropy of the supervised tokens; logits are made only where they count."""
-        where, targets = supervised(batch.input_ids, batch.loss_mask)
-        logits = scores(self.language_model.logits, self.hidden(batch)[where])
-        return Loss(cross_entropy_sum(logits, targets))
-
-
-def _stacked(media: tuple[Tensor, ...]) -> Tensor:
-    return torch.cat([item.float() for item in media])
-
-
-def freeze(model: nn.Module, stage: Stage) -> None:
-    """Mark what the stage trains; everything else keeps its weights.
-
-    Raises:
-        ConfigError: the stage would train nothing in this model.
-
-    Source: LLaVA section 4.2; `tune_mm_mlp_adapter` in the original's first stage.
-    """
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        is_projector = "projector" in parts
-        is_tower = "vision_tower" in parts
-        match stage:
-            case "align":
-                parameter.requires_grad_(is_projector)
-            case "instruct":
-                parameter.requires_grad_(not is_tower)
-            case "tower" | "language":
-                parameter.requires_grad_(True)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(f"stage {stage!r} trains nothing in a {type(model).__name__}")
+from lapilli.train.recipe import LoraRecipe, Recipe, RunRecipe
 
 
 def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, ...]:
@@ -101,15 +40,14 @@ def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, .
         Full names of the parameters that are trained.
 
     Raises:
-        ConfigError: a stage that a whole model has not, or one that would train nothing in it.
+        ConfigError: a stage of another name, or one that would train nothing in the model.
 
     Source: LLaVA section 4.2 and train.py: tune_mm_mlp_adapter, find_all_linear_names; LLaVA-NeXT
         for the tower and the row end.
     """
     if recipe.stage not in ("align", "instruct"):
         raise ConfigError(
-            f"stage {recipe.stage!r} makes the parts of a model: a whole one has the stages align "
-            "and instruct"
+            f"stage {recipe.stage!r} is unknown: a recipe has the stages align and instruct"
         )
     model.requires_grad_(False)
     trained: list[nn.Parameter] = []

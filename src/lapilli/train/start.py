@@ -46,8 +46,7 @@ def load_start(recipe: Recipe) -> Loaded:
     """
     if recipe.model.checkpoint is None:
         raise ConfigError(
-            "recipe key model.checkpoint is missing: name what `lapilli build` made, or any LLaVA "
-            "(recipes/pebble make theirs as they go: `make pebble`)"
+            "recipe key model.checkpoint is missing: name what `lapilli build` made, or any LLaVA"
         )
     loaded = load_checkpoint(
         recipe.model.checkpoint,

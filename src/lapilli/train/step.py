@@ -19,7 +19,7 @@ from lapilli.train.attention import PlainAttention
 from lapilli.train.contract import Loss, SkippingBatch, Task
 from lapilli.train.loss import scales
 from lapilli.train.parallel import Team
-from lapilli.train.recipe import Recipe
+from lapilli.train.recipe import TrainerRecipe
 
 Made = Mapping[int, tuple[Any, int]]
 
@@ -73,7 +73,7 @@ class Moment:
 def take_step(
     task: Task,
     optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
+    recipe: TrainerRecipe,
     made: Made,
     *,
     at: Moment,
@@ -121,7 +121,7 @@ def random_seed(seed: int, step: int, micro: int) -> int:
     return int(made[0] >> np.uint64(1))
 
 
-def precision(model: nn.Module, recipe: Recipe) -> torch.autocast:
+def precision(model: nn.Module, recipe: TrainerRecipe) -> torch.autocast:
     """What forward passes are computed in; weights keep their own."""
     enabled = recipe.run.precision == "bfloat16"
     return torch.autocast(device_of(model).type, torch.bfloat16, enabled=enabled)
@@ -132,7 +132,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _attention(model: nn.Module, recipe: Recipe) -> AbstractContextManager[object]:
+def _attention(model: nn.Module, recipe: TrainerRecipe) -> AbstractContextManager[object]:
     """On a CPU attention that is fast backwards.
 
     Not with gradient checkpointing: torch leaves the mode before it runs a backward pass, so that

@@ -35,7 +35,7 @@ from lapilli.train.order import Order
 from lapilli.train.pack import pack
 from lapilli.train.parallel import Team
 from lapilli.train.recipe import Recipe
-from lapilli.train.recipe_keys import refuse_drawn, refuse_unread
+from lapilli.train.recipe_keys import refuse_unread
 from lapilli.train.stages import choose_trainable, set_up_layers
 from lapilli.train.start import choose_template, for_model, load_start
 
@@ -144,7 +144,6 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
         DataError: the data cannot be read.
         UnknownKeyError: a key that nothing would read.
     """
-    refuse_drawn(recipe)
     refuse_unread(recipe)
     kept, held = _datasets(recipe)
     loaded = load_start(recipe)

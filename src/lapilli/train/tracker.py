@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from lapilli.errors import ConfigError
 from lapilli.train.log import Record
-from lapilli.train.recipe import Recipe
+from lapilli.train.recipe import TrainerRecipe
 
 
 @runtime_checkable
@@ -71,7 +71,7 @@ class WandbTracker:
         ConfigError: wandb is not installed, or does not start.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
+    def __init__(self, folder: Path, recipe: TrainerRecipe) -> None:
         try:
             wandb = import_module("wandb")
         except ImportError as error:
@@ -107,7 +107,7 @@ class WandbTracker:
         self._run.finish(exit_code=0 if finished else 1)
 
 
-def open_trackers(recipe: Recipe, folder: Path, first: int) -> list[Tracker]:
+def open_trackers(recipe: TrainerRecipe, folder: Path, first: int) -> list[Tracker]:
     """The trackers that `run.loggers` names.
 
     Raises:

@@ -18,7 +18,7 @@ from lapilli.lm.build import build_language_model
 from lapilli.modality.image.image import ImageModality
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
-from lapilli.train.pebble.words import corpus, train_tokenizer
+from pebble.words import corpus, train_tokenizer
 from tests.prompt.conftest import Goldens
 
 

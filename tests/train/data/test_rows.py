@@ -14,10 +14,10 @@ from lapilli.errors import DataError, PromptError
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.prompt.templates import TEMPLATES
 from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
-from lapilli.train.data import Row, RowMaker, encode_sample, open_dataset, to_sample
+from lapilli.train.data import Row, RowMaker, open_dataset, to_sample
 from lapilli.train.data.rows import _check_supervised, cut
-from lapilli.train.pebble.words import corpus, train_tokenizer
 from lapilli.train.recipe import SourceRecipe
+from pebble.words import corpus, train_tokenizer
 from tests.prompt.test_encode import check_learned, is_right, with_sentinels
 from tests.train.data.conftest import turns
 
@@ -151,19 +151,6 @@ def test_word_counts_equal_the_original(goldens, tmp_path):
 
 def record(*texts, image=None):
     return {"id": "7", "conversations": turns(*texts)} | ({} if image is None else {"image": image})
-
-
-def test_answers_and_their_ends_are_supervised(tokenizer):
-    one = record("<image>\nWhat is it?", "a cat", "Sure?", "yes", image="a.png")
-    prompt = encode_sample(one, TEMPLATES["vicuna_v1"], tokenizer, [3])
-    kept = [i for i, counts in zip(prompt.input_ids, prompt.loss_mask, strict=True) if counts]
-    assert tokenizer.decode(kept, skip_special=False).strip() == "a cat</s> yes</s>"
-    assert prompt.spans[0].length == 3
-
-
-def test_a_sample_without_an_answer_is_an_error(tokenizer):
-    with pytest.raises(DataError, match="'7' has no supervised token"):
-        encode_sample(record("Q"), TEMPLATES["vicuna_v1"], tokenizer, [])
 
 
 def make(tokenizer, model, one, *, max_length=None, template="vicuna_v1", folder=Path()):

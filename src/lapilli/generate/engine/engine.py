@@ -11,14 +11,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from lapilli.errors import GenerationError, LapilliError, UnsupportedModelError
 from lapilli.generate.cache.blocks import PrefixStats
 from lapilli.generate.cache.features import FeatureCache
-from lapilli.generate.cache.identity import media_digest
 from lapilli.generate.cache.prefix_file import (
     model_digest,
     place_prefix,
@@ -39,7 +38,6 @@ from lapilli.generate.payoff import Payoff
 from lapilli.generate.speculate import Drafter, DraftModel, PromptLookup
 from lapilli.generate.text import TokenBytes
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.shapes import Float, Tensor
 
 T = TypeVar("T")
 
@@ -259,11 +257,6 @@ class Engine:
             raise
         if open_tickets:
             self._do(self._stepper.drop_cancelled, alone=True)
-
-    def keep_features(self, modality: str, item: Any, features: Float[Tensor, "n D"]) -> None:  # noqa: ANN401
-        """Remember what a modality made of an item, for somebody who had to look before asking."""
-        digest = media_digest(modality, item)
-        self._do(lambda: self.features.put((digest, self._stepper.notice_changes()), features))
 
     def save_prefix(self, path: Path, keys: Items[int]) -> int:
         """What is kept of a sequence of these position keys, in a file; returns positions.

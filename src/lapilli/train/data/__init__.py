@@ -2,7 +2,7 @@
 
 from lapilli.train.data.dataset import Dataset, Rows, open_dataset, order_of, rows_of
 from lapilli.train.data.formats import to_sample
-from lapilli.train.data.rows import Row, RowMaker, encode_sample
+from lapilli.train.data.rows import Row, RowMaker
 from lapilli.train.data.sample import Sample
 from lapilli.train.data.source import Source, open_source
 
@@ -13,7 +13,6 @@ __all__ = [
     "Rows",
     "Sample",
     "Source",
-    "encode_sample",
     "open_dataset",
     "open_source",
     "order_of",

@@ -4,7 +4,7 @@ Sample --media/fetch, prepare--> media --lengths--.
    '------template.render--> segments ------------+--encode--> EncodedPrompt, cut to max_length
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +17,6 @@ from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart
 from lapilli.prompt.tokenizer.base import Tokenizer
-from lapilli.train.data.formats import to_sample
 from lapilli.train.data.pictures import fetch_picture
 from lapilli.train.data.sample import Sample
 
@@ -170,29 +169,3 @@ def _check_supervised(whole: EncodedPrompt, kept: EncodedPrompt) -> None:
             f"{len(kept)}: raise max_length, or leave the sample out"
         )
     raise PromptError("no supervised token: every answer in it is empty")
-
-
-def encode_sample(
-    record: Mapping[str, Any],
-    template: Template,
-    tokenizer: Tokenizer,
-    lengths: Sequence[int],
-) -> EncodedPrompt:
-    """The row of a record whose pictures somebody has prepared already.
-
-    Args:
-        record: of any format, see formats.py.
-        template: how turns become text.
-        tokenizer: of the language model.
-        lengths: positions of each of its images.
-
-    Raises:
-        DataError: nothing in the row is supervised.
-        PromptError: turns that the template cannot have.
-    """
-    sample = to_sample(record, where=f"sample {record.get('id')!r}")
-    segments = template.render(sample.messages, open_turn=False)
-    prompt = encode(segments, tokenizer, lengths)
-    if not any(prompt.loss_mask):
-        raise DataError(f"{sample.where} has no supervised token: every answer in it is empty")
-    return prompt

@@ -1,1 +1,0 @@
-"""Pebble's world: scenes, their pictures, questions with exact answers; knows no model."""
