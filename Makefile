@@ -19,6 +19,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 # What belongs to this checkout itself: its dependencies and what it is built with are in the lock.
 SELF := $(PIP) --quiet --no-deps --no-build-isolation --editable .
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# What Python has compiled is kept, whatever the shell says: pytest and jaxtyping rewrite every file, which takes
+# each worker ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
 HERE := not gpu and not network and not browser and not cluster
 
 .PHONY: help demo test quick stress check format lint types layers docs cluster conformance bench pebble lock test-newest \

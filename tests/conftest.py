@@ -1,5 +1,6 @@
 """What every test shares: shape checks on, one thread, and where the golden numbers lie."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -7,8 +8,14 @@ import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
+import tests.checked  # noqa: F401  named below
+
+# Collecting makes half a million objects that live to the end: nothing is gained by searching them
+# for garbage, neither now nor in a test (see pytest_collection_finish).
+gc.disable()
+
 # Checks every annotated shape at run time; only the tests pay for it.
-install_import_hook(["lapilli", "pebble"], "beartype.beartype")
+install_import_hook(["lapilli", "pebble"], "tests.checked.when_called")
 
 import torch  # noqa: E402  the hook has to stand before anything that may import lapilli
 
@@ -24,6 +31,11 @@ hypothesis.settings.register_profile("lapilli", deadline=None)
 hypothesis.settings.load_profile("lapilli")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lapilli.checkpoint.load import load_checkpoint
@@ -25,9 +24,11 @@ def load(path, **options):
 
 def peft_adapter(path, adapter_path, **options):
     """A random PEFT adapter on a random Hugging Face LLaVA; their merged model."""
+    import peft  # here: three seconds that only a run of these tests should pay
+
     model = make(path, "llama", "clip")
-    config = LoraConfig(r=4, lora_alpha=8, **options)
-    wrapped = get_peft_model(model, config)
+    config = peft.LoraConfig(r=4, lora_alpha=8, **options)
+    wrapped = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -65,12 +64,14 @@ def model_of(path):
 
 def train(base, out, *, rows=None, **options):
     """A random adapter as PEFT saves it."""
+    import peft  # here: three seconds that only a run of these tests should pay
+
     torch.manual_seed(0)
     model = model_of(base)
     if rows is not None:
         model.resize_token_embeddings(rows)
     given = {"r": 4, "lora_alpha": 8, "target_modules": Q_AND_V, **options}
-    model = get_peft_model(model, LoraConfig(**given))
+    model = peft.get_peft_model(model, peft.LoraConfig(**given))
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "lora_B" in name or "modules_to_save" in name or name.endswith("layer.bias"):
@@ -80,11 +81,13 @@ def train(base, out, *, rows=None, **options):
 
 def with_peft(base, adapter, inputs, rows=None):
     """Logits of PEFT's own loading."""
+    import peft
+
     model = model_of(base)
     if rows is not None:
         model.resize_token_embeddings(rows)
     with torch.inference_mode():
-        return PeftModel.from_pretrained(model, adapter).eval()(**inputs).logits[0]
+        return peft.PeftModel.from_pretrained(model, adapter).eval()(**inputs).logits[0]
 
 
 def ours(path, **options):
@@ -209,7 +212,9 @@ def test_what_computes_something_else_is_refused_by_name(key, value):
 
 def test_the_defaults_of_every_release_are_read():
     """Whatever fields the installed PEFT has: its own defaults are a plain LoRA."""
-    raw = LoraConfig(target_modules=["q_proj"]).to_dict()
+    import peft
+
+    raw = peft.LoraConfig(target_modules=["q_proj"]).to_dict()
     raw |= {"target_modules": ["q_proj"], "lora_dtype": None, "key_of_tomorrow": False}
     assert parse_adapter_config(raw).rank == 8
     harmless = ("init_lora_weights", "inference_mode", "use_rslora", "ensure_weight_tying")

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.warm import start_warm
 
 PROGRAM = Path(sys.executable).parent / "lapilli"
 
@@ -33,13 +35,28 @@ def picture(conformance: Path) -> str:
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def lapilli(tmp_path: Path) -> Run:
-    """Runs the installed program; keyword `input` is its standard input."""
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder with the script `lapilli` that need not import torch."""
+    with start_warm(tmp_path_factory.mktemp("warm")) as scripts:
+        yield scripts
 
-    def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture
+def lapilli(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+    """Runs the program; keyword `input` is its standard input.
+
+    The installed script itself with `warm=False`, or where `preexec_fn` changes the process.
+    """
+
+    def run(
+        *arguments: str, warm: bool | None = None, **options: object
+    ) -> subprocess.CompletedProcess[str]:
+        if warm is None:
+            warm = "preexec_fn" not in options
+        program = request.getfixturevalue("warm") / "lapilli" if warm else PROGRAM
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(tmp_path)}
         settings = {"capture_output": True, "text": True, "timeout": 120, **options}
-        return subprocess.run([str(PROGRAM), *arguments], env=environment, check=False, **settings)
+        return subprocess.run([str(program), *arguments], env=environment, check=False, **settings)
 
     return run

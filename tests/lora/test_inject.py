@@ -2,7 +2,6 @@
 
 import warnings
 
-import peft
 import pytest
 import torch
 
@@ -16,6 +15,8 @@ ATTENTION = ("model.layers.*.self_attn.{q,v}_proj",)
 
 def _oracle(model, **options):
     """The model with peft's adapters, and their tensors under our names."""
+    import peft  # here: three seconds that only a run of these tests should pay
+
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -10,7 +10,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -70,6 +69,8 @@ class Original(nn.Module):
 
 def read(path, base=None):
     """load_pretrained_model of a llama: with an adapter, with a projector alone, or whole."""
+    import peft  # here: three seconds that only a run of these tests should pay
+
     found = Original(path, base)
     if (path / "adapter_config.json").is_file():
         beside = torch.load(path / "non_lora_trainables.bin", weights_only=True)

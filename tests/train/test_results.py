@@ -5,7 +5,6 @@ import shutil
 import warnings
 from dataclasses import replace
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -343,6 +342,8 @@ def test_the_layout_of_hugging_face(llava, tmp_path, lora):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("targets", [(), ("language_model.model.layers.0.mlp.{up,down}_proj",)])
 def test_an_adapter_for_peft(hf_llava, tmp_path, targets):
+    import peft  # here: three seconds that only a run of these tests should pay
+
     out = tmp_path / "out"
     loaded = finished(recipe_of(hf_llava, lora=replace(LORA, targets=targets), save=HF), out)
     below = AutoModelForImageTextToText.from_pretrained(hf_llava, dtype="float32")
@@ -383,6 +384,8 @@ def test_going_on_with_our_own_adapter_over_hugging_face(hf_llava, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_came_with_an_adapter_goes_on_with_the_next(hf_llava, tmp_path, tied):
     """An embedding that PEFT stored whole is not the base's: the next adapter brings it too."""
+    import peft  # here: three seconds that only a run of these tests should pay
+
     base = tmp_path / "base"
     shutil.copytree(hf_llava, base)
     raw = json.loads((base / "config.json").read_text())
