@@ -7,8 +7,9 @@ import pytest
 from lapilli.cli.bench import describe
 from tests.cli.conftest import Run
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_figures_as_json_and_as_text(lapilli: Run) -> None:
     done = lapilli(
         "bench", "--json", "--threads", "1", "--new-tokens", "8", "--repeats", "1", "--many", "2"
@@ -35,7 +36,6 @@ def test_figures_as_json_and_as_text(lapilli: Run) -> None:
     ]
 
 
-@pytest.mark.slow
 def test_a_wrong_name_is_one_line(lapilli: Run) -> None:
     done = lapilli("bench", "pebble", "--quantize", "int3")
     assert done.returncode == 2
