@@ -11,13 +11,14 @@ from lapilli.checkpoint.source import resolve
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.quant import QuantConfig
 
+pytestmark = pytest.mark.slow
+
 
 def state_of(path, **options):
     loaded = load_checkpoint(path, device="cpu", dtype="float32", **options)
     return loaded, loaded.model.state_dict()
 
 
-@pytest.mark.slow
 def test_there_and_back(golden, tmp_path):
     _, built, _ = golden("llava-v1.5-tiny-pad")
     there, back = tmp_path / "there", tmp_path / "back"
@@ -33,7 +34,6 @@ def test_there_and_back(golden, tmp_path):
         assert torch.equal(tensor, two[name][: len(tensor)]), name
 
 
-@pytest.mark.slow
 def test_an_adapter_is_folded_in(golden, tmp_path):
     _, built, _ = golden("llava-v1.5-tiny-lora")
     base = built["model_base"]
@@ -43,7 +43,6 @@ def test_an_adapter_is_folded_in(golden, tmp_path):
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["llava", "huggingface"])
 def test_pebble_still_says_which_pictures_it_was_made_for(tmp_path, layout):
     export_checkpoint("pebble", tmp_path / "out", layout=layout)
@@ -52,7 +51,6 @@ def test_pebble_still_says_which_pictures_it_was_made_for(tmp_path, layout):
     assert torch.equal(after.whitening, before.whitening)
 
 
-@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused(golden, tmp_path):
     _, built, _ = golden("llava-mpt-tiny")
     with pytest.raises(ConfigError, match="layout 'onnx' is unknown: choose from llava, huggingf"):

@@ -14,6 +14,8 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.save import save_llava, save_projector
 from lapilli.config.projector import parse_projector, projector_name
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pebble():
@@ -34,7 +36,6 @@ def with_projector(loaded, name):
     return model, config
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "positions"),
     [("pool2x2_mlp2x_gelu", 16), ("mlp2x_gelu_pool4x4", 4), ("resampler9x2", 9)],
@@ -61,7 +62,6 @@ def test_round_trip(pebble, tmp_path, name, positions):
     assert chat.ask("What is this?", features, max_new_tokens=3) == one
 
 
-@pytest.mark.slow
 def test_projector_alone(pebble, tmp_path):
     model, config = with_projector(pebble, "resampler9")
     config = replace(config, vision_source=str(pebble.path / "vision_tower"))

@@ -13,10 +13,11 @@ from PIL import Image
 
 from tests.cli.conftest import Run
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("--max-new-tokens", "6", "--device", "cpu")
 
 
-@pytest.mark.slow
 def test_answer_goes_to_standard_output_alone(lapilli: Run, checkpoint: str, picture: str) -> None:
     done = lapilli("ask", "What is this?", picture, "--model", checkpoint, *SHORT)
     assert done.returncode == 0, done.stderr
@@ -25,7 +26,6 @@ def test_answer_goes_to_standard_output_alone(lapilli: Run, checkpoint: str, pic
     assert done.stderr == ""
 
 
-@pytest.mark.slow
 def test_json_holds_the_same_answer(lapilli: Run, checkpoint: str, picture: str) -> None:
     plain = lapilli("ask", "What is this?", picture, "--model", checkpoint, *SHORT)
     done = lapilli("ask", "What is this?", picture, "--model", checkpoint, "--json", *SHORT)
@@ -36,7 +36,6 @@ def test_json_holds_the_same_answer(lapilli: Run, checkpoint: str, picture: str)
     assert said["prompt_tokens"] > 4  # the picture's positions are counted
 
 
-@pytest.mark.slow
 def test_picture_from_standard_input(lapilli: Run, checkpoint: str, picture: str) -> None:
     named = lapilli("ask", "What is this?", picture, "--model", checkpoint, *SHORT)
     piped = lapilli(
@@ -46,7 +45,6 @@ def test_picture_from_standard_input(lapilli: Run, checkpoint: str, picture: str
     assert piped.stdout.decode() == named.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what is left in a pseudo-terminal")
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_terminal_sees_how_far_loading_is(lapilli: Run, checkpoint: str, quiet: bool) -> None:
@@ -65,14 +63,12 @@ def test_a_terminal_sees_how_far_loading_is(lapilli: Run, checkpoint: str, quiet
     assert (shown is None) is quiet, seen
 
 
-@pytest.mark.slow
 def test_question_without_picture(lapilli: Run, checkpoint: str) -> None:
     done = lapilli("ask", "Hello?", "--model", checkpoint, *SHORT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
-@pytest.mark.slow
 def test_same_seed_same_sample(lapilli: Run, checkpoint: str, picture: str) -> None:
     options = ("--temperature", "1.5", "--model", checkpoint, *SHORT)
     first, second, other = (
@@ -83,7 +79,6 @@ def test_same_seed_same_sample(lapilli: Run, checkpoint: str, picture: str) -> N
     assert first != other
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -106,7 +101,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in done.stderr
 
 
-@pytest.mark.slow
 def test_file_that_is_no_picture(lapilli: Run, checkpoint: str, tmp_path: Path) -> None:
     wrong = tmp_path / "notes.txt"
     wrong.write_text("not a picture")
@@ -116,7 +110,6 @@ def test_file_that_is_no_picture(lapilli: Run, checkpoint: str, tmp_path: Path) 
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_the_question_comes_first(lapilli: Run, checkpoint: str, picture: str) -> None:
     options = ("--model", checkpoint, *SHORT)
     done = lapilli("ask", picture, "What is this?", *options)
@@ -129,7 +122,6 @@ def test_the_question_comes_first(lapilli: Run, checkpoint: str, picture: str) -
     assert lapilli("ask", picture, *options, "--quiet").stderr == ""
 
 
-@pytest.mark.slow
 def test_a_typed_placeholder_beside_a_picture(lapilli: Run, checkpoint: str, picture: str) -> None:
     options = ("--model", checkpoint, *SHORT)
     done = lapilli("ask", "What <image>?", picture, *options)
@@ -138,7 +130,6 @@ def test_a_typed_placeholder_beside_a_picture(lapilli: Run, checkpoint: str, pic
     assert lapilli("ask", "What <image>?", *options).stderr == ""
 
 
-@pytest.mark.slow
 def test_standard_input_has_the_limit_of_other_sources(lapilli: Run, checkpoint: str) -> None:
     with Path("/dev/zero").open("rb") as endless:
         done = lapilli("ask", "What?", "-", "--model", checkpoint, *SHORT, stdin=endless)
@@ -146,7 +137,6 @@ def test_standard_input_has_the_limit_of_other_sources(lapilli: Run, checkpoint:
     assert "standard input has at least 134217729 bytes, more than the limit" in done.stderr
 
 
-@pytest.mark.slow
 def test_transparent_pictures(lapilli: Run, checkpoint: str, tmp_path: Path) -> None:
     hidden, white = tmp_path / "hidden.png", tmp_path / "white.png"
     Image.effect_noise((90, 60), 90).convert("RGBA").save(hidden)
@@ -172,7 +162,6 @@ def test_transparent_pictures(lapilli: Run, checkpoint: str, tmp_path: Path) -> 
     )
 
 
-@pytest.mark.slow
 def test_missing_kernels_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("LAPILLI_KERNELS", raising=False)
     missing = "lapilli.kernels.library._find = lambda: None;"

@@ -13,8 +13,9 @@ from lapilli.cli.build import build
 from tests.cli.conftest import Run
 from tests.train.parts import Parts
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_every_option_reaches_the_checkpoint(tmp_path: Path) -> None:
     app, run = typer.Typer(), CliRunner().invoke
     app.command()(build)
@@ -51,7 +52,6 @@ def test_every_option_reaches_the_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(state["model.mm_projector.weight"], drawn.bfloat16().float())
 
 
-@pytest.mark.slow
 def test_a_llava_is_no_language_model(lapilli: Run, tmp_path: Path) -> None:
     done = lapilli("build", "--language", "pebble", "--vision", "pebble", str(tmp_path / "out"))
     assert done.returncode == 2
@@ -59,7 +59,6 @@ def test_a_llava_is_no_language_model(lapilli: Run, tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_parts_are_asked_for(lapilli: Run, tmp_path: Path) -> None:
     done = lapilli("build", str(tmp_path / "out"))
     assert done.returncode == 2

@@ -15,10 +15,11 @@ import pytest
 
 from tests.cli.conftest import PROGRAM, Run
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ("--device", "cpu", "--max-new-tokens", "5")
 
 
-@pytest.mark.slow
 def test_conversation_through_a_pipe(
     lapilli: Run, checkpoint: str, picture: str, tmp_path: Path
 ) -> None:
@@ -32,7 +33,6 @@ def test_conversation_through_a_pipe(
     assert done.stdout.splitlines()[0] == turns[1]["text"]
 
 
-@pytest.mark.slow
 def test_reset_forgets(lapilli: Run, checkpoint: str, tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     lines = ["Hello?", "/reset", "Who?", f"/save {saved}"]
@@ -40,7 +40,6 @@ def test_reset_forgets(lapilli: Run, checkpoint: str, tmp_path: Path) -> None:
     assert json.loads(saved.read_text("utf-8"))[0]["text"] == "Who?"
 
 
-@pytest.mark.slow
 def test_mistakes_do_not_end_the_conversation(lapilli: Run, checkpoint: str) -> None:
     lines = ["/image nowhere.png", "/dance", "Hello?"]
     done = lapilli("chat", "--model", checkpoint, *OPTIONS, input="\n".join(lines) + "\n")
@@ -50,7 +49,6 @@ def test_mistakes_do_not_end_the_conversation(lapilli: Run, checkpoint: str) -> 
     assert done.stdout.strip()
 
 
-@pytest.mark.slow
 def test_bytes_that_are_no_text_do_not_end_the_conversation(lapilli: Run, checkpoint: str) -> None:
     lines = b"a \xff\n/image \xfe.png\n/dance \xfd\n/save nowhere/x.json\nHello?\n"
     done = lapilli("chat", "--model", checkpoint, *OPTIONS, input=lines, text=False)
@@ -62,7 +60,6 @@ def test_bytes_that_are_no_text_do_not_end_the_conversation(lapilli: Run, checkp
     assert done.stdout.strip()
 
 
-@pytest.mark.slow
 def test_a_picture_whose_name_is_no_text(
     lapilli: Run, checkpoint: str, picture: str, tmp_path: Path
 ) -> None:
@@ -76,14 +73,12 @@ def test_a_picture_whose_name_is_no_text(
     assert said[2].startswith("<image> in the question stays text")
 
 
-@pytest.mark.slow
 def test_a_history_that_cannot_be_kept(lapilli: Run, checkpoint: str, tmp_path: Path) -> None:
     (tmp_path / "lapilli").touch()  # a file where the folder should be
     done = lapilli("chat", "--model", checkpoint, *OPTIONS, input="/quit\n")
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("typed", [b"\x04", b"And now?\n\x04"])
 def test_what_is_typed_during_an_answer_counts(
     checkpoint: str, tmp_path: Path, typed: bytes
@@ -98,7 +93,6 @@ def test_what_is_typed_during_an_answer_counts(
     assert "Traceback" not in seen
 
 
-@pytest.mark.slow
 def test_interrupt_stops_the_answer_and_not_the_program(checkpoint: str, tmp_path: Path) -> None:
     options = ("--max-new-tokens", "1500", "--speculate", "off")  # an answer that takes its time
     with in_a_terminal(checkpoint, tmp_path, *options) as (process, main):

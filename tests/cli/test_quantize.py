@@ -7,8 +7,9 @@ import pytest
 from tests.cli.conftest import Run
 from tests.integration.oracle import make_oracle
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_a_quantized_checkpoint_answers(lapilli: Run, tmp_path: Path, picture: str) -> None:
     target = tmp_path / "llava-small"
     done = lapilli("quantize", "pebble", str(target), "--bits", "4", "--group-size", "64")
@@ -23,7 +24,6 @@ def test_a_quantized_checkpoint_answers(lapilli: Run, tmp_path: Path, picture: s
     assert "missing" not in shown.stdout
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_hugging_face_is_quantized_with_its_chat_template(
     lapilli: Run, tmp_path: Path, picture: str
 ) -> None:
@@ -40,7 +40,6 @@ def test_a_checkpoint_of_hugging_face_is_quantized_with_its_chat_template(
     assert "is quantized already" in again.stderr
 
 
-@pytest.mark.slow
 def test_bad_options_are_one_line(lapilli: Run, tmp_path: Path) -> None:
     done = lapilli("quantize", "pebble", str(tmp_path / "x"), "--bits", "3")
     assert done.returncode == 2

@@ -7,12 +7,13 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lapilli.train.reproject import reproject
 
+pytestmark = pytest.mark.slow
+
 
 def state(source):
     return load_checkpoint(source, device="cpu", dtype="float32").model.state_dict()
 
 
-@pytest.mark.slow
 def test_a_pooled_mlp_keeps_every_weight(tmp_path):
     assert reproject("pebble", tmp_path / "llava", projector="pool2x2_mlp2x_gelu") == ()
     before, after = state("pebble"), state(tmp_path / "llava")
@@ -22,7 +23,6 @@ def test_a_pooled_mlp_keeps_every_weight(tmp_path):
     assert loaded.template.template.name == load_checkpoint("pebble").template.template.name
 
 
-@pytest.mark.slow
 def test_a_resampler_is_fresh_and_the_rest_stays(tmp_path):
     fresh = reproject("pebble", tmp_path / "llava", projector="resampler4", seed=3)
     assert "queries" in fresh
@@ -36,7 +36,6 @@ def test_a_resampler_is_fresh_and_the_rest_stays(tmp_path):
     assert all(torch.equal(after[name], again[name]) for name in after)
 
 
-@pytest.mark.slow
 def test_what_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="3x3 neighbours of 8x8 patches"):
         reproject("pebble", tmp_path / "llava", projector="pool3x3_mlp2x_gelu")

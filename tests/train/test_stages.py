@@ -169,13 +169,9 @@ def test_layers_recompute_as_the_run_says(whole, wanted):
     assert whole.language_model.gradient_checkpointing is tower.gradient_checkpointing is wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "kind"),
-    [
-        ("eager", "packed"),
-        pytest.param("inductor", "packed", marks=pytest.mark.slow),
-        pytest.param("inductor", "alone", marks=pytest.mark.slow),
-    ],
+    ("backend", "kind"), [("eager", "packed"), ("inductor", "packed"), ("inductor", "alone")]
 )
 def test_compiled_layers_give_the_same_loss_and_gradients_from_few_programs(backend, kind):
     """In a process of its own: the checks of annotations cannot be compiled."""

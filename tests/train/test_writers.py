@@ -35,6 +35,8 @@ from lapilli.train.stages import choose_trainable
 from lapilli.train.start import load_start
 from tests.integration.oracle import make_oracle, picture
 
+pytestmark = pytest.mark.slow
+
 ONE, OTHER = picture(60, 40, 1), picture(28, 90, 2)
 CONVERSATIONS = {
     "first turn": [Message.user("What?", ONE)],
@@ -207,7 +209,6 @@ WRITERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_writer_carries_the_template(sources, tmp_path, kind):
     source = sources[kind]
@@ -217,7 +218,6 @@ def test_every_writer_carries_the_template(sources, tmp_path, kind):
         same(answers(tmp_path / name), expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["export", "LoRA"])
 def test_a_chat_template_is_carried_into_the_originals_layout(sources, tmp_path, name):
     source = sources["processor_config.json"]
@@ -228,7 +228,6 @@ def test_a_chat_template_is_carried_into_the_originals_layout(sources, tmp_path,
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == WITH_SYSTEM
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["chat_template.jinja", "chat_template.jinja, template named", "exported"]
 )
@@ -242,7 +241,6 @@ def test_an_adapter_for_peft_carries_the_template(sources, tmp_path, kind):
     same(answers(tmp_path / "folded"), expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["original", "chat_template.jinja", "chat_template.jinja, template named", "exported"]
 )
@@ -263,7 +261,6 @@ def test_quantize_carries_the_template(sources, tmp_path, kind):
     same(answers(tmp_path / "out"), expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["original", "original, template named", "processor_config.json"])
 def test_transformers_reads_the_same_ids_and_logits(sources, tmp_path, kind):
     source = sources[kind]
@@ -307,7 +304,6 @@ def processor_inputs(processor, messages):
     return processor(text=text, images=pictures, return_tensors="pt", add_special_tokens=not begins)
 
 
-@pytest.mark.slow
 def test_number_formats_are_those_of_the_files(sources, tmp_path):
     """A run in bfloat16 leaves an adapter that is exported in the format of its base."""
     source = sources["chat_template.jinja"]  # float32
@@ -317,7 +313,6 @@ def test_number_formats_are_those_of_the_files(sources, tmp_path):
     same(answers(tmp_path / "out"), answers(source.path))
 
 
-@pytest.mark.slow
 def test_a_float32_tower_stays_float32_beside_a_float16_language_model(sources, tmp_path):
     loaded = load_checkpoint(sources["original"].path, device="cpu", dtype=STORED)
     tower = {dtype for name, dtype in loaded.stored.items() if "vision_tower" in name}

@@ -17,6 +17,8 @@ from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.agreement import assert_same
 from tests.generate.engine.conftest import SMALL, alone, picture, request_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(lapilli.__file__).parent / "generate"
 WATCHED = (
     str(ROOT / "engine"),
@@ -114,7 +116,6 @@ def check(model, right: dict[int, Generation], at: int) -> bool:
     return True
 
 
-@pytest.mark.slow
 def test_an_interrupt_before_some_lines(model, right):
     with Interrupt(None) as counted:
         session(Engine(model, WordTokenizer(), options=TINY))
@@ -122,7 +123,6 @@ def test_an_interrupt_before_some_lines(model, right):
         assert check(model, right, at)
 
 
-@pytest.mark.slow
 def test_an_interrupt_before_every_line(model, right):
     for at in itertools.count(1, EVERY):
         if not check(model, right, at):

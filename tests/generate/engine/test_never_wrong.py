@@ -18,6 +18,8 @@ from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.agreement import assert_same
 from tests.generate.engine.conftest import SMALL, alone, build, picture, request_of
 
+pytestmark = pytest.mark.slow
+
 LORA = LoraConfig(rank=2, alpha=4, targets=("language_model.*.{q,v,down}_proj", "*.projector"))
 
 # Few different ones, so that much begins alike: pictures of one length that differ in their
@@ -117,7 +119,6 @@ TestService = Service.TestCase
 TestService.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
 
 
-@pytest.mark.slow
 def test_second_question_reads_only_what_is_new(model, tokenizer):
     engine = Engine(model, tokenizer, options=SMALL)
     shared = [1, picture(7, 21), 2]
@@ -132,7 +133,6 @@ def test_second_question_reads_only_what_is_new(model, tokenizer):
     assert_same(answer, alone(model, request), model, request)
 
 
-@pytest.mark.slow
 def test_further_turn_reads_only_what_is_new(model, tokenizer):
     engine = Engine(model, tokenizer, options=SMALL)
     [answer] = engine.run([request_of([1, picture(7, 9), 2])])
@@ -141,7 +141,6 @@ def test_further_turn_reads_only_what_is_new(model, tokenizer):
     assert engine.prefix_stats.reused == 11 + len(answer.token_ids) - 1  # its last was not read
 
 
-@pytest.mark.slow
 def test_requests_that_begin_alike_wait_for_the_first(model, tokenizer):
     engine = Engine(model, tokenizer, options=dataclasses.replace(SMALL, max_rows=8))
     shared = [1, picture(8, 33), 2]
@@ -154,7 +153,6 @@ def test_requests_that_begin_alike_wait_for_the_first(model, tokenizer):
         assert_same(answer, alone(model, request), model, request)
 
 
-@pytest.mark.slow
 def test_same_features_for_another_picture_are_not_taken(model, tokenizer):
     engine = Engine(model, tokenizer, options=SMALL)
     for number in (1, 2, 1, 3):
@@ -164,7 +162,6 @@ def test_same_features_for_another_picture_are_not_taken(model, tokenizer):
     assert engine.features.stats.misses == 3
 
 
-@pytest.mark.slow
 def test_weights_changed_where_nobody_can_see_need_renew(tokenizer):
     model = build()
     engine = Engine(model, tokenizer, options=SMALL)
@@ -176,7 +173,6 @@ def test_weights_changed_where_nobody_can_see_need_renew(tokenizer):
     assert_same(answer, alone(model, request), model, request)
 
 
-@pytest.mark.slow
 def test_without_caches(model, tokenizer):
     options = dataclasses.replace(SMALL, prefix_bytes=0, feature_bytes=0)
     engine = Engine(model, tokenizer, options=options)

@@ -16,6 +16,8 @@ import pytest
 from lapilli.kernels.library import native
 from tests.kernels.conftest import ALL
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 CROSS = "aarch64-linux-gnu-g++"
 NOT_HERE = 77  # the driver's answer: this library or this CPU has no such instruction set
@@ -49,7 +51,6 @@ def driver(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_driver(compiler, sources, tmp_path_factory.mktemp("driver"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_operation_equals_float64(driver: Path, name: str) -> None:
     found = native()
@@ -84,7 +85,6 @@ def emulate(arm: tuple[Path, Path], cpu: str, *arguments: str) -> subprocess.Com
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cpu", "name"),
     [("cortex-a53", "neon"), ("max", "neondot"), ("max", "neon"), ("max", "portable")],
@@ -94,12 +94,10 @@ def test_every_operation_equals_float64_on_arm(arm: tuple[Path, Path], cpu: str,
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("cpu", "name"), [("cortex-a72", "neon"), ("cortex-a76", "neondot")])
 def test_an_arm_cpu_gets_the_best_that_it_has(arm: tuple[Path, Path], cpu: str, name: str) -> None:
     assert emulate(arm, cpu).stdout.split() == [name]
 
 
-@pytest.mark.slow
 def test_an_arm_cpu_without_dot_products_is_not_given_them(arm: tuple[Path, Path]) -> None:
     assert emulate(arm, "cortex-a72", "neondot").returncode == NOT_HERE
