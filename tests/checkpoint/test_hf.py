@@ -170,7 +170,8 @@ def test_key_styles_give_the_same_model(tmp_path, style):
 def test_siglip_head_is_dropped(tmp_path):
     make(tmp_path, "llama", "siglip", strategy="full")
     report = load_checkpoint(tmp_path, device="cpu", dtype="float32").report
-    assert "vision_tower.head.probe" in report.dropped
+    # an older transformers saves it under vision_tower.vision_model
+    assert any(name.endswith(".head.probe") for name in report.dropped)
     assert report.unexpected == ()
 
 

@@ -54,7 +54,9 @@ def prepare_streams() -> None:
     """Make the three standard streams safe to use, whatever they were started with.
 
     One that is closed (`>&-`) becomes the null device: otherwise the next file to be opened would
-    take its number, and what a library prints would be written into that file. Text that cannot be
+    take its number, and what a library prints would be written into that file. On a closed standard
+    output the null device cannot be written, so an answer that is lost is an error and not a
+    success (`close_streams`). Text that cannot be
     written in the terminal's encoding is escaped; bytes that are no text are kept as half
     characters, which open the file that they name and are refused in a question. Warnings are for
     people who write programs: they are shown with `python -W`, and not here.
@@ -65,9 +67,10 @@ def prepare_streams() -> None:
             try:
                 os.fstat(number)
             except OSError:
-                os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+                # It takes the lowest number that is free: this one.
+                os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_RDWR)
             mode = "r" if name == "stdin" else "w"
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115, PTH123
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
     if not sys.warnoptions:

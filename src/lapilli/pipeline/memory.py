@@ -5,6 +5,7 @@ Knows parts, spans and ids; must not know templates, files or how tokens are cho
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -36,7 +37,7 @@ class Memory:
     items: list[Any] = field(default_factory=list)
     cache: KVCache | None = None
     cached: list[int] = field(default_factory=list)
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: AbstractContextManager[bool] = field(default_factory=threading.RLock)
 
     def number(self, part: MediaPart) -> int | None:
         """Which of the known media this part shows."""
