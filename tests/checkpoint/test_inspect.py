@@ -100,3 +100,15 @@ def test_of_a_hub_repository_only_small_files_are_fetched(golden, tmp_path, monk
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(MissingFileError, match=r"config.json is missing in"):
         inspect_checkpoint(tmp_path)
+
+
+def test_settings_of_sampling_that_are_not_applied_are_told(tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(sources.resolve("pebble"), path)
+    settings = {"repetition_penalty": 1.5, "suppress_tokens": [7], "num_beams": 1, "top_p": 0.9}
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    told = [note for note in inspect_checkpoint(path).notes if note.startswith("generation_config")]
+    assert len(told) == 2
+    assert "repetition_penalty = 1.5, which is not applied" in told[0]
+    assert "suppress_tokens = [7]" in told[1]
+    assert not any("generation_config" in note for note in inspect_checkpoint("pebble").notes)

@@ -19,6 +19,7 @@ from lapilli.checkpoint.keymaps import (
 from lapilli.checkpoint.keymaps.tables import TOWER
 from lapilli.checkpoint.source import HUB_ID, find_directory, resolve
 from lapilli.checkpoint.weights import WeightStore, complete_weights, find_weight_files
+from lapilli.config.ignored import sampling_notes
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import (
     is_hf_llava,
@@ -113,16 +114,18 @@ def open_directory(
     store = open_weights(path, weights=weights)
     tower_path = _tower_directory(path, raw, fetch=fetch)
     tower_config = read_json(tower_path / "config.json") if tower_path else None
+    generation = read_optional_json(path / "generation_config.json")
     config, keys = parse_config(
         raw,
         tower=tower_config,
         preprocessor=preprocessor_of(tower_path or path),
-        generation=read_optional_json(path / "generation_config.json"),
+        generation=generation,
         weight_names=frozenset(store.infos),
     )
     keymap = keymap_of(raw)
     own = (WeightPart("checkpoint", store, keymap),) if store.infos else ()
-    parts, notes = (*extra, *own), _pixel_notes(tower_path or path, config)
+    parts = (*extra, *own)
+    notes = (*_pixel_notes(tower_path or path, config), *sampling_notes(generation or {}))
     if moved is not None:
         notes += (f"the vision tower is the base's, {moved}: the one that was named is gone",)
     if tower_path is not None and weights:

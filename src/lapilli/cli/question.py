@@ -108,7 +108,9 @@ def _messages(row: dict[str, Any], folder: Path) -> "tuple[Message, ...]":
     from lapilli.prompt.message import Message
 
     question, system = row.get("question"), row.get("system")
-    if not isinstance(question, str) or not question.strip():
+    if not isinstance(question, str | None):
+        raise PromptError(f'"question" must be a text, found {_kind(question)}')
+    if question is None or not question.strip():
         raise PromptError('no "question", or an empty one')
     if not isinstance(system, str | None):
         raise PromptError(f'"system" must be a text, found {_kind(system)}')

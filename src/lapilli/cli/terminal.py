@@ -3,6 +3,7 @@
 The only room that prints. Nothing here imports torch.
 """
 
+import errno
 import os
 import select
 import sys
@@ -41,6 +42,8 @@ def in_one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and not isinstance(error, LapilliError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         text = ": ".join([" -> ".join(names), error.strerror]) if names else error.strerror
+        if error.errno == errno.EBADF and not names:  # see prepare_streams
+            text = "standard output is closed, so nothing can be written to it"
     return " ".join(text.split()) or type(error).__name__
 
 
@@ -56,10 +59,10 @@ def prepare_streams() -> None:
     One that is closed (`>&-`) becomes the null device: otherwise the next file to be opened would
     take its number, and what a library prints would be written into that file. On a closed standard
     output the null device cannot be written, so an answer that is lost is an error and not a
-    success (`close_streams`). Text that cannot be
-    written in the terminal's encoding is escaped; bytes that are no text are kept as half
-    characters, which open the file that they name and are refused in a question. Warnings are for
-    people who write programs: they are shown with `python -W`, and not here.
+    success (`close_streams`). Text that cannot be written in the terminal's encoding is escaped;
+    bytes that are no text are kept as half characters, which open the file that they name and are
+    refused in a question. Warnings are for people who write programs: they are shown with
+    `python -W`, and not here.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
@@ -70,7 +73,7 @@ def prepare_streams() -> None:
                 # It takes the lowest number that is free: this one.
                 os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_RDWR)
             mode = "r" if name == "stdin" else "w"
-            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115, PTH123
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
     if not sys.warnoptions:
@@ -166,6 +169,11 @@ def open_chat(
     chat = _load(model, quiet=quiet, speculate=speculate, max_rows=max_rows, **how)
     if not quiet:
         _warn_of_slow_cpu(chat)
+        for line in chat.report.notes:
+            if line.startswith(
+                "generation_config.json"
+            ):  # it changes the answers of other programs
+                note(line)
     return chat
 
 

@@ -126,7 +126,7 @@ def _told_paths(linears: Mapping[str, Linear], tensors: Mapping[str, Tensor]) ->
     if lost:
         raise MissingWeightsError(
             f"{len(lost)} adapter tensors belong to no linear layer of the model, for instance "
-            f"{lost[0]}: was the adapter trained on another base?"
+            f"{lost[0]}: was the adapter trained on another base, or on layers that are not linear?"
         )
     paths = [path for path in linears if any(path + half in tensors for half in _HALVES)]
     for path in paths:

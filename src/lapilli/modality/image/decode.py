@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import re
 import struct
 import threading
 import warnings
@@ -319,7 +320,12 @@ def _named(name: str) -> Iterator[None]:
     except MediaError:
         raise
     except Image.DecompressionBombError as error:
-        raise MediaError(f"{name} is too large to be unpacked safely: {error}") from error
+        pixels = re.search(r"\d+", str(error))
+        raise MediaError(
+            f"{name} is too large to be unpacked safely: it says that it has "
+            f"{pixels[0] if pixels else 'very many'} pixels, and at most {MAX_PIXELS} are read: "
+            "shrink it"
+        ) from error
     except MemoryError as error:
         raise MediaError(f"{name} takes more memory than there is: shrink it") from error
     # Each of forty decoders raises what it ran into: OSError, SyntaxError, struct.error, AVIF's
