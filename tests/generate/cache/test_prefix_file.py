@@ -186,3 +186,12 @@ def test_a_place_that_takes_no_prefix_is_told(saved, kind, tmp_path):
         pass
     with pytest.raises(CheckpointError, match="the prefix cannot be saved to"):
         engine.save_prefix(tmp_path / "none" / "seen", ticket.keys)
+
+
+def test_what_the_library_says_of_a_file_is_told_shortly(kind, tmp_path):
+    header = b'{"a": "' + b"x" * 100_000 + b'"}'
+    path = tmp_path / "seen.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="not a saved prefix") as told:
+        new_engine(kind).load_prefix(path)
+    assert len(str(told.value)) < 1000

@@ -168,6 +168,12 @@ def test_positions_are_those_of_the_checkpoint(folder):
     assert plan_rows("pebble", template="plain").template.name == "plain"
 
 
+def test_a_line_of_a_report_is_short_whatever_a_sample_is_called():
+    line = str(Finding("record", "\0" * 900, "x" * 9000, "is none"))
+    assert "\0" not in line
+    assert len(line) < 1100
+
+
 def test_a_spread_of_nothing_is_none():
     assert Spread.of([]) is None
     assert Spread.of(range(1, 101)) == Spread(min=1, median=50, p95=95, max=100, total=5050)

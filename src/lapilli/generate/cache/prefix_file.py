@@ -29,6 +29,7 @@ from lapilli.shapes import Tensor
 FORMAT = "lapilli prefix 2"
 _EARLIER = "lapilli prefix 1"  # without a digest
 _SAMPLES = 4096
+_SHOWN = 300  # letters of what the library says, which may quote the file
 _NAMES = {  # of safetensors, for what a store may hold
     torch.float32: "F32",
     torch.float16: "F16",
@@ -136,7 +137,7 @@ def read_prefix(path: Path, pool: BlockPool, model: str) -> SavedPrefix:
         # MemoryError: a file with holes that is larger than any address space
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: not a saved prefix ({error})") from error
+        raise CheckpointError(f"{path}: not a saved prefix ({str(error)[:_SHOWN]})") from error
     if header["digest"] != _digest(header, tensors):
         raise _damaged(path, "its content is not what was saved")
     for name, tensor in tensors.items():

@@ -24,6 +24,9 @@ NOTES: frozenset[Kind] = frozenset({"mended", "duplicate id", "duplicate image"}
 """Kinds that training takes as they are; all others end it, or cost a sample."""
 
 
+_LONGEST = 1000  # letters of a line: a tar archive may call a sample anything
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing about one sample."""
@@ -42,7 +45,8 @@ class Finding:
         """One line of printable letters, the place first."""
         name = "" if self.id == self.where else f" (id {shown(self.id)})"
         line = f"{self.where}{name}: {self.text}"
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
 
 @dataclass(frozen=True, slots=True)
