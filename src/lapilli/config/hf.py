@@ -12,7 +12,7 @@ from lapilli.config.model import (
     VisionConfig,
 )
 from lapilli.config.reader import KeyReader, KeyReport, shown
-from lapilli.config.text import parse_activation, parse_text
+from lapilli.config.families.decoder import parse_activation, parse_text
 from lapilli.config.tokens import parse_tokens
 from lapilli.config.vision import (
     LARGE_CLIP,

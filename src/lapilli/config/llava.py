@@ -18,7 +18,7 @@ from lapilli.config.model import (
 )
 from lapilli.config.projector import parse_projector, tile_features
 from lapilli.config.reader import MOST, MOST_POSITIONS, JsonObject, KeyReader, KeyReport, shown
-from lapilli.config.text import parse_text
+from lapilli.config.families.decoder import parse_text
 from lapilli.config.tokens import parse_tokens
 from lapilli.config.vision import Select, default_pixels, parse_pixels, parse_tower
 from lapilli.errors import ConfigError, UnsupportedModelError

@@ -6,7 +6,7 @@ from lapilli.config.llava import FAMILIES, family_of, parse_llava
 from lapilli.config.llava import named_tower as named_llava_tower
 from lapilli.config.model import ModelConfig, TextConfig
 from lapilli.config.reader import JsonObject, KeyReader, KeyReport, in_file, shown
-from lapilli.config.text import TEXT_FAMILIES, parse_text
+from lapilli.config.families.decoder import TEXT_FAMILIES, parse_text
 from lapilli.errors import UnsupportedModelError
 
 HF_LLAVA_TYPES = ("llava", "llava_next")

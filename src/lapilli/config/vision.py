@@ -17,7 +17,7 @@ from lapilli.config.reader import (
     KeyReader,
     is_object,
 )
-from lapilli.config.text import parse_activation
+from lapilli.config.families.decoder import parse_activation
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.geometry import ImageSize
 
