@@ -12,7 +12,8 @@ from lapilli.config.model import (
     VisionConfig,
 )
 from lapilli.config.reader import KeyReader, KeyReport, shown
-from lapilli.config.families.decoder import parse_activation, parse_text
+from lapilli.config.families import Family, family_named
+from lapilli.config.families.decoder import parse_activation
 from lapilli.config.tokens import parse_tokens
 from lapilli.config.vision import (
     LARGE_CLIP,
@@ -36,10 +37,11 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     """
     reader = KeyReader(files.config, "config.json", ignored.HF_LLAVA)
     is_next = reader.text("model_type") == "llava_next"
-    text_reader = reader.child("text_config", ignored.TEXT)
-    family = text_reader.text("model_type") or "llama"
-    tied = _is_tied(reader, text_reader, files, is_next=is_next)
-    text = parse_text(text_reader, family, tied=tied)
+    text_reader = reader.child("text_config")
+    family = family_named(text_reader.text("model_type") or "llama")
+    text_reader.ignored = family.ignored
+    tied = _is_tied(reader, text_reader, family, files, is_next=is_next)
+    text = family.parse(text_reader, tied=tied)
     vision = _vision(reader)
     projector = ProjectorConfig(
         kind="mlp",
@@ -74,7 +76,12 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
 
 
 def _is_tied(
-    reader: KeyReader, text_reader: KeyReader, files: ConfigFiles, *, is_next: bool
+    reader: KeyReader,
+    text_reader: KeyReader,
+    family: Family,
+    files: ConfigFiles,
+    *,
+    is_next: bool,
 ) -> bool:
     """Whether the output layer is the embedding.
 
@@ -83,7 +90,7 @@ def _is_tied(
         releases say it in text_config alone and then have no output layer, which decides.
     """
     outer = reader.flag("tie_word_embeddings", False)
-    inner = text_reader.flag("tie_word_embeddings", False)
+    inner = family.is_tied(text_reader)
     has_head = any(name.endswith("lm_head.weight") for name in files.weight_names)
     if outer or (inner and not is_next):
         return True
@@ -151,11 +158,10 @@ def _image(
 
 def parse_language_model(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     """A language model without images."""
-    family = str(files.config.get("model_type"))
-    base = ignored.MPT if family == "mpt" else ignored.TEXT
-    reader = KeyReader(files.config, "config.json", base)
+    family = family_named(files.config.get("model_type"))
+    reader = KeyReader(files.config, "config.json", family.ignored)
     generation = KeyReader(files.generation, "generation_config.json", ignored.GENERATION)
-    text = parse_text(reader, family)
+    text = family.parse(reader)
     config = ModelConfig(
         text=text,
         tokens=parse_tokens(reader, generation),

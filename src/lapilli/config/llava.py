@@ -7,6 +7,7 @@ import ast
 from typing import Literal
 
 from lapilli.config import ignored
+from lapilli.config.families import Family, family_by_class, find_family, original_types
 from lapilli.config.files import ConfigFiles
 from lapilli.config.model import (
     Aspect,
@@ -18,7 +19,6 @@ from lapilli.config.model import (
 )
 from lapilli.config.projector import parse_projector, tile_features
 from lapilli.config.reader import MOST, MOST_POSITIONS, JsonObject, KeyReader, KeyReport, shown
-from lapilli.config.families.decoder import parse_text
 from lapilli.config.tokens import parse_tokens
 from lapilli.config.vision import Select, default_pixels, parse_pixels, parse_tower
 from lapilli.errors import ConfigError, UnsupportedModelError
@@ -26,12 +26,6 @@ from lapilli.geometry import ImageSize
 
 Side = Literal["left", "right"]
 
-FAMILIES = {
-    "llava_llama": "llama",
-    "llava_mistral": "mistral",
-    "llava_mpt": "mpt",
-    "llava_qwen": "qwen2",
-}
 _MOST_PINPOINTS = 1000
 _MOST_PIXELS = 1 << 25  # of a resolution: 0.4 GB as float32
 _LONGEST_LITERAL = 1 << 14
@@ -48,14 +42,11 @@ MERGES: dict[str, Merge] = {
 SELECTS: dict[str, Select] = {"patch": "patch", "cls_patch": "cls_patch"}
 
 
-def family_of(raw: JsonObject) -> str:
-    """The language model inside: from the model type, or for old files from the architecture."""
+def inner_family(raw: JsonObject) -> Family:
+    """Return the family of the language model: by model type, or in old files by the class."""
     kind = raw.get("model_type")
-    if isinstance(kind, str) and kind in FAMILIES:
-        return FAMILIES[kind]
-    architectures = str(raw.get("architectures", "")).lower()
-    named = {"mistral": "mistral", "mpt": "mpt", "qwen": "qwen2"}
-    return next((family for part, family in named.items() if part in architectures), "llama")
+    found = find_family(kind) if isinstance(kind, str) and kind in original_types() else None
+    return found or family_by_class(str(raw.get("architectures", "")))
 
 
 def named_tower(raw: JsonObject) -> str | None:
@@ -74,10 +65,9 @@ def parse_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
         ConfigError: a key is missing or of the wrong type.
         UnsupportedModelError: a tower, projector or variation that lapilli does not have.
     """
-    family = family_of(files.config)
-    base = ignored.MPT if family == "mpt" else ignored.TEXT
-    reader = KeyReader(files.config, "config.json", base | ignored.LLAVA)
-    text = parse_text(reader, family)
+    family = inner_family(files.config)
+    reader = KeyReader(files.config, "config.json", family.ignored | ignored.LLAVA)
+    text = family.parse(reader)
     generation = KeyReader(files.generation, "generation_config.json", ignored.GENERATION)
     tokens = parse_tokens(reader, generation, image_id=reader.optional_integer(IMAGE_KEY))
     source = named_tower(files.config)

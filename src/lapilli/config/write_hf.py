@@ -1,10 +1,11 @@
 """ModelConfig -> config.json and processor files of Hugging Face's LLaVA: the way back of hf.py."""
 
+from lapilli.config.families import find_family
+from lapilli.config.families.decoder import ACTIVATION_NAMES
 from lapilli.config.llava import RECORD_KEY
 from lapilli.config.model import ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from lapilli.config.projector import projector_name
 from lapilli.config.write import (
-    ACTIVATION_NAMES,
     write_preprocessor_config,
     write_text_config,
     write_tower_config,
@@ -12,7 +13,6 @@ from lapilli.config.write import (
 from lapilli.errors import UnsupportedModelError
 
 IMAGE_TOKEN = "<image>"  # noqa: S105  no password
-TEXT_TYPES = ("llama", "mistral", "qwen2")
 
 
 def refuse_unsayable(config: ModelConfig) -> None:
@@ -32,8 +32,9 @@ def refuse_unsayable(config: ModelConfig) -> None:
 def _what_is_unsayable(config: ModelConfig) -> str | None:
     """The first thing that the layout has no words for."""
     vision, projector, image = _parts(config)
-    if config.text.family not in TEXT_TYPES:
-        return f"{config.text.family} language model, only {', '.join(TEXT_TYPES)}"
+    family = find_family(config.text.family)
+    if family is None or not family.in_hf_llava:
+        return f"{config.text.family} language model"
     if config.tokens.use_start_end:
         return "<im_start> and <im_end> around a picture"
     if projector.kind != "mlp" or projector.depth != 2 or projector.joins:
