@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 from lapilli.config import ignored
+from lapilli.config.families import Family, family_named
+from lapilli.config.families.decoder import parse_activation
 from lapilli.config.files import ConfigFiles
 from lapilli.config.llava import RECORD_KEY, parse_pinpoints
 from lapilli.config.model import (
@@ -12,8 +14,6 @@ from lapilli.config.model import (
     VisionConfig,
 )
 from lapilli.config.reader import KeyReader, KeyReport, shown
-from lapilli.config.families import Family, family_named
-from lapilli.config.families.decoder import parse_activation
 from lapilli.config.tokens import parse_tokens
 from lapilli.config.vision import (
     LARGE_CLIP,

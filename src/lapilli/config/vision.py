@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lapilli.config import ignored
+from lapilli.config.families.decoder import parse_activation
 from lapilli.config.model import PixelConfig, VisionConfig
 from lapilli.config.reader import (
     MOST_HEADS,
@@ -17,7 +18,6 @@ from lapilli.config.reader import (
     KeyReader,
     is_object,
 )
-from lapilli.config.families.decoder import parse_activation
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.geometry import ImageSize
 

@@ -15,6 +15,7 @@ from lapilli.config.model import (
 from lapilli.config.projector import projector_name
 from lapilli.errors import UnsupportedModelError
 
+
 def write_llava_config(
     config: ModelConfig,
     *,

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from lapilli.config.model import Activation
-from lapilli.kernels.fused import silu_mul
-from lapilli.nn.activation import build_activation
+from lapilli.kernels.fused import gelu_mul, silu_mul
+from lapilli.nn.activation import build_activation, is_gelu_tanh
 from lapilli.nn.linear import project
 from lapilli.shapes import Float, Tensor
 
@@ -40,7 +40,11 @@ class GatedMLP(nn.Module):
 
     def _gated(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... inner"]:
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return silu_mul(gate, up) if isinstance(self.act, nn.SiLU) else self.act(gate) * up
+        if isinstance(self.act, nn.SiLU):
+            return silu_mul(gate, up)
+        if is_gelu_tanh(self.act):
+            return gelu_mul(gate, up)
+        return self.act(gate) * up
 
 
 class MLP(nn.Module):

@@ -44,9 +44,9 @@ def template_of_base(chat_template: str | None, *, family: str = "") -> str | No
     if mark is None:
         return None
     known = find_family(family)
-    if known is not None and known.template is not None and known.template_first:
-        if TEMPLATES[known.template].style == _MARKS[mark]:
-            return known.template
+    own = known.template if known is not None and known.template_first else None
+    if own is not None and TEMPLATES[own].style == _MARKS[mark]:
+        return own
     if mark == "[INST]" and _SYSTEM_BLOCK in (chat_template or ""):
         return "llava_llama_2"
     return _BY_STYLE[_MARKS[mark]]
