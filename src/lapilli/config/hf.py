@@ -6,11 +6,13 @@ from lapilli.config import ignored
 from lapilli.config.families import Family, family_named
 from lapilli.config.families.decoder import parse_activation
 from lapilli.config.files import ConfigFiles
-from lapilli.config.llava import RECORD_KEY, parse_pinpoints
+from lapilli.config.llava import CAP_KEY, RECORD_KEY, parse_pinpoints
 from lapilli.config.model import (
+    DecoderConfig,
     ImageConfig,
     ModelConfig,
     ProjectorConfig,
+    TextConfig,
     VisionConfig,
 )
 from lapilli.config.reader import KeyReader, KeyReport, shown
@@ -41,7 +43,7 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     family = family_named(text_reader.text("model_type") or "llama")
     text_reader.ignored = family.ignored
     tied = _is_tied(reader, text_reader, family, files, is_next=is_next)
-    text = family.parse(text_reader, tied=tied)
+    text = _as_in_llava(family.parse(text_reader, tied=tied), reader)
     vision = _vision(reader)
     projector = ProjectorConfig(
         kind="mlp",
@@ -95,6 +97,16 @@ def _is_tied(
     if outer or (inner and not is_next):
         return True
     return inner and not has_head
+
+
+def _as_in_llava(text: TextConfig, reader: KeyReader) -> TextConfig:
+    """Return the language model as transformers' LLaVA classes run it: they cap no logits.
+
+    What was trained with a cap and saved here says so under a key of lapilli's own, so that it is
+    sampled from as it was.
+    """
+    cap = reader.optional_number(CAP_KEY, least=1e-3, most=1e6)
+    return replace(text, logit_softcap=cap) if isinstance(text, DecoderConfig) else text
 
 
 def _vision(reader: KeyReader) -> VisionConfig:

@@ -2,8 +2,14 @@
 
 from lapilli.config.families import find_family
 from lapilli.config.families.decoder import ACTIVATION_NAMES
-from lapilli.config.llava import RECORD_KEY
-from lapilli.config.model import ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from lapilli.config.llava import CAP_KEY, RECORD_KEY
+from lapilli.config.model import (
+    DecoderConfig,
+    ImageConfig,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
 from lapilli.config.projector import projector_name
 from lapilli.config.write import (
     write_preprocessor_config,
@@ -100,6 +106,8 @@ def write_hf_config(
     if is_next:
         written["image_grid_pinpoints"] = _pinpoints(image)
         written["use_image_newline_parameter"] = True
+    if isinstance(config.text, DecoderConfig) and config.text.logit_softcap is not None:
+        written[CAP_KEY] = config.text.logit_softcap  # transformers' LLaVA classes cap no logits
     if template is not None:
         written[RECORD_KEY] = template
     return written

@@ -181,9 +181,8 @@ class DecoderFamily(Family):
     def _query_scalar(self, reader: KeyReader) -> float | None:
         if self.query_scalar is None:
             return None
-        return reader.number(
-            "query_pre_attn_scalar", self.query_scalar, least=1e-3, most=MOST_WIDTH
-        )
+        default = float(self.query_scalar)
+        return reader.number("query_pre_attn_scalar", default, least=1e-3, most=float(MOST_WIDTH))
 
     def _softcaps(self, reader: KeyReader) -> tuple[float | None, float | None]:
         """Return the caps of scores and of logits; an explicit null means that there is none."""
@@ -349,7 +348,8 @@ def _rope(
         raise UnsupportedModelError(
             f"{reader.where}: partial_rotary_factor {partial} is not supported, expected 1.0"
         )
-    kind = rope.text("rope_type") or rope.text("type") or "default"
+    older = rope.text("type")  # read in any case: files have both
+    kind = rope.text("rope_type") or older or "default"
     if kind == "default":
         return theta, None
     return theta, _rope_scaling(rope, kind, max_positions)
