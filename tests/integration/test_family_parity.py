@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma2Config,
     Gemma3TextConfig,
@@ -25,9 +26,10 @@ from lapilli.checkpoint.export import export_checkpoint
 from lapilli.config.families import text_types
 from lapilli.generate.engine import EngineOptions
 from lapilli.kernels.library import native
+from lapilli.lm.decoder import Decoder
 from lapilli.lm.fused_layer import FusedLayer
 from lapilli.quant import QuantConfig, quantize
-from tests.integration.oracle import Oracle, make_llava, picture
+from tests.integration.oracle import Oracle, make_llava, make_tokenizer, picture
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 12}
@@ -229,3 +231,32 @@ def test_gradients(pair):
         torch.testing.assert_close(
             parameter.grad, expected[name], atol=1e-5, rtol=1e-3, msg=lambda text, n=name: n + text
         )
+
+
+@pytest.fixture(params=SAMPLES)
+def plain(request, tmp_path) -> tuple[torch.nn.Module, Chat]:
+    """The family without pictures, as transformers' ...ForCausalLM saves it."""
+    config_class, keys = SAMPLES[request.param]
+    torch.manual_seed(1)
+    oracle = AutoModelForCausalLM.from_config(config_class(**SIZES, **keys)).eval()
+    for parameter in oracle.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    oracle.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    return oracle, lapilli.load(str(tmp_path), device="cpu", dtype="float32", strict_config=True)
+
+
+def test_a_language_model_without_pictures(plain):
+    oracle, chat = plain
+    assert isinstance(chat.model.language_model, Decoder)
+    ids = torch.arange(4, 44)[None]
+    model = chat.model.language_model
+    with torch.inference_mode():
+        hidden = model(model.embed(ids), position_ids=torch.arange(40)[None])
+        torch.testing.assert_close(model.logits(hidden), oracle(ids).logits, atol=1e-4, rtol=0)
+    params = SamplingParams(max_new_tokens=6)
+    found = chat.answer([Message.user("Why?")], params)
+    ready = torch.tensor([list(chat.encode([Message.user("Why?")]).encoded.input_ids)])
+    expected = oracle.generate(ready, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = expected[0, ready.shape[1] :].tolist()
+    assert list(found.token_ids) == expected
