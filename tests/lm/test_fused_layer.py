@@ -304,7 +304,7 @@ def test_a_step_that_is_added_to_attention_is_followed(monkeypatch, caplog, chan
     before = step(decoder) if is_late else None
     monkeypatch.setattr(decoder_file.DecoderAttention, "forward", changed_attention(change))
     found = step(decoder)
-    # The layer that is not changed may still be one call, whose float products differ in a last bit.
+    # A layer that is not changed may still be one call: its float products differ in a last bit.
     torch.testing.assert_close(found, plain(decoder, monkeypatch), atol=1e-5, rtol=1e-5)
     assert before is None or not torch.equal(found, before) or change == "soft cap"
     assert len([line for line in caplog.messages if "module by module" in line]) == 1

@@ -292,15 +292,16 @@ def agrees(layer: Any, kernel: LayerKernel, facts: LayerFacts) -> bool:  # noqa:
     sine, cosine = angles.sin(), angles.cos()
     table = torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
     x = torch.randn(1, places, layer.config.hidden_size, generator=generator)
+    keys, values = _memory(facts, generator)
     found, expected = [], []
     for results, whole in ((found, True), (expected, False)):
-        store = _store(layer, generator.manual_seed(1))
+        store = _store(layer, keys.clone(), values.clone())
         cache = PagedBatch(store, rows, whole_layers=whole)
         if whole and cache.places is not None:
             results.append(kernel(x, table, cache.memory(0), cache.places) - x)
         else:
             results.append(layer(x, table, None, cache) - x)
-        results += [memory.clone() for memory in cache.memory(0)]
+        results += cache.memory(0)
     worst = max(_distance(a, b) for a, b in zip(found, expected, strict=True))
     # One weight in bits among floats: a last bit can round an activation to its other neighbour.
     if worst <= (2e-3 if kernel.is_packed else 3e-4):
@@ -332,24 +333,28 @@ def _rows(window: int | None) -> list[PagedRow]:
     ]
 
 
-def _store(layer: Any, generator: torch.Generator) -> BlockStore:  # noqa: ANN401
-    """Return memory with keys of very different sizes: from almost equal scores to far apart."""
-    index = layer.self_attn.layer
-    store = BlockStore(
-        replace(layer.config, num_layers=1),
-        8,
-        block_size=BLOCK_SIZE,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+def _memory(facts: LayerFacts, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return blocks of keys and values; keys of very different sizes, so that scores are too.
+
+    Values are large, so that what attention adds is not lost in what the MLP adds: most in the
+    first block of the long sequence, which is one of many.
+    """
+    shape = (8, facts.kv_heads, BLOCK_SIZE, facts.width)
     sizes = torch.tensor([0.0, 0.1, 1.0, 1.0, 3.0, 0.3, 3.0, 1.0])[:, None, None, None]
-    [keys], [values] = store.keys, store.values
-    keys.copy_(torch.randn(keys.shape, generator=generator) * sizes)
-    # Large, so that what attention adds is not lost in what the MLP adds; most in the first block
-    # of the long sequence, which is one of many.
-    values.copy_(torch.randn(values.shape, generator=generator) * 10)
+    keys = torch.randn(shape, generator=generator) * sizes
+    values = torch.randn(shape, generator=generator) * 10
     values[4] *= 10
-    store.keys, store.values = [keys] * (index + 1), [values] * (index + 1)
+    return keys, values
+
+
+def _store(layer: Any, keys: Tensor, values: Tensor) -> BlockStore:  # noqa: ANN401
+    """Return a store in which every layer has these keys and values."""
+    one = replace(layer.config, num_layers=1)
+    store = BlockStore(
+        one, 8, block_size=BLOCK_SIZE, dtype=torch.float32, device=torch.device("cpu")
+    )
+    count = layer.self_attn.layer + 1
+    store.keys, store.values = [keys] * count, [values] * count
     return store
 
 
