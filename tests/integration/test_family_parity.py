@@ -28,6 +28,7 @@ from lapilli.generate.engine import EngineOptions
 from lapilli.kernels.library import native
 from lapilli.lm.decoder import Decoder
 from lapilli.lm.fused_layer import FusedLayer
+from lapilli.nn.block_store import BlockStore
 from lapilli.quant import QuantConfig, quantize
 from tests.integration.oracle import Oracle, make_llava, make_tokenizer, picture
 
@@ -137,7 +138,7 @@ def test_logits(pair):
 @pytest.mark.parametrize("is_whole", [True, False], ids=["layers in one call", "modules"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_new_tokens(pair, monkeypatch, name, is_whole):
-    oracle, chat = pair
+    oracle, _ = pair
     expected = oracle.answers(oracle.inputs(ROWS), max_new_tokens=12)
     calls = watch_layers(monkeypatch, is_whole=is_whole)
     engine = ENGINES[name]
@@ -148,7 +149,14 @@ def test_new_tokens(pair, monkeypatch, name, is_whole):
     if name != "kept in bfloat16":  # whose logits may be 1e-2 apart
         assert found == expected
     assert (native() is None) or any(calls) == is_whole
-    del chat
+
+
+def test_new_tokens_without_kernels(pair, monkeypatch):
+    """Blocks are then gathered and masked, by each layer's own window."""
+    oracle, _ = pair
+    monkeypatch.setattr(BlockStore, "has_kernel", False)
+    chat = lapilli.load(str(oracle.path), device="cpu", dtype="float32", engine=ENGINES["engine"])
+    assert tokens_of(chat) == oracle.answers(oracle.inputs(ROWS), max_new_tokens=12)
 
 
 def watch_layers(monkeypatch, *, is_whole: bool) -> list[bool]:

@@ -64,13 +64,15 @@ class DecoderAttention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *table), rotate(k, *table)
-        scores = {"scale": self.scale, "softcap": self.softcap}
+        scale, softcap = self.scale, self.softcap
         if cache is None:
-            seen = attend(q, k, v, mask=mask, **scores)
+            seen = attend(q, k, v, mask=mask, scale=scale, softcap=softcap)
         elif isinstance(cache, Segments):
-            seen = cache.attend(q, k, v, window=self.window, **scores)
+            seen = cache.attend(q, k, v, window=self.window, scale=scale, softcap=softcap)
         else:
-            seen = cache.attend(self.layer, q, k, v, mask=mask, window=self.window, **scores)
+            seen = cache.attend(
+                self.layer, q, k, v, mask=mask, scale=scale, window=self.window, softcap=softcap
+            )
         out: Tensor = self.o_proj(seen.transpose(1, 2).flatten(2))
         return out
 
@@ -116,10 +118,12 @@ class DecoderLayer(nn.Module):
         update = self.self_attn(self.input_layernorm(x), table, mask, cache)
         if not self.post_norms:
             x = x + update
-            return x + self.mlp(self.post_attention_layernorm(x))
+            out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+            return out
         x = x + self.post_attention_layernorm(update)
         update = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(update)
+        y: Tensor = x + self.post_feedforward_layernorm(update)
+        return y
 
 
 class DecoderStack(nn.Module):

@@ -237,7 +237,7 @@ def _is_known(layer: Any) -> bool:  # noqa: ANN401 - see FusedLayer
     )
 
 
-def _norms_of(layer: Any) -> dict[str, nn.Module]:  # noqa: ANN401 - see FusedLayer
+def _norms_of(layer: Any) -> dict[str, Any]:  # noqa: ANN401 - see FusedLayer
     """Return the norms of a layer by the names of kernels/layer.py."""
     norms = {name: getattr(layer, path) for name, path in _NORM_PATHS[layer.post_norms].items()}
     if layer.self_attn.qk_norm:
@@ -293,7 +293,8 @@ def agrees(layer: Any, kernel: LayerKernel, facts: LayerFacts) -> bool:  # noqa:
     table = torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
     x = torch.randn(1, places, layer.config.hidden_size, generator=generator)
     keys, values = _memory(facts, generator)
-    found, expected = [], []
+    found: list[Tensor] = []
+    expected: list[Tensor] = []
     for results, whole in ((found, True), (expected, False)):
         store = _store(layer, keys.clone(), values.clone())
         cache = PagedBatch(store, rows, whole_layers=whole)

@@ -161,7 +161,7 @@ def _attend_capped(
         rows = max(1, SCORE_BYTES // (4 * batch * heads * k.shape[2]))
     parts = [
         attend_plain(part, k, v, mask=seen, scale=scale, softcap=softcap)
-        for part, seen in zip(q.split(rows, dim=2), mask.split(rows, dim=2), strict=True)
+        for part, seen in zip(*(torch.split(x, rows, dim=2) for x in (q, mask)), strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 

@@ -44,7 +44,8 @@ class GatedMLP(nn.Module):
             return silu_mul(gate, up)
         if is_gelu_tanh(self.act):
             return gelu_mul(gate, up)
-        return self.act(gate) * up
+        gated: Tensor = self.act(gate) * up
+        return gated
 
 
 class MLP(nn.Module):

@@ -11,6 +11,17 @@ from lapilli.config.model import TextConfig
 from lapilli.config.reader import shown
 from lapilli.errors import UnsupportedModelError
 
+__all__ = [
+    "Family",
+    "family_by_class",
+    "family_named",
+    "family_of",
+    "find_family",
+    "original_types",
+    "register",
+    "text_types",
+]
+
 _FAMILIES: dict[str, Family] = {}
 _DEFAULT = "llama"  # of files that only say "llava"
 
