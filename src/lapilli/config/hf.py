@@ -169,7 +169,7 @@ def _image(
 
 
 def parse_language_model(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
-    """A language model without images."""
+    """Parse a language model without images."""
     family = family_named(files.config.get("model_type"))
     reader = KeyReader(files.config, "config.json", family.ignored)
     generation = KeyReader(files.generation, "generation_config.json", ignored.GENERATION)

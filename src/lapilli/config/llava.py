@@ -51,7 +51,7 @@ def inner_family(raw: JsonObject) -> Family:
 
 
 def named_tower(raw: JsonObject) -> str | None:
-    """The directory or hub id of the vision tower; None: a model without images."""
+    """Return the directory or hub id of the vision tower; None: a model without images."""
     tower = raw.get("mm_vision_tower") or raw.get("vision_tower")
     # Training scripts of 2023 wrote the name as a list of one.
     if isinstance(tower, list) and len(tower) == 1:
@@ -60,7 +60,7 @@ def named_tower(raw: JsonObject) -> str | None:
 
 
 def parse_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
-    """An original LLaVA checkpoint.
+    """Parse an original LLaVA checkpoint.
 
     Raises:
         ConfigError: a key is missing or of the wrong type.
@@ -220,7 +220,7 @@ def parse_pinpoints(value: object, *, width_first: bool) -> tuple[ImageSize, ...
 
 
 def _literal(text: str) -> object:
-    """The list that a string spells."""
+    """Return the list that a string spells."""
     try:
         return ast.literal_eval(text if len(text) < _LONGEST_LITERAL else "")
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
@@ -230,7 +230,7 @@ def _literal(text: str) -> object:
 
 
 def _max_length(reader: KeyReader) -> int | None:
-    """The longest fused row; transformers writes 1e30 for "no limit"."""
+    """Return the longest fused row; transformers writes 1e30 for "no limit"."""
     found = reader.optional_number("tokenizer_model_max_length", least=1.0, most=1e300)
     return None if found is None or found > MOST else int(found)
 

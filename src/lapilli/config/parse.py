@@ -25,7 +25,7 @@ def parse_config(
     generation: JsonObject | None = None,
     weight_names: frozenset[str] = frozenset(),
 ) -> tuple[ModelConfig, KeyReport]:
-    """What a checkpoint is, and what became of every key of its files.
+    """Return what a checkpoint is, and what became of every key of its files.
 
     Args:
         raw: config.json.
@@ -60,7 +60,7 @@ def parse_config(
 
 
 def parse_text_config(raw: JsonObject) -> TextConfig:
-    """The language model inside any supported config.json, without looking at its images.
+    """Return the language model inside any supported config.json, without looking at its images.
 
     Raises:
         ConfigFileError: a key is missing or of the wrong type.
@@ -95,5 +95,5 @@ def is_original(raw: JsonObject) -> bool:
 
 
 def named_tower(raw: JsonObject) -> str | None:
-    """The directory or hub id of a separate vision tower; None where there is none to fetch."""
+    """Return the directory or hub id of a separate vision tower, if there is one to fetch."""
     return named_llava_tower(raw) if is_original(raw) else None

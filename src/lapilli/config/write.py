@@ -75,7 +75,7 @@ def refuse_unsayable(config: ModelConfig) -> None:
 
 
 def as_original(config: ModelConfig) -> ModelConfig:
-    """The same model as the original layout says it.
+    """Return the same model as the original layout says it.
 
     How Hugging Face tokenizes a prompt and rounds the size of an unpadded picture goes along under
     keys of lapilli's own, so that the model answers here as it did. The original's programs do not

@@ -36,7 +36,7 @@ def refuse_unsayable(config: ModelConfig) -> None:
 
 
 def _what_is_unsayable(config: ModelConfig) -> str | None:
-    """The first thing that the layout has no words for."""
+    """Return the first thing that the layout has no words for."""
     vision, projector, image = _parts(config)
     family = find_family(config.text.family)
     if family is None or not family.in_hf_llava:
@@ -146,7 +146,7 @@ def write_hf_processor(config: ModelConfig, image_token: str = IMAGE_TOKEN) -> d
 
 
 def processor_class(config: ModelConfig) -> str:
-    """The class of transformers that prepares text and pictures."""
+    """Return the class of transformers that prepares text and pictures."""
     _, _, image = _parts(config)
     return "LlavaNextProcessor" if _is_next(image) else "LlavaProcessor"
 

@@ -56,7 +56,7 @@ class DecoderAttention(nn.Module):
         mask: Bool[Tensor, "rows 1 T S"] | None,
         cache: Cache | None,
     ) -> Float[Tensor, "B T D"]:
-        """The block's update, without the residual."""
+        """Return the block's update, without the residual."""
         heads = (*x.shape[:2], -1, self.head_dim)
         projected = project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.view(heads).transpose(1, 2) for y in projected)  # [B, Q or K, T, A]
@@ -211,7 +211,7 @@ class Decoder(nn.Module):
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
-        """An empty cache in the dtype and on the device of the weights."""
+        """Return an empty cache in the dtype and on the device of the weights."""
         weight = self.model.norm.weight
         return KVCache(self.config, batch, weight.dtype, weight.device, capacity=capacity)
 

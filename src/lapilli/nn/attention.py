@@ -181,7 +181,7 @@ def attend_plain(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "B Q T A"]:
-    """The same as `attend`, as the formula says it: the twin that the tests compare with."""
+    """Compute the same as `attend`, as the formula says it; the tests compare with it."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     if mask is None:

@@ -29,7 +29,7 @@ class GatedMLP(nn.Module):
         self.act = build_activation(activation)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """The block's update, without the residual."""
+        """Return the block's update, without the residual."""
         rows = max(1, PIECE_BYTES // (self.inner * x.element_size()))
         pieces = -(-x.shape[-2] // rows) if x.dim() > 1 else 1
         if pieces == 1 or torch.is_grad_enabled():
@@ -58,6 +58,6 @@ class MLP(nn.Module):
         self.act = build_activation(activation)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """The block's update, without the residual."""
+        """Return the block's update, without the residual."""
         out: Tensor = self.fc2(self.act(self.fc1(x)))
         return out

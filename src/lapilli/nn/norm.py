@@ -25,5 +25,5 @@ class RMSNorm(nn.Module):
         self.offset = offset
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """The last axis scaled to a root mean square of one, times the gain."""
+        """Return the last axis scaled to a root mean square of one, times the gain."""
         return rms_norm(x, self.weight, self.eps, self.offset)
