@@ -340,13 +340,13 @@ def test_plain_language_model():
     assert report.unknown == ()
 
 
-@pytest.mark.parametrize(("first", "window"), [(0, 512), (28, None)])
-def test_qwen2_window_in_all_or_no_layers(first, window):
+@pytest.mark.parametrize(("first", "window"), [(0, 512), (9, 512), (28, None), (40, None)])
+def test_qwen2_window_in_all_some_or_no_layers(first, window):
     raw = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 512}
     raw.update(num_hidden_layers=28, max_window_layers=first)
-    assert parse_config(raw)[0].text.sliding_window == window
-    with pytest.raises(UnsupportedModelError, match="max_window_layers 9 of 28 layers"):
-        parse_config({**raw, "max_window_layers": 9})
+    text = parse_config(raw)[0].text
+    assert text.sliding_window == window
+    assert text.full_layers == (tuple(range(first)) if window else ())
 
 
 HUGE = [

@@ -19,6 +19,7 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
@@ -120,6 +121,14 @@ def make_oracle(path: Path, *, next_: bool, text: str, tower: str) -> Oracle:
         pad_token_id=0,
         **({"sliding_window": 40} if text == "mistral" else {}),
     )
+    return make_llava(path, text_config, next_=next_, tower=tower)
+
+
+def make_llava(
+    path: Path, text_config: PreTrainedConfig, *, next_: bool = False, tower: str = "clip"
+) -> Oracle:
+    """A LLaVA around any language model of transformers with the vocabulary of `make_tokenizer`."""
+    tokenizer = make_tokenizer()
     build = CLIPVisionConfig if tower == "clip" else SiglipVisionConfig
     vision_config = build(
         image_size=SIDE,

@@ -103,6 +103,18 @@ def test_a_growing_cache_may_be_a_view(library: Library) -> None:
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("cap", [0.5, 3.0, 50.0])
+@pytest.mark.parametrize("size", [0.1, 10.0, 1e4])
+def test_capped_scores(library: Library, cap: float, size: float) -> None:
+    torch.manual_seed(0)
+    q, k, v = size * torch.randn(3, 4, 16), torch.randn(3, 2, 37, 16), torch.randn(3, 2, 37, 16)
+    table, lengths = torch.arange(3)[:, None].int(), torch.tensor([37, 1, 20]).int()
+    wide = [x.double() for x in (q, k, v)]
+    expected = attention_reference(*wide, table, lengths, softcap=cap, window=30)
+    found = attention_native(library, q, k, v, table, lengths, softcap=cap, window=30)
+    assert torch.allclose(found.double(), expected, atol=2e-5)
+
+
 def test_nan_is_not_swallowed(library: Library) -> None:
     q, k, v = torch.randn(1, 1, 16), torch.randn(1, 1, 20, 16), torch.randn(1, 1, 20, 16)
     k[0, 0, 7, 3] = float("nan")

@@ -23,12 +23,18 @@ def chosen(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @EVERYWHERE
-@given(rows=st.integers(0, 5), width=st.integers(1, 200), seed=st.integers(0, 9))
-def test_rms_norm(threads: int, rows: int, width: int, seed: int) -> None:
+@given(
+    rows=st.integers(0, 5),
+    width=st.integers(1, 200),
+    seed=st.integers(0, 9),
+    offset=st.sampled_from((0.0, 1.0)),
+)
+def test_rms_norm(threads: int, rows: int, width: int, seed: int, offset: float) -> None:
     torch.manual_seed(seed)
     x, weight = torch.randn(2, rows, width), torch.randn(width)
-    expected = fused.rms_norm_reference(x.double(), weight.double(), 1e-5)
-    assert torch.allclose(fused.rms_norm(x, weight, 1e-5).double(), expected, rtol=1e-5, atol=1e-6)
+    expected = fused.rms_norm_reference(x.double(), weight.double(), 1e-5, offset)
+    found = fused.rms_norm(x, weight, 1e-5, offset).double()
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @EVERYWHERE
@@ -40,10 +46,23 @@ def test_silu_mul(threads: int, rows: int, width: int, seed: int) -> None:
     assert torch.allclose(fused.silu_mul(gate, up).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_silu_mul_at_the_ends(threads: int) -> None:
+@EVERYWHERE
+@given(rows=st.integers(0, 5), width=st.integers(1, 200), seed=st.integers(0, 9))
+def test_gelu_mul(threads: int, rows: int, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    gate, up = 8 * torch.randn(rows, width), torch.randn(rows, width)
+    expected = fused.gelu_mul_reference(gate.double(), up.double())
+    assert torch.allclose(fused.gelu_mul(gate, up).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("product", "reference"),
+    [(fused.silu_mul, fused.silu_mul_reference), (fused.gelu_mul, fused.gelu_mul_reference)],
+)
+def test_gates_at_the_ends(product, reference, threads: int) -> None:
     gate = torch.tensor([-1e30, -200.0, -90.0, 0.0, 90.0, 1e30, float("nan"), float("inf")] * 40)
-    found = fused.silu_mul(gate, torch.ones_like(gate))
-    expected = fused.silu_mul_reference(gate, torch.ones_like(gate))
+    found = product(gate, torch.ones_like(gate))
+    expected = reference(gate, torch.ones_like(gate))
     same = (found - expected).abs() < 1e-6 + 1e-6 * expected.abs()
     assert (same | (found == expected) | (found.isnan() & expected.isnan())).all()
 

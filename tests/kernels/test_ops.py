@@ -19,7 +19,7 @@ def kernels(request, monkeypatch):
             monkeypatch.setattr(module, "native", lambda: None)
 
 
-def decode_arguments(*, kind: str, window=None, slopes=False):
+def decode_arguments(*, kind: str, window=None, slopes=False, softcap=None):
     torch.manual_seed(0)
     keys, values = torch.randn(2, 7, 2, 8, 16).unbind()
     scales = [None, None]
@@ -30,18 +30,21 @@ def decode_arguments(*, kind: str, window=None, slopes=False):
     lengths = torch.tensor([11, 24], dtype=torch.int32)
     q = torch.randn(2, 4, 16)
     biases = torch.rand(4) if slopes else None
-    return (q, keys, values, tables, lengths, 0.3, window, biases, *scales)
+    return (q, keys, values, tables, lengths, 0.3, window, biases, softcap, *scales)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", ["float32", "int8"])
-@pytest.mark.parametrize(("window", "slopes"), [(None, False), (5, False), (None, True)])
-def test_decode_attention(kind, window, slopes):
-    arguments = decode_arguments(kind=kind, window=window, slopes=slopes)
+@pytest.mark.parametrize(
+    ("window", "slopes", "softcap"),
+    [(None, False, None), (5, False, None), (None, True, None), (None, False, 2.0)],
+)
+def test_decode_attention(kind, window, slopes, softcap):
+    arguments = decode_arguments(kind=kind, window=window, slopes=slopes, softcap=softcap)
     opcheck(ops.decode_attention_op, arguments)
     found = torch.ops.lapilli.decode_attention(*arguments)
-    names = ("scale", "window", "slopes", "key_scales", "value_scales")
+    names = ("scale", "window", "slopes", "softcap", "key_scales", "value_scales")
     expected = attention_reference(*arguments[:5], **dict(zip(names, arguments[5:], strict=True)))
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from lapilli.config.model import DecoderConfig
 from lapilli.kernels.library import native
+from lapilli.lm import decoder as decoder_file
 from lapilli.lm.decoder import Decoder, DecoderLayer
 from lapilli.lm.fused_layer import FusedLayer, _Part
 from lapilli.lora import LoraConfig, inject
@@ -40,6 +41,19 @@ KINDS = {
     "int8": QuantConfig(bits=8, group_size=32),
     "int4": QuantConfig(bits=4, group_size=32, symmetric=False),
     "weight only": QuantConfig(bits=4, group_size=32, mode="weight_only"),
+}
+
+
+QWEN = {"qk_norm": True}
+GEMMA = {
+    "activation": "gelu_tanh",
+    "norm_offset": 1.0,
+    "post_norms": True,
+    "qk_norm": True,
+    "query_scalar": 24.0,
+    "full_layers": (1,),
+    "sliding_window": 3,
+    "local_rope_theta": 100.0,
 }
 
 
@@ -90,13 +104,18 @@ def step(
 
 @pytest.fixture
 def calls(monkeypatch) -> list[bool]:
-    """Whether each layer was one call."""
+    """Whether each layer was one call, without those that a new call is compared by."""
     seen: list[bool] = []
     run = FusedLayer.run
+    depth = 0
 
     def watched(self, *args, **options):
+        nonlocal depth
+        depth += 1
         out = run(self, *args, **options)
-        seen.append(out is not None)
+        depth -= 1
+        if depth == 0:
+            seen.append(out is not None)
         return out
 
     monkeypatch.setattr(FusedLayer, "run", watched)
@@ -115,8 +134,15 @@ def plain(decoder: Decoder, monkeypatch, **options) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"qkv_bias": True, "mlp_bias": True, "output_bias": True}, {"sliding_window": 3}],
-    ids=["plain", "biases", "window"],
+    [
+        {},
+        {"qkv_bias": True, "mlp_bias": True, "output_bias": True},
+        {"sliding_window": 3},
+        QWEN,
+        GEMMA,
+        {**GEMMA, "attention_softcap": 2.0},
+    ],
+    ids=["plain", "biases", "window", "qwen3", "gemma3", "gemma2"],
 )
 def test_one_call_equals_the_modules(calls, monkeypatch, kind, counts, changes) -> None:
     decoder = build(kind, **changes)
@@ -235,3 +261,104 @@ def test_threads_that_share_a_layer_do_not_meet_in_it(kind):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def changed_attention(change):
+    """DecoderAttention.forward as a newcomer writes it, with one step more."""
+
+    def forward(self, x, table, mask, cache):
+        heads = (*x.shape[:2], -1, self.head_dim)
+        projected = decoder_file.project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.view(heads).transpose(1, 2) for y in projected)
+        q, k = decoder_file.rotate(q, *table), decoder_file.rotate(k, *table)
+        window, scale, softcap = self.window, None, None
+        if change == "query":
+            q = q * 1.05
+        elif change == "key":
+            k = k * 1.05
+        elif change == "value":
+            v = v * 1.05
+        elif change == "window in a layer":
+            window = 5 if self.layer == 1 else None
+        elif change == "scale":
+            scale = 0.1
+        elif change == "soft cap":
+            softcap = 50.0
+        seen = cache.attend(
+            self.layer, q, k, v, mask=mask, window=window, scale=scale, softcap=softcap
+        )
+        return self.o_proj(seen.transpose(1, 2).flatten(2))
+
+    return forward
+
+
+STEPS = ["query", "key", "value", "window in a layer", "scale", "soft cap"]
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["before", "after the first token"])
+@pytest.mark.parametrize("kind", ["float", "int4"])
+@pytest.mark.parametrize("change", STEPS)
+def test_a_step_that_is_added_to_attention_is_followed(monkeypatch, caplog, change, kind, is_late):
+    """FusedLayer is the layer written a second time: it did not see what somebody added."""
+    decoder = build(kind)
+    before = step(decoder) if is_late else None
+    monkeypatch.setattr(decoder_file.DecoderAttention, "forward", changed_attention(change))
+    found = step(decoder)
+    # A layer that is not changed may still be one call: its float products differ in a last bit.
+    torch.testing.assert_close(found, plain(decoder, monkeypatch), atol=1e-5, rtol=1e-5)
+    assert before is None or not torch.equal(found, before) or change == "soft cap"
+    assert len([line for line in caplog.messages if "module by module" in line]) == 1
+
+
+def test_a_step_anywhere_in_the_layer_is_followed(monkeypatch, caplog):
+    decoder = build()
+    mlp, norm = decoder_file.GatedMLP.forward, decoder_file.RMSNorm.forward
+    whole = decoder_file.DecoderLayer.forward
+    for owner, changed in (
+        (decoder_file.GatedMLP, lambda self, x: mlp(self, x) * 1.01),
+        (decoder_file.RMSNorm, lambda self, x: norm(self, x) + 0.01),
+        (
+            decoder_file.DecoderLayer,
+            lambda self, x, table, mask, cache: whole(self, x, table, mask, cache) * 1.01,
+        ),
+    ):
+        step(decoder)
+        with monkeypatch.context() as context:
+            context.setattr(owner, "forward", changed)
+            found = step(decoder)
+            torch.testing.assert_close(found, plain(decoder, monkeypatch), atol=0, rtol=0)
+    caplog.clear()
+    step(decoder)  # the code of before again, and nothing to say about it
+    assert caplog.messages == []
+
+
+def test_the_code_of_the_house_is_not_warned_of(calls, caplog):
+    for kind in KINDS:
+        for changes in (
+            {},
+            {"sliding_window": 3},
+            QWEN,
+            GEMMA,
+            {**GEMMA, "attention_softcap": 2.0},
+        ):
+            decoder = build(kind, **changes)
+            step(decoder)
+    assert all(calls)
+    assert caplog.messages == []
+
+
+def test_what_the_call_does_not_know_runs_module_by_module(calls):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class NewConfig(DecoderConfig):
+        residual_scale: float = 1.0
+
+    sizes = {field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(CONFIG)}
+    step(Decoder(NewConfig(**sizes)).eval().requires_grad_(False))
+    assert calls == [True, True]
+    calls.clear()
+    step(Decoder(NewConfig(**sizes, residual_scale=0.5)).eval().requires_grad_(False))
+    decoder = build()
+    decoder.model.layers[0].self_attn.gate_norm = nn.LayerNorm(8)
+    decoder.model.layers[1].mlp.register_buffer("scale", torch.ones(1))
+    step(decoder)
+    assert calls == [False] * 4

@@ -94,3 +94,19 @@ def test_gradients_equal_those_of_the_plain_twin():
     found = torch.autograd.grad(attend(*inputs, mask=mask).square().sum(), inputs)
     expected = torch.autograd.grad(attend_plain(*inputs, mask=mask).square().sum(), inputs)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_capped_scores_in_pieces(monkeypatch, masked):
+    """Whatever the path: one piece or many, a kernel or torch, with and without a mask."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 12, 16), torch.randn(2, 2, 12, 16)
+    mask = causal_mask(None, 9, 12, window=4, device=q.device) if masked else None
+    expected = attend_plain(q, k, v, mask=mask, softcap=1.5)
+    assert not torch.allclose(expected, attend_plain(q, k, v, mask=mask), atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(q, k, v, mask=mask, softcap=1.5), expected)
+        monkeypatch.setattr(attention, "SCORE_BYTES", 4 * 2 * 4 * 12 * 2)  # two queries a piece
+        torch.testing.assert_close(attend(q, k, v, mask=mask, softcap=1.5), expected)
+        last = attend(q[:, :, -1:], k, v, softcap=1.5)
+    torch.testing.assert_close(last, attend_plain(q[:, :, -1:], k, v, softcap=1.5))

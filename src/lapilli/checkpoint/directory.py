@@ -11,10 +11,9 @@ from lapilli.checkpoint.files import read_json, read_optional_json
 from lapilli.checkpoint.keymaps import (
     HF_LLAVA,
     LANGUAGE_MODEL,
-    ORIGINAL,
-    ORIGINAL_MPT,
     VISION_TOWER,
     KeyMap,
+    original_keymap,
 )
 from lapilli.checkpoint.keymaps.tables import TOWER
 from lapilli.checkpoint.source import HUB_ID, find_directory, resolve
@@ -148,7 +147,7 @@ def keymap_of(raw: JsonObject) -> KeyMap:
         return HF_LLAVA
     if not is_original(raw):
         return LANGUAGE_MODEL
-    return ORIGINAL_MPT if parse_text_config(raw).family == "mpt" else ORIGINAL
+    return original_keymap(parse_text_config(raw))
 
 
 def _tower_of_base(raw: JsonObject, path: Path, base: Path) -> Path | None:

@@ -14,7 +14,7 @@ from lapilli.checkpoint.tokenizer_files import load_tokenizer
 from lapilli.checkpoint.vocabulary import Vocabulary
 from lapilli.config.ignored import GENERATION, TEXT
 from lapilli.config.model import ModelConfig
-from lapilli.config.parse import SUPPORTED_TYPES
+from lapilli.config.parse import supported_types
 from lapilli.config.reader import (
     MOST_LAYERS,
     MOST_POSITIONS,
@@ -32,7 +32,7 @@ from lapilli.model.vlm import VisionLanguageModel
 def is_foreign(raw: JsonObject) -> bool:
     """Whether a config.json is a causal language model that only transformers may know."""
     named = "ForCausalLM" in str(raw.get("architectures", ""))
-    return named and raw.get("model_type") not in SUPPORTED_TYPES
+    return named and raw.get("model_type") not in supported_types()
 
 
 # What other families call the sizes that memory and time grow with.

@@ -28,6 +28,7 @@ from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.tokenizer_files import add_image_tokens, has_tokenizer, load_tokenizer
 from lapilli.checkpoint.vocabulary import Vocabulary
 from lapilli.checkpoint.weights import WeightStore, find_weight_files
+from lapilli.config.families import family_of
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import is_original
 from lapilli.config.reader import JsonObject, KeyReport
@@ -363,7 +364,8 @@ def _tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
     """A directory's tokenizer as this kind of model reads it, and how many tokens were added."""
     # A model that came with an image token was tokenized by its tokenizer.json.
     has_image_token = config.tokens.image_id is not None
-    fast = config.layout != "llava" or config.text.family != "llama" or has_image_token
+    fast = config.layout != "llava" or not family_of(config.text).slow_tokenizer
+    fast = fast or has_image_token
     tokenizer = load_tokenizer(path, fast=fast)
     _refuse_image_id(config, tokenizer)
     if config.layout != "llava":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lapilli.checkpoint.files import read_optional_json
-from lapilli.checkpoint.keymaps import ORIGINAL, ORIGINAL_MPT, VISION_TOWER, KeyMap
+from lapilli.checkpoint.keymaps import VISION_TOWER, KeyMap, original_keymap
 from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.quantized import KEY, refuse_unknown_packing, written_quantization
 from lapilli.checkpoint.save_files import (
@@ -108,7 +108,7 @@ def save_llava(
     refuse_unknown_packing(model, quantization, dtype if isinstance(dtype, torch.dtype) else None)
     spoken = written_template(template, config, tokenizer_path)
     config = as_original(config)
-    keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
+    keymap = original_keymap(config.text)
     place = tower or _default_place(config)
     if quantization is not None and quantization.quantize_tower:
         place = "inside"
@@ -169,7 +169,7 @@ def save_projector(
         raise ConfigError("the projector is quantized: save it from a model whose projector is not")
     spoken = written_template(template, config, tokenizer_path)
     config = as_original(config)
-    keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
+    keymap = original_keymap(config.text)
     whole = model.state_dict() if state is None else state
     projector = {
         name: tensor for name, tensor in whole.items() if name.startswith((PROJECTOR, NEWLINE))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lapilli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WRAPPER
-from lapilli.checkpoint.keymaps import ORIGINAL, ORIGINAL_MPT, KeyMap
+from lapilli.checkpoint.keymaps import KeyMap, original_keymap
 from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TEXT
 from lapilli.checkpoint.plan import NON_LORA_FILES
 from lapilli.checkpoint.save import (
@@ -86,7 +86,7 @@ def save_lora(
     """
     spoken = written_template(template, config, tokenizer_path)
     config = as_original(config)
-    keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
+    keymap = original_keymap(config.text)
     whole = _whole(model, state)
     halves, others = _split(model, whole, keymap, trained)
     with new_directory(path, overwrite=overwrite) as folder:

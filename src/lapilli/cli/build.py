@@ -7,10 +7,11 @@ import typer
 
 from lapilli.cli import options
 from lapilli.cli.terminal import note, plain_errors
+from lapilli.config.families import text_types
 
 Out = Annotated[Path, typer.Argument(help="The new directory.")]
 Language = Annotated[
-    str, typer.Option(help="Language model: a directory or a hub id (llama, mistral, qwen2, mpt).")
+    str, typer.Option(help=f"Language model: a directory or a hub id ({', '.join(text_types())}).")
 ]
 Vision = Annotated[
     str, typer.Option(help="Vision tower: a directory or a hub id (CLIP, SigLIP), or pebble.")

@@ -3,16 +3,19 @@
 from dataclasses import replace
 
 from lapilli.config import ignored
+from lapilli.config.families import Family, family_named
+from lapilli.config.families.decoder import parse_activation
 from lapilli.config.files import ConfigFiles
-from lapilli.config.llava import RECORD_KEY, parse_pinpoints
+from lapilli.config.llava import CAP_KEY, RECORD_KEY, parse_pinpoints
 from lapilli.config.model import (
+    DecoderConfig,
     ImageConfig,
     ModelConfig,
     ProjectorConfig,
+    TextConfig,
     VisionConfig,
 )
 from lapilli.config.reader import KeyReader, KeyReport, shown
-from lapilli.config.text import parse_activation, parse_text
 from lapilli.config.tokens import parse_tokens
 from lapilli.config.vision import (
     LARGE_CLIP,
@@ -36,10 +39,11 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     """
     reader = KeyReader(files.config, "config.json", ignored.HF_LLAVA)
     is_next = reader.text("model_type") == "llava_next"
-    text_reader = reader.child("text_config", ignored.TEXT)
-    family = text_reader.text("model_type") or "llama"
-    tied = _is_tied(reader, text_reader, files, is_next=is_next)
-    text = parse_text(text_reader, family, tied=tied)
+    text_reader = reader.child("text_config")
+    family = family_named(text_reader.text("model_type") or "llama")
+    text_reader.ignored = family.ignored
+    tied = _is_tied(reader, text_reader, family, files, is_next=is_next)
+    text = _as_in_llava(family.parse(text_reader, tied=tied), reader)
     vision = _vision(reader)
     projector = ProjectorConfig(
         kind="mlp",
@@ -74,7 +78,12 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
 
 
 def _is_tied(
-    reader: KeyReader, text_reader: KeyReader, files: ConfigFiles, *, is_next: bool
+    reader: KeyReader,
+    text_reader: KeyReader,
+    family: Family,
+    files: ConfigFiles,
+    *,
+    is_next: bool,
 ) -> bool:
     """Whether the output layer is the embedding.
 
@@ -83,11 +92,21 @@ def _is_tied(
         releases say it in text_config alone and then have no output layer, which decides.
     """
     outer = reader.flag("tie_word_embeddings", False)
-    inner = text_reader.flag("tie_word_embeddings", False)
+    inner = family.is_tied(text_reader)
     has_head = any(name.endswith("lm_head.weight") for name in files.weight_names)
     if outer or (inner and not is_next):
         return True
     return inner and not has_head
+
+
+def _as_in_llava(text: TextConfig, reader: KeyReader) -> TextConfig:
+    """Return the language model as transformers' LLaVA classes run it: they cap no logits.
+
+    What was trained with a cap and saved here says so under a key of lapilli's own, so that it is
+    sampled from as it was.
+    """
+    cap = reader.optional_number(CAP_KEY, least=1e-3, most=1e6)
+    return replace(text, logit_softcap=cap) if isinstance(text, DecoderConfig) else text
 
 
 def _vision(reader: KeyReader) -> VisionConfig:
@@ -150,12 +169,11 @@ def _image(
 
 
 def parse_language_model(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
-    """A language model without images."""
-    family = str(files.config.get("model_type"))
-    base = ignored.MPT if family == "mpt" else ignored.TEXT
-    reader = KeyReader(files.config, "config.json", base)
+    """Parse a language model without images."""
+    family = family_named(files.config.get("model_type"))
+    reader = KeyReader(files.config, "config.json", family.ignored)
     generation = KeyReader(files.generation, "generation_config.json", ignored.GENERATION)
-    text = parse_text(reader, family)
+    text = family.parse(reader)
     config = ModelConfig(
         text=text,
         tokens=parse_tokens(reader, generation),

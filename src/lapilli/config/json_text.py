@@ -17,7 +17,7 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")
 
 
 def parse_json(data: bytes, where: str, *, unique: bool = False) -> object:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Args:
         data: the text in UTF-8; a byte order mark is skipped.
@@ -50,7 +50,7 @@ def parse_json(data: bytes, where: str, *, unique: bool = False) -> object:
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """The text of a file in UTF-8, without a byte order mark.
+    """Return the text of a file in UTF-8, without a byte order mark.
 
     Raises:
         CheckpointError: another encoding.

@@ -7,6 +7,7 @@ import ast
 from typing import Literal
 
 from lapilli.config import ignored
+from lapilli.config.families import Family, family_by_class, find_family, original_types
 from lapilli.config.files import ConfigFiles
 from lapilli.config.model import (
     Aspect,
@@ -18,7 +19,6 @@ from lapilli.config.model import (
 )
 from lapilli.config.projector import parse_projector, tile_features
 from lapilli.config.reader import MOST, MOST_POSITIONS, JsonObject, KeyReader, KeyReport, shown
-from lapilli.config.text import parse_text
 from lapilli.config.tokens import parse_tokens
 from lapilli.config.vision import Select, default_pixels, parse_pixels, parse_tower
 from lapilli.errors import ConfigError, UnsupportedModelError
@@ -26,18 +26,13 @@ from lapilli.geometry import ImageSize
 
 Side = Literal["left", "right"]
 
-FAMILIES = {
-    "llava_llama": "llama",
-    "llava_mistral": "mistral",
-    "llava_mpt": "mpt",
-    "llava_qwen": "qwen2",
-}
 _MOST_PINPOINTS = 1000
 _MOST_PIXELS = 1 << 25  # of a resolution: 0.4 GB as float32
 _LONGEST_LITERAL = 1 << 14
 # What lapilli records in a config.json that it writes, beyond what other programs have a key for.
 RECORD_KEY = "lapilli_template"
 IMAGE_KEY = "lapilli_image_token_index"  # in the original layout, of a model that came with one
+CAP_KEY = "lapilli_logit_softcap"  # in a LLaVA of Hugging Face, see hf.py
 ROUNDS_KEY = "lapilli_rounds_unpad"  # see ImageConfig.rounds_unpad
 ASPECTS: dict[str, Aspect] = {"square": "square", "pad": "pad", "anyres": "anyres"}
 MERGES: dict[str, Merge] = {
@@ -48,18 +43,15 @@ MERGES: dict[str, Merge] = {
 SELECTS: dict[str, Select] = {"patch": "patch", "cls_patch": "cls_patch"}
 
 
-def family_of(raw: JsonObject) -> str:
-    """The language model inside: from the model type, or for old files from the architecture."""
+def inner_family(raw: JsonObject) -> Family:
+    """Return the family of the language model: by model type, or in old files by the class."""
     kind = raw.get("model_type")
-    if isinstance(kind, str) and kind in FAMILIES:
-        return FAMILIES[kind]
-    architectures = str(raw.get("architectures", "")).lower()
-    named = {"mistral": "mistral", "mpt": "mpt", "qwen": "qwen2"}
-    return next((family for part, family in named.items() if part in architectures), "llama")
+    found = find_family(kind) if isinstance(kind, str) and kind in original_types() else None
+    return found or family_by_class(str(raw.get("architectures", "")))
 
 
 def named_tower(raw: JsonObject) -> str | None:
-    """The directory or hub id of the vision tower; None: a model without images."""
+    """Return the directory or hub id of the vision tower; None: a model without images."""
     tower = raw.get("mm_vision_tower") or raw.get("vision_tower")
     # Training scripts of 2023 wrote the name as a list of one.
     if isinstance(tower, list) and len(tower) == 1:
@@ -68,16 +60,15 @@ def named_tower(raw: JsonObject) -> str | None:
 
 
 def parse_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
-    """An original LLaVA checkpoint.
+    """Parse an original LLaVA checkpoint.
 
     Raises:
         ConfigError: a key is missing or of the wrong type.
         UnsupportedModelError: a tower, projector or variation that lapilli does not have.
     """
-    family = family_of(files.config)
-    base = ignored.MPT if family == "mpt" else ignored.TEXT
-    reader = KeyReader(files.config, "config.json", base | ignored.LLAVA)
-    text = parse_text(reader, family)
+    family = inner_family(files.config)
+    reader = KeyReader(files.config, "config.json", family.ignored | ignored.LLAVA)
+    text = family.parse(reader)
     generation = KeyReader(files.generation, "generation_config.json", ignored.GENERATION)
     tokens = parse_tokens(reader, generation, image_id=reader.optional_integer(IMAGE_KEY))
     source = named_tower(files.config)
@@ -229,7 +220,7 @@ def parse_pinpoints(value: object, *, width_first: bool) -> tuple[ImageSize, ...
 
 
 def _literal(text: str) -> object:
-    """The list that a string spells."""
+    """Return the list that a string spells."""
     try:
         return ast.literal_eval(text if len(text) < _LONGEST_LITERAL else "")
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
@@ -239,7 +230,7 @@ def _literal(text: str) -> object:
 
 
 def _max_length(reader: KeyReader) -> int | None:
-    """The longest fused row; transformers writes 1e30 for "no limit"."""
+    """Return the longest fused row; transformers writes 1e30 for "no limit"."""
     found = reader.optional_number("tokenizer_model_max_length", least=1.0, most=1e300)
     return None if found is None or found > MOST else int(found)
 

@@ -30,7 +30,21 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """A Llama-shaped decoder: llama, vicuna, mistral, yi, qwen2."""
+    """A Llama-shaped decoder; what its families differ in is a field each.
+
+    Attributes:
+        sliding_window: positions that a local layer sees, its own included; None: all before it.
+        full_layers: numbers of the layers that see everything although there is a window.
+        rope_theta: base of the rotary positions.
+        local_rope_theta: the base in layers that are not among `full_layers`, without scaling.
+        qk_norm: queries and keys go through a norm, head by head, before they are rotated.
+        norm_offset: what is added to the weight of every norm, which then multiplies in float32.
+        post_norms: attention and MLP have a norm behind them as well, before the residual.
+        query_scalar: scores are divided by its square root; None: the width of a head.
+        attention_softcap: c, where a score s becomes c tanh(s / c).
+        logit_softcap: the same of logits.
+        embedding_scale: factor on the vectors of tokens, not on those of pictures.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -44,10 +58,19 @@ class DecoderConfig:
     max_positions: int
     family: str = "llama"
     rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None
     sliding_window: int | None = None
+    full_layers: tuple[int, ...] = ()
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    query_scalar: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
     activation: Activation = "silu"
     tie_embeddings: bool = False
 
@@ -56,6 +79,34 @@ class DecoderConfig:
             raise ConfigError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer has the sliding window, and rotary positions of local layers."""
+        return layer not in self.full_layers
+
+    def window(self, layer: int) -> int | None:
+        """Return how many positions a layer sees; None: all before it."""
+        return self.sliding_window if self.is_local(layer) else None
+
+    @property
+    def linear_widths(self) -> list[tuple[int, int]]:
+        """Input and output width of the linear layers of one decoder layer."""
+        width, inner = self.hidden_size, self.intermediate_size
+        queries, groups = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = [(width, queries), (width, groups), (width, groups), (queries, width)]
+        return [*attention, (width, inner), (width, inner), (inner, width)]
+
+    @property
+    def vector_numbers(self) -> int:
+        """Numbers in the norms and biases of one layer."""
+        queries, groups = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return (
+            (4 if self.post_norms else 2) * self.hidden_size
+            + self.qk_norm * 2 * self.head_dim
+            + self.qkv_bias * (queries + 2 * groups)
+            + self.output_bias * self.hidden_size
+            + self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +135,22 @@ class MptConfig:
     def head_dim(self) -> int:
         """Width of one head."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width between the two linear layers of the feed-forward block."""
+        return self.expansion_ratio * self.hidden_size
+
+    @property
+    def linear_widths(self) -> list[tuple[int, int]]:
+        """Input and output width of the linear layers of one block."""
+        width, inner = self.hidden_size, self.intermediate_size
+        return [(width, 3 * width), (width, width), (width, inner), (inner, width)]
+
+    @property
+    def vector_numbers(self) -> int:
+        """Numbers in the norms of one block; there are no biases."""
+        return 2 * self.hidden_size
 
 
 TextConfig = DecoderConfig | MptConfig

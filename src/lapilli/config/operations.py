@@ -32,7 +32,7 @@ def patch_operations(vision: VisionConfig) -> float:
 
 
 def projector_operations(vision: VisionConfig, projector: ProjectorConfig) -> float:
-    """The features of one tile through the projector."""
+    """Return the features of one tile through the projector."""
     return sum(map(of_product, projector_products(vision, projector)), start=0.0)
 
 
@@ -59,7 +59,7 @@ def projector_products(vision: VisionConfig, projector: ProjectorConfig) -> list
 
 
 def _resampler(features: int, projector: ProjectorConfig) -> list[Product]:
-    """Queries and features are both looked at; see modality/projector_resample.py."""
+    """Return the products of a resampler (modality/projector_resample.py)."""
     queries, width = projector.num_queries, projector.hidden_size
     seen, inner = features + queries, RESAMPLER_EXPANSION * width
     layer = [

@@ -1,16 +1,20 @@
 """Foreign config files -> ModelConfig, by what the files say and never by a folder's name."""
 
+from lapilli.config.families import family_named, original_types, text_types
 from lapilli.config.files import ConfigFiles
 from lapilli.config.hf import parse_hf_llava, parse_language_model
-from lapilli.config.llava import FAMILIES, family_of, parse_llava
+from lapilli.config.llava import inner_family, parse_llava
 from lapilli.config.llava import named_tower as named_llava_tower
 from lapilli.config.model import ModelConfig, TextConfig
 from lapilli.config.reader import JsonObject, KeyReader, KeyReport, in_file, shown
-from lapilli.config.text import TEXT_FAMILIES, parse_text
 from lapilli.errors import UnsupportedModelError
 
 HF_LLAVA_TYPES = ("llava", "llava_next")
-SUPPORTED_TYPES = ("llava", *FAMILIES, "llava_next", *TEXT_FAMILIES)
+
+
+def supported_types() -> tuple[str, ...]:
+    """Return every model_type of a config.json that is read here."""
+    return ("llava", *original_types(), "llava_next", *text_types())
 
 
 def parse_config(
@@ -21,7 +25,7 @@ def parse_config(
     generation: JsonObject | None = None,
     weight_names: frozenset[str] = frozenset(),
 ) -> tuple[ModelConfig, KeyReport]:
-    """What a checkpoint is, and what became of every key of its files.
+    """Return what a checkpoint is, and what became of every key of its files.
 
     Args:
         raw: config.json.
@@ -47,16 +51,16 @@ def parse_config(
         if is_hf_llava(raw):
             return parse_hf_llava(files)
         kind = raw.get("model_type")
-        if isinstance(kind, str) and kind in TEXT_FAMILIES:
+        if isinstance(kind, str) and kind in text_types():
             return parse_language_model(files)
     raise UnsupportedModelError(
         f"config.json: model_type {shown(kind)} is not supported, choose from "
-        f"{', '.join(SUPPORTED_TYPES)}"
+        f"{', '.join(supported_types())}"
     )
 
 
 def parse_text_config(raw: JsonObject) -> TextConfig:
-    """The language model inside any supported config.json, without looking at its images.
+    """Return the language model inside any supported config.json, without looking at its images.
 
     Raises:
         ConfigFileError: a key is missing or of the wrong type.
@@ -65,11 +69,11 @@ def parse_text_config(raw: JsonObject) -> TextConfig:
     reader = KeyReader(raw, "config.json")
     with in_file():
         if is_original(raw):
-            return parse_text(reader, family_of(raw))
+            return inner_family(raw).parse(reader)
         if is_hf_llava(raw):
             reader = reader.child("text_config")
-            return parse_text(reader, reader.text("model_type") or "llama")
-        return parse_text(reader, reader.text("model_type", "") or "")
+            return family_named(reader.text("model_type") or "llama").parse(reader)
+        return family_named(reader.text("model_type")).parse(reader)
 
 
 def is_hf_llava(raw: JsonObject) -> bool:
@@ -87,9 +91,9 @@ def is_original(raw: JsonObject) -> bool:
         Releases of 2023 say `llava`, like Hugging Face's own class; the shape of the file decides.
     """
     kind = raw.get("model_type")
-    return kind in tuple(FAMILIES) or (kind == "llava" and not is_hf_llava(raw))
+    return kind in tuple(original_types()) or (kind == "llava" and not is_hf_llava(raw))
 
 
 def named_tower(raw: JsonObject) -> str | None:
-    """The directory or hub id of a separate vision tower; None where there is none to fetch."""
+    """Return the directory or hub id of a separate vision tower, if there is one to fetch."""
     return named_llava_tower(raw) if is_original(raw) else None

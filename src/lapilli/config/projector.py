@@ -75,7 +75,7 @@ def tile_features(vision: VisionConfig, projector: ProjectorConfig | None = None
 
 
 def parse_projector(name: str, *, vision_size: int, hidden_size: int) -> ProjectorConfig:
-    """The projector that `mm_projector_type` names.
+    """Return the projector that `mm_projector_type` names.
 
     Args:
         name: see above.

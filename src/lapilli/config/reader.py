@@ -50,7 +50,7 @@ class KeyReport:
         )
 
     def refuse_unknown(self) -> None:
-        """Used by strict_config.
+        """Refuse unknown keys, for strict_config.
 
         Raises:
             UnknownKeyError: a key was neither used nor knowingly ignored.
@@ -85,13 +85,13 @@ class KeyReader:
         return key in self.raw
 
     def value(self, key: str) -> object:
-        """The raw value of a key (None when absent), marked as used."""
+        """Return the raw value of a key (None when absent), marked as used."""
         if key in self.raw:
             self.used.add(key)
         return self.raw.get(key)
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number; an integral float counts as one.
+        """Return a whole number; an integral float counts as one.
 
         Raises:
             ConfigFileError: absent without default, or something else.
@@ -104,7 +104,7 @@ class KeyReader:
         return default
 
     def optional_integer(self, key: str) -> int | None:
-        """A whole number of at most 63 bits, or None."""
+        """Return a whole number of at most 63 bits, or None."""
         value = self.value(key)
         if value is None:
             return None
@@ -113,7 +113,7 @@ class KeyReader:
         return int(value)
 
     def positive(self, key: str, default: int | None = None, *, most: int = MOST) -> int:
-        """A whole number from 1 to `most`.
+        """Return a whole number from 1 to `most`.
 
         Raises:
             ConfigFileError: absent without default, or something else.
@@ -122,28 +122,28 @@ class KeyReader:
         return self._from(1, key, found, most)
 
     def optional_positive(self, key: str, *, most: int = MOST) -> int | None:
-        """A whole number from 1 to `most`, or None."""
+        """Return a whole number from 1 to `most`, or None."""
         found = self.optional_integer(key)
         return None if found is None else self._from(1, key, found, most)
 
     def number(
         self, key: str, default: float, *, least: float = -LARGEST, most: float = LARGEST
     ) -> float:
-        """A finite number from `least` to `most`."""
+        """Return a finite number from `least` to `most`."""
         found = self.optional_number(key, least=least, most=most)
         return default if found is None else found
 
     def optional_number(
         self, key: str, *, least: float = -LARGEST, most: float = LARGEST
     ) -> float | None:
-        """A finite number from `least` to `most`, or None."""
+        """Return a finite number from `least` to `most`, or None."""
         value = self.value(key)
         return None if value is None else self._number(key, value, least, most)
 
     def numbers(
         self, key: str, count: int, *, least: float = -LARGEST, most: float = LARGEST
     ) -> tuple[float, ...] | None:
-        """A list of so many finite numbers from `least` to `most`, or None."""
+        """Return a list of so many finite numbers from `least` to `most`, or None."""
         value = self.value(key)
         if value is None:
             return None
@@ -152,7 +152,7 @@ class KeyReader:
         return tuple(self._number(key, one, least, most) for one in value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Return true or false."""
         value = self.value(key)
         if value is None:
             return default
@@ -161,7 +161,7 @@ class KeyReader:
         return value
 
     def text(self, key: str, default: str | None = None) -> str | None:
-        """A string of at most LONGEST characters, or the default."""
+        """Return a string of at most LONGEST characters, or the default."""
         value = self.value(key)
         if value is None:
             return default
@@ -170,7 +170,7 @@ class KeyReader:
         return value
 
     def child(self, key: str, ignored: frozenset[str] = frozenset()) -> "KeyReader":
-        """A reader of a nested object, empty when absent; its keys join the report of this one."""
+        """Return a reader of a nested object, empty when absent; its keys join this report."""
         value = self.value(key)
         if value is None:
             value = {}
@@ -198,7 +198,7 @@ class KeyReader:
         return {key: self._from(0, key, self.integer(key), MOST_WORDS) for key in self.raw}
 
     def report(self) -> KeyReport:
-        """What became of every key, those of nested objects included."""
+        """Return what became of every key, those of nested objects included."""
         rest = self.raw.keys() - self.used
         report = KeyReport(
             used=self._named(self.used),
@@ -236,13 +236,13 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 def shown(value: object) -> str:
-    """A value of a foreign file in a message: short, whatever it is, and on one line."""
+    """Return a value of a foreign file in a message: short, whatever it is, and on one line."""
     return _SHORT.repr(value)
 
 
 @contextmanager
 def in_file() -> Iterator[None]:
-    """What a configuration refuses is the fault of the file that it was read from.
+    """Make what a configuration refuses the fault of the file that it was read from.
 
     Raises:
         ConfigFileError: for a ConfigError inside.

@@ -7,7 +7,7 @@ from lapilli.config.reader import KeyReader
 def parse_tokens(
     reader: KeyReader, generation: KeyReader, *, image_id: int | None = None
 ) -> TokenConfig:
-    """The special ids that the files agree on; generation_config.json wins over config.json.
+    """Return the special ids that the files agree on; generation_config.json wins over config.json.
 
     Args:
         reader: keys of the language model's config.json or `text_config`.
@@ -32,7 +32,7 @@ def parse_tokens(
 
 
 def _real(ids: tuple[int, ...]) -> tuple[int, ...]:
-    """The ids without negative ones, which are how some files say "none"."""
+    """Return the ids without negative ones, which are how some files say "none"."""
     return tuple(one for one in ids if one >= 0)
 
 

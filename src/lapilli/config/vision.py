@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lapilli.config import ignored
+from lapilli.config.families.decoder import parse_activation
 from lapilli.config.model import PixelConfig, VisionConfig
 from lapilli.config.reader import (
     MOST_HEADS,
@@ -17,7 +18,6 @@ from lapilli.config.reader import (
     KeyReader,
     is_object,
 )
-from lapilli.config.text import parse_activation
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.geometry import ImageSize
 
@@ -76,7 +76,7 @@ LARGE_CLIP = {
 
 
 def tower_section(reader: KeyReader) -> KeyReader:
-    """The keys of the vision half: the file itself, or its `vision_config` (two towers)."""
+    """Return the keys of the vision half: the file itself, or its `vision_config` (two towers)."""
     if not reader.has("vision_config"):
         return reader
     # Old two-tower files repeat the section; where both differ, the repetition counts.
@@ -94,7 +94,7 @@ def _object(value: object) -> JsonObject:
 def parse_tower(
     reader: KeyReader, *, feature_layer: int = -2, feature_select: Select = "patch"
 ) -> VisionConfig:
-    """The tower that the reader's keys describe.
+    """Return the tower that the reader's keys describe.
 
     Args:
         reader: keys of a tower's own config.json (vision only or two towers) or a `vision_config`.
@@ -218,7 +218,7 @@ def parse_pixels(reader: KeyReader, vision: VisionConfig) -> PixelConfig:
 
 
 def _size(reader: KeyReader, key: str) -> int | ImageSize | None:
-    """A number is the shortest edge (or both sides of a crop); an object says which it is."""
+    """Read a number as the shortest edge (or both sides of a crop); an object says which it is."""
     value = reader.value(key)
     if value is None:
         return None
@@ -236,7 +236,7 @@ def _size(reader: KeyReader, key: str) -> int | ImageSize | None:
 
 
 def _resample(reader: KeyReader) -> int:
-    """The number of one of Pillow's filters."""
+    """Return the number of one of Pillow's filters."""
     found = reader.integer("resample", 3)
     if not 0 <= found <= _LAST_FILTER:
         raise ConfigError(

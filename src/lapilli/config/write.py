@@ -2,36 +2,18 @@
 
 from dataclasses import replace
 
+from lapilli.config.families import family_of, find_family, text_types
+from lapilli.config.families.decoder import ACTIVATION_NAMES
 from lapilli.config.llava import IMAGE_KEY, RECORD_KEY, ROUNDS_KEY
 from lapilli.config.model import (
-    Activation,
-    DecoderConfig,
     ImageConfig,
     ModelConfig,
-    MptConfig,
     PixelConfig,
-    RopeScaling,
     TextConfig,
     VisionConfig,
 )
 from lapilli.config.projector import projector_name
 from lapilli.errors import UnsupportedModelError
-
-ARCHITECTURES = {
-    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
-    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
-    "mpt": ("llava_mpt", "LlavaMptForCausalLM"),
-    # Not of the original but of its successor LLaVA-NeXT, with the same flat keys.
-    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
-}
-# How transformers spells the activations that have several names.
-ACTIVATION_NAMES: dict[Activation, str] = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
 
 
 def write_llava_config(
@@ -54,12 +36,13 @@ def write_llava_config(
         UnsupportedModelError: a language model or projector that the original layout cannot say.
     """
     text = config.text
-    if text.family not in ARCHITECTURES:
+    family = find_family(text.family)
+    if family is None:
         raise UnsupportedModelError(
             f"the original layout has no {text.family} language model, "
-            f"only {', '.join(ARCHITECTURES)}"
+            f"only {', '.join(text_types())}"
         )
-    model_type, architecture = ARCHITECTURES[text.family]
+    model_type, architecture = family.original
     written: dict[str, object] = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -92,7 +75,7 @@ def refuse_unsayable(config: ModelConfig) -> None:
 
 
 def as_original(config: ModelConfig) -> ModelConfig:
-    """The same model as the original layout says it.
+    """Return the same model as the original layout says it.
 
     How Hugging Face tokenizes a prompt and rounds the size of an unpadded picture goes along under
     keys of lapilli's own, so that the model answers here as it did. The original's programs do not
@@ -106,70 +89,8 @@ def as_original(config: ModelConfig) -> ModelConfig:
 
 
 def write_text_config(text: TextConfig) -> dict[str, object]:
-    """The language model's keys, flat in the original layout and a section in others."""
-    return _mpt(text) if isinstance(text, MptConfig) else _decoder(text)
-
-
-def _decoder(text: DecoderConfig) -> dict[str, object]:
-    written: dict[str, object] = {
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.intermediate_size,
-        "num_hidden_layers": text.num_layers,
-        "num_attention_heads": text.num_heads,
-        "num_key_value_heads": text.num_kv_heads,
-        "head_dim": text.head_dim,
-        "hidden_act": ACTIVATION_NAMES[text.activation],
-        "rms_norm_eps": text.norm_eps,
-        "rope_theta": text.rope_theta,
-        "rope_scaling": _rope_scaling(text.rope_scaling),
-        "max_position_embeddings": text.max_positions,
-        "sliding_window": text.sliding_window,
-        "attention_bias": text.output_bias,
-        "mlp_bias": text.mlp_bias,
-        "tie_word_embeddings": text.tie_embeddings,
-    }
-    if text.family == "qwen2" and text.sliding_window is not None:
-        written |= {"use_sliding_window": True, "max_window_layers": 0}
-    return written
-
-
-def _rope_scaling(scaling: RopeScaling | None) -> dict[str, object] | None:
-    if scaling is None:
-        return None
-    written: dict[str, object] = {
-        "type": scaling.kind,
-        "rope_type": scaling.kind,
-        "factor": scaling.factor,
-    }
-    if scaling.kind == "llama3":
-        written |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        }
-    return written
-
-
-def _mpt(text: MptConfig) -> dict[str, object]:
-    return {
-        "vocab_size": text.vocab_size,
-        "d_model": text.hidden_size,
-        "n_layers": text.num_layers,
-        "n_heads": text.num_heads,
-        "max_seq_len": text.max_positions,
-        "expansion_ratio": text.expansion_ratio,
-        "layer_norm_epsilon": text.norm_eps,
-        "no_bias": True,
-        "tie_word_embeddings": text.tie_embeddings,
-        "attn_config": {
-            "alibi": True,
-            "alibi_bias_max": text.alibi_bias_max,
-            "attn_type": "multihead_attention",
-            "clip_qkv": text.clip_qkv,
-            "softmax_scale": text.softmax_scale,
-        },
-    }
+    """Return the language model's keys, flat in the original layout and a section in others."""
+    return family_of(text).write(text)
 
 
 def _tokens(config: ModelConfig) -> dict[str, object]:

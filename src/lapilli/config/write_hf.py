@@ -1,10 +1,17 @@
 """ModelConfig -> config.json and processor files of Hugging Face's LLaVA: the way back of hf.py."""
 
-from lapilli.config.llava import RECORD_KEY
-from lapilli.config.model import ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from lapilli.config.families import find_family
+from lapilli.config.families.decoder import ACTIVATION_NAMES
+from lapilli.config.llava import CAP_KEY, RECORD_KEY
+from lapilli.config.model import (
+    DecoderConfig,
+    ImageConfig,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
 from lapilli.config.projector import projector_name
 from lapilli.config.write import (
-    ACTIVATION_NAMES,
     write_preprocessor_config,
     write_text_config,
     write_tower_config,
@@ -12,7 +19,6 @@ from lapilli.config.write import (
 from lapilli.errors import UnsupportedModelError
 
 IMAGE_TOKEN = "<image>"  # noqa: S105  no password
-TEXT_TYPES = ("llama", "mistral", "qwen2")
 
 
 def refuse_unsayable(config: ModelConfig) -> None:
@@ -30,10 +36,11 @@ def refuse_unsayable(config: ModelConfig) -> None:
 
 
 def _what_is_unsayable(config: ModelConfig) -> str | None:
-    """The first thing that the layout has no words for."""
+    """Return the first thing that the layout has no words for."""
     vision, projector, image = _parts(config)
-    if config.text.family not in TEXT_TYPES:
-        return f"{config.text.family} language model, only {', '.join(TEXT_TYPES)}"
+    family = find_family(config.text.family)
+    if family is None or not family.in_hf_llava:
+        return f"{config.text.family} language model"
     if config.tokens.use_start_end:
         return "<im_start> and <im_end> around a picture"
     if projector.kind != "mlp" or projector.depth != 2 or projector.joins:
@@ -99,6 +106,8 @@ def write_hf_config(
     if is_next:
         written["image_grid_pinpoints"] = _pinpoints(image)
         written["use_image_newline_parameter"] = True
+    if isinstance(config.text, DecoderConfig) and config.text.logit_softcap is not None:
+        written[CAP_KEY] = config.text.logit_softcap  # transformers' LLaVA classes cap no logits
     if template is not None:
         written[RECORD_KEY] = template
     return written
@@ -137,7 +146,7 @@ def write_hf_processor(config: ModelConfig, image_token: str = IMAGE_TOKEN) -> d
 
 
 def processor_class(config: ModelConfig) -> str:
-    """The class of transformers that prepares text and pictures."""
+    """Return the class of transformers that prepares text and pictures."""
     _, _, image = _parts(config)
     return "LlavaNextProcessor" if _is_next(image) else "LlavaProcessor"
 

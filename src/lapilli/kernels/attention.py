@@ -30,6 +30,7 @@ def attention_reference(
     scale: float | None = None,
     window: int | None = None,
     slopes: Float[Tensor, " Q"] | None = None,
+    softcap: float | None = None,
     key_scales: Float[Tensor, "N K P"] | None = None,
     value_scales: Float[Tensor, "N K P"] | None = None,
 ) -> Float[Tensor, "B Q A"]:
@@ -41,6 +42,8 @@ def attention_reference(
         for cache, scales in ((keys, key_scales), (values, value_scales))
     )  # [B, Q, S, A]
     scores = torch.einsum("bqa,bqsa->bqs", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     distance = lengths.long()[:, None] - 1 - torch.arange(k.shape[2], device=q.device)  # [B, S]
     if slopes is not None:
         scores = scores - slopes[None, :, None] * distance[:, None].to(scores.dtype)
@@ -69,6 +72,7 @@ def decode_attention(
     scale: float | None = None,
     window: int | None = None,
     slopes: Float[Tensor, " Q"] | None = None,
+    softcap: float | None = None,
     key_scales: Float[Tensor, "N K P"] | None = None,
     value_scales: Float[Tensor, "N K P"] | None = None,
 ) -> Float[Tensor, "B Q A"]:
@@ -86,6 +90,7 @@ def decode_attention(
         scale: factor on the scores, 1 / sqrt(A) when None.
         window: a query sees its own and the `window - 1` positions before it.
         slopes: per head, what every position of distance takes off the score (ALiBi).
+        softcap: c, where a score s becomes c tanh(s / c) before anything else.
         key_scales: of int8 keys, by position and head.
         value_scales: of int8 values, likewise.
     """
@@ -99,6 +104,7 @@ def decode_attention(
             scale,
             window,
             slopes,
+            softcap,
             key_scales,
             value_scales,
         )
@@ -115,6 +121,7 @@ def decode_attention(
             scale=scale,
             window=window,
             slopes=slopes,
+            softcap=softcap,
             key_scales=key_scales,
             value_scales=value_scales,
         )
@@ -127,6 +134,7 @@ def decode_attention(
         scale=scale,
         window=window,
         slopes=slopes,
+        softcap=softcap,
         key_scales=key_scales,
         value_scales=value_scales,
     )
@@ -158,6 +166,7 @@ def attention_native(
     scale: float | None = None,
     window: int | None = None,
     slopes: Float[Tensor, " Q"] | None = None,
+    softcap: float | None = None,
     key_scales: Float[Tensor, "N K P"] | None = None,
     value_scales: Float[Tensor, "N K P"] | None = None,
 ) -> Float[Tensor, "B Q A"]:
@@ -193,6 +202,7 @@ def attention_native(
         window=window or 0,
         threads=torch.get_num_threads(),
         scale=q.shape[2] ** -0.5 if scale is None else scale,
+        softcap=softcap or 0.0,
     )
     library.functions.lapilli_attention(ctypes.byref(call))
     return out

@@ -29,24 +29,30 @@ def _library(*tensors: Tensor) -> Library | None:
 
 
 def rms_norm_reference(
-    x: Float[Tensor, "... D"], weight: Float[Tensor, " D"], eps: float
+    x: Float[Tensor, "... D"], weight: Float[Tensor, " D"], eps: float, offset: float = 0.0
 ) -> Float[Tensor, "... D"]:
-    """The same as `rms_norm` in plain torch, statistics in float32."""
+    """Compute the same as `rms_norm` in plain torch, statistics in float32."""
     normed = functional.rms_norm(x.float(), weight.shape, None, eps)
+    if offset:
+        return (normed * (offset + weight.float())).to(x.dtype)
     return weight * normed.to(x.dtype)
 
 
 def rms_norm(
-    x: Float[Tensor, "... D"], weight: Float[Tensor, " D"], eps: float
+    x: Float[Tensor, "... D"], weight: Float[Tensor, " D"], eps: float, offset: float = 0.0
 ) -> Float[Tensor, "... D"]:
-    """The last axis scaled to a root mean square of one, times the weight."""
+    """Scale the last axis to a root mean square of one, times offset + weight.
+
+    Without an offset the product is taken in the dtype of x, as in the Llama reference, with one in
+    float32, as in Gemma's.
+    """
     library = _library(x, weight)
     if library is None or not weight.is_contiguous():
-        return rms_norm_reference(x, weight, eps)
+        return rms_norm_reference(x, weight, eps, offset)
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
-    _rows(library.functions.lapilli_rms_norm, x, weight, out, width=width, eps=eps)
+    _rows(library.functions.lapilli_rms_norm, x, weight, out, width=width, eps=eps, offset=offset)
     return out
 
 
@@ -68,6 +74,24 @@ def silu_mul(gate: Float[Tensor, "... D"], up: Float[Tensor, "... D"]) -> Float[
     return out
 
 
+def gelu_mul_reference(
+    gate: Float[Tensor, "... D"], up: Float[Tensor, "... D"]
+) -> Float[Tensor, "... D"]:
+    """Compute the same as `gelu_mul` in plain torch."""
+    return functional.gelu(gate, approximate="tanh") * up
+
+
+def gelu_mul(gate: Float[Tensor, "... D"], up: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    """Return gelu(gate) * up, element by element, by the tanh form of GELU."""
+    library = _library(gate, up)
+    if library is None or gate.shape != up.shape:
+        return gelu_mul_reference(gate, up)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _rows(library.functions.lapilli_gelu_mul, gate, up, out, width=max(gate.shape[-1], 1))
+    return out
+
+
 def _rows(
     function: Callable[[object], None],
     x: Tensor,
@@ -76,6 +100,7 @@ def _rows(
     *,
     width: int,
     eps: float = 0.0,
+    offset: float = 0.0,
 ) -> None:
     call = RowsCall(
         x=x.data_ptr(),
@@ -86,6 +111,7 @@ def _rows(
         x_stride=width,
         threads=torch.get_num_threads(),
         eps=eps,
+        offset=offset,
     )
     function(ctypes.byref(call))
 

@@ -16,6 +16,8 @@ from lapilli.kernels.linear import PackedLinear
 from lapilli.shapes import Float, Int, Tensor
 
 PRODUCTS = ("q", "k", "v", "o", "gate", "up", "down")
+NORMS = ("input", "mlp", "attention_out", "mlp_out", "q", "k")
+"""Of which only the first two are in every layer."""
 WIDTH_STEP = 32
 """Head widths that the library rotates and reads are multiples of this."""
 
@@ -45,6 +47,33 @@ class PlainLinear:
     bias: Float[Tensor, " out"] | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFacts:
+    """What the call computes besides products.
+
+    Attributes:
+        heads: query heads.
+        kv_heads: heads of keys and values.
+        width: of a head, a multiple of WIDTH_STEP.
+        window: of a sliding window, or None.
+        scale: factor on the scores, 1 / sqrt(width) when None.
+        softcap: c, where a score s becomes c tanh(s / c), or None.
+        eps: of the norms.
+        norm_offset: added to the weights of the norms.
+        gelu: the MLP's activation is GELU by its tanh form, not SiLU.
+    """
+
+    heads: int
+    kv_heads: int
+    width: int
+    window: int | None
+    scale: float | None
+    softcap: float | None
+    eps: float
+    norm_offset: float
+    gelu: bool
+
+
 class LayerKernel:
     """One layer, its native description made once; any number of threads may call it.
 
@@ -53,42 +82,36 @@ class LayerKernel:
     Args:
         library: what runs it.
         products: PRODUCTS by name; q, k and v of one kind, gate and up likewise.
-        norms: weights before attention and before the MLP, float32.
-        eps: of both.
-        heads: query heads.
-        kv_heads: heads of keys and values.
-        width: of a head, a multiple of WIDTH_STEP.
-        window: of a sliding window, or None.
+        norms: weights by the names of NORMS, float32.
+        facts: about the arithmetic.
     """
 
     def __init__(
         self,
         library: Library,
         products: Mapping[str, PackedLinear | PlainLinear],
-        norms: tuple[Float[Tensor, " D"], Float[Tensor, " D"]],
-        *,
-        eps: float,
-        heads: int,
-        kv_heads: int,
-        width: int,
-        window: int | None,
+        norms: Mapping[str, Float[Tensor, " D"]],
+        facts: LayerFacts,
     ) -> None:
         self._library = library
         self._kept = [one for one in products.values() if isinstance(one, PackedLinear)]
+        self.is_packed = bool(self._kept)
         self._products = {name: _described(products[name]) for name in PRODUCTS}
         packed = [one for one in products.values() if isinstance(one, PackedLinear)]
         # Only read from now on: every call fills in a copy, so that threads do not meet in it.
         self._facts = LayerCall(
-            input_norm=norms[0].data_ptr(),
-            post_norm=norms[1].data_ptr(),
+            **{f"{name}_norm": weight.data_ptr() for name, weight in norms.items()},
             **{name: ctypes.addressof(one) for name, one in self._products.items()},
-            heads=heads,
-            kv_heads=kv_heads,
-            width=width,
-            window=window or 0,
+            heads=facts.heads,
+            kv_heads=facts.kv_heads,
+            width=facts.width,
+            window=facts.window or 0,
             weight_only=int(any(one.weight_only for one in packed)),
-            scale=width**-0.5,
-            eps=eps,
+            gelu=int(facts.gelu),
+            scale=facts.width**-0.5 if facts.scale is None else facts.scale,
+            eps=facts.eps,
+            norm_offset=facts.norm_offset,
+            softcap=facts.softcap or 0.0,
         )
 
     def __call__(

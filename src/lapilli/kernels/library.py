@@ -22,7 +22,7 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
-ABI = 8  # of native/abi.h: a library that was built from older sources is left alone
+ABI = 9  # of native/abi.h: a library that was built from older sources is left alone
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """Number formats of native/abi.h."""
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
@@ -88,6 +88,7 @@ class AttentionCall(ctypes.Structure):
         ("window", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
     )
 
 
@@ -160,6 +161,7 @@ class RowsCall(ctypes.Structure):
         ("x_stride", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("eps", ctypes.c_double),
+        ("offset", ctypes.c_double),
     )
 
 
@@ -204,7 +206,11 @@ class LayerCall(ctypes.Structure):
 
     _fields_ = (
         ("input_norm", ctypes.c_void_p),
-        ("post_norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        ("attention_out_norm", ctypes.c_void_p),
+        ("mlp_out_norm", ctypes.c_void_p),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
         ("q", ctypes.c_void_p),
         ("k", ctypes.c_void_p),
         ("v", ctypes.c_void_p),
@@ -233,9 +239,12 @@ class LayerCall(ctypes.Structure):
         ("kind", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("weight_only", ctypes.c_int64),
+        ("gelu", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("scale", ctypes.c_double),
         ("eps", ctypes.c_double),
+        ("norm_offset", ctypes.c_double),
+        ("softcap", ctypes.c_double),
     )
 
 
@@ -331,6 +340,7 @@ def _declare(functions: ctypes.CDLL) -> None:
         "prefill",
         "rms_norm",
         "silu_mul",
+        "gelu_mul",
         "rotate",
         "layer",
     ):

@@ -27,6 +27,7 @@ def decode_attention_op(
     scale: float | None,
     window: int | None,
     slopes: Tensor | None,
+    softcap: float | None,
     key_scales: Tensor | None,
     value_scales: Tensor | None,
 ) -> Tensor:
@@ -40,6 +41,7 @@ def decode_attention_op(
         scale=scale,
         window=window,
         slopes=slopes,
+        softcap=softcap,
         key_scales=key_scales,
         value_scales=value_scales,
     ).contiguous()
@@ -55,6 +57,7 @@ def _decode_attention_fake(
     scale: float | None,
     window: int | None,
     slopes: Tensor | None,
+    softcap: float | None,
     key_scales: Tensor | None,
     value_scales: Tensor | None,
 ) -> Tensor:

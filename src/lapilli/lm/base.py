@@ -53,5 +53,5 @@ class LanguageModel(Protocol):
         ...
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
-        """An empty cache for this model, in its dtype and on its device."""
+        """Return an empty cache for this model, in its dtype and on its device."""
         ...

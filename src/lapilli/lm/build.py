@@ -7,7 +7,7 @@ from lapilli.lm.mpt import Mpt
 
 
 def build_language_model(config: TextConfig) -> Decoder | Mpt:
-    """A language model with fresh weights; under `torch.device("meta")` without any.
+    """Return a language model with fresh weights; under `torch.device("meta")` without any.
 
     Raises:
         UnsupportedModelError: a description that no language model here follows.

@@ -1,9 +1,13 @@
-"""The Llama-shaped decoder: llama, vicuna, mistral, yi, qwen2; parameters named as in their files.
+"""The Llama-shaped decoder of every family but MPT; parameters named as in their files.
 
     inputs_embeds -> [ norm -> attention -> + -> norm -> gated MLP -> + ] x L -> norm -> hidden
 
-Knows nothing of modalities or files. What differs between families is in DecoderConfig.
+Knows nothing of modalities or files. What differs between families is in DecoderConfig. A step that
+is added here is followed everywhere: where lm/fused_layer.py computes a layer in one call, it first
+compares that with `DecoderLayer.forward`.
 """
+
+from functools import partial
 
 import torch
 from torch import nn
@@ -35,8 +39,14 @@ class DecoderAttention(nn.Module):
         self.k_proj = nn.Linear(width, groups, bias=config.qkv_bias)
         self.v_proj = nn.Linear(width, groups, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, width, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.norm_eps, config.norm_offset)
+            self.k_norm = RMSNorm(head_dim, config.norm_eps, config.norm_offset)
+        self.qk_norm = config.qk_norm
         self.head_dim = head_dim
-        self.window = config.sliding_window
+        self.scale = None if config.query_scalar is None else config.query_scalar**-0.5
+        self.softcap = config.attention_softcap
+        self.window = config.window(layer)
         self.layer = layer
 
     def forward(
@@ -46,30 +56,45 @@ class DecoderAttention(nn.Module):
         mask: Bool[Tensor, "rows 1 T S"] | None,
         cache: Cache | None,
     ) -> Float[Tensor, "B T D"]:
-        """The block's update, without the residual."""
+        """Return the block's update, without the residual."""
         heads = (*x.shape[:2], -1, self.head_dim)
         projected = project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.view(heads).transpose(1, 2) for y in projected)  # [B, Q or K, T, A]
         del projected  # a long prompt's unrotated queries and keys are megabytes
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *table), rotate(k, *table)
+        scale, softcap = self.scale, self.softcap
         if cache is None:
-            seen = attend(q, k, v, mask=mask)
+            seen = attend(q, k, v, mask=mask, scale=scale, softcap=softcap)
         elif isinstance(cache, Segments):
-            seen = cache.attend(q, k, v, window=self.window)
+            seen = cache.attend(q, k, v, window=self.window, scale=scale, softcap=softcap)
         else:
-            seen = cache.attend(self.layer, q, k, v, mask=mask, window=self.window)
+            seen = cache.attend(
+                self.layer, q, k, v, mask=mask, scale=scale, window=self.window, softcap=softcap
+            )
         out: Tensor = self.o_proj(seen.transpose(1, 2).flatten(2))
         return out
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each with its norm before and its residual around."""
+    """Attention and MLP, each with its norm before and its residual around.
+
+    With `post_norms` each has a norm behind it as well. The files then call the norm before the MLP
+    `pre_feedforward_layernorm`, and `post_attention_layernorm` is behind the attention.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        norm = partial(RMSNorm, config.hidden_size, config.norm_eps, config.norm_offset)
+        self.input_layernorm = norm()
         self.self_attn = DecoderAttention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = norm()
+        self.post_norms = config.post_norms
+        self.config = config
+        if config.post_norms:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
         self.mlp = GatedMLP(
             config.hidden_size,
             config.intermediate_size,
@@ -90,9 +115,15 @@ class DecoderLayer(nn.Module):
             fused = self._fused.run(x, table, cache, index=self.self_attn.layer)
             if fused is not None:
                 return fused
-        x = x + self.self_attn(self.input_layernorm(x), table, mask, cache)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+        update = self.self_attn(self.input_layernorm(x), table, mask, cache)
+        if not self.post_norms:
+            x = x + update
+            out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+            return out
+        x = x + self.post_attention_layernorm(update)
+        update = self.mlp(self.pre_feedforward_layernorm(x))
+        y: Tensor = x + self.post_feedforward_layernorm(update)
+        return y
 
 
 class DecoderStack(nn.Module):
@@ -102,7 +133,7 @@ class DecoderStack(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
 
 
 class Decoder(nn.Module):
@@ -110,7 +141,7 @@ class Decoder(nn.Module):
 
     With tied embeddings there is no `lm_head`: the logits read `model.embed_tokens.weight`.
 
-    Source: Hugging Face LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM (same numbers).
+    Source: the numbers of Hugging Face's ...ForCausalLM of the families in config/families/.
     """
 
     takes_ragged = True
@@ -122,12 +153,17 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
+        self.local_rotary = Rotary(config, local=True)
         self.gradient_checkpointing = False
 
     def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
         """Vectors of token ids."""
         vectors: Tensor = self.model.embed_tokens(ids)
-        return vectors
+        scale = self.config.embedding_scale
+        if scale == 1.0:
+            return vectors
+        # Rounded to the dtype first, as Gemma was trained.
+        return vectors * torch.tensor(scale, dtype=vectors.dtype, device=vectors.device)
 
     def forward(
         self,
@@ -142,21 +178,18 @@ class Decoder(nn.Module):
         While training with `gradient_checkpointing` set, the layers' inner values are computed
         again in the backward pass instead of being kept.
         """
-        length = inputs_embeds.shape[1]
-        mask = None
-        if cache is None or not cache.ragged:
-            past = 0 if cache is None else cache.length
-            mask = causal_mask(
-                attention_mask,
-                length,
-                past + length,
-                window=self.config.sliding_window,
-                device=inputs_embeds.device,
-            )
-        table = self.rotary.table(position_ids, inputs_embeds.dtype)
+        masks: dict[int | None, Tensor | None] = {}  # by window, as tables by kind of layer
+        tables: dict[bool, RotaryTable] = {}
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         x = inputs_embeds
-        for layer in self.model.layers:
+        for index, layer in enumerate(self.model.layers):
+            window, local = self.config.window(index), self._has_local_positions(index)
+            if window not in masks:
+                masks[window] = _mask(attention_mask, inputs_embeds, cache, window)
+            if local not in tables:
+                rotary = self.local_rotary if local else self.rotary
+                tables[local] = rotary.table(position_ids, inputs_embeds.dtype)
+            mask, table = masks[window], tables[local]
             if recompute:
                 x = checkpoint(layer, x, table, mask, cache, use_reentrant=False)
             else:
@@ -164,14 +197,35 @@ class Decoder(nn.Module):
         out: Tensor = self.model.norm(x)
         return out
 
+    def _has_local_positions(self, layer: int) -> bool:
+        return self.config.local_rope_theta is not None and self.config.is_local(layer)
+
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Scores of every vocabulary entry."""
+        scores: Tensor
         if self.config.tie_embeddings:
-            return functional.linear(hidden, self.model.embed_tokens.weight)
-        scores: Tensor = self.lm_head(hidden)
-        return scores
+            scores = functional.linear(hidden, self.model.embed_tokens.weight)
+        else:
+            scores = self.lm_head(hidden)
+        cap = self.config.logit_softcap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
-        """An empty cache in the dtype and on the device of the weights."""
+        """Return an empty cache in the dtype and on the device of the weights."""
         weight = self.model.norm.weight
         return KVCache(self.config, batch, weight.dtype, weight.device, capacity=capacity)
+
+
+def _mask(
+    attention_mask: Bool[Tensor, "B S"] | None,
+    inputs_embeds: Float[Tensor, "B T D"],
+    cache: Cache | None,
+    window: int | None,
+) -> Bool[Tensor, "rows 1 T S"] | None:
+    """Return who sees whom in layers with this window; None where the cache knows, or all do."""
+    if cache is not None and cache.ragged:
+        return None
+    length = inputs_embeds.shape[1]
+    past = 0 if cache is None else cache.length
+    device = inputs_embeds.device
+    return causal_mask(attention_mask, length, past + length, window=window, device=device)

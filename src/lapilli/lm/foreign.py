@@ -21,7 +21,7 @@ from lapilli.shapes import Bool, Float, Int, Tensor
 def load_foreign(
     source: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> "ForeignLanguageModel":
-    """A causal language model of any family that transformers has.
+    """Return a causal language model of any family that transformers has.
 
     Args:
         source: a directory or a hub id, as AutoModelForCausalLM reads it. Code that lies beside
@@ -119,7 +119,7 @@ class ForeignLanguageModel(nn.Module):
         return scores
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
-        """An empty cache in the dtype and on the device of the weights."""
+        """Return an empty cache in the dtype and on the device of the weights."""
         weight = next(self.inner.parameters())
         return KVCache(self.config, batch, weight.dtype, weight.device, capacity=capacity)
 
@@ -144,7 +144,7 @@ def _import_transformers() -> ModuleType:
 
 
 def _sizes(inner: Any) -> DecoderConfig:  # noqa: ANN401 - transformers' classes are untyped
-    """The sizes that generation and the cache ask for."""
+    """Return the sizes that generation and the cache ask for."""
     config = inner.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     if heads is None:
@@ -168,7 +168,7 @@ def _sizes(inner: Any) -> DecoderConfig:  # noqa: ANN401 - transformers' classes
 
 
 def _as_foreign_cache(cache: KVCache, config: DecoderConfig) -> Any:  # noqa: ANN401
-    """A transformers cache that keeps everything in ours; made anew for every pass."""
+    """Return a transformers cache that keeps everything in ours; made anew for every pass."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     class Layer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers has no types

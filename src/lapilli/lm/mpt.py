@@ -53,7 +53,7 @@ class MptAttention(nn.Module):
         slopes: Float[Tensor, " Q"],
         cache: Cache | None,
     ) -> Float[Tensor, "B T D"]:
-        """The block's update, without the residual."""
+        """Return the block's update, without the residual."""
         fused = self.Wqkv(x)
         if self.clip is not None:
             fused = fused.clamp(-self.clip, self.clip)
@@ -79,7 +79,7 @@ class MptFeedForward(nn.Module):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """The block's update, without the residual."""
+        """Return the block's update, without the residual."""
         out: Tensor = self.down_proj(functional.gelu(self.up_proj(x)))
         return out
 
@@ -194,6 +194,6 @@ class Mpt(nn.Module):
         return scores
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
-        """An empty cache in the dtype and on the device of the weights."""
+        """Return an empty cache in the dtype and on the device of the weights."""
         weight = self.transformer.norm_f.weight
         return KVCache(self.config, batch, weight.dtype, weight.device, capacity=capacity)

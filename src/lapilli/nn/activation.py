@@ -16,6 +16,11 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+def is_gelu_tanh(activation: nn.Module) -> bool:
+    """Whether an activation is GELU by its tanh form."""
+    return type(activation) is nn.GELU and activation.approximate == "tanh"
+
+
 def build_activation(name: Activation) -> nn.Module:
     """The module of an activation.
 

@@ -14,6 +14,9 @@ from lapilli.kernels.prefill import prefill_attention, prefills_natively
 from lapilli.nn.learned_attention import learned_attention, learns_natively
 from lapilli.shapes import Bool, Float, Tensor
 
+SCORE_BYTES = 64 << 20
+"""Of the scores that are stored at once where no kernel does without storing them."""
+
 
 def causal_mask(
     attention_mask: Bool[Tensor, "B S"] | None,
@@ -60,6 +63,7 @@ def attend(
     *,
     mask: Bool[Tensor, "rows 1 T S"] | Float[Tensor, "rows Q T S"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "B Q T A"]:
     """Causal attention of T queries, the last positions among S.
 
@@ -72,11 +76,14 @@ def attend(
         v: values.
         mask: from `causal_mask`, or an additive bias that contains the causal mask.
         scale: factor on the scores, 1 / sqrt(A) when None.
+        softcap: c, where a score s becomes c tanh(s / c) before the mask.
     """
     batch, heads, length, width = q.shape
     groups = k.shape[1]
     if length == 1 and mask is None and decodes_natively(q, k, v):
-        return _decode(q, k, v, scale)
+        return _decode(q, k, v, scale, softcap)
+    if softcap is not None:
+        return _attend_capped(q, k, v, mask, scale, softcap)
     if length > 1 and mask is None and prefills_natively(q, k, v):
         return prefill_attention(q, k, v, scale=scale)
     if mask is None and learns_natively(q, k, v):
@@ -123,12 +130,46 @@ def _decode(
     k: Float[Tensor, "B K S A"],
     v: Float[Tensor, "B K S A"],
     scale: float | None,
+    softcap: float | None,
 ) -> Float[Tensor, "B Q 1 A"]:
     """One query per row, every row of the same length: a contiguous cache is one block a row."""
     batch, length = k.shape[0], k.shape[2]
     table = torch.arange(batch, dtype=torch.int32)[:, None]
     lengths = torch.full((batch,), length, dtype=torch.int32)
-    return decode_attention(q.squeeze(2), k, v, table, lengths, scale=scale).unsqueeze(2)
+    return decode_attention(
+        q.squeeze(2), k, v, table, lengths, scale=scale, softcap=softcap
+    ).unsqueeze(2)
+
+
+def _attend_capped(
+    q: Float[Tensor, "B Q T A"],
+    k: Float[Tensor, "B K S A"],
+    v: Float[Tensor, "B K S A"],
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float,
+) -> Float[Tensor, "B Q T A"]:
+    """Compute attention with capped scores, which no library has, some queries at a time.
+
+    Without gradients the scores of a piece take SCORE_BYTES at most, however long the prompt is.
+    """
+    batch, heads, length, _ = q.shape
+    if mask is None:
+        mask = causal_ones(length, k.shape[2], q.device)
+    rows = length
+    if not torch.is_grad_enabled():
+        rows = max(1, SCORE_BYTES // (4 * batch * heads * k.shape[2]))
+    parts = [
+        attend_plain(part, k, v, mask=seen, scale=scale, softcap=softcap)
+        for part, seen in zip(*(torch.split(x, rows, dim=2) for x in (q, mask)), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def causal_ones(length: int, keys: int, device: torch.device) -> Bool[Tensor, "1 1 T S"]:
+    """Return the mask of T queries, the last of S positions, that see all up to their own."""
+    ones = torch.ones(1, 1, length, keys, dtype=torch.bool, device=device)
+    return ones.tril(keys - length)
 
 
 def attend_plain(
@@ -138,17 +179,19 @@ def attend_plain(
     *,
     mask: Bool[Tensor, "rows 1 T S"] | Float[Tensor, "rows Q T S"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "B Q T A"]:
-    """The same as `attend`, as the formula says it: the twin that the tests compare with."""
+    """Compute the same as `attend`, as the formula says it; the tests compare with it."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     if mask is None:
-        mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(
-            k.shape[2] - q.shape[2]
-        )
+        mask = causal_ones(q.shape[2], k.shape[2], q.device)
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     bias = mask
     if mask.dtype == torch.bool:
         bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
     scores = scores + bias
-    return torch.softmax(scores, dim=-1) @ v
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype) @ v

@@ -103,6 +103,7 @@ class BlockStore:
         scale: float | None,
         window: int | None,
         slopes: Float[Tensor, " Q"] | None,
+        softcap: float | None,
     ) -> Float[Tensor, "R Q A"]:
         """What one query per row sees of the row's positions; where `has_kernel`."""
         return decode_attention(
@@ -114,6 +115,7 @@ class BlockStore:
             scale=scale,
             window=window,
             slopes=slopes,
+            softcap=softcap,
             **self._scales(layer),
         )
 

@@ -99,10 +99,11 @@ class KVCache:
         scale: float | None = None,
         window: int | None = None,
         slopes: Tensor | None = None,
+        softcap: float | None = None,
     ) -> Float[Tensor, "B Q T A"]:
         """The new keys and values appended, then `attention.attend` over all of the layer's."""
         keys, values = self.append(layer, k, v)
-        return attend(q, keys, values, mask=mask, scale=scale)
+        return attend(q, keys, values, mask=mask, scale=scale, softcap=softcap)
 
     def _grow(self, layer: int, needed: int) -> None:
         """A buffer at least twice as long, so that n appends copy O(n) positions in all."""

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from lapilli.config.model import Activation
-from lapilli.kernels.fused import silu_mul
-from lapilli.nn.activation import build_activation
+from lapilli.kernels.fused import gelu_mul, silu_mul
+from lapilli.nn.activation import build_activation, is_gelu_tanh
 from lapilli.nn.linear import project
 from lapilli.shapes import Float, Tensor
 
@@ -29,7 +29,7 @@ class GatedMLP(nn.Module):
         self.act = build_activation(activation)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """The block's update, without the residual."""
+        """Return the block's update, without the residual."""
         rows = max(1, PIECE_BYTES // (self.inner * x.element_size()))
         pieces = -(-x.shape[-2] // rows) if x.dim() > 1 else 1
         if pieces == 1 or torch.is_grad_enabled():
@@ -40,7 +40,12 @@ class GatedMLP(nn.Module):
 
     def _gated(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... inner"]:
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return silu_mul(gate, up) if isinstance(self.act, nn.SiLU) else self.act(gate) * up
+        if isinstance(self.act, nn.SiLU):
+            return silu_mul(gate, up)
+        if is_gelu_tanh(self.act):
+            return gelu_mul(gate, up)
+        gated: Tensor = self.act(gate) * up
+        return gated
 
 
 class MLP(nn.Module):
@@ -53,6 +58,6 @@ class MLP(nn.Module):
         self.act = build_activation(activation)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """The block's update, without the residual."""
+        """Return the block's update, without the residual."""
         out: Tensor = self.fc2(self.act(self.fc1(x)))
         return out

@@ -52,13 +52,19 @@ class PagedBatch:
         rows: in the order of the flat row, those with fewest new positions first.
         unchanged: whoever runs the model watches it and hands over the same object as long as
             nothing in it changes; None: nobody watches.
+        whole_layers: whether a layer may be computed in one call; False: module by module.
     """
 
     ragged = True
     """Several sequences in one row: the model makes no mask, attention knows who sees whom."""
 
     def __init__(
-        self, store: BlockStore, rows: Sequence[PagedRow], *, unchanged: object | None = None
+        self,
+        store: BlockStore,
+        rows: Sequence[PagedRow],
+        *,
+        unchanged: object | None = None,
+        whole_layers: bool = True,
     ) -> None:
         if any(a.count > b.count for a, b in pairwise(rows)):
             raise ValueError("rows with fewer new positions come first")
@@ -75,12 +81,11 @@ class PagedBatch:
         self._tables_read = tables.int() if self._has_kernel else store.rows_of(tables)
         self._lengths = self._tensor(self._single_lengths).int()
         self._places_together: Places | None = None
-        if self._has_kernel and not self._longer and type(store) is BlockStore:
+        if whole_layers and self._has_kernel and not self._longer and type(store) is BlockStore:
             self._places_together = Places(
                 self._blocks, self._offsets, self._tables_read, self._lengths
             )
-        self._single_bias: Tensor | None = None
-        self._has_single_bias = False
+        self._single_biases: dict[int | None, Tensor | None] = {}
         self._row_places = [
             store.rows_of(self._tables([row])) if row.past else None for row in self._longer
         ]
@@ -110,6 +115,7 @@ class PagedBatch:
         scale: float | None = None,
         window: int | None = None,
         slopes: Float[Tensor, " Q"] | None = None,
+        softcap: float | None = None,
     ) -> Float[Tensor, "1 Q T A"]:
         """Attention of every new position over its own sequence; keys and values are kept.
 
@@ -122,6 +128,7 @@ class PagedBatch:
             scale: factor on the scores, 1 / sqrt(A) when None.
             window: a query sees its own and the `window - 1` positions before it.
             slopes: per head, what every position of distance takes off the score (ALiBi).
+            softcap: c, where a score s becomes c tanh(s / c).
         """
         self._store.write(
             layer, self._blocks, self._offsets, k[0].transpose(0, 1), v[0].transpose(0, 1)
@@ -129,7 +136,8 @@ class PagedBatch:
         parts = []
         start = len(self._single_lengths)
         if start:
-            parts.append(self._attend_singles(layer, q[:, :, :start], scale, window, slopes))
+            queries = q[:, :, :start]
+            parts.append(self._attend_singles(layer, queries, scale, window, slopes, softcap))
         for row, places in zip(self._longer, self._row_places, strict=True):
             new = slice(start, start + row.count)
             if places is None:
@@ -138,13 +146,13 @@ class PagedBatch:
                 keys, values = self._store.gather(layer, places, 1)
                 keys, values = keys[:, :, : row.length], values[:, :, : row.length]
             queries = q[:, :, new]
-            if prefills_natively(queries, keys, values):
+            if softcap is None and prefills_natively(queries, keys, values):
                 seen = prefill_attention(
                     queries, keys, values, scale=scale, window=window, slopes=slopes
                 )
             else:
                 bias = _row_bias(row, window, slopes, q)
-                seen = attend(queries, keys, values, mask=bias, scale=scale)
+                seen = attend(queries, keys, values, mask=bias, scale=scale, softcap=softcap)
             parts.append(seen)
             start += row.count
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -156,6 +164,7 @@ class PagedBatch:
         scale: float | None,
         window: int | None,
         slopes: Float[Tensor, " Q"] | None,
+        softcap: float | None,
     ) -> Float[Tensor, "1 Q R A"]:
         if self._has_kernel:
             found = self._store.attend(
@@ -166,15 +175,17 @@ class PagedBatch:
                 scale=scale,
                 window=window,
                 slopes=slopes,
+                softcap=softcap,
             )
             return found.transpose(0, 1).unsqueeze(0)
         rows = len(self._single_lengths)
         keys, values = self._store.gather(layer, self._tables_read, rows)
-        if not self._has_single_bias:  # the same in all layers
-            self._single_bias = self._bias_of_singles(keys.shape[2], window, slopes, q)
-            self._has_single_bias = True
+        if window not in self._single_biases:  # the same in all layers with this window
+            bias = self._bias_of_singles(keys.shape[2], window, slopes, q)
+            self._single_biases[window] = bias
         queries = q[0].transpose(0, 1).unsqueeze(2)  # [R, Q, 1, A]
-        out = attend(queries, keys, values, mask=self._single_bias, scale=scale)
+        bias = self._single_biases[window]
+        out = attend(queries, keys, values, mask=bias, scale=scale, softcap=softcap)
         return out[:, :, 0].transpose(0, 1).unsqueeze(0)
 
     def _bias_of_singles(

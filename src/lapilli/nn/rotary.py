@@ -52,12 +52,19 @@ def stretch_dynamic(
 
 
 class Rotary:
-    """Cosines and sines of positions for one DecoderConfig; holds no parameter and no buffer."""
+    """Cosines and sines of positions for one DecoderConfig; holds no parameter and no buffer.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    Args:
+        config: of the decoder.
+        local: those of its local layers, where they have positions of their own.
+    """
+
+    def __init__(self, config: DecoderConfig, *, local: bool = False) -> None:
+        theta, scaling = config.rope_theta, config.rope_scaling
+        if local and config.local_rope_theta is not None:
+            theta, scaling = config.local_rope_theta, None
         self._config = config
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
-        scaling = config.rope_scaling
+        frequencies = inverse_frequencies(config.head_dim, theta)
         if scaling is not None and scaling.kind == "linear":
             frequencies = frequencies / scaling.factor
         elif scaling is not None and scaling.kind == "llama3":

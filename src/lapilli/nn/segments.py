@@ -43,6 +43,7 @@ class Segments:
         scale: float | None = None,
         window: int | None = None,
         slopes: Float[Tensor, " Q"] | None = None,
+        softcap: float | None = None,
     ) -> Float[Tensor, "B Q T A"]:
         """Causal attention inside every sequence; zeros where there is padding.
 
@@ -53,13 +54,14 @@ class Segments:
             scale: factor on the scores, 1 / sqrt(A) when None.
             window: a query sees its own and the `window - 1` positions before it.
             slopes: per head, what every position of distance takes off the score (ALiBi).
+            softcap: c, where a score s becomes c tanh(s / c).
         """
         rows = []
         for row, lengths in enumerate(self._lengths):
             padding = q.shape[2] - sum(lengths)
             pieces = [torch.split(x[row : row + 1], [*lengths, padding], dim=2) for x in (q, k, v)]
             seen = [
-                _attend_one(piece, window, slopes, scale)
+                _attend_one(piece, window, slopes, scale, softcap)
                 for piece in list(zip(*pieces, strict=True))[:-1]
             ]
             rows.append(torch.cat([*seen, torch.zeros_like(pieces[0][-1])], dim=2))
@@ -77,12 +79,17 @@ def uncompiled_segments() -> type[Segments]:
 
 
 def _attend_one(
-    piece: tuple[Tensor, ...], window: int | None, slopes: Tensor | None, scale: float | None
+    piece: tuple[Tensor, ...],
+    window: int | None,
+    slopes: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
 ) -> Tensor:
     """Attention inside one sequence, `rounded`: what is padded on its right is seen by nobody."""
     length = piece[0].shape[2]
     q, k, v = (functional.pad(x, (0, 0, 0, rounded(length) - length)) for x in piece)
-    return attend(q, k, v, mask=_bias(q, window, slopes), scale=scale)[:, :, :length]
+    bias = _bias(q, window, slopes)
+    return attend(q, k, v, mask=bias, scale=scale, softcap=softcap)[:, :, :length]
 
 
 def _bias(q: Tensor, window: int | None, slopes: Tensor | None) -> Tensor | None:

@@ -65,6 +65,7 @@ class StaticBatch:
         scale: float | None = None,
         window: int | None = None,
         slopes: Float[Tensor, " Q"] | None = None,
+        softcap: float | None = None,
     ) -> Float[Tensor, "1 Q R A"]:
         """Attention of every new position over its own sequence; keys and values are kept.
 
@@ -77,26 +78,38 @@ class StaticBatch:
             scale: factor on the scores, 1 / sqrt(A) when None.
             window: a query sees its own and the `window - 1` positions before it.
             slopes: per head, what every position of distance takes off the score (ALiBi).
+            softcap: c, where a score s becomes c tanh(s / c).
         """
         store, rows = self._store, q[0].transpose(0, 1)
         new = [x[0].transpose(0, 1).masked_fill(self._is_padding[:, None, None], 0) for x in (k, v)]
         store.write(layer, self._blocks, self._offsets, *new)
         if self._has_kernel:
             found = store.attend(
-                layer, rows, self._tables, self._lengths, scale=scale, window=window, slopes=slopes
+                layer,
+                rows,
+                self._tables,
+                self._lengths,
+                scale=scale,
+                window=window,
+                slopes=slopes,
+                softcap=softcap,
             )
         else:
             keys, values = store.gather(layer, self._tables, rows.shape[0])
             seen = self._seen(window)
             if torch.compiler.is_compiling():
                 bias = None if slopes is None else self._bias(slopes)
-                found = attend_fused(rows, keys, values, seen, bias=bias, scale=scale)
+                found = attend_fused(
+                    rows, keys, values, seen, bias=bias, scale=scale, softcap=softcap
+                )
             else:
                 seen = seen[:, None, None]
                 if slopes is not None:
                     bias = self._bias(slopes).to(q.dtype)[:, :, None]
                     seen = bias.masked_fill(~seen, float("-inf"))
-                found = attend(rows.unsqueeze(2), keys, values, mask=seen, scale=scale).squeeze(2)
+                queries = rows.unsqueeze(2)
+                found = attend(queries, keys, values, mask=seen, scale=scale, softcap=softcap)
+                found = found.squeeze(2)
         return found.transpose(0, 1).unsqueeze(0)
 
     def _distance(self) -> Int[Tensor, "R S"]:
@@ -121,6 +134,7 @@ def attend_fused(
     *,
     bias: Float[Tensor, "R Q S"] | None,
     scale: float | None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "R Q A"]:
     """Attention as products and sums, for a compiler that fuses them with whatever makes k and v.
 
@@ -134,11 +148,14 @@ def attend_fused(
         seen: what each row sees; at least one position each.
         bias: added to the scores.
         scale: factor on the scores, 1 / sqrt(A) when None.
+        softcap: c, where a score s becomes c tanh(s / c).
     """
     rows, heads, width = q.shape
     grouped = q.float().view(rows, k.shape[1], -1, 1, width)
     scores = (grouped * k.float()[:, :, None]).sum(dim=-1)  # [R, K, Q / K, S]
     scores = scores * (width**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.view(scores.shape)
     weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(dim=-1)

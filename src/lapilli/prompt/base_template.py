@@ -6,6 +6,7 @@ or with marks that none of our templates has, contradicts nothing.
 Knows texts and templates, no files.
 """
 
+from lapilli.config.families import find_family
 from lapilli.errors import ConfigError
 from lapilli.prompt.template import ChatTemplate, Template
 from lapilli.prompt.templates import TEMPLATES
@@ -37,13 +38,15 @@ def template_of_base(chat_template: str | None, *, family: str = "") -> str | No
 
     Args:
         chat_template: the jinja text beside the base.
-        family: of the language model; mpt has a system text of its own.
+        family: model_type of the language model; mpt has a system text of its own.
     """
     mark = mark_in(chat_template)
     if mark is None:
         return None
-    if mark == "<|im_start|>" and family == "mpt":
-        return "mpt"
+    known = find_family(family)
+    own = known.template if known is not None and known.template_first else None
+    if own is not None and TEMPLATES[own].style == _MARKS[mark]:
+        return own
     if mark == "[INST]" and _SYSTEM_BLOCK in (chat_template or ""):
         return "llava_llama_2"
     return _BY_STYLE[_MARKS[mark]]

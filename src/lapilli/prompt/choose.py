@@ -6,9 +6,9 @@ In this order; the first that says something decides:
     recorded         `lapilli_template` in config.json, which lapilli writes: a template's name, or
                      "chat_template" for the one that lies beside
     chat template    of a checkpoint in the layout of Hugging Face, or of a plain language model
-    model type       llava_mpt -> mpt
+    family           whose template comes before the vocabulary: mpt -> mpt
     vocabulary       <|im_start|> and <|im_end|> are tokens -> chatml_direct (Yi-34B, Hermes)
-    model type       llava_mistral -> mistral_instruct
+    family           with a template: mistral -> mistral_instruct (config/families)
     base             config.json names a chat version of Llama 2 as the base -> llava_llama_2
     projector        linear, the first generation -> llava_v0; deeper -> llava_v1
     nothing          vicuna_v1, the default of the original's training
@@ -26,6 +26,7 @@ Knows plain facts, never files.
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lapilli.config.families import find_family
 from lapilli.errors import PromptError
 from lapilli.prompt.jinja import JinjaTemplate
 from lapilli.prompt.template import ChatTemplate, Template
@@ -208,15 +209,18 @@ def _recorded(name: str, chat_template: JinjaTemplate | None) -> Template:
 
 
 def _by_model(facts: TemplateFacts) -> tuple[str, str] | None:
-    for kind in (facts.model_type, facts.text_type):
-        if kind.endswith("mpt"):
-            return "mpt", f"model_type {kind}"
+    found = [(kind, find_family(kind)) for kind in (facts.model_type, facts.text_type)]
+    named = [
+        (family.template, f"model_type {kind}", family.template_first)
+        for kind, family in found
+        if family is not None and family.template is not None
+    ]
+    for template, reason, comes_first in named:
+        if comes_first:
+            return template, reason
     if facts.has_chatml:
         return "chatml_direct", "<|im_start|> and <|im_end|> are tokens of the vocabulary"
-    for kind in (facts.model_type, facts.text_type):
-        if kind.endswith("mistral"):
-            return "mistral_instruct", f"model_type {kind}"
-    return None
+    return next(((template, reason) for template, reason, _ in named), None)
 
 
 def _by_base(base: str) -> tuple[str, str] | None:

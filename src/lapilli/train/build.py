@@ -31,6 +31,7 @@ from lapilli.checkpoint.save_files import write_json, write_pickled
 from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.template import find_chat_template
 from lapilli.checkpoint.tokenizer_files import add_image_tokens, load_tokenizer
+from lapilli.config.families import family_of
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import is_hf_llava, is_original, parse_config
 from lapilli.config.reader import JsonObject
@@ -244,7 +245,7 @@ def _tokenizer(raw: JsonObject, base: Path, joint: Joint) -> Tokenizer:
         ShapeMismatchError: the vocabulary has far more or far fewer rows than it has tokens.
     """
     config, _ = parse_config(raw, generation=_generation(base))
-    tokenizer = load_tokenizer(base, fast=config.text.family != "llama")
+    tokenizer = load_tokenizer(base, fast=not family_of(config.text).slow_tokenizer)
     rows = config.text.vocab_size
     if abs(rows - tokenizer.vocab_size) > _MOST_ROWS_APART:
         raise ShapeMismatchError(
@@ -314,7 +315,7 @@ def _fresh(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
         projector = build_projector(config.projector, config.vision)
         newline = torch.randn(width) * width**-0.5
-    prefix = "transformer" if config.text.family == "mpt" else "model"
+    prefix = family_of(config.text).stem
     found = {f"{prefix}.mm_projector.{name}": t for name, t in projector.state_dict().items()}
     if config.has_newline:
         found[f"{prefix}.image_newline"] = newline

@@ -14,7 +14,7 @@ Source: Chowdhery et al. 2022 (PaLM) appendix B for the counting; tests/train/te
 
 from dataclasses import dataclass
 
-from lapilli.config.model import DecoderConfig, MptConfig, ProjectorConfig, TextConfig, VisionConfig
+from lapilli.config.model import ProjectorConfig, TextConfig, VisionConfig
 from lapilli.config.operations import (
     of_product,
     patch_operations,
@@ -89,41 +89,16 @@ class SampleFlops:
         return self.model + self.recomputed
 
 
-def linear_widths(text: TextConfig) -> list[tuple[int, int]]:
-    """Input and output width of the linear layers of one decoder layer."""
-    width = text.hidden_size
-    if isinstance(text, MptConfig):
-        inner = text.expansion_ratio * width
-        return [(width, 3 * width), (width, width), (width, inner), (inner, width)]
-    queries, groups = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    attention = [(width, queries), (width, groups), (width, groups), (queries, width)]
-    inner = text.intermediate_size
-    return [*attention, (width, inner), (width, inner), (inner, width)]
-
-
 def sizes(text: TextConfig, vision: VisionConfig, projector: ProjectorConfig) -> Sizes:
     """Numbers in the parts of a model."""
     embedding = text.vocab_size * text.hidden_size
-    biases = text.num_layers * _layer_biases(text)
     return Sizes(
-        layers=text.num_layers * sum(a * b for a, b in linear_widths(text)),
+        layers=text.num_layers * sum(a * b for a, b in text.linear_widths),
         embedding=embedding,
         head=0 if text.tie_embeddings else embedding,
-        norms=(2 * text.num_layers + 1) * text.hidden_size + biases,
+        norms=text.num_layers * text.vector_numbers + text.hidden_size,
         projector=projector_numbers(projector),
         tower=_tower_numbers(vision),
-    )
-
-
-def _layer_biases(text: TextConfig) -> int:
-    if not isinstance(text, DecoderConfig):
-        return 0
-    queries, groups = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    inner = 2 * text.intermediate_size + text.hidden_size
-    return (
-        text.qkv_bias * (queries + 2 * groups)
-        + text.output_bias * text.hidden_size
-        + text.mlp_bias * inner
     )
 
 
@@ -162,7 +137,7 @@ def sample_flops(
     text, vision, projector = parts
     square = 4 * positions**2 * text.num_heads * text.head_dim * text.num_layers
     linear = 2 * positions * sizes(text, vision, projector).layers
-    numbers = sum(lora_rank * (a + b) for a, b in linear_widths(text)) * text.num_layers
+    numbers = sum(lora_rank * (a + b) for a, b in text.linear_widths) * text.num_layers
     adapter = 2 * positions * numbers
     through = [tiles * of_product(one) for one in projector_products(vision, projector)]
     # Nobody asks for the gradient of pixels, nor for that of what a frozen tower has seen.
@@ -182,7 +157,7 @@ def sample_flops(
 
 
 def _last_linear(text: TextConfig) -> int:
-    first, second = linear_widths(text)[-1]
+    first, second = text.linear_widths[-1]
     return first * second
 
 

@@ -21,7 +21,6 @@ from lapilli.errors import ConfigError
 from lapilli.train.flops import (
     SampleFlops,
     Sizes,
-    linear_widths,
     passes_of,
     sample_flops,
     sizes,
@@ -229,7 +228,7 @@ def flops_of(recipe: Recipe, parts: Parts, work: Work) -> SampleFlops:
 
 def adapter_numbers(text: TextConfig, rank: int) -> int:
     """Numbers in adapters beside all linear layers but the head."""
-    return text.num_layers * sum(rank * (a + b) for a, b in linear_widths(text))
+    return text.num_layers * sum(rank * (a + b) for a, b in text.linear_widths)
 
 
 def trained_numbers(recipe: Recipe, text: TextConfig, size: Sizes) -> int:
@@ -263,7 +262,7 @@ def _memory(recipe: Recipe, parts: Parts, work: Work, *, gpus: int, is_sharded: 
     else:
         copies = 2.0 * (trained - (size.embedding if not recipe.lora else 0)) if is_half else 0.0
     if packed:  # one matrix is made floats at a time
-        copies += width * max(a * b for a, b in linear_widths(text))
+        copies += width * max(a * b for a, b in text.linear_widths)
     moments = (8 if recipe.optim.name == "adamw" else 0) + (4 if recipe.optim.ema else 0)
     share = work.supervised / work.positions
     return Memory(
@@ -292,7 +291,7 @@ def layer_bytes(text: TextConfig, *, is_half: bool) -> float:
     """
     width = text.hidden_size
     gated = isinstance(text, DecoderConfig)
-    inner = text.intermediate_size if isinstance(text, DecoderConfig) else 4 * width
+    inner = text.intermediate_size
     groups = text.num_kv_heads * text.head_dim
     saved_inner = (4 if gated else 2) * inner
     if is_half:
@@ -307,7 +306,7 @@ def activation_bytes(recipe: Recipe, text: TextConfig) -> float:
     layer = layer_bytes(text, is_half=is_half)
     if recipe.lora is not None:  # the masks of its dropout, and what is between A and B
         mask, between = int(recipe.lora.dropout > 0), width * recipe.lora.rank
-        layer += sum(mask * a + between for a, _ in linear_widths(text))
+        layer += sum(mask * a + between for a, _ in text.linear_widths)
     if recipe.run.gradient_checkpointing:
         return text.num_layers * width * text.hidden_size + layer
     return text.num_layers * layer

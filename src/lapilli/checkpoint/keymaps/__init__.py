@@ -7,6 +7,15 @@ from lapilli.checkpoint.keymaps.tables import (
     ORIGINAL,
     ORIGINAL_MPT,
     VISION_TOWER,
+    original_keymap,
 )
 
-__all__ = ["HF_LLAVA", "LANGUAGE_MODEL", "ORIGINAL", "ORIGINAL_MPT", "VISION_TOWER", "KeyMap"]
+__all__ = [
+    "HF_LLAVA",
+    "LANGUAGE_MODEL",
+    "ORIGINAL",
+    "ORIGINAL_MPT",
+    "VISION_TOWER",
+    "KeyMap",
+    "original_keymap",
+]

@@ -10,6 +10,8 @@ fresh models of 5.x       as classic, but vision_tower.embeddings... without vis
 """
 
 from lapilli.checkpoint.keymaps.rules import KeyMap
+from lapilli.config.families import find_family
+from lapilli.config.model import TextConfig
 
 TOWER = "modalities.image.vision_tower.vision_model."
 PROJECTOR = "modalities.image.projector."
@@ -44,6 +46,14 @@ ORIGINAL_MPT = KeyMap(
         ("lm_head.", f"{TEXT}lm_head."),
     ),
 )
+
+
+def original_keymap(text: TextConfig) -> KeyMap:
+    """Return the names of a checkpoint in the original layout with this language model."""
+    by_stem = {"model": ORIGINAL, "transformer": ORIGINAL_MPT}
+    family = find_family(text.family)  # a family that is none of ours is refused with its config
+    return by_stem["model" if family is None else family.stem]
+
 
 HF_LLAVA = KeyMap(
     "Hugging Face LLaVA",

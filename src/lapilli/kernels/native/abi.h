@@ -13,7 +13,7 @@
 
 namespace lapilli {
 
-constexpr int kAbi = 8;  // rises when anything here changes; kernels/library.py compares
+constexpr int kAbi = 9;  // rises when anything here changes; kernels/library.py compares
 
 constexpr int64_t kBlock = 16;  // output rows of a block
 constexpr int64_t kChunk = 32;  // inputs are padded to this
@@ -70,6 +70,7 @@ struct AttentionCall {
   int64_t window;  // 0: none
   int64_t threads;
   double scale;
+  double softcap;  // 0: none
 };
 
 // Weights as torch has them, times few tokens.
@@ -140,14 +141,15 @@ struct StoreCall {
 };
 
 struct RowsCall {
-  const float* x;      // [rows, width], rows x_stride apart (silu_mul: width)
-  const float* other;  // rms_norm: weight [width]; silu_mul: [rows, width]
+  const float* x;      // [rows, width], rows x_stride apart (silu_mul, gelu_mul: width)
+  const float* other;  // rms_norm: weight [width]; silu_mul, gelu_mul: [rows, width]
   float* y;            // [rows, width]
   int64_t rows;
   int64_t width;
   int64_t x_stride;
   int64_t threads;
   double eps;
+  double offset;  // added to the weight of rms_norm
 };
 
 struct RotateCall {
@@ -182,7 +184,11 @@ struct Product {
 // A decoder layer for a few positions, each the last of its row of a cache of float32.
 struct LayerCall {
   const float* input_norm;
-  const float* post_norm;
+  const float* mlp_norm;
+  const float* attention_out_norm;  // of what attention adds, or null
+  const float* mlp_out_norm;        // of what the MLP adds, or null
+  const float* q_norm;              // [width], of every head before it is turned, or null
+  const float* k_norm;              // likewise
   const Product* q;
   const Product* k;
   const Product* v;
@@ -211,9 +217,12 @@ struct LayerCall {
   int64_t kind;         // of keys and values: kFloat32 or kBfloat16
   int64_t window;       // 0: none
   int64_t weight_only;  // of packed layers
+  int64_t gelu;         // 1: the MLP's activation is GELU's tanh form, 0: SiLU
   int64_t threads;
   double scale;
   double eps;
+  double norm_offset;  // added to the weights of the norms
+  double softcap;      // of attention scores, 0: none
 };
 
 struct Table {
@@ -224,6 +233,7 @@ struct Table {
   void (*prefill)(const PrefillCall&);
   void (*rms_norm)(const RowsCall&);
   void (*silu_mul)(const RowsCall&);
+  void (*gelu_mul)(const RowsCall&);
   void (*rotate)(const RotateCall&);
   void (*layer)(const LayerCall&);
 };

@@ -67,6 +67,18 @@ inline void for_runs(const AttentionCall& call, const Group& group, const Body& 
   }
 }
 
+// Scores s as c tanh(s / c), with tanh(x) = 1 - 2 / (e^2x + 1); what lies beyond the positions of a
+// head is overwritten by soften.
+template <class S>
+void cap_scores(float* scores, int64_t count, float cap) {
+  using F = typename S::F;
+  const F twice = S::fset(2.0f / cap), most = S::fset(cap), one = S::fset(1.0f), two = S::fset(2.0f * cap);
+  for (int64_t s = 0; s < count; s += S::kLanes) {
+    const F e = exponential<S>(S::mul(S::load(scores + s), twice));
+    S::store(scores + s, S::sub(most, S::div(two, S::add(e, one))));
+  }
+}
+
 template <class S, int64_t kind>
 void score_group(const AttentionCall& call, const Group& group, float* scores, int64_t stride) {
   using F = typename S::F;
@@ -100,6 +112,7 @@ void score_group(const AttentionCall& call, const Group& group, float* scores, i
       }
     }
   });
+  if (call.softcap > 0) cap_scores<S>(scores, group.size * stride, static_cast<float>(call.softcap));
   if (group.slopes == nullptr) return;
   const int64_t seen = group.end - group.begin;
   for (int64_t g = 0; g < group.size; ++g) {

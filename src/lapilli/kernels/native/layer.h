@@ -35,6 +35,12 @@ void product(const LayerCall& call, const Product& layer, const float* x, float*
   products<S>(call, layers, targets, 1, x);
 }
 
+// Rows through a norm into `y`, which may be `x`; without a weight nothing happens.
+template <class S>
+void norm(const LayerCall& call, const float* weight, const float* x, float* y, int64_t rows, int64_t width) {
+  if (weight != nullptr) rms_norm<S>({x, weight, y, rows, width, width, call.threads, call.eps, call.norm_offset});
+}
+
 inline void add(const float* a, const float* b, float* y, int64_t count) {
   for (int64_t i = 0; i < count; ++i) y[i] = a[i] + b[i];
 }
@@ -71,6 +77,7 @@ void attend_layer(const LayerCall& call, const float* q, const float* k, const f
   attend.window = call.window;
   attend.threads = call.threads;
   attend.scale = call.scale;
+  attend.softcap = call.softcap;
   attention<S>(attend);
 }
 
@@ -89,22 +96,27 @@ void layer(const LayerCall& call) {
   float* gate = v + tokens * kv;
   float* up = gate + tokens * inner;
 
-  rms_norm<S>({call.x, call.input_norm, normed, tokens, hidden, hidden, call.threads, call.eps});
+  norm<S>(call, call.input_norm, call.x, normed, tokens, hidden);
   const Product* three[] = {call.q, call.k, call.v};
   float* qkv[] = {q, k, v};
   products<S>(call, three, qkv, 3, normed);
+  norm<S>(call, call.q_norm, q, q, tokens * call.heads, call.width);
+  norm<S>(call, call.k_norm, k, k, tokens * call.kv_heads, call.width);
   rotate_heads<S>(call, q, call.heads);
   rotate_heads<S>(call, k, call.kv_heads);
   attend_layer<S>(call, q, k, v, seen);
   product<S>(call, *call.o, seen, update);
+  norm<S>(call, call.attention_out_norm, update, update, tokens, hidden);
   add(call.x, update, call.y, tokens * hidden);
 
-  rms_norm<S>({call.y, call.post_norm, normed, tokens, hidden, hidden, call.threads, call.eps});
+  norm<S>(call, call.mlp_norm, call.y, normed, tokens, hidden);
   const Product* two[] = {call.gate, call.up};
   float* gates[] = {gate, up};
   products<S>(call, two, gates, 2, normed);
-  silu_mul<S>({gate, up, gate, tokens, inner, inner, call.threads, 0.0});
+  const RowsCall gated{gate, up, gate, tokens, inner, inner, call.threads, 0.0, 0.0};
+  call.gelu ? gelu_mul<S>(gated) : silu_mul<S>(gated);
   product<S>(call, *call.down, gate, update);
+  norm<S>(call, call.mlp_out_norm, update, update, tokens, hidden);
   add(call.y, update, call.y, tokens * hidden);
 }
 

@@ -149,6 +149,10 @@ __attribute__((visibility("default"))) void lapilli_silu_mul(const lapilli::Rows
   lapilli::g_table->silu_mul(*call);
 }
 
+__attribute__((visibility("default"))) void lapilli_gelu_mul(const lapilli::RowsCall* call) {
+  lapilli::g_table->gelu_mul(*call);
+}
+
 __attribute__((visibility("default"))) void lapilli_rotate(const lapilli::RotateCall* call) {
   lapilli::g_table->rotate(*call);
 }

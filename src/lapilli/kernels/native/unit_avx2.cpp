@@ -14,6 +14,7 @@ const Table kAvx2 = {
     prefill<Avx2>,
     rms_norm<Avx2>,
     silu_mul<Avx2>,
+    gelu_mul<Avx2>,
     rotate<Avx2>,
     layer<Avx2>,
 };

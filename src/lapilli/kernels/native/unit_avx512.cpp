@@ -14,6 +14,7 @@ const Table kAvx512 = {
     prefill<Avx512>,
     rms_norm<Avx512>,
     silu_mul<Avx512>,
+    gelu_mul<Avx512>,
     rotate<Avx512>,
     layer<Avx512>,
 };

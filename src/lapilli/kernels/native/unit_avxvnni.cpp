@@ -15,6 +15,7 @@ const Table kAvxVnni = {
     prefill<Avx2>,
     rms_norm<Avx2>,
     silu_mul<Avx2>,
+    gelu_mul<Avx2>,
     rotate<Avx2>,
     layer<Avx2>,
 };

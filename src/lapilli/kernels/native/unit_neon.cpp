@@ -14,6 +14,7 @@ const Table kNeon = {
     prefill<Neon>,
     rms_norm<Neon>,
     silu_mul<Neon>,
+    gelu_mul<Neon>,
     rotate<Neon>,
     layer<Neon>,
 };

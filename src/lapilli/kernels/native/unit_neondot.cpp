@@ -15,6 +15,7 @@ const Table kNeonDot = {
     prefill<Neon>,
     rms_norm<Neon>,
     silu_mul<Neon>,
+    gelu_mul<Neon>,
     rotate<Neon>,
     layer<Neon>,
 };

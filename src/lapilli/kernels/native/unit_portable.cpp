@@ -14,6 +14,7 @@ const Table kPortable = {
     prefill<Portable>,
     rms_norm<Portable>,
     silu_mul<Portable>,
+    gelu_mul<Portable>,
     rotate<Portable>,
     layer<Portable>,
 };
