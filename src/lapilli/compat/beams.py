@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lapilli.generate.beam import BeamRow, Hypothesis, search
-from lapilli.generate.run import Setting, seen_tokens
-from lapilli.generate.sample import row_generators
-from lapilli.generate.step import Decoding
+from lapilli.generate.decode import Decoding
+from lapilli.generate.reference import Setting, seen_tokens
+from lapilli.generate.sampler import row_generators
 from lapilli.model.outputs import FusedBatch
 from lapilli.shapes import Int, Tensor
 

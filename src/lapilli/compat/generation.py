@@ -16,7 +16,7 @@ from lapilli.compat.image_processor import BatchFeature
 from lapilli.compat.tokenizer import PreTrainedTokenizer
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import GenerationError
-from lapilli.generate.run import Setting
+from lapilli.generate.reference import Setting
 from lapilli.model.outputs import FusedBatch
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.shapes import Float, Int, Tensor

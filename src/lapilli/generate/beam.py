@@ -13,9 +13,9 @@ from math import pow as power
 import torch
 
 from lapilli.config.generation import SamplingParams
+from lapilli.generate.decode import Decoding
 from lapilli.generate.outputs import TokenLogprob
-from lapilli.generate.sample import penalize_repetition, report_logprobs, warp
-from lapilli.generate.step import Decoding
+from lapilli.generate.sampler import penalize_repetition, report_logprobs, warp
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 

@@ -19,7 +19,7 @@ from lapilli.errors import LapilliError
 from lapilli.generate.engine import Engine, EngineOptions, Request
 from lapilli.generate.engine.stream import EngineStream
 from lapilli.generate.outputs import Generation, Piece
-from lapilli.generate.run import Stream, generate, stream
+from lapilli.generate.reference import Stream, generate, stream
 from lapilli.nn.kv_cache import KVCache
 from lapilli.pipeline.memory import Memory
 from lapilli.pipeline.ready import ReadyPrompt

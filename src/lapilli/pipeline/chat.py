@@ -18,7 +18,7 @@ from lapilli.config.model import ModelConfig
 from lapilli.errors import CheckpointError, LapilliError, PromptError
 from lapilli.generate.engine import Engine, EngineOptions
 from lapilli.generate.outputs import Generation
-from lapilli.generate.run import check_context
+from lapilli.generate.reference import check_context
 from lapilli.media.fetch import FetchLimits
 from lapilli.modality.image.decode import Alpha, check_alpha
 from lapilli.model.vlm import VisionLanguageModel

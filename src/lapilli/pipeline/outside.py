@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from lapilli.checkpoint.world import World
-from lapilli.generate.cache.identity import content_digest
+from lapilli.generate.engine.feature_cache import content_digest
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.model.vlm import VisionLanguageModel

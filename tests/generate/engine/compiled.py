@@ -1,4 +1,4 @@
-"""A program: the engine with its decode step compiled, run by test_static.py and test_gpu.py.
+"""A program: the engine with its decode step compiled, run by test_cuda_graph.py and test_gpu.py.
 
     python -m tests.generate.engine.compiled CASE cpu|cuda
 

@@ -20,8 +20,8 @@ from tests.generate.engine.conftest import SMALL, alone, picture, request_of
 ROOT = Path(lapilli.__file__).parent / "generate"
 WATCHED = (
     str(ROOT / "engine"),
-    str(ROOT / "cache" / "blocks.py"),
-    str(ROOT / "cache" / "features"),
+    str(ROOT / "engine" / "block_pool.py"),
+    str(ROOT / "feature_cache"),
 )
 NEVER_HERE = ("self._held_by = None", "with self._lock")
 """Python does not look for signals between the beginning of a finally and its first assignment, nor

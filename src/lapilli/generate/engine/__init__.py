@@ -1,6 +1,6 @@
 """One engine for one request or hundreds: continuous batching over blocks of keys and values."""
 
-from lapilli.generate.engine.background import AsyncEngine
+from lapilli.generate.engine.async_engine import AsyncEngine
 from lapilli.generate.engine.engine import Engine
 from lapilli.generate.engine.options import EngineOptions
 from lapilli.generate.engine.request import Request, Ticket

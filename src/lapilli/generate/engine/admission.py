@@ -2,7 +2,7 @@
 
 import hashlib
 
-from lapilli.generate.cache.blocks import BlockPool
+from lapilli.generate.engine.block_pool import BlockPool
 from lapilli.generate.engine.sequence import Sequence
 
 

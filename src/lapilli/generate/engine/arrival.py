@@ -10,14 +10,14 @@ import torch
 
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import FusionError, GenerationError, MediaCountMismatchError, RequestError
-from lapilli.generate.answer import Answer
-from lapilli.generate.cache.blocks import BlockPool
-from lapilli.generate.cache.identity import media_digest
+from lapilli.generate.detokenizer import TokenBytes
+from lapilli.generate.engine.block_pool import BlockPool
+from lapilli.generate.engine.feature_cache import media_digest
 from lapilli.generate.engine.media import check_features
 from lapilli.generate.engine.request import Request, Ticket
 from lapilli.generate.engine.sequence import Sequence
-from lapilli.generate.run import check_context
-from lapilli.generate.text import TokenBytes
+from lapilli.generate.output import Answer
+from lapilli.generate.reference import check_context
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.shapes import Tensor

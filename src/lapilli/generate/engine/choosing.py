@@ -7,7 +7,7 @@ import torch
 
 from lapilli.generate.engine.sequence import Sequence
 from lapilli.generate.outputs import TokenLogprob
-from lapilli.generate.sample import choose, report_logprobs
+from lapilli.generate.sampler import choose, report_logprobs
 from lapilli.shapes import Float, Tensor
 
 

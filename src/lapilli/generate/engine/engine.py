@@ -16,28 +16,28 @@ from typing import Any, TypeVar
 import torch
 
 from lapilli.errors import GenerationError, LapilliError, UnsupportedModelError
-from lapilli.generate.cache.blocks import PrefixStats
 from lapilli.generate.cache.features import FeatureCache
-from lapilli.generate.cache.identity import media_digest
-from lapilli.generate.cache.prefix_file import (
+from lapilli.generate.detokenizer import TokenBytes
+from lapilli.generate.engine.arrival import Arrivals, readable_context
+from lapilli.generate.engine.block_pool import PrefixStats
+from lapilli.generate.engine.completed import answer_as_completed
+from lapilli.generate.engine.core import Stepper
+from lapilli.generate.engine.feature_cache import media_digest
+from lapilli.generate.engine.memory import new_pool
+from lapilli.generate.engine.options import EngineOptions
+from lapilli.generate.engine.prefix_file import (
     model_digest,
     place_prefix,
     read_prefix,
     write_prefix,
 )
-from lapilli.generate.engine.arrival import Arrivals, readable_context
-from lapilli.generate.engine.completed import answer_as_completed
-from lapilli.generate.engine.memory import new_pool
-from lapilli.generate.engine.options import EngineOptions
 from lapilli.generate.engine.request import Request, Ticket, tell
-from lapilli.generate.engine.roster import Roster
-from lapilli.generate.engine.stepper import Stepper
+from lapilli.generate.engine.scheduler import Roster
 from lapilli.generate.engine.stream import EngineStream
 from lapilli.generate.model_lock import lock_of
 from lapilli.generate.outputs import Generation
 from lapilli.generate.payoff import Payoff
-from lapilli.generate.speculate import Drafter, DraftModel, PromptLookup
-from lapilli.generate.text import TokenBytes
+from lapilli.generate.speculative import Drafter, DraftModel, PromptLookup
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.shapes import Float, Tensor
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lapilli.errors import GenerationError
-from lapilli.generate.cache.blocks import BlockPool
+from lapilli.generate.engine.block_pool import BlockPool
 from lapilli.generate.engine.options import MIB, EngineOptions
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.block_store import BlockStore, QuantizedBlockStore

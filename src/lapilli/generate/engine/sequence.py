@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from lapilli.config.generation import SamplingParams
-from lapilli.generate.answer import Answer
-from lapilli.generate.cache.blocks import BlockTable, media_keys
+from lapilli.generate.engine.block_pool import BlockTable, media_keys
 from lapilli.generate.engine.request import Ticket
+from lapilli.generate.output import Answer
 from lapilli.generate.outputs import TokenLogprob
-from lapilli.generate.speculate import Drafting, IsWorth
+from lapilli.generate.speculative import Drafting, IsWorth
 from lapilli.nn.paged import MOST_TOGETHER
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.shapes import Bool, Float, Tensor

@@ -16,19 +16,19 @@ from typing import cast
 from torch import nn
 
 from lapilli.errors import GenerationError, LapilliError
-from lapilli.generate.cache.blocks import BlockPool
 from lapilli.generate.cache.features import FeatureCache
-from lapilli.generate.cache.identity import WeightWatch
 from lapilli.generate.engine.admission import Admission, root_digest
+from lapilli.generate.engine.block_pool import BlockPool
 from lapilli.generate.engine.choosing import Share, extend, prepare_choosing
+from lapilli.generate.engine.feature_cache import WeightWatch
 from lapilli.generate.engine.media import MediaReader
+from lapilli.generate.engine.model_runner import Reader
 from lapilli.generate.engine.options import EngineOptions
-from lapilli.generate.engine.reading import Reader
 from lapilli.generate.engine.request import Ticket
-from lapilli.generate.engine.roster import Roster
+from lapilli.generate.engine.scheduler import Roster
 from lapilli.generate.engine.sequence import Sequence
 from lapilli.generate.payoff import Offer, Payoff
-from lapilli.generate.speculate import Drafter, Drafting
+from lapilli.generate.speculative import Drafter, Drafting
 from lapilli.model.vlm import VisionLanguageModel
 
 LOG = logging.getLogger(__name__)

@@ -10,13 +10,13 @@ import torch
 
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import ContextTooLongError, GenerationError
-from lapilli.generate.answer import Answer
 from lapilli.generate.beam import BeamRow, search
+from lapilli.generate.decode import Decoding
+from lapilli.generate.detokenizer import SettlingText, TokenBytes
+from lapilli.generate.output import Answer
 from lapilli.generate.outputs import Generation, Piece
-from lapilli.generate.sample import choose, report_logprobs, row_generators
-from lapilli.generate.step import Decoding
+from lapilli.generate.sampler import choose, report_logprobs, row_generators
 from lapilli.generate.stop import StopStrings
-from lapilli.generate.text import SettlingText, TokenBytes
 from lapilli.lm.base import LanguageModel
 from lapilli.model.outputs import FusedBatch
 from lapilli.model.vlm import VisionLanguageModel

@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
 )
 
 from lapilli.config.generation import SamplingParams
-from lapilli.generate.sample import (
+from lapilli.generate.sampler import (
     choose,
     draw,
     filter_min_p,

@@ -6,10 +6,10 @@ from collections.abc import Sequence as Items
 import torch
 
 from lapilli.generate.engine.choosing import Share
+from lapilli.generate.engine.cuda_graph import StaticSteps, static_steps, ways
 from lapilli.generate.engine.media import lay_over
 from lapilli.generate.engine.memory import give_back
 from lapilli.generate.engine.options import EngineOptions
-from lapilli.generate.engine.static import StaticSteps, static_steps, ways
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.block_store import BlockStore
 from lapilli.nn.paged import PagedBatch, PagedRow

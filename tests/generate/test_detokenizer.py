@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lapilli.generate.text import SettlingText
+from lapilli.generate.detokenizer import SettlingText
 from lapilli.prompt.tokenizer import Tokenizer, TokenizerFiles, build_tokenizer
 
 KINDS = ["slow", "slow, not legacy", "fast", "byte level"]

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lapilli.errors import GenerationError
-from lapilli.generate.engine import Engine, EngineOptions, reading, static
-from lapilli.generate.engine.reading import read
-from lapilli.generate.engine.static import StaticSteps, doublings, ways
+from lapilli.generate.engine import Engine, EngineOptions
+from lapilli.generate.engine import cuda_graph as static
+from lapilli.generate.engine import model_runner as reading
+from lapilli.generate.engine.cuda_graph import StaticSteps, doublings, ways
+from lapilli.generate.engine.model_runner import read
 from lapilli.lora import LoraConfig, inject, merge
 from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
 from tests.generate.conftest import WordTokenizer

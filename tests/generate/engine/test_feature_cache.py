@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lapilli.generate.cache.identity import WeightWatch, content_digest
+from lapilli.generate.engine.feature_cache import WeightWatch, content_digest
 from lapilli.geometry import ImageSize
 from lapilli.lora import LoraConfig, inject, merge
 from lapilli.modality.image.pixels import PreparedImage

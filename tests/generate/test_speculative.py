@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lapilli.errors import GenerationError
 from lapilli.generate.engine import Engine
 from lapilli.generate.payoff import Payoff
-from lapilli.generate.speculate import CONTEXTS, Drafter, DraftModel, PromptLookup
+from lapilli.generate.speculative import CONTEXTS, Drafter, DraftModel, PromptLookup
 from lapilli.lm.decoder import Decoder
 from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.agreement import assert_same

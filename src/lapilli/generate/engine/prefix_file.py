@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lapilli.errors import CheckpointError, MissingFileError
-from lapilli.generate.cache.blocks import BlockPool, Prefix
+from lapilli.generate.engine.block_pool import BlockPool, Prefix
 from lapilli.nn.block_store import BlockStore
 from lapilli.shapes import Tensor
 

@@ -3,9 +3,9 @@
 from collections.abc import Collection
 
 from lapilli.config.generation import SamplingParams
+from lapilli.generate.detokenizer import SettlingText, TokenBytes
 from lapilli.generate.outputs import FinishReason, Generation, Piece, TokenLogprob
 from lapilli.generate.stop import StopStrings
-from lapilli.generate.text import SettlingText, TokenBytes
 
 
 class Answer:

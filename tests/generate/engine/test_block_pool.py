@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from lapilli.config.model import DecoderConfig
-from lapilli.generate.cache.blocks import BlockPool, chain_digest, media_keys
+from lapilli.generate.engine.block_pool import BlockPool, chain_digest, media_keys
 from lapilli.nn.block_store import BlockStore
 
 SIZE = 4

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lapilli.errors import CheckpointError, MissingFileError
-from lapilli.generate.cache.prefix_file import model_digest, read_prefix
 from lapilli.generate.engine import Engine
+from lapilli.generate.engine.prefix_file import model_digest, read_prefix
 from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.conftest import SMALL, build, picture, request_of
 
