@@ -266,9 +266,9 @@ def test_context(model, tokenizer, fused: Fused):
     params = SamplingParams(max_new_tokens=20)
     [answer] = generate(model, fused([1] * 60), params, tokenizer=tokenizer)
     assert (len(answer.token_ids), answer.finish_reason) == (4, "length")
-    with pytest.raises(ContextTooLongError, match=r"row 1 has 64 positions.* may have 64: shorten"):
+    with pytest.raises(ContextTooLongError, match=r"row 1 has 64 tokens.* may have 64: shorten"):
         generate(model, fused([1], [1] * 64), params, tokenizer=tokenizer)
-    with pytest.raises(ContextTooLongError, match=r"row 0 has 9 positions, .* may have 9"):
+    with pytest.raises(ContextTooLongError, match=r"row 0 has 9 tokens, .* may have 9"):
         stream(model, fused([1] * 9), params, tokenizer=tokenizer, context_length=9)
 
 

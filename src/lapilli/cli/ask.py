@@ -20,7 +20,7 @@ from lapilli.cli.terminal import (
 from lapilli.errors import MediaError
 
 if TYPE_CHECKING:
-    from lapilli.generate.outputs import Generation
+    from lapilli.generate.output import Generation
     from lapilli.pipeline import Chat
 
 QUESTION_FIRST = 'the question comes first: lapilli ask "QUESTION" IMAGE'

@@ -23,7 +23,7 @@ from lapilli.errors import LapilliError
 
 if TYPE_CHECKING:
     from lapilli.config.generation import SamplingParams
-    from lapilli.generate.outputs import Generation
+    from lapilli.generate.output import Generation
     from lapilli.pipeline import Chat
     from lapilli.prompt.message import Message
 

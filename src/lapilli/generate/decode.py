@@ -1,70 +1,74 @@
-"""One step of the language model: prompt in, or one token per row in, logits out.
+"""Passes of a language model over a padded batch: prefill, then one token per row at a time.
 
-Knows the cache and the mask; must not know what a token means or when to stop.
+A model is run by one thread at a time: engines and the plain loop hold the same lock in every
+pass. Knows the cache and the mask; must not know what a token means or when to stop.
 """
 
+import os
+import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
 
-from lapilli.generate.model_lock import lock_of
 from lapilli.lm.base import LanguageModel
 from lapilli.model.outputs import FusedBatch
 from lapilli.nn.kv_cache import KVCache
-from lapilli.shapes import Bool, Float, Int, Tensor
+from lapilli.shapes import Float, Int, Tensor
 
 
-def prefill(
-    language_model: LanguageModel, batch: FusedBatch, cache: KVCache
-) -> Float[Tensor, "B V"]:
-    """Logits after the last position of every row; the cache then holds the whole prompt.
+class ModelLock:
+    """Lock of one language model; the thread that holds it may take it again.
 
-    Args:
-        language_model: any.
-        batch: rows padded on the left.
-        cache: empty, or holding the first `cache.length` positions of these very rows, which are
-            then not computed again.
+    Taken as `with lock.turn:`, never through a function: an interrupt between the two would leave
+    it locked for good.
     """
-    start = cache.length
-    hidden = language_model.forward(
-        batch.inputs_embeds[:, start:],
-        position_ids=batch.position_ids[:, start:],
-        attention_mask=needed_mask(batch),
-        cache=cache,
-    )
-    # The head is the widest matrix of a small model: only the last position needs it.
-    return language_model.logits(hidden[:, -1])
+
+    def __init__(self) -> None:
+        self.turn = threading.RLock()
+
+    def reset(self) -> None:
+        """Unlock in a forked process: the threads that held it were not forked along."""
+        self.turn = threading.RLock()
 
 
-def decode_one(
-    language_model: LanguageModel,
-    token_ids: Int[Tensor, " B"],
-    position_ids: Int[Tensor, "B 1"],
-    attention_mask: Bool[Tensor, "B S"] | None,
-    cache: KVCache,
-) -> Float[Tensor, "B V"]:
-    """Logits after one more token of every row, which is added to the cache."""
-    hidden = language_model.forward(
-        language_model.embed(token_ids.unsqueeze(1)),
-        position_ids=position_ids,
-        attention_mask=attention_mask,
-        cache=cache,
-    )
-    return language_model.logits(hidden[:, -1])
+class _Locks:
+    """The locks of all language models that are alive."""
+
+    def __init__(self) -> None:
+        self._finding = threading.Lock()
+        self._found: weakref.WeakKeyDictionary[object, ModelLock] = weakref.WeakKeyDictionary()
+
+    def of(self, language_model: object) -> ModelLock:
+        with self._finding:
+            return self._found.setdefault(language_model, ModelLock())
+
+    def reset(self) -> None:
+        self._finding = threading.Lock()
+        for lock in list(self._found.values()):
+            lock.reset()
 
 
-def needed_mask(batch: FusedBatch) -> Bool[Tensor, "B T"] | None:
-    """The mask of a batch, or None where nothing is padded: attention is faster without one."""
-    return None if bool(batch.attention_mask.all()) else batch.attention_mask
+_LOCKS = _Locks()
 
 
-class Decoding:
-    """The rows of a batch while their answers grow: cache, mask and positions of the next step.
+def lock_of(language_model: object) -> ModelLock:
+    """Return the lock of this language model, the same one for everybody."""
+    return _LOCKS.of(language_model)
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_LOCKS.reset)
+
+
+class DecodingBatch:
+    """The rows of a batch while they are decoded: cache, mask and positions of the next step.
 
     Args:
         language_model: any.
         batch: the prompts.
-        cache: see `prefill`.
+        cache: empty, or holding the first `cache.length` positions of these very rows, which are
+            then not computed again.
         room: most tokens that may follow the prompt.
     """
 
@@ -78,16 +82,25 @@ class Decoding:
         self.cache = cache
         # Counted, not read from the last column: prepared rows of compat may end in padding.
         self._positions = batch.attention_mask.sum(dim=1, keepdim=True) - 1
-        self._mask = needed_mask(batch)
+        # None where nothing is padded: attention is faster without a mask.
+        self._mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
 
     @torch.inference_mode()
     def prefill(self) -> Float[Tensor, "B V"]:
-        """Logits after the prompt; the prompt's embeddings are let go."""
+        """Return the logits after the prompt; the prompt's embeddings are let go."""
         batch, self._batch = self._batch, None
         if batch is None:
             raise RuntimeError("this prompt was prefilled before")
+        start = self.cache.length
         with self._lock.turn:
-            logits = prefill(self._language_model, batch, self.cache)
+            hidden = self._language_model.forward(
+                batch.inputs_embeds[:, start:],
+                position_ids=batch.position_ids[:, start:],
+                attention_mask=self._mask,
+                cache=self.cache,
+            )
+            # The head is the widest matrix of a small model: only the last position needs it.
+            logits = self._language_model.logits(hidden[:, -1])
         self._positions = self._positions + 1
         if self._mask is not None:
             # Room for all steps at once, so that a step only takes a longer view of it.
@@ -99,10 +112,16 @@ class Decoding:
 
     @torch.inference_mode()
     def advance(self, token_ids: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-        """Logits after one more token of every row."""
+        """Return the logits after one more token of every row."""
         mask = None if self._mask is None else self._mask[:, : self.cache.length + 1]
         with self._lock.turn:
-            logits = decode_one(self._language_model, token_ids, self._positions, mask, self.cache)
+            hidden = self._language_model.forward(
+                self._language_model.embed(token_ids.unsqueeze(1)),
+                position_ids=self._positions,
+                attention_mask=mask,
+                cache=self.cache,
+            )
+            logits = self._language_model.logits(hidden[:, -1])
         self._positions += 1
         return logits
 

@@ -1,7 +1,8 @@
-"""Text from tokens as they come: knows what bytes a token stands for, no torch and no model.
+"""Incremental detokenizer: text from tokens as they come, cut before stop strings.
 
 A character may need several tokens (byte-level BPE, byte fallback), and the first word of an
-answer loses its leading space while a later one keeps it.
+answer loses its leading space while a later one keeps it. A text that might still become a stop
+string is held back, so nobody ever sees a part of one. Imports no torch and knows no model.
 """
 
 from codecs import getincrementaldecoder
@@ -15,7 +16,7 @@ Utf8Decoder = getincrementaldecoder("utf-8")
 
 @runtime_checkable
 class TokenBytes(Protocol):
-    """What generation asks of a tokenizer; every `lapilli.prompt.tokenizer.Tokenizer` has it."""
+    """The part of a tokenizer (`lapilli.prompt.tokenizer.Tokenizer`) that generation needs."""
 
     @property
     def eos_id(self) -> int | None:
@@ -26,17 +27,17 @@ class TokenBytes(Protocol):
         """Tokens that are not part of a text."""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text, in UTF-8; not necessarily whole characters.
+        """Return what a token adds to the text, in UTF-8; not necessarily whole characters.
 
         Raises:
             PromptError: the tokenizer has no such token.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens without special ones."""
+        """Return the text of tokens without special ones."""
 
 
-class SettlingText:
+class IncrementalDetokenizer:
     """The text of a growing list of tokens, handed out as soon as it is certain.
 
     The pieces in order, with that of `flush` at the end, are `tokenizer.decode` of all ids.
@@ -60,7 +61,7 @@ class SettlingText:
         self._is_open = True
 
     def push(self, token_id: int) -> str:
-        """The text that this token makes certain; empty while a character is incomplete."""
+        """Return the text that this token makes certain; empty while a character is incomplete."""
         if token_id in self._silent:
             return ""
         try:
@@ -83,12 +84,12 @@ class SettlingText:
         return self._shown(_white(self._behind()) + text.lstrip())
 
     def flush(self) -> str:
-        """The rest: an incomplete character as a replacement character."""
+        """Return the rest: an incomplete character as a replacement character."""
         text = self._utf8.decode(b"", final=True)
         return self._shown(_white(self._behind()) + text if self._is_open else text)
 
     def _behind(self) -> str:
-        """What `decode` has behind the text so far."""
+        """Return what `decode` has behind the text so far."""
         return self._tokenizer.decode(self._ids)[self._length :]
 
     def _shown(self, text: str) -> str:
@@ -97,5 +98,45 @@ class SettlingText:
 
 
 def _white(text: str) -> str:
-    """White space that a text begins with."""
+    """Return the white space that a text begins with."""
     return text[: len(text) - len(text.lstrip())]
+
+
+class StopStrings:
+    """Finds stop strings across token borders and cuts the text before the one completed first.
+
+    The result does not depend on how the text is cut into pieces: among several stop strings the
+    one that ends first counts, and of those the longest.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str) -> str:
+        """Return the part of the text that is now certain and has not been returned before."""
+        if self.found is not None:
+            return ""
+        text = self._held + text
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            _, start, self.found = min(ends)
+            self._held = ""
+            return text[:start]
+        kept = self._forming(text)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def flush(self) -> str:
+        """Return what was held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _forming(self, text: str) -> int:
+        """Return the length of the longest end of the text that begins a stop string."""
+        longest = min(max(map(len, self._stops), default=1) - 1, len(text))
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
+                return length
+        return 0

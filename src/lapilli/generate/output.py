@@ -1,15 +1,70 @@
-"""The answer of one row while it grows: its tokens, its text, why it ended; no torch, no model."""
+"""What generation hands out: chunks (Piece), results (Generation), and the state they come from.
+
+Imports no torch and knows no model.
+"""
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
 
 from lapilli.config.generation import SamplingParams
-from lapilli.generate.detokenizer import SettlingText, TokenBytes
-from lapilli.generate.outputs import FinishReason, Generation, Piece, TokenLogprob
-from lapilli.generate.stop import StopStrings
+from lapilli.generate.detokenizer import IncrementalDetokenizer, StopStrings, TokenBytes
+
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
-class Answer:
-    """Takes the tokens of one row and decides when they end.
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How probable a token was, and what else could have stood there.
+
+    Natural logarithms of the model's own probabilities: before bias, penalties, temperature and
+    filters, so they do not depend on how the token was sampled.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished answer.
+
+    Attributes:
+        token_ids: every generated token, the one that ended the answer included.
+        text: without special tokens, and without the stop string or stop token that ended it.
+        finish_reason: `stop` (end token, stop token, stop string), `length` (max_new_tokens or the
+            context is used up) or `cancelled`.
+        logprobs: one report per token, if SamplingParams.logprobs asked for it.
+        score: of the best beam: log-probability / length ** length_penalty; None without beams.
+        prompt_len: tokens of the prompt, every visual token counted.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    score: float | None = None
+    prompt_len: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of an answer that became certain since the piece before it.
+
+    Attributes:
+        text: never a part of a character or of a stop string.
+        token_ids: generated since the piece before.
+        finish_reason: set on the last piece only.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+class GenerationState:
+    """An answer while it is generated: its tokens and text, and whether they have ended.
 
     Args:
         tokenizer: turns ids into text.
@@ -28,19 +83,19 @@ class Answer:
         limit: int,
         prompt_len: int = 0,
     ) -> None:
-        self._settling = SettlingText(tokenizer)
+        self.limit = limit
+        self.finish_reason: FinishReason | None = None
+        self.score: float | None = None
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._stops = StopStrings(params.stop)
         self._stop_ids = stop_ids
-        self._limit = limit
         self._prompt_len = prompt_len
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
-        self._pieces: list[str] = []
-        self._taken_tokens = 0
-        self._taken_pieces = 0
-        self._end_taken = False
-        self.finish_reason: FinishReason | None = None
-        self.score: float | None = None
+        self._texts: list[str] = []
+        self._num_taken_tokens = 0
+        self._num_taken_texts = 0
+        self._is_end_taken = False
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -48,13 +103,13 @@ class Answer:
         return tuple(self._token_ids)
 
     @property
-    def limit(self) -> int:
-        """Most tokens that this answer may have."""
-        return self._limit
+    def num_tokens(self) -> int:
+        """Number of tokens so far."""
+        return len(self._token_ids)
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing more is taken."""
+        """Whether no further token is taken."""
         return self.finish_reason is not None
 
     def push(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
@@ -65,10 +120,10 @@ class Answer:
         if token_id in self._stop_ids:
             self._finish("stop")
             return
-        self._pieces.append(self._stops.push(self._settling.push(token_id)))
+        self._texts.append(self._stops.push(self._detokenizer.push(token_id)))
         if self._stops.found is not None:
             self.finish_reason = "stop"
-        elif len(self._token_ids) >= self._limit:
+        elif len(self._token_ids) >= self.limit:
             self._finish("length")
 
     def cancel(self) -> None:
@@ -77,25 +132,25 @@ class Answer:
             self._finish("cancelled")
 
     def take(self) -> Piece | None:
-        """What came since the last call; None while there is nothing to show.
+        """Return what came since the last call; None while there is nothing to show.
 
         The piece that tells the end may be empty.
         """
-        text = "".join(self._pieces[self._taken_pieces :])
-        if self._end_taken or not (text or self.is_finished):
+        text = "".join(self._texts[self._num_taken_texts :])
+        if self._is_end_taken or not (text or self.is_finished):
             return None
-        self._end_taken = self.is_finished
-        token_ids = tuple(self._token_ids[self._taken_tokens :])
-        self._taken_pieces = len(self._pieces)
-        self._taken_tokens = len(self._token_ids)
+        self._is_end_taken = self.is_finished
+        token_ids = tuple(self._token_ids[self._num_taken_tokens :])
+        self._num_taken_texts = len(self._texts)
+        self._num_taken_tokens = len(self._token_ids)
         return Piece(text, token_ids, self.finish_reason)
 
     def result(self) -> Generation:
-        """The answer so far; cancelled, if it had not ended."""
+        """Return the answer so far; cancelled, if it had not ended."""
         self.cancel()
         return Generation(
-            token_ids=tuple(self._token_ids),
-            text="".join(self._pieces),
+            token_ids=self.token_ids,
+            text="".join(self._texts),
             finish_reason=self.finish_reason or "cancelled",
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
             score=self.score,
@@ -104,7 +159,7 @@ class Answer:
 
     def _finish(self, reason: FinishReason) -> None:
         """Hand out what was held back: it cannot become anything else any more."""
-        self._pieces.append(self._stops.push(self._settling.flush()))
+        self._texts.append(self._stops.push(self._detokenizer.flush()))
         if self._stops.found is None:
-            self._pieces.append(self._stops.flush())
+            self._texts.append(self._stops.flush())
         self.finish_reason = "stop" if self._stops.found is not None else reason

@@ -1,6 +1,7 @@
-"""From a fused prompt to answers: greedy, sampled or by beams, at once or as a stream.
+"""Reference decode loop: from a fused prompt to answers, greedy, sampled or by beams.
 
-Knows tokens and when they end; must not know pictures, templates or files.
+The plain loop that the engine is compared with; beams, and language models that cannot run rows of
+several lengths at once, are decoded by it. Must not know pictures, templates or files.
 """
 
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
@@ -11,19 +12,22 @@ import torch
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import ContextTooLongError, GenerationError
 from lapilli.generate.beam import BeamRow, search
-from lapilli.generate.decode import Decoding
-from lapilli.generate.detokenizer import SettlingText, TokenBytes
-from lapilli.generate.output import Answer
-from lapilli.generate.outputs import Generation, Piece
-from lapilli.generate.sampler import choose, report_logprobs, row_generators
-from lapilli.generate.stop import StopStrings
+from lapilli.generate.decode import DecodingBatch
+from lapilli.generate.detokenizer import IncrementalDetokenizer, StopStrings, TokenBytes
+from lapilli.generate.output import Generation, GenerationState, Piece
+from lapilli.generate.sampler import (
+    LogitsProcessors,
+    Sampler,
+    SamplingState,
+    active_processors,
+    check_logit_bias,
+    new_generator,
+)
 from lapilli.lm.base import LanguageModel
 from lapilli.model.outputs import FusedBatch
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.kv_cache import KVCache
-from lapilli.shapes import Bool, Float, Tensor
-
-__all__ = ["Generation", "Piece", "Stream", "check_context", "generate", "stream"]
+from lapilli.shapes import Float, Tensor
 
 # What `next` returns when nothing follows; a step itself is None.
 OVER = object()
@@ -40,26 +44,27 @@ def generate(
     context_length: int | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Generation]:
-    """One answer per row; rows of unequal length are fine, each is answered as if it were alone.
+    """Return one answer per row; rows of unequal length are each answered as if they were alone.
 
     Args:
         model: the model.
         batch: prompts, padded on the left.
-        params: how to choose tokens and when to stop.
+        params: how to sample tokens and when to stop.
         tokenizer: turns ids into text.
         prompt_ids: token ids of each row's prompt text, which the repetition penalty then counts as
             seen, as the transformers library does when it is given ids. None: only new tokens
             count, as in the original, whose generation sees embeddings only.
         eos_ids: end tokens of the model; None: the tokenizer's. An empty collection: none.
-        context_length: most positions of prompt and answer; None: what the language model reads.
+        context_length: most tokens of prompt and answer; None: what the language model reads.
         cancelled: asked after every token; True ends all answers with finish_reason `cancelled`.
 
     Raises:
         ContextTooLongError: a prompt leaves no room for a single token.
+        GenerationError: a bias for a token that the model does not have.
     """
-    setting = Setting.of(model.language_model, tokenizer, params, eos_ids, context_length)
-    answers = setting.new_answers(batch)
-    steps = setting.grow(batch, answers, prompt_ids=prompt_ids)
+    context = GenerationContext.of(model.language_model, tokenizer, params, eos_ids, context_length)
+    answers = context.new_answers(batch)
+    steps = context.decode(batch, answers, prompt_ids=prompt_ids)
     for _ in steps:
         if cancelled is not None and cancelled():
             steps.close()
@@ -73,13 +78,13 @@ class Stream(Iterator[Piece]):
     piece at the end, because the best beam is not known before.
     """
 
-    def __init__(self, steps: Generator[None, None, None], answer: Answer) -> None:
+    def __init__(self, steps: Generator[None, None, None], answer: GenerationState) -> None:
         self._steps = steps
         self._answer = answer
         self._is_over = False
 
     def __next__(self) -> Piece:
-        """The next piece."""
+        """Return the next piece."""
         while not self._is_over:
             self._is_over = next(self._steps, OVER) is OVER
             piece = self._answer.take()
@@ -110,12 +115,12 @@ def stream(
     context_length: int | None = None,
     cache: KVCache | None = None,
 ) -> Stream:
-    """The answer of one row, piece by piece.
+    """Return the answer of one row as an iterator of its pieces.
 
     Args:
         model: the model.
         batch: one row.
-        params: how to choose tokens and when to stop.
+        params: how to sample tokens and when to stop.
         tokenizer: turns ids into text.
         prompt_ids: see `generate`.
         eos_ids: see `generate`.
@@ -134,36 +139,36 @@ def stream(
         raise GenerationError(
             f"num_beams {params.num_beams} with a cache of one row: beams need a cache of their own"
         )
-    setting = Setting.of(model.language_model, tokenizer, params, eos_ids, context_length)
-    answers = setting.new_answers(batch)
-    return Stream(setting.grow(batch, answers, prompt_ids=prompt_ids, cache=cache), answers[0])
+    context = GenerationContext.of(model.language_model, tokenizer, params, eos_ids, context_length)
+    answers = context.new_answers(batch)
+    return Stream(context.decode(batch, answers, prompt_ids=prompt_ids, cache=cache), answers[0])
 
 
-def check_context(positions: int, context_length: int, *, row: int = 0, visual: int = 0) -> int:
-    """Tokens that an answer may have after a prompt of so many positions.
+def check_context(num_tokens: int, context_length: int, *, row: int = 0, visual: int = 0) -> int:
+    """Return how many tokens an answer may have after a prompt of so many.
 
     Args:
-        positions: of the prompt, every visual token counted.
-        context_length: most positions of prompt and answer.
+        num_tokens: of the prompt, every visual token counted.
+        context_length: most tokens of prompt and answer.
         row: named in the error.
-        visual: how many of the positions are visual; named in the error.
+        visual: how many of the tokens are visual; named in the error.
 
     Raises:
         ContextTooLongError: there is no room for a single token.
     """
-    room = context_length - positions
+    room = context_length - num_tokens
     if room < 1:
         seen = f", {visual} of them visual tokens" if visual else ""
         raise ContextTooLongError(
-            f"the prompt of row {row} has {positions} positions{seen}, but prompt and answer "
+            f"the prompt of row {row} has {num_tokens} tokens{seen}, but prompt and answer "
             f"together may have {context_length}: shorten the text or send fewer or smaller images"
         )
     return room
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What all rows of one call share."""
+class GenerationContext:
+    """What all rows of one call share, and the decode loop over them."""
 
     language_model: LanguageModel
     tokenizer: TokenBytes
@@ -179,8 +184,13 @@ class Setting:
         params: SamplingParams,
         eos_ids: Collection[int] | None,
         context_length: int | None,
-    ) -> "Setting":
-        """The setting, with the model's own values where the caller gave none."""
+    ) -> "GenerationContext":
+        """Return the context, with the model's own values where the caller gave none.
+
+        Raises:
+            GenerationError: a bias for a token that the model does not have.
+        """
+        check_logit_bias(params, language_model.config.vocab_size)
         if eos_ids is None:
             eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         if context_length is None:
@@ -188,11 +198,11 @@ class Setting:
         stop_ids = frozenset(eos_ids) | frozenset(params.stop_token_ids)
         return cls(language_model, tokenizer, params, stop_ids, context_length)
 
-    def new_answers(self, batch: FusedBatch) -> list[Answer]:
-        """An empty answer per row, limited to what the context leaves."""
+    def new_answers(self, batch: FusedBatch) -> list[GenerationState]:
+        """Return an empty answer per row, limited to what the context leaves."""
         lengths = batch.attention_mask.sum(dim=1).tolist()
         return [
-            Answer(
+            GenerationState(
                 self.tokenizer,
                 self.params,
                 stop_ids=self.stop_ids,
@@ -205,10 +215,10 @@ class Setting:
             for row, length in enumerate(lengths)
         ]
 
-    def grow(
+    def decode(
         self,
         batch: FusedBatch,
-        answers: Sequence[Answer],
+        answers: Sequence[GenerationState],
         *,
         prompt_ids: Sequence[Sequence[int]] | None,
         cache: KVCache | None = None,
@@ -218,71 +228,71 @@ class Setting:
         longest = max(answer.limit for answer in answers)
         if cache is None:
             cache = self.language_model.new_cache(rows, length + longest)
-        decoding = Decoding(self.language_model, batch, cache, room=longest)
+        decoding = DecodingBatch(self.language_model, batch, cache, room=longest)
         del batch  # the embeddings of the prompt are not needed after the prefill
         logits = decoding.prefill()
-        seen = None
-        if self.params.repetition_penalty != 1:
-            seen = seen_tokens(prompt_ids or (), logits)
-        if self.params.num_beams > 1:
-            yield from self._grow_beams(decoding, logits, answers, seen)
-        else:
-            yield from self._grow_tokens(decoding, logits, answers, seen)
+        decode = self._decode_beams if self.params.num_beams > 1 else self._decode_tokens
+        yield from decode(decoding, logits, answers, prompt_ids or [()] * rows)
 
-    def _grow_tokens(
+    def _decode_tokens(
         self,
-        decoding: Decoding,
+        decoding: DecodingBatch,
         logits: Float[Tensor, "B V"],
-        answers: Sequence[Answer],
-        seen: Bool[Tensor, "B V"] | None,
+        answers: Sequence[GenerationState],
+        prompt_ids: Sequence[Sequence[int]],
     ) -> Generator[None, None, None]:
-        params = self.params
-        active = list(answers)
-        # Greedy draws nothing, so it leaves torch's global random source alone.
-        draws = params.temperature > 0
-        generators = row_generators(len(active) if draws else 0, params.seed, logits.device)
+        vocab_size, device = logits.shape[-1], logits.device
+        active = [
+            (answer, SamplingState(self.params, vocab_size, device, prompt_ids=token_ids))
+            for answer, token_ids in zip(answers, prompt_ids, strict=True)
+        ]
         while True:
-            tokens = choose(logits, params, generators, seen=seen)
-            token_ids = tokens.tolist()
-            if params.logprobs is None:
-                for answer, token_id in zip(active, token_ids, strict=True):
-                    answer.push(token_id)
-            else:
-                reports = report_logprobs(logits, token_ids, params.logprobs)
-                for answer, report in zip(active, reports, strict=True):
-                    answer.push(report.token_id, report)
+            sampler = Sampler(logits)
+            token_ids = []
+            for row, (answer, state) in enumerate(active):
+                token_id, report = sampler.sample(row, state)
+                answer.push(token_id, report)
+                token_ids.append(token_id)
             yield
-            if seen is not None:
-                seen = seen.scatter(1, tokens.unsqueeze(1), True)
-            going = [at for at, answer in enumerate(active) if not answer.is_finished]
+            going = [row for row, (answer, _) in enumerate(active) if not answer.is_finished]
             if not going:
                 return
             if len(going) < len(active):
-                active = [active[at] for at in going]
-                generators = [generators[at] for at in going] if draws else []
-                tokens = tokens[going]
-                seen = None if seen is None else seen[going]
+                active = [active[row] for row in going]
                 decoding.take(going)
+            tokens = torch.tensor([token_ids[row] for row in going], device=device)
             logits = decoding.advance(tokens)
 
-    def _grow_beams(
+    def _decode_beams(
         self,
-        decoding: Decoding,
+        decoding: DecodingBatch,
         logits: Float[Tensor, "B V"],
-        answers: Sequence[Answer],
-        seen: Bool[Tensor, "B V"] | None,
+        answers: Sequence[GenerationState],
+        prompt_ids: Sequence[Sequence[int]],
     ) -> Generator[None, None, None]:
-        params = self.params
-        draws = params.temperature > 0
-        count = len(answers)
-        generators = row_generators(count, params.seed, logits.device) if draws else [None] * count
+        params, (_, vocab_size), device = self.params, logits.shape, logits.device
         rows = [
-            BeamRow(params.num_beams, params.length_penalty, self._ending(answer.limit), generator)
-            for answer, generator in zip(answers, generators, strict=True)
+            BeamRow(
+                params.num_beams,
+                params.length_penalty,
+                self._ending(answer.limit),
+                new_generator(params.seed, device) if params.temperature > 0 else None,
+            )
+            for answer in answers
         ]
+        processors = (
+            LogitsProcessors(params, prompt_ids, vocab_size, device)
+            if active_processors(params)
+            else None
+        )
         try:
             yield from search(
-                decoding, logits, rows, params, num_stop_ids=len(self.stop_ids), seen=seen
+                decoding,
+                logits,
+                rows,
+                params,
+                num_stop_ids=len(self.stop_ids),
+                processors=processors,
             )
         finally:
             for answer, row in zip(answers, rows, strict=True):
@@ -292,26 +302,16 @@ class Setting:
                     answer.push(token_id, report)
 
     def _ending(self, limit: int) -> Callable[[Sequence[int]], bool]:
-        """Whether a beam of these tokens is a whole answer."""
+        """Return what says whether a beam of these tokens is a whole answer."""
 
         def ends(token_ids: Sequence[int]) -> bool:
             if len(token_ids) >= limit or token_ids[-1] in self.stop_ids:
                 return True
             if not self.params.stop:
                 return False
-            stops, text = StopStrings(self.params.stop), SettlingText(self.tokenizer)
+            stops, text = StopStrings(self.params.stop), IncrementalDetokenizer(self.tokenizer)
             for token_id in token_ids:
                 stops.push(text.push(token_id))
             return stops.found is not None
 
         return ends
-
-
-def seen_tokens(
-    prompt_ids: Sequence[Sequence[int]], logits: Float[Tensor, "B V"]
-) -> Bool[Tensor, "B V"]:
-    """Which tokens the repetition penalty applies to before the first new token."""
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    for row, token_ids in enumerate(prompt_ids):
-        seen[row, list(token_ids)] = True
-    return seen

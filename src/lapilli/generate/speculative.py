@@ -1,14 +1,20 @@
-"""Guesses of the next tokens, checked by the model in one pass: same answers, fewer passes.
+"""Speculative decoding: draft tokens verified by the model in one pass, while that pays.
 
-    answer so far ... a b c | a b c d e f (earlier text)      guess: d e f
-    one pass over c d e f -> logits after each -> tokens as without guesses, until one differs
+    answer so far ... a b c | a b c d e f (earlier text)      draft: d e f
+    one pass over c d e f -> logits after each -> tokens as without a draft, until one differs
 
-Position keys: a token id, or a number below zero under a medium. Knows keys and how likely a guess
-is right; must not know what a token means or what a pass costs (payoff.py). Checking is the
-engine's, which draws every token as it would have without a guess.
+    cost      median of the last such passes by the clock, or from the sizes next to it
+    budget    accepts a draft token while (tokens + chance) / cost of one more > tokens / cost
+
+Position keys: a token id, or a number below zero under a medium. A proposer knows keys and how
+likely a draft token is right, the controller what a pass costs. Verification is sampling: every
+token is sampled as it would be without a draft (Engine, sampler.py), which says only whether the
+logits for the token after it are there already.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,49 +24,26 @@ from lapilli.lm.base import LanguageModel
 from lapilli.nn.kv_cache import KVCache
 
 IsWorth = Callable[[float], bool]
-"""Whether one more guess may be made that is right, with all before it, with this probability."""
+"""Whether one more draft token may be made that is right, with all before it, with this chance."""
 
 
 @runtime_checkable
-class Drafting(Protocol):
-    """The guesses about one sequence."""
+class Proposer(Protocol):
+    """Where the draft tokens of one sequence come from."""
 
     def propose(self, keys: Sequence[int], most: int, is_worth: IsWorth) -> list[int]:
-        """At most `most` token ids that may follow; none when nothing suggests itself.
+        """Return at most `most` token ids that may follow; none when nothing suggests itself.
 
         Args:
             keys: of all positions so far. From call to call they only grow.
             most: at least 1.
-            is_worth: asked before every guess; after a no there is no further one.
+            is_worth: asked before every draft token; after a no there is no further one.
         """
         ...
 
 
-@runtime_checkable
-class Drafter(Protocol):
-    """Where guesses come from."""
-
-    def begin(self) -> Drafting:
-        """For a new sequence."""
-        ...
-
-
-class PromptLookup:
-    """Guesses that what followed the same few words before follows again.
-
-    Good for answers that quote: text read off a picture, JSON with its keys, lists.
-
-    Source: Saxena 2023, prompt lookup decoding (n-gram matching as a draft model).
-    Note: there, n words in a row that were seen before are enough, for a guess of fixed length.
-        Here few words and words with a gap count too, and how often such a place was right in this
-        answer says how far a guess goes. Neither what is looked up nor what is proposed reaches
-        into or across a medium.
-    """
-
-    def begin(self) -> Drafting:
-        """For a new sequence."""
-        return LookupDrafting()
-
+NewProposer = Callable[[], Proposer]
+"""Makes the proposer of a new sequence: PromptLookup itself, or a DraftModel."""
 
 CONTEXTS = ((5, 0), (3, 0), (2, 0), (1, 0), (3, 1), (4, 2), (5, 3))
 """What is looked up: so many tokens from the end of the text, without so many of the last. Those
@@ -69,11 +52,11 @@ REACH = max(reach for reach, _ in CONTEXTS)
 MOST_COUNTED = 2
 STATES = (MOST_COUNTED + 1) ** 2
 PRIOR_WEIGHT = 4.0
-"""A first estimate counts like so many guesses."""
+"""A first estimate counts like so many draft tokens."""
 
 
 class Place:
-    """What followed one context the last time, and whether that was what followed before."""
+    """The token that followed one context the last time, and whether it was the one before."""
 
     __slots__ = ("misses", "run", "token")
 
@@ -86,11 +69,11 @@ class Place:
 
     @property
     def state(self) -> int:
-        """One number for both counts."""
+        """Both counts as one number."""
         return self.run * (MOST_COUNTED + 1) + self.misses
 
     def see(self, token: int) -> None:
-        """What followed this time."""
+        """Note the token that followed this time."""
         if token != self.token:
             self.token, self.run = token, 0
             self.misses = min(self.misses + 1, MOST_COUNTED)
@@ -100,11 +83,18 @@ class Place:
             self.misses = max(self.misses - 1, 0)
 
 
-class LookupDrafting:
-    """Every context of one sequence, and how often guesses from its kind of places were right.
+class PromptLookup:
+    """Proposes that what followed the same few words before follows again.
 
-    Whether a guess would have been right is known for every token, made or not: so it costs no
-    pass of the model to find out that a text does not repeat.
+    Good for answers that quote: text read off a picture, JSON with its keys, lists. Whether a draft
+    token would have been right is known for every token, proposed or not: so it costs no pass of
+    the model to find out that a text does not repeat.
+
+    Source: Saxena 2023, prompt lookup decoding (n-gram matching as a draft model).
+    Note: there, n words in a row that were seen before are enough, for a draft of fixed length.
+        Here few words and words with a gap count too, and how often such a place was right in this
+        answer says how long a draft is. Neither what is looked up nor what is proposed reaches
+        into or across a medium.
     """
 
     def __init__(self) -> None:
@@ -118,7 +108,7 @@ class LookupDrafting:
         """Tokens since the last medium."""
 
     def propose(self, keys: Sequence[int], most: int, is_worth: IsWorth) -> list[int]:
-        """What followed the most promising places, guess after guess."""
+        """Return what followed the most promising places, token after token."""
         self._index(keys)
         end = list(keys[len(keys) - min(self._text, REACH) :])
         proposed: list[int] = []
@@ -135,7 +125,7 @@ class LookupDrafting:
         return proposed
 
     def _best(self, keys: Sequence[int], text: int) -> tuple[int | None, int]:
-        """The kind of place that was right most often, and the token there; None: no place.
+        """Return the kind of place that was right most often, and the token there; None: no place.
 
         Args:
             keys: end with what is looked up.
@@ -194,7 +184,7 @@ class LookupDrafting:
 
 
 def _first_chance(context: tuple[int, int], state: int) -> float:
-    """What is thought of a kind of place before it was seen in an answer."""
+    """Return the chance that a kind of place is right, before it was seen in an answer."""
     reach, gap = context
     run, misses = divmod(state, MOST_COUNTED + 1)
     first = 0.3 if reach > 1 and not gap else 0.1
@@ -202,7 +192,7 @@ def _first_chance(context: tuple[int, int], state: int) -> float:
 
 
 class DraftModel:
-    """Guesses what a smaller language model would say about the text alone, greedily.
+    """A smaller language model that proposes what it would say about the text alone, greedily.
 
     Args:
         language_model: with the vocabulary of the large one.
@@ -211,12 +201,12 @@ class DraftModel:
     def __init__(self, language_model: LanguageModel) -> None:
         self.language_model = language_model
 
-    def begin(self) -> Drafting:
-        """For a new sequence."""
-        return ModelDrafting(self.language_model)
+    def __call__(self) -> Proposer:
+        """Return the proposer of a new sequence."""
+        return DraftModelProposer(self.language_model)
 
     def check_vocabulary(self, wanted: int) -> None:
-        """Refuse to guess for a model with another vocabulary.
+        """Check that the model has the same vocabulary.
 
         Raises:
             GenerationError: the numbers of tokens differ.
@@ -224,17 +214,17 @@ class DraftModel:
         found = self.language_model.config.vocab_size
         if found != wanted:
             raise GenerationError(
-                f"the draft model has {found} tokens, the model that it guesses for {wanted}: take "
+                f"the draft model has {found} tokens, the model that it drafts for {wanted}: take "
                 "one with the same vocabulary"
             )
 
 
 AGREEMENT = 0.7
-"""What is thought of a small model before it was heard: how often it says the same."""
+"""How often a draft model is taken to say the same, before anything is known of it."""
 
 
-class ModelDrafting:
-    """A small model that reads along, and how often it was right of late."""
+class DraftModelProposer:
+    """A draft model that reads along, and how often it was right of late."""
 
     def __init__(self, language_model: LanguageModel) -> None:
         self._model = language_model
@@ -246,7 +236,7 @@ class ModelDrafting:
 
     @torch.inference_mode()
     def propose(self, keys: Sequence[int], most: int, is_worth: IsWorth) -> list[int]:
-        """The greedy continuation; nothing where the small model's context ends."""
+        """Return the greedy continuation; nothing where the draft model's context ends."""
         self._learn(keys)
         new = [key for key in keys[self._read :] if key >= 0]
         if self._cache.length + len(new) + most > self._model.config.max_positions or not new:
@@ -264,7 +254,7 @@ class ModelDrafting:
         return proposed
 
     def _learn(self, keys: Sequence[int]) -> None:
-        """Compare the last guesses with what came; forget slowly where nothing was guessed."""
+        """Compare the last draft with what came; forget slowly where there was none."""
         proposed, self._proposed = self._proposed, []
         if not proposed:
             self._rate += 0.01 * (AGREEMENT - self._rate)
@@ -279,3 +269,117 @@ class ModelDrafting:
         positions = torch.arange(start, start + len(token_ids), device=x.device)[None]
         hidden = model.forward(x, position_ids=positions, cache=self._cache)
         return int(model.logits(hidden[0, -1]).argmax())
+
+
+FIXED = 10
+"""A pass that was never timed is taken to cost as much as so many positions, and its positions."""
+REMEMBERED = 9
+"""Passes of one size whose middle counts: one that was held up does not."""
+MEMORY = 500
+"""Passes after which a size that did not come again is forgotten, so that it may be tried."""
+
+
+class SpeculationController:
+    """Costs of decode passes, with so many draft tokens and without.
+
+    Args:
+        clock: seconds.
+        is_timed: whether the clock is asked; else what is assumed holds for good.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = perf_counter, is_timed: bool = True) -> None:
+        self.clock = clock
+        self._is_timed = is_timed
+        self._passes = 0
+        self._timed: dict[int, dict[int, _Timed]] = {}
+
+    def budget(self, rows: int) -> "SpeculationBudget":
+        """Return the budget of the next pass of so many decoding rows.
+
+        A pass without draft tokens comes first, to compare with.
+        """
+        return SpeculationBudget(rows, lambda drafts: self.cost(rows, drafts))
+
+    def cost(self, rows: int, drafts: int) -> float | None:
+        """Return the seconds of a pass; where it is not timed, in positions. None: not known.
+
+        Between two sizes that came it rises evenly; a pass does not take longer than larger ones.
+        """
+        if not self._is_timed:
+            return float(FIXED + rows + drafts)
+        timed = self._timed.get(rows, {})
+        if 0 not in timed:
+            return None
+        less = max(size for size in timed if size <= drafts)
+        cost = timed[less].middle
+        larger = [size for size in timed if size > drafts]
+        if not larger:
+            return cost * (FIXED + rows + drafts) / (FIXED + rows + less)
+        more = min(larger)
+        cost += (timed[more].middle - cost) * (drafts - less) / (more - less)
+        return min([cost, *(timed[size].middle for size in larger)])
+
+    def learn(self, seconds: float, *, rows: int, drafts: int) -> None:
+        """Learn what a pass took.
+
+        Args:
+            seconds: with everything that was done for it.
+            rows: sequences that were decoded.
+            drafts: tokens that were verified in it.
+        """
+        if not self._is_timed:
+            return
+        self._passes += 1
+        assumed = self.cost(rows, drafts)
+        timed = self._timed.setdefault(rows, {})
+        for size in [s for s, one in timed.items() if self._passes - one.last > MEMORY]:
+            del timed[size]
+        if drafts not in timed:
+            # What was assumed counts as one: a first pass is often slow, or held up.
+            timed[drafts] = _Timed(seconds if assumed is None else assumed)
+        timed[drafts].add(seconds, now=self._passes)
+
+
+class _Timed:
+    """The last passes of one size."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = deque([seconds], maxlen=REMEMBERED)
+        self.middle = seconds
+        self.last = 0
+
+    def add(self, seconds: float, *, now: int) -> None:
+        self._seconds.append(seconds)
+        self.middle = sorted(self._seconds)[(len(self._seconds) - 1) // 2]
+        self.last = now
+
+
+class SpeculationBudget:
+    """The draft tokens of one pass while they are collected.
+
+    Args:
+        rows: each gives a token in any case.
+        cost: of a pass with so many draft tokens.
+    """
+
+    def __init__(self, rows: int, cost: Callable[[int], float | None]) -> None:
+        self._cost = cost
+        self._tokens = float(rows)
+        self._drafts = 0
+        self._now = cost(0)
+
+    def accepts(self, chance: float) -> bool:
+        """Return whether one more draft token makes tokens come faster; then it is counted.
+
+        Args:
+            chance: that it is right, and those before it of its sequence.
+        """
+        cost = self._cost(self._drafts + 1)
+        if self._now is None or cost is None:
+            return False
+        tokens = self._tokens + chance
+        if tokens * self._now <= self._tokens * cost:
+            return False
+        self._tokens, self._now = tokens, cost
+        self._drafts += 1
+        return True

@@ -113,7 +113,7 @@ class Decoder(nn.Module):
     Source: Hugging Face LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM (same numbers).
     """
 
-    takes_ragged = True
+    supports_varlen = True
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from lapilli.errors import ContextTooLongError, FusionError, GenerationError, RequestError
-from lapilli.generate.engine import AsyncEngine, Engine, Ticket
+from lapilli.generate.engine import AsyncEngine, Engine, RequestHandle
 from tests.generate.engine.agreement import assert_same
 from tests.generate.engine.conftest import SMALL, alone, picture, request_of
 
@@ -45,24 +45,24 @@ def test_pieces_are_the_answer(engine, model):
 def test_who_hangs_up_is_not_answered_to_the_end(engine):
     async def ask():
         async with AsyncEngine(engine) as service:
-            ticket = Ticket(request_of([3], max_new_tokens=100))
+            handle = RequestHandle(request_of([3], max_new_tokens=100))
 
             async def read():
-                async for _ in service.submit(ticket.request, ticket=ticket):
+                async for _ in service.submit(handle.request, handle=handle):
                     pass
 
             task = asyncio.create_task(read())
-            while not ticket.request.prompt or not engine.has_work:
+            while not handle.request.prompt or not engine.has_work:
                 await asyncio.sleep(0.001)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            while not ticket.is_finished:
+            while not handle.is_finished:
                 await asyncio.sleep(0.001)
-            return ticket
+            return handle
 
-    ticket = run(ask())
-    assert ticket.generation.finish_reason == "cancelled"
+    handle = run(ask())
+    assert handle.generation.finish_reason == "cancelled"
     assert engine.pool.available == engine.pool.capacity
 
 
@@ -232,11 +232,11 @@ def test_who_waits_for_a_place_may_give_up(engine):
 @pytest.mark.slow
 def test_a_closed_engine_leaves_the_requests_of_others_alone(engine, model):
     mine = request_of([3], max_new_tokens=20)
-    ticket = engine.submit(mine)
+    handle = engine.submit(mine)
     AsyncEngine(engine).close()
     while engine.step():
         pass
-    assert_same(ticket.generation, alone(model, mine), model, mine)
+    assert_same(handle.generation, alone(model, mine), model, mine)
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ class Pool(RuleBasedStateMachine):
 
     @rule()
     def forget(self):
-        self.pool.forget()
+        self.pool.clear()
 
     @invariant()
     def every_sequence_still_holds_its_keys(self):

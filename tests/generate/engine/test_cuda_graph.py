@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lapilli.errors import GenerationError
-from lapilli.generate.engine import Engine, EngineOptions
-from lapilli.generate.engine import cuda_graph as static
-from lapilli.generate.engine import model_runner as reading
-from lapilli.generate.engine.cuda_graph import StaticSteps, doublings, ways
-from lapilli.generate.engine.model_runner import read
+from lapilli.generate.engine import Engine, EngineOptions, cuda_graph, model_runner
+from lapilli.generate.engine.cuda_graph import StaticSteps, compile_modes, doublings
+from lapilli.generate.engine.model_runner import run_varlen
 from lapilli.lora import LoraConfig, inject, merge
 from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
 from tests.generate.conftest import WordTokenizer
@@ -57,7 +55,7 @@ def with_recorder(engine: Engine, recorder) -> StaticSteps:
     """Let an engine replay its steps; a recorder is used for one model only."""
 
     def new_recorder():
-        assert engine._reader._steps.shapes == ()
+        assert engine._runner._steps.shapes == ()
         return recorder
 
     steps = StaticSteps(
@@ -67,24 +65,24 @@ def with_recorder(engine: Engine, recorder) -> StaticSteps:
         most_blocks=-(-engine.context_length // engine.pool.block_size),
         new_recorder=new_recorder,
     )
-    engine._reader._steps = steps
+    engine._runner._steps = steps
     return steps
 
 
 def compare_steps(engine: Engine, monkeypatch, **near: float) -> list[tuple[int, bool]]:
     """Run every step in fixed shapes as a ragged one too; rows of each, and if it was new."""
-    steps, ragged, passes = engine._reader._steps, engine._reader.read, []
+    steps, ragged, passes = engine._runner._steps, engine._runner.execute_model, []
 
-    def compared(shares, **options):
-        if not steps.takes(shares):
-            return ragged(shares, **options)
-        ours = steps.read(shares).clone()
+    def compared(scheduled, **options):
+        if not steps.supports(scheduled):
+            return ragged(scheduled, **options)
+        ours = steps.run(scheduled).clone()
         passes.append((len(ours), steps.is_fresh))
-        theirs = read(engine.model, engine.pool.store, shares)
+        theirs = run_varlen(engine.model, engine.pool.store, scheduled)
         torch.testing.assert_close(ours, theirs, **near)
         return ours
 
-    monkeypatch.setattr(engine._reader, "read", compared)
+    monkeypatch.setattr(engine._runner, "execute_model", compared)
     return passes
 
 
@@ -115,7 +113,7 @@ def test_logits_of_every_step_are_those_of_the_ragged_pass(family, options, monk
         build(FAMILIES[family]), WordTokenizer(), options=dataclasses.replace(STATIC, **options)
     )
     passes = compare_steps(engine, monkeypatch, atol=1e-5, rtol=1e-5)
-    steps = engine._reader._steps
+    steps = engine._runner._steps
     engine.run(questions())
     assert {rows for rows, _ in passes} >= {2, 3, 4}  # a row of padding among them
     assert {blocks for _, blocks in steps.shapes} == {8, 16}
@@ -172,16 +170,16 @@ def test_another_model_is_recorded_anew():
 
 def test_only_steps_that_grow_are_in_fixed_shapes(model, tokenizer):
     engine = Engine(model, tokenizer, options=STATIC)
-    ticket = engine.submit(request_of([1, 2, 3], max_new_tokens=9))
+    handle = engine.submit(request_of([1, 2, 3], max_new_tokens=9))
     engine.step()
-    assert engine._reader.is_steady
-    assert engine._reader._steps.shapes == ()
+    assert engine._runner.is_steady
+    assert engine._runner._steps.shapes == ()
     engine.step()
-    assert not engine._reader.is_steady  # recorded, which is no measure for guesses
-    assert engine._reader._steps.shapes == ((1, 8),)
+    assert not engine._runner.is_steady  # recorded, which is no measure for guesses
+    assert engine._runner._steps.shapes == ((1, 8),)
     engine.step()
-    assert engine._reader.is_steady
-    ticket.cancel()
+    assert engine._runner.is_steady
+    handle.cancel()
 
 
 def broken(step):
@@ -190,17 +188,17 @@ def broken(step):
 
 @pytest.mark.slow
 def test_auto_goes_on_in_another_way(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(reading, "ways", lambda *_: ("on", "static", "off"))
+    monkeypatch.setattr(model_runner, "compile_modes", lambda *_: ("on", "static", "off"))
     tried = []
 
     def steps(way, *arguments, **limits):
         tried.append(way)
-        made = static.static_steps("off" if way == "off" else "static", *arguments, **limits)
+        made = cuda_graph.static_steps("off" if way == "off" else "static", *arguments, **limits)
         if made is not None:
             made._new_recorder = lambda: broken
         return made
 
-    monkeypatch.setattr(reading, "static_steps", steps)
+    monkeypatch.setattr(model_runner, "static_steps", steps)
     engine = Engine(model, tokenizer, options=SMALL)
     asked = request_of([1, 2, 3])
     with (
@@ -223,15 +221,15 @@ def test_what_was_asked_for_must_work(model, tokenizer):
     assert engine.pool.available == engine.pool.capacity
 
 
-def test_ways(monkeypatch):
-    assert ways("auto", CPU) == ("off",)
-    assert ways("on", CPU) == ("on",)
-    assert ways("static", GPU) == ("static",)
+def test_compile_modes(monkeypatch):
+    assert compile_modes("auto", CPU) == ("off",)
+    assert compile_modes("on", CPU) == ("on",)
+    assert compile_modes("static", GPU) == ("static",)
     for has_triton, expected in ((True, ("on", "static", "off")), (False, ("static", "off"))):
         monkeypatch.setattr(
-            static.importlib.util, "find_spec", lambda _, found=has_triton: found or None
+            cuda_graph.importlib.util, "find_spec", lambda _, found=has_triton: found or None
         )
-        assert ways("auto", GPU) == expected
+        assert compile_modes("auto", GPU) == expected
 
 
 def test_unknown_way():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lapilli.generate.engine.feature_cache import WeightWatch, content_digest
+from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch, content_digest
 from lapilli.geometry import ImageSize
 from lapilli.lora import LoraConfig, inject, merge
 from lapilli.modality.image.pixels import PreparedImage
@@ -68,9 +68,9 @@ def model() -> nn.Module:
 
 def test_nothing_changed(model):
     watch = WeightWatch(model)
-    before = watch.epoch
+    before = watch.version
     model(torch.zeros(1, 3))
-    assert watch.epoch == before
+    assert watch.version == before
 
 
 def change_value(model):
@@ -134,54 +134,102 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_change_begins_a_new_epoch(model, change):
+def test_change_begins_a_new_version(model, change):
     watch = WeightWatch(model)
-    before = watch.epoch
-    assert watch.epoch == before  # by a glance
+    before = watch.version
+    assert watch.version == before  # by a glance
     change(model)
-    after = watch.epoch
+    after = watch.version
     assert after != before
-    assert watch.epoch == after
+    assert watch.version == after
 
 
-def test_epochs_never_come_again(model):
+def test_versions_never_come_again(model):
     add_lora(model)
     watch = WeightWatch(model)
-    epochs = [watch.epoch]
+    versions = [watch.version]
     for scaling in (0.0, 1.0, 0.0):  # off, on, off
         model[0].scaling = scaling
-        epochs.append(watch.epoch)
+        versions.append(watch.version)
     merge(model)
-    epochs.append(watch.epoch)
-    watch.renew()
-    epochs.append(watch.epoch)
-    assert len(set(epochs)) == len(epochs)
+    versions.append(watch.version)
+    watch.reset()
+    versions.append(watch.version)
+    assert len(set(versions)) == len(versions)
 
 
 def test_tensors_of_inference_mode_are_watched_by_identity():
     with torch.inference_mode():
         model = nn.Linear(2, 2)
     watch = WeightWatch(model)
-    before = watch.epoch
+    before = watch.version
     model.bias = nn.Parameter(torch.zeros(2))
-    assert watch.epoch != before
+    assert watch.version != before
 
 
 def test_equal_settings_are_no_change(model):
     watch = WeightWatch(model)
-    before = watch.epoch
+    before = watch.version
     model[1].eps = float(str(model[1].eps))  # another object
     model[1].limit = [4]  # no plain setting
-    assert watch.epoch == before
+    assert watch.version == before
 
 
 @pytest.mark.slow
 def test_replaced_weights_go_at_once(model):
     watch = WeightWatch(model)
-    assert watch.epoch == watch.epoch
-    watch.rest()
+    assert watch.version == watch.version
+    watch.release()
     gone = weakref.ref(model[0].weight)
     model[0] = nn.Linear(3, 3)
     gc.collect()
     assert gone() is None
-    assert watch.epoch
+    assert watch.version
+
+
+def features(value: float, rows: int = 2) -> torch.Tensor:
+    return torch.full((rows, 4), float(value))  # 16 bytes a row
+
+
+def test_found_again():
+    cache = FeatureCache(100)
+    assert cache.get(("a", 1)) is None
+    cache.put(("a", 1), features(1))
+    assert torch.equal(cache.get(("a", 1)), features(1))
+    assert cache.get(("a", 2)) is None
+    assert (cache.stats.hits, cache.stats.misses) == (1, 2)
+
+
+def test_unused_for_longest_goes_first():
+    cache = FeatureCache(64)
+    cache.put(("a",), features(1))
+    cache.put(("b",), features(2))
+    cache.get(("a",))
+    cache.put(("c",), features(3))
+    assert cache.get(("b",)) is None
+    assert cache.get(("a",)) is not None
+    assert cache.num_bytes == 64
+    assert cache.stats.evictions == 1
+
+
+def test_same_key_counts_once():
+    cache = FeatureCache(64)
+    for _ in range(5):
+        cache.put(("a",), features(1))
+    assert cache.num_bytes == 32
+
+
+def test_too_large_is_not_kept_and_evicts_nothing():
+    cache = FeatureCache(64)
+    cache.put(("a",), features(1))
+    cache.put(("b",), features(2, rows=5))
+    assert cache.get(("b",)) is None
+    assert cache.get(("a",)) is not None
+
+
+def test_clear():
+    cache = FeatureCache(64)
+    cache.put(("a",), features(1))
+    cache.clear()
+    assert cache.num_bytes == 0
+    assert cache.get(("a",)) is None

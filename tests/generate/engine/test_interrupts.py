@@ -12,7 +12,7 @@ import pytest
 import lapilli
 from lapilli.errors import GenerationError
 from lapilli.generate.engine import Engine
-from lapilli.generate.outputs import Generation
+from lapilli.generate.output import Generation
 from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.agreement import assert_same
 from tests.generate.engine.conftest import SMALL, alone, picture, request_of

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lapilli.generate.engine import EngineOptions
-from lapilli.generate.engine import memory as planning
-from lapilli.generate.engine.memory import give_back, new_pool, total_memory
+from lapilli.generate.engine import block_pool as planning
+from lapilli.generate.engine.block_pool import new_pool, release_memory, total_memory
 from lapilli.lm.decoder import Decoder
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
@@ -86,12 +86,12 @@ def test_what_a_long_prompt_took_goes_back():
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    give_back()
+    release_memory()
     before = resident()
     held = [torch.ones(4096) for _ in range(6000)]  # 16 KiB each: too small for pages of their own
     kept = held[-1]
     assert resident() - before > 80 << 20
     del held
-    give_back()
+    release_memory()
     assert resident() - before < 20 << 20
     assert kept.sum() == 4096

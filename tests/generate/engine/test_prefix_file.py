@@ -34,10 +34,10 @@ def kind(request):
 def saved(kind, tmp_path_factory):
     """A file, and the keys of the sequence in it."""
     engine, path = new_engine(kind), tmp_path_factory.mktemp("prefix") / "seen.safetensors"
-    ticket = engine.submit(request_of(PARTS))
+    handle = engine.submit(request_of(PARTS))
     while engine.step():
         pass
-    engine.save_prefix(path, ticket.keys)
+    engine.save_prefix(path, handle.keys)
     return path
 
 
@@ -67,7 +67,7 @@ def test_what_was_saved_is_found_and_answers_are_the_same(saved, kind):
     assert loaded.load_prefix(saved) > 12
     request = request_of([*PARTS, 11, 12])
     assert loaded.run([request]) == fresh.run([request])
-    assert loaded.prefix_stats.reused >= len(PARTS)
+    assert loaded.prefix_stats.cached_tokens >= len(PARTS)
 
 
 def first(tensors):
@@ -181,8 +181,8 @@ def test_what_is_no_file_is_refused(kind, tmp_path):
 @pytest.mark.slow
 def test_a_place_that_takes_no_prefix_is_told(saved, kind, tmp_path):
     engine = new_engine(kind)
-    ticket = engine.submit(request_of(PARTS))
+    handle = engine.submit(request_of(PARTS))
     while engine.step():
         pass
     with pytest.raises(CheckpointError, match="the prefix cannot be saved to"):
-        engine.save_prefix(tmp_path / "none" / "seen", ticket.keys)
+        engine.save_prefix(tmp_path / "none" / "seen", handle.keys)

@@ -1,8 +1,8 @@
-"""An engine at work in a thread of its own, for programs that wait for many answers with asyncio.
+"""Async engine: an engine at work in a thread of its own, answers as asynchronous iterators.
 
     async for piece in engine.submit(request)     one task per request, one thread for the model
 
-Knows tickets and event loops; must not know the model.
+Knows request handles and event loops; must not know the model.
 """
 
 import asyncio
@@ -13,8 +13,8 @@ from types import TracebackType
 
 from lapilli.errors import GenerationError
 from lapilli.generate.engine.engine import Engine
-from lapilli.generate.engine.request import Request, Ticket
-from lapilli.generate.outputs import Generation, Piece
+from lapilli.generate.engine.request import Request, RequestHandle
+from lapilli.generate.output import Generation, Piece
 
 
 class AsyncEngine:
@@ -29,7 +29,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._places = Places(engine.options.max_waiting)
-        self._tickets: set[Ticket] = set()
+        self._handles: set[RequestHandle] = set()
         self._has_news = threading.Event()
         self._is_closing = False
         self._is_over = False
@@ -37,23 +37,23 @@ class AsyncEngine:
         self._thread.start()
 
     async def submit(
-        self, request: Request, *, ticket: Ticket | None = None, wait: bool = True
+        self, request: Request, *, handle: RequestHandle | None = None, wait: bool = True
     ) -> AsyncIterator[Piece]:
-        """The answer, piece by piece.
+        """Yield the answer, piece by piece.
 
         A task that is cancelled, or an iterator that is closed, cancels the request: what somebody
         who has hung up had asked for is not computed to its end. A slow reader gets longer pieces.
 
         Args:
             request: what to answer.
-            ticket: a new one; has the finished answer afterwards.
+            handle: a new one; has the finished answer afterwards.
             wait: for a place when `max_waiting` requests are on their way; else refuse.
 
         Raises:
             GenerationError: no place and `wait` is False, or the engine is closed.
             LapilliError: what `Engine.submit` raises, and what goes wrong with the request.
         """
-        ticket = ticket or Ticket(request)
+        handle = handle or RequestHandle(request)
         if wait:
             await self._places.take()
         elif not self._places.take_at_once():
@@ -63,30 +63,30 @@ class AsyncEngine:
             )
         try:
             news = asyncio.Event()
-            ticket.wake = Waker(asyncio.get_running_loop(), news)
+            handle.wake = Waker(asyncio.get_running_loop(), news)
             # In a thread: a large picture takes milliseconds to be hashed.
-            await asyncio.to_thread(self._enter, request, ticket)
+            await asyncio.to_thread(self._enter, request, handle)
             while True:
                 await news.wait()
                 news.clear()
-                is_finished = ticket.is_finished  # asked first: a piece may come between
-                while (piece := ticket.take()) is not None:
+                is_finished = handle.is_finished  # asked first: a piece may come between
+                while (piece := handle.take()) is not None:
                     yield piece
                 if is_finished:
                     return
         finally:
-            self._places.give_back()
-            self._tickets.discard(ticket)
-            if not ticket.is_finished:
-                ticket.cancel()
+            self._places.release()
+            self._handles.discard(handle)
+            if not handle.is_finished:
+                handle.cancel()
                 self._has_news.set()
 
     async def answer(self, request: Request) -> Generation:
-        """The whole answer; raises what `submit` raises."""
-        ticket = Ticket(request)
-        async for _ in self.submit(request, ticket=ticket):
+        """Return the whole answer; raises what `submit` raises."""
+        handle = RequestHandle(request)
+        async for _ in self.submit(request, handle=handle):
             pass
-        return ticket.generation
+        return handle.generation
 
     def close(self) -> None:
         """End the thread after the step that it is in; requests that are not finished fail."""
@@ -106,9 +106,9 @@ class AsyncEngine:
     ) -> None:
         await asyncio.to_thread(self.close)
 
-    def _enter(self, request: Request, ticket: Ticket) -> None:
-        self._tickets.add(ticket)
-        self.engine.submit(request, ticket=ticket)
+    def _enter(self, request: Request, handle: RequestHandle) -> None:
+        self._handles.add(handle)
+        self.engine.submit(request, handle=handle)
         self._has_news.set()
         # Asked after the request is there: either this sees that nobody works any more, or who
         # says so sees the request. In a forked process the thread was never there.
@@ -133,7 +133,7 @@ class AsyncEngine:
             return
 
     def _fail_open(self) -> None:
-        self.engine.abandon(GenerationError("the engine is closed"), list(self._tickets))
+        self.engine.abort_all(GenerationError("the engine is closed"), list(self._handles))
 
 
 class Waker:
@@ -144,7 +144,7 @@ class Waker:
         self._event = event
 
     def __call__(self) -> None:
-        """Set it."""
+        """Set the event."""
         try:
             self._loop.call_soon_threadsafe(self._event.set)
         except RuntimeError:  # the loop is closed, nobody reads any more
@@ -184,11 +184,11 @@ class Places:
                 if waits:
                     self._line.remove(mine)
             if not waits:  # it was given a place meanwhile
-                self.give_back()
+                self.release()
             raise
 
-    def give_back(self) -> None:
-        """Leave a place to the next in line."""
+    def release(self) -> None:
+        """Give a place to the next in line."""
         with self._lock:
             while self._line:
                 loop, future = self._line.popleft()

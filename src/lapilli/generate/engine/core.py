@@ -1,89 +1,67 @@
-"""A step of the engine: who begins, who reads how much, one pass for all, what settled.
-
-    rows that grow: one token each  |  rows that are read: a chunk of their prompt
-    one pass over all of it -> a token per row that has been read -> pieces, ends
+"""A step of the engine: schedule, run the model, sample, deliver.
 
 Everything here is done by the thread that holds the model. Nothing foreign is called: whoever has
-to be told of something is noted in `news` and told when the model is free again. An interrupt may
+to be told of something is noted in `news` and woken when the model is free again. An interrupt may
 end any line; `settle` puts in order what it left.
 """
 
-import logging
 from collections import deque
 from collections.abc import Container
 from typing import cast
 
 from torch import nn
 
+from lapilli.config.generation import EngineOptions
 from lapilli.errors import GenerationError, LapilliError
-from lapilli.generate.cache.features import FeatureCache
-from lapilli.generate.engine.admission import Admission, root_digest
 from lapilli.generate.engine.block_pool import BlockPool
-from lapilli.generate.engine.choosing import Share, extend, prepare_choosing
-from lapilli.generate.engine.feature_cache import WeightWatch
-from lapilli.generate.engine.media import MediaReader
-from lapilli.generate.engine.model_runner import Reader
-from lapilli.generate.engine.options import EngineOptions
-from lapilli.generate.engine.request import Ticket
-from lapilli.generate.engine.scheduler import Roster
-from lapilli.generate.engine.sequence import Sequence
-from lapilli.generate.payoff import Offer, Payoff
-from lapilli.generate.speculative import Drafter, Drafting
+from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch
+from lapilli.generate.engine.model_runner import ModelRunner
+from lapilli.generate.engine.request import RequestHandle
+from lapilli.generate.engine.scheduler import Scheduler, root_digest
+from lapilli.generate.engine.sequence import ScheduledSequence, Sequence
+from lapilli.generate.sampler import Sampler
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.shapes import Float, Tensor
 
-LOG = logging.getLogger(__name__)
 
-
-class Stepper:
-    """What an engine does with its requests.
+class EngineCore:
+    """The steps of an engine.
 
     Args:
         model: the model.
-        roster: the requests.
+        scheduler: the sequences.
         pool: blocks of keys and values.
         features: of pictures, kept.
         options: limits.
-        context_length: most positions of a sequence.
-        drafter: where guesses of the next tokens come from.
-        payoff: which of them make tokens come faster.
+        context_length: most tokens of a sequence.
 
     Attributes:
-        reader: runs passes of the model.
-        payoff: which guesses make tokens come faster.
-        news: the tickets that have something to tell since the last step began.
+        runner: runs passes of the model.
+        news: handles that have something to tell since the last step began.
     """
 
     def __init__(
         self,
         model: VisionLanguageModel,
-        roster: Roster,
+        scheduler: Scheduler,
         pool: BlockPool,
         features: FeatureCache,
         options: EngineOptions,
         *,
         context_length: int,
-        drafter: Drafter,
-        payoff: Payoff,
     ) -> None:
-        self._roster = roster
+        self._scheduler = scheduler
         self._pool = pool
         self._features = features
-        self._options = options
-        self._drafter = drafter
-        self.payoff = payoff
-        self._admission = Admission(pool, options.max_rows)
-        self._media = MediaReader(model, features)
         self._watch = WeightWatch(model)
-        self._epoch = self._watch.epoch
+        self._version = self._watch.version
         self._text_watch = WeightWatch(cast("nn.Module", model.language_model))
-        self._text_epoch = self._text_watch.epoch
-        self._vocabulary = model.language_model.config.vocab_size
-        self._device = pool.store.device
-        self.reader = Reader(model, pool.store, options, context_length=context_length)
-        self.news: deque[Ticket] = deque()
+        self._text_version = self._text_watch.version
+        self.runner = ModelRunner(model, pool.store, options, context_length=context_length)
+        self.news: deque[RequestHandle] = deque()
 
     def step(self) -> None:
-        """One pass of the model for everybody, if there is something to do.
+        """Run the model once for everybody, if there is something to do.
 
         Raises:
             Exception: what went wrong; some requests have failed with it, so the next step does
@@ -91,31 +69,35 @@ class Stepper:
         """
         try:
             self.drop_cancelled()
-            self._watch_rows()
-            self._admit()
-            started = self.payoff.clock()
-            shares = self._share_out()
+            self._check_weights()
+            self._scheduler.admit(weights_version=self._version)
+            started = self._scheduler.speculation.clock()
+            scheduled, failed = self._scheduler.schedule(weights_version=self._version)
+            for sequence, failure in failed.items():
+                self._fail(sequence, failure)
         except Exception as error:  # nothing of this is any request's own
-            self.abandon(GenerationError(f"the engine failed: {error}"))
+            self.abort_all(GenerationError(f"the engine failed: {error}"))
             raise
-        if shares:
-            self._advance(shares, started=started)
-        if not self._roster.has_work:
-            self._watch.rest()
-            self._text_watch.rest()
+        if scheduled:
+            self._advance(scheduled, started=started)
+        if not self._scheduler.has_work:
+            self._watch.release()
+            self._text_watch.release()
 
     def drop_cancelled(self) -> None:
         """End what nobody waits for any more."""
-        self._roster.take_in()
-        for sequence in self._roster:
-            if sequence.ticket.is_cancelled:
+        self._scheduler.take_in()
+        for sequence in self._scheduler:
+            if sequence.handle.is_cancelled:
                 self._end(sequence)
 
-    def abandon(self, error: LapilliError, tickets: Container[Ticket] | None = None) -> None:
+    def abort_all(
+        self, error: LapilliError, handles: Container[RequestHandle] | None = None
+    ) -> None:
         """Fail requests that are not finished: these, or all."""
-        self._roster.take_in()
-        for sequence in self._roster:
-            if tickets is None or sequence.ticket in tickets:
+        self._scheduler.take_in()
+        for sequence in self._scheduler:
+            if handles is None or sequence.handle in handles:
                 self._fail(sequence, error)
 
     def settle(self) -> None:
@@ -123,147 +105,85 @@ class Stepper:
 
         Sequences that it did not touch go on. Blocks belong to those who are still here.
         """
-        self._roster.settle()
-        for sequence in self._roster:
-            if not (sequence.is_open or sequence.ticket.is_finished):
+        self._scheduler.settle()
+        for sequence in self._scheduler:
+            if not (sequence.is_open or sequence.handle.is_finished):
                 continue
             sequence.table = None  # who owned what is counted below
-            if not sequence.ticket.is_finished:
-                sequence.ticket.fail(
+            if not sequence.handle.is_finished:
+                sequence.handle.fail(
                     GenerationError("the engine was interrupted while this answer grew: ask again")
                 )
-                self._note(sequence.ticket)
-            self._roster.remove(sequence)
-        self._pool.recount(row.table for row in self._roster.rows if row.table is not None)
+                self._note(sequence.handle)
+            self._scheduler.remove(sequence)
+        self._pool.recount(row.table for row in self._scheduler.running if row.table is not None)
         self._features.recount()
 
     def root(self) -> bytes:
-        """What the chains of all sequences begin with now."""
-        return root_digest(self.notice_changes())
+        """Return what the chains of all sequences begin with now."""
+        return root_digest(self.weights_version())
 
-    def notice_changes(self) -> int:
-        """The epoch of the weights; what was kept in the one before is let go."""
-        epoch = self._watch.epoch
-        if epoch != self._epoch:
-            self._pool.forget()
+    def weights_version(self) -> int:
+        """Return the version of the weights; what was kept of the one before is let go."""
+        version = self._watch.version
+        if version != self._version:
+            self._pool.clear()
             self._features.clear()
-            self.reader.forget()
-            for row in self._roster.rows:
+            self.runner.clear()
+            for row in self._scheduler.running:
                 row.is_stale = True
-            self._epoch = epoch  # last: what an interrupt leaves undone is done the next time
-        return epoch
+            self._version = version  # last: what an interrupt leaves undone is done the next time
+        return version
 
-    def renew(self) -> None:
+    def reset_cache(self) -> None:
         """Forget everything kept, after weights were changed in a way that nobody can see."""
-        self._watch.renew()
+        self._watch.reset()
 
-    def _watch_rows(self) -> None:
-        """Look for changes before every step.
+    def _check_weights(self) -> None:
+        """Look for changes of the model before every step.
 
         A setting that is turned and turned back between two requests must not leave behind what
-        was read in between. While answers grow the modalities are not asked, so the language model
-        is watched alone: it costs a third.
+        was computed in between. While answers are decoded the modalities are not asked, so the
+        language model is watched alone: it costs a third.
         """
-        rows = self._roster.rows
-        if self._roster.waiting or not all(row.is_growing for row in rows):
-            self.notice_changes()
-        elif rows and (epoch := self._text_watch.epoch) != self._text_epoch:
-            self.renew()
-            self.notice_changes()
-            self._text_epoch = epoch
+        rows = self._scheduler.running
+        if self._scheduler.waiting or not all(row.is_decoding for row in rows):
+            self.weights_version()
+        elif rows and (version := self._text_watch.version) != self._text_version:
+            self.reset_cache()
+            self.weights_version()
+            self._text_version = version
 
-    def _admit(self) -> None:
-        """Give blocks to those who wait, as long as there are rows."""
-        rows = self._roster.rows
-        if self._roster.waiting and len(rows) < self._options.max_rows:
-            self._admission.admit(self._roster.waiting, rows, epoch=self._epoch)
-        for row in [row for row in rows if not row.is_ready]:
-            prepare_choosing(row, self._vocabulary, self._device)
-            row.drafting = self._begin_drafting()
-            row.is_ready = True
-
-    def _begin_drafting(self) -> Drafting | None:
-        if self._options.speculate == "off":
-            return None
-        try:
-            return self._drafter.begin()
-        except Exception:  # foreign code; an answer needs no guesses
-            LOG.exception("a drafter failed; an answer goes on without guesses")
-            return None
-
-    def _share_out(self) -> list[Share]:
-        """Who reads how much in this step: growing rows a token, then prompts by rank."""
-        rows = [row for row in self._roster.rows if row.is_growing]
-        offer = self.payoff.offer(len(rows))
-        growing = [Share(row, 1, self._guesses(row, offer)) for row in rows]
-        waits = sorted((r for r in self._roster.rows if not r.is_growing), key=lambda row: row.rank)
-        left = self._options.chunk if growing else self._options.max_step
-        looks = self._media.looks + (1 if growing else len(waits))
-        reading: list[Share] = []
-        for row in waits:
-            # A prompt that keeps nobody waiting is read at once, attention is faster then.
-            most = left if growing or reading else 4 * left
-            count = self._look(row, min(row.unread, most), looks - self._media.looks)
-            if count:
-                reading.append(Share(row, count))
-                left -= count
-            if left <= 0:
-                break
-        return sorted([*growing, *reading], key=lambda share: share.length)
-
-    def _guesses(self, row: Sequence, offer: Offer) -> tuple[int, ...]:
-        """What may follow; a drafter that fails, or guesses no tokens, is asked no more."""
-        try:
-            guesses = tuple(row.draft(offer.takes))
-            if all(0 <= guess < self._vocabulary for guess in guesses):
-                return guesses
-            LOG.warning("a drafter guessed %s, which are no token ids", guesses)
-        except Exception:  # foreign code; an answer needs no guesses
-            LOG.exception("a drafter failed; this answer goes on without guesses")
-        row.drafting = None
-        return ()
-
-    def _look(self, row: Sequence, count: int, looks: int) -> int:
-        """Positions that a row can read now; a row whose media do not fit has failed."""
-        try:
-            return self._media.readable(row, count, epoch=self._epoch, looks=looks)
-        except LapilliError as error:
-            self._fail(row, error)
-        except Exception as error:  # noqa: BLE001  a modality may be anybody's, and meet anything
-            self._fail(row, GenerationError(f"the model failed to look at a medium: {error}"))
-        return 0
-
-    def _advance(self, shares: list[Share], *, started: float) -> None:
-        """Read, choose, deliver."""
-        ending = [share for share in shares if share.ends]
-        is_growth = all(share.sequence.is_growing for share in shares)
+    def _advance(self, scheduled: list[ScheduledSequence], *, started: float) -> None:
+        """Run the model over what is scheduled, sample, deliver."""
+        is_decode = all(one.sequence.is_decoding for one in scheduled)
         failures: dict[Sequence, Exception] = {}
         try:
             # If an interrupt comes this is done again: no row has changed yet.
-            logits = self.reader.read(shares, unchanged=self._watch.token)
+            logits = self.runner.execute_model(scheduled, unchanged=self._watch.token)
             if logits is not None:
-                failures = extend(logits, ending)
+                failures = sample(logits, [one for one in scheduled if one.is_sampled])
         except Exception as error:
             failure = GenerationError(f"the model failed: {error}")
             failure.__cause__ = error
-            for share in shares:
-                self._fail(share.sequence, failure)
+            for one in scheduled:
+                self._fail(one.sequence, failure)
             raise
-        if is_growth and self.reader.is_steady:
-            seconds = self.payoff.clock() - started
-            guesses = sum(len(share.draft) for share in shares)
-            self.payoff.learn(seconds, rows=len(shares), guesses=guesses)
-        for share in shares:
-            row = share.sequence
+        if is_decode and self.runner.is_steady:
+            speculation = self._scheduler.speculation
+            drafts = sum(len(one.draft) for one in scheduled)
+            speculation.learn(speculation.clock() - started, rows=len(scheduled), drafts=drafts)
+        for one in scheduled:
+            row = one.sequence
             if row in failures:
                 self._fail(row, GenerationError(f"no token can be chosen: {failures[row]}"))
                 continue
-            # After a choice everything but the newest token has been read, rejected guesses apart.
-            row.length = len(row.tokens) - 1 if row.is_growing else row.length + share.count
+            # After sampling all but the newest token is computed, rejected draft tokens apart.
+            row.length = len(row.tokens) - 1 if row.is_decoding else row.length + one.count
             self._deliver(row)
 
     def _deliver(self, sequence: Sequence) -> None:
-        """Hand out what settled; publish full blocks; end what is over."""
+        """Hand out what is certain; publish full blocks; end what is over."""
         if sequence.table is not None and not sequence.is_stale:
             self._pool.publish(sequence.table, sequence.keys, sequence.length)
         if sequence.answer.is_finished:
@@ -271,36 +191,76 @@ class Stepper:
             return
         piece = sequence.answer.take()
         if piece is not None:
-            sequence.ticket.deliver(piece)
-            self._note(sequence.ticket)
+            sequence.handle.deliver(piece)
+            self._note(sequence.handle)
         sequence.is_open = False
 
     def _end(self, sequence: Sequence) -> None:
-        """The answer is over, cancelled if nothing else ended it."""
+        """End an answer, cancelled if nothing else ended it."""
         sequence.is_open = True
         generation = sequence.answer.result()
         piece = sequence.answer.take()
-        self._give_back(sequence)
+        self._free_blocks(sequence)
         if piece is not None:
-            sequence.ticket.deliver(piece)
-        sequence.ticket.finish(generation)
-        self._note(sequence.ticket)
-        self._roster.remove(sequence)
+            sequence.handle.deliver(piece)
+        sequence.handle.finish(generation)
+        self._note(sequence.handle)
+        self._scheduler.remove(sequence)
 
     def _fail(self, sequence: Sequence, error: LapilliError) -> None:
         sequence.is_open = True
-        self._give_back(sequence)
-        sequence.ticket.fail(error)
-        self._note(sequence.ticket)
-        self._roster.remove(sequence)
+        self._free_blocks(sequence)
+        sequence.handle.fail(error)
+        self._note(sequence.handle)
+        self._scheduler.remove(sequence)
 
-    def _give_back(self, sequence: Sequence) -> None:
-        """Blocks come back before the reader knows that it is over."""
-        sequence.ticket.keys = tuple(sequence.keys[: sequence.length])
+    def _free_blocks(self, sequence: Sequence) -> None:
+        """Free blocks before the reader knows that the answer is over."""
+        sequence.handle.keys = tuple(sequence.keys[: sequence.length])
         table, sequence.table = sequence.table, None
         if table is not None:
             self._pool.release(table, sequence.keys, 0 if sequence.is_stale else sequence.length)
 
-    def _note(self, ticket: Ticket) -> None:
-        if not self.news or self.news[-1] is not ticket:
-            self.news.append(ticket)
+    def _note(self, handle: RequestHandle) -> None:
+        if not self.news or self.news[-1] is not handle:
+            self.news.append(handle)
+
+
+def sample(
+    logits: Float[Tensor, "R V"], scheduled: list[ScheduledSequence]
+) -> dict[Sequence, Exception]:
+    """Add new tokens to sequences, draft tokens verified; return those that failed, and why.
+
+    Each token is sampled as if there were no draft; the draft says only whether the logits for the
+    token after it are there already. So the answer is the same as without drafts, seed for seed:
+    sampling a token and comparing it with the draft token accepts that with its probability, and a
+    token that differs from it follows the distribution of the others.
+
+    Args:
+        logits: of each sequence one row, and one more per draft token.
+        scheduled: those that are sampled.
+    """
+    sampler = Sampler(logits)
+    failures: dict[Sequence, Exception] = {}
+    start = 0
+    for one in scheduled:
+        try:
+            _sample_one(sampler, one, start)
+        except Exception as error:  # noqa: BLE001  logits without numbers, a tokenizer: one request's own
+            failures[one.sequence] = error
+        start += 1 + len(one.draft)
+    return failures
+
+
+def _sample_one(sampler: Sampler, one: ScheduledSequence, start: int) -> None:
+    """Add the tokens of one sequence, whose logits begin at row `start`."""
+    sequence = one.sequence
+    state = sequence.sampling
+    if state is None:
+        raise RuntimeError("a sequence was scheduled before it was admitted")
+    sequence.is_open = True  # until all of it fits together again, see EngineCore._deliver
+    for row, draft_token in enumerate((*one.draft, None), start):
+        token_id, report = sampler.sample(row, state)
+        sequence.push(token_id, report)
+        if token_id != draft_token or sequence.answer.is_finished:
+            break

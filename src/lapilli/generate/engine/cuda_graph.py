@@ -1,4 +1,4 @@
-"""Decode steps in fixed shapes: compiled once, recorded once per shape, then replayed.
+"""CUDA graphs: decode steps in fixed shapes, compiled once, recorded once per shape, replayed.
 
     inputs   Int32[B, 2 + n]    of every row its token, its length with that token, its blocks
     step     inputs -> embeddings -> layers over a StaticBatch -> logits [B, V]
@@ -9,7 +9,7 @@ launches all of them at once, but knows only the addresses that it was recorded 
 reads its inputs from one buffer per shape and writes keys and values into the engine's blocks. The
 compiler is asked twice, for one row and for several; only the recording is done per shape.
 
-Knows shares and blocks; must not know how a token is chosen.
+Knows scheduled sequences and blocks; must not know how a token is sampled.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from lapilli.generate.engine.choosing import Share
+from lapilli.generate.engine.sequence import ScheduledSequence
 from lapilli.lm.base import LanguageModel
 from lapilli.nn.block_store import BlockStore
 from lapilli.nn.static import StaticBatch
@@ -35,12 +35,12 @@ Recorder = Callable[[Replay], Replay]
 
 
 class StaticSteps:
-    """Passes over rows that grow, each as one of a few shapes.
+    """Passes over decoding rows, each as one of a few shapes.
 
     Args:
-        language_model: one that takes ragged rows.
+        language_model: one that supports rows of several lengths.
         store: where keys and values are.
-        most_rows: most new positions that are read in one pass, guesses included.
+        most_rows: most new positions of one pass, draft tokens included.
         most_blocks: of one sequence.
         is_compiled: translate the step with torch.compile first.
         new_recorder: makes what turns steps into ones that are replayed, one for each model that is
@@ -75,24 +75,26 @@ class StaticSteps:
         """Rows and blocks of what has been recorded."""
         return tuple(self._recorded)
 
-    def takes(self, shares: Items[Share]) -> bool:
-        """Whether all rows grow and their new positions fit."""
-        positions = sum(share.length for share in shares)
-        return positions <= self._row_counts[-1] and all(s.sequence.is_growing for s in shares)
+    def supports(self, scheduled: Items[ScheduledSequence]) -> bool:
+        """Return whether all rows are decoding and their new positions fit."""
+        positions = sum(one.length for one in scheduled)
+        return positions <= self._row_counts[-1] and all(
+            one.sequence.is_decoding for one in scheduled
+        )
 
-    def forget(self) -> None:
-        """Record anew: the model is not the one that was recorded."""
+    def clear(self) -> None:
+        """Discard what was recorded; call after the model's weights or modules changed."""
         self._recorded.clear()
         self._recorder = None
 
     @torch.inference_mode()
-    def read(self, shares: Items[Share]) -> Float[Tensor, "R V"]:
-        """Logits after every new position; valid until the next pass."""
+    def run(self, scheduled: Items[ScheduledSequence]) -> Float[Tensor, "R V"]:
+        """Return logits after every new position; valid until the next pass."""
         size = self._store.block_size
         rows = [
-            (token, share.sequence.length + i + 1, share.sequence.blocks)
-            for share in shares
-            for i, token in enumerate(share.tokens)
+            (token, one.sequence.length + i + 1, one.sequence.blocks)
+            for one in scheduled
+            for i, token in enumerate(one.tokens)
         ]
         shape = (
             _first_from(len(rows), self._row_counts),
@@ -119,7 +121,7 @@ class StaticSteps:
         return torch.tensor(lines, dtype=torch.int32)
 
     def _record(self, values: Int[Tensor, "B columns"]) -> tuple[Tensor, Replay]:
-        """The buffer of a shape, filled for its first pass, and what runs on it."""
+        """Return the buffer of a shape, filled for its first pass, and what runs on it."""
         with torch.inference_mode(mode=False):
             inputs = values.to(self._store.device, copy=True)
         if self._is_compiled:
@@ -144,7 +146,7 @@ class DecodeStep:
         self._has_kernel = store.has_kernel
 
     def __call__(self, inputs: Int[Tensor, "B columns"]) -> Float[Tensor, "B V"]:
-        """Logits of every row; those of padding mean nothing."""
+        """Return logits of every row; those of padding mean nothing."""
         cache = StaticBatch(
             self._store, inputs[:, _HEAD:], inputs[:, 1], has_kernel=self._has_kernel
         )
@@ -154,7 +156,7 @@ class DecodeStep:
 
 
 def compiled(step: DecodeStep) -> Callable[[Tensor], Tensor]:
-    """The step, translated when it is called for the first time.
+    """Return the step, translated when it is called for the first time.
 
     Source: coordinate descent tuning as in gpt-fast: matrix times vector becomes a generated kernel
     that reads the weights at the speed of the memory.
@@ -184,7 +186,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Replay) -> Replay:
-        """What launches everything that `step` launches, with the tensors of now."""
+        """Return what launches everything that `step` launches, with the tensors of now."""
         with torch.cuda.device(self._device):
             before = torch.cuda.current_stream()
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -207,8 +209,8 @@ class CudaRecorder:
         return replay
 
 
-def ways(wanted: str, device: torch.device) -> tuple[str, ...]:
-    """What `EngineOptions.compile` means on a device: what to try, one after the other."""
+def compile_modes(wanted: str, device: torch.device) -> tuple[str, ...]:
+    """Return what `EngineOptions.compile` means on a device: modes to try one after the other."""
     if wanted != "auto":
         return (wanted,)
     if device.type != "cuda":
@@ -218,23 +220,23 @@ def ways(wanted: str, device: torch.device) -> tuple[str, ...]:
 
 
 def static_steps(
-    way: str,
+    mode: str,
     language_model: LanguageModel,
     store: BlockStore,
     *,
     most_rows: int,
     context_length: int,
 ) -> StaticSteps | None:
-    """Steps of one of the `ways`; None: "off".
+    """Return the steps of one of the `compile_modes`; None: "off".
 
     Args:
-        way: "on", "static" or "off".
-        language_model: one that takes ragged rows.
+        mode: "on", "static" or "off".
+        language_model: one that supports rows of several lengths.
         store: where keys and values are.
-        most_rows: most sequences that grow at the same time.
-        context_length: most positions of a sequence.
+        most_rows: most sequences that are decoded at the same time.
+        context_length: most tokens of a sequence.
     """
-    if way == "off":
+    if mode == "off":
         return None
     on_gpu = store.device.type == "cuda"
     return StaticSteps(
@@ -242,13 +244,13 @@ def static_steps(
         store,
         most_rows=most_rows,
         most_blocks=-(-context_length // store.block_size),
-        is_compiled=way == "on",
+        is_compiled=mode == "on",
         new_recorder=partial(CudaRecorder, store.device) if on_gpu else None,
     )
 
 
 def doublings(first: int, last: int) -> tuple[int, ...]:
-    """first, 2 * first, 4 * first, ... until one is not below `last`."""
+    """Return first, 2 * first, 4 * first, ... until one is not below `last`."""
     sizes = [first]
     while sizes[-1] < last:
         sizes.append(2 * sizes[-1])
@@ -256,5 +258,5 @@ def doublings(first: int, last: int) -> tuple[int, ...]:
 
 
 def _first_from(least: int, sizes: Items[int]) -> int:
-    """The smallest of the sizes that is enough."""
+    """Return the smallest of the sizes that is enough."""
     return next(size for size in sizes if size >= least)

@@ -1,21 +1,24 @@
-"""What a cached value depends on: the content of a medium, and whether a model is still the same.
+"""Feature cache: tower and projector run once per picture, whoever asks.
 
-Knows tensors and modules; must not know what is cached.
+A cached value depends on the content of its medium (content_digest) and on the weights that made
+it (WeightWatch). Knows tensors and modules; must not know what a picture is.
 """
 
 import hashlib
 import secrets
+import threading
 import weakref
 from collections import OrderedDict
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from operator import attrgetter, getitem, is_
 from typing import Any
 
 import torch
 from torch import nn
 
-from lapilli.shapes import Tensor
+from lapilli.shapes import Float, Tensor
 
+Key = tuple[object, ...]
 SCALARS = (bool, int, float, str, bytes)
 _NO_SETTINGS = frozenset((dict, OrderedDict, set, type(None)))  # most attributes, sorted out first
 
@@ -24,8 +27,74 @@ Held = tuple[str, str, "weakref.ref[Tensor]", tuple[int, int]]
 State = tuple[list[Setting], list[Held]]
 
 
+@dataclass(slots=True)
+class FeatureStats:
+    """Counts since the cache was made."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+
+
+class FeatureCache:
+    """The features used last, up to a number of bytes.
+
+    Several engines and threads may share one.
+
+    Args:
+        max_bytes: of all tensors together; 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.stats = FeatureStats()
+        self._kept: OrderedDict[Key, Tensor] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are kept now."""
+        return self._bytes
+
+    def get(self, key: Key) -> Float[Tensor, "n D"] | None:
+        """Return the features of this key, which are now the ones used last."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is None:
+                self.stats.misses += 1
+                return None
+            self._kept.move_to_end(key)
+            self.stats.hits += 1
+            return found
+
+    def put(self, key: Key, features: Float[Tensor, "n D"]) -> None:
+        """Keep features; the ones unused for longest go until there is room."""
+        if features.nbytes > self.max_bytes:
+            return
+        with self._lock:
+            old = self._kept.pop(key, None)
+            self._bytes += features.nbytes - (0 if old is None else old.nbytes)
+            self._kept[key] = features
+            while self._bytes > self.max_bytes:
+                _, oldest = self._kept.popitem(last=False)
+                self._bytes -= oldest.nbytes
+                self.stats.evictions += 1
+
+    def recount(self) -> None:
+        """Count the bytes again, after a change that was broken off."""
+        with self._lock:
+            self._bytes = sum(features.nbytes for features in self._kept.values())
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._kept.clear()
+            self._bytes = 0
+
+
 def content_digest(item: Any) -> bytes:  # noqa: ANN401 - every modality has its own items
-    """SHA-256 of what a modality prepared, or of features: equal digests mean equal numbers.
+    """Return the SHA-256 of a prepared item or of features: equal digests mean equal numbers.
 
     Records, tuples and lists of tensors, numbers and texts are read part by part. Anything else
     gets a digest that never comes again, so that it is never taken for something known.
@@ -57,14 +126,14 @@ def _add(digest: Any, item: Any) -> None:  # noqa: ANN401 - hashlib's type has n
 
 
 def media_digest(modality: str, item: Any) -> bytes:  # noqa: ANN401
-    """The digest of an item that this modality looks at; two modalities see two things."""
+    """Return the digest of an item for one modality; two modalities see two things."""
     return hashlib.sha256(modality.encode() + b"\0" + content_digest(item)).digest()
 
 
 class WeightWatch:
-    """Notices that a model is not the one it was: other tensors, changed tensors, other settings.
+    """Version of a model's weights: other tensors, changed tensors and other settings count it up.
 
-    Every difference begins a new epoch, and no epoch comes again: after an adapter was switched
+    No version comes again: after an adapter was switched
     off and on, everything is computed anew. Compared are, per module, its class and its plain
     attributes (a LoRA's scaling, training mode), per parameter and buffer the tensor itself, its
     memory and its version, which every in-place operation counts up.
@@ -72,46 +141,46 @@ class WeightWatch:
     Note: a module that counts something in a plain attribute looks changed every time, and nothing
         is found again; keep counts in a record of their own.
     Note: torch does not count operations on `tensor.data`, nor on tensors made under
-    `torch.inference_mode()`; whoever changes weights in such a way calls `renew`.
+    `torch.inference_mode()`; whoever changes weights in such a way calls `reset`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._epoch = 0
+        self._version = 0
         self._token = object()
         self._state = self._current_state()
         self._glance: _Glance | None = None
 
     @property
     def token(self) -> object:
-        """Of this epoch and this watch; for others that look whether something has changed."""
+        """An object of this version alone; for others that look whether something has changed."""
         return self._token
 
     @property
-    def epoch(self) -> int:
-        """A number that is the same as before exactly while nothing has changed."""
+    def version(self) -> int:
+        """The version: the same number as before exactly while nothing has changed."""
         # Asked before every token: a glance that sees too much is followed by a look that does not.
         if self._glance is not None and self._glance.is_same():
-            return self._epoch
+            return self._version
         state = self._current_state()
         if not _same(state, self._state):
-            self.renew()
+            self.reset()
         self._state = state
         self._glance = _Glance(self._model)
-        return self._epoch
+        return self._version
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Let go of everything but weak references: what is replaced from now on goes at once."""
         self._glance = None
 
-    def renew(self) -> None:
-        """Begin a new epoch."""
-        # The token first: an interrupt between the two must not leave an old one with a new epoch.
+    def reset(self) -> None:
+        """Begin a new version."""
+        # The token first: an interrupt between the two must not leave an old one with a new number.
         self._token = object()
-        self._epoch += 1
+        self._version += 1
 
     def _current_state(self) -> State:
-        """One walk over all modules; tensors are held weakly, so that replaced ones can go."""
+        """Return the state of all modules; tensors are held weakly: replaced ones can go."""
         settings: list[Setting] = []
         tensors: list[Held] = []
         for path, module in self._model.named_modules():
@@ -155,7 +224,7 @@ class _Glance:
         self._facts = self._look()
 
     def is_same(self) -> bool:
-        """False for every change that counts, and sometimes where there is none."""
+        """Return False for every change that counts, and sometimes where there is none."""
         try:
             if not all(map(is_, map(getitem, *self._entries), self._values)):
                 return False
@@ -164,7 +233,7 @@ class _Glance:
             return False
 
     def _look(self) -> tuple[list[Any], ...]:
-        """What can be compared by value: no tensors, whose equality is a tensor."""
+        """Return what can be compared by value: no tensors, whose equality is a tensor."""
         return (
             list(map(type, self._modules)),
             list(map(len, self._insides)),
@@ -190,7 +259,7 @@ def _is_plain(value: Any) -> bool:  # noqa: ANN401 - an attribute of a module
 def _columns(
     pairs: list[tuple[dict[str, Any], str]],
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Dictionaries and names, for map(getitem, ...)."""
+    """Return dictionaries and names, for map(getitem, ...)."""
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
@@ -199,7 +268,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _same(new: State, old: State) -> bool:
-    """Whether both name the same living tensors in the same state, and the same settings."""
+    """Return whether both name the same living tensors in the same state, and the same settings."""
     if new[0] != old[0] or len(new[1]) != len(old[1]):
         return False
     return all(
