@@ -41,7 +41,7 @@ class Option:
         if kind is float:
             check_number(name, value, low, high, low_open=self.low_open)
         elif kind is int:
-            check_count(name, value, least=int(self.low or 0))
+            check_count(name, value, least=-(2**63) if self.low is None else int(self.low))
         elif kind == tuple[int, ...]:
             for token_id in _items(name, value):
                 check_count(name, token_id, least=0)
@@ -105,7 +105,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = option(
         (), "End the answer at this token, besides the model's own; repeatable.", low=0
     )
-    seed: int | None = option(None, "Makes sampling repeatable.", low=-(2**63))
+    seed: int | None = option(None, "Makes sampling repeatable.")
     logprobs: int | None = option(
         None,
         "Report each token's log-probability, and those of so many alternatives.",
