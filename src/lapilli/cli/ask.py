@@ -102,7 +102,7 @@ def _is_picture(question: str) -> bool:
 def write_answer(
     session: "Chat", question: str, pictures: list[Any], sampling: dict[str, Any]
 ) -> None:
-    """The answer as it settles: a terminal and a pipe both see it grow."""
+    """Write the answer as it comes: a terminal and a pipe both see it grow."""
     for piece in session.stream(question, *pictures, **sampling):
         sys.stdout.write(piece)
         sys.stdout.flush()

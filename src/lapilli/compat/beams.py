@@ -11,7 +11,7 @@ import torch
 from lapilli.generate.beam import BeamRow, Hypothesis, search
 from lapilli.generate.decode import DecodingBatch
 from lapilli.generate.reference import GenerationContext
-from lapilli.generate.sampler import LogitsProcessors, active_processors, new_generator
+from lapilli.generate.sampler import logits_processors, new_generator
 from lapilli.model.outputs import FusedBatch
 from lapilli.shapes import Int, Tensor
 
@@ -55,11 +55,7 @@ def search_until(
         )
         for _ in range(rows)
     ]
-    processors = (
-        LogitsProcessors(params, [[bos]] * rows, logits.shape[-1], device)
-        if active_processors(params)
-        else None
-    )
+    processors = logits_processors(params, [[bos]] * rows, logits.shape[-1], device)
     steps = search(
         decoding,
         logits,

@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """How probable a token was, and what else could have stood there.
+    """Log-probability of a token, and of its alternatives.
 
     Natural logarithms of the model's own probabilities: before bias, penalties, temperature and
     filters, so they do not depend on how the token was sampled.

@@ -16,11 +16,10 @@ from lapilli.generate.decode import DecodingBatch
 from lapilli.generate.detokenizer import IncrementalDetokenizer, StopStrings, TokenBytes
 from lapilli.generate.output import Generation, GenerationState, Piece
 from lapilli.generate.sampler import (
-    LogitsProcessors,
     Sampler,
     SamplingState,
-    active_processors,
     check_logit_bias,
+    logits_processors,
     new_generator,
 )
 from lapilli.lm.base import LanguageModel
@@ -168,7 +167,7 @@ def check_context(num_tokens: int, context_length: int, *, row: int = 0, visual:
 
 @dataclass(frozen=True, slots=True)
 class GenerationContext:
-    """What all rows of one call share, and the decode loop over them."""
+    """Model, options and limits that all rows of one call share, and their decode loop."""
 
     language_model: LanguageModel
     tokenizer: TokenBytes
@@ -280,11 +279,7 @@ class GenerationContext:
             )
             for answer in answers
         ]
-        processors = (
-            LogitsProcessors(params, prompt_ids, vocab_size, device)
-            if active_processors(params)
-            else None
-        )
+        processors = logits_processors(params, prompt_ids, vocab_size, device)
         try:
             yield from search(
                 decoding,

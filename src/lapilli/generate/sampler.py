@@ -73,7 +73,7 @@ def warp(logits: Float[Tensor, "B V"], params: SamplingParams) -> Float[Tensor, 
 
 
 class LogitsProcessors:
-    """The options that change logits before a token is taken, with what they count, of some rows.
+    """Options that change the logits of some rows before a token is taken, and their counts.
 
     Args:
         params: the options.
@@ -139,6 +139,18 @@ def active_processors(params: SamplingParams) -> list[str]:
     return [name for name in PROCESSORS if getattr(params, name) != getattr(DEFAULTS, name)]
 
 
+def logits_processors(
+    params: SamplingParams,
+    prompt_ids: Sequence[Sequence[int]],
+    vocab_size: int,
+    device: torch.device,
+) -> LogitsProcessors | None:
+    """Return the LogitsProcessors of these options; None where none of them changes logits."""
+    if not active_processors(params):
+        return None
+    return LogitsProcessors(params, prompt_ids, vocab_size, device)
+
+
 def check_logit_bias(params: SamplingParams, vocab_size: int) -> None:
     """Check that the model has every token of `logit_bias`.
 
@@ -153,7 +165,7 @@ def check_logit_bias(params: SamplingParams, vocab_size: int) -> None:
 
 
 class SamplingState:
-    """What the tokens of one answer are sampled with: options, random source, counts.
+    """State of the sampling of one answer: options, random source, counts.
 
     Args:
         params: the options.
@@ -173,11 +185,7 @@ class SamplingState:
         self.params = params
         # Greedy draws nothing, so it leaves torch's global random source alone.
         self.generator = new_generator(params.seed, device) if params.temperature > 0 else None
-        self.processors = (
-            LogitsProcessors(params, [prompt_ids], vocab_size, device)
-            if active_processors(params)
-            else None
-        )
+        self.processors = logits_processors(params, [prompt_ids], vocab_size, device)
 
 
 class Sampler:

@@ -29,7 +29,7 @@ IsWorth = Callable[[float], bool]
 
 @runtime_checkable
 class Proposer(Protocol):
-    """Where the draft tokens of one sequence come from."""
+    """Proposes the draft tokens of one sequence."""
 
     def propose(self, keys: Sequence[int], most: int, is_worth: IsWorth) -> list[int]:
         """Return at most `most` token ids that may follow; none when nothing suggests itself.
@@ -159,9 +159,9 @@ class PromptLookup:
                 continue
             before = keys[max(0, at - REACH) : at]
             if is_answer:
-                kind, guess = self._best(before, self._text)
+                kind, proposed = self._best(before, self._text)
                 if kind is not None:
-                    self._learn(kind, is_right=guess == token)
+                    self._learn(kind, is_right=proposed == token)
             self._note(before, token)
             self._text += 1
         self._read = len(keys)
@@ -258,9 +258,9 @@ class DraftModelProposer:
         proposed, self._proposed = self._proposed, []
         if not proposed:
             self._rate += 0.01 * (AGREEMENT - self._rate)
-        for guess, key in zip(proposed, keys[self._read :], strict=False):
-            self._rate += 0.1 * ((guess == key) - self._rate)
-            if guess != key:
+        for draft_token, key in zip(proposed, keys[self._read :], strict=False):
+            self._rate += 0.1 * ((draft_token == key) - self._rate)
+            if draft_token != key:
                 return
 
     def _next(self, token_ids: list[int]) -> int:

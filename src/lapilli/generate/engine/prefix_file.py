@@ -1,4 +1,4 @@
-"""Keys and values on disk: what a model has read, for the next start of the program.
+"""Prefix files: keys and values on disk, for the next start of the program.
 
     safetensors    LAYER.keys, LAYER.values [K, S, A]   (int8: LAYER.key_scales, .value_scales too)
     header         format, model, kind, keys: what stands at every position (hexadecimal),
@@ -38,7 +38,7 @@ _NAMES = {  # of safetensors, for what a store may hold
 
 @dataclass(frozen=True, slots=True)
 class SavedPrefix:
-    """What a file holds.
+    """Content of a prefix file.
 
     Attributes:
         keys: position keys.
@@ -50,7 +50,7 @@ class SavedPrefix:
 
 
 def model_digest(model: nn.Module) -> str:
-    """What stands for all weights and settings of a model, whatever device it is on.
+    """Return a digest of all weights and settings of a model, whatever device it is on.
 
     Of every tensor: name, shape, dtype, the sum of its bits, and some of its elements; of every
     module its plain attributes. Meant to notice a mistake, not a forger.
@@ -82,7 +82,7 @@ def _content(tensor: Tensor) -> bytes:
 def write_prefix(
     path: Path, pool: BlockPool, known: Prefix, keys: Sequence[int], model: str
 ) -> int:
-    """The positions that the pool knows of `keys`, in a file; returns how many.
+    """Write the positions that the pool knows of `keys` to a file; return how many.
 
     Raises:
         CheckpointError: the pool knows none of them any more, or the disk does not take it.
@@ -114,7 +114,7 @@ def write_prefix(
 
 
 def read_prefix(path: Path, pool: BlockPool, model: str) -> SavedPrefix:
-    """What a file holds, for a store like this.
+    """Read a file for a store like this.
 
     Raises:
         MissingFileError: there is no such file.
@@ -144,7 +144,7 @@ def read_prefix(path: Path, pool: BlockPool, model: str) -> SavedPrefix:
 
 
 def place_prefix(saved: SavedPrefix, pool: BlockPool, root: bytes) -> int:
-    """Keys and values from a file into blocks that can be found; returns positions.
+    """Copy keys and values of a file into blocks that can be found; return the positions.
 
     Raises:
         CheckpointError: more positions than the pool has room for now.
@@ -237,7 +237,7 @@ def _kind(store: BlockStore) -> str:
 
 
 def _named(store: BlockStore) -> list[tuple[str, Tensor]]:
-    """Names of the store's tensors, in its order."""
+    """Return the names of the store's tensors, in its order."""
     layers = len(store.keys)
     kinds = ("keys", "values", "key_scales", "value_scales")
     return [

@@ -169,16 +169,7 @@ class InputProcessor:
         self._order = count()
 
     def new_sequence(self, request: Request, handle: RequestHandle) -> Sequence:
-        """Return a sequence that has not begun.
-
-        Raises:
-            ContextTooLongError: the prompt leaves no room for a single token.
-            MediaCountMismatchError: another number of media than of spans.
-            FusionError: a medium that does not fit its span.
-            UnsupportedModelError: a modality that the model does not have.
-            RequestError: ids, spans or options that the model cannot work with.
-            GenerationError: beams, no tokens, or too large for the memory.
-        """
+        """Return a sequence that has not begun; raises what Engine.submit says."""
         self._check(request, handle)
         prompt, params = request.prompt, request.params
         room = check_context(
