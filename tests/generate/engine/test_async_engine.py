@@ -190,7 +190,7 @@ def test_any_error_of_a_step_does_not_end_the_thread(engine, monkeypatch):
 def test_two_event_loops_share_the_places(engine, model):
     """More tasks than places, in two loops of two threads: all are answered."""
     engine = Engine(
-        engine.model, engine._arrivals._tokenizer, options=dataclasses.replace(SMALL, max_waiting=2)
+        engine.model, engine._inputs._tokenizer, options=dataclasses.replace(SMALL, max_waiting=2)
     )
     service = AsyncEngine(engine)
     requests = [request_of([i], max_new_tokens=5) for i in range(1, 9)]
@@ -214,7 +214,7 @@ def test_two_event_loops_share_the_places(engine, model):
 @pytest.mark.slow
 def test_who_waits_for_a_place_may_give_up(engine):
     engine = Engine(
-        engine.model, engine._arrivals._tokenizer, options=dataclasses.replace(SMALL, max_waiting=1)
+        engine.model, engine._inputs._tokenizer, options=dataclasses.replace(SMALL, max_waiting=1)
     )
 
     async def ask():

@@ -116,8 +116,10 @@ def check(model, right: dict[int, Generation], at: int) -> bool:
 
 @pytest.mark.slow
 def test_an_interrupt_before_some_lines(model, right):
+    engine = Engine(model, WordTokenizer(), options=TINY)
+    engine.submit(THEIRS)
     with Interrupt(None) as counted:
-        session(Engine(model, WordTokenizer(), options=TINY))
+        session(engine)
     for at in random.Random(0).sample(range(1, counted.lines), SOME):
         assert check(model, right, at)
 
