@@ -51,7 +51,7 @@ def test_the_second_question_about_a_picture_reads_the_text_alone(pebble: Chat) 
 
 def test_errors_of_the_engine_are_raised(pebble: Chat) -> None:
     engine = TimedChat(pebble)
-    with pytest.raises(LapilliError, match="50001 positions"):
+    with pytest.raises(LapilliError, match="50001 tokens"):
         engine.answer([((), TEXT * 5000)], 2)
 
 
