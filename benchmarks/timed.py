@@ -16,7 +16,7 @@ from lapilli.config.generation import SamplingParams
 from lapilli.config.model import DecoderConfig, TextConfig
 from lapilli.config.operations import projector_operations, tower_operations
 from lapilli.errors import UnsupportedModelError
-from lapilli.generate.engine import Engine, EngineOptions, Request, Ticket
+from lapilli.generate.engine import Engine, EngineOptions, Request, RequestHandle
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.pipeline.chat import Chat
@@ -112,17 +112,17 @@ class TimedChat:
         """
         started = time.perf_counter()
         params = SamplingParams(max_new_tokens=new_tokens)
-        tickets = [self.engine.submit(self._request(*each, params)) for each in questions]
-        times: list[list[float]] = [[] for _ in tickets]
-        while not all(ticket.is_finished for ticket in tickets):
+        handles = [self.engine.submit(self._request(*each, params)) for each in questions]
+        times: list[list[float]] = [[] for _ in handles]
+        while not all(handle.is_finished for handle in handles):
             self.engine.step()
             now = time.perf_counter() - started
-            counts = [_count_new(ticket) for ticket in tickets]
+            counts = [_count_new(handle) for handle in handles]
             self.note(sum(counts))
             for row, count in zip(times, counts, strict=True):
                 row += [now] * count
-        for ticket in tickets:
-            _ = ticket.generation  # raises what went wrong
+        for handle in handles:
+            _ = handle.generation  # raises what went wrong
         return times
 
     def note(self, count: int) -> None:
@@ -144,8 +144,8 @@ class TimedChat:
         return self._modality.prepare(Image.frombytes("RGB", size, picture))
 
 
-def _count_new(ticket: Ticket) -> int:
-    piece = ticket.take()
+def _count_new(handle: RequestHandle) -> int:
+    piece = handle.take()
     return 0 if piece is None else len(piece.token_ids)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lapilli.config.generation import SamplingParams
-from lapilli.generate.run import generate
+from lapilli.generate.reference import generate
 from lapilli.modality.image.vision import VisionTransformer
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.pipeline import load

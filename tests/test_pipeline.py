@@ -135,7 +135,7 @@ def test_what_is_kept_changes_no_answer(loaded: Load, variant: str, drawing: str
 
 @pytest.mark.slow
 def test_the_image_is_encoded_once(chat: Chat, drawing: str, monkeypatch):
-    chat.engine.renew()  # other tests have shown it
+    chat.engine.reset_cache()  # other tests have shown it
     tower = Calls(monkeypatch, chat.model.modalities["image"].vision_tower, "forward")
     chat.ask("What is shown?", drawing, **FEW)
     chat.ask("Where?", **FEW)
@@ -154,7 +154,7 @@ def test_the_image_is_encoded_once(chat: Chat, drawing: str, monkeypatch):
 
 
 def test_the_beginning_of_a_conversation_is_read_once(chat: Chat, drawing: str, monkeypatch):
-    chat.engine.renew()
+    chat.engine.reset_cache()
     read: list[int] = []
     forward = chat.model.language_model.forward
 
@@ -260,7 +260,7 @@ def test_a_failing_question_leaves_the_conversation_alone(chat: Chat, drawing: s
 
 @pytest.mark.slow
 def test_too_long(chat: Chat, drawing: str):
-    with pytest.raises(ContextTooLongError, match=r"positions, 16 of them visual tokens.*shorten"):
+    with pytest.raises(ContextTooLongError, match=r"tokens, 16 of them visual tokens.*shorten"):
         chat.ask("why " * 6000, drawing)
     with pytest.raises(ContextTooLongError, match="the prompt of row 1"):
         chat.batch([[Message.user("Hi")], [Message.user("why " * 6000)]])
@@ -462,7 +462,7 @@ def test_ask_many_answers_each_as_if_alone(chat: Chat, drawing: str):
     assert chat.history == ()
     for each, answer in zip(asked, answers, strict=True):
         question, *images = (each,) if isinstance(each, str) else each
-        chat.engine.renew()
+        chat.engine.reset_cache()
         assert chat.ask(question, *images, **FEW) == answer
         chat.reset()
     assert chat.ask_many([]) == []
@@ -509,7 +509,7 @@ def test_saved_prefix_spares_the_tower_and_the_prompt(paths, drawing: str, tmp_p
     tower = Calls(monkeypatch, again.model.modalities["image"].vision_tower, "forward")
     assert again.ask("What is it?", drawing, **FEW) == expected
     assert tower.count == 0
-    assert again.engine.prefix_stats.reused > 16
+    assert again.engine.prefix_stats.cached_tokens > 16
 
     with pytest.raises(CheckpointError, match="was read by another model"):
         lapilli.load(path, device="cpu", dtype="bfloat16", prefix=file)

@@ -34,7 +34,7 @@ from lapilli.errors import (
 
 if TYPE_CHECKING:
     from lapilli.config.generation import SamplingParams
-    from lapilli.generate.outputs import Generation, Piece, TokenLogprob
+    from lapilli.generate.output import Generation, Piece, TokenLogprob
     from lapilli.pipeline import Chat, load
     from lapilli.prompt.message import MediaPart, Message, TextPart
 
@@ -73,13 +73,13 @@ __all__ = [
 
 _HOMES = {
     "Chat": "lapilli.pipeline",
-    "Generation": "lapilli.generate.outputs",
+    "Generation": "lapilli.generate.output",
     "MediaPart": "lapilli.prompt.message",
     "Message": "lapilli.prompt.message",
-    "Piece": "lapilli.generate.outputs",
+    "Piece": "lapilli.generate.output",
     "SamplingParams": "lapilli.config.generation",
     "TextPart": "lapilli.prompt.message",
-    "TokenLogprob": "lapilli.generate.outputs",
+    "TokenLogprob": "lapilli.generate.output",
     "load": "lapilli.pipeline",
 }
 

@@ -40,15 +40,18 @@ def test_the_second_question_about_a_picture_reads_the_text_alone(pebble: Chat) 
     engine = TimedChat(pebble)
     seen = _picture(engine, 5)
     engine.answer([((seen,), TEXT)], 2)
-    known = engine.engine.prefix_stats.reused
+    known = engine.engine.prefix_stats.cached_tokens
     engine.answer([((seen,), TEXT[::-1])], 2)
     visual = engine.work(0)["positions"]
-    assert engine.engine.prefix_stats.reused - known >= visual - engine.engine.options.block_size
+    assert (
+        engine.engine.prefix_stats.cached_tokens - known
+        >= visual - engine.engine.options.block_size
+    )
 
 
 def test_errors_of_the_engine_are_raised(pebble: Chat) -> None:
     engine = TimedChat(pebble)
-    with pytest.raises(LapilliError, match="50001 positions"):
+    with pytest.raises(LapilliError, match="50001 tokens"):
         engine.answer([((), TEXT * 5000)], 2)
 
 

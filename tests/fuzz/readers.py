@@ -6,8 +6,8 @@ import PIL.Image
 
 import lapilli
 from lapilli.checkpoint.inspect import inspect_checkpoint
+from lapilli.config.generation import EngineOptions
 from lapilli.errors import LapilliError
-from lapilli.generate.engine.options import EngineOptions
 
 # Memory for keys and values is reserved for the whole context, and used as it is needed.
 SMALL = EngineOptions(max_rows=1, kv_bytes=64 << 20)

@@ -176,8 +176,8 @@ def _engine():
 
 
 def _kept(engine, folder: Path) -> str:
-    from lapilli.generate.cache.identity import content_digest
-    from lapilli.generate.cache.prefix_file import model_digest, read_prefix
+    from lapilli.generate.engine.feature_cache import content_digest
+    from lapilli.generate.engine.prefix_file import model_digest, read_prefix
 
     saved = read_prefix(folder / "seen.safetensors", engine.pool, model_digest(engine.model))
     return hashlib.sha256(str(saved.keys).encode() + content_digest(saved.tensors)).hexdigest()

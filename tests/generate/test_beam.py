@@ -5,7 +5,7 @@ import torch
 
 from lapilli.config.generation import SamplingParams
 from lapilli.generate.beam import draw_several, warp_keeping
-from lapilli.generate.run import generate
+from lapilli.generate.reference import generate
 from tests.generate.conftest import VOCABULARY
 
 PROMPT = [4, 5, 9]

@@ -20,7 +20,7 @@ from lapilli.cli.terminal import (
 from lapilli.errors import MediaError
 
 if TYPE_CHECKING:
-    from lapilli.generate.outputs import Generation
+    from lapilli.generate.output import Generation
     from lapilli.pipeline import Chat
 
 QUESTION_FIRST = 'the question comes first: lapilli ask "QUESTION" IMAGE'
@@ -31,6 +31,7 @@ Images = Annotated[
 ]
 
 
+@options.with_sampling
 def ask(
     question: Question,
     images: Images = None,
@@ -38,14 +39,8 @@ def ask(
     base: options.Base = None,
     adapter: options.Adapter = None,
     template: options.Template = None,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    num_beams: options.NumBeams = 1,
-    max_new_tokens: options.MaxNewTokens = 512,
-    stop: options.Stop = None,
-    seed: options.Seed = None,
+    *,
+    sampling: options.Sampling,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
@@ -73,16 +68,6 @@ def ask(
             alpha=alpha,
         )
         load_s = time.perf_counter() - started
-        sampling: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "num_beams": num_beams,
-            "max_new_tokens": max_new_tokens,
-            "stop": tuple(stop or ()),
-            "seed": seed,
-        }
         try:
             if as_json:
                 _print_json(session, question, pictures, sampling, load_s=load_s)
@@ -117,7 +102,7 @@ def _is_picture(question: str) -> bool:
 def write_answer(
     session: "Chat", question: str, pictures: list[Any], sampling: dict[str, Any]
 ) -> None:
-    """The answer as it settles: a terminal and a pipe both see it grow."""
+    """Write the answer as it comes: a terminal and a pipe both see it grow."""
     for piece in session.stream(question, *pictures, **sampling):
         sys.stdout.write(piece)
         sys.stdout.flush()

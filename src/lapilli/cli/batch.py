@@ -23,7 +23,7 @@ from lapilli.errors import LapilliError
 
 if TYPE_CHECKING:
     from lapilli.config.generation import SamplingParams
-    from lapilli.generate.outputs import Generation
+    from lapilli.generate.output import Generation
     from lapilli.pipeline import Chat
     from lapilli.prompt.message import Message
 
@@ -40,6 +40,7 @@ EXIT_NO_ANSWER = 1
 """The exit code when there is no answer to any line."""
 
 
+@options.with_sampling
 def batch(
     source: Source,
     target: Target,
@@ -49,13 +50,8 @@ def batch(
     template: options.Template = None,
     images: Folder = None,
     rows: Rows = 16,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    max_new_tokens: options.MaxNewTokens = 512,
-    stop: options.Stop = None,
-    seed: options.Seed = None,
+    *,
+    sampling: options.Sampling,
     speculate: options.Speculate = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -67,15 +63,6 @@ def batch(
 
     A line that was changed since is answered again. The exit code is 1 where no line has an answer.
     """
-    sampling: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "max_new_tokens": max_new_tokens,
-        "stop": tuple(stop or ()),
-        "seed": seed,
-    }
     with plain_errors():
         lines = read_lines(source)
         with AnswerFile(target, lines, source=source) as answers:

@@ -32,18 +32,15 @@ HELP = (
 Image = Annotated[str | None, typer.Argument(help="A picture to begin with.")]
 
 
+@options.with_sampling
 def chat(
     image: Image = None,
     model: options.Model = "pebble",
     base: options.Base = None,
     adapter: options.Adapter = None,
     template: options.Template = None,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    max_new_tokens: options.MaxNewTokens = 512,
-    seed: options.Seed = None,
+    *,
+    sampling: options.Sampling,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
@@ -65,14 +62,6 @@ def chat(
             quantize=quantize,
             alpha=alpha,
         )
-        sampling: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-        }
         conversation = Conversation(session, sampling, quiet=quiet)
         if image is not None:
             conversation.show(image)

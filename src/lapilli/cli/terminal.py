@@ -196,7 +196,7 @@ def _load(
 ) -> "Chat":
     with loading(model, quiet=quiet) as progress:
         import lapilli
-        from lapilli.generate.engine.options import EngineOptions
+        from lapilli.config.generation import EngineOptions
 
         engine = EngineOptions(speculate=speculate)
         if max_rows is not None:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lapilli.generate.beam import BeamRow, Hypothesis, search
-from lapilli.generate.run import Setting, seen_tokens
-from lapilli.generate.sample import row_generators
-from lapilli.generate.step import Decoding
+from lapilli.generate.decode import DecodingBatch
+from lapilli.generate.reference import GenerationContext
+from lapilli.generate.sampler import logits_processors, new_generator
 from lapilli.model.outputs import FusedBatch
 from lapilli.shapes import Int, Tensor
 
@@ -19,7 +19,7 @@ Stops = Callable[[Int[Tensor, "beams N"]], bool]
 
 
 def search_until(
-    setting: Setting, batch: FusedBatch, *, bos: int, pad: int, stops: Stops
+    setting: GenerationContext, batch: FusedBatch, *, bos: int, pad: int, stops: Stops
 ) -> list[tuple[float, tuple[int, ...]]]:
     """Score and tokens of the best beam of every row.
 
@@ -41,19 +41,28 @@ def search_until(
 
     rows, length = batch.attention_mask.shape
     language_model = setting.language_model
-    decoding = Decoding(
+    decoding = DecodingBatch(
         language_model, batch, language_model.new_cache(rows, length + limit), room=limit
     )
     logits = decoding.prefill()
-    draws = params.temperature > 0
-    generators = row_generators(rows, params.seed, logits.device) if draws else [None] * rows
+    device = logits.device
     searched = [
-        BeamRow(params.num_beams, params.length_penalty, ends, generator)
-        for generator in generators
+        BeamRow(
+            params.num_beams,
+            params.length_penalty,
+            ends,
+            new_generator(params.seed, device) if params.temperature > 0 else None,
+        )
+        for _ in range(rows)
     ]
-    seen = None if params.repetition_penalty == 1 else seen_tokens([[bos]] * rows, logits)
+    processors = logits_processors(params, [[bos]] * rows, logits.shape[-1], device)
     steps = search(
-        decoding, logits, searched, params, num_stop_ids=len(setting.stop_ids), seen=seen
+        decoding,
+        logits,
+        searched,
+        params,
+        num_stop_ids=len(setting.stop_ids),
+        processors=processors,
     )
     stopped = any(stops(_as_rows(searched, bos, pad)) for _ in steps)
     return [_best(row, params.length_penalty, stopped=stopped) for row in searched]

@@ -16,7 +16,7 @@ from lapilli.compat.image_processor import BatchFeature
 from lapilli.compat.tokenizer import PreTrainedTokenizer
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import GenerationError
-from lapilli.generate.run import Setting
+from lapilli.generate.reference import GenerationContext
 from lapilli.model.outputs import FusedBatch
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.shapes import Float, Int, Tensor
@@ -143,7 +143,7 @@ def generate(
         raise GenerationError("a streamer with beams: the best beam is not known before the end")
     job = _Job(
         batch=as_batch(embeds, mask),
-        ours=Setting.of(
+        ours=GenerationContext.of(
             model.language_model, tokenizer.inner, setting.sampling(), setting.eos_ids, NO_LIMIT
         ),
         bos=_first(setting.bos_token_id, tokenizer.bos_token_id, 0),
@@ -171,7 +171,7 @@ class _Job:
     """One call, in our terms."""
 
     batch: FusedBatch
-    ours: Setting
+    ours: GenerationContext
     bos: int
     pad: int
 
@@ -187,7 +187,7 @@ class _Job:
         start = [[self.bos]] * len(answers)
         if streamer is not None:
             streamer.put(torch.tensor(start))
-        for _ in self.ours.grow(self.batch, answers, prompt_ids=start):
+        for _ in self.ours.decode(self.batch, answers, prompt_ids=start):
             if streamer is None and not criteria:
                 continue
             rows = as_rows([answer.token_ids for answer in answers], self.bos, self.pad)

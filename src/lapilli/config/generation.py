@@ -1,123 +1,205 @@
-"""What a person asks of the sampler: one frozen, validated record; knows no torch and no model."""
+"""Options of generation: how tokens are sampled, and the limits of an engine. Imports no torch."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
-from math import isinf
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from math import inf, isinf
+from types import NoneType
+from typing import Any, cast, get_args
 
 from lapilli.errors import GenerationError
+
+MIB = 1 << 20
+EXCLUSIVE_SEED_LIMIT = 1 << 64
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """Description of one sampling option, for `--help` and for the checks.
+
+    Attributes:
+        help: one line.
+        low: smallest value, of an element where the option holds several; None: any.
+        high: largest value.
+        low_open: `low` itself is refused.
+        in_terminal: whether `lapilli ask`, `chat` and `batch` have the option.
+    """
+
+    help: str
+    low: int | float | None = None
+    high: int | float | None = None
+    low_open: bool = False
+    in_terminal: bool = True
+
+    def check(self, name: str, value: object, kind: object) -> None:
+        """Check a value of the type `kind`.
+
+        Raises:
+            GenerationError: another type, or out of the bounds.
+        """
+        low = -inf if self.low is None else float(self.low)
+        high = inf if self.high is None else float(self.high)
+        if kind is float:
+            check_number(name, value, low, high, low_open=self.low_open)
+        elif kind is int:
+            check_count(name, value, least=-(2**63) if self.low is None else int(self.low))
+        elif kind == tuple[int, ...]:
+            for token_id in _items(name, value):
+                check_count(name, token_id, least=0)
+        elif kind == tuple[str, ...]:
+            if any(not isinstance(text, str) or not text for text in _items(name, value)):
+                raise GenerationError(f"{name} must hold non-empty strings, got {value!r}")
+        else:
+            for token_id, number in cast("Mapping[object, object]", value).items():
+                check_count(f"a token id of {name}", token_id, least=0)
+                check_number(f"{name} of token {token_id}", number, low, high)
+
+
+def option(default: Any, text: str, **bounds: Any) -> Any:  # noqa: ANN401  of any field
+    """Return a dataclass field with its help text and bounds as metadata."""
+    metadata = {"option": Option(text, **bounds)}
+    if isinstance(default, dict):  # a dict has no hash: equal parameters still hash alike
+        return field(default_factory=dict, hash=False, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How answers are drawn, when they stop, and what is reported about them.
+    """How tokens are sampled, when an answer ends, and what is reported about it.
 
-    Temperature 0 is greedy: the most probable token at every step. Probability filters (`top_k`,
-    `top_p`, `min_p`) then change nothing, because each of them keeps the most probable token.
-
-    Args:
-        max_new_tokens: most tokens that one answer may have, at least 1.
-        temperature: divides the logits; 0 takes the best token.
-        top_p: keep the smallest set of tokens whose probabilities sum to this, in (0, 1].
-        top_k: keep this many best tokens, at least 1.
-        min_p: keep tokens at least this many times as probable as the best one, in [0, 1].
-        repetition_penalty: divides positive and multiplies negative logits of tokens already seen.
-        num_beams: width of the beam search; 1 is no beam search. With a temperature the beams go
-            on with continuations that are drawn.
-        length_penalty: a beam's score is its log-probability / length ** length_penalty.
-        stop: strings that end an answer; they are not part of it.
-        stop_token_ids: ids that end an answer, besides the model's own end tokens.
-        seed: of the random numbers of this answer; None draws a fresh one.
-        logprobs: alternatives reported per token (0: the chosen token only); None: no report.
+    A new option is one field here and one function in generate/sampler.py. The command line, the
+    checks and the error for an unknown option are made from the fields.
 
     Raises:
-        GenerationError: a value is out of its range, or two of them contradict each other.
+        GenerationError: a value of another type, or out of its bounds.
     """
 
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
-    logprobs: int | None = None
+    max_new_tokens: int = option(512, "Longest answer, in tokens.", low=1)
+    # With temperature 0 top_k, top_p and min_p change nothing: each keeps the best token.
+    temperature: float = option(0.0, "0 takes the likeliest token each time.", low=0.0)
+    top_p: float | None = option(None, "Nucleus sampling.", low=0.0, high=1.0, low_open=True)
+    top_k: int | None = option(None, "Sample among the k likeliest.", low=1)
+    min_p: float | None = option(
+        None, "Drop tokens below this share of the likeliest.", low=0.0, high=1.0
+    )
+    # As in the transformers library; which tokens of the prompt count is the caller's choice.
+    repetition_penalty: float = option(
+        1.0, "Above 1: make tokens seen before less likely.", low=0.0, low_open=True
+    )
+    # These three as in OpenAI's interface; only tokens of the answer count.
+    frequency_penalty: float = option(
+        0.0, "Subtract this from a token's logit each time that it occurs.", low=-2.0, high=2.0
+    )
+    presence_penalty: float = option(
+        0.0, "Subtract this once from the logit of a token that occurred.", low=-2.0, high=2.0
+    )
+    logit_bias: Mapping[int, float] = option(
+        {}, "ID=BIAS: add to a token's logit, -100 forbids it; repeatable.", low=-100.0, high=100.0
+    )
+    # With a temperature the continuations of the beams are drawn (beam sampling).
+    num_beams: int = option(1, "Beam search with so many beams.", low=1)
+    length_penalty: float = option(
+        1.0, "A beam's score is its log-probability / length ** this number."
+    )
+    # The stop string is not part of the answer.
+    stop: tuple[str, ...] = option((), "End the answer before this text; repeatable.")
+    stop_token_ids: tuple[int, ...] = option(
+        (), "End the answer at this token, besides the model's own; repeatable.", low=0
+    )
+    seed: int | None = option(None, "Makes sampling repeatable.")
+    logprobs: int | None = option(
+        None,
+        "Report each token's log-probability, and those of so many alternatives.",
+        low=0,
+        in_terminal=False,
+    )
 
     def __post_init__(self) -> None:
-        self._check_counts()
-        self._check_ranges()
-        self._check_stops()
+        # A dict of its own: the caller's may change.
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None or one.default is not None:
+                one.metadata["option"].check(one.name, value, value_type(one))
+        if self.seed is not None and self.seed >= EXCLUSIVE_SEED_LIMIT:
+            raise GenerationError(f"seed must be below 2 ** 64, got {self.seed}")
 
     @classmethod
     def from_options(cls, **options: object) -> "SamplingParams":
-        """Parameters from keyword options, a single stop string allowed.
+        """Return parameters from keyword options; one stop string may stand without a tuple.
 
         Raises:
-            GenerationError: an option has another name than a field.
+            GenerationError: an option has another name than a field, or a value is out of bounds.
         """
         return cls().updated(**options)
 
     def updated(self, **options: object) -> "SamplingParams":
-        """These parameters with some of them changed; the same rules as `from_options`."""
-        known = sorted(field.name for field in fields(self))
+        """Return these parameters with some of them changed; see `from_options`."""
+        known = sorted(one.name for one in fields(self))
         unknown = sorted(set(options) - set(known))
         if unknown:
             names = ", ".join(unknown)
             raise GenerationError(
                 f"unknown sampling option {names}: choose from {', '.join(known)}"
             )
-        if isinstance(options.get("stop"), str):
-            options["stop"] = (options["stop"],)
-        for name in ("stop", "stop_token_ids"):
-            value = options.get(name)
-            if isinstance(value, Iterable):
-                options[name] = tuple(value)
         # Whether each value has the type of its field is checked in __post_init__.
-        return replace(self, **cast("dict[str, Any]", options))
+        values = {name: _normalized(name, value) for name, value in options.items()}
+        return replace(self, **cast("dict[str, Any]", values))
 
     @property
     def is_greedy(self) -> bool:
         """Whether every step takes the most probable token."""
         return self.temperature == 0 and self.num_beams == 1
 
-    def _check_counts(self) -> None:
-        check_count("max_new_tokens", self.max_new_tokens, least=1)
-        check_count("num_beams", self.num_beams, least=1)
-        if self.top_k is not None:
-            check_count("top_k", self.top_k, least=1)
-        if self.logprobs is not None:
-            check_count("logprobs", self.logprobs, least=0)
-        if self.seed is not None:
-            check_count("seed", self.seed, least=-(2**63))
-            if self.seed >= 2**64:
-                raise GenerationError(f"seed must be below 2 ** 64, got {self.seed}")
 
-    def _check_ranges(self) -> None:
-        infinity = float("inf")
-        check_number("temperature", self.temperature, 0.0, infinity)
-        check_number("length_penalty", self.length_penalty, -infinity, infinity)
-        check_number("repetition_penalty", self.repetition_penalty, 0.0, infinity, low_open=True)
-        if self.top_p is not None:
-            check_number("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        if self.min_p is not None:
-            check_number("min_p", self.min_p, 0.0, 1.0)
+def value_type(one: "Field[Any]") -> Any:  # noqa: ANN401  a type
+    """Return the type of a field's values, None left out."""
+    types = [part for part in get_args(one.type) if part is not NoneType]
+    return types[0] if NoneType in get_args(one.type) else one.type
 
-    def _check_stops(self) -> None:
-        if any(not isinstance(text, str) or not text for text in self.stop):
-            raise GenerationError(f"stop must hold non-empty strings, got {self.stop!r}")
-        for token_id in self.stop_token_ids:
-            check_count("stop_token_ids", token_id, least=0)
+
+def _normalized(name: str, value: object) -> object:
+    """Return an option as its field keeps it: sequences as tuples, a bias as a dict."""
+    if name == "logit_bias":
+        return _bias(value)
+    if name == "stop" and isinstance(value, str):
+        return (value,)
+    if name in ("stop", "stop_token_ids") and isinstance(value, Iterable):
+        return tuple(value)
+    return value
+
+
+def _bias(value: object) -> dict[object, object]:
+    """Return {token id: bias} from a mapping (JSON's keys are texts), or from "ID=BIAS" texts."""
+    if isinstance(value, Mapping):
+        return {
+            int(key) if isinstance(key, str) and key.isdecimal() else key: (
+                float(number) if type(number) is int else number
+            )
+            for key, number in value.items()
+        }
+    found: dict[object, object] = {}
+    try:
+        for text in cast("Iterable[str]", value):
+            key, number = text.split("=")
+            found[int(key)] = float(number)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise GenerationError(
+            f"logit_bias must be a mapping {{token id: bias}} or hold ID=BIAS, got {value!r}"
+        ) from error
+    return found
+
+
+def _items(name: str, value: object) -> Iterable[object]:
+    if not isinstance(value, tuple):
+        raise GenerationError(f"{name} must hold several values, got {value!r}")
+    return value
 
 
 def check_count(name: str, value: object, *, least: int) -> None:
-    """Refuse anything but a whole number of at least `least`.
+    """Check that a value is a whole number of at least `least`.
 
     Raises:
-        GenerationError: the value is something else.
+        GenerationError: it is something else.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise GenerationError(f"{name} must be a whole number of at least {least}, got {value!r}")
@@ -126,10 +208,10 @@ def check_count(name: str, value: object, *, least: int) -> None:
 def check_number(
     name: str, value: object, low: float, high: float, *, low_open: bool = False
 ) -> None:
-    """Refuse anything but a number from `low` to `high`; infinite ends are open.
+    """Check that a value is a number from `low` to `high`; infinite ends are open.
 
     Raises:
-        GenerationError: the value is no number, not a number (NaN) or out of the range.
+        GenerationError: it is no number, not a number (NaN) or out of the range.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise GenerationError(f"{name} must be a number, got {value!r}")
@@ -141,3 +223,64 @@ def check_number(
     if not fits:
         span = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if isinf(high) else ']'}"
         raise GenerationError(f"{name} must be in {span}, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Limits of an engine.
+
+    Args:
+        max_rows: most sequences that are worked on at the same time.
+        max_waiting: most requests that wait for their turn; `submit` refuses more.
+        chunk: most new prompt tokens per step while other answers are decoded, so that a long
+            prompt delays their next token by the time of so many tokens only.
+        max_step: most prompt tokens per step while no answer is decoded; one prompt of up to
+            four times as many is read at once.
+        block_size: tokens per block of keys and values.
+        kv_bytes: memory for keys and values, cached ones included; on a CPU it is taken as it is
+            used. None: a quarter of the machine's or the GPU's memory, no less than one whole
+            context and no more than `max_rows` of them.
+        kv_dtype: how keys and values are kept: "model": as they are computed; "bfloat16": half of
+            float32; "int8": about a quarter, see QuantizedBlockStore for what it costs; "auto":
+            bfloat16 for a packed model on a CPU, else as they are computed.
+        prefix_bytes: of these, what may be kept of sequences that are over; 0 switches the prefix
+            cache off. None: all of `kv_bytes`, or an eighth of the memory where that is None too.
+        feature_bytes: most bytes of features of pictures that are kept; 0 keeps none.
+        speculate: whether draft tokens are verified: "off"; "auto", those that make tokens come
+            faster by the clock; "on", those that would if each took a tenth of a pass.
+        compile: how a step runs in which every row gives one token. "on": in fixed shapes and
+            translated by torch.compile, on CUDA recorded as graphs; "static": the same without
+            the compiler; "off": as every other step; "auto": on CUDA the first of these that
+            works, else "off".
+
+    Raises:
+        GenerationError: a number below its least, or an unknown word.
+    """
+
+    max_rows: int = 16
+    max_waiting: int = 1024
+    chunk: int = 128
+    max_step: int = 1024
+    block_size: int = 32
+    kv_bytes: int | None = None
+    kv_dtype: str = "auto"
+    prefix_bytes: int | None = None
+    feature_bytes: int = 256 * MIB
+    speculate: str = "auto"
+    compile: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_waiting", "chunk", "max_step", "block_size"):
+            check_count(name, getattr(self, name), least=1)
+        for name in ("kv_bytes", "prefix_bytes", "feature_bytes"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), least=0)
+        _check_word("kv_dtype", self.kv_dtype, "auto", "model", "bfloat16", "int8")
+        _check_word("speculate", self.speculate, "on", "off", "auto")
+        _check_word("compile", self.compile, "auto", "on", "static", "off")
+
+
+def _check_word(name: str, value: object, *known: str) -> None:
+    if value not in known:
+        words = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+        raise GenerationError(f"{name} must be {words}, got {value!r}")

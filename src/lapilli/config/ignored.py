@@ -4,8 +4,6 @@ A key stands here when leaving it out cannot change an answer: it speaks about t
 library that wrote the file, or repeats what another file says with more authority.
 """
 
-import reprlib
-from collections.abc import Mapping
 
 def _keys(names: str) -> frozenset[str]:
     return frozenset(names.split())
@@ -72,6 +70,4 @@ PREPROCESSOR = _keys("""
     return_tensors
 """)
 
-import reprlib
-from collections.abc import Mapping
 GENERATION = COMMON | _keys("trust_remote_code")

@@ -1,7 +1,6 @@
-"""Beam search: the likeliest answer among several that are grown side by side.
+"""Beam search: the likeliest answer among several that are decoded side by side.
 
 With a temperature the continuations are drawn instead of taken from the top (beam sampling).
-
 Knows hypotheses and scores; one row's search does not depend on the other rows of its batch.
 """
 
@@ -13,10 +12,10 @@ from math import pow as power
 import torch
 
 from lapilli.config.generation import SamplingParams
-from lapilli.generate.outputs import TokenLogprob
-from lapilli.generate.sample import penalize_repetition, report_logprobs, warp
-from lapilli.generate.step import Decoding
-from lapilli.shapes import Bool, Float, Int, Tensor
+from lapilli.generate.decode import DecodingBatch
+from lapilli.generate.output import TokenLogprob
+from lapilli.generate.sampler import LogitsProcessors, report_logprobs, warp
+from lapilli.shapes import Float, Int, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class Hypothesis:
     reports: tuple[TokenLogprob, ...] = ()
 
     def score(self, length_penalty: float) -> float:
-        """What finished hypotheses are ranked by."""
+        """Return the number that finished hypotheses are ranked by."""
         return self.logprob / power(len(self.token_ids), length_penalty)
 
 
@@ -45,7 +44,7 @@ class Candidate:
 
 
 class BeamRow:
-    """The search of one row.
+    """Beam search of one row.
 
     Args:
         width: hypotheses that run at the same time, and finished ones that are kept.
@@ -68,7 +67,7 @@ class BeamRow:
         self.running = [Hypothesis()]
         self.finished: list[tuple[float, Hypothesis]] = []
 
-    def extend(
+    def advance(
         self,
         candidates: Sequence[Candidate],
         report: Callable[[int, int], tuple[TokenLogprob, ...]],
@@ -110,7 +109,7 @@ class BeamRow:
         return self.running[0].score(self._length_penalty) <= self.finished[-1][0]
 
     def best(self) -> tuple[float, Hypothesis]:
-        """The best finished hypothesis, or the best running one if none has finished."""
+        """Return the best finished hypothesis, or the best running one if none has finished."""
         if self.finished:
             return self.finished[0]
         hypothesis = self.running[0]
@@ -119,36 +118,36 @@ class BeamRow:
 
 
 def search(
-    decoding: Decoding,
+    decoding: DecodingBatch,
     logits: Float[Tensor, "B V"],
     rows: Sequence[BeamRow],
     params: SamplingParams,
     *,
     num_stop_ids: int,
-    seen: Bool[Tensor, "B V"] | None = None,
+    processors: LogitsProcessors | None = None,
 ) -> Generator[None, None, None]:
-    """Grow all rows until each is done, one token per turn of the iterator.
+    """Search for all rows until each is done, one token per turn of the iterator.
 
-    Rows that are done leave the batch. Log-probabilities are penalised for repetition after the
-    softmax, not before it: what the transformers library does in beam search.
+    Rows that are done leave the batch. Bias and penalties change log-probabilities, after the
+    softmax and not before it: what the transformers library does in beam search.
 
     Args:
         decoding: the rows, after their prefill.
         logits: what the prefill gave.
         rows: one search per row of the batch.
-        params: number of beams, repetition penalty, reports; with a temperature above 0 every row
-            needs a generator.
+        params: number of beams, filters, reports; with a temperature above 0 every row needs a
+            generator.
         num_stop_ids: how many tokens end an answer.
-        seen: tokens that the repetition penalty applies to.
+        processors: bias and penalties of the rows, if there are any.
     """
     active = list(rows)
     # Enough that `num_beams` hypotheses can go on even if every end token is among the best.
     wanted = max(2, 1 + num_stop_ids) * params.num_beams
     while True:
-        scores, candidates = best_candidates(logits, active, wanted, params, seen)
+        scores, candidates = best_candidates(logits, active, wanted, params, processors)
         width = logits.shape[0] // len(active)
         parents = [
-            row.extend(found, reporter(scores, at * width, params.logprobs))
+            row.advance(found, reporter(scores, at * width, params.logprobs))
             for at, (row, found) in enumerate(zip(active, candidates, strict=True))
         ]
         yield
@@ -161,8 +160,9 @@ def search(
             [hypothesis.token_ids[-1] for row in active for hypothesis in row.running],
             device=logits.device,
         )
-        if seen is not None:
-            seen = seen[order].scatter(1, tokens.unsqueeze(1), True)
+        if processors is not None:
+            processors.take(order)
+            processors.push(tokens)
         decoding.take(order)
         logits = decoding.advance(tokens)
 
@@ -172,14 +172,12 @@ def best_candidates(
     rows: Sequence[BeamRow],
     wanted: int,
     params: SamplingParams,
-    seen: Bool[Tensor, "beams V"] | None,
+    processors: LogitsProcessors | None,
 ) -> tuple[Float[Tensor, "beams V"], list[list[Candidate]]]:
-    """Log-probabilities of all beams, and the best or drawn continuations of every row."""
+    """Return log-probabilities of all beams, and the best or drawn continuations of every row."""
     vocabulary = logits.shape[-1]
     logprobs = logits.float().log_softmax(dim=-1)
-    scores = logprobs
-    if seen is not None:
-        scores = penalize_repetition(scores, seen, params.repetition_penalty)
+    scores = logprobs if processors is None else processors(logprobs)
     generators = [row.generator for row in rows if row.generator is not None]
     if generators:
         scores = warp_keeping(scores, wanted, params)
@@ -202,7 +200,7 @@ def best_candidates(
 def warp_keeping(
     logprobs: Float[Tensor, "beams V"], least: int, params: SamplingParams
 ) -> Float[Tensor, "beams V"]:
-    """The filters of sampling, which leave every beam at least its `least` best tokens."""
+    """Apply the filters of sampling, but leave every beam at least its `least` best tokens."""
     kept = logprobs.topk(min(least, logprobs.shape[-1])).indices
     tempered = logprobs / params.temperature
     return warp(logprobs, params).scatter(-1, kept, tempered.gather(-1, kept))
@@ -211,7 +209,7 @@ def warp_keeping(
 def draw_several(
     scores: Float[Tensor, "B N"], number: int, generators: Sequence[torch.Generator]
 ) -> tuple[Float[Tensor, "B n"], Int[Tensor, "B n"]]:
-    """Several different places per row, drawn by the softmax of its scores; best score first.
+    """Draw several different places per row by the softmax of its scores; best score first.
 
     Source: the Gumbel top-k trick (Kool et al. 2019, arXiv 1903.06059): drawing one after the other
     without putting back, for scores of which most are too small for a probability above 0 as well.
@@ -228,7 +226,7 @@ def draw_several(
 def reporter(
     logprobs: Float[Tensor, "beams V"], first_beam: int, alternatives: int | None
 ) -> Callable[[int, int], tuple[TokenLogprob, ...]]:
-    """What to note about a token of one of a row's beams: nothing unless reports were asked for."""
+    """Return what reports a token of one of a row's beams; () unless reports were asked for."""
 
     def report(beam: int, token_id: int) -> tuple[TokenLogprob, ...]:
         if alternatives is None:

@@ -16,8 +16,8 @@ class LanguageModel(Protocol):
     are only computed where somebody reads them.
     """
 
-    takes_ragged: bool
-    """Whether `forward` reads ragged rows, with a PagedBatch as its cache."""
+    supports_varlen: bool
+    """Whether `forward` takes rows of several lengths, with a PagedBatch as its cache."""
 
     @property
     def config(self) -> TextConfig:

@@ -144,7 +144,7 @@ class Decoder(nn.Module):
     Source: the numbers of Hugging Face's ...ForCausalLM of the families in config/families/.
     """
 
-    takes_ragged = True
+    supports_varlen = True
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

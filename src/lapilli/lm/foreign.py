@@ -54,7 +54,7 @@ class ForeignLanguageModel(nn.Module):
         UnsupportedModelError: see above.
     """
 
-    takes_ragged = False
+    supports_varlen = False
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

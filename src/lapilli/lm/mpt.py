@@ -126,7 +126,7 @@ class Mpt(nn.Module):
     left moves nothing, and `position_ids` are not read.
     """
 
-    takes_ragged = True
+    supports_varlen = True
 
     def __init__(self, config: MptConfig) -> None:
         super().__init__()

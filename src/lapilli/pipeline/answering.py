@@ -16,9 +16,9 @@ from lapilli.checkpoint.load import Loaded
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import LapilliError
 from lapilli.generate.engine import Engine, EngineOptions, Request
-from lapilli.generate.engine.stream import EngineStream
-from lapilli.generate.outputs import Generation, Piece
-from lapilli.generate.run import Stream, generate, stream
+from lapilli.generate.engine.request import EngineStream
+from lapilli.generate.output import Generation, Piece
+from lapilli.generate.reference import Stream, generate, stream
 from lapilli.nn.kv_cache import KVCache
 from lapilli.pipeline.memory import Memory
 from lapilli.pipeline.ready import ReadyPrompt
@@ -57,7 +57,7 @@ class Reply:
     @property
     def keys(self) -> tuple[int, ...]:
         """What the engine keeps it under; nothing of the plain loop."""
-        return self.pieces.ticket.keys if isinstance(self.pieces, EngineStream) else ()
+        return self.pieces.handle.keys if isinstance(self.pieces, EngineStream) else ()
 
 
 class Answering:
@@ -219,7 +219,7 @@ class Answering:
             return error
 
     def _has_engine(self, params: SamplingParams) -> bool:
-        return params.num_beams == 1 and self._loaded.model.language_model.takes_ragged
+        return params.num_beams == 1 and self._loaded.model.language_model.supports_varlen
 
     def _request(self, prompt: ReadyPrompt, params: SamplingParams) -> Request:
         return Request(prompt.encoded, prompt.media, params, seen_ids=self._seen_ids(prompt))

@@ -18,8 +18,8 @@ from lapilli.config.generation import SamplingParams
 from lapilli.config.model import ModelConfig
 from lapilli.errors import CheckpointError, LapilliError, PromptError
 from lapilli.generate.engine import Engine, EngineOptions
-from lapilli.generate.outputs import Generation
-from lapilli.generate.run import check_context
+from lapilli.generate.output import Generation
+from lapilli.generate.reference import check_context
 from lapilli.media.fetch import FetchLimits
 from lapilli.modality.image.decode import Alpha, check_alpha
 from lapilli.model.vlm import VisionLanguageModel
@@ -173,8 +173,8 @@ class Chat:
         """Forget the conversation.
 
         What the engine keeps by content stays, so a picture that comes again is not read again;
-        `chat.engine.renew()` lets go of that too. An answer that is on its way in another thread
-        goes on; it belongs to the conversation that is forgotten.
+        `chat.engine.reset_cache()` lets go of that too. An answer that is on its way in another
+        thread goes on; it belongs to the conversation that is forgotten.
         """
         with self._adopting:
             self._conversation = Conversation(next(self._numbers))

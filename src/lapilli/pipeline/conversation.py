@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lapilli.errors import LapilliError
-from lapilli.generate.engine.stream import EngineStream
+from lapilli.generate.engine.request import EngineStream
 from lapilli.pipeline.answering import Reply
 from lapilli.pipeline.memory import Memory
 from lapilli.prompt.message import Message
@@ -63,7 +63,7 @@ class Turn(Iterator[str]):
         """Stop here; what was said is the answer."""
         reply = self._reply
         if reply is not None and isinstance(reply.pieces, EngineStream):
-            reply.pieces.ticket.cancel()  # whoever is pulling a piece now need not end it
+            reply.pieces.handle.cancel()  # whoever is pulling a piece now need not end it
         with self._lock:
             self._end()
 

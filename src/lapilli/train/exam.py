@@ -19,7 +19,7 @@ import torch
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import LapilliError
-from lapilli.generate.outputs import Generation
+from lapilli.generate.output import Generation
 from lapilli.pipeline.answering import Answering
 from lapilli.pipeline.ready import ReadyPrompt
 from lapilli.prompt.choose import Template

@@ -103,7 +103,7 @@ class TrainedModel(nn.Module):
         """
         language_model = self.vlm.language_model
         packed = batch.is_packed
-        if packed and not language_model.takes_ragged:
+        if packed and not language_model.supports_varlen:
             raise UnsupportedModelError(
                 "a language model of transformers cannot read packed rows: set data.pack = false"
             )

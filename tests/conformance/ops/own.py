@@ -17,7 +17,7 @@ from lapilli.compat.builder import forget_window
 from lapilli.config.generation import SamplingParams
 from lapilli.config.model import ImageConfig, PixelConfig, VisionConfig
 from lapilli.errors import LapilliError
-from lapilli.generate.run import generate as run_generation
+from lapilli.generate.reference import generate as run_generation
 from lapilli.geometry import ImageSize, best_resolution, tile_grid
 from lapilli.modality.image.anyres import num_tokens
 from lapilli.model.outputs import FusedBatch

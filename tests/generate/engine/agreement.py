@@ -3,7 +3,7 @@
 import torch
 
 from lapilli.generate.engine import Request
-from lapilli.generate.outputs import Generation
+from lapilli.generate.output import Generation
 from lapilli.model.vlm import VisionLanguageModel
 
 TIE = 1e-3

@@ -1,4 +1,4 @@
-"""A program: the engine with its decode step compiled, run by test_static.py and test_gpu.py.
+"""A program: the engine with its decode step compiled, run by test_cuda_graph.py and test_gpu.py.
 
     python -m tests.generate.engine.compiled CASE cpu|cuda
 
@@ -83,7 +83,7 @@ def main(case: str, device: str) -> None:
         answers = engine.run(questions(4))
     for ours, theirs, asked in zip(answers, plain.run(questions(4)), questions(4), strict=True):
         assert_same(ours, theirs, model, asked)
-    rows, blocks = map(set, zip(*engine._reader._steps.shapes, strict=True))
+    rows, blocks = map(set, zip(*engine._runner._steps.shapes, strict=True))
     assert rows == {1, 2, 4}
     assert blocks == {8, 16}
     print("the same")

@@ -8,8 +8,8 @@ import torch
 from lapilli.config.generation import SamplingParams
 from lapilli.config.model import DecoderConfig, MptConfig, ProjectorConfig
 from lapilli.generate.engine import Engine, EngineOptions, Request
-from lapilli.generate.outputs import Generation
-from lapilli.generate.run import generate
+from lapilli.generate.output import Generation
+from lapilli.generate.reference import generate
 from lapilli.lm.decoder import Decoder
 from lapilli.lm.mpt import Mpt
 from lapilli.modality.vector import PreparedVectors, VectorModality

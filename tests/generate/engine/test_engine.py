@@ -134,7 +134,7 @@ def test_answer_ends_with_the_context(model, tokenizer):
     [answer] = engine.run([request_of([1, 2, 3, 4, 5, 6, 7], max_new_tokens=50)])
     assert len(answer.token_ids) == 3
     assert answer.finish_reason == "length"
-    with pytest.raises(ContextTooLongError, match="has 10 positions"):
+    with pytest.raises(ContextTooLongError, match="has 10 tokens"):
         engine.submit(request_of(list(range(1, 11))))
 
 
@@ -174,10 +174,10 @@ def test_cancelled_request_keeps_what_it_said(engine, model):
 
 
 def test_cancelled_before_it_began(engine):
-    ticket = engine.submit(request_of([3]))
-    ticket.cancel()
+    handle = engine.submit(request_of([3]))
+    handle.cancel()
     assert not engine.step()
-    assert ticket.generation.token_ids == ()
+    assert handle.generation.token_ids == ()
 
 
 def test_higher_priority_goes_first(model, tokenizer):
@@ -218,12 +218,12 @@ def test_one_look_per_step_while_an_answer_grows(engine, model):
 def test_wrong_media_fail_alone(engine, model):
     good = request_of([3, picture(1)])
     bad = dataclasses.replace(good, media=(picture(1, 4),))
-    ticket = engine.submit(good)
+    handle = engine.submit(good)
     with pytest.raises(FusionError, match="the span has 3 positions, the item takes 4"):
         engine.submit(bad)
     while engine.step():
         pass
-    assert_same(ticket.generation, alone(model, good), model, good)
+    assert_same(handle.generation, alone(model, good), model, good)
     with pytest.raises(FusionError):
         engine.run([bad])
 
@@ -236,20 +236,20 @@ def test_a_modality_that_breaks_its_promise_fails_its_request_alone(engine, mode
         return [features[1:] for features in embed(self, items)]
 
     monkeypatch.setattr(type(model.modality("vector")), "embed", one_less)
-    tickets = [engine.submit(request) for request in (good, bad)]
+    handles = [engine.submit(request) for request in (good, bad)]
     while engine.step():
         pass
-    assert_same(tickets[0].generation, alone(model, good), model, good)
+    assert_same(handles[0].generation, alone(model, good), model, good)
     with pytest.raises(FusionError, match="has 3 positions of width 32, the features are"):
-        _ = tickets[1].generation
+        _ = handles[1].generation
     with pytest.raises(FusionError):
-        tickets[1].take()
+        handles[1].take()
     assert engine.pool.available == engine.pool.capacity
 
 
 def test_failing_model_fails_the_step_and_not_the_engine(model, tokenizer, monkeypatch):
     engine = Engine(model, tokenizer, options=SMALL)
-    ticket = engine.submit(request_of([3]))
+    handle = engine.submit(request_of([3]))
 
     def out_of_memory(*_, **__):
         raise RuntimeError("no memory left")
@@ -259,7 +259,7 @@ def test_failing_model_fails_the_step_and_not_the_engine(model, tokenizer, monke
         with pytest.raises(RuntimeError, match="no memory left"):
             engine.step()
     with pytest.raises(GenerationError, match="the model failed: no memory left"):
-        _ = ticket.generation
+        _ = handle.generation
     [answer] = engine.run([request_of([3])])
     assert_same(answer, alone(model, request_of([3])), model, request_of([3]))
 
@@ -272,7 +272,7 @@ def test_refusals(engine, model, tokenizer):
     with pytest.raises(MediaCountMismatchError, match="1 places for media but 0"):
         engine.submit(dataclasses.replace(request_of([picture(1)]), media=()))
     small = Engine(model, tokenizer, options=dataclasses.replace(SMALL, kv_bytes=1 << 12))
-    with pytest.raises(GenerationError, match=r"may take 52 positions.*lower max_new_tokens"):
+    with pytest.raises(GenerationError, match=r"may take 52 tokens.*lower max_new_tokens"):
         small.submit(request_of([3, 4, 5], max_new_tokens=50))
     with pytest.raises(GenerationError, match="less than one block of 4 positions"):
         Engine(model, tokenizer, options=dataclasses.replace(SMALL, kv_bytes=10))
@@ -321,6 +321,6 @@ def test_as_completed_left_early_cancels(engine):
 
 
 def test_foreign_language_models_are_refused(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(type(model.language_model), "takes_ragged", False)
+    monkeypatch.setattr(type(model.language_model), "supports_varlen", False)
     with pytest.raises(UnsupportedModelError, match="use generate"):
         Engine(model, tokenizer)

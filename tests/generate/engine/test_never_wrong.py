@@ -50,15 +50,15 @@ class Service(RuleBasedStateMachine):
     @rule(parts=QUESTIONS, steps=st.integers(1, 3))
     def ask_and_leave(self, parts, steps):
         """A request that is cancelled while it is read or answered."""
-        ticket = self.engine.submit(self.request(parts, 8))
+        handle = self.engine.submit(self.request(parts, 8))
         for _ in range(steps):
             self.engine.step()
-        ticket.cancel()
+        handle.cancel()
 
     @rule(parts=QUESTIONS, steps=st.integers(1, 3), more=st.integers(0, 3))
     def turn_and_turn_back_while_asked(self, parts, steps, more):
         """What is read with a setting that is gone again must not stay."""
-        ticket = self.engine.submit(self.request(parts, 6))
+        handle = self.engine.submit(self.request(parts, 6))
         for _ in range(steps):
             self.engine.step()
         layers = [layer for _, layer in adapters(self.model)]
@@ -69,7 +69,7 @@ class Service(RuleBasedStateMachine):
             self.engine.step()
         for layer, scaling in zip(layers, before, strict=True):
             layer.scaling = scaling
-        while not ticket.is_finished:
+        while not handle.is_finished:
             self.engine.step()
 
     @rule()
@@ -78,7 +78,7 @@ class Service(RuleBasedStateMachine):
 
     @rule()
     def forget_prefixes(self):
-        self.engine.pool.forget()
+        self.engine.pool.clear()
 
     @rule()
     def put_adapter_on(self):
@@ -123,12 +123,12 @@ def test_second_question_reads_only_what_is_new(model, tokenizer):
     engine = Engine(model, tokenizer, options=SMALL)
     shared = [1, picture(7, 21), 2]
     engine.run([request_of([*shared, 3, 4])])
-    assert engine.prefix_stats.reused == 0
+    assert engine.prefix_stats.cached_tokens == 0
     seen = model.modality("vector").items_seen
     engine.features.clear()
     request = request_of([*shared, 9, 8])
     [answer] = engine.run([request])
-    assert engine.prefix_stats.reused == 23  # all that both have, inside a block too
+    assert engine.prefix_stats.cached_tokens == 23  # all that both have, inside a block too
     assert model.modality("vector").items_seen == seen  # no look: its positions were known
     assert_same(answer, alone(model, request), model, request)
 
@@ -138,7 +138,9 @@ def test_further_turn_reads_only_what_is_new(model, tokenizer):
     [answer] = engine.run([request_of([1, picture(7, 9), 2])])
     turn = [1, picture(7, 9), 2, *answer.token_ids, 5]
     engine.run([request_of(turn)])
-    assert engine.prefix_stats.reused == 11 + len(answer.token_ids) - 1  # its last was not read
+    assert (
+        engine.prefix_stats.cached_tokens == 11 + len(answer.token_ids) - 1
+    )  # its last was not read
 
 
 def test_requests_that_begin_alike_wait_for_the_first(model, tokenizer):
@@ -148,7 +150,7 @@ def test_requests_that_begin_alike_wait_for_the_first(model, tokenizer):
     requests = [request_of([*shared, i]) for i in range(3, 9)]
     answers = engine.run(requests)
     assert model.modality("vector").items_seen == seen + 1
-    assert engine.prefix_stats.reused >= 5 * 32
+    assert engine.prefix_stats.cached_tokens >= 5 * 32
     for request, answer in zip(requests, answers, strict=True):
         assert_same(answer, alone(model, request), model, request)
 
@@ -162,13 +164,13 @@ def test_same_features_for_another_picture_are_not_taken(model, tokenizer):
     assert engine.features.stats.misses == 3
 
 
-def test_weights_changed_where_nobody_can_see_need_renew(tokenizer):
+def test_weights_changed_where_nobody_can_see_need_a_reset(tokenizer):
     model = build()
     engine = Engine(model, tokenizer, options=SMALL)
     request = request_of([1, picture(1, 13), 2], logprobs=0)
     engine.run([request])
     model.modality("vector").projector.weight.data.mul_(3)
-    engine.renew()
+    engine.reset_cache()
     [answer] = engine.run([request])
     assert_same(answer, alone(model, request), model, request)
 
@@ -180,7 +182,7 @@ def test_without_caches(model, tokenizer):
     for _ in range(2):
         [answer] = engine.run([request])
         assert_same(answer, alone(model, request), model, request)
-    assert engine.prefix_stats.reused == 0
+    assert engine.prefix_stats.cached_tokens == 0
     assert engine.features.stats.hits == 0
 
 

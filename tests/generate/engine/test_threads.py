@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapilli.errors import FusionError, GenerationError, RequestError, UnsupportedModelError
-from lapilli.generate.engine import Engine, Ticket
-from lapilli.generate.model_lock import lock_of
+from lapilli.generate.decode import lock_of
+from lapilli.generate.engine import Engine, RequestHandle
 from lapilli.prompt.encode import EncodedPrompt, Span
 from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.agreement import assert_same
@@ -123,17 +123,17 @@ def test_who_waits_is_served_by_another_threads_steps(engine, model):
 @pytest.mark.slow
 def test_a_callback_that_raises_harms_nobody(engine, model, caplog):
     requests = [request_of([i, 5], max_new_tokens=6) for i in range(1, 5)]
-    tickets = [engine.submit(request) for request in requests]
+    handles = [engine.submit(request) for request in requests]
 
     def wake():
         raise ValueError("mine")
 
-    tickets[0].wake = wake
+    handles[0].wake = wake
     while engine.step():
         pass
-    for ticket, request in zip(tickets, requests, strict=True):
-        assert_same(ticket.generation, alone(model, request), model, request)
-    assert "Ticket.wake raised" in caplog.text
+    for handle, request in zip(handles, requests, strict=True):
+        assert_same(handle.generation, alone(model, request), model, request)
+    assert "RequestHandle.wake raised" in caplog.text
     for answer, request in zip(engine.run(requests), requests, strict=True):
         assert_same(answer, alone(model, request), model, request)
 
@@ -156,8 +156,8 @@ def test_a_callback_may_ask_and_be_interrupted(engine, model):
     while engine.step():
         pass
     assert_same(asked[0], alone(model, request_of([5, 6])), model, request_of([5, 6]))
-    for ticket, request in ((one, first), (two, second)):
-        assert_same(ticket.generation, alone(model, request), model, request)
+    for handle, request in ((one, first), (two, second)):
+        assert_same(handle.generation, alone(model, request), model, request)
 
 
 def features(*shape: int, fill: float = 0.5) -> torch.Tensor:
@@ -250,22 +250,22 @@ MALFORMED = {
 def test_a_malformed_request_is_refused_at_once_and_harms_nobody(engine, model, kind):
     changes, error, text = MALFORMED[kind]
     good = request_of([7, picture(2)])
-    ticket = engine.submit(good)
+    handle = engine.submit(good)
     with pytest.raises(error, match=text):
         engine.submit(altered(GOOD, **changes))
     while engine.step():
         pass
-    assert_same(ticket.generation, alone(model, good), model, good)
+    assert_same(handle.generation, alone(model, good), model, good)
 
 
-def test_a_ticket_is_for_one_request(engine):
-    ticket = engine.submit(request_of([3]))
+def test_a_handle_is_for_one_request(engine):
+    handle = engine.submit(request_of([3]))
     with pytest.raises(RequestError, match="submitted before"):
-        engine.submit(ticket.request, ticket=ticket)
+        engine.submit(handle.request, handle=handle)
     with pytest.raises(RequestError, match="made for another request"):
-        engine.submit(request_of([3]), ticket=Ticket(request_of([4])))
-    engine.abandon(GenerationError("over"))
-    assert ticket.error is not None
+        engine.submit(request_of([3]), handle=RequestHandle(request_of([4])))
+    engine.abort_all(GenerationError("over"))
+    assert handle.error is not None
     assert not engine.has_work
 
 
@@ -286,19 +286,19 @@ def test_logits_without_numbers_fail_their_request_alone(engine, model, monkeypa
     good, drawn = request_of([4], max_new_tokens=1), request_of([3], temperature=1.0, seed=1)
     monkeypatch.setattr(model.language_model, "logits", broken)
     bad = engine.submit(drawn)
-    ticket = engine.submit(good)
+    handle = engine.submit(good)
     while engine.step():
         pass
     with pytest.raises(GenerationError, match="no token can be chosen"):
         _ = bad.generation
     monkeypatch.undo()
-    assert_same(ticket.generation, alone(model, good), model, good)
+    assert_same(handle.generation, alone(model, good), model, good)
     assert engine.pool.available == engine.pool.capacity
 
 
 @pytest.mark.slow
 def test_any_error_of_a_pass_fails_its_requests_and_not_the_engine(engine, model, monkeypatch):
-    ticket = engine.submit(request_of([3]))
+    handle = engine.submit(request_of([3]))
 
     def broken(*_, **__):
         raise IndexError("anything")
@@ -309,13 +309,13 @@ def test_any_error_of_a_pass_fails_its_requests_and_not_the_engine(engine, model
             engine.step()
         with pytest.raises(GenerationError, match="the model failed: anything"):
             engine.run([request_of([3])])
-    assert ticket.error is not None
+    assert handle.error is not None
     [answer] = engine.run([request_of([3])])
     assert_same(answer, alone(model, request_of([3])), model, request_of([3]))
 
 
 def test_an_error_before_the_pass_fails_everybody_instead_of_coming_again(engine, monkeypatch):
-    ticket = engine.submit(request_of([3]))
+    handle = engine.submit(request_of([3]))
 
     def broken(*_, **__):
         raise OSError("anything")
@@ -325,18 +325,18 @@ def test_an_error_before_the_pass_fails_everybody_instead_of_coming_again(engine
         with pytest.raises(OSError, match="anything"):
             engine.step()
     with pytest.raises(GenerationError, match="the engine failed: anything"):
-        _ = ticket.generation
+        _ = handle.generation
     assert not engine.has_work
     assert engine.run([request_of([3])])
 
 
 class Careless:
-    """A drafter that fails at the third token, or guesses what is no token."""
+    """A proposer that fails at the third token, or guesses what is no token."""
 
     def __init__(self, guess) -> None:
         self.guess = guess
 
-    def begin(self):
+    def __call__(self):
         return self
 
     def propose(self, keys, most, is_worth):
@@ -349,9 +349,9 @@ def fails(keys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guess", [fails, lambda _: [10**6], lambda _: [-3], lambda _: ["a"]])
-def test_a_careless_drafter_costs_its_guesses_only(model, tokenizer, guess):
+def test_a_careless_proposer_costs_its_guesses_only(model, tokenizer, guess):
     options = dataclasses.replace(SMALL, speculate="on")
-    engine = Engine(model, tokenizer, options=options, drafter=Careless(guess))
+    engine = Engine(model, tokenizer, options=options, proposer=Careless(guess))
     request = request_of([3, 4], max_new_tokens=9)
     assert_same(engine.run([request])[0], alone(model, request), model, request)
 
@@ -361,7 +361,7 @@ def test_what_a_step_calls_cannot_wait_for_the_engine(model, tokenizer, caplog):
         engine.run([request_of([3])])
 
     options = dataclasses.replace(SMALL, speculate="on")
-    engine = Engine(model, tokenizer, options=options, drafter=Careless(asks))
+    engine = Engine(model, tokenizer, options=options, proposer=Careless(asks))
     request = request_of([3, 4], max_new_tokens=4)
     assert_same(engine.run([request])[0], alone(model, request), model, request)
     assert "in the middle of a step" in caplog.text

@@ -1,42 +1,40 @@
-"""The engine: requests join and leave between steps, a step is one pass for all of them.
+"""Engine with continuous batching: requests join and leave between steps, one pass for all.
 
-    submit -> waiting --admit: blocks for prompt and longest answer--> rows --step--> answers
+    submit -> waiting --admit: blocks for prompt and longest answer--> running --step--> answers
 
 Knows prompts as ids and spans, media as things that a modality embeds; must not know templates,
-files or conversations. What a step does is in stepper.py; here is who may ask for what, and when.
+files or conversations. What a step does is in core.py; here is who may ask for what, and when.
 """
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from lapilli.config.generation import EngineOptions
 from lapilli.errors import GenerationError, LapilliError, UnsupportedModelError
-from lapilli.generate.cache.blocks import PrefixStats
-from lapilli.generate.cache.features import FeatureCache
-from lapilli.generate.cache.prefix_file import (
+from lapilli.generate.decode import lock_of
+from lapilli.generate.detokenizer import TokenBytes
+from lapilli.generate.engine.block_pool import PrefixStats, new_pool
+from lapilli.generate.engine.core import EngineCore
+from lapilli.generate.engine.feature_cache import FeatureCache
+from lapilli.generate.engine.model_runner import MediaEncoder
+from lapilli.generate.engine.prefix_file import (
     model_digest,
     place_prefix,
     read_prefix,
     write_prefix,
 )
-from lapilli.generate.engine.arrival import Arrivals, readable_context
-from lapilli.generate.engine.completed import answer_as_completed
-from lapilli.generate.engine.memory import new_pool
-from lapilli.generate.engine.options import EngineOptions
-from lapilli.generate.engine.request import Request, Ticket, tell
-from lapilli.generate.engine.roster import Roster
-from lapilli.generate.engine.stepper import Stepper
-from lapilli.generate.engine.stream import EngineStream
-from lapilli.generate.model_lock import lock_of
-from lapilli.generate.outputs import Generation
-from lapilli.generate.payoff import Payoff
-from lapilli.generate.speculate import Drafter, DraftModel, PromptLookup
-from lapilli.generate.text import TokenBytes
+from lapilli.generate.engine.request import EngineStream, Request, RequestHandle, wake_all
+from lapilli.generate.engine.scheduler import Scheduler
+from lapilli.generate.engine.sequence import InputProcessor
+from lapilli.generate.output import Generation
+from lapilli.generate.speculative import DraftModel, NewProposer, PromptLookup
 from lapilli.model.vlm import VisionLanguageModel
 
 T = TypeVar("T")
@@ -46,7 +44,7 @@ class Engine:
     """Answers requests, many at a time.
 
     Everything may be called from any thread, at any time: the model is run by one thread at a time
-    (generate/model_lock.py), and a step works for the requests of all. What is wrong with a request
+    (generate/decode.py), and a step works for the requests of all. What is wrong with a request
     is found by `submit` and told to its caller alone.
 
     An interrupt (KeyboardInterrupt) may come anywhere. Requests that were not being changed at
@@ -56,9 +54,9 @@ class Engine:
         model: with a language model of lapilli's own.
         tokenizer: turns ids into text.
         eos_ids: end tokens; None: the tokenizer's.
-        context_length: most positions of prompt and answer; None: what the language model reads.
+        context_length: most tokens of prompt and answer; None: what the language model reads.
         options: limits.
-        drafter: where guesses of the next tokens come from.
+        proposer: makes what proposes draft tokens; None: prompt lookup.
 
     Raises:
         UnsupportedModelError: a language model from elsewhere.
@@ -73,16 +71,16 @@ class Engine:
         eos_ids: Collection[int] | None = None,
         context_length: int | None = None,
         options: EngineOptions | None = None,
-        drafter: Drafter | None = None,
+        proposer: NewProposer | None = None,
     ) -> None:
         language_model = model.language_model
-        if not language_model.takes_ragged:
+        if not language_model.supports_varlen:
             raise UnsupportedModelError(
                 f"{type(language_model).__name__} reads rows of one length only, the engine needs "
                 "a language model of lapilli's own: use generate()"
             )
-        if isinstance(drafter, DraftModel):
-            drafter.check_vocabulary(language_model.config.vocab_size)
+        if isinstance(proposer, DraftModel):
+            proposer.check_vocabulary(language_model.config.vocab_size)
         self.model = model
         self.options = options or EngineOptions()
         self.context_length = readable_context(model, context_length)
@@ -91,21 +89,26 @@ class Engine:
         self.features = FeatureCache(self.options.feature_bytes)
         if eos_ids is None:
             eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        self._arrivals = Arrivals(
+        self._inputs = InputProcessor(
             model, tokenizer, eos_ids=eos_ids, context_length=self.context_length, pool=self.pool
         )
-        self._roster = Roster()
-        self._stepper = Stepper(
+        self.scheduler = Scheduler(
+            self.pool,
+            MediaEncoder(model, self.features),
+            self.options,
+            vocab_size=language_model.config.vocab_size,
+            device=self.pool.store.device,
+            new_proposer=proposer or PromptLookup,
+        )
+        self._core = EngineCore(
             model,
-            self._roster,
+            self.scheduler,
             self.pool,
             self.features,
             self.options,
             context_length=self.context_length,
-            drafter=drafter or PromptLookup(),
-            payoff=Payoff(is_timed=self.options.speculate == "auto"),
         )
-        self._reader = self._stepper.reader
+        self._runner = self._core.runner
         self._lock = lock_of(language_model)
         self._held_by: object | None = None
         """The lock under which something is going on; only the thread that holds it finds it."""
@@ -113,34 +116,25 @@ class Engine:
 
     @property
     def prefix_stats(self) -> PrefixStats:
-        """How much of the prompts was known."""
+        """Counts of prompt tokens, and of those found in the prefix cache."""
         return self.pool.stats
-
-    @property
-    def payoff(self) -> Payoff:
-        """Which guesses make tokens come faster."""
-        return self._stepper.payoff
-
-    @payoff.setter
-    def payoff(self, payoff: Payoff) -> None:
-        self._stepper.payoff = payoff
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return self._roster.has_work
+        return self.scheduler.has_work
 
     @property
     def num_waiting(self) -> int:
         """Requests that no block is reserved for yet."""
-        return self._roster.num_waiting
+        return self.scheduler.num_waiting
 
-    def submit(self, request: Request, *, ticket: Ticket | None = None) -> Ticket:
-        """Take a request; the work is done by `step`, whoever calls it.
+    def submit(self, request: Request, *, handle: RequestHandle | None = None) -> RequestHandle:
+        """Submit a request; the work is done by `step`, whoever calls it.
 
         Args:
             request: what to answer.
-            ticket: made before, by somebody who wants to be woken.
+            handle: made before, by somebody who wants to be woken.
 
         Raises:
             ContextTooLongError: the prompt leaves no room for a single token.
@@ -150,60 +144,77 @@ class Engine:
             RequestError: ids, spans or options that the model cannot work with.
             GenerationError: beams, no tokens, too large for the memory, or too many wait already.
         """
-        ticket = ticket or Ticket(request)
-        sequence = self._arrivals.new_sequence(request, ticket)
-        if not self._roster.enter(sequence, most=self.options.max_waiting):
+        handle = handle or RequestHandle(request)
+        sequence = self._inputs.new_sequence(request, handle)
+        if not self.scheduler.enter(sequence):
             raise GenerationError(
                 f"{self.num_waiting} requests are waiting, the limit: try again later, or set "
                 "EngineOptions(max_waiting=...)"
             )
-        return ticket
+        return handle
 
-    def queue(self, request: Request, *, ticket: Ticket) -> None:
-        """`submit`, working until there is room where too many wait already."""
-        sequence = self._arrivals.new_sequence(request, ticket)
-        most = self.options.max_waiting
-        while not self._roster.enter(sequence, most=most):
-            self.work(lambda: self.num_waiting < most)
+    def queue(self, request: Request, *, handle: RequestHandle) -> None:
+        """Submit a request, working until there is room where too many wait already."""
+        sequence = self._inputs.new_sequence(request, handle)
+        while not self.scheduler.enter(sequence):
+            self.work(lambda: self.num_waiting < self.options.max_waiting)
 
     def run(self, requests: Iterable[Request]) -> list[Generation]:
-        """The answers to all requests, in their order.
+        """Return the answers to all requests, in their order.
 
         Raises:
             LapilliError: the first request that cannot be answered; the others are cancelled.
         """
-        tickets: list[Ticket] = []
+        handles: list[RequestHandle] = []
         try:
             for request in requests:
-                tickets.append(Ticket(request))
-                self.queue(request, ticket=tickets[-1])
-            for ticket in tickets:
-                while not ticket.is_finished:
-                    self.work(lambda: ticket.is_finished)  # noqa: B023  called at once
-            return [ticket.generation for ticket in tickets]
+                handles.append(RequestHandle(request))
+                self.queue(request, handle=handles[-1])
+            for handle in handles:
+                while not handle.is_finished:
+                    self.work(lambda: handle.is_finished)  # noqa: B023  called at once
+            return [handle.generation for handle in handles]
         finally:
-            self.leave(tickets)
+            self.abort(handles)
 
     def as_completed(
         self, requests: Iterable[Request]
     ) -> Iterator[tuple[int, Generation | LapilliError]]:
-        """Number and answer of every request as it is finished; errors are handed out too.
+        """Yield number and answer of every request as it is finished; errors are handed out too.
 
         Requests are taken from the iterable when there is room: it may be long, or made meanwhile.
         """
-        return answer_as_completed(self, requests, most=2 * self.options.max_rows)
+        source = enumerate(requests)
+        handles: dict[int, RequestHandle] = {}
+        try:
+            while True:
+                for number, request in islice(source, 2 * self.options.max_rows - len(handles)):
+                    handle = handles[number] = RequestHandle(request)
+                    try:
+                        self.queue(request, handle=handle)
+                    except LapilliError as error:
+                        handle.fail(error)
+                if not handles:
+                    return
+                self.work(lambda: any(handle.is_finished for handle in handles.values()))
+                for number, handle in list(handles.items()):
+                    if handle.is_finished:
+                        del handles[number]
+                        yield number, handle.error or handle.generation
+        finally:
+            self.abort(handles.values())
 
     def stream(self, request: Request) -> EngineStream:
-        """One answer, piece by piece, while other requests go on too."""
+        """Return one answer as an iterator of pieces, while other requests go on too."""
         return EngineStream(
             request,
-            submit=lambda ticket: self.submit(request, ticket=ticket),
+            submit=lambda handle: self.submit(request, handle=handle),
             work=self.work,
-            leave=lambda ticket: self.leave([ticket]),
+            abort=lambda handle: self.abort([handle]),
         )
 
     def step(self) -> bool:
-        """One pass of the model for everybody; False when there is nothing to do.
+        """Run the model once for everybody; return False when there is nothing more to do.
 
         Those who have something to read are woken afterwards, when the engine is free again.
 
@@ -211,13 +222,13 @@ class Engine:
             RuntimeError: the model failed (out of memory, for instance). All requests of the step
                 have failed with it; the engine can go on.
         """
-        self._do(self._stepper.step, alone=True)
+        self._do(self._core.step, alone=True)
         return self.has_work
 
     def work(self, until: Callable[[], bool]) -> None:
-        """A step for somebody who waits; none where another thread has done enough meanwhile.
+        """Take a step for somebody who waits; none where another thread has done enough meanwhile.
 
-        What a step raises is in the tickets that it failed, so nothing is raised here.
+        What a step raises is in the handles that it failed, so nothing is raised here.
 
         Args:
             until: what is waited for.
@@ -230,9 +241,9 @@ class Engine:
         def step() -> None:
             asked.append(until())
             if not asked[-1]:
-                self._stepper.step()
+                self._core.step()
 
-        with suppress(Exception):  # it is in the tickets
+        with suppress(Exception):  # it is in the handles
             self._do(step, alone=True)
         if not asked:
             raise GenerationError(
@@ -240,30 +251,32 @@ class Engine:
                 "answer of the same engine"
             )
 
-    def abandon(self, error: LapilliError, tickets: Iterable[Ticket] | None = None) -> None:
-        """Fail requests that are not finished: those of `tickets`, or all."""
-        meant = None if tickets is None else set(tickets)
-        self._do(lambda: self._stepper.abandon(error, meant))
+    def abort_all(
+        self, error: LapilliError, handles: Iterable[RequestHandle] | None = None
+    ) -> None:
+        """Fail requests that are not finished: those of `handles`, or all."""
+        meant = None if handles is None else set(handles)
+        self._do(lambda: self._core.abort_all(error, meant))
 
-    def leave(self, tickets: Iterable[Ticket]) -> None:
-        """Let go of requests that nobody waits for any more."""
-        open_tickets = [ticket for ticket in tickets if not ticket.is_finished]
+    def abort(self, handles: Iterable[RequestHandle]) -> None:
+        """Cancel requests that nobody waits for any more."""
+        open_handles = [handle for handle in handles if not handle.is_finished]
         try:
-            for ticket in open_tickets:
-                ticket.cancel()
+            for handle in open_handles:
+                handle.cancel()
         except BaseException:  # an interrupt: all the more nobody waits for them
-            for ticket in open_tickets:
-                ticket.cancel()
+            for handle in open_handles:
+                handle.cancel()
             raise
-        if open_tickets:
-            self._do(self._stepper.drop_cancelled, alone=True)
+        if open_handles:
+            self._do(self._core.drop_cancelled, alone=True)
 
     def save_prefix(self, path: Path, keys: Items[int]) -> int:
-        """What is kept of a sequence of these position keys, in a file; returns positions.
+        """Save what is kept of a sequence of these position keys; return the number of positions.
 
         Args:
             path: of a new safetensors file.
-            keys: `Ticket.keys` of a finished request.
+            keys: `RequestHandle.keys` of a finished request.
 
         Raises:
             CheckpointError: nothing is kept of it any more.
@@ -271,13 +284,13 @@ class Engine:
         probe = [*keys, 0]  # a last position that is not looked for
 
         def save() -> int:
-            known = self.pool.find(self.pool.chain(self._stepper.root(), probe), probe)
+            known = self.pool.find(self.pool.chain(self._core.root(), probe), probe)
             return write_prefix(path, self.pool, known, keys, model_digest(self.model))
 
         return self._do(save)
 
     def load_prefix(self, path: Path) -> int:
-        """Keys and values from a file, found by every prompt that begins so; returns positions.
+        """Load keys and values, found by every prompt that begins so; return the positions.
 
         Raises:
             MissingFileError: there is no such file.
@@ -286,40 +299,58 @@ class Engine:
 
         def load() -> int:
             saved = read_prefix(path, self.pool, model_digest(self.model))
-            return place_prefix(saved, self.pool, self._stepper.root())
+            return place_prefix(saved, self.pool, self._core.root())
 
         return self._do(load)
 
-    def renew(self) -> None:
-        """Forget everything kept, after weights were changed in a way that nobody can see."""
-        self._do(self._stepper.renew)
+    def reset_cache(self) -> None:
+        """Clear prefix and feature caches; call after changes that torch does not count.
+
+        Those are in-place changes through `tensor.data` and under `torch.inference_mode()`.
+        """
+        self._do(self._core.reset_cache)
 
     def _do(self, work: Callable[[], T], *, alone: bool = False) -> T:
         """Let this thread alone work with the model, then wake those who have something to read.
 
         Args:
             work: what to do.
-            alone: leave it undone where this thread is in the middle of something here: a ticket
+            alone: leave it undone where this thread is in the middle of something here: a handle
                 may be let go of by the garbage collector, in any line.
         """
-        news: deque[Ticket] = deque()
+        news: deque[RequestHandle] = deque()
         try:
             return self._do_locked(work, news, alone=alone)
         finally:
-            tell(news)
+            wake_all(news)
 
-    def _do_locked(self, work: Callable[[], T], news: deque[Ticket], *, alone: bool) -> T:
+    def _do_locked(self, work: Callable[[], T], news: deque[RequestHandle], *, alone: bool) -> T:
         with self._lock.turn:
             if self._held_by is self._lock.turn:
                 return None if alone else work()  # type: ignore[return-value]  # alone: T is None
             try:
                 self._held_by = self._lock.turn
-                self._stepper.news = news
+                self._core.news = news
                 if self._is_broken_off:
-                    self._stepper.settle()
+                    self._core.settle()
                 self._is_broken_off = True
                 done = work()
                 self._is_broken_off = False
                 return done
             finally:
                 self._held_by = None
+
+
+def readable_context(model: VisionLanguageModel, wanted: int | None) -> int:
+    """Return the most tokens of a sequence in the engine.
+
+    Note: with dynamic NTK scaling every longer pass turns the keys of a sequence differently, so
+    beyond the trained length the result would depend on how a prompt is cut; there the limit is
+    the trained length.
+    """
+    config = model.language_model.config
+    length = config.max_positions if wanted is None else wanted
+    scaling = getattr(config, "rope_scaling", None)
+    if scaling is not None and scaling.kind == "dynamic":
+        return min(length, config.max_positions)
+    return length

@@ -1,18 +1,20 @@
-"""What goes into an engine and what comes out while it works; knows no model.
+"""Requests: what goes into an engine, and the handle by which its answer is read or cancelled.
 
-Request --submit--> Ticket: take() the pieces, cancel(), generation
+    Request --Engine.submit--> RequestHandle: take() the pieces, cancel(), generation
+
+Knows no model.
 """
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import LapilliError, RequestError
-from lapilli.generate.outputs import Generation, Piece
+from lapilli.generate.output import Generation, Piece
 from lapilli.prompt.encode import EncodedPrompt
 
 LOG = logging.getLogger(__name__)
@@ -25,8 +27,8 @@ class Request:
     Attributes:
         prompt: ids and spans.
         media: per span what its modality prepared, or features [n, D].
-        params: how to choose tokens and when to stop; no beams.
-        seen_ids: what the repetition penalty counts as seen, see `generate`.
+        params: how to sample tokens and when to stop; no beams.
+        seen_ids: tokens that the repetition penalty counts as seen, see reference.generate.
         priority: a higher one is begun and read before all lower ones.
     """
 
@@ -37,10 +39,10 @@ class Request:
     priority: int = 0
 
 
-class Ticket:
-    """A request on its way. The engine writes, one reader reads, in any threads.
+class RequestHandle:
+    """A submitted request. The engine writes, one reader reads, in any threads.
 
-    A slow reader does not make a queue grow: what settled since its last `take` is one piece.
+    A slow reader does not make a queue grow: what came since its last `take` is one piece.
     """
 
     def __init__(self, request: Request) -> None:
@@ -50,7 +52,7 @@ class Ticket:
         """Called when there is something to take, by a thread that has taken a step; the engine is
         free by then, so it may be asked and told anything. What it raises goes to the log."""
         self.keys: tuple[int, ...] = ()
-        """When it is finished, what stands at the positions that were read (Engine.save_prefix)."""
+        """When it is finished, position keys of what was computed (Engine.save_prefix)."""
         self._lock = threading.Lock()
         self._is_submitted = False
         self._waiting: list[Piece] = []
@@ -58,7 +60,7 @@ class Ticket:
         self._error: LapilliError | None = None
 
     def cancel(self) -> None:
-        """Stop at the next step; what was said until then is the answer."""
+        """Stop at the next step; what was generated until then is the answer."""
         self.is_cancelled = True
 
     @property
@@ -73,7 +75,7 @@ class Ticket:
 
     @property
     def error(self) -> LapilliError | None:
-        """Why there is no answer."""
+        """The reason why there is no answer."""
         return self._error
 
     @property
@@ -91,7 +93,7 @@ class Ticket:
         return self._generation
 
     def take(self) -> Piece | None:
-        """What settled since the last call; None while there is nothing.
+        """Return what came since the last call; None while there is nothing.
 
         Raises:
             LapilliError: what went wrong with this request.
@@ -109,54 +111,117 @@ class Ticket:
         )
 
     def claim(self) -> None:
-        """Called by the engine that takes it.
+        """Mark it as submitted; called by the engine that takes it.
 
         Raises:
-            RequestError: one did so before.
+            RequestError: it was submitted before.
         """
         with self._lock:
             if self._is_submitted or self.is_finished:
                 raise RequestError(
-                    "this ticket was submitted before: make a new one for every request"
+                    "this request handle was submitted before: make a new one for every request"
                 )
             self._is_submitted = True
 
     def deliver(self, piece: Piece) -> None:
-        """Called by the engine: more has settled. Its reader is told after the step."""
+        """Add a piece; called by the engine, which wakes the reader after the step."""
         with self._lock:
             self._waiting.append(piece)
 
     def finish(self, generation: Generation) -> None:
-        """Called by the engine: the answer is over."""
+        """End with an answer; called by the engine."""
         self._generation = generation
 
     def fail(self, error: LapilliError) -> None:
-        """Called by the engine: there will be no answer."""
+        """End without an answer; called by the engine."""
         self._error = error
 
 
-def tell(tickets: deque[Ticket]) -> None:
-    """Wake the readers of all tickets, whatever some of them raise; takes them off the list.
+class EngineStream(Iterator[Piece]):
+    """The answer to one request, pulled piece by piece; the engine works when a piece is wanted.
+
+    The request is submitted when the first piece is asked for. `close` cancels. The twin of
+    reference.Stream.
+
+    Args:
+        request: what to answer.
+        submit: gives the request to the engine.
+        work: works until there is something to read.
+        abort: lets go of a request that nobody waits for.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        submit: Callable[[RequestHandle], object],
+        work: Callable[[Callable[[], bool]], object],
+        abort: Callable[[RequestHandle], None],
+    ) -> None:
+        self.handle = RequestHandle(request)
+        self._submit = submit
+        self._work = work
+        self._abort = abort
+        self._is_submitted = False
+
+    def __next__(self) -> Piece:
+        """Return the next piece.
+
+        Raises:
+            LapilliError: what is wrong with the request.
+        """
+        if not self._is_submitted:
+            self._is_submitted = True  # first: an interrupt must not leave behind what nobody knows
+            self._submit(self.handle)
+        while True:
+            is_finished = self.handle.is_finished  # asked first: a piece may come between
+            piece = self.handle.take()
+            if piece is not None:
+                return piece
+            if is_finished:
+                raise StopIteration
+            self._work(lambda: self.handle.has_news)
+
+    def close(self) -> None:
+        """Cancel what has not been generated yet."""
+        self.handle.cancel()
+        if self._is_submitted and not self.handle.is_finished:
+            self._abort(self.handle)
+
+    @property
+    def generation(self) -> Generation:
+        """The answer so far; asked before its end, the answer is cancelled.
+
+        Raises:
+            LapilliError: what went wrong with the request.
+            RuntimeError: it was never begun.
+        """
+        self.close()
+        return self.handle.generation
+
+
+def wake_all(handles: deque[RequestHandle]) -> None:
+    """Wake the readers of all handles, whatever some of them raise; takes them off the list.
 
     An interrupt does not keep the others from being told: nobody may wait for ever.
     """
     try:
-        while tickets:
+        while handles:
             try:
-                _wake(tickets[0])
+                _wake(handles[0])
             finally:
-                tickets.popleft()
+                handles.popleft()
     finally:
-        if tickets:
-            tell(tickets)
+        if handles:
+            wake_all(handles)
 
 
-def _wake(ticket: Ticket) -> None:
+def _wake(handle: RequestHandle) -> None:
     try:
-        ticket.wake()
+        handle.wake()
     except Exception:  # foreign code: its error is nobody else's business
-        LOG.exception("Ticket.wake raised; the engine goes on")
+        LOG.exception("RequestHandle.wake raised; the engine goes on")
 
 
 def _nobody() -> None:
-    """Nobody waits to be woken."""
+    """Wake nobody."""

@@ -1,21 +1,34 @@
-"""One request while the engine works on it: its tokens, its blocks, its answer."""
+"""Sequences: one request while the engine works on it, and the validation that it begins with.
 
+Request --InputProcessor: everything that can be refused is refused here--> Sequence
+Sequence --Scheduler--> ScheduledSequence: the tokens that it computes in one step
+"""
+
+from collections.abc import Collection
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from itertools import count
+from numbers import Integral
 from typing import Any
 
 import torch
 
 from lapilli.config.generation import SamplingParams
-from lapilli.generate.answer import Answer
-from lapilli.generate.cache.blocks import BlockTable, media_keys
-from lapilli.generate.engine.request import Ticket
-from lapilli.generate.outputs import TokenLogprob
-from lapilli.generate.speculate import Drafting, IsWorth
+from lapilli.errors import FusionError, GenerationError, MediaCountMismatchError, RequestError
+from lapilli.generate.detokenizer import TokenBytes
+from lapilli.generate.engine.block_pool import BlockPool, BlockTable, media_keys
+from lapilli.generate.engine.feature_cache import media_digest
+from lapilli.generate.engine.request import Request, RequestHandle
+from lapilli.generate.output import GenerationState, TokenLogprob
+from lapilli.generate.reference import check_context
+from lapilli.generate.sampler import SamplingState, check_logit_bias
+from lapilli.generate.speculative import IsWorth, Proposer
+from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.paged import MOST_TOGETHER
-from lapilli.prompt.encode import EncodedPrompt
-from lapilli.shapes import Bool, Float, Tensor
+from lapilli.prompt.encode import EncodedPrompt, Span
+from lapilli.shapes import Float, Tensor
 
-MOST_GUESSES = MOST_TOGETHER - 1
+MOST_DRAFT_TOKENS = MOST_TOGETHER - 1
 """In one pass, of one sequence: more positions would take a slower way through the model."""
 
 
@@ -23,19 +36,21 @@ class Sequence:
     """Prompt and answer of one request.
 
     Args:
-        ticket: where pieces go.
+        handle: where pieces go.
         answer: the empty answer.
         digests: content of every medium of the prompt.
         order: when it was submitted.
     """
 
     def __init__(
-        self, ticket: Ticket, answer: Answer, *, digests: Items[bytes], order: int
+        self, handle: RequestHandle, answer: GenerationState, *, digests: Items[bytes], order: int
     ) -> None:
-        self.ticket = ticket
+        self.handle = handle
         self.answer = answer
+        self.prompt: EncodedPrompt = handle.request.prompt
+        self.media: tuple[Any, ...] = handle.request.media
         self.digests = tuple(digests)
-        self.rank = (-ticket.request.priority, order)
+        self.rank = (-handle.request.priority, order)
         self.prompt_length = len(self.prompt.input_ids)
         self.tokens = list(self.prompt.input_ids)
         self.keys = position_keys(self.prompt, digests)
@@ -44,76 +59,258 @@ class Sequence:
         """Digests of the beginnings of the prompt, see BlockPool.chain."""
         self.table: BlockTable | None = None
         self.length = 0
-        """Positions whose keys and values are known."""
+        """Tokens whose keys and values are computed."""
         self.is_stale = False
-        """The model changed while it was read: nobody else may find its keys and values."""
-        self.is_ready = False
-        """What it draws and guesses with is there."""
+        """The model changed while it was computed: nobody else may find its keys and values."""
         self.is_open = False
         """It is being changed: where an interrupt leaves it so, it cannot be trusted."""
-        self.drafting: Drafting | None = None
-        self.generator: torch.Generator | None = None
-        self.seen: Bool[Tensor, "1 V"] | None = None
+        self.sampling: SamplingState | None = None
+        """None until it has blocks and is ready for its first step."""
+        self.proposer: Proposer | None = None
 
     @property
-    def prompt(self) -> EncodedPrompt:
-        """Ids and spans."""
-        return self.ticket.request.prompt
-
-    @property
-    def media(self) -> tuple[Any, ...]:
-        """What goes over the spans."""
-        return self.ticket.request.media
-
-    @property
-    def params(self) -> SamplingParams:
-        """How tokens are chosen."""
-        return self.ticket.request.params
-
-    @property
-    def unread(self) -> int:
-        """Tokens that the model has not seen yet; 1 while the answer grows."""
+    def num_uncomputed_tokens(self) -> int:
+        """Number of tokens that the model has not seen yet; 1 while the answer is decoded."""
         return len(self.tokens) - self.length
 
     @property
-    def is_growing(self) -> bool:
-        """Whether the prompt is read and the answer has begun."""
+    def is_decoding(self) -> bool:
+        """Whether the prompt is computed and the answer has begun."""
         return len(self.tokens) > self.prompt_length
 
     @property
-    def positions_needed(self) -> int:
-        """Positions of prompt and longest answer; its last token is never read."""
+    def num_needed_positions(self) -> int:
+        """Length of prompt and longest answer; its last token is never computed."""
         return self.prompt_length + self.answer.limit - 1
 
     @property
     def blocks(self) -> list[int]:
-        """Where keys and values are; none before it begins."""
+        """The blocks that hold keys and values; none before it begins."""
         return [] if self.table is None else self.table.blocks
 
     def begin(self, table: BlockTable) -> None:
-        """Blocks are reserved, their beginning is known."""
+        """Take the blocks that were reserved, whose beginning is computed already."""
         self.table = table
         self.length = table.length
 
-    def draft(self, is_worth: IsWorth) -> list[int]:
-        """Guesses of the next tokens, none beyond the last that the answer may have."""
-        most = min(MOST_GUESSES, self.answer.limit - len(self.answer.token_ids) - 1)
-        if self.drafting is None or most < 1:
+    def propose(self, is_worth: IsWorth) -> list[int]:
+        """Return draft tokens, none beyond the last that the answer may have."""
+        most = min(MOST_DRAFT_TOKENS, self.answer.limit - self.answer.num_tokens - 1)
+        if self.proposer is None or most < 1:
             return []
-        return self.drafting.propose(self.keys, most, is_worth)
+        return self.proposer.propose(self.keys, most, is_worth)
 
     def push(self, token_id: int, report: TokenLogprob | None = None) -> None:
-        """One more token of the answer."""
+        """Add one more token of the answer."""
         self.tokens.append(token_id)
         self.keys.append(token_id)
-        if self.seen is not None:
-            self.seen[0, token_id] = True
         self.answer.push(token_id, report)
 
 
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """One sequence in a step: its next `count` tokens are computed, then its draft tokens."""
+
+    sequence: Sequence
+    count: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Positions of this step."""
+        return self.count + len(self.draft)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its last token is computed, so that the next one can be sampled."""
+        return self.count == self.sequence.num_uncomputed_tokens
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens that go through the model."""
+        row = self.sequence
+        return [*row.tokens[row.length : row.length + self.count], *self.draft]
+
+
 def position_keys(prompt: EncodedPrompt, digests: Items[bytes]) -> list[int]:
-    """What stands at every position: a token id, or a place in a medium."""
+    """Return what stands at every position: a token id, or a place in a medium."""
     keys = list(prompt.input_ids)
     for span, digest in zip(prompt.spans, digests, strict=True):
         keys[span.start : span.start + span.length] = media_keys(digest, span.length)
     return keys
+
+
+class InputProcessor:
+    """Validates requests and makes sequences of them, in any thread.
+
+    Args:
+        model: whose vocabulary and modalities count.
+        tokenizer: turns ids into text.
+        eos_ids: end tokens.
+        context_length: most tokens of prompt and answer.
+        pool: what a sequence must fit into.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: TokenBytes,
+        *,
+        eos_ids: Collection[int],
+        context_length: int,
+        pool: BlockPool,
+    ) -> None:
+        self._model = model
+        self._config = model.language_model.config
+        self._tokenizer = tokenizer
+        self._eos_ids = frozenset(eos_ids)
+        self._context_length = context_length
+        self._pool = pool
+        self._order = count()
+
+    def new_sequence(self, request: Request, handle: RequestHandle) -> Sequence:
+        """Return a sequence that has not begun; raises what Engine.submit says."""
+        self._check(request, handle)
+        prompt, params = request.prompt, request.params
+        room = check_context(
+            len(prompt.input_ids),
+            self._context_length,
+            visual=sum(span.length for span in prompt.spans),
+        )
+        answer = GenerationState(
+            self._tokenizer,
+            params,
+            stop_ids=self._eos_ids | frozenset(params.stop_token_ids),
+            limit=min(params.max_new_tokens, room),
+            prompt_len=len(prompt.input_ids),
+        )
+        digests = [
+            media_digest(span.modality, item)
+            for span, item in zip(prompt.spans, request.media, strict=True)
+        ]
+        sequence = Sequence(handle, answer, digests=digests, order=next(self._order))
+        if self._pool.blocks_for(sequence.num_needed_positions) > self._pool.capacity:
+            raise GenerationError(
+                f"prompt and answer may take {sequence.num_needed_positions} tokens, the engine "
+                f"has memory for {self._pool.capacity * self._pool.block_size}: lower "
+                f"max_new_tokens ({params.max_new_tokens}) or raise EngineOptions(kv_bytes=...)"
+            )
+        return sequence
+
+    def _check(self, request: Request, handle: RequestHandle) -> None:
+        """Check for what would fail later, in the middle of a step with others."""
+        prompt, params = request.prompt, request.params
+        if handle.request is not request:
+            raise RequestError("the handle was made for another request: make one for this")
+        if not (isinstance(params, SamplingParams) and isinstance(prompt, EncodedPrompt)):
+            raise RequestError(
+                "a request holds an EncodedPrompt and SamplingParams, this one "
+                f"{type(prompt).__name__} and {type(params).__name__}"
+            )
+        if params.num_beams > 1:
+            raise GenerationError(
+                f"num_beams {params.num_beams}: the engine does not search by beams, use generate()"
+            )
+        check_logit_bias(params, self._config.vocab_size)
+        if not is_whole(request.priority):
+            raise RequestError(f"priority must be a whole number, got {request.priority!r}")
+        if not len(prompt.input_ids):
+            raise GenerationError("the prompt has no tokens, not even a first one")
+        check_ids("the prompt", prompt.input_ids, self._config.vocab_size)
+        if request.seen_ids is not None:
+            check_ids("seen_ids", request.seen_ids, self._config.vocab_size)
+        if len(prompt.spans) != len(request.media):
+            raise MediaCountMismatchError(
+                f"the prompt has {len(prompt.spans)} places for media but {len(request.media)} "
+                "items were given"
+            )
+        check_spans(prompt.spans, len(prompt.input_ids))
+        for span, item in zip(prompt.spans, request.media, strict=True):
+            self._check_medium(span, item)
+
+    def _check_medium(self, span: Span, item: Any) -> None:  # noqa: ANN401
+        """Check that an item was made by its modality, and is as long as its span."""
+        modality = self._model.modality(span.modality)
+        if isinstance(item, Tensor):
+            check_given_features(item, span, self._config.hidden_size)
+            return
+        try:
+            length = modality.num_tokens(item)
+        except Exception as error:  # a modality may be anybody's, and meet anything
+            raise RequestError(
+                f"the {span.modality} at position {span.start} is a {type(item).__name__}, which "
+                f"its modality cannot count ({error}): pass what its prepare() returned, or "
+                "features"
+            ) from error
+        if length != span.length:
+            raise FusionError(
+                f"the {span.modality} at position {span.start}: the span has {span.length} "
+                f"positions, the item takes {length}"
+            )
+
+
+def is_whole(value: object) -> bool:
+    """Return whether this is an integer of Python or numpy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_ids(name: str, ids: Items[Any], vocab_size: int) -> None:
+    """Check that the embeddings have a row for every id.
+
+    Raises:
+        RequestError: one of them is no whole number from 0 to the vocabulary's last.
+    """
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
+        return  # nearly always, and quicker than one by one
+    for at, token in enumerate(ids):
+        if not (is_whole(token) and 0 <= token < vocab_size):
+            raise RequestError(
+                f"{name}: {token!r} at place {at} is no token id, which are the whole numbers from "
+                f"0 to {vocab_size - 1}"
+            )
+
+
+def check_spans(spans: Items[Span], length: int) -> None:
+    """Check that spans lie inside the prompt and side by side.
+
+    Raises:
+        RequestError: one does not, or is no span.
+    """
+    end = 0
+    for span in spans:
+        fits = isinstance(span, Span) and is_whole(span.start) and is_whole(span.length)
+        if not (fits and span.length > 0 and end <= span.start <= length - span.length):
+            raise RequestError(
+                f"{span}: spans are {length} positions of the prompt or fewer, at least one each, "
+                f"in their order and side by side at most; this one may begin at {end}"
+            )
+        end = span.start + span.length
+
+
+def check_features(features: Tensor, span: Span, width: int) -> None:
+    """Check that features have the shape that their span was counted for.
+
+    Raises:
+        FusionError: another shape.
+    """
+    if tuple(features.shape) != (span.length, width):
+        raise FusionError(
+            f"the {span.modality} at position {span.start}: the span has {span.length} positions "
+            f"of width {width}, the features are {list(features.shape)}"
+        )
+
+
+def check_given_features(features: Tensor, span: Span, width: int) -> None:
+    """Check features that somebody computed before: shape, dtype, finite numbers.
+
+    Raises:
+        FusionError: another shape.
+        RequestError: no floating point numbers in memory, or not all of them finite.
+    """
+    check_features(features, span, width)
+    is_plain = features.layout == torch.strided and not features.is_meta
+    if not (is_plain and features.is_floating_point() and bool(features.isfinite().all())):
+        raise RequestError(
+            f"the features at position {span.start} must be finite floating point numbers, got "
+            f"{features.dtype} on {features.device} with NaN, infinity, or nothing in memory"
+        )

@@ -1,1 +1,0 @@
-"""Never twice: features by content, keys and values by everything before them."""

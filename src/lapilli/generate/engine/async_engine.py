@@ -1,0 +1,205 @@
+"""Async engine: an engine at work in a thread of its own, answers as asynchronous iterators.
+
+    async for piece in engine.submit(request)     one task per request, one thread for the model
+
+Knows request handles and event loops; must not know the model.
+"""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator
+from types import TracebackType
+
+from lapilli.errors import GenerationError
+from lapilli.generate.engine.engine import Engine
+from lapilli.generate.engine.request import Request, RequestHandle
+from lapilli.generate.output import Generation, Piece
+
+
+class AsyncEngine:
+    """Answers as asynchronous iterators, in any number of event loops.
+
+    Others may go on using the engine meanwhile.
+
+    Args:
+        engine: does the work.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._places = Places(engine.options.max_waiting)
+        self._handles: set[RequestHandle] = set()
+        self._has_news = threading.Event()
+        self._is_closing = False
+        self._is_over = False
+        self._thread = threading.Thread(target=self._work, name="lapilli-engine", daemon=True)
+        self._thread.start()
+
+    async def submit(
+        self, request: Request, *, handle: RequestHandle | None = None, wait: bool = True
+    ) -> AsyncIterator[Piece]:
+        """Yield the answer, piece by piece.
+
+        A task that is cancelled, or an iterator that is closed, cancels the request: what somebody
+        who has hung up had asked for is not computed to its end. A slow reader gets longer pieces.
+
+        Args:
+            request: what to answer.
+            handle: a new one; has the finished answer afterwards.
+            wait: for a place when `max_waiting` requests are on their way; else refuse.
+
+        Raises:
+            GenerationError: no place and `wait` is False, or the engine is closed.
+            LapilliError: what `Engine.submit` raises, and what goes wrong with the request.
+        """
+        handle = handle or RequestHandle(request)
+        if wait:
+            await self._places.take()
+        elif not self._places.take_at_once():
+            raise GenerationError(
+                f"{self.engine.options.max_waiting} requests are on their way, the limit: try "
+                "again later"
+            )
+        try:
+            news = asyncio.Event()
+            handle.wake = Waker(asyncio.get_running_loop(), news)
+            # In a thread: a large picture takes milliseconds to be hashed.
+            await asyncio.to_thread(self._enter, request, handle)
+            while True:
+                await news.wait()
+                news.clear()
+                is_finished = handle.is_finished  # asked first: a piece may come between
+                while (piece := handle.take()) is not None:
+                    yield piece
+                if is_finished:
+                    return
+        finally:
+            self._places.release()
+            self._handles.discard(handle)
+            if not handle.is_finished:
+                handle.cancel()
+                self._has_news.set()
+
+    async def answer(self, request: Request) -> Generation:
+        """Return the whole answer; raises what `submit` raises."""
+        handle = RequestHandle(request)
+        async for _ in self.submit(request, handle=handle):
+            pass
+        return handle.generation
+
+    def close(self) -> None:
+        """End the thread after the step that it is in; requests that are not finished fail."""
+        self._is_closing = True
+        self._has_news.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    async def __aenter__(self) -> "AsyncEngine":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    def _enter(self, request: Request, handle: RequestHandle) -> None:
+        self._handles.add(handle)
+        self.engine.submit(request, handle=handle)
+        self._has_news.set()
+        # Asked after the request is there: either this sees that nobody works any more, or who
+        # says so sees the request. In a forked process the thread was never there.
+        if self._is_over or not self._thread.is_alive():
+            self._fail_open()
+
+    def _work(self) -> None:
+        try:
+            while not self._is_closing:
+                self._has_news.wait()
+                self._has_news.clear()
+                while self.engine.has_work and not self._is_closing:
+                    self._step()
+        finally:  # whatever ended this thread, nobody may wait for ever
+            self._is_over = True
+            self._fail_open()
+
+    def _step(self) -> None:
+        try:
+            self.engine.step()
+        except Exception:  # noqa: BLE001  the requests that it failed know, others may fare better
+            return
+
+    def _fail_open(self) -> None:
+        self.engine.abort_all(GenerationError("the engine is closed"), list(self._handles))
+
+
+class Waker:
+    """Sets an event of asyncio from another thread, as long as there is a loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+        self._loop = loop
+        self._event = event
+
+    def __call__(self) -> None:
+        """Set the event."""
+        try:
+            self._loop.call_soon_threadsafe(self._event.set)
+        except RuntimeError:  # the loop is closed, nobody reads any more
+            return
+
+
+class Places:
+    """So many may be in at a time, first come, first served; they may wait in different loops."""
+
+    def __init__(self, count: int) -> None:
+        self._lock = threading.Lock()
+        self._free = count
+        self._line: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
+
+    def take_at_once(self) -> bool:
+        """Take a place, if one is free."""
+        with self._lock:
+            if not self._free:
+                return False
+            self._free -= 1
+            return True
+
+    async def take(self) -> None:
+        """Take a place, waiting for it."""
+        loop = asyncio.get_running_loop()
+        mine = (loop, loop.create_future())
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            self._line.append(mine)
+        try:
+            await mine[1]
+        except asyncio.CancelledError:
+            with self._lock:
+                waits = mine in self._line
+                if waits:
+                    self._line.remove(mine)
+            if not waits:  # it was given a place meanwhile
+                self.release()
+            raise
+
+    def release(self) -> None:
+        """Give a place to the next in line."""
+        with self._lock:
+            while self._line:
+                loop, future = self._line.popleft()
+                try:
+                    loop.call_soon_threadsafe(_grant, future)
+                except RuntimeError:  # the loop is closed, nobody waits there
+                    continue
+                return
+            self._free += 1
+
+
+def _grant(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)

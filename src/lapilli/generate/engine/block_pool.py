@@ -1,0 +1,389 @@
+"""Block pool: paged memory for keys and values, with a prefix cache of blocks that are free.
+
+    position key   what stands at a position: a token id, or a medium's digest and the place in it
+    chain          root -> digest of block 0 -> digest of block 0, 1 -> ...    (SHA-256)
+    block          fresh -> owned by sequences -> idle, found again by its digest -> evicted
+
+A full block is shared by all sequences that begin alike. Where two sequences part inside a block,
+the later one gets a copy of it and goes on there (copy on write). Knows keys, no requests. How
+much memory an engine takes is planned here too.
+"""
+
+import ctypes
+import hashlib
+import os
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import takewhile
+from typing import Any
+
+import torch
+
+from lapilli.config.generation import MIB, EngineOptions
+from lapilli.errors import GenerationError
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
+from lapilli.quant.linear import QuantLinear
+from lapilli.shapes import Tensor
+
+
+@dataclass(slots=True)
+class PrefixStats:
+    """Counts since the pool was made.
+
+    Attributes:
+        tokens: of all prompts that were looked up.
+        cached_tokens: of those, tokens whose keys and values were found.
+        evictions: idle blocks that were given to others.
+    """
+
+    tokens: int = 0
+    cached_tokens: int = 0
+    evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The part of a sequence's beginning that the pool knows.
+
+    Attributes:
+        chain: the root, then one digest per full block.
+        blocks: the full blocks.
+        tail: a block that begins like the sequence goes on, and how many positions of it.
+    """
+
+    chain: tuple[bytes, ...]
+    blocks: tuple[int, ...] = ()
+    tail: tuple[int, int] | None = None
+
+    def length(self, block_size: int) -> int:
+        """Return the number of positions that need not be computed."""
+        return len(self.blocks) * block_size + (0 if self.tail is None else self.tail[1])
+
+
+@dataclass(slots=True)
+class BlockTable:
+    """The blocks of one sequence.
+
+    Attributes:
+        blocks: position i is in blocks[i // P].
+        chain: the root, then the digests of the first blocks, as far as they are published.
+        length: positions that are known at the beginning.
+    """
+
+    blocks: list[int]
+    chain: list[bytes]
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """Content of a published block: found by `digest`, next to others with the same `parent`."""
+
+    digest: bytes
+    parent: bytes
+    keys: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Block:
+    owners: int = 0
+    label: Label | None = None
+    is_used: bool = False
+
+
+class BlockPool:
+    """Blocks of a store: fresh, owned, or idle and known by what they hold.
+
+    Args:
+        store: the memory; its block 0 is never given away.
+        max_idle: most idle blocks that are remembered; 0: nothing outlives its sequence.
+    """
+
+    def __init__(self, store: BlockStore, *, max_idle: int | None = None) -> None:
+        self.store = store
+        self.block_size = store.block_size
+        self.max_idle = store.num_blocks if max_idle is None else max_idle
+        self.stats = PrefixStats()
+        self._blocks = [_Block() for _ in range(store.num_blocks)]
+        self._fresh = list(range(store.num_blocks - 1, 0, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._known: dict[bytes, int] = {}
+        self._children: dict[bytes, dict[int, None]] = {}
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that sequences may own."""
+        return self.store.num_blocks - 1
+
+    @property
+    def available(self) -> int:
+        """Blocks that nobody owns."""
+        return len(self._fresh) + len(self._idle)
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks that nobody owns and whose content can be found."""
+        return len(self._idle)
+
+    def blocks_for(self, positions: int) -> int:
+        """Return how many blocks hold so many positions."""
+        return -(-positions // self.block_size)
+
+    def chain(self, root: bytes, keys: Sequence[int]) -> tuple[bytes, ...]:
+        """Return the digests by which the beginning of a sequence is found.
+
+        The last position is left to be computed, because nobody keeps its logits.
+        """
+        chain, size = [root], self.block_size
+        for start in range(0, len(keys) - size, size):
+            chain.append(chain_digest(chain[-1], keys[start : start + size]))
+        return tuple(chain)
+
+    def find(self, chain: Sequence[bytes], keys: Sequence[int]) -> Prefix:
+        """Return the longest known beginning of a sequence.
+
+        Args:
+            chain: of `keys`, from `chain`.
+            keys: what stands at every position.
+        """
+        known = takewhile(lambda block: block is not None, map(self._known.get, chain[1:]))
+        blocks = tuple(block for block in known if block is not None)
+        start = len(blocks) * self.block_size
+        tail = self._tail(chain[len(blocks)], keys[start : len(keys) - 1])
+        return Prefix(tuple(chain[: len(blocks) + 1]), blocks, tail)
+
+    def _tail(self, parent: bytes, keys: Sequence[int]) -> tuple[int, int] | None:
+        """Return the block after `parent` that shares the longest beginning, and its length."""
+        best = max(
+            (
+                (_shared(self._keys_of(block), keys), block)
+                for block in self._children.get(parent, ())
+            ),
+            default=(0, 0),
+        )
+        return (best[1], best[0]) if best[0] else None
+
+    def _keys_of(self, block: int) -> tuple[int, ...]:
+        label = self._blocks[block].label
+        return () if label is None else label.keys
+
+    def reserve(self, prefix: Prefix, num_positions: int) -> BlockTable | None:
+        """Return blocks for a sequence, its known beginning shared; None: too few are free."""
+        borrowed = [*prefix.blocks, *([] if prefix.tail is None else [prefix.tail[0]])]
+        for block in borrowed:
+            self._own(block)
+        needed = self.blocks_for(num_positions) - len(prefix.blocks)
+        if needed > self.available:
+            for block in reversed(borrowed):
+                self._disown(block)
+            # The block that would be copied may be the one that is missing.
+            return self.reserve(replace(prefix, tail=None), num_positions) if prefix.tail else None
+        fresh = [self._take() for _ in range(needed)]
+        self.store.clear([block for block in fresh if self._blocks[block].is_used])
+        for block in fresh:
+            self._blocks[block].is_used = True
+        if prefix.tail is not None:
+            self.store.copy(prefix.tail[0], fresh[0])
+            self._disown(prefix.tail[0])
+        length = prefix.length(self.block_size)
+        return BlockTable([*prefix.blocks, *fresh], list(prefix.chain), length)
+
+    def publish(self, table: BlockTable, keys: Sequence[int], length: int) -> None:
+        """Let others find the blocks that are full once `length` positions are computed."""
+        size = self.block_size
+        while len(table.chain) * size <= length:
+            at = len(table.chain) - 1
+            held = tuple(keys[at * size : (at + 1) * size])
+            digest = chain_digest(table.chain[-1], held)
+            self._label(table.blocks[at], Label(digest, table.chain[-1], held))
+            table.chain.append(digest)
+
+    def release(self, table: BlockTable, keys: Sequence[int], length: int) -> None:
+        """Free the blocks of a sequence; they stay known, the half-filled last one too.
+
+        Of positions from `length` on nothing is remembered.
+        """
+        self.publish(table, keys, length)
+        full = len(table.chain) - 1
+        held = tuple(keys[full * self.block_size : length])
+        if held:
+            digest = chain_digest(table.chain[-1], held)
+            self._label(table.blocks[full], Label(digest, table.chain[-1], held))
+        # The end goes first when room is needed: a beginning without its end is still of use.
+        for block in reversed(table.blocks):
+            self._disown(block)
+        table.blocks = []
+
+    def clear(self) -> None:
+        """Forget what idle blocks hold: every one of them is fresh."""
+        while self._idle:
+            self._fresh.append(self._evict())
+
+    def recount(self, tables: Iterable[BlockTable]) -> None:
+        """Count again who owns what, after a change that was broken off.
+
+        A block has its label from when its content is whole until before it is given to another,
+        so what the labels say holds at any moment.
+
+        Args:
+            tables: of all sequences that own blocks.
+        """
+        owners = Counter(block for table in tables for block in table.blocks)
+        self._known, self._children = {}, {}
+        free = []
+        for number in [*self._idle, *(set(range(1, len(self._blocks))) - self._idle.keys())]:
+            block = self._blocks[number]
+            block.owners = owners[number]
+            label, block.label = block.label, None
+            if label is not None:
+                self._label(number, label)
+            if not block.owners:
+                free.append(number)
+        self._idle = OrderedDict.fromkeys(n for n in free if self._blocks[n].label is not None)
+        self._fresh = sorted((n for n in free if self._blocks[n].label is None), reverse=True)
+        while len(self._idle) > self.max_idle:
+            self._fresh.append(self._evict())
+
+    def _label(self, block: int, label: Label) -> None:
+        # Another block may hold the same, read at the same time: that one stays the known one.
+        if label.digest not in self._known:
+            self._blocks[block].label = label
+            self._known[label.digest] = block
+            self._children.setdefault(label.parent, {})[block] = None
+
+    def _own(self, block: int) -> None:
+        self._blocks[block].owners += 1
+        self._idle.pop(block, None)
+
+    def _disown(self, block: int) -> None:
+        state = self._blocks[block]
+        state.owners -= 1
+        if state.owners:
+            return
+        if state.label is None:
+            self._fresh.append(block)
+            return
+        self._idle[block] = None
+        if len(self._idle) > self.max_idle:
+            self._fresh.append(self._evict())
+
+    def _take(self) -> int:
+        block = self._fresh.pop() if self._fresh else self._evict()
+        self._blocks[block].owners = 1
+        return block
+
+    def _evict(self) -> int:
+        """Take the idle block that was not used for longest; its content is forgotten."""
+        block, _ = self._idle.popitem(last=False)
+        label = self._blocks[block].label
+        if label is not None:
+            del self._known[label.digest]
+            siblings = self._children[label.parent]
+            del siblings[block]
+            if not siblings:
+                del self._children[label.parent]
+        self._blocks[block].label = None
+        self.stats.evictions += 1
+        return block
+
+
+def chain_digest(parent: bytes, keys: Sequence[int]) -> bytes:
+    """Return the digest of everything up to the end of a block."""
+    return hashlib.sha256(parent + ",".join(f"{key:x}" for key in keys).encode()).digest()
+
+
+def media_keys(digest: bytes, length: int) -> list[int]:
+    """Return position keys of a medium: below zero, so that none is a token id."""
+    number = int.from_bytes(digest, "big")
+    return [-1 - (number << 32 | i) for i in range(length)]
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def new_pool(
+    model: VisionLanguageModel, options: EngineOptions, *, context_length: int, like: Tensor
+) -> BlockPool:
+    """Return the blocks of an engine.
+
+    Args:
+        model: whose keys and values they hold.
+        options: how much, and how.
+        context_length: tokens of the longest conversation.
+        like: a tensor of the dtype and on the device of the hidden states.
+
+    Raises:
+        GenerationError: `kv_bytes` does not hold two blocks.
+    """
+    config, device = model.language_model.config, like.device
+    dtype = kept_dtype(model, options, like)
+    kind = QuantizedBlockStore if dtype == torch.int8 else BlockStore
+    size = options.block_size
+    per_block = kind.bytes_per_block(config, size, dtype)
+    budget, idle_bytes = options.kv_bytes, options.prefix_bytes
+    if budget is None:
+        one = -(-context_length // size) * per_block
+        memory = total_memory(device)
+        budget = max(one, min(options.max_rows * one, memory // 4))
+        idle_bytes = memory // 8 if idle_bytes is None else idle_bytes
+    num_blocks = budget // per_block
+    if num_blocks < 1:
+        raise GenerationError(
+            f"kv_bytes {budget} is less than one block of {size} positions takes in this model "
+            f"({per_block}): give it at least {per_block / MIB:.1f} MiB per {size} positions"
+        )
+    idle = None if idle_bytes is None else idle_bytes // per_block
+    store = kind(
+        config,
+        num_blocks + 1,
+        block_size=size,
+        dtype=like.dtype,
+        kept_dtype=dtype,
+        device=device,
+    )
+    return BlockPool(store, max_idle=idle)
+
+
+def kept_dtype(model: VisionLanguageModel, options: EngineOptions, like: Tensor) -> torch.dtype:
+    """Return the dtype in which keys and values are kept.
+
+    Where weights are rounded to 8 or 4 bits, bfloat16 keys and values change nothing that could be
+    seen beside it, and a token of a 7B model reads a third of a gigabyte less.
+    """
+    if options.kv_dtype == "int8":
+        return torch.int8
+    is_packed = any(isinstance(one, QuantLinear) for one in model.modules())
+    rounds = options.kv_dtype == "auto" and is_packed and like.device.type == "cpu"
+    return torch.bfloat16 if rounds or options.kv_dtype == "bfloat16" else like.dtype
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of the GPU, or of the machine; 8 GiB where the machine does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return 8192 * MIB
+
+
+def release_memory() -> None:
+    """Return memory that a picture or a long prompt took for a moment to the system.
+
+    glibc keeps what was freed, up to a fifth of a gigabyte after a prompt of a 7B model.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Any:  # noqa: ANN401  a foreign function
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)

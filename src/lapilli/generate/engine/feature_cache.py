@@ -1,0 +1,277 @@
+"""Feature cache: tower and projector run once per picture, whoever asks.
+
+A cached value depends on the content of its medium (content_digest) and on the weights that made
+it (WeightWatch). Knows tensors and modules; must not know what a picture is.
+"""
+
+import hashlib
+import secrets
+import threading
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass, fields, is_dataclass
+from operator import attrgetter, getitem, is_
+from typing import Any
+
+import torch
+from torch import nn
+
+from lapilli.shapes import Float, Tensor
+
+Key = tuple[object, ...]
+SCALARS = (bool, int, float, str, bytes)
+_NO_SETTINGS = frozenset((dict, OrderedDict, set, type(None)))  # most attributes, sorted out first
+
+Setting = tuple[str, type, tuple[tuple[str, Any], ...]]
+Held = tuple[str, str, "weakref.ref[Tensor]", tuple[int, int]]
+State = tuple[list[Setting], list[Held]]
+
+
+@dataclass(slots=True)
+class FeatureStats:
+    """Counts since the cache was made."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+
+
+class FeatureCache:
+    """The features used last, up to a number of bytes.
+
+    Several engines and threads may share one.
+
+    Args:
+        max_bytes: of all tensors together; 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.stats = FeatureStats()
+        self._kept: OrderedDict[Key, Tensor] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are kept now."""
+        return self._bytes
+
+    def get(self, key: Key) -> Float[Tensor, "n D"] | None:
+        """Return the features of this key, which are now the ones used last."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is None:
+                self.stats.misses += 1
+                return None
+            self._kept.move_to_end(key)
+            self.stats.hits += 1
+            return found
+
+    def put(self, key: Key, features: Float[Tensor, "n D"]) -> None:
+        """Keep features; the ones unused for longest go until there is room."""
+        if features.nbytes > self.max_bytes:
+            return
+        with self._lock:
+            old = self._kept.pop(key, None)
+            self._bytes += features.nbytes - (0 if old is None else old.nbytes)
+            self._kept[key] = features
+            while self._bytes > self.max_bytes:
+                _, oldest = self._kept.popitem(last=False)
+                self._bytes -= oldest.nbytes
+                self.stats.evictions += 1
+
+    def recount(self) -> None:
+        """Count the bytes again, after a change that was broken off."""
+        with self._lock:
+            self._bytes = sum(features.nbytes for features in self._kept.values())
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._kept.clear()
+            self._bytes = 0
+
+
+def content_digest(item: Any) -> bytes:  # noqa: ANN401 - every modality has its own items
+    """Return the SHA-256 of a prepared item or of features: equal digests mean equal numbers.
+
+    Records, tuples and lists of tensors, numbers and texts are read part by part. Anything else
+    gets a digest that never comes again, so that it is never taken for something known.
+    """
+    digest = hashlib.sha256()
+    _add(digest, item)
+    return digest.digest()
+
+
+def _add(digest: Any, item: Any) -> None:  # noqa: ANN401 - hashlib's type has no public name
+    if isinstance(item, Tensor):
+        digest.update(f"tensor {item.dtype} {list(item.shape)} ".encode())
+        plain = item.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
+    elif is_dataclass(item) and not isinstance(item, type):
+        digest.update(f"{type(item).__module__}.{type(item).__qualname__}(".encode())
+        for field in fields(item):
+            digest.update(f"{field.name}=".encode())
+            _add(digest, getattr(item, field.name))
+        digest.update(b")")
+    elif isinstance(item, tuple | list):
+        digest.update(f"{type(item).__qualname__} {len(item)} ".encode())
+        for part in item:
+            _add(digest, part)
+    elif item is None or isinstance(item, SCALARS):
+        digest.update(f"{type(item).__name__} {item!r} ".encode())
+    else:
+        digest.update(secrets.token_bytes(32))
+
+
+def media_digest(modality: str, item: Any) -> bytes:  # noqa: ANN401
+    """Return the digest of an item for one modality; two modalities see two things."""
+    return hashlib.sha256(modality.encode() + b"\0" + content_digest(item)).digest()
+
+
+class WeightWatch:
+    """Version of a model's weights: other tensors, changed tensors and other settings count it up.
+
+    No version comes again: after an adapter was switched
+    off and on, everything is computed anew. Compared are, per module, its class and its plain
+    attributes (a LoRA's scaling, training mode), per parameter and buffer the tensor itself, its
+    memory and its version, which every in-place operation counts up.
+
+    Note: a module that counts something in a plain attribute looks changed every time, and nothing
+        is found again; keep counts in a record of their own.
+    Note: torch does not count operations on `tensor.data`, nor on tensors made under
+    `torch.inference_mode()`; whoever changes weights in such a way calls `reset`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._version = 0
+        self._token = object()
+        self._state = self._current_state()
+        self._glance: _Glance | None = None
+
+    @property
+    def token(self) -> object:
+        """An object of this version alone; for others that look whether something has changed."""
+        return self._token
+
+    @property
+    def version(self) -> int:
+        """The version: the same number as before exactly while nothing has changed."""
+        # Asked before every token: a glance that sees too much is followed by a look that does not.
+        if self._glance is not None and self._glance.is_same():
+            return self._version
+        state = self._current_state()
+        if not _same(state, self._state):
+            self.reset()
+        self._state = state
+        self._glance = _Glance(self._model)
+        return self._version
+
+    def release(self) -> None:
+        """Let go of everything but weak references: what is replaced from now on goes at once."""
+        self._glance = None
+
+    def reset(self) -> None:
+        """Begin a new version."""
+        # The token first: an interrupt between the two must not leave an old one with a new number.
+        self._token = object()
+        self._version += 1
+
+    def _current_state(self) -> State:
+        """Return the state of all modules; tensors are held weakly: replaced ones can go."""
+        settings: list[Setting] = []
+        tensors: list[Held] = []
+        for path, module in self._model.named_modules():
+            inside = vars(module)
+            plain = tuple(
+                item
+                for item in inside.items()
+                if type(item[1]) not in _NO_SETTINGS and isinstance(item[1], SCALARS)
+            )
+            settings.append((path, type(module), plain))
+            for held in (inside["_parameters"], inside["_buffers"]):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        state = (tensor.data_ptr(), _version(tensor))
+                        tensors.append((path, name, weakref.ref(tensor), state))
+        return settings, tensors
+
+
+class _Glance:
+    """All modules of a model as they are, compared by loops that run in C.
+
+    Keeps everything alive that it has seen, so nobody keeps a glance for long.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._insides = [vars(module) for module in self._modules]
+        named = [(inside, name) for inside in self._insides for name in inside]
+        plain = [one for one in named if _is_plain(one[0][one[1]])]
+        things = [one for one in named if not isinstance(one[0][one[1]], _UNSEEN)]
+        self._plain, self._things = _columns(plain), _columns(things)
+        groups = [inside[kind] for kind in _GROUPS for inside in self._insides]
+        self._groups = [group for group in groups if group]
+        entries = [(group, name) for group in self._groups for name in group]
+        self._entries = _columns(entries)
+        self._values = [group[name] for group, name in entries]  # tensors, or None
+        self._held = [tensor for tensor in self._values if tensor is not None]
+        self._counted = [tensor for tensor in self._held if not tensor.is_inference()]
+        self._children = [inside["_modules"] for inside in self._insides]
+        self._empty = [group for group in groups if not group]
+        self._facts = self._look()
+
+    def is_same(self) -> bool:
+        """Return False for every change that counts, and sometimes where there is none."""
+        try:
+            if not all(map(is_, map(getitem, *self._entries), self._values)):
+                return False
+            return self._facts == self._look()
+        except KeyError:
+            return False
+
+    def _look(self) -> tuple[list[Any], ...]:
+        """Return what can be compared by value: no tensors, whose equality is a tensor."""
+        return (
+            list(map(type, self._modules)),
+            list(map(len, self._insides)),
+            list(map(len, self._groups)),
+            list(map(len, self._empty)),
+            list(map(list, map(dict.values, self._children))),
+            list(map(getitem, *self._plain)),
+            list(map(type, map(getitem, *self._things))),
+            list(map(Tensor.data_ptr, self._held)),
+            list(map(_VERSION, self._counted)),
+        )
+
+
+_GROUPS = ("_parameters", "_buffers")
+_UNSEEN = (type(None), dict, set, *SCALARS)  # compared otherwise, or no settings
+_VERSION = attrgetter("_version")
+
+
+def _is_plain(value: Any) -> bool:  # noqa: ANN401 - an attribute of a module
+    return value is None or isinstance(value, SCALARS)
+
+
+def _columns(
+    pairs: list[tuple[dict[str, Any], str]],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return dictionaries and names, for map(getitem, ...)."""
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _same(new: State, old: State) -> bool:
+    """Return whether both name the same living tensors in the same state, and the same settings."""
+    if new[0] != old[0] or len(new[1]) != len(old[1]):
+        return False
+    return all(
+        a[:2] == b[:2] and a[2]() is b[2]() and a[3] == b[3]
+        for a, b in zip(new[1], old[1], strict=True)
+    )

@@ -1,0 +1,165 @@
+"""What generation hands out: chunks (Piece), results (Generation), and the state they come from.
+
+Imports no torch and knows no model.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from lapilli.config.generation import SamplingParams
+from lapilli.generate.detokenizer import IncrementalDetokenizer, StopStrings, TokenBytes
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of a token, and of its alternatives.
+
+    Natural logarithms of the model's own probabilities: before bias, penalties, temperature and
+    filters, so they do not depend on how the token was sampled.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished answer.
+
+    Attributes:
+        token_ids: every generated token, the one that ended the answer included.
+        text: without special tokens, and without the stop string or stop token that ended it.
+        finish_reason: `stop` (end token, stop token, stop string), `length` (max_new_tokens or the
+            context is used up) or `cancelled`.
+        logprobs: one report per token, if SamplingParams.logprobs asked for it.
+        score: of the best beam: log-probability / length ** length_penalty; None without beams.
+        prompt_len: tokens of the prompt, every visual token counted.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    score: float | None = None
+    prompt_len: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of an answer that became certain since the piece before it.
+
+    Attributes:
+        text: never a part of a character or of a stop string.
+        token_ids: generated since the piece before.
+        finish_reason: set on the last piece only.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+class GenerationState:
+    """An answer while it is generated: its tokens and text, and whether they have ended.
+
+    Args:
+        tokenizer: turns ids into text.
+        params: stop strings, and whether log-probabilities are kept.
+        stop_ids: tokens that end the answer.
+        limit: most tokens.
+        prompt_len: passed on to the result.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenBytes,
+        params: SamplingParams,
+        *,
+        stop_ids: Collection[int],
+        limit: int,
+        prompt_len: int = 0,
+    ) -> None:
+        self.limit = limit
+        self.finish_reason: FinishReason | None = None
+        self.score: float | None = None
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._stops = StopStrings(params.stop)
+        self._stop_ids = stop_ids
+        self._prompt_len = prompt_len
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self._texts: list[str] = []
+        self._num_taken_tokens = 0
+        self._num_taken_texts = 0
+        self._is_end_taken = False
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens so far, the one that ended the answer included."""
+        return tuple(self._token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens so far."""
+        return len(self._token_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no further token is taken."""
+        return self.finish_reason is not None
+
+    def push(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
+        """Add the next token."""
+        self._token_ids.append(token_id)
+        if self._logprobs is not None and logprob is not None:
+            self._logprobs.append(logprob)
+        if token_id in self._stop_ids:
+            self._finish("stop")
+            return
+        self._texts.append(self._stops.push(self._detokenizer.push(token_id)))
+        if self._stops.found is not None:
+            self.finish_reason = "stop"
+        elif len(self._token_ids) >= self.limit:
+            self._finish("length")
+
+    def cancel(self) -> None:
+        """End here, if nothing else ended the answer before."""
+        if not self.is_finished:
+            self._finish("cancelled")
+
+    def take(self) -> Piece | None:
+        """Return what came since the last call; None while there is nothing to show.
+
+        The piece that tells the end may be empty.
+        """
+        text = "".join(self._texts[self._num_taken_texts :])
+        if self._is_end_taken or not (text or self.is_finished):
+            return None
+        self._is_end_taken = self.is_finished
+        token_ids = tuple(self._token_ids[self._num_taken_tokens :])
+        self._num_taken_texts = len(self._texts)
+        self._num_taken_tokens = len(self._token_ids)
+        return Piece(text, token_ids, self.finish_reason)
+
+    def result(self) -> Generation:
+        """Return the answer so far; cancelled, if it had not ended."""
+        self.cancel()
+        return Generation(
+            token_ids=self.token_ids,
+            text="".join(self._texts),
+            finish_reason=self.finish_reason or "cancelled",
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            score=self.score,
+            prompt_len=self._prompt_len,
+        )
+
+    def _finish(self, reason: FinishReason) -> None:
+        """Hand out what was held back: it cannot become anything else any more."""
+        self._texts.append(self._stops.push(self._detokenizer.flush()))
+        if self._stops.found is None:
+            self._texts.append(self._stops.flush())
+        self.finish_reason = "stop" if self._stops.found is not None else reason
