@@ -4,6 +4,9 @@ A key stands here when leaving it out cannot change an answer: it speaks about t
 library that wrote the file, or repeats what another file says with more authority.
 """
 
+import reprlib
+from collections.abc import Mapping
+
 
 def _keys(names: str) -> frozenset[str]:
     return frozenset(names.split())
@@ -71,3 +74,36 @@ PREPROCESSOR = _keys("""
 """)
 
 GENERATION = COMMON | _keys("trust_remote_code")
+
+
+# Values with which each of these leaves an answer as it is; any other changes even greedy answers.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "bad_words_ids": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "encoder_repetition_penalty": (None, 1.0),
+    "exponential_decay_length_penalty": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "guidance_scale": (None, 1.0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beams": (None, 1),
+    "repetition_penalty": (None, 1.0),
+    "sequence_bias": (None, {}, []),
+    "suppress_tokens": (None, []),
+}
+
+
+def sampling_notes(generation: Mapping[str, object]) -> tuple[str, ...]:
+    """Return a line for each setting of generation_config.json that transformers would follow.
+
+    What a person asks for decides how lapilli answers, as in the original's own programs. A file
+    that asks for something else is told of: with it transformers gives other tokens.
+    """
+    return tuple(
+        f"generation_config.json asks for {key} = {reprlib.repr(value)}, which is not applied: "
+        "only what you ask for yourself changes how tokens are chosen"
+        for key, value in sorted(generation.items())
+        if key in _NEUTRAL and value not in _NEUTRAL[key]
+    )
