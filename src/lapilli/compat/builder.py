@@ -1,35 +1,44 @@
-"""load_pretrained_model of the original (llava.model.builder) over our own loading."""
+"""load_pretrained_model of the original (llava.model.builder) over our own reading of files."""
 
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import nn
+from transformers import GenerationConfig
 
 from lapilli.checkpoint.files import read_optional_json
+from lapilli.checkpoint.keymaps import LANGUAGE_MODEL, VISION_TOWER
+from lapilli.checkpoint.keymaps.tables import TEXT, TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.checkpoint.save import renamed
+from lapilli.checkpoint.source import find_directory
 from lapilli.checkpoint.tokenizer_files import add_image_tokens, has_tokenizer, load_tokenizer
-from lapilli.compat.configuration import build_config
+from lapilli.compat import models
 from lapilli.compat.foreign import Foreign
-from lapilli.compat.generation import GenerationDefaults
 from lapilli.compat.image_processor import CLIPImageProcessor
-from lapilli.compat.models import (
-    LlavaForCausalLM,
-    LlavaLlamaForCausalLM,
-    LlavaMistralForCausalLM,
-    LlavaMptForCausalLM,
-)
 from lapilli.compat.tokenizer import PreTrainedTokenizer, wrap_tokenizer
+from lapilli.compat.tower import CLIPVisionTower, vision_config
+from lapilli.config.model import ModelConfig
+from lapilli.config.projector import projector_name
+from lapilli.config.write import write_text_config
 from lapilli.errors import UnsupportedModelError
-from lapilli.lm.decoder import Decoder
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.lm.foreign import ForeignLanguageModel
+from lapilli.modality.image.image import ImageModality
 from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer
 
 DEFAULT_CONTEXT = 2048
 
-CLASSES = {"mistral": LlavaMistralForCausalLM, "mpt": LlavaMptForCausalLM}
+CLASSES = {
+    "llama": models.LlavaLlamaForCausalLM,
+    "mistral": models.LlavaMistralForCausalLM,
+    "mpt": models.LlavaMptForCausalLM,
+    "qwen2": models.LlavaQwenForCausalLM,
+}
 
-LoadedTuple = tuple[PreTrainedTokenizer, LlavaForCausalLM, CLIPImageProcessor | None, int]
+LoadedTuple = tuple[PreTrainedTokenizer, Any, CLIPImageProcessor | None, int]
 
 
 def load_pretrained_model(
@@ -92,39 +101,106 @@ def named_family(loaded: Loaded, model_name: str | None, *, has_base: bool) -> s
 
 
 def wrap_loaded(loaded: Loaded, family: str, *, tokenizer_path: Path | None = None) -> LoadedTuple:
-    """A checkpoint of ours as the original returns it.
+    """Return a checkpoint of ours as the original returns it.
 
     Args:
-        loaded: the checkpoint.
-        family: `llama`, `mistral` or `mpt`: the class of the model and of the tokenizer.
+        loaded: the checkpoint; its weights are shared, not copied.
+        family: `llama`, `mistral`, ...: the class of the model and of the tokenizer.
         tokenizer_path: where the tokenizer's files are when they are not in the checkpoint.
     """
-    config = build_config(loaded.raw, loaded.config)
     own = has_tokenizer(loaded.path) or tokenizer_path is None
     folder = loaded.path if own or tokenizer_path is None else tokenizer_path
     tokenizer = wrap_tokenizer(_tokenizer(loaded, folder, fast=family != "llama"), folder)
-    forget_window(loaded.model)
-    image = loaded.config.image
-    processor = None if image is None else CLIPImageProcessor(image.pixels)
-    model = CLASSES.get(family, LlavaLlamaForCausalLM)(
-        loaded.model,
-        config,
-        tokenizer=tokenizer,
-        defaults=_generation_defaults(loaded),
-        processor=processor,
+    model = _build_model(loaded, family)
+    model.generation_config = _generation_config(loaded)
+    tower = getattr(model.base_model, "vision_tower", None)
+    processor = None if tower is None else tower.image_processor
+    return tokenizer, model, processor, getattr(model.config, "max_sequence_length", None) or 2048
+
+
+def _build_model(loaded: Loaded, family: str) -> Foreign:
+    """Return a model of transformers with our weights in it."""
+    language_model = loaded.model.language_model
+    if isinstance(language_model, ForeignLanguageModel):
+        return language_model.inner
+    if family not in CLASSES:
+        raise UnsupportedModelError(
+            f"the names of the original have no {family} language model, only "
+            f"{', '.join(CLASSES)}: use lapilli.load"
+        )
+    kind = CLASSES[family]
+    raw = _flat_config(loaded)
+    images = None
+    if loaded.config.image is None:
+        kind = getattr(transformers, kind.__mro__[3].__name__)
+    else:
+        images = loaded.model.modality("image")
+    parameters = loaded.model.state_dict()
+    text = {name: value for name, value in parameters.items() if name.startswith(TEXT)}
+    state = renamed(text, LANGUAGE_MODEL)
+    dtype = next(iter(state.values())).dtype
+    bare = {key: value for key, value in raw.items() if key != "mm_vision_tower"}
+    model = kind.from_pretrained(
+        None, config=kind.config_class(**bare), state_dict=state, dtype=dtype
     )
-    return tokenizer, model, processor, config.get("max_sequence_length", DEFAULT_CONTEXT)
+    model.config._name_or_path = str(loaded.path)
+    if isinstance(images, ImageModality):
+        model.config.mm_vision_tower = raw["mm_vision_tower"]
+        tower = {name: value for name, value in parameters.items() if name.startswith(TOWER)}
+        _attach(model, images, renamed(tower, VISION_TOWER))
+    return model.eval()
 
 
-def forget_window(model: VisionLanguageModel) -> None:
-    """Let every position see all before it, whatever `sliding_window` says.
+def _attach(model: Foreign, images: ImageModality, tower: Mapping[str, Any]) -> None:
+    """Put tower, projector and the end of a row where the original has them."""
+    stack = model.base_model
+    stack.vision_tower = CLIPVisionTower(model.config.mm_vision_tower, model.config, True)
+    stack.vision_tower.adopt(vision_config(images.vision), tower, images.image.pixels)
+    stack.mm_projector = images.projector
+    if images.image_newline is not None:
+        stack.image_newline = nn.Parameter(images.image_newline.data)
 
-    Note: the transformers release that the original is pinned to leaves Mistral's window out of its
-        default attention (it came back with 4.40); our own API keeps it.
-    """
-    language_model = model.language_model
-    if isinstance(language_model, Decoder) and language_model.config.sliding_window is not None:
-        language_model.config = replace(language_model.config, sliding_window=None)
+
+def _flat_config(loaded: Loaded) -> dict[str, Any]:
+    """Return the keys of config.json, flat as the original has them."""
+    config = loaded.config
+    raw = dict(loaded.raw)
+    if config.layout != "llava":
+        raw = {key: value for key, value in raw.items() if not isinstance(value, Mapping)}
+        raw |= write_text_config(config.text) | _mm_keys(config)
+    raw |= {"vocab_size": config.text.vocab_size}
+    for key in ("model_type", "architectures", "quantization_config", "torch_dtype", "dtype"):
+        raw.pop(key, None)
+    if isinstance(attention := raw.get("attn_config"), dict):
+        # transformers wants the whole numbers among MPT's settings as such.
+        raw["attn_config"] = {
+            key: int(value) if isinstance(value, float) and value.is_integer() else value
+            for key, value in attention.items()
+        }
+    name = raw.get("mm_vision_tower")
+    if name:
+        # By its full path: what is saved from here on lies elsewhere.
+        raw["mm_vision_tower"] = str(find_directory(name, beside=(loaded.path,)) or name)
+    return raw
+
+
+def _mm_keys(config: ModelConfig) -> dict[str, Any]:
+    if config.vision is None or config.image is None or config.projector is None:
+        return {}
+    keys: dict[str, Any] = {
+        "mm_vision_tower": config.vision_source or "",
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_vision_select_layer": config.vision.feature_layer,
+        "mm_vision_select_feature": config.vision.feature_select,
+        "mm_projector_type": projector_name(config.projector),
+        "mm_patch_merge_type": config.image.merge,
+        "image_aspect_ratio": config.image.aspect,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+    }
+    if config.image.pinpoints:
+        keys["image_grid_pinpoints"] = [[p.width, p.height] for p in config.image.pinpoints]
+    return keys
 
 
 def _tokenizer(loaded: Loaded, folder: Path, *, fast: bool) -> Tokenizer:
@@ -140,13 +216,18 @@ def _tokenizer(loaded: Loaded, folder: Path, *, fast: bool) -> Tokenizer:
     return tokenizer
 
 
-def _generation_defaults(loaded: Loaded) -> GenerationDefaults:
-    """generation_config.json over the special ids of config.json, as transformers has it."""
-    named = {name: loaded.raw.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    raw = {f"{name}_token_id": value for name, value in named.items() if value is not None}
-    return GenerationDefaults.of(
-        raw | dict(read_optional_json(loaded.path / "generation_config.json") or {})
-    )
+def _generation_config(loaded: Loaded) -> GenerationConfig:
+    """Return generation_config.json, or without one what config.json says of generation.
+
+    Note: the release that the original is pinned to counts max_length with its prompt and ends
+        there after 20 ids when nobody says anything.
+    """
+    names = GenerationConfig().to_dict()
+    said = {key: value for key, value in loaded.raw.items() if key in names and value is not None}
+    said.pop("transformers_version", None)
+    ids = {key: value for key, value in said.items() if key.endswith("_token_id")}
+    stored = read_optional_json(loaded.path / "generation_config.json")
+    return GenerationConfig(**{"max_length": 20, **(said if stored is None else ids | dict(stored))})
 
 
 def _choose_device(device: str | torch.device, device_map: Foreign) -> torch.device:

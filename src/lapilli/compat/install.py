@@ -30,7 +30,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "llava.constants": f"{PACKAGE}.constants",
         "llava.conversation": f"{PACKAGE}.conversation",
         "llava.mm_utils": f"{PACKAGE}.mm_utils",
-        "llava.utils": f"{PACKAGE}.initialisation",
+        "llava.utils": f"{PACKAGE}.utils",
         "llava.model.builder": f"{PACKAGE}.builder",
         "llava.model.llava_arch": f"{PACKAGE}.llava_arch",
         "llava.model.language_model.llava_llama": f"{PACKAGE}.models",
