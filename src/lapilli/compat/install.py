@@ -40,7 +40,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "llava.serve.cli": f"{PACKAGE}.chat",
         "llava.train.train": f"{PACKAGE}.training",
         "llava.train.train_mem": f"{PACKAGE}.training",
-        "llava.train.llava_trainer": f"{PACKAGE}.sampling",
+        "llava.train.llava_trainer": f"{PACKAGE}.llava_trainer",
     }
 )
 """Module of the original -> ours, which is the very same module object under both names."""

@@ -142,6 +142,10 @@ class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
         config["padding_side"] = self.padding_side
         config["model_max_length"] = self.model_max_length
         write_json(folder / "tokenizer_config.json", config)
+        named = {f"{role}_token": getattr(self, f"{role}_token") for role in ROLES}
+        known = dict(read_optional_json(folder / "special_tokens_map.json") or {})
+        known |= {name: token for name, token in named.items() if token and name not in known}
+        write_json(folder / "special_tokens_map.json", known)
         added = {t: i for t, i in self.inner.added_vocab.items() if i >= self.vocab_size}
         if added:
             write_json(folder / "added_tokens.json", added)

@@ -173,6 +173,8 @@ class ModelRecipe:
         projector: a projector of an earlier run that is laid over it (its output folder).
         adapter: a LoRA that is trained on.
         tune_tower: train the vision tower too (with `optim.tower_lr`).
+        freeze: beginnings of names of parameters that rest all the same, such as
+            "language_model.model.".
         vision: fields of VisionConfig for a fresh tower (pebble).
         text: fields of DecoderConfig for a fresh language model (pebble).
     """
@@ -181,6 +183,7 @@ class ModelRecipe:
     projector: str | None = None
     adapter: str | None = None
     tune_tower: bool = False
+    freeze: tuple[str, ...] = ()
     vision: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
 

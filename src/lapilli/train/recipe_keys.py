@@ -23,7 +23,7 @@ _TALK: Final = {
 # What each stage reads, by section.
 _FROM_FILES: Final[Mapping[str, Sequence[str]]] = {
     **dict.fromkeys(("optim", "run", "lora", "noise", "distill", "save"), _ALL),
-    "model": ("checkpoint", "projector", "adapter", "tune_tower"),
+    "model": ("checkpoint", "projector", "adapter", "tune_tower", "freeze"),
     "data": (
         *("sources", "held_out", "evaluation", "template", "max_length", "group", "pack"),
         *("placement", "on_bad_sample"),
