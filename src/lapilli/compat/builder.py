@@ -15,12 +15,12 @@ from lapilli.checkpoint.keymaps.tables import TEXT, TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.save import renamed
 from lapilli.checkpoint.source import find_directory
-from lapilli.checkpoint.tokenizer_files import add_image_tokens, has_tokenizer, load_tokenizer
+from lapilli.checkpoint.tokenizer_files import add_image_tokens, load_tokenizer
 from lapilli.compat import models
 from lapilli.compat.foreign import Foreign
 from lapilli.compat.image_processor import CLIPImageProcessor
 from lapilli.compat.tokenizer import PreTrainedTokenizer, wrap_tokenizer
-from lapilli.compat.tower import CLIPVisionTower, vision_config
+from lapilli.compat.tower import CLIPVisionTower, filled, vision_config
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import projector_name
 from lapilli.config.write import write_text_config
@@ -85,7 +85,7 @@ def load_pretrained_model(
         torch_dtype = torch.float32 if place.type == "cpu" else torch.float16
     loaded = load_checkpoint(model_path, base=model_base, device=place, dtype=torch_dtype)
     family = named_family(loaded, model_name, has_base=model_base is not None)
-    return wrap_loaded(loaded, family, tokenizer_path=Path(model_base) if model_base else None)
+    return wrap_loaded(loaded, family)
 
 
 def named_family(loaded: Loaded, model_name: str | None, *, has_base: bool) -> str:
@@ -100,22 +100,25 @@ def named_family(loaded: Loaded, model_name: str | None, *, has_base: bool) -> s
     return "mistral" if "mistral" in model_name.lower() and not has_base else "llama"
 
 
-def wrap_loaded(loaded: Loaded, family: str, *, tokenizer_path: Path | None = None) -> LoadedTuple:
+def wrap_loaded(loaded: Loaded, family: str) -> LoadedTuple:
     """Return a checkpoint of ours as the original returns it.
 
     Args:
         loaded: the checkpoint; its weights are shared, not copied.
         family: `llama`, `mistral`, ...: the class of the model and of the tokenizer.
-        tokenizer_path: where the tokenizer's files are when they are not in the checkpoint.
     """
-    own = has_tokenizer(loaded.path) or tokenizer_path is None
-    folder = loaded.path if own or tokenizer_path is None else tokenizer_path
+    folder = loaded.tokenizer_path
     tokenizer = wrap_tokenizer(_tokenizer(loaded, folder, fast=family != "llama"), folder)
     model = _build_model(loaded, family)
     model.generation_config = _generation_config(loaded)
     tower = getattr(model.base_model, "vision_tower", None)
     processor = None if tower is None else tower.image_processor
-    return tokenizer, model, processor, getattr(model.config, "max_sequence_length", None) or 2048
+    return (
+        tokenizer,
+        model,
+        processor,
+        getattr(model.config, "max_sequence_length", None) or DEFAULT_CONTEXT,
+    )
 
 
 def _build_model(loaded: Loaded, family: str) -> Foreign:
@@ -138,11 +141,8 @@ def _build_model(loaded: Loaded, family: str) -> Foreign:
     parameters = loaded.model.state_dict()
     text = {name: value for name, value in parameters.items() if name.startswith(TEXT)}
     state = renamed(text, LANGUAGE_MODEL)
-    dtype = next(iter(state.values())).dtype
     bare = {key: value for key, value in raw.items() if key != "mm_vision_tower"}
-    model = kind.from_pretrained(
-        None, config=kind.config_class(**bare), state_dict=state, dtype=dtype
-    )
+    model = filled(kind, kind.config_class(**bare), state)
     model.config._name_or_path = str(loaded.path)
     if isinstance(images, ImageModality):
         model.config.mm_vision_tower = raw["mm_vision_tower"]
@@ -217,17 +217,17 @@ def _tokenizer(loaded: Loaded, folder: Path, *, fast: bool) -> Tokenizer:
 
 
 def _generation_config(loaded: Loaded) -> GenerationConfig:
-    """Return generation_config.json, or without one what config.json says of generation.
+    """Return generation_config.json over what config.json says of generation.
 
-    Note: the release that the original is pinned to counts max_length with its prompt and ends
-        there after 20 ids when nobody says anything.
+    Note: the release that the original is pinned to takes config.json alone where the file says
+        `_from_model_config`, and else the file alone; without max_length it ends after 20 ids.
     """
-    names = GenerationConfig().to_dict()
+    names = GenerationConfig().to_dict().keys() - {"transformers_version"}
     said = {key: value for key, value in loaded.raw.items() if key in names and value is not None}
-    said.pop("transformers_version", None)
-    ids = {key: value for key, value in said.items() if key.endswith("_token_id")}
-    stored = read_optional_json(loaded.path / "generation_config.json")
-    return GenerationConfig(**{"max_length": 20, **(said if stored is None else ids | dict(stored))})
+    stored = dict(read_optional_json(loaded.path / "generation_config.json") or {})
+    if stored and not stored.pop("_from_model_config", False):
+        said = {key: value for key, value in said.items() if key.endswith("_token_id")}
+    return GenerationConfig(**{"max_length": 20, **said, **stored})
 
 
 def _choose_device(device: str | torch.device, device_map: Foreign) -> torch.device:

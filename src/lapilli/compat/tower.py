@@ -1,9 +1,9 @@
 """Vision tower and projector of the original over transformers' tower and our projectors.
 
-    CLIPVisionTower                  pixels -> features of the selected layer, without gradients
-      .vision_tower                  VisionModel: transformers' CLIP or SigLIP, parameters named
-                                     vision_model.* in every release
-    build_vision_projector(config)   lapilli.modality.projector
+CLIPVisionTower                  pixels -> features of the selected layer, without gradients
+  .vision_tower                  VisionModel: transformers' CLIP or SigLIP, parameters named
+                                 vision_model.* in every release
+build_vision_projector(config)   lapilli.modality.projector
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.utils import logging
 
-from lapilli.checkpoint.keymaps import VISION_TOWER
 from lapilli.checkpoint.source import find_directory
 from lapilli.compat.foreign import Foreign
 from lapilli.compat.image_processor import CLIPImageProcessor
@@ -31,6 +31,18 @@ from lapilli.config.write import write_tower_config
 from lapilli.errors import ConfigError, MediaError
 from lapilli.modality.projector import build_projector
 from lapilli.shapes import Float, Tensor
+
+
+def filled(kind: Any, config: Foreign, state: Mapping[str, Tensor]) -> Foreign:  # noqa: ANN401
+    """Return a model of transformers around tensors that have been read already."""
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        dtype = next(iter(state.values())).dtype
+        return kind.from_pretrained(None, config=config, state_dict=dict(state), dtype=dtype)
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 class VisionModel(PreTrainedModel):
@@ -125,10 +137,7 @@ class CLIPVisionTower(nn.Module):
             pixels: what the image processor does; None: it is there already.
         """
         named = {_inner_name(name): tensor for name, tensor in state.items()}
-        dtype = next(iter(named.values())).dtype
-        self.vision_tower = VisionModel.from_pretrained(
-            None, config=config, state_dict=named, dtype=dtype
-        )
+        self.vision_tower = filled(VisionModel, config, named)
         self.vision_tower.requires_grad_(False)
         if pixels is not None:
             self.image_processor = CLIPImageProcessor.of(pixels)
@@ -177,12 +186,9 @@ class CLIPVisionTower(nn.Module):
     @property
     def config(self) -> Foreign:
         """Sizes of the tower, before it is loaded too."""
-        return self.vision_tower.config if hasattr(self, "vision_tower") else self.cfg_only
-
-    @property
-    def cfg_only(self) -> Foreign:
-        """The configuration of the tower alone, read where it lies."""
-        return self._published_config()
+        return (
+            self.vision_tower.config if hasattr(self, "vision_tower") else self._published_config()
+        )
 
     @property
     def vision(self) -> VisionConfig:

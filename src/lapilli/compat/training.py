@@ -379,7 +379,9 @@ def _stage(folder: Path, parsed: Arguments, config: Mapping[str, Any]) -> None:
             raise KeyError(EMBEDDINGS)
     folder.mkdir(parents=True)
     _write(folder / "config.json", config)
-    torch.save({name: tensor.clone() for name, tensor in weights.items()}, folder / "mm_projector.bin")
+    torch.save(
+        {name: tensor.clone() for name, tensor in weights.items()}, folder / "mm_projector.bin"
+    )
 
 
 class _Attributes:

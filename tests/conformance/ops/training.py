@@ -201,7 +201,9 @@ def _original_name(name: str, *, lora: bool) -> str:
     module, half, rest = name.partition(".lora_")
     foreign = ORIGINAL.to_foreign(f"{module}.weight" if half else name) or name
     if half:
-        foreign = foreign.removesuffix(".weight") + half + rest.replace(".weight", ".default.weight")
+        foreign = (
+            foreign.removesuffix(".weight") + half + rest.replace(".weight", ".default.weight")
+        )
     return f"base_model.model.{foreign}" if lora else foreign
 
 
