@@ -38,7 +38,7 @@ def stand_in() -> None:
         torch.zeros(1)
     for kind in (torch.Tensor, torch.nn.Module):
         _replace(kind, "to")
-        setattr(kind, "cuda", _idle(lambda self, *_, **__: self))
+        setattr(kind, "cuda", _idle(lambda self, *_, **__: self))  # noqa: B010  mypy
     for name in METHODS:
         _replace(torch.Tensor, name)
     for name in (*MAKERS, "set_default_device"):

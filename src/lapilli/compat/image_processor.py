@@ -9,6 +9,7 @@ from PIL import Image
 from lapilli.config.model import PixelConfig
 from lapilli.config.write import write_preprocessor_config
 from lapilli.errors import MediaError
+from lapilli.modality.image.decode import as_rgb
 
 try:  # transformers calls it by another name since it has one for torchvision as well
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Base
@@ -56,7 +57,7 @@ def _as_it_is_seen(image: Any) -> Any:  # noqa: ANN401
     """
     if not isinstance(image, Image.Image):
         return image
-    image = image.convert("RGB")
+    image = as_rgb(image)
     if image.height not in (1, 3):
         return image
     if image.height == 1:

@@ -64,6 +64,7 @@ class EvalAIAnswerProcessor:
         return " ".join(self.CONTRACTIONS.get(word, word) for word in kept)
 
     def __call__(self, item: str) -> str:
+        """Return the answer in its one form."""
         text = self.word_tokenize(item).replace("\n", " ").replace("\t", " ").strip()
         return self.process_digit_article(self.process_punctuation(text))
 

@@ -250,28 +250,34 @@ def _chooses_cache(config: Foreign, options: dict[str, Any]) -> bool:
     return any(chosen) or options.get("assistant_model") is not None
 
 
+# Configurations take more keys than they declare, which a checker of signatures must not refuse:
+# __no_type_check__.
 class LlavaConfig(transformers.LlamaConfig):
     """Llama, Vicuna and Yi with pictures."""
 
     model_type = "llava_llama"
+    __no_type_check__ = True
 
 
 class LlavaMistralConfig(transformers.MistralConfig):
     """Mistral with pictures."""
 
     model_type = "llava_mistral"
+    __no_type_check__ = True
 
 
 class LlavaMptConfig(transformers.MptConfig):
     """MPT with pictures."""
 
     model_type = "llava_mpt"
+    __no_type_check__ = True
 
 
 class LlavaQwenConfig(transformers.Qwen2Config):
     """Qwen2 with pictures, as LLaVA-NeXT names it."""
 
     model_type = "llava_qwen"
+    __no_type_check__ = True
 
 
 class LlavaLlamaModel(LlavaMetaModel, transformers.LlamaModel):

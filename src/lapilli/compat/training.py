@@ -107,7 +107,7 @@ class DataArguments:
 
 @dataclass(kw_only=True)
 class TrainingArguments:
-    """How it is trained: the original's options, and those of transformers' trainer that scripts give.
+    """How it is trained: the original's options, and those of transformers that scripts give.
 
     Attributes:
         deepspeed: a file named zero3 shares weights and moments among the processes, as FSDP.
@@ -417,7 +417,7 @@ def _save(task: TrainingTask, parsed: Arguments, config: dict[str, Any], folder:
 
 
 def peft_defaults(written: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """Return adapter_config.json with the keys that PEFT 0.7 writes; last parts name the targets."""
+    """Return adapter_config.json with the keys of PEFT 0.7; targets by the last part of a name."""
     targets = {str(path).rpartition(".")[2] for path in written["target_modules"]}
     empty = ("auto_mapping", "layers_pattern", "layers_to_transform", "megatron_config")
     return {

@@ -183,7 +183,7 @@ def _stack(rows: Sequence[Tensor], fill: int) -> Tensor:
 def make_supervised_data_module(
     tokenizer: PreTrainedTokenizer, data_args: Foreign
 ) -> dict[str, Any]:
-    """Return the arguments of a trainer that are data: what it learns from and how rows are laid."""
+    """Return the arguments of a trainer that are data: data set and collator."""
     return {
         "train_dataset": LazySupervisedDataset(data_args.data_path, tokenizer, data_args),
         "eval_dataset": None,
