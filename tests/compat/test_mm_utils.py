@@ -61,7 +61,7 @@ def test_the_processor_has_the_attributes_that_programs_read(
     assert processor.size == {"shortest_edge": 28}
     assert len(processor.image_mean) == len(processor.image_std) == 3
     assert processor.do_normalize is True
-    with pytest.raises(AttributeError, match="no colour"):
+    with pytest.raises(AttributeError, match="colour"):
         _ = processor.colour
 
 

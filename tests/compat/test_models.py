@@ -244,14 +244,15 @@ def test_what_is_saved_loads_again(
         part.save_pretrained(folder)
     expected = model(ids, images=pixels).logits
     again = load_pretrained_model(folder, None, "llava-merged", device="cpu")[1]
-    assert torch.equal(again(ids, images=pixels).logits, expected)
+    torch.testing.assert_close(again(ids, images=pixels).logits, expected, atol=1e-5, rtol=0)
     plain = type(model).from_pretrained(folder)
     assert not plain.get_vision_tower().is_loaded
     plain.get_vision_tower().load_model()
-    torch.testing.assert_close(plain(ids, images=pixels).logits, expected)
+    torch.testing.assert_close(plain(ids, images=pixels).logits, expected, atol=1e-5, rtol=0)
     assert type(AutoModelForCausalLM.from_pretrained(folder)) is type(model)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers by an old name
 def test_peft_trains_it(make_checkpoint: MakeCheckpoint, ids: torch.Tensor, pixels: Any) -> None:
     from llava.model.builder import load_pretrained_model
 

@@ -231,7 +231,7 @@ def test_a_missing_adapter_is_named(make_checkpoint: MakeCheckpoint, tmp_path: P
     [
         (["--learning_rte", "1"], "learning_rte"),
         (["stray"], "stray"),
-        (["--learning_rate", "fast"], "learning_rate: invalid float value: 'fast'"),
+        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["--lora_enable", "maybe"], "lora_enable"),
         (["--data_path", "None"], "--data_path is missing"),
     ],

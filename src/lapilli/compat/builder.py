@@ -1,5 +1,8 @@
 """load_pretrained_model of the original (llava.model.builder) over our own reading of files."""
 
+# The types of transformers differ from release to release, and no release has all of them.
+# mypy: allow-untyped-calls
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,7 +134,7 @@ def _build_model(loaded: Loaded, family: str) -> Foreign:
             f"the names of the original have no {family} language model, only "
             f"{', '.join(CLASSES)}: use lapilli.load"
         )
-    kind = CLASSES[family]
+    kind: Any = CLASSES[family]
     raw = _flat_config(loaded)
     images = None
     if loaded.config.image is None:
@@ -140,7 +143,7 @@ def _build_model(loaded: Loaded, family: str) -> Foreign:
         images = loaded.model.modality("image")
     parameters = loaded.model.state_dict()
     text = {name: value for name, value in parameters.items() if name.startswith(TEXT)}
-    state = renamed(text, LANGUAGE_MODEL)
+    state: dict[str, Any] = renamed(text, LANGUAGE_MODEL)
     bare = {key: value for key, value in raw.items() if key != "mm_vision_tower"}
     model = filled(kind, kind.config_class(**bare), state)
     model.config._name_or_path = str(loaded.path)
@@ -177,7 +180,7 @@ def _flat_config(loaded: Loaded) -> dict[str, Any]:
             key: int(value) if isinstance(value, float) and value.is_integer() else value
             for key, value in attention.items()
         }
-    name = raw.get("mm_vision_tower")
+    name: Any = raw.get("mm_vision_tower")
     if name:
         # By its full path: what is saved from here on lies elsewhere.
         raw["mm_vision_tower"] = str(find_directory(name, beside=(loaded.path,)) or name)

@@ -54,9 +54,8 @@ class _Model:
         self.args, self.limit = args, limit
         path = str(Path(args.model_path).expanduser())
         self.name = get_model_name_from_path(path)
-        self.tokenizer, self.model, self.processor, _ = load_pretrained_model(
-            path, args.model_base, self.name
-        )
+        loaded: Any = load_pretrained_model(path, args.model_base, self.name)
+        self.tokenizer, self.model, self.processor, _ = loaded
 
     def answer(self, question: str, image: Image.Image | None) -> str:
         """Return the answer to a question about a picture, or about none."""

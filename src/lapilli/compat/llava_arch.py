@@ -47,8 +47,10 @@ __all__ = [
 
 Prepared = tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]
 Images = Tensor | Sequence[Tensor]
-# Mixed into transformers' models; alone they are modules, which is what a type checker needs.
-Base = nn.Module if TYPE_CHECKING else object
+if TYPE_CHECKING:  # mixed into transformers' models: what they have is there
+    Base = nn.Module
+else:
+    Base = object
 
 
 def unpad_image(

@@ -10,6 +10,9 @@
 Saving, hooks, PEFT, attentions, quantization and every option of generate() come from transformers.
 """
 
+# The types of transformers differ from release to release, and no release has all of them.
+# mypy: allow-untyped-calls, allow-subclassing-any, disable-error-code="misc,union-attr"
+
 import copy
 import inspect
 from collections.abc import Sequence
@@ -43,7 +46,7 @@ __all__ = [
 class LegacyCache(DynamicCache):
     """A cache that can also be read as a tuple of (keys, values), one pair for every layer."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         layer = self.layers[index]
         return layer.keys, layer.values
 
@@ -125,7 +128,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             )
             input_ids, position_ids, attention_mask, past, inputs_embeds, labels = prepared
         keeps = self.config.use_cache if use_cache is None else use_cache
-        if keeps and past is None and not (self.training and self.is_gradient_checkpointing):
+        if keeps and past is None and not self._recomputes:
             past = LegacyCache()
         if "position_ids" in inspect.signature(super().forward).parameters:
             options["position_ids"] = position_ids
@@ -142,6 +145,11 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
                 return_dict=return_dict,
                 **options,
             )
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether layers are computed again backwards, which goes with no cache."""
+        return self.training and bool(getattr(self.base_model, "gradient_checkpointing", False))
 
     @property
     def _cache_name(self) -> str:

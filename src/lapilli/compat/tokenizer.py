@@ -4,6 +4,9 @@ transformers 5 has no SentencePiece tokenizer any more, and its own reading of t
 other ids than the release that the original is pinned to.
 """
 
+# The types of transformers differ from release to release, and no release has all of them.
+# mypy: allow-untyped-calls, allow-subclassing-any, disable-error-code="override,misc"
+
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

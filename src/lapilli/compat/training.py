@@ -48,6 +48,7 @@ from lapilli.train.recipe import (
     OptimRecipe,
     Recipe,
     RunRecipe,
+    Sharding,
     SourceRecipe,
 )
 from lapilli.train.task import TrainingTask
@@ -183,8 +184,13 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         ConfigError: an unknown option, a value that is none of its option, or one that is missing.
         UnsupportedModelError: a way of training that lapilli does not have.
     """
-    parser: Any = _Parser((ModelArguments, DataArguments, TrainingArguments))
-    model, data, training = parser.parse_args_into_dataclasses(args=list(arguments))
+    kinds: Any = (ModelArguments, DataArguments, TrainingArguments)
+    parser: Any = _Parser(kinds)
+    model, data, training, unknown = parser.parse_args_into_dataclasses(
+        args=list(arguments), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ConfigError(f"unknown training option {unknown[0]!r}")
     given = {**vars(model), **vars(data), **vars(training)}
     for name in ("model_name_or_path", "data_path", "output_dir", "vision_tower"):
         if given[name] in (None, "", "None"):
@@ -228,10 +234,10 @@ def train(
     output = Path(training.output_dir)
     folder = output / ".lapilli"
     config = starting_config(parsed)
-    shares = "fsdp" if "zero3" in (training.deepspeed or "") else "ddp"
+    shares: Sharding = "fsdp" if "zero3" in (training.deepspeed or "") else "ddp"
     with joined(seat_of(os.environ), sharding=shares, device="auto") as team:
         if team.leads and not (folder / "start").exists():
-            _stage(folder / "start", parsed, config)
+            stage(folder / "start", parsed, config)
         team.wait()
         recipe = recipe_of(parsed, folder / "start", config)
         task = launch(recipe, folder, team=team, echo=team.leads)
@@ -256,7 +262,7 @@ def recipe_of(parsed: Arguments, start: Path, config: Mapping[str, Any]) -> Reci
     }
     lora = LoraRecipe(
         rank=training.lora_r,
-        alpha=training.lora_alpha,
+        alpha=float(training.lora_alpha),
         dropout=training.lora_dropout,
         base="nf4" if training.bits == 4 else "float",
         double_quant=training.bits == 4 and training.double_quant,
@@ -357,7 +363,7 @@ def starting_config(parsed: Arguments) -> dict[str, Any]:
     }
 
 
-def _stage(folder: Path, parsed: Arguments, config: Mapping[str, Any]) -> None:
+def stage(folder: Path, parsed: Arguments, config: Mapping[str, Any]) -> None:
     """Write what the run starts from: a projector-only checkpoint over the base.
 
     Raises:
@@ -484,7 +490,7 @@ def safe_save_model_for_hf_trainer(trainer: Foreign, output_dir: str) -> None:
     if not getattr(trainer.args, "tune_mm_mlp_adapter", False):
         trainer._save(output_dir, state_dict=state)
         return
-    keys = ("mm_projector", "vision_resampler")
+    keys: tuple[str, ...] = ("mm_projector", "vision_resampler")
     if getattr(trainer.args, "use_im_start_end", False):
         keys = (*keys, "embed_tokens", "embed_in")
     folder.mkdir(parents=True, exist_ok=True)
