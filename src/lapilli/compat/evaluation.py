@@ -82,8 +82,8 @@ class _Model:
                 use_cache=True,
                 **pictures,
             )
-        text = self.tokenizer.batch_decode(output, skip_special_tokens=True)[0]
-        return text.strip()
+        answer: str = self.tokenizer.batch_decode(output, skip_special_tokens=True)[0]
+        return answer.strip()
 
     def record(self, question_id: object, prompt: str, text: str, **more: object) -> Any:  # noqa: ANN401
         """Return a line of the file of answers."""

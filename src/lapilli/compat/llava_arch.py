@@ -47,8 +47,20 @@ __all__ = [
 
 Prepared = tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]
 Images = Tensor | Sequence[Tensor]
-if TYPE_CHECKING:  # mixed into transformers' models: what they have is there
-    Base = nn.Module
+if TYPE_CHECKING:  # mixed into transformers' models, which have these
+
+    class Base(nn.Module):
+        base_model: Any
+        config: Any
+        generate: Any
+        get_input_embeddings: Any
+        get_output_embeddings: Any
+        post_init: Any
+        prepare_inputs_for_generation: Any
+        resize_token_embeddings: Any
+
+        def __init__(self, *config: Any) -> None: ...
+
 else:
     Base = object
 
