@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,10 @@ def _read(path: Path, kind: str) -> list[Any]:
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
-ASKED = {"science": _asked_of_science, "mmbench": _asked_of_mmbench}
+ASKED: Mapping[str, Callable[[_Model, Any], Iterator[Any]]] = {
+    "science": _asked_of_science,
+    "mmbench": _asked_of_mmbench,
+}
 
 
 def eval_model(args: Foreign, kind: str = "") -> None:

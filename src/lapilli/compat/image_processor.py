@@ -1,7 +1,7 @@
 """The CLIP image processor of transformers that works with Pillow, as the original's pixels do."""
 
 # The types of transformers differ from release to release, and no release has all of them.
-# mypy: allow-untyped-calls, allow-subclassing-any, disable-error-code="override,misc"
+# mypy: allow-untyped-calls, allow-subclassing-any, disable-error-code="override,misc,assignment"
 
 from collections.abc import Sequence
 from typing import Any

@@ -54,15 +54,17 @@ MODULES: Mapping[str, str] = MappingProxyType(
 )
 """Module of the original -> ours, which is the very same module object under both names."""
 
-PROGRAMS: Mapping[str, str] = MappingProxyType(
+PROGRAMS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "llava.eval.model_vqa": "",
-        "llava.eval.model_vqa_loader": "loader",
-        "llava.eval.model_vqa_science": "science",
-        "llava.eval.model_vqa_mmbench": "mmbench",
+        "llava.eval.model_vqa": ("evaluation", ""),
+        "llava.eval.model_vqa_loader": ("evaluation", "loader"),
+        "llava.eval.model_vqa_science": ("evaluation", "science"),
+        "llava.eval.model_vqa_mmbench": ("evaluation", "mmbench"),
+        "llava.serve.controller": ("serving", "controller"),
+        "llava.serve.model_worker": ("serving", "model_worker"),
     }
 )
-"""Benchmark program of the original -> its kind in lapilli.compat.evaluation."""
+"""Program of the original -> the module of ours that has it, and its kind there."""
 
 
 class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -88,12 +90,13 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             sys.modules[name] = importlib.import_module(MODULES[name])
             return
         if name in PROGRAMS:
-            evaluation = importlib.import_module(f"{PACKAGE}.evaluation")
-            module.__dict__.update(evaluation.names_of(PROGRAMS[name]))
+            source, kind = PROGRAMS[name]
+            ours = importlib.import_module(f"{PACKAGE}.{source}")
+            module.__dict__.update(ours.names_of(kind))
             return
-        source = PACKAGES[name]
-        if source is not None:
-            ours = importlib.import_module(source)
+        package = PACKAGES[name]
+        if package is not None:
+            ours = importlib.import_module(package)
             module.__dict__.update({public: getattr(ours, public) for public in ours.__all__})
 
     def get_code(self, fullname: str) -> CodeType | None:
@@ -103,8 +106,8 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             ImportError: there is no such module to run.
         """
         if fullname in PROGRAMS:
-            called = f"main({PROGRAMS[fullname]!r})"
-            program = f"from {PACKAGE}.evaluation import main\nif __name__ == '__main__': {called}"
+            source, kind = PROGRAMS[fullname]
+            program = f"from {PACKAGE}.{source} import main\nmain({kind!r})"
             return compile(program, fullname, "exec")
         spec = importlib.util.find_spec(MODULES[fullname])
         if spec is None or not isinstance(spec.loader, importlib.abc.InspectLoader):

@@ -59,7 +59,7 @@ if TYPE_CHECKING:  # mixed into transformers' models, which have these
         prepare_inputs_for_generation: Any
         resize_token_embeddings: Any
 
-        def __init__(self, *config: Any) -> None: ...
+        def __init__(self, *config: Foreign) -> None: ...
 
 else:
     Base = object

@@ -82,13 +82,14 @@ class LLaVATrainer(transformers.Trainer):
         if not getattr(self.args, "tune_mm_mlp_adapter", False):
             super()._save_checkpoint(model, *trial, **options)
             return
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        learner: Any = self.model
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.config.save_pretrained(folder)
+        learner.config.save_pretrained(folder)
         keys = ("mm_projector", "vision_resampler")
         weights = {
             name: tensor.cpu()
-            for name, tensor in self.model.state_dict().items()
+            for name, tensor in learner.state_dict().items()
             if any(key in name for key in keys)
         }
         torch.save(weights, folder / "mm_projector.bin")
