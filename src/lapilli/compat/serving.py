@@ -145,7 +145,7 @@ class Controller:
             yield as_line(server_error_msg, 2)
             return
         try:
-            with _post(f"{address}/worker_generate_stream", params, 60) as answer:
+            with _post(f"{address}/worker_generate_stream", params, 60.0) as answer:
                 while piece := answer.read1():
                     yield piece
         except (OSError, HTTPException):
