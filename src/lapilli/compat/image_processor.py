@@ -61,6 +61,9 @@ def _as_it_is_seen(image: Any) -> Any:  # noqa: ANN401
     if not isinstance(image, Image.Image):
         return image
     image = as_rgb(image)
+    if "transparency" in image.info:
+        image = image.copy()
+        del image.info["transparency"]
     if image.height not in (1, 3):
         return image
     if image.height == 1:

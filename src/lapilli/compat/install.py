@@ -85,6 +85,11 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Fill a package with names; put our module in the place of any other."""
         name = module.__name__
+        if importlib.util.find_spec("transformers") is None:
+            raise ImportError(
+                "the names of the original need transformers: pip install 'lapilli[compat]'",
+                name=name,
+            )
         if name in MODULES:
             # One object: what a program assigns to a name of the module, our functions see.
             sys.modules[name] = importlib.import_module(MODULES[name])
