@@ -394,6 +394,4 @@ def _expire(controller: Controller) -> None:
 
 def names_of(kind: str) -> dict[str, Any]:
     """Return what the module of a program has."""
-    return {"controller": {"Controller": Controller}, "model_worker": {"ModelWorker": ModelWorker}}[
-        kind
-    ]
+    return {"Controller": Controller} if kind == "controller" else {"ModelWorker": ModelWorker}

@@ -63,7 +63,7 @@ class VisionModel(PreTrainedModel):
     def __init__(self, config: Foreign) -> None:
         super().__init__(config)
         kind = SiglipVisionModel if "siglip" in config.model_type else CLIPVisionModel
-        inner = kind._from_config(config)
+        inner = kind(config)
         self.vision_model = getattr(inner, "vision_model", inner)
         self.post_init()
 
@@ -141,6 +141,9 @@ class CLIPVisionTower(nn.Module):
         """
         named = {_inner_name(name): tensor for name, tensor in state.items()}
         self.vision_tower = filled(VisionModel, config, named)
+        # Not stored, and not filled in every release: it would be whatever the memory holds.
+        places = self.vision_tower.vision_model.embeddings.position_ids
+        places.copy_(torch.arange(places.shape[-1], device=places.device))
         self.vision_tower.requires_grad_(False)
         if pixels is not None:
             self.image_processor = CLIPImageProcessor.of(pixels)
