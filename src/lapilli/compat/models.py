@@ -232,21 +232,26 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
 
 
 class _Attentions:
-    """Compute attention by the one way that can return it, while a call asks for it."""
+    """Compute attention by the one way that can return it, while a call asks for it.
+
+    The tower keeps its way: transformers' own switch would change its answers.
+    """
 
     def __init__(self, model: Foreign, wanted: bool | None) -> None:
-        self.model = model
+        self.configs = (model.config, model.base_model.config)
         asked = model.config.output_attentions if wanted is None else wanted
         self.before = model.config._attn_implementation
         self.changes = bool(asked) and self.before != "eager"
 
     def __enter__(self) -> None:
-        if self.changes:
-            self.model.set_attn_implementation("eager")
+        self._set("eager")
 
     def __exit__(self, *_: object) -> None:
-        if self.changes:
-            self.model.set_attn_implementation(self.before)
+        self._set(self.before)
+
+    def _set(self, name: str) -> None:
+        for config in self.configs if self.changes else ():
+            config._attn_implementation = name
 
 
 def _chooses_cache(config: Foreign, options: dict[str, Any]) -> bool:
