@@ -155,7 +155,9 @@ class CLIPVisionTower(nn.Module):
         Raises:
             ValueError: an unknown mm_vision_select_feature.
         """
-        features: Tensor = image_forward_outs.hidden_states[self.select_layer]
+        return self._selected(image_forward_outs.hidden_states[self.select_layer])
+
+    def _selected(self, features: Tensor) -> Float[Tensor, "N P E"]:
         if self.select_feature == "cls_patch":
             return features
         if self.select_feature not in ("patch", "drop_first"):
@@ -187,7 +189,26 @@ class CLIPVisionTower(nn.Module):
                 "process_images() makes them so"
             )
         pixels = images.to(self.device, self.dtype)
-        return self.feature_select(self.vision_tower(pixels, output_hidden_states=True))
+        return self._selected(self._hidden_state(pixels))
+
+    def _hidden_state(self, pixels: Float[Tensor, "N C H W"]) -> Tensor:
+        """Return the selected hidden state, by a hook of our own.
+
+        Those of transformers that collect the language model's states reach into the tower.
+        """
+        layers = self.vision_tower.vision_model.encoder.layers
+        at = self.select_layer % (len(layers) + 1)
+        seen: list[Any] = []
+        if at == 0:
+            hook = layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        else:
+            hook = layers[at - 1].register_forward_hook(lambda _, __, made: seen.append(made))
+        try:
+            self.vision_tower(pixels)
+        finally:
+            hook.remove()
+        found: Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        return found
 
     @property
     def config(self) -> Foreign:
