@@ -16,7 +16,7 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.save import save_llava
 from lapilli.checkpoint.save_hf import save_hf
 from lapilli.checkpoint.template import find_chat_template
-from lapilli.compat.names import choose_conversation
+from lapilli.compat.run_llava import choose_conversation
 from lapilli.errors import ConfigError
 from lapilli.prompt.jinja import JinjaTemplate
 from lapilli.prompt.templates import TEMPLATES

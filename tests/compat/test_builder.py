@@ -1,8 +1,10 @@
 import json
+import shutil
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.compat.builder import load_pretrained_model
@@ -53,7 +55,7 @@ def test_a_sliding_window_is_forgotten(conformance: Any, tmp_path: Any) -> None:
     made = load_maker(conformance).build(spec, str(tmp_path), None, str(conformance / "assets"))
     _, model, _, _ = load_pretrained_model(made["model_path"], None, None, device="cpu")
     assert model.config.sliding_window == 8
-    assert model.inner.language_model.config.sliding_window is None
+    assert model.model.config.sliding_window is None
     assert load_checkpoint(made["model_path"]).config.text.sliding_window == 8
 
 
@@ -71,10 +73,33 @@ def test_a_missing_directory_is_named(tmp_path: Any) -> None:
         load_pretrained_model(str(tmp_path), None, "llava", device="cpu")
 
 
-def test_a_plain_language_model_reads_text(make_checkpoint: MakeCheckpoint) -> None:
+def test_a_plain_language_model_is_transformers_own(make_checkpoint: MakeCheckpoint) -> None:
     base = make_checkpoint("llava-v1.5-tiny-lora")["model_base"]
     tokenizer, model, processor, _ = load_pretrained_model(base, None, "vicuna", device="cpu")
     assert processor is None
-    assert model.get_vision_tower() is None
+    assert type(model) is LlamaForCausalLM
     ids = tokenizer("Hello", return_tensors="pt").input_ids
-    assert model.generate(ids, max_new_tokens=3).shape == (1, 4)
+    assert model.generate(ids, max_new_tokens=3).shape == (1, ids.shape[1] + 3)
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        (None, 64),
+        ({"_from_model_config": True, "eos_token_id": 2}, 64),
+        ({"eos_token_id": 2, "temperature": 0.9, "do_sample": True}, 20),
+    ],
+)
+def test_what_generation_starts_from(
+    make_checkpoint: MakeCheckpoint, tmp_path: Any, file: dict[str, Any] | None, expected: int
+) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(make_checkpoint("llava-v1.5-tiny-pad")["model_path"], folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"max_length": 64}), "utf-8")
+    (folder / "generation_config.json").unlink()
+    if file is not None:
+        (folder / "generation_config.json").write_text(json.dumps(file), "utf-8")
+    model = load_pretrained_model(str(folder), None, "llava", device="cpu")[1]
+    assert model.generation_config.max_length == expected
+    assert model.generation_config.eos_token_id == 2

@@ -61,7 +61,7 @@ def test_the_processor_has_the_attributes_that_programs_read(
     assert processor.size == {"shortest_edge": 28}
     assert len(processor.image_mean) == len(processor.image_std) == 3
     assert processor.do_normalize is True
-    with pytest.raises(AttributeError, match="no colour"):
+    with pytest.raises(AttributeError, match="colour"):
         _ = processor.colour
 
 
@@ -112,3 +112,22 @@ def test_image_tokens_need_no_tokenizer_of_ours() -> None:
     assert ids.tolist() == [1, 3, -200, 5]
     with pytest.raises(ValueError, match="expected None or 'pt'"):
         tokenizer_image_token("one", Words(), return_tensors="np")
+
+
+def test_transparency_is_dropped_and_options_count() -> None:
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    opaque = Image.new("P", (28, 28), 3)
+    opaque.putpalette([0, 0, 0] * 3 + [9, 99, 200])
+    clear = opaque.copy()
+    clear.info["transparency"] = 3
+    pixels = [processor(one, return_tensors="pt")["pixel_values"] for one in (opaque, clear)]
+    assert torch.equal(*pixels)
+    wide = Image.new("RGB", (200, 120), (9, 99, 200))
+    options = {"do_center_crop": False, "size": {"shortest_edge": 28}, "return_tensors": "pt"}
+    assert processor.preprocess(wide, **options)["pixel_values"].shape == (1, 3, 28, 46)
+    raw = processor.preprocess(wide, do_rescale=False, do_normalize=False, return_tensors="pt")
+    assert float(raw["pixel_values"].max()) == 200
+    processor.image_mean = [0.5] * 3
+    assert processor.image_mean == [0.5] * 3

@@ -1,35 +1,47 @@
-"""load_pretrained_model of the original (llava.model.builder) over our own loading."""
+"""load_pretrained_model of the original (llava.model.builder) over our own reading of files."""
 
-from dataclasses import replace
+# The types of transformers differ from release to release, and no release has all of them.
+# mypy: allow-untyped-calls
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import nn
+from transformers import GenerationConfig
 
 from lapilli.checkpoint.files import read_optional_json
+from lapilli.checkpoint.keymaps import LANGUAGE_MODEL, VISION_TOWER
+from lapilli.checkpoint.keymaps.tables import TEXT, TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.checkpoint.tokenizer_files import add_image_tokens, has_tokenizer, load_tokenizer
-from lapilli.compat.configuration import build_config
+from lapilli.checkpoint.save import renamed
+from lapilli.checkpoint.source import find_directory
+from lapilli.checkpoint.tokenizer_files import add_image_tokens, load_tokenizer
+from lapilli.compat import models
 from lapilli.compat.foreign import Foreign
-from lapilli.compat.generation import GenerationDefaults
 from lapilli.compat.image_processor import CLIPImageProcessor
-from lapilli.compat.models import (
-    LlavaForCausalLM,
-    LlavaLlamaForCausalLM,
-    LlavaMistralForCausalLM,
-    LlavaMptForCausalLM,
-)
 from lapilli.compat.tokenizer import PreTrainedTokenizer, wrap_tokenizer
+from lapilli.compat.tower import CLIPVisionTower, filled, vision_config
+from lapilli.config.model import ModelConfig
+from lapilli.config.projector import projector_name
+from lapilli.config.write import write_text_config
 from lapilli.errors import UnsupportedModelError
-from lapilli.lm.decoder import Decoder
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.lm.foreign import ForeignLanguageModel
+from lapilli.modality.image.image import ImageModality
 from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer
 
 DEFAULT_CONTEXT = 2048
 
-CLASSES = {"mistral": LlavaMistralForCausalLM, "mpt": LlavaMptForCausalLM}
+CLASSES = {
+    "llama": models.LlavaLlamaForCausalLM,
+    "mistral": models.LlavaMistralForCausalLM,
+    "mpt": models.LlavaMptForCausalLM,
+    "qwen2": models.LlavaQwenForCausalLM,
+}
 
-LoadedTuple = tuple[PreTrainedTokenizer, LlavaForCausalLM, CLIPImageProcessor | None, int]
+LoadedTuple = tuple[PreTrainedTokenizer, Any, CLIPImageProcessor | None, int]
 
 
 def load_pretrained_model(
@@ -76,7 +88,7 @@ def load_pretrained_model(
         torch_dtype = torch.float32 if place.type == "cpu" else torch.float16
     loaded = load_checkpoint(model_path, base=model_base, device=place, dtype=torch_dtype)
     family = named_family(loaded, model_name, has_base=model_base is not None)
-    return wrap_loaded(loaded, family, tokenizer_path=Path(model_base) if model_base else None)
+    return wrap_loaded(loaded, family)
 
 
 def named_family(loaded: Loaded, model_name: str | None, *, has_base: bool) -> str:
@@ -91,40 +103,107 @@ def named_family(loaded: Loaded, model_name: str | None, *, has_base: bool) -> s
     return "mistral" if "mistral" in model_name.lower() and not has_base else "llama"
 
 
-def wrap_loaded(loaded: Loaded, family: str, *, tokenizer_path: Path | None = None) -> LoadedTuple:
-    """A checkpoint of ours as the original returns it.
+def wrap_loaded(loaded: Loaded, family: str) -> LoadedTuple:
+    """Return a checkpoint of ours as the original returns it.
 
     Args:
-        loaded: the checkpoint.
-        family: `llama`, `mistral` or `mpt`: the class of the model and of the tokenizer.
-        tokenizer_path: where the tokenizer's files are when they are not in the checkpoint.
+        loaded: the checkpoint; its weights are shared, not copied.
+        family: `llama`, `mistral`, ...: the class of the model and of the tokenizer.
     """
-    config = build_config(loaded.raw, loaded.config)
-    own = has_tokenizer(loaded.path) or tokenizer_path is None
-    folder = loaded.path if own or tokenizer_path is None else tokenizer_path
+    folder = loaded.tokenizer_path
     tokenizer = wrap_tokenizer(_tokenizer(loaded, folder, fast=family != "llama"), folder)
-    forget_window(loaded.model)
-    image = loaded.config.image
-    processor = None if image is None else CLIPImageProcessor(image.pixels)
-    model = CLASSES.get(family, LlavaLlamaForCausalLM)(
-        loaded.model,
-        config,
-        tokenizer=tokenizer,
-        defaults=_generation_defaults(loaded),
-        processor=processor,
+    model = _build_model(loaded, family)
+    model.generation_config = _generation_config(loaded)
+    tower = getattr(model.base_model, "vision_tower", None)
+    processor = None if tower is None else tower.image_processor
+    return (
+        tokenizer,
+        model,
+        processor,
+        getattr(model.config, "max_sequence_length", None) or DEFAULT_CONTEXT,
     )
-    return tokenizer, model, processor, config.get("max_sequence_length", DEFAULT_CONTEXT)
 
 
-def forget_window(model: VisionLanguageModel) -> None:
-    """Let every position see all before it, whatever `sliding_window` says.
+def _build_model(loaded: Loaded, family: str) -> Foreign:
+    """Return a model of transformers with our weights in it."""
+    language_model = loaded.model.language_model
+    if isinstance(language_model, ForeignLanguageModel):
+        return language_model.inner
+    if family not in CLASSES:
+        raise UnsupportedModelError(
+            f"the names of the original have no {family} language model, only "
+            f"{', '.join(CLASSES)}: use lapilli.load"
+        )
+    kind: Any = CLASSES[family]
+    raw = _flat_config(loaded)
+    images = None
+    if loaded.config.image is None:
+        kind = getattr(transformers, kind.__mro__[3].__name__)
+    else:
+        images = loaded.model.modality("image")
+    parameters = loaded.model.state_dict()
+    text = {name: value for name, value in parameters.items() if name.startswith(TEXT)}
+    state: dict[str, Any] = renamed(text, LANGUAGE_MODEL)
+    bare = {key: value for key, value in raw.items() if key != "mm_vision_tower"}
+    model = filled(kind, kind.config_class(**bare), state)
+    model.config._name_or_path = str(loaded.path)
+    if isinstance(images, ImageModality):
+        model.config.mm_vision_tower = raw["mm_vision_tower"]
+        tower = {name: value for name, value in parameters.items() if name.startswith(TOWER)}
+        _attach(model, images, renamed(tower, VISION_TOWER))
+    return model.eval()
 
-    Note: the transformers release that the original is pinned to leaves Mistral's window out of its
-        default attention (it came back with 4.40); our own API keeps it.
-    """
-    language_model = model.language_model
-    if isinstance(language_model, Decoder) and language_model.config.sliding_window is not None:
-        language_model.config = replace(language_model.config, sliding_window=None)
+
+def _attach(model: Foreign, images: ImageModality, tower: Mapping[str, Any]) -> None:
+    """Put tower, projector and the end of a row where the original has them."""
+    stack = model.base_model
+    stack.vision_tower = CLIPVisionTower(model.config.mm_vision_tower, model.config, True)
+    stack.vision_tower.adopt(vision_config(images.vision), tower, images.image.pixels)
+    stack.mm_projector = images.projector
+    if images.image_newline is not None:
+        stack.image_newline = nn.Parameter(images.image_newline.data)
+
+
+def _flat_config(loaded: Loaded) -> dict[str, Any]:
+    """Return the keys of config.json, flat as the original has them."""
+    config = loaded.config
+    raw = dict(loaded.raw)
+    if config.layout != "llava":
+        raw = {key: value for key, value in raw.items() if not isinstance(value, Mapping)}
+        raw |= write_text_config(config.text) | _mm_keys(config)
+    raw |= {"vocab_size": config.text.vocab_size}
+    for key in ("model_type", "architectures", "quantization_config", "torch_dtype", "dtype"):
+        raw.pop(key, None)
+    if isinstance(attention := raw.get("attn_config"), dict):
+        # transformers wants the whole numbers among MPT's settings as such.
+        raw["attn_config"] = {
+            key: int(value) if isinstance(value, float) and value.is_integer() else value
+            for key, value in attention.items()
+        }
+    name: Any = raw.get("mm_vision_tower")
+    if name:
+        # By its full path: what is saved from here on lies elsewhere.
+        raw["mm_vision_tower"] = str(find_directory(name, beside=(loaded.path,)) or name)
+    return raw
+
+
+def _mm_keys(config: ModelConfig) -> dict[str, Any]:
+    if config.vision is None or config.image is None or config.projector is None:
+        return {}
+    keys: dict[str, Any] = {
+        "mm_vision_tower": config.vision_source or "",
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_vision_select_layer": config.vision.feature_layer,
+        "mm_vision_select_feature": config.vision.feature_select,
+        "mm_projector_type": projector_name(config.projector),
+        "mm_patch_merge_type": config.image.merge,
+        "image_aspect_ratio": config.image.aspect,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+    }
+    if config.image.pinpoints:
+        keys["image_grid_pinpoints"] = [[p.width, p.height] for p in config.image.pinpoints]
+    return keys
 
 
 def _tokenizer(loaded: Loaded, folder: Path, *, fast: bool) -> Tokenizer:
@@ -140,13 +219,18 @@ def _tokenizer(loaded: Loaded, folder: Path, *, fast: bool) -> Tokenizer:
     return tokenizer
 
 
-def _generation_defaults(loaded: Loaded) -> GenerationDefaults:
-    """generation_config.json over the special ids of config.json, as transformers has it."""
-    named = {name: loaded.raw.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    raw = {f"{name}_token_id": value for name, value in named.items() if value is not None}
-    return GenerationDefaults.of(
-        raw | dict(read_optional_json(loaded.path / "generation_config.json") or {})
-    )
+def _generation_config(loaded: Loaded) -> GenerationConfig:
+    """Return generation_config.json over what config.json says of generation.
+
+    Note: the release that the original is pinned to takes config.json alone where the file says
+        `_from_model_config`, and else the file alone; without max_length it ends after 20 ids.
+    """
+    names = GenerationConfig().to_dict().keys() - {"transformers_version"}
+    said = {key: value for key, value in loaded.raw.items() if key in names and value is not None}
+    stored = dict(read_optional_json(loaded.path / "generation_config.json") or {})
+    if stored and not stored.pop("_from_model_config", False):
+        said = {key: value for key, value in said.items() if key.endswith("_token_id")}
+    return GenerationConfig(**{"max_length": 20, **said, **stored})
 
 
 def _choose_device(device: str | torch.device, device_map: Foreign) -> torch.device:

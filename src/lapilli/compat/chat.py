@@ -4,6 +4,7 @@ import argparse
 import sys
 
 import torch
+from transformers import TextStreamer
 
 from lapilli.compat.builder import load_pretrained_model
 from lapilli.compat.constants import (
@@ -18,9 +19,7 @@ from lapilli.compat.mm_utils import (
     process_images,
     tokenizer_image_token,
 )
-from lapilli.compat.names import choose_conversation
-from lapilli.compat.run_llava import load_image
-from lapilli.compat.text_streamer import TextStreamer
+from lapilli.compat.run_llava import choose_conversation, load_image
 
 
 def main(args: Foreign) -> None:
@@ -63,7 +62,7 @@ def main(args: Foreign) -> None:
 
 def _picture_text(model: Foreign) -> str:
     token = DEFAULT_IMAGE_TOKEN
-    if model.config.get("mm_use_im_start_end", False):
+    if getattr(model.config, "mm_use_im_start_end", False):
         token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
     return f"{token}\n"
 

@@ -1,159 +1,88 @@
-"""The model classes of the original over our own model (llava.model).
+"""The model classes of the original: transformers' own, with pictures between the tokens.
 
-    LlavaLlamaForCausalLM                    our modules under the original's names
-      .model                                 embed_tokens, layers, norm
-        .vision_tower.vision_tower           VisionTransformer
-        .mm_projector, .image_newline
+    LlavaLlamaForCausalLM            LlamaForCausalLM of transformers
+      .model                         LlavaLlamaModel: embed_tokens, layers, norm and
+        .vision_tower.vision_tower   transformers' vision tower
+        .mm_projector                lapilli's projector
+        .image_newline
       .lm_head
 
-Every weight is shared with the VisionLanguageModel inside; nothing is copied.
+Saving, hooks, PEFT, attentions, quantization and every option of generate() come from transformers.
 """
 
+# The types of transformers differ from release to release, and no release has all of them.
+# mypy: allow-untyped-calls, allow-subclassing-any, disable-error-code="misc,union-attr"
+
+import copy
+import inspect
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from lapilli.compat.configuration import LlavaConfig
-from lapilli.compat.constants import IGNORE_INDEX
 from lapilli.compat.foreign import Foreign
-from lapilli.compat.generation import GenerationDefaults, generate
-from lapilli.compat.image_processor import BatchFeature, CLIPImageProcessor
-from lapilli.compat.preparation import Images, LlavaMetaForCausalLM
-from lapilli.compat.tokenizer import PreTrainedTokenizer
-from lapilli.compat.tower import CLIPVisionTower
-from lapilli.modality.image.image import ImageModality
-from lapilli.model.vlm import VisionLanguageModel
-from lapilli.nn.kv_cache import KVCache
+from lapilli.compat.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel
 from lapilli.shapes import Float, Int, Tensor
 
 __all__ = [
     "LlavaConfig",
     "LlavaLlamaForCausalLM",
+    "LlavaLlamaModel",
+    "LlavaMistralConfig",
     "LlavaMistralForCausalLM",
+    "LlavaMistralModel",
+    "LlavaMptConfig",
     "LlavaMptForCausalLM",
+    "LlavaMptModel",
+    "LlavaQwenConfig",
+    "LlavaQwenForCausalLM",
+    "LlavaQwenModel",
 ]
 
 
-class CausalLMOutputWithPast(BatchFeature):
-    """`loss`, `logits`, `past_key_values`, by name or by number; what is None is left out."""
+class LegacyCache(DynamicCache):
+    """A cache that can also be read as a tuple of (keys, values), one pair for every layer."""
 
-    def __getitem__(self, key: Foreign) -> Foreign:
-        return (
-            list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
-        )
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        layer = self.layers[index]
+        return layer.keys, layer.values
 
-    def __getattr__(self, name: str) -> Foreign:
-        return self.get(name)
-
-
-class LlavaModel(nn.Module):
-    """The stack under the head, with the projector and the tower beside its layers."""
-
-    def __init__(self, stack: nn.Module, config: LlavaConfig) -> None:
-        super().__init__()
-        self.config = config
-        for name, child in stack.named_children():
-            self.add_module(name, child)
-
-    def attach(self, images: ImageModality, processor: CLIPImageProcessor) -> None:
-        """Put the tower, the projector and the end of a row where the original has them."""
-        self.vision_tower = CLIPVisionTower(images.vision_tower, processor)
-        self.mm_projector = images.projector
-        if images.image_newline is not None:
-            self.image_newline = images.image_newline
-
-    def get_vision_tower(self) -> CLIPVisionTower | None:
-        """The tower, or None for a model without pictures."""
-        return getattr(self, "vision_tower", None)
+    @classmethod
+    def of(cls, past: Foreign) -> Foreign:
+        """Return a cache of what a program gave: a cache, or pairs of keys and values."""
+        if not isinstance(past, tuple | list):
+            return past
+        cache = cls()
+        for layer, (keys, values) in enumerate(past):
+            cache.update(keys, values, layer)
+        return cache
 
 
 class LlavaForCausalLM(LlavaMetaForCausalLM):
-    """A language model that reads pictures, called as the original is called.
+    """A language model of transformers that reads pictures, called as the original is called."""
 
-    Args:
-        inner: our model.
-        config: attributes of config.json.
-        tokenizer: of the checkpoint, for the ids that generation starts and ends with.
-        defaults: what generation_config.json says.
-        processor: of the tower; None for a model without pictures.
-    """
+    # A frozen tower is read from where the config names it, not from the checkpoint.
+    _keys_to_ignore_on_load_unexpected = [r"vision_tower\.", r"rotary_emb\.inv_freq"]  # noqa: RUF012
 
-    stack_name = "model"
+    _reads_images = True
 
-    def __init__(
-        self,
-        inner: VisionLanguageModel,
-        config: LlavaConfig,
-        *,
-        tokenizer: PreTrainedTokenizer,
-        defaults: GenerationDefaults,
-        processor: CLIPImageProcessor | None,
-    ) -> None:
-        super().__init__()
-        # Not registered: its parameters have other names, and they are all here already.
-        self._inner = (inner,)
-        self.config = config
-        self.generation_config = defaults
-        self._tokenizer = tokenizer
-        language_model = cast("nn.Module", inner.language_model)
-        stack = LlavaModel(language_model.get_submodule(self.stack_name), config)
-        if processor is not None:
-            stack.attach(self.image_modality, processor)
-        self.add_module(self.stack_name, stack)
-        if hasattr(language_model, "lm_head"):
-            self.lm_head = language_model.lm_head
-        self.eval()
-
-    @property
-    def inner(self) -> VisionLanguageModel:
-        """Our model, which shares every weight."""
-        return self._inner[0]
-
-    @property
-    def image_modality(self) -> ImageModality:
-        """Our pictures."""
-        return cast("ImageModality", self.inner.modality("image"))
-
-    def get_model(self) -> LlavaModel:
-        """The stack under the head."""
-        return cast("LlavaModel", self.get_submodule(self.stack_name))
-
-    def embed_tokens(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
-        """Vectors of token ids.
-
-        Raises:
-            IndexError: an id outside the vocabulary, such as -200 without a picture (quirk 4).
-        """
-        return self.inner.language_model.embed(ids)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding of the tokens."""
-        stack = self.get_model()
-        return cast("nn.Module", getattr(stack, "embed_tokens", None) or stack.wte)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The head, or the embedding that it is tied to."""
-        return getattr(self, "lm_head", None) or self.get_input_embeddings()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating type of the weights."""
-        return next(self.parameters()).dtype
+    def _build(self, **stack: nn.Module) -> None:
+        """Put the stack under its name and a head on it, as transformers' class would."""
+        for name, module in stack.items():
+            setattr(self, name, module)
+        self.vocab_size = self.config.vocab_size
+        self.lm_head = nn.Linear(self.config.hidden_size, self.vocab_size, bias=False)
+        self.post_init()
 
     def forward(
         self,
         input_ids: Int[Tensor, "B L"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
+        past_key_values: Foreign = None,
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
         labels: Int[Tensor, "B T"] | None = None,
         use_cache: bool | None = None,
@@ -162,8 +91,10 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         images: Images | None = None,
         image_sizes: Sequence[Sequence[int]] | None = None,
         return_dict: bool | None = None,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits of every position, and the loss when labels are given.
+        cache: Foreign = None,
+        **options: Foreign,
+    ) -> Foreign:
+        """Return logits of every position, and the loss when labels are given.
 
         Args:
             input_ids: -200 where a picture goes.
@@ -172,67 +103,59 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             past_key_values: a cache that an earlier call returned.
             inputs_embeds: in place of input_ids, when they are prepared already.
             labels: -100 where the loss does not count.
-            use_cache: return a cache.
-            output_attentions: not kept.
-            output_hidden_states: also return the last hidden state, as `hidden_states`.
+            use_cache: return a cache; None: as the config says.
+            output_attentions: return the attention of every layer.
+            output_hidden_states: return the embeddings and the output of every layer.
             images: see prepare_inputs_labels_for_multimodal.
             image_sizes: (width, height) of every picture.
             return_dict: False returns a tuple.
+            cache: what later releases of transformers call past_key_values.
+            options: of transformers' own forward.
+
+        Raises:
+            TypeError: images for MPT. Quirk 2: its class in the original calls its preparation with
+                an argument too few, so that no program can have used it.
         """
+        if images is not None and not self._reads_images:
+            raise TypeError(
+                "forward(images=...) of MPT fails in the original too: give the inputs_embeds that "
+                "prepare_inputs_labels_for_multimodal() makes, or use generate()"
+            )
+        past = LegacyCache.of(past_key_values if cache is None else cache)
         if inputs_embeds is None and input_ids is not None:
             prepared = self.prepare_inputs_labels_for_multimodal(
-                input_ids,
-                position_ids,
-                attention_mask,
-                past_key_values,
-                labels,
-                images,
-                image_sizes,
+                input_ids, position_ids, attention_mask, past, labels, images, image_sizes
             )
-            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
-                prepared
+            input_ids, position_ids, attention_mask, past, inputs_embeds, labels = prepared
+        keeps = self.config.use_cache if use_cache is None else use_cache
+        if keeps and past is None and not self._recomputes:
+            past = LegacyCache()
+        if "position_ids" in inspect.signature(super().forward).parameters:
+            options["position_ids"] = position_ids
+        options[self._cache_name] = past
+        with _Attentions(self, output_attentions):
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=keeps,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+                **options,
             )
-        if inputs_embeds is None:
-            if input_ids is None:
-                raise ValueError("give input_ids or inputs_embeds")
-            inputs_embeds = self.embed_tokens(input_ids)
-        hidden, cache = self._hidden(
-            inputs_embeds, position_ids, attention_mask, past_key_values, use_cache=bool(use_cache)
-        )
-        logits = self.inner.language_model.logits(hidden)
-        values = {
-            "loss": None if labels is None else causal_loss(logits, labels),
-            "logits": logits,
-            "past_key_values": cache,
-            "hidden_states": (hidden,) if output_hidden_states else None,
-        }
-        output = CausalLMOutputWithPast({k: v for k, v in values.items() if v is not None})
-        return output if return_dict is not False else tuple(output.values())
 
-    def _hidden(
-        self,
-        embeds: Float[Tensor, "B T D"],
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        cache: KVCache | None,
-        *,
-        use_cache: bool,
-    ) -> tuple[Float[Tensor, "B T D"], KVCache | None]:
-        rows, length = embeds.shape[:2]
-        language_model = self.inner.language_model
-        if use_cache and cache is None:
-            cache = language_model.new_cache(rows, length)
-        past = 0 if cache is None else cache.length
-        if position_ids is None:
-            position_ids = torch.arange(past, past + length, device=embeds.device)[None]
-        mask = None if attention_mask is None else attention_mask.bool()
-        hidden = language_model.forward(
-            embeds,
-            position_ids=position_ids.expand(rows, length),
-            attention_mask=None if mask is None or bool(mask.all()) else mask,
-            cache=cache,
-        )
-        return hidden, cache
+    @property
+    def _recomputes(self) -> bool:
+        """Whether layers are computed again backwards, which goes with no cache."""
+        return self.training and bool(getattr(self.base_model, "gradient_checkpointing", False))
+
+    @property
+    def _cache_name(self) -> str:
+        """What this release of transformers calls its cache."""
+        names = inspect.signature(super().forward).parameters
+        return "cache" if "cache" in names else "past_key_values"
 
     @torch.no_grad()
     def generate(
@@ -240,90 +163,216 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         inputs: Int[Tensor, "B L"] | None = None,
         images: Images | None = None,
         image_sizes: Sequence[Sequence[int]] | None = None,
-        **kwargs: Foreign,
+        **options: Foreign,
     ) -> Foreign:
-        """One BOS and the new tokens of every row, without the prompt (quirk 1).
+        """Return one BOS and the new tokens of every row, without the prompt (quirk 1).
+
+        Args:
+            inputs: ids of the prompt, -200 where a picture goes.
+            images: see prepare_inputs_labels_for_multimodal.
+            image_sizes: (width, height) of every picture.
+            options: of transformers' generate; max_length counts the BOS and the new tokens.
 
         Raises:
             NotImplementedError: inputs_embeds are given.
-            GenerationError: an option that lapilli does not have.
         """
-        if "inputs_embeds" in kwargs:
+        if "inputs_embeds" in options:
             raise NotImplementedError("generate() takes input ids, not inputs_embeds")
-        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        ids = options.pop("input_ids", None) if inputs is None else inputs
         if ids is None:
             raise ValueError("generate() needs the ids of a prompt as its first argument")
-        positions = kwargs.pop("position_ids", None)
-        mask = kwargs.pop("attention_mask", None)
+        options.pop("position_ids", None)
+        mask = options.pop("attention_mask", None)
         _, _, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
-            ids, positions, mask, None, None, images, image_sizes
+            ids, None, mask, None, None, images, image_sizes
         )
         if embeds is None:
-            embeds = self.embed_tokens(ids)
-        return generate(
-            self.inner,
-            embeds,
-            mask,
-            self._tokenizer,
-            defaults=self.generation_config,
-            options=kwargs,
-        )
+            embeds = self.get_input_embeddings()(ids)
+        if mask is None:  # quirk 5: without a mask padding is text
+            mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
+        config = options.get("generation_config") or self.generation_config
+        bos = options.get("bos_token_id", config.bos_token_id)
+        start = ids.new_full((len(embeds), 1), 0 if bos is None else bos)
+        if not _chooses_cache(config, options):
+            options[self._cache_name] = LegacyCache()
+        return super().generate(start, inputs_embeds=embeds, attention_mask=mask, **options)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None) -> nn.Module:
-        """The embedding, which loading has given the length of the tokenizer already.
+    def _prepare_generated_length(
+        self, generation_config: Foreign, *_: object, input_ids_length: int, **__: object
+    ) -> Foreign:
+        """Count lengths as the original's release does: the BOS and the new tokens.
 
-        Raises:
-            ValueError: another length.
+        Later releases count embeddings as well.
         """
-        embedding = self.get_input_embeddings()
-        rows = cast("Tensor", embedding.weight).shape[0]
-        if new_num_tokens not in (None, rows):
-            raise ValueError(
-                f"the embedding has {rows} rows, as many as the tokenizer had at loading; "
-                f"{new_num_tokens} were asked for: add tokens to the checkpoint's files instead"
-            )
-        return embedding
+        for name in ("max", "min"):
+            new = getattr(generation_config, f"{name}_new_tokens")
+            if new is not None:
+                setattr(generation_config, f"{name}_length", new + input_ids_length)
+        return generation_config
 
-    def tie_weights(self) -> None:
-        """Nothing: what is tied shares its weight."""
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Foreign
+    ) -> dict[str, Any]:
+        """Return the arguments of the next forward pass.
 
-    def can_generate(self) -> bool:
-        """Yes."""
-        return True
+        Note: quirk 5. Rows may be padded on the right; positions are counted without padding, and
+            padding stands at position 1, as the original's release of transformers counts them.
+        """
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2:
+            positions = mask.long().cumsum(-1) - 1
+            positions.masked_fill_(mask == 0, 1)
+            given = prepared.get("inputs_embeds")
+            length = (prepared["input_ids"] if given is None else given).shape[1]
+            prepared["position_ids"] = positions[:, -length:]
+        return prepared
 
 
-def causal_loss(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Mean negative log likelihood of every labelled next token, in float32.
+class _Attentions:
+    """Compute attention by the one way that can return it, while a call asks for it.
 
-    Source: transformers LlamaForCausalLM. A batch without a single label gives NaN, as there.
+    The tower keeps its way: transformers' own switch would change its answers.
     """
-    scores = logits[:, :-1].float().flatten(0, 1)
-    return functional.cross_entropy(scores, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+
+    def __init__(self, model: Foreign, wanted: bool | None) -> None:
+        self.configs = (model.config, model.base_model.config)
+        asked = model.config.output_attentions if wanted is None else wanted
+        self.before = model.config._attn_implementation
+        self.changes = bool(asked) and self.before != "eager"
+
+    def __enter__(self) -> None:
+        self._set("eager")
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self.before)
+
+    def _set(self, name: str) -> None:
+        for config in self.configs if self.changes else ():
+            config._attn_implementation = name
 
 
-class LlavaLlamaForCausalLM(LlavaForCausalLM):
+def _chooses_cache(config: Foreign, options: dict[str, Any]) -> bool:
+    """Whether a call of generate says itself how keys and values are kept."""
+    if options.get("use_cache", config.use_cache) is False:
+        return True
+    names = ("past_key_values", "cache", "cache_implementation", "prompt_lookup_num_tokens")
+    chosen = [options.get(name) or getattr(config, name, None) for name in names]
+    return any(chosen) or options.get("assistant_model") is not None
+
+
+# Configurations take more keys than they declare, which a checker of signatures must not refuse:
+# __no_type_check__.
+class LlavaConfig(transformers.LlamaConfig):
+    """Llama, Vicuna and Yi with pictures."""
+
+    model_type = "llava_llama"
+    __no_type_check__ = True
+
+
+class LlavaMistralConfig(transformers.MistralConfig):
+    """Mistral with pictures."""
+
+    model_type = "llava_mistral"
+    __no_type_check__ = True
+
+
+class LlavaMptConfig(transformers.MptConfig):
+    """MPT with pictures."""
+
+    model_type = "llava_mpt"
+    __no_type_check__ = True
+
+
+class LlavaQwenConfig(transformers.Qwen2Config):
+    """Qwen2 with pictures, as LLaVA-NeXT names it."""
+
+    model_type = "llava_qwen"
+    __no_type_check__ = True
+
+
+class LlavaLlamaModel(LlavaMetaModel, transformers.LlamaModel):
+    """The layers of Llama with tower and projector."""
+
+    config_class = LlavaConfig
+
+
+class LlavaMistralModel(LlavaMetaModel, transformers.MistralModel):
+    """The layers of Mistral with tower and projector.
+
+    Note: the release of transformers that the original is pinned to leaves Mistral's window out of
+        its default attention (it came back with 4.40), so that every position sees all before it;
+        our own API keeps the window.
+    """
+
+    config_class = LlavaMistralConfig
+
+    def __init__(self, config: Foreign) -> None:
+        config = copy.copy(config)
+        config.sliding_window = None
+        super().__init__(config)
+
+
+class LlavaMptModel(LlavaMetaModel, transformers.MptModel):
+    """The blocks of MPT with tower and projector."""
+
+    config_class = LlavaMptConfig
+
+
+class LlavaQwenModel(LlavaMetaModel, transformers.Qwen2Model):
+    """The layers of Qwen2 with tower and projector."""
+
+    config_class = LlavaQwenConfig
+
+
+class LlavaLlamaForCausalLM(LlavaForCausalLM, transformers.LlamaForCausalLM):
     """Llama, Vicuna and Yi."""
 
+    config_class = LlavaConfig
 
-class LlavaMistralForCausalLM(LlavaForCausalLM):
+    def __init__(self, config: Foreign) -> None:
+        super(transformers.LlamaForCausalLM, self).__init__(config)
+        self._build(model=LlavaLlamaModel(config))
+
+
+class LlavaMistralForCausalLM(LlavaForCausalLM, transformers.MistralForCausalLM):
     """Mistral."""
 
+    config_class = LlavaMistralConfig
 
-class LlavaMptForCausalLM(LlavaForCausalLM):
+    def __init__(self, config: Foreign) -> None:
+        super(transformers.MistralForCausalLM, self).__init__(config)
+        self._build(model=LlavaMistralModel(config))
+
+
+class LlavaMptForCausalLM(LlavaForCausalLM, transformers.MptForCausalLM):
     """MPT."""
 
-    stack_name = "transformer"
+    config_class = LlavaMptConfig
+    _reads_images = False
 
-    def forward(self, *args: Foreign, **kwargs: Foreign) -> Foreign:
-        """Logits of prepared embeddings or of text; see LlavaForCausalLM.
+    def __init__(self, config: Foreign) -> None:
+        super(transformers.MptForCausalLM, self).__init__(config)
+        self._build(transformer=LlavaMptModel(config))
 
-        Raises:
-            TypeError: images are given. Quirk 2: the class of the original calls its preparation
-                with an argument too few, so that no program can have used it.
-        """
-        if kwargs.get("images") is not None:
-            raise TypeError(
-                "forward(images=...) of MPT fails in the original too: give the inputs_embeds that "
-                "prepare_inputs_labels_for_multimodal() makes, or use generate()"
-            )
-        return super().forward(*args, **kwargs)
+
+class LlavaQwenForCausalLM(LlavaForCausalLM, transformers.Qwen2ForCausalLM):
+    """Qwen2, which the original's successor has."""
+
+    config_class = LlavaQwenConfig
+
+    def __init__(self, config: Foreign) -> None:
+        super(transformers.Qwen2ForCausalLM, self).__init__(config)
+        self._build(model=LlavaQwenModel(config))
+
+
+for _config, _model in (
+    (LlavaConfig, LlavaLlamaForCausalLM),
+    (LlavaMistralConfig, LlavaMistralForCausalLM),
+    (LlavaMptConfig, LlavaMptForCausalLM),
+    (LlavaQwenConfig, LlavaQwenForCausalLM),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _model, exist_ok=True)

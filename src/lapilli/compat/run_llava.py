@@ -22,9 +22,9 @@ from lapilli.compat.mm_utils import (
     process_images,
     tokenizer_image_token,
 )
-from lapilli.compat.names import choose_conversation
 from lapilli.media.fetch import fetch
 from lapilli.modality.image.decode import to_rgb
+from lapilli.prompt.choose import template_for_name
 
 
 def image_parser(args: Foreign) -> list[str]:
@@ -56,6 +56,18 @@ def with_pictures(query: str, *, start_end: bool) -> str:
     return f"{token}\n{query}"
 
 
+def choose_conversation(model_name: str, asked: str | None) -> str:
+    """The template that was asked for, with a warning when the name says another; else that."""
+    inferred, _ = template_for_name(model_name)
+    if asked is None or asked == inferred:
+        return inferred
+    sys.stdout.write(
+        f"[WARNING] the auto inferred conversation mode is {inferred}, while `--conv-mode` is "
+        f"{asked}, using {asked}\n"
+    )
+    return asked
+
+
 def eval_model(args: Foreign) -> None:
     """Answer `args.query` about `args.image_file` and print the answer.
 
@@ -67,7 +79,7 @@ def eval_model(args: Foreign) -> None:
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path, args.model_base, model_name
     )
-    query = with_pictures(args.query, start_end=model.config.get("mm_use_im_start_end", False))
+    query = with_pictures(args.query, start_end=getattr(model.config, "mm_use_im_start_end", False))
     args.conv_mode = choose_conversation(model_name, args.conv_mode)
     conv = conv_templates[args.conv_mode].copy()
     conv.append_message(conv.roles[0], query)

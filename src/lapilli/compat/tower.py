@@ -1,71 +1,247 @@
-"""The vision tower as programs for the original see it: called with pixels, asked for its sizes."""
+"""Vision tower and projector of the original over transformers' tower and our projectors.
 
-from collections.abc import Sequence
+CLIPVisionTower                  pixels -> features of the selected layer, without gradients
+  .vision_tower                  VisionModel: transformers' CLIP or SigLIP, parameters named
+                                 vision_model.* in every release
+build_vision_projector(config)   lapilli.modality.projector
+"""
+
+# The types of transformers differ from release to release, and no release has all of them.
+# mypy: allow-untyped-calls, allow-subclassing-any, disable-error-code="arg-type"
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.utils import logging
 
+from lapilli.checkpoint.source import find_directory
+from lapilli.compat.foreign import Foreign
 from lapilli.compat.image_processor import CLIPImageProcessor
-from lapilli.config.model import VisionConfig
-from lapilli.modality.image.vision import VisionTransformer
+from lapilli.config.model import PixelConfig, ProjectorConfig, VisionConfig
+from lapilli.config.projector import parse_projector
+from lapilli.config.write import write_tower_config
+from lapilli.errors import ConfigError, MediaError
+from lapilli.modality.projector import build_projector
 from lapilli.shapes import Float, Tensor
+
+
+def filled(kind: Any, config: Foreign, state: Mapping[str, Tensor]) -> Foreign:  # noqa: ANN401
+    """Return a model of transformers around tensors that have been read already."""
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        dtype = next(iter(state.values())).dtype
+        return kind.from_pretrained(None, config=config, state_dict=dict(state), dtype=dtype)
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
+
+
+class VisionModel(PreTrainedModel):
+    """The tower of transformers under the parameter names of published checkpoints.
+
+    Releases up to 5.0 have `vision_model` inside of CLIPVisionModel, later ones have not.
+    """
+
+    config_class = CLIPVisionConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "vision_tower"
+    _supports_sdpa = True
+    _no_split_modules = ["CLIPEncoderLayer", "SiglipEncoderLayer"]  # noqa: RUF012
+
+    def __init__(self, config: Foreign) -> None:
+        super().__init__(config)
+        kind = SiglipVisionModel if "siglip" in config.model_type else CLIPVisionModel
+        inner = kind(config)
+        self.vision_model = getattr(inner, "vision_model", inner)
+        self.post_init()
+
+    def forward(self, pixel_values: Float[Tensor, "N C H W"], **options: Foreign) -> Foreign:
+        """Return what transformers' tower returns; see its options there."""
+        return self.vision_model(pixel_values, **options)
+
+
+def vision_config(vision: VisionConfig) -> Foreign:
+    """Return our description of a tower as transformers has it."""
+    written = write_tower_config(vision, "float32")
+    for name in ("architectures", "model_type", "torch_dtype"):
+        written.pop(name)
+    if vision.family == "siglip":
+        return SiglipVisionConfig(**written, vision_use_head=False)
+    return CLIPVisionConfig(**written)
 
 
 class CLIPVisionTower(nn.Module):
     """Pixels -> features of the selected layer, always without gradients.
 
     Args:
-        vision_tower: ours; its parameters are named `vision_tower.vision_model.*` here.
-        image_processor: makes pixels for it.
+        vision_tower: a directory or a hub id.
+        args: config or training arguments with `mm_vision_select_layer` and
+            `mm_vision_select_feature`.
+        delay_load: leave the tower out until `load_model`; its sizes are known all the same.
     """
 
-    is_loaded = True
-
-    def __init__(
-        self, vision_tower: VisionTransformer, image_processor: CLIPImageProcessor
-    ) -> None:
+    def __init__(self, vision_tower: str, args: Foreign, delay_load: bool = False) -> None:
         super().__init__()
-        self.vision_tower = vision_tower
-        self.image_processor = image_processor
+        self.is_loaded = False
+        self.vision_tower_name = vision_tower
+        self.select_layer = args.mm_vision_select_layer
+        self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
+        self.beside = Path(getattr(args, "_name_or_path", None) or ".")
+        if getattr(args, "unfreeze_mm_vision_tower", False):
+            # Its weights come with the checkpoint that is being loaded.
+            self.vision_tower = VisionModel(self._published_config())
+        elif not delay_load:
+            self.load_model()
+
+    @property
+    def source(self) -> str:
+        """Where the tower is: a directory, or the hub id that it was named by."""
+        found = find_directory(self.vision_tower_name, beside=(self.beside,))
+        return str(found or self.vision_tower_name)
+
+    def _published_config(self) -> Foreign:
+        config = AutoConfig.from_pretrained(self.source)
+        return getattr(config, "vision_config", config)
+
+    def load_model(self, device_map: Foreign = None) -> None:
+        """Read the tower where it is not there yet, and its image processor."""
+        if self.is_loaded:
+            return
+        self.image_processor = CLIPImageProcessor.from_pretrained(self.source)
+        if not hasattr(self, "vision_tower"):
+            config = self._published_config()
+            kind = SiglipVisionModel if "siglip" in config.model_type else CLIPVisionModel
+            placed = {} if device_map in (None, "auto") else {"device_map": device_map}
+            read = kind.from_pretrained(self.source, config=config, **placed)
+            self.adopt(config, read.state_dict())
+        self.vision_tower.requires_grad_(False)
+        self.is_loaded = True
+
+    def adopt(
+        self, config: Foreign, state: Mapping[str, Tensor], pixels: PixelConfig | None = None
+    ) -> None:
+        """Take weights that have been read already, without a copy.
+
+        Args:
+            config: of transformers' tower.
+            state: by the names of a tower of its own, with or without `vision_model.`.
+            pixels: what the image processor does; None: it is there already.
+        """
+        named = {_inner_name(name): tensor for name, tensor in state.items()}
+        self.vision_tower = filled(VisionModel, config, named)
+        # Not stored, and not filled in every release: it would be whatever the memory holds.
+        places = self.vision_tower.vision_model.embeddings.position_ids
+        places.copy_(torch.arange(places.shape[-1], device=places.device))
+        self.vision_tower.requires_grad_(False)
+        if pixels is not None:
+            self.image_processor = CLIPImageProcessor.of(pixels)
+        self.is_loaded = True
+
+    def feature_select(self, image_forward_outs: Foreign) -> Float[Tensor, "N P E"]:
+        """Return the features that the projector reads, of all hidden states.
+
+        Raises:
+            ValueError: an unknown mm_vision_select_feature.
+        """
+        return self._selected(image_forward_outs.hidden_states[self.select_layer])
+
+    def _selected(self, features: Tensor) -> Float[Tensor, "N P E"]:
+        if self.select_feature == "cls_patch":
+            return features
+        if self.select_feature not in ("patch", "drop_first"):
+            raise ValueError(
+                f"mm_vision_select_feature is {self.select_feature!r}: expected patch or cls_patch"
+            )
+        has_class = "siglip" not in self.config.model_type
+        return features[:, 1:] if has_class or self.select_feature == "drop_first" else features
 
     @torch.no_grad()
     def forward(
         self, images: Float[Tensor, "N C H W"] | Sequence[Float[Tensor, "C H W"]]
     ) -> Tensor | list[Tensor]:
-        """Features [N, patches, width]; of a list, one [1, patches, width] per picture.
+        """Return features [N, patches, width]; of a list, one [1, patches, width] per picture.
 
-        Note: pixels of another floating type are cast to the tower's; the original wants the
-            type of its projector and fails otherwise.
+        Note: pixels of another floating type are cast to the tower's, and the features are not
+            cast back: the projector has the type of the tower here. The original wants pixels of
+            the type of its projector and fails otherwise.
+
+        Raises:
+            MediaError: pixels of another size than the tower's.
         """
         if not isinstance(images, Tensor):
-            return [self._features(image[None]) for image in images]
-        return self._features(images)
+            return [self.forward(image[None]) for image in images]  # type: ignore[misc]
+        side = self.config.image_size
+        if tuple(images.shape[-2:]) != (side, side):
+            raise MediaError(
+                f"pixels of {images.shape[-2]}x{images.shape[-1]}: the tower takes {side}x{side}; "
+                "process_images() makes them so"
+            )
+        pixels = images.to(self.device, self.dtype)
+        return self._selected(self._hidden_state(pixels))
 
-    def _features(self, pixels: Float[Tensor, "N C H W"]) -> Float[Tensor, "N P E"]:
-        features: Tensor = self.vision_tower(pixels.to(self.device, self.dtype))
-        return features
+    def _hidden_state(self, pixels: Float[Tensor, "N C H W"]) -> Tensor:
+        """Return the selected hidden state, by a hook of our own.
 
-    def load_model(self, device_map: object = None) -> None:
-        """Nothing: the tower is loaded with the model."""
+        Those of transformers that collect the language model's states reach into the tower.
+        """
+        layers = self.vision_tower.vision_model.encoder.layers
+        at = self.select_layer % (len(layers) + 1)
+        seen: list[Any] = []
+        if at == 0:
+            hook = layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        else:
+            hook = layers[at - 1].register_forward_hook(lambda _, __, made: seen.append(made))
+        try:
+            self.vision_tower(pixels)
+        finally:
+            hook.remove()
+        found: Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        return found
 
     @property
-    def config(self) -> VisionConfig:
-        """Sizes of the tower."""
-        return self.vision_tower.config
+    def config(self) -> Foreign:
+        """Sizes of the tower, before it is loaded too."""
+        return (
+            self.vision_tower.config if hasattr(self, "vision_tower") else self._published_config()
+        )
+
+    @property
+    def vision(self) -> VisionConfig:
+        """Our description of the tower."""
+        config = self.config
+        return VisionConfig(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            family="siglip" if "siglip" in config.model_type else "clip",
+            feature_layer=self.select_layer,
+            feature_select=self.select_feature,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating type of the weights."""
-        return self._weight.dtype
+        return self.vision_tower.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._weight.device
-
-    @property
-    def _weight(self) -> Tensor:
-        return self.vision_tower.vision_model.embeddings.patch_embedding.weight
+        return self.vision_tower.device
 
     @property
     def dummy_feature(self) -> Float[Tensor, "1 E"]:
@@ -75,24 +251,57 @@ class CLIPVisionTower(nn.Module):
     @property
     def hidden_size(self) -> int:
         """Width of a feature."""
-        return self.config.hidden_size
+        return int(self.config.hidden_size)
 
     @property
     def num_patches_per_side(self) -> int:
         """Patches in one row of a tile."""
-        return self.config.grid.columns
+        return int(self.config.image_size // self.config.patch_size)
 
     @property
     def num_patches(self) -> int:
         """Patches of a tile; a kept class token is not counted, as in the original."""
-        return self.config.grid.rows * self.config.grid.columns
+        return self.num_patches_per_side**2
 
-    @property
-    def select_layer(self) -> int:
-        """Which hidden state is taken."""
-        return self.config.feature_layer
 
-    @property
-    def select_feature(self) -> str:
-        """`patch` or `cls_patch`."""
-        return self.config.feature_select
+def _inner_name(name: str) -> str:
+    return name if name.startswith("vision_model.") else f"vision_model.{name}"
+
+
+def build_vision_tower(vision_tower_cfg: Foreign, **options: bool) -> CLIPVisionTower:
+    """Return the tower that a config or training arguments name.
+
+    Args:
+        vision_tower_cfg: with `mm_vision_tower` or `vision_tower`.
+        options: delay_load.
+
+    Raises:
+        ConfigError: none is named.
+    """
+    config = vision_tower_cfg
+    name = getattr(config, "mm_vision_tower", None) or getattr(config, "vision_tower", None)
+    if not name:
+        raise ConfigError("mm_vision_tower is not set: name the directory or hub id of a CLIP")
+    return CLIPVisionTower(name, args=config, **options)
+
+
+def projector_config(config: Foreign) -> ProjectorConfig:
+    """Return our description of the projector that a config names."""
+    return parse_projector(
+        getattr(config, "mm_projector_type", None) or "linear",
+        vision_size=config.mm_hidden_size,
+        hidden_size=config.hidden_size,
+    )
+
+
+def build_vision_projector(config: Foreign, delay_load: bool = False, **_: object) -> nn.Module:
+    """Return a fresh projector.
+
+    Args:
+        config: with `mm_projector_type`, `mm_hidden_size` and `hidden_size`.
+        delay_load: taken and not needed, as in the original.
+
+    Raises:
+        ConfigError: an unknown type.
+    """
+    return build_projector(projector_config(config))

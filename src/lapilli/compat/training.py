@@ -1,257 +1,502 @@
-"""The training program of the original (llava.train.train), over our loading and schedule.
+"""The training program of the original (llava.train.train): its options as a recipe for lapilli.
+
+    options --recipe_of--> Recipe --launch--> output_dir/.lapilli --save--> the original's files
 
 python -m lapilli.compat -m llava.train.train --model_name_or_path BASE --vision_tower CLIP ...
+
+Steps, data and state are lapilli.train's. A run that was killed goes on with the same command.
 """
 
-import math
+import json
+import os
+import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from transformers import HfArgumentParser
 
-from lapilli.compat import conversation
+from lapilli.checkpoint.files import RESULTS, read_json
+from lapilli.checkpoint.source import resolve
+from lapilli.compat.builder import wrap_loaded
 from lapilli.compat.foreign import Foreign
-from lapilli.compat.models import LlavaForCausalLM
-from lapilli.compat.tokenizer import PreTrainedTokenizer
-from lapilli.compat.training_arguments import TrainingArguments, parse_arguments
+from lapilli.compat.llava_arch import average_new_rows
+from lapilli.compat.tower import build_vision_projector
 from lapilli.compat.training_data import (
     DataCollatorForSupervisedDataset,
     LazySupervisedDataset,
+    make_supervised_data_module,
     preprocess,
     preprocess_multimodal,
 )
-from lapilli.compat.training_files import WRAPPER, save_results
-from lapilli.compat.training_model import Initial, add_lora, build_model, choose_trainable
-from lapilli.train.optim import lr_share, set_lr
-from lapilli.train.recipe import OptimRecipe
-from lapilli.train.sampler import grouped_by_modality
+from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
+from lapilli.prompt.choose import RECORD_KEY
+from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
+from lapilli.train.launch import launch
+from lapilli.train.log import RunLog
+from lapilli.train.loop import number_of_steps
+from lapilli.train.optim import lr_share
+from lapilli.train.parallel import joined, seat_of
+from lapilli.train.recipe import (
+    DataRecipe,
+    LoraRecipe,
+    ModelRecipe,
+    OptimRecipe,
+    Recipe,
+    RunRecipe,
+    Sharding,
+    SourceRecipe,
+)
+from lapilli.train.task import TrainingTask
 
 __all__ = [
+    "DataArguments",
     "DataCollatorForSupervisedDataset",
     "LazySupervisedDataset",
-    "Trained",
+    "ModelArguments",
+    "TrainingArguments",
+    "find_all_linear_names",
+    "make_supervised_data_module",
     "preprocess",
     "preprocess_multimodal",
+    "safe_save_model_for_hf_trainer",
+    "smart_tokenizer_and_embedding_resize",
     "train",
 ]
 
+EMBEDDINGS = "model.embed_tokens.weight"
+SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+}
 
-@dataclass(slots=True)
-class Trained:
-    """What a run did.
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """What is trained, with the original's defaults."""
+
+    model_name_or_path: str = "facebook/opt-125m"
+    version: str = "v0"
+    freeze_backbone: bool = False
+    tune_mm_mlp_adapter: bool = False
+    vision_tower: str | None = None
+    mm_vision_select_layer: int = -1
+    pretrain_mm_mlp_adapter: str | None = None
+    mm_projector_type: str = "linear"
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = True
+    mm_patch_merge_type: str = "flat"
+    mm_vision_select_feature: str = "patch"
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """What is learned from."""
+
+    data_path: str | None = None
+    lazy_preprocess: bool = False
+    is_multimodal: bool = False
+    image_folder: str | None = None
+    image_aspect_ratio: str = "square"
+
+
+@dataclass(kw_only=True)
+class TrainingArguments:
+    """How it is trained: the original's options, and those of transformers that scripts give.
 
     Attributes:
-        losses: per step, before its update.
-        learning_rates: of the first group, after each step.
-        optimizer_groups: weight_decay, lr, n and names of each, as the original's names.
-        batch_shapes: of the first batch.
+        deepspeed: a file named zero3 shares weights and moments among the processes, as FSDP.
+        lazy_preprocess, tf32, run_name, ...: say nothing about the result and are not read.
     """
 
-    optimizer_groups: list[dict[str, Any]]
-    losses: list[float] = field(default_factory=list)
-    learning_rates: list[float] = field(default_factory=list)
-    batch_shapes: dict[str, list[int]] = field(default_factory=dict)
+    output_dir: str = ""
+    cache_dir: str | None = None
+    optim: str = "adamw_torch"
+    remove_unused_columns: bool = False
+    freeze_mm_mlp_adapter: bool = False
+    mpt_attn_impl: str | None = "triton"
+    model_max_length: int = 512
+    double_quant: bool = True
+    quant_type: str = "nf4"
+    bits: int = 16
+    lora_enable: bool = False
+    lora_r: int = 64
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    lora_weight_path: str = ""
+    lora_bias: str = "none"
+    mm_projector_lr: float | None = None
+    group_by_modality_length: bool = False
+    bf16: bool = False
+    fp16: bool = False
+    tf32: bool | None = None
+    bf16_full_eval: bool = False
+    max_steps: int = -1
+    num_train_epochs: float = 3.0
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.0
+    warmup_steps: int = 0
+    lr_scheduler_type: str = "linear"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    seed: int = 42
+    save_steps: int = 500
+    save_strategy: str = "steps"
+    save_total_limit: int | None = None
+    logging_steps: int = 500
+    evaluation_strategy: str = "no"
+    eval_steps: int | None = None
+    dataloader_num_workers: int = 0
+    ddp_find_unused_parameters: bool | None = None
+    deepspeed: str | None = None
+    local_rank: int = -1
+    report_to: str = "none"
+    run_name: str | None = None
+
+
+Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
+
+
+class _Parser(HfArgumentParser):
+    """transformers' reading of options, with an error that can be caught."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"training options: {message}")
+
+
+def parse_arguments(arguments: Sequence[str]) -> Arguments:
+    """Read options written as `--name value`, `--name=value` or, for a switch, `--name` alone.
+
+    Raises:
+        ConfigError: an unknown option, a value that is none of its option, or one that is missing.
+        UnsupportedModelError: a way of training that lapilli does not have.
+    """
+    kinds: Any = (ModelArguments, DataArguments, TrainingArguments)
+    parser: Any = _Parser(kinds)
+    model, data, training, unknown = parser.parse_args_into_dataclasses(
+        args=list(arguments), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ConfigError(f"unknown training option {unknown[0]!r}")
+    given = {**vars(model), **vars(data), **vars(training)}
+    for name in ("model_name_or_path", "data_path", "output_dir", "vision_tower"):
+        if given[name] in (None, "", "None"):
+            raise ConfigError(f"--{name} is missing: the training program needs it")
+    allowed = {
+        "bits": (16, 4) if training.lora_enable else (16,),
+        "lora_bias": ("none",),
+        "fp16": (False,),
+        "optim": ("adamw_torch", "adamw_torch_fused", "adamw_hf"),
+        "lr_scheduler_type": tuple(SCHEDULES),
+    }
+    for name, values in allowed.items():
+        if given[name] not in values:
+            raise UnsupportedModelError(
+                f"--{name} {given[name]}: lapilli trains with {' or '.join(map(str, values))} only"
+            )
+    return model, data, training
 
 
 def train(
-    attn_implementation: str | None = None,
-    *,
-    arguments: Sequence[str] | None = None,
-    initial: Initial | None = None,
-) -> Trained:
-    """Train as `arguments` say and write the results to their output_dir.
+    attn_implementation: str | None = None, *, arguments: Sequence[str] | None = None
+) -> None:
+    """Train as `arguments` say and write the original's files to their output_dir.
 
     Args:
         attn_implementation: taken and not needed: torch chooses the kernel.
         arguments: options; None: those of the command line.
-        initial: parameters to start from in place of random ones, by their original names.
 
     Raises:
         ConfigError: an option that is unknown or missing.
         NotImplementedError: start and end tokens with tune_mm_mlp_adapter (quirk 17).
+        LapilliError: see lapilli.train.launch.
     """
-    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    torch.manual_seed(options.seed)
-    tokenizer, model, processor, _ = build_model(options, initial or {})
-    prepare_tokenizer(tokenizer, options)
-    if options.lora_enable:
-        add_lora(model, options, initial or {})
-    choose_trainable(model, options)
-    data = LazySupervisedDataset(options.data_path, tokenizer, _data_arguments(options, processor))
-    trained = _run(model, data, DataCollatorForSupervisedDataset(tokenizer), options)
-    save_results(model, tokenizer, options, _state(trained))
-    return trained
+    parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    model, _, training = parsed
+    if model.tune_mm_mlp_adapter and model.mm_use_im_start_end:
+        raise NotImplementedError(
+            "the original has no start and end tokens together with tune_mm_mlp_adapter: leave one "
+            "of them out, or use lapilli train"
+        )
+    output = Path(training.output_dir)
+    folder = output / ".lapilli"
+    config = starting_config(parsed)
+    shares: Sharding = "fsdp" if "zero3" in (training.deepspeed or "") else "ddp"
+    with joined(seat_of(os.environ), sharding=shares, device="auto") as team:
+        if team.leads and not (folder / "start").exists():
+            stage(folder / "start", parsed, config)
+        team.wait()
+        recipe = recipe_of(parsed, folder / "start", config)
+        task = launch(recipe, folder, team=team, echo=team.leads)
+        if team.leads:
+            _save(task, parsed, config, folder)
+            shutil.rmtree(folder)
+        team.wait()
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizer, options: TrainingArguments) -> None:
-    """Pad token, length and template; the template is a global of the conversation module.
+def recipe_of(parsed: Arguments, start: Path, config: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that says what the options say.
 
-    Note: unknown versions take vicuna_v1 without a word, as in the original.
+    Source: LLaVA train.py: the tower rests; with a LoRA the adapters and the projector are trained,
+        with tune_mm_mlp_adapter the projector, with freeze_backbone all but the stack under the
+        head.
     """
-    tokenizer.model_max_length = options.model_max_length
-    tokenizer.padding_side = "right"
-    if options.version != "v0" or tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token
-    if options.version not in ("v0", "v0.5"):
-        templates = conversation.conv_templates
-        chosen = templates.get(options.version, templates["vicuna_v1"])
-        conversation.default_conversation = chosen
-
-
-@dataclass(frozen=True, slots=True)
-class _DataArguments:
-    """What the dataset of the original reads from its `data_args`."""
-
-    image_folder: str
-    image_processor: Any
-    image_aspect_ratio: str
-    mm_use_im_start_end: bool
-    is_multimodal: bool = True
-
-
-def _data_arguments(options: TrainingArguments, processor: Foreign) -> _DataArguments:
-    return _DataArguments(
-        options.image_folder, processor, options.image_aspect_ratio, options.mm_use_im_start_end
+    model, data, training = parsed
+    stack = "transformer" if config["model_type"] == "llava_mpt" else "model"
+    frozen = {
+        f"language_model.{stack}.": model.freeze_backbone and not training.lora_enable,
+        "modalities.image.projector.": training.freeze_mm_mlp_adapter,
+    }
+    lora = LoraRecipe(
+        rank=training.lora_r,
+        alpha=float(training.lora_alpha),
+        dropout=training.lora_dropout,
+        base="nf4" if training.bits == 4 else "float",
+        double_quant=training.bits == 4 and training.double_quant,
+    )
+    reports = training.report_to.replace("all", "tensorboard,wandb").split(",")
+    return Recipe(
+        stage="align" if model.tune_mm_mlp_adapter else "instruct",
+        model=ModelRecipe(
+            checkpoint=str(start), freeze=tuple(name for name, rests in frozen.items() if rests)
+        ),
+        optim=OptimRecipe(
+            lr=training.learning_rate,
+            projector_lr=training.mm_projector_lr,
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_epsilon,
+            weight_decay=training.weight_decay,
+            schedule=SCHEDULES[training.lr_scheduler_type],  # type: ignore[arg-type]
+            warmup_steps=training.warmup_steps,
+            warmup_share=training.warmup_ratio,
+            clip=training.max_grad_norm,
+        ),
+        run=RunRecipe(
+            batch_size=training.per_device_train_batch_size,
+            steps=max(training.max_steps, 0),
+            epochs=training.num_train_epochs,
+            accumulate=training.gradient_accumulation_steps * _num_processes(),
+            precision="bfloat16" if training.bf16 else "float32",
+            reduction="llava",
+            seed=training.seed,
+            log_every=1,
+            save_every=training.save_steps,
+            gradient_checkpointing=training.gradient_checkpointing,
+            sharding="fsdp" if "zero3" in (training.deepspeed or "") else "ddp",
+            workers=training.dataloader_num_workers,
+            loggers=tuple(name for name in ("tensorboard", "wandb") if name in reports),
+            plot=False,
+        ),
+        data=DataRecipe(
+            sources=(SourceRecipe(path=str(data.data_path), images=data.image_folder),),
+            template=template_of(model.version),
+            max_length=training.model_max_length,
+            group="modality" if training.group_by_modality_length else "none",
+        ),
+        lora=lora if training.lora_enable else None,
     )
 
 
-def _run(
-    model: LlavaForCausalLM,
-    data: LazySupervisedDataset,
-    collate: DataCollatorForSupervisedDataset,
-    options: TrainingArguments,
-) -> Trained:
-    """The steps: mean loss of each micro-batch, clipped, AdamW, schedule."""
-    steps = _num_steps(len(data), options)
-    recipe = _recipe(options, steps)
-    optimizer, groups = build_optimizer(model, options)
-    trained = Trained(groups)
-    batches = _batches(data, options)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    model.train()
-    for step in range(steps):
-        set_lr(optimizer, lr_share(step, steps, recipe))
-        loss = 0.0
-        for _ in range(options.gradient_accumulation_steps):
-            batch = collate([data[i] for i in next(batches)])
-            trained.batch_shapes = trained.batch_shapes or _shapes(batch)
-            part = model(**_to(batch, model)).loss / options.gradient_accumulation_steps
-            part.backward()
-            loss += float(part.detach())
-        nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        trained.losses.append(loss)
-        trained.learning_rates.append(options.learning_rate * lr_share(step + 1, steps, recipe))
-    model.eval()
-    return trained
+def _num_processes() -> int:
+    seat = seat_of(os.environ)
+    return 1 if seat is None else seat.size
 
 
-def _num_steps(samples: int, options: TrainingArguments) -> int:
-    if options.max_steps > 0:
-        return options.max_steps
-    per_step = options.per_device_train_batch_size * options.gradient_accumulation_steps
-    return max(math.ceil(options.num_train_epochs * max(samples // per_step, 1)), 1)
+def template_of(version: str) -> str:
+    """Return the name of the conversation template of a `--version`.
 
-
-def _recipe(options: TrainingArguments, steps: int) -> OptimRecipe:
-    return OptimRecipe(
-        lr=options.learning_rate,
-        schedule=options.lr_scheduler_type,
-        warmup_steps=options.warmup_steps or math.ceil(steps * options.warmup_ratio),
-    )
-
-
-def build_optimizer(
-    model: LlavaForCausalLM, options: TrainingArguments
-) -> tuple[torch.optim.AdamW, list[dict[str, Any]]]:
-    """AdamW with the original's groups, and a description of them.
-
-    Two groups, with and without weight decay (norms and biases); two more for the projector when
-    it has a learning rate of its own.
-
-    Source: LLaVA llava_trainer.py create_optimizer.
+    Source: LLaVA train.py: v0 and v0.5 leave the default, and unknown names take it without a word.
     """
-    rates = {False: options.learning_rate}
-    if options.mm_projector_lr is not None:
-        rates[True] = options.mm_projector_lr
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    undecayed = undecayed_names(model)
-    groups: list[dict[str, Any]] = []
-    described: list[dict[str, Any]] = []
-    for for_projector, lr in rates.items():
-        for decayed in (True, False):
-            chosen = [
-                (name, p)
-                for name, p in named
-                if (name not in undecayed) == decayed
-                and ("mm_projector" in name and True in rates) == for_projector
-            ]
-            decay = options.weight_decay if decayed else 0.0
-            setting = {"weight_decay": decay, "lr": lr}
-            groups.append({"params": [p for _, p in chosen], "base_lr": lr, **setting})
-            names = sorted(_original_name(name, options) for name, _ in chosen)
-            described.append({**setting, "n": len(names), "names": names})
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-    )
-    return optimizer, described
+    return version if version in TEMPLATES and version not in ("v0", "v0.5") else DEFAULT_TEMPLATE
 
 
-def undecayed_names(model: nn.Module) -> set[str]:
-    """Parameters without weight decay: biases, and what belongs to a norm."""
+def starting_config(parsed: Arguments) -> dict[str, Any]:
+    """Return config.json of the model that training makes: the base's keys and the `mm_` keys.
+
+    Raises:
+        ConfigError: a base that the training program does not know.
+    """
+    model, data, training = parsed
+    base = resolve(model.model_name_or_path)
+    raw = read_json(base / "config.json")
+    kind = str(raw.get("model_type", "llama")).removeprefix("llava_")
+    if kind not in ("llama", "mistral", "mpt"):
+        raise ConfigError(f"{model.model_name_or_path} is a {kind}: expected llama, mistral, mpt")
+    tower = resolve(str(model.vision_tower))
+    vision = read_json(tower / "config.json")
+    sizes: Any = vision.get("vision_config", vision)
+    named = {} if "plain" in model.version else {RECORD_KEY: template_of(model.version)}
     return {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-        if "bias" in name or "Norm" in type(module).__name__
+        **raw,
+        "_name_or_path": str(base),
+        "model_type": f"llava_{kind}",
+        "mm_vision_tower": str(tower),
+        "use_mm_proj": True,
+        "mm_hidden_size": sizes["hidden_size"],
+        "mm_projector_type": model.mm_projector_type,
+        "mm_vision_select_layer": model.mm_vision_select_layer,
+        "mm_vision_select_feature": model.mm_vision_select_feature,
+        "mm_patch_merge_type": model.mm_patch_merge_type,
+        "image_aspect_ratio": data.image_aspect_ratio,
+        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": training.model_max_length,
+        "tune_mm_mlp_adapter": model.tune_mm_mlp_adapter,
+        "freeze_mm_mlp_adapter": training.freeze_mm_mlp_adapter,
+        "mm_use_im_start_end": model.mm_use_im_start_end,
+        "mm_use_im_patch_token": model.mm_use_im_patch_token,
+        "mm_projector_lr": training.mm_projector_lr,
+        "use_cache": True,
+        **named,
     }
 
 
-def _original_name(name: str, options: TrainingArguments) -> str:
-    """The name that a parameter has inside of the original's wrapper."""
-    if not options.lora_enable:
-        return name
-    for half in ("lora_A", "lora_B"):
-        name = name.replace(f".{half}.weight", f".{half}.default.weight")
-    return WRAPPER + name
+def stage(folder: Path, parsed: Arguments, config: Mapping[str, Any]) -> None:
+    """Write what the run starts from: a projector-only checkpoint over the base.
+
+    Raises:
+        KeyError: start and end tokens with an adapter file that has no embeddings (quirk 17).
+        CheckpointError: there is no such adapter file.
+    """
+    model, _, training = parsed
+    torch.manual_seed(training.seed)
+    if model.pretrain_mm_mlp_adapter in (None, "None"):
+        sizes = {"hidden_size": config.get("hidden_size", config.get("d_model"))} | dict(config)
+        projector = build_vision_projector(_Attributes(sizes))
+        weights = {f"model.mm_projector.{k}": v for k, v in projector.state_dict().items()}
+    else:
+        path = Path(str(model.pretrain_mm_mlp_adapter))
+        if not path.is_file():
+            raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: no such file")
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        if model.mm_use_im_start_end and EMBEDDINGS not in weights:
+            raise KeyError(EMBEDDINGS)
+    folder.mkdir(parents=True)
+    _write(folder / "config.json", config)
+    torch.save(
+        {name: tensor.clone() for name, tensor in weights.items()}, folder / "mm_projector.bin"
+    )
 
 
-def _batches(data: LazySupervisedDataset, options: TrainingArguments) -> Iterator[list[int]]:
-    """Sample numbers of one micro-batch after the other, epoch after epoch."""
-    size = options.per_device_train_batch_size
-    generator = torch.Generator().manual_seed(options.seed)
-    while True:
-        if options.group_by_modality_length:
-            grouped = size * options.gradient_accumulation_steps
-            order = grouped_by_modality(data.modality_lengths, grouped, 1, generator)
-        else:
-            order = torch.randperm(len(data), generator=generator).tolist()
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
+class _Attributes:
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
 
 
-def _shapes(batch: Mapping[str, Any]) -> dict[str, list[int]]:
-    return {name: list(value.shape) for name, value in batch.items() if torch.is_tensor(value)}
+def _save(task: TrainingTask, parsed: Arguments, config: dict[str, Any], folder: Path) -> None:
+    """Leave the files of the original: a projector, an adapter, or the whole model.
+
+    Source: LLaVA train.py, the end of train(), and safe_save_model_for_hf_trainer.
+    """
+    model, _, training = parsed
+    output, results = Path(training.output_dir), folder / RESULTS
+    config = config | {"vocab_size": task.loaded.config.text.vocab_size}
+    if training.lora_enable:
+        for name in ("adapter_model.safetensors", "non_lora_trainables.bin", "README.md"):
+            shutil.copyfile(results / name, output / name)
+        written = read_json(results / "adapter_config.json")
+        _write(output / "adapter_config.json", peft_defaults(written, model.model_name_or_path))
+    elif model.tune_mm_mlp_adapter:
+        shutil.copyfile(results / "mm_projector.bin", output / "mm_projector.bin")
+    else:
+        # Everything, the frozen tower included (quirk 17).
+        loaded = replace(task.loaded, model=task.model.vlm.to("cpu"))
+        tokenizer, whole, _, _ = wrap_loaded(loaded, loaded.config.text.family)
+        whole.save_pretrained(output)
+        tokenizer.padding_side, tokenizer.model_max_length = "right", training.model_max_length
+        tokenizer.save_pretrained(output)
+        config |= {"architectures": [type(whole).__name__], "torch_dtype": "float32"}
+    _write(output / "config.json", config)
+    _write(output / "trainer_state.json", _state(task, folder))
 
 
-def _to(batch: Mapping[str, Any], model: LlavaForCausalLM) -> dict[str, Any]:
-    return {name: v.to(model.device) if torch.is_tensor(v) else v for name, v in batch.items()}
+def peft_defaults(written: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """Return adapter_config.json with the keys of PEFT 0.7; targets by the last part of a name."""
+    targets = {str(path).rpartition(".")[2] for path in written["target_modules"]}
+    empty = ("auto_mapping", "layers_pattern", "layers_to_transform", "megatron_config")
+    return {
+        **dict.fromkeys((*empty, "modules_to_save", "revision")),
+        "alpha_pattern": {},
+        "rank_pattern": {},
+        "loftq_config": {},
+        "megatron_core": "megatron.core",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        **written,
+        "base_model_name_or_path": base,
+        "target_modules": sorted(targets),
+    }
 
 
-def _state(trained: Trained) -> dict[str, Any]:
-    """trainer_state.json: what was logged."""
-    pairs = zip(trained.losses, trained.learning_rates, strict=True)
+def _state(task: TrainingTask, folder: Path) -> dict[str, Any]:
+    """Return trainer_state.json: the loss of every step, and the learning rate after it."""
+    recipe = task.recipe
+    steps = number_of_steps(task, recipe.run)
     history = [
-        {"step": step, "loss": loss, "learning_rate": lr}
-        for step, (loss, lr) in enumerate(pairs, start=1)
+        {
+            "step": record["step"],
+            "loss": record["loss"],
+            "learning_rate": recipe.optim.lr * lr_share(int(record["step"]), steps, recipe.optim),
+        }
+        for record in RunLog(folder).records()
+        if "loss" in record
     ]
-    return {"global_step": len(history), "max_steps": len(history), "log_history": history}
+    return {"global_step": steps, "max_steps": steps, "log_history": history}
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def find_all_linear_names(model: nn.Module) -> list[str]:
+    """Return the last parts of the names of the layers that a LoRA is laid beside.
+
+    Source: LLaVA train.py.
+    """
+    beside = ("mm_projector", "vision_tower", "vision_resampler")
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(word in name for word in beside)
+    }
+    return sorted(names - {"lm_head"})
+
+
+def smart_tokenizer_and_embedding_resize(
+    special_tokens_dict: Mapping[str, Any], tokenizer: Foreign, model: Foreign
+) -> None:
+    """Add special tokens, and let their embeddings begin as the mean of all others."""
+    new = tokenizer.add_special_tokens(dict(special_tokens_dict))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    average_new_rows(model, new)
+
+
+def safe_save_model_for_hf_trainer(trainer: Foreign, output_dir: str) -> None:
+    """Save what a trainer of transformers has trained: the projector alone, or the whole model."""
+    folder = Path(output_dir)
+    state = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
+    if not getattr(trainer.args, "tune_mm_mlp_adapter", False):
+        trainer._save(output_dir, state_dict=state)
+        return
+    keys: tuple[str, ...] = ("mm_projector", "vision_resampler")
+    if getattr(trainer.args, "use_im_start_end", False):
+        keys = (*keys, "embed_tokens", "embed_in")
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer.model.config.save_pretrained(folder)
+    kept = {name: value for name, value in state.items() if any(key in name for key in keys)}
+    torch.save(kept, folder / "mm_projector.bin")
 
 
 if __name__ == "__main__":

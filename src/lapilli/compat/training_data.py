@@ -180,3 +180,14 @@ class DataCollatorForSupervisedDataset:
 
 def _stack(rows: Sequence[Tensor], fill: int) -> Tensor:
     return pad_sequence(list(rows), batch_first=True, padding_value=fill)
+
+
+def make_supervised_data_module(
+    tokenizer: PreTrainedTokenizer, data_args: Foreign
+) -> dict[str, Any]:
+    """Return the arguments of a trainer that are data: data set and collator."""
+    return {
+        "train_dataset": LazySupervisedDataset(data_args.data_path, tokenizer, data_args),
+        "eval_dataset": None,
+        "data_collator": DataCollatorForSupervisedDataset(tokenizer),
+    }

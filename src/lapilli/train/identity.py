@@ -48,6 +48,8 @@ def identity_of(
         "data.placement": data.placement,
         **({"data.alpha": data.alpha} if data.alpha != "drop" else {}),  # as runs from before it
     }
+    if recipe.model.freeze:
+        found["model.freeze"] = list(recipe.model.freeze)
     if recipe.lora is not None:
         names = ("rank", "alpha", "base", "double_quant")
         found |= {f"lora.{name}": getattr(recipe.lora, name) for name in names}

@@ -188,12 +188,15 @@ class ModelRecipe:
         projector: a projector of an earlier run that is laid over it (its output folder).
         adapter: a LoRA that is trained on.
         tune_tower: train the vision tower too (with `optim.tower_lr`).
+        freeze: beginnings of names of parameters that rest all the same, such as
+            "language_model.model.".
     """
 
     checkpoint: str | None = None
     projector: str | None = None
     adapter: str | None = None
     tune_tower: bool = False
+    freeze: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

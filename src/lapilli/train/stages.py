@@ -61,9 +61,13 @@ def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, .
         trained += _of_language_model(model, recipe.lora)
     for parameter in trained:
         parameter.requires_grad_(True)
-    if not trained:
+    for name, parameter in model.named_parameters():
+        if name.startswith(recipe.model.freeze):
+            parameter.requires_grad_(False)
+    names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    if not names:
         raise ConfigError(f"stage {recipe.stage!r} trains nothing in this model")
-    return tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return names
 
 
 def _used(tower: VisionTransformer) -> list[nn.Parameter]:

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.compat.builder import forget_window
 from lapilli.config.generation import SamplingParams
 from lapilli.config.model import ImageConfig, PixelConfig, VisionConfig
 from lapilli.errors import LapilliError
@@ -232,7 +231,8 @@ def whole_window(own: Loaded) -> Iterator[None]:
     """Inside, our model sees as far as the original's, which forgets Mistral's sliding window."""
     language_model = own.model.language_model
     before = language_model.config
-    forget_window(own.model)
+    if getattr(before, "sliding_window", None) is not None:
+        language_model.config = replace(before, sliding_window=None)
     try:
         yield
     finally:

@@ -64,10 +64,10 @@ def model_name(case: Case, workshop: Workshop, check: Check) -> None:
 
 def open_tokenizer(workshop: Workshop, given: dict[str, Any]) -> Any:
     """A fresh tokenizer (it may be changed); fast where the original's class was fast."""
-    from lapilli.compat.tokenizer import AutoTokenizer
+    from lapilli.compat.tokenizer import PreTrainedTokenizer
 
     fast = given.get("fast", False) or given.get("type") == "neox"
-    return AutoTokenizer.from_pretrained(workshop.tokenizer_folder(given), use_fast=fast)
+    return PreTrainedTokenizer.from_pretrained(workshop.tokenizer_folder(given), use_fast=fast)
 
 
 def tokenize(case: Case, workshop: Workshop, check: Check) -> None:

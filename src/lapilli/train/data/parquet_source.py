@@ -10,11 +10,14 @@ from typing import Any
 
 from lapilli.errors import ConfigError, DataError
 from lapilli.train.data.pictures import PictureFolder
+from lapilli.train.data.strict_json import MOST_VALUES, too_large
 
 _KEPT_GROUPS = 4
 _LONGEST = 300  # letters of a message of pyarrow
-_FEW_VALUES, _VALUES_PER_BYTE = 10_000, 16
-_FEW_BYTES, _MOST_RATIO = 64 << 20, 100
+_FEW_ROWS, _ROWS_PER_BYTE = 10_000, 16
+_FEW_BYTES, _MOST_RATIO = 1 << 20, 100
+_MOST_ROWS, _BATCH_BYTES = 1024, 128 << 20
+_FEW_UNPACKED, _MOST_GROWTH = 256 << 20, 8
 
 
 class ParquetSource:
@@ -31,37 +34,29 @@ class ParquetSource:
         self._groups: dict[int, Any] = {}
         with self._open() as file:
             metadata = file.metadata
-            groups = range(metadata.num_row_groups)
-            rows = [self._checked_rows(metadata.row_group(group), group) for group in groups]
+            groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+            rows = [group.num_rows for group in groups]
+            self._check_sizes(rows, [group.total_byte_size for group in groups])
         self._ends = list(accumulate(rows))
 
-    def _checked_rows(self, group: Any, number: int) -> int:  # noqa: ANN401 - see _open
-        """Rows of a row group, unless its bytes cannot hold what it says.
+    def _check_sizes(self, rows: list[int], unpacked: list[int]) -> None:
+        """Refuse what the bytes of the file cannot hold, or nobody has the memory for.
 
-        What a few bytes stand for would have no room in memory, and what has as many rows that are
-        all alike is no training data.
+        Columns are not asked: pyarrow ends the process where what is said of one is damaged.
         """
-        columns = [group.column(index) for index in range(group.num_columns)]
-        packed = sum(column.total_compressed_size for column in columns)
-        unpacked = sum(column.total_uncompressed_size for column in columns)
-        values = max((column.num_values for column in columns), default=0)
-        most = max(values, group.num_rows)
-        sizes = [c.total_compressed_size for c in columns]
-        if min([*sizes, group.num_rows, values]) < 0 or packed > self._path.stat().st_size:
+        size = self._path.stat().st_size
+        if min([*rows, *unpacked], default=0) < 0:
+            raise DataError(f"{self._path} is damaged: it has row groups of negative sizes")
+        if sum(rows) > _FEW_ROWS + _ROWS_PER_BYTE * size:
             raise DataError(
-                f"{self._path}: row group {number} is damaged: its sizes are impossible"
+                f"{self._path} has {sum(rows)} rows in {size} bytes: it is damaged, or its rows "
+                "are all alike"
             )
-        if most > _FEW_VALUES + _VALUES_PER_BYTE * packed:
+        if sum(unpacked) > _FEW_BYTES + _MOST_RATIO * size:
             raise DataError(
-                f"{self._path}: row group {number} has {most} rows or values in {packed} bytes: "
-                "it is damaged, or its rows are all alike"
+                f"{self._path} has {size} bytes that would become {sum(unpacked)}: it is damaged, "
+                "or holds nothing to learn"
             )
-        if unpacked > _FEW_BYTES + _MOST_RATIO * packed:
-            raise DataError(
-                f"{self._path}: row group {number} has {packed} bytes that would become "
-                f"{unpacked}: it is damaged, or holds nothing to learn"
-            )
-        return int(group.num_rows)
 
     def _open(self) -> Any:  # noqa: ANN401 - pyarrow has no types
         try:
@@ -100,8 +95,10 @@ class ParquetSource:
 
         try:
             with self._open() as file:
-                table = file.read_row_group(group)
+                table = self._table(file, group)
                 table.validate(full=True)  # else what is read of it may lie outside of it
+        except DataError:
+            raise
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
             said = _short(error)
             raise DataError(f"{self._path}: row group {group} is damaged: {said}") from error
@@ -113,6 +110,25 @@ class ParquetSource:
             )
         return table
 
+    def _table(self, file: Any, group: int) -> Any:  # noqa: ANN401 - see _group
+        """Return a row group, read in pieces: one long text may stand in a thousand rows."""
+        import pyarrow
+
+        unpacked = file.metadata.row_group(group).total_byte_size
+        if any(pyarrow.types.is_dictionary(kind) for kind in file.schema_arrow.types):
+            return file.read_row_group(group)  # stays as small as it is stored
+        size = min(_MOST_ROWS, max(1, _BATCH_BYTES // max(unpacked, 1)))
+        room, batches = _FEW_UNPACKED + _MOST_GROWTH * unpacked, []
+        for batch in file.iter_batches(batch_size=size, row_groups=[group]):
+            room -= batch.nbytes
+            if room < 0:
+                raise DataError(
+                    f"{self._path}: row group {group} is stored in {unpacked} bytes and becomes "
+                    f"more than {_FEW_UNPACKED + _MOST_GROWTH * unpacked}: write smaller groups"
+                )
+            batches.append(batch)
+        return pyarrow.Table.from_batches(batches, schema=file.schema_arrow)
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
@@ -120,9 +136,11 @@ class ParquetSource:
         """See Source. What is null in the table is not in the record."""
         group = bisect_right(self._ends, index)
         inside = index - (self._ends[group - 1] if group else 0)
-        table = self._group(group)
+        table = self._group(group).slice(inside, 1)
+        if sum(map(_num_values, table.columns)) > MOST_VALUES:
+            raise too_large(self.where(index))
         try:
-            row = table.slice(inside, 1).to_pylist()[0]
+            row = table.to_pylist()[0]
         except (ArithmeticError, LookupError, NotImplementedError, ValueError) as error:
             # a date beyond Python's, a text that is no UTF-8, a time zone that nobody has
             raise DataError(
@@ -137,6 +155,19 @@ class ParquetSource:
     def media(self, index: int, name: object) -> object:
         """See Source."""
         return self._folder.find(name)
+
+
+def _num_values(array: Any) -> int:  # noqa: ANN401 - an array of pyarrow, or one in chunks
+    """Values in an array, those inside of lists and structs included."""
+    from pyarrow import types
+
+    kind = array.type
+    if types.is_struct(kind):
+        return len(array) + sum(map(_num_values, array.flatten()))
+    if any(test(kind) for test in (types.is_list, types.is_large_list, types.is_fixed_size_list)):
+        chunks = getattr(array, "chunks", [array])
+        return len(array) + sum(_num_values(chunk.flatten()) for chunk in chunks)
+    return len(array)
 
 
 def _short(error: BaseException) -> str:

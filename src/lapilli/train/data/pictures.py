@@ -3,6 +3,7 @@
 import base64
 import binascii
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,11 @@ def fetch_picture(source: object, limits: FetchLimits | None = None) -> Fetched:
     """The picture of a sample.
 
     Raises:
-        MediaError: it cannot be fetched; of a file that is not there, where it is looked for.
+        MediaError: it cannot be fetched, or is a pipe or a device; of a file that is not there,
+            where it is looked for.
     """
+    if isinstance(source, Path) and _is_special(source):
+        raise MediaError(f"{shown(str(source))} is a pipe or a device: expected a picture file")
     try:
         return fetch(source, limits=limits or FetchLimits())
     except MediaError as error:
@@ -50,6 +54,15 @@ def fetch_picture(source: object, limits: FetchLimits | None = None) -> Fetched:
                 "images = ... in the recipe, or --images, names"
             ) from error
         raise
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a name stands for what may never end; a run would wait for it at every sample."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # fetch says why
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def is_file_name(picture: object) -> bool:

@@ -8,7 +8,8 @@ from lapilli.errors import DataError
 
 MOST_BYTES: Final = 64 << 20
 """Of one record. Larger pictures in base64 belong into files, or into a Parquet table."""
-_MOST_VALUES: Final = 1 << 22  # lists of two bytes take a hundred in memory
+MOST_VALUES: Final = 1 << 22
+"""Of one record: a list of two bytes takes a hundred in memory."""
 _SHOWN = 20  # letters of what was found
 
 
@@ -45,17 +46,17 @@ def is_large(data: bytes | str) -> bool:
     """Return whether a record is too long, or has too many values, for the memory of anybody."""
     if len(data) > MOST_BYTES:
         return True
-    if len(data) <= _MOST_VALUES:
+    if len(data) <= MOST_VALUES:
         return False
     if isinstance(data, str):
-        return sum(data.count(mark) for mark in ",[{") > _MOST_VALUES
-    return sum(data.count(mark) for mark in (b",", b"[", b"{")) > _MOST_VALUES
+        return sum(data.count(mark) for mark in ",[{") > MOST_VALUES
+    return sum(data.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES
 
 
 def too_large(where: str) -> DataError:
     """Return the error that says so."""
     return DataError(
-        f"{where}: a record of more than {MOST_BYTES >> 20} MiB, or of more than {_MOST_VALUES} "
+        f"{where}: a record of more than {MOST_BYTES >> 20} MiB, or of more than {MOST_VALUES} "
         "values: give pictures as files"
     )
 
