@@ -49,7 +49,7 @@ def identity_of(
         **({"data.alpha": data.alpha} if data.alpha != "drop" else {}),  # as runs from before it
     }
     if recipe.model.freeze:
-        found["model.freeze"] = list(recipe.model.freeze)
+        found["model.freeze"] = ", ".join(recipe.model.freeze)
     if recipe.lora is not None:
         names = ("rank", "alpha", "base", "double_quant")
         found |= {f"lora.{name}": getattr(recipe.lora, name) for name in names}
