@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapilli.checkpoint import assemble
 from lapilli.checkpoint.load import load_checkpoint
+from lapilli.checkpoint.read import assemble
 from lapilli.errors import (
     CheckpointError,
     ConfigError,

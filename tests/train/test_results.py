@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.save_hf import save_hf
+from lapilli.checkpoint.write.huggingface import save_hf
 from lapilli.compat.builder import load_pretrained_model
 from lapilli.compat.training_arguments import TrainingArguments
 from lapilli.compat.training_model import build_model as start_of_original

@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-from lapilli.checkpoint.assemble import Progress
+from lapilli.checkpoint.formats.quantized import stored_quantization
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.out_of_distribution import detector_files
 from lapilli.checkpoint.placement import DTYPES, STORED
-from lapilli.checkpoint.plan import make_plan
-from lapilli.checkpoint.quantized import stored_quantization
-from lapilli.checkpoint.save import save_llava
-from lapilli.checkpoint.save_files import common_dtypes, dtype_name
-from lapilli.checkpoint.save_hf import save_hf
-from lapilli.config.write import refuse_unsayable as refuse_unsayable_in_original
-from lapilli.config.write_hf import refuse_unsayable
+from lapilli.checkpoint.read.assemble import Progress
+from lapilli.checkpoint.read.plan import make_plan
+from lapilli.checkpoint.write.files import common_dtypes, dtype_name
+from lapilli.checkpoint.write.huggingface import refuse_unsayable, save_hf
+from lapilli.checkpoint.write.llava import refuse_unsayable as refuse_unsayable_in_original
+from lapilli.checkpoint.write.llava import save_llava
 from lapilli.errors import ConfigError
 
 LAYOUTS = ("llava", "huggingface")

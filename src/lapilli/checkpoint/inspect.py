@@ -1,15 +1,16 @@
 """`inspect_checkpoint`: what a checkpoint is and what loading would do, without reading weights."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import wrap
 
-from lapilli.checkpoint.assemble import Matching, build_model
-from lapilli.checkpoint.keymaps.tables import TOWER
+from lapilli.checkpoint.formats.quantized import Packing, stored_quantization
+from lapilli.checkpoint.keymaps import TOWER
 from lapilli.checkpoint.load import match_plan, with_own_head
-from lapilli.checkpoint.plan import Plan, make_plan
-from lapilli.checkpoint.quantized import Packing, stored_quantization
-from lapilli.checkpoint.render import as_text
+from lapilli.checkpoint.read.assemble import Matching, build_model
+from lapilli.checkpoint.read.plan import Plan, make_plan
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import tile_features
@@ -292,3 +293,55 @@ def _paths(plan: Plan) -> dict[str, str]:
     if plan.adapter is not None:
         paths["adapter"] = plan.adapter.path
     return {label: str(path) for label, path in paths.items() if path is not None}
+
+
+LABEL_WIDTH = 16
+LINE_WIDTH = 100
+# Hundreds of tensors may be dropped (a whole text tower); the JSON form lists them all.
+CUT = {"dropped": 12}
+
+
+def as_text(found: Mapping[str, object]) -> str:
+    """One fact after another, empty ones left out; every name is listed but those of `CUT`."""
+    lines: list[str] = []
+    for key, value in found.items():
+        text = _value(key, value)
+        if text:
+            label = "bytes in files" if key == "num_bytes" else key.replace("_", " ")
+            lines.append(f"{label:<{LABEL_WIDTH}} {text}")
+    return "\n".join(lines)
+
+
+def _value(key: str, value: object) -> str:
+    if isinstance(value, Mapping):
+        return _mapping(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return _list(key, [str(one) for one in value])
+    return _number(value) if value else ""
+
+
+def _mapping(value: Mapping[object, object]) -> str:
+    known = {str(key): one for key, one in value.items() if one is not None}
+    if set(known) >= {"name", "reason"}:
+        rest = f"; {known['note']}" if "note" in known else ""
+        return f"{known['name']} ({known['reason']}){rest}"
+    return ", ".join(f"{key} {_number(one)}" for key, one in known.items())
+
+
+def _list(key: str, names: list[str]) -> str:
+    """Sentences stand one per line, names beside each other."""
+    if not names:
+        return ""
+    margin = "\n" + " " * (LABEL_WIDTH + 1)
+    if key in ("notes", "layers_on_cpu"):
+        return margin.join(names)
+    shown = names[: CUT.get(key, len(names))]
+    more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
+    text = f"{len(names)}: {', '.join(shown)}{more}"
+    return margin.join(wrap(text, LINE_WIDTH - LABEL_WIDTH, break_on_hyphens=False))
+
+
+def _number(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000:
+        return f"{value:,}"
+    return str(value)

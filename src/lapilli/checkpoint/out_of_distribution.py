@@ -17,8 +17,8 @@ from typing import cast
 import torch
 from safetensors.torch import save_file
 
-from lapilli.checkpoint.files import read_optional_json
-from lapilli.checkpoint.weights import open_shard, refuse_not_finite
+from lapilli.checkpoint.formats.files import read_optional_json
+from lapilli.checkpoint.formats.weights import open_shard, refuse_not_finite
 from lapilli.config.reader import JsonObject, KeyReader
 from lapilli.errors import CheckpointError
 from lapilli.modality.image.image import ImageModality

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from lapilli.checkpoint.files import GGUF, first_bytes
+from lapilli.checkpoint.formats.files import GGUF, first_bytes
 from lapilli.config.reader import shown
 from lapilli.errors import CheckpointError, MissingFileError
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lapilli.checkpoint.files import read_optional_json, read_optional_text
-from lapilli.checkpoint.plan import Plan
+from lapilli.checkpoint.formats.files import read_optional_json, read_optional_text
+from lapilli.checkpoint.read.plan import Plan
 from lapilli.config.model import ModelConfig
 from lapilli.errors import ConfigError
 from lapilli.prompt.choose import (

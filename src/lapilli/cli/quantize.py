@@ -39,7 +39,7 @@ def quantize(
             from lapilli.checkpoint.load import load_checkpoint
             from lapilli.checkpoint.out_of_distribution import detector_files
             from lapilli.checkpoint.placement import STORED
-            from lapilli.checkpoint.save import save_llava
+            from lapilli.checkpoint.write.llava import save_llava
             from lapilli.quant import QuantConfig
             from lapilli.quant.config import describe
             from lapilli.quant.quantize import notes_on

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from lapilli.checkpoint.files import read_optional_json
+from lapilli.checkpoint.formats.files import read_optional_json
 from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.checkpoint.tokenizer_files import add_image_tokens, has_tokenizer, load_tokenizer
+from lapilli.checkpoint.read.tokenizer import add_image_tokens, has_tokenizer, load_tokenizer
 from lapilli.compat.configuration import build_config
 from lapilli.compat.foreign import Foreign
 from lapilli.compat.generation import GenerationDefaults

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lapilli.checkpoint.files import read_json
+from lapilli.checkpoint.formats.files import read_json
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.source import resolve
 from lapilli.compat.builder import LoadedTuple, wrap_loaded

@@ -24,7 +24,7 @@ LIBRARY = frozenset(
         "label2id",
         "model_type",
         "problem_type",
-        "quantization_config",  # read where the weights are: checkpoint/quantized.py
+        "quantization_config",  # read where the weights are: checkpoint/formats/quantized.py
         "quantization_config_file",
         "return_dict",
         "sep_token_id",

@@ -18,24 +18,23 @@ from typing import cast, get_args
 
 import torch
 
-from lapilli.checkpoint.assemble import build_model, fill, refuse_gaps
-from lapilli.checkpoint.directory import preprocessor_of
-from lapilli.checkpoint.files import read_json, read_optional_json
-from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR
+from lapilli.checkpoint.formats.files import read_json, read_optional_json
+from lapilli.checkpoint.formats.quantized import stored_quantization
+from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR
 from lapilli.checkpoint.load import match_plan, with_own_head
 from lapilli.checkpoint.placement import DTYPES
-from lapilli.checkpoint.plan import Plan, make_plan
-from lapilli.checkpoint.quantized import stored_quantization
-from lapilli.checkpoint.save import TOWER_FOLDER, TowerPlace, save_llava
-from lapilli.checkpoint.save_files import write_json, write_pickled
+from lapilli.checkpoint.read.assemble import build_model, fill, refuse_gaps
+from lapilli.checkpoint.read.directory import preprocessor_of
+from lapilli.checkpoint.read.plan import Plan, make_plan
+from lapilli.checkpoint.read.tokenizer import add_image_tokens, load_tokenizer
 from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.template import find_chat_template
-from lapilli.checkpoint.tokenizer_files import add_image_tokens, load_tokenizer
+from lapilli.checkpoint.write.files import write_json, write_pickled
+from lapilli.checkpoint.write.llava import TOWER_FOLDER, TowerPlace, save_llava, write_llava_config
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import is_hf_llava, is_original, parse_config
 from lapilli.config.reader import JsonObject
 from lapilli.config.vision import TOWER_TYPES
-from lapilli.config.write import write_llava_config
 from lapilli.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
 from lapilli.modality.projector import build_projector
 from lapilli.model.vlm import VisionLanguageModel

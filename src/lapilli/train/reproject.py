@@ -11,10 +11,10 @@ from typing import cast
 
 import torch
 
-from lapilli.checkpoint.assemble import build_model
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.placement import STORED
-from lapilli.checkpoint.save import save_llava
+from lapilli.checkpoint.read.assemble import build_model
+from lapilli.checkpoint.write.llava import save_llava
 from lapilli.config.projector import parse_projector
 from lapilli.errors import ConfigError
 from lapilli.modality.image.image import ImageModality

@@ -17,22 +17,26 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from lapilli.checkpoint.adapter import is_adapter, open_adapter
-from lapilli.checkpoint.base import find_base
-from lapilli.checkpoint.files import read_optional_json
-from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TOWER
+from lapilli.checkpoint.formats.files import read_optional_json
+from lapilli.checkpoint.formats.weights import complete_weights
+from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.load import Loaded
 from lapilli.checkpoint.placement import DTYPES
-from lapilli.checkpoint.save import is_lasting, merged_state, save_llava, save_projector
-from lapilli.checkpoint.save_adapter import is_unknown_to_peft, save_lora, save_peft
-from lapilli.checkpoint.save_files import Formats, Stored
-from lapilli.checkpoint.save_hf import refuse_unwritable, save_hf
+from lapilli.checkpoint.read.adapter import is_adapter, open_adapter
+from lapilli.checkpoint.read.directory import find_base
 from lapilli.checkpoint.source import find_directory, is_local
-from lapilli.checkpoint.weights import complete_weights
+from lapilli.checkpoint.write.adapter import is_unknown_to_peft, save_lora, save_peft
+from lapilli.checkpoint.write.files import Formats, Stored
+from lapilli.checkpoint.write.huggingface import refuse_unsayable, refuse_unwritable, save_hf
+from lapilli.checkpoint.write.llava import (
+    as_original,
+    is_lasting,
+    merged_state,
+    save_llava,
+    save_projector,
+)
+from lapilli.checkpoint.write.llava import refuse_unsayable as refuse_unsayable_in_original
 from lapilli.config.model import ModelConfig
-from lapilli.config.write import as_original
-from lapilli.config.write import refuse_unsayable as refuse_unsayable_in_original
-from lapilli.config.write_hf import refuse_unsayable
 from lapilli.errors import ConfigError
 from lapilli.lora import LoraConfig
 from lapilli.lora.inject import adapters

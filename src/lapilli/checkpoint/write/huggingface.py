@@ -1,0 +1,341 @@
+"""A model as Hugging Face's LLaVA: LlavaForConditionalGeneration, or LlavaNext for anyres.
+
+    config.json  generation_config.json  model.safetensors or shards with index
+    tokenizer.json  tokenizer_config.json  preprocessor_config.json  processor_config.json
+    chat_template.jinja
+
+One vocabulary entry stands for every position of a picture; it is added where there is none.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lapilli.checkpoint.keymaps import HF_LLAVA
+from lapilli.checkpoint.read.assemble import VOCABULARY, resized
+from lapilli.checkpoint.read.tokenizer import load_tokenizer
+from lapilli.checkpoint.template import WrittenTemplate, written_template
+from lapilli.checkpoint.write.files import (
+    SHARD_BYTES,
+    Deferred,
+    Formats,
+    Stored,
+    common_dtypes,
+    dtype_name,
+    new_directory,
+    value,
+    write_json,
+    write_weights,
+)
+from lapilli.checkpoint.write.llava import (
+    ACTIVATION_NAMES,
+    generation_ids,
+    merged_state,
+    renamed,
+    renamed_formats,
+    settle_generation,
+    write_chat_template,
+    write_extra,
+    write_preprocessor_config,
+    write_text_config,
+    write_tower_config,
+)
+from lapilli.checkpoint.write.tokenizer import save_tokenizer_with
+from lapilli.config.llava import RECORD_KEY
+from lapilli.config.model import ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from lapilli.config.projector import projector_name
+from lapilli.errors import ConfigError, UnsupportedModelError
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.choose import Template
+from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.quant.linear import QuantLinear
+
+
+def save_hf(
+    path: Path,
+    model: VisionLanguageModel,
+    config: ModelConfig,
+    *,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    dtype: Formats = None,
+    template: str | Template | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    state: Mapping[str, Stored] | None = None,
+    extra: Mapping[str, str | bytes] | None = None,
+) -> None:
+    """A whole checkpoint that transformers and this loader read; adapters are folded in.
+
+    Args:
+        path: the new directory.
+        model: what is saved.
+        config: what it is, in whatever layout it came.
+        tokenizer: of the model.
+        tokenizer_path: the directory that it came from.
+        dtype: of the stored weights, or of each by the name of its parameter (such as
+            `Loaded.stored`, what the files hold that it came from); None: as they are.
+        template: the conversation template that the model was trained with, or its name; None: what
+            it came with (see `written_template`).
+        overwrite: replace a directory that is there.
+        shard_bytes: largest size of one weight file.
+        state: other tensors under the names of `model.state_dict()`, without adapters.
+        extra: more files by name, such as README.md.
+
+    Raises:
+        CheckpointError: the directory is there already, or the disk is full.
+        ConfigError: the model is quantized.
+        UnsupportedModelError: something that the layout of Hugging Face cannot say.
+
+    Note: rows that the image token needs in both vocabulary tables are the mean of the others.
+    """
+    refuse_unsayable(config)
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ConfigError("the model is quantized: save it from one that is not")
+    spoken = written_template(template, config, tokenizer_path)
+    whole = merged_state(model) if state is None else state
+    with new_directory(path, overwrite=overwrite) as folder:
+        image_id = _write_words(folder, config, tokenizer, tokenizer_path, spoken)
+        rows = max(config.text.vocab_size, image_id + 1)
+        tensors = {name: _with_rows(name, tensor, rows) for name, tensor in whole.items()}
+        formats = renamed_formats(dtype, HF_LLAVA)
+        write_weights(folder, renamed(tensors, HF_LLAVA), dtype=formats, shard_bytes=shard_bytes)
+        written = replace(config, text=replace(config.text, vocab_size=rows))
+        write_json(
+            folder / "config.json",
+            write_hf_config(
+                written,
+                image_id=image_id,
+                torch_dtype=dtype_name(common_dtypes(whole, dtype)[0]),
+                template=spoken.name,
+            ),
+        )
+        _write_generation(folder, config)
+        write_json(folder / "preprocessor_config.json", write_hf_preprocessor(config))
+        write_extra(folder, extra or {})
+
+
+def refuse_unwritable(
+    config: ModelConfig,
+    *,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    template: str | Template | None,
+) -> None:
+    """Refuse before a run what `save_hf` would refuse after it.
+
+    Args:
+        config: of the model.
+        tokenizer: as for `save_hf`.
+        tokenizer_path: as for `save_hf`.
+        template: as for `save_hf`.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be written as a tokenizer.json.
+        ConfigError: the template cannot be written.
+        PromptError: the template is one for captions.
+        UnsupportedModelError: something that the layout of Hugging Face cannot say.
+    """
+    refuse_unsayable(config)
+    spoken = written_template(template, config, tokenizer_path)
+    with tempfile.TemporaryDirectory(prefix="lapilli-words-") as folder:
+        _write_words(Path(folder), config, tokenizer, tokenizer_path, spoken)
+
+
+def _write_words(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    spoken: WrittenTemplate,
+) -> int:
+    """The files of tokenizer, processor and template; the id of the image token."""
+    own = config.tokens.image_id
+    token = IMAGE_TOKEN if own is None else tokenizer.id_to_token(own)
+    image_id = save_tokenizer_with(
+        folder, tokenizer_path, tokenizer, token, processor=processor_class(config)
+    )
+    write_json(folder / "processor_config.json", write_hf_processor(config, token))
+    source = spoken.for_whole_prompts(
+        load_tokenizer(folder, fast=True), image_id, was_whole=own is not None
+    )
+    write_chat_template(folder, source)
+    return image_id
+
+
+def _with_rows(name: str, tensor: Stored, rows: int) -> Stored:
+    if name not in VOCABULARY or tensor.shape[0] == rows:
+        return tensor
+    shape = torch.Size((rows, *tensor.shape[1:]))
+    return Deferred(shape, tensor.dtype, partial(_grown, tensor, rows))
+
+
+def _grown(tensor: Stored, rows: int) -> torch.Tensor:
+    return resized(value(tensor), rows)
+
+
+def _write_generation(folder: Path, config: ModelConfig) -> None:
+    """generation_config.json, unless the tokenizer's directory had one."""
+    path = folder / "generation_config.json"
+    if path.is_file():
+        settle_generation(folder, config.tokens)
+    else:
+        write_json(path, {"_from_model_config": True, **generation_ids(config.tokens)})
+
+
+IMAGE_TOKEN = "<image>"  # noqa: S105  no password
+TEXT_TYPES = ("llama", "mistral", "qwen2")
+
+
+def refuse_unsayable(config: ModelConfig) -> None:
+    """Refuse a model that LlavaForConditionalGeneration and its successor cannot be.
+
+    Raises:
+        UnsupportedModelError: another language model, projector or layout of the features.
+    """
+    lack = _what_is_unsayable(config)
+    if lack is not None:
+        raise UnsupportedModelError(
+            f"the layout of Hugging Face has no {lack}: keep the original's (save.layout = "
+            '"llava" in a recipe, --layout llava in lapilli export)'
+        )
+
+
+def _what_is_unsayable(config: ModelConfig) -> str | None:
+    """The first thing that the layout has no words for."""
+    vision, projector, image = _parts(config)
+    if config.text.family not in TEXT_TYPES:
+        return f"{config.text.family} language model, only {', '.join(TEXT_TYPES)}"
+    if config.tokens.use_start_end:
+        return "<im_start> and <im_end> around a picture"
+    if projector.kind != "mlp" or projector.depth != 2 or projector.joins:
+        return f"projector {projector_name(projector)!r}, only 'mlp2x_gelu'"
+    is_flat = image.aspect != "anyres" and image.merge == "flat"
+    if not is_flat and not _is_next(image):
+        return (
+            f"image_aspect_ratio {image.aspect!r} with mm_patch_merge_type {image.merge!r}, only "
+            "square or pad with flat, and anyres with spatial_unpad"
+        )
+    if _is_next(image) and vision.num_patches != vision.grid.rows * vision.grid.columns:
+        return f"anyres with {vision.feature_select!r} features"
+    return None
+
+
+def write_hf_config(
+    config: ModelConfig, *, image_id: int, torch_dtype: str, template: str | None = None
+) -> dict[str, object]:
+    """config.json of LlavaConfig or LlavaNextConfig.
+
+    Args:
+        config: what the model is, its vocabulary with the image token.
+        image_id: the vocabulary entry that stands for every position of a picture.
+        torch_dtype: of the stored weights.
+        template: name of its conversation template, or "chat_template" for the one beside it.
+
+    Raises:
+        UnsupportedModelError: see `refuse_unsayable`.
+    """
+    refuse_unsayable(config)
+    vision, projector, image = _parts(config)
+    is_next = _is_next(image)
+    eos = list(config.tokens.eos_ids)
+    ids = {
+        "bos_token_id": config.tokens.bos_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": config.tokens.pad_id,
+    }
+    tower = write_tower_config(vision, torch_dtype)
+    if vision.family == "siglip":
+        tower |= {"vision_use_head": False}
+    name = "LlavaNext" if is_next else "Llava"
+    written: dict[str, object] = {
+        "architectures": [f"{name}ForConditionalGeneration"],
+        "model_type": "llava_next" if is_next else "llava",
+        "text_config": {
+            "model_type": config.text.family,
+            **write_text_config(config.text),
+            **ids,
+            "torch_dtype": torch_dtype,
+        },
+        "vision_config": tower,
+        "image_token_index": image_id,
+        "image_seq_length": vision.num_patches,
+        "projector_hidden_act": ACTIVATION_NAMES[projector.activation],
+        "multimodal_projector_bias": projector.bias,
+        "vision_feature_layer": vision.feature_layer,
+        "vision_feature_select_strategy": _strategy(vision),
+        "tie_word_embeddings": config.text.tie_embeddings,
+        **ids,
+        "torch_dtype": torch_dtype,
+    }
+    if is_next:
+        written["image_grid_pinpoints"] = _pinpoints(image)
+        written["use_image_newline_parameter"] = True
+    if template is not None:
+        written[RECORD_KEY] = template
+    return written
+
+
+def write_hf_preprocessor(config: ModelConfig) -> dict[str, object]:
+    """preprocessor_config.json beside such a config.json."""
+    vision, _, image = _parts(config)
+    written = write_preprocessor_config(image.pixels)
+    written["processor_class"] = processor_class(config)
+    if _is_next(image):
+        return written | {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": _pinpoints(image),
+            "do_pad": True,
+        }
+    if image.aspect == "pad":
+        return written | {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    is_siglip = vision.family == "siglip"
+    return written | {
+        "image_processor_type": "SiglipImageProcessor" if is_siglip else "CLIPImageProcessor"
+    }
+
+
+def write_hf_processor(config: ModelConfig, image_token: str = IMAGE_TOKEN) -> dict[str, object]:
+    """processor_config.json: how many image tokens the processor writes for a picture."""
+    vision, _, _ = _parts(config)
+    extra = int(vision.family == "clip")
+    return {
+        "processor_class": processor_class(config),
+        "image_token": image_token,
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": extra,
+        "vision_feature_select_strategy": _strategy(vision),
+    }
+
+
+def processor_class(config: ModelConfig) -> str:
+    """The class of transformers that prepares text and pictures."""
+    _, _, image = _parts(config)
+    return "LlavaNextProcessor" if _is_next(image) else "LlavaProcessor"
+
+
+def _parts(config: ModelConfig) -> tuple[VisionConfig, ProjectorConfig, ImageConfig]:
+    if config.vision is None or config.projector is None or config.image is None:
+        raise UnsupportedModelError(
+            "a model without pictures has no LLaVA layout: it is a plain language model"
+        )
+    return config.vision, config.projector, config.image
+
+
+def _is_next(image: ImageConfig) -> bool:
+    return image.aspect == "anyres" and image.merge == "spatial_unpad"
+
+
+def _strategy(vision: VisionConfig) -> str:
+    """`default` drops the first feature, whatever it is; a SigLIP tower has no class token."""
+    if vision.feature_select == "drop_first":
+        return "default"
+    return "default" if vision.family == "clip" and vision.feature_select == "patch" else "full"
+
+
+def _pinpoints(image: ImageConfig) -> list[list[int]]:
+    return [[size.height, size.width] for size in image.pinpoints]

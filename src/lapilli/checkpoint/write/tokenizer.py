@@ -1,0 +1,111 @@
+"""Tokenizer files with a token more: what the layout of Hugging Face needs for its image token."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from lapilli.checkpoint.formats.files import read_optional_json, read_optional_text
+from lapilli.checkpoint.write.files import write_json
+from lapilli.checkpoint.write.llava import copy_tokenizer
+from lapilli.errors import CheckpointError
+from lapilli.prompt.tokenizer import SentencePieceTokenizer
+from lapilli.prompt.tokenizer import Tokenizer as LoadedTokenizer
+from lapilli.prompt.tokenizer.convert import llama_tokenizer
+
+
+def save_tokenizer_with(
+    folder: Path, source: Path, tokenizer: LoadedTokenizer, token: str, *, processor: str
+) -> int:
+    """Write tokenizer.json and its configuration with `token` among them; its id.
+
+    Args:
+        folder: where to.
+        source: a directory with tokenizer.json or tokenizer.model.
+        tokenizer: the same, loaded, with the tokens that were added at loading.
+        token: stands for a picture; it is added at the end where the tokenizer does not have it.
+        processor: class of transformers that the files are for.
+
+    Raises:
+        CheckpointError: the files give other ids than the loaded tokenizer.
+    """
+    is_slow = isinstance(tokenizer, SentencePieceTokenizer)
+    rust, legacy = _rust(source, tokenizer)
+    for index, one in sorted(tokenizer.added_tokens.items()):
+        entry = AddedToken(
+            one.content,
+            single_word=one.single_word,
+            lstrip=one.lstrip,
+            rstrip=one.rstrip,
+            # A slow tokenizer looks for its added tokens in the text as it was typed.
+            normalized=one.normalized and not is_slow,
+        )
+        add = rust.add_special_tokens if one.special else rust.add_tokens
+        add([entry])
+        if rust.token_to_id(one.content) != index:
+            raise CheckpointError(
+                f"{source}: token {one.content!r} has id {index}, but would get "
+                f"{rust.token_to_id(one.content)} in tokenizer.json"
+            )
+    rust.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+    _frame(rust, tokenizer)
+    copy_tokenizer(source, folder)
+    rust.save(str(folder / "tokenizer.json"))
+    written = dict(read_optional_json(source / "tokenizer_config.json") or {})
+    # What names its ids stands in tokenizer.json now.
+    for key in ("added_tokens_decoder", "auto_map"):
+        written.pop(key, None)
+    (folder / "added_tokens.json").unlink(missing_ok=True)
+    written |= {"padding_side": "left", "processor_class": processor}
+    if legacy is not None:
+        written["legacy"] = legacy
+    pad = _pad(tokenizer, written, read_optional_json(source / "special_tokens_map.json") or {})
+    if pad is not None:
+        written["pad_token"] = pad
+    write_json(folder / "tokenizer_config.json", written)
+    found = rust.token_to_id(token)
+    if found is None:  # the library adds what it is asked to add
+        raise CheckpointError(f"{token!r} could not be added to the tokenizer of {source}")
+    return int(found)
+
+
+def _rust(source: Path, tokenizer: LoadedTokenizer) -> tuple[Tokenizer, bool | None]:
+    """What the loaded tokenizer was made of, and the `legacy` that says the same.
+
+    A folder may have both files; a slow tokenizer was read from tokenizer.model. None: what
+    tokenizer.json says is all.
+    """
+    is_slow = isinstance(tokenizer, SentencePieceTokenizer)
+    text = None if is_slow else read_optional_text(source / "tokenizer.json")
+    if text is not None:
+        return Tokenizer.from_str(text), None
+    legacy = tokenizer.legacy if isinstance(tokenizer, SentencePieceTokenizer) else True
+    model = (source / "tokenizer.model").read_bytes()
+    return llama_tokenizer(model, legacy=legacy), legacy
+
+
+def _frame(rust: Tokenizer, tokenizer: LoadedTokenizer) -> None:
+    """Let the file write what our tokenizer writes before and after a text, such as <s>."""
+    prefix, suffix = list(tokenizer.prefix_ids), list(tokenizer.suffix_ids)
+    if rust.encode("").ids == prefix + suffix:
+        return
+    names = {index: str(tokenizer.id_to_token(index)) for index in (*prefix, *suffix)}
+    single = [*(names[i] for i in prefix), "$A", *(names[i] for i in suffix)]
+    rust.post_processor = TemplateProcessing(
+        single=single,
+        pair=[*single, *("$B:1" if part == "$A" else f"{part}:1" for part in single)],
+        special_tokens=[(name, index) for index, name in names.items()],
+    )
+
+
+def _pad(
+    tokenizer: LoadedTokenizer, config: Mapping[str, object], special_map: Mapping[str, object]
+) -> str | None:
+    """A token for padding where the files name none: unk as in the original, else the end."""
+    if config.get("pad_token") or special_map.get("pad_token"):
+        return None
+    for index in (tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id):
+        if index is not None:
+            return tokenizer.id_to_token(index)
+    return None
