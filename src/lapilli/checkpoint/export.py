@@ -9,9 +9,8 @@ from lapilli.checkpoint.placement import DTYPES, STORED
 from lapilli.checkpoint.read.assemble import Progress
 from lapilli.checkpoint.read.plan import make_plan
 from lapilli.checkpoint.write.files import common_dtypes, dtype_name
-from lapilli.checkpoint.write.huggingface import refuse_unsayable, save_hf
-from lapilli.checkpoint.write.llava import refuse_unsayable as refuse_unsayable_in_original
-from lapilli.checkpoint.write.llava import save_llava
+from lapilli.checkpoint.write.huggingface import check_hf_layout, save_hf
+from lapilli.checkpoint.write.llava import check_llava_layout, save_llava
 from lapilli.errors import ConfigError
 
 LAYOUTS = ("llava", "huggingface")
@@ -54,9 +53,9 @@ def export_checkpoint(
     if stored_quantization(plan.weights_raw) is not None:
         raise ConfigError(f"{plan.path} is quantized: export the checkpoint that it was made from")
     if layout == "huggingface":
-        refuse_unsayable(plan.config)
+        check_hf_layout(plan.config)
     else:
-        refuse_unsayable_in_original(plan.config)
+        check_llava_layout(plan.config)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown: choose from {', '.join(DTYPES)}")
     loaded = load_checkpoint(

@@ -10,7 +10,14 @@ fresh models of 5.x       as classic, but vision_tower.embeddings... without vis
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+from lapilli.config.model import TextConfig
+from lapilli.errors import CheckpointError
+
+T = TypeVar("T")
 
 # Entries of published files that no parameter takes, whatever their prefix: old buffers, the text
 # half of two-tower files, SigLIP's pooling head.
@@ -42,27 +49,41 @@ class KeyMap:
     dropped: re.Pattern[str] = DROPPED
 
     def is_dropped(self, foreign: str) -> bool:
-        """Whether a tensor of the file is knowingly not loaded."""
+        """Return whether a tensor of the file is knowingly not loaded."""
         if self.dropped.search(foreign):
             return True
         return any(foreign.startswith(old) and new is None for old, new in self.rules)
 
     def to_ours(self, foreign: str) -> str | None:
-        """The parameter for a tensor of the file; None when no rule knows the name."""
+        """Return the parameter for a tensor of the file; None when no rule knows the name."""
         for old, new in self.rules:
             if foreign.startswith(old) and new is not None:
                 return new + foreign[len(old) :]
         return None
 
     def to_foreign(self, ours: str) -> str | None:
-        """The tensor of the file for a parameter, by the first rule that fits; None without one."""
+        """Return the tensor of the file for a parameter by the first rule that fits, or None."""
         for old, new in self.rules:
             if new is not None and ours.startswith(new):
                 return old + ours[len(new) :]
         return None
 
+    def rename(self, state: Mapping[str, T]) -> dict[str, T]:
+        """Return what is named by parameter under the names of the file.
+
+        Raises:
+            CheckpointError: the layout has no name for one.
+        """
+        found: dict[str, T] = {}
+        for ours, item in state.items():
+            foreign = self.to_foreign(ours)
+            if foreign is None:
+                raise CheckpointError(f"{ours} has no name in the layout {self.name!r}")
+            found[foreign] = item
+        return found
+
     def spellings(self, ours: str) -> tuple[str, ...]:
-        """Every name that a parameter or module has in files of this layout."""
+        """Return every name that a parameter or module has in files of this layout."""
         return tuple(
             old + ours[len(new) :]
             for old, new in self.rules
@@ -103,6 +124,12 @@ ORIGINAL_MPT = KeyMap(
         ("lm_head.", f"{TEXT}lm_head."),
     ),
 )
+
+
+def original_keymap(text: TextConfig) -> KeyMap:
+    """Return the names of the original layout for a model with this language model."""
+    return ORIGINAL_MPT if text.family == "mpt" else ORIGINAL
+
 
 HF_LLAVA = KeyMap(
     "Hugging Face LLaVA",

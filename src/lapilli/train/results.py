@@ -25,17 +25,21 @@ from lapilli.checkpoint.placement import DTYPES
 from lapilli.checkpoint.read.adapter import is_adapter, open_adapter
 from lapilli.checkpoint.read.directory import find_base
 from lapilli.checkpoint.source import find_directory, is_local
-from lapilli.checkpoint.write.adapter import is_unknown_to_peft, save_lora, save_peft
+from lapilli.checkpoint.write.adapter import (
+    is_unknown_to_peft,
+    merged_state,
+    save_lora,
+    save_peft,
+)
 from lapilli.checkpoint.write.files import Formats, Stored
-from lapilli.checkpoint.write.huggingface import refuse_unsayable, refuse_unwritable, save_hf
+from lapilli.checkpoint.write.huggingface import check_hf_files, check_hf_layout, save_hf
 from lapilli.checkpoint.write.llava import (
     as_original,
+    check_llava_layout,
     is_lasting,
-    merged_state,
     save_llava,
     save_projector,
 )
-from lapilli.checkpoint.write.llava import refuse_unsayable as refuse_unsayable_in_original
 from lapilli.config.model import ModelConfig
 from lapilli.errors import ConfigError
 from lapilli.lora import LoraConfig
@@ -122,11 +126,11 @@ class Results:
             )
         _ = self.dtype
         if save.layout != "huggingface":
-            refuse_unsayable_in_original(self.config)
+            check_llava_layout(self.config)
             return
-        refuse_unsayable(self.loaded.config)
+        check_hf_layout(self.loaded.config)
         if not self.is_adapter:
-            refuse_unwritable(
+            check_hf_files(
                 self.config,
                 tokenizer=self.loaded.tokenizer,
                 tokenizer_path=self.loaded.tokenizer_path,

@@ -138,7 +138,7 @@ def written_quantization(config: QuantConfig) -> dict[str, object]:
     return {"quant_method": METHOD, **asdict(config)}
 
 
-def refuse_unknown_packing(
+def check_quantization(
     model: nn.Module, config: QuantConfig | None, dtype: torch.dtype | None
 ) -> None:
     """A model is written as packed if and only if it is, and every layer that it says.

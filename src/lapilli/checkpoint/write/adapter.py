@@ -9,16 +9,21 @@ Both with the tokenizer.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from lapilli.checkpoint.keymaps import NEWLINE, ORIGINAL, ORIGINAL_MPT, PROJECTOR, TEXT, KeyMap
+from torch import Tensor
+
+from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TEXT, KeyMap, original_keymap
 from lapilli.checkpoint.read.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WRAPPER
 from lapilli.checkpoint.read.plan import NON_LORA_FILES
 from lapilli.checkpoint.read.tokenizer import load_tokenizer
 from lapilli.checkpoint.template import WrittenTemplate, written_template
 from lapilli.checkpoint.write.files import (
+    Deferred,
     Stored,
     new_directory,
+    value,
     write_json,
     write_pickled,
     write_safetensors,
@@ -26,12 +31,8 @@ from lapilli.checkpoint.write.files import (
 from lapilli.checkpoint.write.llava import (
     as_original,
     config_of_part,
-    copy_tokenizer,
-    renamed,
-    write_beside,
-    write_chat_template,
-    write_extra,
 )
+from lapilli.checkpoint.write.tokenizer import write_beside
 from lapilli.config.model import ModelConfig
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lapilli.lora.inject import adapter_tensors, adapters
@@ -64,28 +65,19 @@ def save_lora(
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """An unmerged adapter as the original's training leaves it.
+    """Save an unmerged adapter as the original's training leaves it.
 
-    Args:
-        path: the new directory; the original's loader wants "llava" and "lora" in its name.
-        model: with adapters.
-        config: what it is.
-        base: the checkpoint below, as `base_model_name_or_path`.
-        trained: parameters that were trained whole; the projector is always stored.
-        tokenizer_path: a directory whose tokenizer files are copied.
-        template: the conversation template that the model was trained with, or its name; None: what
-            it came with (see `written_template`).
-        overwrite: replace a directory that is there.
-        state: other tensors under the names of `model.state_dict()`.
-        extra: more files by name, such as README.md.
+    The arguments are those of `save_llava`. `base` is the checkpoint below, written as
+    `base_model_name_or_path`; `trained` are parameters that were trained whole, and the projector
+    is always stored. The original's loader wants "llava" and "lora" in the name of the directory.
 
     Raises:
         CheckpointError: the directory is there already, or the disk is full.
         ConfigError: the model has no adapter, or its tower no name.
     """
-    spoken = written_template(template, config, tokenizer_path)
+    written = written_template(template, config, tokenizer_path)
     config = as_original(config)
-    keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
+    keymap = original_keymap(config.text)
     whole = _whole(model, state)
     halves, others = _split(model, whole, keymap, trained)
     with new_directory(path, overwrite=overwrite) as folder:
@@ -95,8 +87,8 @@ def save_lora(
             folder / ADAPTER_CONFIG,
             _adapter_config(model, base, keymap) | {"task_type": "CAUSAL_LM"},
         )
-        write_json(folder / "config.json", config_of_part(folder, model, config, spoken.name))
-        write_beside(folder, tokenizer_path, extra, template=spoken, tokens=config.tokens)
+        write_json(folder / "config.json", config_of_part(folder, model, config, written.name))
+        write_beside(folder, tokenizer_path, extra, jinja=written.jinja, tokens=config.tokens)
 
 
 def save_peft(
@@ -112,20 +104,10 @@ def save_peft(
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """An unmerged adapter that PEFT lays over LlavaForConditionalGeneration or its successor.
+    """Save an unmerged adapter that PEFT puts on LlavaForConditionalGeneration or its successor.
 
-    Args:
-        path: the new directory.
-        model: with adapters.
-        config: what it is.
-        base: the checkpoint in the layout of Hugging Face, as `base_model_name_or_path`.
-        trained: parameters that were trained whole.
-        tokenizer_path: a directory whose tokenizer files are copied.
-        template: the conversation template that the model was trained with, or its name; None: what
-            it came with (see `written_template`). It is written as chat_template.jinja.
-        overwrite: replace a directory that is there.
-        state: other tensors under the names of `model.state_dict()`.
-        extra: more files by name, such as README.md.
+    The arguments are those of `save_lora`, `base` in the layout of Hugging Face; the template is
+    written as chat_template.jinja.
 
     Raises:
         CheckpointError: the directory is there already, or the disk is full.
@@ -140,26 +122,27 @@ def save_peft(
         )
     whole = _whole(model, state)
     halves, others = _split(model, whole, HF_MODULES, trained)
-    written = _adapter_config(model, base, HF_MODULES) | {"modules_to_save": [_HF_PROJECTOR]}
-    spoken = written_template(template, config, tokenizer_path)
+    settings = _adapter_config(model, base, HF_MODULES) | {"modules_to_save": [_HF_PROJECTOR]}
+    written = written_template(template, config, tokenizer_path)
+    jinja = _chat_template(written, config, tokenizer_path)
     with new_directory(path, overwrite=overwrite) as folder:
         write_safetensors(folder / ADAPTER_WEIGHTS[0], {**halves, **others})
-        write_json(folder / ADAPTER_CONFIG, written)
-        copy_tokenizer(tokenizer_path, folder)
-        write_chat_template(folder, _jinja(spoken, config, tokenizer_path))
-        write_extra(folder, extra or {})
+        write_json(folder / ADAPTER_CONFIG, settings)
+        write_beside(folder, tokenizer_path, extra, jinja=jinja, tokens=config.tokens)
 
 
-def _jinja(spoken: WrittenTemplate, config: ModelConfig, tokenizer_path: Path | None) -> str | None:
-    """The template of an adapter, for which its folder has no other place."""
+def _chat_template(
+    template: WrittenTemplate, config: ModelConfig, tokenizer_path: Path | None
+) -> str | None:
+    """Return the template of an adapter as jinja, for its folder has no other place for it."""
     if tokenizer_path is None or config.tokens.image_id is None:
-        return spoken.jinja
+        return template.jinja
     tokenizer = load_tokenizer(tokenizer_path, fast=True)
-    return spoken.for_whole_prompts(tokenizer, config.tokens.image_id, was_whole=True)
+    return template.for_whole_prompts(tokenizer, config.tokens.image_id, was_whole=True)
 
 
 def is_unknown_to_peft(path: str) -> bool:
-    """Whether `save_peft` has no name for an adapter on the module of this path."""
+    """Return whether `save_peft` has no name for an adapter on the module of this path."""
     return HF_MODULES.to_foreign(f"{path}.weight") is None
 
 
@@ -175,7 +158,7 @@ def _split(
     keymap: KeyMap,
     trained: Sequence[str],
 ) -> tuple[dict[str, Stored], dict[str, Stored]]:
-    """Adapter halves, and what stands beside them: the projector and what was trained whole."""
+    """Return adapter halves, and the projector with what else was trained whole."""
     halves: dict[str, Stored] = {}
     for name in adapter_tensors(model):
         module, _, half = name.removesuffix(".weight").rpartition(".")
@@ -186,7 +169,7 @@ def _split(
         for name, tensor in state.items()
         if (name.startswith((PROJECTOR, NEWLINE)) or name in trained) and ".lora_" not in name
     }
-    others = {WRAPPER + name: tensor for name, tensor in renamed(beside, keymap).items()}
+    others = {WRAPPER + name: tensor for name, tensor in keymap.rename(beside).items()}
     return halves, others
 
 
@@ -198,7 +181,7 @@ def _module(path: str, keymap: KeyMap) -> str:
 
 
 def _targets(model: VisionLanguageModel, keymap: KeyMap) -> list[str]:
-    """Last names of the modules where these mean all of them, else the full names.
+    """Return the last names of the modules where these mean all of them, else the full names.
 
     In the original's layout names mean modules of the language model: the tower is not there yet
     when its programs lay an adapter.
@@ -214,7 +197,7 @@ def _targets(model: VisionLanguageModel, keymap: KeyMap) -> list[str]:
 
 
 def _adapter_config(model: VisionLanguageModel, base: str, keymap: KeyMap) -> dict[str, object]:
-    """adapter_config.json as PEFT reads it: what most adapters have, and by name what others have.
+    """Return adapter_config.json: what most adapters have, and by name what others have.
 
     A scale is alpha / rank there; whatever made it here, it is written as the alpha that gives it.
     """
@@ -245,5 +228,32 @@ def _adapter_config(model: VisionLanguageModel, base: str, keymap: KeyMap) -> di
 
 
 def _tidy(number: float) -> int | float:
-    """A whole number as one; products of floats are off by their last digit."""
+    """Return a whole number as an int; products of floats are off by their last digit."""
     return round(number) if abs(number - round(number)) < 1e-9 * abs(number) else number
+
+
+def merged_state(
+    model: VisionLanguageModel, state: Mapping[str, Stored] | None = None
+) -> dict[str, Stored]:
+    """Return the tensors of a model with every adapter folded in; `model` is left as it is.
+
+    A folded layer is computed when it is written, so that one layer more than the model is held.
+
+    Args:
+        model: with adapters.
+        state: other tensors under the names of `model.state_dict()`.
+    """
+    whole = model.state_dict() if state is None else state
+    merged = dict(whole)
+    for path, layer in adapters(model):
+        down, up = (merged.pop(f"{path}.{half}.weight") for half in ("lora_A", "lora_B"))
+        weight = whole[f"{path}.weight"]
+        make = partial(_folded, weight, down, up, layer.scaling)
+        merged[f"{path}.weight"] = Deferred(weight.shape, weight.dtype, make)
+    return merged
+
+
+def _folded(weight: Stored, down: Stored, up: Stored, scaling: float) -> Tensor:
+    """Return W + scaling * B A, summed in float32."""
+    update = scaling * (value(up).float() @ value(down).float())
+    return (value(weight).float() + update).to(weight.dtype)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lapilli.checkpoint.formats.safetensors import DTYPES
+from lapilli.checkpoint.keymaps import KeyMap
 from lapilli.errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
@@ -103,18 +104,27 @@ def refusing_full_disk(path: Path) -> Iterator[None]:
 def write_weights(
     folder: Path,
     tensors: Mapping[str, Stored],
+    keymap: KeyMap | None = None,
     *,
     dtype: Formats = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """model.safetensors, or numbered shards with an index, in the order of the tensors.
+    """Write model.safetensors, or numbered shards with an index, in the order of the tensors.
 
     Args:
         folder: is there.
-        tensors: by the names in the file.
-        dtype: of the stored floats, of all or by the same names; None: each as it is.
+        tensors: by name.
+        keymap: their names in the files; None: the same.
+        dtype: of the stored floats, of all or by the names of `tensors`; None: each as it is.
         shard_bytes: largest size of one file.
+
+    Raises:
+        CheckpointError: `keymap` has no name for a tensor.
     """
+    if keymap is not None:
+        if isinstance(dtype, Mapping):
+            dtype = keymap.rename({name: dtype[name] for name in tensors if name in dtype})
+        tensors = keymap.rename(tensors)
     shards: list[dict[str, Stored]] = [{}]
     size = total = 0
     for name, tensor in tensors.items():

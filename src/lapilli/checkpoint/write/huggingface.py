@@ -1,4 +1,4 @@
-"""A model as Hugging Face's LLaVA: LlavaForConditionalGeneration, or LlavaNext for anyres.
+"""Hugging Face's layout: LlavaForConditionalGeneration, or LlavaNext for anyres.
 
     config.json  generation_config.json  model.safetensors or shards with index
     tokenizer.json  tokenizer_config.json  preprocessor_config.json  processor_config.json
@@ -10,7 +10,6 @@ One vocabulary entry stands for every position of a picture; it is added where t
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from lapilli.checkpoint.keymaps import HF_LLAVA
 from lapilli.checkpoint.read.assemble import VOCABULARY, resized
 from lapilli.checkpoint.read.tokenizer import load_tokenizer
 from lapilli.checkpoint.template import WrittenTemplate, written_template
+from lapilli.checkpoint.write.adapter import merged_state
 from lapilli.checkpoint.write.files import (
     SHARD_BYTES,
     Deferred,
@@ -33,18 +33,17 @@ from lapilli.checkpoint.write.files import (
 )
 from lapilli.checkpoint.write.llava import (
     ACTIVATION_NAMES,
-    generation_ids,
-    merged_state,
-    renamed,
-    renamed_formats,
-    settle_generation,
-    write_chat_template,
-    write_extra,
     write_preprocessor_config,
     write_text_config,
     write_tower_config,
 )
-from lapilli.checkpoint.write.tokenizer import save_tokenizer_with
+from lapilli.checkpoint.write.tokenizer import (
+    save_tokenizer_with,
+    settle_generation,
+    special_ids,
+    write_chat_template,
+    write_extra,
+)
 from lapilli.config.llava import RECORD_KEY
 from lapilli.config.model import ImageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from lapilli.config.projector import projector_name
@@ -53,6 +52,9 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant.linear import QuantLinear
+
+IMAGE_TOKEN = "<image>"  # noqa: S105  no password
+TEXT_TYPES = ("llama", "mistral", "qwen2")
 
 
 def save_hf(
@@ -69,22 +71,10 @@ def save_hf(
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """A whole checkpoint that transformers and this loader read; adapters are folded in.
+    """Save a whole checkpoint that transformers and this loader read; adapters are folded in.
 
-    Args:
-        path: the new directory.
-        model: what is saved.
-        config: what it is, in whatever layout it came.
-        tokenizer: of the model.
-        tokenizer_path: the directory that it came from.
-        dtype: of the stored weights, or of each by the name of its parameter (such as
-            `Loaded.stored`, what the files hold that it came from); None: as they are.
-        template: the conversation template that the model was trained with, or its name; None: what
-            it came with (see `written_template`).
-        overwrite: replace a directory that is there.
-        shard_bytes: largest size of one weight file.
-        state: other tensors under the names of `model.state_dict()`, without adapters.
-        extra: more files by name, such as README.md.
+    The arguments are those of `save_llava`; `tokenizer` is the model's, and `tokenizer_path` the
+    directory that it came from.
 
     Raises:
         CheckpointError: the directory is there already, or the disk is full.
@@ -93,46 +83,40 @@ def save_hf(
 
     Note: rows that the image token needs in both vocabulary tables are the mean of the others.
     """
-    refuse_unsayable(config)
+    check_hf_layout(config)
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ConfigError("the model is quantized: save it from one that is not")
-    spoken = written_template(template, config, tokenizer_path)
+    written = written_template(template, config, tokenizer_path)
     whole = merged_state(model) if state is None else state
     with new_directory(path, overwrite=overwrite) as folder:
-        image_id = _write_words(folder, config, tokenizer, tokenizer_path, spoken)
+        image_id = _write_processor(folder, config, tokenizer, tokenizer_path, written)
         rows = max(config.text.vocab_size, image_id + 1)
         tensors = {name: _with_rows(name, tensor, rows) for name, tensor in whole.items()}
-        formats = renamed_formats(dtype, HF_LLAVA)
-        write_weights(folder, renamed(tensors, HF_LLAVA), dtype=formats, shard_bytes=shard_bytes)
-        written = replace(config, text=replace(config.text, vocab_size=rows))
-        write_json(
-            folder / "config.json",
-            write_hf_config(
-                written,
-                image_id=image_id,
-                torch_dtype=dtype_name(common_dtypes(whole, dtype)[0]),
-                template=spoken.name,
-            ),
+        write_weights(folder, tensors, HF_LLAVA, dtype=dtype, shard_bytes=shard_bytes)
+        content = write_hf_config(
+            replace(config, text=replace(config.text, vocab_size=rows)),
+            image_id=image_id,
+            torch_dtype=dtype_name(common_dtypes(whole, dtype)[0]),
+            template=written.name,
         )
-        _write_generation(folder, config)
+        write_json(folder / "config.json", content)
+        generation = folder / "generation_config.json"
+        if generation.is_file():  # the tokenizer's directory had one
+            settle_generation(folder, config.tokens)
+        else:
+            write_json(generation, {"_from_model_config": True, **special_ids(config.tokens)})
         write_json(folder / "preprocessor_config.json", write_hf_preprocessor(config))
-        write_extra(folder, extra or {})
+        write_extra(folder, extra)
 
 
-def refuse_unwritable(
+def check_hf_files(
     config: ModelConfig,
     *,
     tokenizer: Tokenizer,
     tokenizer_path: Path,
     template: str | Template | None,
 ) -> None:
-    """Refuse before a run what `save_hf` would refuse after it.
-
-    Args:
-        config: of the model.
-        tokenizer: as for `save_hf`.
-        tokenizer_path: as for `save_hf`.
-        template: as for `save_hf`.
+    """Check before a run what `save_hf` would refuse after it; the arguments are the same.
 
     Raises:
         CheckpointError: the tokenizer cannot be written as a tokenizer.json.
@@ -140,27 +124,27 @@ def refuse_unwritable(
         PromptError: the template is one for captions.
         UnsupportedModelError: something that the layout of Hugging Face cannot say.
     """
-    refuse_unsayable(config)
-    spoken = written_template(template, config, tokenizer_path)
-    with tempfile.TemporaryDirectory(prefix="lapilli-words-") as folder:
-        _write_words(Path(folder), config, tokenizer, tokenizer_path, spoken)
+    check_hf_layout(config)
+    written = written_template(template, config, tokenizer_path)
+    with tempfile.TemporaryDirectory(prefix="lapilli-processor-") as folder:
+        _write_processor(Path(folder), config, tokenizer, tokenizer_path, written)
 
 
-def _write_words(
+def _write_processor(
     folder: Path,
     config: ModelConfig,
     tokenizer: Tokenizer,
     tokenizer_path: Path,
-    spoken: WrittenTemplate,
+    template: WrittenTemplate,
 ) -> int:
-    """The files of tokenizer, processor and template; the id of the image token."""
+    """Write the files of tokenizer, processor and template; return the id of the image token."""
     own = config.tokens.image_id
     token = IMAGE_TOKEN if own is None else tokenizer.id_to_token(own)
     image_id = save_tokenizer_with(
         folder, tokenizer_path, tokenizer, token, processor=processor_class(config)
     )
     write_json(folder / "processor_config.json", write_hf_processor(config, token))
-    source = spoken.for_whole_prompts(
+    source = template.for_whole_prompts(
         load_tokenizer(folder, fast=True), image_id, was_whole=own is not None
     )
     write_chat_template(folder, source)
@@ -171,33 +155,16 @@ def _with_rows(name: str, tensor: Stored, rows: int) -> Stored:
     if name not in VOCABULARY or tensor.shape[0] == rows:
         return tensor
     shape = torch.Size((rows, *tensor.shape[1:]))
-    return Deferred(shape, tensor.dtype, partial(_grown, tensor, rows))
+    return Deferred(shape, tensor.dtype, lambda: resized(value(tensor), rows))
 
 
-def _grown(tensor: Stored, rows: int) -> torch.Tensor:
-    return resized(value(tensor), rows)
-
-
-def _write_generation(folder: Path, config: ModelConfig) -> None:
-    """generation_config.json, unless the tokenizer's directory had one."""
-    path = folder / "generation_config.json"
-    if path.is_file():
-        settle_generation(folder, config.tokens)
-    else:
-        write_json(path, {"_from_model_config": True, **generation_ids(config.tokens)})
-
-
-IMAGE_TOKEN = "<image>"  # noqa: S105  no password
-TEXT_TYPES = ("llama", "mistral", "qwen2")
-
-
-def refuse_unsayable(config: ModelConfig) -> None:
-    """Refuse a model that LlavaForConditionalGeneration and its successor cannot be.
+def check_hf_layout(config: ModelConfig) -> None:
+    """Check that LlavaForConditionalGeneration or its successor can be this model.
 
     Raises:
         UnsupportedModelError: another language model, projector or layout of the features.
     """
-    lack = _what_is_unsayable(config)
+    lack = _lacks(config)
     if lack is not None:
         raise UnsupportedModelError(
             f"the layout of Hugging Face has no {lack}: keep the original's (save.layout = "
@@ -205,8 +172,8 @@ def refuse_unsayable(config: ModelConfig) -> None:
         )
 
 
-def _what_is_unsayable(config: ModelConfig) -> str | None:
-    """The first thing that the layout has no words for."""
+def _lacks(config: ModelConfig) -> str | None:
+    """Return the first thing of a model that the layout does not have."""
     vision, projector, image = _parts(config)
     if config.text.family not in TEXT_TYPES:
         return f"{config.text.family} language model, only {', '.join(TEXT_TYPES)}"
@@ -228,7 +195,7 @@ def _what_is_unsayable(config: ModelConfig) -> str | None:
 def write_hf_config(
     config: ModelConfig, *, image_id: int, torch_dtype: str, template: str | None = None
 ) -> dict[str, object]:
-    """config.json of LlavaConfig or LlavaNextConfig.
+    """Return config.json of LlavaConfig or LlavaNextConfig.
 
     Args:
         config: what the model is, its vocabulary with the image token.
@@ -237,17 +204,12 @@ def write_hf_config(
         template: name of its conversation template, or "chat_template" for the one beside it.
 
     Raises:
-        UnsupportedModelError: see `refuse_unsayable`.
+        UnsupportedModelError: see `check_hf_layout`.
     """
-    refuse_unsayable(config)
+    check_hf_layout(config)
     vision, projector, image = _parts(config)
     is_next = _is_next(image)
-    eos = list(config.tokens.eos_ids)
-    ids = {
-        "bos_token_id": config.tokens.bos_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "pad_token_id": config.tokens.pad_id,
-    }
+    ids = special_ids(config.tokens)
     tower = write_tower_config(vision, torch_dtype)
     if vision.family == "siglip":
         tower |= {"vision_use_head": False}
@@ -281,7 +243,7 @@ def write_hf_config(
 
 
 def write_hf_preprocessor(config: ModelConfig) -> dict[str, object]:
-    """preprocessor_config.json beside such a config.json."""
+    """Return preprocessor_config.json beside such a config.json."""
     vision, _, image = _parts(config)
     written = write_preprocessor_config(image.pixels)
     written["processor_class"] = processor_class(config)
@@ -300,7 +262,7 @@ def write_hf_preprocessor(config: ModelConfig) -> dict[str, object]:
 
 
 def write_hf_processor(config: ModelConfig, image_token: str = IMAGE_TOKEN) -> dict[str, object]:
-    """processor_config.json: how many image tokens the processor writes for a picture."""
+    """Return processor_config.json: how many image tokens the processor writes for a picture."""
     vision, _, _ = _parts(config)
     extra = int(vision.family == "clip")
     return {
@@ -313,7 +275,7 @@ def write_hf_processor(config: ModelConfig, image_token: str = IMAGE_TOKEN) -> d
 
 
 def processor_class(config: ModelConfig) -> str:
-    """The class of transformers that prepares text and pictures."""
+    """Return the class of transformers that prepares text and pictures."""
     _, _, image = _parts(config)
     return "LlavaNextProcessor" if _is_next(image) else "LlavaProcessor"
 
@@ -331,7 +293,10 @@ def _is_next(image: ImageConfig) -> bool:
 
 
 def _strategy(vision: VisionConfig) -> str:
-    """`default` drops the first feature, whatever it is; a SigLIP tower has no class token."""
+    """Return `default`, which drops the first feature whatever it is, or `full`.
+
+    A SigLIP tower has no class token to drop.
+    """
     if vision.feature_select == "drop_first":
         return "default"
     return "default" if vision.family == "clip" and vision.feature_select == "patch" else "full"

@@ -1,44 +1,33 @@
-"""A model as files in the original LLaVA layout, written aside and moved into place at the end.
+"""Original LLaVA layout: a whole model, a projector, and config.json of what lies on another model.
 
 config.json  model.safetensors or shards with index  tokenizer files  generation_config.json
 vision_tower/{config.json, preprocessor_config.json, model.safetensors}   with tower="beside"
+
+A folder is written aside and moved into place at the end.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from lapilli.checkpoint.formats.files import read_optional_json
-from lapilli.checkpoint.formats.quantized import KEY, refuse_unknown_packing, written_quantization
-from lapilli.checkpoint.keymaps import (
-    NEWLINE,
-    ORIGINAL,
-    ORIGINAL_MPT,
-    PROJECTOR,
-    TOWER,
-    VISION_TOWER,
-    KeyMap,
-)
-from lapilli.checkpoint.template import WrittenTemplate, written_template
+from lapilli.checkpoint.formats.quantized import KEY, check_quantization, written_quantization
+from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER, VISION_TOWER, original_keymap
+from lapilli.checkpoint.template import written_template
 from lapilli.checkpoint.write.files import (
     SHARD_BYTES,
-    Deferred,
     Formats,
     Stored,
     common_dtypes,
     dtype_name,
     new_directory,
-    value,
     write_json,
     write_pickled,
     write_weights,
 )
+from lapilli.checkpoint.write.tokenizer import special_ids, write_beside
 from lapilli.config.llava import IMAGE_KEY, RECORD_KEY, ROUNDS_KEY
 from lapilli.config.model import (
     Activation,
@@ -49,11 +38,10 @@ from lapilli.config.model import (
     PixelConfig,
     RopeScaling,
     TextConfig,
-    TokenConfig,
     VisionConfig,
 )
 from lapilli.config.projector import projector_name
-from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
+from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.lora.inject import adapters
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template
@@ -62,16 +50,22 @@ from lapilli.quant.linear import QuantLinear
 
 TowerPlace = Literal["named", "inside", "beside"]
 
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 TOWER_FOLDER = "vision_tower"
+ARCHITECTURES = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+    "mpt": ("llava_mpt", "LlavaMptForCausalLM"),
+    # Not of the original but of its successor LLaVA-NeXT, with the same flat keys.
+    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
+}
+# How transformers spells the activations that have several names.
+ACTIVATION_NAMES: dict[Activation, str] = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
 
 
 def save_llava(
@@ -89,7 +83,7 @@ def save_llava(
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """A whole checkpoint that this loader and the original's read.
+    """Save a whole checkpoint that this loader and the original's read.
 
     Args:
         path: the new directory; its name is what the original decides by, so it should contain
@@ -112,17 +106,17 @@ def save_llava(
         extra: more files by name, such as README.md.
 
     Raises:
-        CheckpointError: the directory is there already.
+        CheckpointError: the directory is there already, or the disk is full.
         ConfigError: an adapter is not merged, a tower cannot be named, or packed layers and
             `quantization` do not go together.
         UnsupportedModelError: something that the original layout cannot say.
     """
     if state is None and any(True for _ in adapters(model)):
         raise ConfigError("the model has an unmerged adapter: lapilli.lora.merge(model) first")
-    refuse_unknown_packing(model, quantization, dtype if isinstance(dtype, torch.dtype) else None)
-    spoken = written_template(template, config, tokenizer_path)
+    check_quantization(model, quantization, dtype if isinstance(dtype, torch.dtype) else None)
+    written = written_template(template, config, tokenizer_path)
     config = as_original(config)
-    keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
+    keymap = original_keymap(config.text)
     place = tower or _default_place(config)
     if quantization is not None and quantization.quantize_tower:
         place = "inside"
@@ -132,21 +126,20 @@ def save_llava(
     tower_state = {name: state[name] for name in state if name.startswith(TOWER)}
     inner = {n: t for n, t in state.items() if place == "inside" or n not in tower_state}
     with new_directory(path, overwrite=overwrite) as folder:
-        formats = renamed_formats(dtype, keymap)
-        write_weights(folder, renamed(inner, keymap), dtype=formats, shard_bytes=shard_bytes)
-        written = write_llava_config(
+        write_weights(folder, inner, keymap, dtype=dtype, shard_bytes=shard_bytes)
+        content = write_llava_config(
             replace(config, vision_in_checkpoint=place == "inside"),
-            vision_source=tower_name(config, place),
+            vision_source=_tower_name(config, place),
             torch_dtype=dtype_name(common_dtypes(inner, dtype)[0]),
-            template=spoken.name,
+            template=written.name,
         )
         if quantization is not None:
-            written |= {KEY: written_quantization(quantization)}
-        write_json(folder / "config.json", written)
-        if tower_state and written.get("mm_vision_tower") == TOWER_FOLDER:
+            content |= {KEY: written_quantization(quantization)}
+        write_json(folder / "config.json", content)
+        if tower_state and content.get("mm_vision_tower") == TOWER_FOLDER:
             is_packed = quantization is not None and quantization.quantize_tower
             _write_tower(folder / TOWER_FOLDER, config, {} if is_packed else tower_state, dtype)
-        write_beside(folder, tokenizer_path, extra, template=spoken, tokens=config.tokens)
+        write_beside(folder, tokenizer_path, extra, jinja=written.jinja, tokens=config.tokens)
 
 
 def save_projector(
@@ -161,145 +154,54 @@ def save_projector(
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """A projector-only checkpoint: config.json and mm_projector.bin, as stage 1 leaves it.
+    """Save a projector-only checkpoint: config.json and mm_projector.bin, as stage 1 leaves it.
 
-    Args:
-        path: the new directory.
-        model: whose projector is stored.
-        config: what it is; its tower has to be named.
-        base: the language model, written as `_name_or_path`.
-        tokenizer_path: a directory whose tokenizer files are copied.
-        template: the conversation template that the model is to be spoken to with, or its name;
-            None: what it came with (see `written_template`).
-        overwrite: replace a directory that is there.
-        state: other tensors under the names of `model.state_dict()`.
-        extra: more files by name, such as README.md.
+    The arguments are those of `save_llava`; `base`, the language model, is written as
+    `_name_or_path`, and the tower has to be named.
 
     Raises:
-        CheckpointError: the directory is there already.
+        CheckpointError: the directory is there already, or the disk is full.
         ConfigError: the tower has no name, or the projector is quantized.
     """
     if any(isinstance(module, QuantLinear) for module in model.modalities.modules()):
         raise ConfigError("the projector is quantized: save it from a model whose projector is not")
-    spoken = written_template(template, config, tokenizer_path)
+    written = written_template(template, config, tokenizer_path)
     config = as_original(config)
-    keymap = ORIGINAL_MPT if config.text.family == "mpt" else ORIGINAL
     whole = model.state_dict() if state is None else state
     projector = {
         name: tensor for name, tensor in whole.items() if name.startswith((PROJECTOR, NEWLINE))
     }
     named = {} if base is None else {"_name_or_path": base}
     with new_directory(path, overwrite=overwrite) as folder:
-        write_pickled(folder / "mm_projector.bin", renamed(projector, keymap))
-        written = config_of_part(folder, model, config, spoken.name)
-        write_json(folder / "config.json", {**named, **written, "tune_mm_mlp_adapter": True})
-        write_beside(folder, tokenizer_path, extra, template=spoken, tokens=config.tokens)
+        write_pickled(folder / "mm_projector.bin", original_keymap(config.text).rename(projector))
+        content = config_of_part(folder, model, config, written.name)
+        write_json(folder / "config.json", {**named, **content, "tune_mm_mlp_adapter": True})
+        write_beside(folder, tokenizer_path, extra, jinja=written.jinja, tokens=config.tokens)
 
 
 def config_of_part(
     folder: Path, model: VisionLanguageModel, config: ModelConfig, template: str | None
 ) -> dict[str, object]:
-    """config.json of what lies on another checkpoint: an adapter or a projector.
+    """Return config.json of what lies on another checkpoint: an adapter or a projector.
 
-    Its number format is the one of the files below, not the one that was computed in.
+    Its number format is the one of the files below, not the one that was computed in. A tower among
+    the weights below has no place of its own: its two config files are written into `folder`,
+    because the original layout keeps them nowhere else.
 
     Raises:
-        ConfigError: see `named_tower`.
+        ConfigError: a tower that lies apart and has no name.
     """
+    if config.vision_in_checkpoint and not config.vision_source:
+        _write_tower(folder / TOWER_FOLDER, config, {})
+        source: str | None = TOWER_FOLDER
+    else:
+        source = _tower_name(config, "named")
     return write_llava_config(
         config,
-        vision_source=named_tower(folder, config),
+        vision_source=source,
         torch_dtype=config.torch_dtype or dtype_name(next(iter(model.parameters())).dtype),
         template=template,
     )
-
-
-def write_beside(
-    folder: Path,
-    tokenizer_path: Path | None,
-    extra: Mapping[str, str | bytes] | None,
-    *,
-    template: WrittenTemplate,
-    tokens: TokenConfig,
-) -> None:
-    """What every form ends with: the tokenizer's files, the template, and further ones."""
-    copy_tokenizer(tokenizer_path, folder)
-    settle_generation(folder, tokens)
-    write_extra(folder, extra or {})
-    write_chat_template(folder, template.jinja)
-
-
-def write_chat_template(folder: Path, source: str | None) -> None:
-    """chat_template.jinja, and no other text that claims to be the template."""
-    if source is None:
-        return
-    (folder / "chat_template.jinja").write_text(source, encoding="utf-8", newline="")
-    settings = read_optional_json(folder / "tokenizer_config.json") or {}
-    if "chat_template" in settings:
-        others = {key: entry for key, entry in settings.items() if key != "chat_template"}
-        write_json(folder / "tokenizer_config.json", others)
-
-
-def settle_generation(folder: Path, tokens: TokenConfig) -> None:
-    """Bring a generation_config.json that was copied in line with the ids of the model.
-
-    It wins over config.json when it is read, and an adapter's tokenizer may have come from the
-    folder of its base.
-    """
-    found = read_optional_json(folder / "generation_config.json")
-    if found is None:
-        return
-    ids = {key: one for key, one in generation_ids(tokens).items() if one is not None}
-    if any(found.get(key) != one for key, one in ids.items()):
-        write_json(folder / "generation_config.json", {**found, **ids})
-
-
-def generation_ids(tokens: TokenConfig) -> dict[str, int | list[int] | None]:
-    """The special ids as generation_config.json spells them."""
-    eos: list[int] | int | None = list(tokens.eos_ids)
-    if len(tokens.eos_ids) < 2:
-        eos = next(iter(tokens.eos_ids), None)
-    return {"bos_token_id": tokens.bos_id, "eos_token_id": eos, "pad_token_id": tokens.pad_id}
-
-
-def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """The tokenizer's files, as far as there are some."""
-    for name in TOKENIZER_FILES if source else ():
-        if source and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-def write_extra(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    """Further files of a checkpoint, such as its model card."""
-    for name, content in files.items():
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def merged_state(
-    model: VisionLanguageModel, state: Mapping[str, Stored] | None = None
-) -> dict[str, Stored]:
-    """The tensors of a model with every adapter folded in; `model` itself is left as it is.
-
-    A folded layer is computed when it is written, so that one layer more than the model is held.
-
-    Args:
-        model: with adapters.
-        state: other tensors under the names of `model.state_dict()`.
-    """
-    whole = model.state_dict() if state is None else state
-    merged = dict(whole)
-    for path, layer in adapters(model):
-        down, up = (merged.pop(f"{path}.{half}.weight") for half in ("lora_A", "lora_B"))
-        weight = whole[f"{path}.weight"]
-        make = partial(_folded, weight, down, up, layer.scaling)
-        merged[f"{path}.weight"] = Deferred(weight.shape, weight.dtype, make)
-    return merged
-
-
-def _folded(weight: Stored, down: Stored, up: Stored, scaling: float) -> Tensor:
-    """W + scaling * B A, summed in float32."""
-    update = scaling * (value(up).float() @ value(down).float())
-    return (value(weight).float() + update).to(weight.dtype)
 
 
 def _default_place(config: ModelConfig) -> TowerPlace:
@@ -309,14 +211,14 @@ def _default_place(config: ModelConfig) -> TowerPlace:
 
 
 def is_lasting(source: str | None) -> bool:
-    """Whether a name still finds the tower when the checkpoint lies elsewhere."""
+    """Return whether a name still finds the tower when the checkpoint lies elsewhere."""
     if source is None or source.startswith("."):
         return False
     return "/" in source or Path(source).is_absolute()
 
 
-def tower_name(config: ModelConfig, place: TowerPlace) -> str | None:
-    """What mm_vision_tower says.
+def _tower_name(config: ModelConfig, place: TowerPlace) -> str | None:
+    """Return what mm_vision_tower says.
 
     The original builds even a tuned tower from what this names, so it is a whole directory.
     """
@@ -329,75 +231,19 @@ def tower_name(config: ModelConfig, place: TowerPlace) -> str | None:
     return config.vision_source
 
 
-def named_tower(folder: Path, config: ModelConfig) -> str | None:
-    """What mm_vision_tower says beside an adapter or a projector.
-
-    A tower among the weights below has no place of its own: its two config files are written into
-    `folder`, because the original layout keeps them nowhere else.
-
-    Raises:
-        ConfigError: a tower that lies apart and has no name.
-    """
-    if not config.vision_in_checkpoint or config.vision_source:
-        return tower_name(config, "named")
-    _write_tower(folder / TOWER_FOLDER, config, {})
-    return TOWER_FOLDER
-
-
-def renamed(state: Mapping[str, Stored], keymap: KeyMap) -> dict[str, Stored]:
-    """The same tensors under the names of a layout.
-
-    Raises:
-        CheckpointError: the layout has no name for one.
-    """
-    found: dict[str, Stored] = {}
-    for ours, tensor in state.items():
-        foreign = keymap.to_foreign(ours)
-        if foreign is None:
-            raise CheckpointError(f"{ours} has no name in the layout {keymap.name!r}")
-        found[foreign] = tensor
-    return found
-
-
-def renamed_formats(dtype: Formats, keymap: KeyMap) -> Formats:
-    """Number formats by the names of a layout, where they are told by name."""
-    if not isinstance(dtype, Mapping):
-        return dtype
-    pairs = ((keymap.to_foreign(name), one) for name, one in dtype.items())
-    return {name: one for name, one in pairs if name is not None}
-
-
 def _write_tower(
     folder: Path, config: ModelConfig, state: Mapping[str, Stored], dtype: Formats = None
 ) -> None:
-    """The tower's own directory, without weights where there are none to write."""
+    """Write the tower's own directory, without weights where there are none to write."""
     if config.vision is None or config.image is None:
         return
     folder.mkdir()
     stored = config.torch_dtype or "float32"
     if state:
-        formats = renamed_formats(dtype, VISION_TOWER)
-        write_weights(folder, renamed(state, VISION_TOWER), dtype=formats)
+        write_weights(folder, state, VISION_TOWER, dtype=dtype)
         stored = dtype_name(common_dtypes(state, dtype)[0])
     write_json(folder / "config.json", write_tower_config(config.vision, stored))
     write_json(folder / "preprocessor_config.json", write_preprocessor_config(config.image.pixels))
-
-
-ARCHITECTURES = {
-    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
-    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
-    "mpt": ("llava_mpt", "LlavaMptForCausalLM"),
-    # Not of the original but of its successor LLaVA-NeXT, with the same flat keys.
-    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
-}
-# How transformers spells the activations that have several names.
-ACTIVATION_NAMES: dict[Activation, str] = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
 
 
 def write_llava_config(
@@ -407,7 +253,7 @@ def write_llava_config(
     torch_dtype: str,
     template: str | None = None,
 ) -> dict[str, object]:
-    """config.json of a checkpoint in the original layout.
+    """Return config.json of a checkpoint in the original layout.
 
     Args:
         config: what the model is.
@@ -432,7 +278,9 @@ def write_llava_config(
         **write_text_config(text),
         "torch_dtype": torch_dtype,
         "use_cache": True,
-        **_tokens(config),
+        **special_ids(config.tokens),
+        "mm_use_im_start_end": config.tokens.use_start_end,
+        "mm_use_im_patch_token": config.tokens.use_patch_token,
         "tokenizer_padding_side": config.padding_side,
         "tokenizer_model_max_length": config.max_length,
         "max_sequence_length": config.context_length,
@@ -448,8 +296,8 @@ def write_llava_config(
     return written
 
 
-def refuse_unsayable(config: ModelConfig) -> None:
-    """Refuse a model that the original layout cannot be.
+def check_llava_layout(config: ModelConfig) -> None:
+    """Check that the original layout can hold a model.
 
     Raises:
         UnsupportedModelError: see `write_llava_config`.
@@ -458,7 +306,7 @@ def refuse_unsayable(config: ModelConfig) -> None:
 
 
 def as_original(config: ModelConfig) -> ModelConfig:
-    """The same model as the original layout says it.
+    """Return the same model as the original layout says it.
 
     How Hugging Face tokenizes a prompt and rounds the size of an unpadded picture goes along under
     keys of lapilli's own, so that the model answers here as it did. The original's programs do not
@@ -472,7 +320,7 @@ def as_original(config: ModelConfig) -> ModelConfig:
 
 
 def write_text_config(text: TextConfig) -> dict[str, object]:
-    """The language model's keys, flat in the original layout and a section in others."""
+    """Return the language model's keys, flat in the original layout and a section in others."""
     return _mpt(text) if isinstance(text, MptConfig) else _decoder(text)
 
 
@@ -538,20 +386,6 @@ def _mpt(text: MptConfig) -> dict[str, object]:
     }
 
 
-def _tokens(config: ModelConfig) -> dict[str, object]:
-    tokens = config.tokens
-    eos: int | list[int] | None = list(tokens.eos_ids)
-    if len(tokens.eos_ids) < 2:
-        eos = tokens.eos_ids[0] if tokens.eos_ids else None
-    return {
-        "bos_token_id": tokens.bos_id,
-        "eos_token_id": eos,
-        "pad_token_id": tokens.pad_id,
-        "mm_use_im_start_end": tokens.use_start_end,
-        "mm_use_im_patch_token": tokens.use_patch_token,
-    }
-
-
 def _vision(
     config: ModelConfig, vision: VisionConfig, vision_source: str | None
 ) -> dict[str, object]:
@@ -584,7 +418,7 @@ def _image(image: ImageConfig) -> dict[str, object]:
 
 
 def write_tower_config(vision: VisionConfig, torch_dtype: str) -> dict[str, object]:
-    """config.json of a vision tower in a directory of its own."""
+    """Return config.json of a vision tower in a directory of its own."""
     is_clip = vision.family == "clip"
     return {
         "architectures": ["CLIPVisionModel" if is_clip else "SiglipVisionModel"],
@@ -603,7 +437,7 @@ def write_tower_config(vision: VisionConfig, torch_dtype: str) -> dict[str, obje
 
 
 def write_preprocessor_config(pixels: PixelConfig) -> dict[str, object]:
-    """preprocessor_config.json of a vision tower."""
+    """Return preprocessor_config.json of a vision tower."""
     size: dict[str, int] = {"shortest_edge": pixels.shortest_edge or pixels.crop_size.height}
     if pixels.resize_to is not None:
         size = pixels.resize_to._asdict()

@@ -1,5 +1,9 @@
-"""Tokenizer files with a token more: what the layout of Hugging Face needs for its image token."""
+"""Small files that every layout ends with: tokenizer, chat template, generation_config.json.
 
+Hugging Face's layout has a token more, for its pictures: `save_tokenizer_with`.
+"""
+
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,17 +12,92 @@ from tokenizers.processors import TemplateProcessing
 
 from lapilli.checkpoint.formats.files import read_optional_json, read_optional_text
 from lapilli.checkpoint.write.files import write_json
-from lapilli.checkpoint.write.llava import copy_tokenizer
+from lapilli.config.model import TokenConfig
 from lapilli.errors import CheckpointError
 from lapilli.prompt.tokenizer import SentencePieceTokenizer
 from lapilli.prompt.tokenizer import Tokenizer as LoadedTokenizer
 from lapilli.prompt.tokenizer.convert import llama_tokenizer
 
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def write_beside(
+    folder: Path,
+    tokenizer_path: Path | None,
+    extra: Mapping[str, str | bytes] | None,
+    *,
+    jinja: str | None,
+    tokens: TokenConfig,
+) -> None:
+    """Write the tokenizer's files, the chat template, and further files such as a model card."""
+    copy_tokenizer(tokenizer_path, folder)
+    settle_generation(folder, tokens)
+    write_extra(folder, extra)
+    write_chat_template(folder, jinja)
+
+
+def copy_tokenizer(source: Path | None, folder: Path) -> None:
+    """Copy the files of a tokenizer that are there."""
+    if source is None:
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_chat_template(folder: Path, source: str | None) -> None:
+    """Write chat_template.jinja, and keep no other text that claims to be the template."""
+    if source is None:
+        return
+    (folder / "chat_template.jinja").write_text(source, encoding="utf-8", newline="")
+    settings = read_optional_json(folder / "tokenizer_config.json") or {}
+    if "chat_template" in settings:
+        others = {key: entry for key, entry in settings.items() if key != "chat_template"}
+        write_json(folder / "tokenizer_config.json", others)
+
+
+def settle_generation(folder: Path, tokens: TokenConfig) -> None:
+    """Bring a generation_config.json that was copied in line with the ids of the model.
+
+    It wins over config.json when it is read, and an adapter's tokenizer may have come from the
+    folder of its base.
+    """
+    found = read_optional_json(folder / "generation_config.json")
+    if found is None:
+        return
+    ids = {key: one for key, one in special_ids(tokens).items() if one is not None}
+    if any(found.get(key) != one for key, one in ids.items()):
+        write_json(folder / "generation_config.json", {**found, **ids})
+
+
+def special_ids(tokens: TokenConfig) -> dict[str, int | list[int] | None]:
+    """Return the special ids as config.json and generation_config.json spell them."""
+    eos = list(tokens.eos_ids)
+    return {
+        "bos_token_id": tokens.bos_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": tokens.pad_id,
+    }
+
+
+def write_extra(folder: Path, files: Mapping[str, str | bytes] | None) -> None:
+    """Write further files of a checkpoint, such as its model card."""
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
 
 def save_tokenizer_with(
     folder: Path, source: Path, tokenizer: LoadedTokenizer, token: str, *, processor: str
 ) -> int:
-    """Write tokenizer.json and its configuration with `token` among them; its id.
+    """Write tokenizer.json and its configuration with `token` among them; return its id.
 
     Args:
         folder: where to.
@@ -71,7 +150,7 @@ def save_tokenizer_with(
 
 
 def _rust(source: Path, tokenizer: LoadedTokenizer) -> tuple[Tokenizer, bool | None]:
-    """What the loaded tokenizer was made of, and the `legacy` that says the same.
+    """Return what the loaded tokenizer was made of, and the `legacy` that says the same.
 
     A folder may have both files; a slow tokenizer was read from tokenizer.model. None: what
     tokenizer.json says is all.
@@ -102,7 +181,7 @@ def _frame(rust: Tokenizer, tokenizer: LoadedTokenizer) -> None:
 def _pad(
     tokenizer: LoadedTokenizer, config: Mapping[str, object], special_map: Mapping[str, object]
 ) -> str | None:
-    """A token for padding where the files name none: unk as in the original, else the end."""
+    """Return a token for padding where the files name none: unk as the original, else the end."""
     if config.get("pad_token") or special_map.get("pad_token"):
         return None
     for index in (tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id):
