@@ -8,7 +8,6 @@ from textwrap import wrap
 
 from lapilli.checkpoint.formats.quantized import Packing, stored_quantization
 from lapilli.checkpoint.keymaps import TOWER
-from lapilli.checkpoint.load import match_plan, with_own_head
 from lapilli.checkpoint.read.assemble import Matching, build_model
 from lapilli.checkpoint.read.plan import Plan, make_plan
 from lapilli.checkpoint.template import choose_for
@@ -132,7 +131,7 @@ def inspect_checkpoint(
             here: they are listed.
         ConfigError: config.json cannot be followed.
     """
-    plan = with_own_head(make_plan(source, base=base, adapter=adapter, fetch=False))
+    plan = make_plan(source, base=base, adapter=adapter, fetch=False)
     model = build_model(plan.config)
     shapes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     sizes = layer_shapes(model, ROWS) if choices is not None else []
@@ -140,7 +139,7 @@ def inspect_checkpoint(
     if packed is not None:
         names = plan.parameters
         Packing(model, packed.config, stored=True, published=packed.published, names=names)
-    matching = match_plan(plan, model)
+    matching = plan.match(model)
     choice = choose_for(plan, template)
     chosen = {"name": choice.template.name, "reason": choice.reason}
     tensors = [info for part in plan.parts for info in part.store.infos.values()]

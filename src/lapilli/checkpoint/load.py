@@ -20,13 +20,10 @@ from lapilli.checkpoint.keymaps import LANGUAGE_MODEL
 from lapilli.checkpoint.placement import AUTO, STORED, choose_device, choose_dtype
 from lapilli.checkpoint.read.assemble import (
     LoadReport,
-    Matching,
     Progress,
     Vocabulary,
     build_model,
     fill,
-    has_other_head,
-    match,
     refuse_gaps,
 )
 from lapilli.checkpoint.read.directory import open_weights
@@ -158,11 +155,10 @@ def load_checkpoint(
         plan.keys.refuse_unknown()
     stored = stored_quantization(plan.weights_raw)
     asked = _asked(quantization, stored, quantize_tower=quantize_tower)
-    plan = with_own_head(plan)
     model = build_model(plan.config)
     free = where.type == "cpu" and dtype == AUTO  # to take the faster number format
     packing = _packing(plan, model, asked, stored, merge_lora=merge_lora, free=free)
-    matching = match_plan(plan, model)
+    matching = plan.match(model)
     refuse_gaps(matching)
     number_format = None
     if dtype != STORED:
@@ -193,22 +189,6 @@ def load_checkpoint(
     report = replace(loaded.report, notes=(*loaded.report.notes, *notes))
     config = asked if packing is None else packing.config
     return replace(loaded, report=report, quantization=config, stored=matching.dtypes)
-
-
-def with_own_head(plan: Plan) -> Plan:
-    """The plan, with the output layer of the files where it is not the embedding that it should be.
-
-    Source: transformers from 5.0 keeps both tables and warns.
-    """
-    text = plan.config.text
-    if not text.tie_embeddings or not has_other_head(plan.parts):
-        return plan
-    note = (
-        "config.json says that the output layer is the embedding (tie_word_embeddings), but the "
-        "files hold another one: that is used"
-    )
-    config = replace(plan.config, text=replace(text, tie_embeddings=False))
-    return replace(plan, config=config, notes=(*plan.notes, note))
 
 
 def _asked(
@@ -316,11 +296,6 @@ def _loaded(
         weight_files=plan.weight_files,
         beside=plan.beside,
     )
-
-
-def match_plan(plan: Plan, model: torch.nn.Module) -> Matching:
-    """Every tensor of the plan and every parameter of the model, paired."""
-    return match(plan.parts, model, tied=plan.config.text.tie_embeddings)
 
 
 def lay_adapter(

@@ -194,26 +194,6 @@ def match(parts: Sequence[WeightPart], model: nn.Module, *, tied: bool) -> Match
     )
 
 
-def has_other_head(parts: Sequence[WeightPart]) -> bool:
-    """Whether the last part with an output layer holds another one than its embedding.
-
-    Only of a model whose configuration says that both are one: some programs that fold an adapter
-    in leave that as it was.
-    """
-    for part in reversed(parts):
-        named = {part.parameter(foreign): foreign for foreign in part.store.infos}
-        head = named.get(OUTPUT)
-        if head is None or part.is_dropped(head):
-            continue
-        table = next((named[name] for name in EMBEDDINGS if name in named), None)
-        infos = part.store.infos
-        if table is None or infos[table].shape != infos[head].shape:
-            return True
-        wide = None if infos[table].dtype == infos[head].dtype else torch.float32
-        return not torch.equal(part.store.tensor(head, wide), part.store.tensor(table, wide))
-    return False
-
-
 def refuse_gaps(matching: Matching) -> None:
     """Every parameter has a tensor and every tensor a parameter.
 

@@ -5,19 +5,23 @@
     adapter_config.json                       PEFT adapter on the model that it names
     mm_projector.bin                          projector on a plain language model
 
-A plan reads config files, the tokenizer, and names and shapes of tensors, never their values.
+A plan reads config files, the tokenizer, and names and shapes of tensors; of their values only an
+output layer that should be the embedding.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from lapilli.checkpoint.formats.files import has_file, read_json, read_optional_json
 from lapilli.checkpoint.formats.quantized import is_packed_here, with_quantization_file
 from lapilli.checkpoint.formats.weights import WeightStore, find_weight_files
 from lapilli.checkpoint.keymaps import EMBEDDINGS, LANGUAGE_MODEL, OUTPUT, PROJECTOR, KeyMap
 from lapilli.checkpoint.read.adapter import Adapter, is_adapter, open_adapter
-from lapilli.checkpoint.read.assemble import Vocabulary
+from lapilli.checkpoint.read.assemble import Matching, Vocabulary, match
 from lapilli.checkpoint.read.directory import (
     CheckpointDirectory,
     WeightPart,
@@ -102,6 +106,10 @@ class Plan:
         stores += [] if self.adapter is None else [self.adapter.store]
         return tuple(dict.fromkeys(s.path for store in stores for s in store.shards.values()))
 
+    def match(self, model: nn.Module) -> Matching:
+        """Pair every tensor of the files with a parameter of the model."""
+        return match(self.parts, model, tied=self.config.text.tie_embeddings)
+
     @property
     def has_weights(self) -> bool:
         """Whether the weights were looked at."""
@@ -127,14 +135,15 @@ def make_plan(
         CheckpointError: files are missing, damaged, or do not belong together.
         ConfigError: config.json cannot be followed.
     """
+    plan = _plan_source(source, base, fetch=fetch)
     if adapter is not None:
-        return _with_adapter(make_plan(source, base=base, fetch=fetch), resolve(adapter))
+        plan = _with_adapter(plan, resolve(adapter))
+    return _with_stored_head(plan)
+
+
+def _plan_source(source: str | Path, base: str | None, *, fetch: bool) -> Plan:
     path = resolve(source, weights=fetch)
     weights = fetch or is_local(source)
-    return _plan_source(path, base, weights=weights, fetch=fetch)
-
-
-def _plan_source(path: Path, base: str | None, *, weights: bool, fetch: bool) -> Plan:
     if is_adapter(path):
         return _plan_adapter(path, base, fetch=fetch)
     if _first(path, PROJECTOR_FILES) is not None and not find_weight_files(path):
@@ -160,7 +169,7 @@ def _plan_adapter(path: Path, base: str | None, *, fetch: bool) -> Plan:
     if raw is not None and is_original(raw):
         return _plan_on_base("LoRA", path, base, NON_LORA_FILES, adapter=adapter, fetch=fetch)
     below = find_base(base, adapter.base_name, path, revision=adapter.revision, fetch=fetch)
-    return _with_adapter(make_plan(below, fetch=fetch), path)
+    return _with_adapter(_plan_source(below, None, fetch=fetch), path)
 
 
 def _with_adapter(plan: Plan, path: Path) -> Plan:
@@ -188,6 +197,42 @@ def _with_adapter(plan: Plan, path: Path) -> Plan:
         path=path,
     )
     return _with_own_head(_with_longer_vocabulary(laid))
+
+
+def _with_stored_head(plan: Plan) -> Plan:
+    """Keep the output layer of the files where it is not the embedding that it should be.
+
+    Source: transformers from 5.0 keeps both tables and warns.
+    """
+    text = plan.config.text
+    if not text.tie_embeddings or not _has_other_head(plan.parts):
+        return plan
+    note = (
+        "config.json says that the output layer is the embedding (tie_word_embeddings), but the "
+        "files hold another one: that is used"
+    )
+    config = replace(plan.config, text=replace(text, tie_embeddings=False))
+    return replace(plan, config=config, notes=(*plan.notes, note))
+
+
+def _has_other_head(parts: Sequence[WeightPart]) -> bool:
+    """Return whether the last part with an output layer holds another one than its embedding.
+
+    Only of a model whose configuration says that both are one: some programs that fold an adapter
+    in leave that as it was.
+    """
+    for part in reversed(parts):
+        named = {part.parameter(foreign): foreign for foreign in part.store.infos}
+        head = named.get(OUTPUT)
+        if head is None or part.is_dropped(head):
+            continue
+        table = next((named[name] for name in EMBEDDINGS if name in named), None)
+        infos = part.store.infos
+        if table is None or infos[table].shape != infos[head].shape:
+            return True
+        wide = None if infos[table].dtype == infos[head].dtype else torch.float32
+        return not torch.equal(part.store.tensor(head, wide), part.store.tensor(table, wide))
+    return False
 
 
 def _with_own_head(plan: Plan) -> Plan:
