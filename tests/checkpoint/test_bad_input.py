@@ -267,7 +267,7 @@ def test_a_table_is_looked_at_in_a_copy(copy, monkeypatch):
     summed = {}
     monkeypatch.setattr(
         assemble,
-        "refuse_not_finite",
+        "check_values",
         lambda name, tensor: summed.update({name.split()[0]: tensor.data_ptr()}),
     )
     model = load_checkpoint(path, device="cpu", dtype="float32").model.language_model

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import wrap
 
-from lapilli.checkpoint.formats.quantized import Packing, stored_quantization
+from lapilli.checkpoint.formats.quantized import LayerQuantizer, stored_quantization
 from lapilli.checkpoint.keymaps import TOWER
 from lapilli.checkpoint.read.assemble import Matching, build_model
 from lapilli.checkpoint.read.plan import Plan, make_plan
@@ -100,11 +100,11 @@ class Inspection:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        """The same for json.dumps."""
+        """Return plain values for json.dumps."""
         return asdict(self)
 
     def to_text(self) -> str:
-        """The same for people."""
+        """Return lines of text for people."""
         return as_text(self.to_dict())
 
 
@@ -116,7 +116,7 @@ def inspect_checkpoint(
     template: str | Template | None = None,
     choices: Choices | None = None,
 ) -> Inspection:
-    """What a checkpoint is and what loading it would do.
+    """Return what a checkpoint is and what loading it would do.
 
     Args:
         source: a directory, a hub id or "pebble"; of a hub repository only the small files are
@@ -138,7 +138,7 @@ def inspect_checkpoint(
     packed = stored_quantization(plan.weights_raw)
     if packed is not None:
         names = plan.parameters
-        Packing(model, packed.config, stored=True, published=packed.published, names=names)
+        LayerQuantizer(model, packed.config, stored=True, published=packed.published, names=names)
     matching = plan.match(model)
     choice = choose_for(plan, template)
     chosen = {"name": choice.template.name, "reason": choice.reason}
@@ -280,7 +280,7 @@ def _special_tokens(plan: Plan) -> dict[str, str]:
 
 
 def _missing(plan: Plan, matching: Matching) -> tuple[str, ...]:
-    """Parameters without a tensor, where the weights were looked at."""
+    """Return parameters without a tensor, where the weights were looked at."""
     if not plan.has_weights:
         return ()
     waits = not any(part.has(TOWER) for part in plan.parts) and plan.tower_path is not None
@@ -301,7 +301,7 @@ CUT = {"dropped": 12}
 
 
 def as_text(found: Mapping[str, object]) -> str:
-    """One fact after another, empty ones left out; every name is listed but those of `CUT`."""
+    """Render one fact per line, empty ones left out; `CUT` says where a list is cut."""
     lines: list[str] = []
     for key, value in found.items():
         text = _value(key, value)
@@ -328,7 +328,7 @@ def _mapping(value: Mapping[object, object]) -> str:
 
 
 def _list(key: str, names: list[str]) -> str:
-    """Sentences stand one per line, names beside each other."""
+    """Render sentences one per line, names beside each other."""
     if not names:
         return ""
     margin = "\n" + " " * (LABEL_WIDTH + 1)

@@ -11,7 +11,7 @@ import torch
 
 from lapilli.checkpoint.formats.files import read_optional_json
 from lapilli.checkpoint.formats.quantized import (
-    Packing,
+    LayerQuantizer,
     StoredQuantization,
     faster_tower_dtype,
     stored_quantization,
@@ -23,8 +23,8 @@ from lapilli.checkpoint.read.assemble import (
     Progress,
     Vocabulary,
     build_model,
+    check_complete,
     fill,
-    refuse_gaps,
 )
 from lapilli.checkpoint.read.directory import open_weights
 from lapilli.checkpoint.read.plan import Plan, make_plan
@@ -106,7 +106,7 @@ def load_checkpoint(
     quantize_tower: bool = False,
     wide: tuple[str, ...] = (),
 ) -> Loaded:
-    """A model, its tokenizer and a report, from any LLaVA checkpoint as it was published.
+    """Load a model, its tokenizer and a report from any LLaVA checkpoint as it was published.
 
     Args:
         source: a directory, a hub id ("owner/name" or "owner/name@revision") or "pebble".
@@ -157,16 +157,16 @@ def load_checkpoint(
     asked = _asked(quantization, stored, quantize_tower=quantize_tower)
     model = build_model(plan.config)
     free = where.type == "cpu" and dtype == AUTO  # to take the faster number format
-    packing = _packing(plan, model, asked, stored, merge_lora=merge_lora, free=free)
+    quantizer = _quantizer(plan, model, asked, stored, merge_lora=merge_lora, free=free)
     matching = plan.match(model)
-    refuse_gaps(matching)
+    check_complete(matching)
     number_format = None
     if dtype != STORED:
         number_format = choose_dtype(
             dtype,
             device=where,
             stored=plan.config.torch_dtype,
-            num_parameters=_num_floats(model, packing),
+            num_parameters=_num_floats(model, quantizer),
         )
     fill(
         model,
@@ -176,18 +176,18 @@ def load_checkpoint(
         device=where,
         check_finite=check_finite,
         progress=progress,
-        packing=packing,
+        quantizer=quantizer,
         wide=wide,
     )
-    lay_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
-    notes = () if packing is None else packing.notes
-    if asked is not None and packing is None:  # an adapter had to be folded in first
+    apply_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
+    notes = () if quantizer is None else quantizer.notes
+    if asked is not None and quantizer is None:  # an adapter had to be folded in first
         notes = quantize(model, asked).notes
     if where.type == "cpu" and dtype != STORED:
         take_faster_products(model, Choices(cache_file()))
     loaded = _loaded(model, plan, matching.report(), template)
     report = replace(loaded.report, notes=(*loaded.report.notes, *notes))
-    config = asked if packing is None else packing.config
+    config = asked if quantizer is None else quantizer.config
     return replace(loaded, report=report, quantization=config, stored=matching.dtypes)
 
 
@@ -197,7 +197,7 @@ def _asked(
     *,
     quantize_tower: bool,
 ) -> QuantConfig | None:
-    """What a caller wants; "int4" takes groups and zero points as published files have them."""
+    """Return what a caller wants; "int4" takes groups and zero points as published files do."""
     if quantization is None:
         return None
     asked = quant_config(quantization, quantize_tower=quantize_tower)
@@ -207,7 +207,7 @@ def _asked(
     return replace(asked, group_size=own.group_size, symmetric=own.symmetric)
 
 
-def _packing(
+def _quantizer(
     plan: Plan,
     model: torch.nn.Module,
     asked: QuantConfig | None,
@@ -215,22 +215,22 @@ def _packing(
     *,
     merge_lora: bool,
     free: bool,
-) -> Packing | None:
-    """How layers are packed while they are read; None: not at all, or not before an adapter is in.
+) -> LayerQuantizer | None:
+    """Return what packs layers while they are read; None: nothing, or only with an adapter in.
 
     Raises:
         ConfigError: the files are packed otherwise, or an adapter would lie over packed layers.
     """
     if stored is not None:
         if asked is not None:
-            stored.refuse_other(asked, plan.path)
+            stored.check_request(asked, plan.path)
         if plan.adapter is not None:
             raise ConfigError(
                 "an adapter cannot be laid over quantized layers: lay it over the checkpoint "
                 "before quantization, with quantize= to pack the result"
             )
         config = asked or stored.config
-        return Packing(
+        return LayerQuantizer(
             model,
             config,
             stored=asked is None or stored.published is None,
@@ -241,7 +241,7 @@ def _packing(
     if asked is None:
         return None
     if plan.adapter is None:
-        return Packing(model, asked, tower_dtype=_tower_dtype(plan, asked, free))
+        return LayerQuantizer(model, asked, tower_dtype=_tower_dtype(plan, asked, free))
     if not merge_lora:
         raise ConfigError("quantized layers carry no adapter: quantize= needs merge_lora=True")
     return None
@@ -253,12 +253,12 @@ def _tower_dtype(plan: Plan, config: QuantConfig, free: bool) -> torch.dtype | N
     return faster_tower_dtype(plan.config, Choices(cache_file()))
 
 
-def _num_floats(model: torch.nn.Module, packing: Packing | None) -> int:
-    """How many numbers will stay floats of the chosen format."""
+def _num_floats(model: torch.nn.Module, quantizer: LayerQuantizer | None) -> int:
+    """Return how many numbers will stay floats of the chosen format."""
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if packing is None or not packing.takes(name)
+        if quantizer is None or not quantizer.takes(name)
     )
 
 
@@ -269,7 +269,7 @@ def _through_transformers(
     device: torch.device,
     dtype: str | torch.dtype,
 ) -> tuple[VisionLanguageModel, Plan]:
-    """A plain language model of another family, or the refusal with what transformers says."""
+    """Load a plain language model of another family, or raise with what transformers says."""
     try:
         found = load_foreign_model(source, device=device, dtype=dtype)
     except UnsupportedModelError as error:
@@ -298,7 +298,7 @@ def _loaded(
     )
 
 
-def lay_adapter(
+def apply_adapter(
     model: VisionLanguageModel, plan: Plan, *, merged: bool, check_finite: bool
 ) -> None:
     """Inject the plan's adapter, and fold it into the weights when asked."""
@@ -314,7 +314,7 @@ def lay_adapter(
 
 
 def is_foreign(raw: JsonObject) -> bool:
-    """Whether a config.json is a causal language model that only transformers may know."""
+    """Return whether a config.json is a causal language model that only transformers may know."""
     named = "ForCausalLM" in str(raw.get("architectures", ""))
     return named and raw.get("model_type") not in SUPPORTED_TYPES
 
@@ -328,7 +328,7 @@ _SIZES = {
 }
 
 
-def _refuse_sizes(raw: JsonObject) -> None:
+def _check_sizes(raw: JsonObject) -> None:
     """Check the sizes before transformers builds what they say."""
     reader = KeyReader(raw, "config.json")
     for most, keys in _SIZES.items():
@@ -339,7 +339,7 @@ def _refuse_sizes(raw: JsonObject) -> None:
 def load_foreign_model(
     source: str | Path, *, device: torch.device, dtype: str | torch.dtype
 ) -> tuple[VisionLanguageModel, Plan] | None:
-    """The model without images and what was done; None for every other checkpoint.
+    """Load a model without images through transformers; None for every other checkpoint.
 
     Args:
         source: as for `load_checkpoint`.
@@ -357,7 +357,7 @@ def load_foreign_model(
     raw = read_optional_json(path / "config.json") or {}
     if not is_foreign(raw):
         return None
-    _refuse_sizes(raw)
+    _check_sizes(raw)
     path = resolve(source)
     tokenizer = load_tokenizer(path, fast=True)
     infos = open_weights(path).infos.values()

@@ -70,7 +70,7 @@ class Results:
 
     @classmethod
     def of(cls, loaded: Loaded, recipe: Recipe) -> "Results":
-        """The results of a recipe, refused before the run where they could not be saved.
+        """Check before the run that the results of a recipe can be saved.
 
         Raises:
             ConfigError: the recipe asks for a form that this checkpoint cannot be saved in.
@@ -91,7 +91,7 @@ class Results:
 
     @property
     def dtype(self) -> Formats:
-        """Of the stored weights of a whole checkpoint: as in the files that it started from."""
+        """Return the dtype of the stored weights: as in the files that the run started from."""
         name = self.recipe.save.dtype
         if name is None:
             return self.loaded.stored
@@ -100,7 +100,7 @@ class Results:
         return DTYPES[name]
 
     def config_for(self, *, whole: bool) -> ModelConfig:
-        """The configuration, its tower named so that it is found from where the results lie.
+        """Return the configuration, its tower named so that it is found from the results.
 
         A tower in a folder of the checkpoint itself is copied into a whole one; an adapter or a
         projector says where it is.
@@ -113,11 +113,11 @@ class Results:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether what comes out is an adapter beside its base."""
+        """Return whether what comes out is an adapter beside its base."""
         return self.recipe.lora is not None and not self.recipe.save.merge
 
     def refuse_impossible(self) -> None:
-        """See `of`."""
+        """Check the recipe against what the layouts can hold; see `of`."""
         save, lora = self.recipe.save, self.recipe.lora
         if save.merge and lora is not None and lora.base != "float":
             raise ConfigError(
@@ -165,7 +165,7 @@ class Results:
             )
 
     def _adapted(self) -> list[str]:
-        """Paths of the layers that have an adapter, or will get a fresh one by a target."""
+        """Return the paths of the layers that have an adapter or will get a fresh one."""
         model, lora = self.loaded.model, self.recipe.lora
         present = [path for path, _ in adapters(model)]
         if present or lora is None or not lora.targets:
@@ -186,7 +186,7 @@ def save_results(
     state: Mapping[str, torch.Tensor] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """What the stage trained, in the form that its recipe asks for.
+    """Save what the stage trained, in the form that its recipe asks for.
 
     Args:
         folder: is made or replaced, in one step; it holds nothing but these results.
@@ -247,7 +247,7 @@ class _Common(TypedDict):
 
 
 def _trained_whole(model: VisionLanguageModel, recipe: Recipe) -> list[str]:
-    """Parameters that an adapter's folder holds beside the adapter."""
+    """Return the parameters that an adapter's folder holds beside the adapter."""
     tunes_tower = recipe.model.tune_tower  # a tower is read from one place, so all of it
     return [
         name
@@ -263,13 +263,13 @@ def _is_projector_alone(model: VisionLanguageModel) -> bool:
 
 
 def _spoken(loaded: Loaded, recipe: Recipe) -> Template:
-    """What the model answers with from now on; the captions of the first stage say nothing."""
+    """Return the template of the results; the captions of the first stage say nothing."""
     asked = recipe.data.template
     return template_by_name(asked) if asked and "plain" not in asked else loaded.template.template
 
 
 def _base_of(loaded: Loaded, recipe: Recipe) -> str:
-    """The nearest checkpoint with weights of its own: a hub id as it is, a folder by full path."""
+    """Return the nearest checkpoint with weights: a hub id as it is, a folder by full path."""
     source, path = recipe.model.checkpoint or str(loaded.path), loaded.path
     if recipe.model.adapter is not None and is_adapter(path):  # laid over the checkpoint
         return source if not is_local(source) else str(Path(source).expanduser().resolve())

@@ -196,8 +196,8 @@ def test_a_biased_layer_keeps_its_bias():
     layer = PublishedLinear("a.b", linear, published_format(awq(32)))
     assert "bias" in layer.state_dict()
     with pytest.raises(CheckpointError, match=r"a\.b\.bias is not zero"):
-        layer.refuse_bias(torch.ones(16))
-    layer.refuse_bias(torch.zeros(16))
+        layer.check_bias(torch.ones(16))
+    layer.check_bias(torch.zeros(16))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 
 import lapilli
 from lapilli.checkpoint.formats.quantized import (
-    Packing,
+    LayerQuantizer,
     faster_tower_dtype,
     stored_quantization,
     written_quantization,
@@ -158,7 +158,7 @@ def test_a_tower_in_the_faster_float_answers() -> None:
 @pytest.mark.slow
 def test_packing_reads_the_tower_in_its_format() -> None:
     model = build_model(load_checkpoint("pebble", device="cpu").config)
-    packing = Packing(model, QuantConfig(), tower_dtype=torch.bfloat16)
+    packing = LayerQuantizer(model, QuantConfig(), tower_dtype=torch.bfloat16)
     assert packing.dtype_of("modalities.image.projector.0.weight", torch.float32) == torch.bfloat16
     assert packing.dtype_of("language_model.model.norm.weight", torch.float32) == torch.float32
     assert packing.dtype_of("language_model.model.embed_tokens.weight", torch.float32) is None

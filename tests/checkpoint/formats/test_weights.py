@@ -10,7 +10,7 @@ from safetensors.torch import save, save_file
 
 from lapilli.checkpoint.formats.pickled import PickledShard
 from lapilli.checkpoint.formats.safetensors import SafetensorsShard
-from lapilli.checkpoint.formats.weights import WeightStore, find_weight_files, refuse_not_finite
+from lapilli.checkpoint.formats.weights import WeightStore, check_values, find_weight_files
 from lapilli.errors import CheckpointError, MissingFileError
 
 SHAPES = [(3, 5), (7,), (), (0, 4), (2, 3, 4)]
@@ -112,10 +112,10 @@ def test_shards_without_index_are_counted(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_value_among_many_is_found(dtype, value):
     tensor = torch.randn(257, 33).to(dtype)
-    refuse_not_finite("w", tensor)
+    check_values("w", tensor)
     tensor[256, 32] = value
     with pytest.raises(CheckpointError, match="w has 1 values of 8481 that are NaN or infinite"):
-        refuse_not_finite("w", tensor)
+        check_values("w", tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -123,19 +123,19 @@ def test_large_values_whose_sum_overflows_are_finite(dtype, monkeypatch):
     monkeypatch.setattr("lapilli.checkpoint.formats.weights.FINITE_BLOCK", 100)
     tensor = torch.full((257, 33), torch.finfo(dtype).max, dtype=dtype)
     assert not tensor.sum().isfinite()
-    refuse_not_finite("w", tensor)
+    check_values("w", tensor)
     tensor[3, 4] = float("nan")
     tensor[256, 32] = float("inf")
     with pytest.raises(CheckpointError, match="w has 2 values of 8481 that are NaN or infinite"):
-        refuse_not_finite("w", tensor)
+        check_values("w", tensor)
 
 
 def test_infinities_that_cancel_are_found():
     tensor = torch.tensor([float("inf"), 1.0, float("-inf")])
     with pytest.raises(CheckpointError, match="w has 2 values of 3"):
-        refuse_not_finite("w", tensor)
+        check_values("w", tensor)
 
 
 def test_integers_and_nothing_are_finite():
-    refuse_not_finite("ids", torch.arange(3))
-    refuse_not_finite("empty", torch.empty(0))
+    check_values("ids", torch.arange(3))
+    check_values("empty", torch.empty(0))

@@ -1,4 +1,4 @@
-"""Weights as AWQ and GPTQ files hold them: what config.json says, how tensors lie, our packing.
+"""Weights as AWQ and GPTQ files hold them: what config.json says, how tensors lie and are repacked.
 
 Knows these formats and the packed layout of the kernels; knows no model and opens no file.
 
@@ -55,12 +55,12 @@ class PublishedFormat:
 
     @property
     def config(self) -> QuantConfig:
-        """The layers as the kernels compute them; wide groups are several with one scale."""
+        """Return how the kernels compute the layers; wide groups are several with one scale."""
         width = WIDEST if self.group_size < 0 else min(self.group_size, WIDEST)
         return QuantConfig(bits=4, group_size=width, symmetric=self.symmetric, head_bits=None)
 
     def inputs_of_group(self, in_features: int) -> int:
-        """Inputs of a layer that share a scale in the file."""
+        """Return how many inputs of a layer share a scale in the file."""
         return in_features if self.group_size < 0 else self.group_size
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class PublishedFormat:
 
 
 def published_format(found: JsonObject) -> PublishedFormat:
-    """The format that a `quantization_config` of method awq or gptq names.
+    """Return the format that a `quantization_config` of method awq or gptq names.
 
     Raises:
         UnsupportedModelError: a variant that is not read.
@@ -92,13 +92,13 @@ def published_format(found: JsonObject) -> PublishedFormat:
             f"multiples of {WIDEST}, and -1: {ADVICE}"
         )
     if method == "awq":
-        _refuse_variant(reader, "version", "format", known=("gemm",))
+        _check_variant(reader, "version", "format", known=("gemm",))
         if reader.text("backend") == "llm-awq":
             raise UnsupportedModelError(
                 f"config.json: AWQ in llm-awq's layout is not read: {ADVICE}"
             )
         return PublishedFormat(method="awq", group_size=size)
-    variant = _refuse_variant(reader, "checkpoint_format", "format", known=("gptq", "gptq_v2"))
+    variant = _check_variant(reader, "checkpoint_format", "format", known=("gptq", "gptq_v2"))
     if reader.flag("is_marlin_format", False):
         raise UnsupportedModelError(f"config.json: GPTQ in marlin's format is not read: {ADVICE}")
     return PublishedFormat(
@@ -110,8 +110,8 @@ def published_format(found: JsonObject) -> PublishedFormat:
     )
 
 
-def _refuse_variant(reader: KeyReader, *keys: str, known: tuple[str, ...]) -> str:
-    """The first key that is there, in lower case; the first known value where none is."""
+def _check_variant(reader: KeyReader, *keys: str, known: tuple[str, ...]) -> str:
+    """Return the first key that is there, in lower case, or the first known value."""
     for key in keys:
         value = reader.text(key)
         if value is None:
@@ -182,7 +182,7 @@ class PublishedLinear(nn.Module):
         return shapes
 
     def add(self, name: str, tensor: Tensor) -> Packed | None:
-        """Take one tensor; the packed layer once all of them are there.
+        """Take one tensor; return the packed layer once all of them are there.
 
         Raises:
             CheckpointError: a tensor of another kind, or weights that cannot be packed as they are.
@@ -197,8 +197,8 @@ class PublishedLinear(nn.Module):
         needed = [kind for kind in (*PIECES, "g_idx") if hasattr(self, kind)]
         return self._packed() if all(kind in self._found for kind in needed) else None
 
-    def refuse_bias(self, bias: Tensor) -> None:
-        """GPTQ files have biases of zeros where a model has none; others would change it.
+    def check_bias(self, bias: Tensor) -> None:
+        """Check that a bias is zero: GPTQ files have such ones where a model has none.
 
         Raises:
             CheckpointError: not zeros.
@@ -211,7 +211,7 @@ class PublishedLinear(nn.Module):
 
     def _packed(self) -> Packed:
         inputs, form = self.in_features, self.form
-        self._refuse_order(self._found.get("g_idx"))
+        self._check_order(self._found.get("g_idx"))
         width = form.config.group_size
         starts = torch.arange(0, -(-inputs // CHUNK) * CHUNK, width)
         group = (starts // form.inputs_of_group(inputs)).clamp(max=len(self._found["scales"]) - 1)
@@ -239,7 +239,7 @@ class PublishedLinear(nn.Module):
             4,
         )
 
-    def _refuse_order(self, order: Tensor | None) -> None:
+    def _check_order(self, order: Tensor | None) -> None:
         if order is None:
             return
         trivial = torch.arange(self.in_features) // self.form.inputs_of_group(self.in_features)
@@ -251,7 +251,7 @@ class PublishedLinear(nn.Module):
             )
 
     def _zeros(self) -> UInt8[Tensor, "groups out"] | None:
-        """What zero is stored as; None where it is 8 everywhere by the format's own word."""
+        """Return the stored zero points, or None where the format says that all are 8."""
         stored = self._found["qzeros"]
         if self.form.method == "awq":
             return interleaved(stored).t()
@@ -269,29 +269,29 @@ class PublishedLinear(nn.Module):
         return None
 
 
-def _laid_out(numbers: Tensor) -> Tensor:
-    """A copy with plain strides, which seeing numbers as bytes needs even of a single column."""
+def _contiguous(numbers: Tensor) -> Tensor:
+    """Return a contiguous copy, which a view as bytes needs even of a single column."""
     return numbers.clone(memory_format=torch.contiguous_format)
 
 
 def in_order(numbers: Int[Tensor, "rows columns"]) -> UInt8[Tensor, "rows nibbles"]:
-    """The nibbles of every row as GPTQ has them: one after another."""
-    each = _laid_out(numbers).view(torch.uint8)
+    """Return the nibbles of every row as GPTQ has them: one after another."""
+    each = _contiguous(numbers).view(torch.uint8)
     return torch.stack((each & 15, each >> 4), dim=-1).flatten(1)
 
 
 def interleaved(numbers: Int[Tensor, "rows columns"]) -> UInt8[Tensor, "nibbles rows"]:
-    """The nibbles of every row as AWQ has them, transposed: outputs come first.
+    """Return the nibbles of every row as AWQ has them, transposed: outputs come first.
 
     Half h of byte 2 a + b belongs to output 4 b + 2 h + a of eight. Numbers are transposed before
     bytes and bytes before halves, which is six times as fast as the other way round.
     """
     rows, columns = numbers.shape
-    each = _laid_out(numbers.t()).view(torch.uint8).view(columns, rows, 2, 2)  # [.., a, b]
+    each = _contiguous(numbers.t()).view(torch.uint8).view(columns, rows, 2, 2)  # [.., a, b]
     each = each.permute(0, 3, 2, 1).contiguous()  # [columns, b, a, rows]
     return torch.stack((each & 15, each >> 4), dim=2).view(columns * PER_NUMBER, rows)
 
 
 def is_published(path: str, names: frozenset[str]) -> bool:
-    """Whether the files hold a packed tensor of this layer, complete or not."""
+    """Return whether the files hold a packed tensor of this layer, complete or not."""
     return any(f"{path}.{piece}" in names for piece in PIECES)

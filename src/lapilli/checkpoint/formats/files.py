@@ -23,7 +23,7 @@ GGUF: Final = (
 
 
 def read_json(path: Path) -> JsonObject:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         MissingFileError: no such file.
@@ -31,12 +31,12 @@ def read_json(path: Path) -> JsonObject:
     """
     found = read_optional_json(path)
     if found is None:
-        raise MissingFileError(f"{path.name} is missing in {path.parent}: {_meant(path.parent)}")
+        raise MissingFileError(f"{path.name} is missing in {path.parent}: {_advice(path.parent)}")
     return found
 
 
-def _meant(directory: Path) -> str:
-    """What a directory without a needed file may be."""
+def _advice(directory: Path) -> str:
+    """Return advice about a directory that lacks a needed file."""
     results = directory / RESULTS
     if any(results.glob("*config.json")):  # an adapter may have adapter_config.json only
         return f"did you mean {results}?"
@@ -47,7 +47,7 @@ def _meant(directory: Path) -> str:
 
 
 def read_optional_json(path: Path) -> JsonObject | None:
-    """A JSON object, or None when the file is not there.
+    """Read a JSON object; return None when the file is not there.
 
     Raises:
         CheckpointError: not JSON, or not an object.
@@ -62,7 +62,7 @@ def read_optional_json(path: Path) -> JsonObject | None:
 
 
 def read_optional_text(path: Path, *, most: int = MOST_BYTES) -> str | None:
-    """The text of a file, or None when it is not there.
+    """Read the text of a file; return None when it is not there.
 
     Raises:
         CheckpointError: not UTF-8, or larger than `most` bytes.
@@ -72,7 +72,7 @@ def read_optional_text(path: Path, *, most: int = MOST_BYTES) -> str | None:
 
 
 def read_optional_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes | None:
-    """The content of a small file, or None when it is not there.
+    """Read the content of a small file; return None when it is not there.
 
     Raises:
         CheckpointError: no regular file, it cannot be read, or has more than `most` bytes.
@@ -86,7 +86,7 @@ def read_optional_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes | None:
 
 
 def first_bytes(path: Path, count: int) -> bytes:
-    """The beginning of a file.
+    """Read the beginning of a file.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -99,7 +99,7 @@ def first_bytes(path: Path, count: int) -> bytes:
 
 
 def has_file(path: Path) -> bool:
-    """Whether a file is there.
+    """Return whether a regular file is there.
 
     Raises:
         CheckpointError: something else of this name is there, or nobody may look.

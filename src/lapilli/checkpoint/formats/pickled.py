@@ -28,16 +28,16 @@ class PickledShard:
         self._tensors = _named_tensors(path, _load(path))
 
     def infos(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor."""
+        """Return shape and dtype of every tensor."""
         return {name: (tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
-        """A tensor on the CPU: a view of the file when no other dtype is asked for."""
+        """Return a tensor on the CPU: a view of the file when no other dtype is asked for."""
         return self._tensors[name].to(dtype or self._tensors[name].dtype, copy=not mapped)
 
 
 def _load(path: Path) -> object:
-    _refuse_bomb(path)
+    _check_archive(path)
     try:
         return _unpickled(path, mmap=True)
     except RuntimeError as error:
@@ -51,7 +51,7 @@ def _load(path: Path) -> object:
 
 
 def _unpickled(path: Path, *, mmap: bool) -> object:
-    """What the restricted unpickler makes of a file; a RuntimeError is left to the caller."""
+    """Load a file with the restricted unpickler; a RuntimeError is left to the caller."""
     try:
         with warnings.catch_warnings():  # of storages that only old files have
             warnings.simplefilter("ignore")
@@ -64,8 +64,8 @@ def _unpickled(path: Path, *, mmap: bool) -> object:
         raise _damaged(path) from error
 
 
-def _refuse_bomb(path: Path) -> None:
-    """An archive of torch.save holds its members as they are, each once.
+def _check_archive(path: Path) -> None:
+    """Check that an archive holds its members as torch.save does: as they are, each once.
 
     Raises:
         CheckpointError: members are compressed, or larger together than the file.
@@ -91,7 +91,7 @@ def _damaged(path: Path) -> CheckpointError:
 
 
 def _unsafe_or_damaged(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
-    """Torch wraps both; its sentence about a global or an instruction tells a call to code."""
+    """Tell a call to code from damage by the sentence about a global or an instruction."""
     text = str(error)
     marks = ("GLOBAL", "Unsupported class", "Unsupported operand", "Trying to call", "REDUCE")
     if not any(mark in text for mark in marks):
@@ -113,7 +113,7 @@ def _named_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
                 f"{path}: {shown(name)} is a {type(value).__name__}, expected a tensor: this is no "
                 "file of weights alone"
             )
-        strange = _strangeness(value)
+        strange = _why_unfit(value)
         if strange:
             raise CheckpointError(
                 f"{path}: {shown(name)} is {strange}, expected a plain tensor of numbers"
@@ -122,8 +122,8 @@ def _named_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
     return tensors
 
 
-def _strangeness(tensor: Tensor) -> str:
-    """What makes a tensor unfit to be a weight; empty for one that every operation reads."""
+def _why_unfit(tensor: Tensor) -> str:
+    """Return what makes a tensor unfit to be a weight, or an empty text."""
     marks = {
         "nested": tensor.is_nested,
         "quantized": tensor.is_quantized,

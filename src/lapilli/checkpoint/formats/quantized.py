@@ -1,8 +1,8 @@
 """Quantization on the side of the files: layers packed while they are read, packed files read back.
 
-    Packing(model, config)                   every weight is rounded as it comes and let go
-    Packing(model, config, stored=True)      the files hold packed layers: views, nothing computed
-    Packing(..., published=PublishedFormat)  layers of AWQ or GPTQ, packed as they are
+    LayerQuantizer(model, config)            every weight is rounded as it comes and let go
+    LayerQuantizer(..., stored=True)         the files hold packed layers: views, nothing computed
+    LayerQuantizer(..., published=format)    layers of AWQ or GPTQ, packed as they are
 
 config.json names what the files hold:  "quantization_config": {"quant_method": "lapilli", ...}
 """
@@ -62,8 +62,8 @@ class StoredQuantization:
             return str(self.published)
         return f"lapilli, {describe(self.config)}"
 
-    def refuse_other(self, asked: QuantConfig, what: Path) -> None:
-        """Nothing is rounded twice: what is asked for has to be what the files hold.
+    def check_request(self, asked: QuantConfig, what: Path) -> None:
+        """Check that what is asked for is what the files hold: nothing is rounded twice.
 
         Published formats say nothing of activations, nor of what they leave float; the caller may.
 
@@ -87,7 +87,7 @@ class StoredQuantization:
 
 
 def with_quantization_file(raw: JsonObject, path: Path) -> JsonObject:
-    """A config.json that names the packing of the weights beside it, where another file does."""
+    """Return config.json with the quantization that another file names, where one does."""
     if is_object(raw.get(KEY)):
         return raw
     for method, name in BESIDE.items():
@@ -98,13 +98,13 @@ def with_quantization_file(raw: JsonObject, path: Path) -> JsonObject:
 
 
 def is_packed_here(raw: JsonObject) -> bool:
-    """Whether lapilli wrote the layers of this checkpoint as packed."""
+    """Return whether lapilli wrote the layers of this checkpoint as packed."""
     found = raw.get(KEY)
     return is_object(found) and found.get("quant_method") == METHOD
 
 
 def stored_quantization(raw: JsonObject) -> StoredQuantization | None:
-    """How the weights of a checkpoint are packed; None where they are not.
+    """Return how the weights of a checkpoint are packed, or None where they are not.
 
     Raises:
         UnsupportedModelError: packed by another library, in a form that is not read.
@@ -134,14 +134,14 @@ def stored_quantization(raw: JsonObject) -> StoredQuantization | None:
 
 
 def written_quantization(config: QuantConfig) -> dict[str, object]:
-    """The same as it stands in config.json."""
+    """Return `quantization_config` of config.json."""
     return {"quant_method": METHOD, **asdict(config)}
 
 
 def check_quantization(
     model: nn.Module, config: QuantConfig | None, dtype: torch.dtype | None
 ) -> None:
-    """A model is written as packed if and only if it is, and every layer that it says.
+    """Check that a model is written as packed exactly if it is, with every layer that config says.
 
     Raises:
         ConfigError: not so, or another number format is asked for.
@@ -154,11 +154,11 @@ def check_quantization(
     if packed and dtype is not None:
         raise ConfigError("a quantized model is saved as it is, without dtype")
     if config is not None:
-        _refuse_other_layers(model, config)
+        _check_layers(model, config)
 
 
-def _refuse_other_layers(model: nn.Module, config: QuantConfig) -> None:
-    """Every layer has the bits that a QuantConfig gives it, which published files need not obey."""
+def _check_layers(model: nn.Module, config: QuantConfig) -> None:
+    """Check that every layer has the bits of a QuantConfig; published files need not obey it."""
     for path, module in model.named_modules():
         if not isinstance(module, QuantLinear | nn.Linear):
             continue
@@ -173,7 +173,7 @@ def _refuse_other_layers(model: nn.Module, config: QuantConfig) -> None:
 
 
 def faster_tower_dtype(config: ModelConfig, choices: Choices) -> torch.dtype | None:
-    """The number format in which a vision tower is faster on this CPU; None where it is small.
+    """Return the dtype in which a vision tower is faster on this CPU; None where it is small.
 
     It is measured once per machine: bfloat16 is five times as fast as float32 on one
     CPU and seven times as slow on another.
@@ -185,7 +185,7 @@ def faster_tower_dtype(config: ModelConfig, choices: Choices) -> torch.dtype | N
     return choices.float_dtype(shape) if math.prod(shape) > LARGE else None
 
 
-class Packing:
+class LayerQuantizer:
     """The linear layers of a model without memory, replaced by packed ones.
 
     Args:
@@ -241,7 +241,7 @@ class Packing:
         self._keep_embeddings()
 
     def _expect_packed(self, path: str, linear: nn.Linear, bits: int) -> None:
-        """A layer that the files hold as the kernels read it."""
+        """Expect a layer that the files hold as the kernels read it."""
         group_size, symmetric = self.config.group_size, self.config.symmetric
         packed = empty_packed(linear, bits, group_size, symmetric=symmetric)
         layer = QuantLinear(packed, weight_only=self.config.mode == "weight_only")
@@ -251,7 +251,7 @@ class Packing:
     def _expect_published(
         self, path: str, linear: nn.Linear, published: PublishedFormat, names: frozenset[str]
     ) -> None:
-        """A layer that the files hold in a foreign format."""
+        """Expect a layer that the files hold in a foreign format."""
         has_order, has_bias = (f"{path}.{name}" in names for name in ("g_idx", "bias"))
         layer = PublishedLinear(path, linear, published, has_order=has_order, has_bias=has_bias)
         self._model.set_submodule(path, layer)
@@ -259,7 +259,7 @@ class Packing:
         self._as_stored |= {f"{path}.{name}" for name in layer.state_dict() if name != "bias"}
 
     def _keep_embeddings(self) -> None:
-        """The vocabulary stays as stored, unless the logits are float or made of it too."""
+        """Keep the vocabulary as stored, unless the logits are float or made of it too."""
         paths = {path for path, _ in self._model.named_modules()}
         head = self._model.get_submodule(OUTPUT) if OUTPUT in paths else None
         if EMBEDDINGS in paths and (OUTPUT in self._bits or isinstance(head, QuantLinear)):
@@ -268,11 +268,11 @@ class Packing:
             self._as_stored.add(f"{EMBEDDINGS}.weight")
 
     def takes(self, name: str) -> bool:
-        """Whether a tensor is packed instead of assigned."""
+        """Return whether a tensor is packed instead of assigned."""
         return name.rpartition(".")[0] in self._bits
 
     def in_order(self, names: Iterable[str]) -> list[str]:
-        """Tensors in the order to read them.
+        """Return tensors in the order to read them.
 
         A foreign layer has several, which are kept until all are there: they come together, and
         its bias first.
@@ -282,7 +282,7 @@ class Packing:
         return sorted(names, key=lambda name: name.rpartition("."))
 
     def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The number format to read a tensor in; None: as it is stored."""
+        """Return the dtype to read a tensor in; None: as it is stored."""
         if name in self._as_stored:
             return None
         if self.takes(name):
@@ -296,7 +296,7 @@ class Packing:
         before = self._model.get_submodule(path)
         if kind == "bias":
             if isinstance(before, PublishedLinear) and not before.is_biased:
-                before.refuse_bias(tensor)
+                before.check_bias(tensor)
             else:
                 self._biases[path] = tensor
             return
@@ -309,7 +309,7 @@ class Packing:
             self._model.set_submodule(path, layer)
 
     def finish(self, device: torch.device, dtype: torch.dtype | None) -> Mapping[str, Tensor]:
-        """State of the layers that were packed, by full name, biases in place.
+        """Return the state of the layers that were packed, by full name, biases in place.
 
         On a CPU they compute in float32, elsewhere in the dtype of the model's other weights.
         """

@@ -57,14 +57,14 @@ class SafetensorsShard:
                 )
             self._infos[name] = (shape, dtype)
             self._places[name] = (start + begin, end - begin)
-        self._refuse_overlaps()
+        self._check_overlaps()
 
     def infos(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor."""
+        """Return shape and dtype of every tensor."""
         return self._infos
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
-        """A tensor on the CPU: a view of the mapped file when no other dtype is asked for.
+        """Return a tensor on the CPU: a view of the mapped file when no other dtype is asked for.
 
         With mapped=False it is always a copy, for tensors that are not kept: pages of a mapping
         count as memory in use as long as the file is mapped.
@@ -81,7 +81,7 @@ class SafetensorsShard:
         return self._read(offset, length).view(stored).view(shape).to(dtype or stored, copy=True)
 
     def _read(self, offset: int, length: int) -> Tensor:
-        """Bytes of the file in a buffer that the next call overwrites."""
+        """Read bytes of the file into a buffer that the next call overwrites."""
         if len(self._buffer) < length:
             self._buffer = torch.empty(length, dtype=torch.uint8)
         part = self._buffer[:length]
@@ -92,7 +92,7 @@ class SafetensorsShard:
 
     @cached_property
     def _mapping(self) -> torch.UntypedStorage:
-        """The file as a private mapping: its pages are shared until somebody writes to them."""
+        """Map the file privately: its pages are shared until somebody writes to them."""
         size = self.path.stat().st_size
         mapping = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=size)
         return cast("torch.UntypedStorage", mapping)
@@ -127,7 +127,7 @@ class SafetensorsShard:
             raise self._damaged(f"data_offsets of {shown(name)} are not those of its shape")
         return tuple(shape), dtype, begin, end
 
-    def _refuse_overlaps(self) -> None:
+    def _check_overlaps(self) -> None:
         end, before = 0, ""
         for name, (begin, length) in sorted(self._places.items(), key=lambda item: item[1]):
             if length and begin < end:

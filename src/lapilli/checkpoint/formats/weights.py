@@ -31,12 +31,12 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        """Size in the file."""
+        """Return the size in the file."""
         return self.num_parameters * self.dtype.itemsize
 
     @property
     def num_parameters(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         return torch.Size(self.shape).numel()
 
 
@@ -55,7 +55,7 @@ class WeightStore:
 
     @classmethod
     def of_files(cls, paths: Iterable[Path]) -> "WeightStore":
-        """The tensors of these files; a name may stand in one file only.
+        """Open the tensors of these files; a name may stand in one file only.
 
         Raises:
             MissingFileError: a file is not there.
@@ -74,7 +74,7 @@ class WeightStore:
         return store
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
-        """A tensor on the CPU.
+        """Return a tensor on the CPU.
 
         Args:
             name: of the tensor.
@@ -93,7 +93,7 @@ class WeightStore:
 
 
 def open_shard(path: Path) -> Shard:
-    """A weight file, by its ending.
+    """Open a weight file by its ending.
 
     Raises:
         MissingFileError: it is not there.
@@ -119,7 +119,7 @@ FULL_WEIGHTS = (
 
 
 def find_weight_files(directory: Path) -> tuple[Path, ...]:
-    """The files that hold a model's weights; empty when there are none.
+    """Find the files that hold a model's weights; return none where there are none.
 
     Raises:
         MissingFileError: an index names a file that is not there.
@@ -139,7 +139,7 @@ def find_weight_files(directory: Path) -> tuple[Path, ...]:
 
 
 def complete_weights(directory: Path) -> tuple[Path, ...]:
-    """The weight files of a directory, none where an index names more than there are."""
+    """Find the weight files of a directory; none where an index names more than there are."""
     try:
         return find_weight_files(directory)
     except MissingFileError:
@@ -175,8 +175,8 @@ def _check_numbered(directory: Path, shards: tuple[Path, ...]) -> None:
         )
 
 
-def refuse_not_finite(name: str, tensor: Tensor) -> None:
-    """One pass that finds a NaN or an infinity: no sum gets rid of them.
+def check_values(name: str, tensor: Tensor) -> None:
+    """Check in one pass that no value is NaN or infinite: no sum gets rid of them.
 
     The sum of finite values may leave the number format too; only then they are looked at one by
     one, in blocks, so that no mask of the whole tensor is made.

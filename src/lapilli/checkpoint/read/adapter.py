@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lapilli.checkpoint.formats.files import read_json
-from lapilli.checkpoint.formats.weights import WeightStore, refuse_not_finite
+from lapilli.checkpoint.formats.weights import WeightStore, check_values
 from lapilli.checkpoint.keymaps import KeyMap
 from lapilli.checkpoint.read.assemble import some
 from lapilli.config.reader import JsonObject, KeyReader, is_object
@@ -70,7 +70,7 @@ class Adapter:
     keeps_ties: bool = False
 
     def config_of(self, keymap: KeyMap) -> LoraConfig:
-        """The same ranks and alphas by the paths that the modules have in the model.
+        """Return the configuration by the paths that the modules have in the model.
 
         A pattern may spell a module as the file does, or as another release of the same layout.
 
@@ -93,7 +93,7 @@ class Adapter:
         return replace(self.config, rank_pattern=ranks, alpha_pattern=alphas)
 
     def halves(self, keymap: KeyMap) -> dict[str, str]:
-        """`PATH.lora_A.weight` in the model -> tensor of the file, for both halves.
+        """Map `PATH.lora_A.weight` in the model to the tensor of the file, for both halves.
 
         Raises:
             MissingWeightsError: a tensor of a module that the model cannot have.
@@ -124,7 +124,7 @@ class Adapter:
         return names
 
     def saved_modules(self) -> WeightStore:
-        """Whole tensors inside the adapter (modules_to_save, trained biases), named as in the base.
+        """Return whole tensors of the adapter (modules_to_save, biases), named as in the base.
 
         Raises:
             UnsupportedModelError: tensors of a kind of adapter that lapilli does not have.
@@ -144,7 +144,7 @@ class Adapter:
         return plain
 
     def tensors(self, keymap: KeyMap, *, check_finite: bool) -> Mapping[str, Tensor]:
-        """Both halves of every module, read in float32, by the names they have in the model.
+        """Read both halves of every module in float32, by the names they have in the model.
 
         Raises:
             CheckpointError: a tensor holds NaN or an infinity.
@@ -153,17 +153,17 @@ class Adapter:
         for ours, foreign in self.halves(keymap).items():
             found[ours] = self.store.tensor(foreign, torch.float32)
             if check_finite:
-                refuse_not_finite(f"{foreign} (adapter)", found[ours])
+                check_values(f"{foreign} (adapter)", found[ours])
         return found
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds a PEFT adapter."""
+    """Return whether a directory holds a PEFT adapter."""
     return (directory / ADAPTER_CONFIG).is_file()
 
 
 def open_adapter(directory: Path) -> Adapter:
-    """An adapter directory.
+    """Open an adapter directory.
 
     Raises:
         MissingFileError: adapter_config.json or the tensors are missing.
@@ -189,7 +189,7 @@ def open_adapter(directory: Path) -> Adapter:
 
 
 def parse_adapter_config(raw: JsonObject) -> LoraConfig:
-    """adapter_config.json of PEFT.
+    """Parse adapter_config.json of PEFT.
 
     Raises:
         ConfigError: a key is of the wrong type.
@@ -219,11 +219,11 @@ def parse_adapter_config(raw: JsonObject) -> LoraConfig:
     )
     for key in ("base_model_name_or_path", "revision", "ensure_weight_tying"):
         reader.value(key)  # read by `open_adapter`
-    _refuse_unread(reader)
+    _check_unread(reader)
     return config
 
 
-def _refuse_unread(reader: KeyReader) -> None:
+def _check_unread(reader: KeyReader) -> None:
     """Refuse what is switched on and nothing reads: every release of PEFT has more variations."""
     for key in reader.report().unknown:
         value = reader.raw[key]
@@ -268,13 +268,13 @@ def _pattern(
 
 
 def _module_of(foreign: str) -> str:
-    """The module of a tensor as the file calls it, without the wrapper around the model."""
+    """Return the module of a tensor as the file calls it, without the wrapper around the model."""
     matched = HALF.fullmatch(foreign.removeprefix(WRAPPER))
     return foreign if matched is None else matched["module"]
 
 
 def _first_match(patterns: Mapping[str, Number], names: Sequence[str]) -> Number | None:
-    """The number of the first pattern that is the end of one of the names."""
+    """Return the number of the first pattern that is the end of one of the names."""
     for name in names:
         for pattern, number in patterns.items():
             if ends_with(pattern, name):

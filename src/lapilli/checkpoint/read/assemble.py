@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lapilli.checkpoint.formats.quantized import Packing
-from lapilli.checkpoint.formats.weights import refuse_not_finite
+from lapilli.checkpoint.formats.quantized import LayerQuantizer
+from lapilli.checkpoint.formats.weights import check_values
 from lapilli.checkpoint.keymaps import EMBEDDINGS, OUTPUT
 from lapilli.checkpoint.read.directory import BASE, WeightPart
 from lapilli.config.model import ModelConfig
@@ -43,7 +43,7 @@ class LoadReport:
 
 
 def some(names: tuple[str, ...] | list[str], most: int = 3) -> str:
-    """The first names and how many more there are."""
+    """Return the first names and how many more there are."""
     first = ", ".join(shown(name)[1:-1] for name in names[:most])
     return first if len(names) <= most else f"{first} and {len(names) - most} more"
 
@@ -67,7 +67,7 @@ class Vocabulary:
     new_rows: int = 0
 
     def fit(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
-        """One table out of the files' tables, the last one winning.
+        """Return one table out of the files' tables, the last one winning.
 
         Raises:
             ShapeMismatchError: a table with an unexpected number of rows.
@@ -88,7 +88,7 @@ class Vocabulary:
 
 
 def resized(table: Tensor, rows: int) -> Tensor:
-    """The table with fewer rows, or with more that are the mean of all it has."""
+    """Return the table with fewer rows, or with more that are the mean of all it has."""
     missing = rows - table.shape[0]
     if missing <= 0:
         return table[:rows]
@@ -112,18 +112,18 @@ class Matching:
 
     @property
     def num_bytes(self) -> int:
-        """What is read of the files."""
+        """Return the number of bytes that are read of the files."""
         sources = chain.from_iterable(self.sources.values())
         return sum(part.store.infos[foreign].num_bytes for part, foreign in sources)
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """In which number format the files hold each parameter that they hold as floats."""
+        """Return the dtype in which the files hold each parameter that they hold as floats."""
         infos = {n: part.store.infos[foreign] for n, (*_, (part, foreign)) in self.sources.items()}
         return {n: info.dtype for n, info in infos.items() if info.dtype.is_floating_point}
 
     def report(self) -> LoadReport:
-        """The same without the tensors."""
+        """Summarise the matching as a LoadReport of names."""
         return LoadReport(
             used=tuple(sorted(self.sources)),
             dropped=self.dropped,
@@ -146,7 +146,7 @@ class WithoutInitialisation(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401  whatever the function gives
-        """The call itself, or what it was to fill."""
+        """Call the function, or return the tensor that it was to fill."""
         given = dict(kwargs or {})
         if getattr(func, "__module__", None) == nn.init.__name__:
             return given["tensor"] if "tensor" in given else args[0]
@@ -156,7 +156,7 @@ class WithoutInitialisation(TorchFunctionMode):
 
 
 def build_model(config: ModelConfig) -> VisionLanguageModel:
-    """The model of a configuration on the meta device: shapes without memory."""
+    """Build the model of a configuration on the meta device: shapes without memory."""
     with in_file(), torch.device("meta"), WithoutInitialisation():
         language_model = build_language_model(config.text)
         if config.image is None or config.vision is None or config.projector is None:
@@ -194,8 +194,8 @@ def match(parts: Sequence[WeightPart], model: nn.Module, *, tied: bool) -> Match
     )
 
 
-def refuse_gaps(matching: Matching) -> None:
-    """Every parameter has a tensor and every tensor a parameter.
+def check_complete(matching: Matching) -> None:
+    """Check that every parameter has a tensor and every tensor a parameter.
 
     Raises:
         MissingWeightsError: not so; the message names some and counts all.
@@ -227,7 +227,7 @@ def fill(
     device: torch.device,
     check_finite: bool = True,
     progress: Progress | None = None,
-    packing: Packing | None = None,
+    quantizer: LayerQuantizer | None = None,
     wide: tuple[str, ...] = (),
 ) -> None:
     """Assign every tensor to its parameter, in the target dtype and on the target device.
@@ -235,7 +235,7 @@ def fill(
     Without a target dtype every tensor keeps the one of its file.
 
     A tensor that has the dtype already stays a view of its file; others are converted one at a
-    time. Vocabulary tables get the number of rows that the model has. What `packing` takes is
+    time. Vocabulary tables get the number of rows that the model has. What `quantizer` takes is
     rounded as it is read and not kept otherwise. What begins with one of `wide` is float32.
 
     Raises:
@@ -245,13 +245,13 @@ def fill(
     expected = model.state_dict()
     filled: dict[str, Tensor] = {}
     done, total = 0, matching.num_bytes
-    for name in matching.sources if packing is None else packing.in_order(matching.sources):
+    for name in matching.sources if quantizer is None else quantizer.in_order(matching.sources):
         sources = matching.sources[name]
         tensors = []
-        read_as = dtype if packing is None else packing.dtype_of(name, dtype)
+        read_as = dtype if quantizer is None else quantizer.dtype_of(name, dtype)
         if name.startswith(wide):
             read_as = torch.float32
-        kept = packing is None or not packing.takes(name)
+        kept = quantizer is None or not quantizer.takes(name)
         for part, foreign in sources:
             _check_kind(part, foreign, expected[name].dtype)
             tensor = part.store.tensor(foreign, read_as, mapped=kept)
@@ -261,25 +261,25 @@ def fill(
                 is_view = kept and read_as in (None, part.store.infos[foreign].dtype)
                 in_copy = is_view and name in EMBEDDINGS
                 seen = part.store.tensor(foreign, mapped=False) if in_copy else tensor
-                refuse_not_finite(f"{foreign} ({part.label})", seen)
+                check_values(f"{foreign} ({part.label})", seen)
                 del seen
             tensors.append(tensor)
             done += part.store.infos[foreign].num_bytes
         tensor = vocabulary.fit(name, tensors) if name in VOCABULARY else tensors[-1]
         _check_shape(name, sources[-1], tensor, tuple(expected[name].shape))
-        if packing is None or kept:
+        if quantizer is None or kept:
             filled[name] = tensor.to(device)
         else:
-            packing.take(name, tensor)
+            quantizer.take(name, tensor)
         if progress is not None:
             progress(done, total)
-    if packing is not None:
-        filled |= packing.finish(device, dtype)
+    if quantizer is not None:
+        filled |= quantizer.finish(device, dtype)
     model.load_state_dict(filled, strict=True, assign=True)
 
 
 def _check_kind(part: WeightPart, foreign: str, expected: torch.dtype) -> None:
-    """Floats for floats, whichever; packed integers exactly as the kernels read them.
+    """Check that floats fill floats, and packed integers are as the kernels read them.
 
     Raises:
         CheckpointError: not so.

@@ -55,17 +55,17 @@ class WeightPart:
     skipped: tuple[str, ...] = ()
 
     def parameter(self, foreign: str) -> str | None:
-        """The parameter that a tensor of the part is for; None when no rule knows its name."""
+        """Return the parameter that a tensor is for, or None when no rule knows its name."""
         return self.keymap.to_ours(foreign)
 
     def is_dropped(self, foreign: str) -> bool:
-        """Whether the part holds a tensor without giving it, on purpose."""
+        """Return whether the part holds a tensor without giving it, on purpose."""
         ours = self.keymap.to_ours(foreign)
         skipped = bool(self.skipped) and ours is not None and ours.startswith(self.skipped)
         return skipped or self.keymap.is_dropped(foreign)
 
     def has(self, prefix: str) -> bool:
-        """Whether a tensor belongs under this parameter prefix, given or not."""
+        """Return whether a tensor belongs under this parameter prefix, given or not."""
         found = (self.keymap.to_ours(name) for name in self.store.infos)
         return any(ours is not None and ours.startswith(prefix) for ours in found)
 
@@ -84,7 +84,7 @@ class CheckpointDirectory:
 
 
 def open_weights(directory: Path, *, weights: bool = True) -> WeightStore:
-    """The tensors of a full model; none where there are no weight files, or none are wanted."""
+    """Open the tensors of a full model; none where there are no files, or none are wanted."""
     return WeightStore.of_files(find_weight_files(directory) if weights else ())
 
 
@@ -96,7 +96,7 @@ def open_directory(
     weights: bool = True,
     fetch: bool = True,
 ) -> CheckpointDirectory:
-    """A checkpoint directory.
+    """Open a checkpoint directory.
 
     Args:
         path: with config.json.
@@ -145,7 +145,7 @@ def open_directory(
 
 
 def keymap_of(raw: JsonObject) -> KeyMap:
-    """The names that the tensors beside this config.json have."""
+    """Return the names that the tensors beside this config.json have."""
     if is_hf_llava(raw):
         return HF_LLAVA
     if not is_original(raw):
@@ -154,7 +154,7 @@ def keymap_of(raw: JsonObject) -> KeyMap:
 
 
 def _tower_of_base(raw: JsonObject, path: Path, base: Path) -> Path | None:
-    """The base's vision tower, where config.json names a folder that is gone.
+    """Find the base's vision tower, where config.json names a folder that is gone.
 
     Raises:
         MissingFileError: that folder is gone and the base has no tower either.
@@ -174,7 +174,7 @@ def _tower_of_base(raw: JsonObject, path: Path, base: Path) -> Path | None:
 
 
 def _tower_directory(path: Path, raw: JsonObject, *, fetch: bool) -> Path | None:
-    """Where the vision tower lies that the original layout names."""
+    """Find the vision tower that the original layout names."""
     name = named_tower(raw) if is_original(raw) else None
     if name is None:
         return None
@@ -189,7 +189,7 @@ def _tower_directory(path: Path, raw: JsonObject, *, fetch: bool) -> Path | None
 def _with_tower(
     parts: tuple[WeightPart, ...], config: ModelConfig, tower_path: Path, *, fetch: bool
 ) -> tuple[tuple[WeightPart, ...], tuple[str, ...]]:
-    """The parts with the tower from where the original takes it.
+    """Return the parts with the tower from where the original takes it.
 
     Source: LLaVA clip_encoder.py: a tower that was tuned (unfreeze_mm_vision_tower) comes from the
     checkpoint, a frozen one from the directory or repository that mm_vision_tower names.
@@ -227,7 +227,7 @@ def _with_tower(
 
 
 def preprocessor_of(path: Path) -> JsonObject | None:
-    """preprocessor_config.json, or its successor inside processor_config.json."""
+    """Read preprocessor_config.json, or its successor inside processor_config.json."""
     found = read_optional_json(path / "preprocessor_config.json")
     if found is not None:
         return found
@@ -245,7 +245,7 @@ def _pixel_notes(path: Path, config: ModelConfig) -> tuple[str, ...]:
 
 
 def find_beside(name: str, path: Path) -> Path | None:
-    """A directory named by a checkpoint: relative to it, to its parent or to the working one."""
+    """Find a directory by a name relative to a checkpoint, its parent or the working one."""
     return find_directory(name, (path, path.parent))
 
 
@@ -270,7 +270,7 @@ def find_base(
     revision: str | None = None,
     fetch: bool = True,
 ) -> Path:
-    """The directory of the base.
+    """Find the directory of the base.
 
     Args:
         given: by the caller.
@@ -304,7 +304,7 @@ def find_base(
 
 
 def base_part(directory: Path, *, fetch: bool = True) -> WeightPart | None:
-    """The weights of a base: a plain language model, or a LLaVA of either layout.
+    """Open the weights of a base: a plain language model, or a LLaVA of either layout.
 
     None where they are on the hub and stay there (fetch=False).
 
@@ -323,8 +323,8 @@ def base_part(directory: Path, *, fetch: bool = True) -> WeightPart | None:
     return WeightPart(BASE, store, keymap_of(raw))
 
 
-def refuse_wrong_base(expected: TextConfig, base: Path) -> int:
-    """Compare a base with what was trained on it; how many rows its vocabulary has.
+def check_base(expected: TextConfig, base: Path) -> int:
+    """Check a base against what was trained on it; return the rows of its vocabulary.
 
     Raises:
         ShapeMismatchError: a number differs; the message names every one.

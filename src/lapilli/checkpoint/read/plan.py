@@ -26,10 +26,10 @@ from lapilli.checkpoint.read.directory import (
     CheckpointDirectory,
     WeightPart,
     base_part,
+    check_base,
     find_base,
     keymap_of,
     open_directory,
-    refuse_wrong_base,
 )
 from lapilli.checkpoint.read.tokenizer import add_image_tokens, has_tokenizer, load_tokenizer
 from lapilli.checkpoint.source import is_local, resolve
@@ -87,13 +87,13 @@ class Plan:
 
     @property
     def parameters(self) -> frozenset[str]:
-        """Names of the parameters that a tensor of the files is for, by the rules for names."""
+        """Return the parameters that the files have a tensor for, by the rules for names."""
         names = (part.parameter(name) for part in self.parts for name in part.store.infos)
         return frozenset(name for name in names if name is not None)
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """Parameters that came whole with an adapter or a projector: the base below has others."""
+        """Return the parameters that came whole with an adapter or a projector."""
         labels = (ADAPTER, *NON_LORA_FILES, *PROJECTOR_FILES)
         parts = [part for part in self.parts if part.label in labels]
         names = [part.parameter(name) for part in parts for name in part.store.infos]
@@ -101,7 +101,7 @@ class Plan:
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """Every file that gives tensors, a base's, a tower's and an adapter's too."""
+        """Return every file that gives tensors, a base's, a tower's and an adapter's too."""
         stores = [part.store for part in self.parts]
         stores += [] if self.adapter is None else [self.adapter.store]
         return tuple(dict.fromkeys(s.path for store in stores for s in store.shards.values()))
@@ -112,7 +112,7 @@ class Plan:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the weights were looked at."""
+        """Return whether the weights were looked at."""
         return bool(self.parts)
 
 
@@ -163,7 +163,7 @@ def _plan_source(source: str | Path, base: str | None, *, fetch: bool) -> Plan:
 
 
 def _plan_adapter(path: Path, base: str | None, *, fetch: bool) -> Plan:
-    """A directory with adapter_config.json: the original's LoRA, or a plain PEFT adapter."""
+    """Plan a directory with adapter_config.json: the original's LoRA, or a PEFT adapter."""
     adapter = open_adapter(path)
     raw = read_optional_json(path / "config.json")
     if raw is not None and is_original(raw):
@@ -173,7 +173,7 @@ def _plan_adapter(path: Path, base: str | None, *, fetch: bool) -> Plan:
 
 
 def _with_adapter(plan: Plan, path: Path) -> Plan:
-    """A plan with a PEFT adapter laid over it."""
+    """Add a PEFT adapter to a plan."""
     adapter = open_adapter(path)
     if plan.adapter is not None:
         raise ConfigError(
@@ -236,7 +236,7 @@ def _has_other_head(parts: Sequence[WeightPart]) -> bool:
 
 
 def _with_own_head(plan: Plan) -> Plan:
-    """The plan, with an output layer of its own where the adapter changes one side of a tied pair.
+    """Give the plan an output layer of its own where the adapter changes one of a tied pair.
 
     Source: PEFT: LoRA and modules_to_save lie on one module, the other keeps the base's weight.
     """
@@ -267,7 +267,7 @@ def _with_own_head(plan: Plan) -> Plan:
 
 
 def _with_longer_vocabulary(plan: Plan) -> Plan:
-    """The plan, with the words that the adapter adds: its tables have rows for them.
+    """Add the tokens of the adapter to the plan: its tables have rows for them.
 
     Source: PEFT stores both tables whole where a program gave the model more rows.
     """
@@ -290,7 +290,7 @@ def _with_longer_vocabulary(plan: Plan) -> Plan:
 
 
 def _saved_tables(plan: Plan) -> dict[str, int]:
-    """Vocabulary tables that the adapter holds whole, and their rows."""
+    """Return the vocabulary tables that the adapter holds whole, and their rows."""
     found = (
         (part.parameter(name), info.shape[0] if info.shape else 0)
         for part in plan.parts
@@ -309,7 +309,7 @@ def _plan_on_base(
     adapter: Adapter | None = None,
     fetch: bool = True,
 ) -> Plan:
-    """The original's LoRA or projector: its own config.json, the weights of a plain model below."""
+    """Plan the original's LoRA or projector: its own config.json over a plain model's weights."""
     raw = read_json(path / "config.json")
     named = adapter.base_name if adapter else None
     revision = adapter.revision if adapter and named else None
@@ -323,7 +323,7 @@ def _plan_on_base(
         raise MissingFileError(f"{files[-1]} is missing in {path}: the projector is in it")
     parts += _saved_part(adapter, keymap_of(raw))
     directory = open_directory(path, extra=parts, base=base_path, fetch=fetch)
-    base_rows = refuse_wrong_base(directory.config.text, base_path)
+    base_rows = check_base(directory.config.text, base_path)
     return _with_own_head(
         _plan(
             form,
@@ -341,13 +341,13 @@ def _name_of_base(raw: JsonObject) -> str | None:
 
 
 def _saved_part(adapter: Adapter | None, keymap: KeyMap) -> list[WeightPart]:
-    """Whole tensors inside an adapter, where it has some."""
+    """Return the whole tensors inside an adapter, where it has some."""
     saved = WeightStore() if adapter is None else adapter.saved_modules()
     return [WeightPart(ADAPTER, saved, keymap)] if saved.infos else []
 
 
 def _trained_part(file: Path, keymap: KeyMap) -> WeightPart:
-    """Tensors that were trained and stored under the names of a wrapped model.
+    """Open tensors that were trained and stored under the names of a wrapped model.
 
     Source: LLaVA builder.py: `base_model.` is stripped, then one `model.` where all have two.
     """
@@ -371,7 +371,7 @@ def _plan(
     base_path: Path | None = None,
     base_rows: int | None = None,
 ) -> Plan:
-    """The rest that every form needs: the tokenizer, and the vocabulary of its length."""
+    """Complete a plan: the tokenizer, and the vocabulary of its length."""
     config = directory.config
     where = directory.path
     if base_path is not None and not has_tokenizer(where):
@@ -406,12 +406,12 @@ def _plan(
 
 
 def _tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
-    """A directory's tokenizer as this kind of model reads it, and how many tokens were added."""
+    """Load a tokenizer as this kind of model reads it; return how many tokens were added too."""
     # A model that came with an image token was tokenized by its tokenizer.json.
     has_image_token = config.tokens.image_id is not None
     fast = config.layout != "llava" or config.text.family != "llama" or has_image_token
     tokenizer = load_tokenizer(path, fast=fast)
-    _refuse_image_id(config, tokenizer)
+    _check_image_id(config, tokenizer)
     if config.layout != "llava":
         image = config.tokens.image_id
         if image in tokenizer.added_vocab.values() and image is not None:
@@ -426,7 +426,7 @@ def _tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
     return tokenizer, new
 
 
-def _refuse_image_id(config: ModelConfig, tokenizer: Tokenizer) -> None:
+def _check_image_id(config: ModelConfig, tokenizer: Tokenizer) -> None:
     image_id = config.tokens.image_id
     # A table often has more rows than the tokenizer has tokens, and the image may stand for one.
     size = max(tokenizer.vocab_size, config.text.vocab_size)

@@ -19,7 +19,7 @@ IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 
 
 def load_tokenizer(directory: Path, *, fast: bool) -> Tokenizer:
-    """The tokenizer of a directory.
+    """Load the tokenizer of a directory.
 
     Args:
         directory: of the checkpoint, or of the base model of an adapter.
@@ -46,12 +46,12 @@ def load_tokenizer(directory: Path, *, fast: bool) -> Tokenizer:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory holds a tokenizer."""
+    """Return whether a directory holds a tokenizer."""
     return any(has_file(directory / name) for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def add_image_tokens(tokenizer: Tokenizer, *, use_patch: bool, use_start_end: bool) -> int:
-    """Add the tokens that the original adds at loading; how many were new.
+    """Add the tokens that the original adds at loading; return how many were new.
 
     Source: LLaVA builder.py: `<im_patch>` first, then `<im_start>` and `<im_end>`, all special.
     """

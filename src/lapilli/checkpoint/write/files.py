@@ -46,7 +46,7 @@ class Deferred:
     make: Callable[[], Tensor]
 
     def numel(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         return self.shape.numel()
 
 
@@ -57,7 +57,7 @@ Formats = torch.dtype | Mapping[str, torch.dtype] | None
 
 @contextmanager
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `path` that takes its place once everything in it is on the disk.
+    """Yield a folder beside `path` that takes its place once all of it is on the disk.
 
     What an earlier process left half-written is removed first.
 
@@ -72,19 +72,19 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     aside = path.parent / f".{path.name}.part"
     _remove(aside)
     try:
-        with refusing_full_disk(path):
+        with explaining_full_disk(path):
             folder = aside / "new"
             folder.mkdir(parents=True)
             yield folder
             _flush(folder)
-            _put(folder, path)
+            _move_into_place(folder, path)
     finally:
         _remove(aside)
 
 
 @contextmanager
-def refusing_full_disk(path: Path) -> Iterator[None]:
-    """What the system says about a full disk, with the path and the bytes that are left.
+def explaining_full_disk(path: Path) -> Iterator[None]:
+    """Raise what the system says about a full disk with the path and the bytes that are left.
 
     Raises:
         CheckpointError: the disk is full, or a limit on the size of files or on space is reached.
@@ -147,7 +147,7 @@ def write_weights(
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Stored], *, dtype: Formats = None) -> None:
-    """One file; a tensor is converted while it is written, a piece at a time.
+    """Write one file; a tensor is converted while it is written, a piece at a time.
 
     Wider numbers come first, so that each tensor lies at a multiple of its own width and can be
     mapped.
@@ -183,12 +183,12 @@ def _stored_as(name: str, tensor: Stored, dtype: Formats) -> torch.dtype:
 
 
 def value(tensor: Stored) -> Tensor:
-    """The tensor itself, made now where it was deferred."""
+    """Return the tensor itself, made now where it was deferred."""
     return tensor.make() if isinstance(tensor, Deferred) else tensor.detach()
 
 
 def common_dtypes(state: Mapping[str, Stored], dtype: Formats = None) -> tuple[torch.dtype, ...]:
-    """The number formats of the floats among these tensors, the one of most numbers first.
+    """Return the dtypes of the floats among these tensors, the one of most numbers first.
 
     Args:
         state: by name.
@@ -202,7 +202,7 @@ def common_dtypes(state: Mapping[str, Stored], dtype: Formats = None) -> tuple[t
 
 
 def write_pickled(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """Named tensors in the format of torch.save, as the original's small files are."""
+    """Write named tensors in the format of torch.save, as the original's small files are."""
     buffer = io.BytesIO()
     # Cloned: a view would bring the whole storage that it looks at.
     torch.save({name: value(t).cpu().clone() for name, t in tensors.items()}, buffer)
@@ -210,17 +210,17 @@ def write_pickled(path: Path, tensors: Mapping[str, Stored]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """A readable JSON file."""
+    """Write a readable JSON file."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As config.json spells it."""
+    """Return the name of a dtype as config.json spells it."""
     return str(dtype).removeprefix("torch.")
 
 
-def _put(folder: Path, path: Path) -> None:
-    """`folder` under the name `path`, in one step where the system has one for it."""
+def _move_into_place(folder: Path, path: Path) -> None:
+    """Move `folder` to the name `path`, in one step where the system has one for it."""
     if path.exists():
         if not _exchange(folder, path):
             path.rename(folder.parent / "old")
@@ -241,7 +241,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _flush(folder: Path) -> None:
-    """Files and the folders that list them, on the disk."""
+    """Flush files and the folders that list them to the disk."""
     for path in (*folder.rglob("*"), folder):
         _flush_one(path)
 
