@@ -104,7 +104,7 @@ def load_checkpoint(
     progress: Progress | None = None,
     quantization: str | QuantConfig | None = None,
     quantize_tower: bool = False,
-    wide: tuple[str, ...] = (),
+    float32_parameters: tuple[str, ...] = (),
 ) -> Loaded:
     """Load a model, its tokenizer and a report from any LLaVA checkpoint as it was published.
 
@@ -127,8 +127,8 @@ def load_checkpoint(
             read, so that memory holds the packed model and one layer more; None: as the files are.
             What AWQ and GPTQ files hold packed stays as it is; "int4" packs the rest.
         quantize_tower: pack the vision tower and the projector too, in 8 bits.
-        wide: beginnings of names of parameters that are float32 whatever `dtype` says: what will
-            be trained. An adapter that is kept beside the weights is float32 too.
+        float32_parameters: beginnings of names of parameters that are float32 whatever `dtype`
+            says: what will be trained. An adapter kept beside the weights is float32 too.
 
     Raises:
         CheckpointError: files are missing, damaged, unsafe, or do not belong together.
@@ -177,7 +177,7 @@ def load_checkpoint(
         check_finite=check_finite,
         progress=progress,
         quantizer=quantizer,
-        wide=wide,
+        float32_parameters=float32_parameters,
     )
     apply_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
     notes = () if quantizer is None else quantizer.notes

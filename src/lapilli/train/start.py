@@ -54,7 +54,7 @@ def load_start(recipe: Recipe) -> Loaded:
         merge_lora=False,
         device="cpu",
         dtype="float32" if recipe.saves_frozen else recipe.run.precision,
-        wide=(PROJECTOR, NEWLINE, *([TOWER] if recipe.model.tune_tower else [])),
+        float32_parameters=(PROJECTOR, NEWLINE, *([TOWER] if recipe.model.tune_tower else [])),
         quantization=_INT4 if recipe.lora is not None and recipe.lora.base == "int4" else None,
     )
     if not loaded.model.modalities:

@@ -228,7 +228,7 @@ def fill(
     check_finite: bool = True,
     progress: Progress | None = None,
     quantizer: LayerQuantizer | None = None,
-    wide: tuple[str, ...] = (),
+    float32_parameters: tuple[str, ...] = (),
 ) -> None:
     """Assign every tensor to its parameter, in the target dtype and on the target device.
 
@@ -236,7 +236,8 @@ def fill(
 
     A tensor that has the dtype already stays a view of its file; others are converted one at a
     time. Vocabulary tables get the number of rows that the model has. What `quantizer` takes is
-    rounded as it is read and not kept otherwise. What begins with one of `wide` is float32.
+    rounded as it is read and not kept otherwise. Names that begin with one of `float32_parameters`
+    are float32.
 
     Raises:
         ShapeMismatchError: a tensor has another shape than the configuration says.
@@ -249,7 +250,7 @@ def fill(
         sources = matching.sources[name]
         tensors = []
         read_as = dtype if quantizer is None else quantizer.dtype_of(name, dtype)
-        if name.startswith(wide):
+        if name.startswith(float32_parameters):
             read_as = torch.float32
         kept = quantizer is None or not quantizer.takes(name)
         for part, foreign in sources:

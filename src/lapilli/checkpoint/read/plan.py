@@ -230,8 +230,8 @@ def _has_other_head(parts: Sequence[WeightPart]) -> bool:
         infos = part.store.infos
         if table is None or infos[table].shape != infos[head].shape:
             return True
-        wide = None if infos[table].dtype == infos[head].dtype else torch.float32
-        return not torch.equal(part.store.tensor(head, wide), part.store.tensor(table, wide))
+        dtype = None if infos[table].dtype == infos[head].dtype else torch.float32
+        return not torch.equal(part.store.tensor(head, dtype), part.store.tensor(table, dtype))
     return False
 
 
