@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lapilli.checkpoint import source as sources
-from lapilli.checkpoint.formats.safetensors import SafetensorsShard
+from lapilli.checkpoint.formats.weights import SafetensorsShard
 from lapilli.checkpoint.inspect import inspect_checkpoint
 from lapilli.errors import MissingFileError
 

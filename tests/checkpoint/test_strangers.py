@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from lapilli.checkpoint.formats.files import read_json, read_optional_json
-from lapilli.checkpoint.formats.pickled import PickledShard
-from lapilli.checkpoint.formats.safetensors import SafetensorsShard
-from lapilli.checkpoint.formats.weights import find_weight_files, open_shard
+from lapilli.checkpoint.formats.weights import (
+    PickledShard,
+    SafetensorsShard,
+    find_weight_files,
+    open_shard,
+)
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.source import resolve
 from lapilli.config.json_text import MOST_BYTES, MOST_DEPTH

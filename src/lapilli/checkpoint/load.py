@@ -28,9 +28,9 @@ from lapilli.checkpoint.read.assemble import (
 )
 from lapilli.checkpoint.read.directory import open_weights
 from lapilli.checkpoint.read.plan import Plan, make_plan
-from lapilli.checkpoint.read.tokenizer import load_tokenizer
 from lapilli.checkpoint.source import resolve
 from lapilli.checkpoint.template import choose_for
+from lapilli.checkpoint.tokenizer import load_tokenizer
 from lapilli.config.ignored import GENERATION, TEXT
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import SUPPORTED_TYPES

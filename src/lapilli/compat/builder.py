@@ -8,7 +8,7 @@ import torch
 
 from lapilli.checkpoint.formats.files import read_optional_json
 from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.checkpoint.read.tokenizer import add_image_tokens, has_tokenizer, load_tokenizer
+from lapilli.checkpoint.tokenizer import add_image_tokens, has_tokenizer, load_tokenizer
 from lapilli.compat.configuration import build_config
 from lapilli.compat.foreign import Foreign
 from lapilli.compat.generation import GenerationDefaults

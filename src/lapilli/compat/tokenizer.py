@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lapilli.checkpoint.formats.files import read_optional_json
-from lapilli.checkpoint.read.tokenizer import load_tokenizer
+from lapilli.checkpoint.tokenizer import load_tokenizer
 from lapilli.compat.foreign import Foreign
 from lapilli.compat.image_processor import BatchFeature
 from lapilli.errors import PromptError

@@ -23,9 +23,9 @@ from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.placement import DTYPES, STORED
 from lapilli.checkpoint.read.directory import preprocessor_of
-from lapilli.checkpoint.read.tokenizer import add_image_tokens, load_tokenizer
 from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.template import find_chat_template
+from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
 from lapilli.checkpoint.write.files import common_dtypes, write_json, write_pickled
 from lapilli.checkpoint.write.llava import TOWER_FOLDER, TowerPlace, save_llava, write_llava_config
 from lapilli.config.model import ModelConfig

@@ -8,9 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from lapilli.checkpoint.formats.pickled import PickledShard
-from lapilli.checkpoint.formats.safetensors import SafetensorsShard
-from lapilli.checkpoint.formats.weights import WeightStore, check_values, find_weight_files
+from lapilli.checkpoint.formats.weights import (
+    PickledShard,
+    SafetensorsShard,
+    WeightStore,
+    check_values,
+    find_weight_files,
+)
 from lapilli.errors import CheckpointError, MissingFileError
 
 SHAPES = [(3, 5), (7,), (), (0, 4), (2, 3, 4)]

@@ -10,9 +10,8 @@ import lapilli
 from lapilli import Message
 from lapilli.checkpoint.export import export_checkpoint
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.read.tokenizer import load_tokenizer
+from lapilli.checkpoint.tokenizer import load_tokenizer, save_tokenizer_with
 from lapilli.checkpoint.write.huggingface import save_hf
-from lapilli.checkpoint.write.tokenizer import save_tokenizer_with
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.lora import LoraConfig, inject, merge
 from lapilli.quant import QuantConfig, quantize

@@ -1,21 +1,288 @@
 """Weight files: names, shapes and dtypes without reading, tensors one by one, memory-mapped.
 
-Knows file formats, no models. Pickles are read with torch's restricted unpickler only.
+    SafetensorsShard   one .safetensors file: views of the mapped file, or converted copies
+    PickledShard       one .bin or .pt file of torch.save, read without running code in it
+    WeightStore        the tensors of several files by name
+
+Knows file formats, no models.
 """
 
 import math
-from collections.abc import Iterable
+import pickle
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 from lapilli.checkpoint.formats.files import GGUF, first_bytes, has_file, read_optional_json
-from lapilli.checkpoint.formats.pickled import PickledShard
-from lapilli.checkpoint.formats.safetensors import SafetensorsShard
+from lapilli.config.json_text import MOST_BYTES, parse_json
 from lapilli.config.reader import is_object, shown
-from lapilli.errors import CheckpointError, MissingFileError
+from lapilli.errors import CheckpointError, MissingFileError, UnsafeFileError
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+MOST_DIMENSIONS = 8
+
+
+class SafetensorsShard:
+    """One file, whose header is read at once and whose tensors are read when asked for.
+
+    Raises:
+        CheckpointError: the file is truncated or no safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._infos: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        start, header = self._header()
+        size = path.stat().st_size
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            shape, dtype, begin, end = self._entry(name, entry)
+            if start + end > size:
+                raise CheckpointError(
+                    f"{path} is truncated: {shown(name)} ends at byte {start + end}, "
+                    f"the file has {size} bytes; download it again"
+                )
+            self._infos[name] = (shape, dtype)
+            self._places[name] = (start + begin, end - begin)
+        self._check_overlaps()
+
+    def infos(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of every tensor."""
+        return self._infos
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
+        """Return a tensor on the CPU: a view of the mapped file when no other dtype is asked for.
+
+        With mapped=False it is always a copy, for tensors that are not kept: pages of a mapping
+        count as memory in use as long as the file is mapped.
+        A conversion reads the bytes instead of mapping them, so that the memory in use is the
+        converted weights and one tensor, not both forms of the whole file.
+        """
+        shape, stored = self._infos[name]
+        offset, length = self._places[name]
+        if mapped and dtype in (None, stored) and length:
+            start, rest = divmod(offset, stored.itemsize)
+            if not rest:
+                strides = torch.empty(shape, device="meta").stride()
+                return torch.empty(0, dtype=stored).set_(self._mapping, start, shape, strides)
+        return self._read(offset, length).view(stored).view(shape).to(dtype or stored, copy=True)
+
+    def _read(self, offset: int, length: int) -> Tensor:
+        """Read bytes of the file into a buffer that the next call overwrites."""
+        if len(self._buffer) < length:
+            self._buffer = torch.empty(length, dtype=torch.uint8)
+        part = self._buffer[:length]
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            file.readinto(part.numpy().data)
+        return part
+
+    @cached_property
+    def _mapping(self) -> torch.UntypedStorage:
+        """Map the file privately: its pages are shared until somebody writes to them."""
+        size = self.path.stat().st_size
+        mapping = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=size)
+        return cast("torch.UntypedStorage", mapping)
+
+    def _header(self) -> tuple[int, Mapping[str, object]]:
+        prefix = first_bytes(self.path, 8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MOST_BYTES + 1
+        text = first_bytes(self.path, 8 + length)[8:] if length <= MOST_BYTES else b""
+        if len(text) != length:
+            raise self._damaged()
+        try:
+            header = parse_json(text, f"the header of {self.path}", unique=True)
+        except CheckpointError as error:
+            raise self._damaged(str(error)) from error
+        if not is_object(header):
+            raise self._damaged()
+        return 8 + length, header
+
+    def _entry(self, name: str, entry: object) -> tuple[tuple[int, ...], torch.dtype, int, int]:
+        if not is_object(entry):
+            raise self._damaged()
+        kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+            raise self._damaged(f"shape or data_offsets of {shown(name)} are no list of sizes")
+        if not isinstance(kind, str) or kind not in DTYPES:
+            raise CheckpointError(f"{self.path}: {shown(name)} has the unknown dtype {shown(kind)}")
+        dtype = DTYPES[kind]
+        begin, end = offsets
+        # Sizes of 0 do not hide what a stride would overflow with.
+        fits = len(shape) <= MOST_DIMENSIONS and math.prod(size or 1 for size in shape) < 1 << 60
+        if not fits or end - begin != math.prod(shape) * dtype.itemsize:
+            raise self._damaged(f"data_offsets of {shown(name)} are not those of its shape")
+        return tuple(shape), dtype, begin, end
+
+    def _check_overlaps(self) -> None:
+        end, before = 0, ""
+        for name, (begin, length) in sorted(self._places.items(), key=lambda item: item[1]):
+            if length and begin < end:
+                raise self._damaged(f"{shown(name)} lies over {shown(before)}")
+            end, before = max(end, begin + length), name
+
+    def _damaged(self, why: str = "") -> CheckpointError:
+        size = self.path.stat().st_size
+        return CheckpointError(
+            f"{self.path} ({size} bytes) is truncated or no safetensors file"
+            f"{f' ({why})' if why else ''}: download it again"
+        )
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
+
+
+class PickledShard:
+    """One file of named tensors, memory-mapped where its format allows.
+
+    Raises:
+        UnsafeFileError: the pickle names anything but tensors and plain containers.
+        CheckpointError: the file is truncated, or holds something else than named tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tensors = _named_tensors(path, _load(path))
+
+    def infos(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of every tensor."""
+        return {name: (tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
+        """Return a tensor on the CPU: a view of the file when no other dtype is asked for."""
+        return self._tensors[name].to(dtype or self._tensors[name].dtype, copy=not mapped)
+
+
+def _load(path: Path) -> object:
+    _check_archive(path)
+    try:
+        return _unpickled(path, mmap=True)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise _damaged(path) from error
+    # Files of torch before 1.6 are no archives and cannot be mapped.
+    try:
+        return _unpickled(path, mmap=False)
+    except RuntimeError as error:
+        raise _damaged(path) from error
+
+
+def _unpickled(path: Path, *, mmap: bool) -> object:
+    """Load a file with the restricted unpickler; a RuntimeError is left to the caller."""
+    try:
+        with warnings.catch_warnings():  # of storages that only old files have
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise _unsafe_or_damaged(path, error) from error
+    except RuntimeError:
+        raise
+    except Exception as error:  # damaged bytes make an unpickler raise anything
+        raise _damaged(path) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Check that an archive holds its members as torch.save does: as they are, each once.
+
+    Raises:
+        CheckpointError: members are compressed, or larger together than the file.
+    """
+    if first_bytes(path, 4) != b"PK\x03\x04":
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        raise _damaged(path) from error
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise CheckpointError(f"{path} is a compressed archive, which torch.save never writes")
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise _damaged(path)
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} ({path.stat().st_size} bytes) is truncated or no weight file of torch: "
+        "download it again"
+    )
+
+
+def _unsafe_or_damaged(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
+    """Tell a call to code from damage by the sentence about a global or an instruction."""
+    text = str(error)
+    marks = ("GLOBAL", "Unsupported class", "Unsupported operand", "Trying to call", "REDUCE")
+    if not any(mark in text for mark in marks):
+        return _damaged(path)
+    named = next((line.strip() for line in text.splitlines() if "GLOBAL" in line), "")
+    return UnsafeFileError(
+        f"{path} is refused: it is a pickle that would run code when read"
+        f"{f' ({named})' if named else ''}; get the weights as safetensors"
+    )
+
+
+def _named_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected named tensors")
+    tensors: dict[str, Tensor] = {}
+    for name, value in loaded.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: {shown(name)} is a {type(value).__name__}, expected a tensor: this is no "
+                "file of weights alone"
+            )
+        strange = _why_unfit(value)
+        if strange:
+            raise CheckpointError(
+                f"{path}: {shown(name)} is {strange}, expected a plain tensor of numbers"
+            )
+        tensors[str(name)] = value.detach()
+    return tensors
+
+
+def _why_unfit(tensor: Tensor) -> str:
+    """Return what makes a tensor unfit to be a weight, or an empty text."""
+    marks = {
+        "nested": tensor.is_nested,
+        "quantized": tensor.is_quantized,
+        "on the meta device (without values)": tensor.is_meta,
+        f"sparse ({tensor.layout})": tensor.layout != torch.strided,
+        f"of {tensor.dtype}": tensor.dtype not in DTYPES.values(),
+        f"of {tensor.dim()} dimensions": tensor.dim() > MOST_DIMENSIONS,
+    }
+    found = next((mark for mark, is_so in marks.items() if is_so), "")
+    if found:
+        return found
+    if tensor.is_conj() or tensor.is_neg():
+        return "a view that is negated when it is read"
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        return f"of shape {tuple(tensor.shape)} and larger than what is stored of it"
+    return ""
+
 
 # Elements looked at together in the search for NaN and infinities.
 FINITE_BLOCK = 1 << 22

@@ -31,8 +31,8 @@ from lapilli.checkpoint.read.directory import (
     keymap_of,
     open_directory,
 )
-from lapilli.checkpoint.read.tokenizer import add_image_tokens, has_tokenizer, load_tokenizer
 from lapilli.checkpoint.source import is_local, resolve
+from lapilli.checkpoint.tokenizer import add_image_tokens, has_tokenizer, load_tokenizer
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import is_original
 from lapilli.config.reader import JsonObject, KeyReport

@@ -17,8 +17,8 @@ from torch import Tensor
 from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TEXT, KeyMap, original_keymap
 from lapilli.checkpoint.read.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WRAPPER
 from lapilli.checkpoint.read.plan import NON_LORA_FILES
-from lapilli.checkpoint.read.tokenizer import load_tokenizer
 from lapilli.checkpoint.template import WrittenTemplate, written_template
+from lapilli.checkpoint.tokenizer import load_tokenizer, write_beside
 from lapilli.checkpoint.write.files import (
     Deferred,
     Stored,
@@ -32,7 +32,6 @@ from lapilli.checkpoint.write.llava import (
     as_original,
     config_of_part,
 )
-from lapilli.checkpoint.write.tokenizer import write_beside
 from lapilli.config.model import ModelConfig
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lapilli.lora.inject import adapter_tensors, adapters

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lapilli.checkpoint.formats.safetensors import DTYPES
+from lapilli.checkpoint.formats.weights import DTYPES
 from lapilli.checkpoint.keymaps import KeyMap
 from lapilli.errors import CheckpointError
 

@@ -16,8 +16,15 @@ import torch
 
 from lapilli.checkpoint.keymaps import HF_LLAVA
 from lapilli.checkpoint.read.assemble import VOCABULARY, resized
-from lapilli.checkpoint.read.tokenizer import load_tokenizer
 from lapilli.checkpoint.template import WrittenTemplate, written_template
+from lapilli.checkpoint.tokenizer import (
+    load_tokenizer,
+    save_tokenizer_with,
+    settle_generation,
+    special_ids,
+    write_chat_template,
+    write_extra,
+)
 from lapilli.checkpoint.write.adapter import merged_state
 from lapilli.checkpoint.write.files import (
     SHARD_BYTES,
@@ -36,13 +43,6 @@ from lapilli.checkpoint.write.llava import (
     write_preprocessor_config,
     write_text_config,
     write_tower_config,
-)
-from lapilli.checkpoint.write.tokenizer import (
-    save_tokenizer_with,
-    settle_generation,
-    special_ids,
-    write_chat_template,
-    write_extra,
 )
 from lapilli.config.llava import RECORD_KEY
 from lapilli.config.model import ImageConfig, ModelConfig, ProjectorConfig, VisionConfig

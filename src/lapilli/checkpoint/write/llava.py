@@ -16,6 +16,7 @@ import torch
 from lapilli.checkpoint.formats.quantized import KEY, check_quantization, written_quantization
 from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER, VISION_TOWER, original_keymap
 from lapilli.checkpoint.template import written_template
+from lapilli.checkpoint.tokenizer import special_ids, write_beside
 from lapilli.checkpoint.write.files import (
     SHARD_BYTES,
     Formats,
@@ -27,7 +28,6 @@ from lapilli.checkpoint.write.files import (
     write_pickled,
     write_weights,
 )
-from lapilli.checkpoint.write.tokenizer import special_ids, write_beside
 from lapilli.config.llava import IMAGE_KEY, RECORD_KEY, ROUNDS_KEY
 from lapilli.config.model import (
     Activation,

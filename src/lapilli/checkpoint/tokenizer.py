@@ -1,4 +1,4 @@
-"""Small files that every layout ends with: tokenizer, chat template, generation_config.json.
+"""Small files of a checkpoint: tokenizer, read and written; chat template, generation_config.json.
 
 Hugging Face's layout has a token more, for its pictures: `save_tokenizer_with`.
 """
@@ -7,16 +7,80 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer
+import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from lapilli.checkpoint.formats.files import read_optional_json, read_optional_text
+from lapilli.checkpoint.formats.files import (
+    has_file,
+    read_optional_bytes,
+    read_optional_json,
+    read_optional_text,
+)
 from lapilli.checkpoint.write.files import write_json
 from lapilli.config.model import TokenConfig
-from lapilli.errors import CheckpointError
-from lapilli.prompt.tokenizer import SentencePieceTokenizer
-from lapilli.prompt.tokenizer import Tokenizer as LoadedTokenizer
+from lapilli.config.reader import KeyReader
+from lapilli.errors import CheckpointError, MissingFileError
+from lapilli.prompt.tokenizer import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    TokenizerFiles,
+    build_tokenizer,
+)
 from lapilli.prompt.tokenizer.convert import llama_tokenizer
+
+MOST_BYTES = 64 << 20
+"""Of a tokenizer's file: the largest that are published have half of it."""
+IMAGE_PATCH = "<im_patch>"
+IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
+
+
+def load_tokenizer(directory: Path, *, fast: bool) -> Tokenizer:
+    """Load the tokenizer of a directory.
+
+    Args:
+        directory: of the checkpoint, or of the base model of an adapter.
+        fast: the class that the original takes for this backbone: SentencePiece itself for llama
+            (False), the tokenizers library for everything else.
+
+    Raises:
+        MissingFileError: no tokenizer there.
+        CheckpointError: a file of it is damaged.
+    """
+    files = TokenizerFiles(
+        model=read_optional_bytes(directory / "tokenizer.model", most=MOST_BYTES),
+        json=read_optional_text(directory / "tokenizer.json", most=MOST_BYTES),
+        config=read_optional_json(directory / "tokenizer_config.json") or {},
+        special_map=read_optional_json(directory / "special_tokens_map.json") or {},
+        added=_added(directory / "added_tokens.json"),
+    )
+    if files.model is None and files.json is None:
+        raise MissingFileError(
+            f"no tokenizer in {directory}: looked for tokenizer.model and tokenizer.json; "
+            "copy them from the language model that the checkpoint was made from"
+        )
+    return build_tokenizer(files, fast=fast)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Return whether a directory holds a tokenizer."""
+    return any(has_file(directory / name) for name in ("tokenizer.model", "tokenizer.json"))
+
+
+def add_image_tokens(tokenizer: Tokenizer, *, use_patch: bool, use_start_end: bool) -> int:
+    """Add the tokens that the original adds at loading; return how many were new.
+
+    Source: LLaVA builder.py: `<im_patch>` first, then `<im_start>` and `<im_end>`, all special.
+    """
+    count = tokenizer.add_tokens([IMAGE_PATCH], special=True) if use_patch else 0
+    if use_start_end:
+        count += tokenizer.add_tokens([IMAGE_START, IMAGE_END], special=True)
+    return count
+
+
+def _added(path: Path) -> dict[str, int]:
+    found = read_optional_json(path) or {}
+    return KeyReader(found, path.name).all_ids()
+
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -95,7 +159,7 @@ def write_extra(folder: Path, files: Mapping[str, str | bytes] | None) -> None:
 
 
 def save_tokenizer_with(
-    folder: Path, source: Path, tokenizer: LoadedTokenizer, token: str, *, processor: str
+    folder: Path, source: Path, tokenizer: Tokenizer, token: str, *, processor: str
 ) -> int:
     """Write tokenizer.json and its configuration with `token` among them; return its id.
 
@@ -112,7 +176,7 @@ def save_tokenizer_with(
     is_slow = isinstance(tokenizer, SentencePieceTokenizer)
     rust, legacy = _rust(source, tokenizer)
     for index, one in sorted(tokenizer.added_tokens.items()):
-        entry = AddedToken(
+        entry = tokenizers.AddedToken(
             one.content,
             single_word=one.single_word,
             lstrip=one.lstrip,
@@ -127,7 +191,7 @@ def save_tokenizer_with(
                 f"{source}: token {one.content!r} has id {index}, but would get "
                 f"{rust.token_to_id(one.content)} in tokenizer.json"
             )
-    rust.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+    rust.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
     _frame(rust, tokenizer)
     copy_tokenizer(source, folder)
     rust.save(str(folder / "tokenizer.json"))
@@ -149,7 +213,7 @@ def save_tokenizer_with(
     return int(found)
 
 
-def _rust(source: Path, tokenizer: LoadedTokenizer) -> tuple[Tokenizer, bool | None]:
+def _rust(source: Path, tokenizer: Tokenizer) -> tuple[tokenizers.Tokenizer, bool | None]:
     """Return what the loaded tokenizer was made of, and the `legacy` that says the same.
 
     A folder may have both files; a slow tokenizer was read from tokenizer.model. None: what
@@ -158,13 +222,13 @@ def _rust(source: Path, tokenizer: LoadedTokenizer) -> tuple[Tokenizer, bool | N
     is_slow = isinstance(tokenizer, SentencePieceTokenizer)
     text = None if is_slow else read_optional_text(source / "tokenizer.json")
     if text is not None:
-        return Tokenizer.from_str(text), None
+        return tokenizers.Tokenizer.from_str(text), None
     legacy = tokenizer.legacy if isinstance(tokenizer, SentencePieceTokenizer) else True
     model = (source / "tokenizer.model").read_bytes()
     return llama_tokenizer(model, legacy=legacy), legacy
 
 
-def _frame(rust: Tokenizer, tokenizer: LoadedTokenizer) -> None:
+def _frame(rust: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
     """Let the file write what our tokenizer writes before and after a text, such as <s>."""
     prefix, suffix = list(tokenizer.prefix_ids), list(tokenizer.suffix_ids)
     if rust.encode("").ids == prefix + suffix:
@@ -179,7 +243,7 @@ def _frame(rust: Tokenizer, tokenizer: LoadedTokenizer) -> None:
 
 
 def _pad(
-    tokenizer: LoadedTokenizer, config: Mapping[str, object], special_map: Mapping[str, object]
+    tokenizer: Tokenizer, config: Mapping[str, object], special_map: Mapping[str, object]
 ) -> str | None:
     """Return a token for padding where the files name none: unk as the original, else the end."""
     if config.get("pad_token") or special_map.get("pad_token"):

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lapilli.checkpoint.read.tokenizer import load_tokenizer
-from lapilli.checkpoint.write.tokenizer import save_tokenizer_with
+from lapilli.checkpoint.tokenizer import load_tokenizer, save_tokenizer_with
 
 NAMED = {
     str(index): {"content": name, "special": True, "normalized": False}
