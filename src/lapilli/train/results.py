@@ -199,12 +199,13 @@ def save_results(
     Raises:
         CheckpointError: the disk is full; what was in `folder` before is still there.
     """
-    recipe, template = results.recipe, results.template
+    recipe = results.recipe
     is_hf = recipe.save.layout == "huggingface"
     has_adapter = any(True for _ in adapters(model))
     merges = has_adapter and recipe.save.merge
     common = _Common(
         tokenizer_path=results.loaded.tokenizer_path,
+        template=results.template,
         overwrite=True,
         state=merged_state(model, state) if merges else state,
         extra=extra,
@@ -213,13 +214,9 @@ def save_results(
     if has_adapter and not merges:
         trained = [*_trained_whole(model, recipe), *results.loaded.beside]
         if is_hf:
-            save_peft(
-                folder, model, lies_on, base=base, trained=trained, template=template, **common
-            )
+            save_peft(folder, model, lies_on, base=base, trained=trained, **common)
         else:
-            save_lora(
-                folder, model, lies_on, base=base, trained=trained, template=template, **common
-            )
+            save_lora(folder, model, lies_on, base=base, trained=trained, **common)
     elif is_hf:
         save_hf(
             folder,
@@ -227,20 +224,20 @@ def save_results(
             results.config,
             tokenizer=results.loaded.tokenizer,
             dtype=results.dtype,
-            template=template,
             **common,
         )
     elif _is_projector_alone(model):
-        save_projector(folder, model, lies_on, base=base, template=template, **common)
+        save_projector(folder, model, lies_on, base=base, **common)
     else:
         config = results.config_for(whole=True)
-        save_llava(folder, model, config, dtype=results.dtype, template=template, **common)
+        save_llava(folder, model, config, dtype=results.dtype, **common)
 
 
 class _Common(TypedDict):
-    """What all forms are saved with."""
+    """Arguments that every form is saved with."""
 
     tokenizer_path: Path
+    template: Template
     overwrite: bool
     state: Mapping[str, Stored] | None
     extra: Mapping[str, str | bytes] | None
