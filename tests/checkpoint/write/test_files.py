@@ -1,5 +1,6 @@
 """A folder changes in one step: killed, out of space or interrupted, the old one stays whole."""
 
+import json
 import resource
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lapilli.checkpoint.keymaps import ORIGINAL, PROJECTOR
 from lapilli.checkpoint.write import files
 from lapilli.checkpoint.write.files import (
     Deferred,
@@ -148,6 +150,21 @@ def test_a_long_tensor_is_written_in_pieces(tmp_path, monkeypatch):
     write_safetensors(tmp_path / "x.safetensors", TENSORS)
     found = load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_weights_get_the_names_of_a_layout_and_keep_their_formats(tmp_path):
+    state = {f"{PROJECTOR}0.weight": torch.randn(3, 5), f"{PROJECTOR}2.weight": torch.randn(4)}
+    formats = {f"{PROJECTOR}2.weight": torch.bfloat16, "of another model": torch.float16}
+    write_weights(tmp_path, state, ORIGINAL, dtype=formats, shard_bytes=60)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    found = {}
+    for file in set(index["weight_map"].values()):
+        found |= load_file(tmp_path / file)
+    assert found.keys() == {"model.mm_projector.0.weight", "model.mm_projector.2.weight"}
+    assert found["model.mm_projector.0.weight"].dtype == torch.float32
+    assert found["model.mm_projector.2.weight"].dtype == torch.bfloat16
+    with pytest.raises(CheckpointError, match="queries has no name in the layout 'original LLaVA'"):
+        write_weights(tmp_path, {"queries": torch.zeros(1)}, ORIGINAL)
 
 
 def test_deferred_tensors_live_one_at_a_time(tmp_path):
