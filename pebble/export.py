@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lapilli.checkpoint.assemble import build_model
-from lapilli.checkpoint.save import save_llava
+from lapilli.checkpoint.read.assemble import build_model
+from lapilli.checkpoint.write.llava import save_llava
 from lapilli.config.model import (
     DecoderConfig,
     ImageConfig,

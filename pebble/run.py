@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lapilli.checkpoint.plan import Plan, make_plan
+from lapilli.checkpoint.read.plan import Plan, make_plan
 from lapilli.config.model import DecoderConfig, ProjectorConfig, VisionConfig
 from lapilli.errors import ConfigError
 from lapilli.lm.decoder import Decoder

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapilli.checkpoint import assemble
 from lapilli.checkpoint.load import load_checkpoint
+from lapilli.checkpoint.read import assemble
 from lapilli.errors import (
     CheckpointError,
     ConfigError,
@@ -267,7 +267,7 @@ def test_a_table_is_looked_at_in_a_copy(copy, monkeypatch):
     summed = {}
     monkeypatch.setattr(
         assemble,
-        "refuse_not_finite",
+        "check_values",
         lambda name, tensor: summed.update({name.split()[0]: tensor.data_ptr()}),
     )
     model = load_checkpoint(path, device="cpu", dtype="float32").model.language_model

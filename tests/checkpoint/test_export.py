@@ -6,8 +6,8 @@ import torch
 from lapilli.checkpoint.export import export_checkpoint
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.out_of_distribution import load_detector
-from lapilli.checkpoint.save import save_llava
 from lapilli.checkpoint.source import resolve
+from lapilli.checkpoint.write.llava import save_llava
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.quant import QuantConfig
 

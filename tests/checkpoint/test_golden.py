@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.plan import make_plan
+from lapilli.checkpoint.read.plan import make_plan
 
 VARIANTS = [
     "llava-llama-2-tiny-chat",

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.save import save_llava
+from lapilli.checkpoint.write.llava import save_llava
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lapilli.checkpoint import source as sources
+from lapilli.checkpoint.formats.weights import SafetensorsShard
 from lapilli.checkpoint.inspect import inspect_checkpoint
-from lapilli.checkpoint.safe import SafetensorsShard
 from lapilli.errors import MissingFileError
 
 

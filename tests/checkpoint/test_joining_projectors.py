@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 import lapilli
-from lapilli.checkpoint.assemble import build_model
 from lapilli.checkpoint.inspect import inspect_checkpoint
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.save import save_llava, save_projector
+from lapilli.checkpoint.read.assemble import build_model
+from lapilli.checkpoint.write.llava import save_llava, save_projector
 from lapilli.config.projector import parse_projector, projector_name
 
 pytestmark = pytest.mark.slow

@@ -16,12 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from lapilli.checkpoint.files import read_json, read_optional_json
+from lapilli.checkpoint.formats.files import read_json, read_optional_json
+from lapilli.checkpoint.formats.weights import (
+    PickledShard,
+    SafetensorsShard,
+    find_weight_files,
+    open_shard,
+)
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.pickled import PickledShard
-from lapilli.checkpoint.safe import SafetensorsShard
 from lapilli.checkpoint.source import resolve
-from lapilli.checkpoint.weights import find_weight_files, open_shard
 from lapilli.config.json_text import MOST_BYTES, MOST_DEPTH
 from lapilli.errors import CheckpointError
 from lapilli.prompt.tokenizer import TokenizerFiles, build_tokenizer

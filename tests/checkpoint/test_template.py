@@ -13,9 +13,9 @@ from lapilli import Message
 from lapilli.checkpoint.export import export_checkpoint
 from lapilli.checkpoint.inspect import inspect_checkpoint
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.save import save_llava
-from lapilli.checkpoint.save_hf import save_hf
 from lapilli.checkpoint.template import find_chat_template
+from lapilli.checkpoint.write.huggingface import save_hf
+from lapilli.checkpoint.write.llava import save_llava
 from lapilli.compat.run_llava import choose_conversation
 from lapilli.errors import ConfigError
 from lapilli.prompt.jinja import JinjaTemplate

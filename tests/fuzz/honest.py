@@ -145,7 +145,7 @@ def gptq(folder: Path) -> None:
 def packed(folder: Path) -> None:
     """An original LLaVA that `lapilli quantize` packed in 4 bits."""
     from lapilli.checkpoint.load import load_checkpoint
-    from lapilli.checkpoint.save import save_llava
+    from lapilli.checkpoint.write.llava import save_llava
 
     original("llava-tiny-linear-square")(folder / "float")
     loaded = load_checkpoint(folder / "float" / "model", device="cpu", quantization="int4")

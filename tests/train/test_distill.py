@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapilli.checkpoint.assemble import build_model
 from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.checkpoint.read.assemble import build_model
 from lapilli.errors import ConfigError, DataError, PromptError
 from lapilli.nn.onednn import rounded
 from lapilli.prompt.encode import EncodedPrompt, Span

@@ -11,8 +11,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from lapilli.checkpoint.assemble import build_model
-from lapilli.checkpoint.plan import make_plan
+from lapilli.checkpoint.read.assemble import build_model
+from lapilli.checkpoint.read.plan import make_plan
 from lapilli.config.files import ConfigFiles
 from lapilli.config.llava import parse_llava
 from lapilli.quant.nf4 import Nf4Linear

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from lapilli.checkpoint.load import load_checkpoint
+from lapilli.checkpoint.out_of_distribution import detector_files
+from lapilli.checkpoint.source import resolve
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lapilli.train.reproject import reproject
 
@@ -21,6 +23,8 @@ def test_a_pooled_mlp_keeps_every_weight(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     loaded = load_checkpoint(tmp_path / "llava")
     assert loaded.template.template.name == load_checkpoint("pebble").template.template.name
+    # The tower is the same, so what it has seen still is.
+    assert detector_files(tmp_path / "llava") == detector_files(resolve("pebble"))
 
 
 def test_a_resampler_is_fresh_and_the_rest_stays(tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.save_hf import save_hf
+from lapilli.checkpoint.write.huggingface import save_hf
 from lapilli.compat import training
 from lapilli.compat.builder import load_pretrained_model
 from lapilli.errors import ConfigError, UnsupportedModelError

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lapilli.checkpoint.files import RESULTS
+from lapilli.checkpoint.formats.files import RESULTS
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.errors import (
     ConfigError,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.save import save_llava
-from lapilli.checkpoint.save_hf import save_hf
+from lapilli.checkpoint.write.huggingface import save_hf
+from lapilli.checkpoint.write.llava import save_llava
 from lapilli.quant import QuantConfig, quantize
 from lapilli.train.ema import Average
 from lapilli.train.optim import build_optimizer

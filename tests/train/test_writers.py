@@ -18,8 +18,8 @@ from lapilli import Message
 from lapilli.checkpoint.export import export_checkpoint
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.placement import STORED
-from lapilli.checkpoint.save import save_llava
-from lapilli.checkpoint.save_hf import save_hf
+from lapilli.checkpoint.write.huggingface import save_hf
+from lapilli.checkpoint.write.llava import save_llava
 from lapilli.prompt.message import MediaPart, TextPart
 from lapilli.train.recipe import (
     DataRecipe,

@@ -1,19 +1,22 @@
 """A checkpoint read and saved again: in another layout or number format, adapters folded in."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypedDict
 
-from lapilli.checkpoint.assemble import Progress
-from lapilli.checkpoint.load import load_checkpoint
+from lapilli.checkpoint.formats.quantized import stored_quantization
+from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.out_of_distribution import detector_files
 from lapilli.checkpoint.placement import DTYPES, STORED
-from lapilli.checkpoint.plan import make_plan
-from lapilli.checkpoint.quantized import stored_quantization
-from lapilli.checkpoint.save import save_llava
-from lapilli.checkpoint.save_files import common_dtypes, dtype_name
-from lapilli.checkpoint.save_hf import save_hf
-from lapilli.config.write import refuse_unsayable as refuse_unsayable_in_original
-from lapilli.config.write_hf import refuse_unsayable
+from lapilli.checkpoint.read.assemble import Progress
+from lapilli.checkpoint.read.plan import make_plan
+from lapilli.checkpoint.write.files import common_dtypes, dtype_name
+from lapilli.checkpoint.write.huggingface import check_hf_layout, save_hf
+from lapilli.checkpoint.write.llava import check_llava_layout, save_llava
+from lapilli.config.model import ModelConfig
 from lapilli.errors import ConfigError
+from lapilli.prompt.choose import Template
+from lapilli.quant import QuantConfig
 
 LAYOUTS = ("llava", "huggingface")
 
@@ -55,9 +58,9 @@ def export_checkpoint(
     if stored_quantization(plan.weights_raw) is not None:
         raise ConfigError(f"{plan.path} is quantized: export the checkpoint that it was made from")
     if layout == "huggingface":
-        refuse_unsayable(plan.config)
+        check_hf_layout(plan.config)
     else:
-        refuse_unsayable_in_original(plan.config)
+        check_llava_layout(plan.config)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown: choose from {', '.join(DTYPES)}")
     loaded = load_checkpoint(
@@ -69,26 +72,51 @@ def export_checkpoint(
         dtype=dtype or STORED,
         progress=progress,
     )
-    spoken = loaded.template.template
-    if layout == "huggingface":
-        save_hf(
-            target,
-            loaded.model,
-            loaded.config,
-            tokenizer=loaded.tokenizer,
-            tokenizer_path=loaded.tokenizer_path,
-            template=spoken,
-            overwrite=overwrite,
-            extra=detector_files(loaded.path),
-        )
-    else:
-        save_llava(
-            target,
-            loaded.model,
-            loaded.config,
-            tokenizer_path=loaded.tokenizer_path,
-            template=spoken,
-            overwrite=overwrite,
-            extra=detector_files(loaded.path),
-        )
+    save_loaded(target, loaded, layout=layout, overwrite=overwrite)
     return " and ".join(dtype_name(one) for one in common_dtypes(loaded.model.state_dict()))
+
+
+def save_loaded(
+    target: Path,
+    loaded: Loaded,
+    *,
+    layout: str = "llava",
+    config: ModelConfig | None = None,
+    quantization: QuantConfig | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save a checkpoint that was loaded, with its tokenizer, template and detector.
+
+    Args:
+        target: the new directory.
+        loaded: what is saved; its model may have been changed.
+        layout: see `export_checkpoint`.
+        config: what the model is now; None: as it was loaded.
+        quantization: how its layers are packed; see `save_llava`.
+        overwrite: replace a directory that is there.
+
+    Raises:
+        CheckpointError: `target` is there, or the disk is full.
+        ConfigError: see `save_llava` and `save_hf`.
+        UnsupportedModelError: something that the layout cannot say.
+    """
+    common: _Common = {
+        "tokenizer_path": loaded.tokenizer_path,
+        "template": loaded.template.template,
+        "overwrite": overwrite,
+        "extra": detector_files(loaded.path),
+    }
+    config = config or loaded.config
+    if layout == "huggingface":
+        save_hf(target, loaded.model, config, tokenizer=loaded.tokenizer, **common)
+    else:
+        save_llava(target, loaded.model, config, quantization=quantization, **common)
+
+
+class _Common(TypedDict):
+    """Arguments of the writers of both layouts."""
+
+    tokenizer_path: Path
+    template: Template
+    overwrite: bool
+    extra: Mapping[str, str | bytes]

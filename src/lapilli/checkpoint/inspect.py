@@ -1,15 +1,15 @@
 """`inspect_checkpoint`: what a checkpoint is and what loading would do, without reading weights."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import wrap
 
-from lapilli.checkpoint.assemble import Matching, build_model
-from lapilli.checkpoint.keymaps.tables import TOWER
-from lapilli.checkpoint.load import match_plan, with_own_head
-from lapilli.checkpoint.plan import Plan, make_plan
-from lapilli.checkpoint.quantized import Packing, stored_quantization
-from lapilli.checkpoint.render import as_text
+from lapilli.checkpoint.formats.quantized import LayerQuantizer, stored_quantization
+from lapilli.checkpoint.keymaps import TOWER
+from lapilli.checkpoint.read.assemble import Matching, build_model
+from lapilli.checkpoint.read.plan import Plan, make_plan
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import tile_features
@@ -100,11 +100,11 @@ class Inspection:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        """The same for json.dumps."""
+        """Return plain values for json.dumps."""
         return asdict(self)
 
     def to_text(self) -> str:
-        """The same for people."""
+        """Return lines of text for people."""
         return as_text(self.to_dict())
 
 
@@ -116,7 +116,7 @@ def inspect_checkpoint(
     template: str | Template | None = None,
     choices: Choices | None = None,
 ) -> Inspection:
-    """What a checkpoint is and what loading it would do.
+    """Return what a checkpoint is and what loading it would do.
 
     Args:
         source: a directory, a hub id or "pebble"; of a hub repository only the small files are
@@ -131,15 +131,15 @@ def inspect_checkpoint(
             here: they are listed.
         ConfigError: config.json cannot be followed.
     """
-    plan = with_own_head(make_plan(source, base=base, adapter=adapter, fetch=False))
+    plan = make_plan(source, base=base, adapter=adapter, fetch=False)
     model = build_model(plan.config)
     shapes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     sizes = layer_shapes(model, ROWS) if choices is not None else []
     packed = stored_quantization(plan.weights_raw)
     if packed is not None:
         names = plan.parameters
-        Packing(model, packed.config, stored=True, published=packed.published, names=names)
-    matching = match_plan(plan, model)
+        LayerQuantizer(model, packed.config, stored=True, published=packed.published, names=names)
+    matching = plan.match(model)
     choice = choose_for(plan, template)
     chosen = {"name": choice.template.name, "reason": choice.reason}
     tensors = [info for part in plan.parts for info in part.store.infos.values()]
@@ -280,7 +280,7 @@ def _special_tokens(plan: Plan) -> dict[str, str]:
 
 
 def _missing(plan: Plan, matching: Matching) -> tuple[str, ...]:
-    """Parameters without a tensor, where the weights were looked at."""
+    """Return parameters without a tensor, where the weights were looked at."""
     if not plan.has_weights:
         return ()
     waits = not any(part.has(TOWER) for part in plan.parts) and plan.tower_path is not None
@@ -292,3 +292,55 @@ def _paths(plan: Plan) -> dict[str, str]:
     if plan.adapter is not None:
         paths["adapter"] = plan.adapter.path
     return {label: str(path) for label, path in paths.items() if path is not None}
+
+
+LABEL_WIDTH = 16
+LINE_WIDTH = 100
+# Hundreds of tensors may be dropped (a whole text tower); the JSON form lists them all.
+CUT = {"dropped": 12}
+
+
+def as_text(found: Mapping[str, object]) -> str:
+    """Render one fact per line, empty ones left out; `CUT` says where a list is cut."""
+    lines: list[str] = []
+    for key, value in found.items():
+        text = _value(key, value)
+        if text:
+            label = "bytes in files" if key == "num_bytes" else key.replace("_", " ")
+            lines.append(f"{label:<{LABEL_WIDTH}} {text}")
+    return "\n".join(lines)
+
+
+def _value(key: str, value: object) -> str:
+    if isinstance(value, Mapping):
+        return _mapping(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return _list(key, [str(one) for one in value])
+    return _number(value) if value else ""
+
+
+def _mapping(value: Mapping[object, object]) -> str:
+    known = {str(key): one for key, one in value.items() if one is not None}
+    if set(known) >= {"name", "reason"}:
+        rest = f"; {known['note']}" if "note" in known else ""
+        return f"{known['name']} ({known['reason']}){rest}"
+    return ", ".join(f"{key} {_number(one)}" for key, one in known.items())
+
+
+def _list(key: str, names: list[str]) -> str:
+    """Render sentences one per line, names beside each other."""
+    if not names:
+        return ""
+    margin = "\n" + " " * (LABEL_WIDTH + 1)
+    if key in ("notes", "layers_on_cpu"):
+        return margin.join(names)
+    shown = names[: CUT.get(key, len(names))]
+    more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
+    text = f"{len(names)}: {', '.join(shown)}{more}"
+    return margin.join(wrap(text, LINE_WIDTH - LABEL_WIDTH, break_on_hyphens=False))
+
+
+def _number(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000:
+        return f"{value:,}"
+    return str(value)

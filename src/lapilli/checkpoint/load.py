@@ -9,29 +9,43 @@ from pathlib import Path
 
 import torch
 
-from lapilli.checkpoint.assemble import (
-    Matching,
-    Progress,
-    build_model,
-    fill,
-    has_other_head,
-    match,
-    refuse_gaps,
-)
-from lapilli.checkpoint.foreign import load_foreign_model
-from lapilli.checkpoint.placement import AUTO, STORED, choose_device, choose_dtype
-from lapilli.checkpoint.plan import Plan, make_plan
-from lapilli.checkpoint.quantized import (
-    Packing,
+from lapilli.checkpoint.formats.files import read_optional_json
+from lapilli.checkpoint.formats.quantized import (
+    LayerQuantizer,
     StoredQuantization,
     faster_tower_dtype,
     stored_quantization,
 )
-from lapilli.checkpoint.report import LoadReport
+from lapilli.checkpoint.keymaps import LANGUAGE_MODEL
+from lapilli.checkpoint.placement import AUTO, STORED, choose_device, choose_dtype
+from lapilli.checkpoint.read.assemble import (
+    LoadReport,
+    Progress,
+    Vocabulary,
+    build_model,
+    check_complete,
+    fill,
+)
+from lapilli.checkpoint.read.directory import open_weights
+from lapilli.checkpoint.read.plan import Plan, make_plan
+from lapilli.checkpoint.source import resolve
 from lapilli.checkpoint.template import choose_for
+from lapilli.checkpoint.tokenizer import load_tokenizer
+from lapilli.config.ignored import GENERATION, TEXT
 from lapilli.config.model import ModelConfig
-from lapilli.config.reader import JsonObject
+from lapilli.config.parse import supported_types
+from lapilli.config.reader import (
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    MOST_WIDTH,
+    MOST_WORDS,
+    JsonObject,
+    KeyReader,
+    KeyReport,
+)
+from lapilli.config.tokens import parse_tokens
 from lapilli.errors import ConfigError, UnsupportedModelError
+from lapilli.lm.foreign import load_foreign
 from lapilli.lora import inject, merge
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template, TemplateChoice
@@ -90,9 +104,9 @@ def load_checkpoint(
     progress: Progress | None = None,
     quantization: str | QuantConfig | None = None,
     quantize_tower: bool = False,
-    wide: tuple[str, ...] = (),
+    float32_parameters: tuple[str, ...] = (),
 ) -> Loaded:
-    """A model, its tokenizer and a report, from any LLaVA checkpoint as it was published.
+    """Load a model, its tokenizer and a report from any LLaVA checkpoint as it was published.
 
     Args:
         source: a directory, a hub id ("owner/name" or "owner/name@revision") or "pebble".
@@ -113,8 +127,8 @@ def load_checkpoint(
             read, so that memory holds the packed model and one layer more; None: as the files are.
             What AWQ and GPTQ files hold packed stays as it is; "int4" packs the rest.
         quantize_tower: pack the vision tower and the projector too, in 8 bits.
-        wide: beginnings of names of parameters that are float32 whatever `dtype` says: what will
-            be trained. An adapter that is kept beside the weights is float32 too.
+        float32_parameters: beginnings of names of parameters that are float32 whatever `dtype`
+            says: what will be trained. An adapter kept beside the weights is float32 too.
 
     Raises:
         CheckpointError: files are missing, damaged, unsafe, or do not belong together.
@@ -141,19 +155,18 @@ def load_checkpoint(
         plan.keys.refuse_unknown()
     stored = stored_quantization(plan.weights_raw)
     asked = _asked(quantization, stored, quantize_tower=quantize_tower)
-    plan = with_own_head(plan)
     model = build_model(plan.config)
     free = where.type == "cpu" and dtype == AUTO  # to take the faster number format
-    packing = _packing(plan, model, asked, stored, merge_lora=merge_lora, free=free)
-    matching = match_plan(plan, model)
-    refuse_gaps(matching)
+    quantizer = _quantizer(plan, model, asked, stored, merge_lora=merge_lora, free=free)
+    matching = plan.match(model)
+    check_complete(matching)
     number_format = None
     if dtype != STORED:
         number_format = choose_dtype(
             dtype,
             device=where,
             stored=plan.config.torch_dtype,
-            num_parameters=_num_floats(model, packing),
+            num_parameters=_num_floats(model, quantizer),
         )
     fill(
         model,
@@ -163,35 +176,19 @@ def load_checkpoint(
         device=where,
         check_finite=check_finite,
         progress=progress,
-        packing=packing,
-        wide=wide,
+        quantizer=quantizer,
+        float32_parameters=float32_parameters,
     )
-    lay_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
-    notes = () if packing is None else packing.notes
-    if asked is not None and packing is None:  # an adapter had to be folded in first
+    apply_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
+    notes = () if quantizer is None else quantizer.notes
+    if asked is not None and quantizer is None:  # an adapter had to be folded in first
         notes = quantize(model, asked).notes
     if where.type == "cpu" and dtype != STORED:
         take_faster_products(model, Choices(cache_file()))
     loaded = _loaded(model, plan, matching.report(), template)
     report = replace(loaded.report, notes=(*loaded.report.notes, *notes))
-    config = asked if packing is None else packing.config
+    config = asked if quantizer is None else quantizer.config
     return replace(loaded, report=report, quantization=config, stored=matching.dtypes)
-
-
-def with_own_head(plan: Plan) -> Plan:
-    """The plan, with the output layer of the files where it is not the embedding that it should be.
-
-    Source: transformers from 5.0 keeps both tables and warns.
-    """
-    text = plan.config.text
-    if not text.tie_embeddings or not has_other_head(plan.parts):
-        return plan
-    note = (
-        "config.json says that the output layer is the embedding (tie_word_embeddings), but the "
-        "files hold another one: that is used"
-    )
-    config = replace(plan.config, text=replace(text, tie_embeddings=False))
-    return replace(plan, config=config, notes=(*plan.notes, note))
 
 
 def _asked(
@@ -200,7 +197,7 @@ def _asked(
     *,
     quantize_tower: bool,
 ) -> QuantConfig | None:
-    """What a caller wants; "int4" takes groups and zero points as published files have them."""
+    """Return what a caller wants; "int4" takes groups and zero points as published files do."""
     if quantization is None:
         return None
     asked = quant_config(quantization, quantize_tower=quantize_tower)
@@ -210,7 +207,7 @@ def _asked(
     return replace(asked, group_size=own.group_size, symmetric=own.symmetric)
 
 
-def _packing(
+def _quantizer(
     plan: Plan,
     model: torch.nn.Module,
     asked: QuantConfig | None,
@@ -218,22 +215,22 @@ def _packing(
     *,
     merge_lora: bool,
     free: bool,
-) -> Packing | None:
-    """How layers are packed while they are read; None: not at all, or not before an adapter is in.
+) -> LayerQuantizer | None:
+    """Return what packs layers while they are read; None: nothing, or only with an adapter in.
 
     Raises:
         ConfigError: the files are packed otherwise, or an adapter would lie over packed layers.
     """
     if stored is not None:
         if asked is not None:
-            stored.refuse_other(asked, plan.path)
+            stored.check_request(asked, plan.path)
         if plan.adapter is not None:
             raise ConfigError(
                 "an adapter cannot be laid over quantized layers: lay it over the checkpoint "
                 "before quantization, with quantize= to pack the result"
             )
         config = asked or stored.config
-        return Packing(
+        return LayerQuantizer(
             model,
             config,
             stored=asked is None or stored.published is None,
@@ -244,7 +241,7 @@ def _packing(
     if asked is None:
         return None
     if plan.adapter is None:
-        return Packing(model, asked, tower_dtype=_tower_dtype(plan, asked, free))
+        return LayerQuantizer(model, asked, tower_dtype=_tower_dtype(plan, asked, free))
     if not merge_lora:
         raise ConfigError("quantized layers carry no adapter: quantize= needs merge_lora=True")
     return None
@@ -256,12 +253,12 @@ def _tower_dtype(plan: Plan, config: QuantConfig, free: bool) -> torch.dtype | N
     return faster_tower_dtype(plan.config, Choices(cache_file()))
 
 
-def _num_floats(model: torch.nn.Module, packing: Packing | None) -> int:
-    """How many numbers will stay floats of the chosen format."""
+def _num_floats(model: torch.nn.Module, quantizer: LayerQuantizer | None) -> int:
+    """Return how many numbers will stay floats of the chosen format."""
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if packing is None or not packing.takes(name)
+        if quantizer is None or not quantizer.takes(name)
     )
 
 
@@ -272,7 +269,7 @@ def _through_transformers(
     device: torch.device,
     dtype: str | torch.dtype,
 ) -> tuple[VisionLanguageModel, Plan]:
-    """A plain language model of another family, or the refusal with what transformers says."""
+    """Load a plain language model of another family, or raise with what transformers says."""
     try:
         found = load_foreign_model(source, device=device, dtype=dtype)
     except UnsupportedModelError as error:
@@ -301,12 +298,7 @@ def _loaded(
     )
 
 
-def match_plan(plan: Plan, model: torch.nn.Module) -> Matching:
-    """Every tensor of the plan and every parameter of the model, paired."""
-    return match(plan.parts, model, tied=plan.config.text.tie_embeddings)
-
-
-def lay_adapter(
+def apply_adapter(
     model: VisionLanguageModel, plan: Plan, *, merged: bool, check_finite: bool
 ) -> None:
     """Inject the plan's adapter, and fold it into the weights when asked."""
@@ -319,3 +311,91 @@ def lay_adapter(
     inject(model, config, tensors, dtype=torch.float32)
     if merged:
         merge(model)
+
+
+def is_foreign(raw: JsonObject) -> bool:
+    """Return whether a config.json is a causal language model that only transformers may know."""
+    named = "ForCausalLM" in str(raw.get("architectures", ""))
+    return named and raw.get("model_type") not in supported_types()
+
+
+# What other families call the sizes that memory and time grow with.
+_SIZES = {
+    MOST_LAYERS: ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    MOST_WIDTH: ("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner"),
+    MOST_WORDS: ("vocab_size",),
+    MOST_POSITIONS: ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+}
+
+
+def _check_sizes(raw: JsonObject) -> None:
+    """Check the sizes before transformers builds what they say."""
+    reader = KeyReader(raw, "config.json")
+    for most, keys in _SIZES.items():
+        for key in keys:
+            reader.optional_positive(key, most=most)
+
+
+def load_foreign_model(
+    source: str | Path, *, device: torch.device, dtype: str | torch.dtype
+) -> tuple[VisionLanguageModel, Plan] | None:
+    """Load a model without images through transformers; None for every other checkpoint.
+
+    Args:
+        source: as for `load_checkpoint`.
+        device: where it goes.
+        dtype: as for `load_checkpoint`.
+
+    Raises:
+        UnsupportedModelError: transformers is not installed or cannot read the model.
+        MissingFileError: no tokenizer.
+        ConfigFileError: a size beyond every model that there is.
+
+    Note: which keys are read is transformers' affair, so none is reported as unknown.
+    """
+    path = resolve(source, weights=False)
+    raw = read_optional_json(path / "config.json") or {}
+    if not is_foreign(raw):
+        return None
+    _check_sizes(raw)
+    path = resolve(source)
+    tokenizer = load_tokenizer(path, fast=True)
+    infos = open_weights(path).infos.values()
+    number_format = choose_dtype(
+        dtype,
+        device=device,
+        stored=str(raw.get("dtype") or raw.get("torch_dtype")),
+        num_parameters=sum(info.num_parameters for info in infos),
+    )
+    language_model = load_foreign(path, dtype=number_format, device=device)
+    generation = read_optional_json(path / "generation_config.json") or {}
+    text = language_model.config
+    config = ModelConfig(
+        text=text,
+        tokens=parse_tokens(
+            KeyReader(raw, "config.json", TEXT),
+            KeyReader(generation, "generation_config.json", GENERATION),
+        ),
+        layout="text",
+        torch_dtype=str(number_format).removeprefix("torch."),
+        context_length=text.max_positions,
+    )
+    note = (
+        f"model_type {raw.get('model_type')!r} is read through the library transformers: "
+        "it is none of lapilli's own families"
+    )
+    plan = Plan(
+        form="through transformers",
+        path=path,
+        raw=raw,
+        weights_raw=raw,
+        config=config,
+        keys=KeyReport(used=tuple(sorted(raw))),
+        parts=(),
+        keymap=LANGUAGE_MODEL,
+        tokenizer=tokenizer,
+        tokenizer_path=path,
+        vocabulary=Vocabulary(rows=text.vocab_size, accepted=frozenset()),
+        notes=(note,),
+    )
+    return VisionLanguageModel(language_model, {}), plan

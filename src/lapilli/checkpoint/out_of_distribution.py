@@ -17,8 +17,8 @@ from typing import cast
 import torch
 from safetensors.torch import save_file
 
-from lapilli.checkpoint.files import read_optional_json
-from lapilli.checkpoint.weights import open_shard, refuse_not_finite
+from lapilli.checkpoint.formats.files import read_optional_json
+from lapilli.checkpoint.formats.weights import check_values, open_shard
 from lapilli.config.reader import JsonObject, KeyReader
 from lapilli.errors import CheckpointError
 from lapilli.modality.image.image import ImageModality
@@ -153,7 +153,7 @@ def _detector(said: JsonObject, file: Path, width: int | None) -> Detector:
             f"mean has shape {tuple(mean.shape)} and whitening {tuple(whitening.shape)}, expected "
             f"({size},) and ({size}, {size})"
         )
-    refuse_not_finite("mean", mean)
-    refuse_not_finite("whitening", whitening)
+    check_values("mean", mean)
+    check_values("whitening", whitening)
     knows, without = (reader.text(key, "") or "" for key in ("knows", "without_picture"))
     return Detector(knows, limit, mean, whitening, without)

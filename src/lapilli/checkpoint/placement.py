@@ -23,7 +23,7 @@ _BFLOAT16 = (8, 0)  # compute capability
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """The device; "auto" takes a CUDA device where there is one, else the CPU.
+    """Return the device; "auto" takes a CUDA device where there is one, else the CPU.
 
     Raises:
         ConfigError: no such device here.
@@ -42,7 +42,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 def choose_dtype(
     dtype: str | torch.dtype, *, device: torch.device, stored: str | None, num_parameters: int
 ) -> torch.dtype:
-    """The number format of the weights.
+    """Return the number format of the weights.
 
     "auto" on a CPU is float32 where the weights fit into the free memory, else bfloat16: CPUs
     compute float32 several times as fast unless they have instructions for the short formats. On
@@ -77,7 +77,7 @@ def choose_dtype(
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that can still be allocated here; None where the system does not say.
+    """Return the bytes that can still be allocated, or None where the system does not say.
 
     Linux only: what the kernel counts as available, or what the container's limit leaves.
     """

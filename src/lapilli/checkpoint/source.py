@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from lapilli.checkpoint.files import GGUF, first_bytes
+from lapilli.checkpoint.formats.files import GGUF, first_bytes
 from lapilli.config.reader import shown
 from lapilli.errors import CheckpointError, MissingFileError
 
@@ -31,7 +31,7 @@ PICKLED_WEIGHTS = ["pytorch_model*.bin", "adapter_model.bin"]
 
 
 def resolve(source: str | Path, *, weights: bool = True, beside: Sequence[Path] = ()) -> Path:
-    """The directory of a checkpoint, fetched from the hub when it is not on this disk.
+    """Return the directory of a checkpoint, fetched from the hub when it is not on this disk.
 
     Args:
         source: a directory, a hub id ("owner/name" or "owner/name@revision") or "pebble".
@@ -57,7 +57,7 @@ def resolve(source: str | Path, *, weights: bool = True, beside: Sequence[Path] 
 
 
 def find_directory(name: str, beside: Sequence[Path] = ()) -> Path | None:
-    """The local directory of this name, or None.
+    """Return the local directory of this name, or None.
 
     Raises:
         CheckpointError: there is a file of this name.
@@ -88,12 +88,12 @@ def _path_of(name: str) -> Path:
 
 
 def _place(name: str) -> Path:
-    """Where a directory of this name would lie."""
+    """Return where a directory of this name would lie."""
     return _path_of(name).absolute()
 
 
 def is_local(source: str | Path) -> bool:
-    """Whether a source lies on this disk without asking the hub."""
+    """Return whether a source lies on this disk without asking the hub."""
     return str(source) == PEBBLE or find_directory(str(source)) is not None
 
 
@@ -108,7 +108,7 @@ def _embedded() -> Path:
 
 
 def fetch_snapshot(name: str, *, weights: bool = True) -> Path:
-    """A repository of the hub in its local cache; one kind of weights only, safetensors first.
+    """Fetch a repository of the hub into its local cache; safetensors first, else pickles.
 
     Raises:
         MissingFileError: not there, not allowed, or offline and not in the cache.

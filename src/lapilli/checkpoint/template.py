@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lapilli.checkpoint.files import read_optional_json, read_optional_text
-from lapilli.checkpoint.plan import Plan
+from lapilli.checkpoint.formats.files import read_optional_json, read_optional_text
+from lapilli.checkpoint.read.plan import Plan
 from lapilli.config.model import ModelConfig
 from lapilli.errors import ConfigError
 from lapilli.prompt.choose import (
@@ -32,7 +32,7 @@ ADAPTER = "PEFT adapter"
 
 
 def choose_for(plan: Plan, explicit: str | Template | None = None) -> TemplateChoice:
-    """The template of a plan, and why.
+    """Choose the template of a plan; return why, too.
 
     Args:
         plan: of the checkpoint.
@@ -47,7 +47,7 @@ def choose_for(plan: Plan, explicit: str | Template | None = None) -> TemplateCh
 
 
 def template_facts(plan: Plan) -> TemplateFacts:
-    """What the files say that bears on the template."""
+    """Gather what the files say that bears on the template."""
     text = plan.raw.get("text_config")
     projector, tokens = plan.config.projector, plan.config.tokens
     ends = ("<|im_start|>", "<|im_end|>")
@@ -66,7 +66,7 @@ def template_facts(plan: Plan) -> TemplateFacts:
 
 
 def own_template(plan: Plan) -> JinjaTemplate | None:
-    """The checkpoint's own chat template, where it has one that counts.
+    """Return the checkpoint's own chat template, where it has one that counts.
 
     Beside a checkpoint in the original layout it belongs to the base model and is not read, unless
     config.json records that it is the model's.
@@ -99,7 +99,7 @@ def own_template(plan: Plan) -> JinjaTemplate | None:
 
 
 def _of_adapter(plan: Plan) -> str | None:
-    """The chat template in the folder of a PEFT adapter: what it was trained with.
+    """Return the chat template in the folder of a PEFT adapter: what it was trained with.
 
     Such a folder has no config.json to record a name in. Over a checkpoint in the original layout
     it says nothing, like every chat template beside one.
@@ -110,7 +110,7 @@ def _of_adapter(plan: Plan) -> str | None:
 
 
 def find_chat_template(*directories: Path) -> str | None:
-    """The jinja text, from the first directory and the newest place that has one."""
+    """Find the jinja text, in the first directory and the newest place that has one."""
     for directory in directories:
         found = read_optional_text(directory / "chat_template.jinja")
         if found is not None:
@@ -141,7 +141,7 @@ class WrittenTemplate:
     def for_whole_prompts(
         self, tokenizer: Tokenizer, image_id: int, *, was_whole: bool
     ) -> str | None:
-        """chat_template.jinja in the layout of Hugging Face; None: there is no template.
+        """Return chat_template.jinja for Hugging Face's layout; None: there is no template.
 
         Args:
             tokenizer: of that layout.
@@ -163,7 +163,7 @@ class WrittenTemplate:
 def written_template(
     template: str | Template | None, config: ModelConfig, tokenizer_path: Path | None
 ) -> WrittenTemplate:
-    """How a template is written beside a model.
+    """Return how a template is written beside a model.
 
     Args:
         template: one, or its name; "chat_template" is the one among the tokenizer's files. None:

@@ -36,10 +36,9 @@ def quantize(
     """Save a checkpoint in 4 or 8 bits; it loads at once and answers faster on a CPU."""
     with plain_errors():
         with loading(source, quiet=quiet) as progress:
+            from lapilli.checkpoint.export import save_loaded
             from lapilli.checkpoint.load import load_checkpoint
-            from lapilli.checkpoint.out_of_distribution import detector_files
             from lapilli.checkpoint.placement import STORED
-            from lapilli.checkpoint.save import save_llava
             from lapilli.quant import QuantConfig
             from lapilli.quant.config import describe
             from lapilli.quant.quantize import notes_on
@@ -61,16 +60,7 @@ def quantize(
                 quantization=config,
                 progress=progress,
             )
-        save_llava(
-            target,
-            loaded.model,
-            loaded.config,
-            tokenizer_path=loaded.tokenizer_path,
-            template=loaded.template.template,
-            overwrite=overwrite,
-            quantization=config,
-            extra=detector_files(loaded.path),
-        )
+        save_loaded(target, loaded, quantization=config, overwrite=overwrite)
         if not quiet:
             size = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
             note(f"{target}: {size / 1e6:.1f} MB, {describe(config)}")

@@ -115,7 +115,7 @@ def _print_plan(recipe: "Recipe", gpus: int) -> None:
     """What the run costs on three kinds of GPU."""
     from dataclasses import replace
 
-    from lapilli.checkpoint.plan import make_plan
+    from lapilli.checkpoint.read.plan import make_plan
     from lapilli.errors import ConfigError, MissingFileError
     from lapilli.train.data import open_dataset
     from lapilli.train.plan import A100, H100, RTX4090, plan

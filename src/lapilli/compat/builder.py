@@ -12,13 +12,12 @@ import transformers
 from torch import nn
 from transformers import GenerationConfig
 
-from lapilli.checkpoint.files import read_optional_json
-from lapilli.checkpoint.keymaps import LANGUAGE_MODEL, VISION_TOWER
-from lapilli.checkpoint.keymaps.tables import TEXT, TOWER
+from lapilli.checkpoint.formats.files import read_optional_json
+from lapilli.checkpoint.keymaps import LANGUAGE_MODEL, TEXT, TOWER, VISION_TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.checkpoint.save import renamed
 from lapilli.checkpoint.source import find_directory
-from lapilli.checkpoint.tokenizer_files import add_image_tokens, load_tokenizer
+from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
+from lapilli.checkpoint.write.llava import write_text_config
 from lapilli.compat import models
 from lapilli.compat.foreign import Foreign
 from lapilli.compat.image_processor import CLIPImageProcessor
@@ -26,7 +25,6 @@ from lapilli.compat.tokenizer import PreTrainedTokenizer, wrap_tokenizer
 from lapilli.compat.tower import CLIPVisionTower, filled, vision_config
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import projector_name
-from lapilli.config.write import write_text_config
 from lapilli.errors import UnsupportedModelError
 from lapilli.lm.foreign import ForeignLanguageModel
 from lapilli.modality.image.image import ImageModality
@@ -143,14 +141,14 @@ def _build_model(loaded: Loaded, family: str) -> Foreign:
         images = loaded.model.modality("image")
     parameters = loaded.model.state_dict()
     text = {name: value for name, value in parameters.items() if name.startswith(TEXT)}
-    state: dict[str, Any] = renamed(text, LANGUAGE_MODEL)
+    state: dict[str, Any] = LANGUAGE_MODEL.rename(text)
     bare = {key: value for key, value in raw.items() if key != "mm_vision_tower"}
     model = filled(kind, kind.config_class(**bare), state)
     model.config._name_or_path = str(loaded.path)
     if isinstance(images, ImageModality):
         model.config.mm_vision_tower = raw["mm_vision_tower"]
         tower = {name: value for name, value in parameters.items() if name.startswith(TOWER)}
-        _attach(model, images, renamed(tower, VISION_TOWER))
+        _attach(model, images, VISION_TOWER.rename(tower))
     return model.eval()
 
 

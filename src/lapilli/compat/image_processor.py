@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lapilli.checkpoint.write.llava import write_preprocessor_config
 from lapilli.config.model import PixelConfig
-from lapilli.config.write import write_preprocessor_config
 from lapilli.errors import MediaError
 from lapilli.modality.image.decode import as_rgb
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import transformers
 
-from lapilli.checkpoint.files import read_optional_json
-from lapilli.checkpoint.save import copy_tokenizer
-from lapilli.checkpoint.save_files import write_json
+from lapilli.checkpoint.formats.files import read_optional_json
 from lapilli.checkpoint.source import resolve
-from lapilli.checkpoint.tokenizer_files import load_tokenizer
+from lapilli.checkpoint.tokenizer import copy_tokenizer, load_tokenizer
+from lapilli.checkpoint.write.files import write_json
 from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer
 
 NO_LIMIT = int(1e30)

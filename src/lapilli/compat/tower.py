@@ -26,11 +26,11 @@ from transformers import (
 from transformers.utils import logging
 
 from lapilli.checkpoint.source import find_directory
+from lapilli.checkpoint.write.llava import write_tower_config
 from lapilli.compat.foreign import Foreign
 from lapilli.compat.image_processor import CLIPImageProcessor
 from lapilli.config.model import PixelConfig, ProjectorConfig, VisionConfig
 from lapilli.config.projector import parse_projector
-from lapilli.config.write import write_tower_config
 from lapilli.errors import ConfigError, MediaError
 from lapilli.modality.projector import build_projector
 from lapilli.shapes import Float, Tensor

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import HfArgumentParser
 
-from lapilli.checkpoint.files import RESULTS, read_json
+from lapilli.checkpoint.formats.files import RESULTS, read_json
 from lapilli.checkpoint.source import resolve
 from lapilli.compat.builder import wrap_loaded
 from lapilli.compat.foreign import Foreign

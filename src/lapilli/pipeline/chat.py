@@ -10,10 +10,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lapilli.checkpoint.assemble import Progress
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.out_of_distribution import load_detector
-from lapilli.checkpoint.report import LoadReport
+from lapilli.checkpoint.read.assemble import LoadReport, Progress
 from lapilli.config.generation import SamplingParams
 from lapilli.config.model import ModelConfig
 from lapilli.errors import CheckpointError, LapilliError, PromptError

@@ -10,7 +10,6 @@ order of things; every file format is known elsewhere.
 
 import json
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,28 +17,24 @@ from typing import cast, get_args
 
 import torch
 
-from lapilli.checkpoint.assemble import build_model, fill, refuse_gaps
-from lapilli.checkpoint.directory import preprocessor_of
-from lapilli.checkpoint.files import read_json, read_optional_json
-from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR
-from lapilli.checkpoint.load import match_plan, with_own_head
-from lapilli.checkpoint.placement import DTYPES
-from lapilli.checkpoint.plan import Plan, make_plan
-from lapilli.checkpoint.quantized import stored_quantization
-from lapilli.checkpoint.save import TOWER_FOLDER, TowerPlace, save_llava
-from lapilli.checkpoint.save_files import write_json, write_pickled
+from lapilli.checkpoint.formats.files import read_json, read_optional_json
+from lapilli.checkpoint.formats.quantized import stored_quantization
+from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR
+from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.checkpoint.placement import DTYPES, STORED
+from lapilli.checkpoint.read.directory import preprocessor_of
 from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.template import find_chat_template
-from lapilli.checkpoint.tokenizer_files import add_image_tokens, load_tokenizer
+from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
+from lapilli.checkpoint.write.files import common_dtypes, write_json, write_pickled
+from lapilli.checkpoint.write.llava import TOWER_FOLDER, TowerPlace, save_llava, write_llava_config
 from lapilli.config.families import family_of
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import is_hf_llava, is_original, parse_config
 from lapilli.config.reader import JsonObject
 from lapilli.config.vision import TOWER_TYPES
-from lapilli.config.write import write_llava_config
 from lapilli.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
 from lapilli.modality.projector import build_projector
-from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.base_template import refuse_wrong_template, template_of_base
 from lapilli.prompt.choose import TemplateFacts, choose_template, template_by_name
 from lapilli.prompt.templates import DEFAULT_TEMPLATE
@@ -158,18 +153,14 @@ def build_llava(
         write_json(staged / "config.json", written)
         write_json(staged / "generation_config.json", dict(_generation(base)))
         write_pickled(staged / "mm_projector.bin", _fresh(config, joint.seed))
-        plan = with_own_head(make_plan(staged, base=str(base)))
-        model = build_model(plan.config)
-        matching = match_plan(plan, model)
-        refuse_gaps(matching)
-        fill(model, matching, plan.vocabulary, dtype=None, device=torch.device("cpu"))
-        _round_fresh(model, plan)
+        loaded = load_checkpoint(staged, base=str(base), device="cpu", dtype=STORED, template=name)
+    _round_fresh(loaded)
     is_hub = not is_local(vision)
     source = vision.partition("@")[0] if is_hub else str(eyes)
-    config = replace(plan.config, vision_source=source)
+    config = replace(loaded.config, vision_source=source)
     save_llava(
         out,
-        model,
+        loaded.model,
         config,
         tokenizer_path=base,
         tower=cast("TowerPlace", tower or ("named" if is_hub else "beside")),
@@ -179,7 +170,7 @@ def build_llava(
         extra=_with_pad(base, tokenizer),
     )
     return Built(
-        path=out, config=config, template=name, reason=reason, notes=(*plan.notes, *doubts)
+        path=out, config=config, template=name, reason=reason, notes=(*loaded.report.notes, *doubts)
     )
 
 
@@ -322,15 +313,10 @@ def _fresh(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def _round_fresh(model: VisionLanguageModel, plan: Plan) -> None:
-    """The fresh projector in the number format of most numbers beside it."""
-    counts: Counter[torch.dtype] = Counter()
-    for part in plan.parts:
-        for info in part.store.infos.values():
-            if info.dtype.is_floating_point:
-                counts[info.dtype] += info.num_parameters
-    common = counts.most_common(1)[0][0]
-    for name, parameter in model.named_parameters():
+def _round_fresh(loaded: Loaded) -> None:
+    """Convert the fresh projector to the number format of most numbers beside it."""
+    common = common_dtypes(loaded.model.state_dict())[0]
+    for name, parameter in loaded.model.named_parameters():
         if name.startswith((PROJECTOR, NEWLINE)):
             parameter.data = parameter.data.to(common)
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lapilli.checkpoint.files import read_optional_text
+from lapilli.checkpoint.formats.files import read_optional_text
 from lapilli.checkpoint.source import HUB_ID, is_local
 from lapilli.train.data.digest import DataFile, data_file, together
 from lapilli.train.data.source import expand

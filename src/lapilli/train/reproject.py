@@ -11,10 +11,10 @@ from typing import cast
 
 import torch
 
-from lapilli.checkpoint.assemble import build_model
+from lapilli.checkpoint.export import save_loaded
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.placement import STORED
-from lapilli.checkpoint.save import save_llava
+from lapilli.checkpoint.read.assemble import build_model
 from lapilli.config.projector import parse_projector
 from lapilli.errors import ConfigError
 from lapilli.modality.image.image import ImageModality
@@ -68,11 +68,5 @@ def reproject(source: str, out: Path, *, projector: str, seed: int = 0) -> tuple
     image.projector = fresh.to(
         next(iter((*image.projector.parameters(), *loaded.model.parameters()))).dtype
     )
-    save_llava(
-        out,
-        loaded.model,
-        config,
-        tokenizer_path=loaded.tokenizer_path,
-        template=loaded.template.template,
-    )
+    save_loaded(out, loaded, config=config)
     return () if fits else tuple(new)

@@ -17,22 +17,30 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from lapilli.checkpoint.adapter import is_adapter, open_adapter
-from lapilli.checkpoint.base import find_base
-from lapilli.checkpoint.files import read_optional_json
-from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TOWER
+from lapilli.checkpoint.formats.files import read_optional_json
+from lapilli.checkpoint.formats.weights import complete_weights
+from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.load import Loaded
 from lapilli.checkpoint.placement import DTYPES
-from lapilli.checkpoint.save import is_lasting, merged_state, save_llava, save_projector
-from lapilli.checkpoint.save_adapter import is_unknown_to_peft, save_lora, save_peft
-from lapilli.checkpoint.save_files import Formats, Stored
-from lapilli.checkpoint.save_hf import refuse_unwritable, save_hf
+from lapilli.checkpoint.read.adapter import is_adapter, open_adapter
+from lapilli.checkpoint.read.directory import find_base
 from lapilli.checkpoint.source import find_directory, is_local
-from lapilli.checkpoint.weights import complete_weights
+from lapilli.checkpoint.write.adapter import (
+    is_unknown_to_peft,
+    merged_state,
+    save_lora,
+    save_peft,
+)
+from lapilli.checkpoint.write.files import Formats, Stored
+from lapilli.checkpoint.write.huggingface import check_hf_files, check_hf_layout, save_hf
+from lapilli.checkpoint.write.llava import (
+    as_original,
+    check_llava_layout,
+    is_lasting,
+    save_llava,
+    save_projector,
+)
 from lapilli.config.model import ModelConfig
-from lapilli.config.write import as_original
-from lapilli.config.write import refuse_unsayable as refuse_unsayable_in_original
-from lapilli.config.write_hf import refuse_unsayable
 from lapilli.errors import ConfigError
 from lapilli.lora import LoraConfig
 from lapilli.lora.inject import adapters
@@ -62,7 +70,7 @@ class Results:
 
     @classmethod
     def of(cls, loaded: Loaded, recipe: Recipe) -> "Results":
-        """The results of a recipe, refused before the run where they could not be saved.
+        """Check before the run that the results of a recipe can be saved.
 
         Raises:
             ConfigError: the recipe asks for a form that this checkpoint cannot be saved in.
@@ -83,7 +91,7 @@ class Results:
 
     @property
     def dtype(self) -> Formats:
-        """Of the stored weights of a whole checkpoint: as in the files that it started from."""
+        """Return the dtype of the stored weights: as in the files that the run started from."""
         name = self.recipe.save.dtype
         if name is None:
             return self.loaded.stored
@@ -92,7 +100,7 @@ class Results:
         return DTYPES[name]
 
     def config_for(self, *, whole: bool) -> ModelConfig:
-        """The configuration, its tower named so that it is found from where the results lie.
+        """Return the configuration, its tower named so that it is found from the results.
 
         A tower in a folder of the checkpoint itself is copied into a whole one; an adapter or a
         projector says where it is.
@@ -105,11 +113,11 @@ class Results:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether what comes out is an adapter beside its base."""
+        """Return whether what comes out is an adapter beside its base."""
         return self.recipe.lora is not None and not self.recipe.save.merge
 
     def refuse_impossible(self) -> None:
-        """See `of`."""
+        """Check the recipe against what the layouts can hold; see `of`."""
         save, lora = self.recipe.save, self.recipe.lora
         if save.merge and lora is not None and lora.base != "float":
             raise ConfigError(
@@ -118,11 +126,11 @@ class Results:
             )
         _ = self.dtype
         if save.layout != "huggingface":
-            refuse_unsayable_in_original(self.config)
+            check_llava_layout(self.config)
             return
-        refuse_unsayable(self.loaded.config)
+        check_hf_layout(self.loaded.config)
         if not self.is_adapter:
-            refuse_unwritable(
+            check_hf_files(
                 self.config,
                 tokenizer=self.loaded.tokenizer,
                 tokenizer_path=self.loaded.tokenizer_path,
@@ -157,7 +165,7 @@ class Results:
             )
 
     def _adapted(self) -> list[str]:
-        """Paths of the layers that have an adapter, or will get a fresh one by a target."""
+        """Return the paths of the layers that have an adapter or will get a fresh one."""
         model, lora = self.loaded.model, self.recipe.lora
         present = [path for path, _ in adapters(model)]
         if present or lora is None or not lora.targets:
@@ -178,7 +186,7 @@ def save_results(
     state: Mapping[str, torch.Tensor] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """What the stage trained, in the form that its recipe asks for.
+    """Save what the stage trained, in the form that its recipe asks for.
 
     Args:
         folder: is made or replaced, in one step; it holds nothing but these results.
@@ -191,12 +199,13 @@ def save_results(
     Raises:
         CheckpointError: the disk is full; what was in `folder` before is still there.
     """
-    recipe, template = results.recipe, results.template
+    recipe = results.recipe
     is_hf = recipe.save.layout == "huggingface"
     has_adapter = any(True for _ in adapters(model))
     merges = has_adapter and recipe.save.merge
     common = _Common(
         tokenizer_path=results.loaded.tokenizer_path,
+        template=results.template,
         overwrite=True,
         state=merged_state(model, state) if merges else state,
         extra=extra,
@@ -205,13 +214,9 @@ def save_results(
     if has_adapter and not merges:
         trained = [*_trained_whole(model, recipe), *results.loaded.beside]
         if is_hf:
-            save_peft(
-                folder, model, lies_on, base=base, trained=trained, template=template, **common
-            )
+            save_peft(folder, model, lies_on, base=base, trained=trained, **common)
         else:
-            save_lora(
-                folder, model, lies_on, base=base, trained=trained, template=template, **common
-            )
+            save_lora(folder, model, lies_on, base=base, trained=trained, **common)
     elif is_hf:
         save_hf(
             folder,
@@ -219,27 +224,27 @@ def save_results(
             results.config,
             tokenizer=results.loaded.tokenizer,
             dtype=results.dtype,
-            template=template,
             **common,
         )
     elif _is_projector_alone(model):
-        save_projector(folder, model, lies_on, base=base, template=template, **common)
+        save_projector(folder, model, lies_on, base=base, **common)
     else:
         config = results.config_for(whole=True)
-        save_llava(folder, model, config, dtype=results.dtype, template=template, **common)
+        save_llava(folder, model, config, dtype=results.dtype, **common)
 
 
 class _Common(TypedDict):
-    """What all forms are saved with."""
+    """Arguments that every form is saved with."""
 
     tokenizer_path: Path
+    template: Template
     overwrite: bool
     state: Mapping[str, Stored] | None
     extra: Mapping[str, str | bytes] | None
 
 
 def _trained_whole(model: VisionLanguageModel, recipe: Recipe) -> list[str]:
-    """Parameters that an adapter's folder holds beside the adapter."""
+    """Return the parameters that an adapter's folder holds beside the adapter."""
     tunes_tower = recipe.model.tune_tower  # a tower is read from one place, so all of it
     return [
         name
@@ -255,13 +260,13 @@ def _is_projector_alone(model: VisionLanguageModel) -> bool:
 
 
 def _spoken(loaded: Loaded, recipe: Recipe) -> Template:
-    """What the model answers with from now on; the captions of the first stage say nothing."""
+    """Return the template of the results; the captions of the first stage say nothing."""
     asked = recipe.data.template
     return template_by_name(asked) if asked and "plain" not in asked else loaded.template.template
 
 
 def _base_of(loaded: Loaded, recipe: Recipe) -> str:
-    """The nearest checkpoint with weights of its own: a hub id as it is, a folder by full path."""
+    """Return the nearest checkpoint with weights: a hub id as it is, a folder by full path."""
     source, path = recipe.model.checkpoint or str(loaded.path), loaded.path
     if recipe.model.adapter is not None and is_adapter(path):  # laid over the checkpoint
         return source if not is_local(source) else str(Path(source).expanduser().resolve())

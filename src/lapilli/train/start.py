@@ -13,12 +13,12 @@ from typing import Final
 
 import torch
 
-from lapilli.checkpoint.files import RESULTS
-from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR, TOWER
+from lapilli.checkpoint.formats.files import RESULTS
+from lapilli.checkpoint.formats.weights import WeightStore
+from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.checkpoint.plan import PROJECTOR_FILES
+from lapilli.checkpoint.read.plan import PROJECTOR_FILES
 from lapilli.checkpoint.template import find_chat_template
-from lapilli.checkpoint.weights import WeightStore
 from lapilli.errors import ConfigError, MissingFileError, MissingWeightsError, ShapeMismatchError
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.base_template import refuse_wrong_template
@@ -54,7 +54,7 @@ def load_start(recipe: Recipe) -> Loaded:
         merge_lora=False,
         device="cpu",
         dtype="float32" if recipe.saves_frozen else recipe.run.precision,
-        wide=(PROJECTOR, NEWLINE, *([TOWER] if recipe.model.tune_tower else [])),
+        float32_parameters=(PROJECTOR, NEWLINE, *([TOWER] if recipe.model.tune_tower else [])),
         quantization=_INT4 if recipe.lora is not None and recipe.lora.base == "int4" else None,
     )
     if not loaded.model.modalities:

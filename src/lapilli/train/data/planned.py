@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lapilli.checkpoint.assemble import build_model
-from lapilli.checkpoint.plan import make_plan
+from lapilli.checkpoint.read.assemble import build_model
+from lapilli.checkpoint.read.plan import make_plan
 from lapilli.checkpoint.template import choose_for
 from lapilli.prompt.choose import Template
 from lapilli.train.data.rows import RowMaker

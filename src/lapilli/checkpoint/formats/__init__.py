@@ -1,0 +1,1 @@
+"""File formats of checkpoints: weight files, small files, packed layers."""

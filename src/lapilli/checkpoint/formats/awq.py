@@ -1,0 +1,297 @@
+"""Weights as AWQ and GPTQ files hold them: what config.json says, how tensors lie and are repacked.
+
+Knows these formats and the packed layout of the kernels; knows no model and opens no file.
+
+              AWQ, version gemm           GPTQ
+    qweight   int32 [in, out / 8]         int32 [in / 8, out]
+    qzeros    int32 [groups, out / 8]     int32 [groups, out / 8], in version 1 one too small
+    scales    float16 [groups, out]       float16 [groups, out]
+    g_idx                                 int32 [in]: the group of every input
+
+A number holds eight nibbles. In GPTQ they stand in order, lowest bits first; in AWQ nibble 0 to 7
+belongs to output 0, 2, 4, 6, 1, 3, 5, 7. A weight is (q - zero) * scale in both.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lapilli.config.reader import JsonObject, KeyReader
+from lapilli.errors import (
+    CheckpointError,
+    ShapeMismatchError,
+    UnsupportedModelError,
+)
+from lapilli.kernels.packing import CHUNK, NIBBLE_ZERO, Packed, by_block, pack4
+from lapilli.quant import QuantConfig
+from lapilli.shapes import Int, Tensor, UInt8
+
+NAMES = {"awq": "AWQ", "gptq": "GPTQ"}
+PER_NUMBER = 8
+WIDEST = 128  # inputs under one scale that the kernels know
+PIECES = ("qweight", "qzeros", "scales")
+ADVICE = "take the checkpoint before quantization and load it with quantize='int4'"
+_COLUMNS = 1024  # outputs repacked at once, which bounds the memory of a large layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedFormat:
+    """What a `quantization_config` of AWQ or GPTQ says.
+
+    Attributes:
+        method: "awq" or "gptq".
+        group_size: inputs that share a scale; -1: all of them.
+        symmetric: zero is always 8.
+        one_less: the files hold zero - 1.
+        act_order: inputs may be spread over the groups in any order; g_idx says which.
+    """
+
+    method: str
+    group_size: int = 128
+    symmetric: bool = False
+    one_less: bool = False
+    act_order: bool = False
+
+    @property
+    def config(self) -> QuantConfig:
+        """Return how the kernels compute the layers; wide groups are several with one scale."""
+        width = WIDEST if self.group_size < 0 else min(self.group_size, WIDEST)
+        return QuantConfig(bits=4, group_size=width, symmetric=self.symmetric, head_bits=None)
+
+    def inputs_of_group(self, in_features: int) -> int:
+        """Return how many inputs of a layer share a scale in the file."""
+        return in_features if self.group_size < 0 else self.group_size
+
+    def __str__(self) -> str:
+        groups = f"groups of {self.group_size}" if self.group_size > 0 else "one group per output"
+        zeros = "symmetric" if self.symmetric else "zero points"
+        return f"{NAMES[self.method]}, 4 bits, {groups}, {zeros}"
+
+
+def published_format(found: JsonObject) -> PublishedFormat:
+    """Return the format that a `quantization_config` of method awq or gptq names.
+
+    Raises:
+        UnsupportedModelError: a variant that is not read.
+        ConfigError: a value that says nothing.
+
+    Source: transformers' AwqConfig and GPTQConfig; quant_config.json of AutoAWQ.
+    """
+    reader = KeyReader(found, "config.json", prefix="quantization_config.")
+    method = str(found["quant_method"])
+    bits = reader.integer("bits", reader.optional_integer("w_bit"))
+    if bits != 4:
+        raise UnsupportedModelError(
+            f"config.json: {NAMES[method]} weights in {bits} bits cannot be read, only 4: {ADVICE}"
+        )
+    size = reader.integer("group_size", reader.integer("q_group_size", WIDEST))
+    if size != -1 and size not in (32, 64) and (size < 1 or size % WIDEST):
+        raise UnsupportedModelError(
+            f"config.json: {NAMES[method]} groups of {size} cannot be read, only of 32, 64, "
+            f"multiples of {WIDEST}, and -1: {ADVICE}"
+        )
+    if method == "awq":
+        _check_variant(reader, "version", "format", known=("gemm",))
+        if reader.text("backend") == "llm-awq":
+            raise UnsupportedModelError(
+                f"config.json: AWQ in llm-awq's layout is not read: {ADVICE}"
+            )
+        return PublishedFormat(method="awq", group_size=size)
+    variant = _check_variant(reader, "checkpoint_format", "format", known=("gptq", "gptq_v2"))
+    if reader.flag("is_marlin_format", False):
+        raise UnsupportedModelError(f"config.json: GPTQ in marlin's format is not read: {ADVICE}")
+    return PublishedFormat(
+        method="gptq",
+        group_size=size,
+        symmetric=reader.flag("sym", True),
+        one_less=variant != "gptq_v2",
+        act_order=reader.flag("desc_act", False),
+    )
+
+
+def _check_variant(reader: KeyReader, *keys: str, known: tuple[str, ...]) -> str:
+    """Return the first key that is there, in lower case, or the first known value."""
+    for key in keys:
+        value = reader.text(key)
+        if value is None:
+            continue
+        if value.lower() not in known:
+            raise UnsupportedModelError(
+                f"config.json: {NAMES[str(reader.raw['quant_method'])]} of {key} {value!r} cannot "
+                f"be read, only {' and '.join(known)}: {ADVICE}"
+            )
+        return value.lower()
+    return known[0]
+
+
+class PublishedLinear(nn.Module):
+    """Stands where a linear layer will be until its tensors were read; has shapes, no memory.
+
+    Args:
+        path: of the layer, for messages.
+        linear: the layer as a float model has it.
+        form: of the tensors.
+        has_order: the files have a g_idx for it.
+        has_bias: the files have a bias for it.
+
+    Raises:
+        ShapeMismatchError: a layer that the format has no shape for.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        linear: nn.Linear,
+        form: PublishedFormat,
+        *,
+        has_order: bool = False,
+        has_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.form = form
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.is_biased = linear.bias is not None
+        self._found: dict[str, Tensor] = {}
+        along = "inputs" if form.method == "gptq" else "outputs"
+        for name, size in (("outputs", self.out_features), ("inputs", self.in_features)):
+            if name in ("outputs", along) and size % PER_NUMBER:
+                raise ShapeMismatchError(
+                    f"{path} has {size} {name}, but {NAMES[form.method]} packs {PER_NUMBER} into "
+                    "one number: config.json and weights do not belong together"
+                )
+        for name, shape, dtype in self._shapes(has_order=has_order):
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+        if self.is_biased or has_bias:
+            self.register_buffer("bias", torch.empty(self.out_features, device="meta"))
+
+    def _shapes(self, *, has_order: bool) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        inputs, outputs, form = self.in_features, self.out_features, self.form
+        groups = -(-inputs // form.inputs_of_group(inputs))
+        packed = (inputs, outputs // PER_NUMBER)
+        if form.method == "gptq":
+            packed = (inputs // PER_NUMBER, outputs)
+        shapes: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+            ("qweight", packed, torch.int32),
+            ("qzeros", (groups, outputs // PER_NUMBER), torch.int32),
+            ("scales", (groups, outputs), torch.float16),
+        ]
+        if has_order or form.act_order:
+            shapes.append(("g_idx", (inputs,), torch.int32))
+        return shapes
+
+    def add(self, name: str, tensor: Tensor) -> Packed | None:
+        """Take one tensor; return the packed layer once all of them are there.
+
+        Raises:
+            CheckpointError: a tensor of another kind, or weights that cannot be packed as they are.
+        """
+        expected = self.get_buffer(name).dtype
+        if tensor.dtype != expected and not (name == "scales" and tensor.is_floating_point()):
+            raise CheckpointError(
+                f"{self.path}.{name} is {tensor.dtype}, expected {expected}: "
+                f"is this a file of {NAMES[self.form.method]}?"
+            )
+        self._found[name] = tensor
+        needed = [kind for kind in (*PIECES, "g_idx") if hasattr(self, kind)]
+        return self._packed() if all(kind in self._found for kind in needed) else None
+
+    def check_bias(self, bias: Tensor) -> None:
+        """Check that a bias is zero: GPTQ files have such ones where a model has none.
+
+        Raises:
+            CheckpointError: not zeros.
+        """
+        if bool(bias.any()):
+            raise CheckpointError(
+                f"{self.path}.bias is not zero, but the model has no bias there: config.json and "
+                "weights do not belong together"
+            )
+
+    def _packed(self) -> Packed:
+        inputs, form = self.in_features, self.form
+        self._check_order(self._found.get("g_idx"))
+        width = form.config.group_size
+        starts = torch.arange(0, -(-inputs // CHUNK) * CHUNK, width)
+        group = (starts // form.inputs_of_group(inputs)).clamp(max=len(self._found["scales"]) - 1)
+        scales = self._found["scales"].half()
+        if not bool(torch.isfinite(scales).all()):
+            raise CheckpointError(f"{self.path}.scales do not fit into float16")
+        zeros = self._zeros()
+        qweight = self._found["qweight"]
+        data = []
+        for start in range(0, self.out_features, _COLUMNS):
+            if form.method == "gptq":
+                nibbles = in_order(qweight[:, start : start + _COLUMNS].t())
+            else:
+                columns = slice(start // PER_NUMBER, (start + _COLUMNS) // PER_NUMBER)
+                nibbles = interleaved(qweight[:, columns])
+            data.append(pack4(nibbles))
+        return Packed(
+            torch.cat(data),
+            by_block(scales.index_select(0, group).t()),
+            None if zeros is None else by_block(zeros.index_select(0, group).t()),
+            None,
+            self.out_features,
+            inputs,
+            width,
+            4,
+        )
+
+    def _check_order(self, order: Tensor | None) -> None:
+        if order is None:
+            return
+        trivial = torch.arange(self.in_features) // self.form.inputs_of_group(self.in_features)
+        if not torch.equal(order.long(), trivial):
+            raise UnsupportedModelError(
+                f"{self.path}.g_idx spreads the inputs over the groups (desc_act, also called "
+                "act-order): such GPTQ weights are not read; take a revision without it, or "
+                f"{ADVICE}"
+            )
+
+    def _zeros(self) -> UInt8[Tensor, "groups out"] | None:
+        """Return the stored zero points, or None where the format says that all are 8."""
+        stored = self._found["qzeros"]
+        if self.form.method == "awq":
+            return interleaved(stored).t()
+        zeros = in_order(stored)
+        if not self.form.symmetric:
+            # Version 1 wraps a zero of 0 to 15.
+            return (zeros + 1) & 15 if self.form.one_less else zeros
+        # Some writers say version 1 and store version 2; here the zeros themselves tell.
+        first = zeros[0, 0]
+        if int(first) not in (NIBBLE_ZERO - 1, NIBBLE_ZERO) or bool((zeros != first).any()):
+            raise CheckpointError(
+                f"{self.path}.qzeros are not all {NIBBLE_ZERO - 1} or {NIBBLE_ZERO}, but "
+                "config.json says sym: correct it to false if the weights have zero points"
+            )
+        return None
+
+
+def _contiguous(numbers: Tensor) -> Tensor:
+    """Return a contiguous copy, which a view as bytes needs even of a single column."""
+    return numbers.clone(memory_format=torch.contiguous_format)
+
+
+def in_order(numbers: Int[Tensor, "rows columns"]) -> UInt8[Tensor, "rows nibbles"]:
+    """Return the nibbles of every row as GPTQ has them: one after another."""
+    each = _contiguous(numbers).view(torch.uint8)
+    return torch.stack((each & 15, each >> 4), dim=-1).flatten(1)
+
+
+def interleaved(numbers: Int[Tensor, "rows columns"]) -> UInt8[Tensor, "nibbles rows"]:
+    """Return the nibbles of every row as AWQ has them, transposed: outputs come first.
+
+    Half h of byte 2 a + b belongs to output 4 b + 2 h + a of eight. Numbers are transposed before
+    bytes and bytes before halves, which is six times as fast as the other way round.
+    """
+    rows, columns = numbers.shape
+    each = _contiguous(numbers.t()).view(torch.uint8).view(columns, rows, 2, 2)  # [.., a, b]
+    each = each.permute(0, 3, 2, 1).contiguous()  # [columns, b, a, rows]
+    return torch.stack((each & 15, each >> 4), dim=2).view(columns * PER_NUMBER, rows)
+
+
+def is_published(path: str, names: frozenset[str]) -> bool:
+    """Return whether the files hold a packed tensor of this layer, complete or not."""
+    return any(f"{path}.{piece}" in names for piece in PIECES)

@@ -1,0 +1,119 @@
+"""The files of a checkpoint directory, read with errors that name them.
+
+A name in the directory may stand for anything: nothing, a directory, a pipe that never ends, a
+device, a link to itself. Only a regular file is opened.
+"""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from lapilli.config.json_text import MOST_BYTES, decode_text, parse_json
+from lapilli.config.reader import JsonObject, is_object
+from lapilli.errors import CheckpointError, MissingFileError
+
+RESULTS: Final = "model"
+"""Where in the folder of a run its results lie."""
+GGUF: Final = (
+    "GGUF, the format of llama.cpp, which is not read: take the checkpoint that it was made from, "
+    "with config.json and safetensors"
+)
+
+
+def read_json(path: Path) -> JsonObject:
+    """Read a JSON object.
+
+    Raises:
+        MissingFileError: no such file.
+        CheckpointError: not JSON, or not an object.
+    """
+    found = read_optional_json(path)
+    if found is None:
+        raise MissingFileError(f"{path.name} is missing in {path.parent}: {_advice(path.parent)}")
+    return found
+
+
+def _advice(directory: Path) -> str:
+    """Return advice about a directory that lacks a needed file."""
+    results = directory / RESULTS
+    if any(results.glob("*config.json")):  # an adapter may have adapter_config.json only
+        return f"did you mean {results}?"
+    packed = sorted(path.name for path in directory.glob("*.gguf"))
+    if packed:
+        return f"{packed[0]} is {GGUF}"
+    return "is this the directory of a checkpoint?"
+
+
+def read_optional_json(path: Path) -> JsonObject | None:
+    """Read a JSON object; return None when the file is not there.
+
+    Raises:
+        CheckpointError: not JSON, or not an object.
+    """
+    data = read_optional_bytes(path)
+    if data is None:
+        return None
+    found = parse_json(data, str(path))
+    if not is_object(found):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(found).__name__}")
+    return found
+
+
+def read_optional_text(path: Path, *, most: int = MOST_BYTES) -> str | None:
+    """Read the text of a file; return None when it is not there.
+
+    Raises:
+        CheckpointError: not UTF-8, or larger than `most` bytes.
+    """
+    data = read_optional_bytes(path, most=most)
+    return None if data is None else decode_text(data, str(path))
+
+
+def read_optional_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes | None:
+    """Read the content of a small file; return None when it is not there.
+
+    Raises:
+        CheckpointError: no regular file, it cannot be read, or has more than `most` bytes.
+    """
+    if not has_file(path):
+        return None
+    data = first_bytes(path, most + 1)
+    if len(data) > most:
+        raise CheckpointError(f"{path} has more than {most} bytes, the most that are read")
+    return data
+
+
+def first_bytes(path: Path, count: int) -> bytes:
+    """Read the beginning of a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(min(count, os.fstat(file.fileno()).st_size))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def has_file(path: Path) -> bool:
+    """Return whether a regular file is there.
+
+    Raises:
+        CheckpointError: something else of this name is there, or nobody may look.
+    """
+    try:
+        mode = path.stat().st_mode
+    except ValueError:  # a NUL in the name
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not path.is_symlink():
+            return False
+        why = "a link to nothing" if error.errno == errno.ENOENT else error.strerror
+        raise CheckpointError(f"{path} cannot be read: {why}") from error
+    if stat.S_ISREG(mode):
+        return True
+    kind = "a directory" if stat.S_ISDIR(mode) else "a device or a pipe"
+    raise CheckpointError(f"{path} is {kind}, expected a file")

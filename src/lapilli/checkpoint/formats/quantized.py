@@ -1,0 +1,327 @@
+"""Quantization on the side of the files: layers packed while they are read, packed files read back.
+
+    LayerQuantizer(model, config)            every weight is rounded as it comes and let go
+    LayerQuantizer(..., stored=True)         the files hold packed layers: views, nothing computed
+    LayerQuantizer(..., published=format)    layers of AWQ or GPTQ, packed as they are
+
+config.json names what the files hold:  "quantization_config": {"quant_method": "lapilli", ...}
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lapilli.checkpoint.formats.awq import (
+    ADVICE,
+    NAMES,
+    PublishedFormat,
+    PublishedLinear,
+    is_published,
+    published_format,
+)
+from lapilli.checkpoint.formats.files import read_optional_json
+from lapilli.config.model import ModelConfig
+from lapilli.config.reader import JsonObject, in_file, is_object, shown
+from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, UnsupportedModelError
+from lapilli.quant import QuantConfig
+from lapilli.quant.choose import Choices
+from lapilli.quant.config import describe
+from lapilli.quant.embedding import StoredEmbedding
+from lapilli.quant.linear import QuantLinear, empty_packed
+from lapilli.quant.quantize import SEEN, bits_of, notes_on, round_weight
+
+KEY = "quantization_config"
+METHOD = "lapilli"
+LARGE = 500_000_000  # multiply-adds of a layer from which the number format of a tower counts
+EMBEDDINGS = "language_model.model.embed_tokens"
+OUTPUT = "language_model.lm_head"
+
+
+# Files in which AWQ and GPTQ were described before config.json did.
+BESIDE = {"awq": "quant_config.json", "gptq": "quantize_config.json"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredQuantization:
+    """How the weights of a checkpoint are packed.
+
+    Attributes:
+        config: of the layers as they are loaded when nothing else is asked for.
+        published: the foreign format; None: our own.
+    """
+
+    config: QuantConfig
+    published: PublishedFormat | None = None
+
+    def __str__(self) -> str:
+        if self.published is not None:
+            return str(self.published)
+        return f"lapilli, {describe(self.config)}"
+
+    def check_request(self, asked: QuantConfig, what: Path) -> None:
+        """Check that what is asked for is what the files hold: nothing is rounded twice.
+
+        Published formats say nothing of activations, nor of what they leave float; the caller may.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        own = self.config
+        if self.published is None and asked != own:
+            advice = "load it as it is"
+        elif (asked.bits, asked.group_size, asked.symmetric) != (4, own.group_size, own.symmetric):
+            advice = (
+                "load it as it is, or with quantize='int4' or QuantConfig(bits=4, "
+                f"group_size={own.group_size}, symmetric={own.symmetric}, ...) to pack the rest too"
+            )
+        else:
+            return
+        raise ConfigError(
+            f"{what} is quantized already ({self}): {advice}, or quantize the checkpoint that it "
+            "was made from"
+        )
+
+
+def with_quantization_file(raw: JsonObject, path: Path) -> JsonObject:
+    """Return config.json with the quantization that another file names, where one does."""
+    if is_object(raw.get(KEY)):
+        return raw
+    for method, name in BESIDE.items():
+        found = read_optional_json(path / name)
+        if found is not None:
+            return {**raw, KEY: {"quant_method": method, **found}}
+    return raw
+
+
+def is_packed_here(raw: JsonObject) -> bool:
+    """Return whether lapilli wrote the layers of this checkpoint as packed."""
+    found = raw.get(KEY)
+    return is_object(found) and found.get("quant_method") == METHOD
+
+
+def stored_quantization(raw: JsonObject) -> StoredQuantization | None:
+    """Return how the weights of a checkpoint are packed, or None where they are not.
+
+    Raises:
+        UnsupportedModelError: packed by another library, in a form that is not read.
+        ConfigError: packed in a way that this version does not know.
+    """
+    found = raw.get(KEY)
+    if not is_object(found):
+        return None
+    method = found.get("quant_method")
+    if isinstance(method, str) and method in NAMES:
+        published = published_format(found)
+        return StoredQuantization(published.config, published)
+    if method != METHOD:
+        raise UnsupportedModelError(
+            f"config.json: weights quantized by {shown(method)} cannot be read: {ADVICE}"
+        )
+    options = {str(key): value for key, value in found.items() if key != "quant_method"}
+    known = asdict(QuantConfig()).keys()
+    if options.keys() != known:
+        raise ConfigFileError(
+            f"config.json: {KEY} has the keys {', '.join(sorted(options))[:500]}, this version "
+            f"reads {', '.join(sorted(known))}"
+        )
+    with in_file():
+        config = QuantConfig(**options)  # type: ignore[arg-type]  # checked by QuantConfig itself
+    return StoredQuantization(config)
+
+
+def written_quantization(config: QuantConfig) -> dict[str, object]:
+    """Return `quantization_config` of config.json."""
+    return {"quant_method": METHOD, **asdict(config)}
+
+
+def check_quantization(
+    model: nn.Module, config: QuantConfig | None, dtype: torch.dtype | None
+) -> None:
+    """Check that a model is written as packed exactly if it is, with every layer that config says.
+
+    Raises:
+        ConfigError: not so, or another number format is asked for.
+    """
+    packed = any(isinstance(module, QuantLinear) for module in model.modules())
+    if packed and config is None:
+        raise ConfigError("the model is quantized: save it with the QuantConfig it was made with")
+    if config is not None and not packed:
+        raise ConfigError("the model is not quantized: save it without a QuantConfig")
+    if packed and dtype is not None:
+        raise ConfigError("a quantized model is saved as it is, without dtype")
+    if config is not None:
+        _check_layers(model, config)
+
+
+def _check_layers(model: nn.Module, config: QuantConfig) -> None:
+    """Check that every layer has the bits of a QuantConfig; published files need not obey it."""
+    for path, module in model.named_modules():
+        if not isinstance(module, QuantLinear | nn.Linear):
+            continue
+        found = module.bits if isinstance(module, QuantLinear) else None
+        expected = bits_of(path, config)
+        if found != expected:
+            has, says = (f"in {n} bits" if n else "float" for n in (found, expected))
+            raise ConfigError(
+                f"{path} is {has}, but the QuantConfig says {says}: load the checkpoint with "
+                "quantize= to pack what its files leave float"
+            )
+
+
+def faster_tower_dtype(config: ModelConfig, choices: Choices) -> torch.dtype | None:
+    """Return the dtype in which a vision tower is faster on this CPU; None where it is small.
+
+    It is measured once per machine: bfloat16 is five times as fast as float32 on one
+    CPU and seven times as slow on another.
+    """
+    vision = config.vision
+    if vision is None:
+        return None
+    shape = (vision.intermediate_size, vision.hidden_size, vision.num_patches + 1)
+    return choices.float_dtype(shape) if math.prod(shape) > LARGE else None
+
+
+class LayerQuantizer:
+    """The linear layers of a model without memory, replaced by packed ones.
+
+    Args:
+        model: built on the meta device, not filled yet.
+        config: which layers, and how.
+        stored: the files hold packed layers already; what they hold as floats stays float.
+        published: the format of packed layers in the files when it is a foreign one.
+        names: of the parameters that the files have tensors for, to know those layers by.
+        tower_dtype: of towers and projectors that stay floats; None: as the rest.
+
+    Attributes:
+        config: as given; where the files have the layer of the logits in 4 bits, that is in it.
+        notes: what it asks for and the model cannot have.
+
+    Raises:
+        CheckpointError: a foreign format is named and no layer has it.
+        ShapeMismatchError: a layer that the foreign format has no shape for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: QuantConfig,
+        *,
+        stored: bool = False,
+        published: PublishedFormat | None = None,
+        names: frozenset[str] = frozenset(),
+        tower_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._model = model
+        self._tower_dtype = tower_dtype
+        is_head_packed = published is not None and is_published(OUTPUT, names)
+        self.config = replace(config, head_bits=4) if is_head_packed else config
+        self._foreign = published is not None
+        self._biases: dict[str, Tensor] = {}
+        self._bits: dict[str, int] = {}
+        self._as_stored: set[str] = set()
+        linears = [(path, m) for path, m in model.named_modules() if type(m) is nn.Linear]
+        self.notes = notes_on((path for path, _ in linears), self.config)
+        for path, linear in linears:
+            bits = bits_of(path, self.config)
+            if published is not None and is_published(path, names):
+                self._expect_published(path, linear, published, names)
+            elif bits is not None and not stored:
+                self._bits[path] = bits
+            elif bits is not None and published is None:
+                self._expect_packed(path, linear, bits)
+        if published is not None and names and not self._as_stored:
+            raise CheckpointError(
+                f"config.json says {published}, but no linear layer of the files has a qweight: "
+                "config.json and weights do not belong together"
+            )
+        self._keep_embeddings()
+
+    def _expect_packed(self, path: str, linear: nn.Linear, bits: int) -> None:
+        """Expect a layer that the files hold as the kernels read it."""
+        group_size, symmetric = self.config.group_size, self.config.symmetric
+        packed = empty_packed(linear, bits, group_size, symmetric=symmetric)
+        layer = QuantLinear(packed, weight_only=self.config.mode == "weight_only")
+        self._model.set_submodule(path, layer)
+        self._as_stored |= {f"{path}.{name}" for name in layer.state_dict()}
+
+    def _expect_published(
+        self, path: str, linear: nn.Linear, published: PublishedFormat, names: frozenset[str]
+    ) -> None:
+        """Expect a layer that the files hold in a foreign format."""
+        has_order, has_bias = (f"{path}.{name}" in names for name in ("g_idx", "bias"))
+        layer = PublishedLinear(path, linear, published, has_order=has_order, has_bias=has_bias)
+        self._model.set_submodule(path, layer)
+        self._bits[path] = 4
+        self._as_stored |= {f"{path}.{name}" for name in layer.state_dict() if name != "bias"}
+
+    def _keep_embeddings(self) -> None:
+        """Keep the vocabulary as stored, unless the logits are float or made of it too."""
+        paths = {path for path, _ in self._model.named_modules()}
+        head = self._model.get_submodule(OUTPUT) if OUTPUT in paths else None
+        if EMBEDDINGS in paths and (OUTPUT in self._bits or isinstance(head, QuantLinear)):
+            weight = self._model.get_submodule(EMBEDDINGS).get_parameter("weight")
+            self._model.set_submodule(EMBEDDINGS, StoredEmbedding(weight.detach()))
+            self._as_stored.add(f"{EMBEDDINGS}.weight")
+
+    def takes(self, name: str) -> bool:
+        """Return whether a tensor is packed instead of assigned."""
+        return name.rpartition(".")[0] in self._bits
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Return tensors in the order to read them.
+
+        A foreign layer has several, which are kept until all are there: they come together, and
+        its bias first.
+        """
+        if not self._foreign:
+            return list(names)
+        return sorted(names, key=lambda name: name.rpartition("."))
+
+    def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Return the dtype to read a tensor in; None: as it is stored."""
+        if name in self._as_stored:
+            return None
+        if self.takes(name):
+            return torch.float32
+        is_seen = self._tower_dtype is not None and name.startswith(SEEN)
+        return self._tower_dtype if is_seen else dtype
+
+    def take(self, name: str, tensor: Tensor) -> None:
+        """Put a packed layer into the model once its weight is there; keep a bias until the end."""
+        path, _, kind = name.rpartition(".")
+        before = self._model.get_submodule(path)
+        if kind == "bias":
+            if isinstance(before, PublishedLinear) and not before.is_biased:
+                before.check_bias(tensor)
+            else:
+                self._biases[path] = tensor
+            return
+        if isinstance(before, PublishedLinear):
+            packed = before.add(kind, tensor)
+        else:
+            packed = round_weight(tensor, None, self._bits[path], self.config)
+        if packed is not None:
+            layer = QuantLinear(packed, weight_only=self.config.mode == "weight_only")
+            self._model.set_submodule(path, layer)
+
+    def finish(self, device: torch.device, dtype: torch.dtype | None) -> Mapping[str, Tensor]:
+        """Return the state of the layers that were packed, by full name, biases in place.
+
+        On a CPU they compute in float32, elsewhere in the dtype of the model's other weights.
+        """
+        for module in self._model.modules():
+            if isinstance(module, StoredEmbedding) and device.type != "cpu" and dtype is not None:
+                module.dtype = dtype
+        state: dict[str, Tensor] = {}
+        for path in self._bits:
+            layer = self._model.get_submodule(path)
+            if isinstance(layer, QuantLinear):
+                layer.set_bias(self._biases.get(path))
+                layer.to(device)
+                state |= {f"{path}.{name}": part for name, part in layer.state_dict().items()}
+        self._model.requires_grad_(False)
+        return state

@@ -1,0 +1,282 @@
+"""The files of a LoRA adapter, in PEFT's format, with the tensors that were trained beside it.
+
+What adapter_config.json says is followed, known to change nothing of what stored tensors compute,
+or refused by its name.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lapilli.checkpoint.formats.files import read_json
+from lapilli.checkpoint.formats.weights import WeightStore, check_values
+from lapilli.checkpoint.keymaps import KeyMap
+from lapilli.checkpoint.read.assemble import some
+from lapilli.config.reader import JsonObject, KeyReader, is_object
+from lapilli.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingFileError,
+    MissingWeightsError,
+    UnsupportedModelError,
+)
+from lapilli.lora import LoraConfig
+from lapilli.lora.config import Number, ends_with
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+WRAPPER = "base_model.model."
+HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.\w+)?\.weight")
+# How a fresh adapter was drawn does not matter once it is trained, but these beginnings alone leave
+# the base as it is: PEFT takes the start of the others off the base's weights, or rounds them.
+_PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+# Where an adapter comes from, where it sits (the names of its tensors say so), how it was trained.
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("auto_mapping", "peft_version", "task_type", "inference_mode", "runtime_config"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("modules_to_save", "bias", "merge_weights", "megatron_core", "qalora_group_size"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),  # of ms-swift
+    }
+)
+_MERGE_IT = "merge it with PEFT (merge_and_unload) and load the merged model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """An adapter directory, opened.
+
+    Args:
+        path: the directory.
+        config: rank, scale and patterns; the patterns are of the names in the file.
+        base_name: what the adapter says it was trained on.
+        revision: of that, where it is a repository of the hub.
+        keeps_ties: a trained embedding is the output layer too, where the base's is.
+        store: its tensors.
+    """
+
+    path: Path
+    config: LoraConfig
+    base_name: str | None
+    store: WeightStore
+    revision: str | None = None
+    keeps_ties: bool = False
+
+    def config_of(self, keymap: KeyMap) -> LoraConfig:
+        """Return the configuration by the paths that the modules have in the model.
+
+        A pattern may spell a module as the file does, or as another release of the same layout.
+
+        Raises:
+            MissingWeightsError: a tensor of a module that the model cannot have.
+
+        Source: PEFT matches a pattern with the end of the path of a module of its own model.
+        """
+        ranks: dict[str, int] = {}
+        alphas: dict[str, int | float] = {}
+        for ours, foreign in self.halves(keymap).items():
+            path, _, half = ours.removesuffix(".weight").rpartition(".")
+            if half != "lora_A":
+                continue
+            spellings = (_module_of(foreign), *keymap.spellings(path))
+            rank = _first_match(self.config.rank_pattern, spellings)
+            alpha = _first_match(self.config.alpha_pattern, spellings)
+            ranks |= {} if rank is None else {re.escape(path): rank}
+            alphas |= {} if alpha is None else {re.escape(path): alpha}
+        return replace(self.config, rank_pattern=ranks, alpha_pattern=alphas)
+
+    def halves(self, keymap: KeyMap) -> dict[str, str]:
+        """Map `PATH.lora_A.weight` in the model to the tensor of the file, for both halves.
+
+        Raises:
+            MissingWeightsError: a tensor of a module that the model cannot have.
+            CheckpointError: several adapters of one module.
+        """
+        names: dict[str, str] = {}
+        lost: list[str] = []
+        for foreign in self.store.infos:
+            matched = HALF.fullmatch(foreign.removeprefix(WRAPPER))
+            if matched is None:
+                continue
+            ours = keymap.to_ours(f"{matched['module']}.weight")
+            if ours is None:
+                lost.append(foreign)
+                continue
+            name = f"{ours.removesuffix('.weight')}.lora_{matched['half']}.weight"
+            if name in names:
+                raise CheckpointError(
+                    f"the adapter {self.path} holds {names[name]} and {foreign}, two adapters of "
+                    "one module: save the one that is meant by itself"
+                )
+            names[name] = foreign
+        if lost:
+            raise MissingWeightsError(
+                f"{len(lost)} tensors of the adapter {self.path} belong to no module of the model: "
+                f"{some(lost)}. Was it trained on another kind of model?"
+            )
+        return names
+
+    def saved_modules(self) -> WeightStore:
+        """Return whole tensors of the adapter (modules_to_save, biases), named as in the base.
+
+        Raises:
+            UnsupportedModelError: tensors of a kind of adapter that lapilli does not have.
+        """
+        plain = WeightStore()
+        for foreign in self.store.infos:
+            name = foreign.removeprefix(WRAPPER)
+            if HALF.fullmatch(name):
+                continue
+            if re.search(r"\.lora_|\.oft_|\.hada_|\.lokr_|\.ia3_|prompt_embeddings", name):
+                raise UnsupportedModelError(
+                    f"the adapter {self.path} holds {foreign}, which is no LoRA of a linear layer: "
+                    f"{_MERGE_IT}"
+                )
+            name = re.sub(r"\.modules_to_save(\.\w+)?\.(?=\w+$)", ".", name)
+            plain.rename(self.store, foreign, name.replace(".base_layer.", "."))
+        return plain
+
+    def tensors(self, keymap: KeyMap, *, check_finite: bool) -> Mapping[str, Tensor]:
+        """Read both halves of every module in float32, by the names they have in the model.
+
+        Raises:
+            CheckpointError: a tensor holds NaN or an infinity.
+        """
+        found: dict[str, Tensor] = {}
+        for ours, foreign in self.halves(keymap).items():
+            found[ours] = self.store.tensor(foreign, torch.float32)
+            if check_finite:
+                check_values(f"{foreign} (adapter)", found[ours])
+        return found
+
+
+def is_adapter(directory: Path) -> bool:
+    """Return whether a directory holds a PEFT adapter."""
+    return (directory / ADAPTER_CONFIG).is_file()
+
+
+def open_adapter(directory: Path) -> Adapter:
+    """Open an adapter directory.
+
+    Raises:
+        MissingFileError: adapter_config.json or the tensors are missing.
+        UnsupportedModelError: not a LoRA, or a variation of it.
+        CheckpointError: a file is damaged.
+    """
+    raw = read_json(directory / ADAPTER_CONFIG)
+    config = parse_adapter_config(raw)
+    weights = next((n for n in ADAPTER_WEIGHTS if (directory / n).is_file()), None)
+    if weights is None:
+        raise MissingFileError(
+            f"no adapter weights in {directory}: looked for {', '.join(ADAPTER_WEIGHTS)}"
+        )
+    reader = KeyReader(raw, ADAPTER_CONFIG)
+    return Adapter(
+        path=directory,
+        config=config,
+        base_name=reader.text("base_model_name_or_path"),
+        revision=reader.text("revision"),
+        keeps_ties=reader.flag("ensure_weight_tying", False),
+        store=WeightStore.of_files([directory / weights]),
+    )
+
+
+def parse_adapter_config(raw: JsonObject) -> LoraConfig:
+    """Parse adapter_config.json of PEFT.
+
+    Raises:
+        ConfigError: a key is of the wrong type.
+        UnsupportedModelError: not a LoRA, or a variation of it.
+    """
+    reader = KeyReader(raw, ADAPTER_CONFIG, _WITHOUT_EFFECT)
+    kind = reader.text("peft_type", "LORA")
+    if kind != "LORA":
+        raise UnsupportedModelError(
+            f"{ADAPTER_CONFIG}: peft_type {kind!r} is not supported, only LORA is: {_MERGE_IT}"
+        )
+    start = reader.value("init_lora_weights")
+    if (start.lower() if isinstance(start, str) else start) not in _PLAIN_BEGINNINGS:
+        raise UnsupportedModelError(
+            f"{ADAPTER_CONFIG}: init_lora_weights {start!r} is not supported, for PEFT changes the "
+            "weights of the base under it: save it as a plain LoRA (save_pretrained with "
+            f"path_initial_model_for_weight_conversion), or {_MERGE_IT}"
+        )
+    config = LoraConfig(
+        rank=reader.positive("r", 8),
+        alpha=_finite(reader, "lora_alpha", reader.number("lora_alpha", 8.0)),
+        dropout=reader.number("lora_dropout", 0.0),
+        use_rslora=reader.flag("use_rslora", False),
+        fan_in_fan_out=reader.flag("fan_in_fan_out", False),
+        rank_pattern={name: int(r) for name, r in _pattern(reader, "rank_pattern", _is_rank)},
+        alpha_pattern=dict(_pattern(reader, "alpha_pattern", _is_alpha)),
+    )
+    for key in ("base_model_name_or_path", "revision", "ensure_weight_tying"):
+        reader.value(key)  # read by `open_adapter`
+    _check_unread(reader)
+    return config
+
+
+def _check_unread(reader: KeyReader) -> None:
+    """Refuse what is switched on and nothing reads: every release of PEFT has more variations."""
+    for key in reader.report().unknown:
+        value = reader.raw[key]
+        if value:
+            shown = "true" if value is True else repr(value)[:80]
+            raise UnsupportedModelError(
+                f"{ADAPTER_CONFIG}: {key} {shown} is not supported, it may change what the adapter "
+                f"computes: {_MERGE_IT}"
+            )
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_alpha(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(float(str(value)))
+
+
+def _finite(reader: KeyReader, key: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ConfigError(f"{reader.where}: {key} is {value}: expected a finite number")
+    return value
+
+
+def _pattern(
+    reader: KeyReader, key: str, is_good: Callable[[object], bool]
+) -> list[tuple[str, float]]:
+    value = reader.value(key)
+    if value is None:
+        return []
+    if not is_object(value) or not all(map(is_good, value.values())):
+        raise ConfigError(f"{reader.where}: {key} must map patterns to numbers, got {value!r}")
+    try:
+        [re.compile(pattern) for pattern in value]
+    except re.error as error:
+        raise ConfigError(
+            f"{reader.where}: {key} has {error.pattern!r}, which is no regular expression: {error}"
+        ) from error
+    return [(name, float(str(number))) for name, number in value.items()]
+
+
+def _module_of(foreign: str) -> str:
+    """Return the module of a tensor as the file calls it, without the wrapper around the model."""
+    matched = HALF.fullmatch(foreign.removeprefix(WRAPPER))
+    return foreign if matched is None else matched["module"]
+
+
+def _first_match(patterns: Mapping[str, Number], names: Sequence[str]) -> Number | None:
+    """Return the number of the first pattern that is the end of one of the names."""
+    for name in names:
+        for pattern, number in patterns.items():
+            if ends_with(pattern, name):
+                return number
+    return None

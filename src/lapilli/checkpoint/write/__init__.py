@@ -1,0 +1,1 @@
+"""Writing a checkpoint: one file per layout, and what they share."""

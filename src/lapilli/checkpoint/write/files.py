@@ -1,0 +1,259 @@
+"""Files of a checkpoint on their way to the disk; knows bytes and folders, no models.
+
+new_directory(path)     everything is written into .NAME.part beside it, flushed to the disk,
+and takes the place of `path` in one step: a kill at any moment leaves
+the old folder or the new one, never a mixture
+write_weights(...)      tensor by tensor, so that no second copy of a model is ever in memory
+"""
+
+import ctypes
+import errno
+import io
+import json
+import os
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lapilli.checkpoint.formats.weights import DTYPES
+from lapilli.checkpoint.keymaps import KeyMap
+from lapilli.errors import CheckpointError
+
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PIECE = 1 << 24  # elements of a tensor that are converted and written at once
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# renameat2: paths relative to the working directory, both names keep something.
+_AT_FDCWD, _EXCHANGE = -100, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """A tensor that is made when its turn to be written comes, and forgotten afterwards."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return self.shape.numel()
+
+
+Stored = Tensor | Deferred
+# One number format for all floats, or each tensor's own by its name; None: as they are.
+Formats = torch.dtype | Mapping[str, torch.dtype] | None
+
+
+@contextmanager
+def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a folder beside `path` that takes its place once all of it is on the disk.
+
+    What an earlier process left half-written is removed first.
+
+    Raises:
+        CheckpointError: there is something at `path` already, or the disk is full.
+    """
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(
+            f"{path} is there already: choose another place, or overwrite it (--overwrite)"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f".{path.name}.part"
+    _remove(aside)
+    try:
+        with explaining_full_disk(path):
+            folder = aside / "new"
+            folder.mkdir(parents=True)
+            yield folder
+            _flush(folder)
+            _move_into_place(folder, path)
+    finally:
+        _remove(aside)
+
+
+@contextmanager
+def explaining_full_disk(path: Path) -> Iterator[None]:
+    """Raise what the system says about a full disk with the path and the bytes that are left.
+
+    Raises:
+        CheckpointError: the disk is full, or a limit on the size of files or on space is reached.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise CheckpointError(
+            f"{path} could not be written: {error.strerror or error} ({free} bytes are free on "
+            "that disk); what was there before is untouched. Make room and save again"
+        ) from error
+
+
+def write_weights(
+    folder: Path,
+    tensors: Mapping[str, Stored],
+    keymap: KeyMap | None = None,
+    *,
+    dtype: Formats = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write model.safetensors, or numbered shards with an index, in the order of the tensors.
+
+    Args:
+        folder: is there.
+        tensors: by name.
+        keymap: their names in the files; None: the same.
+        dtype: of the stored floats, of all or by the names of `tensors`; None: each as it is.
+        shard_bytes: largest size of one file.
+
+    Raises:
+        CheckpointError: `keymap` has no name for a tensor.
+    """
+    if keymap is not None:
+        if isinstance(dtype, Mapping):
+            dtype = keymap.rename({name: dtype[name] for name in tensors if name in dtype})
+        tensors = keymap.rename(tensors)
+    shards: list[dict[str, Stored]] = [{}]
+    size = total = 0
+    for name, tensor in tensors.items():
+        num_bytes = tensor.numel() * _stored_as(name, tensor, dtype).itemsize
+        if shards[-1] and size + num_bytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += num_bytes
+        total += num_bytes
+    if len(shards) == 1:
+        write_safetensors(folder / SINGLE, shards[0], dtype=dtype)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, shard, dtype=dtype)
+        weight_map |= dict.fromkeys(shard, file)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored], *, dtype: Formats = None) -> None:
+    """Write one file; a tensor is converted while it is written, a piece at a time.
+
+    Wider numbers come first, so that each tensor lies at a multiple of its own width and can be
+    mapped.
+
+    Source: the safetensors format, version 1.
+    """
+    named = {name: (tensor, _stored_as(name, tensor, dtype)) for name, tensor in tensors.items()}
+    order = sorted(named, key=lambda name: (-named[name][1].itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor, stored = named[name]
+        begin, end = end, end + tensor.numel() * stored.itemsize
+        header[name] = {
+            "dtype": _NAMES[stored],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            tensor, stored = named[name]
+            for piece in torch.split(value(tensor).reshape(-1), _PIECE):
+                raw = piece.to("cpu", stored).contiguous().view(torch.uint8)
+                file.write(raw.numpy().data)
+
+
+def _stored_as(name: str, tensor: Stored, dtype: Formats) -> torch.dtype:
+    wanted = dtype.get(name) if isinstance(dtype, Mapping) else dtype
+    return wanted if wanted is not None and tensor.dtype.is_floating_point else tensor.dtype
+
+
+def value(tensor: Stored) -> Tensor:
+    """Return the tensor itself, made now where it was deferred."""
+    return tensor.make() if isinstance(tensor, Deferred) else tensor.detach()
+
+
+def common_dtypes(state: Mapping[str, Stored], dtype: Formats = None) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of the floats among these tensors, the one of most numbers first.
+
+    Args:
+        state: by name.
+        dtype: that they are written in.
+    """
+    counts: Counter[torch.dtype] = Counter()
+    for name, tensor in state.items():
+        if tensor.dtype.is_floating_point:
+            counts[_stored_as(name, tensor, dtype)] += tensor.numel()
+    return tuple(found for found, _ in counts.most_common()) or (torch.float32,)
+
+
+def write_pickled(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write named tensors in the format of torch.save, as the original's small files are."""
+    buffer = io.BytesIO()
+    # Cloned: a view would bring the whole storage that it looks at.
+    torch.save({name: value(t).cpu().clone() for name, t in tensors.items()}, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a readable JSON file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as config.json spells it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _move_into_place(folder: Path, path: Path) -> None:
+    """Move `folder` to the name `path`, in one step where the system has one for it."""
+    if path.exists():
+        if not _exchange(folder, path):
+            path.rename(folder.parent / "old")
+            folder.rename(path)
+    else:
+        folder.rename(path)
+    _flush_one(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names (Linux); False where the system or the file system cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    done = call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE)
+    return bool(done == 0)
+
+
+def _flush(folder: Path) -> None:
+    """Flush files and the folders that list them to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)

@@ -1,0 +1,315 @@
+"""Hugging Face's layout: LlavaForConditionalGeneration, or LlavaNext for anyres.
+
+    config.json  generation_config.json  model.safetensors or shards with index
+    tokenizer.json  tokenizer_config.json  preprocessor_config.json  processor_config.json
+    chat_template.jinja
+
+One vocabulary entry stands for every position of a picture; it is added where there is none.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lapilli.checkpoint.keymaps import HF_LLAVA
+from lapilli.checkpoint.read.assemble import VOCABULARY, resized
+from lapilli.checkpoint.template import WrittenTemplate, written_template
+from lapilli.checkpoint.tokenizer import (
+    load_tokenizer,
+    save_tokenizer_with,
+    settle_generation,
+    special_ids,
+    write_chat_template,
+    write_extra,
+)
+from lapilli.checkpoint.write.adapter import merged_state
+from lapilli.checkpoint.write.files import (
+    SHARD_BYTES,
+    Deferred,
+    Formats,
+    Stored,
+    common_dtypes,
+    dtype_name,
+    new_directory,
+    value,
+    write_json,
+    write_weights,
+)
+from lapilli.checkpoint.write.llava import (
+    write_preprocessor_config,
+    write_text_config,
+    write_tower_config,
+)
+from lapilli.config.families import find_family
+from lapilli.config.families.decoder import ACTIVATION_NAMES
+from lapilli.config.llava import CAP_KEY, RECORD_KEY
+from lapilli.config.model import (
+    DecoderConfig,
+    ImageConfig,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
+from lapilli.config.projector import projector_name
+from lapilli.errors import ConfigError, UnsupportedModelError
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.choose import Template
+from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.quant.linear import QuantLinear
+
+IMAGE_TOKEN = "<image>"  # noqa: S105  no password
+
+
+def save_hf(
+    path: Path,
+    model: VisionLanguageModel,
+    config: ModelConfig,
+    *,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    dtype: Formats = None,
+    template: str | Template | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    state: Mapping[str, Stored] | None = None,
+    extra: Mapping[str, str | bytes] | None = None,
+) -> None:
+    """Save a whole checkpoint that transformers and this loader read; adapters are folded in.
+
+    The arguments are those of `save_llava`; `tokenizer` is the model's, and `tokenizer_path` the
+    directory that it came from.
+
+    Raises:
+        CheckpointError: the directory is there already, or the disk is full.
+        ConfigError: the model is quantized.
+        UnsupportedModelError: something that the layout of Hugging Face cannot say.
+
+    Note: rows that the image token needs in both vocabulary tables are the mean of the others.
+    """
+    check_hf_layout(config)
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ConfigError("the model is quantized: save it from one that is not")
+    written = written_template(template, config, tokenizer_path)
+    whole = merged_state(model) if state is None else state
+    with new_directory(path, overwrite=overwrite) as folder:
+        image_id = _write_processor(folder, config, tokenizer, tokenizer_path, written)
+        rows = max(config.text.vocab_size, image_id + 1)
+        tensors = {name: _with_rows(name, tensor, rows) for name, tensor in whole.items()}
+        write_weights(folder, tensors, HF_LLAVA, dtype=dtype, shard_bytes=shard_bytes)
+        content = write_hf_config(
+            replace(config, text=replace(config.text, vocab_size=rows)),
+            image_id=image_id,
+            torch_dtype=dtype_name(common_dtypes(whole, dtype)[0]),
+            template=written.name,
+        )
+        write_json(folder / "config.json", content)
+        generation = folder / "generation_config.json"
+        if generation.is_file():  # the tokenizer's directory had one
+            settle_generation(folder, config.tokens)
+        else:
+            write_json(generation, {"_from_model_config": True, **special_ids(config.tokens)})
+        write_json(folder / "preprocessor_config.json", write_hf_preprocessor(config))
+        write_extra(folder, extra)
+
+
+def check_hf_files(
+    config: ModelConfig,
+    *,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    template: str | Template | None,
+) -> None:
+    """Check before a run what `save_hf` would refuse after it; the arguments are the same.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be written as a tokenizer.json.
+        ConfigError: the template cannot be written.
+        PromptError: the template is one for captions.
+        UnsupportedModelError: something that the layout of Hugging Face cannot say.
+    """
+    check_hf_layout(config)
+    written = written_template(template, config, tokenizer_path)
+    with tempfile.TemporaryDirectory(prefix="lapilli-processor-") as folder:
+        _write_processor(Path(folder), config, tokenizer, tokenizer_path, written)
+
+
+def _write_processor(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    template: WrittenTemplate,
+) -> int:
+    """Write the files of tokenizer, processor and template; return the id of the image token."""
+    own = config.tokens.image_id
+    token = IMAGE_TOKEN if own is None else tokenizer.id_to_token(own)
+    image_id = save_tokenizer_with(
+        folder, tokenizer_path, tokenizer, token, processor=processor_class(config)
+    )
+    write_json(folder / "processor_config.json", write_hf_processor(config, token))
+    source = template.for_whole_prompts(
+        load_tokenizer(folder, fast=True), image_id, was_whole=own is not None
+    )
+    write_chat_template(folder, source)
+    return image_id
+
+
+def _with_rows(name: str, tensor: Stored, rows: int) -> Stored:
+    if name not in VOCABULARY or tensor.shape[0] == rows:
+        return tensor
+    shape = torch.Size((rows, *tensor.shape[1:]))
+    return Deferred(shape, tensor.dtype, lambda: resized(value(tensor), rows))
+
+
+def check_hf_layout(config: ModelConfig) -> None:
+    """Check that LlavaForConditionalGeneration or its successor can be this model.
+
+    Raises:
+        UnsupportedModelError: another language model, projector or layout of the features.
+    """
+    lack = _lacks(config)
+    if lack is not None:
+        raise UnsupportedModelError(
+            f"the layout of Hugging Face has no {lack}: keep the original's (save.layout = "
+            '"llava" in a recipe, --layout llava in lapilli export)'
+        )
+
+
+def _lacks(config: ModelConfig) -> str | None:
+    """Return the first thing of a model that the layout does not have."""
+    vision, projector, image = _parts(config)
+    family = find_family(config.text.family)
+    if family is None or not family.in_hf_llava:
+        return f"{config.text.family} language model"
+    if config.tokens.use_start_end:
+        return "<im_start> and <im_end> around a picture"
+    if projector.kind != "mlp" or projector.depth != 2 or projector.joins:
+        return f"projector {projector_name(projector)!r}, only 'mlp2x_gelu'"
+    is_flat = image.aspect != "anyres" and image.merge == "flat"
+    if not is_flat and not _is_next(image):
+        return (
+            f"image_aspect_ratio {image.aspect!r} with mm_patch_merge_type {image.merge!r}, only "
+            "square or pad with flat, and anyres with spatial_unpad"
+        )
+    if _is_next(image) and vision.num_patches != vision.grid.rows * vision.grid.columns:
+        return f"anyres with {vision.feature_select!r} features"
+    return None
+
+
+def write_hf_config(
+    config: ModelConfig, *, image_id: int, torch_dtype: str, template: str | None = None
+) -> dict[str, object]:
+    """Return config.json of LlavaConfig or LlavaNextConfig.
+
+    Args:
+        config: what the model is, its vocabulary with the image token.
+        image_id: the vocabulary entry that stands for every position of a picture.
+        torch_dtype: of the stored weights.
+        template: name of its conversation template, or "chat_template" for the one beside it.
+
+    Raises:
+        UnsupportedModelError: see `check_hf_layout`.
+    """
+    check_hf_layout(config)
+    vision, projector, image = _parts(config)
+    is_next = _is_next(image)
+    ids = special_ids(config.tokens)
+    tower = write_tower_config(vision, torch_dtype)
+    if vision.family == "siglip":
+        tower |= {"vision_use_head": False}
+    name = "LlavaNext" if is_next else "Llava"
+    written: dict[str, object] = {
+        "architectures": [f"{name}ForConditionalGeneration"],
+        "model_type": "llava_next" if is_next else "llava",
+        "text_config": {
+            "model_type": config.text.family,
+            **write_text_config(config.text),
+            **ids,
+            "torch_dtype": torch_dtype,
+        },
+        "vision_config": tower,
+        "image_token_index": image_id,
+        "image_seq_length": vision.num_patches,
+        "projector_hidden_act": ACTIVATION_NAMES[projector.activation],
+        "multimodal_projector_bias": projector.bias,
+        "vision_feature_layer": vision.feature_layer,
+        "vision_feature_select_strategy": _strategy(vision),
+        "tie_word_embeddings": config.text.tie_embeddings,
+        **ids,
+        "torch_dtype": torch_dtype,
+    }
+    if is_next:
+        written["image_grid_pinpoints"] = _pinpoints(image)
+        written["use_image_newline_parameter"] = True
+    if isinstance(config.text, DecoderConfig) and config.text.logit_softcap is not None:
+        written[CAP_KEY] = config.text.logit_softcap  # transformers' LLaVA classes cap no logits
+    if template is not None:
+        written[RECORD_KEY] = template
+    return written
+
+
+def write_hf_preprocessor(config: ModelConfig) -> dict[str, object]:
+    """Return preprocessor_config.json beside such a config.json."""
+    vision, _, image = _parts(config)
+    written = write_preprocessor_config(image.pixels)
+    written["processor_class"] = processor_class(config)
+    if _is_next(image):
+        return written | {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": _pinpoints(image),
+            "do_pad": True,
+        }
+    if image.aspect == "pad":
+        return written | {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    is_siglip = vision.family == "siglip"
+    return written | {
+        "image_processor_type": "SiglipImageProcessor" if is_siglip else "CLIPImageProcessor"
+    }
+
+
+def write_hf_processor(config: ModelConfig, image_token: str = IMAGE_TOKEN) -> dict[str, object]:
+    """Return processor_config.json: how many image tokens the processor writes for a picture."""
+    vision, _, _ = _parts(config)
+    extra = int(vision.family == "clip")
+    return {
+        "processor_class": processor_class(config),
+        "image_token": image_token,
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": extra,
+        "vision_feature_select_strategy": _strategy(vision),
+    }
+
+
+def processor_class(config: ModelConfig) -> str:
+    """Return the class of transformers that prepares text and pictures."""
+    _, _, image = _parts(config)
+    return "LlavaNextProcessor" if _is_next(image) else "LlavaProcessor"
+
+
+def _parts(config: ModelConfig) -> tuple[VisionConfig, ProjectorConfig, ImageConfig]:
+    if config.vision is None or config.projector is None or config.image is None:
+        raise UnsupportedModelError(
+            "a model without pictures has no LLaVA layout: it is a plain language model"
+        )
+    return config.vision, config.projector, config.image
+
+
+def _is_next(image: ImageConfig) -> bool:
+    return image.aspect == "anyres" and image.merge == "spatial_unpad"
+
+
+def _strategy(vision: VisionConfig) -> str:
+    """Return `default`, which drops the first feature whatever it is, or `full`.
+
+    A SigLIP tower has no class token to drop.
+    """
+    if vision.feature_select == "drop_first":
+        return "default"
+    return "default" if vision.family == "clip" and vision.feature_select == "patch" else "full"
+
+
+def _pinpoints(image: ImageConfig) -> list[list[int]]:
+    return [[size.height, size.width] for size in image.pinpoints]

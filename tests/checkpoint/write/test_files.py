@@ -1,0 +1,191 @@
+"""A folder changes in one step: killed, out of space or interrupted, the old one stays whole."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lapilli.checkpoint.keymaps import ORIGINAL, PROJECTOR
+from lapilli.checkpoint.write import files
+from lapilli.checkpoint.write.files import (
+    Deferred,
+    new_directory,
+    write_pickled,
+    write_safetensors,
+    write_weights,
+)
+from lapilli.errors import CheckpointError
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from lapilli.checkpoint.write.files import new_directory, write_json, write_weights
+
+path = Path(sys.argv[1])
+number = 0
+while True:
+    number += 1
+    tensors = {f"t{i}": torch.full((200_000,), float(number)) for i in range(6)}
+    with new_directory(path, overwrite=True) as folder:
+        write_weights(folder, tensors, shard_bytes=2_000_000)
+        write_json(folder / "config.json", {"number": number})
+    print(number, flush=True)
+"""
+
+
+def numbers_in(path):
+    """Every number that the folder speaks of: one, if it is whole."""
+    found = {int(float(line)) for line in [_config_number(path)]}
+    for name in sorted(path.glob("*.safetensors")):
+        for tensor in load_file(name).values():
+            found |= {int(value) for value in tensor.unique()}
+    assert len(list(path.glob("*.safetensors"))) == 3
+    return found
+
+
+def _config_number(path):
+    return (path / "config.json").read_text().split(":")[1].strip(" }\n")
+
+
+@pytest.mark.slow
+def test_killed_while_saving_one_version_is_whole(tmp_path):
+    path = tmp_path / "results"
+    for delay in (0.0, 0.003, 0.006, 0.01, 0.02):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        for _ in range(2):
+            writer.stdout.readline()
+        time.sleep(delay)
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+        assert len(numbers_in(path)) == 1
+    with new_directory(path, overwrite=True) as folder:
+        (folder / "new").write_text("")
+    assert [found.name for found in tmp_path.iterdir()] == ["results"]
+
+
+def saved(path, value):
+    with new_directory(path, overwrite=True) as folder:
+        write_weights(folder, {"t": torch.full((100_000,), value)})
+
+
+def test_a_full_disk_is_named_with_what_is_free(tmp_path):
+    path = tmp_path / "results"
+    saved(path, 1.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"results could not be written: .*\d+ bytes are free.*untouched"
+        ):
+            saved(path, 2.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert load_file(path / "model.safetensors")["t"].unique().tolist() == [1.0]
+    assert [found.name for found in tmp_path.iterdir()] == ["results"]
+
+
+def test_another_fault_keeps_its_own_words(tmp_path):
+    with pytest.raises(PermissionError), new_directory(tmp_path / "results"):
+        raise PermissionError("not yours")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_names_cannot_be_swapped_the_old_folder_steps_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    path = tmp_path / "results"
+    saved(path, 1.0)
+    saved(path, 2.0)
+    assert load_file(path / "model.safetensors")["t"].unique().tolist() == [2.0]
+    assert [found.name for found in tmp_path.iterdir()] == ["results"]
+
+
+def test_what_was_left_half_written_is_removed(tmp_path):
+    left = tmp_path / ".results.part" / "new"
+    left.mkdir(parents=True)
+    (left / "half").write_text("")
+    saved(tmp_path / "results", 1.0)
+    assert [found.name for found in tmp_path.iterdir()] == ["results"]
+
+
+TENSORS = {
+    "b.wide": torch.randn(3, 5, dtype=torch.float64),
+    "a.half": torch.randn(7).bfloat16(),
+    "c.view": torch.randn(4, 6).T,
+    "d.bytes": torch.arange(5, dtype=torch.uint8),
+    "e.empty": torch.empty(0, 3),
+    "f.one": torch.tensor(2.5),
+}
+
+
+def test_safetensors_reads_the_file(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", TENSORS)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_another_format_is_made_while_writing(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", TENSORS, dtype=torch.float16)
+    found = load_file(tmp_path / "x.safetensors")
+    assert torch.equal(found["b.wide"], TENSORS["b.wide"].half())
+    assert found["d.bytes"].dtype == torch.uint8
+
+
+def test_a_long_tensor_is_written_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PIECE", 7)
+    write_safetensors(tmp_path / "x.safetensors", TENSORS)
+    found = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_weights_get_the_names_of_a_layout_and_keep_their_formats(tmp_path):
+    state = {f"{PROJECTOR}0.weight": torch.randn(3, 5), f"{PROJECTOR}2.weight": torch.randn(4)}
+    formats = {f"{PROJECTOR}2.weight": torch.bfloat16, "of another model": torch.float16}
+    write_weights(tmp_path, state, ORIGINAL, dtype=formats, shard_bytes=60)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    found = {}
+    for file in set(index["weight_map"].values()):
+        found |= load_file(tmp_path / file)
+    assert found.keys() == {"model.mm_projector.0.weight", "model.mm_projector.2.weight"}
+    assert found["model.mm_projector.0.weight"].dtype == torch.float32
+    assert found["model.mm_projector.2.weight"].dtype == torch.bfloat16
+    with pytest.raises(CheckpointError, match="queries has no name in the layout 'original LLaVA'"):
+        write_weights(tmp_path, {"queries": torch.zeros(1)}, ORIGINAL)
+
+
+def test_deferred_tensors_live_one_at_a_time(tmp_path):
+    alive, most = [0], [0]
+
+    class Counted(torch.Tensor):
+        def __del__(self):
+            alive[0] -= 1
+
+    def make():
+        alive[0] += 1
+        most[0] = max(most[0], alive[0])
+        return torch.ones(10).as_subclass(Counted)
+
+    deferred = {f"t{i}": Deferred(torch.Size((10,)), torch.float32, make) for i in range(5)}
+    write_safetensors(tmp_path / "x.safetensors", deferred)
+    assert len(load_file(tmp_path / "x.safetensors")) == 5
+    assert most[0] <= 2
+
+
+def test_a_pickle_holds_the_tensor_and_not_what_it_looks_at(tmp_path):
+    write_pickled(tmp_path / "x.bin", {"t": torch.zeros(1_000_000)[:3]})
+    assert (tmp_path / "x.bin").stat().st_size < 5_000
+    assert torch.equal(torch.load(tmp_path / "x.bin", weights_only=True)["t"], torch.zeros(3))
