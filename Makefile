@@ -2,7 +2,7 @@
 # make test         every test that needs no GPU, the conformance table included
 # make quick        the tests to run between two commits, in under a minute: no slow ones, no docs, no benchmarks
 # make cluster      tests that start several processes, on this machine
-# make stress       the fuzzer with 20,000 damaged files, two threads with 10,000 answers: half an hour
+# make stress       the fuzzer with 20,000 damaged files, two threads with 10,000 answers: an hour or less
 # make check        format, lint, types, import layers, docs, tests: what CI runs
 # make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
 # make pebble      the embedded model from nothing, hours; PEBBLE="--recipes pebble/recipes/warm" for options

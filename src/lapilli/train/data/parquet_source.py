@@ -15,6 +15,7 @@ from lapilli.train.data.strict_json import MOST_VALUES, too_large
 _KEPT_GROUPS = 4
 _LONGEST = 300  # letters of a message of pyarrow
 _FEW_ROWS, _ROWS_PER_BYTE = 10_000, 16
+_FEW_VALUES = 1_000_000
 _FEW_BYTES, _MOST_RATIO = 1 << 20, 100
 _MOST_ROWS, _BATCH_BYTES = 1024, 128 << 20
 _FEW_UNPACKED, _MOST_GROWTH = 256 << 20, 8
@@ -102,6 +103,12 @@ class ParquetSource:
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
             said = _short(error)
             raise DataError(f"{self._path}: row group {group} is damaged: {said}") from error
+        values, size = sum(map(_num_values, table.columns)), self._path.stat().st_size
+        if values > _FEW_VALUES + _ROWS_PER_BYTE * size:
+            raise DataError(
+                f"{self._path}: row group {group} has {values} values in a file of {size} bytes: "
+                "it is damaged, or holds nothing to learn"
+            )
         begin = self._ends[group - 1] if group else 0
         if table.num_rows != self._ends[group] - begin:
             raise DataError(
