@@ -28,9 +28,9 @@ from benchmarks.machine import ROOT, machine
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span
-from lapilli.train.batch import TrainingBatch, collate, collate_bins
-from lapilli.train.data.rows import Row
+from lapilli.train.data.encoder import Row
 from lapilli.train.pack import pack
+from lapilli.train.trainer.batch import TrainingBatch, collate, collate_bins
 
 PATCHES, SIDE = 576, 336
 RANK, ALPHA, LR = 64, 16.0, 2e-4
@@ -62,14 +62,14 @@ def batch_of_rows() -> TrainingBatch:
 
 def lapilli_step(path: Path, precision: str) -> Callable[[TrainingBatch], float]:
     """One step of our trainer, as its loop takes it."""
-    from lapilli.train.loop import Loss
-    from lapilli.train.model import TrainedModel
-    from lapilli.train.optim import build_optimizer
-    from lapilli.train.parallel import ALONE
+    from lapilli.train.distributed import ALONE
     from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe, Recipe, RunRecipe
     from lapilli.train.stages import choose_trainable
     from lapilli.train.start import load_start
-    from lapilli.train.step import Moment, take_step
+    from lapilli.train.trainer.loop import Loss
+    from lapilli.train.trainer.model import TrainedModel
+    from lapilli.train.trainer.optim import build_optimizer
+    from lapilli.train.trainer.step import Moment, take_step
 
     recipe = Recipe(
         stage="instruct",

@@ -17,8 +17,8 @@ from typing import Any, Final, Literal
 
 from lapilli.errors import UnknownKeyError
 from lapilli.train.recipe import TrainerRecipe
-from lapilli.train.recipe_file import read_recipe
-from lapilli.train.recipe_keys import idle_optim, set_keys
+from lapilli.train.recipe.checks import idle_optim, set_keys
+from lapilli.train.recipe.file import read_recipe
 
 Stage = Literal["tower", "language", "align", "instruct"]
 

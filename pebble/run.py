@@ -33,9 +33,9 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.pipeline import load
 from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
 from lapilli.train.attention import PlainAttention
-from lapilli.train.loop import Task, train
-from lapilli.train.parallel import join_team
-from lapilli.train.recipe_file import build_section
+from lapilli.train.distributed import join_team
+from lapilli.train.recipe.file import build_section
+from lapilli.train.trainer.loop import Task, train
 from pebble.fit import start_language_model, start_projector, word_vectors
 from pebble.initialise import initialise
 from pebble.pool import PoolSpec

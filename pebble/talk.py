@@ -23,10 +23,10 @@ from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.templates import TEMPLATES
 from lapilli.prompt.tokenizer.base import Tokenizer
 from lapilli.shapes import Float, Tensor
-from lapilli.train.batch import TrainingBatch, collate
 from lapilli.train.data import to_sample
-from lapilli.train.loop import Loss
-from lapilli.train.order import draw_indices
+from lapilli.train.data.order import draw_indices
+from lapilli.train.trainer.batch import TrainingBatch, collate
+from lapilli.train.trainer.loop import Loss
 from pebble.blind import blind_question
 from pebble.caption import caption
 from pebble.conversation import (
@@ -161,7 +161,7 @@ class TalkBatch:
 
 
 class TalkTask:
-    """Rows for the stages that train a language model; see `lapilli.train.loop.Task`.
+    """Rows for the stages that train a language model; see `lapilli.train.trainer.loop.Task`.
 
     Args:
         model: what is trained.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lapilli.pipeline import load
-from lapilli.train.parallel import Team
+from lapilli.train.distributed import Team
 from pebble import run
 from pebble.run import RECIPES, STAGES, Workshop
 from pebble.tower import whitening_filters

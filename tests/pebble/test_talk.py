@@ -9,9 +9,9 @@ from lapilli.config.model import DecoderConfig
 from lapilli.errors import DataError
 from lapilli.lm.decoder import Decoder
 from lapilli.prompt.templates import TEMPLATES
-from lapilli.train.log import RunLog
-from lapilli.train.loop import train
 from lapilli.train.recipe import OptimRecipe, RunRecipe
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.metrics import RunLog
 from pebble.blind import NEEDS_PICTURE
 from pebble.conversation import draw_questions
 from pebble.examine import examine, words_of_scene

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from lapilli.config.model import VisionConfig
-from lapilli.train.log import RunLog
-from lapilli.train.loop import train
 from lapilli.train.recipe import OptimRecipe, RunRecipe
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.metrics import RunLog
 from pebble.draw import draw, model_pixels
 from pebble.recipe import PebbleRecipe
 from pebble.regions import LEXICON, region_words

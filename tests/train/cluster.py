@@ -24,14 +24,14 @@ from PIL import Image
 
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from lapilli.train import sharded
-from lapilli.train.batch import collate
-from lapilli.train.data.rows import Row
+from lapilli.train.data.encoder import Row
+from lapilli.train.distributed import ALONE, Seat, joined
 from lapilli.train.launch import launch
-from lapilli.train.loop import train
-from lapilli.train.model import TrainedModel
-from lapilli.train.parallel import ALONE, Seat, joined
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe
 from lapilli.train.stages import choose_trainable
+from lapilli.train.trainer.batch import collate
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.model import TrainedModel
 from tests.model.conftest import build_tiny
 from tests.train.conftest import new_recipe, new_regression
 

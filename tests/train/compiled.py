@@ -11,11 +11,11 @@ from torch._dynamo.utils import counters
 
 from lapilli.modality.image.image import ImageModality
 from lapilli.prompt.encode import EncodedPrompt, Span
-from lapilli.train.batch import TrainingBatch, collate_bins
-from lapilli.train.data.rows import Row
-from lapilli.train.model import TrainedModel
+from lapilli.train.data.encoder import Row
 from lapilli.train.recipe import LoraRecipe
 from lapilli.train.stages import choose_trainable, set_up_layers
+from lapilli.train.trainer.batch import TrainingBatch, collate_bins
+from lapilli.train.trainer.model import TrainedModel
 from tests.train.test_stages import new_llava, recipe_of
 
 LAYERS = 12

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lapilli.train.log import RunLog
-from lapilli.train.loop import Loss
 from lapilli.train.recipe import OptimRecipe, Recipe, RunRecipe
+from lapilli.train.trainer.loop import Loss
+from lapilli.train.trainer.metrics import RunLog
 from tests.checkpoint.conftest import golden, maker  # noqa: F401  fixtures
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from lapilli.train.log import TIMED, RunLog
-from lapilli.train.loop import Loss, train
 from lapilli.train.recipe import OptimRecipe, Recipe, RunRecipe
+from lapilli.train.trainer.loop import Loss, train
+from lapilli.train.trainer.metrics import TIMED, RunLog
 
 STEPS = 24
 WAIT_S = 120

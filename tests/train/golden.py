@@ -9,7 +9,7 @@ from PIL import Image
 
 from lapilli.checkpoint.load import Loaded
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
-from lapilli.train.data.rows import Row
+from lapilli.train.data.encoder import Row
 
 IMAGE = -200
 VARIANTS = (

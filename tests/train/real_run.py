@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from lapilli.train.distributed import ALONE
 from lapilli.train.launch import launch
-from lapilli.train.parallel import ALONE
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,

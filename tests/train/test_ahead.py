@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lapilli.errors import ConfigError, DataError
-from lapilli.train.ahead import ReadAhead, batches
-from lapilli.train.contract import TrainingError
-from lapilli.train.loop import train
-from lapilli.train.parallel import Team
+from lapilli.train.distributed import Team
+from lapilli.train.trainer.contract import TrainingError
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.prefetch import ReadAhead, batches
 from tests.train.conftest import new_recipe, new_regression
 from tests.train.faults import start, wait_for
 

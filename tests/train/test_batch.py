@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lapilli.nn.onednn import rounded
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
-from lapilli.train.batch import collate, collate_bins
+from lapilli.train.trainer.batch import collate, collate_bins
 
 
 @dataclass

@@ -14,8 +14,8 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.errors import MissingFileError
 from lapilli.train.build import build_llava
 from lapilli.train.card import data_files, model_card
+from lapilli.train.distributed import ALONE
 from lapilli.train.launch import launch
-from lapilli.train.parallel import ALONE
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -26,7 +26,7 @@ from lapilli.train.recipe import (
     SaveRecipe,
     SourceRecipe,
 )
-from lapilli.train.recipe_file import load_recipe
+from lapilli.train.recipe.file import load_recipe
 from lapilli.train.recipe_text import recipe_text
 from lapilli.train.results import Results
 from tests.integration.oracle import picture

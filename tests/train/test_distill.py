@@ -15,7 +15,6 @@ from lapilli.nn.onednn import rounded
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.prompt.message import Message
 from lapilli.prompt.templates import TEMPLATES
-from lapilli.train.batch import collate, collate_bins
 from lapilli.train.data import Row, RowMaker, Sample
 from lapilli.train.distill import (
     DistilledModel,
@@ -27,10 +26,11 @@ from lapilli.train.distill import (
     matched,
     with_teacher,
 )
-from lapilli.train.loss import supervised
-from lapilli.train.model import TrainedModel
 from lapilli.train.recipe import DistillRecipe
 from lapilli.train.reproject import reproject
+from lapilli.train.trainer.batch import collate, collate_bins
+from lapilli.train.trainer.loss import supervised
+from lapilli.train.trainer.model import TrainedModel
 from pebble.draw import draw
 from pebble.sample import sample_scene
 

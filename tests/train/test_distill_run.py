@@ -9,9 +9,8 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.source import resolve
 from lapilli.config.projector import projector_name
 from lapilli.train.build import Joint, build_llava
+from lapilli.train.distributed import ALONE
 from lapilli.train.launch import launch
-from lapilli.train.loss import supervised
-from lapilli.train.parallel import ALONE
 from lapilli.train.recipe import (
     DataRecipe,
     DistillRecipe,
@@ -23,6 +22,7 @@ from lapilli.train.recipe import (
 )
 from lapilli.train.reproject import reproject
 from lapilli.train.task import build_task
+from lapilli.train.trainer.loss import supervised
 from pebble.folder import write_folder
 from tests.train import cluster
 from tests.train.parts import Parts

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from lapilli.train import journal
-from lapilli.train.contract import Loss
-from lapilli.train.diverge import LossWatch, advice, rise_record
-from lapilli.train.log import RunLog
-from lapilli.train.loop import train
+from lapilli.train.trainer.contract import Loss
+from lapilli.train.trainer.curves import LossWatch, advice, rise_record
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.metrics import RunLog
 from tests.train.conftest import new_recipe, new_regression
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from lapilli.errors import ConfigError
+from lapilli.train.distributed import ALONE
 from lapilli.train.evaluate import evaluate
-from lapilli.train.log import RunLog
-from lapilli.train.loop import train
-from lapilli.train.parallel import ALONE
 from lapilli.train.task import build_task
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.metrics import RunLog
 from tests.train.conftest import new_recipe, new_regression
 from tests.train.faults import new_noisy, noisy_recipe
 from tests.train.real_run import recipe_of, write_samples

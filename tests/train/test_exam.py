@@ -9,10 +9,9 @@ from PIL import Image
 
 import lapilli
 from lapilli.train.build import build_llava
+from lapilli.train.distributed import ALONE
 from lapilli.train.exam import Graded, answers_of, exam_record
 from lapilli.train.launch import launch
-from lapilli.train.log import RunLog
-from lapilli.train.parallel import ALONE
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -23,6 +22,7 @@ from lapilli.train.recipe import (
     SaveRecipe,
     SourceRecipe,
 )
+from lapilli.train.trainer.metrics import RunLog
 from tests.train import cluster
 from tests.train.parts import Parts
 

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from lapilli.errors import ConfigError
 from lapilli.train import progress
-from lapilli.train.log import RunLog
-from lapilli.train.loop import TrainingError, train
 from lapilli.train.plot import evaluation_curve, loss_curve, plot_losses
 from lapilli.train.progress import ProgressBar
 from lapilli.train.tracker import open_trackers
+from lapilli.train.trainer.loop import TrainingError, train
+from lapilli.train.trainer.metrics import RunLog
 from tests.train.conftest import new_recipe, new_regression, steps_of
 from tests.train.faults import new_noisy, noisy_recipe
 

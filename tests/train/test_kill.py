@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.train.log import RunLog
-from lapilli.train.loop import Loss, TrainingError, train
-from lapilli.train.parallel import join_team
+from lapilli.train.distributed import join_team
+from lapilli.train.trainer.loop import Loss, TrainingError, train
+from lapilli.train.trainer.metrics import RunLog
 from tests.conformance.ops.training import read_tensors
 from tests.train import real_run
 from tests.train.faults import (

@@ -12,8 +12,8 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.errors import ConfigError, DataError
 from lapilli.lora import adapter_tensors
 from lapilli.train.build import Joint, build_llava
+from lapilli.train.distributed import ALONE, joined
 from lapilli.train.launch import launch
-from lapilli.train.parallel import ALONE, joined
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lapilli.checkpoint.source import resolve
+from lapilli.train.distributed import ALONE, joined
 from lapilli.train.launch import launch
-from lapilli.train.parallel import ALONE, joined
-from lapilli.train.recipe_file import load_recipe
+from lapilli.train.recipe.file import load_recipe
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "recipes" / "launch"

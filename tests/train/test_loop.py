@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lapilli.train.log import RunLog
-from lapilli.train.loop import Stopped, TrainingError, train
-from lapilli.train.parallel import Team
+from lapilli.train.distributed import Team
+from lapilli.train.trainer.loop import Stopped, TrainingError, train
+from lapilli.train.trainer.metrics import RunLog
 from tests.train.conftest import new_recipe, new_regression, steps_of
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def test_a_run_in_two_parts_makes_the_same_bits(tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from lapilli.train.loop import train
+from lapilli.train.trainer.loop import train
 from tests.train.conftest import new_recipe, new_regression
 task = new_regression()
 draw = task.batch
@@ -130,8 +130,8 @@ TOGETHER = """
 import sys
 from pathlib import Path
 import torch
-from lapilli.train.loop import train
-from lapilli.train.parallel import join_team
+from lapilli.train.trainer.loop import train
+from lapilli.train.distributed import join_team
 from tests.train.conftest import new_recipe, new_regression
 torch.set_num_threads(1)
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from lapilli.train.loss import cross_entropy_sum, scales, supervised
+from lapilli.train.trainer.loss import cross_entropy_sum, scales, supervised
 
 
 def test_a_position_predicts_its_successor():

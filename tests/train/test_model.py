@@ -15,14 +15,14 @@ from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.train.attention import PlainAttention
-from lapilli.train.batch import collate, collate_bins
-from lapilli.train.contract import TrainingError
-from lapilli.train.data.rows import Row
-from lapilli.train.log import RunLog
-from lapilli.train.loop import train
-from lapilli.train.model import TrainedModel
+from lapilli.train.data.encoder import Row
 from lapilli.train.recipe import ModelRecipe, NoiseRecipe, OptimRecipe, Recipe, RunRecipe
 from lapilli.train.stages import choose_trainable
+from lapilli.train.trainer.batch import collate, collate_bins
+from lapilli.train.trainer.contract import TrainingError
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.metrics import RunLog
+from lapilli.train.trainer.model import TrainedModel
 from tests.checkpoint.published import make_llava
 from tests.train.golden import VARIANTS, rows_of, with_gradients
 
@@ -258,7 +258,7 @@ def test_z_loss_is_added_while_training_alone(llava):
 
 
 class FixedRows:
-    """The same rows in every step; see lapilli.train.contract.Task."""
+    """The same rows in every step; see lapilli.train.trainer.contract.Task."""
 
     def __init__(self, model, rows, *, packed=False):
         self.model, self.rows, self.packed = model, rows, packed

@@ -6,8 +6,14 @@ from torch import nn
 
 from lapilli.checkpoint.keymaps import HF_LLAVA
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.train.optim import build_optimizer, lr_share, parameter_groups, set_lr, warmup_steps
 from lapilli.train.recipe import OptimRecipe
+from lapilli.train.trainer.optim import (
+    build_optimizer,
+    lr_share,
+    parameter_groups,
+    set_lr,
+    warmup_steps,
+)
 from tests.checkpoint.published import make_llava
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapilli.errors import ConfigError
-from lapilli.train.order import Order, draw_indices
+from lapilli.train.data.order import Order, draw_indices
 
 GROUPS = st.sampled_from(["none", "length", "modality"])
 WORDS = st.lists(st.integers(-60, 60).filter(bool), min_size=1, max_size=60)

@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch import nn
 
 from lapilli.errors import ConfigError
-from lapilli.train.loop import train
-from lapilli.train.parallel import ALONE, Seat, Team, joined, seat_of
-from lapilli.train.parallel.presence import is_network_error
-from lapilli.train.parallel.shard import layers_of, shard
+from lapilli.train.distributed import ALONE, Seat, Team, joined, seat_of
+from lapilli.train.distributed.heartbeat import is_network_error
+from lapilli.train.distributed.shard import layers_of, shard
+from lapilli.train.trainer.loop import train
 from tests.model.conftest import build_tiny
 from tests.train import cluster
 from tests.train.conftest import new_recipe, new_regression

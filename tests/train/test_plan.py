@@ -22,13 +22,8 @@ from lapilli.geometry import ImageSize
 from lapilli.lm.decoder import Decoder
 from lapilli.modality.image.image import ImageModality
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
-from lapilli.train.batch import collate
-from lapilli.train.data.rows import Row
-from lapilli.train.flops import sizes
-from lapilli.train.loop import train
-from lapilli.train.model import TrainedModel
-from lapilli.train.plan import (
+from lapilli.plan.flops import sizes
+from lapilli.plan.plan import (
     A100,
     H100,
     RTX4090,
@@ -36,9 +31,14 @@ from lapilli.train.plan import (
     layer_bytes,
     plan,
 )
+from lapilli.plan.work import MIX_665K, Work
+from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
+from lapilli.train.data.encoder import Row
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, SaveRecipe
 from lapilli.train.stages import choose_trainable
-from lapilli.train.work import MIX_665K, Work
+from lapilli.train.trainer.batch import collate
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.model import TrainedModel
 from tests.train.conftest import new_recipe
 
 TEXT = DecoderConfig(

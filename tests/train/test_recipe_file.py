@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from lapilli.errors import ConfigError, UnknownKeyError
-from lapilli.train.recipe_file import load_recipe
+from lapilli.train.recipe.file import load_recipe
 
 ROOT = Path(__file__).parents[2]
 SMALL = 'stage = "instruct"\n[optim]\nlr = 1\n[run]\nsteps = 3\nbatch_size = 2\n'

@@ -13,8 +13,8 @@ from PIL import Image
 import lapilli.train
 from lapilli.errors import ConfigError, UnknownKeyError
 from lapilli.train import card
+from lapilli.train.distributed import ALONE
 from lapilli.train.launch import launch
-from lapilli.train.parallel import ALONE
 from lapilli.train.recipe import (
     DataRecipe,
     DistillRecipe,
@@ -27,8 +27,8 @@ from lapilli.train.recipe import (
     SaveRecipe,
     SourceRecipe,
 )
-from lapilli.train.recipe_file import load_recipe
-from lapilli.train.recipe_keys import refuse_unread, set_keys
+from lapilli.train.recipe.checks import refuse_unread, set_keys
+from lapilli.train.recipe.file import load_recipe
 from lapilli.train.recipe_text import recipe_text
 
 SECTIONS = {

@@ -15,13 +15,13 @@ from lapilli.checkpoint.assemble import build_model
 from lapilli.checkpoint.plan import make_plan
 from lapilli.config.files import ConfigFiles
 from lapilli.config.llava import parse_llava
+from lapilli.plan.plan import A100, RTX4090, plan
+from lapilli.plan.work import usual_work
 from lapilli.quant.nf4 import Nf4Linear
-from lapilli.train.optim import build_optimizer, parameter_groups
-from lapilli.train.plan import A100, RTX4090, plan
 from lapilli.train.recipe import OptimRecipe, Recipe
-from lapilli.train.recipe_file import load_recipe
+from lapilli.train.recipe.file import load_recipe
 from lapilli.train.stages import choose_trainable
-from lapilli.train.work import usual_work
+from lapilli.train.trainer.optim import build_optimizer, parameter_groups
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FILES = sorted(RECIPES.rglob("*.toml"))

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from lapilli.errors import LapilliError
-from lapilli.train.parallel import ALONE
-from lapilli.train.sharded import load_pieces, newest_pieces, save_pieces, values_of
+from lapilli.train.distributed import ALONE
+from lapilli.train.trainer.sharded import load_pieces, newest_pieces, save_pieces, values_of
 
 
 def small(width=4):

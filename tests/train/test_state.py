@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lapilli.train.contract import TrainingError
+from lapilli.train.distributed import ALONE
 from lapilli.train.ema import Average
-from lapilli.train.loop import train
-from lapilli.train.optim import build_optimizer
-from lapilli.train.parallel import ALONE
 from lapilli.train.recipe import OptimRecipe
-from lapilli.train.sharded import save_pieces
-from lapilli.train.state import (
+from lapilli.train.trainer.contract import TrainingError
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.optim import build_optimizer
+from lapilli.train.trainer.sharded import save_pieces
+from lapilli.train.trainer.state import (
     Best,
     RunState,
     load_best,
@@ -26,7 +26,7 @@ from lapilli.train.state import (
     save_best,
     save_state,
 )
-from lapilli.train.state_file import write_whole
+from lapilli.train.trainer.state_file import write_whole
 from tests.train.conftest import new_recipe, new_regression
 from tests.train.faults import flat, new_noisy, noisy_recipe, start
 

@@ -8,11 +8,11 @@ from lapilli.checkpoint.save import save_llava
 from lapilli.checkpoint.save_hf import save_hf
 from lapilli.quant import QuantConfig, quantize
 from lapilli.train.ema import Average
-from lapilli.train.optim import build_optimizer
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe, Recipe, RunRecipe
 from lapilli.train.stages import choose_trainable
 from lapilli.train.start import load_start
-from lapilli.train.state import Best, RunState, load_state, save_best, save_state
+from lapilli.train.trainer.optim import build_optimizer
+from lapilli.train.trainer.state import Best, RunState, load_state, save_best, save_state
 from tests.checkpoint.conftest import llava, packed_llava  # noqa: F401  fixtures
 from tests.train.test_damaged_state import everything
 from tests.train.test_state import in_pieces

@@ -8,12 +8,12 @@ from torch import nn
 
 from lapilli.errors import ConfigError
 from lapilli.train.bad_batch import plain
-from lapilli.train.contract import CountedTask, Loss, Task, TrainingError
-from lapilli.train.log import RunLog
-from lapilli.train.loop import number_of_steps, train
-from lapilli.train.parallel import ALONE, Team
+from lapilli.train.distributed import ALONE, Team
 from lapilli.train.recipe import RunRecipe
-from lapilli.train.step import Moment, take_step
+from lapilli.train.trainer.contract import CountedTask, Loss, Task, TrainingError
+from lapilli.train.trainer.loop import number_of_steps, train
+from lapilli.train.trainer.metrics import RunLog
+from lapilli.train.trainer.step import Moment, take_step
 from tests.train.conftest import new_recipe, new_regression
 from tests.train.faults import new_noisy
 

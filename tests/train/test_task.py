@@ -11,17 +11,7 @@ from PIL import Image
 
 from lapilli.config.model import RopeScaling
 from lapilli.errors import ConfigError, DataError
-from lapilli.train.contract import (
-    CountedTask,
-    IdentifiedTask,
-    NamedBatch,
-    NamingTask,
-    Task,
-    TrainingError,
-)
-from lapilli.train.log import RunLog
-from lapilli.train.loop import train
-from lapilli.train.parallel import ALONE
+from lapilli.train.distributed import ALONE
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -32,6 +22,16 @@ from lapilli.train.recipe import (
     SourceRecipe,
 )
 from lapilli.train.task import build_task, refuse_packing
+from lapilli.train.trainer.contract import (
+    CountedTask,
+    IdentifiedTask,
+    NamedBatch,
+    NamingTask,
+    Task,
+    TrainingError,
+)
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.metrics import RunLog
 
 
 @pytest.fixture(scope="module")

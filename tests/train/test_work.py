@@ -6,9 +6,9 @@ from lapilli.config.model import ImageConfig, ModelConfig, PixelConfig, TokenCon
 from lapilli.config.projector import parse_projector
 from lapilli.errors import ConfigError
 from lapilli.geometry import ImageSize
-from lapilli.train.plan import plan
+from lapilli.plan.plan import plan
+from lapilli.plan.work import CAPTIONS_558K, MIX_665K, usual_work
 from lapilli.train.recipe import Recipe
-from lapilli.train.work import CAPTIONS_558K, MIX_665K, usual_work
 from tests.train.conftest import new_recipe
 from tests.train.test_plan import SEVEN_B
 

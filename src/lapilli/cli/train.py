@@ -48,7 +48,7 @@ def train(
     recipe start in the folder where the command is started.
     """
     with plain_errors():
-        from lapilli.train.recipe_file import load_recipe
+        from lapilli.train.recipe.file import load_recipe
         from lapilli.train.recipe_paths import refuse_missing
 
         asked = [] if exam is None else ["--run.exam", str(exam)]
@@ -65,9 +65,9 @@ def train(
 
 
 def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
+    from lapilli.train.distributed import joined, seat_of
     from lapilli.train.launch import launch
-    from lapilli.train.parallel import joined, seat_of
-    from lapilli.train.stop import Stopped
+    from lapilli.train.trainer.signals import Stopped
 
     shows_bar = sys.stderr.isatty() and not quiet
     with joined(seat_of(os.environ), sharding=recipe.run.sharding, device=device) as team:
@@ -93,9 +93,9 @@ def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
 
 def _say_end(recipe: "Recipe", out: Path, *, quiet: bool) -> None:
     """How the run went, by its log; a rising loss is told even with --quiet."""
-    from lapilli.train.diverge import advice
     from lapilli.train.exam import ANSWERS, FIGURE
-    from lapilli.train.log import RunLog
+    from lapilli.train.trainer.curves import advice
+    from lapilli.train.trainer.metrics import RunLog
 
     records, optim = RunLog(out).records(), recipe.optim
     if text := advice(records, max(optim.lr, optim.projector_lr or 0.0, optim.tower_lr or 0.0)):
@@ -117,9 +117,9 @@ def _print_plan(recipe: "Recipe", gpus: int) -> None:
 
     from lapilli.checkpoint.plan import make_plan
     from lapilli.errors import ConfigError, MissingFileError
+    from lapilli.plan.plan import A100, H100, RTX4090, plan
+    from lapilli.plan.work import usual_work
     from lapilli.train.data import open_dataset
-    from lapilli.train.plan import A100, H100, RTX4090, plan
-    from lapilli.train.work import usual_work
 
     if recipe.model.checkpoint is None:
         raise ConfigError("recipe key model.checkpoint is missing: a plan needs its config.json")

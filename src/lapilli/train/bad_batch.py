@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lapilli.train.contract import NamedBatch, TrainingError
-from lapilli.train.parallel import Team
-from lapilli.train.state_file import write_whole
-from lapilli.train.step import NotFiniteError
+from lapilli.train.distributed import Team
+from lapilli.train.trainer.contract import NamedBatch, TrainingError
+from lapilli.train.trainer.state_file import write_whole
+from lapilli.train.trainer.step import NotFiniteError
 
 
 def stopped_at(error: NotFiniteError, step: int, folder: Path, team: Team) -> TrainingError:

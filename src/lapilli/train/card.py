@@ -11,14 +11,14 @@ from pathlib import Path
 
 from lapilli.checkpoint.files import read_optional_text
 from lapilli.checkpoint.source import HUB_ID, is_local
-from lapilli.train.data.digest import DataFile, data_file, together
+from lapilli.train.data.fingerprint import DataFile, data_file, together
 from lapilli.train.data.source import expand
-from lapilli.train.diverge import LOWEST, RISEN
 from lapilli.train.exam import FIGURE as EXACT_MATCH
-from lapilli.train.log import Record, RunLog
 from lapilli.train.recipe import Recipe
 from lapilli.train.recipe_text import recipe_text
 from lapilli.train.results import Results
+from lapilli.train.trainer.curves import LOWEST, RISEN
+from lapilli.train.trainer.metrics import Record, RunLog
 
 CURVE = "loss.png"
 RECIPE = "recipe.toml"

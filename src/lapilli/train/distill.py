@@ -21,12 +21,12 @@ from lapilli.errors import ConfigError, DataError, PromptError
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.shapes import Float, Int, Tensor
-from lapilli.train.batch import TrainingBatch, collate
-from lapilli.train.contract import Loss
 from lapilli.train.data import Row, RowMaker, Sample
-from lapilli.train.loss import supervised
-from lapilli.train.model import TrainedModel
 from lapilli.train.recipe import DistillRecipe, NoiseRecipe, Recipe
+from lapilli.train.trainer.batch import TrainingBatch, collate
+from lapilli.train.trainer.contract import Loss
+from lapilli.train.trainer.loss import supervised
+from lapilli.train.trainer.model import TrainedModel
 
 _MAP_SEED: Final = 41
 

@@ -9,12 +9,12 @@ from typing import Final
 import torch
 
 from lapilli.errors import ConfigError
-from lapilli.train.contract import Task
+from lapilli.train.distributed import Team
 from lapilli.train.ema import Average
-from lapilli.train.parallel import Team
 from lapilli.train.recipe import TrainerRecipe
-from lapilli.train.state import Best, RunState, save_best
-from lapilli.train.step import precision
+from lapilli.train.trainer.contract import Task
+from lapilli.train.trainer.state import Best, RunState, save_best
+from lapilli.train.trainer.step import precision
 
 FIGURE: Final = "eval_loss"
 

@@ -26,7 +26,7 @@ from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.train.data import Row, Rows
-from lapilli.train.log import Record
+from lapilli.train.trainer.metrics import Record
 
 ANSWERS: Final = "exam.jsonl"
 FIGURE: Final = "exact_match"

@@ -12,10 +12,10 @@ Knows recipes and files; no models.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lapilli.train.contract import Plain
-from lapilli.train.data.digest import data_file, together
+from lapilli.train.data.fingerprint import data_file, together
 from lapilli.train.data.source import expand
 from lapilli.train.recipe import Recipe, SourceRecipe
+from lapilli.train.trainer.contract import Plain
 
 
 def identity_of(

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from lapilli.train.log import Record, RunLog
-from lapilli.train.parallel import Team
+from lapilli.train.distributed import Team
 from lapilli.train.plot import evaluation_curve, loss_curve, plot_losses
 from lapilli.train.progress import ProgressBar
 from lapilli.train.recipe import TrainerRecipe
 from lapilli.train.tracker import Tracker, open_trackers
+from lapilli.train.trainer.metrics import Record, RunLog
 
 
 class Journal:

@@ -14,15 +14,15 @@ from lapilli.checkpoint.files import RESULTS
 from lapilli.errors import ConfigError
 from lapilli.lora.inject import adapters
 from lapilli.train.card import add_card, model_card
+from lapilli.train.distributed import Team
 from lapilli.train.exam import exam_record, hold_exam, write_exam
-from lapilli.train.log import RunLog
-from lapilli.train.loop import number_of_steps, train
-from lapilli.train.parallel import Team
 from lapilli.train.recipe import Recipe
 from lapilli.train.results import Results, save_results
-from lapilli.train.sharded import gather
-from lapilli.train.state import holds_state
 from lapilli.train.task import TrainingTask, build_task
+from lapilli.train.trainer.loop import number_of_steps, train
+from lapilli.train.trainer.metrics import RunLog
+from lapilli.train.trainer.sharded import gather
+from lapilli.train.trainer.state import holds_state
 
 
 def launch(

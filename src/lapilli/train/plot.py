@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lapilli.train.log import Record
+from lapilli.train.trainer.metrics import Record
 
 Curve = Sequence[tuple[int | float, float]]
 

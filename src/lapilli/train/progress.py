@@ -7,7 +7,7 @@ from typing import Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lapilli.train.log import Record
+from lapilli.train.trainer.metrics import Record
 
 _WINDOW: Final = 20  # steps that the speed is taken over
 

@@ -13,8 +13,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from lapilli.shapes import Tensor
-from lapilli.train.contract import Plain, TrainingError
-from lapilli.train.state_file import damaged
+from lapilli.train.trainer.contract import Plain, TrainingError
+from lapilli.train.trainer.state_file import damaged
 
 _ADVICE = "go on with the recipe that began the run, or train into another folder"
 _NOT_NEGATIVE = frozenset(

@@ -18,10 +18,9 @@ from lapilli.config.model import DecoderConfig
 from lapilli.errors import ConfigError
 from lapilli.modality.image.decode import Alpha
 from lapilli.prompt.choose import Template
-from lapilli.train.batch import TrainingBatch, collate, collate_bins
-from lapilli.train.contract import Loss, Plain
 from lapilli.train.data import Dataset, Row, RowMaker, Rows, open_dataset, order_of, rows_of
-from lapilli.train.data.rows import MakesRows
+from lapilli.train.data.encoder import MakesRows
+from lapilli.train.data.order import Order
 from lapilli.train.distill import (
     DistilledModel,
     PairMaker,
@@ -29,20 +28,21 @@ from lapilli.train.distill import (
     load_teacher,
     with_teacher,
 )
+from lapilli.train.distributed import Team
 from lapilli.train.identity import identity_of
-from lapilli.train.model import TrainedModel
-from lapilli.train.order import Order
 from lapilli.train.pack import pack
-from lapilli.train.parallel import Team
 from lapilli.train.recipe import Recipe
-from lapilli.train.recipe_keys import refuse_unread
+from lapilli.train.recipe.checks import refuse_unread
 from lapilli.train.stages import choose_trainable, set_up_layers
 from lapilli.train.start import choose_template, for_model, load_start
+from lapilli.train.trainer.batch import TrainingBatch, collate, collate_bins
+from lapilli.train.trainer.contract import Loss, Plain
+from lapilli.train.trainer.model import TrainedModel
 
 
 @dataclass
 class TrainingTask:
-    """A model and its data; see `lapilli.train.loop.Task`.
+    """A model and its data; see `lapilli.train.trainer.loop.Task`.
 
     Attributes:
         model: what learns, and how its loss is made.

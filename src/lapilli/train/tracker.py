@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lapilli.errors import ConfigError
-from lapilli.train.log import Record
 from lapilli.train.recipe import TrainerRecipe
+from lapilli.train.trainer.metrics import Record
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.prompt.templates import TEMPLATES
 from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
 from lapilli.train.data import Row, RowMaker, open_dataset, to_sample
-from lapilli.train.data.rows import _check_supervised, cut
+from lapilli.train.data.encoder import _check_supervised, cut
 from lapilli.train.recipe import SourceRecipe
 from pebble.words import corpus, train_tokenizer
 from tests.prompt.test_encode import check_learned, is_right, with_sentinels

@@ -20,9 +20,9 @@ from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.choose import Template
 from lapilli.prompt.message import MediaPart
 from lapilli.train.data.dataset import Dataset
+from lapilli.train.data.encoder import RowMaker
 from lapilli.train.data.pictures import fetch_picture
 from lapilli.train.data.report import DataReport, Finding, Kind, Spread
-from lapilli.train.data.rows import RowMaker
 from lapilli.train.data.sample import Sample
 
 Progress = Callable[[int, int], None]

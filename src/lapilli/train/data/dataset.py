@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapilli.errors import DataError
+from lapilli.train.data.encoder import MakesRows, Row
 from lapilli.train.data.formats import id_of, signed_words, to_sample
-from lapilli.train.data.rows import MakesRows, Row
+from lapilli.train.data.order import Order
 from lapilli.train.data.sample import Sample
 from lapilli.train.data.source import Source, open_source
-from lapilli.train.order import Order
 from lapilli.train.recipe import DataRecipe, OnBadSample, Placement, RunRecipe, SourceRecipe
 
 

@@ -7,7 +7,7 @@ from lapilli.checkpoint.assemble import build_model
 from lapilli.checkpoint.plan import make_plan
 from lapilli.checkpoint.template import choose_for
 from lapilli.prompt.choose import Template
-from lapilli.train.data.rows import RowMaker
+from lapilli.train.data.encoder import RowMaker
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.segments import MediaSlot
 from lapilli.prompt.tokenizer.base import Tokenizer
 from lapilli.train.data.check import Album, size_only
-from lapilli.train.data.rows import RowMaker
+from lapilli.train.data.encoder import RowMaker
 from lapilli.train.data.sample import Sample
 
 

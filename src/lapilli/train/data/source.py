@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
 from lapilli.errors import DataError
-from lapilli.train.data.csv_source import CsvSource
 from lapilli.train.data.json_source import JsonSource, LinesSource
 from lapilli.train.data.parquet_source import ParquetSource
 from lapilli.train.data.pictures import PictureFolder
+from lapilli.train.data.tables import CsvSource
 from lapilli.train.data.tar_source import TarSource
 from lapilli.train.recipe import SourceRecipe
 

@@ -33,11 +33,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lapilli.checkpoint.files import read_json
 from lapilli.errors import CheckpointError
 from lapilli.shapes import Tensor
-from lapilli.train.contract import TrainingError
-from lapilli.train.data.digest import data_file
-from lapilli.train.parallel import Team
+from lapilli.train.data.fingerprint import data_file
+from lapilli.train.distributed import Team
 from lapilli.train.state_check import check_moment_shape, check_numbers, check_shapes
-from lapilli.train.state_file import check_archive, damaged, first_line
+from lapilli.train.trainer.contract import TrainingError
+from lapilli.train.trainer.state_file import check_archive, damaged, first_line
 
 _FOLDER: Final = "state"
 _VALUES: Final = "values.json"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lapilli.shapes import Tensor
-from lapilli.train.contract import TrainingError
+from lapilli.train.trainer.contract import TrainingError
 
 _DIGEST = "digest"
 

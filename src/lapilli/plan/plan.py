@@ -18,7 +18,7 @@ from lapilli.config.model import (
     VisionConfig,
 )
 from lapilli.errors import ConfigError
-from lapilli.train.flops import (
+from lapilli.plan.flops import (
     SampleFlops,
     Sizes,
     linear_widths,
@@ -26,8 +26,8 @@ from lapilli.train.flops import (
     sample_flops,
     sizes,
 )
+from lapilli.plan.work import MIX_665K, Work
 from lapilli.train.recipe import Recipe
-from lapilli.train.work import MIX_665K, Work
 
 GIB: Final = float(2**30)
 _PACKED: Final = 0.5625  # bytes of a weight in 4 bits with its share of a scale

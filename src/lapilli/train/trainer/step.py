@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from lapilli.train.attention import PlainAttention
-from lapilli.train.contract import Loss, SkippingBatch, Task
-from lapilli.train.loss import scales
-from lapilli.train.parallel import Team
+from lapilli.train.distributed import Team
 from lapilli.train.recipe import TrainerRecipe
+from lapilli.train.trainer.contract import Loss, SkippingBatch, Task
+from lapilli.train.trainer.loss import scales
 
 Made = Mapping[int, tuple[Any, int]]
 

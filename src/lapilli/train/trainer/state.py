@@ -17,10 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lapilli.train.contract import Plain, TrainingError
+from lapilli.train.distributed import ALONE, Team
 from lapilli.train.ema import Average
-from lapilli.train.parallel import ALONE, Team
-from lapilli.train.sharded import (
+from lapilli.train.state_check import (
+    check_identity,
+    checked_moments,
+    checked_values,
+    checked_weights,
+)
+from lapilli.train.trainer.contract import Plain, TrainingError
+from lapilli.train.trainer.sharded import (
     drop_pieces,
     gather,
     load_pieces,
@@ -30,13 +36,7 @@ from lapilli.train.sharded import (
     save_pieces,
     values_of,
 )
-from lapilli.train.state_check import (
-    check_identity,
-    checked_moments,
-    checked_values,
-    checked_weights,
-)
-from lapilli.train.state_file import read_state_file, write_state_file
+from lapilli.train.trainer.state_file import read_state_file, write_state_file
 
 _STATE = "state.pt"
 _BEST = "best.pt"

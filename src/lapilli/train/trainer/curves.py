@@ -11,7 +11,7 @@ from math import sqrt
 from statistics import fmean
 from typing import Final
 
-from lapilli.train.log import Record
+from lapilli.train.trainer.metrics import Record
 
 RISEN: Final = "loss_risen_to"
 LOWEST: Final = "loss_was"

@@ -21,8 +21,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from lapilli.checkpoint.placement import choose_device
 from lapilli.errors import ConfigError
-from lapilli.train.parallel.presence import BEAT_S, Presence, is_network_error
-from lapilli.train.parallel.team import Team
+from lapilli.train.distributed.context import Team
+from lapilli.train.distributed.heartbeat import BEAT_S, Presence, is_network_error
 from lapilli.train.recipe import Sharding
 
 _NAMES: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -13,7 +13,7 @@ from typing import Final
 
 from lapilli.config.json_text import parse_json
 from lapilli.errors import CheckpointError
-from lapilli.train.contract import TrainingError
+from lapilli.train.trainer.contract import TrainingError
 
 Record = Mapping[str, int | float]
 TIMED: Final = frozenset({"per_s", "gib"})

@@ -25,7 +25,7 @@ from typing import Any, Final
 import torch
 
 from lapilli.errors import ConfigError
-from lapilli.train.contract import TrainingError
+from lapilli.train.trainer.contract import TrainingError
 
 Place = tuple[int, int]  # step, micro
 MakeBatch = Callable[[int, int], tuple[Any, int]]

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from lapilli.errors import ConfigError, UnknownKeyError
 from lapilli.train.recipe import Recipe
-from lapilli.train.recipe_keys import refuse_unread
+from lapilli.train.recipe.checks import refuse_unread
 
 Section = TypeVar("Section")
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lapilli.errors import ConfigError
 from lapilli.shapes import Tensor
-from lapilli.train.parallel.shard import shard
+from lapilli.train.distributed.shard import shard
 from lapilli.train.recipe import Precision, Sharding
 
 _BUCKET: Final = 1 << 25  # numbers that are summed in one call: 128 MiB of float32

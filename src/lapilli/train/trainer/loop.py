@@ -22,9 +22,14 @@ from pathlib import Path
 import torch
 
 from lapilli.errors import ConfigError
-from lapilli.train.ahead import MakeBatch, batches
 from lapilli.train.bad_batch import stopped_at
-from lapilli.train.contract import (
+from lapilli.train.distributed import ALONE, Team
+from lapilli.train.ema import Average
+from lapilli.train.evaluate import evaluate, keep_best
+from lapilli.train.journal import Journal, open_journal
+from lapilli.train.memory import peak_memory
+from lapilli.train.recipe import RunRecipe, TrainerRecipe
+from lapilli.train.trainer.contract import (
     CountedTask,
     IdentifiedTask,
     Loss,
@@ -32,17 +37,12 @@ from lapilli.train.contract import (
     Task,
     TrainingError,
 )
-from lapilli.train.diverge import LossWatch, advice, rise_record
-from lapilli.train.ema import Average
-from lapilli.train.evaluate import evaluate, keep_best
-from lapilli.train.journal import Journal, open_journal
-from lapilli.train.memory import peak_memory
-from lapilli.train.optim import build_optimizer, lr_share, peak_lrs, set_lr
-from lapilli.train.parallel import ALONE, Team
-from lapilli.train.recipe import RunRecipe, TrainerRecipe
-from lapilli.train.state import RunState, load_best, load_state, read_best, save_state
-from lapilli.train.step import Moment, NotFiniteError, StepRecord, device_of, take_step
-from lapilli.train.stop import Stopped, StopWatch
+from lapilli.train.trainer.curves import LossWatch, advice, rise_record
+from lapilli.train.trainer.optim import build_optimizer, lr_share, peak_lrs, set_lr
+from lapilli.train.trainer.prefetch import MakeBatch, batches
+from lapilli.train.trainer.signals import Stopped, StopWatch
+from lapilli.train.trainer.state import RunState, load_best, load_state, read_best, save_state
+from lapilli.train.trainer.step import Moment, NotFiniteError, StepRecord, device_of, take_step
 
 __all__ = ["Loss", "Stopped", "Task", "TrainingError", "number_of_steps", "train"]
 
