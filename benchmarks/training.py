@@ -29,8 +29,7 @@ from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.train.data.encoder import Row
-from lapilli.train.pack import pack
-from lapilli.train.trainer.batch import TrainingBatch, collate, collate_bins
+from lapilli.train.trainer.batch import TrainingBatch, collate, collate_bins, pack
 
 PATCHES, SIDE = 576, 336
 RANK, ALPHA, LR = 64, 16.0, 2e-4

@@ -32,10 +32,10 @@ from lapilli.modality.projector import build_projector
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.pipeline import load
 from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
-from lapilli.train.attention import PlainAttention
 from lapilli.train.distributed import join_team
 from lapilli.train.recipe.file import build_section
 from lapilli.train.trainer.loop import Task, train
+from lapilli.train.trainer.step import PlainAttention
 from pebble.fit import start_language_model, start_projector, word_vectors
 from pebble.initialise import initialise
 from pebble.pool import PoolSpec

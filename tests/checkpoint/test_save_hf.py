@@ -16,7 +16,7 @@ from lapilli.checkpoint.tokenizer_files import load_tokenizer
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.lora import LoraConfig, inject, merge
 from lapilli.quant import QuantConfig, quantize
-from lapilli.train.reproject import reproject
+from lapilli.train.build import reproject
 from tests.integration.oracle import picture
 
 VARIANTS = ["llava-v1.5-tiny-pad", "llava-v1.6-vicuna-tiny-336", "llava-v1.6-mistral-tiny"]

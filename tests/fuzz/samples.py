@@ -20,7 +20,7 @@ import PIL.Image
 from lapilli.errors import DataError
 from lapilli.train.data import Dataset, Rows, open_dataset, order_of
 from lapilli.train.data.check import Album, check
-from lapilli.train.data.planned import PlannedRows, plan_rows
+from lapilli.train.data.encoder import PlannedRows, plan_rows
 from lapilli.train.data.show import rendered, tokenized
 from lapilli.train.recipe import DataRecipe, RunRecipe, SourceRecipe
 from tests.fuzz import honest

@@ -105,7 +105,7 @@ def inspect_and_render(folder: Path) -> None:
 
 
 def _new_state():
-    from tests.train.test_state import new_state
+    from tests.train.trainer.test_state import new_state
 
     return new_state()
 
@@ -113,7 +113,7 @@ def _new_state():
 def _said(state) -> str:
     """What a state comes to: a digest of all of it."""
     from lapilli.train.trainer.state_file import content_digest
-    from tests.train.test_state import everything
+    from tests.train.trainer.test_state import everything
 
     return content_digest(
         [sorted(everything(state).items()), state.step, state.skipped, str(state.best)]
@@ -134,7 +134,7 @@ def trained(folder: Path) -> None:
 
 def trained_in_pieces(folder: Path) -> None:
     """The same as several processes save it."""
-    from tests.train.test_state import in_pieces
+    from tests.train.trainer.test_state import in_pieces
 
     state = _new_state()
     folder.mkdir(parents=True, exist_ok=True)

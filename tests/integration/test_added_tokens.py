@@ -8,7 +8,7 @@ import pytest
 import lapilli
 from lapilli import Message
 from lapilli.train.data import to_sample
-from lapilli.train.data.planned import plan_rows
+from lapilli.train.data.encoder import plan_rows
 from tests.integration.oracle import make_oracle, picture
 
 WORDS = ("<loc1>", "   ", "  ")

@@ -8,9 +8,9 @@ from lapilli.config.model import DecoderConfig
 from lapilli.errors import ConfigError
 from lapilli.lm.decoder import Decoder
 from lapilli.prompt.encode import EncodedPrompt, Span
-from lapilli.train.attention import PlainAttention
 from lapilli.train.data.encoder import Row
 from lapilli.train.trainer.batch import collate
+from lapilli.train.trainer.step import PlainAttention
 from pebble.reader import FeatureReader, freeze
 
 CONFIG = DecoderConfig(

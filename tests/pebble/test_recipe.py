@@ -14,7 +14,7 @@ from lapilli.modality.image.vision import VisionTransformer
 from lapilli.train.recipe import OptimRecipe, RunRecipe
 from pebble.recipe import PartsRecipe, PebbleRecipe, WorldRecipe, check_keys, load_recipe
 from pebble.run import RECIPES
-from tests.train.test_recipe_keys import is_named, other
+from tests.train.recipe.test_checks import is_named, other
 
 SECTIONS = {"optim": OptimRecipe, "run": RunRecipe, "model": PartsRecipe, "data": WorldRecipe}
 KEYS = [f"{name}.{f.name}" for name, kind in SECTIONS.items() for f in dataclasses.fields(kind)]

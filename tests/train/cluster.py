@@ -23,12 +23,12 @@ import torch._dynamo
 from PIL import Image
 
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
-from lapilli.train import sharded
 from lapilli.train.data.encoder import Row
 from lapilli.train.distributed import ALONE, Seat, joined
 from lapilli.train.launch import launch
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe
 from lapilli.train.stages import choose_trainable
+from lapilli.train.trainer import sharded
 from lapilli.train.trainer.batch import collate
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.model import TrainedModel

@@ -26,12 +26,11 @@ from lapilli.train.recipe import (
     SaveRecipe,
     SourceRecipe,
 )
-from lapilli.train.recipe.file import load_recipe
-from lapilli.train.recipe_text import recipe_text
+from lapilli.train.recipe.file import load_recipe, recipe_text
 from lapilli.train.results import Results
 from tests.integration.oracle import picture
 from tests.train.parts import Parts
-from tests.train.test_recipes import FILES, NAMES
+from tests.train.recipe.test_recipes import FILES, NAMES
 
 
 @pytest.fixture(scope="module")

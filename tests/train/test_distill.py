@@ -15,6 +15,7 @@ from lapilli.nn.onednn import rounded
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.prompt.message import Message
 from lapilli.prompt.templates import TEMPLATES
+from lapilli.train.build import reproject
 from lapilli.train.data import Row, RowMaker, Sample
 from lapilli.train.distill import (
     DistilledModel,
@@ -27,7 +28,6 @@ from lapilli.train.distill import (
     with_teacher,
 )
 from lapilli.train.recipe import DistillRecipe
-from lapilli.train.reproject import reproject
 from lapilli.train.trainer.batch import collate, collate_bins
 from lapilli.train.trainer.loss import supervised
 from lapilli.train.trainer.model import TrainedModel

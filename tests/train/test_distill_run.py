@@ -8,7 +8,7 @@ import torch
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.source import resolve
 from lapilli.config.projector import projector_name
-from lapilli.train.build import Joint, build_llava
+from lapilli.train.build import Joint, build_llava, reproject
 from lapilli.train.distributed import ALONE
 from lapilli.train.launch import launch
 from lapilli.train.recipe import (
@@ -20,7 +20,6 @@ from lapilli.train.recipe import (
     RunRecipe,
     SourceRecipe,
 )
-from lapilli.train.reproject import reproject
 from lapilli.train.task import build_task
 from lapilli.train.trainer.loss import supervised
 from pebble.folder import write_folder

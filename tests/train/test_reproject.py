@@ -5,7 +5,7 @@ import torch
 
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
-from lapilli.train.reproject import reproject
+from lapilli.train.build import reproject
 
 
 def state(source):

@@ -35,7 +35,7 @@ from lapilli.train.start import choose_template, for_model, lay_projector, load_
 from tests.checkpoint.conftest import llava  # noqa: F401  fixture
 from tests.prompt.test_encode import with_sentinels
 from tests.train.data.conftest import goldens  # noqa: F401  fixture
-from tests.train.data.test_rows import golden_sample
+from tests.train.data.test_encoder import golden_sample
 
 
 def recipe_of(checkpoint, stage="instruct", **given):

@@ -15,7 +15,7 @@ from lapilli.cli.terminal import note, plain_errors
 if TYPE_CHECKING:
     from lapilli.prompt.choose import Template
     from lapilli.train.data import Dataset
-    from lapilli.train.data.planned import PlannedRows
+    from lapilli.train.data.encoder import PlannedRows
     from lapilli.train.data.show import Stretch
 
 app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
@@ -140,7 +140,7 @@ def _plan(
 ) -> "tuple[PlannedRows | None, Template]":
     """What makes rows, where there is a model, and what makes text of turns."""
     from lapilli.prompt.choose import template_by_name
-    from lapilli.train.data.planned import plan_rows
+    from lapilli.train.data.encoder import plan_rows
 
     if model is None:
         return None, template_by_name(template or "vicuna_v1")

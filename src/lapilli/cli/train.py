@@ -48,8 +48,8 @@ def train(
     recipe start in the folder where the command is started.
     """
     with plain_errors():
+        from lapilli.train.recipe.checks import refuse_missing
         from lapilli.train.recipe.file import load_recipe
-        from lapilli.train.recipe_paths import refuse_missing
 
         asked = [] if exam is None else ["--run.exam", str(exam)]
         recipe = load_recipe(recipe_file, [*context.args, *asked])
@@ -117,8 +117,7 @@ def _print_plan(recipe: "Recipe", gpus: int) -> None:
 
     from lapilli.checkpoint.plan import make_plan
     from lapilli.errors import ConfigError, MissingFileError
-    from lapilli.plan.plan import A100, H100, RTX4090, plan
-    from lapilli.plan.work import usual_work
+    from lapilli.plan.plan import A100, H100, RTX4090, plan, usual_work
     from lapilli.train.data import open_dataset
 
     if recipe.model.checkpoint is None:

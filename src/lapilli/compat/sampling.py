@@ -1,6 +1,6 @@
 """The sampler of the original (llava.train.llava_trainer), which lives in lapilli.train."""
 
-from lapilli.train.sampler import (
+from lapilli.train.data.order import (
     LengthGroupedSampler,
     even_chunks,
     grouped_by_length,

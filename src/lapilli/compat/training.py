@@ -25,8 +25,8 @@ from lapilli.compat.training_data import (
 )
 from lapilli.compat.training_files import WRAPPER, save_results
 from lapilli.compat.training_model import Initial, add_lora, build_model, choose_trainable
+from lapilli.train.data.order import grouped_by_modality
 from lapilli.train.recipe import OptimRecipe
-from lapilli.train.sampler import grouped_by_modality
 from lapilli.train.trainer.optim import lr_share, set_lr
 
 __all__ = [

@@ -8,7 +8,7 @@
 A multiplication and an addition are two operations; norms, activations and softmax are left out.
 Attention counts the whole square of positions, also where a kernel skips what a causal mask hides.
 
-Source: Chowdhery et al. 2022 (PaLM) appendix B for the counting; tests/train/test_plan.py compares
+Source: Chowdhery et al. 2022 (PaLM) appendix B for the counting; tests/plan/test_plan.py compares
     it with torch.utils.flop_counter.
 """
 

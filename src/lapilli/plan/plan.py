@@ -1,23 +1,26 @@
-"""What a recipe costs on a number of GPUs, on paper: operations, memory, time; no tensors.
+"""Cost of a training run on paper: operations, memory and time, without any tensor.
 
     recipe, sizes of the model, what the samples are like, a GPU  ->  Plan  ->  a table
 
-Every number is a formula over sizes; what is assumed (how busy a GPU is, how fast links are) stands
-in Gpu and Work (work.py).
+Every number is a formula over sizes. What is assumed (how busy a GPU is, how fast links are, how
+long samples are) stands in Gpu and Work.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Final
 
 from lapilli.config.model import (
     DecoderConfig,
+    ImageConfig,
     ModelConfig,
     ProjectorConfig,
     TextConfig,
     VisionConfig,
 )
 from lapilli.errors import ConfigError
+from lapilli.geometry import ImageSize
+from lapilli.modality.image.anyres import num_tiles, num_tokens
 from lapilli.plan.flops import (
     SampleFlops,
     Sizes,
@@ -26,12 +29,73 @@ from lapilli.plan.flops import (
     sample_flops,
     sizes,
 )
-from lapilli.plan.work import MIX_665K, Work
 from lapilli.train.recipe import Recipe
 
 GIB: Final = float(2**30)
 _PACKED: Final = 0.5625  # bytes of a weight in 4 bits with its share of a scale
 _TWICE_PACKED: Final = 0.515869140625  # with scales in 8 bits: 1/2 + 1/64 + 4/(64 x 256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What the samples are like; `lapilli data check` measures it.
+
+    Attributes:
+        samples: of an epoch.
+        positions: of a sample in the mean, image positions included.
+        tiles: of a sample in the mean, that the tower sees.
+        supervised: of the positions, those that predict something.
+        longest: positions of the longest row, which memory has to hold.
+    """
+
+    samples: int
+    positions: float
+    tiles: float
+    supervised: float
+    longest: int
+
+
+MIX_665K: Final = Work(samples=665_298, positions=1100.0, tiles=1.0, supervised=220.0, longest=2048)
+"""LLaVA 1.5's instruction data; its lengths are our assumption (docs/guide/cluster.md)."""
+CAPTIONS_558K: Final = Work(
+    samples=558_128, positions=610.0, tiles=1.0, supervised=32.0, longest=768
+)
+"""The captions of its first stage; the same."""
+
+
+_IN_ONE_TILE: Final = 576  # positions of a picture in both
+_PICTURE: Final = ImageSize(480, 640)  # most of COCO's, which are most of the pictures of both
+
+
+def usual_work(recipe: Recipe, config: ModelConfig) -> Work:
+    """What LLaVA 1.5 trained this stage on, its pictures in the positions that this model has.
+
+    Args:
+        recipe: rows are no longer than its `data.max_length`.
+        config: of the model. Where it cuts pictures into tiles, each of them has 640 x 480 pixels.
+    """
+    is_align = recipe.stage == "align"
+    work = CAPTIONS_558K if is_align else replace(MIX_665K, longest=recipe.data.max_length)
+    image, vision = config.image, config.vision
+    if image is not None and vision is not None:
+        seen = _image_positions(config, image, vision, _PICTURE)
+        most = max(
+            _image_positions(config, image, vision, size) for size in (_PICTURE, *image.pinpoints)
+        )
+        work = replace(
+            work,
+            positions=work.positions - _IN_ONE_TILE + seen,
+            tiles=float(num_tiles(_PICTURE, image, vision.image_size)),
+            longest=work.longest - _IN_ONE_TILE + most if is_align else work.longest,
+        )
+    return replace(work, longest=min(work.longest, recipe.data.max_length))
+
+
+def _image_positions(
+    config: ModelConfig, image: ImageConfig, vision: VisionConfig, size: ImageSize
+) -> int:
+    has_newline = config.has_newline and image.aspect == "anyres"
+    return num_tokens(size, image, vision, projector=config.projector, has_newline=has_newline)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,7 +351,7 @@ def layer_bytes(text: TextConfig, *, is_half: bool) -> float:
     """Bytes that a decoder layer keeps of a position for its backward pass.
 
     Note:
-        Counted in our own layer by what autograd saves (tests/train/test_plan.py); MPT's layers,
+        Counted in our own layer by what autograd saves (tests/plan/test_plan.py); MPT's layers,
         which are not measured, count as if they were Llama's with the same widths.
     """
     width = text.hidden_size

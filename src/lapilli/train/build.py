@@ -1,4 +1,4 @@
-"""A loadable model out of a language model and a vision tower, with a fresh projector between.
+"""New checkpoints: a LLaVA out of a language model and a vision tower, or with another projector.
 
     language model   its tensors as they are, the vocabulary fitted to the tokenizer
     vision tower     named where a hub id says where it is, else copied beside
@@ -22,8 +22,8 @@ from lapilli.checkpoint.assemble import build_model, fill, refuse_gaps
 from lapilli.checkpoint.directory import preprocessor_of
 from lapilli.checkpoint.files import read_json, read_optional_json
 from lapilli.checkpoint.keymaps.tables import NEWLINE, PROJECTOR
-from lapilli.checkpoint.load import match_plan, with_own_head
-from lapilli.checkpoint.placement import DTYPES
+from lapilli.checkpoint.load import load_checkpoint, match_plan, with_own_head
+from lapilli.checkpoint.placement import DTYPES, STORED
 from lapilli.checkpoint.plan import Plan, make_plan
 from lapilli.checkpoint.quantized import stored_quantization
 from lapilli.checkpoint.save import TOWER_FOLDER, TowerPlace, save_llava
@@ -33,10 +33,12 @@ from lapilli.checkpoint.template import find_chat_template
 from lapilli.checkpoint.tokenizer_files import add_image_tokens, load_tokenizer
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import is_hf_llava, is_original, parse_config
+from lapilli.config.projector import parse_projector
 from lapilli.config.reader import JsonObject
 from lapilli.config.vision import TOWER_TYPES
 from lapilli.config.write import write_llava_config
 from lapilli.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
+from lapilli.modality.image.image import ImageModality
 from lapilli.modality.projector import build_projector
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.base_template import refuse_wrong_template, template_of_base
@@ -343,3 +345,60 @@ def _with_pad(base: Path, tokenizer: Tokenizer) -> dict[str, str]:
         return {}
     found["pad_token"] = tokenizer.id_to_token(index)
     return {"tokenizer_config.json": json.dumps(found, indent=2) + "\n"}
+
+
+def reproject(source: str, out: Path, *, projector: str, seed: int = 0) -> tuple[str, ...]:
+    """Write the checkpoint with this projector.
+
+    Weights of the old projector are kept where all of them fit (an mlp and the pooled one have the
+    same); otherwise the projector is fresh and wants an `align` stage.
+
+    Args:
+        source: a LLaVA checkpoint.
+        out: the new directory; its name should contain "llava".
+        projector: a name such as "pool2x2_mlp2x_gelu" or "resampler144".
+        seed: of fresh weights.
+
+    Returns:
+        Names of the fresh parameters; none where the old ones were kept.
+
+    Raises:
+        ConfigError: a text model, or a projector that this tower cannot have.
+        CheckpointError: the directory is there already.
+    """
+    loaded = load_checkpoint(source, device="cpu", dtype=STORED)
+    config = loaded.config
+    if config.vision is None or config.image is None or config.projector is None:
+        raise ConfigError(f"{source} reads text only: it has no projector to replace")
+    if config.layout != "llava":
+        raise ConfigError(
+            f"{source} has Hugging Face's layout, which cannot say {projector!r}: save it in the "
+            "original's first (lapilli export)"
+        )
+    wanted = parse_projector(
+        projector,
+        vision_size=config.vision.hidden_size,
+        hidden_size=config.text.hidden_size,
+    )
+    config = replace(config, projector=wanted)
+    build_model(config)  # refuses what this tower or this merge cannot have
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = build_projector(wanted, config.vision)
+    image = cast("ImageModality", loaded.model.modality("image"))
+    old = image.projector.state_dict()
+    new = fresh.state_dict()
+    fits = {n: t.shape for n, t in old.items()} == {n: t.shape for n, t in new.items()}
+    if fits:
+        fresh.load_state_dict(old)
+    image.projector = fresh.to(
+        next(iter((*image.projector.parameters(), *loaded.model.parameters()))).dtype
+    )
+    save_llava(
+        out,
+        loaded.model,
+        config,
+        tokenizer_path=loaded.tokenizer_path,
+        template=loaded.template.template,
+    )
+    return () if fits else tuple(new)

@@ -15,10 +15,11 @@ from lapilli.train.data.fingerprint import DataFile, data_file, together
 from lapilli.train.data.source import expand
 from lapilli.train.exam import FIGURE as EXACT_MATCH
 from lapilli.train.recipe import Recipe
-from lapilli.train.recipe_text import recipe_text
+from lapilli.train.recipe.file import recipe_text
 from lapilli.train.results import Results
+from lapilli.train.trainer.contract import Record
 from lapilli.train.trainer.curves import LOWEST, RISEN
-from lapilli.train.trainer.metrics import Record, RunLog
+from lapilli.train.trainer.metrics import RunLog
 
 CURVE = "loss.png"
 RECIPE = "recipe.toml"

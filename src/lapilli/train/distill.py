@@ -1,11 +1,11 @@
-"""One model learns to answer as another does; knows batches and models, no files.
+"""Distillation: a student learns to answer as a teacher does; knows batches and models, no files.
 
-    one conversation --RowMaker of the student--> row, 16 positions of the picture --> logits [M, V]
-                     --RowMaker of the teacher--> row, 64 positions of the picture --> logits [M, V]
+    one conversation --student's encoder--> 16 positions of the picture, text --> logits [M, V]
+                     --teacher's encoder--> 64 positions of the picture, text --> logits [M, V]
 
-The i-th supervised token of one row is the i-th of the other: spans may differ in length, so
-teacher and student may differ in tower, resolution, projector, width and depth. Template and
-vocabulary are the same.
+The i-th supervised token of one is the i-th of the other: spans may differ in length, so teacher
+and student may differ in tower, resolution, projector, width and depth. Template and vocabulary are
+the same.
 """
 
 from collections.abc import Sequence

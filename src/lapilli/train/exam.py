@@ -1,10 +1,10 @@
-"""An exam: the saved results answer held-out questions, and are compared word for word.
+"""Exam: the saved results answer held-out questions, and are compared word for word.
 
-    row of a sample   positions before an answer --load, engine, greedy--> answer
+    encoded sample    positions before an answer --load, engine, greedy--> answer
                       the answer itself ------------------------------------> equal?
     folder/exam.jsonl {"sample", "reference", "answer", "equal"};   exact_match = equal / asked
 
-Knows rows and how a loaded model answers; must not know the loop.
+Knows encoded samples and how a loaded model answers; must not know the loop.
 """
 
 import json
@@ -26,7 +26,7 @@ from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.train.data import Row, Rows
-from lapilli.train.trainer.metrics import Record
+from lapilli.train.trainer.contract import Record
 
 ANSWERS: Final = "exam.jsonl"
 FIGURE: Final = "exact_match"

@@ -1,7 +1,7 @@
-"""A recipe from its files to its results, in every process of a team; knows the order of things.
+"""Launch: a recipe from its files to its results, in every process.
 
-start -> what could not be saved is refused -> steps -> FOLDER/model, also on the way where small
-      -> the exam, which asks what was saved -> model card
+start -> what could not be saved is refused -> steps -> FOLDER/model, also on the way where
+small -> the exam, which asks what was saved -> model card
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a stage leaves on the disk: which form it has, and what it lies on; no file formats.
+"""Results of a run on the disk: which form they have, and what they lie on; no file formats.
 
     align                        config.json, mm_projector.bin           a projector
     instruct, lora               adapter, non_lora_trainables.bin        adapter and projector

@@ -1,4 +1,4 @@
-"""What a run starts from: the checkpoint, the projector laid over it, the template of its rows.
+"""Start of a run: the checkpoint, the projector loaded over it, the template of its samples.
 
     model.checkpoint --load_checkpoint--> Loaded
     model.projector  --mm_projector.*---> over the projector of it

@@ -1,7 +1,7 @@
-"""What a recipe trains on what: checkpoint, samples and their order become a TrainingTask.
+"""The task of a recipe: checkpoint, samples and their order become batches and their loss.
 
-    checkpoint --load--> model --stages--> what learns --> TrainedModel
-    files ----> samples --order(step)--> rows --collate or pack--> TrainingBatch
+    checkpoint --load--> model --stages--> what is trained --> TrainedModel
+    files ----> samples --order(step)--> encoded samples --collate, or pack--> TrainingBatch
 
 Knows every room of the trainer; must not know the loop's arithmetic or what results look like.
 """
@@ -20,6 +20,7 @@ from lapilli.modality.image.decode import Alpha
 from lapilli.prompt.choose import Template
 from lapilli.train.data import Dataset, Row, RowMaker, Rows, open_dataset, order_of, rows_of
 from lapilli.train.data.encoder import MakesRows
+from lapilli.train.data.fingerprint import identity_of
 from lapilli.train.data.order import Order
 from lapilli.train.distill import (
     DistilledModel,
@@ -29,13 +30,11 @@ from lapilli.train.distill import (
     with_teacher,
 )
 from lapilli.train.distributed import Team
-from lapilli.train.identity import identity_of
-from lapilli.train.pack import pack
 from lapilli.train.recipe import Recipe
 from lapilli.train.recipe.checks import refuse_unread
 from lapilli.train.stages import choose_trainable, set_up_layers
 from lapilli.train.start import choose_template, for_model, load_start
-from lapilli.train.trainer.batch import TrainingBatch, collate, collate_bins
+from lapilli.train.trainer.batch import TrainingBatch, collate, collate_bins, pack
 from lapilli.train.trainer.contract import Loss, Plain
 from lapilli.train.trainer.model import TrainedModel
 

@@ -8,9 +8,8 @@ from PIL import Image
 
 from lapilli.prompt.templates import TEMPLATES
 from lapilli.train.data import RowMaker, open_dataset
-from lapilli.train.data.check import check
-from lapilli.train.data.planned import plan_rows
-from lapilli.train.data.report import DataReport, Finding, Spread
+from lapilli.train.data.check import DataReport, Finding, Spread, check
+from lapilli.train.data.encoder import plan_rows
 from lapilli.train.recipe import SourceRecipe
 from tests.train.data.conftest import RECORDS, turns
 

@@ -1,13 +1,20 @@
-"""Samples as encoded rows with their loss mask; knows templates, tokenizers and modalities.
+"""Sample encoder: samples become token ids with a loss mask, and prepared media.
 
-Sample --media/fetch, prepare--> media --lengths--.
-   '------template.render--> segments ------------+--encode--> EncodedPrompt, cut to max_length
+    Sample --media/fetch, prepare--> media --lengths--.
+       '------template.render--> segments ------------+--encode--> EncodedPrompt, cut to max_length
+
+Knows templates, tokenizers and modalities. `plan_encoder` makes an encoder for a checkpoint whose
+weights are not read.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from lapilli.checkpoint.assemble import build_model
+from lapilli.checkpoint.plan import make_plan
+from lapilli.checkpoint.template import choose_for
 from lapilli.config.reader import shown
 from lapilli.errors import DataError, LapilliError, PromptError
 from lapilli.media.fetch import FetchLimits
@@ -17,8 +24,7 @@ from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart
 from lapilli.prompt.tokenizer.base import Tokenizer
-from lapilli.train.data.pictures import fetch_picture
-from lapilli.train.data.sample import Sample
+from lapilli.train.data.sample import Sample, fetch_picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,3 +175,34 @@ def _check_supervised(whole: EncodedPrompt, kept: EncodedPrompt) -> None:
             f"{len(kept)}: raise max_length, or leave the sample out"
         )
     raise PromptError("no supervised token: every answer in it is empty")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRows:
+    """A RowMaker without a length limit, and what the checkpoint says about rows."""
+
+    maker: RowMaker
+    template: Template
+    context_length: int
+
+
+def plan_rows(
+    checkpoint: str | Path, *, base: str | None = None, template: str | None = None
+) -> PlannedRows:
+    """How a checkpoint reads samples.
+
+    Args:
+        checkpoint: a directory, a hub id or "pebble"; only its small files are fetched.
+        base: see `load_checkpoint`.
+        template: another one than the checkpoint's own.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+        ConfigError: config.json cannot be followed.
+        PromptError: no template has this name.
+    """
+    plan = make_plan(checkpoint, base=base, fetch=False)
+    chosen = choose_for(plan, template).template
+    model, image_id = build_model(plan.config), plan.config.tokens.image_id
+    maker = RowMaker(plan.tokenizer, chosen, model, image_id=image_id)
+    return PlannedRows(maker, chosen, plan.config.max_length or plan.config.context_length)

@@ -1,15 +1,26 @@
-"""What tells one file of samples from another, wherever it lies; knows bytes, no records.
+"""Run fingerprint: what makes another run, from the recipe and the digests of its files.
 
-up to whole_bytes     sha256 of the content, as sha256sum prints it
-larger                sha256 of its size and of pieces spread evenly over it, 16 MiB in all
+    recipe, template, files --> {"run.seed": 0, "data.sources[0].content": "sha256:...", ...}
+
+A checkpoint of the trainer keeps it, and is refused where a recipe says something else. What may
+change while a run goes on (steps, rates, precision, workers, processes, on_bad_sample, evaluation)
+is not in it, nor are the folders that data and models lie in. Pictures outside of the files of
+samples are not read. Digests of files:
+
+    up to whole_bytes     sha256 of the content, as sha256sum prints it
+    larger                sha256 of its size and of pieces spread evenly over it, 16 MiB in all
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Final
+
+from lapilli.train.data.source import expand
+from lapilli.train.recipe import Recipe, SourceRecipe
+from lapilli.train.trainer.contract import Plain
 
 _PIECE: Final = 1 << 18
 _PIECES: Final = 64
@@ -65,3 +76,51 @@ def _sha256(pieces: Iterable[bytes]) -> str:
     for piece in pieces:
         digest.update(piece)
     return f"sha256:{digest.hexdigest()}"
+
+
+def identity_of(
+    recipe: Recipe,
+    template: str,
+    counts: Sequence[int],
+    weights: Mapping[str, Sequence[Path]],
+) -> dict[str, Plain]:
+    """Names of recipe keys, and what they stand for.
+
+    Args:
+        recipe: of the run.
+        template: name of the one that rows are rendered with.
+        counts: records of every source, those that are held out too.
+        weights: files of the models that the run begins with, by the keys that name them: what it
+            does not train stands in no state.
+    """
+    run, data = recipe.run, recipe.data
+    found: dict[str, Plain] = {
+        "stage": recipe.stage,
+        "optim.name": recipe.optim.name,
+        "run.seed": run.seed,
+        "run.batch_size": run.batch_size,
+        "run.accumulate": run.accumulate,
+        "data.held_out": 0.0 if data.evaluation else data.held_out,
+        "data.template": template,
+        "data.max_length": data.max_length,
+        "data.group": data.group,
+        "data.pack": data.pack,
+        "data.placement": data.placement,
+        **({"data.alpha": data.alpha} if data.alpha != "drop" else {}),  # as runs from before it
+    }
+    if recipe.lora is not None:
+        names = ("rank", "alpha", "base", "double_quant")
+        found |= {f"lora.{name}": getattr(recipe.lora, name) for name in names}
+    for number, (source, count) in enumerate(zip(data.sources, counts, strict=True)):
+        facts = {"samples": count, "weight": source.weight, **_files(source)}
+        found |= {f"data.sources[{number}].{key}": value for key, value in facts.items()}
+    for key, files in weights.items():
+        found[f"{key}.content"] = together([data_file(path) for path in files])
+    return found
+
+
+def _files(source: SourceRecipe) -> dict[str, Plain]:
+    """The files without their folder; the name counts, as what is held out depends on it."""
+    digests = [data_file(path) for path in expand(source.path)]
+    name = source.path.replace("\\", "/").rpartition("/")[2]
+    return {"path": name, "content": together(digests)}

@@ -1,4 +1,4 @@
-"""A sample as stretches of text that are learned or not; knows nothing of colours."""
+"""A sample as pieces of text, supervised or not, for a terminal; knows nothing of colours."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -21,9 +21,8 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from lapilli.errors import DataError
 from lapilli.train.data.json_source import JsonSource, LinesSource
-from lapilli.train.data.parquet_source import ParquetSource
-from lapilli.train.data.pictures import PictureFolder
-from lapilli.train.data.tables import CsvSource
+from lapilli.train.data.sample import PictureFolder
+from lapilli.train.data.tables import CsvSource, ParquetSource
 from lapilli.train.data.tar_source import TarSource
 from lapilli.train.recipe import SourceRecipe
 

@@ -15,8 +15,8 @@ from typing import IO, Any
 from lapilli.config.reader import shown
 from lapilli.errors import DataError
 from lapilli.train.data.formats import listed_media, names_pictures_in_turns
-from lapilli.train.data.pictures import is_file_name, picture_of
-from lapilli.train.data.strict_json import MOST_BYTES, decode, too_large
+from lapilli.train.data.json_source import MOST_BYTES, decode, too_large
+from lapilli.train.data.sample import is_file_name, picture_of
 
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"})
 _LISTED = 8  # members that a message names

@@ -1,11 +1,13 @@
-"""This process among all: who reads what, and sums over all; knows no model by name.
+"""Parallel context: this process among all, which micro-batches it runs, and sums over all.
 
     process r of n     reads micro-batches r, r + n, ... of every step, and no others
     ddp                every process has the whole model; gradients are summed once in a step
-    fsdp               every process has a part of each tensor (shard.py); layers are put together
-                       where they run, and gradients are summed while the backward pass goes on
+    fsdp               every process has a part of each tensor: each member of an outermost
+                       ModuleList (a layer of the tower or the language model) is whole only while
+                       it runs, everything else during the forward and again the backward pass
 
-Either way all processes take the same step, which is the step of one process alone.
+Either way all processes take the same step, which is the step of one process alone. In fsdp frozen
+weights are cut too: they need no gradients, but room. Knows no model by name.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +17,12 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lapilli.errors import ConfigError
 from lapilli.shapes import Tensor
-from lapilli.train.distributed.shard import shard
 from lapilli.train.recipe import Precision, Sharding
 
 _BUCKET: Final = 1 << 25  # numbers that are summed in one call: 128 MiB of float32
@@ -170,3 +173,48 @@ def _numbers(tensors: Iterable[Tensor]) -> int:
 
 
 ALONE = Team()
+
+
+def layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Members of the outermost ModuleLists: what is large, and run one after the other."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from layers_of(child)
+
+
+def shard(model: nn.Module, size: int, device: torch.device, precision: Precision) -> None:
+    """Cut every parameter into `size` pieces, of which this process keeps its own, in place.
+
+    Parameters become DTensors under the same names. With "bfloat16" layers are sent, put together
+    and computed in bfloat16; weights, gradients' sums and moments keep the weights' own dtype.
+
+    Raises:
+        ConfigError: trainable weights of several dtypes, which are summed in one piece.
+
+    Source: Zhao et al. 2023 (PyTorch FSDP); torch.distributed.fsdp.fully_shard.
+    """
+    _check(model)
+    mesh = init_device_mesh(device.type, (size,))
+    policy = MixedPrecisionPolicy()
+    if precision == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    # Taken apart after the forward pass as well: evaluation has no backward pass that would do it,
+    # and whoever saves, or puts in averages, means the pieces.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    # A batch of text leaves the projector without gradients in one process and not in another.
+    if isinstance(model, FSDPModule) and hasattr(model, "set_reduce_scatter_unused_params"):
+        model.set_reduce_scatter_unused_params(True)
+
+
+def _check(model: nn.Module) -> None:
+    dtypes = {p.dtype: name for name, p in model.named_parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        found = ", ".join(f"{name} is {str(dtype)[6:]}" for dtype, name in dtypes.items())
+        raise ConfigError(
+            f'run.sharding = "fsdp" sums gradients of one dtype, and {found}: train all of them '
+            "in float32"
+        )

@@ -1,4 +1,4 @@
-"""Who is still there: a sign of life from every process, and the last words of those that failed.
+"""Heartbeats of all processes, and the failure that a process reports before it ends.
 
     alive/R    a number that process R raises every few seconds
     end/R      {"cause": "error" | "lost", "text": ...}, written before process R ends with an error

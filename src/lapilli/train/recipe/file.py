@@ -1,11 +1,14 @@
-"""A recipe from its TOML file and from options; knows text and dataclasses, no torch.
+"""Recipes as TOML: read from a file and from options, and written so that they can be read back.
 
-recipes/tiny/align.toml      ->  Recipe(stage, optim, run, model, data)      unknown key = error
---optim.lr 2e-4              ->  the same recipe with one value replaced (--optim.lr=2e-4 too)
+    recipes/tiny/align.toml      ->  Recipe(stage, optim, run, model, data)    unknown key = error
+    --optim.lr 2e-4              ->  the same recipe with one value replaced (--optim.lr=2e-4 too)
+
+Knows text and dataclasses; no torch.
 """
 
 import dataclasses
 import difflib
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -223,3 +226,56 @@ def _literal(text: str) -> Any:  # noqa: ANN401  TOML values
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def recipe_text(recipe: Recipe, *, defaults: bool = True) -> str:
+    """Every value that is not None, sections after the keys that stand alone.
+
+    Args:
+        recipe: what is written.
+        defaults: also the values that a recipe has where it does not name them.
+    """
+    alone: list[str] = []
+    sections: list[str] = []
+    for name, value in _table(recipe, defaults=defaults).items():
+        if dataclasses.is_dataclass(value):
+            sections.append("\n".join([f"[{name}]", *_pairs(value, defaults=defaults)]))
+        else:
+            alone.append(f"{name} = {_toml_literal(value, defaults=defaults)}")
+    return "\n\n".join(["\n".join(alone), *sections]) + "\n"
+
+
+def _table(value: Any, *, defaults: bool) -> Mapping[str, Any]:  # noqa: ANN401  dataclass or table
+    """Its values by name, without those that are None, or that nobody needs to name."""
+    if isinstance(value, Mapping):
+        return value
+    found = {field.name: (getattr(value, field.name), field) for field in dataclasses.fields(value)}
+    return {
+        name: one
+        for name, (one, field) in found.items()
+        if one is not None and (defaults or one != _default(field))
+    }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:  # noqa: ANN401  of any field
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _pairs(value: Any, *, defaults: bool) -> list[str]:  # noqa: ANN401  see _table
+    table = _table(value, defaults=defaults)
+    return [f"{key} = {_toml_literal(one, defaults=defaults)}" for key, one in table.items()]
+
+
+def _toml_literal(value: Any, *, defaults: bool) -> str:  # noqa: ANN401  TOML values
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_toml_literal(item, defaults=defaults) for item in value)}]"
+    if dataclasses.is_dataclass(value) or isinstance(value, Mapping):
+        pairs = _pairs(value, defaults=defaults)
+        return f"{{ {', '.join(pairs)} }}" if pairs else "{}"
+    return repr(value)

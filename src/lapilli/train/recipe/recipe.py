@@ -1,4 +1,4 @@
-"""What a training run does, as frozen values; no torch. recipe_file.py reads them from TOML."""
+"""Recipe: what a training run does, as frozen values; no torch. file.py reads them from TOML."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

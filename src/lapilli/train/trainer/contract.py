@@ -1,4 +1,4 @@
-"""What a task and the loop promise each other, and how a run fails; knows no data and no model."""
+"""What a task gives to the loop, and how a run fails; knows no data and no model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +10,8 @@ from torch import nn
 from lapilli.errors import LapilliError
 
 Plain = str | int | float | bool
+Record = Mapping[str, int | float]
+"""What the log says of one step."""
 
 
 class TrainingError(LapilliError, RuntimeError):

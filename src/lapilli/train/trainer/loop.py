@@ -1,33 +1,30 @@
-"""One training run, logged, saved and resumable to the bit; knows no data and no model.
+"""Training loop: logged, saved, evaluated, and resumable to the bit; knows no data and no model.
 
     task.batch(step, i) -> batch          a function of the seed, the step and the micro-batch alone
     task.loss(batch)    -> sum, count     the loop divides by what the whole step supervises
     folder/state.pt                       weights, moments, averages, step: state.py
     folder/log.jsonl, best.pt, loss.png   what happened, the best weights, the curve
 
-    batches ahead -> step -> average -> log -> evaluate, best -> save -> asked to stop?
+    prefetched batches -> step -> average -> log -> evaluate, best -> save -> asked to stop?
 
 The order of samples being a function of the step, a run that is killed and started again makes the
 same weights. What is written last is the state: whatever a kill interrupts is done again.
 """
 
+import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from lapilli.errors import ConfigError
-from lapilli.train.bad_batch import stopped_at
 from lapilli.train.distributed import ALONE, Team
-from lapilli.train.ema import Average
-from lapilli.train.evaluate import evaluate, keep_best
-from lapilli.train.journal import Journal, open_journal
-from lapilli.train.memory import peak_memory
 from lapilli.train.recipe import RunRecipe, TrainerRecipe
 from lapilli.train.trainer.contract import (
     CountedTask,
@@ -38,11 +35,28 @@ from lapilli.train.trainer.contract import (
     TrainingError,
 )
 from lapilli.train.trainer.curves import LossWatch, advice, rise_record
-from lapilli.train.trainer.optim import build_optimizer, lr_share, peak_lrs, set_lr
+from lapilli.train.trainer.metrics import Journal, open_journal, peak_memory
+from lapilli.train.trainer.optim import Average, build_optimizer, lr_share, peak_lrs, set_lr
 from lapilli.train.trainer.prefetch import MakeBatch, batches
 from lapilli.train.trainer.signals import Stopped, StopWatch
-from lapilli.train.trainer.state import RunState, load_best, load_state, read_best, save_state
-from lapilli.train.trainer.step import Moment, NotFiniteError, StepRecord, device_of, take_step
+from lapilli.train.trainer.state import (
+    Best,
+    RunState,
+    load_best,
+    load_state,
+    read_best,
+    save_best,
+    save_state,
+)
+from lapilli.train.trainer.step import (
+    Moment,
+    NotFiniteError,
+    StepRecord,
+    device_of,
+    precision,
+    stopped_at,
+    take_step,
+)
 
 __all__ = ["Loss", "Stopped", "Task", "TrainingError", "number_of_steps", "train"]
 
@@ -254,3 +268,40 @@ class _Run:
             average = self.state.average
             with nullcontext() if average is None else average.in_place():
                 self.on_save(self.state.step)
+
+
+EVAL_LOSS: Final = "eval_loss"
+
+
+def evaluate(
+    task: Task, recipe: TrainerRecipe, average: Average | None = None
+) -> Mapping[str, float]:
+    """The task's figures with the model in evaluation mode, with its averages where it has them."""
+    task.model.eval()
+    try:
+        weights = nullcontext() if average is None else average.in_place()
+        with torch.no_grad(), weights, precision(task.model, recipe):
+            return task.evaluate()
+    finally:
+        task.model.train()
+
+
+def keep_best(state: RunState, figures: Mapping[str, float], folder: Path, team: Team) -> None:
+    """Write the weights of this step where no earlier evaluation had a lower loss.
+
+    Raises:
+        ConfigError: the task does not say what its loss is.
+    """
+    if EVAL_LOSS not in figures:
+        raise ConfigError(
+            f"run.keep_best needs {EVAL_LOSS}, and the evaluation gave "
+            f"{sorted(figures) or 'nothing'}: set data.held_out or data.evaluation"
+        )
+    # The processes may differ in the last bit; all of them have to write or none.
+    found = team.sum_floats({EVAL_LOSS: float(figures[EVAL_LOSS]) if team.leads else 0.0})[
+        EVAL_LOSS
+    ]
+    least = math.inf if state.best is None else state.best.eval_loss
+    if found < least:  # never, where it is not a number
+        state.best = Best(state.step, found)
+        save_best(state, folder, team)

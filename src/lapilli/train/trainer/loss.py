@@ -1,11 +1,10 @@
-"""Loss functions; pure functions of tensors, no models.
+"""Loss functions and noise on embeddings (NEFTune); pure functions of tensors, no models.
 
-cross_entropy_sum / all supervised positions of a step     "tokens": every token weighs the same
-mean of the means of the micro-batches                      "llava": what the original's trainer
-does
+cross_entropy_sum / all supervised positions of a step   "tokens": every token weighs the same
+mean of the means of the micro-batches                   "llava": as in the original's trainer
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F  # noqa: N812  torch's own habit
@@ -64,3 +63,29 @@ def scales(counts: list[int], reduction: Reduction) -> list[float]:
     if reduction == "tokens":
         return [1.0 / total] * len(counts)
     return [1.0 / (count * len(counts)) for count in counts]
+
+
+def noisy(vectors: Float[Tensor, "n D"], alpha: float) -> Float[Tensor, "n D"]:
+    """The vectors of one sample or picture with noise on them."""
+    size: float = alpha / vectors.numel() ** 0.5
+    return vectors + (torch.rand_like(vectors) * 2 - 1) * size
+
+
+def noisy_samples(
+    vectors: Float[Tensor, "B T D"], segments: Sequence[Sequence[int]], alpha: float
+) -> Float[Tensor, "B T D"]:
+    """Rows with noise on every sample, and none on the padding after the last.
+
+    Args:
+        vectors: embeddings of all positions.
+        segments: per row the lengths of its samples.
+        alpha: size.
+    """
+    size = torch.zeros(vectors.shape[:2])
+    for row, lengths in enumerate(segments):
+        start = 0
+        for length in lengths:
+            size[row, start : start + length] = alpha / (length * vectors.shape[2]) ** 0.5
+            start += length
+    size = size.to(vectors.device, vectors.dtype)
+    return vectors + (torch.rand_like(vectors) * 2 - 1) * size[..., None]

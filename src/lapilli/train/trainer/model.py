@@ -21,11 +21,10 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.segments import Segments, uncompiled_segments
 from lapilli.prompt.encode import Span
 from lapilli.shapes import Float, Int, Tensor
-from lapilli.train.noise import noisy, noisy_samples
 from lapilli.train.recipe import NoiseRecipe
 from lapilli.train.trainer.batch import TrainingBatch
 from lapilli.train.trainer.contract import Loss
-from lapilli.train.trainer.loss import cross_entropy_sum, scores, supervised
+from lapilli.train.trainer.loss import cross_entropy_sum, noisy, noisy_samples, scores, supervised
 
 
 class TrainedModel(nn.Module):

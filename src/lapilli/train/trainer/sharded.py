@@ -1,4 +1,4 @@
-"""A run's state in pieces, each process writing its own; read by any number of processes.
+"""Trainer checkpoint in pieces, each process writing its own; read by any number of processes.
 
     folder/state/000120/     step 120: torch.distributed.checkpoint's files and values.json
     folder/state/000160.part being written; whole only under its final name
@@ -35,9 +35,15 @@ from lapilli.errors import CheckpointError
 from lapilli.shapes import Tensor
 from lapilli.train.data.fingerprint import data_file
 from lapilli.train.distributed import Team
-from lapilli.train.state_check import check_moment_shape, check_numbers, check_shapes
 from lapilli.train.trainer.contract import TrainingError
-from lapilli.train.trainer.state_file import check_archive, damaged, first_line
+from lapilli.train.trainer.state_file import (
+    check_archive,
+    check_moment_shape,
+    check_numbers,
+    check_shapes,
+    damaged,
+    first_line,
+)
 
 _FOLDER: Final = "state"
 _VALUES: Final = "values.json"

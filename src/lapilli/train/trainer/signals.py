@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish that the loop grants at the end of a step; knows no training.
+"""Signal handler: SIGTERM and SIGINT are noted, and the loop stops at the end of a step.
 
 signal --noted--> the step ends, the state is saved --> Stopped, an exit with a message
 """

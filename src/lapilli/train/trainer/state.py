@@ -1,12 +1,12 @@
-"""What a run needs to go on with the same bits: files, written whole or not at all.
+"""Trainer checkpoint: what a run needs to go on with the same bits, written whole or not at all.
 
-folder/state.pt    {step, model, optimizer, average, best, identity, digest}
-folder/state/      the same in pieces, where several processes share the weights: sharded.py
-folder/best.pt     {step, eval_loss, model, digest}
+    folder/state.pt    {step, model, optimizer, average, best, identity, digest}
+    folder/state/      the same in pieces, where several processes share the weights: sharded.py
+    folder/best.pt     {step, eval_loss, model, digest}
 
 A file is written aside as NAME.part, flushed to the disk, then renamed over the earlier one: a
-kill, a power cut or a full disk at any moment leaves one of the two whole (state_file.py). What is
-read is checked before any of it is used (state_check.py).
+kill, a power cut or a full disk at any moment leaves one of the two whole. What is read is checked
+before any of it is used (state_file.py).
 """
 
 from collections.abc import Mapping
@@ -18,14 +18,8 @@ import torch
 from torch import nn
 
 from lapilli.train.distributed import ALONE, Team
-from lapilli.train.ema import Average
-from lapilli.train.state_check import (
-    check_identity,
-    checked_moments,
-    checked_values,
-    checked_weights,
-)
 from lapilli.train.trainer.contract import Plain, TrainingError
+from lapilli.train.trainer.optim import Average
 from lapilli.train.trainer.sharded import (
     drop_pieces,
     gather,
@@ -36,7 +30,14 @@ from lapilli.train.trainer.sharded import (
     save_pieces,
     values_of,
 )
-from lapilli.train.trainer.state_file import read_state_file, write_state_file
+from lapilli.train.trainer.state_file import (
+    check_identity,
+    checked_moments,
+    checked_values,
+    checked_weights,
+    read_state_file,
+    write_state_file,
+)
 
 _STATE = "state.pt"
 _BEST = "best.pt"

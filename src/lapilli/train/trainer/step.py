@@ -1,25 +1,31 @@
-"""One optimizer step over the micro-batches of all processes; knows no files and no schedule.
+"""One optimizer step over the micro-batches of all processes; knows no schedule.
 
     sum of a micro-batch x scale -> backward, all of them -> gradients summed -> clip -> update
 
-The device is waited for once, when everything has been asked of it.
+The device is waited for once, when everything has been asked of it. A step whose loss or gradient
+is not finite changes nothing, and its batch is kept so that one can look at it.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812  torch's own habit
+from torch.overrides import TorchFunctionMode
 
-from lapilli.train.attention import PlainAttention
+from lapilli.shapes import Float, Tensor
 from lapilli.train.distributed import Team
 from lapilli.train.recipe import TrainerRecipe
-from lapilli.train.trainer.contract import Loss, SkippingBatch, Task
+from lapilli.train.trainer.contract import Loss, NamedBatch, SkippingBatch, Task, TrainingError
 from lapilli.train.trainer.loss import scales
+from lapilli.train.trainer.state_file import write_whole
 
 Made = Mapping[int, tuple[Any, int]]
 
@@ -165,3 +171,89 @@ def _check_finite(
 
 def _bad(loss: Loss) -> bool:
     return not isfinite(float(loss.total))
+
+
+class PlainAttention(TorchFunctionMode):
+    """Inside `with PlainAttention():` scaled_dot_product_attention without a mask is plain."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401  torch's protocol
+        """The replacement where it applies, everything else as it is."""
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and _applies(args, kwargs):
+            return plain_attention(*args[:3], is_causal=kwargs.get("is_causal", False))
+        return func(*args, **kwargs)
+
+
+def _applies(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return (
+        len(args) == 3
+        and kwargs.get("attn_mask") is None
+        and kwargs.get("scale") is None
+        and not kwargs.get("enable_gqa", False)
+        and args[0].shape == args[1].shape
+    )
+
+
+def plain_attention(
+    q: Float[Tensor, "B Q T A"],
+    k: Float[Tensor, "B Q T A"],
+    v: Float[Tensor, "B Q T A"],
+    *,
+    is_causal: bool,
+) -> Float[Tensor, "B Q T A"]:
+    """softmax(q k^T / sqrt(A)) v; twin of torch's fused function."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, Q, T, T]
+    if is_causal:
+        length = scores.shape[-1]
+        blocked = torch.full((length, length), float("-inf"), dtype=scores.dtype).triu(1)
+        scores = scores + blocked
+    return torch.softmax(scores, dim=-1, dtype=scores.dtype) @ v
+
+
+def stopped_at(error: NotFiniteError, step: int, folder: Path, team: Team) -> TrainingError:
+    """The error that ends the run; this process's batches are in `folder/bad_batch.pt`.
+
+    The file is a list of {step, micro, ids, batch}, the batch as plain containers, so that
+    torch.load needs no class of ours.
+    """
+    path = folder / ("bad_batch.pt" if team.leads else f"bad_batch_{team.rank}.pt")
+    said = f"the {error.what} of step {step + 1} is {error.value}"
+    advice = "lower optim.lr or check that data; nothing of this step is in the weights"
+    if not error.batches:
+        return TrainingError(f"{said}, from a batch of another process: {advice}")
+    ids = [name for _, batch in error.batches for name in _ids(batch)]
+    samples = f" (samples {', '.join(ids)})" if ids else ""
+    content = [
+        {"step": step, "micro": micro, "ids": _ids(batch), "batch": plain(batch)}
+        for micro, batch in error.batches
+    ]
+    try:
+        write_whole(content, path)
+    except TrainingError as unwritten:
+        return TrainingError(f"{said}{samples}: {advice}. Its batch is lost: {unwritten}")
+    return TrainingError(f"{said}{samples}: its batch is in {path}; {advice}")
+
+
+def _ids(batch: object) -> list[str]:
+    return [str(name) for name in batch.ids] if isinstance(batch, NamedBatch) else []
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401  a task's own type
+    """Dataclasses as dicts, arrays as tensors; what is neither is given as its text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(item) for item in value)
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if value is None or isinstance(value, (torch.Tensor, str, int, float, bool)):
+        return value
+    return repr(value)
