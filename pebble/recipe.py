@@ -82,10 +82,18 @@ _OF_STAGE: Final[Mapping[Stage, Mapping[str, Sequence[str]]]] = {
 _OF_ALL: Final[Mapping[str, Sequence[str]]] = {
     "optim": (
         *("lr", "name", "betas", "eps", "weight_decay", "decay", "schedule", "warmup_steps"),
-        *("warmup_share", "decay_share", "final_share", "clip", "ema"),
+        *("warmup_ratio", "decay_share", "min_lr_ratio", "clip", "ema"),
     ),
     "run": (
-        *("batch_size", "steps", "accumulate", "precision", "reduction", "seed", "threads"),
+        *(
+            "batch_size",
+            "steps",
+            "gradient_accumulation_steps",
+            "precision",
+            "reduction",
+            "seed",
+            "threads",
+        ),
         *("log_every", "save_every", "evaluate_every", "keep_best", "workers", "loggers", "plot"),
     ),
     "data": ("num_pictures",),

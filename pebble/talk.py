@@ -205,9 +205,14 @@ class TalkTask:
     def _step_rows(self, step: int) -> tuple[list[Row], list[list[int]]]:
         """All rows of a step, and which of them make each micro-batch."""
         run = self._recipe.run
-        at = draw_indices(self._num_pictures, run.batch_size * run.accumulate, step, seed=run.seed)
+        at = draw_indices(
+            self._num_pictures,
+            run.batch_size * run.gradient_accumulation_steps,
+            step,
+            seed=run.seed,
+        )
         rows = [self._row(int(index), step) for index in at]
-        return rows, by_length([len(row.prompt) for row in rows], run.accumulate)
+        return rows, by_length([len(row.prompt) for row in rows], run.gradient_accumulation_steps)
 
     def _row(self, index: int, step: int) -> Row:
         scene = wide_scene(self._first_seed + index)

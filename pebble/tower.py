@@ -285,7 +285,7 @@ class TowerTask:
     def batch(self, step: int, micro: int) -> tuple[dict[str, Tensor], int]:
         """Pictures drawn without repetition within an epoch."""
         run = self._run
-        number = step * run.accumulate + micro
+        number = step * run.gradient_accumulation_steps + micro
         places = draw_indices(len(self._order), run.batch_size, number, seed=run.seed)
         at = self._order[places]
         batch = self._gather(at)

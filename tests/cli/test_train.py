@@ -105,7 +105,7 @@ def test_a_plan_costs_nothing_and_says_what_a_run_would(lapilli: Run) -> None:
     assert "2 x H100-80G" in done.stdout
     done = lapilli("train", recipe, "--plan", "3", "--model.checkpoint", "pebble")
     assert done.returncode == 2
-    assert "run.accumulate is 2, and 3 GPUs share its micro-batches" in done.stderr
+    assert "run.gradient_accumulation_steps is 2, and 3 GPUs share its micro-batches" in done.stderr
 
 
 @pytest.mark.slow

@@ -219,7 +219,13 @@ SEVEN_B = ModelConfig(
 
 
 def seven_b(**run):
-    settings = {"batch_size": 16, "accumulate": 8, "steps": 0, "epochs": 1.0, "save_every": 200}
+    settings = {
+        "batch_size": 16,
+        "gradient_accumulation_steps": 8,
+        "steps": 0,
+        "epochs": 1.0,
+        "save_every": 200,
+    }
     settings |= {"precision": "bfloat16", "gradient_checkpointing": True, "sharding": "fsdp"}
     return dataclasses.replace(new_recipe(), run=new_recipe(**{**settings, **run}).run)
 
@@ -241,11 +247,12 @@ def test_published_time_is_within_what_is_assumed():
 
 def test_pieces_are_what_makes_full_training_fit():
     assert not plan(seven_b(sharding="ddp"), SEVEN_B, 8).fits
-    alone = plan(seven_b(batch_size=1, accumulate=128), SEVEN_B, 1)
+    alone = plan(seven_b(batch_size=1, gradient_accumulation_steps=128), SEVEN_B, 1)
     assert not alone.fits
     assert alone.exchange_s == 0
     lora = dataclasses.replace(
-        seven_b(batch_size=4, accumulate=32), lora=LoraRecipe(rank=128, alpha=256.0)
+        seven_b(batch_size=4, gradient_accumulation_steps=32),
+        lora=LoraRecipe(rank=128, alpha=256.0),
     )
     assert plan(lora, SEVEN_B, 1).fits
     merged = dataclasses.replace(lora, save=SaveRecipe(merge=True))
@@ -261,7 +268,7 @@ def test_what_is_kept_grows_without_recomputation():
 
 
 def test_more_gpus_take_less_time_until_the_links_decide():
-    small = {"batch_size": 2, "accumulate": 64}
+    small = {"batch_size": 2, "gradient_accumulation_steps": 64}
     eight, many = (plan(seven_b(**small), SEVEN_B, n) for n in (8, 64))
     assert many.compute_s == pytest.approx(eight.compute_s / 8)
     assert many.step_s == many.exchange_s > many.compute_s
@@ -269,7 +276,7 @@ def test_more_gpus_take_less_time_until_the_links_decide():
 
 
 def test_a_step_that_does_not_divide_is_refused():
-    with pytest.raises(ConfigError, match="accumulate is 8, and 64 GPUs share"):
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps is 8, and 64 GPUs share"):
         plan(seven_b(), SEVEN_B, 64)
     with pytest.raises(ConfigError, match="needs a model with a tower"):
         plan(seven_b(), dataclasses.replace(SEVEN_B, vision=None), 8)
@@ -284,10 +291,10 @@ def test_the_table_says_everything():
 
 LORA = LoraRecipe(rank=128, alpha=256.0)
 QLORA = dataclasses.replace(LORA, base="nf4", double_quant=True)
-SMALL = {"batch_size": 2, "accumulate": 64}
+SMALL = {"batch_size": 2, "gradient_accumulation_steps": 64}
 GUIDE = [
     ("LoRA or QLoRA, 1 GPU", {"sharding": "ddp"}, LORA, 1),
-    ("LoRA or QLoRA, 1 GPU", {"batch_size": 4, "accumulate": 32}, QLORA, 1),
+    ("LoRA or QLoRA, 1 GPU", {"batch_size": 4, "gradient_accumulation_steps": 32}, QLORA, 1),
     ("LoRA, 8 GPUs", {"sharding": "ddp"}, LORA, 8),
     ("LoRA, 64 GPUs (2 rows each)", {"sharding": "ddp", **SMALL}, LORA, 64),
     ("everything, 8 GPUs, fsdp", {}, None, 8),
@@ -307,11 +314,11 @@ def test_the_guide_has_these_times(repository, name, run, lora, gpus):
 def test_the_guide_has_this_memory(repository):
     guide = (repository / "docs" / "guide" / "cluster.md").read_text("utf-8")
     lora = dataclasses.replace(seven_b(), lora=LORA)
-    packed = dataclasses.replace(seven_b(batch_size=4, accumulate=32), lora=QLORA)
+    packed = dataclasses.replace(seven_b(batch_size=4, gradient_accumulation_steps=32), lora=QLORA)
     columns = [
         plan(packed, SEVEN_B, 1),
         plan(lora, SEVEN_B, 1),
-        plan(seven_b(batch_size=1, accumulate=128), SEVEN_B, 1),
+        plan(seven_b(batch_size=1, gradient_accumulation_steps=128), SEVEN_B, 1),
         plan(seven_b(sharding="ddp"), SEVEN_B, 8),
         plan(seven_b(), SEVEN_B, 8),
         plan(seven_b(**SMALL), SEVEN_B, 64),
@@ -333,7 +340,7 @@ def test_the_guide_has_this_memory(repository):
 
 def test_the_guide_has_the_time_of_a_small_gpu(repository):
     guide = (repository / "docs" / "guide" / "cluster.md").read_text("utf-8")
-    packed = dataclasses.replace(seven_b(batch_size=4, accumulate=32), lora=QLORA)
+    packed = dataclasses.replace(seven_b(batch_size=4, gradient_accumulation_steps=32), lora=QLORA)
     made = plan(packed, SEVEN_B, 1, gpu=RTX4090)
     assert made.fits
     assert f"one RTX 4090 takes {made.hours:.1f} h" in guide

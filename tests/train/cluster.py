@@ -175,7 +175,10 @@ def run_talk(seat, folder, sharding, kind, run, optim=None, *, device="cpu"):
         team.wrap(task.model)
         task.team = team
         recipe = dataclasses.replace(task.recipe, run=new_recipe(**run).run)
-        facts = {"run.seed": recipe.run.seed, "run.accumulate": recipe.run.accumulate}
+        facts = {
+            "run.seed": recipe.run.seed,
+            "run.gradient_accumulation_steps": recipe.run.gradient_accumulation_steps,
+        }
         task.identity = lambda: facts
         if optim:
             recipe = dataclasses.replace(recipe, optim=OptimRecipe(**optim))

@@ -51,7 +51,7 @@ def new_recipe(**run):
     settings = {
         "steps": 12,
         "batch_size": 2,
-        "accumulate": 2,
+        "gradient_accumulation_steps": 2,
         "save_every": 3,
         "log_every": 1,
         "plot": False,

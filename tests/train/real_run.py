@@ -48,7 +48,8 @@ def recipe_of(checkpoint: str, file: Path, *, alpha: float = 5.0, dropout: float
         stage="instruct",
         optim=OptimRecipe(lr=1e-2, warmup_steps=2, weight_decay=0.1, ema=0.9, z_loss=1e-3),
         run=RunRecipe(
-            batch_size=2, accumulate=2, steps=STEPS, save_every=2, log_every=1, evaluate_every=3,
+            batch_size=2, gradient_accumulation_steps=2,
+            steps=STEPS, save_every=2, log_every=1, evaluate_every=3,
             keep_best=True, plot=False, threads=1, workers=1,
         ),
         model=ModelRecipe(checkpoint=checkpoint),

@@ -92,7 +92,9 @@ def test_a_student_of_other_parts(recipe_of, stranger):
 
 @pytest.mark.cluster
 def test_two_processes_imitate_as_one(recipe_of, stranger, tmp_path):
-    recipe = recipe_of(stranger, "instruct", batch_size=1, accumulate=2, sharding="fsdp")
+    recipe = recipe_of(
+        stranger, "instruct", batch_size=1, gradient_accumulation_steps=2, sharding="fsdp"
+    )
     launch(recipe, tmp_path / "alone", team=ALONE)
     answers = cluster.together(cluster.run_recipe, 2, tmp_path, recipe)
     assert answers == [None, None]

@@ -127,7 +127,7 @@ def test_a_run_that_goes_on_is_examined_again(recipe_of, tmp_path):
 @pytest.mark.cluster
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_several_processes_hold_one_exam(recipe_of, tmp_path, sharding):
-    recipe = recipe_of(run={"accumulate": 2, "sharding": sharding})
+    recipe = recipe_of(run={"gradient_accumulation_steps": 2, "sharding": sharding})
     for answer in cluster.together(cluster.run_recipe, 2, tmp_path / "run", recipe):
         assert not isinstance(answer, BaseException), answer
     (record,) = exams(tmp_path / "run" / "run")

@@ -241,18 +241,19 @@ def plan(
     if config.vision is None or config.projector is None:
         raise ConfigError("a plan needs a model with a tower and a projector: this one reads text")
     run = recipe.run
-    if run.accumulate % gpus:
+    if run.gradient_accumulation_steps % gpus:
         raise ConfigError(
-            f"run.accumulate is {run.accumulate}, and {gpus} GPUs share its micro-batches: set it "
-            f"to a multiple of {gpus}, and run.batch_size so that their product stays"
+            f"run.gradient_accumulation_steps is {run.gradient_accumulation_steps}, and {gpus} "
+            f"GPUs share its micro-batches: set it to a multiple of {gpus}, and run.batch_size so "
+            "that their product stays"
         )
     parts = config.text, config.vision, config.projector
     size = sizes(*parts)
     flops = flops_of(recipe, parts, work)
-    rows = run.batch_size * run.accumulate
+    rows = run.batch_size * run.gradient_accumulation_steps
     steps = run.steps or ceil(run.epochs * work.samples / rows)
     is_sharded = run.sharding == "fsdp" and gpus > 1
-    turns = run.accumulate // gpus
+    turns = run.gradient_accumulation_steps // gpus
     speed = gpu.peak * gpu.mfu
     sent = _sent(recipe, config.text, size, gpus=gpus, turns=turns, is_sharded=is_sharded)
     link = gpu.near if gpus <= GPUS_OF_A_MACHINE else gpu.far

@@ -176,7 +176,7 @@ def test_the_order_of_a_recipe(tmp_path):
         sources.append(SourceRecipe(path=str(tmp_path / f"{name}.jsonl"), weight=weight))
     dataset, held = open_dataset(sources).split(0.2, seed=3)
     assert (dataset.counts, held.counts) == ((8, 4), (2, 1))
-    run = RunRecipe(batch_size=2, accumulate=2, seed=5)
+    run = RunRecipe(batch_size=2, gradient_accumulation_steps=2, seed=5)
     order = order_of(dataset, DataRecipe(group="length"), run)
     assert order.epoch_size == 16
     seen = [i for step in range(4) for micro in range(2) for i in order.indices(step, micro)]

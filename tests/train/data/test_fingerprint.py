@@ -64,7 +64,7 @@ def differences(ours, theirs):
         ("lora", "double_quant", True),
         ("run", "seed", 1),
         ("run", "batch_size", 3),
-        ("run", "accumulate", 2),
+        ("run", "gradient_accumulation_steps", 2),
         ("data", "held_out", 0.4),
         ("data", "max_length", 100),
         ("data", "group", "modality"),
@@ -92,7 +92,7 @@ def test_what_may_change_while_a_run_goes_on_is_not_in_it(recipe):
         recipe, "run", steps=9, epochs=2.0, precision="bfloat16", log_every=1, save_every=1,
         threads=1, workers=2, sharding="fsdp", gradient_checkpointing=True, reduction="llava",
     )  # fmt: skip
-    later = changed(later, "optim", lr=0.2, warmup_steps=5, clip=2.0)
+    later = changed(later, "optim", lr=0.2, warmup_steps=5, max_grad_norm=2.0)
     later = changed(later, "lora", dropout=0.2)
     later = changed(later, "data", on_bad_sample="skip")
     assert identity(later) == identity(recipe)

@@ -20,18 +20,18 @@ def read(order, first, last):
     return [
         index
         for step in range(first, last)
-        for micro in range(order.accumulate)
+        for micro in range(order.micro_batches)
         for index in order.indices(step, micro)
     ]
 
 
-def new_order(words, group, batch_size, accumulate, seed=0, **options):
+def new_order(words, group, batch_size, micro_batches, seed=0, **options):
     return Order(
         [len(words)],
         words=words,
         group=group,
         batch_size=batch_size,
-        accumulate=accumulate,
+        micro_batches=micro_batches,
         seed=seed,
         **options,
     )
@@ -39,8 +39,8 @@ def new_order(words, group, batch_size, accumulate, seed=0, **options):
 
 @pytest.mark.slow
 @given(WORDS, GROUPS, SIZES, SIZES, st.integers(0, 99))
-def test_every_epoch_has_every_sample_once(words, group, batch_size, accumulate, seed):
-    order = new_order(words, group, batch_size, accumulate, seed)
+def test_every_epoch_has_every_sample_once(words, group, batch_size, micro_batches, seed):
+    order = new_order(words, group, batch_size, micro_batches, seed)
     seen = read(order, 0, order.steps(3.0))
     for epoch in range(3):
         part = seen[epoch * len(words) : (epoch + 1) * len(words)]
@@ -49,18 +49,18 @@ def test_every_epoch_has_every_sample_once(words, group, batch_size, accumulate,
 
 @pytest.mark.slow
 @given(WORDS, GROUPS, SIZES, SIZES, st.integers(0, 20))
-def test_a_run_that_goes_on_reads_what_it_would_have_read(words, group, batch, accumulate, step):
-    whole = read(new_order(words, group, batch, accumulate), 0, step + 5)
-    resumed = read(new_order(words, group, batch, accumulate), step, step + 5)
-    assert whole[step * batch * accumulate :] == resumed
-    again = pickle.loads(pickle.dumps(new_order(words, group, batch, accumulate)))
+def test_a_run_that_goes_on_reads_what_it_would_have_read(words, group, batch, micro_batches, step):
+    whole = read(new_order(words, group, batch, micro_batches), 0, step + 5)
+    resumed = read(new_order(words, group, batch, micro_batches), step, step + 5)
+    assert whole[step * batch * micro_batches :] == resumed
+    again = pickle.loads(pickle.dumps(new_order(words, group, batch, micro_batches)))
     assert read(again, step, step + 5) == resumed
 
 
 @given(WORDS, SIZES, SIZES)
-def test_steps_of_one_kind(words, batch_size, accumulate):
+def test_steps_of_one_kind(words, batch_size, micro_batches):
     """But for the ends of epochs, and what is left over of each kind before them."""
-    order = new_order(words, "modality", batch_size, accumulate)
+    order = new_order(words, "modality", batch_size, micro_batches)
     steps = order.steps(2.0)
     mixed = 0
     for step in range(steps):
@@ -129,12 +129,12 @@ def test_half_a_source_is_another_half_next_time():
 @given(WORDS, SIZES, SIZES, st.integers(1, 4))
 def test_processes_share_the_micro_batches(words, batch_size, rounds, processes):
     """The micro-batches of a step are the same whoever reads them, in whatever order."""
-    accumulate = rounds * processes
-    order = new_order(words, "modality", batch_size, accumulate)
-    alone = [order.indices(1, micro) for micro in range(accumulate)]
+    micro_batches = rounds * processes
+    order = new_order(words, "modality", batch_size, micro_batches)
+    alone = [order.indices(1, micro) for micro in range(micro_batches)]
     for rank in range(processes):
-        own = new_order(words, "modality", batch_size, accumulate)
-        for micro in reversed(range(rank, accumulate, processes)):
+        own = new_order(words, "modality", batch_size, micro_batches)
+        for micro in reversed(range(rank, micro_batches, processes)):
             assert own.indices(1, micro) == alone[micro]
 
 
@@ -168,7 +168,7 @@ def test_micro_batches_are_of_even_length():
 
 
 def test_steps_of_a_run():
-    order = Order([10], batch_size=2, accumulate=2)
+    order = Order([10], batch_size=2, micro_batches=2)
     assert [order.steps(epochs) for epochs in (0.1, 1.0, 2.0, 2.5)] == [1, 3, 5, 7]
 
 

@@ -15,8 +15,8 @@ from tests.model.conftest import build_tiny
 from tests.train import cluster
 from tests.train.conftest import new_recipe, new_regression
 
-TALK = {"accumulate": 4, "steps": 6, "save_every": 100, "evaluate_every": 3}
-RUN = {"accumulate": 4, "steps": 12, "save_every": 100}
+TALK = {"gradient_accumulation_steps": 4, "steps": 6, "save_every": 100, "evaluate_every": 3}
+RUN = {"gradient_accumulation_steps": 4, "steps": 12, "save_every": 100}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def is_the_same(found, expected):
         torch.testing.assert_close(found[name], weight, atol=atol, rtol=0, msg=name)
 
 
-LONG = {"accumulate": 4, "save_every": 2, "evaluate_every": 2, "keep_best": True}
+LONG = {"gradient_accumulation_steps": 4, "save_every": 2, "evaluate_every": 2, "keep_best": True}
 OPTIM = {"lr": 0.01, "schedule": "constant", "ema": 0.9}
 
 
@@ -223,7 +223,9 @@ def test_one_device_for_several_processes_is_refused():
 def test_every_micro_batch_belongs_to_one_process():
     owned = [list(Team(rank, 3).own(7)) for rank in range(3)]
     assert owned == [[0, 3, 6], [1, 4], [2, 5]]
-    with pytest.raises(ConfigError, match=r"accumulate is 7 in 3 processes.*a multiple of 3"):
+    with pytest.raises(
+        ConfigError, match=r"gradient_accumulation_steps is 7 in 3 processes.*a multiple of 3"
+    ):
         Team(0, 3, "fsdp").own(7)
 
 

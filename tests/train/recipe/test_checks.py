@@ -240,8 +240,8 @@ def test_every_key_of_the_data_can_be_set(stage, key):
     [
         ({"optim.decay_share": 0.5}, "optim.decay_share would change nothing: optim.schedule is"),
         ({"optim.name": "sgd", "optim.eps": 1e-6}, "optim.eps would change nothing"),
-        ({"optim.schedule": "constant", "optim.final_share": 0.5}, "optim.final_share would"),
-        ({"optim.warmup_steps": 2, "optim.warmup_share": 0.5}, "optim.warmup_share would"),
+        ({"optim.schedule": "constant", "optim.min_lr_ratio": 0.5}, "optim.min_lr_ratio would"),
+        ({"optim.warmup_steps": 2, "optim.warmup_ratio": 0.5}, "optim.warmup_ratio would"),
         ({"optim.decay": "matrices"}, "optim.decay would change nothing"),
         ({"noise.on": "image"}, "noise.on would change nothing: noise.alpha is 0"),
         ({"run.evaluate_every": 2}, "run.evaluate_every would change nothing: nothing is held"),

@@ -45,7 +45,11 @@ def test_overrides_are_laid_over_the_file(tmp_path):
         ("[optim]\nlr = 1\nbetas = [0.9]\n", ConfigError, "optim.betas is"),
         ("[optim]\nlr = 1\nbetas = 0.9\n", ConfigError, "a list .* of which each is a number"),
         ("optim = 3\n", ConfigError, "optim is 3: expected a table with lr, name"),
-        ('[optim]\nlr = 1\nclip = "1"\n', ConfigError, "optim.clip is '1': expected a number"),
+        (
+            '[optim]\nlr = 1\nmax_grad_norm = "1"\n',
+            ConfigError,
+            "optim.max_grad_norm is '1': expected a number",
+        ),
         ("[optim]\nlr = 1\nbatch_size = 2\n", UnknownKeyError, r"mean run\.batch_size\?"),
         ("[optim]\nlr = 1\nwarmup_step = 2\n", UnknownKeyError, r"mean optim\.warmup_steps\?"),
         ("[optim]\nlr = 1\n[lora]\n", ConfigError, "'align' trains the projector alone"),
@@ -112,6 +116,22 @@ def test_a_recipe_without_run_names_its_first_key(tmp_path):
         load_recipe(path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("optim.clip", "optim.max_grad_norm"),
+        ("optim.warmup_share", "optim.warmup_ratio"),
+        ("optim.final_share", "optim.min_lr_ratio"),
+        ("run.accumulate", "run.gradient_accumulation_steps"),
+    ],
+)
+def test_an_old_key_is_refused_with_its_new_name(tmp_path, old, new):
+    path = written(tmp_path, SMALL)
+    with pytest.raises(UnknownKeyError, match=f"{old} is called {new} now"):
+        load_recipe(path, [f"--{old}", "1"])
+    load_recipe(path, [f"--{new}", "1"])
+
+
 def test_a_folder_is_no_recipe(tmp_path):
     with pytest.raises(ConfigError, match="is a folder: expected a recipe"):
         load_recipe(tmp_path)
@@ -139,7 +159,7 @@ def test_options_without_value_or_dashes_are_refused(tmp_path):
 
 
 HARM = {
-    "above 0": [("optim.clip", "0 -1 nan")],
+    "above 0": [("optim.max_grad_norm", "0 -1 nan")],
     "a number above 0": [("optim.lr", "0 nan inf"), ("optim.eps", "0 nan"), ("lora.alpha", "0 -1")],
     "at least 1": [
         ("run.save_every", "0"),
@@ -158,7 +178,7 @@ HARM = {
         ("noise.alpha", "-5.0"),
         ("distill.hidden_weight", "-1"),
     ],
-    "0 to 1": [("optim.final_share", "-0.1 1.1 nan"), ("distill.weight", "1.5")],
+    "0 to 1": [("optim.min_lr_ratio", "-0.1 1.1 nan"), ("distill.weight", "1.5")],
     "at least 0 and below 1": [
         ("data.held_out", "1 -0.1"),
         ("lora.dropout", "1 -0.1"),
@@ -186,9 +206,9 @@ def test_values_that_do_harm_are_refused(tmp_path, key, value, expected):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("optim.clip", "inf"),
+        ("optim.max_grad_norm", "inf"),
         ("optim.betas", "[0, 0]"),
-        ("optim.final_share", "1"),
+        ("optim.min_lr_ratio", "1"),
         ("optim.projector_lr", "0"),
         ("lora.dropout", "0"),
         ("run.threads", "1"),

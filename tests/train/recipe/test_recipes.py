@@ -114,7 +114,7 @@ class Made:
 def test_it_is_read(path):
     recipe = load_recipe(path)
     assert isinstance(recipe, Recipe)
-    assert recipe.run.batch_size * recipe.run.accumulate >= 1
+    assert recipe.run.batch_size * recipe.run.gradient_accumulation_steps >= 1
 
 
 def test_there_are_recipes_of_every_kind():
@@ -136,7 +136,7 @@ def test_the_first_stage_trains_the_projector(name):
     assert made.count() == PROJECTORS[size] == made.count("projector")
     assert made.rates() == {1e-3: PROJECTORS[size]}
     run = made.recipe.run
-    assert (run.batch_size * run.accumulate, run.epochs) == (256, 1.0)
+    assert (run.batch_size * run.gradient_accumulation_steps, run.epochs) == (256, 1.0)
     assert made.recipe.data.template == "plain"
 
 
@@ -151,7 +151,7 @@ def test_the_second_stage_trains_all_but_the_tower(name):
     assert made.count("language_model") == WHOLE[size]
     assert made.rates() == {2e-5: WHOLE[size] + PROJECTORS[size]}
     run = made.recipe.run
-    assert run.batch_size * run.accumulate == 128
+    assert run.batch_size * run.gradient_accumulation_steps == 128
 
 
 LORA = [f"llava15_{size}/{stage}" for size in SIZES for stage in ("lora", "task_lora")]
@@ -171,7 +171,7 @@ def test_lora_trains_adapters_and_the_projector_at_their_own_rates(name):
     packed = sum(isinstance(module, Nf4Linear) for module in made.model.modules())
     assert packed == (7 * layers if name.endswith("qlora") else 0)
     run = made.recipe.run
-    assert run.batch_size * run.accumulate == 128
+    assert run.batch_size * run.gradient_accumulation_steps == 128
 
 
 @pytest.mark.parametrize("name", SIZED)
@@ -190,8 +190,8 @@ SAME_OPTIM = {
     "eps": 1e-8,
     "weight_decay": 0.0,
     "schedule": "cosine",
-    "warmup_share": 0.03,
-    "clip": 1.0,
+    "warmup_ratio": 0.03,
+    "max_grad_norm": 1.0,
 }
 SAME_RUN = {
     "steps": 0,
@@ -221,7 +221,9 @@ def test_it_has_the_published_numbers(name):
     expected = OptimRecipe(lr=lr, projector_lr=projector_lr, tower_lr=tower_lr, **SAME_OPTIM)
     assert recipe.optim == expected
     assert among(recipe.run, SAME_RUN) == SAME_RUN
-    assert recipe.run.batch_size * recipe.run.accumulate == (256 if is_first else 128)
+    assert recipe.run.batch_size * recipe.run.gradient_accumulation_steps == (
+        256 if is_first else 128
+    )
     data = {
         "template": "plain" if is_first else "vicuna_v1",
         "group": "none" if is_first else "modality",
@@ -281,7 +283,7 @@ def test_next_tunes_the_tower_at_a_rate_of_its_own():
     assert made.rates() == {2e-6: tower, 2e-5: WHOLE["7b"] + PROJECTORS["7b"] + newline}
     assert made.recipe.data.max_length == 4096
     run = made.recipe.run
-    assert run.batch_size * run.accumulate == 128
+    assert run.batch_size * run.gradient_accumulation_steps == 128
 
 
 @pytest.mark.parametrize("name", SIZED)

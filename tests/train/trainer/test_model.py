@@ -308,7 +308,7 @@ def test_twenty_steps_have_the_losses_of_transformers(tmp_path):
     loaded = load_checkpoint(path, dtype="float32", device="cpu")
     recipe = Recipe(
         stage="instruct",
-        optim=OptimRecipe(name="sgd", lr=0.03, schedule="constant", clip=1e9),
+        optim=OptimRecipe(name="sgd", lr=0.03, schedule="constant", max_grad_norm=1e9),
         run=RunRecipe(batch_size=2, steps=20, log_every=1),
     )
     choose_trainable(loaded.model, recipe)

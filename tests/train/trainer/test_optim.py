@@ -80,7 +80,7 @@ def test_schedules_are_those_of_transformers(schedule, name, warmup):
 
 
 def test_the_final_share_is_reached():
-    recipe = OptimRecipe(lr=1.0, schedule="linear", final_share=0.1)
+    recipe = OptimRecipe(lr=1.0, schedule="linear", min_lr_ratio=0.1)
     assert lr_share(10, 10, recipe) == pytest.approx(0.1)
 
 
@@ -144,15 +144,15 @@ def test_matrices_alone_may_decay():
 def test_warmup_is_a_share_rounded_up_unless_steps_are_given():
     from transformers import TrainingArguments
 
-    assert warmup_steps(21, OptimRecipe(lr=1.0, warmup_share=0.03)) == 1
-    assert warmup_steps(5198, OptimRecipe(lr=1.0, warmup_share=0.03)) == 156
-    assert warmup_steps(21, OptimRecipe(lr=1.0, warmup_share=0.03, warmup_steps=7)) == 7
+    assert warmup_steps(21, OptimRecipe(lr=1.0, warmup_ratio=0.03)) == 1
+    assert warmup_steps(5198, OptimRecipe(lr=1.0, warmup_ratio=0.03)) == 156
+    assert warmup_steps(21, OptimRecipe(lr=1.0, warmup_ratio=0.03, warmup_steps=7)) == 7
     assert warmup_steps(21, OptimRecipe(lr=1.0)) == 0
     for steps in (21, 100, 5198):
         asked = SimpleNamespace(warmup_steps=0.03, warmup_ratio=0.03)
         theirs = TrainingArguments.get_warmup_steps(asked, steps)
-        assert warmup_steps(steps, OptimRecipe(lr=1.0, warmup_share=0.03)) == theirs
-    recipe = OptimRecipe(lr=1.0, schedule="linear", warmup_share=0.1)
+        assert warmup_steps(steps, OptimRecipe(lr=1.0, warmup_ratio=0.03)) == theirs
+    recipe = OptimRecipe(lr=1.0, schedule="linear", warmup_ratio=0.1)
     shares = [lr_share(step, 20, recipe) for step in range(20)]
     assert shares[:3] == [0.0, 0.5, 1.0]
 

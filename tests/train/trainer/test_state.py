@@ -25,7 +25,7 @@ from lapilli.train.trainer.state import (
     save_best,
     save_state,
 )
-from lapilli.train.trainer.state_file import write_whole
+from lapilli.train.trainer.state_file import check_identity, write_whole
 from tests.train.conftest import new_recipe, new_regression
 from tests.train.faults import flat, new_noisy, noisy_recipe, start
 
@@ -260,3 +260,10 @@ def test_a_folder_that_is_gone_is_told(tmp_path, regression):
         write_whole({}, tmp_path / "none" / "state.pt")
     train(new_regression(), new_recipe(steps=2), tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b" / "state.pt").exists()
+
+
+def test_a_state_of_before_the_keys_were_renamed_goes_on(tmp_path):
+    ours = {"run.seed": 0, "run.gradient_accumulation_steps": 4}
+    check_identity(ours, {"run.seed": 0, "run.accumulate": 4}, tmp_path)
+    with pytest.raises(TrainingError, match="run.gradient_accumulation_steps: the state says 8"):
+        check_identity(ours, {"run.seed": 0, "run.accumulate": 8}, tmp_path)

@@ -49,14 +49,14 @@ def sum_of_steps(task, recipe, steps=3):
     optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
     records = []
     for step in range(steps):
-        made = {m: task.batch(step, m) for m in range(recipe.run.accumulate)}
+        made = {m: task.batch(step, m) for m in range(recipe.run.gradient_accumulation_steps)}
         moment = Moment(step, ALONE, lambda: False)
         records.append(take_step(task, optimizer, recipe, made, at=moment))
     return records
 
 
 def test_accumulated_batches_are_one_batch():
-    recipe = new_recipe(accumulate=4)
+    recipe = new_recipe(gradient_accumulation_steps=4)
     split, whole = new_regression(), new_regression()
     draw = whole.batch
 
@@ -67,7 +67,7 @@ def test_accumulated_batches_are_one_batch():
 
     whole.batch = joined
     ours = sum_of_steps(split, recipe)
-    theirs = sum_of_steps(whole, new_recipe(accumulate=1))
+    theirs = sum_of_steps(whole, new_recipe(gradient_accumulation_steps=1))
     assert [r.count for r in ours] == [r.count for r in theirs]
     for one, other in zip(ours, theirs, strict=True):
         assert one.figures == pytest.approx(other.figures, rel=1e-5)
@@ -76,7 +76,7 @@ def test_accumulated_batches_are_one_batch():
 
 
 def test_llavas_reduction_is_the_mean_of_means():
-    recipe = new_recipe(accumulate=2, reduction="llava")
+    recipe = new_recipe(gradient_accumulation_steps=2, reduction="llava")
     task = new_regression()
     means = []
     for micro in range(2):
@@ -90,9 +90,11 @@ def test_clipping_holds_the_step_down():
     recipe = new_recipe()
     clipped, free = new_regression(), new_regression()
     before = [p.detach().clone() for p in clipped.model.parameters()]
-    small = replace(recipe, optim=replace(recipe.optim, clip=0.01))
+    small = replace(recipe, optim=replace(recipe.optim, max_grad_norm=0.01))
     (record,) = sum_of_steps(clipped, small, steps=1)
-    (same,) = sum_of_steps(free, replace(recipe, optim=replace(recipe.optim, clip=1e9)), steps=1)
+    (same,) = sum_of_steps(
+        free, replace(recipe, optim=replace(recipe.optim, max_grad_norm=1e9)), steps=1
+    )
     assert record.figures["norm"] == pytest.approx(same.figures["norm"])
     moved = [p.detach() - old for p, old in zip(clipped.model.parameters(), before, strict=True)]
     norm = torch.cat([m.flatten() for m in moved]).norm().item()
@@ -152,9 +154,14 @@ def test_plain_values_need_no_class():
 def test_epochs_become_steps():
     task = Named()
     assert isinstance(task, CountedTask)
-    assert number_of_steps(task, RunRecipe(batch_size=2, accumulate=3)) == 4
-    assert number_of_steps(task, RunRecipe(batch_size=2, accumulate=3, epochs=2.0)) == 8
-    assert number_of_steps(task, RunRecipe(batch_size=2, accumulate=3, steps=5)) == 5
+    assert number_of_steps(task, RunRecipe(batch_size=2, gradient_accumulation_steps=3)) == 4
+    assert (
+        number_of_steps(task, RunRecipe(batch_size=2, gradient_accumulation_steps=3, epochs=2.0))
+        == 8
+    )
+    assert (
+        number_of_steps(task, RunRecipe(batch_size=2, gradient_accumulation_steps=3, steps=5)) == 5
+    )
     task.num_samples = 30
     assert number_of_steps(task, RunRecipe(batch_size=1, epochs=0.1)) == 3
     uncounted = new_regression()
@@ -165,7 +172,9 @@ def test_epochs_become_steps():
 
 
 def test_every_process_needs_a_micro_batch(tmp_path, regression):
-    with pytest.raises(ConfigError, match=r"run.accumulate is 2 and 3 processes .* to 3 or more"):
+    with pytest.raises(
+        ConfigError, match=r"run.gradient_accumulation_steps is 2 and 3 processes .* to 3 or more"
+    ):
         train(regression, new_recipe(), tmp_path, team=Team(0, 3))
 
 

@@ -224,6 +224,6 @@ def order_of(dataset: Dataset, data: DataRecipe, run: RunRecipe) -> Order:
         words=None if data.group == "none" else dataset.words(),
         group=data.group,
         batch_size=run.batch_size,
-        accumulate=run.accumulate,
+        micro_batches=run.gradient_accumulation_steps,
         seed=run.seed,
     )

@@ -99,7 +99,7 @@ def identity_of(
         "optim.name": recipe.optim.name,
         "run.seed": run.seed,
         "run.batch_size": run.batch_size,
-        "run.accumulate": run.accumulate,
+        "run.gradient_accumulation_steps": run.gradient_accumulation_steps,
         "data.held_out": 0.0 if data.evaluation else data.held_out,
         "data.template": template,
         "data.max_length": data.max_length,

@@ -50,7 +50,7 @@ class Order:
     Args:
         counts: samples of every source; they are numbered source after source.
         batch_size: samples of a micro-batch.
-        accumulate: micro-batches of a step, in all processes together.
+        micro_batches: micro-batches of a step, in all processes together.
         seed: of the shuffles.
         weights: of the sources: how often an epoch has each of its samples; 0.5: every second
             epoch. None: all 1.
@@ -71,7 +71,7 @@ class Order:
         counts: Sequence[int],
         *,
         batch_size: int,
-        accumulate: int = 1,
+        micro_batches: int = 1,
         seed: int = 0,
         weights: Sequence[float] | None = None,
         words: Sequence[int] | NDArray[np.int64] | None = None,
@@ -83,7 +83,11 @@ class Order:
             round(n * weight) for n, weight in zip(self._counts, self._weights, strict=True)
         ]
         self.epoch_size = sum(self._per_source)
-        self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
+        self.batch_size, self.micro_batches, self.seed = (
+            batch_size,
+            micro_batches,
+            seed,
+        )
         self._words, self._group = words, group
         if min(self._weights, default=0.0) < 0 or not self.epoch_size:
             raise ConfigError(
@@ -97,7 +101,7 @@ class Order:
     @property
     def step_size(self) -> int:
         """Samples of a step."""
-        return self.batch_size * self.accumulate
+        return self.batch_size * self.micro_batches
 
     def steps(self, epochs: float) -> int:
         """Steps that so many passes over the data take."""
@@ -150,11 +154,11 @@ class Order:
         outer = torch.Generator().manual_seed(int(first))
         if self._group == "length":
             sizes = [abs(size) for size in words]
-            places = grouped_by_length(sizes, self.batch_size, self.accumulate, outer)
+            places = grouped_by_length(sizes, self.batch_size, self.micro_batches, outer)
         else:
             inner = torch.Generator().manual_seed(int(second))
             places = grouped_by_modality(
-                words, self.batch_size, self.accumulate, outer, within=inner
+                words, self.batch_size, self.micro_batches, outer, within=inner
             )
         return order[places]
 

@@ -67,9 +67,10 @@ class Team:
         """
         if self.is_sharded and number % self.size:
             raise ConfigError(
-                f"run.accumulate is {number} in {self.size} processes: with run.sharding = "
-                f'"fsdp" all of them run the same number of micro-batches; start as many processes '
-                f"as divide it, or begin a run with run.accumulate set to a multiple of {self.size}"
+                f"run.gradient_accumulation_steps is {number} in {self.size} processes: with "
+                'run.sharding = "fsdp" all of them run the same number of micro-batches; start as '
+                "many processes as divide it, or begin a run with run.gradient_accumulation_steps "
+                f"set to a multiple of {self.size}"
             )
         return range(self.rank, number, self.size)
 

@@ -87,9 +87,12 @@ def idle_optim(recipe: TrainerRecipe) -> Iterator[tuple[str, str]]:
             f'optim.schedule is "{optim.schedule}": set optim.schedule = "trapezoid"',
         )
     if optim.schedule == "constant":
-        yield "optim.final_share", 'optim.schedule is "constant", which keeps the rate: set another'
+        yield (
+            "optim.min_lr_ratio",
+            'optim.schedule is "constant", which keeps the rate: set another',
+        )
     if optim.warmup_steps:
-        yield "optim.warmup_share", "optim.warmup_steps says it already: leave that out"
+        yield "optim.warmup_ratio", "optim.warmup_steps says it already: leave that out"
     if not optim.weight_decay:
         yield "optim.decay", "optim.weight_decay is 0: set it"
 

@@ -24,16 +24,20 @@ Section = TypeVar("Section")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 _LIKE = 0.85  # of two names that one may have been meant for the other
 _LIKE_A_SECTION = 0.7  # there are few of them
+# What a key was called until version 1.
+_RENAMED = {
+    "optim.clip": "optim.max_grad_norm",
+    "optim.warmup_share": "optim.warmup_ratio",
+    "optim.final_share": "optim.min_lr_ratio",
+    "run.accumulate": "run.gradient_accumulation_steps",
+}
 # What the trainers of transformers and peft call a key.
 _OTHER_NAMES = {
     "learning_rate": "optim.lr",
-    "warmup_ratio": "optim.warmup_share",
     "lr_scheduler_type": "optim.schedule",
-    "max_grad_norm": "optim.clip",
     "max_steps": "run.steps",
     "num_train_epochs": "run.epochs",
     "per_device_train_batch_size": "run.batch_size",
-    "gradient_accumulation_steps": "run.accumulate",
     "logging_steps": "run.log_every",
     "save_steps": "run.save_every",
     "eval_steps": "run.evaluate_every",
@@ -95,6 +99,8 @@ def build_section(kind: type[Section], raw: Mapping[str, Any], where: str) -> Se
     unknown = sorted(set(raw) - set(fields))
     if unknown:
         key = _join(where, unknown[0])
+        if key in _RENAMED:
+            raise UnknownKeyError(f"recipe key {key} is called {_RENAMED[key]} now: rename it")
         meant = _meant(key)
         rest = f"did you mean {meant}?" if meant else f"expected one of {', '.join(fields)}"
         raise UnknownKeyError(f"recipe key {key} is unknown: {rest}")

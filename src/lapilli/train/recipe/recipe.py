@@ -58,12 +58,12 @@ class OptimRecipe:
         projector_lr: another one for the projector; None takes `lr`.
         tower_lr: another one for the vision tower; None takes `lr`.
         warmup_steps: steps of linear growth from 0.
-        warmup_share: the same as a part of all steps, rounded up; it counts when warmup_steps is 0.
+        warmup_ratio: the same as a part of all steps, rounded up; it counts when warmup_steps is 0.
         decay: "original": weight decay for everything but norms and biases; "matrices": for
             parameters of two axes and more alone.
         decay_share: part of all steps that a `trapezoid` spends on its way down.
-        final_share: part of `lr` that is left at the end.
-        clip: largest norm of all gradients together, above 0; inf: they stay as they are.
+        min_lr_ratio: part of `lr` that is left at the end.
+        max_grad_norm: largest norm of all gradients together, above 0; inf: they stay as they are.
         z_loss: weight of the squared log of the softmax's denominator; 0: none.
         ema: share of the old average that a step keeps; 0: no average.
     """
@@ -78,10 +78,10 @@ class OptimRecipe:
     decay: Literal["original", "matrices"] = "original"
     schedule: Schedule = "cosine"
     warmup_steps: int = 0
-    warmup_share: float = 0.0
+    warmup_ratio: float = 0.0
     decay_share: float = 0.3
-    final_share: float = 0.0
-    clip: float = 1.0
+    min_lr_ratio: float = 0.0
+    max_grad_norm: float = 1.0
     z_loss: float = 0.0
     ema: float = 0.0
 
@@ -89,12 +89,12 @@ class OptimRecipe:
         _expect("optim", self, ("lr", "eps"), _is_positive, "a number above 0")
         rest = ("projector_lr", "tower_lr", "weight_decay", "warmup_steps", "z_loss")
         _expect("optim", self, rest, _is_not_negative, "0 or more")
-        _expect("optim", self, ("decay_share", "warmup_share", "final_share"), _is_share, "0 to 1")
+        _expect("optim", self, ("decay_share", "warmup_ratio", "min_lr_ratio"), _is_share, "0 to 1")
         _expect("optim", self, ("ema",), _is_below_one, "at least 0 and below 1")
         both = "two numbers of at least 0 and below 1"
         _expect("optim", self, ("betas",), lambda betas: all(map(_is_below_one, betas)), both)
         off = "above 0 (inf switches clipping off)"
-        _expect("optim", self, ("clip",), lambda clip: clip > 0, off)
+        _expect("optim", self, ("max_grad_norm",), lambda norm: norm > 0, off)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ class RunRecipe:
         steps: optimizer steps; 0: as many as `epochs` take.
         epochs: passes over the data, where `steps` is 0.
         batch_size: samples of a micro-batch.
-        accumulate: micro-batches of a step, in all processes together.
+        gradient_accumulation_steps: micro-batches of a step, in all processes together.
         precision: of the forward and backward pass; weights and moments stay as they are.
         reduction: "tokens": every supervised token of a step weighs the same; "llava": the mean of
             the micro-batches' means, as in the original.
@@ -125,7 +125,7 @@ class RunRecipe:
     batch_size: int
     steps: int = 0
     epochs: float = 1.0
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     precision: Precision = "float32"
     reduction: Reduction = "tokens"
     seed: int = 0
@@ -143,7 +143,7 @@ class RunRecipe:
     exam: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("batch_size", "accumulate", "log_every", "save_every", "threads")
+        counts = ("batch_size", "gradient_accumulation_steps", "log_every", "save_every", "threads")
         _expect("run", self, counts, _is_count, "at least 1")
         _expect(
             "run",

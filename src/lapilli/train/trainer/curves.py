@@ -90,7 +90,7 @@ def advice(records: Sequence[Record], lr: float) -> str | None:
     return (
         f"the loss rose from {found[LOWEST]:.2f} to {found[RISEN]:.2f} by step {found['step']}: "
         f"the learning rate of {lr:g} is likely too large. Begin again in another folder with a "
-        f"smaller one (optim.lr = {lr / 10:.1g}), or with a longer optim.warmup_share"
+        f"smaller one (optim.lr = {lr / 10:.1g}), or with a longer optim.warmup_ratio"
     )
 
 

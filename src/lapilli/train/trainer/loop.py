@@ -138,15 +138,17 @@ def number_of_steps(task: Task, run: RunRecipe) -> int:
             "run.steps"
         )
     # Rounded: 0.1 epochs of 30 samples are not a little more than 3.
-    return ceil(round(run.epochs * task.num_samples / (run.batch_size * run.accumulate), 6))
+    return ceil(
+        round(run.epochs * task.num_samples / (run.batch_size * run.gradient_accumulation_steps), 6)
+    )
 
 
 def _check(run: RunRecipe, team: Team) -> None:
-    if run.accumulate < team.size:
+    if (number := run.gradient_accumulation_steps) < team.size:
         raise ConfigError(
-            f"run.accumulate is {run.accumulate} and {team.size} processes train: each of them "
-            f"needs a micro-batch of every step, so start {run.accumulate} processes at most, or "
-            f"begin a run with run.accumulate set to {team.size} or more"
+            f"run.gradient_accumulation_steps is {number} and {team.size} processes train: each of "
+            f"them needs a micro-batch of every step, so start {number} processes at most, or "
+            f"begin a run with run.gradient_accumulation_steps set to {team.size} or more"
         )
 
 
@@ -185,7 +187,7 @@ class _Run:
 
     def go(self) -> None:
         run, first = self.recipe.run, self.state.step
-        own = self.team.own(run.accumulate)
+        own = self.team.own(run.gradient_accumulation_steps)
         places = ((step, micro) for step in range(first, self.steps) for micro in own)
         ahead = batches(self.task.batch, places, run.workers, describe=self._describe)
         with StopWatch() as watch, ahead as make:
@@ -214,7 +216,10 @@ class _Run:
 
     def _step(self, make: MakeBatch, watch: StopWatch) -> StepRecord:
         step, optim = self.state.step, self.recipe.optim
-        made = {micro: make(step, micro) for micro in self.team.own(self.recipe.run.accumulate)}
+        made = {
+            micro: make(step, micro)
+            for micro in self.team.own(self.recipe.run.gradient_accumulation_steps)
+        }
         share = lr_share(step, self.steps, optim)
         set_lr(self.state.optimizer, share)
         try:

@@ -70,7 +70,7 @@ def warmup_steps(steps: int, recipe: OptimRecipe) -> int:
 
     Source: Hugging Face TrainingArguments.get_warmup_steps.
     """
-    return recipe.warmup_steps or math.ceil(steps * recipe.warmup_share)
+    return recipe.warmup_steps or math.ceil(steps * recipe.warmup_ratio)
 
 
 def lr_share(step: int, steps: int, recipe: OptimRecipe) -> float:
@@ -92,7 +92,7 @@ def lr_share(step: int, steps: int, recipe: OptimRecipe) -> float:
             share = 0.5 * (1.0 + math.cos(math.pi * progress))
         case "trapezoid":
             share = min((1.0 - step / steps) / max(recipe.decay_share, 1e-9), 1.0)
-    return recipe.final_share + (1.0 - recipe.final_share) * max(share, 0.0)
+    return recipe.min_lr_ratio + (1.0 - recipe.min_lr_ratio) * max(share, 0.0)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, share: float) -> None:

@@ -224,6 +224,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 _ADVICE = "go on with the recipe that began the run, or train into another folder"
+_RENAMED = {"run.accumulate": "run.gradient_accumulation_steps"}  # recipe keys of earlier versions
 _NOT_NEGATIVE = frozenset(
     {"step", "exp_avg_sq", "max_exp_avg_sq"}
 )  # counts and averages of squares
@@ -260,6 +261,7 @@ def check_identity(ours: Mapping[str, Plain] | None, theirs: object, path: Path)
         raise damaged(path, "its identity is no record of plain values")
     if ours is None or not isinstance(theirs, Mapping):
         return
+    theirs = {_RENAMED.get(name, name): said for name, said in theirs.items()}
     names = [*theirs, *(name for name in ours if name not in theirs)]
     differ = [name for name in names if ours.get(name) != theirs.get(name)]
     if differ:

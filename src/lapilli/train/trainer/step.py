@@ -92,7 +92,7 @@ def take_step(
         NotFiniteError: in every process at once.
     """
     run, team = recipe.run, at.team
-    counts = [made[m][1] if m in made else 0 for m in range(run.accumulate)]
+    counts = [made[m][1] if m in made else 0 for m in range(run.gradient_accumulation_steps)]
     counts = team.sum_counts(counts)
     weights = scales(counts, run.reduction)
     losses: list[Loss] = []
@@ -105,7 +105,7 @@ def take_step(
         losses.append(Loss(loss.total.detach(), loss.parts))
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     team.sum_gradients(trainable)
-    norm = team.clip(trainable, recipe.optim.clip)
+    norm = team.clip(trainable, recipe.optim.max_grad_norm)
     figures = _weighted(losses, [weights[micro] for micro in made])
     beside = {"stop": float(at.asked_to_stop()), "skipped": float(_num_skipped(made))}
     figures = team.sum_floats({**figures, **beside})
