@@ -32,7 +32,7 @@ from lapilli.modality.projector import build_projector
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.pipeline import load
 from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
-from lapilli.train.distributed import join_team
+from lapilli.train.distributed import join_processes
 from lapilli.train.recipe.file import build_section
 from lapilli.train.trainer.loop import Task, train
 from lapilli.train.trainer.step import PlainAttention
@@ -264,10 +264,10 @@ class Workshop:
         recipe = self.recipes[stage]
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
-        team = join_team(rank, size, self.work / "meeting")
+        parallel = join_processes(rank, size, self.work / "meeting")
         task = self.task(stage)
-        team.wrap(task.model)
-        train(task, recipe, self.work / stage, team=team, echo=team.leads)
+        parallel.wrap(task.model)
+        train(task, recipe, self.work / stage, parallel=parallel, echo=parallel.is_main_process)
 
     def train_together(self, stage: str, processes: int) -> None:
         """Run a stage in several processes and wait for them.

@@ -34,7 +34,7 @@ from lapilli.plan.plan import (
     plan,
 )
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
-from lapilli.train.data.encoder import Row
+from lapilli.train.data.encoder import EncodedSample
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, SaveRecipe
 from lapilli.train.stages import choose_trainable
 from lapilli.train.trainer.batch import collate
@@ -84,7 +84,7 @@ def batch_of(vlm, words=21):
     seen = vlm.modality("image").num_tokens(item)
     ids = [1, *[PLACEHOLDER] * seen, *range(2, 2 + words)]
     mask = [False] * (seen + 9) + [True] * (words - 8)
-    return collate([Row(EncodedPrompt(ids, mask, (Span(0, 1, seen),)), (item,))])
+    return collate([EncodedSample(EncodedPrompt(ids, mask, (Span(0, 1, seen),)), (item,))])
 
 
 @pytest.mark.slow

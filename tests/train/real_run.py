@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lapilli.train.distributed import ALONE
+from lapilli.train.distributed import SINGLE_PROCESS
 from lapilli.train.launch import launch
 from lapilli.train.recipe import (
     DataRecipe,
@@ -69,6 +69,6 @@ def run(folder: Path, checkpoint: str, file: Path, pause: float = 0.0) -> None:
 
     TrainingTask.batch = slowly
     try:
-        launch(recipe_of(checkpoint, file), folder, team=ALONE)
+        launch(recipe_of(checkpoint, file), folder, parallel=SINGLE_PROCESS)
     finally:
         TrainingTask.batch = draw

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lapilli.config.model import RopeScaling
 from lapilli.errors import ConfigError, DataError
-from lapilli.train.distributed import ALONE
+from lapilli.train.distributed import SINGLE_PROCESS
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -21,7 +21,7 @@ from lapilli.train.recipe import (
     RunRecipe,
     SourceRecipe,
 )
-from lapilli.train.task import build_task, refuse_packing
+from lapilli.train.task import build_task, check_packing
 from lapilli.train.trainer.contract import (
     CountedTask,
     IdentifiedTask,
@@ -63,7 +63,7 @@ def build(checkpoint, file, *, run=None, model=None, lora=None, **data):
             data=DataRecipe(sources=(SourceRecipe(path=str(file)),) if file else (), **data),
             lora=lora,
         ),
-        ALONE,
+        SINGLE_PROCESS,
     )
 
 
@@ -144,9 +144,9 @@ def test_rows_whose_positions_depend_on_their_length_are_not_packed(checkpoint, 
     scaling = RopeScaling(kind="dynamic", factor=2.0)
     text = replace(loaded.config.text, rope_scaling=scaling, max_positions=64)
     loaded = replace(loaded, config=replace(loaded.config, text=text))
-    refuse_packing(loaded, 64)
+    check_packing(loaded, 64)
     with pytest.raises(ConfigError, match="positions grow with the row beyond 64"):
-        refuse_packing(loaded, 65)
+        check_packing(loaded, 65)
 
 
 @pytest.mark.slow
@@ -204,8 +204,8 @@ def test_what_cannot_be_read_is_left_out_of_an_evaluation_and_counted(checkpoint
             with torch.no_grad():
                 found.append(task.evaluate())
     assert len(whole) == len(records) - 1
-    assert [figures.get("eval_skipped") for figures in found] == [1, 1, None, None]
-    losses = [figures["eval_loss"] for figures in found]
+    assert [metrics.get("eval_skipped") for metrics in found] == [1, 1, None, None]
+    losses = [metrics["eval_loss"] for metrics in found]
     assert losses == pytest.approx([losses[-1]] * 4, rel=1e-5)
 
 

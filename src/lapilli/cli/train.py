@@ -48,7 +48,7 @@ def train(
     recipe start in the folder where the command is started.
     """
     with plain_errors():
-        from lapilli.train.recipe.checks import refuse_missing
+        from lapilli.train.recipe.checks import check_paths
         from lapilli.train.recipe.file import load_recipe
 
         asked = [] if exam is None else ["--run.exam", str(exam)]
@@ -60,34 +60,34 @@ def train(
             raise typer.BadParameter("where does the run go?", param_hint="--out")
         if out.is_file():
             raise typer.BadParameter(f"{out} is a file: expected a folder", param_hint="--out")
-        refuse_missing(recipe, recipe_file)
+        check_paths(recipe, recipe_file)
         _run(recipe, out, device=device, quiet=quiet)
 
 
 def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
-    from lapilli.train.distributed import joined, seat_of
+    from lapilli.train.distributed import joined, rank_info_of
     from lapilli.train.launch import launch
     from lapilli.train.trainer.signals import Stopped
 
     shows_bar = sys.stderr.isatty() and not quiet
-    with joined(seat_of(os.environ), sharding=recipe.run.sharding, device=device) as team:
+    with joined(rank_info_of(os.environ), sharding=recipe.run.sharding, device=device) as parallel:
         try:
             task = launch(
                 recipe,
                 out,
-                team=team,
-                echo=team.leads and not quiet and not shows_bar,
-                progress=team.leads and shows_bar,
+                parallel=parallel,
+                echo=parallel.is_main_process and not quiet and not shows_bar,
+                progress=parallel.is_main_process and shows_bar,
             )
         except Stopped as stop:
-            if team.leads:
+            if parallel.is_main_process:
                 note(stop.message)
             raise
     for why in task.skipped[:5]:
         note(f"skipped: {why}")
     if task.skipped:
         note(f"{len(task.skipped)} samples could not be read; others stood in for them")
-    if team.leads:
+    if parallel.is_main_process:
         _say_end(recipe, out, quiet=quiet)
 
 

@@ -111,7 +111,7 @@ def sizes(text: TextConfig, vision: VisionConfig, projector: ProjectorConfig) ->
         head=0 if text.tie_embeddings else embedding,
         norms=(2 * text.num_layers + 1) * text.hidden_size + biases,
         projector=projector_numbers(projector),
-        tower=_tower_numbers(vision),
+        tower=_num_tower(vision),
     )
 
 
@@ -127,7 +127,7 @@ def _layer_biases(text: TextConfig) -> int:
     )
 
 
-def _tower_numbers(vision: VisionConfig) -> int:
+def _num_tower(vision: VisionConfig) -> int:
     width, inner = vision.hidden_size, vision.intermediate_size
     layer = 4 * (width + 1) * width + 2 * width * inner + width + inner + 4 * width
     patches = vision.grid.rows * vision.grid.columns

@@ -292,21 +292,21 @@ def flops_of(recipe: Recipe, parts: Parts, work: Work) -> SampleFlops:
     )
 
 
-def adapter_numbers(text: TextConfig, rank: int) -> int:
+def num_adapter_parameters(text: TextConfig, rank: int) -> int:
     """Numbers in adapters beside all linear layers but the head."""
     return text.num_layers * sum(rank * (a + b) for a, b in linear_widths(text))
 
 
-def trained_numbers(recipe: Recipe, text: TextConfig, size: Sizes) -> int:
+def num_trainable(recipe: Recipe, text: TextConfig, size: Sizes) -> int:
     """Numbers that learn."""
     trained = size.projector + (size.tower if recipe.model.tune_tower else 0)
     if recipe.stage == "instruct":
         lora = recipe.lora
-        trained += adapter_numbers(text, lora.rank) if lora else size.language_model
+        trained += num_adapter_parameters(text, lora.rank) if lora else size.language_model
     return trained
 
 
-def _frozen_numbers(recipe: Recipe, size: Sizes) -> int:
+def _num_frozen(recipe: Recipe, size: Sizes) -> int:
     rests_tower = 0 if recipe.model.tune_tower else size.tower
     is_full = recipe.stage == "instruct" and recipe.lora is None
     return rests_tower + (0 if is_full else size.language_model)
@@ -315,7 +315,7 @@ def _frozen_numbers(recipe: Recipe, size: Sizes) -> int:
 def _memory(recipe: Recipe, parts: Parts, work: Work, *, gpus: int, is_sharded: bool) -> Memory:
     text, run = parts[0], recipe.run
     size = sizes(*parts)
-    trained, frozen = trained_numbers(recipe, text, size), _frozen_numbers(recipe, size)
+    trained, frozen = num_trainable(recipe, text, size), _num_frozen(recipe, size)
     cut = gpus if is_sharded else 1
     is_half = run.precision == "bfloat16"
     # Frozen weights that will be saved stay as they are (train/start.py).
@@ -385,7 +385,7 @@ def _sent(
     if gpus == 1:
         return 0.0
     others = (gpus - 1) / gpus
-    trained = trained_numbers(recipe, text, size)
+    trained = num_trainable(recipe, text, size)
     if not is_sharded:
         return 2 * others * 4.0 * trained  # a ring: every piece around, twice
     width = 2 if recipe.run.precision == "bfloat16" else 4

@@ -45,7 +45,7 @@ from lapilli.prompt.base_template import refuse_wrong_template, template_of_base
 from lapilli.prompt.choose import TemplateFacts, choose_template, template_by_name
 from lapilli.prompt.templates import DEFAULT_TEMPLATE
 from lapilli.prompt.tokenizer import Tokenizer
-from lapilli.train.start import refuse_unknown_marks
+from lapilli.train.start import check_marks
 
 # Columns and rows of tiles that LLaVA 1.6 chooses from.
 _GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
@@ -141,9 +141,9 @@ def build_llava(
         raise ConfigError(f"tower {tower!r}: choose from {', '.join(get_args(TowerPlace))}")
     base, eyes = resolve(language), _tower_of(resolve(vision))
     raw = read_json(base / "config.json")
-    _refuse_base(raw, base)
+    _check_base(raw, base)
     tower_raw = read_json(eyes / "config.json")
-    _refuse_tower(tower_raw, eyes)
+    _check_tower(tower_raw, eyes)
     name, reason = _template(raw, base, template, force=force)
     tokenizer = _tokenizer(raw, base, joint)
     doubts = _doubts(name, tokenizer, insists=template is not None and not force)
@@ -184,7 +184,7 @@ def build_llava(
     )
 
 
-def _refuse_base(raw: JsonObject, base: Path) -> None:
+def _check_base(raw: JsonObject, base: Path) -> None:
     if is_original(raw) or is_hf_llava(raw):
         raise ConfigError(
             f"{base} is a LLaVA already: train it as it is (model.checkpoint of a recipe), or give "
@@ -203,7 +203,7 @@ def _tower_of(folder: Path) -> Path:
     return inside if is_llava and (inside / "config.json").is_file() else folder
 
 
-def _refuse_tower(raw: JsonObject, eyes: Path) -> None:
+def _check_tower(raw: JsonObject, eyes: Path) -> None:
     kind = raw.get("model_type")
     if kind not in TOWER_TYPES:
         raise UnsupportedModelError(
@@ -231,7 +231,7 @@ def _template(raw: JsonObject, base: Path, asked: str | None, *, force: bool) ->
 def _doubts(name: str, tokenizer: Tokenizer, *, insists: bool) -> tuple[str, ...]:
     """What the vocabulary says against a template: refused where a person named it."""
     try:
-        refuse_unknown_marks(template_by_name(name), tokenizer, DEFAULT_TEMPLATE)
+        check_marks(template_by_name(name), tokenizer, DEFAULT_TEMPLATE)
     except ConfigError as error:
         if insists:
             raise
@@ -347,7 +347,7 @@ def _with_pad(base: Path, tokenizer: Tokenizer) -> dict[str, str]:
     return {"tokenizer_config.json": json.dumps(found, indent=2) + "\n"}
 
 
-def reproject(source: str, out: Path, *, projector: str, seed: int = 0) -> tuple[str, ...]:
+def replace_projector(source: str, out: Path, *, projector: str, seed: int = 0) -> tuple[str, ...]:
     """Write the checkpoint with this projector.
 
     Weights of the old projector are kept where all of them fit (an mlp and the pooled one have the

@@ -174,15 +174,15 @@ def _recipe(recipe: Recipe) -> str:
 
 
 def _evaluation(records: Sequence[Record]) -> str:
-    """The last figures on held-out data, and the best loss there was."""
+    """The last metrics on held-out data, and the best loss there was."""
     evaluations = [record for record in records if "eval_loss" in record]
     if not evaluations:
         return ""
     last = evaluations[-1]
     best = min(evaluations, key=lambda record: record["eval_loss"])
     exam = next((record for record in reversed(records) if EXACT_MATCH in record), {})
-    figures = {**last, **exam}
-    rows = [f"| {key} | {_shown(value)} |" for key, value in figures.items() if key != "step"]
+    metrics = {**last, **exam}
+    rows = [f"| {key} | {_shown(value)} |" for key, value in metrics.items() if key != "step"]
     told = (
         " exact_match is the share of the answers given greedily that were equal to those of the "
         "data."

@@ -25,7 +25,7 @@ from lapilli.pipeline.ready import ReadyPrompt
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.tokenizer import Tokenizer
-from lapilli.train.data import Row, Rows
+from lapilli.train.data import EncodedDataset, EncodedSample
 from lapilli.train.trainer.contract import Record
 
 ANSWERS: Final = "exam.jsonl"
@@ -56,7 +56,7 @@ class _Question:
 
 
 def hold_exam(
-    model: Path, rows: Rows, number: int, *, template: Template, device: torch.device
+    model: Path, rows: EncodedDataset, number: int, *, template: Template, device: torch.device
 ) -> list[Graded]:
     """The answers to the questions of `number` held-out samples, spread evenly over all of them.
 
@@ -101,7 +101,7 @@ def _answer(answering: Answering, prompt: ReadyPrompt, params: SamplingParams) -
 
 
 def _questions(
-    row: Row, rows: Rows, index: int, tokenizer: Tokenizer, template: Template
+    row: EncodedSample, rows: EncodedDataset, index: int, tokenizer: Tokenizer, template: Template
 ) -> Iterator[_Question]:
     """Every whole answer of a row, with what stands before it."""
     if row.skipped:

@@ -78,7 +78,7 @@ class Results:
             base=_base_of(loaded, recipe),
             template=_spoken(loaded, recipe),
         )
-        results.refuse_impossible()
+        results.check_savable()
         return results
 
     @property
@@ -108,7 +108,7 @@ class Results:
         """Whether what comes out is an adapter beside its base."""
         return self.recipe.lora is not None and not self.recipe.save.merge
 
-    def refuse_impossible(self) -> None:
+    def check_savable(self) -> None:
         """See `of`."""
         save, lora = self.recipe.save, self.recipe.lora
         if save.merge and lora is not None and lora.base != "float":

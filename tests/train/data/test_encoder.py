@@ -14,7 +14,7 @@ from lapilli.errors import DataError, PromptError
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.prompt.templates import TEMPLATES
 from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
-from lapilli.train.data import Row, RowMaker, open_dataset, to_sample
+from lapilli.train.data import EncodedSample, SampleEncoder, open_dataset, to_sample
 from lapilli.train.data.encoder import _check_supervised, cut
 from lapilli.train.recipe import SourceRecipe
 from pebble.words import corpus, train_tokenizer
@@ -44,8 +44,8 @@ def golden_row(case, goldens, model):
         grow = [["<im_patch>"], ["<im_start>", "<im_end>"]]
     tokenizer = goldens.tokenizer(given["tokenizer"], grow)
     sample = golden_sample(case)
-    maker = RowMaker(tokenizer, template, model)
-    return maker.encode(sample, [1] * len(sample.media)), sample, template, tokenizer
+    encoder = SampleEncoder(tokenizer, template, model)
+    return encoder.encode(sample, [1] * len(sample.media)), sample, template, tokenizer
 
 
 @pytest.mark.slow
@@ -113,11 +113,11 @@ def test_batches_of_the_original_dataset(goldens, conformance, model):
     for case in goldens.cases("_labels", "dataset"):
         given, expect = case["input"], case["expect"]
         tokenizer = goldens.tokenizer(given["tokenizer"])
-        maker = RowMaker(tokenizer, TEMPLATES[given["version"]], model)
+        encoder = SampleEncoder(tokenizer, TEMPLATES[given["version"]], model)
         for place, number in enumerate(given["batch"]):
             one = given["records"][number]
             folder = conformance / "images" / "open"
-            row = maker.row(to_sample(one, where=case["id"], resolve=folder.joinpath))
+            row = encoder.row(to_sample(one, where=case["id"], resolve=folder.joinpath))
             ids, labels = collapsed(row)
             size = sum(expect["attention_mask"][place])
             expected = expect["labels"][place][:size]
@@ -154,8 +154,8 @@ def record(*texts, image=None):
 
 
 def make(tokenizer, model, one, *, max_length=None, template="vicuna_v1", folder=Path()):
-    maker = RowMaker(tokenizer, TEMPLATES[template], model, max_length)
-    return maker.row(to_sample(one, where="d.json:3", resolve=lambda name: folder / str(name)))
+    encoder = SampleEncoder(tokenizer, TEMPLATES[template], model, max_length)
+    return encoder.row(to_sample(one, where="d.json:3", resolve=lambda name: folder / str(name)))
 
 
 @pytest.mark.parametrize("texts", [("Q", ""), ("Q",), ("Q", "", "R", "")])
@@ -263,16 +263,16 @@ def test_transparent_pictures_are_laid_on_white(tokenizer, model, tmp_path):
 
     def seen(name, **how):
         one = record("<image>\nQ", "A", image=name)
-        maker = RowMaker(tokenizer, TEMPLATES["vicuna_v1"], model, **how)
+        encoder = SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], model, **how)
         sample = to_sample(one, where="d.json:1", resolve=lambda name: tmp_path / str(name))
-        return maker.row(sample).media[0].pixel_values
+        return encoder.row(sample).media[0].pixel_values
 
     assert seen("clear.png", alpha="composite").equal(seen("white.png"))
     assert not seen("clear.png").equal(seen("white.png"))
 
 
 def test_rows_say_what_they_are():
-    assert Row(EncodedPrompt([1], [True])).skipped == ()
+    assert EncodedSample(EncodedPrompt([1], [True])).skipped == ()
 
 
 def test_a_token_beyond_the_embeddings_is_refused(tmp_path, model):
@@ -281,4 +281,4 @@ def test_a_token_beyond_the_embeddings_is_refused(tmp_path, model):
     tokenizer = SentencePieceTokenizer(path.read_bytes(), added={"<far>": 5000})
     sample = to_sample({"id": "a", "conversations": turns("Hi", "x <far>")}, where="d.json:1")
     with pytest.raises(DataError, match=r"d.json:1 .*'<far>' has the id 5000.* 500 rows"):
-        RowMaker(tokenizer, TEMPLATES["vicuna_v1"], model).row(sample)
+        SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], model).row(sample)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lapilli.train.data import open_dataset
-from lapilli.train.data.fingerprint import identity_of
+from lapilli.train.data.fingerprint import fingerprint_of
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -41,9 +41,9 @@ def sources_in(folder, weight=1.0):
     return tuple(SourceRecipe(path=str(folder / name), weight=weight) for name in names)
 
 
-def identity(recipe, template="vicuna_v1"):
+def fingerprint(recipe, template="vicuna_v1"):
     counts = [len(source) for source in open_dataset(recipe.data.sources).sources]
-    return identity_of(recipe, template, counts, {})
+    return fingerprint_of(recipe, template, counts, {})
 
 
 def changed(recipe, section, **values):
@@ -74,17 +74,17 @@ def differences(ours, theirs):
     ],
 )
 def test_what_makes_another_run_is_in_it_by_its_key(recipe, section, key, value):
-    before, after = identity(recipe), identity(changed(recipe, section, **{key: value}))
+    before, after = fingerprint(recipe), fingerprint(changed(recipe, section, **{key: value}))
     assert differences(before, after) == {f"{section}.{key}"}
     assert after[f"{section}.{key}"] == value
-    assert differences(before, identity(recipe, "plain")) == {"data.template"}
+    assert differences(before, fingerprint(recipe, "plain")) == {"data.template"}
 
 
 def test_a_run_without_adapters_or_of_another_stage_is_another(recipe):
     whole = replace(recipe, lora=None)
     gone = {f"lora.{name}" for name in ("rank", "alpha", "base", "double_quant")}
-    assert differences(identity(recipe), identity(whole)) == gone
-    assert differences(identity(whole), identity(replace(whole, stage="align"))) == {"stage"}
+    assert differences(fingerprint(recipe), fingerprint(whole)) == gone
+    assert differences(fingerprint(whole), fingerprint(replace(whole, stage="align"))) == {"stage"}
 
 
 def test_what_may_change_while_a_run_goes_on_is_not_in_it(recipe):
@@ -95,52 +95,54 @@ def test_what_may_change_while_a_run_goes_on_is_not_in_it(recipe):
     later = changed(later, "optim", lr=0.2, warmup_steps=5, max_grad_norm=2.0)
     later = changed(later, "lora", dropout=0.2)
     later = changed(later, "data", on_bad_sample="skip")
-    assert identity(later) == identity(recipe)
+    assert fingerprint(later) == fingerprint(recipe)
 
 
 def test_a_folder_that_moved_has_the_same_data(recipe, tmp_path):
     shutil.move(tmp_path / "data", tmp_path / "elsewhere")
     moved = changed(recipe, "data", sources=sources_in(tmp_path / "elsewhere"))
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "data")
-    assert identity(moved) == identity(recipe)
+    assert fingerprint(moved) == fingerprint(recipe)
 
 
 def test_other_data_are_told_by_what_differs(recipe, tmp_path):
-    before = identity(recipe)
+    before = fingerprint(recipe)
     file = tmp_path / "data" / "b1.json"
     file.write_text(file.read_text().replace('"A"', '"B"'))
-    assert differences(before, identity(recipe)) == {"data.sources[1].content"}
+    assert differences(before, fingerprint(recipe)) == {"data.sources[1].content"}
     (tmp_path / "data" / "a.json").write_text(json.dumps([{"id": 1}]))
     assert {"data.sources[0].content", "data.sources[0].samples"} <= differences(
-        before, identity(recipe)
+        before, fingerprint(recipe)
     )
     weighted = changed(recipe, "data", sources=sources_in(tmp_path / "data", weight=0.5))
-    assert differences(identity(recipe), identity(weighted)) == {
+    assert differences(fingerprint(recipe), fingerprint(weighted)) == {
         "data.sources[0].weight",
         "data.sources[1].weight",
     }
     fewer = changed(recipe, "data", sources=recipe.data.sources[:1])
-    assert differences(identity(recipe), identity(fewer)) == {
+    assert differences(fingerprint(recipe), fingerprint(fewer)) == {
         f"data.sources[1].{key}" for key in ("samples", "weight", "path", "content")
     }
 
 
 def test_the_share_that_is_held_out_counts_only_where_it_is(recipe):
     own = changed(recipe, "data", evaluation=recipe.data.sources[:1])
-    assert identity(own)["data.held_out"] == 0.0
-    assert identity(own) == identity(changed(own, "data", held_out=0.0))
+    assert fingerprint(own)["data.held_out"] == 0.0
+    assert fingerprint(own) == fingerprint(changed(own, "data", held_out=0.0))
 
 
 def test_another_model_below_is_told_by_its_key(recipe, tmp_path):
     files = [tmp_path / "a.bin", tmp_path / "b.bin"]
     for number, file in enumerate(files):
         file.write_bytes(bytes([number]))
-    one, other = (identity_of(recipe, "", [3, 3], {"model.checkpoint": [file]}) for file in files)
+    one, other = (
+        fingerprint_of(recipe, "", [3, 3], {"model.checkpoint": [file]}) for file in files
+    )
     assert differences(one, other) == {"model.checkpoint.content"}
 
 
 def test_it_is_plain(recipe):
-    found = identity(recipe)
+    found = fingerprint(recipe)
     assert json.loads(json.dumps(found)) == found
     assert found["data.sources[1].path"] == "b{0..1}.json"
     assert found["data.sources[1].samples"] == 3

@@ -7,7 +7,13 @@ import torch.distributed as dist
 from torch import nn
 
 from lapilli.errors import ConfigError
-from lapilli.train.distributed import ALONE, Seat, Team, joined, seat_of
+from lapilli.train.distributed import (
+    SINGLE_PROCESS,
+    ParallelContext,
+    RankInfo,
+    joined,
+    rank_info_of,
+)
 from lapilli.train.distributed.context import layers_of, shard
 from lapilli.train.distributed.heartbeat import is_network_error
 from lapilli.train.trainer.loop import train
@@ -195,43 +201,43 @@ def test_killed_while_saving_pieces_the_earlier_ones_are_whole(tmp_path, alone):
 
 def test_a_seat_is_read_from_what_torchrun_sets():
     variables = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}
-    assert seat_of({"PATH": "/bin"}) is None
-    assert seat_of({**variables, "MASTER_PORT": "29500"}) == Seat(3, 8, 1, "env://")
+    assert rank_info_of({"PATH": "/bin"}) is None
+    assert rank_info_of({**variables, "MASTER_PORT": "29500"}) == RankInfo(3, 8, 1, "env://")
     with pytest.raises(
         ConfigError, match=r"WORLD_SIZE is 8 but MASTER_PORT is not set: start with"
     ):
-        seat_of(variables)
+        rank_info_of(variables)
     with pytest.raises(ConfigError, match=r"RANK=three.*expected whole numbers"):
-        seat_of({**variables, "MASTER_PORT": "29500", "RANK": "three"})
+        rank_info_of({**variables, "MASTER_PORT": "29500", "RANK": "three"})
 
 
 def test_one_process_meets_nobody(monkeypatch):
-    with joined(Seat(0, 1), device="cpu") as team:
-        assert team == ALONE
+    with joined(RankInfo(0, 1), device="cpu") as parallel:
+        assert parallel == SINGLE_PROCESS
     with pytest.raises(ConfigError, match="device 'gpu' is unknown: try auto, cpu, cuda"):
         joined(None, device="gpu").__enter__()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with joined(None, device="cuda:1") as team:
-        assert team.device == torch.device("cuda", 1)
+    with joined(None, device="cuda:1") as parallel:
+        assert parallel.device == torch.device("cuda", 1)
 
 
 def test_one_device_for_several_processes_is_refused():
     with pytest.raises(ConfigError, match="device cuda:1 for several processes: say cuda"):
-        joined(Seat(0, 2), device="cuda:1").__enter__()
+        joined(RankInfo(0, 2), device="cuda:1").__enter__()
 
 
 def test_every_micro_batch_belongs_to_one_process():
-    owned = [list(Team(rank, 3).own(7)) for rank in range(3)]
+    owned = [list(ParallelContext(rank, 3).micro_batches(7)) for rank in range(3)]
     assert owned == [[0, 3, 6], [1, 4], [2, 5]]
     with pytest.raises(
         ConfigError, match=r"gradient_accumulation_steps is 7 in 3 processes.*a multiple of 3"
     ):
-        Team(0, 3, "fsdp").own(7)
+        ParallelContext(0, 3, "fsdp").micro_batches(7)
 
 
 def test_a_rank_outside_of_the_team_is_refused():
     with pytest.raises(ConfigError, match="process 4 of 4: ranks are 0 to 3"):
-        Team(4, 4)
+        ParallelContext(4, 4)
 
 
 def test_pieces_of_two_number_formats_are_refused():

@@ -13,7 +13,7 @@ from PIL import Image
 import lapilli.train
 from lapilli.errors import ConfigError, UnknownKeyError
 from lapilli.train import card
-from lapilli.train.distributed import ALONE
+from lapilli.train.distributed import SINGLE_PROCESS
 from lapilli.train.launch import launch
 from lapilli.train.recipe import (
     DataRecipe,
@@ -27,7 +27,7 @@ from lapilli.train.recipe import (
     SaveRecipe,
     SourceRecipe,
 )
-from lapilli.train.recipe.checks import refuse_unread, set_keys
+from lapilli.train.recipe.checks import check_idle_keys, set_keys
 from lapilli.train.recipe.file import load_recipe, recipe_text
 
 SECTIONS = {
@@ -131,7 +131,7 @@ def reads(tmp_path_factory, checkpoint):
             stage = "align" if name == "align" else "instruct"
             recipe = recipe_with(stage, values)
             with recorded() as found:
-                launch(recipe, folder / name, team=ALONE)
+                launch(recipe, folder / name, parallel=SINGLE_PROCESS)
             seen[stage] = seen.get(stage, set()) | found
     return seen
 
@@ -183,7 +183,7 @@ def attempt(stage, key):
     try:
         recipe = recipe_with(stage, {**WHOLE, **beside, key: other(key)})
         assert key in [*set_keys(recipe), "optim.lr"]
-        refuse_unread(recipe)
+        check_idle_keys(recipe)
     except ConfigError as error:
         refusal = str(error)
     if not refusal:
@@ -253,7 +253,7 @@ def test_every_key_of_the_data_can_be_set(stage, key):
 )
 def test_keys_that_another_one_makes_idle_are_refused(values, message):
     with pytest.raises(UnknownKeyError, match=message):
-        refuse_unread(recipe_with("instruct", {**WHOLE, **values}))
+        check_idle_keys(recipe_with("instruct", {**WHOLE, **values}))
 
 
 @pytest.mark.parametrize("key", ["model.vision_tower", "model.language_model"])
@@ -267,4 +267,4 @@ def test_keys_without_a_reader_are_gone(key, tmp_path):
 def test_a_recipe_that_is_made_in_python_is_looked_at_too(tmp_path):
     recipe = recipe_with("instruct", {**WHOLE, "noise.on": "image"})
     with pytest.raises(ConfigError, match=r"noise\.on would change nothing"):
-        launch(recipe, tmp_path / "run", team=ALONE)
+        launch(recipe, tmp_path / "run", parallel=SINGLE_PROCESS)

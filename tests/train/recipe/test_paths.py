@@ -6,7 +6,7 @@ import pytest
 
 from lapilli.errors import CheckpointError, ConfigError
 from lapilli.train.recipe import DataRecipe, DistillRecipe, ModelRecipe, SourceRecipe
-from lapilli.train.recipe.checks import refuse_missing
+from lapilli.train.recipe.checks import check_paths
 from tests.train.conftest import new_recipe
 
 
@@ -30,13 +30,13 @@ def test_what_is_there_is_taken_from_the_working_directory(here):
         images=str(here / "pictures"), checkpoint="pebble", projector="pictures",
         adapter="owner/lora", distill=DistillRecipe(teacher="owner/llava@main"),
     )  # fmt: skip
-    refuse_missing(recipe, here / "recipes" / "a.toml")
+    check_paths(recipe, here / "recipes" / "a.toml")
 
 
 def test_a_folder_is_no_file_of_data(here):
     expected = rf"path is 'recipes', and {here}/recipes is a folder: name a \.json, .* file in it$"
     with pytest.raises(ConfigError, match=expected):
-        refuse_missing(recipe_of(path="recipes"), here / "a.toml")
+        check_paths(recipe_of(path="recipes"), here / "a.toml")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_folder_is_no_file_of_data(here):
 def test_the_whole_place_that_was_looked_at_is_named(here, change, key):
     (here / "data.json").touch()
     with pytest.raises(ConfigError, match=rf"{key}, and there is no {here}/.*is started$"):
-        refuse_missing(recipe_of(**change), here / "recipes" / "a.toml")
+        check_paths(recipe_of(**change), here / "recipes" / "a.toml")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_what_lies_beside_the_recipe_is_pointed_at(here, change, name):
     place.parent.mkdir(exist_ok=True)
     place.touch() if place.suffix else place.mkdir()
     with pytest.raises(ConfigError, match=rf"{place} is there: write that, or start in"):
-        refuse_missing(recipe_of(**change), here.joinpath("recipes", "a.toml").relative_to(here))
+        check_paths(recipe_of(**change), here.joinpath("recipes", "a.toml").relative_to(here))
 
 
 def test_evaluation_is_looked_for_and_a_file_is_no_checkpoint(here):
@@ -81,6 +81,6 @@ def test_evaluation_is_looked_for_and_a_file_is_no_checkpoint(here):
     recipe = recipe_of()
     data = replace(recipe.data, evaluation=(SourceRecipe(path="held.json"),))
     with pytest.raises(ConfigError, match=r"data\.evaluation\[0\]\.path"):
-        refuse_missing(replace(recipe, data=data), here / "a.toml")
+        check_paths(replace(recipe, data=data), here / "a.toml")
     with pytest.raises(CheckpointError, match="is a file: give the directory"):
-        refuse_missing(recipe_of(checkpoint="data.json"), here / "a.toml")
+        check_paths(recipe_of(checkpoint="data.json"), here / "a.toml")

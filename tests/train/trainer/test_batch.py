@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from lapilli.nn.onednn import rounded
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
-from lapilli.train.trainer.batch import collate, collate_bins
+from lapilli.train.trainer.batch import collate, collate_packed
 
 
 @dataclass
-class Row:
+class EncodedSample:
     prompt: EncodedPrompt
     media: list = field(default_factory=list)
     id: str = "a"
@@ -24,13 +24,15 @@ def row(length, *, span=None):
     covered = {s.start + i for s in spans for i in range(s.length)}
     ids = [PLACEHOLDER if i in covered else i + 1 for i in range(length)]
     mask = [i not in covered for i in range(length)]
-    return Row(EncodedPrompt(ids, mask, spans), [torch.full((s.length, 3), 1.0) for s in spans])
+    return EncodedSample(
+        EncodedPrompt(ids, mask, spans), [torch.full((s.length, 3), 1.0) for s in spans]
+    )
 
 
 def test_rows_are_padded_on_the_right():
     first = EncodedPrompt([1, 0, 0, 7], [False, False, False, True], (Span(0, 1, 2),))
     second = EncodedPrompt([1, 5], [True, True])
-    batch = collate([Row(first, [torch.ones(2, 3)]), Row(second)])
+    batch = collate([EncodedSample(first, [torch.ones(2, 3)]), EncodedSample(second)])
     assert batch.input_ids.tolist() == [[1, 0, 0, 7], [1, 5, PLACEHOLDER, PLACEHOLDER]]
     assert batch.loss_mask.tolist() == [[False, False, False, True], [False, True, False, False]]
     assert batch.num_valid == 2
@@ -42,7 +44,9 @@ def test_rows_are_padded_on_the_right():
 
 def test_spans_name_their_row():
     prompt = EncodedPrompt([0, 0, 3], [False, False, True], (Span(0, 0, 2),))
-    batch = collate([Row(prompt, [torch.zeros(2, 3)]), Row(prompt, [torch.ones(2, 3)])])
+    batch = collate(
+        [EncodedSample(prompt, [torch.zeros(2, 3)]), EncodedSample(prompt, [torch.ones(2, 3)])]
+    )
     assert [span.row for span in batch.spans] == [0, 1]
     assert batch.media[1].sum() == 6
 
@@ -63,7 +67,7 @@ def test_bins_hold_every_sample_one_after_the_other(drawn):
         [row(length, span=(1, length // 2) if seen else None) for length, seen in samples]
         for samples in drawn
     ]
-    batch = collate_bins(bins)
+    batch = collate_packed(bins)
     assert len(batch.ids) == sum(map(len, bins))
     assert batch.is_packed == any(len(samples) > 1 for samples in bins)
     assert len(batch.media) == len(batch.spans) == sum(len(s.media) for b in bins for s in b)

@@ -136,7 +136,7 @@ SILENT = {
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     state = new_state()
-    state.best, state.identity = Best(2, 0.5), {"run.seed": 1}
+    state.best, state.fingerprint = Best(2, 0.5), {"run.seed": 1}
     save_state(state, folder)
     save_best(state, folder)
     return folder
@@ -145,7 +145,7 @@ def saved(tmp_path_factory):
 def refused(folder, **expected):
     """The error, after which nothing is changed."""
     state = new_state(steps=1)
-    state.identity = {"run.seed": 1}
+    state.fingerprint = {"run.seed": 1}
     before = {name: value.clone() for name, value in everything(state).items()}
     with pytest.raises(TrainingError, **expected) as told:
         load_state(state, folder)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lapilli.errors import ConfigError
-from lapilli.train.distributed import ALONE
+from lapilli.train.distributed import SINGLE_PROCESS
 from lapilli.train.task import build_task
 from lapilli.train.trainer.loop import evaluate, train
 from lapilli.train.trainer.metrics import RunLog
@@ -43,8 +43,8 @@ def test_the_model_ends_with_its_best_weights(tmp_path):
     assert not torch.equal(task.seen[1][0], task.seen[3][0])
     last = torch.load(tmp_path / "state.pt", weights_only=True)
     assert torch.equal(last["model"]["0.weight"], task.seen[3][0])
-    figures = [r["eval_loss"] for r in RunLog(tmp_path).records() if "eval_loss" in r]
-    assert figures[:3] == [3.0, 1.0, 1.0]
+    metrics = [r["eval_loss"] for r in RunLog(tmp_path).records() if "eval_loss" in r]
+    assert metrics[:3] == [3.0, 1.0, 1.0]
 
 
 def test_what_is_not_a_number_is_never_best(tmp_path):
@@ -118,12 +118,12 @@ def test_the_best_needs_a_figure(tmp_path, regression):
 
 @pytest.mark.slow
 def test_nothing_that_is_drawn_while_training_is_in_an_evaluation(checkpoint, tmp_path):
-    """Noise or dropout as large as they go leave the figures as they are."""
+    """Noise or dropout as large as they go leave the metrics as they are."""
     file = write_samples(tmp_path)
     found, learned = [], []
     for alpha, dropout in ((0.0, 0.0), (50.0, 0.0), (0.0, 0.9)):
         recipe = recipe_of(checkpoint, file, alpha=alpha, dropout=dropout)
-        task = build_task(recipe, ALONE)
+        task = build_task(recipe, SINGLE_PROCESS)
         with torch.no_grad():
             for name, parameter in task.model.named_parameters():
                 if "lora_" in name:

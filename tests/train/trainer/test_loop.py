@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lapilli.train.distributed import Team
+from lapilli.train.distributed import ParallelContext
 from lapilli.train.trainer.loop import Stopped, TrainingError, train
 from lapilli.train.trainer.metrics import RunLog
 from tests.train.conftest import new_recipe, new_regression, steps_of
@@ -131,12 +131,12 @@ import sys
 from pathlib import Path
 import torch
 from lapilli.train.trainer.loop import train
-from lapilli.train.distributed import join_team
+from lapilli.train.distributed import join_processes
 from tests.train.conftest import new_recipe, new_regression
 torch.set_num_threads(1)
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 task = new_regression()
-train(task, new_recipe(), folder / str(rank), team=join_team(rank, 2, folder / "meeting"))
+train(task, new_recipe(), folder / str(rank), parallel=join_processes(rank, 2, folder / "meeting"))
 torch.save([p.detach() for p in task.model.parameters()], folder / f"{rank}.pt")
 """
 
@@ -164,9 +164,9 @@ def test_two_processes_take_the_steps_of_one(tmp_path, regression):
 
 
 def test_a_team_splits_micro_batches():
-    assert list(Team(1, 3).own(8)) == [1, 4, 7]
+    assert list(ParallelContext(1, 3).micro_batches(8)) == [1, 4, 7]
     with pytest.raises(ValueError, match="process 2 of 2"):
-        Team(2, 2)
+        ParallelContext(2, 2)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -191,8 +191,8 @@ def test_a_run_that_was_asked_to_stop_says_where_it_stands(tmp_path, regression,
 
 def test_a_run_with_other_batches_is_refused_before_a_step(tmp_path):
     first, second = new_regression(), new_regression()
-    first.identity = lambda: {"run.seed": 0, "data.group": "none"}
-    second.identity = lambda: {"run.seed": 0, "data.group": "length"}
+    first.fingerprint = lambda: {"run.seed": 0, "data.group": "none"}
+    second.fingerprint = lambda: {"run.seed": 0, "data.group": "length"}
     train(first, new_recipe(steps=3), tmp_path)
     log = (tmp_path / "log.jsonl").read_bytes()
     with pytest.raises(

@@ -14,17 +14,17 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span
-from lapilli.train.data.encoder import Row
+from lapilli.train.data.encoder import EncodedSample
 from lapilli.train.recipe import ModelRecipe, NoiseRecipe, OptimRecipe, Recipe, RunRecipe
 from lapilli.train.stages import choose_trainable
-from lapilli.train.trainer.batch import collate, collate_bins
+from lapilli.train.trainer.batch import collate, collate_packed
 from lapilli.train.trainer.contract import TrainingError
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.metrics import RunLog
 from lapilli.train.trainer.model import TrainedModel
 from lapilli.train.trainer.step import PlainAttention
 from tests.checkpoint.published import make_llava
-from tests.train.golden import VARIANTS, rows_of, with_gradients
+from tests.train.golden import VARIANTS, encoded_dataset, with_gradients
 
 INSTRUCT = Recipe(stage="instruct", optim=OptimRecipe(lr=1.0), run=RunRecipe(batch_size=1))
 
@@ -39,8 +39,8 @@ def test_gradients_are_the_originals(conformance, golden, variant, packed):
     model = TrainedModel(loaded.model).train()
     keymap = ORIGINAL_MPT if "mpt" in variant else ORIGINAL
     for case in with_gradients(conformance, variant):
-        rows = rows_of(case, loaded, conformance / "images")
-        batch = collate_bins([rows]) if packed else collate(rows)
+        rows = encoded_dataset(case, loaded, conformance / "images")
+        batch = collate_packed([rows]) if packed else collate(rows)
         model.zero_grad()
         loss = model(batch).total / batch.num_valid
         loss.backward()
@@ -80,7 +80,9 @@ def draw_row(model, seed, *, length=12, pictures=(3,)):
         spans.append(Span(0, at + number * patches, patches))
         pixels = torch.randn(1, 3, side, side, generator=random)
         media.append(PreparedImage(pixels, ImageSize(side, side)))
-    return Row(EncodedPrompt(ids, [*mask[:-1], True], tuple(spans)), tuple(media), str(seed))
+    return EncodedSample(
+        EncodedPrompt(ids, [*mask[:-1], True], tuple(spans)), tuple(media), str(seed)
+    )
 
 
 def gradients(model, batch):
@@ -108,7 +110,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_their_samples(llava, shapes,
     bins = [[rows[0]]]
     for row, is_cut in zip(rows[1:], cuts, strict=False):
         bins.append([row]) if is_cut else bins[-1].append(row)
-    found_loss, found = gradients(model, collate_bins(bins))
+    found_loss, found = gradients(model, collate_packed(bins))
     torch.testing.assert_close(found_loss, loss, atol=1e-5, rtol=1e-5)
     for name, gradient in expected.items():
         scale = max(float(gradient.abs().max()), 1.0)  # small sums of large terms differ by theirs
@@ -133,7 +135,7 @@ class Shapes(TorchDispatchMode):
 def products(model, rows, *, packed, precision):
     """Shapes of all products, forwards and backwards, of a batch of these rows."""
     rows = list(rows)
-    batch = collate_bins([rows]) if packed else collate(rows)
+    batch = collate_packed([rows]) if packed else collate(rows)
     how = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with Shapes() as shapes, PlainAttention():
         with how:
@@ -265,7 +267,7 @@ class FixedRows:
 
     def batch(self, step, micro):
         rows = [self.rows[(step + i) % len(self.rows)] for i in range(2)]
-        made = collate_bins([rows]) if self.packed else collate(rows)
+        made = collate_packed([rows]) if self.packed else collate(rows)
         return made, made.num_valid
 
     def loss(self, batch):

@@ -10,6 +10,11 @@ def test_long_samples_come_first_and_short_ones_fill_the_rows():
     assert pack([300, 900, 400, 700, 600], 1024) == [[1], [3, 0], [4, 2]]
 
 
+def test_a_sample_that_fills_the_rest_of_a_row_exactly_goes_into_it():
+    assert pack([60, 40], 100) == [[0, 1]]
+    assert pack([100], 100) == [[0]]
+
+
 @given(st.lists(st.integers(1, 100), max_size=60), st.integers(100, 250))
 def test_every_sample_is_in_one_row_that_has_room(lengths, room):
     bins = pack(lengths, room)

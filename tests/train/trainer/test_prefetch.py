@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from lapilli.errors import ConfigError, DataError
-from lapilli.train.distributed import Team
+from lapilli.train.distributed import ParallelContext
 from lapilli.train.trainer.contract import TrainingError
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.prefetch import ReadAhead, batches
 from tests.train.conftest import new_recipe, new_regression
 from tests.train.faults import start, wait_for
 
-PLACES = [(step, micro) for step in range(4) for micro in Team(1, 3).own(5)]
+PLACES = [(step, micro) for step in range(4) for micro in ParallelContext(1, 3).micro_batches(5)]
 
 
 def make(step, micro):

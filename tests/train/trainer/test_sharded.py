@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lapilli.errors import LapilliError
-from lapilli.train.distributed import ALONE
+from lapilli.train.distributed import SINGLE_PROCESS
 from lapilli.train.trainer.sharded import load_pieces, newest_pieces, save_pieces, values_of
 
 
@@ -34,7 +34,7 @@ def saved(folder, step=3, model=None):
     average = {"0.weight": torch.full((8, 4), 0.5)}
     save_pieces(
         folder,
-        ALONE,
+        SINGLE_PROCESS,
         model=model,
         optimizer=optimizer,
         average=average,
@@ -45,7 +45,7 @@ def saved(folder, step=3, model=None):
 
 
 def load(path, model, optimizer, average=None):
-    load_pieces(path, ALONE, model=model, optimizer=optimizer, average=average)
+    load_pieces(path, SINGLE_PROCESS, model=model, optimizer=optimizer, average=average)
 
 
 def test_everything_comes_back_whatever_the_order_of_the_groups(tmp_path):

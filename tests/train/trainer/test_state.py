@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lapilli.train.distributed import ALONE
+from lapilli.train.distributed import SINGLE_PROCESS
 from lapilli.train.recipe import OptimRecipe
 from lapilli.train.trainer.contract import TrainingError
 from lapilli.train.trainer.loop import train
@@ -25,7 +25,7 @@ from lapilli.train.trainer.state import (
     save_best,
     save_state,
 )
-from lapilli.train.trainer.state_file import check_identity, write_whole
+from lapilli.train.trainer.state_file import check_fingerprint, write_whole
 from tests.train.conftest import new_recipe, new_regression
 from tests.train.faults import flat, new_noisy, noisy_recipe, start
 
@@ -98,10 +98,10 @@ def in_a_file(state, folder):
 
 def in_pieces(state, folder):
     """As several processes save it, by one of them."""
-    values = {"best": None, "identity": state.identity and dict(state.identity)}
+    values = {"best": None, "identity": state.fingerprint and dict(state.fingerprint)}
     save_pieces(
         folder,
-        ALONE,
+        SINGLE_PROCESS,
         model=state.model,
         optimizer=state.optimizer,
         average=state.average.tensors,
@@ -122,7 +122,7 @@ IDENTITIES = st.dictionaries(
 @settings(max_examples=12, deadline=None)
 def test_a_state_of_other_batches_is_refused_and_every_difference_named(save, theirs, ours):
     saved, state = new_state(steps=1), new_state(steps=0)
-    saved.identity, state.identity = theirs, ours
+    saved.fingerprint, state.fingerprint = theirs, ours
     before = {name: value.clone() for name, value in everything(state).items()}
     differ = {name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)}
     with TemporaryDirectory() as name:
@@ -145,7 +145,7 @@ def test_a_state_of_other_batches_is_refused_and_every_difference_named(save, th
 @pytest.mark.parametrize(("theirs", "ours"), [(None, {"run.seed": 1}), ({"run.seed": 1}, None)])
 def test_a_state_or_a_task_that_does_not_say_is_believed(tmp_path, save, theirs, ours):
     saved, state = new_state(), new_state(steps=0)
-    saved.identity, state.identity = theirs, ours
+    saved.fingerprint, state.fingerprint = theirs, ours
     save(saved, tmp_path)
     assert load_state(state, tmp_path)
     assert state.step == 3
@@ -157,10 +157,10 @@ def test_a_state_of_an_earlier_version_loads_and_says_what_it_is_from_then_on(tm
     del old["identity"], old["digest"]
     torch.save(old, tmp_path / "state.pt")
     state = new_state(steps=0)
-    state.identity = {"run.seed": 1}
+    state.fingerprint = {"run.seed": 1}
     assert load_state(state, tmp_path)
     assert save_state(state, tmp_path) == tmp_path / "state.pt"
-    state.identity = {"run.seed": 2}
+    state.fingerprint = {"run.seed": 2}
     with pytest.raises(TrainingError, match=r"run.seed: the state says 1, the recipe 2\)"):
         load_state(state, tmp_path)
 
@@ -264,6 +264,6 @@ def test_a_folder_that_is_gone_is_told(tmp_path, regression):
 
 def test_a_state_of_before_the_keys_were_renamed_goes_on(tmp_path):
     ours = {"run.seed": 0, "run.gradient_accumulation_steps": 4}
-    check_identity(ours, {"run.seed": 0, "run.accumulate": 4}, tmp_path)
-    with pytest.raises(TrainingError, match="run.gradient_accumulation_steps: the state says 8"):
-        check_identity(ours, {"run.seed": 0, "run.accumulate": 8}, tmp_path)
+    check_fingerprint(ours, {"run.seed": 0, "run.accumulate": 4}, tmp_path)
+    with pytest.raises(TrainingError, match="accumulation_steps: the state says 8"):
+        check_fingerprint(ours, {"run.seed": 0, "run.accumulate": 8}, tmp_path)

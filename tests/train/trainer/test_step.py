@@ -7,18 +7,18 @@ import torch
 from torch import nn
 
 from lapilli.errors import ConfigError
-from lapilli.train.distributed import ALONE, Team
+from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
 from lapilli.train.recipe import RunRecipe
 from lapilli.train.trainer.contract import CountedTask, Loss, Task, TrainingError
 from lapilli.train.trainer.loop import number_of_steps, train
 from lapilli.train.trainer.metrics import RunLog
-from lapilli.train.trainer.step import Moment, plain, take_step
+from lapilli.train.trainer.step import StepContext, plain, take_step
 from tests.train.conftest import new_recipe, new_regression
 from tests.train.faults import new_noisy
 
 
 @dataclass(frozen=True)
-class Rows:
+class EncodedDataset:
     inputs: torch.Tensor
     words: dict
     ids: tuple[str, ...] = ("a", "b")
@@ -34,7 +34,7 @@ class Named:
 
     def batch(self, step, micro):
         inputs = torch.full((2, 3), float(step + micro))
-        return Rows(inputs, {"at": np.array([step, micro])}, (f"s{step}", f"m{micro}")), 2
+        return EncodedDataset(inputs, {"at": np.array([step, micro])}, (f"s{step}", f"m{micro}")), 2
 
     def loss(self, batch):
         total = self.model(batch.inputs).square().sum()
@@ -50,7 +50,7 @@ def sum_of_steps(task, recipe, steps=3):
     records = []
     for step in range(steps):
         made = {m: task.batch(step, m) for m in range(recipe.run.gradient_accumulation_steps)}
-        moment = Moment(step, ALONE, lambda: False)
+        moment = StepContext(step, SINGLE_PROCESS, lambda: False)
         records.append(take_step(task, optimizer, recipe, made, at=moment))
     return records
 
@@ -70,7 +70,7 @@ def test_accumulated_batches_are_one_batch():
     theirs = sum_of_steps(whole, new_recipe(gradient_accumulation_steps=1))
     assert [r.count for r in ours] == [r.count for r in theirs]
     for one, other in zip(ours, theirs, strict=True):
-        assert one.figures == pytest.approx(other.figures, rel=1e-5)
+        assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
     for one, other in zip(split.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -83,7 +83,7 @@ def test_llavas_reduction_is_the_mean_of_means():
         batch, count = task.batch(0, micro)
         means.append(task.loss(batch).total.item() / count)
     (record,) = sum_of_steps(task, recipe, steps=1)
-    assert record.figures["loss"] == pytest.approx(sum(means) / 2)
+    assert record.metrics["loss"] == pytest.approx(sum(means) / 2)
 
 
 def test_clipping_holds_the_step_down():
@@ -95,7 +95,7 @@ def test_clipping_holds_the_step_down():
     (same,) = sum_of_steps(
         free, replace(recipe, optim=replace(recipe.optim, max_grad_norm=1e9)), steps=1
     )
-    assert record.figures["norm"] == pytest.approx(same.figures["norm"])
+    assert record.metrics["norm"] == pytest.approx(same.metrics["norm"])
     moved = [p.detach() - old for p, old in zip(clipped.model.parameters(), before, strict=True)]
     norm = torch.cat([m.flatten() for m in moved]).norm().item()
     assert norm == pytest.approx(0.1 * 0.01, rel=1e-3)
@@ -106,7 +106,7 @@ def test_dropout_is_a_function_of_seed_and_step():
         torch.manual_seed(99)
         torch.randn(consumed)
         (record,) = sum_of_steps(new_noisy(), new_recipe(seed=seed), steps=1)
-        return record.figures["loss"]
+        return record.metrics["loss"]
 
     assert first_loss(0, 1) == first_loss(0, 50)
     assert first_loss(0, 1) != first_loss(1, 1)
@@ -145,7 +145,9 @@ def test_an_unwritable_batch_does_not_hide_the_loss(tmp_path):
 
 
 def test_plain_values_need_no_class():
-    made = plain({"rows": Rows(torch.ones(1), {}), "odd": {1: object}, "n": [1, None, "x"]})
+    made = plain(
+        {"rows": EncodedDataset(torch.ones(1), {}), "odd": {1: object}, "n": [1, None, "x"]}
+    )
     assert made["rows"]["ids"] == ("a", "b")
     assert made["n"] == (1, None, "x")
     assert made["odd"] == {"1": "<class 'object'>"}
@@ -175,7 +177,7 @@ def test_every_process_needs_a_micro_batch(tmp_path, regression):
     with pytest.raises(
         ConfigError, match=r"run.gradient_accumulation_steps is 2 and 3 processes .* to 3 or more"
     ):
-        train(regression, new_recipe(), tmp_path, team=Team(0, 3))
+        train(regression, new_recipe(), tmp_path, parallel=ParallelContext(0, 3))
 
 
 def test_bfloat16_is_for_the_passes_alone(tmp_path):

@@ -22,7 +22,7 @@ from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.choose import Template
 from lapilli.prompt.message import MediaPart
 from lapilli.train.data.dataset import Dataset
-from lapilli.train.data.encoder import RowMaker
+from lapilli.train.data.encoder import SampleEncoder
 from lapilli.train.data.sample import Sample, fetch_picture
 
 Kind = Literal[
@@ -62,7 +62,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class Summary:
     """A few numbers about many."""
 
     min: int
@@ -72,7 +72,7 @@ class Spread:
     total: int
 
     @classmethod
-    def of(cls, values: Iterable[int]) -> "Spread | None":
+    def of(cls, values: Iterable[int]) -> "Summary | None":
         """None of nothing."""
         numbers = np.fromiter(values, np.int64)
         if not len(numbers):
@@ -111,9 +111,9 @@ class DataReport:
     num_media: int
     num_different_media: int
     num_answers: int
-    words: Spread | None
-    positions: Spread | None
-    supervised: Spread | None
+    words: Summary | None
+    positions: Summary | None
+    supervised: Summary | None
     max_length: int | None
     findings: tuple[Finding, ...]
 
@@ -183,7 +183,7 @@ Progress = Callable[[int, int], None]
 def check(
     dataset: Dataset,
     *,
-    maker: RowMaker | None = None,
+    encoder: SampleEncoder | None = None,
     template: Template | None = None,
     max_length: int | None = None,
     progress: Progress | None = None,
@@ -192,12 +192,12 @@ def check(
 
     Args:
         dataset: read from beginning to end; every different picture is opened once.
-        maker: counts positions and labels; None leaves both out. Its model's weights are not used.
-        template: without a maker, what turns have to suit; None: any order of turns is taken.
+        encoder: counts positions and labels; None leaves both out. Its weights are not used.
+        template: without an encoder, what turns have to suit; None: any order of turns is taken.
         max_length: positions that a row may have.
         progress: called with the samples that are done and with how many there are.
     """
-    checker = _Checker(maker, template, max_length)
+    checker = _Checker(encoder, template, max_length)
     for index in range(len(dataset)):
         checker.read(dataset, index)
         if progress is not None:
@@ -219,7 +219,7 @@ class Seen:
     twin: str | None = None
 
 
-class Album:
+class ImageChecker:
     """Every picture once: its size, or why it cannot be opened, and its content's first name."""
 
     def __init__(self) -> None:
@@ -263,10 +263,10 @@ class _Checker:
     """Goes through a data set and keeps numbers and findings."""
 
     def __init__(
-        self, maker: RowMaker | None, template: Template | None, max_length: int | None
+        self, encoder: SampleEncoder | None, template: Template | None, max_length: int | None
     ) -> None:
-        self._maker, self._template, self._max_length = maker, template, max_length
-        self._album = Album()
+        self._encoder, self._template, self._max_length = encoder, template, max_length
+        self._images = ImageChecker()
         self._ids: dict[str, str] = {}
         self._findings: list[Finding] = []
         self._num_media: list[int] = []
@@ -294,10 +294,10 @@ class _Checker:
         self._check_id(sample)
         self._check_answers(sample)
         sizes = self._check_media(sample)
-        if self._maker is None:
+        if self._encoder is None:
             self._check_turns(sample)
         elif len(sizes) == len(sample.media):
-            self._check_row(sample, sizes, self._maker)
+            self._check_row(sample, sizes, self._encoder)
 
     def _check_id(self, sample: Sample) -> None:
         first = self._ids.setdefault(sample.id, sample.where)
@@ -320,7 +320,7 @@ class _Checker:
 
     def _look(self, sample: Sample, part: MediaPart) -> Seen | None:
         try:
-            seen = self._album.look(part.source)
+            seen = self._images.look(part.source)
         except MediaError as error:
             self._add("image", sample, error)
             return None
@@ -336,9 +336,11 @@ class _Checker:
         except LapilliError as error:
             self._add("turns", sample, error)
 
-    def _check_row(self, sample: Sample, sizes: list[ImageSize], maker: RowMaker) -> None:
+    def _check_row(self, sample: Sample, sizes: list[ImageSize], encoder: SampleEncoder) -> None:
         try:
-            prompt = maker.encode(sample, maker.count(sample, [size_only(size) for size in sizes]))
+            prompt = encoder.encode(
+                sample, encoder.count(sample, [size_only(size) for size in sizes])
+            )
         except LapilliError as error:
             self._add("turns", sample, error)
             return
@@ -361,11 +363,11 @@ class _Checker:
             num_with_media=int(has_media.sum()),
             num_text_only=int((~has_media).sum()),
             num_media=sum(self._num_media),
-            num_different_media=len(self._album),
+            num_different_media=len(self._images),
             num_answers=self._num_answers,
-            words=Spread.of(self._words),
-            positions=Spread.of(self._positions),
-            supervised=Spread.of(self._supervised),
+            words=Summary.of(self._words),
+            positions=Summary.of(self._positions),
+            supervised=Summary.of(self._supervised),
             max_length=self._max_length,
             findings=tuple(self._findings),
         )

@@ -28,7 +28,7 @@ from lapilli.train.data.sample import Sample, fetch_picture
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class EncodedSample:
     """A sample as the model learns from it.
 
     Attributes:
@@ -47,10 +47,10 @@ class Row:
 
 
 @runtime_checkable
-class MakesRows(Protocol):
-    """What turns samples into rows: a RowMaker, or what makes more of a sample than one does."""
+class EncodesSamples(Protocol):
+    """A SampleEncoder, or what makes more of a sample than one does."""
 
-    def row(self, sample: Sample) -> Row:
+    def row(self, sample: Sample) -> EncodedSample:
         """The row of a sample.
 
         Raises:
@@ -59,7 +59,7 @@ class MakesRows(Protocol):
         ...
 
 
-class RowMaker:
+class SampleEncoder:
     """Makes rows of samples.
 
     Args:
@@ -87,7 +87,7 @@ class RowMaker:
         self._max_length, self._image_id = max_length, image_id
         self._limits, self.alpha = limits or FetchLimits(), alpha
 
-    def row(self, sample: Sample) -> Row:
+    def row(self, sample: Sample) -> EncodedSample:
         """The row of a sample.
 
         Raises:
@@ -103,7 +103,7 @@ class RowMaker:
             self._check_ids(kept)
         except LapilliError as error:
             raise DataError(f"{sample.label}: {error}") from error
-        return Row(kept, media[: len(kept.spans)], sample.id, len(prompt) - len(kept))
+        return EncodedSample(kept, media[: len(kept.spans)], sample.id, len(prompt) - len(kept))
 
     def _check_ids(self, prompt: EncodedPrompt) -> None:
         """Refuse ids of added tokens that the files give and the weights know nothing of."""
@@ -178,17 +178,17 @@ def _check_supervised(whole: EncodedPrompt, kept: EncodedPrompt) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedRows:
-    """A RowMaker without a length limit, and what the checkpoint says about rows."""
+class PlannedEncoder:
+    """A SampleEncoder without a length limit, and what the checkpoint says about rows."""
 
-    maker: RowMaker
+    encoder: SampleEncoder
     template: Template
     context_length: int
 
 
-def plan_rows(
+def plan_encoder(
     checkpoint: str | Path, *, base: str | None = None, template: str | None = None
-) -> PlannedRows:
+) -> PlannedEncoder:
     """How a checkpoint reads samples.
 
     Args:
@@ -204,5 +204,5 @@ def plan_rows(
     plan = make_plan(checkpoint, base=base, fetch=False)
     chosen = choose_for(plan, template).template
     model, image_id = build_model(plan.config), plan.config.tokens.image_id
-    maker = RowMaker(plan.tokenizer, chosen, model, image_id=image_id)
-    return PlannedRows(maker, chosen, plan.config.max_length or plan.config.context_length)
+    encoder = SampleEncoder(plan.tokenizer, chosen, model, image_id=image_id)
+    return PlannedEncoder(encoder, chosen, plan.config.max_length or plan.config.context_length)

@@ -78,7 +78,7 @@ def _sha256(pieces: Iterable[bytes]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def identity_of(
+def fingerprint_of(
     recipe: Recipe,
     template: str,
     counts: Sequence[int],

@@ -252,8 +252,9 @@ def is_large(data: bytes | str) -> bool:
         return True
     if len(data) <= _MOST_VALUES:
         return False
-    marks = (b",", b"[", b"{") if isinstance(data, bytes) else (",", "[", "{")
-    return sum(data.count(mark) for mark in marks) > _MOST_VALUES  # type: ignore[arg-type]
+    if isinstance(data, bytes):
+        return sum(data.count(mark) for mark in (b",", b"[", b"{")) > _MOST_VALUES
+    return sum(data.count(mark) for mark in (",", "[", "{")) > _MOST_VALUES
 
 
 def too_large(where: str) -> DataError:

@@ -114,7 +114,7 @@ def open_source(recipe: SourceRecipe) -> Source:
 def _open_file(path: Path, images: str | None) -> Source:
     folder = _folder_of(path, images)
     try:
-        _refuse_foreign(path)
+        _check_foreign(path)
         return _open_kind(path, folder)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -144,7 +144,7 @@ def _folder_of(path: Path, images: str | None) -> PictureFolder:
     return PictureFolder(folder)
 
 
-def _refuse_foreign(path: Path) -> None:
+def _check_foreign(path: Path) -> None:
     with path.open("rb") as file:
         begins = file.read(max(len(mark) for mark, _ in _FOREIGN))
     for mark, meaning in _FOREIGN:

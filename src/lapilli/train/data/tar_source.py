@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lapilli.config.reader import shown
 from lapilli.errors import DataError
@@ -82,7 +82,7 @@ class _Header(tarfile.TarInfo):
         return super().fromtarfile(tarfile)
 
     @classmethod
-    def _look(cls, file: IO[bytes], name: object) -> None:
+    def _look(cls, file: Any, name: object) -> None:  # noqa: ANN401 - what tarfile opened
         block = file.read(_BLOCK)
         kind = block[156:157]
         if kind not in _EXTENDED:

@@ -31,8 +31,8 @@ _CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
-class Team:
-    """This process among all: `rank` of `size`; a team of one needs no network.
+class ParallelContext:
+    """This process among all: `rank` of `size`; one process alone needs no network.
 
     Attributes:
         sharding: "ddp": every process has the whole model; "fsdp": a part of every tensor.
@@ -49,7 +49,7 @@ class Team:
             raise ConfigError(f"process {self.rank} of {self.size}: ranks are 0 to {self.size - 1}")
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes logs and checkpoints."""
         return self.rank == 0
 
@@ -58,7 +58,7 @@ class Team:
         """Whether weights and moments lie in pieces."""
         return self.sharding == "fsdp" and self.size > 1
 
-    def own(self, number: int) -> range:
+    def micro_batches(self, number: int) -> range:
         """Which of `number` micro-batches this process reads.
 
         Raises:
@@ -173,7 +173,7 @@ def _numbers(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-ALONE = Team()
+SINGLE_PROCESS = ParallelContext()
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:

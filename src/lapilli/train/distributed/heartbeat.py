@@ -36,7 +36,7 @@ class ProcessLostError(LapilliError, RuntimeError):
         self.ranks = tuple(ranks)
 
 
-class Presence:
+class Heartbeat:
     """The signs of life of this process, from a thread of its own, and those of the others."""
 
     def __init__(self, store: Store, rank: int, size: int, beat_s: float = BEAT_S) -> None:
@@ -44,7 +44,7 @@ class Presence:
         # A store answers one question at a time, and some take long; torch before 2.8 has no clone.
         self._own: Store = getattr(store, "clone", lambda: store)()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="presence", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
     def _beat(self) -> None:
@@ -63,7 +63,7 @@ class Presence:
         self._over.set()
         self._thread.join(timeout=self._beat_s)
 
-    def leave_word(self, error: BaseException, *, lost: bool) -> None:
+    def report_failure(self, error: BaseException, *, lost: bool) -> None:
         """Say why this process ends, for those that wonder where it is."""
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         word = json.dumps({"cause": "lost" if lost else "error", "text": text})

@@ -1,9 +1,9 @@
 """How processes meet and part: torchrun's variables, or a file; knows no training.
 
     torchrun, srun     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
-    joined(seat)       device, process group, signs of life; on the way out, who failed
+    joined(rank_info)       device, process group, signs of life; on the way out, who failed
 
-Control (counts, figures, checkpoints' plans) goes over gloo on the CPU, tensors over nccl where the
+Control (counts, metrics, checkpoints' plans) goes over gloo on the CPU, tensors over nccl where the
 device is a GPU.
 """
 
@@ -21,15 +21,15 @@ from torch.distributed.rendezvous import rendezvous
 
 from lapilli.checkpoint.placement import choose_device
 from lapilli.errors import ConfigError
-from lapilli.train.distributed.context import Team
-from lapilli.train.distributed.heartbeat import BEAT_S, Presence, is_network_error
+from lapilli.train.distributed.context import ParallelContext
+from lapilli.train.distributed.heartbeat import BEAT_S, Heartbeat, is_network_error
 from lapilli.train.recipe import Sharding
 
 _NAMES: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class RankInfo:
     """Which process this is, and where all of them meet.
 
     Attributes:
@@ -44,8 +44,8 @@ class Seat:
     meeting: str = "env://"
 
 
-def seat_of(environment: Mapping[str, str]) -> Seat | None:
-    """The seat that torchrun (or a Slurm script) has put into the environment; None: alone.
+def rank_info_of(environment: Mapping[str, str]) -> RankInfo | None:
+    """The rank_info that torchrun (or a Slurm script) has put into the environment; None: alone.
 
     Raises:
         ConfigError: some of the variables are there, others are not, or are no numbers.
@@ -64,22 +64,22 @@ def seat_of(environment: Mapping[str, str]) -> Seat | None:
     except ValueError as error:
         told = ", ".join(f"{name}={environment.get(name)}" for name in names)
         raise ConfigError(f"{told}: expected whole numbers") from error
-    return Seat(rank, size, local)
+    return RankInfo(rank, size, local)
 
 
 @contextmanager
 def joined(
-    seat: Seat | None,
+    rank_info: RankInfo | None,
     *,
     sharding: Sharding = "ddp",
     device: str = "auto",
     timeout_s: float = 1800.0,
     beat_s: float = BEAT_S,
-) -> Iterator[Team]:
-    """The team, while the block runs.
+) -> Iterator[ParallelContext]:
+    """The parallel, while the block runs.
 
     Args:
-        seat: None, or of one process: nobody is met, and there is no network.
+        rank_info: None, or of one process: nobody is met, and there is no network.
         sharding: what the processes share: "ddp" nothing, "fsdp" weights and moments.
         device: "cpu", "cuda", or "auto": a GPU where there is one. One process alone may name any
             other, such as "cuda:1".
@@ -93,33 +93,33 @@ def joined(
         ConfigError: no such device, fewer GPUs than processes on this machine, or one named for
             all of them.
     """
-    if seat is None or seat.size == 1:
+    if rank_info is None or rank_info.size == 1:
         found = choose_device(device)
-        yield Team(device=_device("cuda", 0) if found == torch.device("cuda") else found)
+        yield ParallelContext(device=_device("cuda", 0) if found == torch.device("cuda") else found)
         return
-    place = _device(device, seat.local_rank)
+    place = _device(device, rank_info.local_rank)
     wait = timedelta(seconds=timeout_s)
-    store, _, _ = next(rendezvous(seat.meeting, seat.rank, seat.size, timeout=wait))
+    store, _, _ = next(rendezvous(rank_info.meeting, rank_info.rank, rank_info.size, timeout=wait))
     backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(
         backend,
         store=PrefixStore("group", store),
-        rank=seat.rank,
-        world_size=seat.size,
+        rank=rank_info.rank,
+        world_size=rank_info.size,
         timeout=wait,
     )
-    presence = Presence(PrefixStore("presence", store), seat.rank, seat.size, beat_s)
+    heartbeat = Heartbeat(PrefixStore("heartbeat", store), rank_info.rank, rank_info.size, beat_s)
     try:
-        yield Team(seat.rank, seat.size, sharding, place)
+        yield ParallelContext(rank_info.rank, rank_info.size, sharding, place)
         dist.barrier()  # the one that holds the store leaves last
     except BaseException as error:  # the others have to hear of it, an interrupt included
         lost = is_network_error(error)
-        presence.leave_word(error, lost=lost)
+        heartbeat.report_failure(error, lost=lost)
         if lost:
-            raise presence.find_lost() from error
+            raise heartbeat.find_lost() from error
         raise
     finally:
-        presence.end()
+        heartbeat.end()
         dist.destroy_process_group()
 
 
@@ -142,8 +142,8 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     return device
 
 
-def join_team(rank: int, size: int, meeting: Path) -> Team:
+def join_processes(rank: int, size: int, meeting: Path) -> ParallelContext:
     """Meet the other processes at a file that does not exist before the first comes."""
     if size > 1:
         dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
-    return Team(rank, size)
+    return ParallelContext(rank, size)

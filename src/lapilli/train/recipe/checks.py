@@ -16,7 +16,7 @@ from lapilli.train.data.source import NAME_A_FILE, expand
 from lapilli.train.recipe import Recipe, TrainerRecipe
 
 
-def refuse_unread(recipe: Recipe) -> None:
+def check_idle_keys(recipe: Recipe) -> None:
     """Check that every key which has another value than its default changes something.
 
     Raises:
@@ -97,7 +97,7 @@ def idle_optim(recipe: TrainerRecipe) -> Iterator[tuple[str, str]]:
         yield "optim.decay", "optim.weight_decay is 0: set it"
 
 
-def refuse_missing(recipe: Recipe, file: Path) -> None:
+def check_paths(recipe: Recipe, file: Path) -> None:
     """What the recipe names is there, as far as this disk can tell: a hub id may be anywhere.
 
     Args:

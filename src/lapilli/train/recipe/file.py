@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from lapilli.errors import ConfigError, UnknownKeyError
 from lapilli.train.recipe import Recipe
-from lapilli.train.recipe.checks import refuse_unread
+from lapilli.train.recipe.checks import check_idle_keys
 
 Section = TypeVar("Section")
 
@@ -59,7 +59,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         UnknownKeyError: a section or key that nothing reads, or that another value makes idle.
     """
     recipe = read_recipe(path, Recipe, overrides)
-    refuse_unread(recipe)
+    check_idle_keys(recipe)
     return recipe
 
 

@@ -21,7 +21,7 @@ from lapilli.shapes import Bool, Int, Tensor
 
 
 @runtime_checkable
-class RowLike(Protocol):
+class EncodedLike(Protocol):
     """What is collated: an encoded conversation and its media, in the order of its spans."""
 
     @property
@@ -78,12 +78,12 @@ class TrainingBatch:
         return any(len(lengths) > 1 for lengths in self.segments)
 
 
-def collate(rows: Sequence[RowLike]) -> TrainingBatch:
+def collate(rows: Sequence[EncodedLike]) -> TrainingBatch:
     """One batch of rows of one sample each."""
-    return collate_bins([[row] for row in rows])
+    return collate_packed([[row] for row in rows])
 
 
-def collate_bins(bins: Sequence[Sequence[RowLike]]) -> TrainingBatch:
+def collate_packed(bins: Sequence[Sequence[EncodedLike]]) -> TrainingBatch:
     """One batch with a row for every bin, the samples of a bin one after the other."""
     segments = tuple(tuple(len(sample.prompt) for sample in samples) for samples in bins)
     shape = len(bins), rounded(max(map(sum, segments)))

@@ -72,7 +72,7 @@ class CountedTask(Task, Protocol):
 class IdentifiedTask(Task, Protocol):
     """A task that knows what makes another run: a state of another one is refused."""
 
-    def identity(self) -> Mapping[str, Plain]:
+    def fingerprint(self) -> Mapping[str, Plain]:
         """What decides its batches and what its weights mean, by the recipe's names."""
         ...
 

@@ -24,7 +24,7 @@ from typing import Final
 import torch
 
 from lapilli.errors import ConfigError
-from lapilli.train.distributed import ALONE, Team
+from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
 from lapilli.train.recipe import RunRecipe, TrainerRecipe
 from lapilli.train.trainer.contract import (
     CountedTask,
@@ -35,10 +35,10 @@ from lapilli.train.trainer.contract import (
     TrainingError,
 )
 from lapilli.train.trainer.curves import LossWatch, advice, rise_record
-from lapilli.train.trainer.metrics import Journal, open_journal, peak_memory
+from lapilli.train.trainer.metrics import MetricsLogger, open_metrics_logger, peak_memory
 from lapilli.train.trainer.optim import Average, build_optimizer, lr_share, peak_lrs, set_lr
 from lapilli.train.trainer.prefetch import MakeBatch, batches
-from lapilli.train.trainer.signals import Stopped, StopWatch
+from lapilli.train.trainer.signals import SignalHandler, Stopped
 from lapilli.train.trainer.state import (
     Best,
     RunState,
@@ -49,8 +49,8 @@ from lapilli.train.trainer.state import (
     save_state,
 )
 from lapilli.train.trainer.step import (
-    Moment,
     NotFiniteError,
+    StepContext,
     StepRecord,
     device_of,
     precision,
@@ -68,7 +68,7 @@ def train(
     recipe: TrainerRecipe,
     folder: Path,
     *,
-    team: Team = ALONE,
+    parallel: ParallelContext = SINGLE_PROCESS,
     echo: bool = False,
     progress: bool = False,
     on_save: OnSave | None = None,
@@ -82,7 +82,7 @@ def train(
         task: what is trained on what.
         recipe: how.
         folder: where everything goes.
-        team: this process among all.
+        parallel: this process among all.
         echo: log lines on stderr.
         progress: a progress bar on stderr.
         on_save: called in every process after each checkpoint, with the number of steps done; the
@@ -92,19 +92,19 @@ def train(
         TrainingError: the loss or the gradient is not finite (the batch is kept in
             `folder/bad_batch.pt`), a worker died, or the disk is full; the checkpoint is whole. Or
             the checkpoint in `folder` is of another run.
-        ConfigError: the recipe does not go with the task or the team.
+        ConfigError: the recipe does not go with the task or the processes.
         Stopped: SIGTERM (143) or SIGINT (130) came; the state is saved. A SystemExit.
     """
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     steps = number_of_steps(task, recipe.run)
-    _check(recipe.run, team)
+    _check(recipe.run, parallel)
     folder.mkdir(parents=True, exist_ok=True)
     average = Average(task.model, recipe.optim.ema) if recipe.optim.ema else None
-    identity = task.identity() if isinstance(task, IdentifiedTask) else None
+    fingerprint = task.fingerprint() if isinstance(task, IdentifiedTask) else None
     optimizer = build_optimizer(task.model, recipe.optim)
-    state = RunState(task.model, optimizer, average, identity=identity)
-    load_state(state, folder, team)
+    state = RunState(task.model, optimizer, average, fingerprint=fingerprint)
+    load_state(state, folder, parallel)
     if state.best is not None and recipe.run.keep_best:
         read_best(state, folder)  # one that cannot be used is told before the steps, not after them
     if state.step > steps:
@@ -112,12 +112,12 @@ def train(
             f"the run in {folder} has done {state.step} steps, and this recipe has {steps}: give "
             "another folder, or as many steps as are done"
         )
-    with open_journal(
-        recipe, folder, (state.step, steps), team=team, echo=echo, progress=progress
-    ) as journal:
-        watch = LossWatch(steps, journal.records)
-        _Run(task, recipe, folder, team, state, steps, journal, on_save, watch).go()
-        journal.draw()
+    with open_metrics_logger(
+        recipe, folder, (state.step, steps), parallel=parallel, echo=echo, progress=progress
+    ) as logger:
+        watch = LossWatch(steps, logger.records)
+        _Run(task, recipe, folder, parallel, state, steps, logger, on_save, watch).go()
+        logger.draw()
     if state.best is not None and recipe.run.keep_best:
         load_best(state, folder)
     elif average is not None:
@@ -143,12 +143,12 @@ def number_of_steps(task: Task, run: RunRecipe) -> int:
     )
 
 
-def _check(run: RunRecipe, team: Team) -> None:
-    if (number := run.gradient_accumulation_steps) < team.size:
+def _check(run: RunRecipe, parallel: ParallelContext) -> None:
+    if (number := run.gradient_accumulation_steps) < parallel.size:
         raise ConfigError(
-            f"run.gradient_accumulation_steps is {number} and {team.size} processes train: each of "
-            f"them needs a micro-batch of every step, so start {number} processes at most, or "
-            f"begin a run with run.gradient_accumulation_steps set to {team.size} or more"
+            f"run.gradient_accumulation_steps is {number} and {parallel.size} processes train: "
+            f"each of them needs a micro-batch of every step, so start {number} processes at most, "
+            f"or begin a run with run.gradient_accumulation_steps set to {parallel.size} or more"
         )
 
 
@@ -176,10 +176,10 @@ class _Run:
     task: Task
     recipe: TrainerRecipe
     folder: Path
-    team: Team
+    parallel: ParallelContext
     state: RunState
     steps: int
-    journal: Journal
+    logger: MetricsLogger
     on_save: OnSave | None
     losses: LossWatch
     pace: _Pace = field(default_factory=_Pace)
@@ -187,10 +187,10 @@ class _Run:
 
     def go(self) -> None:
         run, first = self.recipe.run, self.state.step
-        own = self.team.own(run.gradient_accumulation_steps)
+        own = self.parallel.micro_batches(run.gradient_accumulation_steps)
         places = ((step, micro) for step in range(first, self.steps) for micro in own)
         ahead = batches(self.task.batch, places, run.workers, describe=self._describe)
-        with StopWatch() as watch, ahead as make:
+        with SignalHandler() as watch, ahead as make:
             while self.state.step < self.steps:
                 started = time.monotonic()
                 record = self._step(make, watch)
@@ -214,11 +214,11 @@ class _Run:
             f"{self.saved}; the same command goes on from there",
         )
 
-    def _step(self, make: MakeBatch, watch: StopWatch) -> StepRecord:
+    def _step(self, make: MakeBatch, watch: SignalHandler) -> StepRecord:
         step, optim = self.state.step, self.recipe.optim
         made = {
             micro: make(step, micro)
-            for micro in self.team.own(self.recipe.run.gradient_accumulation_steps)
+            for micro in self.parallel.micro_batches(self.recipe.run.gradient_accumulation_steps)
         }
         share = lr_share(step, self.steps, optim)
         set_lr(self.state.optimizer, share)
@@ -228,47 +228,47 @@ class _Run:
                 self.state.optimizer,
                 self.recipe,
                 made,
-                at=Moment(step, self.team, watch.asked),
+                at=StepContext(step, self.parallel, watch.asked),
             )
         except NotFiniteError as error:
-            raise stopped_at(error, step, self.folder, self.team) from error
+            raise stopped_at(error, step, self.folder, self.parallel) from error
         self.state.step = step + 1
         if self.state.average is not None:
             self.state.average.update(self.state.step)
         self.state.skipped += record.skipped
-        record.figures["lr"] = optim.lr * share
+        record.metrics["lr"] = optim.lr * share
         if self.state.skipped:
-            record.figures["skipped"] = self.state.skipped
+            record.metrics["skipped"] = self.state.skipped
         return record
 
     def _write(self, record: StepRecord) -> bool:
         """Log, evaluation and checkpoint, as far as they are due; whether the state is saved."""
         run, done = self.recipe.run, self.state.step
         is_last = done == self.steps
-        figures = {"step": done, **record.figures}
+        metrics = {"step": done, **record.metrics}
         memory = round(peak_memory(device_of(self.task.model)) / 2**30, 2)
-        self.journal.tick({**figures, "gib": memory}, record.count)
+        self.logger.tick({**metrics, "gib": memory}, record.count)
         if done % run.log_every == 0 or is_last:
-            self.journal.write({**figures, "per_s": self.pace.take(), "gib": memory})
-        if rise := self.losses.push(record.figures["loss"]):
+            self.logger.write({**metrics, "per_s": self.pace.take(), "gib": memory})
+        if rise := self.losses.push(record.metrics["loss"]):
             told = rise_record(done, rise)
-            self.journal.write(told)
+            self.logger.write(told)
             if text := advice([told], max(peak_lrs(self.state.optimizer))):
-                self.journal.warn(text)
+                self.logger.warning(text)
         if is_last or (run.evaluate_every and done % run.evaluate_every == 0):
             found = evaluate(self.task, self.recipe, self.state.average)
             if found:
-                self.journal.write({"step": done, **found})
+                self.logger.write({"step": done, **found})
             if run.keep_best:
-                keep_best(self.state, found, self.folder, self.team)
+                keep_best(self.state, found, self.folder, self.parallel)
         is_due = done % run.save_every == 0 or is_last
         if is_due:
             self._save()
         return is_due
 
     def _save(self) -> None:
-        self.journal.sync()
-        self.saved = save_state(self.state, self.folder, self.team)
+        self.logger.sync()
+        self.saved = save_state(self.state, self.folder, self.parallel)
         if self.on_save is not None:
             average = self.state.average
             with nullcontext() if average is None else average.in_place():
@@ -281,7 +281,7 @@ EVAL_LOSS: Final = "eval_loss"
 def evaluate(
     task: Task, recipe: TrainerRecipe, average: Average | None = None
 ) -> Mapping[str, float]:
-    """The task's figures with the model in evaluation mode, with its averages where it has them."""
+    """The task's metrics with the model in evaluation mode, with its averages where it has them."""
     task.model.eval()
     try:
         weights = nullcontext() if average is None else average.in_place()
@@ -291,22 +291,24 @@ def evaluate(
         task.model.train()
 
 
-def keep_best(state: RunState, figures: Mapping[str, float], folder: Path, team: Team) -> None:
+def keep_best(
+    state: RunState, metrics: Mapping[str, float], folder: Path, parallel: ParallelContext
+) -> None:
     """Write the weights of this step where no earlier evaluation had a lower loss.
 
     Raises:
         ConfigError: the task does not say what its loss is.
     """
-    if EVAL_LOSS not in figures:
+    if EVAL_LOSS not in metrics:
         raise ConfigError(
             f"run.keep_best needs {EVAL_LOSS}, and the evaluation gave "
-            f"{sorted(figures) or 'nothing'}: set data.held_out or data.evaluation"
+            f"{sorted(metrics) or 'nothing'}: set data.held_out or data.evaluation"
         )
     # The processes may differ in the last bit; all of them have to write or none.
-    found = team.sum_floats({EVAL_LOSS: float(figures[EVAL_LOSS]) if team.leads else 0.0})[
-        EVAL_LOSS
-    ]
+    found = parallel.sum_floats(
+        {EVAL_LOSS: float(metrics[EVAL_LOSS]) if parallel.is_main_process else 0.0}
+    )[EVAL_LOSS]
     least = math.inf if state.best is None else state.best.eval_loss
     if found < least:  # never, where it is not a number
         state.best = Best(state.step, found)
-        save_best(state, folder, team)
+        save_best(state, folder, parallel)

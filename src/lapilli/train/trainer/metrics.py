@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lapilli.config.json_text import parse_json
 from lapilli.errors import CheckpointError, ConfigError
-from lapilli.train.distributed import Team
+from lapilli.train.distributed import ParallelContext
 from lapilli.train.recipe import TrainerRecipe
 from lapilli.train.trainer.contract import Record, TrainingError
 from lapilli.train.trainer.curves import evaluation_curve, loss_curve, plot_losses
@@ -210,9 +210,9 @@ class WandbTracker:
             ) from error
 
     def write(self, record: Record) -> None:
-        """All figures of a step."""
-        figures = {name: value for name, value in record.items() if name != "step"}
-        self._run.log(figures, step=int(record["step"]))
+        """All metrics of a step."""
+        metrics = {name: value for name, value in record.items() if name != "step"}
+        self._run.log(metrics, step=int(record["step"]))
 
     def sync(self) -> None:
         """Nothing to do: records are sent from a process of its own."""
@@ -265,12 +265,12 @@ class ProgressBar:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=console or Console(stderr=True, force_terminal=True),
         )
-        self._task = self._progress.add_task(title, total=steps, completed=done, figures="")
+        self._task = self._progress.add_task(title, total=steps, completed=done, metrics="")
         self._ticks: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self._progress.start()
 
@@ -280,8 +280,8 @@ class ProgressBar:
         (first, skipped), (last, _) = self._ticks[0], self._ticks[-1]
         tokens = sum(number for _, number in self._ticks) - skipped
         speed = f"{tokens / (last - first):,.0f} tokens/s  " if last > first else ""
-        figures = f"loss {record['loss']:.4f}  {speed}{record['gib']:.1f} GiB"
-        self._progress.update(self._task, completed=record["step"], figures=figures)
+        metrics = f"loss {record['loss']:.4f}  {speed}{record['gib']:.1f} GiB"
+        self._progress.update(self._task, completed=record["step"], metrics=metrics)
 
     def say(self, text: str) -> None:
         """One line above the bar."""
@@ -302,7 +302,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
 
 
-class Journal:
+class MetricsLogger:
     """What is told to everyone who listens.
 
     Args:
@@ -339,7 +339,7 @@ class Journal:
         """What the log says so far; nothing in a process that does not lead."""
         return () if self._log is None else self._log.records()
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         """One line for people on standard error."""
         if self._bar is not None:
             self._bar.say(text)
@@ -358,7 +358,7 @@ class Journal:
         if self._log is None or not self._plot:
             return
         if find_spec("matplotlib") is None:
-            self.warn(
+            self.warning(
                 "loss.png is not drawn, as matplotlib is not installed: pip install "
                 "'lapilli[train]', or set run.plot = false"
             )
@@ -378,32 +378,32 @@ class Journal:
 
 
 @contextmanager
-def open_journal(
+def open_metrics_logger(
     recipe: TrainerRecipe,
     folder: Path,
     span: tuple[int, int],
     *,
-    team: Team,
+    parallel: ParallelContext,
     echo: bool,
     progress: bool,
-) -> Iterator[Journal]:
-    """The journal of the steps `span` (done, of all); what an earlier run wrote after it is gone.
+) -> Iterator[MetricsLogger]:
+    """The logger of the steps `span` (done, of all); what an earlier run wrote after it is gone.
 
     Raises:
         ConfigError: a tracker that the recipe asks for is not installed.
     """
-    if not team.leads:
-        yield Journal()
+    if not parallel.is_main_process:
+        yield MetricsLogger()
         return
     first, steps = span
     log = RunLog(folder, echo=echo)
     log.rewind(first)
     trackers = open_trackers(recipe, folder, first)
     bar = ProgressBar(first, steps, recipe.stage) if progress else None
-    journal = Journal(log, trackers, bar=bar, plot=recipe.run.plot)
+    logger = MetricsLogger(log, trackers, bar=bar, plot=recipe.run.plot)
     finished = False
     try:
-        yield journal
+        yield logger
         finished = True
     finally:
-        journal.close(finished=finished)
+        logger.close(finished=finished)

@@ -34,7 +34,7 @@ from lapilli.checkpoint.files import read_json
 from lapilli.errors import CheckpointError
 from lapilli.shapes import Tensor
 from lapilli.train.data.fingerprint import data_file
-from lapilli.train.distributed import Team
+from lapilli.train.distributed import ParallelContext
 from lapilli.train.trainer.contract import TrainingError
 from lapilli.train.trainer.state_file import (
     check_archive,
@@ -67,7 +67,7 @@ _NAMED: Final = frozenset(
 """All that the directory of pieces names; a pickle that names anything else would run code."""
 
 
-def gather(tensors: Mapping[str, Tensor], team: Team) -> dict[str, Tensor]:
+def gather(tensors: Mapping[str, Tensor], parallel: ParallelContext) -> dict[str, Tensor]:
     """Whole tensors in the lead's memory, from pieces or not; nothing in the other processes.
 
     All processes have to call it, with the same names; one tensor at a time is put together.
@@ -75,7 +75,7 @@ def gather(tensors: Mapping[str, Tensor], team: Team) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if team.leads:
+        if parallel.is_main_process:
             whole[name] = found.detach().cpu()
     return whole
 
@@ -102,7 +102,7 @@ def place_of(folder: Path, step: int) -> Path:
 
 def save_pieces(
     folder: Path,
-    team: Team,
+    parallel: ParallelContext,
     *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -116,7 +116,7 @@ def save_pieces(
 
     Args:
         folder: of the run.
-        team: of the run.
+        parallel: of the run.
         model: its trainable parameters are saved.
         optimizer: over these parameters.
         average: of these parameters, by their names.
@@ -128,22 +128,22 @@ def save_pieces(
     """
     place = place_of(folder, step)
     staged = place.with_name(place.name + _STAGED)
-    if team.leads:
+    if parallel.is_main_process:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
-    team.wait()
+    parallel.wait()
     tensors = dict(_tensors(model, optimizer, average))
     try:
         with _without_hint():
-            save(tensors, checkpoint_id=staged, no_dist=team.size == 1)
-        if team.leads:
+            save(tensors, checkpoint_id=staged, no_dist=parallel.size == 1)
+        if parallel.is_main_process:
             _finish(staged, place, {**values, "step": step})
     except (CheckpointException, OSError) as error:
         raise TrainingError(
             f"{place} cannot be written ({_reason(error)}); the earlier checkpoint is whole. Make "
             "room (or raise the quota) and start the same command again"
         ) from error
-    team.wait()
+    parallel.wait()
 
 
 def _finish(staged: Path, place: Path, values: Mapping[str, Any]) -> None:
@@ -160,9 +160,9 @@ def _finish(staged: Path, place: Path, values: Mapping[str, Any]) -> None:
             shutil.rmtree(other)
 
 
-def drop_pieces(folder: Path, team: Team) -> None:
+def drop_pieces(folder: Path, parallel: ParallelContext) -> None:
     """Remove states in pieces, when a newer one is whole in a file."""
-    if team.leads:
+    if parallel.is_main_process:
         shutil.rmtree(folder / _FOLDER, ignore_errors=True)
 
 
@@ -191,7 +191,7 @@ def values_of(path: Path) -> dict[str, Any]:
 
 def load_pieces(
     path: Path,
-    team: Team,
+    parallel: ParallelContext,
     *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -201,7 +201,7 @@ def load_pieces(
 
     Args:
         path: what `newest_pieces` found.
-        team: of this run; it may be another one than saved the state.
+        parallel: of this run; it may be another one than saved the state.
         model: whole or in pieces.
         optimizer: over its trainable parameters; its own learning rates stay.
         average: filled from the weights where the saved run kept none.
@@ -219,8 +219,8 @@ def load_pieces(
         for name, value in (average or {}).items():
             kept = f"average.{name}" in stored
             tensors |= {f"average.{name}": value} if kept else {}
-        with _without_hint():  # everyone in a team of whole models reads for itself
-            load(tensors, storage_reader=reader, no_dist=not team.is_sharded)
+        with _without_hint():  # every process with a whole model reads for itself
+            load(tensors, storage_reader=reader, no_dist=not parallel.is_sharded)
     except TrainingError:
         raise
     except (Exception, CheckpointException) as error:  # every parser in there has its own errors

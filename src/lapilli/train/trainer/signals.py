@@ -23,8 +23,8 @@ class Stopped(SystemExit):
         self.message = message
 
 
-class StopWatch:
-    """Inside `with StopWatch() as watch:` the first such signal is only noted.
+class SignalHandler:
+    """Inside `with SignalHandler() as watch:` the first such signal is only noted.
 
     The second one does what it always did, so that nobody waits for a step that hangs. Outside of
     the main thread nothing is caught: Python has no handlers there.
@@ -34,7 +34,7 @@ class StopWatch:
         self.seen: signal.Signals | None = None
         self._earlier: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "StopWatch":
+    def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread():
             self._earlier = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lapilli.train.distributed import ALONE, Team
+from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
 from lapilli.train.trainer.contract import Plain, TrainingError
 from lapilli.train.trainer.optim import Average
 from lapilli.train.trainer.sharded import (
@@ -31,7 +31,7 @@ from lapilli.train.trainer.sharded import (
     values_of,
 )
 from lapilli.train.trainer.state_file import (
-    check_identity,
+    check_fingerprint,
     checked_moments,
     checked_values,
     checked_weights,
@@ -53,11 +53,11 @@ class Best:
 
 @dataclass(slots=True)
 class RunState:
-    """Where a run stands; everything else is a function of its identity and the step.
+    """Where a run stands; everything else is a function of its fingerprint and the step.
 
     Attributes:
         skipped: samples so far that could not be read.
-        identity: what makes it another run, by the recipe's names; None: its task does not say.
+        fingerprint: what makes it another run, by the recipe's names; None: its task does not say.
     """
 
     model: nn.Module
@@ -66,7 +66,7 @@ class RunState:
     step: int = 0
     skipped: int = 0
     best: Best | None = None
-    identity: Mapping[str, Plain] | None = None
+    fingerprint: Mapping[str, Plain] | None = None
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:
@@ -74,7 +74,7 @@ class RunState:
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
 
 
-def save_state(state: RunState, folder: Path, team: Team = ALONE) -> Path:
+def save_state(state: RunState, folder: Path, parallel: ParallelContext = SINGLE_PROCESS) -> Path:
     """Everything that the next step needs, and where it lies.
 
     Raises:
@@ -82,23 +82,23 @@ def save_state(state: RunState, folder: Path, team: Team = ALONE) -> Path:
     """
     best = None if state.best is None else (state.best.step, state.best.eval_loss)
     average = None if state.average is None else state.average.tensors
-    identity = None if state.identity is None else dict(state.identity)
-    values = {"best": best, "skipped": state.skipped, "identity": identity}
-    if team.is_sharded:
+    fingerprint = None if state.fingerprint is None else dict(state.fingerprint)
+    values = {"best": best, "skipped": state.skipped, "identity": fingerprint}
+    if parallel.is_sharded:
         save_pieces(
             folder,
-            team,
+            parallel,
             model=state.model,
             optimizer=state.optimizer,
             average=average,
             step=state.step,
             values=values,
         )
-        if team.leads:
+        if parallel.is_main_process:
             (folder / _STATE).unlink(missing_ok=True)  # of earlier steps
         return place_of(folder, state.step)
     path = folder / _STATE
-    if not team.leads:
+    if not parallel.is_main_process:
         return path
     content = {
         "step": state.step,
@@ -108,7 +108,7 @@ def save_state(state: RunState, folder: Path, team: Team = ALONE) -> Path:
         **values,
     }
     write_state_file(content, path)
-    drop_pieces(folder, team)  # of earlier steps
+    drop_pieces(folder, parallel)  # of earlier steps
     return path
 
 
@@ -117,7 +117,7 @@ def holds_state(folder: Path) -> bool:
     return (folder / _STATE).exists() or newest_pieces(folder) is not None
 
 
-def load_state(state: RunState, folder: Path, team: Team = ALONE) -> bool:
+def load_state(state: RunState, folder: Path, parallel: ParallelContext = SINGLE_PROCESS) -> bool:
     """Go on from the checkpoint in `folder`; False and nothing changed where there is none.
 
     Raises:
@@ -130,15 +130,17 @@ def load_state(state: RunState, folder: Path, team: Team = ALONE) -> bool:
     if pieces is not None and (content is None or pieces[0] > checked_values(content, path)[0]):
         values = values_of(pieces[1])
         found = checked_values(values, pieces[1])
-        check_identity(state.identity, values.get("identity"), pieces[1])
+        check_fingerprint(state.fingerprint, values.get("identity"), pieces[1])
         average = None if state.average is None else state.average.tensors
-        load_pieces(pieces[1], team, model=state.model, optimizer=state.optimizer, average=average)
+        load_pieces(
+            pieces[1], parallel, model=state.model, optimizer=state.optimizer, average=average
+        )
         _go_on(state, found)
         return True
     if content is None:
         return False
     found = checked_values(content, path)
-    check_identity(state.identity, content.get("identity"), path)
+    check_fingerprint(state.fingerprint, content.get("identity"), path)
     weights = checked_weights(state.trained, content.get("model"), path, "model")
     moments = checked_moments(state.optimizer, content.get("optimizer"), path)
     averages = weights
@@ -178,17 +180,17 @@ def _piece(value: Any, parameter: torch.Tensor) -> Any:  # noqa: ANN401  whateve
     return piece_of(value, parameter) if isinstance(value, torch.Tensor) else value
 
 
-def save_best(state: RunState, folder: Path, team: Team = ALONE) -> None:
+def save_best(state: RunState, folder: Path, parallel: ParallelContext = SINGLE_PROCESS) -> None:
     """The weights of this moment as the best so far: the averages where the run keeps them."""
     if state.best is None:
         return
     weights = state.trained if state.average is None else state.average.tensors
-    if team.is_sharded:
-        weights = gather(weights, team)
+    if parallel.is_sharded:
+        weights = gather(weights, parallel)
     content = {"step": state.best.step, "eval_loss": state.best.eval_loss, "model": weights}
-    if team.leads:
+    if parallel.is_main_process:
         write_state_file(content, folder / _BEST)
-    team.wait()  # whoever loads it next finds it
+    parallel.wait()  # whoever loads it next finds it
 
 
 def load_best(state: RunState, folder: Path) -> None:

@@ -251,22 +251,22 @@ def checked_values(
     return int(step), skipped, (best[0], float(best[1]))  # type: ignore[arg-type]
 
 
-def check_identity(ours: Mapping[str, Plain] | None, theirs: object, path: Path) -> None:
+def check_fingerprint(ours: Mapping[str, Plain] | None, theirs: object, path: Path) -> None:
     """Refuse a state of another run; one that does not say is believed.
 
     Raises:
         TrainingError: every difference is named.
     """
-    if theirs is not None and not _is_identity(theirs):
-        raise damaged(path, "its identity is no record of plain values")
+    if theirs is not None and not _is_fingerprint(theirs):
+        raise damaged(path, "its fingerprint is no record of plain values")
     if ours is None or not isinstance(theirs, Mapping):
         return
-    theirs = {_RENAMED.get(name, name): said for name, said in theirs.items()}
-    names = [*theirs, *(name for name in ours if name not in theirs)]
-    differ = [name for name in names if ours.get(name) != theirs.get(name)]
+    saved = {_RENAMED.get(str(name), str(name)): said for name, said in theirs.items()}
+    names = [*saved, *(name for name in ours if name not in saved)]
+    differ = [name for name in names if ours.get(name) != saved.get(name)]
     if differ:
         told = "; ".join(
-            f"{name}: the state says {_said(theirs, name)}, the recipe {_said(ours, name)}"
+            f"{name}: the state says {_said(saved, name)}, the recipe {_said(ours, name)}"
             for name in differ
         )
         raise TrainingError(f"{path} is of another run ({told}): {_ADVICE}")
@@ -406,12 +406,12 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_identity(value: object) -> bool:
+def _is_fingerprint(value: object) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(name, str) and isinstance(said, (str, int, float, bool))
         for name, said in value.items()
     )
 
 
-def _said(identity: Mapping[str, Plain], name: str) -> str:
-    return repr(identity[name]) if name in identity else "nothing"
+def _said(fingerprint: Mapping[str, Plain], name: str) -> str:
+    return repr(fingerprint[name]) if name in fingerprint else "nothing"

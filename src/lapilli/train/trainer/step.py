@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812  torch's own habit
 from torch.overrides import TorchFunctionMode
 
 from lapilli.shapes import Float, Tensor
-from lapilli.train.distributed import Team
+from lapilli.train.distributed import ParallelContext
 from lapilli.train.recipe import TrainerRecipe
 from lapilli.train.trainer.contract import Loss, NamedBatch, SkippingBatch, Task, TrainingError
 from lapilli.train.trainer.loss import scales
@@ -49,30 +49,30 @@ class StepRecord:
     """What a step did.
 
     Attributes:
-        figures: loss and its parts per supervised thing, the gradients' norm.
+        metrics: loss and its parts per supervised thing, the gradients' norm.
         count: supervised things in all processes.
         skipped: samples that could not be read, in all processes.
         stop: whether a process was asked to end.
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     count: int
     skipped: int
     stop: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class StepContext:
     """Where a step stands in its run.
 
     Attributes:
         step: counted from 0.
-        team: this process among all.
+        parallel: this process among all.
         asked_to_stop: whether this process should end.
     """
 
     step: int
-    team: Team
+    parallel: ParallelContext
     asked_to_stop: Callable[[], bool]
 
 
@@ -82,7 +82,7 @@ def take_step(
     recipe: TrainerRecipe,
     made: Made,
     *,
-    at: Moment,
+    at: StepContext,
 ) -> StepRecord:
     """Learn from the micro-batches `made` (by their number) of this process.
 
@@ -91,9 +91,9 @@ def take_step(
     Raises:
         NotFiniteError: in every process at once.
     """
-    run, team = recipe.run, at.team
+    run, parallel = recipe.run, at.parallel
     counts = [made[m][1] if m in made else 0 for m in range(run.gradient_accumulation_steps)]
-    counts = team.sum_counts(counts)
+    counts = parallel.sum_counts(counts)
     weights = scales(counts, run.reduction)
     losses: list[Loss] = []
     for micro, (batch, _) in made.items():
@@ -101,19 +101,19 @@ def take_step(
         with _attention(task.model, recipe):
             with precision(task.model, recipe):
                 loss = task.loss(batch)
-            (loss.total * (weights[micro] * team.loss_scale)).backward()  # type: ignore[no-untyped-call]  # torch's own
+            (loss.total * (weights[micro] * parallel.loss_scale)).backward()  # type: ignore[no-untyped-call]  # torch's own
         losses.append(Loss(loss.total.detach(), loss.parts))
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    team.sum_gradients(trainable)
-    norm = team.clip(trainable, recipe.optim.max_grad_norm)
-    figures = _weighted(losses, [weights[micro] for micro in made])
+    parallel.sum_gradients(trainable)
+    norm = parallel.clip(trainable, recipe.optim.max_grad_norm)
+    metrics = _weighted(losses, [weights[micro] for micro in made])
     beside = {"stop": float(at.asked_to_stop()), "skipped": float(_num_skipped(made))}
-    figures = team.sum_floats({**figures, **beside})
-    asked, skipped = figures.pop("stop") > 0, int(figures.pop("skipped"))
-    _check_finite(figures, norm, losses, made)
+    metrics = parallel.sum_floats({**metrics, **beside})
+    asked, skipped = metrics.pop("stop") > 0, int(metrics.pop("skipped"))
+    _check_finite(metrics, norm, losses, made)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepRecord({**figures, "norm": norm}, sum(counts), skipped, asked)
+    return StepRecord({**metrics, "norm": norm}, sum(counts), skipped, asked)
 
 
 def _num_skipped(made: Made) -> int:
@@ -150,21 +150,21 @@ def _attention(model: nn.Module, recipe: TrainerRecipe) -> AbstractContextManage
 
 def _weighted(losses: Sequence[Loss], weights: Sequence[float]) -> dict[str, float]:
     """Loss and parts per supervised thing, summed in double precision on the host."""
-    figures = {"loss": 0.0}
+    metrics = {"loss": 0.0}
     for loss, weight in zip(losses, weights, strict=True):
-        figures["loss"] += float(loss.total) * weight
+        metrics["loss"] += float(loss.total) * weight
         for name, part in loss.parts.items():
-            figures[name] = figures.get(name, 0.0) + float(part) * weight
-    return figures
+            metrics[name] = metrics.get(name, 0.0) + float(part) * weight
+    return metrics
 
 
 def _check_finite(
-    figures: Mapping[str, float], norm: float, losses: Sequence[Loss], made: Made
+    metrics: Mapping[str, float], norm: float, losses: Sequence[Loss], made: Made
 ) -> None:
     """Stop before the update; every process sees the same sums."""
-    if not isfinite(figures["loss"]):
+    if not isfinite(metrics["loss"]):
         bad = [(m, made[m][0]) for m, loss in zip(made, losses, strict=True) if _bad(loss)]
-        raise NotFiniteError("loss", figures["loss"], bad)
+        raise NotFiniteError("loss", metrics["loss"], bad)
     if not isfinite(norm):
         raise NotFiniteError("gradient norm", norm, [(m, batch) for m, (batch, _) in made.items()])
 
@@ -216,13 +216,17 @@ def plain_attention(
     return torch.softmax(scores, dim=-1, dtype=scores.dtype) @ v
 
 
-def stopped_at(error: NotFiniteError, step: int, folder: Path, team: Team) -> TrainingError:
+def stopped_at(
+    error: NotFiniteError, step: int, folder: Path, parallel: ParallelContext
+) -> TrainingError:
     """The error that ends the run; this process's batches are in `folder/bad_batch.pt`.
 
     The file is a list of {step, micro, ids, batch}, the batch as plain containers, so that
     torch.load needs no class of ours.
     """
-    path = folder / ("bad_batch.pt" if team.leads else f"bad_batch_{team.rank}.pt")
+    path = folder / (
+        "bad_batch.pt" if parallel.is_main_process else f"bad_batch_{parallel.rank}.pt"
+    )
     said = f"the {error.what} of step {step + 1} is {error.value}"
     advice = "lower optim.lr or check that data; nothing of this step is in the weights"
     if not error.batches:
