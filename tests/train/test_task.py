@@ -23,10 +23,6 @@ from lapilli.train.recipe import (
 )
 from lapilli.train.task import build_task, check_packing
 from lapilli.train.trainer.contract import (
-    CountedTask,
-    IdentifiedTask,
-    NamedBatch,
-    NamingTask,
     Task,
     TrainingError,
 )
@@ -71,9 +67,9 @@ def test_it_is_what_the_loop_asks_for(checkpoint, file):
     task = build(checkpoint, file)
     batch, count = task.batch(0, 0)
     assert isinstance(task, Task)
-    assert isinstance(task, CountedTask)
-    assert isinstance(task, IdentifiedTask)
-    assert isinstance(batch, NamedBatch)
+    assert task.num_samples > 0
+    assert task.fingerprint()["stage"] == task.recipe.stage
+    assert batch.ids
     assert task.num_samples == 8
     assert count == batch.num_valid > 0
     assert task.evaluate() == {}
@@ -276,7 +272,6 @@ def test_a_run_with_another_seed_or_other_data_is_refused(checkpoint, file, tmp_
 
 def test_the_samples_of_a_micro_batch_are_named_before_it_is_made(checkpoint, file):
     task = build(checkpoint, file)
-    assert isinstance(task, NamingTask)
     ids = task.batch(1, 0)[0].ids
     assert task.names(1, 0) == [f"{file}:1 (id {name!r})" for name in ids]
 

@@ -1,6 +1,6 @@
 """What a task gives to the loop, and how a run fails; knows no data and no model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,7 +34,17 @@ class Loss:
 
 @runtime_checkable
 class Task(Protocol):
-    """What is trained on what."""
+    """What is trained on what.
+
+    A task may have more, which the loop uses where it is there:
+        num_samples: samples (or packed sequences) of one epoch, for a run that counts epochs.
+        fingerprint(): what decides its batches and what its weights mean, by the recipe's names; a
+            state of another run is refused.
+        names(step, micro): how messages name the samples of a micro-batch; no media are opened.
+    and so may its batches:
+        ids: names of its samples.
+        skipped: why samples that others stand in for could not be read.
+    """
 
     @property
     def model(self) -> nn.Module:
@@ -54,53 +64,5 @@ class Task(Protocol):
         ...
 
     def evaluate(self) -> Mapping[str, float]:
-        """Figures on held-out data, the same in every process; `eval_loss` decides what is best."""
-        ...
-
-
-@runtime_checkable
-class CountedTask(Task, Protocol):
-    """A task that knows how long an epoch is."""
-
-    @property
-    def num_samples(self) -> int:
-        """Samples (or packed rows) of one epoch."""
-        ...
-
-
-@runtime_checkable
-class IdentifiedTask(Task, Protocol):
-    """A task that knows what makes another run: a state of another one is refused."""
-
-    def fingerprint(self) -> Mapping[str, Plain]:
-        """What decides its batches and what its weights mean, by the recipe's names."""
-        ...
-
-
-@runtime_checkable
-class NamingTask(Task, Protocol):
-    """A task that knows which samples a micro-batch has before it is made."""
-
-    def names(self, step: int, micro: int) -> Sequence[str]:
-        """How messages name them; no media are opened."""
-        ...
-
-
-@runtime_checkable
-class NamedBatch(Protocol):
-    """A batch that knows which samples it has."""
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """One per sample."""
-        ...
-
-
-@runtime_checkable
-class SkippingBatch(Protocol):
-    """A batch that knows which samples it has not."""
-
-    @property
-    def skipped(self) -> Sequence[str]:
-        """Why each of them could not be read; others stand in for them."""
+        """Return metrics on held-out data; the lowest `eval_loss` decides what is best."""
         ...

@@ -27,10 +27,7 @@ from lapilli.errors import ConfigError
 from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
 from lapilli.train.recipe import RunRecipe, TrainerRecipe
 from lapilli.train.trainer.contract import (
-    CountedTask,
-    IdentifiedTask,
     Loss,
-    NamingTask,
     Task,
     TrainingError,
 )
@@ -101,7 +98,8 @@ def train(
     _check(recipe.run, parallel)
     folder.mkdir(parents=True, exist_ok=True)
     average = Average(task.model, recipe.optim.ema) if recipe.optim.ema else None
-    fingerprint = task.fingerprint() if isinstance(task, IdentifiedTask) else None
+    find = getattr(task, "fingerprint", None)
+    fingerprint = None if find is None else find()
     optimizer = build_optimizer(task.model, recipe.optim)
     state = RunState(task.model, optimizer, average, fingerprint=fingerprint)
     load_state(state, folder, parallel)
@@ -132,14 +130,15 @@ def number_of_steps(task: Task, run: RunRecipe) -> int:
     """
     if run.steps:
         return run.steps
-    if not isinstance(task, CountedTask):
+    num_samples: int | None = getattr(task, "num_samples", None)
+    if num_samples is None:
         raise ConfigError(
             "run.steps is 0 and this task does not know how many samples an epoch has: set "
             "run.steps"
         )
     # Rounded: 0.1 epochs of 30 samples are not a little more than 3.
     return ceil(
-        round(run.epochs * task.num_samples / (run.batch_size * run.gradient_accumulation_steps), 6)
+        round(run.epochs * num_samples / (run.batch_size * run.gradient_accumulation_steps), 6)
     )
 
 
@@ -203,7 +202,8 @@ class _Run:
 
     def _describe(self, step: int, micro: int) -> str:
         """The samples of a micro-batch, by place and id."""
-        return ", ".join(self.task.names(step, micro)) if isinstance(self.task, NamingTask) else ""
+        names = getattr(self.task, "names", None)
+        return "" if names is None else ", ".join(names(step, micro))
 
     def _stopped(self, seen: signal.Signals | None) -> Stopped:
         """The end that was asked for: of this process, or of another one."""

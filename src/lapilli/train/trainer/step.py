@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from lapilli.shapes import Float, Tensor
 from lapilli.train.distributed import ParallelContext
 from lapilli.train.recipe import TrainerRecipe
-from lapilli.train.trainer.contract import Loss, NamedBatch, SkippingBatch, Task, TrainingError
+from lapilli.train.trainer.contract import Loss, Task, TrainingError
 from lapilli.train.trainer.loss import scales
 from lapilli.train.trainer.state_file import write_whole
 
@@ -118,7 +118,7 @@ def take_step(
 
 def _num_skipped(made: Made) -> int:
     batches = (batch for batch, _ in made.values())
-    return sum(len(batch.skipped) for batch in batches if isinstance(batch, SkippingBatch))
+    return sum(len(getattr(batch, "skipped", ())) for batch in batches)
 
 
 def random_seed(seed: int, step: int, micro: int) -> int:
@@ -245,7 +245,7 @@ def stopped_at(
 
 
 def _ids(batch: object) -> list[str]:
-    return [str(name) for name in batch.ids] if isinstance(batch, NamedBatch) else []
+    return [str(name) for name in getattr(batch, "ids", ())]
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401  a task's own type
