@@ -28,9 +28,8 @@ from benchmarks.machine import ROOT, machine
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span
-from lapilli.train.batch import TrainingBatch, collate, collate_bins
-from lapilli.train.data.rows import Row
-from lapilli.train.pack import pack
+from lapilli.train.data.encoder import EncodedSample
+from lapilli.train.trainer.batch import TrainingBatch, collate, collate_packed, pack
 
 PATCHES, SIDE = 576, 336
 RANK, ALPHA, LR = 64, 16.0, 2e-4
@@ -40,19 +39,19 @@ MIXTURE = (64, 900, 80, 120, 70, 90, 700, 60, 110, 75, 100, 85)
 """Positions of short and long samples; those above 600 have a picture."""
 
 
-def draw_row(number: int, text: int, *, has_picture: bool = True) -> Row:
+def draw_row(number: int, text: int, *, has_picture: bool = True) -> EncodedSample:
     """A sample of random ids; the last half of its text is supervised."""
     random = torch.Generator().manual_seed(number)
     ids = torch.randint(3, 900, (text,), generator=random).tolist()
     mask = [i >= text // 2 for i in range(text)]
     if not has_picture:
-        return Row(EncodedPrompt(ids, mask), (), str(number))
+        return EncodedSample(EncodedPrompt(ids, mask), (), str(number))
     at = 8
     ids[at:at] = [0] * PATCHES
     mask[at:at] = [False] * PATCHES
     pixels = torch.randn(1, 3, SIDE, SIDE, generator=random)
     media = (PreparedImage(pixels, ImageSize(SIDE, SIDE)),)
-    return Row(EncodedPrompt(ids, mask, (Span(0, at, PATCHES),)), media, str(number))
+    return EncodedSample(EncodedPrompt(ids, mask, (Span(0, at, PATCHES),)), media, str(number))
 
 
 def batch_of_rows() -> TrainingBatch:
@@ -62,14 +61,14 @@ def batch_of_rows() -> TrainingBatch:
 
 def lapilli_step(path: Path, precision: str) -> Callable[[TrainingBatch], float]:
     """One step of our trainer, as its loop takes it."""
-    from lapilli.train.loop import Loss
-    from lapilli.train.model import TrainedModel
-    from lapilli.train.optim import build_optimizer
-    from lapilli.train.parallel import ALONE
+    from lapilli.train.distributed import SINGLE_PROCESS
     from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe, Recipe, RunRecipe
     from lapilli.train.stages import choose_trainable
     from lapilli.train.start import load_start
-    from lapilli.train.step import Moment, take_step
+    from lapilli.train.trainer.loop import Loss
+    from lapilli.train.trainer.model import TrainedModel
+    from lapilli.train.trainer.optim import build_optimizer
+    from lapilli.train.trainer.step import StepContext, take_step
 
     recipe = Recipe(
         stage="instruct",
@@ -95,7 +94,7 @@ def lapilli_step(path: Path, precision: str) -> Callable[[TrainingBatch], float]
 
     task = Task()
     optimizer = build_optimizer(task.model, recipe.optim)
-    moment = Moment(0, ALONE, lambda: False)
+    moment = StepContext(0, SINGLE_PROCESS, lambda: False)
 
     def step(batch: TrainingBatch) -> float:
         made = {0: (batch, batch.num_valid)}
@@ -175,7 +174,7 @@ def measure_packing(path: Path, precision: str, steps: int) -> dict[str, Any]:
     bins = pack([len(row.prompt) for row in rows], 1024)
     batches = {
         "padded": collate(rows),
-        "packed": collate_bins([[rows[i] for i in numbers] for numbers in bins]),
+        "packed": collate_packed([[rows[i] for i in numbers] for numbers in bins]),
     }
     step = lapilli_step(path, precision)
     seconds: dict[str, list[float]] = {name: [] for name in batches}

@@ -17,8 +17,8 @@ from typing import Any, Final, Literal
 
 from lapilli.errors import UnknownKeyError
 from lapilli.train.recipe import TrainerRecipe
-from lapilli.train.recipe_file import read_recipe
-from lapilli.train.recipe_keys import idle_optim, set_keys
+from lapilli.train.recipe.checks import idle_optim, set_keys
+from lapilli.train.recipe.file import read_recipe
 
 Stage = Literal["tower", "language", "align", "instruct"]
 
@@ -82,10 +82,11 @@ _OF_STAGE: Final[Mapping[Stage, Mapping[str, Sequence[str]]]] = {
 _OF_ALL: Final[Mapping[str, Sequence[str]]] = {
     "optim": (
         *("lr", "name", "betas", "eps", "weight_decay", "decay", "schedule", "warmup_steps"),
-        *("warmup_share", "decay_share", "final_share", "clip", "ema"),
+        *("warmup_ratio", "decay_share", "min_lr_ratio", "max_grad_norm", "ema"),
     ),
     "run": (
-        *("batch_size", "steps", "accumulate", "precision", "reduction", "seed", "threads"),
+        *("batch_size", "steps", "gradient_accumulation_steps", "precision", "reduction", "seed"),
+        "threads",
         *("log_every", "save_every", "evaluate_every", "keep_best", "workers", "loggers", "plot"),
     ),
     "data": ("num_pictures",),

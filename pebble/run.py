@@ -1,7 +1,7 @@
 """pebble's four stages over one work folder, each in several processes.
 
     work/tokenizer.model, scenes/, crowds/                       prepare.py
-    work/1_tower .. 4_instruct/    state.pt, log.jsonl           train/loop.py
+    work/1_tower .. 4_instruct/    state.pt, log.jsonl           train/trainer/loop.py
     work/features.npy              float16 [n, P, E]             the finished tower over scenes/
 
 Everything that is finished is left as it is, so the whole run resumes where it stopped. Where the
@@ -32,10 +32,10 @@ from lapilli.modality.projector import build_projector
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.pipeline import load
 from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
-from lapilli.train.attention import PlainAttention
-from lapilli.train.loop import Task, train
-from lapilli.train.parallel import join_team
-from lapilli.train.recipe_file import build_section
+from lapilli.train.distributed import join_processes
+from lapilli.train.recipe.file import build_section
+from lapilli.train.trainer.loop import Task, train
+from lapilli.train.trainer.step import PlainAttention
 from pebble.fit import start_language_model, start_projector, word_vectors
 from pebble.initialise import initialise
 from pebble.pool import PoolSpec
@@ -264,10 +264,10 @@ class Workshop:
         recipe = self.recipes[stage]
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
-        team = join_team(rank, size, self.work / "meeting")
+        parallel = join_processes(rank, size, self.work / "meeting")
         task = self.task(stage)
-        team.wrap(task.model)
-        train(task, recipe, self.work / stage, team=team, echo=team.leads)
+        parallel.wrap(task.model)
+        train(task, recipe, self.work / stage, parallel=parallel, echo=parallel.is_main_process)
 
     def train_together(self, stage: str, processes: int) -> None:
         """Run a stage in several processes and wait for them.

@@ -23,10 +23,10 @@ from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.templates import TEMPLATES
 from lapilli.prompt.tokenizer.base import Tokenizer
 from lapilli.shapes import Float, Tensor
-from lapilli.train.batch import TrainingBatch, collate
 from lapilli.train.data import to_sample
-from lapilli.train.loop import Loss
-from lapilli.train.order import draw_indices
+from lapilli.train.data.order import draw_indices
+from lapilli.train.trainer.batch import TrainingBatch, collate
+from lapilli.train.trainer.loop import Loss
 from pebble.blind import blind_question
 from pebble.caption import caption
 from pebble.conversation import (
@@ -142,7 +142,7 @@ def begun_blind(
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class EncodedSample:
     """One conversation with its features and, where attention is taught, its looks."""
 
     prompt: EncodedPrompt
@@ -161,7 +161,7 @@ class TalkBatch:
 
 
 class TalkTask:
-    """Rows for the stages that train a language model; see `lapilli.train.loop.Task`.
+    """Rows for the stages that train a language model; see `lapilli.train.trainer.loop.Task`.
 
     Args:
         model: what is trained.
@@ -202,14 +202,19 @@ class TalkTask:
         }
         return TalkBatch(batch, pointers), batch.num_valid
 
-    def _step_rows(self, step: int) -> tuple[list[Row], list[list[int]]]:
+    def _step_rows(self, step: int) -> tuple[list[EncodedSample], list[list[int]]]:
         """All rows of a step, and which of them make each micro-batch."""
         run = self._recipe.run
-        at = draw_indices(self._num_pictures, run.batch_size * run.accumulate, step, seed=run.seed)
+        at = draw_indices(
+            self._num_pictures,
+            run.batch_size * run.gradient_accumulation_steps,
+            step,
+            seed=run.seed,
+        )
         rows = [self._row(int(index), step) for index in at]
-        return rows, by_length([len(row.prompt) for row in rows], run.accumulate)
+        return rows, by_length([len(row.prompt) for row in rows], run.gradient_accumulation_steps)
 
-    def _row(self, index: int, step: int) -> Row:
+    def _row(self, index: int, step: int) -> EncodedSample:
         scene = wide_scene(self._first_seed + index)
         rng = np.random.default_rng([scene.seed, step, 23])
         turns = [] if self._recipe.stage == "align" else self._turns(scene, rng)
@@ -222,10 +227,10 @@ class TalkTask:
         template = TEMPLATES[self._recipe.data.template]
         prompt = encode_sample(sample, template, self._tokenizer, lengths)
         if not (self._recipe.data.pointing and media and turns):
-            return Row(prompt, media, {}, str(scene.seed))
+            return EncodedSample(prompt, media, {}, str(scene.seed))
         side = isqrt(lengths[0])
         found = looks(prompt, turns, self._tokenizer, scene, side)
-        return Row(prompt, media, found, str(scene.seed))
+        return EncodedSample(prompt, media, found, str(scene.seed))
 
     def _turns(self, scene: Scene, rng: np.random.Generator) -> list[Question]:
         least, most = self._recipe.data.questions

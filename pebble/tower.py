@@ -20,9 +20,9 @@ from torch.nn import functional as F  # noqa: N812  torch's own habit
 from lapilli.config.model import VisionConfig
 from lapilli.modality.image.vision import VisionLayer, VisionTransformer
 from lapilli.shapes import Float, Int, Tensor, UInt8
-from lapilli.train.loop import Loss
-from lapilli.train.order import draw_indices
+from lapilli.train.data.order import draw_indices
 from lapilli.train.recipe import RunRecipe
+from lapilli.train.trainer.loop import Loss
 from pebble.initialise import initialise
 from pebble.palette import COLOURS
 from pebble.regions import LEXICON, MARKS
@@ -244,7 +244,7 @@ class Joined:
 
 
 class TowerTask:
-    """Pairs of pictures and captions for the loop; see `lapilli.train.loop.Task`.
+    """Pairs of pictures and captions for the loop; see `lapilli.train.trainer.loop.Task`.
 
     Args:
         model: what is trained.
@@ -285,7 +285,7 @@ class TowerTask:
     def batch(self, step: int, micro: int) -> tuple[dict[str, Tensor], int]:
         """Pictures drawn without repetition within an epoch."""
         run = self._run
-        number = step * run.accumulate + micro
+        number = step * run.gradient_accumulation_steps + micro
         places = draw_indices(len(self._order), run.batch_size, number, seed=run.seed)
         at = self._order[places]
         batch = self._gather(at)

@@ -9,8 +9,8 @@ from PIL import Image
 
 from lapilli.cli.terminal import plain_errors
 from lapilli.cli.train import _run
-from lapilli.train.recipe_file import load_recipe
-from lapilli.train.stop import Stopped
+from lapilli.train.recipe.file import load_recipe
+from lapilli.train.trainer.signals import Stopped
 from tests.cli.conftest import Run
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
@@ -105,7 +105,7 @@ def test_a_plan_costs_nothing_and_says_what_a_run_would(lapilli: Run) -> None:
     assert "2 x H100-80G" in done.stdout
     done = lapilli("train", recipe, "--plan", "3", "--model.checkpoint", "pebble")
     assert done.returncode == 2
-    assert "run.accumulate is 2, and 3 GPUs share its micro-batches" in done.stderr
+    assert "run.gradient_accumulation_steps is 2, and 3 GPUs share its micro-batches" in done.stderr
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def test_options_become_a_recipe() -> None:
     assert (recipe.lora.rank, recipe.lora.base, recipe.lora.double_quant) == (8, "nf4", True)
     assert (recipe.run.save_every, recipe.run.loggers) == (7, ("wandb",))
     assert (recipe.run.reduction, recipe.data.group) == ("llava", "modality")
-    assert (recipe.optim.projector_lr, recipe.optim.warmup_share) == (2e-5, 0.03)
+    assert (recipe.optim.projector_lr, recipe.optim.warmup_ratio) == (2e-5, 0.03)
     assert recipe.model.freeze == ("modalities.image.projector.",)
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import PIL.Image
 
 from lapilli.errors import DataError
-from lapilli.train.data import Dataset, Rows, open_dataset, order_of
-from lapilli.train.data.check import Album, check
-from lapilli.train.data.planned import PlannedRows, plan_rows
+from lapilli.train.data import Dataset, EncodedDataset, open_dataset, order_of
+from lapilli.train.data.check import ImageChecker, check
+from lapilli.train.data.encoder import PlannedEncoder, plan_encoder
 from lapilli.train.data.show import rendered, tokenized
 from lapilli.train.recipe import DataRecipe, RunRecipe, SourceRecipe
 from tests.fuzz import honest
@@ -151,8 +151,8 @@ def _parquet(columns: Any, **options: Any) -> bytes:
 
 
 @cache
-def _planned(model: Path) -> PlannedRows:
-    return plan_rows(model)
+def _planned(model: Path) -> PlannedEncoder:
+    return plan_encoder(model)
 
 
 def check_and_learn(name: str, folder: Path) -> None:
@@ -162,8 +162,8 @@ def check_and_learn(name: str, folder: Path) -> None:
         for make in _strange_tables():
             make()
     dataset = open_dataset([SourceRecipe(path=str(folder / name))])
-    for maker in (None, planned.maker):
-        report = check(dataset, maker=maker, template=planned.template, max_length=256)
+    for encoder in (None, planned.encoder):
+        report = check(dataset, encoder=encoder, template=planned.template, max_length=256)
         report.to_text().encode()
         json.dumps(report.to_dict())
         for finding in report.findings:
@@ -173,15 +173,15 @@ def check_and_learn(name: str, folder: Path) -> None:
     for index in range(min(len(dataset), 20)):
         _learn(dataset, index, planned)
     for on_bad in ("error", "skip"):
-        Rows(dataset, planned.maker, on_bad_sample=on_bad, words=dataset.words()).row(0)
+        EncodedDataset(dataset, planned.encoder, on_bad_sample=on_bad, words=dataset.words()).row(0)
 
 
-def _learn(dataset: Dataset, index: int, planned: PlannedRows) -> None:
+def _learn(dataset: Dataset, index: int, planned: PlannedEncoder) -> None:
     try:
-        planned.maker.row(dataset.sample(index))
+        planned.encoder.row(dataset.sample(index))
         sample = dataset.sample(index)
         rendered(sample, planned.template)
-        tokenized(sample, planned.maker, Album())
+        tokenized(sample, planned.encoder, ImageChecker())
     except DataError as error:
         _say(str(error))
 

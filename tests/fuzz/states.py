@@ -13,7 +13,7 @@ import lapilli
 from lapilli.checkpoint.inspect import inspect_checkpoint
 from lapilli.errors import CheckpointError, ContextTooLongError, PromptError
 from lapilli.prompt.message import Message
-from lapilli.train.contract import TrainingError
+from lapilli.train.trainer.contract import TrainingError
 from tests.fuzz import honest, readers
 from tests.fuzz.damage import JSON, PICKLE, SAFETENSORS, damaged_bytes, damaged_text
 from tests.fuzz.kind import Kind
@@ -105,15 +105,15 @@ def inspect_and_render(folder: Path) -> None:
 
 
 def _new_state():
-    from tests.train.test_state import new_state
+    from tests.train.trainer.test_state import new_state
 
     return new_state()
 
 
 def _said(state) -> str:
     """What a state comes to: a digest of all of it."""
-    from lapilli.train.state_file import content_digest
-    from tests.train.test_state import everything
+    from lapilli.train.trainer.state_file import content_digest
+    from tests.train.trainer.test_state import everything
 
     return content_digest(
         [sorted(everything(state).items()), state.step, state.skipped, str(state.best)]
@@ -122,7 +122,7 @@ def _said(state) -> str:
 
 def trained(folder: Path) -> None:
     """The state of a small run, and its best weights."""
-    from lapilli.train.state import Best, save_best, save_state
+    from lapilli.train.trainer.state import Best, save_best, save_state
 
     state = _new_state()
     state.best, state.identity = Best(2, 0.5), {"run.seed": 1}
@@ -134,7 +134,7 @@ def trained(folder: Path) -> None:
 
 def trained_in_pieces(folder: Path) -> None:
     """The same as several processes save it."""
-    from tests.train.test_state import in_pieces
+    from tests.train.trainer.test_state import in_pieces
 
     state = _new_state()
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def trained_in_pieces(folder: Path) -> None:
 
 def go_on(folder: Path) -> None:
     """Go on with a run; what is taken is what was saved."""
-    from lapilli.train.state import load_best, load_state
+    from lapilli.train.trainer.state import load_best, load_state
 
     state = _new_state()
     state.identity = {"run.seed": 1}

@@ -8,7 +8,7 @@ from torch.nn import functional
 from lapilli.nn.attention import attend
 from lapilli.nn.learned_attention import FEWEST
 from lapilli.prompt.templates import TEMPLATES
-from lapilli.train.attention import PlainAttention
+from lapilli.train.trainer.step import PlainAttention
 from pebble.conversation import as_sample, draw_questions
 from pebble.pointing import (
     HEADS,

@@ -8,9 +8,9 @@ from lapilli.config.model import DecoderConfig
 from lapilli.errors import ConfigError
 from lapilli.lm.decoder import Decoder
 from lapilli.prompt.encode import EncodedPrompt, Span
-from lapilli.train.attention import PlainAttention
-from lapilli.train.batch import collate
-from lapilli.train.data.rows import Row
+from lapilli.train.data.encoder import EncodedSample
+from lapilli.train.trainer.batch import collate
+from lapilli.train.trainer.step import PlainAttention
 from pebble.reader import FeatureReader, freeze
 
 CONFIG = DecoderConfig(
@@ -31,7 +31,7 @@ def new_batch(rows):
         ids = [1, 0, 0, 0, *range(5, 5 + length)]
         mask = [False] * 6 + [True] * (length - 2)
         features = torch.randn(3, 5, generator=generator)
-        made.append(Row(EncodedPrompt(ids, mask, (Span(0, 1, 3),)), (features,)))
+        made.append(EncodedSample(EncodedPrompt(ids, mask, (Span(0, 1, 3),)), (features,)))
     return made
 
 

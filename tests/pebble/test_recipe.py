@@ -14,8 +14,10 @@ from lapilli.modality.image.vision import VisionTransformer
 from lapilli.train.recipe import OptimRecipe, RunRecipe
 from pebble.recipe import PartsRecipe, PebbleRecipe, WorldRecipe, check_keys, load_recipe
 from pebble.run import RECIPES
-from tests.train.test_recipe_keys import is_named, other
+from tests.train.recipe.test_checks import is_named, other
 
+TRAIN = Path(lapilli.train.__file__).parent
+READERS = [RECIPES.parent, TRAIN, *(TRAIN / room for room in ("trainer", "data", "distributed"))]
 SECTIONS = {"optim": OptimRecipe, "run": RunRecipe, "model": PartsRecipe, "data": WorldRecipe}
 KEYS = [f"{name}.{f.name}" for name, kind in SECTIONS.items() for f in dataclasses.fields(kind)]
 # With these a key of the trainer counts.
@@ -61,7 +63,7 @@ def test_a_stage_takes_what_it_reads_and_refuses_the_rest_by_name(stage, key):
     )
     if key in READ[stage]:
         check_keys(recipe)
-        assert is_named(key, [RECIPES.parent, Path(lapilli.train.__file__).parent])
+        assert is_named(key, READERS)
         return
     with pytest.raises(UnknownKeyError, match=f"^recipe key {key} is not read by stage '{stage}'"):
         check_keys(recipe)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lapilli.pipeline import load
-from lapilli.train.parallel import Team
+from lapilli.train.distributed import ParallelContext
 from pebble import run
 from pebble.run import RECIPES, STAGES, Workshop
 from pebble.tower import whitening_filters
@@ -60,7 +60,7 @@ def test_a_run_begins_with_the_same_bits_whatever_the_machine_gives_it(tmp_path,
 
 
 def test_all_processes_start_from_the_leads_weights(tmp_path, threads, monkeypatch):
-    class Shared(Team):
+    class Shared(ParallelContext):
         """A process to which the lead sends ones."""
 
         def wrap(self, model, **_options):
@@ -68,7 +68,7 @@ def test_all_processes_start_from_the_leads_weights(tmp_path, threads, monkeypat
                 for parameter in model.parameters():
                     parameter.fill_(1.0)
 
-    monkeypatch.setattr(run, "join_team", lambda rank, size, meeting: Shared())
+    monkeypatch.setattr(run, "join_processes", lambda rank, size, meeting: Shared())
     shop = shop_in(tmp_path)
     shop.recipes = {"1_tower": replace(shop.recipes["1_tower"], optim=slow())}
     shop.train("1_tower", rank=1, size=2)

@@ -9,9 +9,9 @@ from lapilli.config.model import DecoderConfig
 from lapilli.errors import DataError
 from lapilli.lm.decoder import Decoder
 from lapilli.prompt.templates import TEMPLATES
-from lapilli.train.log import RunLog
-from lapilli.train.loop import train
 from lapilli.train.recipe import OptimRecipe, RunRecipe
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.metrics import RunLog
 from pebble.blind import NEEDS_PICTURE
 from pebble.conversation import draw_questions
 from pebble.examine import examine, words_of_scene
@@ -49,7 +49,7 @@ def new_task(tokenizer, regions, stage, *, num_layers=1, num_heads=1, **data):
     recipe = PebbleRecipe(
         stage=stage,
         optim=OptimRecipe(lr=2e-2),
-        run=RunRecipe(steps=12, batch_size=2, accumulate=2, log_every=1),
+        run=RunRecipe(steps=12, batch_size=2, gradient_accumulation_steps=2, log_every=1),
         data=WorldRecipe(**{"template": "vicuna_v1", "questions": (2, 3), **data}),
     )
     reader = FeatureReader(Decoder(config), nn.Linear(len(LEXICON), 32, bias=False))

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from lapilli.config.model import VisionConfig
-from lapilli.train.log import RunLog
-from lapilli.train.loop import train
 from lapilli.train.recipe import OptimRecipe, RunRecipe
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.metrics import RunLog
 from pebble.draw import draw, model_pixels
 from pebble.recipe import PebbleRecipe
 from pebble.regions import LEXICON, region_words
@@ -26,7 +26,9 @@ CONFIG = VisionConfig(
     image_size=32, patch_size=8, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2,
     feature_select="cls_patch",
 )  # fmt: skip
-RUN = RunRecipe(steps=30, batch_size=6, accumulate=1, log_every=1, evaluate_every=30)
+RUN = RunRecipe(
+    steps=30, batch_size=6, gradient_accumulation_steps=1, log_every=1, evaluate_every=30
+)
 
 
 def pool(number):

@@ -1,7 +1,7 @@
 """Jobs that several processes of one machine do together, and what starts them.
 
-A job is a function of this module, called as job(seat, folder, *arguments) in every process. The
-processes are forks of one server that has imported everything, so that starting four costs no
+A job is a function of this module, called as job(rank_info, folder, *arguments) in every process.
+The processes are forks of one server that has imported everything, so that starting four costs no
 time; they meet at a file.
 """
 
@@ -23,15 +23,15 @@ import torch._dynamo
 from PIL import Image
 
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
-from lapilli.train import sharded
-from lapilli.train.batch import collate
-from lapilli.train.data.rows import Row
+from lapilli.train.data.encoder import EncodedSample
+from lapilli.train.distributed import SINGLE_PROCESS, RankInfo, joined
 from lapilli.train.launch import launch
-from lapilli.train.loop import train
-from lapilli.train.model import TrainedModel
-from lapilli.train.parallel import ALONE, Seat, joined
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe
 from lapilli.train.stages import choose_trainable
+from lapilli.train.trainer import sharded
+from lapilli.train.trainer.batch import collate
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.model import TrainedModel
 from tests.model.conftest import build_tiny
 from tests.train.conftest import new_recipe, new_regression
 
@@ -49,8 +49,8 @@ def together(job, size, folder, *arguments, timeout_s=60):
     lines, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)
-        seat = Seat(rank, size, rank, f"file://{meeting}")
-        process = context.Process(target=_run, args=(theirs, job, seat, folder, *arguments))
+        rank_info = RankInfo(rank, size, rank, f"file://{meeting}")
+        process = context.Process(target=_run, args=(theirs, job, rank_info, folder, *arguments))
         process.start()
         theirs.close()
         lines.append(ours)
@@ -73,9 +73,9 @@ def _answer(line, process, end):
     return TimeoutError("still running")
 
 
-def _run(line, job, seat, folder, *arguments):
+def _run(line, job, rank_info, folder, *arguments):
     try:
-        answer = job(seat, folder, *arguments)
+        answer = job(rank_info, folder, *arguments)
     except Exception as error:  # noqa: BLE001  told to whoever started us
         traceback.print_exc()
         answer = RuntimeError(f"{type(error).__name__}: {error}")
@@ -86,8 +86,8 @@ def _run(line, job, seat, folder, *arguments):
 class Killed:
     """A task that dies, or fails, in one process at one step."""
 
-    def __init__(self, task, seat, step, how):
-        self._task, self._seat, self._step, self._how = task, seat, step, how
+    def __init__(self, task, rank_info, step, how):
+        self._task, self._seat, self._step, self._how = task, rank_info, step, how
         self.model, self.evaluate = task.model, task.evaluate
 
     def batch(self, step, micro):
@@ -126,7 +126,7 @@ class Talk:
         choose_trainable(vlm, self.recipe)
         self.model = TrainedModel(vlm)
         self.image = vlm.modality("image")
-        self.team = ALONE
+        self.parallel = SINGLE_PROCESS
 
     def batch(self, step, micro):
         generator = random.Random(1000 * step + micro)
@@ -147,7 +147,7 @@ class Talk:
             spans.append(Span(0, len(ids), length))
             ids, mask = ids + [PLACEHOLDER] * length, mask + [False] * length
         words = [generator.randrange(2, 53) for _ in range(3 + generator.randrange(5))]
-        return Row(
+        return EncodedSample(
             EncodedPrompt(ids + words, mask + [True] * len(words), tuple(spans)), tuple(prepared)
         )
 
@@ -156,53 +156,60 @@ class Talk:
 
     def evaluate(self):
         sums = {"total": 0.0, "count": 0.0}
-        for number in self.team.own(4):
+        for number in self.parallel.micro_batches(4):
             batch, count = self.batch(99, number)
             sums["total"] += float(self.loss(batch).total)
             sums["count"] += count
-        sums = self.team.sum_floats(sums)
+        sums = self.parallel.sum_floats(sums)
         return {"eval_loss": sums["total"] / sums["count"]}
 
 
-def run_talk(seat, folder, sharding, kind, run, optim=None, *, device="cpu"):
+def run_talk(rank_info, folder, sharding, kind, run, optim=None, *, device="cpu"):
     """Weights after training a tiny vision language model."""
-    with joined(seat, sharding=sharding, device=device, timeout_s=20.0, beat_s=BEAT_S) as team:
+    with joined(
+        rank_info, sharding=sharding, device=device, timeout_s=20.0, beat_s=BEAT_S
+    ) as parallel:
         task = Talk(kind)
-        if seat is not None and seat.rank:
+        if rank_info is not None and rank_info.rank:
             with torch.no_grad():  # the lead's weights count, whatever the others have drawn
                 for parameter in task.model.parameters():
                     parameter.add_(parameter.requires_grad * torch.rand(()))
-        team.wrap(task.model)
-        task.team = team
+        parallel.wrap(task.model)
+        task.parallel = parallel
         recipe = dataclasses.replace(task.recipe, run=new_recipe(**run).run)
-        facts = {"run.seed": recipe.run.seed, "run.accumulate": recipe.run.accumulate}
-        task.identity = lambda: facts
+        facts = {
+            "run.seed": recipe.run.seed,
+            "run.gradient_accumulation_steps": recipe.run.gradient_accumulation_steps,
+        }
+        task.fingerprint = lambda: facts
         if optim:
             recipe = dataclasses.replace(recipe, optim=OptimRecipe(**optim))
-        train(task, recipe, folder / "run", team=team)
+        train(task, recipe, folder / "run", parallel=parallel)
         return {name: _whole(p) for name, p in task.model.named_parameters()}
 
 
-def run_recipe(seat, folder, recipe):
+def run_recipe(rank_info, folder, recipe):
     """A recipe from its files to its results."""
     with joined(
-        seat, sharding=recipe.run.sharding, device="cpu", timeout_s=20.0, beat_s=BEAT_S
-    ) as team:
-        launch(recipe, folder / "run", team=team)
+        rank_info, sharding=recipe.run.sharding, device="cpu", timeout_s=20.0, beat_s=BEAT_S
+    ) as parallel:
+        launch(recipe, folder / "run", parallel=parallel)
 
 
-def run_regression(seat, folder, sharding, run, dies=None):
+def run_regression(rank_info, folder, sharding, run, dies=None):
     """Weights after training; `dies`: (rank, step, how) of a process that does not come through."""
-    with joined(seat, sharding=sharding, device="cpu", timeout_s=20.0, beat_s=BEAT_S) as team:
+    with joined(
+        rank_info, sharding=sharding, device="cpu", timeout_s=20.0, beat_s=BEAT_S
+    ) as parallel:
         task = new_regression()
-        team.wrap(task.model)
-        if dies and dies[0] == seat.rank:
-            task = Killed(task, seat, *dies[1:])
-        train(task, new_recipe(**run), folder / "run", team=team)
+        parallel.wrap(task.model)
+        if dies and dies[0] == rank_info.rank:
+            task = Killed(task, rank_info, *dies[1:])
+        train(task, new_recipe(**run), folder / "run", parallel=parallel)
         return {name: _whole(p) for name, p in task.model.named_parameters()}
 
 
-def run_killed_while_saving(seat, folder, run, step):
+def run_killed_while_saving(rank_info, folder, run, step):
     """The lead dies when all pieces of this step are written, before they get their name."""
     finish = sharded._finish
 
@@ -212,7 +219,7 @@ def run_killed_while_saving(seat, folder, run, step):
         finish(staged, place, values)
 
     sharded._finish = die
-    return run_regression(seat, folder, "fsdp", run)
+    return run_regression(rank_info, folder, "fsdp", run)
 
 
 def _whole(parameter):

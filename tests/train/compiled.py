@@ -11,11 +11,11 @@ from torch._dynamo.utils import counters
 
 from lapilli.modality.image.image import ImageModality
 from lapilli.prompt.encode import EncodedPrompt, Span
-from lapilli.train.batch import TrainingBatch, collate_bins
-from lapilli.train.data.rows import Row
-from lapilli.train.model import TrainedModel
+from lapilli.train.data.encoder import EncodedSample
 from lapilli.train.recipe import LoraRecipe
 from lapilli.train.stages import choose_trainable, set_up_layers
+from lapilli.train.trainer.batch import TrainingBatch, collate_packed
+from lapilli.train.trainer.model import TrainedModel
 from tests.train.test_stages import new_llava, recipe_of
 
 LAYERS = 12
@@ -37,12 +37,12 @@ def batch_of(image: ImageModality, lengths: tuple[tuple[int, ...], ...]) -> Trai
     prepared = image.prepare(Image.new("RGB", (56, 28), (200, 30, 60)))
     count = image.num_tokens(prepared)
 
-    def row(length: int) -> Row:
+    def row(length: int) -> EncodedSample:
         ids = [*[0] * count, *range(1, length + 1)]
         mask = [*[False] * count, *[True] * length]
-        return Row(EncodedPrompt(ids, mask, (Span(0, 0, count),)), (prepared,), "0")
+        return EncodedSample(EncodedPrompt(ids, mask, (Span(0, 0, count),)), (prepared,), "0")
 
-    return collate_bins([[row(length) for length in bin] for bin in lengths])
+    return collate_packed([[row(length) for length in bin] for bin in lengths])
 
 
 def compare(kind: str) -> None:

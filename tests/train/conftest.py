@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lapilli.train.log import RunLog
-from lapilli.train.loop import Loss
 from lapilli.train.recipe import OptimRecipe, Recipe, RunRecipe
+from lapilli.train.trainer.loop import Loss
+from lapilli.train.trainer.metrics import RunLog
 from tests.checkpoint.conftest import golden, maker  # noqa: F401  fixtures
 
 
@@ -51,7 +51,7 @@ def new_recipe(**run):
     settings = {
         "steps": 12,
         "batch_size": 2,
-        "accumulate": 2,
+        "gradient_accumulation_steps": 2,
         "save_every": 3,
         "log_every": 1,
         "plot": False,

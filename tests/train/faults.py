@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from lapilli.train.log import TIMED, RunLog
-from lapilli.train.loop import Loss, train
 from lapilli.train.recipe import OptimRecipe, Recipe, RunRecipe
+from lapilli.train.trainer.loop import Loss, train
+from lapilli.train.trainer.metrics import TIMED, RunLog
 
 STEPS = 24
 WAIT_S = 120
@@ -49,7 +49,8 @@ def new_noisy(pause=0.0):
 
 def noisy_recipe(optim=None, **run):
     settings = {
-        "steps": STEPS, "batch_size": 2, "accumulate": 2, "save_every": 1, "log_every": 1,
+        "steps": STEPS, "batch_size": 2, "gradient_accumulation_steps": 2,
+        "save_every": 1, "log_every": 1,
         "evaluate_every": 3, "keep_best": True, "plot": False, "threads": 1,
     }  # fmt: skip
     chosen = OptimRecipe(lr=0.02, weight_decay=0.1, warmup_steps=3, ema=0.9)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lapilli.checkpoint.load import Loaded
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
-from lapilli.train.data.rows import Row
+from lapilli.train.data.encoder import EncodedSample
 
 IMAGE = -200
 VARIANTS = (
@@ -33,7 +33,7 @@ def with_gradients(conformance: Path, variant: str) -> Iterator[dict[str, Any]]:
             yield case
 
 
-def rows_of(case: dict[str, Any], loaded: Loaded, pictures: Path) -> list[Row]:
+def encoded_dataset(case: dict[str, Any], loaded: Loaded, pictures: Path) -> list[EncodedSample]:
     """Its prompts with the features' places, labelled as the case says."""
     image = loaded.model.modality("image")
     names = iter(case["input"]["images"])
@@ -54,5 +54,7 @@ def rows_of(case: dict[str, Any], loaded: Loaded, pictures: Path) -> list[Row]:
             media.append(item)
             ids += [PLACEHOLDER] * length
             mask += [False] * length
-        rows.append(Row(EncodedPrompt(ids, mask, tuple(spans)), tuple(media), str(number)))
+        rows.append(
+            EncodedSample(EncodedPrompt(ids, mask, tuple(spans)), tuple(media), str(number))
+        )
     return rows

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from lapilli.train.distributed import SINGLE_PROCESS
 from lapilli.train.launch import launch
-from lapilli.train.parallel import ALONE
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -48,7 +48,8 @@ def recipe_of(checkpoint: str, file: Path, *, alpha: float = 5.0, dropout: float
         stage="instruct",
         optim=OptimRecipe(lr=1e-2, warmup_steps=2, weight_decay=0.1, ema=0.9, z_loss=1e-3),
         run=RunRecipe(
-            batch_size=2, accumulate=2, steps=STEPS, save_every=2, log_every=1, evaluate_every=3,
+            batch_size=2, gradient_accumulation_steps=2,
+            steps=STEPS, save_every=2, log_every=1, evaluate_every=3,
             keep_best=True, plot=False, threads=1, workers=1,
         ),
         model=ModelRecipe(checkpoint=checkpoint),
@@ -68,6 +69,6 @@ def run(folder: Path, checkpoint: str, file: Path, pause: float = 0.0) -> None:
 
     TrainingTask.batch = slowly
     try:
-        launch(recipe_of(checkpoint, file), folder, team=ALONE)
+        launch(recipe_of(checkpoint, file), folder, parallel=SINGLE_PROCESS)
     finally:
         TrainingTask.batch = draw

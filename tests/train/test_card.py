@@ -14,8 +14,8 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.errors import MissingFileError
 from lapilli.train.build import build_llava
 from lapilli.train.card import data_files, model_card
+from lapilli.train.distributed import SINGLE_PROCESS
 from lapilli.train.launch import launch
-from lapilli.train.parallel import ALONE
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -26,12 +26,11 @@ from lapilli.train.recipe import (
     SaveRecipe,
     SourceRecipe,
 )
-from lapilli.train.recipe_file import load_recipe
-from lapilli.train.recipe_text import recipe_text
+from lapilli.train.recipe.file import load_recipe, recipe_text
 from lapilli.train.results import Results
 from tests.integration.oracle import picture
 from tests.train.parts import Parts
-from tests.train.test_recipes import FILES, NAMES
+from tests.train.recipe.test_recipes import FILES, NAMES
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +183,7 @@ def test_a_run_ends_with_results_and_their_card(start, tmp_path):
         lora=LoraRecipe(rank=2, alpha=4.0),
     )
     run = tmp_path / "my-run"
-    launch(recipe, run, team=ALONE)
+    launch(recipe, run, parallel=SINGLE_PROCESS)
     front, body = front_of({"README.md": (run / "model" / "README.md").read_text()})
     assert front["tags"] == ["llava", "lapilli", "lora", "peft"]
     assert "| steps | 3 |" in body
@@ -192,7 +191,7 @@ def test_a_run_ends_with_results_and_their_card(start, tmp_path):
     saved = load_file(run / "model" / "adapter_model.safetensors")
     saved |= torch.load(run / "model" / "non_lora_trainables.bin", weights_only=True)
     learned = sum(tensor.numel() for tensor in saved.values())
-    assert f"| numbers that learned | {learned:,} |" in body
+    assert f"| trainable parameters | {learned:,} |" in body
     assert (
         f"| made with | lapilli {lapilli.__version__}, torch {torch.__version__}, 1 x cpu |" in body
     )

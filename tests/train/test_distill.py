@@ -15,22 +15,22 @@ from lapilli.nn.onednn import rounded
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.prompt.message import Message
 from lapilli.prompt.templates import TEMPLATES
-from lapilli.train.batch import collate, collate_bins
-from lapilli.train.data import Row, RowMaker, Sample
+from lapilli.train.build import replace_projector
+from lapilli.train.data import EncodedSample, Sample, SampleEncoder
 from lapilli.train.distill import (
+    DistillationBatch,
     DistilledModel,
-    Lesson,
-    PairMaker,
+    PairEncoder,
     Teacher,
     check_vocabulary,
     distillation_loss,
     matched,
     with_teacher,
 )
-from lapilli.train.loss import supervised
-from lapilli.train.model import TrainedModel
 from lapilli.train.recipe import DistillRecipe
-from lapilli.train.reproject import reproject
+from lapilli.train.trainer.batch import collate, collate_packed
+from lapilli.train.trainer.loss import supervised
+from lapilli.train.trainer.model import TrainedModel
 from pebble.draw import draw
 from pebble.sample import sample_scene
 
@@ -134,7 +134,10 @@ def test_matched_rows_supervise_the_same(ours, theirs, answers, end):
     end = max(len(student) - end, student.loss_mask.index(True) + 1)
     short = EncodedPrompt(student.input_ids[:end], student.loss_mask[:end], student.spans)
     found = matched(short, teacher)
-    batches = [collate([Row(EncodedPrompt(p.input_ids, p.loss_mask, ()))]) for p in (short, found)]
+    batches = [
+        collate([EncodedSample(EncodedPrompt(p.input_ids, p.loss_mask, ()))])
+        for p in (short, found)
+    ]
     targets = [supervised(batch.input_ids, batch.loss_mask)[1].tolist() for batch in batches]
     assert targets[0] == targets[1] != []
     assert found.loss_mask[-1]
@@ -158,7 +161,7 @@ def pebble() -> Loaded:
 def short(tmp_path_factory) -> Loaded:
     """pebble with 16 positions for a picture."""
     path = tmp_path_factory.mktemp("short") / "llava"
-    reproject("pebble", path, projector="pool2x2_mlp2x_gelu")
+    replace_projector("pebble", path, projector="pool2x2_mlp2x_gelu")
     return load_checkpoint(path, device="cpu", dtype="float32")
 
 
@@ -174,16 +177,16 @@ def samples():
     return made
 
 
-def maker(loaded, max_length=None):
-    return RowMaker(loaded.tokenizer, VICUNA, loaded.model, max_length)
+def encoder(loaded, max_length=None):
+    return SampleEncoder(loaded.tokenizer, VICUNA, loaded.model, max_length)
 
 
 def lesson(student, teacher, *, packed=False):
-    pairs = PairMaker(maker(student), maker(teacher))
+    pairs = PairEncoder(encoder(student), encoder(teacher))
     rows = [pairs.row(sample) for sample in samples()]
-    batch = collate_bins([rows]) if packed else collate(rows)
+    batch = collate_packed([rows]) if packed else collate(rows)
     made = with_teacher(batch, rows)
-    assert isinstance(made, Lesson)
+    assert isinstance(made, DistillationBatch)
     return made
 
 
@@ -204,7 +207,7 @@ def test_neither_makes_scores_of_ever_new_numbers_of_positions(short, pebble):
         head.register_forward_pre_hook(lambda _, x: counts.append(len(x[0]))) for head in heads
     ]
     messages = (Message.user("Say it."), Message.assistant("A red star, and a blue one. " * 9))
-    pairs = PairMaker(maker(short), maker(pebble))
+    pairs = PairEncoder(encoder(short), encoder(pebble))
     rows = [pairs.row(Sample("0", messages, "test:0"))]
     batch = with_teacher(collate(rows), rows)
     with torch.no_grad():
@@ -216,15 +219,15 @@ def test_neither_makes_scores_of_ever_new_numbers_of_positions(short, pebble):
 
 
 def test_rows_without_a_teacher_are_left_alone(pebble):
-    rows = [maker(pebble).row(sample) for sample in samples()]
+    rows = [encoder(pebble).row(sample) for sample in samples()]
     batch = collate(rows)
     assert with_teacher(batch, rows) is batch
 
 
 def test_a_row_that_the_teacher_renders_otherwise_names_its_sample(pebble):
-    other = RowMaker(pebble.tokenizer, TEMPLATES["plain"], pebble.model)
+    other = SampleEncoder(pebble.tokenizer, TEMPLATES["plain"], pebble.model)
     with pytest.raises(DataError, match=r"test:1.*same template and vocabulary"):
-        PairMaker(maker(pebble), other).row(samples()[1])
+        PairEncoder(encoder(pebble), other).row(samples()[1])
 
 
 def model(loaded, teacher, **values):
@@ -291,7 +294,7 @@ def test_states_of_other_widths_go_through_a_map_that_learns(pebble):
         student, Teacher(pebble.model), DistillRecipe(teacher="", hidden_weight=1.0)
     ).train()
     assert distilled.hidden_map.weight.shape == (256, 320)
-    rows = [PairMaker(maker(pebble), maker(pebble)).row(sample) for sample in samples()]
+    rows = [PairEncoder(encoder(pebble), encoder(pebble)).row(sample) for sample in samples()]
     distilled(with_teacher(collate(rows), rows)).total.backward()
     assert distilled.hidden_map.weight.grad.abs().sum() > 0
     assert (

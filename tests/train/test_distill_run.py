@@ -8,10 +8,9 @@ import torch
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.source import resolve
 from lapilli.config.projector import projector_name
-from lapilli.train.build import Joint, build_llava
+from lapilli.train.build import Joint, build_llava, replace_projector
+from lapilli.train.distributed import SINGLE_PROCESS
 from lapilli.train.launch import launch
-from lapilli.train.loss import supervised
-from lapilli.train.parallel import ALONE
 from lapilli.train.recipe import (
     DataRecipe,
     DistillRecipe,
@@ -21,8 +20,8 @@ from lapilli.train.recipe import (
     RunRecipe,
     SourceRecipe,
 )
-from lapilli.train.reproject import reproject
 from lapilli.train.task import build_task
+from lapilli.train.trainer.loss import supervised
 from pebble.folder import write_folder
 from tests.train import cluster
 from tests.train.parts import Parts
@@ -66,8 +65,12 @@ def records_of(run):
 
 @pytest.mark.slow
 def test_a_shorter_student(recipe_of, tmp_path):
-    reproject("pebble", tmp_path / "llava-short", projector="mlp2x_gelu_pool2x2")
-    launch(recipe_of(tmp_path / "llava-short", "align", workers=1), tmp_path / "run", team=ALONE)
+    replace_projector("pebble", tmp_path / "llava-short", projector="mlp2x_gelu_pool2x2")
+    launch(
+        recipe_of(tmp_path / "llava-short", "align", workers=1),
+        tmp_path / "run",
+        parallel=SINGLE_PROCESS,
+    )
     records = records_of(tmp_path / "run")
     assert [set(record) >= PARTS for record in records] == [True, True, False]
     assert "eval_loss" in records[-1]
@@ -78,7 +81,7 @@ def test_a_shorter_student(recipe_of, tmp_path):
 @pytest.mark.slow
 def test_a_student_of_other_parts(recipe_of, stranger):
     """Its batch and the teacher's differ in everything but what they supervise."""
-    task = build_task(recipe_of(stranger, "instruct"), ALONE)
+    task = build_task(recipe_of(stranger, "instruct"), SINGLE_PROCESS)
     batch, _ = task.batch(0, 0)
     spans = [{span.length for span in one.spans} for one in (batch, batch.teacher)]
     sides = [{i.pixel_values.shape[-1] for i in one.media} for one in (batch, batch.teacher)]
@@ -93,8 +96,10 @@ def test_a_student_of_other_parts(recipe_of, stranger):
 
 @pytest.mark.cluster
 def test_two_processes_imitate_as_one(recipe_of, stranger, tmp_path):
-    recipe = recipe_of(stranger, "instruct", batch_size=1, accumulate=2, sharding="fsdp")
-    launch(recipe, tmp_path / "alone", team=ALONE)
+    recipe = recipe_of(
+        stranger, "instruct", batch_size=1, gradient_accumulation_steps=2, sharding="fsdp"
+    )
+    launch(recipe, tmp_path / "alone", parallel=SINGLE_PROCESS)
     answers = cluster.together(cluster.run_recipe, 2, tmp_path, recipe)
     assert answers == [None, None]
     expected, found = records_of(tmp_path / "alone"), records_of(tmp_path / "run")

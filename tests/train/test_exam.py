@@ -9,10 +9,9 @@ from PIL import Image
 
 import lapilli
 from lapilli.train.build import build_llava
+from lapilli.train.distributed import SINGLE_PROCESS
 from lapilli.train.exam import Graded, answers_of, exam_record
 from lapilli.train.launch import launch
-from lapilli.train.log import RunLog
-from lapilli.train.parallel import ALONE
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -23,6 +22,7 @@ from lapilli.train.recipe import (
     SaveRecipe,
     SourceRecipe,
 )
+from lapilli.train.trainer.metrics import RunLog
 from tests.train import cluster
 from tests.train.parts import Parts
 
@@ -74,7 +74,7 @@ def graded(folder):
 def test_what_was_learned_by_heart_is_answered(recipe_of, tmp_path):
     """And both turns of every sample are asked, with the words that `ask` gives."""
     folder = tmp_path / "run"
-    launch(recipe_of(run={"steps": 40}), folder, team=ALONE)
+    launch(recipe_of(run={"steps": 40}), folder, parallel=SINGLE_PROCESS)
     assert exams(folder) == [{"step": 40, "exact_match": 1.0, "equal": 4, "answers": 4}]
     assert [one["reference"] for one in graded(folder)] == ["A b", "No"] * 2
     assert lapilli.load(str(folder / "model")).ask("What?", str(tmp_path / "a.png")) == "A b"
@@ -95,7 +95,7 @@ def test_what_was_learned_by_heart_is_answered(recipe_of, tmp_path):
 )
 def test_every_form_of_results_is_examined(recipe_of, tmp_path, more):
     folder = tmp_path / "run"
-    launch(recipe_of(**more), folder, team=ALONE)
+    launch(recipe_of(**more), folder, parallel=SINGLE_PROCESS)
     (record,) = exams(folder)
     rows = graded(folder)
     assert record["answers"] == len(rows) >= 2
@@ -110,7 +110,7 @@ def test_a_projector_is_examined_on_captions(recipe_of, tmp_path):
     samples = json.loads((tmp_path / "train.json").read_text())
     captions = [{**one, "conversations": one["conversations"][:2]} for one in samples]
     (tmp_path / "train.json").write_text(json.dumps(captions))
-    launch(recipe, tmp_path / "run", team=ALONE)
+    launch(recipe, tmp_path / "run", parallel=SINGLE_PROCESS)
     assert exams(tmp_path / "run")[0]["answers"] == 2
     assert [one["reference"] for one in graded(tmp_path / "run")] == ["A b"] * 2
 
@@ -120,14 +120,16 @@ def test_a_run_that_goes_on_is_examined_again(recipe_of, tmp_path):
     folder = tmp_path / "run"
     recipe = recipe_of(lora=LoraRecipe(rank=2))
     for steps in (2, 2, 3):  # the second time nothing is left to do
-        launch(replace(recipe, run=replace(recipe.run, steps=steps)), folder, team=ALONE)
+        launch(
+            replace(recipe, run=replace(recipe.run, steps=steps)), folder, parallel=SINGLE_PROCESS
+        )
     assert [record["step"] for record in exams(folder)] == [2, 3]
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_several_processes_hold_one_exam(recipe_of, tmp_path, sharding):
-    recipe = recipe_of(run={"accumulate": 2, "sharding": sharding})
+    recipe = recipe_of(run={"gradient_accumulation_steps": 2, "sharding": sharding})
     for answer in cluster.together(cluster.run_recipe, 2, tmp_path / "run", recipe):
         assert not isinstance(answer, BaseException), answer
     (record,) = exams(tmp_path / "run" / "run")
@@ -143,7 +145,7 @@ def test_a_skipped_sample_is_not_asked(recipe_of, tmp_path):
     (tmp_path / "exam.json").write_text(json.dumps(exam))
     source = SourceRecipe(path=str(tmp_path / "exam.json"))
     data = DataRecipe(sources=recipe.data.sources, evaluation=(source,), on_bad_sample="skip")
-    launch(replace(recipe, data=data), tmp_path / "run", team=ALONE)
+    launch(replace(recipe, data=data), tmp_path / "run", parallel=SINGLE_PROCESS)
     assert exams(tmp_path / "run")[0]["answers"] == 2
 
 

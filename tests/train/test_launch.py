@@ -12,8 +12,8 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.errors import ConfigError, DataError
 from lapilli.lora import adapter_tensors
 from lapilli.train.build import Joint, build_llava
+from lapilli.train.distributed import SINGLE_PROCESS, joined
 from lapilli.train.launch import launch
-from lapilli.train.parallel import ALONE, joined
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -65,8 +65,8 @@ def test_one_process_takes_a_recipe_for_many(recipe_of, tmp_path):
     saved = []
     for sharding in ("ddp", "fsdp"):
         recipe = recipe_of(run={"sharding": sharding, "gradient_checkpointing": True})
-        with joined(None, sharding=sharding, device="cpu") as team:
-            launch(recipe, tmp_path / sharding, team=team)
+        with joined(None, sharding=sharding, device="cpu") as parallel:
+            launch(recipe, tmp_path / sharding, parallel=parallel)
         saved.append((tmp_path / sharding / "model" / "model.safetensors").read_bytes())
     assert saved[0] == saved[1]
 
@@ -77,7 +77,7 @@ def test_results_replace_those_of_their_own_run_alone(recipe_of, start, tmp_path
     (taken / "model").mkdir(parents=True)
     (taken / "model" / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="no state of a run beside it to go on from"):
-        launch(recipe_of(), taken, team=ALONE)
+        launch(recipe_of(), taken, parallel=SINGLE_PROCESS)
     assert [path.name for path in taken.rglob("*")] == ["model", "thesis.txt"]
     shutil.copytree(start, tmp_path / "own" / "model")
     for key in ("checkpoint", "adapter", "projector"):
@@ -85,11 +85,13 @@ def test_results_replace_those_of_their_own_run_alone(recipe_of, start, tmp_path
             recipe = recipe_of()
             recipe = replace(recipe, model=replace(recipe.model, **{key: str(given)}))
             with pytest.raises(ConfigError, match="which it begins with: give another folder"):
-                launch(recipe, tmp_path / "own", team=ALONE)
-    launch(recipe_of("align"), tmp_path / "run", team=ALONE)
-    launch(recipe_of("align", run={"steps": 3}), tmp_path / "run", team=ALONE)  # it goes on
+                launch(recipe, tmp_path / "own", parallel=SINGLE_PROCESS)
+    launch(recipe_of("align"), tmp_path / "run", parallel=SINGLE_PROCESS)
+    launch(
+        recipe_of("align", run={"steps": 3}), tmp_path / "run", parallel=SINGLE_PROCESS
+    )  # it goes on
     with pytest.raises(ConfigError, match="has done 3 steps, and this recipe has 2"):
-        launch(recipe_of("align"), tmp_path / "run", team=ALONE)
+        launch(recipe_of("align"), tmp_path / "run", parallel=SINGLE_PROCESS)
 
 
 def losses(folder):
@@ -102,7 +104,7 @@ def losses(folder):
 def test_bfloat16_has_the_losses_of_float32(recipe_of, tmp_path, lora):
     for precision in ("float32", "bfloat16"):
         recipe = recipe_of(run={"precision": precision, "log_every": 1}, lora=lora)
-        launch(recipe, tmp_path / precision, team=ALONE)
+        launch(recipe, tmp_path / precision, parallel=SINGLE_PROCESS)
     exact, found = losses(tmp_path / "float32"), losses(tmp_path / "bfloat16")
     assert found == pytest.approx(exact, rel=4e-3)  # a loss summed in bfloat16 is 5e-3 away
     assert found != pytest.approx(exact, rel=1e-5)
@@ -118,7 +120,7 @@ def test_every_part_learns_from_packed_rows(recipe_of, start, tmp_path):
         model=replace(recipe.model, tune_tower=True),
         data=replace(recipe.data, pack=True),
     )
-    task = launch(recipe, tmp_path / "run", team=ALONE)
+    task = launch(recipe, tmp_path / "run", parallel=SINGLE_PROCESS)
     batch, _ = task.batch(0, 0)
     tiles = 5 if task.loaded.config.has_newline else 1
     assert batch.is_packed
@@ -164,7 +166,7 @@ def test_every_checkpoint_has_the_files_of_the_end(recipe_of, tmp_path, monkeypa
     monkeypatch.setattr(TrainingTask, "batch", first_alone)
     lora = LoraRecipe(rank=2) if stage == "instruct" else None
     with pytest.raises(DataError, match="is gone"):
-        launch(recipe_of(stage, lora=lora), tmp_path / "run", team=ALONE)
+        launch(recipe_of(stage, lora=lora), tmp_path / "run", parallel=SINGLE_PROCESS)
     model = tmp_path / "run" / "model"
     assert {path.name for path in model.iterdir()} >= FILES[stage] | TOKENIZER
     loaded = load_checkpoint(model, device="cpu", dtype="float32", merge_lora=False)
@@ -187,8 +189,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 def test_a_gpu_has_the_losses_of_the_cpu(recipe_of, tmp_path, precision, rel):
     recipe = recipe_of(run={"steps": 3, "precision": precision, "log_every": 1})
     for device in ("cpu", "cuda"):
-        with joined(None, device=device) as team:
-            launch(recipe, tmp_path / device, team=team)
+        with joined(None, device=device) as parallel:
+            launch(recipe, tmp_path / device, parallel=parallel)
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=rel)
 
 
@@ -199,13 +201,13 @@ def test_a_stopped_run_goes_on_with_the_same_bits_on_a_gpu(recipe_of, tmp_path, 
     recipe = recipe_of(run={"steps": 3, "log_every": 1})
     recipe = replace(recipe, data=replace(recipe.data, template="plain"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    with joined(None, device="cuda") as team:
-        launch(recipe, whole, team=team)
+    with joined(None, device="cuda") as parallel:
+        launch(recipe, whole, parallel=parallel)
         with monkeypatch.context() as patch:
             patch.setattr(TrainingTask, "batch", first_alone)
             with pytest.raises(DataError, match="is gone"):
-                launch(recipe, parts, team=team)
-        launch(recipe, parts, team=team)
+                launch(recipe, parts, parallel=parallel)
+        launch(recipe, parts, parallel=parallel)
     assert losses(parts) == losses(whole)
     saved = [(run / "model" / "model.safetensors").read_bytes() for run in (whole, parts)]
     assert saved[0] == saved[1]

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lapilli.checkpoint.source import resolve
+from lapilli.train.distributed import SINGLE_PROCESS, joined
 from lapilli.train.launch import launch
-from lapilli.train.parallel import ALONE, joined
-from lapilli.train.recipe_file import load_recipe
+from lapilli.train.recipe.file import load_recipe
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "recipes" / "launch"
@@ -107,7 +107,7 @@ def test_torchrun_trains_the_model_that_one_process_trains(
     given = [*given, *more, "--save.dtype", "float32", "--run.sharding", "fsdp"]
     together, alone = tmp_path / "together", tmp_path / "alone"
     start(file, together, given, environment)
-    launch(load_recipe(RECIPE, [*given, "--run.workers", "0"]), alone, team=ALONE)
+    launch(load_recipe(RECIPE, [*given, "--run.workers", "0"]), alone, parallel=SINGLE_PROCESS)
     assert log(together) == pytest.approx(log(alone), abs=1e-5)
     assert len(log(together)) == 4
     found, expected = (
@@ -127,6 +127,6 @@ def test_torchrun_trains_the_model_that_one_process_trains(
 def test_one_process_of_torchrun_on_a_gpu_is_a_process(tmp_path, given, environment):
     together, alone = tmp_path / "together", tmp_path / "alone"
     start("one_machine.sh", together, given, {**environment, "PROCESSES": "1"}, "cuda")
-    with joined(None, device="cuda") as team:
-        launch(load_recipe(RECIPE, given), alone, team=team)
+    with joined(None, device="cuda") as parallel:
+        launch(load_recipe(RECIPE, given), alone, parallel=parallel)
     assert log(together) == pytest.approx(log(alone), abs=1e-3)

@@ -7,7 +7,7 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.out_of_distribution import detector_files
 from lapilli.checkpoint.source import resolve
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
-from lapilli.train.reproject import reproject
+from lapilli.train.build import replace_projector
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +17,7 @@ def state(source):
 
 
 def test_a_pooled_mlp_keeps_every_weight(tmp_path):
-    assert reproject("pebble", tmp_path / "llava", projector="pool2x2_mlp2x_gelu") == ()
+    assert replace_projector("pebble", tmp_path / "llava", projector="pool2x2_mlp2x_gelu") == ()
     before, after = state("pebble"), state(tmp_path / "llava")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -28,24 +28,24 @@ def test_a_pooled_mlp_keeps_every_weight(tmp_path):
 
 
 def test_a_resampler_is_fresh_and_the_rest_stays(tmp_path):
-    fresh = reproject("pebble", tmp_path / "llava", projector="resampler4", seed=3)
+    fresh = replace_projector("pebble", tmp_path / "llava", projector="resampler4", seed=3)
     assert "queries" in fresh
     before, after = state("pebble"), state(tmp_path / "llava")
     assert {name for name in after if "projector" in name} == {
         f"modalities.image.projector.{name}" for name in fresh
     }
     assert all(torch.equal(before[n], after[n]) for n in before if "projector" not in n)
-    reproject("pebble", tmp_path / "same", projector="resampler4", seed=3)
+    replace_projector("pebble", tmp_path / "same", projector="resampler4", seed=3)
     again = state(tmp_path / "same")
     assert all(torch.equal(after[name], again[name]) for name in after)
 
 
 def test_what_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="3x3 neighbours of 8x8 patches"):
-        reproject("pebble", tmp_path / "llava", projector="pool3x3_mlp2x_gelu")
+        replace_projector("pebble", tmp_path / "llava", projector="pool3x3_mlp2x_gelu")
     with pytest.raises(UnsupportedModelError, match="'qformer' is not supported"):
-        reproject("pebble", tmp_path / "llava", projector="qformer")
+        replace_projector("pebble", tmp_path / "llava", projector="qformer")
     assert list(tmp_path.iterdir()) == []
-    reproject("pebble", tmp_path / "llava", projector="mlp2x_gelu_pool2x2")
+    replace_projector("pebble", tmp_path / "llava", projector="mlp2x_gelu_pool2x2")
     with pytest.raises(CheckpointError, match="is there already"):
-        reproject("pebble", tmp_path / "llava", projector="mlp2x_gelu_pool2x2")
+        replace_projector("pebble", tmp_path / "llava", projector="mlp2x_gelu_pool2x2")

@@ -32,7 +32,7 @@ from lapilli.train.recipe import (
 )
 from lapilli.train.results import Results, save_results
 from lapilli.train.stages import choose_trainable
-from lapilli.train.start import lay_projector
+from lapilli.train.start import load_projector
 from tests.integration.oracle import make_oracle
 from tests.train.parts import Parts
 
@@ -145,7 +145,7 @@ def test_align_leaves_a_projector(llava, parts, tmp_path):
         f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")
     }
     fresh = load(llava)
-    lay_projector(fresh.model, out)
+    load_projector(fresh.model, out)
     same(logits_of(fresh.model), logits_of(loaded.model))
     # The original's second stage: --pretrain_mm_mlp_adapter over the plain parts.
     base, eyes = parts("llama", "clip")

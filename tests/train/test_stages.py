@@ -21,9 +21,9 @@ from lapilli.modality.image.image import ImageModality
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.quant.nf4 import Nf4Linear
 from lapilli.quant.scales import RoundedScales
-from lapilli.train.attention import PlainAttention, plain_attention
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe, Recipe, RunRecipe
 from lapilli.train.stages import choose_trainable, set_up_layers
+from lapilli.train.trainer.step import PlainAttention, plain_attention
 
 CONFIG = DecoderConfig(
     vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2,
@@ -40,7 +40,7 @@ def test_plain_attention_is_its_fused_twin(is_causal):
 
 
 def test_plain_attention_stands_in_only_without_a_mask(monkeypatch):
-    monkeypatch.setattr("lapilli.train.attention.plain_attention", refuse)
+    monkeypatch.setattr("lapilli.train.trainer.step.plain_attention", refuse)
     masked = torch.ones(2, 2, 4, 4, dtype=torch.bool)
     x = torch.randn(2, 2, 4, 8)
     with PlainAttention():

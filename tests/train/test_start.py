@@ -19,7 +19,7 @@ from lapilli.lora import adapter_tensors
 from lapilli.lora.inject import adapters
 from lapilli.prompt.choose import template_by_name
 from lapilli.quant.linear import QuantLinear
-from lapilli.train.data import RowMaker
+from lapilli.train.data import SampleEncoder
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -31,11 +31,11 @@ from lapilli.train.recipe import (
 )
 from lapilli.train.results import Results, save_results
 from lapilli.train.stages import choose_trainable
-from lapilli.train.start import choose_template, for_model, lay_projector, load_start
+from lapilli.train.start import choose_template, for_model, load_projector, load_start
 from tests.checkpoint.conftest import llava  # noqa: F401  fixture
 from tests.prompt.test_encode import with_sentinels
 from tests.train.data.conftest import goldens  # noqa: F401  fixture
-from tests.train.data.test_rows import golden_sample
+from tests.train.data.test_encoder import golden_sample
 
 
 def recipe_of(checkpoint, stage="instruct", **given):
@@ -120,15 +120,15 @@ def test_a_run_goes_on_with_the_adapter_of_another(checkpoint, tmp_path):
 def test_a_projector_that_does_not_fit_is_refused(checkpoint, tmp_path):
     model = load_checkpoint(checkpoint, dtype="float32").model
     with pytest.raises(MissingFileError, match=r"no mm_projector\.safetensors or"):
-        lay_projector(model, tmp_path)
+        load_projector(model, tmp_path)
     own = dict(model.modality("image").projector.named_parameters())
     torch.save({"model.mm_projector.weight": torch.ones(2, 2)}, tmp_path / "mm_projector.bin")
     with pytest.raises(MissingWeightsError, match="another projector type"):
-        lay_projector(model, tmp_path)
+        load_projector(model, tmp_path)
     wrong = {f"mm_projector.{name}": torch.ones(3) for name in own}
     torch.save(wrong, tmp_path / "mm_projector.bin")
     with pytest.raises(ShapeMismatchError, match="another tower or language model"):
-        lay_projector(model, tmp_path)
+        load_projector(model, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_template_by_name_puts_the_checkpoints_tokens_around_a_picture(golden,
             case["input"]["tokenizer"], [["<im_patch>"], ["<im_start>", "<im_end>"]]
         )
         sample = golden_sample(case)
-        rows = RowMaker(tokenizer, choose_template(recipe, loaded), loaded.model)
+        rows = SampleEncoder(tokenizer, choose_template(recipe, loaded), loaded.model)
         prompt = rows.encode(sample, [1] * len(sample.media))
         assert with_sentinels(prompt) == case["expect"]["input_ids"], case["id"]
         assert prompt.labels == case["expect"]["labels"], case["id"]

@@ -15,8 +15,8 @@ from lapilli.cli.terminal import note, plain_errors
 if TYPE_CHECKING:
     from lapilli.prompt.choose import Template
     from lapilli.train.data import Dataset
-    from lapilli.train.data.planned import PlannedRows
-    from lapilli.train.data.show import Stretch
+    from lapilli.train.data.encoder import PlannedEncoder
+    from lapilli.train.data.show import TextSpan
 
 app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -73,7 +73,7 @@ def check(
         with _bar(quiet=quiet) as progress:
             report = check_data(
                 dataset,
-                maker=None if planned is None else planned.maker,
+                encoder=None if planned is None else planned.encoder,
                 template=plain,
                 max_length=max_length,
                 progress=progress,
@@ -102,26 +102,26 @@ def show(
     """
     with plain_errors():
         from lapilli.errors import ConfigError, DataError
-        from lapilli.train.data.check import Album
+        from lapilli.train.data.check import ImageChecker
         from lapilli.train.data.show import rendered, tokenized
 
         colored = _wants_color(color)
-        dataset, album = _open(file, images, placement), Album()
+        dataset, checker = _open(file, images, placement), ImageChecker()
         planned, plain = _plan(model, base, template)
         if start >= len(dataset):
             raise ConfigError(f"--start is {start}, and {file} has {len(dataset)} samples")
         for index in range(start, min(start + number, len(dataset))):
             try:
                 sample = dataset.sample(index)
-                stretches = (
+                spans = (
                     rendered(sample, plain)
                     if planned is None
-                    else tokenized(sample, planned.maker, album)
+                    else tokenized(sample, planned.encoder, checker)
                 )
             except DataError as error:
                 note(f"cannot be learned: {error}")
                 continue
-            _print(f"--- {sample.label}", stretches, colored=colored)
+            _print(f"--- {sample.label}", spans, colored=colored)
 
 
 def _open(file: str, images: Path | None, placement: str) -> "Dataset":
@@ -137,14 +137,14 @@ def _open(file: str, images: Path | None, placement: str) -> "Dataset":
 
 def _plan(
     model: str | None, base: str | None, template: str | None
-) -> "tuple[PlannedRows | None, Template]":
+) -> "tuple[PlannedEncoder | None, Template]":
     """What makes rows, where there is a model, and what makes text of turns."""
     from lapilli.prompt.choose import template_by_name
-    from lapilli.train.data.planned import plan_rows
+    from lapilli.train.data.encoder import plan_encoder
 
     if model is None:
         return None, template_by_name(template or "vicuna_v1")
-    planned = plan_rows(model, base=base, template=template)
+    planned = plan_encoder(model, base=base, template=template)
     return planned, planned.template
 
 
@@ -171,17 +171,17 @@ def _wants_color(color: str) -> bool:
     return color == "always" or (color == "auto" and sys.stdout.isatty())
 
 
-def _print(title: str, stretches: "Sequence[Stretch]", *, colored: bool) -> None:
+def _print(title: str, spans: "Sequence[TextSpan]", *, colored: bool) -> None:
     if not colored:
         typer.echo(title)
-        typer.echo("".join(f"[[{s.text}]]" if s.supervised else s.text for s in stretches))
+        typer.echo("".join(f"[[{s.text}]]" if s.supervised else s.text for s in spans))
         return
     from rich.console import Console
     from rich.text import Text
 
     shown = Text()
     shown.append(f"{title}\n", style="dim")
-    for stretch in stretches:
+    for stretch in spans:
         style = "green" if stretch.supervised else "magenta" if stretch.is_media else "default"
         shown.append(stretch.text, style=style)
     Console(force_terminal=True, highlight=False, soft_wrap=True).print(shown)

@@ -48,8 +48,8 @@ def train(
     recipe start in the folder where the command is started.
     """
     with plain_errors():
-        from lapilli.train.recipe_file import load_recipe
-        from lapilli.train.recipe_paths import refuse_missing
+        from lapilli.train.recipe.checks import check_paths
+        from lapilli.train.recipe.file import load_recipe
 
         asked = [] if exam is None else ["--run.exam", str(exam)]
         recipe = load_recipe(recipe_file, [*context.args, *asked])
@@ -60,42 +60,42 @@ def train(
             raise typer.BadParameter("where does the run go?", param_hint="--out")
         if out.is_file():
             raise typer.BadParameter(f"{out} is a file: expected a folder", param_hint="--out")
-        refuse_missing(recipe, recipe_file)
+        check_paths(recipe, recipe_file)
         _run(recipe, out, device=device, quiet=quiet)
 
 
 def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
+    from lapilli.train.distributed import joined, rank_info_of
     from lapilli.train.launch import launch
-    from lapilli.train.parallel import joined, seat_of
-    from lapilli.train.stop import Stopped
+    from lapilli.train.trainer.signals import Stopped
 
     shows_bar = sys.stderr.isatty() and not quiet
-    with joined(seat_of(os.environ), sharding=recipe.run.sharding, device=device) as team:
+    with joined(rank_info_of(os.environ), sharding=recipe.run.sharding, device=device) as parallel:
         try:
             task = launch(
                 recipe,
                 out,
-                team=team,
-                echo=team.leads and not quiet and not shows_bar,
-                progress=team.leads and shows_bar,
+                parallel=parallel,
+                echo=parallel.is_main_process and not quiet and not shows_bar,
+                progress=parallel.is_main_process and shows_bar,
             )
         except Stopped as stop:
-            if team.leads:
+            if parallel.is_main_process:
                 note(stop.message)
             raise
     for why in task.skipped[:5]:
         note(f"skipped: {why}")
     if task.skipped:
         note(f"{len(task.skipped)} samples could not be read; others stood in for them")
-    if team.leads:
+    if parallel.is_main_process:
         _say_end(recipe, out, quiet=quiet)
 
 
 def _say_end(recipe: "Recipe", out: Path, *, quiet: bool) -> None:
     """How the run went, by its log; a rising loss is told even with --quiet."""
-    from lapilli.train.diverge import advice
     from lapilli.train.exam import ANSWERS, FIGURE
-    from lapilli.train.log import RunLog
+    from lapilli.train.trainer.curves import advice
+    from lapilli.train.trainer.metrics import RunLog
 
     records, optim = RunLog(out).records(), recipe.optim
     if text := advice(records, max(optim.lr, optim.projector_lr or 0.0, optim.tower_lr or 0.0)):
@@ -117,9 +117,8 @@ def _print_plan(recipe: "Recipe", gpus: int) -> None:
 
     from lapilli.checkpoint.read.plan import make_plan
     from lapilli.errors import ConfigError, MissingFileError
+    from lapilli.plan.plan import A100, H100, RTX4090, plan, usual_work
     from lapilli.train.data import open_dataset
-    from lapilli.train.plan import A100, H100, RTX4090, plan
-    from lapilli.train.work import usual_work
 
     if recipe.model.checkpoint is None:
         raise ConfigError("recipe key model.checkpoint is missing: a plan needs its config.json")

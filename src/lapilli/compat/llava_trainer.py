@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from lapilli.compat.foreign import Foreign
-from lapilli.train.sampler import (
+from lapilli.train.data.order import (
     LengthGroupedSampler,
     even_chunks,
     grouped_by_length,

@@ -36,11 +36,8 @@ from lapilli.compat.training_data import (
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lapilli.prompt.choose import RECORD_KEY
 from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
+from lapilli.train.distributed import joined, rank_info_of
 from lapilli.train.launch import launch
-from lapilli.train.log import RunLog
-from lapilli.train.loop import number_of_steps
-from lapilli.train.optim import lr_share
-from lapilli.train.parallel import joined, seat_of
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -52,6 +49,9 @@ from lapilli.train.recipe import (
     SourceRecipe,
 )
 from lapilli.train.task import TrainingTask
+from lapilli.train.trainer.loop import number_of_steps
+from lapilli.train.trainer.metrics import RunLog
+from lapilli.train.trainer.optim import lr_share
 
 __all__ = [
     "DataArguments",
@@ -235,16 +235,16 @@ def train(
     folder = output / ".lapilli"
     config = starting_config(parsed)
     shares: Sharding = "fsdp" if "zero3" in (training.deepspeed or "") else "ddp"
-    with joined(seat_of(os.environ), sharding=shares, device="auto") as team:
-        if team.leads and not (folder / "start").exists():
+    with joined(rank_info_of(os.environ), sharding=shares, device="auto") as parallel:
+        if parallel.is_main_process and not (folder / "start").exists():
             stage(folder / "start", parsed, config)
-        team.wait()
+        parallel.wait()
         recipe = recipe_of(parsed, folder / "start", config)
-        task = launch(recipe, folder, team=team, echo=team.leads)
-        if team.leads:
+        task = launch(recipe, folder, parallel=parallel, echo=parallel.is_main_process)
+        if parallel.is_main_process:
             _save(task, parsed, config, folder)
             shutil.rmtree(folder)
-        team.wait()
+        parallel.wait()
 
 
 def recipe_of(parsed: Arguments, start: Path, config: Mapping[str, Any]) -> Recipe:
@@ -281,14 +281,14 @@ def recipe_of(parsed: Arguments, start: Path, config: Mapping[str, Any]) -> Reci
             weight_decay=training.weight_decay,
             schedule=SCHEDULES[training.lr_scheduler_type],  # type: ignore[arg-type]
             warmup_steps=training.warmup_steps,
-            warmup_share=training.warmup_ratio,
-            clip=training.max_grad_norm,
+            warmup_ratio=training.warmup_ratio,
+            max_grad_norm=training.max_grad_norm,
         ),
         run=RunRecipe(
             batch_size=training.per_device_train_batch_size,
             steps=max(training.max_steps, 0),
             epochs=training.num_train_epochs,
-            accumulate=training.gradient_accumulation_steps * _num_processes(),
+            gradient_accumulation_steps=training.gradient_accumulation_steps * _num_processes(),
             precision="bfloat16" if training.bf16 else "float32",
             reduction="llava",
             seed=training.seed,
@@ -311,8 +311,8 @@ def recipe_of(parsed: Arguments, start: Path, config: Mapping[str, Any]) -> Reci
 
 
 def _num_processes() -> int:
-    seat = seat_of(os.environ)
-    return 1 if seat is None else seat.size
+    rank_info = rank_info_of(os.environ)
+    return 1 if rank_info is None else rank_info.size
 
 
 def template_of(version: str) -> str:

@@ -1,1 +1,1 @@
-"""Training: recipes, data, losses, the loop; the model and its files are made elsewhere."""
+"""Training: recipes, data, the trainer, and several processes that train one model."""

@@ -1,4 +1,4 @@
-"""A loadable model out of a language model and a vision tower, with a fresh projector between.
+"""New checkpoints: a LLaVA out of a language model and a vision tower, or with another projector.
 
     language model   its tensors as they are, the vocabulary fitted to the tokenizer
     vision tower     named where a hub id says where it is, else copied beside
@@ -17,11 +17,13 @@ from typing import cast, get_args
 
 import torch
 
+from lapilli.checkpoint.export import save_loaded
 from lapilli.checkpoint.formats.files import read_json, read_optional_json
 from lapilli.checkpoint.formats.quantized import stored_quantization
 from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.placement import DTYPES, STORED
+from lapilli.checkpoint.read.assemble import build_model
 from lapilli.checkpoint.read.directory import preprocessor_of
 from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.template import find_chat_template
@@ -31,15 +33,17 @@ from lapilli.checkpoint.write.llava import TOWER_FOLDER, TowerPlace, save_llava,
 from lapilli.config.families import family_of
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import is_hf_llava, is_original, parse_config
+from lapilli.config.projector import parse_projector
 from lapilli.config.reader import JsonObject
 from lapilli.config.vision import TOWER_TYPES
 from lapilli.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
+from lapilli.modality.image.image import ImageModality
 from lapilli.modality.projector import build_projector
 from lapilli.prompt.base_template import refuse_wrong_template, template_of_base
 from lapilli.prompt.choose import TemplateFacts, choose_template, template_by_name
 from lapilli.prompt.templates import DEFAULT_TEMPLATE
 from lapilli.prompt.tokenizer import Tokenizer
-from lapilli.train.start import refuse_unknown_marks
+from lapilli.train.start import check_marks
 
 # Columns and rows of tiles that LLaVA 1.6 chooses from.
 _GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
@@ -135,9 +139,9 @@ def build_llava(
         raise ConfigError(f"tower {tower!r}: choose from {', '.join(get_args(TowerPlace))}")
     base, eyes = resolve(language), _tower_of(resolve(vision))
     raw = read_json(base / "config.json")
-    _refuse_base(raw, base)
+    _check_base(raw, base)
     tower_raw = read_json(eyes / "config.json")
-    _refuse_tower(tower_raw, eyes)
+    _check_tower(tower_raw, eyes)
     name, reason = _template(raw, base, template, force=force)
     tokenizer = _tokenizer(raw, base, joint)
     doubts = _doubts(name, tokenizer, insists=template is not None and not force)
@@ -174,7 +178,7 @@ def build_llava(
     )
 
 
-def _refuse_base(raw: JsonObject, base: Path) -> None:
+def _check_base(raw: JsonObject, base: Path) -> None:
     if is_original(raw) or is_hf_llava(raw):
         raise ConfigError(
             f"{base} is a LLaVA already: train it as it is (model.checkpoint of a recipe), or give "
@@ -193,7 +197,7 @@ def _tower_of(folder: Path) -> Path:
     return inside if is_llava and (inside / "config.json").is_file() else folder
 
 
-def _refuse_tower(raw: JsonObject, eyes: Path) -> None:
+def _check_tower(raw: JsonObject, eyes: Path) -> None:
     kind = raw.get("model_type")
     if kind not in TOWER_TYPES:
         raise UnsupportedModelError(
@@ -221,7 +225,7 @@ def _template(raw: JsonObject, base: Path, asked: str | None, *, force: bool) ->
 def _doubts(name: str, tokenizer: Tokenizer, *, insists: bool) -> tuple[str, ...]:
     """What the vocabulary says against a template: refused where a person named it."""
     try:
-        refuse_unknown_marks(template_by_name(name), tokenizer, DEFAULT_TEMPLATE)
+        check_marks(template_by_name(name), tokenizer, DEFAULT_TEMPLATE)
     except ConfigError as error:
         if insists:
             raise
@@ -330,3 +334,54 @@ def _with_pad(base: Path, tokenizer: Tokenizer) -> dict[str, str]:
         return {}
     found["pad_token"] = tokenizer.id_to_token(index)
     return {"tokenizer_config.json": json.dumps(found, indent=2) + "\n"}
+
+
+def replace_projector(source: str, out: Path, *, projector: str, seed: int = 0) -> tuple[str, ...]:
+    """Write the checkpoint with this projector.
+
+    Weights of the old projector are kept where all of them fit (an mlp and the pooled one have the
+    same); otherwise the projector is fresh and wants an `align` stage.
+
+    Args:
+        source: a LLaVA checkpoint.
+        out: the new directory; its name should contain "llava".
+        projector: a name such as "pool2x2_mlp2x_gelu" or "resampler144".
+        seed: of fresh weights.
+
+    Returns:
+        Names of the fresh parameters; none where the old ones were kept.
+
+    Raises:
+        ConfigError: a text model, or a projector that this tower cannot have.
+        CheckpointError: the directory is there already.
+    """
+    loaded = load_checkpoint(source, device="cpu", dtype=STORED)
+    config = loaded.config
+    if config.vision is None or config.image is None or config.projector is None:
+        raise ConfigError(f"{source} reads text only: it has no projector to replace")
+    if config.layout != "llava":
+        raise ConfigError(
+            f"{source} has Hugging Face's layout, which cannot say {projector!r}: save it in the "
+            "original's first (lapilli export)"
+        )
+    wanted = parse_projector(
+        projector,
+        vision_size=config.vision.hidden_size,
+        hidden_size=config.text.hidden_size,
+    )
+    config = replace(config, projector=wanted)
+    build_model(config)  # refuses what this tower or this merge cannot have
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = build_projector(wanted, config.vision)
+    image = cast("ImageModality", loaded.model.modality("image"))
+    old = image.projector.state_dict()
+    new = fresh.state_dict()
+    fits = {n: t.shape for n, t in old.items()} == {n: t.shape for n, t in new.items()}
+    if fits:
+        fresh.load_state_dict(old)
+    image.projector = fresh.to(
+        next(iter((*image.projector.parameters(), *loaded.model.parameters()))).dtype
+    )
+    save_loaded(out, loaded, config=config)
+    return () if fits else tuple(new)

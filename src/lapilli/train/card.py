@@ -11,14 +11,15 @@ from pathlib import Path
 
 from lapilli.checkpoint.formats.files import read_optional_text
 from lapilli.checkpoint.source import HUB_ID, is_local
-from lapilli.train.data.digest import DataFile, data_file, together
+from lapilli.train.data.fingerprint import DataFile, data_file, together
 from lapilli.train.data.source import expand
-from lapilli.train.diverge import LOWEST, RISEN
 from lapilli.train.exam import FIGURE as EXACT_MATCH
-from lapilli.train.log import Record, RunLog
 from lapilli.train.recipe import Recipe
-from lapilli.train.recipe_text import recipe_text
+from lapilli.train.recipe.file import recipe_text
 from lapilli.train.results import Results
+from lapilli.train.trainer.contract import Record
+from lapilli.train.trainer.curves import LOWEST, RISEN
+from lapilli.train.trainer.metrics import RunLog
 
 CURVE = "loss.png"
 RECIPE = "recipe.toml"
@@ -173,15 +174,15 @@ def _recipe(recipe: Recipe) -> str:
 
 
 def _evaluation(records: Sequence[Record]) -> str:
-    """The last figures on held-out data, and the best loss there was."""
+    """The last metrics on held-out data, and the best loss there was."""
     evaluations = [record for record in records if "eval_loss" in record]
     if not evaluations:
         return ""
     last = evaluations[-1]
     best = min(evaluations, key=lambda record: record["eval_loss"])
     exam = next((record for record in reversed(records) if EXACT_MATCH in record), {})
-    figures = {**last, **exam}
-    rows = [f"| {key} | {_shown(value)} |" for key, value in figures.items() if key != "step"]
+    metrics = {**last, **exam}
+    rows = [f"| {key} | {_shown(value)} |" for key, value in metrics.items() if key != "step"]
     told = (
         " exact_match is the share of the answers given greedily that were equal to those of the "
         "data."

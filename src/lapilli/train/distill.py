@@ -1,11 +1,11 @@
-"""One model learns to answer as another does; knows batches and models, no files.
+"""Distillation: a student learns to answer as a teacher does; knows batches and models, no files.
 
-    one conversation --RowMaker of the student--> row, 16 positions of the picture --> logits [M, V]
-                     --RowMaker of the teacher--> row, 64 positions of the picture --> logits [M, V]
+    one conversation --student's encoder--> 16 positions of the picture, text --> logits [M, V]
+                     --teacher's encoder--> 64 positions of the picture, text --> logits [M, V]
 
-The i-th supervised token of one row is the i-th of the other: spans may differ in length, so
-teacher and student may differ in tower, resolution, projector, width and depth. Template and
-vocabulary are the same.
+The i-th supervised token of one is the i-th of the other: spans may differ in length, so teacher
+and student may differ in tower, resolution, projector, width and depth. Template and vocabulary are
+the same.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from lapilli.errors import ConfigError, DataError, PromptError
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.shapes import Float, Int, Tensor
-from lapilli.train.batch import TrainingBatch, collate
-from lapilli.train.contract import Loss
-from lapilli.train.data import Row, RowMaker, Sample
-from lapilli.train.loss import supervised
-from lapilli.train.model import TrainedModel
+from lapilli.train.data import EncodedSample, Sample, SampleEncoder
 from lapilli.train.recipe import DistillRecipe, NoiseRecipe, Recipe
+from lapilli.train.trainer.batch import TrainingBatch, collate
+from lapilli.train.trainer.contract import Loss
+from lapilli.train.trainer.loss import supervised
+from lapilli.train.trainer.model import TrainedModel
 
 _MAP_SEED: Final = 41
 
@@ -95,37 +95,37 @@ def _wide(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class LessonRow(Row):
+class DistillationSample(EncodedSample):
     """A student's row, and the teacher's of the same sample."""
 
-    teacher: Row | None = None
+    teacher: EncodedSample | None = None
 
 
-class PairMaker:
-    """Makes both rows of a sample; stands where a RowMaker stands.
+class PairEncoder:
+    """Makes both rows of a sample; stands where a SampleEncoder stands.
 
     Args:
         student: cuts to the length of the run.
         teacher: cuts nothing; its row ends with the last token that the student's supervises.
     """
 
-    def __init__(self, student: RowMaker, teacher: RowMaker) -> None:
+    def __init__(self, student: SampleEncoder, teacher: SampleEncoder) -> None:
         self._student, self._teacher = student, teacher
 
-    def row(self, sample: Sample) -> LessonRow:
+    def row(self, sample: Sample) -> DistillationSample:
         """The student's row with the teacher's beside it.
 
         Raises:
-            DataError: see `RowMaker.row`; or the two do not supervise the same tokens.
+            DataError: see `SampleEncoder.row`; or the two do not supervise the same tokens.
         """
         own, other = self._student.row(sample), self._teacher.row(sample)
         try:
             prompt = matched(own.prompt, other.prompt)
         except PromptError as error:
             raise DataError(f"{sample.label}: {error}") from error
-        values = {field.name: getattr(own, field.name) for field in fields(Row)}
-        theirs = Row(prompt, other.media[: len(prompt.spans)], own.id)
-        return LessonRow(**values, teacher=theirs)
+        values = {field.name: getattr(own, field.name) for field in fields(EncodedSample)}
+        theirs = EncodedSample(prompt, other.media[: len(prompt.spans)], own.id)
+        return DistillationSample(**values, teacher=theirs)
 
 
 def matched(student: EncodedPrompt, teacher: EncodedPrompt) -> EncodedPrompt:
@@ -156,24 +156,24 @@ def _supervised(prompt: EncodedPrompt) -> tuple[list[int], list[int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson(TrainingBatch):
+class DistillationBatch(TrainingBatch):
     """The student's batch, and the teacher's: one row per sample, in the same order."""
 
     teacher: TrainingBatch | None = None
 
 
-def with_teacher(batch: TrainingBatch, rows: Sequence[Row]) -> TrainingBatch:
-    """A Lesson where the rows have a teacher's beside them, else the batch as it is.
+def with_teacher(batch: TrainingBatch, rows: Sequence[EncodedSample]) -> TrainingBatch:
+    """A DistillationBatch where the rows have a teacher's beside them, else the batch as it is.
 
     Args:
         batch: of the rows.
         rows: in the order in which their samples lie in the batch.
     """
-    theirs = [row.teacher for row in rows if isinstance(row, LessonRow) and row.teacher]
+    theirs = [row.teacher for row in rows if isinstance(row, DistillationSample) and row.teacher]
     if len(theirs) < len(rows):
         return batch
     values = {field.name: getattr(batch, field.name) for field in fields(TrainingBatch)}
-    return Lesson(**values, teacher=collate(theirs))
+    return DistillationBatch(**values, teacher=collate(theirs))
 
 
 class Teacher:
@@ -234,7 +234,7 @@ class DistilledModel(TrainedModel):
         self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, " M"], batch: TrainingBatch
     ) -> Loss:
         """Summed loss of M positions that predict M tokens."""
-        if not self.training or not isinstance(batch, Lesson) or batch.teacher is None:
+        if not self.training or not isinstance(batch, DistillationBatch) or batch.teacher is None:
             return super().loss_of(hidden, targets, batch)
         logits = self.logits(hidden)
         teacher_logits, teacher_hidden = self._teacher.answer(batch.teacher, hidden.device)

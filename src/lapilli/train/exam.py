@@ -1,10 +1,10 @@
-"""An exam: the saved results answer held-out questions, and are compared word for word.
+"""Exam: the saved results answer held-out questions, and are compared word for word.
 
-    row of a sample   positions before an answer --load, engine, greedy--> answer
+    encoded sample    positions before an answer --load, engine, greedy--> answer
                       the answer itself ------------------------------------> equal?
     folder/exam.jsonl {"sample", "reference", "answer", "equal"};   exact_match = equal / asked
 
-Knows rows and how a loaded model answers; must not know the loop.
+Knows encoded samples and how a loaded model answers; must not know the loop.
 """
 
 import json
@@ -25,8 +25,8 @@ from lapilli.pipeline.ready import ReadyPrompt
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.tokenizer import Tokenizer
-from lapilli.train.data import Row, Rows
-from lapilli.train.log import Record
+from lapilli.train.data import EncodedDataset, EncodedSample
+from lapilli.train.trainer.contract import Record
 
 ANSWERS: Final = "exam.jsonl"
 FIGURE: Final = "exact_match"
@@ -56,7 +56,7 @@ class _Question:
 
 
 def hold_exam(
-    model: Path, rows: Rows, number: int, *, template: Template, device: torch.device
+    model: Path, rows: EncodedDataset, number: int, *, template: Template, device: torch.device
 ) -> list[Graded]:
     """The answers to the questions of `number` held-out samples, spread evenly over all of them.
 
@@ -101,7 +101,7 @@ def _answer(answering: Answering, prompt: ReadyPrompt, params: SamplingParams) -
 
 
 def _questions(
-    row: Row, rows: Rows, index: int, tokenizer: Tokenizer, template: Template
+    row: EncodedSample, rows: EncodedDataset, index: int, tokenizer: Tokenizer, template: Template
 ) -> Iterator[_Question]:
     """Every whole answer of a row, with what stands before it."""
     if row.skipped:

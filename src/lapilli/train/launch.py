@@ -1,7 +1,7 @@
-"""A recipe from its files to its results, in every process of a team; knows the order of things.
+"""Launch: a recipe from its files to its results, in every process.
 
-start -> what could not be saved is refused -> steps -> FOLDER/model, also on the way where small
-      -> the exam, which asks what was saved -> model card
+start -> what could not be saved is refused -> steps -> FOLDER/model, also on the way where
+small -> the exam, which asks what was saved -> model card
 """
 
 from dataclasses import dataclass
@@ -14,19 +14,24 @@ from lapilli.checkpoint.formats.files import RESULTS
 from lapilli.errors import ConfigError
 from lapilli.lora.inject import adapters
 from lapilli.train.card import add_card, model_card
+from lapilli.train.distributed import ParallelContext
 from lapilli.train.exam import exam_record, hold_exam, write_exam
-from lapilli.train.log import RunLog
-from lapilli.train.loop import number_of_steps, train
-from lapilli.train.parallel import Team
 from lapilli.train.recipe import Recipe
 from lapilli.train.results import Results, save_results
-from lapilli.train.sharded import gather
-from lapilli.train.state import holds_state
 from lapilli.train.task import TrainingTask, build_task
+from lapilli.train.trainer.loop import number_of_steps, train
+from lapilli.train.trainer.metrics import RunLog
+from lapilli.train.trainer.sharded import gather
+from lapilli.train.trainer.state import holds_state
 
 
 def launch(
-    recipe: Recipe, folder: Path, *, team: Team, echo: bool = False, progress: bool = False
+    recipe: Recipe,
+    folder: Path,
+    *,
+    parallel: ParallelContext,
+    echo: bool = False,
+    progress: bool = False,
 ) -> TrainingTask:
     """Run a recipe from where it stopped, and leave its results in `folder/model`.
 
@@ -36,7 +41,7 @@ def launch(
     Args:
         recipe: of the stage align or instruct.
         folder: of the run.
-        team: this process among all.
+        parallel: this process among all.
         echo: log lines on stderr.
         progress: a progress bar on stderr.
 
@@ -44,14 +49,14 @@ def launch(
         ConfigError: something else lies where the results would.
         LapilliError: see build_task, Results.of and train.
     """
-    refuse_taken(folder, recipe)
-    task = build_task(recipe, team)
+    check_output_folder(folder, recipe)
+    task = build_task(recipe, parallel)
     saver = _Saver(task, Results.of(task.loaded, recipe), folder / RESULTS)
     train(
         task,
         recipe,
         folder,
-        team=team,
+        parallel=parallel,
         echo=echo,
         progress=progress,
         on_save=saver.on_the_way,
@@ -62,7 +67,7 @@ def launch(
     return task
 
 
-def refuse_taken(folder: Path, recipe: Recipe) -> None:
+def check_output_folder(folder: Path, recipe: Recipe) -> None:
     """Results replace `folder/model`, which must not be anything else that somebody needs.
 
     Raises:
@@ -93,9 +98,9 @@ def facts_of(task: TrainingTask) -> dict[str, str]:
     held_out = "" if task.held_out is None else f", and {len(task.held_out):,} held out"
     return {
         "samples": f"{task.num_samples:,}{held_out}",
-        "numbers that learned": f"{learned:,}",
+        "trainable parameters": f"{learned:,}",
         "made with": f"lapilli {__version__}, torch {torch.__version__}, "
-        f"{task.team.size} x {task.team.device.type}",
+        f"{task.parallel.size} x {task.parallel.device.type}",
     }
 
 
@@ -118,26 +123,26 @@ class _Saver:
         Args:
             card: with the model card, whose digest reads all of the data.
         """
-        team, model = self.task.team, self.task.model.vlm
-        state = gather(model.state_dict(), team) if team.is_sharded else None
-        if team.leads:
+        parallel, model = self.task.parallel, self.task.model.vlm
+        state = gather(model.state_dict(), parallel) if parallel.is_sharded else None
+        if parallel.is_main_process:
             extra = None
             if card:
                 extra = model_card(self.results, self.folder.parent, facts=facts_of(self.task))
             save_results(self.folder, model, self.results, state=state, extra=extra)
-        team.wait()
+        parallel.wait()
 
     def examine(self, *, echo: bool = False) -> None:
-        """Let the saved results answer held-out questions, log the figures, add the card.
+        """Let the saved results answer held-out questions, log the metrics, add the card.
 
         Every process has to call it; the leading one alone works, as it alone is sure to see the
         files.
         """
-        task, team, folder = self.task, self.task.team, self.folder.parent
+        task, parallel, folder = self.task, self.task.parallel, self.folder.parent
         rows, number = task.held_out, self.results.recipe.run.exam
-        if team.leads and rows is not None:
+        if parallel.is_main_process and rows is not None:
             graded = hold_exam(
-                self.folder, rows, number, template=task.template, device=team.device
+                self.folder, rows, number, template=task.template, device=parallel.device
             )
             write_exam(folder, graded)
             log = RunLog(folder, echo=echo)
@@ -146,4 +151,4 @@ class _Saver:
                 log.write(record)
             card = model_card(self.results, folder, facts=facts_of(task))
             add_card(self.folder, card)
-        team.wait()
+        parallel.wait()

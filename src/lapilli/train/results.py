@@ -1,4 +1,4 @@
-"""What a stage leaves on the disk: which form it has, and what it lies on; no file formats.
+"""Results of a run on the disk: which form they have, and what they lie on; no file formats.
 
     align                        config.json, mm_projector.bin           a projector
     instruct, lora               adapter, non_lora_trainables.bin        adapter and projector
@@ -86,7 +86,7 @@ class Results:
             base=_base_of(loaded, recipe),
             template=_spoken(loaded, recipe),
         )
-        results.refuse_impossible()
+        results.check_savable()
         return results
 
     @property
@@ -116,7 +116,7 @@ class Results:
         """Return whether what comes out is an adapter beside its base."""
         return self.recipe.lora is not None and not self.recipe.save.merge
 
-    def refuse_impossible(self) -> None:
+    def check_savable(self) -> None:
         """Check the recipe against what the layouts can hold; see `of`."""
         save, lora = self.recipe.save, self.recipe.lora
         if save.merge and lora is not None and lora.base != "float":

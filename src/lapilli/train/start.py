@@ -1,4 +1,4 @@
-"""What a run starts from: the checkpoint, the projector laid over it, the template of its rows.
+"""Start of a run: the checkpoint, the projector loaded over it, the template of its samples.
 
     model.checkpoint --load_checkpoint--> Loaded
     model.projector  --mm_projector.*---> over the projector of it
@@ -62,11 +62,11 @@ def load_start(recipe: Recipe) -> Loaded:
             f"{loaded.path} reads text only: give it a tower and a projector with `lapilli build`"
         )
     if recipe.model.projector is not None:
-        lay_projector(loaded.model, Path(recipe.model.projector).expanduser())
+        load_projector(loaded.model, Path(recipe.model.projector).expanduser())
     return loaded
 
 
-def lay_projector(model: VisionLanguageModel, folder: Path) -> None:
+def load_projector(model: VisionLanguageModel, folder: Path) -> None:
     """The projector that an earlier run left, over the model's own.
 
     Args:
@@ -138,7 +138,7 @@ def choose_template(recipe: Recipe, loaded: Loaded) -> Template:
             str(loaded.path),
             otherwise=f"leave data.template out: the checkpoint asks for {own.name!r}",
         )
-    refuse_unknown_marks(template, loaded.tokenizer, own.name)
+    check_marks(template, loaded.tokenizer, own.name)
     return for_model(template, loaded)
 
 
@@ -149,7 +149,7 @@ def for_model(template: Template, loaded: Loaded) -> Template:
     return around_media(template, use_start_end=tokens.use_start_end, gap=gap)
 
 
-def refuse_unknown_marks(template: Template, tokenizer: Tokenizer, own: str) -> None:
+def check_marks(template: Template, tokenizer: Tokenizer, own: str) -> None:
     """A template belongs to a base whose vocabulary has its marks as tokens.
 
     Args:

@@ -1,7 +1,7 @@
-"""What a recipe trains on what: checkpoint, samples and their order become a TrainingTask.
+"""The task of a recipe: checkpoint, samples and their order become batches and their loss.
 
-    checkpoint --load--> model --stages--> what learns --> TrainedModel
-    files ----> samples --order(step)--> rows --collate or pack--> TrainingBatch
+    checkpoint --load--> model --stages--> what is trained --> TrainedModel
+    files ----> samples --order(step)--> encoded samples --collate, or pack--> TrainingBatch
 
 Knows every room of the trainer; must not know the loop's arithmetic or what results look like.
 """
@@ -18,37 +18,44 @@ from lapilli.config.model import DecoderConfig
 from lapilli.errors import ConfigError
 from lapilli.modality.image.decode import Alpha
 from lapilli.prompt.choose import Template
-from lapilli.train.batch import TrainingBatch, collate, collate_bins
-from lapilli.train.contract import Loss, Plain
-from lapilli.train.data import Dataset, Row, RowMaker, Rows, open_dataset, order_of, rows_of
-from lapilli.train.data.rows import MakesRows
+from lapilli.train.data import (
+    Dataset,
+    EncodedDataset,
+    EncodedSample,
+    SampleEncoder,
+    encoded_dataset,
+    open_dataset,
+    order_of,
+)
+from lapilli.train.data.encoder import EncodesSamples
+from lapilli.train.data.fingerprint import fingerprint_of
+from lapilli.train.data.order import Order
 from lapilli.train.distill import (
     DistilledModel,
-    PairMaker,
+    PairEncoder,
     Teacher,
     load_teacher,
     with_teacher,
 )
-from lapilli.train.identity import identity_of
-from lapilli.train.model import TrainedModel
-from lapilli.train.order import Order
-from lapilli.train.pack import pack
-from lapilli.train.parallel import Team
+from lapilli.train.distributed import ParallelContext
 from lapilli.train.recipe import Recipe
-from lapilli.train.recipe_keys import refuse_unread
+from lapilli.train.recipe.checks import check_idle_keys
 from lapilli.train.stages import choose_trainable, set_up_layers
 from lapilli.train.start import choose_template, for_model, load_start
+from lapilli.train.trainer.batch import TrainingBatch, collate, collate_packed, pack
+from lapilli.train.trainer.contract import Loss, Plain
+from lapilli.train.trainer.model import TrainedModel
 
 
 @dataclass
 class TrainingTask:
-    """A model and its data; see `lapilli.train.loop.Task`.
+    """A model and its data; see `lapilli.train.trainer.loop.Task`.
 
     Attributes:
         model: what learns, and how its loss is made.
         loaded: the checkpoint that it came from.
         recipe: what is done.
-        team: this process among all.
+        parallel: this process among all.
         rows: of the samples that are learned from.
         order: which of them a step reads.
         held_out: rows of the samples that evaluation reads; None: there are none.
@@ -60,10 +67,10 @@ class TrainingTask:
     model: TrainedModel
     loaded: Loaded
     recipe: Recipe
-    team: Team
-    rows: Rows
+    parallel: ParallelContext
+    rows: EncodedDataset
     order: Order
-    held_out: Rows | None
+    held_out: EncodedDataset | None
     template: Template
     weights: Mapping[str, Sequence[Path]]
     skipped: list[str] = field(default_factory=list)
@@ -73,10 +80,10 @@ class TrainingTask:
         """Samples of one epoch."""
         return self.order.epoch_size
 
-    def identity(self) -> Mapping[str, Plain]:
+    def fingerprint(self) -> Mapping[str, Plain]:
         """What decides the batches and what rests; files are read for their digests."""
         counts = [len(source) for source in self.rows.dataset.sources]
-        return identity_of(self.recipe, self.template.name, counts, self.weights)
+        return fingerprint_of(self.recipe, self.template.name, counts, self.weights)
 
     def names(self, step: int, micro: int) -> list[str]:
         """Place and id of the samples of a micro-batch."""
@@ -87,13 +94,13 @@ class TrainingTask:
         made = self._collate([self.rows.row(index) for index in self.order.indices(step, micro)])
         return made, made.num_valid
 
-    def _collate(self, rows: list[Row]) -> TrainingBatch:
+    def _collate(self, rows: list[EncodedSample]) -> TrainingBatch:
         data = self.recipe.data
         if not data.pack:
             return with_teacher(collate(rows), rows)
         bins = pack([len(row.prompt) for row in rows], data.max_length)
         packed = [[rows[i] for i in numbers] for numbers in bins]
-        return with_teacher(collate_bins(packed), [row for one in packed for row in one])
+        return with_teacher(collate_packed(packed), [row for one in packed for row in one])
 
     def loss(self, batch: TrainingBatch) -> Loss:
         """The summed loss."""
@@ -110,11 +117,11 @@ class TrainingTask:
         """
         if self.held_out is None:
             return {}
-        size, team = self.recipe.run.batch_size, self.team
+        size, parallel = self.recipe.run.batch_size, self.parallel
         starts = range(0, len(self.held_out), size)
         sums = {"total": 0.0, "count": 0.0, "skipped": 0.0}
-        for turn in range(-(-len(starts) // team.size)):
-            at = turn * team.size + team.rank
+        for turn in range(-(-len(starts) // parallel.size)):
+            at = turn * parallel.size + parallel.rank
             start = starts[at] if at < len(starts) else 0
             numbers = range(start, min(start + size, len(self.held_out)))
             rows = [self.held_out.row(i) for i in numbers]
@@ -124,18 +131,18 @@ class TrainingTask:
                 sums["total"] += total
                 sums["count"] += batch.num_valid
                 sums["skipped"] += sum(bool(row.skipped) for row in rows)
-        sums = team.sum_floats(sums)
+        sums = parallel.sum_floats(sums)
         found = {"eval_loss": sums["total"] / sums["count"]}
         return found | ({"eval_skipped": sums["skipped"]} if sums["skipped"] else {})
 
 
-def _silent(row: Row) -> Row:
+def _silent(row: EncodedSample) -> EncodedSample:
     """The row with nothing supervised."""
     prompt = replace(row.prompt, loss_mask=[False] * len(row.prompt))
     return replace(row, prompt=prompt)
 
 
-def build_task(recipe: Recipe, team: Team) -> TrainingTask:
+def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
     """The task of a recipe whose stage trains a whole model.
 
     Raises:
@@ -144,23 +151,23 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
         DataError: the data cannot be read.
         UnknownKeyError: a key that nothing would read.
     """
-    refuse_unread(recipe)
+    check_idle_keys(recipe)
     kept, held = _datasets(recipe)
     loaded = load_start(recipe)
     if recipe.data.pack:
-        refuse_packing(loaded, recipe.data.max_length)
+        check_packing(loaded, recipe.data.max_length)
     teacher = load_teacher(recipe, loaded)
     template = choose_template(recipe, loaded)
     data = recipe.data
-    maker = _row_maker(loaded, template, data.max_length, alpha=data.alpha)
-    pairs = _with_teacher(maker, template, teacher)
+    encoder = _row_maker(loaded, template, data.max_length, alpha=data.alpha)
+    pairs = _with_teacher(encoder, template, teacher)
     order = order_of(kept, recipe.data, recipe.run)
     torch.manual_seed(recipe.run.seed)  # a fresh adapter is drawn
     choose_trainable(loaded.model, recipe)
     set_up_layers(loaded.model, recipe.run)
     model = _learner(recipe, loaded, teacher)
-    team.wrap(model, precision=recipe.run.precision)
-    held_out = None if held is None else _held_out(held, maker, recipe, team)
+    parallel.wrap(model, precision=recipe.run.precision)
+    held_out = None if held is None else _held_out(held, encoder, recipe, parallel)
     weights = {"model.checkpoint": loaded.weight_files}
     if teacher is not None:
         weights["distill.teacher"] = teacher.weight_files
@@ -168,8 +175,8 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
         model=model,
         loaded=loaded,
         recipe=recipe,
-        team=team,
-        rows=rows_of(kept, pairs, recipe.data),
+        parallel=parallel,
+        rows=encoded_dataset(kept, pairs, recipe.data),
         order=order,
         held_out=held_out,
         template=template,
@@ -177,26 +184,32 @@ def build_task(recipe: Recipe, team: Team) -> TrainingTask:
     )
 
 
-def _held_out(dataset: Dataset, maker: RowMaker, recipe: Recipe, team: Team) -> Rows:
-    """Rows of what evaluation reads, each of them read once where a bad one is an error.
+def _held_out(
+    dataset: Dataset, encoder: SampleEncoder, recipe: Recipe, parallel: ParallelContext
+) -> EncodedDataset:
+    """Encoded samples that evaluation reads, each of them read once where a bad one is an error.
 
     The first evaluation would else end a run after all of its steps, before they are saved.
     """
-    rows = Rows(dataset, maker, on_bad_sample=recipe.data.on_bad_sample)
+    rows = EncodedDataset(dataset, encoder, on_bad_sample=recipe.data.on_bad_sample)
     if recipe.data.on_bad_sample == "error":
-        for index in range(team.rank, len(rows), team.size):
+        for index in range(parallel.rank, len(rows), parallel.size):
             rows.row(index)
     return rows
 
 
-def _with_teacher(maker: RowMaker, template: Template, teacher: Loaded | None) -> MakesRows:
+def _with_teacher(
+    encoder: SampleEncoder, template: Template, teacher: Loaded | None
+) -> EncodesSamples:
     """What makes the rows that are learned from, the teacher's beside them if there is one."""
     if teacher is None:
-        return maker
-    return PairMaker(maker, _row_maker(teacher, for_model(template, teacher), alpha=maker.alpha))
+        return encoder
+    return PairEncoder(
+        encoder, _row_maker(teacher, for_model(template, teacher), alpha=encoder.alpha)
+    )
 
 
-def refuse_packing(loaded: Loaded, max_length: int) -> None:
+def check_packing(loaded: Loaded, max_length: int) -> None:
     """Packed rows have to give the loss of their samples.
 
     Raises:
@@ -213,9 +226,9 @@ def refuse_packing(loaded: Loaded, max_length: int) -> None:
 
 def _row_maker(
     loaded: Loaded, template: Template, max_length: int | None = None, *, alpha: Alpha
-) -> RowMaker:
+) -> SampleEncoder:
     image_id = loaded.config.tokens.image_id
-    return RowMaker(
+    return SampleEncoder(
         loaded.tokenizer, template, loaded.model, max_length, image_id=image_id, alpha=alpha
     )
 

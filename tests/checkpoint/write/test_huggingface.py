@@ -15,7 +15,7 @@ from lapilli.checkpoint.write.huggingface import save_hf
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.lora import LoraConfig, inject, merge
 from lapilli.quant import QuantConfig, quantize
-from lapilli.train.reproject import reproject
+from lapilli.train.build import replace_projector
 from tests.integration.oracle import picture
 
 VARIANTS = ["llava-v1.5-tiny-pad", "llava-v1.6-vicuna-tiny-336", "llava-v1.6-mistral-tiny"]
@@ -156,7 +156,7 @@ def test_what_the_layout_cannot_say_is_refused(golden, tmp_path, variant, messag
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pool2x2_mlp2x_gelu", "mlp2x_gelu_pool2x2", "resampler4"])
 def test_projectors_that_join_features_are_refused(tmp_path, name):
-    reproject("pebble", tmp_path / "llava", projector=name)
+    replace_projector("pebble", tmp_path / "llava", projector=name)
     with pytest.raises(
         UnsupportedModelError, match=rf"projector '{name}', .*save\.layout = \"llava"
     ):

@@ -16,9 +16,9 @@ import torch
 
 from lapilli.checkpoint.keymaps import ORIGINAL
 from lapilli.train import task
-from lapilli.train.optim import decays, peak_lr
 from lapilli.train.recipe import Recipe
 from lapilli.train.stages import choose_trainable
+from lapilli.train.trainer.optim import decays, peak_lr
 from tests.conformance.cases import Case
 from tests.conformance.checkpoints import Workshop
 from tests.conformance.compare import Check

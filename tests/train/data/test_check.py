@@ -7,10 +7,9 @@ import pytest
 from PIL import Image
 
 from lapilli.prompt.templates import TEMPLATES
-from lapilli.train.data import RowMaker, open_dataset
-from lapilli.train.data.check import check
-from lapilli.train.data.planned import plan_rows
-from lapilli.train.data.report import DataReport, Finding, Spread
+from lapilli.train.data import SampleEncoder, open_dataset
+from lapilli.train.data.check import DataReport, Finding, Summary, check
+from lapilli.train.data.encoder import plan_encoder
 from lapilli.train.recipe import SourceRecipe
 from tests.train.data.conftest import RECORDS, turns
 
@@ -33,14 +32,14 @@ def kinds(report: DataReport) -> list[tuple[str, int]]:
 
 @pytest.mark.slow
 def test_nothing_is_wrong_with_good_data(folder, tokenizer, model):
-    maker = RowMaker(tokenizer, TEMPLATES["vicuna_v1"], model)
-    report = look(folder, RECORDS, maker=maker, max_length=500)
+    encoder = SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], model)
+    report = look(folder, RECORDS, encoder=encoder, max_length=500)
     assert report.findings == ()
     assert (report.num_samples, report.num_with_media, report.num_text_only) == (3, 2, 1)
     assert (report.num_media, report.num_different_media, report.num_answers) == (3, 2, 5)
-    assert report.words == Spread(min=6, median=9, p95=9, max=9, total=24)
+    assert report.words == Summary(min=6, median=9, p95=9, max=9, total=24)
     rows = [
-        maker.row(open_dataset([SourceRecipe(path=str(folder / "data.json"))]).sample(i))
+        encoder.row(open_dataset([SourceRecipe(path=str(folder / "data.json"))]).sample(i))
         for i in range(3)
     ]
     lengths = [len(row.prompt) for row in rows]
@@ -73,8 +72,8 @@ def test_everything_that_is_wrong_is_found_with_its_line(folder, tokenizer, mode
         {"id": "m", "conversations": [*turns("Q", "A"), turns("Q", "B")[1]]},
         '{"id": "n", "conversations"',
     ]
-    maker = RowMaker(tokenizer, TEMPLATES["vicuna_v1"], model)
-    report = look(folder, records, maker=maker, max_length=500)
+    encoder = SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], model)
+    report = look(folder, records, encoder=encoder, max_length=500)
     assert kinds(report) == [
         ("image", 2),
         ("image", 3),
@@ -159,13 +158,13 @@ def test_progress_counts_samples(folder):
 
 
 def test_positions_are_those_of_the_checkpoint(folder):
-    planned = plan_rows("pebble")
-    report = look(folder, RECORDS[:1], maker=planned.maker, max_length=planned.context_length)
+    planned = plan_encoder("pebble")
+    report = look(folder, RECORDS[:1], encoder=planned.encoder, max_length=planned.context_length)
     assert planned.template.name == "vicuna_v1"
     assert report.positions is not None
     dataset = open_dataset([SourceRecipe(path=str(folder / "data.json"))])
-    assert report.positions.max == len(planned.maker.row(dataset.sample(0)).prompt)
-    assert plan_rows("pebble", template="plain").template.name == "plain"
+    assert report.positions.max == len(planned.encoder.row(dataset.sample(0)).prompt)
+    assert plan_encoder("pebble", template="plain").template.name == "plain"
 
 
 def test_a_line_of_a_report_is_short_whatever_a_sample_is_called():
@@ -175,8 +174,8 @@ def test_a_line_of_a_report_is_short_whatever_a_sample_is_called():
 
 
 def test_a_spread_of_nothing_is_none():
-    assert Spread.of([]) is None
-    assert Spread.of(range(1, 101)) == Spread(min=1, median=50, p95=95, max=100, total=5050)
+    assert Summary.of([]) is None
+    assert Summary.of(range(1, 101)) == Summary(min=1, median=50, p95=95, max=100, total=5050)
 
 
 @pytest.mark.slow

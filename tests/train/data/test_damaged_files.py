@@ -21,9 +21,9 @@ from lapilli.prompt.message import Message
 from lapilli.train.data import Dataset, open_dataset, to_sample
 from lapilli.train.data.check import check
 from lapilli.train.data.formats import MOST_LETTERS, signed_words
-from lapilli.train.data.strict_json import MOST_BYTES
-from lapilli.train.log import RunLog
+from lapilli.train.data.json_source import MOST_BYTES
 from lapilli.train.recipe import SourceRecipe
+from lapilli.train.trainer.metrics import RunLog
 from tests.train.data.conftest import RECORDS
 from tests.train.data.test_source import png, write, write_tar
 

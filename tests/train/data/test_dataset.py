@@ -8,18 +8,26 @@ from hypothesis import strategies as st
 from lapilli.errors import DataError
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.templates import TEMPLATES
-from lapilli.train.data import Dataset, Row, RowMaker, Rows, open_dataset, order_of, rows_of
+from lapilli.train.data import (
+    Dataset,
+    EncodedDataset,
+    EncodedSample,
+    SampleEncoder,
+    encoded_dataset,
+    open_dataset,
+    order_of,
+)
 from lapilli.train.recipe import DataRecipe, RunRecipe, SourceRecipe
 from tests.train.data.conftest import turns
 
 
-def maker(tokenizer, model, max_length=None, template="vicuna_v1"):
-    return RowMaker(tokenizer, TEMPLATES[template], model, max_length)
+def encoder(tokenizer, model, max_length=None, template="vicuna_v1"):
+    return SampleEncoder(tokenizer, TEMPLATES[template], model, max_length)
 
 
 def test_a_folder_becomes_rows(folder, tokenizer, model):
     dataset = open_dataset([SourceRecipe(path=str(folder / "data.json"))])
-    rows = Rows(dataset, maker(tokenizer, model))
+    rows = EncodedDataset(dataset, encoder(tokenizer, model))
     one, none, two = (rows.row(i) for i in range(3))
     assert [row.id for row in (one, none, two)] == ["one", "none", "two"]
     assert [len(row.media) for row in (one, none, two)] == [1, 0, 2]
@@ -32,8 +40,8 @@ def test_a_bad_sample_ends_the_run_or_is_replaced_by_the_next(folder, tokenizer,
     (folder / "red.png").write_bytes(b"no picture")
     dataset = open_dataset([SourceRecipe(path=str(folder / "data.json"))])
     with pytest.raises(DataError, match=r"data.json:2 \(id 'one'\): .*red.png"):
-        Rows(dataset, maker(tokenizer, model)).row(0)
-    rows = Rows(dataset, maker(tokenizer, model), on_bad_sample="skip")
+        EncodedDataset(dataset, encoder(tokenizer, model)).row(0)
+    rows = EncodedDataset(dataset, encoder(tokenizer, model), on_bad_sample="skip")
     row = rows.row(2)
     assert row.id == "none"
     assert len(row.skipped) == 2
@@ -45,7 +53,7 @@ def test_when_nothing_can_be_read_the_run_ends(folder, tokenizer, model):
     bad = [{"conversations": turns("Q", "")}] * 3
     (folder / "data.json").write_text(json.dumps(bad))
     dataset = open_dataset([SourceRecipe(path=str(folder / "data.json"))])
-    rows = Rows(dataset, maker(tokenizer, model), on_bad_sample="skip")
+    rows = EncodedDataset(dataset, encoder(tokenizer, model), on_bad_sample="skip")
     with pytest.raises(DataError, match=r"none of 3 samples can be learned from; the first: .*:1"):
         rows.row(1)
 
@@ -140,7 +148,7 @@ class Words:
     def row(self, sample):
         if not sample.messages[-1].text:
             raise DataError(f"{sample.id} is bad")
-        return Row(EncodedPrompt([], [], ()), id=sample.id)
+        return EncodedSample(EncodedPrompt([], [], ()), id=sample.id)
 
 
 @pytest.mark.slow
@@ -149,7 +157,7 @@ def test_a_sample_of_the_same_kind_stands_in_where_batches_have_one_kind(count, 
     bad = data.draw(st.sets(st.integers(0, count - 1)))
     index = data.draw(st.integers(0, count - 1))
     dataset = Dataset([Mixed(count, bad)])
-    rows = rows_of(dataset, Words(), DataRecipe(group="modality", on_bad_sample="skip"))
+    rows = encoded_dataset(dataset, Words(), DataRecipe(group="modality", on_bad_sample="skip"))
     ring = [*range(index, count), *range(index)]
     alike = [at for at in ring if at % 2 == index % 2]
     expected = next((at for at in alike if at not in bad), None)
@@ -165,7 +173,7 @@ def test_a_sample_of_the_same_kind_stands_in_where_batches_have_one_kind(count, 
 @pytest.mark.parametrize("group", ["none", "length"])
 def test_any_sample_stands_in_where_kinds_are_mixed(group):
     recipe = DataRecipe(group=group, on_bad_sample="skip")
-    assert rows_of(Dataset([Mixed(4, {1})]), Words(), recipe).row(1).id == "2"
+    assert encoded_dataset(Dataset([Mixed(4, {1})]), Words(), recipe).row(1).id == "2"
 
 
 def test_the_order_of_a_recipe(tmp_path):
@@ -176,7 +184,7 @@ def test_the_order_of_a_recipe(tmp_path):
         sources.append(SourceRecipe(path=str(tmp_path / f"{name}.jsonl"), weight=weight))
     dataset, held = open_dataset(sources).split(0.2, seed=3)
     assert (dataset.counts, held.counts) == ((8, 4), (2, 1))
-    run = RunRecipe(batch_size=2, accumulate=2, seed=5)
+    run = RunRecipe(batch_size=2, gradient_accumulation_steps=2, seed=5)
     order = order_of(dataset, DataRecipe(group="length"), run)
     assert order.epoch_size == 16
     seen = [i for step in range(4) for micro in range(2) for i in order.indices(step, micro)]

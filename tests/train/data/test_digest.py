@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lapilli.train.data.digest import SAMPLED_BYTES, data_file, together
+from lapilli.train.data.fingerprint import SAMPLED_BYTES, data_file, together
 
 LARGE = 3 * SAMPLED_BYTES + 12345
 

@@ -1,18 +1,20 @@
-"""Reads a data set once, pictures included, and says what training would stumble over.
+"""Data check: reads a data set once, pictures included, and reports what training would fail on.
 
 record -> sample          unknown roles, placeholders, ids, turns
 sample -> pictures        readable? the same content under another name?
 sample -> ids and labels  with a model: too long, nothing supervised
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 
+from lapilli.config.reader import shown
 from lapilli.errors import DataError, LapilliError, MediaError
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.decode import to_rgb
@@ -20,10 +22,162 @@ from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.choose import Template
 from lapilli.prompt.message import MediaPart
 from lapilli.train.data.dataset import Dataset
-from lapilli.train.data.pictures import fetch_picture
-from lapilli.train.data.report import DataReport, Finding, Kind, Spread
-from lapilli.train.data.rows import RowMaker
-from lapilli.train.data.sample import Sample
+from lapilli.train.data.encoder import SampleEncoder
+from lapilli.train.data.sample import Sample, fetch_picture
+
+Kind = Literal[
+    "record",
+    "turns",
+    "image",
+    "mended",
+    "empty answer",
+    "no labels",
+    "too long",
+    "duplicate id",
+    "duplicate image",
+]
+NOTES: frozenset[Kind] = frozenset({"mended", "duplicate id", "duplicate image"})
+"""Kinds that training takes as they are; all others end it, or cost a sample."""
+_LONGEST: Final = 1000  # letters of a line: a tar archive may call a sample anything
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing about one sample."""
+
+    kind: Kind
+    where: str
+    id: str
+    text: str
+
+    @property
+    def is_error(self) -> bool:
+        """Whether training would fail or lose something."""
+        return self.kind not in NOTES
+
+    def __str__(self) -> str:
+        """One line of printable letters, the place first."""
+        name = "" if self.id == self.where else f" (id {shown(self.id)})"
+        line = f"{self.where}{name}: {self.text}"
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A few numbers about many."""
+
+    min: int
+    median: int
+    p95: int
+    max: int
+    total: int
+
+    @classmethod
+    def of(cls, values: Iterable[int]) -> "Summary | None":
+        """None of nothing."""
+        numbers = np.fromiter(values, np.int64)
+        if not len(numbers):
+            return None
+        median, p95 = (int(np.quantile(numbers, q, method="inverted_cdf")) for q in (0.5, 0.95))
+        return cls(int(numbers.min()), median, p95, int(numbers.max()), int(numbers.sum()))
+
+    def __str__(self) -> str:
+        """For a table."""
+        return f"min {self.min}  median {self.median}  p95 {self.p95}  max {self.max}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReport:
+    """What `check` found.
+
+    Attributes:
+        source: the file.
+        num_samples: records of it.
+        num_with_media: of those that could be read.
+        num_text_only: the same without media.
+        num_media: places of pictures in all samples.
+        num_different_media: files or bytes behind them.
+        num_answers: turns of the assistant.
+        words: of a sample, placeholders included.
+        positions: of a row, pictures included; None without a model.
+        supervised: positions that the loss counts; None without a model.
+        max_length: what `positions` was compared with; None: nothing.
+        findings: in the order of the file.
+    """
+
+    source: str
+    num_samples: int
+    num_with_media: int
+    num_text_only: int
+    num_media: int
+    num_different_media: int
+    num_answers: int
+    words: Summary | None
+    positions: Summary | None
+    supervised: Summary | None
+    max_length: int | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """What training would stumble over."""
+        return tuple(finding for finding in self.findings if finding.is_error)
+
+    @property
+    def notes(self) -> tuple[Finding, ...]:
+        """What is odd and does no harm."""
+        return tuple(finding for finding in self.findings if not finding.is_error)
+
+    @property
+    def supervised_share(self) -> float | None:
+        """Supervised positions as a part of all."""
+        if self.positions is None or self.supervised is None:
+            return None
+        return self.supervised.total / self.positions.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for json.dumps."""
+        return {
+            **asdict(self),
+            "supervised_share": self.supervised_share,
+            "num_errors": len(self.errors),
+            "num_notes": len(self.notes),
+        }
+
+    def to_text(self, *, limit: int = 20) -> str:
+        """The same for people; at most `limit` lines of every kind of finding."""
+        lines = [
+            f"{self.source}: {self.num_samples} samples, {self.num_with_media} with images "
+            f"({self.num_media} images, {self.num_different_media} different), "
+            f"{self.num_text_only} without, {self.num_answers} answers",
+            f"words       {self.words or 'none'}",
+        ]
+        if self.positions is not None and self.supervised is not None:
+            room = "" if self.max_length is None else f"  of {self.max_length}"
+            lines += [
+                f"positions   {self.positions}{room}",
+                f"supervised  {self.supervised}  ({self.supervised_share:.1%} of all positions)",
+            ]
+        for title, findings in (("error", self.errors), ("note", self.notes)):
+            if findings:
+                lines.append(f"{len(findings)} {title}{'s' * (len(findings) > 1)}")
+                lines += _listed(findings, limit)
+        return "\n".join(lines if self.findings else [*lines, "nothing is wrong"])
+
+
+def _listed(findings: Sequence[Finding], limit: int) -> list[str]:
+    counts: Counter[Kind] = Counter()
+    lines = []
+    for finding in findings:
+        counts[finding.kind] += 1
+        if counts[finding.kind] <= limit:
+            lines.append(f"  {finding}")
+    for kind, number in counts.items():
+        if number > limit:
+            lines.append(f"  ... and {number - limit} more of the kind {kind!r}")
+    return lines
+
 
 Progress = Callable[[int, int], None]
 
@@ -31,7 +185,7 @@ Progress = Callable[[int, int], None]
 def check(
     dataset: Dataset,
     *,
-    maker: RowMaker | None = None,
+    encoder: SampleEncoder | None = None,
     template: Template | None = None,
     max_length: int | None = None,
     progress: Progress | None = None,
@@ -40,12 +194,12 @@ def check(
 
     Args:
         dataset: read from beginning to end; every different picture is opened once.
-        maker: counts positions and labels; None leaves both out. Its model's weights are not used.
-        template: without a maker, what turns have to suit; None: any order of turns is taken.
+        encoder: counts positions and labels; None leaves both out. Its weights are not used.
+        template: without an encoder, what turns have to suit; None: any order of turns is taken.
         max_length: positions that a row may have.
         progress: called with the samples that are done and with how many there are.
     """
-    checker = _Checker(maker, template, max_length)
+    checker = _Checker(encoder, template, max_length)
     for index in range(len(dataset)):
         checker.read(dataset, index)
         if progress is not None:
@@ -67,7 +221,7 @@ class Seen:
     twin: str | None = None
 
 
-class Album:
+class ImageChecker:
     """Every picture once: its size, or why it cannot be opened, and its content's first name."""
 
     def __init__(self) -> None:
@@ -111,10 +265,10 @@ class _Checker:
     """Goes through a data set and keeps numbers and findings."""
 
     def __init__(
-        self, maker: RowMaker | None, template: Template | None, max_length: int | None
+        self, encoder: SampleEncoder | None, template: Template | None, max_length: int | None
     ) -> None:
-        self._maker, self._template, self._max_length = maker, template, max_length
-        self._album = Album()
+        self._encoder, self._template, self._max_length = encoder, template, max_length
+        self._images = ImageChecker()
         self._ids: dict[str, str] = {}
         self._findings: list[Finding] = []
         self._num_media: list[int] = []
@@ -142,10 +296,10 @@ class _Checker:
         self._check_id(sample)
         self._check_answers(sample)
         sizes = self._check_media(sample)
-        if self._maker is None:
+        if self._encoder is None:
             self._check_turns(sample)
         elif len(sizes) == len(sample.media):
-            self._check_row(sample, sizes, self._maker)
+            self._check_row(sample, sizes, self._encoder)
 
     def _check_id(self, sample: Sample) -> None:
         first = self._ids.setdefault(sample.id, sample.where)
@@ -168,7 +322,7 @@ class _Checker:
 
     def _look(self, sample: Sample, part: MediaPart) -> Seen | None:
         try:
-            seen = self._album.look(part.source)
+            seen = self._images.look(part.source)
         except MediaError as error:
             self._add("image", sample, error)
             return None
@@ -184,9 +338,11 @@ class _Checker:
         except LapilliError as error:
             self._add("turns", sample, error)
 
-    def _check_row(self, sample: Sample, sizes: list[ImageSize], maker: RowMaker) -> None:
+    def _check_row(self, sample: Sample, sizes: list[ImageSize], encoder: SampleEncoder) -> None:
         try:
-            prompt = maker.encode(sample, maker.count(sample, [size_only(size) for size in sizes]))
+            prompt = encoder.encode(
+                sample, encoder.count(sample, [size_only(size) for size in sizes])
+            )
         except LapilliError as error:
             self._add("turns", sample, error)
             return
@@ -209,11 +365,11 @@ class _Checker:
             num_with_media=int(has_media.sum()),
             num_text_only=int((~has_media).sum()),
             num_media=sum(self._num_media),
-            num_different_media=len(self._album),
+            num_different_media=len(self._images),
             num_answers=self._num_answers,
-            words=Spread.of(self._words),
-            positions=Spread.of(self._positions),
-            supervised=Spread.of(self._supervised),
+            words=Summary.of(self._words),
+            positions=Summary.of(self._positions),
+            supervised=Summary.of(self._supervised),
             max_length=self._max_length,
             findings=tuple(self._findings),
         )

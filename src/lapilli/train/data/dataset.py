@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapilli.errors import DataError
+from lapilli.train.data.encoder import EncodedSample, EncodesSamples
 from lapilli.train.data.formats import id_of, signed_words, to_sample
-from lapilli.train.data.rows import MakesRows, Row
+from lapilli.train.data.order import Order
 from lapilli.train.data.sample import Sample
 from lapilli.train.data.source import Source, open_source
-from lapilli.train.order import Order
 from lapilli.train.recipe import DataRecipe, OnBadSample, Placement, RunRecipe, SourceRecipe
 
 
@@ -142,8 +142,8 @@ class Dataset:
         return Dataset(self.sources, weights=self.weights, placement=self._placement, chosen=chosen)
 
 
-class Rows:
-    """Rows by number of the sample, with what to do about a bad one.
+class EncodedDataset:
+    """Encoded samples by number, with what to do about a bad one.
 
     Args:
         dataset: gives the samples.
@@ -156,18 +156,18 @@ class Rows:
     def __init__(
         self,
         dataset: Dataset,
-        maker: MakesRows,
+        maker: EncodesSamples,
         *,
         on_bad_sample: OnBadSample = "error",
         words: NDArray[np.int64] | None = None,
     ) -> None:
-        self.dataset, self._maker, self._words = dataset, maker, words
+        self.dataset, self._encoder, self._words = dataset, maker, words
         self._on_bad_sample: OnBadSample = on_bad_sample
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> EncodedSample:
         """The row of sample `index`; `skipped` says what could not be read on the way to it.
 
         Raises:
@@ -176,7 +176,7 @@ class Rows:
         skipped: list[str] = []
         for candidate in self._candidates(index):
             row = self._try_row(candidate)
-            if isinstance(row, Row):
+            if isinstance(row, EncodedSample):
                 return replace(row, skipped=tuple(skipped))
             skipped.append(str(row))
         raise DataError(
@@ -190,9 +190,9 @@ class Rows:
             if self._words is None or (self._words[at] > 0) == (self._words[index] > 0):
                 yield at
 
-    def _try_row(self, index: int) -> Row | DataError:
+    def _try_row(self, index: int) -> EncodedSample | DataError:
         try:
-            return self._maker.row(self.dataset.sample(index))
+            return self._encoder.row(self.dataset.sample(index))
         except DataError as error:
             if self._on_bad_sample == "error":
                 raise
@@ -210,10 +210,10 @@ def open_dataset(sources: Sequence[SourceRecipe], *, placement: Placement = "fro
     return Dataset(opened, weights=[source.weight for source in sources], placement=placement)
 
 
-def rows_of(dataset: Dataset, maker: MakesRows, data: DataRecipe) -> Rows:
+def encoded_dataset(dataset: Dataset, maker: EncodesSamples, data: DataRecipe) -> EncodedDataset:
     """What a recipe learns from, by number."""
     words = dataset.words() if data.group == "modality" else None
-    return Rows(dataset, maker, on_bad_sample=data.on_bad_sample, words=words)
+    return EncodedDataset(dataset, maker, on_bad_sample=data.on_bad_sample, words=words)
 
 
 def order_of(dataset: Dataset, data: DataRecipe, run: RunRecipe) -> Order:
@@ -224,6 +224,6 @@ def order_of(dataset: Dataset, data: DataRecipe, run: RunRecipe) -> Order:
         words=None if data.group == "none" else dataset.words(),
         group=data.group,
         batch_size=run.batch_size,
-        accumulate=run.accumulate,
+        micro_batches=run.gradient_accumulation_steps,
         seed=run.seed,
     )

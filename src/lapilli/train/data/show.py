@@ -1,4 +1,4 @@
-"""A sample as stretches of text that are learned or not; knows nothing of colours."""
+"""A sample as pieces of text, supervised or not, for a terminal; knows nothing of colours."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.segments import MediaSlot
 from lapilli.prompt.tokenizer.base import Tokenizer
-from lapilli.train.data.check import Album, size_only
-from lapilli.train.data.rows import RowMaker
+from lapilli.train.data.check import ImageChecker, size_only
+from lapilli.train.data.encoder import SampleEncoder
 from lapilli.train.data.sample import Sample
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class TextSpan:
     """Text, and what it is.
 
     Attributes:
@@ -29,7 +29,7 @@ class Stretch:
     is_media: bool = False
 
 
-def rendered(sample: Sample, template: Template) -> list[Stretch]:
+def rendered(sample: Sample, template: Template) -> list[TextSpan]:
     """The sample as a template writes it, without tokens.
 
     Raises:
@@ -39,54 +39,54 @@ def rendered(sample: Sample, template: Template) -> list[Stretch]:
         segments = template.render(sample.messages, open_turn=False)
     except LapilliError as error:
         raise DataError(f"{sample.label}: {error}") from error
-    stretches = [
-        Stretch(f"<{segment.modality}>", is_media=True)
+    found = [
+        TextSpan(f"<{segment.modality}>", is_media=True)
         if isinstance(segment, MediaSlot)
-        else Stretch(segment.text, segment.trainable)
+        else TextSpan(segment.text, segment.trainable)
         for segment in segments
     ]
-    return _joined(stretches)
+    return _joined(found)
 
 
-def tokenized(sample: Sample, maker: RowMaker, album: Album) -> list[Stretch]:
+def tokenized(sample: Sample, encoder: SampleEncoder, images: ImageChecker) -> list[TextSpan]:
     """The sample as the model reads it, token by token, with the sizes of its pictures.
 
     Raises:
         DataError: a picture that cannot be opened, or turns that the template cannot have.
     """
     try:
-        media = [size_only(album.look(part.source).size) for part in sample.media]
-        prompt = maker.encode(sample, maker.count(sample, media))
+        media = [size_only(images.look(part.source).size) for part in sample.media]
+        prompt = encoder.encode(sample, encoder.count(sample, media))
     except LapilliError as error:
         raise DataError(f"{sample.label}: {error}") from error
-    return stretches_of(prompt, maker.tokenizer)
+    return text_spans(prompt, encoder.tokenizer)
 
 
-def stretches_of(prompt: EncodedPrompt, tokenizer: Tokenizer) -> list[Stretch]:
+def text_spans(prompt: EncodedPrompt, tokenizer: Tokenizer) -> list[TextSpan]:
     """A row as text: every token is shown, also special ones."""
-    stretches, at = [], 0
+    found, at = [], 0
     for span in prompt.spans:
-        stretches += _text_of(prompt, at, span.start, tokenizer)
+        found += _text_of(prompt, at, span.start, tokenizer)
         label = f"<{span.modality}: {span.length} positions>"
-        stretches.append(Stretch(label, is_media=True))
+        found.append(TextSpan(label, is_media=True))
         at = span.start + span.length
-    return stretches + _text_of(prompt, at, len(prompt), tokenizer)
+    return found + _text_of(prompt, at, len(prompt), tokenizer)
 
 
-def _text_of(prompt: EncodedPrompt, start: int, end: int, tokenizer: Tokenizer) -> list[Stretch]:
+def _text_of(prompt: EncodedPrompt, start: int, end: int, tokenizer: Tokenizer) -> list[TextSpan]:
     out = []
     for supervised, places in groupby(range(start, end), key=prompt.loss_mask.__getitem__):
         data = b"".join(tokenizer.token_bytes(prompt.input_ids[i]) for i in places)
-        out.append(Stretch(data.decode("utf-8", "replace"), supervised))
+        out.append(TextSpan(data.decode("utf-8", "replace"), supervised))
     return out
 
 
-def _joined(stretches: Sequence[Stretch]) -> list[Stretch]:
+def _joined(found: Sequence[TextSpan]) -> list[TextSpan]:
     """Neighbours of one kind as one."""
-    out: list[Stretch] = []
-    for kind, group in groupby(stretches, key=lambda s: (s.supervised, s.is_media)):
+    out: list[TextSpan] = []
+    for kind, group in groupby(found, key=lambda s: (s.supervised, s.is_media)):
         if kind[1]:
             out += group
         else:
-            out.append(Stretch("".join(s.text for s in group), *kind))
+            out.append(TextSpan("".join(s.text for s in group), *kind))
     return out

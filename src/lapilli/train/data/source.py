@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
 from lapilli.errors import DataError
-from lapilli.train.data.csv_source import CsvSource
 from lapilli.train.data.json_source import JsonSource, LinesSource
-from lapilli.train.data.parquet_source import ParquetSource
-from lapilli.train.data.pictures import PictureFolder
+from lapilli.train.data.sample import PictureFolder
+from lapilli.train.data.tables import CsvSource, ParquetSource
 from lapilli.train.data.tar_source import TarSource
 from lapilli.train.recipe import SourceRecipe
 
@@ -115,7 +114,7 @@ def open_source(recipe: SourceRecipe) -> Source:
 def _open_file(path: Path, images: str | None) -> Source:
     folder = _folder_of(path, images)
     try:
-        _refuse_foreign(path)
+        _check_foreign(path)
         return _open_kind(path, folder)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -145,7 +144,7 @@ def _folder_of(path: Path, images: str | None) -> PictureFolder:
     return PictureFolder(folder)
 
 
-def _refuse_foreign(path: Path) -> None:
+def _check_foreign(path: Path) -> None:
     with path.open("rb") as file:
         begins = file.read(max(len(mark) for mark, _ in _FOREIGN))
     for mark, meaning in _FOREIGN:

@@ -15,8 +15,8 @@ from typing import Any
 from lapilli.config.reader import shown
 from lapilli.errors import DataError
 from lapilli.train.data.formats import listed_media, names_pictures_in_turns
-from lapilli.train.data.pictures import is_file_name, picture_of
-from lapilli.train.data.strict_json import MOST_BYTES, decode, too_large
+from lapilli.train.data.json_source import MOST_BYTES, decode, too_large
+from lapilli.train.data.sample import is_file_name, picture_of
 
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"})
 _LISTED = 8  # members that a message names
@@ -82,7 +82,7 @@ class _Header(tarfile.TarInfo):
         return super().fromtarfile(tarfile)
 
     @classmethod
-    def _look(cls, file: Any, name: object) -> None:  # noqa: ANN401 - its type is private
+    def _look(cls, file: Any, name: object) -> None:  # noqa: ANN401 - what tarfile opened
         block = file.read(_BLOCK)
         kind = block[156:157]
         if kind not in _EXTENDED:

@@ -1,0 +1,171 @@
+"""Floating point operations of a training sample, from a model's sizes; no torch, no model.
+
+    tower    P patches a tile     forward alone while it is frozen
+    project  n features of it     what the stage always trains
+    layers   T positions          forward, gradients of the inputs, gradients of the weights
+    head     m supervised ones    logits are made only where they count
+
+A multiplication and an addition are two operations; norms, activations and softmax are left out.
+Attention counts the whole square of positions, also where a kernel skips what a causal mask hides.
+
+Source: Chowdhery et al. 2022 (PaLM) appendix B for the counting; tests/plan/test_plan.py compares
+    it with torch.utils.flop_counter.
+"""
+
+from dataclasses import dataclass
+
+from lapilli.config.model import ProjectorConfig, TextConfig, VisionConfig
+from lapilli.config.operations import (
+    of_product,
+    patch_operations,
+    projector_numbers,
+    projector_products,
+    tower_operations,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Weights of the parts of a model, and their products for one position.
+
+    Attributes:
+        layers: numbers in the linear layers of all decoder layers.
+        embedding: numbers in the embedding.
+        head: numbers in the head; 0 where it is the embedding.
+        norms: numbers in the decoder's norms and biases.
+        projector: numbers in the projector.
+        tower: numbers in the tower.
+    """
+
+    layers: int
+    embedding: int
+    head: int
+    norms: int
+    projector: int
+    tower: int
+
+    @property
+    def language_model(self) -> int:
+        """Numbers in the language model."""
+        return self.layers + self.embedding + self.head + self.norms
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How often a part's forward operations are spent: forward, inputs' and weights' gradients."""
+
+    tower: int
+    projector: int
+    layers: int
+    head: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFlops:
+    """Operations of one sample.
+
+    Attributes:
+        tower: with all of its passes, as the others.
+        adapter: of LoRA's two matrices beside every layer.
+        recomputed: of layers whose activations were not kept.
+    """
+
+    tower: float
+    projector: float
+    layers: float
+    attention: float
+    head: float
+    adapter: float
+    recomputed: float
+
+    @property
+    def model(self) -> float:
+        """What the step needs: the numerator of MFU."""
+        return self.tower + self.projector + self.layers + self.attention + self.head + self.adapter
+
+    @property
+    def computed(self) -> float:
+        """What the device does, recomputation included."""
+        return self.model + self.recomputed
+
+
+def sizes(text: TextConfig, vision: VisionConfig, projector: ProjectorConfig) -> Sizes:
+    """Numbers in the parts of a model."""
+    embedding = text.vocab_size * text.hidden_size
+    return Sizes(
+        layers=text.num_layers * sum(a * b for a, b in text.linear_widths),
+        embedding=embedding,
+        head=0 if text.tie_embeddings else embedding,
+        norms=text.num_layers * text.vector_numbers + text.hidden_size,
+        projector=projector_numbers(projector),
+        tower=_num_tower(vision),
+    )
+
+
+def _num_tower(vision: VisionConfig) -> int:
+    width, inner = vision.hidden_size, vision.intermediate_size
+    layer = 4 * (width + 1) * width + 2 * width * inner + width + inner + 4 * width
+    patches = vision.grid.rows * vision.grid.columns
+    is_clip = vision.family == "clip"
+    patch = vision.num_channels * vision.patch_size**2 * width + (0 if is_clip else width)
+    positions = (patches + is_clip) * width
+    norms = (4 if is_clip else 2) * width
+    return vision.num_layers * layer + patch + positions + is_clip * width + norms
+
+
+def sample_flops(
+    parts: tuple[TextConfig, VisionConfig, ProjectorConfig],
+    passes: Passes,
+    *,
+    positions: float,
+    tiles: float,
+    supervised: float,
+    lora_rank: int = 0,
+    recomputes: bool = False,
+) -> SampleFlops:
+    """Operations of one sample.
+
+    Args:
+        parts: language model, tower, projector.
+        passes: see `passes_of`.
+        positions: of the sample, image positions included.
+        tiles: that the tower sees for it, one for a picture that is not tiled.
+        supervised: positions that predict something.
+        lora_rank: of adapters beside the layers; 0: none.
+        recomputes: layers are computed again in the backward pass.
+    """
+    text, vision, projector = parts
+    square = 4 * positions**2 * text.num_heads * text.head_dim * text.num_layers
+    linear = 2 * positions * sizes(text, vision, projector).layers
+    numbers = sum(lora_rank * (a + b) for a, b in text.linear_widths) * text.num_layers
+    adapter = 2 * positions * numbers
+    through = [tiles * of_product(one) for one in projector_products(vision, projector)]
+    # Nobody asks for the gradient of pixels, nor for that of what a frozen tower has seen.
+    spared = through[0] if through and passes.tower == 1 else 0.0
+    pixels = tiles * patch_operations(vision) if passes.tower > 1 else 0.0
+    # What a layer ends with is not computed again, unless an adapter is computed along with it.
+    last = 0.0 if lora_rank else 2 * positions * text.num_layers * _last_linear(text)
+    return SampleFlops(
+        tower=passes.tower * tiles * tower_operations(vision) - pixels,
+        projector=passes.projector * sum(through) - spared,
+        layers=passes.layers * linear,
+        attention=3 * square,
+        head=passes.head * 2 * supervised * text.vocab_size * text.hidden_size,
+        adapter=3 * adapter,
+        recomputed=(linear - last + square + adapter) if recomputes else 0.0,
+    )
+
+
+def _last_linear(text: TextConfig) -> int:
+    first, second = text.linear_widths[-1]
+    return first * second
+
+
+def passes_of(*, trains_layers: bool, trains_head: bool, trains_tower: bool) -> Passes:
+    """Three where weights learn, two where gradients only come through, one where nothing does."""
+    return Passes(
+        tower=3 if trains_tower else 1,
+        projector=3,
+        layers=3 if trains_layers else 2,
+        head=3 if trains_head else 2,
+    )

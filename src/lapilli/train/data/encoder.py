@@ -1,0 +1,208 @@
+"""Sample encoder: samples become token ids with a loss mask, and prepared media.
+
+    Sample --media/fetch, prepare--> media --lengths--.
+       '------template.render--> segments ------------+--encode--> EncodedPrompt, cut to max_length
+
+Knows templates, tokenizers and modalities. `plan_encoder` makes an encoder for a checkpoint whose
+weights are not read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lapilli.checkpoint.read.assemble import build_model
+from lapilli.checkpoint.read.plan import make_plan
+from lapilli.checkpoint.template import choose_for
+from lapilli.config.reader import shown
+from lapilli.errors import DataError, LapilliError, PromptError
+from lapilli.media.fetch import FetchLimits
+from lapilli.modality.image.decode import Alpha, to_rgb
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.prompt.choose import Template
+from lapilli.prompt.encode import EncodedPrompt, encode
+from lapilli.prompt.message import MediaPart
+from lapilli.prompt.tokenizer.base import Tokenizer
+from lapilli.train.data.sample import Sample, fetch_picture
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSample:
+    """A sample as the model learns from it.
+
+    Attributes:
+        prompt: ids, loss mask and spans.
+        media: what `prepare` made of every medium, in the order of the spans.
+        id: of the sample.
+        cut: positions that max_length took off the end.
+        skipped: why the samples that this one stands in for could not be read.
+    """
+
+    prompt: EncodedPrompt
+    media: tuple[Any, ...] = ()
+    id: str = ""
+    cut: int = 0
+    skipped: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class EncodesSamples(Protocol):
+    """A SampleEncoder, or what makes more of a sample than one does."""
+
+    def row(self, sample: Sample) -> EncodedSample:
+        """The row of a sample.
+
+        Raises:
+            DataError: it has none.
+        """
+        ...
+
+
+class SampleEncoder:
+    """Makes rows of samples.
+
+    Args:
+        tokenizer: of the language model.
+        template: makes text of the turns, with the answers marked.
+        model: its modalities prepare and count the media; weights are not used.
+        max_length: positions that a row may have; None: any number.
+        image_id: the vocabulary's own image token, in checkpoints of Hugging Face's layout.
+        limits: of files and downloads.
+        alpha: what becomes of the transparency of pictures, see `to_rgb`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: Template,
+        model: VisionLanguageModel,
+        max_length: int | None = None,
+        *,
+        image_id: int | None = None,
+        limits: FetchLimits | None = None,
+        alpha: Alpha = "drop",
+    ) -> None:
+        self.tokenizer, self._template, self._model = tokenizer, template, model
+        self._max_length, self._image_id = max_length, image_id
+        self._limits, self.alpha = limits or FetchLimits(), alpha
+
+    def row(self, sample: Sample) -> EncodedSample:
+        """The row of a sample.
+
+        Raises:
+            DataError: a medium that cannot be read, turns that the template cannot have, no
+                supervised token, a medium across the end of the row, or a token that the
+                embeddings have no row for.
+        """
+        try:
+            media = tuple(self._prepare(part) for part in sample.media)
+            prompt = self.encode(sample, self.count(sample, media))
+            kept = cut(prompt, self._max_length)
+            _check_supervised(prompt, kept)
+            self._check_ids(kept)
+        except LapilliError as error:
+            raise DataError(f"{sample.label}: {error}") from error
+        return EncodedSample(kept, media[: len(kept.spans)], sample.id, len(prompt) - len(kept))
+
+    def _check_ids(self, prompt: EncodedPrompt) -> None:
+        """Refuse ids of added tokens that the files give and the weights know nothing of."""
+        rows = self._model.language_model.config.vocab_size
+        largest = max(prompt.input_ids, default=0)
+        if largest >= rows:
+            raise PromptError(
+                f"the token {shown(self.tokenizer.id_to_token(largest))} has the id {largest}, and "
+                f"the embeddings have {rows} rows: the tokenizer belongs to other weights"
+            )
+
+    def count(self, sample: Sample, media: Sequence[Any]) -> list[int]:
+        """Positions of every prepared medium of a sample."""
+        return [
+            self._model.modality(part.modality).num_tokens(item)
+            for part, item in zip(sample.media, media, strict=True)
+        ]
+
+    def encode(self, sample: Sample, lengths: Sequence[int]) -> EncodedPrompt:
+        """The whole row, from the number of positions of every medium alone.
+
+        Raises:
+            PromptError: turns that the template cannot have.
+        """
+        segments = self._template.render(sample.messages, open_turn=False)
+        return encode(segments, self.tokenizer, lengths, image_id=self._image_id)
+
+    def _prepare(self, part: MediaPart) -> Any:  # noqa: ANN401 - every modality has its own
+        modality = self._model.modality(part.modality)
+        if part.modality != "image":
+            return modality.prepare(part.source)
+        fetched = fetch_picture(part.source, self._limits)
+        return modality.prepare(to_rgb(fetched.data, alpha=self.alpha, name=fetched.name))
+
+
+def cut(prompt: EncodedPrompt, max_length: int | None) -> EncodedPrompt:
+    """The first `max_length` positions.
+
+    Raises:
+        PromptError: the end would lie inside a medium.
+
+    Source: LLaVA train.py, DataCollatorForSupervisedDataset, and llava_arch.py, which cuts the
+        fused row.
+    Note: the original cuts through pictures too; here that is an error.
+    """
+    if max_length is None or len(prompt) <= max_length:
+        return prompt
+    for span in prompt.spans:
+        if span.start < max_length < span.start + span.length:
+            raise PromptError(
+                f"max_length {max_length} would cut through the {span.modality} at positions "
+                f"{span.start} to {span.start + span.length} (the sample has {len(prompt)}): raise "
+                "max_length, or leave the sample out"
+            )
+    return EncodedPrompt(
+        prompt.input_ids[:max_length],
+        prompt.loss_mask[:max_length],
+        tuple(span for span in prompt.spans if span.start < max_length),
+    )
+
+
+def _check_supervised(whole: EncodedPrompt, kept: EncodedPrompt) -> None:
+    """Nothing predicts the first token of a row, so it does not count."""
+    if any(kept.loss_mask[1:]):
+        return
+    if any(whole.loss_mask[1:]):
+        raise PromptError(
+            f"no supervised token is left of {len(whole)} positions after max_length "
+            f"{len(kept)}: raise max_length, or leave the sample out"
+        )
+    raise PromptError("no supervised token: every answer in it is empty")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedEncoder:
+    """A SampleEncoder without a length limit, and what the checkpoint says about rows."""
+
+    encoder: SampleEncoder
+    template: Template
+    context_length: int
+
+
+def plan_encoder(
+    checkpoint: str | Path, *, base: str | None = None, template: str | None = None
+) -> PlannedEncoder:
+    """How a checkpoint reads samples.
+
+    Args:
+        checkpoint: a directory, a hub id or "pebble"; only its small files are fetched.
+        base: see `load_checkpoint`.
+        template: another one than the checkpoint's own.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+        ConfigError: config.json cannot be followed.
+        PromptError: no template has this name.
+    """
+    plan = make_plan(checkpoint, base=base, fetch=False)
+    chosen = choose_for(plan, template).template
+    model, image_id = build_model(plan.config), plan.config.tokens.image_id
+    encoder = SampleEncoder(plan.tokenizer, chosen, model, image_id=image_id)
+    return PlannedEncoder(encoder, chosen, plan.config.max_length or plan.config.context_length)

@@ -1,0 +1,15 @@
+"""Several processes that train one model: who reads what, what is summed, what is shared."""
+
+from lapilli.train.distributed.context import SINGLE_PROCESS, ParallelContext
+from lapilli.train.distributed.heartbeat import ProcessLostError
+from lapilli.train.distributed.join import RankInfo, join_processes, joined, rank_info_of
+
+__all__ = [
+    "SINGLE_PROCESS",
+    "ParallelContext",
+    "ProcessLostError",
+    "RankInfo",
+    "join_processes",
+    "joined",
+    "rank_info_of",
+]

@@ -1,0 +1,1 @@
+"""The trainer: batches, loss, steps, the loop, its checkpoints and its metrics."""

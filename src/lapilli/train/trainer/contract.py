@@ -1,0 +1,68 @@
+"""What a task gives to the loop, and how a run fails; knows no data and no model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from lapilli.errors import LapilliError
+
+Plain = str | int | float | bool
+Record = Mapping[str, int | float]
+"""What the log says of one step."""
+
+
+class TrainingError(LapilliError, RuntimeError):
+    """A run that cannot go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Loss of one micro-batch: a sum over what counts, and parts of it for the log.
+
+    Attributes:
+        total: what is differentiated.
+        parts: sums of the same kind; a tensor is read when the step is over, so that no
+            micro-batch waits for the device.
+    """
+
+    total: torch.Tensor
+    parts: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What is trained on what.
+
+    A task may have more, which the loop uses where it is there:
+        num_samples: samples (or packed sequences) of one epoch, for a run that counts epochs.
+        fingerprint(): what decides its batches and what its weights mean, by the recipe's names; a
+            state of another run is refused.
+        names(step, micro): how messages name the samples of a micro-batch; no media are opened.
+    and so may its batches:
+        ids: names of its samples.
+        skipped: why samples that others stand in for could not be read.
+    """
+
+    @property
+    def model(self) -> nn.Module:
+        """Trainable parameters are those that require a gradient."""
+        ...
+
+    def batch(self, step: int, micro: int) -> tuple[Any, int]:
+        """A micro-batch and how many supervised things it has.
+
+        A function of the two numbers and of nothing else: it may be called in another process,
+        ahead of time, or again after a kill.
+        """
+        ...
+
+    def loss(self, batch: Any) -> Loss:  # noqa: ANN401  the task's own type
+        """The summed loss."""
+        ...
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Return metrics on held-out data; the lowest `eval_loss` decides what is best."""
+        ...

@@ -1,0 +1,314 @@
+"""Training loop: logged, saved, evaluated, and resumable to the bit; knows no data and no model.
+
+    task.batch(step, i) -> batch          a function of the seed, the step and the micro-batch alone
+    task.loss(batch)    -> sum, count     the loop divides by what the whole step supervises
+    folder/state.pt                       weights, moments, averages, step: state.py
+    folder/log.jsonl, best.pt, loss.png   what happened, the best weights, the curve
+
+    prefetched batches -> step -> average -> log -> evaluate, best -> save -> asked to stop?
+
+The order of samples being a function of the step, a run that is killed and started again makes the
+same weights. What is written last is the state: whatever a kill interrupts is done again.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from lapilli.errors import ConfigError
+from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
+from lapilli.train.recipe import RunRecipe, TrainerRecipe
+from lapilli.train.trainer.contract import (
+    Loss,
+    Task,
+    TrainingError,
+)
+from lapilli.train.trainer.curves import LossWatch, advice, rise_record
+from lapilli.train.trainer.metrics import MetricsLogger, open_metrics_logger, peak_memory
+from lapilli.train.trainer.optim import Average, build_optimizer, lr_share, peak_lrs, set_lr
+from lapilli.train.trainer.prefetch import MakeBatch, batches
+from lapilli.train.trainer.signals import SignalHandler, Stopped
+from lapilli.train.trainer.state import (
+    Best,
+    RunState,
+    load_best,
+    load_state,
+    read_best,
+    save_best,
+    save_state,
+)
+from lapilli.train.trainer.step import (
+    NotFiniteError,
+    StepContext,
+    StepRecord,
+    device_of,
+    precision,
+    stopped_at,
+    take_step,
+)
+
+__all__ = ["Loss", "Stopped", "Task", "TrainingError", "number_of_steps", "train"]
+
+OnSave = Callable[[int], None]
+
+
+def train(
+    task: Task,
+    recipe: TrainerRecipe,
+    folder: Path,
+    *,
+    parallel: ParallelContext = SINGLE_PROCESS,
+    echo: bool = False,
+    progress: bool = False,
+    on_save: OnSave | None = None,
+) -> None:
+    """Run the recipe to its last step, from the checkpoint in `folder` when there is one.
+
+    At the end the model has the weights to keep: the best with run.keep_best, else the averages
+    with optim.ema, else the last.
+
+    Args:
+        task: what is trained on what.
+        recipe: how.
+        folder: where everything goes.
+        parallel: this process among all.
+        echo: log lines on stderr.
+        progress: a progress bar on stderr.
+        on_save: called in every process after each checkpoint, with the number of steps done; the
+            model has its averages then, where the run keeps them.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite (the batch is kept in
+            `folder/bad_batch.pt`), a worker died, or the disk is full; the checkpoint is whole. Or
+            the checkpoint in `folder` is of another run.
+        ConfigError: the recipe does not go with the task or the processes.
+        Stopped: SIGTERM (143) or SIGINT (130) came; the state is saved. A SystemExit.
+    """
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+    steps = number_of_steps(task, recipe.run)
+    _check(recipe.run, parallel)
+    folder.mkdir(parents=True, exist_ok=True)
+    average = Average(task.model, recipe.optim.ema) if recipe.optim.ema else None
+    find = getattr(task, "fingerprint", None)
+    fingerprint = None if find is None else find()
+    optimizer = build_optimizer(task.model, recipe.optim)
+    state = RunState(task.model, optimizer, average, fingerprint=fingerprint)
+    load_state(state, folder, parallel)
+    if state.best is not None and recipe.run.keep_best:
+        read_best(state, folder)  # one that cannot be used is told before the steps, not after them
+    if state.step > steps:
+        raise ConfigError(
+            f"the run in {folder} has done {state.step} steps, and this recipe has {steps}: give "
+            "another folder, or as many steps as are done"
+        )
+    with open_metrics_logger(
+        recipe, folder, (state.step, steps), parallel=parallel, echo=echo, progress=progress
+    ) as logger:
+        watch = LossWatch(steps, logger.records)
+        _Run(task, recipe, folder, parallel, state, steps, logger, on_save, watch).go()
+        logger.draw()
+    if state.best is not None and recipe.run.keep_best:
+        load_best(state, folder)
+    elif average is not None:
+        average.put_into_model()
+
+
+def number_of_steps(task: Task, run: RunRecipe) -> int:
+    """Optimizer steps of a run; the last one of an epoch is filled from the next.
+
+    Raises:
+        ConfigError: neither the recipe nor the task knows.
+    """
+    if run.steps:
+        return run.steps
+    num_samples: int | None = getattr(task, "num_samples", None)
+    if num_samples is None:
+        raise ConfigError(
+            "run.steps is 0 and this task does not know how many samples an epoch has: set "
+            "run.steps"
+        )
+    # Rounded: 0.1 epochs of 30 samples are not a little more than 3.
+    return ceil(
+        round(run.epochs * num_samples / (run.batch_size * run.gradient_accumulation_steps), 6)
+    )
+
+
+def _check(run: RunRecipe, parallel: ParallelContext) -> None:
+    if (number := run.gradient_accumulation_steps) < parallel.size:
+        raise ConfigError(
+            f"run.gradient_accumulation_steps is {number} and {parallel.size} processes train: "
+            f"each of them needs a micro-batch of every step, so start {number} processes at most, "
+            f"or begin a run with run.gradient_accumulation_steps set to {parallel.size} or more"
+        )
+
+
+@dataclass(slots=True)
+class _Pace:
+    """Supervised things a second, of the steps alone: saving and evaluating do not count."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def add(self, count: int, seconds: float) -> None:
+        self.count += count
+        self.seconds += seconds
+
+    def take(self) -> float:
+        speed = self.count / max(self.seconds, 1e-9)
+        self.count, self.seconds = 0, 0.0
+        return round(speed, 1)
+
+
+@dataclass(slots=True)
+class _Run:
+    """The steps that are left, and what is written beside them."""
+
+    task: Task
+    recipe: TrainerRecipe
+    folder: Path
+    parallel: ParallelContext
+    state: RunState
+    steps: int
+    logger: MetricsLogger
+    on_save: OnSave | None
+    losses: LossWatch
+    pace: _Pace = field(default_factory=_Pace)
+    saved: Path | None = None
+
+    def go(self) -> None:
+        run, first = self.recipe.run, self.state.step
+        own = self.parallel.micro_batches(run.gradient_accumulation_steps)
+        places = ((step, micro) for step in range(first, self.steps) for micro in own)
+        ahead = batches(self.task.batch, places, run.workers, describe=self._describe)
+        with SignalHandler() as watch, ahead as make:
+            while self.state.step < self.steps:
+                started = time.monotonic()
+                record = self._step(make, watch)
+                self.pace.add(record.count, time.monotonic() - started)
+                is_saved = self._write(record)
+                if record.stop:
+                    if not is_saved:
+                        self._save()
+                    raise self._stopped(watch.seen)
+
+    def _describe(self, step: int, micro: int) -> str:
+        """The samples of a micro-batch, by place and id."""
+        names = getattr(self.task, "names", None)
+        return "" if names is None else ", ".join(names(step, micro))
+
+    def _stopped(self, seen: signal.Signals | None) -> Stopped:
+        """The end that was asked for: of this process, or of another one."""
+        asked = "a signal to another process" if seen is None else seen.name
+        return Stopped(
+            seen or signal.SIGTERM,
+            f"stopped by {asked} after step {self.state.step} of {self.steps}: the state is in "
+            f"{self.saved}; the same command goes on from there",
+        )
+
+    def _step(self, make: MakeBatch, watch: SignalHandler) -> StepRecord:
+        step, optim = self.state.step, self.recipe.optim
+        made = {
+            micro: make(step, micro)
+            for micro in self.parallel.micro_batches(self.recipe.run.gradient_accumulation_steps)
+        }
+        share = lr_share(step, self.steps, optim)
+        set_lr(self.state.optimizer, share)
+        try:
+            record = take_step(
+                self.task,
+                self.state.optimizer,
+                self.recipe,
+                made,
+                at=StepContext(step, self.parallel, watch.asked),
+            )
+        except NotFiniteError as error:
+            raise stopped_at(error, step, self.folder, self.parallel) from error
+        self.state.step = step + 1
+        if self.state.average is not None:
+            self.state.average.update(self.state.step)
+        self.state.skipped += record.skipped
+        record.metrics["lr"] = optim.lr * share
+        if self.state.skipped:
+            record.metrics["skipped"] = self.state.skipped
+        return record
+
+    def _write(self, record: StepRecord) -> bool:
+        """Log, evaluation and checkpoint, as far as they are due; whether the state is saved."""
+        run, done = self.recipe.run, self.state.step
+        is_last = done == self.steps
+        metrics = {"step": done, **record.metrics}
+        memory = round(peak_memory(device_of(self.task.model)) / 2**30, 2)
+        self.logger.tick({**metrics, "gib": memory}, record.count)
+        if done % run.log_every == 0 or is_last:
+            self.logger.write({**metrics, "per_s": self.pace.take(), "gib": memory})
+        if rise := self.losses.push(record.metrics["loss"]):
+            told = rise_record(done, rise)
+            self.logger.write(told)
+            if text := advice([told], max(peak_lrs(self.state.optimizer))):
+                self.logger.warning(text)
+        if is_last or (run.evaluate_every and done % run.evaluate_every == 0):
+            found = evaluate(self.task, self.recipe, self.state.average)
+            if found:
+                self.logger.write({"step": done, **found})
+            if run.keep_best:
+                keep_best(self.state, found, self.folder, self.parallel)
+        is_due = done % run.save_every == 0 or is_last
+        if is_due:
+            self._save()
+        return is_due
+
+    def _save(self) -> None:
+        self.logger.sync()
+        self.saved = save_state(self.state, self.folder, self.parallel)
+        if self.on_save is not None:
+            average = self.state.average
+            with nullcontext() if average is None else average.in_place():
+                self.on_save(self.state.step)
+
+
+EVAL_LOSS: Final = "eval_loss"
+
+
+def evaluate(
+    task: Task, recipe: TrainerRecipe, average: Average | None = None
+) -> Mapping[str, float]:
+    """The task's metrics with the model in evaluation mode, with its averages where it has them."""
+    task.model.eval()
+    try:
+        weights = nullcontext() if average is None else average.in_place()
+        with torch.no_grad(), weights, precision(task.model, recipe):
+            return task.evaluate()
+    finally:
+        task.model.train()
+
+
+def keep_best(
+    state: RunState, metrics: Mapping[str, float], folder: Path, parallel: ParallelContext
+) -> None:
+    """Write the weights of this step where no earlier evaluation had a lower loss.
+
+    Raises:
+        ConfigError: the task does not say what its loss is.
+    """
+    if EVAL_LOSS not in metrics:
+        raise ConfigError(
+            f"run.keep_best needs {EVAL_LOSS}, and the evaluation gave "
+            f"{sorted(metrics) or 'nothing'}: set data.held_out or data.evaluation"
+        )
+    # The processes may differ in the last bit; all of them have to write or none.
+    found = parallel.sum_floats(
+        {EVAL_LOSS: float(metrics[EVAL_LOSS]) if parallel.is_main_process else 0.0}
+    )[EVAL_LOSS]
+    least = math.inf if state.best is None else state.best.eval_loss
+    if found < least:  # never, where it is not a number
+        state.best = Best(state.step, found)
+        save_best(state, folder, parallel)

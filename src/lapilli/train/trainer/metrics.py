@@ -1,0 +1,409 @@
+"""Metrics logger: log.jsonl, TensorBoard, wandb, a progress bar, and the loss curve at the end.
+
+    write(record)    a line of the log: log.jsonl, TensorBoard, wandb
+    tick(record)     every step: the bar
+
+A run that resumes drops the lines after its checkpoint, so that a killed run leaves the same log as
+an undisturbed one; TensorBoard purges them, and wandb keeps what it has of a step and takes what is
+new. Processes that are not the main process have a logger that writes nothing.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, Protocol, runtime_checkable
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lapilli.config.json_text import parse_json
+from lapilli.errors import CheckpointError, ConfigError
+from lapilli.train.distributed import ParallelContext
+from lapilli.train.recipe import TrainerRecipe
+from lapilli.train.trainer.contract import Record, TrainingError
+from lapilli.train.trainer.curves import evaluation_curve, loss_curve, plot_losses
+
+TIMED: Final = frozenset({"per_s", "gib"})
+"""What two runs of the same bits still measure differently."""
+_LONGEST: Final = 1 << 20
+"""Bytes of a line; the longest that is written has a thousandth of it."""
+
+
+class RunLog:
+    """Appends records to `folder/log.jsonl`, and keeps a progress line for people."""
+
+    def __init__(self, folder: Path, *, echo: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "log.jsonl"
+        self._echo = echo
+
+    def rewind(self, step: int) -> None:
+        """Forget every record after this step."""
+        if not self.path.exists():
+            return
+        found = self.records()
+        kept = [record for record in found if record["step"] <= step]
+        if len(kept) == len(found) and self.path.read_bytes().endswith(b"\n"):
+            return
+        staged = self.path.with_suffix(".part")
+        staged.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        staged.replace(self.path)
+
+    def write(self, record: Record) -> None:
+        """One more line.
+
+        Raises:
+            TrainingError: the disk does not take it.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path} cannot be written ({error}): make room and start the same command "
+                "again; the run goes on from its last checkpoint"
+            ) from error
+        if self._echo:
+            self.say(self.line(record))
+
+    @staticmethod
+    def say(text: str) -> None:
+        """One line on standard error."""
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+
+    def sync(self) -> None:
+        """Everything written so far survives a power cut."""
+        if self.path.exists():
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())
+
+    def records(self) -> list[Record]:
+        """All lines so far; a last line that a kill cut short is left out.
+
+        Raises:
+            TrainingError: a line is no JSON.
+        """
+        if not self.path.exists():
+            return []
+        found: list[Record] = []
+        with self.path.open("rb") as file:
+            for number, line in enumerate(iter(partial(file.readline, _LONGEST + 1), b""), 1):
+                if len(line) > _LONGEST:
+                    raise self._damaged(number, f"more than {_LONGEST} bytes")
+                if line.endswith(b"\n") and line != b"\n":
+                    found.append(self._record(number, line))
+        return found
+
+    def _record(self, number: int, line: bytes) -> Record:
+        try:
+            found = parse_json(line, f"line {number}")
+        except CheckpointError as error:
+            raise self._damaged(number, str(error)) from error
+        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+            raise self._damaged(number, "expected an object with a step")
+        return found
+
+    def _damaged(self, number: int, what: str) -> TrainingError:
+        return TrainingError(
+            f"{self.path}:{number} is damaged ({what}): delete the line and start again"
+        )
+
+    @staticmethod
+    def line(record: Record) -> str:
+        """A record for people."""
+        parts = (
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in record.items()
+        )
+        return "  ".join(parts)
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Takes the records of a run."""
+
+    def write(self, record: Record) -> None:
+        """One more."""
+        ...
+
+    def sync(self) -> None:
+        """Everything so far is safe when this returns."""
+        ...
+
+    def close(self, *, finished: bool) -> None:
+        """There are no more; `finished`: the run reached its last step."""
+        ...
+
+
+class TensorBoardTracker:
+    """Event files in `folder/tensorboard`.
+
+    Raises:
+        ConfigError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing("tensorboard") from error
+        self._writer: Any = SummaryWriter(folder / "tensorboard", purge_step=first + 1)
+
+    def write(self, record: Record) -> None:
+        """One scalar per figure."""
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(record["step"]))
+
+    def sync(self) -> None:
+        """Flush the event file."""
+        self._writer.flush()
+
+    def close(self, *, finished: bool) -> None:
+        """End the event file, which does not say how a run ended."""
+        self._writer.close()
+
+
+class WandbTracker:
+    """A run of wandb; its id stands in `folder/wandb_id`, so that a resumed run is the same one.
+
+    Without a network set WANDB_MODE=offline: every start of the run leaves a folder in
+    `folder/wandb` that `wandb sync` sends later, to the same run.
+
+    Raises:
+        ConfigError: wandb is not installed, or does not start.
+    """
+
+    def __init__(self, folder: Path, recipe: TrainerRecipe) -> None:
+        try:
+            wandb = import_module("wandb")
+        except ImportError as error:
+            raise _missing("wandb") from error
+        kept = folder / "wandb_id"
+        if not kept.exists():
+            kept.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        try:
+            self._run: Any = wandb.init(
+                project="lapilli",
+                name=folder.resolve().name,
+                id=kept.read_text(encoding="utf-8"),
+                resume="allow",
+                dir=folder,
+                config=dataclasses.asdict(recipe),
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                f"run.loggers asks for wandb, which does not start: {error} Without a network set "
+                "WANDB_MODE=offline, or take it out of run.loggers"
+            ) from error
+
+    def write(self, record: Record) -> None:
+        """All metrics of a step."""
+        metrics = {name: value for name, value in record.items() if name != "step"}
+        self._run.log(metrics, step=int(record["step"]))
+
+    def sync(self) -> None:
+        """Nothing to do: records are sent from a process of its own."""
+
+    def close(self, *, finished: bool) -> None:
+        """End the run there, as finished or as failed: going on with it makes it run again."""
+        self._run.finish(exit_code=0 if finished else 1)
+
+
+def open_trackers(recipe: TrainerRecipe, folder: Path, first: int) -> list[Tracker]:
+    """The trackers that `run.loggers` names.
+
+    Raises:
+        ConfigError: one of them is not installed.
+    """
+    made: list[Tracker] = []
+    for name in recipe.run.loggers:
+        match name:
+            case "tensorboard":
+                made.append(TensorBoardTracker(folder, first))
+            case "wandb":
+                made.append(WandbTracker(folder, recipe))
+    return made
+
+
+def _missing(package: str) -> ConfigError:
+    return ConfigError(
+        f"run.loggers asks for {package}, which is not installed: pip install {package}, or take "
+        "it out of run.loggers"
+    )
+
+
+_WINDOW: Final = 20  # steps that the speed is taken over
+
+
+class ProgressBar:
+    """Steps, loss, speed, memory and the time that is left, redrawn in place.
+
+    Args:
+        done: steps of earlier runs.
+        steps: of the whole run.
+        title: stands before the bar.
+        console: where it goes; None: standard error, be it a terminal or not.
+    """
+
+    def __init__(
+        self, done: int, steps: int, title: str, *, console: Console | None = None
+    ) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console or Console(stderr=True, force_terminal=True),
+        )
+        self._task = self._progress.add_task(title, total=steps, completed=done, metrics="")
+        self._ticks: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+        self._progress.start()
+
+    def tick(self, record: Record, count: int) -> None:
+        """One more step with its loss and memory, and how many tokens it learned from."""
+        self._ticks.append((time.monotonic(), count))
+        (first, skipped), (last, _) = self._ticks[0], self._ticks[-1]
+        tokens = sum(number for _, number in self._ticks) - skipped
+        speed = f"{tokens / (last - first):,.0f} tokens/s  " if last > first else ""
+        metrics = f"loss {record['loss']:.4f}  {speed}{record['gib']:.1f} GiB"
+        self._progress.update(self._task, completed=record["step"], metrics=metrics)
+
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the last state of the bar standing."""
+        self._progress.stop()
+
+
+_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most so far: of the GPU's allocator, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
+
+
+class MetricsLogger:
+    """What is told to everyone who listens.
+
+    Args:
+        log: None: this process does not lead.
+        trackers: other programs that collect curves.
+        bar: None: no progress is shown.
+        plot: whether `draw` draws.
+    """
+
+    def __init__(
+        self,
+        log: RunLog | None = None,
+        trackers: Sequence[Tracker] = (),
+        *,
+        bar: ProgressBar | None = None,
+        plot: bool = False,
+    ) -> None:
+        self._log, self._trackers, self._bar, self._plot = log, tuple(trackers), bar, plot
+
+    def tick(self, record: Record, count: int) -> None:
+        """A step is done."""
+        if self._bar is not None:
+            self._bar.tick(record, count)
+
+    def write(self, record: Record) -> None:
+        """A record for the log."""
+        if self._log is not None:
+            self._log.write(record)
+        for tracker in self._trackers:
+            tracker.write(record)
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """What the log says so far; nothing in a process that does not lead."""
+        return () if self._log is None else self._log.records()
+
+    def warning(self, text: str) -> None:
+        """One line for people on standard error."""
+        if self._bar is not None:
+            self._bar.say(text)
+        elif self._log is not None:
+            self._log.say(text)
+
+    def sync(self) -> None:
+        """Everything written so far is on the disk: the checkpoint that follows relies on it."""
+        if self._log is not None:
+            self._log.sync()
+        for tracker in self._trackers:
+            tracker.sync()
+
+    def draw(self) -> None:
+        """The loss over the steps as `loss.png` beside the log, where matplotlib is installed."""
+        if self._log is None or not self._plot:
+            return
+        if find_spec("matplotlib") is None:
+            self.warning(
+                "loss.png is not drawn, as matplotlib is not installed: pip install "
+                "'lapilli[train]', or set run.plot = false"
+            )
+            return
+        records, folder = self._log.records(), self._log.path.parent
+        if curve := loss_curve(records):
+            name = folder.resolve().name
+            found = {name: evaluation_curve(records)}
+            plot_losses({name: curve}, folder / "loss.png", evaluations=found)
+
+    def close(self, *, finished: bool) -> None:
+        """Nothing more will come; `finished`: the run reached its last step."""
+        if self._bar is not None:
+            self._bar.close()
+        for tracker in self._trackers:
+            tracker.close(finished=finished)
+
+
+@contextmanager
+def open_metrics_logger(
+    recipe: TrainerRecipe,
+    folder: Path,
+    span: tuple[int, int],
+    *,
+    parallel: ParallelContext,
+    echo: bool,
+    progress: bool,
+) -> Iterator[MetricsLogger]:
+    """The logger of the steps `span` (done, of all); what an earlier run wrote after it is gone.
+
+    Raises:
+        ConfigError: a tracker that the recipe asks for is not installed.
+    """
+    if not parallel.is_main_process:
+        yield MetricsLogger()
+        return
+    first, steps = span
+    log = RunLog(folder, echo=echo)
+    log.rewind(first)
+    trackers = open_trackers(recipe, folder, first)
+    bar = ProgressBar(first, steps, recipe.stage) if progress else None
+    logger = MetricsLogger(log, trackers, bar=bar, plot=recipe.run.plot)
+    finished = False
+    try:
+        yield logger
+        finished = True
+    finally:
+        logger.close(finished=finished)

@@ -1,0 +1,216 @@
+"""A vision language model while it learns: from a batch to its summed loss; knows no files.
+
+    media --tower, projector--> features --noise--> fuse over the text --noise--> layers
+          --> hidden states where something is predicted --> logits --> cross entropy
+
+A module, so that DDP and FSDP2 can wrap it. What a stage does not train is computed without
+gradients and in evaluation mode.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from lapilli.errors import UnsupportedModelError
+from lapilli.modality.image.image import ImageModality
+from lapilli.modality.vector import VectorModality
+from lapilli.model.fuse import fuse
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.nn.segments import Segments, uncompiled_segments
+from lapilli.prompt.encode import Span
+from lapilli.shapes import Float, Int, Tensor
+from lapilli.train.recipe import NoiseRecipe
+from lapilli.train.trainer.batch import TrainingBatch
+from lapilli.train.trainer.contract import Loss
+from lapilli.train.trainer.loss import cross_entropy_sum, noisy, noisy_samples, scores, supervised
+
+
+class TrainedModel(nn.Module):
+    """`VisionLanguageModel` in training; its parameters carry `vlm.` before their names.
+
+    Args:
+        vlm: what is trained; `stages.choose_trainable` has marked which parts of it.
+        noise: noise on embeddings while training.
+        z_loss: weight of the squared log of the softmax's denominator.
+        compiles: whether its layers are compiled.
+
+    Source: LLaVA (arXiv 2304.08485) section 4.2; the loss of the answers alone.
+    """
+
+    def __init__(
+        self,
+        vlm: VisionLanguageModel,
+        *,
+        noise: NoiseRecipe | None = None,
+        z_loss: float = 0.0,
+        compiles: bool = False,
+    ) -> None:
+        super().__init__()
+        self.vlm = vlm
+        self.noise = noise or NoiseRecipe()
+        self.z_loss = z_loss
+        self._segments = uncompiled_segments() if compiles else Segments
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "TrainedModel":
+        """Training mode for what is trained; a frozen tower stays in evaluation mode."""
+        super().train(mode)
+        for modality in self.vlm.modalities.values():
+            tower = getattr(modality, "vision_tower", None)
+            if tower is not None and not _learns(tower):
+                tower.eval()
+        return self
+
+    def forward(self, batch: TrainingBatch) -> Loss:
+        """The summed loss of the batch's supervised tokens.
+
+        What is random in it (noise, dropout) comes from torch's own generators, which the loop
+        seeds for every micro-batch.
+        """
+        hidden = self.hidden(batch)
+        where, targets = supervised(
+            batch.input_ids.to(hidden.device), batch.loss_mask.to(hidden.device)
+        )
+        return self.loss_of(hidden[where], targets, batch)
+
+    def loss_of(
+        self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, " M"], batch: TrainingBatch
+    ) -> Loss:
+        """Summed loss of M positions of the batch that predict M tokens."""
+        logits = self.logits(hidden)
+        return self.with_z_loss(Loss(cross_entropy_sum(logits, targets)), logits)
+
+    def logits(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M V"]:
+        """Scores of every vocabulary entry."""
+        return scores(self.vlm.logits, hidden)
+
+    def with_z_loss(self, loss: Loss, logits: Float[Tensor, "M V"]) -> Loss:
+        """The loss and, while training, what holds the softmax's denominator near 1."""
+        if not (self.z_loss and self.training):
+            return loss
+        z = self.z_loss * torch.logsumexp(logits.float(), dim=-1).square().sum()
+        parts = {"answers": loss.total.detach(), **loss.parts, "z": z.detach()}
+        return Loss(loss.total + z, parts)
+
+    def hidden(self, batch: TrainingBatch) -> Float[Tensor, "B T D"]:
+        """Hidden states of every position after the final norm.
+
+        Raises:
+            UnsupportedModelError: packed rows for a language model of another library.
+        """
+        language_model = self.vlm.language_model
+        packed = batch.is_packed
+        if packed and not language_model.supports_varlen:
+            raise UnsupportedModelError(
+                "a language model of transformers cannot read packed rows: set data.pack = false"
+            )
+        embeds = self._embeds(batch)
+        return language_model.forward(
+            embeds,
+            position_ids=batch.position_ids.to(embeds.device),
+            cache=self._segments(batch.segments) if packed else None,
+        )
+
+    def _embeds(self, batch: TrainingBatch) -> Float[Tensor, "B T D"]:
+        """Text and media as vectors, in the width of the autocast where there is one."""
+        device = self.vlm.device
+        text = self.vlm.language_model.embed(batch.input_ids.to(device))
+        if torch.is_autocast_enabled(device.type):
+            # A residual stream of half the width: a fifth faster on a CPU.
+            text = text.to(torch.get_autocast_dtype(device.type))
+        features = self.features(batch.media, batch.spans)
+        alpha = self.noise.alpha if self.training else 0.0
+        if alpha and self.noise.on == "image":
+            features = [noisy(item, alpha) for item in features]
+        fused = fuse(text, features, batch.spans)
+        if self.training or self._is_sharded:
+            # Before the language model, where a tower with pictures runs: in pieces all processes
+            # put the same layer together at the same time, forwards and backwards.
+            fused = fused + self._touch(batch)
+        if alpha and self.noise.on == "all":
+            fused = noisy_samples(fused, batch.segments, alpha)
+        return fused
+
+    def features(
+        self, media: Sequence[object], spans: Sequence[Span]
+    ) -> list[Float[Tensor, "_ D"]]:
+        """Projected features of every item; each modality sees all of its items at once.
+
+        Tensors stand for what a tower made earlier; they go through the projector alone.
+        """
+        found: dict[int, Tensor] = {}
+        names = [span.modality for span in spans]
+        for name in dict.fromkeys(names):
+            places = [i for i, other in enumerate(names) if other == name]
+            modality = self.vlm.modality(name)
+            seen = [i for i in places if not isinstance(media[i], Tensor)]
+            if seen:
+                items = [media[i] for i in seen]
+                made = (
+                    self._pictures(modality, items)
+                    if isinstance(modality, ImageModality)
+                    else modality.embed(items)
+                )
+                found.update(zip(seen, made, strict=True))
+            for i in set(places) - set(seen):
+                found[i] = modality.projector(media[i].to(self.vlm.device))  # type: ignore[attr-defined]  # all modalities have one
+        return [found[i] for i in range(len(names))]
+
+    def _pictures(self, image: ImageModality, items: Sequence[object]) -> list[Tensor]:
+        """As ImageModality.embed, with the tower outside of the graph where it is frozen."""
+        pixels = torch.cat([item.pixel_values for item in items])  # type: ignore[attr-defined]  # PreparedImage
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(image.vision_tower)):
+            # In pieces all processes put each layer together at once, so all call it equally often.
+            seen = (
+                image.vision_tower(pixels.to(self.vlm.device))
+                if self._is_sharded
+                else image.tower_features(pixels)
+            )
+        projected = image.projector(seen)
+        tiles = projected.split([len(item.pixel_values) for item in items])  # type: ignore[attr-defined]  # see above
+        return [image.merge(part, item) for part, item in zip(tiles, items, strict=True)]  # type: ignore[arg-type]  # see above
+
+    @property
+    def _is_sharded(self) -> bool:
+        return isinstance(self, FSDPModule)
+
+    def _touch(self, batch: TrainingBatch) -> Tensor | float:
+        """Zero, with a zero gradient for every trained part that the batch does not reach.
+
+        Processes that train together exchange the gradients of all parameters in every step; one
+        without a picture would be waited for for ever.
+        """
+        reached = {span.modality for span in batch.spans}
+        total: Tensor | float = 0.0
+        for name, modality in self.vlm.modalities.items():
+            newline = getattr(modality, "image_newline", None)
+            if newline is not None and newline.requires_grad:
+                total = total + newline.sum() * 0.0
+            if name in reached or not isinstance(modality, ImageModality | VectorModality):
+                continue
+            if _learns(modality) or self._is_sharded:
+                total = total + self._of_nothing(modality).float().sum() * 0.0
+        return total
+
+    def _of_nothing(self, modality: ImageModality | VectorModality) -> Tensor:
+        """What the projector, and a tower that learns or lies in pieces, make of zeros."""
+        device = self.vlm.device
+        if isinstance(modality, VectorModality):
+            seen = torch.zeros(1, modality.config.vision_size, device=device)
+        else:
+            vision, tower = modality.vision, modality.vision_tower
+            seen = torch.zeros(1, vision.num_patches, vision.hidden_size, device=device)
+            if _learns(tower) or self._is_sharded:
+                side = vision.image_size
+                pixels = torch.zeros(1, vision.num_channels, side, side, device=device)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(tower)):
+                    seen = tower(pixels)
+        weight = next(modality.projector.parameters(), None)
+        projected: Tensor = modality.projector(seen if weight is None else seen.to(weight.dtype))
+        return projected
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
