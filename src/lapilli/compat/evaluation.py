@@ -182,7 +182,7 @@ def eval_model(args: Foreign, kind: str = "") -> None:
     answers = Path(args.answers_file).expanduser()
     answers.parent.mkdir(parents=True, exist_ok=True)
     with answers.open("w", encoding="utf-8") as file:
-        asked = ASKED.get(kind) or _asked
+        asked: Callable[[_Model, Any], Iterator[Any]] = ASKED.get(kind, _asked)
         for record in asked(model, chosen):
             file.write(json.dumps(record) + "\n")
             file.flush()

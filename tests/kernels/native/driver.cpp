@@ -39,6 +39,7 @@ Library open(const char* path) {
   find(handle, "lapilli_prefill", library.prefill);
   find(handle, "lapilli_rms_norm", library.rms_norm);
   find(handle, "lapilli_silu_mul", library.silu_mul);
+  find(handle, "lapilli_gelu_mul", library.gelu_mul);
   find(handle, "lapilli_rotate", library.rotate);
   return library;
 }

@@ -33,6 +33,7 @@ struct Library {
   void (*prefill)(const lapilli::PrefillCall*);
   void (*rms_norm)(const lapilli::RowsCall*);
   void (*silu_mul)(const lapilli::RowsCall*);
+  void (*gelu_mul)(const lapilli::RowsCall*);
   void (*rotate)(const lapilli::RotateCall*);
 };
 

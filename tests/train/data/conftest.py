@@ -37,7 +37,11 @@ def goldens(conformance: Path) -> Goldens:
 
 @pytest.fixture(scope="session")
 def model():
-    """Sees 28 x 28 pixels as 4 features."""
+    return small_model(vocab_size=500)
+
+
+def small_model(vocab_size):
+    """A model that sees 28 x 28 pixels as 4 features."""
     side = ImageSize(28, 28)
     vision = VisionConfig(
         image_size=28,
@@ -51,7 +55,7 @@ def model():
     projector = ProjectorConfig(kind="linear", vision_size=8, hidden_size=8)
     modality = ImageModality(ImageConfig(pixels=pixels, aspect="pad"), vision, projector)
     text = DecoderConfig(
-        vocab_size=500,
+        vocab_size=vocab_size,
         hidden_size=8,
         intermediate_size=16,
         num_layers=1,

@@ -51,6 +51,7 @@ VALUES = {
     "run.loggers": ("wandb",),
     "optim.betas": (0.5, 0.6),
     "run.epochs": 2.0,
+    "model.freeze": ("modalities.image.projector.",),
 }
 # With these the key above counts.
 BESIDE = {
