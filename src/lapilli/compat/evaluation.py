@@ -146,9 +146,12 @@ def _asked_of_mmbench(model: _Model, rows: Sequence[Mapping[str, str]]) -> Itera
 
 def _read(path: Path, kind: str) -> list[Any]:
     if kind == "mmbench":
-        csv.field_size_limit(sys.maxsize)
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file, delimiter="\t"))
+        limit = csv.field_size_limit(sys.maxsize)  # a field holds a picture in base64
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                return list(csv.DictReader(file, delimiter="\t"))
+        finally:
+            csv.field_size_limit(limit)  # other parts of the program keep theirs
     text = path.read_text(encoding="utf-8")
     if kind == "science":
         return list(json.loads(text))
