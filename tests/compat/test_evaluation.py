@@ -40,6 +40,7 @@ def ask(
     def run(module: str, questions: str, *options: str) -> list[dict[str, Any]]:
         (tmp_path / "questions").write_text(questions, encoding="utf-8")
         answers = tmp_path / "out" / "answers.jsonl"
+        monkeypatch.delitem(sys.modules, module, raising=False)  # runpy warns about a second copy
         main(
             [
                 *("-m", module, "--model-path", "liuhaotian/llava-v1.5-7b"),

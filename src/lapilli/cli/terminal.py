@@ -169,10 +169,9 @@ def open_chat(
     chat = _load(model, quiet=quiet, speculate=speculate, max_rows=max_rows, **how)
     if not quiet:
         _warn_of_slow_cpu(chat)
+        # Settings that other programs follow: with them the answers are others.
         for line in chat.report.notes:
-            if line.startswith(
-                "generation_config.json"
-            ):  # it changes the answers of other programs
+            if line.startswith("generation_config.json"):
                 note(line)
     return chat
 

@@ -115,9 +115,17 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             program = f"from {PACKAGE}.{source} import main\nmain({kind!r})"
             return compile(program, fullname, "exec")
         spec = importlib.util.find_spec(MODULES[fullname])
-        if spec is None or not isinstance(spec.loader, importlib.abc.InspectLoader):
+        loader = None if spec is None else spec.loader
+        source_text = (
+            loader.get_source(MODULES[fullname])
+            if isinstance(loader, importlib.abc.InspectLoader)
+            else None
+        )
+        if source_text is None or spec is None or spec.origin is None:
             raise ImportError(f"{fullname} cannot be run as a program", name=fullname)
-        return spec.loader.get_code(MODULES[fullname])
+        # Compiled here and not by the loader: an import hook's loader (jaxtyping's, in the tests)
+        # would leave the code that it rewrote in the place where every Python looks for it.
+        return compile(source_text, spec.origin, "exec", dont_inherit=True)
 
 
 def install() -> None:
