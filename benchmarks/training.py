@@ -98,7 +98,7 @@ def lapilli_step(path: Path, precision: str) -> Callable[[TrainingBatch], float]
 
     def step(batch: TrainingBatch) -> float:
         made = {0: (batch, batch.num_valid)}
-        return take_step(task, optimizer, recipe, made, at=moment).figures["loss"]
+        return take_step(task, optimizer, recipe, made, at=moment).metrics["loss"]
 
     return step
 

@@ -125,7 +125,7 @@ def trained(folder: Path) -> None:
     from lapilli.train.trainer.state import Best, save_best, save_state
 
     state = _new_state()
-    state.best, state.identity = Best(2, 0.5), {"run.seed": 1}
+    state.best, state.fingerprint = Best(2, 0.5), {"run.seed": 1}
     folder.mkdir(parents=True, exist_ok=True)
     save_state(state, folder)
     save_best(state, folder)
@@ -147,7 +147,7 @@ def go_on(folder: Path) -> None:
     from lapilli.train.trainer.state import load_best, load_state
 
     state = _new_state()
-    state.identity = {"run.seed": 1}
+    state.fingerprint = {"run.seed": 1}
     if load_state(state, folder):
         assert _said(state) == (folder / "said").read_text(), "another state was taken"
     if state.best is not None:
