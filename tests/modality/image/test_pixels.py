@@ -15,15 +15,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lapilli.compat.conversation import conv_templates
 from lapilli.config.model import ImageConfig, PixelConfig
 from lapilli.errors import ConfigError, MediaError
 from lapilli.geometry import ImageSize
 from lapilli.modality.image import pixels as pixels_module
-from lapilli.modality.image.anyres import num_tiles
-from lapilli.modality.image.pixels import PreparedImage, prepare
-from lapilli.modality.image.resize_modes import apply_chat_mode, pad_to_square
+from lapilli.modality.image.pixels import PreparedImage, pad_to_square
 from tests.integration.oracle import pixel_processor
-from tests.modality.image.build import image_config, vision_config
+from tests.modality.image.build import image_config, num_tiles, prepare, vision_config
 
 TOLERANCE = 1e-5
 PILLOW = int(PIL.__version__.split(".")[0])
@@ -147,6 +146,7 @@ def test_the_pictures_of_every_golden_checkpoint(conformance):
 
 
 def test_every_golden_chat_mode(conformance):
+    in_chat_mode = conv_templates["v1"].copy().process_image
     compared = 0
     for case, images, _ in cases_of(conformance, "conv_process_image"):
         given, expect = case["input"], case["expect"]
@@ -156,9 +156,9 @@ def test_every_golden_chat_mode(conformance):
         options = given.get("kwargs", {})
         if "exception" in expect:
             with pytest.raises(MediaError, match=f"unknown image mode '{given['mode']}'"):
-                apply_chat_mode(image, given["mode"], **options)
+                in_chat_mode(image, given["mode"], return_pil=True, **options)
             continue
-        result = apply_chat_mode(image, given["mode"], **options)
+        result = in_chat_mode(image, given["mode"], return_pil=True, **options)
         assert list(result.size) == expect["size"], case["id"]
         if case["id"] == "conv_image_Resize_odd" and PILLOW < 13:
             continue  # older Pillow rounds 1 of 136 values of this resize the other way
