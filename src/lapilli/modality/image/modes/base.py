@@ -140,8 +140,9 @@ class ImageMode(ABC):
                 f"{config.aspect!r}, which does not say how several tiles lie side by side: use "
                 "merge 'flat'"
             )
-        ends = config.merge == "spatial_unpad" and newline is not None
-        return torch.cat([features[0], newline[None]]) if ends else features[0]
+        if newline is None or config.merge != "spatial_unpad":
+            return features[0]
+        return torch.cat([features[0], newline[None]])
 
     def llava_keys(self, side: int) -> dict[str, object]:
         """Return the keys of a new model's config.json in the original layout.
