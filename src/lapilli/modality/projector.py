@@ -18,9 +18,8 @@ from lapilli.config.operations import RESAMPLER_EXPANSION
 from lapilli.config.projector import tile_features
 from lapilli.errors import ConfigError, FusionError
 from lapilli.geometry import Grid
-from lapilli.nn.activation import build_activation
 from lapilli.nn.attention import attend_all
-from lapilli.nn.mlp import MLP
+from lapilli.nn.mlp import MLP, build_activation
 from lapilli.shapes import Float, Tensor
 
 _HEAD_WIDTH = 64
