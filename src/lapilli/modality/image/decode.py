@@ -228,6 +228,7 @@ _warnings_of_pillow = _PillowWarnings()
 def _open(encoded: bytes, name: str) -> Image.Image:
     if not encoded:
         raise MediaError(f"{name} is empty (0 bytes)")
+    image: Image.Image
     try:
         image = Image.open(BytesIO(encoded))
     except UnidentifiedImageError as error:

@@ -21,6 +21,10 @@ from lapilli.shapes import Float, Tensor
 class ImageMode(ABC):
     """A way from a picture to tiles, and from the features of the tiles to one row.
 
+    Its methods get `size`, the picture as it was opened; `config`, with the resolutions, the pixel
+    arithmetic and how features are merged; and `tile`, what the tower and the projector leave of a
+    tile, whose `side` is in pixels.
+
     Attributes:
         name: `image_aspect_ratio` in config.json of the original layout.
         is_tiled: a picture becomes several tiles. Only then a row may end in `image_newline`: the
@@ -45,11 +49,7 @@ class ImageMode(ABC):
 
     @abstractmethod
     def cut(self, image: Image.Image, config: ImageConfig) -> list[Image.Image]:
-        """Return the pictures that become one tile each, resized and cropped by the caller.
-
-        Args:
-            image: a Pillow image of any mode.
-            config: resolutions and pixel arithmetic.
+        """Return the pictures, of any mode, that are resized and cropped to one tile each.
 
         Raises:
             MediaError: it would take too much memory.
@@ -62,7 +62,7 @@ class ImageMode(ABC):
 
         Args:
             image: RGB (see `decode.to_rgb`), or another mode, see `pixels.tile_values`.
-            config: resolutions and pixel arithmetic.
+            config: as of every method.
             vision: when given, its image_size is compared with what comes out.
 
         Raises:
@@ -78,13 +78,7 @@ class ImageMode(ABC):
         return PreparedImage(tile_values(self.cut(image, config), config.pixels, vision), size)
 
     def num_tiles(self, size: ImageSize, config: ImageConfig, side: int) -> int:
-        """Return how many pictures `cut` makes.
-
-        Args:
-            size: the picture as it was opened.
-            config: its resolutions.
-            side: of a tile in pixels, the tower's image_size.
-        """
+        """Return how many pictures `cut` makes, for tiles of `side` pixels."""
         del size, config, side
         return 1
 
@@ -93,11 +87,7 @@ class ImageMode(ABC):
     ) -> int:
         """Return how many features `join` makes: the positions of the picture in a prompt.
 
-        Args:
-            size: the picture as it was opened.
-            config: its resolutions, and how features are merged.
-            tile: what the tower and the projector leave of a tile.
-            has_newline: whether `join` will be given a newline vector.
+        `has_newline` says whether `join` will be given a newline vector.
 
         Raises:
             ConfigError: the configuration cannot lay these features out.
@@ -117,13 +107,8 @@ class ImageMode(ABC):
     ) -> Float[Tensor, "n D"]:
         """Return one row of features, as long as `num_tokens` says.
 
-        Args:
-            features: of the tiles, in the order of `cut`.
-            size: the picture as it was opened.
-            config: its resolutions, and how features are merged.
-            tile: what the tower and the projector leave of a tile.
-            newline: the learned end of a row, or None. A single tile gets one at its end when the
-                merge is spatial_unpad.
+        `features` are those of the tiles, in the order of `cut`. `newline` is the learned end of a
+        row; a single tile gets one at its end when the merge is spatial_unpad.
 
         Raises:
             ConfigError: features that have no place in a map: a kept class token, a resampler's.
@@ -145,11 +130,7 @@ class ImageMode(ABC):
         return torch.cat([features[0], newline[None]])
 
     def llava_keys(self, side: int) -> dict[str, object]:
-        """Return the keys of a new model's config.json in the original layout.
-
-        Args:
-            side: of a tile in pixels.
-        """
+        """Return the keys of a new model in the original layout, for tiles of `side` pixels."""
         del side
         return {"image_aspect_ratio": self.name, "mm_patch_merge_type": self.merge}
 
