@@ -1,5 +1,9 @@
 """Small configurations that the tests of this folder share."""
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 from PIL import Image
 
@@ -76,3 +80,18 @@ def join(
 ) -> torch.Tensor:
     """The row of a picture behind a projector that joins none."""
     return mode_of(config).join(features, size, config, tile_features(vision), newline=newline)
+
+
+def cases_of(conformance: Path, op: str) -> Iterator[tuple[dict, Path, Path]]:
+    """Every case of an op, with the folder of its images and its arrays."""
+    for path in sorted((conformance / "cases").glob("*/_images/cases.json")):
+        images = conformance / "images" / path.parts[-3]
+        for case in json.loads(path.read_text("utf-8"))["cases"]:
+            if case["op"] == op:
+                yield case, images, path.with_name("arrays.npz")
+
+
+def opened(path: Path, *, convert: bool = True) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image.convert("RGB") if convert else image
