@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812  torch's own habit
 from torch.overrides import TorchFunctionMode
 
-from lapilli.nn.learned_attention import learned_attention
+from lapilli.nn.attention_backward import attention_backward
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.tokenizer.base import Tokenizer
 from lapilli.shapes import Bool, Float, Int, Tensor
@@ -105,7 +105,7 @@ class QueriesAndKeys(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401  torch's protocol
         """The function itself."""
-        if func in (F.scaled_dot_product_attention, learned_attention):
+        if func in (F.scaled_dot_product_attention, attention_backward):
             self.layers.append((args[0], args[1]))
         return func(*args, **(kwargs or {}))
 

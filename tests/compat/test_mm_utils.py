@@ -38,7 +38,7 @@ def test_equal_tile_counts_stack_and_others_do_not(processor: CLIPImageProcessor
 
 def test_anyres_needs_pinpoints(processor: CLIPImageProcessor, picture: Image.Image) -> None:
     config = SimpleNamespace(image_aspect_ratio="anyres")
-    with pytest.raises(ConfigError, match="no image_grid_pinpoints"):
+    with pytest.raises(ConfigError, match="'anyres' but image_grid_pinpoints is empty"):
         process_images([picture], processor, config)
 
 

@@ -1,9 +1,6 @@
 """The table of language-model families: names, keys there and back, families from outside."""
 
-import importlib.util
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,9 +21,9 @@ from lapilli.config.model import DecoderConfig, RopeScaling
 from lapilli.config.parse import parse_config
 from lapilli.config.reader import KeyReader
 from lapilli.errors import ConfigError, UnsupportedModelError
+from tests.contributing import sample
 from tests.integration.oracle import make_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 DECODERS = [name for name in text_types() if isinstance(find_family(name), DecoderFamily)]
 
 
@@ -157,25 +154,10 @@ def test_both_spellings_of_a_scaling_are_read():
     assert report.unknown == ()
 
 
-def sample(tmp_path: Path) -> DecoderFamily:
-    """The family of CONTRIBUTING.md, from a file outside of the package."""
-    [source] = re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S
-    )
-    path = tmp_path / "gemma.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location("gemma_of_the_test", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.FAMILY
-
-
 def test_the_family_of_contributing(table, tmp_path):
     """One file is all that it takes: to load, to write, to be named in both layouts."""
     del table
-    family = register(sample(tmp_path))
+    family = register(sample("Add a language-model family", tmp_path).FAMILY)
     assert "gemma" in text_types()
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}

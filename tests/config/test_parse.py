@@ -199,8 +199,6 @@ def test_generation_config_wins_over_config():
         ({"mm_projector_type": "qformer"}, UnsupportedModelError, r"'qformer' .*mlpNx_gelu"),
         ({"mm_projector_type": "identity"}, ConfigError, r"tower has width 32 .* model 64"),
         ({"mm_hidden_size": 48}, ConfigError, r"mm_hidden_size is 48, but .* hidden_size 32"),
-        ({"image_aspect_ratio": "anyres"}, ConfigError, "image_grid_pinpoints is empty"),
-        ({"image_aspect_ratio": "wide"}, UnsupportedModelError, "'wide' is not supported"),
         ({"mm_patch_merge_type": "max"}, UnsupportedModelError, "'max' is not supported"),
         ({"image_grid_pinpoints": "[[1,"}, ConfigError, "image_grid_pinpoints is not a list"),
         ({"image_grid_pinpoints": [[1, 2, 3]]}, ConfigError, r"list of pairs .* got \[1, 2, 3\]"),

@@ -10,7 +10,7 @@ import torch
 
 from lapilli.config.model import DecoderConfig
 from lapilli.lm.decoder import Decoder
-from lapilli.model.outputs import FusedBatch
+from lapilli.model.fuse import FusedBatch
 from lapilli.model.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:

@@ -1,6 +1,8 @@
 """Downloads from a real server on this machine, which hangs, drips, never ends and redirects."""
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -42,6 +44,25 @@ def test_the_deadline_holds_for_looking_up_a_name(monkeypatch):
         download("http://slow.invalid/x", QUICK)
     assert time.monotonic() - start < 2
     asked.set()
+
+
+@pytest.mark.slow
+def test_a_name_that_is_never_looked_up_does_not_keep_the_process_alive():
+    program = """
+import socket, sys, threading
+socket.getaddrinfo = lambda *_, **__: threading.Event().wait()
+from lapilli.errors import MediaError
+from lapilli.media.download import FetchLimits, download
+try:
+    download("http://never.invalid/x", FetchLimits(timeout_s=0.3))
+except MediaError as error:
+    sys.exit(str(error))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    expected = "http://never.invalid/x did not answer completely within 0.3 s (0 bytes came)\n"
+    assert (done.returncode, done.stderr) == (1, expected)
 
 
 @pytest.mark.slow

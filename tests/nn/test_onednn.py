@@ -11,7 +11,7 @@ from torch.nn import functional
 from lapilli.nn.linear import FloatLinear
 from lapilli.nn.onednn import (
     has_onednn,
-    learned_product,
+    linear_with_backward,
     onednn_linear,
     rounded,
     times_transposed,
@@ -30,7 +30,7 @@ def test_output_and_gradients_are_those_of_torch(rows, inputs, outputs, has_bias
     bias = torch.randn(outputs, generator=random) if has_bias else None
     wanted = {"all": [x, weight, bias], "x": [x], "weight": [weight]}[learns]
     wanted = [tensor.requires_grad_() for tensor in wanted if tensor is not None]
-    expected, found = functional.linear(x, weight, bias), learned_product(x, weight, bias)
+    expected, found = functional.linear(x, weight, bias), linear_with_backward(x, weight, bias)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     gradient = torch.randn_like(expected)
     torch.testing.assert_close(

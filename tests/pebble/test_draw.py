@@ -7,7 +7,7 @@ from PIL import Image
 
 from lapilli.config.model import ImageConfig, PixelConfig
 from lapilli.geometry import ImageSize
-from lapilli.modality.image.pixels import prepare
+from lapilli.modality.image.modes.pad import MODE
 from pebble.draw import PAD_RGB, draw, model_pixels
 from pebble.outside import OUTSIDE_KINDS, outside_picture
 from pebble.palette import contrast
@@ -141,7 +141,7 @@ def test_model_pixels_are_what_the_image_room_makes(size):
     )
     ours = model_pixels(picture, 96)
     pixels = PixelConfig(crop_size=ImageSize(96, 96), shortest_edge=96)
-    theirs = prepare(picture, ImageConfig(aspect="pad", pixels=pixels)).pixel_values[0]
+    theirs = MODE.prepare(picture, ImageConfig(aspect="pad", pixels=pixels)).pixel_values[0]
     mean = torch.tensor(pixels.mean)[:, None, None]
     std = torch.tensor(pixels.std)[:, None, None]
     torch.testing.assert_close(

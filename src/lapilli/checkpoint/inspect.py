@@ -16,7 +16,7 @@ from lapilli.config.projector import tile_features
 from lapilli.config.reader import in_file
 from lapilli.geometry import ImageSize
 from lapilli.kernels.library import why_not_native
-from lapilli.modality.image.anyres import num_tokens
+from lapilli.modality.image.modes import mode_of, num_tokens
 from lapilli.prompt.choose import Template
 from lapilli.quant.choose import Choices, layer_shapes
 
@@ -234,7 +234,7 @@ def _image(config: ModelConfig) -> dict[str, object]:
     if image is None:
         return {}
     found: dict[str, object] = {"aspect": image.aspect}
-    if image.aspect == "anyres":
+    if mode_of(image).is_tiled:
         found["merge"] = image.merge
         found["resolutions"] = ", ".join(str(size) for size in image.pinpoints)
     return found
@@ -251,14 +251,8 @@ def _parameters(shapes: dict[str, int]) -> dict[str, int]:
 def _visual_tokens(config: ModelConfig) -> dict[str, int]:
     if config.image is None or config.vision is None:
         return {}
-    newline = config.has_newline and config.image.aspect == "anyres"
     with in_file():
-        return {
-            str(size): num_tokens(
-                size, config.image, config.vision, projector=config.projector, has_newline=newline
-            )
-            for size in COMMON_SIZES
-        }
+        return {str(size): num_tokens(size, config) for size in COMMON_SIZES}
 
 
 def _special_tokens(plan: Plan) -> dict[str, str]:

@@ -12,13 +12,16 @@ from typing import Any
 from PIL import Image
 
 from lapilli.errors import MediaError
-from lapilli.modality.image.resize_modes import apply_chat_mode
+from lapilli.modality.image.pixels import pad_to_square
 from lapilli.prompt.template import ChatTemplate, Style
 from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
 
 __all__ = ["Conversation", "SeparatorStyle", "conv_templates", "default_conversation"]
 
 Content = str | tuple[str, Any, str] | None
+
+CHAT_BACKGROUND = (122, 116, 104)  # the CLIP mean in 8 bits
+CHAT_RESIZED = (336, 336)
 
 
 class SeparatorStyle(Enum):
@@ -107,12 +110,34 @@ class Conversation:
         max_len: int = 1344,
         min_len: int = 672,
     ) -> Image.Image | str:
-        """The picture as the chat window sends it: a Pillow image, or its file in base64.
+        """Return the picture as the chat window sends it: a Pillow image, or its file in base64.
+
+        Args:
+            image: any Pillow image.
+            image_process_mode: "Pad" (to a square), "Resize" (to 336x336), "Default" or "Crop"
+                (left alone).
+            return_pil: give the Pillow image.
+            image_format: of the file.
+            max_len: a longer side than this is brought down, in pixels.
+            min_len: upper bound of the shorter side when that happens, in pixels.
 
         Raises:
             MediaError: an unknown mode.
         """
-        image = apply_chat_mode(image, image_process_mode, max_len=max_len, min_len=min_len)
+        if image_process_mode == "Pad":
+            image = pad_to_square(image, CHAT_BACKGROUND)
+        elif image_process_mode == "Resize":
+            image = image.resize(CHAT_RESIZED)
+        elif image_process_mode not in ("Default", "Crop"):
+            raise MediaError(
+                f"unknown image mode {image_process_mode!r}: use Pad, Resize, Crop or Default"
+            )
+        longer, shorter = max(image.size), min(image.size)
+        if longer > max_len:
+            ratio = longer / shorter
+            short = int(min(max_len / ratio, min_len, shorter))
+            long = int(short * ratio)
+            image = image.resize((short, long) if image.height > image.width else (long, short))
         return image if return_pil else _in_base64(image, image_format)
 
     def get_images(self, return_pil: bool = False) -> list[Image.Image | str]:

@@ -33,9 +33,10 @@ from lapilli.compat.tower import (
 )
 from lapilli.config.llava import ROUNDS_KEY
 from lapilli.config.model import ImageConfig, Merge, PixelConfig
+from lapilli.config.projector import tile_features
 from lapilli.errors import ConfigError
 from lapilli.geometry import Grid, ImageSize, unpad_margins
-from lapilli.modality.image.merge import merge_tiles
+from lapilli.modality.image.modes import ImageMode, find_mode, mode_named
 from lapilli.shapes import Float, Int, Tensor
 
 __all__ = [
@@ -300,7 +301,8 @@ class LlavaMetaForCausalLM(Base):
         image_sizes: Sequence[Sequence[int]] | None,
     ) -> Float[Tensor, "n D"]:
         aspect = getattr(self.config, "image_aspect_ratio", "square")
-        if len(tiles) > 1 and aspect != "anyres":
+        mode = find_mode(aspect) or mode_named("square")
+        if len(tiles) > 1 and not mode.is_tiled:
             raise NotImplementedError(
                 f"{len(tiles)} tiles of a picture with image_aspect_ratio {aspect!r}: anyres only"
             )
@@ -310,25 +312,26 @@ class LlavaMetaForCausalLM(Base):
             )
         width, height = image_sizes[index] if image_sizes is not None else (1, 1)
         stack = self.get_model()
-        return merge_tiles(
+        return mode.join(
             tiles,
             ImageSize(height, width),
-            self._image_config(merge, aspect),
-            stack.get_vision_tower().vision,
+            self._image_config(merge, mode),
+            tile_features(stack.get_vision_tower().vision, projector_config(self.config)),
             newline=getattr(stack, "image_newline", None),
-            projector=projector_config(self.config),
         )
 
-    def _image_config(self, merge: str, aspect: str) -> ImageConfig:
+    def _image_config(self, merge: str, mode: ImageMode) -> ImageConfig:
         """Return ours, as the attributes of the config say now."""
         kind: Merge = "spatial_unpad" if "unpad" in merge else "spatial"
         side = self.get_model().get_vision_tower().config.image_size
-        pairs = read_pinpoints(self.config.image_grid_pinpoints) if aspect == "anyres" else ()
+        pairs = getattr(self.config, "image_grid_pinpoints", None) if mode.is_tiled else None
         return ImageConfig(
             pixels=PixelConfig(crop_size=ImageSize(side, side)),
-            aspect="anyres" if aspect == "anyres" else "square",
+            aspect=mode.name,
             merge=kind,
-            pinpoints=tuple(ImageSize(height, width) for width, height in pairs),
+            pinpoints=tuple(
+                ImageSize(height, width) for width, height in read_pinpoints(pairs or ())
+            ),
             rounds_unpad=bool(getattr(self.config, ROUNDS_KEY, False)),
         )
 

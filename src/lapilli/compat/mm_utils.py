@@ -14,9 +14,11 @@ from transformers import StoppingCriteria
 
 from lapilli.compat.constants import IMAGE_TOKEN_INDEX
 from lapilli.compat.foreign import Foreign
+from lapilli.config.model import ImageConfig, PixelConfig
 from lapilli.errors import ConfigError, MediaError
 from lapilli.geometry import ImageSize, best_resolution, tile_grid
-from lapilli.modality.image.resize_modes import fit_and_pad, pad_to_square
+from lapilli.modality.image.modes import ImageMode, find_mode, mode_named
+from lapilli.modality.image.pixels import fit_and_pad, pad_to_square
 from lapilli.shapes import Float, Int, Tensor
 
 __all__ = [
@@ -75,12 +77,41 @@ def process_anyres_image(
     grid_pinpoints: Pinpoints,
 ) -> Float[Tensor, "N C H W"]:
     """The squashed picture and the tiles of its best resolution, row by row."""
-    best = select_best_resolution(image.size, read_pinpoints(grid_pinpoints))
-    edge = processor.size["shortest_edge"]
-    squashed = image.resize((edge, edge))
-    tiles = divide_to_patches(resize_and_pad_image(image, best), processor.crop_size["height"])
-    pixels: Tensor = processor([squashed, *tiles], return_tensors="pt")["pixel_values"]
+    return _tiles(image, processor, mode_named("anyres"), grid_pinpoints)
+
+
+def _tiles(
+    image: Image.Image, processor: Foreign, mode: ImageMode, pinpoints: Pinpoints
+) -> Float[Tensor, "N C H W"]:
+    parts = mode.cut(image, _image_config(processor, mode.name, pinpoints))
+    pixels: Tensor = processor(parts, return_tensors="pt")["pixel_values"]
     return pixels
+
+
+def _image_config(processor: Foreign, aspect: str, pinpoints: Pinpoints = ()) -> ImageConfig:
+    """Return what image modes read of a processor and of a config."""
+    crop = processor.crop_size
+    return ImageConfig(
+        pixels=PixelConfig(
+            crop_size=ImageSize(crop["height"], crop["width"]),
+            shortest_edge=processor.size.get("shortest_edge"),
+            mean=tuple(processor.image_mean),
+        ),
+        aspect=aspect,
+        pinpoints=tuple(_size(pair) for pair in read_pinpoints(pinpoints)),
+    )
+
+
+def one_tile(image: Image.Image, processor: Foreign, aspect: object) -> Image.Image:
+    """Return the picture that an image mode of one tile makes, and the picture as it is for others.
+
+    Note: the original takes a name that it does not know for the middle of the picture.
+    """
+    mode = find_mode(aspect)
+    if mode is None or mode.is_tiled:
+        return image
+    [part] = mode.cut(image, _image_config(processor, mode.name))
+    return part
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
@@ -101,7 +132,7 @@ def process_images(
     """Pictures as the model wants them.
 
     Returns:
-        square, pad: [N, 3, H, W]. anyres: [N, tiles, 3, H, W] when all have as many tiles, else a
+        [N, 3, H, W] of a mode of one tile. [N, tiles, 3, H, W] when all have as many tiles, else a
         list of [tiles, 3, H, W] (quirk 7).
 
     Raises:
@@ -111,19 +142,14 @@ def process_images(
     if not images:
         raise MediaError("no pictures to process: the list is empty")
     aspect = getattr(model_cfg, "image_aspect_ratio", None)
-    if aspect == "pad":
-        mean = tuple(int(channel * 255) for channel in image_processor.image_mean)
-        images = [expand2square(image, mean) for image in images]
-    if aspect != "anyres":
-        pixels: Tensor = image_processor(images, return_tensors="pt")["pixel_values"]
+    mode = find_mode(aspect)
+    if mode is None or not mode.is_tiled:
+        shown = [one_tile(image, image_processor, aspect) for image in images]
+        pixels: Tensor = image_processor(shown, return_tensors="pt")["pixel_values"]
         return pixels
-    pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
-    if pinpoints is None:
-        raise ConfigError(
-            "image_aspect_ratio is 'anyres' but the config has no image_grid_pinpoints: list the "
-            "(width, height) resolutions there"
-        )
-    tiled = [process_anyres_image(image, image_processor, pinpoints) for image in images]
+    pinpoints = getattr(model_cfg, "image_grid_pinpoints", None) or ()
+    mode.check(_image_config(image_processor, mode.name, pinpoints))
+    tiled = [_tiles(image, image_processor, mode, pinpoints) for image in images]
     stacks = len({item.shape for item in tiled}) == 1
     return torch.stack(tiled) if stacks else tiled
 

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from lapilli.compat import conversation
 from lapilli.compat.constants import IGNORE_INDEX
 from lapilli.compat.foreign import Foreign
-from lapilli.compat.mm_utils import expand2square
+from lapilli.compat.mm_utils import one_tile
 from lapilli.compat.tokenizer import NO_LIMIT, PreTrainedTokenizer
 from lapilli.errors import PromptError
 from lapilli.prompt.original_mask import OriginalSample, original_sample, show_images_first
@@ -140,12 +140,11 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
         return item
 
     def _pixels(self, name: str) -> Tensor:
-        """A picture of the folder; every aspect but `pad` is the middle of the picture."""
+        """Return a picture of the folder; a mode of several tiles is the middle of the picture."""
         processor = self.data_args.image_processor
         with Image.open(Path(self.data_args.image_folder) / name) as opened:
             image = opened.convert("RGB")
-        if self.data_args.image_aspect_ratio == "pad":
-            image = expand2square(image, tuple(int(x * 255) for x in processor.image_mean))
+        image = one_tile(image, processor, self.data_args.image_aspect_ratio)
         pixels: Tensor = processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
         return pixels
 

@@ -150,6 +150,7 @@ def _image(
         pads = preprocessor.flag("do_pad", False)
         pixels = parse_pixels(preprocessor, vision)
         report = preprocessor.report()
+    # The layout names no image mode: its model_type says it, and do_pad of the preprocessor.
     if not is_next:
         return ImageConfig(pixels=pixels, aspect="pad" if pads else "square"), report
     if not reader.flag("use_image_newline_parameter", True):

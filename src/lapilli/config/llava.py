@@ -10,7 +10,6 @@ from lapilli.config import ignored
 from lapilli.config.families import Family, family_by_class, find_family, original_types
 from lapilli.config.files import ConfigFiles
 from lapilli.config.model import (
-    Aspect,
     ImageConfig,
     Merge,
     ModelConfig,
@@ -34,7 +33,6 @@ RECORD_KEY = "lapilli_template"
 IMAGE_KEY = "lapilli_image_token_index"  # in the original layout, of a model that came with one
 CAP_KEY = "lapilli_logit_softcap"  # in a LLaVA of Hugging Face, see hf.py
 ROUNDS_KEY = "lapilli_rounds_unpad"  # see ImageConfig.rounds_unpad
-ASPECTS: dict[str, Aspect] = {"square": "square", "pad": "pad", "anyres": "anyres"}
 MERGES: dict[str, Merge] = {
     "flat": "flat",
     "spatial": "spatial",
@@ -152,11 +150,6 @@ def _image(
     aspect = reader.text("image_aspect_ratio", "square") or "square"
     merge = reader.text("mm_patch_merge_type", "flat") or "flat"
     pinpoints = parse_pinpoints(reader.value("image_grid_pinpoints"), width_first=True)
-    if aspect not in ASPECTS:
-        raise UnsupportedModelError(
-            f"config.json: image_aspect_ratio {aspect!r} is not supported, "
-            f"choose from {', '.join(ASPECTS)}"
-        )
     if merge not in MERGES:
         raise UnsupportedModelError(
             f"config.json: mm_patch_merge_type {merge!r} is not supported, "
@@ -171,16 +164,16 @@ def _image(
         report = preprocessor.report()
     image = ImageConfig(
         pixels=pixels,
-        aspect=ASPECTS[aspect],
+        aspect=aspect,
         merge=MERGES[merge],
-        pinpoints=pinpoints if aspect == "anyres" else (),
+        pinpoints=pinpoints,
         rounds_unpad=reader.flag(ROUNDS_KEY, False),
     )
     return image, report
 
 
 def parse_pinpoints(value: object, *, width_first: bool) -> tuple[ImageSize, ...]:
-    """Resolutions of anyres, from a list of pairs or its literal in a string.
+    """Return resolutions, from a list of pairs or its literal in a string.
 
     Args:
         value: the list, a string such as "[[336, 672], [672, 336]]", or None.

@@ -10,7 +10,6 @@ from lapilli.errors import ConfigError
 from lapilli.geometry import Grid, ImageSize
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
-Aspect = Literal["square", "pad", "anyres"]
 Merge = Literal["flat", "spatial", "spatial_unpad"]
 
 
@@ -247,21 +246,20 @@ class PixelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageConfig:
-    """How a picture becomes tiles and how their features are laid into one row."""
+    """How a picture becomes tiles and how their features are laid into one row.
+
+    Attributes:
+        aspect: name of an image mode (modality/image/modes), which checks the rest.
+        pinpoints: resolutions that the mode may choose from.
+        rounds_unpad: Hugging Face rounds the unpadded size to 7 decimals before truncating, the
+            original does not.
+    """
 
     pixels: PixelConfig
-    aspect: Aspect = "square"
+    aspect: str = "square"
     merge: Merge = "flat"
     pinpoints: tuple[ImageSize, ...] = ()
-    # Hugging Face rounds the unpadded size to 7 decimals before truncating, the original does not.
     rounds_unpad: bool = False
-
-    def __post_init__(self) -> None:
-        if self.aspect == "anyres" and not self.pinpoints:
-            raise ConfigError(
-                "image_aspect_ratio is 'anyres' but image_grid_pinpoints is empty: "
-                "list the resolutions"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

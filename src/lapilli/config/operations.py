@@ -59,7 +59,7 @@ def projector_products(vision: VisionConfig, projector: ProjectorConfig) -> list
 
 
 def _resampler(features: int, projector: ProjectorConfig) -> list[Product]:
-    """Return the products of a resampler (modality/projector_resample.py)."""
+    """Return the products of a resampler (modality/projector.py)."""
     queries, width = projector.num_queries, projector.hidden_size
     seen, inner = features + queries, RESAMPLER_EXPANSION * width
     layer = [

@@ -33,11 +33,13 @@ class TileFeatures:
     """What the language model gets of one tile.
 
     Attributes:
+        side: of the tile in pixels.
         number: features.
         grid: their rows and columns; None where they do not lie on a grid.
         reason: why they do not.
     """
 
+    side: int
     number: int
     grid: Grid | None
     reason: str = ""
@@ -58,10 +60,10 @@ def tile_features(vision: VisionConfig, projector: ProjectorConfig | None = None
             f"{vision.grid.rows}x{vision.grid.columns} patches)"
         )
     if projector is None or not projector.joins:
-        return TileFeatures(vision.num_patches, grid, reason)
+        return TileFeatures(vision.image_size, vision.num_patches, grid, reason)
     if projector.kind == "resampler":
         reason = f"a resampler's {projector.num_queries} features have no place in the picture"
-        return TileFeatures(projector.num_queries, None, reason)
+        return TileFeatures(vision.image_size, projector.num_queries, None, reason)
     side = projector.pool
     if grid is None:
         raise ConfigError(f"a projector cannot average {side}x{side} neighbours: {reason}")
@@ -71,7 +73,7 @@ def tile_features(vision: VisionConfig, projector: ProjectorConfig | None = None
             f"patches: {side} must divide both"
         )
     pooled = Grid(grid.rows // side, grid.columns // side)
-    return TileFeatures(pooled.rows * pooled.columns, pooled)
+    return TileFeatures(vision.image_size, pooled.rows * pooled.columns, pooled)
 
 
 def parse_projector(name: str, *, vision_size: int, hidden_size: int) -> ProjectorConfig:

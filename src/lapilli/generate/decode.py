@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from lapilli.lm.base import LanguageModel
-from lapilli.model.outputs import FusedBatch
+from lapilli.model.fuse import FusedBatch
 from lapilli.nn.kv_cache import KVCache
 from lapilli.shapes import Float, Int, Tensor
 

@@ -23,7 +23,7 @@ from lapilli.generate.sampler import (
     new_generator,
 )
 from lapilli.lm.base import LanguageModel
-from lapilli.model.outputs import FusedBatch
+from lapilli.model.fuse import FusedBatch
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.kv_cache import KVCache
 from lapilli.shapes import Float, Tensor

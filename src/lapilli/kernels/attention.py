@@ -34,7 +34,7 @@ def attention_reference(
     key_scales: Float[Tensor, "N K P"] | None = None,
     value_scales: Float[Tensor, "N K P"] | None = None,
 ) -> Float[Tensor, "B Q A"]:
-    """The same as `decode_attention` in plain torch, in the dtype of q."""
+    """Compute the same as `decode_attention` in plain torch, in the dtype of q."""
     group = q.shape[1] // keys.shape[1]
     table = block_table.long()
     k, v = (
@@ -56,7 +56,7 @@ def attention_reference(
 
 
 def _gather(cache: Tensor, scales: Tensor | None, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks of every row side by side, [B, K, S, A]."""
+    """Return the blocks of every row side by side, [B, K, S, A]."""
     x = cache.to(dtype) if scales is None else cache.to(dtype) * scales[..., None].to(dtype)
     x = x[table].transpose(1, 2)  # [B, K, blocks, P, A]
     return x.flatten(2, 3)
@@ -76,7 +76,7 @@ def decode_attention(
     key_scales: Float[Tensor, "N K P"] | None = None,
     value_scales: Float[Tensor, "N K P"] | None = None,
 ) -> Float[Tensor, "B Q A"]:
-    """What each row's query sees of the row's first `lengths` positions.
+    """Return the attention of each row's query over the row's first `lengths` positions.
 
     Heads of a group share what is read of the cache. Runs on the compiled library for float32
     queries on a CPU whose heads are a multiple of 16 wide, else on torch. No gradients.
@@ -141,7 +141,7 @@ def decode_attention(
 
 
 def decodes_natively(q: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether `decode_attention` of these runs on the library; q ends in the width of a head."""
+    """Return whether `decode_attention` runs on the library; q ends in the width of a head."""
     return (
         q.dtype == torch.float32
         and q.device.type == "cpu"
@@ -170,7 +170,7 @@ def attention_native(
     key_scales: Float[Tensor, "N K P"] | None = None,
     value_scales: Float[Tensor, "N K P"] | None = None,
 ) -> Float[Tensor, "B Q A"]:
-    """The library's `decode_attention`.
+    """Compute `decode_attention` by the library.
 
     Raises:
         ShapeMismatchError: positions of a cache that do not lie side by side, keys and values

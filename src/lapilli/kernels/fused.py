@@ -17,7 +17,7 @@ _PAIR_STEP = 32  # widths of heads that the library rotates
 
 
 def _library(*tensors: Tensor) -> Library | None:
-    """The library, where it can stand in for torch on these tensors."""
+    """Return the library, where it can stand in for torch on these tensors."""
     if torch.compiler.is_compiling():
         return None
     needs_gradient = torch.is_grad_enabled()
@@ -59,12 +59,12 @@ def rms_norm(
 def silu_mul_reference(
     gate: Float[Tensor, "... D"], up: Float[Tensor, "... D"]
 ) -> Float[Tensor, "... D"]:
-    """The same as `silu_mul` in plain torch."""
+    """Compute the same as `silu_mul` in plain torch."""
     return functional.silu(gate) * up
 
 
 def silu_mul(gate: Float[Tensor, "... D"], up: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-    """silu(gate) * up, element by element."""
+    """Return silu(gate) * up, element by element."""
     library = _library(gate, up)
     if library is None or gate.shape != up.shape:
         return silu_mul_reference(gate, up)
@@ -121,7 +121,7 @@ def rotate_reference(
     cos: Float[Tensor, "B 1 T A"],
     signed_sin: Float[Tensor, "B 1 T A"],
 ) -> Float[Tensor, "B heads T A"]:
-    """The same as `rotate` in plain torch.
+    """Compute the same as `rotate` in plain torch.
 
     Rolling by half a head and a signed sine do the work of the textbook's negate-and-concatenate
     in three operations instead of five, with the same roundings.
@@ -134,7 +134,7 @@ def rotate(
     cos: Float[Tensor, "B 1 T A"],
     signed_sin: Float[Tensor, "B 1 T A"],
 ) -> Float[Tensor, "B heads T A"]:
-    """Each pair (i, i + A/2) of a head turned by the angle of its position.
+    """Turn each pair (i, i + A/2) of a head by the angle of its position.
 
     The first half of `signed_sin` carries the minus of the rotation.
     """

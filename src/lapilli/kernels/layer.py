@@ -24,7 +24,7 @@ WIDTH_STEP = 32
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where T new positions go in a cache and what they see; the same for all layers of a pass.
+    """Places of T new positions in a cache and what they see; the same for all layers of a pass.
 
     Attributes:
         blocks: of each position, int64.
@@ -49,7 +49,7 @@ class PlainLinear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFacts:
-    """What the call computes besides products.
+    """The settings of a layer besides its products.
 
     Attributes:
         heads: query heads.
@@ -75,7 +75,7 @@ class LayerFacts:
 
 
 class LayerKernel:
-    """One layer, its native description made once; any number of threads may call it.
+    """A layer described to the library once; any number of threads may call it.
 
     Plain weights are not kept: whoever calls knows that they are still where they were.
 
@@ -121,7 +121,7 @@ class LayerKernel:
         memory: tuple[Float[Tensor, "N K P A"], Float[Tensor, "N K P A"]],
         places: Places,
     ) -> Float[Tensor, "1 T D"]:
-        """Hidden states after the layer; new keys and values are in their places.
+        """Return the hidden states after the layer; new keys and values are in their places.
 
         Args:
             x: hidden states before, float32, contiguous.

@@ -1,4 +1,4 @@
-"""The compiled library, by ctypes: the only file that knows that there is one.
+"""The compiled library, loaded with ctypes: the only file that knows that there is one.
 
     native() -> Library | None      None: not compiled, not for this CPU, or LAPILLI_KERNELS=0
 
@@ -263,7 +263,7 @@ class Library:
 
 @functools.cache
 def native() -> Library | None:
-    """The library in use, found and set up once.
+    """Return the library in use, found and set up once.
 
     Raises:
         ConfigError: LAPILLI_KERNELS names an instruction set that is not there.
@@ -272,7 +272,7 @@ def native() -> Library | None:
 
 
 def why_not_native() -> str:
-    """One line for people, where the kernels are missing without anybody having asked for that.
+    """Return why the kernels are missing without anybody having asked for that, in one line.
 
     A wheel that was built without a compiler has none, which nothing else would say. Empty where
     they are in use, and where LAPILLI_KERNELS=0 turns them off.
@@ -287,7 +287,7 @@ def why_not_native() -> str:
 
 
 def open_library(wanted: str = "") -> Library | None:
-    """The library with the best instruction set, or with the one that `wanted` names.
+    """Open the library with the best instruction set, or with the one that `wanted` names.
 
     The choice counts for the whole process.
 
@@ -311,7 +311,7 @@ def open_library(wanted: str = "") -> Library | None:
 
 
 def work_alone() -> None:
-    """One thread for this process, if its parent has used a pool that was not forked with it."""
+    """Give this process one thread, if its parent has used a pool that was not forked with it."""
     if native.cache_info().currsize:  # a model was run there
         torch.set_num_threads(1)
 
@@ -350,7 +350,7 @@ def _declare(functions: ctypes.CDLL) -> None:
 
 
 def _torch_pool() -> int | None:
-    """The address of the GOMP_parallel that torch itself uses; None: one thread.
+    """Return the address of the GOMP_parallel that torch itself uses; None: one thread.
 
     torch makes its OpenMP visible to the whole process; where a build does not, it lies among
     torch's libraries.

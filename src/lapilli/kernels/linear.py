@@ -1,11 +1,4 @@
-"""Packed weights times float activations: reference, native call and custom op.
-
-    y = x W^T + b      activations rounded to 8 bits by token and group, or left in float32
-                       (weight_only); several W that meet the same x share one call
-
-The eager path calls the library directly, since a custom op's dispatch costs more than a small
-layer; while torch compiles, the op `lapilli::linear` stands in its place. No gradients.
-"""
+"""Products of few rows with a plain weight, and of any with a packed one."""
 
 import ctypes
 from collections.abc import Sequence
@@ -14,15 +7,72 @@ import torch
 from torch.nn import functional
 
 from lapilli.errors import ConfigError
-from lapilli.kernels.library import Library, Weights, native
+from lapilli.kernels.library import KINDS, DenseCall, Library, Weights, native
 from lapilli.kernels.packing import Packed, rounded
 from lapilli.shapes import Float, Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def dense_reference(
+    x: Float[Tensor, "... K"], weight: Float[Tensor, "out K"], bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "... out"]:
+    """Compute the same as `dense` by torch."""
+    return functional.linear(x, weight, bias)
+
+
+def is_dense_native(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the library has the product of these."""
+    return (
+        weight.dtype in _DTYPES
+        and x.dtype == weight.dtype
+        and x.device.type == weight.device.type == "cpu"
+        and weight.stride(1) == 1
+        and native() is not None
+    )
+
+
+def dense(
+    x: Float[Tensor, "... K"], weight: Float[Tensor, "out K"], bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "... out"]:
+    """Return the product x W^T + b, summed in float32, in the dtype of x.
+
+    Args:
+        x: few rows: every one of them is met while the weight is read once.
+        weight: float32 or bfloat16; anything else, or without the library, goes to torch.
+        bias: in the dtype of the weight, or None.
+    """
+    library = native()
+    if library is None or not is_dense_native(x, weight):
+        return dense_reference(x, weight, bias)
+    out_features, in_features = weight.shape
+    rows = x.reshape(-1, in_features).float()
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    added = None if bias is None else bias.float().contiguous()
+    out = torch.empty((rows.shape[0], out_features), dtype=torch.float32)
+    call = DenseCall(
+        w=weight.data_ptr(),
+        x=rows.data_ptr(),
+        bias=None if added is None else added.data_ptr(),
+        y=out.data_ptr(),
+        rows=out_features,
+        inputs=in_features,
+        tokens=rows.shape[0],
+        w_stride=weight.stride(0),
+        x_stride=rows.stride(0),
+        y_stride=out_features,
+        kind=KINDS[weight.dtype],
+        threads=torch.get_num_threads(),
+    )
+    library.functions.lapilli_dense(ctypes.byref(call))
+    return out.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
 def linear_reference(
     x: Float[Tensor, "M K"], packed: Packed, *, weight_only: bool = False
 ) -> Float[Tensor, "M out"]:
-    """The same as `linear` in plain torch, in float32."""
+    """Compute the same as `linear` in plain torch, in float32."""
     seen = x.float() if weight_only else rounded(x, packed.group_size)
     return functional.linear(seen, packed.dequantize(), packed.plain_bias)
 
@@ -32,7 +82,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def native_weights(packed: Packed) -> Weights:
-    """The weight as the library takes it; its tensors have to outlive it."""
+    """Describe the weight to the library; its tensors have to outlive the description."""
     wide = packed.bits == 8
     return Weights(
         data=packed.data.data_ptr(),
@@ -54,7 +104,7 @@ def linear_native(
     *,
     weight_only: bool = False,
 ) -> list[Float[Tensor, "M out"]]:
-    """The library's products of float32 rows, contiguous along K, with weights packed alike."""
+    """Compute products of float32 rows, contiguous along K, with weights packed alike."""
     count, tokens = len(weights), x.shape[0]
     outs = [torch.empty((tokens, weight.rows), dtype=torch.float32) for weight in weights]
     pointers = ctypes.c_void_p * count
@@ -72,7 +122,7 @@ def linear_native(
 
 
 class PackedLinear:
-    """A packed weight ready to be called, the native description made once."""
+    """A packed weight ready to be called, described to the library once."""
 
     def __init__(self, packed: Packed, *, weight_only: bool = False) -> None:
         self.packed = packed
@@ -90,14 +140,14 @@ class PackedLinear:
         """Weights of the same kind can meet the same activations in one call."""
 
     def __getstate__(self) -> tuple[Packed, bool]:
-        """For copies, whose tensors lie elsewhere."""
+        """Return the state of a copy, whose tensors lie elsewhere."""
         return self.packed, self.weight_only
 
     def __setstate__(self, state: tuple[Packed, bool]) -> None:
         self.__init__(state[0], weight_only=state[1])  # type: ignore[misc]  # begins as a new one
 
     def __call__(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
-        """The product in the dtype of x.
+        """Return the product in the dtype of x.
 
         Raises:
             ConfigError: a gradient is wanted.
@@ -108,7 +158,7 @@ class PackedLinear:
 def linears(
     x: Float[Tensor, "... K"], layers: Sequence[PackedLinear]
 ) -> list[Float[Tensor, "... out"]]:
-    """Products of one input with weights of one kind: x is rounded once, the rows share one call.
+    """Compute products of one input with weights of one kind: x is rounded once, in one call.
 
     Raises:
         ConfigError: a gradient is wanted.
@@ -141,7 +191,7 @@ def linear_op(
     sizes: list[int],
     weight_only: bool,
 ) -> Tensor:
-    """`PackedLinear` for torch.compile; sizes = [out_features, in_features, group_size, bits]."""
+    """Compute `PackedLinear` for torch.compile; sizes = [out, in, group_size, bits]."""
     out_features, in_features, group_size, bits = sizes
     packed = Packed(data, scales, zeros, bias, out_features, in_features, group_size, bits)
     return PackedLinear(packed, weight_only=weight_only)(x)

@@ -1,4 +1,4 @@
-"""The operations of this room as torch custom ops, each with a fake twin that knows only shapes.
+"""The operations of this room as torch custom ops, each with a fake that computes its shape.
 
     torch.ops.lapilli.decode_attention, prefill_attention, rms_norm, silu_mul, rotate   (and linear)
 
@@ -31,7 +31,7 @@ def decode_attention_op(
     key_scales: Tensor | None,
     value_scales: Tensor | None,
 ) -> Tensor:
-    """`attention.decode_attention`."""
+    """Run `attention.decode_attention` as an op."""
     return decode_attention(
         q,
         keys,
@@ -75,7 +75,7 @@ def prefill_attention_op(
     slopes: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """`prefill.prefill_attention`; lies as [B, T, Q, A] in memory."""
+    """Run `prefill.prefill_attention` as an op; lies as [B, T, Q, A] in memory."""
     found = prefill_attention(q, k, v, scale=scale, window=window, slopes=slopes, causal=causal)
     return found.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -97,7 +97,7 @@ def _prefill_attention_fake(
 
 @torch.library.custom_op("lapilli::rms_norm", mutates_args=())
 def rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`fused.rms_norm`."""
+    """Run `fused.rms_norm` as an op."""
     return rms_norm(x, weight, eps).contiguous()
 
 
@@ -109,7 +109,7 @@ def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op("lapilli::silu_mul", mutates_args=())
 def silu_mul_op(gate: Tensor, up: Tensor) -> Tensor:
-    """`fused.silu_mul`."""
+    """Run `fused.silu_mul` as an op."""
     return silu_mul(gate, up).contiguous()
 
 
@@ -121,7 +121,7 @@ def _silu_mul_fake(gate: Tensor, up: Tensor) -> Tensor:
 
 @torch.library.custom_op("lapilli::rotate", mutates_args=())
 def rotate_op(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """`fused.rotate`."""
+    """Run `fused.rotate` as an op."""
     return rotate(x, cos, signed_sin).contiguous()
 
 

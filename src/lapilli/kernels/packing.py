@@ -1,4 +1,4 @@
-"""The packed layout of weights (native/abi.h draws it) and the rounding of activations.
+"""Packed layout of quantized weights (native/abi.h draws it) and rounding of activations.
 
     data    UInt8[block, input / 4 | input / 8, 64]     16 output rows a block, inputs padded to 32
     scales  float16 [block, group, 16] at 4 bits        float32 [block, 16] at 8 bits
@@ -63,17 +63,17 @@ class Packed:
 
     @property
     def num_bytes(self) -> int:
-        """Size in memory."""
+        """Return the size in memory."""
         parts = (self.data, self.scales, self.zeros, self.bias)
         return sum(part.nbytes for part in parts if part is not None)
 
     @property
     def plain_bias(self) -> Float[Tensor, " out"] | None:
-        """The bias without padding."""
+        """Return the bias without padding."""
         return None if self.bias is None else self.bias.view(-1)[: self.out_features]
 
     def dequantize(self) -> Float[Tensor, "out in"]:
-        """The weight in float32 as the kernels see it."""
+        """Return the weight in float32 as the kernels see it."""
         if self.bits == 8:
             values = unpack8(self.data).float() - BYTE_ZERO
             values *= self.scales.view(-1, 1)
@@ -98,20 +98,20 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 
 
 def pad_to(x: Tensor, rows: int, columns: int, value: int) -> Tensor:
-    """A matrix filled up to multiples of these sizes."""
+    """Return a matrix filled up to multiples of these sizes."""
     more = (0, -x.shape[1] % columns, 0, -x.shape[0] % rows)
     return functional.pad(x, more, value=value) if any(more) else x
 
 
 def pack8(values: UInt8[Tensor, "out in"]) -> UInt8[Tensor, "blocks steps 64"]:
-    """Weights + 128 in blocks."""
+    """Pack weights + 128 in blocks."""
     x = pad_to(values, BLOCK, CHUNK, BYTE_ZERO)
     x = x.view(-1, BLOCK, x.shape[1] // 4, 4).transpose(1, 2)  # [block, input / 4, row, 4]
     return x.flatten(2).contiguous()
 
 
 def unpack8(data: UInt8[Tensor, "blocks steps 64"]) -> UInt8[Tensor, "rows inputs"]:
-    """The way back, with the padding."""
+    """Unpack what `pack8` packed, with the padding."""
     x = data.view(*data.shape[:2], BLOCK, 4).transpose(1, 2)  # [block, row, input / 4, 4]
     return x.reshape(data.shape[0] * BLOCK, -1)
 
@@ -119,32 +119,32 @@ def unpack8(data: UInt8[Tensor, "blocks steps 64"]) -> UInt8[Tensor, "rows input
 def pack4(
     values: UInt8[Tensor, "out in"], *, fill: int = NIBBLE_ZERO
 ) -> UInt8[Tensor, "blocks steps 64"]:
-    """Nibbles (0 to 15) in blocks; padding is filled with a nibble of any value."""
+    """Pack nibbles (0 to 15) in blocks; padding is filled with a nibble of any value."""
     x = pad_to(values, BLOCK, CHUNK, fill)
     x = x.view(-1, BLOCK, x.shape[1] // 8, 2, 4).permute(0, 2, 3, 1, 4)  # [block, step, 2, row, 4]
     return (x[:, :, 0] | (x[:, :, 1] << 4)).flatten(2).contiguous()
 
 
 def unpack4(data: UInt8[Tensor, "blocks steps 64"]) -> UInt8[Tensor, "rows inputs"]:
-    """The way back, with the padding."""
+    """Unpack what `pack4` packed, with the padding."""
     x = torch.stack((data & 15, data >> 4), dim=2)  # [block, step, 2, 64]
     x = x.view(*x.shape[:3], BLOCK, 4).permute(0, 3, 1, 2, 4)  # [block, row, step, 2, 4]
     return x.reshape(data.shape[0] * BLOCK, -1)
 
 
 def by_block(x: Tensor, fill: float = 0) -> Tensor:
-    """Facts [out, group] of rows as [block, group, 16]."""
+    """Return values [out, group] of rows as [block, group, 16]."""
     x = functional.pad(x, (0, 0, 0, -x.shape[0] % BLOCK), value=fill)
     return x.view(-1, BLOCK, x.shape[1]).transpose(1, 2).contiguous()
 
 
 def by_row(x: Tensor) -> Tensor:
-    """The way back: [block, group, 16] as [rows, group]."""
+    """Return values [block, group, 16] as [rows, group]."""
     return x.transpose(1, 2).reshape(-1, x.shape[1])
 
 
 def block_bias(bias: Float[Tensor, " out"] | None) -> Float[Tensor, "blocks 16"] | None:
-    """A bias as the kernels read it."""
+    """Return a bias as the kernels read it."""
     if bias is None:
         return None
     return functional.pad(bias.detach().float(), (0, -len(bias) % BLOCK)).view(-1, BLOCK)
@@ -156,7 +156,7 @@ _SMALLEST = 1e-30  # below this a group counts as zeros: 127 / max stays finite
 def round_rows(
     x: Float[Tensor, "M K"], group_size: int
 ) -> tuple[Int[Tensor, "M groups group"], Float[Tensor, "M groups 1"]]:
-    """Activations as signed bytes, by token and group of inputs, and their scales.
+    """Return activations as signed bytes, by token and group of inputs, and their scales.
 
     Source: as `quantize_group` of native/activations.h, bit for bit.
     """
@@ -170,6 +170,6 @@ def round_rows(
 
 
 def rounded(x: Float[Tensor, "M K"], group_size: int) -> Float[Tensor, "M K"]:
-    """Activations as the integer kernels see them."""
+    """Return activations as the integer kernels see them."""
     values, scale = round_rows(x, group_size)
     return (values * scale).view(len(x), -1)[:, : x.shape[1]]

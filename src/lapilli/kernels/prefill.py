@@ -27,7 +27,7 @@ def prefill_reference(
     slopes: Float[Tensor, " Q"] | None = None,
     causal: bool = True,
 ) -> Float[Tensor, "B Q T A"]:
-    """The same as `prefill_attention` in plain torch, as the formula says it."""
+    """Compute the same as `prefill_attention` in plain torch, by its formula."""
     group, queries, positions = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -44,7 +44,7 @@ def prefill_reference(
 
 
 def prefills_natively(*tensors: Tensor) -> bool:
-    """Whether the library can read these queries, keys and values."""
+    """Return whether the library can read these queries, keys and values."""
     needs_gradient = torch.is_grad_enabled()
     for x in tensors:
         fits = x.dtype in _DTYPES and x.device.type == "cpu" and x.stride(-1) == 1
@@ -63,7 +63,7 @@ def prefill_attention(
     slopes: Float[Tensor, " Q"] | None = None,
     causal: bool = True,
 ) -> Float[Tensor, "B Q T A"]:
-    """What each of the last T of S positions sees; positions of a head may lie anywhere.
+    """Return the attention of the last T of S positions; positions of a head may lie anywhere.
 
     Runs on the compiled library where `prefills_natively`, else as the reference; bfloat16 is
     computed in float32, in half the time that torch takes. The result lies as [B, T, Q, A] in

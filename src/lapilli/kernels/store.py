@@ -1,4 +1,4 @@
-"""New keys and values into the blocks of a cache: one call, where indexing takes many steps.
+"""New keys and values copied into the blocks of a cache, in one call.
 
 Blocks of bfloat16 take float32 keys and values rounded to the nearest.
 """
@@ -19,7 +19,7 @@ def store_reference(
     k: Float[Tensor, "T K A"],
     v: Float[Tensor, "T K A"],
 ) -> None:
-    """The same as `store_positions` in plain torch."""
+    """Compute the same as `store_positions` in plain torch."""
     keys[blocks, :, offsets] = k.to(keys.dtype)
     values[blocks, :, offsets] = v.to(values.dtype)
 
@@ -70,7 +70,7 @@ def store_positions(
 def _fits(
     keys: Tensor, values: Tensor, blocks: Tensor, offsets: Tensor, k: Tensor, v: Tensor
 ) -> bool:
-    """Whether the library can copy these."""
+    """Return whether the library can copy these."""
     return (
         k.dtype == v.dtype == torch.float32
         and keys.dtype == values.dtype

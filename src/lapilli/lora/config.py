@@ -1,4 +1,4 @@
-"""What an adapter is: rank, scale and the modules it sits on; knows no files."""
+"""Configuration of a low-rank adapter: rank, scale and the modules it sits on."""
 
 import math
 import re
@@ -55,24 +55,24 @@ class LoraConfig:
             )
 
     def is_target(self, path: str) -> bool:
-        """Whether a fresh adapter sits on the module of this path."""
+        """Return whether a fresh adapter sits on the module of this path."""
         return any(
             fnmatchcase(path, choice) for target in self.targets for choice in _choices(target)
         )
 
     def rank_of(self, path: str) -> int:
-        """The rank on this module."""
+        """Return the rank on this module."""
         return _by_ending(self.rank_pattern, path, self.rank)
 
     def scaling(self, path: str) -> float:
-        """The factor on the update of this module."""
+        """Return the factor on the update of this module."""
         rank = self.rank_of(path)
         alpha = _by_ending(self.alpha_pattern, path, self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def _choices(pattern: str) -> list[str]:
-    """A pattern without braces for every choice in its braces."""
+    """Return a pattern without braces for every choice in its braces."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         return [pattern]
@@ -81,7 +81,7 @@ def _choices(pattern: str) -> list[str]:
 
 
 def ends_with(pattern: str, path: str) -> bool:
-    """Whether a module path ends with whole names that a regular expression describes.
+    """Return whether a path ends with whole names that a regular expression describes.
 
     Source: peft, get_pattern_key.
     """

@@ -1,4 +1,4 @@
-"""Put adapters beside the linear layers of a model; knows module paths, no files.
+"""Adapters put beside the linear layers of a model, and merged into their weights.
 
 tensors given   where they say, and every one of them must find its layer
 tensors None    fresh, on every linear layer that a target pattern matches
@@ -13,17 +13,17 @@ from torch import nn
 
 from lapilli.errors import ConfigError, MissingWeightsError, ShapeMismatchError
 from lapilli.lora.config import LoraConfig
-from lapilli.lora.linear import LoraLayer, LoraLinear, LoraStored
-from lapilli.nn.stored import StoredLinear
+from lapilli.lora.linear import LoraLayer, LoraLinear, QLoraLinear
+from lapilli.nn.linear import FrozenQuantizedLinear
 from lapilli.shapes import Tensor
 
-Linear = nn.Linear | StoredLinear
+Linear = nn.Linear | FrozenQuantizedLinear
 _HALVES = (".lora_A.weight", ".lora_B.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class LoraReport:
-    """What a pass did.
+    """The adapters of a model, in numbers.
 
     Attributes:
         paths: full paths of the modules, in the order of the model.
@@ -35,14 +35,14 @@ class LoraReport:
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Every layer with an adapter, with its path."""
+    """Yield every layer with an adapter, with its path."""
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield path, module
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A and B of every adapter by full name: what `inject` takes back."""
+    """Return A and B of every adapter by full name, as `inject` takes them back."""
     return {
         f"{path}.{half}.weight": getattr(module, half).weight
         for path, module in adapters(model)
@@ -51,7 +51,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def report(model: nn.Module) -> LoraReport:
-    """The adapters that a model has now."""
+    """Return the adapters that a model has now."""
     tensors = adapter_tensors(model)
     paths = tuple(path for path, _ in adapters(model))
     return LoraReport(paths, sum(tensor.numel() for tensor in tensors.values()))
@@ -64,7 +64,7 @@ def inject(
     *,
     dtype: torch.dtype | None = None,
 ) -> LoraReport:
-    """Adapters beside linear layers of `model`, which is changed in place.
+    """Put adapters beside linear layers of `model`, which is changed in place.
 
     `requires_grad` of the other parameters is left as it is.
 
@@ -84,7 +84,7 @@ def inject(
     linears = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | StoredLinear)
+        if isinstance(module, nn.Linear | FrozenQuantizedLinear)
     }
     paths = _fresh_paths(linears, config) if tensors is None else _told_paths(linears, tensors)
     if tensors is not None:
@@ -104,8 +104,8 @@ def _beside(base: Linear, config: LoraConfig, path: str) -> LoraLayer:
         "scaling": config.scaling(path),
         "dropout": config.dropout,
     }
-    if isinstance(base, StoredLinear):
-        return LoraStored(base, **sizes).train(base.training)
+    if isinstance(base, FrozenQuantizedLinear):
+        return QLoraLinear(base, **sizes).train(base.training)
     return LoraLinear(base, **sizes).train(base.training)
 
 
@@ -120,7 +120,7 @@ def _fresh_paths(linears: Mapping[str, Linear], config: LoraConfig) -> list[str]
 
 
 def _told_paths(linears: Mapping[str, Linear], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Paths of the tensors in the order of the model, every tensor accounted for."""
+    """Return paths of the tensors in the order of the model, every tensor accounted for."""
     known = {path + half for path in linears for half in _HALVES}
     lost = sorted(name for name in tensors if name not in known)
     if lost:
@@ -150,7 +150,20 @@ def _check_shapes(path: str, linear: Linear, rank: int, tensors: Mapping[str, Te
 
 
 def _fill(layer: LoraLayer, path: str, tensors: Mapping[str, Tensor]) -> None:
-    """The tensors in the device and dtype of the layer's weight."""
+    """Copy the tensors in the device and dtype of the layer's weight."""
     for half, part in zip(_HALVES, (layer.lora_A, layer.lora_B), strict=True):
         with torch.no_grad():
             part.weight.copy_(tensors[path + half])
+
+
+def merge(model: nn.Module) -> LoraReport:
+    """Add every adapter of `model` to its weight and drop it; the model is changed in place.
+
+    Sums are taken in float32 and rounded once to the dtype of the weight.
+
+    Source: LLaVA model/builder.py merges at load time (peft merge_and_unload).
+    """
+    done = report(model)
+    for path, layer in list(adapters(model)):
+        model.set_submodule(path, layer.merged().train(layer.training))
+    return done

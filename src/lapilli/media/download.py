@@ -1,7 +1,8 @@
-"""Bytes of an http(s) URL with a limit on time, size and redirects; knows no pictures.
+"""HTTP client for media: the bytes of a URL, within limits on time, size and redirects.
 
-The standard library's client is enough: huggingface_hub changed its own HTTP client twice, and the
-wish for a deadline over everything is met by none of them. Proxies are those that urllib finds.
+It stands on the standard library. The clients that huggingface_hub brings along are requests,
+httpx and httpx2, by its release, so that none of them is always there; and none has a deadline over
+the whole download, name look-up included. Proxies are those that urllib finds.
 
 Note: an address inside the caller's own network is fetched like any other. A server that takes
 URLs from strangers has to check them first.
@@ -18,7 +19,6 @@ from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 from urllib.request import (
     HTTPDefaultErrorHandler,
     HTTPErrorProcessor,
-    HTTPHandler,
     HTTPRedirectHandler,
     HTTPSHandler,
     OpenerDirector,
@@ -37,7 +37,7 @@ _SAFE = "%/:=&?~+!$,;'@()*[]-._"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchLimits:
-    """How long and how much: seconds for a whole download, bytes of one medium, redirects."""
+    """Limits of a download: seconds for the whole, bytes of one medium, number of redirects."""
 
     timeout_s: float = 30.0
     max_bytes: int = 128 << 20
@@ -52,7 +52,7 @@ class FetchLimits:
 
 
 def url_name(url: str) -> str:
-    """The URL for messages: without user, password and query, which may hold secrets."""
+    """Return the URL for messages: without user, password and query, which may hold secrets."""
     try:
         parts = urlsplit(url)
     except ValueError:  # http://[ ends inside an address
@@ -62,7 +62,7 @@ def url_name(url: str) -> str:
 
 
 def download(url: str, limits: FetchLimits) -> bytes:
-    """The body behind a URL.
+    """Return the body behind a URL.
 
     Raises:
         MediaError: another scheme, no answer in time (also from a server that sends a byte now and
@@ -70,7 +70,8 @@ def download(url: str, limits: FetchLimits) -> bytes:
     """
     transfer = _Transfer(url, limits)
     # A thread, because nothing else bounds the whole: a socket's timeout starts anew with every
-    # byte, and a name look-up has none.
+    # byte, and a name look-up has none. It is a daemon: one that waits for a name for ever does not
+    # keep the process alive.
     worker = threading.Thread(target=transfer.run, name="lapilli-download", daemon=True)
     worker.start()
     try:
@@ -89,7 +90,7 @@ def download(url: str, limits: FetchLimits) -> bytes:
 
 
 class _Transfer:
-    """One download, run in its own thread and stopped from another."""
+    """A download that runs in its own thread and is stopped from another."""
 
     def __init__(self, url: str, limits: FetchLimits) -> None:
         self.url = url
@@ -121,7 +122,7 @@ class _Transfer:
             self.error = MediaError(f"{self.name} cannot be fetched: {detail}")
 
     def too_late(self) -> MediaError:
-        """What to say when the time is up."""
+        """Return the error of a download whose time is up."""
         return MediaError(
             f"{self.name} did not answer completely within {self.limits.timeout_s:g} s "
             f"({len(self.body)} bytes came)"
@@ -166,8 +167,7 @@ class _Transfer:
         opener = OpenerDirector()
         for handler in (
             ProxyHandler(),
-            _PlainHandler(self),
-            _SecureHandler(self),
+            _Handler(self),
             _RedirectHandler(self),
             HTTPDefaultErrorHandler(),
             HTTPErrorProcessor(),
@@ -177,37 +177,29 @@ class _Transfer:
         return opener
 
 
-class _PlainHandler(HTTPHandler):
-    """http: URLs, with the socket handed to the transfer."""
+class _Handler(HTTPSHandler):
+    """http: and https: URLs, with the socket of every connection handed to the transfer."""
+
+    http_request = HTTPSHandler.https_request
 
     def __init__(self, transfer: _Transfer) -> None:
         super().__init__()
         self._transfer = transfer
 
     def http_open(self, req: Request) -> http.client.HTTPResponse:
-        """Called by urllib."""
-        keep = self._transfer.keep
-
-        class Connection(http.client.HTTPConnection):
-            def connect(self) -> None:
-                super().connect()
-                keep(self.sock)
-
-        return self.do_open(Connection, req)
-
-
-class _SecureHandler(HTTPSHandler):
-    """https: URLs, with the socket handed to the transfer."""
-
-    def __init__(self, transfer: _Transfer) -> None:
-        super().__init__()
-        self._transfer = transfer
+        """Open a plain connection, as urllib asks for."""
+        return self._open(http.client.HTTPConnection, req)
 
     def https_open(self, req: Request) -> http.client.HTTPResponse:
-        """Called by urllib."""
+        """Open an encrypted connection, as urllib asks for."""
+        return self._open(http.client.HTTPSConnection, req)
+
+    def _open(
+        self, kind: type[http.client.HTTPConnection], req: Request
+    ) -> http.client.HTTPResponse:
         keep = self._transfer.keep
 
-        class Connection(http.client.HTTPSConnection):
+        class Connection(kind):  # type: ignore[valid-type, misc]  # one of the two above
             def connect(self) -> None:
                 super().connect()
                 keep(self.sock)
@@ -216,7 +208,7 @@ class _SecureHandler(HTTPSHandler):
 
 
 class _RedirectHandler(HTTPRedirectHandler):
-    """Follows a limited number of redirects, to http and https only."""
+    """Redirects to http and https, a limited number of them."""
 
     max_repeats = 1 << 30  # counted below
 
@@ -232,7 +224,11 @@ class _RedirectHandler(HTTPRedirectHandler):
         msg: str,
         headers: http.client.HTTPMessage,
     ) -> Any:  # noqa: ANN401 - urllib's signature
-        """Called by urllib."""
+        """Follow a redirect, as urllib asks for.
+
+        Raises:
+            MediaError: it leads elsewhere than to http(s), or is one too many.
+        """
         target = urljoin(req.full_url, headers.get("Location", ""))
         name, limit = self._transfer.name, self._transfer.limits.max_redirects
         scheme = urlsplit(target).scheme
@@ -249,7 +245,7 @@ class _RedirectHandler(HTTPRedirectHandler):
 
 
 def _quoted(url: str) -> str:
-    """The URL with spaces and letters outside ASCII escaped, as a browser's address bar does."""
+    """Return the URL with spaces and letters outside ASCII escaped, as browsers do."""
     try:
         parts = urlsplit(url)
     except ValueError as error:

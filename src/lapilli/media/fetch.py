@@ -1,4 +1,4 @@
-"""Where a medium's bytes come from: disk, network, memory; knows no picture format.
+"""Sources of media: the bytes of a path, a URL, a data URI, a stream or an object in memory.
 
 path, "~/path", file:     read, up to limits.max_bytes
 http:// https://          downloaded (media/download.py)
@@ -50,7 +50,7 @@ class Readable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A medium that is here now, and what to call it in messages."""
+    """A fetched medium and its name in messages."""
 
     data: bytes | Image.Image | NDArray[Any]
     name: str
@@ -59,7 +59,7 @@ class Fetched:
 def fetch(
     source: object, *, limits: FetchLimits = _DEFAULT_LIMITS, stdin: Readable | None = None
 ) -> Fetched:
-    """The bytes of a source, or the image or array that it already is.
+    """Return the bytes of a source, or the image or array that it already is.
 
     Args:
         source: str, path, bytes, binary file-like, Pillow image or numpy array, see above.
@@ -88,7 +88,7 @@ def fetch(
 
 
 def is_path(source: str) -> bool:
-    """Whether a text names a file relative to somewhere: no URL, no data, not standard input."""
+    """Return whether a text names a file: no URL, no data, not standard input."""
     is_elsewhere = source == "-" or source[:5].lower() in ("data:", "file:")
     return not is_elsewhere and not _URL.match(source) and _from_base64(source) is None
 
@@ -111,7 +111,7 @@ def _fetch_text(source: str, limits: FetchLimits, stdin: Readable | None) -> Fet
 
 
 def _path_of_url(url: str) -> str:
-    """The path in `file:///path`, `file:/path` or `file://localhost/path`."""
+    """Return the path in `file:///path`, `file:/path` or `file://localhost/path`."""
     try:
         parts = urlsplit(url)
     except ValueError as error:
@@ -124,7 +124,7 @@ def _path_of_url(url: str) -> str:
 
 
 def _from_base64(source: str) -> bytes | None:
-    """What a picture in base64 unpacks to; None: the text is something else."""
+    """Unpack a picture in base64; None: the text is something else."""
     if len(source) < _SHORTEST_BASE64 or not _BASE64.match(source):
         return None
     packed = "".join(source.split())
@@ -161,7 +161,7 @@ def _fetch_path(source: str | bytes, limits: FetchLimits) -> Fetched:
 
 @contextmanager
 def _opened(path: Path, name: str, limits: FetchLimits) -> Iterator[Readable]:
-    """The file, or a pipe that nobody waits for longer than for a download."""
+    """Open a file, or a pipe that is waited for no longer than a download."""
     if not stat.S_ISFIFO(path.stat().st_mode) or not hasattr(select, "poll"):
         with path.open("rb") as stream:
             yield stream
@@ -186,11 +186,11 @@ class _Pipe(io.RawIOBase):
         self._poll.register(number, select.POLLIN)
 
     def readable(self) -> bool:
-        """Called by io."""
+        """Return True, which io asks for."""
         return True
 
     def readinto(self, into: Any) -> int:  # noqa: ANN401 - a buffer, which 3.11 has no name for
-        """Called by io."""
+        """Fill a buffer of io with what comes within the time that is left."""
         left = self._end - time.monotonic()
         if left <= 0 or not self._poll.poll(left * 1000):
             raise MediaError(f"{self._name} is a pipe that gave nothing for {self._timeout_s:g} s")
@@ -212,7 +212,7 @@ def _fetch_stream(stream: Readable, name: str, limits: FetchLimits) -> Fetched:
 
 
 def _read_all(stream: Readable, name: str, most: int) -> bytes:
-    """What is left of a stream; one that is not buffered gives it in pieces."""
+    """Read what is left of a stream; one that is not buffered gives it in pieces."""
     parts, count = [], 0
     while count < most and (part := stream.read(most - count)):
         if isinstance(part, str):

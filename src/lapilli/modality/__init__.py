@@ -1,1 +1,1 @@
-"""What is seen: pictures and vectors, each behind the same protocol."""
+"""Modalities: pictures and vectors, each behind the same protocol."""

@@ -1,4 +1,4 @@
-"""What lapilli asks of a modality; knows nothing of language models, prompts or files.
+"""Protocol of a modality: something that can stand where tokens stand.
 
 raw --prepare()--> Prepared --num_tokens()--> span in the prompt
                       '--embed([...])-------> features [n, D], n as promised
@@ -12,7 +12,7 @@ from lapilli.shapes import Float, Tensor
 
 @runtime_checkable
 class Modality(Protocol):
-    """One kind of thing that can stand where tokens stand.
+    """A kind of media that can stand where tokens stand.
 
     What `prepare` returns is the modality's own; it only travels from there to `num_tokens` and
     `embed`.
@@ -20,17 +20,17 @@ class Modality(Protocol):
 
     @property
     def name(self) -> str:
-        """The name that spans and messages carry, for instance "image"."""
+        """Return the name that spans and messages carry, for instance "image"."""
         ...
 
     def prepare(self, raw: Any) -> Any:  # noqa: ANN401 - every modality has its own raw form
-        """Numbers of one item, on the CPU, without parameters."""
+        """Return the numbers of one item, on the CPU, without parameters."""
         ...
 
     def num_tokens(self, prepared: Any) -> int:  # noqa: ANN401
-        """Positions that the item takes in the prompt, from sizes alone."""
+        """Return the positions that the item takes in the prompt, from sizes alone."""
         ...
 
     def embed(self, items: Sequence[Any]) -> list[Float[Tensor, "_ D"]]:
-        """Features of every item, as many as `num_tokens` said, each equal to its solo run."""
+        """Return the features of every item, as many as `num_tokens` says, whatever the others."""
         ...

@@ -1,7 +1,4 @@
-"""Vectors that came from elsewhere (users, items, audio, ...) as a modality.
-
-The seed's generalisation: whatever has an embedding can stand where tokens stand.
-"""
+"""Vector modality: vectors of another encoder (users, items, audio, ...) through a projector."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +14,13 @@ from lapilli.shapes import Float, Tensor
 
 @dataclass(frozen=True, slots=True)
 class PreparedVectors:
-    """The vectors of one item, as the encoder that made them left them."""
+    """The vectors of one item, as the encoder left them."""
 
     values: Float[Tensor, "n E"]
 
 
 class VectorModality(nn.Module):
-    """Items of n vectors [n, E] through a projector: each vector one position.
+    """A modality of items of n vectors [n, E], each one position behind a projector.
 
     A resampler makes the same number of positions of every item, however many vectors it has.
 
@@ -37,7 +34,7 @@ class VectorModality(nn.Module):
         self.projector = build_projector(config)
 
     def prepare(self, raw: object) -> PreparedVectors:
-        """One vector or several, anything that torch can read, as float32 [n, E].
+        """Return one vector or several, anything that torch can read, as float32 [n, E].
 
         Raises:
             MediaError: not numbers, another width than the projector's, nothing, or not finite.
@@ -59,11 +56,11 @@ class VectorModality(nn.Module):
         return PreparedVectors(vectors)
 
     def num_tokens(self, prepared: PreparedVectors) -> int:
-        """One position per vector, or one per query of a resampler."""
+        """Return one position per vector, or one per query of a resampler."""
         return self.config.num_queries or len(prepared.values)
 
     def embed(self, items: Sequence[PreparedVectors]) -> list[Float[Tensor, "_ D"]]:
-        """All vectors of all items through the projector at once, split again by item."""
+        """Return what the projector makes of the vectors, item by item."""
         if not items:
             return []
         weight = next(self.projector.parameters(), None)

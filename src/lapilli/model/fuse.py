@@ -1,22 +1,41 @@
-"""Counted fusion: every item's features over its own span, compared before any copy.
+"""Fusion of media into text: the features of every item over its own span, counted before any copy.
 
-Pure functions of tensors and spans; know neither the language model nor the modalities.
+Functions of tensors and spans alone, and the batch of rows that comes of them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
 from lapilli.errors import FusionError
 from lapilli.prompt.encode import Span
-from lapilli.shapes import Float, Tensor
+from lapilli.shapes import Bool, Float, Int, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FusedBatch:
+    """Rows of text and media vectors, ready for the language model.
+
+    Rows end together: padding stands on the left, so that the next token of every row has the
+    same index. Positions are counted without padding.
+
+    Attributes:
+        inputs_embeds: vectors of all positions.
+        attention_mask: False for padding.
+        position_ids: 0, 1, ... from the first real position of each row; 0 under padding.
+    """
+
+    inputs_embeds: Float[Tensor, "B T D"]
+    attention_mask: Bool[Tensor, "B T"]
+    position_ids: Int[Tensor, "B T"]
 
 
 def fuse(
     text: Float[Tensor, "B T D"], features: Sequence[Float[Tensor, "_ _"]], spans: Sequence[Span]
 ) -> Float[Tensor, "B T D"]:
-    """Text embeddings with every item's features written over its span.
+    """Write every item's features over its span in the text embeddings.
 
     Args:
         text: embeddings of all positions; values under a span are ignored.

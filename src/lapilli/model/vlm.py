@@ -1,4 +1,4 @@
-"""The vision language model: modalities and a language model, joined by counted fusion.
+"""The vision language model: modalities and a language model, joined by `fuse`.
 
     prompts --pad left, embed--> text [B, T, D] --.
     media   --tower, projector-> [n_i, D] --------+-- fuse --> FusedBatch --> hidden --> logits
@@ -15,15 +15,14 @@ from torch import nn
 from lapilli.errors import MediaCountMismatchError, PromptError, UnsupportedModelError
 from lapilli.lm.base import LanguageModel
 from lapilli.modality.base import Modality
-from lapilli.model.fuse import fuse
-from lapilli.model.outputs import FusedBatch
+from lapilli.model.fuse import FusedBatch, fuse
 from lapilli.nn.kv_cache import KVCache
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 
 class VisionLanguageModel(nn.Module):
-    """Modalities by name and the language model that reads them.
+    """A language model and the modalities that it reads, by name.
 
     Parameters are named `language_model.*`, `modalities.image.vision_tower.*`,
     `modalities.image.projector.*`, `modalities.image.image_newline`.
@@ -39,7 +38,7 @@ class VisionLanguageModel(nn.Module):
         self.modalities = nn.ModuleDict(dict(modalities or {}))  # type: ignore[arg-type]  # modules that follow the protocol
 
     def modality(self, name: str) -> Modality:
-        """The modality of this name.
+        """Return the modality of this name.
 
         Raises:
             UnsupportedModelError: the model has none of this name.
@@ -51,13 +50,13 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the prompts go."""
+        """Return where the prompts go."""
         return next(self.parameters()).device
 
     def embed_prompts(
         self, prompts: Sequence[EncodedPrompt], media: Sequence[Sequence[Any]] | None = None
     ) -> FusedBatch:
-        """Rows of vectors, padded on the left, every media item over its span.
+        """Return rows of vectors, padded on the left, every media item over its span.
 
         Args:
             prompts: one per row.
@@ -89,7 +88,7 @@ class VisionLanguageModel(nn.Module):
         return FusedBatch(fused, attention_mask, position_ids)
 
     def _features(self, items: Sequence[Any], spans: Sequence[Span]) -> list[Tensor]:
-        """Features of every item; each modality embeds all of its items at once."""
+        """Return features of every item; each modality embeds all of its items at once."""
         features: dict[int, Tensor] = {}
         waiting: dict[str, list[int]] = {}
         for i, (item, span) in enumerate(zip(items, spans, strict=True)):
@@ -103,7 +102,7 @@ class VisionLanguageModel(nn.Module):
         return [features[i] for i in range(len(items))]
 
     def forward(self, batch: FusedBatch, cache: KVCache | None = None) -> Float[Tensor, "B T D"]:
-        """Hidden states of every position after the final norm; with a cache, a prefill.
+        """Return hidden states of every position after the final norm; with a cache, a prefill.
 
         Args:
             batch: rows padded on the left.
@@ -117,7 +116,7 @@ class VisionLanguageModel(nn.Module):
         )
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        """Scores of every vocabulary entry."""
+        """Return the scores of every vocabulary entry."""
         return self.language_model.logits(hidden)
 
 
@@ -142,7 +141,7 @@ def _check(prompts: Sequence[EncodedPrompt], media: Sequence[Sequence[Any]]) -> 
 def _pad_left(
     prompts: Sequence[EncodedPrompt], device: torch.device
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Ids, attention mask and positions of rows that end together.
+    """Return ids, attention mask and positions of rows that end together.
 
     The id under padding is that of a placeholder: both are valid ids whose vectors are not read.
     """

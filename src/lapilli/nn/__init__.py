@@ -1,1 +1,1 @@
-"""Bricks without family names: attention, rotary positions, norms, MLPs, the KV cache."""
+"""Modules without family names: attention, rotary positions, norms, MLPs, the KV cache."""

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention with grouped heads, and the masks for it; knows no model family.
+"""Scaled dot-product attention with grouped heads, and its masks.
 
     query heads [B, Q, T, A]   key/value heads [B, K, S, A]   S = positions in the cache + T
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lapilli.kernels.attention import decode_attention, decodes_natively
 from lapilli.kernels.prefill import prefill_attention, prefills_natively
-from lapilli.nn.learned_attention import learned_attention, learns_natively
+from lapilli.nn.attention_backward import attention_backward, has_native_backward
 from lapilli.shapes import Bool, Float, Tensor
 
 SCORE_BYTES = 64 << 20
@@ -26,7 +26,7 @@ def causal_mask(
     window: int | None = None,
     device: torch.device,
 ) -> Bool[Tensor, "rows 1 T S"] | None:
-    """Which keys each of the last `num_queries` positions may look at; None when plain causal.
+    """Return which keys the last `num_queries` positions may look at; None when plain causal.
 
     Args:
         attention_mask: False for padding among the keys; None when no row is padded.
@@ -65,7 +65,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "B Q T A"]:
-    """Causal attention of T queries, the last positions among S.
+    """Compute causal attention of T queries, the last positions among S.
 
     For a single query the heads of a group are folded into the query length: the keys are then
     read once per group instead of once per head, about 3 x faster than `enable_gqa` on a CPU.
@@ -86,8 +86,8 @@ def attend(
         return _attend_capped(q, k, v, mask, scale, softcap)
     if length > 1 and mask is None and prefills_natively(q, k, v):
         return prefill_attention(q, k, v, scale=scale)
-    if mask is None and learns_natively(q, k, v):
-        return learned_attention(q, k, v, scale=scale)
+    if mask is None and has_native_backward(q, k, v):
+        return attention_backward(q, k, v, scale=scale)
     if length == 1 and groups != heads and (mask is None or mask.shape[1] == 1):
         folded = q.reshape(batch, groups, heads // groups, width)
         out = functional.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
@@ -106,7 +106,7 @@ def attend(
 
 
 def _wants_equal_heads(device: torch.device) -> bool:
-    """Whether masked attention of grouped heads would store every score.
+    """Return whether masked attention of grouped heads would store every score.
 
     On a GPU flash attention refuses masks, and the other kernel that stores no scores refuses
     unequal numbers of heads.
@@ -117,11 +117,11 @@ def _wants_equal_heads(device: torch.device) -> bool:
 def attend_all(
     q: Float[Tensor, "B Q T A"], k: Float[Tensor, "B Q S A"], v: Float[Tensor, "B Q S A"]
 ) -> Float[Tensor, "B Q T A"]:
-    """Attention of T queries that see all of S positions, as the patches of a picture do."""
+    """Compute attention of T queries that see all of S positions, as patches of a picture do."""
     if prefills_natively(q, k, v):
         return prefill_attention(q, k, v, causal=False)
-    if learns_natively(q, k, v):
-        return learned_attention(q, k, v, causal=False)
+    if has_native_backward(q, k, v):
+        return attention_backward(q, k, v, causal=False)
     return functional.scaled_dot_product_attention(q, k, v)
 
 
@@ -132,7 +132,7 @@ def _decode(
     scale: float | None,
     softcap: float | None,
 ) -> Float[Tensor, "B Q 1 A"]:
-    """One query per row, every row of the same length: a contiguous cache is one block a row."""
+    """Attend with one query per row, rows of one length: a contiguous cache is one block a row."""
     batch, length = k.shape[0], k.shape[2]
     table = torch.arange(batch, dtype=torch.int32)[:, None]
     lengths = torch.full((batch,), length, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Keys and values of many sequences in blocks of P positions; knows layers, not who owns a block.
+"""Paged keys and values: many sequences in blocks of P positions, per layer.
 
     per layer   keys, values  [N, K, P, A]
     a sequence  a table of blocks; position i lies in block table[i // P] at offset i % P
@@ -56,23 +56,23 @@ class BlockStore:
 
     @staticmethod
     def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Memory of one block in all layers; `dtype` is that of the memory."""
+        """Return the memory of one block in all layers; `dtype` is that of the memory."""
         positions = 2 * config.num_layers * config.num_kv_heads * block_size
         return positions * config.head_dim * dtype.itemsize
 
     def tensors(self) -> list[Tensor]:
-        """All memory, every tensor with the blocks first."""
+        """Return all memory, every tensor with the blocks first."""
         return [*self.keys, *self.values]
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Zeros over blocks that somebody used before: nothing of theirs may leak, not even NaN."""
+        """Zero blocks that somebody used before: nothing of theirs may leak, not even NaN."""
         if blocks:
             index = torch.tensor(blocks, device=self.device)
             for tensor in self.tensors():
                 tensor.index_fill_(0, index, 0)
 
     def copy(self, source: int, target: int) -> None:
-        """One block over another."""
+        """Copy one block over another."""
         for tensor in self.tensors():
             tensor[target] = tensor[source]
 
@@ -84,12 +84,12 @@ class BlockStore:
         k: Float[Tensor, "T K A"],
         v: Float[Tensor, "T K A"],
     ) -> None:
-        """Keys and values of T positions, each into its place."""
+        """Write keys and values of T positions, each into its place."""
         store_positions(self.keys[layer], self.values[layer], blocks, offsets, k, v)
 
     @property
     def has_kernel(self) -> bool:
-        """Whether the compiled decode attention reads these blocks."""
+        """Return whether the compiled decode attention reads these blocks."""
         fits = self.float_dtype == torch.float32 and self._width % WIDTH_STEP == 0
         return fits and self.device.type == "cpu" and native() is not None
 
@@ -105,7 +105,7 @@ class BlockStore:
         slopes: Float[Tensor, " Q"] | None,
         softcap: float | None,
     ) -> Float[Tensor, "R Q A"]:
-        """What one query per row sees of the row's positions; where `has_kernel`."""
+        """Attend with one query per row over the row's positions; where `has_kernel`."""
         return decode_attention(
             q,
             self.keys[layer],
@@ -123,21 +123,21 @@ class BlockStore:
         return {}
 
     def rows_of(self, tables: Int[Tensor, "R n"]) -> Int[Tensor, " places"]:
-        """What `gather` takes: the same for all layers, so it is computed once a step."""
+        """Return what `gather` takes: the same for all layers, so it is computed once a step."""
         heads = torch.arange(self._heads, device=self.device)[None, :, None]
         return (tables[:, None] * self._heads + heads).flatten()
 
     def gather(
         self, layer: int, places: Int[Tensor, " places"], rows: int
     ) -> tuple[Float[Tensor, "R K S A"], Float[Tensor, "R K S A"]]:
-        """Keys and values of R tables of n blocks, S = n * P; copies."""
+        """Return copies of keys and values of R tables of n blocks, S = n * P."""
         return (
             self._gathered(self.keys[layer], places, rows).to(self.float_dtype),
             self._gathered(self.values[layer], places, rows).to(self.float_dtype),
         )
 
     def as_kept(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """New keys or values as they will come back.
+        """Return new keys or values as they will come back.
 
         Who reads a prompt reads these: an answer does not depend on what was kept of it before.
         """
@@ -179,12 +179,12 @@ class QuantizedBlockStore(BlockStore):
 
     @staticmethod
     def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Memory of one block in all layers, scales included; `dtype` does not count."""
+        """Return the memory of one block in all layers, scales included; `dtype` does not count."""
         positions = 2 * config.num_layers * config.num_kv_heads * block_size
         return positions * (config.head_dim + torch.float32.itemsize)
 
     def tensors(self) -> list[Tensor]:
-        """All memory, every tensor with the blocks first."""
+        """Return all memory, every tensor with the blocks first."""
         return [*self.keys, *self.values, *self.key_scales, *self.value_scales]
 
     def write(
@@ -195,7 +195,7 @@ class QuantizedBlockStore(BlockStore):
         k: Float[Tensor, "T K A"],
         v: Float[Tensor, "T K A"],
     ) -> None:
-        """Keys and values of T positions, rounded, each into its place."""
+        """Write keys and values of T positions, rounded, each into its place."""
         for memory, scales, x in (
             (self.keys[layer], self.key_scales[layer], k),
             (self.values[layer], self.value_scales[layer], v),
@@ -205,7 +205,7 @@ class QuantizedBlockStore(BlockStore):
     def gather(
         self, layer: int, places: Int[Tensor, " places"], rows: int
     ) -> tuple[Float[Tensor, "R K S A"], Float[Tensor, "R K S A"]]:
-        """Keys and values of R tables of n blocks, S = n * P, as floats again."""
+        """Return keys and values of R tables of n blocks, S = n * P, as floats again."""
         keys = self._gathered(self.keys[layer], places, rows)
         values = self._gathered(self.values[layer], places, rows)
         key_scales, value_scales = (
@@ -217,7 +217,7 @@ class QuantizedBlockStore(BlockStore):
         )
 
     def as_kept(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """New keys or values as they will come back."""
+        """Return new keys or values as they will come back."""
         rounded, scale = _rounded(x)
         return (rounded * scale[..., None]).to(self.float_dtype)
 
@@ -226,7 +226,7 @@ class QuantizedBlockStore(BlockStore):
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors in int8, and the scale of each."""
+    """Return vectors in int8, and the scale of each."""
     x = x.float()
     scale = x.abs().amax(dim=-1) / 127
     rounded = (x / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
@@ -234,7 +234,7 @@ def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that take memory page by page as they are written, where the device can do that.
+    """Return zeros that take memory page by page as they are written, where the device can.
 
     Zeros, not whatever was there: what attention masks out must still be finite. torch.zeros would
     write every page at once; numpy leaves it to the operating system.

@@ -1,4 +1,4 @@
-"""Keys and values of the positions that were already read; knows layers, not models.
+"""KV cache: keys and values of the positions that were already read, per layer.
 
 per layer  [B, K, capacity, A]     the first `length` positions are filled
                                    append writes in place; full -> a buffer twice as long
@@ -47,28 +47,28 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Positions that every layer holds."""
+        """Return the number of positions that every layer holds."""
         return self._lengths[-1]
 
     @property
     def batch(self) -> int:
-        """Rows."""
+        """Return the number of sequences."""
         return self._shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where the positions are."""
+        """Return where the positions are."""
         return self._keys[0].device
 
     @property
     def capacity(self) -> int:
-        """Positions that fit before the next growth."""
+        """Return the positions that fit before the next growth."""
         return self._keys[0].shape[2]
 
     def append(
         self, layer: int, k: Float[Tensor, "B K T A"], v: Float[Tensor, "B K T A"]
     ) -> tuple[Float[Tensor, "B K S A"], Float[Tensor, "B K S A"]]:
-        """All keys and values of a layer, the new ones last; views, valid until the next append.
+        """Append to a layer and return all of it, the new ones last: views until the next append.
 
         Raises:
             GenerationError: another number of rows than the cache was made for.
@@ -101,12 +101,12 @@ class KVCache:
         slopes: Tensor | None = None,
         softcap: float | None = None,
     ) -> Float[Tensor, "B Q T A"]:
-        """The new keys and values appended, then `attention.attend` over all of the layer's."""
+        """Append new keys and values, then `attention.attend` over all of the layer's."""
         keys, values = self.append(layer, k, v)
         return attend(q, keys, values, mask=mask, scale=scale, softcap=softcap)
 
     def _grow(self, layer: int, needed: int) -> None:
-        """A buffer at least twice as long, so that n appends copy O(n) positions in all."""
+        """Return a buffer at least twice as long, so that n appends copy O(n) positions in all."""
         for buffers in (self._keys, self._values):
             old, filled = buffers[layer], self._lengths[layer]
             new = self._empty(max(needed, 2 * old.shape[2]), old.dtype, old.device)
@@ -114,7 +114,7 @@ class KVCache:
             buffers[layer] = new
 
     def reorder(self, rows: Sequence[int] | Int[Tensor, " rows"]) -> None:
-        """Row i becomes what row rows[i] was; fewer or more rows than before are allowed."""
+        """Make row i what row rows[i] was; fewer or more rows than before are allowed."""
         index = torch.as_tensor(rows, dtype=torch.long, device=self._keys[0].device)
         if index.tolist() == list(range(self.batch)):
             return
@@ -140,4 +140,4 @@ class KVCache:
 
 
 Cache = KVCache | PagedBatch | StaticBatch | Segments
-"""What a language model takes as its `cache`: rows of one length, or ragged rows over blocks."""
+"""The `cache` of a language model: rows of one length, or ragged rows over blocks."""

@@ -1,19 +1,21 @@
-"""Linear layers on a CPU: one of floats that takes the faster product, and several in one call.
+"""Linear layers: of floats on a CPU, of a kernel, and of a frozen quantized weight.
 
-1 to 4 rows    kernels/dense.py: the weight is read once, as fast as memory gives it
+1 to 4 rows    kernels/linear.py: the weight is read once, as fast as memory gives it
 more           float32 by oneDNN where that was measured to be faster (quant/choose.py)
 the rest       torch: it gives float32 to MKL, which leaves half of some CPUs unused
+
+A frozen quantized weight is made floats some rows at a time, forward and backward.
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from lapilli.kernels.dense import dense, is_dense_native
-from lapilli.kernels.linear import PackedLinear, linears
-from lapilli.nn.onednn import learned_product, onednn_linear
+from lapilli.kernels.linear import PackedLinear, dense, is_dense_native, linears
+from lapilli.nn.onednn import linear_with_backward, onednn_linear, times_transposed
 from lapilli.shapes import Float, Tensor
 
 FEW = 4
@@ -21,7 +23,7 @@ FEW = 4
 
 
 class FloatLinear(nn.Linear):
-    """nn.Linear in float32 or bfloat16 on a CPU, faster.
+    """A faster nn.Linear in float32 or bfloat16 on a CPU.
 
     Attributes:
         by_onednn: many rows of float32 go to oneDNN.
@@ -31,7 +33,7 @@ class FloatLinear(nn.Linear):
 
     @classmethod
     def of(cls, plain: nn.Linear, *, by_onednn: bool) -> "FloatLinear":
-        """A layer with the same parameters, not copies of them."""
+        """Return a layer with the same parameters, not copies of them."""
         layer = cls(
             plain.in_features, plain.out_features, bias=plain.bias is not None, device="meta"
         )
@@ -40,7 +42,7 @@ class FloatLinear(nn.Linear):
         return layer.train(plain.training)
 
     def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
-        """W x + b."""
+        """Return W x + b."""
         weight, bias = self.weight, self.bias
         if torch.compiler.is_compiling():
             return functional.linear(x, weight, bias)
@@ -48,12 +50,12 @@ class FloatLinear(nn.Linear):
         if not learns and x.numel() <= FEW * self.in_features and is_dense_native(x, weight):
             return dense(x, weight, bias)
         if self.by_onednn and is_plain_float(x, weight):
-            return (learned_product if learns else onednn_linear)(x, weight, bias)
+            return (linear_with_backward if learns else onednn_linear)(x, weight, bias)
         return functional.linear(x, weight, bias)
 
 
 def is_plain_float(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product of these is one of float32 on a CPU."""
+    """Return whether the product of these is one of float32 on a CPU."""
     is_float = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     return is_float and not torch.is_autocast_enabled("cpu")
 
@@ -63,14 +65,85 @@ class KernelLayer(nn.Module, ABC):
 
     @abstractmethod
     def kernel(self) -> PackedLinear:
-        """The weight ready to be called."""
+        """Return the weight ready to be called."""
 
 
 def project(x: Float[Tensor, "... K"], *layers: nn.Module) -> list[Float[Tensor, "... out"]]:
-    """Each layer's output for the same input; packed layers (quant/linear.py) share one call."""
+    """Return each layer's output for one input; packed layers (quant/linear.py) share a call."""
     learns = torch.is_grad_enabled() and x.requires_grad
     if x.device.type == "cpu" and not learns and not torch.compiler.is_compiling():
         kernels = [layer.kernel() for layer in layers if isinstance(layer, KernelLayer)]
         if len(kernels) == len(layers) and len({kernel.kind for kernel in kernels}) == 1:
             return linears(x, kernels)
     return [layer(x) for layer in layers]
+
+
+class FrozenQuantizedLinear(nn.Module, ABC):
+    """A linear layer, W x + b, whose frozen W is quantized, with the gradient of x.
+
+    Attributes:
+        in_features: of x.
+        out_features: of what comes out.
+    """
+
+    in_features: int
+    out_features: int
+
+    @abstractmethod
+    def weight_rows(self, start: int, stop: int) -> Float[Tensor, "rows in"]:
+        """Return rows `start` to `stop` of W in float32; `start` is a multiple of 16."""
+
+    def rows_like(self, start: int, stop: int, other: Tensor) -> Float[Tensor, "rows in"]:
+        """Return the same rows in the dtype of the other factor."""
+        return self.weight_rows(start, stop).to(other)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Return how many rows are floats at the same time, a multiple of 16."""
+        return 1024
+
+    @property
+    @abstractmethod
+    def plain_bias(self) -> Float[Tensor, " out"] | None:
+        """Return the bias."""
+
+    def product(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
+        """Return the layer's output of exactly the stored weight, with the gradient of x."""
+        found: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]  # torch's own
+        return found
+
+    def times(self, rows: Float[Tensor, "M K"]) -> Float[Tensor, "M out"]:
+        """Return the product rows W^T + b, without gradients."""
+        out = rows.new_empty(len(rows), self.out_features)
+        for start, stop in self._pieces():
+            out[:, start:stop] = times_transposed(rows, self.rows_like(start, stop, rows))
+        bias = self.plain_bias
+        return out if bias is None else out.add_(bias.to(rows))
+
+    def grad_input(self, rows: Float[Tensor, "M out"]) -> Float[Tensor, "M K"]:
+        """Return the product rows W: the gradient of the input from that of the output."""
+        out = rows.new_zeros(len(rows), self.in_features)
+        for start, stop in self._pieces():
+            piece = self.rows_like(start, stop, rows)
+            out += times_transposed(rows[:, start:stop], piece.t())
+        return out
+
+    def _pieces(self) -> list[tuple[int, int]]:
+        size = self.rows_at_once
+        starts = range(0, self.out_features, size)
+        return [(start, min(start + size, self.out_features)) for start in starts]
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:  # noqa: ANN401  torch's protocol
+        x, layer = given
+        ctx.layer = layer
+        out: Tensor = layer.times(x.reshape(-1, layer.in_features))
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: ANN401  torch's protocol
+        (gradient,) = gradients
+        rows = gradient.reshape(-1, ctx.layer.out_features)
+        return ctx.layer.grad_input(rows).view(*gradient.shape[:-1], -1), None

@@ -1,13 +1,49 @@
-"""Feed-forward blocks; knows no model family."""
+"""Feed-forward blocks and their activation functions."""
 
 import torch
 from torch import nn
 
 from lapilli.config.model import Activation
+from lapilli.errors import ConfigError
 from lapilli.kernels.fused import gelu_mul, silu_mul
-from lapilli.nn.activation import build_activation, is_gelu_tanh
 from lapilli.nn.linear import project
 from lapilli.shapes import Float, Tensor
+
+
+class QuickGELU(nn.Module):
+    """The approximation of GELU that OpenAI trained CLIP with: x * sigmoid(1.702 x)."""
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return the activation of every element."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+def is_gelu_tanh(activation: nn.Module) -> bool:
+    """Return whether an activation is GELU by its tanh form."""
+    return type(activation) is nn.GELU and activation.approximate == "tanh"
+
+
+def build_activation(name: Activation) -> nn.Module:
+    """Build the module of an activation.
+
+    Note: `gelu` is the exact erf form, `gelu_tanh` the approximation; they are never exchanged.
+
+    Raises:
+        ConfigError: no activation of this name.
+    """
+    match name:
+        case "silu":
+            return nn.SiLU()
+        case "gelu":
+            return nn.GELU()
+        case "gelu_tanh":
+            return nn.GELU(approximate="tanh")
+        case "quick_gelu":
+            return QuickGELU()
+        case "relu":
+            return nn.ReLU()
+    raise ConfigError(f"activation {name!r} is unknown: silu, gelu, gelu_tanh, quick_gelu, relu")
+
 
 PIECE_BYTES = 16 << 20
 """Of one intermediate: a longer prompt goes through a block in pieces, so that memory does not grow
@@ -15,7 +51,7 @@ with it. A piece is still hundreds of rows, which is what products are fast with
 
 
 class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)).
+    """A gated feed-forward block: down(activation(gate(x)) * up(x)).
 
     Source: Shazeer 2020, "GLU variants improve transformer" (SwiGLU with silu).
     """
@@ -49,7 +85,7 @@ class GatedMLP(nn.Module):
 
 
 class MLP(nn.Module):
-    """fc2(activation(fc1(x))), the block of vision transformers."""
+    """The feed-forward block of vision transformers: fc2(activation(fc1(x)))."""
 
     def __init__(self, width: int, inner: int, *, activation: Activation) -> None:
         super().__init__()

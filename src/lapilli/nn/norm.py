@@ -1,4 +1,4 @@
-"""Normalisation layers; knows no model family."""
+"""Normalisation layers."""
 
 import torch
 from torch import nn

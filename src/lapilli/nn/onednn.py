@@ -1,4 +1,4 @@
-"""Products on a CPU by oneDNN, with and without gradients; knows matrices, no layers.
+"""Products on a CPU by oneDNN, with and without gradients.
 
 torch gives float32 to MKL, which leaves half of some CPUs unused; oneDNN computes the same three
 products of a linear layer: x W^T forward, g W and g^T x backward. It writes a program for every
@@ -13,7 +13,7 @@ from lapilli.shapes import Float, Tensor
 
 
 def rounded(length: int) -> int:
-    """The next of few sizes, at most a 16th above `length`: 16 of them between n and 2 n.
+    """Return the next of few sizes, at most a 16th above `length`: 16 of them between n and 2 n.
 
     oneDNN takes longer to write a program for a new shape than for a small product itself, and
     pebble in bfloat16 keeps 5 MiB of them for every new length of a batch.
@@ -23,14 +23,14 @@ def rounded(length: int) -> int:
 
 
 def has_onednn() -> bool:
-    """Whether this build of torch has the product."""
+    """Return whether this build of torch has the product."""
     return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def onednn_linear(
     x: Float[Tensor, "... K"], weight: Float[Tensor, "out K"], bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "... out"]:
-    """The same as `functional.linear`, by oneDNN; no gradients."""
+    """Compute the same as `functional.linear`, by oneDNN; no gradients."""
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # a weight with gaps takes oneDNN hundreds of times as long
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -38,19 +38,19 @@ def onednn_linear(
 
 
 def times_transposed(x: Float[Tensor, "M K"], y: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
-    """The product x y^T without gradients; float32 on a CPU by oneDNN where torch has it."""
+    """Return x y^T without gradients; float32 on a CPU by oneDNN where torch has it."""
     is_float = x.dtype == y.dtype == torch.float32
     if is_float and x.device.type == "cpu" and has_onednn():
         return onednn_linear(x, y, None)
     return x @ y.t()
 
 
-def learned_product(
+def linear_with_backward(
     x: Float[Tensor, "... K"],
     weight: Float[Tensor, "out K"],
     bias: Float[Tensor, " out"] | None,
 ) -> Float[Tensor, "... out"]:
-    """The product x W^T + b of float32 on a CPU, with gradients; the same as functional.linear."""
+    """Return x W^T + b of float32 on a CPU, with gradients; the same as functional.linear."""
     found: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch's own
     return found
 

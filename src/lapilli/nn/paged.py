@@ -1,4 +1,4 @@
-"""One pass over many sequences at once: tokens of all of them in one row, attention per sequence.
+"""Paged attention of a ragged pass: many sequences in one row, each attending to its own.
 
     flat row   [ a | b | c c | d d d d | e e e e e ]     sequences with few new tokens first
     a, b, c    read together over their block tables: decode, and guesses that are checked
@@ -40,7 +40,7 @@ class PagedRow:
 
     @property
     def length(self) -> int:
-        """Positions after this pass."""
+        """Return the number of positions after this pass."""
         return self.past + self.count
 
 
@@ -92,16 +92,16 @@ class PagedBatch:
 
     @property
     def places(self) -> Places | None:
-        """Where the new positions go, when all of them are read together from float blocks."""
+        """Return where new positions go, when all of them are read together from float blocks."""
         return self._places_together
 
     def memory(self, layer: int) -> tuple[Float[Tensor, "N K P A"], Float[Tensor, "N K P A"]]:
-        """Keys and values of one layer."""
+        """Return keys and values of one layer."""
         return self._store.keys[layer], self._store.values[layer]
 
     @property
     def length(self) -> int:
-        """Not one number for ragged rows; positions are told by `position_ids`."""
+        """Return 0: ragged rows have no one length, and `position_ids` tell positions."""
         return 0
 
     def attend(
@@ -117,7 +117,7 @@ class PagedBatch:
         slopes: Float[Tensor, " Q"] | None = None,
         softcap: float | None = None,
     ) -> Float[Tensor, "1 Q T A"]:
-        """Attention of every new position over its own sequence; keys and values are kept.
+        """Compute attention of every new position over its own sequence; keys and values are kept.
 
         Args:
             layer: whose keys and values these are.
@@ -195,7 +195,7 @@ class PagedBatch:
         slopes: Float[Tensor, " Q"] | None,
         like: Tensor,
     ) -> Tensor | None:
-        """What the one query of each row may see; None when all of them see everything."""
+        """Return what the one query of each row may see; None when all see everything."""
         lengths = self._single_lengths
         if window is not None and max(lengths) <= window:
             window = None
@@ -219,7 +219,7 @@ class PagedBatch:
         return self._tensor(blocks), self._tensor(offsets)
 
     def _tables(self, rows: Sequence[PagedRow]) -> Int[Tensor, "R n"]:
-        """Blocks of every row up to its length, padded with block 0."""
+        """Return the blocks of every row up to its length, padded with block 0."""
         size = self._store.block_size
         used = [-(-row.length // size) for row in rows]
         longest = max(used, default=0)
@@ -233,7 +233,7 @@ class PagedBatch:
 def _row_bias(
     row: PagedRow, window: int | None, slopes: Float[Tensor, " Q"] | None, like: Tensor
 ) -> Tensor | None:
-    """Who sees whom among the new positions of one sequence."""
+    """Return who sees whom among the new positions of one sequence."""
     if slopes is None:
         return causal_mask(None, row.count, row.length, window=window, device=like.device)
     keys = torch.arange(row.length, device=like.device)

@@ -14,7 +14,7 @@ from lapilli.shapes import Float, Int, Tensor
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Float[Tensor, " half"]:
-    """Angle per position of each pair, [A / 2], float32 on the CPU.
+    """Return the angle per position of each pair, [A / 2], float32 on the CPU.
 
     Source: Su et al. 2021, RoFormer 3.2.2.
     """
@@ -25,7 +25,7 @@ def inverse_frequencies(head_dim: int, theta: float) -> Float[Tensor, " half"]:
 def stretch_llama3(
     frequencies: Float[Tensor, " half"], scaling: RopeScaling
 ) -> Float[Tensor, " half"]:
-    """Slow frequencies divided by the factor, fast ones kept, a ramp between.
+    """Return slow frequencies divided by the factor, fast ones kept, a ramp between.
 
     Source: Llama 3.1 rope_scaling of type "llama3".
     """
@@ -38,7 +38,7 @@ def stretch_llama3(
 def stretch_dynamic(
     length: Float[Tensor, "B 1 1"], config: DecoderConfig, factor: float
 ) -> Float[Tensor, "B 1 half"]:
-    """Frequencies of rows of these lengths: theta grows once a row is longer than trained.
+    """Return frequencies of rows of these lengths: theta grows once a row is longer than trained.
 
     Source: Hugging Face rope type "dynamic" (NTK-aware scaling by the sequence length).
     Note: every row has its own length, so a batch equals its solo runs; Hugging Face takes the
@@ -77,7 +77,7 @@ class Rotary:
     def table(
         self, position_ids: Int[Tensor, "B T"], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "B 1 T A"], Float[Tensor, "B 1 T A"]]:
-        """Cosines and signed sines of these positions, once for all layers of a forward pass.
+        """Return cosines and signed sines of positions, once for all layers of a forward pass.
 
         The sines of the first half carry the minus of the rotation, see `rotate`. Angles are
         float32 whatever the dtype.
@@ -102,5 +102,5 @@ def rotate(
     cos: Float[Tensor, "B 1 T A"],
     signed_sin: Float[Tensor, "B 1 T A"],
 ) -> Float[Tensor, "B heads T A"]:
-    """Each pair (i, i + A/2) of a head turned by the angle of its position."""
+    """Turn each pair (i, i + A/2) of a head by the angle of its position."""
     return fused.rotate(x, cos, signed_sin)

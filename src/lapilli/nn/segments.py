@@ -1,4 +1,4 @@
-"""Several sequences in one row, none seeing another; what a training pass has instead of a cache.
+"""Packed sequences of a training pass: several in one row, none seeing another.
 
     row   [ 0 1 2 3 | 0 1 2 | 0 1 2 3 4 | padding ]      attention inside each piece alone
 
@@ -45,7 +45,7 @@ class Segments:
         slopes: Float[Tensor, " Q"] | None = None,
         softcap: float | None = None,
     ) -> Float[Tensor, "B Q T A"]:
-        """Causal attention inside every sequence; zeros where there is padding.
+        """Compute causal attention inside every sequence; zeros where there is padding.
 
         Args:
             q: queries of all rows.
@@ -70,7 +70,7 @@ class Segments:
 
 @functools.cache
 def uncompiled_segments() -> type[Segments]:
-    """Segments for compiled layers: a part of no program, as lengths are others in every batch.
+    """Return Segments for compiled layers: no part of a program, as lengths differ in every batch.
 
     Made when asked for, as torch takes a second to import what it is made with.
     """
@@ -85,7 +85,7 @@ def _attend_one(
     scale: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention inside one sequence, `rounded`: what is padded on its right is seen by nobody."""
+    """Attend inside one sequence, `rounded`: padding on its right is seen by nobody."""
     length = piece[0].shape[2]
     q, k, v = (functional.pad(x, (0, 0, 0, rounded(length) - length)) for x in piece)
     bias = _bias(q, window, slopes)
@@ -93,7 +93,7 @@ def _attend_one(
 
 
 def _bias(q: Tensor, window: int | None, slopes: Tensor | None) -> Tensor | None:
-    """Who sees whom in one sequence; None where that is plain causal."""
+    """Return who sees whom in one sequence; None where that is plain causal."""
     length = q.shape[2]
     mask = causal_mask(None, length, length, window=window, device=q.device)
     if slopes is None:

@@ -1,4 +1,4 @@
-"""One new position per row, every tensor of a fixed shape: a pass that a device can record.
+"""A decode pass of fixed shapes, one new position per row, that a device can record.
 
     tables   [R, n]   blocks of every row, padded with block 0
     lengths  [R]      positions of every row, the new one included; 0: no row, only padding
@@ -51,7 +51,7 @@ class StaticBatch:
 
     @property
     def length(self) -> int:
-        """Not one number for ragged rows; positions are told by `position_ids`."""
+        """Return 0: ragged rows have no one length, and `position_ids` tell positions."""
         return 0
 
     def attend(
@@ -67,7 +67,7 @@ class StaticBatch:
         slopes: Float[Tensor, " Q"] | None = None,
         softcap: float | None = None,
     ) -> Float[Tensor, "1 Q R A"]:
-        """Attention of every new position over its own sequence; keys and values are kept.
+        """Compute attention of every new position over its own sequence; keys and values are kept.
 
         Args:
             layer: whose keys and values these are.
@@ -113,7 +113,7 @@ class StaticBatch:
         return found.transpose(0, 1).unsqueeze(0)
 
     def _distance(self) -> Int[Tensor, "R S"]:
-        """From every position of the tables to the new one; below zero: nothing is there."""
+        """Return the distance of every position to the new one; below zero: nothing is there."""
         keys = torch.arange(self._num_keys, device=self.positions.device)
         return self.positions[:, None] - keys
 
@@ -136,7 +136,7 @@ def attend_fused(
     scale: float | None,
     softcap: float | None = None,
 ) -> Float[Tensor, "R Q A"]:
-    """Attention as products and sums, for a compiler that fuses them with whatever makes k and v.
+    """Attend by products and sums, for a compiler that fuses them with whatever makes k and v.
 
     Keys and values that are gathered from blocks are then read where they lie. A matrix product
     would have them copied first, which costs three times the traffic. Computed in float32.

@@ -12,7 +12,6 @@ from typing import Final
 
 from lapilli.config.model import (
     DecoderConfig,
-    ImageConfig,
     ModelConfig,
     ProjectorConfig,
     TextConfig,
@@ -20,7 +19,7 @@ from lapilli.config.model import (
 )
 from lapilli.errors import ConfigError
 from lapilli.geometry import ImageSize
-from lapilli.modality.image.anyres import num_tiles, num_tokens
+from lapilli.modality.image.modes import mode_of, num_tokens
 from lapilli.plan.flops import (
     SampleFlops,
     Sizes,
@@ -77,24 +76,15 @@ def usual_work(recipe: Recipe, config: ModelConfig) -> Work:
     work = CAPTIONS_558K if is_align else replace(MIX_665K, longest=recipe.data.max_length)
     image, vision = config.image, config.vision
     if image is not None and vision is not None:
-        seen = _image_positions(config, image, vision, _PICTURE)
-        most = max(
-            _image_positions(config, image, vision, size) for size in (_PICTURE, *image.pinpoints)
-        )
+        seen = num_tokens(_PICTURE, config)
+        most = max(num_tokens(size, config) for size in (_PICTURE, *image.pinpoints))
         work = replace(
             work,
             positions=work.positions - _IN_ONE_TILE + seen,
-            tiles=float(num_tiles(_PICTURE, image, vision.image_size)),
+            tiles=float(mode_of(image).num_tiles(_PICTURE, image, vision.image_size)),
             longest=work.longest - _IN_ONE_TILE + most if is_align else work.longest,
         )
     return replace(work, longest=min(work.longest, recipe.data.max_length))
-
-
-def _image_positions(
-    config: ModelConfig, image: ImageConfig, vision: VisionConfig, size: ImageSize
-) -> int:
-    has_newline = config.has_newline and image.aspect == "anyres"
-    return num_tokens(size, image, vision, projector=config.projector, has_newline=has_newline)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

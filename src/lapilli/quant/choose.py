@@ -1,4 +1,4 @@
-"""Which path a linear layer should take on this machine: measured once, kept on disk.
+"""Kernel autotuner: the path of a linear layer on this machine, measured once and kept on disk.
 
     paths   float32, bfloat16: torch    onednn: float32 by oneDNN    int8, int4: the packed kernels
     key     CPU, threads, instruction set, torch and lapilli versions; output x input x rows
@@ -41,7 +41,7 @@ Shape = tuple[int, int, int]  # output, input, rows
 
 
 def machine() -> str:
-    """What a measurement belongs to."""
+    """Return what a measurement belongs to."""
     library = native()
     return "; ".join(
         (
@@ -66,12 +66,12 @@ def _cpu_name() -> str:
 
 
 def cache_file() -> Path:
-    """Where measurements are kept."""
+    """Return where measurements are kept."""
     return Path.home() / ".cache" / "lapilli" / "paths.json"
 
 
 def time_path(path: str, shape: Shape) -> float:
-    """Seconds of one call, the best of a few, on random weights that are never zero."""
+    """Return seconds of one call, the best of a few, on random weights that are never zero."""
     out_features, in_features, rows = shape
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=random)
@@ -100,7 +100,7 @@ def _call_of(path: str, weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
 
 
 def layer_shapes(model: nn.Module, rows: Sequence[int]) -> list[Shape]:
-    """Every size of a linear layer of the model, with each number of rows."""
+    """Return every size of a linear layer of the model, with each number of rows."""
     sizes = dict.fromkeys(
         (module.out_features, module.in_features)
         for module in model.modules()
@@ -110,7 +110,7 @@ def layer_shapes(model: nn.Module, rows: Sequence[int]) -> list[Shape]:
 
 
 def _here(paths: Sequence[str]) -> tuple[str, ...]:
-    """Those of these paths that this build of torch has."""
+    """Return those of these paths that this build of torch has."""
     return tuple(path for path in paths if path != "onednn" or has_onednn())
 
 
@@ -144,7 +144,7 @@ class Choices:
     _known: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def seconds(self, shape: Shape, paths: Sequence[str]) -> dict[str, float]:
-        """Seconds of one call for each of these paths."""
+        """Return seconds of one call for each of these paths."""
         key = " ".join(map(str, shape))
         known = self._read().get(key, {})
         missing = [path for path in paths if path not in known]
@@ -155,21 +155,21 @@ class Choices:
         return {path: known[path] for path in paths}
 
     def float_dtype(self, shape: Shape) -> torch.dtype:
-        """The faster float format for a layer; float32 unless the other is clearly faster."""
+        """Return the faster float format for a layer; float32 where they are nearly as fast."""
         seconds = self.seconds(shape, _here(FLOATS))
         others = min(seconds[path] for path in seconds if path != "bfloat16")
         faster = seconds["bfloat16"] * _MARGIN < others
         return torch.bfloat16 if faster else torch.float32
 
     def is_onednn_faster(self, shape: Shape) -> bool:
-        """Whether oneDNN's product in float32 is clearly faster than torch's own."""
+        """Return whether oneDNN's product in float32 is clearly faster than torch's own."""
         if not has_onednn():
             return False
         seconds = self.seconds(shape, ("float32", "onednn"))
         return seconds["onednn"] * _MARGIN < seconds["float32"]
 
     def describe(self, shape: Shape) -> str:
-        """One line for people: milliseconds per path, and the fastest."""
+        """Return one line for people: milliseconds per path, and the fastest."""
         seconds = self.seconds(shape, _here(PATHS))
         times = ", ".join(f"{path} {1e3 * value:.2f}" for path, value in seconds.items())
         out_features, in_features, rows = shape
@@ -182,7 +182,7 @@ class Choices:
         return self._known
 
     def _stored(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Measurements of all machines that share the file."""
+        """Read the measurements of all machines that share the file."""
         if self.file is None or not self.file.is_file():
             return {}
         try:

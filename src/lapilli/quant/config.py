@@ -1,4 +1,4 @@
-"""What quantization is asked for; knows no model."""
+"""Configuration of quantization."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ GROUP_SIZES = {8: 32, 4: 128}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantConfig:
-    """How the linear layers of a model are stored and computed.
+    """The way in which the linear layers of a model are stored and computed.
 
     Attributes:
         bits: 8: one scale per output channel; 4: one scale per group of inputs.
@@ -59,7 +59,7 @@ def describe(config: QuantConfig) -> str:
 
 
 def quant_config(scheme: str | QuantConfig, *, quantize_tower: bool = False) -> QuantConfig:
-    """The configuration that a name stands for.
+    """Return the configuration that a name stands for.
 
     Raises:
         ConfigError: no scheme has this name.

@@ -1,4 +1,4 @@
-"""Packed layers on a GPU, by operations that torch has; activations are not rounded there.
+"""Quantized layers on a GPU, by operations that torch has; activations are not rounded there.
 
     4 bits, few rows    torch's int4 product over tiles: a second copy of the weight, made once
     8 bits, few rows    products and sums while torch compiles, fused with unpacking by the compiler
@@ -56,11 +56,11 @@ class Int4Tiles:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations that it multiplies."""
+        """Return the dtype of the activations that it multiplies."""
         return self.scales_and_zeros.dtype
 
     def product(self, x: Float[Tensor, "M K"]) -> Float[Tensor, "M rows"]:
-        """The product, rows of padding included; bfloat16 on a GPU."""
+        """Return the product, rows of padding included; bfloat16 on a GPU."""
         takes = (x.contiguous(), self.tiles, self.group_size, self.scales_and_zeros)
         ops = torch.ops.aten
         on_cpu = x.device.type == "cpu"
@@ -70,7 +70,7 @@ class Int4Tiles:
 
 
 def int4_tiles(packed: Packed, dtype: torch.dtype) -> Int4Tiles | None:
-    """The tiles of a weight for activations of this dtype; None where torch has no product."""
+    """Return tiles of a weight for activations of a dtype; None where torch has no product."""
     width, device = packed.in_features, packed.data.device
     steps = next((n for n in _TILE_STEPS if width % (16 * n) == 0), None)
     if packed.bits != 4 or steps is None or width % packed.group_size:
@@ -88,7 +88,7 @@ def int4_tiles(packed: Packed, dtype: torch.dtype) -> Int4Tiles | None:
 
 
 def scales_and_zeros(packed: Packed, dtype: torch.dtype) -> Float[Tensor, "groups rows 2"]:
-    """(nibble - zero) * scale said as (nibble - 8) * scale + (8 - zero) * scale."""
+    """Return (nibble - zero) * scale said as (nibble - 8) * scale + (8 - zero) * scale."""
     scales = by_row(packed.scales).float()
     if packed.zeros is None:
         shift = torch.zeros_like(scales)
@@ -98,14 +98,14 @@ def scales_and_zeros(packed: Packed, dtype: torch.dtype) -> Float[Tensor, "group
 
 
 def has_bfloat16_cores(device: torch.device) -> bool:
-    """Whether a GPU multiplies bfloat16 in hardware."""
+    """Return whether a GPU multiplies bfloat16 in hardware."""
     return torch.cuda.get_device_capability(device) >= _TENSOR_CORES
 
 
 def gpu_linear(
     x: Float[Tensor, "... K"], packed: Packed, tiles: Int4Tiles | None
 ) -> Float[Tensor, "... out"]:
-    """The layer's output in the dtype of x.
+    """Return the layer's output in the dtype of x.
 
     Args:
         x: activations.
@@ -136,7 +136,7 @@ def gpu_linear(
 
 
 def float_weight(packed: Packed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-    """The weight in a float format; 8 bits without their scales, so that nothing is rounded."""
+    """Return the weight in floats; 8 bits without their scales, so that nothing is rounded."""
     if packed.bits == 4:
         return packed.dequantize().to(dtype)
     values = unpack8(packed.data)[: packed.out_features, : packed.in_features]
@@ -144,7 +144,7 @@ def float_weight(packed: Packed, dtype: torch.dtype) -> Float[Tensor, "out in"]:
 
 
 def summed8(x: Float[Tensor, "M K"], packed: Packed) -> Float[Tensor, "M out"]:
-    """The product with an 8-bit weight as products and sums, in float32.
+    """Return the product with an 8-bit weight as products and sums, in float32.
 
     For a compiler: it makes one kernel of it that reads the packed bytes where they lie, where a
     matrix product would need the weight unpacked in memory first.

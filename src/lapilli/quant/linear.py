@@ -1,20 +1,23 @@
-"""A linear layer whose weight is packed; its tensors are buffers, so state_dict has them."""
+"""Quantized linear layers, and vocabulary tables in the number format of their file.
+
+Their tensors are buffers, so that state_dict has them.
+"""
 
 from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lapilli.kernels.linear import PackedLinear
 from lapilli.kernels.packing import BLOCK, CHUNK, Packed, block_bias
-from lapilli.nn.linear import KernelLayer
-from lapilli.nn.stored import StoredLinear
+from lapilli.nn.linear import FrozenQuantizedLinear, KernelLayer
 from lapilli.quant.cuda import Int4Tiles, gpu_linear, int4_tiles
-from lapilli.shapes import Float, Tensor
+from lapilli.shapes import Float, Int, Tensor
 
 
 def empty_packed(linear: nn.Linear, bits: int, group_size: int, *, symmetric: bool) -> Packed:
-    """Packed tensors of the shapes that a layer's weight has, on its device, without values."""
+    """Return packed tensors of the shapes of a layer's weight, on its device, without values."""
     blocks = -(-linear.out_features // BLOCK)
     padded = -(-linear.in_features // CHUNK) * CHUNK
     groups = -(-padded // group_size)
@@ -38,8 +41,8 @@ def empty_packed(linear: nn.Linear, bits: int, group_size: int, *, symmetric: bo
     )
 
 
-class QuantLinear(KernelLayer, StoredLinear):
-    """W x + b with W in 4 or 8 bits.
+class QuantLinear(KernelLayer, FrozenQuantizedLinear):
+    """A linear layer, W x + b, with W in 4 or 8 bits.
 
     Attributes:
         qweight: packed integers (kernels/packing.py).
@@ -69,7 +72,7 @@ class QuantLinear(KernelLayer, StoredLinear):
 
     @property
     def packed(self) -> Packed:
-        """The weight as the kernels take it."""
+        """Return the weight as the kernels take it."""
         return Packed(
             self.qweight,
             self.scales,
@@ -82,12 +85,12 @@ class QuantLinear(KernelLayer, StoredLinear):
         )
 
     def set_bias(self, bias: Float[Tensor, " out"] | None) -> None:
-        """Add this to the output from now on."""
+        """Add a bias to the output from now on."""
         self.packed_bias = block_bias(bias)
         self._ready = None
 
     def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
-        """The layer's output in the dtype of x.
+        """Return the layer's output in the dtype of x.
 
         Where a gradient of x is wanted, of exactly the packed weight: nothing is rounded on the
         fly.
@@ -105,7 +108,7 @@ class QuantLinear(KernelLayer, StoredLinear):
         return self.kernel()(x)
 
     def weight_rows(self, start: int, stop: int) -> Float[Tensor, "rows in"]:
-        """See StoredLinear."""
+        """Return rows of W in float32, see FrozenQuantizedLinear."""
         blocks = slice(start // BLOCK, -(-stop // BLOCK))
         part = replace(
             self.packed,
@@ -119,18 +122,18 @@ class QuantLinear(KernelLayer, StoredLinear):
 
     @property
     def plain_bias(self) -> Float[Tensor, " out"] | None:
-        """The bias without padding."""
+        """Return the bias without padding."""
         return self.packed.plain_bias
 
     def kernel(self) -> PackedLinear:
-        """The weight ready to be called, made once."""
+        """Return the weight ready to be called, made once."""
         ready = self._ready
         if ready is None or ready.packed.data is not self.qweight:
             ready = self._ready = PackedLinear(self.packed, weight_only=self.weight_only)
         return ready
 
     def on_gpu(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
-        """`forward` by operations of torch (quant/cuda.py), whatever the device.
+        """Compute `forward` by operations of torch (quant/cuda.py), whatever the device.
 
         The tiles are made in the first call, which is not one that is compiled or recorded: the
         engine reads a prompt before it gives a token.
@@ -143,8 +146,30 @@ class QuantLinear(KernelLayer, StoredLinear):
         return gpu_linear(x, self.packed, tiles)
 
     def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
+        """Return sizes, for print(model)."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bits={self.bits}, group_size={self.group_size}, bias={self.packed_bias is not None}"
         )
+
+
+class StoredEmbedding(nn.Module):
+    """A float16 or bfloat16 table whose rows are handed out in another format.
+
+    Only a few rows of the table are ever read, so it may stay a view of its file: half the memory,
+    and exactly the numbers that a converted table would give.
+
+    Attributes:
+        dtype: of what comes out; the kernels of packed layers compute in float32.
+    """
+
+    weight: Tensor
+    dtype = torch.float32
+
+    def __init__(self, weight: Float[Tensor, "V D"]) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
+        """Return the vectors of token ids."""
+        return functional.embedding(ids, self.weight).to(self.dtype)

@@ -1,4 +1,4 @@
-"""The pass: linear layers of a plain model replaced by packed ones, by full module path."""
+"""The quantization pass: linear layers of a plain model replaced by packed ones."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ SEEN = ("modalities.",)  # towers and projectors
 
 @dataclass(frozen=True, slots=True)
 class QuantReport:
-    """What a pass did.
+    """The outcome of a quantization pass.
 
     Attributes:
         bits: of every replaced layer, by full path, in the order of the model.
@@ -35,7 +35,7 @@ class QuantReport:
 
 
 def bits_of(path: str, config: QuantConfig) -> int | None:
-    """In how many bits the linear layer of this path is stored; None: as it is."""
+    """Return the bits in which the linear layer of this path is stored; None: as it is."""
     if path.startswith(LANGUAGE_MODEL):
         if not path.endswith(HEAD):
             return config.bits
@@ -57,14 +57,14 @@ def notes_on(paths: Iterable[str], config: QuantConfig) -> tuple[str, ...]:
 
 
 def round_weight(weight: Tensor, bias: Tensor | None, bits: int, config: QuantConfig) -> Packed:
-    """One weight, packed."""
+    """Return one weight, packed."""
     if bits == 8:
         return round8(weight, bias, config.group_size)
     return round4(weight, bias, config)
 
 
 def quantize(model: nn.Module, config: QuantConfig) -> QuantReport:
-    """The linear layers of `model` in 4 or 8 bits; the model is changed in place.
+    """Quantize the linear layers of `model` to 4 or 8 bits; the model is changed in place.
 
     The language model's layers, and with `quantize_tower` those of towers and projectors; norms
     and embeddings stay. Every parameter that is left is frozen: packed layers have no gradients.

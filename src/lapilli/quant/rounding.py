@@ -1,4 +1,4 @@
-"""From float weights to packed ones: round to nearest, at 4 bits with a search for the scale.
+"""Rounding of float weights to packed ones: to nearest, at 4 bits with a search for the scale.
 
 8 bits   by output channel:  q = round(w / s),  s = max|w| / 127
 4 bits   by group, symmetric:  q - 8 = round(w / s) in -8..7, s signed so that the largest weight
@@ -29,7 +29,7 @@ _PIECE = 1 << 18  # weights rounded at once: what is computed of them stays in t
 
 
 def round8(weight: Float[Tensor, "out in"], bias: Tensor | None, group_size: int = 128) -> Packed:
-    """A linear layer in 8 bits; `group_size` is of the activations."""
+    """Round a linear layer to 8 bits; `group_size` is of the activations."""
     out_features, in_features = weight.shape
     values = torch.empty((out_features, in_features), dtype=torch.uint8, device=weight.device)
     scales = torch.empty(out_features, dtype=torch.float32, device=weight.device)
@@ -48,7 +48,7 @@ def round8(weight: Float[Tensor, "out in"], bias: Tensor | None, group_size: int
 
 
 def round4(weight: Float[Tensor, "out in"], bias: Tensor | None, config: QuantConfig) -> Packed:
-    """A linear layer in 4 bits.
+    """Round a linear layer to 4 bits.
 
     Raises:
         ConfigError: weights too large for a float16 scale.
@@ -81,7 +81,7 @@ def round4(weight: Float[Tensor, "out in"], bias: Tensor | None, config: QuantCo
 
 
 def _rows_at_once(in_features: int) -> int:
-    """Whole blocks of rows."""
+    """Return a number of rows that is one of whole blocks."""
     return max(_PIECE // in_features // BLOCK, 1) * BLOCK
 
 
@@ -89,13 +89,13 @@ _Rounded = tuple[Tensor, Tensor, Tensor]
 
 
 def _quantized(groups: Tensor, scale: Tensor, zero: Tensor | int) -> Tensor:
-    """Nibbles of groups [rows, groups, group] as floats."""
+    """Return nibbles of groups [rows, groups, group] as floats."""
     factor = torch.where(scale == 0, 0.0, 1.0 / scale)
     return (groups * factor[..., None]).round_().add_(zero).clamp_(0, 15)
 
 
 def _symmetric(groups: Tensor, config: QuantConfig) -> _Rounded:
-    """Nibbles, scales and zeros; the scale of the least squared error among a few."""
+    """Return nibbles, scales and zeros; the scale of the least squared error among a few."""
     index = groups.abs().argmax(dim=-1, keepdim=True)
     cover = groups.gather(-1, index).squeeze(-1) / -8.0
     best_error: Tensor | None = None
@@ -115,7 +115,7 @@ def _symmetric(groups: Tensor, config: QuantConfig) -> _Rounded:
 
 
 def _with_zeros(groups: Tensor, config: QuantConfig) -> _Rounded:
-    """Nibbles, scales and zeros that cover the range from the least to the largest weight.
+    """Return nibbles, scales and zeros that cover the range from the least to the largest weight.
 
     Note: the range always contains 0, so that padding and zero weights stay zero; AWQ's own rule
     does not, and loses groups of one sign.

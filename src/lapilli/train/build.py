@@ -38,6 +38,7 @@ from lapilli.config.reader import JsonObject
 from lapilli.config.vision import TOWER_TYPES
 from lapilli.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
 from lapilli.modality.image.image import ImageModality
+from lapilli.modality.image.modes import mode_named
 from lapilli.modality.projector import build_projector
 from lapilli.prompt.base_template import refuse_wrong_template, template_of_base
 from lapilli.prompt.choose import TemplateFacts, choose_template, template_by_name
@@ -46,7 +47,6 @@ from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.train.start import check_marks
 
 # Columns and rows of tiles that LLaVA 1.6 chooses from.
-_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 # Vocabulary tables are padded to round sizes; a larger difference means another tokenizer.
 _MOST_ROWS_APART = 1024
 
@@ -78,7 +78,7 @@ class Joint:
         projector: `linear`, `mlp2x_gelu`, or another name that config/projector.py knows.
         select_layer: hidden state of the tower, the embeddings' output being number 0.
         select_feature: "patch", or "cls_patch" with the class token.
-        aspect: how a picture becomes tiles: "square", "pad" or "anyres".
+        aspect: image mode, how a picture becomes tiles: "square", "pad" or "anyres".
         use_start_end: put pictures between <im_start> and <im_end>.
         use_patch_token: add <im_patch>, which nothing uses.
         seed: of the projector.
@@ -275,23 +275,15 @@ def _vision_keys(joint: Joint, tower: JsonObject, eyes: Path) -> dict[str, objec
     """The `mm_` keys."""
     section = tower.get("vision_config")
     sizes: Mapping[str, object] = section if isinstance(section, dict) else tower
-    written: dict[str, object] = {
+    side = sizes.get("image_size")
+    return {
         "mm_vision_tower": str(eyes),
         "mm_vision_select_layer": joint.select_layer,
         "mm_vision_select_feature": joint.select_feature,
         "mm_projector_type": joint.projector,
-        "image_aspect_ratio": joint.aspect,
-        "mm_patch_merge_type": "flat",
         "use_mm_proj": True,
+        **mode_named(joint.aspect).llava_keys(side if isinstance(side, int) else 224),
     }
-    if joint.aspect == "anyres":
-        side = sizes.get("image_size")
-        side = side if isinstance(side, int) else 224
-        written["mm_patch_merge_type"] = "spatial_unpad"
-        written["image_grid_pinpoints"] = [
-            [columns * side, rows * side] for columns, rows in _GRIDS
-        ]
-    return written
 
 
 def _generation(base: Path) -> JsonObject:

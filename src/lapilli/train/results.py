@@ -45,7 +45,7 @@ from lapilli.errors import ConfigError
 from lapilli.lora import LoraConfig
 from lapilli.lora.inject import adapters
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.nn.stored import StoredLinear
+from lapilli.nn.linear import FrozenQuantizedLinear
 from lapilli.prompt.choose import Template, template_by_name
 from lapilli.train.recipe import Recipe
 
@@ -174,7 +174,7 @@ class Results:
         return [
             path
             for path, module in model.named_modules()
-            if isinstance(module, nn.Linear | StoredLinear) and config.is_target(path)
+            if isinstance(module, nn.Linear | FrozenQuantizedLinear) and config.is_target(path)
         ]
 
 

@@ -20,7 +20,7 @@ from lapilli.lora.inject import adapters
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.vision import VisionTransformer
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.nn.stored import StoredLinear
+from lapilli.nn.linear import FrozenQuantizedLinear
 from lapilli.quant.nf4 import store_nf4
 from lapilli.train.recipe import LoraRecipe, Recipe, RunRecipe
 
@@ -133,7 +133,7 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
     return tuple(
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | StoredLinear)
+        if isinstance(module, nn.Linear | FrozenQuantizedLinear)
         and path.startswith("language_model.")
         and not path.endswith(".lm_head")
     )

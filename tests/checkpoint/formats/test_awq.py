@@ -24,8 +24,7 @@ from lapilli.errors import (
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.quant import QuantConfig
-from lapilli.quant.embedding import StoredEmbedding
-from lapilli.quant.linear import QuantLinear
+from lapilli.quant.linear import QuantLinear, StoredEmbedding
 from tests.checkpoint.published import (
     awq,
     awq_tensors,

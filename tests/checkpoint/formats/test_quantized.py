@@ -20,8 +20,7 @@ from lapilli.checkpoint.write.llava import save_llava
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.quant import QuantConfig, quant_config, quantize
 from lapilli.quant.choose import Choices
-from lapilli.quant.embedding import StoredEmbedding
-from lapilli.quant.linear import QuantLinear
+from lapilli.quant.linear import QuantLinear, StoredEmbedding
 
 IDS = torch.arange(12)[None]
 

@@ -15,11 +15,12 @@ from PIL import Image
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.config.generation import SamplingParams
 from lapilli.config.model import ImageConfig, PixelConfig, VisionConfig
+from lapilli.config.projector import tile_features
 from lapilli.errors import LapilliError
 from lapilli.generate.reference import generate as run_generation
 from lapilli.geometry import ImageSize, best_resolution, tile_grid
-from lapilli.modality.image.anyres import num_tokens
-from lapilli.model.outputs import FusedBatch
+from lapilli.modality.image.modes import mode_of
+from lapilli.model.fuse import FusedBatch
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import Message
 from lapilli.prompt.segments import MediaSlot, Segment, TextSegment, to_text
@@ -168,7 +169,8 @@ def geometry(case: Case, workshop: Workshop, check: Check) -> None:
         size = ImageSize(height, width)
         best = best_resolution(size, sizes)
         grid = tile_grid(best, tile)
-        found = num_tokens(size, config, tower) - tower.num_patches
+        counted = mode_of(config).num_tokens(size, config, tile_features(tower), has_newline=True)
+        found = counted - tower.num_patches
         check.equal(f"{width}x{height}", [best.width, best.height], row["best"])
         check.equal(f"{width}x{height}", [grid.columns, grid.rows], row["grid"])
         check.equal(f"{width}x{height}", found, row["n_features"])

@@ -197,11 +197,30 @@ def bomb(width: int, height: int) -> bytes:
 
 
 def test_decompression_bombs():
-    with pytest.raises(MediaError, match=r"too large to be unpacked safely: .*10000000000 pixels"):
-        to_rgb(bomb(100_000, 100_000))
+    message = r"unpacked safely: .*20000000000 pixels.* limit of 178956970 pixels.* Shrink it"
+    with pytest.raises(MediaError, match=message):
+        to_rgb(bomb(200_000, 100_000))
     # Between Pillow's warning and its error only our own limit speaks.
     with pytest.raises(MediaError, match="10000x10000 = 100000000 pixels, more than the limit"):
         to_rgb(bomb(10_000, 10_000), max_pixels=50_000_000)
+
+
+def test_the_words_of_pillow_do_not_matter(monkeypatch):
+    """Errors are told apart by their class: what Pillow writes in them may change."""
+    plain = Image.open
+
+    def refusing(file):
+        data = file.getvalue()
+        if b"zTXt" in data:
+            raise ValueError("zu viel Text")
+        if data[16:20] == (20_000).to_bytes(4, "big"):
+            raise Image.DecompressionBombError("zu viele.")
+        return plain(file)
+
+    monkeypatch.setattr(Image, "open", refusing)
+    assert (pixels(to_rgb(texts("before"))) == NOISE).all()
+    with pytest.raises(MediaError, match=r"cat is too large to be unpacked safely: zu viele\. Shr"):
+        to_rgb(bomb(20_000, 30_000), name="cat")
 
 
 @pytest.mark.parametrize(

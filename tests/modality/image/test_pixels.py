@@ -3,12 +3,9 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import PIL
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -19,14 +16,18 @@ from lapilli.config.model import ImageConfig, PixelConfig
 from lapilli.errors import ConfigError, MediaError
 from lapilli.geometry import ImageSize
 from lapilli.modality.image import pixels as pixels_module
-from lapilli.modality.image.anyres import num_tiles
-from lapilli.modality.image.pixels import PreparedImage, prepare
-from lapilli.modality.image.resize_modes import apply_chat_mode, pad_to_square
+from lapilli.modality.image.pixels import PreparedImage, pad_to_square
 from tests.integration.oracle import pixel_processor
-from tests.modality.image.build import image_config, vision_config
+from tests.modality.image.build import (
+    cases_of,
+    image_config,
+    num_tiles,
+    opened,
+    prepare,
+    vision_config,
+)
 
 TOLERANCE = 1e-5
-PILLOW = int(PIL.__version__.split(".")[0])
 
 
 @pytest.mark.slow
@@ -42,21 +43,6 @@ def test_resizing_that_takes_much_memory_is_refused():
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
-
-
-def cases_of(conformance: Path, op: str) -> Iterator[tuple[dict, Path, Path]]:
-    """Every case of an op, with the folder of its images and its arrays."""
-    for path in sorted((conformance / "cases").glob("*/_images/cases.json")):
-        images = conformance / "images" / path.parts[-3]
-        for case in json.loads(path.read_text("utf-8"))["cases"]:
-            if case["op"] == op:
-                yield case, images, path.with_name("arrays.npz")
-
-
-def opened(path: Path, *, convert: bool = True) -> Image.Image:
-    with Image.open(path) as image:
-        image.load()
-        return image.convert("RGB") if convert else image
 
 
 def config_of(case: dict) -> ImageConfig:
@@ -144,27 +130,6 @@ def test_the_pictures_of_every_golden_checkpoint(conformance):
             assert [one.hexdigest() for one in hashes] == expected, (spec["name"], case["id"])
             compared += len(items)
     assert compared > 10
-
-
-def test_every_golden_chat_mode(conformance):
-    compared = 0
-    for case, images, _ in cases_of(conformance, "conv_process_image"):
-        given, expect = case["input"], case["expect"]
-        if not (images / given["image"]).is_file():
-            continue
-        image = opened(images / given["image"])
-        options = given.get("kwargs", {})
-        if "exception" in expect:
-            with pytest.raises(MediaError, match=f"unknown image mode '{given['mode']}'"):
-                apply_chat_mode(image, given["mode"], **options)
-            continue
-        result = apply_chat_mode(image, given["mode"], **options)
-        assert list(result.size) == expect["size"], case["id"]
-        if case["id"] == "conv_image_Resize_odd" and PILLOW < 13:
-            continue  # older Pillow rounds 1 of 136 values of this resize the other way
-        assert hashlib.sha256(result.tobytes()).hexdigest() == expect["sha256"], case["id"]
-        compared += 1
-    assert compared > 5
 
 
 # ---- transformers as oracle

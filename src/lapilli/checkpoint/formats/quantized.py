@@ -30,8 +30,7 @@ from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, Unsupp
 from lapilli.quant import QuantConfig
 from lapilli.quant.choose import Choices
 from lapilli.quant.config import describe
-from lapilli.quant.embedding import StoredEmbedding
-from lapilli.quant.linear import QuantLinear, empty_packed
+from lapilli.quant.linear import QuantLinear, StoredEmbedding, empty_packed
 from lapilli.quant.quantize import SEEN, bits_of, notes_on, round_weight
 
 KEY = "quantization_config"

@@ -27,13 +27,14 @@ from lapilli.config.parse import (
     parse_config,
     parse_text_config,
 )
-from lapilli.config.reader import JsonObject, KeyReport, is_object
+from lapilli.config.reader import JsonObject, KeyReport, in_file, is_object
 from lapilli.errors import (
     CheckpointError,
     MissingFileError,
     MissingWeightsError,
     ShapeMismatchError,
 )
+from lapilli.modality.image.modes import mode_of
 
 BASE = "base"
 
@@ -126,6 +127,9 @@ def open_directory(
         generation=generation,
         weight_names=frozenset(store.infos),
     )
+    if config.image is not None:
+        with in_file():
+            mode_of(config.image)  # a mode that is not ours is refused before weights are read
     keymap = keymap_of(raw)
     own = (WeightPart("checkpoint", store, keymap),) if store.infos else ()
     parts = (*extra, *own)

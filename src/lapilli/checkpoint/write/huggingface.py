@@ -55,12 +55,14 @@ from lapilli.config.model import (
 )
 from lapilli.config.projector import projector_name
 from lapilli.errors import ConfigError, UnsupportedModelError
+from lapilli.modality.image.modes import mode_named, mode_names, mode_of
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant.linear import QuantLinear
 
 IMAGE_TOKEN = "<image>"  # noqa: S105  no password
+CLASSES = {"llava": "Llava", "llava_next": "LlavaNext"}  # how classes of a model_type begin
 
 
 def save_hf(
@@ -188,14 +190,17 @@ def _lacks(config: ModelConfig) -> str | None:
         return "<im_start> and <im_end> around a picture"
     if projector.kind != "mlp" or projector.depth != 2 or projector.joins:
         return f"projector {projector_name(projector)!r}, only 'mlp2x_gelu'"
-    is_flat = image.aspect != "anyres" and image.merge == "flat"
-    if not is_flat and not _is_next(image):
+    mode = mode_of(image)
+    if image.merge not in mode.hf_types:
+        known = [
+            f"{name} with {merge}" for name in mode_names() for merge in mode_named(name).hf_types
+        ]
         return (
             f"image_aspect_ratio {image.aspect!r} with mm_patch_merge_type {image.merge!r}, only "
-            "square or pad with flat, and anyres with spatial_unpad"
+            f"{', '.join(known)}"
         )
-    if _is_next(image) and vision.num_patches != vision.grid.rows * vision.grid.columns:
-        return f"anyres with {vision.feature_select!r} features"
+    if mode.is_tiled and vision.num_patches != vision.grid.rows * vision.grid.columns:
+        return f"{image.aspect} with {vision.feature_select!r} features"
     return None
 
 
@@ -215,15 +220,13 @@ def write_hf_config(
     """
     check_hf_layout(config)
     vision, projector, image = _parts(config)
-    is_next = _is_next(image)
     ids = special_ids(config.tokens)
     tower = write_tower_config(vision, torch_dtype)
     if vision.family == "siglip":
         tower |= {"vision_use_head": False}
-    name = "LlavaNext" if is_next else "Llava"
     written: dict[str, object] = {
-        "architectures": [f"{name}ForConditionalGeneration"],
-        "model_type": "llava_next" if is_next else "llava",
+        "architectures": [f"{CLASSES[_hf_type(image)]}ForConditionalGeneration"],
+        "model_type": _hf_type(image),
         "text_config": {
             "model_type": config.text.family,
             **write_text_config(config.text),
@@ -241,9 +244,7 @@ def write_hf_config(
         **ids,
         "torch_dtype": torch_dtype,
     }
-    if is_next:
-        written["image_grid_pinpoints"] = _pinpoints(image)
-        written["use_image_newline_parameter"] = True
+    written |= mode_of(image).hf_keys(image)
     if isinstance(config.text, DecoderConfig) and config.text.logit_softcap is not None:
         written[CAP_KEY] = config.text.logit_softcap  # transformers' LLaVA classes cap no logits
     if template is not None:
@@ -256,18 +257,9 @@ def write_hf_preprocessor(config: ModelConfig) -> dict[str, object]:
     vision, _, image = _parts(config)
     written = write_preprocessor_config(image.pixels)
     written["processor_class"] = processor_class(config)
-    if _is_next(image):
-        return written | {
-            "image_processor_type": "LlavaNextImageProcessor",
-            "image_grid_pinpoints": _pinpoints(image),
-            "do_pad": True,
-        }
-    if image.aspect == "pad":
-        return written | {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     is_siglip = vision.family == "siglip"
-    return written | {
-        "image_processor_type": "SiglipImageProcessor" if is_siglip else "CLIPImageProcessor"
-    }
+    written["image_processor_type"] = "SiglipImageProcessor" if is_siglip else "CLIPImageProcessor"
+    return written | mode_of(image).hf_preprocessor(image)
 
 
 def write_hf_processor(config: ModelConfig, image_token: str = IMAGE_TOKEN) -> dict[str, object]:
@@ -286,7 +278,7 @@ def write_hf_processor(config: ModelConfig, image_token: str = IMAGE_TOKEN) -> d
 def processor_class(config: ModelConfig) -> str:
     """Return the class of transformers that prepares text and pictures."""
     _, _, image = _parts(config)
-    return "LlavaNextProcessor" if _is_next(image) else "LlavaProcessor"
+    return f"{CLASSES[_hf_type(image)]}Processor"
 
 
 def _parts(config: ModelConfig) -> tuple[VisionConfig, ProjectorConfig, ImageConfig]:
@@ -297,8 +289,9 @@ def _parts(config: ModelConfig) -> tuple[VisionConfig, ProjectorConfig, ImageCon
     return config.vision, config.projector, config.image
 
 
-def _is_next(image: ImageConfig) -> bool:
-    return image.aspect == "anyres" and image.merge == "spatial_unpad"
+def _hf_type(image: ImageConfig) -> str:
+    """Return the model_type that sees pictures in this way."""
+    return mode_of(image).hf_types[image.merge]
 
 
 def _strategy(vision: VisionConfig) -> str:
@@ -309,7 +302,3 @@ def _strategy(vision: VisionConfig) -> str:
     if vision.feature_select == "drop_first":
         return "default"
     return "default" if vision.family == "clip" and vision.feature_select == "patch" else "full"
-
-
-def _pinpoints(image: ImageConfig) -> list[list[int]]:
-    return [[size.height, size.width] for size in image.pinpoints]

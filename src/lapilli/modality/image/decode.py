@@ -1,8 +1,7 @@
-"""Whatever is handed over as a picture -> a Pillow RGB image; knows no model, fetches nothing."""
+"""Decoding of pictures: encoded files, Pillow images and arrays become Pillow images in RGB."""
 
 import ctypes
 import logging
-import re
 import struct
 import threading
 import warnings
@@ -59,10 +58,9 @@ _PROGRESSIVE_JPEG_BYTES = 2  # a coefficient per channel and pixel, until the la
 _BYTES_PER_SIDE = 64
 _STRIP_PIXELS = 1 << 20
 
-# A PNG may carry more text than Pillow unpacks, before or after the pixels; it says so in words.
+# A PNG may carry more text than Pillow unpacks, before or after the pixels.
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-_TOO_MUCH_TEXT = ("Decompressed data too large", "Too much memory used in text chunks")
 
 
 def _keep_libraries_quiet() -> None:
@@ -106,7 +104,7 @@ def to_rgb(
     max_bytes: int = MAX_BYTES,
     name: str = "the picture",
 ) -> Image.Image:
-    """The first frame of a picture in RGB, 8 bits a channel.
+    """Return the first frame of a picture in RGB, 8 bits a channel.
 
     Args:
         source: an encoded file, a Pillow image, or an array: uint8 [H, W] or [H, W, 1 | 3 | 4], or
@@ -142,10 +140,10 @@ def to_rgb(
         before = image.size
         try:
             image.load()
-        except ValueError as error:
-            if not isinstance(source, bytes) or not _is_too_much_text(error):
+        except ValueError:
+            if not isinstance(source, bytes):
                 raise
-            image = _open(_without_text(source), name)
+            image = _open_without_text(source)
             image.load()
         if image.size != before:  # the picture inside an icon has a size of its own
             _check_size(image, name, exif=exif, max_pixels=max_pixels, max_bytes=max_bytes)
@@ -184,7 +182,7 @@ def check_bytes(needed: int, name: str, what: str, max_bytes: int = MAX_BYTES) -
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The colours of an image of any mode, its alpha forgotten: Pillow's `convert("RGB")`."""
+    """Return the colours of an image of any mode, without its alpha: Pillow's `convert("RGB")`."""
     if image.mode == "RGB":
         return image
     if image.mode in ("RGBa", "La"):  # premultiplied: Pillow converts only to their plain twins
@@ -195,7 +193,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 class _PillowWarnings:
-    """Keeps the warnings of Pillow, and no others, from standard error while pictures are decoded.
+    """A filter that keeps Pillow's warnings from standard error while pictures are decoded.
 
     `warnings.catch_warnings` puts back what it found, which goes wrong where threads overlap: the
     first of them sets the filter, the last one takes it away.
@@ -230,16 +228,15 @@ _warnings_of_pillow = _PillowWarnings()
 def _open(encoded: bytes, name: str) -> Image.Image:
     if not encoded:
         raise MediaError(f"{name} is empty (0 bytes)")
+    image: Image.Image
     try:
         image = Image.open(BytesIO(encoded))
     except UnidentifiedImageError as error:
         raise MediaError(
             f"{name} is no picture that can be read: {_looks_like(encoded)}"
         ) from error
-    except ValueError as error:
-        if not _is_too_much_text(error):
-            raise
-        image = Image.open(BytesIO(_without_text(encoded)))
+    except ValueError:
+        image = _open_without_text(encoded)
     if image.format == "EPS":  # Pillow would start Ghostscript, and the file is its program
         raise MediaError(f"{name} is an EPS program, which is not run: convert it to PNG")
     return image
@@ -262,7 +259,7 @@ def _check_size(
 
 
 def _bytes_per_pixel(image: Image.Image, *, exif: bool) -> int:
-    """What one pixel takes while the image is decoded, turned and made RGB."""
+    """Return what one pixel takes while the image is decoded, turned and made RGB."""
     stored = _stored_bytes(image.mode)
     # The RGB copy, or the turned one before the first is let go. Whether it will be turned is not
     # asked: Pillow decodes a PNG to find its EXIF data.
@@ -276,20 +273,22 @@ def _bytes_per_pixel(image: Image.Image, *, exif: bool) -> int:
 
 
 def _stored_bytes(mode: str) -> int:
-    """Bytes in which Pillow keeps a pixel."""
+    """Return the bytes in which Pillow keeps a pixel."""
     if mode in ("1", "L", "P"):
         return 1
     return 2 if mode.startswith("I;16") else 4
 
 
-def _is_too_much_text(error: ValueError) -> bool:
-    return str(error).startswith(_TOO_MUCH_TEXT)
+def _open_without_text(encoded: bytes) -> Image.Image:
+    """Open a PNG again that Pillow refused, without its texts and its colour profile.
 
+    Neither is shown, and Pillow refuses a picture that has too much of them.
 
-def _without_text(encoded: bytes) -> bytes:
-    """A PNG without its texts and its colour profile, none of which is shown."""
+    Raises:
+        ValueError: Pillow's own, of a file that has none, where they are not the reason.
+    """
     if not encoded.startswith(_PNG_SIGNATURE):
-        return encoded
+        return Image.open(BytesIO(encoded))
     kept, at = [encoded[:8]], 8
     while at < len(encoded):
         (length,) = struct.unpack_from(">I", encoded, at) if at + 4 <= len(encoded) else (0,)
@@ -297,7 +296,7 @@ def _without_text(encoded: bytes) -> bytes:
         if encoded[at + 4 : at + 8] not in _PNG_TEXT:
             kept.append(encoded[at:end])
         at = end
-    return b"".join(kept)
+    return Image.open(BytesIO(b"".join(kept)))
 
 
 def _looks_like(encoded: bytes) -> str:
@@ -320,11 +319,9 @@ def _named(name: str) -> Iterator[None]:
     except MediaError:
         raise
     except Image.DecompressionBombError as error:
-        pixels = re.search(r"\d+", str(error))
+        # Pillow says how many pixels the file declares, and how many it reads.
         raise MediaError(
-            f"{name} is too large to be unpacked safely: it says that it has "
-            f"{pixels[0] if pixels else 'very many'} pixels, and at most {MAX_PIXELS} are read: "
-            "shrink it"
+            f"{name} is too large to be unpacked safely: {error} Shrink it."
         ) from error
     except MemoryError as error:
         raise MediaError(f"{name} takes more memory than there is: shrink it") from error
@@ -356,7 +353,7 @@ def _flatten(image: Image.Image, name: str, *, alpha: Alpha, depth: Depth) -> Im
 
 
 def _from_deep_grey(image: Image.Image, name: str, *, depth: Depth) -> Image.Image:
-    """16-bit grey (also what Pillow opens as 32-bit "I") and floating point, in 8 bits."""
+    """Return 16-bit grey (Pillow's 32-bit "I" too) and floating point in 8 bits."""
     if depth == "clip":
         return image.convert("RGB")
     grey = Image.new("L", image.size)
@@ -379,7 +376,7 @@ def _from_deep_grey(image: Image.Image, name: str, *, depth: Depth) -> Image.Ima
 
 
 def _ends(values: NDArray[Any]) -> tuple[float, float]:
-    """The smallest and the largest value; NaN if one is NaN."""
+    """Return the smallest and the largest value; NaN if one is NaN."""
     return float(values.min()), float(values.max())
 
 

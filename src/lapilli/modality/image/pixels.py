@@ -1,13 +1,10 @@
-"""From a Pillow image to the normalised tiles that a vision tower reads; runs no tower.
-
-    square   shorter side to the tower's size, centre cut out
-    pad      a square of mean colour around the picture, then as above
-    anyres   the squashed picture, then the tiles of its best resolution, each as above
+"""Pixel arithmetic: Pillow images resized and padded, and tiles as the numbers of a vision tower.
 
 Source: LLaVA mm_utils.py, process_images; transformers CLIPImageProcessor.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +12,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from lapilli.config.model import ImageConfig, PixelConfig, VisionConfig
-from lapilli.errors import ConfigError, MediaError
-from lapilli.geometry import ImageSize, best_resolution, with_shortest_edge
+from lapilli.config.model import PixelConfig, VisionConfig
+from lapilli.errors import ConfigError
+from lapilli.geometry import ImageSize, fit_within, with_shortest_edge
 from lapilli.modality.image.decode import as_rgb, check_bytes
-from lapilli.modality.image.resize_modes import fit_and_pad, pad_to_square, size_of
 from lapilli.shapes import Float, Tensor
 
 # Above this many pixels an intermediate picture (a padded square, a resized strip) is not built:
@@ -36,59 +32,49 @@ class PreparedImage:
     size: ImageSize
 
 
-def prepare(
-    image: Image.Image, config: ImageConfig, vision: VisionConfig | None = None
-) -> PreparedImage:
-    """The normalised tiles of one picture, float32.
+def size_of(image: Image.Image) -> ImageSize:
+    """Return height and width of a Pillow image."""
+    return ImageSize(image.height, image.width)
 
-    Args:
-        image: RGB (see `decode.to_rgb`). Other modes are resized as they are and converted
-            afterwards, in the original's order.
-        config: aspect, resolutions and pixel arithmetic.
-        vision: when given, its image_size is compared with what comes out.
+
+def pad_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
+    """Return the picture in the middle of a square; a square picture comes back as it is.
 
     Raises:
-        ConfigError: the tiles are not what the tower reads.
-        MediaError: the picture has no pixels, or resizing it would take too much memory.
+        MediaError: the square would take too much memory.
+        TypeError: the image's mode cannot hold a background of that many channels (Pillow).
 
-    Note: a picture 1 or 3 pixels high is a picture here; the original takes it for channel-first
-        numbers and fails or scrambles it (compat/ does so too).
+    Source: LLaVA mm_utils.py, expand2square.
     """
-    size = size_of(image)
-    if not size.height or not size.width:
-        raise MediaError(f"the picture is empty: {size} pixels")
-    table = _normalisation_table(config.pixels)
-    tiles = [_normalise(_to_tile(part, config.pixels), table) for part in _parts(image, config)]
-    shapes = {tile.shape for tile in tiles}
-    side = vision.image_size if vision is not None else tiles[0].shape[1]
-    if len(shapes) > 1 or (vision is not None and shapes != {(3, side, side)}):
-        raise ConfigError(
-            f"preprocessor_config.json makes tiles of {sorted(shapes)}, but the vision tower reads "
-            f"{side}x{side}: crop_size must be the tower's image_size"
-        )
-    return PreparedImage(torch.from_numpy(np.stack(tiles)), size)
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    check_bytes(4 * side * side, f"the picture ({size_of(image)})", f"a square of {side}x{side}")
+    square = Image.new(image.mode, (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
-def _parts(image: Image.Image, config: ImageConfig) -> list[Image.Image]:
-    """The pictures that become one tile each."""
-    if config.aspect == "pad":
-        return [_pad(image, config.pixels)]
-    if config.aspect == "square":
-        return [image]
-    pixels = config.pixels
-    resample = Image.Resampling(pixels.resample)
-    target = best_resolution(size_of(image), config.pinpoints)
-    canvas = fit_and_pad(image, target, resample)
-    base = _base_size(pixels)
-    squashed = _resize(image, base, resample)
-    return [squashed, *_cut(canvas, pixels.crop_size.height)]
+def fit_and_pad(image: Image.Image, target: ImageSize, resample: Image.Resampling) -> Image.Image:
+    """Return the picture as large as it fits into `target`, in the middle of black.
+
+    Source: LLaVA mm_utils.py, resize_and_pad_image.
+    """
+    inner = fit_within(size_of(image), target)
+    canvas = Image.new("RGB", (target.width, target.height), (0, 0, 0))
+    resized = image.resize((inner.width, inner.height), resample)
+    canvas.paste(resized, ((target.width - inner.width) // 2, (target.height - inner.height) // 2))
+    return canvas
 
 
-def _resize(image: Image.Image, size: ImageSize, resample: Image.Resampling) -> Image.Image:
-    """The whole picture in another size, unless that would take too much memory.
+def resize(image: Image.Image, size: ImageSize, resample: Image.Resampling) -> Image.Image:
+    """Return the whole picture in another size.
 
     Pillow brings every row to the new width before it brings the columns to the new height: a
     picture 1 pixel wide and 10 million high becomes one of 336 x 10 million in between.
+
+    Raises:
+        MediaError: that would take too much memory.
     """
     between = 4 * size.width * max(image.height, size.height)
     check_bytes(
@@ -99,7 +85,8 @@ def _resize(image: Image.Image, size: ImageSize, resample: Image.Resampling) -> 
     return image.resize((size.width, size.height), resample)
 
 
-def _base_size(pixels: PixelConfig) -> ImageSize:
+def base_size(pixels: PixelConfig) -> ImageSize:
+    """Return the size to which a whole picture is squashed, whatever its shape."""
     if pixels.resize_to is not None:
         return pixels.resize_to
     if pixels.shortest_edge is not None:
@@ -107,25 +94,35 @@ def _base_size(pixels: PixelConfig) -> ImageSize:
     return pixels.crop_size
 
 
-def _cut(canvas: Image.Image, tile: int) -> list[Image.Image]:
-    return [
-        canvas.crop((left, top, left + tile, top + tile))
-        for top in range(0, canvas.height, tile)
-        for left in range(0, canvas.width, tile)
-    ]
+def tile_values(
+    parts: Sequence[Image.Image], pixels: PixelConfig, vision: VisionConfig | None = None
+) -> Float[Tensor, "N C H W"]:
+    """Return pictures as normalised tiles, float32.
 
+    Args:
+        parts: one picture per tile. Other modes than RGB are resized as they are and converted
+            afterwards, in the original's order.
+        pixels: sizes, mean and so on.
+        vision: when given, its image_size is compared with what comes out.
 
-def _pad(image: Image.Image, pixels: PixelConfig) -> Image.Image:
-    longer = max(image.size)
-    if longer * longer > MAX_INTERMEDIATE_PIXELS:
-        scale = math.isqrt(MAX_INTERMEDIATE_PIXELS) / 4 / longer  # exactness is lost: be quick
-        smaller = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
-        image = image.resize(smaller, Image.Resampling(pixels.resample))
-    return pad_to_square(image, tuple(int(channel * 255) for channel in pixels.mean))
+    Raises:
+        ConfigError: the tiles are not what the tower reads.
+        MediaError: resizing a picture would take too much memory.
+    """
+    table = _normalisation_table(pixels)
+    tiles = [_normalise(_to_tile(part, pixels), table) for part in parts]
+    shapes = {tile.shape for tile in tiles}
+    side = vision.image_size if vision is not None else tiles[0].shape[1]
+    if len(shapes) > 1 or (vision is not None and shapes != {(3, side, side)}):
+        raise ConfigError(
+            f"preprocessor_config.json makes tiles of {sorted(shapes)}, but the vision tower reads "
+            f"{side}x{side}: crop_size must be the tower's image_size"
+        )
+    return torch.from_numpy(np.stack(tiles))
 
 
 def _to_tile(image: Image.Image, pixels: PixelConfig) -> NDArray[np.uint8]:
-    """One picture as 8-bit numbers [H, W, 3] of the tower's size."""
+    """Return one picture as 8-bit numbers [H, W, 3] of the tower's size."""
     image = as_rgb(image)
     resample = Image.Resampling(pixels.resample)
     crop = pixels.crop_size if pixels.do_center_crop else None
@@ -133,7 +130,7 @@ def _to_tile(image: Image.Image, pixels: PixelConfig) -> NDArray[np.uint8]:
         size = _resized_size(size_of(image), pixels)
         if crop is not None and size.height * size.width > MAX_INTERMEDIATE_PIXELS:
             return np.asarray(_resize_middle(image, size, crop, resample))
-        image = _resize(image, size, resample)
+        image = resize(image, size, resample)
     values = np.asarray(image)
     return values if crop is None else _centre_crop(values, crop)
 
@@ -151,7 +148,7 @@ def _resized_size(size: ImageSize, pixels: PixelConfig) -> ImageSize:
 def _resize_middle(
     image: Image.Image, size: ImageSize, crop: ImageSize, resample: Image.Resampling
 ) -> Image.Image:
-    """The middle of a resized picture without building the rest.
+    """Return the middle of a resized picture without building the rest.
 
     Only for pictures whose resized form would not fit into memory: Pillow rounds the box to float32
     and may swap its two passes, so that single levels differ from resizing and cropping.
@@ -168,7 +165,7 @@ def _resize_middle(
 
 
 def _centre_crop(values: NDArray[np.uint8], crop: ImageSize) -> NDArray[np.uint8]:
-    """The middle of an image; zeros around one that is smaller than the crop.
+    """Return the middle of an image, with zeros around one that is smaller than the crop.
 
     Source: transformers image_transforms.py, center_crop: an odd rest goes below and right when
         cutting, above and left when padding.
@@ -188,7 +185,7 @@ def _centre_crop(values: NDArray[np.uint8], crop: ImageSize) -> NDArray[np.uint8
 
 
 def _normalisation_table(pixels: PixelConfig) -> NDArray[np.float32]:
-    """What each of the 256 levels becomes in each channel, [3, 256].
+    """Return what each of the 256 levels becomes in each channel, [3, 256].
 
     A pixel has only 256 values, so the arithmetic is done once: rescaled in float64, rounded to
     float32, normalised in float32, which is the order of transformers.

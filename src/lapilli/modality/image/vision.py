@@ -1,9 +1,9 @@
-"""The vision tower, CLIP- or SigLIP-shaped; parameters named as in those files.
+"""Vision transformer of CLIP and SigLIP, with their parameter names.
 
     pixel_values [N, 3, H, W] -> patches (+ class token) + positions -> layers -> features [N, P, E]
 
 Only the layers up to the selected hidden state are computed; the others are kept, so that a
-checkpoint is saved as it was loaded. Knows nothing of pixels' origin or of projectors.
+checkpoint is saved as it was loaded.
 """
 
 import torch
@@ -33,7 +33,7 @@ class VisionEmbeddings(nn.Module):
         self.has_class_token = clip
 
     def forward(self, pixel_values: Float[Tensor, "N C H W"]) -> Float[Tensor, "N P E"]:
-        """The input of the first layer."""
+        """Return the input of the first layer."""
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
         x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [N, P, E]
         if self.has_class_token:
@@ -44,7 +44,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Every patch looks at every patch of its tile."""
+    """Attention of every patch to every patch of its tile."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class VisionAttention(nn.Module):
         self.num_heads = config.num_heads
 
     def forward(self, x: Float[Tensor, "N P E"]) -> Float[Tensor, "N P E"]:
-        """The block's update, without the residual."""
+        """Return the block's update, without the residual."""
         q, k, v = (
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -77,14 +77,14 @@ class VisionLayer(nn.Module):
         self.mlp = MLP(width, config.intermediate_size, activation=config.activation)
 
     def forward(self, x: Float[Tensor, "N P E"]) -> Float[Tensor, "N P E"]:
-        """Hidden states after this layer."""
+        """Return the hidden states after this layer."""
         x = x + self.self_attn(self.layer_norm1(x))
         out: Tensor = x + self.mlp(self.layer_norm2(x))
         return out
 
 
 class VisionEncoder(nn.Module):
-    """What the files call `encoder`: the layers."""
+    """The layers, which the files call `encoder`."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class VisionEncoder(nn.Module):
 
 
 class VisionStack(nn.Module):
-    """What the files call `vision_model`; `pre_layrnorm` is CLIP's own spelling."""
+    """The module that the files call `vision_model`; `pre_layrnorm` is CLIP's own spelling."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -137,11 +137,11 @@ class VisionTransformer(nn.Module):
 
     @property
     def num_used_layers(self) -> int:
-        """Layers that the selected hidden state needs."""
+        """Return the number of layers that the selected hidden state needs."""
         return self.config.feature_layer % (self.config.num_layers + 1)
 
     def forward(self, pixel_values: Float[Tensor, "N C H W"]) -> Float[Tensor, "N P E"]:
-        """Features of every tile, [N, VisionConfig.num_patches, E].
+        """Return the features of every tile, [N, VisionConfig.num_patches, E].
 
         Raises:
             ConfigError: tiles of another size than the tower was made for.

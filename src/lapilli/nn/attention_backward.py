@@ -1,4 +1,4 @@
-"""Attention with gradients on a CPU that stores no scores; knows no model family.
+"""Attention with a backward pass on a CPU that stores no scores.
 
     forward     the library's prefill (kernels/prefill.py): inputs and output are kept
     backward    the scores of a stretch of queries again, all heads of a group in one product
@@ -25,8 +25,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _STRETCH = 64  # queries whose scores are made at once: they stay in the cache
 
 
-def learns_natively(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `learned_attention` is the way to take for these."""
+def has_native_backward(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return whether `attention_backward` is the way to take for these."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or native() is None:
         return False
     is_wanted = any(x.requires_grad for x in (q, k, v))
@@ -35,7 +35,7 @@ def learns_natively(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return is_wanted and fits and known
 
 
-def learned_attention(
+def attention_backward(
     q: Float[Tensor, "B Q T A"],
     k: Float[Tensor, "B K T A"],
     v: Float[Tensor, "B K T A"],
@@ -43,7 +43,7 @@ def learned_attention(
     scale: float | None = None,
     causal: bool = True,
 ) -> Float[Tensor, "B Q T A"]:
-    """What every position sees, with gradients.
+    """Compute attention of every position, with gradients.
 
     Args:
         q: queries, Q a multiple of K.
@@ -57,7 +57,7 @@ def learned_attention(
     """
     if has_torch_function((q, k, v)):  # as torch's own: a mode may look on, or take its place
         seen: Tensor = handle_torch_function(
-            learned_attention, (q, k, v), q, k, v, scale=scale, causal=causal
+            attention_backward, (q, k, v), q, k, v, scale=scale, causal=causal
         )
         return seen
     if scale is None:
@@ -108,7 +108,7 @@ def _head(
     scale: float,
     causal: bool,
 ) -> None:
-    """Gradients of the queries that share one head of keys, and of that head, added to `found`."""
+    """Add the gradients of one head of keys, and of the queries that share it, to `found`."""
     (queries, gradient), (keys, values) = of_queries, of_keys
     q_found, k_found, v_found = found
     group, length, width = queries.shape

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from lapilli.errors import ConfigError, FusionError
 from lapilli.geometry import ImageSize
-from lapilli.modality.image.anyres import num_tiles, num_tokens, picture_grid
-from lapilli.modality.image.merge import merge_tiles
-from tests.modality.image.build import image_config, vision_config
+from lapilli.modality.image.modes.anyres import MODE
+from tests.modality.image.build import image_config, join, num_tiles, num_tokens, vision_config
 
 TOWER = vision_config(28)  # 2x2 patches
 NEWLINE = torch.full((3,), -1.0)
@@ -38,7 +37,7 @@ def test_as_many_features_as_num_tokens_says(size, aspect, merge, has_newline, r
     config = image_config(28, aspect, merge, rounds_unpad=rounds)
     features = numbered(num_tiles(size, config, 28))
     newline = NEWLINE if has_newline else None
-    merged = merge_tiles(features, size, config, TOWER, newline=newline)
+    merged = join(features, size, config, TOWER, newline=newline)
     assert merged.shape[0] == num_tokens(size, config, TOWER, has_newline=has_newline)
 
 
@@ -46,10 +45,8 @@ def test_as_many_features_as_num_tokens_says(size, aspect, merge, has_newline, r
 @given(sizes)
 def test_spatial_reads_the_whole_map_row_by_row(size):
     config = image_config(28, "anyres", "spatial")
-    grid = picture_grid(size, config, 28)
-    merged = merge_tiles(
-        numbered(1 + grid.rows * grid.columns), size, config, TOWER, newline=NEWLINE
-    )
+    grid = MODE.grid(size, config, 28)
+    merged = join(numbered(1 + grid.rows * grid.columns), size, config, TOWER, newline=NEWLINE)
     expected = [0, 1, 2, 3]
     for row in range(grid.rows * 2):
         for column in range(grid.columns * 2):
@@ -75,7 +72,7 @@ def test_unpad_agrees_with_transformers(size):
         theirs, [features], [list(size)], "default", NEWLINE
     )
     assert num_tokens(size, config, TOWER) == lengths[0]
-    merged = merge_tiles(features, size, config, TOWER, newline=NEWLINE)
+    merged = join(features, size, config, TOWER, newline=NEWLINE)
     assert torch.equal(merged, expected[0])
 
 
@@ -83,53 +80,53 @@ def test_unpad_cuts_the_padding_and_ends_rows():
     # 112 high, 28 wide: the map of the 1x3 tiles is 6 rows of 2; int(28 * 6 / 112) = 1 column
     # should stay, and (2 - 1) // 2 = 0 columns are cut off.
     config = image_config(28, "anyres", "spatial_unpad")
-    merged = merge_tiles(numbered(4), ImageSize(112, 28), config, TOWER, newline=NEWLINE)
+    merged = join(numbered(4), ImageSize(112, 28), config, TOWER, newline=NEWLINE)
     assert merged[:, 0].tolist() == [
         *[0, 1, 2, 3],
         *[4, 5, -1, 6, 7, -1, 8, 9, -1, 10, 11, -1, 12, 13, -1, 14, 15, -1],
     ]
     # A picture as wide as high leaves the middle of the 2x4 map: rows 1 and 2.
-    merged = merge_tiles(numbered(3), ImageSize(28, 28), config, TOWER, newline=NEWLINE)
+    merged = join(numbered(3), ImageSize(28, 28), config, TOWER, newline=NEWLINE)
     assert merged[:, 0].tolist() == [0, 1, 2, 3, 6, 7, -1, 8, 9, -1]
-    without = merge_tiles(numbered(3), ImageSize(28, 28), config, TOWER, newline=None)
+    without = join(numbered(3), ImageSize(28, 28), config, TOWER, newline=None)
     assert without[:, 0].tolist() == [0, 1, 2, 3, 6, 7, 8, 9]
 
 
 def test_flat_appends_everything():
     config = image_config(28, "anyres", "flat")
-    merged = merge_tiles(numbered(3), ImageSize(28, 28), config, TOWER, newline=NEWLINE)
+    merged = join(numbered(3), ImageSize(28, 28), config, TOWER, newline=NEWLINE)
     assert merged[:, 0].tolist() == list(range(12))
 
 
 def test_a_single_tile_gets_one_newline():
     config = image_config(28, "pad", "spatial_unpad")
-    merged = merge_tiles(numbered(1), ImageSize(9, 9), config, TOWER, newline=NEWLINE)
+    merged = join(numbered(1), ImageSize(9, 9), config, TOWER, newline=NEWLINE)
     assert merged[:, 0].tolist() == [0, 1, 2, 3, -1]
 
 
 def test_too_few_tiles():
     config = image_config(28, "anyres", "spatial")
     with pytest.raises(FusionError, match=r"28x28 needs 2 tiles of 4 features .* got 3 tiles of 4"):
-        merge_tiles(numbered(4), ImageSize(28, 28), config, TOWER, newline=None)
+        join(numbered(4), ImageSize(28, 28), config, TOWER, newline=None)
 
 
 def test_tiles_that_nothing_lays_out():
     config = image_config(28, "pad", "spatial")
     with pytest.raises(FusionError, match="image_aspect_ratio is 'pad'"):
-        merge_tiles(numbered(3), ImageSize(28, 28), config, TOWER, newline=None)
+        join(numbered(3), ImageSize(28, 28), config, TOWER, newline=None)
 
 
 def test_class_token_in_a_map():
     tower = vision_config(28, feature_select="cls_patch")
     config = image_config(28, "anyres", "spatial")
     with pytest.raises(ConfigError, match="class token"):
-        merge_tiles(torch.zeros(3, 5, 3), ImageSize(28, 28), config, tower, newline=None)
+        join(torch.zeros(3, 5, 3), ImageSize(28, 28), config, tower, newline=None)
 
 
 def test_gradients_reach_features_and_newline():
     config = image_config(28, "anyres", "spatial_unpad")
     features = numbered(3).requires_grad_()
     newline = NEWLINE.clone().requires_grad_()
-    merge_tiles(features, ImageSize(28, 28), config, TOWER, newline=newline).sum().backward()
+    join(features, ImageSize(28, 28), config, TOWER, newline=newline).sum().backward()
     assert newline.grad.tolist() == [2, 2, 2]
     assert features.grad[:, :, 0].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0]]

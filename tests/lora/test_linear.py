@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from lapilli.lora.linear import LoraLinear, LoraStored
-from lapilli.lora.product import Update, lora_product
+from lapilli.lora.linear import LoraLinear, QLoraLinear, Update, lora_product
 from lapilli.nn.onednn import has_onednn
 from lapilli.quant.nf4 import Nf4Linear
 
@@ -80,7 +79,7 @@ def test_over_a_stored_weight_it_is_that_over_its_floats(has_bias):
     floats.weight = nn.Parameter(stored.weight_rows(0, 2100))
     floats.bias = plain.bias
     layers = [
-        LoraStored(stored, rank=3, scaling=0.5),
+        QLoraLinear(stored, rank=3, scaling=0.5),
         LoraLinear(floats, rank=3, scaling=0.5),
     ]
     for half in ("lora_A", "lora_B"):

@@ -6,7 +6,7 @@ import torch
 from lapilli.kernels.library import native
 from lapilli.kernels.prefill import prefill_reference
 from lapilli.nn.attention import attend
-from lapilli.nn.learned_attention import FEWEST, learned_attention, learns_natively
+from lapilli.nn.attention_backward import FEWEST, attention_backward, has_native_backward
 from lapilli.nn.onednn import has_onednn
 
 pytestmark = pytest.mark.skipif(
@@ -26,7 +26,7 @@ def draw(length, *, heads=4, kv_heads=2, width=32, rows=2, dtype=torch.float32):
 def test_output_and_gradients_are_those_of_the_formula(length, kv_heads, causal):
     given = draw(length, kv_heads=kv_heads)
     expected = prefill_reference(*given, scale=0.3, causal=causal)
-    found = learned_attention(*given, scale=0.3, causal=causal)
+    found = attention_backward(*given, scale=0.3, causal=causal)
     torch.testing.assert_close(found, expected)
     gradient = torch.randn_like(expected)
     torch.testing.assert_close(
@@ -41,7 +41,7 @@ def test_bfloat16_is_computed_in_float32():
     given = draw(100, dtype=torch.bfloat16)
     wide = [x.detach().float().requires_grad_() for x in given]
     gradient = torch.randn(2, 4, 100, 32).bfloat16()
-    found = torch.autograd.grad(learned_attention(*given), given, gradient)
+    found = torch.autograd.grad(attention_backward(*given), given, gradient)
     expected = torch.autograd.grad(prefill_reference(*wide), wide, gradient.float())
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.bfloat16
@@ -50,8 +50,8 @@ def test_bfloat16_is_computed_in_float32():
 
 def test_long_rows_that_learn_take_it():
     long, short = draw(FEWEST), draw(FEWEST - 1)
-    assert learns_natively(*long)
+    assert has_native_backward(*long)
     assert "_Attention" in attend(*long).grad_fn.name()
-    assert not learns_natively(*short)
+    assert not has_native_backward(*short)
     with torch.no_grad():
-        assert not learns_natively(*long)
+        assert not has_native_backward(*long)

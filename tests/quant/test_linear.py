@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lapilli.quant.embedding import StoredEmbedding
+from lapilli.quant.linear import StoredEmbedding
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])

@@ -5,8 +5,14 @@ import pytest
 from lapilli.config.model import ImageConfig, PixelConfig, VisionConfig
 from lapilli.errors import ConfigError
 from lapilli.geometry import Grid, ImageSize
-from lapilli.modality.image.anyres import num_tiles, num_tokens, picture_grid
-from tests.modality.image.build import PINPOINTS, image_config, vision_config
+from lapilli.modality.image.modes.anyres import MODE
+from tests.modality.image.build import (
+    PINPOINTS,
+    image_config,
+    num_tiles,
+    num_tokens,
+    vision_config,
+)
 
 TOWER = vision_config(336)
 
@@ -73,12 +79,12 @@ def test_class_token_counts_when_flat_and_is_refused_in_a_map():
 def test_a_resolution_that_is_no_multiple_of_the_tile():
     config = image_config(336, "anyres", "flat", pinpoints=(ImageSize(336, 700),))
     with pytest.raises(ConfigError, match="700x336, which is not a whole number of 336x336"):
-        picture_grid(ImageSize(1, 1), config, 336)
+        MODE.grid(ImageSize(1, 1), config, 336)
 
 
 def test_grid_is_rows_then_columns():
     config = image_config(336, "anyres", "flat")
-    assert picture_grid(ImageSize(300, 1000), config, 336) == Grid(1, 3)
+    assert MODE.grid(ImageSize(300, 1000), config, 336) == Grid(1, 3)
     assert len(PINPOINTS) == 5
 
 
