@@ -97,7 +97,7 @@ class BeamRow:
 
     @property
     def is_done(self) -> bool:
-        """Whether no running hypothesis is expected to beat the worst finished one.
+        """True when no running hypothesis is expected to beat the worst finished one.
 
         Source: `early_stopping=False` of the transformers library: the best running hypothesis is
         rated at its present length.

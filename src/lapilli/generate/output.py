@@ -109,7 +109,7 @@ class GenerationState:
 
     @property
     def is_finished(self) -> bool:
-        """Whether no further token is taken."""
+        """True once no further token is taken."""
         return self.finish_reason is not None
 
     def push(self, token_id: int, logprob: TokenLogprob | None = None) -> None:

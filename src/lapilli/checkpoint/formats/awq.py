@@ -37,7 +37,7 @@ _COLUMNS = 1024  # outputs repacked at once, which bounds the memory of a large 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedFormat:
-    """What a `quantization_config` of AWQ or GPTQ says.
+    """Settings in the `quantization_config` of an AWQ or GPTQ checkpoint.
 
     Attributes:
         method: "awq" or "gptq".

@@ -47,7 +47,7 @@ BESIDE = {"awq": "quant_config.json", "gptq": "quantize_config.json"}
 
 @dataclass(frozen=True, slots=True)
 class StoredQuantization:
-    """How the weights of a checkpoint are packed.
+    """Quantization format of the weights of a checkpoint.
 
     Attributes:
         config: of the layers as they are loaded when nothing else is asked for.

@@ -290,7 +290,7 @@ FINITE_BLOCK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a file says about a tensor."""
+    """Shape and dtype of a stored tensor, and the file that holds it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

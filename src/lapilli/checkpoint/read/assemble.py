@@ -50,7 +50,7 @@ def some(names: tuple[str, ...] | list[str], most: int = 3) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """How many rows the tables have in the files and in the model.
+    """Rows of the vocabulary tables in the files and in the model.
 
     Args:
         rows: of the model.
@@ -103,7 +103,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matching:
-    """Which tensor goes where; later parts override earlier ones."""
+    """Tensors of the files by the parameter that they fill; later parts override earlier ones."""
 
     sources: Mapping[str, tuple[tuple[WeightPart, str], ...]]
     dropped: tuple[str, ...]

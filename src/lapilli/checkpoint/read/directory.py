@@ -72,7 +72,7 @@ class WeightPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointDirectory:
-    """What stands in a directory with a config.json."""
+    """Content of a directory with a config.json."""
 
     path: Path
     raw: JsonObject

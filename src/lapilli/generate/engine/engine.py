@@ -113,6 +113,7 @@ class Engine:
         self._held_by: object | None = None
         """The lock under which something is going on; only the thread that holds it finds it."""
         self._is_broken_off = False
+        """True while work goes on, and after an interrupt ended it."""
 
     @property
     def prefix_stats(self) -> PrefixStats:
@@ -121,7 +122,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do something."""
+        """True while a step would do something."""
         return self.scheduler.has_work
 
     @property

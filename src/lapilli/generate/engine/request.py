@@ -65,12 +65,12 @@ class RequestHandle:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing more comes, an error included."""
+        """True once nothing more comes, after an error too."""
         return self._generation is not None or self._error is not None
 
     @property
     def has_news(self) -> bool:
-        """Whether `take` or `generation` has something to say."""
+        """True while `take` returns a piece, or the request is finished."""
         return bool(self._waiting) or self.is_finished
 
     @property

@@ -73,7 +73,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is any sequence."""
+        """True while there is any unfinished sequence."""
         return bool(self._inbox or self.waiting or self.running)
 
     @property

@@ -75,7 +75,7 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether the prompt is computed and the answer has begun."""
+        """True once the prompt is computed and the answer has begun."""
         return len(self.tokens) > self.prompt_length
 
     @property
@@ -122,7 +122,7 @@ class ScheduledSequence:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether its last token is computed, so that the next one can be sampled."""
+        """True when its last token is computed, so that the next one can be sampled."""
         return self.count == self.sequence.num_uncomputed_tokens
 
     @property
