@@ -9,6 +9,7 @@ from textwrap import wrap
 from lapilli.checkpoint.formats.quantized import LayerQuantizer, stored_quantization
 from lapilli.checkpoint.keymaps import TOWER
 from lapilli.checkpoint.read.assemble import Matching, build_model
+from lapilli.checkpoint.read.directory import VISION
 from lapilli.checkpoint.read.plan import Plan, make_plan
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
@@ -195,11 +196,10 @@ def _tower(plan: Plan) -> dict[str, object]:
     if vision is None:
         return {}
     inside = any(
-        part.parameter(name) is not None and str(part.parameter(name)).startswith(TOWER)
+        name.startswith(TOWER) and not part.is_dropped(foreign)
         for part in plan.parts
-        if part.label != "vision tower"
-        for name in part.store.infos
-        if not part.is_dropped(name)
+        if part.label != VISION
+        for name, foreign in part.parameters.items()
     )
     return {
         "family": vision.family,
@@ -281,7 +281,7 @@ def _special_tokens(plan: Plan) -> dict[str, str]:
 
 def _missing(plan: Plan, matching: Matching) -> tuple[str, ...]:
     """Return parameters without a tensor, where the weights were looked at."""
-    if not plan.has_weights:
+    if not plan.parts:
         return ()
     waits = not any(part.has(TOWER) for part in plan.parts) and plan.tower_path is not None
     return tuple(name for name in matching.missing if not (waits and name.startswith(TOWER)))

@@ -21,13 +21,13 @@ from lapilli.checkpoint.placement import AUTO, STORED, choose_device, choose_dty
 from lapilli.checkpoint.read.assemble import (
     LoadReport,
     Progress,
-    Vocabulary,
     build_model,
     check_complete,
     fill,
 )
 from lapilli.checkpoint.read.directory import open_weights
 from lapilli.checkpoint.read.plan import Plan, make_plan
+from lapilli.checkpoint.read.vocabulary import Vocabulary
 from lapilli.checkpoint.source import resolve
 from lapilli.checkpoint.template import choose_for
 from lapilli.checkpoint.tokenizer import load_tokenizer

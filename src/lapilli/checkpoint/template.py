@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lapilli.checkpoint.formats.files import read_optional_json, read_optional_text
-from lapilli.checkpoint.read.plan import Plan
+from lapilli.checkpoint.read.plan import PEFT_ADAPTER, Plan
 from lapilli.config.model import ModelConfig
 from lapilli.errors import ConfigError
 from lapilli.prompt.choose import (
@@ -27,8 +27,6 @@ from lapilli.prompt.template import ChatTemplate
 from lapilli.prompt.templates import TEMPLATES
 from lapilli.prompt.to_jinja import to_jinja, with_gaps
 from lapilli.prompt.tokenizer import Tokenizer
-
-ADAPTER = "PEFT adapter"
 
 
 def choose_for(plan: Plan, explicit: str | Template | None = None) -> TemplateChoice:
@@ -77,7 +75,7 @@ def own_template(plan: Plan) -> JinjaTemplate | None:
     if plan.config.layout == "llava" and plan.config.template != OWN:
         return None
     # The folder of a PEFT adapter is no place of the checkpoint below.
-    first = plan.base_path if plan.form == ADAPTER else plan.path
+    first = plan.base_path if plan.form == PEFT_ADAPTER else plan.path
     source = _of_adapter(plan) or find_chat_template(first or plan.path, plan.tokenizer_path)
     if source is None:
         return None
@@ -104,7 +102,7 @@ def _of_adapter(plan: Plan) -> str | None:
     Such a folder has no config.json to record a name in. Over a checkpoint in the original layout
     it says nothing, like every chat template beside one.
     """
-    if plan.form != ADAPTER or plan.adapter is None or plan.config.layout == "llava":
+    if plan.form != PEFT_ADAPTER or plan.adapter is None or plan.config.layout == "llava":
         return None
     return find_chat_template(plan.adapter.path)
 

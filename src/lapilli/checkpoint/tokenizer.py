@@ -17,9 +17,10 @@ from lapilli.checkpoint.formats.files import (
     read_optional_text,
 )
 from lapilli.checkpoint.write.files import write_json
-from lapilli.config.model import TokenConfig
+from lapilli.config.families import family_of
+from lapilli.config.model import ModelConfig, TokenConfig
 from lapilli.config.reader import KeyReader
-from lapilli.errors import CheckpointError, MissingFileError
+from lapilli.errors import CheckpointError, ConfigFileError, MissingFileError
 from lapilli.prompt.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
@@ -59,6 +60,35 @@ def load_tokenizer(directory: Path, *, fast: bool) -> Tokenizer:
             "copy them from the language model that the checkpoint was made from"
         )
     return build_tokenizer(files, fast=fast)
+
+
+def tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
+    """Load a tokenizer as this kind of model reads it; return how many tokens were added too.
+
+    Raises:
+        ConfigFileError: config.json names an image token beyond the vocabulary.
+    """
+    image_id, is_original = config.tokens.image_id, config.layout == "llava"
+    # A model that came with an image token was tokenized by its tokenizer.json.
+    slow = is_original and image_id is None and family_of(config.text).slow_tokenizer
+    tokenizer = load_tokenizer(path, fast=not slow)
+    # A table often has more rows than the tokenizer has tokens, and the image may stand for one.
+    size = max(tokenizer.vocab_size, config.text.vocab_size)
+    if image_id is not None and not 0 <= image_id < size:
+        raise ConfigFileError(
+            f"config.json: image_token_index is {image_id}, but there are {size} tokens: they do "
+            "not belong together"
+        )
+    if is_original:
+        tokens = config.tokens
+        use_patch, use_start_end = tokens.use_patch_token, tokens.use_start_end
+        return tokenizer, add_image_tokens(
+            tokenizer, use_patch=use_patch, use_start_end=use_start_end
+        )
+    if image_id is not None and image_id in tokenizer.added_vocab.values():
+        # Whatever its file says: typed by a person it stands for no picture.
+        tokenizer.add_tokens([tokenizer.id_to_token(image_id)], special=True)
+    return tokenizer, 0
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -13,6 +13,7 @@ from lapilli.checkpoint.formats.quantized import LayerQuantizer
 from lapilli.checkpoint.formats.weights import check_values
 from lapilli.checkpoint.keymaps import EMBEDDINGS, OUTPUT
 from lapilli.checkpoint.read.directory import BASE, WeightPart
+from lapilli.checkpoint.read.vocabulary import VOCABULARY, Vocabulary
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import KeyReport, in_file, shown
 from lapilli.errors import CheckpointError, MissingWeightsError, ShapeMismatchError
@@ -48,55 +49,6 @@ def some(names: tuple[str, ...] | list[str], most: int = 3) -> str:
     return first if len(names) <= most else f"{first} and {len(names) - most} more"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Vocabulary:
-    """Rows of the vocabulary tables in the files and in the model.
-
-    Args:
-        rows: of the model.
-        accepted: numbers of rows that a table of the files may have.
-        new_rows: rows that only the added tokens have, which an adapter may store alone.
-
-    Source: LLaVA builder.py resizes both tables to the length of the tokenizer, also downwards.
-    Note: the original fills rows that no file has with random numbers; here they are the mean of
-        the others, so that loading twice gives the same model.
-    """
-
-    rows: int
-    accepted: frozenset[int]
-    new_rows: int = 0
-
-    def fit(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
-        """Return one table out of the files' tables, the last one winning.
-
-        Raises:
-            ShapeMismatchError: a table with an unexpected number of rows.
-        """
-        table = tensors[-1]
-        if len(tensors) > 1 and 0 < len(table) == self.new_rows:
-            # An adapter that stores the rows of the added tokens alone: they are the last ones.
-            return torch.cat((resized(tensors[-2], self.rows)[: -self.new_rows], table))
-        # A table that was trained beside an adapter has the rows of the added tokens already.
-        more = {self.rows} if len(tensors) > 1 else set()
-        if table.shape[0] not in self.accepted | more:
-            wanted = " or ".join(str(n) for n in sorted(self.accepted))
-            raise ShapeMismatchError(
-                f"{name} has {table.shape[0]} rows in the files, but the vocabulary has {wanted} "
-                "entries: config.json and weights do not belong together"
-            )
-        return resized(table, self.rows)
-
-
-def resized(table: Tensor, rows: int) -> Tensor:
-    """Return the table with fewer rows, or with more that are the mean of all it has."""
-    missing = rows - table.shape[0]
-    if missing <= 0:
-        return table[:rows]
-    mean = table.mean(dim=0, keepdim=True, dtype=torch.float32).to(table.dtype)
-    return torch.cat((table, mean.expand(missing, -1)))
-
-
-VOCABULARY = (*EMBEDDINGS, OUTPUT)
 # Called with the bytes of the files that are loaded, and with how many there are in all.
 Progress = Callable[[int, int], None]
 
