@@ -1,9 +1,9 @@
-"""What generation hands out: chunks (Piece), results (Generation), and the state they come from.
+"""Output of generation: chunks (Piece), results (Generation), and the state that they come from.
 
 Imports no torch and knows no model.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,10 +68,14 @@ class GenerationState:
 
     Args:
         tokenizer: turns ids into text.
-        params: stop strings, and whether log-probabilities are kept.
-        stop_ids: tokens that end the answer.
-        limit: most tokens.
+        params: when to stop, and whether log-probabilities are kept.
+        eos_ids: end tokens of the model; None: the tokenizer's.
+        room: most tokens that the context leaves.
         prompt_len: passed on to the result.
+
+    Attributes:
+        limit: most tokens.
+        stop_ids: tokens that end the answer.
     """
 
     def __init__(
@@ -79,16 +83,20 @@ class GenerationState:
         tokenizer: TokenBytes,
         params: SamplingParams,
         *,
-        stop_ids: Collection[int],
-        limit: int,
+        eos_ids: Collection[int] | None,
+        room: int,
         prompt_len: int = 0,
     ) -> None:
-        self.limit = limit
+        if eos_ids is None:
+            eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self.stop_ids = frozenset((*eos_ids, *params.stop_token_ids))
+        self.limit = min(params.max_new_tokens, room)
+        self._tokenizer = tokenizer
+        self._params = params
         self.finish_reason: FinishReason | None = None
         self.score: float | None = None
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._stops = StopStrings(params.stop)
-        self._stop_ids = stop_ids
         self._prompt_len = prompt_len
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
@@ -117,7 +125,7 @@ class GenerationState:
         self._token_ids.append(token_id)
         if self._logprobs is not None and logprob is not None:
             self._logprobs.append(logprob)
-        if token_id in self._stop_ids:
+        if token_id in self.stop_ids:
             self._finish("stop")
             return
         self._texts.append(self._stops.push(self._detokenizer.push(token_id)))
@@ -125,6 +133,17 @@ class GenerationState:
             self.finish_reason = "stop"
         elif len(self._token_ids) >= self.limit:
             self._finish("length")
+
+    def ends(self, token_ids: Sequence[int]) -> bool:
+        """Return whether an answer of these tokens would be whole; nothing is added."""
+        if len(token_ids) >= self.limit or token_ids[-1] in self.stop_ids:
+            return True
+        if not self._params.stop:
+            return False
+        stops, text = StopStrings(self._params.stop), IncrementalDetokenizer(self._tokenizer)
+        for token_id in token_ids:
+            stops.push(text.push(token_id))
+        return stops.found is not None
 
     def cancel(self) -> None:
         """End here, if nothing else ended the answer before."""

@@ -87,8 +87,6 @@ class Engine:
         like = language_model.embed(torch.zeros(1, dtype=torch.long, device=model.device))
         self.pool = new_pool(model, self.options, context_length=self.context_length, like=like)
         self.features = FeatureCache(self.options.feature_bytes)
-        if eos_ids is None:
-            eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         self._inputs = InputProcessor(
             model, tokenizer, eos_ids=eos_ids, context_length=self.context_length, pool=self.pool
         )

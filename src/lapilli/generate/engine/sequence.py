@@ -146,7 +146,7 @@ class InputProcessor:
     Args:
         model: whose vocabulary and modalities count.
         tokenizer: turns ids into text.
-        eos_ids: end tokens.
+        eos_ids: end tokens; None: the tokenizer's.
         context_length: most tokens of prompt and answer.
         pool: what a sequence must fit into.
     """
@@ -156,14 +156,14 @@ class InputProcessor:
         model: VisionLanguageModel,
         tokenizer: TokenBytes,
         *,
-        eos_ids: Collection[int],
+        eos_ids: Collection[int] | None,
         context_length: int,
         pool: BlockPool,
     ) -> None:
         self._model = model
         self._config = model.language_model.config
         self._tokenizer = tokenizer
-        self._eos_ids = frozenset(eos_ids)
+        self._eos_ids = eos_ids
         self._context_length = context_length
         self._pool = pool
         self._order = count()
@@ -180,8 +180,8 @@ class InputProcessor:
         answer = GenerationState(
             self._tokenizer,
             params,
-            stop_ids=self._eos_ids | frozenset(params.stop_token_ids),
-            limit=min(params.max_new_tokens, room),
+            eos_ids=self._eos_ids,
+            room=room,
             prompt_len=len(prompt.input_ids),
         )
         digests = [
