@@ -5,7 +5,7 @@ Knows hypotheses and scores; one row's search does not depend on the other rows 
 """
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from math import pow as power
 
@@ -43,6 +43,7 @@ class Candidate:
     logprob: float
 
 
+@dataclass(slots=True)
 class BeamRow:
     """Beam search of one row.
 
@@ -53,19 +54,12 @@ class BeamRow:
         generator: the row's own random source; None: nothing is drawn.
     """
 
-    def __init__(
-        self,
-        width: int,
-        length_penalty: float,
-        ends: Callable[[Sequence[int]], bool],
-        generator: torch.Generator | None = None,
-    ) -> None:
-        self._width = width
-        self._length_penalty = length_penalty
-        self._ends = ends
-        self.generator = generator
-        self.running = [Hypothesis()]
-        self.finished: list[tuple[float, Hypothesis]] = []
+    width: int
+    length_penalty: float
+    ends: Callable[[Sequence[int]], bool]
+    generator: torch.Generator | None = None
+    running: list[Hypothesis] = field(default_factory=lambda: [Hypothesis()])
+    finished: list[tuple[float, Hypothesis]] = field(default_factory=list)
 
     def advance(
         self,
@@ -81,17 +75,17 @@ class BeamRow:
         for rank, candidate in enumerate(candidates):
             parent = self.running[candidate.beam]
             token_ids = (*parent.token_ids, candidate.token_id)
-            over = self._ends(token_ids)
-            if (over and rank >= self._width) or (not over and len(running) == self._width):
+            over = self.ends(token_ids)
+            if (over and rank >= self.width) or (not over and len(running) == self.width):
                 continue
             reports = parent.reports + report(candidate.beam, candidate.token_id)
             grown = Hypothesis(token_ids, candidate.logprob, reports)
             if over:
-                self.finished.append((grown.score(self._length_penalty), grown))
+                self.finished.append((grown.score(self.length_penalty), grown))
             else:
                 running.append((candidate.beam, grown))
         self.finished.sort(key=lambda item: item[0], reverse=True)
-        del self.finished[self._width :]
+        del self.finished[self.width :]
         self.running = [hypothesis for _, hypothesis in running]
         return [beam for beam, _ in running]
 
@@ -104,16 +98,16 @@ class BeamRow:
         """
         if not self.running:
             return True
-        if len(self.finished) < self._width:
+        if len(self.finished) < self.width:
             return False
-        return self.running[0].score(self._length_penalty) <= self.finished[-1][0]
+        return self.running[0].score(self.length_penalty) <= self.finished[-1][0]
 
     def best(self) -> tuple[float, Hypothesis]:
         """Return the best finished hypothesis, or the best running one if none has finished."""
         if self.finished:
             return self.finished[0]
         hypothesis = self.running[0]
-        score = hypothesis.score(self._length_penalty) if hypothesis.token_ids else 0.0
+        score = hypothesis.score(self.length_penalty) if hypothesis.token_ids else 0.0
         return score, hypothesis
 
 

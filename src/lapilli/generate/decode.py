@@ -32,33 +32,23 @@ class ModelLock:
         self.turn = threading.RLock()
 
 
-class _Locks:
-    """The locks of all language models that are alive."""
-
-    def __init__(self) -> None:
-        self._finding = threading.Lock()
-        self._found: weakref.WeakKeyDictionary[object, ModelLock] = weakref.WeakKeyDictionary()
-
-    def of(self, language_model: object) -> ModelLock:
-        with self._finding:
-            return self._found.setdefault(language_model, ModelLock())
-
-    def reset(self) -> None:
-        self._finding = threading.Lock()
-        for lock in list(self._found.values()):
-            lock.reset()
-
-
-_LOCKS = _Locks()
+_LOCKS: weakref.WeakKeyDictionary[object, ModelLock] = weakref.WeakKeyDictionary()
+_FINDING = ModelLock()
 
 
 def lock_of(language_model: object) -> ModelLock:
     """Return the lock of this language model, the same one for everybody."""
-    return _LOCKS.of(language_model)
+    with _FINDING.turn:
+        return _LOCKS.setdefault(language_model, ModelLock())
+
+
+def _reset_locks() -> None:
+    for lock in (_FINDING, *_LOCKS.values()):
+        lock.reset()
 
 
 if hasattr(os, "register_at_fork"):  # Windows does not fork
-    os.register_at_fork(after_in_child=_LOCKS.reset)
+    os.register_at_fork(after_in_child=_reset_locks)
 
 
 class DecodingBatch:

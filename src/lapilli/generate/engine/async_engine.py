@@ -8,7 +8,8 @@ Knows request handles and event loops; must not know the model.
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from types import TracebackType
 
 from lapilli.errors import GenerationError
@@ -63,7 +64,7 @@ class AsyncEngine:
             )
         try:
             news = asyncio.Event()
-            handle.wake = Waker(asyncio.get_running_loop(), news)
+            handle.wake = waker(asyncio.get_running_loop(), news)
             # In a thread: a large picture takes milliseconds to be hashed.
             await asyncio.to_thread(self._enter, request, handle)
             while True:
@@ -121,34 +122,24 @@ class AsyncEngine:
                 self._has_news.wait()
                 self._has_news.clear()
                 while self.engine.has_work and not self._is_closing:
-                    self._step()
+                    with suppress(Exception):  # the requests that it failed know, others go on
+                        self.engine.step()
         finally:  # whatever ended this thread, nobody may wait for ever
             self._is_over = True
             self._fail_open()
-
-    def _step(self) -> None:
-        try:
-            self.engine.step()
-        except Exception:  # noqa: BLE001  the requests that it failed know, others may fare better
-            return
 
     def _fail_open(self) -> None:
         self.engine.abort_all(GenerationError("the engine is closed"), list(self._handles))
 
 
-class Waker:
-    """Sets an event of asyncio from another thread, as long as there is a loop."""
+def waker(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[], None]:
+    """Return what sets an event of asyncio from another thread, as long as there is a loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-        self._loop = loop
-        self._event = event
+    def wake() -> None:
+        with suppress(RuntimeError):  # the loop is closed, nobody reads any more
+            loop.call_soon_threadsafe(event.set)
 
-    def __call__(self) -> None:
-        """Set the event."""
-        try:
-            self._loop.call_soon_threadsafe(self._event.set)
-        except RuntimeError:  # the loop is closed, nobody reads any more
-            return
+    return wake
 
 
 class Places:

@@ -194,13 +194,8 @@ class BlockPool:
 
     def publish(self, table: BlockTable, keys: Sequence[int], length: int) -> None:
         """Let others find the blocks that are full once `length` positions are computed."""
-        size = self.block_size
-        while len(table.chain) * size <= length:
-            at = len(table.chain) - 1
-            held = tuple(keys[at * size : (at + 1) * size])
-            digest = chain_digest(table.chain[-1], held)
-            self._label(table.blocks[at], Label(digest, table.chain[-1], held))
-            table.chain.append(digest)
+        while len(table.chain) * self.block_size <= length:
+            table.chain.append(self._publish_next(table, keys, length))
 
     def release(self, table: BlockTable, keys: Sequence[int], length: int) -> None:
         """Free the blocks of a sequence; they stay known, the half-filled last one too.
@@ -208,15 +203,21 @@ class BlockPool:
         Of positions from `length` on nothing is remembered.
         """
         self.publish(table, keys, length)
-        full = len(table.chain) - 1
-        held = tuple(keys[full * self.block_size : length])
-        if held:
-            digest = chain_digest(table.chain[-1], held)
-            self._label(table.blocks[full], Label(digest, table.chain[-1], held))
+        if (len(table.chain) - 1) * self.block_size < length:
+            self._publish_next(table, keys, length)
         # The end goes first when room is needed: a beginning without its end is still of use.
         for block in reversed(table.blocks):
             self._disown(block)
         table.blocks = []
+
+    def _publish_next(self, table: BlockTable, keys: Sequence[int], length: int) -> bytes:
+        """Label the first block that is not published, as far as it is computed."""
+        at, parent = len(table.chain) - 1, table.chain[-1]
+        end = min(length, (at + 1) * self.block_size)
+        held = tuple(keys[at * self.block_size : end])
+        digest = chain_digest(parent, held)
+        self._label(table.blocks[at], Label(digest, parent, held))
+        return digest
 
     def clear(self) -> None:
         """Forget what idle blocks hold: every one of them is fresh."""

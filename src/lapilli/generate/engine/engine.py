@@ -205,12 +205,7 @@ class Engine:
 
     def stream(self, request: Request) -> EngineStream:
         """Return one answer as an iterator of pieces, while other requests go on too."""
-        return EngineStream(
-            request,
-            submit=lambda handle: self.submit(request, handle=handle),
-            work=self.work,
-            abort=lambda handle: self.abort([handle]),
-        )
+        return EngineStream(self, request)
 
     def step(self) -> bool:
         """Run the model once for everybody; return False when there is nothing more to do.

@@ -10,12 +10,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import LapilliError, RequestError
 from lapilli.generate.output import Generation, Piece
 from lapilli.prompt.encode import EncodedPrompt
+
+if TYPE_CHECKING:  # the engine makes the streams
+    from lapilli.generate.engine.engine import Engine
 
 LOG = logging.getLogger(__name__)
 
@@ -144,24 +147,13 @@ class EngineStream(Iterator[Piece]):
     reference.Stream.
 
     Args:
+        engine: does the work.
         request: what to answer.
-        submit: gives the request to the engine.
-        work: works until there is something to read.
-        abort: lets go of a request that nobody waits for.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        *,
-        submit: Callable[[RequestHandle], object],
-        work: Callable[[Callable[[], bool]], object],
-        abort: Callable[[RequestHandle], None],
-    ) -> None:
+    def __init__(self, engine: "Engine", request: Request) -> None:
         self.handle = RequestHandle(request)
-        self._submit = submit
-        self._work = work
-        self._abort = abort
+        self._engine = engine
         self._is_submitted = False
 
     def __next__(self) -> Piece:
@@ -172,7 +164,7 @@ class EngineStream(Iterator[Piece]):
         """
         if not self._is_submitted:
             self._is_submitted = True  # first: an interrupt must not leave behind what nobody knows
-            self._submit(self.handle)
+            self._engine.submit(self.handle.request, handle=self.handle)
         while True:
             is_finished = self.handle.is_finished  # asked first: a piece may come between
             piece = self.handle.take()
@@ -180,13 +172,13 @@ class EngineStream(Iterator[Piece]):
                 return piece
             if is_finished:
                 raise StopIteration
-            self._work(lambda: self.handle.has_news)
+            self._engine.work(lambda: self.handle.has_news)
 
     def close(self) -> None:
         """Cancel what has not been generated yet."""
         self.handle.cancel()
         if self._is_submitted and not self.handle.is_finished:
-            self._abort(self.handle)
+            self._engine.abort([self.handle])
 
     @property
     def generation(self) -> Generation:
