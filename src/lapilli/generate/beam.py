@@ -1,6 +1,6 @@
-"""Beam search: the likeliest answer among several that are decoded side by side.
+"""Beam search: the most likely answer among several that are decoded at the same time.
 
-With a temperature the continuations are drawn instead of taken from the top (beam sampling).
+With a temperature above 0 the continuations are drawn (beam sampling).
 Knows hypotheses and scores; one row's search does not depend on the other rows of its batch.
 """
 
@@ -20,9 +20,9 @@ from lapilli.shapes import Float, Int, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """One answer that is being tried, and the sum of its log-probabilities.
+    """Answer of one beam and the sum of its log-probabilities.
 
-    While sampling these are divided by the temperature, as in the transformers library.
+    In beam sampling these are divided by the temperature, as in the transformers library.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -30,13 +30,13 @@ class Hypothesis:
     reports: tuple[TokenLogprob, ...] = ()
 
     def score(self, length_penalty: float) -> float:
-        """Return the number that finished hypotheses are ranked by."""
+        """Return the score by which finished hypotheses are ranked."""
         return self.logprob / power(len(self.token_ids), length_penalty)
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A running hypothesis (by its number) with one more token."""
+    """One more token for a running hypothesis, given by its number."""
 
     beam: int
     token_id: int
@@ -48,10 +48,10 @@ class BeamRow:
     """Beam search of one row.
 
     Args:
-        width: hypotheses that run at the same time, and finished ones that are kept.
+        width: number of running hypotheses, and of finished ones that are kept.
         length_penalty: see SamplingParams.
-        ends: whether an answer of these tokens is over.
-        generator: the row's own random source; None: nothing is drawn.
+        ends: returns whether an answer of these tokens is finished.
+        generator: for beam sampling; None: the best continuations are taken.
     """
 
     width: int
@@ -66,10 +66,10 @@ class BeamRow:
         candidates: Sequence[Candidate],
         report: Callable[[int, int], tuple[TokenLogprob, ...]],
     ) -> list[int]:
-        """Go on with the best candidates, best first; returns the number of each one's parent.
+        """Continue with the best candidates, best first; return the number of each one's parent.
 
-        Only the first `width` candidates may finish; the ones after them are there so that enough
-        can go on.
+        Only the first `width` candidates may finish; the others are there so that enough
+        hypotheses go on.
         """
         running: list[tuple[int, Hypothesis]] = []
         for rank, candidate in enumerate(candidates):
@@ -93,8 +93,8 @@ class BeamRow:
     def is_done(self) -> bool:
         """True when no running hypothesis is expected to beat the worst finished one.
 
-        Source: `early_stopping=False` of the transformers library: the best running hypothesis is
-        rated at its present length.
+        Source: `early_stopping=False` of the transformers library, which scores the best running
+        hypothesis at its present length.
         """
         if not self.running:
             return True
@@ -122,16 +122,16 @@ def search(
 ) -> Generator[None, None, None]:
     """Search for all rows until each is done, one token per turn of the iterator.
 
-    Rows that are done leave the batch. Bias and penalties change log-probabilities, after the
-    softmax and not before it: what the transformers library does in beam search.
+    Rows that are done leave the batch. Bias and penalties are applied after the softmax, to
+    log-probabilities, as in the beam search of the transformers library.
 
     Args:
         decoding: the rows, after their prefill.
-        logits: what the prefill gave.
+        logits: after the prompts.
         rows: one search per row of the batch.
         params: number of beams, filters, reports; with a temperature above 0 every row needs a
             generator.
-        num_stop_ids: how many tokens end an answer.
+        num_stop_ids: number of tokens that end an answer.
         processors: bias and penalties of the rows, if there are any.
     """
     active = list(rows)
@@ -168,7 +168,7 @@ def best_candidates(
     params: SamplingParams,
     processors: LogitsProcessors | None,
 ) -> tuple[Float[Tensor, "beams V"], list[list[Candidate]]]:
-    """Return log-probabilities of all beams, and the best or drawn continuations of every row."""
+    """Return the log-probabilities of all beams, and the candidates of every row."""
     vocabulary = logits.shape[-1]
     logprobs = logits.float().log_softmax(dim=-1)
     scores = logprobs if processors is None else processors(logprobs)
@@ -194,7 +194,7 @@ def best_candidates(
 def warp_keeping(
     logprobs: Float[Tensor, "beams V"], least: int, params: SamplingParams
 ) -> Float[Tensor, "beams V"]:
-    """Apply the filters of sampling, but leave every beam at least its `least` best tokens."""
+    """Apply temperature and filters, but keep at least the `least` best tokens of every beam."""
     kept = logprobs.topk(min(least, logprobs.shape[-1])).indices
     tempered = logprobs / params.temperature
     return warp(logprobs, params).scatter(-1, kept, tempered.gather(-1, kept))
@@ -203,10 +203,10 @@ def warp_keeping(
 def draw_several(
     scores: Float[Tensor, "B N"], number: int, generators: Sequence[torch.Generator]
 ) -> tuple[Float[Tensor, "B n"], Int[Tensor, "B n"]]:
-    """Draw several different places per row by the softmax of its scores; best score first.
+    """Draw several places per row without replacement by the softmax of its scores, best first.
 
-    Source: the Gumbel top-k trick (Kool et al. 2019, arXiv 1903.06059): drawing one after the other
-    without putting back, for scores of which most are too small for a probability above 0 as well.
+    Source: the Gumbel top-k trick (Kool et al. 2019, arXiv 1903.06059), which works too where most
+    probabilities round to 0.
     """
     noise = [
         -torch.empty_like(row).exponential_(generator=generator).log()
@@ -220,7 +220,7 @@ def draw_several(
 def reporter(
     logprobs: Float[Tensor, "beams V"], first_beam: int, alternatives: int | None
 ) -> Callable[[int, int], tuple[TokenLogprob, ...]]:
-    """Return what reports a token of one of a row's beams; () unless reports were asked for."""
+    """Return a function that reports a token of a beam; () unless reports were asked for."""
 
     def report(beam: int, token_id: int) -> tuple[TokenLogprob, ...]:
         if alternatives is None:

@@ -17,8 +17,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class TokenLogprob:
     """Log-probability of a token, and of its alternatives.
 
-    Natural logarithms of the model's own probabilities: before bias, penalties, temperature and
-    filters, so they do not depend on how the token was sampled.
+    Natural logarithms of the model's own probabilities, before bias, penalties, temperature and
+    filters.
     """
 
     token_id: int
@@ -50,12 +50,12 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The part of an answer that became certain since the piece before it.
+    """Chunk of an answer: the text that became certain since the chunk before it.
 
     Attributes:
         text: never a part of a character or of a stop string.
-        token_ids: generated since the piece before.
-        finish_reason: set on the last piece only.
+        token_ids: generated since the chunk before.
+        finish_reason: set on the last chunk only.
     """
 
     text: str
@@ -146,14 +146,14 @@ class GenerationState:
         return stops.found is not None
 
     def cancel(self) -> None:
-        """End here, if nothing else ended the answer before."""
+        """End the answer here, unless it is finished."""
         if not self.is_finished:
             self._finish("cancelled")
 
     def take(self) -> Piece | None:
-        """Return what came since the last call; None while there is nothing to show.
+        """Return the text since the last call; None while there is none.
 
-        The piece that tells the end may be empty.
+        The last piece may be empty.
         """
         text = "".join(self._texts[self._num_taken_texts :])
         if self._is_end_taken or not (text or self.is_finished):
@@ -165,7 +165,7 @@ class GenerationState:
         return Piece(text, token_ids, self.finish_reason)
 
     def result(self) -> Generation:
-        """Return the answer so far; cancelled, if it had not ended."""
+        """Return the answer so far, cancelled unless it is finished."""
         self.cancel()
         return Generation(
             token_ids=self.token_ids,
@@ -177,7 +177,7 @@ class GenerationState:
         )
 
     def _finish(self, reason: FinishReason) -> None:
-        """Hand out what was held back: it cannot become anything else any more."""
+        """Append the text that was held back and set the reason."""
         self._texts.append(self._stops.push(self._detokenizer.flush()))
         if self._stops.found is None:
             self._texts.append(self._stops.flush())

@@ -27,8 +27,7 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.kv_cache import KVCache
 from lapilli.shapes import Float, Tensor
 
-# What `next` returns when nothing follows; a step itself is None.
-OVER = object()
+OVER = object()  # returned by `next` when the steps have ended; a step itself is None
 
 
 def generate(
@@ -42,16 +41,16 @@ def generate(
     context_length: int | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Generation]:
-    """Return one answer per row; rows of unequal length are each answered as if they were alone.
+    """Return one answer per row, each as if its row were alone.
 
     Args:
         model: the model.
         batch: prompts, padded on the left.
         params: how to sample tokens and when to stop.
         tokenizer: turns ids into text.
-        prompt_ids: token ids of each row's prompt text, which the repetition penalty then counts as
+        prompt_ids: token ids of each row's prompt text, which the repetition penalty counts as
             seen, as the transformers library does when it is given ids. None: only new tokens
-            count, as in the original, whose generation sees embeddings only.
+            count, as in the original, which generates from embeddings.
         eos_ids: end tokens of the model; None: the tokenizer's. An empty collection: none.
         context_length: most tokens of prompt and answer; None: what the language model reads.
         cancelled: asked after every token; True ends all answers with finish_reason `cancelled`.
@@ -71,7 +70,7 @@ def generate(
 class Stream(Iterator[Piece]):
     """The answer of one row, piece by piece; the texts together are the text of `generate`.
 
-    `close` cancels: no further step is taken and the KV cache is let go. With beams there is one
+    `close` cancels: no further step is taken and the KV cache is released. With beams there is one
     piece at the end, because the best beam is not known before.
     """
 
@@ -90,7 +89,7 @@ class Stream(Iterator[Piece]):
         raise StopIteration
 
     def close(self) -> None:
-        """Cancel what has not been generated yet."""
+        """Cancel the rest of the answer."""
         self._is_over = True
         self._steps.close()
 
@@ -122,8 +121,8 @@ def stream(
         prompt_ids: see `generate`.
         eos_ids: see `generate`.
         context_length: see `generate`.
-        cache: may hold the first positions of this very prompt, which are then not read again;
-            afterwards it holds prompt and answer, without the answer's last token. Not for beams.
+        cache: may hold the first positions of this very prompt, which are not computed again; in
+            the end it holds prompt and answer, without the answer's last token. Not for beams.
 
     Raises:
         ContextTooLongError: the prompt leaves no room for a single token.
@@ -143,7 +142,7 @@ def stream(
 
 
 def check_context(num_tokens: int, context_length: int, *, row: int = 0, visual: int = 0) -> int:
-    """Return how many tokens an answer may have after a prompt of so many.
+    """Return how many tokens an answer may have after a prompt.
 
     Args:
         num_tokens: of the prompt, every visual token counted.

@@ -1,4 +1,4 @@
-"""Requests: what goes into an engine, and the handle by which its answer is read or cancelled.
+"""Request of an engine, the handle by which its answer is read or cancelled, and its stream.
 
     Request --Engine.submit--> RequestHandle: take() the pieces, cancel(), generation
 
@@ -43,19 +43,19 @@ class Request:
 
 
 class RequestHandle:
-    """A submitted request. The engine writes, one reader reads, in any threads.
+    """A submitted request, written by the engine and read by one reader, in any threads.
 
-    A slow reader does not make a queue grow: what came since its last `take` is one piece.
+    A slow reader makes no queue grow: all text since its last `take` is one piece.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.is_cancelled = False
-        self.wake: Callable[[], None] = _nobody
-        """Called when there is something to take, by a thread that has taken a step; the engine is
-        free by then, so it may be asked and told anything. What it raises goes to the log."""
+        self.wake: Callable[[], None] = lambda: None
+        """Called when there is something to take, by a thread that has taken a step and released
+        the engine, so it may use the engine. Exceptions are logged."""
         self.keys: tuple[int, ...] = ()
-        """When it is finished, position keys of what was computed (Engine.save_prefix)."""
+        """Position keys of the computed tokens, once it is finished (Engine.save_prefix)."""
         self._lock = threading.Lock()
         self._is_submitted = False
         self._waiting: list[Piece] = []
@@ -63,7 +63,7 @@ class RequestHandle:
         self._error: LapilliError | None = None
 
     def cancel(self) -> None:
-        """Stop at the next step; what was generated until then is the answer."""
+        """Stop at the next step; the answer is the text generated until then."""
         self.is_cancelled = True
 
     @property
@@ -86,7 +86,7 @@ class RequestHandle:
         """The finished answer.
 
         Raises:
-            LapilliError: what went wrong with this request.
+            LapilliError: the request failed.
             RuntimeError: it is not finished.
         """
         if self._error is not None:
@@ -96,10 +96,10 @@ class RequestHandle:
         return self._generation
 
     def take(self) -> Piece | None:
-        """Return what came since the last call; None while there is nothing.
+        """Return the text since the last call as one piece; None while there is none.
 
         Raises:
-            LapilliError: what went wrong with this request.
+            LapilliError: the request failed.
         """
         with self._lock:
             pieces, self._waiting = self._waiting, []
@@ -160,10 +160,10 @@ class EngineStream(Iterator[Piece]):
         """Return the next piece.
 
         Raises:
-            LapilliError: what is wrong with the request.
+            LapilliError: the request is invalid or failed.
         """
         if not self._is_submitted:
-            self._is_submitted = True  # first: an interrupt must not leave behind what nobody knows
+            self._is_submitted = True  # first, so that `close` aborts it after an interrupt
             self._engine.submit(self.handle.request, handle=self.handle)
         while True:
             is_finished = self.handle.is_finished  # asked first: a piece may come between
@@ -175,7 +175,7 @@ class EngineStream(Iterator[Piece]):
             self._engine.work(lambda: self.handle.has_news)
 
     def close(self) -> None:
-        """Cancel what has not been generated yet."""
+        """Cancel the rest of the answer."""
         self.handle.cancel()
         if self._is_submitted and not self.handle.is_finished:
             self._engine.abort([self.handle])
@@ -185,17 +185,17 @@ class EngineStream(Iterator[Piece]):
         """The answer so far; asked before its end, the answer is cancelled.
 
         Raises:
-            LapilliError: what went wrong with the request.
-            RuntimeError: it was never begun.
+            LapilliError: the request failed.
+            RuntimeError: it was never submitted.
         """
         self.close()
         return self.handle.generation
 
 
 def wake_all(handles: deque[RequestHandle]) -> None:
-    """Wake the readers of all handles, whatever some of them raise; takes them off the list.
+    """Wake the readers of all handles and empty the list, whatever some of them raise.
 
-    An interrupt does not keep the others from being told: nobody may wait for ever.
+    After an interrupt the remaining ones are woken too: no reader may wait for ever.
     """
     try:
         while handles:
@@ -211,9 +211,5 @@ def wake_all(handles: deque[RequestHandle]) -> None:
 def _wake(handle: RequestHandle) -> None:
     try:
         handle.wake()
-    except Exception:  # foreign code: its error is nobody else's business
+    except Exception:  # a callback may be any code; its error concerns no other request
         LOG.exception("RequestHandle.wake raised; the engine goes on")
-
-
-def _nobody() -> None:
-    """Wake nobody."""
