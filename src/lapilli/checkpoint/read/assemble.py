@@ -74,15 +74,6 @@ class Matching:
         infos = {n: part.store.infos[foreign] for n, (*_, (part, foreign)) in self.sources.items()}
         return {n: info.dtype for n, info in infos.items() if info.dtype.is_floating_point}
 
-    def report(self) -> LoadReport:
-        """Summarise the matching as a LoadReport of names."""
-        return LoadReport(
-            used=tuple(sorted(self.sources)),
-            dropped=self.dropped,
-            missing=self.missing,
-            unexpected=self.unexpected,
-        )
-
 
 class WithoutInitialisation(TorchFunctionMode):
     """Modules are built with whatever their memory holds: the files will fill it.
