@@ -1,7 +1,6 @@
-"""The files of a LoRA adapter, in PEFT's format, with the tensors that were trained beside it.
+"""LoRA adapter in PEFT's format: its configuration, its halves and its whole tensors.
 
-What adapter_config.json says is followed, known to change nothing of what stored tensors compute,
-or refused by its name.
+Every key of adapter_config.json is followed, known to have no effect on stored tensors, or refused.
 """
 
 import math
@@ -33,10 +32,10 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 WRAPPER = "base_model.model."
 HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.\w+)?\.weight")
-# How a fresh adapter was drawn does not matter once it is trained, but these beginnings alone leave
-# the base as it is: PEFT takes the start of the others off the base's weights, or rounds them.
+# Initializations that leave the weights of the base as they are: for the others PEFT subtracts the
+# initial adapter from them, or rounds them.
 _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-# Where an adapter comes from, where it sits (the names of its tensors say so), how it was trained.
+# Keys about origin, training, and targets, which the names of the tensors give too.
 _WITHOUT_EFFECT = frozenset(
     {
         *("auto_mapping", "peft_version", "task_type", "inference_mode", "runtime_config"),
@@ -51,14 +50,14 @@ _MERGE_IT = "merge it with PEFT (merge_and_unload) and load the merged model"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """An adapter directory, opened.
+    """An open adapter directory.
 
     Args:
         path: the directory.
-        config: rank, scale and patterns; the patterns are of the names in the file.
-        base_name: what the adapter says it was trained on.
-        revision: of that, where it is a repository of the hub.
-        keeps_ties: a trained embedding is the output layer too, where the base's is.
+        config: rank, scale and patterns of names in the file.
+        base_name: the base that it names.
+        revision: of the base, if it is a repository of the hub.
+        keeps_ties: a trained embedding is the output layer too, if the base's is.
         store: its tensors.
     """
 
@@ -70,12 +69,12 @@ class Adapter:
     keeps_ties: bool = False
 
     def config_of(self, keymap: KeyMap) -> LoraConfig:
-        """Return the configuration by the paths that the modules have in the model.
+        """Return the configuration with patterns of the module paths of the model.
 
-        A pattern may spell a module as the file does, or as another release of the same layout.
+        A pattern may name a module as the file does, or as another release of the same layout.
 
         Raises:
-            MissingWeightsError: a tensor of a module that the model cannot have.
+            MissingWeightsError: a tensor of a module that the layout does not have.
 
         Source: PEFT matches a pattern with the end of the path of a module of its own model.
         """
@@ -96,7 +95,7 @@ class Adapter:
         """Map `PATH.lora_A.weight` in the model to the tensor of the file, for both halves.
 
         Raises:
-            MissingWeightsError: a tensor of a module that the model cannot have.
+            MissingWeightsError: a tensor of a module that the layout does not have.
             CheckpointError: several adapters of one module.
         """
         names: dict[str, str] = {}
@@ -127,7 +126,7 @@ class Adapter:
         """Return whole tensors of the adapter (modules_to_save, biases), named as in the base.
 
         Raises:
-            UnsupportedModelError: tensors of a kind of adapter that lapilli does not have.
+            UnsupportedModelError: tensors of another kind of adapter.
         """
         plain = WeightStore()
         for foreign in self.store.infos:
@@ -144,7 +143,7 @@ class Adapter:
         return plain
 
     def tensors(self, keymap: KeyMap, *, check_finite: bool) -> Mapping[str, Tensor]:
-        """Read both halves of every module in float32, by the names they have in the model.
+        """Read both halves of every module in float32, by their names in the model.
 
         Raises:
             CheckpointError: a tensor holds NaN or an infinity.
@@ -224,7 +223,7 @@ def parse_adapter_config(raw: JsonObject) -> LoraConfig:
 
 
 def _check_unread(reader: KeyReader) -> None:
-    """Refuse what is switched on and nothing reads: every release of PEFT has more variations."""
+    """Check that no unknown option is on: every release of PEFT has more variants of LoRA."""
     for key in reader.report().unknown:
         value = reader.raw[key]
         if value:
@@ -268,13 +267,13 @@ def _pattern(
 
 
 def _module_of(foreign: str) -> str:
-    """Return the module of a tensor as the file calls it, without the wrapper around the model."""
+    """Return the module path of a tensor in the file, without PEFT's wrapper."""
     matched = HALF.fullmatch(foreign.removeprefix(WRAPPER))
     return foreign if matched is None else matched["module"]
 
 
 def _first_match(patterns: Mapping[str, Number], names: Sequence[str]) -> Number | None:
-    """Return the number of the first pattern that is the end of one of the names."""
+    """Return the number of the first pattern that matches the end of one of the names."""
     for name in names:
         for pattern, number in patterns.items():
             if ends_with(pattern, name):

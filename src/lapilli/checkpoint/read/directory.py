@@ -44,7 +44,7 @@ class WeightPart:
         label: of the part in messages; BASE for the model under an adapter.
         store: the tensors.
         keymap: the parameters that their names mean.
-        skipped: prefixes of parameters that this part holds but does not give.
+        skipped: prefixes of parameters whose tensors here are dropped.
     """
 
     label: str
@@ -57,19 +57,19 @@ class WeightPart:
         return self.keymap.to_ours(foreign)
 
     def is_dropped(self, foreign: str) -> bool:
-        """Return whether the part holds a tensor without giving it, on purpose."""
+        """Return whether a tensor of the part is dropped on purpose."""
         ours = self.keymap.to_ours(foreign)
         skipped = bool(self.skipped) and ours is not None and ours.startswith(self.skipped)
         return skipped or self.keymap.is_dropped(foreign)
 
     @property
     def parameters(self) -> dict[str, str]:
-        """The tensor for every parameter that the part holds one for, given or not."""
+        """Names of tensors by the parameter that they are for, dropped ones too."""
         named = ((self.keymap.to_ours(foreign), foreign) for foreign in self.store.infos)
         return {ours: foreign for ours, foreign in named if ours is not None}
 
     def has(self, prefix: str) -> bool:
-        """Return whether a tensor belongs under this parameter prefix, given or not."""
+        """Return whether any parameter has this prefix."""
         return any(ours.startswith(prefix) for ours in self.parameters)
 
 
@@ -84,7 +84,7 @@ def open_outside(directory: Path, *, fetch: bool) -> WeightStore:
 
 
 def keymap_of(raw: JsonObject) -> KeyMap:
-    """Return the names that the tensors beside this config.json have."""
+    """Return the key map of the tensors beside this config.json."""
     if is_hf_llava(raw):
         return HF_LLAVA
     if not is_original(raw):
@@ -166,7 +166,7 @@ def with_tower(
 
 
 def preprocessor_of(path: Path) -> JsonObject | None:
-    """Read preprocessor_config.json, or its successor inside processor_config.json."""
+    """Read preprocessor_config.json, or its successor in processor_config.json."""
     found = read_optional_json(path / "preprocessor_config.json")
     if found is not None:
         return found
@@ -184,7 +184,7 @@ def pixel_notes(path: Path, config: ModelConfig) -> tuple[str, ...]:
     )
 
 
-# Numbers that a base and what was trained on it must share.
+# Numbers that a base and the adapter or projector on it must share.
 SHARED = (
     "hidden_size",
     "num_layers",
@@ -209,9 +209,9 @@ def find_base(
 
     Args:
         given: by the caller.
-        named: by the checkpoint: adapter_config.json or config.json.
+        named: by the checkpoint, in adapter_config.json or config.json.
         path: of the checkpoint; a relative name may start from it or from its parent.
-        revision: of the named base, where it is a repository of the hub.
+        revision: of the named base, if it is a repository of the hub.
         fetch: False leaves the weights of a hub repository where they are.
 
     Raises:
@@ -241,7 +241,7 @@ def find_base(
 def base_part(directory: Path, *, fetch: bool = True) -> WeightPart | None:
     """Open the weights of a base: a plain language model, or a LLaVA of either layout.
 
-    None where they are on the hub and stay there (fetch=False).
+    None with fetch=False where they are still on the hub.
 
     Raises:
         MissingFileError: no config.json or no weights there.
@@ -259,10 +259,10 @@ def base_part(directory: Path, *, fetch: bool = True) -> WeightPart | None:
 
 
 def check_base(expected: TextConfig, base: Path) -> int:
-    """Check a base against what was trained on it; return the rows of its vocabulary.
+    """Check the sizes of a base; return the number of rows of its vocabulary.
 
     Raises:
-        ShapeMismatchError: a number differs; the message names every one.
+        ShapeMismatchError: some differ; the message names every one.
     """
     found = parse_text_config(read_json(base / "config.json"))
     names = {field.name for field in fields(expected)} & {field.name for field in fields(found)}

@@ -65,15 +65,15 @@ class Plan:
         form: "full", "LoRA", PEFT_ADAPTER or "projector".
         path: the directory that was asked for.
         raw: its config.json, naming the tower that is read.
-        weights_raw: config.json of the language model's weights, a base's for what lies on one;
-            it says how they are packed.
-        config: what the model is, its vocabulary already of the tokenizer's length.
-        keys: what becomes of the configuration keys.
-        parts: where the tensors come from; later ones override earlier ones.
-        keymap: the names that an adapter's modules have.
+        weights_raw: config.json beside the weights of the language model (a base's, for an
+            adapter), with their quantization.
+        config: of the model, its vocabulary already of the tokenizer's length.
+        keys: configuration keys that were read, ignored or are unknown.
+        parts: sources of the tensors; later ones override earlier ones.
+        keymap: of the names of an adapter's modules.
         tokenizer: with the tokens added that the original adds.
-        tokenizer_path: where it and the chat template come from.
-        vocabulary: how the vocabulary tables of the files are fitted.
+        tokenizer_path: directory of the tokenizer and the chat template.
+        vocabulary: rows of the vocabulary tables.
         adapter: laid over the model when it is filled.
         base_path: of the language model under an adapter or projector.
         tower_path: of a vision tower outside the checkpoint.
@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def parameters(self) -> frozenset[str]:
-        """The parameters that the files have a tensor for, by the rules for names."""
+        """The parameters that the files have tensors for."""
         return frozenset(name for part in self.parts for name in part.parameters)
 
     @property
@@ -110,13 +110,13 @@ class Plan:
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """Every file that gives tensors, a base's, a tower's and an adapter's too."""
+        """Every weight file, those of a base, a tower and an adapter too."""
         stores = [part.store for part in self.parts]
         stores += [] if self.adapter is None else [self.adapter.store]
         return tuple(dict.fromkeys(s.path for store in stores for s in store.shards.values()))
 
     def match(self, model: nn.Module) -> Matching:
-        """Pair every tensor of the files with a parameter of the model."""
+        """Match the parameters of a model with the tensors of the files."""
         return match(self.parts, model, tied=self.config.text.tie_embeddings)
 
 
@@ -131,7 +131,7 @@ def make_plan(
 
     Args:
         source: a directory, a hub id or "pebble".
-        base: the language model under a LoRA or a projector; None takes what the checkpoint names.
+        base: the language model under a LoRA or a projector; None: the one that it names.
         adapter: a PEFT adapter to lay over the checkpoint.
         fetch: False leaves the weights of a hub repository where they are; `parts` is then empty.
 
@@ -185,7 +185,7 @@ def _with_adapter(plan: Plan, path: Path) -> Plan:
             f"{path} over it"
         )
     own = read_optional_json(path / "config.json")
-    # The original's folder keeps the original's names, whatever the base calls its modules.
+    # A folder in the original layout has the original's names, whatever the layout of the base.
     keymap = keymap_of(own) if own is not None and is_original(own) else plan.keymap
     parts = (*plan.parts, *_saved_part(adapter, keymap))
     beside = _first(path, NON_LORA_FILES)
@@ -204,7 +204,7 @@ def _with_adapter(plan: Plan, path: Path) -> Plan:
 
 
 def _with_stored_head(plan: Plan) -> Plan:
-    """Keep the output layer of the files where it is not the embedding that it should be.
+    """Keep an output layer of the files that differs from the embedding that it should be.
 
     Source: transformers from 5.0 keeps both tables and warns.
     """
@@ -220,7 +220,7 @@ def _with_stored_head(plan: Plan) -> Plan:
 
 
 def _with_own_head(plan: Plan) -> Plan:
-    """Give the plan an output layer of its own where the adapter changes one of a tied pair.
+    """Untie output layer and embedding where the adapter changes one of them.
 
     Source: PEFT: LoRA and modules_to_save lie on one module, the other keeps the base's weight.
     """
@@ -244,7 +244,7 @@ def _with_own_head(plan: Plan) -> Plan:
 
 
 def _with_longer_vocabulary(plan: Plan) -> Plan:
-    """Add the tokens of the adapter to the plan: its tables have rows for them.
+    """Add the tokens of the adapter to the plan, whose vocabulary tables have rows for them.
 
     Source: PEFT stores both tables whole where a program gave the model more rows.
     """
@@ -295,13 +295,13 @@ def _plan_on_base(
 
 
 def _saved_part(adapter: Adapter | None, keymap: KeyMap) -> list[WeightPart]:
-    """Return the whole tensors inside an adapter, where it has some."""
+    """Return a part of the whole tensors inside an adapter, if it has any."""
     saved = WeightStore() if adapter is None else adapter.saved_modules()
     return [WeightPart(ADAPTER, saved, keymap)] if saved.infos else []
 
 
 def _trained_part(file: Path, keymap: KeyMap) -> WeightPart:
-    """Open tensors that were trained and stored under the names of a wrapped model.
+    """Open tensors that were stored under the names of a model wrapped by PEFT.
 
     Source: LLaVA builder.py: `base_model.` is stripped, then one `model.` where all have two.
     """
