@@ -179,7 +179,12 @@ def written_template(
         return WrittenTemplate()
     if isinstance(template, str):
         if template == OWN:
-            return WrittenTemplate(OWN, _present(source, tokenizer_path))
+            if source is None:
+                raise ConfigError(
+                    f"template {OWN!r} is to be written, but there is no chat template in "
+                    f"{tokenizer_path}: give one by name ({', '.join(TEMPLATES)})"
+                )
+            return WrittenTemplate(OWN, source)
         return WrittenTemplate(template_by_name(template).name)
     if isinstance(template, JinjaTemplate):
         return WrittenTemplate(OWN, template.source)
@@ -192,12 +197,3 @@ def written_template(
     if TEMPLATES.get(template.name) == around_media(template, use_start_end=False):
         return WrittenTemplate(template.name)
     return WrittenTemplate(OWN, with_gaps(to_jinja(template), template.media_gap))
-
-
-def _present(source: str | None, place: Path | None) -> str:
-    if source is None:
-        raise ConfigError(
-            f"template {OWN!r} is to be written, but there is no chat template in {place}: give "
-            f"one by name ({', '.join(TEMPLATES)})"
-        )
-    return source

@@ -3,9 +3,8 @@
 Every key of adapter_config.json is followed, known to have no effect on stored tensors, or refused.
 """
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from lapilli.checkpoint.formats.files import read_json
 from lapilli.checkpoint.formats.weights import WeightStore, check_values
 from lapilli.checkpoint.keymaps import KeyMap
 from lapilli.checkpoint.read.assemble import some
-from lapilli.config.reader import JsonObject, KeyReader, is_object
+from lapilli.config.reader import JsonObject, KeyReader
 from lapilli.errors import (
     CheckpointError,
     ConfigError,
@@ -207,24 +206,20 @@ def parse_adapter_config(raw: JsonObject) -> LoraConfig:
             "weights of the base under it: save it as a plain LoRA (save_pretrained with "
             f"path_initial_model_for_weight_conversion), or {_MERGE_IT}"
         )
+    alpha = reader.number("lora_alpha", 8.0)
+    ranks, alphas = reader.child("rank_pattern"), reader.child("alpha_pattern")
     config = LoraConfig(
         rank=reader.positive("r", 8),
-        alpha=_finite(reader, "lora_alpha", reader.number("lora_alpha", 8.0)),
+        alpha=alpha,
         dropout=reader.number("lora_dropout", 0.0),
         use_rslora=reader.flag("use_rslora", False),
         fan_in_fan_out=reader.flag("fan_in_fan_out", False),
-        rank_pattern={name: int(r) for name, r in _pattern(reader, "rank_pattern", _is_rank)},
-        alpha_pattern=dict(_pattern(reader, "alpha_pattern", _is_alpha)),
+        rank_pattern={name: ranks.positive(name) for name in _patterns(ranks)},
+        alpha_pattern={name: alphas.number(name, alpha) for name in _patterns(alphas)},
     )
     for key in ("base_model_name_or_path", "revision", "ensure_weight_tying"):
         reader.value(key)  # read by `open_adapter`
-    _check_unread(reader)
-    return config
-
-
-def _check_unread(reader: KeyReader) -> None:
-    """Check that no unknown option is on: every release of PEFT has more variants of LoRA."""
-    for key in reader.report().unknown:
+    for key in reader.report().unknown:  # every release of PEFT has more variants of LoRA
         value = reader.raw[key]
         if value:
             shown = "true" if value is True else repr(value)[:80]
@@ -232,38 +227,18 @@ def _check_unread(reader: KeyReader) -> None:
                 f"{ADAPTER_CONFIG}: {key} {shown} is not supported, it may change what the adapter "
                 f"computes: {_MERGE_IT}"
             )
+    return config
 
 
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_alpha(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(float(str(value)))
-
-
-def _finite(reader: KeyReader, key: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise ConfigError(f"{reader.where}: {key} is {value}: expected a finite number")
-    return value
-
-
-def _pattern(
-    reader: KeyReader, key: str, is_good: Callable[[object], bool]
-) -> list[tuple[str, float]]:
-    value = reader.value(key)
-    if value is None:
-        return []
-    if not is_object(value) or not all(map(is_good, value.values())):
-        raise ConfigError(f"{reader.where}: {key} must map patterns to numbers, got {value!r}")
-    try:
-        [re.compile(pattern) for pattern in value]
-    except re.error as error:
-        raise ConfigError(
-            f"{reader.where}: {key} has {error.pattern!r}, which is no regular expression: {error}"
-        ) from error
-    return [(name, float(str(number))) for name, number in value.items()]
+def _patterns(reader: KeyReader) -> Iterator[str]:
+    for pattern in reader.raw:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"{reader.where}: {reader.prefix}{pattern} is no regular expression: {error}"
+            ) from error
+        yield pattern
 
 
 def _module_of(foreign: str) -> str:

@@ -112,7 +112,7 @@ class BlockPool:
         self._fresh = list(range(store.num_blocks - 1, 0, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._known: dict[bytes, int] = {}
-        self._children: dict[bytes, dict[int, None]] = {}
+        self._children: dict[bytes, dict[int, tuple[int, ...]]] = {}
 
     @property
     def capacity(self) -> int:
@@ -153,18 +153,9 @@ class BlockPool:
 
     def _tail(self, parent: bytes, keys: Sequence[int]) -> tuple[int, int] | None:
         """Return the block after `parent` that shares the longest beginning, and its length."""
-        best = max(
-            (
-                (_shared(self._keys_of(block), keys), block)
-                for block in self._children.get(parent, ())
-            ),
-            default=(0, 0),
-        )
-        return (best[1], best[0]) if best[0] else None
-
-    def _keys_of(self, block: int) -> tuple[int, ...]:
-        label = self._blocks[block].label
-        return () if label is None else label.keys
+        held = self._children.get(parent, {})
+        length, block = max(((_shared(held[n], keys), n) for n in held), default=(0, 0))
+        return (block, length) if length else None
 
     def reserve(self, prefix: Prefix, num_positions: int) -> BlockTable | None:
         """Return blocks for a sequence, its cached beginning shared; None: too few are free."""
@@ -243,7 +234,7 @@ class BlockPool:
         if label.digest not in self._known:
             self._blocks[block].label = label
             self._known[label.digest] = block
-            self._children.setdefault(label.parent, {})[block] = None
+            self._children.setdefault(label.parent, {})[block] = label.keys
 
     def _own(self, block: int) -> None:
         self._blocks[block].owners += 1

@@ -309,25 +309,22 @@ class Engine:
         """
         news: deque[RequestHandle] = deque()
         try:
-            return self._do_locked(work, news, alone=alone)
+            with self._lock.turn:
+                if self._held_by is self._lock.turn:
+                    return None if alone else work()  # type: ignore[return-value]  # alone: T is None
+                try:
+                    self._held_by = self._lock.turn
+                    self._core.news = news
+                    if self._is_broken_off:
+                        self._core.settle()
+                    self._is_broken_off = True
+                    done = work()
+                    self._is_broken_off = False
+                    return done
+                finally:
+                    self._held_by = None
         finally:
             wake_all(news)
-
-    def _do_locked(self, work: Callable[[], T], news: deque[RequestHandle], *, alone: bool) -> T:
-        with self._lock.turn:
-            if self._held_by is self._lock.turn:
-                return None if alone else work()  # type: ignore[return-value]  # alone: T is None
-            try:
-                self._held_by = self._lock.turn
-                self._core.news = news
-                if self._is_broken_off:
-                    self._core.settle()
-                self._is_broken_off = True
-                done = work()
-                self._is_broken_off = False
-                return done
-            finally:
-                self._held_by = None
 
 
 def readable_context(model: VisionLanguageModel, wanted: int | None) -> int:

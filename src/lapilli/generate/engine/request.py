@@ -60,7 +60,8 @@ class RequestHandle:
         self._is_submitted = False
         self._waiting: list[Piece] = []
         self._generation: Generation | None = None
-        self._error: LapilliError | None = None
+        self.error: LapilliError | None = None
+        """The reason why there is no answer."""
 
     def cancel(self) -> None:
         """Stop at the next step; the answer is the text generated until then."""
@@ -69,17 +70,12 @@ class RequestHandle:
     @property
     def is_finished(self) -> bool:
         """True once nothing more comes, after an error too."""
-        return self._generation is not None or self._error is not None
+        return self._generation is not None or self.error is not None
 
     @property
     def has_news(self) -> bool:
         """True while `take` returns a piece, or the request is finished."""
         return bool(self._waiting) or self.is_finished
-
-    @property
-    def error(self) -> LapilliError | None:
-        """The reason why there is no answer."""
-        return self._error
 
     @property
     def generation(self) -> Generation:
@@ -89,8 +85,8 @@ class RequestHandle:
             LapilliError: the request failed.
             RuntimeError: it is not finished.
         """
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         if self._generation is None:
             raise RuntimeError("this request is not finished")
         return self._generation
@@ -104,8 +100,8 @@ class RequestHandle:
         with self._lock:
             pieces, self._waiting = self._waiting, []
         if not pieces:
-            if self._error is not None:
-                raise self._error
+            if self.error is not None:
+                raise self.error
             return None
         return Piece(
             "".join(piece.text for piece in pieces),
@@ -137,7 +133,7 @@ class RequestHandle:
 
     def fail(self, error: LapilliError) -> None:
         """End without an answer; called by the engine."""
-        self._error = error
+        self.error = error
 
 
 class EngineStream(Iterator[Piece]):

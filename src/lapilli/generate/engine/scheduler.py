@@ -106,8 +106,9 @@ class Scheduler:
     def settle(self) -> None:
         """Give every sequence exactly one place again after an interrupted change."""
         self.take_in()
-        self.running = [row for row in _once(self.running) if row.table is not None or row.is_open]
-        self.waiting = [one for one in _once(self.waiting) if one not in self.running]
+        running, waiting = dict.fromkeys(self.running), dict.fromkeys(self.waiting)
+        self.running = [row for row in running if row.table is not None or row.is_open]
+        self.waiting = [one for one in waiting if one not in self.running]
         for one in self.waiting:
             one.table, one.length = None, 0
 
@@ -130,7 +131,7 @@ class Scheduler:
             table = self._pool.reserve(prefix, sequence.num_needed_positions)
             if table is None:
                 break
-            sequence.begin(table)
+            sequence.table, sequence.length = table, table.length
             self.running.append(sequence)
             self.waiting.remove(sequence)
             self._pool.stats.tokens += sequence.prompt_length
@@ -219,7 +220,3 @@ def is_being_computed(sequence: Sequence, known: int, running: list[Sequence]) -
 def root_digest(weights_version: int) -> bytes:
     """Return the digest that the chains of all sequences of a weights version begin with."""
     return hashlib.sha256(f"{weights_version}".encode()).digest()
-
-
-def _once(sequences: list[Sequence]) -> list[Sequence]:
-    return list(dict.fromkeys(sequences))

@@ -88,11 +88,6 @@ class Sequence:
         """The blocks of its keys and values; none before it is admitted."""
         return [] if self.table is None else self.table.blocks
 
-    def begin(self, table: BlockTable) -> None:
-        """Take the reserved blocks, the first of which may be computed already."""
-        self.table = table
-        self.length = table.length
-
     def propose(self, is_worth: IsWorth) -> list[int]:
         """Return draft tokens, as many as the answer has room for at most."""
         most = min(MOST_DRAFT_TOKENS, self.answer.limit - self.answer.num_tokens - 1)
