@@ -1,4 +1,4 @@
-"""A checkpoint goes from layout to layout and stays what it is."""
+"""Export between layouts keeps a checkpoint the same."""
 
 import pytest
 import torch

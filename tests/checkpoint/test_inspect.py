@@ -1,4 +1,4 @@
-"""What `lapilli inspect` tells, without reading weights."""
+"""Inspection of checkpoints without reading their weights."""
 
 import json
 import shutil

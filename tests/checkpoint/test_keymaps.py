@@ -1,4 +1,4 @@
-"""The tables of names lead there and back."""
+"""Key maps translate names in both directions."""
 
 import pytest
 

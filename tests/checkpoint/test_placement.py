@@ -1,4 +1,4 @@
-"""Device and number format when nobody says."""
+"""Default device and dtype, by name and by the memory of the machine."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Files from strangers: each kind of hostile file ends in one CheckpointError on one line."""
+"""Hostile files: each kind ends in one CheckpointError of one line."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Beam sampling: what is drawn, how often, and what its scores are."""
+"""Beam sampling: distribution of the draws, their number, and the scores of the beams."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Text as it becomes certain, against `decode` of every kind of tokenizer; stop strings."""
+"""Incremental text equals `decode` of every kind of tokenizer; stop strings are cut off."""
 
 import copy
 

@@ -1,7 +1,7 @@
-"""Every path that makes tokens calls Sampler.sample: what is changed there, all of them follow.
+"""Every path that generates tokens samples with Sampler.sample and follows every option.
 
-The trap was an argmax of raw logits beside the function: an option added to the function was
-followed by the plain loop and ignored by the engine's greedy rows.
+There was an argmax of raw logits beside that function: an option added to the function was followed
+by the plain loop and ignored by the default greedy path.
 """
 
 import dataclasses

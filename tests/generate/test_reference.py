@@ -1,3 +1,5 @@
+"""The plain decode loop against transformers: rows, limits, stop strings, streams, caches."""
+
 import gc
 import weakref
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Guesses come from text only; checked, they change no answer; a clock decides whether they pay."""
+"""Speculative decoding: drafts come from text only, change no answer, and save time."""
 
 import dataclasses
 from collections import Counter

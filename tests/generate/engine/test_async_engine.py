@@ -1,4 +1,4 @@
-"""Answers as asynchronous iterators: many tasks, one thread, nobody waits for ever."""
+"""Answers as asynchronous iterators: many tasks, one thread for the model, cancellation, limits."""
 
 import asyncio
 import dataclasses

@@ -1,4 +1,4 @@
-"""The pool never gives one block to two owners, and finds only what is really there."""
+"""The block pool gives no block to two owners and finds only what was published."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How much memory an engine plans for."""
+"""Sizes of the block pool by options and by the memory of the machine."""
 
 import dataclasses
 import os

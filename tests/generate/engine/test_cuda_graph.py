@@ -1,4 +1,4 @@
-"""Steps in fixed shapes give what other steps give, also when they are replayed instead of run."""
+"""Decode steps in fixed shapes give the logits of other steps, replayed or not."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""A digest tells contents apart; the watch sees every change of a model."""
+"""Digests of contents differ, the weight watch notices every change, and the cache is LRU."""
 
 import gc
 import weakref

@@ -1,6 +1,6 @@
-"""Nothing kept is ever used for something else: pictures, questions, evictions, adapters at random.
+"""Cached values are used for nothing else: pictures, questions, evictions, adapters at random.
 
-Every answer is compared with one that no cache had a part in.
+Every answer is compared with one that was computed without caches.
 """
 
 import dataclasses

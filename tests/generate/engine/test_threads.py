@@ -1,4 +1,4 @@
-"""One model, any number of threads: never a wrong answer, nobody waits for ever."""
+"""One model in any number of threads: no wrong answer, and no thread waits for ever."""
 
 import copy
 import dataclasses
