@@ -1,7 +1,7 @@
 """Every path that generates tokens samples with Sampler.sample and follows every option.
 
 There was an argmax of raw logits beside that function: an option added to the function was followed
-by the plain loop and ignored by the default greedy path.
+by the plain loop and ignored by the engine's greedy rows.
 """
 
 import dataclasses
