@@ -76,7 +76,7 @@ def test_a_file_is_no_directory(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
-def test_the_folder_of_a_run(tmp_path, file):
+def test_the_folder_of_a_training_run_names_its_model_folder(tmp_path, file):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / file).write_text("{}")
     with pytest.raises(MissingFileError, match=rf"did you mean {tmp_path / 'model'}\?"):
@@ -257,7 +257,7 @@ def test_values_that_are_not_finite(copy, value):
     assert load(path, check_finite=False).report.missing == ()
 
 
-def test_a_table_is_looked_at_in_a_copy(copy, monkeypatch):
+def test_vocabulary_tables_are_checked_in_a_copy(copy, monkeypatch):
     """Rows that nobody uses stay out of memory: the model's table is not what is summed."""
     path, _ = copy(SAFE)
     change_weights(

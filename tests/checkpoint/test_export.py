@@ -1,4 +1,4 @@
-"""A checkpoint goes from layout to layout and stays what it is."""
+"""Export between layouts keeps a checkpoint the same."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def state_of(path, **options):
     return loaded, loaded.model.state_dict()
 
 
-def test_there_and_back(golden, tmp_path):
+def test_an_export_to_hugging_face_and_back_changes_nothing(golden, tmp_path):
     _, built, _ = golden("llava-v1.5-tiny-pad")
     there, back = tmp_path / "there", tmp_path / "back"
     export_checkpoint(built["model_path"], there, layout="huggingface", dtype="float32")
@@ -44,7 +44,7 @@ def test_an_adapter_is_folded_in(golden, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["llava", "huggingface"])
-def test_pebble_still_says_which_pictures_it_was_made_for(tmp_path, layout):
+def test_an_exported_pebble_keeps_its_detector(tmp_path, layout):
     export_checkpoint("pebble", tmp_path / "out", layout=layout)
     before, after = (load_detector(resolve(place)) for place in ("pebble", str(tmp_path / "out")))
     assert after.knows == before.knows

@@ -1,4 +1,4 @@
-"""What `lapilli inspect` tells, without reading weights."""
+"""Inspection of checkpoints without reading their weights."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def test_lora(golden):
     assert found.missing == ()
 
 
-def test_gaps_are_listed_and_raise_nothing(golden, tmp_path, no_reading):
+def test_missing_tensors_are_listed_without_an_error(golden, tmp_path, no_reading):
     _, built, _ = golden("llava-v1.5-tiny-leftpad")
     path = tmp_path / "llava-broken"
     shutil.copytree(built["model_path"], path)
@@ -97,12 +97,12 @@ def test_of_a_hub_repository_only_small_files_are_fetched(golden, tmp_path, monk
     assert found.missing == ()
 
 
-def test_what_is_no_checkpoint(tmp_path):
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(MissingFileError, match=r"config.json is missing in"):
         inspect_checkpoint(tmp_path)
 
 
-def test_settings_of_sampling_that_are_not_applied_are_told(tmp_path):
+def test_sampling_settings_that_are_not_applied_are_noted(tmp_path):
     path = tmp_path / "model"
     shutil.copytree(sources.resolve("pebble"), path)
     settings = {"repetition_penalty": 1.5, "suppress_tokens": [7], "num_beams": 1, "top_p": 0.9}

@@ -1,4 +1,4 @@
-"""The tables of names lead there and back."""
+"""Key maps translate names in both directions."""
 
 import pytest
 
@@ -40,7 +40,7 @@ TOWER = "modalities.image.vision_tower.vision_model."
         (VISION_TOWER, "vision_model.pre_layrnorm.weight", f"{TOWER}pre_layrnorm.weight"),
     ],
 )
-def test_there_and_back(keymap, foreign, ours):
+def test_names_survive_both_directions(keymap, foreign, ours):
     assert keymap.to_ours(foreign) == ours
     assert keymap.to_foreign(ours) == foreign
     assert not keymap.is_dropped(foreign)
@@ -86,6 +86,6 @@ def test_dropped_on_purpose(keymap, foreign):
     assert keymap.is_dropped(foreign)
 
 
-def test_names_that_no_table_knows():
+def test_unknown_names_have_no_parameter():
     assert ORIGINAL.to_ours("vpm.blocks.0.weight") is None
     assert ORIGINAL.to_foreign("modalities.audio.encoder.weight") is None

@@ -69,7 +69,7 @@ def test_one_of_the_two_files_is_an_error(tmp_path: Path) -> None:
         ({"limit": 1.0}, [9], [9, 9]),
     ],
 )
-def test_what_is_no_detector_is_an_error(tmp_path, said, mean, whitening) -> None:
+def test_files_that_are_no_detector_are_an_error(tmp_path, said, mean, whitening) -> None:
     (tmp_path / "world.json").write_text(json.dumps({"knows": "shapes", **said}))
     tensors = {"mean": torch.zeros(mean), "whitening": torch.zeros(whitening)}
     save_file(tensors, tmp_path / "world.safetensors")

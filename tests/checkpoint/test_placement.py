@@ -1,4 +1,4 @@
-"""Device and number format when nobody says."""
+"""Default device and dtype, by name and by the memory of the machine."""
 
 import pytest
 import torch
@@ -35,11 +35,11 @@ def test_auto_on_a_gpu_is_bfloat16(monkeypatch, stored):
 
 
 @pytest.mark.parametrize("asked", ["bf16", "bfloat16", "torch.bfloat16", torch.bfloat16])
-def test_names_of_a_format(asked):
+def test_every_name_of_a_dtype_is_read(asked):
     assert choose_dtype(asked, device=CPU, stored=None, num_parameters=1) is torch.bfloat16
 
 
-def test_formats_that_are_not_for_weights():
+def test_dtypes_that_are_not_for_weights_are_refused():
     with pytest.raises(ConfigError, match=r"dtype torch.int8 is not one for weights"):
         choose_dtype(torch.int8, device=CPU, stored=None, num_parameters=1)
 
@@ -50,7 +50,7 @@ def test_device():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_here():
+def test_a_missing_device_is_refused():
     with pytest.raises(ConfigError, match="device 'cuda:1' was asked for, but there is no CUDA"):
         choose_device("cuda:1")
 

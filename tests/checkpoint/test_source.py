@@ -84,14 +84,14 @@ RESPONSE = SimpleNamespace(headers={}, request=REQUEST, status_code=404)
         (OSError("disk full"), "could not be fetched from the hub: disk full"),
     ],
 )
-def test_what_the_hub_refuses(hub, error, match):
+def test_refusals_of_the_hub_are_explained(hub, error, match):
     hub.fails = error
     with pytest.raises(MissingFileError, match=match):
         resolve("owner/name@v9")
 
 
 @pytest.mark.parametrize("name", ["./here", "a/b/c", "/a", "a b", "owner/", "", "-x/y"])
-def test_what_is_no_hub_id(hub, name):
+def test_names_that_are_no_hub_id_are_refused(hub, name):
     assert HUB_ID.fullmatch(name) is None
     if name:
         with pytest.raises(MissingFileError, match="is neither a directory nor a hub id such as"):

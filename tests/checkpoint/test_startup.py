@@ -1,4 +1,4 @@
-"""What loading must not import: seconds that every call of the command line would pay."""
+"""Loading imports no slow modules, which every call of the command line would pay for."""
 
 import subprocess
 import sys

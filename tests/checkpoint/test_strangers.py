@@ -1,4 +1,4 @@
-"""Files from strangers: each kind of hostile file ends in one CheckpointError on one line."""
+"""Hostile files: each kind ends in one CheckpointError of one line."""
 
 import base64
 import io
@@ -59,7 +59,7 @@ def test_json_beyond_the_limits(tmp_path, text, match):
     assert "\n" not in str(caught.value)
 
 
-def test_json_that_editors_write(tmp_path):
+def test_json_with_a_byte_order_mark_is_read(tmp_path):
     (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1, "b": "\\ud83d\\ude00"}')
     assert read_json(tmp_path / "config.json") == {"a": 1, "b": "\N{GRINNING FACE}"}
 
@@ -119,7 +119,7 @@ def test_gguf_says_what_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 5000, "a\0b", "/" + "y" * 300])
-def test_names_that_are_no_place(name, monkeypatch):
+def test_names_that_are_no_path_are_refused(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with refused() as caught:
         resolve(name)

@@ -60,7 +60,7 @@ def edit(file, change):
         ("llava-mpt-tiny", "mpt"),
     ],
 )
-def test_the_name_of_the_folder_picks_nothing(golden, tmp_path, variant, expected):
+def test_the_template_does_not_depend_on_the_folder_name(golden, tmp_path, variant, expected):
     source = Path(golden(variant)[1]["model_path"])
     found = set()
     for name in NAMES:
@@ -197,7 +197,7 @@ def test_a_checkpoint_is_exported_onto_itself(hf, tmp_path):
     assert load_checkpoint(source, device="cpu").config.layout == "llava"
 
 
-def test_what_lies_beside_a_very_long_picture_is_rounded_as_before(tmp_path):
+def test_exports_keep_the_rounding_of_unpadded_pictures(tmp_path):
     """Hugging Face rounds the size of an unpadded picture, the original does not."""
     source = make_oracle(tmp_path / "next", next_=True, text="llama", tower="clip").path
     export_checkpoint(str(source), tmp_path / "out")

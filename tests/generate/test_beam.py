@@ -1,4 +1,4 @@
-"""Beam sampling: what is drawn, how often, and what its scores are."""
+"""Beam sampling: distribution of the draws, their number, and the scores of the beams."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SCORES = torch.tensor([[1.0, 0.0, 2.0, -1.0, 0.5]])
 
 
 @pytest.mark.slow
-def test_draws_are_without_repetition_and_as_likely_as_their_scores() -> None:
+def test_drawn_places_differ_and_follow_their_scores() -> None:
     generator = torch.Generator().manual_seed(0)
     pairs = torch.zeros(5, 5)
     number = 4000
@@ -66,7 +66,7 @@ def test_near_zero_temperature_is_plain_beam_search(model, tokenizer, fused) -> 
 
 
 @pytest.mark.slow
-def test_the_seed_decides(model, tokenizer, fused) -> None:
+def test_beam_sampling_follows_the_seed(model, tokenizer, fused) -> None:
     def answer(seed: int) -> tuple[int, ...]:
         params = SamplingParams(max_new_tokens=8, num_beams=2, temperature=1.5, seed=seed)
         return generate(model, fused(PROMPT), params, tokenizer=tokenizer)[0].token_ids

@@ -1,4 +1,4 @@
-"""Text as it becomes certain, against `decode` of every kind of tokenizer; stop strings."""
+"""Incremental text equals `decode` of every kind of tokenizer; stop strings are cut off."""
 
 import copy
 
@@ -55,7 +55,7 @@ def same_text(ours: str, theirs: str) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", TEXTS)
-def test_pieces_of_real_text(tokenizers, kind: str, text: str):
+def test_pieces_of_real_text_are_its_decoding(tokenizers, kind: str, text: str):
     tokenizer = tokenizers[kind]
     ids = tokenizer.encode(text, add_bos=False)
     pieces = settle(tokenizer, ids)
@@ -68,7 +68,7 @@ def test_pieces_of_real_text(tokenizers, kind: str, text: str):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_pieces_of_any_text(tokenizers, kind: str, data: st.DataObject):
+def test_pieces_of_any_text_are_its_decoding(tokenizers, kind: str, data: st.DataObject):
     text = data.draw(st.text(alphabet=st.characters(codec="utf-8"), max_size=40))
     tokenizer = tokenizers[kind]
     ids = tokenizer.encode(text, add_bos=False, literal=[(0, len(text))])
@@ -79,7 +79,7 @@ def test_pieces_of_any_text(tokenizers, kind: str, data: st.DataObject):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_pieces_of_any_tokens(tokenizers, kind: str, data: st.DataObject):
+def test_pieces_of_any_tokens_are_their_decoding(tokenizers, kind: str, data: st.DataObject):
     tokenizer = tokenizers[kind]
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
     pieces = settle(tokenizer, ids)
@@ -131,7 +131,7 @@ def test_tokens_without_text_are_silent(tokenizers):
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_with_added_tokens(tokenizers, kind: str, data: st.DataObject):
+def test_pieces_with_added_tokens_are_their_decoding(tokenizers, kind: str, data: st.DataObject):
     """Ordinary added tokens are text; the slow tokenizers set them off by spaces."""
     tokenizer = grown(tokenizers[kind])
     words = ["a", " b", " ", "  ", "<loc1>", "\n", "<loc2>", "c", "é"]
@@ -159,7 +159,7 @@ def run(pieces: list[str], stop_strings: list[str]) -> tuple[list[str], str | No
     return shown, strings.found
 
 
-def test_held_back_while_forming():
+def test_the_beginning_of_a_stop_string_is_held_back():
     strings = StopStrings(["###", "</s>"])
     assert strings.push("one #") == "one "
     assert strings.push("#") == ""
@@ -188,14 +188,14 @@ def test_flush_returns_what_never_became_a_stop_string():
         ("", ["a"], "", None),
     ],
 )
-def test_which_one_counts(text, stop_strings, shown, found):
+def test_the_stop_string_that_ends_first_counts(text, stop_strings, shown, found):
     for pieces in (list(text), [text]):
         got, which = run(pieces, stop_strings)
         assert ("".join(got), which) == (shown, found)
 
 
 @given(st.lists(texts, max_size=6), stops)
-def test_the_cut_does_not_matter(pieces: list[str], stop_strings: list[str]):
+def test_the_result_does_not_depend_on_the_pieces(pieces: list[str], stop_strings: list[str]):
     text = "".join(pieces)
     shown, found = run(pieces, stop_strings)
     one_by_one, same = run(list(text), stop_strings)
@@ -209,7 +209,7 @@ def test_the_cut_does_not_matter(pieces: list[str], stop_strings: list[str]):
 
 
 @given(texts, stops)
-def test_nothing_shown_was_part_of_the_stop_string(text: str, stop_strings: list[str]):
+def test_no_part_of_a_stop_string_is_shown(text: str, stop_strings: list[str]):
     shown, found = run(list(text), stop_strings)
     ends = [text.find(s) + len(s) for s in stop_strings if s in text]
     if found is None:

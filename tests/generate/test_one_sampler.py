@@ -1,7 +1,7 @@
-"""Every path that makes tokens calls Sampler.sample: what is changed there, all of them follow.
+"""Every path that generates tokens samples with Sampler.sample and follows every option.
 
-The trap was an argmax of raw logits beside the function: an option added to the function was
-followed by the plain loop and ignored by the engine's greedy rows.
+There was an argmax of raw logits beside that function: an option added to the function was followed
+by the plain loop and ignored by the engine's greedy rows.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ PATHS = {
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_every_path_follows_the_one_function(path, model, monkeypatch):
+def test_every_path_samples_with_the_same_function(path, model, monkeypatch):
     first = PATHS[path](model)
     forbidden = set(first)
     sample = Sampler.__init__
@@ -110,7 +110,7 @@ def test_bias_and_penalties_do_what_they_say(model):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_rows_of_a_batch_count_for_themselves(model, beams):
+def test_penalties_count_each_row_of_a_batch_alone(model, beams):
     params = SamplingParams(
         max_new_tokens=8, frequency_penalty=1.0, logit_bias={5: 4.0}, num_beams=beams
     )
@@ -160,7 +160,7 @@ def test_a_bias_for_no_token_is_refused_by_every_path(model):
     ),
     st.booleans(),
 )
-def test_any_options_in_any_company_are_those_of_a_solo_run(model, drawn, has_drafts):
+def test_any_options_in_any_batch_give_the_tokens_of_a_solo_run(model, drawn, has_drafts):
     requests = [
         request_of([at + 1, 2, 3], seed=11, max_new_tokens=9, **options)
         for at, options in enumerate(drawn)

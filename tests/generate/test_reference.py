@@ -1,3 +1,5 @@
+"""The plain decode loop against transformers: rows, limits, stop strings, streams, caches."""
+
 import gc
 import weakref
 from collections.abc import Callable
@@ -163,7 +165,7 @@ def test_stop_string_across_tokens(model, tokenizer, fused: Fused):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 1.0, "seed": 1}])
-def test_stream_says_what_generate_says(model, tokenizer, fused: Fused, options):
+def test_stream_gives_the_text_of_generate(model, tokenizer, fused: Fused, options):
     params = SamplingParams(max_new_tokens=9, logprobs=2, **options)
     [whole] = generate(model, fused([4, 5]), params, tokenizer=tokenizer)
     answering = stream(model, fused([4, 5]), params, tokenizer=tokenizer)
@@ -193,7 +195,7 @@ def test_logprobs_are_those_of_the_model(model, oracle, tokenizer, fused: Fused)
             assert [v for _, v in report.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-def test_seeds(model, tokenizer, fused: Fused):
+def test_answers_follow_the_seed(model, tokenizer, fused: Fused):
     def texts(seed: int | None, *rows: list[int]) -> list[str]:
         params = SamplingParams(max_new_tokens=12, temperature=1.5, seed=seed)
         return [a.text for a in generate(model, fused(*rows), params, tokenizer=tokenizer)]
@@ -208,7 +210,7 @@ def test_seeds(model, tokenizer, fused: Fused):
     assert texts(None, [3], [3]) == first
 
 
-def test_greedy_leaves_the_global_random_source_alone(model, tokenizer, fused: Fused):
+def test_greedy_does_not_advance_the_global_generator(model, tokenizer, fused: Fused):
     torch.manual_seed(0)
     state = torch.get_rng_state()
     generate(model, fused([1], [2, 3]), SamplingParams(max_new_tokens=3), tokenizer=tokenizer)
@@ -262,7 +264,7 @@ def test_cancelling_a_batch(model, tokenizer, fused: Fused, beams):
     assert all(a.text for a in answers)
 
 
-def test_context(model, tokenizer, fused: Fused):
+def test_answers_end_with_the_context(model, tokenizer, fused: Fused):
     params = SamplingParams(max_new_tokens=20)
     [answer] = generate(model, fused([1] * 60), params, tokenizer=tokenizer)
     assert (len(answer.token_ids), answer.finish_reason) == (4, "length")
@@ -272,7 +274,7 @@ def test_context(model, tokenizer, fused: Fused):
         stream(model, fused([1] * 9), params, tokenizer=tokenizer, context_length=9)
 
 
-def test_what_a_stream_refuses(model, tokenizer, fused: Fused):
+def test_a_stream_refuses_several_rows_and_beams_with_a_cache(model, tokenizer, fused: Fused):
     params = SamplingParams()
     with pytest.raises(GenerationError, match="has 2: use generate"):
         stream(model, fused([1], [2]), params, tokenizer=tokenizer)
@@ -282,7 +284,7 @@ def test_what_a_stream_refuses(model, tokenizer, fused: Fused):
         stream(model, fused([1]), beams, tokenizer=tokenizer, cache=cache)
 
 
-def test_a_cached_beginning_is_not_read_again(model, tokenizer, fused: Fused):
+def test_a_cached_beginning_is_not_computed_again(model, tokenizer, fused: Fused):
     params = SamplingParams(max_new_tokens=6)
     first, second = [3, 1, 4, 1, 5], [3, 1, 4, 1, 5, 9, 2, 6]
     cache = model.language_model.new_cache(1, 4)

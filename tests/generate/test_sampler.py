@@ -90,7 +90,7 @@ def test_draw_follows_the_probabilities():
 
 
 @given(st.integers(0, 50), st.integers(1, 4))
-def test_a_row_draws_the_same_in_any_company(seed: int, company: int):
+def test_draws_of_a_row_do_not_depend_on_other_rows(seed: int, company: int):
     logits = torch.randn(1, 30)
     alone = draw(logits, [new_generator(seed, CPU)])
     crowd = torch.cat([torch.randn(company, 30), logits])
@@ -180,7 +180,7 @@ def test_a_bias_for_a_token_that_does_not_exist_is_refused():
 
 
 @pytest.mark.parametrize("alternatives", [0, 2, 99])
-def test_report(alternatives: int):
+def test_logprobs_of_a_token_and_its_alternatives(alternatives: int):
     logits = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]).log()
     first, second = report_logprobs(logits, [1, 2], alternatives)
     assert first.logprob == pytest.approx(torch.tensor(0.3).log().item())

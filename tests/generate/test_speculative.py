@@ -1,4 +1,4 @@
-"""Guesses come from text only; checked, they change no answer; a clock decides whether they pay."""
+"""Speculative decoding: drafts come from text only, change no answer, and save time."""
 
 import dataclasses
 from collections import Counter
@@ -64,18 +64,18 @@ def test_lookup_proposes_what_followed_last_time():
     assert look_up([1, 2, 3, 4, 5, 1, 2, 9, 1, 2, 3], 9)[:2] == [4, 5]
 
 
-def test_lookup_trusts_more_words_more():
+def test_longer_contexts_have_higher_chances():
     assert look_up([7, 1, 2, 3, 8, 1, 2, 4, 7, 1, 2], 1) == [3]  # 1 2 alone: 4
     assert look_up([1, 2, 4, 2, 5, 7, 1, 2], 1) == [4]  # 2 alone: 5
 
 
-def test_lookup_trusts_what_came_again():
+def test_repeated_contexts_have_higher_chances():
     # After 1 2 there was always another number, after 2 alone 5, twice.
     keys = [1, 2, 3, 0, 1, 2, 4, 0, 9, 2, 5, 8, 2, 5, 8, 2, 5, 0, 1, 2]
     assert look_up(keys, 1) == [5]
 
 
-def test_lookup_knows_what_follows_a_number_that_it_never_saw():
+def test_a_context_with_a_gap_finds_what_follows_a_new_number():
     lines = [6, 7, 31, 8, 9, 6, 7, 32, 8, 9, 6, 7, 33]
     assert look_up(lines, 3) == [8, 9, 6]
 
@@ -86,7 +86,7 @@ def test_lookup_without_a_match_proposes_nothing():
     assert look_up([], 4) == []
 
 
-def test_lookup_stops_where_a_guess_is_not_worth_it():
+def test_lookup_stops_where_a_draft_token_is_not_worth_it():
     asked = []
 
     def thrice(chance):
@@ -108,7 +108,7 @@ def chance_of_first(keys, known) -> float:
     return chances[-1]
 
 
-def test_lookup_learns_from_the_answer_whether_it_is_right():
+def test_lookup_learns_its_hit_rate_from_the_answer():
     prompt = [n for i in range(20) for n in (1, 10 + i)]
     wrong = [n for i in range(20) for n in (1, 40 + i)]
     right = [1, 10] * 20
@@ -168,7 +168,7 @@ def options():
     st.sampled_from(["lookup", "parrot", "itself", "small"]),
 )
 @settings(max_examples=25, deadline=None)
-def test_answers_are_those_without_guesses(model, drawn, kind):
+def test_answers_are_those_without_drafts(model, drawn, kind):
     proposers: dict[str, NewProposer] = {
         "lookup": PromptLookup,
         "parrot": Parrot(4, 5, 6, 7, 8, 9),
@@ -202,20 +202,20 @@ def passes_for(model, proposer, request, **changes) -> int:
 
 
 @pytest.mark.slow
-def test_right_guesses_save_passes(model):
+def test_right_drafts_save_passes(model):
     request = request_of([3, 4], max_new_tokens=30)
     assert passes_for(model, DraftModel(model.language_model), request) <= 6
     assert passes_for(model, Parrot(), request) == 30
 
 
-def test_guesses_are_off(model):
+def test_speculation_can_be_turned_off(model):
     parrot = Parrot(4, 5, 6)
     passes_for(model, parrot, request_of([3], max_new_tokens=10), speculate="off")
     assert parrot.proposed == 0
 
 
 @pytest.mark.slow
-def test_kept_blocks_hold_no_rejected_guess(model):
+def test_cached_blocks_hold_no_rejected_draft_token(model):
     engine = Engine(model, WordTokenizer(), options=ON, proposer=Parrot(4, 5, 6, 7, 8, 9))
     first = request_of([3, 4], max_new_tokens=20)
     [answer] = engine.run([first])
@@ -269,7 +269,7 @@ def test_draft_model_stops_at_the_end_of_its_context():
     assert proposer.propose(list(range(20)) * 6, 9, always) == []
 
 
-def test_draft_model_is_not_asked_where_it_is_not_worth_it():
+def test_draft_model_does_not_run_where_it_is_not_worth_it():
     small = small_model()
     proposer, keys = DraftModel(small)(), list(range(20))
     with torch.no_grad():
@@ -295,7 +295,7 @@ def test_draft_model_learns_how_often_it_is_right():
     assert chances[15] < 0.5
 
 
-def test_draft_model_of_other_tokens_is_refused(model):
+def test_draft_model_of_another_vocabulary_is_refused(model):
     other = Decoder(dataclasses.replace(CONFIG, num_layers=1, vocab_size=60)).eval()
     with pytest.raises(GenerationError, match="has 60 tokens, the model that it drafts for 61"):
         Engine(model, WordTokenizer(), proposer=DraftModel(other))
@@ -319,7 +319,7 @@ class Priced(SpeculationController):
     ("draft_layers", "price", "fewest", "most"),
     [(2, 0.1, 150, 270), (2, 2, 0, 20), (1, 0.5, 0, 60)],
 )
-def test_engine_makes_the_guesses_that_pay(model, draft_layers, price, fewest, most):
+def test_engine_makes_the_drafts_that_save_time(model, draft_layers, price, fewest, most):
     """The model itself is always right, with one layer it seldom is."""
     draft = model.language_model if draft_layers == 2 else small_model()
     options = dataclasses.replace(SMALL, speculate="auto")
@@ -333,7 +333,7 @@ def test_engine_makes_the_guesses_that_pay(model, draft_layers, price, fewest, m
     assert fewest <= engine.scheduler.speculation.drafts <= most
 
 
-def test_wrong_word_is_refused():
+def test_an_unknown_speculate_option_is_refused():
     with pytest.raises(GenerationError, match="speculate must be"):
         dataclasses.replace(SMALL, speculate="sometimes")
 
@@ -352,7 +352,7 @@ def taken(controller: SpeculationController, chances: list[float], *, rows: int 
     return next((i for i, chance in enumerate(chances) if not budget.accepts(chance)), len(chances))
 
 
-def test_a_plain_pass_comes_first():
+def test_a_pass_without_drafts_comes_first():
     controller = SpeculationController()
     assert taken(controller, [1.0]) == 0
     controller.learn(1.0, rows=1, drafts=0)
@@ -365,7 +365,7 @@ def test_a_plain_pass_comes_first():
     st.lists(st.floats(0.01, 3), min_size=7, max_size=7),
     st.lists(st.floats(0.05, 1), min_size=7, max_size=7),
 )
-def test_as_many_as_give_most_tokens_a_second(steps, factors):
+def test_the_number_of_drafts_gives_most_tokens_per_second(steps, factors):
     """For costs that rise ever faster, one guess after the other finds the best number of all."""
     costs, chances = [1.0], [1.0]
     for step, factor in zip(sorted(steps), factors, strict=True):
@@ -376,7 +376,7 @@ def test_as_many_as_give_most_tokens_a_second(steps, factors):
     assert rates[number] == pytest.approx(max(rates))
 
 
-def test_chances_of_all_rows_share_a_pass():
+def test_all_rows_share_the_budget_of_a_pass():
     controller = timed({0: 8.0, 1: 9.0, 2: 10.0}, rows=8)
     assert taken(controller, [0.5], rows=8) == 0  # 8.5 tokens in 9 seconds
     assert taken(controller, [1.0, 1.0], rows=8) == 0  # no faster than one after the other
@@ -384,21 +384,21 @@ def test_chances_of_all_rows_share_a_pass():
     assert taken(controller, [0.6, 0.6], rows=8) == 2
 
 
-def test_what_was_not_timed_is_assumed_from_what_was():
+def test_unmeasured_costs_are_interpolated():
     controller = timed({0: 11.0, 4: 15.0})
     assert controller.cost(1, 0) == 11
     assert controller.cost(1, 1) == 12
     assert controller.cost(1, 5) == pytest.approx(15 * (FIXED + 6) / (FIXED + 5))
 
 
-def test_a_pass_costs_no_more_than_larger_ones():
+def test_a_pass_costs_at_most_what_larger_ones_do():
     controller = timed({0: 10.0, 1: 30.0, 3: 12.0})
     costs = [controller.cost(1, guesses) for guesses in range(8)]
     assert all(a <= b for a, b in pairwise(costs[:4]))
     assert costs[1] == 12
 
 
-def test_one_pass_that_was_held_up_changes_nothing():
+def test_one_outlier_changes_no_cost():
     controller = SpeculationController()
     controller.learn(1.0, rows=1, drafts=0)
     controller.learn(50.0, rows=1, drafts=1)
@@ -407,7 +407,7 @@ def test_one_pass_that_was_held_up_changes_nothing():
     assert controller.cost(1, 0) == 1
 
 
-def test_guesses_that_cost_too_much_are_tried_again_some_time():
+def test_sizes_that_cost_too_much_are_tried_again_later():
     controller = SpeculationController()
     controller.learn(1.0, rows=1, drafts=0)
     tries = []
@@ -424,7 +424,7 @@ def test_guesses_that_cost_too_much_are_tried_again_some_time():
     assert taken(controller, [0.9]) == 1
 
 
-def test_a_machine_that_slows_down_goes_on_guessing():
+def test_drafts_go_on_when_the_machine_slows_down():
     controller = timed({0: 1.0, 1: 1.1})
     made = 0
     for _ in range(30):
@@ -434,7 +434,7 @@ def test_a_machine_that_slows_down_goes_on_guessing():
     assert made > 20
 
 
-def test_without_a_clock_costs_are_assumed_for_good():
+def test_without_a_clock_the_assumed_costs_stay():
     controller = SpeculationController(is_timed=False)
     assert taken(controller, [0.2] * 9) == 9
     assert taken(controller, [0.05]) == 0

@@ -1,4 +1,4 @@
-"""A checkpoint read and saved again: in another layout or number format, adapters folded in."""
+"""Export: a checkpoint saved again in another layout or dtype, with its adapters merged."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,23 +33,23 @@ def export_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> str:
-    """Save a checkpoint for other programs; the names of the number formats that it got.
+    """Save a checkpoint in another layout or dtype; return the names of the dtypes written.
 
     Args:
         source: a directory, a hub id or "pebble".
         target: the new directory.
         layout: "llava": the original's; "huggingface": LlavaForConditionalGeneration.
-        dtype: of the stored weights; None: each as its file holds it.
+        dtype: of the stored weights; None: each as in its file.
         template: name of the conversation template to record; None: the checkpoint's own.
         base: the language model under a LoRA or a projector.
-        adapter: a PEFT adapter to fold in.
+        adapter: a PEFT adapter to merge.
         overwrite: replace a directory that is there.
         progress: see `load_checkpoint`.
 
     Raises:
         CheckpointError: files are missing or damaged, `target` is there, or the disk is full.
         ConfigError: an unknown layout or dtype, or a quantized checkpoint.
-        UnsupportedModelError: something that the layout cannot say.
+        UnsupportedModelError: the layout cannot hold the model.
         PromptError: no template has the name.
     """
     if layout not in LAYOUTS:
@@ -85,20 +85,20 @@ def save_loaded(
     quantization: QuantConfig | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a checkpoint that was loaded, with its tokenizer, template and detector.
+    """Save a loaded checkpoint with its tokenizer, template and detector.
 
     Args:
         target: the new directory.
-        loaded: what is saved; its model may have been changed.
+        loaded: the checkpoint; its model may have been changed.
         layout: see `export_checkpoint`.
-        config: what the model is now; None: as it was loaded.
-        quantization: how its layers are packed; see `save_llava`.
+        config: of a changed model; None: as it was loaded.
+        quantization: of its layers; see `save_llava`.
         overwrite: replace a directory that is there.
 
     Raises:
         CheckpointError: `target` is there, or the disk is full.
         ConfigError: see `save_llava` and `save_hf`.
-        UnsupportedModelError: something that the layout cannot say.
+        UnsupportedModelError: the layout cannot hold the model.
     """
     common: _Common = {
         "tokenizer_path": loaded.tokenizer_path,

@@ -1,4 +1,4 @@
-"""`inspect_checkpoint`: what a checkpoint is and what loading would do, without reading weights."""
+"""`inspect_checkpoint`: format, sizes and tensors of a checkpoint, without reading its weights."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from textwrap import wrap
 from lapilli.checkpoint.formats.quantized import LayerQuantizer, stored_quantization
 from lapilli.checkpoint.keymaps import TOWER
 from lapilli.checkpoint.read.assemble import Matching, build_model
+from lapilli.checkpoint.read.directory import VISION
 from lapilli.checkpoint.read.plan import Plan, make_plan
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
@@ -20,7 +21,7 @@ from lapilli.modality.image.modes import mode_of, num_tokens
 from lapilli.prompt.choose import Template
 from lapilli.quant.choose import Choices, layer_shapes
 
-# Pictures that people have: thumbnail, screen shot, phone, wide.
+# Common pictures: thumbnail, screen shot, phone, wide.
 COMMON_SIZES = (
     ImageSize(224, 224),
     ImageSize(336, 336),
@@ -50,30 +51,29 @@ class Inspection:
     """Everything that `lapilli inspect` prints, as plain values.
 
     Args:
-        source: what was asked for.
+        source: as given.
         format: layout and form, such as "original LLaVA, LoRA".
         architecture: family and sizes of the language model.
-        quantization: how the weights are packed: format, bits, groups, zero points; empty where
-            they are not.
-        template: name, reason and, where a person overrode it, a note.
+        quantization: format, bits, groups and zero points of packed weights, or empty.
+        template: name, reason and, if the user overrode it, a note.
         tower: family, sizes and place of the vision tower; empty without images.
         projector: kind and widths; empty without images.
         image: aspect, layout of the features, resolutions; empty without images.
-        dtypes: number format -> numbers stored in it, over all files.
-        parameters: component -> numbers of the model.
+        dtypes: dtype -> numbers stored in it, over all files.
+        parameters: component -> number of parameters.
         num_bytes: of the tensors in the files.
-        visual_tokens: picture size -> positions that it takes in a prompt.
+        visual_tokens: picture size -> number of its tokens in a prompt.
         special_tokens: role -> "token (id)".
-        context: positions that the language model was made for.
-        ignored_keys: configuration keys that are knowingly not read.
+        context: tokens that the language model was trained for.
+        ignored_keys: configuration keys that are not read on purpose.
         unknown_keys: configuration keys that nothing reads.
-        dropped: tensors that are not loaded on purpose.
+        dropped: tensors that are dropped on purpose.
         missing: parameters without a tensor.
         unexpected: tensors without a parameter.
-        paths: what -> the directory that it comes from.
-        layers_on_cpu: size and rows of every kind of linear layer, and how long each path takes on
-            this machine; only where it was asked for.
-        notes: what else a person should know.
+        paths: component -> its directory.
+        layers_on_cpu: times of the kernels on this machine for every size of linear layer, if
+            measured.
+        notes: for the user.
     """
 
     source: str
@@ -104,8 +104,14 @@ class Inspection:
         return asdict(self)
 
     def to_text(self) -> str:
-        """Return lines of text for people."""
-        return as_text(self.to_dict())
+        """Render one fact per line, empty ones left out; `CUT` shortens lists."""
+        lines: list[str] = []
+        for key, value in self.to_dict().items():
+            text = _value(key, value)
+            if text:
+                label = "bytes in files" if key == "num_bytes" else key.replace("_", " ")
+                lines.append(f"{label:<{LABEL_WIDTH}} {text}")
+        return "\n".join(lines)
 
 
 def inspect_checkpoint(
@@ -116,19 +122,18 @@ def inspect_checkpoint(
     template: str | Template | None = None,
     choices: Choices | None = None,
 ) -> Inspection:
-    """Return what a checkpoint is and what loading it would do.
+    """Inspect a checkpoint without reading its weights.
 
     Args:
         source: a directory, a hub id or "pebble"; of a hub repository only the small files are
             fetched.
         base: as for `load_checkpoint`.
         adapter: as for `load_checkpoint`.
-        choices: measures the paths of linear layers on this CPU; None: nothing is measured.
-        template: what a person asks for instead of the checkpoint's own template.
+        template: instead of the checkpoint's own.
+        choices: measures kernels of linear layers on this CPU; None: nothing is measured.
 
     Raises:
-        CheckpointError: files are missing or damaged. Missing or unexpected tensors are no error
-            here: they are listed.
+        CheckpointError: files are missing or damaged. Missing and unexpected tensors are listed.
         ConfigError: config.json cannot be followed.
     """
     plan = make_plan(source, base=base, adapter=adapter, fetch=False)
@@ -195,11 +200,10 @@ def _tower(plan: Plan) -> dict[str, object]:
     if vision is None:
         return {}
     inside = any(
-        part.parameter(name) is not None and str(part.parameter(name)).startswith(TOWER)
+        name.startswith(TOWER) and not part.is_dropped(foreign)
         for part in plan.parts
-        if part.label != "vision tower"
-        for name in part.store.infos
-        if not part.is_dropped(name)
+        if part.label != VISION
+        for name, foreign in part.parameters.items()
     )
     return {
         "family": vision.family,
@@ -274,8 +278,8 @@ def _special_tokens(plan: Plan) -> dict[str, str]:
 
 
 def _missing(plan: Plan, matching: Matching) -> tuple[str, ...]:
-    """Return parameters without a tensor, where the weights were looked at."""
-    if not plan.has_weights:
+    """Return parameters without a tensor; none where no weights are on this disk."""
+    if not plan.parts:
         return ()
     waits = not any(part.has(TOWER) for part in plan.parts) and plan.tower_path is not None
     return tuple(name for name in matching.missing if not (waits and name.startswith(TOWER)))
@@ -292,17 +296,6 @@ LABEL_WIDTH = 16
 LINE_WIDTH = 100
 # Hundreds of tensors may be dropped (a whole text tower); the JSON form lists them all.
 CUT = {"dropped": 12}
-
-
-def as_text(found: Mapping[str, object]) -> str:
-    """Render one fact per line, empty ones left out; `CUT` says where a list is cut."""
-    lines: list[str] = []
-    for key, value in found.items():
-        text = _value(key, value)
-        if text:
-            label = "bytes in files" if key == "num_bytes" else key.replace("_", " ")
-            lines.append(f"{label:<{LABEL_WIDTH}} {text}")
-    return "\n".join(lines)
 
 
 def _value(key: str, value: object) -> str:

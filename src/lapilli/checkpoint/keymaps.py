@@ -1,4 +1,4 @@
-"""Names of tensors in published files and of parameters in lapilli: one table per layout.
+"""Key maps: names of tensors in published files and of parameters in lapilli, one per layout.
 
 original          model.layers.N...   model.mm_projector.0.weight   model.image_newline
 model.vision_tower.vision_tower.vision_model...   lm_head.weight
@@ -37,12 +37,12 @@ DROPPED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class KeyMap:
-    """Prefixes in the file and what they are called here, first match first.
+    """Prefixes of names in the files and in the model; the first match counts.
 
     Args:
-        name: in reports.
-        rules: (prefix in the file, prefix here); None here: dropped on purpose.
-        dropped: pattern of names that are dropped on purpose before the rules are read.
+        name: of the layout, in messages.
+        rules: (prefix in the file, prefix in the model); None: such tensors are dropped.
+        dropped: pattern of names that are dropped, checked before the rules.
     """
 
     name: str
@@ -50,30 +50,30 @@ class KeyMap:
     dropped: re.Pattern[str] = DROPPED
 
     def is_dropped(self, foreign: str) -> bool:
-        """Return whether a tensor of the file is knowingly not loaded."""
+        """Return whether a tensor of the file is dropped on purpose."""
         if self.dropped.search(foreign):
             return True
         return any(foreign.startswith(old) and new is None for old, new in self.rules)
 
     def to_ours(self, foreign: str) -> str | None:
-        """Return the parameter for a tensor of the file; None when no rule knows the name."""
+        """Return the parameter of a tensor of the file; None when no rule matches."""
         for old, new in self.rules:
             if foreign.startswith(old) and new is not None:
                 return new + foreign[len(old) :]
         return None
 
     def to_foreign(self, ours: str) -> str | None:
-        """Return the tensor of the file for a parameter by the first rule that fits, or None."""
+        """Return the tensor of the file for a parameter by the first rule that matches, or None."""
         for old, new in self.rules:
             if new is not None and ours.startswith(new):
                 return old + ours[len(new) :]
         return None
 
     def rename(self, state: Mapping[str, T]) -> dict[str, T]:
-        """Return what is named by parameter under the names of the file.
+        """Rename a state dict from parameters to the names of the file.
 
         Raises:
-            CheckpointError: the layout has no name for one.
+            CheckpointError: the layout has no name for a parameter.
         """
         found: dict[str, T] = {}
         for ours, item in state.items():
@@ -84,7 +84,7 @@ class KeyMap:
         return found
 
     def spellings(self, ours: str) -> tuple[str, ...]:
-        """Return every name that a parameter or module has in files of this layout."""
+        """Return all names of a parameter or module in files of this layout."""
         return tuple(
             old + ours[len(new) :]
             for old, new in self.rules
@@ -128,7 +128,7 @@ ORIGINAL_MPT = KeyMap(
 
 
 def original_keymap(text: TextConfig) -> KeyMap:
-    """Return the names of the original layout for a model with this language model."""
+    """Return the key map of the original layout for a model with this language model."""
     by_stem = {"model": ORIGINAL, "transformer": ORIGINAL_MPT}
     family = find_family(text.family)  # a family that is none of ours is refused with its config
     return by_stem["model" if family is None else family.stem]

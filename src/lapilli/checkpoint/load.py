@@ -1,6 +1,6 @@
-"""`load_checkpoint`: a plan carried out. Read-only, counted, memory-mapped.
+"""`load_checkpoint`: a model, its tokenizer and template, and a report, from a plan.
 
-Knows the order of things; what each file says is known by the files that it calls.
+Checkpoints are read only, and weights are memory-mapped where they need no conversion.
 """
 
 from collections.abc import Mapping
@@ -21,13 +21,13 @@ from lapilli.checkpoint.placement import AUTO, STORED, choose_device, choose_dty
 from lapilli.checkpoint.read.assemble import (
     LoadReport,
     Progress,
-    Vocabulary,
     build_model,
     check_complete,
     fill,
 )
 from lapilli.checkpoint.read.directory import open_weights
 from lapilli.checkpoint.read.plan import Plan, make_plan
+from lapilli.checkpoint.read.vocabulary import Vocabulary
 from lapilli.checkpoint.source import resolve
 from lapilli.checkpoint.template import choose_for
 from lapilli.checkpoint.tokenizer import load_tokenizer
@@ -63,16 +63,16 @@ class Loaded:
         tokenizer: with the tokens added that the original adds at loading.
         config: what the checkpoint is.
         template: the conversation template and why it was chosen.
-        report: what became of every tensor and every key.
+        report: used, dropped, missing and unexpected tensors; read and unread keys.
         path: the directory that was asked for.
-        tokenizer_path: the directory that its tokenizer came from (a base's, for an adapter).
+        tokenizer_path: the directory of its tokenizer (a base's, for an adapter).
         dtype: of the weights.
         raw: config.json as it is, for the names of the original.
-        weight_files: that its tensors came from; none where transformers read them.
-        quantization: how the linear layers are packed, for `save_llava`; None where they are not.
+        weight_files: files of its tensors; none where transformers read them.
+        quantization: of the linear layers, for `save_llava`; None where they are not quantized.
         beside: parameters that came whole with an adapter or a projector, not with the base.
-        stored: number format in which the files hold the floats of a parameter, by its name; a
-            writer takes them (`dtype=`), so that nothing is rounded that nobody asked to be.
+        stored: dtype of the floats of a parameter in the files, by its name; passed to a writer as
+            `dtype`, it keeps every tensor from being rounded.
     """
 
     model: VisionLanguageModel
@@ -113,22 +113,20 @@ def load_checkpoint(
         base: the language model under a LoRA or a projector-only checkpoint; None takes what the
             checkpoint names.
         adapter: a PEFT adapter to lay over the checkpoint.
-        template: see `lapilli.prompt.choose.choose_template`; None: what the checkpoint says.
+        template: see `lapilli.prompt.choose.choose_template`; None: the checkpoint's own.
         device: "auto" takes a CUDA device where there is one, else the CPU.
-        dtype: "auto": on a CPU float32 where it fits into the free memory, else bfloat16; on
-            CUDA bfloat16; on another device what the checkpoint says. "stored": every tensor as its
-            file holds it, to be written again and not to be computed with.
+        dtype: see `choose_dtype`; "stored": every tensor as its file holds it, to be written again
+            and not to be computed with.
         strict_config: refuse configuration keys that nothing reads.
         merge_lora: fold a LoRA into the weights; False keeps it beside them.
         check_finite: refuse NaN and infinities, at the cost of one pass over the weights.
-        progress: called after every tensor with the bytes of the files that are loaded and with
-            how many there are in all.
+        progress: called after every tensor with the number of bytes read and of all bytes.
         quantization: "int8", "int4" or a QuantConfig: linear layers are packed while they are
             read, so that memory holds the packed model and one layer more; None: as the files are.
-            What AWQ and GPTQ files hold packed stays as it is; "int4" packs the rest.
+            Layers that AWQ and GPTQ files hold packed stay as they are; "int4" packs the rest.
         quantize_tower: pack the vision tower and the projector too, in 8 bits.
-        float32_parameters: beginnings of names of parameters that are float32 whatever `dtype`
-            says: what will be trained. An adapter kept beside the weights is float32 too.
+        float32_parameters: prefixes of the names of parameters that are float32 whatever `dtype`
+            says, to be trained. An adapter kept beside the weights is float32 too.
 
     Raises:
         CheckpointError: files are missing, damaged, unsafe, or do not belong together.
@@ -137,9 +135,9 @@ def load_checkpoint(
 
     Source: LLaVA builder.py load_pretrained_model.
     Note: the original decides by the name of the folder; here the files decide. On a CPU, weights
-        that have the asked dtype already are views of their files, not copies: replace such a file
-        by renaming a new one over it, as `save_llava` does; written to or cut short in place while
-        the model lives, it changes or kills the process.
+        that have the dtype already are views of their files, not copies: replace such a file by
+        renaming a new one over it, as `save_llava` does. One that is changed or truncated in place
+        changes the model or crashes the process.
     """
     where = choose_device(device)
     try:
@@ -149,20 +147,21 @@ def load_checkpoint(
             raise
         if quantization is not None:
             raise UnsupportedModelError(f"{refusal}; other families are not quantized") from refusal
-        model, plan = _through_transformers(source, refusal, device=where, dtype=dtype)
-        return _loaded(model, plan, LoadReport(used=tuple(model.state_dict())), template)
+        model, plan = load_foreign_model(source, refusal, device=where, dtype=dtype)
+        report = LoadReport(used=tuple(model.state_dict()), notes=plan.notes, keys=plan.keys)
+        return _loaded(model, plan, report, template)
     if strict_config:
         plan.keys.refuse_unknown()
     stored = stored_quantization(plan.weights_raw)
     asked = _asked(quantization, stored, quantize_tower=quantize_tower)
     model = build_model(plan.config)
-    free = where.type == "cpu" and dtype == AUTO  # to take the faster number format
+    free = where.type == "cpu" and dtype == AUTO  # to take the faster dtype
     quantizer = _quantizer(plan, model, asked, stored, merge_lora=merge_lora, free=free)
     matching = plan.match(model)
     check_complete(matching)
-    number_format = None
+    target = None
     if dtype != STORED:
-        number_format = choose_dtype(
+        target = choose_dtype(
             dtype,
             device=where,
             stored=plan.config.torch_dtype,
@@ -172,23 +171,34 @@ def load_checkpoint(
         model,
         matching,
         plan.vocabulary,
-        dtype=number_format,
+        dtype=target,
         device=where,
         check_finite=check_finite,
         progress=progress,
         quantizer=quantizer,
         float32_parameters=float32_parameters,
     )
-    apply_adapter(model, plan, merged=merge_lora, check_finite=check_finite)
+    if plan.adapter is not None:
+        tensors = plan.adapter.tensors(plan.keymap, check_finite=check_finite)
+        inject(model, plan.adapter.config_of(plan.keymap), tensors, dtype=torch.float32)
+        if merge_lora:
+            merge(model)
     notes = () if quantizer is None else quantizer.notes
     if asked is not None and quantizer is None:  # an adapter had to be folded in first
         notes = quantize(model, asked).notes
     if where.type == "cpu" and dtype != STORED:
         take_faster_products(model, Choices(cache_file()))
-    loaded = _loaded(model, plan, matching.report(), template)
-    report = replace(loaded.report, notes=(*loaded.report.notes, *notes))
+    report = LoadReport(
+        used=tuple(sorted(matching.sources)),
+        dropped=matching.dropped,
+        missing=matching.missing,
+        unexpected=matching.unexpected,
+        notes=(*plan.notes, *notes),
+        keys=plan.keys,
+    )
     config = asked if quantizer is None else quantizer.config
-    return replace(loaded, report=report, quantization=config, stored=matching.dtypes)
+    loaded = _loaded(model, plan, report, template)
+    return replace(loaded, quantization=config, stored=matching.dtypes)
 
 
 def _asked(
@@ -197,7 +207,7 @@ def _asked(
     *,
     quantize_tower: bool,
 ) -> QuantConfig | None:
-    """Return what a caller wants; "int4" takes groups and zero points as published files do."""
+    """Return the quantization to load in; "int4" has the groups and zero points of AWQ files."""
     if quantization is None:
         return None
     asked = quant_config(quantization, quantize_tower=quantize_tower)
@@ -216,68 +226,44 @@ def _quantizer(
     merge_lora: bool,
     free: bool,
 ) -> LayerQuantizer | None:
-    """Return what packs layers while they are read; None: nothing, or only with an adapter in.
+    """Return the quantizer of layers while they are read; None where an adapter comes first.
 
     Raises:
         ConfigError: the files are packed otherwise, or an adapter would lie over packed layers.
     """
-    if stored is not None:
-        if asked is not None:
-            stored.check_request(asked, plan.path)
-        if plan.adapter is not None:
+    if stored is not None and asked is not None:
+        stored.check_request(asked, plan.path)
+    if plan.adapter is not None:
+        if stored is not None:
             raise ConfigError(
                 "an adapter cannot be laid over quantized layers: lay it over the checkpoint "
                 "before quantization, with quantize= to pack the result"
             )
-        config = asked or stored.config
-        return LayerQuantizer(
-            model,
-            config,
-            stored=asked is None or stored.published is None,
-            published=stored.published,
-            names=plan.parameters,
-            tower_dtype=_tower_dtype(plan, config, free),
-        )
-    if asked is None:
+        if asked is not None and not merge_lora:
+            raise ConfigError("quantized layers carry no adapter: quantize= needs merge_lora=True")
         return None
-    if plan.adapter is None:
-        return LayerQuantizer(model, asked, tower_dtype=_tower_dtype(plan, asked, free))
-    if not merge_lora:
-        raise ConfigError("quantized layers carry no adapter: quantize= needs merge_lora=True")
-    return None
-
-
-def _tower_dtype(plan: Plan, config: QuantConfig, free: bool) -> torch.dtype | None:
-    if not free or config.quantize_tower:
+    config = stored.config if asked is None and stored is not None else asked
+    if config is None:
         return None
-    return faster_tower_dtype(plan.config, Choices(cache_file()))
+    is_free = free and not config.quantize_tower
+    published = None if stored is None else stored.published
+    return LayerQuantizer(
+        model,
+        config,
+        stored=stored is not None and (asked is None or published is None),
+        published=published,
+        names=plan.parameters,
+        tower_dtype=faster_tower_dtype(plan.config, Choices(cache_file())) if is_free else None,
+    )
 
 
 def _num_floats(model: torch.nn.Module, quantizer: LayerQuantizer | None) -> int:
-    """Return how many numbers will stay floats of the chosen format."""
+    """Return the number of weights that are not packed."""
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
         if quantizer is None or not quantizer.takes(name)
     )
-
-
-def _through_transformers(
-    source: str | Path,
-    refusal: UnsupportedModelError,
-    *,
-    device: torch.device,
-    dtype: str | torch.dtype,
-) -> tuple[VisionLanguageModel, Plan]:
-    """Load a plain language model of another family, or raise with what transformers says."""
-    try:
-        found = load_foreign_model(source, device=device, dtype=dtype)
-    except UnsupportedModelError as error:
-        second = str(error).partition("\n")[0]
-        raise UnsupportedModelError(f"{refusal}; and as another family: {second}") from error
-    if found is None:
-        raise refusal
-    return found
 
 
 def _loaded(
@@ -288,7 +274,7 @@ def _loaded(
         tokenizer=plan.tokenizer,
         config=plan.config,
         template=choose_for(plan, template),
-        report=replace(report, notes=plan.notes, keys=plan.keys),
+        report=report,
         path=plan.path,
         tokenizer_path=plan.tokenizer_path,
         dtype=next(model.parameters()).dtype,
@@ -298,28 +284,7 @@ def _loaded(
     )
 
 
-def apply_adapter(
-    model: VisionLanguageModel, plan: Plan, *, merged: bool, check_finite: bool
-) -> None:
-    """Inject the plan's adapter, and fold it into the weights when asked."""
-    if plan.adapter is None:
-        return
-    tensors: Mapping[str, torch.Tensor] = plan.adapter.tensors(
-        plan.keymap, check_finite=check_finite
-    )
-    config = plan.adapter.config_of(plan.keymap)
-    inject(model, config, tensors, dtype=torch.float32)
-    if merged:
-        merge(model)
-
-
-def is_foreign(raw: JsonObject) -> bool:
-    """Return whether a config.json is a causal language model that only transformers may know."""
-    named = "ForCausalLM" in str(raw.get("architectures", ""))
-    return named and raw.get("model_type") not in supported_types()
-
-
-# What other families call the sizes that memory and time grow with.
+# Sizes that memory and time grow with, under the keys of other families.
 _SIZES = {
     MOST_LAYERS: ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
     MOST_WIDTH: ("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner"),
@@ -328,36 +293,37 @@ _SIZES = {
 }
 
 
-def _check_sizes(raw: JsonObject) -> None:
-    """Check the sizes before transformers builds what they say."""
-    reader = KeyReader(raw, "config.json")
-    for most, keys in _SIZES.items():
-        for key in keys:
-            reader.optional_positive(key, most=most)
-
-
 def load_foreign_model(
-    source: str | Path, *, device: torch.device, dtype: str | torch.dtype
-) -> tuple[VisionLanguageModel, Plan] | None:
-    """Load a model without images through transformers; None for every other checkpoint.
+    source: str | Path,
+    refusal: UnsupportedModelError,
+    *,
+    device: torch.device,
+    dtype: str | torch.dtype,
+) -> tuple[VisionLanguageModel, Plan]:
+    """Load a plain language model of another family through transformers.
 
     Args:
         source: as for `load_checkpoint`.
-        device: where it goes.
+        refusal: why it is none of lapilli's own.
+        device: the model's.
         dtype: as for `load_checkpoint`.
 
     Raises:
-        UnsupportedModelError: transformers is not installed or cannot read the model.
+        UnsupportedModelError: no language model, or transformers is missing or cannot read it.
         MissingFileError: no tokenizer.
         ConfigFileError: a size beyond every model that there is.
 
-    Note: which keys are read is transformers' affair, so none is reported as unknown.
+    Note: transformers reads the configuration, so no key is reported as unknown.
     """
     path = resolve(source, weights=False)
     raw = read_optional_json(path / "config.json") or {}
-    if not is_foreign(raw):
-        return None
-    _check_sizes(raw)
+    is_causal = "ForCausalLM" in str(raw.get("architectures", ""))
+    if not is_causal or raw.get("model_type") in supported_types():
+        raise refusal
+    reader = KeyReader(raw, "config.json", TEXT)
+    for most, keys in _SIZES.items():  # before transformers builds a model of these sizes
+        for key in keys:
+            reader.optional_positive(key, most=most)
     path = resolve(source)
     tokenizer = load_tokenizer(path, fast=True)
     infos = open_weights(path).infos.values()
@@ -367,13 +333,17 @@ def load_foreign_model(
         stored=str(raw.get("dtype") or raw.get("torch_dtype")),
         num_parameters=sum(info.num_parameters for info in infos),
     )
-    language_model = load_foreign(path, dtype=number_format, device=device)
+    try:
+        language_model = load_foreign(path, dtype=number_format, device=device)
+    except UnsupportedModelError as error:
+        second = str(error).partition("\n")[0]
+        raise UnsupportedModelError(f"{refusal}; and as another family: {second}") from error
     generation = read_optional_json(path / "generation_config.json") or {}
     text = language_model.config
     config = ModelConfig(
         text=text,
         tokens=parse_tokens(
-            KeyReader(raw, "config.json", TEXT),
+            reader,
             KeyReader(generation, "generation_config.json", GENERATION),
         ),
         layout="text",

@@ -1,11 +1,10 @@
-"""Out-of-distribution detector: a checkpoint may say which pictures it was trained on.
+"""Out-of-distribution detector of a checkpoint, by the vision features of its training pictures.
 
     world.json          {"knows": a sentence, "limit": a number, "without_picture": a sentence}
-    world.safetensors   mean [E] and whitening [E, E] of known pictures, as the tower sees them
+    world.safetensors   mean [E] and whitening [E, E] of the features of known pictures
 
-A picture whose features lie further from those than `limit` is out of distribution. A question
-without any picture is answered with `without_picture`, where a model was trained on none.
-Checkpoints without these files claim nothing. Knows pictures and their features; no prompts.
+A picture whose features are further from those than `limit` is out of distribution. A question
+without any picture is answered with `without_picture`, if the model was trained on none.
 """
 
 import json
@@ -26,19 +25,19 @@ from lapilli.modality.image.pixels import PreparedImage
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.shapes import Float, Tensor
 
-# Keeps directions in which the known features hardly vary from deciding alone.
+# Share of the mean variance that is added, so that directions of little variance do not dominate.
 RIDGE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Detector:
-    """Known pictures as one gaussian, and how far from it is too far.
+    """Gaussian of the features of known pictures, with a limit on the distance.
 
     Attributes:
-        knows: one sentence for people.
+        knows: a sentence about the known pictures, for users.
         limit: the largest distance of a known picture.
         mean: of the pictures, each the mean of its patches, [E].
-        whitening: turns differences from the mean into a unit gaussian, [E, E].
+        whitening: maps differences from the mean to a unit gaussian, [E, E].
         without_picture: the answer to a question without a picture; "": the model's own.
     """
 
@@ -54,24 +53,19 @@ class Detector:
         return float(whitened.square().mean())
 
     def is_known(self, features: Float[Tensor, "n E"]) -> bool:
-        """Return whether these are features of a picture like those of the training."""
+        """Return whether a picture with these features is in distribution."""
         return self.distance(features) <= self.limit
 
     @torch.inference_mode()
     def is_unknown(self, item: object, model: VisionLanguageModel) -> bool:
-        """Return whether a prepared medium is a picture unlike those that the model was trained on.
-
-        Args:
-            item: what a modality prepared; features that somebody made are believed.
-            model: whose tower looks at it.
-        """
+        """Return whether a prepared item is a picture out of distribution; features never are."""
         if not isinstance(item, PreparedImage):
             return False
         modality = cast("ImageModality", model.modality("image"))
         return not self.is_known(modality.tower_features(item.pixel_values).flatten(0, 1))
 
     def warning(self, name: str) -> str:
-        """Return one line for people about a picture that is not known; `name`: of the model."""
+        """Return a warning of one line about such a picture; `name`: of the model."""
         return (
             f"this picture is unlike those that {name} was made for: {self.knows} "
             "Load a LLaVA checkpoint for others, for instance llava-hf/llava-1.5-7b-hf."
@@ -85,10 +79,10 @@ def fit_detector(
     share: float = 0.995,
     without_picture: str = "",
 ) -> Detector:
-    """Fit a detector that takes about `share` of pictures like these for known.
+    """Fit a detector for which about `share` of pictures like these are in distribution.
 
     The gaussian is fitted to every second picture and the limit taken from the others, because
-    the pictures of the fit lie nearer to it than fresh ones do.
+    the pictures of the fit are nearer to it than fresh ones.
 
     Source: the Mahalanobis detector of Lee et al. 2018 (arXiv 1807.03888), with one class. The
     features are the tower's: a projector keeps only what its language model needs to tell apart.
@@ -124,10 +118,10 @@ def load_detector(folder: Path, *, width: int | None = None) -> Detector | None:
 
     Args:
         folder: of the checkpoint.
-        width: of the tower's features, E; None: whatever the files say.
+        width: of the tower's features, E; None: any.
 
     Raises:
-        CheckpointError: one of the two files is there and not usable.
+        CheckpointError: a file is missing or damaged.
     """
     path = folder / "world.json"
     try:

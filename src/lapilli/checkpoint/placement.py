@@ -1,4 +1,4 @@
-"""On which device and in which number format a model is put when nobody says."""
+"""Device and dtype of a model: by name, or the default of this machine."""
 
 from pathlib import Path
 
@@ -16,9 +16,8 @@ DTYPES = {
     "fp32": torch.float32,
 }
 AUTO = "auto"
-STORED = "stored"  # every tensor as its file holds it
-# Room for activations, the KV cache and everything else that runs.
-MEMORY_SHARE = 0.8
+STORED = "stored"  # every tensor in the dtype of its file
+MEMORY_SHARE = 0.8  # the rest is for activations, the KV cache and other programs
 _BFLOAT16 = (8, 0)  # compute capability
 
 
@@ -42,21 +41,21 @@ def choose_device(device: str | torch.device) -> torch.device:
 def choose_dtype(
     dtype: str | torch.dtype, *, device: torch.device, stored: str | None, num_parameters: int
 ) -> torch.dtype:
-    """Return the number format of the weights.
+    """Return the dtype of the weights.
 
     "auto" on a CPU is float32 where the weights fit into the free memory, else bfloat16: CPUs
-    compute float32 several times as fast unless they have instructions for the short formats. On
-    CUDA it is bfloat16 where the device computes it (from compute capability 8.0 on). Anywhere else
-    it is what the checkpoint says, else float16, which the original always takes.
+    compute float32 several times as fast unless they have instructions for 16 bits. On CUDA it is
+    bfloat16 from compute capability 8.0 on. Elsewhere it is the dtype of the checkpoint, else
+    float16, which the original always takes.
 
     Args:
         dtype: "auto", a name such as "bfloat16", or the torch dtype.
-        device: where the model goes.
+        device: the model's.
         stored: `torch_dtype` of the checkpoint.
         num_parameters: of the whole model.
 
     Raises:
-        ConfigError: a name that is no number format for weights.
+        ConfigError: no dtype for weights.
     """
     if isinstance(dtype, torch.dtype):
         if dtype not in DTYPES.values():
@@ -79,7 +78,7 @@ def choose_dtype(
 def available_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes that can still be allocated, or None where the system does not say.
 
-    Linux only: what the kernel counts as available, or what the container's limit leaves.
+    Linux only: the kernel's MemAvailable, or less where the limit of the container leaves less.
     """
     known = [_meminfo(root / "proc/meminfo"), _container(root / "sys/fs/cgroup")]
     return min((free for free in known if free is not None), default=None)

@@ -1,7 +1,7 @@
-"""Where a checkpoint lies: a directory, a hub id or the embedded `pebble`; nothing is read here.
+"""Source of a checkpoint: a directory, a hub id or the embedded `pebble`; no file is read here.
 
-The only file of lapilli that asks the hub. Cache, token, mirror and offline mode are those of
-huggingface_hub (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE), which reads them itself.
+The only file of lapilli that uses the hub. Cache, token, mirror and offline mode are those of
+huggingface_hub (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
 """
 
 import re
@@ -16,8 +16,8 @@ from lapilli.errors import CheckpointError, MissingFileError
 PEBBLE = "pebble"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 
-# What a checkpoint may consist of besides its weights. Folders inside a repository are other forms
-# of the same model and are not fetched.
+# Files of a checkpoint besides its weights. Folders inside a repository hold other formats of the
+# same model and are not fetched.
 SMALL_FILES = [
     "*.json",
     "*.jinja",
@@ -68,7 +68,7 @@ def find_directory(name: str, beside: Sequence[Path] = ()) -> Path | None:
             if candidate.is_dir():
                 return candidate.resolve()
             is_file = candidate.is_file()
-        except OSError as error:  # a name that is too long, a directory that nobody may enter
+        except OSError as error:  # a name that is too long, a directory without permission
             raise CheckpointError(f"{shown(name)} cannot be read: {error.strerror}") from error
         if is_file and first_bytes(candidate, 4) == b"GGUF":
             raise CheckpointError(f"{shown(name)} is {GGUF}")
@@ -88,12 +88,12 @@ def _path_of(name: str) -> Path:
 
 
 def _place(name: str) -> Path:
-    """Return where a directory of this name would lie."""
+    """Return the absolute path of a directory of this name."""
     return _path_of(name).absolute()
 
 
 def is_local(source: str | Path) -> bool:
-    """Return whether a source lies on this disk without asking the hub."""
+    """Return whether a source is on this disk, without asking the hub."""
     return str(source) == PEBBLE or find_directory(str(source)) is not None
 
 
@@ -111,7 +111,7 @@ def fetch_snapshot(name: str, *, weights: bool = True) -> Path:
     """Fetch a repository of the hub into its local cache; safetensors first, else pickles.
 
     Raises:
-        MissingFileError: not there, not allowed, or offline and not in the cache.
+        MissingFileError: it does not exist, is not accessible, or offline and not in the cache.
     """
     path = _snapshot(name, SMALL_FILES)
     if not weights:
@@ -123,7 +123,7 @@ def fetch_snapshot(name: str, *, weights: bool = True) -> Path:
 
 
 def _snapshot(name: str, patterns: list[str]) -> Path:
-    # Imported here: a local checkpoint should not pay for it.
+    # Imported here: its import is slow, and a local checkpoint does not need it.
     import huggingface_hub
     from huggingface_hub import errors
 

@@ -1,7 +1,7 @@
-"""The conversation template of a checkpoint, read and written.
+"""Conversation template of a checkpoint, read and written.
 
-Gathers the facts, lapilli.prompt.choose decides. What is written names the template in config.json
-and, where it is none of the original's, puts it beside as chat_template.jinja.
+Reading gathers the facts that lapilli.prompt.choose decides by. Writing names the template in
+config.json and, if it is none of the original's, adds chat_template.jinja.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lapilli.checkpoint.formats.files import read_optional_json, read_optional_text
-from lapilli.checkpoint.read.plan import Plan
+from lapilli.checkpoint.read.plan import PEFT_ADAPTER, Plan
 from lapilli.config.model import ModelConfig
 from lapilli.errors import ConfigError
 from lapilli.prompt.choose import (
@@ -28,18 +28,12 @@ from lapilli.prompt.templates import TEMPLATES
 from lapilli.prompt.to_jinja import to_jinja, with_gaps
 from lapilli.prompt.tokenizer import Tokenizer
 
-ADAPTER = "PEFT adapter"
-
 
 def choose_for(plan: Plan, explicit: str | Template | None = None) -> TemplateChoice:
-    """Choose the template of a plan; return why, too.
-
-    Args:
-        plan: of the checkpoint.
-        explicit: what a person asked for instead.
+    """Choose the template of a plan, or the one that the caller gives; the choice has a reason.
 
     Raises:
-        PromptError: no template has the name that was asked for or recorded.
+        PromptError: no template has the name that was given or recorded.
     """
     return choose_template(
         template_facts(plan), explicit=explicit, chat_template=own_template(plan)
@@ -47,7 +41,7 @@ def choose_for(plan: Plan, explicit: str | Template | None = None) -> TemplateCh
 
 
 def template_facts(plan: Plan) -> TemplateFacts:
-    """Gather what the files say that bears on the template."""
+    """Gather the facts in the files by which the template is chosen."""
     text = plan.raw.get("text_config")
     projector, tokens = plan.config.projector, plan.config.tokens
     ends = ("<|im_start|>", "<|im_end|>")
@@ -58,7 +52,7 @@ def template_facts(plan: Plan) -> TemplateFacts:
         base=str(plan.raw.get("_name_or_path") or ""),
         projector=None if projector is None else projector.kind,
         has_chatml=all(plan.tokenizer.token_to_id(token) is not None for token in ends),
-        # What a PEFT adapter was trained with comes before what its base records.
+        # The template of a PEFT adapter takes precedence over that of its base.
         recorded=None if _of_adapter(plan) is not None else plan.config.template,
         use_start_end=tokens.use_start_end,
         media_gap=media_gap(plan.tokenizer, tokens.image_id),
@@ -66,18 +60,18 @@ def template_facts(plan: Plan) -> TemplateFacts:
 
 
 def own_template(plan: Plan) -> JinjaTemplate | None:
-    """Return the checkpoint's own chat template, where it has one that counts.
+    """Return the checkpoint's own chat template, or None.
 
     Beside a checkpoint in the original layout it belongs to the base model and is not read, unless
     config.json records that it is the model's.
 
     Raises:
-        PromptError: a text that is no template.
+        PromptError: it is no template.
     """
     if plan.config.layout == "llava" and plan.config.template != OWN:
         return None
-    # The folder of a PEFT adapter is no place of the checkpoint below.
-    first = plan.base_path if plan.form == ADAPTER else plan.path
+    # A PEFT adapter's folder holds no files of the checkpoint below.
+    first = plan.base_path if plan.form == PEFT_ADAPTER else plan.path
     source = _of_adapter(plan) or find_chat_template(first or plan.path, plan.tokenizer_path)
     if source is None:
         return None
@@ -99,18 +93,18 @@ def own_template(plan: Plan) -> JinjaTemplate | None:
 
 
 def _of_adapter(plan: Plan) -> str | None:
-    """Return the chat template in the folder of a PEFT adapter: what it was trained with.
+    """Return the chat template in the folder of a PEFT adapter, with which it was trained.
 
     Such a folder has no config.json to record a name in. Over a checkpoint in the original layout
-    it says nothing, like every chat template beside one.
+    it is not read, like every chat template beside one.
     """
-    if plan.form != ADAPTER or plan.adapter is None or plan.config.layout == "llava":
+    if plan.form != PEFT_ADAPTER or plan.adapter is None or plan.config.layout == "llava":
         return None
     return find_chat_template(plan.adapter.path)
 
 
 def find_chat_template(*directories: Path) -> str | None:
-    """Find the jinja text, in the first directory and the newest place that has one."""
+    """Find the jinja text in the first directory, and there the newest file, that has one."""
     for directory in directories:
         found = read_optional_text(directory / "chat_template.jinja")
         if found is not None:
@@ -128,11 +122,11 @@ def find_chat_template(*directories: Path) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class WrittenTemplate:
-    """A template as the files of a checkpoint carry it.
+    """A template in the form of a checkpoint's files.
 
     Attributes:
         name: for `lapilli_template` in config.json: a template of the original, or "chat_template".
-        jinja: text for chat_template.jinja; None: the name says everything.
+        jinja: text for chat_template.jinja; None: the name is enough.
     """
 
     name: str | None = None
@@ -145,9 +139,9 @@ class WrittenTemplate:
 
         Args:
             tokenizer: of that layout.
-            image_id: the token that stands for a picture there.
-            was_whole: whether prompts were tokenized whole before, so that a chat template says
-                itself what follows a picture.
+            image_id: its placeholder token of a picture.
+            was_whole: prompts were tokenized whole before, so that a chat template has the text
+                after a picture already.
 
         Raises:
             PromptError: captions (the plain style) are no conversation.
@@ -163,13 +157,13 @@ class WrittenTemplate:
 def written_template(
     template: str | Template | None, config: ModelConfig, tokenizer_path: Path | None
 ) -> WrittenTemplate:
-    """Return how a template is written beside a model.
+    """Return the form in which a template is written beside a model.
 
     Args:
         template: one, or its name; "chat_template" is the one among the tokenizer's files. None:
-            what the model came with, as its configuration records it, or in another layout than
-            the original's its chat template.
-        config: of the model, in the layout that it came in.
+            the recorded one of the configuration, or the chat template where the layout is not the
+            original's.
+        config: of the model, in the layout that it was loaded in.
         tokenizer_path: a directory with the tokenizer's files.
 
     Raises:
@@ -185,7 +179,12 @@ def written_template(
         return WrittenTemplate()
     if isinstance(template, str):
         if template == OWN:
-            return WrittenTemplate(OWN, _present(source, tokenizer_path))
+            if source is None:
+                raise ConfigError(
+                    f"template {OWN!r} is to be written, but there is no chat template in "
+                    f"{tokenizer_path}: give one by name ({', '.join(TEMPLATES)})"
+                )
+            return WrittenTemplate(OWN, source)
         return WrittenTemplate(template_by_name(template).name)
     if isinstance(template, JinjaTemplate):
         return WrittenTemplate(OWN, template.source)
@@ -198,12 +197,3 @@ def written_template(
     if TEMPLATES.get(template.name) == around_media(template, use_start_end=False):
         return WrittenTemplate(template.name)
     return WrittenTemplate(OWN, with_gaps(to_jinja(template), template.media_gap))
-
-
-def _present(source: str | None, place: Path | None) -> str:
-    if source is None:
-        raise ConfigError(
-            f"template {OWN!r} is to be written, but there is no chat template in {place}: give "
-            f"one by name ({', '.join(TEMPLATES)})"
-        )
-    return source

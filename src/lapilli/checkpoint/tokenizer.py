@@ -1,6 +1,6 @@
-"""Small files of a checkpoint: tokenizer, read and written; chat template, generation_config.json.
+"""Tokenizer of a checkpoint, read and written, and the small files that are written beside it.
 
-Hugging Face's layout has a token more, for its pictures: `save_tokenizer_with`.
+Hugging Face's layout has one more token, for pictures: `save_tokenizer_with`.
 """
 
 import shutil
@@ -17,9 +17,10 @@ from lapilli.checkpoint.formats.files import (
     read_optional_text,
 )
 from lapilli.checkpoint.write.files import write_json
-from lapilli.config.model import TokenConfig
+from lapilli.config.families import family_of
+from lapilli.config.model import ModelConfig, TokenConfig
 from lapilli.config.reader import KeyReader
-from lapilli.errors import CheckpointError, MissingFileError
+from lapilli.errors import CheckpointError, ConfigFileError, MissingFileError
 from lapilli.prompt.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
@@ -29,7 +30,7 @@ from lapilli.prompt.tokenizer import (
 from lapilli.prompt.tokenizer.convert import llama_tokenizer
 
 MOST_BYTES = 64 << 20
-"""Of a tokenizer's file: the largest that are published have half of it."""
+"""Largest file of a tokenizer that is read; the largest published ones have half as much."""
 IMAGE_PATCH = "<im_patch>"
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 
@@ -39,11 +40,11 @@ def load_tokenizer(directory: Path, *, fast: bool) -> Tokenizer:
 
     Args:
         directory: of the checkpoint, or of the base model of an adapter.
-        fast: the class that the original takes for this backbone: SentencePiece itself for llama
-            (False), the tokenizers library for everything else.
+        fast: the original's class for this language model: SentencePiece itself for llama (False),
+            the tokenizers library for all others.
 
     Raises:
-        MissingFileError: no tokenizer there.
+        MissingFileError: it has no tokenizer.
         CheckpointError: a file of it is damaged.
     """
     files = TokenizerFiles(
@@ -59,6 +60,35 @@ def load_tokenizer(directory: Path, *, fast: bool) -> Tokenizer:
             "copy them from the language model that the checkpoint was made from"
         )
     return build_tokenizer(files, fast=fast)
+
+
+def tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
+    """Load a tokenizer as this kind of model reads it; return how many tokens were added too.
+
+    Raises:
+        ConfigFileError: config.json names an image token beyond the vocabulary.
+    """
+    image_id, is_original = config.tokens.image_id, config.layout == "llava"
+    # A model that came with an image token was tokenized by its tokenizer.json.
+    slow = is_original and image_id is None and family_of(config.text).slow_tokenizer
+    tokenizer = load_tokenizer(path, fast=not slow)
+    # A table often has more rows than the tokenizer has tokens, and the image may stand for one.
+    size = max(tokenizer.vocab_size, config.text.vocab_size)
+    if image_id is not None and not 0 <= image_id < size:
+        raise ConfigFileError(
+            f"config.json: image_token_index is {image_id}, but there are {size} tokens: they do "
+            "not belong together"
+        )
+    if is_original:
+        tokens = config.tokens
+        use_patch, use_start_end = tokens.use_patch_token, tokens.use_start_end
+        return tokenizer, add_image_tokens(
+            tokenizer, use_patch=use_patch, use_start_end=use_start_end
+        )
+    if image_id is not None and image_id in tokenizer.added_vocab.values():
+        # Special, whatever its file says: in the text of a user it stands for no picture.
+        tokenizer.add_tokens([tokenizer.id_to_token(image_id)], special=True)
+    return tokenizer, 0
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -109,7 +139,7 @@ def write_beside(
 
 
 def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """Copy the files of a tokenizer that are there."""
+    """Copy the files of a tokenizer."""
     if source is None:
         return
     for name in TOKENIZER_FILES:
@@ -118,7 +148,7 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
 
 
 def write_chat_template(folder: Path, source: str | None) -> None:
-    """Write chat_template.jinja, and keep no other text that claims to be the template."""
+    """Write chat_template.jinja, and remove the template in tokenizer_config.json."""
     if source is None:
         return
     (folder / "chat_template.jinja").write_text(source, encoding="utf-8", newline="")
@@ -129,10 +159,9 @@ def write_chat_template(folder: Path, source: str | None) -> None:
 
 
 def settle_generation(folder: Path, tokens: TokenConfig) -> None:
-    """Bring a generation_config.json that was copied in line with the ids of the model.
+    """Write the special ids of the model into a generation_config.json that was copied.
 
-    It wins over config.json when it is read, and an adapter's tokenizer may have come from the
-    folder of its base.
+    It takes precedence over config.json, and may come from the base of an adapter.
     """
     found = read_optional_json(folder / "generation_config.json")
     if found is None:
@@ -143,7 +172,7 @@ def settle_generation(folder: Path, tokens: TokenConfig) -> None:
 
 
 def special_ids(tokens: TokenConfig) -> dict[str, int | list[int] | None]:
-    """Return the special ids as config.json and generation_config.json spell them."""
+    """Return the special ids under the keys of config.json and generation_config.json."""
     eos = list(tokens.eos_ids)
     return {
         "bos_token_id": tokens.bos_id,
@@ -164,11 +193,11 @@ def save_tokenizer_with(
     """Write tokenizer.json and its configuration with `token` among them; return its id.
 
     Args:
-        folder: where to.
+        folder: of the new files.
         source: a directory with tokenizer.json or tokenizer.model.
         tokenizer: the same, loaded, with the tokens that were added at loading.
-        token: stands for a picture; it is added at the end where the tokenizer does not have it.
-        processor: class of transformers that the files are for.
+        token: the placeholder of a picture, added at the end if it is new.
+        processor: class of transformers that reads the files.
 
     Raises:
         CheckpointError: the files give other ids than the loaded tokenizer.
@@ -181,7 +210,7 @@ def save_tokenizer_with(
             single_word=one.single_word,
             lstrip=one.lstrip,
             rstrip=one.rstrip,
-            # A slow tokenizer looks for its added tokens in the text as it was typed.
+            # A slow tokenizer matches its added tokens before normalization.
             normalized=one.normalized and not is_slow,
         )
         add = rust.add_special_tokens if one.special else rust.add_tokens
@@ -196,7 +225,7 @@ def save_tokenizer_with(
     copy_tokenizer(source, folder)
     rust.save(str(folder / "tokenizer.json"))
     written = dict(read_optional_json(source / "tokenizer_config.json") or {})
-    # What names its ids stands in tokenizer.json now.
+    # tokenizer.json has the added tokens now.
     for key in ("added_tokens_decoder", "auto_map"):
         written.pop(key, None)
     (folder / "added_tokens.json").unlink(missing_ok=True)
@@ -214,10 +243,10 @@ def save_tokenizer_with(
 
 
 def _rust(source: Path, tokenizer: Tokenizer) -> tuple[tokenizers.Tokenizer, bool | None]:
-    """Return what the loaded tokenizer was made of, and the `legacy` that says the same.
+    """Return the tokenizer as one of the tokenizers library, and `legacy` of its configuration.
 
-    A folder may have both files; a slow tokenizer was read from tokenizer.model. None: what
-    tokenizer.json says is all.
+    A folder may have both files; a slow tokenizer was read from tokenizer.model. `legacy` is None
+    for a tokenizer.json.
     """
     is_slow = isinstance(tokenizer, SentencePieceTokenizer)
     text = None if is_slow else read_optional_text(source / "tokenizer.json")
@@ -229,7 +258,7 @@ def _rust(source: Path, tokenizer: Tokenizer) -> tuple[tokenizers.Tokenizer, boo
 
 
 def _frame(rust: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
-    """Let the file write what our tokenizer writes before and after a text, such as <s>."""
+    """Add the tokens that our tokenizer writes before and after a text, such as <s>."""
     prefix, suffix = list(tokenizer.prefix_ids), list(tokenizer.suffix_ids)
     if rust.encode("").ids == prefix + suffix:
         return
@@ -245,7 +274,7 @@ def _frame(rust: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
 def _pad(
     tokenizer: Tokenizer, config: Mapping[str, object], special_map: Mapping[str, object]
 ) -> str | None:
-    """Return a token for padding where the files name none: unk as the original, else the end."""
+    """Return a padding token where the files name none: unk as the original, else eos."""
     if config.get("pad_token") or special_map.get("pad_token"):
         return None
     for index in (tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id):

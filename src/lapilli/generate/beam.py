@@ -1,11 +1,11 @@
-"""Beam search: the likeliest answer among several that are decoded side by side.
+"""Beam search: the most likely answer among several that are decoded at the same time.
 
-With a temperature the continuations are drawn instead of taken from the top (beam sampling).
+With a temperature above 0 the continuations are drawn (beam sampling).
 Knows hypotheses and scores; one row's search does not depend on the other rows of its batch.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from math import pow as power
 
@@ -20,9 +20,9 @@ from lapilli.shapes import Float, Int, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """One answer that is being tried, and the sum of its log-probabilities.
+    """Answer of one beam and the sum of its log-probabilities.
 
-    While sampling these are divided by the temperature, as in the transformers library.
+    In beam sampling these are divided by the temperature, as in the transformers library.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -30,90 +30,84 @@ class Hypothesis:
     reports: tuple[TokenLogprob, ...] = ()
 
     def score(self, length_penalty: float) -> float:
-        """Return the number that finished hypotheses are ranked by."""
+        """Return the score by which finished hypotheses are ranked."""
         return self.logprob / power(len(self.token_ids), length_penalty)
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A running hypothesis (by its number) with one more token."""
+    """One more token for a running hypothesis, given by its number."""
 
     beam: int
     token_id: int
     logprob: float
 
 
+@dataclass(slots=True)
 class BeamRow:
     """Beam search of one row.
 
     Args:
-        width: hypotheses that run at the same time, and finished ones that are kept.
+        width: number of running hypotheses, and of finished ones that are kept.
         length_penalty: see SamplingParams.
-        ends: whether an answer of these tokens is over.
-        generator: the row's own random source; None: nothing is drawn.
+        ends: returns whether an answer of these tokens is finished.
+        generator: for beam sampling; None: the best continuations are taken.
     """
 
-    def __init__(
-        self,
-        width: int,
-        length_penalty: float,
-        ends: Callable[[Sequence[int]], bool],
-        generator: torch.Generator | None = None,
-    ) -> None:
-        self._width = width
-        self._length_penalty = length_penalty
-        self._ends = ends
-        self.generator = generator
-        self.running = [Hypothesis()]
-        self.finished: list[tuple[float, Hypothesis]] = []
+    width: int
+    length_penalty: float
+    ends: Callable[[Sequence[int]], bool]
+    generator: torch.Generator | None = None
+    running: list[Hypothesis] = field(default_factory=lambda: [Hypothesis()])
+    finished: list[tuple[float, Hypothesis]] = field(default_factory=list)
 
     def advance(
         self,
         candidates: Sequence[Candidate],
         report: Callable[[int, int], tuple[TokenLogprob, ...]],
     ) -> list[int]:
-        """Go on with the best candidates, best first; returns the number of each one's parent.
+        """Continue with the best candidates, best first; return the number of each one's parent.
 
-        Only the first `width` candidates may finish; the ones after them are there so that enough
-        can go on.
+        Only the first `width` candidates may finish; the others are there so that enough
+        hypotheses go on.
         """
         running: list[tuple[int, Hypothesis]] = []
         for rank, candidate in enumerate(candidates):
             parent = self.running[candidate.beam]
             token_ids = (*parent.token_ids, candidate.token_id)
-            over = self._ends(token_ids)
-            if (over and rank >= self._width) or (not over and len(running) == self._width):
+            over = self.ends(token_ids)
+            if (over and rank >= self.width) or (not over and len(running) == self.width):
                 continue
             reports = parent.reports + report(candidate.beam, candidate.token_id)
             grown = Hypothesis(token_ids, candidate.logprob, reports)
             if over:
-                self.finished.append((grown.score(self._length_penalty), grown))
+                self.finished.append((grown.score(self.length_penalty), grown))
             else:
                 running.append((candidate.beam, grown))
         self.finished.sort(key=lambda item: item[0], reverse=True)
-        del self.finished[self._width :]
+        del self.finished[self.width :]
         self.running = [hypothesis for _, hypothesis in running]
         return [beam for beam, _ in running]
 
     @property
     def is_done(self) -> bool:
-        """Whether no running hypothesis is expected to beat the worst finished one.
+        """True when no running hypothesis is expected to beat the worst finished one.
 
-        Source: `early_stopping=False` of the transformers library: the best running hypothesis is
-        rated at its present length.
+        Source: `early_stopping=False` of the transformers library, which scores the best running
+        hypothesis at its present length.
         """
         if not self.running:
             return True
-        if len(self.finished) < self._width:
+        if len(self.finished) < self.width:
             return False
-        return self.running[0].score(self._length_penalty) <= self.finished[-1][0]
+        return self.running[0].score(self.length_penalty) <= self.finished[-1][0]
 
     def best(self) -> tuple[float, Hypothesis]:
         """Return the best finished hypothesis, or the best running one if none has finished."""
         if self.finished:
             return self.finished[0]
         hypothesis = self.running[0]
-        score = hypothesis.score(self._length_penalty) if hypothesis.token_ids else 0.0
+        score = hypothesis.score(self.length_penalty) if hypothesis.token_ids else 0.0
         return score, hypothesis
 
 
@@ -128,16 +122,16 @@ def search(
 ) -> Generator[None, None, None]:
     """Search for all rows until each is done, one token per turn of the iterator.
 
-    Rows that are done leave the batch. Bias and penalties change log-probabilities, after the
-    softmax and not before it: what the transformers library does in beam search.
+    Rows that are done leave the batch. Bias and penalties are applied after the softmax, to
+    log-probabilities, as in the beam search of the transformers library.
 
     Args:
         decoding: the rows, after their prefill.
-        logits: what the prefill gave.
+        logits: after the prompts.
         rows: one search per row of the batch.
         params: number of beams, filters, reports; with a temperature above 0 every row needs a
             generator.
-        num_stop_ids: how many tokens end an answer.
+        num_stop_ids: number of tokens that end an answer.
         processors: bias and penalties of the rows, if there are any.
     """
     active = list(rows)
@@ -174,7 +168,7 @@ def best_candidates(
     params: SamplingParams,
     processors: LogitsProcessors | None,
 ) -> tuple[Float[Tensor, "beams V"], list[list[Candidate]]]:
-    """Return log-probabilities of all beams, and the best or drawn continuations of every row."""
+    """Return the log-probabilities of all beams, and the candidates of every row."""
     vocabulary = logits.shape[-1]
     logprobs = logits.float().log_softmax(dim=-1)
     scores = logprobs if processors is None else processors(logprobs)
@@ -200,7 +194,7 @@ def best_candidates(
 def warp_keeping(
     logprobs: Float[Tensor, "beams V"], least: int, params: SamplingParams
 ) -> Float[Tensor, "beams V"]:
-    """Apply the filters of sampling, but leave every beam at least its `least` best tokens."""
+    """Apply temperature and filters, but keep at least the `least` best tokens of every beam."""
     kept = logprobs.topk(min(least, logprobs.shape[-1])).indices
     tempered = logprobs / params.temperature
     return warp(logprobs, params).scatter(-1, kept, tempered.gather(-1, kept))
@@ -209,10 +203,10 @@ def warp_keeping(
 def draw_several(
     scores: Float[Tensor, "B N"], number: int, generators: Sequence[torch.Generator]
 ) -> tuple[Float[Tensor, "B n"], Int[Tensor, "B n"]]:
-    """Draw several different places per row by the softmax of its scores; best score first.
+    """Draw several places per row without replacement by the softmax of its scores, best first.
 
-    Source: the Gumbel top-k trick (Kool et al. 2019, arXiv 1903.06059): drawing one after the other
-    without putting back, for scores of which most are too small for a probability above 0 as well.
+    Source: the Gumbel top-k trick (Kool et al. 2019, arXiv 1903.06059), which works too where most
+    probabilities round to 0.
     """
     noise = [
         -torch.empty_like(row).exponential_(generator=generator).log()
@@ -226,7 +220,7 @@ def draw_several(
 def reporter(
     logprobs: Float[Tensor, "beams V"], first_beam: int, alternatives: int | None
 ) -> Callable[[int, int], tuple[TokenLogprob, ...]]:
-    """Return what reports a token of one of a row's beams; () unless reports were asked for."""
+    """Return a function that reports a token of a beam; () unless reports were asked for."""
 
     def report(beam: int, token_id: int) -> tuple[TokenLogprob, ...]:
         if alternatives is None:

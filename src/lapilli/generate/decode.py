@@ -1,7 +1,7 @@
 """Passes of a language model over a padded batch: prefill, then one token per row at a time.
 
 A model is run by one thread at a time: engines and the plain loop hold the same lock in every
-pass. Knows the cache and the mask; must not know what a token means or when to stop.
+pass. Knows the cache and the mask; must not know the meaning of a token or when to stop.
 """
 
 import os
@@ -20,45 +20,35 @@ from lapilli.shapes import Float, Int, Tensor
 class ModelLock:
     """Lock of one language model; the thread that holds it may take it again.
 
-    Taken as `with lock.turn:`, never through a function: an interrupt between the two would leave
-    it locked for good.
+    Taken as `with lock.turn:`, never through a function: an interrupt between call and `with` would
+    leave it locked for good.
     """
 
     def __init__(self) -> None:
         self.turn = threading.RLock()
 
     def reset(self) -> None:
-        """Unlock in a forked process: the threads that held it were not forked along."""
+        """Unlock in a forked process, which has none of the threads that held it."""
         self.turn = threading.RLock()
 
 
-class _Locks:
-    """The locks of all language models that are alive."""
-
-    def __init__(self) -> None:
-        self._finding = threading.Lock()
-        self._found: weakref.WeakKeyDictionary[object, ModelLock] = weakref.WeakKeyDictionary()
-
-    def of(self, language_model: object) -> ModelLock:
-        with self._finding:
-            return self._found.setdefault(language_model, ModelLock())
-
-    def reset(self) -> None:
-        self._finding = threading.Lock()
-        for lock in list(self._found.values()):
-            lock.reset()
-
-
-_LOCKS = _Locks()
+_LOCKS: weakref.WeakKeyDictionary[object, ModelLock] = weakref.WeakKeyDictionary()
+_FINDING = ModelLock()
 
 
 def lock_of(language_model: object) -> ModelLock:
-    """Return the lock of this language model, the same one for everybody."""
-    return _LOCKS.of(language_model)
+    """Return the lock of this language model, the same one for all callers."""
+    with _FINDING.turn:
+        return _LOCKS.setdefault(language_model, ModelLock())
+
+
+def _reset_locks() -> None:
+    for lock in (_FINDING, *_LOCKS.values()):
+        lock.reset()
 
 
 if hasattr(os, "register_at_fork"):  # Windows does not fork
-    os.register_at_fork(after_in_child=_LOCKS.reset)
+    os.register_at_fork(after_in_child=_reset_locks)
 
 
 class DecodingBatch:
@@ -87,7 +77,7 @@ class DecodingBatch:
 
     @torch.inference_mode()
     def prefill(self) -> Float[Tensor, "B V"]:
-        """Return the logits after the prompt; the prompt's embeddings are let go."""
+        """Return the logits after the prompt, whose embeddings are released."""
         batch, self._batch = self._batch, None
         if batch is None:
             raise RuntimeError("this prompt was prefilled before")
@@ -99,11 +89,11 @@ class DecodingBatch:
                 attention_mask=self._mask,
                 cache=self.cache,
             )
-            # The head is the widest matrix of a small model: only the last position needs it.
+            # Only the last position: the head is the widest matrix of a small model.
             logits = self._language_model.logits(hidden[:, -1])
         self._positions = self._positions + 1
         if self._mask is not None:
-            # Room for all steps at once, so that a step only takes a longer view of it.
+            # Allocated once for all steps; a step takes a longer view of it.
             rows, length = self._mask.shape
             grown = self._mask.new_ones(rows, length + self._room)
             grown[:, :length] = self._mask
@@ -127,7 +117,7 @@ class DecodingBatch:
 
     @torch.inference_mode()
     def take(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, in this order; a row may be named more than once."""
+        """Keep these rows only, in this order; a row may be named more than once."""
         index = torch.tensor(rows, device=self._positions.device)
         self.cache.reorder(index)
         self._positions = self._positions[index]

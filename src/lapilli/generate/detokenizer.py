@@ -1,8 +1,8 @@
-"""Incremental detokenizer: text from tokens as they come, cut before stop strings.
+"""Incremental detokenizer: text from tokens as they are generated, cut before stop strings.
 
 A character may need several tokens (byte-level BPE, byte fallback), and the first word of an
-answer loses its leading space while a later one keeps it. A text that might still become a stop
-string is held back, so nobody ever sees a part of one. Imports no torch and knows no model.
+answer loses its leading space while a later one keeps it. Text that may become a stop string is
+held back, so no part of one is ever shown. Imports no torch and knows no model.
 """
 
 from codecs import getincrementaldecoder
@@ -38,14 +38,14 @@ class TokenBytes(Protocol):
 
 
 class IncrementalDetokenizer:
-    """The text of a growing list of tokens, handed out as soon as it is certain.
+    """Decoder of a growing list of tokens that returns text as soon as it is certain.
 
-    The pieces in order, with that of `flush` at the end, are `tokenizer.decode` of all ids.
+    The pieces together, with that of `flush` at the end, are `tokenizer.decode` of all ids.
 
     Note:
         For bytes that are no text the number of replacement characters may differ from `decode`:
         the `tokenizers` library replaces a whole run of byte tokens, its valid characters too,
-        when a part of it is invalid. What was shown stays shown here.
+        when a part of it is invalid. Text that was returned before stays as it is here.
     """
 
     def __init__(self, tokenizer: TokenBytes) -> None:
@@ -56,19 +56,19 @@ class IncrementalDetokenizer:
         self._utf8 = Utf8Decoder(errors="replace")
         self._ids: list[int] = []
         self._length = 0  # of the text so far
-        # How much white space there is at the beginning of a text, and behind a token that is set
-        # off, differs from tokenizer to tokenizer: until something follows it, `decode` knows.
+        # Tokenizers differ in the white space at the beginning of a text and after a token that is
+        # set off, so until other text follows it is taken from `decode`.
         self._is_open = True
 
     def push(self, token_id: int) -> str:
-        """Return the text that this token makes certain; empty while a character is incomplete."""
+        """Return the text that this token completes; empty while a character is incomplete."""
         if token_id in self._silent:
             return ""
         try:
             added = self._tokenizer.token_bytes(token_id)
         except PromptError:
-            # Embeddings are often padded to more rows than the tokenizer has words. Trained models
-            # do not say those; if one does, the answer goes on.
+            # Embeddings are often padded to more rows than the tokenizer has tokens. If a model
+            # generates one of them, the answer goes on.
             return ""
         self._ids.append(token_id)
         if token_id in self._apart:
@@ -103,7 +103,7 @@ def _white(text: str) -> str:
 
 
 class StopStrings:
-    """Finds stop strings across token borders and cuts the text before the one completed first.
+    """Search for stop strings across tokens; the text is cut before the one completed first.
 
     The result does not depend on how the text is cut into pieces: among several stop strings the
     one that ends first counts, and of those the longest.
@@ -115,7 +115,7 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """Return the part of the text that is now certain and has not been returned before."""
+        """Return the text that is certain now and was not returned before."""
         if self.found is not None:
             return ""
         text = self._held + text
@@ -129,7 +129,7 @@ class StopStrings:
         return text[: len(text) - kept]
 
     def flush(self) -> str:
-        """Return what was held back, when no more text comes."""
+        """Return the text that was held back; call at the end."""
         held, self._held = self._held, ""
         return held
 

@@ -1,9 +1,9 @@
-"""What generation hands out: chunks (Piece), results (Generation), and the state they come from.
+"""Output of generation: chunks (Piece), results (Generation), and the state that they come from.
 
 Imports no torch and knows no model.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +17,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class TokenLogprob:
     """Log-probability of a token, and of its alternatives.
 
-    Natural logarithms of the model's own probabilities: before bias, penalties, temperature and
-    filters, so they do not depend on how the token was sampled.
+    Natural logarithms of the model's own probabilities, before bias, penalties, temperature and
+    filters.
     """
 
     token_id: int
@@ -50,12 +50,12 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The part of an answer that became certain since the piece before it.
+    """Chunk of an answer: the text that became certain since the chunk before it.
 
     Attributes:
         text: never a part of a character or of a stop string.
-        token_ids: generated since the piece before.
-        finish_reason: set on the last piece only.
+        token_ids: generated since the chunk before.
+        finish_reason: set on the last chunk only.
     """
 
     text: str
@@ -68,10 +68,14 @@ class GenerationState:
 
     Args:
         tokenizer: turns ids into text.
-        params: stop strings, and whether log-probabilities are kept.
-        stop_ids: tokens that end the answer.
-        limit: most tokens.
+        params: when to stop, and whether log-probabilities are kept.
+        eos_ids: end tokens of the model; None: the tokenizer's.
+        room: most tokens that the context leaves.
         prompt_len: passed on to the result.
+
+    Attributes:
+        limit: most tokens.
+        stop_ids: tokens that end the answer.
     """
 
     def __init__(
@@ -79,16 +83,20 @@ class GenerationState:
         tokenizer: TokenBytes,
         params: SamplingParams,
         *,
-        stop_ids: Collection[int],
-        limit: int,
+        eos_ids: Collection[int] | None,
+        room: int,
         prompt_len: int = 0,
     ) -> None:
-        self.limit = limit
+        if eos_ids is None:
+            eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self.stop_ids = frozenset((*eos_ids, *params.stop_token_ids))
+        self.limit = min(params.max_new_tokens, room)
+        self._tokenizer = tokenizer
+        self._params = params
         self.finish_reason: FinishReason | None = None
         self.score: float | None = None
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._stops = StopStrings(params.stop)
-        self._stop_ids = stop_ids
         self._prompt_len = prompt_len
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
@@ -109,7 +117,7 @@ class GenerationState:
 
     @property
     def is_finished(self) -> bool:
-        """Whether no further token is taken."""
+        """True once no further token is taken."""
         return self.finish_reason is not None
 
     def push(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
@@ -117,7 +125,7 @@ class GenerationState:
         self._token_ids.append(token_id)
         if self._logprobs is not None and logprob is not None:
             self._logprobs.append(logprob)
-        if token_id in self._stop_ids:
+        if token_id in self.stop_ids:
             self._finish("stop")
             return
         self._texts.append(self._stops.push(self._detokenizer.push(token_id)))
@@ -126,15 +134,26 @@ class GenerationState:
         elif len(self._token_ids) >= self.limit:
             self._finish("length")
 
+    def ends(self, token_ids: Sequence[int]) -> bool:
+        """Return whether an answer of these tokens would be whole; nothing is added."""
+        if len(token_ids) >= self.limit or token_ids[-1] in self.stop_ids:
+            return True
+        if not self._params.stop:
+            return False
+        stops, text = StopStrings(self._params.stop), IncrementalDetokenizer(self._tokenizer)
+        for token_id in token_ids:
+            stops.push(text.push(token_id))
+        return stops.found is not None
+
     def cancel(self) -> None:
-        """End here, if nothing else ended the answer before."""
+        """End the answer here, unless it is finished."""
         if not self.is_finished:
             self._finish("cancelled")
 
     def take(self) -> Piece | None:
-        """Return what came since the last call; None while there is nothing to show.
+        """Return the text since the last call; None while there is none.
 
-        The piece that tells the end may be empty.
+        The last piece may be empty.
         """
         text = "".join(self._texts[self._num_taken_texts :])
         if self._is_end_taken or not (text or self.is_finished):
@@ -146,7 +165,7 @@ class GenerationState:
         return Piece(text, token_ids, self.finish_reason)
 
     def result(self) -> Generation:
-        """Return the answer so far; cancelled, if it had not ended."""
+        """Return the answer so far, cancelled unless it is finished."""
         self.cancel()
         return Generation(
             token_ids=self.token_ids,
@@ -158,7 +177,7 @@ class GenerationState:
         )
 
     def _finish(self, reason: FinishReason) -> None:
-        """Hand out what was held back: it cannot become anything else any more."""
+        """Append the text that was held back and set the reason."""
         self._texts.append(self._stops.push(self._detokenizer.flush()))
         if self._stops.found is None:
             self._texts.append(self._stops.flush())

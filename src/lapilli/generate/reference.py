@@ -5,7 +5,6 @@ several lengths at once, are decoded by it. Must not know pictures, templates or
 """
 
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -13,7 +12,7 @@ from lapilli.config.generation import SamplingParams
 from lapilli.errors import ContextTooLongError, GenerationError
 from lapilli.generate.beam import BeamRow, search
 from lapilli.generate.decode import DecodingBatch
-from lapilli.generate.detokenizer import IncrementalDetokenizer, StopStrings, TokenBytes
+from lapilli.generate.detokenizer import TokenBytes
 from lapilli.generate.output import Generation, GenerationState, Piece
 from lapilli.generate.sampler import (
     Sampler,
@@ -28,8 +27,7 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.nn.kv_cache import KVCache
 from lapilli.shapes import Float, Tensor
 
-# What `next` returns when nothing follows; a step itself is None.
-OVER = object()
+OVER = object()  # returned by `next` when the steps have ended; a step itself is None
 
 
 def generate(
@@ -43,16 +41,16 @@ def generate(
     context_length: int | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Generation]:
-    """Return one answer per row; rows of unequal length are each answered as if they were alone.
+    """Return one answer per row, each as if its row were alone.
 
     Args:
         model: the model.
         batch: prompts, padded on the left.
         params: how to sample tokens and when to stop.
         tokenizer: turns ids into text.
-        prompt_ids: token ids of each row's prompt text, which the repetition penalty then counts as
+        prompt_ids: token ids of each row's prompt text, which the repetition penalty counts as
             seen, as the transformers library does when it is given ids. None: only new tokens
-            count, as in the original, whose generation sees embeddings only.
+            count, as in the original, which generates from embeddings.
         eos_ids: end tokens of the model; None: the tokenizer's. An empty collection: none.
         context_length: most tokens of prompt and answer; None: what the language model reads.
         cancelled: asked after every token; True ends all answers with finish_reason `cancelled`.
@@ -61,9 +59,8 @@ def generate(
         ContextTooLongError: a prompt leaves no room for a single token.
         GenerationError: a bias for a token that the model does not have.
     """
-    context = GenerationContext.of(model.language_model, tokenizer, params, eos_ids, context_length)
-    answers = context.new_answers(batch)
-    steps = context.decode(batch, answers, prompt_ids=prompt_ids)
+    answers = new_answers(model, batch, params, tokenizer, eos_ids, context_length)
+    steps = decode(model.language_model, batch, params, answers, prompt_ids=prompt_ids)
     for _ in steps:
         if cancelled is not None and cancelled():
             steps.close()
@@ -73,7 +70,7 @@ def generate(
 class Stream(Iterator[Piece]):
     """The answer of one row, piece by piece; the texts together are the text of `generate`.
 
-    `close` cancels: no further step is taken and the KV cache is let go. With beams there is one
+    `close` cancels: no further step is taken and the KV cache is released. With beams there is one
     piece at the end, because the best beam is not known before.
     """
 
@@ -92,7 +89,7 @@ class Stream(Iterator[Piece]):
         raise StopIteration
 
     def close(self) -> None:
-        """Cancel what has not been generated yet."""
+        """Cancel the rest of the answer."""
         self._is_over = True
         self._steps.close()
 
@@ -124,8 +121,8 @@ def stream(
         prompt_ids: see `generate`.
         eos_ids: see `generate`.
         context_length: see `generate`.
-        cache: may hold the first positions of this very prompt, which are then not read again;
-            afterwards it holds prompt and answer, without the answer's last token. Not for beams.
+        cache: may hold the first positions of this very prompt, which are not computed again; in
+            the end it holds prompt and answer, without the answer's last token. Not for beams.
 
     Raises:
         ContextTooLongError: the prompt leaves no room for a single token.
@@ -138,13 +135,14 @@ def stream(
         raise GenerationError(
             f"num_beams {params.num_beams} with a cache of one row: beams need a cache of their own"
         )
-    context = GenerationContext.of(model.language_model, tokenizer, params, eos_ids, context_length)
-    answers = context.new_answers(batch)
-    return Stream(context.decode(batch, answers, prompt_ids=prompt_ids, cache=cache), answers[0])
+    answers = new_answers(model, batch, params, tokenizer, eos_ids, context_length)
+    language_model = model.language_model
+    steps = decode(language_model, batch, params, answers, prompt_ids=prompt_ids, cache=cache)
+    return Stream(steps, answers[0])
 
 
 def check_context(num_tokens: int, context_length: int, *, row: int = 0, visual: int = 0) -> int:
-    """Return how many tokens an answer may have after a prompt of so many.
+    """Return how many tokens an answer may have after a prompt.
 
     Args:
         num_tokens: of the prompt, every visual token counted.
@@ -165,148 +163,107 @@ def check_context(num_tokens: int, context_length: int, *, row: int = 0, visual:
     return room
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationContext:
-    """Model, options and limits that all rows of one call share, and their decode loop."""
+def new_answers(
+    model: VisionLanguageModel,
+    batch: FusedBatch,
+    params: SamplingParams,
+    tokenizer: TokenBytes,
+    eos_ids: Collection[int] | None,
+    context_length: int | None,
+) -> list[GenerationState]:
+    """Return an empty answer per row, limited to what the context leaves; see `generate`."""
+    config = model.language_model.config
+    check_logit_bias(params, config.vocab_size)
+    most = config.max_positions if context_length is None else context_length
+    return [
+        GenerationState(
+            tokenizer,
+            params,
+            eos_ids=eos_ids,
+            room=check_context(length, most, row=row),
+            prompt_len=length,
+        )
+        for row, length in enumerate(batch.attention_mask.sum(dim=1).tolist())
+    ]
 
-    language_model: LanguageModel
-    tokenizer: TokenBytes
-    params: SamplingParams
-    stop_ids: frozenset[int]
-    context_length: int
 
-    @classmethod
-    def of(
-        cls,
-        language_model: LanguageModel,
-        tokenizer: TokenBytes,
-        params: SamplingParams,
-        eos_ids: Collection[int] | None,
-        context_length: int | None,
-    ) -> "GenerationContext":
-        """Return the context, with the model's own values where the caller gave none.
+def decode(
+    language_model: LanguageModel,
+    batch: FusedBatch,
+    params: SamplingParams,
+    answers: Sequence[GenerationState],
+    *,
+    prompt_ids: Sequence[Sequence[int]] | None,
+    cache: KVCache | None = None,
+) -> Generator[None, None, None]:
+    """Add one token to every unfinished answer per turn, until all are finished."""
+    rows, length = batch.attention_mask.shape
+    longest = max(answer.limit for answer in answers)
+    if cache is None:
+        cache = language_model.new_cache(rows, length + longest)
+    decoding = DecodingBatch(language_model, batch, cache, room=longest)
+    del batch  # the embeddings of the prompt are not needed after the prefill
+    logits = decoding.prefill()
+    decode_all = _decode_beams if params.num_beams > 1 else _decode_tokens
+    yield from decode_all(decoding, logits, params, answers, prompt_ids or [()] * rows)
 
-        Raises:
-            GenerationError: a bias for a token that the model does not have.
-        """
-        check_logit_bias(params, language_model.config.vocab_size)
-        if eos_ids is None:
-            eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        if context_length is None:
-            context_length = language_model.config.max_positions
-        stop_ids = frozenset(eos_ids) | frozenset(params.stop_token_ids)
-        return cls(language_model, tokenizer, params, stop_ids, context_length)
 
-    def new_answers(self, batch: FusedBatch) -> list[GenerationState]:
-        """Return an empty answer per row, limited to what the context leaves."""
-        lengths = batch.attention_mask.sum(dim=1).tolist()
-        return [
-            GenerationState(
-                self.tokenizer,
-                self.params,
-                stop_ids=self.stop_ids,
-                limit=min(
-                    self.params.max_new_tokens,
-                    check_context(length, self.context_length, row=row),
-                ),
-                prompt_len=length,
-            )
-            for row, length in enumerate(lengths)
-        ]
+def _decode_tokens(
+    decoding: DecodingBatch,
+    logits: Float[Tensor, "B V"],
+    params: SamplingParams,
+    answers: Sequence[GenerationState],
+    prompt_ids: Sequence[Sequence[int]],
+) -> Generator[None, None, None]:
+    vocab_size, device = logits.shape[-1], logits.device
+    active = [
+        (answer, SamplingState(params, vocab_size, device, prompt_ids=token_ids))
+        for answer, token_ids in zip(answers, prompt_ids, strict=True)
+    ]
+    while True:
+        sampler = Sampler(logits)
+        token_ids = []
+        for row, (answer, state) in enumerate(active):
+            token_id, report = sampler.sample(row, state)
+            answer.push(token_id, report)
+            token_ids.append(token_id)
+        yield
+        going = [row for row, (answer, _) in enumerate(active) if not answer.is_finished]
+        if not going:
+            return
+        if len(going) < len(active):
+            active = [active[row] for row in going]
+            decoding.take(going)
+        tokens = torch.tensor([token_ids[row] for row in going], device=device)
+        logits = decoding.advance(tokens)
 
-    def decode(
-        self,
-        batch: FusedBatch,
-        answers: Sequence[GenerationState],
-        *,
-        prompt_ids: Sequence[Sequence[int]] | None,
-        cache: KVCache | None = None,
-    ) -> Generator[None, None, None]:
-        """Add one token to every unfinished answer per turn, until all are finished."""
-        rows, length = batch.attention_mask.shape
-        longest = max(answer.limit for answer in answers)
-        if cache is None:
-            cache = self.language_model.new_cache(rows, length + longest)
-        decoding = DecodingBatch(self.language_model, batch, cache, room=longest)
-        del batch  # the embeddings of the prompt are not needed after the prefill
-        logits = decoding.prefill()
-        decode = self._decode_beams if self.params.num_beams > 1 else self._decode_tokens
-        yield from decode(decoding, logits, answers, prompt_ids or [()] * rows)
 
-    def _decode_tokens(
-        self,
-        decoding: DecodingBatch,
-        logits: Float[Tensor, "B V"],
-        answers: Sequence[GenerationState],
-        prompt_ids: Sequence[Sequence[int]],
-    ) -> Generator[None, None, None]:
-        vocab_size, device = logits.shape[-1], logits.device
-        active = [
-            (answer, SamplingState(self.params, vocab_size, device, prompt_ids=token_ids))
-            for answer, token_ids in zip(answers, prompt_ids, strict=True)
-        ]
-        while True:
-            sampler = Sampler(logits)
-            token_ids = []
-            for row, (answer, state) in enumerate(active):
-                token_id, report = sampler.sample(row, state)
+def _decode_beams(
+    decoding: DecodingBatch,
+    logits: Float[Tensor, "B V"],
+    params: SamplingParams,
+    answers: Sequence[GenerationState],
+    prompt_ids: Sequence[Sequence[int]],
+) -> Generator[None, None, None]:
+    (_, vocab_size), device = logits.shape, logits.device
+    rows = [
+        BeamRow(
+            params.num_beams,
+            params.length_penalty,
+            answer.ends,
+            new_generator(params.seed, device) if params.temperature > 0 else None,
+        )
+        for answer in answers
+    ]
+    processors = logits_processors(params, prompt_ids, vocab_size, device)
+    num_stop_ids = len(answers[0].stop_ids)
+    try:
+        yield from search(
+            decoding, logits, rows, params, num_stop_ids=num_stop_ids, processors=processors
+        )
+    finally:
+        for answer, row in zip(answers, rows, strict=True):
+            answer.score, best = row.best()
+            reports = best.reports or [None] * len(best.token_ids)
+            for token_id, report in zip(best.token_ids, reports, strict=True):
                 answer.push(token_id, report)
-                token_ids.append(token_id)
-            yield
-            going = [row for row, (answer, _) in enumerate(active) if not answer.is_finished]
-            if not going:
-                return
-            if len(going) < len(active):
-                active = [active[row] for row in going]
-                decoding.take(going)
-            tokens = torch.tensor([token_ids[row] for row in going], device=device)
-            logits = decoding.advance(tokens)
-
-    def _decode_beams(
-        self,
-        decoding: DecodingBatch,
-        logits: Float[Tensor, "B V"],
-        answers: Sequence[GenerationState],
-        prompt_ids: Sequence[Sequence[int]],
-    ) -> Generator[None, None, None]:
-        params, (_, vocab_size), device = self.params, logits.shape, logits.device
-        rows = [
-            BeamRow(
-                params.num_beams,
-                params.length_penalty,
-                self._ending(answer.limit),
-                new_generator(params.seed, device) if params.temperature > 0 else None,
-            )
-            for answer in answers
-        ]
-        processors = logits_processors(params, prompt_ids, vocab_size, device)
-        try:
-            yield from search(
-                decoding,
-                logits,
-                rows,
-                params,
-                num_stop_ids=len(self.stop_ids),
-                processors=processors,
-            )
-        finally:
-            for answer, row in zip(answers, rows, strict=True):
-                answer.score, best = row.best()
-                reports = best.reports or [None] * len(best.token_ids)
-                for token_id, report in zip(best.token_ids, reports, strict=True):
-                    answer.push(token_id, report)
-
-    def _ending(self, limit: int) -> Callable[[Sequence[int]], bool]:
-        """Return what says whether a beam of these tokens is a whole answer."""
-
-        def ends(token_ids: Sequence[int]) -> bool:
-            if len(token_ids) >= limit or token_ids[-1] in self.stop_ids:
-                return True
-            if not self.params.stop:
-                return False
-            stops, text = StopStrings(self.params.stop), IncrementalDetokenizer(self.tokenizer)
-            for token_id in token_ids:
-                stops.push(text.push(token_id))
-            return stops.found is not None
-
-        return ends

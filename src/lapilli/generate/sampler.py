@@ -59,7 +59,7 @@ FILTERS: dict[str, Callable[..., Tensor]] = {
     "top_p": filter_top_p,
     "min_p": filter_min_p,
 }
-"""Options that choose among the tempered logits, in their order. Each keeps the best token."""
+"""Filters of the tempered logits by option, in their order. Each keeps the best token."""
 
 
 def warp(logits: Float[Tensor, "B V"], params: SamplingParams) -> Float[Tensor, "B V"]:
@@ -73,7 +73,7 @@ def warp(logits: Float[Tensor, "B V"], params: SamplingParams) -> Float[Tensor, 
 
 
 class LogitsProcessors:
-    """Options that change the logits of some rows before a token is taken, and their counts.
+    """Bias and penalties of some rows, applied to logits before sampling, and their token counts.
 
     Args:
         params: the options.
@@ -99,13 +99,13 @@ class LogitsProcessors:
         for row, token_ids in enumerate(prompt_ids):
             self.in_prompt[row, list(token_ids)] = True
         self.counts = torch.zeros(shape, dtype=torch.int32, device=device)
-        """How often each token occurs in the answer."""
+        """Occurrences of each token in the answer."""
         check_logit_bias(params, vocab_size)
         self.bias = torch.zeros(vocab_size, device=device)
         self.bias[list(params.logit_bias)] = self.bias.new_tensor([*params.logit_bias.values()])
 
     def __call__(self, logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-        """Return the logits, or log-probabilities, that the options make of these."""
+        """Return the logits, or log-probabilities, after bias and penalties."""
         for step in self.steps:
             logits = step(logits, self)
         return logits
@@ -116,7 +116,7 @@ class LogitsProcessors:
         self.counts.scatter_add_(1, at, torch.ones_like(at, dtype=torch.int32))
 
     def take(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, in this order; a row may be named more than once."""
+        """Keep these rows only, in this order; a row may be named more than once."""
         self.in_prompt, self.counts = self.in_prompt[list(rows)], self.counts[list(rows)]
 
 
@@ -129,7 +129,7 @@ PROCESSORS: dict[str, Processor] = {
     "frequency_penalty": lambda logits, of: logits - of.params.frequency_penalty * of.counts,
     "presence_penalty": lambda logits, of: logits - of.params.presence_penalty * (of.counts > 0),
 }
-"""Options that change logits, in their order; an option at its default is left out.
+"""Processors of logits by option, in their order; an option at its default is left out.
 
 Source: transformers (repetition), OpenAI's API reference (bias, frequency, presence)."""
 
@@ -165,13 +165,13 @@ def check_logit_bias(params: SamplingParams, vocab_size: int) -> None:
 
 
 class SamplingState:
-    """State of the sampling of one answer: options, random source, counts.
+    """State of the sampling of one answer: options, random generator, counts.
 
     Args:
         params: the options.
         vocab_size: width of the logits.
         device: of the logits.
-        prompt_ids: tokens that the repetition penalty counts as seen from the start.
+        prompt_ids: tokens that the repetition penalty counts as seen.
     """
 
     def __init__(
@@ -183,17 +183,17 @@ class SamplingState:
         prompt_ids: Sequence[int] = (),
     ) -> None:
         self.params = params
-        # Greedy draws nothing, so it leaves torch's global random source alone.
+        # Greedy sampling needs no generator, so it leaves torch's global one alone.
         self.generator = new_generator(params.seed, device) if params.temperature > 0 else None
         self.processors = logits_processors(params, [prompt_ids], vocab_size, device)
 
 
 class Sampler:
-    """The tokens of one pass of the model.
+    """Sampler of the tokens of one pass of the model.
 
     Args:
-        logits: a row for every token that may be sampled, in any floating type; what is computed
-            with them is float32.
+        logits: a row for every token that may be sampled, in any floating type; they are computed
+            with in float32.
     """
 
     def __init__(self, logits: Float[Tensor, "R V"]) -> None:
@@ -201,7 +201,7 @@ class Sampler:
         self._best: list[int] | None = None
 
     def sample(self, row: int, state: SamplingState) -> tuple[int, TokenLogprob | None]:
-        """Return the token after one row, counted in `state`, and the report that was asked for."""
+        """Return the token of one row and its report, if asked for; count it in `state`."""
         params, processors = state.params, state.processors
         if processors is None and state.generator is None:
             if self._best is None:  # of all rows at once
@@ -226,7 +226,7 @@ class Sampler:
 
 
 def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """Return the random source of one row: what it draws does not depend on its neighbours.
+    """Return the random generator of one row, whose draws do not depend on other rows.
 
     Without a seed it starts from torch's global source (`torch.manual_seed`).
     """
@@ -236,7 +236,7 @@ def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
 
 
 def draw(logits: Float[Tensor, "B V"], generators: Sequence[torch.Generator]) -> Int[Tensor, " B"]:
-    """Draw one token per row, each with its row's own random source."""
+    """Draw one token per row, each with its row's own generator."""
     probabilities = logits.softmax(dim=-1)
     drawn = [
         torch.multinomial(row, 1, generator=generator)

@@ -1,15 +1,14 @@
-"""Speculative decoding: draft tokens verified by the model in one pass, while that pays.
+"""Speculative decoding: draft tokens, verified by the model in one pass, as many as save time.
 
     answer so far ... a b c | a b c d e f (earlier text)      draft: d e f
     one pass over c d e f -> logits after each -> tokens as without a draft, until one differs
 
-    cost      median of the last such passes by the clock, or from the sizes next to it
+    cost      median time of the last passes of this size, or interpolated between sizes
     budget    accepts a draft token while (tokens + chance) / cost of one more > tokens / cost
 
-Position keys: a token id, or a number below zero under a medium. A proposer knows keys and how
-likely a draft token is right, the controller what a pass costs. Verification is sampling: every
-token is sampled as it would be without a draft (Engine, sampler.py), which says only whether the
-logits for the token after it are there already.
+A proposer knows position keys (a token id, or a number below zero in a medium) and how likely a
+draft token is right; the controller knows the cost of a pass. Verification is sampling: every
+token is sampled as it would be without a draft (engine/core.py).
 """
 
 from collections import deque
@@ -24,48 +23,48 @@ from lapilli.lm.base import LanguageModel
 from lapilli.nn.kv_cache import KVCache
 
 IsWorth = Callable[[float], bool]
-"""Whether one more draft token may be made that is right, with all before it, with this chance."""
+"""Returns whether to add a draft token; given the chance that it and all before it are right."""
 
 
 @runtime_checkable
 class Proposer(Protocol):
-    """Proposes the draft tokens of one sequence."""
+    """Source of draft tokens for one sequence."""
 
     def propose(self, keys: Sequence[int], most: int, is_worth: IsWorth) -> list[int]:
-        """Return at most `most` token ids that may follow; none when nothing suggests itself.
+        """Return at most `most` draft tokens, or none.
 
         Args:
-            keys: of all positions so far. From call to call they only grow.
+            keys: of all positions so far; they only grow between calls.
             most: at least 1.
-            is_worth: asked before every draft token; after a no there is no further one.
+            is_worth: called before every draft token; False ends the draft.
         """
         ...
 
 
 NewProposer = Callable[[], Proposer]
-"""Makes the proposer of a new sequence: PromptLookup itself, or a DraftModel."""
+"""Factory of the proposer of a new sequence: the class PromptLookup, or a DraftModel."""
 
 CONTEXTS = ((5, 0), (3, 0), (2, 0), (1, 0), (3, 1), (4, 2), (5, 3))
-"""What is looked up: so many tokens from the end of the text, without so many of the last. Those
-with a gap know what follows a number or a name, whatever it is."""
+"""Contexts that are looked up: the last n tokens without the last m of them. Those with a gap find
+what follows a number or a name, whichever it is."""
 REACH = max(reach for reach, _ in CONTEXTS)
 MOST_COUNTED = 2
 STATES = (MOST_COUNTED + 1) ** 2
 PRIOR_WEIGHT = 4.0
-"""A first estimate counts like so many draft tokens."""
+"""Number of draft tokens that the first estimate of a chance counts like."""
 
 
 class Place:
-    """The token that followed one context the last time, and whether it was the one before."""
+    """Token that followed a context the last time, and how regularly it does."""
 
     __slots__ = ("misses", "run", "token")
 
     def __init__(self, token: int) -> None:
         self.token = token
         self.run = 0
-        """Times in a row that the same followed again, as far as they are counted."""
+        """Times in a row that the same token followed, at most MOST_COUNTED."""
         self.misses = 0
-        """Times that something else followed; forgiven one by one after a long run."""
+        """Times that another token followed; counted down after a long run."""
 
     @property
     def state(self) -> int:
@@ -84,17 +83,16 @@ class Place:
 
 
 class PromptLookup:
-    """Proposes that what followed the same few words before follows again.
+    """Proposer that looks up the last few tokens in the text so far and takes what followed there.
 
-    Good for answers that quote: text read off a picture, JSON with its keys, lists. Whether a draft
-    token would have been right is known for every token, proposed or not: so it costs no pass of
-    the model to find out that a text does not repeat.
+    Good for answers that quote: text in a picture, keys of JSON, lists. Whether a draft token would
+    have been right is learned from every token, proposed or not, so no pass of the model is spent
+    to find out that a text does not repeat.
 
     Source: Saxena 2023, prompt lookup decoding (n-gram matching as a draft model).
-    Note: there, n words in a row that were seen before are enough, for a draft of fixed length.
-        Here few words and words with a gap count too, and how often such a place was right in this
-        answer says how long a draft is. Neither what is looked up nor what is proposed reaches
-        into or across a medium.
+    Note: there, n matching tokens are enough, and a draft has a fixed length. Here short contexts
+        and contexts with a gap count too, and the hit rate of each kind in this answer decides the
+        length. No context and no draft reaches into or across a medium.
     """
 
     def __init__(self) -> None:
@@ -108,7 +106,7 @@ class PromptLookup:
         """Tokens since the last medium."""
 
     def propose(self, keys: Sequence[int], most: int, is_worth: IsWorth) -> list[int]:
-        """Return what followed the most promising places, token after token."""
+        """Return what followed the most likely contexts, token after token."""
         self._index(keys)
         end = list(keys[len(keys) - min(self._text, REACH) :])
         proposed: list[int] = []
@@ -125,10 +123,10 @@ class PromptLookup:
         return proposed
 
     def _best(self, keys: Sequence[int], text: int) -> tuple[int | None, int]:
-        """Return the kind of place that was right most often, and the token there; None: no place.
+        """Return the kind of context with the highest hit rate and its token; None: no match.
 
         Args:
-            keys: end with what is looked up.
+            keys: of the last positions.
             text: of them, tokens since the last medium.
         """
         end = len(keys)
@@ -145,11 +143,10 @@ class PromptLookup:
         return best, token
 
     def _index(self, keys: Sequence[int]) -> None:
-        """Note what stands before each position that has been added.
+        """Index the context of every new position, and learn the hit rates of the answer.
 
-        Only kinds that would have been taken learn from it: the best of several looks better than
-        it is, and this is how that is put right. What was asked says little about the answer, so
-        nothing is learned from the tokens that are there when the answer begins.
+        Only the kind that would have been taken learns, because the best of several estimates is
+        too high. Nothing is learned from the prompt, which says little about the answer.
         """
         is_answer = self._read > 0
         for at in range(self._read, len(keys)):
@@ -184,7 +181,7 @@ class PromptLookup:
 
 
 def _first_chance(context: tuple[int, int], state: int) -> float:
-    """Return the chance that a kind of place is right, before it was seen in an answer."""
+    """Return the first estimate of the hit rate of a kind of context."""
     reach, gap = context
     run, misses = divmod(state, MOST_COUNTED + 1)
     first = 0.3 if reach > 1 and not gap else 0.1
@@ -192,7 +189,7 @@ def _first_chance(context: tuple[int, int], state: int) -> float:
 
 
 class DraftModel:
-    """A smaller language model that proposes what it would say about the text alone, greedily.
+    """Draft model: a smaller language model that continues the text greedily, without the media.
 
     Args:
         language_model: with the vocabulary of the large one.
@@ -220,11 +217,11 @@ class DraftModel:
 
 
 AGREEMENT = 0.7
-"""How often a draft model is taken to say the same, before anything is known of it."""
+"""First estimate of how often a draft model is right."""
 
 
 class DraftModelProposer:
-    """A draft model that reads along, and how often it was right of late."""
+    """Proposer with the KV cache of a draft model and its recent hit rate."""
 
     def __init__(self, language_model: LanguageModel) -> None:
         self._model = language_model
@@ -254,7 +251,7 @@ class DraftModelProposer:
         return proposed
 
     def _learn(self, keys: Sequence[int]) -> None:
-        """Compare the last draft with what came; forget slowly where there was none."""
+        """Update the hit rate with the last draft; without one it drifts back to the estimate."""
         proposed, self._proposed = self._proposed, []
         if not proposed:
             self._rate += 0.01 * (AGREEMENT - self._rate)
@@ -272,19 +269,19 @@ class DraftModelProposer:
 
 
 FIXED = 10
-"""A pass that was never timed is taken to cost as much as so many positions, and its positions."""
+"""Cost of a pass that was never timed, in positions, besides its positions."""
 REMEMBERED = 9
-"""Passes of one size whose middle counts: one that was held up does not."""
+"""Passes of one size in the median, which outliers do not change."""
 MEMORY = 500
-"""Passes after which a size that did not come again is forgotten, so that it may be tried."""
+"""Passes after which the times of an unused size are discarded, so that it is tried again."""
 
 
 class SpeculationController:
-    """Costs of decode passes, with so many draft tokens and without.
+    """Measured costs of decode passes by number of rows and draft tokens.
 
     Args:
         clock: seconds.
-        is_timed: whether the clock is asked; else what is assumed holds for good.
+        is_timed: False uses the assumed costs only.
     """
 
     def __init__(self, *, clock: Callable[[], float] = perf_counter, is_timed: bool = True) -> None:
@@ -294,16 +291,16 @@ class SpeculationController:
         self._timed: dict[int, dict[int, _Timed]] = {}
 
     def budget(self, rows: int) -> "SpeculationBudget":
-        """Return the budget of the next pass of so many decoding rows.
+        """Return the budget of the next pass with this number of decoding rows.
 
-        A pass without draft tokens comes first, to compare with.
+        The first pass has no draft tokens, to compare with.
         """
         return SpeculationBudget(rows, lambda drafts: self.cost(rows, drafts))
 
     def cost(self, rows: int, drafts: int) -> float | None:
-        """Return the seconds of a pass; where it is not timed, in positions. None: not known.
+        """Return the seconds of a pass, or positions where passes are not timed. None: not known.
 
-        Between two sizes that came it rises evenly; a pass does not take longer than larger ones.
+        Between two measured sizes it is interpolated, and at most the cost of any larger size.
         """
         if not self._is_timed:
             return float(FIXED + rows + drafts)
@@ -320,13 +317,7 @@ class SpeculationController:
         return min([cost, *(timed[size].middle for size in larger)])
 
     def learn(self, seconds: float, *, rows: int, drafts: int) -> None:
-        """Learn what a pass took.
-
-        Args:
-            seconds: with everything that was done for it.
-            rows: sequences that were decoded.
-            drafts: tokens that were verified in it.
-        """
+        """Record the time of a whole step with these numbers of rows and draft tokens."""
         if not self._is_timed:
             return
         self._passes += 1
@@ -335,13 +326,13 @@ class SpeculationController:
         for size in [s for s, one in timed.items() if self._passes - one.last > MEMORY]:
             del timed[size]
         if drafts not in timed:
-            # What was assumed counts as one: a first pass is often slow, or held up.
+            # The assumed cost counts as one measurement: a first pass is often slow.
             timed[drafts] = _Timed(seconds if assumed is None else assumed)
         timed[drafts].add(seconds, now=self._passes)
 
 
 class _Timed:
-    """The last passes of one size."""
+    """Times of the last passes of one size."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = deque([seconds], maxlen=REMEMBERED)
@@ -355,11 +346,11 @@ class _Timed:
 
 
 class SpeculationBudget:
-    """The draft tokens of one pass while they are collected.
+    """Draft tokens of one pass while they are collected.
 
     Args:
-        rows: each gives a token in any case.
-        cost: of a pass with so many draft tokens.
+        rows: sequences, each of which gets a token in any case.
+        cost: of a pass by its number of draft tokens.
     """
 
     def __init__(self, rows: int, cost: Callable[[int], float | None]) -> None:
@@ -369,10 +360,10 @@ class SpeculationBudget:
         self._now = cost(0)
 
     def accepts(self, chance: float) -> bool:
-        """Return whether one more draft token makes tokens come faster; then it is counted.
+        """Return whether one more draft token raises the tokens per second, and count it if so.
 
         Args:
-            chance: that it is right, and those before it of its sequence.
+            chance: that it and those before it in its sequence are right.
         """
         cost = self._cost(self._drafts + 1)
         if self._now is None or cost is None:

@@ -216,7 +216,7 @@ def test_biases_of_gptq(llava, tmp_path, value):
         assert torch.equal(text_logits(load(packed).model), text_logits(before.model))
 
 
-def test_one_layer_waits_at_a_time(packed_llava, monkeypatch):
+def test_one_unpacked_layer_is_held_at_a_time(packed_llava, monkeypatch):
     waiting = []
     add = PublishedLinear.add
 
@@ -249,7 +249,7 @@ def test_a_section_in_a_file_of_its_own(packed_llava, tmp_path):
 
 
 @pytest.mark.slow
-def test_asked_for_more(pebble, packed_llava):
+def test_int4_packs_the_layers_that_awq_leaves_float(pebble, packed_llava):
     plain = load(packed_llava)
     assert plain.quantization == QuantConfig(group_size=64, symmetric=False, head_bits=None)
     assert not isinstance(plain.model.language_model.model.embed_tokens, StoredEmbedding)

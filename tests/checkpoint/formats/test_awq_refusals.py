@@ -59,7 +59,7 @@ def load(path, **options):
         ({"quant_method": "bitsandbytes"}, "quantized by 'bitsandbytes' cannot be read"),
     ],
 )
-def test_what_is_not_read(packed_llava, tmp_path, section, message):
+def test_unsupported_variants_are_refused_by_name(packed_llava, tmp_path, section, message):
     path = tmp_path / "other"
     shutil.copytree(packed_llava, path)
     config = json.loads((path / "config.json").read_text())
@@ -142,7 +142,7 @@ def test_symmetric_weights_with_zero_points(llava, tmp_path):
 
 
 @pytest.mark.parametrize("asked", ["int8", QuantConfig(), QuantConfig(symmetric=False)])
-def test_asked_otherwise(packed_llava, asked):
+def test_another_quantization_than_the_files_is_refused(packed_llava, asked):
     what = r"quantized already \(AWQ, 4 bits, groups of 64, zero points\).*group_size=64"
     with pytest.raises(ConfigError, match=what):
         load(packed_llava, quantization=asked)

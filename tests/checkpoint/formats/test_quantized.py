@@ -34,7 +34,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "int8"])
-def test_packed_while_loading_equals_the_pass(name: str) -> None:
+def test_packing_while_loading_equals_quantize(name: str) -> None:
     whole = load_checkpoint("pebble", device="cpu", dtype="float32")
     quantize(whole.model, quant_config(name))
     direct = load_checkpoint("pebble", device="cpu", quantization=name)
@@ -76,7 +76,7 @@ def test_saved_and_read_back(tmp_path: Path, config: QuantConfig) -> None:
 
 
 @pytest.mark.slow
-def test_asked_otherwise_than_stored(tmp_path: Path) -> None:
+def test_another_quantization_than_the_stored_one_is_refused(tmp_path: Path) -> None:
     made = load_checkpoint("pebble", device="cpu", quantization="int8")
     target = tmp_path / "llava-packed"
     save_llava(
@@ -94,7 +94,7 @@ def test_asked_otherwise_than_stored(tmp_path: Path) -> None:
         load_checkpoint(target, quantization="int4", device="cpu")
 
 
-def test_quantization_of_others_is_refused() -> None:
+def test_quantization_of_unknown_libraries_is_refused() -> None:
     raw = {"quantization_config": {"quant_method": "hqq", "bits": 4}}
     with pytest.raises(UnsupportedModelError, match="quantized by 'hqq' cannot be read"):
         stored_quantization(raw)

@@ -205,7 +205,7 @@ def test_names_of_older_releases(bases, inputs, tmp_path, suffix):
         ("peft_type", "XLORA"),
     ],
 )
-def test_what_computes_something_else_is_refused_by_name(key, value):
+def test_variants_of_lora_that_compute_something_else_are_refused_by_name(key, value):
     with pytest.raises(UnsupportedModelError, match=rf"{key} .*not supported.*merge it with PEFT"):
         parse_adapter_config({"peft_type": "LORA", "r": 4, key: value})
 
@@ -234,7 +234,7 @@ def test_the_defaults_of_every_release_are_read():
         {"lora_alpha": float("inf")},
     ],
 )
-def test_numbers_that_are_none_are_refused(change):
+def test_values_that_are_no_numbers_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         parse_adapter_config({"r": 4, **change})
 
@@ -251,7 +251,7 @@ def test_several_adapters_in_one_file_are_refused(bases, tmp_path):
 
 
 @pytest.mark.slow
-def test_words_that_an_adapter_adds(oracle, bases, inputs, tmp_path):
+def test_tokens_that_an_adapter_adds(oracle, bases, inputs, tmp_path):
     """Both tables with more rows, and the tokenizer that has the words for them."""
     adapter = tmp_path / "adapter"
     rows = len(oracle.processor.tokenizer) + 2

@@ -96,13 +96,13 @@ def test_a_full_disk_is_named_with_what_is_free(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["results"]
 
 
-def test_another_fault_keeps_its_own_words(tmp_path):
+def test_other_errors_are_raised_unchanged(tmp_path):
     with pytest.raises(PermissionError), new_directory(tmp_path / "results"):
         raise PermissionError("not yours")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_names_cannot_be_swapped_the_old_folder_steps_aside(tmp_path, monkeypatch):
+def test_without_renameat2_the_old_folder_is_renamed_first(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     path = tmp_path / "results"
     saved(path, 1.0)
@@ -111,7 +111,7 @@ def test_where_names_cannot_be_swapped_the_old_folder_steps_aside(tmp_path, monk
     assert [found.name for found in tmp_path.iterdir()] == ["results"]
 
 
-def test_what_was_left_half_written_is_removed(tmp_path):
+def test_half_written_folders_are_removed(tmp_path):
     left = tmp_path / ".results.part" / "new"
     left.mkdir(parents=True)
     (left / "half").write_text("")
@@ -185,7 +185,7 @@ def test_deferred_tensors_live_one_at_a_time(tmp_path):
     assert most[0] <= 2
 
 
-def test_a_pickle_holds_the_tensor_and_not_what_it_looks_at(tmp_path):
+def test_a_pickled_view_does_not_bring_its_storage(tmp_path):
     write_pickled(tmp_path / "x.bin", {"t": torch.zeros(1_000_000)[:3]})
     assert (tmp_path / "x.bin").stat().st_size < 5_000
     assert torch.equal(torch.load(tmp_path / "x.bin", weights_only=True)["t"], torch.zeros(3))

@@ -145,7 +145,7 @@ def test_an_adapter_is_folded_in_and_stays(golden, tmp_path):
         ("llava-tiny-im-start-end", "no <im_start>"),
     ],
 )
-def test_what_the_layout_cannot_say_is_refused(golden, tmp_path, variant, message):
+def test_models_that_the_layout_cannot_hold_are_refused(golden, tmp_path, variant, message):
     _, built, _ = golden(variant)
     loaded = load_checkpoint(built["model_path"], device="cpu", dtype="float32")
     with pytest.raises(UnsupportedModelError, match=message):

@@ -1,4 +1,4 @@
-"""Answers as asynchronous iterators: many tasks, one thread, nobody waits for ever."""
+"""Answers as asynchronous iterators: many tasks, one thread for the model, cancellation, limits."""
 
 import asyncio
 import dataclasses
@@ -42,7 +42,7 @@ def test_pieces_are_the_answer(engine, model):
     assert pieces[-1].finish_reason == "length"
 
 
-def test_who_hangs_up_is_not_answered_to_the_end(engine):
+def test_a_closed_iterator_cancels_its_request(engine):
     async def ask():
         async with AsyncEngine(engine) as service:
             handle = RequestHandle(request_of([3], max_new_tokens=100))
@@ -66,7 +66,7 @@ def test_who_hangs_up_is_not_answered_to_the_end(engine):
     assert engine.pool.available == engine.pool.capacity
 
 
-def test_errors_reach_their_task_only(engine, model):
+def test_an_error_is_raised_in_its_own_task_only(engine, model):
     good = request_of([3, picture(1)])
     bad = dataclasses.replace(good, media=(picture(1, 4),))
     long = request_of(list(range(1, 60)) * 3)
@@ -100,7 +100,7 @@ def test_failing_step_does_not_end_the_thread(engine, monkeypatch):
 
 
 @pytest.mark.slow
-def test_places_are_limited(model, tokenizer):
+def test_open_requests_are_limited(model, tokenizer):
     engine = Engine(model, tokenizer, options=dataclasses.replace(SMALL, max_waiting=2))
 
     async def ask():
@@ -187,7 +187,7 @@ def test_any_error_of_a_step_does_not_end_the_thread(engine, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_event_loops_share_the_places(engine, model):
+def test_two_event_loops_share_the_slots(engine, model):
     """More tasks than places, in two loops of two threads: all are answered."""
     engine = Engine(
         engine.model, engine._inputs._tokenizer, options=dataclasses.replace(SMALL, max_waiting=2)
@@ -212,7 +212,7 @@ def test_two_event_loops_share_the_places(engine, model):
 
 
 @pytest.mark.slow
-def test_who_waits_for_a_place_may_give_up(engine):
+def test_a_task_that_waits_for_a_slot_can_be_cancelled(engine):
     engine = Engine(
         engine.model, engine._inputs._tokenizer, options=dataclasses.replace(SMALL, max_waiting=1)
     )

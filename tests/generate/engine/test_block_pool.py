@@ -1,4 +1,4 @@
-"""The pool never gives one block to two owners, and finds only what is really there."""
+"""The block pool gives no block to two owners and finds only what was published."""
 
 import pytest
 import torch
@@ -120,7 +120,7 @@ def test_second_sequence_shares_full_blocks_and_copies_the_half_one():
     assert third.blocks[2] != again.blocks[2]
 
 
-def test_last_position_is_always_left_to_read():
+def test_the_last_position_is_always_computed():
     pool = new_pool()
     keys = list(range(8))
     pool.release(begin(pool, keys), keys, 8)
@@ -128,14 +128,14 @@ def test_last_position_is_always_left_to_read():
     assert begin(pool, [5]).length == 0
 
 
-def test_other_roots_find_nothing():
+def test_another_weights_version_finds_nothing():
     pool = new_pool()
     keys = list(range(8))
     pool.release(begin(pool, keys), keys, 8)
     assert begin(pool, keys, root=b"other").length == 0
 
 
-def test_only_read_positions_are_published():
+def test_only_computed_positions_are_published():
     pool = new_pool()
     keys = list(range(8))
     table = begin(pool, keys)
@@ -143,7 +143,7 @@ def test_only_read_positions_are_published():
     assert begin(pool, keys).length == 3
 
 
-def test_oldest_end_is_evicted_first():
+def test_the_last_block_of_the_oldest_sequence_is_evicted_first():
     pool = new_pool(blocks=5)
     a, b = [1] * 8, [2] * 8
     pool.release(begin(pool, a), a, 8)
@@ -173,7 +173,7 @@ def test_idle_blocks_are_limited(max_idle, kept):
     assert begin(pool, keys).length == kept
 
 
-def test_used_blocks_come_back_empty():
+def test_used_blocks_are_cleared_when_reserved():
     pool = new_pool(max_idle=0)
     table = begin(pool, [5] * 8)
     pool.store.values[0][table.blocks] = float("nan")
@@ -188,6 +188,6 @@ def test_media_keys_are_no_token_ids():
     assert len({*keys, *media_keys(b"\1" * 32, 3)}) == 6
 
 
-def test_digests_tell_keys_apart():
+def test_different_keys_have_different_digests():
     assert chain_digest(ROOT, [1, 23]) != chain_digest(ROOT, [12, 3])
     assert chain_digest(ROOT, [-1]) != chain_digest(ROOT, [1])

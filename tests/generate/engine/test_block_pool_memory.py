@@ -1,4 +1,4 @@
-"""How much memory an engine plans for."""
+"""Sizes of the block pool by options and by the memory of the machine."""
 
 import dataclasses
 import os
@@ -44,14 +44,14 @@ def test_plan_by_the_memory_of_the_machine(monkeypatch, blocks_of_memory, expect
     assert found.max_idle == idle
 
 
-def test_given_numbers_count():
+def test_byte_limits_of_the_options_are_followed():
     found = pool(kv_bytes=5 * PER_BLOCK)
     assert (found.capacity, found.max_idle) == (5, 6)
     found = pool(kv_bytes=5 * PER_BLOCK + 1, prefix_bytes=2 * PER_BLOCK)
     assert (found.capacity, found.max_idle) == (5, 2)
 
 
-def test_int8_holds_more():
+def test_int8_stores_more_positions_in_the_same_bytes():
     config = dataclasses.replace(CONFIG, head_dim=64)
     full = BlockStore.bytes_per_block(config, 32, torch.float32)
     small = QuantizedBlockStore.bytes_per_block(config, 32, torch.float32)
@@ -76,13 +76,13 @@ def test_a_packed_model_keeps_bfloat16(asked, plain, packed):
     assert (store.dtype, store.float_dtype) == (packed, torch.float32)
 
 
-def test_this_machine_has_memory():
+def test_total_memory_of_this_machine():
     assert total_memory(CPU) > 1 << 28
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
-def test_what_a_long_prompt_took_goes_back():
+def test_memory_of_a_long_prompt_is_returned_to_the_system():
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -1,4 +1,4 @@
-"""Steps in fixed shapes give what other steps give, also when they are replayed instead of run."""
+"""Decode steps in fixed shapes give the logits of other steps, replayed or not."""
 
 import dataclasses
 import itertools
@@ -108,7 +108,7 @@ def test_every_answer_is_that_of_a_solo_run(model, drawn):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [{}, {"kv_dtype": "int8"}, {"speculate": "on"}], ids=str)
-def test_logits_of_every_step_are_those_of_the_ragged_pass(family, options, monkeypatch):
+def test_static_steps_have_the_logits_of_run_varlen(family, options, monkeypatch):
     engine = Engine(
         build(FAMILIES[family]), WordTokenizer(), options=dataclasses.replace(STATIC, **options)
     )
@@ -132,7 +132,7 @@ def test_logits_of_every_step_are_those_of_the_ragged_pass(family, options, monk
     ],
     ids=str,
 )
-def test_a_replayed_step_is_the_step(family, options):
+def test_a_replayed_step_gives_the_same_logits(family, options):
     model = build(FAMILIES[family])
     plain, static_engine = (
         Engine(model, WordTokenizer(), options=dataclasses.replace(SMALL, **options))
@@ -149,7 +149,7 @@ def test_a_replayed_step_is_the_step(family, options):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("only_torch")
-def test_another_model_is_recorded_anew():
+def test_changed_weights_are_recorded_anew():
     model = build()
     engine = Engine(model, WordTokenizer(), options=SMALL)
     steps = with_recorder(engine, recorded)
@@ -168,7 +168,7 @@ def test_another_model_is_recorded_anew():
     assert steps.shapes == before  # those of the models before are gone
 
 
-def test_only_steps_that_grow_are_in_fixed_shapes(model, tokenizer):
+def test_only_decode_steps_have_fixed_shapes(model, tokenizer):
     engine = Engine(model, tokenizer, options=STATIC)
     handle = engine.submit(request_of([1, 2, 3], max_new_tokens=9))
     engine.step()
@@ -187,7 +187,7 @@ def broken(step):
 
 
 @pytest.mark.slow
-def test_auto_goes_on_in_another_way(model, tokenizer, monkeypatch):
+def test_auto_falls_back_to_the_next_mode(model, tokenizer, monkeypatch):
     monkeypatch.setattr(model_runner, "compile_modes", lambda *_: ("on", "static", "off"))
     tried = []
 
@@ -213,7 +213,7 @@ def test_auto_goes_on_in_another_way(model, tokenizer, monkeypatch):
         engine.run([asked])
 
 
-def test_what_was_asked_for_must_work(model, tokenizer):
+def test_an_explicit_mode_that_fails_raises(model, tokenizer):
     engine = Engine(model, tokenizer, options=STATIC)
     with_recorder(engine, broken)
     with pytest.raises(GenerationError, match="the model failed: no such graphs"):
@@ -232,7 +232,7 @@ def test_compile_modes(monkeypatch):
         assert compile_modes("auto", GPU) == expected
 
 
-def test_unknown_way():
+def test_an_unknown_compile_mode_is_refused():
     with pytest.raises(GenerationError, match="compile must be 'auto', 'on', 'static' or 'off'"):
         EngineOptions(compile="graphs")
 
@@ -261,5 +261,5 @@ def run_compiled(case: str, device: str, repository) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_compiled_steps_are_the_steps(case, repository):
+def test_compiled_steps_give_the_same_tokens(case, repository):
     run_compiled(case, "cpu", repository)

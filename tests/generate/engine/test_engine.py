@@ -75,7 +75,7 @@ def test_every_answer_is_that_of_a_solo_run(model, drawn):
     ],
     ids=["mpt", "window", "one head each", "dynamic"],
 )
-def test_other_families(config):
+def test_answers_of_other_families_are_those_of_solo_runs(config):
     model = build(config)
     engine = Engine(model, WordTokenizer(), options=SMALL)
     wanted = [
@@ -90,7 +90,7 @@ def test_other_families(config):
 
 
 @pytest.mark.slow
-def test_tokens_without_a_seed_follow_the_global_source(model, tokenizer):
+def test_sampling_without_a_seed_follows_the_global_generator(model, tokenizer):
     def answer() -> tuple[int, ...]:
         torch.manual_seed(4)
         [found] = Engine(model, tokenizer, options=SMALL).run([request_of([3], temperature=1.0)])
@@ -99,7 +99,7 @@ def test_tokens_without_a_seed_follow_the_global_source(model, tokenizer):
     assert answer() == answer()
 
 
-def test_greedy_leaves_the_global_source_alone(engine):
+def test_greedy_does_not_advance_the_global_generator(engine):
     torch.manual_seed(4)
     before = torch.get_rng_state()
     engine.run([request_of([3])])
@@ -159,7 +159,7 @@ def test_closed_stream_gives_its_blocks_back(engine):
 
 
 @pytest.mark.slow
-def test_cancelled_request_keeps_what_it_said(engine, model):
+def test_a_cancelled_request_keeps_its_text(engine, model):
     long, other = request_of([3], max_new_tokens=50), request_of([4], max_new_tokens=20)
     first, second = engine.submit(long), engine.submit(other)
     for _ in range(5):
@@ -189,7 +189,7 @@ def test_higher_priority_goes_first(model, tokenizer):
     assert low.take() is None
 
 
-def test_long_prompt_does_not_stall_a_growing_answer(engine):
+def test_a_long_prompt_does_not_stall_a_decoding_sequence(engine):
     growing = engine.submit(request_of([3], max_new_tokens=40))
     engine.step()
     growing.take()
@@ -202,7 +202,7 @@ def test_long_prompt_does_not_stall_a_growing_answer(engine):
     assert steps == 10  # 59 positions, 6 at a time
 
 
-def test_one_look_per_step_while_an_answer_grows(engine, model):
+def test_one_medium_is_encoded_per_step_while_another_sequence_decodes(engine, model):
     growing = engine.submit(request_of([3], max_new_tokens=40))
     engine.step()
     vectors = model.modality("vector")
@@ -215,7 +215,7 @@ def test_one_look_per_step_while_an_answer_grows(engine, model):
     growing.cancel()
 
 
-def test_wrong_media_fail_alone(engine, model):
+def test_a_request_with_wrong_media_fails_alone(engine, model):
     good = request_of([3, picture(1)])
     bad = dataclasses.replace(good, media=(picture(1, 4),))
     handle = engine.submit(good)
@@ -228,7 +228,7 @@ def test_wrong_media_fail_alone(engine, model):
         engine.run([bad])
 
 
-def test_a_modality_that_breaks_its_promise_fails_its_request_alone(engine, model, monkeypatch):
+def test_a_modality_with_wrong_features_fails_its_request_alone(engine, model, monkeypatch):
     good, bad = request_of([3, 4]), request_of([3, picture(77)])
     embed = type(model.modality("vector")).embed
 
@@ -264,7 +264,7 @@ def test_failing_model_fails_the_step_and_not_the_engine(model, tokenizer, monke
     assert_same(answer, alone(model, request_of([3])), model, request_of([3]))
 
 
-def test_refusals(engine, model, tokenizer):
+def test_invalid_requests_are_refused(engine, model, tokenizer):
     with pytest.raises(GenerationError, match=r"num_beams 3.*use generate"):
         engine.submit(request_of([3], num_beams=3))
     with pytest.raises(GenerationError, match="no tokens"):

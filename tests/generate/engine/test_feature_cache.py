@@ -1,4 +1,4 @@
-"""A digest tells contents apart; the watch sees every change of a model."""
+"""Digests of contents differ, the weight watch notices every change, and the cache is LRU."""
 
 import gc
 import weakref
@@ -52,7 +52,7 @@ def test_different_contents_differ():
     assert len({content_digest(content) for content in contents}) == len(contents)
 
 
-def test_unknown_things_never_come_again():
+def test_unknown_types_get_a_new_digest_every_time():
     thing = object()
     assert content_digest(thing) != content_digest(thing)
 
@@ -66,7 +66,7 @@ def model() -> nn.Module:
     return made
 
 
-def test_nothing_changed(model):
+def test_the_version_stays_while_nothing_changes(model):
     watch = WeightWatch(model)
     before = watch.version
     model(torch.zeros(1, 3))
@@ -176,7 +176,7 @@ def test_equal_settings_are_no_change(model):
 
 
 @pytest.mark.slow
-def test_replaced_weights_go_at_once(model):
+def test_replaced_weights_are_freed_at_once(model):
     watch = WeightWatch(model)
     assert watch.version == watch.version
     watch.release()
@@ -191,7 +191,7 @@ def features(value: float, rows: int = 2) -> torch.Tensor:
     return torch.full((rows, 4), float(value))  # 16 bytes a row
 
 
-def test_found_again():
+def test_cached_features_are_found():
     cache = FeatureCache(100)
     assert cache.get(("a", 1)) is None
     cache.put(("a", 1), features(1))
@@ -200,7 +200,7 @@ def test_found_again():
     assert (cache.stats.hits, cache.stats.misses) == (1, 2)
 
 
-def test_unused_for_longest_goes_first():
+def test_the_least_recently_used_features_are_evicted_first():
     cache = FeatureCache(64)
     cache.put(("a",), features(1))
     cache.put(("b",), features(2))
@@ -212,14 +212,14 @@ def test_unused_for_longest_goes_first():
     assert cache.stats.evictions == 1
 
 
-def test_same_key_counts_once():
+def test_the_bytes_of_a_key_count_once():
     cache = FeatureCache(64)
     for _ in range(5):
         cache.put(("a",), features(1))
     assert cache.num_bytes == 32
 
 
-def test_too_large_is_not_kept_and_evicts_nothing():
+def test_features_larger_than_the_cache_are_not_kept_and_evict_nothing():
     cache = FeatureCache(64)
     cache.put(("a",), features(1))
     cache.put(("b",), features(2, rows=5))
@@ -227,7 +227,7 @@ def test_too_large_is_not_kept_and_evicts_nothing():
     assert cache.get(("a",)) is not None
 
 
-def test_clear():
+def test_clear_discards_everything():
     cache = FeatureCache(64)
     cache.put(("a",), features(1))
     cache.clear()

@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [{}, {"kv_dtype": "int8"}, {"speculate": "on"}], ids=str)
-def test_recorded_steps_are_the_steps(family, options, monkeypatch):
+def test_recorded_steps_give_the_same_tokens(family, options, monkeypatch):
     model = build(FAMILIES[family])
     on_gpu = build(FAMILIES[family]).cuda()
     engine = Engine(on_gpu, WordTokenizer(), options=dataclasses.replace(STATIC, **options))
@@ -54,5 +54,5 @@ def test_bfloat16(family, monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_compiled_and_recorded_steps_are_the_steps(case, repository):
+def test_compiled_and_recorded_steps_give_the_same_tokens(case, repository):
     run_compiled(case, "cuda", repository)

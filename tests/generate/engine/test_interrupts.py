@@ -1,4 +1,4 @@
-"""An interrupt may come between any two lines: blocks and rows come back, answers stay right."""
+"""An interrupt may come between any two lines: blocks are freed and answers stay right."""
 
 import dataclasses
 import itertools

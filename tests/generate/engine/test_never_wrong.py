@@ -1,6 +1,6 @@
-"""Nothing kept is ever used for something else: pictures, questions, evictions, adapters at random.
+"""Cached values are used for nothing else: pictures, questions, evictions, adapters at random.
 
-Every answer is compared with one that no cache had a part in.
+Every answer is compared with one that was computed without caches.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ TestService = Service.TestCase
 TestService.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
 
 
-def test_second_question_reads_only_what_is_new(model, tokenizer):
+def test_a_second_question_computes_new_tokens_only(model, tokenizer):
     engine = Engine(model, tokenizer, options=SMALL)
     shared = [1, picture(7, 21), 2]
     engine.run([request_of([*shared, 3, 4])])
@@ -133,7 +133,7 @@ def test_second_question_reads_only_what_is_new(model, tokenizer):
     assert_same(answer, alone(model, request), model, request)
 
 
-def test_further_turn_reads_only_what_is_new(model, tokenizer):
+def test_a_further_turn_computes_new_tokens_only(model, tokenizer):
     engine = Engine(model, tokenizer, options=SMALL)
     [answer] = engine.run([request_of([1, picture(7, 9), 2])])
     turn = [1, picture(7, 9), 2, *answer.token_ids, 5]
@@ -143,7 +143,7 @@ def test_further_turn_reads_only_what_is_new(model, tokenizer):
     )  # its last was not read
 
 
-def test_requests_that_begin_alike_wait_for_the_first(model, tokenizer):
+def test_requests_with_a_common_prefix_wait_for_the_first(model, tokenizer):
     engine = Engine(model, tokenizer, options=dataclasses.replace(SMALL, max_rows=8))
     shared = [1, picture(8, 33), 2]
     seen = model.modality("vector").items_seen
@@ -164,7 +164,7 @@ def test_same_features_for_another_picture_are_not_taken(model, tokenizer):
     assert engine.features.stats.misses == 3
 
 
-def test_weights_changed_where_nobody_can_see_need_a_reset(tokenizer):
+def test_weight_changes_that_torch_does_not_count_need_a_reset(tokenizer):
     model = build()
     engine = Engine(model, tokenizer, options=SMALL)
     request = request_of([1, picture(1, 13), 2], logprobs=0)
@@ -175,7 +175,7 @@ def test_weights_changed_where_nobody_can_see_need_a_reset(tokenizer):
     assert_same(answer, alone(model, request), model, request)
 
 
-def test_without_caches(model, tokenizer):
+def test_answers_without_caches_are_the_same(model, tokenizer):
     options = dataclasses.replace(SMALL, prefix_bytes=0, feature_bytes=0)
     engine = Engine(model, tokenizer, options=options)
     request = request_of([1, picture(1, 13), 2])

@@ -135,7 +135,7 @@ def test_a_changed_prefix_is_refused(saved, kind, tmp_path, change):
 
 
 @pytest.mark.slow
-def test_a_prefix_that_is_cut_off_anywhere_is_refused(saved, kind, tmp_path):
+def test_a_truncated_prefix_is_refused(saved, kind, tmp_path):
     whole, path, engine = saved.read_bytes(), tmp_path / "cut", new_engine(kind)
     for size in [*range(0, len(whole), len(whole) // 40), len(whole) - 1]:
         path.write_bytes(whole[:size])
@@ -170,7 +170,7 @@ def test_a_prefix_of_an_earlier_version_is_refused_by_name(saved, kind, tmp_path
 
 
 @pytest.mark.slow
-def test_what_is_no_file_is_refused(kind, tmp_path):
+def test_a_path_that_is_no_file_is_refused(kind, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
         refused(path, kind, match="it is no file")
@@ -179,7 +179,7 @@ def test_what_is_no_file_is_refused(kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_place_that_takes_no_prefix_is_told(saved, kind, tmp_path):
+def test_an_unwritable_path_is_named(saved, kind, tmp_path):
     engine = new_engine(kind)
     handle = engine.submit(request_of(PARTS))
     while engine.step():
@@ -188,7 +188,7 @@ def test_a_place_that_takes_no_prefix_is_told(saved, kind, tmp_path):
         engine.save_prefix(tmp_path / "none" / "seen", handle.keys)
 
 
-def test_what_the_library_says_of_a_file_is_told_shortly(kind, tmp_path):
+def test_long_messages_of_safetensors_are_cut(kind, tmp_path):
     header = b'{"a": "' + b"x" * 100_000 + b'"}'
     path = tmp_path / "seen.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)

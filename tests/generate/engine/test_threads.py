@@ -1,4 +1,4 @@
-"""One model, any number of threads: never a wrong answer, nobody waits for ever."""
+"""One model in any number of threads: no wrong answer, and no thread waits for ever."""
 
 import copy
 import dataclasses
@@ -99,7 +99,7 @@ def test_engines_of_one_model_have_one_lock(model, tokenizer):
 
 
 @pytest.mark.slow
-def test_who_waits_is_served_by_another_threads_steps(engine, model):
+def test_a_waiting_thread_is_served_by_the_steps_of_another(engine, model):
     """Steps of a thread that does not end serve a stream in another one, piece by piece."""
     long = engine.submit(request_of([3], max_new_tokens=110))
     ends, request = threading.Event(), request_of([4], max_new_tokens=20)
@@ -121,7 +121,7 @@ def test_who_waits_is_served_by_another_threads_steps(engine, model):
 
 
 @pytest.mark.slow
-def test_a_callback_that_raises_harms_nobody(engine, model, caplog):
+def test_a_callback_that_raises_fails_no_request(engine, model, caplog):
     requests = [request_of([i, 5], max_new_tokens=6) for i in range(1, 5)]
     handles = [engine.submit(request) for request in requests]
 
@@ -247,7 +247,7 @@ MALFORMED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MALFORMED)
-def test_a_malformed_request_is_refused_at_once_and_harms_nobody(engine, model, kind):
+def test_a_malformed_request_is_refused_at_once_and_fails_no_other(engine, model, kind):
     changes, error, text = MALFORMED[kind]
     good = request_of([7, picture(2)])
     handle = engine.submit(good)
@@ -270,7 +270,7 @@ def test_a_handle_is_for_one_request(engine):
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
-def test_seeds_that_no_random_source_takes(seed):
+def test_seeds_outside_the_range_of_a_generator_are_refused(seed):
     with pytest.raises(GenerationError, match="seed"):
         request_of([3], temperature=1.0, seed=seed)
 
@@ -314,7 +314,7 @@ def test_any_error_of_a_pass_fails_its_requests_and_not_the_engine(engine, model
     assert_same(answer, alone(model, request_of([3])), model, request_of([3]))
 
 
-def test_an_error_before_the_pass_fails_everybody_instead_of_coming_again(engine, monkeypatch):
+def test_an_error_before_the_pass_fails_all_requests_once(engine, monkeypatch):
     handle = engine.submit(request_of([3]))
 
     def broken(*_, **__):
@@ -349,14 +349,14 @@ def fails(keys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guess", [fails, lambda _: [10**6], lambda _: [-3], lambda _: ["a"]])
-def test_a_careless_proposer_costs_its_guesses_only(model, tokenizer, guess):
+def test_a_faulty_proposer_loses_its_drafts_only(model, tokenizer, guess):
     options = dataclasses.replace(SMALL, speculate="on")
     engine = Engine(model, tokenizer, options=options, proposer=Careless(guess))
     request = request_of([3, 4], max_new_tokens=9)
     assert_same(engine.run([request])[0], alone(model, request), model, request)
 
 
-def test_what_a_step_calls_cannot_wait_for_the_engine(model, tokenizer, caplog):
+def test_a_call_from_within_a_step_cannot_wait_for_the_engine(model, tokenizer, caplog):
     def asks(keys):
         engine.run([request_of([3])])
 
@@ -374,7 +374,7 @@ def test_as_completed_waits_for_room(model, tokenizer):
     assert not any(isinstance(answer, Exception) for answer in answers.values())
 
 
-def test_leaving_from_another_thread(engine):
+def test_a_stream_can_be_closed_from_another_thread(engine):
     """Whoever closes a stream may be another one than who reads it."""
     pieces = engine.stream(request_of([3], max_new_tokens=110))
     next(pieces)

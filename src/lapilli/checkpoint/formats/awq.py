@@ -1,4 +1,4 @@
-"""Weights as AWQ and GPTQ files hold them: what config.json says, how tensors lie and are repacked.
+"""AWQ and GPTQ weights: their settings in config.json, and repacking for the kernels.
 
 Knows these formats and the packed layout of the kernels; knows no model and opens no file.
 
@@ -8,7 +8,7 @@ Knows these formats and the packed layout of the kernels; knows no model and ope
     scales    float16 [groups, out]       float16 [groups, out]
     g_idx                                 int32 [in]: the group of every input
 
-A number holds eight nibbles. In GPTQ they stand in order, lowest bits first; in AWQ nibble 0 to 7
+A number holds eight 4-bit values. In GPTQ they are in order, lowest bits first; in AWQ value 0 to 7
 belongs to output 0, 2, 4, 6, 1, 3, 5, 7. A weight is (q - zero) * scale in both.
 """
 
@@ -37,14 +37,14 @@ _COLUMNS = 1024  # outputs repacked at once, which bounds the memory of a large 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedFormat:
-    """What a `quantization_config` of AWQ or GPTQ says.
+    """Settings in the `quantization_config` of an AWQ or GPTQ checkpoint.
 
     Attributes:
         method: "awq" or "gptq".
         group_size: inputs that share a scale; -1: all of them.
         symmetric: zero is always 8.
         one_less: the files hold zero - 1.
-        act_order: inputs may be spread over the groups in any order; g_idx says which.
+        act_order: inputs belong to groups in any order, given by g_idx.
     """
 
     method: str
@@ -55,12 +55,12 @@ class PublishedFormat:
 
     @property
     def config(self) -> QuantConfig:
-        """Return how the kernels compute the layers; wide groups are several with one scale."""
+        """The settings of the kernels; a wide group becomes several with the same scale."""
         width = WIDEST if self.group_size < 0 else min(self.group_size, WIDEST)
         return QuantConfig(bits=4, group_size=width, symmetric=self.symmetric, head_bits=None)
 
     def inputs_of_group(self, in_features: int) -> int:
-        """Return how many inputs of a layer share a scale in the file."""
+        """Return the number of inputs that share a scale in the files of a layer."""
         return in_features if self.group_size < 0 else self.group_size
 
     def __str__(self) -> str:
@@ -70,11 +70,11 @@ class PublishedFormat:
 
 
 def published_format(found: JsonObject) -> PublishedFormat:
-    """Return the format that a `quantization_config` of method awq or gptq names.
+    """Parse a `quantization_config` of method awq or gptq.
 
     Raises:
         UnsupportedModelError: a variant that is not read.
-        ConfigError: a value that says nothing.
+        ConfigError: a value of the wrong type.
 
     Source: transformers' AwqConfig and GPTQConfig; quant_config.json of AutoAWQ.
     """
@@ -111,7 +111,7 @@ def published_format(found: JsonObject) -> PublishedFormat:
 
 
 def _check_variant(reader: KeyReader, *keys: str, known: tuple[str, ...]) -> str:
-    """Return the first key that is there, in lower case, or the first known value."""
+    """Return the value of the first key that is set, in lower case; the default is known[0]."""
     for key in keys:
         value = reader.text(key)
         if value is None:
@@ -126,17 +126,17 @@ def _check_variant(reader: KeyReader, *keys: str, known: tuple[str, ...]) -> str
 
 
 class PublishedLinear(nn.Module):
-    """Stands where a linear layer will be until its tensors were read; has shapes, no memory.
+    """Placeholder of a linear layer until its tensors are read, on the meta device.
 
     Args:
         path: of the layer, for messages.
-        linear: the layer as a float model has it.
+        linear: the float layer.
         form: of the tensors.
         has_order: the files have a g_idx for it.
         has_bias: the files have a bias for it.
 
     Raises:
-        ShapeMismatchError: a layer that the format has no shape for.
+        ShapeMismatchError: the format cannot hold a layer of this size.
     """
 
     def __init__(
@@ -182,10 +182,10 @@ class PublishedLinear(nn.Module):
         return shapes
 
     def add(self, name: str, tensor: Tensor) -> Packed | None:
-        """Take one tensor; return the packed layer once all of them are there.
+        """Add one tensor; return the packed layer once all of them are there.
 
         Raises:
-            CheckpointError: a tensor of another kind, or weights that cannot be packed as they are.
+            CheckpointError: a tensor of the wrong dtype, or values that the kernels cannot hold.
         """
         expected = self.get_buffer(name).dtype
         if tensor.dtype != expected and not (name == "scales" and tensor.is_floating_point()):
@@ -198,10 +198,10 @@ class PublishedLinear(nn.Module):
         return self._packed() if all(kind in self._found for kind in needed) else None
 
     def check_bias(self, bias: Tensor) -> None:
-        """Check that a bias is zero: GPTQ files have such ones where a model has none.
+        """Check that a bias is zero: GPTQ files have zero biases where a model has none.
 
         Raises:
-            CheckpointError: not zeros.
+            CheckpointError: it is not zero.
         """
         if bool(bias.any()):
             raise CheckpointError(
@@ -259,7 +259,7 @@ class PublishedLinear(nn.Module):
         if not self.form.symmetric:
             # Version 1 wraps a zero of 0 to 15.
             return (zeros + 1) & 15 if self.form.one_less else zeros
-        # Some writers say version 1 and store version 2; here the zeros themselves tell.
+        # Some writers claim version 1 and store version 2, so the zeros themselves decide.
         first = zeros[0, 0]
         if int(first) not in (NIBBLE_ZERO - 1, NIBBLE_ZERO) or bool((zeros != first).any()):
             raise CheckpointError(
@@ -270,18 +270,18 @@ class PublishedLinear(nn.Module):
 
 
 def _contiguous(numbers: Tensor) -> Tensor:
-    """Return a contiguous copy, which a view as bytes needs even of a single column."""
+    """Return a contiguous copy, needed by a view as bytes, of a single column too."""
     return numbers.clone(memory_format=torch.contiguous_format)
 
 
 def in_order(numbers: Int[Tensor, "rows columns"]) -> UInt8[Tensor, "rows nibbles"]:
-    """Return the nibbles of every row as GPTQ has them: one after another."""
+    """Unpack the nibbles of every row in GPTQ's order, one after another."""
     each = _contiguous(numbers).view(torch.uint8)
     return torch.stack((each & 15, each >> 4), dim=-1).flatten(1)
 
 
 def interleaved(numbers: Int[Tensor, "rows columns"]) -> UInt8[Tensor, "nibbles rows"]:
-    """Return the nibbles of every row as AWQ has them, transposed: outputs come first.
+    """Unpack the nibbles of every row in AWQ's order, transposed: outputs come first.
 
     Half h of byte 2 a + b belongs to output 4 b + 2 h + a of eight. Numbers are transposed before
     bytes and bytes before halves, which is six times as fast as the other way round.
@@ -293,5 +293,5 @@ def interleaved(numbers: Int[Tensor, "rows columns"]) -> UInt8[Tensor, "nibbles 
 
 
 def is_published(path: str, names: frozenset[str]) -> bool:
-    """Return whether the files hold a packed tensor of this layer, complete or not."""
+    """Return whether the files hold any packed tensor of this layer."""
     return any(f"{path}.{piece}" in names for piece in PIECES)

@@ -1,7 +1,7 @@
-"""The files of a checkpoint directory, read with errors that name them.
+"""Small files of a checkpoint directory, read with errors that name them.
 
-A name in the directory may stand for anything: nothing, a directory, a pipe that never ends, a
-device, a link to itself. Only a regular file is opened.
+Only regular files are opened: a name may be a directory, a device, a pipe that never ends, or a
+link to itself.
 """
 
 import errno
@@ -15,7 +15,7 @@ from lapilli.config.reader import JsonObject, is_object
 from lapilli.errors import CheckpointError, MissingFileError
 
 RESULTS: Final = "model"
-"""Where in the folder of a run its results lie."""
+"""Folder of the results in the folder of a training run."""
 GGUF: Final = (
     "GGUF, the format of llama.cpp, which is not read: take the checkpoint that it was made from, "
     "with config.json and safetensors"
@@ -75,7 +75,7 @@ def read_optional_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes | None:
     """Read the content of a small file; return None when it is not there.
 
     Raises:
-        CheckpointError: no regular file, it cannot be read, or has more than `most` bytes.
+        CheckpointError: it is no regular file, cannot be read, or has more than `most` bytes.
     """
     if not has_file(path):
         return None
@@ -102,7 +102,7 @@ def has_file(path: Path) -> bool:
     """Return whether a regular file is there.
 
     Raises:
-        CheckpointError: something else of this name is there, or nobody may look.
+        CheckpointError: something else has this name, or permission is denied.
     """
     try:
         mode = path.stat().st_mode

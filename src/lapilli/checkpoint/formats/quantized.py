@@ -1,10 +1,10 @@
-"""Quantization on the side of the files: layers packed while they are read, packed files read back.
+"""Quantized checkpoints: layers packed while they are read, and packed layers of the files.
 
-    LayerQuantizer(model, config)            every weight is rounded as it comes and let go
-    LayerQuantizer(..., stored=True)         the files hold packed layers: views, nothing computed
-    LayerQuantizer(..., published=format)    layers of AWQ or GPTQ, packed as they are
+    LayerQuantizer(model, config)            every weight is rounded as it is read
+    LayerQuantizer(..., stored=True)         the files hold packed layers, which stay views
+    LayerQuantizer(..., published=format)    layers of AWQ or GPTQ are repacked
 
-config.json names what the files hold:  "quantization_config": {"quant_method": "lapilli", ...}
+config.json names the format of the files:  "quantization_config": {"quant_method": "lapilli", ...}
 """
 
 import math
@@ -35,22 +35,20 @@ from lapilli.quant.quantize import SEEN, bits_of, notes_on, round_weight
 
 KEY = "quantization_config"
 METHOD = "lapilli"
-LARGE = 500_000_000  # multiply-adds of a layer from which the number format of a tower counts
+LARGE = 500_000_000  # multiply-adds of a layer from which the dtype of a tower matters
 EMBEDDINGS = "language_model.model.embed_tokens"
 OUTPUT = "language_model.lm_head"
-
-
-# Files in which AWQ and GPTQ were described before config.json did.
+# Files of older releases with the settings of AWQ and GPTQ, instead of config.json.
 BESIDE = {"awq": "quant_config.json", "gptq": "quantize_config.json"}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredQuantization:
-    """How the weights of a checkpoint are packed.
+    """Quantization format of the weights of a checkpoint.
 
     Attributes:
-        config: of the layers as they are loaded when nothing else is asked for.
-        published: the foreign format; None: our own.
+        config: of the layers as they are loaded by default.
+        published: AWQ or GPTQ; None: lapilli's own format.
     """
 
     config: QuantConfig
@@ -62,12 +60,12 @@ class StoredQuantization:
         return f"lapilli, {describe(self.config)}"
 
     def check_request(self, asked: QuantConfig, what: Path) -> None:
-        """Check that what is asked for is what the files hold: nothing is rounded twice.
+        """Check that the requested quantization is that of the files, so none is rounded twice.
 
-        Published formats say nothing of activations, nor of what they leave float; the caller may.
+        AWQ and GPTQ leave activations and some layers open; those the caller may choose.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: it is another one.
         """
         own = self.config
         if self.published is None and asked != own:
@@ -86,7 +84,7 @@ class StoredQuantization:
 
 
 def with_quantization_file(raw: JsonObject, path: Path) -> JsonObject:
-    """Return config.json with the quantization that another file names, where one does."""
+    """Return config.json with the quantization settings of a file beside it, if there is one."""
     if is_object(raw.get(KEY)):
         return raw
     for method, name in BESIDE.items():
@@ -97,17 +95,17 @@ def with_quantization_file(raw: JsonObject, path: Path) -> JsonObject:
 
 
 def is_packed_here(raw: JsonObject) -> bool:
-    """Return whether lapilli wrote the layers of this checkpoint as packed."""
+    """Return whether a checkpoint is in lapilli's own quantized format."""
     found = raw.get(KEY)
     return is_object(found) and found.get("quant_method") == METHOD
 
 
 def stored_quantization(raw: JsonObject) -> StoredQuantization | None:
-    """Return how the weights of a checkpoint are packed, or None where they are not.
+    """Parse the quantization of a checkpoint; None where its weights are not packed.
 
     Raises:
-        UnsupportedModelError: packed by another library, in a form that is not read.
-        ConfigError: packed in a way that this version does not know.
+        UnsupportedModelError: a format of another library that is not read.
+        ConfigError: a format of another version of lapilli.
     """
     found = raw.get(KEY)
     if not is_object(found):
@@ -133,17 +131,17 @@ def stored_quantization(raw: JsonObject) -> StoredQuantization | None:
 
 
 def written_quantization(config: QuantConfig) -> dict[str, object]:
-    """Return `quantization_config` of config.json."""
+    """Return the `quantization_config` of config.json."""
     return {"quant_method": METHOD, **asdict(config)}
 
 
 def check_quantization(
     model: nn.Module, config: QuantConfig | None, dtype: torch.dtype | None
 ) -> None:
-    """Check that a model is written as packed exactly if it is, with every layer that config says.
+    """Check that model, QuantConfig and dtype go together when a model is saved.
 
     Raises:
-        ConfigError: not so, or another number format is asked for.
+        ConfigError: they do not.
     """
     packed = any(isinstance(module, QuantLinear) for module in model.modules())
     if packed and config is None:
@@ -157,7 +155,7 @@ def check_quantization(
 
 
 def _check_layers(model: nn.Module, config: QuantConfig) -> None:
-    """Check that every layer has the bits of a QuantConfig; published files need not obey it."""
+    """Check that every layer has the bits of a QuantConfig; AWQ and GPTQ files may differ."""
     for path, module in model.named_modules():
         if not isinstance(module, QuantLinear | nn.Linear):
             continue
@@ -172,10 +170,10 @@ def _check_layers(model: nn.Module, config: QuantConfig) -> None:
 
 
 def faster_tower_dtype(config: ModelConfig, choices: Choices) -> torch.dtype | None:
-    """Return the dtype in which a vision tower is faster on this CPU; None where it is small.
+    """Return the faster dtype for a vision tower on this CPU; None for a small tower.
 
-    It is measured once per machine: bfloat16 is five times as fast as float32 on one
-    CPU and seven times as slow on another.
+    It is measured once per machine: bfloat16 is five times as fast as float32 on one CPU and seven
+    times as slow on another.
     """
     vision = config.vision
     if vision is None:
@@ -185,23 +183,23 @@ def faster_tower_dtype(config: ModelConfig, choices: Choices) -> torch.dtype | N
 
 
 class LayerQuantizer:
-    """The linear layers of a model without memory, replaced by packed ones.
+    """Quantizer of the linear layers of a model while its files are read.
 
     Args:
-        model: built on the meta device, not filled yet.
-        config: which layers, and how.
-        stored: the files hold packed layers already; what they hold as floats stays float.
-        published: the format of packed layers in the files when it is a foreign one.
-        names: of the parameters that the files have tensors for, to know those layers by.
+        model: on the meta device; its layers are replaced by packed ones.
+        config: the layers to pack, and how.
+        stored: the files hold packed layers already; their float layers stay float.
+        published: AWQ or GPTQ, where the files have it.
+        names: of the parameters in the files, among which AWQ and GPTQ layers are found.
         tower_dtype: of towers and projectors that stay floats; None: as the rest.
 
     Attributes:
-        config: as given; where the files have the layer of the logits in 4 bits, that is in it.
-        notes: what it asks for and the model cannot have.
+        config: as given, with the output layer in 4 bits where the files have it so.
+        notes: parts of `config` that the model cannot follow.
 
     Raises:
-        CheckpointError: a foreign format is named and no layer has it.
-        ShapeMismatchError: a layer that the foreign format has no shape for.
+        CheckpointError: config.json names AWQ or GPTQ and no layer has it.
+        ShapeMismatchError: the format cannot hold a layer of its size.
     """
 
     def __init__(
@@ -240,7 +238,7 @@ class LayerQuantizer:
         self._keep_embeddings()
 
     def _expect_packed(self, path: str, linear: nn.Linear, bits: int) -> None:
-        """Expect a layer that the files hold as the kernels read it."""
+        """Put an empty packed layer in place of one that the files hold packed."""
         group_size, symmetric = self.config.group_size, self.config.symmetric
         packed = empty_packed(linear, bits, group_size, symmetric=symmetric)
         layer = QuantLinear(packed, weight_only=self.config.mode == "weight_only")
@@ -250,7 +248,7 @@ class LayerQuantizer:
     def _expect_published(
         self, path: str, linear: nn.Linear, published: PublishedFormat, names: frozenset[str]
     ) -> None:
-        """Expect a layer that the files hold in a foreign format."""
+        """Put a placeholder in place of a layer that the files hold in AWQ or GPTQ."""
         has_order, has_bias = (f"{path}.{name}" in names for name in ("g_idx", "bias"))
         layer = PublishedLinear(path, linear, published, has_order=has_order, has_bias=has_bias)
         self._model.set_submodule(path, layer)
@@ -258,7 +256,7 @@ class LayerQuantizer:
         self._as_stored |= {f"{path}.{name}" for name in layer.state_dict() if name != "bias"}
 
     def _keep_embeddings(self) -> None:
-        """Keep the vocabulary as stored, unless the logits are float or made of it too."""
+        """Keep the embedding in its stored dtype where the output layer is packed."""
         paths = {path for path, _ in self._model.named_modules()}
         head = self._model.get_submodule(OUTPUT) if OUTPUT in paths else None
         if EMBEDDINGS in paths and (OUTPUT in self._bits or isinstance(head, QuantLinear)):
@@ -267,14 +265,13 @@ class LayerQuantizer:
             self._as_stored.add(f"{EMBEDDINGS}.weight")
 
     def takes(self, name: str) -> bool:
-        """Return whether a tensor is packed instead of assigned."""
+        """Return whether a tensor is packed, not assigned."""
         return name.rpartition(".")[0] in self._bits
 
     def in_order(self, names: Iterable[str]) -> list[str]:
-        """Return tensors in the order to read them.
+        """Return tensors in the order to read them: those of an AWQ layer together, its bias first.
 
-        A foreign layer has several, which are kept until all are there: they come together, and
-        its bias first.
+        They are held until all of them are there.
         """
         if not self._foreign:
             return list(names)
@@ -290,7 +287,7 @@ class LayerQuantizer:
         return self._tower_dtype if is_seen else dtype
 
     def take(self, name: str, tensor: Tensor) -> None:
-        """Put a packed layer into the model once its weight is there; keep a bias until the end."""
+        """Pack a layer once its weight is there; a bias is held until the end."""
         path, _, kind = name.rpartition(".")
         before = self._model.get_submodule(path)
         if kind == "bias":
@@ -308,7 +305,7 @@ class LayerQuantizer:
             self._model.set_submodule(path, layer)
 
     def finish(self, device: torch.device, dtype: torch.dtype | None) -> Mapping[str, Tensor]:
-        """Return the state of the layers that were packed, by full name, biases in place.
+        """Return the tensors of the packed layers with their biases, by full name.
 
         On a CPU they compute in float32, elsewhere in the dtype of the model's other weights.
         """

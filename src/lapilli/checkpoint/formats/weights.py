@@ -1,7 +1,7 @@
-"""Weight files: names, shapes and dtypes without reading, tensors one by one, memory-mapped.
+"""Weight files: names, shapes and dtypes from the headers, tensors one by one, memory-mapped.
 
     SafetensorsShard   one .safetensors file: views of the mapped file, or converted copies
-    PickledShard       one .bin or .pt file of torch.save, read without running code in it
+    PickledShard       one .bin or .pt file of torch.save, read with the restricted unpickler
     WeightStore        the tensors of several files by name
 
 Knows file formats, no models.
@@ -44,7 +44,7 @@ MOST_DIMENSIONS = 8
 
 
 class SafetensorsShard:
-    """One file, whose header is read at once and whose tensors are read when asked for.
+    """One safetensors file; its header is read at once, its tensors on demand.
 
     Raises:
         CheckpointError: the file is truncated or no safetensors file.
@@ -75,12 +75,11 @@ class SafetensorsShard:
         return self._infos
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
-        """Return a tensor on the CPU: a view of the mapped file when no other dtype is asked for.
+        """Return a tensor on the CPU: a view of the mapped file if it has the dtype already.
 
         With mapped=False it is always a copy, for tensors that are not kept: pages of a mapping
-        count as memory in use as long as the file is mapped.
-        A conversion reads the bytes instead of mapping them, so that the memory in use is the
-        converted weights and one tensor, not both forms of the whole file.
+        count as memory in use as long as the file is mapped. A conversion reads the bytes instead
+        of mapping them, so that memory holds the converted weights and one tensor more.
         """
         shape, stored = self._infos[name]
         offset, length = self._places[name]
@@ -132,7 +131,7 @@ class SafetensorsShard:
             raise CheckpointError(f"{self.path}: {shown(name)} has the unknown dtype {shown(kind)}")
         dtype = DTYPES[kind]
         begin, end = offsets
-        # Sizes of 0 do not hide what a stride would overflow with.
+        # A size of 0 counts as 1: the strides must not overflow either.
         fits = len(shape) <= MOST_DIMENSIONS and math.prod(size or 1 for size in shape) < 1 << 60
         if not fits or end - begin != math.prod(shape) * dtype.itemsize:
             raise self._damaged(f"data_offsets of {shown(name)} are not those of its shape")
@@ -174,7 +173,7 @@ class PickledShard:
         return {name: (tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
-        """Return a tensor on the CPU: a view of the file when no other dtype is asked for."""
+        """Return a tensor on the CPU: a view of the file if it has the dtype already."""
         return self._tensors[name].to(dtype or self._tensors[name].dtype, copy=not mapped)
 
 
@@ -193,9 +192,9 @@ def _load(path: Path) -> object:
 
 
 def _unpickled(path: Path, *, mmap: bool) -> object:
-    """Load a file with the restricted unpickler; a RuntimeError is left to the caller."""
+    """Load a file with the restricted unpickler; the caller handles RuntimeError."""
     try:
-        with warnings.catch_warnings():  # of storages that only old files have
+        with warnings.catch_warnings():  # of storages in old files
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
@@ -207,7 +206,7 @@ def _unpickled(path: Path, *, mmap: bool) -> object:
 
 
 def _check_archive(path: Path) -> None:
-    """Check that an archive holds its members as torch.save does: as they are, each once.
+    """Check that an archive holds its members uncompressed and once each, as torch.save does.
 
     Raises:
         CheckpointError: members are compressed, or larger together than the file.
@@ -233,7 +232,7 @@ def _damaged(path: Path) -> CheckpointError:
 
 
 def _unsafe_or_damaged(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
-    """Tell a call to code from damage by the sentence about a global or an instruction."""
+    """Return the error of a pickle with code, or of a damaged one, by torch's message."""
     text = str(error)
     marks = ("GLOBAL", "Unsupported class", "Unsupported operand", "Trying to call", "REDUCE")
     if not any(mark in text for mark in marks):
@@ -284,13 +283,12 @@ def _why_unfit(tensor: Tensor) -> str:
     return ""
 
 
-# Elements looked at together in the search for NaN and infinities.
-FINITE_BLOCK = 1 << 22
+FINITE_BLOCK = 1 << 22  # elements that are checked for NaN and infinities together
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a file says about a tensor."""
+    """Shape and dtype of a stored tensor, and the file that holds it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -346,13 +344,13 @@ class WeightStore:
         Args:
             name: of the tensor.
             dtype: to convert it to; None: as it is stored.
-            mapped: a view of the file where nothing is converted; False: a copy.
+            mapped: allow a view of the file; False: always a copy.
         """
         shard = self.shards[self.infos[name].file]
         return shard.tensor(self.aliases.get(name, name), dtype, mapped=mapped)
 
     def rename(self, other: "WeightStore", foreign: str, name: str) -> None:
-        """Take a tensor of another store under another name."""
+        """Add a tensor of another store under another name."""
         info = other.infos[foreign]
         self.shards[info.file] = other.shards[info.file]
         self.infos[name] = info
@@ -406,7 +404,7 @@ def find_weight_files(directory: Path) -> tuple[Path, ...]:
 
 
 def complete_weights(directory: Path) -> tuple[Path, ...]:
-    """Find the weight files of a directory; none where an index names more than there are."""
+    """Find the weight files of a directory; none where some are missing."""
     try:
         return find_weight_files(directory)
     except MissingFileError:
@@ -443,10 +441,10 @@ def _check_numbered(directory: Path, shards: tuple[Path, ...]) -> None:
 
 
 def check_values(name: str, tensor: Tensor) -> None:
-    """Check in one pass that no value is NaN or infinite: no sum gets rid of them.
+    """Check in one pass that no value is NaN or infinite, by the sum of all.
 
-    The sum of finite values may leave the number format too; only then they are looked at one by
-    one, in blocks, so that no mask of the whole tensor is made.
+    The sum of finite values may overflow too; only then they are checked one by one, in blocks, so
+    that no mask of the whole tensor is made.
 
     Raises:
         CheckpointError: there is one.

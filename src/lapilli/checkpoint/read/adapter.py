@@ -1,12 +1,10 @@
-"""The files of a LoRA adapter, in PEFT's format, with the tensors that were trained beside it.
+"""LoRA adapter in PEFT's format: its configuration, its halves and its whole tensors.
 
-What adapter_config.json says is followed, known to change nothing of what stored tensors compute,
-or refused by its name.
+Every key of adapter_config.json is followed, known to have no effect on stored tensors, or refused.
 """
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from lapilli.checkpoint.formats.files import read_json
 from lapilli.checkpoint.formats.weights import WeightStore, check_values
 from lapilli.checkpoint.keymaps import KeyMap
 from lapilli.checkpoint.read.assemble import some
-from lapilli.config.reader import JsonObject, KeyReader, is_object
+from lapilli.config.reader import JsonObject, KeyReader
 from lapilli.errors import (
     CheckpointError,
     ConfigError,
@@ -33,10 +31,10 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 WRAPPER = "base_model.model."
 HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.\w+)?\.weight")
-# How a fresh adapter was drawn does not matter once it is trained, but these beginnings alone leave
-# the base as it is: PEFT takes the start of the others off the base's weights, or rounds them.
+# Initializations that leave the weights of the base as they are: for the others PEFT subtracts the
+# initial adapter from them, or rounds them.
 _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-# Where an adapter comes from, where it sits (the names of its tensors say so), how it was trained.
+# Keys about origin, training, and targets, which the names of the tensors give too.
 _WITHOUT_EFFECT = frozenset(
     {
         *("auto_mapping", "peft_version", "task_type", "inference_mode", "runtime_config"),
@@ -51,14 +49,14 @@ _MERGE_IT = "merge it with PEFT (merge_and_unload) and load the merged model"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """An adapter directory, opened.
+    """An open adapter directory.
 
     Args:
         path: the directory.
-        config: rank, scale and patterns; the patterns are of the names in the file.
-        base_name: what the adapter says it was trained on.
-        revision: of that, where it is a repository of the hub.
-        keeps_ties: a trained embedding is the output layer too, where the base's is.
+        config: rank, scale and patterns of names in the file.
+        base_name: the base that it names.
+        revision: of the base, if it is a repository of the hub.
+        keeps_ties: a trained embedding is the output layer too, if the base's is.
         store: its tensors.
     """
 
@@ -70,12 +68,12 @@ class Adapter:
     keeps_ties: bool = False
 
     def config_of(self, keymap: KeyMap) -> LoraConfig:
-        """Return the configuration by the paths that the modules have in the model.
+        """Return the configuration with patterns of the module paths of the model.
 
-        A pattern may spell a module as the file does, or as another release of the same layout.
+        A pattern may name a module as the file does, or as another release of the same layout.
 
         Raises:
-            MissingWeightsError: a tensor of a module that the model cannot have.
+            MissingWeightsError: a tensor of a module that the layout does not have.
 
         Source: PEFT matches a pattern with the end of the path of a module of its own model.
         """
@@ -96,7 +94,7 @@ class Adapter:
         """Map `PATH.lora_A.weight` in the model to the tensor of the file, for both halves.
 
         Raises:
-            MissingWeightsError: a tensor of a module that the model cannot have.
+            MissingWeightsError: a tensor of a module that the layout does not have.
             CheckpointError: several adapters of one module.
         """
         names: dict[str, str] = {}
@@ -127,7 +125,7 @@ class Adapter:
         """Return whole tensors of the adapter (modules_to_save, biases), named as in the base.
 
         Raises:
-            UnsupportedModelError: tensors of a kind of adapter that lapilli does not have.
+            UnsupportedModelError: tensors of another kind of adapter.
         """
         plain = WeightStore()
         for foreign in self.store.infos:
@@ -144,7 +142,7 @@ class Adapter:
         return plain
 
     def tensors(self, keymap: KeyMap, *, check_finite: bool) -> Mapping[str, Tensor]:
-        """Read both halves of every module in float32, by the names they have in the model.
+        """Read both halves of every module in float32, by their names in the model.
 
         Raises:
             CheckpointError: a tensor holds NaN or an infinity.
@@ -208,24 +206,20 @@ def parse_adapter_config(raw: JsonObject) -> LoraConfig:
             "weights of the base under it: save it as a plain LoRA (save_pretrained with "
             f"path_initial_model_for_weight_conversion), or {_MERGE_IT}"
         )
+    alpha = reader.number("lora_alpha", 8.0)
+    ranks, alphas = reader.child("rank_pattern"), reader.child("alpha_pattern")
     config = LoraConfig(
         rank=reader.positive("r", 8),
-        alpha=_finite(reader, "lora_alpha", reader.number("lora_alpha", 8.0)),
+        alpha=alpha,
         dropout=reader.number("lora_dropout", 0.0),
         use_rslora=reader.flag("use_rslora", False),
         fan_in_fan_out=reader.flag("fan_in_fan_out", False),
-        rank_pattern={name: int(r) for name, r in _pattern(reader, "rank_pattern", _is_rank)},
-        alpha_pattern=dict(_pattern(reader, "alpha_pattern", _is_alpha)),
+        rank_pattern={name: ranks.positive(name) for name in _patterns(ranks)},
+        alpha_pattern={name: alphas.number(name, alpha) for name in _patterns(alphas)},
     )
     for key in ("base_model_name_or_path", "revision", "ensure_weight_tying"):
         reader.value(key)  # read by `open_adapter`
-    _check_unread(reader)
-    return config
-
-
-def _check_unread(reader: KeyReader) -> None:
-    """Refuse what is switched on and nothing reads: every release of PEFT has more variations."""
-    for key in reader.report().unknown:
+    for key in reader.report().unknown:  # every release of PEFT has more variants of LoRA
         value = reader.raw[key]
         if value:
             shown = "true" if value is True else repr(value)[:80]
@@ -233,48 +227,28 @@ def _check_unread(reader: KeyReader) -> None:
                 f"{ADAPTER_CONFIG}: {key} {shown} is not supported, it may change what the adapter "
                 f"computes: {_MERGE_IT}"
             )
+    return config
 
 
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_alpha(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(float(str(value)))
-
-
-def _finite(reader: KeyReader, key: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise ConfigError(f"{reader.where}: {key} is {value}: expected a finite number")
-    return value
-
-
-def _pattern(
-    reader: KeyReader, key: str, is_good: Callable[[object], bool]
-) -> list[tuple[str, float]]:
-    value = reader.value(key)
-    if value is None:
-        return []
-    if not is_object(value) or not all(map(is_good, value.values())):
-        raise ConfigError(f"{reader.where}: {key} must map patterns to numbers, got {value!r}")
-    try:
-        [re.compile(pattern) for pattern in value]
-    except re.error as error:
-        raise ConfigError(
-            f"{reader.where}: {key} has {error.pattern!r}, which is no regular expression: {error}"
-        ) from error
-    return [(name, float(str(number))) for name, number in value.items()]
+def _patterns(reader: KeyReader) -> Iterator[str]:
+    for pattern in reader.raw:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"{reader.where}: {reader.prefix}{pattern} is no regular expression: {error}"
+            ) from error
+        yield pattern
 
 
 def _module_of(foreign: str) -> str:
-    """Return the module of a tensor as the file calls it, without the wrapper around the model."""
+    """Return the module path of a tensor in the file, without PEFT's wrapper."""
     matched = HALF.fullmatch(foreign.removeprefix(WRAPPER))
     return foreign if matched is None else matched["module"]
 
 
 def _first_match(patterns: Mapping[str, Number], names: Sequence[str]) -> Number | None:
-    """Return the number of the first pattern that is the end of one of the names."""
+    """Return the number of the first pattern that matches the end of one of the names."""
     for name in names:
         for pattern, number in patterns.items():
             if ends_with(pattern, name):

@@ -1,4 +1,4 @@
-"""From weight parts to a model: built without memory, every parameter assigned and counted."""
+"""Assembly of a model: built on the meta device, matched with the files, filled and checked."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from lapilli.checkpoint.formats.quantized import LayerQuantizer
 from lapilli.checkpoint.formats.weights import check_values
 from lapilli.checkpoint.keymaps import EMBEDDINGS, OUTPUT
 from lapilli.checkpoint.read.directory import BASE, WeightPart
+from lapilli.checkpoint.read.vocabulary import VOCABULARY, Vocabulary
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import KeyReport, in_file, shown
 from lapilli.errors import CheckpointError, MissingWeightsError, ShapeMismatchError
@@ -23,15 +24,15 @@ from lapilli.model.vlm import VisionLanguageModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """Counted and named; loading succeeds only with nothing missing and nothing unexpected.
+    """Names of all tensors and keys; loading fails if any tensor is missing or unexpected.
 
     Args:
         used: parameters, by the names they have in lapilli.
-        dropped: tensors of the files that are not loaded on purpose.
+        dropped: tensors of the files that are dropped on purpose.
         missing: parameters without a tensor.
-        unexpected: tensors of the files that no parameter takes.
-        notes: what a person should know, one sentence each.
-        keys: what became of the configuration keys.
+        unexpected: tensors of the files without a parameter.
+        notes: for the user, one sentence each.
+        keys: configuration keys that were read, ignored or are unknown.
     """
 
     used: tuple[str, ...] = ()
@@ -48,62 +49,13 @@ def some(names: tuple[str, ...] | list[str], most: int = 3) -> str:
     return first if len(names) <= most else f"{first} and {len(names) - most} more"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Vocabulary:
-    """How many rows the tables have in the files and in the model.
-
-    Args:
-        rows: of the model.
-        accepted: numbers of rows that a table of the files may have.
-        new_rows: rows that only the added tokens have, which an adapter may store alone.
-
-    Source: LLaVA builder.py resizes both tables to the length of the tokenizer, also downwards.
-    Note: the original fills rows that no file has with random numbers; here they are the mean of
-        the others, so that loading twice gives the same model.
-    """
-
-    rows: int
-    accepted: frozenset[int]
-    new_rows: int = 0
-
-    def fit(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
-        """Return one table out of the files' tables, the last one winning.
-
-        Raises:
-            ShapeMismatchError: a table with an unexpected number of rows.
-        """
-        table = tensors[-1]
-        if len(tensors) > 1 and 0 < len(table) == self.new_rows:
-            # An adapter that stores the rows of the added tokens alone: they are the last ones.
-            return torch.cat((resized(tensors[-2], self.rows)[: -self.new_rows], table))
-        # A table that was trained beside an adapter has the rows of the added tokens already.
-        more = {self.rows} if len(tensors) > 1 else set()
-        if table.shape[0] not in self.accepted | more:
-            wanted = " or ".join(str(n) for n in sorted(self.accepted))
-            raise ShapeMismatchError(
-                f"{name} has {table.shape[0]} rows in the files, but the vocabulary has {wanted} "
-                "entries: config.json and weights do not belong together"
-            )
-        return resized(table, self.rows)
-
-
-def resized(table: Tensor, rows: int) -> Tensor:
-    """Return the table with fewer rows, or with more that are the mean of all it has."""
-    missing = rows - table.shape[0]
-    if missing <= 0:
-        return table[:rows]
-    mean = table.mean(dim=0, keepdim=True, dtype=torch.float32).to(table.dtype)
-    return torch.cat((table, mean.expand(missing, -1)))
-
-
-VOCABULARY = (*EMBEDDINGS, OUTPUT)
-# Called with the bytes of the files that are loaded, and with how many there are in all.
 Progress = Callable[[int, int], None]
+"""Called with the number of bytes that are read, and of all bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matching:
-    """Which tensor goes where; later parts override earlier ones."""
+    """Tensors of the files by the parameter that they fill; later parts override earlier ones."""
 
     sources: Mapping[str, tuple[tuple[WeightPart, str], ...]]
     dropped: tuple[str, ...]
@@ -112,28 +64,19 @@ class Matching:
 
     @property
     def num_bytes(self) -> int:
-        """Return the number of bytes that are read of the files."""
+        """The number of bytes to read."""
         sources = chain.from_iterable(self.sources.values())
         return sum(part.store.infos[foreign].num_bytes for part, foreign in sources)
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Return the dtype in which the files hold each parameter that they hold as floats."""
+        """The dtype of every floating point parameter in the files."""
         infos = {n: part.store.infos[foreign] for n, (*_, (part, foreign)) in self.sources.items()}
         return {n: info.dtype for n, info in infos.items() if info.dtype.is_floating_point}
 
-    def report(self) -> LoadReport:
-        """Summarise the matching as a LoadReport of names."""
-        return LoadReport(
-            used=tuple(sorted(self.sources)),
-            dropped=self.dropped,
-            missing=self.missing,
-            unexpected=self.unexpected,
-        )
-
 
 class WithoutInitialisation(TorchFunctionMode):
-    """Modules are built with whatever their memory holds: the files will fill it.
+    """Mode in which modules are built without random initialization.
 
     On the meta device torch draws random numbers through its compiler stack, whose import alone
     takes seconds.
@@ -146,7 +89,7 @@ class WithoutInitialisation(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401  whatever the function gives
-        """Call the function, or return the tensor that it was to fill."""
+        """Call the function, or return the tensor that it would initialize."""
         given = dict(kwargs or {})
         if getattr(func, "__module__", None) == nn.init.__name__:
             return given["tensor"] if "tensor" in given else args[0]
@@ -156,7 +99,7 @@ class WithoutInitialisation(TorchFunctionMode):
 
 
 def build_model(config: ModelConfig) -> VisionLanguageModel:
-    """Build the model of a configuration on the meta device: shapes without memory."""
+    """Build the model of a configuration on the meta device."""
     with in_file(), torch.device("meta"), WithoutInitialisation():
         language_model = build_language_model(config.text)
         if config.image is None or config.vision is None or config.projector is None:
@@ -168,7 +111,7 @@ def build_model(config: ModelConfig) -> VisionLanguageModel:
 
 
 def match(parts: Sequence[WeightPart], model: nn.Module, *, tied: bool) -> Matching:
-    """Pair every parameter with its tensors, and every tensor with what becomes of it."""
+    """Match parameters with tensors of the files; `tied`: the output layer is the embedding."""
     expected = model.state_dict().keys()
     sources: dict[str, tuple[tuple[WeightPart, str], ...]] = {}
     dropped: list[str] = []
@@ -176,14 +119,14 @@ def match(parts: Sequence[WeightPart], model: nn.Module, *, tied: bool) -> Match
     for part in parts:
         for foreign in part.store.infos:
             ours = part.parameter(foreign)
-            # A LLaVA below an adapter may have an image part that the adapter's config does not.
+            # A base may be a LLaVA with an image part that its adapter's config does not have.
             surplus = part.label == BASE and (ours or "").startswith("modalities.")
             if part.is_dropped(foreign) or (tied and ours == OUTPUT):
                 dropped.append(foreign)
             elif ours is None or ours not in expected:
                 (dropped if surplus else unexpected).append(foreign)
             else:
-                # Only a vocabulary is ever put together from two files (rows of an adapter).
+                # Only vocabulary tables are combined from two files (rows of an adapter).
                 before = sources.get(ours, ()) if ours in VOCABULARY else ()
                 sources[ours] = (*before, (part, foreign))
     return Matching(
@@ -198,7 +141,7 @@ def check_complete(matching: Matching) -> None:
     """Check that every parameter has a tensor and every tensor a parameter.
 
     Raises:
-        MissingWeightsError: not so; the message names some and counts all.
+        MissingWeightsError: they do not; the message names some and counts all.
     """
     problems = []
     if matching.missing:
@@ -230,18 +173,15 @@ def fill(
     quantizer: LayerQuantizer | None = None,
     float32_parameters: tuple[str, ...] = (),
 ) -> None:
-    """Assign every tensor to its parameter, in the target dtype and on the target device.
-
-    Without a target dtype every tensor keeps the one of its file.
+    """Assign every tensor to its parameter; with dtype=None each keeps the dtype of its file.
 
     A tensor that has the dtype already stays a view of its file; others are converted one at a
-    time. Vocabulary tables get the number of rows that the model has. What `quantizer` takes is
-    rounded as it is read and not kept otherwise. Names that begin with one of `float32_parameters`
-    are float32.
+    time. Vocabulary tables get the number of rows that the model has. Layers of `quantizer` are
+    rounded as they are read. Names with a prefix among `float32_parameters` are float32.
 
     Raises:
         ShapeMismatchError: a tensor has another shape than the configuration says.
-        CheckpointError: a tensor holds NaN or an infinity, or numbers of another kind.
+        CheckpointError: a tensor holds NaN or an infinity, or is of the wrong dtype.
     """
     expected = model.state_dict()
     filled: dict[str, Tensor] = {}
@@ -257,8 +197,8 @@ def fill(
             _check_kind(part, foreign, expected[name].dtype)
             tensor = part.store.tensor(foreign, read_as, mapped=kept)
             if check_finite:
-                # Of a table few rows are used: it is looked at in a copy, so that the other pages
-                # of its file stay out of memory.
+                # An embedding is checked in a copy: of its mapped pages few will be used, and the
+                # others stay out of memory.
                 is_view = kept and read_as in (None, part.store.infos[foreign].dtype)
                 in_copy = is_view and name in EMBEDDINGS
                 seen = part.store.tensor(foreign, mapped=False) if in_copy else tensor
@@ -280,10 +220,10 @@ def fill(
 
 
 def _check_kind(part: WeightPart, foreign: str, expected: torch.dtype) -> None:
-    """Check that floats fill floats, and packed integers are as the kernels read them.
+    """Check that floats fill floats, and packed integers have the dtype of the kernels.
 
     Raises:
-        CheckpointError: not so.
+        CheckpointError: they do not.
     """
     stored = part.store.infos[foreign].dtype
     if stored == expected or (stored.is_floating_point and expected.is_floating_point):

@@ -1,10 +1,9 @@
-"""A checkpoint directory: config files parsed, tower and base found, weight files opened.
+"""Parts of a checkpoint: weight files opened, the vision tower and the base model found.
 
 Nothing of the weights is read but names and shapes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from lapilli.checkpoint.formats.files import read_json, read_optional_json
@@ -18,36 +17,34 @@ from lapilli.checkpoint.keymaps import (
     original_keymap,
 )
 from lapilli.checkpoint.source import HUB_ID, find_directory, resolve
-from lapilli.config.ignored import sampling_notes
 from lapilli.config.model import ModelConfig, TextConfig
 from lapilli.config.parse import (
     is_hf_llava,
     is_original,
     named_tower,
-    parse_config,
     parse_text_config,
 )
-from lapilli.config.reader import JsonObject, KeyReport, in_file, is_object
+from lapilli.config.reader import JsonObject, is_object
 from lapilli.errors import (
     CheckpointError,
     MissingFileError,
     MissingWeightsError,
     ShapeMismatchError,
 )
-from lapilli.modality.image.modes import mode_of
 
-BASE = "base"
+# Labels of parts.
+BASE, ADAPTER, CHECKPOINT, VISION = "base", "adapter", "checkpoint", "vision tower"
 
 
 @dataclass(frozen=True, slots=True)
 class WeightPart:
-    """Some tensors and what they are called here.
+    """Tensors of some files and the parameters that they are for.
 
     Args:
         label: of the part in messages; BASE for the model under an adapter.
         store: the tensors.
-        keymap: their names here.
-        skipped: prefixes of parameters that this part holds but does not give.
+        keymap: the parameters that their names mean.
+        skipped: prefixes of parameters whose tensors here are dropped.
     """
 
     label: str
@@ -60,98 +57,34 @@ class WeightPart:
         return self.keymap.to_ours(foreign)
 
     def is_dropped(self, foreign: str) -> bool:
-        """Return whether the part holds a tensor without giving it, on purpose."""
+        """Return whether a tensor of the part is dropped on purpose."""
         ours = self.keymap.to_ours(foreign)
         skipped = bool(self.skipped) and ours is not None and ours.startswith(self.skipped)
         return skipped or self.keymap.is_dropped(foreign)
 
+    @property
+    def parameters(self) -> dict[str, str]:
+        """Names of tensors by the parameter that they are for, dropped ones too."""
+        named = ((self.keymap.to_ours(foreign), foreign) for foreign in self.store.infos)
+        return {ours: foreign for ours, foreign in named if ours is not None}
+
     def has(self, prefix: str) -> bool:
-        """Return whether a tensor belongs under this parameter prefix, given or not."""
-        found = (self.keymap.to_ours(name) for name in self.store.infos)
-        return any(ours is not None and ours.startswith(prefix) for ours in found)
+        """Return whether any parameter has this prefix."""
+        return any(ours.startswith(prefix) for ours in self.parameters)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointDirectory:
-    """What stands in a directory with a config.json."""
-
-    path: Path
-    raw: JsonObject
-    config: ModelConfig
-    keys: KeyReport
-    parts: tuple[WeightPart, ...] = ()
-    tower_path: Path | None = None
-    notes: tuple[str, ...] = ()
+def open_weights(directory: Path) -> WeightStore:
+    """Open the tensors of a full model; none where there are no files."""
+    return WeightStore.of_files(find_weight_files(directory))
 
 
-def open_weights(directory: Path, *, weights: bool = True) -> WeightStore:
-    """Open the tensors of a full model; none where there are no files, or none are wanted."""
-    return WeightStore.of_files(find_weight_files(directory) if weights else ())
-
-
-def open_directory(
-    path: Path,
-    *,
-    extra: Sequence[WeightPart] = (),
-    base: Path | None = None,
-    weights: bool = True,
-    fetch: bool = True,
-) -> CheckpointDirectory:
-    """Open a checkpoint directory.
-
-    Args:
-        path: with config.json.
-        extra: weights that belong to it but lie elsewhere (the base of an adapter); they may
-            bring the vision tower.
-        base: the model under an adapter or a projector; it may have moved with its tower.
-        weights: False looks at the small files only and leaves `parts` empty.
-        fetch: False leaves the weights of a vision tower on the hub where they are.
-
-    Raises:
-        MissingFileError: config.json, the vision tower or a shard is missing.
-        ConfigError: config.json cannot be followed.
-        CheckpointError: a file is damaged.
-    """
-    raw = read_json(path / "config.json")
-    moved = None if base is None else _tower_of_base(raw, path, base)
-    if moved is not None:
-        raw = {**raw, "mm_vision_tower": str(moved)}
-    store = open_weights(path, weights=weights)
-    tower_path = _tower_directory(path, raw, fetch=fetch)
-    tower_config = read_json(tower_path / "config.json") if tower_path else None
-    generation = read_optional_json(path / "generation_config.json")
-    config, keys = parse_config(
-        raw,
-        tower=tower_config,
-        preprocessor=preprocessor_of(tower_path or path),
-        generation=generation,
-        weight_names=frozenset(store.infos),
-    )
-    if config.image is not None:
-        with in_file():
-            mode_of(config.image)  # a mode that is not ours is refused before weights are read
-    keymap = keymap_of(raw)
-    own = (WeightPart("checkpoint", store, keymap),) if store.infos else ()
-    parts = (*extra, *own)
-    notes = (*_pixel_notes(tower_path or path, config), *sampling_notes(generation or {}))
-    if moved is not None:
-        notes += (f"the vision tower is the base's, {moved}: the one that was named is gone",)
-    if tower_path is not None and weights:
-        parts, more = _with_tower(parts, config, tower_path, fetch=fetch)
-        notes += more
-    return CheckpointDirectory(
-        path=path,
-        raw=raw,
-        config=config,
-        keys=keys,
-        parts=parts,
-        tower_path=tower_path,
-        notes=notes,
-    )
+def open_outside(directory: Path, *, fetch: bool) -> WeightStore:
+    """Open the tensors of a base or a tower; with fetch=False none that are still on the hub."""
+    return open_weights(directory) if fetch or complete_weights(directory) else WeightStore()
 
 
 def keymap_of(raw: JsonObject) -> KeyMap:
-    """Return the names that the tensors beside this config.json have."""
+    """Return the key map of the tensors beside this config.json."""
     if is_hf_llava(raw):
         return HF_LLAVA
     if not is_original(raw):
@@ -159,49 +92,51 @@ def keymap_of(raw: JsonObject) -> KeyMap:
     return original_keymap(parse_text_config(raw))
 
 
-def _tower_of_base(raw: JsonObject, path: Path, base: Path) -> Path | None:
-    """Find the base's vision tower, where config.json names a folder that is gone.
+def find_tower(
+    raw: JsonObject, path: Path, *, base: Path | None = None, fetch: bool = True
+) -> tuple[Path | None, bool]:
+    """Find the vision tower that the original layout names, and whether it moved with the base.
+
+    Args:
+        raw: config.json.
+        path: of the checkpoint.
+        base: the model under an adapter or a projector; its tower is taken where the folder that
+            `raw` names is gone.
+        fetch: False leaves the weights of a tower on the hub where they are.
 
     Raises:
-        MissingFileError: that folder is gone and the base has no tower either.
+        MissingFileError: it is not there.
     """
-    own = named_tower(raw)
-    if own is None or HUB_ID.fullmatch(own) or find_directory(own, (path,)) is not None:
-        return None
-    other = named_tower(read_json(base / "config.json"))
-    found = None if other is None else find_directory(other, (base,))
-    if found is None:
-        raise MissingFileError(
-            f"the vision tower of {path} (mm_vision_tower in its config.json) is not there: "
-            f"{own!r} is no directory, and the base {base} has no folder of a tower: write where "
-            "it lies now into the key, or give a base that has it (--base)"
-        )
-    return found
-
-
-def _tower_directory(path: Path, raw: JsonObject, *, fetch: bool) -> Path | None:
-    """Find the vision tower that the original layout names."""
-    name = named_tower(raw) if is_original(raw) else None
+    name = named_tower(raw)
     if name is None:
-        return None
+        return None, False
+    lacks = f"the vision tower of {path} (mm_vision_tower in its config.json) is not there"
+    if base is not None and not HUB_ID.fullmatch(name) and find_directory(name, (path,)) is None:
+        other = named_tower(read_json(base / "config.json"))
+        found = None if other is None else find_directory(other, (base,))
+        if found is None:
+            raise MissingFileError(
+                f"{lacks}: {name!r} is no directory, and the base {base} has no folder of a tower: "
+                "write where it lies now into the key, or give a base that has it (--base)"
+            )
+        return found, True
     try:
-        return resolve(name, beside=(path,), weights=fetch)
+        return resolve(name, beside=(path,), weights=fetch), False
     except CheckpointError as error:
-        raise MissingFileError(
-            f"the vision tower of {path} (mm_vision_tower in its config.json) is not there: {error}"
-        ) from error
+        raise MissingFileError(f"{lacks}: {error}") from error
 
 
-def _with_tower(
+def with_tower(
     parts: tuple[WeightPart, ...], config: ModelConfig, tower_path: Path, *, fetch: bool
 ) -> tuple[tuple[WeightPart, ...], tuple[str, ...]]:
-    """Return the parts with the tower from where the original takes it.
+    """Return the parts with the tower from where the original takes it, and notes.
 
     Source: LLaVA clip_encoder.py: a tower that was tuned (unfreeze_mm_vision_tower) comes from the
     checkpoint, a frozen one from the directory or repository that mm_vision_tower names.
 
     Raises:
         MissingWeightsError: a tuned tower without weights in the checkpoint.
+        MissingFileError: a frozen tower without weights anywhere.
     """
     inside = any(part.has(TOWER) for part in parts)
     if config.vision_in_checkpoint:
@@ -212,19 +147,17 @@ def _with_tower(
                 f"false to take the tower of {tower_path} as it is"
             )
         return parts, ()
-    store = open_weights(tower_path, weights=fetch or bool(complete_weights(tower_path)))
+    store = open_outside(tower_path, fetch=fetch)
     if not store.infos:
         if not fetch:
             return parts, ("the weights of the vision tower are on the hub, not yet on this disk",)
         if inside:
             return parts, (f"the vision tower is the checkpoint's: {tower_path} has no weights",)
         raise MissingFileError(f"no weights of the vision tower in {tower_path}")
-    tower = WeightPart("vision tower", store, VISION_TOWER)
+    tower = WeightPart(VISION, store, VISION_TOWER)
     if not inside:
         return (tower, *parts), ()
-    kept = tuple(
-        WeightPart(part.label, part.store, part.keymap, (*part.skipped, TOWER)) for part in parts
-    )
+    kept = tuple(replace(part, skipped=(*part.skipped, TOWER)) for part in parts)
     note = (
         f"the checkpoint holds a vision tower, but it was frozen: {tower_path} is read instead, "
         "as the original does"
@@ -233,7 +166,7 @@ def _with_tower(
 
 
 def preprocessor_of(path: Path) -> JsonObject | None:
-    """Read preprocessor_config.json, or its successor inside processor_config.json."""
+    """Read preprocessor_config.json, or its successor in processor_config.json."""
     found = read_optional_json(path / "preprocessor_config.json")
     if found is not None:
         return found
@@ -241,7 +174,8 @@ def preprocessor_of(path: Path) -> JsonObject | None:
     return newer if is_object(newer) else None
 
 
-def _pixel_notes(path: Path, config: ModelConfig) -> tuple[str, ...]:
+def pixel_notes(path: Path, config: ModelConfig) -> tuple[str, ...]:
+    """Return a note where the preprocessing of a tower is the one of its family."""
     if config.vision is None or preprocessor_of(path) is not None:
         return ()
     return (
@@ -250,12 +184,7 @@ def _pixel_notes(path: Path, config: ModelConfig) -> tuple[str, ...]:
     )
 
 
-def find_beside(name: str, path: Path) -> Path | None:
-    """Find a directory by a name relative to a checkpoint, its parent or the working one."""
-    return find_directory(name, (path, path.parent))
-
-
-# Numbers that a base and what was trained on it must share.
+# Numbers that a base and the adapter or projector on it must share.
 SHARED = (
     "hidden_size",
     "num_layers",
@@ -280,9 +209,9 @@ def find_base(
 
     Args:
         given: by the caller.
-        named: by the checkpoint: adapter_config.json or config.json.
+        named: by the checkpoint, in adapter_config.json or config.json.
         path: of the checkpoint; a relative name may start from it or from its parent.
-        revision: of the named base, where it is a repository of the hub.
+        revision: of the named base, if it is a repository of the hub.
         fetch: False leaves the weights of a hub repository where they are.
 
     Raises:
@@ -295,7 +224,7 @@ def find_base(
             f"{path} is an adapter or a projector and does not name the language model it was "
             "trained on: give it as base (--base)"
         )
-    found = find_beside(named, path)
+    found = find_directory(named, (path, path.parent))
     if found is not None:
         return found
     try:
@@ -312,13 +241,13 @@ def find_base(
 def base_part(directory: Path, *, fetch: bool = True) -> WeightPart | None:
     """Open the weights of a base: a plain language model, or a LLaVA of either layout.
 
-    None where they are on the hub and stay there (fetch=False).
+    None with fetch=False where they are still on the hub.
 
     Raises:
         MissingFileError: no config.json or no weights there.
     """
     raw = read_json(directory / "config.json")
-    store = open_weights(directory, weights=fetch or bool(complete_weights(directory)))
+    store = open_outside(directory, fetch=fetch)
     if not store.infos and not fetch:
         return None
     if not store.infos:
@@ -330,10 +259,10 @@ def base_part(directory: Path, *, fetch: bool = True) -> WeightPart | None:
 
 
 def check_base(expected: TextConfig, base: Path) -> int:
-    """Check a base against what was trained on it; return the rows of its vocabulary.
+    """Check the sizes of a base; return the number of rows of its vocabulary.
 
     Raises:
-        ShapeMismatchError: a number differs; the message names every one.
+        ShapeMismatchError: some differ; the message names every one.
     """
     found = parse_text_config(read_json(base / "config.json"))
     names = {field.name for field in fields(expected)} & {field.name for field in fields(found)}

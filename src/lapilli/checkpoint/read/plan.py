@@ -1,4 +1,4 @@
-"""What loading will do: which form a checkpoint has, and which files give which tensors.
+"""Plan of a load: the form of a checkpoint, and the files that give each of its tensors.
 
     weights of a model                        full
     adapter_config.json + config.json of LLaVA  LoRA: base + what was trained beside it + adapter
@@ -13,57 +13,68 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from lapilli.checkpoint.formats.files import has_file, read_json, read_optional_json
 from lapilli.checkpoint.formats.quantized import is_packed_here, with_quantization_file
 from lapilli.checkpoint.formats.weights import WeightStore, find_weight_files
-from lapilli.checkpoint.keymaps import EMBEDDINGS, LANGUAGE_MODEL, OUTPUT, PROJECTOR, KeyMap
+from lapilli.checkpoint.keymaps import OUTPUT, PROJECTOR, KeyMap
 from lapilli.checkpoint.read.adapter import Adapter, is_adapter, open_adapter
-from lapilli.checkpoint.read.assemble import Matching, Vocabulary, match
+from lapilli.checkpoint.read.assemble import Matching, match
 from lapilli.checkpoint.read.directory import (
-    CheckpointDirectory,
+    ADAPTER,
+    CHECKPOINT,
     WeightPart,
     base_part,
     check_base,
     find_base,
+    find_tower,
     keymap_of,
-    open_directory,
+    open_weights,
+    pixel_notes,
+    preprocessor_of,
+    with_tower,
+)
+from lapilli.checkpoint.read.vocabulary import (
+    Vocabulary,
+    has_other_head,
+    saved_tables,
+    tied_heads,
 )
 from lapilli.checkpoint.source import is_local, resolve
-from lapilli.checkpoint.tokenizer import add_image_tokens, has_tokenizer, load_tokenizer
-from lapilli.config.families import family_of
+from lapilli.checkpoint.tokenizer import has_tokenizer, tokenizer_of
+from lapilli.config.ignored import sampling_notes
 from lapilli.config.model import ModelConfig
-from lapilli.config.parse import is_original
-from lapilli.config.reader import JsonObject, KeyReport
-from lapilli.errors import ConfigError, ConfigFileError, MissingFileError
+from lapilli.config.parse import is_original, parse_config
+from lapilli.config.reader import JsonObject, KeyReport, in_file
+from lapilli.errors import ConfigError, MissingFileError
+from lapilli.modality.image.modes import mode_of
 from lapilli.prompt.tokenizer import Tokenizer
 
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
-ADAPTER = "adapter"
-# What names begin with that carry the `model.` of PEFT's wrapper before their own.
+PEFT_ADAPTER = "PEFT adapter"
+# Beginnings of names that carry the `model.` of PEFT's wrapper before their own.
 WRAPPED = ("model.model.", "model.transformer.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A checkpoint, understood.
+    """Form of a checkpoint, its configuration, and the parts that its tensors come from.
 
     Args:
-        form: "full", "LoRA", "PEFT adapter" or "projector".
+        form: "full", "LoRA", PEFT_ADAPTER or "projector".
         path: the directory that was asked for.
-        raw: its config.json.
-        weights_raw: config.json of the language model's weights, a base's for what lies on one;
-            it says how they are packed.
-        config: what the model is, its vocabulary already of the tokenizer's length.
-        keys: what becomes of the configuration keys.
-        parts: where the tensors come from; later ones override earlier ones.
-        keymap: the names that an adapter's modules have.
+        raw: its config.json, naming the tower that is read.
+        weights_raw: config.json beside the weights of the language model (a base's, for an
+            adapter), with their quantization.
+        config: of the model, its vocabulary already of the tokenizer's length.
+        keys: configuration keys that were read, ignored or are unknown.
+        parts: sources of the tensors; later ones override earlier ones.
+        keymap: of the names of an adapter's modules.
         tokenizer: with the tokens added that the original adds.
-        tokenizer_path: where it and the chat template come from.
-        vocabulary: how the vocabulary tables of the files are fitted.
+        tokenizer_path: directory of the tokenizer and the chat template.
+        vocabulary: rows of the vocabulary tables.
         adapter: laid over the model when it is filled.
         base_path: of the language model under an adapter or projector.
         tower_path: of a vision tower outside the checkpoint.
@@ -88,33 +99,26 @@ class Plan:
 
     @property
     def parameters(self) -> frozenset[str]:
-        """Return the parameters that the files have a tensor for, by the rules for names."""
-        names = (part.parameter(name) for part in self.parts for name in part.store.infos)
-        return frozenset(name for name in names if name is not None)
+        """The parameters that the files have tensors for."""
+        return frozenset(name for part in self.parts for name in part.parameters)
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """Return the parameters that came whole with an adapter or a projector."""
+        """The parameters that came whole with an adapter or a projector."""
         labels = (ADAPTER, *NON_LORA_FILES, *PROJECTOR_FILES)
         parts = [part for part in self.parts if part.label in labels]
-        names = [part.parameter(name) for part in parts for name in part.store.infos]
-        return tuple(dict.fromkeys(name for name in names if name is not None))
+        return tuple(dict.fromkeys(name for part in parts for name in part.parameters))
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """Return every file that gives tensors, a base's, a tower's and an adapter's too."""
+        """Every weight file, those of a base, a tower and an adapter too."""
         stores = [part.store for part in self.parts]
         stores += [] if self.adapter is None else [self.adapter.store]
         return tuple(dict.fromkeys(s.path for store in stores for s in store.shards.values()))
 
     def match(self, model: nn.Module) -> Matching:
-        """Pair every tensor of the files with a parameter of the model."""
+        """Match the parameters of a model with the tensors of the files."""
         return match(self.parts, model, tied=self.config.text.tie_embeddings)
-
-    @property
-    def has_weights(self) -> bool:
-        """Return whether the weights were looked at."""
-        return bool(self.parts)
 
 
 def make_plan(
@@ -124,11 +128,11 @@ def make_plan(
     adapter: str | None = None,
     fetch: bool = True,
 ) -> Plan:
-    """Understand a checkpoint.
+    """Plan the load of a checkpoint.
 
     Args:
         source: a directory, a hub id or "pebble".
-        base: the language model under a LoRA or a projector; None takes what the checkpoint names.
+        base: the language model under a LoRA or a projector; None: the one that it names.
         adapter: a PEFT adapter to lay over the checkpoint.
         fetch: False leaves the weights of a hub repository where they are; `parts` is then empty.
 
@@ -154,13 +158,13 @@ def _plan_source(source: str | Path, base: str | None, *, fetch: bool) -> Plan:
             f"base {base!r} was given, but {path} is a whole model: a base is for LoRA and "
             "projector-only checkpoints"
         )
-    directory = open_directory(path, weights=weights, fetch=fetch)
-    if weights and not any(part.label == "checkpoint" for part in directory.parts):
+    plan = _plan("full", path, weights=weights, fetch=fetch)
+    if weights and not any(part.label == CHECKPOINT for part in plan.parts):
         raise MissingFileError(
             f"no weights in {path}: looked for model.safetensors, pytorch_model.bin and their "
             "shards, adapter_config.json and mm_projector.bin"
         )
-    return _plan("full", directory)
+    return plan
 
 
 def _plan_adapter(path: Path, base: str | None, *, fetch: bool) -> Plan:
@@ -182,7 +186,7 @@ def _with_adapter(plan: Plan, path: Path) -> Plan:
             f"{path} over it"
         )
     own = read_optional_json(path / "config.json")
-    # The original's folder keeps the original's names, whatever the base calls its modules.
+    # A folder in the original layout has the original's names, whatever the layout of the base.
     keymap = keymap_of(own) if own is not None and is_original(own) else plan.keymap
     parts = (*plan.parts, *_saved_part(adapter, keymap))
     beside = _first(path, NON_LORA_FILES)
@@ -190,7 +194,7 @@ def _with_adapter(plan: Plan, path: Path) -> Plan:
         parts += (_trained_part(beside, keymap),)
     laid = replace(
         plan,
-        form="PEFT adapter",
+        form=PEFT_ADAPTER,
         adapter=adapter,
         parts=parts,
         keymap=keymap,
@@ -201,12 +205,12 @@ def _with_adapter(plan: Plan, path: Path) -> Plan:
 
 
 def _with_stored_head(plan: Plan) -> Plan:
-    """Keep the output layer of the files where it is not the embedding that it should be.
+    """Keep an output layer of the files that differs from the embedding that it should be.
 
     Source: transformers from 5.0 keeps both tables and warns.
     """
     text = plan.config.text
-    if not text.tie_embeddings or not _has_other_head(plan.parts):
+    if not text.tie_embeddings or not has_other_head(plan.parts):
         return plan
     note = (
         "config.json says that the output layer is the embedding (tie_word_embeddings), but the "
@@ -216,45 +220,18 @@ def _with_stored_head(plan: Plan) -> Plan:
     return replace(plan, config=config, notes=(*plan.notes, note))
 
 
-def _has_other_head(parts: Sequence[WeightPart]) -> bool:
-    """Return whether the last part with an output layer holds another one than its embedding.
-
-    Only of a model whose configuration says that both are one: some programs that fold an adapter
-    in leave that as it was.
-    """
-    for part in reversed(parts):
-        named = {part.parameter(foreign): foreign for foreign in part.store.infos}
-        head = named.get(OUTPUT)
-        if head is None or part.is_dropped(head):
-            continue
-        table = next((named[name] for name in EMBEDDINGS if name in named), None)
-        infos = part.store.infos
-        if table is None or infos[table].shape != infos[head].shape:
-            return True
-        dtype = None if infos[table].dtype == infos[head].dtype else torch.float32
-        return not torch.equal(part.store.tensor(head, dtype), part.store.tensor(table, dtype))
-    return False
-
-
 def _with_own_head(plan: Plan) -> Plan:
-    """Give the plan an output layer of its own where the adapter changes one of a tied pair.
+    """Untie output layer and embedding where the adapter changes one of them.
 
     Source: PEFT: LoRA and modules_to_save lie on one module, the other keeps the base's weight.
     """
     adapter = plan.adapter
     if adapter is None or not plan.config.text.tie_embeddings:
         return plan
-    saved = _saved_tables(plan)
+    saved = saved_tables(plan.parts)
     adapted = f"{OUTPUT.removesuffix('weight')}lora_A.weight" in adapter.halves(plan.keymap)
     if not adapted and OUTPUT not in saved and (adapter.keeps_ties or not saved):
         return plan
-    heads = []
-    for part in plan.parts:
-        head = WeightStore()
-        for foreign in part.store.infos if part.label != ADAPTER else ():
-            if part.parameter(foreign) in EMBEDDINGS:
-                head.rename(part.store, foreign, "lm_head.weight")
-        heads += [WeightPart(ADAPTER, head, LANGUAGE_MODEL)] if head.infos else []
     note = (
         "the base's output layer is its embedding, but the adapter changes one of the two: they "
         "are kept apart"
@@ -262,21 +239,21 @@ def _with_own_head(plan: Plan) -> Plan:
     return replace(
         plan,
         config=replace(plan.config, text=replace(plan.config.text, tie_embeddings=False)),
-        parts=(*heads, *plan.parts),
+        parts=(*tied_heads(plan.parts), *plan.parts),
         notes=(*plan.notes, note),
     )
 
 
 def _with_longer_vocabulary(plan: Plan) -> Plan:
-    """Add the tokens of the adapter to the plan: its tables have rows for them.
+    """Add the tokens of the adapter to the plan, whose vocabulary tables have rows for them.
 
     Source: PEFT stores both tables whole where a program gave the model more rows.
     """
-    saved = _saved_tables(plan)
+    saved = saved_tables(plan.parts)
     rows = max(saved.values(), default=0)
     path, before = plan.path, plan.vocabulary.rows
     if has_tokenizer(path):
-        tokenizer = _tokenizer_of(path, plan.config)[0]
+        tokenizer = tokenizer_of(path, plan.config)[0]
         if tokenizer.vocab_size > plan.tokenizer.vocab_size:
             plan = replace(plan, tokenizer=tokenizer, tokenizer_path=path)
     if rows <= before:
@@ -288,17 +265,6 @@ def _with_longer_vocabulary(plan: Plan) -> Plan:
         vocabulary=table,
         notes=(*plan.notes, f"the adapter's vocabulary has {rows} rows, the base's {before}"),
     )
-
-
-def _saved_tables(plan: Plan) -> dict[str, int]:
-    """Return the vocabulary tables that the adapter holds whole, and their rows."""
-    found = (
-        (part.parameter(name), info.shape[0] if info.shape else 0)
-        for part in plan.parts
-        if part.label == ADAPTER
-        for name, info in part.store.infos.items()
-    )
-    return {name: rows for name, rows in found if name in (*EMBEDDINGS, OUTPUT)}
 
 
 def _plan_on_base(
@@ -314,7 +280,9 @@ def _plan_on_base(
     raw = read_json(path / "config.json")
     named = adapter.base_name if adapter else None
     revision = adapter.revision if adapter and named else None
-    base_path = find_base(base, named or _name_of_base(raw), path, revision=revision, fetch=fetch)
+    recorded = raw.get("_name_or_path")
+    named = named or (recorded if isinstance(recorded, str) else None)
+    base_path = find_base(base, named, path, revision=revision, fetch=fetch)
     below = base_part(base_path, fetch=fetch)
     parts = [] if below is None else [below]
     trained = _first(path, files)
@@ -323,32 +291,18 @@ def _plan_on_base(
     elif below is not None and not below.has(PROJECTOR):
         raise MissingFileError(f"{files[-1]} is missing in {path}: the projector is in it")
     parts += _saved_part(adapter, keymap_of(raw))
-    directory = open_directory(path, extra=parts, base=base_path, fetch=fetch)
-    base_rows = check_base(directory.config.text, base_path)
-    return _with_own_head(
-        _plan(
-            form,
-            directory,
-            adapter=adapter,
-            base_path=base_path,
-            base_rows=base_rows,
-        )
-    )
-
-
-def _name_of_base(raw: JsonObject) -> str | None:
-    name = raw.get("_name_or_path")
-    return name if isinstance(name, str) and name else None
+    plan = _plan(form, path, extra=parts, adapter=adapter, base_path=base_path, fetch=fetch)
+    return _with_own_head(plan)
 
 
 def _saved_part(adapter: Adapter | None, keymap: KeyMap) -> list[WeightPart]:
-    """Return the whole tensors inside an adapter, where it has some."""
+    """Return a part of the whole tensors inside an adapter, if it has any."""
     saved = WeightStore() if adapter is None else adapter.saved_modules()
     return [WeightPart(ADAPTER, saved, keymap)] if saved.infos else []
 
 
 def _trained_part(file: Path, keymap: KeyMap) -> WeightPart:
-    """Open tensors that were trained and stored under the names of a wrapped model.
+    """Open tensors that were stored under the names of a model wrapped by PEFT.
 
     Source: LLaVA builder.py: `base_model.` is stripped, then one `model.` where all have two.
     """
@@ -366,87 +320,78 @@ def _first(path: Path, names: Sequence[str]) -> Path | None:
 
 def _plan(
     form: str,
-    directory: CheckpointDirectory,
+    path: Path,
     *,
+    extra: Sequence[WeightPart] = (),
     adapter: Adapter | None = None,
     base_path: Path | None = None,
-    base_rows: int | None = None,
+    weights: bool = True,
+    fetch: bool = True,
 ) -> Plan:
-    """Complete a plan: the tokenizer, and the vocabulary of its length."""
-    config = directory.config
-    where = directory.path
-    if base_path is not None and not has_tokenizer(where):
-        where = base_path
-    tokenizer, new = _tokenizer_of(where, config)
-    before = config.text.vocab_size
-    rows = before
-    notes = list(directory.notes)
+    """Plan a directory with a config.json.
+
+    Args:
+        form: see `Plan`.
+        path: of the directory.
+        extra: weights that belong to it but lie elsewhere; they may bring the vision tower.
+        adapter: see `Plan`.
+        base_path: see `Plan`.
+        weights: False looks at the small files only and leaves `parts` empty.
+        fetch: False leaves the weights of a vision tower on the hub where they are.
+    """
+    raw = read_json(path / "config.json")
+    tower_path, has_moved = find_tower(raw, path, base=base_path, fetch=fetch)
+    if has_moved:
+        raw = {**raw, "mm_vision_tower": str(tower_path)}
+    store = open_weights(path) if weights else WeightStore()
+    generation = read_optional_json(path / "generation_config.json")
+    config, keys = parse_config(
+        raw,
+        tower=read_json(tower_path / "config.json") if tower_path else None,
+        preprocessor=preprocessor_of(tower_path or path),
+        generation=generation,
+        weight_names=frozenset(store.infos),
+    )
+    if config.image is not None:
+        with in_file():
+            mode_of(config.image)  # a mode that is not ours is refused before weights are read
+    keymap = keymap_of(raw)
+    parts = (*extra, *([WeightPart(CHECKPOINT, store, keymap)] if store.infos else ()))
+    notes = [*pixel_notes(tower_path or path, config), *sampling_notes(generation or {})]
+    if has_moved:
+        notes.append(
+            f"the vision tower is the base's, {tower_path}: the one that was named is gone"
+        )
+    if tower_path is not None and weights:
+        parts, more = with_tower(parts, config, tower_path, fetch=fetch)
+        notes += more
+    before = base_rows = rows = config.text.vocab_size
+    below_raw, tokenizer_path = raw, path
+    if base_path is not None:
+        base_rows = check_base(config.text, base_path)
+        below_raw = read_json(base_path / "config.json")
+        tokenizer_path = path if has_tokenizer(path) else base_path
+    tokenizer, new = tokenizer_of(tokenizer_path, config)
     if config.layout == "llava":
-        if not is_packed_here(directory.raw):  # packed rows stay as they were written
+        if not is_packed_here(raw):  # packed rows stay as they were written
             rows = tokenizer.vocab_size
-        notes += _vocabulary_notes(before, rows)
+        how = "cut" if rows < before else "grown, new rows being the mean of the others,"
+        change = f"{how} from {before} to {rows} rows, the length of the tokenizer"
+        notes += [] if rows == before else [f"the vocabulary was {change}"]
     return Plan(
         form=form,
-        path=directory.path,
-        raw=directory.raw,
-        weights_raw=_weights_raw(directory, base_path),
+        path=path,
+        raw=raw,
+        weights_raw=with_quantization_file(below_raw, base_path or path),
         config=replace(config, text=replace(config.text, vocab_size=rows)),
-        keys=directory.keys,
-        parts=directory.parts,
-        keymap=keymap_of(directory.raw),
+        keys=keys,
+        parts=parts,
+        keymap=keymap,
         tokenizer=tokenizer,
-        tokenizer_path=where,
-        vocabulary=Vocabulary(
-            rows=rows, accepted=frozenset({before, base_rows or before}), new_rows=new
-        ),
+        tokenizer_path=tokenizer_path,
+        vocabulary=Vocabulary(rows=rows, accepted=frozenset({before, base_rows}), new_rows=new),
         adapter=adapter,
         base_path=base_path,
-        tower_path=directory.tower_path,
+        tower_path=tower_path,
         notes=tuple(notes),
     )
-
-
-def _tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
-    """Load a tokenizer as this kind of model reads it; return how many tokens were added too."""
-    # A model that came with an image token was tokenized by its tokenizer.json.
-    has_image_token = config.tokens.image_id is not None
-    fast = config.layout != "llava" or not family_of(config.text).slow_tokenizer
-    fast = fast or has_image_token
-    tokenizer = load_tokenizer(path, fast=fast)
-    _check_image_id(config, tokenizer)
-    if config.layout != "llava":
-        image = config.tokens.image_id
-        if image in tokenizer.added_vocab.values() and image is not None:
-            # Whatever its file says: typed by a person it stands for no picture.
-            tokenizer.add_tokens([tokenizer.id_to_token(image)], special=True)
-        return tokenizer, 0
-    new = add_image_tokens(
-        tokenizer,
-        use_patch=config.tokens.use_patch_token,
-        use_start_end=config.tokens.use_start_end,
-    )
-    return tokenizer, new
-
-
-def _check_image_id(config: ModelConfig, tokenizer: Tokenizer) -> None:
-    image_id = config.tokens.image_id
-    # A table often has more rows than the tokenizer has tokens, and the image may stand for one.
-    size = max(tokenizer.vocab_size, config.text.vocab_size)
-    if image_id is not None and not 0 <= image_id < size:
-        raise ConfigFileError(
-            f"config.json: image_token_index is {image_id}, but there are {size} tokens: they do "
-            "not belong together"
-        )
-
-
-def _weights_raw(directory: CheckpointDirectory, base_path: Path | None) -> JsonObject:
-    if base_path is None:
-        return with_quantization_file(directory.raw, directory.path)
-    return with_quantization_file(read_json(base_path / "config.json"), base_path)
-
-
-def _vocabulary_notes(before: int, rows: int) -> list[str]:
-    if rows == before:
-        return []
-    how = "cut" if rows < before else "grown, new rows being the mean of the others,"
-    return [f"the vocabulary was {how} from {before} to {rows} rows, the length of the tokenizer"]

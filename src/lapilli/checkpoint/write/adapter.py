@@ -1,4 +1,4 @@
-"""A LoRA as files: the original's folder, or a PEFT adapter over a Hugging Face checkpoint.
+"""Writer of LoRA adapters: the original's folder, or a PEFT adapter on a Hugging Face checkpoint.
 
     the original's   config.json  adapter_config.json  adapter_model.safetensors
                      non_lora_trainables.bin (the projector and what else was trained whole)
@@ -38,7 +38,7 @@ from lapilli.lora.inject import adapter_tensors, adapters
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template
 
-# The modules that transformers' LLaVA has since 4.52: what PEFT sees when it looks for a target.
+# Modules of LLaVA in transformers since 4.52, among which PEFT looks for targets.
 HF_MODULES = KeyMap(
     "modules of Hugging Face's LLaVA",
     (
@@ -64,11 +64,11 @@ def save_lora(
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """Save an unmerged adapter as the original's training leaves it.
+    """Save an unmerged adapter in the layout of the original's training.
 
     The arguments are those of `save_llava`. `base` is the checkpoint below, written as
-    `base_model_name_or_path`; `trained` are parameters that were trained whole, and the projector
-    is always stored. The original's loader wants "llava" and "lora" in the name of the directory.
+    `base_model_name_or_path`; `trained` are parameters that were trained whole; the projector is
+    always stored. The original's loader needs "llava" and "lora" in the name of the directory.
 
     Raises:
         CheckpointError: the directory is there already, or the disk is full.
@@ -103,15 +103,15 @@ def save_peft(
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """Save an unmerged adapter that PEFT puts on LlavaForConditionalGeneration or its successor.
+    """Save an unmerged adapter for PEFT on a checkpoint in the layout of Hugging Face.
 
-    The arguments are those of `save_lora`, `base` in the layout of Hugging Face; the template is
-    written as chat_template.jinja.
+    The arguments are those of `save_lora`, with `base` in that layout; the template is written as
+    chat_template.jinja.
 
     Raises:
         CheckpointError: the directory is there already, or the disk is full.
         ConfigError: the model has no adapter.
-        UnsupportedModelError: something was trained whole that PEFT cannot carry.
+        UnsupportedModelError: a parameter was trained whole that a PEFT adapter cannot hold.
     """
     beyond = [name for name in trained if not name.startswith(PROJECTOR)]
     if beyond:
@@ -133,7 +133,7 @@ def save_peft(
 def _chat_template(
     template: WrittenTemplate, config: ModelConfig, tokenizer_path: Path | None
 ) -> str | None:
-    """Return the template of an adapter as jinja, for its folder has no other place for it."""
+    """Return the template of an adapter as jinja, which is its only place in the folder."""
     if tokenizer_path is None or config.tokens.image_id is None:
         return template.jinja
     tokenizer = load_tokenizer(tokenizer_path, fast=True)
@@ -157,7 +157,7 @@ def _split(
     keymap: KeyMap,
     trained: Sequence[str],
 ) -> tuple[dict[str, Stored], dict[str, Stored]]:
-    """Return adapter halves, and the projector with what else was trained whole."""
+    """Return the halves of the adapter, and the projector with other parameters trained whole."""
     halves: dict[str, Stored] = {}
     for name in adapter_tensors(model):
         module, _, half = name.removesuffix(".weight").rpartition(".")
@@ -180,10 +180,10 @@ def _module(path: str, keymap: KeyMap) -> str:
 
 
 def _targets(model: VisionLanguageModel, keymap: KeyMap) -> list[str]:
-    """Return the last names of the modules where these mean all of them, else the full names.
+    """Return the last parts of the module names if they match no other module, else full names.
 
-    In the original's layout names mean modules of the language model: the tower is not there yet
-    when its programs lay an adapter.
+    In the original's layout they match modules of the language model only: its programs create the
+    adapter before the tower.
     """
     adapted = [path for path, _ in adapters(model)]
     ends = {path.rpartition(".")[2] for path in adapted}
@@ -196,9 +196,9 @@ def _targets(model: VisionLanguageModel, keymap: KeyMap) -> list[str]:
 
 
 def _adapter_config(model: VisionLanguageModel, base: str, keymap: KeyMap) -> dict[str, object]:
-    """Return adapter_config.json: what most adapters have, and by name what others have.
+    """Return adapter_config.json, with patterns for modules of another rank or alpha.
 
-    A scale is alpha / rank there; whatever made it here, it is written as the alpha that gives it.
+    A scale is alpha / rank there, so alpha is computed from the scale (also with rslora).
     """
     layers = {_module(path, keymap): layer for path, layer in adapters(model)}
     ranks = {name: layer.lora_A.out_features for name, layer in layers.items()}
@@ -234,13 +234,10 @@ def _tidy(number: float) -> int | float:
 def merged_state(
     model: VisionLanguageModel, state: Mapping[str, Stored] | None = None
 ) -> dict[str, Stored]:
-    """Return the tensors of a model with every adapter folded in; `model` is left as it is.
+    """Return the tensors of a model with every adapter merged; `model` is left as it is.
 
-    A folded layer is computed when it is written, so that one layer more than the model is held.
-
-    Args:
-        model: with adapters.
-        state: other tensors under the names of `model.state_dict()`.
+    A merged layer is computed when it is written, so that memory holds one layer more than the
+    model. `state` are other tensors under the names of `model.state_dict()`.
     """
     whole = model.state_dict() if state is None else state
     merged = dict(whole)

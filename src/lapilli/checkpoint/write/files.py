@@ -1,9 +1,8 @@
-"""Files of a checkpoint on their way to the disk; knows bytes and folders, no models.
+"""Writing of checkpoint files; knows bytes and folders, no models.
 
-new_directory(path)     everything is written into .NAME.part beside it, flushed to the disk,
-and takes the place of `path` in one step: a kill at any moment leaves
-the old folder or the new one, never a mixture
-write_weights(...)      tensor by tensor, so that no second copy of a model is ever in memory
+new_directory(path)   a folder written aside, flushed, and swapped with `path` in one step: a
+                      kill at any moment leaves the old folder or the new one, never a mixture
+write_weights(...)    tensor by tensor, so that no second copy of a model is ever in memory
 """
 
 import ctypes
@@ -33,13 +32,13 @@ SINGLE = "model.safetensors"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 1 << 24  # elements of a tensor that are converted and written at once
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# renameat2: paths relative to the working directory, both names keep something.
+# Flags of renameat2: paths relative to the working directory, swap both names.
 _AT_FDCWD, _EXCHANGE = -100, 2
 
 
 @dataclass(frozen=True, slots=True)
 class Deferred:
-    """A tensor that is made when its turn to be written comes, and forgotten afterwards."""
+    """A tensor that is computed when it is written, and not kept."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -51,18 +50,18 @@ class Deferred:
 
 
 Stored = Tensor | Deferred
-# One number format for all floats, or each tensor's own by its name; None: as they are.
+# Dtype of all floats, or of each tensor by its name; None: as they are.
 Formats = torch.dtype | Mapping[str, torch.dtype] | None
 
 
 @contextmanager
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a folder beside `path` that takes its place once all of it is on the disk.
+    """Yield a folder beside `path` that replaces it once everything is on the disk.
 
-    What an earlier process left half-written is removed first.
+    A half-written folder of an earlier process is removed first.
 
     Raises:
-        CheckpointError: there is something at `path` already, or the disk is full.
+        CheckpointError: `path` exists already, or the disk is full.
     """
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(
@@ -84,10 +83,10 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def explaining_full_disk(path: Path) -> Iterator[None]:
-    """Raise what the system says about a full disk with the path and the bytes that are left.
+    """Raise errors of a full disk with the path and the number of free bytes.
 
     Raises:
-        CheckpointError: the disk is full, or a limit on the size of files or on space is reached.
+        CheckpointError: the disk is full, or a quota or limit on the size of files is reached.
     """
     try:
         yield
@@ -112,9 +111,9 @@ def write_weights(
     """Write model.safetensors, or numbered shards with an index, in the order of the tensors.
 
     Args:
-        folder: is there.
+        folder: that exists.
         tensors: by name.
-        keymap: their names in the files; None: the same.
+        keymap: to their names in the files; None: the same names.
         dtype: of the stored floats, of all or by the names of `tensors`; None: each as it is.
         shard_bytes: largest size of one file.
 
@@ -147,10 +146,9 @@ def write_weights(
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Stored], *, dtype: Formats = None) -> None:
-    """Write one file; a tensor is converted while it is written, a piece at a time.
+    """Write one safetensors file; tensors are converted while they are written, piece by piece.
 
-    Wider numbers come first, so that each tensor lies at a multiple of its own width and can be
-    mapped.
+    Wider dtypes come first, so that each tensor is aligned and can be memory-mapped.
 
     Source: the safetensors format, version 1.
     """
@@ -183,17 +181,12 @@ def _stored_as(name: str, tensor: Stored, dtype: Formats) -> torch.dtype:
 
 
 def value(tensor: Stored) -> Tensor:
-    """Return the tensor itself, made now where it was deferred."""
+    """Return the tensor, computed now if it was deferred."""
     return tensor.make() if isinstance(tensor, Deferred) else tensor.detach()
 
 
 def common_dtypes(state: Mapping[str, Stored], dtype: Formats = None) -> tuple[torch.dtype, ...]:
-    """Return the dtypes of the floats among these tensors, the one of most numbers first.
-
-    Args:
-        state: by name.
-        dtype: that they are written in.
-    """
+    """Return the dtypes in which the floats of a state are written, the most common first."""
     counts: Counter[torch.dtype] = Counter()
     for name, tensor in state.items():
         if tensor.dtype.is_floating_point:
@@ -204,7 +197,7 @@ def common_dtypes(state: Mapping[str, Stored], dtype: Formats = None) -> tuple[t
 def write_pickled(path: Path, tensors: Mapping[str, Stored]) -> None:
     """Write named tensors in the format of torch.save, as the original's small files are."""
     buffer = io.BytesIO()
-    # Cloned: a view would bring the whole storage that it looks at.
+    # Cloned: pickling a view writes its whole storage.
     torch.save({name: value(t).cpu().clone() for name, t in tensors.items()}, buffer)
     path.write_bytes(buffer.getbuffer())
 
@@ -215,12 +208,12 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype as config.json spells it."""
+    """Return the name of a dtype in config.json."""
     return str(dtype).removeprefix("torch.")
 
 
 def _move_into_place(folder: Path, path: Path) -> None:
-    """Move `folder` to the name `path`, in one step where the system has one for it."""
+    """Move `folder` to `path`, in one step where the system can swap names."""
     if path.exists():
         if not _exchange(folder, path):
             path.rename(folder.parent / "old")
@@ -231,7 +224,7 @@ def _move_into_place(folder: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names (Linux); False where the system or the file system cannot."""
+    """Swap two names (Linux); return False where the system or the file system cannot."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -241,7 +234,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _flush(folder: Path) -> None:
-    """Flush files and the folders that list them to the disk."""
+    """Flush a folder with all its files to the disk."""
     for path in (*folder.rglob("*"), folder):
         _flush_one(path)
 

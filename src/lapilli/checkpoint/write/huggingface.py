@@ -1,10 +1,10 @@
-"""Hugging Face's layout: LlavaForConditionalGeneration, or LlavaNext for anyres.
+"""Writer of Hugging Face's layout: LlavaForConditionalGeneration, or LlavaNext for anyres.
 
     config.json  generation_config.json  model.safetensors or shards with index
     tokenizer.json  tokenizer_config.json  preprocessor_config.json  processor_config.json
     chat_template.jinja
 
-One vocabulary entry stands for every position of a picture; it is added where there is none.
+One token is the placeholder of every position of a picture; it is added if there is none.
 """
 
 import tempfile
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lapilli.checkpoint.keymaps import HF_LLAVA
-from lapilli.checkpoint.read.assemble import VOCABULARY, resized
+from lapilli.checkpoint.read.vocabulary import VOCABULARY, resized
 from lapilli.checkpoint.template import WrittenTemplate, written_template
 from lapilli.checkpoint.tokenizer import (
     load_tokenizer,
@@ -79,17 +79,17 @@ def save_hf(
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """Save a whole checkpoint that transformers and this loader read; adapters are folded in.
+    """Save a whole checkpoint that transformers and lapilli read; adapters are merged.
 
-    The arguments are those of `save_llava`; `tokenizer` is the model's, and `tokenizer_path` the
-    directory that it came from.
+    The arguments are those of `save_llava`; `tokenizer` is the model's, and `tokenizer_path` its
+    directory.
 
     Raises:
         CheckpointError: the directory is there already, or the disk is full.
         ConfigError: the model is quantized.
-        UnsupportedModelError: something that the layout of Hugging Face cannot say.
+        UnsupportedModelError: see `check_hf_layout`.
 
-    Note: rows that the image token needs in both vocabulary tables are the mean of the others.
+    Note: new rows of the image token in both vocabulary tables are the mean of the others.
     """
     check_hf_layout(config)
     if any(isinstance(module, QuantLinear) for module in model.modules()):
@@ -130,7 +130,7 @@ def check_hf_files(
         CheckpointError: the tokenizer cannot be written as a tokenizer.json.
         ConfigError: the template cannot be written.
         PromptError: the template is one for captions.
-        UnsupportedModelError: something that the layout of Hugging Face cannot say.
+        UnsupportedModelError: see `check_hf_layout`.
     """
     check_hf_layout(config)
     written = written_template(template, config, tokenizer_path)
@@ -167,10 +167,10 @@ def _with_rows(name: str, tensor: Stored, rows: int) -> Stored:
 
 
 def check_hf_layout(config: ModelConfig) -> None:
-    """Check that LlavaForConditionalGeneration or its successor can be this model.
+    """Check that the layout of Hugging Face can hold a model.
 
     Raises:
-        UnsupportedModelError: another language model, projector or layout of the features.
+        UnsupportedModelError: it has no such language model, projector or layout of the features.
     """
     lack = _lacks(config)
     if lack is not None:
@@ -181,7 +181,7 @@ def check_hf_layout(config: ModelConfig) -> None:
 
 
 def _lacks(config: ModelConfig) -> str | None:
-    """Return the first thing of a model that the layout does not have."""
+    """Return the first property of a model that the layout does not have."""
     vision, projector, image = _parts(config)
     family = find_family(config.text.family)
     if family is None or not family.in_hf_llava:
@@ -210,8 +210,8 @@ def write_hf_config(
     """Return config.json of LlavaConfig or LlavaNextConfig.
 
     Args:
-        config: what the model is, its vocabulary with the image token.
-        image_id: the vocabulary entry that stands for every position of a picture.
+        config: of the model, its vocabulary with the image token.
+        image_id: the placeholder token of every position of a picture.
         torch_dtype: of the stored weights.
         template: name of its conversation template, or "chat_template" for the one beside it.
 
@@ -263,7 +263,7 @@ def write_hf_preprocessor(config: ModelConfig) -> dict[str, object]:
 
 
 def write_hf_processor(config: ModelConfig, image_token: str = IMAGE_TOKEN) -> dict[str, object]:
-    """Return processor_config.json: how many image tokens the processor writes for a picture."""
+    """Return processor_config.json, which gives the number of image tokens of a picture."""
     vision, _, _ = _parts(config)
     extra = int(vision.family == "clip")
     return {

@@ -1,9 +1,7 @@
-"""Original LLaVA layout: a whole model, a projector, and config.json of what lies on another model.
+"""Writer of the original LLaVA layout: whole models, projectors, and config.json of adapters.
 
 config.json  model.safetensors or shards with index  tokenizer files  generation_config.json
 vision_tower/{config.json, preprocessor_config.json, model.safetensors}   with tower="beside"
-
-A folder is written aside and moved into place at the end.
 """
 
 from collections.abc import Mapping
@@ -66,33 +64,32 @@ def save_llava(
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """Save a whole checkpoint that this loader and the original's read.
+    """Save a whole checkpoint that lapilli and the original read.
 
     Args:
-        path: the new directory; its name is what the original decides by, so it should contain
-            "llava", and "mistral" or "mpt" for those language models.
+        path: the new directory. The original goes by its name, so it should contain "llava", and
+            "mistral" or "mpt" for those language models.
         model: without unmerged adapters.
-        config: what it is, in whatever layout it came.
+        config: of the model, in any layout.
         tokenizer_path: a directory whose tokenizer files are copied.
         tower: "named": only named, by `config.vision_source`; "inside": among the other weights,
-            as a tuned tower; "beside": in a folder of its own. None: inside where it was tuned,
-            named where a hub id or an absolute path says where it is, else beside.
+            as a tuned tower; "beside": in a folder of its own. None: inside if it was tuned, named
+            if its source is a hub id or an absolute path, else beside.
         dtype: of the stored weights, or of each by the name of its parameter (such as
-            `Loaded.stored`, what the files hold that it came from); None: as they are.
-        template: the conversation template that the model was trained with, or its name; None: what
-            it came with (see `written_template`).
+            `Loaded.stored`, the dtypes of its files); None: as they are.
+        template: the conversation template of the model, or its name; None: see `written_template`.
         overwrite: replace a directory that is there.
         shard_bytes: largest size of one weight file.
-        quantization: how the layers are packed, for a quantized model. Such a checkpoint is read
-            by lapilli alone; a packed tower lies inside of it, a tuned float one beside.
+        quantization: of a quantized model. Only lapilli reads such a checkpoint; a packed tower is
+            inside of it, a tuned float one beside.
         state: other tensors under the names of `model.state_dict()`, for instance `merged_state`.
         extra: more files by name, such as README.md.
 
     Raises:
         CheckpointError: the directory is there already, or the disk is full.
-        ConfigError: an adapter is not merged, a tower cannot be named, or packed layers and
+        ConfigError: an adapter is not merged, a tower has no name, or packed layers and
             `quantization` do not go together.
-        UnsupportedModelError: something that the original layout cannot say.
+        UnsupportedModelError: the original layout cannot hold the model.
     """
     if state is None and any(True for _ in adapters(model)):
         raise ConfigError("the model has an unmerged adapter: lapilli.lora.merge(model) first")
@@ -137,10 +134,10 @@ def save_projector(
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """Save a projector-only checkpoint: config.json and mm_projector.bin, as stage 1 leaves it.
+    """Save a projector-only checkpoint, config.json and mm_projector.bin, as the original does.
 
     The arguments are those of `save_llava`; `base`, the language model, is written as
-    `_name_or_path`, and the tower has to be named.
+    `_name_or_path`.
 
     Raises:
         CheckpointError: the directory is there already, or the disk is full.
@@ -165,14 +162,14 @@ def save_projector(
 def config_of_part(
     folder: Path, model: VisionLanguageModel, config: ModelConfig, template: str | None
 ) -> dict[str, object]:
-    """Return config.json of what lies on another checkpoint: an adapter or a projector.
+    """Return config.json of an adapter or a projector on another checkpoint.
 
-    Its number format is the one of the files below, not the one that was computed in. A tower among
-    the weights below has no place of its own: its two config files are written into `folder`,
-    because the original layout keeps them nowhere else.
+    Its dtype is the one of the files below, not the one of the computation. For a tower among the
+    weights below its two config files are written into `folder`, because the original layout has
+    no other place for them.
 
     Raises:
-        ConfigError: a tower that lies apart and has no name.
+        ConfigError: a tower outside the weights below has no name.
     """
     if config.vision_in_checkpoint and not config.vision_source:
         _write_tower(folder / TOWER_FOLDER, config, {})
@@ -194,16 +191,16 @@ def _default_place(config: ModelConfig) -> TowerPlace:
 
 
 def is_lasting(source: str | None) -> bool:
-    """Return whether a name still finds the tower when the checkpoint lies elsewhere."""
+    """Return whether the name of a tower stays valid when the checkpoint is moved."""
     if source is None or source.startswith("."):
         return False
     return "/" in source or Path(source).is_absolute()
 
 
 def _tower_name(config: ModelConfig, place: TowerPlace) -> str | None:
-    """Return what mm_vision_tower says.
+    """Return the value of mm_vision_tower.
 
-    The original builds even a tuned tower from what this names, so it is a whole directory.
+    The original builds even a tuned tower from it, so it names a whole directory.
     """
     if config.vision is None:
         return None
@@ -217,7 +214,7 @@ def _tower_name(config: ModelConfig, place: TowerPlace) -> str | None:
 def _write_tower(
     folder: Path, config: ModelConfig, state: Mapping[str, Stored], dtype: Formats = None
 ) -> None:
-    """Write the tower's own directory, without weights where there are none to write."""
+    """Write the tower's own directory, without weights if `state` is empty."""
     if config.vision is None or config.image is None:
         return
     folder.mkdir()
@@ -239,14 +236,14 @@ def write_llava_config(
     """Return config.json of a checkpoint in the original layout.
 
     Args:
-        config: what the model is.
-        vision_source: what mm_vision_tower says: a directory (relative to the checkpoint where it
-            lies in it) or a hub id.
+        config: of the model.
+        vision_source: value of mm_vision_tower: a hub id or a directory, relative to the
+            checkpoint if it is inside.
         torch_dtype: of the stored weights, such as "float16".
         template: name of its conversation template, or "chat_template" for the one beside it.
 
     Raises:
-        UnsupportedModelError: a language model or projector that the original layout cannot say.
+        UnsupportedModelError: the original layout has no such language model or projector.
     """
     text = config.text
     family = find_family(text.family)
@@ -290,12 +287,12 @@ def check_llava_layout(config: ModelConfig) -> None:
 
 
 def as_original(config: ModelConfig) -> ModelConfig:
-    """Return the same model as the original layout says it.
+    """Return the configuration of the same model in the original layout.
 
-    How Hugging Face tokenizes a prompt and rounds the size of an unpadded picture goes along under
-    keys of lapilli's own, so that the model answers here as it did. The original's programs do not
-    know them: they tokenize the text between pictures, and a very long picture can differ there by
-    a row of features.
+    Hugging Face's tokenization of a prompt and its rounding of unpadded pictures are kept under
+    keys of lapilli's own, so that the model answers as before. The original's programs do not know
+    them: they tokenize the text between pictures, and a very long picture can differ by a row of
+    features.
     """
     if config.layout == "llava":
         return config
@@ -304,7 +301,7 @@ def as_original(config: ModelConfig) -> ModelConfig:
 
 
 def write_text_config(text: TextConfig) -> dict[str, object]:
-    """Return the language model's keys, flat in the original layout and a section in others."""
+    """Return the keys of the language model."""
     return family_of(text).write(text)
 
 

@@ -1,4 +1,4 @@
-"""Async engine: an engine at work in a thread of its own, answers as asynchronous iterators.
+"""Async engine: an engine in a thread of its own, answers as asynchronous iterators.
 
     async for piece in engine.submit(request)     one task per request, one thread for the model
 
@@ -8,7 +8,8 @@ Knows request handles and event loops; must not know the model.
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from types import TracebackType
 
 from lapilli.errors import GenerationError
@@ -18,17 +19,11 @@ from lapilli.generate.output import Generation, Piece
 
 
 class AsyncEngine:
-    """Answers as asynchronous iterators, in any number of event loops.
-
-    Others may go on using the engine meanwhile.
-
-    Args:
-        engine: does the work.
-    """
+    """Engine for asyncio, in any number of event loops; others may use `engine` meanwhile."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._places = Places(engine.options.max_waiting)
+        self._slots = Slots(engine.options.max_waiting)
         self._handles: set[RequestHandle] = set()
         self._has_news = threading.Event()
         self._is_closing = False
@@ -41,29 +36,29 @@ class AsyncEngine:
     ) -> AsyncIterator[Piece]:
         """Yield the answer, piece by piece.
 
-        A task that is cancelled, or an iterator that is closed, cancels the request: what somebody
-        who has hung up had asked for is not computed to its end. A slow reader gets longer pieces.
+        Cancelling the task or closing the iterator cancels the request, so that nothing is computed
+        for a client that has disconnected. A slow reader gets longer pieces.
 
         Args:
             request: what to answer.
             handle: a new one; has the finished answer afterwards.
-            wait: for a place when `max_waiting` requests are on their way; else refuse.
+            wait: for a slot when `max_waiting` requests are open; else refuse.
 
         Raises:
-            GenerationError: no place and `wait` is False, or the engine is closed.
-            LapilliError: what `Engine.submit` raises, and what goes wrong with the request.
+            GenerationError: no slot and `wait` is False, or the engine is closed.
+            LapilliError: the request is invalid (`Engine.submit`) or failed.
         """
         handle = handle or RequestHandle(request)
         if wait:
-            await self._places.take()
-        elif not self._places.take_at_once():
+            await self._slots.acquire()
+        elif not self._slots.try_acquire():
             raise GenerationError(
                 f"{self.engine.options.max_waiting} requests are on their way, the limit: try "
                 "again later"
             )
         try:
             news = asyncio.Event()
-            handle.wake = Waker(asyncio.get_running_loop(), news)
+            handle.wake = waker(asyncio.get_running_loop(), news)
             # In a thread: a large picture takes milliseconds to be hashed.
             await asyncio.to_thread(self._enter, request, handle)
             while True:
@@ -75,14 +70,14 @@ class AsyncEngine:
                 if is_finished:
                     return
         finally:
-            self._places.release()
+            self._slots.release()
             self._handles.discard(handle)
             if not handle.is_finished:
                 handle.cancel()
                 self._has_news.set()
 
     async def answer(self, request: Request) -> Generation:
-        """Return the whole answer; raises what `submit` raises."""
+        """Return the whole answer; raises what `submit` does."""
         handle = RequestHandle(request)
         async for _ in self.submit(request, handle=handle):
             pass
@@ -110,8 +105,8 @@ class AsyncEngine:
         self._handles.add(handle)
         self.engine.submit(request, handle=handle)
         self._has_news.set()
-        # Asked after the request is there: either this sees that nobody works any more, or who
-        # says so sees the request. In a forked process the thread was never there.
+        # Checked after the request is submitted: either this sees that the thread has ended, or the
+        # thread's end sees the request. In a forked process there is no thread.
         if self._is_over or not self._thread.is_alive():
             self._fail_open()
 
@@ -121,54 +116,44 @@ class AsyncEngine:
                 self._has_news.wait()
                 self._has_news.clear()
                 while self.engine.has_work and not self._is_closing:
-                    self._step()
-        finally:  # whatever ended this thread, nobody may wait for ever
+                    with suppress(Exception):  # the requests that it failed know, others go on
+                        self.engine.step()
+        finally:  # whatever ended this thread, no reader may wait for ever
             self._is_over = True
             self._fail_open()
-
-    def _step(self) -> None:
-        try:
-            self.engine.step()
-        except Exception:  # noqa: BLE001  the requests that it failed know, others may fare better
-            return
 
     def _fail_open(self) -> None:
         self.engine.abort_all(GenerationError("the engine is closed"), list(self._handles))
 
 
-class Waker:
-    """Sets an event of asyncio from another thread, as long as there is a loop."""
+def waker(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[], None]:
+    """Return a callback that sets an event of asyncio from another thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-        self._loop = loop
-        self._event = event
+    def wake() -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(event.set)
 
-    def __call__(self) -> None:
-        """Set the event."""
-        try:
-            self._loop.call_soon_threadsafe(self._event.set)
-        except RuntimeError:  # the loop is closed, nobody reads any more
-            return
+    return wake
 
 
-class Places:
-    """So many may be in at a time, first come, first served; they may wait in different loops."""
+class Slots:
+    """Semaphore for tasks of different event loops, first come, first served."""
 
     def __init__(self, count: int) -> None:
         self._lock = threading.Lock()
         self._free = count
         self._line: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
 
-    def take_at_once(self) -> bool:
-        """Take a place, if one is free."""
+    def try_acquire(self) -> bool:
+        """Acquire a slot without waiting; return False when none is free."""
         with self._lock:
             if not self._free:
                 return False
             self._free -= 1
             return True
 
-    async def take(self) -> None:
-        """Take a place, waiting for it."""
+    async def acquire(self) -> None:
+        """Acquire a slot, waiting for it."""
         loop = asyncio.get_running_loop()
         mine = (loop, loop.create_future())
         with self._lock:
@@ -183,18 +168,18 @@ class Places:
                 waits = mine in self._line
                 if waits:
                     self._line.remove(mine)
-            if not waits:  # it was given a place meanwhile
+            if not waits:  # it was given a slot meanwhile
                 self.release()
             raise
 
     def release(self) -> None:
-        """Give a place to the next in line."""
+        """Release a slot to the next in line."""
         with self._lock:
             while self._line:
                 loop, future = self._line.popleft()
                 try:
                     loop.call_soon_threadsafe(_grant, future)
-                except RuntimeError:  # the loop is closed, nobody waits there
+                except RuntimeError:  # the loop is closed
                     continue
                 return
             self._free += 1

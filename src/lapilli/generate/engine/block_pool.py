@@ -1,12 +1,12 @@
 """Block pool: paged memory for keys and values, with a prefix cache of blocks that are free.
 
-    position key   what stands at a position: a token id, or a medium's digest and the place in it
+    position key   of a position: its token id, or a medium's digest and the place in it
     chain          root -> digest of block 0 -> digest of block 0, 1 -> ...    (SHA-256)
     block          fresh -> owned by sequences -> idle, found again by its digest -> evicted
 
 A full block is shared by all sequences that begin alike. Where two sequences part inside a block,
-the later one gets a copy of it and goes on there (copy on write). Knows keys, no requests. How
-much memory an engine takes is planned here too.
+the later one continues in a copy of it (copy on write). Knows keys, no requests. The memory of an
+engine is planned here too.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ class PrefixStats:
     Attributes:
         tokens: of all prompts that were looked up.
         cached_tokens: of those, tokens whose keys and values were found.
-        evictions: idle blocks that were given to others.
+        evictions: idle blocks whose content was discarded.
     """
 
     tokens: int = 0
@@ -47,12 +47,12 @@ class PrefixStats:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The part of a sequence's beginning that the pool knows.
+    """The cached beginning of a sequence.
 
     Attributes:
         chain: the root, then one digest per full block.
         blocks: the full blocks.
-        tail: a block that begins like the sequence goes on, and how many positions of it.
+        tail: a block whose first positions continue the sequence, and how many do.
     """
 
     chain: tuple[bytes, ...]
@@ -60,7 +60,7 @@ class Prefix:
     tail: tuple[int, int] | None = None
 
     def length(self, block_size: int) -> int:
-        """Return the number of positions that need not be computed."""
+        """Return the number of cached positions."""
         return len(self.blocks) * block_size + (0 if self.tail is None else self.tail[1])
 
 
@@ -71,7 +71,7 @@ class BlockTable:
     Attributes:
         blocks: position i is in blocks[i // P].
         chain: the root, then the digests of the first blocks, as far as they are published.
-        length: positions that are known at the beginning.
+        length: positions that were cached at the beginning.
     """
 
     blocks: list[int]
@@ -96,11 +96,11 @@ class _Block:
 
 
 class BlockPool:
-    """Blocks of a store: fresh, owned, or idle and known by what they hold.
+    """Blocks of a store: fresh, owned, or idle and found by the digest of their content.
 
     Args:
         store: the memory; its block 0 is never given away.
-        max_idle: most idle blocks that are remembered; 0: nothing outlives its sequence.
+        max_idle: most idle blocks that are cached; 0: nothing outlives its sequence.
     """
 
     def __init__(self, store: BlockStore, *, max_idle: int | None = None) -> None:
@@ -112,7 +112,7 @@ class BlockPool:
         self._fresh = list(range(store.num_blocks - 1, 0, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._known: dict[bytes, int] = {}
-        self._children: dict[bytes, dict[int, None]] = {}
+        self._children: dict[bytes, dict[int, tuple[int, ...]]] = {}
 
     @property
     def capacity(self) -> int:
@@ -121,12 +121,12 @@ class BlockPool:
 
     @property
     def available(self) -> int:
-        """Blocks that nobody owns."""
+        """Number of blocks without an owner."""
         return len(self._fresh) + len(self._idle)
 
     @property
     def num_idle(self) -> int:
-        """Blocks that nobody owns and whose content can be found."""
+        """Number of cached blocks without an owner."""
         return len(self._idle)
 
     def blocks_for(self, positions: int) -> int:
@@ -136,7 +136,7 @@ class BlockPool:
     def chain(self, root: bytes, keys: Sequence[int]) -> tuple[bytes, ...]:
         """Return the digests by which the beginning of a sequence is found.
 
-        The last position is left to be computed, because nobody keeps its logits.
+        The last position is always computed, because its logits are not cached.
         """
         chain, size = [root], self.block_size
         for start in range(0, len(keys) - size, size):
@@ -144,12 +144,7 @@ class BlockPool:
         return tuple(chain)
 
     def find(self, chain: Sequence[bytes], keys: Sequence[int]) -> Prefix:
-        """Return the longest known beginning of a sequence.
-
-        Args:
-            chain: of `keys`, from `chain`.
-            keys: what stands at every position.
-        """
+        """Return the longest cached beginning of a sequence; `chain` is that of its keys."""
         known = takewhile(lambda block: block is not None, map(self._known.get, chain[1:]))
         blocks = tuple(block for block in known if block is not None)
         start = len(blocks) * self.block_size
@@ -158,21 +153,12 @@ class BlockPool:
 
     def _tail(self, parent: bytes, keys: Sequence[int]) -> tuple[int, int] | None:
         """Return the block after `parent` that shares the longest beginning, and its length."""
-        best = max(
-            (
-                (_shared(self._keys_of(block), keys), block)
-                for block in self._children.get(parent, ())
-            ),
-            default=(0, 0),
-        )
-        return (best[1], best[0]) if best[0] else None
-
-    def _keys_of(self, block: int) -> tuple[int, ...]:
-        label = self._blocks[block].label
-        return () if label is None else label.keys
+        held = self._children.get(parent, {})
+        length, block = max(((_shared(held[n], keys), n) for n in held), default=(0, 0))
+        return (block, length) if length else None
 
     def reserve(self, prefix: Prefix, num_positions: int) -> BlockTable | None:
-        """Return blocks for a sequence, its known beginning shared; None: too few are free."""
+        """Return blocks for a sequence, its cached beginning shared; None: too few are free."""
         borrowed = [*prefix.blocks, *([] if prefix.tail is None else [prefix.tail[0]])]
         for block in borrowed:
             self._own(block)
@@ -180,7 +166,7 @@ class BlockPool:
         if needed > self.available:
             for block in reversed(borrowed):
                 self._disown(block)
-            # The block that would be copied may be the one that is missing.
+            # The block to copy may be the one that is missing.
             return self.reserve(replace(prefix, tail=None), num_positions) if prefix.tail else None
         fresh = [self._take() for _ in range(needed)]
         self.store.clear([block for block in fresh if self._blocks[block].is_used])
@@ -193,44 +179,39 @@ class BlockPool:
         return BlockTable([*prefix.blocks, *fresh], list(prefix.chain), length)
 
     def publish(self, table: BlockTable, keys: Sequence[int], length: int) -> None:
-        """Let others find the blocks that are full once `length` positions are computed."""
-        size = self.block_size
-        while len(table.chain) * size <= length:
-            at = len(table.chain) - 1
-            held = tuple(keys[at * size : (at + 1) * size])
-            digest = chain_digest(table.chain[-1], held)
-            self._label(table.blocks[at], Label(digest, table.chain[-1], held))
-            table.chain.append(digest)
+        """Label the blocks that `length` computed positions fill, so that others find them."""
+        while len(table.chain) * self.block_size <= length:
+            table.chain.append(self._publish_next(table, keys, length))
 
     def release(self, table: BlockTable, keys: Sequence[int], length: int) -> None:
-        """Free the blocks of a sequence; they stay known, the half-filled last one too.
-
-        Of positions from `length` on nothing is remembered.
-        """
+        """Free the blocks of a sequence; the first `length` positions stay cached."""
         self.publish(table, keys, length)
-        full = len(table.chain) - 1
-        held = tuple(keys[full * self.block_size : length])
-        if held:
-            digest = chain_digest(table.chain[-1], held)
-            self._label(table.blocks[full], Label(digest, table.chain[-1], held))
-        # The end goes first when room is needed: a beginning without its end is still of use.
+        if (len(table.chain) - 1) * self.block_size < length:
+            self._publish_next(table, keys, length)
+        # The last block is evicted first: a beginning without its end is still of use.
         for block in reversed(table.blocks):
             self._disown(block)
         table.blocks = []
 
+    def _publish_next(self, table: BlockTable, keys: Sequence[int], length: int) -> bytes:
+        """Label the first block that is not published, as far as it is computed."""
+        at, parent = len(table.chain) - 1, table.chain[-1]
+        end = min(length, (at + 1) * self.block_size)
+        held = tuple(keys[at * self.block_size : end])
+        digest = chain_digest(parent, held)
+        self._label(table.blocks[at], Label(digest, parent, held))
+        return digest
+
     def clear(self) -> None:
-        """Forget what idle blocks hold: every one of them is fresh."""
+        """Discard the content of all idle blocks."""
         while self._idle:
             self._fresh.append(self._evict())
 
     def recount(self, tables: Iterable[BlockTable]) -> None:
-        """Count again who owns what, after a change that was broken off.
+        """Count owners again after an interrupted change; `tables` are those of all owners.
 
-        A block has its label from when its content is whole until before it is given to another,
-        so what the labels say holds at any moment.
-
-        Args:
-            tables: of all sequences that own blocks.
+        Labels are right at any moment: a block gets its label after its content is complete and
+        loses it before it is given to another sequence.
         """
         owners = Counter(block for table in tables for block in table.blocks)
         self._known, self._children = {}, {}
@@ -249,11 +230,11 @@ class BlockPool:
             self._fresh.append(self._evict())
 
     def _label(self, block: int, label: Label) -> None:
-        # Another block may hold the same, read at the same time: that one stays the known one.
+        # Another block with the same content may have been computed at the same time and stays.
         if label.digest not in self._known:
             self._blocks[block].label = label
             self._known[label.digest] = block
-            self._children.setdefault(label.parent, {})[block] = None
+            self._children.setdefault(label.parent, {})[block] = label.keys
 
     def _own(self, block: int) -> None:
         self._blocks[block].owners += 1
@@ -277,7 +258,7 @@ class BlockPool:
         return block
 
     def _evict(self) -> int:
-        """Take the idle block that was not used for longest; its content is forgotten."""
+        """Return the least recently used idle block; its content is discarded."""
         block, _ = self._idle.popitem(last=False)
         label = self._blocks[block].label
         if label is not None:
@@ -297,7 +278,7 @@ def chain_digest(parent: bytes, keys: Sequence[int]) -> bytes:
 
 
 def media_keys(digest: bytes, length: int) -> list[int]:
-    """Return position keys of a medium: below zero, so that none is a token id."""
+    """Return the position keys of a medium, below zero so that none is a token id."""
     number = int.from_bytes(digest, "big")
     return [-1 - (number << 32 | i) for i in range(length)]
 
@@ -309,11 +290,11 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
 def new_pool(
     model: VisionLanguageModel, options: EngineOptions, *, context_length: int, like: Tensor
 ) -> BlockPool:
-    """Return the blocks of an engine.
+    """Return the block pool of an engine, sized by its options or by the memory of the machine.
 
     Args:
-        model: whose keys and values they hold.
-        options: how much, and how.
+        model: the model.
+        options: `kv_bytes`, `prefix_bytes`, `block_size` and `kv_dtype` count.
         context_length: tokens of the longest conversation.
         like: a tensor of the dtype and on the device of the hidden states.
 
@@ -352,8 +333,8 @@ def new_pool(
 def kept_dtype(model: VisionLanguageModel, options: EngineOptions, like: Tensor) -> torch.dtype:
     """Return the dtype in which keys and values are kept.
 
-    Where weights are rounded to 8 or 4 bits, bfloat16 keys and values change nothing that could be
-    seen beside it, and a token of a 7B model reads a third of a gigabyte less.
+    Beside weights rounded to 8 or 4 bits the error of bfloat16 keys and values does not show, and a
+    token of a 7B model reads a third of a gigabyte less.
     """
     if options.kv_dtype == "int8":
         return torch.int8
@@ -373,9 +354,9 @@ def total_memory(device: torch.device) -> int:
 
 
 def release_memory() -> None:
-    """Return memory that a picture or a long prompt took for a moment to the system.
+    """Return freed memory to the system (malloc_trim), after a picture or a long prompt.
 
-    glibc keeps what was freed, up to a fifth of a gigabyte after a prompt of a 7B model.
+    glibc keeps it otherwise, up to a fifth of a gigabyte after a prompt of a 7B model.
     """
     trim = _trim()
     if trim is not None:

@@ -1,8 +1,8 @@
 """A step of the engine: schedule, run the model, sample, deliver.
 
-Everything here is done by the thread that holds the model. Nothing foreign is called: whoever has
-to be told of something is noted in `news` and woken when the model is free again. An interrupt may
-end any line; `settle` puts in order what it left.
+All of it runs in the thread that holds the model's lock and calls no callbacks: handles with
+something to tell are noted in `news`, and their readers are woken after the lock is released. A
+KeyboardInterrupt may end any line; `settle` restores a consistent state after one.
 """
 
 from collections import deque
@@ -25,15 +25,7 @@ from lapilli.shapes import Float, Tensor
 
 
 class EngineCore:
-    """The steps of an engine.
-
-    Args:
-        model: the model.
-        scheduler: the sequences.
-        pool: blocks of keys and values.
-        features: of pictures, kept.
-        options: limits.
-        context_length: most tokens of a sequence.
+    """Steps of an engine, which owns the scheduler and the caches.
 
     Attributes:
         runner: runs passes of the model.
@@ -61,11 +53,11 @@ class EngineCore:
         self.news: deque[RequestHandle] = deque()
 
     def step(self) -> None:
-        """Run the model once for everybody, if there is something to do.
+        """Run the model once for all running sequences.
 
         Raises:
-            Exception: what went wrong; some requests have failed with it, so the next step does
-                not do the same again.
+            Exception: what went wrong; the requests that caused it have failed, so the next step
+                does not repeat it.
         """
         try:
             self.drop_cancelled()
@@ -75,7 +67,7 @@ class EngineCore:
             scheduled, failed = self._scheduler.schedule(weights_version=self._version)
             for sequence, failure in failed.items():
                 self._fail(sequence, failure)
-        except Exception as error:  # nothing of this is any request's own
+        except Exception as error:  # no single request caused it
             self.abort_all(GenerationError(f"the engine failed: {error}"))
             raise
         if scheduled:
@@ -85,7 +77,7 @@ class EngineCore:
             self._text_watch.release()
 
     def drop_cancelled(self) -> None:
-        """End what nobody waits for any more."""
+        """End the sequences whose requests were cancelled."""
         self._scheduler.take_in()
         for sequence in self._scheduler:
             if sequence.handle.is_cancelled:
@@ -101,9 +93,9 @@ class EngineCore:
                 self._fail(sequence, error)
 
     def settle(self) -> None:
-        """Put in order what an interrupted step left; where none was, nothing changes.
+        """Restore a consistent state after an interrupted step.
 
-        Sequences that it did not touch go on. Blocks belong to those who are still here.
+        Sequences that were being changed fail, all others go on, and blocks are counted again.
         """
         self._scheduler.settle()
         for sequence in self._scheduler:
@@ -120,11 +112,11 @@ class EngineCore:
         self._features.recount()
 
     def root(self) -> bytes:
-        """Return what the chains of all sequences begin with now."""
+        """Return the digest that the chains of all sequences begin with now."""
         return root_digest(self.weights_version())
 
     def weights_version(self) -> int:
-        """Return the version of the weights; what was kept of the one before is let go."""
+        """Return the version of the weights; clear all caches when it is a new one."""
         version = self._watch.version
         if version != self._version:
             self._pool.clear()
@@ -132,19 +124,19 @@ class EngineCore:
             self.runner.clear()
             for row in self._scheduler.running:
                 row.is_stale = True
-            self._version = version  # last: what an interrupt leaves undone is done the next time
+            self._version = version  # last, so that an interrupted clearing is repeated
         return version
 
     def reset_cache(self) -> None:
-        """Forget everything kept, after weights were changed in a way that nobody can see."""
+        """Clear all caches at the next step, after changes that torch's counters miss."""
         self._watch.reset()
 
     def _check_weights(self) -> None:
-        """Look for changes of the model before every step.
+        """Check for changes of the model before every step.
 
-        A setting that is turned and turned back between two requests must not leave behind what
-        was computed in between. While answers are decoded the modalities are not asked, so the
-        language model is watched alone: it costs a third.
+        A setting that is changed and changed back between two requests must not leave cached what
+        was computed in between. While every sequence is decoding no modality is used, so only the
+        language model is checked, which takes a third of the time.
         """
         rows = self._scheduler.running
         if self._scheduler.waiting or not all(row.is_decoding for row in rows):
@@ -159,7 +151,7 @@ class EngineCore:
         is_decode = all(one.sequence.is_decoding for one in scheduled)
         failures: dict[Sequence, Exception] = {}
         try:
-            # If an interrupt comes this is done again: no row has changed yet.
+            # Repeated after an interrupt: no sequence has changed yet.
             logits = self.runner.execute_model(scheduled, unchanged=self._watch.token)
             if logits is not None:
                 failures = sample(logits, [one for one in scheduled if one.is_sampled])
@@ -183,7 +175,7 @@ class EngineCore:
             self._deliver(row)
 
     def _deliver(self, sequence: Sequence) -> None:
-        """Hand out what is certain; publish full blocks; end what is over."""
+        """Deliver text that is certain, publish full blocks, end a finished sequence."""
         if sequence.table is not None and not sequence.is_stale:
             self._pool.publish(sequence.table, sequence.keys, sequence.length)
         if sequence.answer.is_finished:
@@ -196,7 +188,7 @@ class EngineCore:
         sequence.is_open = False
 
     def _end(self, sequence: Sequence) -> None:
-        """End an answer, cancelled if nothing else ended it."""
+        """End an answer; it is cancelled unless it is finished."""
         sequence.is_open = True
         generation = sequence.answer.result()
         piece = sequence.answer.take()
@@ -215,7 +207,7 @@ class EngineCore:
         self._scheduler.remove(sequence)
 
     def _free_blocks(self, sequence: Sequence) -> None:
-        """Free blocks before the reader knows that the answer is over."""
+        """Free the blocks before the reader is told that the answer is over."""
         sequence.handle.keys = tuple(sequence.keys[: sequence.length])
         table, sequence.table = sequence.table, None
         if table is not None:
@@ -229,16 +221,16 @@ class EngineCore:
 def sample(
     logits: Float[Tensor, "R V"], scheduled: list[ScheduledSequence]
 ) -> dict[Sequence, Exception]:
-    """Add new tokens to sequences, draft tokens verified; return those that failed, and why.
+    """Sample tokens and verify draft tokens; return the sequences that failed, and why.
 
-    Each token is sampled as if there were no draft; the draft says only whether the logits for the
-    token after it are there already. So the answer is the same as without drafts, seed for seed:
-    sampling a token and comparing it with the draft token accepts that with its probability, and a
-    token that differs from it follows the distribution of the others.
+    Each token is sampled as if there were no draft; a draft token that equals it only saves the
+    pass that the next token would need. So the answer is the same as without drafts, seed for seed:
+    the draft token is accepted with its probability, and a token that differs from it follows the
+    distribution of the others.
 
     Args:
-        logits: of each sequence one row, and one more per draft token.
-        scheduled: those that are sampled.
+        logits: one row per sequence, and one more per draft token.
+        scheduled: the sequences that are sampled.
     """
     sampler = Sampler(logits)
     failures: dict[Sequence, Exception] = {}
@@ -246,7 +238,7 @@ def sample(
     for one in scheduled:
         try:
             _sample_one(sampler, one, start)
-        except Exception as error:  # noqa: BLE001  logits without numbers, a tokenizer: one request's own
+        except Exception as error:  # noqa: BLE001  NaN logits or a tokenizer fail one request alone
             failures[one.sequence] = error
         start += 1 + len(one.draft)
     return failures
@@ -258,7 +250,7 @@ def _sample_one(sampler: Sampler, one: ScheduledSequence, start: int) -> None:
     state = sequence.sampling
     if state is None:
         raise RuntimeError("a sequence was scheduled before it was admitted")
-    sequence.is_open = True  # until all of it fits together again, see EngineCore._deliver
+    sequence.is_open = True  # until EngineCore._deliver
     for row, draft_token in enumerate((*one.draft, None), start):
         token_id, report = sampler.sample(row, state)
         sequence.push(token_id, report)

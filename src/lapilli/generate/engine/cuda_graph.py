@@ -7,7 +7,7 @@
 Launching the kernels of one token costs a CPU more time than a GPU needs to run them. A CUDA graph
 launches all of them at once, but knows only the addresses that it was recorded with: so a step
 reads its inputs from one buffer per shape and writes keys and values into the engine's blocks. The
-compiler is asked twice, for one row and for several; only the recording is done per shape.
+step is compiled twice, for one row and for several, and recorded once per shape.
 
 Knows scheduled sequences and blocks; must not know how a token is sampled.
 """
@@ -35,16 +35,16 @@ Recorder = Callable[[Replay], Replay]
 
 
 class StaticSteps:
-    """Passes over decoding rows, each as one of a few shapes.
+    """Passes over decoding rows in a few fixed shapes.
 
     Args:
         language_model: one that supports rows of several lengths.
-        store: where keys and values are.
+        store: of keys and values.
         most_rows: most new positions of one pass, draft tokens included.
         most_blocks: of one sequence.
-        is_compiled: translate the step with torch.compile first.
-        new_recorder: makes what turns steps into ones that are replayed, one for each model that is
-            recorded; None: they run as they are.
+        is_compiled: compile the step with torch.compile.
+        new_recorder: makes a recorder of CUDA graphs after every change of the model; None: steps
+            are run without recording.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class StaticSteps:
         self._recorder: Recorder | None = None
         self._recorded: dict[tuple[int, int], tuple[Tensor, Replay]] = {}
         self.is_fresh = False
-        """Whether the last pass was the first of its shape, which takes longer."""
+        """True when the last pass was the first of its shape, which takes longer."""
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """Rows and blocks of what has been recorded."""
+        """Rows and blocks of every recorded shape."""
         return tuple(self._recorded)
 
     def supports(self, scheduled: Items[ScheduledSequence]) -> bool:
@@ -83,7 +83,7 @@ class StaticSteps:
         )
 
     def clear(self) -> None:
-        """Discard what was recorded; call after the model's weights or modules changed."""
+        """Discard recorded steps; call after the model's weights or modules changed."""
         self._recorded.clear()
         self._recorder = None
 
@@ -121,11 +121,11 @@ class StaticSteps:
         return torch.tensor(lines, dtype=torch.int32)
 
     def _record(self, values: Int[Tensor, "B columns"]) -> tuple[Tensor, Replay]:
-        """Return the buffer of a shape, filled for its first pass, and what runs on it."""
+        """Return the input buffer of a shape, filled for its first pass, and its step."""
         with torch.inference_mode(mode=False):
             inputs = values.to(self._store.device, copy=True)
         if self._is_compiled:
-            # A size of one is compiled for itself, all others together.
+            # torch.compile specializes on a size of one; all others share one compilation.
             for axis, count in enumerate(inputs.shape):
                 if count > 1:
                     torch._dynamo.mark_dynamic(inputs, axis)
@@ -146,7 +146,7 @@ class DecodeStep:
         self._has_kernel = store.has_kernel
 
     def __call__(self, inputs: Int[Tensor, "B columns"]) -> Float[Tensor, "B V"]:
-        """Return logits of every row; those of padding mean nothing."""
+        """Return logits of every row, of padding rows too."""
         cache = StaticBatch(
             self._store, inputs[:, _HEAD:], inputs[:, 1], has_kernel=self._has_kernel
         )
@@ -156,7 +156,7 @@ class DecodeStep:
 
 
 def compiled(step: DecodeStep) -> Callable[[Tensor], Tensor]:
-    """Return the step, translated when it is called for the first time.
+    """Return the step, compiled when it is called for the first time.
 
     Source: coordinate descent tuning as in gpt-fast: matrix times vector becomes a generated kernel
     that reads the weights at the speed of the memory.
@@ -176,9 +176,10 @@ def compiled(step: DecodeStep) -> Callable[[Tensor], Tensor]:
 
 
 class CudaRecorder:
-    """Records steps as CUDA graphs; they are replayed one at a time and share their memory.
+    """Recorder of CUDA graphs, which are replayed one at a time and share their memory.
 
-    Note: torch refuses the memory of graphs that are all gone, so a recorder does not outlive them.
+    Note: torch cannot reuse the memory pool once all its graphs are deleted, so every recorder has
+        a pool of its own.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -186,12 +187,12 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Replay) -> Replay:
-        """Return what launches everything that `step` launches, with the tensors of now."""
+        """Return a replay of all kernels that `step` launches, on the same tensors."""
         with torch.cuda.device(self._device):
             before = torch.cuda.current_stream()
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types for it
             side.wait_stream(before)
-            with torch.cuda.stream(side):  # libraries set themselves up, kernels are tuned
+            with torch.cuda.stream(side):  # libraries initialize, kernels are tuned
                 for _ in range(_WARM_UPS):
                     step()
             before.wait_stream(side)
@@ -210,7 +211,7 @@ class CudaRecorder:
 
 
 def compile_modes(wanted: str, device: torch.device) -> tuple[str, ...]:
-    """Return what `EngineOptions.compile` means on a device: modes to try one after the other."""
+    """Return the modes that `EngineOptions.compile` means on a device, in the order of trial."""
     if wanted != "auto":
         return (wanted,)
     if device.type != "cuda":
@@ -227,15 +228,7 @@ def static_steps(
     most_rows: int,
     context_length: int,
 ) -> StaticSteps | None:
-    """Return the steps of one of the `compile_modes`; None: "off".
-
-    Args:
-        mode: "on", "static" or "off".
-        language_model: one that supports rows of several lengths.
-        store: where keys and values are.
-        most_rows: most sequences that are decoded at the same time.
-        context_length: most tokens of a sequence.
-    """
+    """Return the StaticSteps of a mode: "on" compiled, "static" not; None for "off"."""
     if mode == "off":
         return None
     on_gpu = store.device.type == "cuda"

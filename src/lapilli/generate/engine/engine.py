@@ -2,8 +2,8 @@
 
     submit -> waiting --admit: blocks for prompt and longest answer--> running --step--> answers
 
-Knows prompts as ids and spans, media as things that a modality embeds; must not know templates,
-files or conversations. What a step does is in core.py; here is who may ask for what, and when.
+Knows prompts as ids and spans, media as items that a modality embeds; must not know templates,
+files or conversations. This file is the interface for any number of threads; a step is in core.py.
 """
 
 from collections import deque
@@ -41,14 +41,14 @@ T = TypeVar("T")
 
 
 class Engine:
-    """Answers requests, many at a time.
+    """Continuous-batching engine.
 
-    Everything may be called from any thread, at any time: the model is run by one thread at a time
-    (generate/decode.py), and a step works for the requests of all. What is wrong with a request
-    is found by `submit` and told to its caller alone.
+    Every method may be called from any thread at any time: one thread at a time runs the model
+    (generate/decode.py), and a step serves the requests of all. An invalid request is refused by
+    `submit`, in its caller alone.
 
-    An interrupt (KeyboardInterrupt) may come anywhere. Requests that were not being changed at
-    that moment go on with the next step, and all blocks come back.
+    A KeyboardInterrupt may come anywhere. Requests that were not being changed at that moment go
+    on with the next step, and all blocks are freed.
 
     Args:
         model: with a language model of lapilli's own.
@@ -87,8 +87,6 @@ class Engine:
         like = language_model.embed(torch.zeros(1, dtype=torch.long, device=model.device))
         self.pool = new_pool(model, self.options, context_length=self.context_length, like=like)
         self.features = FeatureCache(self.options.feature_bytes)
-        if eos_ids is None:
-            eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         self._inputs = InputProcessor(
             model, tokenizer, eos_ids=eos_ids, context_length=self.context_length, pool=self.pool
         )
@@ -111,8 +109,9 @@ class Engine:
         self._runner = self._core.runner
         self._lock = lock_of(language_model)
         self._held_by: object | None = None
-        """The lock under which something is going on; only the thread that holds it finds it."""
+        """The lock under which work goes on; seen by the thread that holds it only."""
         self._is_broken_off = False
+        """True while work goes on, and after an interrupt ended it."""
 
     @property
     def prefix_stats(self) -> PrefixStats:
@@ -121,7 +120,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do something."""
+        """True while a step would do something."""
         return self.scheduler.has_work
 
     @property
@@ -130,11 +129,11 @@ class Engine:
         return self.scheduler.num_waiting
 
     def submit(self, request: Request, *, handle: RequestHandle | None = None) -> RequestHandle:
-        """Submit a request; the work is done by `step`, whoever calls it.
+        """Submit a request, which is answered by the steps that any thread takes.
 
         Args:
             request: what to answer.
-            handle: made before, by somebody who wants to be woken.
+            handle: made before, to set its `wake`.
 
         Raises:
             ContextTooLongError: the prompt leaves no room for a single token.
@@ -206,17 +205,12 @@ class Engine:
 
     def stream(self, request: Request) -> EngineStream:
         """Return one answer as an iterator of pieces, while other requests go on too."""
-        return EngineStream(
-            request,
-            submit=lambda handle: self.submit(request, handle=handle),
-            work=self.work,
-            abort=lambda handle: self.abort([handle]),
-        )
+        return EngineStream(self, request)
 
     def step(self) -> bool:
-        """Run the model once for everybody; return False when there is nothing more to do.
+        """Run the model once for all requests; return False when there is nothing more to do.
 
-        Those who have something to read are woken afterwards, when the engine is free again.
+        Readers with news are woken afterwards, when the engine is free again.
 
         Raises:
             RuntimeError: the model failed (out of memory, for instance). All requests of the step
@@ -226,15 +220,12 @@ class Engine:
         return self.has_work
 
     def work(self, until: Callable[[], bool]) -> None:
-        """Take a step for somebody who waits; none where another thread has done enough meanwhile.
+        """Take a step, unless another thread's steps have made `until` true meanwhile.
 
-        What a step raises is in the handles that it failed, so nothing is raised here.
-
-        Args:
-            until: what is waited for.
+        Errors of the step are in the handles that it failed and are not raised here.
 
         Raises:
-            GenerationError: asked for from within a step, which would wait for itself.
+            GenerationError: called from within a step, which would wait for itself.
         """
         asked: list[bool] = []
 
@@ -243,7 +234,7 @@ class Engine:
             if not asked[-1]:
                 self._core.step()
 
-        with suppress(Exception):  # it is in the handles
+        with suppress(Exception):  # the handles have it
             self._do(step, alone=True)
         if not asked:
             raise GenerationError(
@@ -259,12 +250,12 @@ class Engine:
         self._do(lambda: self._core.abort_all(error, meant))
 
     def abort(self, handles: Iterable[RequestHandle]) -> None:
-        """Cancel requests that nobody waits for any more."""
+        """Cancel the requests that are not finished."""
         open_handles = [handle for handle in handles if not handle.is_finished]
         try:
             for handle in open_handles:
                 handle.cancel()
-        except BaseException:  # an interrupt: all the more nobody waits for them
+        except BaseException:  # an interrupt must not leave some of them running
             for handle in open_handles:
                 handle.cancel()
             raise
@@ -272,16 +263,16 @@ class Engine:
             self._do(self._core.drop_cancelled, alone=True)
 
     def save_prefix(self, path: Path, keys: Items[int]) -> int:
-        """Save what is kept of a sequence of these position keys; return the number of positions.
+        """Save the cached keys and values of a sequence; return the number of its tokens.
 
         Args:
             path: of a new safetensors file.
             keys: `RequestHandle.keys` of a finished request.
 
         Raises:
-            CheckpointError: nothing is kept of it any more.
+            CheckpointError: none of them is cached any more.
         """
-        probe = [*keys, 0]  # a last position that is not looked for
+        probe = [*keys, 0]  # the last position is never looked up
 
         def save() -> int:
             known = self.pool.find(self.pool.chain(self._core.root(), probe), probe)
@@ -290,7 +281,7 @@ class Engine:
         return self._do(save)
 
     def load_prefix(self, path: Path) -> int:
-        """Load keys and values, found by every prompt that begins so; return the positions.
+        """Load saved keys and values into the prefix cache; return the number of their tokens.
 
         Raises:
             MissingFileError: there is no such file.
@@ -311,41 +302,36 @@ class Engine:
         self._do(self._core.reset_cache)
 
     def _do(self, work: Callable[[], T], *, alone: bool = False) -> T:
-        """Let this thread alone work with the model, then wake those who have something to read.
+        """Call `work` while this thread holds the model's lock, then wake readers with news.
 
-        Args:
-            work: what to do.
-            alone: leave it undone where this thread is in the middle of something here: a handle
-                may be let go of by the garbage collector, in any line.
+        With alone=True nothing is done where this thread is in the middle of other work here: the
+        garbage collector may close a stream in any line.
         """
         news: deque[RequestHandle] = deque()
         try:
-            return self._do_locked(work, news, alone=alone)
+            with self._lock.turn:
+                if self._held_by is self._lock.turn:
+                    return None if alone else work()  # type: ignore[return-value]  # alone: T is None
+                try:
+                    self._held_by = self._lock.turn
+                    self._core.news = news
+                    if self._is_broken_off:
+                        self._core.settle()
+                    self._is_broken_off = True
+                    done = work()
+                    self._is_broken_off = False
+                    return done
+                finally:
+                    self._held_by = None
         finally:
             wake_all(news)
-
-    def _do_locked(self, work: Callable[[], T], news: deque[RequestHandle], *, alone: bool) -> T:
-        with self._lock.turn:
-            if self._held_by is self._lock.turn:
-                return None if alone else work()  # type: ignore[return-value]  # alone: T is None
-            try:
-                self._held_by = self._lock.turn
-                self._core.news = news
-                if self._is_broken_off:
-                    self._core.settle()
-                self._is_broken_off = True
-                done = work()
-                self._is_broken_off = False
-                return done
-            finally:
-                self._held_by = None
 
 
 def readable_context(model: VisionLanguageModel, wanted: int | None) -> int:
     """Return the most tokens of a sequence in the engine.
 
-    Note: with dynamic NTK scaling every longer pass turns the keys of a sequence differently, so
-    beyond the trained length the result would depend on how a prompt is cut; there the limit is
+    Note: with dynamic NTK scaling the rotation of the keys depends on the length of the pass, so
+    beyond the trained length the result would depend on the chunks of a prompt; there the limit is
     the trained length.
     """
     config = model.language_model.config

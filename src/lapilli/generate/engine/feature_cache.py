@@ -1,7 +1,7 @@
-"""Feature cache: tower and projector run once per picture, whoever asks.
+"""Feature cache: tower and projector run once per picture, for all requests.
 
-A cached value depends on the content of its medium (content_digest) and on the weights that made
-it (WeightWatch). Knows tensors and modules; must not know what a picture is.
+The key of a cached value is the content of its medium (content_digest) and the version of the
+weights (WeightWatch). Knows tensors and modules; must not know what a picture is.
 """
 
 import hashlib
@@ -37,12 +37,10 @@ class FeatureStats:
 
 
 class FeatureCache:
-    """The features used last, up to a number of bytes.
-
-    Several engines and threads may share one.
+    """Least recently used cache of features, for any number of threads.
 
     Args:
-        max_bytes: of all tensors together; 0 keeps nothing.
+        max_bytes: of all tensors together; 0 caches nothing.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -54,11 +52,11 @@ class FeatureCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are kept now."""
+        """Bytes of all cached features."""
         return self._bytes
 
     def get(self, key: Key) -> Float[Tensor, "n D"] | None:
-        """Return the features of this key, which are now the ones used last."""
+        """Return the features of this key and mark them as used, or return None."""
         with self._lock:
             found = self._kept.get(key)
             if found is None:
@@ -69,7 +67,7 @@ class FeatureCache:
             return found
 
     def put(self, key: Key, features: Float[Tensor, "n D"]) -> None:
-        """Keep features; the ones unused for longest go until there is room."""
+        """Cache features; the least recently used ones are evicted to make room."""
         if features.nbytes > self.max_bytes:
             return
         with self._lock:
@@ -82,12 +80,12 @@ class FeatureCache:
                 self.stats.evictions += 1
 
     def recount(self) -> None:
-        """Count the bytes again, after a change that was broken off."""
+        """Count the bytes again after an interrupted change."""
         with self._lock:
             self._bytes = sum(features.nbytes for features in self._kept.values())
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Discard everything."""
         with self._lock:
             self._kept.clear()
             self._bytes = 0
@@ -96,8 +94,8 @@ class FeatureCache:
 def content_digest(item: Any) -> bytes:  # noqa: ANN401 - every modality has its own items
     """Return the SHA-256 of a prepared item or of features: equal digests mean equal numbers.
 
-    Records, tuples and lists of tensors, numbers and texts are read part by part. Anything else
-    gets a digest that never comes again, so that it is never taken for something known.
+    Dataclasses, tuples and lists of tensors, numbers and texts are read part by part. Anything else
+    gets a random digest, so that it is never found in a cache.
     """
     digest = hashlib.sha256()
     _add(digest, item)
@@ -126,22 +124,21 @@ def _add(digest: Any, item: Any) -> None:  # noqa: ANN401 - hashlib's type has n
 
 
 def media_digest(modality: str, item: Any) -> bytes:  # noqa: ANN401
-    """Return the digest of an item for one modality; two modalities see two things."""
+    """Return the digest of an item and its modality."""
     return hashlib.sha256(modality.encode() + b"\0" + content_digest(item)).digest()
 
 
 class WeightWatch:
-    """Version of a model's weights: other tensors, changed tensors and other settings count it up.
+    """Version counter of a model's weights and settings, which grows with every change.
 
-    No version comes again: after an adapter was switched
-    off and on, everything is computed anew. Compared are, per module, its class and its plain
-    attributes (a LoRA's scaling, training mode), per parameter and buffer the tensor itself, its
-    memory and its version, which every in-place operation counts up.
+    No version comes again: after an adapter was switched off and on, everything is computed anew.
+    Compared are the class and the plain attributes of every module (a LoRA's scaling, training
+    mode), and of every parameter and buffer the tensor, its memory and its version counter.
 
-    Note: a module that counts something in a plain attribute looks changed every time, and nothing
-        is found again; keep counts in a record of their own.
+    Note: a module that counts in a plain attribute looks changed every time, so nothing cached is
+        found; keep counts in an object of their own.
     Note: torch does not count operations on `tensor.data`, nor on tensors made under
-    `torch.inference_mode()`; whoever changes weights in such a way calls `reset`.
+        `torch.inference_mode()`; call `reset` after those.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -153,13 +150,13 @@ class WeightWatch:
 
     @property
     def token(self) -> object:
-        """An object of this version alone; for others that look whether something has changed."""
+        """An object that is the same exactly while nothing has changed."""
         return self._token
 
     @property
     def version(self) -> int:
-        """The version: the same number as before exactly while nothing has changed."""
-        # Asked before every token: a glance that sees too much is followed by a look that does not.
+        """The version, the same number exactly while nothing has changed."""
+        # Asked before every token: first a quick comparison, which may report changes in vain.
         if self._glance is not None and self._glance.is_same():
             return self._version
         state = self._current_state()
@@ -170,17 +167,17 @@ class WeightWatch:
         return self._version
 
     def release(self) -> None:
-        """Let go of everything but weak references: what is replaced from now on goes at once."""
+        """Keep weak references only, so that replaced weights are freed at once."""
         self._glance = None
 
     def reset(self) -> None:
         """Begin a new version."""
-        # The token first: an interrupt between the two must not leave an old one with a new number.
+        # The token first: an interrupt between the two must not pair the old one with a new number.
         self._token = object()
         self._version += 1
 
     def _current_state(self) -> State:
-        """Return the state of all modules; tensors are held weakly: replaced ones can go."""
+        """Return the state of all modules, with weak references to the tensors."""
         settings: list[Setting] = []
         tensors: list[Held] = []
         for path, module in self._model.named_modules():
@@ -200,9 +197,9 @@ class WeightWatch:
 
 
 class _Glance:
-    """All modules of a model as they are, compared by loops that run in C.
+    """State of all modules of a model, compared quickly by loops that run in C.
 
-    Keeps everything alive that it has seen, so nobody keeps a glance for long.
+    It keeps the tensors alive, so it is held only while requests are running.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -224,7 +221,7 @@ class _Glance:
         self._facts = self._look()
 
     def is_same(self) -> bool:
-        """Return False for every change that counts, and sometimes where there is none."""
+        """Return False after every change that counts, and sometimes after none."""
         try:
             if not all(map(is_, map(getitem, *self._entries), self._values)):
                 return False
@@ -233,7 +230,7 @@ class _Glance:
             return False
 
     def _look(self) -> tuple[list[Any], ...]:
-        """Return what can be compared by value: no tensors, whose equality is a tensor."""
+        """Return the values that == compares; comparing tensors would give a tensor."""
         return (
             list(map(type, self._modules)),
             list(map(len, self._insides)),

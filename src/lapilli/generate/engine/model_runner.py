@@ -25,13 +25,9 @@ LONG = 128
 
 
 class ModelRunner:
-    """Passes of the model, each in the way that suits it.
+    """Passes of the model: rows of any lengths, or decode steps in fixed shapes.
 
-    Args:
-        model: the model.
-        store: where keys and values go.
-        options: `compile` says how passes run in which every row is decoded.
-        context_length: most tokens of a sequence.
+    `EngineOptions.compile` says how a pass runs in which every row is decoding.
     """
 
     def __init__(
@@ -49,12 +45,12 @@ class ModelRunner:
         self._modes = list(compile_modes(options.compile, store.device))
         self._steps = self._next_steps()
         self.is_steady = True
-        """Whether the last pass took as long as others like it will."""
+        """True when the last pass took as long as later ones of its shape will."""
 
     def execute_model(
         self, scheduled: Items[ScheduledSequence], *, unchanged: object | None = None
     ) -> Float[Tensor, "R V"] | None:
-        """Return logits as `run_varlen` does; they are valid until the next pass."""
+        """Return logits as `run_varlen` does, valid until the next pass."""
         steps = self._steps
         if steps is None or not steps.supports(scheduled):
             self.is_steady = True
@@ -67,7 +63,7 @@ class ModelRunner:
         except RuntimeError as error:
             if not (steps.is_fresh and self._modes):
                 raise
-            # A compiler may be missing or fail. What was written is written again.
+            # A compiler may be missing or fail. The next pass writes the same positions again.
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(
                 f"EngineOptions(compile={self._options.compile!r}) does not work here, the engine "
@@ -104,14 +100,8 @@ def run_varlen(
 ) -> Float[Tensor, "R V"] | None:
     """Return logits after the last token, and every draft token, of the rows to be sampled.
 
-    Args:
-        model: the model.
-        store: where keys and values go.
-        scheduled: those with fewest positions first.
-        unchanged: the same object as before says that the model is, too; see PagedBatch.
-
-    Returns:
-        None when no row is computed to its end.
+    None when no row is computed to its end. `scheduled` has the rows with fewest positions first;
+    the same `unchanged` as before says that the model is the same, see PagedBatch.
     """
     language_model = model.language_model
     ids: list[int] = []
@@ -157,12 +147,7 @@ def scatter_features(
 
 
 class MediaEncoder:
-    """Encodes media when their positions are scheduled, each content once per weights version.
-
-    Args:
-        model: whose modalities encode.
-        cache: features of before.
-    """
+    """Encoder of media whose positions are scheduled, each content once per weights version."""
 
     def __init__(self, model: VisionLanguageModel, cache: FeatureCache) -> None:
         self._model = model

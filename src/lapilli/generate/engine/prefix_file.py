@@ -1,11 +1,10 @@
 """Prefix files: keys and values on disk, for the next start of the program.
 
     safetensors    LAYER.keys, LAYER.values [K, S, A]   (int8: LAYER.key_scales, .value_scales too)
-    header         format, model, kind, keys: what stands at every position (hexadecimal),
-                   digest: of all of this
+    header         format, model, kind, keys: of every position (hexadecimal), digest: of all this
 
-`model` is a digest of the weights; another model, another adapter or another dtype is refused. So
-is whatever is not what was written: nobody sees that an answer came from a damaged file.
+`model` is a digest of the weights; a file of another model, adapter or dtype is refused. So is a
+changed file: an answer from damaged keys and values would not show that it is wrong.
 """
 
 import hashlib
@@ -44,7 +43,7 @@ class SavedPrefix:
 
     Attributes:
         keys: position keys.
-        tensors: per tensor of the store its part [K, S, ...].
+        tensors: for every tensor of the store its part [K, S, ...].
     """
 
     keys: list[int]
@@ -52,10 +51,10 @@ class SavedPrefix:
 
 
 def model_digest(model: nn.Module) -> str:
-    """Return a digest of all weights and settings of a model, whatever device it is on.
+    """Return a digest of all weights and settings of a model, the same on every device.
 
-    Of every tensor: name, shape, dtype, the sum of its bits, and some of its elements; of every
-    module its plain attributes. Meant to notice a mistake, not a forger.
+    It covers name, shape, dtype, the sum of the bits and a sample of the elements of every tensor,
+    and the plain attributes of every module. It is meant to notice mistakes, not forgery.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -84,10 +83,10 @@ def _content(tensor: Tensor) -> bytes:
 def write_prefix(
     path: Path, pool: BlockPool, known: Prefix, keys: Sequence[int], model: str
 ) -> int:
-    """Write the positions that the pool knows of `keys` to a file; return how many.
+    """Write the cached positions of `keys` to a file; return their number.
 
     Raises:
-        CheckpointError: the pool knows none of them any more, or the disk does not take it.
+        CheckpointError: none of them is cached any more, or the file cannot be written.
     """
     store = pool.store
     blocks = [*known.blocks, *([] if known.tail is None else [known.tail[0]])]
@@ -116,11 +115,11 @@ def write_prefix(
 
 
 def read_prefix(path: Path, pool: BlockPool, model: str) -> SavedPrefix:
-    """Read a file for a store like this.
+    """Read a file for the store of this pool.
 
     Raises:
         MissingFileError: there is no such file.
-        CheckpointError: it is no prefix, one of another model, or not what was saved.
+        CheckpointError: it is no prefix, one of another model, or damaged.
     """
     if not path.exists():
         raise MissingFileError(f"{path}: no such file; Chat.save_prefix writes one")
@@ -134,7 +133,7 @@ def read_prefix(path: Path, pool: BlockPool, model: str) -> SavedPrefix:
             _check_tensors(path, file, pool.store, len(keys))
             tensors = {name: file.get_tensor(name) for name, _ in _named(pool.store)}
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        # MemoryError: a file with holes that is larger than any address space
+        # MemoryError: a sparse file larger than the address space
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: not a saved prefix ({str(error)[:_SHOWN]})") from error
@@ -147,10 +146,10 @@ def read_prefix(path: Path, pool: BlockPool, model: str) -> SavedPrefix:
 
 
 def place_prefix(saved: SavedPrefix, pool: BlockPool, root: bytes) -> int:
-    """Copy keys and values of a file into blocks that can be found; return the positions.
+    """Copy keys and values of a file into the prefix cache; return the number of positions.
 
     Raises:
-        CheckpointError: more positions than the pool has room for now.
+        CheckpointError: the pool has no room for them.
     """
     length = len(saved.keys)
     table = pool.reserve(Prefix((root,)), length)
@@ -173,7 +172,7 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 
 def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of what stands in a file but for itself."""
+    """Return the SHA-256 of header and tensors, without the digest in the header."""
     digest = hashlib.sha256()
     for name in ("format", "model", "kind", "keys"):
         digest.update(f"{name} {len(header[name])} {header[name]} ".encode())
@@ -184,7 +183,7 @@ def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _keys(path: Path, header: Mapping[str, str]) -> list[int]:
-    """Return what stands at every position."""
+    """Return the position keys."""
     try:
         texts = parse_json(header["keys"].encode(), f"the keys of {path}")
         if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
@@ -199,7 +198,7 @@ def _check_tensors(path: Path, file: Any, store: BlockStore, length: int) -> Non
     memory = dict(_named(store))
     strange = sorted(set(file.keys()) ^ set(memory))
     if strange:
-        raise _damaged(path, f"{strange[0]!s:.80} is missing, or nobody reads it")
+        raise _damaged(path, f"{strange[0]!s:.80} is missing or unknown")
     for name, tensor in memory.items():
         stored = file.get_slice(name)
         found = (stored.get_dtype(), list(stored.get_shape()))

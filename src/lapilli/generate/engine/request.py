@@ -1,4 +1,4 @@
-"""Requests: what goes into an engine, and the handle by which its answer is read or cancelled.
+"""Request of an engine, the handle by which its answer is read or cancelled, and its stream.
 
     Request --Engine.submit--> RequestHandle: take() the pieces, cancel(), generation
 
@@ -10,12 +10,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import LapilliError, RequestError
 from lapilli.generate.output import Generation, Piece
 from lapilli.prompt.encode import EncodedPrompt
+
+if TYPE_CHECKING:  # the engine makes the streams
+    from lapilli.generate.engine.engine import Engine
 
 LOG = logging.getLogger(__name__)
 
@@ -40,69 +43,65 @@ class Request:
 
 
 class RequestHandle:
-    """A submitted request. The engine writes, one reader reads, in any threads.
+    """A submitted request, written by the engine and read by one reader, in any threads.
 
-    A slow reader does not make a queue grow: what came since its last `take` is one piece.
+    A slow reader makes no queue grow: all text since its last `take` is one piece.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.is_cancelled = False
-        self.wake: Callable[[], None] = _nobody
-        """Called when there is something to take, by a thread that has taken a step; the engine is
-        free by then, so it may be asked and told anything. What it raises goes to the log."""
+        self.wake: Callable[[], None] = lambda: None
+        """Called when there is something to take, by a thread that has taken a step and released
+        the engine, so it may use the engine. Exceptions are logged."""
         self.keys: tuple[int, ...] = ()
-        """When it is finished, position keys of what was computed (Engine.save_prefix)."""
+        """Position keys of the computed tokens, once it is finished (Engine.save_prefix)."""
         self._lock = threading.Lock()
         self._is_submitted = False
         self._waiting: list[Piece] = []
         self._generation: Generation | None = None
-        self._error: LapilliError | None = None
+        self.error: LapilliError | None = None
+        """The reason why there is no answer."""
 
     def cancel(self) -> None:
-        """Stop at the next step; what was generated until then is the answer."""
+        """Stop at the next step; the answer is the text generated until then."""
         self.is_cancelled = True
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing more comes, an error included."""
-        return self._generation is not None or self._error is not None
+        """True once nothing more comes, after an error too."""
+        return self._generation is not None or self.error is not None
 
     @property
     def has_news(self) -> bool:
-        """Whether `take` or `generation` has something to say."""
+        """True while `take` returns a piece, or the request is finished."""
         return bool(self._waiting) or self.is_finished
-
-    @property
-    def error(self) -> LapilliError | None:
-        """The reason why there is no answer."""
-        return self._error
 
     @property
     def generation(self) -> Generation:
         """The finished answer.
 
         Raises:
-            LapilliError: what went wrong with this request.
+            LapilliError: the request failed.
             RuntimeError: it is not finished.
         """
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         if self._generation is None:
             raise RuntimeError("this request is not finished")
         return self._generation
 
     def take(self) -> Piece | None:
-        """Return what came since the last call; None while there is nothing.
+        """Return the text since the last call as one piece; None while there is none.
 
         Raises:
-            LapilliError: what went wrong with this request.
+            LapilliError: the request failed.
         """
         with self._lock:
             pieces, self._waiting = self._waiting, []
         if not pieces:
-            if self._error is not None:
-                raise self._error
+            if self.error is not None:
+                raise self.error
             return None
         return Piece(
             "".join(piece.text for piece in pieces),
@@ -134,7 +133,7 @@ class RequestHandle:
 
     def fail(self, error: LapilliError) -> None:
         """End without an answer; called by the engine."""
-        self._error = error
+        self.error = error
 
 
 class EngineStream(Iterator[Piece]):
@@ -144,35 +143,24 @@ class EngineStream(Iterator[Piece]):
     reference.Stream.
 
     Args:
+        engine: does the work.
         request: what to answer.
-        submit: gives the request to the engine.
-        work: works until there is something to read.
-        abort: lets go of a request that nobody waits for.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        *,
-        submit: Callable[[RequestHandle], object],
-        work: Callable[[Callable[[], bool]], object],
-        abort: Callable[[RequestHandle], None],
-    ) -> None:
+    def __init__(self, engine: "Engine", request: Request) -> None:
         self.handle = RequestHandle(request)
-        self._submit = submit
-        self._work = work
-        self._abort = abort
+        self._engine = engine
         self._is_submitted = False
 
     def __next__(self) -> Piece:
         """Return the next piece.
 
         Raises:
-            LapilliError: what is wrong with the request.
+            LapilliError: the request is invalid or failed.
         """
         if not self._is_submitted:
-            self._is_submitted = True  # first: an interrupt must not leave behind what nobody knows
-            self._submit(self.handle)
+            self._is_submitted = True  # first, so that `close` aborts it after an interrupt
+            self._engine.submit(self.handle.request, handle=self.handle)
         while True:
             is_finished = self.handle.is_finished  # asked first: a piece may come between
             piece = self.handle.take()
@@ -180,30 +168,30 @@ class EngineStream(Iterator[Piece]):
                 return piece
             if is_finished:
                 raise StopIteration
-            self._work(lambda: self.handle.has_news)
+            self._engine.work(lambda: self.handle.has_news)
 
     def close(self) -> None:
-        """Cancel what has not been generated yet."""
+        """Cancel the rest of the answer."""
         self.handle.cancel()
         if self._is_submitted and not self.handle.is_finished:
-            self._abort(self.handle)
+            self._engine.abort([self.handle])
 
     @property
     def generation(self) -> Generation:
         """The answer so far; asked before its end, the answer is cancelled.
 
         Raises:
-            LapilliError: what went wrong with the request.
-            RuntimeError: it was never begun.
+            LapilliError: the request failed.
+            RuntimeError: it was never submitted.
         """
         self.close()
         return self.handle.generation
 
 
 def wake_all(handles: deque[RequestHandle]) -> None:
-    """Wake the readers of all handles, whatever some of them raise; takes them off the list.
+    """Wake the readers of all handles and empty the list, whatever some of them raise.
 
-    An interrupt does not keep the others from being told: nobody may wait for ever.
+    After an interrupt the remaining ones are woken too: no reader may wait for ever.
     """
     try:
         while handles:
@@ -219,9 +207,5 @@ def wake_all(handles: deque[RequestHandle]) -> None:
 def _wake(handle: RequestHandle) -> None:
     try:
         handle.wake()
-    except Exception:  # foreign code: its error is nobody else's business
+    except Exception:  # a callback may be any code; its error concerns no other request
         LOG.exception("RequestHandle.wake raised; the engine goes on")
-
-
-def _nobody() -> None:
-    """Wake nobody."""

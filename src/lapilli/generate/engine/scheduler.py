@@ -1,10 +1,10 @@
-"""Continuous-batching scheduler: who begins, and who computes how many tokens in a step.
+"""Continuous-batching scheduler: which sequences run, and the tokens each computes.
 
     enter -> inbox --take_in--> waiting --admit: blocks for prompt and answer--> running --remove-->
 
     schedule: decoding sequences one token and their drafts each | a chunk of the prompts
 
-`enter` and the counts may be asked by any thread, everything else by the one that holds the model.
+Any thread may call `enter` and read the counts; all else is for the one that holds the model.
 """
 
 import hashlib
@@ -33,20 +33,12 @@ LOG = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """The unfinished sequences of an engine.
-
-    Args:
-        pool: blocks of keys and values.
-        encoder: gives features of media when their positions are scheduled.
-        options: limits.
-        vocab_size: of the model.
-        device: of its logits.
-        new_proposer: makes what proposes draft tokens.
+    """Unfinished sequences of an engine.
 
     Attributes:
-        waiting: sequences that no block is reserved for, in their order.
-        running: those that have blocks.
-        speculation: says which draft tokens make tokens come faster.
+        waiting: sequences without reserved blocks, in their order.
+        running: sequences with blocks.
+        speculation: decides how many draft tokens are worth their time.
     """
 
     def __init__(
@@ -73,12 +65,12 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is any sequence."""
+        """True while there is any unfinished sequence."""
         return bool(self._inbox or self.waiting or self.running)
 
     @property
     def num_waiting(self) -> int:
-        """Number of sequences that no block is reserved for yet."""
+        """Number of sequences without reserved blocks."""
         return len(self._inbox) + len(self.waiting)
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -86,7 +78,7 @@ class Scheduler:
         return iter([*self.running, *self.waiting])
 
     def enter(self, sequence: Sequence) -> bool:
-        """Add a sequence; False where as many wait already as may.
+        """Add a sequence; return False when the queue is full.
 
         Raises:
             RequestError: its handle was submitted before.
@@ -99,34 +91,33 @@ class Scheduler:
             return True
 
     def take_in(self) -> None:
-        """Let those wait in their order that came since the last call."""
+        """Sort new sequences into the queue by their rank."""
         while self._inbox:
-            # In this order: an interrupt may leave it in both places, never in none.
+            # In this order an interrupt may leave it in both places, never in none.
             insort(self.waiting, self._inbox[0], key=lambda sequence: sequence.rank)
             self._inbox.popleft()
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence that is over."""
+        """Remove a finished sequence."""
         for places in (self.waiting, self.running):
             if sequence in places:
                 places.remove(sequence)
 
     def settle(self) -> None:
-        """Give every sequence one place again, after a change that was broken off."""
+        """Give every sequence exactly one place again after an interrupted change."""
         self.take_in()
-        self.running = [row for row in _once(self.running) if row.table is not None or row.is_open]
-        self.waiting = [one for one in _once(self.waiting) if one not in self.running]
+        running, waiting = dict.fromkeys(self.running), dict.fromkeys(self.waiting)
+        self.running = [row for row in running if row.table is not None or row.is_open]
+        self.waiting = [one for one in waiting if one not in self.running]
         for one in self.waiting:
             one.table, one.length = None, 0
 
     def admit(self, *, weights_version: int) -> None:
-        """Reserve blocks for those who wait, and make ready what they sample and draft with.
+        """Reserve blocks for waiting sequences in their order, and create their sampling states.
 
-        The first one that does not fit ends it, so that small requests do not starve a large one.
-        One whose next block is being computed for another waits for that, and takes nobody's turn.
-
-        Args:
-            weights_version: what was kept of another one is not found.
+        The first one that does not fit ends the admission, so that small requests do not starve a
+        large one. One whose next block is being computed by another sequence is passed over, to
+        share that block later. Nothing is shared across weights versions.
         """
         root = root_digest(weights_version)
         for sequence in list(self.waiting):
@@ -140,7 +131,7 @@ class Scheduler:
             table = self._pool.reserve(prefix, sequence.num_needed_positions)
             if table is None:
                 break
-            sequence.begin(table)
+            sequence.table, sequence.length = table, table.length
             self.running.append(sequence)
             self.waiting.remove(sequence)
             self._pool.stats.tokens += sequence.prompt_length
@@ -158,17 +149,17 @@ class Scheduler:
             return None
         try:
             return self._new_proposer()
-        except Exception:  # foreign code; an answer needs no drafts
+        except Exception:  # a proposer may be any code; an answer needs no drafts
             LOG.exception("a proposer failed; an answer goes on without drafts")
             return None
 
     def schedule(
         self, *, weights_version: int
     ) -> tuple[list[ScheduledSequence], dict[Sequence, LapilliError]]:
-        """Return what the running sequences compute in this step, and those that fail, and why.
+        """Return the tokens to compute in this step, and the errors of sequences that fail.
 
-        Decoding sequences come first, then prompts by rank. Media are encoded here, when their
-        positions are scheduled: at most one in a step in which somebody waits for a token.
+        Decoding sequences come first, then prompts by rank. Media are encoded when their positions
+        are scheduled: at most one in a step with decoding sequences.
         """
         rows = [row for row in self.running if row.is_decoding]
         budget = self.speculation.budget(len(rows))
@@ -179,7 +170,7 @@ class Scheduler:
         prefill: list[ScheduledSequence] = []
         failed: dict[Sequence, LapilliError] = {}
         for row in prompts:
-            # A prompt that keeps nobody waiting is computed at once, attention is faster then.
+            # A prompt alone is computed in larger chunks: attention is faster then.
             most = left if decoding or prefill else 4 * left
             try:
                 count = self._encoder.encode(
@@ -191,7 +182,7 @@ class Scheduler:
             except LapilliError as error:
                 failed[row] = error
                 continue
-            except Exception as error:  # noqa: BLE001  a modality may be anybody's, and meet anything
+            except Exception as error:  # noqa: BLE001  a modality may be any code
                 failed[row] = GenerationError(f"the model failed to look at a medium: {error}")
                 continue
             if count:
@@ -202,20 +193,20 @@ class Scheduler:
         return sorted([*decoding, *prefill], key=lambda one: one.length), failed
 
     def _draft(self, row: Sequence, budget: SpeculationBudget) -> tuple[int, ...]:
-        """Return draft tokens; a proposer that fails, or proposes no tokens, is asked no more."""
+        """Return draft tokens; a proposer that fails, or returns other things, is dropped."""
         try:
             draft = tuple(row.propose(budget.accepts))
             if all(0 <= token_id < self._vocab_size for token_id in draft):
                 return draft
             LOG.warning("a proposer returned %s, which are no token ids", draft)
-        except Exception:  # foreign code; an answer needs no drafts
+        except Exception:  # a proposer may be any code; an answer needs no drafts
             LOG.exception("a proposer failed; this answer goes on without drafts")
         row.proposer = None
         return ()
 
 
 def is_being_computed(sequence: Sequence, known: int, running: list[Sequence]) -> bool:
-    """Return whether a row is about to compute the block that `sequence` needs after `known`."""
+    """Return whether a running prompt computes the block that `sequence` needs after `known`."""
     if known + 1 >= len(sequence.chain):
         return False
     wanted = sequence.chain[known + 1]
@@ -227,9 +218,5 @@ def is_being_computed(sequence: Sequence, known: int, running: list[Sequence]) -
 
 
 def root_digest(weights_version: int) -> bytes:
-    """Return what the chains of sequences begin with that these weights computed."""
+    """Return the digest that the chains of all sequences of a weights version begin with."""
     return hashlib.sha256(f"{weights_version}".encode()).digest()
-
-
-def _once(sequences: list[Sequence]) -> list[Sequence]:
-    return list(dict.fromkeys(sequences))

@@ -1,4 +1,4 @@
-"""Sequences: one request while the engine works on it, and the validation that it begins with.
+"""Sequence: a request while the engine works on it, and the validation of requests.
 
 Request --InputProcessor: everything that can be refused is refused here--> Sequence
 Sequence --Scheduler--> ScheduledSequence: the tokens that it computes in one step
@@ -36,10 +36,10 @@ class Sequence:
     """Prompt and answer of one request.
 
     Args:
-        handle: where pieces go.
+        handle: gets the pieces of the answer.
         answer: the empty answer.
-        digests: content of every medium of the prompt.
-        order: when it was submitted.
+        digests: of every medium of the prompt.
+        order: number of the request since the engine was made.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class Sequence:
         self.keys = position_keys(self.prompt, digests)
         self.features: list[Float[Tensor, "n D"] | None] = [None] * len(self.prompt.spans)
         self.chain: tuple[bytes, ...] = ()
-        """Digests of the beginnings of the prompt, see BlockPool.chain."""
+        """Digests of the beginnings of the prompt (BlockPool.chain)."""
         self.table: BlockTable | None = None
         self.length = 0
         """Tokens whose keys and values are computed."""
         self.is_stale = False
-        """The model changed while it was computed: nobody else may find its keys and values."""
+        """The model changed meanwhile, so its keys and values are not shared."""
         self.is_open = False
-        """It is being changed: where an interrupt leaves it so, it cannot be trusted."""
+        """It is being changed; after an interrupt such a sequence fails."""
         self.sampling: SamplingState | None = None
-        """None until it has blocks and is ready for its first step."""
+        """None until it is admitted."""
         self.proposer: Proposer | None = None
 
     @property
@@ -75,7 +75,7 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether the prompt is computed and the answer has begun."""
+        """True once the prompt is computed and the answer has begun."""
         return len(self.tokens) > self.prompt_length
 
     @property
@@ -85,16 +85,11 @@ class Sequence:
 
     @property
     def blocks(self) -> list[int]:
-        """The blocks that hold keys and values; none before it begins."""
+        """The blocks of its keys and values; none before it is admitted."""
         return [] if self.table is None else self.table.blocks
 
-    def begin(self, table: BlockTable) -> None:
-        """Take the blocks that were reserved, whose beginning is computed already."""
-        self.table = table
-        self.length = table.length
-
     def propose(self, is_worth: IsWorth) -> list[int]:
-        """Return draft tokens, none beyond the last that the answer may have."""
+        """Return draft tokens, as many as the answer has room for at most."""
         most = min(MOST_DRAFT_TOKENS, self.answer.limit - self.answer.num_tokens - 1)
         if self.proposer is None or most < 1:
             return []
@@ -122,7 +117,7 @@ class ScheduledSequence:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether its last token is computed, so that the next one can be sampled."""
+        """True when its last token is computed, so that the next one can be sampled."""
         return self.count == self.sequence.num_uncomputed_tokens
 
     @property
@@ -133,7 +128,7 @@ class ScheduledSequence:
 
 
 def position_keys(prompt: EncodedPrompt, digests: Items[bytes]) -> list[int]:
-    """Return what stands at every position: a token id, or a place in a medium."""
+    """Return the key of every position: a token id, or a number below zero in a medium."""
     keys = list(prompt.input_ids)
     for span, digest in zip(prompt.spans, digests, strict=True):
         keys[span.start : span.start + span.length] = media_keys(digest, span.length)
@@ -141,35 +136,27 @@ def position_keys(prompt: EncodedPrompt, digests: Items[bytes]) -> list[int]:
 
 
 class InputProcessor:
-    """Validates requests and makes sequences of them, in any thread.
-
-    Args:
-        model: whose vocabulary and modalities count.
-        tokenizer: turns ids into text.
-        eos_ids: end tokens.
-        context_length: most tokens of prompt and answer.
-        pool: what a sequence must fit into.
-    """
+    """Validation of requests, in any thread: everything that can be refused is refused here."""
 
     def __init__(
         self,
         model: VisionLanguageModel,
         tokenizer: TokenBytes,
         *,
-        eos_ids: Collection[int],
+        eos_ids: Collection[int] | None,
         context_length: int,
         pool: BlockPool,
     ) -> None:
         self._model = model
         self._config = model.language_model.config
         self._tokenizer = tokenizer
-        self._eos_ids = frozenset(eos_ids)
+        self._eos_ids = eos_ids
         self._context_length = context_length
         self._pool = pool
         self._order = count()
 
     def new_sequence(self, request: Request, handle: RequestHandle) -> Sequence:
-        """Return a sequence that has not begun; raises what Engine.submit says."""
+        """Return a new sequence; raises what Engine.submit documents."""
         self._check(request, handle)
         prompt, params = request.prompt, request.params
         room = check_context(
@@ -180,8 +167,8 @@ class InputProcessor:
         answer = GenerationState(
             self._tokenizer,
             params,
-            stop_ids=self._eos_ids | frozenset(params.stop_token_ids),
-            limit=min(params.max_new_tokens, room),
+            eos_ids=self._eos_ids,
+            room=room,
             prompt_len=len(prompt.input_ids),
         )
         digests = [
@@ -198,7 +185,7 @@ class InputProcessor:
         return sequence
 
     def _check(self, request: Request, handle: RequestHandle) -> None:
-        """Check for what would fail later, in the middle of a step with others."""
+        """Check everything that would fail in the middle of a step with other requests."""
         prompt, params = request.prompt, request.params
         if handle.request is not request:
             raise RequestError("the handle was made for another request: make one for this")
@@ -236,7 +223,7 @@ class InputProcessor:
             return
         try:
             length = modality.num_tokens(item)
-        except Exception as error:  # a modality may be anybody's, and meet anything
+        except Exception as error:  # a modality may be any code
             raise RequestError(
                 f"the {span.modality} at position {span.start} is a {type(item).__name__}, which "
                 f"its modality cannot count ({error}): pass what its prepare() returned, or "
@@ -301,7 +288,7 @@ def check_features(features: Tensor, span: Span, width: int) -> None:
 
 
 def check_given_features(features: Tensor, span: Span, width: int) -> None:
-    """Check features that somebody computed before: shape, dtype, finite numbers.
+    """Check features that a request brings: shape, dtype, finite numbers.
 
     Raises:
         FusionError: another shape.
