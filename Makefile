@@ -56,7 +56,7 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
 
 quick: $(VENV)/.installed-dev
-	$(PYTEST) -m "$(HERE) and not slow" --ignore=tests/docs --ignore=tests/benchmarks
+	$(PYTEST) --hypothesis-profile quick -m "$(HERE) and not slow" --ignore=tests/docs --ignore=tests/benchmarks
 
 stress: $(VENV)/.installed-dev
 	LAPILLI_FUZZ_CASES=20000 LAPILLI_THREAD_ANSWERS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 3600 \

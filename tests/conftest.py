@@ -26,8 +26,9 @@ for _name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS"
 os.environ["TERM"] = "xterm-256color"
 
 torch.set_num_threads(1)
-# A busy machine is no failure.
+# A busy machine is no failure. `make quick` tries fewer examples where a test names no number.
 hypothesis.settings.register_profile("lapilli", deadline=None)
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
 hypothesis.settings.load_profile("lapilli")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
