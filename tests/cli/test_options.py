@@ -1,14 +1,14 @@
-"""The sampling options of the commands are the fields of SamplingParams."""
+"""Options that commands share: one frozen value, with the fields of SamplingParams in it."""
 
 import inspect
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
 from lapilli.cli.ask import ask
 from lapilli.cli.batch import batch
 from lapilli.cli.chat import chat
-from lapilli.cli.options import with_sampling
+from lapilli.cli.terminal import ChatOptions, with_options
 from lapilli.config.generation import SamplingParams
 
 IN_TERMINAL = {
@@ -18,26 +18,32 @@ IN_TERMINAL = {
 
 @pytest.mark.parametrize("command", [ask, batch, chat])
 def test_every_field_is_an_option_with_its_default(command):
-    parameters = inspect.signature(command).parameters
-    assert "sampling" not in parameters
+    parameters = inspect.signature(with_options(command)).parameters
+    assert "how" not in parameters
     for name, one in IN_TERMINAL.items():
         assert name in parameters
         several = not isinstance(one.default, int | float | None)
         assert parameters[name].default == (None if several else one.default)
+    for one in fields(ChatOptions):
+        assert one.name == "sampling" or parameters[one.name].default == one.default
 
 
-def test_a_command_gets_what_was_said_as_sampling_options():
+def test_a_command_gets_what_was_said_as_one_frozen_value():
     seen = {}
 
-    @with_sampling
-    def command(*, sampling, quiet=False):
-        seen.update(sampling, quiet=quiet)
+    @with_options
+    def command(how: ChatOptions, as_json: bool = False):
+        seen.update(how=how, as_json=as_json)
 
     said = dict.fromkeys(IN_TERMINAL) | {"temperature": 0.5, "logit_bias": ["5=-100", "7=1.5"]}
-    command(**said, quiet=True)
-    assert seen == {"temperature": 0.5, "logit_bias": ["5=-100", "7=1.5"], "quiet": True}
-    seen.pop("quiet")
-    assert SamplingParams.from_options(**seen).logit_bias == {5: -100.0, 7: 1.5}
+    plain = {one.name: one.default for one in fields(ChatOptions) if one.name != "sampling"}
+    command(**plain, **said | {"seed": 3}, as_json=True)
+    how = seen["how"]
+    assert how.sampling == {"temperature": 0.5, "logit_bias": ["5=-100", "7=1.5"], "seed": 3}
+    assert (how.model, how.alpha, seen["as_json"]) == ("pebble", "drop", True)
+    assert SamplingParams.from_options(**how.sampling).logit_bias == {5: -100.0, 7: 1.5}
+    with pytest.raises(FrozenInstanceError):
+        how.model = "other"
 
 
 @pytest.mark.parametrize(
