@@ -4,10 +4,12 @@ import inspect
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
+from typer.testing import CliRunner
 
 from lapilli.cli.ask import ask
 from lapilli.cli.batch import batch
 from lapilli.cli.chat import chat
+from lapilli.cli.main import app
 from lapilli.cli.terminal import ChatOptions, with_options
 from lapilli.config.generation import SamplingParams
 
@@ -54,9 +56,10 @@ def test_a_command_gets_what_was_said_as_one_frozen_value():
         ("--top-p", "0", "top_p must be in (0, 1]"),
     ],
 )
-def test_a_wrong_value_is_one_line_before_a_model_is_loaded(lapilli, option, value, message):
-    done = lapilli("ask", "Hello?", "--model", "no/such/folder/here", option, value)
-    assert done.returncode == 2
+def test_a_wrong_value_is_one_line_before_a_model_is_loaded(option, value, message):
+    asked = ["ask", "Hello?", "--model", "no/such/folder/here", option, value]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 

@@ -159,9 +159,9 @@ def test_both_spellings_of_a_scaling_are_read():
 
 def sample(tmp_path: Path) -> DecoderFamily:
     """The family of CONTRIBUTING.md, from a file outside of the package."""
-    [source] = re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S
-    )
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    section = page.partition("## Add a language-model family\n")[2].partition("\n## ")[0]
+    [source] = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
     path = tmp_path / "gemma.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location("gemma_of_the_test", path)

@@ -23,7 +23,9 @@ Images = Annotated[
 ]
 
 
-def ask(how: ChatOptions, question: Question, images: Images = None, as_json: Json = False) -> None:
+def ask(
+    question: Question, images: Images = None, *, how: ChatOptions, as_json: Json = False
+) -> None:
     """Answer one question about some pictures (or about none)."""
     pictures = read_pipe_once(images or [])
     if not how.quiet:

@@ -37,7 +37,7 @@ EXIT_NO_ANSWER = 1
 
 
 def batch(
-    how: ChatOptions, source: Source, target: Target, images: Folder = None, rows: Rows = 16
+    source: Source, target: Target, images: Folder = None, rows: Rows = 16, *, how: ChatOptions
 ) -> None:
     """Answer the questions of a file, many at a time; run again after a stop, it goes on.
 

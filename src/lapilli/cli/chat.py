@@ -24,7 +24,7 @@ HELP = (
 Image = Annotated[str | None, typer.Argument(help="A picture to begin with.")]
 
 
-def chat(how: ChatOptions, image: Image = None) -> None:
+def chat(image: Image = None, *, how: ChatOptions) -> None:
     """Talk about pictures. /image PATH, /reset, /save FILE, /quit; Ctrl-C stops an answer."""
     conversation = Conversation(how.load(), how.sampling, quiet=how.quiet)
     if image is not None:

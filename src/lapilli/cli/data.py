@@ -71,8 +71,9 @@ class DataOptions:
 
 
 def check(
-    how: DataOptions,
     file: File,
+    *,
+    how: DataOptions,
     max_length: MaxLength = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -105,7 +106,7 @@ def check(
 
 
 def show(
-    how: DataOptions, file: File, number: Number = 5, start: Start = 0, color: ColorMode = "auto"
+    file: File, number: Number = 5, start: Start = 0, *, how: DataOptions, color: ColorMode = "auto"
 ) -> None:
     """Print samples as a model reads them; what is learned is green, or [[in brackets]] in a pipe.
 

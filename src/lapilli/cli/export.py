@@ -16,11 +16,12 @@ Dtype = Annotated[
 
 
 def export(
-    how: SaveOptions,
     source: Source,
     target: Target,
     layout: Layout = "llava",
     dtype: Dtype = None,
+    *,
+    how: SaveOptions,
 ) -> None:
     """Save a checkpoint for other programs: one folder with everything, adapters folded in."""
     with loading(source, quiet=how.quiet) as progress:

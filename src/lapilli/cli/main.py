@@ -11,13 +11,7 @@ import typer
 
 from lapilli import __version__
 from lapilli.cli import ask, batch, build, chat, data, export, inspect, quantize, train
-from lapilli.cli.terminal import (
-    EXIT_BAD_INPUT,
-    add_command,
-    in_one_line,
-    note,
-    plain_errors,
-)
+from lapilli.cli.terminal import EXIT_BAD_INPUT, add_command, in_one_line, note, plain_errors
 
 COMMANDS: Mapping[str, Callable[..., None] | typer.Typer] = {
     "ask": ask.ask,
@@ -51,10 +45,11 @@ def build_program(commands: Mapping[str, Callable[..., None] | typer.Typer]) -> 
     return program
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"lapilli {__version__}")
         raise typer.Exit
+    return wanted
 
 
 def _program(

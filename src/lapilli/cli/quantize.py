@@ -19,7 +19,6 @@ Tower = Annotated[bool, typer.Option("--tower", help="The vision tower too, in 8
 
 
 def quantize(
-    how: SaveOptions,
     source: Source,
     target: Target,
     bits: Bits = 4,
@@ -27,6 +26,8 @@ def quantize(
     zero_points: Zeros = False,
     mode: Mode = "dynamic",
     tower: Tower = False,
+    *,
+    how: SaveOptions,
 ) -> None:
     """Save a checkpoint in 4 or 8 bits; it loads at once and answers faster on a CPU."""
     with loading(source, quiet=how.quiet) as progress:
