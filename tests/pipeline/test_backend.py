@@ -1,4 +1,4 @@
-"""The plain loop of a Chat: what it keeps between answers, and what it must not keep."""
+"""The plain loop of a Chat: conversations, and the features that it keeps between answers."""
 
 import numpy as np
 import pytest
@@ -56,48 +56,7 @@ def plain(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> Chat:
     return chat
 
 
-def test_the_plain_loop_reads_only_the_new_turn(plain, monkeypatch):
-    read = watch(monkeypatch, plain.model.language_model, 1)
-    plain.ask("What is this?", **FEW)
-    first, start = plain.last.prompt_len, len(read)
-    assert read[0] == first
-    plain.ask("Where?", **FEW)
-    assert read[start] <= plain.last.prompt_len - first
-    plain.reset()
-    plain.ask("What is this?", **FEW)
-    assert plain.last == plain.answer([Message.user("What is this?")], SamplingParams(**FEW))
-
-
-def test_the_plain_loop_forgets_when_the_weights_change(plain, monkeypatch):
-    plain.ask("What is this?", **FEW)
-    with torch.no_grad():
-        for parameter in plain.model.language_model.parameters():
-            parameter.mul_(1.01)
-    read = watch(monkeypatch, plain.model.language_model, 1)
-    plain.ask("Where?", **FEW)
-    assert read[0] == plain.last.prompt_len
-    fresh = plain.answer(plain.history[:-1], SamplingParams(**FEW))
-    assert fresh.token_ids == plain.last.token_ids
-
-
-def test_a_cache_that_was_torn_by_an_interrupt_is_not_kept(plain, monkeypatch):
-    pieces = plain.stream("What is this?", max_new_tokens=30)
-    next(pieces)
-
-    def interrupted(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(plain.model.language_model, "forward", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            list(pieces)
-    assert plain.last.finish_reason == "cancelled"
-    read = watch(monkeypatch, plain.model.language_model, 1)
-    plain.ask("Go on", **FEW)
-    assert read[0] == plain.last.prompt_len
-
-
-def test_pictures_in_the_plain_loop(plain):
+def test_a_conversation_without_the_engine(plain):
     plain.ask("What is this?", PICTURE, **FEW)
     plain.ask("Where?", **FEW)
     fresh = plain.answer(plain.history[:-1], SamplingParams(**FEW))

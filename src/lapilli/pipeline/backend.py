@@ -9,7 +9,7 @@ Knows processed prompts; must not know messages, templates or the conversation b
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import takewhile
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from lapilli.generate.engine.request import EngineStream
 from lapilli.generate.output import Generation, Piece
 from lapilli.generate.reference import Stream, generate, stream
 from lapilli.model.outputs import FusedBatch
-from lapilli.nn.kv_cache import KVCache
 from lapilli.pipeline.processor import ProcessedPrompt
 from lapilli.shapes import Tensor
 
@@ -44,39 +43,7 @@ class FixedAnswer(Iterator[Piece]):
         return Piece(self.generation.text, self.generation.token_ids, self.generation.finish_reason)
 
 
-class CachedStream(Iterator[Piece]):
-    """A stream of the plain loop whose KV cache is kept when it is over.
-
-    Args:
-        pieces: the stream.
-        keep: keeps the cache of the finished answer.
-    """
-
-    def __init__(self, pieces: Stream, keep: Callable[[Generation], None]) -> None:
-        self._pieces = pieces
-        self._keep = keep
-        self._is_torn = False
-
-    def __next__(self) -> Piece:
-        """Return the next piece."""
-        # After an interrupt between two layers the cache cannot be trusted.
-        self._is_torn = True
-        piece = next(self._pieces, None)
-        self._is_torn = False
-        if piece is None:
-            raise StopIteration
-        return piece
-
-    @property
-    def generation(self) -> Generation:
-        """The answer so far; asked before its end, the answer is cancelled."""
-        generation = self._pieces.generation
-        if not self._is_torn:
-            self._keep(generation)
-        return generation
-
-
-Pieces = EngineStream | Stream | CachedStream | FixedAnswer
+Pieces = EngineStream | Stream | FixedAnswer
 """An answer on its way, from any backend."""
 
 
@@ -150,103 +117,6 @@ class AnswerStream(Iterator[str]):
             self._keep(self._pieces)
 
 
-class PlainLoop:
-    """The plain loop, with the features and the KV cache that it keeps between answers.
-
-    Args:
-        loaded: model, tokenizer, configuration.
-        features: those of pictures, shared with the engine.
-        context_length: most positions of prompt and answer.
-    """
-
-    def __init__(self, loaded: Loaded, features: FeatureCache, context_length: int) -> None:
-        self._loaded = loaded
-        self._features = features
-        self._watch = WeightWatch(loaded.model)
-        self._lock = threading.Lock()
-        self._cache: KVCache | None = None
-        self._cached: tuple[object, list[int]] = (None, [])
-        """Version of the weights and token ids of what the cache holds."""
-        self._settings: dict[str, Any] = {
-            "tokenizer": loaded.tokenizer,
-            "eos_ids": loaded.config.tokens.eos_ids or None,
-            "context_length": context_length,
-        }
-
-    def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Return the answers, each as if it were the only one; the parameters are the first's."""
-        model, seen = self._loaded.model, [request.seen_ids or () for request in requests]
-        fused, _ = self._fuse(requests)
-        return generate(model, fused, requests[0].params, prompt_ids=seen, **self._settings)
-
-    def stream(self, request: Request) -> Stream | CachedStream:
-        """Return one answer piece by piece.
-
-        A prompt without pictures that begins like the latest one and its answer takes up their KV
-        cache; beams need a cache of their own.
-        """
-        model, params, ids = self._loaded.model, request.params, request.prompt.input_ids
-        fused, version = self._fuse([request])
-        cache = None
-        if params.num_beams == 1 and not request.prompt.spans:
-            cache = self._take_cache(ids, version) or model.language_model.new_cache(
-                1, len(ids) + params.max_new_tokens
-            )
-        seen = [request.seen_ids or ()]
-        pieces = stream(model, fused, params, prompt_ids=seen, cache=cache, **self._settings)
-        if cache is None:
-            return pieces
-        return CachedStream(
-            pieces, lambda answer: self._keep_cache(cache, version, [*ids, *answer.token_ids])
-        )
-
-    @torch.inference_mode()
-    def _fuse(self, requests: Sequence[Request]) -> tuple[FusedBatch, object]:
-        """Return the prompts as embeddings, and the version of the weights that made them."""
-        with lock_of(self._loaded.model.language_model).turn:
-            _ = self._watch.version  # looks whether the weights have changed
-            version = self._watch.token
-            media = [
-                [
-                    self._encode(item, span.modality, version)
-                    for item, span in zip(request.media, request.prompt.spans, strict=True)
-                ]
-                for request in requests
-            ]
-            prompts = [request.prompt for request in requests]
-            return self._loaded.model.embed_prompts(prompts, media), version
-
-    def _encode(self, item: Any, modality: str, version: object) -> Tensor:  # noqa: ANN401
-        if isinstance(item, Tensor):
-            return item
-        key = (media_digest(modality, item), version)
-        features = self._features.get(key)
-        if features is None:
-            [features] = self._loaded.model.modality(modality).embed([item])
-            self._features.put(key, features)
-        return features
-
-    def _take_cache(self, ids: Sequence[int], version: object) -> KVCache | None:
-        """Return the cache, cut to what it shares with these ids; whoever takes it owns it.
-
-        At least the last position is left to be read, because its logits are not kept.
-        """
-        with self._lock:
-            cache, self._cache = self._cache, None
-            known, cached = self._cached
-        if cache is None or known is not version:
-            return None
-        pairs = zip(cached[: cache.length], ids[:-1], strict=False)
-        cache.truncate(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        return cache
-
-    def _keep_cache(self, cache: KVCache, version: object, ids: list[int]) -> None:
-        with self._lock:
-            self._cache = None  # never a cache with the ids of another
-            self._cached = (version, ids)
-            self._cache = cache
-
-
 class Backend:
     """A loaded model that answers prompts, through the engine or by the plain loop.
 
@@ -266,7 +136,6 @@ class Backend:
         self._features = FeatureCache(self._options.feature_bytes)
         self._lock = threading.Lock()
         self._engine: Engine | None = None
-        self._plain: PlainLoop | None = None
 
     @property
     def engine(self) -> Engine:
@@ -280,20 +149,12 @@ class Backend:
                 self._engine = Engine(
                     self._loaded.model,
                     self._loaded.tokenizer,
-                    eos_ids=self._loaded.config.tokens.eos_ids or None,
+                    eos_ids=self._eos_ids,
                     context_length=self.context_length,
                     options=self._options,
                     features=self._features,
                 )
             return self._engine
-
-    @property
-    def plain(self) -> PlainLoop:
-        """The plain loop, made when it is first needed."""
-        with self._lock:
-            if self._plain is None:
-                self._plain = PlainLoop(self._loaded, self._features, self.context_length)
-            return self._plain
 
     @property
     def context_length(self) -> int:
@@ -307,7 +168,9 @@ class Backend:
         if fixed is not None:
             return FixedAnswer(fixed)
         request = self._request(prompt, params)
-        return (self.engine if self._has_engine(params) else self.plain).stream(request)
+        if self._has_engine(params):
+            return self.engine.stream(request)
+        return stream(batch=self._fuse([request]), **self._plain_options([request]))
 
     def generate(
         self, prompts: Sequence[ProcessedPrompt], params: SamplingParams
@@ -319,12 +182,9 @@ class Backend:
             for prompt, known in zip(prompts, fixed, strict=True)
             if known is None
         ]
-        if self._has_engine(params):
-            answers = self.engine.run(requests) if requests else []
-        else:
-            answers = self.plain.generate(requests) if requests else []
-        following = iter(answers)
-        return [next(following) if known is None else known for known in fixed]
+        run = self.engine.run if self._has_engine(params) else self._generate_plain
+        answers = iter(run(requests) if requests else [])
+        return [next(answers) if known is None else known for known in fixed]
 
     def as_completed(
         self, prompts: Iterable[ProcessedPrompt | LapilliError], params: SamplingParams
@@ -345,7 +205,7 @@ class Backend:
         if self._has_engine(params):
             answers = self.engine.as_completed(requests())
         else:
-            answers = enumerate(self._generate_alone(request) for request in requests())
+            answers = enumerate(self._generate_or_error(request) for request in requests())
         for at, answer in answers:
             while known:
                 yield known.pop()
@@ -360,11 +220,58 @@ class Backend:
         length = len(prompt.encoded.input_ids)
         return Generation(tuple(ids), self._without_media, "stop", prompt_len=length)
 
-    def _generate_alone(self, request: Request) -> Generation | LapilliError:
+    def _generate_or_error(self, request: Request) -> Generation | LapilliError:
         try:
-            return self.plain.generate([request])[0]
+            return self._generate_plain([request])[0]
         except LapilliError as error:
             return error
+
+    def _generate_plain(self, requests: Sequence[Request]) -> list[Generation]:
+        return generate(batch=self._fuse(requests), **self._plain_options(requests))
+
+    def _plain_options(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the arguments of the plain loop that are no embeddings."""
+        return {
+            "model": self._loaded.model,
+            "params": requests[0].params,
+            "tokenizer": self._loaded.tokenizer,
+            "prompt_ids": [request.seen_ids or () for request in requests],
+            "eos_ids": self._eos_ids,
+            "context_length": self.context_length,
+        }
+
+    @torch.inference_mode()
+    def _fuse(self, requests: Sequence[Request]) -> FusedBatch:
+        """Return the prompts as embeddings, the features of pictures from the cache if they are."""
+        model = self._loaded.model
+        with lock_of(model.language_model).turn:
+            version = self._watch.version, self._watch.token  # asked for in this order
+            media = [
+                [
+                    self._encode(item, span.modality, version)
+                    for item, span in zip(request.media, request.prompt.spans, strict=True)
+                ]
+                for request in requests
+            ]
+            return model.embed_prompts([request.prompt for request in requests], media)
+
+    def _encode(self, item: Any, modality: str, version: object) -> Tensor:  # noqa: ANN401
+        if isinstance(item, Tensor):
+            return item
+        key = (media_digest(modality, item), version)
+        features = self._features.get(key)
+        if features is None:
+            [features] = self._loaded.model.modality(modality).embed([item])
+            self._features.put(key, features)
+        return features
+
+    @cached_property
+    def _watch(self) -> WeightWatch:
+        return WeightWatch(self._loaded.model)
+
+    @property
+    def _eos_ids(self) -> tuple[int, ...] | None:
+        return self._loaded.config.tokens.eos_ids or None
 
     def _has_engine(self, params: SamplingParams) -> bool:
         return params.num_beams == 1 and self._loaded.model.language_model.supports_varlen
