@@ -15,10 +15,10 @@ import typer
 
 from lapilli.cli.batch_file import AnswerFile, Line, Question, Result, read_lines
 from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, ChatOptions, Sampling, counting, note
+from lapilli.config.generation import SamplingParams
 from lapilli.errors import LapilliError
 
 if TYPE_CHECKING:
-    from lapilli.config.generation import SamplingParams
     from lapilli.generate.output import Generation
     from lapilli.pipeline import Chat
     from lapilli.prompt.message import Message
@@ -89,68 +89,35 @@ def answer_lines(
     arithmetic, or in ours), those that were on their way are asked one by one, so that the error
     stays with the line that it belongs to, and the rest goes on together.
     """
-    from lapilli.config.generation import SamplingParams
-
     params = SamplingParams.from_options(**sampling)
-    waiting = list(lines)
+    questions = [line.question(folder) for line in lines]
+    yield from (question.head for question in questions if not question.messages)
+    waiting = [question for question in questions if question.messages]
     while waiting:
-        together = _Together(session, waiting, folder, params)
+        taken: list[Question] = []
+        answered: set[int] = set()
         try:
-            yield from together.results()
+            for at, answer in session.as_completed(_conversations(waiting, taken), params):
+                answered.add(at)
+                yield taken[at].head | describe(answer)
         except Exception:  # noqa: BLE001 - whatever it was, the lines have to be told apart
-            for question in together.unanswered():
-                yield question.head | _answer_alone(session, question.messages, params)
-        waiting = waiting[together.taken :]
+            for at, question in enumerate(taken):
+                if at not in answered:
+                    yield question.head | _answer_alone(session, question.messages, params)
+        waiting = waiting[len(taken) :]
 
 
-class _Together:
-    """Lines that are answered at the same time, and which of them are still on their way."""
-
-    def __init__(
-        self, session: "Chat", lines: Sequence[Line], folder: Path, params: "SamplingParams"
-    ) -> None:
-        self.taken = 0
-        self._session, self._lines, self._folder = session, lines, folder
-        self._params = params
-        self._asked: list[Question] = []
-        self._answered: set[int] = set()
-        self._unreadable: list[Result] = []
-
-    def results(self) -> Iterator[Result]:
-        """Yield results as they come."""
-        for at, answer in self._session.as_completed(self._conversations(), self._params):
-            while self._unreadable:
-                yield self._unreadable.pop()
-            self._answered.add(at)
-            yield self._asked[at].head | describe(answer)
-        while self._unreadable:
-            yield self._unreadable.pop()
-
-    def unanswered(self) -> Iterator[Question]:
-        """Yield questions that were taken and have no result."""
-        for result in self._unreadable:
-            yield Question(result, ())
-        for at, question in enumerate(self._asked):
-            if at not in self._answered:
-                yield question
-
-    def _conversations(self) -> "Iterator[tuple[Message, ...]]":
-        for line in self._lines:
-            self.taken += 1
-            question = line.question(self._folder)
-            if question.messages:
-                self._asked.append(question)
-                yield question.messages
-            else:
-                self._unreadable.append(question.head)
+def _conversations(
+    questions: Sequence[Question], taken: list[Question]
+) -> "Iterator[tuple[Message, ...]]":
+    """Yield the messages of all questions, and note which are on their way."""
+    for question in questions:
+        taken.append(question)
+        yield question.messages
 
 
-def _answer_alone(
-    session: "Chat", messages: "Sequence[Message]", params: "SamplingParams"
-) -> Result:
-    """Return the end of a line's result, whatever happens; {} where it had its error before."""
-    if not messages:
-        return {}
+def _answer_alone(session: "Chat", messages: "Sequence[Message]", params: SamplingParams) -> Result:
+    """Return the end of a line's result, whatever happens."""
     try:
         return describe(session.answer(messages, params))
     except LapilliError as error:

@@ -14,11 +14,11 @@ import os
 import stat
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lapilli.errors import PromptError
@@ -167,7 +167,7 @@ def _place(picture: str, folder: Path) -> str:
     return str(folder / picture) if is_path(picture) else picture
 
 
-class AnswerFile:
+class AnswerFile(AbstractContextManager["AnswerFile"]):
     """The output of a batch: answers that are there, and those that are added; for one process.
 
     Args:
@@ -200,15 +200,7 @@ class AnswerFile:
             os.close(self._number)
             raise
 
-    def __enter__(self) -> "AnswerFile":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._number)
 
     def add(self, result: Result) -> None:

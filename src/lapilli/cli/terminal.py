@@ -96,7 +96,7 @@ class ChatOptions:
     def __post_init__(self) -> None:
         SamplingParams.from_options(**self.sampling)
 
-    def load(self, **limits: int) -> "Chat":
+    def load(self, **limits: Any) -> "Chat":  # noqa: ANN401  see EngineOptions
         """Load the model behind a bar, and say what a person should know about it.
 
         Args:
@@ -140,7 +140,9 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     A field of the type Sampling becomes an option for each field of SamplingParams.
     """
     before = inspect.signature(command).parameters
-    groups = {name: one.annotation for name, one in before.items() if is_dataclass(one.annotation)}
+    groups: dict[str, Any] = {
+        name: one.annotation for name, one in before.items() if is_dataclass(one.annotation)
+    }
     parameters: list[inspect.Parameter] = []
     for name, one in before.items():
         if name in groups:
