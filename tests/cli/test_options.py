@@ -1,17 +1,21 @@
 """Options that commands share: one frozen value, with the fields of SamplingParams in it."""
 
 import inspect
+import shutil
 from dataclasses import FrozenInstanceError, fields
+from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from lapilli.cli.ask import ask
 from lapilli.cli.batch import batch
 from lapilli.cli.chat import chat
 from lapilli.cli.main import app
-from lapilli.cli.terminal import ChatOptions, with_options
+from lapilli.cli.terminal import ChatOptions, _say_what_is_odd, with_options
 from lapilli.config.generation import SamplingParams
+from lapilli.config.ignored import SamplingNote
 
 IN_TERMINAL = {
     one.name: one for one in fields(SamplingParams) if one.metadata["option"].in_terminal
@@ -71,3 +75,25 @@ def test_a_bias_forbids_a_token(lapilli, checkpoint):
     forced = lapilli("ask", "Hello?", "--model", checkpoint, *options, "--logit-bias", "70=100")
     assert free.returncode == forced.returncode == 0, forced.stderr
     assert free.stdout != forced.stdout
+
+
+def test_a_note_about_sampling_is_told_by_its_kind_and_not_by_its_text(capsys):
+    notes = ("generation_config.json is an old one", SamplingNote("top_k is not applied"))
+    chat = SimpleNamespace(report=SimpleNamespace(notes=notes), model=torch.nn.Linear(1, 1))
+    _say_what_is_odd(chat)
+    written = capsys.readouterr().err
+    assert "top_k is not applied\n" in written
+    assert "an old one" not in written
+
+
+@pytest.mark.slow
+def test_settings_of_a_checkpoint_that_are_not_applied_are_told(lapilli, checkpoint, tmp_path):
+    folder = tmp_path / "penal"
+    shutil.copytree(checkpoint, folder)
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.3, "num_beams": 1}')
+    asked = ("ask", "Hello?", "-m", str(folder), "--max-new-tokens", "2", "--device", "cpu")
+    done = lapilli(*asked)
+    assert done.returncode == 0
+    expected = "generation_config.json asks for repetition_penalty = 1.3, which is not applied"
+    assert [line[: len(expected)] for line in done.stderr.splitlines()] == [expected]
+    assert lapilli(*asked, "--quiet").stderr == ""
