@@ -17,21 +17,25 @@ gc.disable()
 # Checks every annotated shape at run time; only the tests pay for it.
 install_import_hook(["lapilli", "pebble"], "tests.checked.when_called")
 
-import torch  # noqa: E402  the hook has to stand before anything that may import lapilli
-
 # What a person's terminal and shell say must not decide a test: programs that the tests start see
 # a terminal with colours of the usual width.
 for _name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES"):
     os.environ.pop(_name, None)
 os.environ["TERM"] = "xterm-256color"
 
-torch.set_num_threads(1)
 # A busy machine is no failure. `make quick` tries fewer examples where a test names no number.
 hypothesis.settings.register_profile("lapilli", deadline=None)
 hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
 hypothesis.settings.load_profile("lapilli")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_collectstart() -> None:
+    """Import torch in the processes that run tests, and not in the one that hands them out."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:

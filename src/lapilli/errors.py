@@ -1,4 +1,4 @@
-"""Every error that lapilli raises on purpose.
+"""Errors: everything that lapilli raises on purpose.
 
     LapilliError
     |- ConfigError (ValueError)           a config.json, recipe or option says the impossible

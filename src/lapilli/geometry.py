@@ -1,4 +1,4 @@
-"""Sizes of pictures and grids; knows numbers only, no torch and no pixels.
+"""Geometry: sizes of pictures and grids; knows numbers only, no torch and no pixels.
 
 Height always stands before width. The original passes (width, height) pairs around; the border
 where they turn is config/parse.py and compat/.
@@ -16,7 +16,7 @@ class ImageSize(NamedTuple):
     width: int
 
     def __str__(self) -> str:
-        """Width x height, the way people write picture sizes."""
+        """Return width x height, the way people write picture sizes."""
         return f"{self.width}x{self.height}"
 
 
@@ -28,7 +28,7 @@ class Grid(NamedTuple):
 
 
 def best_resolution(size: ImageSize, candidates: Sequence[ImageSize]) -> ImageSize:
-    """The candidate that shows most of a picture, then the one that wastes least.
+    """Return the candidate that shows most of a picture, then the one that wastes least.
 
     The picture's two scaled sides are truncated to whole pixels, a picture is never counted larger
     than it is, and the first of equal candidates wins.
@@ -50,7 +50,7 @@ def best_resolution(size: ImageSize, candidates: Sequence[ImageSize]) -> ImageSi
 
 
 def fit_within(size: ImageSize, target: ImageSize) -> ImageSize:
-    """The size that a picture takes inside `target` when it keeps its shape.
+    """Return the size that a picture takes inside `target` when it keeps its shape.
 
     One side becomes the target's exactly; the other is rounded up, so that it is never 0.
 
@@ -64,7 +64,7 @@ def fit_within(size: ImageSize, target: ImageSize) -> ImageSize:
 
 
 def with_shortest_edge(size: ImageSize, edge: int) -> ImageSize:
-    """The size after the shorter side was brought to `edge`; the longer one is truncated.
+    """Return the size with a shorter side of `edge`; the longer one is truncated.
 
     Source: transformers image_transforms.py, get_resize_output_image_size.
     """
@@ -74,12 +74,12 @@ def with_shortest_edge(size: ImageSize, edge: int) -> ImageSize:
 
 
 def tile_grid(resolution: ImageSize, tile: int) -> Grid:
-    """Rows and columns of whole square tiles in a resolution."""
+    """Return rows and columns of whole square tiles in a resolution."""
     return Grid(resolution.height // tile, resolution.width // tile)
 
 
 def unpad_margins(size: ImageSize, feature_map: Grid, *, rounds: bool = False) -> Grid:
-    """Rows above and below, and columns left and right, of a feature map that show only padding.
+    """Return rows on top and columns on the left of a feature map that show only padding.
 
     Args:
         size: the picture before it was resized.
@@ -88,8 +88,8 @@ def unpad_margins(size: ImageSize, feature_map: Grid, *, rounds: bool = False) -
             at once, so that 23.999999999999996 becomes 23.
 
     Returns:
-        What is cut off on either side; one of the two numbers is 0. When the remainder is odd, the
-        additional row or column stays.
+        What is cut off on either side (as much below and on the right); one of the two numbers is
+        0. When the remainder is odd, the additional row or column stays.
 
     Source: LLaVA llava_arch.py, unpad_image; transformers modeling_llava_next.py, unpad_image.
     """
@@ -105,7 +105,7 @@ def unpad_margins(size: ImageSize, feature_map: Grid, *, rounds: bool = False) -
 
 
 def unpadded(size: ImageSize, feature_map: Grid, *, rounds: bool = False) -> Grid:
-    """What is left of a feature map without its margins; extreme pictures leave nothing of it.
+    """Return the size of a feature map without its margins; an extreme picture leaves nothing.
 
     A picture of 2000x20 leaves 0 rows: its map is dropped and only the base tile speaks for it.
     """

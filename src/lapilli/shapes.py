@@ -1,4 +1,4 @@
-"""The letters of every shape in lapilli, and the annotations that use them.
+"""Shapes: the letters of every shape in lapilli, and the annotations that use them.
 
     B rows          T positions of a row (text and media)      S positions in a KV cache
     D width of the language model       V vocabulary            L layers

@@ -1,11 +1,11 @@
-"""`lapilli data`: once as a process, else as functions, which saves importing torch each time."""
+"""`lapilli data`: once as a process, else in this one, which saves importing torch each time."""
 
 import json
 from pathlib import Path
 
 import pytest
-import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 from lapilli.cli import data
 
@@ -27,21 +27,10 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def run(capsys):
-    """Exit code, standard output and standard error of a command."""
-
-    def run(command, *arguments, **options):
-        code = 0
-        try:
-            command(*arguments, **options)
-        except typer.Exit as leaves:
-            code = leaves.exit_code
-        except SystemExit as leaves:
-            code = leaves.code
-        return code, *capsys.readouterr()
-
-    return run
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `lapilli data`, in this process."""
+    done = CliRunner().invoke(data.app, [str(argument) for argument in arguments])
+    return done.exit_code, done.stdout, done.stderr
 
 
 @pytest.mark.slow
@@ -58,8 +47,8 @@ def test_the_program_checks_and_shows(lapilli, file):
     assert "\n".join(text).endswith("USER: <image>\nWhat? ASSISTANT:[[ Red.</s>]]")
 
 
-def test_check_with_a_model_counts_tokens(run, file, checkpoint):
-    code, out, _ = run(data.check, str(file), model=checkpoint, max_length=70, as_json=True)
+def test_check_with_a_model_counts_tokens(file, checkpoint):
+    code, out, _ = run("check", file, "--model", checkpoint, "--max-length", 70, "--json")
     assert code == 1
     report = json.loads(out)
     assert report["max_length"] == 70
@@ -67,60 +56,57 @@ def test_check_with_a_model_counts_tokens(run, file, checkpoint):
     assert {finding["kind"] for finding in report["findings"]} >= {"too long", "empty answer"}
 
 
-def test_check_of_good_data_leaves_with_0(run, file, tmp_path_factory):
+def test_check_of_good_data_leaves_with_0(file, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "good.json"
     elsewhere.write_text(json.dumps(json.loads(file.read_text())[:2]))
-    code, out, _ = run(data.check, str(elsewhere), images=file.parent)
+    code, out, _ = run("check", elsewhere, "--images", file.parent)
     assert (code, out.splitlines()[-1]) == (0, "nothing is wrong")
-    assert run(data.check, str(elsewhere))[0] == 1
+    assert run("check", elsewhere)[0] == 1
 
 
 @pytest.mark.parametrize(
     ("command", "options", "expected"),
     [
-        (data.check, {"file": "gone.json"}, "gone.json is no file"),
-        (data.show, {"file": "gone.json"}, "gone.json is no file"),
-        (data.check, {"placement": "back"}, "--placement is 'back': expected front or written"),
-        (data.show, {"color": "red"}, "--color is 'red': expected auto, always or never"),
-        (data.show, {"template": "x"}, "no template is called 'x'"),
-        (data.check, {"template": "x"}, "no template is called 'x'"),
-        (data.show, {"start": 3}, "--start is 3, and"),
-        (
-            data.check,
-            {"max_length": 9},
-            "--max-length counts the positions of a model: give --model",
-        ),
-        (data.check, {"images": Path("lost")}, "lost is no folder: expected that of the images"),
+        ("check", ("gone.json",), "gone.json is no file"),
+        ("show", ("gone.json",), "gone.json is no file"),
+        ("check", ("--placement", "back"), "--placement is 'back': expected front or written"),
+        ("show", ("--color", "red"), "--color is 'red': expected auto, always or never"),
+        ("show", ("--template", "x"), "no template is called 'x'"),
+        ("check", ("--template", "x"), "no template is called 'x'"),
+        ("show", ("--start", 3), "--start is 3, and"),
+        ("check", ("--max-length", 9), "--max-length counts the positions of a model: give --mo"),
+        ("check", ("--images", "lost"), "lost is no folder: expected that of the images"),
     ],
 )
-def test_bad_input_is_one_line_and_2(run, file, command, options, expected):
-    code, out, err = run(command, **({"file": str(file)} | options))
+def test_bad_input_is_one_line_and_2(file, command, options, expected):
+    given = options if options == ("gone.json",) else (file, *options)
+    code, out, err = run(command, *given)
     assert (code, out) == (2, "")
     assert expected in err
     assert err.count("\n") == 1
 
 
-def test_turns_are_those_of_the_template(run, tmp_path):
+def test_turns_are_those_of_the_template(tmp_path):
     one = {"id": "one", "conversations": turns("Q", "A") + turns("R", "B")[1:]}
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(one))
-    code, out, _ = run(data.check, str(path))
+    code, out, _ = run("check", path)
     assert code == 1
     assert f"{path}:1 (id 'one'): message 2 is from assistant, expected user" in out
     path.write_text(json.dumps(one | {"conversations": turns("Q", "A")}))
-    assert run(data.check, str(path))[0] == 0
-    assert "a plain template trains on" in run(data.check, str(path), template="plain")[1]
+    assert run("check", path)[0] == 0
+    assert "a plain template trains on" in run("check", path, "--template", "plain")[1]
 
 
-def test_show_takes_a_template_and_a_beginning(run, file):
-    code, out, _ = run(data.show, str(file), 9, 1, template="mpt")
+def test_show_takes_a_template_and_a_beginning(file):
+    code, out, _ = run("show", file, "-n", 9, "--start", 1, "--template", "mpt")
     assert code == 0
     assert "[[Hi!<|im_end|>]]" in out
     assert out.count("---") == 2
 
 
-def test_show_with_a_model_shows_positions_in_colour(run, file, checkpoint):
-    code, out, _ = run(data.show, str(file), 1, model=checkpoint, color="always")
+def test_show_with_a_model_shows_positions_in_colour(file, checkpoint):
+    code, out, _ = run("show", file, "-n", 1, "--model", checkpoint, "--color", "always")
     assert code == 0
     assert "<image: " in out
     assert " positions>" in out
@@ -128,11 +114,11 @@ def test_show_with_a_model_shows_positions_in_colour(run, file, checkpoint):
     assert "[[" not in out
 
 
-def test_show_goes_on_after_a_bad_sample(run, file):
+def test_show_goes_on_after_a_bad_sample(file):
     records = json.loads(file.read_text())
     records[0]["conversations"][0]["from"] = "robot"
     file.write_text(json.dumps(records))
-    code, out, err = run(data.show, str(file), 2)
+    code, out, err = run("show", file, "-n", 2)
     assert code == 0
     assert "cannot be learned: " in err
     assert "from 'robot'" in err

@@ -9,20 +9,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from lapilli.cli.main import COMMANDS, build_program
 from tests.cli.conftest import PROGRAM, Run
+from tests.contributing import sample
 
-COMMANDS = [
-    "ask",
-    "batch",
-    "build",
-    "chat",
-    "export",
-    "inspect",
-    "quantize",
-    "train",
-    "data",
-]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -53,18 +46,7 @@ def test_shell_completion_lists_the_commands() -> None:
     done = subprocess.run(
         [str(PROGRAM)], env={**os.environ, **asked}, capture_output=True, text=True, check=False
     )
-    commands = [
-        "ask",
-        "batch",
-        "build",
-        "chat",
-        "export",
-        "inspect",
-        "quantize",
-        "train",
-        "data",
-    ]
-    assert done.stdout.split() == commands
+    assert done.stdout.split() == list(COMMANDS)
 
 
 @pytest.mark.slow
@@ -162,3 +144,27 @@ def test_libraries_that_warn_are_not_heard(lapilli: Run, checkpoint: str, tmp_pa
     short = ("--model", checkpoint, "--max-new-tokens", "3", "--device", "cpu")
     done = lapilli("ask", "What?", str(damaged), str(palette), *short)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_the_command_of_contributing(tmp_path: Path) -> None:
+    """One file and one row are all that it takes: options, help, errors in one line."""
+    caption = sample("Add a command", tmp_path)
+    program = build_program({**COMMANDS, "caption": caption.caption})
+    run = CliRunner().invoke
+    assert "\n  caption   Say in a line each" in run(program, ["--help"]).stdout
+    assert "--temperature" in run(program, ["caption", "--help"]).stdout
+    picture = str(ROOT / "examples" / "picture.png")
+    options = ["--max-new-tokens", "4", "--device", "cpu"]
+    done = run(program, ["caption", picture, picture, *options])
+    assert (done.exit_code, done.stderr) == (0, "")
+    one, two = done.stdout.splitlines()
+    assert one == two
+    assert one.startswith(f"{picture}: ")
+    assert len(one) > len(f"{picture}: ")
+    done = run(program, ["caption", "missing.png", *options])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("lapilli: missing.png")
+    assert len(done.stderr.splitlines()) == 1
+    done = run(program, ["caption", picture, "--top-p", "0"])
+    assert (done.exit_code, done.stderr) == (2, "lapilli: top_p must be in (0, 1], got 0.0\n")

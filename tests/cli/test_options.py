@@ -1,15 +1,21 @@
-"""The sampling options of the commands are the fields of SamplingParams."""
+"""Options that commands share: one frozen value, with the fields of SamplingParams in it."""
 
 import inspect
-from dataclasses import fields
+import shutil
+from dataclasses import FrozenInstanceError, fields
+from types import SimpleNamespace
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 from lapilli.cli.ask import ask
 from lapilli.cli.batch import batch
 from lapilli.cli.chat import chat
-from lapilli.cli.options import with_sampling
+from lapilli.cli.main import app
+from lapilli.cli.terminal import ChatOptions, _say_what_is_odd, with_options
 from lapilli.config.generation import SamplingParams
+from lapilli.config.ignored import SamplingNote
 
 IN_TERMINAL = {
     one.name: one for one in fields(SamplingParams) if one.metadata["option"].in_terminal
@@ -18,26 +24,32 @@ IN_TERMINAL = {
 
 @pytest.mark.parametrize("command", [ask, batch, chat])
 def test_every_field_is_an_option_with_its_default(command):
-    parameters = inspect.signature(command).parameters
-    assert "sampling" not in parameters
+    parameters = inspect.signature(with_options(command)).parameters
+    assert "how" not in parameters
     for name, one in IN_TERMINAL.items():
         assert name in parameters
         several = not isinstance(one.default, int | float | None)
         assert parameters[name].default == (None if several else one.default)
+    for one in fields(ChatOptions):
+        assert one.name == "sampling" or parameters[one.name].default == one.default
 
 
-def test_a_command_gets_what_was_said_as_sampling_options():
+def test_a_command_gets_what_was_said_as_one_frozen_value():
     seen = {}
 
-    @with_sampling
-    def command(*, sampling, quiet=False):
-        seen.update(sampling, quiet=quiet)
+    @with_options
+    def command(how: ChatOptions, as_json: bool = False):
+        seen.update(how=how, as_json=as_json)
 
     said = dict.fromkeys(IN_TERMINAL) | {"temperature": 0.5, "logit_bias": ["5=-100", "7=1.5"]}
-    command(**said, quiet=True)
-    assert seen == {"temperature": 0.5, "logit_bias": ["5=-100", "7=1.5"], "quiet": True}
-    seen.pop("quiet")
-    assert SamplingParams.from_options(**seen).logit_bias == {5: -100.0, 7: 1.5}
+    plain = {one.name: one.default for one in fields(ChatOptions) if one.name != "sampling"}
+    command(**plain, **said | {"seed": 3}, as_json=True)
+    how = seen["how"]
+    assert how.sampling == {"temperature": 0.5, "logit_bias": ["5=-100", "7=1.5"], "seed": 3}
+    assert (how.model, how.alpha, seen["as_json"]) == ("pebble", "drop", True)
+    assert SamplingParams.from_options(**how.sampling).logit_bias == {5: -100.0, 7: 1.5}
+    with pytest.raises(FrozenInstanceError):
+        how.model = "other"
 
 
 @pytest.mark.parametrize(
@@ -48,9 +60,10 @@ def test_a_command_gets_what_was_said_as_sampling_options():
         ("--top-p", "0", "top_p must be in (0, 1]"),
     ],
 )
-def test_a_wrong_value_is_one_line_before_a_model_is_loaded(lapilli, option, value, message):
-    done = lapilli("ask", "Hello?", "--model", "no/such/folder/here", option, value)
-    assert done.returncode == 2
+def test_a_wrong_value_is_one_line_before_a_model_is_loaded(option, value, message):
+    asked = ["ask", "Hello?", "--model", "no/such/folder/here", option, value]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
@@ -62,3 +75,25 @@ def test_a_bias_forbids_a_token(lapilli, checkpoint):
     forced = lapilli("ask", "Hello?", "--model", checkpoint, *options, "--logit-bias", "70=100")
     assert free.returncode == forced.returncode == 0, forced.stderr
     assert free.stdout != forced.stdout
+
+
+def test_a_note_about_sampling_is_told_by_its_kind_and_not_by_its_text(capsys):
+    notes = ("generation_config.json is an old one", SamplingNote("top_k is not applied"))
+    chat = SimpleNamespace(report=SimpleNamespace(notes=notes), model=torch.nn.Linear(1, 1))
+    _say_what_is_odd(chat)
+    written = capsys.readouterr().err
+    assert "top_k is not applied\n" in written
+    assert "an old one" not in written
+
+
+@pytest.mark.slow
+def test_settings_of_a_checkpoint_that_are_not_applied_are_told(lapilli, checkpoint, tmp_path):
+    folder = tmp_path / "penal"
+    shutil.copytree(checkpoint, folder)
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.3, "num_beams": 1}')
+    asked = ("ask", "Hello?", "-m", str(folder), "--max-new-tokens", "2", "--device", "cpu")
+    done = lapilli(*asked)
+    assert done.returncode == 0
+    expected = "generation_config.json asks for repetition_penalty = 1.3, which is not applied"
+    assert [line[: len(expected)] for line in done.stderr.splitlines()] == [expected]
+    assert lapilli(*asked, "--quiet").stderr == ""

@@ -90,10 +90,11 @@ OPTIONS = [
     {"logit_bias": {7: 30.0, 8: 29.0}, "presence_penalty": 2.0, "repetition_penalty": 1.3},
     {"frequency_penalty": -2.0, "temperature": 0.8, "seed": 5, "top_p": 0.9},
 ]
+MORE = [pytest.param(options, marks=pytest.mark.slow) for options in OPTIONS[1:]]
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[0], *MORE], ids=str)
 def test_every_path_follows_every_option(path, options, model):
     assert PATHS[path](model, **options) == plain(model, **options)
     assert plain(model, **options) != plain(model)

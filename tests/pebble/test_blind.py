@@ -21,6 +21,7 @@ def test_every_question_without_a_picture_has_one_answer(asked):
     assert all(question.text.strip() for question in asked)
 
 
+@pytest.mark.slow
 def test_they_are_questions_of_the_world_and_anything_else(asked):
     texts = {question.text for question in asked}
     assert len(texts) > 350

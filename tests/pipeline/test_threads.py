@@ -70,7 +70,7 @@ def ask(chat: Chat, number: int, how: str) -> str:
         [(_, answer)] = chat.as_completed([[message]], FEW)
         return answer.text
     ready = chat.encode([message])
-    pieces = chat.engine.stream(chat._answering._request(ready, chat._params(FEW)))
+    pieces = chat.engine.stream(chat._backend._request(ready, chat._params(FEW)))
     said = next(pieces).text
     pieces.close()
     return said

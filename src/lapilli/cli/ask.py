@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lapilli.cli import options
-from lapilli.cli.terminal import (
-    PLACEHOLDER,
-    STAYED_TEXT,
-    note,
-    open_chat,
-    plain_errors,
-    read_pipe_once,
-)
+from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, ChatOptions, Json, note
 from lapilli.errors import MediaError
 
 if TYPE_CHECKING:
@@ -31,54 +23,44 @@ Images = Annotated[
 ]
 
 
-@options.with_sampling
 def ask(
-    question: Question,
-    images: Images = None,
-    model: options.Model = "pebble",
-    base: options.Base = None,
-    adapter: options.Adapter = None,
-    template: options.Template = None,
-    *,
-    sampling: options.Sampling,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    quantize: options.Quantize = None,
-    speculate: options.Speculate = "auto",
-    alpha: options.Alpha = "drop",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
+    question: Question, images: Images = None, *, how: ChatOptions, as_json: Json = False
 ) -> None:
     """Answer one question about some pictures (or about none)."""
-    with plain_errors():
-        pictures = read_pipe_once(images or [])
-        if not quiet:
-            _say_what_is_odd(question, images or [])
-        started = time.perf_counter()
-        session = open_chat(
-            model,
-            quiet=quiet,
-            speculate=speculate,
-            base=base,
-            adapter=adapter,
-            template=template,
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-            alpha=alpha,
-        )
-        load_s = time.perf_counter() - started
-        try:
-            if as_json:
-                _print_json(session, question, pictures, sampling, load_s=load_s)
-            else:
-                write_answer(session, question, pictures, sampling)
-        except MediaError as error:
-            if not _is_picture(question):
-                raise
-            raise MediaError(f"{error}; {QUESTION_FIRST}") from error
-        if not quiet:
-            warn_out_of_distribution(session)
+    pictures = read_pipe_once(images or [])
+    if not how.quiet:
+        _say_what_is_odd(question, images or [])
+    started = time.perf_counter()
+    session = how.load()
+    load_s = time.perf_counter() - started
+    try:
+        if as_json:
+            _print_json(session, question, pictures, how.sampling, load_s=load_s)
+        else:
+            write_answer(session, question, pictures, how.sampling)
+    except MediaError as error:
+        if not _is_picture(question):
+            raise
+        raise MediaError(f"{error}; {QUESTION_FIRST}") from error
+    if not how.quiet:
+        warn_out_of_distribution(session)
+
+
+def read_pipe_once(images: list[str]) -> list[str | bytes]:
+    """Return the picture arguments, `-` replaced by what standard input holds.
+
+    Raises:
+        MediaError: standard input was given twice, or cannot be read.
+    """
+    if images.count("-") > 1:
+        raise MediaError("standard input ('-') can be one picture only: it was given twice")
+    if "-" not in images:
+        return list(images)
+    from lapilli.media.fetch import fetch
+
+    piped = fetch("-", stdin=sys.stdin.buffer).data
+    assert isinstance(piped, bytes)  # noqa: S101 - what a stream gives
+    return [piped if image == "-" else image for image in images]
 
 
 def _say_what_is_odd(question: str, images: list[str]) -> None:
@@ -90,7 +72,7 @@ def _say_what_is_odd(question: str, images: list[str]) -> None:
 
 
 def _is_picture(question: str) -> bool:
-    """Whether a question is the name of a file, or a place to get a picture from."""
+    """Return whether a question is the name of a file, or a place to get a picture from."""
     try:
         return question.startswith(("http://", "https://", "data:", "file:")) or (
             Path(question).expanduser().is_file()

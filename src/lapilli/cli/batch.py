@@ -3,26 +3,22 @@
     in    {"question": "...", "images": ["a.png"], "id": 7}      paths beside the file, any id
     out   {"line": 1, "id": 7, "asked": "...", "answer": "...", ...} or {..., "error": "..."}
 
-Every line ends as an answer or as its error, whatever it holds. What the output looks like and how
-it is written stands in answers.py, what a line may say in question.py.
+Every line ends as an answer or as its error, whatever it holds. The files are read and written in
+batch_file.py.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lapilli.cli import options
-from lapilli.cli.answers import AnswerFile, Result
-from lapilli.cli.question import Line, Question, read_lines
-from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, note, open_chat, plain_errors
+from lapilli.cli.batch_file import AnswerFile, Line, Question, Result, read_lines
+from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, ChatOptions, Sampling, counting, note
+from lapilli.config.generation import SamplingParams
 from lapilli.errors import LapilliError
 
 if TYPE_CHECKING:
-    from lapilli.config.generation import SamplingParams
     from lapilli.generate.output import Generation
     from lapilli.pipeline import Chat
     from lapilli.prompt.message import Message
@@ -37,62 +33,31 @@ Folder = Annotated[
 Rows = Annotated[int, typer.Option(min=1, help="Most questions that are answered at once.")]
 
 EXIT_NO_ANSWER = 1
-"""The exit code when there is no answer to any line."""
+"""Exit code when no line has an answer."""
 
 
-@options.with_sampling
 def batch(
-    source: Source,
-    target: Target,
-    model: options.Model = "pebble",
-    base: options.Base = None,
-    adapter: options.Adapter = None,
-    template: options.Template = None,
-    images: Folder = None,
-    rows: Rows = 16,
-    *,
-    sampling: options.Sampling,
-    speculate: options.Speculate = "auto",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    quantize: options.Quantize = None,
-    alpha: options.Alpha = "drop",
-    quiet: options.Quiet = False,
+    source: Source, target: Target, images: Folder = None, rows: Rows = 16, *, how: ChatOptions
 ) -> None:
     """Answer the questions of a file, many at a time; run again after a stop, it goes on.
 
     A line that was changed since is answered again. The exit code is 1 where no line has an answer.
     """
-    with plain_errors():
-        lines = read_lines(source)
-        with AnswerFile(target, lines, source=source) as answers:
-            if not quiet:
-                _say_what_is_there(answers, len(lines), target)
-            waiting = [line for line in lines if line.number not in answers.done]
-            folder = images or source.parent
-            if waiting and not quiet:
-                _warn_of_placeholders(waiting, folder)
-            if waiting:
-                session = open_chat(
-                    model,
-                    quiet=quiet,
-                    speculate=speculate,
-                    max_rows=rows,
-                    base=base,
-                    adapter=adapter,
-                    template=template,
-                    device=device,
-                    dtype=dtype,
-                    quantize=quantize,
-                    alpha=alpha,
-                )
-                results = answer_lines(session, waiting, folder, sampling)
-                errors = write_results(results, answers, total=len(waiting), quiet=quiet)
-                if errors and not quiet:
-                    note(f"{errors} of {len(waiting)} lines have an error, see {target}")
-            has_answers = answers.num_answers > 0 or not lines
-    if not has_answers:
-        raise typer.Exit(EXIT_NO_ANSWER)
+    lines = read_lines(source)
+    with AnswerFile(target, lines, source=source) as answers:
+        if not how.quiet:
+            _say_what_is_there(answers, len(lines), target)
+        waiting = [line for line in lines if line.number not in answers.done]
+        folder = images or source.parent
+        if waiting and not how.quiet:
+            _warn_of_placeholders(waiting, folder)
+        if waiting:
+            results = answer_lines(how.load(max_rows=rows), waiting, folder, how.sampling)
+            errors = write_results(results, answers, total=len(waiting), quiet=how.quiet)
+            if errors and not how.quiet:
+                note(f"{errors} of {len(waiting)} lines have an error, see {target}")
+        if not answers.num_answers and lines:
+            raise typer.Exit(EXIT_NO_ANSWER)
 
 
 def _say_what_is_there(answers: AnswerFile, num_lines: int, target: Path) -> None:
@@ -116,76 +81,43 @@ def _warn_of_placeholders(lines: Sequence[Line], folder: Path) -> None:
 
 
 def answer_lines(
-    session: "Chat", lines: Sequence[Line], folder: Path, sampling: dict[str, Any]
+    session: "Chat", lines: Sequence[Line], folder: Path, sampling: Sampling
 ) -> Iterator[Result]:
-    """A result for every line, in the order in which they are finished.
+    """Yield a result for every line, in the order in which they are finished.
 
     Questions are answered together. Where that ends in an error of all (a fault in the model's
     arithmetic, or in ours), those that were on their way are asked one by one, so that the error
     stays with the line that it belongs to, and the rest goes on together.
     """
-    from lapilli.config.generation import SamplingParams
-
     params = SamplingParams.from_options(**sampling)
-    waiting = list(lines)
+    questions = [line.question(folder) for line in lines]
+    yield from (question.head for question in questions if not question.messages)
+    waiting = [question for question in questions if question.messages]
     while waiting:
-        together = _Together(session, waiting, folder, params)
+        taken: list[Question] = []
+        answered: set[int] = set()
         try:
-            yield from together.results()
+            for at, answer in session.as_completed(_conversations(waiting, taken), params):
+                answered.add(at)
+                yield taken[at].head | describe(answer)
         except Exception:  # noqa: BLE001 - whatever it was, the lines have to be told apart
-            for question in together.unanswered():
-                yield question.head | _answer_alone(session, question.messages, params)
-        waiting = waiting[together.taken :]
+            for at, question in enumerate(taken):
+                if at not in answered:
+                    yield question.head | _answer_alone(session, question.messages, params)
+        waiting = waiting[len(taken) :]
 
 
-class _Together:
-    """Lines that are answered at the same time; knows which of them are still on their way."""
-
-    def __init__(
-        self, session: "Chat", lines: Sequence[Line], folder: Path, params: "SamplingParams"
-    ) -> None:
-        self.taken = 0
-        self._session, self._lines, self._folder = session, lines, folder
-        self._params = params
-        self._asked: list[Question] = []
-        self._answered: set[int] = set()
-        self._unreadable: list[Result] = []
-
-    def results(self) -> Iterator[Result]:
-        """Results as they come."""
-        for at, answer in self._session.as_completed(self._conversations(), self._params):
-            while self._unreadable:
-                yield self._unreadable.pop()
-            self._answered.add(at)
-            yield self._asked[at].head | describe(answer)
-        while self._unreadable:
-            yield self._unreadable.pop()
-
-    def unanswered(self) -> Iterator[Question]:
-        """Questions that were taken and have no result."""
-        for result in self._unreadable:
-            yield Question(result, ())
-        for at, question in enumerate(self._asked):
-            if at not in self._answered:
-                yield question
-
-    def _conversations(self) -> "Iterator[tuple[Message, ...]]":
-        for line in self._lines:
-            self.taken += 1
-            question = line.question(self._folder)
-            if question.messages:
-                self._asked.append(question)
-                yield question.messages
-            else:
-                self._unreadable.append(question.head)
+def _conversations(
+    questions: Sequence[Question], taken: list[Question]
+) -> "Iterator[tuple[Message, ...]]":
+    """Yield the messages of all questions, and note which are on their way."""
+    for question in questions:
+        taken.append(question)
+        yield question.messages
 
 
-def _answer_alone(
-    session: "Chat", messages: "Sequence[Message]", params: "SamplingParams"
-) -> Result:
-    """The end of a line's result, whatever happens; nothing where the line had its error before."""
-    if not messages:
-        return {}
+def _answer_alone(session: "Chat", messages: "Sequence[Message]", params: SamplingParams) -> Result:
+    """Return the end of a line's result, whatever happens."""
     try:
         return describe(session.answer(messages, params))
     except LapilliError as error:
@@ -195,7 +127,7 @@ def _answer_alone(
 
 
 def describe(answer: "Generation | LapilliError") -> Result:
-    """The end of a line's result."""
+    """Return the end of a line's result."""
     if isinstance(answer, LapilliError):
         return {"error": " ".join(str(answer).split())}
     return {
@@ -209,48 +141,11 @@ def describe(answer: "Generation | LapilliError") -> Result:
 def write_results(
     results: Iterator[Result], answers: AnswerFile, *, total: int, quiet: bool
 ) -> int:
-    """Append every result as it comes; returns how many are errors."""
+    """Append every result as it comes; return how many are errors."""
     errors = 0
-    with progress(total, quiet=quiet) as bar:
-        for result in results:
+    with counting(quiet=quiet) as show:
+        for done, result in enumerate(results, 1):
             answers.add(result)
             errors += "error" in result
-            bar.advance()
+            show(done, total)
     return errors
-
-
-class Bar(Protocol):
-    """Counts what is done."""
-
-    def advance(self) -> None:
-        """One more."""
-        ...
-
-
-@contextmanager
-def progress(total: int, *, quiet: bool) -> Iterator[Bar]:
-    """A bar on standard error; nothing in a pipe and with --quiet."""
-    if quiet or not sys.stderr.isatty():
-        yield _Silence()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as shown:
-        yield _RichBar(shown, total)
-
-
-class _Silence:
-    def advance(self) -> None:
-        """Nothing is shown."""
-
-
-class _RichBar:
-    def __init__(self, shown: Any, total: int) -> None:  # noqa: ANN401 - rich is imported late
-        self._shown = shown
-        self._task = shown.add_task("", total=total)
-
-    def advance(self) -> None:
-        """One more."""
-        self._shown.advance(self._task)

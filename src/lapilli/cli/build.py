@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lapilli.cli import options
-from lapilli.cli.terminal import note, plain_errors
+from lapilli.cli.terminal import Overwrite, Quiet, note
 from lapilli.config.families import text_types
 
 Out = Annotated[Path, typer.Argument(help="The new directory.")]
@@ -58,34 +57,33 @@ def build(
     start_end: StartEnd = False,
     patch_token: PatchToken = False,
     force: Force = False,
-    overwrite: options.Overwrite = False,
-    quiet: options.Quiet = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Join a language model and a vision tower with a fresh projector, ready to be trained."""
-    with plain_errors():
-        from lapilli.train.build import Joint, build_llava
+    from lapilli.train.build import Joint, build_llava
 
-        built = build_llava(
-            language,
-            vision,
-            out,
-            joint=Joint(
-                projector=projector,
-                select_layer=select_layer,
-                select_feature=select_feature,
-                aspect=aspect,
-                use_start_end=start_end,
-                use_patch_token=patch_token,
-                seed=seed,
-            ),
-            template=template,
-            dtype=dtype,
-            tower=tower,
-            force=force,
-            overwrite=overwrite,
-        )
-        if not quiet:
-            for line in built.notes:
-                note(line)
-            note(f"template {built.template}: {built.reason}")
-            note(f"{out}: its projector knows nothing yet; train it with `lapilli train`")
+    built = build_llava(
+        language,
+        vision,
+        out,
+        joint=Joint(
+            projector=projector,
+            select_layer=select_layer,
+            select_feature=select_feature,
+            aspect=aspect,
+            use_start_end=start_end,
+            use_patch_token=patch_token,
+            seed=seed,
+        ),
+        template=template,
+        dtype=dtype,
+        tower=tower,
+        force=force,
+        overwrite=overwrite,
+    )
+    if not quiet:
+        for line in built.notes:
+            note(line)
+        note(f"template {built.template}: {built.reason}")
+        note(f"{out}: its projector knows nothing yet; train it with `lapilli train`")

@@ -2,25 +2,17 @@
 
 import json
 import os
+import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lapilli.cli import options
 from lapilli.cli.ask import warn_out_of_distribution, write_answer
-from lapilli.cli.terminal import (
-    PLACEHOLDER,
-    STAYED_TEXT,
-    in_one_line,
-    line_editing,
-    note,
-    open_chat,
-    plain_errors,
-    typed_ahead,
-)
+from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, ChatOptions, in_one_line, note
 from lapilli.errors import LapilliError
 
 if TYPE_CHECKING:
@@ -32,47 +24,19 @@ HELP = (
 Image = Annotated[str | None, typer.Argument(help="A picture to begin with.")]
 
 
-@options.with_sampling
-def chat(
-    image: Image = None,
-    model: options.Model = "pebble",
-    base: options.Base = None,
-    adapter: options.Adapter = None,
-    template: options.Template = None,
-    *,
-    sampling: options.Sampling,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    quantize: options.Quantize = None,
-    speculate: options.Speculate = "auto",
-    alpha: options.Alpha = "drop",
-    quiet: options.Quiet = False,
-) -> None:
+def chat(image: Image = None, *, how: ChatOptions) -> None:
     """Talk about pictures. /image PATH, /reset, /save FILE, /quit; Ctrl-C stops an answer."""
-    with plain_errors():
-        session = open_chat(
-            model,
-            quiet=quiet,
-            speculate=speculate,
-            base=base,
-            adapter=adapter,
-            template=template,
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-            alpha=alpha,
-        )
-        conversation = Conversation(session, sampling, quiet=quiet)
-        if image is not None:
-            conversation.show(image)
-        if not quiet:
-            note(HELP)
-        with line_editing(_history_file()):
-            conversation.run()
+    conversation = Conversation(how.load(), how.sampling, quiet=how.quiet)
+    if image is not None:
+        conversation.show(image)
+    if not how.quiet:
+        note(HELP)
+    with line_editing(_history_file()):
+        conversation.run()
 
 
 class Conversation:
-    """Lines in, answers out, until the input ends."""
+    """A conversation in the terminal: lines in, answers out, until the input ends."""
 
     def __init__(self, session: "Chat", sampling: dict[str, Any], *, quiet: bool) -> None:
         self.session = session
@@ -97,7 +61,7 @@ class Conversation:
 
     @staticmethod
     def _read() -> str:
-        """The next line.
+        """Return the next line.
 
         Raises:
             EOFError: there is none.
@@ -169,3 +133,36 @@ def _history_file() -> Path:
     state = os.environ.get("XDG_STATE_HOME")
     home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() fails for a user without one
     return (Path(state) if state else Path(home, ".local", "state")) / "lapilli" / "history"
+
+
+@contextmanager
+def line_editing(history: Path) -> Iterator[None]:
+    """Edit lines with arrow keys and a lasting history, where the platform has readline."""
+    try:
+        import readline
+    except ImportError:  # Windows: input() still works, without history
+        yield
+        return
+    with suppress(OSError):  # none yet, or one that cannot be read: no reason not to talk
+        readline.read_history_file(history)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.set_history_length(1000)
+            readline.write_history_file(history)
+
+
+def typed_ahead() -> str | None:
+    """Return a line typed while nobody was reading; "" for Ctrl-D, None where there is none.
+
+    A terminal keeps a Ctrl-D as an end of the input for whoever reads next. Line editing switches
+    it to single keys first, and the Ctrl-D is gone: so it is looked for before that.
+    """
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return None  # input() reads lines here, and finds the end by itself
+    ready, _, _ = select.select([sys.stdin], [], [], 0)
+    if not ready:
+        return None
+    return os.read(sys.stdin.fileno(), 1 << 16).decode(sys.stdin.encoding, "surrogateescape")

@@ -4,8 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lapilli.cli import options
-from lapilli.cli.terminal import loading, note, plain_errors
+from lapilli.cli.terminal import SaveOptions, Source, Target, loading, note
 
 Layout = Annotated[
     str,
@@ -17,31 +16,27 @@ Dtype = Annotated[
 
 
 def export(
-    source: options.Source,
-    target: options.Target,
+    source: Source,
+    target: Target,
     layout: Layout = "llava",
     dtype: Dtype = None,
-    template: options.Template = None,
-    base: options.Base = None,
-    adapter: options.Adapter = None,
-    overwrite: options.Overwrite = False,
-    quiet: options.Quiet = False,
+    *,
+    how: SaveOptions,
 ) -> None:
     """Save a checkpoint for other programs: one folder with everything, adapters folded in."""
-    with plain_errors():
-        with loading(source, quiet=quiet) as progress:
-            from lapilli.checkpoint.export import export_checkpoint
+    with loading(source, quiet=how.quiet) as progress:
+        from lapilli.checkpoint.export import export_checkpoint
 
-            stored = export_checkpoint(
-                source,
-                target,
-                layout=layout,
-                dtype=dtype,
-                template=template,
-                base=base,
-                adapter=adapter,
-                overwrite=overwrite,
-                progress=progress,
-            )
-        if not quiet:
-            note(f"{target}: {layout}, {stored}")
+        stored = export_checkpoint(
+            source,
+            target,
+            layout=layout,
+            dtype=dtype,
+            template=how.template,
+            base=how.base,
+            adapter=how.adapter,
+            overwrite=how.overwrite,
+            progress=progress,
+        )
+    if not how.quiet:
+        note(f"{target}: {layout}, {stored}")

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lapilli.cli import options
-from lapilli.cli.terminal import plain_errors
+from lapilli.cli.terminal import Adapter, Base, Json, Source, Template
 
 Measured = Annotated[
     str | None,
@@ -15,26 +14,25 @@ Measured = Annotated[
 
 
 def inspect(
-    source: options.Source = "pebble",
-    base: options.Base = None,
-    adapter: options.Adapter = None,
-    template: options.Template = None,
+    source: Source = "pebble",
+    base: Base = None,
+    adapter: Adapter = None,
+    template: Template = None,
     device: Measured = None,
-    as_json: options.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Print what a checkpoint is: format, architecture, template, tower, tokens, keys."""
-    with plain_errors():
-        from lapilli.checkpoint.inspect import inspect_checkpoint
-        from lapilli.errors import ConfigError
-        from lapilli.quant.choose import Choices, cache_file
+    from lapilli.checkpoint.inspect import inspect_checkpoint
+    from lapilli.errors import ConfigError
+    from lapilli.quant.choose import Choices, cache_file
 
-        if device not in (None, "cpu"):
-            raise ConfigError(f"device {device!r}: only cpu has paths to choose between")
-        found = inspect_checkpoint(
-            source,
-            base=base,
-            adapter=adapter,
-            template=template,
-            choices=None if device is None else Choices(cache_file()),
-        )
-        typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.to_text())
+    if device not in (None, "cpu"):
+        raise ConfigError(f"device {device!r}: only cpu has paths to choose between")
+    found = inspect_checkpoint(
+        source,
+        base=base,
+        adapter=adapter,
+        template=template,
+        choices=None if device is None else Choices(cache_file()),
+    )
+    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.to_text())

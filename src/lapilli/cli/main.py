@@ -1,39 +1,57 @@
 """The `lapilli` program: a table of commands. `lapilli --help` must not import torch."""
 
-from typing import Annotated
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Annotated, TextIO
 
 import typer
 
 from lapilli import __version__
 from lapilli.cli import ask, batch, build, chat, data, export, inspect, quantize, train
-from lapilli.cli.terminal import close_streams, plain_errors, prepare_streams
+from lapilli.cli.terminal import EXIT_BAD_INPUT, add_command, in_one_line, note, plain_errors
 
-app = typer.Typer(
-    name="lapilli",
-    help="LLaVA, finished: ask questions about pictures with any LLaVA checkpoint.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: rich alone would cost a third of the time --help may take
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("ask")(ask.ask)
-app.command("batch")(batch.batch)
-app.command("build")(build.build)
-app.command("chat")(chat.chat)
-app.add_typer(data.app, name="data")
-app.command("export")(export.export)
-app.command("inspect")(inspect.inspect)
-app.command("quantize")(quantize.quantize)
-app.command("train", context_settings=train.SETTINGS)(train.train)
+COMMANDS: Mapping[str, Callable[..., None] | typer.Typer] = {
+    "ask": ask.ask,
+    "batch": batch.batch,
+    "build": build.build,
+    "chat": chat.chat,
+    "export": export.export,
+    "inspect": inspect.inspect,
+    "quantize": quantize.quantize,
+    "train": train.train,
+    "data": data.app,
+}
+"""Every command, or group of commands, by its name."""
 
 
-def _print_version(wanted: bool) -> None:
+def build_program(commands: Mapping[str, Callable[..., None] | typer.Typer]) -> typer.Typer:
+    """Return the program with these commands."""
+    program = typer.Typer(
+        name="lapilli",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # plain help: rich would cost a third of the time --help may take
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for name, command in commands.items():
+        if isinstance(command, typer.Typer):
+            program.add_typer(command, name=name)
+        else:
+            add_command(program, name, command)
+    program.callback()(_program)
+    return program
+
+
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"lapilli {__version__}")
         raise typer.Exit
+    return wanted
 
 
-@app.callback()
 def _program(
     version: Annotated[
         bool,
@@ -45,8 +63,11 @@ def _program(
     """LLaVA, finished: ask questions about pictures with any LLaVA checkpoint."""
 
 
+app = build_program(COMMANDS)
+
+
 def main() -> None:
-    """Entry point of the installed `lapilli` script: no traceback, whatever the streams are."""
+    """Run the installed `lapilli` script: no traceback, whatever the streams are."""
     prepare_streams()
     code = 0
     try:
@@ -55,3 +76,60 @@ def main() -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     raise SystemExit(close_streams(code))
+
+
+def prepare_streams() -> None:
+    """Make the three standard streams safe to use, whatever they were started with.
+
+    One that is closed (`>&-`) becomes the null device: otherwise the next file to be opened would
+    take its number, and what a library prints would be written into that file. On a closed standard
+    output the null device cannot be written, so an answer that is lost is an error and not a
+    success (`close_streams`). Text that cannot be written in the terminal's encoding is escaped;
+    bytes that are no text are kept as half characters, which open the file that they name and are
+    refused in a question. Warnings are for people who write programs: they are shown with
+    `python -W`, and not here.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                # It takes the lowest number that is free: this one.
+                os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_RDWR)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def close_streams(code: int) -> int:
+    """Return the exit code of the program, after what is still to be written was written.
+
+    A reader that has seen enough (head, less) is no fault. A disk that is full is one.
+    """
+    failed = _flush(sys.stdout)
+    if failed is not None and not isinstance(failed, BrokenPipeError):
+        if code == 0:
+            note(f"lapilli: standard output: {in_one_line(failed)}")
+        code = code or EXIT_BAD_INPUT
+    _flush(sys.stderr)
+    return code
+
+
+def _flush(stream: TextIO) -> Exception | None:
+    """Write what waits; return the error where that fails, and let the rest go to the null device.
+
+    Python flushes once more when it ends, and prints a traceback if that fails.
+    """
+    try:
+        stream.flush()
+    except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
+        null = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError, ValueError):
+            os.dup2(null, stream.fileno())
+        os.close(null)
+        return error
+    return None

@@ -4,8 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lapilli.cli import options
-from lapilli.cli.terminal import loading, note, plain_errors
+from lapilli.cli.terminal import SaveOptions, Source, Target, loading, note
 
 Bits = Annotated[int, typer.Option(help="4 or 8.")]
 GroupSize = Annotated[
@@ -20,49 +19,45 @@ Tower = Annotated[bool, typer.Option("--tower", help="The vision tower too, in 8
 
 
 def quantize(
-    source: options.Source,
-    target: options.Target,
+    source: Source,
+    target: Target,
     bits: Bits = 4,
     group_size: GroupSize = 0,
     zero_points: Zeros = False,
     mode: Mode = "dynamic",
     tower: Tower = False,
-    template: options.Template = None,
-    base: options.Base = None,
-    adapter: options.Adapter = None,
-    overwrite: options.Overwrite = False,
-    quiet: options.Quiet = False,
+    *,
+    how: SaveOptions,
 ) -> None:
     """Save a checkpoint in 4 or 8 bits; it loads at once and answers faster on a CPU."""
-    with plain_errors():
-        with loading(source, quiet=quiet) as progress:
-            from lapilli.checkpoint.export import save_loaded
-            from lapilli.checkpoint.load import load_checkpoint
-            from lapilli.checkpoint.placement import STORED
-            from lapilli.quant import QuantConfig
-            from lapilli.quant.config import describe
-            from lapilli.quant.quantize import notes_on
+    with loading(source, quiet=how.quiet) as progress:
+        from lapilli.checkpoint.export import save_loaded
+        from lapilli.checkpoint.load import load_checkpoint
+        from lapilli.checkpoint.placement import STORED
+        from lapilli.quant import QuantConfig
+        from lapilli.quant.config import describe
+        from lapilli.quant.quantize import notes_on
 
-            config = QuantConfig(
-                bits=bits,
-                group_size=group_size,
-                symmetric=not zero_points,
-                mode=mode,
-                quantize_tower=tower,
-            )
-            loaded = load_checkpoint(
-                source,
-                base=base,
-                adapter=adapter,
-                template=template,
-                device="cpu",
-                dtype=STORED,
-                quantization=config,
-                progress=progress,
-            )
-        save_loaded(target, loaded, quantization=config, overwrite=overwrite)
-        if not quiet:
-            size = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
-            note(f"{target}: {size / 1e6:.1f} MB, {describe(config)}")
-            for line in notes_on(dict(loaded.model.named_modules()), config):
-                note(line)
+        config = QuantConfig(
+            bits=bits,
+            group_size=group_size,
+            symmetric=not zero_points,
+            mode=mode,
+            quantize_tower=tower,
+        )
+        loaded = load_checkpoint(
+            source,
+            base=how.base,
+            adapter=how.adapter,
+            template=how.template,
+            device="cpu",
+            dtype=STORED,
+            quantization=config,
+            progress=progress,
+        )
+    save_loaded(target, loaded, quantization=config, overwrite=how.overwrite)
+    if not how.quiet:
+        size = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
+        note(f"{target}: {size / 1e6:.1f} MB, {describe(config)}")
+        for line in notes_on(dict(loaded.model.named_modules()), config):
+            note(line)

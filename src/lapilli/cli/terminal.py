@@ -1,23 +1,28 @@
-"""How the commands talk to a person: one-line errors, progress on standard error, line editing.
+"""Terminal: the options that commands share, and what they write for people.
 
-The only room that prints. Nothing here imports torch.
+Notes, bars and one-line errors go to standard error. Nothing here imports torch before a command
+runs.
 """
 
 import errno
-import os
-import select
+import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import Field, dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
 
 from lapilli.checkpoint.source import is_local
+from lapilli.config.generation import EngineOptions, SamplingParams, value_type
+from lapilli.config.ignored import SamplingNote
 from lapilli.errors import LapilliError
 
 if TYPE_CHECKING:
+    from lapilli.modality.image.decode import Alpha
     from lapilli.pipeline import Chat
 
 EXIT_BAD_INPUT = 2
@@ -25,9 +30,182 @@ EXIT_BAD_INPUT = 2
 PLACEHOLDER = "<image>"
 STAYED_TEXT = f"{PLACEHOLDER} in the question stays text: the pictures stand before the question"
 
+Base = Annotated[
+    str | None,
+    typer.Option(help="The language model under a LoRA or a projector-only checkpoint."),
+]
+Adapter = Annotated[str | None, typer.Option(help="A PEFT adapter for the model.")]
+Template = Annotated[
+    str | None,
+    typer.Option(help="Conversation template by name, such as vicuna_v1."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the answer.")]
+Source = Annotated[str, typer.Argument(help="A directory, a hub id, or pebble.")]
+Target = Annotated[Path, typer.Argument(help="The new directory.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory.")]
+
+Sampling = dict[str, Any]
+"""Sampling options of a command: keyword arguments of SamplingParams.from_options."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOptions:
+    """Options of the commands that save a checkpoint in another form."""
+
+    template: Template = None
+    base: Base = None
+    adapter: Adapter = None
+    overwrite: Overwrite = False
+    quiet: Quiet = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """Options of the commands that answer questions.
+
+    Raises:
+        GenerationError: a wrong sampling option, found before a model is loaded.
+    """
+
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A directory, a hub id, or pebble.")
+    ] = "pebble"
+    base: Base = None
+    adapter: Adapter = None
+    template: Template = None
+    sampling: Sampling
+    device: Device = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or int4: smaller and faster on a CPU.")
+    ] = None
+    speculate: Annotated[
+        str,
+        typer.Option(help="Guess tokens ahead and check them: on, off, or auto, while it pays."),
+    ] = "auto"
+    alpha: Annotated[
+        str,
+        typer.Option(
+            help="Transparent pictures: drop shows what lies under, composite lays on white."
+        ),
+    ] = "drop"
+    quiet: Quiet = False
+
+    def __post_init__(self) -> None:
+        SamplingParams.from_options(**self.sampling)
+
+    def load(self, **limits: Any) -> "Chat":  # noqa: ANN401  see EngineOptions
+        """Load the model behind a bar, and say what a person should know about it.
+
+        Args:
+            limits: fields of EngineOptions.
+        """
+        with loading(self.model, quiet=self.quiet) as progress:
+            import lapilli  # torch with it, which takes time too
+
+            chat = lapilli.load(
+                self.model,
+                base=self.base,
+                adapter=self.adapter,
+                template=self.template,
+                device=self.device,
+                dtype=self.dtype,
+                quantize=self.quantize,
+                alpha=cast("Alpha", self.alpha),  # any text: it is checked there
+                engine=EngineOptions(speculate=self.speculate, **limits),
+                progress=progress,
+            )
+        if not self.quiet:
+            _say_what_is_odd(chat)
+        return chat
+
+
+def _say_what_is_odd(chat: "Chat") -> None:
+    """Say that a CPU has no compiled kernels, and which settings of the files are not applied."""
+    from lapilli.kernels.library import why_not_native
+
+    reason = why_not_native()
+    if reason and next(chat.model.parameters()).device.type == "cpu":
+        note(reason)
+    for line in chat.report.notes:
+        if isinstance(line, SamplingNote):
+            note(line)
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each field of its parameters that are dataclasses.
+
+    A field of the type Sampling becomes an option for each field of SamplingParams.
+    """
+    before = inspect.signature(command).parameters
+    groups: dict[str, Any] = {
+        name: one.annotation for name, one in before.items() if is_dataclass(one.annotation)
+    }
+    parameters: list[inspect.Parameter] = []
+    for name, one in before.items():
+        if name in groups:
+            parameters += [option for field in fields(groups[name]) for option in _options(field)]
+        else:
+            parameters.append(one.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def with_groups(**given: Any) -> None:  # noqa: ANN401  what typer read
+        for name, group in groups.items():
+            given[name] = group(**{field.name: _value(field, given) for field in fields(group)})
+        command(**given)
+
+    # typer reads both; mypy knows no such attribute of a function.
+    vars(with_groups)["__signature__"] = inspect.Signature(parameters)
+    with_groups.__annotations__ = {one.name: one.annotation for one in parameters}
+    return with_groups
+
+
+def _options(field: "Field[Any]") -> list[inspect.Parameter]:
+    """Return the command's parameters for a field of a group."""
+    if field.type == Sampling:
+        found = [_sampling_option(one) for one in fields(SamplingParams)]
+        return [one for one in found if one is not None]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)]
+
+
+def _value(field: "Field[Any]", given: dict[str, Any]) -> Any:  # noqa: ANN401  of any field
+    """Return the value of a field, taken out of what typer read."""
+    values = {one.name: given.pop(one.name) for one in _options(field)}
+    if field.type == Sampling:
+        return {name: value for name, value in values.items() if value is not None}
+    return values[field.name]
+
+
+def _sampling_option(one: "Field[Any]") -> inspect.Parameter | None:
+    """Return the command's parameter for a sampling option; None: not for the terminal."""
+    option, kind, default = one.metadata["option"], value_type(one), one.default
+    if not option.in_terminal:
+        return None
+    bounds = {"min": option.low, "max": option.high}
+    if kind not in (int, float):  # several values: the option is repeated
+        kind, default = list[int] if kind == tuple[int, ...] else list[str], None
+        bounds = bounds if kind == list[int] else {}
+    annotation = kind if default is not None else kind | None
+    return inspect.Parameter(
+        one.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[annotation, typer.Option(help=option.help, **bounds)],
+    )
+
+
+def add_command(app: typer.Typer, name: str, command: Callable[..., None]) -> None:
+    """Add a command whose errors are one line; with a typer.Context, it may have other options."""
+    context = typer.Context in inspect.get_annotations(command).values()
+    settings = {"allow_extra_args": context, "ignore_unknown_options": context}
+    app.command(name, context_settings=settings)(plain_errors()(with_options(command)))
+
 
 def note(text: str) -> None:
-    """One line on standard error, where a pipe does not see it; lost where that cannot be written.
+    """Write a line on standard error, where a pipe does not see it; lost if it cannot be written.
 
     What goes wrong has an exit code too, and there is no other place to say it.
     """
@@ -37,88 +215,26 @@ def note(text: str) -> None:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What is wrong, for people: without line ends, and without the number of a system error."""
+    """Return the message without line ends, and without the number of a system error."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror and not isinstance(error, LapilliError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         text = ": ".join([" -> ".join(names), error.strerror]) if names else error.strerror
-        if error.errno == errno.EBADF and not names:  # see prepare_streams
+        if error.errno == errno.EBADF and not names:  # see prepare_streams in main.py
             text = "standard output is closed, so nothing can be written to it"
     return " ".join(text.split()) or type(error).__name__
 
 
-def fail(error: BaseException) -> NoReturn:
-    """Leave with exit code 2 and one line that names what is wrong."""
-    note(f"lapilli: {in_one_line(error)}")
-    raise SystemExit(EXIT_BAD_INPUT)
-
-
-def prepare_streams() -> None:
-    """Make the three standard streams safe to use, whatever they were started with.
-
-    One that is closed (`>&-`) becomes the null device: otherwise the next file to be opened would
-    take its number, and what a library prints would be written into that file. On a closed standard
-    output the null device cannot be written, so an answer that is lost is an error and not a
-    success (`close_streams`). Text that cannot be written in the terminal's encoding is escaped;
-    bytes that are no text are kept as half characters, which open the file that they name and are
-    refused in a question. Warnings are for people who write programs: they are shown with
-    `python -W`, and not here.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        stream = getattr(sys, name)
-        if stream is None:
-            try:
-                os.fstat(number)
-            except OSError:
-                # It takes the lowest number that is free: this one.
-                os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_RDWR)
-            mode = "r" if name == "stdin" else "w"
-            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-
-
-def close_streams(code: int) -> int:
-    """The exit code of the program, after what is still to be written was written.
-
-    A reader that has seen enough (head, less) is no fault. A disk that is full is one.
-    """
-    failed = _flush(sys.stdout)
-    if failed is not None and not isinstance(failed, BrokenPipeError):
-        if code == 0:
-            note(f"lapilli: standard output: {in_one_line(failed)}")
-        code = code or EXIT_BAD_INPUT
-    _flush(sys.stderr)
-    return code
-
-
-def _flush(stream: TextIO) -> Exception | None:
-    """Write what waits; what cannot be written goes to the null device, and the error comes back.
-
-    Python flushes once more when it ends, and prints a traceback if that fails.
-    """
-    try:
-        stream.flush()
-    except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
-        null = os.open(os.devnull, os.O_WRONLY)
-        with suppress(OSError, ValueError):
-            os.dup2(null, stream.fileno())
-        os.close(null)
-        return error
-    return None
-
-
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """What goes wrong on purpose becomes one line and exit code 2; a bug keeps its traceback."""
+    """Turn what goes wrong on purpose into one line and exit code 2; a bug keeps its traceback."""
     try:
         yield
     except (LapilliError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             raise SystemExit(0) from None  # the reader (head, less) has seen enough
-        fail(error)
+        note(f"lapilli: {in_one_line(error)}")
+        raise SystemExit(EXIT_BAD_INPUT) from error
     except KeyboardInterrupt:
         note("")
         raise SystemExit(130) from None
@@ -126,9 +242,9 @@ def plain_errors() -> Iterator[None]:
 
 @contextmanager
 def loading(model: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """On standard error a spinner, then a bar that `lapilli.load(progress=...)` moves.
+    """Show a spinner on standard error, then a bar; yield what `load(progress=...)` moves it by.
 
-    None in a pipe and with --quiet. What comes from the hub shows the hub's own bars first.
+    Yields None in a pipe and with --quiet. A model from the hub shows the hub's own bars first.
     """
     if quiet or not sys.stderr.isatty():
         yield None
@@ -157,93 +273,19 @@ def loading(model: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] |
         bar.stop()
 
 
-def open_chat(
-    model: str,
-    *,
-    quiet: bool,
-    speculate: str,
-    max_rows: int | None = None,
-    **how: Any,  # noqa: ANN401 - see lapilli.load
-) -> "Chat":
-    """`lapilli.load` behind a bar; the imports that take time are behind it too."""
-    chat = _load(model, quiet=quiet, speculate=speculate, max_rows=max_rows, **how)
-    if not quiet:
-        _warn_of_slow_cpu(chat)
-        # Settings that other programs follow: with them the answers are others.
-        for line in chat.report.notes:
-            if line.startswith("generation_config.json"):
-                note(line)
-    return chat
-
-
-def _warn_of_slow_cpu(chat: "Chat") -> None:
-    """Say in one line that a model on a CPU runs without the compiled kernels."""
-    from lapilli.kernels.library import why_not_native
-
-    reason = why_not_native()
-    if reason and next(chat.model.parameters()).device.type == "cpu":
-        note(reason)
-
-
-def _load(
-    model: str,
-    *,
-    quiet: bool,
-    speculate: str,
-    max_rows: int | None,
-    **how: Any,  # noqa: ANN401 - see lapilli.load
-) -> "Chat":
-    with loading(model, quiet=quiet) as progress:
-        import lapilli
-        from lapilli.config.generation import EngineOptions
-
-        engine = EngineOptions(speculate=speculate)
-        if max_rows is not None:
-            engine = replace(engine, max_rows=max_rows)
-        return lapilli.load(model, progress=progress, engine=engine, **how)
-
-
-def read_pipe_once(images: list[str]) -> list[str | bytes]:
-    """The picture arguments with `-` replaced by what standard input holds."""
-    if images.count("-") > 1:
-        fail(ValueError("standard input ('-') can be one picture only: it was given twice"))
-    if "-" not in images:
-        return list(images)
-    from lapilli.media.fetch import fetch
-
-    piped = fetch("-", stdin=sys.stdin.buffer).data
-    assert isinstance(piped, bytes)  # noqa: S101 - what a stream gives
-    return [piped if image == "-" else image for image in images]
-
-
 @contextmanager
-def line_editing(history: Path) -> Iterator[None]:
-    """Arrow keys and a history that outlives the program, where the platform has readline."""
-    try:
-        import readline
-    except ImportError:  # Windows: input() still works, without history
-        yield
-        return
-    with suppress(OSError):  # none yet, or one that cannot be read: no reason not to talk
-        readline.read_history_file(history)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            history.parent.mkdir(parents=True, exist_ok=True)
-            readline.set_history_length(1000)
-            readline.write_history_file(history)
+def counting(*, quiet: bool, transient: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on standard error; yield what moves it, by how many are done of how many.
 
-
-def typed_ahead() -> str | None:
-    """What was typed while nobody was reading: a whole line, "" for Ctrl-D, None for nothing.
-
-    A terminal keeps a Ctrl-D as an end of the input for whoever reads next. Line editing switches
-    it to single keys first, and the Ctrl-D is gone: so it is looked for before that.
+    Nothing is shown in a pipe and with --quiet; a transient bar vanishes at the end.
     """
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return None  # input() reads lines here, and finds the end by itself
-    ready, _, _ = select.select([sys.stdin], [], [], 0)
-    if not ready:
-        return None
-    return os.read(sys.stdin.fileno(), 1 << 16).decode(sys.stdin.encoding, "surrogateescape")
+    if quiet or not sys.stderr.isatty():
+        yield lambda _done, _total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=transient) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

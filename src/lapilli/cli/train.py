@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lapilli.cli import options
-from lapilli.cli.terminal import note, plain_errors
+from lapilli.cli.terminal import Device, Quiet, note
 
 if TYPE_CHECKING:
     from lapilli.train.recipe import Recipe
@@ -28,16 +27,13 @@ Exam = Annotated[
     ),
 ]
 
-SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""What typer has to be told so that `--section.key value` comes through."""
-
 
 def train(
     context: typer.Context,
     recipe_file: RecipeFile,
     out: Out = None,
-    device: options.Device = "auto",
-    quiet: options.Quiet = False,
+    device: Device = "auto",
+    quiet: Quiet = False,
     gpus: Gpus = None,
     exam: Exam = None,
 ) -> None:
@@ -47,21 +43,20 @@ def train(
     Under torchrun all processes train one model. The result lies in OUT/model. Relative paths in a
     recipe start in the folder where the command is started.
     """
-    with plain_errors():
-        from lapilli.train.recipe.checks import check_paths
-        from lapilli.train.recipe.file import load_recipe
+    from lapilli.train.recipe.checks import check_paths
+    from lapilli.train.recipe.file import load_recipe
 
-        asked = [] if exam is None else ["--run.exam", str(exam)]
-        recipe = load_recipe(recipe_file, [*context.args, *asked])
-        if gpus is not None:
-            _print_plan(recipe, gpus)
-            return
-        if out is None:
-            raise typer.BadParameter("where does the run go?", param_hint="--out")
-        if out.is_file():
-            raise typer.BadParameter(f"{out} is a file: expected a folder", param_hint="--out")
-        check_paths(recipe, recipe_file)
-        _run(recipe, out, device=device, quiet=quiet)
+    asked = [] if exam is None else ["--run.exam", str(exam)]
+    recipe = load_recipe(recipe_file, [*context.args, *asked])
+    if gpus is not None:
+        _print_plan(recipe, gpus)
+        return
+    if out is None:
+        raise typer.BadParameter("where does the run go?", param_hint="--out")
+    if out.is_file():
+        raise typer.BadParameter(f"{out} is a file: expected a folder", param_hint="--out")
+    check_paths(recipe, recipe_file)
+    _run(recipe, out, device=device, quiet=quiet)
 
 
 def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
@@ -92,7 +87,7 @@ def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
 
 
 def _say_end(recipe: "Recipe", out: Path, *, quiet: bool) -> None:
-    """How the run went, by its log; a rising loss is told even with --quiet."""
+    """Say how the run went, by its log; a rising loss is told even with --quiet."""
     from lapilli.train.exam import ANSWERS, FIGURE
     from lapilli.train.trainer.curves import advice
     from lapilli.train.trainer.metrics import RunLog
@@ -112,7 +107,7 @@ def _say_end(recipe: "Recipe", out: Path, *, quiet: bool) -> None:
 
 
 def _print_plan(recipe: "Recipe", gpus: int) -> None:
-    """What the run costs on three kinds of GPU."""
+    """Print what the run costs on three kinds of GPU."""
     from dataclasses import replace
 
     from lapilli.checkpoint.read.plan import make_plan

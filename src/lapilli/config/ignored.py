@@ -95,15 +95,23 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
-def sampling_notes(generation: Mapping[str, object]) -> tuple[str, ...]:
+class SamplingNote(str):
+    """A note that tokens are chosen otherwise than generation_config.json asks for."""
+
+    __slots__ = ()
+
+
+def sampling_notes(generation: Mapping[str, object]) -> tuple[SamplingNote, ...]:
     """Return a line for each setting of generation_config.json that transformers would follow.
 
     What a person asks for decides how lapilli answers, as in the original's own programs. A file
     that asks for something else is told of: with it transformers gives other tokens.
     """
     return tuple(
-        f"generation_config.json asks for {key} = {reprlib.repr(value)}, which is not applied: "
-        "only what you ask for yourself changes how tokens are chosen"
+        SamplingNote(
+            f"generation_config.json asks for {key} = {reprlib.repr(value)}, which is not applied: "
+            "only what you ask for yourself changes how tokens are chosen"
+        )
         for key, value in sorted(generation.items())
         if key in _NEUTRAL and value not in _NEUTRAL[key]
     )

@@ -1,4 +1,4 @@
-"""`load(source) -> Chat`: the order of the walk, and the conversation.
+"""`load(source) -> Chat`, and the conversation with a loaded model.
 
 Knows who is asked when; must not know how files look, how pixels are computed or how tokens are
 chosen.
@@ -6,6 +6,7 @@ chosen.
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,13 @@ from lapilli.config.generation import SamplingParams
 from lapilli.config.model import ModelConfig
 from lapilli.errors import CheckpointError, LapilliError, PromptError
 from lapilli.generate.engine import Engine, EngineOptions
+from lapilli.generate.engine.request import EngineStream
 from lapilli.generate.output import Generation
-from lapilli.generate.reference import check_context
 from lapilli.media.fetch import FetchLimits
 from lapilli.modality.image.decode import Alpha, check_alpha
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.pipeline.answering import Answering, Reply
-from lapilli.pipeline.conversation import Conversation, Turn
-from lapilli.pipeline.memory import Memory
-from lapilli.pipeline.ready import ReadyPrompt, make_ready, prepare
+from lapilli.pipeline.backend import AnswerStream, Backend, Pieces
+from lapilli.pipeline.processor import ProcessedPrompt, prepare, process, with_stops
 from lapilli.prompt.choose import Template
 from lapilli.prompt.message import MediaPart, Message
 from lapilli.prompt.tokenizer import Tokenizer
@@ -49,7 +48,7 @@ def load(
     prefix: str | Path | None = None,
     alpha: Alpha = "drop",
 ) -> "Chat":
-    """A checkpoint, ready to answer.
+    """Load a checkpoint to talk with.
 
     Args:
         source: a directory, a hub id, or "pebble".
@@ -96,6 +95,22 @@ def load(
     return chat
 
 
+@dataclass(slots=True)
+class Conversation:
+    """A conversation: its history, and the media that were shown.
+
+    Attributes:
+        number: a later conversation has a higher number.
+        history: questions and answers, without the system message.
+        media: every part that was shown with what its modality prepared, by the part's id(): two
+            pictures of one path may differ, so a medium is known by the object alone.
+    """
+
+    number: int = 0
+    history: tuple[Message, ...] = ()
+    media: dict[int, tuple[MediaPart, Any]] = field(default_factory=dict)
+
+
 class Chat:
     """A model, and the conversation with it.
 
@@ -116,7 +131,7 @@ class Chat:
         width = None if vision is None else vision.hidden_size
         self._detector = load_detector(loaded.path, width=width)
         without = "" if self._detector is None else self._detector.without_picture
-        self._answering = Answering(loaded, engine, without)
+        self._backend = Backend(loaded, engine, without)
         self._turns = threading.RLock()
         self._numbers = count(1)
         self._adopting = threading.Lock()
@@ -125,7 +140,7 @@ class Chat:
         self.template: Template = loaded.template.template
         self.limits = FetchLimits()
         self.alpha: Alpha = "drop"
-        """What becomes of the transparency of pictures, see `load`."""
+        """Treatment of transparent pictures, see `load`."""
         self.system: str | None = None
         """Instructions in place of the template's own; counted from the next question on."""
         self._last_keys: tuple[int, ...] = ()
@@ -145,22 +160,22 @@ class Chat:
 
     @property
     def engine(self) -> Engine:
-        """What answers: all methods share what it keeps. Made when it is first needed.
+        """The engine, whose caches all methods share; made when it is first needed.
 
         Raises:
             UnsupportedModelError: the language model is one of another library; Chat then answers
                 without the engine.
         """
-        return self._answering.engine
+        return self._backend.engine
 
     @property
     def config(self) -> ModelConfig:
-        """What the checkpoint is."""
+        """The configuration of the checkpoint."""
         return self._loaded.config
 
     @property
     def report(self) -> LoadReport:
-        """What became of every tensor in the files."""
+        """Report of loading: used, dropped, missing and unexpected tensors."""
         return self._loaded.report
 
     @property
@@ -180,7 +195,7 @@ class Chat:
             self._last_keys, self._last_media, self.last = (), (), None
 
     def ask(self, question: str, *images: object, keep: bool = False, **sampling: object) -> str:
-        """The answer, without white space around it.
+        """Return the answer, without white space around it.
 
         Args:
             question: anything; an `<image>` in it stays text.
@@ -203,8 +218,8 @@ class Chat:
         *images: object,
         keep: bool = False,
         **sampling: object,
-    ) -> Turn:
-        """The answer of `ask`, in pieces as it settles.
+    ) -> AnswerStream:
+        """Return the answer of `ask` as an iterator of pieces of text.
 
         Closing the iterator stops the answer; what was said of it is kept. The question follows the
         history as it is now, and joins it with its answer when that is over.
@@ -215,54 +230,49 @@ class Chat:
         with self._turns:
             begins = bool(images) and not keep
             talk = Conversation(next(self._numbers)) if begins else self._conversation
-            messages = (*talk.history, Message.user(question, *images))
-            prompt = self._ready(self._with_system(messages), talk.memory)
-            media = [part for message in messages for part in message.media]
-            new = prompt.media[len(media) - len(messages[-1].media) :]
-            return Turn(
-                lambda: self._answering.start(prompt, media, talk.memory, params),
-                lambda reply, is_whole: self._remember(
-                    messages[-1], new, talk, reply, is_whole=is_whole
-                ),
+            asked = Message.user(question, *images)
+            prompt = self._process(self._with_system((*talk.history, asked)), talk)
+            new = prompt.media[len(prompt.media) - len(asked.media) :]
+            return AnswerStream(
+                lambda: self._backend.stream(prompt, params),
+                lambda pieces: self._remember(asked, new, talk, pieces),
             )
 
     def answer(
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> Generation:
-        """The answer to a conversation given as a whole; the chat's own history is not touched."""
+        """Return the answer to a whole conversation; the chat's own history is not touched."""
         return self.batch([messages], params)[0]
 
     def batch(
         self, conversations: Sequence[Sequence[Message]], params: SamplingParams | None = None
     ) -> list[Generation]:
-        """The answers to several conversations at once, each as if it were the only one.
+        """Return the answers to several conversations, each as if it were the only one.
 
         Raises:
             PromptError: a conversation has nothing to answer.
             ContextTooLongError: a conversation leaves no room for an answer.
         """
         params = self._params(params or SamplingParams())
-        prompts = [
-            self._ready(messages, Memory(), row=row) for row, messages in enumerate(conversations)
-        ]
-        return self._answering.answer_all(prompts, params)
+        prompts = [self._process(messages, row=row) for row, messages in enumerate(conversations)]
+        return self._backend.generate(prompts, params)
 
     def as_completed(
         self, conversations: Iterable[Sequence[Message]], params: SamplingParams | None = None
     ) -> Iterator[tuple[int, Generation | LapilliError]]:
-        """Number and answer of every conversation as it is finished, many at the same time.
+        """Yield number and answer of every conversation as it is finished, many at the same time.
 
         What is wrong with one (a picture that cannot be read) is handed out in its place. The
         conversations are taken from the iterable when there is room for them.
         """
         params = self._params(params or SamplingParams())
-        prompts = (self._ready_or_error(messages) for messages in conversations)
-        return self._answering.as_completed(prompts, params)
+        prompts = (self._process_or_error(messages) for messages in conversations)
+        return self._backend.as_completed(prompts, params)
 
     def ask_many(
         self, questions: Sequence[str | tuple[object, ...]], **sampling: object
     ) -> list[str]:
-        """The answers to questions that have nothing to do with each other, many at a time.
+        """Return the answers to questions that have nothing to do with each other, many at a time.
 
         The chat's own history is not touched. Pictures and beginnings that several questions share
         are read once.
@@ -282,7 +292,7 @@ class Chat:
         return [answer.text.strip() for answer in answers]
 
     def save_prefix(self, path: str | Path) -> int:
-        """Keys and values of the latest question and its answer, in a file; returns positions.
+        """Save keys and values of the latest question and its answer; return the positions.
 
         `load(..., prefix=path)` and `load_prefix` take it up in another process: what begins like
         this (the same instructions, the same picture) is then read from disk instead of computed.
@@ -295,7 +305,7 @@ class Chat:
         return self.engine.save_prefix(Path(path), self._last_keys)
 
     def load_prefix(self, path: str | Path) -> int:
-        """Take up what `save_prefix` wrote; returns positions.
+        """Load what `save_prefix` wrote; return the number of positions.
 
         Raises:
             MissingFileError: there is no such file.
@@ -303,9 +313,9 @@ class Chat:
         """
         return self.engine.load_prefix(Path(path))
 
-    def encode(self, messages: Sequence[Message]) -> ReadyPrompt:
-        """The parts that `answer` works with: ids, spans and prepared media."""
-        return self._ready(messages, Memory())
+    def encode(self, messages: Sequence[Message]) -> ProcessedPrompt:
+        """Return the prompt that `answer` works with: ids, spans and prepared media."""
+        return self._process(messages)
 
     def check_image(self, source: object) -> None:
         """Fetch and decode a picture, and throw it away.
@@ -314,7 +324,7 @@ class Chat:
             MediaError: it cannot be fetched or decoded.
             UnsupportedModelError: the model reads text only.
         """
-        prepare(MediaPart(source), self.model, self.limits, alpha=self.alpha)
+        self._prepare(MediaPart(source))
 
     def out_of_distribution(self) -> str | None:
         """Return one line for people if a picture of the latest question is unlike the training's.
@@ -329,20 +339,10 @@ class Chat:
         return self._detector.warning(self.name)
 
     def _remember(
-        self,
-        question: Message,
-        media: tuple[Any, ...],
-        talk: Conversation,
-        reply: Reply,
-        *,
-        is_whole: bool,
+        self, question: Message, media: tuple[Any, ...], talk: Conversation, pieces: Pieces
     ) -> None:
         """Keep the turn, unless it was cancelled before it said anything."""
-        generation = reply.pieces.generation
-        # After an interrupt between two layers the cache cannot be trusted.
-        talk.memory.keep_cache(
-            reply.cache if is_whole else None, [*reply.positions, *generation.token_ids]
-        )
+        generation = pieces.generation
         is_said = bool(generation.text) or generation.finish_reason != "cancelled"
         with self._adopting:
             if is_said:
@@ -350,54 +350,50 @@ class Chat:
                 talk.history = (*talk.history, question, answer)
             if talk.number < self._conversation.number:
                 return  # a later conversation has begun, or this one is to be forgotten
-            self.last, self._last_keys, self._last_media = generation, reply.keys, media
+            self._last_keys = pieces.handle.keys if isinstance(pieces, EngineStream) else ()
+            self.last, self._last_media = generation, media
             if is_said:
                 self._conversation = talk
 
-    def _ready(self, messages: Sequence[Message], memory: Memory, *, row: int = 0) -> ReadyPrompt:
+    def _process(
+        self, messages: Sequence[Message], talk: Conversation | None = None, *, row: int = 0
+    ) -> ProcessedPrompt:
+        """Return the prompt of these messages.
+
+        Args:
+            messages: all of them.
+            talk: the conversation that they belong to, whose media are not prepared again.
+            row: named in errors.
+        """
         if not messages:
             raise PromptError("the conversation is empty: give at least one message of the user")
+        known = {} if talk is None else talk.media
         parts = [part for message in messages for part in message.media]
-        items = [self._item(part, memory) for part in parts]
-        prompt = make_ready(
+        shown = {id(part): known.get(id(part)) or (part, self._prepare(part)) for part in parts}
+        prompt = process(
             messages,
-            items,
+            [shown[id(part)][1] for part in parts],
             model=self.model,
             template=self.template,
             tokenizer=self.tokenizer,
             image_id=self.config.tokens.image_id,
+            context_length=self._backend.context_length,
+            row=row,
         )
-        visual = sum(span.length for span in prompt.encoded.spans)
-        check_context(
-            len(prompt.encoded.input_ids), self._answering.context_length, row=row, visual=visual
-        )
-        for part, item in zip(parts, items, strict=True):
-            memory.add(part, item)
+        known.update(shown)
         return prompt
 
-    def _ready_or_error(self, messages: Sequence[Message]) -> ReadyPrompt | LapilliError:
+    def _process_or_error(self, messages: Sequence[Message]) -> ProcessedPrompt | LapilliError:
         try:
-            return self._ready(messages, Memory())
+            return self._process(messages)
         except LapilliError as error:
             return error
 
-    def _item(self, part: MediaPart, memory: Memory) -> object:
-        item = memory.item(part)
-        if item is not None:
-            return item
+    def _prepare(self, part: MediaPart) -> Any:  # noqa: ANN401 - every modality has its own
         return prepare(part, self.model, self.limits, alpha=self.alpha)
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         return messages if self.system is None else (Message.system(self.system), *messages)
 
     def _params(self, params: SamplingParams) -> SamplingParams:
-        """The parameters, with the template's end of an answer among the stops.
-
-        Where the tokenizer has the stop string as one token, that token stops too: special tokens
-        are not part of the text that stop strings are looked for in.
-        """
-        token_ids = [self.tokenizer.token_to_id(text) for text in self.template.stop]
-        return params.updated(
-            stop=dict.fromkeys((*params.stop, *self.template.stop)),
-            stop_token_ids=(*params.stop_token_ids, *(i for i in token_ids if i is not None)),
-        )
+        return with_stops(params, self.template, self.tokenizer)

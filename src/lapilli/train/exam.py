@@ -20,8 +20,8 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import LapilliError
 from lapilli.generate.output import Generation
-from lapilli.pipeline.answering import Answering
-from lapilli.pipeline.ready import ReadyPrompt
+from lapilli.pipeline.backend import Backend
+from lapilli.pipeline.processor import ProcessedPrompt, with_stops
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class Graded:
 @dataclass(frozen=True, slots=True)
 class _Question:
     sample: str
-    prompt: ReadyPrompt
+    prompt: ProcessedPrompt
     reference: str
     num_tokens: int
 
@@ -74,27 +74,22 @@ def hold_exam(
         CheckpointError: the results, or the base below them, cannot be read.
     """
     loaded = load_checkpoint(model, device=device)
-    answering = Answering(loaded)
-    stops = (loaded.tokenizer.token_to_id(text) for text in template.stop)
-    stop_ids = tuple(index for index in stops if index is not None)
+    backend = Backend(loaded)
     number = min(number, len(rows))
     graded = []
     for index in (at * len(rows) // number for at in range(number)):
         for question in _questions(rows.row(index), rows, index, loaded.tokenizer, template):
-            params = SamplingParams(
-                max_new_tokens=question.num_tokens + _ROOM,
-                stop=template.stop,
-                stop_token_ids=stop_ids,
-            )
-            answer = _answer(answering, question.prompt, params)
+            params = SamplingParams(max_new_tokens=question.num_tokens + _ROOM)
+            params = with_stops(params, template, loaded.tokenizer)
+            answer = _answer(backend, question.prompt, params)
             graded.append(Graded(question.sample, question.reference, answer))
     return graded
 
 
-def _answer(answering: Answering, prompt: ReadyPrompt, params: SamplingParams) -> str:
+def _answer(backend: Backend, prompt: ProcessedPrompt, params: SamplingParams) -> str:
     """The text; why there is none, where the prompt leaves the context no room."""
     try:
-        found: Generation = answering.answer_all([prompt], params)[0]
+        found: Generation = backend.generate([prompt], params)[0]
     except LapilliError as error:
         return f"({error})"
     return found.text.strip()
@@ -127,10 +122,10 @@ def answers_of(loss_mask: Sequence[bool]) -> list[tuple[int, int]]:
     return found
 
 
-def _before(prompt: EncodedPrompt, media: Sequence[Any], end: int) -> ReadyPrompt:
+def _before(prompt: EncodedPrompt, media: Sequence[Any], end: int) -> ProcessedPrompt:
     spans = tuple(span for span in prompt.spans if span.start < end)
     encoded = EncodedPrompt(prompt.input_ids[:end], [False] * end, spans)
-    return ReadyPrompt(encoded, tuple(media[: len(spans)]))
+    return ProcessedPrompt(encoded, tuple(media[: len(spans)]))
 
 
 def write_exam(folder: Path, graded: Sequence[Graded]) -> None:

@@ -155,9 +155,12 @@ def test_the_second_stage_trains_all_but_the_tower(name):
 
 
 LORA = [f"llava15_{size}/{stage}" for size in SIZES for stage in ("lora", "task_lora")]
+SLOW_LORA = [*LORA[1:], "llava15_7b/qlora"]
 
 
-@pytest.mark.parametrize("name", [*LORA, "llava15_7b/qlora"])
+@pytest.mark.parametrize(
+    "name", [LORA[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_LORA)]
+)
 def test_lora_trains_adapters_and_the_projector_at_their_own_rates(name):
     made = Made.of(name)
     size = "13b" if "13b" in name else "7b"

@@ -57,6 +57,7 @@ class Engine:
         context_length: most tokens of prompt and answer; None: what the language model reads.
         options: limits.
         proposer: makes what proposes draft tokens; None: prompt lookup.
+        features: cache of the features of media, where others use it too; None: one of its own.
 
     Raises:
         UnsupportedModelError: a language model from elsewhere.
@@ -72,6 +73,7 @@ class Engine:
         context_length: int | None = None,
         options: EngineOptions | None = None,
         proposer: NewProposer | None = None,
+        features: FeatureCache | None = None,
     ) -> None:
         language_model = model.language_model
         if not language_model.supports_varlen:
@@ -86,7 +88,7 @@ class Engine:
         self.context_length = readable_context(model, context_length)
         like = language_model.embed(torch.zeros(1, dtype=torch.long, device=model.device))
         self.pool = new_pool(model, self.options, context_length=self.context_length, like=like)
-        self.features = FeatureCache(self.options.feature_bytes)
+        self.features = features or FeatureCache(self.options.feature_bytes)
         self._inputs = InputProcessor(
             model, tokenizer, eos_ids=eos_ids, context_length=self.context_length, pool=self.pool
         )

@@ -1,4 +1,4 @@
-"""Messages made ready for the model: media fetched, prepared and counted, text encoded.
+"""Processor: messages -> ProcessedPrompt; media fetched, prepared and counted, text encoded.
 
 Knows where a medium goes on its way; must not know the conversation before or the answer after.
 """
@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from lapilli.config.generation import SamplingParams
 from lapilli.errors import MediaError, UnsupportedModelError
+from lapilli.generate.reference import check_context
 from lapilli.media.fetch import FetchLimits, fetch
-from lapilli.modality.base import Modality
 from lapilli.modality.image.decode import Alpha, to_rgb
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
@@ -25,7 +26,7 @@ from lapilli.shapes import Float, Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class ReadyPrompt:
+class ProcessedPrompt:
     """A conversation as the model takes it: `model.embed_prompts([encoded], [media])`.
 
     Attributes:
@@ -38,21 +39,23 @@ class ReadyPrompt:
 
     @property
     def text_ids(self) -> list[int]:
-        """The ids outside the media."""
+        """Token ids outside the media."""
         covered = {i for s in self.encoded.spans for i in range(s.start, s.start + s.length)}
         return [token for i, token in enumerate(self.encoded.input_ids) if i not in covered]
 
 
-def make_ready(
+def process(
     messages: Sequence[Message],
     items: Sequence[Any],
     *,
     model: VisionLanguageModel,
     template: Template,
     tokenizer: Tokenizer,
+    context_length: int,
     image_id: int | None = None,
-) -> ReadyPrompt:
-    """A prompt whose spans have the lengths of its media.
+    row: int = 0,
+) -> ProcessedPrompt:
+    """Return the prompt of a conversation; its spans have the lengths of its media.
 
     Args:
         messages: system, user and assistant.
@@ -60,29 +63,41 @@ def make_ready(
         model: counts the positions of every item.
         template: makes text of the messages.
         tokenizer: makes ids of the text.
+        context_length: most positions of prompt and answer.
         image_id: the vocabulary's own image token, in checkpoints of Hugging Face's layout.
+        row: named where the prompt is too long.
 
     Raises:
+        ContextTooLongError: the conversation leaves no room for an answer.
         PromptError: the template cannot render these messages.
     """
     parts = [part for message in messages for part in message.media]
     lengths = [
-        num_tokens(item, model.modality(part.modality))
+        len(item) if isinstance(item, Tensor) else model.modality(part.modality).num_tokens(item)
         for part, item in zip(parts, items, strict=True)
     ]
-    segments = template.render(messages)
-    return ReadyPrompt(encode(segments, tokenizer, lengths, image_id=image_id), tuple(items))
+    encoded = encode(template.render(messages), tokenizer, lengths, image_id=image_id)
+    check_context(len(encoded.input_ids), context_length, row=row, visual=sum(lengths))
+    return ProcessedPrompt(encoded, tuple(items))
 
 
-def num_tokens(item: Any, modality: Modality) -> int:  # noqa: ANN401 - every modality has its own
-    """Positions of a prepared item, or of features."""
-    return len(item) if isinstance(item, Tensor) else modality.num_tokens(item)
+def with_stops(params: SamplingParams, template: Template, tokenizer: Tokenizer) -> SamplingParams:
+    """Return the parameters with the template's end of an answer among the stops.
+
+    Where the tokenizer has the stop string as one token, that token stops too: special tokens
+    are not part of the text that stop strings are looked for in.
+    """
+    token_ids = [tokenizer.token_to_id(text) for text in template.stop]
+    return params.updated(
+        stop=dict.fromkeys((*params.stop, *template.stop)),
+        stop_token_ids=(*params.stop_token_ids, *(i for i in token_ids if i is not None)),
+    )
 
 
 def prepare(
     part: MediaPart, model: VisionLanguageModel, limits: FetchLimits, *, alpha: Alpha = "drop"
 ) -> Any:  # noqa: ANN401 - every modality has its own
-    """A medium, prepared for its modality; features stay features.
+    """Return a medium prepared for its modality; features stay features.
 
     Args:
         part: the medium.
@@ -107,14 +122,16 @@ def prepare(
     if isinstance(source, PreparedImage):
         return source
     if isinstance(source, Tensor):
-        return given_features(source, modality, model.language_model.config.hidden_size)
+        return _project_features(source, modality, model.language_model.config.hidden_size)
     fetched = fetch(source, limits=limits, stdin=getattr(sys.stdin, "buffer", None))
     return modality.prepare(to_rgb(fetched.data, alpha=alpha, name=fetched.name))
 
 
 @torch.inference_mode()
-def given_features(features: Tensor, modality: ImageModality, width: int) -> Float[Tensor, "n D"]:
-    """Features that somebody computed before, as wide as the language model reads them.
+def _project_features(
+    features: Tensor, modality: ImageModality, width: int
+) -> Float[Tensor, "n D"]:
+    """Return features that somebody computed before, as wide as the language model reads them.
 
     Args:
         features: [n, width], or [n, width of the tower], which goes through the projector.

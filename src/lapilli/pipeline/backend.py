@@ -1,0 +1,288 @@
+"""Backends of a conversation: processed prompts go in, answers come out.
+
+    greedy, sampled                    Engine     features, prefixes and blocks are shared
+    beams, foreign language models     generate()/stream(), the plain loop
+
+Knows processed prompts; must not know messages, templates or the conversation before.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from lapilli.checkpoint.load import Loaded
+from lapilli.config.generation import SamplingParams
+from lapilli.errors import LapilliError
+from lapilli.generate.decode import lock_of
+from lapilli.generate.engine import Engine, EngineOptions, Request
+from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch, media_digest
+from lapilli.generate.engine.request import EngineStream
+from lapilli.generate.output import Generation, Piece
+from lapilli.generate.reference import Stream, generate, stream
+from lapilli.model.outputs import FusedBatch
+from lapilli.pipeline.processor import ProcessedPrompt
+from lapilli.shapes import Tensor
+
+
+class FixedAnswer(Iterator[Piece]):
+    """An answer that needs no model, as a stream of one piece."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+        self._is_read = False
+
+    def __next__(self) -> Piece:
+        """Return the whole answer, once."""
+        if self._is_read:
+            raise StopIteration
+        self._is_read = True
+        return Piece(self.generation.text, self.generation.token_ids, self.generation.finish_reason)
+
+
+Pieces = EngineStream | Stream | FixedAnswer
+"""An answer on its way, from any backend."""
+
+
+class AnswerStream(Iterator[str]):
+    """The text of an answer, piece by piece as it settles; any threads may read it.
+
+    Closing it, from any thread, or letting go of it stops the answer; what was said of it is kept.
+
+    Args:
+        begin: starts the answer; called when the first piece is wanted.
+        keep: called when it is over, unless it failed.
+    """
+
+    def __init__(self, begin: Callable[[], Pieces], keep: Callable[[Pieces], None]) -> None:
+        self._is_over = False
+        self._begin = begin
+        self._keep = keep
+        self._lock = threading.RLock()
+        self._pieces: Pieces | None = None
+
+    def __next__(self) -> str:
+        """Return the next piece.
+
+        Raises:
+            LapilliError: what went wrong with the answer.
+        """
+        with self._lock:
+            try:
+                text = self._pull()
+            except Exception:  # whatever it was, there is no more of this answer
+                self._is_over = True
+                raise
+            except BaseException:  # an interrupt: what was said until now is the answer
+                with suppress(LapilliError, RuntimeError):
+                    self._end()
+                raise
+            if text is None:
+                raise StopIteration
+            return text
+
+    def close(self) -> None:
+        """Stop here; what was said is the answer."""
+        pieces = self._pieces
+        if isinstance(pieces, EngineStream):
+            pieces.handle.cancel()  # whoever is pulling a piece now need not end it
+        with self._lock:
+            self._end()
+
+    def __del__(self) -> None:
+        """Stop an answer that nobody reads any more."""
+        if not self._is_over:
+            # What it was in the middle of may be in the middle of something else.
+            with suppress(LapilliError, RuntimeError):
+                self.close()
+
+    def _pull(self) -> str | None:
+        """Return the next piece that has text; None when the answer is over."""
+        if self._pieces is None and not self._is_over:
+            self._pieces = self._begin()
+        while not self._is_over and self._pieces is not None:
+            piece = next(self._pieces, None)
+            if piece is None:
+                self._end()
+            elif piece.text:
+                return piece.text
+        return None
+
+    def _end(self) -> None:
+        was_over, self._is_over = self._is_over, True
+        if self._pieces is not None and not was_over:
+            self._keep(self._pieces)
+
+
+class Backend:
+    """A loaded model that answers prompts, through the engine or by the plain loop.
+
+    Args:
+        loaded: model, tokenizer, configuration.
+        options: limits of the engine.
+        without_media: the answer to every prompt without a picture, where the checkpoint has one;
+            "": the model answers those too.
+    """
+
+    def __init__(
+        self, loaded: Loaded, options: EngineOptions | None = None, without_media: str = ""
+    ) -> None:
+        self._loaded = loaded
+        self._options = options or EngineOptions()
+        self._without_media = without_media
+        self._features = FeatureCache(self._options.feature_bytes)
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, made when it is first needed.
+
+        Raises:
+            UnsupportedModelError: a language model of another library.
+        """
+        with self._lock:
+            if self._engine is None:
+                self._engine = Engine(
+                    self._loaded.model,
+                    self._loaded.tokenizer,
+                    eos_ids=self._eos_ids,
+                    context_length=self.context_length,
+                    options=self._options,
+                    features=self._features,
+                )
+            return self._engine
+
+    @property
+    def context_length(self) -> int:
+        """Most positions of prompt and answer."""
+        config = self._loaded.config
+        return max(config.context_length, config.text.max_positions)
+
+    def stream(self, prompt: ProcessedPrompt, params: SamplingParams) -> Pieces:
+        """Return one answer piece by piece."""
+        fixed = self._fixed(prompt)
+        if fixed is not None:
+            return FixedAnswer(fixed)
+        request = self._request(prompt, params)
+        if self._has_engine(params):
+            return self.engine.stream(request)
+        return stream(batch=self._fuse([request]), **self._plain_options([request]))
+
+    def generate(
+        self, prompts: Sequence[ProcessedPrompt], params: SamplingParams
+    ) -> list[Generation]:
+        """Return the answers, each as if it were the only one."""
+        fixed = [self._fixed(prompt) for prompt in prompts]
+        requests = [
+            self._request(prompt, params)
+            for prompt, known in zip(prompts, fixed, strict=True)
+            if known is None
+        ]
+        run = self.engine.run if self._has_engine(params) else self._generate_plain
+        answers = iter(run(requests) if requests else [])
+        return [next(answers) if known is None else known for known in fixed]
+
+    def as_completed(
+        self, prompts: Iterable[ProcessedPrompt | LapilliError], params: SamplingParams
+    ) -> Iterator[tuple[int, Generation | LapilliError]]:
+        """Yield number and answer of every prompt as it is finished; errors keep their number."""
+        asked: list[int] = []
+        known: list[tuple[int, Generation | LapilliError]] = []
+
+        def requests() -> Iterator[Request]:
+            for number, prompt in enumerate(prompts):
+                fixed = prompt if isinstance(prompt, LapilliError) else self._fixed(prompt)
+                if fixed is not None:
+                    known.append((number, fixed))
+                elif isinstance(prompt, ProcessedPrompt):
+                    asked.append(number)
+                    yield self._request(prompt, params)
+
+        if self._has_engine(params):
+            answers = self.engine.as_completed(requests())
+        else:
+            answers = enumerate(self._generate_or_error(request) for request in requests())
+        for at, answer in answers:
+            while known:
+                yield known.pop()
+            yield asked[at], answer
+        yield from known
+
+    def _fixed(self, prompt: ProcessedPrompt) -> Generation | None:
+        """Return the answer to a prompt that no model is needed for."""
+        if not self._without_media or prompt.encoded.spans:
+            return None
+        ids = self._loaded.tokenizer.encode(self._without_media, add_bos=False)
+        length = len(prompt.encoded.input_ids)
+        return Generation(tuple(ids), self._without_media, "stop", prompt_len=length)
+
+    def _generate_or_error(self, request: Request) -> Generation | LapilliError:
+        try:
+            return self._generate_plain([request])[0]
+        except LapilliError as error:
+            return error
+
+    def _generate_plain(self, requests: Sequence[Request]) -> list[Generation]:
+        return generate(batch=self._fuse(requests), **self._plain_options(requests))
+
+    def _plain_options(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the arguments of the plain loop that are no embeddings."""
+        return {
+            "model": self._loaded.model,
+            "params": requests[0].params,
+            "tokenizer": self._loaded.tokenizer,
+            "prompt_ids": [request.seen_ids or () for request in requests],
+            "eos_ids": self._eos_ids,
+            "context_length": self.context_length,
+        }
+
+    @torch.inference_mode()
+    def _fuse(self, requests: Sequence[Request]) -> FusedBatch:
+        """Return the prompts as embeddings, the features of pictures from the cache if they are."""
+        model = self._loaded.model
+        with lock_of(model.language_model).turn:
+            version = self._watch.version, self._watch.token  # asked for in this order
+            media = [
+                [
+                    self._encode(item, span.modality, version)
+                    for item, span in zip(request.media, request.prompt.spans, strict=True)
+                ]
+                for request in requests
+            ]
+            return model.embed_prompts([request.prompt for request in requests], media)
+
+    def _encode(self, item: Any, modality: str, version: object) -> Tensor:  # noqa: ANN401
+        if isinstance(item, Tensor):
+            return item
+        key = (media_digest(modality, item), version)
+        features = self._features.get(key)
+        if features is None:
+            [features] = self._loaded.model.modality(modality).embed([item])
+            self._features.put(key, features)
+        return features
+
+    @cached_property
+    def _watch(self) -> WeightWatch:
+        return WeightWatch(self._loaded.model)
+
+    @property
+    def _eos_ids(self) -> tuple[int, ...] | None:
+        return self._loaded.config.tokens.eos_ids or None
+
+    def _has_engine(self, params: SamplingParams) -> bool:
+        return params.num_beams == 1 and self._loaded.model.language_model.supports_varlen
+
+    def _request(self, prompt: ProcessedPrompt, params: SamplingParams) -> Request:
+        """Return the request.
+
+        The repetition penalty counts as seen the text and the image token, if any, as the
+        transformers library does, whose prompts hold that token once per visual position.
+        """
+        seen, image_id = prompt.text_ids, self._loaded.config.tokens.image_id
+        if image_id is not None and prompt.encoded.spans:
+            seen.append(image_id)
+        return Request(prompt.encoded, prompt.media, params, seen_ids=seen)
