@@ -23,7 +23,7 @@ from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch, med
 from lapilli.generate.engine.request import EngineStream
 from lapilli.generate.output import Generation, Piece
 from lapilli.generate.reference import Stream, generate, stream
-from lapilli.model.outputs import FusedBatch
+from lapilli.model.fuse import FusedBatch
 from lapilli.pipeline.processor import ProcessedPrompt
 from lapilli.shapes import Tensor
 
