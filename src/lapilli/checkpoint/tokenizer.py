@@ -26,7 +26,7 @@ from lapilli.prompt.tokenizer import (
     TokenizerFiles,
     build_tokenizer,
 )
-from lapilli.prompt.tokenizer.convert import llama_tokenizer
+from lapilli.prompt.tokenizer.spm_model import llama_tokenizer
 
 MOST_BYTES = 64 << 20
 """Of a tokenizer's file: the largest that are published have half of it."""

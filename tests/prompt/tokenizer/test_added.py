@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lapilli.prompt.encode import encode
 from lapilli.prompt.segments import TextSegment
 from lapilli.prompt.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer
-from tests.prompt.tokenizer.test_oracle import llama_json
+from tests.prompt.tokenizer.test_fast import llama_json
 
 EXAMPLES = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -98,7 +98,7 @@ def llama(goldens: Any, fast: bool, *, legacy: bool = True) -> Tokenizer:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     listed = {"1000": {"content": "<loc1>", "special": False, **flags}}
     config = {"added_tokens_decoder": listed, "legacy": legacy}
-    build = FastTokenizer.from_spm if fast else SentencePieceTokenizer
+    build = FastTokenizer if fast else SentencePieceTokenizer
     tokenizer = build(goldens.spm, config=config)
     tokenizer.add_tokens(["<a>", "<a>b"], special=True)
     return tokenizer
@@ -128,7 +128,7 @@ def test_both_kinds_of_tokens_in_a_conversation(goldens: Any, fast: bool, legacy
 @pytest.mark.parametrize("fast", [False, True])
 def test_tokens_that_become_special_later_stay_text_when_typed(goldens: Any, fast: bool) -> None:
     """As <im_start> of a checkpoint whose added_tokens.json only lists its id."""
-    build = FastTokenizer.from_spm if fast else SentencePieceTokenizer
+    build = FastTokenizer if fast else SentencePieceTokenizer
     tokenizer = build(goldens.spm, added={"<im_start>": 1000, "<loc1>": 1001})
     assert tokenizer.add_tokens(["<im_start>"], special=True) == 0
     typed = "<im_start> <loc1>"

@@ -14,7 +14,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from lapilli.prompt.tokenizer import FastTokenizer, SentencePieceTokenizer
-from lapilli.prompt.tokenizer.convert import llama_tokenizer
+from lapilli.prompt.tokenizer.spm_model import llama_tokenizer
 
 TEXTS = (
     *("", " ", "  a", "Hello  world ", "\n\n", "a \n b", "<s>", "a</s>b", "</s></s>", "x<unk> y"),
