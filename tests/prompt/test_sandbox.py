@@ -182,7 +182,7 @@ RUN = {
 }  # fmt: skip
 ESCAPES = [
     "''.__class__.__mro__[1].__subclasses__()", "cycler.__init__.__globals__",
-    "namespace.__globals__",
+    "namespace.__globals__", "namespace.mro()", "namespace(__class__=1)",
     "'' | attr('__class__')", "self._TemplateReference__context", "''['__class__']", "dict.mro()",
     "'{0.__class__.__mro__}'.format('')", "'{0[__class__]}'.format('')", "strftime_now.__globals__",
     "messages | map(attribute='__class__') | list", "(messages | map('upper')).gi_frame",

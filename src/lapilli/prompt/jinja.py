@@ -19,7 +19,7 @@ from typing import Any, Final
 import jinja2
 
 from lapilli.errors import PromptError
-from lapilli.prompt.budget import budget_of
+from lapilli.prompt.budget import budget_of, pay
 from lapilli.prompt.message import MediaPart, Message, TextPart
 from lapilli.prompt.sandbox import compile_template
 from lapilli.prompt.segments import MediaSlot, Segment, TextSegment
@@ -116,7 +116,7 @@ class JinjaTemplate:
     def _run(self, messages: Sequence[dict[str, Any]], *, open_turn: bool) -> str:
         steps = _STEPS + _STEPS_OF_MESSAGE * len(messages)
         try:
-            with budget_of(steps) as budget:
+            with budget_of(steps):
                 text = self._template.render(
                     messages=list(messages),
                     add_generation_prompt=open_turn,
@@ -124,7 +124,7 @@ class JinjaTemplate:
                     documents=None,
                     **self._tokens,
                 )
-                budget.pay(len(text))
+                pay(len(text))
             text.encode()
         except Exception as error:  # a stranger's program: whatever it raises, it refuses
             raise PromptError(
