@@ -6,7 +6,7 @@ from lapilli.errors import PromptError
 from lapilli.prompt.choose import TemplateFacts, choose_template, template_for_name
 from lapilli.prompt.jinja import JinjaTemplate
 from lapilli.prompt.message import Message
-from lapilli.prompt.segments import to_text
+from lapilli.prompt.template import to_text
 from lapilli.prompt.templates import TEMPLATES
 
 OWN = JinjaTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")

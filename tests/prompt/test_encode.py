@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lapilli.errors import LapilliError, MediaCountMismatchError, PromptError
 from lapilli.prompt.encode import IGNORE_INDEX, PLACEHOLDER, EncodedPrompt, Span, encode
 from lapilli.prompt.message import Message
-from lapilli.prompt.segments import MediaSlot, TextSegment, to_text
+from lapilli.prompt.template import MediaSlot, TextSegment, to_text
 from lapilli.prompt.templates import TEMPLATES
 from lapilli.prompt.tokenizer import Tokenizer
 

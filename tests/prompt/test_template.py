@@ -7,8 +7,7 @@ import pytest
 
 from lapilli.errors import MediaCountMismatchError, PromptError
 from lapilli.prompt.message import MediaPart, Message, TextPart
-from lapilli.prompt.segments import MediaSlot, TextSegment, to_text
-from lapilli.prompt.template import ChatTemplate, Template
+from lapilli.prompt.template import ChatTemplate, MediaSlot, Template, TextSegment, to_text
 from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
 
 CHATS = [name for name in TEMPLATES if not name.endswith("plain")]

@@ -3,11 +3,10 @@
 import pytest
 
 from lapilli.errors import PromptError
-from lapilli.prompt.jinja import JinjaTemplate
+from lapilli.prompt.jinja import JinjaTemplate, to_jinja
 from lapilli.prompt.message import MediaPart, Message, TextPart
-from lapilli.prompt.segments import MediaSlot
+from lapilli.prompt.template import MediaSlot
 from lapilli.prompt.templates import TEMPLATES
-from lapilli.prompt.to_jinja import to_jinja
 
 CONVERSATIONS = [
     [Message.user("Say \"ä\" and\n'b' {{ c }}")],

@@ -1,4 +1,4 @@
-"""Every conversation of the original, by every name that it has there.
+"""Conversation templates of the original, by every name that they have there.
 
 Data only. Source: LLaVA conversation.py, `conv_templates`; the texts are what checkpoints were
 trained with, so not a letter may change (double spaces and missing spaces included).
@@ -105,7 +105,7 @@ _PLAIN = ChatTemplate(name="plain", system="", roles=("", ""), style="plain", se
 
 
 def _tagged(template: ChatTemplate, name: str) -> ChatTemplate:
-    """The variant that stands every picture between tags."""
+    """Return the variant that puts every picture between tags."""
     return replace(
         template,
         name=name,

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lapilli.prompt.encode import encode
-from lapilli.prompt.segments import TextSegment
+from lapilli.prompt.template import TextSegment
 from lapilli.prompt.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer
 from tests.prompt.tokenizer.test_fast import llama_json
 

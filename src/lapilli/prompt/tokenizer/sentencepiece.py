@@ -20,7 +20,7 @@ from tokenizers import AddedToken
 
 from lapilli.errors import CheckpointError, PromptError
 from lapilli.prompt.tokenizer import spm_model
-from lapilli.prompt.tokenizer.added import LLAMA_TOKENS, AddedTokens, Range, overlaps
+from lapilli.prompt.tokenizer.added import LLAMA_TOKENS, AddedTokens, Range
 from lapilli.prompt.tokenizer.base import Token, Tokenizer, clean_up
 from lapilli.prompt.tokenizer.spm_model import SPACE
 
@@ -266,47 +266,39 @@ class _PieceEncoder:
     def tokenize(self, text: str, literal: Sequence[Range] = ()) -> list[Token]:
         """Return the tokens of a text with their characters."""
         # Reading the whole model takes a tenth of a second: only for text that may hold a symbol.
-        symbols = self._find_symbols(text) if literal and "<" in text else []
-        typed = [s for s in symbols if overlaps(s[0], s[1], literal)]
-        if not typed:
+        if not (literal and "<" in text and self._symbols.has_typed(text, literal)):
             return _with_offsets(self._pieces, text)
         tokens: list[Token] = []
-        at = 0
-        for start, end, index in [s for s in symbols if s not in typed]:
-            tokens += [*self._tokenize_typed(text, at, start), Token(index, start, end)]
-            at = end
-        return tokens + self._tokenize_typed(text, at, len(text))
+        for start, end, index in self._symbols.cut(text, literal):
+            if index is None:
+                tokens += self._tokenize_typed(text, start, end)
+            else:
+                tokens.append(Token(index, start, end))
+        return tokens
 
     @cached_property
     def _parsed(self) -> spm_model.SpmModel:
         return spm_model.parse(self._model)
 
     @cached_property
-    def _symbols(self) -> dict[str, int]:
+    def _symbols(self) -> AddedTokens:
         """User-defined pieces in angle brackets; those of spaces or digits need no protection."""
-        return {
-            piece.text: i
-            for i, piece in enumerate(self._parsed.pieces)
-            if piece.kind == spm_model.USER_DEFINED and re.fullmatch(r"<.+>", piece.text)
-        }
+        return AddedTokens(
+            {
+                i: AddedToken(piece.text, special=True)
+                for i, piece in enumerate(self._parsed.pieces)
+                if piece.kind == spm_model.USER_DEFINED and re.fullmatch(r"<.+>", piece.text)
+            }
+        )
 
     @cached_property
     def _without_symbols(self) -> _Pieces:
         """The same model without symbols and without dummy prefix."""
-        model = spm_model.without_symbols(self._model, frozenset(self._symbols))
+        model = spm_model.without_symbols(self._model, self._symbols.ids.keys())
         return _Pieces(_load_processor(spm_model.without_dummy_prefix(model)))
-
-    def _find_symbols(self, text: str) -> list[tuple[int, int, int]]:
-        if not self._symbols:
-            return []
-        names = sorted(self._symbols, key=len, reverse=True)
-        found = re.finditer("|".join(map(re.escape, names)), text)
-        return [(*match.span(), self._symbols[match.group()]) for match in found]
 
     def _tokenize_typed(self, text: str, start: int, end: int) -> list[Token]:
         """Tokenize text[start:end] without symbols."""
-        if start == end:
-            return []
         shift = int(start == 0 and self._parsed.add_dummy_prefix)
         tokens = _with_offsets(self._without_symbols, " " * shift + text[start:end])
         by = start - shift

@@ -6,7 +6,7 @@ are read here directly, so that nothing needs protobuf.
 """
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ def without_dummy_prefix(model: bytes) -> bytes:
     return model + _NO_DUMMY_PREFIX
 
 
-def without_symbols(model: bytes, symbols: frozenset[str]) -> bytes:
+def without_symbols(model: bytes, symbols: Collection[str]) -> bytes:
     """Return the same model that does not recognise the user-defined `symbols` inside a text."""
     pieces: list[bytes] = []
     others: list[bytes] = []
