@@ -54,9 +54,6 @@ RECORD_KEY = "lapilli_template"
 OWN = "chat_template"
 """Name of a checkpoint's own chat template, for people and under `RECORD_KEY`."""
 
-INFERENCE_TEMPLATE = "llava_v1"
-"""Template of the original's programs for LLaVA 1.5, which was trained with `DEFAULT_TEMPLATE`."""
-
 START_END = ("<im_start>", "<im_end>")
 """Tokens around a picture under mm_use_im_start_end."""
 
@@ -282,8 +279,7 @@ def _by_parts(facts: TemplateFacts) -> tuple[str, str]:
         return "llava_llama_2", f"config.json says that it was made from {facts.base}"
     if facts.layout == "llava" and facts.projector == "linear":
         return "llava_v0", "a linear projector: the first generation of LLaVA"
-    if facts.projector is not None:
-        return INFERENCE_TEMPLATE, (
-            f"projector {facts.projector}: LLaVA 1.5 and later, whatever the folder is called"
-        )
+    if facts.projector is not None:  # as the original's programs, not as it was trained
+        reason = f"projector {facts.projector}: LLaVA 1.5 and later, whatever the folder is called"
+        return "llava_v1", reason
     return DEFAULT_TEMPLATE, "nothing in the checkpoint tells: the original's default"

@@ -17,30 +17,13 @@ from functools import cache, wraps
 from typing import Final, NoReturn, cast
 
 import jinja2
-import jinja2.exceptions
-import jinja2.ext
-import jinja2.parser
-import jinja2.runtime
-import jinja2.sandbox
-import jinja2.utils
-from jinja2 import nodes
+from jinja2 import ext, nodes, runtime, sandbox, utils
+from jinja2.exceptions import SecurityError
+from jinja2.parser import Parser
 from markupsafe import Markup
 
-from lapilli.prompt.budget import (
-    TooMuchError,
-    Value,
-    collected,
-    counted,
-    pay,
-    pay_binop,
-    pay_call,
-    pay_filter,
-    pay_text,
-    size_of,
-    size_of_copy,
-    size_of_printed,
-    total,
-)
+from lapilli.prompt import budget
+from lapilli.prompt.budget import TooMuchError, Value, pay, pay_text, size_of
 
 MOST_SOURCE: Final = 1 << 17
 """Characters of a template; the longest that are published have 20,000."""
@@ -66,22 +49,22 @@ def compile_template(source: str) -> jinja2.Template:
     return environment.template_class.from_code(environment, code, environment.make_globals(None))
 
 
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
     """jinja2's hooks, each of which pays before it does what it did."""
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
 
     def call_binop(
-        self, context: jinja2.runtime.Context, operator: str, left: Value, right: Value
+        self, context: runtime.Context, operator: str, left: Value, right: Value
     ) -> Value:
         """Compute one of + - * / // ** %."""
-        pay_binop(operator, left, right)
+        budget.pay_binop(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Value, __obj: Value, *args: Value, **kwargs: Value) -> Value:  # noqa: N805
         """Call a macro, a method or one of the functions."""
         pay(1 + len(args) + len(kwargs))
-        args = pay_call(__obj, args, kwargs)
+        args = budget.pay_call(__obj, args, kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
     def getitem(self, obj: Value, argument: Value) -> Value:
@@ -122,7 +105,7 @@ class _PaysFields:
 
     def format_field(self, value: Value, format_spec: str) -> Value:
         """Return the text of a field."""
-        pay_text(size_of_printed(format_spec, value))
+        pay_text(budget.size_of_printed(format_spec, value))
         return super().format_field(value, format_spec)  # type: ignore[misc]
 
     def convert_field(self, value: Value, conversion: Value) -> Value:
@@ -131,11 +114,11 @@ class _PaysFields:
         return super().convert_field(value, conversion)  # type: ignore[misc]
 
 
-class _Formatter(_PaysFields, jinja2.sandbox.SandboxedFormatter):
+class _Formatter(_PaysFields, sandbox.SandboxedFormatter):
     pass
 
 
-class _EscapeFormatter(_PaysFields, jinja2.sandbox.SandboxedEscapeFormatter):
+class _EscapeFormatter(_PaysFields, sandbox.SandboxedEscapeFormatter):
     pass
 
 
@@ -208,7 +191,21 @@ def _filtered(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(value, name, list(args), [], None, None, lineno=node.lineno or 1)
 
 
-# A filter that takes the context is never computed while a template is compiled.
+def _paying(cost: Callable[[Value], int], *, collect: bool = False) -> Callable[..., Value]:
+    """Return a filter that gives its value back when `cost` is paid for.
+
+    As it takes the context, it is never computed while a template is compiled.
+    """
+
+    @jinja2.pass_context
+    def paying(_context: object, value: Value) -> Value:
+        value = budget.collected(value) if collect else value
+        pay_text(cost(value))
+        return value
+
+    return paying
+
+
 @jinja2.pass_context
 def _pay_steps(_context: object, value: object, steps: int) -> object:
     pay(steps)
@@ -216,64 +213,40 @@ def _pay_steps(_context: object, value: object, steps: int) -> object:
 
 
 @jinja2.pass_context
-def _pay_compared(_context: object, value: object) -> object:
-    value = collected(value)
-    pay_text(size_of(value))
-    return value
-
-
-@jinja2.pass_context
-def _pay_sliced(_context: object, value: object) -> object:
-    pay_text(size_of_copy(value))
-    return value
-
-
-@jinja2.pass_context
-def _join(context: jinja2.runtime.Context, parts: list[Value]) -> str:
+def _join(context: runtime.Context, parts: list[Value]) -> str:
     """Return what `~` makes."""
     pay_text(size_of(parts))
-    join = jinja2.runtime.markup_join if context.eval_ctx.autoescape else jinja2.runtime.str_join
+    join = runtime.markup_join if context.eval_ctx.autoescape else runtime.str_join
     return join(parts)
-
-
-@jinja2.pass_context
-def _pay_written(_context: object, value: object) -> object:
-    """Pay for what `{{ }}` writes."""
-    pay_text(size_of(value))
-    return value
 
 
 def _paying_filter(name: str, function: Callable[..., Value]) -> Callable[..., Value]:
     """Return a filter that pays first; what it gives one by one is paid for as it is taken."""
 
     @wraps(function)
-    def paying(
-        context: jinja2.runtime.Context, value: Value, *args: Value, **kwargs: Value
-    ) -> Value:
+    def paying(context: runtime.Context, value: Value, *args: Value, **kwargs: Value) -> Value:
         pay(2)
-        value = pay_filter(name, value, (*args, *kwargs.values()))
+        value = budget.pay_filter(name, value, (*args, *kwargs.values()))
         made = function(*_first_arguments(function, context), value, *args, **kwargs)
         # A list's own iterator: generators over generators would end in C's stack.
-        return iter(list(counted(made, 2))) if isinstance(made, Iterator) else made
+        return iter(list(budget.counted(made, 2))) if isinstance(made, Iterator) else made
 
     return jinja2.pass_context(paying)
 
 
 def _paying_test(function: Callable[..., Value]) -> Callable[..., Value]:
     @wraps(function)
-    def paying(context: jinja2.runtime.Context, value: Value, *args: Value) -> Value:
+    def paying(context: runtime.Context, value: Value, *args: Value) -> Value:
         pay(1)
         if args:
-            args = tuple(map(collected, args))
-            pay_text(total((value, *args)))
+            args = tuple(map(budget.collected, args))
+            pay_text(budget.total((value, *args)))
         return function(*_first_arguments(function, context), value, *args)
 
     return jinja2.pass_context(paying)
 
 
-def _first_arguments(
-    function: Callable[..., Value], context: jinja2.runtime.Context
-) -> tuple[Value, ...]:
+def _first_arguments(function: Callable[..., Value], context: runtime.Context) -> tuple[Value, ...]:
     """Return what jinja2 passes to a filter or a test before its value."""
     passed = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
     if passed == "context":
@@ -283,18 +256,18 @@ def _first_arguments(
     return (context.eval_ctx if passed == "eval_context" else context.environment,)
 
 
-class _Generation(jinja2.ext.Extension):
+class _Generation(ext.Extension):
     """`{% generation %}`: where transformers marks answers; here its body is simply written."""
 
     tags = {"generation"}  # noqa: RUF012  the name and type that jinja2 asks for
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+    def parse(self, parser: Parser) -> list[nodes.Node]:
         """Parse the statements up to the end of the tag."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class _Namespace(jinja2.utils.Namespace):
+class _Namespace(utils.Namespace):
     """jinja2's `namespace`, closed to names that could lead out of the sandbox."""
 
     def __init__(self, /, *values: Value, **named: Value) -> None:
@@ -304,7 +277,7 @@ class _Namespace(jinja2.utils.Namespace):
 
     def __setitem__(self, name: str, value: object) -> None:
         if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a chat template may not store {name!r}")
+            raise SecurityError(f"a chat template may not store {name!r}")
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
@@ -321,8 +294,8 @@ def _environment() -> _Sandbox:
     environment = _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=[_Generation, jinja2.ext.loopcontrols],
-        finalize=_pay_written,
+        extensions=[_Generation, ext.loopcontrols],
+        finalize=_paying(size_of),
         optimized=False,
     )
     environment.filters["tojson"] = _to_json
@@ -331,8 +304,8 @@ def _environment() -> _Sandbox:
     }
     environment.filters |= {
         _AFTER_STEPS: _pay_steps,
-        _COMPARED: _pay_compared,
-        _SLICED: _pay_sliced,
+        _COMPARED: _paying(size_of, collect=True),
+        _SLICED: _paying(budget.size_of_copy),
         _JOINED: _join,
     }
     environment.tests = {
@@ -356,11 +329,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 

@@ -37,10 +37,7 @@ _MPT = (
     "honest answers."
 )
 _EXAMPLES = (
-    (
-        "Human",
-        "What are the key differences between renewable and non-renewable energy sources?",
-    ),
+    ("Human", "What are the key differences between renewable and non-renewable energy sources?"),
     (
         "Assistant",
         "Renewable energy sources are those that can be replenished naturally in a relatively "

@@ -50,12 +50,7 @@ class SentencePieceTokenizer(Tokenizer):
     ) -> None:
         config = config or {}
         super().__init__(
-            config,
-            special_map,
-            added,
-            defaults=LLAMA_TOKENS,
-            padding_side="right",
-            clean_up=False,
+            config, special_map, added, defaults=LLAMA_TOKENS, padding_side="right", clean_up=False
         )
         self.legacy = config.get("legacy") is not False
         self._encoder = _PieceEncoder(
