@@ -212,12 +212,14 @@ def test_a_template_that_writes_bos_gets_no_second_one(goldens: Any) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[], [1, 1]])
-def test_media_are_counted(tokenizer: Tokenizer, lengths: list[int]) -> None:
+def test_another_number_of_media_than_of_places_is_refused(
+    tokenizer: Tokenizer, lengths: list[int]
+) -> None:
     with pytest.raises(MediaCountMismatchError, match=r"1 places for media but [02] media"):
         encode([MediaSlot()], tokenizer, lengths)
 
 
-def test_halves_of_characters_are_refused(tokenizer: Tokenizer) -> None:
+def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(PromptError, match=r"the text has '\\ud800' in it, which is no character"):
         encode([TextSegment("a \U0001f600 b \ud800")], tokenizer, [])
     assert encode([TextSegment("a \U0001f600 b")], tokenizer, []).input_ids

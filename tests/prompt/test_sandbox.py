@@ -285,7 +285,7 @@ def test_nothing_is_computed_while_a_template_is_compiled():
         ("{{ " + "(" * 5000 + " }}", "nested too deeply"),
     ],
 )
-def test_the_message_says_why(source, expected):
+def test_a_refusal_says_its_reason(source, expected):
     assert expected in refused(source)
 
 

@@ -105,7 +105,9 @@ def llama(goldens: Any, fast: bool, *, legacy: bool = True) -> Tokenizer:
 
 
 @pytest.mark.parametrize(("fast", "legacy"), [(False, True), (False, False), (True, True)])
-def test_both_kinds_of_tokens_in_a_conversation(goldens: Any, fast: bool, legacy: bool) -> None:
+def test_special_and_ordinary_added_tokens_in_a_conversation(
+    goldens: Any, fast: bool, legacy: bool
+) -> None:
     tokenizer = llama(goldens, fast, legacy=legacy)
     segments = [
         TextSegment("<a>"),  # the template's, though a person goes on with the rest of "<a>b"
@@ -138,7 +140,7 @@ def test_tokens_that_become_special_later_stay_text_when_typed(goldens: Any, fas
     assert tokenizer.encode(typed).count(1000) == 1
 
 
-def test_a_word_stands_alone_as_the_library_has_it(goldens: Any) -> None:
+def test_a_single_word_token_touches_no_letter_or_digit(goldens: Any) -> None:
     """Beside punctuation too, where a slow tokenizer wants a space."""
     raw = source(goldens, "never", [set()] * 3 + [{"single_word"}] + [set()] * 3)
     raw["added_tokens"][-4]["special"] = True

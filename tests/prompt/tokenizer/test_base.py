@@ -126,7 +126,7 @@ def test_ids_outside_the_vocabulary_are_named(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_to_id("no such token") is None
 
 
-def test_every_tokenizer_is_one(tokenizer: Tokenizer) -> None:
+def test_what_is_written_around_a_text_is_bos_or_nothing(tokenizer: Tokenizer) -> None:
     assert isinstance(tokenizer, Tokenizer)
     assert tokenizer.suffix_ids == ()
     assert tokenizer.bos_id is not None
@@ -163,7 +163,7 @@ def test_added_tokens_by_id_come_before_the_special_map(goldens: Any) -> None:
     assert spaced == [*tokenizer.encode("a", add_bos=False), 1000, *tokenizer.encode("b")[1:]]
 
 
-def test_a_single_word_token_stands_alone(goldens: Any) -> None:
+def test_a_single_word_token_is_not_found_inside_a_word(goldens: Any) -> None:
     listed = {"1000": {"content": "boat", "single_word": True}}
     files = TokenizerFiles(model=goldens.spm, config={"added_tokens_decoder": listed})
     tokenizer = build_tokenizer(files, fast=False)
@@ -171,7 +171,7 @@ def test_a_single_word_token_stands_alone(goldens: Any) -> None:
     assert 1000 not in tokenizer.encode("a boats here")
 
 
-def test_files_that_are_there_decide(goldens: Any) -> None:
+def test_the_files_that_are_there_decide_which_tokenizer_is_built(goldens: Any) -> None:
     both = TokenizerFiles(model=goldens.spm, json=goldens.neox)
     assert isinstance(build_tokenizer(both, fast=False), SentencePieceTokenizer)
     assert build_tokenizer(both, fast=True).vocab_size == 902
@@ -226,7 +226,7 @@ def test_only_bpe_becomes_a_fast_tokenizer(goldens: Any) -> None:
     ("value", "expected"),
     [(2048, 2048), (2048.0, 2048), (1e30, None), (float("nan"), None), (float("-inf"), None)],
 )
-def test_a_limit_that_is_no_number_is_none(value, expected):
+def test_a_length_limit_beyond_a_billion_is_none(value, expected):
     from lapilli.prompt.tokenizer.base import length_limit
 
     assert length_limit(value) == expected

@@ -86,7 +86,7 @@ def test_any_tokenizer_json(goldens: Any, tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "legacy"), [("first", False), ("always", True)])
-def test_llama(goldens: Any, tmp_path: Path, kind: str, legacy: bool) -> None:
+def test_a_llama_tokenizer_json(goldens: Any, tmp_path: Path, kind: str, legacy: bool) -> None:
     config: dict[str, object] = {
         "tokenizer_class": "LlamaTokenizer",
         "legacy": legacy,
@@ -95,7 +95,7 @@ def test_llama(goldens: Any, tmp_path: Path, kind: str, legacy: bool) -> None:
     compare(tmp_path, json.dumps(llama_json(goldens.spm, kind)), config)
 
 
-def test_byte_level(goldens: Any, tmp_path: Path) -> None:
+def test_a_byte_level_tokenizer_json(goldens: Any, tmp_path: Path) -> None:
     config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|endoftext|>",
@@ -107,7 +107,7 @@ def test_byte_level(goldens: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["prepend", "first", "always", "never"])
-def test_typed_tokens_in_every_way_of_marking_spaces(goldens: Any, kind: str) -> None:
+def test_a_typed_special_token_in_every_way_of_marking_spaces(goldens: Any, kind: str) -> None:
     config = {"tokenizer_class": "LlamaTokenizerFast"}
     tokenizer = FastTokenizer(json.dumps(llama_json(goldens.spm, kind)), config=config)
     text = "</s>a <sep> b</s>c"
@@ -119,7 +119,7 @@ def test_typed_tokens_in_every_way_of_marking_spaces(goldens: Any, kind: str) ->
 
 
 @pytest.mark.parametrize("kind", ["prepend", "first", "always", "never"])
-def test_cutting_by_ourselves_equals_one_call_of_the_library(goldens: Any, kind: str) -> None:
+def test_text_cut_at_special_tokens_has_the_ids_of_one_call(goldens: Any, kind: str) -> None:
     config = {"tokenizer_class": "LlamaTokenizerFast"}
     tokenizer = FastTokenizer(json.dumps(llama_json(goldens.spm, kind)), config=config)
     for text in TEXTS:

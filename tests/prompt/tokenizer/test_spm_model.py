@@ -82,7 +82,7 @@ def plain_merges(scores, ids):
 )
 @example({}, [], None)
 @example({"": 0.0}, [], None)
-def test_merges_are_those_of_the_plain_way(scores, more, order):
+def test_merges_are_those_of_one_sorted_list_of_cuts(scores, more, order):
     known = list(dict.fromkeys([*scores, *more]))
     if order is not None:
         order.shuffle(known)
@@ -90,7 +90,7 @@ def test_merges_are_those_of_the_plain_way(scores, more, order):
     assert merges(scores, ids) == plain_merges(scores, ids)
 
 
-def test_halves_go_by_the_id_of_the_first():
+def test_merges_of_one_piece_go_by_the_id_of_the_first_half():
     scores = {"a": -3.0, "b": -2.0, "ab": -1.0, "ba": -1.0, "aba": 0.0}
     ids = {text: number for number, text in enumerate(["ab", "a", "b", "ba", "aba"])}
     assert merges(scores, ids) == [("ab", "a"), ("a", "ba"), ("a", "b"), ("b", "a")]
