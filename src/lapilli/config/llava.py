@@ -180,7 +180,7 @@ def _image(
 
 
 def parse_pinpoints(value: object, *, width_first: bool) -> tuple[ImageSize, ...]:
-    """Resolutions of anyres, from a list of pairs or its literal in a string.
+    """Parse the resolutions of anyres from a list of pairs or its literal in a string.
 
     Args:
         value: the list, a string such as "[[336, 672], [672, 336]]", or None.

@@ -21,7 +21,7 @@ from lapilli.errors import CheckpointError
 
 MOST_STEPS: Final = 100
 MOST_GROWTH: Final = 64
-"""How many times longer a text may become by what a file replaces; honest files: twice."""
+"""Most times that a text may become longer by what a file replaces; honest files: twice."""
 MOST_ADDED: Final = 1000
 _SHOWN = 200
 

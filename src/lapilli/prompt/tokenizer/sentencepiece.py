@@ -288,7 +288,7 @@ class _PieceEncoder:
 
     @cached_property
     def _without_symbols(self) -> _Pieces:
-        """The same model without symbols and without dummy prefix."""
+        """Second processor of the model, without symbols and without dummy prefix."""
         model = spm_model.without_symbols(self._model, self._symbols.ids.keys())
         return _Pieces(_load_processor(spm_model.without_dummy_prefix(model)))
 
