@@ -259,18 +259,15 @@ def _by_evidence(facts: TemplateFacts, chat_template: JinjaTemplate | None) -> T
 
 
 def _by_model(facts: TemplateFacts) -> tuple[str, str] | None:
-    found = [(kind, find_family(kind)) for kind in (facts.model_type, facts.text_type)]
     named = [
         (family.template, f"model_type {kind}", family.template_first)
-        for kind, family in found
-        if family is not None and family.template is not None
+        for kind in (facts.model_type, facts.text_type)
+        if (family := find_family(kind)) is not None and family.template is not None
     ]
-    for template, reason, comes_first in named:
-        if comes_first:
-            return template, reason
-    if facts.has_chatml:
+    first = [choice for choice in named if choice[2]]
+    if facts.has_chatml and not first:
         return "chatml_direct", "<|im_start|> and <|im_end|> are tokens of the vocabulary"
-    return next(((template, reason) for template, reason, _ in named), None)
+    return next(((template, reason) for template, reason, _ in first + named), None)
 
 
 def _by_parts(facts: TemplateFacts) -> tuple[str, str]:

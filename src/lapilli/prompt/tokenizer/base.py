@@ -12,6 +12,7 @@ bytes never become valid UTF-8 may `decode` show another number of replacement c
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tokenizers import AddedToken
@@ -33,13 +34,26 @@ class Token(NamedTuple):
     end: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerFiles:
+    """Contents of the files of a tokenizer; None or empty where a checkpoint has none.
+
+    model: tokenizer.model. json: text of tokenizer.json. config: tokenizer_config.json.
+    special_map: special_tokens_map.json. added: added_tokens.json.
+    """
+
+    model: bytes | None = None
+    json: str | None = None
+    config: Mapping[str, object] = field(default_factory=dict)
+    special_map: Mapping[str, object] = field(default_factory=dict)
+    added: Mapping[str, int] = field(default_factory=dict)
+
+
 class Tokenizer(ABC):
     """Ids of text and text of ids.
 
     Args:
-        config: parsed tokenizer_config.json.
-        special_map: parsed special_tokens_map.json.
-        added: parsed added_tokens.json.
+        files: of the tokenizer.
         defaults: texts of special tokens that no file names, by role.
         padding_side: where no file names one.
         clean_up: whether `decode` removes spaces before punctuation where no file says.
@@ -63,20 +77,26 @@ class Tokenizer(ABC):
 
     def __init__(
         self,
-        config: Mapping[str, object],
-        special_map: Mapping[str, object] | None,
-        added: Mapping[str, int] | None,
+        files: TokenizerFiles,
         *,
         defaults: Mapping[str, str],
         padding_side: str,
         clean_up: bool,
     ) -> None:
+        config = files.config
         self._special = read_special_tokens(
-            config, special_map or {}, added or {}, defaults=defaults
+            config, files.special_map, files.added, defaults=defaults
         )
         self.padding_side = str(config.get("padding_side", padding_side))
         self.model_max_length = length_limit(config.get("model_max_length"))
         self._clean_up = bool(config.get("clean_up_tokenization_spaces", clean_up))
+
+    def _write_around(self, config: Mapping[str, object]) -> None:
+        """Set prefix and suffix by the flags of the Llama family."""
+        bos = self.bos_id if config.get("add_bos_token", True) else None
+        eos = self.eos_id if config.get("add_eos_token", False) else None
+        self.prefix_ids = () if bos is None else (bos,)
+        self.suffix_ids = () if eos is None else (eos,)
 
     @property
     def bos_id(self) -> int | None:

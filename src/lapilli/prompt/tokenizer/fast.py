@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 
 from lapilli.errors import PromptError
 from lapilli.prompt.tokenizer.added import LLAMA_TOKENS, AddedTokens, Range
-from lapilli.prompt.tokenizer.base import Token, Tokenizer, clean_up
+from lapilli.prompt.tokenizer.base import Token, Tokenizer, TokenizerFiles, clean_up
 from lapilli.prompt.tokenizer.json_file import (
     encode_text,
     library_errors,
@@ -45,31 +45,21 @@ class FastTokenizer(Tokenizer):
     """Any tokenizer.json, or LlamaTokenizerFast out of a tokenizer.model alone.
 
     Args:
-        source: content of tokenizer.json, or the bytes of tokenizer.model.
-        config: parsed tokenizer_config.json.
-        special_map: parsed special_tokens_map.json.
-        added: parsed added_tokens.json.
+        files: tokenizer.json, or else tokenizer.model, and what stands beside it.
 
     Raises:
         CheckpointError: a file that the `tokenizers` library does not read.
     """
 
-    def __init__(
-        self,
-        source: str | bytes,
-        *,
-        config: Mapping[str, object] | None = None,
-        special_map: Mapping[str, object] | None = None,
-        added: Mapping[str, int] | None = None,
-    ) -> None:
-        config = config or {}
-        self._rust = parse_tokenizer(source) if isinstance(source, str) else llama_tokenizer(source)
-        family = str(config.get("tokenizer_class") or "").removesuffix("Fast")
-        is_llama = isinstance(source, bytes) or family in ("LlamaTokenizer", "CodeLlamaTokenizer")
+    def __init__(self, files: TokenizerFiles) -> None:
+        family = str(files.config.get("tokenizer_class") or "").removesuffix("Fast")
+        is_llama = files.json is None or family in ("LlamaTokenizer", "CodeLlamaTokenizer")
+        if files.json is None:
+            self._rust = llama_tokenizer(files.model or b"")
+        else:
+            self._rust = parse_tokenizer(files.json)
         super().__init__(
-            config,
-            special_map,
-            added,
+            files,
             defaults=LLAMA_TOKENS if is_llama else {},
             padding_side="left" if is_llama else "right",
             clean_up=not is_llama,
@@ -77,9 +67,7 @@ class FastTokenizer(Tokenizer):
         self._register()
         self.prefix_ids, self.suffix_ids = prefix_and_suffix(self._rust)
         if is_llama:
-            bos, eos = config.get("add_bos_token", True), config.get("add_eos_token", False)
-            self.prefix_ids = self._ids_of("bos") if bos else ()
-            self.suffix_ids = self._ids_of("eos") if eos else ()
+            self._write_around(files.config)
         # Neither special tokens nor trimmed offsets: `encode` writes the prefix itself.
         self._rust.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
         decoder = state_of(self._rust.decoder)
@@ -154,10 +142,6 @@ class FastTokenizer(Tokenizer):
         if token is None:
             raise PromptError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
         return token
-
-    def _ids_of(self, role: str) -> tuple[int, ...]:
-        index = self._id_of(role)
-        return () if index is None else (index,)
 
     def _register(self) -> None:
         """Add what the configuration names; tokens that the file has too get its properties."""

@@ -12,7 +12,7 @@ not know them.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import sentencepiece
@@ -21,7 +21,7 @@ from tokenizers import AddedToken
 from lapilli.errors import CheckpointError, PromptError
 from lapilli.prompt.tokenizer import spm_model
 from lapilli.prompt.tokenizer.added import LLAMA_TOKENS, AddedTokens, Range
-from lapilli.prompt.tokenizer.base import Token, Tokenizer, clean_up
+from lapilli.prompt.tokenizer.base import Token, Tokenizer, TokenizerFiles, clean_up
 from lapilli.prompt.tokenizer.spm_model import SPACE
 
 
@@ -29,10 +29,7 @@ class SentencePieceTokenizer(Tokenizer):
     """The slow LlamaTokenizer.
 
     Args:
-        model: content of tokenizer.model.
-        config: parsed tokenizer_config.json.
-        special_map: parsed special_tokens_map.json.
-        added: parsed added_tokens.json.
+        files: tokenizer.model and what stands beside it.
 
     Raises:
         CheckpointError: bytes that are not a SentencePiece model.
@@ -40,19 +37,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     strips_leading_space = True
 
-    def __init__(
-        self,
-        model: bytes,
-        *,
-        config: Mapping[str, object] | None = None,
-        special_map: Mapping[str, object] | None = None,
-        added: Mapping[str, int] | None = None,
-    ) -> None:
-        config = config or {}
-        super().__init__(
-            config, special_map, added, defaults=LLAMA_TOKENS, padding_side="right", clean_up=False
-        )
-        self.legacy = config.get("legacy") is not False
+    def __init__(self, files: TokenizerFiles) -> None:
+        super().__init__(files, defaults=LLAMA_TOKENS, padding_side="right", clean_up=False)
+        self.legacy = files.config.get("legacy") is not False
+        model = files.model or b""
         self._encoder = _PieceEncoder(
             model if self.legacy else spm_model.without_dummy_prefix(model)
         )
@@ -66,10 +54,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._note_added()
         self._guard = self._special.content("unk") or LLAMA_TOKENS["unk"]
         self._guard_length = len(self._spm.encode(self._guard, out_type=str))
-        bos = self.bos_id if config.get("add_bos_token", True) else None
-        eos = self.eos_id if config.get("add_eos_token", False) else None
-        self.prefix_ids = () if bos is None else (bos,)
-        self.suffix_ids = () if eos is None else (eos,)
+        self._write_around(files.config)
 
     @property
     def vocab_size(self) -> int:
