@@ -119,7 +119,7 @@ def test_unknown_names_list_the_choices() -> None:
     ],
 )
 def test_the_original_chooses_by_the_name_of_the_model(name: str, expected: str) -> None:
-    assert template_for_name(name)[0] == expected
+    assert template_for_name(name) == expected
 
 
 BASES = [

@@ -176,11 +176,11 @@ def test_spans_hold_the_lengths_of_their_media(tokenizer: Tokenizer) -> None:
         TextSegment("b", trainable=True),
         MediaSlot(),
     ]
-    prompt = encode(segments, tokenizer, [5, 1, 2], row=7)
+    prompt = encode(segments, tokenizer, [5, 1, 2])
     first, second, third = prompt.spans
     head = len(tokenizer.encode("a"))
-    assert first == Span(7, head, 5)
-    assert second == Span(7, head + 5, 1, "vector")
+    assert first == Span(0, head, 5)
+    assert second == Span(0, head + 5, 1, "vector")
     assert third.start + third.length == len(prompt)
     covered = {i for s in prompt.spans for i in range(s.start, s.start + s.length)}
     assert all(prompt.input_ids[i] == PLACEHOLDER for i in covered)

@@ -148,8 +148,8 @@ def template_by_name(name: str) -> ChatTemplate:
     return TEMPLATES[name]
 
 
-def template_for_name(model_name: str) -> tuple[str, str | None]:
-    """Return the template that run_llava and cli choose, and the part of the name that decided.
+def template_for_name(model_name: str) -> str:
+    """Return the template that run_llava and cli choose by the name of the model.
 
     Source: LLaVA run_llava.py, serve/cli.py; the first rule that matches, in lower case.
     """
@@ -161,9 +161,7 @@ def template_for_name(model_name: str) -> tuple[str, str | None]:
         "mpt": "mpt",
     }
     lowered = model_name.lower()
-    return next(
-        ((name, part) for part, name in rules.items() if part in lowered), ("llava_v0", None)
-    )
+    return next((template for part, template in rules.items() if part in lowered), "llava_v0")
 
 
 def template_of_base(chat_template: str | None, *, family: str = "") -> str | None:

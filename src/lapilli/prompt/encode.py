@@ -55,7 +55,6 @@ def encode(
     tokenizer: Tokenizer,
     lengths: Sequence[int],
     *,
-    row: int = 0,
     image_id: int | None = None,
 ) -> EncodedPrompt:
     """Encode rendered segments.
@@ -64,7 +63,6 @@ def encode(
         segments: what a template rendered.
         tokenizer: of the language model.
         lengths: positions of every medium, in the order of the slots.
-        row: row number that the spans carry.
         image_id: the vocabulary's own image token, for checkpoints in the layout of Hugging Face:
             then the text is tokenized whole, with that token in the place of each medium.
 
@@ -95,7 +93,7 @@ def encode(
     for i, piece in enumerate(pieces):
         if i:
             slot, length = slots[i - 1], lengths[i - 1]
-            spans.append(Span(row, len(ids), length, slot.modality))
+            spans.append(Span(0, len(ids), length, slot.modality))
             ids += [PLACEHOLDER] * length
             mask += [False] * length
         ids += [token for token, _ in piece]

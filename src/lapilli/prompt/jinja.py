@@ -40,12 +40,13 @@ class JinjaTemplate:
         bos_token: text of the token that the template may write first.
         eos_token: text of the token that the template may write last.
         image_token: what the template writes in the place of a picture.
-        name: shown to people.
         special_tokens: texts of further tokens that it may write, such as `pad_token`.
 
     Raises:
         PromptError: a text that is no template.
     """
+
+    name = "chat_template"
 
     def __init__(
         self,
@@ -54,10 +55,8 @@ class JinjaTemplate:
         bos_token: str | None = None,
         eos_token: str | None = None,
         image_token: str = PLACEHOLDER,
-        name: str = "chat_template",
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        self.name = name
         self.source = source
         self._tokens = {
             **(special_tokens or {}),

@@ -39,9 +39,9 @@ Style = Literal["single", "two", "mpt", "plain", "llama_2"]
 Turn = tuple[str, "list[Segment] | None"]
 
 
-def to_text(segments: Iterable[Segment], *, placeholder: str = "<image>") -> str:
+def to_text(segments: Iterable[Segment]) -> str:
     """Return the prompt as one string, as the original shows it: never to be encoded."""
-    return "".join(s.text if isinstance(s, TextSegment) else placeholder for s in segments)
+    return "".join(s.text if isinstance(s, TextSegment) else "<image>" for s in segments)
 
 
 def _trainable(segments: Iterable[Segment]) -> list[Segment]:

@@ -4,10 +4,10 @@ Decoding token by token: the text of an answer is
 
     b"".join(token_bytes(i) for i in ids that are not special)
 
-decoded as UTF-8, without its first space where `strips_leading_space` is true (SentencePiece
-writes a space before the first word; the slow tokenizer with `legacy` drops a second one). A
-character may span several tokens, so a stream holds bytes back until they are whole. Only where
-bytes never become valid UTF-8 may `decode` show another number of replacement characters.
+decoded as UTF-8. SentencePiece writes a space before the first word, which `decode` drops (the slow
+tokenizer with `legacy` a second one too). A character may span several tokens, so a stream holds
+bytes back until they are whole. Only where bytes never become valid UTF-8 may `decode` show another
+number of replacement characters.
 """
 
 from abc import ABC, abstractmethod
@@ -63,7 +63,6 @@ class Tokenizer(ABC):
         suffix_ids: what the tokenizer of the original writes after a text; `encode` never does.
         special_ids: ids that `decode(skip_special=True)` leaves out.
         apart_ids: added tokens that `decode` sets off by spaces.
-        strips_leading_space: `decode` drops the space in front of the first word.
         padding_side: `left` or `right`.
         model_max_length: the longest text that the files allow, in tokens; None: no limit.
     """
@@ -72,7 +71,6 @@ class Tokenizer(ABC):
     suffix_ids: tuple[int, ...]
     special_ids: frozenset[int]
     apart_ids: frozenset[int] = frozenset()
-    strips_leading_space: bool
     _added: AddedTokens
 
     def __init__(

@@ -70,9 +70,7 @@ class FastTokenizer(Tokenizer):
             self._write_around(files.config)
         # Neither special tokens nor trimmed offsets: `encode` writes the prefix itself.
         self._rust.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
-        decoder = state_of(self._rust.decoder)
-        self._is_byte_level = "ByteLevel" in _types(decoder)
-        self.strips_leading_space = _strips(decoder)
+        self._is_byte_level = "ByteLevel" in _types(state_of(self._rust.decoder))
         self._typed_text = _TypedText(self._rust.to_str)
 
     @property
@@ -241,13 +239,3 @@ def _prepend_no_space(pre_tokenizer: dict[str, Any] | None) -> None:
 def _types(state: dict[str, Any]) -> set[str]:
     inner = (_types(part) for part in state.get("decoders", []))
     return {str(state.get("type"))}.union(*inner)
-
-
-def _strips(state: dict[str, Any]) -> bool:
-    """Return whether a decoder drops the space in front of the first word."""
-    kind = state.get("type")
-    if kind == "Metaspace":
-        return str(state.get("prepend_scheme", "always")) != "never"
-    if kind == "Strip":
-        return state.get("content") == " " and int(state.get("start", 0)) > 0
-    return any(map(_strips, state.get("decoders", [])))

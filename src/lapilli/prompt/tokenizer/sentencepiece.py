@@ -35,8 +35,6 @@ class SentencePieceTokenizer(Tokenizer):
         CheckpointError: bytes that are not a SentencePiece model.
     """
 
-    strips_leading_space = True
-
     def __init__(self, files: TokenizerFiles) -> None:
         super().__init__(files, defaults=LLAMA_TOKENS, padding_side="right", clean_up=False)
         self.legacy = files.config.get("legacy") is not False
