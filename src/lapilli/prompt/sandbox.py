@@ -157,28 +157,13 @@ def _paid(node: nodes.Node) -> nodes.Node:
     if isinstance(node, nodes.Concat):
         return _filtered(nodes.List(node.nodes, lineno=node.lineno), _JOINED)
     if isinstance(node, nodes.Compare):
-        _charge_compare(node)
+        for side in (node, *node.ops):
+            side.expr = _filtered(side.expr, _COMPARED)
     elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
         return _filtered(node, _SLICED)
     elif isinstance(node, nodes.Pair) and not isinstance(node.key, nodes.Const):
         node.key = _filtered(node.key, _COMPARED)
     return node
-
-
-def _charge_compare(node: nodes.Compare) -> None:
-    """Pay for both sides, unless one is written in the template and short work therefore."""
-    for operand in node.ops:
-        is_inside = operand.op in ("in", "notin")
-        if not (_is_short(operand.expr) or (not is_inside and _is_short(node.expr))):
-            operand.expr = _filtered(operand.expr, _COMPARED)
-    if any(not _is_short(operand.expr) for operand in node.ops) and not _is_short(node.expr):
-        node.expr = _filtered(node.expr, _COMPARED)
-
-
-def _is_short(node: nodes.Node) -> bool:
-    if isinstance(node, nodes.List | nodes.Tuple):
-        return all(isinstance(item, nodes.Const) for item in node.items)
-    return isinstance(node, nodes.Const)
 
 
 def _after_steps(node: nodes.Node, steps: int) -> nodes.Filter:
