@@ -29,7 +29,7 @@ MOST_SOURCE: Final = 1 << 17
 """Characters of a template; the longest that are published have 20,000."""
 
 # Filters that the tree is given; no template can write these names, as they have a space.
-_AFTER_STEPS, _COMPARED, _SLICED, _JOINED = " after steps", " compared", " sliced", " joined"
+_STEPS, _COMPARED, _SLICED, _JOINED = " steps", " compared", " sliced", " joined"
 
 
 def compile_template(source: str) -> jinja2.Template:
@@ -138,7 +138,7 @@ def _charge(node: nodes.Node) -> int:
         if field == "body" and isinstance(
             node, nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block
         ):
-            value.insert(0, nodes.ExprStmt(_after_steps(nodes.Const(None), 1 + found)))
+            value.insert(0, nodes.ExprStmt(_with_steps(nodes.Const(None), 1 + found)))
             found = 0
         if isinstance(value, list):
             value[:] = [_paid(child) if isinstance(child, nodes.Node) else child for child in value]
@@ -146,7 +146,7 @@ def _charge(node: nodes.Node) -> int:
             setattr(node, field, _paid(value))
         steps += found
     if isinstance(node, nodes.For) and node.test is not None:
-        node.test = _after_steps(node.test, 1 + len(list(node.test.find_all(nodes.Node))))
+        node.test = _with_steps(node.test, 1 + len(list(node.test.find_all(nodes.Node))))
     return steps
 
 
@@ -166,9 +166,9 @@ def _paid(node: nodes.Node) -> nodes.Node:
     return node
 
 
-def _after_steps(node: nodes.Node, steps: int) -> nodes.Filter:
-    """Return the node, for which `steps` are paid before it is looked at."""
-    return _filtered(node, _AFTER_STEPS, nodes.Const(steps))
+def _with_steps(node: nodes.Node, steps: int) -> nodes.Filter:
+    """Return the node with a payment of `steps` for it."""
+    return _filtered(node, _STEPS, nodes.Const(steps))
 
 
 def _filtered(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Filter:
@@ -288,7 +288,7 @@ def _environment() -> _Sandbox:
         name: _paying_filter(name, function) for name, function in environment.filters.items()
     }
     environment.filters |= {
-        _AFTER_STEPS: _pay_steps,
+        _STEPS: _pay_steps,
         _COMPARED: _paying(size_of, collect=True),
         _SLICED: _paying(budget.size_of_copy),
         _JOINED: _join,
