@@ -157,8 +157,9 @@ def _paid(node: nodes.Node) -> nodes.Node:
     if isinstance(node, nodes.Concat):
         return _filtered(nodes.List(node.nodes, lineno=node.lineno), _JOINED)
     if isinstance(node, nodes.Compare):
-        for side in (node, *node.ops):
-            side.expr = _filtered(side.expr, _COMPARED)
+        node.expr = _filtered(node.expr, _COMPARED)
+        for operand in node.ops:
+            operand.expr = _filtered(operand.expr, _COMPARED)
     elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
         return _filtered(node, _SLICED)
     elif isinstance(node, nodes.Pair) and not isinstance(node.key, nodes.Const):
