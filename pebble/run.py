@@ -31,7 +31,7 @@ from lapilli.modality.image.vision import VisionTransformer
 from lapilli.modality.projector import build_projector
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.pipeline import load
-from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
+from lapilli.prompt.tokenizer import SentencePieceTokenizer, TokenizerFiles
 from lapilli.train.distributed import join_processes
 from lapilli.train.recipe.file import build_section
 from lapilli.train.trainer.loop import Task, train
@@ -115,7 +115,9 @@ class Workshop:
 
     def tokenizer(self) -> SentencePieceTokenizer:
         """The trained tokenizer."""
-        return SentencePieceTokenizer((self.work / "tokenizer.model").read_bytes())
+        return SentencePieceTokenizer(
+            TokenizerFiles(model=(self.work / "tokenizer.model").read_bytes())
+        )
 
     def prepare(self, processes: int) -> None:
         """Tokenizer and pool, as far as they are missing."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
+from lapilli.prompt.tokenizer import SentencePieceTokenizer, TokenizerFiles
 from pebble.words import corpus, train_tokenizer
 
 
@@ -15,4 +15,4 @@ def tokenizer_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_file):
-    return SentencePieceTokenizer(tokenizer_file.read_bytes())
+    return SentencePieceTokenizer(TokenizerFiles(model=tokenizer_file.read_bytes()))

@@ -2,11 +2,17 @@
 
 import pytest
 
-from lapilli.errors import PromptError
-from lapilli.prompt.choose import TemplateFacts, choose_template, template_for_name
+from lapilli.errors import ConfigError, PromptError
+from lapilli.prompt.choose import (
+    TemplateFacts,
+    check_base_template,
+    choose_template,
+    template_for_name,
+    template_of_base,
+)
 from lapilli.prompt.jinja import JinjaTemplate
 from lapilli.prompt.message import Message
-from lapilli.prompt.segments import to_text
+from lapilli.prompt.template import to_text
 from lapilli.prompt.templates import TEMPLATES
 
 OWN = JinjaTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
@@ -37,7 +43,9 @@ LLAMA = {"model_type": "llava_llama", "projector": "mlp2x_gelu"}
         ({"layout": "text", "model_type": "llama"}, "vicuna_v1", "original's default"),
     ],
 )
-def test_the_evidence_of_a_checkpoint(facts: dict[str, object], expected: str, reason: str) -> None:
+def test_a_checkpoint_without_a_recorded_template(
+    facts: dict[str, object], expected: str, reason: str
+) -> None:
     choice = choose_template(TemplateFacts(**facts))  # type: ignore[arg-type]
     assert choice.template == TEMPLATES[expected]
     assert reason in choice.reason
@@ -110,5 +118,32 @@ def test_unknown_names_list_the_choices() -> None:
         ("llava-mixtral", "llava_v0"),
     ],
 )
-def test_the_rules_of_the_original_by_name(name: str, expected: str) -> None:
-    assert template_for_name(name)[0] == expected
+def test_the_original_chooses_by_the_name_of_the_model(name: str, expected: str) -> None:
+    assert template_for_name(name) == expected
+
+
+BASES = [
+    ("{{ '<|im_start|>' }}{{ '[INST]' }}", "", "chatml_direct"),
+    ("{{ '<|im_start|>' }}", "mpt", "mpt"),
+    ("{{ '[INST]' }}", "mpt", "mistral_instruct"),
+    ("{{ '[INST]' }}", "mistral", "mistral_instruct"),
+    ("{{ '<<SYS>>' }}{{ '[INST]' }}", "llama", "llava_llama_2"),
+    ("{{ 'USER: ' }}", "llama", "vicuna_v1"),
+    ("{{ '### Human: ' }}", "llama", "llava_v0"),
+    ("{{ 'Question: ' }}", "llama", None),
+    (None, "mpt", None),
+]
+
+
+@pytest.mark.parametrize(("chat_template", "family", "expected"), BASES)
+def test_a_base_is_recognised_by_what_begins_its_turns(
+    chat_template: str | None, family: str, expected: str | None
+) -> None:
+    assert template_of_base(chat_template, family=family) == expected
+    for name, template in TEMPLATES.items():
+        fits = expected is None or template.style in ("plain", TEMPLATES[expected].style)
+        if fits:
+            check_base_template(name, chat_template, "base")
+            continue
+        with pytest.raises(ConfigError, match=f"'{name}' is wrong for base: .*, or leave it out"):
+            check_base_template(name, chat_template, "base", otherwise="leave it out")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lapilli.errors import LapilliError, MediaCountMismatchError, PromptError
 from lapilli.prompt.encode import IGNORE_INDEX, PLACEHOLDER, EncodedPrompt, Span, encode
 from lapilli.prompt.message import Message
-from lapilli.prompt.segments import MediaSlot, TextSegment, to_text
+from lapilli.prompt.template import MediaSlot, TextSegment, to_text
 from lapilli.prompt.templates import TEMPLATES
 from lapilli.prompt.tokenizer import Tokenizer
 
@@ -176,11 +176,11 @@ def test_spans_hold_the_lengths_of_their_media(tokenizer: Tokenizer) -> None:
         TextSegment("b", trainable=True),
         MediaSlot(),
     ]
-    prompt = encode(segments, tokenizer, [5, 1, 2], row=7)
+    prompt = encode(segments, tokenizer, [5, 1, 2])
     first, second, third = prompt.spans
     head = len(tokenizer.encode("a"))
-    assert first == Span(7, head, 5)
-    assert second == Span(7, head + 5, 1, "vector")
+    assert first == Span(0, head, 5)
+    assert second == Span(0, head + 5, 1, "vector")
     assert third.start + third.length == len(prompt)
     covered = {i for s in prompt.spans for i in range(s.start, s.start + s.length)}
     assert all(prompt.input_ids[i] == PLACEHOLDER for i in covered)
@@ -212,12 +212,14 @@ def test_a_template_that_writes_bos_gets_no_second_one(goldens: Any) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[], [1, 1]])
-def test_media_are_counted(tokenizer: Tokenizer, lengths: list[int]) -> None:
+def test_another_number_of_media_than_of_places_is_refused(
+    tokenizer: Tokenizer, lengths: list[int]
+) -> None:
     with pytest.raises(MediaCountMismatchError, match=r"1 places for media but [02] media"):
         encode([MediaSlot()], tokenizer, lengths)
 
 
-def test_halves_of_characters_are_refused(tokenizer: Tokenizer) -> None:
+def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(PromptError, match=r"the text has '\\ud800' in it, which is no character"):
         encode([TextSegment("a \U0001f600 b \ud800")], tokenizer, [])
     assert encode([TextSegment("a \U0001f600 b")], tokenizer, []).input_ids

@@ -1,4 +1,4 @@
-"""Chat templates: rendered as transformers renders them, and safe against what a person types."""
+"""Chat templates in jinja: a checkpoint's own as transformers has it, ours as we render them."""
 
 import re
 
@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lapilli.errors import PromptError
-from lapilli.prompt.jinja import JinjaTemplate
+from lapilli.prompt.jinja import JinjaTemplate, to_jinja
 from lapilli.prompt.message import MediaPart, Message, TextPart
-from lapilli.prompt.segments import MediaSlot, TextSegment, to_text
-from lapilli.prompt.template import Template
+from lapilli.prompt.template import MediaSlot, Template, TextSegment, to_text
+from lapilli.prompt.templates import TEMPLATES
 
 IMAGE = object()
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -62,6 +62,14 @@ CONVERSATION = [
     Message.assistant("A boat."),
     Message.user(" and that?\n"),
 ]
+
+CONVERSATIONS = [
+    [Message.user("Say \"ä\" and\n'b' {{ c }}")],
+    [Message.user("What?", "a.png"), Message.assistant("A stone."), Message.user("And now?")],
+    [Message.system("Be short."), Message.user("Why?", "a.png", "b.png")],
+    [Message("user", (TextPart("left "), MediaPart("a.png"), TextPart(" right")))],
+]
+SPOKEN = [name for name, template in TEMPLATES.items() if template.style != "plain"]
 
 
 def oracle(source: str, messages: list[Message], *, as_string: bool, open_turn: bool) -> str:
@@ -189,5 +197,29 @@ def test_tojson_and_time_are_those_of_transformers() -> None:
     assert re.fullmatch(r'\{"é<": 1\}\d{4}Q', text)
 
 
-def test_it_is_a_template() -> None:
+def test_a_jinja_template_has_the_interface_of_a_template() -> None:
     assert isinstance(JinjaTemplate(STRING), Template)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPOKEN)
+@pytest.mark.parametrize("number", range(len(CONVERSATIONS)))
+def test_a_template_written_in_jinja_renders_the_same(name, number):
+    messages = CONVERSATIONS[number]
+    ours = TEMPLATES[name]
+    theirs = JinjaTemplate(to_jinja(ours), bos_token="<s>", eos_token="</s>")
+    assert to_text(theirs.render(messages)) == to_text(ours.render(messages))
+
+
+@pytest.mark.parametrize("name", [n for n in SPOKEN if "mmtag" not in n])
+def test_a_template_written_in_jinja_closes_answers_alike(name):
+    messages = [*CONVERSATIONS[1], Message.assistant("A heap.")]
+    ours = TEMPLATES[name]
+    theirs = JinjaTemplate(to_jinja(ours), bos_token="<s>", eos_token="</s>")
+    rendered = to_text(theirs.render(messages, open_turn=False))
+    assert rendered == to_text(ours.render(messages, open_turn=False))
+
+
+def test_captions_are_no_conversation():
+    with pytest.raises(PromptError, match="'plain' is for captions"):
+        to_jinja(TEMPLATES["plain"])

@@ -182,7 +182,7 @@ RUN = {
 }  # fmt: skip
 ESCAPES = [
     "''.__class__.__mro__[1].__subclasses__()", "cycler.__init__.__globals__",
-    "namespace.__globals__",
+    "namespace.__globals__", "namespace.mro()", "namespace(__class__=1)",
     "'' | attr('__class__')", "self._TemplateReference__context", "''['__class__']", "dict.mro()",
     "'{0.__class__.__mro__}'.format('')", "'{0[__class__]}'.format('')", "strftime_now.__globals__",
     "messages | map(attribute='__class__') | list", "(messages | map('upper')).gi_frame",
@@ -285,7 +285,7 @@ def test_nothing_is_computed_while_a_template_is_compiled():
         ("{{ " + "(" * 5000 + " }}", "nested too deeply"),
     ],
 )
-def test_the_message_says_why(source, expected):
+def test_a_refusal_says_its_reason(source, expected):
     assert expected in refused(source)
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from lapilli.errors import MediaCountMismatchError, PromptError
 from lapilli.prompt.message import MediaPart, Message, TextPart
-from lapilli.prompt.segments import MediaSlot, TextSegment, to_text
-from lapilli.prompt.template import ChatTemplate, Template
+from lapilli.prompt.template import ChatTemplate, MediaSlot, Template, TextSegment, to_text
 from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
 
 CHATS = [name for name in TEMPLATES if not name.endswith("plain")]
@@ -228,7 +227,7 @@ def test_stop_strings() -> None:
     assert stops["plain"] == ()
 
 
-def test_a_template_is_a_template() -> None:
+def test_a_chat_template_has_the_interface_of_a_template() -> None:
     assert isinstance(TEMPLATES["v1"], Template)
     assert isinstance(TEMPLATES["v1"], ChatTemplate)
 
@@ -239,7 +238,9 @@ def test_unknown_roles_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("text", "sources"), [("no place", [IMAGE]), ("<image> <image>", [IMAGE])])
-def test_placeholders_and_sources_are_counted(text: str, sources: list[object]) -> None:
+def test_another_number_of_placeholders_than_of_sources_is_refused(
+    text: str, sources: list[object]
+) -> None:
     with pytest.raises(MediaCountMismatchError, match=r"the text has \d <image> but 1 sources"):
         Message.from_placeholders("user", text, sources)
 
@@ -262,6 +263,6 @@ def test_text_with_placeholders_is_kept_character_by_character(name: str, text: 
     assert message.media == tuple([MediaPart(IMAGE)] * text.count("<image>"))
 
 
-def test_pieces_of_text_are_counted() -> None:
+def test_another_number_of_texts_around_media_is_refused() -> None:
     with pytest.raises(PromptError, match="1 media stand between 2 pieces of text, found 1"):
         Message("user", (MediaPart(IMAGE),), ("Q",))

@@ -22,10 +22,9 @@ from lapilli.prompt.choose import (
     template_by_name,
 )
 from lapilli.prompt.encode import media_gap
-from lapilli.prompt.jinja import JinjaTemplate
+from lapilli.prompt.jinja import JinjaTemplate, to_jinja, with_gaps
 from lapilli.prompt.template import ChatTemplate
 from lapilli.prompt.templates import TEMPLATES
-from lapilli.prompt.to_jinja import to_jinja, with_gaps
 from lapilli.prompt.tokenizer import Tokenizer
 
 

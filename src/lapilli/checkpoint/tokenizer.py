@@ -27,7 +27,7 @@ from lapilli.prompt.tokenizer import (
     TokenizerFiles,
     build_tokenizer,
 )
-from lapilli.prompt.tokenizer.convert import llama_tokenizer
+from lapilli.prompt.tokenizer.spm_model import llama_tokenizer
 
 MOST_BYTES = 64 << 20
 """Largest file of a tokenizer that is read; the largest published ones have half as much."""

@@ -58,7 +58,7 @@ def with_pictures(query: str, *, start_end: bool) -> str:
 
 def choose_conversation(model_name: str, asked: str | None) -> str:
     """The template that was asked for, with a warning when the name says another; else that."""
-    inferred, _ = template_for_name(model_name)
+    inferred = template_for_name(model_name)
     if asked is None or asked == inferred:
         return inferred
     sys.stdout.write(

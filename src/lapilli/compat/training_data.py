@@ -23,7 +23,7 @@ from lapilli.compat.foreign import Foreign
 from lapilli.compat.mm_utils import one_tile
 from lapilli.compat.tokenizer import NO_LIMIT, PreTrainedTokenizer
 from lapilli.errors import PromptError
-from lapilli.prompt.original_mask import OriginalSample, original_sample, show_images_first
+from lapilli.prompt.original_labels import OriginalSample, original_sample, show_images_first
 from lapilli.shapes import Tensor
 
 Source = list[dict[str, str]]

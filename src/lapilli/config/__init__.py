@@ -1,1 +1,1 @@
-"""What a checkpoint is: records, and the parser of foreign config files. No torch."""
+"""Records of what a checkpoint is, and the parser of foreign config files. No torch."""

@@ -64,7 +64,7 @@ def option(default: Any, text: str, **bounds: Any) -> Any:  # noqa: ANN401  of a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are sampled, when an answer ends, and what is reported about it.
+    """Settings of sampling, of the end of an answer, and of what is reported about it.
 
     A new option is one field here and one function in generate/sampler.py. The command line, the
     checks and the error for an unknown option are made from the fields.
@@ -147,7 +147,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether every step takes the most probable token."""
+        """True if every step takes the most probable token."""
         return self.temperature == 0 and self.num_beams == 1
 
 

@@ -31,7 +31,7 @@ DEFAULT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008
 
 
 def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
-    """LlavaConfig (`llava`) or LlavaNextConfig (`llava_next`).
+    """Parse a LlavaConfig (`llava`) or LlavaNextConfig (`llava_next`).
 
     Raises:
         ConfigError: a key is missing or of the wrong type.
@@ -85,7 +85,7 @@ def _is_tied(
     *,
     is_next: bool,
 ) -> bool:
-    """Whether the output layer is the embedding.
+    """Return whether the output layer is the embedding.
 
     Note:
         LlavaConfig takes the answer of either level, LlavaNextConfig only its own. Files of older
@@ -140,7 +140,7 @@ def _vision(reader: KeyReader) -> VisionConfig:
 def _image(
     reader: KeyReader, files: ConfigFiles, vision: VisionConfig, *, is_next: bool
 ) -> tuple[ImageConfig, KeyReport]:
-    """Preprocessing from the checkpoint's own file, layout of the features from config.json."""
+    """Read preprocessing from the checkpoint's file, the layout of features from config.json."""
     pixels, report = default_pixels(vision), KeyReport()
     pads = False
     if files.preprocessor is not None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from lapilli.errors import CheckpointError
 
 MOST_BYTES: Final = 32 << 20
-"""Of a JSON file or header: the largest that are published have a third of it."""
+"""Most bytes of a JSON file or header; the largest that are published have a third of it."""
 MOST_DEPTH: Final = 100
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")
 
@@ -93,7 +93,7 @@ def is_deep(value: object) -> bool:
 
 
 def _refuse_halves(value: object, where: str) -> None:
-    """Half of a character beyond 16 bits has a place in JSON and none in UTF-8."""
+    """Refuse half of a character beyond 16 bits, which JSON can write and UTF-8 cannot."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""What a model is: frozen records of the language model, the tower, the projector and their joint.
+"""Frozen records of a model: the language model, the tower, the projector and their joint.
 
 Foreign config.json files become these in config/parse.py; nothing else reads a foreign key.
 """
@@ -15,7 +15,7 @@ Merge = Literal["flat", "spatial", "spatial_unpad"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched.
+    """Stretching of rotary frequencies.
 
     `linear` divides positions by the factor, `dynamic` is NTK-aware, `llama3` is Llama 3.1's rule.
     """
@@ -80,7 +80,7 @@ class DecoderConfig:
             )
 
     def is_local(self, layer: int) -> bool:
-        """Whether a layer has the sliding window, and rotary positions of local layers."""
+        """Return whether a layer has the sliding window and local rotary positions."""
         return layer not in self.full_layers
 
     def window(self, layer: int) -> int | None:
@@ -223,13 +223,13 @@ class ProjectorConfig:
 
     @property
     def joins(self) -> bool:
-        """Whether several features become one, so that a tile has fewer positions than patches."""
+        """True if several features become one, so that a tile has fewer positions than patches."""
         return self.pool > 1 or self.kind == "resampler"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixelConfig:
-    """What preprocessor_config.json says: how one tile becomes numbers."""
+    """Contents of preprocessor_config.json: the steps from a tile to numbers."""
 
     crop_size: ImageSize
     shortest_edge: int | None = None
@@ -246,7 +246,7 @@ class PixelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageConfig:
-    """How a picture becomes tiles and how their features are laid into one row.
+    """Settings of cutting a picture into tiles and of laying their features into one row.
 
     Attributes:
         aspect: name of an image mode (modality/image/modes), which checks the rest.

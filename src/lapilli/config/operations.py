@@ -1,4 +1,4 @@
-"""What one tile costs on its way to the language model: numbers and operations; no torch.
+"""Cost of one tile on its way to the language model: numbers and operations; no torch.
 
     tower        the layers that its features come from
     projector    linear layers on features before or after they are joined, or a resampler's queries
@@ -10,14 +10,14 @@ from lapilli.config.model import ProjectorConfig, VisionConfig
 from lapilli.config.projector import tile_features
 
 RESAMPLER_EXPANSION = 4
-"""How much wider the mlp of a resampler's layer is than its queries."""
+"""Width of the mlp of a resampler's layer, in widths of its queries."""
 
 Product = tuple[int, int, int]
 """Rows, their width, and the width that they get."""
 
 
 def tower_operations(vision: VisionConfig) -> float:
-    """One tile through the layers that its features come from."""
+    """Return the operations of one tile through the layers that its features come from."""
     width, inner = vision.hidden_size, vision.intermediate_size
     seen = vision.grid.rows * vision.grid.columns + (vision.family == "clip")
     layers = vision.feature_layer % (vision.num_layers + 1)
@@ -26,24 +26,24 @@ def tower_operations(vision: VisionConfig) -> float:
 
 
 def patch_operations(vision: VisionConfig) -> float:
-    """Of them, the patches of one tile as vectors."""
+    """Return the operations that make vectors of the patches of one tile."""
     patches = vision.grid.rows * vision.grid.columns
     return 2.0 * patches * vision.num_channels * vision.patch_size**2 * vision.hidden_size
 
 
 def projector_operations(vision: VisionConfig, projector: ProjectorConfig) -> float:
-    """Return the features of one tile through the projector."""
+    """Return the operations of the features of one tile through the projector."""
     return sum(map(of_product, projector_products(vision, projector)), start=0.0)
 
 
 def of_product(product: Product) -> float:
-    """Operations of a matrix product."""
+    """Return the operations of a matrix product."""
     rows, first, second = product
     return 2.0 * rows * first * second
 
 
 def projector_products(vision: VisionConfig, projector: ProjectorConfig) -> list[Product]:
-    """All products of a projector on one tile; the first takes what the tower has seen.
+    """Return all products of a projector on one tile; the first takes what the tower has seen.
 
     Where the mean of neighbours comes first, the linear layers see fewer features.
     """
@@ -74,7 +74,7 @@ def _resampler(features: int, projector: ProjectorConfig) -> list[Product]:
 
 
 def projector_numbers(projector: ProjectorConfig) -> int:
-    """Numbers that a projector has."""
+    """Return the number of parameters of a projector."""
     first, width = projector.vision_size, projector.hidden_size
     if projector.kind == "identity":
         return 0

@@ -77,7 +77,7 @@ def parse_text_config(raw: JsonObject) -> TextConfig:
 
 
 def is_hf_llava(raw: JsonObject) -> bool:
-    """Whether a file is Hugging Face's LLaVA: nested, without the original's flat keys."""
+    """Return whether a file is Hugging Face's LLaVA: nested, without the original's flat keys."""
     if raw.get("model_type") not in HF_LLAVA_TYPES:
         return False
     nested = "text_config" in raw or "vision_config" in raw
@@ -85,7 +85,7 @@ def is_hf_llava(raw: JsonObject) -> bool:
 
 
 def is_original(raw: JsonObject) -> bool:
-    """Whether a file is of the original LLaVA: flat, with `mm_` keys.
+    """Return whether a file is of the original LLaVA: flat, with `mm_` keys.
 
     Note:
         Releases of 2023 say `llava`, like Hugging Face's own class; the shape of the file decides.

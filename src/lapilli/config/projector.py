@@ -1,4 +1,4 @@
-"""What a projector is called in config.json, and how many features it leaves of a tile; no torch.
+"""Names of projectors in config.json, and the features that each leaves of a tile; no torch.
 
     mlp2x_gelu               as the original: every feature becomes one position
     pool2x2_mlp2x_gelu       the mean of 2x2 neighbours, then the mlp: a quarter of the positions
@@ -30,7 +30,7 @@ _RESAMPLER = re.compile(r"resampler(?P<queries>[1-9]\d{0,4})(?:x(?P<depth>[1-9]\
 
 @dataclass(frozen=True, slots=True)
 class TileFeatures:
-    """What the language model gets of one tile.
+    """Features of one tile as the language model gets them.
 
     Attributes:
         side: of the tile in pixels.
@@ -46,7 +46,7 @@ class TileFeatures:
 
 
 def tile_features(vision: VisionConfig, projector: ProjectorConfig | None = None) -> TileFeatures:
-    """How many features one tile has, behind the projector where one is given.
+    """Return the number of features of one tile, behind the projector where one is given.
 
     Raises:
         ConfigError: the projector cannot pool what the tower leaves.
@@ -125,7 +125,7 @@ def parse_projector(name: str, *, vision_size: int, hidden_size: int) -> Project
 
 
 def projector_name(projector: ProjectorConfig) -> str:
-    """`mm_projector_type` of a projector; the way back of `parse_projector`.
+    """Return `mm_projector_type` of a projector; the way back of `parse_projector`.
 
     Raises:
         UnsupportedModelError: without bias or with another activation than the original's.

@@ -30,13 +30,13 @@ _SHORT.maxlevel = 3
 
 
 def is_object(value: object) -> TypeGuard[JsonObject]:
-    """Whether a value of a parsed JSON file is an object."""
+    """Return whether a value of a parsed JSON file is an object."""
     return isinstance(value, Mapping)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyReport:
-    """What became of every key of the config files; nested keys are written with dots."""
+    """Fate of every key of the config files; nested keys are written with dots."""
 
     used: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ class KeyReader:
     children: list["KeyReader"] = field(default_factory=list)
 
     def has(self, key: str) -> bool:
-        """Whether the key is there at all, `null` included."""
+        """Return whether the key is there at all, `null` included."""
         return key in self.raw
 
     def value(self, key: str) -> object:
@@ -181,7 +181,7 @@ class KeyReader:
         return child
 
     def ids(self, key: str) -> tuple[int, ...]:
-        """One id or a list of ids."""
+        """Return one id or a list of ids as a tuple."""
         value = self.value(key)
         if value is None:
             return ()
@@ -194,7 +194,7 @@ class KeyReader:
         return tuple(found)
 
     def all_ids(self) -> dict[str, int]:
-        """Every key with its id, of a file that maps tokens to ids."""
+        """Return every key with its id, of a file that maps tokens to ids."""
         return {key: self._from(0, key, self.integer(key), MOST_WORDS) for key in self.raw}
 
     def report(self) -> KeyReport:

@@ -37,7 +37,7 @@ TOWER_TYPES: dict[str, Family] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TowerDefaults:
-    """What a family means when its file leaves a key out."""
+    """Values of a family for keys that its file leaves out."""
 
     patch_size: int
     norm_eps: float
@@ -161,7 +161,7 @@ def _three_channels(section: KeyReader) -> int:
 
 
 def default_pixels(vision: VisionConfig) -> PixelConfig:
-    """Preprocessing without preprocessor_config.json: the tower's size, its family's colours."""
+    """Return preprocessing for a missing preprocessor_config.json, by the tower and its family."""
     defaults = TOWERS[vision.family]
     side = ImageSize(vision.image_size, vision.image_size)
     squeezes = vision.family == "siglip"
@@ -176,7 +176,7 @@ def default_pixels(vision: VisionConfig) -> PixelConfig:
 
 
 def parse_pixels(reader: KeyReader, vision: VisionConfig) -> PixelConfig:
-    """How one tile becomes numbers.
+    """Parse the steps from one tile to numbers.
 
     Args:
         reader: keys of preprocessor_config.json.

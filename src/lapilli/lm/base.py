@@ -1,4 +1,4 @@
-"""What lapilli asks of a language model; knows nothing of modalities, prompts or files."""
+"""Interface of language models; knows nothing of modalities, prompts or files."""
 
 from typing import Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ class LanguageModel(Protocol):
     """
 
     supports_varlen: bool
-    """Whether `forward` takes rows of several lengths, with a PagedBatch as its cache."""
+    """True if `forward` takes rows of several lengths, with a PagedBatch as its cache."""
 
     @property
     def config(self) -> TextConfig:
@@ -25,7 +25,7 @@ class LanguageModel(Protocol):
         ...
 
     def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
-        """Vectors of token ids."""
+        """Return the vectors of token ids."""
         ...
 
     def forward(
@@ -36,7 +36,7 @@ class LanguageModel(Protocol):
         attention_mask: Bool[Tensor, "B S"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Hidden states after the final norm.
+        """Return the hidden states after the final norm.
 
         Args:
             inputs_embeds: vectors of the T new positions.
@@ -49,7 +49,7 @@ class LanguageModel(Protocol):
         ...
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        """Scores of every vocabulary entry."""
+        """Return the scores of every vocabulary entry."""
         ...
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:

@@ -110,7 +110,7 @@ class DecoderLayer(nn.Module):
         mask: Bool[Tensor, "rows 1 T S"] | None,
         cache: Cache | None,
     ) -> Float[Tensor, "B T D"]:
-        """Hidden states after this layer."""
+        """Return the hidden states after this layer."""
         if not torch.compiler.is_compiling():
             fused = self._fused.run(x, table, cache, index=self.self_attn.layer)
             if fused is not None:
@@ -127,7 +127,7 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderStack(nn.Module):
-    """What the files call `model`: embeddings, layers, the final norm."""
+    """Part of the model that the files call `model`: embeddings, layers, the final norm."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
 
     def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
-        """Vectors of token ids."""
+        """Return the vectors of token ids."""
         vectors: Tensor = self.model.embed_tokens(ids)
         scale = self.config.embedding_scale
         if scale == 1.0:
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         attention_mask: Bool[Tensor, "B S"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Hidden states after the final norm; see LanguageModel.forward.
+        """Return the hidden states after the final norm; see LanguageModel.forward.
 
         While training with `gradient_checkpointing` set, the layers' inner values are computed
         again in the backward pass instead of being kept.
@@ -201,7 +201,7 @@ class Decoder(nn.Module):
         return self.config.local_rope_theta is not None and self.config.is_local(layer)
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        """Scores of every vocabulary entry."""
+        """Return the scores of every vocabulary entry."""
         scores: Tensor
         if self.config.tie_embeddings:
             scores = functional.linear(hidden, self.model.embed_tokens.weight)

@@ -71,7 +71,7 @@ class ForeignLanguageModel(nn.Module):
         _try(self)
 
     def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
-        """Vectors of token ids."""
+        """Return the vectors of token ids."""
         module: Any = self.inner
         vectors: Tensor = module.get_input_embeddings()(ids)
         return vectors
@@ -84,7 +84,7 @@ class ForeignLanguageModel(nn.Module):
         attention_mask: Bool[Tensor, "B S"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Hidden states after the final norm; see LanguageModel.forward.
+        """Return the hidden states after the final norm; see LanguageModel.forward.
 
         Raises:
             UnsupportedModelError: ragged rows, which another library's attention cannot read.
@@ -113,7 +113,7 @@ class ForeignLanguageModel(nn.Module):
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        """Scores of every vocabulary entry."""
+        """Return the scores of every vocabulary entry."""
         module: Any = self.inner
         scores: Tensor = module.get_output_embeddings()(hidden)
         return scores
@@ -192,7 +192,7 @@ def _as_foreign_cache(cache: KVCache, config: DecoderConfig) -> Any:  # noqa: AN
 
 @torch.no_grad()
 def _try(model: ForeignLanguageModel) -> None:
-    """Three tokens at once against one after the other through our cache and our logits."""
+    """Compare three tokens at once with one after the other through our cache and our logits."""
     weight = next(model.inner.parameters())
     ids = torch.arange(1, 4, device=weight.device)[None]
     name = type(model.inner).__name__

@@ -49,7 +49,7 @@ class FusedLayer:
         self._seen_with: tuple[object, _Made] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: addresses are made anew."""
+        """Leave the addresses out of copies, which make them anew."""
         return {"_layer": self._layer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -137,7 +137,7 @@ class _Part:
         self._forward = _forward_of(module)
 
     def is_same(self) -> bool:
-        """Whether nothing was replaced or moved."""
+        """Return whether nothing was replaced or moved."""
         module = self._module()
         if module is None or _addresses(module) != self._tensors:
             return False
@@ -147,12 +147,12 @@ class _Part:
         )
 
     def runs_same(self) -> bool:
-        """Whether the module still runs the code that it ran."""
+        """Return whether the module still runs the code that it ran."""
         module = self._module()
         return module is not None and _forward_of(module) is self._forward
 
     def is_hooked(self) -> bool:
-        """Whether somebody wants to see or change what goes through."""
+        """Return whether somebody wants to see or change what goes through."""
         module = self._module()
         return module is None or bool(module._forward_hooks or module._forward_pre_hooks)
 
@@ -189,7 +189,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _agree(products: Sequence[PackedLinear | PlainLinear]) -> bool:
-    """Whether one call can meet q, k and v with the same input, and gate and up with theirs.
+    """Return whether one call can meet q, k and v with one input, and gate and up with theirs.
 
     Activations are rounded for all packed layers or for none.
     """
@@ -220,7 +220,7 @@ _MLP = frozenset({"gate_proj", "up_proj", "down_proj", "act"})
 
 
 def _is_known(layer: Any) -> bool:  # noqa: ANN401 - see FusedLayer
-    """Whether the layer has nothing but what the call knows."""
+    """Return whether the layer has nothing but what the call knows."""
     known_fields = _FIELDS.split()
     unknown = (field for field in fields(layer.config) if field.name not in known_fields)
     if any(getattr(layer.config, field.name) != field.default for field in unknown):

@@ -20,7 +20,7 @@ from lapilli.shapes import Bool, Float, Int, Tensor
 
 
 def alibi_slopes(num_heads: int, bias_max: int) -> Float[Tensor, " Q"]:
-    """How fast each head forgets with distance, float32 on the CPU.
+    """Return the slope by which each head forgets with distance, float32 on the CPU.
 
     Source: Press et al. 2022, "Train short, test long", with MPT's bias maximum; for a number of
     heads that is not a power of two, every second slope of the next power comes first.
@@ -102,14 +102,14 @@ class MptBlock(nn.Module):
         slopes: Float[Tensor, " Q"],
         cache: Cache | None,
     ) -> Float[Tensor, "B T D"]:
-        """Hidden states after this block."""
+        """Return the hidden states after this block."""
         x = x + self.attn(self.norm_1(x), bias, slopes, cache)
         out: Tensor = x + self.ffn(self.norm_2(x))
         return out
 
 
 class MptStack(nn.Module):
-    """What the files call `transformer`: embeddings, blocks, the final norm."""
+    """Part of the model that the files call `transformer`: embeddings, blocks, the final norm."""
 
     def __init__(self, config: MptConfig) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Mpt(nn.Module):
         self.gradient_checkpointing = False
 
     def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
-        """Vectors of token ids."""
+        """Return the vectors of token ids."""
         vectors: Tensor = self.transformer.wte(ids)
         return vectors
 
@@ -150,7 +150,7 @@ class Mpt(nn.Module):
         attention_mask: Bool[Tensor, "B S"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Hidden states after the final norm; see LanguageModel.forward."""
+        """Return the hidden states after the final norm; see LanguageModel.forward."""
         length = inputs_embeds.shape[1]
         if self._slopes.device != inputs_embeds.device:
             self._slopes = self._slopes.to(inputs_embeds.device)
@@ -176,7 +176,7 @@ class Mpt(nn.Module):
         num_keys: int,
         like: Tensor,
     ) -> Float[Tensor, "rows Q T S"]:
-        """-slope * distance where a key is seen, minus infinity elsewhere."""
+        """Return -slope * distance where a key is seen, minus infinity elsewhere."""
         device = like.device
         keys = torch.arange(num_keys, device=device)
         distance = keys[num_keys - num_queries :, None] - keys  # [T, S]
@@ -187,7 +187,7 @@ class Mpt(nn.Module):
         return bias.to(like.dtype).masked_fill(~mask, float("-inf")).view(-1, *bias.shape)
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        """Scores of every vocabulary entry."""
+        """Return the scores of every vocabulary entry."""
         if self.config.tie_embeddings:
             return functional.linear(hidden, self.transformer.wte.weight)
         scores: Tensor = self.lm_head(hidden)

@@ -1,1 +1,1 @@
-"""What is said: messages, templates, tokens. No torch, no files."""
+"""Prompts: messages, templates, tokens. No torch, no files."""

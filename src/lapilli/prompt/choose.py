@@ -1,4 +1,4 @@
-"""Which template a checkpoint is spoken to with, and why.
+"""Choice of the template that a checkpoint is asked with, and the reason for it.
 
 In this order; the first that says something decides:
 
@@ -18,16 +18,17 @@ original's programs go by the name of the folder (`template_for_name`), and so d
 lapilli.compat; there a 1.5 gets llava_v1 where "v1" is in its name, and llava_v0 where not.
 
 A chat template beside an original-layout checkpoint is not followed unless it is recorded: it
-belongs to the base model and says nothing about how LLaVA was trained.
+belongs to the base model and says nothing about how LLaVA was trained. A model that is built or
+trained takes turns as its base does: `template_of_base`, `check_base_template`.
 
-Knows plain facts, never files.
+Knows texts and plain facts, never files.
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lapilli.config.families import find_family
-from lapilli.errors import PromptError
+from lapilli.errors import ConfigError, PromptError
 from lapilli.prompt.jinja import JinjaTemplate
 from lapilli.prompt.template import ChatTemplate, Template
 from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
@@ -39,27 +40,38 @@ __all__ = [
     "Template",
     "TemplateChoice",
     "TemplateFacts",
+    "around_media",
+    "check_base_template",
     "choose_template",
     "template_by_name",
     "template_for_name",
+    "template_of_base",
 ]
 
 RECORD_KEY = "lapilli_template"
 """The key of config.json under which lapilli writes the template that it trained with."""
 
 OWN = "chat_template"
-"""What a checkpoint's own chat template is called, by people and under `RECORD_KEY`."""
-
-INFERENCE_TEMPLATE = "llava_v1"
-"""What the original's programs ask a LLaVA 1.5 with; it was trained with `DEFAULT_TEMPLATE`."""
+"""Name of a checkpoint's own chat template, for people and under `RECORD_KEY`."""
 
 START_END = ("<im_start>", "<im_end>")
-"""What stands around a picture under mm_use_im_start_end."""
+"""Tokens around a picture under mm_use_im_start_end."""
+
+_CHOICES = f"choose from {', '.join(TEMPLATES)}"
+# What a chat template begins turns with, in the order in which they are looked for, and the
+# template of ours that does so too.
+_MARKS = {
+    "<|im_start|>": "chatml_direct",
+    "[INST]": "mistral_instruct",
+    "USER:": "vicuna_v1",
+    "### Human:": "llava_v0",
+}
+_SYSTEM_BLOCK = "<<SYS>>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateFacts:
-    """What the files of a checkpoint say that bears on the template.
+    """Everything in the files of a checkpoint that bears on the template.
 
     layout: as `ModelConfig.layout`. model_type: of config.json. text_type: of its `text_config`.
     base: `_name_or_path` of config.json. projector: mm_projector_type. has_chatml: <|im_start|> and
@@ -94,7 +106,7 @@ def choose_template(
     explicit: str | Template | None = None,
     chat_template: JinjaTemplate | None = None,
 ) -> TemplateChoice:
-    """The template of a checkpoint, by the table of this file.
+    """Choose the template of a checkpoint by the table of this file.
 
     Args:
         facts: what its files say.
@@ -104,13 +116,16 @@ def choose_template(
     Raises:
         PromptError: no template has that name.
     """
-    choice = _choose(facts, explicit, chat_template)
+    if explicit is None:
+        choice = _by_evidence(facts, chat_template)
+    else:
+        choice = _asked_for(explicit, facts, chat_template)
     template = around_media(choice.template, use_start_end=facts.use_start_end, gap=facts.media_gap)
     return replace(choice, template=template)
 
 
 def around_media(template: Template, *, use_start_end: bool, gap: str = "") -> Template:
-    """The template with what a checkpoint puts around a picture.
+    """Return the template with what a checkpoint puts around a picture.
 
     Args:
         template: one of another form (Jinja) says that itself and stays as it is.
@@ -122,14 +137,91 @@ def around_media(template: Template, *, use_start_end: bool, gap: str = "") -> T
     return replace(template, media_tokens=START_END if use_start_end else ("", ""), media_gap=gap)
 
 
-def _choose(
-    facts: TemplateFacts,
-    explicit: str | Template | None,
-    chat_template: JinjaTemplate | None,
+def template_by_name(name: str) -> ChatTemplate:
+    """Return a template of the original.
+
+    Raises:
+        PromptError: no template has this name.
+    """
+    if name not in TEMPLATES:
+        raise PromptError(f"no template is called {name!r}: {_CHOICES}")
+    return TEMPLATES[name]
+
+
+def template_for_name(model_name: str) -> str:
+    """Return the template that run_llava and cli choose by the name of the model.
+
+    Source: LLaVA run_llava.py, serve/cli.py; the first rule that matches, in lower case.
+    """
+    rules = {
+        "llama-2": "llava_llama_2",
+        "mistral": "mistral_instruct",
+        "v1.6-34b": "chatml_direct",
+        "v1": "llava_v1",
+        "mpt": "mpt",
+    }
+    lowered = model_name.lower()
+    return next((template for part, template in rules.items() if part in lowered), "llava_v0")
+
+
+def template_of_base(chat_template: str | None, *, family: str = "") -> str | None:
+    """Return the name of our template that takes turns as a base's chat template; None: none does.
+
+    Args:
+        chat_template: the jinja text beside the base.
+        family: model_type of the language model; mpt has a system text of its own.
+    """
+    mark = _mark_in(chat_template)
+    if mark is None:
+        return None
+    known = find_family(family)
+    own = known.template if known is not None and known.template_first else None
+    if own is not None and TEMPLATES[own].style == TEMPLATES[_MARKS[mark]].style:
+        return own
+    if mark == "[INST]" and _SYSTEM_BLOCK in (chat_template or ""):
+        return "llava_llama_2"
+    return _MARKS[mark]
+
+
+def check_base_template(
+    asked: str, chat_template: str | None, base: str, *, otherwise: str = "insist (--force)"
+) -> None:
+    """Refuse a template that contradicts the chat template of the base.
+
+    The marks before a turn tell them apart. A base without a chat template, or with marks that none
+    of our templates has, contradicts nothing, and captions (the plain style) have no marks.
+
+    Args:
+        asked: name of the template.
+        chat_template: the jinja text beside the base.
+        base: where that is.
+        otherwise: what a person can do who does not want the one that fits.
+
+    Raises:
+        ConfigError: it contradicts it; the message names the template that fits.
+    """
+    mark, style = _mark_in(chat_template), TEMPLATES[asked].style
+    if mark is None or style in ("plain", TEMPLATES[_MARKS[mark]].style):
+        return
+    raise ConfigError(
+        f"template {asked!r} is wrong for {base}: its own chat template begins turns with "
+        f"{mark!r}, and a model that is trained with other marks forgets what it "
+        f"knows about conversations; take {template_of_base(chat_template)!r}, or {otherwise}"
+    )
+
+
+def _mark_in(chat_template: str | None) -> str | None:
+    return next((mark for mark in _MARKS if mark in (chat_template or "")), None)
+
+
+def _asked_for(
+    explicit: str | Template, facts: TemplateFacts, chat_template: JinjaTemplate | None
 ) -> TemplateChoice:
-    if explicit is None:
-        return _by_evidence(facts, chat_template)
-    template = _asked_for(explicit, chat_template)
+    template = explicit
+    if isinstance(template, str):
+        template = _named(
+            template, chat_template, "this checkpoint has no chat template of its own: "
+        )
     try:
         other = _by_evidence(facts, chat_template)
     except PromptError:  # a recorded name that we do not have: what was asked for replaces it
@@ -143,98 +235,46 @@ def _choose(
     return TemplateChoice(template, "asked for", note)
 
 
-def template_by_name(name: str) -> ChatTemplate:
-    """A template of the original.
-
-    Raises:
-        PromptError: no template has this name.
-    """
-    if name not in TEMPLATES:
-        raise PromptError(f"no template is called {name!r}: choose from {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
-
-
-def template_for_name(model_name: str) -> tuple[str, str | None]:
-    """(template, the part of the model's name that decided, or None), as run_llava and cli choose.
-
-    Source: LLaVA run_llava.py, serve/cli.py; the first rule that matches, in lower case.
-    """
-    rules = {
-        "llama-2": "llava_llama_2",
-        "mistral": "mistral_instruct",
-        "v1.6-34b": "chatml_direct",
-        "v1": "llava_v1",
-        "mpt": "mpt",
-    }
-    lowered = model_name.lower()
-    for part, template in rules.items():
-        if part in lowered:
-            return template, part
-    return "llava_v0", None
-
-
-def _asked_for(explicit: str | Template, chat_template: JinjaTemplate | None) -> Template:
-    if not isinstance(explicit, str):
-        return explicit
-    if explicit != OWN:
-        return template_by_name(explicit)
+def _named(name: str, chat_template: JinjaTemplate | None, missing: str) -> Template:
+    if name != OWN:
+        return template_by_name(name)
     if chat_template is None:
-        raise PromptError(
-            "this checkpoint has no chat template of its own: choose from " + ", ".join(TEMPLATES)
-        )
+        raise PromptError(f"{missing}{_CHOICES}")
     return chat_template
 
 
 def _by_evidence(facts: TemplateFacts, chat_template: JinjaTemplate | None) -> TemplateChoice:
     if facts.recorded:
-        return TemplateChoice(
-            _recorded(facts.recorded, chat_template),
-            f"config.json says {RECORD_KEY} {facts.recorded}",
+        says = f"config.json says {RECORD_KEY} {facts.recorded}"
+        missing = (
+            f"{says}, but no chat template lies beside it: bring chat_template.jinja back, or "
         )
+        return TemplateChoice(_named(facts.recorded, chat_template, missing), says)
     if chat_template is not None and facts.layout != "llava":
         return TemplateChoice(chat_template, "the checkpoint's own chat template")
-    chosen, reason = _by_model(facts) or _by_base(facts.base) or _by_projector(facts)
+    chosen, reason = _by_model(facts) or _by_parts(facts)
     return TemplateChoice(TEMPLATES[chosen], reason)
 
 
-def _recorded(name: str, chat_template: JinjaTemplate | None) -> Template:
-    if name != OWN:
-        return template_by_name(name)
-    if chat_template is None:
-        raise PromptError(
-            f"config.json says {RECORD_KEY} {OWN}, but no chat template lies beside it: bring "
-            f"chat_template.jinja back, or choose from {', '.join(TEMPLATES)}"
-        )
-    return chat_template
-
-
 def _by_model(facts: TemplateFacts) -> tuple[str, str] | None:
-    found = [(kind, find_family(kind)) for kind in (facts.model_type, facts.text_type)]
     named = [
         (family.template, f"model_type {kind}", family.template_first)
-        for kind, family in found
-        if family is not None and family.template is not None
+        for kind in (facts.model_type, facts.text_type)
+        if (family := find_family(kind)) is not None and family.template is not None
     ]
-    for template, reason, comes_first in named:
-        if comes_first:
-            return template, reason
-    if facts.has_chatml:
+    first = [choice for choice in named if choice[2]]
+    if facts.has_chatml and not first:
         return "chatml_direct", "<|im_start|> and <|im_end|> are tokens of the vocabulary"
-    return next(((template, reason) for template, reason, _ in named), None)
+    return next(((template, reason) for template, reason, _ in first + named), None)
 
 
-def _by_base(base: str) -> tuple[str, str] | None:
-    lowered = base.lower()
-    if "llama-2" in lowered and "chat" in lowered:
-        return "llava_llama_2", f"config.json says that it was made from {base}"
-    return None
-
-
-def _by_projector(facts: TemplateFacts) -> tuple[str, str]:
+def _by_parts(facts: TemplateFacts) -> tuple[str, str]:
+    base = facts.base.lower()
+    if "llama-2" in base and "chat" in base:
+        return "llava_llama_2", f"config.json says that it was made from {facts.base}"
     if facts.layout == "llava" and facts.projector == "linear":
         return "llava_v0", "a linear projector: the first generation of LLaVA"
-    if facts.projector is not None:
-        return INFERENCE_TEMPLATE, (
-            f"projector {facts.projector}: LLaVA 1.5 and later, whatever the folder is called"
-        )
+    if facts.projector is not None:  # as the original's programs, not as it was trained
+        reason = f"projector {facts.projector}: LLaVA 1.5 and later, whatever the folder is called"
+        return "llava_v1", reason
     return DEFAULT_TEMPLATE, "nothing in the checkpoint tells: the original's default"

@@ -1,4 +1,4 @@
-r"""Ids, loss mask and media spans of a conversation, in one pass.
+r"""Encoding of a conversation: ids, loss mask and media spans, in one pass.
 
     segments  "USER: " | slot | "\nWhat?" ... "ASSISTANT:" | " A boat.</s>"*    (* trainable)
       gaps    the text between two media, one tokenizer call each (LLaVA cuts there too)
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lapilli.errors import MediaCountMismatchError, PromptError
-from lapilli.prompt.segments import MediaSlot, Segment, TextSegment
-from lapilli.prompt.tokenizer.base import Token, Tokenizer
+from lapilli.prompt.template import MediaSlot, Segment, TextSegment
+from lapilli.prompt.tokenizer.base import Tokenizer
 
 PLACEHOLDER = 0
 """The id under a span: an id of every vocabulary, whose embedding is overwritten."""
@@ -24,7 +24,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where one medium goes: `length` positions of row `row` from `start` on."""
+    """Place of one medium: `length` positions of row `row` from `start` on."""
 
     row: int
     start: int
@@ -34,7 +34,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """One row. `input_ids` hold PLACEHOLDER under the spans, where `loss_mask` is False."""
+    """One row: `input_ids` hold PLACEHOLDER under the spans, where `loss_mask` is False."""
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -55,16 +55,14 @@ def encode(
     tokenizer: Tokenizer,
     lengths: Sequence[int],
     *,
-    row: int = 0,
     image_id: int | None = None,
 ) -> EncodedPrompt:
-    """Ids, loss mask and spans of rendered segments.
+    """Encode rendered segments.
 
     Args:
         segments: what a template rendered.
         tokenizer: of the language model.
         lengths: positions of every medium, in the order of the slots.
-        row: row number that the spans carry.
         image_id: the vocabulary's own image token, for checkpoints in the layout of Hugging Face:
             then the text is tokenized whole, with that token in the place of each medium.
 
@@ -85,18 +83,17 @@ def encode(
     if any(length < 1 for length in lengths):
         raise PromptError(f"every medium needs at least one position, found {list(lengths)}")
     _check_text(segments)
-    pieces = (
-        _per_gap(segments, tokenizer)
-        if image_id is None
-        else _whole(segments, tokenizer, image_id, len(slots))
-    )
+    if image_id is None:
+        pieces = _encode_gaps(segments, tokenizer)
+    else:
+        pieces = _encode_whole(segments, tokenizer, image_id, len(slots))
     ids: list[int] = []
     mask: list[bool] = []
     spans: list[Span] = []
     for i, piece in enumerate(pieces):
         if i:
             slot, length = slots[i - 1], lengths[i - 1]
-            spans.append(Span(row, len(ids), length, slot.modality))
+            spans.append(Span(0, len(ids), length, slot.modality))
             ids += [PLACEHOLDER] * length
             mask += [False] * length
         ids += [token for token, _ in piece]
@@ -118,11 +115,11 @@ def _check_text(segments: Sequence[Segment]) -> None:
 
 
 Piece = list[tuple[int, bool]]
-"""Ids of a gap and whether the loss counts them."""
+"""Ids of a gap, and whether the loss counts them."""
 
 
-def _per_gap(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[Piece]:
-    """One tokenizer call for the text before, between and after the media."""
+def _encode_gaps(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[Piece]:
+    """Tokenize the texts before, between and after the media, one call each."""
     gaps: list[list[TextSegment]] = [[]]
     for segment in segments:
         if isinstance(segment, MediaSlot):
@@ -130,18 +127,18 @@ def _per_gap(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[Piece]:
         else:
             gaps[-1].append(segment)
     pieces = [_tokenize(gap, tokenizer) for gap in gaps]
-    pieces[0] = _begin(tokenizer, pieces[0])
+    pieces[0] = _with_prefix(tokenizer, pieces[0])
     return pieces
 
 
-def _whole(
+def _encode_whole(
     segments: Sequence[Segment], tokenizer: Tokenizer, image_id: int, num_slots: int
 ) -> list[Piece]:
-    """One call for everything, cut at the image tokens afterwards."""
+    """Tokenize everything in one call, and cut it at the image tokens afterwards."""
     token = tokenizer.id_to_token(image_id)
     texts = [TextSegment(token) if isinstance(s, MediaSlot) else s for s in segments]
     pieces: list[Piece] = [[]]
-    for index, counts in _begin(tokenizer, _tokenize(texts, tokenizer)):
+    for index, counts in _with_prefix(tokenizer, _tokenize(texts, tokenizer)):
         if index == image_id:
             pieces.append([])
         else:
@@ -156,7 +153,7 @@ def _whole(
 
 
 def media_gap(tokenizer: Tokenizer, image_id: int | None) -> str:
-    """What has to stand between a medium and text after it for the ids of the original.
+    """Return what has to stand between a medium and text after it for the ids of the original.
 
     The original makes ids of the text after a picture as of a text of its own, and SentencePiece
     writes a space before the first word of a text. A tokenizer that is given the whole prompt, and
@@ -181,15 +178,15 @@ def media_gap(tokenizer: Tokenizer, image_id: int | None) -> str:
     return " " if after(word) != alone == after(f" {word}") else ""
 
 
-def _begin(tokenizer: Tokenizer, piece: Piece) -> Piece:
-    """BOS first, unless the template has written it."""
+def _with_prefix(tokenizer: Tokenizer, piece: Piece) -> Piece:
+    """Put BOS first, unless the template has written it."""
     prefix = [(index, False) for index in tokenizer.prefix_ids]
     written = [index for index, _ in piece[: len(prefix)]] == list(tokenizer.prefix_ids)
     return piece if written else prefix + piece
 
 
 def _tokenize(segments: Sequence[TextSegment], tokenizer: Tokenizer) -> Piece:
-    """Ids of joined segments; a token is trainable where its last character is."""
+    """Tokenize joined segments; a token is trainable where its last character is."""
     text = "".join(segment.text for segment in segments)
     literal: list[tuple[int, int]] = []
     counts: list[bool] = []
@@ -198,10 +195,8 @@ def _tokenize(segments: Sequence[TextSegment], tokenizer: Tokenizer) -> Piece:
         counts += [segment.trainable] * len(segment.text)
         if segment.literal and segment.text:
             literal.append((start, len(counts)))
-    tokens = tokenizer.tokenize(text, literal=literal)
-    return [(token.id, counts[_last_character(token)]) for token in tokens]
-
-
-def _last_character(token: Token) -> int:
-    """Bytes in the middle of a character may have no characters of their own."""
-    return token.end - 1 if token.end > token.start else token.start
+    # Bytes in the middle of a character may have no characters of their own.
+    return [
+        (token.id, counts[max(token.end - 1, token.start)])
+        for token in tokenizer.tokenize(text, literal=literal)
+    ]

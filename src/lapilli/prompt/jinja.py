@@ -1,4 +1,4 @@
-"""A checkpoint's own chat template, rendered as transformers renders it.
+"""Chat templates in jinja: a checkpoint's own, rendered as transformers does, and ours written so.
 
     messages -> the same with unguessable marks in place of what a person typed
       | jinja2, sandboxed
@@ -9,6 +9,7 @@ What a person typed is never looked at by the template, so a typed "<image>" or 
 White space around it is, because templates trim. Knows nothing of tokenizers or files.
 """
 
+import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -19,13 +20,13 @@ from typing import Any, Final
 import jinja2
 
 from lapilli.errors import PromptError
-from lapilli.prompt.budget import budget_of
+from lapilli.prompt.budget import budget_of, pay
 from lapilli.prompt.message import MediaPart, Message, TextPart
 from lapilli.prompt.sandbox import compile_template
-from lapilli.prompt.segments import MediaSlot, Segment, TextSegment
+from lapilli.prompt.template import ChatTemplate, MediaSlot, Segment, TextSegment
 
 PLACEHOLDER = "<image>"
-_MOST_TOLD: Final = 300
+_MOST_SHOWN: Final = 300  # characters of an error
 _STEPS: Final = 1_000_000
 _STEPS_OF_MESSAGE: Final = 20_000
 """More with every message, as some templates look at all of them for each of them."""
@@ -39,12 +40,13 @@ class JinjaTemplate:
         bos_token: text of the token that the template may write first.
         eos_token: text of the token that the template may write last.
         image_token: what the template writes in the place of a picture.
-        name: how people see it named.
         special_tokens: texts of further tokens that it may write, such as `pad_token`.
 
     Raises:
         PromptError: a text that is no template.
     """
+
+    name = "chat_template"
 
     def __init__(
         self,
@@ -53,10 +55,8 @@ class JinjaTemplate:
         bos_token: str | None = None,
         eos_token: str | None = None,
         image_token: str = PLACEHOLDER,
-        name: str = "chat_template",
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        self.name = name
         self.source = source
         self._tokens = {
             **(special_tokens or {}),
@@ -75,19 +75,20 @@ class JinjaTemplate:
             ) from error
         except Exception as error:  # whatever a stranger's text makes of jinja2 and of Python
             raise PromptError(
-                f"the checkpoint's chat template cannot be used: {_told(error)}; choose one by name"
+                f"the checkpoint's chat template cannot be used: {_reason(error)}; "
+                "choose one by name"
             ) from error
 
     @cached_property
     def stop(self) -> tuple[str, ...]:
-        """What the template writes after an answer."""
+        """Text that the template writes after an answer."""
         marks = _Marks(self._takes_parts, self._image_token)
         answered = [marks.hide(m) for m in (Message.user("Q"), Message.assistant("A"))]
         end = self._run(answered, open_turn=False).partition(marks.mark(1))[2].strip()
         return (end,) if end else ()
 
     def render(self, messages: Sequence[Message], *, open_turn: bool = True) -> list[Segment]:
-        """Segments of a conversation, as `ChatTemplate.render` gives them.
+        """Render a conversation to segments as `ChatTemplate.render` does.
 
         With `open_turn=False` the answers are trainable: what follows the open prompt, up to and
         with the end token.
@@ -105,7 +106,7 @@ class JinjaTemplate:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether the template iterates over content parts, or adds content as a string."""
+        """True if the template iterates over content parts, False if content is a string to it."""
         marks = _Marks(True, self._image_token)
         try:
             text = self._run([marks.hide(Message.user("Q"))], open_turn=True)
@@ -116,7 +117,7 @@ class JinjaTemplate:
     def _run(self, messages: Sequence[dict[str, Any]], *, open_turn: bool) -> str:
         steps = _STEPS + _STEPS_OF_MESSAGE * len(messages)
         try:
-            with budget_of(steps) as budget:
+            with budget_of(steps):
                 text = self._template.render(
                     messages=list(messages),
                     add_generation_prompt=open_turn,
@@ -124,17 +125,17 @@ class JinjaTemplate:
                     documents=None,
                     **self._tokens,
                 )
-                budget.pay(len(text))
+                pay(len(text))
             text.encode()
         except Exception as error:  # a stranger's program: whatever it raises, it refuses
             raise PromptError(
                 f"the checkpoint's chat template refuses these {len(messages)} messages "
-                f"({_short(', '.join(str(m['role']) for m in messages))}): {_told(error)}"
+                f"({_short(', '.join(str(m['role']) for m in messages))}): {_reason(error)}"
             ) from error
         return text
 
     def _answers(self, messages: Sequence[dict[str, Any]], text: str) -> list[tuple[int, int]]:
-        """Characters of `text` that the model has to write."""
+        """Return the ranges of `text` that the model has to write."""
         ranges = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -160,11 +161,11 @@ class _Marks:
         self._texts: list[str] = []
 
     def mark(self, index: int) -> str:
-        """The stand-in of the text with this number."""
+        """Return the stand-in of the text with this number."""
         return f"[{self._nonce}:{index}]"
 
     def hide(self, message: Message) -> dict[str, Any]:
-        """A message as chat templates expect it, marks in place of its texts."""
+        """Return a message as chat templates expect it, marks in place of its texts."""
         content = self._parts(message) if self._takes_parts else self._string(message)
         return {"role": message.role, "content": content}
 
@@ -189,7 +190,7 @@ class _Marks:
             )
 
     def reveal(self, text: str, answers: Sequence[tuple[int, int]]) -> list[Segment]:
-        """Segments: marks become what was typed, image tokens become slots, answers trainable."""
+        """Turn marks into what was typed and image tokens into slots; answers are trainable."""
         pattern = re.compile(rf"\[{self._nonce}:(\d+)\]|{re.escape(self._image_token)}")
         borders = {
             0,
@@ -222,7 +223,7 @@ class _Marks:
         ]
 
     def _string(self, message: Message) -> str:
-        """One string, leading media on lines of their own, as LLaVA was trained."""
+        """Return one string, leading media on lines of their own, as LLaVA was trained."""
         text = ""
         leading = message.written is None
         for part in message.in_order:
@@ -242,8 +243,8 @@ class _Marks:
         return f"{before}{self.mark(len(self._texts) - 1)}{after}"
 
 
-def _told(error: Exception) -> str:
-    """What went wrong, short enough for one line."""
+def _reason(error: Exception) -> str:
+    """Return what went wrong, short enough for one line."""
     if isinstance(error, UnicodeEncodeError):
         return "it writes half of a surrogate pair, which is no text"
     if isinstance(error, RecursionError):
@@ -253,11 +254,11 @@ def _told(error: Exception) -> str:
 
 def _short(text: str | None) -> str:
     text = text or ""
-    return text if len(text) <= _MOST_TOLD else f"{text[:_MOST_TOLD]}..."
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _without_open_turn(messages: Sequence[Message]) -> Sequence[Message]:
-    """The messages without an empty last answer, which stands for the one to be generated."""
+    """Return the messages without an empty last answer: the one to be generated."""
     if not messages or messages[-1].role != "assistant":
         return messages
     if messages[-1].parts and messages[-1].text:
@@ -266,3 +267,127 @@ def _without_open_turn(messages: Sequence[Message]) -> Sequence[Message]:
             "open_turn=False"
         )
     return messages[:-1]
+
+
+# Pictures that stand before the text of a message end with a new line, others do not.
+_CONTENT = """\
+{%- macro content(message) -%}
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- set at = namespace(start=true) -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{{ @PICTURE }}{% if at.start %}{{ @LINE }}{% endif %}
+{%- elif part['text'] -%}
+{%- set at.start = false -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- set system = @SYSTEM -%}
+{%- set turns = messages -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+{%- set system = @PREFIX + content(messages[0]) -%}
+{%- set turns = messages[1:] -%}
+{%- endif -%}
+"""
+
+_CHAT = """\
+{{ system + @HEAD }}
+{%- for message in turns -%}
+{%- if message['role'] == 'assistant' -%}
+{{ @ASSISTANT + @SPACE + content(message) + @ANSWERED }}
+{%- else -%}
+{{ @USER + @SPACE + content(message) + @ASKED }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ @ASSISTANT }}
+{%- endif -%}
+"""
+
+_LLAMA_2 = """\
+{%- for message in turns -%}
+{%- if message['role'] == 'assistant' -%}
+{{ @SPACE + content(message) + @ANSWERED }}
+{%- else -%}
+{{ ('' if loop.first else @ASKED) + '[INST] ' }}
+{%- if loop.first and system -%}
+{{ @OPEN + system + @CLOSE }}
+{%- endif -%}
+{{ content(message) + ' [/INST]' }}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+# The text is cut at its pictures; a gap goes before every piece but the first and empty ones.
+_GAPS = """\
+{%- for piece in text.split(@TOKEN) -%}
+{{ ('' if loop.first else @TOKEN) + ('' if loop.first or not piece else @GAP) + piece }}
+{%- endfor -%}
+"""
+
+
+def with_gaps(source: str, gap: str, token: str = PLACEHOLDER) -> str:
+    """Return a chat template that writes the same with a gap wherever text follows a picture.
+
+    Args:
+        source: of the chat template.
+        gap: see `prompt.encode.media_gap`; nothing leaves the template as it is.
+        token: what the template writes for a picture.
+    """
+    if not gap:
+        return source
+    # jinja2 leaves out one new line at the end of a template, but not at the end of a block.
+    body = "{% set text %}" + source.removesuffix("\n") + "{% endset %}"
+    return body + _written(_GAPS, {"TOKEN": token, "GAP": gap})
+
+
+def to_jinja(template: ChatTemplate, image_token: str = PLACEHOLDER) -> str:
+    """Return the text of the chat template that renders as `template` does.
+
+    Args:
+        template: of the original, or one like it.
+        image_token: what stands for a picture.
+
+    Raises:
+        PromptError: captions (the plain style) are no conversation.
+    """
+    if template.style == "plain":
+        raise PromptError(f"template {template.name!r} is for captions: it holds no conversation")
+    before, after = template.media_tokens
+    values = {
+        "PICTURE": before + image_token + after,
+        "LINE": "\n",
+        "SYSTEM": template.system,
+        "PREFIX": template.system_prefix,
+    }
+    if template.style == "llama_2":
+        values |= {
+            "SPACE": " ",
+            "ANSWERED": f" {template.sep2 or ''}",
+            "ASKED": template.sep,
+            "OPEN": "<<SYS>>\n",
+            "CLOSE": "\n<</SYS>>\n\n",
+        }
+        return _written(_CONTENT + _LLAMA_2, values)
+    colon = "" if template.style == "mpt" else ":"
+    values |= {
+        # The separator and the built-in examples.
+        "HEAD": template.prompt(template.messages).removeprefix(template.system),
+        "USER": template.roles[0] + colon,
+        "ASSISTANT": template.roles[1] + colon,
+        "SPACE": " " if colon else "",
+        "ASKED": template.sep,
+        "ANSWERED": (template.sep2 if template.style == "two" else template.sep) or "",
+    }
+    return _written(_CONTENT + _CHAT, values)
+
+
+def _written(text: str, values: dict[str, str]) -> str:
+    """Write every @NAME as a string of jinja; longest names first, as some begin with others."""
+    for name in sorted(values, key=len, reverse=True):
+        text = text.replace(f"@{name}", json.dumps(values[name]))
+    return text

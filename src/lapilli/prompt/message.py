@@ -1,4 +1,4 @@
-"""What one speaker said: text and media in order.
+"""Messages of a conversation: text and media in order.
 
 Knows nothing of templates, tokens or pictures: the source of a medium is passed on untouched.
 """
@@ -15,7 +15,7 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """Text as it was typed; nothing inside it is ever a special token or a placeholder."""
+    """Text as it was typed; nothing inside it is a special token or a placeholder."""
 
     text: str
 
@@ -38,9 +38,9 @@ class Message:
     Attributes:
         role: who speaks.
         parts: text and media in order.
-        written: the text around the media, one piece more than there are media, where a program
-            wrote it with placeholders: it is kept character by character. None: the template lays
-            line breaks behind the media that stand in front.
+        written: where a program wrote the message with placeholders, the texts around the media,
+            one more than there are media, which are kept character by character. None: the
+            template writes line breaks behind the media that stand in front.
 
     Raises:
         PromptError: a role other than system, user or assistant, or another number of pieces.
@@ -84,27 +84,27 @@ class Message:
 
     @classmethod
     def system(cls, text: str) -> "Message":
-        """Instructions that replace those of the template."""
+        """Return instructions that replace those of the template."""
         return cls("system", (TextPart(text),))
 
     @classmethod
     def user(cls, text: str, *sources: object) -> "Message":
-        """A question about `sources`, which stand in front of it as LLaVA was trained."""
+        """Return a question about `sources`, which stand in front of it as LLaVA was trained."""
         return cls("user", (*(MediaPart(source) for source in sources), TextPart(text)))
 
     @classmethod
     def assistant(cls, text: str) -> "Message":
-        """An answer."""
+        """Return an answer."""
         return cls("assistant", (TextPart(text),))
 
     @classmethod
     def from_placeholders(
         cls, role: str, text: str, sources: Sequence[object], *, placeholder: str = "<image>"
     ) -> "Message":
-        """A turn written by a program, with `placeholder` where each source goes.
+        """Return a message that a program wrote with `placeholder` where each source goes.
 
         The text is kept character by character. In `parts` a line break after a leading
-        placeholder belongs to that, as where a template lays it.
+        placeholder is left out, as a template writes it there.
 
         Raises:
             MediaCountMismatchError: another number of placeholders than of sources.

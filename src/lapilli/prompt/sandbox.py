@@ -1,59 +1,39 @@
-"""Where chat templates of strangers run: jinja2's sandbox, and every operation is paid for.
+"""Sandbox for chat templates of strangers: that of jinja2, with a price on every operation.
 
     text -> tree; loops and macros begin with a payment for what they hold, so do operations
             that jinja2 compiles past its own hooks
          -> code; nothing is computed while compiling
-    run  -> each payment takes steps from a budget; before something grows, for what it will become
+    run  -> each payment takes steps from a budget (budget.py)
 
-A step is about a tenth of a microsecond, or 16 characters. So time, memory and output are bounded
-by one number, the same on every machine, in the process and the thread that asks: an honest
-template takes some thousand of a million.
+So time, memory and output are bounded by one number, the same on every machine, in the process and
+the thread that asks: an honest template takes some thousand of a million steps.
 Knows jinja2; must not know messages.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import cache, wraps
 from typing import Final, NoReturn, cast
 
 import jinja2
-import jinja2.exceptions
-import jinja2.ext
-import jinja2.parser
-import jinja2.runtime
-import jinja2.sandbox
-import jinja2.utils
-from jinja2 import nodes
+from jinja2 import ext, nodes, runtime, sandbox, utils
+from jinja2.exceptions import SecurityError
+from jinja2.parser import Parser
 from markupsafe import Markup
 
-from lapilli.prompt.budget import (
-    LAZY,
-    PAID_BY_SIZE,
-    TooMuchError,
-    Value,
-    collected,
-    counted,
-    magnitude,
-    pay,
-    pay_binop,
-    pay_call,
-    pay_filter,
-    pay_text,
-    printed,
-    shallow,
-    size_now,
-)
+from lapilli.prompt import budget
+from lapilli.prompt.budget import TooMuchError, Value, pay, pay_text, size_of
 
 MOST_SOURCE: Final = 1 << 17
 """Characters of a template; the longest that are published have 20,000."""
 
-# Names that no template can write: they have a space.
-_TICK, _TESTED, _WEIGHED, _CUT, _JOINED = " tick", " tested", " weighed", " cut", " joined"
+# Filters that the tree is given; no template can write these names, as they have a space.
+_STEPS, _COMPARED, _SLICED, _JOINED = " steps", " compared", " sliced", " joined"
 
 
 def compile_template(source: str) -> jinja2.Template:
-    """A template that pays from the budget around its rendering.
+    """Compile a template that pays from the budget around its rendering.
 
     Raises:
         jinja2.TemplateSyntaxError: a text that is no template.
@@ -69,38 +49,39 @@ def compile_template(source: str) -> jinja2.Template:
     return environment.template_class.from_code(environment, code, environment.make_globals(None))
 
 
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja2's hooks, each of which pays before it does what it did."""
+class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
+    """jinja2's hooks, each of which pays before it does what it did."""
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
 
     def call_binop(
-        self, context: jinja2.runtime.Context, operator: str, left: Value, right: Value
+        self, context: runtime.Context, operator: str, left: Value, right: Value
     ) -> Value:
-        """One of + - * / // ** %."""
-        pay_binop(operator, left, right)
+        """Compute one of + - * / // ** %."""
+        budget.pay_binop(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Value, __obj: Value, *args: Value, **kwargs: Value) -> Value:  # noqa: N805
-        """A macro, a method or one of the functions."""
+        """Call a macro, a method or one of the functions."""
         pay(1 + len(args) + len(kwargs))
-        args = pay_call(__obj, args, kwargs)
+        args = budget.pay_call(__obj, args, kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
     def getitem(self, obj: Value, argument: Value) -> Value:
-        """One of many; what is no name or number is hashed and told, whatever it holds."""
+        """Look a key up; one that is neither text nor a number is hashed and printed whole."""
         if not isinstance(argument, str | int):
-            pay_text(size_now(argument))
+            pay_text(size_of(argument))
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Value) -> Callable[..., str] | None:
-        """str.format and str.format_map, field by field."""
+        """Wrap str.format and str.format_map, which then pay field by field."""
         if super().wrap_str_format(value) is None:
             return None
         text: str = value.__self__
-        is_markup = isinstance(text, Markup)
         formatter = (
-            _EscapeFormatter(self, escape=text.escape) if is_markup else _Formatter(self)  # type: ignore[attr-defined]
+            _EscapeFormatter(self, escape=text.escape)
+            if isinstance(text, Markup)
+            else _Formatter(self)
         )
 
         def formatted(*args: Value, **kwargs: Value) -> str:
@@ -113,7 +94,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(pieces: Iterable[str]) -> str:
-        """What was written, in one piece."""
+        """Join what was written."""
         pieces = list(pieces)
         pay_text(len(pieces) + sum(map(len, pieces)))
         return "".join(pieces)
@@ -123,68 +104,22 @@ class _PaysFields:
     """A formatter that pays for every field."""
 
     def format_field(self, value: Value, format_spec: str) -> Value:
-        """The text of a field."""
-        pay_text(printed(format_spec, value))
+        """Return the text of a field."""
+        pay_text(budget.size_of_printed(format_spec, value))
         return super().format_field(value, format_spec)  # type: ignore[misc]
 
     def convert_field(self, value: Value, conversion: Value) -> Value:
-        """The value as `!r`, `!s` or `!a` say."""
-        pay_text(size_now(value))
+        """Return the value as `!r`, `!s` or `!a` say."""
+        pay_text(size_of(value))
         return super().convert_field(value, conversion)  # type: ignore[misc]
 
 
-class _Formatter(_PaysFields, jinja2.sandbox.SandboxedFormatter):
+class _Formatter(_PaysFields, sandbox.SandboxedFormatter):
     pass
 
 
-class _EscapeFormatter(_PaysFields, jinja2.sandbox.SandboxedEscapeFormatter):
+class _EscapeFormatter(_PaysFields, sandbox.SandboxedEscapeFormatter):
     pass
-
-
-def _paying_filter(name: str, function: Callable[..., Value]) -> Callable[..., Value]:
-    """A filter that pays first; what it gives one by one is paid for as it is taken."""
-    takes = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
-
-    @wraps(function)
-    def paying(
-        context: jinja2.runtime.Context, value: Value, *args: Value, **kwargs: Value
-    ) -> Value:
-        pay(2)
-        if name in LAZY:
-            steps = 2 + sum(map(size_now, (*args, *kwargs.values())))
-            value = counted(value, steps) if value else value
-        elif name in PAID_BY_SIZE:
-            value = collected(value)
-            pay_filter(name, value, (*args, *kwargs.values()))
-        elif name == "round":
-            pay(sum(magnitude(given) ** 2 for given in (*args, *kwargs.values())))
-        else:
-            pay_text(sum(map(size_now, (*args, *kwargs.values()))))
-        first = {
-            "context": (context,),
-            "eval_context": (context.eval_ctx,),
-            "environment": (context.environment,),
-        }.get(takes or "", ())
-        made = function(*first, value, *args, **kwargs)
-        # A list's own iterator: generators over generators would end in C's stack.
-        return iter(list(counted(made, 2))) if isinstance(made, Iterator) else made
-
-    return jinja2.pass_context(paying)
-
-
-def _paying_test(function: Callable[..., Value]) -> Callable[..., Value]:
-    takes = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
-
-    @wraps(function)
-    def paying(context: jinja2.runtime.Context, value: Value, *args: Value) -> Value:
-        pay(1)
-        if args:
-            args = tuple(map(collected, args))
-            pay_text(sum(map(size_now, (value, *args))))
-        first = () if takes is None else (context.environment,)
-        return function(*first, value, *args)
-
-    return jinja2.pass_context(paying)
 
 
 def _charge(node: nodes.Node) -> int:
@@ -203,7 +138,7 @@ def _charge(node: nodes.Node) -> int:
         if field == "body" and isinstance(
             node, nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block
         ):
-            value.insert(0, nodes.ExprStmt(_called(nodes.Const(1 + found), _TICK)))
+            value.insert(0, nodes.ExprStmt(_with_steps(nodes.Const(None), 1 + found)))
             found = 0
         if isinstance(value, list):
             value[:] = [_paid(child) if isinstance(child, nodes.Node) else child for child in value]
@@ -211,101 +146,133 @@ def _charge(node: nodes.Node) -> int:
             setattr(node, field, _paid(value))
         steps += found
     if isinstance(node, nodes.For) and node.test is not None:
-        steps_of_test = 1 + len(list(node.test.find_all(nodes.Node)))
-        node.test = _called(node.test, _TESTED, nodes.Const(steps_of_test))
+        node.test = _with_steps(node.test, 1 + len(list(node.test.find_all(nodes.Node))))
     return steps
 
 
 def _paid(node: nodes.Node) -> nodes.Node:
-    """The node that stands for an operation which jinja2 compiles past its hooks."""
+    """Return what stands for an operation that jinja2 compiles past its hooks, else the node."""
     if isinstance(node, nodes.Include | nodes.Import | nodes.FromImport | nodes.Extends):
         raise jinja2.TemplateSyntaxError("a chat template reads no other files", node.lineno)
     if isinstance(node, nodes.Concat):
-        return _called(nodes.List(node.nodes, lineno=node.lineno), _JOINED)
+        return _filtered(nodes.List(node.nodes, lineno=node.lineno), _JOINED)
     if isinstance(node, nodes.Compare):
-        _weigh_compare(node)
+        node.expr = _filtered(node.expr, _COMPARED)
+        for operand in node.ops:
+            operand.expr = _filtered(operand.expr, _COMPARED)
     elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
-        return _called(node, _CUT)
+        return _filtered(node, _SLICED)
     elif isinstance(node, nodes.Pair) and not isinstance(node.key, nodes.Const):
-        node.key = _called(node.key, _WEIGHED)
+        node.key = _filtered(node.key, _COMPARED)
     return node
 
 
-def _weigh_compare(node: nodes.Compare) -> None:
-    """Pay for both sides, unless one is written in the template and short work therefore."""
-    for operand in node.ops:
-        is_inside = operand.op in ("in", "notin")
-        if _is_short(operand.expr) or (not is_inside and _is_short(node.expr)):
-            continue
-        operand.expr = _called(operand.expr, _WEIGHED)
-    if any(not _is_short(operand.expr) for operand in node.ops) and not _is_short(node.expr):
-        node.expr = _called(node.expr, _WEIGHED)
+def _with_steps(node: nodes.Node, steps: int) -> nodes.Filter:
+    """Return the node with a payment of `steps` for it."""
+    return _filtered(node, _STEPS, nodes.Const(steps))
 
 
-def _is_short(node: nodes.Node) -> bool:
-    if isinstance(node, nodes.List | nodes.Tuple):
-        return all(isinstance(item, nodes.Const) for item in node.items)
-    return isinstance(node, nodes.Const)
-
-
-def _called(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Filter:
+def _filtered(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Filter:
     value = cast("nodes.Expr", node)
     return nodes.Filter(value, name, list(args), [], None, None, lineno=node.lineno or 1)
 
 
+def _paying(cost: Callable[[Value], int], *, collect: bool = False) -> Callable[..., Value]:
+    """Return a filter that gives its value back when `cost` is paid for.
+
+    As it takes the context, it is never computed while a template is compiled.
+    """
+
+    @jinja2.pass_context
+    def paying(_context: object, value: Value) -> Value:
+        value = budget.collected(value) if collect else value
+        pay_text(cost(value))
+        return value
+
+    return paying
+
+
 @jinja2.pass_context
-def _tick(_context: object, steps: int) -> None:
+def _pay_steps(_context: object, value: object, steps: int) -> object:
     pay(steps)
-
-
-@jinja2.pass_context
-def _tested(_context: object, value: object, steps: int) -> object:
-    pay(steps)
     return value
 
 
 @jinja2.pass_context
-def _weighed(_context: object, value: object) -> object:
-    value = collected(value)
-    pay_text(size_now(value))
-    return value
-
-
-@jinja2.pass_context
-def _cut(_context: object, value: object) -> object:
-    pay_text(shallow(value))
-    return value
-
-
-@jinja2.pass_context
-def _joined(context: jinja2.runtime.Context, parts: list[Value]) -> str:
-    """What `~` makes."""
-    pay_text(size_now(parts))
-    join = jinja2.runtime.markup_join if context.eval_ctx.autoescape else jinja2.runtime.str_join
+def _join(context: runtime.Context, parts: list[Value]) -> str:
+    """Return what `~` makes."""
+    pay_text(size_of(parts))
+    join = runtime.markup_join if context.eval_ctx.autoescape else runtime.str_join
     return join(parts)
 
 
-@jinja2.pass_context
-def _written(_context: object, value: object) -> object:
-    """What `{{ }}` writes."""
-    pay_text(len(value) if isinstance(value, str) else size_now(value))
-    return value
+def _paying_filter(name: str, function: Callable[..., Value]) -> Callable[..., Value]:
+    """Return a filter that pays first; what it gives one by one is paid for as it is taken."""
+
+    @wraps(function)
+    def paying(context: runtime.Context, value: Value, *args: Value, **kwargs: Value) -> Value:
+        pay(2)
+        value = budget.pay_filter(name, value, (*args, *kwargs.values()))
+        made = function(*_first_arguments(function, context), value, *args, **kwargs)
+        # A list's own iterator: generators over generators would end in C's stack.
+        return iter(list(budget.counted(made, 2))) if isinstance(made, Iterator) else made
+
+    return jinja2.pass_context(paying)
 
 
-class _Generation(jinja2.ext.Extension):
+def _paying_test(function: Callable[..., Value]) -> Callable[..., Value]:
+    @wraps(function)
+    def paying(context: runtime.Context, value: Value, *args: Value) -> Value:
+        pay(1)
+        if args:
+            args = tuple(map(budget.collected, args))
+            pay_text(budget.total((value, *args)))
+        return function(*_first_arguments(function, context), value, *args)
+
+    return jinja2.pass_context(paying)
+
+
+def _first_arguments(function: Callable[..., Value], context: runtime.Context) -> tuple[Value, ...]:
+    """Return what jinja2 passes to a filter or a test before its value."""
+    passed = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
+    if passed == "context":
+        return (context,)
+    if passed is None:
+        return ()
+    return (context.eval_ctx if passed == "eval_context" else context.environment,)
+
+
+class _Generation(ext.Extension):
     """`{% generation %}`: where transformers marks answers; here its body is simply written."""
 
     tags = {"generation"}  # noqa: RUF012  the name and type that jinja2 asks for
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """The statements up to the end of the tag."""
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Parse the statements up to the end of the tag."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Namespace(utils.Namespace):
+    """jinja2's `namespace`, closed to names that could lead out of the sandbox."""
+
+    def __init__(self, /, *values: Value, **named: Value) -> None:
+        super().__init__()
+        for name, value in dict(*values, **named).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: object) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a chat template may not store {name!r}")
+        super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<Namespace>"  # not all that it holds
+
+
 @cache
 def _environment() -> _Sandbox:
-    """What chat templates may use.
+    """Return what chat templates may use.
 
     Source: transformers' chat template rendering: sandbox, block trimming, `tojson` without HTML
     escapes, `raise_exception`, `strftime_now`.
@@ -313,8 +280,8 @@ def _environment() -> _Sandbox:
     environment = _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=[_Generation, jinja2.ext.loopcontrols],
-        finalize=_written,
+        extensions=[_Generation, ext.loopcontrols],
+        finalize=_paying(size_of),
         optimized=False,
     )
     environment.filters["tojson"] = _to_json
@@ -322,44 +289,22 @@ def _environment() -> _Sandbox:
         name: _paying_filter(name, function) for name, function in environment.filters.items()
     }
     environment.filters |= {
-        _TICK: _tick,
-        _TESTED: _tested,
-        _WEIGHED: _weighed,
-        _CUT: _cut,
-        _JOINED: _joined,
+        _STEPS: _pay_steps,
+        _COMPARED: _paying(size_of, collect=True),
+        _SLICED: _paying(budget.size_of_copy),
+        _JOINED: _join,
     }
     environment.tests = {
         name: _paying_test(cast("Callable[..., Value]", function))
         for name, function in environment.tests.items()
     }
     del environment.globals["lipsum"]  # as many words as it is asked for
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    environment.globals["namespace"] = _namespace
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "namespace": _Namespace,
+    }
     return environment
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """jinja2's `namespace`, closed to names that could lead out of the sandbox."""
-
-    def __setitem__(self, name: str, value: object) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
-
-    def __repr__(self) -> str:
-        return "<Namespace>"  # not all that it holds
-
-
-def _namespace(*values: Mapping[str, object], **named: object) -> _Namespace:
-    start = dict(*values, **named)
-    for name in start:
-        _refuse_private(name)
-    return _Namespace(start)
-
-
-def _refuse_private(name: str) -> None:
-    if name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a chat template may not store {name!r}")
 
 
 def _to_json(
@@ -370,16 +315,12 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def _raise_exception(message: object) -> NoReturn:
-    pay_text(size_now(message))
+    pay_text(size_of(message))
     raise jinja2.TemplateError(str(message))
 
 

@@ -1,37 +1,68 @@
-"""How the conversations of the original become text: five styles over plain fields.
-
-Knows roles, separators and where a picture goes. Must not know tokenizers, files or torch.
+r"""Conversation templates of the original, and the segments that every template renders to.
 
     messages -> turns (role name, content segments | None) -> style -> segments
+
+Knows roles, separators and where a picture goes. Must not know tokenizers, files or torch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, Protocol, runtime_checkable
 
 from lapilli.errors import PromptError
 from lapilli.prompt.message import MediaPart, Message
-from lapilli.prompt.segments import MediaSlot, Segment, TextSegment, to_text, trainable
 
+
+@dataclass(frozen=True, slots=True)
+class TextSegment:
+    """A part of a prompt's text.
+
+    `trainable`: the loss counts its tokens. `literal`: typed by a person, special tokens inside it
+    stay text.
+    """
+
+    text: str
+    trainable: bool = False
+    literal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSlot:
+    """The place of one medium."""
+
+    modality: str = "image"
+
+
+Segment = TextSegment | MediaSlot
 Style = Literal["single", "two", "mpt", "plain", "llama_2"]
 Turn = tuple[str, "list[Segment] | None"]
 
 
+def to_text(segments: Iterable[Segment]) -> str:
+    """Return the prompt as one string, as the original shows it: never to be encoded."""
+    return "".join(s.text if isinstance(s, TextSegment) else "<image>" for s in segments)
+
+
+def _trainable(segments: Iterable[Segment]) -> list[Segment]:
+    """Return the same segments with every text counted by the loss."""
+    return [replace(s, trainable=True) if isinstance(s, TextSegment) else s for s in segments]
+
+
 @runtime_checkable
 class Template(Protocol):
-    """What messages are rendered with: one of ours, or a checkpoint's own."""
+    """A way to render messages: one of ours, a checkpoint's own, or a class of a user."""
 
     @property
     def name(self) -> str:
-        """How people ask for it."""
+        """Name by which people ask for it."""
 
     @property
     def stop(self) -> tuple[str, ...]:
         """Strings that end an answer."""
 
     def render(self, messages: Sequence[Message], *, open_turn: bool = True) -> list[Segment]:
-        """Segments of a conversation, with the prompt for the answer or (training) without."""
+        """Render a conversation, with the prompt for the answer or (training) without."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +101,7 @@ class ChatTemplate:
         return (end,) if end else ()
 
     def render(self, messages: Sequence[Message], *, open_turn: bool = True) -> list[Segment]:
-        """Segments of a conversation.
+        """Render a conversation.
 
         Args:
             messages: an optional system message, then user and assistant in turn.
@@ -91,14 +122,14 @@ class ChatTemplate:
             is_answer = message.role == "assistant"
             turns.append((self.roles[int(is_answer)], self._content(message, tagged=not open_turn)))
         if open_turn:
-            _open(turns, rest, self.roles[1])
+            _add_open_turn(turns, rest, self.roles[1])
         elif self.style == "plain":
             return _with_gaps(_caption_pair(turns, self.sep), self.media_gap)
         segments = self._layout(turns, _system_segments(self, system))
         return _with_gaps(segments, self.media_gap)
 
     def prompt(self, turns: Sequence[tuple[str, str | None]]) -> str:
-        """The text of raw turns (role name, text or None), character by character as the original.
+        """Return the text of raw turns (role name, text or None) exactly as the original.
 
         Raises:
             PromptError: where the original raises too (an empty first llama_2 message, a second
@@ -113,9 +144,8 @@ class ChatTemplate:
         for part in message.in_order:
             if isinstance(part, MediaPart):
                 content += self._slot(part, message, tagged)
-                if message.written is not None:
-                    continue
-                if leading and (message.text or self.style != "plain"):
+                is_line = leading and (message.text or self.style != "plain")
+                if is_line and message.written is None:
                     content.append(TextSegment("\n"))
             elif part.text:
                 leading = False
@@ -140,7 +170,7 @@ class ChatTemplate:
 
 
 def _with_gaps(segments: list[Segment], gap: str) -> list[Segment]:
-    """The segments with a gap wherever text follows a medium."""
+    """Return the segments with a gap wherever text follows a medium."""
     if not gap:
         return segments
     spaced = segments[:1]
@@ -175,7 +205,7 @@ def _system_segments(template: ChatTemplate, message: Message | None) -> list[Se
     return prefix + text
 
 
-def _open(turns: list[Turn], messages: Sequence[Message], assistant: str) -> None:
+def _add_open_turn(turns: list[Turn], messages: Sequence[Message], assistant: str) -> None:
     """Add the assistant's open turn, unless an empty message already stands for it."""
     if not messages:
         raise PromptError("no message to answer: give at least one message of the user")
@@ -189,7 +219,7 @@ def _open(turns: list[Turn], messages: Sequence[Message], assistant: str) -> Non
 
 
 def _caption_pair(turns: list[Turn], sep: str) -> list[Segment]:
-    """Media, caption, separator: what the projector is trained on; the question is not shown."""
+    """Return media, caption, separator: the projector is trained without the question."""
     if len(turns) != 2:
         raise PromptError(
             f"a plain template trains on one question and one caption, found {len(turns)} messages"
@@ -197,11 +227,11 @@ def _caption_pair(turns: list[Turn], sep: str) -> list[Segment]:
     slots = [s for s in turns[0][1] or [] if isinstance(s, MediaSlot)]
     if not slots:
         raise PromptError("a plain template trains on a medium and its caption: no medium found")
-    return [*slots, *trainable([*(turns[1][1] or []), TextSegment(sep)])]
+    return [*slots, *_trainable([*(turns[1][1] or []), TextSegment(sep)])]
 
 
 def _chat(t: ChatTemplate, turns: list[Turn], system: list[Segment]) -> list[Segment]:
-    """Role, message, separator; also the styles without roles or without a second separator."""
+    """Lay out role, message, separator; some styles have no roles or no second separator."""
     colon = ":" if t.style in ("single", "two") else ""
     segments = list(system) if t.style == "plain" else [*system, TextSegment(t.sep)]
     for i, (role, content) in enumerate(turns):
@@ -214,12 +244,12 @@ def _chat(t: ChatTemplate, turns: list[Turn], system: list[Segment]) -> list[Seg
             raise PromptError(f"template {t.name!r} has no separator after an answer")
         segments.append(TextSegment(role + colon))
         turn = [TextSegment(" " if colon else ""), *content, TextSegment(end)]
-        segments += trainable(turn) if ends_answer and i >= len(t.messages) else turn
+        segments += _trainable(turn) if ends_answer and i >= len(t.messages) else turn
     return segments
 
 
 def _llama_2(t: ChatTemplate, turns: list[Turn], system: list[Segment]) -> list[Segment]:
-    """[INST] question [/INST] answer; the system block stands inside the first question."""
+    """Lay out [INST] question [/INST] answer, the system block inside the first question."""
     if turns and turns[0][1] is None:
         raise PromptError(f"the first message of template {t.name!r} is empty: ask something")
     if turns and turns[0][0] != t.roles[0]:
@@ -229,7 +259,7 @@ def _llama_2(t: ChatTemplate, turns: list[Turn], system: list[Segment]) -> list[
         if content is None:
             continue
         if i % 2:
-            segments += trainable([TextSegment(" "), *content, TextSegment(f" {t.sep2 or ''}")])
+            segments += _trainable([TextSegment(" "), *content, TextSegment(f" {t.sep2 or ''}")])
             continue
         # The original strips the leading separator of the whole prompt: the tokenizer writes it.
         segments.append(TextSegment(f"{t.sep if i else ''}[INST] "))

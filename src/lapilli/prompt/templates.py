@@ -1,4 +1,4 @@
-"""Every conversation of the original, by every name that it has there.
+"""Conversation templates of the original, by every name that they have there.
 
 Data only. Source: LLaVA conversation.py, `conv_templates`; the texts are what checkpoints were
 trained with, so not a letter may change (double spaces and missing spaces included).
@@ -37,10 +37,7 @@ _MPT = (
     "honest answers."
 )
 _EXAMPLES = (
-    (
-        "Human",
-        "What are the key differences between renewable and non-renewable energy sources?",
-    ),
+    ("Human", "What are the key differences between renewable and non-renewable energy sources?"),
     (
         "Assistant",
         "Renewable energy sources are those that can be replenished naturally in a relatively "
@@ -105,7 +102,7 @@ _PLAIN = ChatTemplate(name="plain", system="", roles=("", ""), style="plain", se
 
 
 def _tagged(template: ChatTemplate, name: str) -> ChatTemplate:
-    """The variant that stands every picture between tags."""
+    """Return the variant that puts every picture between tags."""
     return replace(
         template,
         name=name,

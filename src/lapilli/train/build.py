@@ -40,8 +40,13 @@ from lapilli.errors import ConfigError, ShapeMismatchError, UnsupportedModelErro
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.modes import mode_named
 from lapilli.modality.projector import build_projector
-from lapilli.prompt.base_template import refuse_wrong_template, template_of_base
-from lapilli.prompt.choose import TemplateFacts, choose_template, template_by_name
+from lapilli.prompt.choose import (
+    TemplateFacts,
+    check_base_template,
+    choose_template,
+    template_by_name,
+    template_of_base,
+)
 from lapilli.prompt.templates import DEFAULT_TEMPLATE
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.train.start import check_marks
@@ -212,7 +217,7 @@ def _template(raw: JsonObject, base: Path, asked: str | None, *, force: bool) ->
     if asked is not None:
         template_by_name(asked)
         if not force:
-            refuse_wrong_template(asked, own, str(base))
+            check_base_template(asked, own, str(base))
         return asked, "asked for"
     family = str(raw.get("model_type"))
     spoken = template_of_base(own, family=family)

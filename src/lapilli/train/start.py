@@ -21,8 +21,7 @@ from lapilli.checkpoint.read.plan import PROJECTOR_FILES
 from lapilli.checkpoint.template import find_chat_template
 from lapilli.errors import ConfigError, MissingFileError, MissingWeightsError, ShapeMismatchError
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.prompt.base_template import refuse_wrong_template
-from lapilli.prompt.choose import Template, around_media, template_by_name
+from lapilli.prompt.choose import Template, around_media, check_base_template, template_by_name
 from lapilli.prompt.encode import media_gap
 from lapilli.prompt.template import ChatTemplate
 from lapilli.prompt.tokenizer import Tokenizer
@@ -132,7 +131,7 @@ def choose_template(recipe: Recipe, loaded: Loaded) -> Template:
     own = loaded.template.template
     template = template_by_name(name) if name else own
     if name and name != own.name:
-        refuse_wrong_template(
+        check_base_template(
             name,
             find_chat_template(loaded.tokenizer_path),
             str(loaded.path),

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lapilli.prompt.encode import encode
-from lapilli.prompt.segments import TextSegment
-from lapilli.prompt.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer
-from tests.prompt.tokenizer.test_oracle import llama_json
+from lapilli.prompt.template import TextSegment
+from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer, TokenizerFiles, build_tokenizer
+from tests.prompt.tokenizer.test_fast import llama_json
 
 EXAMPLES = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -64,7 +64,7 @@ def test_ordinary_tokens_are_found_in_typed_text(
     """Beside special tokens of the template and without any, whatever the flags."""
     text = without_clashes(text, on)
     raw = json.dumps(source(goldens, kind, on))
-    ours, theirs = FastTokenizer(raw), tokenizers.Tokenizer.from_str(raw)
+    ours, theirs = FastTokenizer(TokenizerFiles(json=raw)), tokenizers.Tokenizer.from_str(raw)
     end = "</s>"
     for before, after in (("", ""), (end, end), ("a" + end, "\n")):
         whole = f"{before}{text}{after}"
@@ -84,7 +84,7 @@ def test_special_tokens_are_text_where_they_are_typed(
 ) -> None:
     text = without_clashes(text, on)
     raw = json.dumps(source(goldens, kind, on))
-    ours, theirs = FastTokenizer(raw), tokenizers.Tokenizer.from_str(raw)
+    ours, theirs = FastTokenizer(TokenizerFiles(json=raw)), tokenizers.Tokenizer.from_str(raw)
     ids = ours.encode(text, literal=[(0, len(text))], add_bos=False)
     assert not ours.special_ids & set(ids)
     theirs.encode_special_tokens = True
@@ -98,14 +98,15 @@ def llama(goldens: Any, fast: bool, *, legacy: bool = True) -> Tokenizer:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     listed = {"1000": {"content": "<loc1>", "special": False, **flags}}
     config = {"added_tokens_decoder": listed, "legacy": legacy}
-    build = FastTokenizer.from_spm if fast else SentencePieceTokenizer
-    tokenizer = build(goldens.spm, config=config)
+    tokenizer = build_tokenizer(TokenizerFiles(model=goldens.spm, config=config), fast=fast)
     tokenizer.add_tokens(["<a>", "<a>b"], special=True)
     return tokenizer
 
 
 @pytest.mark.parametrize(("fast", "legacy"), [(False, True), (False, False), (True, True)])
-def test_both_kinds_of_tokens_in_a_conversation(goldens: Any, fast: bool, legacy: bool) -> None:
+def test_special_and_ordinary_added_tokens_in_a_conversation(
+    goldens: Any, fast: bool, legacy: bool
+) -> None:
     tokenizer = llama(goldens, fast, legacy=legacy)
     segments = [
         TextSegment("<a>"),  # the template's, though a person goes on with the rest of "<a>b"
@@ -128,8 +129,8 @@ def test_both_kinds_of_tokens_in_a_conversation(goldens: Any, fast: bool, legacy
 @pytest.mark.parametrize("fast", [False, True])
 def test_tokens_that_become_special_later_stay_text_when_typed(goldens: Any, fast: bool) -> None:
     """As <im_start> of a checkpoint whose added_tokens.json only lists its id."""
-    build = FastTokenizer.from_spm if fast else SentencePieceTokenizer
-    tokenizer = build(goldens.spm, added={"<im_start>": 1000, "<loc1>": 1001})
+    added = {"<im_start>": 1000, "<loc1>": 1001}
+    tokenizer = build_tokenizer(TokenizerFiles(model=goldens.spm, added=added), fast=fast)
     assert tokenizer.add_tokens(["<im_start>"], special=True) == 0
     typed = "<im_start> <loc1>"
     ids = tokenizer.encode(typed, literal=[(0, len(typed))])
@@ -138,11 +139,11 @@ def test_tokens_that_become_special_later_stay_text_when_typed(goldens: Any, fas
     assert tokenizer.encode(typed).count(1000) == 1
 
 
-def test_a_word_stands_alone_as_the_library_has_it(goldens: Any) -> None:
+def test_a_single_word_token_touches_no_letter_or_digit(goldens: Any) -> None:
     """Beside punctuation too, where a slow tokenizer wants a space."""
     raw = source(goldens, "never", [set()] * 3 + [{"single_word"}] + [set()] * 3)
     raw["added_tokens"][-4]["special"] = True
-    ours = FastTokenizer(json.dumps(raw))
+    ours = FastTokenizer(TokenizerFiles(json=json.dumps(raw)))
     boat = ours.token_to_id("boat")
     for text, count in (("a boat.", 1), ("boats", 0), ("(boat)", 1), ("xboat", 0)):
         assert ours.encode(text).count(boat) == count, text

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lapilli.prompt.encode import encode
-from lapilli.prompt.segments import MediaSlot, Segment, TextSegment
+from lapilli.prompt.template import MediaSlot, Segment, TextSegment
 from lapilli.prompt.tokenizer import Tokenizer
 
 IMAGE_TOKEN_INDEX = -200

@@ -1,16 +1,18 @@
-"""The fields of a SentencePiece model file, against the library that reads the same file."""
+"""SentencePiece model files: fields as the library reads them, merges as a plain loop has them."""
 
 import struct
 from typing import Any
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lapilli.errors import CheckpointError
 from lapilli.prompt.tokenizer import spm_model
-from lapilli.prompt.tokenizer.spm_model import Piece
+from lapilli.prompt.tokenizer.spm_model import Piece, merges
+
+TEXTS = st.text("ab", max_size=7) | st.text("a\u2581\u00e9\U0001f600\ud800", max_size=4) | st.text()
 
 
 def field(number: int, content: bytes) -> bytes:
@@ -46,19 +48,49 @@ def test_pieces_are_those_of_the_library(goldens: Any) -> None:
     kind=st.none() | st.integers(1, 6),
     more=st.sampled_from([b"", b"\x22\x01\x15", b"\x20\x07", b"\x15\0\0\x80\x3f"]),
 )
-def test_the_usual_layout_is_read_as_any_other(
+def test_a_piece_is_read_with_and_without_further_fields(
     text: str, score: float | None, kind: int | None, more: bytes
 ) -> None:
-    message = piece(text, score, kind) + more
-    usual = spm_model._usual_piece(message)
-    assert usual is None or usual == spm_model._piece(message)
-    (found,) = spm_model.parse(field(1, message)).pieces
-    if not more:
-        assert found == Piece(text, score or 0.0, kind or spm_model.NORMAL)
-        assert usual is not None or score is None or len(text.encode()) > 127
+    """Whatever follows what SentencePiece writes: a later score replaces the first."""
+    (found,) = spm_model.parse(field(1, piece(text, score, kind) + more)).pieces
+    scored = 1.0 if more.startswith(b"\x15") else score or 0.0
+    assert found == Piece(text, scored, kind or spm_model.NORMAL)
 
 
 def test_text_that_is_not_utf_8_is_refused() -> None:
     model = field(1, field(1, b"\xff\xfe") + b"\x15\0\0\0\0")
     with pytest.raises(CheckpointError, match=r"tokenizer.model is damaged: .* is not UTF-8"):
         spm_model.parse(model)
+
+
+def plain_merges(scores, ids):
+    """One piece after the other, cut at every place."""
+    ranked = []
+    for piece, score in scores.items():
+        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        cuts = [cut for cut in cuts if cut[0] in ids and cut[1] in ids]
+        ranked += [(score, cut) for cut in sorted(cuts, key=lambda cut: ids[cut[0]])]
+    ranked.sort(key=lambda entry: entry[0], reverse=True)
+    return [cut for _, cut in ranked]
+
+
+@pytest.mark.slow
+@given(
+    st.dictionaries(TEXTS, st.sampled_from([-2.0, -1.0, 0.0]) | st.floats(-9, 9), max_size=40),
+    st.lists(TEXTS, max_size=9),
+    st.randoms(),
+)
+@example({}, [], None)
+@example({"": 0.0}, [], None)
+def test_merges_are_those_of_one_sorted_list_of_cuts(scores, more, order):
+    known = list(dict.fromkeys([*scores, *more]))
+    if order is not None:
+        order.shuffle(known)
+    ids = {text: number for number, text in enumerate(known)}
+    assert merges(scores, ids) == plain_merges(scores, ids)
+
+
+def test_merges_of_one_piece_go_by_the_id_of_the_first_half():
+    scores = {"a": -3.0, "b": -2.0, "ab": -1.0, "ba": -1.0, "aba": 0.0}
+    ids = {text: number for number, text in enumerate(["ab", "a", "b", "ba", "aba"])}
+    assert merges(scores, ids) == [("ab", "a"), ("a", "ba"), ("a", "b"), ("b", "a")]

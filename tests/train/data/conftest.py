@@ -17,7 +17,7 @@ from lapilli.geometry import ImageSize
 from lapilli.lm.build import build_language_model
 from lapilli.modality.image.image import ImageModality
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
+from lapilli.prompt.tokenizer import SentencePieceTokenizer, TokenizerFiles
 from pebble.words import corpus, train_tokenizer
 from tests.prompt.conftest import Goldens
 
@@ -26,7 +26,7 @@ from tests.prompt.conftest import Goldens
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer(corpus(1, 200), path, 500)
-    return SentencePieceTokenizer(path.read_bytes())
+    return SentencePieceTokenizer(TokenizerFiles(model=path.read_bytes()))
 
 
 @pytest.fixture(scope="session")

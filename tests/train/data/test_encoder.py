@@ -13,7 +13,7 @@ from PIL import Image
 from lapilli.errors import DataError, PromptError
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.prompt.templates import TEMPLATES
-from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
+from lapilli.prompt.tokenizer import SentencePieceTokenizer, TokenizerFiles
 from lapilli.train.data import EncodedSample, SampleEncoder, open_dataset, to_sample
 from lapilli.train.data.encoder import _check_supervised, cut
 from lapilli.train.recipe import SourceRecipe
@@ -278,7 +278,9 @@ def test_rows_say_what_they_are():
 def test_a_token_beyond_the_embeddings_is_refused(tmp_path, model):
     path = tmp_path / "tokenizer.model"
     train_tokenizer(corpus(1, 200), path, 500)
-    tokenizer = SentencePieceTokenizer(path.read_bytes(), added={"<far>": 5000})
+    tokenizer = SentencePieceTokenizer(
+        TokenizerFiles(model=path.read_bytes(), added={"<far>": 5000})
+    )
     sample = to_sample({"id": "a", "conversations": turns("Hi", "x <far>")}, where="d.json:1")
     with pytest.raises(DataError, match=r"d.json:1 .*'<far>' has the id 5000.* 500 rows"):
         SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], model).row(sample)

@@ -1,4 +1,4 @@
-"""What a language-model family is: the facts that every other file asks for by `model_type`.
+"""Language-model families: the facts that every other file asks for by `model_type`.
 
 A family does not compute anything. What its layers do is said by the record that `parse` returns
 (config/model.py) and done by the module that is built from it (lm/).
@@ -55,7 +55,7 @@ class Family(ABC):
 
     @abstractmethod
     def is_tied(self, reader: KeyReader) -> bool:
-        """Whether the keys say that the output layer is the embedding."""
+        """Return whether the keys say that the output layer is the embedding."""
 
     @abstractmethod
     def write(self, text: TextConfig) -> dict[str, object]:

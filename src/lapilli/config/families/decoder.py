@@ -110,7 +110,7 @@ class DecoderFamily(Family):
     scales_embedding: bool = False
 
     def is_tied(self, reader: KeyReader) -> bool:
-        """Whether the keys say that the output layer is the embedding."""
+        """Return whether the keys say that the output layer is the embedding."""
         return reader.flag("tie_word_embeddings", self.tied)
 
     def parse(self, reader: KeyReader, *, tied: bool | None = None) -> DecoderConfig:

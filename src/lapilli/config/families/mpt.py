@@ -21,7 +21,7 @@ class MptFamily(Family):
     """The family whose model is an MptConfig."""
 
     def is_tied(self, reader: KeyReader) -> bool:
-        """Whether the keys say that the output layer is the embedding."""
+        """Return whether the keys say that the output layer is the embedding."""
         return reader.flag("tie_word_embeddings", True)
 
     def parse(self, reader: KeyReader, *, tied: bool | None = None) -> MptConfig:

@@ -1,26 +1,121 @@
-"""Added tokens, and how a text is cut at them before the model of the tokenizer sees it.
+"""Special and added tokens: read from the files of a tokenizer, and found in a text.
 
-An added token is found wherever it stands, in what a person typed too; a special one is text there.
+An added token is cut out of a text before the model of the tokenizer sees it, wherever it stands;
+a special one that a person typed is ordinary text.
 
-Source: transformers' slow tokenizers and the `tokenizers` library: leftmost match, the longest of
-several; a token with `rstrip` or `lstrip` swallows the spaces beside it.
+Source: transformers 4.37.2 loading a tokenizer: `added_tokens_decoder` of tokenizer_config.json
+where it exists, otherwise special_tokens_map.json over the configuration, and added_tokens.json.
+For matching its slow tokenizers and the `tokenizers` library: leftmost match, the longest of
+several; a token with `rstrip` or `lstrip` takes the spaces beside it.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from types import MappingProxyType
 
-from lapilli.prompt.tokenizer.base import Range, overlaps
-from lapilli.prompt.tokenizer.special import AddedToken
+from tokenizers import AddedToken
+
+from lapilli.errors import CheckpointError
+
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""Order in which missing special tokens get new ids."""
+LLAMA_TOKENS: Mapping[str, str] = MappingProxyType({"bos": "<s>", "eos": "</s>", "unk": "<unk>"})
+"""Special tokens of the Llama family where no file names others."""
+_MOST_DIGITS = 9  # of an id
+
+Range = tuple[int, int]
+"""Characters [start, end) of a text."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """`named`: role -> token; `additional`: further special ones; `added`: id -> token."""
+
+    named: Mapping[str, AddedToken]
+    additional: tuple[AddedToken, ...]
+    added: Mapping[int, AddedToken]
+
+    @property
+    def all(self) -> tuple[AddedToken, ...]:
+        """Every special token once, in the order of `ROLES`, then the additional ones."""
+        tokens = [self.named[role] for role in ROLES if role in self.named]
+        return tuple({t.content: t for t in reversed([*tokens, *self.additional])}.values())[::-1]
+
+    def content(self, role: str) -> str | None:
+        """Return the text of the token with a role, or None."""
+        return self.named[role].content if role in self.named else None
+
+
+def read_special_tokens(
+    config: Mapping[str, object],
+    special_map: Mapping[str, object],
+    added: Mapping[str, int],
+    *,
+    defaults: Mapping[str, str],
+) -> SpecialTokens:
+    """Read tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+
+    Raises:
+        CheckpointError: a token that is neither a string nor an object with `content`.
+    """
+    settings = {f"{role}_token": token for role, token in defaults.items()} | dict(config)
+    listed = config.get("added_tokens_decoder")
+    if not isinstance(listed, Mapping):
+        listed = None
+        settings |= special_map
+    named = {
+        role: _token(settings[f"{role}_token"], special=True)
+        for role in ROLES
+        if settings.get(f"{role}_token") is not None
+    }
+    extra = settings.get("additional_special_tokens")
+    contents = extra if isinstance(extra, Sequence) and not isinstance(extra, str) else ()
+    additional = tuple(_token(content, special=True) for content in contents)
+    if listed is not None:
+        by_id = {_id(key): _token(entry, special=False) for key, entry in listed.items()}
+    else:
+        special = {token.content for token in (*named.values(), *additional)}
+        by_id = {i: _token(content, special=content in special) for content, i in added.items()}
+    return SpecialTokens(named, additional, by_id)
+
+
+def _id(key: object) -> int:
+    text = str(key)
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS):
+        raise CheckpointError(
+            f"tokenizer_config.json: added_tokens_decoder has the key {text[:50]!r}, expected an id"
+        )
+    return int(text)
+
+
+def _token(value: object, *, special: bool) -> AddedToken:
+    """Return the token that is written as a string, or as an object that may say more of it."""
+    if isinstance(value, str):
+        return AddedToken(value, special=special, normalized=not special)
+    if isinstance(value, Mapping) and isinstance(value.get("content"), str):
+        return AddedToken(
+            value["content"],
+            special=special or bool(value.get("special", False)),
+            normalized=bool(value.get("normalized", not special)),
+            lstrip=bool(value.get("lstrip", False)),
+            rstrip=bool(value.get("rstrip", False)),
+            single_word=bool(value.get("single_word", False)),
+        )
+    raise CheckpointError(
+        f"special token {value!r:.100}: expected a string or an object with `content`, as in "
+        "special_tokens_map.json"
+    )
 
 
 class AddedTokens:
-    """Added tokens by id and by name.
+    """Added tokens by id and by content, and the places where they stand in a text.
 
     Args:
         tokens: by id; those that are `special` stay text where a person typed them.
-        by_words: what a `single_word` token may not touch is a letter or digit, as the `tokenizers`
-            library has it; else whatever is no space.
+        by_words: a `single_word` token may not touch a letter or digit, as in the `tokenizers`
+            library; False: it may touch nothing but spaces.
     """
 
     def __init__(self, tokens: Mapping[int, AddedToken], *, by_words: bool = False) -> None:
@@ -36,39 +131,26 @@ class AddedTokens:
         self._pattern = None
 
     def has_typed(self, text: str, literal: Sequence[Range]) -> bool:
-        """Whether a special token stands in a literal range, or partly in one."""
+        """Return whether a special token stands in a literal range, or partly in one."""
         at = 0
         while literal and (match := self._compiled().search(text, at)) is not None:
-            if self._is_typed(*match.span(), match.group(), literal):
+            if self._is_typed(match.start(), match.group(), literal):
                 return True
             at = match.start() + 1
         return False
 
-    def matches(self, text: str, literal: Sequence[Range]) -> Iterator[tuple[int, int, int]]:
-        """(start, end, id) of every added token in the text but special ones in literal ranges."""
-        at = 0
-        while (match := self._compiled().search(text, at)) is not None:
-            name = self._found(text, match.start(), match.group(), literal)
-            if name is None:
-                at = match.start() + 1
-                continue
-            start, end = match.start(), match.start() + len(name)
-            if self._stands_alone(text, start, end, self.ids[name]):
-                yield start, end, self.ids[name]
-            at = end
-
     def cut(
         self, text: str, literal: Sequence[Range] = (), *, ids: AbstractSet[int] | None = None
     ) -> Iterator[tuple[int, int, int | None]]:
-        """Stretches (start, end, id) in order; id None is ordinary text, never empty.
+        """Yield parts (start, end, id) in order; id None is ordinary text, never empty.
 
         Args:
             text: is cut.
             literal: typed by a person.
-            ids: of the tokens that it is cut at; None: at all.
+            ids: of the tokens that it is cut at; None: all of them.
         """
         at = 0
-        for start, end, index in self.matches(text, literal):
+        for start, end, index in self._matches(text, literal):
             if start < at or not (ids is None or index in ids):
                 continue
             token = self.tokens[index]
@@ -80,25 +162,35 @@ class AddedTokens:
         if at < len(text):
             yield at, len(text), None
 
+    def _matches(self, text: str, literal: Sequence[Range]) -> Iterator[tuple[int, int, int]]:
+        """Yield (start, end, id) of every token but special ones in literal ranges."""
+        at = 0
+        while (match := self._compiled().search(text, at)) is not None:
+            start, content = match.start(), match.group()
+            if self._is_typed(start, content, literal):
+                # A shorter token may end before what a person typed.
+                shorter = (c for c in self.ids if c and content != c and content.startswith(c))
+                kept = (c for c in shorter if not self._is_typed(start, c, literal))
+                content = max(kept, key=len, default="")
+            if not content:
+                at = start + 1
+                continue
+            at, index = start + len(content), self.ids[content]
+            beside = text[max(start - 1, 0) : start] + text[at : at + 1]
+            if not (self.tokens[index].single_word and self._touching.search(beside)):
+                yield start, at, index
+
     def _compiled(self) -> re.Pattern[str]:
         if self._pattern is None:
-            names = sorted((name for name in self.ids if name), key=len, reverse=True)
-            self._pattern = re.compile("|".join(map(re.escape, names)) if names else r"(?!)")
+            contents = sorted(filter(None, self.ids), key=len, reverse=True)
+            self._pattern = re.compile("|".join(map(re.escape, contents)) if contents else r"(?!)")
         return self._pattern
 
-    def _found(self, text: str, start: int, name: str, literal: Sequence[Range]) -> str | None:
-        """The token at a place: `name`, or a shorter one where a person typed a part of that."""
-        if not self._is_typed(start, start + len(name), name, literal):
-            return name
-        shorter = (n for n in self.ids if n and len(n) < len(name) and text.startswith(n, start))
-        kept = (n for n in shorter if not self._is_typed(start, start + len(n), n, literal))
-        return max(kept, key=len, default=None)
+    def _is_typed(self, start: int, content: str, literal: Sequence[Range]) -> bool:
+        is_special = self.tokens[self.ids[content]].special
+        return is_special and overlaps(start, start + len(content), literal)
 
-    def _is_typed(self, start: int, end: int, name: str, literal: Sequence[Range]) -> bool:
-        return self.tokens[self.ids[name]].special and overlaps(start, end, literal)
 
-    def _stands_alone(self, text: str, start: int, end: int, index: int) -> bool:
-        if not self.tokens[index].single_word:
-            return True
-        beside = text[max(start - 1, 0) : start] + text[end : end + 1]
-        return self._touching.search(beside) is None
+def overlaps(start: int, end: int, ranges: Sequence[Range]) -> bool:
+    """Return whether characters [start, end) touch one of the ranges."""
+    return any(start < stop and begin < end for begin, stop in ranges)

@@ -1,24 +1,23 @@
-"""What every tokenizer of lapilli can do.
+"""Base class of tokenizers.
 
 Decoding token by token: the text of an answer is
 
     b"".join(token_bytes(i) for i in ids that are not special)
 
-decoded as UTF-8, without its first space where `strips_leading_space` is true (SentencePiece
-writes a space before the first word; the slow tokenizer with `legacy` drops a second one). A
-character may span several tokens, so a stream holds bytes back until they are whole. Bytes that
-never become valid UTF-8 are the only case in which `decode` may show another number of
-replacement characters.
+decoded as UTF-8. SentencePiece writes a space before the first word, which `decode` drops (the slow
+tokenizer with `legacy` a second one too). A character may span several tokens, so a stream holds
+bytes back until they are whole. Only where bytes never become valid UTF-8 may `decode` show another
+number of replacement characters.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from lapilli.prompt.tokenizer.special import AddedToken
+from tokenizers import AddedToken
 
-Range = tuple[int, int]
-"""Characters [start, end) of a text."""
-
+from lapilli.prompt.tokenizer.added import AddedTokens, Range, read_special_tokens
 
 _NO_LIMIT = 10**9
 
@@ -35,96 +34,153 @@ class Token(NamedTuple):
     end: int
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """Ids of text, text of ids."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerFiles:
+    """Contents of the files of a tokenizer; None or empty where a checkpoint has none.
+
+    model: tokenizer.model. json: text of tokenizer.json. config: tokenizer_config.json.
+    special_map: special_tokens_map.json. added: added_tokens.json.
+    """
+
+    model: bytes | None = None
+    json: str | None = None
+    config: Mapping[str, object] = field(default_factory=dict)
+    special_map: Mapping[str, object] = field(default_factory=dict)
+    added: Mapping[str, int] = field(default_factory=dict)
+
+
+class Tokenizer(ABC):
+    """Ids of text and text of ids.
+
+    Args:
+        files: of the tokenizer.
+        defaults: texts of special tokens that no file names, by role.
+        padding_side: where no file names one.
+        clean_up: whether `decode` removes spaces before punctuation where no file says.
+
+    Attributes:
+        prefix_ids: what the tokenizer writes before a text (BOS, or nothing).
+        suffix_ids: what the tokenizer of the original writes after a text; `encode` never does.
+        special_ids: ids that `decode(skip_special=True)` leaves out.
+        apart_ids: added tokens that `decode` sets off by spaces.
+        padding_side: `left` or `right`.
+        model_max_length: the longest text that the files allow, in tokens; None: no limit.
+    """
+
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+    special_ids: frozenset[int]
+    apart_ids: frozenset[int] = frozenset()
+    _added: AddedTokens
+
+    def __init__(
+        self,
+        files: TokenizerFiles,
+        *,
+        defaults: Mapping[str, str],
+        padding_side: str,
+        clean_up: bool,
+    ) -> None:
+        config = files.config
+        self._special = read_special_tokens(
+            config, files.special_map, files.added, defaults=defaults
+        )
+        self.padding_side = str(config.get("padding_side", padding_side))
+        self.model_max_length = length_limit(config.get("model_max_length"))
+        self._clean_up = bool(config.get("clean_up_tokenization_spaces", clean_up))
+
+    def _write_around(self, config: Mapping[str, object]) -> None:
+        """Set prefix and suffix by the flags of the Llama family."""
+        bos = self.bos_id if config.get("add_bos_token", True) else None
+        eos = self.eos_id if config.get("add_eos_token", False) else None
+        self.prefix_ids = () if bos is None else (bos,)
+        self.suffix_ids = () if eos is None else (eos,)
 
     @property
     def bos_id(self) -> int | None:
         """Begin of sequence."""
+        return self._id_of("bos")
 
     @property
     def eos_id(self) -> int | None:
         """End of sequence."""
+        return self._id_of("eos")
 
     @property
     def pad_id(self) -> int | None:
-        """Padding."""
+        """Padding; Llama's own files name none."""
+        return self._id_of("pad")
 
     @property
     def unk_id(self) -> int | None:
-        """What unknown text becomes."""
+        """Stand-in for text that no token covers."""
+        return self._id_of("unk")
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, added tokens included: the original's len(tokenizer)."""
+    def _id_of(self, role: str) -> int | None:
+        content = self._special.content(role)
+        return None if content is None else self.token_to_id(content)
 
     @property
     def added_vocab(self) -> dict[str, int]:
         """Added tokens and their ids, the special ones among them."""
+        return dict(self._added.ids)
 
     @property
     def added_tokens(self) -> dict[int, AddedToken]:
         """Added tokens by id, with how they are cut out of a text."""
+        return dict(self._added.tokens)
 
     @property
     def named_tokens(self) -> dict[str, str]:
         """Texts of the special tokens by the names of chat templates, such as `pad_token`."""
+        return {f"{role}_token": token.content for role, token in self._special.named.items()}
 
     @property
-    def special_ids(self) -> frozenset[int]:
-        """Ids that `decode(skip_special=True)` leaves out."""
-
-    @property
-    def prefix_ids(self) -> tuple[int, ...]:
-        """What the tokenizer writes before a text (BOS, or nothing)."""
-
-    @property
-    def suffix_ids(self) -> tuple[int, ...]:
-        """What the tokenizer of the original writes after a text; `encode` never does."""
-
-    @property
-    def strips_leading_space(self) -> bool:
-        """`decode` drops the space in front of the first word."""
-
-    @property
-    def padding_side(self) -> str:
-        """`left` or `right`, as the files say."""
-
-    @property
-    def model_max_length(self) -> int | None:
-        """The longest text that the files allow, in tokens."""
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included: the original's len(tokenizer)."""
 
     def encode(
         self, text: str, *, add_bos: bool = True, literal: Sequence[Range] = ()
     ) -> list[int]:
-        """Ids of a text; `add_bos` writes `prefix_ids` first, where the tokenizer has any.
+        """Return the ids of a text, behind `prefix_ids` unless `add_bos` is False."""
+        ids = [token.id for token in self.tokenize(text, literal=literal)]
+        return [*self.prefix_ids, *ids] if add_bos else ids
 
-        Added and special tokens are recognised, except where they touch a `literal` range.
+    @abstractmethod
+    def tokenize(self, text: str, *, literal: Sequence[Range] = ()) -> list[Token]:
+        """Return the tokens of a text with the characters they stand for, without prefix.
+
+        Special tokens are recognised, except where they touch a `literal` range.
         """
 
-    def tokenize(self, text: str, *, literal: Sequence[Range] = ()) -> list[Token]:
-        """Tokens of a text with the characters they stand for, without prefix."""
-
+    @abstractmethod
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of ids."""
+        """Return the text of ids.
 
+        Raises:
+            PromptError: an id outside the vocabulary of a SentencePiece model.
+        """
+
+    @abstractmethod
     def token_to_id(self, token: str) -> int | None:
-        """Id of a token, None where it is not in the vocabulary."""
+        """Return the id of a token, None where it is not in the vocabulary."""
 
+    @abstractmethod
     def id_to_token(self, token_id: int) -> str:
-        """The token as the vocabulary writes it."""
+        """Return the token as the vocabulary writes it.
 
+        Raises:
+            PromptError: an id outside the vocabulary.
+        """
+
+    @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text, in UTF-8; not necessarily whole characters."""
+        """Return what a token adds to the text, in UTF-8; not necessarily whole characters."""
 
+    @abstractmethod
     def add_tokens(self, tokens: Sequence[str], *, special: bool) -> int:
-        """Grow the vocabulary by those `tokens` that it lacks; how many were new."""
-
-
-def overlaps(start: int, end: int, ranges: Sequence[Range]) -> bool:
-    """Whether characters [start, end) touch one of the ranges."""
-    return any(start < stop and begin < end for begin, stop in ranges)
+        """Add those `tokens` that the vocabulary lacks; return how many were new."""
 
 
 def clean_up(text: str) -> str:
@@ -137,13 +193,8 @@ def clean_up(text: str) -> str:
     return text
 
 
-def shifted(ranges: Sequence[Range], by: int) -> list[Range]:
-    """The ranges after `by` characters were written before the text."""
-    return [(start + by, end + by) for start, end in ranges]
-
-
 def length_limit(value: object) -> int | None:
-    """`model_max_length` of a configuration; transformers writes 1e30 for "no limit"."""
+    """Return `model_max_length` of a configuration; transformers writes 1e30 for "no limit"."""
     if not isinstance(value, int | float) or not -_NO_LIMIT <= value <= _NO_LIMIT:  # or NaN
         return None
     return int(value)

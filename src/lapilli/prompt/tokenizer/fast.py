@@ -1,126 +1,103 @@
-"""A tokenizer.json, run by the `tokenizers` library.
+"""Fast tokenizer: a tokenizer.json, run by the `tokenizers` library.
 
 Exactly what transformers' fast tokenizers do: special tokens of the configuration that the file
 lacks are added, the Llama family writes BOS as `add_bos_token` says, every other family as the
 post-processor of the file says.
 """
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken
 
 from lapilli.errors import PromptError
-from lapilli.prompt.tokenizer.added import AddedTokens
-from lapilli.prompt.tokenizer.base import Range, Token, clean_up, length_limit
-from lapilli.prompt.tokenizer.byte_level import BYTE_OF
-from lapilli.prompt.tokenizer.convert import llama_tokenizer
+from lapilli.prompt.tokenizer.added import LLAMA_TOKENS, AddedTokens, Range
+from lapilli.prompt.tokenizer.base import Token, Tokenizer, TokenizerFiles, clean_up
 from lapilli.prompt.tokenizer.json_file import (
     encode_text,
-    frame_of,
+    library_errors,
     parse_tokenizer,
-    refusing_panics,
+    prefix_and_suffix,
     state_of,
 )
-from lapilli.prompt.tokenizer.pieces import SPACE
-from lapilli.prompt.tokenizer.plain import PlainText
-from lapilli.prompt.tokenizer.roles import Roles
-from lapilli.prompt.tokenizer.special import LLAMA_TOKENS, AddedToken, read_special_tokens
+from lapilli.prompt.tokenizer.spm_model import SPACE, llama_tokenizer
 
 
-class FastTokenizer(Roles):
-    """Any tokenizer.json.
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte that each character of a byte-level vocabulary stands for.
+
+    Printable bytes of Latin-1 stand for themselves, the others for the characters from U+0100 on,
+    in order. Source: GPT-2's encoder.py.
+    """
+    printable = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
+
+
+_BYTE_OF: Mapping[str, int] = MappingProxyType(_byte_alphabet())
+
+
+class FastTokenizer(Tokenizer):
+    """Any tokenizer.json, or LlamaTokenizerFast out of a tokenizer.model alone.
 
     Args:
-        source: content of tokenizer.json, or what the library made of it.
-        config: parsed tokenizer_config.json.
-        special_map: parsed special_tokens_map.json.
-        added: parsed added_tokens.json.
+        files: tokenizer.json, or else tokenizer.model, and what stands beside it.
 
     Raises:
-        CheckpointError: a text that the `tokenizers` library does not read.
+        CheckpointError: a file that the `tokenizers` library does not read.
     """
 
-    def __init__(
-        self,
-        source: str | tokenizers.Tokenizer,
-        *,
-        config: Mapping[str, object] | None = None,
-        special_map: Mapping[str, object] | None = None,
-        added: Mapping[str, int] | None = None,
-    ) -> None:
-        config = config or {}
-        self._rust = parse_tokenizer(source) if isinstance(source, str) else source
-        family = str(config.get("tokenizer_class") or "").removesuffix("Fast")
-        is_llama = family in ("LlamaTokenizer", "CodeLlamaTokenizer")
-        self._special = read_special_tokens(
-            config, special_map or {}, added or {}, defaults=LLAMA_TOKENS if is_llama else {}
+    def __init__(self, files: TokenizerFiles) -> None:
+        family = str(files.config.get("tokenizer_class") or "").removesuffix("Fast")
+        is_llama = files.json is None or family in ("LlamaTokenizer", "CodeLlamaTokenizer")
+        if files.json is None:
+            self._rust = llama_tokenizer(files.model or b"")
+        else:
+            self._rust = parse_tokenizer(files.json)
+        super().__init__(
+            files,
+            defaults=LLAMA_TOKENS if is_llama else {},
+            padding_side="left" if is_llama else "right",
+            clean_up=not is_llama,
         )
         self._register()
-        default_side = "left" if is_llama else "right"
-        self.padding_side = str(config.get("padding_side", default_side))
-        self.model_max_length = length_limit(config.get("model_max_length"))
-        self._clean_up = bool(config.get("clean_up_tokenization_spaces", not is_llama))
-        prefix, suffix = frame_of(self._rust)
+        self.prefix_ids, self.suffix_ids = prefix_and_suffix(self._rust)
         if is_llama:
-            prefix = self._wanted("bos") if config.get("add_bos_token", True) else ()
-            suffix = self._wanted("eos") if config.get("add_eos_token", False) else ()
-        self.prefix_ids: tuple[int, ...] = prefix
-        self.suffix_ids: tuple[int, ...] = suffix
+            self._write_around(files.config)
         # Neither special tokens nor trimmed offsets: `encode` writes the prefix itself.
         self._rust.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
-        decoder = state_of(self._rust.decoder)
-        self._is_byte_level = "ByteLevel" in _types(decoder)
-        self.strips_leading_space = _strips(decoder)
-        self._plain = PlainText(self._rust.to_str)
-
-    @classmethod
-    def from_spm(
-        cls,
-        model: bytes,
-        *,
-        config: Mapping[str, object] | None = None,
-        special_map: Mapping[str, object] | None = None,
-        added: Mapping[str, int] | None = None,
-    ) -> "FastTokenizer":
-        """LlamaTokenizerFast out of a tokenizer.model alone."""
-        config = dict(config or {}) | {"tokenizer_class": "LlamaTokenizerFast"}
-        source = llama_tokenizer(model)
-        return cls(source, config=config, special_map=special_map, added=added)
+        self._is_byte_level = "ByteLevel" in _types(state_of(self._rust.decoder))
+        self._typed_text = _TypedText(self._rust.to_str)
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return int(self._rust.get_vocab_size(with_added_tokens=True))
 
-    def encode(
-        self, text: str, *, add_bos: bool = True, literal: Sequence[Range] = ()
-    ) -> list[int]:
-        """Ids of a text."""
-        ids = [token.id for token in self.tokenize(text, literal=literal)]
-        return [*self.prefix_ids, *ids] if add_bos else ids
-
     def tokenize(self, text: str, *, literal: Sequence[Range] = ()) -> list[Token]:
-        """Tokens with their characters, without prefix."""
+        """Return the tokens of a text with their characters, without prefix."""
         if self._first_cut.has_typed(text, literal):
             return self._tokenize_typed(text, literal)
         encoding = encode_text(self._rust, text)
         return [Token(i, *span) for i, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of ids."""
-        with refusing_panics():
+        """Return the text of ids."""
+        with library_errors():
             text = str(self._rust.decode(list(ids), skip_special_tokens=skip_special))
         return clean_up(text) if self._clean_up else text
 
     def token_to_id(self, token: str) -> int | None:
-        """Id of a token, None where it is not in the vocabulary."""
+        """Return the id of a token, None where it is not in the vocabulary."""
         index: int | None = self._rust.token_to_id(token)
         return index
 
     def id_to_token(self, token_id: int) -> str:
-        """The token as the file writes it.
+        """Return the token as the file writes it.
 
         Raises:
             PromptError: an id outside the vocabulary.
@@ -129,111 +106,136 @@ class FastTokenizer(Roles):
         return self._in_library(token_id) if added is None else added.content
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text, in UTF-8; added tokens go through the decoder too."""
+        """Return what a token adds to the text; added tokens go through the decoder too."""
         token = self._in_library(token_id)
         if self._is_byte_level:
-            is_written = all(character in BYTE_OF for character in token)
-            return bytes(map(BYTE_OF.__getitem__, token)) if is_written else token.encode()
+            is_written = all(character in _BYTE_OF for character in token)
+            return bytes(map(_BYTE_OF.__getitem__, token)) if is_written else token.encode()
         if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             return bytes([int(token[1:-1], 16)])
         return token.replace(SPACE, " ").encode()
 
     def add_tokens(self, tokens: Sequence[str], *, special: bool) -> int:
-        """Grow the vocabulary by those `tokens` that it lacks; how many were new."""
+        """Add those `tokens` that the vocabulary lacks; return how many were new."""
         before = self.vocab_size
-        known = self._special_ids if special else self._added.tokens.keys()
-        new = [name for name in tokens if self._added.ids.get(name) not in known]
+        known = self.special_ids if special else self._added.tokens.keys()
+        new = [content for content in tokens if self._added.ids.get(content) not in known]
         if special:
-            self._rust.add_special_tokens([self._as_special(name) for name in new])
+            # A token that is there already keeps its flags.
+            ids = [self._added.ids.get(content, -1) for content in new]
+            self._rust.add_special_tokens(
+                [
+                    self._added.tokens.get(i) or AddedToken(content, normalized=False)
+                    for i, content in zip(ids, new, strict=True)
+                ]
+            )
         else:
             self._rust.add_tokens(new)
         self._note_added()
         return self.vocab_size - before
 
     def _in_library(self, token_id: int) -> str:
-        """The token as the library has it: some added ones with the space that they begin with."""
+        """Return the token as the library has it: some added ones begin with a space there."""
         token: str | None = self._rust.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             raise PromptError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
         return token
 
-    def _as_special(self, name: str) -> tokenizers.AddedToken:
-        """A new token, or one that is there already with its flags."""
-        known = self._added.tokens.get(self._added.ids.get(name, -1))
-        return _entry(known or AddedToken(name, normalized=False))
-
-    def _wanted(self, role: str) -> tuple[int, ...]:
-        index = self._id_of(role)
-        return () if index is None else (index,)
-
     def _register(self) -> None:
         """Add what the configuration names; tokens that the file has too get its properties."""
         listed = [token for _, token in sorted(self._special.added.items())]
-        known = {token.content for token in listed} | set(_added_of(self._rust).ids)
+        in_file = self._rust.get_added_tokens_decoder().values()
+        known = {token.content for token in (*listed, *in_file)}
         missing = [token for token in self._special.all if token.content not in known]
-        names = {token.content for token in self._special.all}
+        special = {token.content for token in self._special.all}
         for token in (*listed, *missing):
-            if token.special or token.content in names:
-                self._rust.add_special_tokens([_entry(token)])
-            else:
-                self._rust.add_tokens([_entry(token)])
+            is_special = token.special or token.content in special
+            add = self._rust.add_special_tokens if is_special else self._rust.add_tokens
+            add([token])
         self._note_added()
 
     def _note_added(self) -> None:
-        self._added = _added_of(self._rust)
-        tokens = self._added.tokens
-        self._special_ids = frozenset(i for i, token in tokens.items() if token.special)
+        tokens = self._rust.get_added_tokens_decoder()
+        self._added = AddedTokens(tokens)
+        self.special_ids = frozenset(i for i, token in tokens.items() if token.special)
         # Tokens that are looked for in the text as it is; the others wait for the normalizer.
         early = {i: one for i, one in tokens.items() if one.special or not one.normalized}
         self._first_cut = AddedTokens(early, by_words=True)
 
     def _tokenize_typed(self, text: str, literal: Sequence[Range]) -> list[Token]:
-        """As `tokenize`, where a person typed a special token: it stays text."""
+        """Do the work of `tokenize` where a person typed a special token: it stays text."""
         tokens: list[Token] = []
-        for start, end, index in self._first_cut.cut(text, literal, ids=self._special_ids):
+        for start, end, index in self._first_cut.cut(text, literal, ids=self.special_ids):
             if index is None:
-                tokens += self._plain.tokenize(text, start, end, self._added)
+                tokens += self._typed_text.tokenize(text, start, end, self._added)
             else:
                 tokens.append(Token(index, start, end))
         return tokens
 
 
-def _entry(token: AddedToken) -> tokenizers.AddedToken:
-    return tokenizers.AddedToken(
-        token.content,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=token.normalized,
-    )
+class _TypedText:
+    """A tokenizer.json without its special tokens, for text in which a person typed one of them.
+
+    Other added tokens are found there as everywhere. The model of the tokenizer could still put a
+    special token together from its letters, so what it would need for that is taken out as well.
+
+    Args:
+        source: content of tokenizer.json, asked for when it is first needed.
+    """
+
+    def __init__(self, source: Callable[[], str]) -> None:
+        self._source = source
+        self._added: AddedTokens | None = None
+        self._ids: dict[int, int] = {}
+
+    def tokenize(self, text: str, start: int, end: int, added: AddedTokens) -> list[Token]:
+        """Return the tokens of text[start:end] without the special ones among `added`."""
+        if self._added is not added:
+            self._build(added)
+        encoding = encode_text(self._later if start else self._first, text[start:end])
+        found = zip(encoding.ids, encoding.offsets, strict=True)
+        return [Token(self._ids.get(i, i), start + b, start + e) for i, (b, e) in found]
+
+    def _build(self, added: AddedTokens) -> None:
+        """Build two tokenizers: `_later` puts no space in front of its text."""
+        special = {token.content for token in added.tokens.values() if token.special}
+        raw = json.loads(self._source())
+        raw["added_tokens"] = [t for t in raw["added_tokens"] if t["content"] not in special]
+        raw["post_processor"] = None
+        _remove_from_model(raw["model"], special)
+        self._first = parse_tokenizer(json.dumps(raw))
+        _prepend_no_space(raw["pre_tokenizer"])
+        self._later = parse_tokenizer(json.dumps(raw))
+        # Tokens that are not in the model's vocabulary are counted anew.
+        pairs = [(self._first.token_to_id(t["content"]), t["id"]) for t in raw["added_tokens"]]
+        self._ids = {theirs: ours for theirs, ours in pairs if theirs not in (None, ours)}
+        self._added = added
 
 
-def _added_of(tokenizer: tokenizers.Tokenizer) -> AddedTokens:
-    return AddedTokens(
-        {
-            index: AddedToken(
-                token.content,
-                special=token.special,
-                normalized=token.normalized,
-                lstrip=token.lstrip,
-                rstrip=token.rstrip,
-                single_word=token.single_word,
-            )
-            for index, token in tokenizer.get_added_tokens_decoder().items()
-        }
-    )
+def _remove_from_model(model: dict[str, Any], contents: set[str]) -> None:
+    """Make the tokenizer's model unable to produce the tokens `contents` from text."""
+    if "merges" in model:
+        pairs = model["merges"]
+        whole = (p.replace(" ", "") if isinstance(p, str) else "".join(p) for p in pairs)
+        kept = zip(pairs, whole, strict=True)
+        model["merges"] = [pair for pair, joined in kept if joined not in contents]
+    elif isinstance(model.get("vocab"), list):  # unigram: [piece, score], the id is the index
+        model["vocab"] = [
+            [f"\0{i}" if piece in contents else piece, score]
+            for i, (piece, score) in enumerate(model["vocab"])
+        ]
+
+
+def _prepend_no_space(pre_tokenizer: dict[str, Any] | None) -> None:
+    """Turn "a space before the first word of the text" into "none"."""
+    if pre_tokenizer is None:
+        return
+    for inner in pre_tokenizer.get("pretokenizers", []):
+        _prepend_no_space(inner)
+    if pre_tokenizer.get("prepend_scheme") == "first":
+        pre_tokenizer["prepend_scheme"] = "never"
 
 
 def _types(state: dict[str, Any]) -> set[str]:
     inner = (_types(part) for part in state.get("decoders", []))
     return {str(state.get("type"))}.union(*inner)
-
-
-def _strips(state: dict[str, Any]) -> bool:
-    """Whether a decoder drops the space in front of the first word."""
-    kind = state.get("type")
-    if kind == "Metaspace":
-        return str(state.get("prepend_scheme", "always")) != "never"
-    if kind == "Strip":
-        return state.get("content") == " " and int(state.get("start", 0)) > 0
-    return any(map(_strips, state.get("decoders", [])))

@@ -1,4 +1,4 @@
-"""A tokenizer.json in the hands of the `tokenizers` library, and what of it is refused.
+"""A tokenizer.json in the hands of the `tokenizers` library, and the checks of what it says.
 
 The library is written in Rust. What it did not expect of a file ends in a panic: no Exception, and
 several lines on standard error. And it follows every step that a file lists, so that a few steps
@@ -21,61 +21,61 @@ from lapilli.errors import CheckpointError
 
 MOST_STEPS: Final = 100
 MOST_GROWTH: Final = 64
-"""How many times longer a text may become by what a file replaces; honest files: twice."""
+"""Most times that a text may become longer by what a file replaces; honest files: twice."""
 MOST_ADDED: Final = 1000
 _SHOWN = 200
 
 
 def parse_tokenizer(source: str) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.json, without truncation and padding.
+    """Parse a tokenizer.json; truncation and padding are left out.
 
     Raises:
         CheckpointError: a text that the library does not read, or steps that make a text grow.
     """
-    try:
-        with _quiet(), refusing_panics():
-            tokenizer = tokenizers.Tokenizer.from_str(source)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library raises nothing more precise
-        raise CheckpointError(
-            f"tokenizer.json ({len(source)} characters) cannot be read: {str(error)[:_SHOWN]}; is "
-            "it truncated, or written by a newer `tokenizers`?"
-        ) from error
+    advice = "; is it truncated, or written by a newer `tokenizers`?"
+    with _quiet(), library_errors(f"({len(source)} characters) cannot be read", advice):
+        tokenizer = tokenizers.Tokenizer.from_str(source)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     for part in ("normalizer", "decoder"):
-        _refuse_growth(part, state_of(getattr(tokenizer, part)))
+        _check_growth(part, state_of(getattr(tokenizer, part)))
     return tokenizer
 
 
 def state_of(part: Any) -> dict[str, Any]:  # noqa: ANN401 - any part of a tokenizer
-    """A part of a tokenizer as the JSON that it is saved as; empty where there is none."""
+    """Return a part of a tokenizer as the JSON that it is saved as; empty where there is none."""
     state: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
     return state
 
 
 @contextmanager
-def refusing_panics() -> Iterator[None]:
-    """A panic of the library is the fault of the file that it follows.
+def library_errors(failed: str | None = None, advice: str = "") -> Iterator[None]:
+    """Turn a panic of the library inside into an error of the file that it follows.
+
+    Args:
+        failed: what went wrong where the library raises an Exception; None: it is let through.
+        advice: behind the library's own words.
 
     Raises:
-        CheckpointError: for a panic inside.
+        CheckpointError: for a panic, and for an Exception where `failed` is given.
     """
     try:
         yield
-    except BaseException as error:  # a panic of Rust is no Exception
-        if type(error).__name__ != "PanicException":  # it has no importable name
+    except BaseException as error:  # a panic of Rust is no Exception, and not importable by name
+        if type(error).__name__ == "PanicException":
+            raise CheckpointError(
+                f"tokenizer.json: the library tokenizers fails on it: {str(error)[:_SHOWN]}"
+            ) from None
+        if failed is None or not isinstance(error, Exception):
             raise
-        raise CheckpointError(
-            f"tokenizer.json: the library tokenizers fails on it: {str(error)[:_SHOWN]}"
-        ) from None
+        # The library raises nothing more precise.
+        raise CheckpointError(f"tokenizer.json {failed}: {str(error)[:_SHOWN]}{advice}") from error
 
 
 def encode_text(
     tokenizer: tokenizers.Tokenizer, text: str, *, special: bool = False
 ) -> tokenizers.Encoding:
-    """Tokens of a text.
+    """Encode a text.
 
     Args:
         tokenizer: of a file.
@@ -85,22 +85,15 @@ def encode_text(
     Raises:
         CheckpointError: the file gives no way to encode it.
     """
-    try:
-        with refusing_panics():
-            encoding = tokenizer.encode(text, add_special_tokens=special)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library raises nothing more precise
-        raise CheckpointError(
-            f"tokenizer.json cannot encode {text[:20]!r}: {str(error)[:_SHOWN]}"
-        ) from error
+    with library_errors(f"cannot encode {text[:20]!r}"):
+        encoding = tokenizer.encode(text, add_special_tokens=special)
     if max((end for _, end in encoding.offsets), default=0) > len(text):
         raise CheckpointError("tokenizer.json: tokens have places outside of the text")
     return encoding
 
 
-def frame_of(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the post-processor writes before and after a text.
+def prefix_and_suffix(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that the post-processor writes before and after a text.
 
     Raises:
         CheckpointError: it changes the text itself, or writes what no vocabulary has.
@@ -126,7 +119,7 @@ def frame_of(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[in
     return prefix, suffix
 
 
-def _refuse_growth(part: str, state: Mapping[str, Any]) -> None:
+def _check_growth(part: str, state: Mapping[str, Any]) -> None:
     steps = list(_steps(state))
     # What Unicode forms make longer are few letters, and only once.
     growth = math.prod(_growth(step) for step in steps)
@@ -138,7 +131,7 @@ def _refuse_growth(part: str, state: Mapping[str, Any]) -> None:
 
 
 def _steps(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The steps of a normalizer or decoder in order, sequences opened."""
+    """Yield the steps of a normalizer or decoder in order, sequences opened."""
     inner = state.get("normalizers") or state.get("decoders")
     if inner is None:
         yield state
@@ -148,7 +141,7 @@ def _steps(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _growth(step: Mapping[str, Any]) -> float:
-    """How many times longer a step may make a text."""
+    """Return how many times longer a step may make a text."""
     kind = step.get("type")
     if kind == "Replace":
         literal = step["pattern"].get("String")
@@ -157,12 +150,12 @@ def _growth(step: Mapping[str, Any]) -> float:
     if kind == "Prepend":  # once, before the whole text
         return 1.0 + len(step["prepend"]) / MOST_ADDED
     if kind == "Precompiled":
-        return _longest_mapped(step["precompiled_charsmap"])
+        return _charsmap_growth(step["precompiled_charsmap"])
     return 1.0
 
 
-def _longest_mapped(charsmap: str) -> float:
-    """Characters of the longest text that a charsmap of SentencePiece makes of one character.
+def _charsmap_growth(charsmap: str) -> float:
+    """Return how many times longer a charsmap of SentencePiece may make a text.
 
     Source: sentencepiece normalizer.cc: the size of a trie, the trie, and texts that end with 0.
     """
@@ -177,7 +170,7 @@ def _longest_mapped(charsmap: str) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What is written to standard error inside comes out behind, unless a panic wrote it."""
+    """Hold standard error back until the end, and drop what was written where an error leaves."""
     try:
         kept = os.dup(2)
     except OSError:  # closed

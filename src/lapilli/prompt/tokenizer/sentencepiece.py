@@ -1,116 +1,86 @@
-"""A tokenizer.model read by the sentencepiece library, as the slow LlamaTokenizer reads it.
+"""Slow tokenizer: a tokenizer.model, run by the sentencepiece library.
 
-Exactly the behaviour of transformers 4.37.2 with `legacy` true, false or absent (= true):
+Exactly the LlamaTokenizer of transformers 4.37.2 with `legacy` true, false or absent (= true):
 
-    text -> cut at added tokens -> every piece in between through SentencePiece on its own
-      legacy      every piece gets a space in front of its first word
-      not legacy  only the first piece does
+    text -> cut at added tokens -> every text in between through SentencePiece on its own
+      legacy      every one gets a space in front of its first word
+      not legacy  only the first does
+
+The user-defined symbols of a model (such as Yi's <|im_start|>) are found by SentencePiece itself,
+wherever they stand. Where a person typed one, the text is encoded by a second processor that does
+not know them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 
-from lapilli.errors import PromptError
+import sentencepiece
+from tokenizers import AddedToken
+
+from lapilli.errors import CheckpointError, PromptError
 from lapilli.prompt.tokenizer import spm_model
-from lapilli.prompt.tokenizer.added import AddedTokens
-from lapilli.prompt.tokenizer.base import Range, Token, clean_up, length_limit, shifted
-from lapilli.prompt.tokenizer.pieces import SPACE, PieceEncoder
-from lapilli.prompt.tokenizer.roles import Roles
-from lapilli.prompt.tokenizer.special import LLAMA_TOKENS, AddedToken, read_special_tokens
+from lapilli.prompt.tokenizer.added import LLAMA_TOKENS, AddedTokens, Range
+from lapilli.prompt.tokenizer.base import Token, Tokenizer, TokenizerFiles, clean_up
+from lapilli.prompt.tokenizer.spm_model import SPACE
 
 
-class SentencePieceTokenizer(Roles):
+class SentencePieceTokenizer(Tokenizer):
     """The slow LlamaTokenizer.
 
     Args:
-        model: content of tokenizer.model.
-        config: parsed tokenizer_config.json.
-        special_map: parsed special_tokens_map.json.
-        added: parsed added_tokens.json.
+        files: tokenizer.model and what stands beside it.
 
     Raises:
         CheckpointError: bytes that are not a SentencePiece model.
     """
 
-    strips_leading_space = True
-    apart_ids: frozenset[int]
-    """Added tokens that `decode` sets off by spaces."""
-
-    def __init__(
-        self,
-        model: bytes,
-        *,
-        config: Mapping[str, object] | None = None,
-        special_map: Mapping[str, object] | None = None,
-        added: Mapping[str, int] | None = None,
-    ) -> None:
-        config = config or {}
-        self.legacy = config.get("legacy") is not False
-        self.padding_side = str(config.get("padding_side", "right"))
-        self.model_max_length = length_limit(config.get("model_max_length"))
-        self._clean_up = bool(config.get("clean_up_tokenization_spaces", False))
-        model = model if self.legacy else spm_model.without_dummy_prefix(model)
-        self._encoder = PieceEncoder(model)
+    def __init__(self, files: TokenizerFiles) -> None:
+        super().__init__(files, defaults=LLAMA_TOKENS, padding_side="right", clean_up=False)
+        self.legacy = files.config.get("legacy") is not False
+        model = files.model or b""
+        self._encoder = _PieceEncoder(
+            model if self.legacy else spm_model.without_dummy_prefix(model)
+        )
         self._spm = self._encoder.processor
         self._num_pieces: int = self._spm.get_piece_size()
-        self._special = read_special_tokens(
-            config, special_map or {}, added or {}, defaults=LLAMA_TOKENS
-        )
         self._special_names = {token.content for token in self._special.all}
         self._extra_special = [token.content for token in self._special.additional]
         self._added = AddedTokens(self._special.added)
         self._register(self._special.all)
-        self._guard_typed(self._special_names)
-        self._sort()
+        self._mark_special(self._special_names)
+        self._note_added()
         self._guard = self._special.content("unk") or LLAMA_TOKENS["unk"]
         self._guard_length = len(self._spm.encode(self._guard, out_type=str))
-        self._adds_bos = bool(config.get("add_bos_token", True))
-        self._adds_eos = bool(config.get("add_eos_token", False))
+        self._write_around(files.config)
 
     @property
     def vocab_size(self) -> int:
         """Pieces and added tokens, the original's len(tokenizer)."""
         return self._num_pieces + sum(self._piece_id(name) is None for name in self._added.ids)
 
-    @property
-    def prefix_ids(self) -> tuple[int, ...]:
-        """BOS, unless the files say `add_bos_token: false`."""
-        return (self.bos_id,) if self._adds_bos and self.bos_id is not None else ()
-
-    @property
-    def suffix_ids(self) -> tuple[int, ...]:
-        """EOS, if the files say `add_eos_token: true`."""
-        return (self.eos_id,) if self._adds_eos and self.eos_id is not None else ()
-
-    def encode(
-        self, text: str, *, add_bos: bool = True, literal: Sequence[Range] = ()
-    ) -> list[int]:
-        """Ids of a text."""
-        ids = [token.id for token in self.tokenize(text, literal=literal)]
-        return [*self.prefix_ids, *ids] if add_bos else ids
-
     def tokenize(self, text: str, *, literal: Sequence[Range] = ()) -> list[Token]:
-        """Tokens with their characters, without BOS."""
+        """Return the tokens of a text with their characters, without BOS."""
         if not text:
             return []
         if self.legacy:
             return self._tokenize(text, literal)
-        text = SPACE + text.replace(SPACE, " ")
-        tokens = self._tokenize(text, shifted(literal, 1))
-        if len(tokens) > 1 and self._is_lone_space(tokens[0]) and self._is_special(tokens[1]):
+        tokens = self._tokenize(SPACE + text.replace(SPACE, " "), _shifted(literal, 1))
+        names = [self.id_to_token(token.id) for token in tokens[:2]]
+        if len(names) > 1 and names[0] == SPACE and names[1] in self._special_names:
             tokens = tokens[1:]
         return [Token(i, max(start - 1, 0), max(end - 1, 0)) for i, start, end in tokens]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of ids: runs of pieces through SentencePiece, added tokens set off by spaces.
+        """Return the text of ids: runs of pieces, with added tokens set off by spaces.
 
         Raises:
             PromptError: an id outside the vocabulary.
         """
-        special = self._special_ids
         parts: list[str] = []
         run: list[str] = []
-        for token in (self.id_to_token(i) for i in ids if not (skip_special and i in special)):
+        skipped = self.special_ids if skip_special else ()
+        for token in (self.id_to_token(i) for i in ids if i not in skipped):
             if token not in self._apart:
                 run.append(token)
                 continue
@@ -123,12 +93,12 @@ class SentencePieceTokenizer(Roles):
         return clean_up(text) if self._clean_up else text
 
     def token_to_id(self, token: str) -> int | None:
-        """Id of a token, None where it is not in the vocabulary."""
+        """Return the id of a token, None where it is not in the vocabulary."""
         added = self._added.ids.get(token)
         return self._piece_id(token) if added is None else added
 
     def id_to_token(self, token_id: int) -> str:
-        """The piece or added token.
+        """Return the piece or added token.
 
         Raises:
             PromptError: an id outside the vocabulary.
@@ -141,7 +111,7 @@ class SentencePieceTokenizer(Roles):
         return str(self._spm.id_to_piece(token_id))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the text, in UTF-8."""
+        """Return what a token adds to the text, in UTF-8."""
         token = self.id_to_token(token_id)
         if token_id in self._added.tokens:
             return token.encode()
@@ -150,23 +120,22 @@ class SentencePieceTokenizer(Roles):
         return token.replace(SPACE, " ").encode()
 
     def add_tokens(self, tokens: Sequence[str], *, special: bool) -> int:
-        """Grow the vocabulary by those `tokens` that it lacks; how many were new."""
+        """Add those `tokens` that the vocabulary lacks; return how many were new."""
         before = self.vocab_size
         new = [name for name in tokens if name not in self._added.ids]
         self._register(AddedToken(name, special=special, normalized=not special) for name in new)
         if special:
-            self._guard_typed(tokens)
+            self._mark_special(tokens)
             self._extra_special += [name for name in new if name not in self._special_names]
             self._special_names |= set(new)
-        self._sort()
+        self._note_added()
         return self.vocab_size - before
 
-    def _guard_typed(self, names: Iterable[str]) -> None:
-        """Leave tokens that were added before as text where a person types them."""
+    def _mark_special(self, names: Iterable[str]) -> None:
+        """Let tokens that were added before stay text where a person types them."""
         for name in names:
-            index = self._added.ids.get(name)
-            if index is not None:
-                self._added.add(index, replace(self._added.tokens[index], special=True))
+            if name in self._added.ids:
+                self._added.tokens[self._added.ids[name]].special = True
 
     def _piece_id(self, piece: str) -> int | None:
         index: int = self._spm.piece_to_id(piece)
@@ -186,36 +155,30 @@ class SentencePieceTokenizer(Roles):
                 tokens.append(Token(index, start, end))
                 continue
             inside = [(b - start, e - start) for b, e in literal if b < end and start < e]
-            found = self._encode_piece(text[start:end], inside)
+            found = self._encode_between(text[start:end], inside)
             tokens += found if start == 0 else [Token(i, start + b, start + e) for i, b, e in found]
         return tokens
 
-    def _encode_piece(self, text: str, literal: Sequence[Range]) -> list[Token]:
-        """Through SentencePiece; a leading space survives only behind a guard (not legacy)."""
+    def _encode_between(self, text: str, literal: Sequence[Range]) -> list[Token]:
+        """Encode text without added tokens; only behind a guard does a leading space survive."""
         if self.legacy or not text.startswith((SPACE, " ")):
             return self._encoder.tokenize(text, literal)
         shift = len(self._guard)
-        tokens = self._encoder.tokenize(self._guard + text, shifted(literal, shift))
+        tokens = self._encoder.tokenize(self._guard + text, _shifted(literal, shift))
         tokens = tokens[self._guard_length :]
         return [Token(i, max(b - shift, 0), max(e - shift, 0)) for i, b, e in tokens]
 
-    def _is_lone_space(self, token: Token) -> bool:
-        return self.id_to_token(token.id) == SPACE
-
-    def _is_special(self, token: Token) -> bool:
-        return self.id_to_token(token.id) in self._special_names
-
-    def _sort(self) -> None:
-        """Note what `decode` treats apart, once for every change of the vocabulary."""
+    def _note_added(self) -> None:
+        """Note the ids that `decode` treats apart, once for every change of the vocabulary."""
         ids = self._added.ids
-        self._special_ids = frozenset(ids[name] for name in self._special_names if name in ids)
+        self.special_ids = frozenset(ids[name] for name in self._special_names if name in ids)
         # Between spaces: added tokens that are not special, or special and not a piece.
         new = {name for name in self._extra_special if ids[name] >= self._num_pieces}
         self._apart = (set(ids) - self._special_names) | new
         self.apart_ids = frozenset(ids[name] for name in self._apart)
 
     def _join(self, tokens: list[str]) -> str:
-        """Pieces through SentencePiece, with special tokens in between as they are."""
+        """Return the text of pieces, with special tokens in between as they are."""
         if not tokens:
             return ""
         tokens = [tokens[0].removeprefix(SPACE), *tokens[1:]]
@@ -233,3 +196,107 @@ class SentencePieceTokenizer(Roles):
             run = []
             after_special = True
         return str(text + self._spm.decode_pieces(run))
+
+
+def _shifted(ranges: Sequence[Range], by: int) -> list[Range]:
+    return [(start + by, end + by) for start, end in ranges]
+
+
+def _load_processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.load_from_serialized_proto(model)
+    except (RuntimeError, UnicodeDecodeError) as error:  # the second: of what the first would say
+        raise CheckpointError(
+            f"tokenizer.model ({len(model)} bytes) is not a SentencePiece model: {str(error)[:200]}"
+        ) from error
+    return processor
+
+
+class _Pieces(dict[str, tuple[int, bool]]):
+    """Ids of pieces, and whether each stands for a byte: a cache before a processor.
+
+    Asking it takes ten times as long. Unknown text is not kept, as there is no end of it.
+    """
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        super().__init__()
+        self.processor = processor
+
+    def __missing__(self, piece: str) -> tuple[int, bool]:
+        index = self.processor.piece_to_id(piece)
+        found = (index, self.processor.is_byte(index))
+        return found if index == self.processor.unk_id() else self.setdefault(piece, found)
+
+
+class _PieceEncoder:
+    """SentencePiece with offsets, for text without added tokens.
+
+    Args:
+        model: content of tokenizer.model, with or without dummy prefix.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        self.processor = _load_processor(model)
+        self._model = model
+        self._pieces = _Pieces(self.processor)
+
+    def tokenize(self, text: str, literal: Sequence[Range] = ()) -> list[Token]:
+        """Return the tokens of a text with their characters."""
+        # Reading the whole model takes a tenth of a second: only for text that may hold a symbol.
+        if not (literal and "<" in text and self._symbols.has_typed(text, literal)):
+            return _with_offsets(self._pieces, text)
+        tokens: list[Token] = []
+        for start, end, index in self._symbols.cut(text, literal):
+            if index is None:
+                tokens += self._tokenize_typed(text, start, end)
+            else:
+                tokens.append(Token(index, start, end))
+        return tokens
+
+    @cached_property
+    def _parsed(self) -> spm_model.SpmModel:
+        return spm_model.parse(self._model)
+
+    @cached_property
+    def _symbols(self) -> AddedTokens:
+        """User-defined pieces in angle brackets; those of spaces or digits need no protection."""
+        return AddedTokens(
+            {
+                i: AddedToken(piece.text, special=True)
+                for i, piece in enumerate(self._parsed.pieces)
+                if piece.kind == spm_model.USER_DEFINED and re.fullmatch(r"<.+>", piece.text)
+            }
+        )
+
+    @cached_property
+    def _without_symbols(self) -> _Pieces:
+        """Second processor of the model, without symbols and without dummy prefix."""
+        model = spm_model.without_symbols(self._model, self._symbols.ids.keys())
+        return _Pieces(_load_processor(spm_model.without_dummy_prefix(model)))
+
+    def _tokenize_typed(self, text: str, start: int, end: int) -> list[Token]:
+        """Tokenize text[start:end] without symbols."""
+        shift = int(start == 0 and self._parsed.add_dummy_prefix)
+        tokens = _with_offsets(self._without_symbols, " " * shift + text[start:end])
+        by = start - shift
+        return [Token(i, max(b + by, start), max(e + by, start)) for i, b, e in tokens]
+
+
+def _with_offsets(known: _Pieces, text: str) -> list[Token]:
+    """Tokenize a text; `origin` leads from its normalized form, which pieces follow, back to it."""
+    normalized, origin = known.processor.normalize(text, with_offsets=True)
+    tokens: list[Token] = []
+    at = pending = 0  # pending: bytes of the character at `at` that were not seen yet
+    for piece in known.processor.encode(text, out_type=str):
+        index, is_byte = known[piece]
+        if is_byte:
+            pending = pending or len(normalized[at].encode())
+            tokens.append(Token(index, origin[at], origin[at + 1]))
+            pending -= 1
+            at += pending == 0
+            continue
+        end = at + len(piece)
+        tokens.append(Token(index, origin[at], origin[end]))
+        at = end
+    return tokens

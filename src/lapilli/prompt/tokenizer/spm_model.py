@@ -1,16 +1,20 @@
-"""The few fields of a SentencePiece model file that the library itself does not tell.
+"""SentencePiece model files: read, changed, and converted for the `tokenizers` library.
 
 A tokenizer.model is a protocol buffer (sentencepiece_model.proto): field 1 the pieces, 2 the
-trainer's settings, 3 the normalizer's. Read here directly, so that nothing needs protobuf.
+trainer's settings, 3 the normalizer's. The few fields that the sentencepiece library does not tell
+are read here directly, so that nothing needs protobuf.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
 from lapilli.errors import CheckpointError
 
+SPACE = "▁"  # SentencePiece writes a space like this
 NORMAL, USER_DEFINED = 1, 4
 UNIGRAM, BPE = 1, 2
 
@@ -19,10 +23,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # normalizer_spec { add_dummy_prefix: false }: a repeated message field is merged by every reader.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 _TYPE_UNUSED = b"\x18\x05"
-# What nearly every piece ends with: tag and score, and tag and kind where it is not NORMAL.
-_TEXT_TAG, _SCORE_TAG, _KIND_TAG = 0x0A, 0x15, 0x18
-_SCORE = struct.Struct("<Bf")
-_SCORE_AND_KIND = struct.Struct("<BfBB")
+_LLAMA_NAMES = ("<unk>", "<s>", "</s>")
 
 
 class Piece(NamedTuple):
@@ -38,29 +39,29 @@ class SpmModel:
     """Pieces by id, the algorithm, and what the normalizer does before it."""
 
     pieces: tuple[Piece, ...]
-    algorithm: int = UNIGRAM
-    unk_piece: str = "<unk>"
-    add_dummy_prefix: bool = True
+    algorithm: int
+    unk_piece: str
+    add_dummy_prefix: bool
 
 
 def parse(model: bytes) -> SpmModel:
-    """The model's fields.
+    """Parse the content of a tokenizer.model.
 
     Raises:
         CheckpointError: bytes that are not a SentencePiece model.
     """
     pieces: list[Piece] = []
-    trainer: dict[int, bytes | int] = {}
-    normalizer: dict[int, bytes | int] = {}
+    settings: dict[int, dict[int, bytes | int]] = {_TRAINER: {}, _NORMALIZER: {}}
     for number, value in _fields(model):
-        if number == _PIECES and isinstance(value, bytes):
-            pieces.append(_usual_piece(value) or _piece(value))
-        elif number == _TRAINER and isinstance(value, bytes):
-            trainer |= dict(_fields(value))
-        elif number == _NORMALIZER and isinstance(value, bytes):
-            normalizer |= dict(_fields(value))
+        if isinstance(value, int):
+            continue
+        if number == _PIECES:
+            pieces.append(_piece(value))
+        elif number in settings:
+            settings[number] |= dict(_fields(value))
     if not pieces:
         raise CheckpointError("tokenizer.model holds no pieces: not a SentencePiece model")
+    trainer, normalizer = settings[_TRAINER], settings[_NORMALIZER]
     return SpmModel(
         pieces=tuple(pieces),
         algorithm=int(trainer.get(3, UNIGRAM)),
@@ -70,45 +71,23 @@ def parse(model: bytes) -> SpmModel:
 
 
 def without_dummy_prefix(model: bytes) -> bytes:
-    """The same model that does not put a space in front of the first word."""
+    """Return the same model that does not put a space in front of the first word."""
     return model + _NO_DUMMY_PREFIX
 
 
-def without_symbols(model: bytes, symbols: frozenset[str]) -> bytes:
-    """The same model that does not recognise the user-defined `symbols` inside a text."""
-    parts = []
+def without_symbols(model: bytes, symbols: Collection[str]) -> bytes:
+    """Return the same model that does not recognise the user-defined `symbols` inside a text."""
+    pieces: list[bytes] = []
+    others: list[bytes] = []
     for number, value in _fields(model):
-        if number != _PIECES or not isinstance(value, bytes):
+        if isinstance(value, int):
             continue
-        tail = _TYPE_UNUSED if _piece(value).text in symbols else b""
-        parts.append(_field(_PIECES, value + tail))
-    parts += [
-        _field(number, value)
-        for number, value in _fields(model)
-        if number != _PIECES and isinstance(value, bytes)
-    ]
-    return b"".join(parts)
-
-
-def _usual_piece(message: bytes) -> Piece | None:
-    """What `_piece` reads, from the one layout that SentencePiece itself writes; else None.
-
-    A vocabulary has tens of thousands of pieces, and field by field they would take a second.
-    """
-    if len(message) < 2 or message[0] != _TEXT_TAG or message[1] >= 0x80:
-        return None
-    end = 2 + message[1]
-    rest = len(message) - end
-    kind, kind_tag = NORMAL, _KIND_TAG
-    if rest == _SCORE.size:
-        score_tag, score = _SCORE.unpack_from(message, end)
-    elif rest == _SCORE_AND_KIND.size:
-        score_tag, score, kind_tag, kind = _SCORE_AND_KIND.unpack_from(message, end)
-    else:
-        return None
-    if score_tag != _SCORE_TAG or kind_tag != _KIND_TAG or kind >= 0x80:
-        return None
-    return Piece(_text(message[2:end]), score, kind)
+        if number == _PIECES:
+            tail = _TYPE_UNUSED if _piece(value).text in symbols else b""
+            pieces.append(_field(number, value + tail))
+        else:
+            others.append(_field(number, value))
+    return b"".join(pieces + others)
 
 
 def _piece(message: bytes) -> Piece:
@@ -131,7 +110,7 @@ def _raw(value: bytes | int) -> bytes:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Field number and value: int for varints, the raw bytes for everything else."""
+    """Yield field number and value: int for varints, the raw bytes for everything else."""
     at = 0
     while at < len(message):
         tag, at = (message[at], at + 1) if message[at] < 0x80 else _varint(message, at)
@@ -176,3 +155,77 @@ def _encode_varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+def llama_tokenizer(model: bytes, *, legacy: bool = True) -> Tokenizer:
+    """Convert a tokenizer.model of Llama or Mistral for the `tokenizers` library.
+
+    Args:
+        model: content of tokenizer.model.
+        legacy: a space is written before the first word of every text between added tokens;
+            False: at the beginning of a text alone, as slow tokenizers with `legacy: false` do.
+
+    Raises:
+        CheckpointError: a unigram, word or character model.
+
+    Note: the first three pieces are called <unk>, <s> and </s> whatever the file calls them, and
+        text that no piece covers becomes bytes. Source: what transformers 4.37.2 builds for
+        LlamaTokenizerFast when a checkpoint has only a tokenizer.model.
+    """
+    parsed = parse(model)
+    if parsed.algorithm != BPE:
+        raise CheckpointError(
+            f"tokenizer.model holds algorithm {parsed.algorithm}, expected BPE ({BPE}): "
+            "use the slow tokenizer, or give a tokenizer.json"
+        )
+    others = parsed.pieces[len(_LLAMA_NAMES) :]
+    scores = dict.fromkeys(_LLAMA_NAMES, 0.0) | {piece.text: piece.score for piece in others}
+    vocab = {text: i for i, text in enumerate((*_LLAMA_NAMES, *(p.text for p in others)))}
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=merges(scores, {piece.text: i for i, piece in enumerate(parsed.pieces)}),
+            unk_token=parsed.unk_piece,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            SPACE, prepend_scheme="first", split=False
+        )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in _LLAMA_NAMES])
+    return tokenizer
+
+
+def merges(scores: Mapping[str, float], ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return the merges of a BPE vocabulary that lists only its pieces.
+
+    Every way to cut a piece into two pieces is a merge, ranked by the score of what it makes, then
+    by the id of its first half.
+
+    Args:
+        scores: of the pieces that merges may make.
+        ids: of the pieces that may be merged.
+    """
+    found: list[tuple[str, str]] = []
+    for piece in sorted(scores, key=scores.__getitem__, reverse=True):
+        cuts = [
+            (first, piece[at:])
+            for at in range(1, len(piece))
+            if (first := piece[:at]) in ids and piece[at:] in ids
+        ]
+        found += sorted(cuts, key=lambda cut: ids[cut[0]])
+    return found

@@ -13,8 +13,8 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from lapilli.prompt.tokenizer import FastTokenizer, SentencePieceTokenizer
-from lapilli.prompt.tokenizer.convert import llama_tokenizer
+from lapilli.prompt.tokenizer import FastTokenizer, SentencePieceTokenizer, TokenizerFiles
+from lapilli.prompt.tokenizer.spm_model import llama_tokenizer
 
 TEXTS = (
     *("", " ", "  a", "Hello  world ", "\n\n", "a \n b", "<s>", "a</s>b", "</s></s>", "x<unk> y"),
@@ -59,11 +59,15 @@ def llama_json(model: bytes, kind: str) -> dict[str, Any]:
     return raw
 
 
+def from_json(raw: dict[str, Any], config: dict[str, object] | None = None) -> FastTokenizer:
+    return FastTokenizer(TokenizerFiles(json=json.dumps(raw), config=config or {}))
+
+
 def compare(directory: Path, source: str, config: dict[str, object]) -> None:
     (directory / "tokenizer.json").write_text(source, encoding="utf-8")
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     theirs = AutoTokenizer.from_pretrained(directory)
-    ours = FastTokenizer(source, config=config)
+    ours = FastTokenizer(TokenizerFiles(json=source, config=config))
     assert ours.vocab_size == len(theirs)
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
     for text in TEXTS:
@@ -86,7 +90,7 @@ def test_any_tokenizer_json(goldens: Any, tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "legacy"), [("first", False), ("always", True)])
-def test_llama(goldens: Any, tmp_path: Path, kind: str, legacy: bool) -> None:
+def test_a_llama_tokenizer_json(goldens: Any, tmp_path: Path, kind: str, legacy: bool) -> None:
     config: dict[str, object] = {
         "tokenizer_class": "LlamaTokenizer",
         "legacy": legacy,
@@ -95,7 +99,7 @@ def test_llama(goldens: Any, tmp_path: Path, kind: str, legacy: bool) -> None:
     compare(tmp_path, json.dumps(llama_json(goldens.spm, kind)), config)
 
 
-def test_byte_level(goldens: Any, tmp_path: Path) -> None:
+def test_a_byte_level_tokenizer_json(goldens: Any, tmp_path: Path) -> None:
     config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|endoftext|>",
@@ -107,9 +111,9 @@ def test_byte_level(goldens: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["prepend", "first", "always", "never"])
-def test_typed_tokens_in_every_way_of_marking_spaces(goldens: Any, kind: str) -> None:
+def test_a_typed_special_token_in_every_way_of_marking_spaces(goldens: Any, kind: str) -> None:
     config = {"tokenizer_class": "LlamaTokenizerFast"}
-    tokenizer = FastTokenizer(json.dumps(llama_json(goldens.spm, kind)), config=config)
+    tokenizer = from_json(llama_json(goldens.spm, kind), config)
     text = "</s>a <sep> b</s>c"
     literal = [(0, 4)]
     tokens = tokenizer.tokenize(text, literal=literal)
@@ -119,9 +123,9 @@ def test_typed_tokens_in_every_way_of_marking_spaces(goldens: Any, kind: str) ->
 
 
 @pytest.mark.parametrize("kind", ["prepend", "first", "always", "never"])
-def test_cutting_by_ourselves_equals_one_call_of_the_library(goldens: Any, kind: str) -> None:
+def test_text_cut_at_special_tokens_has_the_ids_of_one_call(goldens: Any, kind: str) -> None:
     config = {"tokenizer_class": "LlamaTokenizerFast"}
-    tokenizer = FastTokenizer(json.dumps(llama_json(goldens.spm, kind)), config=config)
+    tokenizer = from_json(llama_json(goldens.spm, kind), config)
     for text in TEXTS:
         cut = tokenizer._tokenize_typed(text, ())
         assert [t.id for t in cut] == tokenizer.encode(text, add_bos=False), text
@@ -145,7 +149,7 @@ def test_a_unigram_model_cannot_put_a_special_token_together() -> None:
         "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"},
         "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": False},
     }
-    tokenizer = FastTokenizer(json.dumps(raw))
+    tokenizer = from_json(raw)
     assert tokenizer.encode("</s>a") == [1, 2, 7]
     assert tokenizer.encode("</s>a", literal=[(0, 4)]) == [2, 3, 4, 5, 6, 7]
 
@@ -162,7 +166,9 @@ def test_symbols_of_a_sentencepiece_model_stay_text_when_typed() -> None:
         user_defined_symbols=["<|im_start|>"],
         minloglevel=2,
     )
-    tokenizer = SentencePieceTokenizer(file.getvalue(), config={"legacy": False})
+    tokenizer = SentencePieceTokenizer(
+        TokenizerFiles(model=file.getvalue(), config={"legacy": False})
+    )
     symbol = tokenizer.token_to_id("<|im_start|>")
     text = "<|im_start|>user a <|im_start|> boat"
     assert tokenizer.encode(text).count(symbol) == 2

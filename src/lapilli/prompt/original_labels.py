@@ -13,7 +13,7 @@ whole, and where they differ it throws the sample away by masking everything.
 Source: LLaVA train.py, the preprocess_* functions; golden cases `_labels`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lapilli.errors import PromptError
@@ -39,7 +39,7 @@ class OriginalSample:
 
 
 def show_images_first(text: str, version: str, *, use_start_end: bool = False) -> str:
-    """The text of a turn with its picture moved to the front, as multimodal training reads it.
+    """Move the picture of a turn to the front of its text, as multimodal training reads it.
 
     Note: several placeholders become one, as in the original.
     """
@@ -52,7 +52,7 @@ def show_images_first(text: str, version: str, *, use_start_end: bool = False) -
 
 
 def image_token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids with -200 for every `<image>`: each chunk on its own, BOS kept once.
+    """Return ids with -200 for every `<image>`: each chunk on its own, BOS kept once.
 
     Source: LLaVA mm_utils.py tokenizer_image_token.
     """
@@ -73,7 +73,7 @@ def original_sample(
     max_length: int | None = None,
     pad_id: int | None = None,
 ) -> OriginalSample:
-    """Ids and labels of one conversation.
+    """Return ids and labels of one conversation.
 
     Args:
         turns: after `show_images_first`.
@@ -92,11 +92,11 @@ def original_sample(
     if template.style == "plain":
         return _plain(job, turns)
     if template.style == "llama_2":
-        return _rounds(job, turns, _split_at_end, "[/INST] ", 2)
+        return _rounds(job, turns, "[/INST] ")
     if template.version.startswith("v1"):
-        return _rounds(job, turns, _split_at_end, f"{template.sep}{template.roles[1]}: ", 2)
+        return _rounds(job, turns, f"{template.sep}{template.roles[1]}: ")
     if template.version == "mpt":
-        return _rounds(job, turns, _split_in_pairs, template.sep + template.roles[1], 1)
+        return _rounds(job, turns, template.sep + template.roles[1], in_pairs=True)
     return _signals(job, turns)
 
 
@@ -108,65 +108,42 @@ class _Job:
     max_length: int | None
     pad_id: int | None
 
-    @property
-    def legacy(self) -> bool:
-        return bool(getattr(self.tokenizer, "legacy", False))
-
     def ids(self, text: str) -> list[int]:
-        """The whole conversation; text without pictures is truncated."""
-        if self.has_image:
-            return image_token_ids(text, self.tokenizer)
-        return _ids(text, self.tokenizer)[: self.max_length]
+        """Return the ids of the whole conversation; text without pictures is truncated."""
+        return self.all_ids(text)[: None if self.has_image else self.max_length]
 
-    def count(self, text: str) -> int:
-        """Tokens of a part, with its BOS."""
-        if self.has_image:
-            return len(image_token_ids(text, self.tokenizer))
-        return len(_ids(text, self.tokenizer))
+    def all_ids(self, text: str) -> list[int]:
+        """Return the ids of a part, with its BOS."""
+        return (image_token_ids if self.has_image else _ids)(text, self.tokenizer)
 
 
 def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
     return [*tokenizer.encode(text), *tokenizer.suffix_ids]
 
 
-def _speakers(job: _Job) -> Mapping[str, str]:
-    return dict(zip(SPEAKERS, job.template.roles, strict=True))
-
-
-def _check_speakers(turns: Turns) -> None:
+def _rounds(job: _Job, turns: Turns, separator: str, *, in_pairs: bool = False) -> OriginalSample:
+    """Mask round by round by counted lengths, behind `separator` an answer begins."""
     for speaker, _ in turns:
         if speaker not in SPEAKERS:
             raise PromptError(f"a turn is from {speaker!r}: expected human or gpt")
-
-
-def _rounds(
-    job: _Job,
-    turns: Turns,
-    split: Callable[[str, ChatTemplate], list[str]],
-    separator: str,
-    surplus: int,
-) -> OriginalSample:
-    """Mask round by round by counted lengths; `surplus` tokens too many before an answer."""
-    _check_speakers(turns)
     turns = turns[1:] if turns and turns[0][0] == "gpt" else turns
     for i, (speaker, _) in enumerate(turns):
         if speaker != SPEAKERS[i % 2]:
             raise PromptError(f"turn {i} is from {speaker}: human and gpt must take turns")
-    names = _speakers(job)
+    names = dict(zip(SPEAKERS, job.template.roles, strict=True))
     text = job.template.prompt([(names[speaker], said) for speaker, said in turns])
     ids = job.ids(text)
     labels = list(ids)
-    in_pairs = split is _split_in_pairs
-    at = 0 if in_pairs else 1
+    at, surplus = (0, 1) if in_pairs else (1, 2)  # tokens counted too many before an answer
     _ignore(labels, 0, at)
-    for i, part in enumerate(split(text, job.template)):
+    for i, part in enumerate(_parts(text, job.template, in_pairs)):
         halves = part.split(separator)
         if not part or len(halves) != 2:
             break
-        shift = _shift(job, i, in_pairs)
-        instruction = job.count(halves[0] + separator) - surplus + shift
+        shift = _shift(job, in_pairs) if i else 0
+        instruction = len(job.all_ids(halves[0] + separator)) - surplus + shift
         _ignore(labels, at, at + instruction)
-        at += job.count(part) + shift
+        at += len(job.all_ids(part)) + shift
     _ignore(labels, at, len(labels))
     actual = sum(token != job.pad_id for token in ids)
     if at != actual and (job.max_length is None or at < job.max_length):
@@ -174,21 +151,18 @@ def _rounds(
     return OriginalSample(ids, labels)
 
 
-def _shift(job: _Job, index: int, in_pairs: bool) -> int:
-    """What the original adds to the counts of a later round, depending on the tokenizer."""
-    if index == 0 or job.template.style == "llama_2":
+def _shift(job: _Job, in_pairs: bool) -> int:
+    """Return what the original adds to the counts of a later round, by tokenizer."""
+    if job.template.style == "llama_2":
         return 0
-    if in_pairs:
-        return int(job.legacy)
-    return -int(not job.legacy)
+    is_legacy = bool(getattr(job.tokenizer, "legacy", False))
+    return int(is_legacy) if in_pairs else -int(not is_legacy)
 
 
-def _split_at_end(text: str, template: ChatTemplate) -> list[str]:
-    return text.split(template.sep2)
-
-
-def _split_in_pairs(text: str, template: ChatTemplate) -> list[str]:
-    """System, question and answer together, then every question with its answer."""
+def _parts(text: str, template: ChatTemplate, in_pairs: bool) -> list[str]:
+    """Cut a conversation into rounds; in pairs the first one has the system text too."""
+    if not in_pairs:
+        return text.split(template.sep2)
     pieces = text.split(template.sep)
     groups = [pieces[:3], *(pieces[i : i + 2] for i in range(3, len(pieces), 2))]
     return [template.sep.join(group) for group in groups]
@@ -207,8 +181,8 @@ def _plain(job: _Job, turns: Turns) -> OriginalSample:
 
 
 def _signals(job: _Job, turns: Turns) -> OriginalSample:
-    """The oldest format; every part is counted with a BOS of its own, so the mask runs ahead."""
-    names = _speakers(job)
+    """Mask the oldest format: every part is counted with a BOS of its own and so runs ahead."""
+    names = dict(zip(SPEAKERS, job.template.roles, strict=True))
     header = f"{job.template.system}\n\n"
     parts = [f"### {names.get(speaker, 'unknown')}: {said}\n" for speaker, said in turns]
     ids = job.ids(f"{header}{''.join(parts)}### ")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lapilli.errors import PromptError
-from lapilli.prompt.original_mask import image_token_ids, original_sample, show_images_first
+from lapilli.prompt.original_labels import image_token_ids, original_sample, show_images_first
 from lapilli.prompt.templates import TEMPLATES
 
 
