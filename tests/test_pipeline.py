@@ -383,6 +383,28 @@ def test_a_narrow_model_says_what_it_knows(paths, drawing: str, tmp_path: Path, 
 
 
 @pytest.mark.slow
+def test_a_model_says_that_it_is_not_sure(paths, drawing: str, tmp_path: Path):
+    folder = tmp_path / "unsure"
+    shutil.copytree(paths("llava-v1.5-tiny-pad")["model_path"], folder)
+    chat = lapilli.load(str(folder), device="cpu", dtype="float32")
+    answer = chat.ask("What?", drawing, **FEW)
+    assert chat.doubt() is None  # the checkpoint does not say which answers are to be doubted
+    assert chat.last.logprobs is None
+    features = [torch.randn(4, chat.config.vision.hidden_size) for _ in range(8)]
+    save_detector(fit_detector(features, knows="It knows one.", unsure_below=1.0), folder)
+    chat = lapilli.load(str(folder), device="cpu", dtype="float32")
+    assert chat.doubt() is None  # nothing was asked yet
+    assert chat.ask("What?", drawing, **FEW) == answer
+    assert "unsure is not sure of this answer: it gave it a probability of" in chat.doubt()
+    assert chat.ask("What?", drawing, logprobs=2, **FEW) == answer
+    assert len(chat.last.logprobs[0].top) == 2
+    chat.ask("What?", drawing, num_beams=2, **FEW)
+    assert chat.doubt() is None
+    chat.reset()
+    assert chat.doubt() is None
+
+
+@pytest.mark.slow
 def test_system_prompt(chat: Chat):
     chat.ask("Who?", **FEW)
     plain = chat.last.prompt_len

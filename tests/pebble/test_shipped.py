@@ -67,24 +67,36 @@ LOOKS = [
 ]
 
 
-NOT_YET = "the shipped weights saw no type that small; pebble/recipes/warm teaches it"
-
-
 @pytest.mark.slow
-@pytest.mark.xfail(reason=NOT_YET, strict=True)
-def test_numbers_and_words_in_the_default_font_are_read_nearly_always(chat):
+def test_words_and_most_numbers_in_the_default_font_are_read(chat):
     numbers = [share_read(chat, "Which number is this?", NUMBERS, **look) for look in LOOKS]
     words = [
         share_read(chat, "What does it say?", WORDS, **look)
         for look in LOOKS
         if look["points"] < 70
     ]
-    assert sum(numbers) / len(numbers) >= 0.9
+    assert sum(numbers) / len(numbers) >= 0.7  # small ones are wrong: docs/guide/pebble.md
     assert sum(words) / len(words) >= 0.9
 
 
+@pytest.mark.parametrize("points", [60, 80])
+def test_numbers_that_fill_half_of_the_picture_are_read(chat, points):
+    look = {"size": (200, 100), "points": points}
+    assert share_read(chat, "Which number is this?", NUMBERS, **look) >= 0.9
+
+
 @pytest.mark.slow
-@pytest.mark.xfail(reason=NOT_YET, strict=True)
+def test_most_wrong_readings_are_doubted(chat):
+    wrong = doubted = 0
+    for text in NUMBERS:
+        answer = chat.ask("Which number is this?", typed(text, (200, 100), 27))
+        wrong += answer != text
+        doubted += answer != text and chat.doubt() is not None
+    assert wrong >= 4
+    assert doubted >= 0.6 * wrong
+
+
+@pytest.mark.slow
 def test_type_that_is_too_small_is_not_guessed(chat):
     for question in ("Which number is this?", "What does it say?"):
         answers = {chat.ask(question, typed(text, (200, 100), 10)) for text in NUMBERS[::5]}

@@ -1,10 +1,13 @@
 """Out-of-distribution detector of a checkpoint, by the vision features of its training pictures.
 
-    world.json          {"knows": a sentence, "limit": a number, "without_picture": a sentence}
-    world.safetensors   mean [E] and whitening [E, E] of the features of known pictures
+    world.json          {"knows": a sentence, "limit": a number, "without_picture": a sentence,
+                         "unsure_below": a probability}
+    world.safetensors   mean [C, E] and whitening [C, E, E] of C classes of known pictures, as the
+                        tower sees them; [E] and [E, E] are one class
 
-A picture whose features are further from those than `limit` is out of distribution. A question
-without any picture is answered with `without_picture`, if the model was trained on none.
+A picture whose features lie further than `limit` from every class is out of distribution. A
+question without any picture is answered with `without_picture`, where a model was trained on none.
+An answer whose tokens together are less probable than `unsure_below` is one to doubt.
 """
 
 import json
@@ -31,26 +34,32 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Detector:
-    """Gaussian of the features of known pictures, with a limit on the distance.
+    """Gaussians of the features of known pictures, one per class, with a limit on the distance.
 
     Attributes:
         knows: a sentence about the known pictures, for users.
         limit: the largest distance of a known picture.
-        mean: of the pictures, each the mean of its patches, [E].
-        whitening: maps differences from the mean to a unit gaussian, [E, E].
+        mean: of the pictures of each class, each the mean of its patches, [C, E].
+        whitening: turns differences from the mean into a unit gaussian, [C, E, E].
         without_picture: the answer to a question without a picture; "": the model's own.
+        unsure_below: the probability under which an answer is one to doubt; 0: none is.
     """
 
     knows: str
     limit: float
-    mean: Float[Tensor, " E"]
-    whitening: Float[Tensor, "E E"]
+    mean: Float[Tensor, "C E"]
+    whitening: Float[Tensor, "C E E"]
     without_picture: str = ""
+    unsure_below: float = 0.0
 
     def distance(self, features: Float[Tensor, "n E"]) -> float:
-        """Return the squared Mahalanobis distance per dimension, 1 for an average known picture."""
-        whitened = (features.float().cpu().mean(dim=0) - self.mean) @ self.whitening
-        return float(whitened.square().mean())
+        """Return the squared Mahalanobis distance from the nearest class, per dimension.
+
+        An average picture of a class is at 1 from it.
+        """
+        difference = features.float().cpu().mean(dim=0) - self.mean
+        whitened = torch.einsum("ce,cef->cf", difference, self.whitening)
+        return float(whitened.square().mean(dim=-1).min())
 
     def is_known(self, features: Float[Tensor, "n E"]) -> bool:
         """Return whether a picture with these features is in distribution."""
@@ -71,30 +80,58 @@ class Detector:
             "Load a LLaVA checkpoint for others, for instance llava-hf/llava-1.5-7b-hf."
         )
 
+    def doubt(self, probability: float, name: str) -> str | None:
+        """Return one line for people about an answer that may well be wrong, or None.
+
+        Args:
+            probability: of all tokens of the answer together.
+            name: of the model.
+        """
+        if probability >= self.unsure_below:
+            return None
+        return f"{name} is not sure of this answer: it gave it a probability of {probability:.0%}."
+
 
 def fit_detector(
     known: Sequence[Float[Tensor, "n E"]],
     *,
     knows: str,
+    classes: Sequence[int] | None = None,
     share: float = 0.995,
     without_picture: str = "",
+    unsure_below: float = 0.0,
 ) -> Detector:
     """Fit a detector for which about `share` of pictures like these are in distribution.
 
-    The gaussian is fitted to every second picture and the limit taken from the others, because
-    the pictures of the fit are nearer to it than fresh ones.
+    The gaussians are fitted to every second picture and the limit taken from the others, because
+    the pictures of the fit lie nearer to them than fresh ones do.
 
-    Source: the Mahalanobis detector of Lee et al. 2018 (arXiv 1807.03888), with one class. The
-    features are the tower's: a projector keeps only what its language model needs to tell apart.
+    Source: the Mahalanobis detector of Lee et al. 2018 (arXiv 1807.03888), with a covariance for
+    each class. The features are the tower's: a projector keeps only what its language model needs
+    to tell apart.
+
+    Args:
+        known: features of each picture.
+        knows: one sentence for people.
+        classes: the class of each picture, 0 to C - 1; None: all are of one. A class has to have
+            more pictures than features have dimensions for its covariance to mean much.
+        share: of known pictures that are taken for known.
+        without_picture: see `Detector`.
+        unsure_below: see `Detector`.
     """
     pictures = torch.stack([item.double().mean(dim=0) for item in known[::2]])
-    mean = pictures.mean(dim=0)
-    values, vectors = torch.linalg.eigh(torch.cov(pictures.T))
-    whitening = vectors / (values + RIDGE * values.mean()).sqrt()
-    detector = Detector(knows, 0.0, mean.float(), whitening.float().contiguous())
+    members = torch.tensor([0] * len(known) if classes is None else list(classes))[::2]
+    fits = [_gaussian(pictures[members == kind]) for kind in sorted(set(members.tolist()))]
+    mean, whitening = (torch.stack(parts).float() for parts in zip(*fits, strict=True))
+    detector = Detector(knows, 0.0, mean, whitening, without_picture, unsure_below)
     distances = torch.tensor([detector.distance(item) for item in known[1::2]])
-    limit = float(distances.quantile(share))
-    return replace(detector, limit=limit, without_picture=without_picture)
+    return replace(detector, limit=float(distances.quantile(share)))
+
+
+def _gaussian(pictures: Float[Tensor, "N E"]) -> tuple[Float[Tensor, " E"], Float[Tensor, "E E"]]:
+    """Return mean and whitening of pictures."""
+    values, vectors = torch.linalg.eigh(torch.cov(pictures.T))
+    return pictures.mean(dim=0), vectors / (values + RIDGE * values.mean()).sqrt()
 
 
 def save_detector(detector: Detector, folder: Path) -> None:
@@ -102,6 +139,8 @@ def save_detector(detector: Detector, folder: Path) -> None:
     said: dict[str, str | float] = {"knows": detector.knows, "limit": detector.limit}
     if detector.without_picture:
         said["without_picture"] = detector.without_picture
+    if detector.unsure_below:
+        said["unsure_below"] = detector.unsure_below
     (folder / "world.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     tensors = {"mean": detector.mean, "whitening": detector.whitening}
     save_file(tensors, folder / "world.safetensors")
@@ -141,13 +180,16 @@ def _detector(said: JsonObject, file: Path, width: int | None) -> Detector:
         raise CheckpointError("world.json: limit is missing")
     shard = open_shard(file)
     mean, whitening = (shard.tensor(name, torch.float32) for name in ("mean", "whitening"))
-    size = len(mean) if width is None and mean.dim() == 1 else width
-    if mean.shape != (size,) or whitening.shape != (size, size):
+    if mean.dim() == 1:
+        mean, whitening = mean[None], whitening[None]
+    size = mean.shape[-1] if width is None else width
+    if mean.shape[1:] != (size,) or whitening.shape != (len(mean), size, size) or not len(mean):
         raise CheckpointError(
             f"mean has shape {tuple(mean.shape)} and whitening {tuple(whitening.shape)}, expected "
-            f"({size},) and ({size}, {size})"
+            f"(classes, {size}) and (classes, {size}, {size})"
         )
     check_values("mean", mean)
     check_values("whitening", whitening)
     knows, without = (reader.text(key, "") or "" for key in ("knows", "without_picture"))
-    return Detector(knows, limit, mean, whitening, without)
+    unsure = reader.optional_number("unsure_below", least=0.0, most=1.0) or 0.0
+    return Detector(knows, limit, mean, whitening, without, unsure)

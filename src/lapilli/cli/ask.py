@@ -43,7 +43,7 @@ def ask(
             raise
         raise MediaError(f"{error}; {QUESTION_FIRST}") from error
     if not how.quiet:
-        warn_out_of_distribution(session)
+        warn_of_answer(session)
 
 
 def read_pipe_once(images: list[str]) -> list[str | bytes]:
@@ -120,8 +120,8 @@ def _print_json(
     )
 
 
-def warn_out_of_distribution(session: "Chat") -> None:
-    """Say in one line when a picture is unlike those that the model was trained on."""
-    warning = session.out_of_distribution()
+def warn_of_answer(session: "Chat") -> None:
+    """Say in one line that a picture is unlike the training's, or that the model is not sure."""
+    warning = session.out_of_distribution() or session.doubt()
     if warning:
         note(warning)

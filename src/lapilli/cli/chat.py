@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lapilli.cli.ask import warn_out_of_distribution, write_answer
+from lapilli.cli.ask import warn_of_answer, write_answer
 from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, ChatOptions, in_one_line, note
 from lapilli.errors import LapilliError
 
@@ -126,7 +126,7 @@ class Conversation:
             note("(stopped)")
         self.pictures.clear()
         if not self.quiet:
-            warn_out_of_distribution(self.session)
+            warn_of_answer(self.session)
 
 
 def _history_file() -> Path:

@@ -4,9 +4,10 @@ Knows who is asked when; must not know how files look, how pixels are computed o
 chosen.
 """
 
+import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,9 @@ class Chat:
         if not question.strip():
             raise PromptError("the question is empty: ask something")
         params = self._params(SamplingParams.from_options(**sampling))
+        detector = self._detector
+        if detector is not None and detector.unsure_below and params.num_beams == 1:
+            params = replace(params, logprobs=params.logprobs or 0)  # for `doubt`
         with self._turns:
             begins = bool(images) and not keep
             talk = Conversation(next(self._numbers)) if begins else self._conversation
@@ -337,6 +341,17 @@ class Chat:
         ):
             return None
         return self._detector.warning(self.name)
+
+    def doubt(self) -> str | None:
+        """Return one line for people if the model was not sure of the latest answer.
+
+        None where it was sure, and where the checkpoint does not say below which probability an
+        answer is one to doubt, as nearly all. An answer of beam search is not doubted.
+        """
+        if self._detector is None or self.last is None or not self.last.logprobs:
+            return None
+        probability = math.exp(sum(token.logprob for token in self.last.logprobs))
+        return self._detector.doubt(probability, self.name)
 
     def _remember(
         self, question: Message, media: tuple[Any, ...], talk: Conversation, pieces: Pieces
