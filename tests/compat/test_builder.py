@@ -1,10 +1,11 @@
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.compat.builder import load_pretrained_model
@@ -66,6 +67,48 @@ def test_the_dtype_may_be_asked_for(make_checkpoint: MakeCheckpoint) -> None:
     )
     assert model.dtype == torch.bfloat16
     assert model.get_vision_tower().dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"device_map": "cuda:0"},
+        {"device_map": {"": 0}},
+        {"device_map": {"": "cuda:1"}},
+        {"device_map": None},
+        {"device": "cuda:0"},
+        {"device": torch.device("cuda", 1)},
+    ],
+    ids=str,
+)
+def test_every_name_of_a_gpu_that_is_not_there_is_the_cpu(
+    make_checkpoint: MakeCheckpoint, place: dict[str, Any]
+) -> None:
+    path = make_checkpoint("llava-v1.5-tiny-pad")["model_path"]
+    assert load_pretrained_model(path, None, "llava", **place)[1].device.type == "cpu"
+
+
+def test_a_class_of_transformers_reads_float32_unless_it_is_told(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    from llava.model import LlavaLlamaForCausalLM
+
+    path = make_checkpoint("llava-v1.5-tiny-pad")["model_path"]
+    assert json.loads((Path(path) / "config.json").read_text("utf-8"))["torch_dtype"] == "float16"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.get_vision_tower().load_model()
+    assert (model.dtype, model.get_vision_tower().dtype) == (torch.float32, torch.float32)
+    assert LlavaLlamaForCausalLM.from_pretrained(path, torch_dtype=None).dtype == torch.float32
+    half = LlavaLlamaForCausalLM.from_pretrained(path, torch_dtype=torch.bfloat16, device_map=0)
+    assert half.dtype == torch.bfloat16
+
+
+def test_the_config_of_mpt_is_read_as_it_is_published(make_checkpoint: MakeCheckpoint) -> None:
+    path = make_checkpoint("llava-mpt-tiny")["model_path"]
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert type(model).__name__ == "LlavaMptForCausalLM"
+    assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=2).shape == (1, 3)
 
 
 def test_a_missing_directory_is_named(tmp_path: Any) -> None:

@@ -83,6 +83,14 @@ def test_a_module_of_the_original_runs(
     assert "--image-file" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava.serve.cli", "llava.train.train"])
+def test_a_program_runs_from_the_command_line(name: str, tmp_path: Path) -> None:
+    run = run_python("-m", "lapilli.compat", "-m", name, "--help", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f"usage: {name}")
+
+
 @pytest.mark.parametrize("arguments", [[], ["-x"], ["-m"]])
 def test_nothing_to_run_is_refused(
     arguments: list[str], capsys: pytest.CaptureFixture[str]

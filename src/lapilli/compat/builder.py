@@ -19,6 +19,7 @@ from lapilli.checkpoint.source import find_directory
 from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
 from lapilli.checkpoint.write.llava import write_text_config
 from lapilli.compat import models
+from lapilli.compat.device import present
 from lapilli.compat.foreign import Foreign
 from lapilli.compat.image_processor import CLIPImageProcessor
 from lapilli.compat.tokenizer import PreTrainedTokenizer, wrap_tokenizer
@@ -31,6 +32,7 @@ from lapilli.modality.image.image import ImageModality
 from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer
 
 DEFAULT_CONTEXT = 2048
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 CLASSES = {
     "llama": models.LlavaLlamaForCausalLM,
@@ -64,8 +66,8 @@ def load_pretrained_model(
             original (quirk 11); for everything else the files say what a checkpoint is.
         load_8bit: refused.
         load_4bit: refused.
-        device_map: "auto", a device, or {"": device}.
-        device: "cuda" takes the CPU where there is no GPU.
+        device_map: "auto", a device, {"": device}, or None for the CPU.
+        device: every name of a GPU takes the CPU where there is none.
         use_flash_attn: taken and not needed: torch chooses the kernel.
         torch_dtype: of the weights; None: float16 on a GPU, float32 on a CPU.
 
@@ -172,12 +174,6 @@ def _flat_config(loaded: Loaded) -> dict[str, Any]:
     raw |= {"vocab_size": config.text.vocab_size}
     for key in ("model_type", "architectures", "quantization_config", "torch_dtype", "dtype"):
         raw.pop(key, None)
-    if isinstance(attention := raw.get("attn_config"), dict):
-        # transformers wants the whole numbers among MPT's settings as such.
-        raw["attn_config"] = {
-            key: int(value) if isinstance(value, float) and value.is_integer() else value
-            for key, value in attention.items()
-        }
     name: Any = raw.get("mm_vision_tower")
     if name:
         # By its full path: what is saved from here on lies elsewhere.
@@ -232,10 +228,8 @@ def _generation_config(loaded: Loaded) -> GenerationConfig:
 
 
 def _choose_device(device: str | torch.device, device_map: Foreign) -> torch.device:
-    """Where everything goes, the tower too."""
+    """Return where everything goes, the tower too; without a map that is the CPU."""
     asked: Any = device
-    if str(device) == "cuda" and device_map != "auto":
-        asked = device_map.get("", device) if isinstance(device_map, dict) else device_map
-    if str(asked) in ("auto", "cuda") and not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda" if asked == "auto" else asked)
+    if str(device) == "cuda" and device_map not in SPREADS:
+        asked = device_map.get("", device) if isinstance(device_map, Mapping) else device_map
+    return torch.device(present("cpu" if asked is None else asked))

@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import CodeType, MappingProxyType, ModuleType
 
 from lapilli.compat.device import stand_in
@@ -76,7 +77,12 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """A spec for the names of the original, nothing for others."""
         if not any(fullname in table for table in (PACKAGES, MODULES, PROGRAMS)):
             return None
-        return importlib.util.spec_from_loader(fullname, self, is_package=fullname in PACKAGES)
+        return importlib.util.spec_from_loader(
+            fullname,
+            self,
+            origin=fullname,  # what runpy gives to a program as its own name
+            is_package=fullname in PACKAGES,
+        )
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         """The default: an empty module."""
@@ -115,17 +121,11 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             program = f"from {PACKAGE}.{source} import main\nmain({kind!r})"
             return compile(program, fullname, "exec")
         spec = importlib.util.find_spec(MODULES[fullname])
-        loader = None if spec is None else spec.loader
-        source_text = (
-            loader.get_source(MODULES[fullname])
-            if isinstance(loader, importlib.abc.InspectLoader)
-            else None
-        )
-        if source_text is None or spec is None or spec.origin is None:
+        if spec is None or spec.origin is None:
             raise ImportError(f"{fullname} cannot be run as a program", name=fullname)
-        # Compiled here and not by the loader: an import hook's loader (jaxtyping's, in the tests)
-        # would leave the code that it rewrote in the place where every Python looks for it.
-        return compile(source_text, spec.origin, "exec", dont_inherit=True)
+        # From the file and not by its loader: that of an editable installation has no source, and
+        # an import hook's (jaxtyping's, in the tests) would leave rewritten code for every Python.
+        return compile(Path(spec.origin).read_bytes(), spec.origin, "exec", dont_inherit=True)
 
 
 def install() -> None:

@@ -163,7 +163,8 @@ class LlavaMetaForCausalLM(Base):
     def encode_images(self, images: Images) -> Tensor:
         """Return projected features [N, patches, width]; no gradient reaches the tower."""
         model = self.get_model()
-        projected: Tensor = model.mm_projector(model.get_vision_tower()(images))
+        kind = next(model.mm_projector.parameters(), images).dtype
+        projected: Tensor = model.mm_projector(model.get_vision_tower()(images).to(kind))
         return projected
 
     def prepare_inputs_labels_for_multimodal(

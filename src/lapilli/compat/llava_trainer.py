@@ -40,6 +40,12 @@ class LLaVATrainer(transformers.Trainer):
     `mm_projector_lr` and `tune_mm_mlp_adapter`.
     """
 
+    def __init__(self, *args: Foreign, tokenizer: Foreign = None, **options: Foreign) -> None:
+        # What the original's release of transformers calls a tokenizer is a processing class now.
+        if tokenizer is not None:
+            options["processing_class"] = tokenizer
+        super().__init__(*args, **options)
+
     def _get_train_sampler(self, *dataset: Foreign) -> Foreign:
         data: Any = self.train_dataset
         if data is None or not getattr(self.args, "group_by_modality_length", False):
@@ -76,6 +82,11 @@ class LLaVATrainer(transformers.Trainer):
             **options,
         )
         return self.optimizer
+
+    def _save(self, *args: Foreign, **options: Foreign) -> None:
+        """Save nothing more where the projector alone is trained."""
+        if not getattr(self.args, "tune_mm_mlp_adapter", False):
+            super()._save(*args, **options)
 
     def _save_checkpoint(self, model: Foreign, *trial: Foreign, **options: Foreign) -> None:
         """Save the projector alone where it alone is trained, as the original does."""

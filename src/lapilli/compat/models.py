@@ -23,8 +23,10 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from lapilli.compat.device import present
 from lapilli.compat.foreign import Foreign
 from lapilli.compat.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel
+from lapilli.compat.tokenizer import take_auto_tokenizer
 from lapilli.shapes import Float, Int, Tensor
 
 __all__ = [
@@ -68,6 +70,23 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.", r"rotary_emb\.inv_freq"]  # noqa: RUF012
 
     _reads_images = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        *args: Foreign,
+        torch_dtype: Foreign = None,
+        dtype: Foreign = None,
+        device_map: Foreign = None,
+        **options: Foreign,
+    ) -> Foreign:
+        """Read a checkpoint, in float32 where no type is asked for, as the original's release does.
+
+        Later releases take the type of the file, and half precision does not train.
+        """
+        kind = dtype or torch_dtype or torch.float32
+        placed = present(device_map)
+        return super().from_pretrained(*args, dtype=kind, device_map=placed, **options)
 
     def _build(self, **stack: nn.Module) -> None:
         """Put the stack under its name and a head on it, as transformers' class would."""
@@ -280,10 +299,18 @@ class LlavaMistralConfig(transformers.MistralConfig):
 
 
 class LlavaMptConfig(transformers.MptConfig):
-    """MPT with pictures."""
+    """MPT with pictures; its published files write the whole numbers of attn_config as 0.0."""
 
     model_type = "llava_mpt"
     __no_type_check__ = True
+
+    def __init__(self, *args: Foreign, attn_config: Foreign = None, **options: Foreign) -> None:
+        if isinstance(attn_config, dict):
+            attn_config = {
+                key: int(value) if isinstance(value, float) and value.is_integer() else value
+                for key, value in attn_config.items()
+            }
+        super().__init__(*args, attn_config=attn_config, **options)
 
 
 class LlavaQwenConfig(transformers.Qwen2Config):
@@ -376,3 +403,4 @@ for _config, _model in (
 ):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+take_auto_tokenizer()

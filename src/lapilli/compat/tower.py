@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from lapilli.checkpoint.source import find_directory
 from lapilli.checkpoint.write.llava import write_tower_config
+from lapilli.compat.device import present
 from lapilli.compat.foreign import Foreign
 from lapilli.compat.image_processor import CLIPImageProcessor
 from lapilli.config.model import PixelConfig, ProjectorConfig, VisionConfig
@@ -123,8 +124,8 @@ class CLIPVisionTower(nn.Module):
         if not hasattr(self, "vision_tower"):
             config = self._published_config()
             kind = SiglipVisionModel if "siglip" in config.model_type else CLIPVisionModel
-            placed = {} if device_map in (None, "auto") else {"device_map": device_map}
-            read = kind.from_pretrained(self.source, config=config, **placed)
+            placed = {} if device_map in (None, "auto") else {"device_map": present(device_map)}
+            read = kind.from_pretrained(self.source, config=config, dtype=torch.float32, **placed)
             self.adopt(config, read.state_dict())
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
@@ -173,9 +174,9 @@ class CLIPVisionTower(nn.Module):
     ) -> Tensor | list[Tensor]:
         """Return features [N, patches, width]; of a list, one [1, patches, width] per picture.
 
-        Note: pixels of another floating type are cast to the tower's, and the features are not
-            cast back: the projector has the type of the tower here. The original wants pixels of
-            the type of its projector and fails otherwise.
+        Note: the features have the type of the pixels, as in the original, where that is the wider
+            one. The original returns half features of half pixels from a float32 tower as well,
+            which its float32 projector cannot take.
 
         Raises:
             MediaError: pixels of another size than the tower's.
@@ -188,8 +189,9 @@ class CLIPVisionTower(nn.Module):
                 f"pixels of {images.shape[-2]}x{images.shape[-1]}: the tower takes {side}x{side}; "
                 "process_images() makes them so"
             )
-        pixels = images.to(self.device, self.dtype)
-        return self._selected(self._hidden_state(pixels))
+        features = self._selected(self._hidden_state(images.to(self.device, self.dtype)))
+        wider = torch.promote_types(images.dtype, self.dtype) == images.dtype
+        return features.to(images.dtype) if wider else features
 
     def _hidden_state(self, pixels: Float[Tensor, "N C H W"]) -> Tensor:
         """Return the selected hidden state, by a hook of our own.

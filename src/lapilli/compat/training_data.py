@@ -21,7 +21,7 @@ from lapilli.compat import conversation
 from lapilli.compat.constants import IGNORE_INDEX
 from lapilli.compat.foreign import Foreign
 from lapilli.compat.mm_utils import expand2square
-from lapilli.compat.tokenizer import NO_LIMIT, PreTrainedTokenizer
+from lapilli.compat.tokenizer import NO_LIMIT, PreTrainedTokenizer, inner_of
 from lapilli.errors import PromptError
 from lapilli.prompt.original_mask import OriginalSample, original_sample, show_images_first
 from lapilli.shapes import Tensor
@@ -56,7 +56,7 @@ def preprocess(
         original_sample(
             [(turn["from"], turn["value"]) for turn in source],
             conversation.default_conversation.template,
-            tokenizer.inner,
+            inner_of(tokenizer),
             has_image=has_image,
             max_length=None if limit >= NO_LIMIT else limit,
             pad_id=tokenizer.pad_token_id,
