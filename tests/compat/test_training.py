@@ -9,6 +9,7 @@ from PIL import Image
 
 from lapilli.checkpoint.inspect import inspect_checkpoint
 from lapilli.compat import conversation
+from lapilli.compat.trainer import LazySupervisedDataset
 from lapilli.compat.training import (
     find_all_linear_names,
     parse_arguments,
@@ -17,7 +18,6 @@ from lapilli.compat.training import (
     starting_config,
     train,
 )
-from lapilli.compat.training_data import LazySupervisedDataset
 from lapilli.errors import CheckpointError, ConfigError, PromptError, UnsupportedModelError
 from tests.compat.conftest import MakeCheckpoint
 

@@ -20,10 +20,10 @@ from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
 from lapilli.checkpoint.write.llava import write_text_config
 from lapilli.compat import models
 from lapilli.compat.device import present
-from lapilli.compat.foreign import Foreign
 from lapilli.compat.image_processor import CLIPImageProcessor
 from lapilli.compat.tokenizer import PreTrainedTokenizer, wrap_tokenizer
 from lapilli.compat.tower import CLIPVisionTower, filled, vision_config
+from lapilli.compat.utils import Foreign
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import projector_name
 from lapilli.errors import UnsupportedModelError

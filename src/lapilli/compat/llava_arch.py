@@ -23,7 +23,6 @@ from lapilli.compat.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from lapilli.compat.foreign import Foreign
 from lapilli.compat.mm_utils import get_anyres_image_grid_shape, read_pinpoints
 from lapilli.compat.tower import (
     CLIPVisionTower,
@@ -31,6 +30,7 @@ from lapilli.compat.tower import (
     build_vision_tower,
     projector_config,
 )
+from lapilli.compat.utils import Foreign
 from lapilli.config.llava import ROUNDS_KEY
 from lapilli.config.model import ImageConfig, Merge, PixelConfig
 from lapilli.errors import ConfigError

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import StoppingCriteria
 
 from lapilli.compat.constants import IMAGE_TOKEN_INDEX
-from lapilli.compat.foreign import Foreign
+from lapilli.compat.utils import Foreign
 from lapilli.errors import ConfigError, MediaError
 from lapilli.geometry import ImageSize, best_resolution, tile_grid
 from lapilli.modality.image.resize_modes import fit_and_pad, pad_to_square

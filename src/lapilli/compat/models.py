@@ -24,9 +24,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lapilli.compat.device import present
-from lapilli.compat.foreign import Foreign
 from lapilli.compat.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel
 from lapilli.compat.tokenizer import take_auto_tokenizer
+from lapilli.compat.utils import Foreign
 from lapilli.shapes import Float, Int, Tensor
 
 __all__ = [

@@ -28,8 +28,8 @@ from transformers.utils import logging
 from lapilli.checkpoint.source import find_directory
 from lapilli.checkpoint.write.llava import write_tower_config
 from lapilli.compat.device import present
-from lapilli.compat.foreign import Foreign
 from lapilli.compat.image_processor import CLIPImageProcessor
+from lapilli.compat.utils import Foreign
 from lapilli.config.model import PixelConfig, ProjectorConfig, VisionConfig
 from lapilli.config.projector import parse_projector
 from lapilli.errors import ConfigError, MediaError

@@ -14,24 +14,25 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 from transformers import HfArgumentParser
 
 from lapilli.checkpoint.formats.files import RESULTS, read_json
 from lapilli.checkpoint.source import resolve
 from lapilli.compat.builder import wrap_loaded
-from lapilli.compat.foreign import Foreign
-from lapilli.compat.llava_arch import average_new_rows
 from lapilli.compat.tower import build_vision_projector
-from lapilli.compat.training_data import (
+from lapilli.compat.trainer import (
     DataCollatorForSupervisedDataset,
     LazySupervisedDataset,
+    find_all_linear_names,
     make_supervised_data_module,
     preprocess,
     preprocess_multimodal,
+    safe_save_model_for_hf_trainer,
+    smart_tokenizer_and_embedding_resize,
 )
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lapilli.prompt.choose import RECORD_KEY
@@ -374,7 +375,7 @@ def stage(folder: Path, parsed: Arguments, config: Mapping[str, Any]) -> None:
     torch.manual_seed(training.seed)
     if model.pretrain_mm_mlp_adapter in (None, "None"):
         sizes = {"hidden_size": config.get("hidden_size", config.get("d_model"))} | dict(config)
-        projector = build_vision_projector(_Attributes(sizes))
+        projector = build_vision_projector(SimpleNamespace(**sizes))
         weights = {f"model.mm_projector.{k}": v for k, v in projector.state_dict().items()}
     else:
         path = Path(str(model.pretrain_mm_mlp_adapter))
@@ -388,11 +389,6 @@ def stage(folder: Path, parsed: Arguments, config: Mapping[str, Any]) -> None:
     torch.save(
         {name: tensor.clone() for name, tensor in weights.items()}, folder / "mm_projector.bin"
     )
-
-
-class _Attributes:
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.__dict__.update(values)
 
 
 def _save(task: TrainingTask, parsed: Arguments, config: dict[str, Any], folder: Path) -> None:
@@ -460,44 +456,6 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def find_all_linear_names(model: nn.Module) -> list[str]:
-    """Return the last parts of the names of the layers that a LoRA is laid beside.
-
-    Source: LLaVA train.py.
-    """
-    beside = ("mm_projector", "vision_tower", "vision_resampler")
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(word in name for word in beside)
-    }
-    return sorted(names - {"lm_head"})
-
-
-def smart_tokenizer_and_embedding_resize(
-    special_tokens_dict: Mapping[str, Any], tokenizer: Foreign, model: Foreign
-) -> None:
-    """Add special tokens, and let their embeddings begin as the mean of all others."""
-    new = tokenizer.add_special_tokens(dict(special_tokens_dict))
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    average_new_rows(model, new)
-
-
-def safe_save_model_for_hf_trainer(trainer: Foreign, output_dir: str) -> None:
-    """Save what a trainer of transformers has trained: the projector alone, or the whole model."""
-    folder = Path(output_dir)
-    state = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
-    if not getattr(trainer.args, "tune_mm_mlp_adapter", False):
-        trainer._save(output_dir, state_dict=state)
-        return
-    keys: tuple[str, ...] = ("mm_projector", "vision_resampler")
-    if getattr(trainer.args, "use_im_start_end", False):
-        keys = (*keys, "embed_tokens", "embed_in")
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer.model.config.save_pretrained(folder)
-    kept = {name: value for name, value in state.items() if any(key in name for key in keys)}
-    torch.save(kept, folder / "mm_projector.bin")
-
-
-if __name__ == "__main__":
+def run(_: str) -> None:
+    """Train with the options of the command line."""
     train()
