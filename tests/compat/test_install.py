@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lapilli.compat.__main__ import main
-from lapilli.compat.install import MODULES, PACKAGES, PROGRAMS, install
+from lapilli.compat.install import MODULES, PACKAGES, PROGRAMS, LlavaFinder, install
 
 
 def run_python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
@@ -98,6 +98,21 @@ def test_nothing_to_run_is_refused(
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert capsys.readouterr().err.startswith("usage: python -m lapilli.compat")
+
+
+def test_what_a_program_cannot_do_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.delitem(sys.modules, "llava.train.train", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        main(["-m", "llava.train.train", "--nothing", "1"])
+    assert capsys.readouterr().err == "llava.train.train: unknown training option '--nothing'\n"
+
+
+def test_a_module_without_a_program_is_named() -> None:
+    with pytest.raises(ImportError, match=r"llava\.mm_utils cannot be run as a program"):
+        LlavaFinder().get_code("llava.mm_utils")
 
 
 def test_a_missing_script_is_named(capsys: pytest.CaptureFixture[str]) -> None:

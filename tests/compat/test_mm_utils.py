@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lapilli.compat.image_processor import CLIPImageProcessor
 from lapilli.compat.mm_utils import (
     divide_to_patches,
     load_image_from_base64,
@@ -17,6 +16,7 @@ from lapilli.compat.mm_utils import (
     select_best_resolution,
     tokenizer_image_token,
 )
+from lapilli.compat.tower import CLIPImageProcessor
 from lapilli.errors import ConfigError, MediaError
 
 CROP = {"height": 28, "width": 28}

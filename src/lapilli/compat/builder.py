@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import GenerationConfig
 
@@ -20,9 +19,8 @@ from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
 from lapilli.checkpoint.write.llava import write_text_config
 from lapilli.compat import models
 from lapilli.compat.device import present
-from lapilli.compat.image_processor import CLIPImageProcessor
 from lapilli.compat.tokenizer import PreTrainedTokenizer, wrap_tokenizer
-from lapilli.compat.tower import CLIPVisionTower, filled, vision_config
+from lapilli.compat.tower import CLIPImageProcessor, CLIPVisionTower, filled, vision_config
 from lapilli.compat.utils import Foreign
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import projector_name
@@ -57,7 +55,7 @@ def load_pretrained_model(
     torch_dtype: torch.dtype | str | None = None,
     **_: object,
 ) -> LoadedTuple:
-    """(tokenizer, model, image_processor, context_len).
+    """Return (tokenizer, model, image_processor, context_len) of a checkpoint.
 
     Args:
         model_path: a directory or a hub id.
@@ -92,7 +90,7 @@ def load_pretrained_model(
 
 
 def named_family(loaded: Loaded, model_name: str | None, *, has_base: bool) -> str:
-    """The class that the original takes: `llama`, `mistral` or `mpt`.
+    """Return the class that the original takes: `llama`, `mistral` or `mpt`.
 
     Note: quirk 11. It goes by the name: a Mistral checkpoint without "mistral" in its name, and
         every LoRA or projector on a Mistral base, becomes the Llama class with the slow tokenizer.
@@ -138,7 +136,7 @@ def _build_model(loaded: Loaded, family: str) -> Foreign:
     raw = _flat_config(loaded)
     images = None
     if loaded.config.image is None:
-        kind = getattr(transformers, kind.__mro__[3].__name__)
+        kind = kind._original
     else:
         images = loaded.model.modality("image")
     parameters = loaded.model.state_dict()
@@ -201,7 +199,7 @@ def _mm_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tokenizer(loaded: Loaded, folder: Path, *, fast: bool) -> Tokenizer:
-    """The tokenizer of the class that the original takes, with its added tokens."""
+    """Return the tokenizer of the class that the original takes, with its added tokens."""
     is_fast = isinstance(loaded.tokenizer, FastTokenizer)
     if loaded.config.layout != "llava" or fast == is_fast:
         return loaded.tokenizer

@@ -1,4 +1,4 @@
-"""What "cuda" means on a machine without a GPU: the CPU, told once on stderr.
+"""Stand-in for a GPU that is not there: "cuda" means the CPU, told once on stderr.
 
 The original's programs write it everywhere: `.cuda()`, `.to("cuda")`, `.to(device="cuda")`,
 `torch.zeros(1, device="cuda")`. Only calls that would fail are changed, and only for such a device.
@@ -53,7 +53,7 @@ def stand_in() -> None:
 
 
 def is_absent(device: object) -> bool:
-    """Whether this names a GPU: "cuda", "cuda:1", a torch.device of it, or a number."""
+    """Return whether this names a GPU: "cuda", "cuda:1", a torch.device of it, or a number."""
     if isinstance(device, int) and not isinstance(device, bool):
         return True
     return isinstance(device, str | torch.device) and str(device).startswith("cuda")

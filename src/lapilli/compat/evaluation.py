@@ -1,4 +1,4 @@
-"""The original's programs that ask a model: a question, a conversation, the benchmarks.
+"""Programs of the original that ask a model: a question, a conversation, the benchmarks.
 
     llava.eval.run_llava           one question about pictures
     llava.serve.cli                a conversation about one picture in the terminal (quirk 10)
@@ -78,7 +78,7 @@ class LoadedModel:
 
     @property
     def image_token(self) -> str:
-        """What a prompt has in the place of a picture."""
+        """Return what a prompt has in the place of a picture."""
         if getattr(self.model.config, "mm_use_im_start_end", False):
             return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
         return DEFAULT_IMAGE_TOKEN

@@ -1,4 +1,4 @@
-"""Makes `import llava` find lapilli; knows module names only."""
+"""Import hook that lets `import llava` find lapilli; it knows names of modules only."""
 
 import importlib
 import importlib.abc
@@ -68,12 +68,12 @@ PROGRAMS: Mapping[str, str] = MappingProxyType(
 
 
 class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules of the original among ours."""
+    """Finder and loader of the modules of the original among ours."""
 
     def find_spec(
         self, fullname: str, path: object = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """A spec for the names of the original, nothing for others."""
+        """Return a spec for the names of the original, nothing for others."""
         if not any(fullname in table for table in (PACKAGES, MODULES, PROGRAMS)):
             return None
         return importlib.util.spec_from_loader(
@@ -84,7 +84,7 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         )
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """The default: an empty module."""
+        """Return None, for the usual empty module."""
         return None
 
     def exec_module(self, module: ModuleType) -> None:

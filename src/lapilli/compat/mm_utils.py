@@ -1,4 +1,4 @@
-"""Functions around pictures, prompts and names (llava.mm_utils).
+"""Pictures, prompts and names of models as the original handles them (llava.mm_utils).
 
 Sizes are (width, height) here, as in the original; they turn into ImageSize at this border.
 """
@@ -41,18 +41,18 @@ Pinpoints = str | Sequence[Sequence[int]]
 def select_best_resolution(
     original_size: Sequence[int], possible_resolutions: Sequence[Sequence[int]]
 ) -> WidthHeight:
-    """The (width, height) that shows most of a picture and wastes least."""
+    """Return the (width, height) that shows most of a picture and wastes least."""
     best = best_resolution(_size(original_size), [_size(pair) for pair in possible_resolutions])
     return best.width, best.height
 
 
 def resize_and_pad_image(image: Image.Image, target_resolution: Sequence[int]) -> Image.Image:
-    """The picture as large as it fits, in the middle of black."""
+    """Return the picture as large as it fits, in the middle of black."""
     return fit_and_pad(image, _size(target_resolution), Image.Resampling.BICUBIC)
 
 
 def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
-    """Tiles of a picture, row by row."""
+    """Return the tiles of a picture, row by row."""
     return [
         image.crop((left, top, left + patch_size, top + patch_size))
         for top in range(0, image.height, patch_size)
@@ -63,7 +63,7 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
 def get_anyres_image_grid_shape(
     image_size: Sequence[int], grid_pinpoints: Pinpoints, patch_size: int
 ) -> tuple[int, int]:
-    """Columns and rows of the tiles of a picture."""
+    """Return the columns and rows of the tiles of a picture."""
     best = best_resolution(_size(image_size), [_size(p) for p in read_pinpoints(grid_pinpoints)])
     grid = tile_grid(best, patch_size)
     return grid.columns, grid.rows
@@ -74,7 +74,7 @@ def process_anyres_image(
     processor: Foreign,
     grid_pinpoints: Pinpoints,
 ) -> Float[Tensor, "N C H W"]:
-    """The squashed picture and the tiles of its best resolution, row by row."""
+    """Return the squashed picture and the tiles of its best resolution, row by row."""
     best = select_best_resolution(image.size, read_pinpoints(grid_pinpoints))
     edge = processor.size["shortest_edge"]
     squashed = image.resize((edge, edge))
@@ -84,12 +84,12 @@ def process_anyres_image(
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """The picture whose file is given in base64."""
+    """Return the picture whose file is given in base64."""
     return Image.open(BytesIO(base64.b64decode(image)))
 
 
 def expand2square(pil_img: Image.Image, background_color: tuple[int, ...]) -> Image.Image:
-    """The picture in the middle of a square."""
+    """Return the picture in the middle of a square."""
     return pad_to_square(pil_img, background_color)
 
 
@@ -98,7 +98,7 @@ def process_images(
     image_processor: Foreign,
     model_cfg: Foreign,
 ) -> Tensor | list[Tensor]:
-    """Pictures as the model wants them.
+    """Return pictures as the model wants them.
 
     Returns:
         square, pad: [N, 3, H, W]. anyres: [N, tiles, 3, H, W] when all have as many tiles, else a
@@ -134,7 +134,7 @@ def tokenizer_image_token(
     image_token_index: int = IMAGE_TOKEN_INDEX,
     return_tensors: str | None = None,
 ) -> list[int] | Tensor:
-    """Ids of a prompt, with one `image_token_index` for every `<image>` in it.
+    """Return the ids of a prompt, with one `image_token_index` for every `<image>` in it.
 
     Every stretch of text between pictures is tokenized on its own; BOS stays at the start only.
 
@@ -155,7 +155,7 @@ def tokenizer_image_token(
 
 
 def get_model_name_from_path(model_path: str) -> str:
-    """The last part of a path, with its parent's name in front of a `checkpoint-N`.
+    """Return the last part of a path, with its parent's name in front of a `checkpoint-N`.
 
     Raises:
         IndexError: `checkpoint-N` without a parent, as in the original.
@@ -167,7 +167,7 @@ def get_model_name_from_path(model_path: str) -> str:
 
 
 def read_pinpoints(pinpoints: Pinpoints) -> list[WidthHeight]:
-    """(width, height) pairs of a list or of its text.
+    """Return the (width, height) pairs of a list or of its text.
 
     Raises:
         ConfigError: a text that is no list of pairs.
@@ -187,7 +187,7 @@ def _size(pair: Sequence[int]) -> ImageSize:
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):
-    """Stops a generation when a keyword has been written in every row.
+    """Criterion that stops a generation when a keyword has been written in every row.
 
     Args:
         keywords: texts to stop at.
@@ -217,7 +217,7 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         return ids[1:] if has_bos else ids
 
     def call_for_batch(self, output_ids: Int[Tensor, "1 T"], scores: object, **_: object) -> bool:
-        """Whether one row ends in a keyword, or contains one near its end."""
+        """Return whether one row ends in a keyword, or contains one near its end."""
         row = output_ids[0]
         for ids in self.keyword_ids:
             if torch.equal(row[-len(ids) :], ids.to(row)):
@@ -230,6 +230,6 @@ class KeywordsStoppingCriteria(StoppingCriteria):
     def __call__(
         self, output_ids: Int[Tensor, "B T"], scores: object = None, **kwargs: object
     ) -> bool:
-        """Whether every row has met a keyword."""
+        """Return whether every row has met a keyword."""
         rows = output_ids.unsqueeze(1)
         return all(self.call_for_batch(row, scores, **kwargs) for row in rows)

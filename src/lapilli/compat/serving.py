@@ -1,4 +1,4 @@
-"""The controller and the worker of the original's demo (llava.serve), over plain HTTP.
+"""Controller and worker of the original's demo (llava.serve), over plain HTTP.
 
     client --/worker_generate_stream--> Controller --> ModelWorker --> answers ended by a zero byte
 
@@ -60,7 +60,7 @@ def as_line(text: str, code: int) -> bytes:
 
 @dataclass
 class WorkerInfo:
-    """What the controller knows of a worker."""
+    """Record of a worker in the controller."""
 
     model_names: list[str]
     speed: int | float
@@ -70,7 +70,7 @@ class WorkerInfo:
 
 
 class Controller:
-    """Knows which workers live, and which of them a request goes to.
+    """Controller that knows which workers live, and sends each request to one of them.
 
     Args:
         dispatch_method: "shortest_queue", or "lottery" by speed.
@@ -83,7 +83,7 @@ class Controller:
     def register_worker(
         self, worker_name: str, check_heart_beat: bool, worker_status: Mapping[str, Any] | None
     ) -> bool:
-        """Take a worker in; False where it does not say what it has."""
+        """Take a worker in; return False where it does not say what it has."""
         status = worker_status or self.get_worker_status(worker_name)
         if not status:
             return False
@@ -124,7 +124,7 @@ class Controller:
         return name
 
     def receive_heart_beat(self, worker_name: str, queue_length: int) -> bool:
-        """Note that a worker lives; False where it is not known and has to register."""
+        """Note that a worker lives; return False where it is not known and has to register."""
         info = self.worker_info.get(worker_name)
         if info is None:
             return False
@@ -171,7 +171,7 @@ class Controller:
 
 
 class ModelWorker:
-    """One model that answers requests; `limit` of them at once, the others wait."""
+    """Worker with one model that answers requests; `limit` of them at once, the others wait."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Our tokenizers as tokenizers of transformers: ids and text from lapilli.prompt, all else theirs.
+"""Tokenizers of transformers that take ids and text from lapilli.prompt.
 
 transformers 5 has no SentencePiece tokenizer any more, and its own reading of the same files gives
 other ids than the release that the original is pinned to.
@@ -32,7 +32,7 @@ SETTINGS = (
 
 
 class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
-    """A tokenizer as transformers has it.
+    """Tokenizer of ours as transformers has one.
 
     Args:
         inner: ours.
@@ -173,16 +173,16 @@ class LlamaTokenizer(PreTrainedTokenizer):
 
 
 class PreTrainedTokenizerFast(PreTrainedTokenizer):
-    """The tokenizers library."""
+    """Tokenizer of the tokenizers library."""
 
     @property
     def is_fast(self) -> bool:
-        """Yes: the tokenizers library does the work."""
+        """Return True: the tokenizers library does the work."""
         return True
 
 
 class LlamaTokenizerFast(PreTrainedTokenizerFast):
-    """The tokenizers library on a llama vocabulary, as the original reads mistral checkpoints."""
+    """Tokenizer of the tokenizers library on a llama vocabulary, as mistral has it."""
 
 
 class GPTNeoXTokenizerFast(PreTrainedTokenizerFast):

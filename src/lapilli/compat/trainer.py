@@ -1,4 +1,4 @@
-"""What programs of the original make a trainer of their own with: data sets, collator, trainer.
+"""Data sets, collator and trainer, for programs that make a trainer of their own.
 
 The names are those of llava.train.train and llava.train.llava_trainer. The training program itself
 is training.py, which learns through lapilli.train, whose labels come from the template. Here
@@ -109,7 +109,7 @@ def preprocess(
 
 
 class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
-    """A JSON file of records; each is tokenized, and its picture opened, when it is asked for.
+    """Data set of a JSON file, which tokenizes a record when it is asked for.
 
     Args:
         data_path: list of {"image"?: name, "conversations": [{"from", "value"}, ...]}.
@@ -181,7 +181,7 @@ def _words(record: Mapping[str, Any]) -> int:
 
 
 class DataCollatorForSupervisedDataset:
-    """Rows of a dataset as one batch, padded on the right and cut to the tokenizer's length.
+    """Collator of rows into one batch, padded on the right and cut to the tokenizer's length.
 
     Args:
         tokenizer: with a pad token, which is also what the attention mask leaves out.
@@ -220,10 +220,10 @@ def make_supervised_data_module(
 
 
 class LLaVATrainer(transformers.Trainer):
-    """A trainer with batches of one kind, a learning rate for the projector, and small checkpoints.
+    """Trainer of transformers with what the original adds to it.
 
-    It reads three more arguments where they are there: `group_by_modality_length`,
-    `mm_projector_lr` and `tune_mm_mlp_adapter`.
+    It reads three more arguments where they are there: `group_by_modality_length` (batches of one
+    kind), `mm_projector_lr` and `tune_mm_mlp_adapter` (checkpoints of the projector alone).
     """
 
     def __init__(self, *args: Foreign, tokenizer: Foreign = None, **options: Foreign) -> None:

@@ -1,4 +1,4 @@
-"""The training program of the original (llava.train.train): its options as a recipe for lapilli.
+"""Training program of the original (llava.train.train): its options as a recipe for lapilli.
 
     options --recipe_of--> Recipe --launch--> output_dir/.lapilli --save--> the original's files
 
@@ -80,7 +80,7 @@ SCHEDULES = {
 
 @dataclass(kw_only=True)
 class ModelArguments:
-    """What is trained, with the original's defaults."""
+    """Options of the model, with the original's defaults."""
 
     model_name_or_path: str = "facebook/opt-125m"
     version: str = "v0"
@@ -98,7 +98,7 @@ class ModelArguments:
 
 @dataclass(kw_only=True)
 class DataArguments:
-    """What is learned from."""
+    """Options of the data."""
 
     data_path: str | None = None
     lazy_preprocess: bool = False
@@ -109,7 +109,7 @@ class DataArguments:
 
 @dataclass(kw_only=True)
 class TrainingArguments:
-    """How it is trained: the original's options, and those of transformers that scripts give.
+    """Options of training: the original's, and those of transformers that scripts give.
 
     Attributes:
         deepspeed: a file named zero3 shares weights and moments among the processes, as FSDP.
@@ -172,7 +172,7 @@ Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 
 
 class _Parser(HfArgumentParser):
-    """transformers' reading of options, with an error that can be caught."""
+    """Parser of transformers with an error that can be caught."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"training options: {message}")

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from urllib.request import Request, urlopen
 
 Foreign: TypeAlias = Any
-"""Whatever it is for the original: an argument namespace, a tensor of any kind, a configuration."""
+"""Anything that a program brings: an argument namespace, a configuration, a tensor of any kind."""
 
 server_error_msg = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
 moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE TRY AGAIN."
