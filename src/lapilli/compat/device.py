@@ -13,19 +13,9 @@ from typing import Any
 import torch
 
 MAKERS = (
-    *(
-        "arange",
-        "as_tensor",
-        "asarray",
-        "empty",
-        "empty_like",
-        "eye",
-        "full",
-        "full_like",
-        "linspace",
-    ),
-    *("logspace", "ones", "ones_like", "rand", "rand_like", "randint", "randint_like", "randn"),
-    *("randn_like", "randperm", "tensor", "zeros", "zeros_like"),
+    *("arange", "as_tensor", "asarray", "empty", "empty_like", "eye", "full", "full_like"),
+    *("linspace", "logspace", "ones", "ones_like", "rand", "rand_like", "randint", "randint_like"),
+    *("randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like"),
 )
 METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 IDLE = ("set_device", "synchronize", "reset_peak_memory_stats", "ipc_collect")

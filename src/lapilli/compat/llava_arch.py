@@ -22,7 +22,7 @@ from lapilli.compat.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from lapilli.compat.mm_utils import get_anyres_image_grid_shape, read_pinpoints
+from lapilli.compat.mm_utils import get_anyres_image_grid_shape
 from lapilli.compat.tower import (
     CLIPVisionTower,
     build_vision_projector,
@@ -30,7 +30,7 @@ from lapilli.compat.tower import (
     projector_config,
 )
 from lapilli.compat.utils import Foreign
-from lapilli.config.llava import ROUNDS_KEY
+from lapilli.config.llava import ROUNDS_KEY, parse_pinpoints
 from lapilli.config.model import ImageConfig, Merge, PixelConfig
 from lapilli.errors import ConfigError
 from lapilli.geometry import Grid, ImageSize, unpad_margins
@@ -313,12 +313,12 @@ class LlavaMetaForCausalLM(Base):
         """Return ours, as the attributes of the config say now."""
         kind: Merge = "spatial_unpad" if "unpad" in merge else "spatial"
         side = self.get_model().get_vision_tower().config.image_size
-        pairs = read_pinpoints(self.config.image_grid_pinpoints) if aspect == "anyres" else ()
+        pairs = self.config.image_grid_pinpoints if aspect == "anyres" else None
         return ImageConfig(
             pixels=PixelConfig(crop_size=ImageSize(side, side)),
             aspect="anyres" if aspect == "anyres" else "square",
             merge=kind,
-            pinpoints=tuple(ImageSize(height, width) for width, height in pairs),
+            pinpoints=parse_pinpoints(pairs, width_first=True),
             rounds_unpad=bool(getattr(self.config, ROUNDS_KEY, False)),
         )
 

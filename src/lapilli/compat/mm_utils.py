@@ -3,7 +3,6 @@
 Sizes are (width, height) here, as in the original; they turn into ImageSize at this border.
 """
 
-import ast
 import base64
 from collections.abc import Sequence
 from io import BytesIO
@@ -14,6 +13,7 @@ from transformers import StoppingCriteria
 
 from lapilli.compat.constants import IMAGE_TOKEN_INDEX
 from lapilli.compat.utils import Foreign
+from lapilli.config.llava import parse_pinpoints
 from lapilli.errors import ConfigError, MediaError
 from lapilli.geometry import ImageSize, best_resolution, tile_grid
 from lapilli.modality.image.resize_modes import fit_and_pad, pad_to_square
@@ -64,8 +64,8 @@ def get_anyres_image_grid_shape(
     image_size: Sequence[int], grid_pinpoints: Pinpoints, patch_size: int
 ) -> tuple[int, int]:
     """Return the columns and rows of the tiles of a picture."""
-    best = best_resolution(_size(image_size), [_size(p) for p in read_pinpoints(grid_pinpoints)])
-    grid = tile_grid(best, patch_size)
+    candidates = parse_pinpoints(grid_pinpoints, width_first=True)
+    grid = tile_grid(best_resolution(_size(image_size), candidates), patch_size)
     return grid.columns, grid.rows
 
 
@@ -75,10 +75,11 @@ def process_anyres_image(
     grid_pinpoints: Pinpoints,
 ) -> Float[Tensor, "N C H W"]:
     """Return the squashed picture and the tiles of its best resolution, row by row."""
-    best = select_best_resolution(image.size, read_pinpoints(grid_pinpoints))
+    best = best_resolution(_size(image.size), parse_pinpoints(grid_pinpoints, width_first=True))
     edge = processor.size["shortest_edge"]
     squashed = image.resize((edge, edge))
-    tiles = divide_to_patches(resize_and_pad_image(image, best), processor.crop_size["height"])
+    shown = resize_and_pad_image(image, (best.width, best.height))
+    tiles = divide_to_patches(shown, processor.crop_size["height"])
     pixels: Tensor = processor([squashed, *tiles], return_tensors="pt")["pixel_values"]
     return pixels
 
@@ -164,22 +165,6 @@ def get_model_name_from_path(model_path: str) -> str:
     if parts[-1].startswith("checkpoint-"):
         return f"{parts[-2]}_{parts[-1]}"
     return parts[-1]
-
-
-def read_pinpoints(pinpoints: Pinpoints) -> list[WidthHeight]:
-    """Return the (width, height) pairs of a list or of its text.
-
-    Raises:
-        ConfigError: a text that is no list of pairs.
-    """
-    if not isinstance(pinpoints, str):
-        return [(int(width), int(height)) for width, height in pinpoints]
-    try:
-        return [(int(width), int(height)) for width, height in ast.literal_eval(pinpoints)]
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise ConfigError(
-            f"image_grid_pinpoints is {pinpoints!r}: expected a list of [width, height]"
-        ) from error
 
 
 def _size(pair: Sequence[int]) -> ImageSize:
