@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.compat.builder import load_pretrained_model
+from lapilli.compat.mm_utils import process_images
 from lapilli.errors import MissingFileError, UnsupportedModelError
 from tests.compat.conftest import MakeCheckpoint
+from tests.integration.oracle import make_oracle, picture
 
 
 def test_the_tuple_of_the_original(loaded: tuple[Any, Any, Any, int]) -> None:
@@ -146,3 +148,24 @@ def test_what_generation_starts_from(
     model = load_pretrained_model(str(folder), None, "llava", device="cpu")[1]
     assert model.generation_config.max_length == expected
     assert model.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "tower", "next_"), [("llama", "clip", True), ("mistral", "siglip", False)]
+)
+def test_a_checkpoint_of_hugging_face_sees_what_lapilli_sees(
+    tmp_path: Path, text: str, tower: str, next_: bool
+) -> None:
+    make_oracle(tmp_path / "hf", next_=next_, text=text, tower=tower)
+    image = load_checkpoint(tmp_path / "hf", device="cpu", dtype=torch.float32).model.modality(
+        "image"
+    )
+    _, model, processor, _ = load_pretrained_model(str(tmp_path / "hf"), None, None, device="cpu")
+    for size in ((60, 40), (31, 90), (200, 47)):
+        shown = picture(*size, 1)
+        pixels = process_images([shown], processor, model.config)
+        found = model.prepare_inputs_labels_for_multimodal(
+            torch.tensor([[-200, 5]]), None, None, None, None, pixels, [size]
+        )[4]
+        expected = image.embed([image.prepare(shown)])[0]
+        torch.testing.assert_close(found[0, :-1], expected, atol=1e-5, rtol=0)

@@ -4,6 +4,7 @@
 # mypy: allow-untyped-calls
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,12 @@ from lapilli.checkpoint.keymaps import LANGUAGE_MODEL, TEXT, TOWER, VISION_TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.source import find_directory
 from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
-from lapilli.checkpoint.write.llava import write_text_config
+from lapilli.checkpoint.write.llava import as_original, write_llava_config
 from lapilli.compat import models
 from lapilli.compat.device import present
 from lapilli.compat.tokenizer import PreTrainedTokenizer, wrap_tokenizer
 from lapilli.compat.tower import CLIPImageProcessor, CLIPVisionTower, filled, vision_config
 from lapilli.compat.utils import Foreign
-from lapilli.config.model import ModelConfig
-from lapilli.config.projector import projector_name
 from lapilli.errors import UnsupportedModelError
 from lapilli.lm.foreign import ForeignLanguageModel
 from lapilli.modality.image.image import ImageModality
@@ -168,7 +167,20 @@ def _flat_config(loaded: Loaded) -> dict[str, Any]:
     raw = dict(loaded.raw)
     if config.layout != "llava":
         raw = {key: value for key, value in raw.items() if not isinstance(value, Mapping)}
-        raw |= write_text_config(config.text) | _mm_keys(config)
+        raw |= write_llava_config(
+            # Its tower is attached below; the original has no name for leaving out a first patch.
+            replace(
+                as_original(config),
+                vision_in_checkpoint=False,
+                vision=config.vision and replace(config.vision, feature_select="patch"),
+            ),
+            vision_source=None,
+            torch_dtype="float32",
+        )
+        if config.vision is not None:
+            feature = config.vision.feature_select
+            source = config.vision_source or ""
+            raw |= {"mm_vision_tower": source, "mm_vision_select_feature": feature}
     raw |= {"vocab_size": config.text.vocab_size}
     for key in ("model_type", "architectures", "quantization_config", "torch_dtype", "dtype"):
         raw.pop(key, None)
@@ -177,25 +189,6 @@ def _flat_config(loaded: Loaded) -> dict[str, Any]:
         # By its full path: what is saved from here on lies elsewhere.
         raw["mm_vision_tower"] = str(find_directory(name, beside=(loaded.path,)) or name)
     return raw
-
-
-def _mm_keys(config: ModelConfig) -> dict[str, Any]:
-    if config.vision is None or config.image is None or config.projector is None:
-        return {}
-    keys: dict[str, Any] = {
-        "mm_vision_tower": config.vision_source or "",
-        "mm_hidden_size": config.vision.hidden_size,
-        "mm_vision_select_layer": config.vision.feature_layer,
-        "mm_vision_select_feature": config.vision.feature_select,
-        "mm_projector_type": projector_name(config.projector),
-        "mm_patch_merge_type": config.image.merge,
-        "image_aspect_ratio": config.image.aspect,
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-    }
-    if config.image.pinpoints:
-        keys["image_grid_pinpoints"] = [[p.width, p.height] for p in config.image.pinpoints]
-    return keys
 
 
 def _tokenizer(loaded: Loaded, folder: Path, *, fast: bool) -> Tokenizer:
