@@ -293,6 +293,13 @@ def _read(path: Path, kind: str) -> list[Any]:
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
+ASKED: Mapping[str, Callable[[Foreign, Ask, Any], Iterator[Any]]] = {
+    "": _asked,
+    "science": _asked_of_science,
+    "mmbench": _asked_of_mmbench,
+}
+
+
 def answer_file(args: Foreign, kind: str = "") -> None:
     """Answer the questions of `args.question_file` and write `args.answers_file` line by line.
 
@@ -317,9 +324,8 @@ def answer_file(args: Foreign, kind: str = "") -> None:
     chosen = get_chunk(questions, args.num_chunks, args.chunk_idx)
     answers = Path(args.answers_file).expanduser()
     answers.parent.mkdir(parents=True, exist_ok=True)
-    asked = {"science": _asked_of_science, "mmbench": _asked_of_mmbench}.get(kind, _asked)
     with answers.open("w", encoding="utf-8") as file:
-        for record in asked(args, answer, chosen):
+        for record in ASKED[kind if kind in ASKED else ""](args, answer, chosen):
             record |= {"answer_id": uuid.uuid4().hex, "model_id": loaded.name, "metadata": {}}
             file.write(json.dumps(record) + "\n")
             file.flush()

@@ -152,8 +152,9 @@ class LlavaMetaForCausalLM(Base):
     def encode_images(self, images: Images) -> Tensor:
         """Return projected features [N, patches, width]; no gradient reaches the tower."""
         model = self.get_model()
-        kind = next(model.mm_projector.parameters(), images).dtype
-        projected: Tensor = model.mm_projector(model.get_vision_tower()(images).to(kind))
+        features: Tensor = model.get_vision_tower()(images)
+        like = next(model.mm_projector.parameters(), features)
+        projected: Tensor = model.mm_projector(features.to(like.dtype))
         return projected
 
     def prepare_inputs_labels_for_multimodal(

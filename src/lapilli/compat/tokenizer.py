@@ -15,7 +15,7 @@ from typing import Any
 
 import transformers
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from lapilli.checkpoint.formats.files import read_optional_json
 from lapilli.checkpoint.source import resolve
@@ -229,7 +229,8 @@ def take_auto_tokenizer() -> None:
             return theirs(path, *args, **options)
         return PreTrainedTokenizer.from_pretrained(path, **{"use_fast": True, **options})
 
-    transformers.AutoTokenizer.from_pretrained = staticmethod(from_pretrained)
+    # A class of transformers: this is the one place that all programs ask.
+    setattr(transformers.AutoTokenizer, "from_pretrained", staticmethod(from_pretrained))  # noqa: B010
 
 
 def _is_sentencepiece_llama(path: str | os.PathLike[str], options: Mapping[str, Any]) -> bool:

@@ -246,7 +246,7 @@ class CLIPVisionTower(nn.Module):
             MediaError: pixels of another size than the tower's.
         """
         if not isinstance(images, Tensor):
-            return [self.forward(image[None]) for image in images]  # type: ignore[misc]
+            return [self.forward(image[None]) for image in images]
         side = self.config.image_size
         if tuple(images.shape[-2:]) != (side, side):
             raise MediaError(
