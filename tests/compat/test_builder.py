@@ -30,6 +30,18 @@ def test_quantized_loading_is_refused(bits: str) -> None:
         load_pretrained_model("anywhere", None, "llava", **{bits: True})
 
 
+@pytest.mark.parametrize("name", ["quantization_config", "overwrite_config"])
+def test_options_that_would_change_the_answer_are_refused(
+    make_checkpoint: MakeCheckpoint, name: str
+) -> None:
+    path = make_checkpoint("llava-v1.5-tiny-pad")["model_path"]
+    with pytest.raises(UnsupportedModelError, match=name):
+        load_pretrained_model(path, None, "llava", **{name: {"load_in_4bit": True}})
+    # As later versions of the original are called, and with nothing to change.
+    options = {"multimodal": True, "attn_implementation": "sdpa", name: None}
+    assert load_pretrained_model(path, None, "llava", **options)[1].device.type
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "tokenizer_kind"),

@@ -29,6 +29,7 @@ from lapilli.modality.image.image import ImageModality
 from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer
 
 DEFAULT_CONTEXT = 2048
+CHANGES = ("quantization_config", "overwrite_config", "customized_config")
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 CLASSES = {
@@ -52,7 +53,7 @@ def load_pretrained_model(
     use_flash_attn: bool = False,
     *,
     torch_dtype: torch.dtype | str | None = None,
-    **_: object,
+    **options: object,
 ) -> LoadedTuple:
     """Return (tokenizer, model, image_processor, context_len) of a checkpoint.
 
@@ -67,14 +68,21 @@ def load_pretrained_model(
         device: every name of a GPU takes the CPU where there is none.
         use_flash_attn: taken and not needed: torch chooses the kernel.
         torch_dtype: of the weights; None: float16 on a GPU, float32 on a CPU.
+        options: of later versions and of transformers; those of CHANGES are refused, the others
+            (attn_implementation, multimodal, cache_dir, ...) do not change an answer.
 
     Raises:
-        UnsupportedModelError: 8 or 4 bits are asked for.
+        UnsupportedModelError: 8 or 4 bits or another configuration are asked for.
         CheckpointError: files are missing, damaged or do not belong together.
 
     Note: the original decides by parts of model_name, always loads float16, and may leave the tower
         on another device than the rest.
     """
+    for name in CHANGES:
+        if options.get(name):
+            raise UnsupportedModelError(
+                f"{name} would change what is loaded, which is not there: load without it"
+            )
     if load_8bit or load_4bit:
         raise UnsupportedModelError(
             f"load_{'8' if load_8bit else '4'}bit is not there yet: load without it, for instance "
