@@ -16,7 +16,7 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.template import find_chat_template
 from lapilli.checkpoint.write.huggingface import save_hf
 from lapilli.checkpoint.write.llava import save_llava
-from lapilli.compat.run_llava import choose_conversation
+from lapilli.compat.evaluation import choose_conversation
 from lapilli.errors import ConfigError
 from lapilli.prompt.jinja import JinjaTemplate
 from lapilli.prompt.templates import TEMPLATES

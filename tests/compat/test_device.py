@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lapilli.compat.device import MAKERS, is_absent, stand_in
+from lapilli.compat.device import MAKERS, is_absent, present, stand_in
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -29,6 +29,8 @@ SPELLINGS: dict[str, Callable[[], Any]] = {
     "module.to": lambda: nn.Linear(1, 1).to("cuda").weight,
     "module.half.to": lambda: nn.Linear(1, 1).half().to(device="cuda").weight,
     "module.cuda": lambda: nn.Linear(1, 1).cuda().weight,
+    "tensor.pin_memory": lambda: torch.zeros(1).pin_memory(),
+    "current device": lambda: torch.zeros(1).to(torch.cuda.current_device()),
 }
 
 
@@ -43,6 +45,26 @@ def test_what_else_was_asked_for_is_done() -> None:
     assert torch.zeros(1).to(torch.float16).dtype == torch.float16
     assert torch.zeros(1).to("meta").device.type == "meta"
     torch.cuda.synchronize()
+
+
+def test_a_device_may_be_made_the_current_one() -> None:
+    with torch.cuda.device(0):
+        assert torch.zeros(1, device="cuda").device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("cuda:0", "cpu"),
+        (1, "cpu"),
+        ({"": 0}, {"": "cpu"}),
+        ({"model": "cuda:1", "lm_head": "meta"}, {"model": "cpu", "lm_head": "meta"}),
+        ("auto", "auto"),
+        (None, None),
+    ],
+)
+def test_device_maps_follow(given: Any, expected: Any) -> None:
+    assert present(given) == expected
 
 
 def test_meta_tensors_are_still_made_on_meta() -> None:

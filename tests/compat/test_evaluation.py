@@ -30,10 +30,8 @@ def ask(
     from lapilli.compat import evaluation
 
     generate = loaded[1].generate
-    monkeypatch.setattr(
-        loaded[1], "generate", lambda ids, **o: generate(ids, **(o | {"max_new_tokens": 3}))
-    )
-    monkeypatch.setattr(evaluation, "load_pretrained_model", lambda *_: loaded)
+    monkeypatch.setattr(loaded[1], "generate", lambda **o: generate(**(o | {"max_new_tokens": 3})))
+    monkeypatch.setattr(evaluation, "load_pretrained_model", lambda *_, **__: loaded)
     monkeypatch.setattr(sys, "argv", sys.argv)
     picture.save(tmp_path / "a.png")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lapilli.compat.__main__ import main
-from lapilli.compat.install import MODULES, PACKAGES, PROGRAMS, install
+from lapilli.compat.install import MODULES, PACKAGES, PROGRAMS, LlavaFinder, install
 
 
 def run_python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
@@ -83,6 +83,14 @@ def test_a_module_of_the_original_runs(
     assert "--image-file" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava.serve.cli", "llava.train.train"])
+def test_a_program_runs_from_the_command_line(name: str, tmp_path: Path) -> None:
+    run = run_python("-m", "lapilli.compat", "-m", name, "--help", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f"usage: {name}")
+
+
 @pytest.mark.parametrize("arguments", [[], ["-x"], ["-m"]])
 def test_nothing_to_run_is_refused(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
@@ -90,6 +98,21 @@ def test_nothing_to_run_is_refused(
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert capsys.readouterr().err.startswith("usage: python -m lapilli.compat")
+
+
+def test_what_a_program_cannot_do_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.delitem(sys.modules, "llava.train.train", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        main(["-m", "llava.train.train", "--nothing", "1"])
+    assert capsys.readouterr().err == "llava.train.train: unknown training option '--nothing'\n"
+
+
+def test_a_module_without_a_program_is_named() -> None:
+    with pytest.raises(ImportError, match=r"llava\.mm_utils cannot be run as a program"):
+        LlavaFinder().get_code("llava.mm_utils")
 
 
 def test_a_missing_script_is_named(capsys: pytest.CaptureFixture[str]) -> None:

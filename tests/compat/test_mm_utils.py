@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lapilli.compat.image_processor import CLIPImageProcessor
 from lapilli.compat.mm_utils import (
     divide_to_patches,
+    get_anyres_image_grid_shape,
     load_image_from_base64,
     process_images,
-    read_pinpoints,
     select_best_resolution,
     tokenizer_image_token,
 )
+from lapilli.compat.tower import CLIPImageProcessor
 from lapilli.errors import ConfigError, MediaError
 
 CROP = {"height": 28, "width": 28}
@@ -89,9 +89,9 @@ def test_the_best_resolution_is_one_of_the_candidates(size: tuple[int, int]) -> 
 
 
 def test_pinpoints_may_be_text() -> None:
-    assert read_pinpoints("[[28, 56], [56, 28]]") == [(28, 56), (56, 28)]
-    with pytest.raises(ConfigError, match="expected a list of"):
-        read_pinpoints("28x56")
+    assert get_anyres_image_grid_shape((100, 50), "[[28, 56], [56, 28]]", 28) == (2, 1)
+    with pytest.raises(ConfigError, match="is not a list: '28x56'"):
+        get_anyres_image_grid_shape((100, 50), "28x56", 28)
 
 
 def test_a_picture_in_base64(picture: Image.Image) -> None:

@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 import pytest
 from PIL import Image
 
-from lapilli.compat import serving
+from lapilli.compat import evaluation
 from lapilli.compat.serving import Controller, ModelWorker, WorkerInfo, serve
 
 
@@ -36,7 +36,7 @@ def post(address: str, content: Any = None) -> bytes:
 
 @pytest.fixture
 def worker(loaded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> ModelWorker:
-    monkeypatch.setattr(serving, "load_pretrained_model", lambda *_, **__: loaded)
+    monkeypatch.setattr(evaluation, "load_pretrained_model", lambda *_, **__: loaded)
     monkeypatch.chdir(tmp_path)
     return ModelWorker("http://nobody", "http://me", "1", True, "llava-v1.5-7b", None, None)
 

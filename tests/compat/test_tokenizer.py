@@ -2,8 +2,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from lapilli.compat.tokenizer import PreTrainedTokenizer
+from lapilli.compat.tokenizer import PreTrainedTokenizer, inner_of
 from lapilli.errors import MissingFileError
 from tests.compat.conftest import MakeCheckpoint
 
@@ -107,6 +108,35 @@ def test_what_is_saved_gives_the_same_ids(tokenizer: PreTrainedTokenizer, tmp_pa
     text = "A boat <im_start> on the river."
     assert again(text).input_ids == tokenizer(text).input_ids
     assert len(again) == len(tokenizer)
+
+
+@pytest.mark.parametrize("use_fast", [True, False])
+@pytest.mark.parametrize("text", ["  a  b ", " \nWhat?", "", "x </s>y", " </s> a"])
+def test_auto_tokenizer_gives_the_ids_of_the_original(
+    make_checkpoint: MakeCheckpoint, use_fast: bool, text: str
+) -> None:
+    path = make_checkpoint("llava-v1.5-tiny-pad")["model_path"]
+    ours = PreTrainedTokenizer.from_pretrained(path, use_fast=use_fast)
+    found = AutoTokenizer.from_pretrained(path, use_fast=use_fast)
+    assert type(found) is type(ours)
+    assert found(text).input_ids == ours(text).input_ids
+    assert found.name_or_path == path
+
+
+def test_auto_tokenizer_takes_its_options(make_checkpoint: MakeCheckpoint) -> None:
+    path = make_checkpoint("llava-v1.5-tiny-pad")["model_path"]
+    options = {"padding_side": "left", "model_max_length": 7, "pad_token": "<unk>"}
+    found = AutoTokenizer.from_pretrained(path, use_fast=False, add_eos_token=True, **options)
+    assert {name: getattr(found, name) for name in options} == options
+    assert found("a").input_ids[-1] == found.eos_token_id
+
+
+def test_other_tokenizers_stay_with_transformers(make_checkpoint: MakeCheckpoint) -> None:
+    found = AutoTokenizer.from_pretrained(make_checkpoint("llava-mpt-tiny")["model_path"])
+    assert not isinstance(found, PreTrainedTokenizer)
+    assert inner_of(found).encode("A boat.") == found("A boat.").input_ids
+    with pytest.raises(OSError, match="nowhere"):
+        AutoTokenizer.from_pretrained("./nowhere")
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Any) -> None:

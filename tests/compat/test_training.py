@@ -9,6 +9,7 @@ from PIL import Image
 
 from lapilli.checkpoint.inspect import inspect_checkpoint
 from lapilli.compat import conversation
+from lapilli.compat.trainer import LazySupervisedDataset
 from lapilli.compat.training import (
     find_all_linear_names,
     parse_arguments,
@@ -17,7 +18,6 @@ from lapilli.compat.training import (
     starting_config,
     train,
 )
-from lapilli.compat.training_data import LazySupervisedDataset
 from lapilli.errors import CheckpointError, ConfigError, PromptError, UnsupportedModelError
 from tests.compat.conftest import MakeCheckpoint
 
@@ -179,13 +179,21 @@ def test_a_trainer_of_transformers_trains_it(
     settings.group_by_modality_length, settings.mm_projector_lr = True, 1e-3
     settings.tune_mm_mlp_adapter = True
     trainer = LLaVATrainer(
-        model=model, args=settings, **make_supervised_data_module(tokenizer, data)
+        model=model,
+        tokenizer=tokenizer,  # as the original's release of transformers calls it
+        args=settings,
+        **make_supervised_data_module(tokenizer, data),
     )
+    # The original's training program leaves the tower in half precision under float32 layers.
+    model.get_vision_tower().to(torch.float16)
     trainer.train()
     rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
     assert rates == {1e-3, settings.learning_rate}
     saved = torch.load(tmp_path / "run/checkpoint-2/mm_projector.bin", weights_only=True)
     assert "model.mm_projector.0.weight" in saved
+    assert trainer.processing_class is tokenizer
+    trainer.save_model(str(tmp_path / "whole"))
+    assert not list((tmp_path / "whole").glob("*.safetensors"))  # the projector alone is trained
 
 
 def test_names_of_the_training_program(make_checkpoint: MakeCheckpoint) -> None:

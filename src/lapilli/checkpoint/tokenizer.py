@@ -35,23 +35,29 @@ IMAGE_PATCH = "<im_patch>"
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 
 
-def load_tokenizer(directory: Path, *, fast: bool) -> Tokenizer:
+def load_tokenizer(
+    directory: Path, *, fast: bool, settings: Mapping[str, object] | None = None
+) -> Tokenizer:
     """Load the tokenizer of a directory.
 
     Args:
         directory: of the checkpoint, or of the base model of an adapter.
         fast: the original's class for this language model: SentencePiece itself for llama (False),
             the tokenizers library for all others.
+        settings: laid over what tokenizer_config.json and special_tokens_map.json say.
 
     Raises:
         MissingFileError: it has no tokenizer.
         CheckpointError: a file of it is damaged.
     """
+    asked = settings or {}
+    config = read_optional_json(directory / "tokenizer_config.json") or {}
+    special = read_optional_json(directory / "special_tokens_map.json") or {}
     files = TokenizerFiles(
         model=read_optional_bytes(directory / "tokenizer.model", most=MOST_BYTES),
         json=read_optional_text(directory / "tokenizer.json", most=MOST_BYTES),
-        config=read_optional_json(directory / "tokenizer_config.json") or {},
-        special_map=read_optional_json(directory / "special_tokens_map.json") or {},
+        config={**config, **asked},
+        special_map={**special, **{key: asked[key] for key in special if key in asked}},
         added=_added(directory / "added_tokens.json"),
     )
     if files.model is None and files.json is None:

@@ -1,4 +1,4 @@
-"""The names of the original LLaVA over our own rooms, for programs that were written against it.
+"""Names of the original LLaVA over our own rooms, for programs that were written against it.
 
     import lapilli.compat
     lapilli.compat.install()

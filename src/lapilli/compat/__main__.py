@@ -1,6 +1,7 @@
-"""`python -m lapilli.compat SCRIPT ARGS...` and `python -m lapilli.compat -m MODULE ARGS...`.
+"""Command line that runs a program which was written against the original, unchanged.
 
-Runs a program that was written against the original, unchanged.
+python -m lapilli.compat SCRIPT ARGS...
+python -m lapilli.compat -m MODULE ARGS...
 """
 
 import runpy
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lapilli.compat.install import install
+from lapilli.errors import LapilliError
 
 USAGE = "usage: python -m lapilli.compat SCRIPT [ARGS...] | -m MODULE [ARGS...]"
 
@@ -16,12 +18,16 @@ def main(arguments: list[str]) -> None:
     """Install the names of the original and run a script or a module in this process.
 
     Raises:
-        SystemExit: nothing to run was named, or the script is not there (code 2).
+        SystemExit: nothing to run was named, the script is not there, or a module of the original
+            cannot do what it is asked for (code 2).
     """
     if arguments[:1] == ["-m"] and len(arguments) > 1:
         install()
-        sys.argv = arguments[1:]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        name, sys.argv = arguments[1], arguments[1:]
+        try:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        except LapilliError as error:
+            raise SystemExit(_refuse(f"{name}: {error}")) from error
         return
     if not arguments or arguments[0].startswith("-"):
         raise SystemExit(_refuse(USAGE))

@@ -4,11 +4,11 @@
 # mypy: allow-untyped-calls
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import GenerationConfig
 
@@ -17,20 +17,20 @@ from lapilli.checkpoint.keymaps import LANGUAGE_MODEL, TEXT, TOWER, VISION_TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.source import find_directory
 from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
-from lapilli.checkpoint.write.llava import write_text_config
+from lapilli.checkpoint.write.llava import as_original, write_llava_config
 from lapilli.compat import models
-from lapilli.compat.foreign import Foreign
-from lapilli.compat.image_processor import CLIPImageProcessor
+from lapilli.compat.device import present
 from lapilli.compat.tokenizer import PreTrainedTokenizer, wrap_tokenizer
-from lapilli.compat.tower import CLIPVisionTower, filled, vision_config
-from lapilli.config.model import ModelConfig
-from lapilli.config.projector import projector_name
+from lapilli.compat.tower import CLIPImageProcessor, CLIPVisionTower, filled, vision_config
+from lapilli.compat.utils import Foreign
 from lapilli.errors import UnsupportedModelError
 from lapilli.lm.foreign import ForeignLanguageModel
 from lapilli.modality.image.image import ImageModality
 from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer
 
 DEFAULT_CONTEXT = 2048
+CHANGES = ("quantization_config", "overwrite_config", "customized_config")
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 CLASSES = {
     "llama": models.LlavaLlamaForCausalLM,
@@ -53,9 +53,9 @@ def load_pretrained_model(
     use_flash_attn: bool = False,
     *,
     torch_dtype: torch.dtype | str | None = None,
-    **_: object,
+    **options: object,
 ) -> LoadedTuple:
-    """(tokenizer, model, image_processor, context_len).
+    """Return (tokenizer, model, image_processor, context_len) of a checkpoint.
 
     Args:
         model_path: a directory or a hub id.
@@ -64,18 +64,25 @@ def load_pretrained_model(
             original (quirk 11); for everything else the files say what a checkpoint is.
         load_8bit: refused.
         load_4bit: refused.
-        device_map: "auto", a device, or {"": device}.
-        device: "cuda" takes the CPU where there is no GPU.
+        device_map: "auto", a device, {"": device}, or None for the CPU.
+        device: every name of a GPU takes the CPU where there is none.
         use_flash_attn: taken and not needed: torch chooses the kernel.
         torch_dtype: of the weights; None: float16 on a GPU, float32 on a CPU.
+        options: of later versions and of transformers; those of CHANGES are refused, the others
+            (attn_implementation, multimodal, cache_dir, ...) do not change an answer.
 
     Raises:
-        UnsupportedModelError: 8 or 4 bits are asked for.
+        UnsupportedModelError: 8 or 4 bits or another configuration are asked for.
         CheckpointError: files are missing, damaged or do not belong together.
 
     Note: the original decides by parts of model_name, always loads float16, and may leave the tower
         on another device than the rest.
     """
+    for name in CHANGES:
+        if options.get(name):
+            raise UnsupportedModelError(
+                f"{name} would change what is loaded, which is not there: load without it"
+            )
     if load_8bit or load_4bit:
         raise UnsupportedModelError(
             f"load_{'8' if load_8bit else '4'}bit is not there yet: load without it, for instance "
@@ -90,7 +97,7 @@ def load_pretrained_model(
 
 
 def named_family(loaded: Loaded, model_name: str | None, *, has_base: bool) -> str:
-    """The class that the original takes: `llama`, `mistral` or `mpt`.
+    """Return the class that the original takes: `llama`, `mistral` or `mpt`.
 
     Note: quirk 11. It goes by the name: a Mistral checkpoint without "mistral" in its name, and
         every LoRA or projector on a Mistral base, becomes the Llama class with the slow tokenizer.
@@ -136,7 +143,7 @@ def _build_model(loaded: Loaded, family: str) -> Foreign:
     raw = _flat_config(loaded)
     images = None
     if loaded.config.image is None:
-        kind = getattr(transformers, kind.__mro__[3].__name__)
+        kind = kind._original
     else:
         images = loaded.model.modality("image")
     parameters = loaded.model.state_dict()
@@ -168,16 +175,23 @@ def _flat_config(loaded: Loaded) -> dict[str, Any]:
     raw = dict(loaded.raw)
     if config.layout != "llava":
         raw = {key: value for key, value in raw.items() if not isinstance(value, Mapping)}
-        raw |= write_text_config(config.text) | _mm_keys(config)
+        raw |= write_llava_config(
+            # Its tower is attached below; the original has no name for leaving out a first patch.
+            replace(
+                as_original(config),
+                vision_in_checkpoint=False,
+                vision=config.vision and replace(config.vision, feature_select="patch"),
+            ),
+            vision_source=None,
+            torch_dtype="float32",
+        )
+        if config.vision is not None:
+            feature = config.vision.feature_select
+            source = config.vision_source or ""
+            raw |= {"mm_vision_tower": source, "mm_vision_select_feature": feature}
     raw |= {"vocab_size": config.text.vocab_size}
     for key in ("model_type", "architectures", "quantization_config", "torch_dtype", "dtype"):
         raw.pop(key, None)
-    if isinstance(attention := raw.get("attn_config"), dict):
-        # transformers wants the whole numbers among MPT's settings as such.
-        raw["attn_config"] = {
-            key: int(value) if isinstance(value, float) and value.is_integer() else value
-            for key, value in attention.items()
-        }
     name: Any = raw.get("mm_vision_tower")
     if name:
         # By its full path: what is saved from here on lies elsewhere.
@@ -185,27 +199,8 @@ def _flat_config(loaded: Loaded) -> dict[str, Any]:
     return raw
 
 
-def _mm_keys(config: ModelConfig) -> dict[str, Any]:
-    if config.vision is None or config.image is None or config.projector is None:
-        return {}
-    keys: dict[str, Any] = {
-        "mm_vision_tower": config.vision_source or "",
-        "mm_hidden_size": config.vision.hidden_size,
-        "mm_vision_select_layer": config.vision.feature_layer,
-        "mm_vision_select_feature": config.vision.feature_select,
-        "mm_projector_type": projector_name(config.projector),
-        "mm_patch_merge_type": config.image.merge,
-        "image_aspect_ratio": config.image.aspect,
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-    }
-    if config.image.pinpoints:
-        keys["image_grid_pinpoints"] = [[p.width, p.height] for p in config.image.pinpoints]
-    return keys
-
-
 def _tokenizer(loaded: Loaded, folder: Path, *, fast: bool) -> Tokenizer:
-    """The tokenizer of the class that the original takes, with its added tokens."""
+    """Return the tokenizer of the class that the original takes, with its added tokens."""
     is_fast = isinstance(loaded.tokenizer, FastTokenizer)
     if loaded.config.layout != "llava" or fast == is_fast:
         return loaded.tokenizer
@@ -232,10 +227,8 @@ def _generation_config(loaded: Loaded) -> GenerationConfig:
 
 
 def _choose_device(device: str | torch.device, device_map: Foreign) -> torch.device:
-    """Where everything goes, the tower too."""
+    """Return where everything goes, the tower too; without a map that is the CPU."""
     asked: Any = device
-    if str(device) == "cuda" and device_map != "auto":
-        asked = device_map.get("", device) if isinstance(device_map, dict) else device_map
-    if str(asked) in ("auto", "cuda") and not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda" if asked == "auto" else asked)
+    if str(device) == "cuda" and device_map not in SPREADS:
+        asked = device_map.get("", device) if isinstance(device_map, Mapping) else device_map
+    return torch.device(present("cpu" if asked is None else asked))

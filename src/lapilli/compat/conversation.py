@@ -25,7 +25,7 @@ CHAT_RESIZED = (336, 336)
 
 
 class SeparatorStyle(Enum):
-    """How the turns are put together."""
+    """Ways of putting turns together."""
 
     SINGLE = auto()
     TWO = auto()
@@ -63,7 +63,7 @@ class Conversation:
 
     @property
     def template(self) -> ChatTemplate:
-        """The fields as our template."""
+        """Return the fields as our template."""
         style: Style = self.sep_style.name.lower()  # type: ignore[assignment]  # the same names
         return ChatTemplate(
             name="conversation",
@@ -76,7 +76,7 @@ class Conversation:
         )
 
     def get_prompt(self) -> str:
-        """The conversation as one string, with `<image>` where pictures go.
+        """Return the conversation as one string, with `<image>` where pictures go.
 
         Raises:
             PromptError: where the original raises too (quirk 14).
@@ -86,7 +86,7 @@ class Conversation:
         )
 
     def _turns(self) -> list[tuple[str, Content]]:
-        """The messages; a picture given with the first one is written in front of its text."""
+        """Return the turns; a picture given with the first is written in front of its text."""
         turns: list[tuple[str, Content]] = [(role, content) for role, content in self.messages]
         role, first = turns[0] if turns else ("", None)
         if not isinstance(first, tuple):
@@ -141,7 +141,7 @@ class Conversation:
         return image if return_pil else _in_base64(image, image_format)
 
     def get_images(self, return_pil: bool = False) -> list[Image.Image | str]:
-        """The pictures of the first speaker's turns, each in its mode."""
+        """Return the pictures of the first speaker's turns, each in its mode."""
         contents = [content for _, content in self.messages[self.offset :][::2]]
         return [
             self.process_image(content[1], content[2], return_pil=return_pil)
@@ -150,7 +150,7 @@ class Conversation:
         ]
 
     def to_gradio_chatbot(self) -> list[list[str | None]]:
-        """Pairs of question and answer, pictures as HTML."""
+        """Return pairs of question and answer, pictures as HTML."""
         pairs: list[list[str | None]] = []
         for index, (_, content) in enumerate(self.messages[self.offset :]):
             if index % 2:
@@ -167,11 +167,11 @@ class Conversation:
         return pairs
 
     def copy(self) -> "Conversation":
-        """A conversation that grows on its own."""
+        """Return a conversation that grows on its own."""
         return replace(self, messages=[[role, content] for role, content in self.messages])
 
     def dict(self) -> dict[str, Any]:
-        """What the servers of the original log and send."""
+        """Return what the servers of the original log and send."""
         messages = self.messages
         if self.get_images():
             messages = [
@@ -213,7 +213,7 @@ def _build(template: ChatTemplate) -> Conversation:
 
 
 def _build_all() -> dict[str, Conversation]:
-    """One object per text, as in the original: `v1` and `vicuna_v1` are the same."""
+    """Return one object per text, as in the original: `v1` and `vicuna_v1` are the same."""
     known: dict[ChatTemplate, Conversation] = {}
     return {
         name: known.setdefault(replace(template, name=""), _build(template))
@@ -223,4 +223,4 @@ def _build_all() -> dict[str, Conversation]:
 
 conv_templates = _build_all()
 default_conversation = conv_templates[DEFAULT_TEMPLATE]
-"""What training takes labels from; a training program assigns another one."""
+"""Template that training takes labels from; a training program assigns another one."""

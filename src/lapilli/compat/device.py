@@ -1,33 +1,24 @@
-"""What "cuda" means on a machine without a GPU: the CPU, told once on stderr.
+"""Stand-in for a GPU that is not there: "cuda" means the CPU, told once on stderr.
 
 The original's programs write it everywhere: `.cuda()`, `.to("cuda")`, `.to(device="cuda")`,
 `torch.zeros(1, device="cuda")`. Only calls that would fail are changed, and only for such a device.
 """
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 MAKERS = (
-    *(
-        "arange",
-        "as_tensor",
-        "asarray",
-        "empty",
-        "empty_like",
-        "eye",
-        "full",
-        "full_like",
-        "linspace",
-    ),
-    *("logspace", "ones", "ones_like", "rand", "rand_like", "randint", "randint_like", "randn"),
-    *("randn_like", "randperm", "tensor", "zeros", "zeros_like"),
+    *("arange", "as_tensor", "asarray", "empty", "empty_like", "eye", "full", "full_like"),
+    *("linspace", "logspace", "ones", "ones_like", "rand", "rand_like", "randint", "randint_like"),
+    *("randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like"),
 )
 METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
-IDLE = ("set_device", "synchronize", "reset_peak_memory_stats")
+IDLE = ("set_device", "synchronize", "reset_peak_memory_stats", "ipc_collect")
 
 
 def stand_in() -> None:
@@ -46,13 +37,28 @@ def stand_in() -> None:
     _replace(torch, "load", keyword="map_location")
     for name in IDLE:
         setattr(torch.cuda, name, _idle(lambda *_, **__: None))
+    torch.Tensor.pin_memory = _idle(lambda self, *_, **__: self)  # type: ignore[method-assign]
+    torch.cuda.current_device = _idle(lambda: 0)
+    torch.cuda.device = _idle(lambda *_: contextlib.nullcontext())  # type: ignore[assignment,misc]
 
 
 def is_absent(device: object) -> bool:
-    """Whether this names a GPU: "cuda", "cuda:1", a torch.device of it, or a number."""
+    """Return whether this names a GPU: "cuda", "cuda:1", a torch.device of it, or a number."""
     if isinstance(device, int) and not isinstance(device, bool):
         return True
     return isinstance(device, str | torch.device) and str(device).startswith("cuda")
+
+
+def present(device_map: Any) -> Any:  # noqa: ANN401
+    """Return a device, or the devices of modules, with the CPU for every GPU that is absent."""
+    if torch.cuda.is_available():
+        return device_map
+    if isinstance(device_map, Mapping):
+        return {name: present(device) for name, device in device_map.items()}
+    if not is_absent(device_map):
+        return device_map
+    _tell()
+    return "cpu"
 
 
 @functools.cache

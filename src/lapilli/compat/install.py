@@ -1,4 +1,4 @@
-"""Makes `import llava` find lapilli; knows module names only."""
+"""Import hook that lets `import llava` find lapilli; it knows names of modules only."""
 
 import importlib
 import importlib.abc
@@ -12,74 +12,79 @@ from lapilli.compat.device import stand_in
 
 PACKAGE = "lapilli.compat"
 
-PACKAGES: Mapping[str, str | None] = MappingProxyType(
+PACKAGES: Mapping[str, str] = MappingProxyType(
     {
-        "llava": f"{PACKAGE}.models",
-        "llava.eval": None,
-        "llava.model": f"{PACKAGE}.models",
-        "llava.model.language_model": None,
-        "llava.model.multimodal_encoder": None,
-        "llava.model.multimodal_projector": None,
-        "llava.serve": None,
-        "llava.train": None,
+        "llava": "models",
+        "llava.eval": "",
+        "llava.model": "models",
+        "llava.model.language_model": "",
+        "llava.model.multimodal_encoder": "",
+        "llava.model.multimodal_projector": "",
+        "llava.serve": "",
+        "llava.train": "",
     }
 )
-"""Package of the original -> the module whose public names it has, if any."""
+"""Package of the original -> the module of ours whose public names it has, if any."""
 
 MODULES: Mapping[str, str] = MappingProxyType(
     {
-        "llava.constants": f"{PACKAGE}.constants",
-        "llava.conversation": f"{PACKAGE}.conversation",
-        "llava.mm_utils": f"{PACKAGE}.mm_utils",
-        "llava.utils": f"{PACKAGE}.utils",
-        "llava.model.utils": f"{PACKAGE}.utils",
-        "llava.model.builder": f"{PACKAGE}.builder",
-        "llava.model.llava_arch": f"{PACKAGE}.llava_arch",
-        "llava.model.language_model.llava_llama": f"{PACKAGE}.models",
-        "llava.model.language_model.llava_mistral": f"{PACKAGE}.models",
-        "llava.model.language_model.llava_mpt": f"{PACKAGE}.models",
-        "llava.model.multimodal_encoder.builder": f"{PACKAGE}.tower",
-        "llava.model.multimodal_encoder.clip_encoder": f"{PACKAGE}.tower",
-        "llava.model.multimodal_projector.builder": f"{PACKAGE}.tower",
-        "llava.eval.m4c_evaluator": f"{PACKAGE}.m4c_evaluator",
-        "llava.eval.run_llava": f"{PACKAGE}.run_llava",
-        "llava.serve.cli": f"{PACKAGE}.chat",
-        "llava.train.train": f"{PACKAGE}.training",
-        "llava.train.train_mem": f"{PACKAGE}.training",
-        "llava.train.train_xformers": f"{PACKAGE}.training",
-        "llava.train.llava_trainer": f"{PACKAGE}.llava_trainer",
-        "llava.train.llama_flash_attn_monkey_patch": f"{PACKAGE}.utils",
-        "llava.train.llama_xformers_attn_monkey_patch": f"{PACKAGE}.utils",
+        "llava.constants": "constants",
+        "llava.conversation": "conversation",
+        "llava.mm_utils": "mm_utils",
+        "llava.utils": "utils",
+        "llava.model.utils": "utils",
+        "llava.model.builder": "builder",
+        "llava.model.llava_arch": "llava_arch",
+        "llava.model.language_model.llava_llama": "models",
+        "llava.model.language_model.llava_mistral": "models",
+        "llava.model.language_model.llava_mpt": "models",
+        "llava.model.multimodal_encoder.builder": "tower",
+        "llava.model.multimodal_encoder.clip_encoder": "tower",
+        "llava.model.multimodal_projector.builder": "tower",
+        "llava.eval.m4c_evaluator": "m4c_evaluator",
+        "llava.eval.run_llava": "evaluation",
+        "llava.serve.cli": "evaluation",
+        "llava.train.train": "training",
+        "llava.train.train_mem": "training",
+        "llava.train.train_xformers": "training",
+        "llava.train.llava_trainer": "trainer",
+        "llava.train.llama_flash_attn_monkey_patch": "utils",
+        "llava.train.llama_xformers_attn_monkey_patch": "utils",
     }
 )
 """Module of the original -> ours, which is the very same module object under both names."""
 
-PROGRAMS: Mapping[str, tuple[str, str]] = MappingProxyType(
+PROGRAMS: Mapping[str, str] = MappingProxyType(
     {
-        "llava.eval.model_vqa": ("evaluation", ""),
-        "llava.eval.model_vqa_loader": ("evaluation", "loader"),
-        "llava.eval.model_vqa_science": ("evaluation", "science"),
-        "llava.eval.model_vqa_mmbench": ("evaluation", "mmbench"),
-        "llava.serve.controller": ("serving", "controller"),
-        "llava.serve.model_worker": ("serving", "model_worker"),
+        "llava.eval.model_vqa": "evaluation",
+        "llava.eval.model_vqa_loader": "evaluation",
+        "llava.eval.model_vqa_science": "evaluation",
+        "llava.eval.model_vqa_mmbench": "evaluation",
+        "llava.serve.controller": "serving",
+        "llava.serve.model_worker": "serving",
     }
 )
-"""Program of the original -> the module of ours that has it, and its kind there."""
+"""Program of the original -> the module of ours that has its names and those of others."""
 
 
 class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules of the original among ours."""
+    """Finder and loader of the modules of the original among ours."""
 
     def find_spec(
         self, fullname: str, path: object = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """A spec for the names of the original, nothing for others."""
+        """Return a spec for the names of the original, nothing for others."""
         if not any(fullname in table for table in (PACKAGES, MODULES, PROGRAMS)):
             return None
-        return importlib.util.spec_from_loader(fullname, self, is_package=fullname in PACKAGES)
+        return importlib.util.spec_from_loader(
+            fullname,
+            self,
+            origin=fullname,  # what runpy gives to a program as its own name
+            is_package=fullname in PACKAGES,
+        )
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """The default: an empty module."""
+        """Return None, for the usual empty module."""
         return None
 
     def exec_module(self, module: ModuleType) -> None:
@@ -92,40 +97,33 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             )
         if name in MODULES:
             # One object: what a program assigns to a name of the module, our functions see.
-            sys.modules[name] = importlib.import_module(MODULES[name])
-            return
-        if name in PROGRAMS:
-            source, kind = PROGRAMS[name]
-            ours = importlib.import_module(f"{PACKAGE}.{source}")
-            module.__dict__.update(ours.names_of(kind))
-            return
-        package = PACKAGES[name]
-        if package is not None:
-            ours = importlib.import_module(package)
+            sys.modules[name] = _ours(MODULES[name])
+        elif name in PROGRAMS:
+            module.__dict__.update(_ours(PROGRAMS[name]).names_of(_kind(name)))
+        elif PACKAGES[name]:
+            ours = _ours(PACKAGES[name])
             module.__dict__.update({public: getattr(ours, public) for public in ours.__all__})
 
-    def get_code(self, fullname: str) -> CodeType | None:
-        """What `python -m lapilli.compat -m llava.eval.run_llava` runs.
+    def get_code(self, fullname: str) -> CodeType:
+        """Return what `python -m lapilli.compat -m llava.eval.run_llava` runs.
 
         Raises:
-            ImportError: there is no such module to run.
+            ImportError: there is no such program.
         """
-        if fullname in PROGRAMS:
-            source, kind = PROGRAMS[fullname]
-            program = f"from {PACKAGE}.{source} import main\nmain({kind!r})"
-            return compile(program, fullname, "exec")
-        spec = importlib.util.find_spec(MODULES[fullname])
-        loader = None if spec is None else spec.loader
-        source_text = (
-            loader.get_source(MODULES[fullname])
-            if isinstance(loader, importlib.abc.InspectLoader)
-            else None
-        )
-        if source_text is None or spec is None or spec.origin is None:
+        source = PROGRAMS.get(fullname) or MODULES.get(fullname)
+        if source not in ("evaluation", "serving", "training"):
             raise ImportError(f"{fullname} cannot be run as a program", name=fullname)
-        # Compiled here and not by the loader: an import hook's loader (jaxtyping's, in the tests)
-        # would leave the code that it rewrote in the place where every Python looks for it.
-        return compile(source_text, spec.origin, "exec", dont_inherit=True)
+        program = f"from {PACKAGE}.{source} import run\nrun({_kind(fullname)!r})"
+        return compile(program, fullname, "exec")
+
+
+def _ours(name: str) -> ModuleType:
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def _kind(name: str) -> str:
+    """Return what our module calls a program: the last part, of a benchmark what is special."""
+    return name.rpartition(".")[2].removeprefix("model_vqa").removeprefix("_")
 
 
 def install() -> None:

@@ -8,7 +8,6 @@ config says.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +22,15 @@ from lapilli.compat.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from lapilli.compat.foreign import Foreign
-from lapilli.compat.mm_utils import get_anyres_image_grid_shape, read_pinpoints
+from lapilli.compat.mm_utils import get_anyres_image_grid_shape
 from lapilli.compat.tower import (
     CLIPVisionTower,
     build_vision_projector,
     build_vision_tower,
     projector_config,
 )
-from lapilli.config.llava import ROUNDS_KEY
+from lapilli.compat.utils import Foreign
+from lapilli.config.llava import ROUNDS_KEY, parse_pinpoints
 from lapilli.config.model import ImageConfig, Merge, PixelConfig
 from lapilli.config.projector import tile_features
 from lapilli.errors import ConfigError
@@ -46,6 +45,8 @@ __all__ = [
     "unpad_image",
 ]
 
+Row = tuple[Float[Tensor, "_ D"], Int[Tensor, " _"]]
+"""Embeddings and labels of one fused row, without padding."""
 Prepared = tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]
 Images = Tensor | Sequence[Tensor]
 if TYPE_CHECKING:  # mixed into transformers' models, which have these
@@ -83,20 +84,8 @@ def unpad_image(
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One fused row, without padding."""
-
-    embeds: Float[Tensor, "T D"]
-    labels: Int[Tensor, " T"]
-
-    def cut(self, length: int | None) -> "Row":
-        """Return the first `length` positions; quirk 6: the end is lost, silently."""
-        return self if length is None else Row(self.embeds[:length], self.labels[:length])
-
-
 class LlavaMetaModel(Base):
-    """The stack under the head, with the projector and the tower beside its layers."""
+    """Stack under the head, with the projector and the tower beside its layers."""
 
     def __init__(self, config: Foreign) -> None:
         super().__init__(config)
@@ -150,7 +139,7 @@ def projector_part(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class LlavaMetaForCausalLM(Base):
-    """What the language models of the original have in common: pictures between their tokens."""
+    """Mixin of the language models of the original: pictures between their tokens."""
 
     def get_model(self) -> Foreign:
         """Return the stack under the head, with `mm_projector` and `vision_tower`."""
@@ -164,7 +153,9 @@ class LlavaMetaForCausalLM(Base):
     def encode_images(self, images: Images) -> Tensor:
         """Return projected features [N, patches, width]; no gradient reaches the tower."""
         model = self.get_model()
-        projected: Tensor = model.mm_projector(model.get_vision_tower()(images))
+        features: Tensor = model.get_vision_tower()(images)
+        like = next(model.mm_projector.parameters(), features)
+        projected: Tensor = model.mm_projector(features.to(like.dtype))
         return projected
 
     def prepare_inputs_labels_for_multimodal(
@@ -177,7 +168,7 @@ class LlavaMetaForCausalLM(Base):
         images: Images | None,
         image_sizes: Sequence[Sequence[int]] | None = None,
     ) -> Prepared:
-        """(None, position_ids, attention_mask, past_key_values, inputs_embeds, labels).
+        """Return (None, position_ids, attention_mask, past_key_values, inputs_embeds, labels).
 
         What was None comes back as None. Without a tower, without images, or with a sequence of
         length 1 (taken for a decoding step, quirk 4) everything comes back as it came.
@@ -209,9 +200,11 @@ class LlavaMetaForCausalLM(Base):
         known = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
         kept = zip(input_ids, known, real.bool(), strict=True)
         fused = self._fuse([(ids[keep], row[keep]) for ids, row, keep in kept], features)
+        # Quirk 6: the end of a long row is lost, silently.
         limit = getattr(self.config, "tokenizer_model_max_length", None)
-        rows = [row.cut(limit) for row in fused]
-        embeds, mask, positions, fused_labels = self._pad(rows)
+        embeds, mask, positions, fused_labels = self._pad(
+            [(row[:limit], known[:limit]) for row, known in fused]
+        )
         return (
             None,
             None if position_ids is None else positions,
@@ -224,7 +217,7 @@ class LlavaMetaForCausalLM(Base):
     def _fuse(
         self, rows: Sequence[tuple[Tensor, Tensor]], features: Sequence[Tensor]
     ) -> Iterator[Row]:
-        """Rows with the features between their text.
+        """Yield the rows with the features between their text.
 
         Note: quirk 3. A row without a picture uses one up all the same; quirk 4: what is left over
             at the end is ignored.
@@ -245,36 +238,34 @@ class LlavaMetaForCausalLM(Base):
                 item = features[used + gap - 1].to(embeds[0].device, embeds[0].dtype)
                 embeds.insert(gap, item)
                 known.insert(gap, labels.new_full((len(item),), IGNORE_INDEX))
-            yield Row(torch.cat(embeds), torch.cat(known))
+            yield torch.cat(embeds), torch.cat(known)
             used += max(len(places), 1)
 
     def _pad(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Embeds, mask, positions and labels of rows of one length.
+        """Return embeddings, mask, positions and labels of rows that were brought to one length.
 
         Note: quirk 5. The side is the config's, whatever side the input was padded on.
         """
         left = getattr(self.config, "tokenizer_padding_side", "right") == "left"
-        side = "left" if left else "right"
-        device = rows[0].embeds.device
-        positions = [torch.arange(len(row.labels), device=device) for row in rows]
+        embeds, labels = zip(*rows, strict=True)
+        positions = [torch.arange(len(row), device=row.device) for row in embeds]
         real = [torch.ones_like(count, dtype=torch.bool) for count in positions]
 
-        def padded(parts: Sequence[Tensor], fill: int | float) -> Tensor:
-            return pad_sequence(
-                list(parts), batch_first=True, padding_value=fill, padding_side=side
-            )
+        def padded(parts: Sequence[Tensor], fill: int) -> Tensor:
+            side = "left" if left else "right"
+            return pad_sequence(list(parts), True, fill, side)
 
         return (
-            padded([row.embeds for row in rows], 0.0),
+            padded(embeds, 0),
             padded(real, 0),
             padded(positions, 0),
-            padded([row.labels for row in rows], IGNORE_INDEX),
+            padded(labels, IGNORE_INDEX),
         )
 
     def _features(
         self, images: Images, image_sizes: Sequence[Sequence[int]] | None
     ) -> Sequence[Float[Tensor, "_ D"]]:
-        """One row of features per picture.
+        """Return one row of features per picture.
 
         Note: quirk 7. A stacked 4-d tensor is one tile per picture and never merged: it gets no
             newline, a list entry of one tile does.
@@ -329,9 +320,7 @@ class LlavaMetaForCausalLM(Base):
             pixels=PixelConfig(crop_size=ImageSize(side, side)),
             aspect=mode.name,
             merge=kind,
-            pinpoints=tuple(
-                ImageSize(height, width) for width, height in read_pinpoints(pairs or ())
-            ),
+            pinpoints=parse_pinpoints(pairs, width_first=True),
             rounds_unpad=bool(getattr(self.config, ROUNDS_KEY, False)),
         )
 

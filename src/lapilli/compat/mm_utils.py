@@ -1,9 +1,8 @@
-"""Functions around pictures, prompts and names (llava.mm_utils).
+"""Pictures, prompts and names of models as the original handles them (llava.mm_utils).
 
 Sizes are (width, height) here, as in the original; they turn into ImageSize at this border.
 """
 
-import ast
 import base64
 from collections.abc import Sequence
 from io import BytesIO
@@ -13,9 +12,10 @@ from PIL import Image
 from transformers import StoppingCriteria
 
 from lapilli.compat.constants import IMAGE_TOKEN_INDEX
-from lapilli.compat.foreign import Foreign
+from lapilli.compat.utils import Foreign
+from lapilli.config.llava import parse_pinpoints
 from lapilli.config.model import ImageConfig, PixelConfig
-from lapilli.errors import ConfigError, MediaError
+from lapilli.errors import MediaError
 from lapilli.geometry import ImageSize, best_resolution, tile_grid
 from lapilli.modality.image.modes import ImageMode, find_mode, mode_named
 from lapilli.modality.image.pixels import fit_and_pad, pad_to_square
@@ -43,18 +43,18 @@ Pinpoints = str | Sequence[Sequence[int]]
 def select_best_resolution(
     original_size: Sequence[int], possible_resolutions: Sequence[Sequence[int]]
 ) -> WidthHeight:
-    """The (width, height) that shows most of a picture and wastes least."""
+    """Return the (width, height) that shows most of a picture and wastes least."""
     best = best_resolution(_size(original_size), [_size(pair) for pair in possible_resolutions])
     return best.width, best.height
 
 
 def resize_and_pad_image(image: Image.Image, target_resolution: Sequence[int]) -> Image.Image:
-    """The picture as large as it fits, in the middle of black."""
+    """Return the picture as large as it fits, in the middle of black."""
     return fit_and_pad(image, _size(target_resolution), Image.Resampling.BICUBIC)
 
 
 def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
-    """Tiles of a picture, row by row."""
+    """Return the tiles of a picture, row by row."""
     return [
         image.crop((left, top, left + patch_size, top + patch_size))
         for top in range(0, image.height, patch_size)
@@ -65,9 +65,9 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
 def get_anyres_image_grid_shape(
     image_size: Sequence[int], grid_pinpoints: Pinpoints, patch_size: int
 ) -> tuple[int, int]:
-    """Columns and rows of the tiles of a picture."""
-    best = best_resolution(_size(image_size), [_size(p) for p in read_pinpoints(grid_pinpoints)])
-    grid = tile_grid(best, patch_size)
+    """Return the columns and rows of the tiles of a picture."""
+    candidates = parse_pinpoints(grid_pinpoints, width_first=True)
+    grid = tile_grid(best_resolution(_size(image_size), candidates), patch_size)
     return grid.columns, grid.rows
 
 
@@ -76,7 +76,7 @@ def process_anyres_image(
     processor: Foreign,
     grid_pinpoints: Pinpoints,
 ) -> Float[Tensor, "N C H W"]:
-    """The squashed picture and the tiles of its best resolution, row by row."""
+    """Return the squashed picture and the tiles of its best resolution, row by row."""
     return _tiles(image, processor, mode_named("anyres"), grid_pinpoints)
 
 
@@ -98,7 +98,7 @@ def _image_config(processor: Foreign, aspect: str, pinpoints: Pinpoints = ()) ->
             mean=tuple(processor.image_mean),
         ),
         aspect=aspect,
-        pinpoints=tuple(_size(pair) for pair in read_pinpoints(pinpoints)),
+        pinpoints=parse_pinpoints(pinpoints, width_first=True),
     )
 
 
@@ -115,12 +115,12 @@ def one_tile(image: Image.Image, processor: Foreign, aspect: object) -> Image.Im
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """The picture whose file is given in base64."""
+    """Return the picture whose file is given in base64."""
     return Image.open(BytesIO(base64.b64decode(image)))
 
 
 def expand2square(pil_img: Image.Image, background_color: tuple[int, ...]) -> Image.Image:
-    """The picture in the middle of a square."""
+    """Return the picture in the middle of a square."""
     return pad_to_square(pil_img, background_color)
 
 
@@ -129,7 +129,7 @@ def process_images(
     image_processor: Foreign,
     model_cfg: Foreign,
 ) -> Tensor | list[Tensor]:
-    """Pictures as the model wants them.
+    """Return pictures as the model wants them.
 
     Returns:
         [N, 3, H, W] of a mode of one tile. [N, tiles, 3, H, W] when all have as many tiles, else a
@@ -160,7 +160,7 @@ def tokenizer_image_token(
     image_token_index: int = IMAGE_TOKEN_INDEX,
     return_tensors: str | None = None,
 ) -> list[int] | Tensor:
-    """Ids of a prompt, with one `image_token_index` for every `<image>` in it.
+    """Return the ids of a prompt, with one `image_token_index` for every `<image>` in it.
 
     Every stretch of text between pictures is tokenized on its own; BOS stays at the start only.
 
@@ -181,7 +181,7 @@ def tokenizer_image_token(
 
 
 def get_model_name_from_path(model_path: str) -> str:
-    """The last part of a path, with its parent's name in front of a `checkpoint-N`.
+    """Return the last part of a path, with its parent's name in front of a `checkpoint-N`.
 
     Raises:
         IndexError: `checkpoint-N` without a parent, as in the original.
@@ -192,28 +192,12 @@ def get_model_name_from_path(model_path: str) -> str:
     return parts[-1]
 
 
-def read_pinpoints(pinpoints: Pinpoints) -> list[WidthHeight]:
-    """(width, height) pairs of a list or of its text.
-
-    Raises:
-        ConfigError: a text that is no list of pairs.
-    """
-    if not isinstance(pinpoints, str):
-        return [(int(width), int(height)) for width, height in pinpoints]
-    try:
-        return [(int(width), int(height)) for width, height in ast.literal_eval(pinpoints)]
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise ConfigError(
-            f"image_grid_pinpoints is {pinpoints!r}: expected a list of [width, height]"
-        ) from error
-
-
 def _size(pair: Sequence[int]) -> ImageSize:
     return ImageSize(pair[1], pair[0])
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):
-    """Stops a generation when a keyword has been written in every row.
+    """Criterion that stops a generation when a keyword has been written in every row.
 
     Args:
         keywords: texts to stop at.
@@ -243,7 +227,7 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         return ids[1:] if has_bos else ids
 
     def call_for_batch(self, output_ids: Int[Tensor, "1 T"], scores: object, **_: object) -> bool:
-        """Whether one row ends in a keyword, or contains one near its end."""
+        """Return whether one row ends in a keyword, or contains one near its end."""
         row = output_ids[0]
         for ids in self.keyword_ids:
             if torch.equal(row[-len(ids) :], ids.to(row)):
@@ -256,6 +240,6 @@ class KeywordsStoppingCriteria(StoppingCriteria):
     def __call__(
         self, output_ids: Int[Tensor, "B T"], scores: object = None, **kwargs: object
     ) -> bool:
-        """Whether every row has met a keyword."""
+        """Return whether every row has met a keyword."""
         rows = output_ids.unsqueeze(1)
         return all(self.call_for_batch(row, scores, **kwargs) for row in rows)

@@ -1,4 +1,4 @@
-"""The model classes of the original: transformers' own, with pictures between the tokens.
+"""Model classes of the original: transformers' own, with pictures between the tokens.
 
     LlavaLlamaForCausalLM            LlamaForCausalLM of transformers
       .model                         LlavaLlamaModel: embed_tokens, layers, norm and
@@ -23,8 +23,10 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from lapilli.compat.foreign import Foreign
+from lapilli.compat.device import present
 from lapilli.compat.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel
+from lapilli.compat.tokenizer import take_auto_tokenizer
+from lapilli.compat.utils import Foreign
 from lapilli.shapes import Float, Int, Tensor
 
 __all__ = [
@@ -44,7 +46,7 @@ __all__ = [
 
 
 class LegacyCache(DynamicCache):
-    """A cache that can also be read as a tuple of (keys, values), one pair for every layer."""
+    """Cache that can also be read as a tuple of (keys, values), one pair for every layer."""
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         layer = self.layers[index]
@@ -62,19 +64,39 @@ class LegacyCache(DynamicCache):
 
 
 class LlavaForCausalLM(LlavaMetaForCausalLM):
-    """A language model of transformers that reads pictures, called as the original is called."""
+    """Language model of transformers that reads pictures, called as the original is called."""
 
     # A frozen tower is read from where the config names it, not from the checkpoint.
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.", r"rotary_emb\.inv_freq"]  # noqa: RUF012
 
+    _original: Any
+    _stack: Any
+    _stack_name = "model"
     _reads_images = True
 
-    def _build(self, **stack: nn.Module) -> None:
-        """Put the stack under its name and a head on it, as transformers' class would."""
-        for name, module in stack.items():
-            setattr(self, name, module)
-        self.vocab_size = self.config.vocab_size
-        self.lm_head = nn.Linear(self.config.hidden_size, self.vocab_size, bias=False)
+    @classmethod
+    def from_pretrained(
+        cls,
+        *args: Foreign,
+        torch_dtype: Foreign = None,
+        dtype: Foreign = None,
+        device_map: Foreign = None,
+        **options: Foreign,
+    ) -> Foreign:
+        """Read a checkpoint, in float32 where no type is asked for, as the original's release does.
+
+        Later releases take the type of the file, and half precision does not train.
+        """
+        kind = dtype or torch_dtype or torch.float32
+        placed = present(device_map)
+        return super().from_pretrained(*args, dtype=kind, device_map=placed, **options)
+
+    def __init__(self, config: Foreign) -> None:
+        # Everything of transformers' class but its stack, in the place of which stands ours.
+        super(self._original, self).__init__(config)
+        setattr(self, self._stack_name, self._stack(config))
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, self.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -96,21 +118,10 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
     ) -> Foreign:
         """Return logits of every position, and the loss when labels are given.
 
-        Args:
-            input_ids: -200 where a picture goes.
-            attention_mask: False or 0 for padding.
-            position_ids: None counts the positions with their padding, as the original does.
-            past_key_values: a cache that an earlier call returned.
-            inputs_embeds: in place of input_ids, when they are prepared already.
-            labels: -100 where the loss does not count.
-            use_cache: return a cache; None: as the config says.
-            output_attentions: return the attention of every layer.
-            output_hidden_states: return the embeddings and the output of every layer.
-            images: see prepare_inputs_labels_for_multimodal.
-            image_sizes: (width, height) of every picture.
-            return_dict: False returns a tuple.
-            cache: what later releases of transformers call past_key_values.
-            options: of transformers' own forward.
+        The arguments are those of transformers' own forward in the original's order, and `images`
+        and `image_sizes` of prepare_inputs_labels_for_multimodal. `input_ids` has -200 where a
+        picture goes, `position_ids` of None counts positions with their padding, as the original
+        does, and `cache` is what later releases call `past_key_values`: a cache, or its pairs.
 
         Raises:
             TypeError: images for MPT. Quirk 2: its class in the original calls its preparation with
@@ -148,12 +159,12 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
 
     @property
     def _recomputes(self) -> bool:
-        """Whether layers are computed again backwards, which goes with no cache."""
+        """Return whether layers are computed again backwards, which goes with no cache."""
         return self.training and bool(getattr(self.base_model, "gradient_checkpointing", False))
 
     @property
     def _cache_name(self) -> str:
-        """What this release of transformers calls its cache."""
+        """Return what this release of transformers calls its cache."""
         names = inspect.signature(super().forward).parameters
         return "cache" if "cache" in names else "past_key_values"
 
@@ -232,7 +243,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
 
 
 class _Attentions:
-    """Compute attention by the one way that can return it, while a call asks for it.
+    """Context that computes attention by the one way that can return it, while a call asks for it.
 
     The tower keeps its way: transformers' own switch would change its answers.
     """
@@ -255,7 +266,7 @@ class _Attentions:
 
 
 def _chooses_cache(config: Foreign, options: dict[str, Any]) -> bool:
-    """Whether a call of generate says itself how keys and values are kept."""
+    """Return whether a call of generate says itself how keys and values are kept."""
     if options.get("use_cache", config.use_cache) is False:
         return True
     names = ("past_key_values", "cache", "cache_implementation", "prompt_lookup_num_tokens")
@@ -280,10 +291,18 @@ class LlavaMistralConfig(transformers.MistralConfig):
 
 
 class LlavaMptConfig(transformers.MptConfig):
-    """MPT with pictures."""
+    """MPT with pictures; its published files write the whole numbers of attn_config as 0.0."""
 
     model_type = "llava_mpt"
     __no_type_check__ = True
+
+    def __init__(self, *args: Foreign, attn_config: Foreign = None, **options: Foreign) -> None:
+        if isinstance(attn_config, dict):
+            attn_config = {
+                key: int(value) if isinstance(value, float) and value.is_integer() else value
+                for key, value in attn_config.items()
+            }
+        super().__init__(*args, attn_config=attn_config, **options)
 
 
 class LlavaQwenConfig(transformers.Qwen2Config):
@@ -294,13 +313,13 @@ class LlavaQwenConfig(transformers.Qwen2Config):
 
 
 class LlavaLlamaModel(LlavaMetaModel, transformers.LlamaModel):
-    """The layers of Llama with tower and projector."""
+    """Layers of Llama with tower and projector."""
 
     config_class = LlavaConfig
 
 
 class LlavaMistralModel(LlavaMetaModel, transformers.MistralModel):
-    """The layers of Mistral with tower and projector.
+    """Layers of Mistral with tower and projector.
 
     Note: the release of transformers that the original is pinned to leaves Mistral's window out of
         its default attention (it came back with 4.40), so that every position sees all before it;
@@ -316,13 +335,13 @@ class LlavaMistralModel(LlavaMetaModel, transformers.MistralModel):
 
 
 class LlavaMptModel(LlavaMetaModel, transformers.MptModel):
-    """The blocks of MPT with tower and projector."""
+    """Blocks of MPT with tower and projector."""
 
     config_class = LlavaMptConfig
 
 
 class LlavaQwenModel(LlavaMetaModel, transformers.Qwen2Model):
-    """The layers of Qwen2 with tower and projector."""
+    """Layers of Qwen2 with tower and projector."""
 
     config_class = LlavaQwenConfig
 
@@ -331,48 +350,38 @@ class LlavaLlamaForCausalLM(LlavaForCausalLM, transformers.LlamaForCausalLM):
     """Llama, Vicuna and Yi."""
 
     config_class = LlavaConfig
-
-    def __init__(self, config: Foreign) -> None:
-        super(transformers.LlamaForCausalLM, self).__init__(config)
-        self._build(model=LlavaLlamaModel(config))
+    _original, _stack = transformers.LlamaForCausalLM, LlavaLlamaModel
 
 
 class LlavaMistralForCausalLM(LlavaForCausalLM, transformers.MistralForCausalLM):
     """Mistral."""
 
     config_class = LlavaMistralConfig
-
-    def __init__(self, config: Foreign) -> None:
-        super(transformers.MistralForCausalLM, self).__init__(config)
-        self._build(model=LlavaMistralModel(config))
+    _original, _stack = transformers.MistralForCausalLM, LlavaMistralModel
 
 
 class LlavaMptForCausalLM(LlavaForCausalLM, transformers.MptForCausalLM):
     """MPT."""
 
     config_class = LlavaMptConfig
+    _original, _stack = transformers.MptForCausalLM, LlavaMptModel
+    _stack_name = "transformer"
     _reads_images = False
-
-    def __init__(self, config: Foreign) -> None:
-        super(transformers.MptForCausalLM, self).__init__(config)
-        self._build(transformer=LlavaMptModel(config))
 
 
 class LlavaQwenForCausalLM(LlavaForCausalLM, transformers.Qwen2ForCausalLM):
     """Qwen2, which the original's successor has."""
 
     config_class = LlavaQwenConfig
-
-    def __init__(self, config: Foreign) -> None:
-        super(transformers.Qwen2ForCausalLM, self).__init__(config)
-        self._build(model=LlavaQwenModel(config))
+    _original, _stack = transformers.Qwen2ForCausalLM, LlavaQwenModel
 
 
-for _config, _model in (
-    (LlavaConfig, LlavaLlamaForCausalLM),
-    (LlavaMistralConfig, LlavaMistralForCausalLM),
-    (LlavaMptConfig, LlavaMptForCausalLM),
-    (LlavaQwenConfig, LlavaQwenForCausalLM),
+for _model in (
+    LlavaLlamaForCausalLM,
+    LlavaMistralForCausalLM,
+    LlavaMptForCausalLM,
+    LlavaQwenForCausalLM,
 ):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)
+take_auto_tokenizer()

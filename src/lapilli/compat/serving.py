@@ -1,4 +1,4 @@
-"""The controller and the worker of the original's demo (llava.serve), over plain HTTP.
+"""Controller and worker of the original's demo (llava.serve), over plain HTTP.
 
     client --/worker_generate_stream--> Controller --> ModelWorker --> answers ended by a zero byte
 
@@ -8,6 +8,7 @@ Every address takes JSON by POST. Source: reference of the original, section 9.
 import argparse
 import contextlib
 import json
+import queue
 import random
 import threading
 import time
@@ -19,23 +20,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.request import Request, urlopen
 
-import torch
 from transformers import TextIteratorStreamer
 
-from lapilli.compat.builder import load_pretrained_model
 from lapilli.compat.constants import (
     CONTROLLER_HEART_BEAT_EXPIRATION,
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
     WORKER_HEART_BEAT_INTERVAL,
 )
-from lapilli.compat.mm_utils import (
-    get_model_name_from_path,
-    load_image_from_base64,
-    process_images,
-    tokenizer_image_token,
-)
+from lapilli.compat.evaluation import LoadedModel
+from lapilli.compat.mm_utils import load_image_from_base64
 from lapilli.compat.utils import build_logger, server_error_msg
 from lapilli.errors import LapilliError
 
@@ -67,7 +60,7 @@ def as_line(text: str, code: int) -> bytes:
 
 @dataclass
 class WorkerInfo:
-    """What the controller knows of a worker."""
+    """Record of a worker in the controller."""
 
     model_names: list[str]
     speed: int | float
@@ -77,7 +70,7 @@ class WorkerInfo:
 
 
 class Controller:
-    """Knows which workers live, and which of them a request goes to.
+    """Controller that knows which workers live, and sends each request to one of them.
 
     Args:
         dispatch_method: "shortest_queue", or "lottery" by speed.
@@ -90,7 +83,7 @@ class Controller:
     def register_worker(
         self, worker_name: str, check_heart_beat: bool, worker_status: Mapping[str, Any] | None
     ) -> bool:
-        """Take a worker in; False where it does not say what it has."""
+        """Take a worker in; return False where it does not say what it has."""
         status = worker_status or self.get_worker_status(worker_name)
         if not status:
             return False
@@ -131,7 +124,7 @@ class Controller:
         return name
 
     def receive_heart_beat(self, worker_name: str, queue_length: int) -> bool:
-        """Note that a worker lives; False where it is not known and has to register."""
+        """Note that a worker lives; return False where it is not known and has to register."""
         info = self.worker_info.get(worker_name)
         if info is None:
             return False
@@ -178,7 +171,7 @@ class Controller:
 
 
 class ModelWorker:
-    """One model that answers requests; `limit` of them at once, the others wait."""
+    """Worker with one model that answers requests; `limit` of them at once, the others wait."""
 
     def __init__(
         self,
@@ -196,26 +189,22 @@ class ModelWorker:
         *,
         limit: int = 5,
     ) -> None:
-        self.controller_addr, self.worker_addr, self.worker_id = (
-            *(controller_addr, worker_addr, worker_id),
-        )
-        self.model_name = model_name or get_model_name_from_path(model_path)
-        loaded: Any = load_pretrained_model(
-            model_path,
-            model_base,
-            self.model_name,
-            load_8bit,
-            load_4bit,
+        self.controller_addr, self.worker_addr = controller_addr, worker_addr
+        asked = argparse.Namespace(
+            model_path=model_path,
+            model_base=model_base,
+            load_8bit=load_8bit,
+            load_4bit=load_4bit,
             device=device,
             use_flash_attn=use_flash_attn,
         )
-        self.tokenizer, self.model, self.image_processor, self.context_len = loaded
-        self.is_multimodal = "llava" in self.model_name.lower()
+        self.loaded = LoadedModel(asked, model_name)
+        self.model_name = self.loaded.name
         self.logger = build_logger("model_worker", f"model_worker_{worker_id}.log")
         self._free, self._lock, self._waiting = threading.Semaphore(limit), threading.Lock(), 0
         if not no_register:
             self.register_to_controller()
-            threading.Thread(target=self._beat, daemon=True).start()
+            _every(WORKER_HEART_BEAT_INTERVAL, self.send_heart_beat)
 
     def register_to_controller(self) -> None:
         """Tell the controller that this worker is there."""
@@ -236,11 +225,6 @@ class ModelWorker:
         if answer is not None and not answer["exist"]:
             self.register_to_controller()
 
-    def _beat(self) -> None:
-        while True:
-            time.sleep(WORKER_HEART_BEAT_INTERVAL)
-            self.send_heart_beat()
-
     def get_queue_length(self) -> int:
         """Return how many requests are answered or wait."""
         return self._waiting
@@ -256,21 +240,15 @@ class ModelWorker:
         Raises:
             ValueError: other numbers of pictures than of `<image>`.
         """
-        prompt = params["prompt"]
+        prompt, loaded = params["prompt"], self.loaded
         pictures = [load_image_from_base64(image) for image in params.get("images") or ()]
         if len(pictures) != prompt.count(DEFAULT_IMAGE_TOKEN):
             raise ValueError("Number of images does not match number of <image> tokens in prompt")
-        text, given = prompt, {}
+        inputs = loaded.inputs(prompt.replace(DEFAULT_IMAGE_TOKEN, loaded.image_token), pictures)
+        taken = inputs["inputs"].shape[1]
         if pictures:
-            pixels = process_images(pictures, self.image_processor, self.model.config)
-            given = {"images": pixels, "image_sizes": [image.size for image in pictures]}
-            if getattr(self.model.config, "mm_use_im_start_end", False):
-                around = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
-                text = text.replace(DEFAULT_IMAGE_TOKEN, around)
-        ids = torch.as_tensor(tokenizer_image_token(text, self.tokenizer, return_tensors="pt"))
-        tower = self.model.get_vision_tower()
-        taken = len(ids) + len(pictures) * (tower.num_patches if pictures else 0)
-        longest = getattr(self.model.config, "max_position_embeddings", 2048)
+            taken += len(pictures) * loaded.model.get_vision_tower().num_patches
+        longest = getattr(loaded.model.config, "max_position_embeddings", 2048)
         limit = min(int(params.get("max_new_tokens", 256)), 1024, longest - taken)
         if limit < 1:
             over = "Exceeds max token length. Please start a new conversation, thanks."
@@ -278,7 +256,7 @@ class ModelWorker:
             return
         temperature = float(params.get("temperature", 1.0))
         streamer: Any = TextIteratorStreamer(
-            self.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=15
+            loaded.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=15
         )
         options = {
             "do_sample": temperature > 0.001,
@@ -287,8 +265,8 @@ class ModelWorker:
             "max_new_tokens": limit,
             "streamer": streamer,
         }
-        call = {"inputs": ids[None].to(self.model.device), **options, **given}
-        threading.Thread(target=self.model.generate, kwargs=call, daemon=True).start()
+        call = {**inputs, **options}
+        threading.Thread(target=loaded.model.generate, kwargs=call, daemon=True).start()
         stop, answer = params.get("stop"), prompt
         for piece in streamer:
             answer += piece
@@ -303,7 +281,7 @@ class ModelWorker:
         try:
             with self._free:
                 yield from self.generate_stream(params)
-        except (LapilliError, ValueError, OSError, RuntimeError, KeyError):
+        except (LapilliError, ValueError, OSError, RuntimeError, KeyError, queue.Empty):
             self.logger.exception("a request failed")
             yield as_line(server_error_msg, 1)
         finally:
@@ -344,52 +322,57 @@ def serve(host: str, port: int, paths: Mapping[str, Answer]) -> ThreadingHTTPSer
     return ThreadingHTTPServer((host, port), Handler)
 
 
-def main(kind: str) -> None:
+def run(kind: str) -> None:
     """Run a controller or a worker with the options of the command line."""
     is_worker = kind == "model_worker"
-    parser = argparse.ArgumentParser(prog=f"llava.serve.{kind}")
+    parser = argparse.ArgumentParser()
     parser.add_argument("--host", default="localhost")
     parser.add_argument("--port", type=int, default=21002 if is_worker else 21001)
+    served: Controller | ModelWorker
     if not is_worker:
         methods = ["lottery", "shortest_queue"]
         parser.add_argument("--dispatch-method", choices=methods, default="shortest_queue")
         args = parser.parse_args()
-        controller = Controller(args.dispatch_method)
-        threading.Thread(target=_expire, args=(controller,), daemon=True).start()
-        serve(args.host, args.port, controller.paths()).serve_forever()
-        return
-    parser.add_argument("--worker-address", default="http://localhost:21002")
-    parser.add_argument("--controller-address", default="http://localhost:21001")
-    parser.add_argument("--model-path", default="facebook/opt-350m")
-    parser.add_argument("--model-base", default=None)
-    parser.add_argument("--model-name", default=None)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--limit-model-concurrency", type=int, default=5)
-    for name in ("multi-modal", "no-register", "load-8bit", "load-4bit", "use-flash-attn"):
-        parser.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("--stream-interval", type=int, default=1)
-    args = parser.parse_args()
-    worker = ModelWorker(
-        args.controller_address,
-        args.worker_address,
-        uuid.uuid4().hex[:6],
-        args.no_register,
-        args.model_path,
-        args.model_base,
-        args.model_name,
-        args.load_8bit,
-        args.load_4bit,
-        args.device,
-        args.use_flash_attn,
-        limit=args.limit_model_concurrency,
-    )
-    serve(args.host, args.port, worker.paths()).serve_forever()
+        served = Controller(args.dispatch_method)
+        _every(CONTROLLER_HEART_BEAT_EXPIRATION, served.remove_stale_workers_by_expiration)
+    else:
+        parser.add_argument("--worker-address", default="http://localhost:21002")
+        parser.add_argument("--controller-address", default="http://localhost:21001")
+        parser.add_argument("--model-path", default="facebook/opt-350m")
+        parser.add_argument("--model-base", default=None)
+        parser.add_argument("--model-name", default=None)
+        parser.add_argument("--device", default="cuda")
+        parser.add_argument("--limit-model-concurrency", type=int, default=5)
+        parser.add_argument("--stream-interval", type=int, default=1)
+        for name in ("multi-modal", "no-register", "load-8bit", "load-4bit", "use-flash-attn"):
+            parser.add_argument(f"--{name}", action="store_true")
+        args = parser.parse_args()
+        served = ModelWorker(
+            args.controller_address,
+            args.worker_address,
+            uuid.uuid4().hex[:6],
+            args.no_register,
+            args.model_path,
+            args.model_base,
+            args.model_name,
+            args.load_8bit,
+            args.load_4bit,
+            args.device,
+            args.use_flash_attn,
+            limit=args.limit_model_concurrency,
+        )
+    serve(args.host, args.port, served.paths()).serve_forever()
 
 
-def _expire(controller: Controller) -> None:
-    while True:
-        time.sleep(CONTROLLER_HEART_BEAT_EXPIRATION)
-        controller.remove_stale_workers_by_expiration()
+def _every(seconds: float, act: Callable[[], object]) -> None:
+    """Do something again and again, in a thread that ends with the program."""
+
+    def repeat() -> None:
+        while True:
+            time.sleep(seconds)
+            act()
+
+    threading.Thread(target=repeat, daemon=True).start()
 
 
 def names_of(kind: str) -> dict[str, Any]:

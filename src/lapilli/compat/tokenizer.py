@@ -1,4 +1,4 @@
-"""Our tokenizers as tokenizers of transformers: ids and text from lapilli.prompt, all else theirs.
+"""Tokenizers of transformers that take ids and text from lapilli.prompt.
 
 transformers 5 has no SentencePiece tokenizer any more, and its own reading of the same files gives
 other ids than the release that the original is pinned to.
@@ -7,12 +7,15 @@ other ids than the release that the original is pinned to.
 # The types of transformers differ from release to release, and no release has all of them.
 # mypy: allow-untyped-calls, allow-subclassing-any, disable-error-code="override,misc"
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.hub import cached_file
 
 from lapilli.checkpoint.formats.files import read_optional_json
 from lapilli.checkpoint.source import resolve
@@ -22,10 +25,14 @@ from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer
 
 NO_LIMIT = int(1e30)
 ROLES = ("bos", "eos", "unk", "pad")
+SETTINGS = (
+    *(f"{role}_token" for role in ROLES),
+    *("add_bos_token", "add_eos_token", "legacy", "model_max_length", "padding_side"),
+)
 
 
 class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
-    """A tokenizer as transformers has it.
+    """Tokenizer of ours as transformers has one.
 
     Args:
         inner: ours.
@@ -45,6 +52,7 @@ class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
             if index is not None
         }
         super().__init__(
+            name_or_path=str(directory),
             padding_side=inner.padding_side,
             model_max_length=inner.model_max_length or NO_LIMIT,
             **named,
@@ -52,7 +60,11 @@ class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], *_: object, use_fast: bool | None = None, **__: object
+        cls,
+        path: str | os.PathLike[str],
+        *_: object,
+        use_fast: bool | None = None,
+        **options: object,
     ) -> "PreTrainedTokenizer":
         """Open the tokenizer of a directory or of a repository.
 
@@ -60,13 +72,15 @@ class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
             path: with tokenizer.model or tokenizer.json.
             use_fast: the tokenizers library; False: SentencePiece itself, where there is a model;
                 None: what the name of the class says.
+            options: laid over tokenizer_config.json, such as padding_side or model_max_length.
 
         Raises:
             MissingFileError: no tokenizer there.
         """
-        directory = resolve(str(path))
+        directory = resolve(str(path), weights=False)
         fast = cls.__name__.endswith("Fast") if use_fast is None else use_fast
-        return wrap_tokenizer(load_tokenizer(directory, fast=fast), directory)
+        settings = {key: one for key, one in options.items() if key in SETTINGS and one is not None}
+        return wrap_tokenizer(load_tokenizer(directory, fast=fast, settings=settings), directory)
 
     def __len__(self) -> int:
         return self.inner.vocab_size
@@ -159,16 +173,16 @@ class LlamaTokenizer(PreTrainedTokenizer):
 
 
 class PreTrainedTokenizerFast(PreTrainedTokenizer):
-    """The tokenizers library."""
+    """Tokenizer of the tokenizers library."""
 
     @property
     def is_fast(self) -> bool:
-        """Yes: the tokenizers library does the work."""
+        """Return True: the tokenizers library does the work."""
         return True
 
 
 class LlamaTokenizerFast(PreTrainedTokenizerFast):
-    """The tokenizers library on a llama vocabulary, as the original reads mistral checkpoints."""
+    """Tokenizer of the tokenizers library on a llama vocabulary, as mistral has it."""
 
 
 class GPTNeoXTokenizerFast(PreTrainedTokenizerFast):
@@ -189,3 +203,42 @@ def wrap_tokenizer(inner: Tokenizer, directory: Path) -> PreTrainedTokenizer:
     is_fast = isinstance(inner, FastTokenizer)
     fallback = PreTrainedTokenizerFast if is_fast else LlamaTokenizer
     return CLASSES.get((is_fast, family), fallback)(inner, directory)
+
+
+def inner_of(tokenizer: Any) -> Tokenizer:  # noqa: ANN401
+    """Return the tokenizer of ours behind one of transformers, read from its files if need be."""
+    if isinstance(tokenizer, PreTrainedTokenizer):
+        return tokenizer.inner
+    folder = resolve(tokenizer.name_or_path, weights=False)
+    return load_tokenizer(folder, fast=bool(tokenizer.is_fast))
+
+
+def take_auto_tokenizer() -> None:
+    """Let AutoTokenizer read the SentencePiece tokenizers of llama with this module from now on.
+
+    Programs of the original open a tokenizer by it, and transformers 5 gives other ids for
+    spaces at the beginning of a text. All other tokenizers stay with transformers.
+    """
+    theirs = transformers.AutoTokenizer.from_pretrained
+    if hasattr(theirs, "__wrapped__"):
+        return
+
+    @functools.wraps(theirs)
+    def from_pretrained(path: Any, *args: Any, **options: Any) -> Any:  # noqa: ANN401
+        if not _is_sentencepiece_llama(path, options):
+            return theirs(path, *args, **options)
+        return PreTrainedTokenizer.from_pretrained(path, **{"use_fast": True, **options})
+
+    # A class of transformers: this is the one place that all programs ask.
+    setattr(transformers.AutoTokenizer, "from_pretrained", staticmethod(from_pretrained))  # noqa: B010
+
+
+def _is_sentencepiece_llama(path: str | os.PathLike[str], options: Mapping[str, Any]) -> bool:
+    if any(options.get(name) for name in ("cache_dir", "revision", "subfolder", "gguf_file")):
+        return False
+    try:
+        config = get_tokenizer_config(str(path))
+        found = cached_file(str(path), "tokenizer.model")
+    except (OSError, ValueError):  # transformers says it in its own words
+        return False
+    return found is not None and str(config.get("tokenizer_class")).startswith("LlamaTokenizer")

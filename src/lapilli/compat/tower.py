@@ -1,5 +1,6 @@
-"""Vision tower and projector of the original over transformers' tower and our projectors.
+"""Image processor, vision tower and projector of the original, over transformers and ours.
 
+CLIPImageProcessor               the one of transformers that works with Pillow, as the original's
 CLIPVisionTower                  pixels -> features of the selected layer, without gradients
   .vision_tower                  VisionModel: transformers' CLIP or SigLIP, parameters named
                                  vision_model.* in every release
@@ -7,13 +8,16 @@ build_vision_projector(config)   lapilli.modality.projector
 """
 
 # The types of transformers differ from release to release, and no release has all of them.
-# mypy: allow-untyped-calls, allow-subclassing-any, disable-error-code="arg-type"
+# mypy: allow-untyped-calls, allow-subclassing-any
+# mypy: disable-error-code="arg-type,override,misc,assignment"
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,14 +30,75 @@ from transformers import (
 from transformers.utils import logging
 
 from lapilli.checkpoint.source import find_directory
-from lapilli.checkpoint.write.llava import write_tower_config
-from lapilli.compat.foreign import Foreign
-from lapilli.compat.image_processor import CLIPImageProcessor
+from lapilli.checkpoint.write.llava import write_preprocessor_config, write_tower_config
+from lapilli.compat.device import present
+from lapilli.compat.utils import Foreign
 from lapilli.config.model import PixelConfig, ProjectorConfig, VisionConfig
 from lapilli.config.projector import parse_projector
 from lapilli.errors import ConfigError, MediaError
+from lapilli.modality.image.decode import as_rgb
 from lapilli.modality.projector import build_projector
 from lapilli.shapes import Float, Tensor
+
+try:  # transformers calls it by another name since it has one for torchvision as well
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Base
+except ImportError:
+    from transformers.models.clip.image_processing_clip import CLIPImageProcessor as Base
+
+
+class CLIPImageProcessor(Base):
+    """Image processor of one tile per picture; its options are those of transformers."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(**options)
+        # As programs for the original read them, and as its preprocessor_config.json has them.
+        for name in ("size", "crop_size"):
+            sizes = dict(getattr(self, name))
+            setattr(self, name, {key: value for key, value in sizes.items() if value is not None})
+        self.image_mean, self.image_std = list(self.image_mean), list(self.image_std)
+
+    @classmethod
+    def of(cls, pixels: PixelConfig) -> "CLIPImageProcessor":
+        """Return the processor of a vision tower that lapilli has read."""
+        written = write_preprocessor_config(pixels)
+        written.pop("image_processor_type")
+        return cls(**written)
+
+    def preprocess(self, images: Any, *args: Any, **options: Any) -> Any:  # noqa: ANN401
+        """Return `pixel_values` of one picture or of a list of them.
+
+        Raises:
+            MediaError: no pictures, or one that the original cannot read either (quirk 15).
+        """
+        listed = list(images) if isinstance(images, Sequence) else [images]
+        if not listed:
+            raise MediaError("no pictures to preprocess: the list is empty")
+        shown = [_as_it_is_seen(one) for one in listed]
+        return super().preprocess(shown, *args, **options)
+
+
+def _as_it_is_seen(image: Any) -> Any:  # noqa: ANN401
+    """Return the picture that the original's processor works on.
+
+    Note: later releases lay a transparent picture on white, the original drops the transparency.
+        Quirk 15: the processor takes an array whose first axis is 1 or 3 for channel-first, so a
+        picture 3 pixels high is scrambled and one 1 pixel high has one channel and is refused.
+    """
+    if not isinstance(image, Image.Image):
+        return image
+    image = as_rgb(image)
+    if "transparency" in image.info:
+        image = image.copy()
+        del image.info["transparency"]
+    if image.height not in (1, 3):
+        return image
+    if image.height == 1:
+        raise MediaError(
+            f"a picture of {image.width}x1 pixels: the original takes its only row for its only "
+            "channel and fails; lapilli's own API reads it"
+        )
+    values = np.asarray(image).transpose(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(values))
 
 
 def filled(kind: Any, config: Foreign, state: Mapping[str, Tensor]) -> Foreign:  # noqa: ANN401
@@ -49,7 +114,7 @@ def filled(kind: Any, config: Foreign, state: Mapping[str, Tensor]) -> Foreign: 
 
 
 class VisionModel(PreTrainedModel):
-    """The tower of transformers under the parameter names of published checkpoints.
+    """Tower of transformers under the parameter names of published checkpoints.
 
     Releases up to 5.0 have `vision_model` inside of CLIPVisionModel, later ones have not.
     """
@@ -83,7 +148,7 @@ def vision_config(vision: VisionConfig) -> Foreign:
 
 
 class CLIPVisionTower(nn.Module):
-    """Pixels -> features of the selected layer, always without gradients.
+    """Vision tower: pixels -> features of the selected layer, always without gradients.
 
     Args:
         vision_tower: a directory or a hub id.
@@ -107,7 +172,7 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def source(self) -> str:
-        """Where the tower is: a directory, or the hub id that it was named by."""
+        """Return where the tower is: a directory, or the hub id that it was named by."""
         found = find_directory(self.vision_tower_name, beside=(self.beside,))
         return str(found or self.vision_tower_name)
 
@@ -123,8 +188,8 @@ class CLIPVisionTower(nn.Module):
         if not hasattr(self, "vision_tower"):
             config = self._published_config()
             kind = SiglipVisionModel if "siglip" in config.model_type else CLIPVisionModel
-            placed = {} if device_map in (None, "auto") else {"device_map": device_map}
-            read = kind.from_pretrained(self.source, config=config, **placed)
+            placed = {} if device_map in (None, "auto") else {"device_map": present(device_map)}
+            read = kind.from_pretrained(self.source, config=config, dtype=torch.float32, **placed)
             self.adopt(config, read.state_dict())
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
@@ -173,23 +238,24 @@ class CLIPVisionTower(nn.Module):
     ) -> Tensor | list[Tensor]:
         """Return features [N, patches, width]; of a list, one [1, patches, width] per picture.
 
-        Note: pixels of another floating type are cast to the tower's, and the features are not
-            cast back: the projector has the type of the tower here. The original wants pixels of
-            the type of its projector and fails otherwise.
+        Note: the features have the type of the pixels, as in the original, where that is the wider
+            one. The original returns half features of half pixels from a float32 tower as well,
+            which its float32 projector cannot take.
 
         Raises:
             MediaError: pixels of another size than the tower's.
         """
         if not isinstance(images, Tensor):
-            return [self.forward(image[None]) for image in images]  # type: ignore[misc]
+            return [self.forward(image[None]) for image in images]
         side = self.config.image_size
         if tuple(images.shape[-2:]) != (side, side):
             raise MediaError(
                 f"pixels of {images.shape[-2]}x{images.shape[-1]}: the tower takes {side}x{side}; "
                 "process_images() makes them so"
             )
-        pixels = images.to(self.device, self.dtype)
-        return self._selected(self._hidden_state(pixels))
+        features = self._selected(self._hidden_state(images.to(self.device, self.dtype)))
+        wider = torch.promote_types(images.dtype, self.dtype) == images.dtype
+        return features.to(images.dtype) if wider else features
 
     def _hidden_state(self, pixels: Float[Tensor, "N C H W"]) -> Tensor:
         """Return the selected hidden state, by a hook of our own.
@@ -212,14 +278,14 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def config(self) -> Foreign:
-        """Sizes of the tower, before it is loaded too."""
+        """Return the sizes of the tower, before it is loaded too."""
         return (
             self.vision_tower.config if hasattr(self, "vision_tower") else self._published_config()
         )
 
     @property
     def vision(self) -> VisionConfig:
-        """Our description of the tower."""
+        """Return our description of the tower."""
         config = self.config
         return VisionConfig(
             image_size=config.image_size,
@@ -235,32 +301,32 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating type of the weights."""
+        """Return the floating type of the weights."""
         return self.vision_tower.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return where the weights are."""
         return self.vision_tower.device
 
     @property
     def dummy_feature(self) -> Float[Tensor, "1 E"]:
-        """Zeros of one feature."""
+        """Return zeros of one feature."""
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
 
     @property
     def hidden_size(self) -> int:
-        """Width of a feature."""
+        """Return the width of a feature."""
         return int(self.config.hidden_size)
 
     @property
     def num_patches_per_side(self) -> int:
-        """Patches in one row of a tile."""
+        """Return the number of patches in one row of a tile."""
         return int(self.config.image_size // self.config.patch_size)
 
     @property
     def num_patches(self) -> int:
-        """Patches of a tile; a kept class token is not counted, as in the original."""
+        """Return the number of patches of a tile, without a kept class token as in the original."""
         return self.num_patches_per_side**2
 
 

@@ -1,4 +1,4 @@
-"""The training program of the original (llava.train.train): its options as a recipe for lapilli.
+"""Training program of the original (llava.train.train): its options as a recipe for lapilli.
 
     options --recipe_of--> Recipe --launch--> output_dir/.lapilli --save--> the original's files
 
@@ -7,47 +7,45 @@ python -m lapilli.compat -m llava.train.train --model_name_or_path BASE --vision
 Steps, data and state are lapilli.train's. A run that was killed goes on with the same command.
 """
 
-import json
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import HfArgumentParser
 
 from lapilli.checkpoint.formats.files import RESULTS, read_json
 from lapilli.checkpoint.source import resolve
+from lapilli.checkpoint.write.files import write_json
+from lapilli.compat.arguments import (
+    Arguments,
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+    recipe_of,
+    template_of,
+)
 from lapilli.compat.builder import wrap_loaded
-from lapilli.compat.foreign import Foreign
-from lapilli.compat.llava_arch import average_new_rows
 from lapilli.compat.tower import build_vision_projector
-from lapilli.compat.training_data import (
+from lapilli.compat.trainer import (
     DataCollatorForSupervisedDataset,
     LazySupervisedDataset,
+    find_all_linear_names,
     make_supervised_data_module,
     preprocess,
     preprocess_multimodal,
+    safe_save_model_for_hf_trainer,
+    smart_tokenizer_and_embedding_resize,
 )
-from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
+from lapilli.errors import CheckpointError, ConfigError
 from lapilli.prompt.choose import RECORD_KEY
-from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
 from lapilli.train.distributed import joined, rank_info_of
 from lapilli.train.launch import launch
-from lapilli.train.recipe import (
-    DataRecipe,
-    LoraRecipe,
-    ModelRecipe,
-    OptimRecipe,
-    Recipe,
-    RunRecipe,
-    Sharding,
-    SourceRecipe,
-)
 from lapilli.train.task import TrainingTask
 from lapilli.train.trainer.loop import number_of_steps
 from lapilli.train.trainer.metrics import RunLog
@@ -69,145 +67,12 @@ __all__ = [
 ]
 
 EMBEDDINGS = "model.embed_tokens.weight"
-SCHEDULES = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-}
-
-
-@dataclass(kw_only=True)
-class ModelArguments:
-    """What is trained, with the original's defaults."""
-
-    model_name_or_path: str = "facebook/opt-125m"
-    version: str = "v0"
-    freeze_backbone: bool = False
-    tune_mm_mlp_adapter: bool = False
-    vision_tower: str | None = None
-    mm_vision_select_layer: int = -1
-    pretrain_mm_mlp_adapter: str | None = None
-    mm_projector_type: str = "linear"
-    mm_use_im_start_end: bool = False
-    mm_use_im_patch_token: bool = True
-    mm_patch_merge_type: str = "flat"
-    mm_vision_select_feature: str = "patch"
-
-
-@dataclass(kw_only=True)
-class DataArguments:
-    """What is learned from."""
-
-    data_path: str | None = None
-    lazy_preprocess: bool = False
-    is_multimodal: bool = False
-    image_folder: str | None = None
-    image_aspect_ratio: str = "square"
-
-
-@dataclass(kw_only=True)
-class TrainingArguments:
-    """How it is trained: the original's options, and those of transformers that scripts give.
-
-    Attributes:
-        deepspeed: a file named zero3 shares weights and moments among the processes, as FSDP.
-        lazy_preprocess, tf32, run_name, ...: say nothing about the result and are not read.
-    """
-
-    output_dir: str = ""
-    cache_dir: str | None = None
-    optim: str = "adamw_torch"
-    remove_unused_columns: bool = False
-    freeze_mm_mlp_adapter: bool = False
-    mpt_attn_impl: str | None = "triton"
-    model_max_length: int = 512
-    double_quant: bool = True
-    quant_type: str = "nf4"
-    bits: int = 16
-    lora_enable: bool = False
-    lora_r: int = 64
-    lora_alpha: int = 16
-    lora_dropout: float = 0.05
-    lora_weight_path: str = ""
-    lora_bias: str = "none"
-    mm_projector_lr: float | None = None
-    group_by_modality_length: bool = False
-    bf16: bool = False
-    fp16: bool = False
-    tf32: bool | None = None
-    bf16_full_eval: bool = False
-    max_steps: int = -1
-    num_train_epochs: float = 3.0
-    per_device_train_batch_size: int = 8
-    per_device_eval_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    learning_rate: float = 5e-5
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.0
-    warmup_steps: int = 0
-    lr_scheduler_type: str = "linear"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    seed: int = 42
-    save_steps: int = 500
-    save_strategy: str = "steps"
-    save_total_limit: int | None = None
-    logging_steps: int = 500
-    evaluation_strategy: str = "no"
-    eval_steps: int | None = None
-    dataloader_num_workers: int = 0
-    ddp_find_unused_parameters: bool | None = None
-    deepspeed: str | None = None
-    local_rank: int = -1
-    report_to: str = "none"
-    run_name: str | None = None
-
-
-Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
-
-
-class _Parser(HfArgumentParser):
-    """transformers' reading of options, with an error that can be caught."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"training options: {message}")
-
-
-def parse_arguments(arguments: Sequence[str]) -> Arguments:
-    """Read options written as `--name value`, `--name=value` or, for a switch, `--name` alone.
-
-    Raises:
-        ConfigError: an unknown option, a value that is none of its option, or one that is missing.
-        UnsupportedModelError: a way of training that lapilli does not have.
-    """
-    kinds: Any = (ModelArguments, DataArguments, TrainingArguments)
-    parser: Any = _Parser(kinds)
-    model, data, training, unknown = parser.parse_args_into_dataclasses(
-        args=list(arguments), return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise ConfigError(f"unknown training option {unknown[0]!r}")
-    given = {**vars(model), **vars(data), **vars(training)}
-    for name in ("model_name_or_path", "data_path", "output_dir", "vision_tower"):
-        if given[name] in (None, "", "None"):
-            raise ConfigError(f"--{name} is missing: the training program needs it")
-    allowed = {
-        "bits": (16, 4) if training.lora_enable else (16,),
-        "lora_bias": ("none",),
-        "fp16": (False,),
-        "optim": ("adamw_torch", "adamw_torch_fused", "adamw_hf"),
-        "lr_scheduler_type": tuple(SCHEDULES),
-    }
-    for name, values in allowed.items():
-        if given[name] not in values:
-            raise UnsupportedModelError(
-                f"--{name} {given[name]}: lapilli trains with {' or '.join(map(str, values))} only"
-            )
-    return model, data, training
+RECORDED = (
+    *("mm_projector_type", "mm_projector_lr", "mm_vision_select_layer", "mm_vision_select_feature"),
+    *("mm_patch_merge_type", "image_aspect_ratio", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter"),
+    *("mm_use_im_start_end", "mm_use_im_patch_token"),
+)
+"""Options that config.json has by the same names."""
 
 
 def train(
@@ -234,93 +99,17 @@ def train(
     output = Path(training.output_dir)
     folder = output / ".lapilli"
     config = starting_config(parsed)
-    shares: Sharding = "fsdp" if "zero3" in (training.deepspeed or "") else "ddp"
-    with joined(rank_info_of(os.environ), sharding=shares, device="auto") as parallel:
+    recipe = recipe_of(parsed, folder / "start", config)
+    ranks = rank_info_of(os.environ)
+    with joined(ranks, sharding=recipe.run.sharding, device="auto") as parallel:
         if parallel.is_main_process and not (folder / "start").exists():
             stage(folder / "start", parsed, config)
         parallel.wait()
-        recipe = recipe_of(parsed, folder / "start", config)
         task = launch(recipe, folder, parallel=parallel, echo=parallel.is_main_process)
         if parallel.is_main_process:
             _save(task, parsed, config, folder)
             shutil.rmtree(folder)
         parallel.wait()
-
-
-def recipe_of(parsed: Arguments, start: Path, config: Mapping[str, Any]) -> Recipe:
-    """Return the recipe that says what the options say.
-
-    Source: LLaVA train.py: the tower rests; with a LoRA the adapters and the projector are trained,
-        with tune_mm_mlp_adapter the projector, with freeze_backbone all but the stack under the
-        head.
-    """
-    model, data, training = parsed
-    stack = "transformer" if config["model_type"] == "llava_mpt" else "model"
-    frozen = {
-        f"language_model.{stack}.": model.freeze_backbone and not training.lora_enable,
-        "modalities.image.projector.": training.freeze_mm_mlp_adapter,
-    }
-    lora = LoraRecipe(
-        rank=training.lora_r,
-        alpha=float(training.lora_alpha),
-        dropout=training.lora_dropout,
-        base="nf4" if training.bits == 4 else "float",
-        double_quant=training.bits == 4 and training.double_quant,
-    )
-    reports = training.report_to.replace("all", "tensorboard,wandb").split(",")
-    return Recipe(
-        stage="align" if model.tune_mm_mlp_adapter else "instruct",
-        model=ModelRecipe(
-            checkpoint=str(start), freeze=tuple(name for name, rests in frozen.items() if rests)
-        ),
-        optim=OptimRecipe(
-            lr=training.learning_rate,
-            projector_lr=training.mm_projector_lr,
-            betas=(training.adam_beta1, training.adam_beta2),
-            eps=training.adam_epsilon,
-            weight_decay=training.weight_decay,
-            schedule=SCHEDULES[training.lr_scheduler_type],  # type: ignore[arg-type]
-            warmup_steps=training.warmup_steps,
-            warmup_ratio=training.warmup_ratio,
-            max_grad_norm=training.max_grad_norm,
-        ),
-        run=RunRecipe(
-            batch_size=training.per_device_train_batch_size,
-            steps=max(training.max_steps, 0),
-            epochs=training.num_train_epochs,
-            gradient_accumulation_steps=training.gradient_accumulation_steps * _num_processes(),
-            precision="bfloat16" if training.bf16 else "float32",
-            reduction="llava",
-            seed=training.seed,
-            log_every=1,
-            save_every=training.save_steps,
-            gradient_checkpointing=training.gradient_checkpointing,
-            sharding="fsdp" if "zero3" in (training.deepspeed or "") else "ddp",
-            workers=training.dataloader_num_workers,
-            loggers=tuple(name for name in ("tensorboard", "wandb") if name in reports),
-            plot=False,
-        ),
-        data=DataRecipe(
-            sources=(SourceRecipe(path=str(data.data_path), images=data.image_folder),),
-            template=template_of(model.version),
-            max_length=training.model_max_length,
-            group="modality" if training.group_by_modality_length else "none",
-        ),
-        lora=lora if training.lora_enable else None,
-    )
-
-
-def _num_processes() -> int:
-    rank_info = rank_info_of(os.environ)
-    return 1 if rank_info is None else rank_info.size
-
-
-def template_of(version: str) -> str:
-    """Return the name of the conversation template of a `--version`.
-
-    Source: LLaVA train.py: v0 and v0.5 leave the default, and unknown names take it without a word.
-    """
-    return version if version in TEMPLATES and version not in ("v0", "v0.5") else DEFAULT_TEMPLATE
 
 
 def starting_config(parsed: Arguments) -> dict[str, Any]:
@@ -339,6 +128,7 @@ def starting_config(parsed: Arguments) -> dict[str, Any]:
     vision = read_json(tower / "config.json")
     sizes: Any = vision.get("vision_config", vision)
     named = {} if "plain" in model.version else {RECORD_KEY: template_of(model.version)}
+    given = {**vars(model), **vars(data), **vars(training)}
     return {
         **raw,
         "_name_or_path": str(base),
@@ -346,19 +136,10 @@ def starting_config(parsed: Arguments) -> dict[str, Any]:
         "mm_vision_tower": str(tower),
         "use_mm_proj": True,
         "mm_hidden_size": sizes["hidden_size"],
-        "mm_projector_type": model.mm_projector_type,
-        "mm_vision_select_layer": model.mm_vision_select_layer,
-        "mm_vision_select_feature": model.mm_vision_select_feature,
-        "mm_patch_merge_type": model.mm_patch_merge_type,
-        "image_aspect_ratio": data.image_aspect_ratio,
         "tokenizer_padding_side": "right",
         "tokenizer_model_max_length": training.model_max_length,
-        "tune_mm_mlp_adapter": model.tune_mm_mlp_adapter,
-        "freeze_mm_mlp_adapter": training.freeze_mm_mlp_adapter,
-        "mm_use_im_start_end": model.mm_use_im_start_end,
-        "mm_use_im_patch_token": model.mm_use_im_patch_token,
-        "mm_projector_lr": training.mm_projector_lr,
         "use_cache": True,
+        **{name: given[name] for name in RECORDED},
         **named,
     }
 
@@ -374,7 +155,7 @@ def stage(folder: Path, parsed: Arguments, config: Mapping[str, Any]) -> None:
     torch.manual_seed(training.seed)
     if model.pretrain_mm_mlp_adapter in (None, "None"):
         sizes = {"hidden_size": config.get("hidden_size", config.get("d_model"))} | dict(config)
-        projector = build_vision_projector(_Attributes(sizes))
+        projector = build_vision_projector(SimpleNamespace(**sizes))
         weights = {f"model.mm_projector.{k}": v for k, v in projector.state_dict().items()}
     else:
         path = Path(str(model.pretrain_mm_mlp_adapter))
@@ -384,15 +165,10 @@ def stage(folder: Path, parsed: Arguments, config: Mapping[str, Any]) -> None:
         if model.mm_use_im_start_end and EMBEDDINGS not in weights:
             raise KeyError(EMBEDDINGS)
     folder.mkdir(parents=True)
-    _write(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     torch.save(
         {name: tensor.clone() for name, tensor in weights.items()}, folder / "mm_projector.bin"
     )
-
-
-class _Attributes:
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.__dict__.update(values)
 
 
 def _save(task: TrainingTask, parsed: Arguments, config: dict[str, Any], folder: Path) -> None:
@@ -407,7 +183,7 @@ def _save(task: TrainingTask, parsed: Arguments, config: dict[str, Any], folder:
         for name in ("adapter_model.safetensors", "non_lora_trainables.bin", "README.md"):
             shutil.copyfile(results / name, output / name)
         written = read_json(results / "adapter_config.json")
-        _write(output / "adapter_config.json", peft_defaults(written, model.model_name_or_path))
+        write_json(output / "adapter_config.json", peft_defaults(written, model.model_name_or_path))
     elif model.tune_mm_mlp_adapter:
         shutil.copyfile(results / "mm_projector.bin", output / "mm_projector.bin")
     else:
@@ -418,8 +194,8 @@ def _save(task: TrainingTask, parsed: Arguments, config: dict[str, Any], folder:
         tokenizer.padding_side, tokenizer.model_max_length = "right", training.model_max_length
         tokenizer.save_pretrained(output)
         config |= {"architectures": [type(whole).__name__], "torch_dtype": "float32"}
-    _write(output / "config.json", config)
-    _write(output / "trainer_state.json", _state(task, folder))
+    write_json(output / "config.json", config)
+    write_json(output / "trainer_state.json", _state(task, folder))
 
 
 def peft_defaults(written: Mapping[str, Any], base: str) -> dict[str, Any]:
@@ -456,48 +232,6 @@ def _state(task: TrainingTask, folder: Path) -> dict[str, Any]:
     return {"global_step": steps, "max_steps": steps, "log_history": history}
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def find_all_linear_names(model: nn.Module) -> list[str]:
-    """Return the last parts of the names of the layers that a LoRA is laid beside.
-
-    Source: LLaVA train.py.
-    """
-    beside = ("mm_projector", "vision_tower", "vision_resampler")
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(word in name for word in beside)
-    }
-    return sorted(names - {"lm_head"})
-
-
-def smart_tokenizer_and_embedding_resize(
-    special_tokens_dict: Mapping[str, Any], tokenizer: Foreign, model: Foreign
-) -> None:
-    """Add special tokens, and let their embeddings begin as the mean of all others."""
-    new = tokenizer.add_special_tokens(dict(special_tokens_dict))
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    average_new_rows(model, new)
-
-
-def safe_save_model_for_hf_trainer(trainer: Foreign, output_dir: str) -> None:
-    """Save what a trainer of transformers has trained: the projector alone, or the whole model."""
-    folder = Path(output_dir)
-    state = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
-    if not getattr(trainer.args, "tune_mm_mlp_adapter", False):
-        trainer._save(output_dir, state_dict=state)
-        return
-    keys: tuple[str, ...] = ("mm_projector", "vision_resampler")
-    if getattr(trainer.args, "use_im_start_end", False):
-        keys = (*keys, "embed_tokens", "embed_in")
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer.model.config.save_pretrained(folder)
-    kept = {name: value for name, value in state.items() if any(key in name for key in keys)}
-    torch.save(kept, folder / "mm_projector.bin")
-
-
-if __name__ == "__main__":
+def run(_: str) -> None:
+    """Train with the options of the command line."""
     train()

@@ -6,9 +6,11 @@ import os
 import sys
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any, TypeAlias
 from urllib.request import Request, urlopen
 
-from lapilli.compat.foreign import Foreign
+Foreign: TypeAlias = Any
+"""Anything that a program brings: an argument namespace, a configuration, a tensor of any kind."""
 
 server_error_msg = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
 moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE TRY AGAIN."

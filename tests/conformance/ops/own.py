@@ -14,6 +14,7 @@ from PIL import Image
 
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.config.generation import SamplingParams
+from lapilli.config.llava import parse_pinpoints
 from lapilli.config.model import ImageConfig, PixelConfig, VisionConfig
 from lapilli.config.projector import tile_features
 from lapilli.errors import LapilliError
@@ -151,10 +152,8 @@ def vision(case: Case, workshop: Workshop, check: Check) -> None:
 
 
 def geometry(case: Case, workshop: Workshop, check: Check) -> None:
-    from lapilli.compat.mm_utils import read_pinpoints
-
     tile = case.given["tile"]
-    sizes = tuple(ImageSize(h, w) for w, h in read_pinpoints(case.given["pinpoints"]))
+    sizes = parse_pinpoints(case.given["pinpoints"], width_first=True)
     pixels = PixelConfig(crop_size=ImageSize(tile, tile), shortest_edge=tile)
     config = ImageConfig(pixels=pixels, aspect="anyres", merge="spatial_unpad", pinpoints=sizes)
     tower = VisionConfig(

@@ -56,7 +56,7 @@ def _jpeg(check: Check, what: str, found: Any, expected: Any) -> None:
 
 def picture_processor(crop: int) -> Any:
     """The image processor of a CLIP tower of `crop` pixels."""
-    from lapilli.compat.image_processor import CLIPImageProcessor
+    from lapilli.compat.tower import CLIPImageProcessor
 
     return CLIPImageProcessor(
         size={"shortest_edge": crop}, crop_size={"height": crop, "width": crop}
