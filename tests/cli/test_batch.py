@@ -315,7 +315,7 @@ def test_outputs_that_cannot_be(lapilli, checkpoint, tmp_path):
     (tmp_path / "link").symlink_to(source)
     expected = {
         "nowhere/out.jsonl": "No such file or directory",
-        ".": "Is a directory",
+        ".": "is a folder: name a file for the answers",
         "in.jsonl": "is the input: name another file",
         "link": "is the input: name another file",
         "pipe": "is a pipe that nobody reads",
@@ -325,6 +325,11 @@ def test_outputs_that_cannot_be(lapilli, checkpoint, tmp_path):
         assert done.returncode == 2, name
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
+    done = lapilli("batch", str(source), "", "--model", checkpoint, *FEW)  # an unset variable
+    assert (done.returncode, done.stderr) == (
+        2,
+        "lapilli: . is a folder: name a file for the answers\n",
+    )
     assert source.read_text() == '{"question": "a"}\n'
 
 

@@ -40,6 +40,18 @@ def test_reset_forgets(lapilli: Run, checkpoint: str, tmp_path: Path) -> None:
     assert json.loads(saved.read_text("utf-8"))[0]["text"] == "Who?"
 
 
+def test_saving_replaces_conversations_and_nothing_else(
+    lapilli: Run, checkpoint: str, tmp_path: Path
+) -> None:
+    saved, other = tmp_path / "talk.json", tmp_path / "other.json"
+    other.write_text('[{"role": "user", "text": "mine", "more": 1}]')
+    lines = ["Hello?", f"/save {saved}", "Who?", f"/save {saved}", f"/save {other}"]
+    done = lapilli("chat", "--model", checkpoint, *OPTIONS, input="\n".join(lines) + "\n")
+    assert len(json.loads(saved.read_text("utf-8"))) == 4
+    assert f"{other} is no saved conversation: name another file" in done.stderr
+    assert json.loads(other.read_text("utf-8"))[0]["text"] == "mine"
+
+
 def test_mistakes_do_not_end_the_conversation(lapilli: Run, checkpoint: str) -> None:
     lines = ["/image nowhere.png", "/dance", "Hello?"]
     done = lapilli("chat", "--model", checkpoint, *OPTIONS, input="\n".join(lines) + "\n")

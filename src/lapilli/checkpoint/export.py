@@ -10,7 +10,7 @@ from lapilli.checkpoint.out_of_distribution import detector_files
 from lapilli.checkpoint.placement import DTYPES, STORED
 from lapilli.checkpoint.read.assemble import Progress
 from lapilli.checkpoint.read.plan import make_plan
-from lapilli.checkpoint.write.files import common_dtypes, dtype_name
+from lapilli.checkpoint.write.files import check_target, common_dtypes, dtype_name
 from lapilli.checkpoint.write.huggingface import check_hf_layout, save_hf
 from lapilli.checkpoint.write.llava import check_llava_layout, save_llava
 from lapilli.config.model import ModelConfig
@@ -43,7 +43,7 @@ def export_checkpoint(
         template: name of the conversation template to record; None: the checkpoint's own.
         base: the language model under a LoRA or a projector.
         adapter: a PEFT adapter to merge.
-        overwrite: replace a directory that is there.
+        overwrite: replace a checkpoint that is there.
         progress: see `load_checkpoint`.
 
     Raises:
@@ -54,6 +54,7 @@ def export_checkpoint(
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r} is unknown: choose from {', '.join(LAYOUTS)}")
+    check_target(target, overwrite=overwrite)
     plan = make_plan(source, base=base, adapter=adapter)
     if stored_quantization(plan.weights_raw) is not None:
         raise ConfigError(f"{plan.path} is quantized: export the checkpoint that it was made from")

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save_file
 
 from lapilli.checkpoint.formats.files import read_optional_json
 from lapilli.checkpoint.formats.weights import check_values, open_shard
+from lapilli.checkpoint.write.files import write_safetensors
 from lapilli.config.reader import JsonObject, KeyReader
 from lapilli.errors import CheckpointError
 from lapilli.modality.image.image import ImageModality
@@ -143,7 +143,7 @@ def save_detector(detector: Detector, folder: Path) -> None:
         said["unsure_below"] = detector.unsure_below
     (folder / "world.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     tensors = {"mean": detector.mean, "whitening": detector.whitening}
-    save_file(tensors, folder / "world.safetensors")
+    write_safetensors(folder / "world.safetensors", tensors)
 
 
 def detector_files(folder: Path) -> dict[str, bytes]:

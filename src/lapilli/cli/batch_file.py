@@ -177,11 +177,13 @@ class AnswerFile(AbstractContextManager["AnswerFile"]):
 
     Raises:
         PromptError: the file holds something else than answers, another process writes it, it is
-            the input, or a pipe that nobody reads.
+            a folder, the input, or a pipe that nobody reads.
         OSError: it cannot be read or written.
     """
 
     def __init__(self, path: Path, lines: Iterable[Line], *, source: Path) -> None:
+        if path.is_dir():
+            raise PromptError(f"{path} is a folder: name a file for the answers")
         self.path = path
         self.old = path.with_name(f"{path.name}.old")
         self.done: frozenset[int] = frozenset()

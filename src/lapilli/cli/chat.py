@@ -13,7 +13,7 @@ import typer
 
 from lapilli.cli.ask import warn_of_answer, write_answer
 from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, ChatOptions, in_one_line, note
-from lapilli.errors import LapilliError
+from lapilli.errors import LapilliError, PromptError
 
 if TYPE_CHECKING:
     from lapilli.pipeline import Chat
@@ -109,8 +109,14 @@ class Conversation:
         note(HELP)
 
     def save(self, path: str) -> None:
-        """Write the conversation as JSON, roles and texts in order."""
+        """Write the conversation as JSON, roles and texts in order.
+
+        Raises:
+            PromptError: the file holds something else than a saved conversation.
+        """
         target = Path(path or "conversation.json").expanduser()
+        if target.exists() and not is_conversation(target):
+            raise PromptError(f"{target} is no saved conversation: name another file")
         turns = [{"role": turn.role, "text": turn.text} for turn in self.session.history]
         target.write_text(json.dumps(turns, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         note(f"{len(turns)} turns saved to {target}")
@@ -127,6 +133,17 @@ class Conversation:
         self.pictures.clear()
         if not self.quiet:
             warn_of_answer(self.session)
+
+
+def is_conversation(path: Path) -> bool:
+    """Return whether a file is empty or holds a conversation that `/save` wrote."""
+    try:
+        turns = json.loads(path.read_bytes() or b"[]")
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(turns, list) and all(
+        isinstance(turn, dict) and set(turn) == {"role", "text"} for turn in turns
+    )
 
 
 def _history_file() -> Path:

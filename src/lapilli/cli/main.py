@@ -1,6 +1,7 @@
 """The `lapilli` program: a table of commands. `lapilli --help` must not import torch."""
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -69,6 +70,7 @@ app = build_program(COMMANDS)
 def main() -> None:
     """Run the installed `lapilli` script: no traceback, whatever the streams are."""
     prepare_streams()
+    end_in_order()
     code = 0
     try:
         with plain_errors():
@@ -76,6 +78,17 @@ def main() -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     raise SystemExit(close_streams(code))
+
+
+def end_in_order() -> None:
+    """Let a signal that asks to end pass through what cleans up, as Ctrl-C does.
+
+    A folder that is half written is gigabytes that nobody would find.
+    """
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def prepare_streams() -> None:

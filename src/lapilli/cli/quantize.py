@@ -34,10 +34,12 @@ def quantize(
         from lapilli.checkpoint.export import save_loaded
         from lapilli.checkpoint.load import load_checkpoint
         from lapilli.checkpoint.placement import STORED
+        from lapilli.checkpoint.write.files import check_target
         from lapilli.quant import QuantConfig
         from lapilli.quant.config import describe
         from lapilli.quant.quantize import notes_on
 
+        check_target(target, overwrite=how.overwrite)
         config = QuantConfig(
             bits=bits,
             group_size=group_size,

@@ -28,8 +28,14 @@ from lapilli.checkpoint.read.directory import preprocessor_of
 from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.template import find_chat_template
 from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
-from lapilli.checkpoint.write.files import common_dtypes, write_json, write_pickled
-from lapilli.checkpoint.write.llava import TOWER_FOLDER, TowerPlace, save_llava, write_llava_config
+from lapilli.checkpoint.write.files import (
+    TOWER_FOLDER,
+    check_target,
+    common_dtypes,
+    write_json,
+    write_pickled,
+)
+from lapilli.checkpoint.write.llava import TowerPlace, save_llava, write_llava_config
 from lapilli.config.families import family_of
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import is_hf_llava, is_original, parse_config
@@ -142,6 +148,7 @@ def build_llava(
         raise ConfigError(f"dtype {dtype!r} is unknown: choose from {', '.join(DTYPES)}")
     if tower not in (None, *get_args(TowerPlace)):
         raise ConfigError(f"tower {tower!r}: choose from {', '.join(get_args(TowerPlace))}")
+    check_target(out, overwrite=overwrite)
     base, eyes = resolve(language), _tower_of(resolve(vision))
     raw = read_json(base / "config.json")
     _check_base(raw, base)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from lapilli.checkpoint.keymaps import ORIGINAL, PROJECTOR
 from lapilli.checkpoint.write import files
 from lapilli.checkpoint.write.files import (
     Deferred,
+    check_target,
     new_directory,
+    write_json,
     write_pickled,
     write_safetensors,
     write_weights,
@@ -76,6 +79,90 @@ def test_killed_while_saving_one_version_is_whole(tmp_path):
 def saved(path, value):
     with new_directory(path, overwrite=True) as folder:
         write_weights(folder, {"t": torch.full((100_000,), value)})
+        write_json(folder / "config.json", {})
+
+
+@pytest.mark.parametrize(
+    ("inside", "found"),
+    [
+        (["notes.txt"], "no adapter_config.json or config.json"),
+        (["config.json", "runs/source/config.json"], "a folder 'runs'"),
+    ],
+)
+def test_only_a_checkpoint_is_overwritten(tmp_path, inside, found):
+    for name in inside:
+        (tmp_path / "there" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "there" / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"there is {found} in it"):
+        saved(tmp_path / "there", 1.0)
+    assert all((tmp_path / "there" / name).read_text() == "{}" for name in inside)
+
+
+def test_a_checkpoint_with_a_tower_beside_is_overwritten(tmp_path):
+    saved(tmp_path / "there", 1.0)
+    (tmp_path / "there" / "vision_tower").mkdir()
+    saved(tmp_path / "there", 2.0)
+    assert load_file(tmp_path / "there" / "model.safetensors")["t"].unique().tolist() == [2.0]
+
+
+def test_the_folder_that_a_link_leads_to_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name, target in (("full", "disk"), ("dangling", "disk/new"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(target)
+    saved(tmp_path / "dangling", 1.0)
+    assert (tmp_path / "dangling").is_symlink()
+    assert (tmp_path / "disk" / "new" / "model.safetensors").exists()
+    with pytest.raises(CheckpointError, match="a folder 'new' in it"):
+        saved(tmp_path / "full", 1.0)
+    saved(tmp_path / "disk" / "new", 2.0)
+    with pytest.raises(CheckpointError, match="loop"):
+        saved(tmp_path / "loop", 1.0)
+
+
+def test_what_cannot_be_replaced_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CheckpointError, match="file is no folder"):
+        check_target(tmp_path / "file", overwrite=True)
+    for path in (Path(), Path(".."), tmp_path):
+        with pytest.raises(CheckpointError, match="holds the working directory"):
+            check_target(path, overwrite=True)
+
+
+ENDED = """
+import sys, time
+from pathlib import Path
+from lapilli.checkpoint.write.files import new_directory
+from lapilli.cli.main import end_in_order
+
+end_in_order()
+with new_directory(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_end_leaves_nothing_half_written(tmp_path, number):
+    command = [sys.executable, "-c", ENDED, str(tmp_path / "results")]
+    pipe = subprocess.PIPE
+    # Where the tests run in the background some signals are ignored.
+    with subprocess.Popen(
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "writing\n"
+        writer.send_signal(number)
+        writer.communicate(timeout=60)
+    assert writer.returncode in (128 + number, -number)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_named_with_what_is_free(tmp_path):

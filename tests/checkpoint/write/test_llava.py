@@ -91,6 +91,10 @@ def test_a_directory_is_replaced_only_when_asked(golden, tmp_path):
     with pytest.raises(CheckpointError, match="llava is there already: choose another place"):
         save_llava(path, loaded.model, loaded.config)
     assert (path / "precious").read_text() == "keep"
+    with pytest.raises(CheckpointError, match="as it is no checkpoint alone"):
+        save_llava(path, loaded.model, loaded.config, overwrite=True)
+    assert (path / "precious").read_text() == "keep"
+    (path / "config.json").write_text("{}")  # now it is a checkpoint
     save_llava(path, loaded.model, loaded.config, overwrite=True)
     assert not (path / "precious").exists()
     assert [found.name for found in tmp_path.iterdir()] == ["llava"]

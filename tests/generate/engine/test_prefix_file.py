@@ -41,6 +41,23 @@ def saved(kind, tmp_path_factory):
     return path
 
 
+def test_a_prefix_replaces_files_and_nothing_else(tmp_path):
+    engine = new_engine("auto")
+    handle = engine.submit(request_of(PARTS))
+    while engine.step():
+        pass
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(CheckpointError, match="is no file that a prefix could replace"):
+            engine.save_prefix(place, handle.keys)
+    (tmp_path / "link").symlink_to("target")
+    for _ in range(2):  # the second time over the first
+        engine.save_prefix(tmp_path / "link", handle.keys)
+        assert (tmp_path / "link").is_symlink()
+        (tmp_path / "plain").touch()
+        assert (tmp_path / "target").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def content(path):
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -28,6 +28,8 @@ from lapilli.errors import CheckpointError
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TOWER_FOLDER = "vision_tower"  # the only folder inside of a checkpoint
+MARKS = {"config.json", "adapter_config.json"}  # of which every checkpoint has one
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 1 << 24  # elements of a tensor that are converted and written at once
@@ -58,15 +60,13 @@ Formats = torch.dtype | Mapping[str, torch.dtype] | None
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a folder beside `path` that replaces it once everything is on the disk.
 
-    A half-written folder of an earlier process is removed first.
+    A half-written folder of an earlier process is removed first. Where `path` is a link, the folder
+    that it leads to is replaced.
 
     Raises:
-        CheckpointError: `path` exists already, or the disk is full.
+        CheckpointError: see `check_target`, or the disk is full.
     """
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(
-            f"{path} is there already: choose another place, or overwrite it (--overwrite)"
-        )
+    path = check_target(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.parent / f".{path.name}.part"
     _remove(aside)
@@ -79,6 +79,47 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             _move_into_place(folder, path)
     finally:
         _remove(aside)
+
+
+def check_target(path: Path, *, overwrite: bool = False) -> Path:
+    """Return the place of a folder that is going to be written, links followed.
+
+    Args:
+        path: of the folder; nothing, an empty folder or, with `overwrite`, a checkpoint.
+        overwrite: replace what is there, if it is a checkpoint and nothing else: a folder may hold
+            things that nobody meant, the source of this very checkpoint for one.
+
+    Raises:
+        CheckpointError: something else is there.
+    """
+    try:
+        place = path.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise CheckpointError(f"{path} leads nowhere: {error}") from error
+    if not os.path.lexists(place):
+        return place
+    if Path.cwd().is_relative_to(place):
+        raise CheckpointError(
+            f"{path} holds the working directory, which cannot be replaced: give another folder"
+        )
+    inside = {item.name: item.is_dir() for item in place.iterdir()} if place.is_dir() else None
+    if inside == {}:
+        return place
+    if not overwrite:
+        raise CheckpointError(
+            f"{path} is there already: choose another place, or overwrite it (--overwrite)"
+        )
+    if inside is None:
+        raise CheckpointError(f"{path} is no folder: choose another place, or remove it first")
+    folders = {name for name, is_folder in inside.items() if is_folder}
+    foreign = sorted(folders - {TOWER_FOLDER})
+    if foreign or not MARKS & set(inside):
+        found = f"a folder {foreign[0]!r}" if foreign else f"no {' or '.join(sorted(MARKS))}"
+        raise CheckpointError(
+            f"{path} is not overwritten, as it is no checkpoint alone: there is {found} in it. "
+            "Choose another place, or remove it first"
+        )
+    return place
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from lapilli.checkpoint.template import written_template
 from lapilli.checkpoint.tokenizer import special_ids, write_beside
 from lapilli.checkpoint.write.files import (
     SHARD_BYTES,
+    TOWER_FOLDER,
     Formats,
     Stored,
     common_dtypes,
@@ -45,8 +46,6 @@ from lapilli.quant import QuantConfig
 from lapilli.quant.linear import QuantLinear
 
 TowerPlace = Literal["named", "inside", "beside"]
-
-TOWER_FOLDER = "vision_tower"
 
 
 def save_llava(

@@ -86,7 +86,8 @@ def write_prefix(
     """Write the cached positions of `keys` to a file; return their number.
 
     Raises:
-        CheckpointError: none of them is cached any more, or the file cannot be written.
+        CheckpointError: none of them is cached any more, something that is no file is at `path`,
+            or the file cannot be written.
     """
     store = pool.store
     blocks = [*known.blocks, *([] if known.tail is None else [known.tail[0]])]
@@ -108,8 +109,14 @@ def write_prefix(
         "keys": json.dumps([f"{key:x}" for key in keys[:length]]),
     }
     try:
-        save_file(tensors, path, metadata={**header, "digest": _digest(header, tensors)})
-    except (SafetensorError, OSError) as error:
+        place = path.resolve()  # a link stays one
+        if place.exists() and not place.is_file():
+            raise CheckpointError(f"{path} is no file that a prefix could replace: name another")
+        place.touch()
+        mode = place.stat().st_mode  # the library gives its file to the owner alone
+        save_file(tensors, place, metadata={**header, "digest": _digest(header, tensors)})
+        place.chmod(mode)
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: a link to itself
         raise CheckpointError(f"the prefix cannot be saved to {path} ({error})") from error
     return length
 
