@@ -15,7 +15,7 @@ from lapilli.train.distributed import (
     rank_info_of,
 )
 from lapilli.train.distributed.context import layers_of, shard
-from lapilli.train.distributed.heartbeat import is_network_error
+from lapilli.train.distributed.join import is_network_error
 from lapilli.train.trainer.loop import train
 from tests.model.conftest import build_tiny
 from tests.train import cluster

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from lapilli.errors import ConfigError
-from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
+from lapilli.train.distributed import ParallelContext
 from lapilli.train.recipe import RunRecipe
 from lapilli.train.trainer.contract import Loss, Task, TrainingError
 from lapilli.train.trainer.loop import number_of_steps, train
 from lapilli.train.trainer.metrics import RunLog
-from lapilli.train.trainer.step import StepContext, plain, take_step
+from lapilli.train.trainer.step import plain, take_step
 from tests.train.conftest import new_recipe, new_regression
 from tests.train.faults import new_noisy
 
@@ -50,8 +50,7 @@ def sum_of_steps(task, recipe, steps=3):
     records = []
     for step in range(steps):
         made = {m: task.batch(step, m) for m in range(recipe.run.gradient_accumulation_steps)}
-        moment = StepContext(step, SINGLE_PROCESS, lambda: False)
-        records.append(take_step(task, optimizer, recipe, made, at=moment))
+        records.append(take_step(task, optimizer, recipe, made, step=step))
     return records
 
 

@@ -39,14 +39,15 @@ def set_keys(recipe: TrainerRecipe) -> Iterator[str]:
         changed = [
             f"{section.name}.{field.name}"
             for field in dataclasses.fields(part)
-            if getattr(part, field.name) != _default(field)
+            if getattr(part, field.name) != default_value(field)
         ]
         if not changed and section.default is None:
             changed = [section.name]  # an optional section that is there as it is
         yield from changed
 
 
-def _default(field: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401  of any field
+def default_value(field: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401  of any field
+    """Return the default of a dataclass field; dataclasses.MISSING where it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from lapilli.errors import ConfigError, UnknownKeyError
 from lapilli.train.recipe import Recipe
-from lapilli.train.recipe.checks import check_idle_keys
+from lapilli.train.recipe.checks import check_idle_keys, default_value
 
 Section = TypeVar("Section")
 
@@ -104,15 +104,13 @@ def build_section(kind: type[Section], raw: Mapping[str, Any], where: str) -> Se
         meant = _meant(key)
         rest = f"did you mean {meant}?" if meant else f"expected one of {', '.join(fields)}"
         raise UnknownKeyError(f"recipe key {key} is unknown: {rest}")
-    missing = [
-        name
-        for name, item in fields.items()
-        if name not in raw
-        and item.default is dataclasses.MISSING
-        and item.default_factory is dataclasses.MISSING
-    ]
+    missing = [name for name in _required(kind) if name not in raw]
     if missing:
-        key = _first_key(hints[missing[0]], _join(where, missing[0]))
+        key = _join(where, missing[0])
+        if dataclasses.is_dataclass(
+            hints[missing[0]]
+        ):  # a section: its first key that has to be given
+            key = _join(key, next(_required(hints[missing[0]])))
         raise ConfigError(f"recipe key {key} is missing: add it")
     return kind(**{key: _value(hints[key], value, _join(where, key)) for key, value in raw.items()})
 
@@ -121,16 +119,11 @@ def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
-def _first_key(hint: Any, where: str) -> str:  # noqa: ANN401  any annotation
-    """The first key of a section that has to be given; the name itself where it is no section."""
-    if not dataclasses.is_dataclass(hint):
-        return where
-    needed = (
-        field.name
-        for field in dataclasses.fields(hint)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    )
-    return _join(where, next(needed))
+def _required(kind: Any) -> Iterator[str]:  # noqa: ANN401  a dataclass
+    """Yield the names of the fields that have no default."""
+    for field in dataclasses.fields(kind):
+        if default_value(field) is dataclasses.MISSING:
+            yield field.name
 
 
 def _meant(key: str) -> str | None:
@@ -259,14 +252,8 @@ def _table(value: Any, *, defaults: bool) -> Mapping[str, Any]:  # noqa: ANN401 
     return {
         name: one
         for name, (one, field) in found.items()
-        if one is not None and (defaults or one != _default(field))
+        if one is not None and (defaults or one != default_value(field))
     }
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:  # noqa: ANN401  of any field
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
 
 
 def _pairs(value: Any, *, defaults: bool) -> list[str]:  # noqa: ANN401  see _table

@@ -13,29 +13,26 @@ same weights. What is written last is the state: whatever a kill interrupts is d
 
 import math
 import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Final
+from types import FrameType
+from typing import Any, Final
 
 import torch
 
 from lapilli.errors import ConfigError
 from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
 from lapilli.train.recipe import RunRecipe, TrainerRecipe
-from lapilli.train.trainer.contract import (
-    Loss,
-    Task,
-    TrainingError,
-)
+from lapilli.train.trainer.contract import Loss, Task, TrainingError
 from lapilli.train.trainer.curves import LossWatch, advice, rise_record
 from lapilli.train.trainer.metrics import MetricsLogger, open_metrics_logger, peak_memory
 from lapilli.train.trainer.optim import Average, build_optimizer, lr_share, peak_lrs, set_lr
 from lapilli.train.trainer.prefetch import MakeBatch, batches
-from lapilli.train.trainer.signals import SignalHandler, Stopped
 from lapilli.train.trainer.state import (
     Best,
     RunState,
@@ -47,7 +44,6 @@ from lapilli.train.trainer.state import (
 )
 from lapilli.train.trainer.step import (
     NotFiniteError,
-    StepContext,
     StepRecord,
     device_of,
     precision,
@@ -58,6 +54,7 @@ from lapilli.train.trainer.step import (
 __all__ = ["Loss", "Stopped", "Task", "TrainingError", "number_of_steps", "train"]
 
 OnSave = Callable[[int], None]
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def train(
@@ -122,6 +119,44 @@ def train(
         average.put_into_model()
 
 
+class Stopped(SystemExit):
+    """A run that ends because a signal asked for it, with its state saved.
+
+    Attributes:
+        message: one line for a person.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(128 + number)  # as a shell reports it: POSIX.1-2017, Shell 2.8.2
+        self.message = message
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[signal.Signals]]:
+    """Note the first SIGTERM or SIGINT in the list that is yielded, instead of dying of it.
+
+    The second one does what it always did, so that nobody waits for a step that hangs. Outside of
+    the main thread nothing is caught: Python has no handlers there.
+    """
+    seen: list[signal.Signals] = []
+    earlier: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        while earlier:
+            signal.signal(*earlier.popitem())
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        seen.append(signal.Signals(number))
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        earlier |= {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield seen
+    finally:
+        restore()
+
+
 def number_of_steps(task: Task, run: RunRecipe) -> int:
     """Optimizer steps of a run; the last one of an epoch is filled from the next.
 
@@ -152,23 +187,6 @@ def _check(run: RunRecipe, parallel: ParallelContext) -> None:
 
 
 @dataclass(slots=True)
-class _Pace:
-    """Supervised things a second, of the steps alone: saving and evaluating do not count."""
-
-    count: int = 0
-    seconds: float = 0.0
-
-    def add(self, count: int, seconds: float) -> None:
-        self.count += count
-        self.seconds += seconds
-
-    def take(self) -> float:
-        speed = self.count / max(self.seconds, 1e-9)
-        self.count, self.seconds = 0, 0.0
-        return round(speed, 1)
-
-
-@dataclass(slots=True)
 class _Run:
     """The steps that are left, and what is written beside them."""
 
@@ -181,40 +199,42 @@ class _Run:
     logger: MetricsLogger
     on_save: OnSave | None
     losses: LossWatch
-    pace: _Pace = field(default_factory=_Pace)
     saved: Path | None = None
+    count: int = 0  # supervised things since the last line of the log, and the seconds of their
+    seconds: float = 0.0  # steps alone: saving and evaluating are not part of the speed
 
     def go(self) -> None:
         run, first = self.recipe.run, self.state.step
         own = self.parallel.micro_batches(run.gradient_accumulation_steps)
         places = ((step, micro) for step in range(first, self.steps) for micro in own)
         ahead = batches(self.task.batch, places, run.workers, describe=self._describe)
-        with SignalHandler() as watch, ahead as make:
+        with catch_signals() as seen, ahead as make:
             while self.state.step < self.steps:
                 started = time.monotonic()
-                record = self._step(make, watch)
-                self.pace.add(record.count, time.monotonic() - started)
+                record = self._step(make, lambda: bool(seen))
+                self.count += record.count
+                self.seconds += time.monotonic() - started
                 is_saved = self._write(record)
                 if record.stop:
                     if not is_saved:
                         self._save()
-                    raise self._stopped(watch.seen)
+                    raise self._stopped(seen)
 
     def _describe(self, step: int, micro: int) -> str:
         """The samples of a micro-batch, by place and id."""
         names = getattr(self.task, "names", None)
         return "" if names is None else ", ".join(names(step, micro))
 
-    def _stopped(self, seen: signal.Signals | None) -> Stopped:
-        """The end that was asked for: of this process, or of another one."""
-        asked = "a signal to another process" if seen is None else seen.name
+    def _stopped(self, seen: list[signal.Signals]) -> Stopped:
+        """Return the end that a signal to this process, or to another one, has asked for."""
+        asked = seen[0].name if seen else "a signal to another process"
         return Stopped(
-            seen or signal.SIGTERM,
+            seen[0] if seen else signal.SIGTERM,
             f"stopped by {asked} after step {self.state.step} of {self.steps}: the state is in "
             f"{self.saved}; the same command goes on from there",
         )
 
-    def _step(self, make: MakeBatch, watch: SignalHandler) -> StepRecord:
+    def _step(self, make: MakeBatch, asked_to_stop: Callable[[], bool]) -> StepRecord:
         step, optim = self.state.step, self.recipe.optim
         made = {
             micro: make(step, micro)
@@ -228,7 +248,9 @@ class _Run:
                 self.state.optimizer,
                 self.recipe,
                 made,
-                at=StepContext(step, self.parallel, watch.asked),
+                step=step,
+                parallel=self.parallel,
+                asked_to_stop=asked_to_stop,
             )
         except NotFiniteError as error:
             raise stopped_at(error, step, self.folder, self.parallel) from error
@@ -249,7 +271,9 @@ class _Run:
         memory = round(peak_memory(device_of(self.task.model)) / 2**30, 2)
         self.logger.tick({**metrics, "gib": memory}, record.count)
         if done % run.log_every == 0 or is_last:
-            self.logger.write({**metrics, "per_s": self.pace.take(), "gib": memory})
+            speed = round(self.count / max(self.seconds, 1e-9), 1)
+            self.count, self.seconds = 0, 0.0
+            self.logger.write({**metrics, "per_s": speed, "gib": memory})
         if rise := self.losses.push(record.metrics["loss"]):
             told = rise_record(done, rise)
             self.logger.write(told)

@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812  torch's own habit
 from torch.overrides import TorchFunctionMode
 
 from lapilli.shapes import Float, Tensor
-from lapilli.train.distributed import ParallelContext
+from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
 from lapilli.train.recipe import TrainerRecipe
 from lapilli.train.trainer.contract import Loss, Task, TrainingError
 from lapilli.train.trainer.loss import scales
@@ -61,43 +61,31 @@ class StepRecord:
     stop: bool
 
 
-@dataclass(frozen=True, slots=True)
-class StepContext:
-    """Where a step stands in its run.
-
-    Attributes:
-        step: counted from 0.
-        parallel: this process among all.
-        asked_to_stop: whether this process should end.
-    """
-
-    step: int
-    parallel: ParallelContext
-    asked_to_stop: Callable[[], bool]
-
-
 def take_step(
     task: Task,
     optimizer: torch.optim.Optimizer,
     recipe: TrainerRecipe,
     made: Made,
     *,
-    at: StepContext,
+    step: int,
+    parallel: ParallelContext = SINGLE_PROCESS,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> StepRecord:
     """Learn from the micro-batches `made` (by their number) of this process.
 
     What torch draws meanwhile (dropout) is a function of the seed, the step and the micro-batch.
+    Whether the run should stop is asked after the backward pass.
 
     Raises:
         NotFiniteError: in every process at once.
     """
-    run, parallel = recipe.run, at.parallel
+    run = recipe.run
     counts = [made[m][1] if m in made else 0 for m in range(run.gradient_accumulation_steps)]
     counts = parallel.sum_counts(counts)
     weights = scales(counts, run.reduction)
     losses: list[Loss] = []
     for micro, (batch, _) in made.items():
-        torch.manual_seed(random_seed(run.seed, at.step, micro))
+        torch.manual_seed(random_seed(run.seed, step, micro))
         with _attention(task.model, recipe):
             with precision(task.model, recipe):
                 loss = task.loss(batch)
@@ -107,7 +95,7 @@ def take_step(
     parallel.sum_gradients(trainable)
     norm = parallel.clip(trainable, recipe.optim.max_grad_norm)
     metrics = _weighted(losses, [weights[micro] for micro in made])
-    beside = {"stop": float(at.asked_to_stop()), "skipped": float(_num_skipped(made))}
+    beside = {"stop": float(asked_to_stop()), "skipped": float(_num_skipped(made))}
     metrics = parallel.sum_floats({**metrics, **beside})
     asked, skipped = metrics.pop("stop") > 0, int(metrics.pop("skipped"))
     _check_finite(metrics, norm, losses, made)
