@@ -6,7 +6,7 @@ Every number is a formula over sizes. What is assumed (how busy a GPU is, how fa
 long samples are) stands in Gpu and Work.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from math import ceil
 from typing import Final
 
@@ -146,14 +146,7 @@ class Memory:
     @property
     def total(self) -> float:
         """All of them, without the allocator's waste (count on a tenth more)."""
-        return (
-            self.weights
-            + self.copies
-            + self.gradients
-            + self.moments
-            + self.activations
-            + self.logits
-        )
+        return sum(astuple(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

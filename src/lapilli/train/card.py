@@ -4,10 +4,11 @@ README.md with the header that the hub reads, the loss curve as a picture, and t
 Knows recipes, logs and files; no models.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from huggingface_hub import ModelCardData
 
 from lapilli.checkpoint.formats.files import read_optional_text
 from lapilli.checkpoint.source import HUB_ID, is_local
@@ -82,24 +83,17 @@ def _front(results: Results) -> str:
     recipe = results.recipe
     base = recipe.model.checkpoint or ""
     is_adapter = results.is_adapter
-    front: dict[str, object] = {
-        "license": _license(results),
-        "library_name": "transformers" if recipe.save.layout == "huggingface" else "lapilli",
-        "pipeline_tag": "image-text-to-text",
-        "tags": ["llava", "lapilli", *(["lora", "peft"] if is_adapter else [])],
-    }
-    if HUB_ID.fullmatch(base) and "/" in base and not is_local(base):
-        front["base_model"] = base.partition("@")[0]
-        front["base_model_relation"] = "adapter" if is_adapter else "finetune"
-    lines = [f"{key}: {_yaml(value)}" for key, value in front.items()]
-    return "\n".join(["---", *lines, "---", ""])
-
-
-def _yaml(value: object) -> str:
-    """Strings and lists of them; JSON is YAML, and plain words need no quotes."""
-    if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value):
-        return value
-    return json.dumps(value)
+    is_on_hub = HUB_ID.fullmatch(base) and "/" in base and not is_local(base)
+    relation = "adapter" if is_adapter else "finetune"
+    front = ModelCardData(
+        license=_license(results),
+        library_name="transformers" if recipe.save.layout == "huggingface" else "lapilli",
+        pipeline_tag="image-text-to-text",
+        tags=["llava", "lapilli", *(["lora", "peft"] if is_adapter else [])],
+        base_model=base.partition("@")[0] if is_on_hub else None,
+        base_model_relation=relation if is_on_hub else None,
+    )
+    return f"---\n{front.to_yaml()}\n---\n"
 
 
 def _license(results: Results) -> str:
@@ -158,11 +152,12 @@ def _course(records: Sequence[Record], facts: Mapping[str, str], *, has_curve: b
     if rise := next((record for record in records if RISEN in record), None):
         what = f"from {rise[LOWEST]:.4f} to {rise[RISEN]:.4f} by step {rise['step']}"
         shown["the loss rose"] = what
-    lines = ["## Training", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in shown.items()]
-    if has_curve:
-        lines += ["", f"![loss over steps]({CURVE})"]
-    return "\n".join([*lines, ""])
+    curve = f"\n![loss over steps]({CURVE})\n" if has_curve else ""
+    return f"## Training\n\n{_table(shown)}{curve}"
+
+
+def _table(shown: Mapping[str, str]) -> str:
+    return "| | |\n|---|---|\n" + "".join(f"| {name} | {one} |\n" for name, one in shown.items())
 
 
 def _recipe(recipe: Recipe) -> str:
@@ -181,24 +176,15 @@ def _evaluation(records: Sequence[Record]) -> str:
     last = evaluations[-1]
     best = min(evaluations, key=lambda record: record["eval_loss"])
     exam = next((record for record in reversed(records) if EXACT_MATCH in record), {})
-    metrics = {**last, **exam}
-    rows = [f"| {key} | {_shown(value)} |" for key, value in metrics.items() if key != "step"]
+    shown = {name: _shown(value) for name, value in {**last, **exam}.items() if name != "step"}
     told = (
         " exact_match is the share of the answers given greedily that were equal to those of the "
         "data."
     )
-    return "\n".join(
-        [
-            "## Evaluation",
-            "",
-            f"On samples that were held out, after step {last['step']}; the lowest eval_loss was "
-            f"{best['eval_loss']:.4f}, after step {best['step']}.{told if exam else ''}",
-            "",
-            "| | |",
-            "|---|---|",
-            *rows,
-            "",
-        ]
+    return (
+        f"## Evaluation\n\nOn samples that were held out, after step {last['step']}; the lowest "
+        f"eval_loss was {best['eval_loss']:.4f}, after step {best['step']}.{told if exam else ''}"
+        f"\n\n{_table(shown)}"
     )
 
 
@@ -211,16 +197,8 @@ def _data(recipe: Recipe, hashed_bytes: int) -> str:
     files = data_files(recipe, hashed_bytes=hashed_bytes)
     if not files:
         return ""
-    rows = [f"| {file.name} | {file.num_bytes} | {file.digest} |" for file in files]
-    return "\n".join(
-        [
-            "## Data",
-            "",
-            f"Together: {together(files)}. Pictures outside of these files are not counted.",
-            "",
-            "| file | bytes | digest |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
+    rows = "".join(f"| {file.name} | {file.num_bytes} | {file.digest} |\n" for file in files)
+    return (
+        f"## Data\n\nTogether: {together(files)}. Pictures outside of these files are not counted."
+        f"\n\n| file | bytes | digest |\n|---|---|---|\n{rows}"
     )

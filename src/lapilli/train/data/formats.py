@@ -45,6 +45,21 @@ ANSWER_KEYS = ("answer", "caption")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA_KEYS = ("image", "images")
 _SOURCE_KEYS = ("image_url", "image", "url", "path", "source", "data", "base64")
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+"""What a record calls its instructions; the three mean the same."""
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+# Pictures in data of other trainers: a record of theirs would be learned without any.
+_PICTURES = ("img", "img_path", "image_path", "image_file", "image_url", "picture", "photo")
+_PICTURES_OF_A_TURN = ("image", "images", *_PICTURES, *_OTHER_MEDIA)
+# A table's question under another name: its answer would be learned as a caption.
+_QUESTIONS = ("prompt", "query", "instruction", "input", "problem")
+# Switches of a single turn, off: its answer would be learned all the same.
+_SWITCHES = ("weight", "train", "loss", "learn", "loss_weight")
+_CALLS = ("tool_calls", "function_call")
+_NOTED = (
+    *("tools", "functions", "history", "instruction", "input", "context", "hint", "lecture"),
+    *("choices", "options", "chosen", "rejected", "rejected_response", "weight", "objects"),
+)
 _LISTED = 12  # keys that a message names
 _ID_KEYS = ("id", "sample_id", "question_id")
 
@@ -78,9 +93,9 @@ def to_sample(
         messages, odd = _from_first_question(messages)
         resolve = resolve or (lambda source: source)
         shown = tuple(_place(_resolved(message, resolve), placement) for message in messages)
-    except (_FormatError, DataError) as reason:
+    except DataError as reason:
         raise DataError(f"{sample.label}: {reason}") from reason
-    notes = (*notes, *odd, *notes_on(record))
+    notes = (*notes, *odd, *(f"its {key!r} is not read" for key in _NOTED if record.get(key)))
     return replace(sample, messages=shown, words=words, notes=notes)
 
 
@@ -90,57 +105,54 @@ def id_of(record: object, *, where: str) -> str:
     return where if name is None else name if isinstance(name, str) else shown(name)
 
 
-class _FormatError(Exception):
-    """Why a record is no sample; becomes a DataError with its place."""
-
-
 def _messages(record: Record, turns: list[Turn]) -> list[Message]:
     one, several = (record.get(key) for key in _MEDIA_KEYS)
     if one and several and _as_list(one) != _as_list(several):
-        raise _FormatError("its 'image' and its 'images' are not the same: keep one of the keys")
+        raise DataError("its 'image' and its 'images' are not the same: keep one of the keys")
     pictures = _Pictures(listed_media(record))
     messages = [pictures.message(role, content) for role, content in turns]
     if _turns_key(record) is None and PLACEHOLDER not in str(record.get("question") or ""):
         messages = [replace(message, written=None) for message in messages]  # a table's own words
     if pictures.used != len(pictures.names):
-        raise _FormatError(
+        raise DataError(
             f"{len(pictures.names)} images but {pictures.used} {PLACEHOLDER} placeholders: write "
             "one for each image"
         )
-    letters = sum(len(message.text) for message in messages)
-    if letters > MOST_LETTERS:
-        raise _FormatError(f"its turns have {letters} letters, at most {MOST_LETTERS} are read")
+    _check_length("turns have", sum(len(message.text) for message in messages))
     for number, message in enumerate(messages):
-        if not _is_unicode(message.text):
-            raise _FormatError(f"turn {number} has half of a character (a lone surrogate)")
-    reason = why_not(
-        record,
-        is_table=_turns_key(record) is None,
-        shows=any(message.media for message in messages),
-    )
-    if reason is not None:
-        raise _FormatError(reason)
+        _check_unicode(f"turn {number}", message.text)
+    _check_keys(record, shows=any(message.media for message in messages))
     return [*_system(record, messages), *messages]
+
+
+def _check_length(what: str, letters: int) -> None:
+    if letters > MOST_LETTERS:
+        raise DataError(f"its {what} {letters} letters, at most {MOST_LETTERS} are read")
+
+
+def _check_unicode(what: str, text: str) -> None:
+    """Refuse half of a pair that stands for one character: JSON can hold it, tokenizers cannot."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{what} has half of a character (a lone surrogate)")
 
 
 def _system(record: Record, messages: Sequence[Message]) -> list[Message]:
     """The record's own instructions, which stand in no turn."""
-    key, system = system_of(record)
+    key = _first_of(record, SYSTEM_KEYS) or "system"
+    system = record.get(key) or ""
     if not isinstance(system, str):
-        raise _FormatError(f"its {key} is a {type(system).__name__}: expected a text")
-    if len(system) > MOST_LETTERS:
-        raise _FormatError(f"its {key} has {len(system)} letters, at most {MOST_LETTERS} are read")
-    if not _is_unicode(system):
-        raise _FormatError(f"its {key} has half of a character (a lone surrogate)")
-    other = other_system(record)
+        raise DataError(f"its {key} is a {type(system).__name__}: expected a text")
+    _check_length(f"{key} has", len(system))
+    _check_unicode(f"its {key}", system)
+    other = next((k for k in SYSTEM_KEYS if record.get(k) and record[k] != system), None)
     if other is not None:
-        raise _FormatError(f"its {key!r} and its {other!r} are not the same: keep one of the keys")
+        raise DataError(f"its {key!r} and its {other!r} are not the same: keep one of the keys")
     if not system:
         return []
     if messages and messages[0].role == "system":
         if messages[0].text == system:
             return []
-        raise _FormatError(f"its {key!r} and its first turn are two systems: keep one of them")
+        raise DataError(f"its {key!r} and its first turn are two systems: keep one of them")
     return [Message.system(system)]
 
 
@@ -153,19 +165,14 @@ def _from_first_question(messages: list[Message]) -> tuple[list[Message], tuple[
     notes: tuple[str, ...] = ()
     if [message.role for message in messages[start : start + 1]] == ["assistant"]:
         if messages[start].media:
-            raise _FormatError("the first turn is an answer with an image: only the user shows any")
+            raise DataError("the first turn is an answer with an image: only the user shows any")
         messages = messages[:start] + messages[start + 1 :]
         notes = ("the first turn is an answer, which is left out",)
     if len(messages) == start:
-        raise _FormatError("it has no turns")
+        raise DataError("it has no turns")
     if len(messages) > start + 1 and messages[-1].role == "user":
         notes = (*notes, "the last turn has no answer")
     return messages, notes
-
-
-def _is_unicode(text: str) -> bool:
-    """JSON can hold what no tokenizer reads: half of a pair that stands for one character."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _shown_once(turns: list[Turn], record: Record) -> tuple[list[Turn], tuple[str, ...]]:
@@ -198,7 +205,7 @@ def signed_words(record: object) -> int:
         return -1
     try:
         turns = turns_of(record)
-    except _FormatError:
+    except DataError:
         return -1
     words = max(_count_words(turns), 1)
     shows = listed_media(record) or any(
@@ -237,7 +244,7 @@ def names_pictures_in_turns(record: Record) -> bool:
     """Whether parts of its turns say themselves which picture they show."""
     try:
         contents = [content for _, content in turns_of(record) if isinstance(content, list)]
-    except _FormatError:
+    except DataError:
         return False
     parts = [part for content in contents for part in content if isinstance(part, Mapping)]
     return any(_source_of(part) is not None for part in parts)
@@ -260,11 +267,11 @@ def turns_of(record: Record) -> list[Turn]:
         try:
             turns = decode(turns.encode("utf-8", "surrogatepass"), repr(key))
         except DataError as error:
-            raise _FormatError(f"{key!r} is a text that is no JSON: {error}") from error
+            raise DataError(f"{key!r} is a text that is no JSON: {error}") from error
     if isinstance(turns, Mapping):
         turns = _rows(turns)
     if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise _FormatError(f"{key!r} is a {type(turns).__name__}: expected a list of turns")
+        raise DataError(f"{key!r} is a {type(turns).__name__}: expected a list of turns")
     return [_turn(turn, number) for number, turn in enumerate(turns)]
 
 
@@ -283,7 +290,7 @@ def _rows(columns: Mapping[str, Any]) -> object:
         return columns
     if len({len(column) for column in lists}) > 1:
         lengths = ", ".join(f"{shown(n)}: {len(c)}" for n, c in list(columns.items())[:_LISTED])
-        raise _FormatError(f"the columns of its turns have different lengths ({lengths})")
+        raise DataError(f"the columns of its turns have different lengths ({lengths})")
     return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
 
 
@@ -293,11 +300,10 @@ def _asked_once(record: Record) -> list[Turn]:
     if key is None:
         null = next((key for key in ANSWER_KEYS if key in record), None)
         if null is not None:
-            raise _FormatError(f"its {null!r} is null")
-        raise _FormatError(
+            raise DataError(f"its {null!r} is null")
+        raise DataError(
             f"no list {' or '.join(map(repr, _TURN_KEYS[:2]))} and no text "
-            f"{' or '.join(map(repr, ANSWER_KEYS))}, found the keys "
-            f"{_listed(record)}"
+            f"{' or '.join(map(repr, ANSWER_KEYS))}, found the keys {_listed(record)}"
         )
     question = "" if record.get("question") is None else _cell(record, "question")
     shown = "" if PLACEHOLDER in question else PLACEHOLDER * len(listed_media(record))
@@ -315,29 +321,27 @@ def _cell(record: Record, key: str) -> str:
     """A text, or a number as its text, as in CSV; what pandas writes for an empty cell is none."""
     value = record[key]
     if isinstance(value, float) and not math.isfinite(value):
-        raise _FormatError(f"its {key!r} is {value}: expected a text")
+        raise DataError(f"its {key!r} is {value}: expected a text")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise _FormatError(f"its {key!r} is a {type(value).__name__}: expected a text")
+        raise DataError(f"its {key!r} is a {type(value).__name__}: expected a text")
     return str(value)
 
 
 def _turn(turn: object, number: int) -> Turn:
     if not isinstance(turn, Mapping):
-        raise _FormatError(f"turn {number} is a {type(turn).__name__}: expected an object")
+        raise DataError(f"turn {number} is a {type(turn).__name__}: expected an object")
     speaker = _first(turn, "from", "role")
     if not isinstance(speaker, str) or speaker not in ROLES:
-        raise _FormatError(
+        raise DataError(
             f"turn {number} is from {shown(speaker)}: expected human, gpt or system (user, "
             "assistant)"
         )
     content = _first(turn, "value", "content")
     if not isinstance(content, str | list):
-        raise _FormatError(
+        raise DataError(
             f"turn {number} says a {type(content).__name__}: expected a text or a list of parts"
         )
-    reason = why_not_turn(turn, is_answer=ROLES[speaker] == "assistant")
-    if reason is not None:
-        raise _FormatError(f"turn {number} {reason}")
+    _check_keys_of_turn(turn, number, is_answer=ROLES[speaker] == "assistant")
     return ROLES[speaker], content
 
 
@@ -366,7 +370,7 @@ class _Pictures:
         try:
             return Message.from_placeholders(role, text, given)
         except MediaCountMismatchError as error:
-            raise _FormatError(
+            raise DataError(
                 f"{len(self.names)} images but at least {self.used} {PLACEHOLDER} placeholders: "
                 "list one image for each"
             ) from error
@@ -375,13 +379,13 @@ class _Pictures:
         if isinstance(part, str):
             return TextPart(part)
         if not isinstance(part, Mapping):
-            raise _FormatError(f"a part is a {type(part).__name__}: expected an object")
+            raise DataError(f"a part is a {type(part).__name__}: expected an object")
         kind = part.get("type")
         if kind in _TEXT_PARTS:
             return TextPart(str(part.get("text") or ""))
         if kind in ("image", "image_url", "input_image"):
             return MediaPart(self._source(part))
-        raise _FormatError(f"a part has the type {shown(kind)}: expected text, image or image_url")
+        raise DataError(f"a part has the type {shown(kind)}: expected text, image or image_url")
 
     def _source(self, part: Mapping[str, Any]) -> object:
         own = _source_of(part)
@@ -389,7 +393,7 @@ class _Pictures:
             return own
         self.used += 1  # an empty place: the record lists the picture
         if self.used > len(self.names):
-            raise _FormatError(
+            raise DataError(
                 f"{len(self.names)} images but at least {self.used} parts without a picture of "
                 "their own"
             )
@@ -423,74 +427,39 @@ def _place(message: Message, placement: Placement) -> Message:
     return Message(message.role, (*message.media, *([TextPart(text)] if text else [])))
 
 
-SYSTEM_KEYS = ("system", "system_prompt", "system_message")
-"""What a record calls its instructions; the three mean the same."""
-_OTHER_MEDIA = ("video", "videos", "audio", "audios")
-# Pictures in data of other trainers: a record of theirs would be learned without any.
-_PICTURES = ("img", "img_path", "image_path", "image_file", "image_url", "picture", "photo")
-_PICTURES_OF_A_TURN = ("image", "images", *_PICTURES, *_OTHER_MEDIA)
-# A table's question under another name: its answer would be learned as a caption.
-_QUESTIONS = ("prompt", "query", "instruction", "input", "problem")
-# Switches of a single turn, off: its answer would be learned all the same.
-_SWITCHES = ("weight", "train", "loss", "learn", "loss_weight")
-_CALLS = ("tool_calls", "function_call")
-_NOTED = (
-    *("tools", "functions", "history", "instruction", "input", "context", "hint", "lecture"),
-    *("choices", "options", "chosen", "rejected", "rejected_response", "weight", "objects"),
-)
-
-
-def why_not(record: Record, *, is_table: bool, shows: bool) -> str | None:
-    """Why a record cannot be learned without the keys that nothing reads; None: it can.
+def _check_keys(record: Record, *, shows: bool) -> None:
+    """Refuse a record that cannot be learned without the keys that nothing reads.
 
     Args:
         record: as it is.
-        is_table: it has a question and an answer instead of turns.
         shows: it has a picture under a key that is read.
     """
-    other = _first_of(record, _OTHER_MEDIA)
-    if other is not None:
-        return f"it has {other!r}, and only images are read: leave it out"
-    picture = _first_of(record, _PICTURES)
-    if picture is not None and not shows:
-        return f"it shows no picture, and its {picture!r} is not read: call it 'image'"
+    if other := _first_of(record, _OTHER_MEDIA):
+        raise DataError(f"it has {other!r}, and only images are read: leave it out")
+    if (picture := _first_of(record, _PICTURES)) and not shows:
+        raise DataError(f"it shows no picture, and its {picture!r} is not read: call it 'image'")
+    is_table = _turns_key(record) is None
     asks = is_table and not record.get("question") and record.get("answer") is not None
-    question = _first_of(record, _QUESTIONS) if asks else None
-    if question is not None:
-        return f"it has no 'question', and its {question!r} is not read: call it 'question'"
-    return None
-
-
-def why_not_turn(turn: Record, *, is_answer: bool) -> str | None:
-    """The same of one turn, as the end of a sentence about it."""
-    picture = _first_of(turn, _PICTURES_OF_A_TURN)
-    if picture is not None:
-        return (
-            f"has a key {picture!r}, which is not read there: list pictures in the 'images' of the "
-            "record and write <image> where each goes"
+    if asks and (question := _first_of(record, _QUESTIONS)):
+        raise DataError(
+            f"it has no 'question', and its {question!r} is not read: call it 'question'"
         )
-    off = next((key for key in _SWITCHES if is_answer and _is_off(turn.get(key))), None)
-    if off is not None:
-        return f"has {off!r} {shown(turn[off])}, and every answer is learned: leave the turn out"
-    call = _first_of(turn, _CALLS)
-    return None if call is None else f"has {call!r}, which is not read: write it into the text"
 
 
-def notes_on(record: Record) -> tuple[str, ...]:
-    """What a person should know of keys that are not read."""
-    return tuple(f"its {key!r} is not read" for key in _NOTED if record.get(key))
-
-
-def system_of(record: Record) -> tuple[str, object]:
-    """Key and value of the instructions, an empty text where there are none."""
-    key = _first_of(record, SYSTEM_KEYS)
-    return ("system", "") if key is None else (key, record[key])
-
-
-def other_system(record: Record) -> str | None:
-    """A second key with other instructions than the first; None: there is none."""
-    first = system_of(record)[1]
-    return next((k for k in SYSTEM_KEYS if record.get(k) and record[k] != first), None)
+def _check_keys_of_turn(turn: Record, number: int, *, is_answer: bool) -> None:
+    """Refuse a turn that cannot be learned without the keys that nothing reads."""
+    if picture := _first_of(turn, _PICTURES_OF_A_TURN):
+        raise DataError(
+            f"turn {number} has a key {picture!r}, which is not read there: list pictures in the "
+            "'images' of the record and write <image> where each goes"
+        )
+    if off := next((key for key in _SWITCHES if is_answer and _is_off(turn.get(key))), None):
+        raise DataError(
+            f"turn {number} has {off!r} {shown(turn[off])}, and every answer is learned: leave the "
+            "turn out"
+        )
+    if call := _first_of(turn, _CALLS):
+        raise DataError(f"turn {number} has {call!r}, which is not read: write it into the text")
 
 
 def _is_off(value: object) -> bool:

@@ -83,11 +83,7 @@ class Order:
             round(n * weight) for n, weight in zip(self._counts, self._weights, strict=True)
         ]
         self.epoch_size = sum(self._per_source)
-        self.batch_size, self.micro_batches, self.seed = (
-            batch_size,
-            micro_batches,
-            seed,
-        )
+        self.batch_size, self.micro_batches, self.seed = batch_size, micro_batches, seed
         self._words, self._group = words, group
         if min(self._weights, default=0.0) < 0 or not self.epoch_size:
             raise ConfigError(

@@ -4,7 +4,7 @@ import base64
 import binascii
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,9 @@ from lapilli.config.reader import shown
 from lapilli.errors import DataError, MediaError
 from lapilli.media.fetch import Fetched, FetchLimits, fetch
 from lapilli.prompt.message import MediaPart, Message
+
+LONGEST_NAME = 50
+"""Letters of a name in the list of a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,12 @@ class Sample:
     def label(self) -> str:
         """Place and id, as messages about the sample begin."""
         return self.where if self.id == self.where else f"{self.where} (id {shown(self.id)})"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Return the first names for a message, long ones cut, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(name[:LONGEST_NAME] for name in names[:most]) or "none") + more
 
 
 _URL = re.compile(r"(?:https?|data):", re.IGNORECASE)

@@ -20,12 +20,11 @@ from typing import Any, Final
 from lapilli.errors import ConfigError, DataError
 from lapilli.train.data.formats import ANSWER_KEYS
 from lapilli.train.data.json_source import MOST_BYTES, MOST_VALUES, too_large
-from lapilli.train.data.sample import PictureFolder
+from lapilli.train.data.sample import LONGEST_NAME, PictureFolder, listed
 
 _READ: Final = ("id", "image", "question", *ANSWER_KEYS)
 _DELIMITERS: Final = ",;\t"
 _SHOWN: Final = 12  # columns that a message names
-_SHOWN_LETTERS: Final = 50
 # What a column is called that may be meant to be "image".
 _LIKE_IMAGE: Final = ("image", "img", "picture", "photo", "file", "path")
 
@@ -46,7 +45,7 @@ class CsvSource:
         self._answer = next((name for name in ANSWER_KEYS if name in columns), "")
         if not self._answer:
             raise DataError(
-                f"{path} has the columns {_listed(columns)}: expected image, question "
+                f"{path} has the columns {listed(columns, _SHOWN)}: expected image, question "
                 "and answer, or image and caption"
             )
         twice = next((name for name in _READ if columns.count(name) > 1), "")
@@ -55,8 +54,8 @@ class CsvSource:
         other = next((name for name in columns if any(part in name for part in _LIKE_IMAGE)), "")
         if other and "image" not in columns:  # a whole run without its pictures otherwise
             raise DataError(
-                f"{path} has the columns {_listed(columns)} and no 'image': rename "
-                f"{other[:_SHOWN_LETTERS]} to image, or delete it"
+                f"{path} has the columns {listed(columns, _SHOWN)} and no 'image': rename "
+                f"{other[:LONGEST_NAME]} to image, or delete it"
             )
         self._columns = columns
 
@@ -108,12 +107,6 @@ class CsvSource:
     def media(self, index: int, name: object) -> object:
         """See Source."""
         return self._folder.find(name)
-
-
-def _listed(columns: list[str]) -> str:
-    """A few names for messages."""
-    more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
-    return (", ".join(name[:_SHOWN_LETTERS] for name in columns[:_SHOWN]) or "none") + more
 
 
 def _lines_of(path: Path) -> Iterator[str]:

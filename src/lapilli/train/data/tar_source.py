@@ -16,11 +16,10 @@ from lapilli.config.reader import shown
 from lapilli.errors import DataError
 from lapilli.train.data.formats import listed_media, names_pictures_in_turns
 from lapilli.train.data.json_source import MOST_BYTES, decode, too_large
-from lapilli.train.data.sample import is_file_name, picture_of
+from lapilli.train.data.sample import is_file_name, listed, picture_of
 
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"})
 _LISTED = 8  # members that a message names
-_LONGEST = 50  # letters of a name in such a list
 _LONGEST_NAME = 1000
 _BLOCK = tarfile.BLOCKSIZE
 _EXTENDED = frozenset(
@@ -186,9 +185,7 @@ class TarSource:
 
     def _listed(self, index: int) -> str:
         """Members of a sample for messages: a dot in a name puts many under one key."""
-        names = list(self._members[self._keys[index]])
-        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        return ", ".join(name[:_LONGEST] for name in names[:_LISTED]) + more
+        return listed(list(self._members[self._keys[index]]), _LISTED)
 
     def _pictures(self, index: int) -> list[str]:
         members = self._members[self._keys[index]]

@@ -22,7 +22,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final
 
 import torch
 from rich.console import Console
@@ -130,23 +130,6 @@ class RunLog:
         return "  ".join(parts)
 
 
-@runtime_checkable
-class Tracker(Protocol):
-    """Takes the records of a run."""
-
-    def write(self, record: Record) -> None:
-        """One more."""
-        ...
-
-    def sync(self) -> None:
-        """Everything so far is safe when this returns."""
-        ...
-
-    def close(self, *, finished: bool) -> None:
-        """There are no more; `finished`: the run reached its last step."""
-        ...
-
-
 class TensorBoardTracker:
     """Event files in `folder/tensorboard`.
 
@@ -222,20 +205,19 @@ class WandbTracker:
         self._run.finish(exit_code=0 if finished else 1)
 
 
+Tracker = TensorBoardTracker | WandbTracker
+
+
 def open_trackers(recipe: TrainerRecipe, folder: Path, first: int) -> list[Tracker]:
     """The trackers that `run.loggers` names.
 
     Raises:
         ConfigError: one of them is not installed.
     """
-    made: list[Tracker] = []
-    for name in recipe.run.loggers:
-        match name:
-            case "tensorboard":
-                made.append(TensorBoardTracker(folder, first))
-            case "wandb":
-                made.append(WandbTracker(folder, recipe))
-    return made
+    return [
+        TensorBoardTracker(folder, first) if name == "tensorboard" else WandbTracker(folder, recipe)
+        for name in recipe.run.loggers
+    ]
 
 
 def _missing(package: str) -> ConfigError:
