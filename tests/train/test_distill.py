@@ -183,7 +183,7 @@ def encoder(loaded, max_length=None):
 
 def lesson(student, teacher, *, packed=False):
     pairs = PairEncoder(encoder(student), encoder(teacher))
-    rows = [pairs.row(sample) for sample in samples()]
+    rows = [pairs.encode(sample) for sample in samples()]
     batch = collate_packed([rows]) if packed else collate(rows)
     made = with_teacher(batch, rows)
     assert isinstance(made, DistillationBatch)
@@ -208,7 +208,7 @@ def test_neither_makes_scores_of_ever_new_numbers_of_positions(short, pebble):
     ]
     messages = (Message.user("Say it."), Message.assistant("A red star, and a blue one. " * 9))
     pairs = PairEncoder(encoder(short), encoder(pebble))
-    rows = [pairs.row(Sample("0", messages, "test:0"))]
+    rows = [pairs.encode(Sample("0", messages, "test:0"))]
     batch = with_teacher(collate(rows), rows)
     with torch.no_grad():
         model(short, pebble).train()(batch)
@@ -219,7 +219,7 @@ def test_neither_makes_scores_of_ever_new_numbers_of_positions(short, pebble):
 
 
 def test_rows_without_a_teacher_are_left_alone(pebble):
-    rows = [encoder(pebble).row(sample) for sample in samples()]
+    rows = [encoder(pebble).encode(sample) for sample in samples()]
     batch = collate(rows)
     assert with_teacher(batch, rows) is batch
 
@@ -227,7 +227,7 @@ def test_rows_without_a_teacher_are_left_alone(pebble):
 def test_a_row_that_the_teacher_renders_otherwise_names_its_sample(pebble):
     other = SampleEncoder(pebble.tokenizer, TEMPLATES["plain"], pebble.model)
     with pytest.raises(DataError, match=r"test:1.*same template and vocabulary"):
-        PairEncoder(encoder(pebble), other).row(samples()[1])
+        PairEncoder(encoder(pebble), other).encode(samples()[1])
 
 
 def model(loaded, teacher, **values):
@@ -294,7 +294,7 @@ def test_states_of_other_widths_go_through_a_map_that_learns(pebble):
         student, Teacher(pebble.model), DistillRecipe(teacher="", hidden_weight=1.0)
     ).train()
     assert distilled.hidden_map.weight.shape == (256, 320)
-    rows = [PairEncoder(encoder(pebble), encoder(pebble)).row(sample) for sample in samples()]
+    rows = [PairEncoder(encoder(pebble), encoder(pebble)).encode(sample) for sample in samples()]
     distilled(with_teacher(collate(rows), rows)).total.backward()
     assert distilled.hidden_map.weight.grad.abs().sum() > 0
     assert (

@@ -112,13 +112,13 @@ class PairEncoder:
     def __init__(self, student: SampleEncoder, teacher: SampleEncoder) -> None:
         self._student, self._teacher = student, teacher
 
-    def row(self, sample: Sample) -> DistillationSample:
+    def encode(self, sample: Sample) -> DistillationSample:
         """The student's row with the teacher's beside it.
 
         Raises:
             DataError: see `SampleEncoder.row`; or the two do not supervise the same tokens.
         """
-        own, other = self._student.row(sample), self._teacher.row(sample)
+        own, other = self._student.encode(sample), self._teacher.encode(sample)
         try:
             prompt = matched(own.prompt, other.prompt)
         except PromptError as error:

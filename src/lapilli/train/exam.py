@@ -56,7 +56,7 @@ class _Question:
 
 
 def hold_exam(
-    model: Path, rows: EncodedDataset, number: int, *, template: Template, device: torch.device
+    model: Path, samples: EncodedDataset, number: int, *, template: Template, device: torch.device
 ) -> list[Graded]:
     """The answers to the questions of `number` held-out samples, spread evenly over all of them.
 
@@ -65,9 +65,9 @@ def hold_exam(
 
     Args:
         model: folder of the results, loaded as `lapilli ask` would load it.
-        rows: of what is held out.
+        samples: those that are held out.
         number: of samples; all of them, where there are fewer.
-        template: that the rows were rendered with; it says where an answer stops.
+        template: of the samples; it says where an answer stops.
         device: where the answers are computed.
 
     Raises:
@@ -77,10 +77,12 @@ def hold_exam(
     answering = Answering(loaded)
     stops = (loaded.tokenizer.token_to_id(text) for text in template.stop)
     stop_ids = tuple(index for index in stops if index is not None)
-    number = min(number, len(rows))
+    number = min(number, len(samples))
     graded = []
-    for index in (at * len(rows) // number for at in range(number)):
-        for question in _questions(rows.row(index), rows, index, loaded.tokenizer, template):
+    for index in (at * len(samples) // number for at in range(number)):
+        for question in _questions(
+            samples.sample(index), samples.dataset.label(index), loaded.tokenizer, template
+        ):
             params = SamplingParams(
                 max_new_tokens=question.num_tokens + _ROOM,
                 stop=template.stop,
@@ -101,20 +103,20 @@ def _answer(answering: Answering, prompt: ReadyPrompt, params: SamplingParams) -
 
 
 def _questions(
-    row: EncodedSample, rows: EncodedDataset, index: int, tokenizer: Tokenizer, template: Template
+    encoded: EncodedSample, name: str, tokenizer: Tokenizer, template: Template
 ) -> Iterator[_Question]:
     """Every whole answer of a row, with what stands before it."""
-    if row.skipped:
+    if encoded.skipped:
         return
-    ids = row.prompt.input_ids
-    for start, end in answers_of(row.prompt.loss_mask):
-        if start == 0 or (row.cut and end == len(ids)):
+    ids = encoded.prompt.input_ids
+    for start, end in answers_of(encoded.prompt.loss_mask):
+        if start == 0 or (encoded.cut and end == len(ids)):
             continue
         reference = tokenizer.decode(ids[start:end]).strip()
         for stop in template.stop:
             reference = reference.removesuffix(stop).strip()
-        prompt = _before(row.prompt, row.media, start)
-        yield _Question(rows.dataset.label(index), prompt, reference, end - start)
+        prompt = _before(encoded.prompt, encoded.media, start)
+        yield _Question(name, prompt, reference, end - start)
 
 
 def answers_of(loss_mask: Sequence[bool]) -> list[tuple[int, int]]:

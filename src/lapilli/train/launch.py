@@ -139,10 +139,10 @@ class _Saver:
         files.
         """
         task, parallel, folder = self.task, self.task.parallel, self.folder.parent
-        rows, number = task.held_out, self.results.recipe.run.exam
-        if parallel.is_main_process and rows is not None:
+        held_out, number = task.held_out, self.results.recipe.run.exam
+        if parallel.is_main_process and held_out is not None:
             graded = hold_exam(
-                self.folder, rows, number, template=task.template, device=parallel.device
+                self.folder, held_out, number, template=task.template, device=parallel.device
             )
             write_exam(folder, graded)
             log = RunLog(folder, echo=echo)

@@ -56,9 +56,9 @@ class TrainingTask:
         loaded: the checkpoint that it came from.
         recipe: what is done.
         parallel: this process among all.
-        rows: of the samples that are learned from.
+        samples: what is learned from.
         order: which of them a step reads.
-        held_out: rows of the samples that evaluation reads; None: there are none.
+        held_out: what evaluation reads; None: there are none.
         template: what the rows were rendered with.
         weights: files of the models that it begins with, by the recipe's keys.
         skipped: why samples could not be read, as far as batches of them were learned from.
@@ -68,7 +68,7 @@ class TrainingTask:
     loaded: Loaded
     recipe: Recipe
     parallel: ParallelContext
-    rows: EncodedDataset
+    samples: EncodedDataset
     order: Order
     held_out: EncodedDataset | None
     template: Template
@@ -82,16 +82,18 @@ class TrainingTask:
 
     def fingerprint(self) -> Mapping[str, Plain]:
         """What decides the batches and what rests; files are read for their digests."""
-        counts = [len(source) for source in self.rows.dataset.sources]
+        counts = [len(source) for source in self.samples.dataset.sources]
         return fingerprint_of(self.recipe, self.template.name, counts, self.weights)
 
     def names(self, step: int, micro: int) -> list[str]:
         """Place and id of the samples of a micro-batch."""
-        return [self.rows.dataset.label(index) for index in self.order.indices(step, micro)]
+        return [self.samples.dataset.label(index) for index in self.order.indices(step, micro)]
 
     def batch(self, step: int, micro: int) -> tuple[TrainingBatch, int]:
         """The micro-batch and how many supervised tokens it has."""
-        made = self._collate([self.rows.row(index) for index in self.order.indices(step, micro)])
+        made = self._collate(
+            [self.samples.sample(index) for index in self.order.indices(step, micro)]
+        )
         return made, made.num_valid
 
     def _collate(self, rows: list[EncodedSample]) -> TrainingBatch:
@@ -124,7 +126,7 @@ class TrainingTask:
             at = turn * parallel.size + parallel.rank
             start = starts[at] if at < len(starts) else 0
             numbers = range(start, min(start + size, len(self.held_out)))
-            rows = [self.held_out.row(i) for i in numbers]
+            rows = [self.held_out.sample(i) for i in numbers]
             batch = self._collate([_silent(row) if row.skipped else row for row in rows])
             total = float(self.model(batch).total)
             if at < len(starts):
@@ -159,7 +161,7 @@ def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
     teacher = load_teacher(recipe, loaded)
     template = choose_template(recipe, loaded)
     data = recipe.data
-    encoder = _row_maker(loaded, template, data.max_length, alpha=data.alpha)
+    encoder = _sample_encoder(loaded, template, data.max_length, alpha=data.alpha)
     pairs = _with_teacher(encoder, template, teacher)
     order = order_of(kept, recipe.data, recipe.run)
     torch.manual_seed(recipe.run.seed)  # a fresh adapter is drawn
@@ -176,7 +178,7 @@ def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
         loaded=loaded,
         recipe=recipe,
         parallel=parallel,
-        rows=encoded_dataset(kept, pairs, recipe.data),
+        samples=encoded_dataset(kept, pairs, recipe.data),
         order=order,
         held_out=held_out,
         template=template,
@@ -191,11 +193,11 @@ def _held_out(
 
     The first evaluation would else end a run after all of its steps, before they are saved.
     """
-    rows = EncodedDataset(dataset, encoder, on_bad_sample=recipe.data.on_bad_sample)
+    held_out = EncodedDataset(dataset, encoder, on_bad_sample=recipe.data.on_bad_sample)
     if recipe.data.on_bad_sample == "error":
-        for index in range(parallel.rank, len(rows), parallel.size):
-            rows.row(index)
-    return rows
+        for index in range(parallel.rank, len(held_out), parallel.size):
+            held_out.sample(index)
+    return held_out
 
 
 def _with_teacher(
@@ -205,7 +207,7 @@ def _with_teacher(
     if teacher is None:
         return encoder
     return PairEncoder(
-        encoder, _row_maker(teacher, for_model(template, teacher), alpha=encoder.alpha)
+        encoder, _sample_encoder(teacher, for_model(template, teacher), alpha=encoder.alpha)
     )
 
 
@@ -224,7 +226,7 @@ def check_packing(loaded: Loaded, max_length: int) -> None:
         )
 
 
-def _row_maker(
+def _sample_encoder(
     loaded: Loaded, template: Template, max_length: int | None = None, *, alpha: Alpha
 ) -> SampleEncoder:
     image_id = loaded.config.tokens.image_id

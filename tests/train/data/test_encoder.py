@@ -45,7 +45,7 @@ def golden_row(case, goldens, model):
     tokenizer = goldens.tokenizer(given["tokenizer"], grow)
     sample = golden_sample(case)
     encoder = SampleEncoder(tokenizer, template, model)
-    return encoder.encode(sample, [1] * len(sample.media)), sample, template, tokenizer
+    return encoder.encode_prompt(sample, [1] * len(sample.media)), sample, template, tokenizer
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_batches_of_the_original_dataset(goldens, conformance):
         for place, number in enumerate(given["batch"]):
             one = given["records"][number]
             folder = conformance / "images" / "open"
-            row = encoder.row(to_sample(one, where=case["id"], resolve=folder.joinpath))
+            row = encoder.encode(to_sample(one, where=case["id"], resolve=folder.joinpath))
             ids, labels = collapsed(row)
             size = sum(expect["attention_mask"][place])
             expected = expect["labels"][place][:size]
@@ -155,7 +155,7 @@ def record(*texts, image=None):
 
 def make(tokenizer, model, one, *, max_length=None, template="vicuna_v1", folder=Path()):
     encoder = SampleEncoder(tokenizer, TEMPLATES[template], model, max_length)
-    return encoder.row(to_sample(one, where="d.json:3", resolve=lambda name: folder / str(name)))
+    return encoder.encode(to_sample(one, where="d.json:3", resolve=lambda name: folder / str(name)))
 
 
 @pytest.mark.parametrize("texts", [("Q", ""), ("Q",), ("Q", "", "R", "")])
@@ -265,7 +265,7 @@ def test_transparent_pictures_are_laid_on_white(tokenizer, model, tmp_path):
         one = record("<image>\nQ", "A", image=name)
         encoder = SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], model, **how)
         sample = to_sample(one, where="d.json:1", resolve=lambda name: tmp_path / str(name))
-        return encoder.row(sample).media[0].pixel_values
+        return encoder.encode(sample).media[0].pixel_values
 
     assert seen("clear.png", alpha="composite").equal(seen("white.png"))
     assert not seen("clear.png").equal(seen("white.png"))
@@ -281,4 +281,4 @@ def test_a_token_beyond_the_embeddings_is_refused(tmp_path, model):
     tokenizer = SentencePieceTokenizer(path.read_bytes(), added={"<far>": 5000})
     sample = to_sample({"id": "a", "conversations": turns("Hi", "x <far>")}, where="d.json:1")
     with pytest.raises(DataError, match=r"d.json:1 .*'<far>' has the id 5000.* 500 rows"):
-        SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], model).row(sample)
+        SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], model).encode(sample)
