@@ -25,7 +25,7 @@ from lapilli.train.trainer.metrics import RunLog
 CURVE = "loss.png"
 RECIPE = "recipe.toml"
 # Of larger files pieces are read: the whole would take minutes.
-HASHED_BYTES = 4_000_000_000
+_HASHED_BYTES = 4_000_000_000
 _LICENSE = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
@@ -35,7 +35,6 @@ def model_card(
     folder: Path,
     *,
     facts: Mapping[str, str] | None = None,
-    hashed_bytes: int = HASHED_BYTES,
 ) -> dict[str, str | bytes]:
     """Files that stand beside the results of a run: `extra` of `save_results`.
 
@@ -43,7 +42,6 @@ def model_card(
         results: what is saved and how.
         folder: of the run, with its log and the picture of its losses.
         facts: more that is known of the run, by name.
-        hashed_bytes: data files up to this size are read for their digest.
     """
     recipe = results.recipe
     records = RunLog(folder).records()
@@ -56,7 +54,7 @@ def model_card(
         _use(results),
         _course(records, facts or {}, has_curve=CURVE in files),
         _evaluation(records),
-        _data(recipe, hashed_bytes),
+        _data(recipe),
         _recipe(recipe),
     ]
     files["README.md"] = "\n".join(part for part in parts if part)
@@ -71,11 +69,11 @@ def add_card(folder: Path, files: Mapping[str, str | bytes]) -> None:
         staged.replace(folder / name)
 
 
-def data_files(recipe: Recipe, *, hashed_bytes: int = HASHED_BYTES) -> list[DataFile]:
+def data_files(recipe: Recipe) -> list[DataFile]:
     """Every file of samples that a recipe reads, with what tells it from another."""
     sources = (*recipe.data.sources, *recipe.data.evaluation)
     paths = dict.fromkeys(path for source in sources for path in expand(source.path))
-    return [data_file(path, whole_bytes=hashed_bytes) for path in paths]
+    return [data_file(path, whole_bytes=_HASHED_BYTES) for path in paths]
 
 
 def _front(results: Results) -> str:
@@ -193,8 +191,8 @@ def _shown(figure: int | float) -> str:
     return f"{int(figure):,}" if float(figure).is_integer() else f"{figure:.4f}"
 
 
-def _data(recipe: Recipe, hashed_bytes: int) -> str:
-    files = data_files(recipe, hashed_bytes=hashed_bytes)
+def _data(recipe: Recipe) -> str:
+    files = data_files(recipe)
     if not files:
         return ""
     rows = "".join(f"| {file.name} | {file.num_bytes} | {file.digest} |\n" for file in files)

@@ -189,4 +189,4 @@ def test_the_order_of_a_recipe(tmp_path):
     assert order.epoch_size == 16
     seen = [i for step in range(4) for micro in range(2) for i in order.indices(step, micro)]
     assert np.bincount(seen).tolist() == [1] * 8 + [2] * 4
-    assert order_of(dataset, DataRecipe(), run).steps(1.0) == 4
+    assert order_of(dataset, DataRecipe(), run).step_size == 4

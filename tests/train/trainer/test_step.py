@@ -163,6 +163,10 @@ def test_epochs_become_steps():
     assert (
         number_of_steps(task, RunRecipe(batch_size=2, gradient_accumulation_steps=3, steps=5)) == 5
     )
+    task.num_samples = 10
+    run = RunRecipe(batch_size=2, gradient_accumulation_steps=2)
+    epochs = (0.1, 1.0, 2.0, 2.5)
+    assert [number_of_steps(task, replace(run, epochs=n)) for n in epochs] == [1, 3, 5, 7]
     task.num_samples = 30
     assert number_of_steps(task, RunRecipe(batch_size=1, epochs=0.1)) == 3
     uncounted = new_regression()

@@ -20,7 +20,6 @@ from lapilli.geometry import ImageSize
 from lapilli.modality.image.decode import to_rgb
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.choose import Template
-from lapilli.prompt.message import MediaPart
 from lapilli.train.data.dataset import Dataset
 from lapilli.train.data.encoder import SampleEncoder
 from lapilli.train.data.pictures import fetch_picture
@@ -318,18 +317,17 @@ class _Checker:
 
     def _check_media(self, sample: Sample) -> list[ImageSize]:
         """Return the sizes of the pictures that can be opened."""
-        seen = [self._look(sample, part) for part in sample.media]
-        return [picture.size for picture in seen if picture is not None]
-
-    def _look(self, sample: Sample, part: MediaPart) -> Seen | None:
-        try:
-            seen = self._images.look(part.source)
-        except MediaError as error:
-            self._add("image", sample, error)
-            return None
-        if seen.twin is not None:
-            self._add("duplicate image", sample, f"{seen.name} is the same as {seen.twin}")
-        return seen
+        sizes = []
+        for part in sample.media:
+            try:
+                seen = self._images.look(part.source)
+            except MediaError as error:
+                self._add("image", sample, error)
+                continue
+            if seen.twin is not None:
+                self._add("duplicate image", sample, f"{seen.name} is the same as {seen.twin}")
+            sizes.append(seen.size)
+        return sizes
 
     def _check_turns(self, sample: Sample) -> None:
         if self._template is None:

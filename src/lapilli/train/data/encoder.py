@@ -17,7 +17,6 @@ from lapilli.checkpoint.read.plan import make_plan
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.reader import shown
 from lapilli.errors import DataError, LapilliError, PromptError
-from lapilli.media.fetch import FetchLimits
 from lapilli.modality.image.decode import Alpha, to_rgb
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template
@@ -65,7 +64,6 @@ class SampleEncoder:
         model: its modalities prepare and count the media; weights are not used.
         max_length: positions that a sample may have; None: any number.
         image_id: the vocabulary's own image token, in checkpoints of Hugging Face's layout.
-        limits: of files and downloads.
         alpha: what becomes of the transparency of pictures, see `to_rgb`.
     """
 
@@ -77,12 +75,11 @@ class SampleEncoder:
         max_length: int | None = None,
         *,
         image_id: int | None = None,
-        limits: FetchLimits | None = None,
         alpha: Alpha = "drop",
     ) -> None:
         self.tokenizer, self._template, self._model = tokenizer, template, model
         self._max_length, self._image_id = max_length, image_id
-        self._limits, self.alpha = limits or FetchLimits(), alpha
+        self.alpha = alpha
 
     def encode(self, sample: Sample) -> EncodedSample:
         """Return the sample as the model learns from it.
@@ -131,7 +128,7 @@ class SampleEncoder:
         modality = self._model.modality(part.modality)
         if part.modality != "image":
             return modality.prepare(part.source)
-        fetched = fetch_picture(part.source, self._limits)
+        fetched = fetch_picture(part.source)
         return modality.prepare(to_rgb(fetched.data, alpha=self.alpha, name=fetched.name))
 
 

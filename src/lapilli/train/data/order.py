@@ -13,7 +13,6 @@ Note: the last step of an epoch is filled from the next one, so every step is wh
 
 from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
-from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -94,10 +93,6 @@ class Order:
     def step_size(self) -> int:
         """Return the samples of a step."""
         return self.batch_size * self.micro_batches
-
-    def steps(self, epochs: float) -> int:
-        """Return the steps that so many passes over the data take."""
-        return max(1, ceil(epochs * self.epoch_size / self.step_size))
 
     def indices(self, step: int, micro: int) -> list[int]:
         """Return the numbers of the samples of a micro-batch."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lapilli.config.reader import shown
 from lapilli.errors import DataError, MediaError
-from lapilli.media.fetch import Fetched, FetchLimits, fetch
+from lapilli.media.fetch import Fetched, fetch
 
 LONGEST_NAME = 50
 """Letters of a name in the list of a message."""
@@ -46,7 +46,7 @@ class PictureFolder:
         return self.folder / str(picture) if is_file_name(picture) else picture
 
 
-def fetch_picture(source: object, limits: FetchLimits | None = None) -> Fetched:
+def fetch_picture(source: object) -> Fetched:
     """Fetch the picture of a sample.
 
     Raises:
@@ -56,7 +56,7 @@ def fetch_picture(source: object, limits: FetchLimits | None = None) -> Fetched:
     if isinstance(source, Path) and _is_special(source):
         raise MediaError(f"{shown(str(source))} is a pipe or a device: expected a picture file")
     try:
-        return fetch(source, limits=limits or FetchLimits())
+        return fetch(source)
     except MediaError as error:
         if isinstance(source, Path) and isinstance(error.__cause__, FileNotFoundError):
             raise MediaError(

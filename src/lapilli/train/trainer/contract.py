@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lapilli.errors import LapilliError
+from lapilli.train.trainer.optim import Average
 
 Plain = str | int | float | bool
 Record = Mapping[str, int | float]
@@ -66,3 +67,34 @@ class Task(Protocol):
     def evaluate(self) -> Mapping[str, float]:
         """Return metrics on held-out data; the lowest `eval_loss` decides what is best."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The evaluation with the lowest loss so far."""
+
+    step: int
+    eval_loss: float
+
+
+@dataclass(slots=True)
+class RunState:
+    """Where a run stands; everything else is a function of its fingerprint and the step.
+
+    Attributes:
+        skipped: samples so far that could not be read.
+        fingerprint: what makes it another run, by the recipe's names; None: its task does not say.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: Average | None = None
+    step: int = 0
+    skipped: int = 0
+    best: Best | None = None
+    fingerprint: Mapping[str, Plain] | None = None
+
+    @property
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The weights that the run changes, by parameter name."""
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}

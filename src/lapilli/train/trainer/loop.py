@@ -28,14 +28,12 @@ import torch
 from lapilli.errors import ConfigError
 from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
 from lapilli.train.recipe import RunRecipe, TrainerRecipe
-from lapilli.train.trainer.contract import Loss, Task, TrainingError
+from lapilli.train.trainer.contract import Best, Loss, RunState, Task, TrainingError
 from lapilli.train.trainer.curves import LossWatch, advice, rise_record
 from lapilli.train.trainer.metrics import MetricsLogger, open_metrics_logger, peak_memory
-from lapilli.train.trainer.optim import Average, build_optimizer, lr_share, peak_lrs, set_lr
+from lapilli.train.trainer.optim import Average, build_optimizer, lr_share, set_lr
 from lapilli.train.trainer.prefetch import MakeBatch, batches
 from lapilli.train.trainer.state import (
-    Best,
-    RunState,
     load_best,
     load_state,
     read_best,
@@ -277,7 +275,8 @@ class _Run:
         if rise := self.losses.push(record.metrics["loss"]):
             told = rise_record(done, rise)
             self.logger.write(told)
-            if text := advice([told], max(peak_lrs(self.state.optimizer))):
+            lr = max(group["base_lr"] for group in self.state.optimizer.param_groups)
+            if text := advice([told], lr):
                 self.logger.warning(text)
         if is_last or (run.evaluate_every and done % run.evaluate_every == 0):
             found = evaluate(self.task, self.recipe, self.state.average)

@@ -35,8 +35,6 @@ from lapilli.train.recipe import TrainerRecipe
 from lapilli.train.trainer.contract import Record, TrainingError
 from lapilli.train.trainer.curves import evaluation_curve, loss_curve, plot_losses
 
-TIMED: Final = frozenset({"per_s", "gib"})
-"""What two runs of the same bits still measure differently."""
 _LONGEST: Final = 1 << 20
 """Bytes of a line; the longest that is written has a thousandth of it."""
 

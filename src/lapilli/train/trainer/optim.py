@@ -101,11 +101,6 @@ def set_lr(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = group["base_lr"] * share
 
 
-def peak_lrs(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Learning rate of every group after the warm-up."""
-    return [float(group["base_lr"]) for group in optimizer.param_groups]
-
-
 _FIRST_STEPS = 10  # how slowly the average begins to look back
 
 

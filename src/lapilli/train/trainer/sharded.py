@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -35,7 +34,7 @@ from lapilli.errors import CheckpointError
 from lapilli.shapes import Tensor
 from lapilli.train.data.fingerprint import data_file
 from lapilli.train.distributed import ParallelContext
-from lapilli.train.trainer.contract import TrainingError
+from lapilli.train.trainer.contract import RunState, TrainingError
 from lapilli.train.trainer.state_file import (
     check_archive,
     check_moment_shape,
@@ -101,43 +100,33 @@ def place_of(folder: Path, step: int) -> Path:
 
 
 def save_pieces(
-    folder: Path,
-    parallel: ParallelContext,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: Mapping[str, Tensor] | None,
-    step: int,
-    values: Mapping[str, Any],
+    state: RunState, folder: Path, parallel: ParallelContext, values: Mapping[str, Any]
 ) -> None:
     """Everything that the next step needs, each process its own pieces; all have to call it.
 
     Earlier states in pieces go when this one is whole.
 
     Args:
+        state: of the run; its tensors are saved.
         folder: of the run.
         parallel: of the run.
-        model: its trainable parameters are saved.
-        optimizer: over these parameters.
-        average: of these parameters, by their names.
-        step: steps done.
-        values: anything else that JSON can hold.
+        values: what else is kept of the state; JSON can hold it.
 
     Raises:
         TrainingError: a disk does not take it, in every process; the earlier state is whole.
     """
-    place = place_of(folder, step)
+    place = place_of(folder, state.step)
     staged = place.with_name(place.name + _STAGED)
     if parallel.is_main_process:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
     parallel.wait()
-    tensors = dict(_tensors(model, optimizer, average))
+    tensors = dict(_tensors(state))
     try:
         with _without_hint():
             save(tensors, checkpoint_id=staged, no_dist=parallel.size == 1)
         if parallel.is_main_process:
-            _finish(staged, place, {**values, "step": step})
+            _finish(staged, place, values)
     except (CheckpointException, OSError) as error:
         raise TrainingError(
             f"{place} cannot be written ({_reason(error)}); the earlier checkpoint is whole. Make "
@@ -189,34 +178,29 @@ def values_of(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_pieces(
-    path: Path,
-    parallel: ParallelContext,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: Mapping[str, Tensor] | None,
-) -> None:
+def load_pieces(state: RunState, path: Path, parallel: ParallelContext) -> None:
     """Fill model, optimizer and average from what any number of processes has saved.
 
+    The average is filled from the weights where the saved run kept none; the optimizer keeps its
+    own learning rates.
+
     Args:
+        state: of this run; its model is whole or in pieces.
         path: what `newest_pieces` found.
         parallel: of this run; it may be another one than saved the state.
-        model: whole or in pieces.
-        optimizer: over its trainable parameters; its own learning rates stay.
-        average: filled from the weights where the saved run kept none.
 
     Raises:
         TrainingError: the state is of another recipe, or a file of it is missing.
     """
-    reader, parameters = _Reader(path), _trained(model)
+    reader, parameters = _Reader(path), state.trained
+    average = {} if state.average is None else state.average.tensors
     try:
         stored = reader.read_metadata().state_dict_metadata
-        _check(parameters, average or {}, stored, path)
+        _check(parameters, average, stored, path)
         moments = _empty_moments(parameters, stored)
-        tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
+        tensors = {f"model.{name}": weight for name, weight in parameters.items()}
         tensors |= {f"optimizer.{name}.{key}": value for (name, key), value in moments.items()}
-        for name, value in (average or {}).items():
+        for name, value in average.items():
             kept = f"average.{name}" in stored
             tensors |= {f"average.{name}": value} if kept else {}
         with _without_hint():  # every process with a whole model reads for itself
@@ -229,10 +213,10 @@ def load_pieces(
         squares = name.endswith((".step", ".exp_avg_sq")) and name.startswith("optimizer.")
         check_numbers(value, path, name, not_negative=squares)
     with torch.no_grad():
-        for name, value in (average or {}).items():
+        for name, value in average.items():
             if f"average.{name}" not in stored:
                 value.copy_(parameters[name])
-    _fill_optimizer(optimizer, parameters, moments)
+    _fill_optimizer(state, moments)
 
 
 @contextmanager
@@ -243,20 +227,16 @@ def _without_hint() -> Iterator[None]:
         yield
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor] | None
-) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in _trained(model).items():
-        yield f"model.{name}", parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
+def _tensors(state: RunState) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in state.model.named_parameters():
+        if parameter.requires_grad:
+            yield f"model.{name}", parameter.detach()
+        for key, value in state.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 yield f"optimizer.{name}.{key}", value
-    for name, value in (average or {}).items():
-        yield f"average.{name}", value
+    if state.average is not None:
+        for name, value in state.average.tensors.items():
+            yield f"average.{name}", value
 
 
 class _Reader(FileSystemReader):
@@ -323,7 +303,7 @@ def _check(
 
 
 def _empty_moments(
-    parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Any]
+    parameters: Mapping[str, Tensor], stored: Mapping[str, Any]
 ) -> dict[tuple[str, str], Tensor]:
     """Room for what the optimizer keeps of each parameter, in pieces where that is."""
     made: dict[tuple[str, str], Tensor] = {}
@@ -333,23 +313,19 @@ def _empty_moments(
         name, _, key = full.removeprefix("optimizer.").rpartition(".")
         parameter, dtype = parameters[name], entry.properties.dtype
         if entry.size == parameter.shape:
-            made[name, key] = torch.zeros_like(parameter.detach(), dtype=dtype)
+            made[name, key] = torch.zeros_like(parameter, dtype=dtype)
         else:
             made[name, key] = torch.zeros(entry.size, dtype=dtype, device=parameter.device)
     return made
 
 
-def _fill_optimizer(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    moments: Mapping[tuple[str, str], Tensor],
-) -> None:
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+def _fill_optimizer(state: RunState, moments: Mapping[tuple[str, str], Tensor]) -> None:
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    order = [names[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
+    kept: dict[int, dict[str, Tensor]] = {}
     for (name, key), value in moments.items():
-        state.setdefault(order.index(name), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        kept.setdefault(order.index(name), {})[key] = value
+    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": kept})
 
 
 def _reason(error: BaseException) -> str:
