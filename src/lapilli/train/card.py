@@ -1,4 +1,4 @@
-"""The model card of a run: what was trained on what, how it went, and how to use it.
+"""Model card of a run: what was trained on what, how it went, and how to use it.
 
 README.md with the header that the hub reads, the loss curve as a picture, and the recipe as it ran.
 Knows recipes, logs and files; no models.
@@ -36,7 +36,7 @@ def model_card(
     *,
     facts: Mapping[str, str] | None = None,
 ) -> dict[str, str | bytes]:
-    """Files that stand beside the results of a run: `extra` of `save_results`.
+    """Return the files that stand beside the results of a run: `extra` of `save_results`.
 
     Args:
         results: what is saved and how.
@@ -62,7 +62,7 @@ def model_card(
 
 
 def add_card(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    """The files of a card beside results that are saved already, each in one step."""
+    """Add the files of a card to results that are saved already, each in one step."""
     for name, content in files.items():
         staged = folder / f"{name}.part"
         staged.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -70,14 +70,14 @@ def add_card(folder: Path, files: Mapping[str, str | bytes]) -> None:
 
 
 def data_files(recipe: Recipe) -> list[DataFile]:
-    """Every file of samples that a recipe reads, with what tells it from another."""
+    """Return every file of samples that a recipe reads, with what tells it from another."""
     sources = (*recipe.data.sources, *recipe.data.evaluation)
     paths = dict.fromkeys(path for source in sources for path in expand(source.path))
     return [data_file(path, whole_bytes=_HASHED_BYTES) for path in paths]
 
 
 def _front(results: Results) -> str:
-    """The header; a base that is no hub id would be refused by the hub and is left out."""
+    """Return the header; a base that is no hub id would be refused by the hub and is left out."""
     recipe = results.recipe
     base = recipe.model.checkpoint or ""
     is_adapter = results.is_adapter
@@ -95,7 +95,7 @@ def _front(results: Results) -> str:
 
 
 def _license(results: Results) -> str:
-    """What the card of the checkpoint below says, for it binds what is made from it."""
+    """Return what the card of the checkpoint below says, for it binds what is made from it."""
     front = _FRONT.match(read_optional_text(results.loaded.path / "README.md") or "")
     found = _LICENSE.search(front[1]) if front else None
     return found[1] if found else "other"
@@ -159,7 +159,7 @@ def _table(shown: Mapping[str, str]) -> str:
 
 
 def _recipe(recipe: Recipe) -> str:
-    """What differs from the defaults of today; the file beside has every value."""
+    """Return what differs from the defaults of today; the file beside has every value."""
     return (
         f"## Recipe\n\n```toml\n{recipe_text(recipe, defaults=False)}```\n\n"
         f"`{RECIPE}` has every other value as it was.\n"
@@ -167,7 +167,7 @@ def _recipe(recipe: Recipe) -> str:
 
 
 def _evaluation(records: Sequence[Record]) -> str:
-    """The last metrics on held-out data, and the best loss there was."""
+    """Return the last metrics on held-out data, and the best loss there was."""
     evaluations = [record for record in records if "eval_loss" in record]
     if not evaluations:
         return ""
@@ -187,7 +187,7 @@ def _evaluation(records: Sequence[Record]) -> str:
 
 
 def _shown(figure: int | float) -> str:
-    """A loss or a share with its decimals, a count without."""
+    """Return a loss or a share with its decimals, a count without."""
     return f"{int(figure):,}" if float(figure).is_integer() else f"{figure:.4f}"
 
 

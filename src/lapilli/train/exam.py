@@ -43,7 +43,7 @@ class Graded:
 
     @property
     def equal(self) -> bool:
-        """Whether they are the same but for white space around them."""
+        """Return whether they are the same but for white space around them."""
         return self.reference == self.answer
 
 
@@ -58,10 +58,10 @@ class _Question:
 def hold_exam(
     model: Path, samples: EncodedDataset, number: int, *, template: Template, device: torch.device
 ) -> list[Graded]:
-    """The answers to the questions of `number` held-out samples, spread evenly over all of them.
+    """Answer the questions of `number` held-out samples, spread evenly over all of them.
 
     Every answer of a sample is asked for, the true turns before it. Samples that cannot be read are
-    left out where the rows skip them, and so are answers that max_length cut.
+    left out where the data set skips them, and so are answers that max_length cut.
 
     Args:
         model: folder of the results, loaded as `lapilli ask` would load it.
@@ -94,7 +94,7 @@ def hold_exam(
 
 
 def _answer(answering: Answering, prompt: ReadyPrompt, params: SamplingParams) -> str:
-    """The text; why there is none, where the prompt leaves the context no room."""
+    """Return the text, or why there is none where the prompt leaves the context no room."""
     try:
         found: Generation = answering.answer_all([prompt], params)[0]
     except LapilliError as error:
@@ -105,7 +105,7 @@ def _answer(answering: Answering, prompt: ReadyPrompt, params: SamplingParams) -
 def _questions(
     encoded: EncodedSample, name: str, tokenizer: Tokenizer, template: Template
 ) -> Iterator[_Question]:
-    """Every whole answer of a row, with what stands before it."""
+    """Yield every whole answer of a sample, with what stands before it."""
     if encoded.skipped:
         return
     ids = encoded.prompt.input_ids
@@ -120,7 +120,7 @@ def _questions(
 
 
 def answers_of(loss_mask: Sequence[bool]) -> list[tuple[int, int]]:
-    """Start and end of every stretch of supervised positions."""
+    """Return start and end of every run of supervised positions."""
     found = []
     for counts, places in groupby(range(len(loss_mask)), key=lambda at: loss_mask[at]):
         stretch = list(places)
@@ -136,13 +136,13 @@ def _before(prompt: EncodedPrompt, media: Sequence[Any], end: int) -> ReadyPromp
 
 
 def write_exam(folder: Path, graded: Sequence[Graded]) -> None:
-    """Every answer as a line of `folder/exam.jsonl`."""
+    """Write every answer as a line of `folder/exam.jsonl`."""
     lines = [json.dumps({**asdict(one), "equal": one.equal}, ensure_ascii=False) for one in graded]
     (folder / ANSWERS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def exam_record(step: int, graded: Sequence[Graded]) -> Record:
-    """Figures of an exam for the log."""
+    """Return the metrics of an exam for the log."""
     equal = sum(one.equal for one in graded)
     share = equal / len(graded) if graded else 0.0
     return {"step": step, FIGURE: share, "equal": equal, "answers": len(graded)}

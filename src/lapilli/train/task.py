@@ -1,4 +1,4 @@
-"""The task of a recipe: checkpoint, samples and their order become batches and their loss.
+"""Task of a recipe: checkpoint, samples and their order become batches and their loss.
 
     checkpoint --load--> model --stages--> what is trained --> TrainedModel
     files ----> samples --order(step)--> encoded samples --collate, or pack--> TrainingBatch
@@ -58,8 +58,8 @@ class TrainingTask:
         parallel: this process among all.
         samples: what is learned from.
         order: which of them a step reads.
-        held_out: what evaluation reads; None: there are none.
-        template: what the rows were rendered with.
+        held_out: what evaluation reads; None: there is nothing.
+        template: of the samples.
         weights: files of the models that it begins with, by the recipe's keys.
         skipped: why samples could not be read, as far as batches of them were learned from.
     """
@@ -77,20 +77,20 @@ class TrainingTask:
 
     @property
     def num_samples(self) -> int:
-        """Samples of one epoch."""
+        """Return the samples of one epoch."""
         return self.order.epoch_size
 
     def fingerprint(self) -> Mapping[str, Plain]:
-        """What decides the batches and what rests; files are read for their digests."""
+        """Return what decides the batches and what rests; files are read for their digests."""
         counts = [len(source) for source in self.samples.dataset.sources]
         return fingerprint_of(self.recipe, self.template.name, counts, self.weights)
 
     def names(self, step: int, micro: int) -> list[str]:
-        """Place and id of the samples of a micro-batch."""
+        """Return place and id of the samples of a micro-batch."""
         return [self.samples.dataset.label(index) for index in self.order.indices(step, micro)]
 
     def batch(self, step: int, micro: int) -> tuple[TrainingBatch, int]:
-        """The micro-batch and how many supervised tokens it has."""
+        """Return the micro-batch and how many supervised tokens it has."""
         made = self._collate(
             [self.samples.sample(index) for index in self.order.indices(step, micro)]
         )
@@ -105,16 +105,16 @@ class TrainingTask:
         return with_teacher(collate_packed(packed), [row for one in packed for row in one])
 
     def loss(self, batch: TrainingBatch) -> Loss:
-        """The summed loss."""
+        """Return the summed loss."""
         self.skipped += batch.skipped  # here, as batches may be made in other processes
         found: Loss = self.model(batch)
         return found
 
     def evaluate(self) -> Mapping[str, float]:
-        """Loss per supervised token of the held-out samples, the same in every process.
+        """Return the loss per supervised token of what is held out, the same in every process.
 
         In pieces all processes run equally many batches; one that has none left repeats its first
-        for nothing. So does a row that stands in for a sample that cannot be read: `eval_skipped`
+        for nothing. So does a sample that stands in for one that cannot be read: `eval_skipped`
         counts those, where there are any.
         """
         if self.held_out is None:
@@ -139,13 +139,13 @@ class TrainingTask:
 
 
 def _silent(row: EncodedSample) -> EncodedSample:
-    """The row with nothing supervised."""
+    """Return the sample with nothing supervised."""
     prompt = replace(row.prompt, loss_mask=[False] * len(row.prompt))
     return replace(row, prompt=prompt)
 
 
 def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
-    """The task of a recipe whose stage trains a whole model.
+    """Build the task of a recipe whose stage trains a whole model.
 
     Raises:
         ConfigError: the recipe names no checkpoint or no data, or parts do not go together.
@@ -189,7 +189,7 @@ def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
 def _held_out(
     dataset: Dataset, encoder: SampleEncoder, recipe: Recipe, parallel: ParallelContext
 ) -> EncodedDataset:
-    """Encoded samples that evaluation reads, each of them read once where a bad one is an error.
+    """Return what evaluation reads, each sample read once where a bad one is an error.
 
     The first evaluation would else end a run after all of its steps, before they are saved.
     """
@@ -203,7 +203,7 @@ def _held_out(
 def _with_teacher(
     encoder: SampleEncoder, template: Template, teacher: Loaded | None
 ) -> EncodesSamples:
-    """What makes the rows that are learned from, the teacher's beside them if there is one."""
+    """Return the encoder of samples, the teacher's beside it if there is one."""
     if teacher is None:
         return encoder
     return PairEncoder(
@@ -212,10 +212,10 @@ def _with_teacher(
 
 
 def check_packing(loaded: Loaded, max_length: int) -> None:
-    """Packed rows have to give the loss of their samples.
+    """Check that packed sequences give the loss of their samples.
 
     Raises:
-        ConfigError: positions are scaled by the longest sample of a row, so they would not.
+        ConfigError: positions are scaled by the longest sample of a sequence, so they would not.
     """
     text = loaded.config.text
     scaling = text.rope_scaling if isinstance(text, DecoderConfig) else None
@@ -236,7 +236,7 @@ def _sample_encoder(
 
 
 def _learner(recipe: Recipe, loaded: Loaded, teacher: Loaded | None) -> TrainedModel:
-    """What learns: from the data, and from the teacher where there is one."""
+    """Return what learns: from the data, and from the teacher where there is one."""
     kind: Callable[..., TrainedModel] = TrainedModel
     if recipe.distill is not None and teacher is not None:
         kind = partial(DistilledModel, teacher=Teacher(teacher.model), distill=recipe.distill)
@@ -249,7 +249,7 @@ def _learner(recipe: Recipe, loaded: Loaded, teacher: Loaded | None) -> TrainedM
 
 
 def _datasets(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
-    """What is learned from, and what evaluation reads."""
+    """Return what is learned from, and what evaluation reads."""
     data = recipe.data
     if not data.sources:
         raise ConfigError(

@@ -40,11 +40,7 @@ _STORE_ERRORS: Final = (dist.DistError, RuntimeError, OSError)
 
 
 class ProcessLostError(LapilliError, RuntimeError):
-    """Another process of this run is gone, so that this one cannot go on.
-
-    Attributes:
-        ranks: of the processes that failed first, as far as they could be found.
-    """
+    """Another process of this run is gone; `ranks` failed first, as far as they could be found."""
 
     def __init__(self, message: str, ranks: Sequence[int]) -> None:
         super().__init__(message)
@@ -52,7 +48,7 @@ class ProcessLostError(LapilliError, RuntimeError):
 
 
 class Heartbeat:
-    """The signs of life of this process, from a thread of its own, and those of the others."""
+    """The heartbeat of this process, from a thread of its own, and those of the others."""
 
     def __init__(self, store: Store, rank: int, size: int, beat_s: float = BEAT_S) -> None:
         self._store, self._rank, self._size, self._beat_s = store, rank, size, beat_s
@@ -74,7 +70,7 @@ class Heartbeat:
                 return
 
     def end(self) -> None:
-        """No more signs of life."""
+        """Stop the heartbeat."""
         self._over.set()
         self._thread.join(timeout=self._beat_s)
 
@@ -88,7 +84,7 @@ class Heartbeat:
             return  # the one that held the store is gone as well
 
     def find_lost(self) -> ProcessLostError:
-        """Who failed first, after a collective operation broke; takes a few beats."""
+        """Return who failed first, after a collective operation broke; takes a few beats."""
         try:
             before = self._alive()
             time.sleep(self._beat_s * _MISSED)
@@ -118,7 +114,7 @@ class Heartbeat:
         )
 
     def _alive(self) -> dict[int, bytes]:
-        """The last sign of everyone else; b"" where there never was one."""
+        """Return the last sign of everyone else; b"" where there never was one."""
         others = [rank for rank in range(self._size) if rank != self._rank]
         return {rank: self._read(f"alive/{rank}") for rank in others}
 
@@ -127,12 +123,12 @@ class Heartbeat:
         return {rank: json.loads(word) for rank, word in found.items() if word}
 
     def _read(self, key: str) -> bytes:
-        """The value; b"" where there is none: `get` would wait for one."""
+        """Return the value; b"" where there is none: `get` would wait for one."""
         return bytes(self._store.get(key)) if self._store.check([key]) else b""
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Whether a collective operation broke, which is the fault of another process."""
+    """Return whether a collective operation broke, which is the fault of another process."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, dist.DistError):
@@ -152,7 +148,7 @@ _NAMES: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """Which process this is, and where all of them meet.
+    """The rank of this process, and where all of them meet.
 
     Attributes:
         local_rank: among the processes of this machine: the number of its GPU.
@@ -167,7 +163,7 @@ class RankInfo:
 
 
 def rank_info_of(environment: Mapping[str, str]) -> RankInfo | None:
-    """The rank_info that torchrun (or a Slurm script) has put into the environment; None: alone.
+    """Return what torchrun (or a Slurm script) has put into the environment; None for a run alone.
 
     Raises:
         ConfigError: some of the variables are there, others are not, or are no numbers.
@@ -198,17 +194,17 @@ def joined(
     timeout_s: float = 1800.0,
     beat_s: float = BEAT_S,
 ) -> Iterator[ParallelContext]:
-    """The parallel, while the block runs.
+    """Join the process group while the block runs.
 
     Args:
         rank_info: None, or of one process: nobody is met, and there is no network.
         sharding: what the processes share: "ddp" nothing, "fsdp" weights and moments.
         device: "cpu", "cuda", or "auto": a GPU where there is one. One process alone may name any
             other, such as "cuda:1".
-        timeout_s: how long an operation waits for the others: longer than the lead writes a
+        timeout_s: how long an operation waits for the others: longer than the main process writes a
             whole model. A process that was killed is noticed at once, a machine that was switched
             off after this time.
-        beat_s: seconds between two signs of life.
+        beat_s: seconds between two heartbeats.
 
     Raises:
         ProcessLostError: another process failed; it names it, and its error where it left one.

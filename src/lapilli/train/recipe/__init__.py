@@ -1,4 +1,4 @@
-"""Recipe: what a training run does, as frozen values; no torch. file.py reads them from TOML."""
+"""Recipe: what a training run does, as frozen values; no torch. file.py reads it from TOML."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -99,7 +99,7 @@ class OptimRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecipe:
-    """How long, how much at once, how often something is written.
+    """The course of a run: how long, how much at once, how often something is written.
 
     Attributes:
         steps: optimizer steps; 0: as many as `epochs` take.
@@ -166,7 +166,7 @@ class RunRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerRecipe:
-    """What the trainer's loop reads; a program that trains a task of its own adds its keys to it.
+    """The part of a recipe that the loop reads; a program's own task adds keys to it.
 
     Attributes:
         stage: name of the run in the progress bar.
@@ -181,14 +181,14 @@ class TrainerRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecipe:
-    """What is trained.
+    """The model that is trained.
 
     Attributes:
         checkpoint: a model that `lapilli build` made, or any LLaVA checkpoint.
-        projector: a projector of an earlier run that is laid over it (its output folder).
+        projector: a projector of an earlier run that is loaded over it (its output folder).
         adapter: a LoRA that is trained on.
         tune_tower: train the vision tower too (with `optim.tower_lr`).
-        freeze: beginnings of names of parameters that rest all the same, such as
+        freeze: beginnings of names of parameters that stay frozen all the same, such as
             "language_model.model.".
     """
 
@@ -217,16 +217,16 @@ class SourceRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataRecipe:
-    """Which samples, and how they become rows.
+    """The samples, and how they become sequences.
 
     Attributes:
         sources: where samples come from.
         held_out: part of every source that is kept for evaluation, below 1; at least one sample.
         evaluation: sources of their own for evaluation, instead of `held_out`.
         template: name of the chat template; "": what the checkpoint says ("plain" for align).
-        max_length: positions of a row; longer samples are cut on the right.
+        max_length: positions of a sequence; longer samples are cut on the right.
         group: "modality": batches of similar length and of one kind; "length"; "none".
-        pack: several samples in one row of max_length, none seeing another.
+        pack: several samples in one sequence of max_length, none seeing another.
         placement: "front" moves the pictures of a turn before its text, as the original does with
             one; "written" leaves them where they stand.
         alpha: "drop" shows the colours under the transparency of a picture, as the original does;
@@ -325,7 +325,7 @@ class DistillRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveRecipe:
-    """What comes out.
+    """The form of the results.
 
     Attributes:
         layout: "llava": the original's; "huggingface": LlavaForConditionalGeneration.
@@ -364,7 +364,7 @@ class Recipe(TrainerRecipe):
 
     @property
     def saves_frozen(self) -> bool:
-        """Whether weights that it does not train are part of its result."""
+        """Return whether weights that it does not train are part of its result."""
         if self.lora is not None:
             return self.save.merge
         return self.stage == "instruct" or self.save.layout == "huggingface"

@@ -1,4 +1,4 @@
-"""Recipes as TOML: read from a file and from options, and written so that they can be read back.
+"""Recipe files: TOML read with the command line's options, and written so that it is read back.
 
     recipes/tiny/align.toml      ->  Recipe(stage, optim, run, model, data)    unknown key = error
     --optim.lr 2e-4              ->  the same recipe with one value replaced (--optim.lr=2e-4 too)
@@ -88,7 +88,7 @@ def read_recipe(path: Path, kind: type[Section], overrides: Sequence[str] = ()) 
 
 
 def build_section(kind: type[Section], raw: Mapping[str, Any], where: str) -> Section:
-    """A dataclass from a table; `where` is the table's name for messages.
+    """Build a dataclass from a table; `where` is the table's name for messages.
 
     Raises:
         ConfigError: a key is missing, or its value has another type.
@@ -127,7 +127,7 @@ def _required(kind: Any) -> Iterator[str]:  # noqa: ANN401  a dataclass
 
 
 def _meant(key: str) -> str | None:
-    """The key of a recipe that has this name in another section, or nearly this name."""
+    """Return the key of a recipe that has this name in another section, or nearly this name."""
     name = key.rpartition(".")[2].replace("-", "_")
     if name in _OTHER_NAMES:
         return _OTHER_NAMES[name]
@@ -141,7 +141,7 @@ def _meant(key: str) -> str | None:
 
 
 def _keys(kind: type, where: str = "") -> Iterator[str]:
-    """Names of all sections and keys."""
+    """Yield the names of all sections and keys."""
     for key, hint in get_type_hints(kind).items():
         name = _join(where, key)
         yield name
@@ -152,7 +152,7 @@ def _keys(kind: type, where: str = "") -> Iterator[str]:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401  TOML values
-    """The value as the field's type, or an error that names both."""
+    """Return the value as the field's type, or raise an error that names both."""
     origin = get_origin(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return build_section(hint, value, where)
@@ -181,7 +181,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401  TOML valu
 
 
 def _expected(hint: Any) -> str:  # noqa: ANN401  any annotation
-    """What a value of this type looks like in TOML."""
+    """Return what a value of this type looks like in TOML."""
     if get_origin(hint) is tuple:
         return f"a list [...] of which each is {_expected(get_args(hint)[0])}"
     if dataclasses.is_dataclass(hint):
@@ -190,7 +190,7 @@ def _expected(hint: Any) -> str:  # noqa: ANN401  any annotation
 
 
 def _tuple(kinds: tuple[Any, ...], value: list[Any], where: str) -> tuple[Any, ...]:
-    """A list as a tuple of fixed kinds, or of any number of one kind."""
+    """Return a list as a tuple of fixed kinds, or of any number of one kind."""
     if kinds[-1] is Ellipsis:
         return tuple(_value(kinds[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if len(kinds) != len(value):
@@ -199,7 +199,7 @@ def _tuple(kinds: tuple[Any, ...], value: list[Any], where: str) -> tuple[Any, .
 
 
 def _override(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """`--section.key value` pairs written into the table; values are read as TOML, else as text."""
+    """Write `--section.key value` pairs into the table; values are read as TOML, else as text."""
     left = list(overrides)
     while left:
         option, is_joined, text = left.pop(0).partition("=")
@@ -228,10 +228,10 @@ def _literal(text: str) -> Any:  # noqa: ANN401  TOML values
 
 
 def recipe_text(recipe: Recipe, *, defaults: bool = True) -> str:
-    """Every value that is not None, sections after the keys that stand alone.
+    """Return the recipe as TOML, sections after the keys that stand alone.
 
     Args:
-        recipe: what is written.
+        recipe: what is written; values that are None are left out.
         defaults: also the values that a recipe has where it does not name them.
     """
     alone: list[str] = []
@@ -245,7 +245,7 @@ def recipe_text(recipe: Recipe, *, defaults: bool = True) -> str:
 
 
 def _table(value: Any, *, defaults: bool) -> Mapping[str, Any]:  # noqa: ANN401  dataclass or table
-    """Its values by name, without those that are None, or that nobody needs to name."""
+    """Return values by name, without those that are None, or that nobody needs to name."""
     if isinstance(value, Mapping):
         return value
     found = {field.name: (getattr(value, field.name), field) for field in dataclasses.fields(value)}

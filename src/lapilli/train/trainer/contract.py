@@ -1,4 +1,4 @@
-"""What a task gives to the loop, and how a run fails; knows no data and no model."""
+"""Types that the trainer's files share: the task, its loss, the state of a run and its errors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class TrainingError(LapilliError, RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Loss of one micro-batch: a sum over what counts, and parts of it for the log.
+    """The loss of one micro-batch: a sum over what counts, and parts of it for the log.
 
     Attributes:
         total: what is differentiated.
@@ -35,7 +35,7 @@ class Loss:
 
 @runtime_checkable
 class Task(Protocol):
-    """What is trained on what.
+    """A model and what it is trained on.
 
     A task may have more, which the loop uses where it is there:
         num_samples: samples (or packed sequences) of one epoch, for a run that counts epochs.
@@ -49,11 +49,11 @@ class Task(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """Trainable parameters are those that require a gradient."""
+        """Return the model; its trainable parameters are those that require a gradient."""
         ...
 
     def batch(self, step: int, micro: int) -> tuple[Any, int]:
-        """A micro-batch and how many supervised things it has.
+        """Return a micro-batch and how many supervised things it has.
 
         A function of the two numbers and of nothing else: it may be called in another process,
         ahead of time, or again after a kill.
@@ -61,7 +61,7 @@ class Task(Protocol):
         ...
 
     def loss(self, batch: Any) -> Loss:  # noqa: ANN401  the task's own type
-        """The summed loss."""
+        """Return the summed loss."""
         ...
 
     def evaluate(self) -> Mapping[str, float]:
@@ -79,7 +79,7 @@ class Best:
 
 @dataclass(slots=True)
 class RunState:
-    """Where a run stands; everything else is a function of its fingerprint and the step.
+    """The state of a run; everything else is a function of its fingerprint and the step.
 
     Attributes:
         skipped: samples so far that could not be read.
@@ -96,5 +96,5 @@ class RunState:
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:
-        """The weights that the run changes, by parameter name."""
+        """Return the weights that the run changes, by parameter name."""
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}

@@ -118,11 +118,7 @@ def train(
 
 
 class Stopped(SystemExit):
-    """A run that ends because a signal asked for it, with its state saved.
-
-    Attributes:
-        message: one line for a person.
-    """
+    """A run that ends because a signal asked for it, its state saved; `message` is for a person."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(128 + number)  # as a shell reports it: POSIX.1-2017, Shell 2.8.2
@@ -156,7 +152,7 @@ def catch_signals() -> Iterator[list[signal.Signals]]:
 
 
 def number_of_steps(task: Task, run: RunRecipe) -> int:
-    """Optimizer steps of a run; the last one of an epoch is filled from the next.
+    """Return the optimizer steps of a run; the last one of an epoch is filled from the next.
 
     Raises:
         ConfigError: neither the recipe nor the task knows.
@@ -219,7 +215,7 @@ class _Run:
                     raise self._stopped(seen)
 
     def _describe(self, step: int, micro: int) -> str:
-        """The samples of a micro-batch, by place and id."""
+        """Return place and id of the samples of a micro-batch."""
         names = getattr(self.task, "names", None)
         return "" if names is None else ", ".join(names(step, micro))
 
@@ -262,7 +258,7 @@ class _Run:
         return record
 
     def _write(self, record: StepRecord) -> bool:
-        """Log, evaluation and checkpoint, as far as they are due; whether the state is saved."""
+        """Log, evaluate and save, as far as it is due; return whether the state is saved."""
         run, done = self.recipe.run, self.state.step
         is_last = done == self.steps
         metrics = {"step": done, **record.metrics}
@@ -304,7 +300,7 @@ EVAL_LOSS: Final = "eval_loss"
 def evaluate(
     task: Task, recipe: TrainerRecipe, average: Average | None = None
 ) -> Mapping[str, float]:
-    """The task's metrics with the model in evaluation mode, with its averages where it has them."""
+    """Return the task's metrics in evaluation mode, with the averages where the run has them."""
     task.model.eval()
     try:
         weights = nullcontext() if average is None else average.in_place()

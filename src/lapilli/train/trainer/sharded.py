@@ -1,13 +1,11 @@
-"""Trainer checkpoint in pieces, each process writing its own; read by any number of processes.
+"""Sharded trainer checkpoint: each process writes its pieces, any number of processes reads them.
 
-    folder/state/000120/     step 120: torch.distributed.checkpoint's files and values.json
-    folder/state/000160.part being written; whole only under its final name
+folder/state/000120/     step 120: torch.distributed.checkpoint's files and values.json
+folder/state/000160.part being written; whole only under its final name
 
-    model.NAME               a trained weight           all by parameter name, so that neither the
-    optimizer.NAME.KEY       its moments, its step      number of processes nor the order of the
-    average.NAME             its average                optimizer's groups matters
-
-Knows tensors and files; knows no loop.
+model.NAME               a trained weight           all by parameter name, so that neither the
+optimizer.NAME.KEY       its moments, its step      number of processes nor the order of the
+average.NAME             its average                optimizer's groups matters
 """
 
 import io
@@ -67,7 +65,7 @@ _NAMED: Final = frozenset(
 
 
 def gather(tensors: Mapping[str, Tensor], parallel: ParallelContext) -> dict[str, Tensor]:
-    """Whole tensors in the lead's memory, from pieces or not; nothing in the other processes.
+    """Return whole tensors in the main process's memory; nothing in the other processes.
 
     All processes have to call it, with the same names; one tensor at a time is put together.
     """
@@ -80,7 +78,7 @@ def gather(tensors: Mapping[str, Tensor], parallel: ParallelContext) -> dict[str
 
 
 def piece_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's piece of a tensor that everyone has, cut as `like` is; whole if `like` is."""
+    """Return this process's piece of a tensor that everyone has, cut as `like` is."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
     placed = whole.to(like.device)
@@ -88,21 +86,21 @@ def piece_of(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def newest_pieces(folder: Path) -> tuple[int, Path] | None:
-    """The last step of a run that was saved in pieces and whole, and where; None: there is none."""
+    """Return the last step that was saved in pieces and whole, and where; None for none."""
     found = [p for p in (folder / _FOLDER).glob("*") if p.name.isascii() and p.name.isdigit()]
     newest = max(found, key=lambda path: int(path.name), default=None)
     return None if newest is None else (int(newest.name), newest)
 
 
 def place_of(folder: Path, step: int) -> Path:
-    """Where the pieces of a step lie."""
+    """Return where the pieces of a step lie."""
     return folder / _FOLDER / f"{step:06d}"
 
 
 def save_pieces(
     state: RunState, folder: Path, parallel: ParallelContext, values: Mapping[str, Any]
 ) -> None:
-    """Everything that the next step needs, each process its own pieces; all have to call it.
+    """Save what the next step needs, each process its own pieces; all have to call it.
 
     Earlier states in pieces go when this one is whole.
 
@@ -136,7 +134,7 @@ def save_pieces(
 
 
 def _finish(staged: Path, place: Path, values: Mapping[str, Any]) -> None:
-    """The staged state under its own name; earlier ones are removed."""
+    """Move the staged state under its own name, and remove earlier ones."""
     values = {**values, _DIRECTORY: data_file(staged / ".metadata").digest}
     with (staged / _VALUES).open("w", encoding="utf-8") as file:
         json.dump(values, file)
@@ -156,7 +154,7 @@ def drop_pieces(folder: Path, parallel: ParallelContext) -> None:
 
 
 def values_of(path: Path) -> dict[str, Any]:
-    """What was saved beside the tensors, with "step".
+    """Return what was saved beside the tensors, with "step".
 
     Raises:
         TrainingError: the file is missing or damaged.
@@ -183,11 +181,6 @@ def load_pieces(state: RunState, path: Path, parallel: ParallelContext) -> None:
 
     The average is filled from the weights where the saved run kept none; the optimizer keeps its
     own learning rates.
-
-    Args:
-        state: of this run; its model is whole or in pieces.
-        path: what `newest_pieces` found.
-        parallel: of this run; it may be another one than saved the state.
 
     Raises:
         TrainingError: the state is of another recipe, or a file of it is missing.
@@ -221,7 +214,7 @@ def load_pieces(state: RunState, path: Path, parallel: ParallelContext) -> None:
 
 @contextmanager
 def _without_hint() -> Iterator[None]:
-    """Torch tells whoever asks for a single process that it is a single process."""
+    """Silence torch, which tells whoever asks for a single process that it is one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
         yield
@@ -269,7 +262,7 @@ class _Reader(FileSystemReader):
 
 
 class _Directory(pickle.Unpickler):
-    """Reads what torch has pickled about the pieces, and nothing that would run code."""
+    """An unpickler of what torch has written about the pieces; it runs no code."""
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401  a class or a value
         """Return one of the few things that a directory names."""
@@ -305,7 +298,7 @@ def _check(
 def _empty_moments(
     parameters: Mapping[str, Tensor], stored: Mapping[str, Any]
 ) -> dict[tuple[str, str], Tensor]:
-    """Room for what the optimizer keeps of each parameter, in pieces where that is."""
+    """Return room for what the optimizer keeps of each parameter, in pieces where that is."""
     made: dict[tuple[str, str], Tensor] = {}
     for full, entry in stored.items():
         if not full.startswith("optimizer."):
@@ -329,7 +322,7 @@ def _fill_optimizer(state: RunState, moments: Mapping[tuple[str, str], Tensor]) 
 
 
 def _reason(error: BaseException) -> str:
-    """The first failure of the processes, without their tracebacks."""
+    """Return the first failure of the processes, without their tracebacks."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (failure, _) = next(iter(error.failures.items()))
         return f"process {rank}: {first_line(failure)}"

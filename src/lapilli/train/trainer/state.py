@@ -41,7 +41,7 @@ _BEST = "best.pt"
 
 
 def save_state(state: RunState, folder: Path, parallel: ParallelContext = SINGLE_PROCESS) -> Path:
-    """Everything that the next step needs, and where it lies.
+    """Save everything that the next step needs; return where it lies.
 
     Raises:
         TrainingError: no room on the disk; the earlier checkpoint is whole.
@@ -74,12 +74,12 @@ def save_state(state: RunState, folder: Path, parallel: ParallelContext = SINGLE
 
 
 def holds_state(folder: Path) -> bool:
-    """Whether a run can go on from what lies in `folder`."""
+    """Return whether a run can go on from what lies in `folder`."""
     return (folder / _STATE).exists() or newest_pieces(folder) is not None
 
 
 def load_state(state: RunState, folder: Path, parallel: ParallelContext = SINGLE_PROCESS) -> bool:
-    """Go on from the checkpoint in `folder`; False and nothing changed where there is none.
+    """Load the checkpoint in `folder`; False and nothing changed where there is none.
 
     Raises:
         TrainingError: the checkpoint is damaged, or of another run: other batches, other weights,
@@ -118,14 +118,14 @@ def _go_on(state: RunState, found: tuple[int, int, tuple[int, float] | None]) ->
 
 
 def _put(whole: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor]) -> None:
-    """Saved tensors over our own, of which this process may have pieces."""
+    """Copy saved tensors over our own, of which this process may have pieces."""
     with torch.no_grad():
         for name, value in whole.items():
             ours[name].copy_(piece_of(value, ours[name]))
 
 
 def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[int, dict[str, Any]]) -> None:
-    """The moments of the checkpoint under the recipe's own learning rates and decay."""
+    """Load the moments of the checkpoint under the recipe's own learning rates and decay."""
     owners = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         number: {key: _piece(value, owners[number]) for key, value in kept.items()}
@@ -139,7 +139,7 @@ def _piece(value: Any, parameter: torch.Tensor) -> Any:  # noqa: ANN401  whateve
 
 
 def save_best(state: RunState, folder: Path, parallel: ParallelContext = SINGLE_PROCESS) -> None:
-    """The weights of this moment as the best so far: the averages where the run keeps them."""
+    """Save the weights of this moment as the best so far: the averages where the run keeps them."""
     if state.best is None:
         return
     weights = state.trained if state.average is None else state.average.tensors
@@ -152,11 +152,7 @@ def save_best(state: RunState, folder: Path, parallel: ParallelContext = SINGLE_
 
 
 def load_best(state: RunState, folder: Path) -> None:
-    """Put the best weights into the model.
-
-    Raises:
-        TrainingError: the file is missing, damaged or of another recipe.
-    """
+    """Put the best weights into the model; see `read_best`."""
     _put(read_best(state, folder), state.trained)
 
 
