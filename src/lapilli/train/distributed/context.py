@@ -59,12 +59,19 @@ class ParallelContext:
         return self.sharding == "fsdp" and self.size > 1
 
     def micro_batches(self, number: int) -> range:
-        """Return which of `number` micro-batches this process reads.
+        """Return which of the `number` micro-batches of a step this process reads.
 
         Raises:
-            ConfigError: in pieces, and not the same number for everyone: putting a layer together
-                takes all processes.
+            ConfigError: fewer than processes; or in pieces, and not the same number for everyone:
+                putting a layer together takes all processes.
         """
+        if number < self.size:
+            raise ConfigError(
+                f"run.gradient_accumulation_steps is {number} and {self.size} processes train: "
+                f"each of them needs a micro-batch of every step, so start {number} processes at "
+                f"most, or begin a run with run.gradient_accumulation_steps set to {self.size} or "
+                "more"
+            )
         if self.is_sharded and number % self.size:
             raise ConfigError(
                 f"run.gradient_accumulation_steps is {number} in {self.size} processes: with "

@@ -90,7 +90,7 @@ def train(
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     steps = number_of_steps(task, recipe.run)
-    _check(recipe.run, parallel)
+    micros = parallel.micro_batches(recipe.run.gradient_accumulation_steps)
     folder.mkdir(parents=True, exist_ok=True)
     average = Average(task.model, recipe.optim.ema) if recipe.optim.ema else None
     find = getattr(task, "fingerprint", None)
@@ -109,7 +109,7 @@ def train(
         recipe, folder, (state.step, steps), parallel=parallel, echo=echo, progress=progress
     ) as logger:
         watch = LossWatch(steps, logger.records)
-        _Run(task, recipe, folder, parallel, state, steps, logger, on_save, watch).go()
+        _Run(task, recipe, folder, parallel, micros, state, steps, logger, on_save, watch).go()
         logger.draw()
     if state.best is not None and recipe.run.keep_best:
         load_best(state, folder)
@@ -171,15 +171,6 @@ def number_of_steps(task: Task, run: RunRecipe) -> int:
     )
 
 
-def _check(run: RunRecipe, parallel: ParallelContext) -> None:
-    if (number := run.gradient_accumulation_steps) < parallel.size:
-        raise ConfigError(
-            f"run.gradient_accumulation_steps is {number} and {parallel.size} processes train: "
-            f"each of them needs a micro-batch of every step, so start {number} processes at most, "
-            f"or begin a run with run.gradient_accumulation_steps set to {parallel.size} or more"
-        )
-
-
 @dataclass(slots=True)
 class _Run:
     """The steps that are left, and what is written beside them."""
@@ -188,6 +179,7 @@ class _Run:
     recipe: TrainerRecipe
     folder: Path
     parallel: ParallelContext
+    micros: range  # the micro-batches of a step that this process reads
     state: RunState
     steps: int
     logger: MetricsLogger
@@ -199,8 +191,7 @@ class _Run:
 
     def go(self) -> None:
         run, first = self.recipe.run, self.state.step
-        own = self.parallel.micro_batches(run.gradient_accumulation_steps)
-        places = ((step, micro) for step in range(first, self.steps) for micro in own)
+        places = ((step, micro) for step in range(first, self.steps) for micro in self.micros)
         ahead = batches(self.task.batch, places, run.workers, describe=self._describe)
         with catch_signals() as seen, ahead as make:
             while self.state.step < self.steps:
@@ -230,10 +221,7 @@ class _Run:
 
     def _step(self, make: MakeBatch, asked_to_stop: Callable[[], bool]) -> StepRecord:
         step, optim = self.state.step, self.recipe.optim
-        made = {
-            micro: make(step, micro)
-            for micro in self.parallel.micro_batches(self.recipe.run.gradient_accumulation_steps)
-        }
+        made = {micro: make(step, micro) for micro in self.micros}
         share = lr_share(step, self.steps, optim)
         set_lr(self.state.optimizer, share)
         try:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from lapilli.checkpoint.write.files import flush_path
 from lapilli.shapes import Tensor
 from lapilli.train.trainer.contract import Plain, TrainingError
 
@@ -44,7 +45,7 @@ def write_whole(content: Any, path: Path) -> None:  # noqa: ANN401  whatever tor
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
-        _sync_folder(path.parent)
+        flush_path(path.parent)
     except (OSError, RuntimeError) as error:
         if _disk_error(error) is None:
             raise
@@ -210,20 +211,10 @@ def _disk_error(error: BaseException) -> OSError | None:
     return None
 
 
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder: a rename is on the disk only when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 _ADVICE = "go on with the recipe that began the run, or train into another folder"
 _RENAMED = {"run.accumulate": "run.gradient_accumulation_steps"}  # recipe keys of earlier versions
-_NOT_NEGATIVE = frozenset(
-    {"step", "exp_avg_sq", "max_exp_avg_sq"}
-)  # counts and averages of squares
+# Counts and averages of squares.
+_NOT_NEGATIVE = frozenset({"step", "exp_avg_sq", "max_exp_avg_sq"})
 
 
 def checked_values(
