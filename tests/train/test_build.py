@@ -30,7 +30,7 @@ def state_of(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("language", LANGUAGE_MODELS)
-def test_it_loads_and_answers(parts, tmp_path, language, tower):
+def test_a_built_checkpoint_loads_and_answers(parts, tmp_path, language, tower):
     base, eyes = parts(language, tower)
     out = tmp_path / "made"
     build_llava(base, eyes, out, joint=Joint(aspect="anyres" if tower == "clip" else "square"))

@@ -40,7 +40,7 @@ def test_a_resampler_is_fresh_and_the_rest_stays(tmp_path):
     assert all(torch.equal(after[name], again[name]) for name in after)
 
 
-def test_what_is_refused(tmp_path):
+def test_a_projector_that_does_not_fit_is_refused_and_nothing_written(tmp_path):
     with pytest.raises(ConfigError, match="3x3 neighbours of 8x8 patches"):
         replace_projector("pebble", tmp_path / "llava", projector="pool3x3_mlp2x_gelu")
     with pytest.raises(UnsupportedModelError, match="'qformer' is not supported"):

@@ -63,7 +63,7 @@ def build(checkpoint, file, *, run=None, model=None, lora=None, **data):
     )
 
 
-def test_it_is_what_the_loop_asks_for(checkpoint, file):
+def test_a_training_task_is_a_task_of_the_loop(checkpoint, file):
     task = build(checkpoint, file)
     batch, count = task.batch(0, 0)
     assert isinstance(task, Task)
@@ -93,7 +93,7 @@ def test_packed_batches_have_the_loss_of_padded_ones(checkpoint, file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("apart", ["held_out", "evaluation"])
-def test_rows_are_placed_and_cut_as_the_recipe_says(checkpoint, file, apart):
+def test_samples_are_placed_and_cut_as_the_recipe_says(checkpoint, file, apart):
     """Those that are learned from, and those that are evaluated."""
     given = {"held_out": 0.4, "evaluation": (SourceRecipe(path=str(file)),)}[apart]
 

@@ -173,7 +173,7 @@ def test_a_line_of_a_report_is_short_whatever_a_sample_is_called():
     assert len(line) < 1100
 
 
-def test_a_spread_of_nothing_is_none():
+def test_the_summary_of_nothing_is_none():
     assert Summary.of([]) is None
     assert Summary.of(range(1, 101)) == Summary(min=1, median=50, p95=95, max=100, total=5050)
 

@@ -25,7 +25,7 @@ def encoder(tokenizer, model, max_length=None, template="vicuna_v1"):
     return SampleEncoder(tokenizer, TEMPLATES[template], model, max_length)
 
 
-def test_a_folder_becomes_rows(folder, tokenizer, model):
+def test_a_folder_becomes_encoded_samples(folder, tokenizer, model):
     dataset = open_dataset([SourceRecipe(path=str(folder / "data.json"))])
     rows = EncodedDataset(dataset, encoder(tokenizer, model))
     one, none, two = (rows.sample(i) for i in range(3))

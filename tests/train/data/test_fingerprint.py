@@ -73,7 +73,7 @@ def differences(ours, theirs):
         ("data", "alpha", "composite"),
     ],
 )
-def test_what_makes_another_run_is_in_it_by_its_key(recipe, section, key, value):
+def test_a_key_that_makes_another_run_is_in_the_fingerprint(recipe, section, key, value):
     before, after = fingerprint(recipe), fingerprint(changed(recipe, section, **{key: value}))
     assert differences(before, after) == {f"{section}.{key}"}
     assert after[f"{section}.{key}"] == value
@@ -87,7 +87,7 @@ def test_a_run_without_adapters_or_of_another_stage_is_another(recipe):
     assert differences(fingerprint(whole), fingerprint(replace(whole, stage="align"))) == {"stage"}
 
 
-def test_what_may_change_while_a_run_goes_on_is_not_in_it(recipe):
+def test_a_key_that_may_change_on_resume_is_not_in_the_fingerprint(recipe):
     later = changed(
         recipe, "run", steps=9, epochs=2.0, precision="bfloat16", log_every=1, save_every=1,
         threads=1, workers=2, sharding="fsdp", gradient_checkpointing=True, reduction="llava",
@@ -141,7 +141,7 @@ def test_another_model_below_is_told_by_its_key(recipe, tmp_path):
     assert differences(one, other) == {"model.checkpoint.content"}
 
 
-def test_it_is_plain(recipe):
+def test_a_fingerprint_is_plain_json(recipe):
     found = fingerprint(recipe)
     assert json.loads(json.dumps(found)) == found
     assert found["data.sources[1].path"] == "b{0..1}.json"

@@ -192,13 +192,13 @@ def test_bfloat16_is_for_the_passes_alone(tmp_path):
     assert all(p.dtype == torch.float32 for p in task.model.parameters())
 
 
-def test_each_checkpoint_is_told(tmp_path, regression):
+def test_on_save_is_called_after_each_checkpoint(tmp_path, regression):
     told = []
     train(regression, new_recipe(save_every=5), tmp_path, on_save=told.append)
     assert told == [5, 10, 12]
 
 
-def test_a_checkpoint_is_told_with_the_averages_in_the_model(tmp_path, regression):
+def test_on_save_sees_the_averages_in_the_model(tmp_path, regression):
     recipe, seen = new_recipe(steps=6), {}
     first = regression.model[0].weight
 
