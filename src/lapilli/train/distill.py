@@ -163,15 +163,16 @@ class DistillationBatch(TrainingBatch):
     teacher: TrainingBatch | None = None
 
 
-def with_teacher(batch: TrainingBatch, rows: Sequence[EncodedSample]) -> TrainingBatch:
+def with_teacher(batch: TrainingBatch, samples: Sequence[EncodedSample]) -> TrainingBatch:
     """Return a DistillationBatch where all samples have a teacher's, else the batch as it is.
 
     Args:
         batch: of the samples.
-        rows: the samples in the order in which they lie in the batch.
+        samples: in the order in which they lie in the batch.
     """
-    theirs = [row.teacher for row in rows if isinstance(row, DistillationSample) and row.teacher]
-    if len(theirs) < len(rows):
+    pairs = [one for one in samples if isinstance(one, DistillationSample)]
+    theirs = [pair.teacher for pair in pairs if pair.teacher is not None]
+    if len(theirs) < len(samples):
         return batch
     values = {field.name: getattr(batch, field.name) for field in fields(TrainingBatch)}
     return DistillationBatch(**values, teacher=collate(theirs))

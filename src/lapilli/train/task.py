@@ -91,18 +91,17 @@ class TrainingTask:
 
     def batch(self, step: int, micro: int) -> tuple[TrainingBatch, int]:
         """Return the micro-batch and how many supervised tokens it has."""
-        made = self._collate(
-            [self.samples.sample(index) for index in self.order.indices(step, micro)]
-        )
+        indices = self.order.indices(step, micro)
+        made = self._collate([self.samples.sample(index) for index in indices])
         return made, made.num_valid
 
-    def _collate(self, rows: list[EncodedSample]) -> TrainingBatch:
+    def _collate(self, samples: list[EncodedSample]) -> TrainingBatch:
         data = self.recipe.data
         if not data.pack:
-            return with_teacher(collate(rows), rows)
-        bins = pack([len(row.prompt) for row in rows], data.max_length)
-        packed = [[rows[i] for i in numbers] for numbers in bins]
-        return with_teacher(collate_packed(packed), [row for one in packed for row in one])
+            return with_teacher(collate(samples), samples)
+        bins = pack([len(sample.prompt) for sample in samples], data.max_length)
+        packed = [[samples[i] for i in numbers] for numbers in bins]
+        return with_teacher(collate_packed(packed), [sample for one in packed for sample in one])
 
     def loss(self, batch: TrainingBatch) -> Loss:
         """Return the summed loss."""
@@ -126,22 +125,22 @@ class TrainingTask:
             at = turn * parallel.size + parallel.rank
             start = starts[at] if at < len(starts) else 0
             numbers = range(start, min(start + size, len(self.held_out)))
-            rows = [self.held_out.sample(i) for i in numbers]
-            batch = self._collate([_silent(row) if row.skipped else row for row in rows])
+            samples = [self.held_out.sample(i) for i in numbers]
+            batch = self._collate([_silent(one) if one.skipped else one for one in samples])
             total = float(self.model(batch).total)
             if at < len(starts):
                 sums["total"] += total
                 sums["count"] += batch.num_valid
-                sums["skipped"] += sum(bool(row.skipped) for row in rows)
+                sums["skipped"] += sum(bool(one.skipped) for one in samples)
         sums = parallel.sum_floats(sums)
         found = {"eval_loss": sums["total"] / sums["count"]}
         return found | ({"eval_skipped": sums["skipped"]} if sums["skipped"] else {})
 
 
-def _silent(row: EncodedSample) -> EncodedSample:
+def _silent(sample: EncodedSample) -> EncodedSample:
     """Return the sample with nothing supervised."""
-    prompt = replace(row.prompt, loss_mask=[False] * len(row.prompt))
-    return replace(row, prompt=prompt)
+    prompt = replace(sample.prompt, loss_mask=[False] * len(sample.prompt))
+    return replace(sample, prompt=prompt)
 
 
 def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:

@@ -1,4 +1,4 @@
-"""Where samples come from and how they become rows: files, formats, labels, order."""
+"""Training data: files, formats, samples, their encoding and their order."""
 
 from lapilli.train.data.dataset import (
     Dataset,

@@ -78,9 +78,9 @@ class TrainingBatch:
         return any(len(lengths) > 1 for lengths in self.segments)
 
 
-def collate(rows: Sequence[EncodedLike]) -> TrainingBatch:
+def collate(samples: Sequence[EncodedLike]) -> TrainingBatch:
     """Return a batch with one sample in each sequence."""
-    return collate_packed([[row] for row in rows])
+    return collate_packed([[sample] for sample in samples])
 
 
 def collate_packed(bins: Sequence[Sequence[EncodedLike]]) -> TrainingBatch:
