@@ -146,7 +146,7 @@ class Memory:
     @property
     def total(self) -> float:
         """Return their sum, without the allocator's waste (count on a tenth more)."""
-        return sum(astuple(self))
+        return float(sum(astuple(self)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from lapilli.train.data.formats import signed_words
 from lapilli.train.data.source import expand
 from lapilli.train.recipe import SourceRecipe
 from tests.train.data.conftest import RECORDS, turns
-from tests.train.data.test_formats import SAME, same_messages
+from tests.train.data.test_sample import SAME, same_messages
 
 KINDS = ("json", "jsonl", "parquet", "tar")
 
