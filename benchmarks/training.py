@@ -61,14 +61,13 @@ def batch_of_rows() -> TrainingBatch:
 
 def lapilli_step(path: Path, precision: str) -> Callable[[TrainingBatch], float]:
     """One step of our trainer, as its loop takes it."""
-    from lapilli.train.distributed import SINGLE_PROCESS
     from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe, Recipe, RunRecipe
     from lapilli.train.stages import choose_trainable
     from lapilli.train.start import load_start
     from lapilli.train.trainer.loop import Loss
     from lapilli.train.trainer.model import TrainedModel
     from lapilli.train.trainer.optim import build_optimizer
-    from lapilli.train.trainer.step import StepContext, take_step
+    from lapilli.train.trainer.step import take_step
 
     recipe = Recipe(
         stage="instruct",
@@ -94,11 +93,10 @@ def lapilli_step(path: Path, precision: str) -> Callable[[TrainingBatch], float]
 
     task = Task()
     optimizer = build_optimizer(task.model, recipe.optim)
-    moment = StepContext(0, SINGLE_PROCESS, lambda: False)
 
     def step(batch: TrainingBatch) -> float:
         made = {0: (batch, batch.num_valid)}
-        return take_step(task, optimizer, recipe, made, at=moment).metrics["loss"]
+        return take_step(task, optimizer, recipe, made, step=0).metrics["loss"]
 
     return step
 

@@ -10,7 +10,7 @@ from PIL import Image
 from lapilli.cli.terminal import plain_errors
 from lapilli.cli.train import _run
 from lapilli.train.recipe.file import load_recipe
-from lapilli.train.trainer.signals import Stopped
+from lapilli.train.trainer.loop import Stopped
 from tests.cli.conftest import Run
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"

@@ -173,12 +173,14 @@ def check_and_learn(name: str, folder: Path) -> None:
     for index in range(min(len(dataset), 20)):
         _learn(dataset, index, planned)
     for on_bad in ("error", "skip"):
-        EncodedDataset(dataset, planned.encoder, on_bad_sample=on_bad, words=dataset.words()).row(0)
+        EncodedDataset(
+            dataset, planned.encoder, on_bad_sample=on_bad, words=dataset.words()
+        ).sample(0)
 
 
 def _learn(dataset: Dataset, index: int, planned: PlannedEncoder) -> None:
     try:
-        planned.encoder.row(dataset.sample(index))
+        planned.encoder.encode(dataset.sample(index))
         sample = dataset.sample(index)
         rendered(sample, planned.template)
         tokenized(sample, planned.encoder, ImageChecker())

@@ -122,7 +122,8 @@ def _said(state) -> str:
 
 def trained(folder: Path) -> None:
     """The state of a small run, and its best weights."""
-    from lapilli.train.trainer.state import Best, save_best, save_state
+    from lapilli.train.trainer.contract import Best
+    from lapilli.train.trainer.state import save_best, save_state
 
     state = _new_state()
     state.best, state.fingerprint = Best(2, 0.5), {"run.seed": 1}

@@ -96,7 +96,7 @@ def test_answers_are_learned_with_them(grown):
             {"from": "gpt", "value": "at <loc1>  </s>"},
         ]
     }
-    row = plan_encoder(str(path)).encoder.row(to_sample(record, where="d.json:1"))
+    row = plan_encoder(str(path)).encoder.encode(to_sample(record, where="d.json:1"))
     pairs = zip(row.prompt.input_ids, row.prompt.loss_mask, strict=True)
     learned = [i for i, counts in pairs if counts]
     assert [i for i in learned if i >= first] == [first, first + 2]

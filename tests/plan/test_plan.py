@@ -259,7 +259,7 @@ def test_pieces_are_what_makes_full_training_fit():
     assert plan(merged, SEVEN_B, 1).memory.weights > plan(lora, SEVEN_B, 1).memory.weights
 
 
-def test_what_is_kept_grows_without_recomputation():
+def test_activations_grow_without_recomputation():
     kept = plan(seven_b(gradient_checkpointing=False), SEVEN_B, 8)
     again = plan(seven_b(), SEVEN_B, 8)
     assert kept.memory.activations > 10 * again.memory.activations

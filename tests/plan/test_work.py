@@ -62,7 +62,7 @@ def test_projectors_that_join_features_leave_shorter_rows():
     assert (work.tiles, work.positions) == (1, 1100 - 576 + 144)
 
 
-def test_text_alone_has_no_plan():
+def test_a_model_that_reads_text_has_no_plan():
     config = ModelConfig(text=SEVEN_B.text, tokens=TokenConfig())
     assert usual_work(instruct(2048), config) == MIX_665K
     with pytest.raises(ConfigError, match="reads text"):

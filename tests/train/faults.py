@@ -11,7 +11,7 @@ from torch import nn
 
 from lapilli.train.recipe import OptimRecipe, Recipe, RunRecipe
 from lapilli.train.trainer.loop import Loss, train
-from lapilli.train.trainer.metrics import TIMED, RunLog
+from lapilli.train.trainer.metrics import RunLog
 
 STEPS = 24
 WAIT_S = 120
@@ -96,7 +96,9 @@ def wait_for(condition):
 def contents(folder):
     """Everything that a run leaves, but for measured times."""
     files = {name: torch.load(folder / name, weights_only=True) for name in ("state.pt", "best.pt")}
-    log = [{k: v for k, v in r.items() if k not in TIMED} for r in RunLog(folder).records()]
+    log = [
+        {k: v for k, v in r.items() if k not in ("per_s", "gib")} for r in RunLog(folder).records()
+    ]
     return flat(files), log
 
 

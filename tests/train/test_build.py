@@ -1,4 +1,4 @@
-"""Any language model and any tower become a LLaVA that loads and answers."""
+"""Any language model and any tower become a LLaVA that loads and answers; projectors change."""
 
 import json
 import shutil
@@ -9,8 +9,16 @@ import torch
 
 import lapilli
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.errors import ConfigError, PromptError, ShapeMismatchError, UnsupportedModelError
-from lapilli.train.build import Joint, build_llava
+from lapilli.checkpoint.out_of_distribution import detector_files
+from lapilli.checkpoint.source import resolve
+from lapilli.errors import (
+    CheckpointError,
+    ConfigError,
+    PromptError,
+    ShapeMismatchError,
+    UnsupportedModelError,
+)
+from lapilli.train.build import Joint, build_llava, replace_projector
 from tests.integration.oracle import make_tokenizer, picture
 from tests.train.parts import LANGUAGE_MODELS, ROWS, TOWERS, Parts
 
@@ -30,7 +38,7 @@ def state_of(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("language", LANGUAGE_MODELS)
-def test_it_loads_and_answers(parts, tmp_path, language, tower):
+def test_a_built_checkpoint_loads_and_answers(parts, tmp_path, language, tower):
     base, eyes = parts(language, tower)
     out = tmp_path / "made"
     build_llava(base, eyes, out, joint=Joint(aspect="anyres" if tower == "clip" else "square"))
@@ -238,3 +246,41 @@ def test_the_tower_of_a_llava_is_taken_from_it(parts, tmp_path):
     towers = [name for name in pebbles if "vision_tower" in name]
     assert towers
     assert all(torch.equal(own[name], pebbles[name]) for name in towers)
+
+
+@pytest.mark.slow
+def test_a_pooled_mlp_keeps_every_weight(tmp_path):
+    assert replace_projector("pebble", tmp_path / "llava", projector="pool2x2_mlp2x_gelu") == ()
+    before, after = state_of("pebble"), state_of(tmp_path / "llava")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    loaded = load_checkpoint(tmp_path / "llava")
+    assert loaded.template.template.name == load_checkpoint("pebble").template.template.name
+    # The tower is the same, so what it has seen still is.
+    assert detector_files(tmp_path / "llava") == detector_files(resolve("pebble"))
+
+
+@pytest.mark.slow
+def test_a_resampler_is_fresh_and_the_rest_stays(tmp_path):
+    fresh = replace_projector("pebble", tmp_path / "llava", projector="resampler4", seed=3)
+    assert "queries" in fresh
+    before, after = state_of("pebble"), state_of(tmp_path / "llava")
+    assert {name for name in after if "projector" in name} == {
+        f"modalities.image.projector.{name}" for name in fresh
+    }
+    assert all(torch.equal(before[n], after[n]) for n in before if "projector" not in n)
+    replace_projector("pebble", tmp_path / "same", projector="resampler4", seed=3)
+    again = state_of(tmp_path / "same")
+    assert all(torch.equal(after[name], again[name]) for name in after)
+
+
+@pytest.mark.slow
+def test_a_projector_that_does_not_fit_is_refused_and_nothing_written(tmp_path):
+    with pytest.raises(ConfigError, match="3x3 neighbours of 8x8 patches"):
+        replace_projector("pebble", tmp_path / "llava", projector="pool3x3_mlp2x_gelu")
+    with pytest.raises(UnsupportedModelError, match="'qformer' is not supported"):
+        replace_projector("pebble", tmp_path / "llava", projector="qformer")
+    assert list(tmp_path.iterdir()) == []
+    replace_projector("pebble", tmp_path / "llava", projector="mlp2x_gelu_pool2x2")
+    with pytest.raises(CheckpointError, match="is there already"):
+        replace_projector("pebble", tmp_path / "llava", projector="mlp2x_gelu_pool2x2")

@@ -48,7 +48,7 @@ def softmax(logits):
 
 
 @given(st.integers(0, 99), st.integers(1, 5), st.integers(2, 9), st.floats(0.3, 8), st.floats(0, 1))
-def test_is_what_the_formula_says(seed, positions, vocabulary, temperature, weight):
+def test_distillation_loss_equals_its_formula(seed, positions, vocabulary, temperature, weight):
     student, teacher = (
         random(seed, positions, vocabulary),
         random(seed + 100, positions, vocabulary),
@@ -78,7 +78,7 @@ def test_is_what_the_formula_says(seed, positions, vocabulary, temperature, weig
 
 
 @given(st.integers(0, 99), st.floats(0.3, 8))
-def test_nothing_is_left_to_learn_from_an_equal(seed, temperature):
+def test_an_equal_teacher_gives_no_gradient(seed, temperature):
     logits = random(seed, 4, 7).requires_grad_()
     shifted = logits.detach() + random(seed + 1, 4, 1)  # the same distribution
     targets = torch.zeros(4, dtype=torch.long)
@@ -89,7 +89,7 @@ def test_nothing_is_left_to_learn_from_an_equal(seed, temperature):
 
 
 @given(st.integers(0, 99), st.floats(0.5, 5), st.floats(0, 1))
-def test_gradient(seed, temperature, weight):
+def test_distillation_gradient_equals_its_formula(seed, temperature, weight):
     """(1 - w)(softmax(s) - onehot) + w T (softmax(s / T) - softmax(t / T))."""
     student = random(seed, 3, 5).requires_grad_()
     teacher = random(seed + 7, 3, 5).requires_grad_()
@@ -104,7 +104,7 @@ def test_gradient(seed, temperature, weight):
     assert teacher.grad is None
 
 
-def test_hidden_states_pull_at_the_student_alone():
+def test_hidden_state_loss_reaches_the_student_alone():
     ours, theirs = random(1, 3, 4).requires_grad_(), random(2, 3, 4).requires_grad_()
     logits, targets = random(3, 3, 5), torch.zeros(3, dtype=torch.long)
     distillation_loss(
@@ -129,7 +129,7 @@ def row(length, answers, start=1):
     st.lists(st.integers(1, 4), min_size=1, max_size=4),
     st.integers(0, 99),
 )
-def test_matched_rows_supervise_the_same(ours, theirs, answers, end):
+def test_matched_prompts_supervise_the_same(ours, theirs, answers, end):
     student, teacher = row(ours, answers), row(theirs, answers)
     end = max(len(student) - end, student.loss_mask.index(True) + 1)
     short = EncodedPrompt(student.input_ids[:end], student.loss_mask[:end], student.spans)
@@ -183,7 +183,7 @@ def encoder(loaded, max_length=None):
 
 def lesson(student, teacher, *, packed=False):
     pairs = PairEncoder(encoder(student), encoder(teacher))
-    rows = [pairs.row(sample) for sample in samples()]
+    rows = [pairs.encode(sample) for sample in samples()]
     batch = collate_packed([rows]) if packed else collate(rows)
     made = with_teacher(batch, rows)
     assert isinstance(made, DistillationBatch)
@@ -191,7 +191,7 @@ def lesson(student, teacher, *, packed=False):
 
 
 @pytest.mark.slow
-def test_both_rows_of_a_batch(short, pebble):
+def test_a_batch_holds_samples_of_student_and_teacher(short, pebble):
     batch = lesson(short, pebble)
     assert [span.length for span in batch.spans] == [16, 16]
     assert [span.length for span in batch.teacher.spans] == [64, 64]
@@ -200,7 +200,7 @@ def test_both_rows_of_a_batch(short, pebble):
     assert len(one) == batch.num_valid
 
 
-def test_neither_makes_scores_of_ever_new_numbers_of_positions(short, pebble):
+def test_heads_see_rounded_numbers_of_positions(short, pebble):
     counts = []
     heads = [loaded.model.language_model.lm_head for loaded in (short, pebble)]
     hooks = [
@@ -208,7 +208,7 @@ def test_neither_makes_scores_of_ever_new_numbers_of_positions(short, pebble):
     ]
     messages = (Message.user("Say it."), Message.assistant("A red star, and a blue one. " * 9))
     pairs = PairEncoder(encoder(short), encoder(pebble))
-    rows = [pairs.row(Sample("0", messages, "test:0"))]
+    rows = [pairs.encode(Sample("0", messages, "test:0"))]
     batch = with_teacher(collate(rows), rows)
     with torch.no_grad():
         model(short, pebble).train()(batch)
@@ -218,16 +218,16 @@ def test_neither_makes_scores_of_ever_new_numbers_of_positions(short, pebble):
     assert counts == [rounded(batch.num_valid)] * 2
 
 
-def test_rows_without_a_teacher_are_left_alone(pebble):
-    rows = [encoder(pebble).row(sample) for sample in samples()]
+def test_samples_without_a_teacher_make_a_plain_batch(pebble):
+    rows = [encoder(pebble).encode(sample) for sample in samples()]
     batch = collate(rows)
     assert with_teacher(batch, rows) is batch
 
 
-def test_a_row_that_the_teacher_renders_otherwise_names_its_sample(pebble):
+def test_a_sample_that_the_teacher_renders_otherwise_is_named(pebble):
     other = SampleEncoder(pebble.tokenizer, TEMPLATES["plain"], pebble.model)
     with pytest.raises(DataError, match=r"test:1.*same template and vocabulary"):
-        PairEncoder(encoder(pebble), other).row(samples()[1])
+        PairEncoder(encoder(pebble), other).encode(samples()[1])
 
 
 def model(loaded, teacher, **values):
@@ -235,7 +235,7 @@ def model(loaded, teacher, **values):
 
 
 @pytest.mark.slow
-def test_a_teacher_that_is_the_student_leaves_the_data(pebble):
+def test_a_teacher_equal_to_the_student_leaves_the_loss_of_the_data(pebble):
     batch = lesson(pebble, pebble)
     teacher = load_checkpoint("pebble", device="cpu", dtype="float32")
     distilled = model(pebble, teacher, weight=0.25, hidden_weight=1.0)
@@ -246,7 +246,7 @@ def test_a_teacher_that_is_the_student_leaves_the_data(pebble):
 
 
 @pytest.mark.slow
-def test_packed_lessons_have_the_same_loss(short, pebble):
+def test_packed_distillation_batches_have_the_same_loss(short, pebble):
     distilled = model(short, pebble, temperature=2.0, hidden_weight=0.5).train()
     apart, packed = (distilled(lesson(short, pebble, packed=one)) for one in (False, True))
     assert apart.parts["imitation"] > 0.1
@@ -294,7 +294,7 @@ def test_states_of_other_widths_go_through_a_map_that_learns(pebble):
         student, Teacher(pebble.model), DistillRecipe(teacher="", hidden_weight=1.0)
     ).train()
     assert distilled.hidden_map.weight.shape == (256, 320)
-    rows = [PairEncoder(encoder(pebble), encoder(pebble)).row(sample) for sample in samples()]
+    rows = [PairEncoder(encoder(pebble), encoder(pebble)).encode(sample) for sample in samples()]
     distilled(with_teacher(collate(rows), rows)).total.backward()
     assert distilled.hidden_map.weight.grad.abs().sum() > 0
     assert (

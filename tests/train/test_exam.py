@@ -71,7 +71,7 @@ def graded(folder):
 
 
 @pytest.mark.slow
-def test_what_was_learned_by_heart_is_answered(recipe_of, tmp_path):
+def test_an_overfitted_model_answers_its_held_out_samples(recipe_of, tmp_path):
     """And both turns of every sample are asked, with the words that `ask` gives."""
     folder = tmp_path / "run"
     launch(recipe_of(run={"steps": 40}), folder, parallel=SINGLE_PROCESS)
@@ -128,7 +128,7 @@ def test_a_run_that_goes_on_is_examined_again(recipe_of, tmp_path):
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_several_processes_hold_one_exam(recipe_of, tmp_path, sharding):
+def test_the_main_process_alone_runs_the_exam(recipe_of, tmp_path, sharding):
     recipe = recipe_of(run={"gradient_accumulation_steps": 2, "sharding": sharding})
     for answer in cluster.together(cluster.run_recipe, 2, tmp_path / "run", recipe):
         assert not isinstance(answer, BaseException), answer
@@ -149,7 +149,7 @@ def test_a_skipped_sample_is_not_asked(recipe_of, tmp_path):
     assert exams(tmp_path / "run")[0]["answers"] == 2
 
 
-def test_stretches_of_a_mask():
+def test_answers_of_a_loss_mask():
     assert answers_of([False, True, True, False, True]) == [(1, 3), (4, 5)]
     assert answers_of([]) == []
 

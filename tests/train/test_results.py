@@ -184,7 +184,7 @@ def test_instruct_leaves_a_whole_checkpoint(llava, tmp_path):
     assert {"model.safetensors", "config.json", "vision_tower"} | TOKENIZER <= names_in(out)
 
 
-def test_the_format_of_the_numbers(llava, tmp_path):
+def test_save_dtype_is_the_dtype_of_the_files(llava, tmp_path):
     finished(recipe_of(llava, save=SaveRecipe(dtype="bfloat16")), tmp_path / "out")
     assert load(tmp_path / "out").config.torch_dtype == "bfloat16"
     with pytest.raises(ConfigError, match=r"save\.dtype is 'int8': choose from"):
@@ -269,7 +269,7 @@ def test_lora_merged(llava, tmp_path):
     assert halves  # what is trained on is left alone
 
 
-def test_other_tensors_than_the_models_own(llava, tmp_path):
+def test_averages_are_saved_in_place_of_the_models_weights(llava, tmp_path):
     recipe = recipe_of(llava, lora=LORA, save=SaveRecipe(merge=True))
     loaded = trained(recipe)
     averages = {name: t.detach() * 0.9 for name, t in loaded.model.state_dict().items()}
@@ -301,7 +301,7 @@ def test_an_adapter_goes_on(llava, tmp_path):
 
 
 @pytest.mark.slow
-def test_on_a_projector_of_the_first_stage(llava, tmp_path):
+def test_results_over_a_projector_checkpoint_load_alike(llava, tmp_path):
     finished(recipe_of(llava, "align"), tmp_path / "projector")
     for name, lora in (("lora", LORA), ("whole", None)):
         loaded = finished(recipe_of(tmp_path / "projector", lora=lora), tmp_path / name)
@@ -386,7 +386,7 @@ def test_going_on_with_our_own_adapter_over_hugging_face(hf_llava, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_came_with_an_adapter_goes_on_with_the_next(hf_llava, tmp_path, tied):
+def test_whole_tensors_of_an_adapter_are_saved_with_the_next_one(hf_llava, tmp_path, tied):
     """An embedding that PEFT stored whole is not the base's: the next adapter brings it too."""
     import peft  # here: three seconds that only a run of these tests should pay
 
@@ -418,7 +418,7 @@ def test_what_came_with_an_adapter_goes_on_with_the_next(hf_llava, tmp_path, tie
 
 
 @pytest.mark.slow
-def test_what_cannot_be_saved_is_refused_before_the_run(llava, hf_llava, parts, tmp_path):
+def test_a_form_that_cannot_be_saved_is_refused_before_the_run(llava, hf_llava, parts, tmp_path):
     def results(checkpoint, **more):
         return Results.of(load(checkpoint), recipe_of(checkpoint, **more))
 
@@ -458,14 +458,14 @@ def test_what_cannot_be_saved_is_refused_before_the_run(llava, hf_llava, parts, 
 @pytest.mark.slow
 @pytest.mark.parametrize("language", ["mistral", "qwen2", "mpt"])
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_other_language_models(parts, tmp_path, language, lora):
+def test_results_of_other_language_models_load_alike(parts, tmp_path, language, lora):
     start = tmp_path / "start"
     build_llava(*parts(language, "siglip"), start, joint=Joint(aspect="square"))
     loaded = finished(recipe_of(start, lora=lora), tmp_path / "out")
     same(logits_of(load(tmp_path / "out").model), logits_of(loaded.model))
 
 
-def test_files_beside(llava, tmp_path):
+def test_extra_files_are_saved_beside_the_results(llava, tmp_path):
     recipe = recipe_of(llava, "align")
     finished(recipe, tmp_path / "out", extra={"README.md": "A card.", "curve.png": b"\x89PNG"})
     assert (tmp_path / "out" / "README.md").read_text() == "A card."

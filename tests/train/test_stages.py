@@ -154,7 +154,7 @@ def test_an_adapter_goes_on_over_floats_alone(whole):
         choose_trainable(whole, recipe_of(lora=LoraRecipe(base="nf4")))
 
 
-def test_other_stages_are_refused(whole):
+def test_an_unknown_stage_is_refused(whole):
     recipe = recipe_of()
     object.__setattr__(recipe, "stage", "tower")  # as a program without type checks may
     with pytest.raises(ConfigError, match=r"stage 'tower' is unknown: .* align and instruct"):

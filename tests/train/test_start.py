@@ -153,7 +153,7 @@ def test_a_template_by_name_puts_the_checkpoints_tokens_around_a_picture(golden,
         )
         sample = golden_sample(case)
         rows = SampleEncoder(tokenizer, choose_template(recipe, loaded), loaded.model)
-        prompt = rows.encode(sample, [1] * len(sample.media))
+        prompt = rows.encode_prompt(sample, [1] * len(sample.media))
         assert with_sentinels(prompt) == case["expect"]["input_ids"], case["id"]
         assert prompt.labels == case["expect"]["labels"], case["id"]
         compared += 1

@@ -63,7 +63,7 @@ def build(checkpoint, file, *, run=None, model=None, lora=None, **data):
     )
 
 
-def test_it_is_what_the_loop_asks_for(checkpoint, file):
+def test_a_training_task_is_a_task_of_the_loop(checkpoint, file):
     task = build(checkpoint, file)
     batch, count = task.batch(0, 0)
     assert isinstance(task, Task)
@@ -93,14 +93,15 @@ def test_packed_batches_have_the_loss_of_padded_ones(checkpoint, file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("apart", ["held_out", "evaluation"])
-def test_rows_are_placed_and_cut_as_the_recipe_says(checkpoint, file, apart):
+def test_samples_are_placed_and_cut_as_the_recipe_says(checkpoint, file, apart):
     """Those that are learned from, and those that are evaluated."""
     given = {"held_out": 0.4, "evaluation": (SourceRecipe(path=str(file)),)}[apart]
 
     def prompts(**data):
         task = build(checkpoint, file, **{apart: given}, **data)
         return [
-            [rows.row(i).prompt for i in range(len(rows))] for rows in (task.rows, task.held_out)
+            [samples.sample(i).prompt for i in range(len(samples))]
+            for samples in (task.samples, task.held_out)
         ]
 
     usual, written = prompts(), prompts(placement="written")
@@ -151,12 +152,12 @@ def test_held_out_samples_are_evaluated_and_not_learned_from(checkpoint, file):
     assert task.num_samples == 6
     assert len(task.held_out) == 2
     learned = {name for step in range(3) for name in task.batch(step, 0)[0].ids}
-    kept = {task.held_out.row(i).id for i in range(2)}
+    kept = {task.held_out.sample(i).id for i in range(2)}
     assert not learned & kept
     task.model.eval()
     with torch.no_grad():
         found = task.evaluate()["eval_loss"]
-        rows = [task.held_out.row(i) for i in range(2)]
+        rows = [task.held_out.sample(i) for i in range(2)]
         batch = task._collate(rows)
         expected = task.loss(batch).total / batch.num_valid
     assert found == pytest.approx(expected.item(), rel=1e-5)

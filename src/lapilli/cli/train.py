@@ -62,7 +62,7 @@ def train(
 def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
     from lapilli.train.distributed import joined, rank_info_of
     from lapilli.train.launch import launch
-    from lapilli.train.trainer.signals import Stopped
+    from lapilli.train.trainer.loop import Stopped
 
     shows_bar = sys.stderr.isatty() and not quiet
     with joined(rank_info_of(os.environ), sharding=recipe.run.sharding, device=device) as parallel:

@@ -1,1 +1,1 @@
-"""What a run costs on paper: operations, memory and time, without any tensor."""
+"""Cost of a run on paper: operations, memory and time, without any tensor."""

@@ -26,15 +26,15 @@ from lapilli.config.operations import (
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Weights of the parts of a model, and their products for one position.
+    """Numbers of parameters in the parts of a model.
 
     Attributes:
-        layers: numbers in the linear layers of all decoder layers.
-        embedding: numbers in the embedding.
-        head: numbers in the head; 0 where it is the embedding.
-        norms: numbers in the decoder's norms and biases.
-        projector: numbers in the projector.
-        tower: numbers in the tower.
+        layers: in the linear layers of all decoder layers.
+        embedding: in the embedding.
+        head: in the head; 0 where it is the embedding.
+        norms: in the decoder's norms and biases.
+        projector: in the projector.
+        tower: in the tower.
     """
 
     layers: int
@@ -46,13 +46,13 @@ class Sizes:
 
     @property
     def language_model(self) -> int:
-        """Numbers in the language model."""
+        """Return the number of parameters of the language model."""
         return self.layers + self.embedding + self.head + self.norms
 
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """How often a part's forward operations are spent: forward, inputs' and weights' gradients."""
+    """Number of times that a part's forward operations are spent, backward passes included."""
 
     tower: int
     projector: int
@@ -80,17 +80,17 @@ class SampleFlops:
 
     @property
     def model(self) -> float:
-        """What the step needs: the numerator of MFU."""
+        """Return what the step needs: the numerator of MFU."""
         return self.tower + self.projector + self.layers + self.attention + self.head + self.adapter
 
     @property
     def computed(self) -> float:
-        """What the device does, recomputation included."""
+        """Return what the device does, recomputation included."""
         return self.model + self.recomputed
 
 
 def sizes(text: TextConfig, vision: VisionConfig, projector: ProjectorConfig) -> Sizes:
-    """Numbers in the parts of a model."""
+    """Return the numbers of parameters of a model."""
     embedding = text.vocab_size * text.hidden_size
     return Sizes(
         layers=text.num_layers * sum(a * b for a, b in text.linear_widths),
@@ -123,7 +123,7 @@ def sample_flops(
     lora_rank: int = 0,
     recomputes: bool = False,
 ) -> SampleFlops:
-    """Operations of one sample.
+    """Return the operations of one sample.
 
     Args:
         parts: language model, tower, projector.
@@ -162,7 +162,7 @@ def _last_linear(text: TextConfig) -> int:
 
 
 def passes_of(*, trains_layers: bool, trains_head: bool, trains_tower: bool) -> Passes:
-    """Three where weights learn, two where gradients only come through, one where nothing does."""
+    """Return three passes for what learns, two where gradients come through, else one."""
     return Passes(
         tower=3 if trains_tower else 1,
         projector=3,

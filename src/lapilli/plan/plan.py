@@ -6,7 +6,7 @@ Every number is a formula over sizes. What is assumed (how busy a GPU is, how fa
 long samples are) stands in Gpu and Work.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from math import ceil
 from typing import Final
 
@@ -36,14 +36,14 @@ _TWICE_PACKED: Final = 0.515869140625  # with scales in 8 bits: 1/2 + 1/64 + 4/(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What the samples are like; `lapilli data check` measures it.
+    """The size of a data set's samples; `lapilli data check` measures it.
 
     Attributes:
         samples: of an epoch.
         positions: of a sample in the mean, image positions included.
         tiles: of a sample in the mean, that the tower sees.
         supervised: of the positions, those that predict something.
-        longest: positions of the longest row, which memory has to hold.
+        longest: positions of the longest sequence, which memory has to hold.
     """
 
     samples: int
@@ -66,10 +66,10 @@ _PICTURE: Final = ImageSize(480, 640)  # most of COCO's, which are most of the p
 
 
 def usual_work(recipe: Recipe, config: ModelConfig) -> Work:
-    """What LLaVA 1.5 trained this stage on, its pictures in the positions that this model has.
+    """Return what LLaVA 1.5 trained this stage on, its pictures in this model's positions.
 
     Args:
-        recipe: rows are no longer than its `data.max_length`.
+        recipe: sequences are no longer than its `data.max_length`.
         config: of the model. Where it cuts pictures into tiles, each of them has 640 x 480 pixels.
     """
     is_align = recipe.stage == "align"
@@ -122,7 +122,7 @@ class Memory:
         copies: bfloat16 copies of what learns, or the layers that are put together at a time.
         gradients: of what learns.
         moments: both of AdamW, and the average where there is one.
-        activations: of one micro-batch of the longest rows.
+        activations: of one micro-batch of the longest sequences.
         logits: scores and their gradients, where something is predicted.
     """
 
@@ -135,26 +135,19 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of them, without the allocator's waste (count on a tenth more)."""
-        return (
-            self.weights
-            + self.copies
-            + self.gradients
-            + self.moments
-            + self.activations
-            + self.logits
-        )
+        """Return their sum, without the allocator's waste (count on a tenth more)."""
+        return float(sum(astuple(self)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a run costs.
+    """The estimated cost of a run.
 
     Attributes:
         gpus: how many.
         gpu: which.
         sharding: "ddp" or "fsdp".
-        batch_size: rows of a micro-batch.
+        batch_size: samples of a micro-batch.
         turns: micro-batches of a step that one GPU computes.
         steps: optimizer steps.
         flops: of one mean sample.
@@ -176,23 +169,26 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether it goes into the memory, a tenth left free."""
+        """Return whether it goes into the memory, a tenth left free."""
         return self.memory.total < 0.9 * self.gpu.memory
 
     @property
     def step_s(self) -> float:
-        """Of one step. Pieces are exchanged while layers compute; whole gradients afterwards."""
+        """Return the seconds of a step.
+
+        Pieces are exchanged while layers compute; whole gradients afterwards.
+        """
         if self.sharding == "fsdp":
             return max(self.compute_s, self.exchange_s)
         return self.compute_s + self.exchange_s
 
     @property
     def hours(self) -> float:
-        """Of the whole run."""
+        """Return the estimated hours of the whole run."""
         return self.steps * self.step_s / 3600
 
     def table(self) -> str:
-        """The plan for people."""
+        """Return the plan for people."""
         memory = self.memory
         parts = ("weights", "copies", "gradients", "moments", "activations", "logits")
         held = "".join(f"  {name:<22}{getattr(memory, name) / GIB:9.1f} GiB\n" for name in parts)
@@ -215,7 +211,7 @@ class Plan:
 def plan(
     recipe: Recipe, config: ModelConfig, gpus: int, *, gpu: Gpu = A100, work: Work = MIX_665K
 ) -> Plan:
-    """What the recipe costs on this many GPUs.
+    """Estimate what the recipe costs on this many GPUs.
 
     Args:
         recipe: stage, run and lora count.
@@ -264,7 +260,7 @@ Parts = tuple[TextConfig, VisionConfig, ProjectorConfig]
 
 
 def flops_of(recipe: Recipe, parts: Parts, work: Work) -> SampleFlops:
-    """Operations of a mean sample in the recipe's stage."""
+    """Return the operations of a mean sample in the recipe's stage."""
     is_full = recipe.stage == "instruct" and recipe.lora is None
     passes = passes_of(
         trains_layers=is_full, trains_head=is_full, trains_tower=recipe.model.tune_tower
@@ -282,12 +278,12 @@ def flops_of(recipe: Recipe, parts: Parts, work: Work) -> SampleFlops:
 
 
 def num_adapter_parameters(text: TextConfig, rank: int) -> int:
-    """Numbers in adapters beside all linear layers but the head."""
+    """Return the parameters of adapters beside all linear layers but the head."""
     return text.num_layers * sum(rank * (a + b) for a, b in text.linear_widths)
 
 
 def num_trainable(recipe: Recipe, text: TextConfig, size: Sizes) -> int:
-    """Numbers that learn."""
+    """Return the number of trainable parameters."""
     trained = size.projector + (size.tower if recipe.model.tune_tower else 0)
     if recipe.stage == "instruct":
         lora = recipe.lora
@@ -333,12 +329,12 @@ def _memory(recipe: Recipe, parts: Parts, work: Work, *, gpus: int, is_sharded: 
 
 
 def _packed_bytes(recipe: Recipe) -> float:
-    """Of a weight of the frozen base."""
+    """Return the bytes of a packed weight of the frozen base."""
     return _TWICE_PACKED if recipe.lora is not None and recipe.lora.double_quant else _PACKED
 
 
 def layer_bytes(text: TextConfig, *, is_half: bool) -> float:
-    """Bytes that a decoder layer keeps of a position for its backward pass.
+    """Return the bytes that a decoder layer keeps of a position for its backward pass.
 
     Note:
         Counted in our own layer by what autograd saves (tests/plan/test_plan.py); MPT's layers,
@@ -355,7 +351,7 @@ def layer_bytes(text: TextConfig, *, is_half: bool) -> float:
 
 
 def activation_bytes(recipe: Recipe, text: TextConfig) -> float:
-    """Bytes of a position that wait for the backward pass, in all layers."""
+    """Return the bytes of a position that wait for the backward pass, in all layers."""
     is_half = recipe.run.precision == "bfloat16"
     width = 2 if is_half else 4
     layer = layer_bytes(text, is_half=is_half)
@@ -370,7 +366,7 @@ def activation_bytes(recipe: Recipe, text: TextConfig) -> float:
 def _sent(
     recipe: Recipe, text: TextConfig, size: Sizes, *, gpus: int, turns: int, is_sharded: bool
 ) -> float:
-    """Bytes that a GPU sends in a step."""
+    """Return the bytes that a GPU sends in a step."""
     if gpus == 1:
         return 0.0
     others = (gpus - 1) / gpus

@@ -1,11 +1,10 @@
-"""New checkpoints: a LLaVA out of a language model and a vision tower, or with another projector.
+"""Builder of checkpoints: a LLaVA out of a language model and a tower, or with another projector.
 
     language model   its tensors as they are, the vocabulary fitted to the tokenizer
     vision tower     named where a hub id says where it is, else copied beside
     projector        torch's own start, a function of the seed
 
-Tensors are views of the files they come from until they are written, one after the other. Knows the
-order of things; every file format is known elsewhere.
+Tensors are views of the files they come from until they are written, one after the other.
 """
 
 import json
@@ -64,13 +63,13 @@ _MOST_ROWS_APART = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """What `build_llava` made.
+    """The checkpoint that `build_llava` made.
 
     Attributes:
         path: the new checkpoint.
         config: what it is.
-        template: name of its conversation template, and why it was taken.
-        reason: of the template.
+        template: name of its conversation template.
+        reason: why that template was taken.
         notes: what else is worth knowing.
     """
 
@@ -83,7 +82,7 @@ class Built:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joint:
-    """How the parts are joined; names and defaults are those of the original's training.
+    """The joint of the parts; names and defaults are those of the original's training.
 
     Attributes:
         projector: `linear`, `mlp2x_gelu`, or another name that config/projector.py knows.
@@ -118,7 +117,7 @@ def build_llava(
     force: bool = False,
     overwrite: bool = False,
 ) -> Built:
-    """A valid LLaVA in the original layout that can be loaded, asked and trained.
+    """Build a LLaVA in the original layout that can be loaded, asked and trained.
 
     Args:
         language: directory or hub id of a plain language model.
@@ -203,7 +202,7 @@ def _check_base(raw: JsonObject, base: Path) -> None:
 
 
 def _tower_of(folder: Path) -> Path:
-    """The folder of the tower: of a LLaVA the one inside it."""
+    """Return the folder of the tower: of a LLaVA the one inside it."""
     inside = folder / TOWER_FOLDER
     is_llava = (raw := read_optional_json(folder / "config.json")) and is_original(raw)
     return inside if is_llava and (inside / "config.json").is_file() else folder
@@ -219,7 +218,7 @@ def _check_tower(raw: JsonObject, eyes: Path) -> None:
 
 
 def _template(raw: JsonObject, base: Path, asked: str | None, *, force: bool) -> tuple[str, str]:
-    """Name of the template, and why it is taken."""
+    """Return the name of the template, and why it is taken."""
     own = find_chat_template(base)
     if asked is not None:
         template_by_name(asked)
@@ -235,7 +234,7 @@ def _template(raw: JsonObject, base: Path, asked: str | None, *, force: bool) ->
 
 
 def _doubts(name: str, tokenizer: Tokenizer, *, insists: bool) -> tuple[str, ...]:
-    """What the vocabulary says against a template: refused where a person named it."""
+    """Return what the vocabulary says against a template; raise it where a person named it."""
     try:
         check_marks(template_by_name(name), tokenizer, DEFAULT_TEMPLATE)
     except ConfigError as error:
@@ -246,7 +245,7 @@ def _doubts(name: str, tokenizer: Tokenizer, *, insists: bool) -> tuple[str, ...
 
 
 def _tokenizer(raw: JsonObject, base: Path, joint: Joint) -> Tokenizer:
-    """The base's, with what is added at loading; refused where it is not the base's.
+    """Load the base's tokenizer, with the tokens that are added at loading.
 
     Raises:
         ShapeMismatchError: the vocabulary has far more or far fewer rows than it has tokens.
@@ -264,7 +263,7 @@ def _tokenizer(raw: JsonObject, base: Path, joint: Joint) -> Tokenizer:
 
 
 def _config(raw: JsonObject, base: Path, joint: Joint, tokenizer: Tokenizer) -> dict[str, object]:
-    """config.json of the language model half, in the original layout."""
+    """Return config.json of the language model half, in the original layout."""
     plain, _ = parse_config(raw, generation=_generation(base))
     pad = next((i for i in _pads(plain, tokenizer) if i is not None), None)
     tokens = replace(
@@ -279,12 +278,12 @@ def _config(raw: JsonObject, base: Path, joint: Joint, tokenizer: Tokenizer) -> 
 
 
 def _pads(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int | None, ...]:
-    """What pads, in the order of preference; the original takes unk."""
+    """Return what pads, in the order of preference; the original takes unk."""
     return config.tokens.pad_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id
 
 
 def _vision_keys(joint: Joint, tower: JsonObject, eyes: Path) -> dict[str, object]:
-    """The `mm_` keys."""
+    """Return the `mm_` keys of config.json."""
     section = tower.get("vision_config")
     sizes: Mapping[str, object] = section if isinstance(section, dict) else tower
     side = sizes.get("image_size")
@@ -303,7 +302,7 @@ def _generation(base: Path) -> JsonObject:
 
 
 def _fresh(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
-    """A projector as torch begins one, and the end of a row; the same for the same seed.
+    """Return a projector as torch begins one, and the row end; the same for the same seed.
 
     Source: LLaVA llava_arch.py: image_newline is normal with variance 1 / width.
     """
@@ -330,7 +329,7 @@ def _round_fresh(loaded: Loaded) -> None:
 
 
 def _with_pad(base: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """tokenizer_config.json with a token for padding, where the base has none; as the original."""
+    """Return tokenizer_config.json with a padding token, where the base has none."""
     found = dict(read_optional_json(base / "tokenizer_config.json") or {})
     others = read_optional_json(base / "special_tokens_map.json") or {}
     index = tokenizer.unk_id if tokenizer.unk_id is not None else tokenizer.eos_id

@@ -1,13 +1,14 @@
-"""The model card of a run: what was trained on what, how it went, and how to use it.
+"""Model card of a run: what was trained on what, how it went, and how to use it.
 
 README.md with the header that the hub reads, the loss curve as a picture, and the recipe as it ran.
 Knows recipes, logs and files; no models.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from huggingface_hub import ModelCardData
 
 from lapilli.checkpoint.formats.files import read_optional_text
 from lapilli.checkpoint.source import HUB_ID, is_local
@@ -24,7 +25,7 @@ from lapilli.train.trainer.metrics import RunLog
 CURVE = "loss.png"
 RECIPE = "recipe.toml"
 # Of larger files pieces are read: the whole would take minutes.
-HASHED_BYTES = 4_000_000_000
+_HASHED_BYTES = 4_000_000_000
 _LICENSE = re.compile(r"^license:\s*(\S+)\s*$", re.MULTILINE)
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
@@ -34,15 +35,13 @@ def model_card(
     folder: Path,
     *,
     facts: Mapping[str, str] | None = None,
-    hashed_bytes: int = HASHED_BYTES,
 ) -> dict[str, str | bytes]:
-    """Files that stand beside the results of a run: `extra` of `save_results`.
+    """Return the files that stand beside the results of a run: `extra` of `save_results`.
 
     Args:
         results: what is saved and how.
         folder: of the run, with its log and the picture of its losses.
         facts: more that is known of the run, by name.
-        hashed_bytes: data files up to this size are read for their digest.
     """
     recipe = results.recipe
     records = RunLog(folder).records()
@@ -55,7 +54,7 @@ def model_card(
         _use(results),
         _course(records, facts or {}, has_curve=CURVE in files),
         _evaluation(records),
-        _data(recipe, hashed_bytes),
+        _data(recipe),
         _recipe(recipe),
     ]
     files["README.md"] = "\n".join(part for part in parts if part)
@@ -63,47 +62,40 @@ def model_card(
 
 
 def add_card(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    """The files of a card beside results that are saved already, each in one step."""
+    """Add the files of a card to results that are saved already, each in one step."""
     for name, content in files.items():
         staged = folder / f"{name}.part"
         staged.write_bytes(content.encode() if isinstance(content, str) else content)
         staged.replace(folder / name)
 
 
-def data_files(recipe: Recipe, *, hashed_bytes: int = HASHED_BYTES) -> list[DataFile]:
-    """Every file of samples that a recipe reads, with what tells it from another."""
+def data_files(recipe: Recipe) -> list[DataFile]:
+    """Return every file of samples that a recipe reads, with what tells it from another."""
     sources = (*recipe.data.sources, *recipe.data.evaluation)
     paths = dict.fromkeys(path for source in sources for path in expand(source.path))
-    return [data_file(path, whole_bytes=hashed_bytes) for path in paths]
+    return [data_file(path, whole_bytes=_HASHED_BYTES) for path in paths]
 
 
 def _front(results: Results) -> str:
-    """The header; a base that is no hub id would be refused by the hub and is left out."""
+    """Return the header; a base that is no hub id would be refused by the hub and is left out."""
     recipe = results.recipe
     base = recipe.model.checkpoint or ""
     is_adapter = results.is_adapter
-    front: dict[str, object] = {
-        "license": _license(results),
-        "library_name": "transformers" if recipe.save.layout == "huggingface" else "lapilli",
-        "pipeline_tag": "image-text-to-text",
-        "tags": ["llava", "lapilli", *(["lora", "peft"] if is_adapter else [])],
-    }
-    if HUB_ID.fullmatch(base) and "/" in base and not is_local(base):
-        front["base_model"] = base.partition("@")[0]
-        front["base_model_relation"] = "adapter" if is_adapter else "finetune"
-    lines = [f"{key}: {_yaml(value)}" for key, value in front.items()]
-    return "\n".join(["---", *lines, "---", ""])
-
-
-def _yaml(value: object) -> str:
-    """Strings and lists of them; JSON is YAML, and plain words need no quotes."""
-    if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value):
-        return value
-    return json.dumps(value)
+    is_on_hub = HUB_ID.fullmatch(base) and "/" in base and not is_local(base)
+    relation = "adapter" if is_adapter else "finetune"
+    front = ModelCardData(
+        license=_license(results),
+        library_name="transformers" if recipe.save.layout == "huggingface" else "lapilli",
+        pipeline_tag="image-text-to-text",
+        tags=["llava", "lapilli", *(["lora", "peft"] if is_adapter else [])],
+        base_model=base.partition("@")[0] if is_on_hub else None,
+        base_model_relation=relation if is_on_hub else None,
+    )
+    return f"---\n{front.to_yaml()}\n---\n"
 
 
 def _license(results: Results) -> str:
-    """What the card of the checkpoint below says, for it binds what is made from it."""
+    """Return what the card of the checkpoint below says, for it binds what is made from it."""
     front = _FRONT.match(read_optional_text(results.loaded.path / "README.md") or "")
     found = _LICENSE.search(front[1]) if front else None
     return found[1] if found else "other"
@@ -158,15 +150,16 @@ def _course(records: Sequence[Record], facts: Mapping[str, str], *, has_curve: b
     if rise := next((record for record in records if RISEN in record), None):
         what = f"from {rise[LOWEST]:.4f} to {rise[RISEN]:.4f} by step {rise['step']}"
         shown["the loss rose"] = what
-    lines = ["## Training", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in shown.items()]
-    if has_curve:
-        lines += ["", f"![loss over steps]({CURVE})"]
-    return "\n".join([*lines, ""])
+    curve = f"\n![loss over steps]({CURVE})\n" if has_curve else ""
+    return f"## Training\n\n{_table(shown)}{curve}"
+
+
+def _table(shown: Mapping[str, str]) -> str:
+    return "| | |\n|---|---|\n" + "".join(f"| {name} | {one} |\n" for name, one in shown.items())
 
 
 def _recipe(recipe: Recipe) -> str:
-    """What differs from the defaults of today; the file beside has every value."""
+    """Return what differs from the defaults of today; the file beside has every value."""
     return (
         f"## Recipe\n\n```toml\n{recipe_text(recipe, defaults=False)}```\n\n"
         f"`{RECIPE}` has every other value as it was.\n"
@@ -174,53 +167,36 @@ def _recipe(recipe: Recipe) -> str:
 
 
 def _evaluation(records: Sequence[Record]) -> str:
-    """The last metrics on held-out data, and the best loss there was."""
+    """Return the last metrics on held-out data, and the best loss there was."""
     evaluations = [record for record in records if "eval_loss" in record]
     if not evaluations:
         return ""
     last = evaluations[-1]
     best = min(evaluations, key=lambda record: record["eval_loss"])
     exam = next((record for record in reversed(records) if EXACT_MATCH in record), {})
-    metrics = {**last, **exam}
-    rows = [f"| {key} | {_shown(value)} |" for key, value in metrics.items() if key != "step"]
+    shown = {name: _shown(value) for name, value in {**last, **exam}.items() if name != "step"}
     told = (
         " exact_match is the share of the answers given greedily that were equal to those of the "
         "data."
     )
-    return "\n".join(
-        [
-            "## Evaluation",
-            "",
-            f"On samples that were held out, after step {last['step']}; the lowest eval_loss was "
-            f"{best['eval_loss']:.4f}, after step {best['step']}.{told if exam else ''}",
-            "",
-            "| | |",
-            "|---|---|",
-            *rows,
-            "",
-        ]
+    return (
+        f"## Evaluation\n\nOn samples that were held out, after step {last['step']}; the lowest "
+        f"eval_loss was {best['eval_loss']:.4f}, after step {best['step']}.{told if exam else ''}"
+        f"\n\n{_table(shown)}"
     )
 
 
 def _shown(figure: int | float) -> str:
-    """A loss or a share with its decimals, a count without."""
+    """Return a loss or a share with its decimals, a count without."""
     return f"{int(figure):,}" if float(figure).is_integer() else f"{figure:.4f}"
 
 
-def _data(recipe: Recipe, hashed_bytes: int) -> str:
-    files = data_files(recipe, hashed_bytes=hashed_bytes)
+def _data(recipe: Recipe) -> str:
+    files = data_files(recipe)
     if not files:
         return ""
-    rows = [f"| {file.name} | {file.num_bytes} | {file.digest} |" for file in files]
-    return "\n".join(
-        [
-            "## Data",
-            "",
-            f"Together: {together(files)}. Pictures outside of these files are not counted.",
-            "",
-            "| file | bytes | digest |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
+    rows = "".join(f"| {file.name} | {file.num_bytes} | {file.digest} |\n" for file in files)
+    return (
+        f"## Data\n\nTogether: {together(files)}. Pictures outside of these files are not counted."
+        f"\n\n| file | bytes | digest |\n|---|---|---|\n{rows}"
     )

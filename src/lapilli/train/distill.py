@@ -33,7 +33,7 @@ _MAP_SEED: Final = 41
 
 @dataclass(frozen=True, slots=True)
 class DistillationLoss:
-    """Sums over M positions.
+    """Sums of the loss and its parts over M positions.
 
     Attributes:
         total: what is minimised: (1 - weight) answers + weight imitation + hidden_weight hidden.
@@ -58,13 +58,13 @@ def distillation_loss(
     hidden: tuple[Float[Tensor, "M W"], Float[Tensor, "M W"]] | None = None,
     hidden_weight: float = 0.0,
 ) -> DistillationLoss:
-    """How far the student is from the teacher and from the data.
+    """Return how far the student is from the teacher and from the data.
 
-    Computed in float32, or in float64 where the tensors are.
+    Computed in float32, or in float64 where the tensors are. No gradient goes to the teacher's.
 
     Args:
         student_logits: at M positions.
-        teacher_logits: at the same M; no gradient goes there.
+        teacher_logits: at the same M.
         targets: what the data has there.
         temperature: both distributions are softmax(logits / temperature).
         weight: of the teacher; 1 - weight is of the data.
@@ -96,29 +96,30 @@ def _wide(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class DistillationSample(EncodedSample):
-    """A student's row, and the teacher's of the same sample."""
+    """A student's encoded sample, and the teacher's of the same sample."""
 
     teacher: EncodedSample | None = None
 
 
 class PairEncoder:
-    """Makes both rows of a sample; stands where a SampleEncoder stands.
+    """An encoder of samples for student and teacher; stands where a SampleEncoder stands.
 
     Args:
         student: cuts to the length of the run.
-        teacher: cuts nothing; its row ends with the last token that the student's supervises.
+        teacher: cuts nothing; what it encodes ends with the last token that the student's has
+            supervised.
     """
 
     def __init__(self, student: SampleEncoder, teacher: SampleEncoder) -> None:
         self._student, self._teacher = student, teacher
 
-    def row(self, sample: Sample) -> DistillationSample:
-        """The student's row with the teacher's beside it.
+    def encode(self, sample: Sample) -> DistillationSample:
+        """Return the student's sample with the teacher's beside it.
 
         Raises:
-            DataError: see `SampleEncoder.row`; or the two do not supervise the same tokens.
+            DataError: see `SampleEncoder.encode`; or the two do not supervise the same tokens.
         """
-        own, other = self._student.row(sample), self._teacher.row(sample)
+        own, other = self._student.encode(sample), self._teacher.encode(sample)
         try:
             prompt = matched(own.prompt, other.prompt)
         except PromptError as error:
@@ -129,7 +130,7 @@ class PairEncoder:
 
 
 def matched(student: EncodedPrompt, teacher: EncodedPrompt) -> EncodedPrompt:
-    """The teacher's row up to the last token that the student's row supervises.
+    """Return the teacher's prompt up to the last token that the student's supervises.
 
     Raises:
         PromptError: the teacher supervises fewer tokens, or others.
@@ -150,27 +151,28 @@ def matched(student: EncodedPrompt, teacher: EncodedPrompt) -> EncodedPrompt:
 
 
 def _supervised(prompt: EncodedPrompt) -> tuple[list[int], list[int]]:
-    """Supervised tokens and their places; nothing predicts the first of a row."""
+    """Return the supervised tokens and their places; nothing predicts the first."""
     places = [i for i, counts in enumerate(prompt.loss_mask) if counts and i]
     return [prompt.input_ids[i] for i in places], places
 
 
 @dataclass(frozen=True, slots=True)
 class DistillationBatch(TrainingBatch):
-    """The student's batch, and the teacher's: one row per sample, in the same order."""
+    """The student's batch, and the teacher's with a sequence per sample, in the same order."""
 
     teacher: TrainingBatch | None = None
 
 
-def with_teacher(batch: TrainingBatch, rows: Sequence[EncodedSample]) -> TrainingBatch:
-    """A DistillationBatch where the rows have a teacher's beside them, else the batch as it is.
+def with_teacher(batch: TrainingBatch, samples: Sequence[EncodedSample]) -> TrainingBatch:
+    """Return a DistillationBatch where all samples have a teacher's, else the batch as it is.
 
     Args:
-        batch: of the rows.
-        rows: in the order in which their samples lie in the batch.
+        batch: of the samples.
+        samples: in the order in which they lie in the batch.
     """
-    theirs = [row.teacher for row in rows if isinstance(row, DistillationSample) and row.teacher]
-    if len(theirs) < len(rows):
+    pairs = [one for one in samples if isinstance(one, DistillationSample)]
+    theirs = [pair.teacher for pair in pairs if pair.teacher is not None]
+    if len(theirs) < len(samples):
         return batch
     values = {field.name: getattr(batch, field.name) for field in fields(TrainingBatch)}
     return DistillationBatch(**values, teacher=collate(theirs))
@@ -184,14 +186,14 @@ class Teacher:
 
     @property
     def width(self) -> int:
-        """Of its hidden states."""
+        """Return the width of its hidden states."""
         return self._model.vlm.language_model.config.hidden_size
 
     @torch.no_grad()
     def answer(
         self, batch: TrainingBatch, device: torch.device
     ) -> tuple[Float[Tensor, "M V"], Float[Tensor, "M D"]]:
-        """Logits and last hidden states where the batch supervises."""
+        """Return logits and last hidden states where the batch supervises."""
         self._model.to(device)
         where, _ = supervised(batch.input_ids.to(device), batch.loss_mask.to(device))
         hidden = self._model.hidden(batch)[where]
@@ -199,7 +201,7 @@ class Teacher:
 
 
 class DistilledModel(TrainedModel):
-    """A student in training; given batches without a teacher's rows, and in evaluation, as others.
+    """A student in training; without a teacher's batch, and in evaluation, a plain TrainedModel.
 
     Args:
         vlm: the student.
@@ -207,6 +209,7 @@ class DistilledModel(TrainedModel):
         distill: temperature and weights.
         noise: see TrainedModel.
         z_loss: see TrainedModel.
+        compiles: see TrainedModel.
     """
 
     def __init__(
@@ -233,7 +236,7 @@ class DistilledModel(TrainedModel):
     def loss_of(
         self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, " M"], batch: TrainingBatch
     ) -> Loss:
-        """Summed loss of M positions that predict M tokens."""
+        """Return the summed loss of M positions that predict M tokens."""
         if not self.training or not isinstance(batch, DistillationBatch) or batch.teacher is None:
             return super().loss_of(hidden, targets, batch)
         logits = self.logits(hidden)
@@ -258,7 +261,7 @@ class DistilledModel(TrainedModel):
 
 
 def load_teacher(recipe: Recipe, student: Loaded) -> Loaded | None:
-    """The teacher that the recipe names, on the CPU; None: it names none.
+    """Load the teacher that the recipe names on the CPU; None where it names none.
 
     Raises:
         ConfigError: its vocabulary is not the student's.
@@ -273,7 +276,7 @@ def load_teacher(recipe: Recipe, student: Loaded) -> Loaded | None:
 
 
 def check_vocabulary(student: Loaded, teacher: Loaded) -> None:
-    """Both speak about the same tokens.
+    """Check that both speak about the same tokens.
 
     Raises:
         ConfigError: they do not; the message names the first difference.

@@ -43,7 +43,7 @@ class Graded:
 
     @property
     def equal(self) -> bool:
-        """Whether they are the same but for white space around them."""
+        """Return whether they are the same but for white space around them."""
         return self.reference == self.answer
 
 
@@ -56,18 +56,18 @@ class _Question:
 
 
 def hold_exam(
-    model: Path, rows: EncodedDataset, number: int, *, template: Template, device: torch.device
+    model: Path, samples: EncodedDataset, number: int, *, template: Template, device: torch.device
 ) -> list[Graded]:
-    """The answers to the questions of `number` held-out samples, spread evenly over all of them.
+    """Answer the questions of `number` held-out samples, spread evenly over all of them.
 
     Every answer of a sample is asked for, the true turns before it. Samples that cannot be read are
-    left out where the rows skip them, and so are answers that max_length cut.
+    left out where the data set skips them, and so are answers that max_length cut.
 
     Args:
         model: folder of the results, loaded as `lapilli ask` would load it.
-        rows: of what is held out.
+        samples: those that are held out.
         number: of samples; all of them, where there are fewer.
-        template: that the rows were rendered with; it says where an answer stops.
+        template: of the samples; it says where an answer stops.
         device: where the answers are computed.
 
     Raises:
@@ -75,10 +75,12 @@ def hold_exam(
     """
     loaded = load_checkpoint(model, device=device)
     backend = Backend(loaded)
-    number = min(number, len(rows))
+    number = min(number, len(samples))
     graded = []
-    for index in (at * len(rows) // number for at in range(number)):
-        for question in _questions(rows.row(index), rows, index, loaded.tokenizer, template):
+    for index in (at * len(samples) // number for at in range(number)):
+        for question in _questions(
+            samples.sample(index), samples.dataset.label(index), loaded.tokenizer, template
+        ):
             params = SamplingParams(max_new_tokens=question.num_tokens + _ROOM)
             params = with_stops(params, template, loaded.tokenizer)
             answer = _answer(backend, question.prompt, params)
@@ -87,7 +89,7 @@ def hold_exam(
 
 
 def _answer(backend: Backend, prompt: ProcessedPrompt, params: SamplingParams) -> str:
-    """The text; why there is none, where the prompt leaves the context no room."""
+    """Return the text, or why there is none where the prompt leaves the context no room."""
     try:
         found: Generation = backend.generate([prompt], params)[0]
     except LapilliError as error:
@@ -96,24 +98,24 @@ def _answer(backend: Backend, prompt: ProcessedPrompt, params: SamplingParams) -
 
 
 def _questions(
-    row: EncodedSample, rows: EncodedDataset, index: int, tokenizer: Tokenizer, template: Template
+    encoded: EncodedSample, name: str, tokenizer: Tokenizer, template: Template
 ) -> Iterator[_Question]:
-    """Every whole answer of a row, with what stands before it."""
-    if row.skipped:
+    """Yield every whole answer of a sample, with what stands before it."""
+    if encoded.skipped:
         return
-    ids = row.prompt.input_ids
-    for start, end in answers_of(row.prompt.loss_mask):
-        if start == 0 or (row.cut and end == len(ids)):
+    ids = encoded.prompt.input_ids
+    for start, end in answers_of(encoded.prompt.loss_mask):
+        if start == 0 or (encoded.cut and end == len(ids)):
             continue
         reference = tokenizer.decode(ids[start:end]).strip()
         for stop in template.stop:
             reference = reference.removesuffix(stop).strip()
-        prompt = _before(row.prompt, row.media, start)
-        yield _Question(rows.dataset.label(index), prompt, reference, end - start)
+        prompt = _before(encoded.prompt, encoded.media, start)
+        yield _Question(name, prompt, reference, end - start)
 
 
 def answers_of(loss_mask: Sequence[bool]) -> list[tuple[int, int]]:
-    """Start and end of every stretch of supervised positions."""
+    """Return start and end of every run of supervised positions."""
     found = []
     for counts, places in groupby(range(len(loss_mask)), key=lambda at: loss_mask[at]):
         stretch = list(places)
@@ -129,13 +131,13 @@ def _before(prompt: EncodedPrompt, media: Sequence[Any], end: int) -> ProcessedP
 
 
 def write_exam(folder: Path, graded: Sequence[Graded]) -> None:
-    """Every answer as a line of `folder/exam.jsonl`."""
+    """Write every answer as a line of `folder/exam.jsonl`."""
     lines = [json.dumps({**asdict(one), "equal": one.equal}, ensure_ascii=False) for one in graded]
     (folder / ANSWERS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def exam_record(step: int, graded: Sequence[Graded]) -> Record:
-    """Figures of an exam for the log."""
+    """Return the metrics of an exam for the log."""
     equal = sum(one.equal for one in graded)
     share = equal / len(graded) if graded else 0.0
     return {"step": step, FIGURE: share, "equal": equal, "answers": len(graded)}

@@ -1,4 +1,4 @@
-"""Launch: a recipe from its files to its results, in every process.
+"""Launch of a run: a recipe from its files to its results, in every process.
 
 start -> what could not be saved is refused -> steps -> FOLDER/model, also on the way where
 small -> the exam, which asks what was saved -> model card
@@ -36,7 +36,7 @@ def launch(
     """Run a recipe from where it stopped, and leave its results in `folder/model`.
 
     A projector or an adapter is saved with every checkpoint, a whole model at the end. With
-    run.exam the leading process then answers held-out questions, while the others wait.
+    run.exam the main process then answers held-out questions, while the others wait.
 
     Args:
         recipe: of the stage align or instruct.
@@ -68,7 +68,7 @@ def launch(
 
 
 def check_output_folder(folder: Path, recipe: Recipe) -> None:
-    """Results replace `folder/model`, which must not be anything else that somebody needs.
+    """Check that `folder/model`, which the results replace, is nothing that somebody needs.
 
     Raises:
         ConfigError: no run that can go on left it, or this run begins with it.
@@ -92,7 +92,7 @@ def check_output_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def facts_of(task: TrainingTask) -> dict[str, str]:
-    """What a model card says of a run beside its log."""
+    """Return what a model card says of a run beside its log."""
     parameters = task.model.vlm.parameters()
     learned = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     held_out = "" if task.held_out is None else f", and {len(task.held_out):,} held out"
@@ -111,14 +111,14 @@ class _Saver:
     folder: Path
 
     def on_the_way(self, step: int) -> None:
-        """What is small enough to be saved with every checkpoint."""
+        """Save with a checkpoint what is small enough."""
         del step
         model = self.task.model.vlm
         if self.results.recipe.stage == "align" or any(True for _ in adapters(model)):
             self.save()
 
     def save(self, *, card: bool = False) -> None:
-        """The results as the model is now; every process has to call it.
+        """Save the results as the model is now; every process has to call it.
 
         Args:
             card: with the model card, whose digest reads all of the data.
@@ -135,14 +135,14 @@ class _Saver:
     def examine(self, *, echo: bool = False) -> None:
         """Let the saved results answer held-out questions, log the metrics, add the card.
 
-        Every process has to call it; the leading one alone works, as it alone is sure to see the
+        Every process has to call it; the main process alone works, as it alone is sure to see the
         files.
         """
         task, parallel, folder = self.task, self.task.parallel, self.folder.parent
-        rows, number = task.held_out, self.results.recipe.run.exam
-        if parallel.is_main_process and rows is not None:
+        held_out, number = task.held_out, self.results.recipe.run.exam
+        if parallel.is_main_process and held_out is not None:
             graded = hold_exam(
-                self.folder, rows, number, template=task.template, device=parallel.device
+                self.folder, held_out, number, template=task.template, device=parallel.device
             )
             write_exam(folder, graded)
             log = RunLog(folder, echo=echo)

@@ -1,4 +1,4 @@
-"""Results of a run on the disk: which form they have, and what they lie on; no file formats.
+"""Results of a run on the disk: their form, and what they lie on; no file formats.
 
     align                        config.json, mm_projector.bin           a projector
     instruct, lora               adapter, non_lora_trainables.bin        adapter and projector
@@ -52,7 +52,7 @@ from lapilli.train.recipe import Recipe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """How the results of a run are saved.
+    """The form of the results of a run.
 
     Attributes:
         loaded: the checkpoint that the run started from.

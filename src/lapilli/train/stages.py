@@ -1,9 +1,8 @@
-"""Which parameters each stage trains.
+"""Stages: which parameters a recipe trains.
 
-    align      the projector
-    instruct   the projector and the language model, or an adapter beside its layers
-
-Knows modules, no data.
+align      the projector and the learned row end
+instruct   those and the language model, or an adapter beside its layers
+both       the tower too with `model.tune_tower`: the layers that its features come from
 """
 
 from typing import cast
@@ -26,11 +25,7 @@ from lapilli.train.recipe import LoraRecipe, Recipe, RunRecipe
 
 
 def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, ...]:
-    """Mark what the recipe trains in the model, which is changed in place; everything else rests.
-
-        align      the projector and the learned row end
-        instruct   those and the language model, or an adapter beside its layers
-        both       the tower too with `model.tune_tower`: the layers that its features come from
+    """Mark what the recipe trains in the model, which is changed in place; the rest is frozen.
 
     Args:
         model: without adapters, or with the one that `model.adapter` names.
@@ -71,7 +66,7 @@ def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, .
 
 
 def _used(tower: VisionTransformer) -> list[nn.Parameter]:
-    """Parameters that the tower's features depend on; the others would wait for a gradient."""
+    """Return the tower's parameters that its features depend on; others would get no gradient."""
     stack = tower.vision_model
     idle = [stack.post_layernorm, *stack.encoder.layers[tower.num_used_layers :]]
     unused = {id(parameter) for module in idle for parameter in module.parameters()}
@@ -79,7 +74,7 @@ def _used(tower: VisionTransformer) -> list[nn.Parameter]:
 
 
 def _of_language_model(model: VisionLanguageModel, lora: LoraRecipe | None) -> list[nn.Parameter]:
-    """All of it, or the adapter beside its layers, fresh where the model has none."""
+    """Return all of its parameters, or those of an adapter, fresh where it has none."""
     if lora is None:
         return list(model.language_model.parameters())  # type: ignore[attr-defined]  # a module that follows the protocol
     if not any(True for _ in adapters(model)):
@@ -99,7 +94,7 @@ def _of_language_model(model: VisionLanguageModel, lora: LoraRecipe | None) -> l
 
 
 def _go_on(model: VisionLanguageModel, lora: LoraRecipe) -> None:
-    """The adapter that the model has, with the recipe's dropout where it names one.
+    """Check that the recipe means the adapter that the model has, and set its dropout.
 
     Raises:
         ConfigError: the recipe names another rank, alpha or other layers than the adapter has.
@@ -126,7 +121,7 @@ def _go_on(model: VisionLanguageModel, lora: LoraRecipe) -> None:
 
 
 def default_targets(model: nn.Module) -> tuple[str, ...]:
-    """Every linear layer of the language model but the head, by path.
+    """Return every linear layer of the language model but the head, by path.
 
     Source: LLaVA train.py find_all_linear_names.
     """
@@ -140,7 +135,7 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
 
 
 def set_up_layers(model: VisionLanguageModel, run: RunRecipe) -> None:
-    """Recomputation and compilation of the layers, as the run asks for them."""
+    """Switch on recomputation and compilation of the layers, as the run asks for them."""
     towers = [getattr(modality, "vision_tower", None) for modality in model.modalities.values()]
     for part in (model.language_model, *towers):
         if isinstance(part, Decoder | Mpt | VisionTransformer):

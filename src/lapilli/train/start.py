@@ -1,10 +1,8 @@
 """Start of a run: the checkpoint, the projector loaded over it, the template of its samples.
 
-    model.checkpoint --load_checkpoint--> Loaded
-    model.projector  --mm_projector.*---> over the projector of it
-    data.template    --is it the base's? does the vocabulary have its marks?--> Template
-
-Knows recipes and checkpoints; must not know data or the loop.
+model.checkpoint --load_checkpoint--> Loaded
+model.projector  --mm_projector.*---> over the projector of it
+data.template    --is it the base's? does the vocabulary have its marks?--> Template
 """
 
 import re
@@ -33,7 +31,7 @@ _MARK: Final = re.compile(r"</?s>|<\|[^|<>\s]+\|>")
 
 
 def load_start(recipe: Recipe) -> Loaded:
-    """The checkpoint with its adapter beside its layers, and the recipe's projector over its own.
+    """Load the checkpoint, its adapter beside its layers, with the recipe's projector.
 
     What will be trained is float32, and so is everything where frozen weights will be saved with
     it. Else frozen weights are in the precision of the run: so they need not be cast in every pass,
@@ -66,10 +64,10 @@ def load_start(recipe: Recipe) -> Loaded:
 
 
 def load_projector(model: VisionLanguageModel, folder: Path) -> None:
-    """The projector that an earlier run left, over the model's own.
+    """Load the projector that an earlier run left over the model's own, in place.
 
     Args:
-        model: is changed in place.
+        model: whose projector is replaced.
         folder: of the run, or of its results.
 
     Raises:
@@ -112,7 +110,7 @@ def load_projector(model: VisionLanguageModel, folder: Path) -> None:
 
 
 def _own_name(foreign: str) -> str | None:
-    """`model.mm_projector.0.weight` -> `projector.0.weight`; None: no part of the projector."""
+    """Return `projector.0.weight` for `model.mm_projector.0.weight`; None for no projector."""
     if foreign.endswith("image_newline"):
         return "image_newline"
     _, mark, rest = foreign.rpartition("mm_projector.")
@@ -120,7 +118,7 @@ def _own_name(foreign: str) -> str | None:
 
 
 def choose_template(recipe: Recipe, loaded: Loaded) -> Template:
-    """The recipe's, `plain` for the first stage, else the checkpoint's own.
+    """Return the recipe's template, `plain` for the first stage, else the checkpoint's own.
 
     Raises:
         PromptError: no template has the name.
@@ -142,17 +140,17 @@ def choose_template(recipe: Recipe, loaded: Loaded) -> Template:
 
 
 def for_model(template: Template, loaded: Loaded) -> Template:
-    """The template with the tokens that this checkpoint has around a picture, or without."""
+    """Return the template with the tokens that this checkpoint has around a picture."""
     tokens = loaded.config.tokens
     gap = media_gap(loaded.tokenizer, tokens.image_id)
     return around_media(template, use_start_end=tokens.use_start_end, gap=gap)
 
 
 def check_marks(template: Template, tokenizer: Tokenizer, own: str) -> None:
-    """A template belongs to a base whose vocabulary has its marks as tokens.
+    """Check that the marks which a template ends turns with are tokens of the vocabulary.
 
     Args:
-        template: what rows would be rendered with.
+        template: of the samples.
         tokenizer: of the language model.
         own: name of the template that the checkpoint itself asks for.
 

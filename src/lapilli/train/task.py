@@ -1,4 +1,4 @@
-"""The task of a recipe: checkpoint, samples and their order become batches and their loss.
+"""Task of a recipe: checkpoint, samples and their order become batches and their loss.
 
     checkpoint --load--> model --stages--> what is trained --> TrainedModel
     files ----> samples --order(step)--> encoded samples --collate, or pack--> TrainingBatch
@@ -56,10 +56,10 @@ class TrainingTask:
         loaded: the checkpoint that it came from.
         recipe: what is done.
         parallel: this process among all.
-        rows: of the samples that are learned from.
+        samples: what is learned from.
         order: which of them a step reads.
-        held_out: rows of the samples that evaluation reads; None: there are none.
-        template: what the rows were rendered with.
+        held_out: what evaluation reads; None: there is nothing.
+        template: of the samples.
         weights: files of the models that it begins with, by the recipe's keys.
         skipped: why samples could not be read, as far as batches of them were learned from.
     """
@@ -68,7 +68,7 @@ class TrainingTask:
     loaded: Loaded
     recipe: Recipe
     parallel: ParallelContext
-    rows: EncodedDataset
+    samples: EncodedDataset
     order: Order
     held_out: EncodedDataset | None
     template: Template
@@ -77,42 +77,43 @@ class TrainingTask:
 
     @property
     def num_samples(self) -> int:
-        """Samples of one epoch."""
+        """Return the samples of one epoch."""
         return self.order.epoch_size
 
     def fingerprint(self) -> Mapping[str, Plain]:
-        """What decides the batches and what rests; files are read for their digests."""
-        counts = [len(source) for source in self.rows.dataset.sources]
+        """Return what decides the batches and what rests; files are read for their digests."""
+        counts = [len(source) for source in self.samples.dataset.sources]
         return fingerprint_of(self.recipe, self.template.name, counts, self.weights)
 
     def names(self, step: int, micro: int) -> list[str]:
-        """Place and id of the samples of a micro-batch."""
-        return [self.rows.dataset.label(index) for index in self.order.indices(step, micro)]
+        """Return place and id of the samples of a micro-batch."""
+        return [self.samples.dataset.label(index) for index in self.order.indices(step, micro)]
 
     def batch(self, step: int, micro: int) -> tuple[TrainingBatch, int]:
-        """The micro-batch and how many supervised tokens it has."""
-        made = self._collate([self.rows.row(index) for index in self.order.indices(step, micro)])
+        """Return the micro-batch and how many supervised tokens it has."""
+        indices = self.order.indices(step, micro)
+        made = self._collate([self.samples.sample(index) for index in indices])
         return made, made.num_valid
 
-    def _collate(self, rows: list[EncodedSample]) -> TrainingBatch:
+    def _collate(self, samples: list[EncodedSample]) -> TrainingBatch:
         data = self.recipe.data
         if not data.pack:
-            return with_teacher(collate(rows), rows)
-        bins = pack([len(row.prompt) for row in rows], data.max_length)
-        packed = [[rows[i] for i in numbers] for numbers in bins]
-        return with_teacher(collate_packed(packed), [row for one in packed for row in one])
+            return with_teacher(collate(samples), samples)
+        bins = pack([len(sample.prompt) for sample in samples], data.max_length)
+        packed = [[samples[i] for i in numbers] for numbers in bins]
+        return with_teacher(collate_packed(packed), [sample for one in packed for sample in one])
 
     def loss(self, batch: TrainingBatch) -> Loss:
-        """The summed loss."""
+        """Return the summed loss."""
         self.skipped += batch.skipped  # here, as batches may be made in other processes
         found: Loss = self.model(batch)
         return found
 
     def evaluate(self) -> Mapping[str, float]:
-        """Loss per supervised token of the held-out samples, the same in every process.
+        """Return the loss per supervised token of what is held out, the same in every process.
 
         In pieces all processes run equally many batches; one that has none left repeats its first
-        for nothing. So does a row that stands in for a sample that cannot be read: `eval_skipped`
+        for nothing. So does a sample that stands in for one that cannot be read: `eval_skipped`
         counts those, where there are any.
         """
         if self.held_out is None:
@@ -124,26 +125,26 @@ class TrainingTask:
             at = turn * parallel.size + parallel.rank
             start = starts[at] if at < len(starts) else 0
             numbers = range(start, min(start + size, len(self.held_out)))
-            rows = [self.held_out.row(i) for i in numbers]
-            batch = self._collate([_silent(row) if row.skipped else row for row in rows])
+            samples = [self.held_out.sample(i) for i in numbers]
+            batch = self._collate([_silent(one) if one.skipped else one for one in samples])
             total = float(self.model(batch).total)
             if at < len(starts):
                 sums["total"] += total
                 sums["count"] += batch.num_valid
-                sums["skipped"] += sum(bool(row.skipped) for row in rows)
+                sums["skipped"] += sum(bool(one.skipped) for one in samples)
         sums = parallel.sum_floats(sums)
         found = {"eval_loss": sums["total"] / sums["count"]}
         return found | ({"eval_skipped": sums["skipped"]} if sums["skipped"] else {})
 
 
-def _silent(row: EncodedSample) -> EncodedSample:
-    """The row with nothing supervised."""
-    prompt = replace(row.prompt, loss_mask=[False] * len(row.prompt))
-    return replace(row, prompt=prompt)
+def _silent(sample: EncodedSample) -> EncodedSample:
+    """Return the sample with nothing supervised."""
+    prompt = replace(sample.prompt, loss_mask=[False] * len(sample.prompt))
+    return replace(sample, prompt=prompt)
 
 
 def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
-    """The task of a recipe whose stage trains a whole model.
+    """Build the task of a recipe whose stage trains a whole model.
 
     Raises:
         ConfigError: the recipe names no checkpoint or no data, or parts do not go together.
@@ -159,7 +160,7 @@ def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
     teacher = load_teacher(recipe, loaded)
     template = choose_template(recipe, loaded)
     data = recipe.data
-    encoder = _row_maker(loaded, template, data.max_length, alpha=data.alpha)
+    encoder = _sample_encoder(loaded, template, data.max_length, alpha=data.alpha)
     pairs = _with_teacher(encoder, template, teacher)
     order = order_of(kept, recipe.data, recipe.run)
     torch.manual_seed(recipe.run.seed)  # a fresh adapter is drawn
@@ -176,7 +177,7 @@ def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
         loaded=loaded,
         recipe=recipe,
         parallel=parallel,
-        rows=encoded_dataset(kept, pairs, recipe.data),
+        samples=encoded_dataset(kept, pairs, recipe.data),
         order=order,
         held_out=held_out,
         template=template,
@@ -187,33 +188,33 @@ def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
 def _held_out(
     dataset: Dataset, encoder: SampleEncoder, recipe: Recipe, parallel: ParallelContext
 ) -> EncodedDataset:
-    """Encoded samples that evaluation reads, each of them read once where a bad one is an error.
+    """Return what evaluation reads, each sample read once where a bad one is an error.
 
     The first evaluation would else end a run after all of its steps, before they are saved.
     """
-    rows = EncodedDataset(dataset, encoder, on_bad_sample=recipe.data.on_bad_sample)
+    held_out = EncodedDataset(dataset, encoder, on_bad_sample=recipe.data.on_bad_sample)
     if recipe.data.on_bad_sample == "error":
-        for index in range(parallel.rank, len(rows), parallel.size):
-            rows.row(index)
-    return rows
+        for index in range(parallel.rank, len(held_out), parallel.size):
+            held_out.sample(index)
+    return held_out
 
 
 def _with_teacher(
     encoder: SampleEncoder, template: Template, teacher: Loaded | None
 ) -> EncodesSamples:
-    """What makes the rows that are learned from, the teacher's beside them if there is one."""
+    """Return the encoder of samples, the teacher's beside it if there is one."""
     if teacher is None:
         return encoder
     return PairEncoder(
-        encoder, _row_maker(teacher, for_model(template, teacher), alpha=encoder.alpha)
+        encoder, _sample_encoder(teacher, for_model(template, teacher), alpha=encoder.alpha)
     )
 
 
 def check_packing(loaded: Loaded, max_length: int) -> None:
-    """Packed rows have to give the loss of their samples.
+    """Check that packed sequences give the loss of their samples.
 
     Raises:
-        ConfigError: positions are scaled by the longest sample of a row, so they would not.
+        ConfigError: positions are scaled by the longest sample of a sequence, so they would not.
     """
     text = loaded.config.text
     scaling = text.rope_scaling if isinstance(text, DecoderConfig) else None
@@ -224,7 +225,7 @@ def check_packing(loaded: Loaded, max_length: int) -> None:
         )
 
 
-def _row_maker(
+def _sample_encoder(
     loaded: Loaded, template: Template, max_length: int | None = None, *, alpha: Alpha
 ) -> SampleEncoder:
     image_id = loaded.config.tokens.image_id
@@ -234,7 +235,7 @@ def _row_maker(
 
 
 def _learner(recipe: Recipe, loaded: Loaded, teacher: Loaded | None) -> TrainedModel:
-    """What learns: from the data, and from the teacher where there is one."""
+    """Return what learns: from the data, and from the teacher where there is one."""
     kind: Callable[..., TrainedModel] = TrainedModel
     if recipe.distill is not None and teacher is not None:
         kind = partial(DistilledModel, teacher=Teacher(teacher.model), distill=recipe.distill)
@@ -247,7 +248,7 @@ def _learner(recipe: Recipe, loaded: Loaded, teacher: Loaded | None) -> TrainedM
 
 
 def _datasets(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
-    """What is learned from, and what evaluation reads."""
+    """Return what is learned from, and what evaluation reads."""
     data = recipe.data
     if not data.sources:
         raise ConfigError(

@@ -39,7 +39,7 @@ def test_nothing_is_wrong_with_good_data(folder, tokenizer, model):
     assert (report.num_media, report.num_different_media, report.num_answers) == (3, 2, 5)
     assert report.words == Summary(min=6, median=9, p95=9, max=9, total=24)
     rows = [
-        encoder.row(open_dataset([SourceRecipe(path=str(folder / "data.json"))]).sample(i))
+        encoder.encode(open_dataset([SourceRecipe(path=str(folder / "data.json"))]).sample(i))
         for i in range(3)
     ]
     lengths = [len(row.prompt) for row in rows]
@@ -163,7 +163,7 @@ def test_positions_are_those_of_the_checkpoint(folder):
     assert planned.template.name == "vicuna_v1"
     assert report.positions is not None
     dataset = open_dataset([SourceRecipe(path=str(folder / "data.json"))])
-    assert report.positions.max == len(planned.encoder.row(dataset.sample(0)).prompt)
+    assert report.positions.max == len(planned.encoder.encode(dataset.sample(0)).prompt)
     assert plan_encoder("pebble", template="plain").template.name == "plain"
 
 
@@ -173,7 +173,7 @@ def test_a_line_of_a_report_is_short_whatever_a_sample_is_called():
     assert len(line) < 1100
 
 
-def test_a_spread_of_nothing_is_none():
+def test_the_summary_of_nothing_is_none():
     assert Summary.of([]) is None
     assert Summary.of(range(1, 101)) == Summary(min=1, median=50, p95=95, max=100, total=5050)
 

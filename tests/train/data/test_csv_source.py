@@ -79,7 +79,7 @@ def test_captions_are_read_as_samples(tmp_path):
         ('image,answer\na.png,"A" boat\n', r"table.csv:2: no row of a table: .*not doubled"),
     ],
 )
-def test_other_tables_are_refused(tmp_path, text, message):
+def test_a_table_without_the_known_columns_is_refused(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         open_source(table(tmp_path, text))
 

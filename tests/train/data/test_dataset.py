@@ -25,10 +25,10 @@ def encoder(tokenizer, model, max_length=None, template="vicuna_v1"):
     return SampleEncoder(tokenizer, TEMPLATES[template], model, max_length)
 
 
-def test_a_folder_becomes_rows(folder, tokenizer, model):
+def test_a_folder_becomes_encoded_samples(folder, tokenizer, model):
     dataset = open_dataset([SourceRecipe(path=str(folder / "data.json"))])
     rows = EncodedDataset(dataset, encoder(tokenizer, model))
-    one, none, two = (rows.row(i) for i in range(3))
+    one, none, two = (rows.sample(i) for i in range(3))
     assert [row.id for row in (one, none, two)] == ["one", "none", "two"]
     assert [len(row.media) for row in (one, none, two)] == [1, 0, 2]
     assert one.media[0].pixel_values.shape == (1, 3, 28, 28)
@@ -40,9 +40,9 @@ def test_a_bad_sample_ends_the_run_or_is_replaced_by_the_next(folder, tokenizer,
     (folder / "red.png").write_bytes(b"no picture")
     dataset = open_dataset([SourceRecipe(path=str(folder / "data.json"))])
     with pytest.raises(DataError, match=r"data.json:2 \(id 'one'\): .*red.png"):
-        EncodedDataset(dataset, encoder(tokenizer, model)).row(0)
+        EncodedDataset(dataset, encoder(tokenizer, model)).sample(0)
     rows = EncodedDataset(dataset, encoder(tokenizer, model), on_bad_sample="skip")
-    row = rows.row(2)
+    row = rows.sample(2)
     assert row.id == "none"
     assert len(row.skipped) == 2
     assert "'two'" in row.skipped[0]
@@ -55,7 +55,7 @@ def test_when_nothing_can_be_read_the_run_ends(folder, tokenizer, model):
     dataset = open_dataset([SourceRecipe(path=str(folder / "data.json"))])
     rows = EncodedDataset(dataset, encoder(tokenizer, model), on_bad_sample="skip")
     with pytest.raises(DataError, match=r"none of 3 samples can be learned from; the first: .*:1"):
-        rows.row(1)
+        rows.sample(1)
 
 
 class Numbers:
@@ -145,7 +145,7 @@ class Mixed(Numbers):
 class Words:
     """Rows of samples that say something."""
 
-    def row(self, sample):
+    def encode(self, sample):
         if not sample.messages[-1].text:
             raise DataError(f"{sample.id} is bad")
         return EncodedSample(EncodedPrompt([], [], ()), id=sample.id)
@@ -163,9 +163,9 @@ def test_a_sample_of_the_same_kind_stands_in_where_batches_have_one_kind(count, 
     expected = next((at for at in alike if at not in bad), None)
     if expected is None:
         with pytest.raises(DataError, match=f"none of {len(alike)} samples of a kind"):
-            rows.row(index)
+            rows.sample(index)
         return
-    row = rows.row(index)
+    row = rows.sample(index)
     assert row.id == str(expected)
     assert row.skipped == tuple(f"{at} is bad" for at in alike[: alike.index(expected)])
 
@@ -173,7 +173,7 @@ def test_a_sample_of_the_same_kind_stands_in_where_batches_have_one_kind(count, 
 @pytest.mark.parametrize("group", ["none", "length"])
 def test_any_sample_stands_in_where_kinds_are_mixed(group):
     recipe = DataRecipe(group=group, on_bad_sample="skip")
-    assert encoded_dataset(Dataset([Mixed(4, {1})]), Words(), recipe).row(1).id == "2"
+    assert encoded_dataset(Dataset([Mixed(4, {1})]), Words(), recipe).sample(1).id == "2"
 
 
 def test_the_order_of_a_recipe(tmp_path):
@@ -189,4 +189,4 @@ def test_the_order_of_a_recipe(tmp_path):
     assert order.epoch_size == 16
     seen = [i for step in range(4) for micro in range(2) for i in order.indices(step, micro)]
     assert np.bincount(seen).tolist() == [1] * 8 + [2] * 4
-    assert order_of(dataset, DataRecipe(), run).steps(1.0) == 4
+    assert order_of(dataset, DataRecipe(), run).step_size == 4

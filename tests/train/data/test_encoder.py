@@ -45,7 +45,7 @@ def golden_row(case, goldens, model):
     tokenizer = goldens.tokenizer(given["tokenizer"], grow)
     sample = golden_sample(case)
     encoder = SampleEncoder(tokenizer, template, model)
-    return encoder.encode(sample, [1] * len(sample.media)), sample, template, tokenizer
+    return encoder.encode_prompt(sample, [1] * len(sample.media)), sample, template, tokenizer
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_batches_of_the_original_dataset(goldens, conformance):
         for place, number in enumerate(given["batch"]):
             one = given["records"][number]
             folder = conformance / "images" / "open"
-            row = encoder.row(to_sample(one, where=case["id"], resolve=folder.joinpath))
+            row = encoder.encode(to_sample(one, where=case["id"], resolve=folder.joinpath))
             ids, labels = collapsed(row)
             size = sum(expect["attention_mask"][place])
             expected = expect["labels"][place][:size]
@@ -155,16 +155,16 @@ def record(*texts, image=None):
 
 def make(tokenizer, model, one, *, max_length=None, template="vicuna_v1", folder=Path()):
     encoder = SampleEncoder(tokenizer, TEMPLATES[template], model, max_length)
-    return encoder.row(to_sample(one, where="d.json:3", resolve=lambda name: folder / str(name)))
+    return encoder.encode(to_sample(one, where="d.json:3", resolve=lambda name: folder / str(name)))
 
 
 @pytest.mark.parametrize("texts", [("Q", ""), ("Q",), ("Q", "", "R", "")])
-def test_a_row_without_labels_is_an_error_with_its_id(tokenizer, model, texts):
+def test_a_sample_without_labels_is_an_error_with_its_id(tokenizer, model, texts):
     with pytest.raises(DataError, match=r"d.json:3 \(id '7'\): no supervised token: every answer"):
         make(tokenizer, model, record(*texts))
 
 
-def test_a_row_is_cut_in_its_text_and_counts_it(tokenizer, model):
+def test_a_sample_is_cut_in_its_text_and_counts_it(tokenizer, model):
     whole = make(tokenizer, model, record("Q", "A b c d e f g"))
     size = len(whole.prompt)
     short = make(tokenizer, model, record("Q", "A b c d e f g"), max_length=size - 2)
@@ -193,7 +193,7 @@ SPANS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), max_size=4)
 
 
 @given(SPANS, st.integers(0, 5), st.integers(1, 40))
-def test_what_is_kept_of_a_row_is_its_beginning(gaps, tail, limit):
+def test_a_cut_prompt_is_its_beginning(gaps, tail, limit):
     spans, at = [], 0
     for gap, length in gaps:
         spans.append(Span(0, at + gap, length))
@@ -249,7 +249,7 @@ def test_turns_out_of_order_are_named(tokenizer, model):
         make(tokenizer, model, one)
 
 
-def test_what_nothing_predicts_is_not_learned():
+def test_a_supervised_first_token_does_not_count():
     """A supervised first token is no label: no position stands before it."""
     prompt = EncodedPrompt([5, 6], [True, False])
     with pytest.raises(PromptError, match="no supervised token: every answer"):
@@ -265,13 +265,13 @@ def test_transparent_pictures_are_laid_on_white(tokenizer, model, tmp_path):
         one = record("<image>\nQ", "A", image=name)
         encoder = SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], model, **how)
         sample = to_sample(one, where="d.json:1", resolve=lambda name: tmp_path / str(name))
-        return encoder.row(sample).media[0].pixel_values
+        return encoder.encode(sample).media[0].pixel_values
 
     assert seen("clear.png", alpha="composite").equal(seen("white.png"))
     assert not seen("clear.png").equal(seen("white.png"))
 
 
-def test_rows_say_what_they_are():
+def test_an_encoded_sample_skips_nothing_by_default():
     assert EncodedSample(EncodedPrompt([1], [True])).skipped == ()
 
 
@@ -283,4 +283,4 @@ def test_a_token_beyond_the_embeddings_is_refused(tmp_path, model):
     )
     sample = to_sample({"id": "a", "conversations": turns("Hi", "x <far>")}, where="d.json:1")
     with pytest.raises(DataError, match=r"d.json:1 .*'<far>' has the id 5000.* 500 rows"):
-        SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], model).row(sample)
+        SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], model).encode(sample)

@@ -1,14 +1,24 @@
 """Which samples a step reads: nothing but the seed, the step and the data decide it."""
 
+import json
 import pickle
 from collections import Counter
+from math import ceil
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lapilli.errors import ConfigError
-from lapilli.train.data.order import Order, draw_indices
+from lapilli.train.data.order import (
+    LengthGroupedSampler,
+    Order,
+    draw_indices,
+    even_chunks,
+    grouped_by_length,
+    grouped_by_modality,
+)
 
 GROUPS = st.sampled_from(["none", "length", "modality"])
 WORDS = st.lists(st.integers(-60, 60).filter(bool), min_size=1, max_size=60)
@@ -23,6 +33,10 @@ def read(order, first, last):
         for micro in range(order.micro_batches)
         for index in order.indices(step, micro)
     ]
+
+
+def steps_of(order, epochs):
+    return ceil(epochs * order.epoch_size / order.step_size)
 
 
 def new_order(words, group, batch_size, micro_batches, seed=0, **options):
@@ -41,7 +55,7 @@ def new_order(words, group, batch_size, micro_batches, seed=0, **options):
 @given(WORDS, GROUPS, SIZES, SIZES, st.integers(0, 99))
 def test_every_epoch_has_every_sample_once(words, group, batch_size, micro_batches, seed):
     order = new_order(words, group, batch_size, micro_batches, seed)
-    seen = read(order, 0, order.steps(3.0))
+    seen = read(order, 0, steps_of(order, 3.0))
     for epoch in range(3):
         part = seen[epoch * len(words) : (epoch + 1) * len(words)]
         assert sorted(part) == list(range(len(words)))
@@ -61,7 +75,7 @@ def test_a_run_that_goes_on_reads_what_it_would_have_read(words, group, batch, m
 def test_steps_of_one_kind(words, batch_size, micro_batches):
     """But for the ends of epochs, and what is left over of each kind before them."""
     order = new_order(words, "modality", batch_size, micro_batches)
-    steps = order.steps(2.0)
+    steps = steps_of(order, 2.0)
     mixed = 0
     for step in range(steps):
         kinds = {words[index] > 0 for index in read(order, step, step + 1)}
@@ -162,14 +176,9 @@ def test_the_global_random_state_is_left_alone():
 def test_micro_batches_are_of_even_length():
     words = [10 * (i % 20 + 1) for i in range(400)]
     order = new_order(words, "length", 10, 4)
-    for step in range(order.steps(1.0)):
+    for step in range(steps_of(order, 1.0)):
         sums = [sum(words[i] for i in order.indices(step, micro)) for micro in range(4)]
         assert max(sums) < 1.2 * min(sums)
-
-
-def test_steps_of_a_run():
-    order = Order([10], batch_size=2, micro_batches=2)
-    assert [order.steps(epochs) for epochs in (0.1, 1.0, 2.0, 2.5)] == [1, 3, 5, 7]
 
 
 @pytest.mark.parametrize(
@@ -185,3 +194,68 @@ def test_steps_of_a_run():
 def test_orders_of_nothing_are_refused(options, expected):
     with pytest.raises(ConfigError, match=expected):
         Order(batch_size=1, **options)
+
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
+SIGNED = st.lists(st.integers(-50, 50).filter(bool), min_size=1, max_size=40)
+
+
+@given(LENGTHS, st.integers(1, 4), st.integers(1, 3), st.integers(0, 9))
+def test_grouping_by_length_keeps_every_sample(
+    lengths: list[int], batch_size: int, world_size: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    order = grouped_by_length(lengths, batch_size, world_size, generator)
+    assert sorted(order) == list(range(len(lengths)))
+
+
+@given(SIGNED, st.integers(1, 4), st.integers(1, 3))
+def test_only_the_last_batch_is_mixed(lengths: list[int], batch_size: int, world_size: int) -> None:
+    order = grouped_by_modality(lengths, batch_size, world_size)
+    assert sorted(order) == list(range(len(lengths)))
+    mega = batch_size * world_size
+    left_over = [sum(kind) for kind in ([x > 0 for x in lengths], [x < 0 for x in lengths])]
+    tails = [(n % mega or mega) if n else 0 for n in left_over]
+    if not all(tails):
+        return  # one kind only: nothing can be mixed
+    whole = order[: len(order) - sum(tails)]
+    for start in range(0, len(whole), mega):
+        assert len({lengths[i] > 0 for i in whole[start : start + mega]}) == 1
+
+
+@given(LENGTHS, st.integers(1, 4))
+def test_chunks_have_equal_numbers(lengths: list[int], chunks: int) -> None:
+    parts = even_chunks(range(len(lengths)), lengths, chunks)
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_sampler_draws_anew_each_time() -> None:
+    sampler = LengthGroupedSampler(2, 1, list(range(1, 30)), torch.Generator().manual_seed(0))
+    assert len(sampler) == 29
+    assert list(sampler) != list(sampler)
+
+
+def test_a_sample_without_words_is_named() -> None:
+    with pytest.raises(ConfigError, match="sample 1 has length 0"):
+        grouped_by_modality([3, 0, -2], 1, 1)
+
+
+def test_a_sampler_without_lengths_is_refused() -> None:
+    with pytest.raises(ConfigError, match="needs the lengths"):
+        LengthGroupedSampler(2, 1)
+
+
+def test_orders_are_those_of_the_original(conformance) -> None:
+    """Index by index, with the same seeds."""
+    text = (conformance / "cases" / "open" / "_labels" / "cases.json").read_text(encoding="utf-8")
+    cases = [case for case in json.loads(text)["cases"] if case["op"] == "sampler"]
+    assert len(cases) >= 6
+    for case in cases:
+        given = case["input"]
+        group = grouped_by_modality if given["by_modality"] else grouped_by_length
+        generator = torch.Generator().manual_seed(given["seed"])
+        torch.manual_seed(given["global_seed"])  # of the samples of a kind
+        arguments = (given["lengths"], given["batch_size"], given["world_size"], generator)
+        assert group(*arguments) == case["expect"]["indices"], case["id"]

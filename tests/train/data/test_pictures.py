@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lapilli.errors import DataError
-from lapilli.train.data.sample import PictureFolder, picture_of
+from lapilli.train.data.pictures import PictureFolder, picture_of
 
 FOLDER = PictureFolder(Path("/pictures"))
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(60))

@@ -9,14 +9,14 @@ from lapilli.train.recipe import SourceRecipe
 from tests.train.data.conftest import turns
 
 
-def test_stretches_of_a_template_are_the_turns(folder):
+def test_rendered_spans_are_the_turns_of_the_template(folder):
     dataset = open_dataset([SourceRecipe(path=str(folder / "data.json"))])
     spans = rendered(dataset.sample(2), TEMPLATES["vicuna_v1"])
     assert [s.text for s in spans if s.supervised] == [" The first.</s>", " Blue.</s>"]
     assert [s.text for s in spans if s.is_media] == ["<image>", "<image>"]
 
 
-def test_stretches_of_a_model_are_its_tokens(folder, tokenizer, model):
+def test_tokenized_spans_are_the_tokens_of_the_model(folder, tokenizer, model):
     dataset = open_dataset([SourceRecipe(path=str(folder / "data.json"))])
     encoder = SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], model)
     spans = tokenized(dataset.sample(0), encoder, ImageChecker())
@@ -26,7 +26,7 @@ def test_stretches_of_a_model_are_its_tokens(folder, tokenizer, model):
     assert spans[0].text.startswith("<s>")
 
 
-def test_what_cannot_be_shown_is_named(tmp_path, tokenizer, model):
+def test_a_sample_that_cannot_be_shown_is_named(tmp_path, tokenizer, model):
     encoder = SampleEncoder(tokenizer, TEMPLATES["vicuna_v1"], model)
     lost = to_sample(
         {"id": "x", "image": str(tmp_path / "gone.png"), "conversations": turns("<image>", "A")},

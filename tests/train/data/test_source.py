@@ -21,7 +21,7 @@ from lapilli.train.data.formats import signed_words
 from lapilli.train.data.source import expand
 from lapilli.train.recipe import SourceRecipe
 from tests.train.data.conftest import RECORDS, turns
-from tests.train.data.test_formats import SAME, same_messages
+from tests.train.data.test_sample import SAME, same_messages
 
 KINDS = ("json", "jsonl", "parquet", "tar")
 
@@ -348,7 +348,7 @@ def test_a_folder_of_images_that_is_not_there(tmp_path):
         open_source(SourceRecipe(path=str(path), images=str(tmp_path / "lost")))
 
 
-def test_what_a_shard_lacks_is_named(tmp_path):
+def test_a_missing_member_of_a_shard_is_named(tmp_path):
     lost = {"id": "x", "image": "gone.png", "conversations": turns("<image>", "A")}
     members = {"1.json": json.dumps(lost).encode(), "2.png": png("red"), "3.json": b"{"}
     dataset = open_dataset([SourceRecipe(path=str(write_tar(tmp_path / "0.tar", members)))])

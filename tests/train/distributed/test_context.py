@@ -15,7 +15,7 @@ from lapilli.train.distributed import (
     rank_info_of,
 )
 from lapilli.train.distributed.context import layers_of, shard
-from lapilli.train.distributed.heartbeat import is_network_error
+from lapilli.train.distributed.join import is_network_error
 from lapilli.train.trainer.loop import train
 from tests.model.conftest import build_tiny
 from tests.train import cluster
@@ -199,7 +199,7 @@ def test_killed_while_saving_pieces_the_earlier_ones_are_whole(tmp_path, alone):
     assert isinstance(answers[1], dict)
 
 
-def test_a_seat_is_read_from_what_torchrun_sets():
+def test_the_rank_is_read_from_what_torchrun_sets():
     variables = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}
     assert rank_info_of({"PATH": "/bin"}) is None
     assert rank_info_of({**variables, "MASTER_PORT": "29500"}) == RankInfo(3, 8, 1, "env://")
@@ -211,7 +211,7 @@ def test_a_seat_is_read_from_what_torchrun_sets():
         rank_info_of({**variables, "MASTER_PORT": "29500", "RANK": "three"})
 
 
-def test_one_process_meets_nobody(monkeypatch):
+def test_one_process_joins_no_group(monkeypatch):
     with joined(RankInfo(0, 1), device="cpu") as parallel:
         assert parallel == SINGLE_PROCESS
     with pytest.raises(ConfigError, match="device 'gpu' is unknown: try auto, cpu, cuda"):
@@ -235,7 +235,7 @@ def test_every_micro_batch_belongs_to_one_process():
         ParallelContext(0, 3, "fsdp").micro_batches(7)
 
 
-def test_a_rank_outside_of_the_team_is_refused():
+def test_a_rank_outside_of_the_group_is_refused():
     with pytest.raises(ConfigError, match="process 4 of 4: ranks are 0 to 3"):
         ParallelContext(4, 4)
 

@@ -61,7 +61,7 @@ def test_overrides_are_laid_over_the_file(tmp_path):
         ("max_steps = 1\n", UnknownKeyError, r"did you mean run\.steps\?"),
     ],
 )
-def test_mistakes_are_named(tmp_path, change, kind, message):
+def test_a_wrong_key_or_value_is_named(tmp_path, change, kind, message):
     rest = "[run]\nsteps = 3\nbatch_size = 2\n"
     path = written(tmp_path, 'stage = "align"\n' + change + rest)
     with pytest.raises(kind, match=message):
@@ -102,7 +102,7 @@ def test_an_equals_sign_joins_as_well(tmp_path):
     ("content", "message"),
     [(None, r"/nothing\.toml is not there"), (b"a = '\xff'", "not valid TOML")],
 )
-def test_no_recipe(tmp_path, content, message):
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
     path = tmp_path / "nothing.toml"
     if content is not None:
         path.write_bytes(content)
@@ -215,7 +215,7 @@ def test_values_that_do_harm_are_refused(tmp_path, key, value, expected):
         ("data.max_length", "1"),
     ],
 )
-def test_the_last_values_that_do_none_are_followed(tmp_path, key, value):
+def test_values_at_the_edge_of_their_range_are_accepted(tmp_path, key, value):
     load_recipe(written(tmp_path, SMALL), [f"--{key}", value])
 
 

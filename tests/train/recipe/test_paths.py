@@ -51,7 +51,7 @@ def test_a_folder_is_no_file_of_data(here):
         ({"distill": DistillRecipe(teacher="a/b/c")}, r"distill\.teacher is 'a/b/c'"),
     ],
 )
-def test_the_whole_place_that_was_looked_at_is_named(here, change, key):
+def test_the_absolute_path_that_is_missing_is_named(here, change, key):
     (here / "data.json").touch()
     with pytest.raises(ConfigError, match=rf"{key}, and there is no {here}/.*is started$"):
         check_paths(recipe_of(**change), here / "recipes" / "a.toml")

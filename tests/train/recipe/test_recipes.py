@@ -111,7 +111,7 @@ class Made:
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_it_is_read(path):
+def test_a_published_recipe_is_read(path):
     recipe = load_recipe(path)
     assert isinstance(recipe, Recipe)
     assert recipe.run.batch_size * recipe.run.gradient_accumulation_steps >= 1
@@ -178,7 +178,7 @@ def test_lora_trains_adapters_and_the_projector_at_their_own_rates(name):
 
 
 @pytest.mark.parametrize("name", SIZED)
-def test_it_fits_eight_gpus_as_it_is(name):
+def test_a_recipe_fits_eight_gpus(name):
     """The machine of the published runs; one of 24 GB is enough for 4 bits."""
     recipe, config = read(name)
     work = usual_work(recipe, config)
@@ -213,7 +213,7 @@ def among(section, expected):
 
 
 @pytest.mark.parametrize("name", SIZED)
-def test_it_has_the_published_numbers(name):
+def test_a_recipe_has_the_published_numbers(name):
     recipe = load_recipe(RECIPES / f"{name}.toml")
     stage = name.rpartition("/")[2]
     is_first, has_lora = stage == "align", stage.endswith("lora")

@@ -49,7 +49,7 @@ def test_a_loss_that_falls_and_ends_near_nothing_is_none():
     assert told(losses) == []
 
 
-def test_what_the_log_knows_is_known_after_a_stop():
+def test_a_rise_in_the_log_is_not_told_again_after_a_resume():
     losses = [2.0] * 20
     records = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
     assert told([9.0] * 10, 30, records) != []

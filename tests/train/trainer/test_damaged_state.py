@@ -11,11 +11,11 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from lapilli.train.trainer.contract import TrainingError
+from lapilli.train.trainer.contract import Best, TrainingError
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.metrics import RunLog
 from lapilli.train.trainer.sharded import newest_pieces
-from lapilli.train.trainer.state import Best, load_best, load_state, save_best, save_state
+from lapilli.train.trainer.state import load_best, load_state, save_best, save_state
 from tests.train.faults import new_noisy, noisy_recipe
 from tests.train.trainer.test_state import everything, in_pieces, new_state
 
@@ -159,7 +159,7 @@ def refused(folder, **expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_what_cannot_be_a_state_is_refused_also_of_an_earlier_version(saved, tmp_path, change):
+def test_impossible_content_is_refused_also_without_a_digest(saved, tmp_path, change):
     content = torch.load(saved / "state.pt", weights_only=True)
     del content["digest"]
     change(content)
@@ -168,9 +168,7 @@ def test_what_cannot_be_a_state_is_refused_also_of_an_earlier_version(saved, tmp
 
 
 @pytest.mark.parametrize("change", SILENT.values(), ids=SILENT.keys())
-def test_what_could_be_a_state_and_is_not_the_one_that_was_saved_is_refused(
-    saved, tmp_path, change
-):
+def test_changed_content_is_refused_by_its_digest(saved, tmp_path, change):
     content = torch.load(saved / "state.pt", weights_only=True)
     change(content)
     torch.save(content, tmp_path / "state.pt")
@@ -215,7 +213,7 @@ def test_a_changed_byte_is_refused_or_does_not_matter(saved, tmp_path, seed):
 
 
 @pytest.mark.slow
-def test_other_files_are_refused(saved, tmp_path):
+def test_a_file_that_is_no_state_is_refused(saved, tmp_path):
     path = tmp_path / "state.pt"
     whole = (saved / "state.pt").read_bytes()
     for content in (

@@ -109,7 +109,7 @@ def test_evaluation_draws_no_dropout_and_no_gradient():
     assert all(p.grad is None for p in task.model.parameters())
 
 
-def test_the_best_needs_a_figure(tmp_path, regression):
+def test_keep_best_needs_an_evaluation_loss(tmp_path, regression):
     with pytest.raises(ConfigError, match=r"needs eval_loss, .* gave \['training'\]"):
         train(regression, new_recipe(evaluate_every=2, keep_best=True), tmp_path)
     with pytest.raises(ConfigError, match=r"run.evaluate_every is 0"):

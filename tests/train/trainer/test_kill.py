@@ -99,7 +99,7 @@ def test_killed_at_random_moments(tmp_path, undisturbed, workers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_wish_to_stop_is_granted_after_the_step(tmp_path, undisturbed, number, code):
+def test_a_signal_stops_the_run_after_the_step(tmp_path, undisturbed, number, code):
     rarely = {"save_every": 100, "workers": 1}
     child = start(run_noisy, tmp_path, 0.05, rarely)
     assert wait_for(lambda: len(RunLog(tmp_path).records()) > 4)

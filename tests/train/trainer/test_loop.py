@@ -163,7 +163,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, regression):
     assert not (tmp_path / "1" / "log.jsonl").exists()
 
 
-def test_a_team_splits_micro_batches():
+def test_processes_split_micro_batches():
     assert list(ParallelContext(1, 3).micro_batches(8)) == [1, 4, 7]
     with pytest.raises(ValueError, match="process 2 of 2"):
         ParallelContext(2, 2)

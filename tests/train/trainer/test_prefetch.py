@@ -38,7 +38,7 @@ def test_items_come_in_order_and_are_the_same(workers):
             take(0, 0)
 
 
-def test_no_worker_is_no_process():
+def test_without_workers_batches_are_made_in_this_process():
     with batches(make, PLACES, 0) as take:
         assert take(1, 1)[0]["pid"] == os.getpid()
 

@@ -7,6 +7,8 @@ from torch import nn
 
 from lapilli.errors import LapilliError
 from lapilli.train.distributed import SINGLE_PROCESS
+from lapilli.train.trainer.contract import RunState
+from lapilli.train.trainer.optim import Average
 from lapilli.train.trainer.sharded import load_pieces, newest_pieces, save_pieces, values_of
 
 
@@ -31,21 +33,20 @@ def taught(model):
 def saved(folder, step=3, model=None):
     model = model or small()
     optimizer = taught(model)
-    average = {"0.weight": torch.full((8, 4), 0.5)}
-    save_pieces(
-        folder,
-        SINGLE_PROCESS,
-        model=model,
-        optimizer=optimizer,
-        average=average,
-        step=step,
-        values={"best": [2, 0.25]},
-    )
+    state = new_state(model, optimizer, {"0.weight": torch.full((8, 4), 0.5)}, step)
+    save_pieces(state, folder, SINGLE_PROCESS, {"best": [2, 0.25], "step": step})
     return model, optimizer
 
 
+def new_state(model, optimizer, tensors=None, step=0):
+    average = None if tensors is None else Average(model, 0.5)
+    if average is not None:
+        average.tensors = tensors
+    return RunState(model, optimizer, average, step)
+
+
 def load(path, model, optimizer, average=None):
-    load_pieces(path, SINGLE_PROCESS, model=model, optimizer=optimizer, average=average)
+    load_pieces(new_state(model, optimizer, average), path, SINGLE_PROCESS)
 
 
 def test_everything_comes_back_whatever_the_order_of_the_groups(tmp_path):

@@ -13,13 +13,11 @@ from torch import nn
 
 from lapilli.train.distributed import SINGLE_PROCESS
 from lapilli.train.recipe import OptimRecipe
-from lapilli.train.trainer.contract import TrainingError
+from lapilli.train.trainer.contract import Best, RunState, TrainingError
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.optim import Average, build_optimizer
 from lapilli.train.trainer.sharded import save_pieces
 from lapilli.train.trainer.state import (
-    Best,
-    RunState,
     load_best,
     load_state,
     save_best,
@@ -99,15 +97,7 @@ def in_a_file(state, folder):
 def in_pieces(state, folder):
     """As several processes save it, by one of them."""
     values = {"best": None, "identity": state.fingerprint and dict(state.fingerprint)}
-    save_pieces(
-        folder,
-        SINGLE_PROCESS,
-        model=state.model,
-        optimizer=state.optimizer,
-        average=state.average.tensors,
-        step=state.step,
-        values=values,
-    )
+    save_pieces(state, folder, SINGLE_PROCESS, {"step": state.step, **values})
 
 
 IDENTITIES = st.dictionaries(

@@ -10,8 +10,9 @@ from lapilli.quant import QuantConfig, quantize
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe, Recipe, RunRecipe
 from lapilli.train.stages import choose_trainable
 from lapilli.train.start import load_start
+from lapilli.train.trainer.contract import Best, RunState
 from lapilli.train.trainer.optim import Average, build_optimizer
-from lapilli.train.trainer.state import Best, RunState, load_state, save_best, save_state
+from lapilli.train.trainer.state import load_state, save_best, save_state
 from tests.checkpoint.conftest import llava, packed_llava  # noqa: F401  fixtures
 from tests.train.trainer.test_damaged_state import everything
 from tests.train.trainer.test_state import in_pieces

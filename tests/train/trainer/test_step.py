@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from lapilli.errors import ConfigError
-from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
+from lapilli.train.distributed import ParallelContext
 from lapilli.train.recipe import RunRecipe
 from lapilli.train.trainer.contract import Loss, Task, TrainingError
 from lapilli.train.trainer.loop import number_of_steps, train
 from lapilli.train.trainer.metrics import RunLog
-from lapilli.train.trainer.step import StepContext, plain, take_step
+from lapilli.train.trainer.step import plain, take_step
 from tests.train.conftest import new_recipe, new_regression
 from tests.train.faults import new_noisy
 
@@ -50,8 +50,7 @@ def sum_of_steps(task, recipe, steps=3):
     records = []
     for step in range(steps):
         made = {m: task.batch(step, m) for m in range(recipe.run.gradient_accumulation_steps)}
-        moment = StepContext(step, SINGLE_PROCESS, lambda: False)
-        records.append(take_step(task, optimizer, recipe, made, at=moment))
+        records.append(take_step(task, optimizer, recipe, made, step=step))
     return records
 
 
@@ -164,6 +163,10 @@ def test_epochs_become_steps():
     assert (
         number_of_steps(task, RunRecipe(batch_size=2, gradient_accumulation_steps=3, steps=5)) == 5
     )
+    task.num_samples = 10
+    run = RunRecipe(batch_size=2, gradient_accumulation_steps=2)
+    epochs = (0.1, 1.0, 2.0, 2.5)
+    assert [number_of_steps(task, replace(run, epochs=n)) for n in epochs] == [1, 3, 5, 7]
     task.num_samples = 30
     assert number_of_steps(task, RunRecipe(batch_size=1, epochs=0.1)) == 3
     uncounted = new_regression()
@@ -189,13 +192,13 @@ def test_bfloat16_is_for_the_passes_alone(tmp_path):
     assert all(p.dtype == torch.float32 for p in task.model.parameters())
 
 
-def test_each_checkpoint_is_told(tmp_path, regression):
+def test_on_save_is_called_after_each_checkpoint(tmp_path, regression):
     told = []
     train(regression, new_recipe(save_every=5), tmp_path, on_save=told.append)
     assert told == [5, 10, 12]
 
 
-def test_a_checkpoint_is_told_with_the_averages_in_the_model(tmp_path, regression):
+def test_on_save_sees_the_averages_in_the_model(tmp_path, regression):
     recipe, seen = new_recipe(steps=6), {}
     first = regression.model[0].weight
 

@@ -261,7 +261,7 @@ def _move_into_place(folder: Path, path: Path) -> None:
             folder.rename(path)
     else:
         folder.rename(path)
-    _flush_one(path.parent)
+    flush_path(path.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -277,10 +277,11 @@ def _exchange(one: Path, other: Path) -> bool:
 def _flush(folder: Path) -> None:
     """Flush a folder with all its files to the disk."""
     for path in (*folder.rglob("*"), folder):
-        _flush_one(path)
+        flush_path(path)
 
 
-def _flush_one(path: Path) -> None:
+def flush_path(path: Path) -> None:
+    """Flush a file, or a folder: a rename is on the disk only when its folder is."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Where samples come from and how they become rows: files, formats, labels, order."""
+"""Training data: files, formats, samples, their encoding and their order."""
 
 from lapilli.train.data.dataset import (
     Dataset,
@@ -8,8 +8,7 @@ from lapilli.train.data.dataset import (
     order_of,
 )
 from lapilli.train.data.encoder import EncodedSample, SampleEncoder
-from lapilli.train.data.formats import to_sample
-from lapilli.train.data.sample import Sample
+from lapilli.train.data.sample import Sample, to_sample
 from lapilli.train.data.source import Source, open_source
 
 __all__ = [

@@ -20,10 +20,10 @@ from lapilli.geometry import ImageSize
 from lapilli.modality.image.decode import to_rgb
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.choose import Template
-from lapilli.prompt.message import MediaPart
 from lapilli.train.data.dataset import Dataset
 from lapilli.train.data.encoder import SampleEncoder
-from lapilli.train.data.sample import Sample, fetch_picture
+from lapilli.train.data.pictures import fetch_picture
+from lapilli.train.data.sample import Sample
 
 Kind = Literal[
     "record",
@@ -43,7 +43,7 @@ _LONGEST: Final = 1000  # letters of a line: a tar archive may call a sample any
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing about one sample."""
+    """Something that was found about one sample."""
 
     kind: Kind
     where: str
@@ -52,11 +52,11 @@ class Finding:
 
     @property
     def is_error(self) -> bool:
-        """Whether training would fail or lose something."""
+        """Return whether training would fail or lose something."""
         return self.kind not in NOTES
 
     def __str__(self) -> str:
-        """One line of printable letters, the place first."""
+        """Return one line of printable letters, the place first."""
         name = "" if self.id == self.where else f" (id {shown(self.id)})"
         line = f"{self.where}{name}: {self.text}"
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
@@ -65,7 +65,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A few numbers about many."""
+    """Summary statistics of many numbers."""
 
     min: int
     median: int
@@ -75,7 +75,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Iterable[int]) -> "Summary | None":
-        """None of nothing."""
+        """Return summary statistics of the values, or None if there are none."""
         numbers = np.fromiter(values, np.int64)
         if not len(numbers):
             return None
@@ -83,13 +83,13 @@ class Summary:
         return cls(int(numbers.min()), median, p95, int(numbers.max()), int(numbers.sum()))
 
     def __str__(self) -> str:
-        """For a table."""
+        """Return the statistics for a table."""
         return f"min {self.min}  median {self.median}  p95 {self.p95}  max {self.max}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """What `check` found.
+    """The result of `check`.
 
     Attributes:
         source: the file.
@@ -100,7 +100,7 @@ class DataReport:
         num_different_media: files or bytes behind them.
         num_answers: turns of the assistant.
         words: of a sample, placeholders included.
-        positions: of a row, pictures included; None without a model.
+        positions: of a sample, pictures included; None without a model.
         supervised: positions that the loss counts; None without a model.
         max_length: what `positions` was compared with; None: nothing.
         findings: in the order of the file.
@@ -121,23 +121,23 @@ class DataReport:
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """What training would stumble over."""
+        """Return the findings that training would fail on, or lose a sample by."""
         return tuple(finding for finding in self.findings if finding.is_error)
 
     @property
     def notes(self) -> tuple[Finding, ...]:
-        """What is odd and does no harm."""
+        """Return the findings that are odd and do no harm."""
         return tuple(finding for finding in self.findings if not finding.is_error)
 
     @property
     def supervised_share(self) -> float | None:
-        """Supervised positions as a part of all."""
+        """Return the supervised positions as a part of all."""
         if self.positions is None or self.supervised is None:
             return None
         return self.supervised.total / self.positions.total
 
     def to_dict(self) -> dict[str, Any]:
-        """The same for json.dumps."""
+        """Return the report for json.dumps."""
         return {
             **asdict(self),
             "supervised_share": self.supervised_share,
@@ -146,7 +146,7 @@ class DataReport:
         }
 
     def to_text(self, *, limit: int = 20) -> str:
-        """The same for people; at most `limit` lines of every kind of finding."""
+        """Return the report for people; at most `limit` lines of every kind of finding."""
         lines = [
             f"{self.source}: {self.num_samples} samples, {self.num_with_media} with images "
             f"({self.num_media} images, {self.num_different_media} different), "
@@ -190,13 +190,13 @@ def check(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> DataReport:
-    """What a data set is like, and what is wrong with it.
+    """Read a data set and report what it is like, and what is wrong with it.
 
     Args:
         dataset: read from beginning to end; every different picture is opened once.
         encoder: counts positions and labels; None leaves both out. Its weights are not used.
         template: without an encoder, what turns have to suit; None: any order of turns is taken.
-        max_length: positions that a row may have.
+        max_length: positions that a sample may have.
         progress: called with the samples that are done and with how many there are.
     """
     checker = _Checker(encoder, template, max_length)
@@ -208,7 +208,7 @@ def check(
 
 
 def size_only(size: ImageSize) -> PreparedImage:
-    """A picture without pixels: enough to count its positions."""
+    """Return a picture without pixels: enough to count its positions."""
     return PreparedImage(torch.empty(0, 3, 0, 0), size)
 
 
@@ -222,7 +222,7 @@ class Seen:
 
 
 class ImageChecker:
-    """Every picture once: its size, or why it cannot be opened, and its content's first name."""
+    """A memory of pictures: their sizes, why they cannot be opened, equal contents."""
 
     def __init__(self) -> None:
         self._seen: dict[object, Seen | str] = {}
@@ -262,7 +262,7 @@ class ImageChecker:
 
 
 class _Checker:
-    """Goes through a data set and keeps numbers and findings."""
+    """Numbers and findings of a pass through a data set."""
 
     def __init__(
         self, encoder: SampleEncoder | None, template: Template | None, max_length: int | None
@@ -281,7 +281,7 @@ class _Checker:
         self._findings.append(Finding(kind, sample.where, sample.id, str(text)))
 
     def read(self, dataset: Dataset, index: int) -> None:
-        """One sample."""
+        """Check one sample."""
         try:
             sample = dataset.sample(index)
         except DataError as error:
@@ -316,19 +316,18 @@ class _Checker:
             self._add("no labels", sample, "no answer to learn from")
 
     def _check_media(self, sample: Sample) -> list[ImageSize]:
-        """Sizes of the pictures that can be opened."""
-        seen = [self._look(sample, part) for part in sample.media]
-        return [picture.size for picture in seen if picture is not None]
-
-    def _look(self, sample: Sample, part: MediaPart) -> Seen | None:
-        try:
-            seen = self._images.look(part.source)
-        except MediaError as error:
-            self._add("image", sample, error)
-            return None
-        if seen.twin is not None:
-            self._add("duplicate image", sample, f"{seen.name} is the same as {seen.twin}")
-        return seen
+        """Return the sizes of the pictures that can be opened."""
+        sizes = []
+        for part in sample.media:
+            try:
+                seen = self._images.look(part.source)
+            except MediaError as error:
+                self._add("image", sample, error)
+                continue
+            if seen.twin is not None:
+                self._add("duplicate image", sample, f"{seen.name} is the same as {seen.twin}")
+            sizes.append(seen.size)
+        return sizes
 
     def _check_turns(self, sample: Sample) -> None:
         if self._template is None:
@@ -340,7 +339,7 @@ class _Checker:
 
     def _check_row(self, sample: Sample, sizes: list[ImageSize], encoder: SampleEncoder) -> None:
         try:
-            prompt = encoder.encode(
+            prompt = encoder.encode_prompt(
                 sample, encoder.count(sample, [size_only(size) for size in sizes])
             )
         except LapilliError as error:
@@ -357,7 +356,7 @@ class _Checker:
             self._add("too long", sample, text + "supervised ones would be left")
 
     def report(self, source: str, num_samples: int) -> DataReport:
-        """Everything that was found."""
+        """Return everything that was found."""
         has_media = np.array(self._num_media, np.int64) > 0
         return DataReport(
             source=source,

@@ -1,4 +1,4 @@
-"""Samples of several sources under one numbering; knows neither tokens nor pixels."""
+"""Datasets: samples of several sources under one numbering, as they are and encoded."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from lapilli.errors import DataError
 from lapilli.train.data.encoder import EncodedSample, EncodesSamples
-from lapilli.train.data.formats import id_of, signed_words, to_sample
+from lapilli.train.data.formats import id_of, signed_words
 from lapilli.train.data.order import Order
-from lapilli.train.data.sample import Sample
+from lapilli.train.data.sample import Sample, to_sample
 from lapilli.train.data.source import Source, open_source
 from lapilli.train.recipe import DataRecipe, OnBadSample, Placement, RunRecipe, SourceRecipe
 
@@ -24,7 +24,7 @@ class Dataset:
     Args:
         sources: where records come from.
         weights: of the sources, see SourceRecipe; None: all 1.
-        placement: see `to_sample`.
+        placement: see DataRecipe.
         chosen: which records of every source; None: all.
 
     Raises:
@@ -64,12 +64,12 @@ class Dataset:
         return self.sources[number], inside
 
     def where(self, index: int) -> str:
-        """The place of sample `index`."""
+        """Return the place of sample `index`."""
         source, inside = self._at(index)
         return source.where(inside)
 
     def id(self, index: int) -> str:
-        """How sample `index` names itself; its place, where it does not or cannot be read."""
+        """Return how sample `index` names itself; its place where it does not."""
         source, inside = self._at(index)
         where = source.where(inside)
         try:
@@ -78,11 +78,11 @@ class Dataset:
             return where
 
     def label(self, index: int) -> str:
-        """Place and id of sample `index`, as messages about it begin."""
+        """Return place and id of sample `index`, as messages about it begin."""
         return Sample(self.id(index), (), self.where(index)).label
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`, its media unopened.
+        """Return sample `index`, its media unopened.
 
         Raises:
             DataError: its record cannot be read.
@@ -96,7 +96,7 @@ class Dataset:
         )
 
     def words(self) -> NDArray[np.int64]:
-        """Words of every sample, negative where it has no media; every record is read once.
+        """Return the words of every sample, negative without media; every record is read once.
 
         A sample that cannot be read counts -1: what is wrong is said when it is drawn.
         """
@@ -113,7 +113,7 @@ class Dataset:
             return -1
 
     def split(self, share: float, *, seed: int) -> tuple["Dataset", "Dataset"]:
-        """What is trained on, and what is held out: of every source, a choice by seed and name.
+        """Return what is trained on, and what is held out of every source, chosen by seed and name.
 
         Args:
             share: of every source that is held out; at least one sample.
@@ -147,7 +147,7 @@ class EncodedDataset:
 
     Args:
         dataset: gives the samples.
-        maker: makes rows of them.
+        encoder: encodes them.
         on_bad_sample: "error", or "skip": the next sample that can be read stands in for it.
         words: of every sample, negative without media: then only a sample of the same kind does,
             so that a batch stays of one kind. None: any does.
@@ -156,43 +156,43 @@ class EncodedDataset:
     def __init__(
         self,
         dataset: Dataset,
-        maker: EncodesSamples,
+        encoder: EncodesSamples,
         *,
         on_bad_sample: OnBadSample = "error",
         words: NDArray[np.int64] | None = None,
     ) -> None:
-        self.dataset, self._encoder, self._words = dataset, maker, words
+        self.dataset, self._encoder, self._words = dataset, encoder, words
         self._on_bad_sample: OnBadSample = on_bad_sample
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def row(self, index: int) -> EncodedSample:
-        """The row of sample `index`; `skipped` says what could not be read on the way to it.
+    def sample(self, index: int) -> EncodedSample:
+        """Encode sample `index`; `skipped` says what could not be read on the way to it.
 
         Raises:
             DataError: it cannot be read, or with "skip" none can.
         """
         skipped: list[str] = []
         for candidate in self._candidates(index):
-            row = self._try_row(candidate)
-            if isinstance(row, EncodedSample):
-                return replace(row, skipped=tuple(skipped))
-            skipped.append(str(row))
+            encoded = self._try(candidate)
+            if isinstance(encoded, EncodedSample):
+                return replace(encoded, skipped=tuple(skipped))
+            skipped.append(str(encoded))
         raise DataError(
             f"none of {len(skipped)} samples{'' if self._words is None else ' of a kind'} can be "
             f"learned from; the first: {skipped[0]}"
         )
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """The sample, and those that may stand in for it: the ones after it, round the end."""
+        """Yield the sample, and those that may stand in for it: the ones after it, round."""
         for at in chain(range(index, len(self)), range(index)):
             if self._words is None or (self._words[at] > 0) == (self._words[index] > 0):
                 yield at
 
-    def _try_row(self, index: int) -> EncodedSample | DataError:
+    def _try(self, index: int) -> EncodedSample | DataError:
         try:
-            return self._encoder.row(self.dataset.sample(index))
+            return self._encoder.encode(self.dataset.sample(index))
         except DataError as error:
             if self._on_bad_sample == "error":
                 raise
@@ -200,7 +200,7 @@ class EncodedDataset:
 
 
 def open_dataset(sources: Sequence[SourceRecipe], *, placement: Placement = "front") -> Dataset:
-    """The samples of a recipe's sources.
+    """Open the samples of a recipe's sources.
 
     Raises:
         DataError: no such file, a damaged one, or no sample.
@@ -210,14 +210,14 @@ def open_dataset(sources: Sequence[SourceRecipe], *, placement: Placement = "fro
     return Dataset(opened, weights=[source.weight for source in sources], placement=placement)
 
 
-def encoded_dataset(dataset: Dataset, maker: EncodesSamples, data: DataRecipe) -> EncodedDataset:
-    """What a recipe learns from, by number."""
+def encoded_dataset(dataset: Dataset, encoder: EncodesSamples, data: DataRecipe) -> EncodedDataset:
+    """Return the encoded samples that a recipe learns from."""
     words = dataset.words() if data.group == "modality" else None
-    return EncodedDataset(dataset, maker, on_bad_sample=data.on_bad_sample, words=words)
+    return EncodedDataset(dataset, encoder, on_bad_sample=data.on_bad_sample, words=words)
 
 
 def order_of(dataset: Dataset, data: DataRecipe, run: RunRecipe) -> Order:
-    """Which samples every step of a run reads."""
+    """Return the order in which a run reads samples."""
     return Order(
         dataset.counts,
         weights=dataset.weights,

@@ -17,14 +17,14 @@ from lapilli.checkpoint.read.plan import make_plan
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.reader import shown
 from lapilli.errors import DataError, LapilliError, PromptError
-from lapilli.media.fetch import FetchLimits
 from lapilli.modality.image.decode import Alpha, to_rgb
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart
 from lapilli.prompt.tokenizer.base import Tokenizer
-from lapilli.train.data.sample import Sample, fetch_picture
+from lapilli.train.data.pictures import fetch_picture
+from lapilli.train.data.sample import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +48,22 @@ class EncodedSample:
 
 @runtime_checkable
 class EncodesSamples(Protocol):
-    """A SampleEncoder, or what makes more of a sample than one does."""
+    """A SampleEncoder, or what adds more to a sample, such as a teacher's view of it."""
 
-    def row(self, sample: Sample) -> EncodedSample:
-        """The row of a sample.
-
-        Raises:
-            DataError: it has none.
-        """
+    def encode(self, sample: Sample) -> EncodedSample:
+        """Return the encoded sample; DataError where it has none."""
         ...
 
 
 class SampleEncoder:
-    """Makes rows of samples.
+    """An encoder of samples for one model.
 
     Args:
         tokenizer: of the language model.
         template: makes text of the turns, with the answers marked.
         model: its modalities prepare and count the media; weights are not used.
-        max_length: positions that a row may have; None: any number.
+        max_length: positions that a sample may have; None: any number.
         image_id: the vocabulary's own image token, in checkpoints of Hugging Face's layout.
-        limits: of files and downloads.
         alpha: what becomes of the transparency of pictures, see `to_rgb`.
     """
 
@@ -80,24 +75,22 @@ class SampleEncoder:
         max_length: int | None = None,
         *,
         image_id: int | None = None,
-        limits: FetchLimits | None = None,
         alpha: Alpha = "drop",
     ) -> None:
         self.tokenizer, self._template, self._model = tokenizer, template, model
         self._max_length, self._image_id = max_length, image_id
-        self._limits, self.alpha = limits or FetchLimits(), alpha
+        self.alpha = alpha
 
-    def row(self, sample: Sample) -> EncodedSample:
-        """The row of a sample.
+    def encode(self, sample: Sample) -> EncodedSample:
+        """Return the sample as the model learns from it.
 
         Raises:
-            DataError: a medium that cannot be read, turns that the template cannot have, no
-                supervised token, a medium across the end of the row, or a token that the
-                embeddings have no row for.
+            DataError: a medium that cannot be read or lies across the end, turns that the template
+                cannot have, no supervised token, or one that the embeddings have no row for.
         """
         try:
             media = tuple(self._prepare(part) for part in sample.media)
-            prompt = self.encode(sample, self.count(sample, media))
+            prompt = self.encode_prompt(sample, self.count(sample, media))
             kept = cut(prompt, self._max_length)
             _check_supervised(prompt, kept)
             self._check_ids(kept)
@@ -116,14 +109,14 @@ class SampleEncoder:
             )
 
     def count(self, sample: Sample, media: Sequence[Any]) -> list[int]:
-        """Positions of every prepared medium of a sample."""
+        """Return the positions of every prepared medium of a sample."""
         return [
             self._model.modality(part.modality).num_tokens(item)
             for part, item in zip(sample.media, media, strict=True)
         ]
 
-    def encode(self, sample: Sample, lengths: Sequence[int]) -> EncodedPrompt:
-        """The whole row, from the number of positions of every medium alone.
+    def encode_prompt(self, sample: Sample, lengths: Sequence[int]) -> EncodedPrompt:
+        """Return ids, loss mask and spans, from the number of positions of every medium alone.
 
         Raises:
             PromptError: turns that the template cannot have.
@@ -135,12 +128,12 @@ class SampleEncoder:
         modality = self._model.modality(part.modality)
         if part.modality != "image":
             return modality.prepare(part.source)
-        fetched = fetch_picture(part.source, self._limits)
+        fetched = fetch_picture(part.source)
         return modality.prepare(to_rgb(fetched.data, alpha=self.alpha, name=fetched.name))
 
 
 def cut(prompt: EncodedPrompt, max_length: int | None) -> EncodedPrompt:
-    """The first `max_length` positions.
+    """Return the first `max_length` positions.
 
     Raises:
         PromptError: the end would lie inside a medium.
@@ -166,7 +159,7 @@ def cut(prompt: EncodedPrompt, max_length: int | None) -> EncodedPrompt:
 
 
 def _check_supervised(whole: EncodedPrompt, kept: EncodedPrompt) -> None:
-    """Nothing predicts the first token of a row, so it does not count."""
+    """Refuse a sample without a supervised token; nothing predicts the first one."""
     if any(kept.loss_mask[1:]):
         return
     if any(whole.loss_mask[1:]):
@@ -179,7 +172,7 @@ def _check_supervised(whole: EncodedPrompt, kept: EncodedPrompt) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PlannedEncoder:
-    """A SampleEncoder without a length limit, and what the checkpoint says about rows."""
+    """A SampleEncoder without a length limit, its template and the checkpoint's context length."""
 
     encoder: SampleEncoder
     template: Template
@@ -189,10 +182,10 @@ class PlannedEncoder:
 def plan_encoder(
     checkpoint: str | Path, *, base: str | None = None, template: str | None = None
 ) -> PlannedEncoder:
-    """How a checkpoint reads samples.
+    """Return an encoder for a checkpoint, of which only the small files are fetched.
 
     Args:
-        checkpoint: a directory, a hub id or "pebble"; only its small files are fetched.
+        checkpoint: a directory, a hub id or "pebble".
         base: see `load_checkpoint`.
         template: another one than the checkpoint's own.
 

@@ -44,7 +44,7 @@ class DataFile:
 
 
 def data_file(path: Path, *, whole_bytes: int = SAMPLED_BYTES) -> DataFile:
-    """Name, size and digest of a file; neither its folder nor its time counts.
+    """Return name, size and digest of a file; neither its folder nor its time counts.
 
     Args:
         path: of the file.
@@ -59,12 +59,12 @@ def data_file(path: Path, *, whole_bytes: int = SAMPLED_BYTES) -> DataFile:
 
 
 def together(files: Sequence[DataFile]) -> str:
-    """One digest of several files, in their order."""
+    """Return one digest of several files, in their order."""
     return _sha256(["\n".join(file.digest for file in files).encode()])
 
 
 def _sample(file: BufferedReader, size: int) -> Iterator[bytes]:
-    """The size, and pieces from the first byte to the last."""
+    """Yield the size, and pieces from the first byte to the last."""
     yield str(size).encode()
     for number in range(_PIECES):
         file.seek(number * (size - _PIECE) // (_PIECES - 1))
@@ -84,11 +84,11 @@ def fingerprint_of(
     counts: Sequence[int],
     weights: Mapping[str, Sequence[Path]],
 ) -> dict[str, Plain]:
-    """Names of recipe keys, and what they stand for.
+    """Return the fingerprint of a run: names of recipe keys, and what they stand for.
 
     Args:
         recipe: of the run.
-        template: name of the one that rows are rendered with.
+        template: name of the template of the samples.
         counts: records of every source, those that are held out too.
         weights: files of the models that the run begins with, by the keys that name them: what it
             does not train stands in no state.
@@ -122,7 +122,7 @@ def fingerprint_of(
 
 
 def _files(source: SourceRecipe) -> dict[str, Plain]:
-    """The files without their folder; the name counts, as what is held out depends on it."""
+    """Return name and digest of a source's files; what is held out depends on the name."""
     digests = [data_file(path) for path in expand(source.path)]
     name = source.path.replace("\\", "/").rpartition("/")[2]
     return {"path": name, "content": together(digests)}

@@ -1,4 +1,4 @@
-"""JSON arrays and JSON lines as records by number; only byte ranges stay in memory.
+"""JSON sources: arrays and JSON lines as records by number; only byte ranges stay in memory.
 
 read once:  [ {...}, {...} ]  ->  start, end, line of every record (20 bytes each)
 record(i):  seek, read, decode
@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn
 
 from lapilli.config.json_text import MOST_DEPTH, is_deep, unique_keys
 from lapilli.errors import DataError
-from lapilli.train.data.sample import PictureFolder
+from lapilli.train.data.pictures import PictureFolder
 
 _BLOCK = 1 << 22
 _BLANK = " \t\r\n"
@@ -56,7 +56,9 @@ class _Ranges:
 
 
 class LinesSource(_Ranges):
-    """One JSON value per line; empty lines do not count. A broken line is found when it is read.
+    """A file of one JSON value per line; empty lines do not count.
+
+    A broken line is found when it is read.
 
     Raises:
         DataError: the file is an array, or a line is longer than MOST_BYTES.
@@ -79,7 +81,7 @@ class LinesSource(_Ranges):
 
 
 class JsonSource(_Ranges):
-    """One array of records.
+    """A file of one array of records.
 
     Raises:
         DataError: the file is no array, or ends in the middle of it.
@@ -93,9 +95,9 @@ class JsonSource(_Ranges):
 
 
 class _Scanner:
-    """Finds the values of an array; decodes one at a time and forgets it.
+    """A scanner of the values of an array; it decodes one at a time and forgets it.
 
-    `text` is the stretch of the file that is looked at, `at` a place in it.
+    `text` is the part of the file that is looked at, `at` a place in it.
     """
 
     def __init__(self, path: Path, file: BufferedReader) -> None:
@@ -107,7 +109,7 @@ class _Scanner:
         self._ended = False
 
     def values(self) -> Iterator[tuple[int, int, int]]:
-        """Start and end in bytes, and line, of every value.
+        """Yield start and end in bytes, and line, of every value.
 
         Raises:
             DataError: see JsonSource.
@@ -141,11 +143,11 @@ class _Scanner:
             raise DataError(f"{self._path}:{self._line}: more text after the list of samples")
 
     def _found(self) -> str:
-        """The next character for messages."""
+        """Return the next character, for messages."""
         return repr(self._next()) if self._next() else "the end of the file"
 
     def _next(self) -> str:
-        """The next character that is no white space; "" at the end of the file."""
+        """Return the next character that is no white space; "" at the end of the file."""
         while True:
             end = len(self.text)
             place = self.at
@@ -173,7 +175,7 @@ class _Scanner:
             return start, self._bytes, line
 
     def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether more text could mend it: what is wrong is where the text ends."""
+        """Return whether more text could mend it: what is wrong is where the text ends."""
         return error.msg.startswith("Unterminated") or error.pos >= len(self.text) - 16
 
     def _no_value(self, reason: str, inside: int) -> DataError:
@@ -219,11 +221,7 @@ _SHOWN = 20  # letters of what was found
 
 
 def decode(data: bytes, where: str) -> Any:  # noqa: ANN401 - whatever JSON holds
-    """The value.
-
-    Args:
-        data: of one record.
-        where: its place, for messages.
+    """Return the JSON value of a record.
 
     Raises:
         DataError: no value, more than one, no UTF-8, a key that comes twice in an object (one of
@@ -259,7 +257,7 @@ def is_large(data: bytes | str) -> bool:
 
 
 def too_large(where: str) -> DataError:
-    """Return the error that says so."""
+    """Return the error for a record that `is_large`."""
     return DataError(
         f"{where}: a record of more than {MOST_BYTES >> 20} MiB, or of more than {MOST_VALUES} "
         "values: give pictures as files"

@@ -1,4 +1,4 @@
-"""Order of samples: a function of seed, step and the data, so that resuming needs no state.
+"""Sample order: a function of seed, step and the data, so that resuming needs no state.
 
     epoch 0                     epoch 1
     | step 0 | step 1 | step 2 ...                 every epoch another order of all samples;
@@ -6,14 +6,13 @@
 
     grouped: shuffle -> megabatches of world_size * batch_size -> each sorted -> even chunks
 
-Knows numbers of samples and their lengths only.
-
 Source: LLaVA llava_trainer.py (LengthGroupedSampler), which follows fairseq and transformers.
+Note: the last step of an epoch is filled from the next one, so every step is whole; the original
+    ends with a smaller one.
 """
 
 from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
-from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -27,7 +26,7 @@ Group = Literal["none", "length", "modality"]
 
 
 def draw_indices(num_samples: int, batch_size: int, number: int, *, seed: int) -> NDArray[np.int64]:
-    """Samples of batch `number` (counted from 0), int64 [batch_size].
+    """Return the samples of batch `number` (counted from 0), int64 [batch_size].
 
     Every epoch is another permutation; a batch may reach over the end of an epoch into the next.
     """
@@ -60,10 +59,6 @@ class Order:
 
     Raises:
         ConfigError: nothing to draw from, or no words to group by.
-
-    Source: LLaVA llava_trainer.py (LengthGroupedSampler); see sampler.py.
-    Note: the last step of an epoch is filled from the next one, so every step is whole; the
-        original ends with a smaller one.
     """
 
     def __init__(
@@ -83,11 +78,7 @@ class Order:
             round(n * weight) for n, weight in zip(self._counts, self._weights, strict=True)
         ]
         self.epoch_size = sum(self._per_source)
-        self.batch_size, self.micro_batches, self.seed = (
-            batch_size,
-            micro_batches,
-            seed,
-        )
+        self.batch_size, self.micro_batches, self.seed = batch_size, micro_batches, seed
         self._words, self._group = words, group
         if min(self._weights, default=0.0) < 0 or not self.epoch_size:
             raise ConfigError(
@@ -100,15 +91,11 @@ class Order:
 
     @property
     def step_size(self) -> int:
-        """Samples of a step."""
+        """Return the samples of a step."""
         return self.batch_size * self.micro_batches
 
-    def steps(self, epochs: float) -> int:
-        """Steps that so many passes over the data take."""
-        return max(1, ceil(epochs * self.epoch_size / self.step_size))
-
     def indices(self, step: int, micro: int) -> list[int]:
-        """Numbers of the samples of a micro-batch."""
+        """Return the numbers of the samples of a micro-batch."""
         first = step * self.step_size + micro * self.batch_size
         places = np.arange(first, first + self.batch_size)
         epochs, offsets = np.divmod(places, self.epoch_size)
@@ -118,7 +105,7 @@ class Order:
         ]
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        """The order of an epoch; the last two are kept, because a step may touch both."""
+        """Return the order of an epoch; the last two are kept, because a step may touch both."""
         found = self._epochs.get(epoch)
         if found is None:
             found = self._epochs[epoch] = self._draw_epoch(epoch)
@@ -135,7 +122,7 @@ class Order:
         return np.concatenate([order[:head], self._grouped(order[head:], epoch)])
 
     def _members(self, epoch: int) -> NDArray[np.int64]:
-        """The samples of an epoch, unshuffled: of every source the next ones of its own passes."""
+        """Return an epoch's samples, unshuffled: the next ones of every source's own passes."""
         parts, start = [], 0
         for number, (count, drawn) in enumerate(zip(self._counts, self._per_source, strict=True)):
             if drawn == count:
@@ -164,7 +151,7 @@ class Order:
 
 
 def even_chunks(indices: Sequence[int], lengths: Sequence[int], chunks: int) -> list[list[int]]:
-    """Samples dealt out to `chunks` parts of equal number and similar total length.
+    """Deal samples out to `chunks` parts of equal number and similar total length.
 
     A number that does not divide evenly is dealt out in turn instead.
     """
@@ -187,7 +174,7 @@ def grouped_by_length(
     world_size: int,
     generator: torch.Generator | None = None,
 ) -> list[int]:
-    """Every sample once, in an order whose batches have similar lengths.
+    """Return every sample once, in an order whose batches have similar lengths.
 
     Args:
         lengths: of every sample.
@@ -213,7 +200,7 @@ def grouped_by_modality(
     *,
     within: torch.Generator | None = None,
 ) -> list[int]:
-    """As `grouped_by_length`, with no batch of both kinds but the last.
+    """Return an order as `grouped_by_length` does, with no batch of both kinds but the last.
 
     Args:
         lengths: positive with an image, negative without.
@@ -249,15 +236,7 @@ def grouped_by_modality(
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """The orders above as a sampler; every pass draws a new one.
-
-    Args:
-        batch_size: per process and step, accumulated micro-batches included.
-        world_size: number of processes.
-        lengths: of every sample.
-        generator: see `grouped_by_modality`.
-        group_by_modality: lengths are signed.
-    """
+    """A sampler of these orders with the original's arguments; every pass draws a new one."""
 
     def __init__(
         self,

@@ -1,17 +1,38 @@
-"""One conversation to learn from, and the pictures that its record names."""
+"""Sample: one conversation to learn from, made of a record of any known format; opens nothing.
 
-import base64
-import binascii
-import re
-import stat
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+A text of a list of turns holds one "<image>" for every picture that the record lists; in a table
+the pictures come first.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lapilli.config.reader import shown
-from lapilli.errors import DataError, MediaError
-from lapilli.media.fetch import Fetched, FetchLimits, fetch
-from lapilli.prompt.message import MediaPart, Message
+from lapilli.errors import DataError, MediaCountMismatchError
+from lapilli.prompt.message import MediaPart, Message, Part, Role, TextPart
+from lapilli.train.data.formats import (
+    MEDIA_KEYS,
+    MOST_LETTERS,
+    NOTED,
+    PLACEHOLDER,
+    SYSTEM_KEYS,
+    TEXT_PARTS,
+    Record,
+    Turn,
+    as_list,
+    check_keys,
+    count_words,
+    first_of,
+    id_of,
+    listed_media,
+    source_of,
+    turns_key,
+    turns_of,
+)
+from lapilli.train.recipe import Placement
+
+Resolve = Callable[[object], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,95 +55,210 @@ class Sample:
 
     @property
     def media(self) -> tuple[MediaPart, ...]:
-        """The media of all turns in order."""
+        """Return the media of all turns, in order."""
         return tuple(part for message in self.messages for part in message.media)
 
     @property
     def label(self) -> str:
-        """Place and id, as messages about the sample begin."""
+        """Return place and id, as messages about the sample begin."""
         return self.where if self.id == self.where else f"{self.where} (id {shown(self.id)})"
 
 
-_URL = re.compile(r"(?:https?|data):", re.IGNORECASE)
-# How base64 of JPEG, PNG, GIF, WebP, BMP and TIFF begins.
-_BASE64 = re.compile(
-    r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-9A-Za-z]|SUkq|TU0A)[A-Za-z0-9+/=\s]{60,}"
-)
-_KEYS = ("bytes", "path", "url")
+def to_sample(
+    record: object, *, where: str, placement: Placement = "front", resolve: Resolve | None = None
+) -> Sample:
+    """Return the sample of a record of any known format.
 
-
-@dataclass(frozen=True, slots=True)
-class PictureFolder:
-    """Names of pictures as files of a folder; data URIs, URLs, bytes and base64 as themselves."""
-
-    folder: Path
-
-    def find(self, name: object) -> object:
-        """What media/fetch takes.
-
-        Raises:
-            DataError: a picture of an unknown kind, or an empty name.
-        """
-        picture = picture_of(name)
-        return self.folder / str(picture) if is_file_name(picture) else picture
-
-
-def fetch_picture(source: object, limits: FetchLimits | None = None) -> Fetched:
-    """The picture of a sample.
+    Args:
+        record: what a file holds.
+        where: its place, for messages.
+        placement: see DataRecipe.
+        resolve: makes of what the record calls a picture something that media/fetch takes.
 
     Raises:
-        MediaError: it cannot be fetched, or is a pipe or a device; of a file that is not there,
-            where it is looked for.
+        DataError: no known format, an unknown role, or another number of pictures than of places.
+
+    Source: LLaVA train.py, preprocess_multimodal (placement) and preprocess_v1 (an answer that
+        stands first is dropped).
     """
-    if isinstance(source, Path) and _is_special(source):
-        raise MediaError(f"{shown(str(source))} is a pipe or a device: expected a picture file")
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where} holds a {type(record).__name__}: expected an object")
+    sample = Sample(id_of(record, where=where), (), where)
     try:
-        return fetch(source, limits=limits or FetchLimits())
-    except MediaError as error:
-        if isinstance(source, Path) and isinstance(error.__cause__, FileNotFoundError):
-            raise MediaError(
-                f"{error}: pictures are looked for beside the data file, or in the folder that "
-                "images = ... in the recipe, or --images, names"
-            ) from error
-        raise
+        turns = turns_of(record)
+        words = count_words(turns)
+        turns, notes = _shown_once(turns, record) if placement == "front" else (turns, ())
+        messages = _messages(record, turns)
+        messages, odd = _from_first_question(messages)
+        resolve = resolve or (lambda source: source)
+        shown = tuple(_place(_resolved(message, resolve), placement) for message in messages)
+    except DataError as reason:
+        raise DataError(f"{sample.label}: {reason}") from reason
+    notes = (*notes, *odd, *(f"its {key!r} is not read" for key in NOTED if record.get(key)))
+    return replace(sample, messages=shown, words=words, notes=notes)
 
 
-def _is_special(path: Path) -> bool:
-    """Return whether a name stands for what may never end; a run would wait for it every time."""
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError):  # fetch says why
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+def _messages(record: Record, turns: list[Turn]) -> list[Message]:
+    one, several = (record.get(key) for key in MEDIA_KEYS)
+    if one and several and as_list(one) != as_list(several):
+        raise DataError("its 'image' and its 'images' are not the same: keep one of the keys")
+    pictures = _Pictures(listed_media(record))
+    messages = [pictures.message(role, content) for role, content in turns]
+    if turns_key(record) is None and PLACEHOLDER not in str(record.get("question") or ""):
+        messages = [replace(message, written=None) for message in messages]  # a table's own words
+    if pictures.used != len(pictures.names):
+        raise DataError(
+            f"{len(pictures.names)} images but {pictures.used} {PLACEHOLDER} placeholders: write "
+            "one for each image"
+        )
+    _check_length("turns have", sum(len(message.text) for message in messages))
+    for number, message in enumerate(messages):
+        _check_unicode(f"turn {number}", message.text)
+    check_keys(record, shows=any(message.media for message in messages))
+    return [*_system(record, messages), *messages]
 
 
-def is_file_name(picture: object) -> bool:
-    """Whether it is neither bytes nor a URL or data URI."""
-    return isinstance(picture, str) and not _URL.match(picture)
+def _check_length(what: str, letters: int) -> None:
+    if letters > MOST_LETTERS:
+        raise DataError(f"its {what} {letters} letters, at most {MOST_LETTERS} are read")
 
 
-def picture_of(name: object) -> str | bytes:
-    """The bytes that a record holds, or the file name, URL or data URI.
+def _check_unicode(what: str, text: str) -> None:
+    """Refuse half of a pair that stands for one character: JSON can hold it, tokenizers cannot."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{what} has half of a character (a lone surrogate)")
 
-    Raises:
-        DataError: neither bytes nor a name.
+
+def _system(record: Record, messages: Sequence[Message]) -> list[Message]:
+    """Return the record's own instructions, which stand in no turn, as a message; [] for none."""
+    key = first_of(record, SYSTEM_KEYS) or "system"
+    system = record.get(key) or ""
+    if not isinstance(system, str):
+        raise DataError(f"its {key} is a {type(system).__name__}: expected a text")
+    _check_length(f"{key} has", len(system))
+    _check_unicode(f"its {key}", system)
+    other = next((k for k in SYSTEM_KEYS if record.get(k) and record[k] != system), None)
+    if other is not None:
+        raise DataError(f"its {key!r} and its {other!r} are not the same: keep one of the keys")
+    if not system:
+        return []
+    if messages and messages[0].role == "system":
+        if messages[0].text == system:
+            return []
+        raise DataError(f"its {key!r} and its first turn are two systems: keep one of them")
+    return [Message.system(system)]
+
+
+def _from_first_question(messages: list[Message]) -> tuple[list[Message], tuple[str, ...]]:
+    """Return the turns from the first question on, and notes on what was left out.
+
+    Source: LLaVA train.py, preprocess_v1 and its siblings.
     """
-    if isinstance(name, Mapping):  # a picture column of Hugging Face's datasets
-        given = [name[key] for key in _KEYS if name.get(key) is not None]
-        if not given:
-            keys = ", ".join(map(shown, list(name)[:8])) or "none"
+    start = sum(message.role == "system" for message in messages[:1])
+    notes: tuple[str, ...] = ()
+    if [message.role for message in messages[start : start + 1]] == ["assistant"]:
+        if messages[start].media:
+            raise DataError("the first turn is an answer with an image: only the user shows any")
+        messages = messages[:start] + messages[start + 1 :]
+        notes = ("the first turn is an answer, which is left out",)
+    if len(messages) == start:
+        raise DataError("it has no turns")
+    if len(messages) > start + 1 and messages[-1].role == "user":
+        notes = (*notes, "the last turn has no answer")
+    return messages, notes
+
+
+def _shown_once(turns: list[Turn], record: Record) -> tuple[list[Turn], tuple[str, ...]]:
+    """Leave out all but one of the places of a picture that a turn names more than once.
+
+    Source: LLaVA train.py, preprocess_multimodal.
+    """
+    places = [
+        (number, content.count(PLACEHOLDER))
+        for number, (_, content) in enumerate(turns)
+        if isinstance(content, str) and PLACEHOLDER in content
+    ]
+    if len(listed_media(record)) != 1 or len(places) != 1 or places[0][1] == 1:
+        return turns, ()
+    number, count = places[0]
+    role, content = turns[number]
+    mended = str(content).replace(PLACEHOLDER, "", count - 1)
+    note = f"turn {number} has {count} {PLACEHOLDER} for 1 image, which is shown once"
+    return [*turns[:number], (role, mended), *turns[number + 1 :]], (note,)
+
+
+@dataclass(slots=True)
+class _Pictures:
+    """The record's pictures, handed out in order."""
+
+    names: list[object]
+    used: int = 0
+
+    def message(self, role: Role, content: str | list[Any]) -> Message:
+        if isinstance(content, str):
+            return self._from_text(role, content)
+        parts = [self._part(part) for part in content if part is not None]
+        return Message(role, tuple(part for part in parts if part != TextPart("")))
+
+    def _from_text(self, role: Role, text: str) -> Message:
+        number = text.count(PLACEHOLDER)
+        given = self.names[self.used : self.used + number]
+        self.used += number
+        try:
+            return Message.from_placeholders(role, text, given)
+        except MediaCountMismatchError as error:
             raise DataError(
-                f"a picture is an object without bytes, path and url: its keys are {keys}"
+                f"{len(self.names)} images but at least {self.used} {PLACEHOLDER} placeholders: "
+                "list one image for each"
+            ) from error
+
+    def _part(self, part: object) -> Part:
+        if isinstance(part, str):
+            return TextPart(part)
+        if not isinstance(part, Mapping):
+            raise DataError(f"a part is a {type(part).__name__}: expected an object")
+        kind = part.get("type")
+        if kind in TEXT_PARTS:
+            return TextPart(str(part.get("text") or ""))
+        if kind in ("image", "image_url", "input_image"):
+            return MediaPart(self._source(part))
+        raise DataError(f"a part has the type {shown(kind)}: expected text, image or image_url")
+
+    def _source(self, part: Mapping[str, Any]) -> object:
+        own = source_of(part)
+        if own is not None:
+            return own
+        self.used += 1  # an empty place: the record lists the picture
+        if self.used > len(self.names):
+            raise DataError(
+                f"{len(self.names)} images but at least {self.used} parts without a picture of "
+                "their own"
             )
-        name = given[0]
-    if isinstance(name, bytes | bytearray | memoryview):
-        return bytes(name)
-    if not isinstance(name, str) or not name.strip():
-        found = shown(name) if isinstance(name, str) or name is None else f"a {type(name).__name__}"
-        raise DataError(f"a picture is {found}: expected a file name, a URL, a data URI or bytes")
-    if not _BASE64.fullmatch(name, 0, min(len(name), 4096)):
-        return name
-    try:
-        return base64.b64decode(name)
-    except binascii.Error as error:
-        raise DataError(f"a picture in base64 ({name[:12]}...) is damaged: {error}") from error
+        return self.names[self.used - 1]
+
+
+def _resolved(message: Message, resolve: Resolve) -> Message:
+    if not message.media:
+        return message
+    parts = [
+        replace(part, source=resolve(part.source)) if isinstance(part, MediaPart) else part
+        for part in message.parts
+    ]
+    return replace(message, parts=tuple(parts))
+
+
+def _place(message: Message, placement: Placement) -> Message:
+    """Move pictures to the front, and strip white space around the text, as the original does.
+
+    The original knows turns with one picture. Several that stand in front already are left as they
+    are written, and others are laid as in a question about pictures.
+    """
+    if placement == "written" or not message.media:
+        return message
+    text = message.text.strip()
+    if message.written is not None:
+        if len(message.media) > 1 and not "".join(message.written[:-1]).strip():
+            return message
+        if len(message.media) == 1 and not text:
+            return replace(message, written=("", ""))
+    return Message(message.role, (*message.media, *([TextPart(text)] if text else [])))

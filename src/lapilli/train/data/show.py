@@ -1,4 +1,4 @@
-"""A sample as pieces of text, supervised or not, for a terminal; knows nothing of colours."""
+"""Display of samples for a terminal: pieces of text, supervised or not, without colours."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from lapilli.train.data.sample import Sample
 
 @dataclass(frozen=True, slots=True)
 class TextSpan:
-    """Text, and what it is.
+    """A piece of text.
 
     Attributes:
         text: as the model reads it; of a medium its name and positions.
@@ -30,7 +30,7 @@ class TextSpan:
 
 
 def rendered(sample: Sample, template: Template) -> list[TextSpan]:
-    """The sample as a template writes it, without tokens.
+    """Return the sample as a template writes it, without tokens.
 
     Raises:
         DataError: turns that the template cannot have.
@@ -49,21 +49,21 @@ def rendered(sample: Sample, template: Template) -> list[TextSpan]:
 
 
 def tokenized(sample: Sample, encoder: SampleEncoder, images: ImageChecker) -> list[TextSpan]:
-    """The sample as the model reads it, token by token, with the sizes of its pictures.
+    """Return the sample as the model reads it, token by token, with the sizes of its pictures.
 
     Raises:
         DataError: a picture that cannot be opened, or turns that the template cannot have.
     """
     try:
         media = [size_only(images.look(part.source).size) for part in sample.media]
-        prompt = encoder.encode(sample, encoder.count(sample, media))
+        prompt = encoder.encode_prompt(sample, encoder.count(sample, media))
     except LapilliError as error:
         raise DataError(f"{sample.label}: {error}") from error
     return text_spans(prompt, encoder.tokenizer)
 
 
 def text_spans(prompt: EncodedPrompt, tokenizer: Tokenizer) -> list[TextSpan]:
-    """A row as text: every token is shown, also special ones."""
+    """Return an encoded sample as text: every token is shown, also special ones."""
     found, at = [], 0
     for span in prompt.spans:
         found += _text_of(prompt, at, span.start, tokenizer)
@@ -82,7 +82,7 @@ def _text_of(prompt: EncodedPrompt, start: int, end: int, tokenizer: Tokenizer) 
 
 
 def _joined(found: Sequence[TextSpan]) -> list[TextSpan]:
-    """Neighbours of one kind as one."""
+    """Join neighbours of one kind."""
     out: list[TextSpan] = []
     for kind, group in groupby(found, key=lambda s: (s.supervised, s.is_media)):
         if kind[1]:

@@ -1,4 +1,4 @@
-"""Files of records with random access; knows bytes and offsets, no conversation.
+"""Sources: files of records with random access; knows bytes and offsets, no conversation.
 
     *.json             one array       an index of byte ranges; a record is read when asked for
     *.jsonl            one per line    the same
@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from lapilli.errors import DataError
 from lapilli.train.data.json_source import JsonSource, LinesSource
-from lapilli.train.data.sample import PictureFolder
+from lapilli.train.data.pictures import PictureFolder
 from lapilli.train.data.tables import CsvSource, ParquetSource
 from lapilli.train.data.tar_source import TarSource
 from lapilli.train.recipe import SourceRecipe
@@ -47,22 +47,22 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """The file, as the recipe names it."""
+        """Return the file, as the recipe names it."""
 
     def __len__(self) -> int: ...
 
     def record(self, index: int) -> Any:  # noqa: ANN401 - whatever the file holds
-        """Record `index`.
+        """Return record `index`.
 
         Raises:
             DataError: it cannot be read; the message names its place.
         """
 
     def where(self, index: int) -> str:
-        """Its place, "file:line"."""
+        """Return the place of a record, "file:line"."""
 
     def media(self, index: int, name: object) -> object:
-        """What media/fetch takes, of what record `index` calls a picture.
+        """Return what media/fetch takes for what record `index` calls a picture.
 
         Raises:
             DataError: there is nothing of that name, or it is no name.
@@ -101,7 +101,7 @@ class Joined:
 
 
 def open_source(recipe: SourceRecipe) -> Source:
-    """The files of a recipe's source.
+    """Open the files of a recipe's source.
 
     Raises:
         DataError: no such file, a kind that is not known, or one that is damaged.
@@ -157,7 +157,7 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def expand(pattern: str) -> list[Path]:
-    """The files of a path with braces ({a,b}, {000..012}) and wildcards, in order.
+    """Return the files of a path with braces ({a,b}, {000..012}) and wildcards, in order.
 
     Raises:
         DataError: there is none, or it is a folder.

@@ -1,4 +1,4 @@
-"""Tables as records by row: CSV as a spreadsheet saves it, and Parquet.
+"""Table sources: the rows of CSV as a spreadsheet saves it, and of Parquet, as records.
 
     image,question,answer        a conversation of one turn
     image,caption                the same with an empty question: what the stage align reads
@@ -20,18 +20,17 @@ from typing import Any, Final
 from lapilli.errors import ConfigError, DataError
 from lapilli.train.data.formats import ANSWER_KEYS
 from lapilli.train.data.json_source import MOST_BYTES, MOST_VALUES, too_large
-from lapilli.train.data.sample import PictureFolder
+from lapilli.train.data.pictures import LONGEST_NAME, PictureFolder, listed
 
 _READ: Final = ("id", "image", "question", *ANSWER_KEYS)
 _DELIMITERS: Final = ",;\t"
 _SHOWN: Final = 12  # columns that a message names
-_SHOWN_LETTERS: Final = 50
 # What a column is called that may be meant to be "image".
 _LIKE_IMAGE: Final = ("image", "img", "picture", "photo", "file", "path")
 
 
 class CsvSource:
-    """The rows of one file; its first line names the columns, in letters of any case.
+    """A CSV file; its first line names the columns, in letters of any case.
 
     Raises:
         DataError: no column "answer" or "caption", a column of pictures that is not called "image",
@@ -46,7 +45,7 @@ class CsvSource:
         self._answer = next((name for name in ANSWER_KEYS if name in columns), "")
         if not self._answer:
             raise DataError(
-                f"{path} has the columns {_listed(columns)}: expected image, question "
+                f"{path} has the columns {listed(columns, _SHOWN)}: expected image, question "
                 "and answer, or image and caption"
             )
         twice = next((name for name in _READ if columns.count(name) > 1), "")
@@ -55,13 +54,13 @@ class CsvSource:
         other = next((name for name in columns if any(part in name for part in _LIKE_IMAGE)), "")
         if other and "image" not in columns:  # a whole run without its pictures otherwise
             raise DataError(
-                f"{path} has the columns {_listed(columns)} and no 'image': rename "
-                f"{other[:_SHOWN_LETTERS]} to image, or delete it"
+                f"{path} has the columns {listed(columns, _SHOWN)} and no 'image': rename "
+                f"{other[:LONGEST_NAME]} to image, or delete it"
             )
         self._columns = columns
 
     def _read(self, path: Path) -> list[tuple[int, list[str]]]:
-        """Line and fields of every row; empty lines are none."""
+        """Return line and fields of every row that is not empty."""
         lines = _lines_of(path)
         first = next(lines, "")
         delimiter = max(_DELIMITERS, key=first.count)
@@ -87,7 +86,7 @@ class CsvSource:
         return len(self._rows)
 
     def record(self, index: int) -> dict[str, Any]:
-        """See Source: what the row says, without its empty cells."""
+        """See Source; empty cells are left out."""
         row = self._row(index)
         said = {name: row[name] for name in ("image", "question") if row.get(name)}
         return {"id": row.get("id") or str(index + 1), **said, self._answer: row[self._answer]}
@@ -110,14 +109,8 @@ class CsvSource:
         return self._folder.find(name)
 
 
-def _listed(columns: list[str]) -> str:
-    """A few names for messages."""
-    more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
-    return (", ".join(name[:_SHOWN_LETTERS] for name in columns[:_SHOWN]) or "none") + more
-
-
 def _lines_of(path: Path) -> Iterator[str]:
-    """Lines with their ends, whichever system wrote them; a line at a time is in memory.
+    """Yield lines with their ends, whichever system wrote them; one at a time is in memory.
 
     Raises:
         DataError: no UTF-8, or a line longer than MOST_BYTES.
@@ -134,7 +127,7 @@ def _lines_of(path: Path) -> Iterator[str]:
 
 
 def _no_utf8(path: Path) -> DataError:
-    """The error that names the first line which is no UTF-8."""
+    """Return the error that names the first line which is no UTF-8."""
     advice = "save the table as CSV in UTF-8"
     with path.open("rb") as file:
         for number, line in enumerate(iter(partial(file.readline, MOST_BYTES), b""), 1):
@@ -156,7 +149,7 @@ _FEW_UNPACKED, _MOST_GROWTH = 256 << 20, 8
 
 
 class ParquetSource:
-    """The rows of one file. Pictures are paths, bytes, or Hugging Face's {"bytes", "path"}.
+    """A Parquet file. Pictures are paths, bytes, or Hugging Face's {"bytes", "path"}.
 
     Raises:
         DataError: no Parquet file, or a damaged one.
@@ -207,11 +200,11 @@ class ParquetSource:
             raise DataError(f"{self._path} is no whole Parquet file: {_short(error)}") from error
 
     def __reduce__(self) -> tuple[type, tuple[Path, PictureFolder]]:
-        """Another process reads its own row groups."""
+        """Leave out the row groups: another process reads its own."""
         return ParquetSource, (self._path, self._folder)
 
     def _group(self, group: int) -> Any:  # noqa: ANN401 - a pyarrow.Table
-        """A row group, of which the last few are kept."""
+        """Return a row group, of which the last few are kept."""
         found = self._groups.get(group)
         if found is None:
             try:
@@ -252,7 +245,7 @@ class ParquetSource:
         return table
 
     def _table(self, file: Any, group: int) -> Any:  # noqa: ANN401 - see _group
-        """Return a row group, read in pieces: one long text may stand in a thousand rows."""
+        """Read a row group in pieces: one long text may stand in a thousand rows."""
         import pyarrow
 
         unpacked = file.metadata.row_group(group).total_byte_size
@@ -274,7 +267,7 @@ class ParquetSource:
         return self._ends[-1] if self._ends else 0
 
     def record(self, index: int) -> dict[str, Any]:
-        """See Source. What is null in the table is not in the record."""
+        """See Source; what is null in the table is not in the record."""
         group = bisect_right(self._ends, index)
         inside = index - (self._ends[group - 1] if group else 0)
         table = self._group(group).slice(inside, 1)
@@ -299,7 +292,7 @@ class ParquetSource:
 
 
 def _num_values(array: Any) -> int:  # noqa: ANN401 - an array of pyarrow, or one in chunks
-    """Values in an array, those inside of lists and structs included."""
+    """Return the number of values in an array, those inside of lists and structs included."""
     from pyarrow import types
 
     kind = array.type
@@ -312,6 +305,6 @@ def _num_values(array: Any) -> int:  # noqa: ANN401 - an array of pyarrow, or on
 
 
 def _short(error: BaseException) -> str:
-    """What pyarrow says, which may quote the file, in one line."""
+    """Return what pyarrow says, which may quote the file, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

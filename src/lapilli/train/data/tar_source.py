@@ -1,8 +1,8 @@
-"""Tar shards in WebDataset's naming, read by seeking: KEY.json | KEY.txt beside KEY.jpg, KEY.1.png.
+"""Tar source: shards in WebDataset's naming, KEY.json | KEY.txt beside KEY.jpg, KEY.1.png.
 
 read once:  headers  ->  key -> {extension: place in the file}
 record(i):  KEY.json decoded (or KEY.txt as the caption of KEY's picture)
-media(i):   a place in the file, read when it is fetched
+media(i):   a place in the file, read by seeking when it is fetched
 """
 
 import re
@@ -16,11 +16,10 @@ from lapilli.config.reader import shown
 from lapilli.errors import DataError
 from lapilli.train.data.formats import listed_media, names_pictures_in_turns
 from lapilli.train.data.json_source import MOST_BYTES, decode, too_large
-from lapilli.train.data.sample import is_file_name, picture_of
+from lapilli.train.data.pictures import is_file_name, listed, picture_of
 
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"})
 _LISTED = 8  # members that a message names
-_LONGEST = 50  # letters of a name in such a list
 _LONGEST_NAME = 1000
 _BLOCK = tarfile.BLOCKSIZE
 _EXTENDED = frozenset(
@@ -39,7 +38,7 @@ _MOST_EXTENDED = 1 << 16  # bytes of a header of long names and more
 
 @dataclass(slots=True, unsafe_hash=True)
 class Member:
-    """A stretch of a shard; looks like an open file to media/fetch.
+    """A member of a shard; looks like an open file to media/fetch.
 
     Two are the same where they are the same bytes, wherever the reading stands.
     """
@@ -65,7 +64,7 @@ class Member:
 
 
 class _Header(tarfile.TarInfo):
-    """Looks at headers that describe the next one, before tarfile follows them."""
+    """A header that is looked at before tarfile follows what it says of the next one."""
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_Header":
@@ -124,7 +123,7 @@ class TarSource:
         self._check_end(end)
 
     def _add_all(self, shard: tarfile.TarFile) -> int:
-        """Add the files of a shard; returns where the last one ends."""
+        """Add the files of a shard; return where the last one ends."""
         size, end = self._path.stat().st_size, 0
         for info in shard:
             if info.size < 0 or info.offset < end:  # else the same headers come again for ever
@@ -185,17 +184,15 @@ class TarSource:
         )
 
     def _listed(self, index: int) -> str:
-        """Members of a sample for messages: a dot in a name puts many under one key."""
-        names = list(self._members[self._keys[index]])
-        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        return ", ".join(name[:_LONGEST] for name in names[:_LISTED]) + more
+        """Return the first members of a sample: a dot in a name puts many under one key."""
+        return listed(list(self._members[self._keys[index]]), _LISTED)
 
     def _pictures(self, index: int) -> list[str]:
         members = self._members[self._keys[index]]
         return [name for name in members if name.rpartition(".")[2] in _IMAGES]
 
     def _with_pictures(self, record: object, index: int) -> object:
-        """The record with its members as pictures, where it names none or names them otherwise."""
+        """Add the members that are pictures to a record that names none, or otherwise."""
         if not isinstance(record, Mapping):
             return record
         if record.get("id") is None:
@@ -223,7 +220,7 @@ class TarSource:
         return member.content()
 
     def _find(self, index: int, name: object) -> Member | None:
-        """A member by its extension or by its name; None where `name` is no name."""
+        """Return a member by its extension or by its name; None where `name` is no name."""
         if not isinstance(name, str):
             return None
         own = self._members[self._keys[index]]

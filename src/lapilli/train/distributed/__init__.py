@@ -1,8 +1,13 @@
 """Several processes that train one model: who reads what, what is summed, what is shared."""
 
 from lapilli.train.distributed.context import SINGLE_PROCESS, ParallelContext
-from lapilli.train.distributed.heartbeat import ProcessLostError
-from lapilli.train.distributed.join import RankInfo, join_processes, joined, rank_info_of
+from lapilli.train.distributed.join import (
+    ProcessLostError,
+    RankInfo,
+    join_processes,
+    joined,
+    rank_info_of,
+)
 
 __all__ = [
     "SINGLE_PROCESS",

@@ -50,21 +50,28 @@ class ParallelContext:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process writes logs and checkpoints."""
+        """Return whether this process writes logs and checkpoints."""
         return self.rank == 0
 
     @property
     def is_sharded(self) -> bool:
-        """Whether weights and moments lie in pieces."""
+        """Return whether weights and moments lie in pieces."""
         return self.sharding == "fsdp" and self.size > 1
 
     def micro_batches(self, number: int) -> range:
-        """Which of `number` micro-batches this process reads.
+        """Return which of the `number` micro-batches of a step this process reads.
 
         Raises:
-            ConfigError: in pieces, and not the same number for everyone: putting a layer together
-                takes all processes.
+            ConfigError: fewer than processes; or in pieces, and not the same number for everyone:
+                putting a layer together takes all processes.
         """
+        if number < self.size:
+            raise ConfigError(
+                f"run.gradient_accumulation_steps is {number} and {self.size} processes train: "
+                f"each of them needs a micro-batch of every step, so start {number} processes at "
+                f"most, or begin a run with run.gradient_accumulation_steps set to {self.size} or "
+                "more"
+            )
         if self.is_sharded and number % self.size:
             raise ConfigError(
                 f"run.gradient_accumulation_steps is {number} in {self.size} processes: with "
@@ -76,14 +83,14 @@ class ParallelContext:
 
     @property
     def loss_scale(self) -> float:
-        """What a loss is multiplied with before `backward`: FSDP2 averages where we sum."""
+        """Return the factor of a loss before `backward`: FSDP2 averages where we sum."""
         return float(self.size) if self.is_sharded else 1.0
 
     def wrap(self, model: nn.Module, *, precision: Precision = "float32") -> nn.Module:
-        """The model on this process's device, with the lead's trainable weights, in pieces if so.
+        """Move the model to this process's device, with what the main process has drawn.
 
-        The model is changed in place and keeps the names of its parameters. Make the optimizer
-        after this.
+        It is changed in place, cut into pieces if so, and keeps its parameters' names. Make the
+        optimizer after this.
         """
         if not self.is_sharded:
             model.to(self.device)
@@ -95,7 +102,7 @@ class ParallelContext:
         return model
 
     def _share_weights(self, model: nn.Module) -> None:
-        """What was drawn at random (an adapter, a projector) becomes what the lead has drawn."""
+        """Give everyone what the main process has drawn at random: an adapter, a projector."""
         for parameter in model.parameters():
             if parameter.requires_grad:
                 sent = parameter.detach().to(self.device)
@@ -103,7 +110,7 @@ class ParallelContext:
                 parameter.data.copy_(sent)
 
     def sum_counts(self, counts: list[int]) -> list[int]:
-        """Element-wise sum over all processes."""
+        """Return the element-wise sum over all processes."""
         if self.size == 1:
             return counts
         total = torch.tensor(counts, dtype=torch.int64)
@@ -111,7 +118,7 @@ class ParallelContext:
         return [int(count) for count in total]
 
     def sum_floats(self, values: dict[str, float]) -> dict[str, float]:
-        """Sum over all processes of every value; all processes have the same names."""
+        """Return the sum over all processes of every value; all have the same names."""
         if self.size == 1:
             return values
         total = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64)
@@ -146,18 +153,18 @@ class ParallelContext:
                 parameter.grad = part.view_as(parameter)
 
     def clip(self, parameters: Iterable[nn.Parameter], largest: float) -> float:
-        """Norm of all gradients together, which are scaled down where it is above `largest`."""
+        """Scale all gradients down to the norm `largest`, and return the norm they had together."""
         norm = nn.utils.clip_grad_norm_(parameters, largest, foreach=True)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def wait(self) -> None:
-        """Until everyone is here."""
+        """Wait until every process is here."""
         if self.size > 1:
             dist.barrier()
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Neighbours of one dtype, about `_BUCKET` numbers at a time."""
+    """Yield neighbours of one dtype, about `_BUCKET` numbers at a time."""
     bucket: list[nn.Parameter] = []
     for parameter in parameters:
         same = not bucket or bucket[0].dtype == parameter.dtype
@@ -177,7 +184,7 @@ SINGLE_PROCESS = ParallelContext()
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Members of the outermost ModuleLists: what is large, and run one after the other."""
+    """Yield the members of the outermost ModuleLists: large, and run one after the other."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             yield from child

@@ -1,47 +1,370 @@
-"""Recipes: what a training run does, read from TOML and checked before anything is loaded."""
+"""Recipe: what a training run does, as frozen values; no torch. file.py reads it from TOML."""
 
-from lapilli.train.recipe.recipe import (
-    DataRecipe,
-    DistillRecipe,
-    Layout,
-    Logger,
-    LoraRecipe,
-    ModelRecipe,
-    NoiseRecipe,
-    OnBadSample,
-    OptimRecipe,
-    Placement,
-    Precision,
-    Recipe,
-    Reduction,
-    RunRecipe,
-    SaveRecipe,
-    Schedule,
-    Sharding,
-    SourceRecipe,
-    Stage,
-    TrainerRecipe,
-)
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, Literal
 
-__all__ = [
-    "DataRecipe",
-    "DistillRecipe",
-    "Layout",
-    "Logger",
-    "LoraRecipe",
-    "ModelRecipe",
-    "NoiseRecipe",
-    "OnBadSample",
-    "OptimRecipe",
-    "Placement",
-    "Precision",
-    "Recipe",
-    "Reduction",
-    "RunRecipe",
-    "SaveRecipe",
-    "Schedule",
-    "Sharding",
-    "SourceRecipe",
-    "Stage",
-    "TrainerRecipe",
-]
+from lapilli.errors import ConfigError
+
+Stage = Literal["align", "instruct"]
+Schedule = Literal["cosine", "linear", "constant", "trapezoid"]
+Reduction = Literal["tokens", "llava"]
+Precision = Literal["float32", "bfloat16"]
+Layout = Literal["llava", "huggingface"]
+Placement = Literal["front", "written"]
+OnBadSample = Literal["error", "skip"]
+Sharding = Literal["ddp", "fsdp"]
+Logger = Literal["tensorboard", "wandb"]
+
+
+def _expect(
+    section: str, recipe: object, names: tuple[str, ...], is_fine: Callable[[Any], bool], what: str
+) -> None:
+    """Refuse values of these names that are given and not fine; nan never is."""
+    for name in names:
+        value = getattr(recipe, name)
+        if value is not None and not is_fine(value):
+            raise ConfigError(f"{section}.{name} is {value}: expected {what}")
+
+
+def _is_count(value: int | float) -> bool:
+    return value >= 1
+
+
+def _is_positive(value: int | float) -> bool:
+    return 0 < value < inf
+
+
+def _is_not_negative(value: int | float) -> bool:
+    return 0 <= value < inf
+
+
+def _is_share(value: int | float) -> bool:
+    return 0 <= value <= 1
+
+
+def _is_below_one(value: int | float) -> bool:
+    return 0 <= value < 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimRecipe:
+    """The optimizer and its schedule.
+
+    Attributes:
+        name: "adamw", or "sgd" without momentum.
+        lr: learning rate at the end of the warm-up.
+        projector_lr: another one for the projector; None takes `lr`.
+        tower_lr: another one for the vision tower; None takes `lr`.
+        warmup_steps: steps of linear growth from 0.
+        warmup_ratio: the same as a part of all steps, rounded up; it counts when warmup_steps is 0.
+        decay: "original": weight decay for everything but norms and biases; "matrices": for
+            parameters of two axes and more alone.
+        decay_share: part of all steps that a `trapezoid` spends on its way down.
+        min_lr_ratio: part of `lr` that is left at the end.
+        max_grad_norm: largest norm of all gradients together, above 0; inf: they stay as they are.
+        z_loss: weight of the squared log of the softmax's denominator; 0: none.
+        ema: share of the old average that a step keeps; 0: no average.
+    """
+
+    lr: float
+    name: Literal["adamw", "sgd"] = "adamw"
+    projector_lr: float | None = None
+    tower_lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay: Literal["original", "matrices"] = "original"
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    decay_share: float = 0.3
+    min_lr_ratio: float = 0.0
+    max_grad_norm: float = 1.0
+    z_loss: float = 0.0
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        _expect("optim", self, ("lr", "eps"), _is_positive, "a number above 0")
+        rest = ("projector_lr", "tower_lr", "weight_decay", "warmup_steps", "z_loss")
+        _expect("optim", self, rest, _is_not_negative, "0 or more")
+        _expect("optim", self, ("decay_share", "warmup_ratio", "min_lr_ratio"), _is_share, "0 to 1")
+        _expect("optim", self, ("ema",), _is_below_one, "at least 0 and below 1")
+        both = "two numbers of at least 0 and below 1"
+        _expect("optim", self, ("betas",), lambda betas: all(map(_is_below_one, betas)), both)
+        off = "above 0 (inf switches clipping off)"
+        _expect("optim", self, ("max_grad_norm",), lambda norm: norm > 0, off)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecipe:
+    """The course of a run: how long, how much at once, how often something is written.
+
+    Attributes:
+        steps: optimizer steps; 0: as many as `epochs` take.
+        epochs: passes over the data, where `steps` is 0.
+        batch_size: samples of a micro-batch.
+        gradient_accumulation_steps: micro-batches of a step, in all processes together.
+        precision: of the forward and backward pass; weights and moments stay as they are.
+        reduction: "tokens": every supervised token of a step weighs the same; "llava": the mean of
+            the micro-batches' means, as in the original.
+        evaluate_every: steps between evaluations; 0: at the end alone. Nothing is evaluated
+            where nothing is held out.
+        keep_best: keep the weights with the lowest evaluation loss.
+        gradient_checkpointing: forget the activations of the layers and compute them again.
+        compile: torch.compile the layers.
+        sharding: what several processes share: "ddp" nothing, "fsdp" weights and moments.
+        workers: processes that read samples ahead; 0: read in the training process.
+        loggers: programs that the log goes to as well.
+        plot: draw the loss over the steps at the end.
+        exam: samples of what is held out whose answers the finished model gives itself, greedily;
+            `exact_match` is the share of answers that are equal to theirs. 0: no exam.
+    """
+
+    batch_size: int
+    steps: int = 0
+    epochs: float = 1.0
+    gradient_accumulation_steps: int = 1
+    precision: Precision = "float32"
+    reduction: Reduction = "tokens"
+    seed: int = 0
+    threads: int | None = None
+    log_every: int = 10
+    save_every: int = 200
+    evaluate_every: int = 0
+    keep_best: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    sharding: Sharding = "ddp"
+    workers: int = 0
+    loggers: tuple[Logger, ...] = ()
+    plot: bool = True
+    exam: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("batch_size", "gradient_accumulation_steps", "log_every", "save_every", "threads")
+        _expect("run", self, counts, _is_count, "at least 1")
+        _expect(
+            "run",
+            self,
+            ("seed", "evaluate_every", "workers", "exam"),
+            _is_not_negative,
+            "0 or more",
+        )
+        if self.steps < 0 or not _is_positive(self.epochs):
+            raise ConfigError(
+                f"run.steps is {self.steps} and run.epochs {self.epochs}: expected 0 or more steps "
+                "and more than no epoch"
+            )
+        if self.keep_best and not self.evaluate_every:
+            raise ConfigError(
+                "run.keep_best compares evaluations, and run.evaluate_every is 0: set it to a "
+                "number of steps"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerRecipe:
+    """The part of a recipe that the loop reads; a program's own task adds keys to it.
+
+    Attributes:
+        stage: name of the run in the progress bar.
+        optim: the optimizer and its schedule.
+        run: how long, how much at once, how often something is written.
+    """
+
+    stage: str
+    optim: OptimRecipe
+    run: RunRecipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRecipe:
+    """The model that is trained.
+
+    Attributes:
+        checkpoint: a model that `lapilli build` made, or any LLaVA checkpoint.
+        projector: a projector of an earlier run that is loaded over it (its output folder).
+        adapter: a LoRA that is trained on.
+        tune_tower: train the vision tower too (with `optim.tower_lr`).
+        freeze: beginnings of names of parameters that stay frozen all the same, such as
+            "language_model.model.".
+    """
+
+    checkpoint: str | None = None
+    projector: str | None = None
+    adapter: str | None = None
+    tune_tower: bool = False
+    freeze: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRecipe:
+    """One collection of samples.
+
+    Attributes:
+        path: a JSON, JSONL, CSV or Parquet file, or tar shards ("shards/{000..012}.tar", a glob).
+        images: the folder that its image paths are relative to; None: the file's own.
+        weight: how often its samples are drawn beside those of other sources; all 1: each
+            sample of all sources once in an epoch.
+    """
+
+    path: str
+    images: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataRecipe:
+    """The samples, and how they become sequences.
+
+    Attributes:
+        sources: where samples come from.
+        held_out: part of every source that is kept for evaluation, below 1; at least one sample.
+        evaluation: sources of their own for evaluation, instead of `held_out`.
+        template: name of the chat template; "": what the checkpoint says ("plain" for align).
+        max_length: positions of a sequence; longer samples are cut on the right.
+        group: "modality": batches of similar length and of one kind; "length"; "none".
+        pack: several samples in one sequence of max_length, none seeing another.
+        placement: "front" moves the pictures of a turn before its text, as the original does with
+            one; "written" leaves them where they stand.
+        alpha: "drop" shows the colours under the transparency of a picture, as the original does;
+            "composite" lays the picture on white.
+        on_bad_sample: what a sample that cannot be read does to the run: "skip" puts the next one
+            into its place and counts.
+    """
+
+    sources: tuple[SourceRecipe, ...] = ()
+    held_out: float = 0.0
+    evaluation: tuple[SourceRecipe, ...] = ()
+    template: str = ""
+    max_length: int = 2048
+    group: Literal["none", "length", "modality"] = "none"
+    pack: bool = False
+    placement: Placement = "front"
+    alpha: Literal["drop", "composite"] = "drop"
+    on_bad_sample: OnBadSample = "error"
+
+    def __post_init__(self) -> None:
+        _expect("data", self, ("held_out",), _is_below_one, "at least 0 and below 1")
+        _expect("data", self, ("max_length",), _is_count, "at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraRecipe:
+    """Adapters instead of whole weights.
+
+    Attributes:
+        rank: of the two small matrices.
+        alpha: scale is alpha / rank.
+        targets: patterns of module paths; empty: all linear layers of the language model but
+            the head, as the original.
+        base: how the frozen base is held: "float", or packed in 4 bits ("int4", "nf4").
+        double_quant: the scales of "nf4" in 8 bits, which saves 0.37 bits a weight.
+    """
+
+    rank: int = 64
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ()
+    base: Literal["float", "int4", "nf4"] = "float"
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        _expect("lora", self, ("rank",), _is_count, "at least 1")
+        _expect("lora", self, ("alpha",), _is_positive, "a number above 0")
+        _expect("lora", self, ("dropout",), _is_below_one, "at least 0 and below 1")
+        if self.double_quant and self.base != "nf4":
+            raise ConfigError(
+                f"lora.double_quant rounds the scales of nf4, and lora.base is {self.base!r}: set "
+                'lora.base = "nf4"'
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseRecipe:
+    """NEFTune: uniform noise while training, never in evaluation.
+
+    Attributes:
+        alpha: size; 0: none.
+        on: "image": the projected features of every picture; "all": every embedding.
+
+    Source: Jain et al. 2023 (all); TinyChat's training (image).
+    """
+
+    alpha: float = 0.0
+    on: Literal["image", "all"] = "all"
+
+    def __post_init__(self) -> None:
+        _expect("noise", self, ("alpha",), _is_not_negative, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillRecipe:
+    """A teacher whose answers are imitated.
+
+    Attributes:
+        teacher: a checkpoint with the same vocabulary.
+        temperature: of both distributions.
+        weight: of the teacher's distribution; the rest is the data's own loss.
+        hidden_weight: of the distance between last hidden states (through a fresh linear map
+            where the widths differ); 0: none.
+    """
+
+    teacher: str
+    temperature: float = 1.0
+    weight: float = 0.5
+    hidden_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        _expect("distill", self, ("temperature",), _is_positive, "above 0")
+        _expect("distill", self, ("weight",), _is_share, "0 to 1")
+        _expect("distill", self, ("hidden_weight",), _is_not_negative, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveRecipe:
+    """The form of the results.
+
+    Attributes:
+        layout: "llava": the original's; "huggingface": LlavaForConditionalGeneration.
+        merge: fold a LoRA into the weights instead of saving it beside them.
+        dtype: of the stored weights; None: as the checkpoint's.
+    """
+
+    layout: Layout = "llava"
+    merge: bool = False
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe(TrainerRecipe):
+    """One run of `lapilli train`: a whole model that learns from files of samples."""
+
+    stage: Stage
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    lora: LoraRecipe | None = None
+    noise: NoiseRecipe = field(default_factory=NoiseRecipe)
+    distill: DistillRecipe | None = None
+    save: SaveRecipe = field(default_factory=SaveRecipe)
+
+    def __post_init__(self) -> None:
+        if self.stage == "align" and self.lora is not None:
+            raise ConfigError(
+                "[lora] lies beside the language model, and stage 'align' trains the projector "
+                'alone: leave [lora] out, or set stage = "instruct"'
+            )
+        if self.optim.tower_lr is not None and not self.model.tune_tower:
+            raise ConfigError(
+                "optim.tower_lr is set, and the tower does not learn: set model.tune_tower = true, "
+                "or leave optim.tower_lr out"
+            )
+
+    @property
+    def saves_frozen(self) -> bool:
+        """Return whether weights that it does not train are part of its result."""
+        if self.lora is not None:
+            return self.save.merge
+        return self.stage == "instruct" or self.save.layout == "huggingface"

@@ -31,7 +31,7 @@ def check_idle_keys(recipe: Recipe) -> None:
 
 
 def set_keys(recipe: TrainerRecipe) -> Iterator[str]:
-    """Names of the keys whose values are not the defaults, section.key."""
+    """Yield the names of the keys whose values are not the defaults, section.key."""
     for section in dataclasses.fields(recipe):
         part = getattr(recipe, section.name)
         if not dataclasses.is_dataclass(part):
@@ -39,21 +39,22 @@ def set_keys(recipe: TrainerRecipe) -> Iterator[str]:
         changed = [
             f"{section.name}.{field.name}"
             for field in dataclasses.fields(part)
-            if getattr(part, field.name) != _default(field)
+            if getattr(part, field.name) != default_value(field)
         ]
         if not changed and section.default is None:
             changed = [section.name]  # an optional section that is there as it is
         yield from changed
 
 
-def _default(field: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401  of any field
+def default_value(field: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401  of any field
+    """Return the default of a dataclass field; dataclasses.MISSING where it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
 def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Keys that another value of the recipe makes idle, and what would make them count."""
+    """Yield keys that another value of the recipe makes idle, and what would make them count."""
     yield from idle_optim(recipe)
     if not recipe.noise.alpha:
         yield "noise.on", "noise.alpha is 0, so there is no noise: set noise.alpha"
@@ -98,7 +99,9 @@ def idle_optim(recipe: TrainerRecipe) -> Iterator[tuple[str, str]]:
 
 
 def check_paths(recipe: Recipe, file: Path) -> None:
-    """What the recipe names is there, as far as this disk can tell: a hub id may be anywhere.
+    """Check that what the recipe names is there, as far as this disk can tell.
+
+    A hub id may be anywhere.
 
     Args:
         recipe: with the options of the command laid over it.
@@ -129,7 +132,7 @@ def check_paths(recipe: Recipe, file: Path) -> None:
 
 
 def _paths(recipe: Recipe) -> Iterator[tuple[str, str | None, Callable[[str], bool]]]:
-    """Key, name and what tells whether it is there."""
+    """Yield key, name and what tells whether it is there."""
     model, distill = recipe.model, recipe.distill
     yield "model.checkpoint", model.checkpoint, is_local
     yield "model.adapter", model.adapter, is_local

@@ -1,4 +1,4 @@
-"""Recipes as TOML: read from a file and from options, and written so that they can be read back.
+"""Recipe files: TOML read with the command line's options, and written so that it is read back.
 
     recipes/tiny/align.toml      ->  Recipe(stage, optim, run, model, data)    unknown key = error
     --optim.lr 2e-4              ->  the same recipe with one value replaced (--optim.lr=2e-4 too)
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from lapilli.errors import ConfigError, UnknownKeyError
 from lapilli.train.recipe import Recipe
-from lapilli.train.recipe.checks import check_idle_keys
+from lapilli.train.recipe.checks import check_idle_keys, default_value
 
 Section = TypeVar("Section")
 
@@ -88,7 +88,7 @@ def read_recipe(path: Path, kind: type[Section], overrides: Sequence[str] = ()) 
 
 
 def build_section(kind: type[Section], raw: Mapping[str, Any], where: str) -> Section:
-    """A dataclass from a table; `where` is the table's name for messages.
+    """Build a dataclass from a table; `where` is the table's name for messages.
 
     Raises:
         ConfigError: a key is missing, or its value has another type.
@@ -104,15 +104,13 @@ def build_section(kind: type[Section], raw: Mapping[str, Any], where: str) -> Se
         meant = _meant(key)
         rest = f"did you mean {meant}?" if meant else f"expected one of {', '.join(fields)}"
         raise UnknownKeyError(f"recipe key {key} is unknown: {rest}")
-    missing = [
-        name
-        for name, item in fields.items()
-        if name not in raw
-        and item.default is dataclasses.MISSING
-        and item.default_factory is dataclasses.MISSING
-    ]
+    missing = [name for name in _required(kind) if name not in raw]
     if missing:
-        key = _first_key(hints[missing[0]], _join(where, missing[0]))
+        key = _join(where, missing[0])
+        if dataclasses.is_dataclass(
+            hints[missing[0]]
+        ):  # a section: its first key that has to be given
+            key = _join(key, next(_required(hints[missing[0]])))
         raise ConfigError(f"recipe key {key} is missing: add it")
     return kind(**{key: _value(hints[key], value, _join(where, key)) for key, value in raw.items()})
 
@@ -121,20 +119,15 @@ def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
-def _first_key(hint: Any, where: str) -> str:  # noqa: ANN401  any annotation
-    """The first key of a section that has to be given; the name itself where it is no section."""
-    if not dataclasses.is_dataclass(hint):
-        return where
-    needed = (
-        field.name
-        for field in dataclasses.fields(hint)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    )
-    return _join(where, next(needed))
+def _required(kind: Any) -> Iterator[str]:  # noqa: ANN401  a dataclass
+    """Yield the names of the fields that have no default."""
+    for field in dataclasses.fields(kind):
+        if default_value(field) is dataclasses.MISSING:
+            yield field.name
 
 
 def _meant(key: str) -> str | None:
-    """The key of a recipe that has this name in another section, or nearly this name."""
+    """Return the key of a recipe that has this name in another section, or nearly this name."""
     name = key.rpartition(".")[2].replace("-", "_")
     if name in _OTHER_NAMES:
         return _OTHER_NAMES[name]
@@ -148,7 +141,7 @@ def _meant(key: str) -> str | None:
 
 
 def _keys(kind: type, where: str = "") -> Iterator[str]:
-    """Names of all sections and keys."""
+    """Yield the names of all sections and keys."""
     for key, hint in get_type_hints(kind).items():
         name = _join(where, key)
         yield name
@@ -159,7 +152,7 @@ def _keys(kind: type, where: str = "") -> Iterator[str]:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401  TOML values
-    """The value as the field's type, or an error that names both."""
+    """Return the value as the field's type, or raise an error that names both."""
     origin = get_origin(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return build_section(hint, value, where)
@@ -188,7 +181,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401  TOML valu
 
 
 def _expected(hint: Any) -> str:  # noqa: ANN401  any annotation
-    """What a value of this type looks like in TOML."""
+    """Return what a value of this type looks like in TOML."""
     if get_origin(hint) is tuple:
         return f"a list [...] of which each is {_expected(get_args(hint)[0])}"
     if dataclasses.is_dataclass(hint):
@@ -197,7 +190,7 @@ def _expected(hint: Any) -> str:  # noqa: ANN401  any annotation
 
 
 def _tuple(kinds: tuple[Any, ...], value: list[Any], where: str) -> tuple[Any, ...]:
-    """A list as a tuple of fixed kinds, or of any number of one kind."""
+    """Return a list as a tuple of fixed kinds, or of any number of one kind."""
     if kinds[-1] is Ellipsis:
         return tuple(_value(kinds[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if len(kinds) != len(value):
@@ -206,7 +199,7 @@ def _tuple(kinds: tuple[Any, ...], value: list[Any], where: str) -> tuple[Any, .
 
 
 def _override(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """`--section.key value` pairs written into the table; values are read as TOML, else as text."""
+    """Write `--section.key value` pairs into the table; values are read as TOML, else as text."""
     left = list(overrides)
     while left:
         option, is_joined, text = left.pop(0).partition("=")
@@ -235,10 +228,10 @@ def _literal(text: str) -> Any:  # noqa: ANN401  TOML values
 
 
 def recipe_text(recipe: Recipe, *, defaults: bool = True) -> str:
-    """Every value that is not None, sections after the keys that stand alone.
+    """Return the recipe as TOML, sections after the keys that stand alone.
 
     Args:
-        recipe: what is written.
+        recipe: what is written; values that are None are left out.
         defaults: also the values that a recipe has where it does not name them.
     """
     alone: list[str] = []
@@ -252,21 +245,15 @@ def recipe_text(recipe: Recipe, *, defaults: bool = True) -> str:
 
 
 def _table(value: Any, *, defaults: bool) -> Mapping[str, Any]:  # noqa: ANN401  dataclass or table
-    """Its values by name, without those that are None, or that nobody needs to name."""
+    """Return values by name, without those that are None, or that nobody needs to name."""
     if isinstance(value, Mapping):
         return value
     found = {field.name: (getattr(value, field.name), field) for field in dataclasses.fields(value)}
     return {
         name: one
         for name, (one, field) in found.items()
-        if one is not None and (defaults or one != _default(field))
+        if one is not None and (defaults or one != default_value(field))
     }
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:  # noqa: ANN401  of any field
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
 
 
 def _pairs(value: Any, *, defaults: bool) -> list[str]:  # noqa: ANN401  see _table

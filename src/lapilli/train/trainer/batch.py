@@ -22,32 +22,32 @@ from lapilli.shapes import Bool, Int, Tensor
 
 @runtime_checkable
 class EncodedLike(Protocol):
-    """What is collated: an encoded conversation and its media, in the order of its spans."""
+    """An encoded conversation and its media in the order of its spans, as EncodedSample is."""
 
     @property
     def prompt(self) -> EncodedPrompt:
-        """Ids, loss mask and spans."""
+        """Return ids, loss mask and spans."""
         ...
 
     @property
     def media(self) -> Sequence[Any]:
-        """What the modality prepared, or features [n, E] that a tower made earlier."""
+        """Return what the modality prepared, or features [n, E] that a tower made earlier."""
         ...
 
     @property
     def id(self) -> str:
-        """The sample's name in its data."""
+        """Return the sample's name in its data."""
         ...
 
     @property
     def skipped(self) -> Sequence[str]:
-        """Why the samples that this one stands in for could not be read."""
+        """Return why the samples that this one stands in for could not be read."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
-    """Rows to learn from.
+    """A micro-batch of token sequences.
 
     Attributes:
         input_ids: PLACEHOLDER under spans and padding.
@@ -56,9 +56,9 @@ class TrainingBatch:
         position_ids: 0, 1, 2, ... in every sample, 0 in the padding after the last.
         spans: places of media, in the order of `media`.
         media: what the modalities prepared, or encoder features [n, E].
-        segments: per row the lengths of its samples, one after the other.
+        segments: per sequence the lengths of its samples, one after the other.
         num_valid: supervised tokens.
-        ids: names of the samples, row after row.
+        ids: names of the samples, sequence after sequence.
         skipped: why other samples, which these stand in for, could not be read.
     """
 
@@ -74,17 +74,17 @@ class TrainingBatch:
 
     @property
     def is_packed(self) -> bool:
-        """Whether any row holds several samples."""
+        """Return whether any sequence holds several samples."""
         return any(len(lengths) > 1 for lengths in self.segments)
 
 
-def collate(rows: Sequence[EncodedLike]) -> TrainingBatch:
-    """One batch of rows of one sample each."""
-    return collate_packed([[row] for row in rows])
+def collate(samples: Sequence[EncodedLike]) -> TrainingBatch:
+    """Return a batch with one sample in each sequence."""
+    return collate_packed([[sample] for sample in samples])
 
 
 def collate_packed(bins: Sequence[Sequence[EncodedLike]]) -> TrainingBatch:
-    """One batch with a row for every bin, the samples of a bin one after the other."""
+    """Return a batch with a sequence for every bin, the samples of a bin one after the other."""
     segments = tuple(tuple(len(sample.prompt) for sample in samples) for samples in bins)
     shape = len(bins), rounded(max(map(sum, segments)))
     ids = torch.full(shape, PLACEHOLDER, dtype=torch.long)
@@ -117,17 +117,13 @@ def collate_packed(bins: Sequence[Sequence[EncodedLike]]) -> TrainingBatch:
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Numbers of samples by row, every row at most `room` long, few rows.
+    """Return the numbers of the samples of each bin, every bin at most `room` positions long.
 
-    The longest sample that is left goes into the first row that has room for it, which takes at
-    most 11 / 9 of the fewest rows possible, and one more.
-
-    Args:
-        lengths: positions of every sample.
-        room: positions of a row.
+    The longest sample that is left goes into the first bin that has room for it, which takes at
+    most 11 / 9 of the fewest bins possible, and one more.
 
     Raises:
-        ConfigError: a sample is longer than a row.
+        ConfigError: a sample is longer than a bin.
 
     Source: Johnson 1973, first-fit decreasing.
     """

@@ -1,4 +1,4 @@
-"""What a task gives to the loop, and how a run fails; knows no data and no model."""
+"""Types that the trainer's files share: the task, its loss, the state of a run and its errors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lapilli.errors import LapilliError
+from lapilli.train.trainer.optim import Average
 
 Plain = str | int | float | bool
 Record = Mapping[str, int | float]
@@ -20,7 +21,7 @@ class TrainingError(LapilliError, RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Loss of one micro-batch: a sum over what counts, and parts of it for the log.
+    """The loss of one micro-batch: a sum over what counts, and parts of it for the log.
 
     Attributes:
         total: what is differentiated.
@@ -34,7 +35,7 @@ class Loss:
 
 @runtime_checkable
 class Task(Protocol):
-    """What is trained on what.
+    """A model and what it is trained on.
 
     A task may have more, which the loop uses where it is there:
         num_samples: samples (or packed sequences) of one epoch, for a run that counts epochs.
@@ -48,11 +49,11 @@ class Task(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """Trainable parameters are those that require a gradient."""
+        """Return the model; its trainable parameters are those that require a gradient."""
         ...
 
     def batch(self, step: int, micro: int) -> tuple[Any, int]:
-        """A micro-batch and how many supervised things it has.
+        """Return a micro-batch and how many supervised things it has.
 
         A function of the two numbers and of nothing else: it may be called in another process,
         ahead of time, or again after a kill.
@@ -60,9 +61,40 @@ class Task(Protocol):
         ...
 
     def loss(self, batch: Any) -> Loss:  # noqa: ANN401  the task's own type
-        """The summed loss."""
+        """Return the summed loss."""
         ...
 
     def evaluate(self) -> Mapping[str, float]:
         """Return metrics on held-out data; the lowest `eval_loss` decides what is best."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The evaluation with the lowest loss so far."""
+
+    step: int
+    eval_loss: float
+
+
+@dataclass(slots=True)
+class RunState:
+    """The state of a run; everything else is a function of its fingerprint and the step.
+
+    Attributes:
+        skipped: samples so far that could not be read.
+        fingerprint: what makes it another run, by the recipe's names; None: its task does not say.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: Average | None = None
+    step: int = 0
+    skipped: int = 0
+    best: Best | None = None
+    fingerprint: Mapping[str, Plain] | None = None
+
+    @property
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Return the weights that the run changes, by parameter name."""
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""The loss of a run as a curve: whether it rises instead of falling, and its picture.
+"""Loss curve: a warning where the loss rises instead of falling, and its picture.
 
     mean of the latest losses  >  lowest mean so far + 1 + noise  ->  the learning rate is too large
 
@@ -26,7 +26,7 @@ _TIMES = 20.0
 
 
 class LossWatch:
-    """Told every loss, tells once when they have risen.
+    """A detector of a loss that has risen, which tells it once.
 
     Args:
         steps: of the run; short ones are judged by fewer losses.
@@ -45,7 +45,7 @@ class LossWatch:
                 self.push(record["loss"])
 
     def push(self, loss: float) -> tuple[float, float] | None:
-        """The lowest mean and the one of now, when the loss has risen for the first time."""
+        """Take in a loss; return lowest and present mean when it has risen for the first time."""
         if self._losses:
             self._jumps += (loss - self._losses[-1]) ** 2 / 2
             self._count += 1
@@ -73,12 +73,12 @@ class LossWatch:
 
 
 def rise_record(step: int, rise: tuple[float, float]) -> Record:
-    """What the log says of it."""
+    """Return the log's record of a rise."""
     return {"step": step, LOWEST: rise[0], RISEN: rise[1]}
 
 
 def advice(records: Sequence[Record], lr: float) -> str | None:
-    """One sentence about the rise that a log tells of; None where there is none.
+    """Return one sentence about the rise that a log tells of; None where there is none.
 
     Args:
         records: of the log.
@@ -103,11 +103,11 @@ def plot_losses(
     *,
     evaluations: Mapping[str, Curve] | None = None,
 ) -> None:
-    """One panel per run, loss over steps, as PNG.
+    """Draw one panel per run, loss over steps, as PNG.
 
     Args:
         curves: (step, loss) pairs by name of the run.
-        path: where the picture goes.
+        path: of the picture.
         evaluations: the same of held-out data, for the runs that have them.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -134,10 +134,10 @@ def plot_losses(
 
 
 def loss_curve(records: Sequence[Record]) -> list[tuple[int | float, float]]:
-    """(step, loss) of the log records that have a loss."""
+    """Return (step, loss) of the log records that have a loss."""
     return [(record["step"], record["loss"]) for record in records if "loss" in record]
 
 
 def evaluation_curve(records: Sequence[Record]) -> list[tuple[int | float, float]]:
-    """(step, loss) of the evaluations that have a loss."""
+    """Return (step, loss) of the evaluations that have a loss."""
     return [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]

@@ -13,32 +13,27 @@ same weights. What is written last is the state: whatever a kill interrupts is d
 
 import math
 import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Final
+from types import FrameType
+from typing import Any, Final
 
 import torch
 
 from lapilli.errors import ConfigError
 from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
 from lapilli.train.recipe import RunRecipe, TrainerRecipe
-from lapilli.train.trainer.contract import (
-    Loss,
-    Task,
-    TrainingError,
-)
+from lapilli.train.trainer.contract import Best, Loss, RunState, Task, TrainingError
 from lapilli.train.trainer.curves import LossWatch, advice, rise_record
 from lapilli.train.trainer.metrics import MetricsLogger, open_metrics_logger, peak_memory
-from lapilli.train.trainer.optim import Average, build_optimizer, lr_share, peak_lrs, set_lr
+from lapilli.train.trainer.optim import Average, build_optimizer, lr_share, set_lr
 from lapilli.train.trainer.prefetch import MakeBatch, batches
-from lapilli.train.trainer.signals import SignalHandler, Stopped
 from lapilli.train.trainer.state import (
-    Best,
-    RunState,
     load_best,
     load_state,
     read_best,
@@ -47,7 +42,6 @@ from lapilli.train.trainer.state import (
 )
 from lapilli.train.trainer.step import (
     NotFiniteError,
-    StepContext,
     StepRecord,
     device_of,
     precision,
@@ -58,6 +52,7 @@ from lapilli.train.trainer.step import (
 __all__ = ["Loss", "Stopped", "Task", "TrainingError", "number_of_steps", "train"]
 
 OnSave = Callable[[int], None]
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def train(
@@ -95,7 +90,7 @@ def train(
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     steps = number_of_steps(task, recipe.run)
-    _check(recipe.run, parallel)
+    micros = parallel.micro_batches(recipe.run.gradient_accumulation_steps)
     folder.mkdir(parents=True, exist_ok=True)
     average = Average(task.model, recipe.optim.ema) if recipe.optim.ema else None
     find = getattr(task, "fingerprint", None)
@@ -114,7 +109,7 @@ def train(
         recipe, folder, (state.step, steps), parallel=parallel, echo=echo, progress=progress
     ) as logger:
         watch = LossWatch(steps, logger.records)
-        _Run(task, recipe, folder, parallel, state, steps, logger, on_save, watch).go()
+        _Run(task, recipe, folder, parallel, micros, state, steps, logger, on_save, watch).go()
         logger.draw()
     if state.best is not None and recipe.run.keep_best:
         load_best(state, folder)
@@ -122,8 +117,42 @@ def train(
         average.put_into_model()
 
 
+class Stopped(SystemExit):
+    """A run that ends because a signal asked for it, its state saved; `message` is for a person."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(128 + number)  # as a shell reports it: POSIX.1-2017, Shell 2.8.2
+        self.message = message
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[signal.Signals]]:
+    """Note the first SIGTERM or SIGINT in the list that is yielded, instead of dying of it.
+
+    The second one does what it always did, so that nobody waits for a step that hangs. Outside of
+    the main thread nothing is caught: Python has no handlers there.
+    """
+    seen: list[signal.Signals] = []
+    earlier: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        while earlier:
+            signal.signal(*earlier.popitem())
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        seen.append(signal.Signals(number))
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        earlier |= {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield seen
+    finally:
+        restore()
+
+
 def number_of_steps(task: Task, run: RunRecipe) -> int:
-    """Optimizer steps of a run; the last one of an epoch is filled from the next.
+    """Return the optimizer steps of a run; the last one of an epoch is filled from the next.
 
     Raises:
         ConfigError: neither the recipe nor the task knows.
@@ -142,32 +171,6 @@ def number_of_steps(task: Task, run: RunRecipe) -> int:
     )
 
 
-def _check(run: RunRecipe, parallel: ParallelContext) -> None:
-    if (number := run.gradient_accumulation_steps) < parallel.size:
-        raise ConfigError(
-            f"run.gradient_accumulation_steps is {number} and {parallel.size} processes train: "
-            f"each of them needs a micro-batch of every step, so start {number} processes at most, "
-            f"or begin a run with run.gradient_accumulation_steps set to {parallel.size} or more"
-        )
-
-
-@dataclass(slots=True)
-class _Pace:
-    """Supervised things a second, of the steps alone: saving and evaluating do not count."""
-
-    count: int = 0
-    seconds: float = 0.0
-
-    def add(self, count: int, seconds: float) -> None:
-        self.count += count
-        self.seconds += seconds
-
-    def take(self) -> float:
-        speed = self.count / max(self.seconds, 1e-9)
-        self.count, self.seconds = 0, 0.0
-        return round(speed, 1)
-
-
 @dataclass(slots=True)
 class _Run:
     """The steps that are left, and what is written beside them."""
@@ -176,50 +179,49 @@ class _Run:
     recipe: TrainerRecipe
     folder: Path
     parallel: ParallelContext
+    micros: range  # the micro-batches of a step that this process reads
     state: RunState
     steps: int
     logger: MetricsLogger
     on_save: OnSave | None
     losses: LossWatch
-    pace: _Pace = field(default_factory=_Pace)
     saved: Path | None = None
+    count: int = 0  # supervised things since the last line of the log, and the seconds of their
+    seconds: float = 0.0  # steps alone: saving and evaluating are not part of the speed
 
     def go(self) -> None:
         run, first = self.recipe.run, self.state.step
-        own = self.parallel.micro_batches(run.gradient_accumulation_steps)
-        places = ((step, micro) for step in range(first, self.steps) for micro in own)
+        places = ((step, micro) for step in range(first, self.steps) for micro in self.micros)
         ahead = batches(self.task.batch, places, run.workers, describe=self._describe)
-        with SignalHandler() as watch, ahead as make:
+        with catch_signals() as seen, ahead as make:
             while self.state.step < self.steps:
                 started = time.monotonic()
-                record = self._step(make, watch)
-                self.pace.add(record.count, time.monotonic() - started)
+                record = self._step(make, lambda: bool(seen))
+                self.count += record.count
+                self.seconds += time.monotonic() - started
                 is_saved = self._write(record)
                 if record.stop:
                     if not is_saved:
                         self._save()
-                    raise self._stopped(watch.seen)
+                    raise self._stopped(seen)
 
     def _describe(self, step: int, micro: int) -> str:
-        """The samples of a micro-batch, by place and id."""
+        """Return place and id of the samples of a micro-batch."""
         names = getattr(self.task, "names", None)
         return "" if names is None else ", ".join(names(step, micro))
 
-    def _stopped(self, seen: signal.Signals | None) -> Stopped:
-        """The end that was asked for: of this process, or of another one."""
-        asked = "a signal to another process" if seen is None else seen.name
+    def _stopped(self, seen: list[signal.Signals]) -> Stopped:
+        """Return the end that a signal to this process, or to another one, has asked for."""
+        asked = seen[0].name if seen else "a signal to another process"
         return Stopped(
-            seen or signal.SIGTERM,
+            seen[0] if seen else signal.SIGTERM,
             f"stopped by {asked} after step {self.state.step} of {self.steps}: the state is in "
             f"{self.saved}; the same command goes on from there",
         )
 
-    def _step(self, make: MakeBatch, watch: SignalHandler) -> StepRecord:
+    def _step(self, make: MakeBatch, asked_to_stop: Callable[[], bool]) -> StepRecord:
         step, optim = self.state.step, self.recipe.optim
-        made = {
-            micro: make(step, micro)
-            for micro in self.parallel.micro_batches(self.recipe.run.gradient_accumulation_steps)
-        }
+        made = {micro: make(step, micro) for micro in self.micros}
         share = lr_share(step, self.steps, optim)
         set_lr(self.state.optimizer, share)
         try:
@@ -228,7 +230,9 @@ class _Run:
                 self.state.optimizer,
                 self.recipe,
                 made,
-                at=StepContext(step, self.parallel, watch.asked),
+                step=step,
+                parallel=self.parallel,
+                asked_to_stop=asked_to_stop,
             )
         except NotFiniteError as error:
             raise stopped_at(error, step, self.folder, self.parallel) from error
@@ -242,18 +246,21 @@ class _Run:
         return record
 
     def _write(self, record: StepRecord) -> bool:
-        """Log, evaluation and checkpoint, as far as they are due; whether the state is saved."""
+        """Log, evaluate and save, as far as it is due; return whether the state is saved."""
         run, done = self.recipe.run, self.state.step
         is_last = done == self.steps
         metrics = {"step": done, **record.metrics}
         memory = round(peak_memory(device_of(self.task.model)) / 2**30, 2)
         self.logger.tick({**metrics, "gib": memory}, record.count)
         if done % run.log_every == 0 or is_last:
-            self.logger.write({**metrics, "per_s": self.pace.take(), "gib": memory})
+            speed = round(self.count / max(self.seconds, 1e-9), 1)
+            self.count, self.seconds = 0, 0.0
+            self.logger.write({**metrics, "per_s": speed, "gib": memory})
         if rise := self.losses.push(record.metrics["loss"]):
             told = rise_record(done, rise)
             self.logger.write(told)
-            if text := advice([told], max(peak_lrs(self.state.optimizer))):
+            lr = max(group["base_lr"] for group in self.state.optimizer.param_groups)
+            if text := advice([told], lr):
                 self.logger.warning(text)
         if is_last or (run.evaluate_every and done % run.evaluate_every == 0):
             found = evaluate(self.task, self.recipe, self.state.average)
@@ -281,7 +288,7 @@ EVAL_LOSS: Final = "eval_loss"
 def evaluate(
     task: Task, recipe: TrainerRecipe, average: Average | None = None
 ) -> Mapping[str, float]:
-    """The task's metrics with the model in evaluation mode, with its averages where it has them."""
+    """Return the task's metrics in evaluation mode, with the averages where the run has them."""
     task.model.eval()
     try:
         weights = nullcontext() if average is None else average.in_place()

@@ -18,14 +18,14 @@ from lapilli.train.recipe import Reduction
 def cross_entropy_sum(
     logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"]
 ) -> Float[Tensor, ""]:
-    """Sum of the negative log likelihoods of the targets, in float32."""
+    """Return the sum of the negative log likelihoods of the targets, in float32."""
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def supervised(
     input_ids: Int[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]
 ) -> tuple[Bool[Tensor, "B T"], Int[Tensor, " M"]]:
-    """Positions whose next token counts, and those next tokens.
+    """Return the positions whose next token counts, and those next tokens.
 
     A position predicts its successor, so the mask moves one to the left and the last position never
     counts.
@@ -38,18 +38,16 @@ def supervised(
 def scores(
     head: Callable[[Tensor], Float[Tensor, "R V"]], hidden: Float[Tensor, "M D"]
 ) -> Float[Tensor, "M V"]:
-    """What a head makes of M states; M is another in every batch, so it sees R, `rounded`, of them.
+    """Return what a head makes of M states.
 
-    Args:
-        head: logits of states, each by itself.
-        hidden: of the positions that predict something.
+    M is another in every batch, so the head sees R, `rounded`, of them: it takes each by itself.
     """
     count = len(hidden)
     return head(F.pad(hidden, (0, 0, 0, rounded(count) - count)))[:count]
 
 
 def scales(counts: list[int], reduction: Reduction) -> list[float]:
-    """What each micro-batch's sum is multiplied with so that the step's loss is their total.
+    """Return the factors of the micro-batches' sums that make the step's loss their total.
 
     Raises:
         ConfigError: nothing is supervised, or (llava) one micro-batch has nothing.
@@ -66,7 +64,7 @@ def scales(counts: list[int], reduction: Reduction) -> list[float]:
 
 
 def noisy(vectors: Float[Tensor, "n D"], alpha: float) -> Float[Tensor, "n D"]:
-    """The vectors of one sample or picture with noise on them."""
+    """Add noise of size `alpha` to the vectors of one sample or picture."""
     size: float = alpha / vectors.numel() ** 0.5
     return vectors + (torch.rand_like(vectors) * 2 - 1) * size
 
@@ -74,11 +72,11 @@ def noisy(vectors: Float[Tensor, "n D"], alpha: float) -> Float[Tensor, "n D"]:
 def noisy_samples(
     vectors: Float[Tensor, "B T D"], segments: Sequence[Sequence[int]], alpha: float
 ) -> Float[Tensor, "B T D"]:
-    """Rows with noise on every sample, and none on the padding after the last.
+    """Add noise to every sample, and none to the padding after the last.
 
     Args:
         vectors: embeddings of all positions.
-        segments: per row the lengths of its samples.
+        segments: per sequence the lengths of its samples.
         alpha: size.
     """
     size = torch.zeros(vectors.shape[:2])

@@ -22,7 +22,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final
 
 import torch
 from rich.console import Console
@@ -35,14 +35,12 @@ from lapilli.train.recipe import TrainerRecipe
 from lapilli.train.trainer.contract import Record, TrainingError
 from lapilli.train.trainer.curves import evaluation_curve, loss_curve, plot_losses
 
-TIMED: Final = frozenset({"per_s", "gib"})
-"""What two runs of the same bits still measure differently."""
 _LONGEST: Final = 1 << 20
 """Bytes of a line; the longest that is written has a thousandth of it."""
 
 
 class RunLog:
-    """Appends records to `folder/log.jsonl`, and keeps a progress line for people."""
+    """The log of a run, `folder/log.jsonl`, repeated on standard error where `echo` asks for it."""
 
     def __init__(self, folder: Path, *, echo: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +48,7 @@ class RunLog:
         self._echo = echo
 
     def rewind(self, step: int) -> None:
-        """Forget every record after this step."""
+        """Drop every record after this step."""
         if not self.path.exists():
             return
         found = self.records()
@@ -62,7 +60,7 @@ class RunLog:
         staged.replace(self.path)
 
     def write(self, record: Record) -> None:
-        """One more line.
+        """Append one record.
 
         Raises:
             TrainingError: the disk does not take it.
@@ -80,17 +78,17 @@ class RunLog:
 
     @staticmethod
     def say(text: str) -> None:
-        """One line on standard error."""
+        """Write one line to standard error."""
         os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
     def sync(self) -> None:
-        """Everything written so far survives a power cut."""
+        """Flush everything written so far to the disk, so that it survives a power cut."""
         if self.path.exists():
             with self.path.open("ab") as file:
                 os.fsync(file.fileno())
 
     def records(self) -> list[Record]:
-        """All lines so far; a last line that a kill cut short is left out.
+        """Return all records so far; a last line that a kill cut short is left out.
 
         Raises:
             TrainingError: a line is no JSON.
@@ -122,29 +120,12 @@ class RunLog:
 
     @staticmethod
     def line(record: Record) -> str:
-        """A record for people."""
+        """Return a record as a line for people."""
         parts = (
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in record.items()
         )
         return "  ".join(parts)
-
-
-@runtime_checkable
-class Tracker(Protocol):
-    """Takes the records of a run."""
-
-    def write(self, record: Record) -> None:
-        """One more."""
-        ...
-
-    def sync(self) -> None:
-        """Everything so far is safe when this returns."""
-        ...
-
-    def close(self, *, finished: bool) -> None:
-        """There are no more; `finished`: the run reached its last step."""
-        ...
 
 
 class TensorBoardTracker:
@@ -162,7 +143,7 @@ class TensorBoardTracker:
         self._writer: Any = SummaryWriter(folder / "tensorboard", purge_step=first + 1)
 
     def write(self, record: Record) -> None:
-        """One scalar per figure."""
+        """Write one scalar per metric."""
         for name, value in record.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(record["step"]))
@@ -210,32 +191,31 @@ class WandbTracker:
             ) from error
 
     def write(self, record: Record) -> None:
-        """All metrics of a step."""
+        """Log all metrics of a step."""
         metrics = {name: value for name, value in record.items() if name != "step"}
         self._run.log(metrics, step=int(record["step"]))
 
     def sync(self) -> None:
-        """Nothing to do: records are sent from a process of its own."""
+        """Do nothing: records are sent from a process of its own."""
 
     def close(self, *, finished: bool) -> None:
         """End the run there, as finished or as failed: going on with it makes it run again."""
         self._run.finish(exit_code=0 if finished else 1)
 
 
+Tracker = TensorBoardTracker | WandbTracker
+
+
 def open_trackers(recipe: TrainerRecipe, folder: Path, first: int) -> list[Tracker]:
-    """The trackers that `run.loggers` names.
+    """Open the trackers that `run.loggers` names.
 
     Raises:
         ConfigError: one of them is not installed.
     """
-    made: list[Tracker] = []
-    for name in recipe.run.loggers:
-        match name:
-            case "tensorboard":
-                made.append(TensorBoardTracker(folder, first))
-            case "wandb":
-                made.append(WandbTracker(folder, recipe))
-    return made
+    return [
+        TensorBoardTracker(folder, first) if name == "tensorboard" else WandbTracker(folder, recipe)
+        for name in recipe.run.loggers
+    ]
 
 
 def _missing(package: str) -> ConfigError:
@@ -249,7 +229,7 @@ _WINDOW: Final = 20  # steps that the speed is taken over
 
 
 class ProgressBar:
-    """Steps, loss, speed, memory and the time that is left, redrawn in place.
+    """A bar with steps, loss, speed, memory and the time that is left, redrawn in place.
 
     Args:
         done: steps of earlier runs.
@@ -275,7 +255,7 @@ class ProgressBar:
         self._progress.start()
 
     def tick(self, record: Record, count: int) -> None:
-        """One more step with its loss and memory, and how many tokens it learned from."""
+        """Show one more step with its loss and memory, and how many tokens it learned from."""
         self._ticks.append((time.monotonic(), count))
         (first, skipped), (last, _) = self._ticks[0], self._ticks[-1]
         tokens = sum(number for _, number in self._ticks) - skipped
@@ -284,7 +264,7 @@ class ProgressBar:
         self._progress.update(self._task, completed=record["step"], metrics=metrics)
 
     def say(self, text: str) -> None:
-        """One line above the bar."""
+        """Write one line above the bar."""
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -296,21 +276,14 @@ _UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at most so far: of the GPU's allocator, or of the whole process on a CPU."""
+    """Return the most bytes so far: of the GPU's allocator, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
 
 
 class MetricsLogger:
-    """What is told to everyone who listens.
-
-    Args:
-        log: None: this process does not lead.
-        trackers: other programs that collect curves.
-        bar: None: no progress is shown.
-        plot: whether `draw` draws.
-    """
+    """Everything that the metrics of a run go to; without a log this process writes nothing."""
 
     def __init__(
         self,
@@ -323,12 +296,12 @@ class MetricsLogger:
         self._log, self._trackers, self._bar, self._plot = log, tuple(trackers), bar, plot
 
     def tick(self, record: Record, count: int) -> None:
-        """A step is done."""
+        """Show that a step is done."""
         if self._bar is not None:
             self._bar.tick(record, count)
 
     def write(self, record: Record) -> None:
-        """A record for the log."""
+        """Write a record to the log and the trackers."""
         if self._log is not None:
             self._log.write(record)
         for tracker in self._trackers:
@@ -336,25 +309,25 @@ class MetricsLogger:
 
     @property
     def records(self) -> Sequence[Record]:
-        """What the log says so far; nothing in a process that does not lead."""
+        """Return what the log says so far; nothing in a process that does not lead."""
         return () if self._log is None else self._log.records()
 
     def warning(self, text: str) -> None:
-        """One line for people on standard error."""
+        """Write one line for people to standard error."""
         if self._bar is not None:
             self._bar.say(text)
         elif self._log is not None:
             self._log.say(text)
 
     def sync(self) -> None:
-        """Everything written so far is on the disk: the checkpoint that follows relies on it."""
+        """Flush what was written to the disk: the checkpoint that follows relies on it."""
         if self._log is not None:
             self._log.sync()
         for tracker in self._trackers:
             tracker.sync()
 
     def draw(self) -> None:
-        """The loss over the steps as `loss.png` beside the log, where matplotlib is installed."""
+        """Draw `loss.png` beside the log, where matplotlib is installed."""
         if self._log is None or not self._plot:
             return
         if find_spec("matplotlib") is None:
@@ -370,7 +343,7 @@ class MetricsLogger:
             plot_losses({name: curve}, folder / "loss.png", evaluations=found)
 
     def close(self, *, finished: bool) -> None:
-        """Nothing more will come; `finished`: the run reached its last step."""
+        """End bar and trackers; `finished`: the run reached its last step."""
         if self._bar is not None:
             self._bar.close()
         for tracker in self._trackers:
@@ -387,7 +360,7 @@ def open_metrics_logger(
     echo: bool,
     progress: bool,
 ) -> Iterator[MetricsLogger]:
-    """The logger of the steps `span` (done, of all); what an earlier run wrote after it is gone.
+    """Open the logger of the steps `span` (done, of all); later records of an earlier run go.
 
     Raises:
         ConfigError: a tracker that the recipe asks for is not installed.

@@ -1,10 +1,10 @@
-"""A vision language model while it learns: from a batch to its summed loss; knows no files.
+"""Model in training: a vision language model from a batch to its summed loss; knows no files.
 
     media --tower, projector--> features --noise--> fuse over the text --noise--> layers
           --> hidden states where something is predicted --> logits --> cross entropy
 
-A module, so that DDP and FSDP2 can wrap it. What a stage does not train is computed without
-gradients and in evaluation mode.
+A module, so that FSDP2 can wrap it. What a stage does not train is computed without gradients and
+in evaluation mode.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from lapilli.train.trainer.loss import cross_entropy_sum, noisy, noisy_samples, 
 
 
 class TrainedModel(nn.Module):
-    """`VisionLanguageModel` in training; its parameters carry `vlm.` before their names.
+    """A `VisionLanguageModel` in training; its parameters carry `vlm.` before their names.
 
     Args:
         vlm: what is trained; `stages.choose_trainable` has marked which parts of it.
@@ -55,7 +55,7 @@ class TrainedModel(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TrainedModel":
-        """Training mode for what is trained; a frozen tower stays in evaluation mode."""
+        """Set the mode of what is trained; a frozen tower stays in evaluation mode."""
         super().train(mode)
         for modality in self.vlm.modalities.values():
             tower = getattr(modality, "vision_tower", None)
@@ -64,7 +64,7 @@ class TrainedModel(nn.Module):
         return self
 
     def forward(self, batch: TrainingBatch) -> Loss:
-        """The summed loss of the batch's supervised tokens.
+        """Return the summed loss of the batch's supervised tokens.
 
         What is random in it (noise, dropout) comes from torch's own generators, which the loop
         seeds for every micro-batch.
@@ -78,16 +78,16 @@ class TrainedModel(nn.Module):
     def loss_of(
         self, hidden: Float[Tensor, "M D"], targets: Int[Tensor, " M"], batch: TrainingBatch
     ) -> Loss:
-        """Summed loss of M positions of the batch that predict M tokens."""
+        """Return the summed loss of M positions of the batch that predict M tokens."""
         logits = self.logits(hidden)
         return self.with_z_loss(Loss(cross_entropy_sum(logits, targets)), logits)
 
     def logits(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M V"]:
-        """Scores of every vocabulary entry."""
+        """Return the scores of every vocabulary entry."""
         return scores(self.vlm.logits, hidden)
 
     def with_z_loss(self, loss: Loss, logits: Float[Tensor, "M V"]) -> Loss:
-        """The loss and, while training, what holds the softmax's denominator near 1."""
+        """Add, while training, what holds the softmax's denominator near 1."""
         if not (self.z_loss and self.training):
             return loss
         z = self.z_loss * torch.logsumexp(logits.float(), dim=-1).square().sum()
@@ -95,10 +95,10 @@ class TrainedModel(nn.Module):
         return Loss(loss.total + z, parts)
 
     def hidden(self, batch: TrainingBatch) -> Float[Tensor, "B T D"]:
-        """Hidden states of every position after the final norm.
+        """Return the hidden states of every position after the final norm.
 
         Raises:
-            UnsupportedModelError: packed rows for a language model of another library.
+            UnsupportedModelError: packed sequences for a language model of another library.
         """
         language_model = self.vlm.language_model
         packed = batch.is_packed
@@ -114,7 +114,7 @@ class TrainedModel(nn.Module):
         )
 
     def _embeds(self, batch: TrainingBatch) -> Float[Tensor, "B T D"]:
-        """Text and media as vectors, in the width of the autocast where there is one."""
+        """Return text and media as vectors, in the autocast's width where there is one."""
         device = self.vlm.device
         text = self.vlm.language_model.embed(batch.input_ids.to(device))
         if torch.is_autocast_enabled(device.type):
@@ -136,7 +136,7 @@ class TrainedModel(nn.Module):
     def features(
         self, media: Sequence[object], spans: Sequence[Span]
     ) -> list[Float[Tensor, "_ D"]]:
-        """Projected features of every item; each modality sees all of its items at once.
+        """Return the projected features of every item; each modality sees its items at once.
 
         Tensors stand for what a tower made earlier; they go through the projector alone.
         """
@@ -159,7 +159,7 @@ class TrainedModel(nn.Module):
         return [found[i] for i in range(len(names))]
 
     def _pictures(self, image: ImageModality, items: Sequence[object]) -> list[Tensor]:
-        """As ImageModality.embed, with the tower outside of the graph where it is frozen."""
+        """Embed pictures, with the tower outside of the graph where it is frozen."""
         pixels = torch.cat([item.pixel_values for item in items])  # type: ignore[attr-defined]  # PreparedImage
         with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(image.vision_tower)):
             # In pieces all processes put each layer together at once, so all call it equally often.
@@ -177,7 +177,7 @@ class TrainedModel(nn.Module):
         return isinstance(self, FSDPModule)
 
     def _touch(self, batch: TrainingBatch) -> Tensor | float:
-        """Zero, with a zero gradient for every trained part that the batch does not reach.
+        """Return zero, with a zero gradient for every trained part that the batch does not reach.
 
         Processes that train together exchange the gradients of all parameters in every step; one
         without a picture would be waited for for ever.
@@ -195,7 +195,7 @@ class TrainedModel(nn.Module):
         return total
 
     def _of_nothing(self, modality: ImageModality | VectorModality) -> Tensor:
-        """What the projector, and a tower that learns or lies in pieces, make of zeros."""
+        """Return what the projector, and a tower that learns or is sharded, make of zeros."""
         device = self.vlm.device
         if isinstance(modality, VectorModality):
             seen = torch.zeros(1, modality.config.vision_size, device=device)

@@ -1,4 +1,4 @@
-"""Optimizer with its parameter groups, the learning rate of every step, and averaged weights."""
+"""Optimizer with its parameter groups, the learning-rate schedule, and averaged weights."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from lapilli.train.recipe import OptimRecipe
 
 
 def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, object]]:
-    """Trainable parameters by learning rate, with and without weight decay.
+    """Return the trainable parameters by learning rate, with and without weight decay.
 
     A parameter belongs to the projector or to the tower when its name says so. `base_lr` is the
     peak of a group; the schedule scales it.
@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, ob
 
 
 def decays(module: nn.Module, name: str, parameter: nn.Parameter, recipe: OptimRecipe) -> bool:
-    """Whether weight decay pulls at this parameter of `module`.
+    """Return whether weight decay pulls at this parameter of `module`.
 
     "original": all but biases and what norms have; "matrices": what has two axes or more.
 
@@ -49,7 +49,7 @@ def decays(module: nn.Module, name: str, parameter: nn.Parameter, recipe: OptimR
 
 
 def peak_lr(name: str, recipe: OptimRecipe) -> float:
-    """Learning rate after the warm-up of the parameter of this name."""
+    """Return the learning rate after the warm-up of the parameter of this name."""
     if "projector" in name and recipe.projector_lr is not None:
         return recipe.projector_lr
     if "vision_tower" in name and recipe.tower_lr is not None:
@@ -58,7 +58,7 @@ def peak_lr(name: str, recipe: OptimRecipe) -> float:
 
 
 def build_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.Optimizer:
-    """The optimizer over the trainable parameters; one kernel for all tensors of a group."""
+    """Return the optimizer of the trainable parameters; one kernel for a group's tensors."""
     groups = parameter_groups(model, recipe)
     if recipe.name == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, fused=True)
@@ -66,7 +66,7 @@ def build_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.Optimi
 
 
 def warmup_steps(steps: int, recipe: OptimRecipe) -> int:
-    """Steps of linear growth: as given, else a share of all, rounded up.
+    """Return the steps of linear growth: as given, else a share of all, rounded up.
 
     Source: Hugging Face TrainingArguments.get_warmup_steps.
     """
@@ -74,7 +74,7 @@ def warmup_steps(steps: int, recipe: OptimRecipe) -> int:
 
 
 def lr_share(step: int, steps: int, recipe: OptimRecipe) -> float:
-    """Part of the peak learning rate at a step (counted from 0): warm-up, then the schedule.
+    """Return the part of the peak learning rate at a step (counted from 0): warm-up, then schedule.
 
     Source: Hugging Face get_cosine_schedule_with_warmup and its siblings; `trapezoid` is
         constant, then linear.
@@ -96,14 +96,9 @@ def lr_share(step: int, steps: int, recipe: OptimRecipe) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Every group's learning rate as a part of its peak."""
+    """Set every group's learning rate to a part of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * share
-
-
-def peak_lrs(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Learning rate of every group after the warm-up."""
-    return [float(group["base_lr"]) for group in optimizer.param_groups]
 
 
 _FIRST_STEPS = 10  # how slowly the average begins to look back
@@ -135,14 +130,14 @@ class Average:
             torch._foreach_lerp_(list(self.tensors.values()), now, 1.0 - keep)
 
     def put_into_model(self) -> None:
-        """The averages become the model's weights."""
+        """Copy the averages over the model's weights."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(self.tensors[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the model has the averages; afterwards its own weights again, bit by bit."""
+        """Give the model the averages inside, and its own weights again afterwards, bit by bit."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self.put_into_model()
         try:

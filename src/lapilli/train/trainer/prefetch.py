@@ -1,4 +1,4 @@
-"""Batches made ahead by other processes, in order; knows no data: a batch is a function's value.
+"""Prefetching of batches in other processes, in order; a batch is a function's value.
 
     worker 0   batch(0, 0)   batch(0, 2) ...      item k of the run is made by worker k mod n
     worker 1   batch(0, 1)   batch(1, 0) ...
@@ -6,6 +6,10 @@
 
 A worker is a fork that has what the function closes over; tensors come back in shared memory. It
 ends when the training process does, however that ends.
+
+torch's DataLoader does the same but for two things: it raises a worker's death from a signal
+handler, in whatever the training process does at that moment, which may be the writing of a
+checkpoint, and it cannot say which samples the worker died of. It also replaces an error's text.
 """
 
 import multiprocessing
@@ -35,7 +39,7 @@ _IDLE: Final = (-1, -1)
 
 
 class WorkerError(Exception):
-    """Where in a worker an error came from; stands behind the error itself."""
+    """The place in a worker that an error came from; stands behind the error itself."""
 
 
 @dataclass(slots=True)
@@ -47,7 +51,7 @@ class _Worker:
 
 
 class ReadAhead:
-    """Asks workers for the items of `places`, and hands them out in that order.
+    """A queue of the items of `places`, made by workers and handed out in that order.
 
     Args:
         make: what makes an item.
@@ -98,7 +102,7 @@ class ReadAhead:
             raise self._death(worker) from error
 
     def take(self, step: int, micro: int) -> tuple[Any, int]:
-        """The next item, which has to be this one.
+        """Return the next item, which has to be this one.
 
         Raises:
             TrainingError: the worker that makes it died.
@@ -147,7 +151,7 @@ class ReadAhead:
 
 
 def _cause(code: int | None) -> str:
-    """A process's end in words."""
+    """Return a process's end in words."""
     if code is None:
         return "it still runs, but does not answer"
     if code >= 0:
@@ -163,7 +167,7 @@ def _cause(code: int | None) -> str:
 def _work(
     make: MakeBatch, line: Connection, making: "Array[c_int64]", foreign: Sequence[Connection]
 ) -> None:
-    """A worker: makes what it is asked for until nobody is there any more."""
+    """Make, in a worker, what is asked for until nobody is there any more."""
     for other in foreign:  # or their ends would stay open when the training process dies
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process decides when to stop
@@ -183,7 +187,7 @@ def _work(
 def _answer(
     make: MakeBatch, step: int, micro: int
 ) -> tuple[tuple[Any, int] | None, Exception | None, str]:
-    """The item, or the error and where it came from."""
+    """Return the item, or the error and where it came from."""
     try:
         return make(step, micro), None, ""
     except Exception as error:  # noqa: BLE001  raised again where the item is taken
@@ -203,7 +207,7 @@ def batches(
     *,
     describe: Describe | None = None,
 ) -> Iterator[MakeBatch]:
-    """A function that gives the items of `places` in order; without workers `make` itself."""
+    """Give a function that returns the items of `places` in order; `make` without workers."""
     if workers == 0:
         yield make
         return

@@ -1,13 +1,11 @@
-"""Trainer checkpoint in pieces, each process writing its own; read by any number of processes.
+"""Sharded trainer checkpoint: each process writes its pieces, any number of processes reads them.
 
-    folder/state/000120/     step 120: torch.distributed.checkpoint's files and values.json
-    folder/state/000160.part being written; whole only under its final name
+folder/state/000120/     step 120: torch.distributed.checkpoint's files and values.json
+folder/state/000160.part being written; whole only under its final name
 
-    model.NAME               a trained weight           all by parameter name, so that neither the
-    optimizer.NAME.KEY       its moments, its step      number of processes nor the order of the
-    average.NAME             its average                optimizer's groups matters
-
-Knows tensors and files; knows no loop.
+model.NAME               a trained weight           all by parameter name, so that neither the
+optimizer.NAME.KEY       its moments, its step      number of processes nor the order of the
+average.NAME             its average                optimizer's groups matters
 """
 
 import io
@@ -22,7 +20,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -35,7 +32,7 @@ from lapilli.errors import CheckpointError
 from lapilli.shapes import Tensor
 from lapilli.train.data.fingerprint import data_file
 from lapilli.train.distributed import ParallelContext
-from lapilli.train.trainer.contract import TrainingError
+from lapilli.train.trainer.contract import RunState, TrainingError
 from lapilli.train.trainer.state_file import (
     check_archive,
     check_moment_shape,
@@ -68,7 +65,7 @@ _NAMED: Final = frozenset(
 
 
 def gather(tensors: Mapping[str, Tensor], parallel: ParallelContext) -> dict[str, Tensor]:
-    """Whole tensors in the lead's memory, from pieces or not; nothing in the other processes.
+    """Return whole tensors in the main process's memory; nothing in the other processes.
 
     All processes have to call it, with the same names; one tensor at a time is put together.
     """
@@ -81,7 +78,7 @@ def gather(tensors: Mapping[str, Tensor], parallel: ParallelContext) -> dict[str
 
 
 def piece_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's piece of a tensor that everyone has, cut as `like` is; whole if `like` is."""
+    """Return this process's piece of a tensor that everyone has, cut as `like` is."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
     placed = whole.to(like.device)
@@ -89,55 +86,45 @@ def piece_of(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def newest_pieces(folder: Path) -> tuple[int, Path] | None:
-    """The last step of a run that was saved in pieces and whole, and where; None: there is none."""
+    """Return the last step that was saved in pieces and whole, and where; None for none."""
     found = [p for p in (folder / _FOLDER).glob("*") if p.name.isascii() and p.name.isdigit()]
     newest = max(found, key=lambda path: int(path.name), default=None)
     return None if newest is None else (int(newest.name), newest)
 
 
 def place_of(folder: Path, step: int) -> Path:
-    """Where the pieces of a step lie."""
+    """Return where the pieces of a step lie."""
     return folder / _FOLDER / f"{step:06d}"
 
 
 def save_pieces(
-    folder: Path,
-    parallel: ParallelContext,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: Mapping[str, Tensor] | None,
-    step: int,
-    values: Mapping[str, Any],
+    state: RunState, folder: Path, parallel: ParallelContext, values: Mapping[str, Any]
 ) -> None:
-    """Everything that the next step needs, each process its own pieces; all have to call it.
+    """Save what the next step needs, each process its own pieces; all have to call it.
 
     Earlier states in pieces go when this one is whole.
 
     Args:
+        state: of the run; its tensors are saved.
         folder: of the run.
         parallel: of the run.
-        model: its trainable parameters are saved.
-        optimizer: over these parameters.
-        average: of these parameters, by their names.
-        step: steps done.
-        values: anything else that JSON can hold.
+        values: what else is kept of the state; JSON can hold it.
 
     Raises:
         TrainingError: a disk does not take it, in every process; the earlier state is whole.
     """
-    place = place_of(folder, step)
+    place = place_of(folder, state.step)
     staged = place.with_name(place.name + _STAGED)
     if parallel.is_main_process:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
     parallel.wait()
-    tensors = dict(_tensors(model, optimizer, average))
+    tensors = dict(_tensors(state))
     try:
         with _without_hint():
             save(tensors, checkpoint_id=staged, no_dist=parallel.size == 1)
         if parallel.is_main_process:
-            _finish(staged, place, {**values, "step": step})
+            _finish(staged, place, values)
     except (CheckpointException, OSError) as error:
         raise TrainingError(
             f"{place} cannot be written ({_reason(error)}); the earlier checkpoint is whole. Make "
@@ -147,7 +134,7 @@ def save_pieces(
 
 
 def _finish(staged: Path, place: Path, values: Mapping[str, Any]) -> None:
-    """The staged state under its own name; earlier ones are removed."""
+    """Move the staged state under its own name, and remove earlier ones."""
     values = {**values, _DIRECTORY: data_file(staged / ".metadata").digest}
     with (staged / _VALUES).open("w", encoding="utf-8") as file:
         json.dump(values, file)
@@ -167,7 +154,7 @@ def drop_pieces(folder: Path, parallel: ParallelContext) -> None:
 
 
 def values_of(path: Path) -> dict[str, Any]:
-    """What was saved beside the tensors, with "step".
+    """Return what was saved beside the tensors, with "step".
 
     Raises:
         TrainingError: the file is missing or damaged.
@@ -189,34 +176,24 @@ def values_of(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_pieces(
-    path: Path,
-    parallel: ParallelContext,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: Mapping[str, Tensor] | None,
-) -> None:
+def load_pieces(state: RunState, path: Path, parallel: ParallelContext) -> None:
     """Fill model, optimizer and average from what any number of processes has saved.
 
-    Args:
-        path: what `newest_pieces` found.
-        parallel: of this run; it may be another one than saved the state.
-        model: whole or in pieces.
-        optimizer: over its trainable parameters; its own learning rates stay.
-        average: filled from the weights where the saved run kept none.
+    The average is filled from the weights where the saved run kept none; the optimizer keeps its
+    own learning rates.
 
     Raises:
         TrainingError: the state is of another recipe, or a file of it is missing.
     """
-    reader, parameters = _Reader(path), _trained(model)
+    reader, parameters = _Reader(path), state.trained
+    average = {} if state.average is None else state.average.tensors
     try:
         stored = reader.read_metadata().state_dict_metadata
-        _check(parameters, average or {}, stored, path)
+        _check(parameters, average, stored, path)
         moments = _empty_moments(parameters, stored)
-        tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
+        tensors = {f"model.{name}": weight for name, weight in parameters.items()}
         tensors |= {f"optimizer.{name}.{key}": value for (name, key), value in moments.items()}
-        for name, value in (average or {}).items():
+        for name, value in average.items():
             kept = f"average.{name}" in stored
             tensors |= {f"average.{name}": value} if kept else {}
         with _without_hint():  # every process with a whole model reads for itself
@@ -229,34 +206,30 @@ def load_pieces(
         squares = name.endswith((".step", ".exp_avg_sq")) and name.startswith("optimizer.")
         check_numbers(value, path, name, not_negative=squares)
     with torch.no_grad():
-        for name, value in (average or {}).items():
+        for name, value in average.items():
             if f"average.{name}" not in stored:
                 value.copy_(parameters[name])
-    _fill_optimizer(optimizer, parameters, moments)
+    _fill_optimizer(state, moments)
 
 
 @contextmanager
 def _without_hint() -> Iterator[None]:
-    """Torch tells whoever asks for a single process that it is a single process."""
+    """Silence torch, which tells whoever asks for a single process that it is one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
         yield
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor] | None
-) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in _trained(model).items():
-        yield f"model.{name}", parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
+def _tensors(state: RunState) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in state.model.named_parameters():
+        if parameter.requires_grad:
+            yield f"model.{name}", parameter.detach()
+        for key, value in state.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 yield f"optimizer.{name}.{key}", value
-    for name, value in (average or {}).items():
-        yield f"average.{name}", value
+    if state.average is not None:
+        for name, value in state.average.tensors.items():
+            yield f"average.{name}", value
 
 
 class _Reader(FileSystemReader):
@@ -289,7 +262,7 @@ class _Reader(FileSystemReader):
 
 
 class _Directory(pickle.Unpickler):
-    """Reads what torch has pickled about the pieces, and nothing that would run code."""
+    """An unpickler of what torch has written about the pieces; it runs no code."""
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401  a class or a value
         """Return one of the few things that a directory names."""
@@ -323,9 +296,9 @@ def _check(
 
 
 def _empty_moments(
-    parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Any]
+    parameters: Mapping[str, Tensor], stored: Mapping[str, Any]
 ) -> dict[tuple[str, str], Tensor]:
-    """Room for what the optimizer keeps of each parameter, in pieces where that is."""
+    """Return room for what the optimizer keeps of each parameter, in pieces where that is."""
     made: dict[tuple[str, str], Tensor] = {}
     for full, entry in stored.items():
         if not full.startswith("optimizer."):
@@ -333,27 +306,23 @@ def _empty_moments(
         name, _, key = full.removeprefix("optimizer.").rpartition(".")
         parameter, dtype = parameters[name], entry.properties.dtype
         if entry.size == parameter.shape:
-            made[name, key] = torch.zeros_like(parameter.detach(), dtype=dtype)
+            made[name, key] = torch.zeros_like(parameter, dtype=dtype)
         else:
             made[name, key] = torch.zeros(entry.size, dtype=dtype, device=parameter.device)
     return made
 
 
-def _fill_optimizer(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    moments: Mapping[tuple[str, str], Tensor],
-) -> None:
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+def _fill_optimizer(state: RunState, moments: Mapping[tuple[str, str], Tensor]) -> None:
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    order = [names[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
+    kept: dict[int, dict[str, Tensor]] = {}
     for (name, key), value in moments.items():
-        state.setdefault(order.index(name), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        kept.setdefault(order.index(name), {})[key] = value
+    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": kept})
 
 
 def _reason(error: BaseException) -> str:
-    """The first failure of the processes, without their tracebacks."""
+    """Return the first failure of the processes, without their tracebacks."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (failure, _) = next(iter(error.failures.items()))
         return f"process {rank}: {first_line(failure)}"

@@ -10,16 +10,13 @@ before any of it is used (state_file.py).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
-from lapilli.train.trainer.contract import Plain, TrainingError
-from lapilli.train.trainer.optim import Average
+from lapilli.train.trainer.contract import Best, RunState, TrainingError
 from lapilli.train.trainer.sharded import (
     drop_pieces,
     gather,
@@ -43,57 +40,22 @@ _STATE = "state.pt"
 _BEST = "best.pt"
 
 
-@dataclass(frozen=True, slots=True)
-class Best:
-    """The evaluation with the lowest loss so far."""
-
-    step: int
-    eval_loss: float
-
-
-@dataclass(slots=True)
-class RunState:
-    """Where a run stands; everything else is a function of its fingerprint and the step.
-
-    Attributes:
-        skipped: samples so far that could not be read.
-        fingerprint: what makes it another run, by the recipe's names; None: its task does not say.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    average: Average | None = None
-    step: int = 0
-    skipped: int = 0
-    best: Best | None = None
-    fingerprint: Mapping[str, Plain] | None = None
-
-    @property
-    def trained(self) -> dict[str, torch.Tensor]:
-        """The weights that the run changes, by parameter name."""
-        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-
-
 def save_state(state: RunState, folder: Path, parallel: ParallelContext = SINGLE_PROCESS) -> Path:
-    """Everything that the next step needs, and where it lies.
+    """Save everything that the next step needs; return where it lies.
 
     Raises:
         TrainingError: no room on the disk; the earlier checkpoint is whole.
     """
     best = None if state.best is None else (state.best.step, state.best.eval_loss)
-    average = None if state.average is None else state.average.tensors
     fingerprint = None if state.fingerprint is None else dict(state.fingerprint)
-    values = {"best": best, "skipped": state.skipped, "identity": fingerprint}
+    values = {
+        "step": state.step,
+        "best": best,
+        "skipped": state.skipped,
+        "identity": fingerprint,
+    }
     if parallel.is_sharded:
-        save_pieces(
-            folder,
-            parallel,
-            model=state.model,
-            optimizer=state.optimizer,
-            average=average,
-            step=state.step,
-            values=values,
-        )
+        save_pieces(state, folder, parallel, values)
         if parallel.is_main_process:
             (folder / _STATE).unlink(missing_ok=True)  # of earlier steps
         return place_of(folder, state.step)
@@ -101,10 +63,9 @@ def save_state(state: RunState, folder: Path, parallel: ParallelContext = SINGLE
     if not parallel.is_main_process:
         return path
     content = {
-        "step": state.step,
         "model": state.trained,
         "optimizer": state.optimizer.state_dict(),
-        "average": average,
+        "average": None if state.average is None else state.average.tensors,
         **values,
     }
     write_state_file(content, path)
@@ -113,12 +74,12 @@ def save_state(state: RunState, folder: Path, parallel: ParallelContext = SINGLE
 
 
 def holds_state(folder: Path) -> bool:
-    """Whether a run can go on from what lies in `folder`."""
+    """Return whether a run can go on from what lies in `folder`."""
     return (folder / _STATE).exists() or newest_pieces(folder) is not None
 
 
 def load_state(state: RunState, folder: Path, parallel: ParallelContext = SINGLE_PROCESS) -> bool:
-    """Go on from the checkpoint in `folder`; False and nothing changed where there is none.
+    """Load the checkpoint in `folder`; False and nothing changed where there is none.
 
     Raises:
         TrainingError: the checkpoint is damaged, or of another run: other batches, other weights,
@@ -131,10 +92,7 @@ def load_state(state: RunState, folder: Path, parallel: ParallelContext = SINGLE
         values = values_of(pieces[1])
         found = checked_values(values, pieces[1])
         check_fingerprint(state.fingerprint, values.get("identity"), pieces[1])
-        average = None if state.average is None else state.average.tensors
-        load_pieces(
-            pieces[1], parallel, model=state.model, optimizer=state.optimizer, average=average
-        )
+        load_pieces(state, pieces[1], parallel)
         _go_on(state, found)
         return True
     if content is None:
@@ -160,14 +118,14 @@ def _go_on(state: RunState, found: tuple[int, int, tuple[int, float] | None]) ->
 
 
 def _put(whole: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor]) -> None:
-    """Saved tensors over our own, of which this process may have pieces."""
+    """Copy saved tensors over our own, of which this process may have pieces."""
     with torch.no_grad():
         for name, value in whole.items():
             ours[name].copy_(piece_of(value, ours[name]))
 
 
 def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[int, dict[str, Any]]) -> None:
-    """The moments of the checkpoint under the recipe's own learning rates and decay."""
+    """Load the moments of the checkpoint under the recipe's own learning rates and decay."""
     owners = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         number: {key: _piece(value, owners[number]) for key, value in kept.items()}
@@ -181,7 +139,7 @@ def _piece(value: Any, parameter: torch.Tensor) -> Any:  # noqa: ANN401  whateve
 
 
 def save_best(state: RunState, folder: Path, parallel: ParallelContext = SINGLE_PROCESS) -> None:
-    """The weights of this moment as the best so far: the averages where the run keeps them."""
+    """Save the weights of this moment as the best so far: the averages where the run keeps them."""
     if state.best is None:
         return
     weights = state.trained if state.average is None else state.average.tensors
@@ -194,11 +152,7 @@ def save_best(state: RunState, folder: Path, parallel: ParallelContext = SINGLE_
 
 
 def load_best(state: RunState, folder: Path) -> None:
-    """Put the best weights into the model.
-
-    Raises:
-        TrainingError: the file is missing, damaged or of another recipe.
-    """
+    """Put the best weights into the model; see `read_best`."""
     _put(read_best(state, folder), state.trained)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from lapilli.checkpoint.write.files import flush_path
 from lapilli.shapes import Tensor
 from lapilli.train.trainer.contract import Plain, TrainingError
 
@@ -29,7 +30,7 @@ _DIGEST = "digest"
 
 
 def write_whole(content: Any, path: Path) -> None:  # noqa: ANN401  whatever torch.save takes
-    """torch.save that replaces `path` at once, when every byte is on the disk.
+    """Write what torch.save takes, and replace `path` at once when every byte is on the disk.
 
     A tensor takes its own bytes: of a view of a mapped checkpoint torch.save would write the whole
     checkpoint.
@@ -44,7 +45,7 @@ def write_whole(content: Any, path: Path) -> None:  # noqa: ANN401  whatever tor
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
-        _sync_folder(path.parent)
+        flush_path(path.parent)
     except (OSError, RuntimeError) as error:
         if _disk_error(error) is None:
             raise
@@ -55,7 +56,7 @@ def write_whole(content: Any, path: Path) -> None:  # noqa: ANN401  whatever tor
 
 
 def write_state_file(content: Mapping[str, Any], path: Path) -> None:
-    """The same with a digest of the content, which `read_state_file` compares.
+    """Write a file with a digest of its content, which `read_state_file` compares.
 
     Raises:
         TrainingError: the disk does not take it; `path` is as it was.
@@ -95,7 +96,7 @@ def _loaded(path: Path, size: int) -> dict[str, Any]:
 
 
 def damaged(path: Path, what: str) -> TrainingError:
-    """The error that says what is wrong with a saved state, and what to do."""
+    """Return the error that says what is wrong with a saved state, and what to do."""
     return TrainingError(
         f"{path} is damaged or no state of a run ({what}): put back a copy of it, or train into "
         "another folder"
@@ -103,7 +104,7 @@ def damaged(path: Path, what: str) -> TrainingError:
 
 
 def first_line(error: BaseException) -> str:
-    """What a parser said, short enough for one line."""
+    """Return what a parser said, short enough for one line."""
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
@@ -113,12 +114,8 @@ def check_archive(file: BufferedReader | BytesIO, size: int) -> None:
 
     torch.load neither compares checksums nor asks how much a compressed entry will become.
 
-    Args:
-        file: that can be sought.
-        size: its bytes.
-
     Raises:
-        zipfile.BadZipFile: no archive, a wrong checksum, or entries larger than the file.
+        zipfile.BadZipFile: no archive, a wrong checksum, or entries larger than `size` bytes.
         OSError, ValueError, RuntimeError, NotImplementedError: of a damaged directory.
     """
     with zipfile.ZipFile(file) as archive:
@@ -133,10 +130,10 @@ def check_archive(file: BufferedReader | BytesIO, size: int) -> None:
 
 
 def content_digest(content: object, *, most: int | None = None) -> str:
-    """SHA-256 of nested containers of tensors and plain values.
+    """Return the SHA-256 of nested containers of tensors and plain values; their order counts.
 
     Args:
-        content: dictionaries, lists, tuples; their order counts.
+        content: dictionaries, lists, tuples.
         most: bytes and values that it may have; a damaged file can name one tensor many times.
 
     Raises:
@@ -161,7 +158,7 @@ def content_digest(content: object, *, most: int | None = None) -> str:
 
 
 def _leaves(content: object, place: str = "") -> Iterator[tuple[str, Any]]:
-    """What is no container, with where it is; an empty container is a leaf."""
+    """Yield what is no container, with where it is; an empty container is a leaf."""
     inside: list[tuple[object, object]] = []
     if isinstance(content, Mapping):
         inside = list(content.items())
@@ -174,7 +171,7 @@ def _leaves(content: object, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _cut_out(content: Any) -> Any:  # noqa: ANN401  nested containers
-    """The same content; tensors on the CPU have a storage of their own bytes and no more."""
+    """Return the content with tensors whose storage has their own bytes and no more."""
     if isinstance(content, Tensor):
         return _alone(content)
     if isinstance(content, Mapping):
@@ -205,7 +202,7 @@ def _no_room(path: Path, needed: int, error: OSError | None) -> str:
 
 
 def _disk_error(error: BaseException) -> OSError | None:
-    """What the disk said: torch's writer answers a failed write with an error of its own."""
+    """Return what the disk said: torch's writer answers a failed write with its own error."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError):
@@ -214,20 +211,10 @@ def _disk_error(error: BaseException) -> OSError | None:
     return None
 
 
-def _sync_folder(folder: Path) -> None:
-    """A rename is on the disk only when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 _ADVICE = "go on with the recipe that began the run, or train into another folder"
 _RENAMED = {"run.accumulate": "run.gradient_accumulation_steps"}  # recipe keys of earlier versions
-_NOT_NEGATIVE = frozenset(
-    {"step", "exp_avg_sq", "max_exp_avg_sq"}
-)  # counts and averages of squares
+# Counts and averages of squares.
+_NOT_NEGATIVE = frozenset({"step", "exp_avg_sq", "max_exp_avg_sq"})
 
 
 def checked_values(
@@ -319,11 +306,6 @@ def checked_moments(
 ) -> dict[int, dict[str, Any]]:
     """Return what the optimizer of the saved run kept of each parameter, by its number.
 
-    Args:
-        optimizer: of this run, over the same groups.
-        saved: its `state_dict` as the file has it.
-        path: of the file.
-
     Raises:
         TrainingError: other groups, or moments that no parameter of ours can have.
     """
@@ -364,27 +346,20 @@ def _check_moment(value: object, parameter: Tensor, path: Path, what: str, key: 
 def check_moment_shape(
     shape: Sequence[int], parameter: Tensor, key: str, path: Path, what: str
 ) -> None:
-    """Refuse a moment that is not of the shape of its parameter; "step" is one number.
-
-    Raises:
-        TrainingError: it is of another.
-    """
+    """Refuse a moment that is not of the shape of its parameter; "step" is one number."""
     expected = () if key == "step" else tuple(parameter.shape)
     if tuple(shape) != expected:
         raise damaged(path, f"{what} has the shape {tuple(shape)}, expected {expected}")
 
 
 def check_numbers(value: Tensor, path: Path, what: str, *, not_negative: bool = False) -> None:
-    """Refuse what is no plain tensor of finite floats.
+    """Refuse what is no plain tensor of finite floats; of pieces a process looks at its own.
 
     Args:
-        value: whole, or in pieces of which this process looks at its own.
+        value: the tensor.
         path: of the file.
         what: the tensor, for the message.
         not_negative: it holds counts or averages of squares.
-
-    Raises:
-        TrainingError: it is not.
     """
     own = value.to_local() if isinstance(value, DTensor) else value
     is_plain = own.layout == torch.strided and not (own.is_meta or own.is_nested)
@@ -397,12 +372,12 @@ def check_numbers(value: Tensor, path: Path, what: str, *, not_negative: bool = 
 
 
 def is_count(value: object) -> bool:
-    """Whether this is a whole number from zero to 2^53, and no truth value."""
+    """Return whether this is a whole number from zero to 2^53, and no truth value."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**53
 
 
 def is_number(value: object) -> bool:
-    """Whether this is a finite number, and no truth value."""
+    """Return whether this is a finite number, and no truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -1,4 +1,4 @@
-"""One optimizer step over the micro-batches of all processes; knows no schedule.
+"""Training step: one optimizer step over the micro-batches of all processes; knows no schedule.
 
     sum of a micro-batch x scale -> backward, all of them -> gradients summed -> clip -> update
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812  torch's own habit
 from torch.overrides import TorchFunctionMode
 
 from lapilli.shapes import Float, Tensor
-from lapilli.train.distributed import ParallelContext
+from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
 from lapilli.train.recipe import TrainerRecipe
 from lapilli.train.trainer.contract import Loss, Task, TrainingError
 from lapilli.train.trainer.loss import scales
@@ -46,7 +46,7 @@ class NotFiniteError(ArithmeticError):
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What a step did.
+    """The outcome of a step.
 
     Attributes:
         metrics: loss and its parts per supervised thing, the gradients' norm.
@@ -61,43 +61,31 @@ class StepRecord:
     stop: bool
 
 
-@dataclass(frozen=True, slots=True)
-class StepContext:
-    """Where a step stands in its run.
-
-    Attributes:
-        step: counted from 0.
-        parallel: this process among all.
-        asked_to_stop: whether this process should end.
-    """
-
-    step: int
-    parallel: ParallelContext
-    asked_to_stop: Callable[[], bool]
-
-
 def take_step(
     task: Task,
     optimizer: torch.optim.Optimizer,
     recipe: TrainerRecipe,
     made: Made,
     *,
-    at: StepContext,
+    step: int,
+    parallel: ParallelContext = SINGLE_PROCESS,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> StepRecord:
     """Learn from the micro-batches `made` (by their number) of this process.
 
     What torch draws meanwhile (dropout) is a function of the seed, the step and the micro-batch.
+    Whether the run should stop is asked after the backward pass.
 
     Raises:
         NotFiniteError: in every process at once.
     """
-    run, parallel = recipe.run, at.parallel
+    run = recipe.run
     counts = [made[m][1] if m in made else 0 for m in range(run.gradient_accumulation_steps)]
     counts = parallel.sum_counts(counts)
     weights = scales(counts, run.reduction)
     losses: list[Loss] = []
     for micro, (batch, _) in made.items():
-        torch.manual_seed(random_seed(run.seed, at.step, micro))
+        torch.manual_seed(random_seed(run.seed, step, micro))
         with _attention(task.model, recipe):
             with precision(task.model, recipe):
                 loss = task.loss(batch)
@@ -107,7 +95,7 @@ def take_step(
     parallel.sum_gradients(trainable)
     norm = parallel.clip(trainable, recipe.optim.max_grad_norm)
     metrics = _weighted(losses, [weights[micro] for micro in made])
-    beside = {"stop": float(at.asked_to_stop()), "skipped": float(_num_skipped(made))}
+    beside = {"stop": float(asked_to_stop()), "skipped": float(_num_skipped(made))}
     metrics = parallel.sum_floats({**metrics, **beside})
     asked, skipped = metrics.pop("stop") > 0, int(metrics.pop("skipped"))
     _check_finite(metrics, norm, losses, made)
@@ -122,24 +110,24 @@ def _num_skipped(made: Made) -> int:
 
 
 def random_seed(seed: int, step: int, micro: int) -> int:
-    """One number for what is drawn while a micro-batch is learned from."""
+    """Return one number for what is drawn while a micro-batch is learned from."""
     made = np.random.SeedSequence([seed, step, micro, 37]).generate_state(1, np.uint64)
     return int(made[0] >> np.uint64(1))
 
 
 def precision(model: nn.Module, recipe: TrainerRecipe) -> torch.autocast:
-    """What forward passes are computed in; weights keep their own."""
+    """Return the autocast of forward passes; weights keep their own dtype."""
     enabled = recipe.run.precision == "bfloat16"
     return torch.autocast(device_of(model).type, torch.bfloat16, enabled=enabled)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model computes."""
+    """Return where the model computes."""
     return next(model.parameters()).device
 
 
 def _attention(model: nn.Module, recipe: TrainerRecipe) -> AbstractContextManager[object]:
-    """On a CPU attention that is fast backwards.
+    """Return the mode in which attention is fast backwards on a CPU.
 
     Not with gradient checkpointing: torch leaves the mode before it runs a backward pass, so that
     layers would be computed again in another way than the first time.
@@ -149,7 +137,7 @@ def _attention(model: nn.Module, recipe: TrainerRecipe) -> AbstractContextManage
 
 
 def _weighted(losses: Sequence[Loss], weights: Sequence[float]) -> dict[str, float]:
-    """Loss and parts per supervised thing, summed in double precision on the host."""
+    """Return loss and parts per supervised thing, summed in double precision on the host."""
     metrics = {"loss": 0.0}
     for loss, weight in zip(losses, weights, strict=True):
         metrics["loss"] += float(loss.total) * weight
@@ -174,7 +162,7 @@ def _bad(loss: Loss) -> bool:
 
 
 class PlainAttention(TorchFunctionMode):
-    """Inside `with PlainAttention():` scaled_dot_product_attention without a mask is plain."""
+    """A mode in which scaled_dot_product_attention without a mask is `plain_attention`."""
 
     def __torch_function__(
         self,
@@ -183,7 +171,7 @@ class PlainAttention(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401  torch's protocol
-        """The replacement where it applies, everything else as it is."""
+        """Call the replacement where it applies, everything else as it is."""
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention and _applies(args, kwargs):
             return plain_attention(*args[:3], is_causal=kwargs.get("is_causal", False))
@@ -207,7 +195,7 @@ def plain_attention(
     *,
     is_causal: bool,
 ) -> Float[Tensor, "B Q T A"]:
-    """softmax(q k^T / sqrt(A)) v; twin of torch's fused function."""
+    """Return softmax(q k^T / sqrt(A)) v; twin of torch's fused function."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, Q, T, T]
     if is_causal:
         length = scores.shape[-1]
@@ -219,7 +207,7 @@ def plain_attention(
 def stopped_at(
     error: NotFiniteError, step: int, folder: Path, parallel: ParallelContext
 ) -> TrainingError:
-    """The error that ends the run; this process's batches are in `folder/bad_batch.pt`.
+    """Return the error that ends the run, and keep this process's batches in `folder/bad_batch.pt`.
 
     The file is a list of {step, micro, ids, batch}, the batch as plain containers, so that
     torch.load needs no class of ours.
@@ -249,7 +237,7 @@ def _ids(batch: object) -> list[str]:
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401  a task's own type
-    """Dataclasses as dicts, arrays as tensors; what is neither is given as its text."""
+    """Return dataclasses as dicts, arrays as tensors, and what is neither as its text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Mapping):

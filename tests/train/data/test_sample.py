@@ -234,7 +234,7 @@ def test_keys_that_say_what_is_asked_are_noted():
     assert read({"conversations": [*turns("Q"), answer]}).notes == ()
 
 
-def test_names_are_resolved():
+def test_names_of_pictures_are_resolved():
     record = {"image": "a", "conversations": turns("<image>", "A")}
     sample = read(record, resolve=lambda name: f"folder/{name}")
     assert sample.media == (MediaPart("folder/a"),)
@@ -393,7 +393,7 @@ JSON = st.recursive(
         (["a b"], -1),
     ],
 )
-def test_words_tell_the_kind(record, expected):
+def test_the_sign_of_the_words_tells_whether_there_are_pictures(record, expected):
     assert signed_words(record) == expected
 
 

@@ -18,7 +18,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES, st.booleans())
-def test_what_was_written_is_read(value, is_ascii):
+def test_json_is_read_as_pythons_own_reader_does(value, is_ascii):
     assert decode(json.dumps(value, ensure_ascii=is_ascii).encode("utf-8", "replace"), "x") == (
         json.loads(json.dumps(value, ensure_ascii=is_ascii).encode("utf-8", "replace"))
     )
@@ -41,10 +41,10 @@ def test_what_was_written_is_read(value, is_ascii):
         (b"", r"Expecting value at character 1, found the end"),
     ],
 )
-def test_what_is_wrong_is_named(data, expected):
+def test_invalid_json_is_refused_with_its_place(data, expected):
     with pytest.raises(DataError, match=rf"^d.jsonl:7: no valid JSON: .*{expected}"):
         decode(data, "d.jsonl:7")
 
 
-def test_a_mark_of_byte_order_is_no_text():
+def test_a_byte_order_mark_is_skipped():
     assert decode('{"a": "é"}'.encode("utf-8-sig"), "x") == {"a": "é"}
