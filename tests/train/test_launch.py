@@ -13,7 +13,7 @@ from lapilli.errors import ConfigError, DataError
 from lapilli.lora import adapter_tensors
 from lapilli.train.build import Joint, build_llava
 from lapilli.train.distributed import SINGLE_PROCESS, joined
-from lapilli.train.launch import launch
+from lapilli.train.launch import launch, locked
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -92,6 +92,15 @@ def test_results_replace_those_of_their_own_run_alone(recipe_of, start, tmp_path
     )  # it goes on
     with pytest.raises(ConfigError, match="has done 3 steps, and this recipe has 2"):
         launch(recipe_of("align"), tmp_path / "run", parallel=SINGLE_PROCESS)
+
+
+def test_a_folder_has_one_run_at_a_time(recipe_of, tmp_path):
+    folder = tmp_path / "run"
+    with locked(folder), pytest.raises(ConfigError, match=r"another run trains into .*run: wait"):
+        launch(recipe_of(), folder, parallel=SINGLE_PROCESS)
+    assert not (folder / "log.jsonl").exists()
+    launch(recipe_of(), folder, parallel=SINGLE_PROCESS)
+    assert (folder / "model" / "config.json").exists()
 
 
 def losses(folder):

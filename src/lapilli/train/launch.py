@@ -4,6 +4,10 @@ start -> what could not be saved is refused -> steps -> FOLDER/model, also on th
 small -> the exam, which asks what was saved -> model card
 """
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,25 +50,56 @@ def launch(
         progress: a progress bar on stderr.
 
     Raises:
-        ConfigError: something else lies where the results would.
+        ConfigError: something else lies where the results would, or another run writes there.
         LapilliError: see build_task, Results.of and train.
     """
     check_output_folder(folder, recipe)
     task = build_task(recipe, parallel)
     saver = _Saver(task, Results.of(task.loaded, recipe), folder / RESULTS)
-    train(
-        task,
-        recipe,
-        folder,
-        parallel=parallel,
-        echo=echo,
-        progress=progress,
-        on_save=saver.on_the_way,
-    )
-    saver.save(card=not recipe.run.exam)
-    if recipe.run.exam:
-        saver.examine(echo=echo)
+    with locked(folder) if parallel.is_main_process else nullcontext():
+        train(
+            task,
+            recipe,
+            folder,
+            parallel=parallel,
+            echo=echo,
+            progress=progress,
+            on_save=saver.on_the_way,
+        )
+        saver.save(card=not recipe.run.exam)
+        if recipe.run.exam:
+            saver.examine(echo=echo)
     return task
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make this the only run that writes to `folder`, where the system can do that.
+
+    The system lets go of the lock when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another run writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another run trains into {folder}: wait for it, or give another folder as --out"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(number)
 
 
 def check_output_folder(folder: Path, recipe: Recipe) -> None:
