@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def export(shop: Workshop, folder: Path) -> None:
-    """The finished model as files in the original layout."""
+    """Write the finished model as files in the original layout."""
     reader = shop.finished_reader()
     export_llava(
         folder,

@@ -77,7 +77,7 @@ UNHEARD: Final = (
 
 
 def blind_question(scene: Scene, rng: Rng) -> Question:
-    """A question without a picture; the scene is only what a question of the world comes from."""
+    """Return a question without a picture; the scene only says which questions there are."""
     kind = rng.random()
     if kind < 0.45:
         text = pick(rng, draw_questions(scene, rng)).text
@@ -93,7 +93,7 @@ def blind_question(scene: Scene, rng: Rng) -> Question:
 
 
 def needs_picture(text: str) -> Question:
-    """The question with its only answer."""
+    """Return the question with its only answer."""
     return Question(skill="no picture", text=text, answer=NEEDS_PICTURE)
 
 

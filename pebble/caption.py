@@ -12,12 +12,12 @@ _PREPOSITIONS = {"left": "on the left", "right": "on the right", "centre": "in t
 
 
 def at_place(place: str) -> str:
-    """The place with its preposition: "at the top left", "in the centre"."""
+    """Return the place with its preposition: "at the top left", "in the centre"."""
     return _PREPOSITIONS.get(place, f"at the {place}")
 
 
 def with_article(phrase: str) -> str:
-    """The phrase after "a" or "an"."""
+    """Return the phrase after "a" or "an"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
@@ -39,14 +39,14 @@ def full_name(item: Object) -> str:
 
 
 def _written(writing: Writing) -> str:
-    """What is written: "the number 42"."""
+    """Return what is written: "the number 42"."""
     if writing.is_small:
         return f"text {TOO_SMALL}"
     return f"the {'number' if writing.is_number else 'word'} {writing.text}"
 
 
 def caption(scene: Scene) -> str:
-    """The complete description, objects in reading order.
+    """Return the complete description, objects in reading order.
 
     This is what the tower is trained on and what "Describe the image." is answered with.
     """
@@ -58,7 +58,7 @@ def caption(scene: Scene) -> str:
 
 
 def listing(scene: Scene) -> str:
-    """The short description, which "What is in this picture?" is answered with."""
+    """Return the short description, which "What is in this picture?" is answered with."""
     if scene.writing is not None:
         return joined([_written(one) for one in scene.writings])
     if scene.digit is not None:

@@ -93,7 +93,7 @@ def caption_sample(scene: Scene) -> Sample:
 def text_sample(
     scene: Scene, rng: np.random.Generator, *, least: int = 6, most: int = 10
 ) -> Sample:
-    """The same questions with the caption in the place of the picture.
+    """Return the same questions with the caption in the place of the picture.
 
     A language model learns from these what counting and comparing places mean before it sees a
     picture.
@@ -105,7 +105,7 @@ def text_sample(
 def as_sample(
     name: str, turns: Sequence[Question], *, opening: str, image: str | None, first: int = 0
 ) -> Sample:
-    """Turns in LLaVA's layout; `opening` stands before the question of turn `first`."""
+    """Return turns in LLaVA's layout; `opening` stands before the question of turn `first`."""
     values: list[dict[str, str]] = []
     for i, turn in enumerate(turns):
         text = opening + turn.text if i == first else turn.text

@@ -16,7 +16,7 @@ _HELD_OUT_SHARE: Final = 0.2
 
 @lru_cache(maxsize=1)
 def digit_scans() -> tuple[NDArray[np.uint8], tuple[int, ...]]:
-    """Scans as uint8 [1797, 8, 8] with ink 0 to 255, and their values."""
+    """Return scans as uint8 [1797, 8, 8] with ink 0 to 255, and their values."""
     from sklearn.datasets import load_digits
 
     bundle = load_digits()

@@ -24,7 +24,7 @@ PAD_RGB: Final = (122, 116, 104)  # CLIP's mean colour, as the original pads
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture of `scene.size`."""
+    """Return the scene as an RGB picture of `scene.size`."""
     rng = np.random.default_rng([scene.seed, 11])
     picture = Image.fromarray(_background(scene.background, scene.size, rng))
     for item in scene.objects:
@@ -99,7 +99,7 @@ def _paste(
 
 
 def _object_mask(item: Object, unit: float) -> Image.Image:
-    """The object's shape in a square box, 0 to 255."""
+    """Return the object's shape in a square box, 0 to 255."""
     diameter = item.diameter * unit
     factor = 6 if diameter < 40 else 3 if diameter < 120 else 2
     side = math.ceil(diameter * 1.4)

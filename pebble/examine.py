@@ -42,7 +42,7 @@ def words_of_scene(patches: int) -> SceneFeatures:
 
 
 def seen_by(tower: VisionTransformer) -> SceneFeatures:
-    """What the tower makes of the drawn picture."""
+    """Return what the tower makes of the drawn picture."""
 
     def features(scene: Scene) -> Tensor:
         pixels = model_pixels(draw(scene), tower.config.image_size)
@@ -101,7 +101,7 @@ def _prompt(
 
 
 def messages_of(item: ExamItem, picture: object | None) -> list[Message]:
-    """The question with what was said before it; a picture stands in the first turn."""
+    """Return the question with what was said before it; a picture stands in the first turn."""
     messages = []
     for question, answer in item.history:
         messages += [Message.user(question), Message.assistant(answer)]

@@ -122,7 +122,7 @@ def tokenizer_config(max_length: int) -> dict[str, object]:
 def _joined(
     config: ModelConfig, *, language_model: nn.Module, projector: nn.Module, tower: nn.Module
 ) -> VisionLanguageModel:
-    """The whole model around parts that were trained apart."""
+    """Return the whole model around parts that were trained apart."""
     model = build_model(config)
     image = model.modalities["image"]
     image.vision_tower, image.projector = tower, projector

@@ -77,7 +77,7 @@ def characters(writing: Writing, size: ImageSize) -> tuple[Glyph, ...]:
 
 
 def _inside(share: tuple[float, float], mask: Image.Image, size: ImageSize) -> tuple[float, float]:
-    """A centre that keeps the mask inside: `share` 0 puts it at one edge, 1 at the other."""
+    """Return a centre that keeps the mask inside: `share` 0 puts it at one edge, 1 at the other."""
     room_y = max(size.height - mask.height, 0)
     room_x = max(size.width - mask.width, 0)
     y = (mask.height / 2 + share[0] * room_y) / size.height
@@ -138,7 +138,7 @@ def digit_mask(digit: Digit, size: ImageSize) -> tuple[Image.Image, tuple[float,
 
 
 def _fitted(mask: Image.Image, size: ImageSize, extent: float) -> Image.Image:
-    """The mask scaled to fill `extent` of the picture in its tighter direction."""
+    """Return the mask scaled to fill `extent` of the picture in its tighter direction."""
     scale = extent * min(size.width / mask.width, size.height / mask.height)
     target = (max(round(mask.width * scale), 1), max(round(mask.height * scale), 1))
     return mask.resize(target, Image.Resampling.BICUBIC)

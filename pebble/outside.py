@@ -18,7 +18,7 @@ Rng = np.random.Generator
 
 
 def outside_picture(seed: int, kind: OutsideKind | None = None) -> Image.Image:
-    """An RGB picture of 96 to 640 pixels; the same seed and kind give the same picture.
+    """Return an RGB picture of 96 to 640 pixels; the same seed and kind give the same picture.
 
     Args:
         seed: any non-negative integer.
@@ -94,7 +94,7 @@ def _crowd(size: ImageSize, rng: Rng) -> Image.Image:
 
 
 def _page(size: ImageSize, rng: Rng) -> Image.Image:
-    """A screenful of small text in lines, with a bar on top: a document or a screenshot."""
+    """Return a screenful of small text in lines, with a bar on top: a document or a screenshot."""
     picture = Image.new("RGB", (size.width, size.height), (250, 250, 248))
     brush = ImageDraw.Draw(picture)
     tone = tuple(int(value) for value in rng.integers(30, 200, size=3))

@@ -95,7 +95,7 @@ def contrast(one: Rgb, other: Rgb) -> float:
 def visible_shade(
     colour: str, grounds: tuple[Rgb, ...], rng: np.random.Generator, *, strokes: bool = False
 ) -> Rgb | None:
-    """A shade of the colour that stands out from every ground, or None where none was found.
+    """Return a shade of the colour that stands out from every ground, or None where none was found.
 
     Args:
         colour: one of `COLOURS`.

@@ -104,7 +104,7 @@ class QueriesAndKeys(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401  torch's protocol
-        """The function itself."""
+        """Return the function itself."""
         if func in (F.scaled_dot_product_attention, attention_backward):
             self.layers.append((args[0], args[1]))
         return func(*args, **(kwargs or {}))
@@ -137,7 +137,7 @@ def looks(
     scene: Scene,
     side: int,
 ) -> Looks:
-    """What the positions of a conversation about one picture should look at.
+    """Return what the positions of a conversation about one picture should look at.
 
     Args:
         prompt: the conversation, encoded; its one span is the picture, all side * side patches.
@@ -202,7 +202,7 @@ class _Reading:
         return asked
 
     def _side(self, turn: Question) -> int | None:
-        """The position of "left" in "to the left of"."""
+        """Return the position of "left" in "to the left of"."""
         word = _SIDE.search(turn.side)
         if word is None:
             return None
@@ -253,12 +253,12 @@ class _Reading:
         return match.start()
 
     def _position(self, place: int) -> int:
-        """The position whose token holds the character."""
+        """Return the position whose token holds the character."""
         return bisect_right(self.starts, place) - 1
 
 
 def _text(prompt: EncodedPrompt, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """The row's text without its pictures, and where in it every position starts."""
+    """Return the row's text without its pictures, and where in it every position starts."""
     under = {i for span in prompt.spans for i in range(span.start, span.start + span.length)}
     text, starts = "", []
     for i, index in enumerate(prompt.input_ids):
@@ -270,7 +270,7 @@ def _text(prompt: EncodedPrompt, tokenizer: Tokenizer) -> tuple[str, list[int]]:
 
 
 def collate_looks(rows: Sequence[Sequence[Look]], length: int) -> Pointers:
-    """The looks of a batch whose rows are padded to `length`."""
+    """Return the looks of a batch whose rows are padded to `length`."""
     entries = [
         (row, look.position, group, 1.0 / len(look.groups))
         for row, items in enumerate(rows)

@@ -56,7 +56,7 @@ class PoolSpec:
             )
 
     def scene(self, seed: int) -> Scene:
-        """The scene that a pool of this kind holds for the seed."""
+        """Return the scene that a pool of this kind holds for the seed."""
         return wide_scene(seed, crowds=self.crowds)
 
     @property
@@ -66,7 +66,7 @@ class PoolSpec:
 
 
 def draw_pool(folder: Path, spec: PoolSpec, *, workers: int = 2) -> "Pool":
-    """The pool in this folder, drawn as far as it is missing.
+    """Return the pool in this folder, drawn as far as it is missing.
 
     Raises:
         ConfigError: the folder holds another pool.

@@ -32,7 +32,7 @@ _CAPTION_LENGTH: Final = 64
 
 
 def prepare_tokenizer(path: Path) -> None:
-    """The tokenizer.model, if it is not there yet."""
+    """Write the tokenizer.model, if it is not there yet."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ from pebble.scene import PLACES, SHAPES, SIZES, Scene
 
 
 def describe(scene: Scene, rng: Rng) -> Question | None:
-    """The complete description."""
+    """Return the complete description."""
     first = scene.objects[0] if scene.objects else None
     return Question(
         skill="describe",
@@ -49,7 +49,7 @@ def describe(scene: Scene, rng: Rng) -> Question | None:
 
 
 def list_objects(scene: Scene, rng: Rng) -> Question | None:
-    """What is in the picture, briefly."""
+    """Return what is in the picture, briefly."""
     first = scene.objects[0] if scene.objects else None
     return Question(
         skill="list",
@@ -61,7 +61,7 @@ def list_objects(scene: Scene, rng: Rng) -> Question | None:
 
 
 def _marks(scene: Scene) -> tuple[Pointer, ...]:
-    """What a scene without objects says: every digit alone, a word whole."""
+    """Return what a scene without objects says: every digit alone, a word whole."""
     marks = glyphs(scene)
     if scene.digit is not None:
         return ((str(scene.digit.value), tuple(marks)),)
@@ -113,7 +113,7 @@ def _plural_noun(shape: str) -> str:
 def _about_one(
     scene: Scene, rng: Rng, skill: str, hide: str, wordings: Sequence[str]
 ) -> Question | None:
-    """A question after one attribute of one object, all objects equally likely."""
+    """Return a question after one attribute of one object, all objects equally likely."""
     if not scene.objects:
         return None
     item = pick(rng, scene.objects)
@@ -137,7 +137,7 @@ def _about_one(
 
 
 def colour(scene: Scene, rng: Rng) -> Question | None:
-    """The colour of an object, a word, a number or a digit."""
+    """Return the colour of an object, a word, a number or a digit."""
     mark = scene.writing or scene.digit
     if mark is not None:
         name = mark_name(scene)
@@ -147,14 +147,14 @@ def colour(scene: Scene, rng: Rng) -> Question | None:
 
 
 def mark_name(scene: Scene) -> str:
-    """What a scene without objects shows: "the word", "the number" or "the digit"."""
+    """Return what a scene without objects shows: "the word", "the number" or "the digit"."""
     if scene.writing is None:
         return "the digit"
     return "the number" if scene.writing.is_number else "the word"
 
 
 def shape(scene: Scene, rng: Rng) -> Question | None:
-    """The shape of an object."""
+    """Return the shape of an object."""
     return _about_one(scene, rng, "shape", "shape", phrases.SHAPE)
 
 
@@ -248,7 +248,7 @@ def has_attribute(scene: Scene, rng: Rng) -> Question | None:
 
 
 def absent(scene: Scene, rng: Rng) -> Question | None:
-    """A question about something that is not there: "there is no red star"."""
+    """Return a question about something that is not there: "there is no red star"."""
     if rng.random() < 0.15:
         return _absent_mark(scene, rng)
     kind = pick(rng, ("shape", "both", "both"))
@@ -286,7 +286,7 @@ def _absent_mark(scene: Scene, rng: Rng) -> Question | None:
 
 
 def read(scene: Scene, rng: Rng) -> Question | None:
-    """What a word, a number or a digit says."""
+    """Return what a word, a number or a digit says."""
     if scene.digit is not None:
         answer = str(scene.digit.value)
         text = pick(rng, phrases.DIGIT)

@@ -33,7 +33,7 @@ class FeatureReader(nn.Module):
         return self.language_model.forward(embeds, position_ids=batch.position_ids)
 
     def loss(self, batch: TrainingBatch) -> Loss:
-        """Summed cross entropy of the supervised tokens; logits are made only where they count."""
+        """Return the summed cross entropy of the supervised tokens, the only ones with logits."""
         where, targets = supervised(batch.input_ids, batch.loss_mask)
         logits = scores(self.language_model.logits, self.hidden(batch)[where])
         return Loss(cross_entropy_sum(logits, targets))

@@ -46,7 +46,7 @@ def pick(rng: Rng, options: Sequence[T]) -> T:
 def matching(
     scene: Scene, *, size: str | None = None, colour: str | None = None, shape: str | None = None
 ) -> list[Object]:
-    """The objects that are all of this; None stands for any."""
+    """Return the objects that are all of this; None stands for any."""
     return [
         item
         for item in scene.objects
@@ -66,7 +66,7 @@ def shown(scene: Scene) -> set[tuple[str | None, str | None]]:
 
 
 def reference(scene: Scene, item: Object, rng: Rng, *, hide: str = "") -> str | None:
-    """A phrase that means this object and no other, or None.
+    """Return a phrase that means this object and no other, or None.
 
     Args:
         scene: where the phrase must be unique.

@@ -85,7 +85,7 @@ def shown_patches(scene: Scene, item: Object | Glyph, side: int) -> NDArray[np.b
 
 
 def object_words(item: Object) -> tuple[str, ...]:
-    """The words of an object."""
+    """Return the words of an object."""
     return item.size, item.colour, item.shape, item.place
 
 

@@ -64,14 +64,14 @@ def beside(scene: Scene, other: Object, side: str) -> list[Object] | None:
 
 
 def what_side(scene: Scene, rng: Rng) -> Question | None:
-    """What is on one side of an object."""
+    """Return what is on one side of an object."""
     if len(scene.objects) < 2 and rng.random() < 0.7:
         return None
     return _what_side(scene, rng, None)
 
 
 def follow_up(scene: Scene, rng: Rng, previous: Question) -> Question | None:
-    """What is beside the object of the turn before: "And what is left of it?"."""
+    """Return what is beside the object of the turn before: "And what is left of it?"."""
     return None if previous.about is None else _what_side(scene, rng, previous.about)
 
 

@@ -114,7 +114,7 @@ class Workshop:
         )
 
     def tokenizer(self) -> SentencePieceTokenizer:
-        """The trained tokenizer."""
+        """Return the trained tokenizer."""
         return SentencePieceTokenizer(
             TokenizerFiles(model=(self.work / "tokenizer.model").read_bytes())
         )
@@ -146,7 +146,7 @@ class Workshop:
         return path.exists() and self.state(stage)["step"] >= self.recipes[stage].run.steps
 
     def state(self, stage: str) -> dict[str, Any]:
-        """The checkpoint of a stage.
+        """Return the checkpoint of a stage.
 
         Raises:
             ConfigError: the stage has not been run.
@@ -158,7 +158,7 @@ class Workshop:
         return state
 
     def tower(self) -> VisionTransformer:
-        """The trained tower."""
+        """Return the trained tower."""
         tower = VisionTransformer(self.vision)
         _load(tower, self.state("1_tower")["model"], "vision_tower.")
         return tower.eval()
@@ -199,7 +199,7 @@ class Workshop:
         return reader.eval()
 
     def compute_features(self) -> None:
-        """What the finished tower makes of every picture of the pool."""
+        """Return what the finished tower makes of every picture of the pool."""
         path = self.work / "features.npy"
         if path.exists():
             return
@@ -217,7 +217,7 @@ class Workshop:
         staged.replace(path)
 
     def task(self, stage: str) -> Task:
-        """What a stage trains on what."""
+        """Return what a stage trains on what."""
         recipe = self.recipes[stage]
         if stage == "1_tower":
             return self._tower_task(recipe)
@@ -290,14 +290,14 @@ class Workshop:
 
 
 def _part(found: object, kind: type[Part]) -> Part:
-    """The part of an earlier pebble, which must be of pebble's own kind."""
+    """Return the part of an earlier pebble, which must be of pebble's own kind."""
     if not isinstance(found, kind):
         raise ConfigError(f"model.checkpoint has {found}: expected a pebble, with {kind.__name__}")
     return found
 
 
 def _load(module: nn.Module, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
-    """The tensors under a prefix into a module; every parameter must be there."""
+    """Load the tensors under a prefix into a module; every parameter must be there."""
     own = {
         name.removeprefix(prefix): value
         for name, value in tensors.items()

@@ -47,7 +47,7 @@ MAX_SIDE: Final = 800
 def sample_scene(
     seed: int, kind: Kind | None = None, *, digit_index: int | None = None, crowds: bool = False
 ) -> Scene:
-    """The scene of a seed.
+    """Return the scene of a seed.
 
     Args:
         seed: any non-negative integer; the same seed gives the same scene.
@@ -197,7 +197,7 @@ def _layout(
 def _jittered(
     rng: np.random.Generator, cell: int, margin: tuple[float, float]
 ) -> tuple[float, float]:
-    """A point near the middle of the cell that keeps the object inside the picture."""
+    """Return a point near the middle of the cell that keeps the object inside the picture."""
     y = (cell // 3 + 0.5) / 3 + float(rng.uniform(-_JITTER, _JITTER))
     x = (cell % 3 + 0.5) / 3 + float(rng.uniform(-_JITTER, _JITTER))
     low_y, low_x = margin[0] + _FRAME, margin[1] + _FRAME

@@ -76,7 +76,7 @@ def stored_features(stored: NDArray[np.float16]) -> Features:
 
 
 def without_long(turns: list[Question], rng: np.random.Generator, share: float) -> list[Question]:
-    """The turns, each long answer kept with this probability; its follow-up goes with it.
+    """Return the turns, each long answer kept with this probability; its follow-up goes with it.
 
     A description has as many tokens as all other answers of a conversation together: while a
     model learns to find things, they would be half of its loss.
@@ -108,7 +108,7 @@ def encode_sample(
     tokenizer: Tokenizer,
     lengths: Sequence[int],
 ) -> EncodedPrompt:
-    """The row of a record whose pictures somebody has prepared already.
+    """Return the row of a record whose pictures somebody has prepared already.
 
     Args:
         record: of any format, see formats.py.
@@ -131,7 +131,7 @@ def encode_sample(
 def begun_blind(
     scene: Scene, turns: list[Question], rng: np.random.Generator
 ) -> tuple[list[Question], Sample]:
-    """A conversation that begins without a picture; in some the picture comes later."""
+    """Return a conversation that begins without a picture; in some the picture comes later."""
     most = _MOST_BLIND if rng.random() < _STAYS_BLIND else 2
     blind = [blind_question(scene, rng) for _ in range(int(rng.integers(1, most + 1)))]
     name = str(scene.seed)
@@ -191,7 +191,7 @@ class TalkTask:
         self._rows = lru_cache(maxsize=1)(self._step_rows)
 
     def batch(self, step: int, micro: int) -> tuple[TalkBatch, int]:
-        """A micro-batch of rows of similar length."""
+        """Return a micro-batch of rows of similar length."""
         rows, groups = self._rows(step)
         chosen = [rows[i] for i in groups[micro]]
         batch = collate(chosen)
@@ -263,5 +263,5 @@ class TalkTask:
         return Loss(answers.total + weight * sum(kinds.values()), parts)
 
     def evaluate(self) -> Mapping[str, float]:
-        """The evaluator's figures."""
+        """Return the evaluator's figures."""
         return {} if self._evaluator is None else self._evaluator()

@@ -75,7 +75,7 @@ def grid_waves(side: int, width: int) -> Float[Tensor, "P E"]:
 def whitening_filters(
     images: Float[Tensor, "N C H W"], side: int, number: int
 ) -> Float[Tensor, "E C side side"]:
-    """The principal components of patches, each scaled to unit variance.
+    """Return the principal components of patches, each scaled to unit variance.
 
     Most of a random patch's variance is its brightness; whitened, edges and corners weigh as much
     from the first step.
@@ -119,12 +119,12 @@ class TowerTrainer(nn.Module):
     def images(
         self, pixels: UInt8[Tensor, "N C H W"]
     ) -> tuple[Float[Tensor, "N P E"], Float[Tensor, "N E"]]:
-        """The selected hidden state with its class token, and the picture as one vector."""
+        """Return the selected hidden state with its class token, and the picture as one vector."""
         features = self.vision_tower(normalise(pixels))
         return features, self.image_projection(self._class_token(features))
 
     def _class_token(self, features: Float[Tensor, "N P E"]) -> Float[Tensor, "N E"]:
-        """The class token after the last layer; the patches of that layer are read by nobody."""
+        """Return the class token after the last layer, whose patches are not read."""
         stack = self.vision_tower.vision_model
         layer = cast(VisionLayer, stack.encoder.layers[-1])
         attention, heads = layer.self_attn, (layer.self_attn.num_heads, -1)
@@ -166,7 +166,7 @@ def contrastive(
 
 
 def shifted(pixels: UInt8[Tensor, "C H W"], rng: np.random.Generator) -> UInt8[Tensor, "C H W"]:
-    """The picture moved by some pixels; the edge is repeated where it leaves room."""
+    """Return the picture moved by some pixels; the edge is repeated where it leaves room."""
     height, width = pixels.shape[1:]
     down, right = (int(step) for step in rng.integers(-_SHIFT, _SHIFT + 1, size=2))
     rows = (torch.arange(height) - down).clamp(0, height - 1)

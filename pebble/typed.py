@@ -46,7 +46,7 @@ _BLACK: Final = 0.14
 
 
 def wide_scene(seed: int, *, crowds: bool = False) -> Scene:
-    """The scene of a seed in the world that pebble is trained on.
+    """Return the scene of a seed in the world that pebble is trained on.
 
     Args:
         seed: any non-negative integer; the same seed gives the same scene.
@@ -59,7 +59,7 @@ def wide_scene(seed: int, *, crowds: bool = False) -> Scene:
 
 
 def typed_scene(seed: int) -> Scene:
-    """A word or a number in type, of any size that fits its picture."""
+    """Return a word or a number in type, of any size that fits its picture."""
     rng = np.random.default_rng([seed, 41])
     base = sample_scene(seed, "writing")
     while True:
@@ -153,7 +153,7 @@ def _overlap(
 
 
 def _text(rng: Rng) -> tuple[str, str]:
-    """What is written, in lower case and as it stands in the picture."""
+    """Return what is written, in lower case and as it stands in the picture."""
     if rng.random() < 0.6:
         text = str(int(rng.integers(10 if rng.random() < 0.15 else 100)))
         return text, text
@@ -177,7 +177,7 @@ def _typeface(rng: Rng) -> int:
 
 
 def _model_points(points: int, size: ImageSize) -> float:
-    """The size of type in the picture that the model sees."""
+    """Return the size of type in the picture that the model sees."""
     return points * _SIDE / max(size)
 
 
@@ -211,7 +211,7 @@ def _paper(rng: Rng, textured: Background) -> Background:
 
 
 def _ink(rng: Rng, background: Background) -> tuple[str, Rgb]:
-    """A colour that can be read on the paper; black or white twice as often as the others."""
+    """Return a colour that can be read on the paper, black or white twice as often as others."""
     grounds = (background.near, background.far)
     first = pick(rng, ("black", "white", *COLOURS))
     for colour in (first, *(COLOURS[int(i)] for i in rng.permutation(len(COLOURS)))):
