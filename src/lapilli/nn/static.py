@@ -41,7 +41,7 @@ class StaticBatch:
         self._is_padding = lengths == 0
         last = (lengths - 1).clamp(min=0)
         self.positions = last.long()
-        """Of the new tokens."""
+        """Positions of the new tokens."""
         self._lengths = last + 1
         size = store.block_size
         self._blocks = tables.gather(1, self.positions[:, None] // size)[:, 0].long()
