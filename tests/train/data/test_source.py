@@ -425,3 +425,12 @@ def test_an_index_keeps_no_records(tmp_path, kind):
     assert len(source) == 200
     assert len(pickle.dumps(source)) < 60_000  # of a million bytes
     assert source.record(199)["id"] == "199"
+
+
+@pytest.mark.parametrize("key", ["conversations", "messages", "conversation"])
+def test_turns_of_a_shard_win_over_a_text_beside_them(tmp_path, key):
+    record = {key: [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    members = {"1.json": json.dumps(record).encode(), "1.txt": b"A caption."}
+    dataset = open_dataset([SourceRecipe(path=str(write_tar(tmp_path / "0.tar", members)))])
+    sample = dataset.sample(0)
+    assert [message.text for message in sample.messages] == ["Q", "A"]

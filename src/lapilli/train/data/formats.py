@@ -36,7 +36,7 @@ ROLES: Mapping[str, Role] = {
 }
 MOST_LETTERS = 1 << 22
 """Of the turns of a sample: more than any context holds, and what tokenizers have memory for."""
-_TURN_KEYS = ("conversations", "messages", "conversation")
+TURN_KEYS = ("conversations", "messages", "conversation")
 ANSWER_KEYS = ("answer", "caption")
 TEXT_PARTS = ("text", "input_text", "output_text")
 MEDIA_KEYS = ("image", "images")
@@ -151,7 +151,7 @@ def turns_of(record: Record) -> list[Turn]:
 
 def turns_key(record: Record) -> str | None:
     """Return the key of the list of turns; None for a row of a table."""
-    return next((key for key in _TURN_KEYS if record.get(key) is not None), None)
+    return next((key for key in TURN_KEYS if record.get(key) is not None), None)
 
 
 def _rows(columns: Mapping[str, Any]) -> object:
@@ -176,7 +176,7 @@ def _asked_once(record: Record) -> list[Turn]:
         if null is not None:
             raise DataError(f"its {null!r} is null")
         raise DataError(
-            f"no list {' or '.join(map(repr, _TURN_KEYS[:2]))} and no text "
+            f"no list {' or '.join(map(repr, TURN_KEYS[:2]))} and no text "
             f"{' or '.join(map(repr, ANSWER_KEYS))}, found the keys {_listed(record)}"
         )
     question = "" if record.get("question") is None else _cell(record, "question")

@@ -14,7 +14,7 @@ from typing import Any
 
 from lapilli.config.reader import shown
 from lapilli.errors import DataError
-from lapilli.train.data.formats import listed_media, names_pictures_in_turns
+from lapilli.train.data.formats import listed_media, names_pictures_in_turns, turns_key
 from lapilli.train.data.json_source import MOST_BYTES, decode, too_large
 from lapilli.train.data.pictures import is_file_name, listed, picture_of
 
@@ -175,7 +175,9 @@ class TarSource:
         members = self._members[self._keys[index]]
         if "json" in members:
             record = decode(self._text(members["json"], index), self.where(index))
-            if "txt" not in members or _has_turns(record):
+            if "txt" not in members or (
+                isinstance(record, Mapping) and turns_key(record) is not None
+            ):
                 return self._with_pictures(record, index)
         if "txt" in members:
             return self._captioned(members["txt"], index)
@@ -241,7 +243,3 @@ class TarSource:
         raise DataError(
             f"the shard has no member {shown(name)}; this sample has {self._listed(index)}"
         )
-
-
-def _has_turns(record: object) -> bool:
-    return isinstance(record, Mapping) and bool({"conversations", "messages"} & set(record))
