@@ -1,5 +1,5 @@
 # make demo         a question about the bundled picture, answered by the embedded model
-# make test         every test that needs no GPU, the conformance table included
+# make test         every test that needs no GPU; the golden numbers of the original as a table at the end
 # make quick        the tests to run between two commits, in under a minute: no slow ones, no docs, no benchmarks
 # make cluster      tests that start several processes, on this machine
 # make stress       the fuzzer with 20,000 damaged files, two threads with 10,000 answers: an hour or less
@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 # What belongs to this checkout itself: its dependencies and what it is built with are in the lock.
 SELF := $(PIP) --quiet --no-deps --no-build-isolation --editable .
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 # What Python has compiled is kept, whatever the shell says: pytest and jaxtyping rewrite every file, which takes
 # each worker ten seconds.
 unexport PYTHONDONTWRITEBYTECODE

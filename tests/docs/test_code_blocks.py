@@ -10,9 +10,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.warm import start_warm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "guide").glob("*.md"))]
@@ -24,12 +27,15 @@ def blocks(page: Path, language: str) -> list[str]:
     return [body for name, body in BLOCK.findall(page.read_text("utf-8")) if name == language]
 
 
-def environment() -> dict[str, str]:
-    """Return the environment of a reader who stands in a checkout of the repository."""
+def environment(programs: Path) -> dict[str, str]:
+    """Return the environment of a reader who stands in a checkout of the repository.
+
+    `programs` holds the installed `lapilli`, or one that need not import torch.
+    """
     scripts = str(Path(sys.executable).parent)
     return {
         **os.environ,
-        "PATH": scripts + os.pathsep + os.environ["PATH"],
+        "PATH": os.pathsep.join([str(programs), scripts, os.environ["PATH"]]),
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
     }
@@ -42,11 +48,23 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(command: list[str], folder: Path, *, shell_line: str | None = None) -> str:
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with start_warm(tmp_path_factory.mktemp("warm")) as scripts:
+        yield scripts
+
+
+def run(
+    command: list[str],
+    folder: Path,
+    programs: Path = Path(sys.executable).parent,
+    *,
+    shell_line: str | None = None,
+) -> str:
     done = subprocess.run(
         command,
         cwd=folder,
-        env=environment(),
+        env=environment(programs),
         capture_output=True,
         text=True,
         check=False,
@@ -71,7 +89,7 @@ def test_python_blocks_run(page: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "console")], ids=lambda p: p.stem)
-def test_console_blocks_print_what_they_show(page: Path, folder: Path) -> None:
+def test_console_blocks_print_what_they_show(page: Path, folder: Path, programs: Path) -> None:
     for block in blocks(page, "console"):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             line, _, expected = part.partition("\n")
@@ -81,7 +99,7 @@ def test_console_blocks_print_what_they_show(page: Path, folder: Path) -> None:
                     rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE
                 )
                 continue
-            printed = run(["bash", "-c", line], folder, shell_line=line)
+            printed = run(["bash", "-c", line], folder, programs, shell_line=line)
             if expected.strip():
                 pattern = expected.strip().replace("[", "[[]").replace("...", "*")
                 assert fnmatch.fnmatchcase(printed.strip(), pattern), printed

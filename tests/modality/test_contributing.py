@@ -54,7 +54,7 @@ def test_it_is_asked_and_trained_beside_pictures(sound, tmp_path):
     assert [one.text for one in together] == [chat.answer(c, params).text for c in conversations]
     template = chat.template
     encoder = SampleEncoder(chat.tokenizer, template, model)
-    row = encoder.row(Sample("0", (question(waveform(2)), Message.assistant("A tone.")), "here"))
+    row = encoder.encode(Sample("0", (question(waveform(2)), Message.assistant("A tone.")), "here"))
     assert [span.modality for span in row.prompt.spans] == ["sound"]
     TrainedModel(model).train()(collate([row])).total.backward()
     weight = model.modalities["sound"].projector[0].weight

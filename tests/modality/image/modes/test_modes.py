@@ -12,8 +12,8 @@ from PIL import Image
 import lapilli
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.write.huggingface import check_hf_layout
-from lapilli.compat.image_processor import CLIPImageProcessor
 from lapilli.compat.mm_utils import process_images
+from lapilli.compat.tower import CLIPImageProcessor
 from lapilli.config.model import ImageConfig, PixelConfig
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lapilli.geometry import ImageSize
