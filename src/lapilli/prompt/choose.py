@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lapilli.config.families import find_family
-from lapilli.errors import ConfigError, PromptError
+from lapilli.errors import ConfigError, PromptError, TemplateFileError
 from lapilli.prompt.jinja import JinjaTemplate
 from lapilli.prompt.template import ChatTemplate, Template
 from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
@@ -115,6 +115,7 @@ def choose_template(
 
     Raises:
         PromptError: no template has that name.
+        TemplateFileError: no template has the name that is recorded.
     """
     if explicit is None:
         choice = _by_evidence(facts, chat_template)
@@ -244,12 +245,16 @@ def _named(name: str, chat_template: JinjaTemplate | None, missing: str) -> Temp
 
 
 def _by_evidence(facts: TemplateFacts, chat_template: JinjaTemplate | None) -> TemplateChoice:
-    if facts.recorded:
+    if facts.recorded is not None:
         says = f"config.json says {RECORD_KEY} {facts.recorded}"
         missing = (
             f"{says}, but no chat template lies beside it: bring chat_template.jinja back, or "
         )
-        return TemplateChoice(_named(facts.recorded, chat_template, missing), says)
+        try:
+            return TemplateChoice(_named(facts.recorded, chat_template, missing), says)
+        except PromptError as error:
+            where = "" if facts.recorded == OWN else f"{says}: "
+            raise TemplateFileError(f"{where}{error}") from error
     if chat_template is not None and facts.layout != "llava":
         return TemplateChoice(chat_template, "the checkpoint's own chat template")
     chosen, reason = _by_model(facts) or _by_parts(facts)
