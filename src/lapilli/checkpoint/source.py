@@ -40,8 +40,12 @@ def resolve(source: str | Path, *, weights: bool = True, beside: Sequence[Path] 
 
     Raises:
         MissingFileError: no such directory, hub id or revision, or it cannot be fetched.
-        CheckpointError: a file instead of a directory.
+        CheckpointError: a file instead of a directory, or no name at all.
     """
+    if not isinstance(source, str | Path):
+        raise CheckpointError(
+            f"a checkpoint must be a directory, a hub id or 'pebble', got {shown(source)}"
+        )
     name = str(source)
     if name == PEBBLE:
         return _embedded()

@@ -81,6 +81,11 @@ def fetch(
         return _fetch_path(os.fspath(source), limits)
     if isinstance(source, Readable):
         return _fetch_stream(source, str(getattr(source, "name", "the stream")), limits)
+    if isinstance(source, list | tuple):
+        raise MediaError(
+            f"a {type(source).__name__} is no source of a picture: pass several pictures as "
+            "separate arguments"
+        )
     raise MediaError(
         f"a {type(source).__name__} is no source of a picture: give a path, a URL, a data URI, "
         "bytes, an open file, a Pillow image or a numpy array"

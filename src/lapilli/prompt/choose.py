@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lapilli.config.families import find_family
+from lapilli.config.reader import shown
 from lapilli.errors import ConfigError, PromptError, TemplateFileError
 from lapilli.prompt.jinja import JinjaTemplate
 from lapilli.prompt.template import ChatTemplate, Template
@@ -42,6 +43,7 @@ __all__ = [
     "TemplateFacts",
     "around_media",
     "check_base_template",
+    "check_template",
     "choose_template",
     "template_by_name",
     "template_for_name",
@@ -138,6 +140,20 @@ def around_media(template: Template, *, use_start_end: bool, gap: str = "") -> T
     return replace(template, media_tokens=START_END if use_start_end else ("", ""), media_gap=gap)
 
 
+def check_template(template: object) -> None:
+    """Refuse what cannot render messages.
+
+    Raises:
+        PromptError: no template.
+    """
+    # isinstance(..., Template) would run a template for the strings that end an answer.
+    if not callable(getattr(template, "render", None)):
+        raise PromptError(
+            "a template must have the methods of Template (lapilli.prompt.templates.TEMPLATES has "
+            f"those that have a name), got {shown(template)}"
+        )
+
+
 def template_by_name(name: str) -> ChatTemplate:
     """Return a template of the original.
 
@@ -223,6 +239,7 @@ def _asked_for(
         template = _named(
             template, chat_template, "this checkpoint has no chat template of its own: "
         )
+    check_template(template)
     try:
         other = _by_evidence(facts, chat_template)
     except PromptError:  # a recorded name that we do not have: what was asked for replaces it
