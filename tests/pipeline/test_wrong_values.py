@@ -62,6 +62,9 @@ WRONG = {
     "load('pebble', device='xpu')": ("ConfigError", "device 'xpu' cannot be used here"),
     "load('pebble', dtype=5)": ("ConfigError", "dtype must be a name such as float32, got 5"),
     "load('pebble', progress=5)": ("ConfigError", "progress must be a function or None, got 5"),
+    "load('pebble', prefix=5)": ("ConfigError", "a path must be a text or a Path, got 5"),
+    "load('pebble', prefix='~/none')": ("MissingFileError", "^[^~]*/none[^~]*$"),
+    "chat.load_prefix(None)": ("ConfigError", "a path must be a text or a Path, got None"),
     "load('pebble', alpha=None)": ("ConfigError", "alpha None is unknown"),
 }
 

@@ -17,6 +17,7 @@ from lapilli.checkpoint.out_of_distribution import load_detector
 from lapilli.checkpoint.read.assemble import LoadReport, Progress
 from lapilli.config.generation import SamplingParams, check_engine_options
 from lapilli.config.model import ModelConfig
+from lapilli.config.paths import given_path
 from lapilli.config.reader import shown
 from lapilli.errors import CheckpointError, ConfigError, GenerationError, LapilliError, PromptError
 from lapilli.generate.engine import Engine, EngineOptions
@@ -330,7 +331,7 @@ class Chat:
         """
         if not self._last_keys:
             raise CheckpointError("there is nothing to save yet: ask something first")
-        return self.engine.save_prefix(Path(path), self._last_keys)
+        return self.engine.save_prefix(given_path(path), self._last_keys)
 
     def load_prefix(self, path: str | Path) -> int:
         """Load what `save_prefix` wrote; return the number of positions.
@@ -339,7 +340,7 @@ class Chat:
             MissingFileError: there is no such file.
             CheckpointError: it is not a saved prefix, or one of another model.
         """
-        return self.engine.load_prefix(Path(path))
+        return self.engine.load_prefix(given_path(path))
 
     def encode(self, messages: Sequence[Message]) -> ProcessedPrompt:
         """Return the prompt that `answer` works with: ids, spans and prepared media."""
