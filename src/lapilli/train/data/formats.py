@@ -43,7 +43,7 @@ MOST_LETTERS = 1 << 22
 _TURN_KEYS = ("conversations", "messages", "conversation")
 ANSWER_KEYS = ("answer", "caption")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_MEDIA_KEYS = ("image", "images")
+MEDIA_KEYS = ("image", "images")
 _SOURCE_KEYS = ("image_url", "image", "url", "path", "source", "data", "base64")
 _LISTED = 12  # keys that a message names
 _ID_KEYS = ("id", "sample_id", "question_id")
@@ -80,6 +80,8 @@ def to_sample(
         shown = tuple(_place(_resolved(message, resolve), placement) for message in messages)
     except (_FormatError, DataError) as reason:
         raise DataError(f"{sample.label}: {reason}") from reason
+    if not any(message.media for message in shown):
+        notes += _empty_pictures(record)
     notes = (*notes, *odd, *notes_on(record))
     return replace(sample, messages=shown, words=words, notes=notes)
 
@@ -95,7 +97,7 @@ class _FormatError(Exception):
 
 
 def _messages(record: Record, turns: list[Turn]) -> list[Message]:
-    one, several = (record.get(key) for key in _MEDIA_KEYS)
+    one, several = (record.get(key) for key in MEDIA_KEYS)
     if one and several and _as_list(one) != _as_list(several):
         raise _FormatError("its 'image' and its 'images' are not the same: keep one of the keys")
     pictures = _Pictures(listed_media(record))
@@ -222,11 +224,17 @@ def _count_words(turns: Sequence[Turn]) -> int:
 
 def listed_media(record: Record) -> list[object]:
     """What the record's "image" or "images" names, in order."""
-    for key in _MEDIA_KEYS:
+    for key in MEDIA_KEYS:
         value = record.get(key)
         if value is not None and value != "":  # made from a table, an empty cell
             return _as_list(value)
     return []
+
+
+def _empty_pictures(record: Record) -> tuple[str, ...]:
+    """What a person should know of a record whose cell for pictures holds none."""
+    empty = next((key for key in MEDIA_KEYS if key in record and record[key] in (None, "")), None)
+    return () if empty is None else (f"its {empty!r} is empty: it is learned without a picture",)
 
 
 def _as_list(value: object) -> list[object]:
