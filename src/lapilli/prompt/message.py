@@ -172,11 +172,12 @@ def questions_of(given: Iterable[str | tuple[object, ...]]) -> list[Message]:
     found = []
     for one in several(given):
         parts = one if isinstance(one, tuple | list) else (one,)
-        if not parts or not isinstance(parts[0], str):
+        text, *pictures = parts or (None,)
+        if not isinstance(text, str):
             raise PromptError(
                 f"a question must be a text, or a tuple of a text and pictures, got {shown(one)}"
             )
-        found.append(Message.user(*parts))
+        found.append(Message.user(text, *pictures))
     return found
 
 
