@@ -31,6 +31,7 @@ PUBLIC = {
     "RequestError",
     "SamplingParams",
     "ShapeMismatchError",
+    "TemplateFileError",
     "TextPart",
     "TokenLogprob",
     "UnknownKeyError",

@@ -14,7 +14,8 @@
     |- MediaError (ValueError)            a picture that cannot be fetched or decoded
     |- DataError (ValueError)             a training sample, or the file that holds it
     |- PromptError (ValueError)           messages, templates, placeholders
-    |  '- MediaCountMismatchError         another number of media than of places for them
+    |  |- MediaCountMismatchError         another number of media than of places for them
+    |  '- TemplateFileError               a checkpoint's own template: a CheckpointError too
     |- FusionError (ValueError)           features that do not fit their span
     '- GenerationError (ValueError)       sampling options, the context
        |- ContextTooLongError             prompt plus answer do not fit the context
@@ -78,6 +79,10 @@ class PromptError(LapilliError, ValueError):
 
 class MediaCountMismatchError(PromptError):
     """Another number of media than of places for them."""
+
+
+class TemplateFileError(PromptError, CheckpointError):
+    """A conversation template in the files of a checkpoint that cannot be used."""
 
 
 class FusionError(LapilliError, ValueError):

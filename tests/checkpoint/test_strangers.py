@@ -26,7 +26,8 @@ from lapilli.checkpoint.formats.weights import (
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.source import resolve
 from lapilli.config.json_text import MOST_BYTES, MOST_DEPTH
-from lapilli.errors import CheckpointError
+from lapilli.errors import CheckpointError, PromptError
+from lapilli.prompt.message import Message
 from lapilli.prompt.tokenizer import TokenizerFiles, build_tokenizer
 from tests.fuzz.damage import damaged_pickle
 
@@ -399,3 +400,84 @@ def test_sizes_of_a_family_that_transformers_would_build(tmp_path, key):
     save_file({"a": WEIGHT}, tmp_path / "model.safetensors")
     with refused(f"{key} must be a number of at most"):
         load_checkpoint(tmp_path, device="cpu")
+
+
+# Whole folders
+
+
+def config_with(**keys):
+    def damage(folder):
+        file = folder / "config.json"
+        text = json.dumps(json.loads(file.read_text()) | keys)
+        file.unlink()  # a link to the file of the package
+        file.write_text(text)
+
+    return damage
+
+
+def file_with(name, content, **keys):
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(content)
+        config_with(**keys)(folder)
+
+    return damage
+
+
+def chat_template(text):
+    return file_with("chat_template.jinja", text, lapilli_template="chat_template")
+
+
+@pytest.fixture
+def pebble_copy(tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(resolve("pebble"), folder, copy_function=os.symlink)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (config_with(num_key_value_heads=5), "config.json: num_attention_heads 4 is not a mult"),
+        (config_with(head_dim="x"), "config.json: head_dim must be"),
+        (config_with(vocab_size=1201), "1201 entries: config.json and weights do not belong"),
+        (config_with(num_hidden_layers=6), "9 parameters have no tensor"),
+        (config_with(torch_dtype="../../etc"), "torch_dtype is '../../etc', choose from float32"),
+        (config_with(torch_dtype=""), "torch_dtype is '', choose from"),
+        (config_with(hidden_act=""), "hidden_act is '', choose from"),
+        (config_with(mm_projector_type=""), "mm_projector_type"),
+        (config_with(mm_patch_merge_type=""), "mm_patch_merge_type ''"),
+        (config_with(mm_vision_select_feature=""), "mm_vision_select_feature is ''"),
+        (config_with(image_aspect_ratio=""), "image_aspect_ratio ''"),
+        (config_with(lapilli_template="gone"), "config.json says lapilli_template gone: no templ"),
+        (config_with(lapilli_template=""), "no template is called ''"),
+        (config_with(lapilli_template="chat_template"), "no chat template lies beside it"),
+        (config_with(quantization_config={"quant_method": "foo"}), "quantized by 'foo'"),
+        (file_with("tokenizer.model", b""), r"tokenizer.model \(0 bytes\) is not a Sentence"),
+        (file_with("added_tokens.json", b'{"a": "x"}'), "added_tokens.json: a must be"),
+        (file_with("generation_config.json", b'{"eos_token_id": "x"}'), "generation_config.json"),
+        (chat_template(b"{% if"), "chat_template.jinja: .* is not a template: line 1"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_names_it(pebble_copy, damage, match):
+    damage(pebble_copy)
+    with refused(match) as caught:
+        load_checkpoint(pebble_copy, device="cpu")
+    assert str(caught.value).startswith(str(pebble_copy))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_chat_template_that_refuses_a_question_names_its_file(pebble_copy):
+    chat_template(b"{% if messages|length == 1 %}{{ range(10**9) }}{% endif %}")(pebble_copy)
+    template = load_checkpoint(pebble_copy, device="cpu").template.template
+    with refused("copy/chat_template.jinja: .* refuses these 1 messages"):
+        template.render([Message.user("Q")])
+
+
+def test_another_template_replaces_one_that_cannot_be_used(pebble_copy):
+    chat_template(b"{% if")(pebble_copy)
+    found = load_checkpoint(pebble_copy, device="cpu", template="vicuna_v1").template
+    assert found.template.name == "vicuna_v1"
+    with pytest.raises(PromptError, match="no template is called 'mine'") as caught:
+        load_checkpoint(pebble_copy, device="cpu", template="mine")
+    assert not isinstance(caught.value, CheckpointError)  # the caller's fault

@@ -1,8 +1,10 @@
 """Options that commands share: one frozen value, with the fields of SamplingParams in it."""
 
 import inspect
+import json
 import shutil
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -97,3 +99,31 @@ def test_settings_of_a_checkpoint_that_are_not_applied_are_told(lapilli, checkpo
     expected = "generation_config.json asks for repetition_penalty = 1.3, which is not applied"
     assert [line[: len(expected)] for line in done.stderr.splitlines()] == [expected]
     assert lapilli(*asked, "--quiet").stderr == ""
+
+
+@pytest.mark.slow
+def test_a_tilde_is_the_home_in_every_path(lapilli, tmp_path, monkeypatch, picture):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "..")
+    shutil.copy(picture, tmp_path / "a.png")
+    (tmp_path / "in.jsonl").write_text('{"question": "What?", "image": "~/a.png"}\n')
+    few = ("-m", "~/made", "--max-new-tokens", "2", "-q")
+    for command in (
+        ("export", "pebble", "~/made", "-q"),
+        ("inspect", "~/made"),
+        ("ask", "What?", "~/a.png", *few),
+        ("batch", "~/in.jsonl", "~/out.jsonl", *few),
+    ):
+        done = lapilli(*command)
+        assert done.returncode == 0, done.stderr
+    assert "answer" in json.loads((tmp_path / "out.jsonl").read_text())
+    assert not Path("~").exists()
+    for command in (
+        ("train", "~/none", "--out", "~/run"),
+        ("data", "check", "~/none.csv"),
+        ("ask", "What?", "~/none"),
+    ):
+        done = lapilli(*command)
+        assert done.returncode == 2
+        assert f"{tmp_path}/none" in done.stderr
+        assert "~" not in done.stderr

@@ -119,3 +119,22 @@ def test_a_missing_script_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["lost.py"])
     assert capsys.readouterr().err == "lapilli.compat: no script at lost.py\n"
+
+
+@pytest.mark.parametrize("arguments", [["-m", "llava.eval.model_vqa_loader"], ["script.py"]])
+def test_without_transformers_one_line_says_what_to_install(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("script.py").write_text("import llava.constants\n", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "llava.eval.model_vqa_loader", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    said = capsys.readouterr().err
+    assert said.startswith("lapilli.compat: ")
+    assert said.endswith("need transformers: pip install 'lapilli[compat]'\n")
+    assert said.count("\n") == 1

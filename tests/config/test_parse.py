@@ -204,7 +204,11 @@ def test_generation_config_wins_over_config():
         ({"image_grid_pinpoints": [[1, 2, 3]]}, ConfigError, r"list of pairs .* got \[1, 2, 3\]"),
         ({"hidden_size": "big"}, ConfigError, "hidden_size must be a whole number, got 'big'"),
         ({"num_hidden_layers": 0}, ConfigError, "num_hidden_layers must be .* at least 1, got 0"),
-        ({"num_key_value_heads": 3}, ConfigError, "num_heads 4 is not a multiple of num_kv_h"),
+        (
+            {"num_key_value_heads": 3},
+            ConfigError,
+            "num_attention_heads 4 is not a multiple of num_key",
+        ),
         ({"hidden_size": 66}, ConfigError, "66 is not a multiple of num_attention_heads 4"),
         ({"hidden_act": "tanh"}, UnsupportedModelError, "hidden_act is 'tanh', choose from"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, UnsupportedModelError, "'yarn'"),

@@ -290,5 +290,7 @@ def test_follows_the_protocol():
 
 
 def test_heads_must_be_grouped_evenly():
-    with pytest.raises(ConfigError, match="num_heads 4 is not a multiple of num_kv_heads 3"):
+    with pytest.raises(
+        ConfigError, match="num_attention_heads 4 is not a multiple of num_key_value_heads 3"
+    ):
         dataclasses.replace(TINY, num_kv_heads=3)

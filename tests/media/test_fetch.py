@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,9 @@ def test_devices_without_end():
 def test_home_is_expanded(file, monkeypatch):
     monkeypatch.setenv("HOME", str(file.parent))
     assert fetch(f"~/{file.name}").data == b"abc"
+    assert fetch(f"~/{file.name}").name == str(file)
+    with pytest.raises(MediaError, match=f"^{re.escape(str(file.parent))}/no.png does not exist$"):
+        fetch("~/no.png")
 
 
 def test_bytes_and_streams(file):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import wrap
 
+from lapilli.checkpoint.formats.files import in_folder
 from lapilli.checkpoint.formats.quantized import LayerQuantizer, stored_quantization
 from lapilli.checkpoint.keymaps import TOWER
 from lapilli.checkpoint.read.assemble import Matching, build_model
@@ -137,14 +138,17 @@ def inspect_checkpoint(
         ConfigError: config.json cannot be followed.
     """
     plan = make_plan(source, base=base, adapter=adapter, fetch=False)
-    model = build_model(plan.config)
-    shapes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
-    sizes = layer_shapes(model, ROWS) if choices is not None else []
-    packed = stored_quantization(plan.weights_raw)
-    if packed is not None:
-        names = plan.parameters
-        LayerQuantizer(model, packed.config, stored=True, published=packed.published, names=names)
-    matching = plan.match(model)
+    with in_folder(plan.path):
+        model = build_model(plan.config)
+        shapes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+        sizes = layer_shapes(model, ROWS) if choices is not None else []
+        packed = stored_quantization(plan.weights_raw)
+        if packed is not None:
+            names = plan.parameters
+            LayerQuantizer(
+                model, packed.config, stored=True, published=packed.published, names=names
+            )
+        matching = plan.match(model)
     choice = choose_for(plan, template)
     chosen = {"name": choice.template.name, "reason": choice.reason}
     tensors = [info for part in plan.parts for info in part.store.infos.values()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lapilli.checkpoint.formats.files import read_optional_json
+from lapilli.checkpoint.formats.files import in_folder, read_optional_json
 from lapilli.checkpoint.formats.quantized import (
     LayerQuantizer,
     StoredQuantization,
@@ -152,42 +152,43 @@ def load_checkpoint(
         return _loaded(model, plan, report, template)
     if strict_config:
         plan.keys.refuse_unknown()
-    stored = stored_quantization(plan.weights_raw)
-    asked = _asked(quantization, stored, quantize_tower=quantize_tower)
-    model = build_model(plan.config)
-    free = where.type == "cpu" and dtype == AUTO  # to take the faster dtype
-    quantizer = _quantizer(plan, model, asked, stored, merge_lora=merge_lora, free=free)
-    matching = plan.match(model)
-    check_complete(matching)
-    target = None
-    if dtype != STORED:
-        target = choose_dtype(
-            dtype,
+    with in_folder(plan.path):
+        stored = stored_quantization(plan.weights_raw)
+        asked = _asked(quantization, stored, quantize_tower=quantize_tower)
+        model = build_model(plan.config)
+        free = where.type == "cpu" and dtype == AUTO  # to take the faster dtype
+        quantizer = _quantizer(plan, model, asked, stored, merge_lora=merge_lora, free=free)
+        matching = plan.match(model)
+        check_complete(matching)
+        target = None
+        if dtype != STORED:
+            target = choose_dtype(
+                dtype,
+                device=where,
+                stored=plan.config.torch_dtype,
+                num_parameters=_num_floats(model, quantizer),
+            )
+        fill(
+            model,
+            matching,
+            plan.vocabulary,
+            dtype=target,
             device=where,
-            stored=plan.config.torch_dtype,
-            num_parameters=_num_floats(model, quantizer),
+            check_finite=check_finite,
+            progress=progress,
+            quantizer=quantizer,
+            float32_parameters=float32_parameters,
         )
-    fill(
-        model,
-        matching,
-        plan.vocabulary,
-        dtype=target,
-        device=where,
-        check_finite=check_finite,
-        progress=progress,
-        quantizer=quantizer,
-        float32_parameters=float32_parameters,
-    )
-    if plan.adapter is not None:
-        tensors = plan.adapter.tensors(plan.keymap, check_finite=check_finite)
-        inject(model, plan.adapter.config_of(plan.keymap), tensors, dtype=torch.float32)
-        if merge_lora:
-            merge(model)
-    notes = () if quantizer is None else quantizer.notes
-    if asked is not None and quantizer is None:  # an adapter had to be folded in first
-        notes = quantize(model, asked).notes
-    if where.type == "cpu" and dtype != STORED:
-        take_faster_products(model, Choices(cache_file()))
+        if plan.adapter is not None:
+            tensors = plan.adapter.tensors(plan.keymap, check_finite=check_finite)
+            inject(model, plan.adapter.config_of(plan.keymap), tensors, dtype=torch.float32)
+            if merge_lora:
+                merge(model)
+        notes = () if quantizer is None else quantizer.notes
+        if asked is not None and quantizer is None:  # an adapter had to be folded in first
+            notes = quantize(model, asked).notes
+        if where.type == "cpu" and dtype != STORED:
+            take_faster_products(model, Choices(cache_file()))
     report = LoadReport(
         used=tuple(sorted(matching.sources)),
         dropped=matching.dropped,

@@ -190,6 +190,6 @@ def _detector(said: JsonObject, file: Path, width: int | None) -> Detector:
         )
     check_values("mean", mean)
     check_values("whitening", whitening)
-    knows, without = (reader.text(key, "") or "" for key in ("knows", "without_picture"))
+    knows, without = (reader.text(key, "") for key in ("knows", "without_picture"))
     unsure = reader.optional_number("unsure_below", least=0.0, most=1.0) or 0.0
     return Detector(knows, limit, mean, whitening, without, unsure)

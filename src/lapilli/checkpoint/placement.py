@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from lapilli.config.reader import shown
 from lapilli.errors import ConfigError
 
 DTYPES = {
@@ -29,12 +30,21 @@ def choose_device(device: str | torch.device) -> torch.device:
     """
     if device == AUTO:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, str | torch.device):  # a number would be one of CUDA
+        raise ConfigError(f"device must be a name such as cpu or cuda:1, got {shown(device)}")
     try:
         found = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device {device!r} is unknown: try auto, cpu, cuda or cuda:1") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {str(device)!r} was asked for, but there is no CUDA device")
+    if found.type == "meta":
+        raise ConfigError("device 'meta' keeps no numbers: try auto, cpu, cuda or cuda:1")
+    try:
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:  # a build of torch without it asserts
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {reason}") from error
     return found
 
 
@@ -61,6 +71,8 @@ def choose_dtype(
         if dtype not in DTYPES.values():
             raise ConfigError(f"dtype {dtype} is not one for weights: choose from {_names()}")
         return dtype
+    if not isinstance(dtype, str):
+        raise ConfigError(f"dtype must be a name such as float32, got {shown(dtype)}")
     if dtype != AUTO:
         name = dtype.removeprefix("torch.")
         if name not in DTYPES:

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lapilli.checkpoint.formats.files import GGUF, first_bytes
+from lapilli.config.paths import given_path
 from lapilli.config.reader import shown
 from lapilli.errors import CheckpointError, MissingFileError
 
@@ -40,8 +41,12 @@ def resolve(source: str | Path, *, weights: bool = True, beside: Sequence[Path] 
 
     Raises:
         MissingFileError: no such directory, hub id or revision, or it cannot be fetched.
-        CheckpointError: a file instead of a directory.
+        CheckpointError: a file instead of a directory, or no name at all.
     """
+    if not isinstance(source, str | Path):
+        raise CheckpointError(
+            f"a checkpoint must be a directory, a hub id or 'pebble', got {shown(source)}"
+        )
     name = str(source)
     if name == PEBBLE:
         return _embedded()
@@ -62,7 +67,7 @@ def find_directory(name: str, beside: Sequence[Path] = ()) -> Path | None:
     Raises:
         CheckpointError: there is a file of this name.
     """
-    path = _path_of(name)
+    path = given_path(name)
     for candidate in (*(start / path for start in beside), path):
         try:
             if candidate.is_dir():
@@ -80,16 +85,9 @@ def find_directory(name: str, beside: Sequence[Path] = ()) -> Path | None:
     return None
 
 
-def _path_of(name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # "~" of a user who has no home
-        return Path(name)
-
-
 def _place(name: str) -> Path:
     """Return the absolute path of a directory of this name."""
-    return _path_of(name).absolute()
+    return given_path(name).absolute()
 
 
 def is_local(source: str | Path) -> bool:

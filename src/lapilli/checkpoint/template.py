@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lapilli.checkpoint.formats.files import read_optional_json, read_optional_text
+from lapilli.checkpoint.formats.files import in_folder, read_optional_json, read_optional_text
 from lapilli.checkpoint.read.plan import PEFT_ADAPTER, Plan
 from lapilli.config.model import ModelConfig
-from lapilli.errors import ConfigError
+from lapilli.errors import ConfigError, TemplateFileError
 from lapilli.prompt.choose import (
     OWN,
     Template,
@@ -31,12 +31,21 @@ from lapilli.prompt.tokenizer import Tokenizer
 def choose_for(plan: Plan, explicit: str | Template | None = None) -> TemplateChoice:
     """Choose the template of a plan, or the one that the caller gives; the choice has a reason.
 
+    A chat template that cannot be used is no fault where the caller gives another one.
+
     Raises:
-        PromptError: no template has the name that was given or recorded.
+        PromptError: no template has the name that was given.
+        TemplateFileError: no template has the name that config.json records, or the checkpoint's
+            own cannot be used.
     """
-    return choose_template(
-        template_facts(plan), explicit=explicit, chat_template=own_template(plan)
-    )
+    try:
+        own = own_template(plan)
+    except TemplateFileError:
+        if explicit is None or explicit == OWN:
+            raise
+        own = None
+    with in_folder(plan.path):
+        return choose_template(template_facts(plan), explicit=explicit, chat_template=own)
 
 
 def template_facts(plan: Plan) -> TemplateFacts:
@@ -65,14 +74,14 @@ def own_template(plan: Plan) -> JinjaTemplate | None:
     config.json records that it is the model's.
 
     Raises:
-        PromptError: it is no template.
+        TemplateFileError: it is no template.
     """
     if plan.config.layout == "llava" and plan.config.template != OWN:
         return None
     # A PEFT adapter's folder holds no files of the checkpoint below.
     first = plan.base_path if plan.form == PEFT_ADAPTER else plan.path
-    source = _of_adapter(plan) or find_chat_template(first or plan.path, plan.tokenizer_path)
-    if source is None:
+    found = _of_adapter(plan) or _find(first or plan.path, plan.tokenizer_path)
+    if found is None:
         return None
     tokenizer, tokens = plan.tokenizer, plan.config.tokens
 
@@ -82,8 +91,10 @@ def own_template(plan: Plan) -> JinjaTemplate | None:
 
     image = text_of(tokens.image_id)
     more = {} if image is None else {"image_token": image}
+    file, source = found
     return JinjaTemplate(
         source,
+        file=str(file),
         bos_token=text_of(tokenizer.bos_id),
         eos_token=text_of(tokenizer.eos_id),
         special_tokens=tokenizer.named_tokens | more,
@@ -91,7 +102,7 @@ def own_template(plan: Plan) -> JinjaTemplate | None:
     )
 
 
-def _of_adapter(plan: Plan) -> str | None:
+def _of_adapter(plan: Plan) -> tuple[Path, str] | None:
     """Return the chat template in the folder of a PEFT adapter, with which it was trained.
 
     Such a folder has no config.json to record a name in. Over a checkpoint in the original layout
@@ -99,15 +110,22 @@ def _of_adapter(plan: Plan) -> str | None:
     """
     if plan.form != PEFT_ADAPTER or plan.adapter is None or plan.config.layout == "llava":
         return None
-    return find_chat_template(plan.adapter.path)
+    return _find(plan.adapter.path)
 
 
 def find_chat_template(*directories: Path) -> str | None:
     """Find the jinja text in the first directory, and there the newest file, that has one."""
+    found = _find(*directories)
+    return None if found is None else found[1]
+
+
+def _find(*directories: Path) -> tuple[Path, str] | None:
+    """Find the same with its file."""
     for directory in directories:
-        found = read_optional_text(directory / "chat_template.jinja")
+        file = directory / "chat_template.jinja"
+        found = read_optional_text(file)
         if found is not None:
-            return found
+            return file, found
         for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
             value = (read_optional_json(directory / name) or {}).get("chat_template")
             if isinstance(value, list):
@@ -115,7 +133,7 @@ def find_chat_template(*directories: Path) -> str | None:
                 named = {entry.get("name"): entry for entry in value if isinstance(entry, Mapping)}
                 value = named.get("default", {}).get("template")
             if isinstance(value, str):
-                return value
+                return directory / name, value
     return None
 
 

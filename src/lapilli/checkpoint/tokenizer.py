@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from lapilli.checkpoint.formats.files import (
     has_file,
+    in_folder,
     read_optional_bytes,
     read_optional_json,
     read_optional_text,
@@ -50,7 +51,11 @@ def load_tokenizer(
         MissingFileError: it has no tokenizer.
         CheckpointError: a file of it is damaged.
     """
-    asked = settings or {}
+    with in_folder(directory):
+        return build_tokenizer(_files(directory, settings or {}), fast=fast)
+
+
+def _files(directory: Path, asked: Mapping[str, object]) -> TokenizerFiles:
     config = read_optional_json(directory / "tokenizer_config.json") or {}
     special = read_optional_json(directory / "special_tokens_map.json") or {}
     files = TokenizerFiles(
@@ -65,7 +70,7 @@ def load_tokenizer(
             f"no tokenizer in {directory}: looked for tokenizer.model and tokenizer.json; "
             "copy them from the language model that the checkpoint was made from"
         )
-    return build_tokenizer(files, fast=fast)
+    return files
 
 
 def tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
@@ -82,8 +87,8 @@ def tokenizer_of(path: Path, config: ModelConfig) -> tuple[Tokenizer, int]:
     size = max(tokenizer.vocab_size, config.text.vocab_size)
     if image_id is not None and not 0 <= image_id < size:
         raise ConfigFileError(
-            f"config.json: image_token_index is {image_id}, but there are {size} tokens: they do "
-            "not belong together"
+            f"{path}: config.json: image_token_index is {image_id}, but there are {size} tokens: "
+            "they do not belong together"
         )
     if is_original:
         tokens = config.tokens

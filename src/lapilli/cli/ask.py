@@ -3,12 +3,12 @@
 import json
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, ChatOptions, Json, note
+from lapilli.config.paths import given_path
 from lapilli.errors import MediaError
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ def _is_picture(question: str) -> bool:
     """Return whether a question is the name of a file, or a place to get a picture from."""
     try:
         return question.startswith(("http://", "https://", "data:", "file:")) or (
-            Path(question).expanduser().is_file()
+            given_path(question).is_file()
         )
-    except (OSError, ValueError, RuntimeError):  # too long for a name, or "~" of nobody
+    except (OSError, ValueError):  # too long for a name
         return False
 
 

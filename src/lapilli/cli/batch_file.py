@@ -21,6 +21,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lapilli.config.paths import given_path
 from lapilli.errors import PromptError
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def _place(picture: str, folder: Path) -> str:
 
     if not picture:
         raise PromptError("the path of a picture is empty")
-    return str(folder / picture) if is_path(picture) else picture
+    return str(folder / given_path(picture)) if is_path(picture) else picture
 
 
 class AnswerFile(AbstractContextManager["AnswerFile"]):

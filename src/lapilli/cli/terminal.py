@@ -19,6 +19,7 @@ import typer
 from lapilli.checkpoint.source import is_local
 from lapilli.config.generation import EngineOptions, SamplingParams, value_type
 from lapilli.config.ignored import SamplingNote
+from lapilli.config.paths import given_path
 from lapilli.errors import LapilliError
 
 if TYPE_CHECKING:
@@ -152,6 +153,9 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def with_groups(**given: Any) -> None:  # noqa: ANN401  what typer read
+        for name, value in given.items():
+            if isinstance(value, Path):  # models, pictures and data are texts and see to it later
+                given[name] = given_path(value)
         for name, group in groups.items():
             given[name] = group(**{field.name: _value(field, given) for field in fields(group)})
         command(**given)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lapilli.cli.terminal import Device, Quiet, note
+from lapilli.config.paths import given_path
 
 if TYPE_CHECKING:
     from lapilli.train.recipe import Recipe
@@ -125,7 +126,7 @@ def _print_plan(recipe: "Recipe", gpus: int) -> None:
             "its sizes, --model.checkpoint liuhaotian/llava-v1.5-7b"
         ) from error
     work = usual_work(recipe, config)
-    if recipe.data.sources and all(Path(one.path).is_file() for one in recipe.data.sources):
+    if recipe.data.sources and all(given_path(one.path).is_file() for one in recipe.data.sources):
         work = replace(work, samples=len(open_dataset(recipe.data.sources)))
     typer.echo(
         f"{work.samples:,} samples of {work.positions:.0f} positions ({work.supervised:.0f} "

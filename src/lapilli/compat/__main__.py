@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from lapilli.compat.install import install
+from lapilli.compat.install import install, why_no_names
 from lapilli.errors import LapilliError
 
 USAGE = "usage: python -m lapilli.compat SCRIPT [ARGS...] | -m MODULE [ARGS...]"
@@ -18,10 +18,16 @@ def main(arguments: list[str]) -> None:
     """Install the names of the original and run a script or a module in this process.
 
     Raises:
-        SystemExit: nothing to run was named, the script is not there, or a module of the original
-            cannot do what it is asked for (code 2).
+        SystemExit: nothing to run was named, the script is not there, transformers is not
+            installed, or a module of the original cannot do what it is asked for (code 2).
     """
-    if arguments[:1] == ["-m"] and len(arguments) > 1:
+    is_module = arguments[:1] == ["-m"] and len(arguments) > 1
+    if not is_module and (not arguments or arguments[0].startswith("-")):
+        raise SystemExit(_refuse(USAGE))
+    missing = why_no_names()
+    if missing is not None:
+        raise SystemExit(_refuse(f"lapilli.compat: {missing}"))
+    if is_module:
         install()
         name, sys.argv = arguments[1], arguments[1:]
         try:
@@ -29,8 +35,6 @@ def main(arguments: list[str]) -> None:
         except LapilliError as error:
             raise SystemExit(_refuse(f"{name}: {error}")) from error
         return
-    if not arguments or arguments[0].startswith("-"):
-        raise SystemExit(_refuse(USAGE))
     script = Path(arguments[0])
     if not script.is_file():
         raise SystemExit(_refuse(f"lapilli.compat: no script at {script}"))

@@ -90,11 +90,9 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Fill a package with names; put our module in the place of any other."""
         name = module.__name__
-        if importlib.util.find_spec("transformers") is None:
-            raise ImportError(
-                "the names of the original need transformers: pip install 'lapilli[compat]'",
-                name=name,
-            )
+        missing = why_no_names()
+        if missing is not None:
+            raise ImportError(missing, name=name)
         if name in MODULES:
             # One object: what a program assigns to a name of the module, our functions see.
             sys.modules[name] = _ours(MODULES[name])
@@ -115,6 +113,13 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             raise ImportError(f"{fullname} cannot be run as a program", name=fullname)
         program = f"from {PACKAGE}.{source} import run\nrun({_kind(fullname)!r})"
         return compile(program, fullname, "exec")
+
+
+def why_no_names() -> str | None:
+    """Return what the names of the original lack here, in one line; None: nothing."""
+    if importlib.util.find_spec("transformers") is not None:
+        return None
+    return "the names of the original need transformers: pip install 'lapilli[compat]'"
 
 
 def _ours(name: str) -> ModuleType:

@@ -169,13 +169,10 @@ def _normalized(name: str, value: object) -> object:
 
 
 def _bias(value: object) -> dict[object, object]:
-    """Return {token id: bias} from a mapping (JSON's keys are texts), or from "ID=BIAS" texts."""
+    """Return {token id: bias} from a mapping, or from "ID=BIAS" texts."""
     if isinstance(value, Mapping):
         return {
-            int(key) if isinstance(key, str) and key.isdecimal() else key: (
-                float(number) if type(number) is int else number
-            )
-            for key, number in value.items()
+            key: float(number) if type(number) is int else number for key, number in value.items()
         }
     found: dict[object, object] = {}
     try:
@@ -278,6 +275,16 @@ class EngineOptions:
         _check_word("kv_dtype", self.kv_dtype, "auto", "model", "bfloat16", "int8")
         _check_word("speculate", self.speculate, "on", "off", "auto")
         _check_word("compile", self.compile, "auto", "on", "static", "off")
+
+
+def check_engine_options(given: object) -> None:
+    """Refuse what gives an engine no limits.
+
+    Raises:
+        GenerationError: something else than EngineOptions or None.
+    """
+    if not isinstance(given, EngineOptions | None):
+        raise GenerationError(f"engine must be EngineOptions or None, got {given!r:.100}")
 
 
 def _check_word(name: str, value: object, *known: str) -> None:

@@ -6,7 +6,7 @@ from lapilli.config import ignored
 from lapilli.config.families import Family, family_named
 from lapilli.config.families.decoder import parse_activation
 from lapilli.config.files import ConfigFiles
-from lapilli.config.llava import CAP_KEY, RECORD_KEY, parse_pinpoints
+from lapilli.config.llava import CAP_KEY, RECORD_KEY, parse_dtype, parse_pinpoints
 from lapilli.config.model import (
     DecoderConfig,
     ImageConfig,
@@ -40,7 +40,7 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     reader = KeyReader(files.config, "config.json", ignored.HF_LLAVA)
     is_next = reader.text("model_type") == "llava_next"
     text_reader = reader.child("text_config")
-    family = family_named(text_reader.text("model_type") or "llama")
+    family = family_named(text_reader.text("model_type", "llama"))
     text_reader.ignored = family.ignored
     tied = _is_tied(reader, text_reader, family, files, is_next=is_next)
     text = _as_in_llava(family.parse(text_reader, tied=tied), reader)
@@ -59,7 +59,6 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     second_id = reader.optional_integer("image_token_id")
     image_id = image_id if image_id is not None else second_id
     tokens = parse_tokens(text_reader, generation, image_id=32000 if image_id is None else image_id)
-    dtypes = [one.text(key) for one in (reader, text_reader) for key in ("dtype", "torch_dtype")]
     config = ModelConfig(
         text=text,
         tokens=tokens,
@@ -69,7 +68,7 @@ def parse_hf_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
         vision_in_checkpoint=True,
         has_newline=is_next,
         layout="hf_llava_next" if is_next else "hf_llava",
-        torch_dtype=next((one for one in dtypes if one), None),
+        torch_dtype=parse_dtype((reader, text_reader)),
         context_length=text.max_positions,
         padding_side="left",
         template=reader.text(RECORD_KEY),
@@ -122,7 +121,7 @@ def _vision(reader: KeyReader) -> VisionConfig:
         layer = -2
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise ConfigError(f"config.json: vision_feature_layer must be a number, got {shown(layer)}")
-    strategy = reader.text("vision_feature_select_strategy", "default") or "default"
+    strategy = reader.text("vision_feature_select_strategy", "default")
     if strategy not in STRATEGIES:
         raise ConfigError(
             f"config.json: vision_feature_select_strategy is {strategy!r}, "
@@ -179,7 +178,7 @@ def parse_language_model(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
         text=text,
         tokens=parse_tokens(reader, generation),
         layout="text",
-        torch_dtype=reader.text("dtype") or reader.text("torch_dtype"),
+        torch_dtype=parse_dtype((reader,)),
         context_length=text.max_positions,
     )
     return config, reader.report() + generation.report()

@@ -4,6 +4,7 @@ A flat file: the language model's keys and the `mm_` keys beside them.
 """
 
 import ast
+from collections.abc import Sequence
 from typing import Literal
 
 from lapilli.config import ignored
@@ -38,6 +39,11 @@ MERGES: dict[str, Merge] = {
     "spatial": "spatial",
     "spatial_unpad": "spatial_unpad",
 }
+# What transformers writes; "auto" stands in files that were written by hand.
+DTYPE_NAMES = (
+    *("float32", "float16", "bfloat16", "float64", "float", "half", "double", "auto"),
+    *("float8_e4m3fn", "float8_e5m2"),
+)
 SELECTS: dict[str, Select] = {"patch": "patch", "cls_patch": "cls_patch"}
 
 
@@ -76,7 +82,7 @@ def parse_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
     image, image_report = _image(reader, files, vision) if vision else (None, KeyReport())
     for key in ("mm_vision_tower", "vision_tower", "architectures", "model_type"):
         reader.value(key)
-    torch_dtype = reader.text("torch_dtype") or reader.text("dtype")
+    torch_dtype = parse_dtype((reader,), ("torch_dtype", "dtype"))
     projector = _projector(reader, vision, text.hidden_size) if vision else None
     config = ModelConfig(
         text=text,
@@ -119,7 +125,7 @@ def _vision(reader: KeyReader, files: ConfigFiles) -> tuple[VisionConfig, KeyRep
             "config.json: mm_vision_select_layer is missing, expected the number of a hidden state "
             "such as -2"
         )
-    select = reader.text("mm_vision_select_feature", "patch") or "patch"
+    select = reader.text("mm_vision_select_feature", "patch")
     if select not in SELECTS:
         raise ConfigError(
             f"config.json: mm_vision_select_feature is {select!r}, choose from {', '.join(SELECTS)}"
@@ -138,7 +144,7 @@ def _vision(reader: KeyReader, files: ConfigFiles) -> tuple[VisionConfig, KeyRep
 
 
 def _projector(reader: KeyReader, vision: VisionConfig, hidden_size: int) -> ProjectorConfig:
-    name = reader.text("mm_projector_type", "linear") or "linear"
+    name = reader.text("mm_projector_type", "linear")
     projector = parse_projector(name, vision_size=vision.hidden_size, hidden_size=hidden_size)
     tile_features(vision, projector)  # refuses what cannot be pooled
     return projector
@@ -147,8 +153,8 @@ def _projector(reader: KeyReader, vision: VisionConfig, hidden_size: int) -> Pro
 def _image(
     reader: KeyReader, files: ConfigFiles, vision: VisionConfig
 ) -> tuple[ImageConfig, KeyReport]:
-    aspect = reader.text("image_aspect_ratio", "square") or "square"
-    merge = reader.text("mm_patch_merge_type", "flat") or "flat"
+    aspect = reader.text("image_aspect_ratio", "square")
+    merge = reader.text("mm_patch_merge_type", "flat")
     pinpoints = parse_pinpoints(reader.value("image_grid_pinpoints"), width_first=True)
     if merge not in MERGES:
         raise UnsupportedModelError(
@@ -210,6 +216,27 @@ def parse_pinpoints(value: object, *, width_first: bool) -> tuple[ImageSize, ...
             )
         sizes.append(ImageSize(second, first) if width_first else ImageSize(first, second))
     return tuple(sizes)
+
+
+def parse_dtype(
+    readers: Sequence[KeyReader], keys: Sequence[str] = ("dtype", "torch_dtype")
+) -> str | None:
+    """Return the number format that a checkpoint says that it was saved in, the first of several.
+
+    Raises:
+        ConfigError: no number format of weights has the name.
+    """
+    first = None
+    for reader in readers:
+        for key in keys:
+            name = reader.text(key)
+            if name is not None and name.removeprefix("torch.") not in DTYPE_NAMES:
+                raise ConfigError(
+                    f"{reader.where}: {reader.prefix}{key} is {shown(name)}, choose from "
+                    f"{', '.join(DTYPE_NAMES)}"
+                )
+            first = first or name
+    return first
 
 
 def _literal(text: str) -> object:

@@ -72,7 +72,7 @@ def parse_text_config(raw: JsonObject) -> TextConfig:
             return inner_family(raw).parse(reader)
         if is_hf_llava(raw):
             reader = reader.child("text_config")
-            return family_named(reader.text("model_type") or "llama").parse(reader)
+            return family_named(reader.text("model_type", "llama")).parse(reader)
         return family_named(reader.text("model_type")).parse(reader)
 
 

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, TypeGuard
+from typing import Final, TypeGuard, overload
 
 from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, UnknownKeyError
 
@@ -160,6 +160,12 @@ class KeyReader:
             raise self._wrong(key, "true or false", value)
         return value
 
+    @overload
+    def text(self, key: str, default: str) -> str: ...
+
+    @overload
+    def text(self, key: str, default: None = None) -> str | None: ...
+
     def text(self, key: str, default: str | None = None) -> str | None:
         """Return a string of at most LONGEST characters, or the default."""
         value = self.value(key)
@@ -245,11 +251,12 @@ def in_file() -> Iterator[None]:
     """Make what a configuration refuses the fault of the file that it was read from.
 
     Raises:
-        ConfigFileError: for a ConfigError inside.
+        ConfigFileError: for a ConfigError inside; it names config.json if that named no file.
     """
     try:
         yield
     except CheckpointError:
         raise
     except ConfigError as error:
-        raise ConfigFileError(str(error)[:LONGEST]) from error
+        where = "" if ".json" in str(error) else "config.json: "
+        raise ConfigFileError(f"{where}{error}"[:LONGEST]) from error

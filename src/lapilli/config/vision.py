@@ -107,7 +107,7 @@ def parse_tower(
     """
     outer = reader.text("model_type")
     section = tower_section(reader)
-    kind = section.text("model_type") or outer or "clip_vision_model"
+    kind = section.text("model_type", outer or "clip_vision_model")
     if kind not in TOWER_TYPES:
         raise UnsupportedModelError(
             f"{reader.where}: vision tower type {kind!r} is not supported, "

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lapilli.config.paths import given_path
 from lapilli.errors import MediaError
 from lapilli.media.download import FetchLimits, download, url_name
 
@@ -81,6 +82,11 @@ def fetch(
         return _fetch_path(os.fspath(source), limits)
     if isinstance(source, Readable):
         return _fetch_stream(source, str(getattr(source, "name", "the stream")), limits)
+    if isinstance(source, list | tuple):
+        raise MediaError(
+            f"a {type(source).__name__} is no source of a picture: pass several pictures as "
+            "separate arguments"
+        )
     raise MediaError(
         f"a {type(source).__name__} is no source of a picture: give a path, a URL, a data URI, "
         "bytes, an open file, a Pillow image or a numpy array"
@@ -139,7 +145,8 @@ def _fetch_path(source: str | bytes, limits: FetchLimits) -> Fetched:
     if not named:
         raise MediaError("the path of the picture is empty")
     try:
-        path = Path(named).expanduser()
+        path = given_path(named)
+        named = str(path) if named.startswith("~") else named
         if path.is_dir():
             raise MediaError(f"{named} is a directory: give a picture file")
         if path.is_file() and path.stat().st_size > limits.max_bytes:
@@ -147,8 +154,9 @@ def _fetch_path(source: str | bytes, limits: FetchLimits) -> Fetched:
         with _opened(path, named, limits) as stream:
             return _fetch_stream(stream, named, limits)
     except FileNotFoundError as error:
-        raise MediaError(f"{_short(named)} does not exist (from {Path.cwd()})") from error
-    except (OSError, RuntimeError) as error:  # RuntimeError: "~" of a user who has no home
+        start = "" if path.is_absolute() else f" (from {Path.cwd()})"
+        raise MediaError(f"{_short(named)} does not exist{start}") from error
+    except OSError as error:
         hint = ""
         if max(map(len, named.split("/"))) > _LONGEST_NAME:
             hint = "; if it is a picture in base64, write data:image/png;base64, before it"

@@ -6,7 +6,7 @@ chosen.
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Any
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.out_of_distribution import load_detector
 from lapilli.checkpoint.read.assemble import LoadReport, Progress
-from lapilli.config.generation import SamplingParams
+from lapilli.config.generation import SamplingParams, check_engine_options
 from lapilli.config.model import ModelConfig
-from lapilli.errors import CheckpointError, LapilliError, PromptError
+from lapilli.config.paths import given_path
+from lapilli.config.reader import shown
+from lapilli.errors import CheckpointError, ConfigError, GenerationError, LapilliError, PromptError
 from lapilli.generate.engine import Engine, EngineOptions
 from lapilli.generate.engine.request import EngineStream
 from lapilli.generate.output import Generation
@@ -26,8 +28,15 @@ from lapilli.modality.image.decode import Alpha, check_alpha
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.pipeline.backend import AnswerStream, Backend, Pieces
 from lapilli.pipeline.processor import ProcessedPrompt, prepare, process, with_stops
-from lapilli.prompt.choose import Template
-from lapilli.prompt.message import MediaPart, Message
+from lapilli.prompt.choose import Template, check_template
+from lapilli.prompt.message import (
+    MediaPart,
+    Message,
+    check_conversation,
+    check_text,
+    questions_of,
+    several,
+)
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant import QuantConfig
 
@@ -76,6 +85,9 @@ def load(
         PromptError: no template has this name.
     """
     check_alpha(alpha)
+    check_engine_options(engine)
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress must be a function or None, got {shown(progress)}")
     loaded = load_checkpoint(
         source,
         base=base,
@@ -127,6 +139,7 @@ class Chat:
     def __init__(
         self, loaded: Loaded, *, name: str = "", engine: EngineOptions | None = None
     ) -> None:
+        check_engine_options(engine)
         self._loaded = loaded
         vision = loaded.config.vision
         width = None if vision is None else vision.hidden_size
@@ -148,6 +161,18 @@ class Chat:
         self._last_media: tuple[Any, ...] = ()
         self.last: Generation | None = None
         """The latest answer of `ask` or `stream` in full: tokens, finish reason, logprobs."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute; a setting that nothing could follow is refused here, not later.
+
+        Raises:
+            PromptError: instructions that are no text, or no template.
+            ConfigError: another `alpha` than there is, or limits of another class.
+        """
+        check = _SETTINGS.get(name)
+        if check is not None:
+            check(value)
+        super().__setattr__(name, value)
 
     @property
     def model(self) -> VisionLanguageModel:
@@ -225,6 +250,7 @@ class Chat:
         Closing the iterator stops the answer; what was said of it is kept. The question follows the
         history as it is now, and joins it with its answer when that is over.
         """
+        asked = Message.user(question, *images)
         if not question.strip():
             raise PromptError("the question is empty: ask something")
         params = self._params(SamplingParams.from_options(**sampling))
@@ -234,7 +260,6 @@ class Chat:
         with self._turns:
             begins = bool(images) and not keep
             talk = Conversation(next(self._numbers)) if begins else self._conversation
-            asked = Message.user(question, *images)
             prompt = self._process(self._with_system((*talk.history, asked)), talk)
             new = prompt.media[len(prompt.media) - len(asked.media) :]
             return AnswerStream(
@@ -258,7 +283,9 @@ class Chat:
             ContextTooLongError: a conversation leaves no room for an answer.
         """
         params = self._params(params or SamplingParams())
-        prompts = [self._process(messages, row=row) for row, messages in enumerate(conversations)]
+        prompts = [
+            self._process(messages, row=row) for row, messages in enumerate(several(conversations))
+        ]
         return self._backend.generate(prompts, params)
 
     def as_completed(
@@ -270,7 +297,7 @@ class Chat:
         conversations are taken from the iterable when there is room for them.
         """
         params = self._params(params or SamplingParams())
-        prompts = (self._process_or_error(messages) for messages in conversations)
+        prompts = (self._process_or_error(messages) for messages in several(conversations))
         return self._backend.as_completed(prompts, params)
 
     def ask_many(
@@ -288,10 +315,8 @@ class Chat:
         Raises:
             LapilliError: the first question that cannot be answered, see `as_completed`.
         """
-        asked = [(each,) if isinstance(each, str) else each for each in questions]
-        conversations = [
-            self._with_system((Message.user(str(text), *images),)) for text, *images in asked
-        ]
+        asked = questions_of(questions)
+        conversations = [self._with_system((question,)) for question in asked]
         answers = self.batch(conversations, SamplingParams.from_options(**sampling))
         return [answer.text.strip() for answer in answers]
 
@@ -306,7 +331,7 @@ class Chat:
         """
         if not self._last_keys:
             raise CheckpointError("there is nothing to save yet: ask something first")
-        return self.engine.save_prefix(Path(path), self._last_keys)
+        return self.engine.save_prefix(given_path(path), self._last_keys)
 
     def load_prefix(self, path: str | Path) -> int:
         """Load what `save_prefix` wrote; return the number of positions.
@@ -315,7 +340,7 @@ class Chat:
             MissingFileError: there is no such file.
             CheckpointError: it is not a saved prefix, or one of another model.
         """
-        return self.engine.load_prefix(Path(path))
+        return self.engine.load_prefix(given_path(path))
 
     def encode(self, messages: Sequence[Message]) -> ProcessedPrompt:
         """Return the prompt that `answer` works with: ids, spans and prepared media."""
@@ -380,8 +405,7 @@ class Chat:
             talk: the conversation that they belong to, whose media are not prepared again.
             row: named in errors.
         """
-        if not messages:
-            raise PromptError("the conversation is empty: give at least one message of the user")
+        check_conversation(messages)
         known = {} if talk is None else talk.media
         parts = [part for message in messages for part in message.media]
         shown = {id(part): known.get(id(part)) or (part, self._prepare(part)) for part in parts}
@@ -411,4 +435,19 @@ class Chat:
         return messages if self.system is None else (Message.system(self.system), *messages)
 
     def _params(self, params: SamplingParams) -> SamplingParams:
+        if not isinstance(params, SamplingParams):
+            raise GenerationError(f"params must be SamplingParams, got {shown(params)}")
         return with_stops(params, self.template, self.tokenizer)
+
+
+def _check_limits(limits: object) -> None:
+    if not isinstance(limits, FetchLimits):
+        raise ConfigError(f"limits must be FetchLimits, got {shown(limits)}")
+
+
+_SETTINGS: dict[str, Callable[[Any], None]] = {
+    "alpha": check_alpha,
+    "limits": _check_limits,
+    "system": lambda system: None if system is None else check_text(system),
+    "template": check_template,
+}

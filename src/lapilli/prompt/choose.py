@@ -28,7 +28,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lapilli.config.families import find_family
-from lapilli.errors import ConfigError, PromptError
+from lapilli.config.reader import shown
+from lapilli.errors import ConfigError, PromptError, TemplateFileError
 from lapilli.prompt.jinja import JinjaTemplate
 from lapilli.prompt.template import ChatTemplate, Template
 from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
@@ -42,6 +43,7 @@ __all__ = [
     "TemplateFacts",
     "around_media",
     "check_base_template",
+    "check_template",
     "choose_template",
     "template_by_name",
     "template_for_name",
@@ -115,6 +117,7 @@ def choose_template(
 
     Raises:
         PromptError: no template has that name.
+        TemplateFileError: no template has the name that is recorded.
     """
     if explicit is None:
         choice = _by_evidence(facts, chat_template)
@@ -135,6 +138,20 @@ def around_media(template: Template, *, use_start_end: bool, gap: str = "") -> T
     if not isinstance(template, ChatTemplate):
         return template
     return replace(template, media_tokens=START_END if use_start_end else ("", ""), media_gap=gap)
+
+
+def check_template(template: object) -> None:
+    """Refuse what cannot render messages.
+
+    Raises:
+        PromptError: no template.
+    """
+    # isinstance(..., Template) would run a template for the strings that end an answer.
+    if not callable(getattr(template, "render", None)):
+        raise PromptError(
+            "a template must have the methods of Template (lapilli.prompt.templates.TEMPLATES has "
+            f"those that have a name), got {shown(template)}"
+        )
 
 
 def template_by_name(name: str) -> ChatTemplate:
@@ -222,6 +239,7 @@ def _asked_for(
         template = _named(
             template, chat_template, "this checkpoint has no chat template of its own: "
         )
+    check_template(template)
     try:
         other = _by_evidence(facts, chat_template)
     except PromptError:  # a recorded name that we do not have: what was asked for replaces it
@@ -244,12 +262,16 @@ def _named(name: str, chat_template: JinjaTemplate | None, missing: str) -> Temp
 
 
 def _by_evidence(facts: TemplateFacts, chat_template: JinjaTemplate | None) -> TemplateChoice:
-    if facts.recorded:
+    if facts.recorded is not None:
         says = f"config.json says {RECORD_KEY} {facts.recorded}"
         missing = (
             f"{says}, but no chat template lies beside it: bring chat_template.jinja back, or "
         )
-        return TemplateChoice(_named(facts.recorded, chat_template, missing), says)
+        try:
+            return TemplateChoice(_named(facts.recorded, chat_template, missing), says)
+        except PromptError as error:
+            where = "" if facts.recorded == OWN else f"{says}: "
+            raise TemplateFileError(f"{where}{error}") from error
     if chat_template is not None and facts.layout != "llava":
         return TemplateChoice(chat_template, "the checkpoint's own chat template")
     chosen, reason = _by_model(facts) or _by_parts(facts)

@@ -12,14 +12,15 @@ White space around it is, because templates trim. Knows nothing of tokenizers or
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any, Final
 
 import jinja2
 
-from lapilli.errors import PromptError
+from lapilli.errors import PromptError, TemplateFileError
 from lapilli.prompt.budget import budget_of, pay
 from lapilli.prompt.message import MediaPart, Message, TextPart
 from lapilli.prompt.sandbox import compile_template
@@ -41,6 +42,8 @@ class JinjaTemplate:
         eos_token: text of the token that the template may write last.
         image_token: what the template writes in the place of a picture.
         special_tokens: texts of further tokens that it may write, such as `pad_token`.
+        file: where the text was read. What is wrong with the template is then a TemplateFileError
+            that names it, else a PromptError.
 
     Raises:
         PromptError: a text that is no template.
@@ -56,18 +59,34 @@ class JinjaTemplate:
         eos_token: str | None = None,
         image_token: str = PLACEHOLDER,
         special_tokens: Mapping[str, str] | None = None,
+        file: str | None = None,
     ) -> None:
         self.source = source
+        self._file = file
         self._tokens = {
             **(special_tokens or {}),
             "bos_token": bos_token or "",
             "eos_token": eos_token or "",
         }
         self._image_token = image_token
+        with self._named():
+            self._template = self._compiled()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the file in what is wrong with the template."""
         try:
-            source.encode()
+            yield
+        except PromptError as error:
+            if self._file is None:
+                raise
+            raise TemplateFileError(f"{self._file}: {error}") from error
+
+    def _compiled(self) -> jinja2.Template:
+        try:
+            self.source.encode()
             with budget_of(_STEPS):
-                self._template = compile_template(source)
+                return compile_template(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise PromptError(
                 f"the checkpoint's chat template is not a template: line {error.lineno}: "
@@ -84,7 +103,9 @@ class JinjaTemplate:
         """Text that the template writes after an answer."""
         marks = _Marks(self._takes_parts, self._image_token)
         answered = [marks.hide(m) for m in (Message.user("Q"), Message.assistant("A"))]
-        end = self._run(answered, open_turn=False).partition(marks.mark(1))[2].strip()
+        with self._named():
+            text = self._run(answered, open_turn=False)
+        end = text.partition(marks.mark(1))[2].strip()
         return (end,) if end else ()
 
     def render(self, messages: Sequence[Message], *, open_turn: bool = True) -> list[Segment]:
@@ -99,9 +120,10 @@ class JinjaTemplate:
         messages = _without_open_turn(messages) if open_turn else messages
         marks = _Marks(self._takes_parts, self._image_token)
         hidden = [marks.hide(message) for message in messages]
-        text = self._run(hidden, open_turn=open_turn)
-        marks.check(text, sum(len(message.media) for message in messages))
-        ranges = [] if open_turn else self._answers(hidden, text)
+        with self._named():
+            text = self._run(hidden, open_turn=open_turn)
+            marks.check(text, sum(len(message.media) for message in messages))
+            ranges = [] if open_turn else self._answers(hidden, text)
         return marks.reveal(text, ranges)
 
     @cached_property

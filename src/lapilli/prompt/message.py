@@ -3,21 +3,30 @@
 Knows nothing of templates, tokens or pictures: the source of a medium is passed on untouched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
+from lapilli.config.reader import shown
 from lapilli.errors import MediaCountMismatchError, PromptError
 
 Role = Literal["system", "user", "assistant"]
+T = TypeVar("T")
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """Text as it was typed; nothing inside it is a special token or a placeholder."""
+    """Text as it was typed; nothing inside it is a special token or a placeholder.
+
+    Raises:
+        PromptError: something else than text.
+    """
 
     text: str
+
+    def __post_init__(self) -> None:
+        check_text(self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +52,8 @@ class Message:
             template writes line breaks behind the media that stand in front.
 
     Raises:
-        PromptError: a role other than system, user or assistant, or another number of pieces.
+        PromptError: a role other than system, user or assistant, something else than parts, or
+            another number of pieces.
     """
 
     role: str
@@ -54,6 +64,11 @@ class Message:
         if self.role not in ROLES:
             raise PromptError(
                 f"unknown role {self.role!r}: expected {', '.join(ROLES[:-1])} or {ROLES[-1]}"
+            )
+        if not isinstance(self.parts, tuple) or not all(isinstance(p, Part) for p in self.parts):
+            raise PromptError(
+                f"a message must be a tuple of TextPart and MediaPart, got {shown(self.parts)}: "
+                "Message.user makes one of a text and pictures"
             )
         if self.written is not None and len(self.written) != len(self.media) + 1:
             raise PromptError(
@@ -124,3 +139,54 @@ class Message:
                 parts.append(TextPart(rest))
                 leads = False
         return cls(role, tuple(parts), tuple(pieces) if sources else None)
+
+
+def check_text(text: object) -> None:
+    """Refuse what nobody can have typed.
+
+    Raises:
+        PromptError: something else than text.
+    """
+    if not isinstance(text, str):
+        raise PromptError(f"a message must be text, a string, got {shown(text)}")
+
+
+def check_conversation(messages: object) -> None:
+    """Refuse what is no conversation.
+
+    Raises:
+        PromptError: something else than a list of at least one Message.
+    """
+    if not messages:
+        raise PromptError("the conversation is empty: give at least one message of the user")
+    if not isinstance(messages, Sequence) or not all(isinstance(one, Message) for one in messages):
+        raise PromptError(f"a conversation must be a list of Message, got {shown(messages)}")
+
+
+def questions_of(given: Iterable[str | tuple[object, ...]]) -> list[Message]:
+    """Return the message of each question, which is a text, or a tuple of a text and pictures.
+
+    Raises:
+        PromptError: something else; one text alone, too.
+    """
+    found = []
+    for one in several(given):
+        parts = one if isinstance(one, tuple | list) else (one,)
+        text, *pictures = parts or (None,)
+        if not isinstance(text, str):
+            raise PromptError(
+                f"a question must be a text, or a tuple of a text and pictures, got {shown(one)}"
+            )
+        found.append(Message.user(text, *pictures))
+    return found
+
+
+def several(given: Iterable[T]) -> Iterable[T]:
+    """Return what was given.
+
+    Raises:
+        PromptError: one text, or anything else that is no list.
+    """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise PromptError(f"expected a list, one item for each answer, got {shown(given)}")
+    return given

@@ -41,6 +41,7 @@ from lapilli.checkpoint.write.llava import (
     save_projector,
 )
 from lapilli.config.model import ModelConfig
+from lapilli.config.paths import given_path
 from lapilli.errors import ConfigError
 from lapilli.lora import LoraConfig
 from lapilli.lora.inject import adapters
@@ -269,7 +270,7 @@ def _base_of(loaded: Loaded, recipe: Recipe) -> str:
     """Return the nearest checkpoint with weights: a hub id as it is, a folder by full path."""
     source, path = recipe.model.checkpoint or str(loaded.path), loaded.path
     if recipe.model.adapter is not None and is_adapter(path):  # laid over the checkpoint
-        return source if not is_local(source) else str(Path(source).expanduser().resolve())
+        return source if not is_local(source) else str(given_path(source).resolve())
     is_hub = not is_local(source)
     while not complete_weights(path):
         path = find_base(None, _named_below(path), path)

@@ -17,6 +17,7 @@ from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.read.plan import PROJECTOR_FILES
 from lapilli.checkpoint.template import find_chat_template
+from lapilli.config.paths import given_path
 from lapilli.errors import ConfigError, MissingFileError, MissingWeightsError, ShapeMismatchError
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template, around_media, check_base_template, template_by_name
@@ -59,7 +60,7 @@ def load_start(recipe: Recipe) -> Loaded:
             f"{loaded.path} reads text only: give it a tower and a projector with `lapilli build`"
         )
     if recipe.model.projector is not None:
-        load_projector(loaded.model, Path(recipe.model.projector).expanduser())
+        load_projector(loaded.model, given_path(recipe.model.projector))
     return loaded
 
 

@@ -185,3 +185,45 @@ def test_other_files_are_checked_too(folder, name):
 
     report = check(open_dataset([SourceRecipe(path=str(write_file(folder / name, RECORDS[1:2])))]))
     assert report.findings == ()
+
+
+EMPTY = "its 'image' is empty: it is learned without a picture"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "image,question,answer\nred.png,Q,A\n,Q,A\n"),
+        ("a.tsv", "image\tcaption\nred.png\tA\n\tA\n"),
+        ("a.jsonl", '{"image": "red.png", "caption": "A"}\n{"image": null, "caption": "A"}\n'),
+        ("a.jsonl", '{"image": "red.png", "caption": "A"}\n{"image": "", "caption": "A"}\n'),
+        ("a.json", '[{"image": "red.png", "caption": "A"},\n{"image": "", "caption": "A"}]'),
+    ],
+)
+def test_a_row_whose_picture_is_empty_is_noted(folder, name, content):
+    path = folder / name
+    path.write_text(content, encoding="utf-8")
+    report = check(open_dataset([SourceRecipe(path=str(path))]))
+    assert [finding.text for finding in report.notes] == [EMPTY]
+    assert kinds(report)[0][1] == (3 if name in ("a.csv", "a.tsv") else 2)
+    assert (report.errors, report.num_text_only) == ((), 1)
+
+
+def test_a_row_whose_picture_is_empty_is_noted_in_parquet(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for first, second in (("red.png", None), ((folder / "red.png").read_bytes(), None)):
+        table = pyarrow.table({"image": [first, second], "caption": ["A", "B"]})
+        parquet.write_table(table, folder / "a.parquet")
+        report = check(open_dataset([SourceRecipe(path=str(folder / "a.parquet"))]))
+        assert [(one.text, one.where[-2:]) for one in report.findings] == [(EMPTY, ":2")]
+
+
+def test_what_says_that_it_has_no_pictures_is_fine(folder):
+    records = [
+        {"conversations": turns("Q", "A")},
+        {"images": [], "conversations": turns("Q", "A")},
+        {"image": None, "images": ["red.png"], "conversations": turns("<image>", "A")},
+    ]
+    assert look(folder, records).findings == ()

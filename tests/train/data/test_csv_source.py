@@ -26,7 +26,7 @@ def test_rows_are_questions_about_pictures(tmp_path):
         "question": "What, and\nwhere?",
         "answer": "A boat.",
     }
-    assert source.record(1) == {"id": "2", "question": "Hello?", "answer": "Hi."}
+    assert source.record(1) == {"id": "2", "image": "", "question": "Hello?", "answer": "Hi."}
     assert [source.where(i).rpartition(":")[2] for i in range(2)] == ["2", "4"]
     assert source.media(0, "a.png") == tmp_path / "a.png"
 

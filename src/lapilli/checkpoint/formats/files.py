@@ -7,6 +7,8 @@ link to itself.
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +22,21 @@ GGUF: Final = (
     "GGUF, the format of llama.cpp, which is not read: take the checkpoint that it was made from, "
     "with config.json and safetensors"
 )
+
+
+@contextmanager
+def in_folder(folder: Path) -> Iterator[None]:
+    """Make what is wrong with the files of a folder name the folder.
+
+    Raises:
+        CheckpointError: the one inside, behind the name of the folder if it did not have it.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if str(folder) in str(error):
+            raise
+        raise type(error)(f"{folder}: {error}") from error
 
 
 def read_json(path: Path) -> JsonObject:

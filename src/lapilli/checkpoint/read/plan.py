@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lapilli.checkpoint.formats.files import has_file, read_json, read_optional_json
+from lapilli.checkpoint.formats.files import has_file, in_folder, read_json, read_optional_json
 from lapilli.checkpoint.formats.quantized import is_packed_here, with_quantization_file
 from lapilli.checkpoint.formats.weights import WeightStore, find_weight_files
 from lapilli.checkpoint.keymaps import OUTPUT, PROJECTOR, KeyMap
@@ -345,15 +345,17 @@ def _plan(
         raw = {**raw, "mm_vision_tower": str(tower_path)}
     store = open_weights(path) if weights else WeightStore()
     generation = read_optional_json(path / "generation_config.json")
-    config, keys = parse_config(
-        raw,
-        tower=read_json(tower_path / "config.json") if tower_path else None,
-        preprocessor=preprocessor_of(tower_path or path),
-        generation=generation,
-        weight_names=frozenset(store.infos),
-    )
-    if config.image is not None:
-        with in_file():
+    tower = read_json(tower_path / "config.json") if tower_path else None
+    preprocessor = preprocessor_of(tower_path or path)
+    with in_folder(path), in_file():
+        config, keys = parse_config(
+            raw,
+            tower=tower,
+            preprocessor=preprocessor,
+            generation=generation,
+            weight_names=frozenset(store.infos),
+        )
+        if config.image is not None:
             mode_of(config.image)  # a mode that is not ours is refused before weights are read
     keymap = keymap_of(raw)
     parts = (*extra, *([WeightPart(CHECKPOINT, store, keymap)] if store.infos else ()))

@@ -52,7 +52,7 @@ def parse_activation(reader: KeyReader, key: str, default: str) -> Activation:
     Raises:
         UnsupportedModelError: lapilli does not have it.
     """
-    name = reader.text(key) or default
+    name = reader.text(key, default)
     if name not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"{reader.where}: {reader.prefix}{key} is {name!r}, "
@@ -348,8 +348,8 @@ def _rope(
         raise UnsupportedModelError(
             f"{reader.where}: partial_rotary_factor {partial} is not supported, expected 1.0"
         )
-    older = rope.text("type")  # read in any case: files have both
-    kind = rope.text("rope_type") or older or "default"
+    older = rope.text("type", "default")  # read in any case: files have both
+    kind = rope.text("rope_type", older)
     if kind == "default":
         return theta, None
     return theta, _rope_scaling(rope, kind, max_positions)

@@ -109,6 +109,12 @@ def listed_media(record: Record) -> list[object]:
     return []
 
 
+def empty_pictures(record: Record) -> tuple[str, ...]:
+    """Return what a person should know of a record whose cell for pictures holds none."""
+    empty = next((key for key in MEDIA_KEYS if key in record and record[key] in (None, "")), None)
+    return () if empty is None else (f"its {empty!r} is empty: it is learned without a picture",)
+
+
 def as_list(value: object) -> list[object]:
     """Return a list of the value, or the value where it is a list."""
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -23,6 +23,7 @@ from lapilli.train.data.formats import (
     as_list,
     check_keys,
     count_words,
+    empty_pictures,
     first_of,
     id_of,
     listed_media,
@@ -94,6 +95,8 @@ def to_sample(
         shown = tuple(_place(_resolved(message, resolve), placement) for message in messages)
     except DataError as reason:
         raise DataError(f"{sample.label}: {reason}") from reason
+    if not any(message.media for message in shown):
+        notes += empty_pictures(record)
     notes = (*notes, *odd, *(f"its {key!r} is not read" for key in NOTED if record.get(key)))
     return replace(sample, messages=shown, words=words, notes=notes)
 

@@ -19,6 +19,7 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
+from lapilli.config.paths import given_path
 from lapilli.errors import DataError
 from lapilli.train.data.json_source import JsonSource, LinesSource
 from lapilli.train.data.pictures import PictureFolder
@@ -138,7 +139,7 @@ def _open_kind(path: Path, folder: PictureFolder) -> Source:
 
 
 def _folder_of(path: Path, images: str | None) -> PictureFolder:
-    folder = path.parent if images is None else Path(images).expanduser()
+    folder = path.parent if images is None else given_path(images)
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: expected that of the images (from {Path.cwd()})")
     return PictureFolder(folder)
@@ -162,7 +163,7 @@ def expand(pattern: str) -> list[Path]:
     Raises:
         DataError: there is none, or it is a folder.
     """
-    whole = Path(pattern).expanduser()
+    whole = given_path(pattern)
     if whole.is_file():
         return [whole]
     pieces = _BRACES.split(str(whole))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lapilli.errors import ConfigError, DataError
-from lapilli.train.data.formats import ANSWER_KEYS
+from lapilli.train.data.formats import ANSWER_KEYS, MEDIA_KEYS
 from lapilli.train.data.json_source import MOST_BYTES, MOST_VALUES, too_large
 from lapilli.train.data.pictures import LONGEST_NAME, PictureFolder, listed
 
@@ -86,9 +86,10 @@ class CsvSource:
         return len(self._rows)
 
     def record(self, index: int) -> dict[str, Any]:
-        """See Source; empty cells are left out."""
+        """See Source; empty cells are left out, but for that of the picture."""
         row = self._row(index)
-        said = {name: row[name] for name in ("image", "question") if row.get(name)}
+        said = {"image": row["image"]} if "image" in row else {}
+        said |= {"question": row["question"]} if row.get("question") else {}
         return {"id": row.get("id") or str(index + 1), **said, self._answer: row[self._answer]}
 
     def _row(self, index: int) -> Mapping[str, str]:
@@ -267,7 +268,7 @@ class ParquetSource:
         return self._ends[-1] if self._ends else 0
 
     def record(self, index: int) -> dict[str, Any]:
-        """See Source; what is null in the table is not in the record."""
+        """See Source; what is null in the table is not in the record, but for the pictures."""
         group = bisect_right(self._ends, index)
         inside = index - (self._ends[group - 1] if group else 0)
         table = self._group(group).slice(inside, 1)
@@ -280,7 +281,7 @@ class ParquetSource:
             raise DataError(
                 f"{self.where(index)} has a value that cannot be read: {_short(error)}"
             ) from error
-        return {key: value for key, value in row.items() if value is not None}
+        return {key: one for key, one in row.items() if one is not None or key in MEDIA_KEYS}
 
     def where(self, index: int) -> str:
         """See Source; rows count from 1, as lines do."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.checkpoint.source import HUB_ID, is_local
+from lapilli.config.paths import given_path
 from lapilli.errors import ConfigError, DataError, UnknownKeyError
 from lapilli.train.data.source import NAME_A_FILE, expand
 from lapilli.train.recipe import Recipe, TrainerRecipe
@@ -115,7 +116,7 @@ def check_paths(recipe: Recipe, file: Path) -> None:
     for key, name, is_there in _paths(recipe):
         if name is None or is_there(name):
             continue
-        path = Path(name).expanduser()
+        path = given_path(name)
         if is_there is _has_files and path.is_dir():
             raise ConfigError(
                 f"recipe key {key} is {name!r}, and {path.absolute()} is a folder: {NAME_A_FILE}"
@@ -145,7 +146,7 @@ def _paths(recipe: Recipe) -> Iterator[tuple[str, str | None, Callable[[str], bo
 
 
 def _is_folder(name: str) -> bool:
-    return Path(name).expanduser().is_dir()
+    return given_path(name).is_dir()
 
 
 def _has_files(pattern: str) -> bool:
