@@ -17,10 +17,10 @@ import pytest
 
 from lapilli.errors import PromptError
 from lapilli.prompt import jinja
-from lapilli.prompt.budget import budget_of
 from lapilli.prompt.jinja import JinjaTemplate
 from lapilli.prompt.message import Message
 from lapilli.prompt.sandbox import MOST_SOURCE, compile_template
+from lapilli.prompt.sandbox_budget import budget_of
 from tests.prompt.test_jinja import PARTS, STRING, TOKENS
 
 MANY = "range(100000)"

@@ -20,7 +20,7 @@ from lapilli.geometry import ImageSize
 from lapilli.kernels.library import why_not_native
 from lapilli.modality.image.modes import mode_of, num_tokens
 from lapilli.prompt.choose import Template
-from lapilli.quant.choose import Choices, layer_shapes
+from lapilli.quant.autotune import Choices, layer_shapes
 
 # Common pictures: thumbnail, screen shot, phone, wide.
 COMMON_SIZES = (

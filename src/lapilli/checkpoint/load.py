@@ -51,7 +51,7 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template, TemplateChoice
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant import QuantConfig, quant_config, quantize
-from lapilli.quant.choose import Choices, cache_file, take_faster_products
+from lapilli.quant.autotune import Choices, cache_file, take_faster_products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ def inspect(
     """Print what a checkpoint is: format, architecture, template, tower, tokens, keys."""
     from lapilli.checkpoint.inspect import inspect_checkpoint
     from lapilli.errors import ConfigError
-    from lapilli.quant.choose import Choices, cache_file
+    from lapilli.quant.autotune import Choices, cache_file
 
     if device not in (None, "cpu"):
         raise ConfigError(f"device {device!r}: only cpu has paths to choose between")

@@ -32,7 +32,7 @@ _LONGEST_LITERAL = 1 << 14
 # What lapilli records in a config.json that it writes, beyond what other programs have a key for.
 RECORD_KEY = "lapilli_template"
 IMAGE_KEY = "lapilli_image_token_index"  # in the original layout, of a model that came with one
-CAP_KEY = "lapilli_logit_softcap"  # in a LLaVA of Hugging Face, see hf.py
+CAP_KEY = "lapilli_logit_softcap"  # in a LLaVA of Hugging Face, see huggingface.py
 ROUNDS_KEY = "lapilli_rounds_unpad"  # see ImageConfig.rounds_unpad
 MERGES: dict[str, Merge] = {
     "flat": "flat",

@@ -2,7 +2,7 @@
 
 from lapilli.config.families import family_named, original_types, text_types
 from lapilli.config.files import ConfigFiles
-from lapilli.config.hf import parse_hf_llava, parse_language_model
+from lapilli.config.huggingface import parse_hf_llava, parse_language_model
 from lapilli.config.llava import inner_family, parse_llava
 from lapilli.config.llava import named_tower as named_llava_tower
 from lapilli.config.model import ModelConfig, TextConfig

@@ -13,7 +13,7 @@ from lapilli.errors import GenerationError
 from lapilli.nn.attention import attend
 from lapilli.nn.paged import PagedBatch
 from lapilli.nn.segments import Segments
-from lapilli.nn.static import StaticBatch
+from lapilli.nn.static_batch import StaticBatch
 from lapilli.shapes import Float, Int, Tensor
 
 

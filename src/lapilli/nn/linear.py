@@ -1,7 +1,7 @@
 """Linear layers: of floats on a CPU, of a kernel, and of a frozen quantized weight.
 
 1 to 4 rows    kernels/linear.py: the weight is read once, as fast as memory gives it
-more           float32 by oneDNN where that was measured to be faster (quant/choose.py)
+more           float32 by oneDNN where that was measured to be faster (quant/autotune.py)
 the rest       torch: it gives float32 to MKL, which leaves half of some CPUs unused
 
 A frozen quantized weight is made floats some rows at a time, forward and backward.

@@ -3,7 +3,7 @@
     text -> tree; loops and macros begin with a payment for what they hold, so do operations
             that jinja2 compiles past its own hooks
          -> code; nothing is computed while compiling
-    run  -> each payment takes steps from a budget (budget.py)
+    run  -> each payment takes steps from a budget (sandbox_budget.py)
 
 So time, memory and output are bounded by one number, the same on every machine, in the process and
 the thread that asks: an honest template takes some thousand of a million steps.
@@ -22,8 +22,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from markupsafe import Markup
 
-from lapilli.prompt import budget
-from lapilli.prompt.budget import TooMuchError, Value, pay, pay_text, size_of
+from lapilli.prompt import sandbox_budget
+from lapilli.prompt.sandbox_budget import TooMuchError, Value, pay, pay_text, size_of
 
 MOST_SOURCE: Final = 1 << 17
 """Characters of a template; the longest that are published have 20,000."""
@@ -58,13 +58,13 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
         self, context: runtime.Context, operator: str, left: Value, right: Value
     ) -> Value:
         """Compute one of + - * / // ** %."""
-        budget.pay_binop(operator, left, right)
+        sandbox_budget.pay_binop(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Value, __obj: Value, *args: Value, **kwargs: Value) -> Value:  # noqa: N805
         """Call a macro, a method or one of the functions."""
         pay(1 + len(args) + len(kwargs))
-        args = budget.pay_call(__obj, args, kwargs)
+        args = sandbox_budget.pay_call(__obj, args, kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
     def getitem(self, obj: Value, argument: Value) -> Value:
@@ -105,7 +105,7 @@ class _PaysFields:
 
     def format_field(self, value: Value, format_spec: str) -> Value:
         """Return the text of a field."""
-        pay_text(budget.size_of_printed(format_spec, value))
+        pay_text(sandbox_budget.size_of_printed(format_spec, value))
         return super().format_field(value, format_spec)  # type: ignore[misc]
 
     def convert_field(self, value: Value, conversion: Value) -> Value:
@@ -185,7 +185,7 @@ def _paying(cost: Callable[[Value], int], *, collect: bool = False) -> Callable[
 
     @jinja2.pass_context
     def paying(_context: object, value: Value) -> Value:
-        value = budget.collected(value) if collect else value
+        value = sandbox_budget.collected(value) if collect else value
         pay_text(cost(value))
         return value
 
@@ -212,10 +212,10 @@ def _paying_filter(name: str, function: Callable[..., Value]) -> Callable[..., V
     @wraps(function)
     def paying(context: runtime.Context, value: Value, *args: Value, **kwargs: Value) -> Value:
         pay(2)
-        value = budget.pay_filter(name, value, (*args, *kwargs.values()))
+        value = sandbox_budget.pay_filter(name, value, (*args, *kwargs.values()))
         made = function(*_first_arguments(function, context), value, *args, **kwargs)
         # A list's own iterator: generators over generators would end in C's stack.
-        return iter(list(budget.counted(made, 2))) if isinstance(made, Iterator) else made
+        return iter(list(sandbox_budget.counted(made, 2))) if isinstance(made, Iterator) else made
 
     return jinja2.pass_context(paying)
 
@@ -225,8 +225,8 @@ def _paying_test(function: Callable[..., Value]) -> Callable[..., Value]:
     def paying(context: runtime.Context, value: Value, *args: Value) -> Value:
         pay(1)
         if args:
-            args = tuple(map(budget.collected, args))
-            pay_text(budget.total((value, *args)))
+            args = tuple(map(sandbox_budget.collected, args))
+            pay_text(sandbox_budget.total((value, *args)))
         return function(*_first_arguments(function, context), value, *args)
 
     return jinja2.pass_context(paying)
@@ -291,7 +291,7 @@ def _environment() -> _Sandbox:
     environment.filters |= {
         _STEPS: _pay_steps,
         _COMPARED: _paying(size_of, collect=True),
-        _SLICED: _paying(budget.size_of_copy),
+        _SLICED: _paying(sandbox_budget.size_of_copy),
         _JOINED: _join,
     }
     environment.tests = {

@@ -25,7 +25,7 @@ from lapilli.train.results import Results, save_results
 from lapilli.train.task import TrainingTask, build_task
 from lapilli.train.trainer.loop import number_of_steps, train
 from lapilli.train.trainer.metrics import RunLog
-from lapilli.train.trainer.sharded import gather
+from lapilli.train.trainer.sharded_state import gather
 from lapilli.train.trainer.state import holds_state
 
 

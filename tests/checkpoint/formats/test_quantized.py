@@ -19,7 +19,7 @@ from lapilli.checkpoint.read.assemble import build_model
 from lapilli.checkpoint.write.llava import save_llava
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.quant import QuantConfig, quant_config, quantize
-from lapilli.quant.choose import Choices
+from lapilli.quant.autotune import Choices
 from lapilli.quant.linear import QuantLinear, StoredEmbedding
 
 IDS = torch.arange(12)[None]

@@ -228,7 +228,7 @@ def test_plain_shows_the_picture_and_learns_the_caption(tokenizer, model, folder
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (None, r"red.png does not exist .*: pictures are looked for beside .* --images, names$"),
+        (None, r"red.png does not exist.*: pictures are looked for beside .* --images, names$"),
         (b"", r"red.png is empty"),
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, r"red.png"),
         (b"<html>no</html>", r"red.png .*an HTML page"),

@@ -15,7 +15,7 @@ from lapilli.train.distributed import (
     rank_info_of,
 )
 from lapilli.train.distributed.context import layers_of, shard
-from lapilli.train.distributed.join import is_network_error
+from lapilli.train.distributed.process_group import is_network_error
 from lapilli.train.trainer.loop import train
 from tests.model.conftest import build_tiny
 from tests.train import cluster
@@ -217,6 +217,7 @@ def test_one_process_joins_no_group(monkeypatch):
     with pytest.raises(ConfigError, match="device 'gpu' is unknown: try auto, cpu, cuda"):
         joined(None, device="gpu").__enter__()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # as a device that is there does
     with joined(None, device="cuda:1") as parallel:
         assert parallel.device == torch.device("cuda", 1)
 

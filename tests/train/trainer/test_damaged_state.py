@@ -14,7 +14,7 @@ import torch
 from lapilli.train.trainer.contract import Best, TrainingError
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.metrics import RunLog
-from lapilli.train.trainer.sharded import newest_pieces
+from lapilli.train.trainer.sharded_state import newest_pieces
 from lapilli.train.trainer.state import load_best, load_state, save_best, save_state
 from tests.train.faults import new_noisy, noisy_recipe
 from tests.train.trainer.test_state import everything, in_pieces, new_state

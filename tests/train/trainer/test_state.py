@@ -16,7 +16,7 @@ from lapilli.train.recipe import OptimRecipe
 from lapilli.train.trainer.contract import Best, RunState, TrainingError
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.optim import Average, build_optimizer
-from lapilli.train.trainer.sharded import save_pieces
+from lapilli.train.trainer.sharded_state import save_pieces
 from lapilli.train.trainer.state import (
     load_best,
     load_state,

@@ -28,7 +28,7 @@ from lapilli.config.model import ModelConfig
 from lapilli.config.reader import JsonObject, in_file, is_object, shown
 from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, UnsupportedModelError
 from lapilli.quant import QuantConfig
-from lapilli.quant.choose import Choices
+from lapilli.quant.autotune import Choices
 from lapilli.quant.config import describe
 from lapilli.quant.linear import QuantLinear, StoredEmbedding, empty_packed
 from lapilli.quant.quantize import SEEN, bits_of, notes_on, round_weight

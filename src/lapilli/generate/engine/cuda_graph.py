@@ -22,7 +22,7 @@ import torch
 from lapilli.generate.engine.sequence import ScheduledSequence
 from lapilli.lm.base import LanguageModel
 from lapilli.nn.block_store import BlockStore
-from lapilli.nn.static import StaticBatch
+from lapilli.nn.static_batch import StaticBatch
 from lapilli.shapes import Float, Int, Tensor
 
 FEWEST_BLOCKS = 8

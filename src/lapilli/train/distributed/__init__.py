@@ -1,7 +1,7 @@
 """Several processes that train one model: who reads what, what is summed, what is shared."""
 
 from lapilli.train.distributed.context import SINGLE_PROCESS, ParallelContext
-from lapilli.train.distributed.join import (
+from lapilli.train.distributed.process_group import (
     ProcessLostError,
     RankInfo,
     join_processes,

@@ -1,7 +1,7 @@
 """Trainer checkpoint: what a run needs to go on with the same bits, written whole or not at all.
 
     folder/state.pt    {step, model, optimizer, average, best, identity, digest}
-    folder/state/      the same in pieces, where several processes share the weights: sharded.py
+    folder/state/      the same in pieces, where processes share the weights: sharded_state.py
     folder/best.pt     {step, eval_loss, model, digest}
 
 A file is written aside as NAME.part, flushed to the disk, then renamed over the earlier one: a
@@ -17,7 +17,7 @@ import torch
 
 from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
 from lapilli.train.trainer.contract import Best, RunState, TrainingError
-from lapilli.train.trainer.sharded import (
+from lapilli.train.trainer.sharded_state import (
     drop_pieces,
     gather,
     load_pieces,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lapilli.nn.linear import FloatLinear
-from lapilli.quant.choose import (
+from lapilli.quant.autotune import (
     PATHS,
     Choices,
     Shape,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lapilli.nn.attention import attend_plain
 from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
 from lapilli.nn.paged import PagedBatch, PagedRow
-from lapilli.nn.static import StaticBatch, attend_fused
+from lapilli.nn.static_batch import StaticBatch, attend_fused
 from tests.nn.test_paged import (
     BLOCK,
     MODELS,

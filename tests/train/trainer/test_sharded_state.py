@@ -9,7 +9,7 @@ from lapilli.errors import LapilliError
 from lapilli.train.distributed import SINGLE_PROCESS
 from lapilli.train.trainer.contract import RunState
 from lapilli.train.trainer.optim import Average
-from lapilli.train.trainer.sharded import load_pieces, newest_pieces, save_pieces, values_of
+from lapilli.train.trainer.sharded_state import load_pieces, newest_pieces, save_pieces, values_of
 
 
 def small(width=4):
