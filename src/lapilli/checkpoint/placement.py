@@ -38,8 +38,6 @@ def choose_device(device: str | torch.device) -> torch.device:
         raise ConfigError(f"device {device!r} is unknown: try auto, cpu, cuda or cuda:1") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {str(device)!r} was asked for, but there is no CUDA device")
-    if found.type == "meta":
-        raise ConfigError("device 'meta' keeps no numbers: try auto, cpu, cuda or cuda:1")
     try:
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as error:  # a build of torch without it asserts

@@ -86,6 +86,8 @@ def load(
     """
     check_alpha(alpha)
     check_engine_options(engine)
+    if str(device).partition(":")[0] == "meta":  # loads, and cannot answer
+        raise ConfigError("device 'meta' keeps no numbers: try auto, cpu, cuda or cuda:1")
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress must be a function or None, got {shown(progress)}")
     loaded = load_checkpoint(
