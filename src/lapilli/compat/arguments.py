@@ -196,6 +196,7 @@ def recipe_of(parsed: Arguments, start: Path, config: Mapping[str, Any]) -> Reci
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_epsilon,
             weight_decay=training.weight_decay,
+            # The recipe checks it; the table cannot say that its values are names of schedules.
             schedule=SCHEDULES[training.lr_scheduler_type],  # type: ignore[arg-type]
             warmup_steps=training.warmup_steps,
             warmup_ratio=training.warmup_ratio,

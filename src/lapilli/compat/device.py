@@ -37,6 +37,7 @@ def stand_in() -> None:
     _replace(torch, "load", keyword="map_location")
     for name in IDLE:
         setattr(torch.cuda, name, _idle(lambda *_, **__: None))
+    # Torch's own functions are replaced, which no type allows.
     torch.Tensor.pin_memory = _idle(lambda self, *_, **__: self)  # type: ignore[method-assign]
     torch.cuda.current_device = _idle(lambda: 0)
     torch.cuda.device = _idle(lambda *_: contextlib.nullcontext())  # type: ignore[assignment,misc]
