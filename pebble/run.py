@@ -32,7 +32,7 @@ from lapilli.modality.projector import build_projector
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.pipeline import load
 from lapilli.prompt.tokenizer import SentencePieceTokenizer, TokenizerFiles
-from lapilli.train.distributed import join_processes
+from lapilli.train.distributed import RankInfo, joined
 from lapilli.train.recipe.file import build_section
 from lapilli.train.trainer.loop import Task, train
 from lapilli.train.trainer.step import PlainAttention
@@ -266,10 +266,11 @@ class Workshop:
         recipe = self.recipes[stage]
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
-        parallel = join_processes(rank, size, self.work / "meeting")
-        task = self.task(stage)
-        parallel.wrap(task.model)
-        train(task, recipe, self.work / stage, parallel=parallel, echo=parallel.is_main_process)
+        place = RankInfo(rank, size, meeting=f"file://{(self.work / 'meeting').resolve()}")
+        with joined(place, device="cpu") as parallel:
+            task = self.task(stage)
+            parallel.wrap(task.model)
+            train(task, recipe, self.work / stage, parallel=parallel, echo=parallel.is_main_process)
 
     def train_together(self, stage: str, processes: int) -> None:
         """Run a stage in several processes and wait for them.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.train.distributed import join_processes
+from lapilli.train.distributed import RankInfo, joined
 from lapilli.train.trainer.loop import Loss, TrainingError, train
 from lapilli.train.trainer.metrics import RunLog
 from tests.conformance.ops.training import read_tensors
@@ -147,12 +147,13 @@ def run_together(folder, rank, faulty):
 
     if faulty:
         task.loss = loss
-    parallel = join_processes(rank, 2, folder / "meeting")
     recipe = noisy_recipe(save_every=100, evaluate_every=0, keep_best=False)
-    try:
-        train(task, recipe, folder / str(rank), parallel=parallel)
-    except TrainingError as error:
-        (folder / f"told_{rank}").write_text(str(error))
+    place = RankInfo(rank, 2, meeting=f"file://{folder}/meeting")
+    with joined(place, device="cpu") as parallel:
+        try:
+            train(task, recipe, folder / str(rank), parallel=parallel)
+        except TrainingError as error:
+            (folder / f"told_{rank}").write_text(str(error))
 
 
 @pytest.mark.cluster

@@ -131,12 +131,13 @@ import sys
 from pathlib import Path
 import torch
 from lapilli.train.trainer.loop import train
-from lapilli.train.distributed import join_processes
+from lapilli.train.distributed import RankInfo, joined
 from tests.train.conftest import new_recipe, new_regression
 torch.set_num_threads(1)
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 task = new_regression()
-train(task, new_recipe(), folder / str(rank), parallel=join_processes(rank, 2, folder / "meeting"))
+with joined(RankInfo(rank, 2, meeting=f"file://{folder}/meeting"), device="cpu") as parallel:
+    train(task, new_recipe(), folder / str(rank), parallel=parallel)
 torch.save([p.detach() for p in task.model.parameters()], folder / f"{rank}.pt")
 """
 

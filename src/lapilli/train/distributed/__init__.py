@@ -4,7 +4,6 @@ from lapilli.train.distributed.context import SINGLE_PROCESS, ParallelContext
 from lapilli.train.distributed.process_group import (
     ProcessLostError,
     RankInfo,
-    join_processes,
     joined,
     rank_info_of,
 )
@@ -14,7 +13,6 @@ __all__ = [
     "ParallelContext",
     "ProcessLostError",
     "RankInfo",
-    "join_processes",
     "joined",
     "rank_info_of",
 ]

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -258,10 +257,3 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def join_processes(rank: int, size: int, meeting: Path) -> ParallelContext:
-    """Meet the other processes at a file that does not exist before the first comes."""
-    if size > 1:
-        dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
-    return ParallelContext(rank, size)
