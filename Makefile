@@ -53,20 +53,20 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "$(HERE)"
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance --processes 2
 
 quick: $(VENV)/.installed-dev
 	$(PYTEST) --hypothesis-profile quick -m "$(HERE) and not slow" --ignore=tests/docs --ignore=tests/benchmarks
 
 stress: $(VENV)/.installed-dev
 	LAPILLI_FUZZ_CASES=20000 LAPILLI_THREAD_ANSWERS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 3600 \
-		tests/fuzz/test_fuzz.py tests/pipeline/test_threads.py
+		tests/fuzz/test_fuzz.py tests/pipeline/test_threads.py tests/prompt/test_sandbox.py
 
 cluster: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not gpu and not network" tests/train
 
 conformance: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance --processes 2
 
 check: format lint types layers docs test cluster
 

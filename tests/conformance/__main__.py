@@ -1,4 +1,8 @@
-"""python -m tests.conformance [--set S] [--variant V] [--op O] [--case ID] [--json FILE]"""
+"""Compare with the original's numbers and print a table.
+
+python -m tests.conformance [--set S] [--variant V] [--op O] [--case ID] [--json FILE]
+                            [--processes N]
+"""
 
 import argparse
 import os
@@ -30,14 +34,15 @@ def main(arguments: list[str]) -> int:
         parser.add_argument(f"--{name}", action="append", default=[])
     parser.add_argument("--json", type=Path, help="also write every result to this file")
     parser.add_argument("--root", type=Path, default=find_root())
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of torch, in each process")
+    parser.add_argument("--processes", type=int, default=1, help="that share the variants")
     args = parser.parse_args(arguments)
     if not (args.root / "cases").is_dir():
         parser.error(f"{args.root} has no cases/: set LAPILLI_CONFORMANCE or --root")
     torch.set_num_threads(args.threads)
     chosen = Selection(tuple(args.set), tuple(args.variant), tuple(args.op), tuple(args.case))
     with tempfile.TemporaryDirectory(prefix="lapilli-conformance-") as scratch:
-        results = list(run_directory(args.root.resolve(), Path(scratch), chosen))
+        results = list(run_directory(args.root.resolve(), Path(scratch), chosen, args.processes))
     if not results:
         print("no case was chosen")
         return 1

@@ -3,7 +3,11 @@
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -35,13 +39,34 @@ def _in(name: str, chosen: tuple[str, ...]) -> bool:
     return not chosen or name in chosen
 
 
-def run_directory(root: Path, scratch: Path, selection: Selection) -> Iterator[Result]:
-    """Every chosen case of every set under `root`, through every path that its op has."""
-    registry = build_registry()
-    maker = load_maker(root)
-    for variant in find_variants(root):
-        if selection.takes(variant):
-            yield from run_variant(variant, Workshop(variant, maker, scratch), registry, selection)
+def run_directory(
+    root: Path, scratch: Path, selection: Selection, processes: int = 1
+) -> Iterator[Result]:
+    """Yield the results of every chosen case under `root`, through every path that its op has.
+
+    Variants share nothing, so several processes take them in turn; the order of the results is that
+    of the variants, however many processes there are.
+    """
+    chosen = [variant for variant in find_variants(root) if selection.takes(variant)]
+    run = partial(run_alone, root=root, scratch=scratch, selection=selection)
+    if processes == 1:
+        yield from chain.from_iterable(map(run, chosen))
+        return
+    with ProcessPoolExecutor(
+        processes, get_context("spawn"), _begin, (torch.get_num_threads(),)
+    ) as pool:
+        yield from chain.from_iterable(pool.map(run, chosen))
+
+
+def _begin(threads: int) -> None:
+    """Set up a process that was started for a share of the variants."""
+    torch.set_num_threads(threads)
+
+
+def run_alone(variant: Variant, root: Path, scratch: Path, selection: Selection) -> list[Result]:
+    """Return the results of one variant, with checkpoints and runners of its own."""
+    workshop = Workshop(variant, load_maker(root), scratch)
+    return list(run_variant(variant, workshop, build_registry(), selection))
 
 
 def run_variant(

@@ -1,4 +1,4 @@
-"""The golden cases under pytest, with shapes checked: the first one of each op.
+"""The golden cases under pytest, with shapes checked: the first one or few of each op.
 
 `python -m tests.conformance` runs all of them and prints the table; `make test` does both.
 """
@@ -15,7 +15,7 @@ from tests.conformance.checkpoints import Workshop, load_maker
 from tests.conformance.ops import build_registry
 from tests.conformance.run import Selection, run_variant
 
-FIRST = 1
+FIRST, WITHOUT_A_MODEL = 1, 8  # cases of each op
 COPY = REPOSITORY / "tests/golden/conformance"
 VARIANTS = list(find_variants(find_root()))
 
@@ -35,7 +35,8 @@ def first_of_each(cases: list[Case], number: int) -> tuple[str, ...]:
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.set}/{v.name}")
 def test_the_numbers_are_those_of_the_original(variant: Variant, tmp_path: Path) -> None:
     workshop = Workshop(variant, load_maker(variant.root), tmp_path)
-    ids = () if variant.spec is None else first_of_each(variant.cases, FIRST)
+    number = WITHOUT_A_MODEL if variant.spec is None else FIRST
+    ids = first_of_each(variant.cases, number)
     results = list(run_variant(variant, workshop, build_registry(), Selection(ids=ids)))
     failed = [
         f"{r.op} {r.case} ({r.path}): {r.reasons[0]}" for r in results if r.status == "failed"
@@ -71,6 +72,19 @@ def test_a_right_run_succeeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     root = copied("_templates", tmp_path / "golden")
     assert main(["--root", str(root), "--op", "model_name"]) == 0
     assert "2 passed, 0 failed, 0 skipped" in capsys.readouterr().out
+
+
+def test_two_processes_print_the_table_of_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copied("_templates", tmp_path / "golden")
+    shutil.copytree(root / "cases/open/_templates", root / "cases/open/_more")
+    tables = []
+    for processes in ("1", "2"):
+        assert main(["--root", str(root), "--op", "model_name", "--processes", processes]) == 0
+        tables.append(capsys.readouterr().out.rpartition(" in ")[0])
+    assert tables[0] == tables[1]
+    assert "4 passed, 0 failed, 0 skipped" in tables[0]
 
 
 def test_an_op_without_a_runner_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
