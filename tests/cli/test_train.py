@@ -176,6 +176,7 @@ def test_a_bad_picture_ends_the_run_or_is_counted(
             assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_exam_is_printed_at_the_end(
     lapilli: Run, checkpoint: str, captions: Path, tmp_path: Path
 ) -> None:

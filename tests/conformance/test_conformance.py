@@ -74,6 +74,7 @@ def test_a_right_run_succeeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "2 passed, 0 failed, 0 skipped" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_print_the_table_of_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -166,6 +166,7 @@ def test_another_content_is_another_digest(recipe, tmp_path):
     assert before.digest != after.digest
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_results_and_their_card(start, tmp_path):
     picture(40, 30, 1).save(tmp_path / "a.png")
     turns = [

@@ -289,6 +289,7 @@ def test_next_tunes_the_tower_at_a_rate_of_its_own():
     assert run.batch_size * run.gradient_accumulation_steps == 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZED)
 def test_an_optimizer_takes_its_groups(name):
     made = Made.of(name)

@@ -229,6 +229,7 @@ def save_within(folder, limit):
         (folder / "told").write_text(str(error))
 
 
+@pytest.mark.slow
 def test_a_quota_is_a_full_disk(tmp_path):
     save_state(new_state(1000, steps=1), tmp_path)
     child = start(save_within, tmp_path, 50_000)
