@@ -5,7 +5,7 @@ from torch import nn
 
 from lapilli.errors import ConfigError
 from lapilli.lm.base import LanguageModel
-from lapilli.model.fuse import fuse
+from lapilli.model import fuse
 from lapilli.shapes import Float, Tensor
 from lapilli.train.trainer.batch import TrainingBatch
 from lapilli.train.trainer.loop import Loss

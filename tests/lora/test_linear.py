@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from lapilli.lora.linear import LoraLinear, QLoraLinear, Update, lora_product
-from lapilli.nn.onednn import has_onednn
+from lapilli.nn.linear import has_onednn
 from lapilli.quant.nf4 import Nf4Linear
 
 

@@ -1,7 +1,6 @@
 """Language models behind one protocol: vectors in, hidden states and logits out."""
 
-from lapilli.lm.base import LanguageModel
-from lapilli.lm.build import build_language_model
+from lapilli.lm.base import LanguageModel, build_language_model
 from lapilli.lm.decoder import Decoder
 
 __all__ = ["Decoder", "LanguageModel", "build_language_model"]

@@ -1,8 +1,14 @@
-"""Interface of language models; knows nothing of modalities, prompts or files."""
+"""Interface of language models, and the one of a configuration.
+
+Knows nothing of modalities, prompts or files.
+"""
 
 from typing import Protocol, runtime_checkable
 
-from lapilli.config.model import TextConfig
+from lapilli.config.model import DecoderConfig, MptConfig, TextConfig
+from lapilli.errors import UnsupportedModelError
+from lapilli.lm.decoder import Decoder
+from lapilli.lm.mpt import Mpt
 from lapilli.nn.kv_cache import Cache, KVCache
 from lapilli.shapes import Bool, Float, Int, Tensor
 
@@ -55,3 +61,19 @@ class LanguageModel(Protocol):
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
         """Return an empty cache for this model, in its dtype and on its device."""
         ...
+
+
+def build_language_model(config: TextConfig) -> Decoder | Mpt:
+    """Return a language model with fresh weights; under `torch.device("meta")` without any.
+
+    Raises:
+        UnsupportedModelError: a description that no language model here follows.
+    """
+    if isinstance(config, DecoderConfig):
+        return Decoder(config)
+    if isinstance(config, MptConfig):
+        return Mpt(config)
+    raise UnsupportedModelError(
+        f"no language model for a {type(config).__name__}: expected DecoderConfig or MptConfig; "
+        "other families go through lapilli.lm.foreign"
+    )

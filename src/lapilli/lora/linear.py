@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lapilli.nn.linear import FrozenQuantizedLinear
-from lapilli.nn.onednn import onednn_linear, times_transposed
+from lapilli.nn.linear import FrozenQuantizedLinear, onednn_linear, times_transposed
 from lapilli.shapes import Bool, Float, Tensor
 
 
