@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from lapilli.lora.linear import QLoraLinear
+from lapilli.lora import QLoraLinear
 from lapilli.quant import nf4
 from lapilli.quant.linear import QuantLinear
 from lapilli.quant.nf4 import (

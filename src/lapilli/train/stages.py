@@ -14,8 +14,7 @@ from lapilli.errors import ConfigError
 from lapilli.lm.decoder import Decoder
 from lapilli.lm.foreign import ForeignLanguageModel
 from lapilli.lm.mpt import Mpt
-from lapilli.lora import LoraConfig, adapter_tensors, inject
-from lapilli.lora.inject import adapters
+from lapilli.lora import LoraConfig, adapter_tensors, adapters, inject
 from lapilli.modality.image.image import ImageModality, VisionTransformer
 from lapilli.model import VisionLanguageModel
 from lapilli.nn.linear import FrozenQuantizedLinear

@@ -34,7 +34,7 @@ from lapilli.checkpoint.write.llava import (
 )
 from lapilli.config.model import ModelConfig
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
-from lapilli.lora.inject import adapter_tensors, adapters
+from lapilli.lora import adapter_tensors, adapters
 from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template
 

@@ -39,7 +39,7 @@ from lapilli.config.model import (
 )
 from lapilli.config.projector import projector_name
 from lapilli.errors import ConfigError, UnsupportedModelError
-from lapilli.lora.inject import adapters
+from lapilli.lora import adapters
 from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template
 from lapilli.quant import QuantConfig
