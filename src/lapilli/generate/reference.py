@@ -224,18 +224,10 @@ def stream(
     context_length: int | None = None,
     cache: KVCache | None = None,
 ) -> Stream:
-    """Return the answer of one row as an iterator of its pieces.
+    """Return the answer of one row as an iterator of its pieces; the options are `generate`'s.
 
-    Args:
-        model: the model.
-        batch: one row.
-        params: how to sample tokens and when to stop.
-        tokenizer: turns ids into text.
-        prompt_ids: see `generate`.
-        eos_ids: see `generate`.
-        context_length: see `generate`.
-        cache: may hold the first positions of this very prompt, which are not computed again; in
-            the end it holds prompt and answer, without the answer's last token. Not for beams.
+    `cache` may hold the first positions of this very prompt, which are not computed again; in the
+    end it holds prompt and answer, without the answer's last token. Not for beams.
 
     Raises:
         ContextTooLongError: the prompt leaves no room for a single token.

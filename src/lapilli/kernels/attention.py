@@ -24,7 +24,15 @@ from typing import Any
 import torch
 
 from lapilli.errors import ShapeMismatchError
-from lapilli.kernels.library import KINDS, AttentionCall, Library, PrefillCall, StoreCall, native
+from lapilli.kernels.library import (
+    KINDS,
+    AttentionCall,
+    Library,
+    PrefillCall,
+    StoreCall,
+    address,
+    native,
+)
 from lapilli.shapes import Float, Int, Tensor
 
 WIDTH_STEP = 16
@@ -167,11 +175,11 @@ def attention_native(
         q=q.data_ptr(),
         keys=keys.data_ptr(),
         values=values.data_ptr(),
-        key_scales=None if key_scales is None else key_scales.data_ptr(),
-        value_scales=None if value_scales is None else value_scales.data_ptr(),
+        key_scales=address(key_scales),
+        value_scales=address(value_scales),
         table=block_table.data_ptr(),
         lengths=lengths.data_ptr(),
-        slopes=None if slopes is None else slopes.data_ptr(),
+        slopes=address(slopes),
         out=out.data_ptr(),
         rows=q.shape[0],
         heads=q.shape[1],
@@ -289,7 +297,7 @@ def prefill_attention(
         q=q.data_ptr(),
         keys=k.data_ptr(),
         values=v.data_ptr(),
-        slopes=None if slopes is None else slopes.data_ptr(),
+        slopes=address(slopes),
         out=out.data_ptr(),
         batch=batch,
         heads=heads,
@@ -413,20 +421,7 @@ def decode_attention_op(
 
 
 @decode_attention_op.register_fake
-def _decode_attention_fake(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    scale: float | None,
-    window: int | None,
-    slopes: Tensor | None,
-    softcap: float | None,
-    key_scales: Tensor | None,
-    value_scales: Tensor | None,
-) -> Tensor:
-    del keys, values, block_table, lengths, scale, window, slopes, key_scales, value_scales
+def _decode_attention_fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -446,15 +441,6 @@ def prefill_attention_op(
 
 
 @prefill_attention_op.register_fake
-def _prefill_attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    window: int | None,
-    slopes: Tensor | None,
-    causal: bool,
-) -> Tensor:
-    del k, v, scale, window, slopes, causal
+def _prefill_attention_fake(q: Tensor, *_: object) -> Tensor:
     batch, heads, queries, width = q.shape
     return q.new_empty(batch, queries, heads, width).transpose(1, 2)

@@ -20,7 +20,16 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from lapilli.kernels.library import KINDS, LayerCall, Library, Product, RotateCall, RowsCall, native
+from lapilli.kernels.library import (
+    KINDS,
+    LayerCall,
+    Library,
+    Product,
+    RotateCall,
+    RowsCall,
+    address,
+    native,
+)
 from lapilli.kernels.linear import PackedLinear
 from lapilli.shapes import Float, Int, Tensor
 
@@ -313,7 +322,7 @@ def _described(layer: PackedLinear | PlainLinear) -> Product:
     weight, bias = layer.weight, layer.bias
     return Product(
         plain=weight.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
+        bias=address(bias),
         rows=weight.shape[0],
         inputs=weight.shape[1],
         stride=weight.stride(0),
@@ -328,8 +337,7 @@ def rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @rms_norm_op.register_fake
-def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    del weight, eps
+def _rms_norm_fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -340,8 +348,7 @@ def silu_mul_op(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @silu_mul_op.register_fake
-def _silu_mul_fake(gate: Tensor, up: Tensor) -> Tensor:
-    del up
+def _silu_mul_fake(gate: Tensor, _: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
@@ -352,6 +359,5 @@ def rotate_op(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 
 
 @rotate_op.register_fake
-def _rotate_fake(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    del cos, signed_sin
+def _rotate_fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)

@@ -125,6 +125,11 @@ class LayerCall(ctypes.Structure):
     )
 
 
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Return where the numbers lie; None for no tensor, as a null pointer."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """The functions of the loaded library.

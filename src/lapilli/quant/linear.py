@@ -11,6 +11,7 @@ Tensors of layers are buffers, so that state_dict has them. Knows packed weights
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -111,12 +112,7 @@ def has_bfloat16_cores(device: torch.device) -> bool:
 def gpu_linear(
     x: Float[Tensor, "... K"], packed: Packed, tiles: Int4Tiles | None
 ) -> Float[Tensor, "... out"]:
-    """Return the layer's output in the dtype of x.
-
-    Args:
-        x: activations.
-        packed: the weight.
-        tiles: the same, where there are any.
+    """Return the layer's output in the dtype of x; `tiles` are the weight's, where it has any.
 
     Raises:
         ConfigError: a gradient is wanted.
@@ -167,19 +163,14 @@ def empty_packed(linear: nn.Linear, bits: int, group_size: int, *, symmetric: bo
     blocks = -(-linear.out_features // BLOCK)
     padded = -(-linear.in_features // CHUNK) * CHUNK
     groups = -(-padded // group_size)
-    device = linear.weight.device
-    has_zeros = bits == 4 and not symmetric
+    empty = partial(torch.empty, device=linear.weight.device)
+    of_groups, of_rows = (blocks, groups, BLOCK), (blocks, BLOCK)
+    is_narrow = bits == 4
     return Packed(
-        torch.empty((blocks, padded * bits // 32, 64), dtype=torch.uint8, device=device),
-        torch.empty((blocks, groups, BLOCK), dtype=torch.float16, device=device)
-        if bits == 4
-        else torch.empty((blocks, BLOCK), dtype=torch.float32, device=device),
-        torch.empty((blocks, groups, BLOCK), dtype=torch.uint8, device=device)
-        if has_zeros
-        else None,
-        None
-        if linear.bias is None
-        else torch.empty((blocks, BLOCK), dtype=torch.float32, device=device),
+        empty((blocks, padded * bits // 32, 64), dtype=torch.uint8),
+        empty(of_groups, dtype=torch.float16) if is_narrow else empty(of_rows, dtype=torch.float32),
+        empty(of_groups, dtype=torch.uint8) if is_narrow and not symmetric else None,
+        None if linear.bias is None else empty(of_rows, dtype=torch.float32),
         linear.out_features,
         linear.in_features,
         group_size,

@@ -139,7 +139,9 @@ def round4(weight: Float[Tensor, "out in"], bias: Tensor | None, config: QuantCo
     for rows in range(0, out_features, step):
         piece = weight[rows : rows + step].detach().float()
         piece = pad_to(piece, 1, config.group_size, 0).view(len(piece), groups, -1)
-        values, scale, zero = (_symmetric if config.symmetric else _with_zeros)(piece, config)
+        values, scale, zero = (
+            _symmetric(piece, search=config.search) if config.symmetric else _with_zeros(piece)
+        )
         if not bool(torch.isfinite(scale).all()):
             raise ConfigError(f"weights above {_HALF_MAX:.0f} x 8 do not fit into 4 bits")
         flat = values.to(torch.uint8).view(len(piece), -1)[:, :padded]
@@ -172,13 +174,13 @@ def _quantized(groups: Tensor, scale: Tensor, zero: Tensor | int) -> Tensor:
     return (groups * factor[..., None]).round_().add_(zero).clamp_(0, 15)
 
 
-def _symmetric(groups: Tensor, config: QuantConfig) -> _Rounded:
+def _symmetric(groups: Tensor, *, search: bool) -> _Rounded:
     """Return nibbles, scales and zeros; the scale of the least squared error among a few."""
     index = groups.abs().argmax(dim=-1, keepdim=True)
     cover = groups.gather(-1, index).squeeze(-1) / -8.0
     best_error: Tensor | None = None
     best, best_scale = groups, cover.half()
-    for shrink in _SHRINK if config.search else _SHRINK[:1]:
+    for shrink in _SHRINK if search else _SHRINK[:1]:
         scale = (cover * shrink).half()
         values = _quantized(groups, scale.float(), NIBBLE_ZERO)
         error = ((values - NIBBLE_ZERO) * scale.float()[..., None] - groups).square_().sum(-1)
@@ -192,13 +194,12 @@ def _symmetric(groups: Tensor, config: QuantConfig) -> _Rounded:
     return best, best_scale, torch.full_like(cover, NIBBLE_ZERO, dtype=torch.uint8)
 
 
-def _with_zeros(groups: Tensor, config: QuantConfig) -> _Rounded:
+def _with_zeros(groups: Tensor) -> _Rounded:
     """Return nibbles, scales and zeros that cover the range from the least to the largest weight.
 
     Note: the range always contains 0, so that padding and zero weights stay zero; AWQ's own rule
     does not, and loses groups of one sign.
     """
-    del config
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scale = ((high - low) / 15.0).half()
     exact = scale.float()

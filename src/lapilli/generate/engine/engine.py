@@ -56,13 +56,12 @@ class EngineCore:
     def __init__(
         self,
         model: VisionLanguageModel,
+        runner: ModelRunner,
         scheduler: Scheduler,
         pool: BlockPool,
         features: FeatureCache,
-        options: EngineOptions,
-        *,
-        context_length: int,
     ) -> None:
+        self.runner = runner
         self._scheduler = scheduler
         self._pool = pool
         self._features = features
@@ -70,7 +69,6 @@ class EngineCore:
         self._version = self._watch.version
         self._text_watch = WeightWatch(cast("nn.Module", model.language_model))
         self._text_version = self._text_watch.version
-        self.runner = ModelRunner(model, pool.store, options, context_length=context_length)
         self.news: deque[RequestHandle] = deque()
 
     def step(self) -> None:
@@ -341,15 +339,10 @@ class Engine:
             vocab_size=language_model.config.vocab_size,
             new_proposer=proposer or PromptLookup,
         )
-        self._core = EngineCore(
-            model,
-            self.scheduler,
-            self.pool,
-            self.features,
-            self.options,
-            context_length=self.context_length,
+        self._runner = ModelRunner(
+            model, self.pool.store, self.options, context_length=self.context_length
         )
-        self._runner = self._core.runner
+        self._core = EngineCore(model, self._runner, self.scheduler, self.pool, self.features)
         self._lock = lock_of(language_model)
         self._held_by: object | None = None
         """The lock under which work goes on; seen by the thread that holds it only."""
