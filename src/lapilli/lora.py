@@ -226,13 +226,6 @@ class LoraLayer(nn.Module, ABC):
         self.dropout = nn.Dropout(dropout)
         self.scaling = scaling
 
-    def to_dtype(self, dtype: torch.dtype | None) -> "LoraLayer":
-        """Return the same layer, its adapter alone in this dtype where one is given."""
-        if dtype is not None:
-            self.lora_A.to(dtype)
-            self.lora_B.to(dtype)
-        return self
-
     @abstractmethod
     def merged(self) -> nn.Linear:
         """Return a plain linear layer with the update in its weight, summed in float32."""
@@ -390,7 +383,10 @@ def inject(
         for path in paths:
             _check_shapes(path, linears[path], config.rank_of(path), tensors)
     for path in paths:
-        layer = _beside(linears[path], config, path).to_dtype(dtype)
+        layer = _beside(linears[path], config, path)
+        if dtype is not None:
+            layer.lora_A.to(dtype)
+            layer.lora_B.to(dtype)
         if tensors is not None:
             _fill(layer, path, tensors)
         model.set_submodule(path, layer)

@@ -162,6 +162,9 @@ class StaticBatch:
     ragged = True
     """Several sequences in one row: the model makes no mask, attention knows who sees whom."""
 
+    length = 0
+    """Ragged rows have no one length, and `position_ids` tell positions."""
+
     def __init__(
         self,
         store: BlockStore,
@@ -182,11 +185,6 @@ class StaticBatch:
         self._offsets = self.positions % size
         self._tables = tables if has_kernel else store.rows_of(tables.long())
         self._num_keys = tables.shape[1] * size
-
-    @property
-    def length(self) -> int:
-        """Return 0: ragged rows have no one length, and `position_ids` tell positions."""
-        return 0
 
     def attend(
         self,

@@ -292,6 +292,9 @@ class PagedBatch:
     ragged = True
     """Several sequences in one row: the model makes no mask, attention knows who sees whom."""
 
+    length = 0
+    """Ragged rows have no one length, and `position_ids` tell positions."""
+
     def __init__(
         self,
         store: BlockStore,
@@ -314,29 +317,18 @@ class PagedBatch:
         self._blocks, self._offsets = self._places(rows)
         self._tables_read = tables.int() if self._has_kernel else store.rows_of(tables)
         self._lengths = self._tensor(self._single_lengths).int()
-        self._places_together: Places | None = None
+        self.places: Places | None = None
+        """Where new positions go, when all of them are read together from float blocks."""
         if whole_layers and self._has_kernel and not self._longer and type(store) is BlockStore:
-            self._places_together = Places(
-                self._blocks, self._offsets, self._tables_read, self._lengths
-            )
+            self.places = Places(self._blocks, self._offsets, self._tables_read, self._lengths)
         self._single_biases: dict[int | None, Tensor | None] = {}
         self._row_places = [
             store.rows_of(self._tables([row])) if row.past else None for row in self._longer
         ]
 
-    @property
-    def places(self) -> Places | None:
-        """Return where new positions go, when all of them are read together from float blocks."""
-        return self._places_together
-
     def memory(self, layer: int) -> tuple[Float[Tensor, "N K P A"], Float[Tensor, "N K P A"]]:
         """Return keys and values of one layer."""
         return self._store.keys[layer], self._store.values[layer]
-
-    @property
-    def length(self) -> int:
-        """Return 0: ragged rows have no one length, and `position_ids` tell positions."""
-        return 0
 
     def attend(
         self,

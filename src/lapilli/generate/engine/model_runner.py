@@ -1,7 +1,7 @@
 """Model runner: one pass of the model over the scheduled sequences of a step, and of its towers.
 
     run_varlen     ScheduledSequence ... -> token ids, positions [1, T] -> embeddings, features
-                   scattered over them -> language model over a PagedBatch (no padding) -> logits
+                   fused over them -> language model over a PagedBatch (no padding) -> logits
     StaticSteps    a decode step in fixed shapes, compiled once, recorded once per shape, replayed:
                    inputs  Int32[B, 2 + n]   of every row its token, its length with it, its blocks
                    step    inputs -> embeddings -> layers over a StaticBatch -> logits [B, V]
@@ -29,9 +29,10 @@ from lapilli.generate.engine.block_pool import release_memory
 from lapilli.generate.engine.feature_cache import FeatureCache
 from lapilli.generate.engine.sequence import ScheduledSequence, Sequence, check_features
 from lapilli.lm.base import LanguageModel
-from lapilli.model import VisionLanguageModel
+from lapilli.model import VisionLanguageModel, fuse
 from lapilli.nn.kv_cache import StaticBatch
 from lapilli.nn.paged import BlockStore, PagedBatch, PagedRow
+from lapilli.prompt.encode import Span
 from lapilli.shapes import Float, Int, Tensor
 
 FEWEST_BLOCKS = 8
@@ -360,13 +361,8 @@ def run_varlen(
         if one.is_sampled:
             ends += range(start + one.count - 1, len(ids))
     x = language_model.embed(torch.tensor(ids, device=store.device))
-    at = 0
-    for one in scheduled:
-        if not one.sequence.is_decoding:
-            scatter_features(x, one.sequence, at=at, count=one.count)
-        at += one.length
     hidden = language_model.forward(
-        x[None],
+        fuse(x[None], *scheduled_features(scheduled)),
         position_ids=torch.tensor([positions], device=store.device),
         cache=PagedBatch(store, rows, unchanged=unchanged),
     )
@@ -375,19 +371,24 @@ def run_varlen(
     return language_model.logits(hidden[0, torch.tensor(ends, device=store.device)])
 
 
-def scatter_features(
-    embeddings: Float[Tensor, "T D"], sequence: Sequence, *, at: int, count: int
-) -> None:
-    """Write features over the embeddings of `count` new positions, which begin at `at`."""
-    start = sequence.length
-    for span, features in zip(sequence.prompt.spans, sequence.features, strict=True):
-        first = max(span.start, start)
-        last = min(span.start + span.length, start + count)
-        if first < last and features is not None:
-            new = features[first - span.start : last - span.start]
-            embeddings[at + first - start : at + last - start] = new.to(
-                embeddings.device, embeddings.dtype
-            )
+def scheduled_features(
+    scheduled: Items[ScheduledSequence],
+) -> tuple[list[Float[Tensor, "_ D"]], list[Span]]:
+    """Return the features of the new positions, as far as they go, and where in the flat row."""
+    parts: list[Tensor] = []
+    spans: list[Span] = []
+    at = 0
+    for one in scheduled:
+        row, start = one.sequence, one.sequence.length
+        media = [] if row.is_decoding else zip(row.prompt.spans, row.features, strict=True)
+        for span, features in media:
+            first = max(span.start, start)
+            last = min(span.start + span.length, start + one.count)
+            if first < last and features is not None:
+                parts.append(features[first - span.start : last - span.start])
+                spans.append(Span(0, at + first - start, last - first, span.modality))
+        at += one.length
+    return parts, spans
 
 
 class MediaEncoder:
