@@ -404,7 +404,7 @@ def decode_attention_op(
     key_scales: Tensor | None,
     value_scales: Tensor | None,
 ) -> Tensor:
-    """Run `attention.decode_attention` as an op."""
+    """Run `decode_attention` as an op."""
     return decode_attention(
         q,
         keys,
@@ -435,7 +435,7 @@ def prefill_attention_op(
     slopes: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """Run `prefill.prefill_attention` as an op; lies as [B, T, Q, A] in memory."""
+    """Run `prefill_attention` as an op; lies as [B, T, Q, A] in memory."""
     found = prefill_attention(q, k, v, scale=scale, window=window, slopes=slopes, causal=causal)
     return found.transpose(1, 2).contiguous().transpose(1, 2)
 

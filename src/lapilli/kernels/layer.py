@@ -332,7 +332,7 @@ def _described(layer: PackedLinear | PlainLinear) -> Product:
 
 @torch.library.custom_op("lapilli::rms_norm", mutates_args=())
 def rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Run `fused.rms_norm` as an op."""
+    """Run `rms_norm` as an op."""
     return rms_norm(x, weight, eps).contiguous()
 
 
@@ -343,7 +343,7 @@ def _rms_norm_fake(x: Tensor, *_: object) -> Tensor:
 
 @torch.library.custom_op("lapilli::silu_mul", mutates_args=())
 def silu_mul_op(gate: Tensor, up: Tensor) -> Tensor:
-    """Run `fused.silu_mul` as an op."""
+    """Run `silu_mul` as an op."""
     return silu_mul(gate, up).contiguous()
 
 
@@ -354,7 +354,7 @@ def _silu_mul_fake(gate: Tensor, _: Tensor) -> Tensor:
 
 @torch.library.custom_op("lapilli::rotate", mutates_args=())
 def rotate_op(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Run `fused.rotate` as an op."""
+    """Run `rotate` as an op."""
     return rotate(x, cos, signed_sin).contiguous()
 
 

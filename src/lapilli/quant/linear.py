@@ -270,7 +270,7 @@ class QuantLinear(KernelLayer, FrozenQuantizedLinear):
         return ready
 
     def on_gpu(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
-        """Compute `forward` by operations of torch (quant/linear.py), whatever the device.
+        """Compute `forward` by `gpu_linear`, whatever the device.
 
         The tiles are made in the first call, which is not one that is compiled or recorded: the
         engine reads a prompt before it gives a token.
