@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from lapilli.errors import FusionError, MediaCountMismatchError, PromptError, UnsupportedModelError
-from lapilli.lm.base import LanguageModel
-from lapilli.modality.base import Modality
+from lapilli.lm import LanguageModel
+from lapilli.modality import Modality
 from lapilli.nn.kv_cache import KVCache
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from lapilli.shapes import Bool, Float, Int, Tensor

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapilli.config.model import DecoderConfig, MptConfig
-from lapilli.lm.base import LanguageModel
+from lapilli.lm import LanguageModel
 from lapilli.lm.decoder import Decoder
 from lapilli.lm.mpt import Mpt
 from lapilli.nn.paged import BlockStore, PagedBatch, PagedRow, QuantizedBlockStore

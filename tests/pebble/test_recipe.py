@@ -9,7 +9,7 @@ import torch
 import lapilli.train
 from lapilli.config.model import DecoderConfig, VisionConfig
 from lapilli.errors import UnknownKeyError
-from lapilli.lm.base import build_language_model
+from lapilli.lm import build_language_model
 from lapilli.modality.image.image import VisionTransformer
 from lapilli.train.recipe import OptimRecipe, RunRecipe
 from pebble.recipe import PartsRecipe, PebbleRecipe, WorldRecipe, check_keys, load_recipe

@@ -26,7 +26,7 @@ from lapilli.generate.sampler import (
     logits_processors,
     new_generator,
 )
-from lapilli.lm.base import LanguageModel
+from lapilli.lm import LanguageModel
 from lapilli.model import FusedBatch, VisionLanguageModel
 from lapilli.nn.kv_cache import KVCache
 from lapilli.shapes import Float, Int, Tensor

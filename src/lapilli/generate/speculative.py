@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from lapilli.errors import GenerationError
-from lapilli.lm.base import LanguageModel
+from lapilli.lm import LanguageModel
 from lapilli.nn.kv_cache import KVCache
 
 IsWorth = Callable[[float], bool]

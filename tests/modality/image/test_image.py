@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, 
 from lapilli.config.model import ImageConfig, PixelConfig, ProjectorConfig, VisionConfig
 from lapilli.errors import ConfigError
 from lapilli.geometry import ImageSize
-from lapilli.modality.base import Modality
+from lapilli.modality import Modality
 from lapilli.modality.image import image as module
 from lapilli.modality.image.image import ImageModality, VisionTransformer
 

@@ -14,7 +14,7 @@ from lapilli.config.model import (
     VisionConfig,
 )
 from lapilli.geometry import ImageSize
-from lapilli.lm.base import build_language_model
+from lapilli.lm import build_language_model
 from lapilli.modality.image.image import ImageModality
 from lapilli.model import VisionLanguageModel
 from lapilli.prompt.tokenizer import SentencePieceTokenizer, TokenizerFiles

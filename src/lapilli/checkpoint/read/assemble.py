@@ -17,7 +17,7 @@ from lapilli.checkpoint.read.vocabulary import VOCABULARY, Vocabulary
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import KeyReport, in_file, shown
 from lapilli.errors import CheckpointError, MissingWeightsError, ShapeMismatchError
-from lapilli.lm.base import build_language_model
+from lapilli.lm import build_language_model
 from lapilli.modality.image.image import ImageModality
 from lapilli.model import VisionLanguageModel
 

@@ -28,7 +28,7 @@ from lapilli.config.generation import EngineOptions
 from lapilli.generate.engine.block_pool import release_memory
 from lapilli.generate.engine.feature_cache import FeatureCache
 from lapilli.generate.engine.sequence import ScheduledSequence, Sequence, check_features
-from lapilli.lm.base import LanguageModel
+from lapilli.lm import LanguageModel
 from lapilli.model import VisionLanguageModel, fuse
 from lapilli.nn.kv_cache import StaticBatch
 from lapilli.nn.paged import BlockStore, PagedBatch, PagedRow
