@@ -15,7 +15,7 @@ import torch
 
 import lapilli
 from lapilli.config.generation import SamplingParams
-from lapilli.model.fuse import FusedBatch
+from lapilli.model import FusedBatch
 from lapilli.pipeline import Chat
 from lapilli.prompt.message import Message
 from lapilli.quant import QuantConfig

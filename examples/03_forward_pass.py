@@ -19,8 +19,7 @@ from lapilli.config.model import (
 from lapilli.geometry import ImageSize
 from lapilli.lm.decoder import Decoder
 from lapilli.modality.image.image import ImageModality
-from lapilli.model.fuse import fuse
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel, fuse
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 
 # What the published tokenizer makes of

@@ -13,8 +13,8 @@ import torch
 
 from lapilli.config.generation import SamplingParams
 from lapilli.generate.reference import generate
-from lapilli.modality.image.vision import VisionTransformer
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.modality.image.image import VisionTransformer
+from lapilli.model import VisionLanguageModel
 from lapilli.pipeline import load
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import Message

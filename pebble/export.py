@@ -27,7 +27,7 @@ from lapilli.config.model import (
     VisionConfig,
 )
 from lapilli.geometry import ImageSize
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.prompt.templates import DEFAULT_TEMPLATE
 
 _BOS, _EOS, _PAD = 1, 2, 0

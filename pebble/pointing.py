@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812  torch's own habit
 from torch.overrides import TorchFunctionMode
 
-from lapilli.nn.attention_backward import attention_backward
+from lapilli.nn.attention import attention_backward
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.tokenizer.base import Tokenizer
 from lapilli.shapes import Bool, Float, Int, Tensor

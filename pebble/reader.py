@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from lapilli.errors import ConfigError
-from lapilli.lm.base import LanguageModel
-from lapilli.model.fuse import fuse
+from lapilli.lm import LanguageModel
+from lapilli.model import fuse
 from lapilli.shapes import Float, Tensor
 from lapilli.train.trainer.batch import TrainingBatch
 from lapilli.train.trainer.loop import Loss

@@ -26,10 +26,9 @@ from lapilli.checkpoint.read.plan import Plan, make_plan
 from lapilli.config.model import DecoderConfig, ProjectorConfig, VisionConfig
 from lapilli.errors import ConfigError
 from lapilli.lm.decoder import Decoder
-from lapilli.modality.image.image import ImageModality
-from lapilli.modality.image.vision import VisionTransformer
+from lapilli.modality.image.image import ImageModality, VisionTransformer
 from lapilli.modality.projector import build_projector
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.pipeline import load
 from lapilli.prompt.tokenizer import SentencePieceTokenizer, TokenizerFiles
 from lapilli.train.distributed import RankInfo, joined

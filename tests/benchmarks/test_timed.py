@@ -8,7 +8,7 @@ import lapilli
 from benchmarks.timed import TimedChat, linear_bytes, prompt_operations
 from lapilli.config.model import DecoderConfig
 from lapilli.errors import LapilliError
-from lapilli.lm.build import build_language_model
+from lapilli.lm import build_language_model
 from lapilli.pipeline import Chat
 
 TEXT = tuple(range(20, 30))

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lapilli.config.model import VisionConfig
 from lapilli.config.operations import projector_numbers, projector_operations, tower_operations
 from lapilli.config.projector import parse_projector
-from lapilli.modality.image.vision import VisionTransformer
+from lapilli.modality.image.image import VisionTransformer
 from lapilli.modality.projector import build_projector
 
 VISION = VisionConfig(

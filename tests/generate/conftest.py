@@ -10,8 +10,7 @@ import torch
 
 from lapilli.config.model import DecoderConfig
 from lapilli.lm.decoder import Decoder
-from lapilli.model.fuse import FusedBatch
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import FusedBatch, VisionLanguageModel
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

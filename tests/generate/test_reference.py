@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import ContextTooLongError, GenerationError
 from lapilli.generate.reference import generate, stream
-from lapilli.model.fuse import FusedBatch
+from lapilli.model import FusedBatch
 from lapilli.nn.kv_cache import KVCache
 from tests.generate.conftest import VOCABULARY, WordTokenizer, fuse_rows
 

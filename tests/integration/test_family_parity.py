@@ -28,7 +28,7 @@ from lapilli.generate.engine import EngineOptions
 from lapilli.kernels.library import native
 from lapilli.lm.decoder import Decoder
 from lapilli.lm.fused_layer import FusedLayer
-from lapilli.nn.block_store import BlockStore
+from lapilli.nn.paged import BlockStore
 from lapilli.quant import QuantConfig, quantize
 from tests.integration.oracle import Oracle, make_llava, make_tokenizer, picture
 

@@ -15,7 +15,7 @@ ANSWER = """
 import torch, lapilli
 from lapilli.kernels.library import native
 from lapilli.quant import QuantConfig
-from lapilli.quant.rounding import round4
+from lapilli.quant.quantize import round4
 from lapilli.kernels.linear import PackedLinear
 torch.manual_seed(0)
 layer = PackedLinear(round4(torch.randn(4096, 512), None, QuantConfig()))

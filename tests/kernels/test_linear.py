@@ -21,7 +21,7 @@ from lapilli.kernels.linear import (
 )
 from lapilli.kernels.packing import Packed, round_rows
 from lapilli.quant import QuantConfig
-from lapilli.quant.rounding import round4, round8
+from lapilli.quant.quantize import round4, round8
 
 ONCE = settings(
     max_examples=25,

@@ -6,16 +6,15 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from lapilli.kernels import attention, fused, ops, prefill
-from lapilli.kernels.attention import attention_reference
-from lapilli.kernels.prefill import prefill_reference
+from lapilli.kernels import attention, layer
+from lapilli.kernels.attention import attention_reference, prefill_reference
 
 
 @pytest.fixture(params=["compiled", "plain"])
 def kernels(request, monkeypatch):
     """With the library where there is one, then as where nothing was compiled."""
     if request.param == "plain":
-        for module in (attention, fused, prefill):
+        for module in (attention, layer):
             monkeypatch.setattr(module, "native", lambda: None)
 
 
@@ -42,7 +41,7 @@ def decode_arguments(*, kind: str, window=None, slopes=False, softcap=None):
 )
 def test_decode_attention(kind, window, slopes, softcap):
     arguments = decode_arguments(kind=kind, window=window, slopes=slopes, softcap=softcap)
-    opcheck(ops.decode_attention_op, arguments)
+    opcheck(attention.decode_attention_op, arguments)
     found = torch.ops.lapilli.decode_attention(*arguments)
     names = ("scale", "window", "slopes", "softcap", "key_scales", "value_scales")
     expected = attention_reference(*arguments[:5], **dict(zip(names, arguments[5:], strict=True)))
@@ -59,7 +58,7 @@ def test_prefill_attention(window, slopes, causal):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
     biases = torch.rand(4) if slopes else None
-    opcheck(ops.prefill_attention_op, (q, k, v, None, window, biases, causal))
+    opcheck(attention.prefill_attention_op, (q, k, v, None, window, biases, causal))
     found = torch.ops.lapilli.prefill_attention(q, k, v, None, window, biases, causal)
     expected = prefill_reference(q, k, v, window=window, slopes=biases, causal=causal)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -72,24 +71,26 @@ def test_small_operations(dtype):
     torch.manual_seed(0)
     x, up = torch.randn(2, 3, 64).to(dtype), torch.randn(2, 3, 64).to(dtype)
     weight = torch.randn(64).to(dtype)
-    opcheck(ops.rms_norm_op, (x, weight, 1e-5))
-    opcheck(ops.silu_mul_op, (x, up))
+    opcheck(layer.rms_norm_op, (x, weight, 1e-5))
+    opcheck(layer.silu_mul_op, (x, up))
     heads = torch.randn(2, 4, 3, 32).to(dtype)
     cos, sin = torch.randn(2, 1, 3, 32).to(dtype), torch.randn(2, 1, 3, 32).to(dtype)
-    opcheck(ops.rotate_op, (heads.transpose(1, 2).contiguous().transpose(1, 2), cos, sin))
+    opcheck(layer.rotate_op, (heads.transpose(1, 2).contiguous().transpose(1, 2), cos, sin))
     near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.1}
     norm = torch.ops.lapilli.rms_norm(x, weight, 1e-5)
-    torch.testing.assert_close(norm, fused.rms_norm_reference(x, weight, 1e-5), **near)
+    torch.testing.assert_close(norm, layer.rms_norm_reference(x, weight, 1e-5), **near)
     gate = torch.ops.lapilli.silu_mul(x, up)
-    torch.testing.assert_close(gate, fused.silu_mul_reference(x, up), **near)
+    torch.testing.assert_close(gate, layer.silu_mul_reference(x, up), **near)
     turned = torch.ops.lapilli.rotate(heads, cos, sin)
-    torch.testing.assert_close(turned, fused.rotate_reference(heads, cos, sin), **near)
+    torch.testing.assert_close(turned, layer.rotate_reference(heads, cos, sin), **near)
 
 
 def test_a_compiler_sees_the_ops_of_attention():
     """Without the shape checks of the tests, which torch cannot compile."""
     seen = []
-    decodes, prefills = map(inspect.unwrap, (attention.decode_attention, prefill.prefill_attention))
+    decodes, prefills = map(
+        inspect.unwrap, (attention.decode_attention, attention.prefill_attention)
+    )
 
     def backend(graph, _):
         seen.extend(str(node.target) for node in graph.graph.nodes)

@@ -15,8 +15,7 @@ from transformers import (
 
 from lapilli.config.model import DecoderConfig, RopeScaling
 from lapilli.errors import ConfigError
-from lapilli.lm.base import LanguageModel
-from lapilli.lm.build import build_language_model
+from lapilli.lm import LanguageModel, build_language_model
 from lapilli.lm.decoder import Decoder
 
 TINY = DecoderConfig(

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lapilli.errors import UnsupportedModelError
-from lapilli.lm.base import LanguageModel
+from lapilli.lm import LanguageModel
 from lapilli.lm.foreign import ForeignLanguageModel, cache_argument, load_foreign
 
 SIZES = {

@@ -16,8 +16,7 @@ from lapilli.lm import decoder as decoder_file
 from lapilli.lm.decoder import Decoder, DecoderLayer
 from lapilli.lm.fused_layer import FusedLayer, _Part
 from lapilli.lora import LoraConfig, inject
-from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
-from lapilli.nn.paged import PagedBatch, PagedRow
+from lapilli.nn.paged import BlockStore, PagedBatch, PagedRow, QuantizedBlockStore
 from lapilli.quant import QuantConfig
 from lapilli.quant.linear import QuantLinear
 from lapilli.quant.quantize import round_weight

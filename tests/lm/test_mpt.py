@@ -9,8 +9,7 @@ from transformers import MptConfig as OracleConfig
 from transformers import MptForCausalLM
 
 from lapilli.config.model import MptConfig
-from lapilli.lm.base import LanguageModel
-from lapilli.lm.build import build_language_model
+from lapilli.lm import LanguageModel, build_language_model
 from lapilli.lm.mpt import Mpt, alibi_slopes
 
 TINY = MptConfig(vocab_size=97, hidden_size=32, num_layers=3, num_heads=4, max_positions=64)

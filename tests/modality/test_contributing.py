@@ -5,7 +5,7 @@ import torch
 
 import lapilli
 from lapilli.config.generation import SamplingParams
-from lapilli.modality.base import Modality
+from lapilli.modality import Modality
 from lapilli.prompt.message import MediaPart, Message, TextPart
 from lapilli.train.data.encoder import SampleEncoder
 from lapilli.train.data.sample import Sample

@@ -6,7 +6,7 @@ import torch
 
 from lapilli.config.model import ProjectorConfig
 from lapilli.errors import MediaError
-from lapilli.modality.base import Modality
+from lapilli.modality import Modality
 from lapilli.modality.vector import VectorModality
 
 

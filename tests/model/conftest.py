@@ -14,7 +14,7 @@ from lapilli.geometry import ImageSize
 from lapilli.lm.decoder import Decoder
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.vector import VectorModality
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 
 TEXT = DecoderConfig(
     vocab_size=53,

@@ -1,12 +1,22 @@
-"""The fast attention equals its plain twin; masks say who sees whom."""
+"""The fast attention equals its plain twin, backwards too; masks say who sees whom."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lapilli.kernels.attention import prefill_reference
+from lapilli.kernels.library import native
 from lapilli.nn import attention
-from lapilli.nn.attention import attend, attend_plain, causal_mask
+from lapilli.nn.attention import (
+    FEWEST,
+    attend,
+    attend_plain,
+    attention_backward,
+    causal_mask,
+    has_native_backward,
+)
+from lapilli.nn.linear import has_onednn
 
 CPU = torch.device("cpu")
 
@@ -110,3 +120,54 @@ def test_capped_scores_in_pieces(monkeypatch, masked):
         torch.testing.assert_close(attend(q, k, v, mask=mask, softcap=1.5), expected)
         last = attend(q[:, :, -1:], k, v, softcap=1.5)
     torch.testing.assert_close(last, attend_plain(q[:, :, -1:], k, v, softcap=1.5))
+
+
+needs_attention_backward = pytest.mark.skipif(
+    native() is None or not has_onednn(), reason="needs the library and oneDNN"
+)
+
+
+def draw(length, *, heads=4, kv_heads=2, width=32, rows=2, dtype=torch.float32):
+    random = torch.Generator().manual_seed(length)
+    sizes = (heads, kv_heads, kv_heads)
+    drawn = [torch.randn(rows, length, n, width, generator=random).to(dtype) for n in sizes]
+    return [x.transpose(1, 2).requires_grad_() for x in drawn]
+
+
+@needs_attention_backward
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("length", "kv_heads"), [(5, 2), (64, 1), (130, 4)])
+def test_output_and_gradients_are_those_of_the_formula(length, kv_heads, causal):
+    given = draw(length, kv_heads=kv_heads)
+    expected = prefill_reference(*given, scale=0.3, causal=causal)
+    found = attention_backward(*given, scale=0.3, causal=causal)
+    torch.testing.assert_close(found, expected)
+    gradient = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, given, gradient),
+        torch.autograd.grad(expected, given, gradient),
+        atol=2e-5,
+        rtol=1e-4,
+    )
+
+
+@needs_attention_backward
+def test_bfloat16_is_computed_in_float32():
+    given = draw(100, dtype=torch.bfloat16)
+    wide = [x.detach().float().requires_grad_() for x in given]
+    gradient = torch.randn(2, 4, 100, 32).bfloat16()
+    found = torch.autograd.grad(attention_backward(*given), given, gradient)
+    expected = torch.autograd.grad(prefill_reference(*wide), wide, gradient.float())
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one.float(), other, atol=2e-2, rtol=2e-2)
+
+
+@needs_attention_backward
+def test_long_rows_that_learn_take_it():
+    long, short = draw(FEWEST), draw(FEWEST - 1)
+    assert has_native_backward(*long)
+    assert "_Attention" in attend(*long).grad_fn.name()
+    assert not has_native_backward(*short)
+    with torch.no_grad():
+        assert not has_native_backward(*long)

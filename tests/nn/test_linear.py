@@ -1,6 +1,7 @@
-"""The faster products equal torch's, and stand aside where they have no business."""
+"""The faster products equal torch's, with gradients too, and stand aside where they must."""
 
 import copy
+import ctypes
 
 import pytest
 import torch
@@ -9,8 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from lapilli.nn.linear import FEW, FloatLinear
-from lapilli.nn.onednn import has_onednn, onednn_linear
+from lapilli.nn.linear import (
+    FEW,
+    FloatLinear,
+    has_onednn,
+    linear_with_backward,
+    onednn_linear,
+    rounded,
+    times_transposed,
+)
 
 
 @pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
@@ -58,3 +66,77 @@ def test_gradients_and_other_formats_are_those_of_a_plain_layer() -> None:
         for rows in (1, 20):
             with torch.no_grad():
                 assert fast(torch.randn(rows, 8).to(dtype)).dtype == dtype
+
+
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
+SIZES = st.integers(1, 40)
+
+
+@needs_onednn
+@pytest.mark.slow
+@given(SIZES, SIZES, SIZES, st.booleans(), st.sampled_from(["all", "x", "weight"]))
+def test_output_and_gradients_are_those_of_torch(rows, inputs, outputs, has_bias, learns):
+    random = torch.Generator().manual_seed(rows)
+    x = torch.randn(2, rows, inputs, generator=random)
+    weight = torch.randn(outputs, inputs, generator=random)
+    bias = torch.randn(outputs, generator=random) if has_bias else None
+    wanted = {"all": [x, weight, bias], "x": [x], "weight": [weight]}[learns]
+    wanted = [tensor.requires_grad_() for tensor in wanted if tensor is not None]
+    expected, found = functional.linear(x, weight, bias), linear_with_backward(x, weight, bias)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    gradient = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, wanted, gradient),
+        torch.autograd.grad(expected, wanted, gradient),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+@needs_onednn
+def test_a_transposed_side_may_be_a_view():
+    x, y = torch.randn(7, 5), torch.randn(5, 9)
+    torch.testing.assert_close(times_transposed(x, y.t()), x @ y)
+    torch.testing.assert_close(
+        times_transposed(x.bfloat16(), y.t().bfloat16()), (x.bfloat16() @ y.bfloat16())
+    )
+
+
+@needs_onednn
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_weight_with_gaps_takes_no_reference(is_transposed, capfd):
+    """oneDNN's plain loops took 300 times as long: attention of float32 learned by them."""
+    x, wide = torch.randn(64, 64), torch.randn(64, 256)
+    weight = wide[:, :64].t() if is_transposed else wide[:, :64]
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        found = onednn_linear(x, weight, None)
+    ctypes.CDLL(None).fflush(None)
+    ways = [line for line in capfd.readouterr().out.splitlines() if "inner_product" in line]
+    assert ways
+    assert not any("ref:any" in line for line in ways)
+    torch.testing.assert_close(found, x @ weight.t(), atol=1e-4, rtol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.slow
+@given(st.integers(1, 2_000))
+def test_sizes_are_few_and_near(length):
+    found = rounded(length)
+    assert length <= found <= length * 17 / 16
+    assert rounded(found) == found
+    assert len({rounded(n) for n in range(length, 2 * length)}) <= 17
+
+
+@needs_onednn
+def test_short_rows_and_powers_of_two_are_sizes():
+    sizes = [*range(32), *(2**n for n in range(5, 20))]
+    assert [rounded(size) for size in sizes] == sizes
+
+
+@needs_onednn
+def test_float_layers_learn_by_it_outside_of_autocast():
+    layer = FloatLinear.of(torch.nn.Linear(6, 4), by_onednn=True)
+    x = torch.randn(3, 6)
+    assert "_Product" in layer(x).grad_fn.name()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16

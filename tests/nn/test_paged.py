@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapilli.config.model import DecoderConfig, MptConfig
-from lapilli.lm.base import LanguageModel
+from lapilli.lm import LanguageModel
 from lapilli.lm.decoder import Decoder
 from lapilli.lm.mpt import Mpt
-from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
-from lapilli.nn.paged import PagedBatch, PagedRow
+from lapilli.nn.paged import BlockStore, PagedBatch, PagedRow, QuantizedBlockStore
 
 BLOCK = 4
 NUM_BLOCKS = 48

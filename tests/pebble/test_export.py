@@ -5,7 +5,7 @@ import torch
 
 from lapilli.config.model import DecoderConfig, ProjectorConfig, VisionConfig
 from lapilli.lm.decoder import Decoder
-from lapilli.modality.image.vision import VisionTransformer
+from lapilli.modality.image.image import VisionTransformer
 from lapilli.modality.projector import build_projector
 from lapilli.pipeline import load
 from pebble.export import export_llava, llava_config

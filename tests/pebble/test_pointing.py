@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from lapilli.nn.attention import attend
-from lapilli.nn.attention_backward import FEWEST
+from lapilli.nn.attention import FEWEST, attend
 from lapilli.prompt.templates import TEMPLATES
 from lapilli.train.trainer.step import PlainAttention
 from pebble.conversation import as_sample, draw_questions

@@ -9,8 +9,8 @@ import torch
 import lapilli.train
 from lapilli.config.model import DecoderConfig, VisionConfig
 from lapilli.errors import UnknownKeyError
-from lapilli.lm.build import build_language_model
-from lapilli.modality.image.vision import VisionTransformer
+from lapilli.lm import build_language_model
+from lapilli.modality.image.image import VisionTransformer
 from lapilli.train.recipe import OptimRecipe, RunRecipe
 from pebble.recipe import PartsRecipe, PebbleRecipe, WorldRecipe, check_keys, load_recipe
 from pebble.run import RECIPES

@@ -21,7 +21,7 @@ from lapilli.errors import ConfigError
 from lapilli.geometry import ImageSize
 from lapilli.lm.decoder import Decoder
 from lapilli.modality.image.image import ImageModality
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.plan.flops import sizes
 from lapilli.plan.plan import (
     A100,
@@ -144,7 +144,7 @@ def test_sizes_are_those_of_the_model(biases):
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_sizes_of_towers(family):
-    from lapilli.modality.image.vision import VisionTransformer
+    from lapilli.modality.image.image import VisionTransformer
 
     vision = dataclasses.replace(VISION, family=family)
     tower = VisionTransformer(vision)

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from lapilli.lora.linear import QLoraLinear
+from lapilli.lora import QLoraLinear
 from lapilli.quant import nf4
-from lapilli.quant.config import QuantConfig
 from lapilli.quant.linear import QuantLinear
 from lapilli.quant.nf4 import (
     VALUES,
@@ -23,7 +22,7 @@ from lapilli.quant.nf4 import (
     store_nf4,
     to_floats,
 )
-from lapilli.quant.rounding import round4, round8
+from lapilli.quant.quantize import QuantConfig, round4, round8
 
 
 def test_the_values_are_the_papers_quantiles():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.read.assemble import build_model
 from lapilli.errors import ConfigError, DataError, PromptError
-from lapilli.nn.onednn import rounded
+from lapilli.nn.linear import rounded
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.prompt.message import Message
 from lapilli.prompt.templates import TEMPLATES

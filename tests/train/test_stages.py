@@ -16,9 +16,9 @@ from lapilli.config.model import (
 from lapilli.errors import ConfigError
 from lapilli.geometry import ImageSize
 from lapilli.lm.decoder import Decoder
-from lapilli.lora.inject import adapters
+from lapilli.lora import adapters
 from lapilli.modality.image.image import ImageModality
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.quant.nf4 import Nf4Linear, RoundedScales
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe, Recipe, RunRecipe
 from lapilli.train.stages import choose_trainable, set_up_layers

@@ -15,8 +15,7 @@ from lapilli.errors import (
     PromptError,
     ShapeMismatchError,
 )
-from lapilli.lora import adapter_tensors
-from lapilli.lora.inject import adapters
+from lapilli.lora import adapter_tensors, adapters
 from lapilli.prompt.choose import template_by_name
 from lapilli.quant.linear import QuantLinear
 from lapilli.train.data import SampleEncoder

@@ -47,7 +47,7 @@ from lapilli.config.tokens import parse_tokens
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.lm.foreign import load_foreign
 from lapilli.lora import inject, merge
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template, TemplateChoice
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant import QuantConfig, quant_config, quantize

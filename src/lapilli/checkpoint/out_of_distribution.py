@@ -25,7 +25,7 @@ from lapilli.config.reader import JsonObject, KeyReader
 from lapilli.errors import CheckpointError
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.shapes import Float, Tensor
 
 # Share of the mean variance that is added, so that directions of little variance do not dominate.

@@ -36,8 +36,7 @@ def quantize(
         from lapilli.checkpoint.placement import STORED
         from lapilli.checkpoint.write.files import check_target
         from lapilli.quant import QuantConfig
-        from lapilli.quant.config import describe
-        from lapilli.quant.quantize import notes_on
+        from lapilli.quant.quantize import describe, notes_on
 
         check_target(target, overwrite=how.overwrite)
         config = QuantConfig(

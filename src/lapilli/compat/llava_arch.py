@@ -2,7 +2,7 @@
 
     input_ids with -200, mask, labels, images  ->  embeds, mask, positions, labels of the fused rows
 
-Our own way is model/vlm.py, which counts media and pads on the left. Here the quirks live: rows
+Our own way is model.py, which counts media and pads on the left. Here the quirks live: rows
 without a picture eat one, spare pictures are ignored, rows are cut silently, padding goes where the
 config says.
 """

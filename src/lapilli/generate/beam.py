@@ -8,14 +8,17 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from math import pow as power
+from typing import TYPE_CHECKING
 
 import torch
 
 from lapilli.config.generation import SamplingParams
-from lapilli.generate.decode import DecodingBatch
 from lapilli.generate.output import TokenLogprob
 from lapilli.generate.sampler import LogitsProcessors, report_logprobs, warp
 from lapilli.shapes import Float, Int, Tensor
+
+if TYPE_CHECKING:  # the loop starts the search
+    from lapilli.generate.reference import DecodingBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ class BeamRow:
 
 
 def search(
-    decoding: DecodingBatch,
+    decoding: "DecodingBatch",
     logits: Float[Tensor, "B V"],
     rows: Sequence[BeamRow],
     params: SamplingParams,

@@ -165,14 +165,7 @@ def check_logit_bias(params: SamplingParams, vocab_size: int) -> None:
 
 
 class SamplingState:
-    """State of the sampling of one answer: options, random generator, counts.
-
-    Args:
-        params: the options.
-        vocab_size: width of the logits.
-        device: of the logits.
-        prompt_ids: tokens that the repetition penalty counts as seen.
-    """
+    """State of the sampling of one answer: options, random generator, counts."""
 
     def __init__(
         self,

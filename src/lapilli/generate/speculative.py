@@ -8,7 +8,7 @@
 
 A proposer knows position keys (a token id, or a number below zero in a medium) and how likely a
 draft token is right; the controller knows the cost of a pass. Verification is sampling: every
-token is sampled as it would be without a draft (engine/core.py).
+token is sampled as it would be without a draft (engine/engine.py).
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from lapilli.errors import GenerationError
-from lapilli.lm.base import LanguageModel
+from lapilli.lm import LanguageModel
 from lapilli.nn.kv_cache import KVCache
 
 IsWorth = Callable[[float], bool]

@@ -1,5 +1,8 @@
-"""Native CPU operations, each with a plain-torch reference that gives the same."""
+"""Native CPU operations, each with a plain-torch reference that gives the same.
 
-from lapilli.kernels import ops
+The import registers the custom ops torch.ops.lapilli.*.
+"""
 
-__all__ = ["ops"]
+from lapilli.kernels import attention, layer, linear
+
+__all__ = ["attention", "layer", "linear"]

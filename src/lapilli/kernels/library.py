@@ -16,6 +16,7 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,224 +29,105 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
 
 
+def _fields(pointers: str, numbers: str, reals: str = "") -> list[tuple[str, Any]]:
+    """Return the fields of a structure: pointers first, then int64, then double, as in abi.h."""
+    kinds = ((pointers, ctypes.c_void_p), (numbers, ctypes.c_int64), (reals, ctypes.c_double))
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
 class Weights(ctypes.Structure):
     """`Weights` of native/abi.h, field by field."""
 
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("half_scales", ctypes.c_void_p),
-        ("row_scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("inputs", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("bits", ctypes.c_int64),
+    _fields_ = _fields(
+        "data half_scales row_scales zeros bias",
+        "rows inputs group bits",
     )
 
 
 class DenseCall(ctypes.Structure):
     """`DenseCall` of native/abi.h, field by field."""
 
-    _fields_ = (
-        ("w", ctypes.c_void_p),
-        ("x", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("inputs", ctypes.c_int64),
-        ("tokens", ctypes.c_int64),
-        ("w_stride", ctypes.c_int64),
-        ("x_stride", ctypes.c_int64),
-        ("y_stride", ctypes.c_int64),
-        ("kind", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
+    _fields_ = _fields(
+        "w x bias y",
+        "rows inputs tokens w_stride x_stride y_stride kind threads",
     )
 
 
 class AttentionCall(ctypes.Structure):
     """`AttentionCall` of native/abi.h, field by field."""
 
-    _fields_ = (
-        ("q", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("key_scales", ctypes.c_void_p),
-        ("value_scales", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-        ("lengths", ctypes.c_void_p),
-        ("slopes", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("table_stride", ctypes.c_int64),
-        ("block_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
-        ("kind", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
-        ("scale", ctypes.c_double),
-        ("softcap", ctypes.c_double),
+    _fields_ = _fields(
+        "q keys values key_scales value_scales table lengths slopes out",
+        "rows heads kv_heads block_size width table_stride block_stride head_stride kind "
+        "window threads",
+        "scale softcap",
     )
 
 
 class PrefillCall(ctypes.Structure):
     """`PrefillCall` of native/abi.h, field by field."""
 
-    _fields_ = (
-        ("q", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("slopes", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("queries", ctypes.c_int64),
-        ("positions", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("q_row", ctypes.c_int64),
-        ("q_head", ctypes.c_int64),
-        ("q_position", ctypes.c_int64),
-        ("k_row", ctypes.c_int64),
-        ("k_head", ctypes.c_int64),
-        ("k_position", ctypes.c_int64),
-        ("v_row", ctypes.c_int64),
-        ("v_head", ctypes.c_int64),
-        ("v_position", ctypes.c_int64),
-        ("out_row", ctypes.c_int64),
-        ("out_head", ctypes.c_int64),
-        ("out_position", ctypes.c_int64),
-        ("causal", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
-        ("scale", ctypes.c_double),
+    _fields_ = _fields(
+        "q keys values slopes out",
+        "batch heads kv_heads queries positions width q_row q_head q_position k_row "
+        "k_head k_position v_row v_head v_position out_row out_head out_position causal "
+        "window threads",
+        "scale",
     )
 
 
 class StoreCall(ctypes.Structure):
     """`StoreCall` of native/abi.h, field by field."""
 
-    _fields_ = (
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("blocks", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
-        ("positions", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("k_position", ctypes.c_int64),
-        ("k_head", ctypes.c_int64),
-        ("v_position", ctypes.c_int64),
-        ("v_head", ctypes.c_int64),
-        ("block_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
-        ("kind", ctypes.c_int64),
+    _fields_ = _fields(
+        "k v keys values blocks offsets",
+        "positions heads width k_position k_head v_position v_head block_stride head_stride kind",
     )
 
 
 class RowsCall(ctypes.Structure):
     """`RowsCall` of native/abi.h, field by field."""
 
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("other", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("x_stride", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
-        ("eps", ctypes.c_double),
-        ("offset", ctypes.c_double),
+    _fields_ = _fields(
+        "x other y",
+        "rows width x_stride threads",
+        "eps offset",
     )
 
 
 class RotateCall(ctypes.Structure):
     """`RotateCall` of native/abi.h, field by field."""
 
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("cosine", ctypes.c_void_p),
-        ("sine", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("positions", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("x_row", ctypes.c_int64),
-        ("x_head", ctypes.c_int64),
-        ("x_position", ctypes.c_int64),
-        ("y_row", ctypes.c_int64),
-        ("y_head", ctypes.c_int64),
-        ("y_position", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
+    _fields_ = _fields(
+        "x cosine sine y",
+        "rows heads positions width x_row x_head x_position y_row y_head y_position threads",
     )
 
 
 class Product(ctypes.Structure):
     """`Product` of native/abi.h, field by field."""
 
-    _fields_ = (
-        ("packed", ctypes.c_void_p),
-        ("plain", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("inputs", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("kind", ctypes.c_int64),
+    _fields_ = _fields(
+        "packed plain bias",
+        "rows inputs stride kind",
     )
 
 
 class LayerCall(ctypes.Structure):
     """`LayerCall` of native/abi.h, field by field."""
 
-    _fields_ = (
-        ("input_norm", ctypes.c_void_p),
-        ("mlp_norm", ctypes.c_void_p),
-        ("attention_out_norm", ctypes.c_void_p),
-        ("mlp_out_norm", ctypes.c_void_p),
-        ("q_norm", ctypes.c_void_p),
-        ("k_norm", ctypes.c_void_p),
-        ("q", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("o", ctypes.c_void_p),
-        ("gate", ctypes.c_void_p),
-        ("up", ctypes.c_void_p),
-        ("down", ctypes.c_void_p),
-        ("x", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("cosine", ctypes.c_void_p),
-        ("sine", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("blocks", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-        ("lengths", ctypes.c_void_p),
-        ("tokens", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-        ("table_stride", ctypes.c_int64),
-        ("block_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
-        ("kind", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-        ("weight_only", ctypes.c_int64),
-        ("gelu", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
-        ("scale", ctypes.c_double),
-        ("eps", ctypes.c_double),
-        ("norm_offset", ctypes.c_double),
-        ("softcap", ctypes.c_double),
+    _fields_ = _fields(
+        "input_norm mlp_norm attention_out_norm mlp_out_norm q_norm k_norm q k v o gate "
+        "up down x y cosine sine keys values blocks offsets table lengths",
+        "tokens heads kv_heads width block_size table_stride block_stride head_stride "
+        "kind window weight_only gelu threads",
+        "scale eps norm_offset softcap",
     )
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Return where the numbers lie; None for no tensor, as a null pointer."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,13 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from lapilli.errors import ConfigError
-from lapilli.kernels.library import KINDS, DenseCall, Library, Weights, native
+from lapilli.kernels.library import KINDS, DenseCall, Library, Weights, address, native
 from lapilli.kernels.packing import Packed, rounded
 from lapilli.shapes import Float, Tensor
 
@@ -54,7 +55,7 @@ def dense(
     call = DenseCall(
         w=weight.data_ptr(),
         x=rows.data_ptr(),
-        bias=None if added is None else added.data_ptr(),
+        bias=address(added),
         y=out.data_ptr(),
         rows=out_features,
         inputs=in_features,
@@ -77,10 +78,6 @@ def linear_reference(
     return functional.linear(seen, packed.dequantize(), packed.plain_bias)
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def native_weights(packed: Packed) -> Weights:
     """Describe the weight to the library; its tensors have to outlive the description."""
     wide = packed.bits == 8
@@ -88,8 +85,8 @@ def native_weights(packed: Packed) -> Weights:
         data=packed.data.data_ptr(),
         half_scales=None if wide else packed.scales.data_ptr(),
         row_scales=packed.scales.data_ptr() if wide else None,
-        zeros=_address(packed.zeros),
-        bias=_address(packed.bias),
+        zeros=address(packed.zeros),
+        bias=address(packed.bias),
         rows=packed.out_features,
         inputs=packed.in_features,
         group=packed.group_size,
@@ -198,14 +195,6 @@ def linear_op(
 
 
 @linear_op.register_fake
-def _linear_fake(
-    x: Tensor,
-    data: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    sizes: list[int],
-    weight_only: bool,
-) -> Tensor:
-    del data, scales, zeros, bias, weight_only
+def _linear_fake(x: Tensor, *given: Any) -> Tensor:  # noqa: ANN401  as linear_op's
+    sizes: list[int] = given[4]
     return x.new_empty(*x.shape[:-1], sizes[0])

@@ -1,7 +1,81 @@
-"""Language models behind one protocol: vectors in, hidden states and logits out."""
+"""Language models behind one protocol: vectors in, hidden states and logits out.
 
-from lapilli.lm.base import LanguageModel
-from lapilli.lm.build import build_language_model
+Knows nothing of modalities, prompts or files.
+"""
+
+from typing import Protocol, runtime_checkable
+
+from lapilli.config.model import DecoderConfig, MptConfig, TextConfig
+from lapilli.errors import UnsupportedModelError
 from lapilli.lm.decoder import Decoder
+from lapilli.lm.mpt import Mpt
+from lapilli.nn.kv_cache import Cache, KVCache
+from lapilli.shapes import Bool, Float, Int, Tensor
 
-__all__ = ["Decoder", "LanguageModel", "build_language_model"]
+__all__ = ["Decoder", "LanguageModel", "Mpt", "build_language_model"]
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A causal language model that reads vectors.
+
+    `embed` makes vectors of ids, `forward` hidden states of vectors, `logits` scores of hidden
+    states: three steps, so that other vectors can stand where ids have none, and so that logits
+    are only computed where somebody reads them.
+    """
+
+    supports_varlen: bool
+    """True if `forward` takes rows of several lengths, with a PagedBatch as its cache."""
+
+    @property
+    def config(self) -> TextConfig:
+        """Sizes of the model."""
+        ...
+
+    def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
+        """Return the vectors of token ids."""
+        ...
+
+    def forward(
+        self,
+        inputs_embeds: Float[Tensor, "B T D"],
+        *,
+        position_ids: Int[Tensor, "B T"],
+        attention_mask: Bool[Tensor, "B S"] | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Return the hidden states after the final norm.
+
+        Args:
+            inputs_embeds: vectors of the T new positions.
+            position_ids: their positions, counted without padding; any number under padding.
+            attention_mask: False for padding, over all S = cache.length + T positions; None when
+                no row is padded.
+            cache: what was read before; the new positions are appended. With a PagedBatch the one
+                row holds the new positions of many sequences, one after the other.
+        """
+        ...
+
+    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Return the scores of every vocabulary entry."""
+        ...
+
+    def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
+        """Return an empty cache for this model, in its dtype and on its device."""
+        ...
+
+
+def build_language_model(config: TextConfig) -> Decoder | Mpt:
+    """Return a language model with fresh weights; under `torch.device("meta")` without any.
+
+    Raises:
+        UnsupportedModelError: a description that no language model here follows.
+    """
+    if isinstance(config, DecoderConfig):
+        return Decoder(config)
+    if isinstance(config, MptConfig):
+        return Mpt(config)
+    raise UnsupportedModelError(
+        f"no language model for a {type(config).__name__}: expected DecoderConfig or MptConfig; "
+        "other families go through lapilli.lm.foreign"
+    )

@@ -15,14 +15,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lapilli.config.model import DecoderConfig
+from lapilli.kernels.layer import rotate
 from lapilli.lm.fused_layer import FusedLayer
 from lapilli.nn.attention import attend, causal_mask
-from lapilli.nn.kv_cache import Cache, KVCache
+from lapilli.nn.kv_cache import Cache, KVCache, Segments
+from lapilli.nn.layers import GatedMLP, RMSNorm, Rotary
 from lapilli.nn.linear import project
-from lapilli.nn.mlp import GatedMLP
-from lapilli.nn.norm import RMSNorm
-from lapilli.nn.rotary import Rotary, rotate
-from lapilli.nn.segments import Segments
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 RotaryTable = tuple[Tensor, Tensor]

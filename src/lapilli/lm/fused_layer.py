@@ -19,11 +19,9 @@ from torch import nn
 from lapilli.kernels.layer import PRODUCTS, WIDTH_STEP, LayerFacts, LayerKernel, PlainLinear
 from lapilli.kernels.library import native
 from lapilli.kernels.linear import PackedLinear
-from lapilli.nn.block_store import BlockStore
+from lapilli.nn.layers import RMSNorm, is_gelu_tanh
 from lapilli.nn.linear import FEW, FloatLinear, KernelLayer
-from lapilli.nn.mlp import is_gelu_tanh
-from lapilli.nn.norm import RMSNorm
-from lapilli.nn.paged import PagedBatch, PagedRow
+from lapilli.nn.paged import BlockStore, PagedBatch, PagedRow
 from lapilli.shapes import Float, Tensor
 
 LOG = logging.getLogger(__name__)

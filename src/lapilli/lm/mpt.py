@@ -13,9 +13,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lapilli.config.model import MptConfig
-from lapilli.nn.attention import attend, causal_mask
-from lapilli.nn.kv_cache import Cache, KVCache
-from lapilli.nn.segments import Segments
+from lapilli.nn.attention import attend, causal_bias, causal_mask
+from lapilli.nn.kv_cache import Cache, KVCache, Segments
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 
@@ -156,8 +155,9 @@ class Mpt(nn.Module):
             self._slopes = self._slopes.to(inputs_embeds.device)
         slopes, bias = self._slopes, None
         if cache is None or not cache.ragged:
-            past = 0 if cache is None else cache.length
-            bias = self._bias(attention_mask, length, past + length, inputs_embeds)
+            keys = length if cache is None else cache.length + length
+            mask = causal_mask(attention_mask, length, keys, device=inputs_embeds.device)
+            bias = causal_bias(slopes, mask, length, keys, inputs_embeds)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         x = inputs_embeds
         for block in self.transformer.blocks:
@@ -168,23 +168,6 @@ class Mpt(nn.Module):
             )
         out: Tensor = self.transformer.norm_f(x)
         return out
-
-    def _bias(
-        self,
-        attention_mask: Bool[Tensor, "B S"] | None,
-        num_queries: int,
-        num_keys: int,
-        like: Tensor,
-    ) -> Float[Tensor, "rows Q T S"]:
-        """Return -slope * distance where a key is seen, minus infinity elsewhere."""
-        device = like.device
-        keys = torch.arange(num_keys, device=device)
-        distance = keys[num_keys - num_queries :, None] - keys  # [T, S]
-        bias = -self._slopes[:, None, None] * distance  # [Q, T, S]
-        mask = causal_mask(attention_mask, num_queries, num_keys, device=device)
-        if mask is None:
-            mask = distance >= 0
-        return bias.to(like.dtype).masked_fill(~mask, float("-inf")).view(-1, *bias.shape)
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Return the scores of every vocabulary entry."""

@@ -19,7 +19,7 @@ from lapilli.config.projector import tile_features
 from lapilli.errors import ConfigError, FusionError
 from lapilli.geometry import Grid
 from lapilli.nn.attention import attend_all
-from lapilli.nn.mlp import MLP, build_activation
+from lapilli.nn.layers import MLP, build_activation
 from lapilli.shapes import Float, Tensor
 
 _HEAD_WIDTH = 64

@@ -1,24 +1,258 @@
-"""Paged attention of a ragged pass: many sequences in one row, each attending to its own.
+"""Paged keys and values: many sequences in blocks of P positions, and one ragged pass over them.
+
+    per layer   keys, values  [N, K, P, A]
+    a sequence  a table of blocks; position i lies in block table[i // P] at offset i % P
 
     flat row   [ a | b | c c | d d d d | e e e e e ]     sequences with few new tokens first
     a, b, c    read together over their block tables: decode, and guesses that are checked
     d, e       one after the other, over their own positions: prefill
 
-Embeddings, norms and linear layers see [1, T, D] without padding. Stands where a KVCache stands;
-knows blocks and lengths, no requests.
+Block 0 is never written: tables of unequal length are padded with it. Embeddings, norms and linear
+layers see [1, T, D] without padding. Knows blocks and lengths; must not know requests.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
+import numpy as np
 import torch
 
+from lapilli.config.model import TextConfig
+from lapilli.kernels.attention import (
+    WIDTH_STEP,
+    decode_attention,
+    prefill_attention,
+    prefills_natively,
+    store_positions,
+)
 from lapilli.kernels.layer import Places
-from lapilli.kernels.prefill import prefill_attention, prefills_natively
-from lapilli.nn.attention import attend, causal_mask
-from lapilli.nn.block_store import BlockStore
-from lapilli.shapes import Float, Int, Tensor
+from lapilli.kernels.library import native
+from lapilli.nn.attention import attend, causal_bias, causal_mask
+from lapilli.shapes import Bool, Float, Int, Tensor
+
+
+class BlockStore:
+    """Memory for keys and values.
+
+    On a CPU the operating system hands out the memory page by page as blocks are written.
+
+    Args:
+        config: layers, heads and widths.
+        num_blocks: blocks, block 0 included.
+        block_size: positions of a block.
+        dtype: of the model, in which keys and values come and go.
+        kept_dtype: of the memory; None: the model's.
+        device: of the memory.
+    """
+
+    always_kept: ClassVar[torch.dtype | None] = None
+    """The dtype of the memory where none is asked for."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        num_blocks: int,
+        *,
+        block_size: int,
+        dtype: torch.dtype,
+        kept_dtype: torch.dtype | None = None,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.dtype = kept_dtype or self.always_kept or dtype
+        self.float_dtype = dtype
+        self.device = device
+        self._heads = config.num_kv_heads
+        self._width = config.head_dim
+        self._allocate(config.num_layers)
+
+    def _allocate(self, layers: int) -> None:
+        shape = (self.num_blocks, self._heads, self.block_size, self._width)
+        self.keys = [lazy_zeros(shape, self.dtype, self.device) for _ in range(layers)]
+        self.values = [lazy_zeros(shape, self.dtype, self.device) for _ in range(layers)]
+
+    @staticmethod
+    def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Return the memory of one block in all layers; `dtype` is that of the memory."""
+        positions = 2 * config.num_layers * config.num_kv_heads * block_size
+        return positions * config.head_dim * dtype.itemsize
+
+    def tensors(self) -> list[Tensor]:
+        """Return all memory, every tensor with the blocks first."""
+        return [*self.keys, *self.values]
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero blocks that somebody used before: nothing of theirs may leak, not even NaN."""
+        if blocks:
+            index = torch.tensor(blocks, device=self.device)
+            for tensor in self.tensors():
+                tensor.index_fill_(0, index, 0)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy one block over another."""
+        for tensor in self.tensors():
+            tensor[target] = tensor[source]
+
+    def write(
+        self,
+        layer: int,
+        blocks: Int[Tensor, " T"],
+        offsets: Int[Tensor, " T"],
+        k: Float[Tensor, "T K A"],
+        v: Float[Tensor, "T K A"],
+    ) -> None:
+        """Write keys and values of T positions, each into its place."""
+        store_positions(self.keys[layer], self.values[layer], blocks, offsets, k, v)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Return whether the compiled decode attention reads these blocks."""
+        fits = self.float_dtype == torch.float32 and self._width % WIDTH_STEP == 0
+        return fits and self.device.type == "cpu" and native() is not None
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "R Q A"],
+        tables: Int[Tensor, "R n"],
+        lengths: Int[Tensor, " R"],
+        *,
+        scale: float | None,
+        window: int | None,
+        slopes: Float[Tensor, " Q"] | None,
+        softcap: float | None,
+    ) -> Float[Tensor, "R Q A"]:
+        """Attend with one query per row over the row's positions; where `has_kernel`."""
+        return decode_attention(
+            q,
+            self.keys[layer],
+            self.values[layer],
+            tables,
+            lengths,
+            scale=scale,
+            window=window,
+            slopes=slopes,
+            softcap=softcap,
+            **self._scales(layer),
+        )
+
+    def _scales(self, layer: int) -> dict[str, Tensor]:
+        return {}
+
+    def rows_of(self, tables: Int[Tensor, "R n"]) -> Int[Tensor, " places"]:
+        """Return what `gather` takes: the same for all layers, so it is computed once a step."""
+        heads = torch.arange(self._heads, device=self.device)[None, :, None]
+        return (tables[:, None] * self._heads + heads).flatten()
+
+    def gather(
+        self, layer: int, places: Int[Tensor, " places"], rows: int
+    ) -> tuple[Float[Tensor, "R K S A"], Float[Tensor, "R K S A"]]:
+        """Return copies of keys and values of R tables of n blocks, S = n * P."""
+        return (
+            self._gathered(self.keys[layer], places, rows).to(self.float_dtype),
+            self._gathered(self.values[layer], places, rows).to(self.float_dtype),
+        )
+
+    def as_kept(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return new keys or values as they will come back.
+
+        Who reads a prompt reads these: an answer does not depend on what was kept of it before.
+        """
+        return x.to(self.dtype).to(self.float_dtype)
+
+    def _gathered(self, memory: Tensor, places: Tensor, rows: int) -> Tensor:
+        found = memory.view(-1, self.block_size, self._width).index_select(0, places)
+        return found.view(rows, self._heads, -1, self._width)
+
+
+class QuantizedBlockStore(BlockStore):
+    """The same in int8, with one float32 scale per position and head.
+
+    A vector of A numbers is divided by its largest magnitude / 127 and rounded, so a number is off
+    by at most 1/254 of the largest one in its vector.
+    """
+
+    always_kept = torch.int8
+
+    def _allocate(self, layers: int) -> None:
+        super()._allocate(layers)
+        shape = (self.num_blocks, self._heads, self.block_size)
+        self.key_scales = [lazy_zeros(shape, torch.float32, self.device) for _ in range(layers)]
+        self.value_scales = [lazy_zeros(shape, torch.float32, self.device) for _ in range(layers)]
+
+    @staticmethod
+    def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Return the memory of one block in all layers, scales included; `dtype` does not count."""
+        positions = 2 * config.num_layers * config.num_kv_heads * block_size
+        return positions * (config.head_dim + torch.float32.itemsize)
+
+    def tensors(self) -> list[Tensor]:
+        """Return all memory, every tensor with the blocks first."""
+        return [*self.keys, *self.values, *self.key_scales, *self.value_scales]
+
+    def write(
+        self,
+        layer: int,
+        blocks: Int[Tensor, " T"],
+        offsets: Int[Tensor, " T"],
+        k: Float[Tensor, "T K A"],
+        v: Float[Tensor, "T K A"],
+    ) -> None:
+        """Write keys and values of T positions, rounded, each into its place."""
+        for memory, scales, x in (
+            (self.keys[layer], self.key_scales[layer], k),
+            (self.values[layer], self.value_scales[layer], v),
+        ):
+            memory[blocks, :, offsets], scales[blocks, :, offsets] = _rounded(x)
+
+    def gather(
+        self, layer: int, places: Int[Tensor, " places"], rows: int
+    ) -> tuple[Float[Tensor, "R K S A"], Float[Tensor, "R K S A"]]:
+        """Return keys and values of R tables of n blocks, S = n * P, as floats again."""
+        keys = self._gathered(self.keys[layer], places, rows)
+        values = self._gathered(self.values[layer], places, rows)
+        key_scales, value_scales = (
+            scales.view(-1, self.block_size).index_select(0, places).view(*keys.shape[:3], 1)
+            for scales in (self.key_scales[layer], self.value_scales[layer])
+        )
+        return (keys * key_scales).to(self.float_dtype), (values * value_scales).to(
+            self.float_dtype
+        )
+
+    def as_kept(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return new keys or values as they will come back."""
+        rounded, scale = _rounded(x)
+        return (rounded * scale[..., None]).to(self.float_dtype)
+
+    def _scales(self, layer: int) -> dict[str, Tensor]:
+        return {"key_scales": self.key_scales[layer], "value_scales": self.value_scales[layer]}
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return vectors in int8, and the scale of each."""
+    x = x.float()
+    scale = x.abs().amax(dim=-1) / 127
+    rounded = (x / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
+    return rounded.to(torch.int8), scale
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros that take memory page by page as they are written, where the device can.
+
+    Zeros, not whatever was there: what attention masks out must still be finite. torch.zeros would
+    write every page at once; numpy leaves it to the operating system.
+    """
+    # Whoever makes a store inside inference mode must still be able to change it outside.
+    with torch.inference_mode(mode=False):
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(memory).view(dtype).view(shape)
+
 
 MOST_TOGETHER = 8
 """New positions of one sequence up to which the compiled decode attention reads them."""
@@ -45,7 +279,7 @@ class PagedRow:
 
 
 class PagedBatch:
-    """The view that a language model gets as its `cache` in one pass.
+    """The `cache` of a language model in one pass over ragged rows; stands where a KVCache stands.
 
     Args:
         store: where keys and values are.
@@ -57,6 +291,9 @@ class PagedBatch:
 
     ragged = True
     """Several sequences in one row: the model makes no mask, attention knows who sees whom."""
+
+    length = 0
+    """Ragged rows have no one length, and `position_ids` tell positions."""
 
     def __init__(
         self,
@@ -80,29 +317,18 @@ class PagedBatch:
         self._blocks, self._offsets = self._places(rows)
         self._tables_read = tables.int() if self._has_kernel else store.rows_of(tables)
         self._lengths = self._tensor(self._single_lengths).int()
-        self._places_together: Places | None = None
+        self.places: Places | None = None
+        """Where new positions go, when all of them are read together from float blocks."""
         if whole_layers and self._has_kernel and not self._longer and type(store) is BlockStore:
-            self._places_together = Places(
-                self._blocks, self._offsets, self._tables_read, self._lengths
-            )
+            self.places = Places(self._blocks, self._offsets, self._tables_read, self._lengths)
         self._single_biases: dict[int | None, Tensor | None] = {}
         self._row_places = [
             store.rows_of(self._tables([row])) if row.past else None for row in self._longer
         ]
 
-    @property
-    def places(self) -> Places | None:
-        """Return where new positions go, when all of them are read together from float blocks."""
-        return self._places_together
-
     def memory(self, layer: int) -> tuple[Float[Tensor, "N K P A"], Float[Tensor, "N K P A"]]:
         """Return keys and values of one layer."""
         return self._store.keys[layer], self._store.values[layer]
-
-    @property
-    def length(self) -> int:
-        """Return 0: ragged rows have no one length, and `position_ids` tell positions."""
-        return 0
 
     def attend(
         self,
@@ -151,7 +377,9 @@ class PagedBatch:
                     queries, keys, values, scale=scale, window=window, slopes=slopes
                 )
             else:
-                bias = _row_bias(row, window, slopes, q)
+                bias = causal_mask(None, row.count, row.length, window=window, device=q.device)
+                if slopes is not None:
+                    bias = causal_bias(slopes, bias, row.count, row.length, q)
                 seen = attend(queries, keys, values, mask=bias, scale=scale, softcap=softcap)
             parts.append(seen)
             start += row.count
@@ -201,14 +429,8 @@ class PagedBatch:
             window = None
         if window is None and slopes is None and min(lengths) == num_keys:
             return None
-        distance = (self._lengths[:, None] - 1) - torch.arange(num_keys, device=like.device)
-        seen = distance >= 0  # [R, S]
-        if window is not None:
-            seen &= distance < window
-        if slopes is None:
-            return seen[:, None, None]
-        bias = -slopes[None, :, None] * distance[:, None]  # [R, Q, S]
-        return bias.to(like.dtype).masked_fill(~seen[:, None], float("-inf")).unsqueeze(2)
+        seen, bias = seen_from(self._lengths - 1, num_keys, window, slopes)
+        return single_mask(seen, bias, like.dtype)
 
     def _places(self, rows: Sequence[PagedRow]) -> tuple[Int[Tensor, " T"], Int[Tensor, " T"]]:
         size = self._store.block_size
@@ -230,16 +452,24 @@ class PagedBatch:
         return torch.tensor(numbers, dtype=torch.long, device=self._store.device)
 
 
-def _row_bias(
-    row: PagedRow, window: int | None, slopes: Float[Tensor, " Q"] | None, like: Tensor
-) -> Tensor | None:
-    """Return who sees whom among the new positions of one sequence."""
-    if slopes is None:
-        return causal_mask(None, row.count, row.length, window=window, device=like.device)
-    keys = torch.arange(row.length, device=like.device)
-    distance = keys[row.past :, None] - keys  # [T, S]
-    hidden = distance < 0
+def seen_from(
+    positions: Int[Tensor, " R"],
+    num_keys: int,
+    window: int | None,
+    slopes: Float[Tensor, " Q"] | None,
+) -> tuple[Bool[Tensor, "R S"], Float[Tensor, "R Q S"] | None]:
+    """Return what the one query of each row sees, at its position, and its bias by distance."""
+    distance = positions[:, None] - torch.arange(num_keys, device=positions.device)
+    seen = distance >= 0
     if window is not None:
-        hidden |= distance >= window
-    bias = -slopes[:, None, None] * distance
-    return bias.to(like.dtype).masked_fill(hidden, float("-inf")).unsqueeze(0)
+        seen = seen & (distance < window)
+    return seen, None if slopes is None else -slopes[None, :, None] * distance[:, None]
+
+
+def single_mask(
+    seen: Bool[Tensor, "R S"], bias: Float[Tensor, "R Q S"] | None, dtype: torch.dtype
+) -> Tensor:
+    """Return both as the mask of `attend`, [R, 1 or Q, 1, S]."""
+    if bias is None:
+        return seen[:, None, None]
+    return bias.to(dtype).masked_fill(~seen[:, None], float("-inf")).unsqueeze(2)

@@ -17,13 +17,12 @@ import torch
 from lapilli.checkpoint.load import Loaded
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import LapilliError
-from lapilli.generate.decode import lock_of
 from lapilli.generate.engine import Engine, EngineOptions, Request
 from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch, media_digest
 from lapilli.generate.engine.request import EngineStream
 from lapilli.generate.output import Generation, Piece
-from lapilli.generate.reference import Stream, generate, stream
-from lapilli.model.fuse import FusedBatch
+from lapilli.generate.reference import Stream, generate, lock_of, stream
+from lapilli.model import FusedBatch
 from lapilli.pipeline.processor import ProcessedPrompt
 from lapilli.shapes import Tensor
 

@@ -25,7 +25,7 @@ from lapilli.generate.engine.request import EngineStream
 from lapilli.generate.output import Generation
 from lapilli.media.fetch import FetchLimits
 from lapilli.modality.image.decode import Alpha, check_alpha
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.pipeline.backend import AnswerStream, Backend, Pieces
 from lapilli.pipeline.processor import ProcessedPrompt, prepare, process, with_stops
 from lapilli.prompt.choose import Template, check_template

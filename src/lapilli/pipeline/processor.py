@@ -17,7 +17,7 @@ from lapilli.media.fetch import FetchLimits, fetch
 from lapilli.modality.image.decode import Alpha, to_rgb
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart, Message

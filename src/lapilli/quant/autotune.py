@@ -22,10 +22,8 @@ from lapilli.config.json_text import parse_json
 from lapilli.errors import CheckpointError
 from lapilli.kernels.library import native
 from lapilli.kernels.linear import PackedLinear
-from lapilli.nn.linear import FloatLinear
-from lapilli.nn.onednn import has_onednn, onednn_linear
-from lapilli.quant.config import QuantConfig
-from lapilli.quant.rounding import round4, round8
+from lapilli.nn.linear import FloatLinear, has_onednn, onednn_linear
+from lapilli.quant.quantize import QuantConfig, round4, round8
 from lapilli.shapes import Tensor
 
 FLOATS = ("float32", "onednn", "bfloat16")

@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812  torch's own habit
 
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.errors import ConfigError, DataError, PromptError
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.shapes import Float, Int, Tensor
 from lapilli.train.data import EncodedSample, Sample, SampleEncoder

@@ -16,7 +16,7 @@ import torch
 from lapilli import __version__
 from lapilli.checkpoint.formats.files import RESULTS
 from lapilli.errors import ConfigError
-from lapilli.lora.inject import adapters
+from lapilli.lora import adapters
 from lapilli.train.card import add_card, model_card
 from lapilli.train.distributed import ParallelContext
 from lapilli.train.exam import exam_record, hold_exam, write_exam

@@ -43,9 +43,8 @@ from lapilli.checkpoint.write.llava import (
 from lapilli.config.model import ModelConfig
 from lapilli.config.paths import given_path
 from lapilli.errors import ConfigError
-from lapilli.lora import LoraConfig
-from lapilli.lora.inject import adapters
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.lora import LoraConfig, adapters
+from lapilli.model import VisionLanguageModel
 from lapilli.nn.linear import FrozenQuantizedLinear
 from lapilli.prompt.choose import Template, template_by_name
 from lapilli.train.recipe import Recipe

@@ -14,11 +14,9 @@ from lapilli.errors import ConfigError
 from lapilli.lm.decoder import Decoder
 from lapilli.lm.foreign import ForeignLanguageModel
 from lapilli.lm.mpt import Mpt
-from lapilli.lora import LoraConfig, adapter_tensors, inject
-from lapilli.lora.inject import adapters
-from lapilli.modality.image.image import ImageModality
-from lapilli.modality.image.vision import VisionTransformer
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.lora import LoraConfig, adapter_tensors, adapters, inject
+from lapilli.modality.image.image import ImageModality, VisionTransformer
+from lapilli.model import VisionLanguageModel
 from lapilli.nn.linear import FrozenQuantizedLinear
 from lapilli.quant.nf4 import store_nf4
 from lapilli.train.recipe import LoraRecipe, Recipe, RunRecipe

@@ -19,7 +19,7 @@ from lapilli.checkpoint.read.plan import PROJECTOR_FILES
 from lapilli.checkpoint.template import find_chat_template
 from lapilli.config.paths import given_path
 from lapilli.errors import ConfigError, MissingFileError, MissingWeightsError, ShapeMismatchError
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template, around_media, check_base_template, template_by_name
 from lapilli.prompt.encode import media_gap
 from lapilli.prompt.template import ChatTemplate

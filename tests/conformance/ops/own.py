@@ -21,7 +21,7 @@ from lapilli.errors import LapilliError
 from lapilli.generate.reference import generate as run_generation
 from lapilli.geometry import ImageSize, best_resolution, tile_grid
 from lapilli.modality.image.modes import mode_of
-from lapilli.model.fuse import FusedBatch
+from lapilli.model import FusedBatch
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import Message
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment, to_text

@@ -4,7 +4,7 @@ import torch
 
 from lapilli.generate.engine import Request
 from lapilli.generate.output import Generation
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 
 TIE = 1e-3
 """Largest difference of two logits that float32 rounding may turn round (docs/guide/engine.md)."""

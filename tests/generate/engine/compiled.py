@@ -1,4 +1,4 @@
-"""A program: the engine with its decode step compiled, run by test_cuda_graph.py and test_gpu.py.
+"""A program: the engine with its decode step compiled, run by test_model_runner.py and test_gpu.py.
 
     python -m tests.generate.engine.compiled CASE cpu|cuda
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lapilli.generate.engine import Engine
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.quant import QuantConfig, quantize
 from lapilli.quant.linear import QuantLinear
 from tests.generate.conftest import WordTokenizer

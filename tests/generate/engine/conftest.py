@@ -13,7 +13,7 @@ from lapilli.generate.reference import generate
 from lapilli.lm.decoder import Decoder
 from lapilli.lm.mpt import Mpt
 from lapilli.modality.vector import PreparedVectors, VectorModality
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from tests.generate.conftest import WordTokenizer
 

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from lapilli.config.model import DecoderConfig
 from lapilli.generate.engine.block_pool import BlockPool, chain_digest, media_keys
-from lapilli.nn.block_store import BlockStore
+from lapilli.nn.paged import BlockStore
 
 SIZE = 4
 CONFIG = DecoderConfig(

@@ -11,8 +11,8 @@ from lapilli.generate.engine import EngineOptions
 from lapilli.generate.engine import block_pool as planning
 from lapilli.generate.engine.block_pool import new_pool, release_memory, total_memory
 from lapilli.lm.decoder import Decoder
-from lapilli.model.vlm import VisionLanguageModel
-from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
+from lapilli.model import VisionLanguageModel
+from lapilli.nn.paged import BlockStore, QuantizedBlockStore
 from lapilli.quant import QuantConfig, quantize
 from tests.generate.engine.conftest import CONFIG
 

@@ -10,7 +10,7 @@ from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.agreement import assert_same
 from tests.generate.engine.compiled import CASES
 from tests.generate.engine.conftest import build
-from tests.generate.engine.test_cuda_graph import (
+from tests.generate.engine.test_model_runner import (
     FAMILIES,
     STATIC,
     compare_steps,

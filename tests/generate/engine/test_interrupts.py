@@ -12,9 +12,9 @@ import pytest
 
 import lapilli
 from lapilli.errors import GenerationError
-from lapilli.generate.decode import ModelLock, lock_of
 from lapilli.generate.engine import Engine
 from lapilli.generate.output import Generation
+from lapilli.generate.reference import ModelLock, lock_of
 from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.agreement import assert_same
 from tests.generate.engine.conftest import SMALL, alone, picture, request_of

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from lapilli.generate.engine import Engine
-from lapilli.lora import LoraConfig, inject, merge
-from lapilli.lora.inject import adapters
+from lapilli.lora import LoraConfig, adapters, inject, merge
 from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.agreement import assert_same
 from tests.generate.engine.conftest import SMALL, alone, build, picture, request_of

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapilli.errors import FusionError, GenerationError, RequestError, UnsupportedModelError
-from lapilli.generate.decode import lock_of
 from lapilli.generate.engine import Engine, RequestHandle
+from lapilli.generate.reference import lock_of
 from lapilli.prompt.encode import EncodedPrompt, Span
 from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.agreement import assert_same

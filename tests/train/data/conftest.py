@@ -14,9 +14,9 @@ from lapilli.config.model import (
     VisionConfig,
 )
 from lapilli.geometry import ImageSize
-from lapilli.lm.build import build_language_model
+from lapilli.lm import build_language_model
 from lapilli.modality.image.image import ImageModality
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.prompt.tokenizer import SentencePieceTokenizer, TokenizerFiles
 from pebble.words import corpus, train_tokenizer
 from tests.prompt.conftest import Goldens

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapilli.errors import ConfigError
-from lapilli.nn.onednn import rounded
+from lapilli.nn.linear import rounded
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from lapilli.train.trainer.batch import collate, collate_packed, pack
 

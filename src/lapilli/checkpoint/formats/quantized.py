@@ -29,9 +29,8 @@ from lapilli.config.reader import JsonObject, in_file, is_object, shown
 from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, UnsupportedModelError
 from lapilli.quant import QuantConfig
 from lapilli.quant.autotune import Choices
-from lapilli.quant.config import describe
 from lapilli.quant.linear import QuantLinear, StoredEmbedding, empty_packed
-from lapilli.quant.quantize import SEEN, bits_of, notes_on, round_weight
+from lapilli.quant.quantize import SEEN, bits_of, describe, notes_on, round_weight
 
 KEY = "quantization_config"
 METHOD = "lapilli"

@@ -23,8 +23,7 @@ from lapilli.errors import (
     MissingWeightsError,
     UnsupportedModelError,
 )
-from lapilli.lora import LoraConfig
-from lapilli.lora.config import Number, ends_with
+from lapilli.lora import LoraConfig, Number, ends_with
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

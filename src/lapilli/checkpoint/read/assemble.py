@@ -17,9 +17,9 @@ from lapilli.checkpoint.read.vocabulary import VOCABULARY, Vocabulary
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import KeyReport, in_file, shown
 from lapilli.errors import CheckpointError, MissingWeightsError, ShapeMismatchError
-from lapilli.lm.build import build_language_model
+from lapilli.lm import build_language_model
 from lapilli.modality.image.image import ImageModality
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,8 +34,8 @@ from lapilli.checkpoint.write.llava import (
 )
 from lapilli.config.model import ModelConfig
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
-from lapilli.lora.inject import adapter_tensors, adapters
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.lora import adapter_tensors, adapters
+from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template
 
 # Modules of LLaVA in transformers since 4.52, among which PEFT looks for targets.

@@ -56,7 +56,7 @@ from lapilli.config.model import (
 from lapilli.config.projector import projector_name
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.modality.image.modes import mode_named, mode_names, mode_of
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant.linear import QuantLinear

@@ -39,8 +39,8 @@ from lapilli.config.model import (
 )
 from lapilli.config.projector import projector_name
 from lapilli.errors import ConfigError, UnsupportedModelError
-from lapilli.lora.inject import adapters
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.lora import adapters
+from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template
 from lapilli.quant import QuantConfig
 from lapilli.quant.linear import QuantLinear

@@ -24,8 +24,8 @@ import torch
 
 from lapilli.config.generation import MIB, EngineOptions
 from lapilli.errors import GenerationError
-from lapilli.model.vlm import VisionLanguageModel
-from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
+from lapilli.model import VisionLanguageModel
+from lapilli.nn.paged import BlockStore, QuantizedBlockStore
 from lapilli.quant.linear import QuantLinear
 from lapilli.shapes import Tensor
 

@@ -22,7 +22,7 @@ from torch import nn
 from lapilli.config.json_text import parse_json
 from lapilli.errors import CheckpointError, MissingFileError
 from lapilli.generate.engine.block_pool import BlockPool, Prefix
-from lapilli.nn.block_store import BlockStore
+from lapilli.nn.paged import BlockStore
 from lapilli.shapes import Tensor
 
 FORMAT = "lapilli prefix 2"

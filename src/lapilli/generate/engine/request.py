@@ -141,10 +141,6 @@ class EngineStream(Iterator[Piece]):
 
     The request is submitted when the first piece is asked for. `close` cancels. The twin of
     reference.Stream.
-
-    Args:
-        engine: does the work.
-        request: what to answer.
     """
 
     def __init__(self, engine: "Engine", request: Request) -> None:

@@ -14,8 +14,6 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterator
 
-import torch
-
 from lapilli.config.generation import EngineOptions
 from lapilli.errors import GenerationError, LapilliError
 from lapilli.generate.engine.block_pool import BlockPool
@@ -48,14 +46,12 @@ class Scheduler:
         options: EngineOptions,
         *,
         vocab_size: int,
-        device: torch.device,
         new_proposer: NewProposer,
     ) -> None:
         self._pool = pool
         self._encoder = encoder
         self._options = options
         self._vocab_size = vocab_size
-        self._device = device
         self._new_proposer = new_proposer
         self._lock = threading.Lock()
         self._inbox: deque[Sequence] = deque()
@@ -140,8 +136,9 @@ class Scheduler:
             if row.sampling is None:
                 row.proposer = self._start_proposer()
                 seen = row.handle.request.seen_ids or ()
+                device = self._pool.store.device
                 row.sampling = SamplingState(
-                    row.handle.request.params, self._vocab_size, self._device, prompt_ids=seen
+                    row.handle.request.params, self._vocab_size, device, prompt_ids=seen
                 )
 
     def _start_proposer(self) -> Proposer | None:

@@ -15,15 +15,14 @@ import torch
 
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import FusionError, GenerationError, MediaCountMismatchError, RequestError
-from lapilli.generate.detokenizer import TokenBytes
 from lapilli.generate.engine.block_pool import BlockPool, BlockTable, media_keys
 from lapilli.generate.engine.feature_cache import media_digest
 from lapilli.generate.engine.request import Request, RequestHandle
-from lapilli.generate.output import GenerationState, TokenLogprob
+from lapilli.generate.output import GenerationState, TokenBytes, TokenLogprob
 from lapilli.generate.reference import check_context
 from lapilli.generate.sampler import SamplingState, check_logit_bias
 from lapilli.generate.speculative import IsWorth, Proposer
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.nn.paged import MOST_TOGETHER
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.shapes import Float, Tensor

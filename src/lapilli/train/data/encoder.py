@@ -18,7 +18,7 @@ from lapilli.checkpoint.template import choose_for
 from lapilli.config.reader import shown
 from lapilli.errors import DataError, LapilliError, PromptError
 from lapilli.modality.image.decode import Alpha, to_rgb
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart

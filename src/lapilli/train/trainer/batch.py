@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from lapilli.errors import ConfigError
-from lapilli.nn.onednn import rounded
+from lapilli.nn.linear import rounded
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from lapilli.shapes import Bool, Int, Tensor
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812  torch's own habit
 
 from lapilli.errors import ConfigError
-from lapilli.nn.onednn import rounded
+from lapilli.nn.linear import rounded
 from lapilli.shapes import Bool, Float, Int, Tensor
 from lapilli.train.recipe import Reduction
 

@@ -16,9 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 from lapilli.errors import UnsupportedModelError
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.vector import VectorModality
-from lapilli.model.fuse import fuse
-from lapilli.model.vlm import VisionLanguageModel
-from lapilli.nn.segments import Segments, uncompiled_segments
+from lapilli.model import VisionLanguageModel, fuse
+from lapilli.nn.kv_cache import Segments, uncompiled_segments
 from lapilli.prompt.encode import Span
 from lapilli.shapes import Float, Int, Tensor
 from lapilli.train.recipe import NoiseRecipe

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lapilli.generate.detokenizer import IncrementalDetokenizer, StopStrings
+from lapilli.generate.output import IncrementalDetokenizer, StopStrings
 from lapilli.prompt.tokenizer import Tokenizer, TokenizerFiles, build_tokenizer
 
 KINDS = ["slow", "slow, not legacy", "fast", "byte level"]

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lapilli.errors import GenerationError
-from lapilli.generate.engine import Engine, EngineOptions, cuda_graph, model_runner
-from lapilli.generate.engine.cuda_graph import StaticSteps, compile_modes, doublings
-from lapilli.generate.engine.model_runner import run_varlen
+from lapilli.generate.engine import Engine, EngineOptions, model_runner
+from lapilli.generate.engine.model_runner import StaticSteps, compile_modes, doublings, run_varlen
 from lapilli.lora import LoraConfig, inject, merge
-from lapilli.nn.block_store import BlockStore, QuantizedBlockStore
+from lapilli.nn.paged import BlockStore, QuantizedBlockStore
 from tests.generate.conftest import WordTokenizer
 from tests.generate.engine.agreement import assert_same
 from tests.generate.engine.compiled import CASES
@@ -189,11 +188,11 @@ def broken(step):
 @pytest.mark.slow
 def test_auto_falls_back_to_the_next_mode(model, tokenizer, monkeypatch):
     monkeypatch.setattr(model_runner, "compile_modes", lambda *_: ("on", "static", "off"))
-    tried = []
+    tried, real = [], model_runner.static_steps
 
     def steps(way, *arguments, **limits):
         tried.append(way)
-        made = cuda_graph.static_steps("off" if way == "off" else "static", *arguments, **limits)
+        made = real("off" if way == "off" else "static", *arguments, **limits)
         if made is not None:
             made._new_recorder = lambda: broken
         return made
@@ -227,7 +226,7 @@ def test_compile_modes(monkeypatch):
     assert compile_modes("static", GPU) == ("static",)
     for has_triton, expected in ((True, ("on", "static", "off")), (False, ("static", "off"))):
         monkeypatch.setattr(
-            cuda_graph.importlib.util, "find_spec", lambda _, found=has_triton: found or None
+            model_runner.importlib.util, "find_spec", lambda _, found=has_triton: found or None
         )
         assert compile_modes("auto", GPU) == expected
 

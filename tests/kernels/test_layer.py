@@ -5,9 +5,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lapilli.kernels import fused
+from lapilli.kernels import layer
 from lapilli.kernels.library import Library
-from lapilli.nn.norm import RMSNorm
+from lapilli.nn.layers import RMSNorm
 
 EVERYWHERE = settings(
     max_examples=20,
@@ -19,7 +19,7 @@ EVERYWHERE = settings(
 @pytest.fixture(autouse=True)
 def chosen(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operations under test run on the library of this round."""
-    monkeypatch.setattr(fused, "native", lambda: library)
+    monkeypatch.setattr(layer, "native", lambda: library)
 
 
 @EVERYWHERE
@@ -32,8 +32,8 @@ def chosen(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rms_norm(threads: int, rows: int, width: int, seed: int, offset: float) -> None:
     torch.manual_seed(seed)
     x, weight = torch.randn(2, rows, width), torch.randn(width)
-    expected = fused.rms_norm_reference(x.double(), weight.double(), 1e-5, offset)
-    found = fused.rms_norm(x, weight, 1e-5, offset).double()
+    expected = layer.rms_norm_reference(x.double(), weight.double(), 1e-5, offset)
+    found = layer.rms_norm(x, weight, 1e-5, offset).double()
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -42,8 +42,8 @@ def test_rms_norm(threads: int, rows: int, width: int, seed: int, offset: float)
 def test_silu_mul(threads: int, rows: int, width: int, seed: int) -> None:
     torch.manual_seed(seed)
     gate, up = 8 * torch.randn(rows, width), torch.randn(rows, width)
-    expected = fused.silu_mul_reference(gate.double(), up.double())
-    assert torch.allclose(fused.silu_mul(gate, up).double(), expected, rtol=1e-5, atol=1e-6)
+    expected = layer.silu_mul_reference(gate.double(), up.double())
+    assert torch.allclose(layer.silu_mul(gate, up).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @EVERYWHERE
@@ -51,13 +51,13 @@ def test_silu_mul(threads: int, rows: int, width: int, seed: int) -> None:
 def test_gelu_mul(threads: int, rows: int, width: int, seed: int) -> None:
     torch.manual_seed(seed)
     gate, up = 8 * torch.randn(rows, width), torch.randn(rows, width)
-    expected = fused.gelu_mul_reference(gate.double(), up.double())
-    assert torch.allclose(fused.gelu_mul(gate, up).double(), expected, rtol=1e-5, atol=1e-6)
+    expected = layer.gelu_mul_reference(gate.double(), up.double())
+    assert torch.allclose(layer.gelu_mul(gate, up).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("product", "reference"),
-    [(fused.silu_mul, fused.silu_mul_reference), (fused.gelu_mul, fused.gelu_mul_reference)],
+    [(layer.silu_mul, layer.silu_mul_reference), (layer.gelu_mul, layer.gelu_mul_reference)],
 )
 def test_gates_at_the_ends(product, reference, threads: int) -> None:
     gate = torch.tensor([-1e30, -200.0, -90.0, 0.0, 90.0, 1e30, float("nan"), float("inf")] * 40)
@@ -80,21 +80,21 @@ def test_rotate(threads: int, batch: int, heads: int, length: int, width: int, s
     torch.manual_seed(seed)
     x = torch.randn(batch, length, heads, width).transpose(1, 2)
     cos, sin = torch.randn(2, batch, 1, length, width)
-    expected = fused.rotate_reference(x.double(), cos.double(), sin.double())
-    found = fused.rotate(x, cos, sin)
+    expected = layer.rotate_reference(x.double(), cos.double(), sin.double())
+    found = layer.rotate(x, cos, sin)
     assert (found.double() - expected).abs().max().item() < 2e-6
     assert found.shape == x.shape
 
 
 def test_gradients_take_the_reference() -> None:
     x = torch.randn(3, 32, requires_grad=True)
-    fused.rms_norm(x, torch.ones(32), 1e-5).sum().backward()
+    layer.rms_norm(x, torch.ones(32), 1e-5).sum().backward()
     assert x.grad is not None
 
 
 def test_other_dtypes_take_the_reference() -> None:
     x = torch.randn(3, 32).bfloat16()
-    assert fused.rms_norm(x, torch.ones(32).bfloat16(), 1e-5).dtype == torch.bfloat16
+    assert layer.rms_norm(x, torch.ones(32).bfloat16(), 1e-5).dtype == torch.bfloat16
 
 
 def test_the_norm_module_is_the_operation() -> None:
@@ -102,4 +102,4 @@ def test_the_norm_module_is_the_operation() -> None:
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(2, 3, 48)
     with torch.inference_mode():
-        assert torch.equal(norm(x), fused.rms_norm(x, norm.weight, 1e-6))
+        assert torch.equal(norm(x), layer.rms_norm(x, norm.weight, 1e-6))

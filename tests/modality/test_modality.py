@@ -1,6 +1,6 @@
 """The modality protocol."""
 
-from lapilli.modality.base import Modality
+from lapilli.modality import Modality
 
 
 def test_something_without_embed_is_no_modality():
