@@ -25,7 +25,7 @@ from lapilli.checkpoint.formats.weights import (
 )
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.source import resolve
-from lapilli.config.json_text import MOST_BYTES, MOST_DEPTH
+from lapilli.config.reader import MOST_BYTES, MOST_DEPTH
 from lapilli.errors import CheckpointError, PromptError
 from lapilli.prompt.message import Message
 from lapilli.prompt.tokenizer import TokenizerFiles, build_tokenizer

@@ -31,7 +31,8 @@ from lapilli.checkpoint.read.vocabulary import Vocabulary
 from lapilli.checkpoint.source import resolve
 from lapilli.checkpoint.template import choose_for
 from lapilli.checkpoint.tokenizer import load_tokenizer
-from lapilli.config.ignored import GENERATION, TEXT
+from lapilli.config.ignored import TEXT
+from lapilli.config.llava import parse_tokens
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import supported_types
 from lapilli.config.reader import (
@@ -43,7 +44,6 @@ from lapilli.config.reader import (
     KeyReader,
     KeyReport,
 )
-from lapilli.config.tokens import parse_tokens
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.lm.foreign import load_foreign
 from lapilli.lora import inject, merge
@@ -339,14 +339,11 @@ def load_foreign_model(
     except UnsupportedModelError as error:
         second = str(error).partition("\n")[0]
         raise UnsupportedModelError(f"{refusal}; and as another family: {second}") from error
-    generation = read_optional_json(path / "generation_config.json") or {}
+    generation = read_optional_json(path / "generation_config.json")
     text = language_model.config
     config = ModelConfig(
         text=text,
-        tokens=parse_tokens(
-            reader,
-            KeyReader(generation, "generation_config.json", GENERATION),
-        ),
+        tokens=parse_tokens(reader, generation)[0],
         layout="text",
         torch_dtype=str(number_format).removeprefix("torch."),
         context_length=text.max_positions,

@@ -10,8 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lapilli.checkpoint.formats.files import GGUF, first_bytes
-from lapilli.config.paths import given_path
-from lapilli.config.reader import shown
+from lapilli.config.reader import given_path, shown
 from lapilli.errors import CheckpointError, MissingFileError
 
 PEBBLE = "pebble"

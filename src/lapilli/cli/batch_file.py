@@ -21,7 +21,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lapilli.config.paths import given_path
+from lapilli.config.reader import given_path
 from lapilli.errors import PromptError
 
 if TYPE_CHECKING:

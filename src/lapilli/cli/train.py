@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lapilli.cli.terminal import Device, Quiet, note
-from lapilli.config.paths import given_path
+from lapilli.config.reader import given_path
 
 if TYPE_CHECKING:
     from lapilli.train.recipe import Recipe

@@ -1,4 +1,4 @@
-"""config.json of the original LLaVA -> ModelConfig.
+"""config.json of the original LLaVA -> ModelConfig, and what other layouts write as it does.
 
 A flat file: the language model's keys and the `mm_` keys beside them.
 """
@@ -9,18 +9,24 @@ from typing import Literal
 
 from lapilli.config import ignored
 from lapilli.config.families import Family, family_by_class, find_family, original_types
-from lapilli.config.files import ConfigFiles
 from lapilli.config.model import (
     ImageConfig,
     Merge,
     ModelConfig,
     ProjectorConfig,
+    TokenConfig,
     VisionConfig,
 )
 from lapilli.config.projector import parse_projector, tile_features
-from lapilli.config.reader import MOST, MOST_POSITIONS, JsonObject, KeyReader, KeyReport, shown
-from lapilli.config.tokens import parse_tokens
-from lapilli.config.vision import Select, default_pixels, parse_pixels, parse_tower
+from lapilli.config.reader import (
+    MOST,
+    MOST_POSITIONS,
+    JsonObject,
+    KeyReader,
+    KeyReport,
+    shown,
+)
+from lapilli.config.vision import Select, parse_pixels, parse_tower
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.geometry import ImageSize
 
@@ -47,6 +53,24 @@ DTYPE_NAMES = (
 SELECTS: dict[str, Select] = {"patch": "patch", "cls_patch": "cls_patch"}
 
 
+def is_hf_llava(raw: JsonObject) -> bool:
+    """Return whether a file is Hugging Face's LLaVA: nested, without the original's flat keys."""
+    if raw.get("model_type") not in ("llava", "llava_next"):
+        return False
+    nested = "text_config" in raw or "vision_config" in raw
+    return nested or "ForConditionalGeneration" in str(raw.get("architectures", ""))
+
+
+def is_original(raw: JsonObject) -> bool:
+    """Return whether a file is of the original LLaVA: flat, with `mm_` keys.
+
+    Note:
+        Releases of 2023 say `llava`, like Hugging Face's own class; the shape of the file decides.
+    """
+    kind = raw.get("model_type")
+    return kind in tuple(original_types()) or (kind == "llava" and not is_hf_llava(raw))
+
+
 def inner_family(raw: JsonObject) -> Family:
     """Return the family of the language model: by model type, or in old files by the class."""
     kind = raw.get("model_type")
@@ -55,31 +79,36 @@ def inner_family(raw: JsonObject) -> Family:
 
 
 def named_tower(raw: JsonObject) -> str | None:
-    """Return the directory or hub id of the vision tower; None: a model without images."""
-    tower = raw.get("mm_vision_tower") or raw.get("vision_tower")
+    """Return the directory or hub id of a separate vision tower, if there is one to fetch."""
+    tower = (raw.get("mm_vision_tower") or raw.get("vision_tower")) if is_original(raw) else None
     # Training scripts of 2023 wrote the name as a list of one.
     if isinstance(tower, list) and len(tower) == 1:
         tower = tower[0]
     return tower if isinstance(tower, str) and tower else None
 
 
-def parse_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
-    """Parse an original LLaVA checkpoint.
+def parse_llava(
+    raw: JsonObject,
+    *,
+    tower: JsonObject | None,
+    preprocessor: JsonObject | None,
+    generation: JsonObject | None,
+) -> tuple[ModelConfig, KeyReport]:
+    """Parse an original LLaVA checkpoint; see `parse_config`.
 
     Raises:
         ConfigError: a key is missing or of the wrong type.
         UnsupportedModelError: a tower, projector or variation that lapilli does not have.
     """
-    family = inner_family(files.config)
-    reader = KeyReader(files.config, "config.json", family.ignored | ignored.LLAVA)
+    family = inner_family(raw)
+    reader = KeyReader(raw, "config.json", family.ignored | ignored.LLAVA)
     text = family.parse(reader)
-    generation = KeyReader(files.generation, "generation_config.json", ignored.GENERATION)
-    tokens = parse_tokens(reader, generation, image_id=reader.optional_integer(IMAGE_KEY))
-    source = named_tower(files.config)
-    has_vision = source is not None
+    image_id = reader.optional_integer(IMAGE_KEY)
+    tokens, token_report = parse_tokens(reader, generation, image_id=image_id)
+    source = named_tower(raw)
     _refuse_multi_scale(reader)
-    vision, vision_report = _vision(reader, files) if has_vision else (None, KeyReport())
-    image, image_report = _image(reader, files, vision) if vision else (None, KeyReport())
+    vision, vision_report = _vision(reader, tower) if source else (None, KeyReport())
+    image, image_report = _image(reader, preprocessor, vision) if vision else (None, KeyReport())
     for key in ("mm_vision_tower", "vision_tower", "architectures", "model_type"):
         reader.value(key)
     torch_dtype = parse_dtype((reader,), ("torch_dtype", "dtype"))
@@ -100,7 +129,7 @@ def parse_llava(files: ConfigFiles) -> tuple[ModelConfig, KeyReport]:
         padding_side=_padding_side(reader),
         template=reader.text(RECORD_KEY),
     )
-    report = reader.report() + generation.report() + vision_report + image_report
+    report = reader.report() + token_report + vision_report + image_report
     return config, report
 
 
@@ -113,8 +142,8 @@ def _refuse_multi_scale(reader: KeyReader) -> None:
         )
 
 
-def _vision(reader: KeyReader, files: ConfigFiles) -> tuple[VisionConfig, KeyReport]:
-    if files.tower is None:
+def _vision(reader: KeyReader, raw: JsonObject | None) -> tuple[VisionConfig, KeyReport]:
+    if raw is None:
         raise ConfigError(
             f"the configuration of the vision tower {shown(named_tower(reader.raw))} "
             "is needed, but none was found"
@@ -130,9 +159,7 @@ def _vision(reader: KeyReader, files: ConfigFiles) -> tuple[VisionConfig, KeyRep
         raise ConfigError(
             f"config.json: mm_vision_select_feature is {select!r}, choose from {', '.join(SELECTS)}"
         )
-    tower = KeyReader(
-        files.tower, "config.json of the vision tower", ignored.VISION, "vision_tower:"
-    )
+    tower = KeyReader(raw, "config.json of the vision tower", ignored.VISION, "vision_tower:")
     vision = parse_tower(tower, feature_layer=layer, feature_select=SELECTS[select])
     width = reader.integer("mm_hidden_size", vision.hidden_size)
     if width != vision.hidden_size:
@@ -151,7 +178,7 @@ def _projector(reader: KeyReader, vision: VisionConfig, hidden_size: int) -> Pro
 
 
 def _image(
-    reader: KeyReader, files: ConfigFiles, vision: VisionConfig
+    reader: KeyReader, preprocessor: JsonObject | None, vision: VisionConfig
 ) -> tuple[ImageConfig, KeyReport]:
     aspect = reader.text("image_aspect_ratio", "square")
     merge = reader.text("mm_patch_merge_type", "flat")
@@ -161,13 +188,7 @@ def _image(
             f"config.json: mm_patch_merge_type {merge!r} is not supported, "
             f"choose from {', '.join(MERGES)}"
         )
-    pixels, report = default_pixels(vision), KeyReport()
-    if files.preprocessor is not None:
-        preprocessor = KeyReader(
-            files.preprocessor, "preprocessor_config.json", ignored.PREPROCESSOR, "preprocessor:"
-        )
-        pixels = parse_pixels(preprocessor, vision)
-        report = preprocessor.report()
+    pixels, steps = parse_pixels(preprocessor, vision)
     image = ImageConfig(
         pixels=pixels,
         aspect=aspect,
@@ -175,7 +196,7 @@ def _image(
         pinpoints=pinpoints,
         rounds_unpad=reader.flag(ROUNDS_KEY, False),
     )
-    return image, report
+    return image, steps.report()
 
 
 def parse_pinpoints(value: object, *, width_first: bool) -> tuple[ImageSize, ...]:
@@ -216,6 +237,37 @@ def parse_pinpoints(value: object, *, width_first: bool) -> tuple[ImageSize, ...
             )
         sizes.append(ImageSize(second, first) if width_first else ImageSize(first, second))
     return tuple(sizes)
+
+
+def parse_tokens(
+    reader: KeyReader, generation: JsonObject | None, *, image_id: int | None = None
+) -> tuple[TokenConfig, KeyReport]:
+    """Return the special ids that the files agree on, and what became of generation_config.json.
+
+    Args:
+        reader: keys of the language model's config.json or `text_config`.
+        generation: generation_config.json, which wins over config.json.
+        image_id: the vocabulary entry that stands for a picture, where there is one.
+
+    Note:
+        `mm_use_im_patch_token` is true when absent: the original then adds one token at loading.
+    """
+    wins = KeyReader(generation or {}, "generation_config.json", ignored.GENERATION)
+    found = []
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        both = wins.ids(key), reader.ids(key)  # both are read, so that both keys count as used
+        known = [[one for one in ids if one >= 0] for ids in both]  # some files say "none" by -1
+        found.append(known[0] or known[1])
+    bos, eos, pad = found
+    tokens = TokenConfig(
+        bos_id=bos[0] if bos else None,
+        eos_ids=tuple(eos),
+        pad_id=pad[0] if pad else None,
+        image_id=image_id,
+        use_start_end=reader.flag("mm_use_im_start_end", False),
+        use_patch_token=reader.flag("mm_use_im_patch_token", True),
+    )
+    return tokens, wins.report()
 
 
 def parse_dtype(

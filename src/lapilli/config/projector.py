@@ -17,6 +17,8 @@ from lapilli.config.model import ProjectorConfig, VisionConfig
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.geometry import Grid
 
+RESAMPLER_EXPANSION = 4
+"""Width of the mlp of a resampler's layer, in widths of its queries."""
 KINDS = (
     "linear, mlpNx_gelu, identity, poolKxK_mlpNx_gelu, mlpNx_gelu_poolKxK, resamplerM, resamplerMxN"
 )

@@ -160,7 +160,7 @@ def _three_channels(section: KeyReader) -> int:
     return found
 
 
-def default_pixels(vision: VisionConfig) -> PixelConfig:
+def _default_pixels(vision: VisionConfig) -> PixelConfig:
     """Return preprocessing for a missing preprocessor_config.json, by the tower and its family."""
     defaults = TOWERS[vision.family]
     side = ImageSize(vision.image_size, vision.image_size)
@@ -175,16 +175,19 @@ def default_pixels(vision: VisionConfig) -> PixelConfig:
     )
 
 
-def parse_pixels(reader: KeyReader, vision: VisionConfig) -> PixelConfig:
-    """Parse the steps from one tile to numbers.
+def parse_pixels(raw: JsonObject | None, vision: VisionConfig) -> tuple[PixelConfig, KeyReader]:
+    """Parse the steps from one tile to numbers; return the reader of their file too.
 
     Args:
-        reader: keys of preprocessor_config.json.
+        raw: preprocessor_config.json; None: there is none, and the tower's family decides.
         vision: the tower, whose family decides what absent keys mean.
 
     Raises:
         ConfigError: a key is of the wrong type, or a tile does not fit the tower.
     """
+    reader = KeyReader(raw or {}, "preprocessor_config.json", ignored.PREPROCESSOR, "preprocessor:")
+    if raw is None:
+        return _default_pixels(vision), reader
     name = reader.text("image_processor_type") or reader.text("feature_extractor_type") or ""
     squeezes = "siglip" in name.lower() or (not name and vision.family == "siglip")
     defaults = TOWERS["siglip" if squeezes else "clip"]
@@ -214,7 +217,7 @@ def parse_pixels(reader: KeyReader, vision: VisionConfig) -> PixelConfig:
             f"{reader.where}: tiles of {pixels.crop_size} do not fit the vision tower, "
             f"which expects {vision.image_size}x{vision.image_size}"
         )
-    return pixels
+    return pixels, reader
 
 
 def _size(reader: KeyReader, key: str) -> int | ImageSize | None:

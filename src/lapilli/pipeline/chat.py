@@ -17,8 +17,7 @@ from lapilli.checkpoint.out_of_distribution import load_detector
 from lapilli.checkpoint.read.assemble import LoadReport, Progress
 from lapilli.config.generation import SamplingParams, check_engine_options
 from lapilli.config.model import ModelConfig
-from lapilli.config.paths import given_path
-from lapilli.config.reader import shown
+from lapilli.config.reader import given_path, shown
 from lapilli.errors import CheckpointError, ConfigError, GenerationError, LapilliError, PromptError
 from lapilli.generate.engine import Engine, EngineOptions
 from lapilli.generate.engine.request import EngineStream

@@ -41,7 +41,7 @@ from lapilli.checkpoint.write.llava import (
     save_projector,
 )
 from lapilli.config.model import ModelConfig
-from lapilli.config.paths import given_path
+from lapilli.config.reader import given_path
 from lapilli.errors import ConfigError
 from lapilli.lora import LoraConfig
 from lapilli.lora.inject import adapters

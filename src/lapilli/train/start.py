@@ -17,7 +17,7 @@ from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.read.plan import PROJECTOR_FILES
 from lapilli.checkpoint.template import find_chat_template
-from lapilli.config.paths import given_path
+from lapilli.config.reader import given_path
 from lapilli.errors import ConfigError, MissingFileError, MissingWeightsError, ShapeMismatchError
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template, around_media, check_base_template, template_by_name

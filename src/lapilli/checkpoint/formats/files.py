@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from lapilli.config.json_text import MOST_BYTES, decode_text, parse_json
-from lapilli.config.reader import JsonObject, is_object
+from lapilli.config.reader import MOST_BYTES, JsonObject, decode_text, is_object, parse_json
 from lapilli.errors import CheckpointError, MissingFileError
 
 RESULTS: Final = "model"

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from lapilli.checkpoint.formats.files import GGUF, first_bytes, has_file, read_optional_json
-from lapilli.config.json_text import MOST_BYTES, parse_json
-from lapilli.config.reader import is_object, shown
+from lapilli.config.reader import MOST_BYTES, is_object, parse_json, shown
 from lapilli.errors import CheckpointError, MissingFileError, UnsafeFileError
 
 DTYPES = {

@@ -17,13 +17,9 @@ from lapilli.checkpoint.keymaps import (
     original_keymap,
 )
 from lapilli.checkpoint.source import HUB_ID, find_directory, resolve
+from lapilli.config.llava import is_hf_llava, is_original, named_tower
 from lapilli.config.model import ModelConfig, TextConfig
-from lapilli.config.parse import (
-    is_hf_llava,
-    is_original,
-    named_tower,
-    parse_text_config,
-)
+from lapilli.config.parse import parse_text_config
 from lapilli.config.reader import JsonObject, is_object
 from lapilli.errors import (
     CheckpointError,

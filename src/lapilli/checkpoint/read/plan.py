@@ -44,8 +44,9 @@ from lapilli.checkpoint.read.vocabulary import (
 from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.tokenizer import has_tokenizer, tokenizer_of
 from lapilli.config.ignored import sampling_notes
+from lapilli.config.llava import is_original
 from lapilli.config.model import ModelConfig
-from lapilli.config.parse import is_original, parse_config
+from lapilli.config.parse import parse_config
 from lapilli.config.reader import JsonObject, KeyReport, in_file
 from lapilli.errors import ConfigError, MissingFileError
 from lapilli.modality.image.modes import mode_of

@@ -8,7 +8,7 @@ its files.
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from lapilli.config.families.base import Family
+from lapilli.config.families import Family
 from lapilli.config.model import Activation, DecoderConfig, RopeScaling, TextConfig
 from lapilli.config.reader import (
     MOST_HEADS,

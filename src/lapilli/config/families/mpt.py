@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lapilli.config import ignored
-from lapilli.config.families.base import Family
+from lapilli.config.families import Family
 from lapilli.config.model import MptConfig, TextConfig
 from lapilli.config.reader import (
     MOST_HEADS,
