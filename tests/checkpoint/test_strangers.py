@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from lapilli.checkpoint.formats.files import read_json, read_optional_json
 from lapilli.checkpoint.formats.weights import (
     PickledShard,
     SafetensorsShard,
@@ -24,7 +23,7 @@ from lapilli.checkpoint.formats.weights import (
     open_shard,
 )
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.source import resolve
+from lapilli.checkpoint.source import read_json, read_optional_json, resolve
 from lapilli.config.reader import MOST_BYTES, MOST_DEPTH
 from lapilli.errors import CheckpointError, PromptError
 from lapilli.prompt.message import Message

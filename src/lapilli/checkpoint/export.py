@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from lapilli.checkpoint.formats.quantized import stored_quantization
-from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.checkpoint.load import DTYPES, STORED, Loaded, load_checkpoint
 from lapilli.checkpoint.out_of_distribution import detector_files
-from lapilli.checkpoint.placement import DTYPES, STORED
 from lapilli.checkpoint.read.assemble import Progress
 from lapilli.checkpoint.read.plan import make_plan
 from lapilli.checkpoint.write.files import check_target, common_dtypes, dtype_name

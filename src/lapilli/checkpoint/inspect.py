@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import wrap
 
-from lapilli.checkpoint.formats.files import in_folder
 from lapilli.checkpoint.formats.quantized import LayerQuantizer, stored_quantization
 from lapilli.checkpoint.keymaps import TOWER
 from lapilli.checkpoint.read.assemble import Matching, build_model
 from lapilli.checkpoint.read.directory import VISION
 from lapilli.checkpoint.read.plan import Plan, make_plan
+from lapilli.checkpoint.source import in_folder
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import tile_features

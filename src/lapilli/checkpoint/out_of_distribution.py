@@ -18,8 +18,8 @@ from typing import cast
 
 import torch
 
-from lapilli.checkpoint.formats.files import read_optional_json
 from lapilli.checkpoint.formats.weights import check_values, open_shard
+from lapilli.checkpoint.source import read_optional_json
 from lapilli.checkpoint.write.files import write_safetensors
 from lapilli.config.reader import JsonObject, KeyReader
 from lapilli.errors import CheckpointError

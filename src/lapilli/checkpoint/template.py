@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lapilli.checkpoint.formats.files import in_folder, read_optional_json, read_optional_text
 from lapilli.checkpoint.read.plan import PEFT_ADAPTER, Plan
+from lapilli.checkpoint.source import in_folder, read_optional_json, read_optional_text
 from lapilli.config.model import ModelConfig
 from lapilli.errors import ConfigError, TemplateFileError
 from lapilli.prompt.choose import (

@@ -10,7 +10,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from lapilli.checkpoint.formats.files import (
+from lapilli.checkpoint.source import (
     has_file,
     in_folder,
     read_optional_bytes,

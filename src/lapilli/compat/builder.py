@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from lapilli.checkpoint.formats.files import read_optional_json
 from lapilli.checkpoint.keymaps import LANGUAGE_MODEL, TEXT, TOWER, VISION_TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.checkpoint.source import find_directory
+from lapilli.checkpoint.source import find_directory, read_optional_json
 from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
 from lapilli.checkpoint.write.llava import as_original, write_llava_config
 from lapilli.compat import models

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from lapilli.checkpoint.formats.files import RESULTS, read_json
-from lapilli.checkpoint.source import resolve
+from lapilli.checkpoint.source import RESULTS, read_json, resolve
 from lapilli.checkpoint.write.files import write_json
 from lapilli.compat.arguments import (
     Arguments,

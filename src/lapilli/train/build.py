@@ -17,14 +17,12 @@ from typing import cast, get_args
 import torch
 
 from lapilli.checkpoint.export import save_loaded
-from lapilli.checkpoint.formats.files import read_json, read_optional_json
 from lapilli.checkpoint.formats.quantized import stored_quantization
 from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR
-from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.checkpoint.placement import DTYPES, STORED
+from lapilli.checkpoint.load import DTYPES, STORED, Loaded, load_checkpoint
 from lapilli.checkpoint.read.assemble import build_model
 from lapilli.checkpoint.read.directory import preprocessor_of
-from lapilli.checkpoint.source import is_local, resolve
+from lapilli.checkpoint.source import is_local, read_json, read_optional_json, resolve
 from lapilli.checkpoint.template import find_chat_template
 from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
 from lapilli.checkpoint.write.files import (

@@ -17,14 +17,12 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from lapilli.checkpoint.formats.files import read_optional_json
 from lapilli.checkpoint.formats.weights import complete_weights
 from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER
-from lapilli.checkpoint.load import Loaded
-from lapilli.checkpoint.placement import DTYPES
+from lapilli.checkpoint.load import DTYPES, Loaded
 from lapilli.checkpoint.read.adapter import is_adapter, open_adapter
 from lapilli.checkpoint.read.directory import find_base
-from lapilli.checkpoint.source import find_directory, is_local
+from lapilli.checkpoint.source import find_directory, is_local, read_optional_json
 from lapilli.checkpoint.write.adapter import (
     is_unknown_to_peft,
     merged_state,

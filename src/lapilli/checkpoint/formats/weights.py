@@ -21,7 +21,7 @@ from typing import TypeGuard, cast
 import torch
 from torch import Tensor
 
-from lapilli.checkpoint.formats.files import GGUF, first_bytes, has_file, read_optional_json
+from lapilli.checkpoint.source import GGUF, first_bytes, has_file, read_optional_json
 from lapilli.config.reader import MOST_BYTES, is_object, parse_json, shown
 from lapilli.errors import CheckpointError, MissingFileError, UnsafeFileError
 

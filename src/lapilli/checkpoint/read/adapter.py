@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lapilli.checkpoint.formats.files import read_json
 from lapilli.checkpoint.formats.weights import WeightStore, check_values
 from lapilli.checkpoint.keymaps import KeyMap
 from lapilli.checkpoint.read.assemble import some
+from lapilli.checkpoint.source import read_json
 from lapilli.config.reader import JsonObject, KeyReader
 from lapilli.errors import (
     CheckpointError,

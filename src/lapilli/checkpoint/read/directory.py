@@ -6,7 +6,6 @@ Nothing of the weights is read but names and shapes.
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from lapilli.checkpoint.formats.files import read_json, read_optional_json
 from lapilli.checkpoint.formats.weights import WeightStore, complete_weights, find_weight_files
 from lapilli.checkpoint.keymaps import (
     HF_LLAVA,
@@ -16,7 +15,7 @@ from lapilli.checkpoint.keymaps import (
     KeyMap,
     original_keymap,
 )
-from lapilli.checkpoint.source import HUB_ID, find_directory, resolve
+from lapilli.checkpoint.source import HUB_ID, find_directory, read_json, read_optional_json, resolve
 from lapilli.config.llava import is_hf_llava, is_original, named_tower
 from lapilli.config.model import ModelConfig, TextConfig
 from lapilli.config.parse import parse_text_config

@@ -15,12 +15,18 @@ from pathlib import Path
 
 from torch import nn
 
-from lapilli.checkpoint.formats.files import has_file, in_folder, read_json, read_optional_json
 from lapilli.checkpoint.formats.quantized import is_packed_here, with_quantization_file
 from lapilli.checkpoint.formats.weights import WeightStore, find_weight_files
 from lapilli.checkpoint.keymaps import OUTPUT, PROJECTOR, KeyMap
 from lapilli.checkpoint.read.adapter import Adapter, is_adapter, open_adapter
-from lapilli.checkpoint.read.assemble import Matching, match
+from lapilli.checkpoint.read.assemble import (
+    Matching,
+    Vocabulary,
+    has_other_head,
+    match,
+    saved_tables,
+    tied_heads,
+)
 from lapilli.checkpoint.read.directory import (
     ADAPTER,
     CHECKPOINT,
@@ -35,13 +41,14 @@ from lapilli.checkpoint.read.directory import (
     preprocessor_of,
     with_tower,
 )
-from lapilli.checkpoint.read.vocabulary import (
-    Vocabulary,
-    has_other_head,
-    saved_tables,
-    tied_heads,
+from lapilli.checkpoint.source import (
+    has_file,
+    in_folder,
+    is_local,
+    read_json,
+    read_optional_json,
+    resolve,
 )
-from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.tokenizer import has_tokenizer, tokenizer_of
 from lapilli.config.ignored import sampling_notes
 from lapilli.config.llava import is_original

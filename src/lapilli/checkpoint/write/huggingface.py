@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lapilli.checkpoint.keymaps import HF_LLAVA
-from lapilli.checkpoint.read.vocabulary import VOCABULARY, resized
+from lapilli.checkpoint.read.assemble import VOCABULARY, resized
 from lapilli.checkpoint.template import WrittenTemplate, written_template
 from lapilli.checkpoint.tokenizer import (
     load_tokenizer,
