@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from lapilli.nn.attention import attend
 from lapilli.nn.attention_backward import FEWEST
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES
 from lapilli.train.trainer.step import PlainAttention
 from pebble.conversation import as_sample, draw_questions
 from pebble.pointing import (

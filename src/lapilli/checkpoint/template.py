@@ -23,8 +23,7 @@ from lapilli.prompt.choose import (
 )
 from lapilli.prompt.encode import media_gap
 from lapilli.prompt.jinja import JinjaTemplate, to_jinja, with_gaps
-from lapilli.prompt.template import ChatTemplate
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES, ChatTemplate
 from lapilli.prompt.tokenizer import Tokenizer
 
 

@@ -22,13 +22,9 @@ from lapilli.config.families import family_of
 from lapilli.config.model import ModelConfig, TokenConfig
 from lapilli.config.reader import KeyReader
 from lapilli.errors import CheckpointError, ConfigFileError, MissingFileError
-from lapilli.prompt.tokenizer import (
-    SentencePieceTokenizer,
-    Tokenizer,
-    TokenizerFiles,
-    build_tokenizer,
-)
-from lapilli.prompt.tokenizer.spm_model import llama_tokenizer
+from lapilli.prompt.tokenizer import Tokenizer, TokenizerFiles, build_tokenizer
+from lapilli.prompt.tokenizer.fast import llama_tokenizer
+from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
 
 MOST_BYTES = 64 << 20
 """Largest file of a tokenizer that is read; the largest published ones have half as much."""

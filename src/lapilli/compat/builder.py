@@ -25,7 +25,8 @@ from lapilli.compat.utils import Foreign
 from lapilli.errors import UnsupportedModelError
 from lapilli.lm.foreign import ForeignLanguageModel
 from lapilli.modality.image.image import ImageModality
-from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer
+from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.prompt.tokenizer.fast import FastTokenizer
 
 DEFAULT_CONTEXT = 2048
 CHANGES = ("quantization_config", "overwrite_config", "customized_config")

@@ -63,7 +63,7 @@ def load(
         source: a directory, a hub id, or "pebble".
         base: the language model under a LoRA or a projector; None: what the checkpoint names.
         adapter: a LoRA to lay over the checkpoint.
-        template: a name from `lapilli.prompt.templates.TEMPLATES`, "chat_template" for the
+        template: a name from `lapilli.prompt.template.TEMPLATES`, "chat_template" for the
             checkpoint's own, or a template of yours; None: what the checkpoint asks for.
         device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes a GPU where there is one.
         dtype: "float32", "bfloat16", "float16"; "auto" takes what suits device and checkpoint.

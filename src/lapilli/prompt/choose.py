@@ -31,8 +31,7 @@ from lapilli.config.families import find_family
 from lapilli.config.reader import shown
 from lapilli.errors import ConfigError, PromptError, TemplateFileError
 from lapilli.prompt.jinja import JinjaTemplate
-from lapilli.prompt.template import ChatTemplate, Template
-from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
+from lapilli.prompt.template import DEFAULT_TEMPLATE, TEMPLATES, ChatTemplate, Template
 
 __all__ = [
     "OWN",
@@ -149,7 +148,7 @@ def check_template(template: object) -> None:
     # isinstance(..., Template) would run a template for the strings that end an answer.
     if not callable(getattr(template, "render", None)):
         raise PromptError(
-            "a template must have the methods of Template (lapilli.prompt.templates.TEMPLATES has "
+            "a template must have the methods of Template (lapilli.prompt.template.TEMPLATES has "
             f"those that have a name), got {shown(template)}"
         )
 

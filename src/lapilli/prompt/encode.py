@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lapilli.errors import MediaCountMismatchError, PromptError
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
-from lapilli.prompt.tokenizer.base import Tokenizer
+from lapilli.prompt.tokenizer import Tokenizer
 
 PLACEHOLDER = 0
 """The id under a span: an id of every vocabulary, whose embedding is overwritten."""

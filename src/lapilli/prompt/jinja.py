@@ -22,8 +22,7 @@ import jinja2
 
 from lapilli.errors import PromptError, TemplateFileError
 from lapilli.prompt.message import MediaPart, Message, TextPart
-from lapilli.prompt.sandbox import compile_template
-from lapilli.prompt.sandbox_budget import budget_of, pay
+from lapilli.prompt.sandbox import budget_of, compile_template, pay
 from lapilli.prompt.template import ChatTemplate, MediaSlot, Segment, TextSegment
 
 PLACEHOLDER = "<image>"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from lapilli.errors import PromptError
 from lapilli.prompt.encode import IGNORE_INDEX
 from lapilli.prompt.template import ChatTemplate
-from lapilli.prompt.tokenizer.base import Tokenizer
+from lapilli.prompt.tokenizer import Tokenizer
 
 PLACEHOLDER_TEXT = "<image>"
 PLACEHOLDER_INDEX = -200

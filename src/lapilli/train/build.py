@@ -51,7 +51,7 @@ from lapilli.prompt.choose import (
     template_by_name,
     template_of_base,
 )
-from lapilli.prompt.templates import DEFAULT_TEMPLATE
+from lapilli.prompt.template import DEFAULT_TEMPLATE
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.train.start import check_marks
 
