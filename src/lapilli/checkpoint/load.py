@@ -30,7 +30,7 @@ from lapilli.checkpoint.read.plan import Plan, make_plan
 from lapilli.checkpoint.source import in_folder, read_optional_json, resolve
 from lapilli.checkpoint.template import choose_for
 from lapilli.checkpoint.tokenizer import load_tokenizer
-from lapilli.config.ignored import TEXT
+from lapilli.config.families import IGNORED
 from lapilli.config.llava import parse_tokens
 from lapilli.config.model import ModelConfig
 from lapilli.config.parse import supported_types
@@ -335,7 +335,7 @@ def load_foreign_model(
     is_causal = "ForCausalLM" in str(raw.get("architectures", ""))
     if not is_causal or raw.get("model_type") in supported_types():
         raise refusal
-    reader = KeyReader(raw, "config.json", TEXT)
+    reader = KeyReader(raw, "config.json", IGNORED)
     for most, keys in _SIZES.items():  # before transformers builds a model of these sizes
         for key in keys:
             reader.optional_positive(key, most=most)

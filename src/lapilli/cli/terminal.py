@@ -18,7 +18,7 @@ import typer
 
 from lapilli.checkpoint.source import is_local
 from lapilli.config.generation import EngineOptions, SamplingParams, value_type
-from lapilli.config.ignored import SamplingNote
+from lapilli.config.llava import SamplingNote
 from lapilli.config.reader import given_path
 from lapilli.errors import LapilliError
 

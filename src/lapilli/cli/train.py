@@ -113,7 +113,7 @@ def _print_plan(recipe: "Recipe", gpus: int) -> None:
 
     from lapilli.checkpoint.read.plan import make_plan
     from lapilli.errors import ConfigError, MissingFileError
-    from lapilli.plan.plan import A100, H100, RTX4090, plan, usual_work
+    from lapilli.plan import A100, H100, RTX4090, plan, usual_work
     from lapilli.train.data import open_dataset
 
     if recipe.model.checkpoint is None:

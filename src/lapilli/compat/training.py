@@ -41,8 +41,8 @@ from lapilli.compat.trainer import (
     safe_save_model_for_hf_trainer,
     smart_tokenizer_and_embedding_resize,
 )
+from lapilli.config.llava import RECORD_KEY
 from lapilli.errors import CheckpointError, ConfigError
-from lapilli.prompt.choose import RECORD_KEY
 from lapilli.train.distributed import joined, rank_info_of
 from lapilli.train.launch import launch
 from lapilli.train.task import TrainingTask

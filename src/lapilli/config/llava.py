@@ -4,11 +4,18 @@ A flat file: the language model's keys and the `mm_` keys beside them.
 """
 
 import ast
+import reprlib
 from collections.abc import Sequence
 from typing import Literal
 
-from lapilli.config import ignored
-from lapilli.config.families import Family, family_by_class, find_family, original_types
+from lapilli.config.families import (
+    COMMON_KEYS,
+    Family,
+    family_by_class,
+    find_family,
+    keys_of,
+    original_types,
+)
 from lapilli.config.model import (
     ImageConfig,
     Merge,
@@ -26,7 +33,7 @@ from lapilli.config.reader import (
     KeyReport,
     shown,
 )
-from lapilli.config.vision import Select, parse_pixels, parse_tower
+from lapilli.config.vision import TOWER_IGNORED, Select, parse_pixels, parse_tower
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.geometry import ImageSize
 
@@ -38,18 +45,41 @@ _LONGEST_LITERAL = 1 << 14
 # What lapilli records in a config.json that it writes, beyond what other programs have a key for.
 RECORD_KEY = "lapilli_template"
 IMAGE_KEY = "lapilli_image_token_index"  # in the original layout, of a model that came with one
-CAP_KEY = "lapilli_logit_softcap"  # in a LLaVA of Hugging Face, see huggingface.py
+CAP_KEY = "lapilli_logit_softcap"  # in a LLaVA of Hugging Face, see parse.py
 ROUNDS_KEY = "lapilli_rounds_unpad"  # see ImageConfig.rounds_unpad
 MERGES: dict[str, Merge] = {
     "flat": "flat",
     "spatial": "spatial",
     "spatial_unpad": "spatial_unpad",
 }
+# Read by the original's training code only, or by branches that it never released.
+_IGNORED = keys_of("""
+    freeze_mm_mlp_adapter freeze_mm_vision_resampler image_crop_resolution image_split_resolution
+    mm_patch_token mm_projector_lr mm_resampler_type mm_vision_tower_lr pretrain_mm_mlp_adapter
+    tune_mm_mlp_adapter tune_mm_vision_resampler use_mm_proj vision_use_head
+""")
 # What transformers writes; "auto" stands in files that were written by hand.
 DTYPE_NAMES = (
     *("float32", "float16", "bfloat16", "float64", "float", "half", "double", "auto"),
     *("float8_e4m3fn", "float8_e5m2"),
 )
+# Values with which each of these leaves an answer as it is; any other changes even greedy answers.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "bad_words_ids": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "encoder_repetition_penalty": (None, 1.0),
+    "exponential_decay_length_penalty": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "guidance_scale": (None, 1.0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beams": (None, 1),
+    "repetition_penalty": (None, 1.0),
+    "sequence_bias": (None, {}, []),
+    "suppress_tokens": (None, []),
+}
 SELECTS: dict[str, Select] = {"patch": "patch", "cls_patch": "cls_patch"}
 
 
@@ -101,7 +131,7 @@ def parse_llava(
         UnsupportedModelError: a tower, projector or variation that lapilli does not have.
     """
     family = inner_family(raw)
-    reader = KeyReader(raw, "config.json", family.ignored | ignored.LLAVA)
+    reader = KeyReader(raw, "config.json", family.ignored | _IGNORED)
     text = family.parse(reader)
     image_id = reader.optional_integer(IMAGE_KEY)
     tokens, token_report = parse_tokens(reader, generation, image_id=image_id)
@@ -159,7 +189,7 @@ def _vision(reader: KeyReader, raw: JsonObject | None) -> tuple[VisionConfig, Ke
         raise ConfigError(
             f"config.json: mm_vision_select_feature is {select!r}, choose from {', '.join(SELECTS)}"
         )
-    tower = KeyReader(raw, "config.json of the vision tower", ignored.VISION, "vision_tower:")
+    tower = KeyReader(raw, "config.json of the vision tower", TOWER_IGNORED, "vision_tower:")
     vision = parse_tower(tower, feature_layer=layer, feature_select=SELECTS[select])
     width = reader.integer("mm_hidden_size", vision.hidden_size)
     if width != vision.hidden_size:
@@ -252,7 +282,9 @@ def parse_tokens(
     Note:
         `mm_use_im_patch_token` is true when absent: the original then adds one token at loading.
     """
-    wins = KeyReader(generation or {}, "generation_config.json", ignored.GENERATION)
+    wins = KeyReader(
+        generation or {}, "generation_config.json", COMMON_KEYS | {"trust_remote_code"}
+    )
     found = []
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         both = wins.ids(key), reader.ids(key)  # both are read, so that both keys count as used
@@ -268,6 +300,28 @@ def parse_tokens(
         use_patch_token=reader.flag("mm_use_im_patch_token", True),
     )
     return tokens, wins.report()
+
+
+class SamplingNote(str):
+    """A note that tokens are chosen otherwise than generation_config.json asks for."""
+
+    __slots__ = ()
+
+
+def sampling_notes(generation: JsonObject) -> tuple[SamplingNote, ...]:
+    """Return a line for each setting of generation_config.json that transformers would follow.
+
+    What a person asks for decides how lapilli answers, as in the original's own programs. A file
+    that asks for something else is told of: with it transformers gives other tokens.
+    """
+    return tuple(
+        SamplingNote(
+            f"generation_config.json asks for {key} = {reprlib.repr(value)}, which is not applied: "
+            "only what you ask for yourself changes how tokens are chosen"
+        )
+        for key, value in sorted(generation.items())
+        if key in _NEUTRAL and value not in _NEUTRAL[key]
+    )
 
 
 def parse_dtype(

@@ -6,8 +6,14 @@ file of the original is llava.py; families/ read the language model inside of ea
 
 from dataclasses import replace
 
-from lapilli.config import ignored
-from lapilli.config.families import Family, family_named, original_types, text_types
+from lapilli.config.families import (
+    COMMON_KEYS,
+    Family,
+    family_named,
+    keys_of,
+    original_types,
+    text_types,
+)
 from lapilli.config.families.decoder import parse_activation
 from lapilli.config.llava import (
     CAP_KEY,
@@ -31,11 +37,16 @@ from lapilli.config.model import (
 from lapilli.config.reader import JsonObject, KeyReader, KeyReport, in_file, shown
 from lapilli.config.vision import (
     LARGE_CLIP,
+    TOWER_IGNORED,
     Select,
     parse_pixels,
     parse_tower,
 )
 from lapilli.errors import ConfigError, UnsupportedModelError
+
+_IGNORED = COMMON_KEYS | keys_of("""
+    bos_token_id eos_token_id hidden_size ignore_index image_seq_length pad_token_id vocab_size
+""")
 
 
 def supported_types() -> tuple[str, ...]:
@@ -106,7 +117,7 @@ def _parse_hf_llava(
     weight_names: frozenset[str],
 ) -> tuple[ModelConfig, KeyReport]:
     """Parse a LlavaConfig (`llava`) or LlavaNextConfig (`llava_next`)."""
-    reader = KeyReader(raw, "config.json", ignored.HF_LLAVA)
+    reader = KeyReader(raw, "config.json", _IGNORED)
     is_next = reader.text("model_type") == "llava_next"
     text_reader = reader.child("text_config")
     family = family_named(text_reader.text("model_type", "llama"))
@@ -194,7 +205,7 @@ def _vision(reader: KeyReader) -> VisionConfig:
             f"config.json: vision_feature_select_strategy is {strategy!r}, "
             f"choose from {', '.join(STRATEGIES)}"
         )
-    section = reader.child("vision_config", ignored.VISION)
+    section = reader.child("vision_config", TOWER_IGNORED)
     if not section.raw:
         section = KeyReader(LARGE_CLIP, "config.json")
     vision = parse_tower(section, feature_layer=layer, feature_select=STRATEGIES[strategy])

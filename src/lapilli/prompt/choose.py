@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lapilli.config.families import find_family
+from lapilli.config.llava import RECORD_KEY
 from lapilli.config.reader import shown
 from lapilli.errors import ConfigError, PromptError, TemplateFileError
 from lapilli.prompt.jinja import JinjaTemplate
@@ -35,7 +36,6 @@ from lapilli.prompt.template import DEFAULT_TEMPLATE, TEMPLATES, ChatTemplate, T
 
 __all__ = [
     "OWN",
-    "RECORD_KEY",
     "START_END",
     "Template",
     "TemplateChoice",
@@ -48,9 +48,6 @@ __all__ = [
     "template_for_name",
     "template_of_base",
 ]
-
-RECORD_KEY = "lapilli_template"
-"""The key of config.json under which lapilli writes the template that it trained with."""
 
 OWN = "chat_template"
 """Name of a checkpoint's own chat template, for people and under `RECORD_KEY`."""

@@ -10,12 +10,52 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib import import_module
 
-from lapilli.config import ignored
 from lapilli.config.model import TextConfig
 from lapilli.config.reader import KeyReader, shown
 from lapilli.errors import UnsupportedModelError
 
 _DEFAULT = "llama"  # of files that only say "llava"
+
+
+def keys_of(names: str) -> frozenset[str]:
+    """Return the keys of a text, with spaces or line ends between them."""
+    return frozenset(names.split())
+
+
+# Keys that are knowingly not read, here and in the files of the layouts: leaving one out cannot
+# change an answer. It speaks about training, about the library that wrote the file, or repeats what
+# another file says with more authority.
+
+# Written by every release of the transformers library. quantization_config is read where the
+# weights are.
+LIBRARY_KEYS = keys_of("""
+    _attn_implementation_autoset _commit_hash _from_model_config _name_or_path _num_labels
+    architectures attn_implementation auto_map cross_attention_hidden_size finetuning_task id2label
+    is_composition is_decoder is_encoder_decoder label2id model_type problem_type
+    quantization_config quantization_config_file return_dict sep_token_id task_specific_params
+    tf_legacy_loss tokenizer_class transformers_version use_bfloat16 use_cache use_return_dict
+""")
+
+# Sampling defaults that old releases wrote into config.json; the caller's sampling options decide.
+SAMPLING_KEYS = keys_of("""
+    add_cross_attention bad_words_ids begin_suppress_tokens chunk_size_feed_forward
+    decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty
+    max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_scores prefix pruned_heads
+    remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature
+    tie_encoder_decoder top_k top_p torchscript typical_p
+""")
+
+# About training only.
+TRAINING_KEYS = keys_of("""
+    attention_dropout attn_pdrop dropout emb_pdrop embedding_fraction init_device
+    initializer_factor initializer_range pretraining_tp resid_pdrop use_gradient_checkpointing
+""")
+
+COMMON_KEYS = LIBRARY_KEYS | SAMPLING_KEYS | TRAINING_KEYS
+
+IGNORED = COMMON_KEYS | keys_of("layer_types max_window_layers decoder_sparse_step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +83,7 @@ class Family(ABC):
     stem: str = "model"
     slow_tokenizer: bool = False
     in_hf_llava: bool = True
-    ignored: frozenset[str] = ignored.TEXT
+    ignored: frozenset[str] = IGNORED
 
     @abstractmethod
     def parse(self, reader: KeyReader, *, tied: bool | None = None) -> TextConfig:

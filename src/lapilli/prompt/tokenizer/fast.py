@@ -25,8 +25,15 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from lapilli.errors import CheckpointError, PromptError
-from lapilli.prompt.tokenizer import Token, Tokenizer, TokenizerFiles, clean_up
-from lapilli.prompt.tokenizer.added import LLAMA_TOKENS, AddedTokens, Range
+from lapilli.prompt.tokenizer import (
+    LLAMA_TOKENS,
+    AddedTokens,
+    Range,
+    Token,
+    Tokenizer,
+    TokenizerFiles,
+    clean_up,
+)
 from lapilli.prompt.tokenizer.sentencepiece import BPE, SPACE, parse_model
 
 _LLAMA_NAMES = ("<unk>", "<s>", "</s>")

@@ -26,8 +26,15 @@ import sentencepiece
 from tokenizers import AddedToken
 
 from lapilli.errors import CheckpointError, PromptError
-from lapilli.prompt.tokenizer import Token, Tokenizer, TokenizerFiles, clean_up
-from lapilli.prompt.tokenizer.added import LLAMA_TOKENS, AddedTokens, Range
+from lapilli.prompt.tokenizer import (
+    LLAMA_TOKENS,
+    AddedTokens,
+    Range,
+    Token,
+    Tokenizer,
+    TokenizerFiles,
+    clean_up,
+)
 
 SPACE = "▁"  # SentencePiece writes a space like this
 NORMAL, USER_DEFINED = 1, 4
