@@ -87,13 +87,8 @@ def save_loaded(
 ) -> None:
     """Save a loaded checkpoint with its tokenizer, template and detector.
 
-    Args:
-        target: the new directory.
-        loaded: the checkpoint; its model may have been changed.
-        layout: see `export_checkpoint`.
-        config: of a changed model; None: as it was loaded.
-        quantization: of its layers; see `save_llava`.
-        overwrite: replace a directory that is there.
+    The arguments are those of `export_checkpoint`; `loaded` may have been changed since, `config`
+    and `quantization` are then those that it has now.
 
     Raises:
         CheckpointError: `target` is there, or the disk is full.

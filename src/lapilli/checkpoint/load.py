@@ -75,12 +75,9 @@ class Loaded:
     Args:
         model: in evaluation mode.
         tokenizer: with the tokens added that the original adds at loading.
-        config: what the checkpoint is.
         template: the conversation template and why it was chosen.
         report: used, dropped, missing and unexpected tensors; read and unread keys.
-        path: the directory that was asked for.
         tokenizer_path: the directory of its tokenizer (a base's, for an adapter).
-        dtype: of the weights.
         raw: config.json as it is, for the names of the original.
         weight_files: files of its tensors; none where transformers read them.
         quantization: of the linear layers, for `save_llava`; None where they are not quantized.
@@ -317,11 +314,7 @@ def load_foreign_model(
 ) -> tuple[VisionLanguageModel, Plan]:
     """Load a plain language model of another family through transformers.
 
-    Args:
-        source: as for `load_checkpoint`.
-        refusal: why it is none of lapilli's own.
-        device: the model's.
-        dtype: as for `load_checkpoint`.
+    The arguments are those of `load_checkpoint`; `refusal` says why it is none of lapilli's own.
 
     Raises:
         UnsupportedModelError: no language model, or transformers is missing or cannot read it.
@@ -416,12 +409,6 @@ def choose_dtype(
     compute float32 several times as fast unless they have instructions for 16 bits. On CUDA it is
     bfloat16 from compute capability 8.0 on. Elsewhere it is the dtype of the checkpoint, else
     float16, which the original always takes.
-
-    Args:
-        dtype: "auto", a name such as "bfloat16", or the torch dtype.
-        device: the model's.
-        stored: `torch_dtype` of the checkpoint.
-        num_parameters: of the whole model.
 
     Raises:
         ConfigError: no dtype for weights.

@@ -153,11 +153,8 @@ class WrittenTemplate:
     ) -> str | None:
         """Return chat_template.jinja for Hugging Face's layout; None: there is no template.
 
-        Args:
-            tokenizer: of that layout.
-            image_id: its placeholder token of a picture.
-            was_whole: prompts were tokenized whole before, so that a chat template has the text
-                after a picture already.
+        With `was_whole` prompts were tokenized whole before, so that a chat template has the text
+        after a picture already.
 
         Raises:
             PromptError: captions (the plain style) are no conversation.

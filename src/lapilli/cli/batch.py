@@ -83,8 +83,7 @@ class Line:
     def question(self, folder: Path) -> Question:
         """Return what the line asks.
 
-        Args:
-            folder: where relative paths of pictures begin.
+        Relative paths of pictures begin in `folder`.
         """
         head: dict[str, Any] = {"line": self.number}
         try:
@@ -193,10 +192,8 @@ def _place(picture: str, folder: Path) -> str:
 class AnswerFile(AbstractContextManager["AnswerFile"]):
     """The output of a batch: answers that are there, and those that are added; for one process.
 
-    Args:
-        path: of the file. A pipe or a device is written and not read back.
-        lines: what is to be answered.
-        source: the file that they come from.
+    A pipe or a device is written and not read back. `source` is the file of the lines that are to
+    be answered.
 
     Raises:
         PromptError: the file holds something else than answers, another process writes it, it is

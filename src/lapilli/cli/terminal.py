@@ -100,8 +100,7 @@ class ChatOptions:
     def load(self, **limits: Any) -> "Chat":  # noqa: ANN401  see EngineOptions
         """Load the model behind a bar, and say what a person should know about it.
 
-        Args:
-            limits: fields of EngineOptions.
+        `limits` are fields of EngineOptions.
         """
         with loading(self.model, quiet=self.quiet) as progress:
             import lapilli  # torch with it, which takes time too

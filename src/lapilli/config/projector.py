@@ -36,7 +36,6 @@ class TileFeatures:
 
     Attributes:
         side: of the tile in pixels.
-        number: features.
         grid: their rows and columns; None where they do not lie on a grid.
         reason: why they do not.
     """
@@ -80,11 +79,6 @@ def tile_features(vision: VisionConfig, projector: ProjectorConfig | None = None
 
 def parse_projector(name: str, *, vision_size: int, hidden_size: int) -> ProjectorConfig:
     """Return the projector that `mm_projector_type` names.
-
-    Args:
-        name: see above.
-        vision_size: width of the features.
-        hidden_size: width of the language model.
 
     Raises:
         ConfigError: an identity between different widths.

@@ -190,9 +190,8 @@ def _default_pixels(vision: VisionConfig) -> PixelConfig:
 def parse_pixels(raw: JsonObject | None, vision: VisionConfig) -> tuple[PixelConfig, KeyReader]:
     """Parse the steps from one tile to numbers; return the reader of their file too.
 
-    Args:
-        raw: preprocessor_config.json; None: there is none, and the tower's family decides.
-        vision: the tower, whose family decides what absent keys mean.
+    Without preprocessor_config.json, and for keys that it leaves out, the family of the tower
+    decides.
 
     Raises:
         ConfigError: a key is of the wrong type, or a tile does not fit the tower.

@@ -121,8 +121,6 @@ class Backend:
     """A loaded model that answers prompts, through the engine or by the plain loop.
 
     Args:
-        loaded: model, tokenizer, configuration.
-        options: limits of the engine.
         without_media: the answer to every prompt without a picture, where the checkpoint has one;
             "": the model answers those too.
     """

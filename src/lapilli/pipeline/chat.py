@@ -309,9 +309,7 @@ class Chat:
         The chat's own history is not touched. Pictures and beginnings that several questions share
         are read once.
 
-        Args:
-            questions: a text, or a tuple of a text and the pictures before it.
-            sampling: fields of SamplingParams.
+        A question is a text, or a tuple of a text and the pictures before it.
 
         Raises:
             LapilliError: the first question that cannot be answered, see `as_completed`.
@@ -401,10 +399,7 @@ class Chat:
     ) -> ProcessedPrompt:
         """Return the prompt of these messages.
 
-        Args:
-            messages: all of them.
-            talk: the conversation that they belong to, whose media are not prepared again.
-            row: named in errors.
+        The media of `talk`, the conversation that they belong to, are not prepared again.
         """
         check_conversation(messages)
         known = {} if talk is None else talk.media

@@ -57,15 +57,8 @@ def process(
 ) -> ProcessedPrompt:
     """Return the prompt of a conversation; its spans have the lengths of its media.
 
-    Args:
-        messages: system, user and assistant.
-        items: what `prepare` made of the media of all messages, in their order.
-        model: counts the positions of every item.
-        template: makes text of the messages.
-        tokenizer: makes ids of the text.
-        context_length: most positions of prompt and answer.
-        image_id: the vocabulary's own image token, in checkpoints of Hugging Face's layout.
-        row: named where the prompt is too long.
+    `items` are what `prepare` made of the media of all messages, in their order; `image_id` is the
+    vocabulary's own image token, in checkpoints of Hugging Face's layout.
 
     Raises:
         ContextTooLongError: the conversation leaves no room for an answer.
@@ -99,12 +92,6 @@ def prepare(
 ) -> Any:  # noqa: ANN401 - every modality has its own
     """Return a medium prepared for its modality; features stay features.
 
-    Args:
-        part: the medium.
-        model: says which media it reads, and how.
-        limits: of what is fetched.
-        alpha: what becomes of the transparency of a picture, see `to_rgb`.
-
     Raises:
         UnsupportedModelError: the model does not read this kind of medium.
         MediaError: it cannot be fetched or decoded, or features of another shape.
@@ -133,10 +120,8 @@ def _project_features(
 ) -> Float[Tensor, "n D"]:
     """Return features that somebody computed before, as wide as the language model reads them.
 
-    Args:
-        features: [n, width], or [n, width of the tower], which goes through the projector.
-        modality: gives the tower's width and the projector.
-        width: of the language model; what both are if they are equal.
+    They are [n, width], or [n, width of the tower], which go through the projector; `width` is that
+    of the language model, which counts if both are equal.
 
     Raises:
         MediaError: another shape, or whole numbers.

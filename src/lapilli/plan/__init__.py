@@ -144,14 +144,11 @@ class Plan:
     """The estimated cost of a run.
 
     Attributes:
-        gpus: how many.
-        gpu: which.
         sharding: "ddp" or "fsdp".
         batch_size: samples of a micro-batch.
         turns: micro-batches of a step that one GPU computes.
         steps: optimizer steps.
         flops: of one mean sample.
-        memory: of one GPU.
         compute_s: of a step, arithmetic alone.
         exchange_s: of a step, weights and gradients over the links.
     """
@@ -213,12 +210,7 @@ def plan(
 ) -> Plan:
     """Estimate what the recipe costs on this many GPUs.
 
-    Args:
-        recipe: stage, run and lora count.
-        config: of the model that is trained.
-        gpus: processes, one on each.
-        gpu: of which kind.
-        work: what the samples are like.
+    Of the recipe its stage, run and lora count; every GPU has one process.
 
     Raises:
         ConfigError: a model without tower, or a step that does not divide over the GPUs.

@@ -27,11 +27,8 @@ class Sizes:
 
     Attributes:
         layers: in the linear layers of all decoder layers.
-        embedding: in the embedding.
         head: in the head; 0 where it is the embedding.
         norms: in the decoder's norms and biases.
-        projector: in the projector.
-        tower: in the tower.
     """
 
     layers: int

@@ -106,10 +106,8 @@ def choose_template(
 ) -> TemplateChoice:
     """Choose the template of a checkpoint by the table of this file.
 
-    Args:
-        facts: what its files say.
-        explicit: what a person asked for: a name, `"chat_template"`, or a template of their own.
-        chat_template: the checkpoint's own.
+    `explicit` is what a person asked for: a name, "chat_template" for the checkpoint's own, or a
+    template of their own.
 
     Raises:
         PromptError: no template has that name.
@@ -126,10 +124,7 @@ def choose_template(
 def around_media(template: Template, *, use_start_end: bool, gap: str = "") -> Template:
     """Return the template with what a checkpoint puts around a picture.
 
-    Args:
-        template: one of another form (Jinja) says that itself and stays as it is.
-        use_start_end: see TemplateFacts.
-        gap: what text after a picture begins with; see `prompt.encode.media_gap`.
+    One of another form (Jinja) says that itself and stays as it is. `gap` is that of `media_gap`.
     """
     if not isinstance(template, ChatTemplate):
         return template
@@ -180,9 +175,7 @@ def template_for_name(model_name: str) -> str:
 def template_of_base(chat_template: str | None, *, family: str = "") -> str | None:
     """Return the name of our template that takes turns as a base's chat template; None: none does.
 
-    Args:
-        chat_template: the jinja text beside the base.
-        family: model_type of the language model; mpt has a system text of its own.
+    `family` is the model_type of the language model: mpt has a system text of its own.
     """
     mark = _mark_in(chat_template)
     if mark is None:
@@ -204,11 +197,7 @@ def check_base_template(
     The marks before a turn tell them apart. A base without a chat template, or with marks that none
     of our templates has, contradicts nothing, and captions (the plain style) have no marks.
 
-    Args:
-        asked: name of the template.
-        chat_template: the jinja text beside the base.
-        base: where that is.
-        otherwise: what a person can do who does not want the one that fits.
+    `otherwise` says what a person can do who does not want the template that fits.
 
     Raises:
         ConfigError: it contradicts it; the message names the template that fits.

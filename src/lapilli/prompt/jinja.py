@@ -354,10 +354,7 @@ _GAPS = """\
 def with_gaps(source: str, gap: str, token: str = PLACEHOLDER) -> str:
     """Return a chat template that writes the same with a gap wherever text follows a picture.
 
-    Args:
-        source: of the chat template.
-        gap: see `prompt.encode.media_gap`; nothing leaves the template as it is.
-        token: what the template writes for a picture.
+    `token` is what the template writes for a picture, `gap` see `prompt.encode.media_gap`.
     """
     if not gap:
         return source
@@ -368,10 +365,6 @@ def with_gaps(source: str, gap: str, token: str = PLACEHOLDER) -> str:
 
 def to_jinja(template: ChatTemplate, image_token: str = PLACEHOLDER) -> str:
     """Return the text of the chat template that renders as `template` does.
-
-    Args:
-        template: of the original, or one like it.
-        image_token: what stands for a picture.
 
     Raises:
         PromptError: captions (the plain style) are no conversation.

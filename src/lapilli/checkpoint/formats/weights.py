@@ -340,10 +340,8 @@ class WeightStore:
     def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
         """Return a tensor on the CPU.
 
-        Args:
-            name: of the tensor.
-            dtype: to convert it to; None: as it is stored.
-            mapped: allow a view of the file; False: always a copy.
+        It is converted to `dtype`, if one is given; with mapped=False it is always a copy, else it
+        may be a view of the file.
         """
         shard = self.shards[self.infos[name].file]
         return shard.tensor(self.aliases.get(name, name), dtype, mapped=mapped)

@@ -52,12 +52,10 @@ class Adapter:
     """An open adapter directory.
 
     Args:
-        path: the directory.
         config: rank, scale and patterns of names in the file.
         base_name: the base that it names.
         revision: of the base, if it is a repository of the hub.
         keeps_ties: a trained embedding is the output layer too, if the base's is.
-        store: its tensors.
     """
 
     path: Path

@@ -34,10 +34,7 @@ class LoadReport:
     Args:
         used: parameters, by the names they have in lapilli.
         dropped: tensors of the files that are dropped on purpose.
-        missing: parameters without a tensor.
-        unexpected: tensors of the files without a parameter.
         notes: for the user, one sentence each.
-        keys: configuration keys that were read, ignored or are unknown.
     """
 
     used: tuple[str, ...] = ()

@@ -37,8 +37,6 @@ class WeightPart:
 
     Args:
         label: of the part in messages; BASE for the model under an adapter.
-        store: the tensors.
-        keymap: the parameters that their names mean.
         skipped: prefixes of parameters whose tensors here are dropped.
     """
 

@@ -71,21 +71,17 @@ class Plan:
 
     Args:
         form: "full", "LoRA", PEFT_ADAPTER or "projector".
-        path: the directory that was asked for.
         raw: its config.json, naming the tower that is read.
         weights_raw: config.json beside the weights of the language model (a base's, for an
             adapter), with their quantization.
         config: of the model, its vocabulary already of the tokenizer's length.
-        keys: configuration keys that were read, ignored or are unknown.
         parts: sources of the tensors; later ones override earlier ones.
         keymap: of the names of an adapter's modules.
         tokenizer: with the tokens added that the original adds.
         tokenizer_path: directory of the tokenizer and the chat template.
-        vocabulary: rows of the vocabulary tables.
         adapter: laid over the model when it is filled.
         base_path: of the language model under an adapter or projector.
         tower_path: of a vision tower outside the checkpoint.
-        notes: for the report.
     """
 
     form: str
@@ -337,14 +333,9 @@ def _plan(
 ) -> Plan:
     """Plan a directory with a config.json.
 
-    Args:
-        form: see `Plan`.
-        path: of the directory.
-        extra: weights that belong to it but lie elsewhere; they may bring the vision tower.
-        adapter: see `Plan`.
-        base_path: see `Plan`.
-        weights: False looks at the small files only and leaves `parts` empty.
-        fetch: False leaves the weights of a vision tower on the hub where they are.
+    `extra` are weights that belong to it but lie elsewhere; they may bring the vision tower. With
+    weights=False only the small files are looked at and `parts` is empty, with fetch=False the
+    weights of a vision tower on the hub stay there.
     """
     raw = read_json(path / "config.json")
     tower_path, has_moved = find_tower(raw, path, base=base_path, fetch=fetch)

@@ -209,11 +209,8 @@ def write_hf_config(
 ) -> dict[str, object]:
     """Return config.json of LlavaConfig or LlavaNextConfig.
 
-    Args:
-        config: of the model, its vocabulary with the image token.
-        image_id: the placeholder token of every position of a picture.
-        torch_dtype: of the stored weights.
-        template: name of its conversation template, or "chat_template" for the one beside it.
+    The vocabulary of `config` has the image token, `image_id`; `template` is a
+    `WrittenTemplate.name`.
 
     Raises:
         UnsupportedModelError: see `check_hf_layout`.

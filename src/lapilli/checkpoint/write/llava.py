@@ -234,12 +234,8 @@ def write_llava_config(
 ) -> dict[str, object]:
     """Return config.json of a checkpoint in the original layout.
 
-    Args:
-        config: of the model.
-        vision_source: value of mm_vision_tower: a hub id or a directory, relative to the
-            checkpoint if it is inside.
-        torch_dtype: of the stored weights, such as "float16".
-        template: name of its conversation template, or "chat_template" for the one beside it.
+    `vision_source` is a hub id or a directory, relative to the checkpoint if it is inside;
+    `template` is a `WrittenTemplate.name`.
 
     Raises:
         UnsupportedModelError: the original layout has no such language model or projector.

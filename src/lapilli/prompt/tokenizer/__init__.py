@@ -157,10 +157,8 @@ class AddedTokens:
     ) -> Iterator[tuple[int, int, int | None]]:
         """Yield parts (start, end, id) in order; id None is ordinary text, never empty.
 
-        Args:
-            text: is cut.
-            literal: typed by a person.
-            ids: of the tokens that it is cut at; None: all of them.
+        Special tokens in a `literal` range, which a person typed, are no places to cut; nor are
+        tokens beyond `ids`, where these are given.
         """
         at = 0
         for start, end, index in self._matches(text, literal):
@@ -240,7 +238,6 @@ class Tokenizer(ABC):
     """Ids of text and text of ids.
 
     Args:
-        files: of the tokenizer.
         defaults: texts of special tokens that no file names, by role.
         padding_side: where no file names one.
         clean_up: whether `decode` removes spaces before punctuation where no file says.

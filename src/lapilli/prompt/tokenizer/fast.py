@@ -56,9 +56,6 @@ _BYTE_OF: Mapping[str, int] = MappingProxyType(_byte_alphabet())
 class FastTokenizer(Tokenizer):
     """Any tokenizer.json, or LlamaTokenizerFast out of a tokenizer.model alone.
 
-    Args:
-        files: tokenizer.json, or else tokenizer.model, and what stands beside it.
-
     Raises:
         CheckpointError: a file that the `tokenizers` library does not read.
     """
@@ -191,8 +188,7 @@ class _TypedText:
     Other added tokens are found there as everywhere. The model of the tokenizer could still put a
     special token together from its letters, so what it would need for that is taken out as well.
 
-    Args:
-        source: content of tokenizer.json, asked for when it is first needed.
+    `source` gives the content of tokenizer.json when it is first needed.
     """
 
     def __init__(self, source: Callable[[], str]) -> None:
@@ -311,10 +307,7 @@ def encode_text(
 ) -> tokenizers.Encoding:
     """Encode a text.
 
-    Args:
-        tokenizer: of a file.
-        text: to encode.
-        special: let the post-processor write what it writes around a text.
+    With `special` the post-processor writes what it writes around a text.
 
     Raises:
         CheckpointError: the file gives no way to encode it.
@@ -484,9 +477,7 @@ def merges(scores: Mapping[str, float], ids: Mapping[str, int]) -> list[tuple[st
     Every way to cut a piece into two pieces is a merge, ranked by the score of what it makes, then
     by the id of its first half.
 
-    Args:
-        scores: of the pieces that merges may make.
-        ids: of the pieces that may be merged.
+    `scores` are those of the pieces that merges may make, `ids` of the pieces that may be merged.
     """
     found: list[tuple[str, str]] = []
     for piece in sorted(scores, key=scores.__getitem__, reverse=True):

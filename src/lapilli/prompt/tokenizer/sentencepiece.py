@@ -68,9 +68,6 @@ class SpmModel:
 class SentencePieceTokenizer(Tokenizer):
     """The slow LlamaTokenizer.
 
-    Args:
-        files: tokenizer.model and what stands beside it.
-
     Raises:
         CheckpointError: bytes that are not a SentencePiece model.
     """
@@ -270,8 +267,7 @@ class _Pieces(dict[str, tuple[int, bool]]):
 class _PieceEncoder:
     """SentencePiece with offsets, for text without added tokens.
 
-    Args:
-        model: content of tokenizer.model, with or without dummy prefix.
+    `model` is a tokenizer.model, with or without dummy prefix.
     """
 
     def __init__(self, model: bytes) -> None:
