@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from lapilli.checkpoint.formats.weights import (
     PickledShard,
     SafetensorsShard,
+    TensorInfo,
     find_weight_files,
     open_shard,
 )
@@ -236,7 +237,7 @@ def test_tensors_that_are_no_weights(tmp_path, make, match):
 
 def test_a_transposed_weight_is_one(tmp_path):
     torch.save({"a": WEIGHT.half().t(), "b": WEIGHT[1:, 2]}, tmp_path / "x.bin")
-    assert PickledShard(tmp_path / "x.bin").infos()["b"] == ((3,), torch.float32)
+    assert PickledShard(tmp_path / "x.bin").infos["b"] == TensorInfo((3,), torch.float32, "x.bin")
 
 
 @pytest.mark.slow

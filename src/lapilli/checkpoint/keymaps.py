@@ -64,10 +64,7 @@ class KeyMap:
 
     def to_foreign(self, ours: str) -> str | None:
         """Return the tensor of the file for a parameter by the first rule that matches, or None."""
-        for old, new in self.rules:
-            if new is not None and ours.startswith(new):
-                return old + ours[len(new) :]
-        return None
+        return next(iter(self.spellings(ours)), None)
 
     def rename(self, state: Mapping[str, T]) -> dict[str, T]:
         """Rename a state dict from parameters to the names of the file.

@@ -40,10 +40,9 @@ from lapilli.checkpoint.write.files import (
 )
 from lapilli.checkpoint.write.llava import (
     write_preprocessor_config,
-    write_text_config,
     write_tower_config,
 )
-from lapilli.config.families import find_family
+from lapilli.config.families import family_of, find_family
 from lapilli.config.families.decoder import ACTIVATION_NAMES
 from lapilli.config.llava import CAP_KEY, RECORD_KEY
 from lapilli.config.model import (
@@ -226,7 +225,7 @@ def write_hf_config(
         "model_type": _hf_type(image),
         "text_config": {
             "model_type": config.text.family,
-            **write_text_config(config.text),
+            **family_of(config.text).write(config.text),
             **ids,
             "torch_dtype": torch_dtype,
         },

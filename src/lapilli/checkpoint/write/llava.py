@@ -27,14 +27,13 @@ from lapilli.checkpoint.write.files import (
     write_pickled,
     write_weights,
 )
-from lapilli.config.families import family_of, find_family, text_types
+from lapilli.config.families import find_family, text_types
 from lapilli.config.families.decoder import ACTIVATION_NAMES
 from lapilli.config.llava import IMAGE_KEY, RECORD_KEY, ROUNDS_KEY
 from lapilli.config.model import (
     ImageConfig,
     ModelConfig,
     PixelConfig,
-    TextConfig,
     VisionConfig,
 )
 from lapilli.config.projector import projector_name
@@ -251,7 +250,7 @@ def write_llava_config(
     written: dict[str, object] = {
         "architectures": [architecture],
         "model_type": model_type,
-        **write_text_config(text),
+        **family.write(text),
         "torch_dtype": torch_dtype,
         "use_cache": True,
         **special_ids(config.tokens),
@@ -293,11 +292,6 @@ def as_original(config: ModelConfig) -> ModelConfig:
         return config
     tokens = replace(config.tokens, use_patch_token=False)
     return replace(config, layout="llava", tokens=tokens)
-
-
-def write_text_config(text: TextConfig) -> dict[str, object]:
-    """Return the keys of the language model."""
-    return family_of(text).write(text)
 
 
 def _vision(
