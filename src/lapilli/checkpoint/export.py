@@ -1,8 +1,8 @@
 """Export: a checkpoint saved again in another layout or dtype, with its adapters merged."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TypedDict
 
 from lapilli.checkpoint.formats.quantized import stored_quantization
 from lapilli.checkpoint.load import DTYPES, STORED, Loaded, load_checkpoint
@@ -14,7 +14,6 @@ from lapilli.checkpoint.write.huggingface import check_hf_layout, save_hf
 from lapilli.checkpoint.write.llava import check_llava_layout, save_llava
 from lapilli.config.model import ModelConfig
 from lapilli.errors import ConfigError
-from lapilli.prompt.choose import Template
 from lapilli.quant import QuantConfig
 
 LAYOUTS = ("llava", "huggingface")
@@ -95,23 +94,17 @@ def save_loaded(
         ConfigError: see `save_llava` and `save_hf`.
         UnsupportedModelError: the layout cannot hold the model.
     """
-    common: _Common = {
-        "tokenizer_path": loaded.tokenizer_path,
-        "template": loaded.template.template,
-        "overwrite": overwrite,
-        "extra": detector_files(loaded.path),
-    }
-    config = config or loaded.config
-    if layout == "huggingface":
-        save_hf(target, loaded.model, config, tokenizer=loaded.tokenizer, **common)
-    else:
-        save_llava(target, loaded.model, config, quantization=quantization, **common)
-
-
-class _Common(TypedDict):
-    """Arguments of the writers of both layouts."""
-
-    tokenizer_path: Path
-    template: Template
-    overwrite: bool
-    extra: Mapping[str, str | bytes]
+    save: Callable[..., None] = (
+        partial(save_hf, tokenizer=loaded.tokenizer)
+        if layout == "huggingface"
+        else partial(save_llava, quantization=quantization)
+    )
+    save(
+        target,
+        loaded.model,
+        config or loaded.config,
+        tokenizer_path=loaded.tokenizer_path,
+        template=loaded.template.template,
+        overwrite=overwrite,
+        extra=detector_files(loaded.path),
+    )

@@ -54,12 +54,13 @@ def load_tokenizer(
 def _files(directory: Path, asked: Mapping[str, object]) -> TokenizerFiles:
     config = read_optional_json(directory / "tokenizer_config.json") or {}
     special = read_optional_json(directory / "special_tokens_map.json") or {}
+    added = read_optional_json(directory / "added_tokens.json") or {}
     files = TokenizerFiles(
         model=read_optional_bytes(directory / "tokenizer.model", most=MOST_BYTES),
         json=read_optional_text(directory / "tokenizer.json", most=MOST_BYTES),
         config={**config, **asked},
         special_map={**special, **{key: asked[key] for key in special if key in asked}},
-        added=_added(directory / "added_tokens.json"),
+        added=KeyReader(added, "added_tokens.json").all_ids(),
     )
     if files.model is None and files.json is None:
         raise MissingFileError(
@@ -112,11 +113,6 @@ def add_image_tokens(tokenizer: Tokenizer, *, use_patch: bool, use_start_end: bo
     if use_start_end:
         count += tokenizer.add_tokens([IMAGE_START, IMAGE_END], special=True)
     return count
-
-
-def _added(path: Path) -> dict[str, int]:
-    found = read_optional_json(path) or {}
-    return KeyReader(found, path.name).all_ids()
 
 
 TOKENIZER_FILES = (

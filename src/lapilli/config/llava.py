@@ -37,7 +37,7 @@ from lapilli.config.vision import TOWER_IGNORED, Select, parse_pixels, parse_tow
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.geometry import ImageSize
 
-Side = Literal["left", "right"]
+SIDES: dict[str, Literal["left", "right"]] = {"left": "left", "right": "right"}
 
 _MOST_PINPOINTS = 1000
 _MOST_PIXELS = 1 << 25  # of a resolution: 0.4 GB as float32
@@ -156,7 +156,7 @@ def parse_llava(
         torch_dtype=torch_dtype,
         max_length=_max_length(reader),
         context_length=reader.positive("max_sequence_length", 2048, most=MOST_POSITIONS),
-        padding_side=_padding_side(reader),
+        padding_side=reader.choice("tokenizer_padding_side", "right", SIDES),
         template=reader.text(RECORD_KEY),
     )
     report = reader.report() + token_report + vision_report + image_report
@@ -184,13 +184,9 @@ def _vision(reader: KeyReader, raw: JsonObject | None) -> tuple[VisionConfig, Ke
             "config.json: mm_vision_select_layer is missing, expected the number of a hidden state "
             "such as -2"
         )
-    select = reader.text("mm_vision_select_feature", "patch")
-    if select not in SELECTS:
-        raise ConfigError(
-            f"config.json: mm_vision_select_feature is {select!r}, choose from {', '.join(SELECTS)}"
-        )
+    select = reader.choice("mm_vision_select_feature", "patch", SELECTS)
     tower = KeyReader(raw, "config.json of the vision tower", TOWER_IGNORED, "vision_tower:")
-    vision = parse_tower(tower, feature_layer=layer, feature_select=SELECTS[select])
+    vision = parse_tower(tower, feature_layer=layer, feature_select=select)
     width = reader.integer("mm_hidden_size", vision.hidden_size)
     if width != vision.hidden_size:
         raise ConfigError(
@@ -359,12 +355,3 @@ def _max_length(reader: KeyReader) -> int | None:
     """Return the longest fused row; transformers writes 1e30 for "no limit"."""
     found = reader.optional_number("tokenizer_model_max_length", least=1.0, most=1e300)
     return None if found is None or found > MOST else int(found)
-
-
-def _padding_side(reader: KeyReader) -> Side:
-    side = reader.text("tokenizer_padding_side", "right")
-    if side == "left":
-        return "left"
-    if side == "right":
-        return "right"
-    raise ConfigError(f"config.json: tokenizer_padding_side is {side!r}, choose from left, right")

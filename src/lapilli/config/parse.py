@@ -199,17 +199,12 @@ def _vision(reader: KeyReader) -> VisionConfig:
         layer = -2
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise ConfigError(f"config.json: vision_feature_layer must be a number, got {shown(layer)}")
-    strategy = reader.text("vision_feature_select_strategy", "default")
-    if strategy not in STRATEGIES:
-        raise ConfigError(
-            f"config.json: vision_feature_select_strategy is {strategy!r}, "
-            f"choose from {', '.join(STRATEGIES)}"
-        )
+    select = reader.choice("vision_feature_select_strategy", "default", STRATEGIES)
     section = reader.child("vision_config", TOWER_IGNORED)
     if not section.raw:
         section = KeyReader(LARGE_CLIP, "config.json")
-    vision = parse_tower(section, feature_layer=layer, feature_select=STRATEGIES[strategy])
-    if vision.family == "clip" and strategy == "default":
+    vision = parse_tower(section, feature_layer=layer, feature_select=select)
+    if vision.family == "clip" and select == "drop_first":
         return replace(vision, feature_select="patch")
     return vision
 

@@ -15,11 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeGuard, overload
+from typing import Any, Final, TypeGuard, TypeVar, overload
 
 from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, UnknownKeyError
 
 JsonObject = Mapping[str, object]
+T = TypeVar("T")
 
 # Beyond every model that there is, and far below what could not be built or counted.
 MOST_LAYERS: Final = 1000
@@ -273,6 +274,24 @@ class KeyReader:
         if not isinstance(value, str) or len(value) > LONGEST:
             raise self._wrong(key, "a short string", value)
         return value
+
+    def choice(
+        self,
+        key: str,
+        default: str,
+        known: Mapping[str, T],
+        refusal: type[ConfigError] = ConfigError,
+    ) -> T:
+        """Return what a key names.
+
+        Raises:
+            ConfigError: nothing has the name; a `refusal`.
+        """
+        name = self.text(key, default)
+        if name not in known:
+            where = f"{self.where}: {self.prefix}{key}"
+            raise refusal(f"{where} is {name!r}, choose from {', '.join(known)}")
+        return known[name]
 
     def child(self, key: str, ignored: frozenset[str] = frozenset()) -> "KeyReader":
         """Return a reader of a nested object, empty when absent; its keys join this report."""

@@ -23,7 +23,7 @@ from lapilli.modality.image.modes import mode_of, num_tokens
 from lapilli.plan.flops import (
     SampleFlops,
     Sizes,
-    passes_of,
+    num_adapter_parameters,
     sample_flops,
     sizes,
 )
@@ -254,24 +254,17 @@ Parts = tuple[TextConfig, VisionConfig, ProjectorConfig]
 def flops_of(recipe: Recipe, parts: Parts, work: Work) -> SampleFlops:
     """Return the operations of a mean sample in the recipe's stage."""
     is_full = recipe.stage == "instruct" and recipe.lora is None
-    passes = passes_of(
-        trains_layers=is_full, trains_head=is_full, trains_tower=recipe.model.tune_tower
-    )
     has_adapter = recipe.stage == "instruct" and recipe.lora is not None
     return sample_flops(
         parts,
-        passes,
         positions=work.positions,
         tiles=work.tiles,
         supervised=work.supervised,
+        trains_layers=is_full,
+        trains_tower=recipe.model.tune_tower,
         lora_rank=recipe.lora.rank if has_adapter and recipe.lora else 0,
         recomputes=recipe.run.gradient_checkpointing,
     )
-
-
-def num_adapter_parameters(text: TextConfig, rank: int) -> int:
-    """Return the parameters of adapters beside all linear layers but the head."""
-    return text.num_layers * sum(rank * (a + b) for a, b in text.linear_widths)
 
 
 def num_trainable(recipe: Recipe, text: TextConfig, size: Sizes) -> int:

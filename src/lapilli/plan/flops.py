@@ -45,16 +45,6 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Passes:
-    """Number of times that a part's forward operations are spent, backward passes included."""
-
-    tower: int
-    projector: int
-    layers: int
-    head: int
-
-
-@dataclass(frozen=True, slots=True)
 class SampleFlops:
     """Operations of one sample.
 
@@ -109,11 +99,12 @@ def _num_tower(vision: VisionConfig) -> int:
 
 def sample_flops(
     parts: tuple[TextConfig, VisionConfig, ProjectorConfig],
-    passes: Passes,
     *,
     positions: float,
     tiles: float,
     supervised: float,
+    trains_layers: bool,
+    trains_tower: bool,
     lora_rank: int = 0,
     recomputes: bool = False,
 ) -> SampleFlops:
@@ -121,48 +112,44 @@ def sample_flops(
 
     Args:
         parts: language model, tower, projector.
-        passes: see `passes_of`.
         positions: of the sample, image positions included.
         tiles: that the tower sees for it, one for a picture that is not tiled.
         supervised: positions that predict something.
+        trains_layers: three passes instead of two, in which gradients come through; the head too.
+        trains_tower: three passes instead of one.
         lora_rank: of adapters beside the layers; 0: none.
         recomputes: layers are computed again in the backward pass.
     """
     text, vision, projector = parts
     square = 4 * positions**2 * text.num_heads * text.head_dim * text.num_layers
     linear = 2 * positions * sizes(text, vision, projector).layers
-    numbers = sum(lora_rank * (a + b) for a, b in text.linear_widths) * text.num_layers
-    adapter = 2 * positions * numbers
+    adapter = 2 * positions * num_adapter_parameters(text, lora_rank)
     through = [tiles * of_product(one) for one in projector_products(vision, projector)]
     # Nobody asks for the gradient of pixels, nor for that of what a frozen tower has seen.
-    spared = through[0] if through and passes.tower == 1 else 0.0
-    pixels = tiles * patch_operations(vision) if passes.tower > 1 else 0.0
+    spared = through[0] if through and not trains_tower else 0.0
+    pixels = tiles * patch_operations(vision) if trains_tower else 0.0
     # What a layer ends with is not computed again, unless an adapter is computed along with it.
     last = 0.0 if lora_rank else 2 * positions * text.num_layers * _last_linear(text)
+    passes = 3 if trains_layers else 2
     return SampleFlops(
-        tower=passes.tower * tiles * tower_operations(vision) - pixels,
-        projector=passes.projector * sum(through) - spared,
-        layers=passes.layers * linear,
+        tower=(3 if trains_tower else 1) * tiles * tower_operations(vision) - pixels,
+        projector=3 * sum(through) - spared,
+        layers=passes * linear,
         attention=3 * square,
-        head=passes.head * 2 * supervised * text.vocab_size * text.hidden_size,
+        head=passes * 2 * supervised * text.vocab_size * text.hidden_size,
         adapter=3 * adapter,
         recomputed=(linear - last + square + adapter) if recomputes else 0.0,
     )
 
 
+def num_adapter_parameters(text: TextConfig, rank: int) -> int:
+    """Return the parameters of adapters beside all linear layers but the head."""
+    return text.num_layers * sum(rank * (a + b) for a, b in text.linear_widths)
+
+
 def _last_linear(text: TextConfig) -> int:
     first, second = text.linear_widths[-1]
     return first * second
-
-
-def passes_of(*, trains_layers: bool, trains_head: bool, trains_tower: bool) -> Passes:
-    """Return three passes for what learns, two where gradients come through, else one."""
-    return Passes(
-        tower=3 if trains_tower else 1,
-        projector=3,
-        layers=3 if trains_layers else 2,
-        head=3 if trains_head else 2,
-    )
 
 
 def tower_operations(vision: VisionConfig) -> float:

@@ -26,8 +26,7 @@ from lapilli.checkpoint.source import find_directory, is_local, read_optional_js
 from lapilli.checkpoint.write.adapter import (
     is_unknown_to_peft,
     merged_state,
-    save_lora,
-    save_peft,
+    save_adapter,
 )
 from lapilli.checkpoint.write.files import Formats, Stored
 from lapilli.checkpoint.write.huggingface import check_hf_files, check_hf_layout, save_hf
@@ -212,10 +211,8 @@ def save_results(
     base, lies_on = results.base, results.config_for(whole=False)
     if has_adapter and not merges:
         trained = [*_trained_whole(model, recipe), *results.loaded.beside]
-        if is_hf:
-            save_peft(folder, model, lies_on, base=base, trained=trained, **common)
-        else:
-            save_lora(folder, model, lies_on, base=base, trained=trained, **common)
+        layout = recipe.save.layout
+        save_adapter(folder, model, lies_on, layout=layout, base=base, trained=trained, **common)
     elif is_hf:
         save_hf(
             folder,

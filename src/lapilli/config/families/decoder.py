@@ -52,13 +52,7 @@ def parse_activation(reader: KeyReader, key: str, default: str) -> Activation:
     Raises:
         UnsupportedModelError: lapilli does not have it.
     """
-    name = reader.text(key, default)
-    if name not in ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"{reader.where}: {reader.prefix}{key} is {name!r}, "
-            f"choose from {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]
+    return reader.choice(key, default, ACTIVATIONS, UnsupportedModelError)
 
 
 @dataclass(frozen=True, kw_only=True)
