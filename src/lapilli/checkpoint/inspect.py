@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 
 from lapilli.checkpoint.formats.quantized import LayerQuantizer, stored_quantization
-from lapilli.checkpoint.keymaps import TOWER
+from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TEXT, TOWER
 from lapilli.checkpoint.read.assemble import Matching, build_model
 from lapilli.checkpoint.read.directory import VISION
 from lapilli.checkpoint.read.plan import Plan, make_plan
@@ -40,10 +40,10 @@ LAYOUTS = {
     "text": "language model without images",
 }
 COMPONENTS = {
-    "language model": "language_model.",
+    "language model": TEXT,
     "vision tower": "modalities.image.vision_tower.",
-    "projector": "modalities.image.projector.",
-    "newline": "modalities.image.image_newline",
+    "projector": PROJECTOR,
+    "newline": NEWLINE,
 }
 
 

@@ -218,8 +218,7 @@ class KeyReader:
         Raises:
             ConfigFileError: absent without default, or something else.
         """
-        found = self.integer(key, default)
-        return self._from(1, key, found, most)
+        return self._from(1, key, self.integer(key, default), most)
 
     def optional_positive(self, key: str, *, most: int = MOST) -> int | None:
         """Return a whole number from 1 to `most`, or None."""
@@ -310,12 +309,9 @@ class KeyReader:
         if value is None:
             return ()
         values = value if isinstance(value, list) else [value]
-        found: list[int] = []
-        for one in values:
-            if isinstance(one, bool) or not isinstance(one, int) or abs(one) > MOST:
-                raise self._wrong(key, "an id or a list of ids", value)
-            found.append(one)
-        return tuple(found)
+        if not all(type(one) is int and abs(one) <= MOST for one in values):
+            raise self._wrong(key, "an id or a list of ids", value)
+        return tuple(values)
 
     def all_ids(self) -> dict[str, int]:
         """Return every key with its id, of a file that maps tokens to ids."""

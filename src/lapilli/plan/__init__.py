@@ -291,6 +291,7 @@ def _memory(recipe: Recipe, parts: Parts, work: Work, *, gpus: int, is_sharded: 
     # Frozen weights that will be saved stay as they are (train/start.py).
     frozen_bytes = 2 if is_half and not recipe.saves_frozen else 4
     packed = size.layers if recipe.lora is not None and recipe.lora.base != "float" else 0
+    packed_bytes = _TWICE_PACKED if recipe.lora and recipe.lora.double_quant else _PACKED
     width = 2 if is_half else 4
     together = 2 * (size.layers // text.num_layers) + size.embedding + size.head + size.projector
     if is_sharded:
@@ -303,19 +304,13 @@ def _memory(recipe: Recipe, parts: Parts, work: Work, *, gpus: int, is_sharded: 
     share = work.supervised / work.positions
     return Memory(
         # FSDP cuts parameters, not weights in 4 bits, which are buffers.
-        weights=(4 * trained + frozen_bytes * (frozen - packed)) / cut
-        + _packed_bytes(recipe) * packed,
+        weights=(4 * trained + frozen_bytes * (frozen - packed)) / cut + packed_bytes * packed,
         copies=max(copies, 0.0),
         gradients=4.0 * trained / cut,
         moments=moments * trained / cut,
         activations=run.batch_size * work.longest * activation_bytes(recipe, text),
         logits=run.batch_size * work.longest * share * text.vocab_size * (width + 8),
     )
-
-
-def _packed_bytes(recipe: Recipe) -> float:
-    """Return the bytes of a packed weight of the frozen base."""
-    return _TWICE_PACKED if recipe.lora is not None and recipe.lora.double_quant else _PACKED
 
 
 def layer_bytes(text: TextConfig, *, is_half: bool) -> float:

@@ -13,6 +13,7 @@ Source: Chowdhery et al. 2022 (PaLM) appendix B for the counting; tests/plan/tes
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from lapilli.config.model import ProjectorConfig, TextConfig, VisionConfig
 from lapilli.config.projector import RESAMPLER_EXPANSION, tile_features
@@ -129,7 +130,7 @@ def sample_flops(
     spared = through[0] if through and not trains_tower else 0.0
     pixels = tiles * patch_operations(vision) if trains_tower else 0.0
     # What a layer ends with is not computed again, unless an adapter is computed along with it.
-    last = 0.0 if lora_rank else 2 * positions * text.num_layers * _last_linear(text)
+    last = 0.0 if lora_rank else 2 * positions * text.num_layers * prod(text.linear_widths[-1])
     passes = 3 if trains_layers else 2
     return SampleFlops(
         tower=(3 if trains_tower else 1) * tiles * tower_operations(vision) - pixels,
@@ -145,11 +146,6 @@ def sample_flops(
 def num_adapter_parameters(text: TextConfig, rank: int) -> int:
     """Return the parameters of adapters beside all linear layers but the head."""
     return text.num_layers * sum(rank * (a + b) for a, b in text.linear_widths)
-
-
-def _last_linear(text: TextConfig) -> int:
-    first, second = text.linear_widths[-1]
-    return first * second
 
 
 def tower_operations(vision: VisionConfig) -> float:

@@ -45,10 +45,10 @@ class LoadReport:
     keys: KeyReport = field(default_factory=KeyReport)
 
 
-def some(names: tuple[str, ...] | list[str], most: int = 3) -> str:
-    """Return the first names and how many more there are."""
-    first = ", ".join(shown(name)[1:-1] for name in names[:most])
-    return first if len(names) <= most else f"{first} and {len(names) - most} more"
+def some(names: Sequence[str]) -> str:
+    """Return the first three names and how many more there are."""
+    first = ", ".join(shown(name)[1:-1] for name in names[:3])
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"
 
 
 Progress = Callable[[int, int], None]

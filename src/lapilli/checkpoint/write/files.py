@@ -75,7 +75,8 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             folder = aside / "new"
             folder.mkdir(parents=True)
             yield folder
-            _flush(folder)
+            for written in (*folder.rglob("*"), folder):
+                flush_path(written)
             _move_into_place(folder, path)
     finally:
         _remove(aside)
@@ -272,12 +273,6 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     done = call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE)
     return bool(done == 0)
-
-
-def _flush(folder: Path) -> None:
-    """Flush a folder with all its files to the disk."""
-    for path in (*folder.rglob("*"), folder):
-        flush_path(path)
 
 
 def flush_path(path: Path) -> None:

@@ -95,7 +95,9 @@ def save_llava(
     written = written_template(template, config, tokenizer_path)
     config = as_original(config)
     keymap = original_keymap(config.text)
-    place = tower or _default_place(config)
+    place: TowerPlace = tower or ("named" if is_lasting(config.vision_source) else "beside")
+    if tower is None and config.vision_in_checkpoint:
+        place = "inside"
     if quantization is not None and quantization.quantize_tower:
         place = "inside"
     elif quantization is not None and place == "inside":
@@ -180,12 +182,6 @@ def config_of_part(
         torch_dtype=config.torch_dtype or dtype_name(next(iter(model.parameters())).dtype),
         template=template,
     )
-
-
-def _default_place(config: ModelConfig) -> TowerPlace:
-    if config.vision_in_checkpoint:
-        return "inside"
-    return "named" if is_lasting(config.vision_source) else "beside"
 
 
 def is_lasting(source: str | None) -> bool:
