@@ -33,16 +33,9 @@ def export_checkpoint(
 ) -> str:
     """Save a checkpoint in another layout or dtype; return the names of the dtypes written.
 
-    Args:
-        source: a directory, a hub id or "pebble".
-        target: the new directory.
-        layout: "llava": the original's; "huggingface": LlavaForConditionalGeneration.
-        dtype: of the stored weights; None: each as in its file.
-        template: name of the conversation template to record; None: the checkpoint's own.
-        base: the language model under a LoRA or a projector.
-        adapter: a PEFT adapter to merge.
-        overwrite: replace a checkpoint that is there.
-        progress: see `load_checkpoint`.
+    The layout is "llava", the original's, or "huggingface" (LlavaForConditionalGeneration). Without
+    `dtype` each of the stored weights is as in its file, without `template` the checkpoint's own is
+    recorded. The other arguments are those of `load_checkpoint`; adapters are merged.
 
     Raises:
         CheckpointError: files are missing or damaged, `target` is there, or the disk is full.

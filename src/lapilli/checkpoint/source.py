@@ -47,10 +47,9 @@ PICKLED_WEIGHTS = ["pytorch_model*.bin", "adapter_model.bin"]
 def resolve(source: str | Path, *, weights: bool = True, beside: Sequence[Path] = ()) -> Path:
     """Return the directory of a checkpoint, fetched from the hub when it is not on this disk.
 
-    Args:
-        source: a directory, a hub id ("owner/name" or "owner/name@revision") or "pebble".
-        weights: also fetch the weights; False fetches the small files only.
-        beside: directories that a relative path may start from, before the working directory.
+    The source is a directory, a hub id ("owner/name" or "owner/name@revision") or "pebble". A
+    relative path may start from one of `beside`, before the working directory; with weights=False
+    only the small files are fetched.
 
     Raises:
         MissingFileError: no such directory, hub id or revision, or it cannot be fetched.

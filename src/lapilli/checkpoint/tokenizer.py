@@ -37,11 +37,9 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load the tokenizer of a directory.
 
-    Args:
-        directory: of the checkpoint, or of the base model of an adapter.
-        fast: the original's class for this language model: SentencePiece itself for llama (False),
-            the tokenizers library for all others.
-        settings: laid over what tokenizer_config.json and special_tokens_map.json say.
+    `fast` says the original's class for this language model: SentencePiece itself for llama
+    (False), the tokenizers library for all others. `settings` are laid over what
+    tokenizer_config.json and special_tokens_map.json say.
 
     Raises:
         MissingFileError: it has no tokenizer.
@@ -195,12 +193,9 @@ def save_tokenizer_with(
 ) -> int:
     """Write tokenizer.json and its configuration with `token` among them; return its id.
 
-    Args:
-        folder: of the new files.
-        source: a directory with tokenizer.json or tokenizer.model.
-        tokenizer: the same, loaded, with the tokens that were added at loading.
-        token: the placeholder of a picture, added at the end if it is new.
-        processor: class of transformers that reads the files.
+    `source` is a directory with tokenizer.json or tokenizer.model, `tokenizer` the same, loaded,
+    with the tokens that were added at loading. `token`, the placeholder of a picture, is added at
+    the end if it is new; `processor` is the class of transformers that reads the files.
 
     Raises:
         CheckpointError: the files give other ids than the loaded tokenizer.

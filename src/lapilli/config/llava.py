@@ -228,9 +228,7 @@ def _image(
 def parse_pinpoints(value: object, *, width_first: bool) -> tuple[ImageSize, ...]:
     """Return resolutions, from a list of pairs or its literal in a string.
 
-    Args:
-        value: the list, a string such as "[[336, 672], [672, 336]]", or None.
-        width_first: pairs are (width, height) as in the original, else (height, width).
+    Pairs are (width, height) with `width_first`, as in the original, else (height, width).
 
     Raises:
         ConfigError: anything else.
@@ -270,10 +268,9 @@ def parse_tokens(
 ) -> tuple[TokenConfig, KeyReport]:
     """Return the special ids that the files agree on, and what became of generation_config.json.
 
-    Args:
-        reader: keys of the language model's config.json or `text_config`.
-        generation: generation_config.json, which wins over config.json.
-        image_id: the vocabulary entry that stands for a picture, where there is one.
+    `reader` has the keys of the language model's config.json or `text_config`;
+    generation_config.json wins over them. `image_id` is the vocabulary entry that stands for a
+    picture.
 
     Note:
         `mm_use_im_patch_token` is true when absent: the original then adds one token at loading.

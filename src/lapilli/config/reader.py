@@ -46,10 +46,8 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")
 def parse_json(data: bytes, where: str, *, unique: bool = False) -> object:
     """Return the value of a JSON text.
 
-    Args:
-        data: the text in UTF-8; a byte order mark is skipped.
-        where: its file, for messages.
-        unique: refuse a key that comes twice in an object; else the last one counts.
+    A byte order mark is skipped. `where` is the file, for messages. With `unique` a key that comes
+    twice in an object is refused; else the last one counts.
 
     Raises:
         CheckpointError: not UTF-8, not JSON, or beyond a limit.

@@ -108,10 +108,9 @@ def parse_tower(
 ) -> VisionConfig:
     """Return the tower that the reader's keys describe.
 
-    Args:
-        reader: keys of a tower's own config.json (vision only or two towers) or a `vision_config`.
-        feature_layer: index into the hidden states, the embeddings' output being number 0.
-        feature_select: with or without the class token.
+    The keys are those of a tower's own config.json (vision only or two towers) or of a
+    `vision_config`. `feature_layer` is an index into the hidden states, the embeddings' output
+    being number 0.
 
     Raises:
         ConfigError: a key is of the wrong type, or the layer does not exist.

@@ -68,9 +68,8 @@ _PICTURE: Final = ImageSize(480, 640)  # most of COCO's, which are most of the p
 def usual_work(recipe: Recipe, config: ModelConfig) -> Work:
     """Return what LLaVA 1.5 trained this stage on, its pictures in this model's positions.
 
-    Args:
-        recipe: sequences are no longer than its `data.max_length`.
-        config: of the model. Where it cuts pictures into tiles, each of them has 640 x 480 pixels.
+    Sequences are no longer than the recipe's `data.max_length`. Where the model cuts pictures into
+    tiles, each of them has 640 x 480 pixels.
     """
     is_align = recipe.stage == "align"
     work = CAPTIONS_558K if is_align else replace(MIX_665K, longest=recipe.data.max_length)

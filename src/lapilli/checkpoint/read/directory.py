@@ -90,12 +90,8 @@ def find_tower(
 ) -> tuple[Path | None, bool]:
     """Find the vision tower that the original layout names, and whether it moved with the base.
 
-    Args:
-        raw: config.json.
-        path: of the checkpoint.
-        base: the model under an adapter or a projector; its tower is taken where the folder that
-            `raw` names is gone.
-        fetch: False leaves the weights of a tower on the hub where they are.
+    Where the folder that config.json, `raw`, names is gone, the tower of `base` is taken, the model
+    under an adapter or a projector. With fetch=False the weights of a tower on the hub stay there.
 
     Raises:
         MissingFileError: it is not there.
@@ -200,12 +196,9 @@ def find_base(
 ) -> Path:
     """Find the directory of the base.
 
-    Args:
-        given: by the caller.
-        named: by the checkpoint, in adapter_config.json or config.json.
-        path: of the checkpoint; a relative name may start from it or from its parent.
-        revision: of the named base, if it is a repository of the hub.
-        fetch: False leaves the weights of a hub repository where they are.
+    A relative name may start from `path`, the checkpoint, or from its parent. `revision` is that of
+    the named base, if it is a repository of the hub; with fetch=False the weights of a repository
+    stay where they are.
 
     Raises:
         MissingFileError: neither names one, or the one that is named cannot be found.

@@ -133,11 +133,8 @@ def make_plan(
 ) -> Plan:
     """Plan the load of a checkpoint.
 
-    Args:
-        source: a directory, a hub id or "pebble".
-        base: the language model under a LoRA or a projector; None: the one that it names.
-        adapter: a PEFT adapter to lay over the checkpoint.
-        fetch: False leaves the weights of a hub repository where they are; `parts` is then empty.
+    The arguments are those of `load_checkpoint`. With fetch=False the weights of a hub repository
+    stay where they are, and `parts` is empty.
 
     Raises:
         CheckpointError: files are missing, damaged, or do not belong together.

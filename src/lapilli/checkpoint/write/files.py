@@ -152,12 +152,8 @@ def write_weights(
 ) -> None:
     """Write model.safetensors, or numbered shards with an index, in the order of the tensors.
 
-    Args:
-        folder: that exists.
-        tensors: by name.
-        keymap: to their names in the files; None: the same names.
-        dtype: of the stored floats, of all or by the names of `tensors`; None: each as it is.
-        shard_bytes: largest size of one file.
+    The dtype is that of the stored floats, of all or by the names of `tensors`; None: each as it
+    is. `keymap` gives their names in the files; None: the same names.
 
     Raises:
         CheckpointError: `keymap` has no name for a tensor.

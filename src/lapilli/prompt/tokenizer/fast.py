@@ -421,10 +421,8 @@ def _quiet() -> Iterator[None]:
 def llama_tokenizer(model: bytes, *, legacy: bool = True) -> tokenizers.Tokenizer:
     """Convert a tokenizer.model of Llama or Mistral for the `tokenizers` library.
 
-    Args:
-        model: content of tokenizer.model.
-        legacy: a space is written before the first word of every text between added tokens;
-            False: at the beginning of a text alone, as slow tokenizers with `legacy: false` do.
+    With `legacy` a space is written before the first word of every text between added tokens, else
+    at the beginning of a text alone, as slow tokenizers with `legacy: false` do.
 
     Raises:
         CheckpointError: a unigram, word or character model.
