@@ -23,7 +23,7 @@ import jinja2
 from lapilli.errors import PromptError, TemplateFileError
 from lapilli.prompt.message import MediaPart, Message, TextPart
 from lapilli.prompt.sandbox import budget_of, compile_template, pay
-from lapilli.prompt.template import ChatTemplate, MediaSlot, Segment, TextSegment
+from lapilli.prompt.template import NOTHING_TO_ANSWER, ChatTemplate, MediaSlot, Segment, TextSegment
 
 PLACEHOLDER = "<image>"
 _MOST_SHOWN: Final = 300  # characters of an error
@@ -283,10 +283,7 @@ def _without_open_turn(messages: Sequence[Message]) -> Sequence[Message]:
     if not messages or messages[-1].role != "assistant":
         return messages
     if messages[-1].parts and messages[-1].text:
-        raise PromptError(
-            "the last message is the assistant's answer: add a message of the user, or render with "
-            "open_turn=False"
-        )
+        raise PromptError(NOTHING_TO_ANSWER)
     return messages[:-1]
 
 

@@ -41,6 +41,12 @@ Style = Literal["single", "two", "mpt", "plain", "llama_2"]
 Turn = tuple[str, "list[Segment] | None"]
 
 
+NOTHING_TO_ANSWER = (
+    "the last message is the assistant's answer: add a message of the user, or render with "
+    "open_turn=False"
+)
+
+
 def to_text(segments: Iterable[Segment]) -> str:
     """Return the prompt as one string, as the original shows it: never to be encoded."""
     return "".join(s.text if isinstance(s, TextSegment) else "<image>" for s in segments)
@@ -214,10 +220,7 @@ def _add_open_turn(turns: list[Turn], messages: Sequence[Message], assistant: st
     if messages[-1].role == "user":
         turns.append((assistant, None))
     elif turns[-1][1] is not None:
-        raise PromptError(
-            "the last message is the assistant's answer: add a message of the user, or render with "
-            "open_turn=False"
-        )
+        raise PromptError(NOTHING_TO_ANSWER)
 
 
 def _caption_pair(turns: list[Turn], sep: str) -> list[Segment]:
