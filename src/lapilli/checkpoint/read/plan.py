@@ -12,6 +12,7 @@ output layer that should be the embedding.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -119,6 +120,12 @@ class Plan:
         stores += [] if self.adapter is None else [self.adapter.store]
         return tuple(dict.fromkeys(s.path for store in stores for s in store.shards.values()))
 
+    def with_text(self, note: str, **changes: Any) -> "Plan":  # noqa: ANN401  of any field
+        """Return the plan of a changed language model, with a note that says so."""
+        text = replace(self.config.text, **changes)
+        config = replace(self.config, text=text)
+        return replace(self, config=config, notes=(*self.notes, note))
+
     def match(self, model: nn.Module) -> Matching:
         """Match the parameters of a model with the tensors of the files."""
         return match(self.parts, model, tied=self.config.text.tie_embeddings)
@@ -209,15 +216,13 @@ def _with_stored_head(plan: Plan) -> Plan:
 
     Source: transformers from 5.0 keeps both tables and warns.
     """
-    text = plan.config.text
-    if not text.tie_embeddings or not has_other_head(plan.parts):
+    if not plan.config.text.tie_embeddings or not has_other_head(plan.parts):
         return plan
     note = (
         "config.json says that the output layer is the embedding (tie_word_embeddings), but the "
         "files hold another one: that is used"
     )
-    config = replace(plan.config, text=replace(text, tie_embeddings=False))
-    return replace(plan, config=config, notes=(*plan.notes, note))
+    return plan.with_text(note, tie_embeddings=False)
 
 
 def _with_own_head(plan: Plan) -> Plan:
@@ -236,12 +241,8 @@ def _with_own_head(plan: Plan) -> Plan:
         "the base's output layer is its embedding, but the adapter changes one of the two: they "
         "are kept apart"
     )
-    return replace(
-        plan,
-        config=replace(plan.config, text=replace(plan.config.text, tie_embeddings=False)),
-        parts=(*tied_heads(plan.parts), *plan.parts),
-        notes=(*plan.notes, note),
-    )
+    apart = plan.with_text(note, tie_embeddings=False)
+    return replace(apart, parts=(*tied_heads(plan.parts), *plan.parts))
 
 
 def _with_longer_vocabulary(plan: Plan) -> Plan:
@@ -259,12 +260,8 @@ def _with_longer_vocabulary(plan: Plan) -> Plan:
     if rows <= before:
         return plan
     table = replace(plan.vocabulary, rows=rows, accepted=plan.vocabulary.accepted | {rows})
-    return replace(
-        plan,
-        config=replace(plan.config, text=replace(plan.config.text, vocab_size=rows)),
-        vocabulary=table,
-        notes=(*plan.notes, f"the adapter's vocabulary has {rows} rows, the base's {before}"),
-    )
+    note = f"the adapter's vocabulary has {rows} rows, the base's {before}"
+    return replace(plan.with_text(note, vocab_size=rows), vocabulary=table)
 
 
 def _plan_on_base(
