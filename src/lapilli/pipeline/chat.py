@@ -25,8 +25,14 @@ from lapilli.generate.output import Generation
 from lapilli.media.fetch import FetchLimits
 from lapilli.modality.image.decode import Alpha, check_alpha
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.pipeline.backend import AnswerStream, Backend, Pieces
-from lapilli.pipeline.processor import ProcessedPrompt, prepare, process, with_stops
+from lapilli.pipeline.backend import (
+    AnswerStream,
+    Backend,
+    Pieces,
+    ProcessedPrompt,
+    prepare,
+    with_stops,
+)
 from lapilli.prompt.choose import Template, check_template
 from lapilli.prompt.message import (
     MediaPart,
@@ -405,16 +411,8 @@ class Chat:
         known = {} if talk is None else talk.media
         parts = [part for message in messages for part in message.media]
         shown = {id(part): known.get(id(part)) or (part, self._prepare(part)) for part in parts}
-        prompt = process(
-            messages,
-            [shown[id(part)][1] for part in parts],
-            model=self.model,
-            template=self.template,
-            tokenizer=self.tokenizer,
-            image_id=self.config.tokens.image_id,
-            context_length=self._backend.context_length,
-            row=row,
-        )
+        items = [shown[id(part)][1] for part in parts]
+        prompt = self._backend.process(messages, items, self.template, row=row)
         known.update(shown)
         return prompt
 
