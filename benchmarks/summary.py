@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.contest import ENGINES
 from benchmarks.timed import prompt_operations
 from lapilli.config.model import DecoderConfig, ProjectorConfig, VisionConfig
-from lapilli.config.operations import projector_operations, tower_operations
+from lapilli.plan.flops import projector_operations, tower_operations
 
 NUM_TEXT = 40
 TARGETS = (

@@ -14,12 +14,12 @@ from torch import nn
 
 from lapilli.config.generation import SamplingParams
 from lapilli.config.model import DecoderConfig, TextConfig
-from lapilli.config.operations import projector_operations, tower_operations
 from lapilli.errors import UnsupportedModelError
 from lapilli.generate.engine import Engine, EngineOptions, Request, RequestHandle
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.pipeline.chat import Chat
+from lapilli.plan.flops import projector_operations, tower_operations
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 
 BOS = 1

@@ -18,8 +18,8 @@ from lapilli.model import VisionLanguageModel
 from lapilli.pipeline import load
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import Message
-from lapilli.prompt.templates import TEMPLATES
-from lapilli.prompt.tokenizer.base import Tokenizer
+from lapilli.prompt.template import TEMPLATES
+from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.shapes import Float, Tensor
 from pebble.draw import draw, model_pixels
 from pebble.reader import FeatureReader

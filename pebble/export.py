@@ -28,7 +28,7 @@ from lapilli.config.model import (
 )
 from lapilli.geometry import ImageSize
 from lapilli.model import VisionLanguageModel
-from lapilli.prompt.templates import DEFAULT_TEMPLATE
+from lapilli.prompt.template import DEFAULT_TEMPLATE
 
 _BOS, _EOS, _PAD = 1, 2, 0
 _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -22,7 +22,7 @@ from torch import nn
 
 from lapilli.errors import ConfigError
 from lapilli.lm.decoder import Decoder, DecoderLayer
-from lapilli.prompt.tokenizer.base import Tokenizer
+from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.shapes import Float, Tensor
 from pebble.initialise import initialise
 from pebble.regions import LEXICON

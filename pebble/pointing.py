@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from lapilli.nn.attention import attention_backward
 from lapilli.prompt.encode import EncodedPrompt
-from lapilli.prompt.tokenizer.base import Tokenizer
+from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.shapes import Bool, Float, Int, Tensor
 from pebble.glyphs import Glyph
 from pebble.reference import Question

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES
 from pebble.caption import caption
 from pebble.pool import PoolSpec, draw_pool
 from pebble.regions import region_words

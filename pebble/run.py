@@ -30,7 +30,8 @@ from lapilli.modality.image.image import ImageModality, VisionTransformer
 from lapilli.modality.projector import build_projector
 from lapilli.model import VisionLanguageModel
 from lapilli.pipeline import load
-from lapilli.prompt.tokenizer import SentencePieceTokenizer, TokenizerFiles
+from lapilli.prompt.tokenizer import TokenizerFiles
+from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
 from lapilli.train.distributed import RankInfo, joined
 from lapilli.train.recipe.file import build_section
 from lapilli.train.trainer.loop import Task, train

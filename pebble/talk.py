@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from lapilli.errors import DataError
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt, encode
-from lapilli.prompt.templates import TEMPLATES
-from lapilli.prompt.tokenizer.base import Tokenizer
+from lapilli.prompt.template import TEMPLATES
+from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.shapes import Float, Tensor
 from lapilli.train.data import to_sample
 from lapilli.train.data.order import draw_indices

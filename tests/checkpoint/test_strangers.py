@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from lapilli.checkpoint.formats.files import read_json, read_optional_json
 from lapilli.checkpoint.formats.weights import (
     PickledShard,
     SafetensorsShard,
+    TensorInfo,
     find_weight_files,
     open_shard,
 )
 from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.source import resolve
-from lapilli.config.json_text import MOST_BYTES, MOST_DEPTH
+from lapilli.checkpoint.source import read_json, read_optional_json, resolve
+from lapilli.config.reader import MOST_BYTES, MOST_DEPTH
 from lapilli.errors import CheckpointError, PromptError
 from lapilli.prompt.message import Message
 from lapilli.prompt.tokenizer import TokenizerFiles, build_tokenizer
@@ -237,7 +237,7 @@ def test_tensors_that_are_no_weights(tmp_path, make, match):
 
 def test_a_transposed_weight_is_one(tmp_path):
     torch.save({"a": WEIGHT.half().t(), "b": WEIGHT[1:, 2]}, tmp_path / "x.bin")
-    assert PickledShard(tmp_path / "x.bin").infos()["b"] == ((3,), torch.float32)
+    assert PickledShard(tmp_path / "x.bin").infos["b"] == TensorInfo((3,), torch.float32, "x.bin")
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from lapilli.checkpoint.write.llava import save_llava
 from lapilli.compat.evaluation import choose_conversation
 from lapilli.errors import ConfigError
 from lapilli.prompt.jinja import JinjaTemplate
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES
 from tests.integration.oracle import make_oracle, picture
 
 NAMES = ("llava-v1.5-mine", "my_run", "llava-llama-2-7b-chat", "mpt", "mistral", "llava-v1.6-34b")

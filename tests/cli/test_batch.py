@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapilli.cli.batch import answer_lines
-from lapilli.cli.batch_file import AnswerFile, Line, read_lines
+from lapilli.cli.batch import AnswerFile, Line, answer_lines, read_lines
 from lapilli.errors import GenerationError, LapilliError, PromptError
 from tests.cli.conftest import PROGRAM
 

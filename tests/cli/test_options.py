@@ -17,7 +17,7 @@ from lapilli.cli.chat import chat
 from lapilli.cli.main import app
 from lapilli.cli.terminal import ChatOptions, _say_what_is_odd, with_options
 from lapilli.config.generation import SamplingParams
-from lapilli.config.ignored import SamplingNote
+from lapilli.config.llava import SamplingNote
 
 IN_TERMINAL = {
     one.name: one for one in fields(SamplingParams) if one.metadata["option"].in_terminal

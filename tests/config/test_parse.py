@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+from lapilli.config.llava import named_tower
 from lapilli.config.model import DecoderConfig, MptConfig
-from lapilli.config.parse import named_tower, parse_config
+from lapilli.config.parse import parse_config
 from lapilli.errors import CheckpointError, ConfigError, UnknownKeyError, UnsupportedModelError
 from lapilli.geometry import ImageSize
 

@@ -66,7 +66,7 @@ def _original(variant: str, folder: Path) -> None:
 def hf_llava(folder: Path) -> None:
     """Hugging Face's LLaVA 1.5 over a Llama, with the tokenizer that a tokenizer.model becomes."""
     _hf(folder, TEXT)
-    from lapilli.prompt.tokenizer.spm_model import llama_tokenizer
+    from lapilli.prompt.tokenizer.fast import llama_tokenizer
 
     _finish(folder, llama_tokenizer(_assets("tokenizer.model").read_bytes()))
     _write(folder, "preprocessor_config.json", _PIXELS)
@@ -124,7 +124,7 @@ def _plain(kind: str, folder: Path) -> None:
     }
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(configs[kind]).save_pretrained(folder / "model")
-    from lapilli.prompt.tokenizer.spm_model import llama_tokenizer
+    from lapilli.prompt.tokenizer.fast import llama_tokenizer
 
     _finish(folder, llama_tokenizer(_assets("tokenizer.model").read_bytes()), image=False)
 
@@ -167,7 +167,7 @@ def _published(folder: Path, method: str) -> None:
     from tests.checkpoint import published
 
     _hf(folder / "float", WIDE)
-    from lapilli.prompt.tokenizer.spm_model import llama_tokenizer
+    from lapilli.prompt.tokenizer.fast import llama_tokenizer
 
     _finish(folder / "float", llama_tokenizer(_assets("tokenizer.model").read_bytes()))
     section = published.awq(64) if method == "awq" else published.gptq(64)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lapilli.prompt.tokenizer import SentencePieceTokenizer, TokenizerFiles
+from lapilli.prompt.tokenizer import TokenizerFiles
+from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
 from pebble.words import corpus, train_tokenizer
 
 

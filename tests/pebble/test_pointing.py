@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from lapilli.nn.attention import FEWEST, attend
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES
 from lapilli.train.trainer.step import PlainAttention
 from pebble.conversation import as_sample, draw_questions
 from pebble.pointing import (

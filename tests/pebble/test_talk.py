@@ -8,7 +8,7 @@ from torch import nn
 from lapilli.config.model import DecoderConfig
 from lapilli.errors import DataError
 from lapilli.lm.decoder import Decoder
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES
 from lapilli.train.recipe import OptimRecipe, RunRecipe
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.metrics import RunLog

@@ -22,8 +22,7 @@ from lapilli.geometry import ImageSize
 from lapilli.lm.decoder import Decoder
 from lapilli.modality.image.image import ImageModality
 from lapilli.model import VisionLanguageModel
-from lapilli.plan.flops import sizes
-from lapilli.plan.plan import (
+from lapilli.plan import (
     A100,
     H100,
     MIX_665K,
@@ -33,6 +32,7 @@ from lapilli.plan.plan import (
     layer_bytes,
     plan,
 )
+from lapilli.plan.flops import sizes
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from lapilli.train.data.encoder import EncodedSample
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, SaveRecipe

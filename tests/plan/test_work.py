@@ -6,7 +6,7 @@ from lapilli.config.model import ImageConfig, ModelConfig, PixelConfig, TokenCon
 from lapilli.config.projector import parse_projector
 from lapilli.errors import ConfigError
 from lapilli.geometry import ImageSize
-from lapilli.plan.plan import CAPTIONS_558K, MIX_665K, plan, usual_work
+from lapilli.plan import CAPTIONS_558K, MIX_665K, plan, usual_work
 from lapilli.train.recipe import Recipe
 from tests.plan.test_plan import SEVEN_B
 from tests.train.conftest import new_recipe

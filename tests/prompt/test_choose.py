@@ -12,8 +12,7 @@ from lapilli.prompt.choose import (
 )
 from lapilli.prompt.jinja import JinjaTemplate
 from lapilli.prompt.message import Message
-from lapilli.prompt.template import to_text
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES, to_text
 
 OWN = JinjaTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
 LLAMA = {"model_type": "llava_llama", "projector": "mlp2x_gelu"}

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from lapilli.errors import LapilliError, MediaCountMismatchError, PromptError
 from lapilli.prompt.encode import IGNORE_INDEX, PLACEHOLDER, EncodedPrompt, Span, encode
 from lapilli.prompt.message import Message
-from lapilli.prompt.template import MediaSlot, TextSegment, to_text
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES, MediaSlot, TextSegment, to_text
 from lapilli.prompt.tokenizer import Tokenizer
 
 IMAGE = object()

@@ -10,8 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lapilli.errors import PromptError
 from lapilli.prompt.jinja import JinjaTemplate, to_jinja
 from lapilli.prompt.message import MediaPart, Message, TextPart
-from lapilli.prompt.template import MediaSlot, Template, TextSegment, to_text
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES, MediaSlot, Template, TextSegment, to_text
 
 IMAGE = object()
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}

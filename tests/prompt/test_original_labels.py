@@ -6,7 +6,7 @@ import pytest
 
 from lapilli.errors import PromptError
 from lapilli.prompt.original_labels import image_token_ids, original_sample, show_images_first
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES
 
 
 @pytest.mark.slow

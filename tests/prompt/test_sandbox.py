@@ -20,8 +20,7 @@ from lapilli.errors import PromptError
 from lapilli.prompt import jinja
 from lapilli.prompt.jinja import JinjaTemplate
 from lapilli.prompt.message import Message
-from lapilli.prompt.sandbox import MOST_SOURCE, compile_template
-from lapilli.prompt.sandbox_budget import budget_of
+from lapilli.prompt.sandbox import MOST_SOURCE, budget_of, compile_template
 from tests.prompt.test_jinja import PARTS, STRING, TOKENS
 
 MANY = "range(100000)"

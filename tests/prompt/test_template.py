@@ -7,8 +7,15 @@ import pytest
 
 from lapilli.errors import MediaCountMismatchError, PromptError
 from lapilli.prompt.message import MediaPart, Message, TextPart
-from lapilli.prompt.template import ChatTemplate, MediaSlot, Template, TextSegment, to_text
-from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
+from lapilli.prompt.template import (
+    DEFAULT_TEMPLATE,
+    TEMPLATES,
+    ChatTemplate,
+    MediaSlot,
+    Template,
+    TextSegment,
+    to_text,
+)
 
 CHATS = [name for name in TEMPLATES if not name.endswith("plain")]
 IMAGE = object()

@@ -14,7 +14,7 @@ from lapilli.errors import ConfigError, DataError, PromptError
 from lapilli.nn.linear import rounded
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.prompt.message import Message
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES
 from lapilli.train.build import replace_projector
 from lapilli.train.data import EncodedSample, Sample, SampleEncoder
 from lapilli.train.distill import (

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lapilli.checkpoint.formats.files import RESULTS
 from lapilli.checkpoint.load import load_checkpoint
+from lapilli.checkpoint.source import RESULTS
 from lapilli.errors import (
     ConfigError,
     MissingFileError,

@@ -16,8 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import lapilli
 from lapilli import Message
 from lapilli.checkpoint.export import export_checkpoint
-from lapilli.checkpoint.load import load_checkpoint
-from lapilli.checkpoint.placement import STORED
+from lapilli.checkpoint.load import STORED, load_checkpoint
 from lapilli.checkpoint.write.huggingface import save_hf
 from lapilli.checkpoint.write.llava import save_llava
 from lapilli.prompt.message import MediaPart, TextPart

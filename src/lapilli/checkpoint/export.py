@@ -1,13 +1,12 @@
 """Export: a checkpoint saved again in another layout or dtype, with its adapters merged."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TypedDict
 
 from lapilli.checkpoint.formats.quantized import stored_quantization
-from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.checkpoint.load import DTYPES, STORED, Loaded, load_checkpoint
 from lapilli.checkpoint.out_of_distribution import detector_files
-from lapilli.checkpoint.placement import DTYPES, STORED
 from lapilli.checkpoint.read.assemble import Progress
 from lapilli.checkpoint.read.plan import make_plan
 from lapilli.checkpoint.write.files import check_target, common_dtypes, dtype_name
@@ -15,7 +14,6 @@ from lapilli.checkpoint.write.huggingface import check_hf_layout, save_hf
 from lapilli.checkpoint.write.llava import check_llava_layout, save_llava
 from lapilli.config.model import ModelConfig
 from lapilli.errors import ConfigError
-from lapilli.prompt.choose import Template
 from lapilli.quant import QuantConfig
 
 LAYOUTS = ("llava", "huggingface")
@@ -35,16 +33,9 @@ def export_checkpoint(
 ) -> str:
     """Save a checkpoint in another layout or dtype; return the names of the dtypes written.
 
-    Args:
-        source: a directory, a hub id or "pebble".
-        target: the new directory.
-        layout: "llava": the original's; "huggingface": LlavaForConditionalGeneration.
-        dtype: of the stored weights; None: each as in its file.
-        template: name of the conversation template to record; None: the checkpoint's own.
-        base: the language model under a LoRA or a projector.
-        adapter: a PEFT adapter to merge.
-        overwrite: replace a checkpoint that is there.
-        progress: see `load_checkpoint`.
+    The layout is "llava", the original's, or "huggingface" (LlavaForConditionalGeneration). Without
+    `dtype` each of the stored weights is as in its file, without `template` the checkpoint's own is
+    recorded. The other arguments are those of `load_checkpoint`; adapters are merged.
 
     Raises:
         CheckpointError: files are missing or damaged, `target` is there, or the disk is full.
@@ -88,36 +79,25 @@ def save_loaded(
 ) -> None:
     """Save a loaded checkpoint with its tokenizer, template and detector.
 
-    Args:
-        target: the new directory.
-        loaded: the checkpoint; its model may have been changed.
-        layout: see `export_checkpoint`.
-        config: of a changed model; None: as it was loaded.
-        quantization: of its layers; see `save_llava`.
-        overwrite: replace a directory that is there.
+    The arguments are those of `export_checkpoint`; `loaded` may have been changed since, `config`
+    and `quantization` are then those that it has now.
 
     Raises:
         CheckpointError: `target` is there, or the disk is full.
         ConfigError: see `save_llava` and `save_hf`.
         UnsupportedModelError: the layout cannot hold the model.
     """
-    common: _Common = {
-        "tokenizer_path": loaded.tokenizer_path,
-        "template": loaded.template.template,
-        "overwrite": overwrite,
-        "extra": detector_files(loaded.path),
-    }
-    config = config or loaded.config
-    if layout == "huggingface":
-        save_hf(target, loaded.model, config, tokenizer=loaded.tokenizer, **common)
-    else:
-        save_llava(target, loaded.model, config, quantization=quantization, **common)
-
-
-class _Common(TypedDict):
-    """Arguments of the writers of both layouts."""
-
-    tokenizer_path: Path
-    template: Template
-    overwrite: bool
-    extra: Mapping[str, str | bytes]
+    save: Callable[..., None] = (
+        partial(save_hf, tokenizer=loaded.tokenizer)
+        if layout == "huggingface"
+        else partial(save_llava, quantization=quantization)
+    )
+    save(
+        target,
+        loaded.model,
+        config or loaded.config,
+        tokenizer_path=loaded.tokenizer_path,
+        template=loaded.template.template,
+        overwrite=overwrite,
+        extra=detector_files(loaded.path),
+    )

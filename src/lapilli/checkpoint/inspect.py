@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import wrap
 
-from lapilli.checkpoint.formats.files import in_folder
 from lapilli.checkpoint.formats.quantized import LayerQuantizer, stored_quantization
-from lapilli.checkpoint.keymaps import TOWER
+from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TEXT, TOWER
 from lapilli.checkpoint.read.assemble import Matching, build_model
 from lapilli.checkpoint.read.directory import VISION
 from lapilli.checkpoint.read.plan import Plan, make_plan
+from lapilli.checkpoint.source import in_folder
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import tile_features
@@ -40,10 +40,10 @@ LAYOUTS = {
     "text": "language model without images",
 }
 COMPONENTS = {
-    "language model": "language_model.",
+    "language model": TEXT,
     "vision tower": "modalities.image.vision_tower.",
-    "projector": "modalities.image.projector.",
-    "newline": "modalities.image.image_newline",
+    "projector": PROJECTOR,
+    "newline": NEWLINE,
 }
 
 
@@ -52,7 +52,6 @@ class Inspection:
     """Everything that `lapilli inspect` prints, as plain values.
 
     Args:
-        source: as given.
         format: layout and form, such as "original LLaVA, LoRA".
         architecture: family and sizes of the language model.
         quantization: format, bits, groups and zero points of packed weights, or empty.
@@ -62,19 +61,14 @@ class Inspection:
         image: aspect, layout of the features, resolutions; empty without images.
         dtypes: dtype -> numbers stored in it, over all files.
         parameters: component -> number of parameters.
-        num_bytes: of the tensors in the files.
         visual_tokens: picture size -> number of its tokens in a prompt.
         special_tokens: role -> "token (id)".
         context: tokens that the language model was trained for.
         ignored_keys: configuration keys that are not read on purpose.
         unknown_keys: configuration keys that nothing reads.
-        dropped: tensors that are dropped on purpose.
-        missing: parameters without a tensor.
-        unexpected: tensors without a parameter.
         paths: component -> its directory.
         layers_on_cpu: times of the kernels on this machine for every size of linear layer, if
             measured.
-        notes: for the user.
     """
 
     source: str
@@ -125,13 +119,8 @@ def inspect_checkpoint(
 ) -> Inspection:
     """Inspect a checkpoint without reading its weights.
 
-    Args:
-        source: a directory, a hub id or "pebble"; of a hub repository only the small files are
-            fetched.
-        base: as for `load_checkpoint`.
-        adapter: as for `load_checkpoint`.
-        template: instead of the checkpoint's own.
-        choices: measures kernels of linear layers on this CPU; None: nothing is measured.
+    The arguments are those of `load_checkpoint`; of a hub repository only the small files are
+    fetched. `choices` measures the kernels of linear layers on this CPU; None: nothing is measured.
 
     Raises:
         CheckpointError: files are missing or damaged. Missing and unexpected tensors are listed.

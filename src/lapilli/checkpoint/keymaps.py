@@ -41,33 +41,27 @@ class KeyMap:
 
     Args:
         name: of the layout, in messages.
-        rules: (prefix in the file, prefix in the model); None: such tensors are dropped.
-        dropped: pattern of names that are dropped, checked before the rules.
+        rules: (prefix in the file, prefix in the model).
     """
 
     name: str
-    rules: tuple[tuple[str, str | None], ...]
-    dropped: re.Pattern[str] = DROPPED
+    rules: tuple[tuple[str, str], ...]
 
-    def is_dropped(self, foreign: str) -> bool:
+    @staticmethod
+    def is_dropped(foreign: str) -> bool:
         """Return whether a tensor of the file is dropped on purpose."""
-        if self.dropped.search(foreign):
-            return True
-        return any(foreign.startswith(old) and new is None for old, new in self.rules)
+        return DROPPED.search(foreign) is not None
 
     def to_ours(self, foreign: str) -> str | None:
         """Return the parameter of a tensor of the file; None when no rule matches."""
         for old, new in self.rules:
-            if foreign.startswith(old) and new is not None:
+            if foreign.startswith(old):
                 return new + foreign[len(old) :]
         return None
 
     def to_foreign(self, ours: str) -> str | None:
         """Return the tensor of the file for a parameter by the first rule that matches, or None."""
-        for old, new in self.rules:
-            if new is not None and ours.startswith(new):
-                return old + ours[len(new) :]
-        return None
+        return next(iter(self.spellings(ours)), None)
 
     def rename(self, state: Mapping[str, T]) -> dict[str, T]:
         """Rename a state dict from parameters to the names of the file.
@@ -85,11 +79,7 @@ class KeyMap:
 
     def spellings(self, ours: str) -> tuple[str, ...]:
         """Return all names of a parameter or module in files of this layout."""
-        return tuple(
-            old + ours[len(new) :]
-            for old, new in self.rules
-            if new is not None and ours.startswith(new)
-        )
+        return tuple(old + ours[len(new) :] for old, new in self.rules if ours.startswith(new))
 
 
 TOWER = "modalities.image.vision_tower.vision_model."

@@ -18,8 +18,8 @@ from typing import cast
 
 import torch
 
-from lapilli.checkpoint.formats.files import read_optional_json
 from lapilli.checkpoint.formats.weights import check_values, open_shard
+from lapilli.checkpoint.source import read_optional_json
 from lapilli.checkpoint.write.files import write_safetensors
 from lapilli.config.reader import JsonObject, KeyReader
 from lapilli.errors import CheckpointError
@@ -83,9 +83,7 @@ class Detector:
     def doubt(self, probability: float, name: str) -> str | None:
         """Return one line for people about an answer that may well be wrong, or None.
 
-        Args:
-            probability: of all tokens of the answer together.
-            name: of the model.
+        `probability` is that of all tokens of the answer together.
         """
         if probability >= self.unsure_below:
             return None
@@ -155,9 +153,7 @@ def detector_files(folder: Path) -> dict[str, bytes]:
 def load_detector(folder: Path, *, width: int | None = None) -> Detector | None:
     """Load the detector of a checkpoint, or return None where it has none.
 
-    Args:
-        folder: of the checkpoint.
-        width: of the tower's features, E; None: any.
+    `width` is that of the tower's features, E; None: any.
 
     Raises:
         CheckpointError: a file is missing or damaged.

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lapilli.checkpoint.formats.files import in_folder, read_optional_json, read_optional_text
 from lapilli.checkpoint.read.plan import PEFT_ADAPTER, Plan
+from lapilli.checkpoint.source import in_folder, read_optional_json, read_optional_text
 from lapilli.config.model import ModelConfig
 from lapilli.errors import ConfigError, TemplateFileError
 from lapilli.prompt.choose import (
@@ -23,8 +23,7 @@ from lapilli.prompt.choose import (
 )
 from lapilli.prompt.encode import media_gap
 from lapilli.prompt.jinja import JinjaTemplate, to_jinja, with_gaps
-from lapilli.prompt.template import ChatTemplate
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES, ChatTemplate
 from lapilli.prompt.tokenizer import Tokenizer
 
 
@@ -154,11 +153,8 @@ class WrittenTemplate:
     ) -> str | None:
         """Return chat_template.jinja for Hugging Face's layout; None: there is no template.
 
-        Args:
-            tokenizer: of that layout.
-            image_id: its placeholder token of a picture.
-            was_whole: prompts were tokenized whole before, so that a chat template has the text
-                after a picture already.
+        With `was_whole` prompts were tokenized whole before, so that a chat template has the text
+        after a picture already.
 
         Raises:
             PromptError: captions (the plain style) are no conversation.

@@ -10,7 +10,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from lapilli.checkpoint.formats.files import (
+from lapilli.checkpoint.source import (
     has_file,
     in_folder,
     read_optional_bytes,
@@ -22,13 +22,9 @@ from lapilli.config.families import family_of
 from lapilli.config.model import ModelConfig, TokenConfig
 from lapilli.config.reader import KeyReader
 from lapilli.errors import CheckpointError, ConfigFileError, MissingFileError
-from lapilli.prompt.tokenizer import (
-    SentencePieceTokenizer,
-    Tokenizer,
-    TokenizerFiles,
-    build_tokenizer,
-)
-from lapilli.prompt.tokenizer.spm_model import llama_tokenizer
+from lapilli.prompt.tokenizer import Tokenizer, TokenizerFiles, build_tokenizer
+from lapilli.prompt.tokenizer.fast import llama_tokenizer
+from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
 
 MOST_BYTES = 64 << 20
 """Largest file of a tokenizer that is read; the largest published ones have half as much."""
@@ -41,11 +37,9 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load the tokenizer of a directory.
 
-    Args:
-        directory: of the checkpoint, or of the base model of an adapter.
-        fast: the original's class for this language model: SentencePiece itself for llama (False),
-            the tokenizers library for all others.
-        settings: laid over what tokenizer_config.json and special_tokens_map.json say.
+    `fast` says the original's class for this language model: SentencePiece itself for llama
+    (False), the tokenizers library for all others. `settings` are laid over what
+    tokenizer_config.json and special_tokens_map.json say.
 
     Raises:
         MissingFileError: it has no tokenizer.
@@ -58,12 +52,13 @@ def load_tokenizer(
 def _files(directory: Path, asked: Mapping[str, object]) -> TokenizerFiles:
     config = read_optional_json(directory / "tokenizer_config.json") or {}
     special = read_optional_json(directory / "special_tokens_map.json") or {}
+    added = read_optional_json(directory / "added_tokens.json") or {}
     files = TokenizerFiles(
         model=read_optional_bytes(directory / "tokenizer.model", most=MOST_BYTES),
         json=read_optional_text(directory / "tokenizer.json", most=MOST_BYTES),
         config={**config, **asked},
         special_map={**special, **{key: asked[key] for key in special if key in asked}},
-        added=_added(directory / "added_tokens.json"),
+        added=KeyReader(added, "added_tokens.json").all_ids(),
     )
     if files.model is None and files.json is None:
         raise MissingFileError(
@@ -116,11 +111,6 @@ def add_image_tokens(tokenizer: Tokenizer, *, use_patch: bool, use_start_end: bo
     if use_start_end:
         count += tokenizer.add_tokens([IMAGE_START, IMAGE_END], special=True)
     return count
-
-
-def _added(path: Path) -> dict[str, int]:
-    found = read_optional_json(path) or {}
-    return KeyReader(found, path.name).all_ids()
 
 
 TOKENIZER_FILES = (
@@ -203,12 +193,9 @@ def save_tokenizer_with(
 ) -> int:
     """Write tokenizer.json and its configuration with `token` among them; return its id.
 
-    Args:
-        folder: of the new files.
-        source: a directory with tokenizer.json or tokenizer.model.
-        tokenizer: the same, loaded, with the tokens that were added at loading.
-        token: the placeholder of a picture, added at the end if it is new.
-        processor: class of transformers that reads the files.
+    `source` is a directory with tokenizer.json or tokenizer.model, `tokenizer` the same, loaded,
+    with the tokens that were added at loading. `token`, the placeholder of a picture, is added at
+    the end if it is new; `processor` is the class of transformers that reads the files.
 
     Raises:
         CheckpointError: the files give other ids than the loaded tokenizer.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, ChatOptions, Json, note
-from lapilli.config.paths import given_path
+from lapilli.config.reader import given_path
 from lapilli.errors import MediaError
 
 if TYPE_CHECKING:

@@ -3,20 +3,34 @@
     in    {"question": "...", "images": ["a.png"], "id": 7}      paths beside the file, any id
     out   {"line": 1, "id": 7, "asked": "...", "answer": "...", ...} or {..., "error": "..."}
 
-Every line ends as an answer or as its error, whatever it holds. The files are read and written in
-batch_file.py.
+    bytes -> Line (numbered from 1) -> Question: messages, or what is wrong -> Result -> AnswerFile
+
+Every line ends as an answer or as its error, whatever it holds. Answers are written as they come,
+each in one piece: whatever ends the program, what is in the file is whole but for a torn last line,
+which the next run drops. A line of the input that was changed is answered again; the answer to what
+it said before is moved to OUT.old.
 """
 
-from collections.abc import Iterator, Sequence
+import codecs
+import errno
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from lapilli.cli.batch_file import AnswerFile, Line, Question, Result, read_lines
 from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, ChatOptions, Sampling, counting, note
 from lapilli.config.generation import SamplingParams
-from lapilli.errors import LapilliError
+from lapilli.config.reader import given_path
+from lapilli.errors import LapilliError, PromptError
 
 if TYPE_CHECKING:
     from lapilli.generate.output import Generation
@@ -34,6 +48,320 @@ Rows = Annotated[int, typer.Option(min=1, help="Most questions that are answered
 
 EXIT_NO_ANSWER = 1
 """Exit code when no line has an answer."""
+
+Result = dict[str, Any]
+"""A line of the output."""
+
+START = b'{"line": '
+"""Beginning of every line of the output."""
+
+# Ends of lines to many programs, though not to JSON: written as escapes.
+_ESCAPED = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, and the beginning of its result: an error where there are no messages."""
+
+    head: dict[str, Any]
+    messages: "tuple[Message, ...]"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the input, numbered from 1; its bytes may be anything."""
+
+    number: int
+    content: bytes
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest that the output keeps of the line, to see whether it was changed."""
+        return blake2b(self.content, digest_size=8).hexdigest()
+
+    def question(self, folder: Path) -> Question:
+        """Return what the line asks.
+
+        Relative paths of pictures begin in `folder`.
+        """
+        head: dict[str, Any] = {"line": self.number}
+        try:
+            row = _object(self.content)
+            if "id" in row:
+                head["id"] = _id(row["id"])
+            messages = _messages(row, folder)
+        except PromptError as error:
+            return Question(head | {"asked": self.digest, "error": str(error)}, ())
+        except Exception as error:  # noqa: BLE001 - a line holds anything, and has to have a result
+            reason = f"cannot be read: {type(error).__name__}: {error}"
+            return Question(head | {"asked": self.digest, "error": reason}, ())
+        return Question(head | {"asked": self.digest}, messages)
+
+
+def read_lines(source: Path) -> list[Line]:
+    r"""Return the lines that hold something.
+
+    They end with \n alone: a string in JSON may hold U+2028 and other ends of lines as they are.
+    The marks that Windows writes at the beginning of a file are read over, UTF-16 included.
+
+    Raises:
+        PromptError: the file is UTF-16 and damaged.
+        OSError: it cannot be read.
+    """
+    content = source.read_bytes()
+    if content.startswith(_UTF_16):
+        try:
+            content = content.decode("utf-16").encode()
+        except UnicodeError as error:
+            raise PromptError(f"{source} begins as UTF-16 and is none: {error}") from error
+    content = content.removeprefix(codecs.BOM_UTF8)
+    lines = (Line(number, line.strip()) for number, line in enumerate(content.split(b"\n"), 1))
+    return [line for line in lines if line.content]
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(content.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise PromptError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
+    except RecursionError as error:
+        raise PromptError("not JSON that can be read: lists or objects too deep") from error
+    except ValueError as error:
+        raise PromptError(f"not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise PromptError("not a JSON object")
+    return row
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _id(value: object) -> object:
+    """Return the id, if it can be written as it was read."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:  # 1e999 is read as infinity
+        raise PromptError('"id" cannot be written as JSON: use a text or a number') from error
+    return value
+
+
+def _messages(row: dict[str, Any], folder: Path) -> "tuple[Message, ...]":
+    from lapilli.prompt.message import Message
+
+    question, system = row.get("question"), row.get("system")
+    if not isinstance(question, str | None):
+        raise PromptError(f'"question" must be a text, found {_kind(question)}')
+    if question is None or not question.strip():
+        raise PromptError('no "question", or an empty one')
+    if not isinstance(system, str | None):
+        raise PromptError(f'"system" must be a text, found {_kind(system)}')
+    messages = [] if system is None else [Message.system(system)]
+    pictures = (_place(each, folder) for each in _pictures(row))
+    return (*messages, Message.user(question, *pictures))
+
+
+def _pictures(row: dict[str, Any]) -> list[str]:
+    image, images = row.get("image"), row.get("images")
+    if image is not None and images is not None:
+        raise PromptError('both "image" and "images": give one of them')
+    if image is not None and not isinstance(image, str):
+        raise PromptError(f'"image" must be a path, a URL or a data URI, found {_kind(image)}')
+    pictures = images if images is not None else [] if image is None else [image]
+    if not isinstance(pictures, list) or not all(isinstance(each, str) for each in pictures):
+        raise PromptError('"images" must be a list of paths, URLs or data URIs')
+    if "-" in pictures:
+        raise PromptError("'-' is standard input, which no line can have: give a path")
+    return pictures
+
+
+def _kind(value: object) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return names.get(type(value), "an object" if isinstance(value, dict) else "a text")
+
+
+def _place(picture: str, folder: Path) -> str:
+    from lapilli.media.fetch import is_path
+
+    if not picture:
+        raise PromptError("the path of a picture is empty")
+    return str(folder / given_path(picture)) if is_path(picture) else picture
+
+
+class AnswerFile(AbstractContextManager["AnswerFile"]):
+    """The output of a batch: answers that are there, and those that are added; for one process.
+
+    A pipe or a device is written and not read back. `source` is the file of the lines that are to
+    be answered.
+
+    Raises:
+        PromptError: the file holds something else than answers, another process writes it, it is
+            a folder, the input, or a pipe that nobody reads.
+        OSError: it cannot be read or written.
+    """
+
+    def __init__(self, path: Path, lines: Iterable[Line], *, source: Path) -> None:
+        if path.is_dir():
+            raise PromptError(f"{path} is a folder: name a file for the answers")
+        self.path = path
+        self.old = path.with_name(f"{path.name}.old")
+        self.done: frozenset[int] = frozenset()
+        """Numbers of the lines that are answered or have their error."""
+        self.stale = 0
+        """Answers that were moved away, because the line was changed."""
+        self.num_answers = 0
+        """Number of them that are answers."""
+        if path.exists() and path.samefile(source):
+            raise PromptError(f"{path} is the input: name another file for the answers")
+        self._number = _open(path)
+        try:
+            if stat.S_ISREG(os.fstat(self._number).st_mode):
+                self._take_up({line.number: line.digest for line in lines})
+        except BaseException:  # an interrupt too must leave no lock behind
+            os.close(self._number)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._number)
+
+    def add(self, result: Result) -> None:
+        """Append a result, whole.
+
+        Raises:
+            OSError: the disk is full, or the like; what was written of the line is a torn end.
+        """
+        self._write(_encoded(result))
+        self.num_answers += "answer" in result
+
+    def _write(self, content: bytes) -> None:
+        rest = memoryview(content)
+        try:
+            while rest:
+                rest = rest[os.write(self._number, rest) :]
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
+
+    def _take_up(self, digests: dict[int, str]) -> None:
+        """Read what is there; keep what answers the lines as they are now."""
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if not START.startswith(content[end:][: len(START)]):
+            raise _not_ours(self.path)
+        kept: dict[int, bytes] = {}
+        stale = []
+        rows = content[:end].splitlines(keepends=True)
+        for row in rows:
+            number, asked, is_answer = _read_back(row, self.path)
+            if number in digests and number not in kept and asked in (None, digests[number]):
+                kept[number] = row
+                self.num_answers += is_answer
+            else:
+                stale.append(row)
+        self.done, self.stale = frozenset(kept), len(stale)
+        if stale:
+            with self.old.open("ab") as file:
+                file.writelines(stale)
+            self._replace(b"".join(kept.values()))
+        elif end < len(content):
+            os.truncate(self._number, end)
+
+    def _replace(self, content: bytes) -> None:
+        """Put another file into the place of this one, so that a stop in between loses nothing."""
+        before, whole = self._number, self.path
+        self.path = whole.with_name(f"{whole.name}.new")
+        self.path.unlink(missing_ok=True)
+        self._number = _open(self.path)
+        try:
+            self._write(content)
+            self.path.chmod(stat.S_IMODE(os.fstat(before).st_mode))
+            self.path.replace(whole)
+        finally:
+            self.path = whole
+            os.close(before)
+
+
+def _encoded(result: Result) -> bytes:
+    """Return a line of the output; what is no Unicode is written as escapes."""
+    try:
+        text = json.dumps(result, ensure_ascii=False, allow_nan=False).translate(_ESCAPED)
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(result)}\n".encode()
+
+
+def _read_back(row: bytes, path: Path) -> tuple[int, str | None, bool]:
+    """Return number of the line, what was asked (None: not written), and whether it is an answer.
+
+    A row that was torn and written over is nobody's: line 0.
+
+    Raises:
+        PromptError: the row is none of ours.
+    """
+    try:
+        found = json.loads(row)
+        number, asked = found["line"], found.get("asked")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if row.startswith(START):
+            return 0, None, False
+        raise _not_ours(path) from error
+    if type(number) is not int or not isinstance(asked, str | None):
+        raise _not_ours(path)
+    return number, asked, "answer" in found
+
+
+def _not_ours(path: Path) -> PromptError:
+    return PromptError(
+        f"{path} holds something else than answers of lapilli batch: name another file"
+    )
+
+
+def _open(path: Path) -> int:
+    """Return a descriptor at the end of the file, locked.
+
+    Raises:
+        PromptError: another process has it, or nobody reads the pipe that it is.
+    """
+    while True:
+        number = _open_to_append(path)
+        try:
+            _lock(number, path)
+        except BaseException:  # an interrupt too must leave no descriptor open
+            os.close(number)
+            raise
+        # Whoever had it before may have put another file into its place meanwhile.
+        if path.exists() and os.path.samestat(os.fstat(number), path.stat()):
+            return number
+        os.close(number)
+
+
+def _open_to_append(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    try:  # a pipe without a reader would wait for ever
+        number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise PromptError(f"{path} is a pipe that nobody reads: start its reader") from error
+        raise
+    if sys.platform != "win32":
+        os.set_blocking(number, True)
+    return number
+
+
+def _lock(number: int, path: Path) -> None:
+    """Make this process the only one that writes the file, where the system can do that."""
+    if sys.platform == "win32" or not stat.S_ISREG(os.fstat(number).st_mode):
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise PromptError(
+            f"{path} is being written by another lapilli batch: wait for it, or name another file"
+        ) from error
+    except OSError:
+        return  # a file system without locks
 
 
 def batch(

@@ -32,8 +32,7 @@ def quantize(
     """Save a checkpoint in 4 or 8 bits; it loads at once and answers faster on a CPU."""
     with loading(source, quiet=how.quiet) as progress:
         from lapilli.checkpoint.export import save_loaded
-        from lapilli.checkpoint.load import load_checkpoint
-        from lapilli.checkpoint.placement import STORED
+        from lapilli.checkpoint.load import STORED, load_checkpoint
         from lapilli.checkpoint.write.files import check_target
         from lapilli.quant import QuantConfig
         from lapilli.quant.quantize import describe, notes_on

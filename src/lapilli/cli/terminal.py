@@ -18,8 +18,8 @@ import typer
 
 from lapilli.checkpoint.source import is_local
 from lapilli.config.generation import EngineOptions, SamplingParams, value_type
-from lapilli.config.ignored import SamplingNote
-from lapilli.config.paths import given_path
+from lapilli.config.llava import SamplingNote
+from lapilli.config.reader import given_path
 from lapilli.errors import LapilliError
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ class ChatOptions:
     def load(self, **limits: Any) -> "Chat":  # noqa: ANN401  see EngineOptions
         """Load the model behind a bar, and say what a person should know about it.
 
-        Args:
-            limits: fields of EngineOptions.
+        `limits` are fields of EngineOptions.
         """
         with loading(self.model, quiet=self.quiet) as progress:
             import lapilli  # torch with it, which takes time too

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lapilli.cli.terminal import Device, Quiet, note
-from lapilli.config.paths import given_path
+from lapilli.config.reader import given_path
 
 if TYPE_CHECKING:
     from lapilli.train.recipe import Recipe
@@ -113,7 +113,7 @@ def _print_plan(recipe: "Recipe", gpus: int) -> None:
 
     from lapilli.checkpoint.read.plan import make_plan
     from lapilli.errors import ConfigError, MissingFileError
-    from lapilli.plan.plan import A100, H100, RTX4090, plan, usual_work
+    from lapilli.plan import A100, H100, RTX4090, plan, usual_work
     from lapilli.train.data import open_dataset
 
     if recipe.model.checkpoint is None:

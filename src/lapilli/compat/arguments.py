@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from lapilli.errors import ConfigError, UnsupportedModelError
-from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
+from lapilli.prompt.template import DEFAULT_TEMPLATE, TEMPLATES
 from lapilli.train.distributed import rank_info_of
 from lapilli.train.recipe import (
     DataRecipe,

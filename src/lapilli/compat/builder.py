@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from lapilli.checkpoint.formats.files import read_optional_json
 from lapilli.checkpoint.keymaps import LANGUAGE_MODEL, TEXT, TOWER, VISION_TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.checkpoint.source import find_directory
+from lapilli.checkpoint.source import find_directory, read_optional_json
 from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
 from lapilli.checkpoint.write.llava import as_original, write_llava_config
 from lapilli.compat import models
@@ -26,7 +25,8 @@ from lapilli.compat.utils import Foreign
 from lapilli.errors import UnsupportedModelError
 from lapilli.lm.foreign import ForeignLanguageModel
 from lapilli.modality.image.image import ImageModality
-from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer
+from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.prompt.tokenizer.fast import FastTokenizer
 
 DEFAULT_CONTEXT = 2048
 CHANGES = ("quantization_config", "overwrite_config", "customized_config")

@@ -13,8 +13,7 @@ from PIL import Image
 
 from lapilli.errors import MediaError
 from lapilli.modality.image.pixels import pad_to_square
-from lapilli.prompt.template import ChatTemplate, Style
-from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
+from lapilli.prompt.template import DEFAULT_TEMPLATE, TEMPLATES, ChatTemplate, Style
 
 __all__ = ["Conversation", "SeparatorStyle", "conv_templates", "default_conversation"]
 

@@ -17,11 +17,11 @@ import transformers
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
-from lapilli.checkpoint.formats.files import read_optional_json
-from lapilli.checkpoint.source import resolve
+from lapilli.checkpoint.source import read_optional_json, resolve
 from lapilli.checkpoint.tokenizer import copy_tokenizer, load_tokenizer
 from lapilli.checkpoint.write.files import write_json
-from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer
+from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.prompt.tokenizer.fast import FastTokenizer
 
 NO_LIMIT = int(1e30)
 ROLES = ("bos", "eos", "unk", "pad")

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from lapilli.checkpoint.formats.files import RESULTS, read_json
-from lapilli.checkpoint.source import resolve
+from lapilli.checkpoint.source import RESULTS, read_json, resolve
 from lapilli.checkpoint.write.files import write_json
 from lapilli.compat.arguments import (
     Arguments,
@@ -42,8 +41,8 @@ from lapilli.compat.trainer import (
     safe_save_model_for_hf_trainer,
     smart_tokenizer_and_embedding_resize,
 )
+from lapilli.config.llava import RECORD_KEY
 from lapilli.errors import CheckpointError, ConfigError
-from lapilli.prompt.choose import RECORD_KEY
 from lapilli.train.distributed import joined, rank_info_of
 from lapilli.train.launch import launch
 from lapilli.train.task import TrainingTask

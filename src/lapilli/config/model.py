@@ -3,7 +3,7 @@
 Foreign config.json files become these in config/parse.py; nothing else reads a foreign key.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from lapilli.errors import ConfigError
@@ -291,10 +291,8 @@ class ModelConfig:
     has_newline: bool = False
     layout: Literal["llava", "hf_llava", "hf_llava_next", "text"] = "llava"
     torch_dtype: str | None = None
-    max_length: int | None = (
-        None  # tokenizer_model_max_length: the original truncates the fused row to it
-    )
+    # tokenizer_model_max_length: the original truncates the fused row to it.
+    max_length: int | None = None
     context_length: int = 2048
     padding_side: Literal["left", "right"] = "right"
     template: str | None = None  # lapilli_template: what lapilli recorded when it wrote the files
-    notes: tuple[str, ...] = field(default=())

@@ -17,6 +17,8 @@ from lapilli.config.model import ProjectorConfig, VisionConfig
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.geometry import Grid
 
+RESAMPLER_EXPANSION = 4
+"""Width of the mlp of a resampler's layer, in widths of its queries."""
 KINDS = (
     "linear, mlpNx_gelu, identity, poolKxK_mlpNx_gelu, mlpNx_gelu_poolKxK, resamplerM, resamplerMxN"
 )
@@ -34,7 +36,6 @@ class TileFeatures:
 
     Attributes:
         side: of the tile in pixels.
-        number: features.
         grid: their rows and columns; None where they do not lie on a grid.
         reason: why they do not.
     """
@@ -78,11 +79,6 @@ def tile_features(vision: VisionConfig, projector: ProjectorConfig | None = None
 
 def parse_projector(name: str, *, vision_size: int, hidden_size: int) -> ProjectorConfig:
     """Return the projector that `mm_projector_type` names.
-
-    Args:
-        name: see above.
-        vision_size: width of the features.
-        hidden_size: width of the language model.
 
     Raises:
         ConfigError: an identity between different widths.

@@ -1,17 +1,26 @@
-"""Reading a foreign JSON object key by key, typed, and remembering which keys were read.
+"""Readers of what comes from outside: JSON texts, their objects key by key, and paths.
 
-Knows nothing about models. Errors name the file, the key, what was expected and what was found.
+    bytes -> parse_json -> a value -> KeyReader: typed keys, and which of them were read
+
+The limits on a stranger's file stand here and nowhere else: what Python's parser takes may still
+break who uses it (nests that exceed the stack when they are written again, half characters that
+cannot be printed, a file larger than the memory). Errors name the file, the key, what was expected
+and what was found. Knows nothing about models.
 """
 
+import json
+import os
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, TypeGuard, overload
+from pathlib import Path
+from typing import Any, Final, TypeGuard, TypeVar, overload
 
 from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, UnknownKeyError
 
 JsonObject = Mapping[str, object]
+T = TypeVar("T")
 
 # Beyond every model that there is, and far below what could not be built or counted.
 MOST_LAYERS: Final = 1000
@@ -27,6 +36,95 @@ LONGEST: Final = 1000  # characters of a value that is a string
 _SHORT: Final = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 _SHORT.maxlevel = 3
+
+MOST_BYTES: Final = 32 << 20
+"""Most bytes of a JSON file or header; the largest that are published have a third of it."""
+MOST_DEPTH: Final = 100
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")
+
+
+def parse_json(data: bytes, where: str, *, unique: bool = False) -> object:
+    """Return the value of a JSON text.
+
+    A byte order mark is skipped. `where` is the file, for messages. With `unique` a key that comes
+    twice in an object is refused; else the last one counts.
+
+    Raises:
+        CheckpointError: not UTF-8, not JSON, or beyond a limit.
+    """
+    if len(data) > MOST_BYTES:
+        raise CheckpointError(
+            f"{where} has {len(data)} bytes of JSON, at most {MOST_BYTES} are read"
+        )
+    text = decode_text(data, where)
+    try:
+        found: object = json.loads(text, object_pairs_hook=unique_keys if unique else None)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{where} is not valid JSON: {error.msg} in line {error.lineno}"
+        ) from error
+    except RecursionError:
+        raise CheckpointError(f"{where} is nested more than {MOST_DEPTH} deep") from None
+    except ValueError as error:  # a number of thousands of digits, a key that comes twice
+        raise CheckpointError(f"{where} cannot be read: {error}") from error
+    if is_deep(found):
+        raise CheckpointError(f"{where} is nested more than {MOST_DEPTH} deep")
+    if "\\ud" in text or "\\uD" in text:
+        _refuse_halves(found, where)
+    return found
+
+
+def decode_text(data: bytes, where: str) -> str:
+    """Return the text of a file in UTF-8, without a byte order mark.
+
+    Raises:
+        CheckpointError: another encoding.
+    """
+    if data.startswith(_UTF_16):
+        raise CheckpointError(f"{where} is UTF-16 text, expected UTF-8: save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where} is not UTF-8 text: is it damaged?") from error
+
+
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs, as an object_pairs_hook of the json module.
+
+    Raises:
+        ValueError: a key comes twice, so one of its values would be lost.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} comes twice in one object")
+    return made
+
+
+def is_deep(value: object) -> bool:
+    """Return whether lists and objects lie in each other more than MOST_DEPTH deep."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MOST_DEPTH):
+        level = [
+            inner
+            for holder in level
+            for inner in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _refuse_halves(value: object, where: str) -> None:
+    """Refuse half of a character beyond 16 bits, which JSON can write and UTF-8 cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{where} holds half a character (a lone surrogate): is it damaged?"
+        ) from error
 
 
 def is_object(value: object) -> TypeGuard[JsonObject]:
@@ -118,8 +216,7 @@ class KeyReader:
         Raises:
             ConfigFileError: absent without default, or something else.
         """
-        found = self.integer(key, default)
-        return self._from(1, key, found, most)
+        return self._from(1, key, self.integer(key, default), most)
 
     def optional_positive(self, key: str, *, most: int = MOST) -> int | None:
         """Return a whole number from 1 to `most`, or None."""
@@ -175,6 +272,24 @@ class KeyReader:
             raise self._wrong(key, "a short string", value)
         return value
 
+    def choice(
+        self,
+        key: str,
+        default: str,
+        known: Mapping[str, T],
+        refusal: type[ConfigError] = ConfigError,
+    ) -> T:
+        """Return what a key names.
+
+        Raises:
+            ConfigError: nothing has the name; a `refusal`.
+        """
+        name = self.text(key, default)
+        if name not in known:
+            where = f"{self.where}: {self.prefix}{key}"
+            raise refusal(f"{where} is {name!r}, choose from {', '.join(known)}")
+        return known[name]
+
     def child(self, key: str, ignored: frozenset[str] = frozenset()) -> "KeyReader":
         """Return a reader of a nested object, empty when absent; its keys join this report."""
         value = self.value(key)
@@ -192,12 +307,9 @@ class KeyReader:
         if value is None:
             return ()
         values = value if isinstance(value, list) else [value]
-        found: list[int] = []
-        for one in values:
-            if isinstance(one, bool) or not isinstance(one, int) or abs(one) > MOST:
-                raise self._wrong(key, "an id or a list of ids", value)
-            found.append(one)
-        return tuple(found)
+        if not all(type(one) is int and abs(one) <= MOST for one in values):
+            raise self._wrong(key, "an id or a list of ids", value)
+        return tuple(values)
 
     def all_ids(self) -> dict[str, int]:
         """Return every key with its id, of a file that maps tokens to ids."""
@@ -260,3 +372,17 @@ def in_file() -> Iterator[None]:
     except ConfigError as error:
         where = "" if ".json" in str(error) else "config.json: "
         raise ConfigFileError(f"{where}{error}"[:LONGEST]) from error
+
+
+def given_path(name: str | os.PathLike[str]) -> Path:
+    """Return the path that a person means; the `~` of a user who has no home stays as it is.
+
+    Raises:
+        ConfigError: neither text nor a path.
+    """
+    if not isinstance(name, str | os.PathLike):
+        raise ConfigError(f"a path must be a text or a Path, got {shown(name)}")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)

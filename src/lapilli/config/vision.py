@@ -6,7 +6,7 @@ Defaults are those of the transformers library, which leaves default values out 
 from dataclasses import dataclass
 from typing import Literal
 
-from lapilli.config import ignored
+from lapilli.config.families import COMMON_KEYS, keys_of
 from lapilli.config.families.decoder import parse_activation
 from lapilli.config.model import PixelConfig, VisionConfig
 from lapilli.config.reader import (
@@ -25,6 +25,18 @@ _MOST_PATCHES = 1 << 16
 _LAST_FILTER = 5
 Family = Literal["clip", "siglip"]
 Select = Literal["patch", "cls_patch", "drop_first"]
+
+# Keys of a tower's config.json and of preprocessor_config.json that are knowingly not read.
+TOWER_IGNORED = COMMON_KEYS | keys_of("""
+    bos_token_id dtype eos_token_id logit_scale_init_value pad_token_id projection_dim text_config
+    text_config_dict tie_word_embeddings torch_dtype vision_use_head vocab_size
+""")
+_IGNORED_OF_PIXELS = keys_of("""
+    _valid_processor_keys aspect_ratio_setting auto_map background_color data_format
+    default_to_square device disable_grouping do_convert_rgb feature_extractor_type
+    image_grid_pinpoints image_processor_type input_data_format pad_size processor_class
+    return_tensors
+""")
 
 # The type of the tower's own file, the type inside a two-tower file, and the family.
 TOWER_TYPES: dict[str, Family] = {
@@ -82,7 +94,7 @@ def tower_section(reader: KeyReader) -> KeyReader:
     # Old two-tower files repeat the section; where both differ, the repetition counts.
     section, repeated = reader.value("vision_config"), reader.value("vision_config_dict")
     merged = {**_object(section), **_object(repeated)}
-    child = KeyReader(merged, reader.where, ignored.VISION, f"{reader.prefix}vision_config.")
+    child = KeyReader(merged, reader.where, TOWER_IGNORED, f"{reader.prefix}vision_config.")
     reader.children.append(child)
     return child
 
@@ -96,10 +108,9 @@ def parse_tower(
 ) -> VisionConfig:
     """Return the tower that the reader's keys describe.
 
-    Args:
-        reader: keys of a tower's own config.json (vision only or two towers) or a `vision_config`.
-        feature_layer: index into the hidden states, the embeddings' output being number 0.
-        feature_select: with or without the class token.
+    The keys are those of a tower's own config.json (vision only or two towers) or of a
+    `vision_config`. `feature_layer` is an index into the hidden states, the embeddings' output
+    being number 0.
 
     Raises:
         ConfigError: a key is of the wrong type, or the layer does not exist.
@@ -160,7 +171,7 @@ def _three_channels(section: KeyReader) -> int:
     return found
 
 
-def default_pixels(vision: VisionConfig) -> PixelConfig:
+def _default_pixels(vision: VisionConfig) -> PixelConfig:
     """Return preprocessing for a missing preprocessor_config.json, by the tower and its family."""
     defaults = TOWERS[vision.family]
     side = ImageSize(vision.image_size, vision.image_size)
@@ -175,16 +186,18 @@ def default_pixels(vision: VisionConfig) -> PixelConfig:
     )
 
 
-def parse_pixels(reader: KeyReader, vision: VisionConfig) -> PixelConfig:
-    """Parse the steps from one tile to numbers.
+def parse_pixels(raw: JsonObject | None, vision: VisionConfig) -> tuple[PixelConfig, KeyReader]:
+    """Parse the steps from one tile to numbers; return the reader of their file too.
 
-    Args:
-        reader: keys of preprocessor_config.json.
-        vision: the tower, whose family decides what absent keys mean.
+    Without preprocessor_config.json, and for keys that it leaves out, the family of the tower
+    decides.
 
     Raises:
         ConfigError: a key is of the wrong type, or a tile does not fit the tower.
     """
+    reader = KeyReader(raw or {}, "preprocessor_config.json", _IGNORED_OF_PIXELS, "preprocessor:")
+    if raw is None:
+        return _default_pixels(vision), reader
     name = reader.text("image_processor_type") or reader.text("feature_extractor_type") or ""
     squeezes = "siglip" in name.lower() or (not name and vision.family == "siglip")
     defaults = TOWERS["siglip" if squeezes else "clip"]
@@ -214,7 +227,7 @@ def parse_pixels(reader: KeyReader, vision: VisionConfig) -> PixelConfig:
             f"{reader.where}: tiles of {pixels.crop_size} do not fit the vision tower, "
             f"which expects {vision.image_size}x{vision.image_size}"
         )
-    return pixels
+    return pixels, reader
 
 
 def _size(reader: KeyReader, key: str) -> int | ImageSize | None:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lapilli.config.paths import given_path
+from lapilli.config.reader import given_path
 from lapilli.errors import MediaError
 from lapilli.media.download import FetchLimits, download, url_name
 

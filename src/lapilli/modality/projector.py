@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from lapilli.config.model import ProjectorConfig, VisionConfig
-from lapilli.config.operations import RESAMPLER_EXPANSION
-from lapilli.config.projector import tile_features
+from lapilli.config.projector import RESAMPLER_EXPANSION, tile_features
 from lapilli.errors import ConfigError, FusionError
 from lapilli.geometry import Grid
 from lapilli.nn.attention import attend_all

@@ -17,8 +17,7 @@ from lapilli.checkpoint.out_of_distribution import load_detector
 from lapilli.checkpoint.read.assemble import LoadReport, Progress
 from lapilli.config.generation import SamplingParams, check_engine_options
 from lapilli.config.model import ModelConfig
-from lapilli.config.paths import given_path
-from lapilli.config.reader import shown
+from lapilli.config.reader import given_path, shown
 from lapilli.errors import CheckpointError, ConfigError, GenerationError, LapilliError, PromptError
 from lapilli.generate.engine import Engine, EngineOptions
 from lapilli.generate.engine.request import EngineStream
@@ -26,8 +25,14 @@ from lapilli.generate.output import Generation
 from lapilli.media.fetch import FetchLimits
 from lapilli.modality.image.decode import Alpha, check_alpha
 from lapilli.model import VisionLanguageModel
-from lapilli.pipeline.backend import AnswerStream, Backend, Pieces
-from lapilli.pipeline.processor import ProcessedPrompt, prepare, process, with_stops
+from lapilli.pipeline.backend import (
+    AnswerStream,
+    Backend,
+    Pieces,
+    ProcessedPrompt,
+    prepare,
+    with_stops,
+)
 from lapilli.prompt.choose import Template, check_template
 from lapilli.prompt.message import (
     MediaPart,
@@ -64,7 +69,7 @@ def load(
         source: a directory, a hub id, or "pebble".
         base: the language model under a LoRA or a projector; None: what the checkpoint names.
         adapter: a LoRA to lay over the checkpoint.
-        template: a name from `lapilli.prompt.templates.TEMPLATES`, "chat_template" for the
+        template: a name from `lapilli.prompt.template.TEMPLATES`, "chat_template" for the
             checkpoint's own, or a template of yours; None: what the checkpoint asks for.
         device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes a GPU where there is one.
         dtype: "float32", "bfloat16", "float16"; "auto" takes what suits device and checkpoint.
@@ -310,9 +315,7 @@ class Chat:
         The chat's own history is not touched. Pictures and beginnings that several questions share
         are read once.
 
-        Args:
-            questions: a text, or a tuple of a text and the pictures before it.
-            sampling: fields of SamplingParams.
+        A question is a text, or a tuple of a text and the pictures before it.
 
         Raises:
             LapilliError: the first question that cannot be answered, see `as_completed`.
@@ -402,25 +405,14 @@ class Chat:
     ) -> ProcessedPrompt:
         """Return the prompt of these messages.
 
-        Args:
-            messages: all of them.
-            talk: the conversation that they belong to, whose media are not prepared again.
-            row: named in errors.
+        The media of `talk`, the conversation that they belong to, are not prepared again.
         """
         check_conversation(messages)
         known = {} if talk is None else talk.media
         parts = [part for message in messages for part in message.media]
         shown = {id(part): known.get(id(part)) or (part, self._prepare(part)) for part in parts}
-        prompt = process(
-            messages,
-            [shown[id(part)][1] for part in parts],
-            model=self.model,
-            template=self.template,
-            tokenizer=self.tokenizer,
-            image_id=self.config.tokens.image_id,
-            context_length=self._backend.context_length,
-            row=row,
-        )
+        items = [shown[id(part)][1] for part in parts]
+        prompt = self._backend.process(messages, items, self.template, row=row)
         known.update(shown)
         return prompt
 

@@ -1,4 +1,4 @@
-"""Floating point operations of a training sample, from a model's sizes; no torch, no model.
+"""Floating point operations and parameters, from a model's sizes; no torch, no model.
 
     tower    P patches a tile     forward alone while it is frozen
     project  n features of it     what the stage always trains
@@ -13,15 +13,13 @@ Source: Chowdhery et al. 2022 (PaLM) appendix B for the counting; tests/plan/tes
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from lapilli.config.model import ProjectorConfig, TextConfig, VisionConfig
-from lapilli.config.operations import (
-    of_product,
-    patch_operations,
-    projector_numbers,
-    projector_products,
-    tower_operations,
-)
+from lapilli.config.projector import RESAMPLER_EXPANSION, tile_features
+
+Product = tuple[int, int, int]
+"""Rows, their width, and the width that they get."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +28,8 @@ class Sizes:
 
     Attributes:
         layers: in the linear layers of all decoder layers.
-        embedding: in the embedding.
         head: in the head; 0 where it is the embedding.
         norms: in the decoder's norms and biases.
-        projector: in the projector.
-        tower: in the tower.
     """
 
     layers: int
@@ -48,16 +43,6 @@ class Sizes:
     def language_model(self) -> int:
         """Return the number of parameters of the language model."""
         return self.layers + self.embedding + self.head + self.norms
-
-
-@dataclass(frozen=True, slots=True)
-class Passes:
-    """Number of times that a part's forward operations are spent, backward passes included."""
-
-    tower: int
-    projector: int
-    layers: int
-    head: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +100,12 @@ def _num_tower(vision: VisionConfig) -> int:
 
 def sample_flops(
     parts: tuple[TextConfig, VisionConfig, ProjectorConfig],
-    passes: Passes,
     *,
     positions: float,
     tiles: float,
     supervised: float,
+    trains_layers: bool,
+    trains_tower: bool,
     lora_rank: int = 0,
     recomputes: bool = False,
 ) -> SampleFlops:
@@ -127,45 +113,107 @@ def sample_flops(
 
     Args:
         parts: language model, tower, projector.
-        passes: see `passes_of`.
         positions: of the sample, image positions included.
         tiles: that the tower sees for it, one for a picture that is not tiled.
         supervised: positions that predict something.
+        trains_layers: three passes instead of two, in which gradients come through; the head too.
+        trains_tower: three passes instead of one.
         lora_rank: of adapters beside the layers; 0: none.
         recomputes: layers are computed again in the backward pass.
     """
     text, vision, projector = parts
     square = 4 * positions**2 * text.num_heads * text.head_dim * text.num_layers
     linear = 2 * positions * sizes(text, vision, projector).layers
-    numbers = sum(lora_rank * (a + b) for a, b in text.linear_widths) * text.num_layers
-    adapter = 2 * positions * numbers
+    adapter = 2 * positions * num_adapter_parameters(text, lora_rank)
     through = [tiles * of_product(one) for one in projector_products(vision, projector)]
     # Nobody asks for the gradient of pixels, nor for that of what a frozen tower has seen.
-    spared = through[0] if through and passes.tower == 1 else 0.0
-    pixels = tiles * patch_operations(vision) if passes.tower > 1 else 0.0
+    spared = through[0] if through and not trains_tower else 0.0
+    pixels = tiles * patch_operations(vision) if trains_tower else 0.0
     # What a layer ends with is not computed again, unless an adapter is computed along with it.
-    last = 0.0 if lora_rank else 2 * positions * text.num_layers * _last_linear(text)
+    last = 0.0 if lora_rank else 2 * positions * text.num_layers * prod(text.linear_widths[-1])
+    passes = 3 if trains_layers else 2
     return SampleFlops(
-        tower=passes.tower * tiles * tower_operations(vision) - pixels,
-        projector=passes.projector * sum(through) - spared,
-        layers=passes.layers * linear,
+        tower=(3 if trains_tower else 1) * tiles * tower_operations(vision) - pixels,
+        projector=3 * sum(through) - spared,
+        layers=passes * linear,
         attention=3 * square,
-        head=passes.head * 2 * supervised * text.vocab_size * text.hidden_size,
+        head=passes * 2 * supervised * text.vocab_size * text.hidden_size,
         adapter=3 * adapter,
         recomputed=(linear - last + square + adapter) if recomputes else 0.0,
     )
 
 
-def _last_linear(text: TextConfig) -> int:
-    first, second = text.linear_widths[-1]
-    return first * second
+def num_adapter_parameters(text: TextConfig, rank: int) -> int:
+    """Return the parameters of adapters beside all linear layers but the head."""
+    return text.num_layers * sum(rank * (a + b) for a, b in text.linear_widths)
 
 
-def passes_of(*, trains_layers: bool, trains_head: bool, trains_tower: bool) -> Passes:
-    """Return three passes for what learns, two where gradients come through, else one."""
-    return Passes(
-        tower=3 if trains_tower else 1,
-        projector=3,
-        layers=3 if trains_layers else 2,
-        head=3 if trains_head else 2,
-    )
+def tower_operations(vision: VisionConfig) -> float:
+    """Return the operations of one tile through the layers that its features come from."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    seen = vision.grid.rows * vision.grid.columns + (vision.family == "clip")
+    layers = vision.feature_layer % (vision.num_layers + 1)
+    layer = 2 * seen * (4 * width**2 + 2 * width * inner) + 4 * seen**2 * width
+    return float(layers * layer) + patch_operations(vision)
+
+
+def patch_operations(vision: VisionConfig) -> float:
+    """Return the operations that make vectors of the patches of one tile."""
+    patches = vision.grid.rows * vision.grid.columns
+    return 2.0 * patches * vision.num_channels * vision.patch_size**2 * vision.hidden_size
+
+
+def projector_operations(vision: VisionConfig, projector: ProjectorConfig) -> float:
+    """Return the operations of the features of one tile through the projector."""
+    return sum(map(of_product, projector_products(vision, projector)), start=0.0)
+
+
+def of_product(product: Product) -> float:
+    """Return the operations of a matrix product."""
+    rows, first, second = product
+    return 2.0 * rows * first * second
+
+
+def projector_products(vision: VisionConfig, projector: ProjectorConfig) -> list[Product]:
+    """Return all products of a projector on one tile; the first takes what the tower has seen.
+
+    Where the mean of neighbours comes first, the linear layers see fewer features.
+    """
+    features, width = vision.num_patches, projector.hidden_size
+    if projector.kind == "identity":
+        return []
+    if projector.kind == "resampler":
+        return _resampler(features, projector)
+    left = tile_features(vision, projector).number
+    rows = left if projector.pool_at == "input" else features
+    first = (rows, projector.vision_size, width)
+    return [first] + [(rows, width, width)] * (projector.depth - 1)
+
+
+def _resampler(features: int, projector: ProjectorConfig) -> list[Product]:
+    """Return the products of a resampler (modality/projector.py)."""
+    queries, width = projector.num_queries, projector.hidden_size
+    seen, inner = features + queries, RESAMPLER_EXPANSION * width
+    layer = [
+        (queries, width, width),
+        (2 * seen, width, width),  # keys and values
+        (queries, width, 2 * seen),  # scores and sums, of all heads together
+        (queries, width, width),
+        (2 * queries, width, inner),
+    ]
+    first, last = (features, projector.vision_size, width), (queries, width, width)
+    return [first, *layer * projector.depth, last]
+
+
+def projector_numbers(projector: ProjectorConfig) -> int:
+    """Return the number of parameters of a projector."""
+    first, width = projector.vision_size, projector.hidden_size
+    if projector.kind == "identity":
+        return 0
+    if projector.kind == "resampler":
+        inner = RESAMPLER_EXPANSION * width
+        layer = 4 * width**2 + 2 * width * inner + inner + width + 3 * 2 * width
+        ends = (first + 1) * width + 2 * width + (width + 1) * width
+        return projector.num_queries * width + projector.depth * layer + ends
+    bias = int(projector.bias)
+    return (first + bias) * width + (projector.depth - 1) * (width + bias) * width

@@ -28,15 +28,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lapilli.config.families import find_family
+from lapilli.config.llava import RECORD_KEY
 from lapilli.config.reader import shown
 from lapilli.errors import ConfigError, PromptError, TemplateFileError
 from lapilli.prompt.jinja import JinjaTemplate
-from lapilli.prompt.template import ChatTemplate, Template
-from lapilli.prompt.templates import DEFAULT_TEMPLATE, TEMPLATES
+from lapilli.prompt.template import DEFAULT_TEMPLATE, TEMPLATES, ChatTemplate, Template
 
 __all__ = [
     "OWN",
-    "RECORD_KEY",
     "START_END",
     "Template",
     "TemplateChoice",
@@ -49,9 +48,6 @@ __all__ = [
     "template_for_name",
     "template_of_base",
 ]
-
-RECORD_KEY = "lapilli_template"
-"""The key of config.json under which lapilli writes the template that it trained with."""
 
 OWN = "chat_template"
 """Name of a checkpoint's own chat template, for people and under `RECORD_KEY`."""
@@ -110,10 +106,8 @@ def choose_template(
 ) -> TemplateChoice:
     """Choose the template of a checkpoint by the table of this file.
 
-    Args:
-        facts: what its files say.
-        explicit: what a person asked for: a name, `"chat_template"`, or a template of their own.
-        chat_template: the checkpoint's own.
+    `explicit` is what a person asked for: a name, "chat_template" for the checkpoint's own, or a
+    template of their own.
 
     Raises:
         PromptError: no template has that name.
@@ -130,10 +124,7 @@ def choose_template(
 def around_media(template: Template, *, use_start_end: bool, gap: str = "") -> Template:
     """Return the template with what a checkpoint puts around a picture.
 
-    Args:
-        template: one of another form (Jinja) says that itself and stays as it is.
-        use_start_end: see TemplateFacts.
-        gap: what text after a picture begins with; see `prompt.encode.media_gap`.
+    One of another form (Jinja) says that itself and stays as it is. `gap` is that of `media_gap`.
     """
     if not isinstance(template, ChatTemplate):
         return template
@@ -149,7 +140,7 @@ def check_template(template: object) -> None:
     # isinstance(..., Template) would run a template for the strings that end an answer.
     if not callable(getattr(template, "render", None)):
         raise PromptError(
-            "a template must have the methods of Template (lapilli.prompt.templates.TEMPLATES has "
+            "a template must have the methods of Template (lapilli.prompt.template.TEMPLATES has "
             f"those that have a name), got {shown(template)}"
         )
 
@@ -184,9 +175,7 @@ def template_for_name(model_name: str) -> str:
 def template_of_base(chat_template: str | None, *, family: str = "") -> str | None:
     """Return the name of our template that takes turns as a base's chat template; None: none does.
 
-    Args:
-        chat_template: the jinja text beside the base.
-        family: model_type of the language model; mpt has a system text of its own.
+    `family` is the model_type of the language model: mpt has a system text of its own.
     """
     mark = _mark_in(chat_template)
     if mark is None:
@@ -208,11 +197,7 @@ def check_base_template(
     The marks before a turn tell them apart. A base without a chat template, or with marks that none
     of our templates has, contradicts nothing, and captions (the plain style) have no marks.
 
-    Args:
-        asked: name of the template.
-        chat_template: the jinja text beside the base.
-        base: where that is.
-        otherwise: what a person can do who does not want the one that fits.
+    `otherwise` says what a person can do who does not want the template that fits.
 
     Raises:
         ConfigError: it contradicts it; the message names the template that fits.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lapilli.errors import MediaCountMismatchError, PromptError
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
-from lapilli.prompt.tokenizer.base import Tokenizer
+from lapilli.prompt.tokenizer import Tokenizer
 
 PLACEHOLDER = 0
 """The id under a span: an id of every vocabulary, whose embedding is overwritten."""
@@ -159,12 +159,7 @@ def media_gap(tokenizer: Tokenizer, image_id: int | None) -> str:
     writes a space before the first word of a text. A tokenizer that is given the whole prompt, and
     that writes this space at the very beginning alone (`legacy: false`), needs it in the text.
 
-    Args:
-        tokenizer: of a language model.
-        image_id: see `encode`; None: the text is cut at the media anyway.
-
-    Returns:
-        A space, or nothing.
+    It is a space, or nothing; without `image_id` the text is cut at the media anyway.
     """
     if image_id is None or image_id >= tokenizer.vocab_size:  # an id that no text stands for
         return ""

@@ -22,9 +22,8 @@ import jinja2
 
 from lapilli.errors import PromptError, TemplateFileError
 from lapilli.prompt.message import MediaPart, Message, TextPart
-from lapilli.prompt.sandbox import compile_template
-from lapilli.prompt.sandbox_budget import budget_of, pay
-from lapilli.prompt.template import ChatTemplate, MediaSlot, Segment, TextSegment
+from lapilli.prompt.sandbox import budget_of, compile_template, pay
+from lapilli.prompt.template import NOTHING_TO_ANSWER, ChatTemplate, MediaSlot, Segment, TextSegment
 
 PLACEHOLDER = "<image>"
 _MOST_SHOWN: Final = 300  # characters of an error
@@ -284,10 +283,7 @@ def _without_open_turn(messages: Sequence[Message]) -> Sequence[Message]:
     if not messages or messages[-1].role != "assistant":
         return messages
     if messages[-1].parts and messages[-1].text:
-        raise PromptError(
-            "the last message is the assistant's answer: add a message of the user, or render with "
-            "open_turn=False"
-        )
+        raise PromptError(NOTHING_TO_ANSWER)
     return messages[:-1]
 
 
@@ -355,10 +351,7 @@ _GAPS = """\
 def with_gaps(source: str, gap: str, token: str = PLACEHOLDER) -> str:
     """Return a chat template that writes the same with a gap wherever text follows a picture.
 
-    Args:
-        source: of the chat template.
-        gap: see `prompt.encode.media_gap`; nothing leaves the template as it is.
-        token: what the template writes for a picture.
+    `token` is what the template writes for a picture, `gap` see `prompt.encode.media_gap`.
     """
     if not gap:
         return source
@@ -369,10 +362,6 @@ def with_gaps(source: str, gap: str, token: str = PLACEHOLDER) -> str:
 
 def to_jinja(template: ChatTemplate, image_token: str = PLACEHOLDER) -> str:
     """Return the text of the chat template that renders as `template` does.
-
-    Args:
-        template: of the original, or one like it.
-        image_token: what stands for a picture.
 
     Raises:
         PromptError: captions (the plain style) are no conversation.

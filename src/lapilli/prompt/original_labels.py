@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from lapilli.errors import PromptError
 from lapilli.prompt.encode import IGNORE_INDEX
 from lapilli.prompt.template import ChatTemplate
-from lapilli.prompt.tokenizer.base import Tokenizer
+from lapilli.prompt.tokenizer import Tokenizer
 
 PLACEHOLDER_TEXT = "<image>"
 PLACEHOLDER_INDEX = -200
@@ -75,13 +75,9 @@ def original_sample(
 ) -> OriginalSample:
     """Return ids and labels of one conversation.
 
-    Args:
-        turns: after `show_images_first`.
-        template: the original's `default_conversation`.
-        tokenizer: of the language model.
-        has_image: text with pictures is never truncated here.
-        max_length: the tokenizer's model_max_length; None = no limit.
-        pad_id: None takes the tokenizer's.
+    The turns are those after `show_images_first`, the template is the original's
+    `default_conversation`. Text with pictures is never truncated; without `max_length`, the
+    tokenizer's model_max_length, no text is. Without `pad_id` the tokenizer's counts.
 
     Raises:
         PromptError: where the original raises: a speaker that is neither human nor gpt, turns that

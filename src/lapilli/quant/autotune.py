@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lapilli.config.json_text import parse_json
+from lapilli.config.reader import parse_json
 from lapilli.errors import CheckpointError
 from lapilli.kernels.library import native
 from lapilli.kernels.linear import PackedLinear

@@ -17,14 +17,12 @@ from typing import cast, get_args
 import torch
 
 from lapilli.checkpoint.export import save_loaded
-from lapilli.checkpoint.formats.files import read_json, read_optional_json
 from lapilli.checkpoint.formats.quantized import stored_quantization
 from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR
-from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.checkpoint.placement import DTYPES, STORED
+from lapilli.checkpoint.load import DTYPES, STORED, Loaded, load_checkpoint
 from lapilli.checkpoint.read.assemble import build_model
 from lapilli.checkpoint.read.directory import preprocessor_of
-from lapilli.checkpoint.source import is_local, resolve
+from lapilli.checkpoint.source import is_local, read_json, read_optional_json, resolve
 from lapilli.checkpoint.template import find_chat_template
 from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
 from lapilli.checkpoint.write.files import (
@@ -36,8 +34,9 @@ from lapilli.checkpoint.write.files import (
 )
 from lapilli.checkpoint.write.llava import TowerPlace, save_llava, write_llava_config
 from lapilli.config.families import family_of
+from lapilli.config.llava import is_hf_llava, is_original
 from lapilli.config.model import ModelConfig
-from lapilli.config.parse import is_hf_llava, is_original, parse_config
+from lapilli.config.parse import parse_config
 from lapilli.config.projector import parse_projector
 from lapilli.config.reader import JsonObject
 from lapilli.config.vision import TOWER_TYPES
@@ -52,7 +51,7 @@ from lapilli.prompt.choose import (
     template_by_name,
     template_of_base,
 )
-from lapilli.prompt.templates import DEFAULT_TEMPLATE
+from lapilli.prompt.template import DEFAULT_TEMPLATE
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.train.start import check_marks
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from lapilli.checkpoint.formats.files import read_optional_text
-from lapilli.checkpoint.source import HUB_ID, is_local
+from lapilli.checkpoint.source import HUB_ID, is_local, read_optional_text
 from lapilli.train.data.fingerprint import DataFile, data_file, together
 from lapilli.train.data.source import expand
 from lapilli.train.exam import FIGURE as EXACT_MATCH

@@ -20,8 +20,7 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import LapilliError
 from lapilli.generate.output import Generation
-from lapilli.pipeline.backend import Backend
-from lapilli.pipeline.processor import ProcessedPrompt, with_stops
+from lapilli.pipeline.backend import Backend, ProcessedPrompt, with_stops
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.tokenizer import Tokenizer

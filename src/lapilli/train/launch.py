@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lapilli import __version__
-from lapilli.checkpoint.formats.files import RESULTS
+from lapilli.checkpoint.source import RESULTS
 from lapilli.errors import ConfigError
 from lapilli.lora import adapters
 from lapilli.train.card import add_card, model_card

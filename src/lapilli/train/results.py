@@ -17,19 +17,16 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from lapilli.checkpoint.formats.files import read_optional_json
 from lapilli.checkpoint.formats.weights import complete_weights
 from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER
-from lapilli.checkpoint.load import Loaded
-from lapilli.checkpoint.placement import DTYPES
+from lapilli.checkpoint.load import DTYPES, Loaded
 from lapilli.checkpoint.read.adapter import is_adapter, open_adapter
 from lapilli.checkpoint.read.directory import find_base
-from lapilli.checkpoint.source import find_directory, is_local
+from lapilli.checkpoint.source import find_directory, is_local, read_optional_json
 from lapilli.checkpoint.write.adapter import (
     is_unknown_to_peft,
     merged_state,
-    save_lora,
-    save_peft,
+    save_adapter,
 )
 from lapilli.checkpoint.write.files import Formats, Stored
 from lapilli.checkpoint.write.huggingface import check_hf_files, check_hf_layout, save_hf
@@ -41,7 +38,7 @@ from lapilli.checkpoint.write.llava import (
     save_projector,
 )
 from lapilli.config.model import ModelConfig
-from lapilli.config.paths import given_path
+from lapilli.config.reader import given_path
 from lapilli.errors import ConfigError
 from lapilli.lora import LoraConfig, adapters
 from lapilli.model import VisionLanguageModel
@@ -213,10 +210,8 @@ def save_results(
     base, lies_on = results.base, results.config_for(whole=False)
     if has_adapter and not merges:
         trained = [*_trained_whole(model, recipe), *results.loaded.beside]
-        if is_hf:
-            save_peft(folder, model, lies_on, base=base, trained=trained, **common)
-        else:
-            save_lora(folder, model, lies_on, base=base, trained=trained, **common)
+        layout = recipe.save.layout
+        save_adapter(folder, model, lies_on, layout=layout, base=base, trained=trained, **common)
     elif is_hf:
         save_hf(
             folder,

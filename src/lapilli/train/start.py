@@ -11,13 +11,13 @@ from typing import Final
 
 import torch
 
-from lapilli.checkpoint.formats.files import RESULTS
 from lapilli.checkpoint.formats.weights import WeightStore
 from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.read.plan import PROJECTOR_FILES
+from lapilli.checkpoint.source import RESULTS
 from lapilli.checkpoint.template import find_chat_template
-from lapilli.config.paths import given_path
+from lapilli.config.reader import given_path
 from lapilli.errors import ConfigError, MissingFileError, MissingWeightsError, ShapeMismatchError
 from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template, around_media, check_base_template, template_by_name

@@ -11,6 +11,7 @@ from safetensors.torch import save, save_file
 from lapilli.checkpoint.formats.weights import (
     PickledShard,
     SafetensorsShard,
+    TensorInfo,
     WeightStore,
     check_values,
     find_weight_files,
@@ -39,8 +40,9 @@ def shard(request, tmp_path):
 
 def test_names_shapes_and_dtypes_without_reading(shard):
     opened, tensors = shard
-    expected = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    assert dict(opened.infos()) == expected
+    file = opened.path.name
+    expected = {name: TensorInfo(tuple(t.shape), t.dtype, file) for name, t in tensors.items()}
+    assert opened.infos == expected
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32, torch.float16])

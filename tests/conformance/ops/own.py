@@ -24,8 +24,7 @@ from lapilli.modality.image.modes import mode_of
 from lapilli.model import FusedBatch
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import Message
-from lapilli.prompt.template import MediaSlot, Segment, TextSegment, to_text
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES, MediaSlot, Segment, TextSegment, to_text
 from tests.conformance.cases import Case
 from tests.conformance.checkpoints import Workshop
 from tests.conformance.compare import Check, NotTheSame

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from lapilli.prompt.encode import encode
 from lapilli.prompt.template import TextSegment
-from lapilli.prompt.tokenizer import FastTokenizer, Tokenizer, TokenizerFiles, build_tokenizer
+from lapilli.prompt.tokenizer import Tokenizer, TokenizerFiles, build_tokenizer
+from lapilli.prompt.tokenizer.fast import FastTokenizer
 from tests.prompt.tokenizer.test_fast import llama_json
 
 EXAMPLES = settings(

@@ -13,8 +13,9 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from lapilli.prompt.tokenizer import FastTokenizer, SentencePieceTokenizer, TokenizerFiles
-from lapilli.prompt.tokenizer.spm_model import llama_tokenizer
+from lapilli.prompt.tokenizer import TokenizerFiles
+from lapilli.prompt.tokenizer.fast import FastTokenizer, llama_tokenizer
+from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
 
 TEXTS = (
     *("", " ", "  a", "Hello  world ", "\n\n", "a \n b", "<s>", "a</s>b", "</s></s>", "x<unk> y"),

@@ -17,7 +17,8 @@ from lapilli.geometry import ImageSize
 from lapilli.lm import build_language_model
 from lapilli.modality.image.image import ImageModality
 from lapilli.model import VisionLanguageModel
-from lapilli.prompt.tokenizer import SentencePieceTokenizer, TokenizerFiles
+from lapilli.prompt.tokenizer import TokenizerFiles
+from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
 from pebble.words import corpus, train_tokenizer
 from tests.prompt.conftest import Goldens
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES
 from lapilli.train.data import SampleEncoder, open_dataset
 from lapilli.train.data.check import DataReport, Finding, Summary, check
 from lapilli.train.data.encoder import plan_encoder

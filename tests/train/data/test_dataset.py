@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lapilli.errors import DataError
 from lapilli.prompt.encode import EncodedPrompt
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES
 from lapilli.train.data import (
     Dataset,
     EncodedDataset,

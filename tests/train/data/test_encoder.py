@@ -12,8 +12,9 @@ from PIL import Image
 
 from lapilli.errors import DataError, PromptError
 from lapilli.prompt.encode import EncodedPrompt, Span
-from lapilli.prompt.templates import TEMPLATES
-from lapilli.prompt.tokenizer import SentencePieceTokenizer, TokenizerFiles
+from lapilli.prompt.template import TEMPLATES
+from lapilli.prompt.tokenizer import TokenizerFiles
+from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
 from lapilli.train.data import EncodedSample, SampleEncoder, open_dataset, to_sample
 from lapilli.train.data.encoder import _check_supervised, cut
 from lapilli.train.recipe import SourceRecipe

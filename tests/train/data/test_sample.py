@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 
 from lapilli.errors import DataError
 from lapilli.prompt.message import MediaPart, Message, TextPart
-from lapilli.prompt.template import to_text
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES, to_text
 from lapilli.train.data import to_sample
 from lapilli.train.data.formats import signed_words
 from tests.train.data.conftest import turns

@@ -1,7 +1,7 @@
 import pytest
 
 from lapilli.errors import DataError
-from lapilli.prompt.templates import TEMPLATES
+from lapilli.prompt.template import TEMPLATES
 from lapilli.train.data import SampleEncoder, open_dataset, to_sample
 from lapilli.train.data.check import ImageChecker
 from lapilli.train.data.show import rendered, tokenized

@@ -13,9 +13,8 @@ import torch
 
 from lapilli.checkpoint.read.assemble import build_model
 from lapilli.checkpoint.read.plan import make_plan
-from lapilli.config.files import ConfigFiles
-from lapilli.config.llava import parse_llava
-from lapilli.plan.plan import A100, RTX4090, plan, usual_work
+from lapilli.config.parse import parse_config
+from lapilli.plan import A100, RTX4090, plan, usual_work
 from lapilli.quant.nf4 import Nf4Linear
 from lapilli.train.recipe import OptimRecipe, Recipe
 from lapilli.train.recipe.file import load_recipe
@@ -63,7 +62,7 @@ def config_of(size, *, aspect):
     }
     if aspect == "anyres":
         raw |= {"mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": PINPOINTS}
-    config, _ = parse_llava(ConfigFiles(config=raw, tower=TOWER))
+    config, _ = parse_config(raw, tower=TOWER)
     return config
 
 

@@ -128,13 +128,6 @@ def _check_variant(reader: KeyReader, *keys: str, known: tuple[str, ...]) -> str
 class PublishedLinear(nn.Module):
     """Placeholder of a linear layer until its tensors are read, on the meta device.
 
-    Args:
-        path: of the layer, for messages.
-        linear: the float layer.
-        form: of the tensors.
-        has_order: the files have a g_idx for it.
-        has_bias: the files have a bias for it.
-
     Raises:
         ShapeMismatchError: the format cannot hold a layer of this size.
     """

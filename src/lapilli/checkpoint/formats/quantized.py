@@ -23,7 +23,7 @@ from lapilli.checkpoint.formats.awq import (
     is_published,
     published_format,
 )
-from lapilli.checkpoint.formats.files import read_optional_json
+from lapilli.checkpoint.source import read_optional_json
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import JsonObject, in_file, is_object, shown
 from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, UnsupportedModelError

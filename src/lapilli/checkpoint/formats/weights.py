@@ -21,9 +21,8 @@ from typing import TypeGuard, cast
 import torch
 from torch import Tensor
 
-from lapilli.checkpoint.formats.files import GGUF, first_bytes, has_file, read_optional_json
-from lapilli.config.json_text import MOST_BYTES, parse_json
-from lapilli.config.reader import is_object, shown
+from lapilli.checkpoint.source import GGUF, first_bytes, has_file, read_optional_json
+from lapilli.config.reader import MOST_BYTES, is_object, parse_json, shown
 from lapilli.errors import CheckpointError, MissingFileError, UnsafeFileError
 
 DTYPES = {
@@ -41,6 +40,33 @@ DTYPES = {
     "U8": torch.uint8,
 }
 MOST_DIMENSIONS = 8
+FINITE_BLOCK = 1 << 22  # elements that are checked for NaN and infinities together
+LONGEST_NAME = 255  # of a file, on every file system that there is
+LFS = b"version https://git-lfs"
+# Index, single file and numbered shards, in the order in which they are looked for.
+FULL_WEIGHTS = (
+    ("model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model-*-of-*.bin"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor, and the file that holds it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the size in the file."""
+        return self.num_parameters * self.dtype.itemsize
+
+    @property
+    def num_parameters(self) -> int:
+        """Return the number of elements."""
+        return torch.Size(self.shape).numel()
 
 
 class SafetensorsShard:
@@ -52,7 +78,7 @@ class SafetensorsShard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._infos: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.infos: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[int, int]] = {}
         self._buffer = torch.empty(0, dtype=torch.uint8)
         start, header = self._header()
@@ -66,13 +92,9 @@ class SafetensorsShard:
                     f"{path} is truncated: {shown(name)} ends at byte {start + end}, "
                     f"the file has {size} bytes; download it again"
                 )
-            self._infos[name] = (shape, dtype)
+            self.infos[name] = TensorInfo(shape, dtype, path.name)
             self._places[name] = (start + begin, end - begin)
         self._check_overlaps()
-
-    def infos(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Return shape and dtype of every tensor."""
-        return self._infos
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
         """Return a tensor on the CPU: a view of the mapped file if it has the dtype already.
@@ -81,7 +103,7 @@ class SafetensorsShard:
         count as memory in use as long as the file is mapped. A conversion reads the bytes instead
         of mapping them, so that memory holds the converted weights and one tensor more.
         """
-        shape, stored = self._infos[name]
+        shape, stored = self.infos[name].shape, self.infos[name].dtype
         offset, length = self._places[name]
         if mapped and dtype in (None, stored) and length:
             start, rest = divmod(offset, stored.itemsize)
@@ -145,11 +167,7 @@ class SafetensorsShard:
             end, before = max(end, begin + length), name
 
     def _damaged(self, why: str = "") -> CheckpointError:
-        size = self.path.stat().st_size
-        return CheckpointError(
-            f"{self.path} ({size} bytes) is truncated or no safetensors file"
-            f"{f' ({why})' if why else ''}: download it again"
-        )
+        return _damaged(self.path, "safetensors file", why)
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
@@ -166,43 +184,31 @@ class PickledShard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _check_archive(path)
         self._tensors = _named_tensors(path, _load(path))
-
-    def infos(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Return shape and dtype of every tensor."""
-        return {name: (tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+        self.infos = {
+            name: TensorInfo(tuple(tensor.shape), tensor.dtype, path.name)
+            for name, tensor in self._tensors.items()
+        }
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
         """Return a tensor on the CPU: a view of the file if it has the dtype already."""
         return self._tensors[name].to(dtype or self._tensors[name].dtype, copy=not mapped)
 
 
-def _load(path: Path) -> object:
-    _check_archive(path)
-    try:
-        return _unpickled(path, mmap=True)
-    except RuntimeError as error:
-        if "mmap can only be used" not in str(error):
-            raise _damaged(path) from error
-    # Files of torch before 1.6 are no archives and cannot be mapped.
-    try:
-        return _unpickled(path, mmap=False)
-    except RuntimeError as error:
-        raise _damaged(path) from error
-
-
-def _unpickled(path: Path, *, mmap: bool) -> object:
-    """Load a file with the restricted unpickler; the caller handles RuntimeError."""
+def _load(path: Path, *, mmap: bool = True) -> object:
+    """Load a file with the restricted unpickler."""
     try:
         with warnings.catch_warnings():  # of storages in old files
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise _unsafe_or_damaged(path, error) from error
-    except RuntimeError:
-        raise
     except Exception as error:  # damaged bytes make an unpickler raise anything
-        raise _damaged(path) from error
+        if not mmap or "mmap can only be used" not in str(error):
+            raise _damaged(path) from error
+    # Files of torch before 1.6 are no archives and cannot be mapped.
+    return _load(path, mmap=False)
 
 
 def _check_archive(path: Path) -> None:
@@ -224,10 +230,10 @@ def _check_archive(path: Path) -> None:
         raise _damaged(path)
 
 
-def _damaged(path: Path) -> CheckpointError:
+def _damaged(path: Path, kind: str = "weight file of torch", why: str = "") -> CheckpointError:
     return CheckpointError(
-        f"{path} ({path.stat().st_size} bytes) is truncated or no weight file of torch: "
-        "download it again"
+        f"{path} ({path.stat().st_size} bytes) is truncated or no {kind}"
+        f"{f' ({why})' if why else ''}: download it again"
     )
 
 
@@ -283,30 +289,6 @@ def _why_unfit(tensor: Tensor) -> str:
     return ""
 
 
-FINITE_BLOCK = 1 << 22  # elements that are checked for NaN and infinities together
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Shape and dtype of a stored tensor, and the file that holds it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    file: str
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the size in the file."""
-        return self.num_parameters * self.dtype.itemsize
-
-    @property
-    def num_parameters(self) -> int:
-        """Return the number of elements."""
-        return torch.Size(self.shape).numel()
-
-
-LONGEST_NAME = 255  # of a file, on every file system that there is
-LFS = b"version https://git-lfs"
 Shard = SafetensorsShard | PickledShard
 
 
@@ -330,21 +312,19 @@ class WeightStore:
         for path in paths:
             shard = open_shard(path)
             store.shards[path.name] = shard
-            for name, (shape, dtype) in shard.infos().items():
+            for name, info in shard.infos.items():
                 if name in store.infos:
                     raise CheckpointError(
                         f"{name} stands in {store.infos[name].file} and in {path.name}"
                     )
-                store.infos[name] = TensorInfo(shape, dtype, path.name)
+                store.infos[name] = info
         return store
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, *, mapped: bool = True) -> Tensor:
         """Return a tensor on the CPU.
 
-        Args:
-            name: of the tensor.
-            dtype: to convert it to; None: as it is stored.
-            mapped: allow a view of the file; False: always a copy.
+        It is converted to `dtype`, if one is given; with mapped=False it is always a copy, else it
+        may be a view of the file.
         """
         shard = self.shards[self.infos[name].file]
         return shard.tensor(self.aliases.get(name, name), dtype, mapped=mapped)
@@ -374,13 +354,6 @@ def open_shard(path: Path) -> Shard:
             f"{path} is a Git LFS pointer without the weights: run `git lfs pull`"
         )
     return SafetensorsShard(path) if path.suffix == ".safetensors" else PickledShard(path)
-
-
-# Index, single file and numbered shards, in the order in which they are looked for.
-FULL_WEIGHTS = (
-    ("model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model-*-of-*.bin"),
-)
 
 
 def find_weight_files(directory: Path) -> tuple[Path, ...]:

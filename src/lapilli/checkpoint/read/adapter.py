@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lapilli.checkpoint.formats.files import read_json
 from lapilli.checkpoint.formats.weights import WeightStore, check_values
 from lapilli.checkpoint.keymaps import KeyMap
 from lapilli.checkpoint.read.assemble import some
+from lapilli.checkpoint.source import read_json
 from lapilli.config.reader import JsonObject, KeyReader
 from lapilli.errors import (
     CheckpointError,
@@ -51,12 +51,10 @@ class Adapter:
     """An open adapter directory.
 
     Args:
-        path: the directory.
         config: rank, scale and patterns of names in the file.
         base_name: the base that it names.
         revision: of the base, if it is a repository of the hub.
         keeps_ties: a trained embedding is the output layer too, if the base's is.
-        store: its tensors.
     """
 
     path: Path

@@ -6,7 +6,6 @@ Nothing of the weights is read but names and shapes.
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from lapilli.checkpoint.formats.files import read_json, read_optional_json
 from lapilli.checkpoint.formats.weights import WeightStore, complete_weights, find_weight_files
 from lapilli.checkpoint.keymaps import (
     HF_LLAVA,
@@ -16,14 +15,10 @@ from lapilli.checkpoint.keymaps import (
     KeyMap,
     original_keymap,
 )
-from lapilli.checkpoint.source import HUB_ID, find_directory, resolve
+from lapilli.checkpoint.source import HUB_ID, find_directory, read_json, read_optional_json, resolve
+from lapilli.config.llava import is_hf_llava, is_original, named_tower
 from lapilli.config.model import ModelConfig, TextConfig
-from lapilli.config.parse import (
-    is_hf_llava,
-    is_original,
-    named_tower,
-    parse_text_config,
-)
+from lapilli.config.parse import parse_text_config
 from lapilli.config.reader import JsonObject, is_object
 from lapilli.errors import (
     CheckpointError,
@@ -42,8 +37,6 @@ class WeightPart:
 
     Args:
         label: of the part in messages; BASE for the model under an adapter.
-        store: the tensors.
-        keymap: the parameters that their names mean.
         skipped: prefixes of parameters whose tensors here are dropped.
     """
 
@@ -97,12 +90,8 @@ def find_tower(
 ) -> tuple[Path | None, bool]:
     """Find the vision tower that the original layout names, and whether it moved with the base.
 
-    Args:
-        raw: config.json.
-        path: of the checkpoint.
-        base: the model under an adapter or a projector; its tower is taken where the folder that
-            `raw` names is gone.
-        fetch: False leaves the weights of a tower on the hub where they are.
+    Where the folder that config.json, `raw`, names is gone, the tower of `base` is taken, the model
+    under an adapter or a projector. With fetch=False the weights of a tower on the hub stay there.
 
     Raises:
         MissingFileError: it is not there.
@@ -207,12 +196,9 @@ def find_base(
 ) -> Path:
     """Find the directory of the base.
 
-    Args:
-        given: by the caller.
-        named: by the checkpoint, in adapter_config.json or config.json.
-        path: of the checkpoint; a relative name may start from it or from its parent.
-        revision: of the named base, if it is a repository of the hub.
-        fetch: False leaves the weights of a hub repository where they are.
+    A relative name may start from `path`, the checkpoint, or from its parent. `revision` is that of
+    the named base, if it is a repository of the hub; with fetch=False the weights of a repository
+    stay where they are.
 
     Raises:
         MissingFileError: neither names one, or the one that is named cannot be found.

@@ -12,15 +12,22 @@ output layer that should be the embedding.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from lapilli.checkpoint.formats.files import has_file, in_folder, read_json, read_optional_json
 from lapilli.checkpoint.formats.quantized import is_packed_here, with_quantization_file
 from lapilli.checkpoint.formats.weights import WeightStore, find_weight_files
 from lapilli.checkpoint.keymaps import OUTPUT, PROJECTOR, KeyMap
 from lapilli.checkpoint.read.adapter import Adapter, is_adapter, open_adapter
-from lapilli.checkpoint.read.assemble import Matching, match
+from lapilli.checkpoint.read.assemble import (
+    Matching,
+    Vocabulary,
+    has_other_head,
+    match,
+    saved_tables,
+    tied_heads,
+)
 from lapilli.checkpoint.read.directory import (
     ADAPTER,
     CHECKPOINT,
@@ -35,17 +42,18 @@ from lapilli.checkpoint.read.directory import (
     preprocessor_of,
     with_tower,
 )
-from lapilli.checkpoint.read.vocabulary import (
-    Vocabulary,
-    has_other_head,
-    saved_tables,
-    tied_heads,
+from lapilli.checkpoint.source import (
+    has_file,
+    in_folder,
+    is_local,
+    read_json,
+    read_optional_json,
+    resolve,
 )
-from lapilli.checkpoint.source import is_local, resolve
 from lapilli.checkpoint.tokenizer import has_tokenizer, tokenizer_of
-from lapilli.config.ignored import sampling_notes
+from lapilli.config.llava import is_original, sampling_notes
 from lapilli.config.model import ModelConfig
-from lapilli.config.parse import is_original, parse_config
+from lapilli.config.parse import parse_config
 from lapilli.config.reader import JsonObject, KeyReport, in_file
 from lapilli.errors import ConfigError, MissingFileError
 from lapilli.modality.image.modes import mode_of
@@ -64,21 +72,17 @@ class Plan:
 
     Args:
         form: "full", "LoRA", PEFT_ADAPTER or "projector".
-        path: the directory that was asked for.
         raw: its config.json, naming the tower that is read.
         weights_raw: config.json beside the weights of the language model (a base's, for an
             adapter), with their quantization.
         config: of the model, its vocabulary already of the tokenizer's length.
-        keys: configuration keys that were read, ignored or are unknown.
         parts: sources of the tensors; later ones override earlier ones.
         keymap: of the names of an adapter's modules.
         tokenizer: with the tokens added that the original adds.
         tokenizer_path: directory of the tokenizer and the chat template.
-        vocabulary: rows of the vocabulary tables.
         adapter: laid over the model when it is filled.
         base_path: of the language model under an adapter or projector.
         tower_path: of a vision tower outside the checkpoint.
-        notes: for the report.
     """
 
     form: str
@@ -116,6 +120,12 @@ class Plan:
         stores += [] if self.adapter is None else [self.adapter.store]
         return tuple(dict.fromkeys(s.path for store in stores for s in store.shards.values()))
 
+    def with_text(self, note: str, **changes: Any) -> "Plan":  # noqa: ANN401  of any field
+        """Return the plan of a changed language model, with a note that says so."""
+        text = replace(self.config.text, **changes)
+        config = replace(self.config, text=text)
+        return replace(self, config=config, notes=(*self.notes, note))
+
     def match(self, model: nn.Module) -> Matching:
         """Match the parameters of a model with the tensors of the files."""
         return match(self.parts, model, tied=self.config.text.tie_embeddings)
@@ -130,11 +140,8 @@ def make_plan(
 ) -> Plan:
     """Plan the load of a checkpoint.
 
-    Args:
-        source: a directory, a hub id or "pebble".
-        base: the language model under a LoRA or a projector; None: the one that it names.
-        adapter: a PEFT adapter to lay over the checkpoint.
-        fetch: False leaves the weights of a hub repository where they are; `parts` is then empty.
+    The arguments are those of `load_checkpoint`. With fetch=False the weights of a hub repository
+    stay where they are, and `parts` is empty.
 
     Raises:
         CheckpointError: files are missing, damaged, or do not belong together.
@@ -209,15 +216,13 @@ def _with_stored_head(plan: Plan) -> Plan:
 
     Source: transformers from 5.0 keeps both tables and warns.
     """
-    text = plan.config.text
-    if not text.tie_embeddings or not has_other_head(plan.parts):
+    if not plan.config.text.tie_embeddings or not has_other_head(plan.parts):
         return plan
     note = (
         "config.json says that the output layer is the embedding (tie_word_embeddings), but the "
         "files hold another one: that is used"
     )
-    config = replace(plan.config, text=replace(text, tie_embeddings=False))
-    return replace(plan, config=config, notes=(*plan.notes, note))
+    return plan.with_text(note, tie_embeddings=False)
 
 
 def _with_own_head(plan: Plan) -> Plan:
@@ -236,12 +241,8 @@ def _with_own_head(plan: Plan) -> Plan:
         "the base's output layer is its embedding, but the adapter changes one of the two: they "
         "are kept apart"
     )
-    return replace(
-        plan,
-        config=replace(plan.config, text=replace(plan.config.text, tie_embeddings=False)),
-        parts=(*tied_heads(plan.parts), *plan.parts),
-        notes=(*plan.notes, note),
-    )
+    apart = plan.with_text(note, tie_embeddings=False)
+    return replace(apart, parts=(*tied_heads(plan.parts), *plan.parts))
 
 
 def _with_longer_vocabulary(plan: Plan) -> Plan:
@@ -259,12 +260,8 @@ def _with_longer_vocabulary(plan: Plan) -> Plan:
     if rows <= before:
         return plan
     table = replace(plan.vocabulary, rows=rows, accepted=plan.vocabulary.accepted | {rows})
-    return replace(
-        plan,
-        config=replace(plan.config, text=replace(plan.config.text, vocab_size=rows)),
-        vocabulary=table,
-        notes=(*plan.notes, f"the adapter's vocabulary has {rows} rows, the base's {before}"),
-    )
+    note = f"the adapter's vocabulary has {rows} rows, the base's {before}"
+    return replace(plan.with_text(note, vocab_size=rows), vocabulary=table)
 
 
 def _plan_on_base(
@@ -330,14 +327,9 @@ def _plan(
 ) -> Plan:
     """Plan a directory with a config.json.
 
-    Args:
-        form: see `Plan`.
-        path: of the directory.
-        extra: weights that belong to it but lie elsewhere; they may bring the vision tower.
-        adapter: see `Plan`.
-        base_path: see `Plan`.
-        weights: False looks at the small files only and leaves `parts` empty.
-        fetch: False leaves the weights of a vision tower on the hub where they are.
+    `extra` are weights that belong to it but lie elsewhere; they may bring the vision tower. With
+    weights=False only the small files are looked at and `parts` is empty, with fetch=False the
+    weights of a vision tower on the hub stay there.
     """
     raw = read_json(path / "config.json")
     tower_path, has_moved = find_tower(raw, path, base=base_path, fetch=fetch)

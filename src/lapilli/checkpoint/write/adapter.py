@@ -51,11 +51,12 @@ HF_MODULES = KeyMap(
 _HF_PROJECTOR = "multi_modal_projector"
 
 
-def save_lora(
+def save_adapter(
     path: Path,
     model: VisionLanguageModel,
     config: ModelConfig,
     *,
+    layout: str,
     base: str,
     trained: Sequence[str] = (),
     tokenizer_path: Path | None = None,
@@ -64,68 +65,44 @@ def save_lora(
     state: Mapping[str, Stored] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """Save an unmerged adapter in the layout of the original's training.
+    """Save an unmerged adapter, and the projector with it.
 
-    The arguments are those of `save_llava`. `base` is the checkpoint below, written as
-    `base_model_name_or_path`; `trained` are parameters that were trained whole; the projector is
-    always stored. The original's loader needs "llava" and "lora" in the name of the directory.
+    The layout is "llava", that of the original's training, whose loader needs "llava" and "lora" in
+    the name of the directory, or "huggingface", for PEFT on a checkpoint in that layout, where the
+    template is written as chat_template.jinja. `base` is the checkpoint below, written as
+    `base_model_name_or_path`; `trained` are parameters that were trained whole. The other arguments
+    are those of `save_llava`.
 
     Raises:
         CheckpointError: the directory is there already, or the disk is full.
         ConfigError: the model has no adapter, or its tower no name.
-    """
-    written = written_template(template, config, tokenizer_path)
-    config = as_original(config)
-    keymap = original_keymap(config.text)
-    whole = _whole(model, state)
-    halves, others = _split(model, whole, keymap, trained)
-    with new_directory(path, overwrite=overwrite) as folder:
-        write_safetensors(folder / ADAPTER_WEIGHTS[0], halves)
-        write_pickled(folder / NON_LORA_FILES[-1], others)
-        write_json(
-            folder / ADAPTER_CONFIG,
-            _adapter_config(model, base, keymap) | {"task_type": "CAUSAL_LM"},
-        )
-        write_json(folder / "config.json", config_of_part(folder, model, config, written.name))
-        write_beside(folder, tokenizer_path, extra, jinja=written.jinja, tokens=config.tokens)
-
-
-def save_peft(
-    path: Path,
-    model: VisionLanguageModel,
-    config: ModelConfig,
-    *,
-    base: str,
-    trained: Sequence[str] = (),
-    tokenizer_path: Path | None = None,
-    template: str | Template | None = None,
-    overwrite: bool = False,
-    state: Mapping[str, Stored] | None = None,
-    extra: Mapping[str, str | bytes] | None = None,
-) -> None:
-    """Save an unmerged adapter for PEFT on a checkpoint in the layout of Hugging Face.
-
-    The arguments are those of `save_lora`, with `base` in that layout; the template is written as
-    chat_template.jinja.
-
-    Raises:
-        CheckpointError: the directory is there already, or the disk is full.
-        ConfigError: the model has no adapter.
         UnsupportedModelError: a parameter was trained whole that a PEFT adapter cannot hold.
     """
+    is_original = layout == "llava"
     beyond = [name for name in trained if not name.startswith(PROJECTOR)]
-    if beyond:
+    if beyond and not is_original:
         raise UnsupportedModelError(
             f"a PEFT adapter cannot carry {beyond[0]} ({len(beyond)} such parameters): it holds "
             "adapters and the projector; save it merged, or in the layout of the original"
         )
-    whole = _whole(model, state)
-    halves, others = _split(model, whole, HF_MODULES, trained)
-    settings = _adapter_config(model, base, HF_MODULES) | {"modules_to_save": [_HF_PROJECTOR]}
+    if not any(True for _ in adapters(model)):
+        raise ConfigError("the model has no adapter: save_llava saves a whole model")
     written = written_template(template, config, tokenizer_path)
-    jinja = _chat_template(written, config, tokenizer_path)
+    jinja = written.jinja if is_original else _chat_template(written, config, tokenizer_path)
+    config = as_original(config) if is_original else config
+    keymap = original_keymap(config.text) if is_original else HF_MODULES
+    state = model.state_dict() if state is None else state
+    halves, others = _split(model, state, keymap, trained)
+    settings = _adapter_config(model, base, keymap)
     with new_directory(path, overwrite=overwrite) as folder:
-        write_safetensors(folder / ADAPTER_WEIGHTS[0], {**halves, **others})
+        if is_original:
+            settings["task_type"] = "CAUSAL_LM"
+            write_safetensors(folder / ADAPTER_WEIGHTS[0], halves)
+            write_pickled(folder / NON_LORA_FILES[-1], others)
+            write_json(folder / "config.json", config_of_part(folder, model, config, written.name))
+        else:
+            settings["modules_to_save"] = [_HF_PROJECTOR]
+            write_safetensors(folder / ADAPTER_WEIGHTS[0], {**halves, **others})
         write_json(folder / ADAPTER_CONFIG, settings)
         write_beside(folder, tokenizer_path, extra, jinja=jinja, tokens=config.tokens)
 
@@ -141,14 +118,8 @@ def _chat_template(
 
 
 def is_unknown_to_peft(path: str) -> bool:
-    """Return whether `save_peft` has no name for an adapter on the module of this path."""
+    """Return whether PEFT has no name for an adapter on the module of this path."""
     return HF_MODULES.to_foreign(f"{path}.weight") is None
-
-
-def _whole(model: VisionLanguageModel, state: Mapping[str, Stored] | None) -> Mapping[str, Stored]:
-    if not any(True for _ in adapters(model)):
-        raise ConfigError("the model has no adapter: save_llava saves a whole model")
-    return model.state_dict() if state is None else state
 
 
 def _split(

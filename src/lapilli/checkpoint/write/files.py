@@ -75,7 +75,8 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             folder = aside / "new"
             folder.mkdir(parents=True)
             yield folder
-            _flush(folder)
+            for written in (*folder.rglob("*"), folder):
+                flush_path(written)
             _move_into_place(folder, path)
     finally:
         _remove(aside)
@@ -151,12 +152,8 @@ def write_weights(
 ) -> None:
     """Write model.safetensors, or numbered shards with an index, in the order of the tensors.
 
-    Args:
-        folder: that exists.
-        tensors: by name.
-        keymap: to their names in the files; None: the same names.
-        dtype: of the stored floats, of all or by the names of `tensors`; None: each as it is.
-        shard_bytes: largest size of one file.
+    The dtype is that of the stored floats, of all or by the names of `tensors`; None: each as it
+    is. `keymap` gives their names in the files; None: the same names.
 
     Raises:
         CheckpointError: `keymap` has no name for a tensor.
@@ -272,12 +269,6 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     done = call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE)
     return bool(done == 0)
-
-
-def _flush(folder: Path) -> None:
-    """Flush a folder with all its files to the disk."""
-    for path in (*folder.rglob("*"), folder):
-        flush_path(path)
 
 
 def flush_path(path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lapilli.checkpoint.keymaps import HF_LLAVA
-from lapilli.checkpoint.read.vocabulary import VOCABULARY, resized
+from lapilli.checkpoint.read.assemble import VOCABULARY, resized
 from lapilli.checkpoint.template import WrittenTemplate, written_template
 from lapilli.checkpoint.tokenizer import (
     load_tokenizer,
@@ -40,10 +40,9 @@ from lapilli.checkpoint.write.files import (
 )
 from lapilli.checkpoint.write.llava import (
     write_preprocessor_config,
-    write_text_config,
     write_tower_config,
 )
-from lapilli.config.families import find_family
+from lapilli.config.families import family_of, find_family
 from lapilli.config.families.decoder import ACTIVATION_NAMES
 from lapilli.config.llava import CAP_KEY, RECORD_KEY
 from lapilli.config.model import (
@@ -209,11 +208,8 @@ def write_hf_config(
 ) -> dict[str, object]:
     """Return config.json of LlavaConfig or LlavaNextConfig.
 
-    Args:
-        config: of the model, its vocabulary with the image token.
-        image_id: the placeholder token of every position of a picture.
-        torch_dtype: of the stored weights.
-        template: name of its conversation template, or "chat_template" for the one beside it.
+    The vocabulary of `config` has the image token, `image_id`; `template` is a
+    `WrittenTemplate.name`.
 
     Raises:
         UnsupportedModelError: see `check_hf_layout`.
@@ -229,7 +225,7 @@ def write_hf_config(
         "model_type": _hf_type(image),
         "text_config": {
             "model_type": config.text.family,
-            **write_text_config(config.text),
+            **family_of(config.text).write(config.text),
             **ids,
             "torch_dtype": torch_dtype,
         },

@@ -27,14 +27,13 @@ from lapilli.checkpoint.write.files import (
     write_pickled,
     write_weights,
 )
-from lapilli.config.families import family_of, find_family, text_types
+from lapilli.config.families import find_family, text_types
 from lapilli.config.families.decoder import ACTIVATION_NAMES
 from lapilli.config.llava import IMAGE_KEY, RECORD_KEY, ROUNDS_KEY
 from lapilli.config.model import (
     ImageConfig,
     ModelConfig,
     PixelConfig,
-    TextConfig,
     VisionConfig,
 )
 from lapilli.config.projector import projector_name
@@ -96,7 +95,9 @@ def save_llava(
     written = written_template(template, config, tokenizer_path)
     config = as_original(config)
     keymap = original_keymap(config.text)
-    place = tower or _default_place(config)
+    place: TowerPlace = tower or ("named" if is_lasting(config.vision_source) else "beside")
+    if tower is None and config.vision_in_checkpoint:
+        place = "inside"
     if quantization is not None and quantization.quantize_tower:
         place = "inside"
     elif quantization is not None and place == "inside":
@@ -183,12 +184,6 @@ def config_of_part(
     )
 
 
-def _default_place(config: ModelConfig) -> TowerPlace:
-    if config.vision_in_checkpoint:
-        return "inside"
-    return "named" if is_lasting(config.vision_source) else "beside"
-
-
 def is_lasting(source: str | None) -> bool:
     """Return whether the name of a tower stays valid when the checkpoint is moved."""
     if source is None or source.startswith("."):
@@ -234,12 +229,8 @@ def write_llava_config(
 ) -> dict[str, object]:
     """Return config.json of a checkpoint in the original layout.
 
-    Args:
-        config: of the model.
-        vision_source: value of mm_vision_tower: a hub id or a directory, relative to the
-            checkpoint if it is inside.
-        torch_dtype: of the stored weights, such as "float16".
-        template: name of its conversation template, or "chat_template" for the one beside it.
+    `vision_source` is a hub id or a directory, relative to the checkpoint if it is inside;
+    `template` is a `WrittenTemplate.name`.
 
     Raises:
         UnsupportedModelError: the original layout has no such language model or projector.
@@ -255,7 +246,7 @@ def write_llava_config(
     written: dict[str, object] = {
         "architectures": [architecture],
         "model_type": model_type,
-        **write_text_config(text),
+        **family.write(text),
         "torch_dtype": torch_dtype,
         "use_cache": True,
         **special_ids(config.tokens),
@@ -297,11 +288,6 @@ def as_original(config: ModelConfig) -> ModelConfig:
         return config
     tokens = replace(config.tokens, use_patch_token=False)
     return replace(config, layout="llava", tokens=tokens)
-
-
-def write_text_config(text: TextConfig) -> dict[str, object]:
-    """Return the keys of the language model."""
-    return family_of(text).write(text)
 
 
 def _vision(

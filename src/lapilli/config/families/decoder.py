@@ -8,7 +8,7 @@ its files.
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from lapilli.config.families.base import Family
+from lapilli.config.families import Family
 from lapilli.config.model import Activation, DecoderConfig, RopeScaling, TextConfig
 from lapilli.config.reader import (
     MOST_HEADS,
@@ -52,13 +52,7 @@ def parse_activation(reader: KeyReader, key: str, default: str) -> Activation:
     Raises:
         UnsupportedModelError: lapilli does not have it.
     """
-    name = reader.text(key, default)
-    if name not in ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"{reader.where}: {reader.prefix}{key} is {name!r}, "
-            f"choose from {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]
+    return reader.choice(key, default, ACTIVATIONS, UnsupportedModelError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,14 +222,19 @@ class DecoderFamily(Family):
     def _rope(
         self, reader: KeyReader, max_positions: int
     ) -> tuple[float, RopeScaling | None, float | None]:
-        """Return base and scaling of the rotary positions, and the base in local layers."""
+        """Return base and scaling of the rotary positions, and the base in local layers.
+
+        `rope_theta` + `rope_scaling: {type | rope_type, factor, ...}` before transformers 5,
+        `rope_parameters: {rope_type, rope_theta, factor, ...}` since.
+        """
         theta = reader.number("rope_theta", self.rope_theta, least=1.0, most=_LARGEST_BASE)
+        newer, older = reader.child("rope_parameters"), reader.child("rope_scaling")
         if self.local_rope_theta is None:
-            return *parse_rope(reader, theta, max_positions), None
+            rope = newer if newer.raw else older
+            return *_rope(reader, rope, theta, max_positions), None
         local = reader.number(
             "rope_local_base_freq", self.local_rope_theta, least=1.0, most=_LARGEST_BASE
         )
-        newer, older = reader.child("rope_parameters"), reader.child("rope_scaling")
         full = newer.child("full_attention") if newer.raw.get("full_attention") else older
         theta, scaling = _rope(reader, full, theta, max_positions)
         local, other = _rope(reader, newer.child("sliding_attention"), local, max_positions)
@@ -325,18 +324,6 @@ def _full_of_types(reader: KeyReader, kinds: object, num_layers: int) -> tuple[i
             f"choose from {', '.join(known)}"
         )
     return tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
-
-
-def parse_rope(
-    reader: KeyReader, theta: float, max_positions: int
-) -> tuple[float, RopeScaling | None]:
-    """Return base and scaling of the rotary positions, in any spelling of the last years.
-
-    `rope_theta` + `rope_scaling: {type | rope_type, factor, ...}` before transformers 5,
-    `rope_parameters: {rope_type, rope_theta, factor, ...}` since.
-    """
-    newer, older = reader.child("rope_parameters"), reader.child("rope_scaling")
-    return _rope(reader, newer if newer.raw else older, theta, max_positions)
 
 
 def _rope(

@@ -4,14 +4,14 @@ Source: transformers' Gemma2ForCausalLM. As there since release 5, the vectors o
 multiplied by the embedding scale.
 """
 
-from lapilli.config import ignored
+from lapilli.config.families import IGNORED
 from lapilli.config.families.decoder import DecoderFamily
 
 FAMILY = DecoderFamily(
     model_type="gemma2",
     original=("llava_gemma2", "LlavaGemma2ForCausalLM"),
     marks=("gemma2",),
-    ignored=ignored.TEXT | {"_sliding_window_pattern", "cache_implementation", "hidden_act"},
+    ignored=IGNORED | {"_sliding_window_pattern", "cache_implementation", "hidden_act"},
     vocab_size=256000,
     hidden_size=2304,
     intermediate_size=9216,

@@ -4,14 +4,14 @@ Layers with a window have rotary positions of a base of their own. Source: trans
 Gemma3ForCausalLM; the vectors of pictures are not multiplied by the embedding scale, as there.
 """
 
-from lapilli.config import ignored
+from lapilli.config.families import IGNORED
 from lapilli.config.families.decoder import DecoderFamily
 
 FAMILY = DecoderFamily(
     model_type="gemma3_text",
     original=("llava_gemma3", "LlavaGemma3ForCausalLM"),
     marks=("gemma3",),
-    ignored=ignored.TEXT | {"_sliding_window_pattern", "cache_implementation", "hidden_act"},
+    ignored=IGNORED | {"_sliding_window_pattern", "cache_implementation", "hidden_act"},
     vocab_size=262208,
     hidden_size=2304,
     intermediate_size=9216,

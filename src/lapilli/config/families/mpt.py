@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from lapilli.config import ignored
-from lapilli.config.families.base import Family
+from lapilli.config.families import IGNORED, LIBRARY_KEYS, SAMPLING_KEYS, Family, keys_of
 from lapilli.config.model import MptConfig, TextConfig
 from lapilli.config.reader import (
     MOST_HEADS,
@@ -14,6 +13,15 @@ from lapilli.config.reader import (
     KeyReader,
 )
 from lapilli.errors import ConfigError, UnsupportedModelError
+
+# The kernel and the normalisation type do not change the numbers that are computed.
+_IGNORED = IGNORED | keys_of("""
+    attn_cfg fc_type ffn_config init_config learned_pos_emb max_position_embeddings norm_type
+    tokenizer_name verbose vocab_parallel
+""")
+_IGNORED_OF_ATTENTION = (
+    LIBRARY_KEYS | SAMPLING_KEYS | keys_of("attn_impl attn_pdrop attn_uses_sequence_id")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +38,7 @@ class MptFamily(Family):
         Raises:
             UnsupportedModelError: a variation of it without published LLaVA checkpoint.
         """
-        attention = reader.child("attn_config", ignored.MPT_ATTENTION)
+        attention = reader.child("attn_config", _IGNORED_OF_ATTENTION)
         _check_variation(reader, attention)
         width, layers, heads = (
             reader.positive(_either(reader, own, usual), default, most=most)
@@ -116,5 +124,5 @@ FAMILY = MptFamily(
     template_first=True,
     stem="transformer",
     in_hf_llava=False,
-    ignored=ignored.MPT,
+    ignored=_IGNORED,
 )

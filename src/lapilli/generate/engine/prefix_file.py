@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lapilli.config.json_text import parse_json
+from lapilli.config.reader import parse_json
 from lapilli.errors import CheckpointError, MissingFileError
 from lapilli.generate.engine.block_pool import BlockPool, Prefix
 from lapilli.nn.paged import BlockStore

@@ -1,30 +1,42 @@
-"""Fast tokenizer: a tokenizer.json, run by the `tokenizers` library.
+"""Fast tokenizer: a tokenizer.json, checked, and run by the `tokenizers` library.
 
 Exactly what transformers' fast tokenizers do: special tokens of the configuration that the file
 lacks are added, the Llama family writes BOS as `add_bos_token` says, every other family as the
-post-processor of the file says.
+post-processor of the file says. `llama_tokenizer` makes one of a tokenizer.model.
+
+The library is written in Rust. What it did not expect of a file ends in a panic: no Exception, and
+several lines on standard error. And it follows every step that a file lists, so that a few steps
+which double the text make gigabytes of one question.
 """
 
+import base64
+import binascii
 import json
+import math
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from lapilli.errors import PromptError
-from lapilli.prompt.tokenizer.added import LLAMA_TOKENS, AddedTokens, Range
-from lapilli.prompt.tokenizer.base import Token, Tokenizer, TokenizerFiles, clean_up
-from lapilli.prompt.tokenizer.json_file import (
-    encode_text,
-    library_errors,
-    parse_tokenizer,
-    prefix_and_suffix,
-    state_of,
+from lapilli.errors import CheckpointError, PromptError
+from lapilli.prompt.tokenizer import (
+    LLAMA_TOKENS,
+    AddedTokens,
+    Range,
+    Token,
+    Tokenizer,
+    TokenizerFiles,
+    clean_up,
 )
-from lapilli.prompt.tokenizer.spm_model import SPACE, llama_tokenizer
+from lapilli.prompt.tokenizer.sentencepiece import BPE, SPACE, parse_model
+
+_LLAMA_NAMES = ("<unk>", "<s>", "</s>")
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -43,9 +55,6 @@ _BYTE_OF: Mapping[str, int] = MappingProxyType(_byte_alphabet())
 
 class FastTokenizer(Tokenizer):
     """Any tokenizer.json, or LlamaTokenizerFast out of a tokenizer.model alone.
-
-    Args:
-        files: tokenizer.json, or else tokenizer.model, and what stands beside it.
 
     Raises:
         CheckpointError: a file that the `tokenizers` library does not read.
@@ -179,8 +188,7 @@ class _TypedText:
     Other added tokens are found there as everywhere. The model of the tokenizer could still put a
     special token together from its letters, so what it would need for that is taken out as well.
 
-    Args:
-        source: content of tokenizer.json, asked for when it is first needed.
+    `source` gives the content of tokenizer.json when it is first needed.
     """
 
     def __init__(self, source: Callable[[], str]) -> None:
@@ -239,3 +247,242 @@ def _prepend_no_space(pre_tokenizer: dict[str, Any] | None) -> None:
 def _types(state: dict[str, Any]) -> set[str]:
     inner = (_types(part) for part in state.get("decoders", []))
     return {str(state.get("type"))}.union(*inner)
+
+
+MOST_STEPS: Final = 100
+MOST_GROWTH: Final = 64
+"""Most times that a text may become longer by what a file replaces; honest files: twice."""
+MOST_ADDED: Final = 1000
+_SHOWN = 200
+
+
+def parse_tokenizer(source: str) -> tokenizers.Tokenizer:
+    """Parse a tokenizer.json; truncation and padding are left out.
+
+    Raises:
+        CheckpointError: a text that the library does not read, or steps that make a text grow.
+    """
+    advice = "; is it truncated, or written by a newer `tokenizers`?"
+    with _quiet(), library_errors(f"({len(source)} characters) cannot be read", advice):
+        tokenizer = tokenizers.Tokenizer.from_str(source)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for part in ("normalizer", "decoder"):
+        _check_growth(part, state_of(getattr(tokenizer, part)))
+    return tokenizer
+
+
+def state_of(part: Any) -> dict[str, Any]:  # noqa: ANN401 - any part of a tokenizer
+    """Return a part of a tokenizer as the JSON that it is saved as; empty where there is none."""
+    state: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
+    return state
+
+
+@contextmanager
+def library_errors(failed: str | None = None, advice: str = "") -> Iterator[None]:
+    """Turn a panic of the library inside into an error of the file that it follows.
+
+    Args:
+        failed: what went wrong where the library raises an Exception; None: it is let through.
+        advice: behind the library's own words.
+
+    Raises:
+        CheckpointError: for a panic, and for an Exception where `failed` is given.
+    """
+    try:
+        yield
+    except BaseException as error:  # a panic of Rust is no Exception, and not importable by name
+        if type(error).__name__ == "PanicException":
+            raise CheckpointError(
+                f"tokenizer.json: the library tokenizers fails on it: {str(error)[:_SHOWN]}"
+            ) from None
+        if failed is None or not isinstance(error, Exception):
+            raise
+        # The library raises nothing more precise.
+        raise CheckpointError(f"tokenizer.json {failed}: {str(error)[:_SHOWN]}{advice}") from error
+
+
+def encode_text(
+    tokenizer: tokenizers.Tokenizer, text: str, *, special: bool = False
+) -> tokenizers.Encoding:
+    """Encode a text.
+
+    With `special` the post-processor writes what it writes around a text.
+
+    Raises:
+        CheckpointError: the file gives no way to encode it.
+    """
+    with library_errors(f"cannot encode {text[:20]!r}"):
+        encoding = tokenizer.encode(text, add_special_tokens=special)
+    if max((end for _, end in encoding.offsets), default=0) > len(text):
+        raise CheckpointError("tokenizer.json: tokens have places outside of the text")
+    return encoding
+
+
+def prefix_and_suffix(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that the post-processor writes before and after a text.
+
+    Raises:
+        CheckpointError: it changes the text itself, or writes what no vocabulary has.
+    """
+    with _quiet():
+        bare = encode_text(tokenizer, "a").ids
+        full = encode_text(tokenizer, "a", special=True).ids
+    before = next(
+        (i for i in range(len(full)) if full[i : i + len(bare)] == bare), None if full else 0
+    )
+    if before is None or len(full) - len(bare) > MOST_ADDED:
+        raise CheckpointError(
+            f"tokenizer.json: the post_processor makes {len(full)} tokens of {len(bare)}, expected "
+            "the same ones between a few others"
+        )
+    prefix, suffix = tuple(full[:before]), tuple(full[before + len(bare) :])
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    unknown = next((i for i in (*prefix, *suffix) if i >= size), None)
+    if unknown is not None:
+        raise CheckpointError(
+            f"tokenizer.json: the post_processor writes token {unknown}, the vocabulary has {size}"
+        )
+    return prefix, suffix
+
+
+def _check_growth(part: str, state: Mapping[str, Any]) -> None:
+    steps = list(_steps(state))
+    # What Unicode forms make longer are few letters, and only once.
+    growth = math.prod(_growth(step) for step in steps)
+    if len(steps) > MOST_STEPS or growth > MOST_GROWTH:
+        raise CheckpointError(
+            f"tokenizer.json: the {part} has {len(steps)} steps that make a text up to "
+            f"{growth:.0f} times as long, expected at most {MOST_STEPS} and {MOST_GROWTH}"
+        )
+
+
+def _steps(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the steps of a normalizer or decoder in order, sequences opened."""
+    inner = state.get("normalizers") or state.get("decoders")
+    if inner is None:
+        yield state
+        return
+    for one in inner:
+        yield from _steps(one)
+
+
+def _growth(step: Mapping[str, Any]) -> float:
+    """Return how many times longer a step may make a text."""
+    kind = step.get("type")
+    if kind == "Replace":
+        literal = step["pattern"].get("String")
+        content = len(step["content"])
+        return max(1.0, content / len(literal)) if literal else 1.0 + content
+    if kind == "Prepend":  # once, before the whole text
+        return 1.0 + len(step["prepend"]) / MOST_ADDED
+    if kind == "Precompiled":
+        return _charsmap_growth(step["precompiled_charsmap"])
+    return 1.0
+
+
+def _charsmap_growth(charsmap: str) -> float:
+    """Return how many times longer a charsmap of SentencePiece may make a text.
+
+    Source: sentencepiece normalizer.cc: the size of a trie, the trie, and texts that end with 0.
+    """
+    try:
+        blob = base64.b64decode(charsmap)
+    except binascii.Error:
+        return math.inf
+    texts = blob[4 + int.from_bytes(blob[:4], "little") :].split(b"\0")
+    # Its own ligatures become up to 18 characters, none of them in a text of many.
+    return max(1.0, max(map(len, texts)) / (18 * 4))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold standard error back until the end, and drop what was written where an error leaves."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except CheckpointError:
+            said.truncate(0)
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            said.seek(0)
+            if text := said.read():
+                os.write(2, text)
+
+
+def llama_tokenizer(model: bytes, *, legacy: bool = True) -> tokenizers.Tokenizer:
+    """Convert a tokenizer.model of Llama or Mistral for the `tokenizers` library.
+
+    With `legacy` a space is written before the first word of every text between added tokens, else
+    at the beginning of a text alone, as slow tokenizers with `legacy: false` do.
+
+    Raises:
+        CheckpointError: a unigram, word or character model.
+
+    Note: the first three pieces are called <unk>, <s> and </s> whatever the file calls them, and
+        text that no piece covers becomes bytes. Source: what transformers 4.37.2 builds for
+        LlamaTokenizerFast when a checkpoint has only a tokenizer.model.
+    """
+    parsed = parse_model(model)
+    if parsed.algorithm != BPE:
+        raise CheckpointError(
+            f"tokenizer.model holds algorithm {parsed.algorithm}, expected BPE ({BPE}): "
+            "use the slow tokenizer, or give a tokenizer.json"
+        )
+    others = parsed.pieces[len(_LLAMA_NAMES) :]
+    scores = dict.fromkeys(_LLAMA_NAMES, 0.0) | {piece.text: piece.score for piece in others}
+    vocab = {text: i for i, text in enumerate((*_LLAMA_NAMES, *(p.text for p in others)))}
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=merges(scores, {piece.text: i for i, piece in enumerate(parsed.pieces)}),
+            unk_token=parsed.unk_piece,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            SPACE, prepend_scheme="first", split=False
+        )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in _LLAMA_NAMES])
+    return tokenizer
+
+
+def merges(scores: Mapping[str, float], ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return the merges of a BPE vocabulary that lists only its pieces.
+
+    Every way to cut a piece into two pieces is a merge, ranked by the score of what it makes, then
+    by the id of its first half.
+
+    `scores` are those of the pieces that merges may make, `ids` of the pieces that may be merged.
+    """
+    found: list[tuple[str, str]] = []
+    for piece in sorted(scores, key=scores.__getitem__, reverse=True):
+        cuts = [
+            (first, piece[at:])
+            for at in range(1, len(piece))
+            if (first := piece[:at]) in ids and piece[at:] in ids
+        ]
+        found += sorted(cuts, key=lambda cut: ids[cut[0]])
+    return found

@@ -9,27 +9,64 @@ Exactly the LlamaTokenizer of transformers 4.37.2 with `legacy` true, false or a
 The user-defined symbols of a model (such as Yi's <|im_start|>) are found by SentencePiece itself,
 wherever they stand. Where a person typed one, the text is encoded by a second processor that does
 not know them.
+
+A tokenizer.model is a protocol buffer (sentencepiece_model.proto): field 1 the pieces, 2 the
+trainer's settings, 3 the normalizer's. The few fields that the sentencepiece library does not tell
+are read here directly, so that nothing needs protobuf.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import sentencepiece
 from tokenizers import AddedToken
 
 from lapilli.errors import CheckpointError, PromptError
-from lapilli.prompt.tokenizer import spm_model
-from lapilli.prompt.tokenizer.added import LLAMA_TOKENS, AddedTokens, Range
-from lapilli.prompt.tokenizer.base import Token, Tokenizer, TokenizerFiles, clean_up
-from lapilli.prompt.tokenizer.spm_model import SPACE
+from lapilli.prompt.tokenizer import (
+    LLAMA_TOKENS,
+    AddedTokens,
+    Range,
+    Token,
+    Tokenizer,
+    TokenizerFiles,
+    clean_up,
+)
+
+SPACE = "▁"  # SentencePiece writes a space like this
+NORMAL, USER_DEFINED = 1, 4
+UNIGRAM, BPE = 1, 2
+
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+# normalizer_spec { add_dummy_prefix: false }: a repeated message field is merged by every reader.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+_TYPE_UNUSED = b"\x18\x05"
+
+
+class Piece(NamedTuple):
+    """An entry of the vocabulary; `kind` is NORMAL, USER_DEFINED or another number."""
+
+    text: str
+    score: float
+    kind: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpmModel:
+    """Pieces by id, the algorithm, and what the normalizer does before it."""
+
+    pieces: tuple[Piece, ...]
+    algorithm: int
+    unk_piece: str
+    add_dummy_prefix: bool
 
 
 class SentencePieceTokenizer(Tokenizer):
     """The slow LlamaTokenizer.
-
-    Args:
-        files: tokenizer.model and what stands beside it.
 
     Raises:
         CheckpointError: bytes that are not a SentencePiece model.
@@ -39,9 +76,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(files, defaults=LLAMA_TOKENS, padding_side="right", clean_up=False)
         self.legacy = files.config.get("legacy") is not False
         model = files.model or b""
-        self._encoder = _PieceEncoder(
-            model if self.legacy else spm_model.without_dummy_prefix(model)
-        )
+        self._encoder = _PieceEncoder(model if self.legacy else without_dummy_prefix(model))
         self._spm = self._encoder.processor
         self._num_pieces: int = self._spm.get_piece_size()
         self._special_names = {token.content for token in self._special.all}
@@ -232,8 +267,7 @@ class _Pieces(dict[str, tuple[int, bool]]):
 class _PieceEncoder:
     """SentencePiece with offsets, for text without added tokens.
 
-    Args:
-        model: content of tokenizer.model, with or without dummy prefix.
+    `model` is a tokenizer.model, with or without dummy prefix.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -255,8 +289,8 @@ class _PieceEncoder:
         return tokens
 
     @cached_property
-    def _parsed(self) -> spm_model.SpmModel:
-        return spm_model.parse(self._model)
+    def _parsed(self) -> SpmModel:
+        return parse_model(self._model)
 
     @cached_property
     def _symbols(self) -> AddedTokens:
@@ -265,15 +299,15 @@ class _PieceEncoder:
             {
                 i: AddedToken(piece.text, special=True)
                 for i, piece in enumerate(self._parsed.pieces)
-                if piece.kind == spm_model.USER_DEFINED and re.fullmatch(r"<.+>", piece.text)
+                if piece.kind == USER_DEFINED and re.fullmatch(r"<.+>", piece.text)
             }
         )
 
     @cached_property
     def _without_symbols(self) -> _Pieces:
         """Second processor of the model, without symbols and without dummy prefix."""
-        model = spm_model.without_symbols(self._model, self._symbols.ids.keys())
-        return _Pieces(_load_processor(spm_model.without_dummy_prefix(model)))
+        model = without_symbols(self._model, self._symbols.ids.keys())
+        return _Pieces(_load_processor(without_dummy_prefix(model)))
 
     def _tokenize_typed(self, text: str, start: int, end: int) -> list[Token]:
         """Tokenize text[start:end] without symbols."""
@@ -300,3 +334,116 @@ def _with_offsets(known: _Pieces, text: str) -> list[Token]:
         tokens.append(Token(index, origin[at], origin[end]))
         at = end
     return tokens
+
+
+def parse_model(model: bytes) -> SpmModel:
+    """Parse the content of a tokenizer.model.
+
+    Raises:
+        CheckpointError: bytes that are not a SentencePiece model.
+    """
+    pieces: list[Piece] = []
+    settings: dict[int, dict[int, bytes | int]] = {_TRAINER: {}, _NORMALIZER: {}}
+    for number, value in _fields(model):
+        if isinstance(value, int):
+            continue
+        if number == _PIECES:
+            pieces.append(_piece(value))
+        elif number in settings:
+            settings[number] |= dict(_fields(value))
+    if not pieces:
+        raise CheckpointError("tokenizer.model holds no pieces: not a SentencePiece model")
+    trainer, normalizer = settings[_TRAINER], settings[_NORMALIZER]
+    return SpmModel(
+        pieces=tuple(pieces),
+        algorithm=int(trainer.get(3, UNIGRAM)),
+        unk_piece=_text(trainer.get(45, b"<unk>")),
+        add_dummy_prefix=bool(normalizer.get(3, 1)),
+    )
+
+
+def without_dummy_prefix(model: bytes) -> bytes:
+    """Return the same model that does not put a space in front of the first word."""
+    return model + _NO_DUMMY_PREFIX
+
+
+def without_symbols(model: bytes, symbols: Collection[str]) -> bytes:
+    """Return the same model that does not recognise the user-defined `symbols` inside a text."""
+    pieces: list[bytes] = []
+    others: list[bytes] = []
+    for number, value in _fields(model):
+        if isinstance(value, int):
+            continue
+        if number == _PIECES:
+            tail = _TYPE_UNUSED if _piece(value).text in symbols else b""
+            pieces.append(_field(number, value + tail))
+        else:
+            others.append(_field(number, value))
+    return b"".join(pieces + others)
+
+
+def _piece(message: bytes) -> Piece:
+    fields = dict(_fields(message))
+    (score,) = struct.unpack("<f", _raw(fields.get(2, b"\0\0\0\0")))
+    return Piece(_text(fields.get(1, b"")), score, int(fields.get(3, NORMAL)))
+
+
+def _text(value: bytes | int) -> str:
+    try:
+        return _raw(value).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"tokenizer.model is damaged: {value!r} is not UTF-8") from error
+
+
+def _raw(value: bytes | int) -> bytes:
+    if isinstance(value, int):
+        raise CheckpointError("tokenizer.model: a number stands where text is expected")
+    return value
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """Yield field number and value: int for varints, the raw bytes for everything else."""
+    at = 0
+    while at < len(message):
+        tag, at = (message[at], at + 1) if message[at] < 0x80 else _varint(message, at)
+        number, wire = tag >> 3, tag & 7
+        if wire == _VARINT:
+            value, at = _varint(message, at)
+            yield number, value
+            continue
+        size = {_FIXED64: 8, _FIXED32: 4}.get(wire)
+        if wire == _BYTES:
+            size, at = _varint(message, at)
+        if size is None or at + size > len(message):
+            raise CheckpointError(
+                f"tokenizer.model is not a whole SentencePiece model: byte {at} of {len(message)} "
+                "cannot be read; is it truncated, or a Git LFS pointer?"
+            )
+        yield number, message[at : at + size]
+        at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(message) and shift < 64:
+        byte = message[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+    raise CheckpointError(
+        f"tokenizer.model is not a whole SentencePiece model: it ends at byte {at}; truncated?"
+    )
+
+
+def _field(number: int, value: bytes) -> bytes:
+    return _encode_varint(number << 3 | _BYTES) + _encode_varint(len(value)) + value
+
+
+def _encode_varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

@@ -22,7 +22,7 @@ from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart
-from lapilli.prompt.tokenizer.base import Tokenizer
+from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.train.data.pictures import fetch_picture
 from lapilli.train.data.sample import Sample
 

@@ -13,7 +13,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from lapilli.config.json_text import MOST_DEPTH, is_deep, unique_keys
+from lapilli.config.reader import MOST_DEPTH, is_deep, unique_keys
 from lapilli.errors import DataError
 from lapilli.train.data.pictures import PictureFolder
 

@@ -8,7 +8,7 @@ from lapilli.errors import DataError, LapilliError
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.template import MediaSlot
-from lapilli.prompt.tokenizer.base import Tokenizer
+from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.train.data.check import ImageChecker, size_only
 from lapilli.train.data.encoder import SampleEncoder
 from lapilli.train.data.sample import Sample

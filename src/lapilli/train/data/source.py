@@ -19,7 +19,7 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
-from lapilli.config.paths import given_path
+from lapilli.config.reader import given_path
 from lapilli.errors import DataError
 from lapilli.train.data.json_source import JsonSource, LinesSource
 from lapilli.train.data.pictures import PictureFolder

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from lapilli.checkpoint.placement import choose_device
+from lapilli.checkpoint.load import choose_device
 from lapilli.errors import ConfigError, LapilliError
 from lapilli.train.distributed.context import ParallelContext
 from lapilli.train.recipe import Sharding

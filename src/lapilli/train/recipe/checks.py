@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.checkpoint.source import HUB_ID, is_local
-from lapilli.config.paths import given_path
+from lapilli.config.reader import given_path
 from lapilli.errors import ConfigError, DataError, UnknownKeyError
 from lapilli.train.data.source import NAME_A_FILE, expand
 from lapilli.train.recipe import Recipe, TrainerRecipe

@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lapilli.config.json_text import parse_json
+from lapilli.config.reader import parse_json
 from lapilli.errors import CheckpointError, ConfigError
 from lapilli.train.distributed import ParallelContext
 from lapilli.train.recipe import TrainerRecipe

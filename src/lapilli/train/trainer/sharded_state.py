@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lapilli.checkpoint.formats.files import read_json
+from lapilli.checkpoint.source import read_json
 from lapilli.errors import CheckpointError
 from lapilli.shapes import Tensor
 from lapilli.train.data.fingerprint import data_file

@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lapilli.errors import CheckpointError
-from lapilli.prompt.tokenizer import spm_model
-from lapilli.prompt.tokenizer.spm_model import Piece, merges
+from lapilli.prompt.tokenizer.fast import merges
+from lapilli.prompt.tokenizer.sentencepiece import NORMAL, Piece, parse_model
 
 TEXTS = st.text("ab", max_size=7) | st.text("a\u2581\u00e9\U0001f600\ud800", max_size=4) | st.text()
 
@@ -32,7 +32,7 @@ def piece(text: str, score: float | None, kind: int | None) -> bytes:
 def test_pieces_are_those_of_the_library(goldens: Any) -> None:
     library = sentencepiece.SentencePieceProcessor()
     library.load_from_serialized_proto(goldens.spm)
-    parsed = spm_model.parse(goldens.spm)
+    parsed = parse_model(goldens.spm)
     assert len(parsed.pieces) == library.get_piece_size()
     for i, found in enumerate(parsed.pieces):
         assert found.text == library.id_to_piece(i)
@@ -52,15 +52,15 @@ def test_a_piece_is_read_with_and_without_further_fields(
     text: str, score: float | None, kind: int | None, more: bytes
 ) -> None:
     """Whatever follows what SentencePiece writes: a later score replaces the first."""
-    (found,) = spm_model.parse(field(1, piece(text, score, kind) + more)).pieces
+    (found,) = parse_model(field(1, piece(text, score, kind) + more)).pieces
     scored = 1.0 if more.startswith(b"\x15") else score or 0.0
-    assert found == Piece(text, scored, kind or spm_model.NORMAL)
+    assert found == Piece(text, scored, kind or NORMAL)
 
 
 def test_text_that_is_not_utf_8_is_refused() -> None:
     model = field(1, field(1, b"\xff\xfe") + b"\x15\0\0\0\0")
     with pytest.raises(CheckpointError, match=r"tokenizer.model is damaged: .* is not UTF-8"):
-        spm_model.parse(model)
+        parse_model(model)
 
 
 def plain_merges(scores, ids):

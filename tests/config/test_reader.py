@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lapilli.config.paths import given_path
+from lapilli.config.reader import given_path
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lapilli.errors import CheckpointError, MissingFileError, PromptError
-from lapilli.prompt.tokenizer import (
-    FastTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    TokenizerFiles,
-    build_tokenizer,
-)
+from lapilli.prompt.tokenizer import Tokenizer, TokenizerFiles, build_tokenizer
+from lapilli.prompt.tokenizer.fast import FastTokenizer
+from lapilli.prompt.tokenizer.sentencepiece import SentencePieceTokenizer
 
 EXAMPLES = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -232,6 +228,6 @@ def test_only_bpe_becomes_a_fast_tokenizer(goldens: Any) -> None:
     [(2048, 2048), (2048.0, 2048), (1e30, None), (float("nan"), None), (float("-inf"), None)],
 )
 def test_a_length_limit_beyond_a_billion_is_none(value, expected):
-    from lapilli.prompt.tokenizer.base import length_limit
+    from lapilli.prompt.tokenizer import length_limit
 
     assert length_limit(value) == expected

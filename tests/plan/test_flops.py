@@ -8,10 +8,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lapilli.config.model import VisionConfig
-from lapilli.config.operations import projector_numbers, projector_operations, tower_operations
 from lapilli.config.projector import parse_projector
 from lapilli.modality.image.image import VisionTransformer
 from lapilli.modality.projector import build_projector
+from lapilli.plan.flops import projector_numbers, projector_operations, tower_operations
 
 VISION = VisionConfig(
     image_size=56, patch_size=14, hidden_size=32, intermediate_size=64, num_layers=4, num_heads=2
