@@ -62,8 +62,7 @@ def batch_of_rows() -> TrainingBatch:
 def lapilli_step(path: Path, precision: str) -> Callable[[TrainingBatch], float]:
     """One step of our trainer, as its loop takes it."""
     from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe, Recipe, RunRecipe
-    from lapilli.train.stages import choose_trainable
-    from lapilli.train.start import load_start
+    from lapilli.train.stages import choose_trainable, load_start
     from lapilli.train.trainer.loop import Loss
     from lapilli.train.trainer.model import TrainedModel
     from lapilli.train.trainer.optim import build_optimizer

@@ -89,7 +89,7 @@ def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
 
 def _say_end(recipe: "Recipe", out: Path, *, quiet: bool) -> None:
     """Say how the run went, by its log; a rising loss is told even with --quiet."""
-    from lapilli.train.exam import ANSWERS, FIGURE
+    from lapilli.train.results import ANSWERS, FIGURE
     from lapilli.train.trainer.curves import advice
     from lapilli.train.trainer.metrics import RunLog
 

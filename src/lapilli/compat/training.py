@@ -45,8 +45,7 @@ from lapilli.compat.trainer import (
 from lapilli.errors import CheckpointError, ConfigError
 from lapilli.prompt.choose import RECORD_KEY
 from lapilli.train.distributed import joined, rank_info_of
-from lapilli.train.launch import launch
-from lapilli.train.task import TrainingTask
+from lapilli.train.launch import TrainingTask, launch
 from lapilli.train.trainer.loop import number_of_steps
 from lapilli.train.trainer.metrics import RunLog
 from lapilli.train.trainer.optim import lr_share

@@ -54,7 +54,7 @@ from lapilli.prompt.choose import (
 )
 from lapilli.prompt.templates import DEFAULT_TEMPLATE
 from lapilli.prompt.tokenizer import Tokenizer
-from lapilli.train.start import check_marks
+from lapilli.train.stages import check_marks
 
 # Columns and rows of tiles that LLaVA 1.6 chooses from.
 # Vocabulary tables are padded to round sizes; a larger difference means another tokenizer.
