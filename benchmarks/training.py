@@ -29,7 +29,7 @@ from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.train.data.encoder import EncodedSample
-from lapilli.train.trainer.batch import TrainingBatch, collate, collate_packed, pack
+from lapilli.train.trainer.task import TrainingBatch, collate, collate_packed, pack
 
 PATCHES, SIDE = 576, 336
 RANK, ALPHA, LR = 64, 16.0, 2e-4

@@ -20,7 +20,7 @@ from lapilli.train.recipe import (
     RunRecipe,
     SourceRecipe,
 )
-from lapilli.train.trainer.loss import supervised
+from lapilli.train.trainer.model import supervised
 from pebble.folder import write_folder
 from tests.train import cluster
 from tests.train.parts import Parts

@@ -26,12 +26,12 @@ from lapilli.train.recipe import (
     RunRecipe,
     SourceRecipe,
 )
-from lapilli.train.trainer.contract import (
+from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.metrics import RunLog
+from lapilli.train.trainer.task import (
     Task,
     TrainingError,
 )
-from lapilli.train.trainer.loop import train
-from lapilli.train.trainer.metrics import RunLog
 from tests.train.parts import Parts
 
 

@@ -12,15 +12,14 @@ from huggingface_hub import ModelCardData
 
 from lapilli.checkpoint.formats.files import read_optional_text
 from lapilli.checkpoint.source import HUB_ID, is_local
-from lapilli.train.data.fingerprint import DataFile, data_file, together
+from lapilli.train.data.dataset import DataFile, data_file, together
 from lapilli.train.data.source import expand
 from lapilli.train.recipe import Recipe
 from lapilli.train.recipe.file import recipe_text
 from lapilli.train.results import FIGURE as EXACT_MATCH
 from lapilli.train.results import Results
-from lapilli.train.trainer.contract import Record
-from lapilli.train.trainer.curves import LOWEST, RISEN
-from lapilli.train.trainer.metrics import RunLog
+from lapilli.train.trainer.metrics import LOWEST, RISEN, RunLog
+from lapilli.train.trainer.task import Record
 
 CURVE = "loss.png"
 RECIPE = "recipe.toml"

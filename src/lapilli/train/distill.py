@@ -23,10 +23,8 @@ from lapilli.prompt.encode import EncodedPrompt
 from lapilli.shapes import Float, Int, Tensor
 from lapilli.train.data import EncodedSample, Sample, SampleEncoder
 from lapilli.train.recipe import DistillRecipe, NoiseRecipe, Recipe
-from lapilli.train.trainer.batch import TrainingBatch, collate
-from lapilli.train.trainer.contract import Loss
-from lapilli.train.trainer.loss import supervised
-from lapilli.train.trainer.model import TrainedModel
+from lapilli.train.trainer.model import TrainedModel, supervised
+from lapilli.train.trainer.task import Loss, TrainingBatch, collate
 
 _MAP_SEED: Final = 41
 

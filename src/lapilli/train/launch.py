@@ -36,8 +36,8 @@ from lapilli.train.data import (
     open_dataset,
     order_of,
 )
+from lapilli.train.data.dataset import fingerprint_of
 from lapilli.train.data.encoder import EncodesSamples
-from lapilli.train.data.fingerprint import fingerprint_of
 from lapilli.train.data.order import Order
 from lapilli.train.distill import (
     DistilledModel,
@@ -48,7 +48,7 @@ from lapilli.train.distill import (
 )
 from lapilli.train.distributed import ParallelContext
 from lapilli.train.recipe import Recipe
-from lapilli.train.recipe.checks import check_idle_keys
+from lapilli.train.recipe.file import check_idle_keys
 from lapilli.train.results import Results, exam_record, hold_exam, save_results, write_exam
 from lapilli.train.stages import (
     choose_template,
@@ -57,13 +57,11 @@ from lapilli.train.stages import (
     load_start,
     set_up_layers,
 )
-from lapilli.train.trainer.batch import TrainingBatch, collate, collate_packed, pack
-from lapilli.train.trainer.contract import Loss, Plain
 from lapilli.train.trainer.loop import number_of_steps, train
 from lapilli.train.trainer.metrics import RunLog
 from lapilli.train.trainer.model import TrainedModel
-from lapilli.train.trainer.sharded_state import gather
-from lapilli.train.trainer.state import holds_state
+from lapilli.train.trainer.state import gather, holds_state
+from lapilli.train.trainer.task import Loss, Plain, TrainingBatch, collate, collate_packed, pack
 
 
 @dataclass

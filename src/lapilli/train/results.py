@@ -63,7 +63,7 @@ from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.train.data import EncodedDataset, EncodedSample
 from lapilli.train.recipe import Recipe
-from lapilli.train.trainer.contract import Record
+from lapilli.train.trainer.task import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,8 +23,8 @@ from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart
 from lapilli.prompt.tokenizer.base import Tokenizer
-from lapilli.train.data.pictures import fetch_picture
 from lapilli.train.data.sample import Sample
+from lapilli.train.data.source import fetch_picture
 
 
 @dataclass(frozen=True, slots=True)

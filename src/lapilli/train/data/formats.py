@@ -17,7 +17,7 @@ from typing import Any
 from lapilli.config.reader import shown
 from lapilli.errors import DataError
 from lapilli.prompt.message import Role
-from lapilli.train.data.json_source import decode
+from lapilli.train.data.source import decode
 
 Record = Mapping[str, Any]
 Turn = tuple[Role, "str | list[Any]"]

@@ -19,8 +19,14 @@ from typing import Any, Final
 
 from lapilli.errors import ConfigError, DataError
 from lapilli.train.data.formats import ANSWER_KEYS, MEDIA_KEYS
-from lapilli.train.data.json_source import MOST_BYTES, MOST_VALUES, too_large
-from lapilli.train.data.pictures import LONGEST_NAME, PictureFolder, listed
+from lapilli.train.data.source import (
+    LONGEST_NAME,
+    MOST_BYTES,
+    MOST_VALUES,
+    PictureFolder,
+    listed,
+    too_large,
+)
 
 _READ: Final = ("id", "image", "question", *ANSWER_KEYS)
 _DELIMITERS: Final = ",;\t"

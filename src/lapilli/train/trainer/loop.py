@@ -28,9 +28,14 @@ import torch
 from lapilli.errors import ConfigError
 from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
 from lapilli.train.recipe import RunRecipe, TrainerRecipe
-from lapilli.train.trainer.contract import Best, Loss, RunState, Task, TrainingError
-from lapilli.train.trainer.curves import LossWatch, advice, rise_record
-from lapilli.train.trainer.metrics import MetricsLogger, open_metrics_logger, peak_memory
+from lapilli.train.trainer.metrics import (
+    LossWatch,
+    MetricsLogger,
+    advice,
+    open_metrics_logger,
+    peak_memory,
+    rise_record,
+)
 from lapilli.train.trainer.optim import Average, build_optimizer, lr_share, set_lr
 from lapilli.train.trainer.prefetch import MakeBatch, batches
 from lapilli.train.trainer.state import (
@@ -48,6 +53,7 @@ from lapilli.train.trainer.step import (
     stopped_at,
     take_step,
 )
+from lapilli.train.trainer.task import Best, Loss, RunState, Task, TrainingError
 
 __all__ = ["Loss", "Stopped", "Task", "TrainingError", "number_of_steps", "train"]
 

@@ -29,7 +29,7 @@ from typing import Any, Final
 import torch
 
 from lapilli.errors import ConfigError
-from lapilli.train.trainer.contract import TrainingError
+from lapilli.train.trainer.task import TrainingError
 
 Place = tuple[int, int]  # step, micro
 MakeBatch = Callable[[int, int], tuple[Any, int]]

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from lapilli.checkpoint.write.files import flush_path
 from lapilli.shapes import Tensor
-from lapilli.train.trainer.contract import Plain, TrainingError
+from lapilli.train.trainer.task import Plain, TrainingError
 
 _DIGEST = "digest"
 

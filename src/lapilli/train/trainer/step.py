@@ -2,6 +2,9 @@
 
     sum of a micro-batch x scale -> backward, all of them -> gradients summed -> clip -> update
 
+    loss / all supervised positions of a step   "tokens": every token weighs the same
+    mean of the means of the micro-batches      "llava": as in the original's trainer
+
 The device is waited for once, when everything has been asked of it. A step whose loss or gradient
 is not finite changes nothing, and its batch is kept so that one can look at it.
 """
@@ -20,12 +23,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  torch's own habit
 from torch.overrides import TorchFunctionMode
 
+from lapilli.errors import ConfigError
 from lapilli.shapes import Float, Tensor
 from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
-from lapilli.train.recipe import TrainerRecipe
-from lapilli.train.trainer.contract import Loss, Task, TrainingError
-from lapilli.train.trainer.loss import scales
+from lapilli.train.recipe import Reduction, TrainerRecipe
 from lapilli.train.trainer.state_file import write_whole
+from lapilli.train.trainer.task import Loss, Task, TrainingError
 
 Made = Mapping[int, tuple[Any, int]]
 
@@ -102,6 +105,23 @@ def take_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepRecord({**metrics, "norm": norm}, sum(counts), skipped, asked)
+
+
+def scales(counts: list[int], reduction: Reduction) -> list[float]:
+    """Return the factors of the micro-batches' sums that make the step's loss their total.
+
+    Raises:
+        ConfigError: nothing is supervised, or (llava) one micro-batch has nothing.
+    """
+    total = sum(counts)
+    if total == 0 or (reduction == "llava" and 0 in counts):
+        raise ConfigError(
+            f"no supervised token among {len(counts)} micro-batches with {counts}: "
+            "check the loss mask of the data"
+        )
+    if reduction == "tokens":
+        return [1.0 / total] * len(counts)
+    return [1.0 / (count * len(counts)) for count in counts]
 
 
 def _num_skipped(made: Made) -> int:
