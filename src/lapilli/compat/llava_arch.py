@@ -15,21 +15,21 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from lapilli.compat.constants import (
+from lapilli.compat.mm_utils import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
+    Foreign,
+    get_anyres_image_grid_shape,
 )
-from lapilli.compat.mm_utils import get_anyres_image_grid_shape
 from lapilli.compat.tower import (
     CLIPVisionTower,
     build_vision_projector,
     build_vision_tower,
     projector_config,
 )
-from lapilli.compat.utils import Foreign
 from lapilli.config.llava import ROUNDS_KEY, parse_pinpoints
 from lapilli.config.model import ImageConfig, Merge, PixelConfig
 from lapilli.config.projector import tile_features

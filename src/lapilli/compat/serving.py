@@ -22,14 +22,15 @@ from urllib.request import Request, urlopen
 
 from transformers import TextIteratorStreamer
 
-from lapilli.compat.constants import (
+from lapilli.compat.evaluation import LoadedModel
+from lapilli.compat.mm_utils import (
     CONTROLLER_HEART_BEAT_EXPIRATION,
     DEFAULT_IMAGE_TOKEN,
     WORKER_HEART_BEAT_INTERVAL,
+    build_logger,
+    load_image_from_base64,
+    server_error_msg,
 )
-from lapilli.compat.evaluation import LoadedModel
-from lapilli.compat.mm_utils import load_image_from_base64
-from lapilli.compat.utils import build_logger, server_error_msg
 from lapilli.errors import LapilliError
 
 Answer = Callable[[Mapping[str, Any]], Any]

@@ -31,8 +31,8 @@ from transformers.utils import logging
 
 from lapilli.checkpoint.source import find_directory
 from lapilli.checkpoint.write.llava import write_preprocessor_config, write_tower_config
-from lapilli.compat.device import present
-from lapilli.compat.utils import Foreign
+from lapilli.compat import present
+from lapilli.compat.mm_utils import Foreign
 from lapilli.config.model import PixelConfig, ProjectorConfig, VisionConfig
 from lapilli.config.projector import parse_projector
 from lapilli.errors import ConfigError, MediaError

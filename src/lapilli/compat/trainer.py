@@ -24,11 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from lapilli.compat import conversation
-from lapilli.compat.constants import IGNORE_INDEX
 from lapilli.compat.llava_arch import average_new_rows
-from lapilli.compat.mm_utils import one_tile
+from lapilli.compat.mm_utils import IGNORE_INDEX, Foreign, one_tile
 from lapilli.compat.tokenizer import NO_LIMIT, PreTrainedTokenizer, inner_of
-from lapilli.compat.utils import Foreign
 from lapilli.errors import PromptError
 from lapilli.prompt.original_labels import original_sample, show_images_first
 from lapilli.shapes import Tensor
