@@ -72,9 +72,7 @@ def unpad_image(
 ) -> Float[Tensor, "D h w"]:
     """Return a feature map without what shows padding (quirk 18).
 
-    Args:
-        tensor: features, channels first.
-        original_size: (width, height) of the picture.
+    `tensor` has its channels first; `original_size` is (width, height) of the picture.
     """
     height, width = tensor.shape[1:]
     size = ImageSize(original_size[1], original_size[0])
@@ -328,11 +326,6 @@ class LlavaMetaForCausalLM(Base):
         """Add the tokens around pictures, and choose which embeddings training may change.
 
         The rows of new tokens begin as the mean of the old ones.
-
-        Args:
-            model_args: `mm_use_im_patch_token`, `mm_use_im_start_end`, `tune_mm_mlp_adapter`,
-                `pretrain_mm_mlp_adapter`.
-            tokenizer: grows.
 
         Raises:
             ConfigError: an adapter file whose embeddings are neither two rows nor all.

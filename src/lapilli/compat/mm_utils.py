@@ -317,11 +317,6 @@ def _size(pair: Sequence[int]) -> ImageSize:
 class KeywordsStoppingCriteria(StoppingCriteria):
     """Criterion that stops a generation when a keyword has been written in every row.
 
-    Args:
-        keywords: texts to stop at.
-        tokenizer: turns them into ids, and answers into text.
-        input_ids: the prompt; only its length counts.
-
     Note: quirk 9. It expects output ids that begin with the prompt, but generate() hands over new
         tokens only: until the answer is longer than half the prompt a keyword is noticed only when
         the last ids are exactly its ids.

@@ -73,8 +73,7 @@ class WorkerInfo:
 class Controller:
     """Controller that knows which workers live, and sends each request to one of them.
 
-    Args:
-        dispatch_method: "shortest_queue", or "lottery" by speed.
+    `dispatch_method` is "shortest_queue", or "lottery" by speed.
     """
 
     def __init__(self, dispatch_method: str = "shortest_queue") -> None:

@@ -32,12 +32,7 @@ SETTINGS = (
 
 
 class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
-    """Tokenizer of ours as transformers has one.
-
-    Args:
-        inner: ours.
-        directory: whose tokenizer files `save_pretrained` copies.
-    """
+    """Tokenizer of ours as transformers has one."""
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012  transformers' attribute
 

@@ -337,10 +337,6 @@ def _inner_name(name: str) -> str:
 def build_vision_tower(vision_tower_cfg: Foreign, **options: bool) -> CLIPVisionTower:
     """Return the tower that a config or training arguments name.
 
-    Args:
-        vision_tower_cfg: with `mm_vision_tower` or `vision_tower`.
-        options: delay_load.
-
     Raises:
         ConfigError: none is named.
     """
@@ -363,9 +359,7 @@ def projector_config(config: Foreign) -> ProjectorConfig:
 def build_vision_projector(config: Foreign, delay_load: bool = False, **_: object) -> nn.Module:
     """Return a fresh projector.
 
-    Args:
-        config: with `mm_projector_type`, `mm_hidden_size` and `hidden_size`.
-        delay_load: taken and not needed, as in the original.
+    The config has `mm_projector_type`, `mm_hidden_size` and `hidden_size`.
 
     Raises:
         ConfigError: an unknown type.

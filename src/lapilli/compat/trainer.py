@@ -181,8 +181,7 @@ def _words(record: Mapping[str, Any]) -> int:
 class DataCollatorForSupervisedDataset:
     """Collator of rows into one batch, padded on the right and cut to the tokenizer's length.
 
-    Args:
-        tokenizer: with a pad token, which is also what the attention mask leaves out.
+    The attention mask leaves out the pad token, which the tokenizer has to have.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizer) -> None:

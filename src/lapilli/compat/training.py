@@ -296,9 +296,8 @@ def train(
 ) -> None:
     """Train as `arguments` say and write the original's files to their output_dir.
 
-    Args:
-        attn_implementation: taken and not needed: torch chooses the kernel.
-        arguments: options; None: those of the command line.
+    `attn_implementation` is not needed: torch chooses the kernel. `arguments` are those of the
+    command line where they are None.
 
     Raises:
         ConfigError: an option that is unknown or missing.

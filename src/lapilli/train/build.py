@@ -56,7 +56,6 @@ from lapilli.prompt.templates import DEFAULT_TEMPLATE
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.train.stages import check_marks
 
-# Columns and rows of tiles that LLaVA 1.6 chooses from.
 # Vocabulary tables are padded to round sizes; a larger difference means another tokenizer.
 _MOST_ROWS_APART = 1024
 
@@ -345,11 +344,7 @@ def replace_projector(source: str, out: Path, *, projector: str, seed: int = 0) 
     Weights of the old projector are kept where all of them fit (an mlp and the pooled one have the
     same); otherwise the projector is fresh and wants an `align` stage.
 
-    Args:
-        source: a LLaVA checkpoint.
-        out: the new directory; its name should contain "llava".
-        projector: a name such as "pool2x2_mlp2x_gelu" or "resampler144".
-        seed: of fresh weights.
+    `projector` is a name such as "pool2x2_mlp2x_gelu" or "resampler144".
 
     Returns:
         Names of the fresh parameters; none where the old ones were kept.

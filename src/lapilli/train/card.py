@@ -35,13 +35,7 @@ def model_card(
     *,
     facts: Mapping[str, str] | None = None,
 ) -> dict[str, str | bytes]:
-    """Return the files that stand beside the results of a run: `extra` of `save_results`.
-
-    Args:
-        results: what is saved and how.
-        folder: of the run, with its log and the picture of its losses.
-        facts: more that is known of the run, by name.
-    """
+    """Return the files that stand beside the results of a run: `extra` of `save_results`."""
     recipe = results.recipe
     records = RunLog(folder).records()
     files: dict[str, str | bytes] = {RECIPE: recipe_text(recipe)}

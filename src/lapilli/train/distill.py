@@ -164,9 +164,7 @@ class DistillationBatch(TrainingBatch):
 def with_teacher(batch: TrainingBatch, samples: Sequence[EncodedSample]) -> TrainingBatch:
     """Return a DistillationBatch where all samples have a teacher's, else the batch as it is.
 
-    Args:
-        batch: of the samples.
-        samples: in the order in which they lie in the batch.
+    The samples are in the order in which they lie in the batch.
     """
     pairs = [one for one in samples if isinstance(one, DistillationSample)]
     theirs = [pair.teacher for pair in pairs if pair.teacher is not None]
@@ -199,16 +197,7 @@ class Teacher:
 
 
 class DistilledModel(TrainedModel):
-    """A student in training; without a teacher's batch, and in evaluation, a plain TrainedModel.
-
-    Args:
-        vlm: the student.
-        teacher: what it imitates.
-        distill: temperature and weights.
-        noise: see TrainedModel.
-        z_loss: see TrainedModel.
-        compiles: see TrainedModel.
-    """
+    """A student in training; without a teacher's batch, and in evaluation, a plain TrainedModel."""
 
     def __init__(
         self,

@@ -178,14 +178,24 @@ def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
     template = choose_template(recipe, loaded)
     data = recipe.data
     encoder = _sample_encoder(loaded, template, data.max_length, alpha=data.alpha)
-    pairs = _with_teacher(encoder, template, teacher)
+    pairs: EncodesSamples = encoder
+    if teacher is not None:
+        theirs = _sample_encoder(teacher, for_model(template, teacher), alpha=data.alpha)
+        pairs = PairEncoder(encoder, theirs)
     order = order_of(kept, recipe.data, recipe.run)
     torch.manual_seed(recipe.run.seed)  # a fresh adapter is drawn
     choose_trainable(loaded.model, recipe)
     set_up_layers(loaded.model, recipe.run)
     model = _learner(recipe, loaded, teacher)
     parallel.wrap(model, precision=recipe.run.precision)
-    held_out = None if held is None else _held_out(held, encoder, recipe, parallel)
+    held_out = None
+    if held is not None:
+        held_out = EncodedDataset(held, encoder, on_bad_sample=data.on_bad_sample)
+        if data.on_bad_sample == "error":
+            # The first evaluation would else end a run after all of its steps, before they are
+            # saved.
+            for index in range(parallel.rank, len(held_out), parallel.size):
+                held_out.sample(index)
     weights = {"model.checkpoint": loaded.weight_files}
     if teacher is not None:
         weights["distill.teacher"] = teacher.weight_files
@@ -199,31 +209,6 @@ def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
         held_out=held_out,
         template=template,
         weights=weights,
-    )
-
-
-def _held_out(
-    dataset: Dataset, encoder: SampleEncoder, recipe: Recipe, parallel: ParallelContext
-) -> EncodedDataset:
-    """Return what evaluation reads, each sample read once where a bad one is an error.
-
-    The first evaluation would else end a run after all of its steps, before they are saved.
-    """
-    held_out = EncodedDataset(dataset, encoder, on_bad_sample=recipe.data.on_bad_sample)
-    if recipe.data.on_bad_sample == "error":
-        for index in range(parallel.rank, len(held_out), parallel.size):
-            held_out.sample(index)
-    return held_out
-
-
-def _with_teacher(
-    encoder: SampleEncoder, template: Template, teacher: Loaded | None
-) -> EncodesSamples:
-    """Return the encoder of samples, the teacher's beside it if there is one."""
-    if teacher is None:
-        return encoder
-    return PairEncoder(
-        encoder, _sample_encoder(teacher, for_model(template, teacher), alpha=encoder.alpha)
     )
 
 
@@ -298,12 +283,7 @@ def launch(
     A projector or an adapter is saved with every checkpoint, a whole model at the end. With
     run.exam the main process then answers held-out questions, while the others wait.
 
-    Args:
-        recipe: of the stage align or instruct.
-        folder: of the run.
-        parallel: this process among all.
-        echo: log lines on stderr.
-        progress: a progress bar on stderr.
+    `echo` writes log lines to stderr, `progress` a progress bar.
 
     Raises:
         ConfigError: something else lies where the results would, or another run writes there.

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Final, TypedDict
 
 import torch
 from torch import nn
@@ -60,7 +60,6 @@ from lapilli.pipeline.backend import Backend
 from lapilli.pipeline.processor import ProcessedPrompt, with_stops
 from lapilli.prompt.choose import Template, template_by_name
 from lapilli.prompt.encode import EncodedPrompt
-from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.train.data import EncodedDataset, EncodedSample
 from lapilli.train.recipe import Recipe
 from lapilli.train.trainer.task import Record
@@ -102,7 +101,7 @@ class Results:
             base=_base_of(loaded, recipe),
             template=_spoken(loaded, recipe),
         )
-        results.check_savable()
+        results._check_savable()
         return results
 
     @property
@@ -132,7 +131,7 @@ class Results:
         """Return whether what comes out is an adapter beside its base."""
         return self.recipe.lora is not None and not self.recipe.save.merge
 
-    def check_savable(self) -> None:
+    def _check_savable(self) -> None:
         """Check the recipe against what the layouts can hold; see `of`."""
         save, lora = self.recipe.save, self.recipe.lora
         if save.merge and lora is not None and lora.base != "float":
@@ -319,14 +318,6 @@ class Graded:
         return self.reference == self.answer
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
-    sample: str
-    prompt: ProcessedPrompt
-    reference: str
-    num_tokens: int
-
-
 def hold_exam(
     model: Path, samples: EncodedDataset, number: int, *, template: Template, device: torch.device
 ) -> list[Graded]:
@@ -350,13 +341,14 @@ def hold_exam(
     number = min(number, len(samples))
     graded = []
     for index in (at * len(samples) // number for at in range(number)):
-        for question in _questions(
-            samples.sample(index), samples.dataset.label(index), loaded.tokenizer, template
-        ):
-            params = SamplingParams(max_new_tokens=question.num_tokens + _ROOM)
+        name = samples.dataset.label(index)
+        for prompt, ids in _questions(samples.sample(index)):
+            params = SamplingParams(max_new_tokens=len(ids) + _ROOM)
             params = with_stops(params, template, loaded.tokenizer)
-            answer = _answer(backend, question.prompt, params)
-            graded.append(Graded(question.sample, question.reference, answer))
+            reference = loaded.tokenizer.decode(ids).strip()
+            for stop in template.stop:
+                reference = reference.removesuffix(stop).strip()
+            graded.append(Graded(name, reference, _answer(backend, prompt, params)))
     return graded
 
 
@@ -369,21 +361,17 @@ def _answer(backend: Backend, prompt: ProcessedPrompt, params: SamplingParams) -
     return found.text.strip()
 
 
-def _questions(
-    encoded: EncodedSample, name: str, tokenizer: Tokenizer, template: Template
-) -> Iterator[_Question]:
-    """Yield every whole answer of a sample, with what stands before it."""
+def _questions(encoded: EncodedSample) -> Iterator[tuple[ProcessedPrompt, list[int]]]:
+    """Yield what stands before every whole answer of a sample, and the ids of the answer."""
     if encoded.skipped:
         return
-    ids = encoded.prompt.input_ids
+    ids, spans = encoded.prompt.input_ids, encoded.prompt.spans
     for start, end in answers_of(encoded.prompt.loss_mask):
         if start == 0 or (encoded.cut and end == len(ids)):
             continue
-        reference = tokenizer.decode(ids[start:end]).strip()
-        for stop in template.stop:
-            reference = reference.removesuffix(stop).strip()
-        prompt = _before(encoded.prompt, encoded.media, start)
-        yield _Question(name, prompt, reference, end - start)
+        before = tuple(span for span in spans if span.start < start)
+        prompt = EncodedPrompt(ids[:start], [False] * start, before)
+        yield ProcessedPrompt(prompt, tuple(encoded.media[: len(before)])), ids[start:end]
 
 
 def answers_of(loss_mask: Sequence[bool]) -> list[tuple[int, int]]:
@@ -394,12 +382,6 @@ def answers_of(loss_mask: Sequence[bool]) -> list[tuple[int, int]]:
         if counts:
             found.append((stretch[0], stretch[-1] + 1))
     return found
-
-
-def _before(prompt: EncodedPrompt, media: Sequence[Any], end: int) -> ProcessedPrompt:
-    spans = tuple(span for span in prompt.spans if span.start < end)
-    encoded = EncodedPrompt(prompt.input_ids[:end], [False] * end, spans)
-    return ProcessedPrompt(encoded, tuple(media[: len(spans)]))
 
 
 def write_exam(folder: Path, graded: Sequence[Graded]) -> None:

@@ -83,9 +83,7 @@ def load_start(recipe: Recipe) -> Loaded:
 def load_projector(model: VisionLanguageModel, folder: Path) -> None:
     """Load the projector that an earlier run left over the model's own, in place.
 
-    Args:
-        model: whose projector is replaced.
-        folder: of the run, or of its results.
+    `folder` is of the run, or of its results.
 
     Raises:
         MissingFileError: there is no projector.
@@ -166,10 +164,7 @@ def for_model(template: Template, loaded: Loaded) -> Template:
 def check_marks(template: Template, tokenizer: Tokenizer, own: str) -> None:
     """Check that the marks which a template ends turns with are tokens of the vocabulary.
 
-    Args:
-        template: of the samples.
-        tokenizer: of the language model.
-        own: name of the template that the checkpoint itself asks for.
+    `own` names the template that the checkpoint itself asks for.
 
     Raises:
         ConfigError: a mark is no token: it would be learned as several pieces of text, and an

@@ -19,7 +19,7 @@ from lapilli.modality.image.decode import to_rgb
 from lapilli.train.data import open_dataset, open_source
 from lapilli.train.data import source as json_source
 from lapilli.train.data.formats import signed_words
-from lapilli.train.data.source import PictureFolder, decode, expand, picture_of
+from lapilli.train.data.source import RecordFile, decode, expand, picture_of
 from lapilli.train.recipe import SourceRecipe
 from tests.train.data.conftest import RECORDS, turns
 from tests.train.data.test_sample import SAME, same_messages
@@ -478,7 +478,7 @@ def test_a_byte_order_mark_is_skipped():
     assert decode('{"a": "é"}'.encode("utf-8-sig"), "x") == {"a": "é"}
 
 
-FOLDER = PictureFolder(Path("/pictures"))
+FOLDER = RecordFile(Path("data.json"), Path("/pictures"))
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(60))
 
 
@@ -498,7 +498,7 @@ PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(60))
     ],
 )
 def test_names_become_what_can_be_fetched(name, found):
-    assert FOLDER.find(name) == found
+    assert FOLDER.media(0, name) == found
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from lapilli.train.trainer.metrics import (
     ProgressBar,
     RunLog,
     advice,
-    evaluation_curve,
     loss_curve,
     open_trackers,
     plot_losses,
@@ -69,7 +68,7 @@ def test_the_curve_is_drawn_at_the_end(tmp_path):
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
     records = RunLog(tmp_path).records()
     assert [step for step, _ in loss_curve(records)] == [1, 2, 3, 4, 5, 6]
-    assert [step for step, _ in evaluation_curve(records)] == [3, 6]
+    assert [step for step, _ in loss_curve(records, "eval_loss")] == [3, 6]
 
 
 def test_a_folder_may_be_called_anything(tmp_path):

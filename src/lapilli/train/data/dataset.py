@@ -20,7 +20,6 @@ outside of the files of samples are not read. Digests of files:
 
 import codecs
 import hashlib
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -38,7 +37,7 @@ from lapilli.train.data.encoder import EncodedSample, EncodesSamples
 from lapilli.train.data.formats import id_of, signed_words
 from lapilli.train.data.order import Order
 from lapilli.train.data.sample import Sample, to_sample
-from lapilli.train.data.source import JsonSource, LinesSource, PictureFolder, Source, expand
+from lapilli.train.data.source import JsonSource, LinesSource, Source, expand, part_at
 from lapilli.train.data.tables import CsvSource, ParquetSource
 from lapilli.train.data.tar_source import TarSource
 from lapilli.train.recipe import DataRecipe, OnBadSample, Placement, Recipe, RunRecipe, SourceRecipe
@@ -60,11 +59,8 @@ _FOREIGN: Final = (
 class Dataset:
     """Samples 0 to len - 1, source after source.
 
-    Args:
-        sources: where records come from.
-        weights: of the sources, see SourceRecipe; None: all 1.
-        placement: see DataRecipe.
-        chosen: which records of every source; None: all.
+    `weights` and `placement` are those of SourceRecipe and DataRecipe; `chosen` says which records
+    of every source there are, None: all.
 
     Raises:
         DataError: no sample at all.
@@ -96,8 +92,7 @@ class Dataset:
         return self._ends[-1] if self._ends else 0
 
     def _at(self, index: int) -> tuple[Source, int]:
-        number = bisect_right(self._ends, index)
-        inside = index - (self._ends[number - 1] if number else 0)
+        number, inside = part_at(self._ends, index)
         if self._chosen is not None:
             inside = int(self._chosen[number][inside])
         return self.sources[number], inside
@@ -154,9 +149,7 @@ class Dataset:
     def split(self, share: float, *, seed: int) -> tuple["Dataset", "Dataset"]:
         """Return what is trained on, and what is held out of every source, chosen by seed and name.
 
-        Args:
-            share: of every source that is held out; at least one sample.
-            seed: another one holds out others.
+        `share` is of every source; at least one sample of it is held out.
 
         Raises:
             DataError: a source of one sample only.
@@ -250,8 +243,8 @@ class Joined:
         return self._ends[-1] if self._ends else 0
 
     def _at(self, index: int) -> tuple[Source, int]:
-        number = bisect_right(self._ends, index)
-        return self._parts[number], index - (self._ends[number - 1] if number else 0)
+        number, inside = part_at(self._ends, index)
+        return self._parts[number], inside
 
     def record(self, index: int) -> Any:  # noqa: ANN401 - see Source
         """See Source."""
@@ -281,7 +274,9 @@ def open_source(recipe: SourceRecipe) -> Source:
 
 
 def _open_file(path: Path, images: str | None) -> Source:
-    folder = _folder_of(path, images)
+    folder = path.parent if images is None else given_path(images)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder: expected that of the images (from {Path.cwd()})")
     try:
         _check_foreign(path)
         return _open_kind(path, folder)
@@ -289,7 +284,7 @@ def _open_file(path: Path, images: str | None) -> Source:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _open_kind(path: Path, folder: PictureFolder) -> Source:
+def _open_kind(path: Path, folder: Path) -> Source:
     match path.suffix.lower():
         case ".json":
             return JsonSource(path, folder)
@@ -304,13 +299,6 @@ def _open_kind(path: Path, folder: PictureFolder) -> Source:
     raise DataError(
         f"{path} is no data file that is known: give .json, .jsonl, .csv, .tsv, .parquet or .tar"
     )
-
-
-def _folder_of(path: Path, images: str | None) -> PictureFolder:
-    folder = path.parent if images is None else given_path(images)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder: expected that of the images (from {Path.cwd()})")
-    return PictureFolder(folder)
 
 
 def _check_foreign(path: Path) -> None:

@@ -70,11 +70,8 @@ def to_sample(
 ) -> Sample:
     """Return the sample of a record of any known format.
 
-    Args:
-        record: what a file holds.
-        where: its place, for messages.
-        placement: see DataRecipe.
-        resolve: makes of what the record calls a picture something that media/fetch takes.
+    `where` is its place, for messages. `resolve` makes of what the record calls a picture something
+    that media/fetch takes.
 
     Raises:
         DataError: no known format, an unknown role, or another number of pictures than of places.

@@ -16,8 +16,8 @@ import json
 import re
 import stat
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from glob import glob
 from io import BufferedReader
@@ -116,20 +116,23 @@ _BASE64 = re.compile(
 _KEYS = ("bytes", "path", "url")
 
 
-@dataclass(frozen=True, slots=True)
-class PictureFolder:
-    """A folder that names of pictures are relative to; URLs and bytes stay as they are."""
+class RecordFile:
+    """A file of records whose pictures are named from a folder; URLs and bytes stay as they are."""
 
-    folder: Path
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.name = str(path)
+        self._path, self._folder = path, folder
 
-    def find(self, name: object) -> object:
-        """Return what media/fetch takes for what a record calls a picture.
-
-        Raises:
-            DataError: a picture of an unknown kind, or an empty name.
-        """
+    def media(self, index: int, name: object) -> object:
+        """See Source."""
         picture = picture_of(name)
-        return self.folder / str(picture) if is_file_name(picture) else picture
+        return self._folder / str(picture) if is_file_name(picture) else picture
+
+
+def part_at(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """Return the part that a number lies in, of parts that end there, and its number inside."""
+    part = bisect_right(ends, index)
+    return part, index - (ends[part - 1] if part else 0)
 
 
 def fetch_picture(source: object) -> Fetched:
@@ -198,12 +201,11 @@ _BLANK = " \t\r\n"
 _BOM = codecs.BOM_UTF8
 
 
-class _Ranges:
+class _Ranges(RecordFile):
     """Byte ranges of a file that hold one JSON value each."""
 
-    def __init__(self, path: Path, folder: PictureFolder) -> None:
-        self.name = str(path)
-        self._path, self._folder = path, folder
+    def __init__(self, path: Path, folder: Path) -> None:
+        super().__init__(path, folder)
         self._starts, self._ends = array("q"), array("q")
         self._lines = array("l")
 
@@ -226,10 +228,6 @@ class _Ranges:
         """See Source."""
         return f"{self._path}:{self._lines[index]}"
 
-    def media(self, index: int, name: object) -> object:
-        """See Source."""
-        return self._folder.find(name)
-
 
 class LinesSource(_Ranges):
     """A file of one JSON value per line; empty lines do not count.
@@ -240,7 +238,7 @@ class LinesSource(_Ranges):
         DataError: the file is an array, or a line is longer than MOST_BYTES.
     """
 
-    def __init__(self, path: Path, folder: PictureFolder) -> None:
+    def __init__(self, path: Path, folder: Path) -> None:
         super().__init__(path, folder)
         at = 0
         with path.open("rb") as file:
@@ -263,7 +261,7 @@ class JsonSource(_Ranges):
         DataError: the file is no array, or ends in the middle of it.
     """
 
-    def __init__(self, path: Path, folder: PictureFolder) -> None:
+    def __init__(self, path: Path, folder: Path) -> None:
         super().__init__(path, folder)
         with path.open("rb") as file:
             for start, end, line in _Scanner(path, file).values():

@@ -70,10 +70,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def read_recipe(path: Path, kind: type[Section], overrides: Sequence[str] = ()) -> Section:
     """Read a TOML file as a recipe of your own: a dataclass such as a subclass of TrainerRecipe.
 
-    Args:
-        path: of the file.
-        kind: the dataclass; its fields are sections (dataclasses) or plain values.
-        overrides: `--section.key value` pairs laid over the file.
+    The fields of `kind` are sections (dataclasses) or plain values; `overrides` are `--section.key
+    value` pairs laid over the file.
 
     Raises:
         ConfigError: no such file, not TOML, a missing section, or a value of another type.
@@ -234,9 +232,7 @@ def _literal(text: str) -> Any:  # noqa: ANN401  TOML values
 def recipe_text(recipe: Recipe, *, defaults: bool = True) -> str:
     """Return the recipe as TOML, sections after the keys that stand alone.
 
-    Args:
-        recipe: what is written; values that are None are left out.
-        defaults: also the values that a recipe has where it does not name them.
+    Values that are None are left out; with `defaults` those stay that nobody needs to name.
     """
     alone: list[str] = []
     sections: list[str] = []
@@ -365,9 +361,7 @@ def check_paths(recipe: Recipe, file: Path) -> None:
 
     A hub id may be anywhere.
 
-    Args:
-        recipe: with the options of the command laid over it.
-        file: that it was read from.
+    `file` is the one that it was read from.
 
     Raises:
         ConfigError: a path that leads nowhere, and where it would, from the recipe's own folder; a

@@ -76,15 +76,9 @@ def train(
     At the end the model has the weights to keep: the best with run.keep_best, else the averages
     with optim.ema, else the last.
 
-    Args:
-        task: what is trained on what.
-        recipe: how.
-        folder: where everything goes.
-        parallel: this process among all.
-        echo: log lines on stderr.
-        progress: a progress bar on stderr.
-        on_save: called in every process after each checkpoint, with the number of steps done; the
-            model has its averages then, where the run keeps them.
+    `on_save` is called in every process after each checkpoint, with the number of steps done; the
+    model has its averages then, where the run keeps them. `echo` writes log lines to stderr,
+    `progress` a progress bar.
 
     Raises:
         TrainingError: the loss or the gradient is not finite (the batch is kept in

@@ -236,11 +236,7 @@ _WINDOW: Final = 20  # steps that the speed is taken over
 class ProgressBar:
     """A bar with steps, loss, speed, memory and the time that is left, redrawn in place.
 
-    Args:
-        done: steps of earlier runs.
-        steps: of the whole run.
-        title: stands before the bar.
-        console: where it goes; None: standard error, be it a terminal or not.
+    `done` steps of all are of earlier runs. None as `console` is standard error, terminal or not.
     """
 
     def __init__(
@@ -344,8 +340,8 @@ class MetricsLogger:
         records, folder = self._log.records(), self._log.path.parent
         if curve := loss_curve(records):
             name = folder.resolve().name
-            found = {name: evaluation_curve(records)}
-            plot_losses({name: curve}, folder / "loss.png", evaluations=found)
+            held_out = {name: loss_curve(records, "eval_loss")}
+            plot_losses({name: curve}, folder / "loss.png", evaluations=held_out)
 
     def close(self, *, finished: bool) -> None:
         """End bar and trackers; `finished`: the run reached its last step."""
@@ -400,9 +396,7 @@ _TIMES = 20.0
 class LossWatch:
     """A detector of a loss that has risen, which tells it once.
 
-    Args:
-        steps: of the run; short ones are judged by fewer losses.
-        records: of the log of an earlier part of the run: what is known from it.
+    Short runs are judged by fewer losses; `records` are of the log of an earlier part of the run.
     """
 
     def __init__(self, steps: int, records: Sequence[Record] = ()) -> None:
@@ -452,9 +446,7 @@ def rise_record(step: int, rise: tuple[float, float]) -> Record:
 def advice(records: Sequence[Record], lr: float) -> str | None:
     """Return one sentence about the rise that a log tells of; None where there is none.
 
-    Args:
-        records: of the log.
-        lr: the largest learning rate of the run.
+    `lr` is the largest learning rate of the run.
     """
     found = next((record for record in records if RISEN in record), None)
     if found is None:
@@ -477,10 +469,7 @@ def plot_losses(
 ) -> None:
     """Draw one panel per run, loss over steps, as PNG.
 
-    Args:
-        curves: (step, loss) pairs by name of the run.
-        path: of the picture.
-        evaluations: the same of held-out data, for the runs that have them.
+    `curves` are (step, loss) pairs by name of the run; `evaluations` are those of held-out data.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -505,11 +494,6 @@ def plot_losses(
     figure.savefig(path, dpi=120)
 
 
-def loss_curve(records: Sequence[Record]) -> list[tuple[int | float, float]]:
-    """Return (step, loss) of the log records that have a loss."""
-    return [(record["step"], record["loss"]) for record in records if "loss" in record]
-
-
-def evaluation_curve(records: Sequence[Record]) -> list[tuple[int | float, float]]:
-    """Return (step, loss) of the evaluations that have a loss."""
-    return [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
+def loss_curve(records: Sequence[Record], key: str = "loss") -> list[tuple[int | float, float]]:
+    """Return (step, loss) of the log records that have a loss of this name."""
+    return [(record["step"], record[key]) for record in records if key in record]

@@ -69,10 +69,7 @@ def noisy_samples(
 ) -> Float[Tensor, "B T D"]:
     """Add noise to every sample, and none to the padding after the last.
 
-    Args:
-        vectors: embeddings of all positions.
-        segments: per sequence the lengths of its samples.
-        alpha: size.
+    `segments` has the lengths of the samples of every sequence.
     """
     size = torch.zeros(vectors.shape[:2])
     for row, lengths in enumerate(segments):

@@ -54,7 +54,7 @@ from lapilli.train.trainer.state_file import (
     read_state_file,
     write_state_file,
 )
-from lapilli.train.trainer.task import Best, RunState, TrainingError
+from lapilli.train.trainer.task import RunState, TrainingError
 
 _FOLDER: Final = "state"
 _VALUES: Final = "values.json"
@@ -118,11 +118,7 @@ def save_pieces(
 
     Earlier states in pieces go when this one is whole.
 
-    Args:
-        state: of the run; its tensors are saved.
-        folder: of the run.
-        parallel: of the run.
-        values: what else is kept of the state; JSON can hold it.
+    JSON can hold `values`, which are kept beside the tensors.
 
     Raises:
         TrainingError: a disk does not take it, in every process; the earlier state is whole.
@@ -159,12 +155,6 @@ def _finish(staged: Path, place: Path, values: Mapping[str, Any]) -> None:
     for other in place.parent.iterdir():
         if other != place:
             shutil.rmtree(other)
-
-
-def drop_pieces(folder: Path, parallel: ParallelContext) -> None:
-    """Remove states in pieces, when a newer one is whole in a file."""
-    if parallel.is_main_process:
-        shutil.rmtree(folder / _FOLDER, ignore_errors=True)
 
 
 def values_of(path: Path) -> dict[str, Any]:
@@ -376,7 +366,7 @@ def save_state(state: RunState, folder: Path, parallel: ParallelContext = SINGLE
         **values,
     }
     write_state_file(content, path)
-    drop_pieces(folder, parallel)  # of earlier steps
+    shutil.rmtree(folder / _FOLDER, ignore_errors=True)  # of earlier steps
     return path
 
 
@@ -400,7 +390,7 @@ def load_state(state: RunState, folder: Path, parallel: ParallelContext = SINGLE
         found = checked_values(values, pieces[1])
         check_fingerprint(state.fingerprint, values.get("identity"), pieces[1])
         load_pieces(state, pieces[1], parallel)
-        _go_on(state, found)
+        state.step, state.skipped, state.best = found
         return True
     if content is None:
         return False
@@ -415,13 +405,8 @@ def load_state(state: RunState, folder: Path, parallel: ParallelContext = SINGLE
     _load_moments(state.optimizer, moments)
     if state.average is not None:
         _put(averages, state.average.tensors)
-    _go_on(state, found)
+    state.step, state.skipped, state.best = found
     return True
-
-
-def _go_on(state: RunState, found: tuple[int, int, tuple[int, float] | None]) -> None:
-    state.step, state.skipped, best = found
-    state.best = None if best is None else Best(*best)
 
 
 def _put(whole: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor]) -> None:
@@ -435,14 +420,13 @@ def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[int, dict[str
     """Load the moments of the checkpoint under the recipe's own learning rates and decay."""
     owners = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
-        number: {key: _piece(value, owners[number]) for key, value in kept.items()}
+        number: {
+            key: piece_of(value, owners[number]) if isinstance(value, torch.Tensor) else value
+            for key, value in kept.items()
+        }
         for number, kept in saved.items()
     }
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-
-
-def _piece(value: Any, parameter: torch.Tensor) -> Any:  # noqa: ANN401  whatever an optimizer keeps
-    return piece_of(value, parameter) if isinstance(value, torch.Tensor) else value
 
 
 def save_best(state: RunState, folder: Path, parallel: ParallelContext = SINGLE_PROCESS) -> None:
