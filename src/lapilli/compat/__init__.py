@@ -63,6 +63,8 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "llava.eval.m4c_evaluator": "m4c_evaluator",
         "llava.eval.run_llava": "evaluation",
         "llava.serve.cli": "evaluation",
+        "llava.serve.controller": "serving",
+        "llava.serve.model_worker": "serving",
         "llava.train.train": "training",
         "llava.train.train_mem": "training",
         "llava.train.train_xformers": "training",
@@ -79,8 +81,6 @@ PROGRAMS: Mapping[str, str] = MappingProxyType(
         "llava.eval.model_vqa_loader": "evaluation",
         "llava.eval.model_vqa_science": "evaluation",
         "llava.eval.model_vqa_mmbench": "evaluation",
-        "llava.serve.controller": "serving",
-        "llava.serve.model_worker": "serving",
     }
 )
 """Program of the original -> the module of ours that has its names and those of others."""

@@ -373,8 +373,3 @@ def _every(seconds: float, act: Callable[[], object]) -> None:
             act()
 
     threading.Thread(target=repeat, daemon=True).start()
-
-
-def names_of(kind: str) -> dict[str, Any]:
-    """Return what the module of a program has."""
-    return {"Controller": Controller} if kind == "controller" else {"ModelWorker": ModelWorker}

@@ -35,6 +35,8 @@ from lapilli.compat import present
 from lapilli.compat.mm_utils import Foreign
 from lapilli.config.model import PixelConfig, ProjectorConfig, VisionConfig
 from lapilli.config.projector import parse_projector
+from lapilli.config.reader import KeyReader
+from lapilli.config.vision import parse_tower
 from lapilli.errors import ConfigError, MediaError
 from lapilli.modality.image.decode import as_rgb
 from lapilli.modality.projector import build_projector
@@ -286,17 +288,9 @@ class CLIPVisionTower(nn.Module):
     @property
     def vision(self) -> VisionConfig:
         """Return our description of the tower."""
-        config = self.config
-        return VisionConfig(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            family="siglip" if "siglip" in config.model_type else "clip",
-            feature_layer=self.select_layer,
-            feature_select=self.select_feature,
+        reader = KeyReader(self.config.to_dict(), self.vision_tower_name)
+        return parse_tower(
+            reader, feature_layer=self.select_layer, feature_select=self.select_feature
         )
 
     @property

@@ -62,15 +62,7 @@ _MOST_ROWS_APART = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """The checkpoint that `build_llava` made.
-
-    Attributes:
-        path: the new checkpoint.
-        config: what it is.
-        template: name of its conversation template.
-        reason: why that template was taken.
-        notes: what else is worth knowing.
-    """
+    """The checkpoint that `build_llava` made, with the reason why its template was taken."""
 
     path: Path
     config: ModelConfig

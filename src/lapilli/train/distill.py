@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  torch's own habit
 
 from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.errors import ConfigError, DataError, PromptError
+from lapilli.errors import ConfigError, PromptError
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.shapes import Float, Int, Tensor
@@ -118,10 +118,8 @@ class PairEncoder:
             DataError: see `SampleEncoder.encode`; or the two do not supervise the same tokens.
         """
         own, other = self._student.encode(sample), self._teacher.encode(sample)
-        try:
+        with sample.named_in_errors():
             prompt = matched(own.prompt, other.prompt)
-        except PromptError as error:
-            raise DataError(f"{sample.label}: {error}") from error
         values = {field.name: getattr(own, field.name) for field in fields(EncodedSample)}
         theirs = EncodedSample(prompt, other.media[: len(prompt.spans)], own.id)
         return DistillationSample(**values, teacher=theirs)

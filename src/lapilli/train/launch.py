@@ -71,12 +71,7 @@ class TrainingTask:
     Attributes:
         model: what learns, and how its loss is made.
         loaded: the checkpoint that it came from.
-        recipe: what is done.
-        parallel: this process among all.
-        samples: what is learned from.
-        order: which of them a step reads.
         held_out: what evaluation reads; None: there is nothing.
-        template: of the samples.
         weights: files of the models that it begins with, by the recipe's keys.
         skipped: why samples could not be read, as far as batches of them were learned from.
     """

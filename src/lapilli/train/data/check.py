@@ -400,10 +400,8 @@ def rendered(sample: Sample, template: Template) -> list[TextSpan]:
     Raises:
         DataError: turns that the template cannot have.
     """
-    try:
+    with sample.named_in_errors():
         segments = template.render(sample.messages, open_turn=False)
-    except LapilliError as error:
-        raise DataError(f"{sample.label}: {error}") from error
     found = [
         TextSpan(f"<{segment.modality}>", is_media=True)
         if isinstance(segment, MediaSlot)
@@ -419,11 +417,9 @@ def tokenized(sample: Sample, encoder: SampleEncoder, images: ImageChecker) -> l
     Raises:
         DataError: a picture that cannot be opened, or turns that the template cannot have.
     """
-    try:
+    with sample.named_in_errors():
         media = [size_only(images.look(part.source).size) for part in sample.media]
         prompt = encoder.encode_prompt(sample, encoder.count(sample, media))
-    except LapilliError as error:
-        raise DataError(f"{sample.label}: {error}") from error
     return text_spans(prompt, encoder.tokenizer)
 
 

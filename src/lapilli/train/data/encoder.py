@@ -16,7 +16,7 @@ from lapilli.checkpoint.read.assemble import build_model
 from lapilli.checkpoint.read.plan import make_plan
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.reader import shown
-from lapilli.errors import DataError, LapilliError, PromptError
+from lapilli.errors import PromptError
 from lapilli.modality.image.decode import Alpha, to_rgb
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.prompt.choose import Template
@@ -88,14 +88,12 @@ class SampleEncoder:
             DataError: a medium that cannot be read or lies across the end, turns that the template
                 cannot have, no supervised token, or one that the embeddings have no row for.
         """
-        try:
+        with sample.named_in_errors():
             media = tuple(self._prepare(part) for part in sample.media)
             prompt = self.encode_prompt(sample, self.count(sample, media))
             kept = cut(prompt, self._max_length)
             _check_supervised(prompt, kept)
             self._check_ids(kept)
-        except LapilliError as error:
-            raise DataError(f"{sample.label}: {error}") from error
         return EncodedSample(kept, media[: len(kept.spans)], sample.id, len(prompt) - len(kept))
 
     def _check_ids(self, prompt: EncodedPrompt) -> None:
