@@ -127,13 +127,9 @@ class LlavaMetaModel(Base):
         self.mm_projector.requires_grad_(True)
         if model_args.pretrain_mm_mlp_adapter is not None:
             weights = torch.load(model_args.pretrain_mm_mlp_adapter, "cpu", weights_only=True)
-            self.mm_projector.load_state_dict(projector_part(weights))
-
-
-def projector_part(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the projector's tensors of mm_projector.bin by their names in the projector."""
-    parts = ((name.partition("mm_projector."), tensor) for name, tensor in weights.items())
-    return {name: tensor for (_, found, name), tensor in parts if found}
+            parts = ((name.partition("mm_projector."), tensor) for name, tensor in weights.items())
+            own = {name: tensor for (_, found, name), tensor in parts if found}
+            self.mm_projector.load_state_dict(own)
 
 
 class LlavaMetaForCausalLM(Base):

@@ -82,7 +82,7 @@ class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids without the ones that were added to the tokenizer's own file."""
+        """Return the number of ids without the ones that were added to the tokenizer's own file."""
         added = set(self.inner.added_vocab.values())
         end = len(self)
         while end - 1 in added:

@@ -206,7 +206,8 @@ class CLIPVisionTower(nn.Module):
             state: by the names of a tower of its own, with or without `vision_model.`.
             pixels: what the image processor does; None: it is there already.
         """
-        named = {_inner_name(name): tensor for name, tensor in state.items()}
+        stem = "vision_model."
+        named = {stem + name.removeprefix(stem): tensor for name, tensor in state.items()}
         self.vision_tower = filled(VisionModel, config, named)
         # Not stored, and not filled in every release: it would be whatever the memory holds.
         places = self.vision_tower.vision_model.embeddings.position_ids
@@ -322,10 +323,6 @@ class CLIPVisionTower(nn.Module):
     def num_patches(self) -> int:
         """Return the number of patches of a tile, without a kept class token as in the original."""
         return self.num_patches_per_side**2
-
-
-def _inner_name(name: str) -> str:
-    return name if name.startswith("vision_model.") else f"vision_model.{name}"
 
 
 def build_vision_tower(vision_tower_cfg: Foreign, **options: bool) -> CLIPVisionTower:

@@ -136,7 +136,7 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def lengths(self) -> list[int]:
-        """Number of words of every record, a picture counting 128."""
+        """Return the words of every record, a picture counting 128."""
         return [
             _words(record) + (IMAGE_WORDS if "image" in record else 0)
             for record in self.list_data_dict
@@ -144,7 +144,7 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def modality_lengths(self) -> list[int]:
-        """Number of words of every record, negative for those without a picture."""
+        """Return the words of every record, negative for those without a picture."""
         return [
             _words(record) if "image" in record else -_words(record)
             for record in self.list_data_dict

@@ -256,7 +256,9 @@ def _tokenizer(raw: JsonObject, base: Path, joint: Joint) -> Tokenizer:
 def _config(raw: JsonObject, base: Path, joint: Joint, tokenizer: Tokenizer) -> dict[str, object]:
     """Return config.json of the language model half, in the original layout."""
     plain, _ = parse_config(raw, generation=_generation(base))
-    pad = next((i for i in _pads(plain, tokenizer) if i is not None), None)
+    # What pads, in the order of preference; the original takes unk.
+    pads = (plain.tokens.pad_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id)
+    pad = next((index for index in pads if index is not None), None)
     tokens = replace(
         plain.tokens,
         pad_id=pad,
@@ -266,11 +268,6 @@ def _config(raw: JsonObject, base: Path, joint: Joint, tokenizer: Tokenizer) -> 
     config = replace(plain, layout="llava", tokens=tokens, max_length=plain.text.max_positions)
     stored = plain.torch_dtype or "float32"
     return write_llava_config(config, vision_source=None, torch_dtype=stored)
-
-
-def _pads(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int | None, ...]:
-    """Return what pads, in the order of preference; the original takes unk."""
-    return config.tokens.pad_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id
 
 
 def _vision_keys(joint: Joint, tower: JsonObject, eyes: Path) -> dict[str, object]:

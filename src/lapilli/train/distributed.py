@@ -111,18 +111,14 @@ class ParallelContext:
             model.to(self.device)
         if self.size == 1:
             return model
-        self._share_weights(model)
-        if self.is_sharded:
-            shard(model, self.size, self.device, precision)
-        return model
-
-    def _share_weights(self, model: nn.Module) -> None:
-        """Give everyone what the main process has drawn at random: an adapter, a projector."""
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad:  # drawn at random: an adapter, a projector
                 sent = parameter.detach().to(self.device)
                 dist.broadcast(sent, src=0)
                 parameter.data.copy_(sent)
+        if self.is_sharded:
+            shard(model, self.size, self.device, precision)
+        return model
 
     def sum_counts(self, counts: list[int]) -> list[int]:
         """Return the element-wise sum over all processes."""
@@ -141,7 +137,7 @@ class ParallelContext:
         return dict(zip(sorted(values), total.tolist(), strict=True))
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Every gradient replaced by its sum over all processes.
+        """Replace every gradient by its sum over all processes.
 
         One that is missing counts as zero; where it is missing everywhere, it stays missing, as in
         one process alone.

@@ -98,7 +98,8 @@ def take_step(
     parallel.sum_gradients(trainable)
     norm = parallel.clip(trainable, recipe.optim.max_grad_norm)
     metrics = _weighted(losses, [weights[micro] for micro in made])
-    beside = {"stop": float(asked_to_stop()), "skipped": float(_num_skipped(made))}
+    skipped = sum(len(getattr(batch, "skipped", ())) for batch, _ in made.values())
+    beside = {"stop": float(asked_to_stop()), "skipped": float(skipped)}
     metrics = parallel.sum_floats({**metrics, **beside})
     asked, skipped = metrics.pop("stop") > 0, int(metrics.pop("skipped"))
     _check_finite(metrics, norm, losses, made)
@@ -122,11 +123,6 @@ def scales(counts: list[int], reduction: Reduction) -> list[float]:
     if reduction == "tokens":
         return [1.0 / total] * len(counts)
     return [1.0 / (count * len(counts)) for count in counts]
-
-
-def _num_skipped(made: Made) -> int:
-    batches = (batch for batch, _ in made.values())
-    return sum(len(getattr(batch, "skipped", ())) for batch in batches)
 
 
 def random_seed(seed: int, step: int, micro: int) -> int:
@@ -171,14 +167,11 @@ def _check_finite(
 ) -> None:
     """Stop before the update; every process sees the same sums."""
     if not isfinite(metrics["loss"]):
-        bad = [(m, made[m][0]) for m, loss in zip(made, losses, strict=True) if _bad(loss)]
+        pairs = zip(made, losses, strict=True)
+        bad = [(m, made[m][0]) for m, loss in pairs if not isfinite(float(loss.total))]
         raise NotFiniteError("loss", metrics["loss"], bad)
     if not isfinite(norm):
         raise NotFiniteError("gradient norm", norm, [(m, batch) for m, (batch, _) in made.items()])
-
-
-def _bad(loss: Loss) -> bool:
-    return not isfinite(float(loss.total))
 
 
 class PlainAttention(TorchFunctionMode):
