@@ -357,19 +357,6 @@ def check_output_folder(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def facts_of(task: TrainingTask) -> dict[str, str]:
-    """Return what a model card says of a run beside its log."""
-    parameters = task.model.vlm.parameters()
-    learned = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    held_out = "" if task.held_out is None else f", and {len(task.held_out):,} held out"
-    return {
-        "samples": f"{task.num_samples:,}{held_out}",
-        "trainable parameters": f"{learned:,}",
-        "made with": f"lapilli {__version__}, torch {torch.__version__}, "
-        f"{task.parallel.size} x {task.parallel.device.type}",
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class _Saver:
     task: TrainingTask
@@ -392,9 +379,7 @@ class _Saver:
         parallel, model = self.task.parallel, self.task.model.vlm
         state = gather(model.state_dict(), parallel) if parallel.is_sharded else None
         if parallel.is_main_process:
-            extra = None
-            if card:
-                extra = model_card(self.results, self.folder.parent, facts=facts_of(self.task))
+            extra = self._card() if card else None
             save_results(self.folder, model, self.results, state=state, extra=extra)
         parallel.wait()
 
@@ -415,6 +400,19 @@ class _Saver:
             record = exam_record(number_of_steps(task, self.results.recipe.run), graded)
             if record not in log.records():  # the same command may be given again
                 log.write(record)
-            card = model_card(self.results, folder, facts=facts_of(task))
-            add_card(self.folder, card)
+            add_card(self.folder, self._card())
         parallel.wait()
+
+    def _card(self) -> dict[str, str | bytes]:
+        """Return the files of the model card, with what is known of the run beside its log."""
+        task, parallel = self.task, self.task.parallel
+        parameters = task.model.vlm.parameters()
+        learned = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        held_out = "" if task.held_out is None else f", and {len(task.held_out):,} held out"
+        facts = {
+            "samples": f"{task.num_samples:,}{held_out}",
+            "trainable parameters": f"{learned:,}",
+            "made with": f"lapilli {__version__}, torch {torch.__version__}, "
+            f"{parallel.size} x {parallel.device.type}",
+        }
+        return model_card(self.results, self.folder.parent, facts=facts)

@@ -71,7 +71,6 @@ class Results:
 
     Attributes:
         loaded: the checkpoint that the run started from.
-        recipe: of the run.
         config: what the trained model is.
         base: the checkpoint with the weights that an adapter or a projector lies on.
         template: the conversation template that the model is spoken to with.

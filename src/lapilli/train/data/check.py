@@ -97,18 +97,14 @@ class DataReport:
     """The result of `check`.
 
     Attributes:
-        source: the file.
-        num_samples: records of it.
-        num_with_media: of those that could be read.
+        num_with_media: samples of those that could be read.
         num_text_only: the same without media.
         num_media: places of pictures in all samples.
         num_different_media: files or bytes behind them.
-        num_answers: turns of the assistant.
         words: of a sample, placeholders included.
         positions: of a sample, pictures included; None without a model.
         supervised: positions that the loss counts; None without a model.
         max_length: what `positions` was compared with; None: nothing.
-        findings: in the order of the file.
     """
 
     source: str
@@ -385,8 +381,6 @@ class TextSpan:
 
     Attributes:
         text: as the model reads it; of a medium its name and positions.
-        supervised: the loss counts it.
-        is_media: it stands for a medium.
     """
 
     text: str

@@ -351,7 +351,6 @@ class DataFile:
 
     Attributes:
         name: without its folder, which says something about one machine alone.
-        num_bytes: its size.
         digest: "sha256:..." of its content, or "in pieces, sha256:...".
     """
 

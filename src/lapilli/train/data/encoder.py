@@ -32,9 +32,7 @@ class EncodedSample:
     """A sample as the model learns from it.
 
     Attributes:
-        prompt: ids, loss mask and spans.
         media: what `prepare` made of every medium, in the order of the spans.
-        id: of the sample.
         cut: positions that max_length took off the end.
         skipped: why the samples that this one stands in for could not be read.
     """

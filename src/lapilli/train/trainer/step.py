@@ -38,7 +38,6 @@ class NotFiniteError(ArithmeticError):
 
     Attributes:
         what: "loss" or "gradient norm".
-        value: of it.
         batches: (micro, batch) of this process that made it.
     """
 
