@@ -29,7 +29,7 @@ from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.train.data.encoder import EncodedSample
-from lapilli.train.trainer.batch import TrainingBatch, collate, collate_packed, pack
+from lapilli.train.trainer.task import TrainingBatch, collate, collate_packed, pack
 
 PATCHES, SIDE = 576, 336
 RANK, ALPHA, LR = 64, 16.0, 2e-4
@@ -62,8 +62,7 @@ def batch_of_rows() -> TrainingBatch:
 def lapilli_step(path: Path, precision: str) -> Callable[[TrainingBatch], float]:
     """One step of our trainer, as its loop takes it."""
     from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe, Recipe, RunRecipe
-    from lapilli.train.stages import choose_trainable
-    from lapilli.train.start import load_start
+    from lapilli.train.stages import choose_trainable, load_start
     from lapilli.train.trainer.loop import Loss
     from lapilli.train.trainer.model import TrainedModel
     from lapilli.train.trainer.optim import build_optimizer

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from lapilli.checkpoint.out_of_distribution import save_detector
-from lapilli.train.trainer.curves import loss_curve, plot_losses
-from lapilli.train.trainer.metrics import RunLog
+from lapilli.train.trainer.metrics import RunLog, loss_curve, plot_losses
 from pebble.boundary import boundary_rates, pebble_detector
 from pebble.examine import ask_exported
 from pebble.export import export_llava

@@ -7,9 +7,9 @@ from lapilli.errors import ConfigError
 from lapilli.lm import LanguageModel
 from lapilli.model import fuse
 from lapilli.shapes import Float, Tensor
-from lapilli.train.trainer.batch import TrainingBatch
 from lapilli.train.trainer.loop import Loss
-from lapilli.train.trainer.loss import cross_entropy_sum, scores, supervised
+from lapilli.train.trainer.model import cross_entropy_sum, scores, supervised
+from lapilli.train.trainer.task import TrainingBatch
 from pebble.recipe import Stage
 
 

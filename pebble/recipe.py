@@ -17,8 +17,7 @@ from typing import Any, Final, Literal
 
 from lapilli.errors import UnknownKeyError
 from lapilli.train.recipe import TrainerRecipe
-from lapilli.train.recipe.checks import idle_optim, set_keys
-from lapilli.train.recipe.file import read_recipe
+from lapilli.train.recipe.file import idle_optim, read_recipe, set_keys
 
 Stage = Literal["tower", "language", "align", "instruct"]
 

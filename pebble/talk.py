@@ -25,8 +25,8 @@ from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.shapes import Float, Tensor
 from lapilli.train.data import to_sample
 from lapilli.train.data.order import draw_indices
-from lapilli.train.trainer.batch import TrainingBatch, collate
 from lapilli.train.trainer.loop import Loss
+from lapilli.train.trainer.task import TrainingBatch, collate
 from pebble.blind import blind_question
 from pebble.caption import caption
 from pebble.conversation import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lapilli.compat.device import MAKERS, is_absent, present, stand_in
+from lapilli.compat import MAKERS, is_absent, present, stand_in
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from lapilli.compat import MODULES, PACKAGES, PROGRAMS, LlavaFinder, install
 from lapilli.compat.__main__ import main
-from lapilli.compat.install import MODULES, PACKAGES, PROGRAMS, LlavaFinder, install
 
 
 def run_python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":

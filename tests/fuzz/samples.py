@@ -19,9 +19,8 @@ import PIL.Image
 
 from lapilli.errors import DataError
 from lapilli.train.data import Dataset, EncodedDataset, open_dataset, order_of
-from lapilli.train.data.check import ImageChecker, check
+from lapilli.train.data.check import ImageChecker, check, rendered, tokenized
 from lapilli.train.data.encoder import PlannedEncoder, plan_encoder
-from lapilli.train.data.show import rendered, tokenized
 from lapilli.train.recipe import DataRecipe, RunRecipe, SourceRecipe
 from tests.fuzz import honest
 from tests.fuzz.damage import BOMBS, TEXTS, Damage, damaged_bytes, damaged_json, damaged_text

@@ -13,7 +13,7 @@ import lapilli
 from lapilli.checkpoint.inspect import inspect_checkpoint
 from lapilli.errors import CheckpointError, ContextTooLongError, PromptError
 from lapilli.prompt.message import Message
-from lapilli.train.trainer.contract import TrainingError
+from lapilli.train.trainer.task import TrainingError
 from tests.fuzz import honest, readers
 from tests.fuzz.damage import JSON, PICKLE, SAFETENSORS, damaged_bytes, damaged_text
 from tests.fuzz.kind import Kind
@@ -122,8 +122,8 @@ def _said(state) -> str:
 
 def trained(folder: Path) -> None:
     """The state of a small run, and its best weights."""
-    from lapilli.train.trainer.contract import Best
     from lapilli.train.trainer.state import save_best, save_state
+    from lapilli.train.trainer.task import Best
 
     state = _new_state()
     state.best, state.fingerprint = Best(2, 0.5), {"run.seed": 1}

@@ -9,8 +9,8 @@ from lapilli.modality import Modality
 from lapilli.prompt.message import MediaPart, Message, TextPart
 from lapilli.train.data.encoder import SampleEncoder
 from lapilli.train.data.sample import Sample
-from lapilli.train.trainer.batch import collate
 from lapilli.train.trainer.model import TrainedModel
+from lapilli.train.trainer.task import collate
 from tests.checkpoint.published import make_llava
 from tests.contributing import sample
 

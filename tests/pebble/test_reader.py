@@ -9,8 +9,8 @@ from lapilli.errors import ConfigError
 from lapilli.lm.decoder import Decoder
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.train.data.encoder import EncodedSample
-from lapilli.train.trainer.batch import collate
 from lapilli.train.trainer.step import PlainAttention
+from lapilli.train.trainer.task import collate
 from pebble.reader import FeatureReader, freeze
 
 CONFIG = DecoderConfig(

@@ -14,7 +14,7 @@ from lapilli.modality.image.image import VisionTransformer
 from lapilli.train.recipe import OptimRecipe, RunRecipe
 from pebble.recipe import PartsRecipe, PebbleRecipe, WorldRecipe, check_keys, load_recipe
 from pebble.run import RECIPES
-from tests.train.recipe.test_checks import is_named, other
+from tests.train.recipe.test_file import is_named, other
 
 TRAIN = Path(lapilli.train.__file__).parent
 READERS = [RECIPES.parent, TRAIN, *(TRAIN / room for room in ("trainer", "data", "distributed"))]

@@ -37,9 +37,9 @@ from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from lapilli.train.data.encoder import EncodedSample
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, SaveRecipe
 from lapilli.train.stages import choose_trainable
-from lapilli.train.trainer.batch import collate
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.model import TrainedModel
+from lapilli.train.trainer.task import collate
 from tests.train.conftest import new_recipe
 
 TEXT = DecoderConfig(

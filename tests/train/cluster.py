@@ -28,10 +28,10 @@ from lapilli.train.distributed import SINGLE_PROCESS, RankInfo, joined
 from lapilli.train.launch import launch
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe
 from lapilli.train.stages import choose_trainable
-from lapilli.train.trainer import sharded_state
-from lapilli.train.trainer.batch import collate
+from lapilli.train.trainer import state
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.model import TrainedModel
+from lapilli.train.trainer.task import collate
 from tests.model.conftest import build_tiny
 from tests.train.conftest import new_recipe, new_regression
 
@@ -211,14 +211,14 @@ def run_regression(rank_info, folder, sharding, run, dies=None):
 
 def run_killed_while_saving(rank_info, folder, run, step):
     """The lead dies when all pieces of this step are written, before they get their name."""
-    finish = sharded_state._finish
+    finish = state._finish
 
     def die(staged, place, values):
         if values["step"] == step:
             kill_me()
         finish(staged, place, values)
 
-    sharded_state._finish = die
+    state._finish = die
     return run_regression(rank_info, folder, "fsdp", run)
 
 

@@ -14,9 +14,9 @@ from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.train.data.encoder import EncodedSample
 from lapilli.train.recipe import LoraRecipe
 from lapilli.train.stages import choose_trainable, set_up_layers
-from lapilli.train.trainer.batch import TrainingBatch, collate_packed
 from lapilli.train.trainer.model import TrainedModel
-from tests.train.test_stages import new_llava, recipe_of
+from lapilli.train.trainer.task import TrainingBatch, collate_packed
+from tests.train.test_stages import new_llava, staged
 
 LAYERS = 12
 """Of the language model and of the tower: more than the 8 translations that torch makes of a
@@ -53,12 +53,12 @@ def compare(kind: str) -> None:
         SystemExit: more programs than there are kinds of layers.
     """
     vlm = new_llava(num_layers=LAYERS, tower_layers=LAYERS)
-    choose_trainable(vlm, recipe_of(lora=LoraRecipe(rank=2, dropout=0.0), tune_tower=True))
+    choose_trainable(vlm, staged(lora=LoraRecipe(rank=2, dropout=0.0), tune_tower=True))
     batches = [batch_of(vlm.modality("image"), lengths) for lengths in BATCHES[kind]]
     results, programs = [], []
     recomputes = kind == "packed"
     for compiles in (False, True):
-        set_up_layers(vlm, recipe_of(compile=compiles, gradient_checkpointing=recomputes).run)
+        set_up_layers(vlm, staged(compile=compiles, gradient_checkpointing=recomputes).run)
         model = TrainedModel(vlm, compiles=compiles).train()
         for batch in batches:
             model.zero_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from lapilli.train.distributed import SINGLE_PROCESS
-from lapilli.train.launch import launch
+from lapilli.train.launch import TrainingTask, launch
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -21,7 +21,6 @@ from lapilli.train.recipe import (
     RunRecipe,
     SourceRecipe,
 )
-from lapilli.train.task import TrainingTask
 
 STEPS = 6
 

@@ -28,9 +28,8 @@ from lapilli.train.distill import (
     with_teacher,
 )
 from lapilli.train.recipe import DistillRecipe
-from lapilli.train.trainer.batch import collate, collate_packed
-from lapilli.train.trainer.loss import supervised
-from lapilli.train.trainer.model import TrainedModel
+from lapilli.train.trainer.model import TrainedModel, supervised
+from lapilli.train.trainer.task import collate, collate_packed
 from pebble.draw import draw
 from pebble.sample import sample_scene
 

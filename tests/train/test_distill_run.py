@@ -10,7 +10,7 @@ from lapilli.checkpoint.source import resolve
 from lapilli.config.projector import projector_name
 from lapilli.train.build import Joint, build_llava, replace_projector
 from lapilli.train.distributed import SINGLE_PROCESS
-from lapilli.train.launch import launch
+from lapilli.train.launch import build_task, launch
 from lapilli.train.recipe import (
     DataRecipe,
     DistillRecipe,
@@ -20,8 +20,7 @@ from lapilli.train.recipe import (
     RunRecipe,
     SourceRecipe,
 )
-from lapilli.train.task import build_task
-from lapilli.train.trainer.loss import supervised
+from lapilli.train.trainer.model import supervised
 from pebble.folder import write_folder
 from tests.train import cluster
 from tests.train.parts import Parts

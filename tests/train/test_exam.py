@@ -10,7 +10,6 @@ from PIL import Image
 import lapilli
 from lapilli.train.build import build_llava
 from lapilli.train.distributed import SINGLE_PROCESS
-from lapilli.train.exam import Graded, answers_of, exam_record
 from lapilli.train.launch import launch
 from lapilli.train.recipe import (
     DataRecipe,
@@ -22,6 +21,7 @@ from lapilli.train.recipe import (
     SaveRecipe,
     SourceRecipe,
 )
+from lapilli.train.results import Graded, answers_of, exam_record
 from lapilli.train.trainer.metrics import RunLog
 from tests.train import cluster
 from tests.train.parts import Parts

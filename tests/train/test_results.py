@@ -31,8 +31,7 @@ from lapilli.train.recipe import (
     SaveRecipe,
 )
 from lapilli.train.results import Results, save_results
-from lapilli.train.stages import choose_trainable
-from lapilli.train.start import load_projector
+from lapilli.train.stages import choose_trainable, load_projector
 from tests.integration.oracle import make_oracle
 from tests.train.parts import Parts
 

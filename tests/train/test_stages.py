@@ -1,11 +1,17 @@
+"""What a run starts from, and which parameters its stage trains."""
+
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from lapilli.checkpoint.load import load_checkpoint
+from lapilli.checkpoint.source import RESULTS
 from lapilli.config.model import (
     DecoderConfig,
     ImageConfig,
@@ -13,16 +19,212 @@ from lapilli.config.model import (
     ProjectorConfig,
     VisionConfig,
 )
-from lapilli.errors import ConfigError
+from lapilli.errors import (
+    ConfigError,
+    MissingFileError,
+    MissingWeightsError,
+    PromptError,
+    ShapeMismatchError,
+)
 from lapilli.geometry import ImageSize
 from lapilli.lm.decoder import Decoder
-from lapilli.lora import adapters
+from lapilli.lora import adapter_tensors, adapters
 from lapilli.modality.image.image import ImageModality
 from lapilli.model import VisionLanguageModel
+from lapilli.prompt.choose import template_by_name
+from lapilli.quant.linear import QuantLinear
 from lapilli.quant.nf4 import Nf4Linear, RoundedScales
-from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe, Recipe, RunRecipe
-from lapilli.train.stages import choose_trainable, set_up_layers
+from lapilli.train.data import SampleEncoder
+from lapilli.train.recipe import (
+    DataRecipe,
+    LoraRecipe,
+    ModelRecipe,
+    OptimRecipe,
+    Recipe,
+    RunRecipe,
+    SaveRecipe,
+)
+from lapilli.train.results import Results, save_results
+from lapilli.train.stages import (
+    choose_template,
+    choose_trainable,
+    for_model,
+    load_projector,
+    load_start,
+    set_up_layers,
+)
 from lapilli.train.trainer.step import PlainAttention, plain_attention
+from tests.checkpoint.conftest import llava  # noqa: F401  fixture
+from tests.prompt.test_encode import with_sentinels
+from tests.train.data.conftest import goldens  # noqa: F401  fixture
+from tests.train.data.test_encoder import golden_sample
+
+
+def recipe_of(checkpoint, stage="instruct", **given):
+    sections = {"model": ModelRecipe(checkpoint=checkpoint), **given}
+    run = RunRecipe(batch_size=1, precision=sections.pop("precision", "bfloat16"))
+    return Recipe(stage=stage, optim=OptimRecipe(lr=1e-3), run=run, **sections)
+
+
+LORA = LoraRecipe(rank=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "frozen"),
+    [
+        ({"lora": LORA}, torch.bfloat16),
+        ({"stage": "align"}, torch.bfloat16),
+        ({"lora": LORA, "precision": "float32"}, torch.float32),
+        ({"lora": LORA, "save": SaveRecipe(merge=True)}, torch.float32),
+        ({"stage": "align", "save": SaveRecipe(layout="huggingface")}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_frozen_weights_are_as_narrow_as_the_run_unless_they_are_saved(checkpoint, given, frozen):
+    recipe = recipe_of(checkpoint, **given)
+    model = load_start(recipe).model
+    choose_trainable(model, recipe)
+    learned = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert learned == {torch.float32}
+    assert model.modality("image").vision_tower.vision_model.pre_layrnorm.weight.dtype == frozen
+
+
+def test_a_tower_that_learns_is_read_in_float32(checkpoint):
+    model = ModelRecipe(checkpoint=checkpoint, tune_tower=True)
+    loaded = load_start(recipe_of(checkpoint, lora=LORA, model=model))
+    dtypes = {n.startswith("language"): p.dtype for n, p in loaded.model.named_parameters()}
+    assert dtypes == {True: torch.bfloat16, False: torch.float32}
+
+
+def test_int4_packs_the_layers_under_the_adapter(llava):  # noqa: F811
+    recipe = recipe_of(str(llava), lora=LoraRecipe(rank=2, base="int4"))
+    model = load_start(recipe).model
+    choose_trainable(model, recipe)
+    found = [layer.base for _, layer in adapters(model)]
+    assert len(found) == 14
+    assert all(isinstance(base, QuantLinear) and base.bits == 4 for base in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_run_starts_with_the_projector_in_the_folder_of_another(checkpoint, tmp_path, lora):
+    own = load_checkpoint(checkpoint).model.modality("image").projector
+    drawn = {name: torch.randn_like(p, dtype=torch.float32) for name, p in own.named_parameters()}
+    (tmp_path / RESULTS).mkdir()
+    saved = {f"model.mm_projector.{name}": tensor for name, tensor in drawn.items()}
+    torch.save(saved, tmp_path / RESULTS / "mm_projector.bin")
+    model = ModelRecipe(checkpoint=checkpoint, projector=str(tmp_path))
+    loaded = load_start(recipe_of(checkpoint, lora=lora, model=model))
+    for name, parameter in loaded.model.modality("image").projector.named_parameters():
+        assert torch.equal(parameter, drawn[name]), name
+
+
+def test_a_run_goes_on_with_the_adapter_of_another(checkpoint, tmp_path):
+    recipe = recipe_of(checkpoint, lora=LORA)
+    first = load_start(recipe)
+    choose_trainable(first.model, recipe)
+    drawn = adapter_tensors(first.model)
+    with torch.no_grad():
+        for tensor in drawn.values():
+            tensor.normal_()
+    save_results(tmp_path, first.model, Results.of(first, recipe))
+    model = ModelRecipe(checkpoint=checkpoint, adapter=str(tmp_path))
+    recipe = recipe_of(checkpoint, lora=LORA, model=model)
+    loaded = load_start(recipe).model
+    choose_trainable(loaded, recipe)
+    found = adapter_tensors(loaded)
+    assert found.keys() == drawn.keys()
+    assert all(torch.equal(found[name], drawn[name]) for name in drawn)
+    assert all(tensor.requires_grad for tensor in found.values())
+
+
+def test_a_projector_that_does_not_fit_is_refused(checkpoint, tmp_path):
+    model = load_checkpoint(checkpoint, dtype="float32").model
+    with pytest.raises(MissingFileError, match=r"no mm_projector\.safetensors or"):
+        load_projector(model, tmp_path)
+    own = dict(model.modality("image").projector.named_parameters())
+    torch.save({"model.mm_projector.weight": torch.ones(2, 2)}, tmp_path / "mm_projector.bin")
+    with pytest.raises(MissingWeightsError, match="another projector type"):
+        load_projector(model, tmp_path)
+    wrong = {f"mm_projector.{name}": torch.ones(3) for name in own}
+    torch.save(wrong, tmp_path / "mm_projector.bin")
+    with pytest.raises(ShapeMismatchError, match="another tower or language model"):
+        load_projector(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "asked", "name"),
+    [("align", "", "plain"), ("instruct", "", "llava_v1"), ("instruct", "llava_v0", "llava_v0")],
+)
+def test_the_template_is_that_of_the_stage_or_the_recipe(checkpoint, stage, asked, name):
+    recipe = recipe_of(checkpoint, stage, data=DataRecipe(template=asked))
+    assert choose_template(recipe, load_start(recipe)).name == name
+
+
+def test_a_template_by_name_puts_the_checkpoints_tokens_around_a_picture(golden, goldens):  # noqa: F811
+    """Against labels of the original under mm_use_im_start_end."""
+    loaded = load_checkpoint(golden("llava-tiny-im-start-end")[1]["model_path"], dtype="float32")
+    compared = 0
+    for case in goldens.cases("_labels", "labels"):
+        if not case["input"].get("im_start_end"):
+            continue
+        recipe = recipe_of("", data=DataRecipe(template=case["input"]["version"]))
+        tokenizer = goldens.tokenizer(
+            case["input"]["tokenizer"], [["<im_patch>"], ["<im_start>", "<im_end>"]]
+        )
+        sample = golden_sample(case)
+        rows = SampleEncoder(tokenizer, choose_template(recipe, loaded), loaded.model)
+        prompt = rows.encode_prompt(sample, [1] * len(sample.media))
+        assert with_sentinels(prompt) == case["expect"]["input_ids"], case["id"]
+        assert prompt.labels == case["expect"]["labels"], case["id"]
+        compared += 1
+    assert compared >= 3
+
+
+def test_student_and_teacher_each_have_their_own_tokens_around_a_picture(checkpoint, golden):
+    marked = load_checkpoint(golden("llava-tiny-im-start-end")[1]["model_path"], dtype="float32")
+    bare, template = load_start(recipe_of(checkpoint)), template_by_name("vicuna_v1")
+    assert for_model(template, marked).media_tokens == ("<im_start>", "<im_end>")
+    assert for_model(for_model(template, marked), bare) == template
+
+
+def test_a_template_of_another_base_is_refused(checkpoint):
+    recipe = recipe_of(checkpoint, data=DataRecipe(template="chatml_direct"))
+    with pytest.raises(ConfigError, match=r"ends turns with '<\|im_end\|>', which is no token"):
+        choose_template(recipe, load_start(recipe))
+    recipe = recipe_of(checkpoint, data=DataRecipe(template="nothing"))
+    with pytest.raises(PromptError, match="no template is called 'nothing'"):
+        choose_template(recipe, load_start(recipe))
+
+
+@pytest.mark.slow
+def test_a_template_that_contradicts_the_chat_template_beside_the_checkpoint_is_refused(
+    checkpoint, tmp_path
+):
+    folder = tmp_path / Path(checkpoint).name
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text("{{ '[INST] <<SYS>>' }}")
+    for asked in ("vicuna_v1", "llava_v0"):
+        recipe = recipe_of(str(folder), data=DataRecipe(template=asked))
+        with pytest.raises(
+            ConfigError,
+            match=rf"'{asked}' is wrong .* take 'llava_llama_2', or leave data\.template out: the "
+            "checkpoint asks for 'llava_v1'",
+        ):
+            choose_template(recipe, load_start(recipe))
+    for asked in ("", "llava_v1", "plain", "llava_llama_2"):  # its own, and what fits
+        recipe = recipe_of(str(folder), data=DataRecipe(template=asked))
+        assert choose_template(recipe, load_start(recipe)).name == (asked or "llava_v1")
+
+
+def test_no_checkpoint_and_no_pictures_are_refused(golden):
+    with pytest.raises(ConfigError, match=r"model\.checkpoint is missing"):
+        load_start(recipe_of(None))
+    base = str(golden("llava-v1.5-tiny-projector")[1]["model_base"])
+    with pytest.raises(ConfigError, match="reads text only"):
+        load_start(recipe_of(base))
+
 
 CONFIG = DecoderConfig(
     vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2,
@@ -53,7 +255,7 @@ def refuse(*_args, **_options):
     raise AssertionError
 
 
-def recipe_of(stage="instruct", *, lora=None, tune_tower=False, **run):
+def staged(stage="instruct", *, lora=None, tune_tower=False, **run):
     return Recipe(
         stage=stage,
         optim=OptimRecipe(lr=1e-3),
@@ -91,17 +293,17 @@ def whole():
     return new_llava()
 
 
-LORA = LoraRecipe(rank=2, alpha=4.0)
+ADAPTER = LoraRecipe(rank=2, alpha=4.0)
 
 
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        (recipe_of("align"), {"projector", "image_newline"}),
-        (recipe_of(), {"projector", "image_newline", "language_model"}),
-        (recipe_of(lora=LORA), {"projector", "image_newline", "lora_"}),
+        (staged("align"), {"projector", "image_newline"}),
+        (staged(), {"projector", "image_newline", "language_model"}),
+        (staged(lora=ADAPTER), {"projector", "image_newline", "lora_"}),
         (
-            recipe_of(tune_tower=True),
+            staged(tune_tower=True),
             {"projector", "image_newline", "language_model", "vision_tower"},
         ),
     ],
@@ -113,13 +315,13 @@ def test_a_recipe_chooses_what_learns(whole, recipe, expected):
 
 
 def test_layers_of_the_tower_that_nothing_reads_rest(whole):
-    names = choose_trainable(whole, recipe_of(tune_tower=True))
+    names = choose_trainable(whole, staged(tune_tower=True))
     assert any("encoder.layers.2." in name for name in names)
     assert not any("encoder.layers.3." in name or "post_layernorm" in name for name in names)
 
 
 def test_adapters_sit_on_all_linear_layers_but_the_head(whole):
-    choose_trainable(whole, recipe_of(lora=LORA))
+    choose_trainable(whole, staged(lora=ADAPTER))
     paths = {path for path, _ in adapters(whole)}
     kinds = {path.rsplit(".", 1)[1] for path in paths}
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -128,7 +330,7 @@ def test_adapters_sit_on_all_linear_layers_but_the_head(whole):
 
 def test_an_adapter_learns_in_float32_beside_narrow_weights(whole):
     whole.bfloat16()
-    choose_trainable(whole, recipe_of(lora=LORA))
+    choose_trainable(whole, staged(lora=ADAPTER))
     dtypes = {p.dtype for n, p in whole.named_parameters() if "lora_" in n}
     assert dtypes == {torch.float32}
 
@@ -136,7 +338,7 @@ def test_an_adapter_learns_in_float32_beside_narrow_weights(whole):
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_a_packed_base_is_frozen_and_smaller(whole, double_quant):
     lora = LoraRecipe(rank=2, base="nf4", double_quant=double_quant)
-    choose_trainable(whole, recipe_of(lora=lora))
+    choose_trainable(whole, staged(lora=lora))
     layers = dict(adapters(whole))
     assert len(layers) == 7 * CONFIG.num_layers
     assert all(isinstance(layer.base, Nf4Linear) for layer in layers.values())
@@ -146,16 +348,16 @@ def test_a_packed_base_is_frozen_and_smaller(whole, double_quant):
 
 
 def test_an_adapter_goes_on_over_floats_alone(whole):
-    choose_trainable(whole, recipe_of(lora=LORA))
+    choose_trainable(whole, staged(lora=ADAPTER))
     before = [id(layer) for _, layer in adapters(whole)]
-    choose_trainable(whole, recipe_of(lora=LORA))
+    choose_trainable(whole, staged(lora=ADAPTER))
     assert [id(layer) for _, layer in adapters(whole)] == before
     with pytest.raises(ConfigError, match=r"lora\.base is 'nf4' and the model has an adapter"):
-        choose_trainable(whole, recipe_of(lora=LoraRecipe(base="nf4")))
+        choose_trainable(whole, staged(lora=LoraRecipe(base="nf4")))
 
 
 def test_an_unknown_stage_is_refused(whole):
-    recipe = recipe_of()
+    recipe = staged()
     object.__setattr__(recipe, "stage", "tower")  # as a program without type checks may
     with pytest.raises(ConfigError, match=r"stage 'tower' is unknown: .* align and instruct"):
         choose_trainable(whole, recipe)
@@ -163,7 +365,7 @@ def test_an_unknown_stage_is_refused(whole):
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_layers_recompute_as_the_run_says(whole, wanted):
-    set_up_layers(whole, recipe_of(gradient_checkpointing=wanted).run)
+    set_up_layers(whole, staged(gradient_checkpointing=wanted).run)
     tower = whole.modality("image").vision_tower
     assert whole.language_model.gradient_checkpointing is tower.gradient_checkpointing is wanted
 
@@ -183,9 +385,9 @@ def test_compiled_layers_give_the_same_loss_and_gradients_from_few_programs(back
 
 def test_an_adapter_goes_on_as_it_is_or_is_refused(whole):
     """rank, alpha and targets of a recipe did nothing beside an adapter that was there."""
-    choose_trainable(whole, recipe_of(lora=LORA))
+    choose_trainable(whole, staged(lora=ADAPTER))
     for key, value in (("rank", 5), ("alpha", 99.0), ("targets", ("language_model.nothing",))):
         with pytest.raises(ConfigError, match=rf"lora\.{key}"):
-            choose_trainable(whole, recipe_of(lora=replace(LORA, **{key: value})))
-    choose_trainable(whole, recipe_of(lora=replace(LORA, dropout=0.25)))
+            choose_trainable(whole, staged(lora=replace(ADAPTER, **{key: value})))
+    choose_trainable(whole, staged(lora=replace(ADAPTER, dropout=0.25)))
     assert {layer.dropout.p for _, layer in adapters(whole)} == {0.25}

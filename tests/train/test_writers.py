@@ -30,8 +30,7 @@ from lapilli.train.recipe import (
     SaveRecipe,
 )
 from lapilli.train.results import Results, save_results
-from lapilli.train.stages import choose_trainable
-from lapilli.train.start import load_start
+from lapilli.train.stages import choose_trainable, load_start
 from tests.integration.oracle import make_oracle, picture
 
 pytestmark = pytest.mark.slow

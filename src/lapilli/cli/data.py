@@ -15,8 +15,8 @@ from lapilli.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from lapilli.prompt.choose import Template as PromptTemplate
     from lapilli.train.data import Dataset
+    from lapilli.train.data.check import TextSpan
     from lapilli.train.data.encoder import PlannedEncoder
-    from lapilli.train.data.show import TextSpan
 
 File = Annotated[
     str, typer.Argument(help="JSON, JSONL, CSV, Parquet or tar; several with {000..012} or *.")
@@ -112,8 +112,7 @@ def show(
 
     With --model every token is shown and every image has its number of positions.
     """
-    from lapilli.train.data.check import ImageChecker
-    from lapilli.train.data.show import rendered, tokenized
+    from lapilli.train.data.check import ImageChecker, rendered, tokenized
 
     colored = _wants_color(color)
     dataset, checker = how.open(file), ImageChecker()

@@ -44,8 +44,7 @@ def train(
     Under torchrun all processes train one model. The result lies in OUT/model. Relative paths in a
     recipe start in the folder where the command is started.
     """
-    from lapilli.train.recipe.checks import check_paths
-    from lapilli.train.recipe.file import load_recipe
+    from lapilli.train.recipe.file import check_paths, load_recipe
 
     asked = [] if exam is None else ["--run.exam", str(exam)]
     recipe = load_recipe(recipe_file, [*context.args, *asked])
@@ -89,9 +88,8 @@ def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
 
 def _say_end(recipe: "Recipe", out: Path, *, quiet: bool) -> None:
     """Say how the run went, by its log; a rising loss is told even with --quiet."""
-    from lapilli.train.exam import ANSWERS, FIGURE
-    from lapilli.train.trainer.curves import advice
-    from lapilli.train.trainer.metrics import RunLog
+    from lapilli.train.results import ANSWERS, FIGURE
+    from lapilli.train.trainer.metrics import RunLog, advice
 
     records, optim = RunLog(out).records(), recipe.optim
     if text := advice(records, max(optim.lr, optim.projector_lr or 0.0, optim.tower_lr or 0.0)):

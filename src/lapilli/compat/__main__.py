@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from lapilli.compat.install import install, why_no_names
+from lapilli.compat import install, why_no_names
 from lapilli.errors import LapilliError
 
 USAGE = "usage: python -m lapilli.compat SCRIPT [ARGS...] | -m MODULE [ARGS...]"

@@ -17,11 +17,10 @@ from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.source import find_directory, read_optional_json
 from lapilli.checkpoint.tokenizer import add_image_tokens, load_tokenizer
 from lapilli.checkpoint.write.llava import as_original, write_llava_config
-from lapilli.compat import models
-from lapilli.compat.device import present
+from lapilli.compat import models, present
+from lapilli.compat.mm_utils import Foreign
 from lapilli.compat.tokenizer import PreTrainedTokenizer, wrap_tokenizer
 from lapilli.compat.tower import CLIPImageProcessor, CLIPVisionTower, filled, vision_config
-from lapilli.compat.utils import Foreign
 from lapilli.errors import UnsupportedModelError
 from lapilli.lm.foreign import ForeignLanguageModel
 from lapilli.modality.image.image import ImageModality

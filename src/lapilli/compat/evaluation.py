@@ -26,20 +26,18 @@ from PIL import Image
 from transformers import TextStreamer
 
 from lapilli.compat.builder import load_pretrained_model
-from lapilli.compat.constants import (
+from lapilli.compat.conversation import Conversation, conv_templates
+from lapilli.compat.mm_utils import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
     IMAGE_PLACEHOLDER,
-)
-from lapilli.compat.conversation import Conversation, conv_templates
-from lapilli.compat.mm_utils import (
+    Foreign,
     get_model_name_from_path,
     load_image_from_base64,
     process_images,
     tokenizer_image_token,
 )
-from lapilli.compat.utils import Foreign
 from lapilli.media.fetch import fetch
 from lapilli.modality.image.decode import to_rgb
 from lapilli.prompt.choose import template_for_name

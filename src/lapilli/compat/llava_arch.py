@@ -15,21 +15,21 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from lapilli.compat.constants import (
+from lapilli.compat.mm_utils import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
+    Foreign,
+    get_anyres_image_grid_shape,
 )
-from lapilli.compat.mm_utils import get_anyres_image_grid_shape
 from lapilli.compat.tower import (
     CLIPVisionTower,
     build_vision_projector,
     build_vision_tower,
     projector_config,
 )
-from lapilli.compat.utils import Foreign
 from lapilli.config.llava import ROUNDS_KEY, parse_pinpoints
 from lapilli.config.model import ImageConfig, Merge, PixelConfig
 from lapilli.config.projector import tile_features
@@ -72,9 +72,7 @@ def unpad_image(
 ) -> Float[Tensor, "D h w"]:
     """Return a feature map without what shows padding (quirk 18).
 
-    Args:
-        tensor: features, channels first.
-        original_size: (width, height) of the picture.
+    `tensor` has its channels first; `original_size` is (width, height) of the picture.
     """
     height, width = tensor.shape[1:]
     size = ImageSize(original_size[1], original_size[0])
@@ -129,13 +127,9 @@ class LlavaMetaModel(Base):
         self.mm_projector.requires_grad_(True)
         if model_args.pretrain_mm_mlp_adapter is not None:
             weights = torch.load(model_args.pretrain_mm_mlp_adapter, "cpu", weights_only=True)
-            self.mm_projector.load_state_dict(projector_part(weights))
-
-
-def projector_part(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the projector's tensors of mm_projector.bin by their names in the projector."""
-    parts = ((name.partition("mm_projector."), tensor) for name, tensor in weights.items())
-    return {name: tensor for (_, found, name), tensor in parts if found}
+            parts = ((name.partition("mm_projector."), tensor) for name, tensor in weights.items())
+            own = {name: tensor for (_, found, name), tensor in parts if found}
+            self.mm_projector.load_state_dict(own)
 
 
 class LlavaMetaForCausalLM(Base):
@@ -328,11 +322,6 @@ class LlavaMetaForCausalLM(Base):
         """Add the tokens around pictures, and choose which embeddings training may change.
 
         The rows of new tokens begin as the mean of the old ones.
-
-        Args:
-            model_args: `mm_use_im_patch_token`, `mm_use_im_start_end`, `tune_mm_mlp_adapter`,
-                `pretrain_mm_mlp_adapter`.
-            tokenizer: grows.
 
         Raises:
             ConfigError: an adapter file whose embeddings are neither two rows nor all.

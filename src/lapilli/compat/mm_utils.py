@@ -1,18 +1,24 @@
-"""Pictures, prompts and names of models as the original handles them (llava.mm_utils).
+"""Constants, pictures, prompts and small things of the original (llava.constants, utils, mm_utils).
 
 Sizes are (width, height) here, as in the original; they turn into ImageSize at this border.
 """
 
 import base64
+import json
+import logging
+import os
+import sys
 from collections.abc import Sequence
+from http.client import HTTPException
 from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.request import Request, urlopen
 
 import torch
 from PIL import Image
 from transformers import StoppingCriteria
 
-from lapilli.compat.constants import IMAGE_TOKEN_INDEX
-from lapilli.compat.utils import Foreign
 from lapilli.config.llava import parse_pinpoints
 from lapilli.config.model import ImageConfig, PixelConfig
 from lapilli.errors import MediaError
@@ -22,18 +28,130 @@ from lapilli.modality.image.pixels import fit_and_pad, pad_to_square
 from lapilli.shapes import Float, Int, Tensor
 
 __all__ = [
+    "CONTROLLER_HEART_BEAT_EXPIRATION",
+    "DEFAULT_IMAGE_PATCH_TOKEN",
+    "DEFAULT_IMAGE_TOKEN",
+    "DEFAULT_IM_END_TOKEN",
+    "DEFAULT_IM_START_TOKEN",
+    "IGNORE_INDEX",
+    "IMAGE_PLACEHOLDER",
+    "IMAGE_TOKEN_INDEX",
+    "LOGDIR",
+    "WORKER_HEART_BEAT_INTERVAL",
     "KeywordsStoppingCriteria",
+    "auto_upgrade",
+    "build_logger",
+    "disable_torch_init",
     "divide_to_patches",
     "expand2square",
     "get_anyres_image_grid_shape",
     "get_model_name_from_path",
     "load_image_from_base64",
+    "moderation_msg",
+    "pretty_print_semaphore",
     "process_anyres_image",
     "process_images",
+    "replace_llama_attn_with_flash_attn",
+    "replace_llama_attn_with_xformers_attn",
     "resize_and_pad_image",
     "select_best_resolution",
+    "server_error_msg",
     "tokenizer_image_token",
+    "violates_moderation",
 ]
+
+CONTROLLER_HEART_BEAT_EXPIRATION = 30
+WORKER_HEART_BEAT_INTERVAL = 15
+
+LOGDIR = "."
+
+IGNORE_INDEX = -100
+IMAGE_TOKEN_INDEX = -200
+DEFAULT_IMAGE_TOKEN = "<image>"  # noqa: S105  a placeholder in a prompt, not a secret
+DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"  # noqa: S105
+DEFAULT_IM_START_TOKEN = "<im_start>"  # noqa: S105
+DEFAULT_IM_END_TOKEN = "<im_end>"  # noqa: S105
+IMAGE_PLACEHOLDER = "<image-placeholder>"
+
+
+Foreign: TypeAlias = Any
+"""Anything that a program brings: an argument namespace, a configuration, a tensor of any kind."""
+
+server_error_msg = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
+moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE TRY AGAIN."
+
+
+def disable_torch_init() -> None:
+    """Do nothing: lapilli never initialises weights that it is about to read."""
+
+
+def build_logger(logger_name: str, logger_filename: str) -> logging.Logger:
+    """Return a logger that writes to stderr and to a file in the working directory."""
+    logger = logging.getLogger(logger_name)
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        form = logging.Formatter(
+            "%(asctime)s | %(levelname)s | %(name)s | %(message)s", "%Y-%m-%d %H:%M:%S"
+        )
+        handlers = (
+            logging.StreamHandler(sys.stderr),
+            logging.FileHandler(logger_filename, encoding="utf-8", delay=True),
+        )
+        for handler in handlers:
+            handler.setFormatter(form)
+            logger.addHandler(handler)
+    return logger
+
+
+def pretty_print_semaphore(semaphore: Foreign) -> str:
+    """Return the state of a semaphore as a text; of none "None"."""
+    if semaphore is None:
+        return "None"
+    return f"Semaphore(value={semaphore._value}, locked={semaphore.locked()})"
+
+
+def violates_moderation(text: str) -> bool:
+    """Ask OpenAI's moderation whether a text breaks its rules.
+
+    Note: as in the original, any failure means no.
+    """
+    try:
+        request = Request(
+            "https://api.openai.com/v1/moderations",
+            json.dumps({"input": text}).encode(),
+            {
+                "Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}",
+                "Content-Type": "application/json",
+            },
+        )
+        with urlopen(request, timeout=5) as answer:  # noqa: S310  the address is fixed
+            return bool(json.loads(answer.read())["results"][0]["flagged"])
+    except (OSError, HTTPException, KeyError, IndexError, ValueError):
+        return False
+
+
+def auto_upgrade(config: str | Path) -> None:
+    """Give a config.json of the first releases the model type that programs of today look for.
+
+    Note: the original asks for a yes on the terminal; here what is changed is told on stderr.
+    """
+    path = Path(config) / "config.json"
+    if not path.is_file():
+        return
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if "llava" not in str(config).lower() or "llava" in str(written.get("model_type", "")):
+        return
+    written |= {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
+    path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    sys.stderr.write(f"{path}: model_type is llava_llama now\n")
+
+
+def replace_llama_attn_with_flash_attn() -> None:
+    """Do nothing: torch chooses the kernel of attention by itself."""
+
+
+replace_llama_attn_with_xformers_attn = replace_llama_attn_with_flash_attn
+
 
 WidthHeight = tuple[int, int]
 Pinpoints = str | Sequence[Sequence[int]]
@@ -198,11 +316,6 @@ def _size(pair: Sequence[int]) -> ImageSize:
 
 class KeywordsStoppingCriteria(StoppingCriteria):
     """Criterion that stops a generation when a keyword has been written in every row.
-
-    Args:
-        keywords: texts to stop at.
-        tokenizer: turns them into ids, and answers into text.
-        input_ids: the prompt; only its length counts.
 
     Note: quirk 9. It expects output ids that begin with the prompt, but generate() hands over new
         tokens only: until the answer is longer than half the prompt a keyword is noticed only when

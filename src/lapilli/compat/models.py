@@ -23,10 +23,10 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from lapilli.compat.device import present
+from lapilli.compat import present
 from lapilli.compat.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel
+from lapilli.compat.mm_utils import Foreign
 from lapilli.compat.tokenizer import take_auto_tokenizer
-from lapilli.compat.utils import Foreign
 from lapilli.shapes import Float, Int, Tensor
 
 __all__ = [

@@ -22,14 +22,15 @@ from urllib.request import Request, urlopen
 
 from transformers import TextIteratorStreamer
 
-from lapilli.compat.constants import (
+from lapilli.compat.evaluation import LoadedModel
+from lapilli.compat.mm_utils import (
     CONTROLLER_HEART_BEAT_EXPIRATION,
     DEFAULT_IMAGE_TOKEN,
     WORKER_HEART_BEAT_INTERVAL,
+    build_logger,
+    load_image_from_base64,
+    server_error_msg,
 )
-from lapilli.compat.evaluation import LoadedModel
-from lapilli.compat.mm_utils import load_image_from_base64
-from lapilli.compat.utils import build_logger, server_error_msg
 from lapilli.errors import LapilliError
 
 Answer = Callable[[Mapping[str, Any]], Any]
@@ -72,8 +73,7 @@ class WorkerInfo:
 class Controller:
     """Controller that knows which workers live, and sends each request to one of them.
 
-    Args:
-        dispatch_method: "shortest_queue", or "lottery" by speed.
+    `dispatch_method` is "shortest_queue", or "lottery" by speed.
     """
 
     def __init__(self, dispatch_method: str = "shortest_queue") -> None:
@@ -339,8 +339,8 @@ def run(kind: str) -> None:
         parser.add_argument("--worker-address", default="http://localhost:21002")
         parser.add_argument("--controller-address", default="http://localhost:21001")
         parser.add_argument("--model-path", default="facebook/opt-350m")
-        parser.add_argument("--model-base", default=None)
-        parser.add_argument("--model-name", default=None)
+        parser.add_argument("--model-base")
+        parser.add_argument("--model-name")
         parser.add_argument("--device", default="cuda")
         parser.add_argument("--limit-model-concurrency", type=int, default=5)
         parser.add_argument("--stream-interval", type=int, default=1)
@@ -373,8 +373,3 @@ def _every(seconds: float, act: Callable[[], object]) -> None:
             act()
 
     threading.Thread(target=repeat, daemon=True).start()
-
-
-def names_of(kind: str) -> dict[str, Any]:
-    """Return what the module of a program has."""
-    return {"Controller": Controller} if kind == "controller" else {"ModelWorker": ModelWorker}

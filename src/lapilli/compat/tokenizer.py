@@ -32,12 +32,7 @@ SETTINGS = (
 
 
 class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
-    """Tokenizer of ours as transformers has one.
-
-    Args:
-        inner: ours.
-        directory: whose tokenizer files `save_pretrained` copies.
-    """
+    """Tokenizer of ours as transformers has one."""
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012  transformers' attribute
 
@@ -87,7 +82,7 @@ class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids without the ones that were added to the tokenizer's own file."""
+        """Return the number of ids without the ones that were added to the tokenizer's own file."""
         added = set(self.inner.added_vocab.values())
         end = len(self)
         while end - 1 in added:

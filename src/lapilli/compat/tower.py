@@ -31,10 +31,12 @@ from transformers.utils import logging
 
 from lapilli.checkpoint.source import find_directory
 from lapilli.checkpoint.write.llava import write_preprocessor_config, write_tower_config
-from lapilli.compat.device import present
-from lapilli.compat.utils import Foreign
+from lapilli.compat import present
+from lapilli.compat.mm_utils import Foreign
 from lapilli.config.model import PixelConfig, ProjectorConfig, VisionConfig
 from lapilli.config.projector import parse_projector
+from lapilli.config.reader import KeyReader
+from lapilli.config.vision import parse_tower
 from lapilli.errors import ConfigError, MediaError
 from lapilli.modality.image.decode import as_rgb
 from lapilli.modality.projector import build_projector
@@ -204,7 +206,8 @@ class CLIPVisionTower(nn.Module):
             state: by the names of a tower of its own, with or without `vision_model.`.
             pixels: what the image processor does; None: it is there already.
         """
-        named = {_inner_name(name): tensor for name, tensor in state.items()}
+        stem = "vision_model."
+        named = {stem + name.removeprefix(stem): tensor for name, tensor in state.items()}
         self.vision_tower = filled(VisionModel, config, named)
         # Not stored, and not filled in every release: it would be whatever the memory holds.
         places = self.vision_tower.vision_model.embeddings.position_ids
@@ -286,17 +289,9 @@ class CLIPVisionTower(nn.Module):
     @property
     def vision(self) -> VisionConfig:
         """Return our description of the tower."""
-        config = self.config
-        return VisionConfig(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            family="siglip" if "siglip" in config.model_type else "clip",
-            feature_layer=self.select_layer,
-            feature_select=self.select_feature,
+        reader = KeyReader(self.config.to_dict(), self.vision_tower_name)
+        return parse_tower(
+            reader, feature_layer=self.select_layer, feature_select=self.select_feature
         )
 
     @property
@@ -330,16 +325,8 @@ class CLIPVisionTower(nn.Module):
         return self.num_patches_per_side**2
 
 
-def _inner_name(name: str) -> str:
-    return name if name.startswith("vision_model.") else f"vision_model.{name}"
-
-
 def build_vision_tower(vision_tower_cfg: Foreign, **options: bool) -> CLIPVisionTower:
     """Return the tower that a config or training arguments name.
-
-    Args:
-        vision_tower_cfg: with `mm_vision_tower` or `vision_tower`.
-        options: delay_load.
 
     Raises:
         ConfigError: none is named.
@@ -363,9 +350,7 @@ def projector_config(config: Foreign) -> ProjectorConfig:
 def build_vision_projector(config: Foreign, delay_load: bool = False, **_: object) -> nn.Module:
     """Return a fresh projector.
 
-    Args:
-        config: with `mm_projector_type`, `mm_hidden_size` and `hidden_size`.
-        delay_load: taken and not needed, as in the original.
+    The config has `mm_projector_type`, `mm_hidden_size` and `hidden_size`.
 
     Raises:
         ConfigError: an unknown type.

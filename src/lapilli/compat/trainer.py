@@ -24,11 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from lapilli.compat import conversation
-from lapilli.compat.constants import IGNORE_INDEX
 from lapilli.compat.llava_arch import average_new_rows
-from lapilli.compat.mm_utils import one_tile
+from lapilli.compat.mm_utils import IGNORE_INDEX, Foreign, one_tile
 from lapilli.compat.tokenizer import NO_LIMIT, PreTrainedTokenizer, inner_of
-from lapilli.compat.utils import Foreign
 from lapilli.errors import PromptError
 from lapilli.prompt.original_labels import original_sample, show_images_first
 from lapilli.shapes import Tensor
@@ -138,7 +136,7 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def lengths(self) -> list[int]:
-        """Number of words of every record, a picture counting 128."""
+        """Return the words of every record, a picture counting 128."""
         return [
             _words(record) + (IMAGE_WORDS if "image" in record else 0)
             for record in self.list_data_dict
@@ -146,7 +144,7 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def modality_lengths(self) -> list[int]:
-        """Number of words of every record, negative for those without a picture."""
+        """Return the words of every record, negative for those without a picture."""
         return [
             _words(record) if "image" in record else -_words(record)
             for record in self.list_data_dict
@@ -183,8 +181,7 @@ def _words(record: Mapping[str, Any]) -> int:
 class DataCollatorForSupervisedDataset:
     """Collator of rows into one batch, padded on the right and cut to the tokenizer's length.
 
-    Args:
-        tokenizer: with a pad token, which is also what the attention mask leaves out.
+    The attention mask leaves out the pad token, which the tokenizer has to have.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizer) -> None:

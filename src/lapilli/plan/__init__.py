@@ -287,7 +287,7 @@ def _memory(recipe: Recipe, parts: Parts, work: Work, *, gpus: int, is_sharded: 
     trained, frozen = num_trainable(recipe, text, size), _num_frozen(recipe, size)
     cut = gpus if is_sharded else 1
     is_half = run.precision == "bfloat16"
-    # Frozen weights that will be saved stay as they are (train/start.py).
+    # Frozen weights that will be saved stay as they are (train/stages.py).
     frozen_bytes = 2 if is_half and not recipe.saves_frozen else 4
     packed = size.layers if recipe.lora is not None and recipe.lora.base != "float" else 0
     packed_bytes = _TWICE_PACKED if recipe.lora and recipe.lora.double_quant else _PACKED

@@ -53,24 +53,15 @@ from lapilli.prompt.choose import (
 )
 from lapilli.prompt.template import DEFAULT_TEMPLATE
 from lapilli.prompt.tokenizer import Tokenizer
-from lapilli.train.start import check_marks
+from lapilli.train.stages import check_marks
 
-# Columns and rows of tiles that LLaVA 1.6 chooses from.
 # Vocabulary tables are padded to round sizes; a larger difference means another tokenizer.
 _MOST_ROWS_APART = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """The checkpoint that `build_llava` made.
-
-    Attributes:
-        path: the new checkpoint.
-        config: what it is.
-        template: name of its conversation template.
-        reason: why that template was taken.
-        notes: what else is worth knowing.
-    """
+    """The checkpoint that `build_llava` made, with the reason why its template was taken."""
 
     path: Path
     config: ModelConfig
@@ -264,7 +255,9 @@ def _tokenizer(raw: JsonObject, base: Path, joint: Joint) -> Tokenizer:
 def _config(raw: JsonObject, base: Path, joint: Joint, tokenizer: Tokenizer) -> dict[str, object]:
     """Return config.json of the language model half, in the original layout."""
     plain, _ = parse_config(raw, generation=_generation(base))
-    pad = next((i for i in _pads(plain, tokenizer) if i is not None), None)
+    # What pads, in the order of preference; the original takes unk.
+    pads = (plain.tokens.pad_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id)
+    pad = next((index for index in pads if index is not None), None)
     tokens = replace(
         plain.tokens,
         pad_id=pad,
@@ -274,11 +267,6 @@ def _config(raw: JsonObject, base: Path, joint: Joint, tokenizer: Tokenizer) -> 
     config = replace(plain, layout="llava", tokens=tokens, max_length=plain.text.max_positions)
     stored = plain.torch_dtype or "float32"
     return write_llava_config(config, vision_source=None, torch_dtype=stored)
-
-
-def _pads(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int | None, ...]:
-    """Return what pads, in the order of preference; the original takes unk."""
-    return config.tokens.pad_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id
 
 
 def _vision_keys(joint: Joint, tower: JsonObject, eyes: Path) -> dict[str, object]:
@@ -344,11 +332,7 @@ def replace_projector(source: str, out: Path, *, projector: str, seed: int = 0) 
     Weights of the old projector are kept where all of them fit (an mlp and the pooled one have the
     same); otherwise the projector is fresh and wants an `align` stage.
 
-    Args:
-        source: a LLaVA checkpoint.
-        out: the new directory; its name should contain "llava".
-        projector: a name such as "pool2x2_mlp2x_gelu" or "resampler144".
-        seed: of fresh weights.
+    `projector` is a name such as "pool2x2_mlp2x_gelu" or "resampler144".
 
     Returns:
         Names of the fresh parameters; none where the old ones were kept.

@@ -11,15 +11,14 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from lapilli.checkpoint.source import HUB_ID, is_local, read_optional_text
-from lapilli.train.data.fingerprint import DataFile, data_file, together
+from lapilli.train.data.dataset import DataFile, data_file, together
 from lapilli.train.data.source import expand
-from lapilli.train.exam import FIGURE as EXACT_MATCH
 from lapilli.train.recipe import Recipe
 from lapilli.train.recipe.file import recipe_text
+from lapilli.train.results import FIGURE as EXACT_MATCH
 from lapilli.train.results import Results
-from lapilli.train.trainer.contract import Record
-from lapilli.train.trainer.curves import LOWEST, RISEN
-from lapilli.train.trainer.metrics import RunLog
+from lapilli.train.trainer.metrics import LOWEST, RISEN, RunLog
+from lapilli.train.trainer.task import Record
 
 CURVE = "loss.png"
 RECIPE = "recipe.toml"
@@ -35,13 +34,7 @@ def model_card(
     *,
     facts: Mapping[str, str] | None = None,
 ) -> dict[str, str | bytes]:
-    """Return the files that stand beside the results of a run: `extra` of `save_results`.
-
-    Args:
-        results: what is saved and how.
-        folder: of the run, with its log and the picture of its losses.
-        facts: more that is known of the run, by name.
-    """
+    """Return the files that stand beside the results of a run: `extra` of `save_results`."""
     recipe = results.recipe
     records = RunLog(folder).records()
     files: dict[str, str | bytes] = {RECIPE: recipe_text(recipe)}

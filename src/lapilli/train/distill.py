@@ -17,16 +17,14 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  torch's own habit
 
 from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.errors import ConfigError, DataError, PromptError
+from lapilli.errors import ConfigError, PromptError
 from lapilli.model import VisionLanguageModel
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.shapes import Float, Int, Tensor
 from lapilli.train.data import EncodedSample, Sample, SampleEncoder
 from lapilli.train.recipe import DistillRecipe, NoiseRecipe, Recipe
-from lapilli.train.trainer.batch import TrainingBatch, collate
-from lapilli.train.trainer.contract import Loss
-from lapilli.train.trainer.loss import supervised
-from lapilli.train.trainer.model import TrainedModel
+from lapilli.train.trainer.model import TrainedModel, supervised
+from lapilli.train.trainer.task import Loss, TrainingBatch, collate
 
 _MAP_SEED: Final = 41
 
@@ -120,10 +118,8 @@ class PairEncoder:
             DataError: see `SampleEncoder.encode`; or the two do not supervise the same tokens.
         """
         own, other = self._student.encode(sample), self._teacher.encode(sample)
-        try:
+        with sample.named_in_errors():
             prompt = matched(own.prompt, other.prompt)
-        except PromptError as error:
-            raise DataError(f"{sample.label}: {error}") from error
         values = {field.name: getattr(own, field.name) for field in fields(EncodedSample)}
         theirs = EncodedSample(prompt, other.media[: len(prompt.spans)], own.id)
         return DistillationSample(**values, teacher=theirs)
@@ -166,9 +162,7 @@ class DistillationBatch(TrainingBatch):
 def with_teacher(batch: TrainingBatch, samples: Sequence[EncodedSample]) -> TrainingBatch:
     """Return a DistillationBatch where all samples have a teacher's, else the batch as it is.
 
-    Args:
-        batch: of the samples.
-        samples: in the order in which they lie in the batch.
+    The samples are in the order in which they lie in the batch.
     """
     pairs = [one for one in samples if isinstance(one, DistillationSample)]
     theirs = [pair.teacher for pair in pairs if pair.teacher is not None]
@@ -201,16 +195,7 @@ class Teacher:
 
 
 class DistilledModel(TrainedModel):
-    """A student in training; without a teacher's batch, and in evaluation, a plain TrainedModel.
-
-    Args:
-        vlm: the student.
-        teacher: what it imitates.
-        distill: temperature and weights.
-        noise: see TrainedModel.
-        z_loss: see TrainedModel.
-        compiles: see TrainedModel.
-    """
+    """A student in training; without a teacher's batch, and in evaluation, a plain TrainedModel."""
 
     def __init__(
         self,

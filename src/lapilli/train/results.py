@@ -1,25 +1,32 @@
-"""Results of a run on the disk: their form, and what they lie on; no file formats.
+"""Results of a run on the disk: their form, what they lie on, and the exam that they sit.
 
     align                        config.json, mm_projector.bin           a projector
     instruct, lora               adapter, non_lora_trainables.bin        adapter and projector
     instruct | lora, save.merge  a whole checkpoint
     save.layout = "huggingface"  the same as LlavaForConditionalGeneration, or a PEFT adapter
 
+    held-out sample              positions before an answer --load, engine, greedy--> answer
+                                 the answer itself ------------------------------------> equal?
+    folder/exam.jsonl            {"sample", "reference", "answer", "equal"}
+
 The same files at the end and at every save on the way, tokenizer included. The folder changes in
-one step: killed or out of space while saving, what was there before stays whole.
+one step: killed or out of space while saving, what was there before stays whole. Knows how a loaded
+model answers; must not know file formats or the loop.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import TypedDict
+from typing import Final, TypedDict
 
 import torch
 from torch import nn
 
 from lapilli.checkpoint.formats.weights import complete_weights
 from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER
-from lapilli.checkpoint.load import DTYPES, Loaded
+from lapilli.checkpoint.load import DTYPES, Loaded, load_checkpoint
 from lapilli.checkpoint.read.adapter import is_adapter, open_adapter
 from lapilli.checkpoint.read.directory import find_base
 from lapilli.checkpoint.source import find_directory, is_local, read_optional_json
@@ -37,14 +44,20 @@ from lapilli.checkpoint.write.llava import (
     save_llava,
     save_projector,
 )
+from lapilli.config.generation import SamplingParams
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import given_path
-from lapilli.errors import ConfigError
+from lapilli.errors import ConfigError, LapilliError
+from lapilli.generate.output import Generation
 from lapilli.lora import LoraConfig, adapters
 from lapilli.model import VisionLanguageModel
 from lapilli.nn.linear import FrozenQuantizedLinear
+from lapilli.pipeline.backend import Backend, ProcessedPrompt, with_stops
 from lapilli.prompt.choose import Template, template_by_name
+from lapilli.prompt.encode import EncodedPrompt
+from lapilli.train.data import EncodedDataset, EncodedSample
 from lapilli.train.recipe import Recipe
+from lapilli.train.trainer.task import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +66,6 @@ class Results:
 
     Attributes:
         loaded: the checkpoint that the run started from.
-        recipe: of the run.
         config: what the trained model is.
         base: the checkpoint with the weights that an adapter or a projector lies on.
         template: the conversation template that the model is spoken to with.
@@ -83,7 +95,7 @@ class Results:
             base=_base_of(loaded, recipe),
             template=_spoken(loaded, recipe),
         )
-        results.check_savable()
+        results._check_savable()
         return results
 
     @property
@@ -113,7 +125,7 @@ class Results:
         """Return whether what comes out is an adapter beside its base."""
         return self.recipe.lora is not None and not self.recipe.save.merge
 
-    def check_savable(self) -> None:
+    def _check_savable(self) -> None:
         """Check the recipe against what the layouts can hold; see `of`."""
         save, lora = self.recipe.save, self.recipe.lora
         if save.merge and lora is not None and lora.base != "float":
@@ -277,3 +289,101 @@ def _named_below(path: Path) -> str | None:
         return open_adapter(path).base_name
     name = (read_optional_json(path / "config.json") or {}).get("_name_or_path")
     return name if isinstance(name, str) else None
+
+
+ANSWERS: Final = "exam.jsonl"
+FIGURE: Final = "exact_match"
+_ROOM: Final = 8  # tokens beyond the reference's: the same words may be cut into more of them
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """An answer beside the one that the data has."""
+
+    sample: str
+    reference: str
+    answer: str
+
+    @property
+    def equal(self) -> bool:
+        """Return whether they are the same but for white space around them."""
+        return self.reference == self.answer
+
+
+def hold_exam(
+    model: Path, samples: EncodedDataset, number: int, *, template: Template, device: torch.device
+) -> list[Graded]:
+    """Answer the questions of `number` held-out samples, spread evenly over all of them.
+
+    Every answer of a sample is asked for, the true turns before it. Samples that cannot be read are
+    left out where the data set skips them, and so are answers that max_length cut.
+
+    Args:
+        model: folder of the results, loaded as `lapilli ask` would load it.
+        samples: those that are held out.
+        number: of samples; all of them, where there are fewer.
+        template: of the samples; it says where an answer stops.
+        device: where the answers are computed.
+
+    Raises:
+        CheckpointError: the results, or the base below them, cannot be read.
+    """
+    loaded = load_checkpoint(model, device=device)
+    backend = Backend(loaded)
+    number = min(number, len(samples))
+    graded = []
+    for index in (at * len(samples) // number for at in range(number)):
+        name = samples.dataset.label(index)
+        for prompt, ids in _questions(samples.sample(index)):
+            params = SamplingParams(max_new_tokens=len(ids) + _ROOM)
+            params = with_stops(params, template, loaded.tokenizer)
+            reference = loaded.tokenizer.decode(ids).strip()
+            for stop in template.stop:
+                reference = reference.removesuffix(stop).strip()
+            graded.append(Graded(name, reference, _answer(backend, prompt, params)))
+    return graded
+
+
+def _answer(backend: Backend, prompt: ProcessedPrompt, params: SamplingParams) -> str:
+    """Return the text, or why there is none where the prompt leaves the context no room."""
+    try:
+        found: Generation = backend.generate([prompt], params)[0]
+    except LapilliError as error:
+        return f"({error})"
+    return found.text.strip()
+
+
+def _questions(encoded: EncodedSample) -> Iterator[tuple[ProcessedPrompt, list[int]]]:
+    """Yield what stands before every whole answer of a sample, and the ids of the answer."""
+    if encoded.skipped:
+        return
+    ids, spans = encoded.prompt.input_ids, encoded.prompt.spans
+    for start, end in answers_of(encoded.prompt.loss_mask):
+        if start == 0 or (encoded.cut and end == len(ids)):
+            continue
+        before = tuple(span for span in spans if span.start < start)
+        prompt = EncodedPrompt(ids[:start], [False] * start, before)
+        yield ProcessedPrompt(prompt, tuple(encoded.media[: len(before)])), ids[start:end]
+
+
+def answers_of(loss_mask: Sequence[bool]) -> list[tuple[int, int]]:
+    """Return start and end of every run of supervised positions."""
+    found = []
+    for counts, places in groupby(range(len(loss_mask)), key=lambda at: loss_mask[at]):
+        stretch = list(places)
+        if counts:
+            found.append((stretch[0], stretch[-1] + 1))
+    return found
+
+
+def write_exam(folder: Path, graded: Sequence[Graded]) -> None:
+    """Write every answer as a line of `folder/exam.jsonl`."""
+    lines = [json.dumps({**asdict(one), "equal": one.equal}, ensure_ascii=False) for one in graded]
+    (folder / ANSWERS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def exam_record(step: int, graded: Sequence[Graded]) -> Record:
+    """Return the metrics of an exam for the log."""
+    equal = sum(one.equal for one in graded)
+    share = equal / len(graded) if graded else 0.0
+    return {"step": step, FIGURE: share, "equal": equal, "answers": len(graded)}

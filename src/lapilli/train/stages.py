@@ -1,16 +1,31 @@
-"""Stages: which parameters a recipe trains.
+"""Stages: the model that a recipe begins with, and which of its parameters are trained.
 
-align      the projector and the learned row end
-instruct   those and the language model, or an adapter beside its layers
-both       the tower too with `model.tune_tower`: the layers that its features come from
+    model.checkpoint --load_checkpoint--> Loaded
+    model.projector  --mm_projector.*---> over the projector of it
+    data.template    --is it the base's? does the vocabulary have its marks?--> Template
+
+    align            the projector and the learned row end
+    instruct         those and the language model, or an adapter beside its layers
+    both             the tower too with `model.tune_tower`: the layers that its features come from
+
+Knows checkpoints and models; must not know samples, batches or the loop.
 """
 
-from typing import cast
+import re
+from pathlib import Path
+from typing import Final, cast
 
 import torch
 from torch import nn
 
-from lapilli.errors import ConfigError
+from lapilli.checkpoint.formats.weights import WeightStore
+from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER
+from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.checkpoint.read.plan import PROJECTOR_FILES
+from lapilli.checkpoint.source import RESULTS
+from lapilli.checkpoint.template import find_chat_template
+from lapilli.config.reader import given_path
+from lapilli.errors import ConfigError, MissingFileError, MissingWeightsError, ShapeMismatchError
 from lapilli.lm.decoder import Decoder
 from lapilli.lm.foreign import ForeignLanguageModel
 from lapilli.lm.mpt import Mpt
@@ -18,8 +33,149 @@ from lapilli.lora import LoraConfig, adapter_tensors, adapters, inject
 from lapilli.modality.image.image import ImageModality, VisionTransformer
 from lapilli.model import VisionLanguageModel
 from lapilli.nn.linear import FrozenQuantizedLinear
+from lapilli.prompt.choose import Template, around_media, check_base_template, template_by_name
+from lapilli.prompt.encode import media_gap
+from lapilli.prompt.template import ChatTemplate
+from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.quant import QuantConfig
 from lapilli.quant.nf4 import store_nf4
 from lapilli.train.recipe import LoraRecipe, Recipe, RunRecipe
+
+_INT4: Final = QuantConfig(bits=4, head_bits=None, mode="weight_only")
+_MARK: Final = re.compile(r"</?s>|<\|[^|<>\s]+\|>")
+
+
+def load_start(recipe: Recipe) -> Loaded:
+    """Load the checkpoint, its adapter beside its layers, with the recipe's projector.
+
+    What will be trained is float32, and so is everything where frozen weights will be saved with
+    it. Else frozen weights are in the precision of the run: so they need not be cast in every pass,
+    and what is kept for the backward pass is the weight itself. `lora.base` packs while reading.
+
+    Raises:
+        ConfigError: the recipe names no checkpoint, or one that reads text only.
+        CheckpointError: it cannot be read, or the projector does not fit.
+    """
+    if recipe.model.checkpoint is None:
+        raise ConfigError(
+            "recipe key model.checkpoint is missing: name what `lapilli build` made, or any LLaVA"
+        )
+    loaded = load_checkpoint(
+        recipe.model.checkpoint,
+        adapter=recipe.model.adapter,
+        merge_lora=False,
+        device="cpu",
+        dtype="float32" if recipe.saves_frozen else recipe.run.precision,
+        float32_parameters=(PROJECTOR, NEWLINE, *([TOWER] if recipe.model.tune_tower else [])),
+        quantization=_INT4 if recipe.lora is not None and recipe.lora.base == "int4" else None,
+    )
+    if not loaded.model.modalities:
+        raise ConfigError(
+            f"{loaded.path} reads text only: give it a tower and a projector with `lapilli build`"
+        )
+    if recipe.model.projector is not None:
+        load_projector(loaded.model, given_path(recipe.model.projector))
+    return loaded
+
+
+def load_projector(model: VisionLanguageModel, folder: Path) -> None:
+    """Load the projector that an earlier run left over the model's own, in place.
+
+    `folder` is of the run, or of its results.
+
+    Raises:
+        MissingFileError: there is no projector.
+        MissingWeightsError: it lacks a tensor, or has one that the model's does not.
+        ShapeMismatchError: it was made for another tower or another language model.
+    """
+    places = [at / name for at in (folder, folder / RESULTS) for name in PROJECTOR_FILES]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise MissingFileError(
+            f"recipe key model.projector: no {' or '.join(PROJECTOR_FILES)} in {folder} or "
+            f"{folder / RESULTS}: give the folder of an align run"
+        )
+    image = model.modality("image")
+    own = {f"projector.{name}": p for name, p in image.projector.named_parameters()}  # type: ignore[attr-defined]  # every modality has one
+    newline = getattr(image, "image_newline", None)
+    if newline is not None:
+        own["image_newline"] = newline
+    store = WeightStore.of_files([file])
+    pairs = ((_own_name(name), name) for name in store.infos)
+    found = {ours: name for ours, name in pairs if ours is not None}
+    needed = {name for name in own if name != "image_newline"}
+    strange = sorted(found.keys() - own.keys()) + sorted(needed - found.keys())
+    if strange:
+        raise MissingWeightsError(
+            f"{file} and the projector of the model differ in {strange[0]}: was it trained with "
+            "another projector type?"
+        )
+    for name, foreign in found.items():
+        tensor = store.tensor(foreign, torch.float32)
+        target = own[name]
+        if tensor.shape != target.shape:
+            raise ShapeMismatchError(
+                f"{file}: {foreign} is {list(tensor.shape)}, the model's is {list(target.shape)}: "
+                "was it trained with another tower or language model?"
+            )
+        with torch.no_grad():
+            target.copy_(tensor)
+
+
+def _own_name(foreign: str) -> str | None:
+    """Return `projector.0.weight` for `model.mm_projector.0.weight`; None for no projector."""
+    if foreign.endswith("image_newline"):
+        return "image_newline"
+    _, mark, rest = foreign.rpartition("mm_projector.")
+    return f"projector.{rest}" if mark else None
+
+
+def choose_template(recipe: Recipe, loaded: Loaded) -> Template:
+    """Return the recipe's template, `plain` for the first stage, else the checkpoint's own.
+
+    Raises:
+        PromptError: no template has the name.
+        ConfigError: the vocabulary lacks a mark that the template ends turns with, or the chat
+            template beside the checkpoint takes turns otherwise.
+    """
+    name = recipe.data.template or ("plain" if recipe.stage == "align" else "")
+    own = loaded.template.template
+    template = template_by_name(name) if name else own
+    if name and name != own.name:
+        check_base_template(
+            name,
+            find_chat_template(loaded.tokenizer_path),
+            str(loaded.path),
+            otherwise=f"leave data.template out: the checkpoint asks for {own.name!r}",
+        )
+    check_marks(template, loaded.tokenizer, own.name)
+    return for_model(template, loaded)
+
+
+def for_model(template: Template, loaded: Loaded) -> Template:
+    """Return the template with the tokens that this checkpoint has around a picture."""
+    tokens = loaded.config.tokens
+    gap = media_gap(loaded.tokenizer, tokens.image_id)
+    return around_media(template, use_start_end=tokens.use_start_end, gap=gap)
+
+
+def check_marks(template: Template, tokenizer: Tokenizer, own: str) -> None:
+    """Check that the marks which a template ends turns with are tokens of the vocabulary.
+
+    `own` names the template that the checkpoint itself asks for.
+
+    Raises:
+        ConfigError: a mark is no token: it would be learned as several pieces of text, and an
+            answer would never end.
+    """
+    if not isinstance(template, ChatTemplate):
+        return
+    for mark in _MARK.findall(f"{template.sep} {template.sep2 or ''}"):
+        if tokenizer.token_to_id(mark) is None:
+            raise ConfigError(
+                f"template {template.name!r} ends turns with {mark!r}, which is no token of this "
+                f"checkpoint's vocabulary: set data.template to {own!r}, which it asks for itself"
+            )
 
 
 def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, ...]:

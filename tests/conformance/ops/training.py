@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from lapilli.checkpoint.keymaps import ORIGINAL
-from lapilli.train import task
+from lapilli.train import launch
 from lapilli.train.recipe import Recipe
 from lapilli.train.stages import choose_trainable
 from lapilli.train.trainer.optim import decays, peak_lr
@@ -164,7 +164,7 @@ def train(case: Case, workshop: Workshop, check: Check) -> None:
         begins = partial(_begin, case, described)
         out, errors = io.StringIO(), io.StringIO()
         with (
-            mock.patch.object(task, "choose_trainable", begins),
+            mock.patch.object(launch, "choose_trainable", begins),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(errors),
         ):

@@ -21,7 +21,7 @@ from lapilli.prompt.message import Message
 from lapilli.train.data import Dataset, open_dataset, to_sample
 from lapilli.train.data.check import check
 from lapilli.train.data.formats import MOST_LETTERS, signed_words
-from lapilli.train.data.json_source import MOST_BYTES
+from lapilli.train.data.source import MOST_BYTES
 from lapilli.train.recipe import SourceRecipe
 from lapilli.train.trainer.metrics import RunLog
 from tests.train.data.conftest import RECORDS

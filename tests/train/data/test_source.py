@@ -16,9 +16,10 @@ from PIL import Image
 from lapilli.errors import ConfigError, DataError
 from lapilli.media.fetch import fetch
 from lapilli.modality.image.decode import to_rgb
-from lapilli.train.data import json_source, open_dataset, open_source
+from lapilli.train.data import open_dataset, open_source
+from lapilli.train.data import source as json_source
 from lapilli.train.data.formats import signed_words
-from lapilli.train.data.source import expand
+from lapilli.train.data.source import RecordFile, decode, expand, picture_of
 from lapilli.train.recipe import SourceRecipe
 from tests.train.data.conftest import RECORDS, turns
 from tests.train.data.test_sample import SAME, same_messages
@@ -434,3 +435,83 @@ def test_turns_of_a_shard_win_over_a_text_beside_them(tmp_path, key):
     dataset = open_dataset([SourceRecipe(path=str(write_tar(tmp_path / "0.tar", members)))])
     sample = dataset.sample(0)
     assert [message.text for message in sample.messages] == ["Q", "A"]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(VALUES, st.booleans())
+def test_json_is_read_as_pythons_own_reader_does(value, is_ascii):
+    assert decode(json.dumps(value, ensure_ascii=is_ascii).encode("utf-8", "replace"), "x") == (
+        json.loads(json.dumps(value, ensure_ascii=is_ascii).encode("utf-8", "replace"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b'{"a": 1},', r"Extra data at character 9, found ','"),
+        (b'{"a": 1} {"b": 2}', "Extra data at character 10, found '{\"b\": 2}'"),
+        (b'{"a": ', r"Expecting value at character 7, found the end"),
+        (b"{'a': 1}", r"Expecting property name .* at character 2"),
+        (b'{"a": "x\ny"}', r"Invalid control character at at character 9"),
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', r"the key 'b' comes twice in one object"),
+        (b'{"a": NaN}', r"NaN is no JSON: write null"),
+        (b'{"a": [-Infinity]}', r"-Infinity is no JSON"),
+        (b'{"a": "\xe9"}', r"utf-8.*position 7"),
+        (b'{"a": ' + b"9" * 5000 + b"}", r"digits"),
+        (b"[" * 99_999, r"recursion"),
+        (b"", r"Expecting value at character 1, found the end"),
+    ],
+)
+def test_invalid_json_is_refused_with_its_place(data, expected):
+    with pytest.raises(DataError, match=rf"^d.jsonl:7: no valid JSON: .*{expected}"):
+        decode(data, "d.jsonl:7")
+
+
+def test_a_byte_order_mark_is_skipped():
+    assert decode('{"a": "é"}'.encode("utf-8-sig"), "x") == {"a": "é"}
+
+
+FOLDER = RecordFile(Path("data.json"), Path("/pictures"))
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(60))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("a/b.png", Path("/pictures/a/b.png")),
+        ("../b.png", Path("/pictures/../b.png")),
+        ("/else/b.png", Path("/else/b.png")),
+        ("HTTPS://host/b.png", "HTTPS://host/b.png"),
+        ("data:image/png;base64,AA==", "data:image/png;base64,AA=="),
+        ({"path": "b.png", "bytes": None}, Path("/pictures/b.png")),
+        ({"path": "b.png", "bytes": b"x"}, b"x"),
+        ({"path": None, "url": "http://host/b.png"}, "http://host/b.png"),
+        (bytearray(b"x"), b"x"),
+        (base64.b64encode(PNG).decode(), PNG),
+    ],
+)
+def test_names_become_what_can_be_fetched(name, found):
+    assert FOLDER.media(0, name) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (None, r"a picture is None: expected a file name, a URL, a data URI or bytes"),
+        (" ", r"a picture is ' ': expected a file name"),
+        (3.5, r"a picture is a float: expected a file name"),
+        ({}, r"an object without bytes, path and url: its keys are none"),
+        ({"data": "x", "path": None}, r"without bytes, path and url: its keys are 'data', 'path'"),
+        ("iVBORw0KGgo" + "A" * 62 + "=", r"a picture in base64 \(iVBORw0KGgoA...\) is damaged"),
+    ],
+)
+def test_what_is_no_picture_is_said(name, expected):
+    with pytest.raises(DataError, match=expected):
+        picture_of(name)

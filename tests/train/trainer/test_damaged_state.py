@@ -11,11 +11,10 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from lapilli.train.trainer.contract import Best, TrainingError
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.metrics import RunLog
-from lapilli.train.trainer.sharded_state import newest_pieces
-from lapilli.train.trainer.state import load_best, load_state, save_best, save_state
+from lapilli.train.trainer.state import load_best, load_state, newest_pieces, save_best, save_state
+from lapilli.train.trainer.task import Best, TrainingError
 from tests.train.faults import new_noisy, noisy_recipe
 from tests.train.trainer.test_state import everything, in_pieces, new_state
 

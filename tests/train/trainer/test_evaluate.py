@@ -5,7 +5,7 @@ import torch
 
 from lapilli.errors import ConfigError
 from lapilli.train.distributed import SINGLE_PROCESS
-from lapilli.train.task import build_task
+from lapilli.train.launch import build_task
 from lapilli.train.trainer.loop import evaluate, train
 from lapilli.train.trainer.metrics import RunLog
 from tests.train.conftest import new_recipe, new_regression

@@ -17,12 +17,11 @@ from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.train.data.encoder import EncodedSample
 from lapilli.train.recipe import ModelRecipe, NoiseRecipe, OptimRecipe, Recipe, RunRecipe
 from lapilli.train.stages import choose_trainable
-from lapilli.train.trainer.batch import collate, collate_packed
-from lapilli.train.trainer.contract import TrainingError
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.metrics import RunLog
 from lapilli.train.trainer.model import TrainedModel
 from lapilli.train.trainer.step import PlainAttention
+from lapilli.train.trainer.task import TrainingError, collate, collate_packed
 from tests.checkpoint.published import make_llava
 from tests.train.golden import VARIANTS, encoded_dataset, with_gradients
 
@@ -260,7 +259,7 @@ def test_z_loss_is_added_while_training_alone(llava):
 
 
 class FixedRows:
-    """The same rows in every step; see lapilli.train.trainer.contract.Task."""
+    """The same rows in every step; see lapilli.train.trainer.task.Task."""
 
     def __init__(self, model, rows, *, packed=False):
         self.model, self.rows, self.packed = model, rows, packed

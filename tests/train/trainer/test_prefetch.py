@@ -9,9 +9,9 @@ import torch
 
 from lapilli.errors import ConfigError, DataError
 from lapilli.train.distributed import ParallelContext
-from lapilli.train.trainer.contract import TrainingError
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.prefetch import ReadAhead, batches
+from lapilli.train.trainer.task import TrainingError
 from tests.train.conftest import new_recipe, new_regression
 from tests.train.faults import start, wait_for
 

@@ -8,11 +8,10 @@ from lapilli.checkpoint.write.huggingface import save_hf
 from lapilli.checkpoint.write.llava import save_llava
 from lapilli.quant import QuantConfig, quantize
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe, Recipe, RunRecipe
-from lapilli.train.stages import choose_trainable
-from lapilli.train.start import load_start
-from lapilli.train.trainer.contract import Best, RunState
+from lapilli.train.stages import choose_trainable, load_start
 from lapilli.train.trainer.optim import Average, build_optimizer
 from lapilli.train.trainer.state import load_state, save_best, save_state
+from lapilli.train.trainer.task import Best, RunState
 from tests.checkpoint.conftest import llava, packed_llava  # noqa: F401  fixtures
 from tests.train.trainer.test_damaged_state import everything
 from tests.train.trainer.test_state import in_pieces

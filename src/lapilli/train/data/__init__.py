@@ -5,11 +5,12 @@ from lapilli.train.data.dataset import (
     EncodedDataset,
     encoded_dataset,
     open_dataset,
+    open_source,
     order_of,
 )
 from lapilli.train.data.encoder import EncodedSample, SampleEncoder
 from lapilli.train.data.sample import Sample, to_sample
-from lapilli.train.data.source import Source, open_source
+from lapilli.train.data.source import Source
 
 __all__ = [
     "Dataset",

@@ -1,14 +1,16 @@
-"""Data check: reads a data set once, pictures included, and reports what training would fail on.
+"""Data check: reads a data set once and shows what training would learn from it, or fail on.
 
 record -> sample          unknown roles, placeholders, ids, turns
 sample -> pictures        readable? the same content under another name?
 sample -> ids and labels  with a model: too long, nothing supervised
+sample -> TextSpans       for a terminal: pieces of text, supervised or not, without colours
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from itertools import groupby
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -20,10 +22,13 @@ from lapilli.geometry import ImageSize
 from lapilli.modality.image.decode import to_rgb
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.choose import Template
+from lapilli.prompt.encode import EncodedPrompt
+from lapilli.prompt.template import MediaSlot
+from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.train.data.dataset import Dataset
 from lapilli.train.data.encoder import SampleEncoder
-from lapilli.train.data.pictures import fetch_picture
 from lapilli.train.data.sample import Sample
+from lapilli.train.data.source import fetch_picture
 
 Kind = Literal[
     "record",
@@ -92,18 +97,14 @@ class DataReport:
     """The result of `check`.
 
     Attributes:
-        source: the file.
-        num_samples: records of it.
-        num_with_media: of those that could be read.
+        num_with_media: samples of those that could be read.
         num_text_only: the same without media.
         num_media: places of pictures in all samples.
         num_different_media: files or bytes behind them.
-        num_answers: turns of the assistant.
         words: of a sample, placeholders included.
         positions: of a sample, pictures included; None without a model.
         supervised: positions that the loss counts; None without a model.
         max_length: what `positions` was compared with; None: nothing.
-        findings: in the order of the file.
     """
 
     source: str
@@ -372,3 +373,75 @@ class _Checker:
             max_length=self._max_length,
             findings=tuple(self._findings),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpan:
+    """A piece of text.
+
+    Attributes:
+        text: as the model reads it; of a medium its name and positions.
+    """
+
+    text: str
+    supervised: bool = False
+    is_media: bool = False
+
+
+def rendered(sample: Sample, template: Template) -> list[TextSpan]:
+    """Return the sample as a template writes it, without tokens.
+
+    Raises:
+        DataError: turns that the template cannot have.
+    """
+    with sample.named_in_errors():
+        segments = template.render(sample.messages, open_turn=False)
+    found = [
+        TextSpan(f"<{segment.modality}>", is_media=True)
+        if isinstance(segment, MediaSlot)
+        else TextSpan(segment.text, segment.trainable)
+        for segment in segments
+    ]
+    return _joined(found)
+
+
+def tokenized(sample: Sample, encoder: SampleEncoder, images: ImageChecker) -> list[TextSpan]:
+    """Return the sample as the model reads it, token by token, with the sizes of its pictures.
+
+    Raises:
+        DataError: a picture that cannot be opened, or turns that the template cannot have.
+    """
+    with sample.named_in_errors():
+        media = [size_only(images.look(part.source).size) for part in sample.media]
+        prompt = encoder.encode_prompt(sample, encoder.count(sample, media))
+    return text_spans(prompt, encoder.tokenizer)
+
+
+def text_spans(prompt: EncodedPrompt, tokenizer: Tokenizer) -> list[TextSpan]:
+    """Return an encoded sample as text: every token is shown, also special ones."""
+    found, at = [], 0
+    for span in prompt.spans:
+        found += _text_of(prompt, at, span.start, tokenizer)
+        label = f"<{span.modality}: {span.length} positions>"
+        found.append(TextSpan(label, is_media=True))
+        at = span.start + span.length
+    return found + _text_of(prompt, at, len(prompt), tokenizer)
+
+
+def _text_of(prompt: EncodedPrompt, start: int, end: int, tokenizer: Tokenizer) -> list[TextSpan]:
+    out = []
+    for supervised, places in groupby(range(start, end), key=prompt.loss_mask.__getitem__):
+        data = b"".join(tokenizer.token_bytes(prompt.input_ids[i]) for i in places)
+        out.append(TextSpan(data.decode("utf-8", "replace"), supervised))
+    return out
+
+
+def _joined(found: Sequence[TextSpan]) -> list[TextSpan]:
+    """Join neighbours of one kind."""
+    out: list[TextSpan] = []
+    for kind, group in groupby(found, key=lambda s: (s.supervised, s.is_media)):
+        if kind[1]:
+            out += group
+        else:
+            out.append(TextSpan("".join(s.text for s in group), *kind))
+    return out

@@ -16,15 +16,15 @@ from lapilli.checkpoint.read.assemble import build_model
 from lapilli.checkpoint.read.plan import make_plan
 from lapilli.checkpoint.template import choose_for
 from lapilli.config.reader import shown
-from lapilli.errors import DataError, LapilliError, PromptError
+from lapilli.errors import PromptError
 from lapilli.modality.image.decode import Alpha, to_rgb
 from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart
 from lapilli.prompt.tokenizer import Tokenizer
-from lapilli.train.data.pictures import fetch_picture
 from lapilli.train.data.sample import Sample
+from lapilli.train.data.source import fetch_picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,7 @@ class EncodedSample:
     """A sample as the model learns from it.
 
     Attributes:
-        prompt: ids, loss mask and spans.
         media: what `prepare` made of every medium, in the order of the spans.
-        id: of the sample.
         cut: positions that max_length took off the end.
         skipped: why the samples that this one stands in for could not be read.
     """
@@ -88,14 +86,12 @@ class SampleEncoder:
             DataError: a medium that cannot be read or lies across the end, turns that the template
                 cannot have, no supervised token, or one that the embeddings have no row for.
         """
-        try:
+        with sample.named_in_errors():
             media = tuple(self._prepare(part) for part in sample.media)
             prompt = self.encode_prompt(sample, self.count(sample, media))
             kept = cut(prompt, self._max_length)
             _check_supervised(prompt, kept)
             self._check_ids(kept)
-        except LapilliError as error:
-            raise DataError(f"{sample.label}: {error}") from error
         return EncodedSample(kept, media[: len(kept.spans)], sample.id, len(prompt) - len(kept))
 
     def _check_ids(self, prompt: EncodedPrompt) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from lapilli.config.reader import shown
 from lapilli.errors import DataError
 from lapilli.prompt.message import Role
-from lapilli.train.data.json_source import decode
+from lapilli.train.data.source import decode
 
 Record = Mapping[str, Any]
 Turn = tuple[Role, "str | list[Any]"]
@@ -221,7 +221,7 @@ def _turn(turn: object, number: int) -> Turn:
         raise DataError(
             f"turn {number} says a {type(content).__name__}: expected a text or a list of parts"
         )
-    __check_keys_of_turn(turn, number, is_answer=ROLES[speaker] == "assistant")
+    _check_keys_of_turn(turn, number, is_answer=ROLES[speaker] == "assistant")
     return ROLES[speaker], content
 
 
@@ -244,7 +244,7 @@ def check_keys(record: Record, *, shows: bool) -> None:
         )
 
 
-def __check_keys_of_turn(turn: Record, number: int, *, is_answer: bool) -> None:
+def _check_keys_of_turn(turn: Record, number: int, *, is_answer: bool) -> None:
     """Refuse a turn that cannot be learned without the keys that nothing reads."""
     if picture := first_of(turn, _PICTURES_OF_A_TURN):
         raise DataError(

@@ -202,13 +202,8 @@ def grouped_by_modality(
 ) -> list[int]:
     """Return an order as `grouped_by_length` does, with no batch of both kinds but the last.
 
-    Args:
-        lengths: positive with an image, negative without.
-        batch_size: see `grouped_by_length`.
-        world_size: see `grouped_by_length`.
-        generator: shuffles the batches.
-        within: shuffles the samples of a kind; None takes torch's global source, as the original
-            always does.
+    Lengths are positive with an image, negative without. `generator` shuffles the batches, `within`
+    the samples of a kind; None takes torch's global source, as the original always does.
 
     Raises:
         ConfigError: a length of 0, which says of neither kind that it is one.

@@ -4,12 +4,13 @@ A text of a list of turns holds one "<image>" for every picture that the record 
 the pictures come first.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lapilli.config.reader import shown
-from lapilli.errors import DataError, MediaCountMismatchError
+from lapilli.errors import DataError, LapilliError, MediaCountMismatchError
 from lapilli.prompt.message import MediaPart, Message, Part, Role, TextPart
 from lapilli.train.data.formats import (
     MEDIA_KEYS,
@@ -64,17 +65,22 @@ class Sample:
         """Return place and id, as messages about the sample begin."""
         return self.where if self.id == self.where else f"{self.where} (id {shown(self.id)})"
 
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Raise what goes wrong inside as a DataError that begins with the label."""
+        try:
+            yield
+        except LapilliError as error:
+            raise DataError(f"{self.label}: {error}") from error
+
 
 def to_sample(
     record: object, *, where: str, placement: Placement = "front", resolve: Resolve | None = None
 ) -> Sample:
     """Return the sample of a record of any known format.
 
-    Args:
-        record: what a file holds.
-        where: its place, for messages.
-        placement: see DataRecipe.
-        resolve: makes of what the record calls a picture something that media/fetch takes.
+    `where` is its place, for messages. `resolve` makes of what the record calls a picture something
+    that media/fetch takes.
 
     Raises:
         DataError: no known format, an unknown role, or another number of pictures than of places.

@@ -1,45 +1,35 @@
-"""Sources: files of records with random access; knows bytes and offsets, no conversation.
+"""Sources: records of a file by number, and the pictures that they name; knows no conversation.
 
-    *.json             one array       an index of byte ranges; a record is read when asked for
-    *.jsonl            one per line    the same
-    *.csv, *.tsv       one per row     image, question, answer
-    *.parquet          row groups      read by pyarrow (the extra "data")
-    *.tar              WebDataset      KEY.json, KEY.jpg, ...
-    {00..12}.tar, *    several files, one after the other
+    paths of a recipe  {00..12}.tar, *            -> files
+    JSON, JSON lines   read once: start, end, line of every record (20 bytes each)
+                       record(i): seek, read, decode
+    pictures           files of a folder, URLs, data URIs, bytes and base64
 
-Nothing is open between two calls, so a source may be used in forked processes.
+Only byte ranges stay in memory. Nothing is open between two calls, so a source may be used in
+forked processes. Tables and tar archives are sources too: tables.py, tar_source.py.
 """
 
+import base64
+import binascii
 import codecs
+import json
 import re
+import stat
+from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from glob import glob
-from itertools import accumulate, product
+from io import BufferedReader
+from itertools import product
 from pathlib import Path
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final, NoReturn, Protocol, runtime_checkable
 
-from lapilli.config.reader import given_path
-from lapilli.errors import DataError
-from lapilli.train.data.json_source import JsonSource, LinesSource
-from lapilli.train.data.pictures import PictureFolder
-from lapilli.train.data.tables import CsvSource, ParquetSource
-from lapilli.train.data.tar_source import TarSource
-from lapilli.train.recipe import SourceRecipe
+from lapilli.config.reader import MOST_DEPTH, given_path, is_deep, shown, unique_keys
+from lapilli.errors import DataError, MediaError
+from lapilli.media.fetch import Fetched, fetch
 
 NAME_A_FILE: Final = "name a .json, .jsonl, .csv, .tsv, .parquet or .tar file in it"
-
-# First bytes of files that are not what their names say, and what to do.
-_FOREIGN: Final = (
-    (b"\x1f\x8b", "gzip-compressed: unpack it first, samples are read by seeking"),
-    (b"\x28\xb5\x2f\xfd", "zstd-compressed: unpack it first, samples are read by seeking"),
-    (b"BZh91AY&SY", "bzip2-compressed: unpack it first, samples are read by seeking"),
-    (b"\xfd7zXZ", "xz-compressed: unpack it first, samples are read by seeking"),
-    (b"PK\x03\x04", "a ZIP archive or a spreadsheet: unpack it, or save it as CSV in UTF-8"),
-    (codecs.BOM_UTF16_LE, "text in UTF-16: save it in UTF-8"),
-    (codecs.BOM_UTF16_BE, "text in UTF-16: save it in UTF-8"),
-    (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull`"),
-)
 
 
 @runtime_checkable
@@ -68,89 +58,6 @@ class Source(Protocol):
         Raises:
             DataError: there is nothing of that name, or it is no name.
         """
-
-
-class Joined:
-    """Several sources, one after the other."""
-
-    def __init__(self, name: str, parts: Sequence[Source]) -> None:
-        self.name = name
-        self._parts = parts
-        self._ends = list(accumulate(len(part) for part in parts))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def _at(self, index: int) -> tuple[Source, int]:
-        number = bisect_right(self._ends, index)
-        return self._parts[number], index - (self._ends[number - 1] if number else 0)
-
-    def record(self, index: int) -> Any:  # noqa: ANN401 - see Source
-        """See Source."""
-        part, inside = self._at(index)
-        return part.record(inside)
-
-    def where(self, index: int) -> str:
-        """See Source."""
-        part, inside = self._at(index)
-        return part.where(inside)
-
-    def media(self, index: int, name: object) -> object:
-        """See Source."""
-        part, inside = self._at(index)
-        return part.media(inside, name)
-
-
-def open_source(recipe: SourceRecipe) -> Source:
-    """Open the files of a recipe's source.
-
-    Raises:
-        DataError: no such file, a kind that is not known, or one that is damaged.
-        ConfigError: a Parquet file without pyarrow.
-    """
-    parts = [_open_file(path, recipe.images) for path in expand(recipe.path)]
-    return parts[0] if len(parts) == 1 else Joined(recipe.path, parts)
-
-
-def _open_file(path: Path, images: str | None) -> Source:
-    folder = _folder_of(path, images)
-    try:
-        _check_foreign(path)
-        return _open_kind(path, folder)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _open_kind(path: Path, folder: PictureFolder) -> Source:
-    match path.suffix.lower():
-        case ".json":
-            return JsonSource(path, folder)
-        case ".jsonl" | ".ndjson":
-            return LinesSource(path, folder)
-        case ".csv" | ".tsv":
-            return CsvSource(path, folder)
-        case ".parquet" | ".pq":
-            return ParquetSource(path, folder)
-        case ".tar":
-            return TarSource(path)
-    raise DataError(
-        f"{path} is no data file that is known: give .json, .jsonl, .csv, .tsv, .parquet or .tar"
-    )
-
-
-def _folder_of(path: Path, images: str | None) -> PictureFolder:
-    folder = path.parent if images is None else given_path(images)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder: expected that of the images (from {Path.cwd()})")
-    return PictureFolder(folder)
-
-
-def _check_foreign(path: Path) -> None:
-    with path.open("rb") as file:
-        begins = file.read(max(len(mark) for mark, _ in _FOREIGN))
-    for mark, meaning in _FOREIGN:
-        if begins.startswith(mark):
-            raise DataError(f"{path} is {meaning}")
 
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -187,3 +94,350 @@ def _choices(inside: str) -> list[str]:
         return inside.split(",")
     first, last = numbers.groups()
     return [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+
+
+LONGEST_NAME = 50
+"""Letters of a name in the list of a message."""
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Return the first names for a message, long ones cut, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(name[:LONGEST_NAME] for name in names[:most]) or "none") + more
+
+
+_URL = re.compile(r"(?:https?|data):", re.IGNORECASE)
+# How base64 of JPEG, PNG, GIF, WebP, BMP and TIFF begins.
+_BASE64 = re.compile(
+    r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-9A-Za-z]|SUkq|TU0A)[A-Za-z0-9+/=\s]{60,}"
+)
+_KEYS = ("bytes", "path", "url")
+
+
+class RecordFile:
+    """A file of records whose pictures are named from a folder; URLs and bytes stay as they are."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.name = str(path)
+        self._path, self._folder = path, folder
+
+    def media(self, index: int, name: object) -> object:
+        """See Source."""
+        picture = picture_of(name)
+        return self._folder / str(picture) if is_file_name(picture) else picture
+
+
+def part_at(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """Return the part that a number lies in, of parts that end there, and its number inside."""
+    part = bisect_right(ends, index)
+    return part, index - (ends[part - 1] if part else 0)
+
+
+def fetch_picture(source: object) -> Fetched:
+    """Fetch the picture of a sample.
+
+    Raises:
+        MediaError: it cannot be fetched, or is a pipe or a device; for a file that is not there the
+            message says where it is looked for.
+    """
+    if isinstance(source, Path) and _is_special(source):
+        raise MediaError(f"{shown(str(source))} is a pipe or a device: expected a picture file")
+    try:
+        return fetch(source)
+    except MediaError as error:
+        if isinstance(source, Path) and isinstance(error.__cause__, FileNotFoundError):
+            raise MediaError(
+                f"{error}: pictures are looked for beside the data file, or in the folder that "
+                "images = ... in the recipe, or --images, names"
+            ) from error
+        raise
+
+
+def _is_special(path: Path) -> bool:
+    """Return whether a name stands for what may never end; a run would wait for it every time."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # fetch says why
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def is_file_name(picture: object) -> bool:
+    """Return whether it is neither bytes nor a URL or data URI."""
+    return isinstance(picture, str) and not _URL.match(picture)
+
+
+def picture_of(name: object) -> str | bytes:
+    """Return the bytes that a record holds, or the file name, URL or data URI.
+
+    Raises:
+        DataError: neither bytes nor a name.
+    """
+    if isinstance(name, Mapping):  # a picture column of Hugging Face's datasets
+        given = [name[key] for key in _KEYS if name.get(key) is not None]
+        if not given:
+            keys = ", ".join(map(shown, list(name)[:8])) or "none"
+            raise DataError(
+                f"a picture is an object without bytes, path and url: its keys are {keys}"
+            )
+        name = given[0]
+    if isinstance(name, bytes | bytearray | memoryview):
+        return bytes(name)
+    if not isinstance(name, str) or not name.strip():
+        found = shown(name) if isinstance(name, str) or name is None else f"a {type(name).__name__}"
+        raise DataError(f"a picture is {found}: expected a file name, a URL, a data URI or bytes")
+    if not _BASE64.fullmatch(name, 0, min(len(name), 4096)):
+        return name
+    try:
+        return base64.b64decode(name)
+    except binascii.Error as error:
+        raise DataError(f"a picture in base64 ({name[:12]}...) is damaged: {error}") from error
+
+
+_BLOCK = 1 << 22
+_BLANK = " \t\r\n"
+_BOM = codecs.BOM_UTF8
+
+
+class _Ranges(RecordFile):
+    """Byte ranges of a file that hold one JSON value each."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        super().__init__(path, folder)
+        self._starts, self._ends = array("q"), array("q")
+        self._lines = array("l")
+
+    def _add(self, start: int, end: int, line: int) -> None:
+        self._starts.append(start)
+        self._ends.append(end)
+        self._lines.append(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def record(self, index: int) -> Any:  # noqa: ANN401 - see Source
+        """See Source."""
+        with self._path.open("rb") as file:
+            file.seek(self._starts[index])
+            data = file.read(self._ends[index] - self._starts[index])
+        return decode(data, self.where(index))
+
+    def where(self, index: int) -> str:
+        """See Source."""
+        return f"{self._path}:{self._lines[index]}"
+
+
+class LinesSource(_Ranges):
+    """A file of one JSON value per line; empty lines do not count.
+
+    A broken line is found when it is read.
+
+    Raises:
+        DataError: the file is an array, or a line is longer than MOST_BYTES.
+    """
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        super().__init__(path, folder)
+        at = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(partial(file.readline, MOST_BYTES + 1), b""), 1):
+                if len(line) > MOST_BYTES:  # the rest of it may be longer than any disk
+                    raise too_large(f"{path}:{number}")
+                if line.strip():
+                    if not self and line.removeprefix(_BOM).lstrip().startswith(b"["):
+                        raise DataError(
+                            f"{path} begins with '[': an array belongs into a .json file"
+                        )
+                    self._add(at, at + len(line), number)
+                at += len(line)
+
+
+class JsonSource(_Ranges):
+    """A file of one array of records.
+
+    Raises:
+        DataError: the file is no array, or ends in the middle of it.
+    """
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        super().__init__(path, folder)
+        with path.open("rb") as file:
+            for start, end, line in _Scanner(path, file).values():
+                self._add(start, end, line)
+
+
+class _Scanner:
+    """A scanner of the values of an array; it decodes one at a time and forgets it.
+
+    `text` is the part of the file that is looked at, `at` a place in it.
+    """
+
+    def __init__(self, path: Path, file: BufferedReader) -> None:
+        self._path, self._file = path, file
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._scan = json.JSONDecoder().raw_decode
+        self.text, self.at = "", 0
+        self._bytes, self._line = 0, 1  # of what lies before `at`
+        self._ended = False
+
+    def values(self) -> Iterator[tuple[int, int, int]]:
+        """Yield start and end in bytes, and line, of every value.
+
+        Raises:
+            DataError: see JsonSource.
+        """
+        if self._file.read(len(_BOM)) == _BOM:
+            self._bytes = len(_BOM)
+        else:
+            self._file.seek(0)
+        if self._next() != "[":
+            raise DataError(
+                f"{self._path}:{self._line}: expected a list of samples, which begins with '[', "
+                f"found {self._found()}; one object per line belongs into a .jsonl file"
+            )
+        self._move(self.at + 1)
+        if self._next() != "]":
+            yield self._value()
+            while self._next() == ",":
+                self._move(self.at + 1)
+                if self._next() == "]":
+                    raise DataError(
+                        f"{self._path}:{self._line}: a comma before the closing ']': delete it"
+                    )
+                yield self._value()
+        if self._next() != "]":
+            raise DataError(
+                f"{self._path}:{self._line}: expected ',' or ']' after a sample, found "
+                f"{self._found()}"
+            )
+        self._move(self.at + 1)
+        if self._next():
+            raise DataError(f"{self._path}:{self._line}: more text after the list of samples")
+
+    def _found(self) -> str:
+        """Return the next character, for messages."""
+        return repr(self._next()) if self._next() else "the end of the file"
+
+    def _next(self) -> str:
+        """Return the next character that is no white space; "" at the end of the file."""
+        while True:
+            end = len(self.text)
+            place = self.at
+            while place < end and self.text[place] in _BLANK:
+                place += 1
+            self._move(place)
+            if place < end:
+                return self.text[place]
+            if not self._more():
+                return ""
+
+    def _value(self) -> tuple[int, int, int]:
+        while True:
+            try:
+                end = self._scan(self.text, self.at)[1]
+            except json.JSONDecodeError as error:
+                inside = error.pos - self.at  # a place of the value, wherever that lies in `text`
+                if self._may_go_on(error) and self._more():
+                    continue
+                raise self._no_value(error.msg, inside) from error
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits, deep nests
+                raise DataError(f"{self._path}:{self._line}: no valid JSON: {error}") from error
+            start, line = self._bytes, self._line
+            self._move(end)
+            return start, self._bytes, line
+
+    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
+        """Return whether more text could mend it: what is wrong is where the text ends."""
+        return error.msg.startswith("Unterminated") or error.pos >= len(self.text) - 16
+
+    def _no_value(self, reason: str, inside: int) -> DataError:
+        place = self.at + inside
+        line = self._line + self.text.count("\n", self.at, place)
+        is_cut = reason.startswith("Unterminated") or not self.text[place:].strip()
+        return DataError(
+            f"{self._path}:{line}: no valid JSON: {reason} (in the sample that begins in line "
+            f"{self._line})" + "; the file seems to be cut off" * is_cut
+        )
+
+    def _move(self, place: int) -> None:
+        passed = self.text[self.at : place]
+        self._bytes += len(passed) if passed.isascii() else len(passed.encode())
+        self._line += passed.count("\n")
+        self.at = place
+
+    def _more(self) -> bool:
+        """Read as much again as is kept, and a block at least; False at the end of the file."""
+        if self._ended:
+            return False
+        kept = self.text[self.at :]
+        if is_large(kept):
+            raise too_large(f"{self._path}:{self._line}")
+        data = self._file.read(max(_BLOCK, len(kept)))
+        self._ended = not data
+        try:
+            self.text = kept + self._decode(data, self._ended)
+        except UnicodeDecodeError as error:
+            line = self._line + kept.count("\n") + error.object[: error.start].count(b"\n")
+            raise DataError(
+                f"{self._path}:{line}: no UTF-8: {error.reason}; save the file as UTF-8"
+            ) from error
+        self.at = 0
+        return not self._ended
+
+
+MOST_BYTES: Final = 64 << 20
+"""Of one record. Larger pictures in base64 belong into files, or into a Parquet table."""
+MOST_VALUES: Final = 1 << 22
+"""Of one record: a list of two bytes takes a hundred in memory."""
+_SHOWN = 20  # letters of what was found
+
+
+def decode(data: bytes, where: str) -> Any:  # noqa: ANN401 - whatever JSON holds
+    """Return the JSON value of a record.
+
+    Raises:
+        DataError: no value, more than one, no UTF-8, a key that comes twice in an object (one of
+            its values would be lost), NaN and Infinity, which JSON does not have, nests deeper
+            than MOST_DEPTH, or more than MOST_BYTES.
+    """
+    if is_large(data):
+        raise too_large(where)
+    try:
+        found = _DECODER.decode(data.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        found = error.doc[error.pos : error.pos + _SHOWN].rstrip()
+        raise DataError(
+            f"{where}: no valid JSON: {error.msg} at character {error.pos + 1}, found "
+            f"{repr(found) if found else 'the end'}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: no valid JSON: {error}") from error
+    if is_deep(found):
+        raise DataError(f"{where}: lists and objects are nested more than {MOST_DEPTH} deep")
+    return found
+
+
+def is_large(data: bytes | str) -> bool:
+    """Return whether a record is too long, or has too many values, for the memory of anybody."""
+    if len(data) > MOST_BYTES:
+        return True
+    if len(data) <= MOST_VALUES:
+        return False
+    if isinstance(data, bytes):
+        return sum(data.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES
+    return sum(data.count(mark) for mark in (",", "[", "{")) > MOST_VALUES
+
+
+def too_large(where: str) -> DataError:
+    """Return the error for a record that `is_large`."""
+    return DataError(
+        f"{where}: a record of more than {MOST_BYTES >> 20} MiB, or of more than {MOST_VALUES} "
+        "values: give pictures as files"
+    )
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON: write null, or leave the key out")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=_no_number)

@@ -10,7 +10,6 @@ and needs pyarrow (the extra "data"), which is imported when a table is opened.
 
 import csv
 import io
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import accumulate, chain
@@ -19,8 +18,15 @@ from typing import Any, Final
 
 from lapilli.errors import ConfigError, DataError
 from lapilli.train.data.formats import ANSWER_KEYS, MEDIA_KEYS
-from lapilli.train.data.json_source import MOST_BYTES, MOST_VALUES, too_large
-from lapilli.train.data.pictures import LONGEST_NAME, PictureFolder, listed
+from lapilli.train.data.source import (
+    LONGEST_NAME,
+    MOST_BYTES,
+    MOST_VALUES,
+    RecordFile,
+    listed,
+    part_at,
+    too_large,
+)
 
 _READ: Final = ("id", "image", "question", *ANSWER_KEYS)
 _DELIMITERS: Final = ",;\t"
@@ -29,7 +35,7 @@ _SHOWN: Final = 12  # columns that a message names
 _LIKE_IMAGE: Final = ("image", "img", "picture", "photo", "file", "path")
 
 
-class CsvSource:
+class CsvSource(RecordFile):
     """A CSV file; its first line names the columns, in letters of any case.
 
     Raises:
@@ -37,9 +43,8 @@ class CsvSource:
             or a file that is no table.
     """
 
-    def __init__(self, path: Path, folder: PictureFolder) -> None:
-        self.name = str(path)
-        self._folder = folder
+    def __init__(self, path: Path, folder: Path) -> None:
+        super().__init__(path, folder)
         self._rows = self._read(path)
         columns = [name.strip().lower() for name in self._rows.pop(0)[1]] if self._rows else []
         self._answer = next((name for name in ANSWER_KEYS if name in columns), "")
@@ -105,10 +110,6 @@ class CsvSource:
         """See Source."""
         return f"{self.name}:{self._rows[index][0]}"
 
-    def media(self, index: int, name: object) -> object:
-        """See Source."""
-        return self._folder.find(name)
-
 
 def _lines_of(path: Path) -> Iterator[str]:
     """Yield lines with their ends, whichever system wrote them; one at a time is in memory.
@@ -149,7 +150,7 @@ _MOST_ROWS, _BATCH_BYTES = 1024, 128 << 20
 _FEW_UNPACKED, _MOST_GROWTH = 256 << 20, 8
 
 
-class ParquetSource:
+class ParquetSource(RecordFile):
     """A Parquet file. Pictures are paths, bytes, or Hugging Face's {"bytes", "path"}.
 
     Raises:
@@ -157,9 +158,8 @@ class ParquetSource:
         ConfigError: pyarrow is not installed.
     """
 
-    def __init__(self, path: Path, folder: PictureFolder) -> None:
-        self.name = str(path)
-        self._path, self._folder = path, folder
+    def __init__(self, path: Path, folder: Path) -> None:
+        super().__init__(path, folder)
         self._groups: dict[int, Any] = {}
         with self._open() as file:
             metadata = file.metadata
@@ -200,7 +200,7 @@ class ParquetSource:
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
             raise DataError(f"{self._path} is no whole Parquet file: {_short(error)}") from error
 
-    def __reduce__(self) -> tuple[type, tuple[Path, PictureFolder]]:
+    def __reduce__(self) -> tuple[type, tuple[Path, Path]]:
         """Leave out the row groups: another process reads its own."""
         return ParquetSource, (self._path, self._folder)
 
@@ -269,8 +269,7 @@ class ParquetSource:
 
     def record(self, index: int) -> dict[str, Any]:
         """See Source; what is null in the table is not in the record, but for the pictures."""
-        group = bisect_right(self._ends, index)
-        inside = index - (self._ends[group - 1] if group else 0)
+        group, inside = part_at(self._ends, index)
         table = self._group(group).slice(inside, 1)
         if sum(map(_num_values, table.columns)) > MOST_VALUES:
             raise too_large(self.where(index))
@@ -286,10 +285,6 @@ class ParquetSource:
     def where(self, index: int) -> str:
         """See Source; rows count from 1, as lines do."""
         return f"{self._path}:{index + 1}"
-
-    def media(self, index: int, name: object) -> object:
-        """See Source."""
-        return self._folder.find(name)
 
 
 def _num_values(array: Any) -> int:  # noqa: ANN401 - an array of pyarrow, or one in chunks

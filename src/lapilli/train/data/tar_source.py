@@ -15,8 +15,14 @@ from typing import Any
 from lapilli.config.reader import shown
 from lapilli.errors import DataError
 from lapilli.train.data.formats import listed_media, names_pictures_in_turns, turns_key
-from lapilli.train.data.json_source import MOST_BYTES, decode, too_large
-from lapilli.train.data.pictures import is_file_name, listed, picture_of
+from lapilli.train.data.source import (
+    MOST_BYTES,
+    decode,
+    is_file_name,
+    listed,
+    picture_of,
+    too_large,
+)
 
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"})
 _LISTED = 8  # members that a message names

@@ -1,9 +1,10 @@
 """Recipe: what a training run does, as frozen values; no torch. file.py reads it from TOML."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Final, Literal
 
 from lapilli.errors import ConfigError
 
@@ -18,34 +19,27 @@ Sharding = Literal["ddp", "fsdp"]
 Logger = Literal["tensorboard", "wandb"]
 
 
-def _expect(
-    section: str, recipe: object, names: tuple[str, ...], is_fine: Callable[[Any], bool], what: str
-) -> None:
-    """Refuse values of these names that are given and not fine; nan never is."""
+_RANGES: Final[Mapping[str, Callable[[Any], bool]]] = MappingProxyType(
+    {
+        "at least 1": lambda value: value >= 1,
+        "0 or more": lambda value: 0 <= value < inf,
+        "above 0": lambda value: 0 < value < inf,
+        "a number above 0": lambda value: 0 < value < inf,
+        "above 0 (inf switches clipping off)": lambda value: value > 0,
+        "0 to 1": lambda value: 0 <= value <= 1,
+        "at least 0 and below 1": lambda value: 0 <= value < 1,
+        "two numbers of at least 0 and below 1": lambda pair: all(0 <= one < 1 for one in pair),
+    }
+)
+"""What is expected of a value, as messages say it; nan is in none of the ranges."""
+
+
+def _expect(section: str, recipe: object, what: str, *names: str) -> None:
+    """Refuse values of these names that are given and out of their range."""
     for name in names:
         value = getattr(recipe, name)
-        if value is not None and not is_fine(value):
+        if value is not None and not _RANGES[what](value):
             raise ConfigError(f"{section}.{name} is {value}: expected {what}")
-
-
-def _is_count(value: int | float) -> bool:
-    return value >= 1
-
-
-def _is_positive(value: int | float) -> bool:
-    return 0 < value < inf
-
-
-def _is_not_negative(value: int | float) -> bool:
-    return 0 <= value < inf
-
-
-def _is_share(value: int | float) -> bool:
-    return 0 <= value <= 1
-
-
-def _is_below_one(value: int | float) -> bool:
-    return 0 <= value < 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,15 +80,13 @@ class OptimRecipe:
     ema: float = 0.0
 
     def __post_init__(self) -> None:
-        _expect("optim", self, ("lr", "eps"), _is_positive, "a number above 0")
+        _expect("optim", self, "a number above 0", "lr", "eps")
         rest = ("projector_lr", "tower_lr", "weight_decay", "warmup_steps", "z_loss")
-        _expect("optim", self, rest, _is_not_negative, "0 or more")
-        _expect("optim", self, ("decay_share", "warmup_ratio", "min_lr_ratio"), _is_share, "0 to 1")
-        _expect("optim", self, ("ema",), _is_below_one, "at least 0 and below 1")
-        both = "two numbers of at least 0 and below 1"
-        _expect("optim", self, ("betas",), lambda betas: all(map(_is_below_one, betas)), both)
-        off = "above 0 (inf switches clipping off)"
-        _expect("optim", self, ("max_grad_norm",), lambda norm: norm > 0, off)
+        _expect("optim", self, "0 or more", *rest)
+        _expect("optim", self, "0 to 1", "decay_share", "warmup_ratio", "min_lr_ratio")
+        _expect("optim", self, "at least 0 and below 1", "ema")
+        _expect("optim", self, "two numbers of at least 0 and below 1", "betas")
+        _expect("optim", self, "above 0 (inf switches clipping off)", "max_grad_norm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,15 +136,9 @@ class RunRecipe:
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "gradient_accumulation_steps", "log_every", "save_every", "threads")
-        _expect("run", self, counts, _is_count, "at least 1")
-        _expect(
-            "run",
-            self,
-            ("seed", "evaluate_every", "workers", "exam"),
-            _is_not_negative,
-            "0 or more",
-        )
-        if self.steps < 0 or not _is_positive(self.epochs):
+        _expect("run", self, "at least 1", *counts)
+        _expect("run", self, "0 or more", "seed", "evaluate_every", "workers", "exam")
+        if self.steps < 0 or not 0 < self.epochs < inf:
             raise ConfigError(
                 f"run.steps is {self.steps} and run.epochs {self.epochs}: expected 0 or more steps "
                 "and more than no epoch"
@@ -247,8 +233,8 @@ class DataRecipe:
     on_bad_sample: OnBadSample = "error"
 
     def __post_init__(self) -> None:
-        _expect("data", self, ("held_out",), _is_below_one, "at least 0 and below 1")
-        _expect("data", self, ("max_length",), _is_count, "at least 1")
+        _expect("data", self, "at least 0 and below 1", "held_out")
+        _expect("data", self, "at least 1", "max_length")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,9 +258,9 @@ class LoraRecipe:
     double_quant: bool = False
 
     def __post_init__(self) -> None:
-        _expect("lora", self, ("rank",), _is_count, "at least 1")
-        _expect("lora", self, ("alpha",), _is_positive, "a number above 0")
-        _expect("lora", self, ("dropout",), _is_below_one, "at least 0 and below 1")
+        _expect("lora", self, "at least 1", "rank")
+        _expect("lora", self, "a number above 0", "alpha")
+        _expect("lora", self, "at least 0 and below 1", "dropout")
         if self.double_quant and self.base != "nf4":
             raise ConfigError(
                 f"lora.double_quant rounds the scales of nf4, and lora.base is {self.base!r}: set "
@@ -297,7 +283,7 @@ class NoiseRecipe:
     on: Literal["image", "all"] = "all"
 
     def __post_init__(self) -> None:
-        _expect("noise", self, ("alpha",), _is_not_negative, "0 or more")
+        _expect("noise", self, "0 or more", "alpha")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,9 +304,9 @@ class DistillRecipe:
     hidden_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        _expect("distill", self, ("temperature",), _is_positive, "above 0")
-        _expect("distill", self, ("weight",), _is_share, "0 to 1")
-        _expect("distill", self, ("hidden_weight",), _is_not_negative, "0 or more")
+        _expect("distill", self, "above 0", "temperature")
+        _expect("distill", self, "0 to 1", "weight")
+        _expect("distill", self, "0 or more", "hidden_weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,9 +28,14 @@ import torch
 from lapilli.errors import ConfigError
 from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
 from lapilli.train.recipe import RunRecipe, TrainerRecipe
-from lapilli.train.trainer.contract import Best, Loss, RunState, Task, TrainingError
-from lapilli.train.trainer.curves import LossWatch, advice, rise_record
-from lapilli.train.trainer.metrics import MetricsLogger, open_metrics_logger, peak_memory
+from lapilli.train.trainer.metrics import (
+    LossWatch,
+    MetricsLogger,
+    advice,
+    open_metrics_logger,
+    peak_memory,
+    rise_record,
+)
 from lapilli.train.trainer.optim import Average, build_optimizer, lr_share, set_lr
 from lapilli.train.trainer.prefetch import MakeBatch, batches
 from lapilli.train.trainer.state import (
@@ -48,6 +53,7 @@ from lapilli.train.trainer.step import (
     stopped_at,
     take_step,
 )
+from lapilli.train.trainer.task import Best, Loss, RunState, Task, TrainingError
 
 __all__ = ["Loss", "Stopped", "Task", "TrainingError", "number_of_steps", "train"]
 
@@ -70,15 +76,9 @@ def train(
     At the end the model has the weights to keep: the best with run.keep_best, else the averages
     with optim.ema, else the last.
 
-    Args:
-        task: what is trained on what.
-        recipe: how.
-        folder: where everything goes.
-        parallel: this process among all.
-        echo: log lines on stderr.
-        progress: a progress bar on stderr.
-        on_save: called in every process after each checkpoint, with the number of steps done; the
-            model has its averages then, where the run keeps them.
+    `on_save` is called in every process after each checkpoint, with the number of steps done; the
+    model has its averages then, where the run keeps them. `echo` writes log lines to stderr,
+    `progress` a progress bar.
 
     Raises:
         TrainingError: the loss or the gradient is not finite (the batch is kept in

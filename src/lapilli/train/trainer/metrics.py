@@ -1,11 +1,15 @@
-"""Metrics logger: log.jsonl, TensorBoard, wandb, a progress bar, and the loss curve at the end.
+"""Metrics of a run: log.jsonl, TensorBoard, wandb, a progress bar, and what the losses tell.
 
     write(record)    a line of the log: log.jsonl, TensorBoard, wandb
     tick(record)     every step: the bar
+    mean of the latest losses  >  lowest mean so far + 1 + noise  ->  the learning rate is too large
+    at the end       loss.png, the loss over the steps
 
 A run that resumes drops the lines after its checkpoint, so that a killed run leaves the same log as
 an undisturbed one; TensorBoard purges them, and wandb keeps what it has of a step and takes what is
-new. Processes that are not the main process have a logger that writes nothing.
+new. Processes that are not the main process have a logger that writes nothing. A loss that is
+infinite or no number ends a run (step.py); one that rises only does not. The only file of the
+trainer that imports matplotlib.
 """
 
 import dataclasses
@@ -16,12 +20,14 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from math import sqrt
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 import torch
@@ -32,8 +38,7 @@ from lapilli.config.reader import parse_json
 from lapilli.errors import CheckpointError, ConfigError
 from lapilli.train.distributed import ParallelContext
 from lapilli.train.recipe import TrainerRecipe
-from lapilli.train.trainer.contract import Record, TrainingError
-from lapilli.train.trainer.curves import evaluation_curve, loss_curve, plot_losses
+from lapilli.train.trainer.task import Record, TrainingError
 
 _LONGEST: Final = 1 << 20
 """Bytes of a line; the longest that is written has a thousandth of it."""
@@ -231,11 +236,7 @@ _WINDOW: Final = 20  # steps that the speed is taken over
 class ProgressBar:
     """A bar with steps, loss, speed, memory and the time that is left, redrawn in place.
 
-    Args:
-        done: steps of earlier runs.
-        steps: of the whole run.
-        title: stands before the bar.
-        console: where it goes; None: standard error, be it a terminal or not.
+    `done` steps of all are of earlier runs. None as `console` is standard error, terminal or not.
     """
 
     def __init__(
@@ -339,8 +340,8 @@ class MetricsLogger:
         records, folder = self._log.records(), self._log.path.parent
         if curve := loss_curve(records):
             name = folder.resolve().name
-            found = {name: evaluation_curve(records)}
-            plot_losses({name: curve}, folder / "loss.png", evaluations=found)
+            held_out = {name: loss_curve(records, "eval_loss")}
+            plot_losses({name: curve}, folder / "loss.png", evaluations=held_out)
 
     def close(self, *, finished: bool) -> None:
         """End bar and trackers; `finished`: the run reached its last step."""
@@ -380,3 +381,119 @@ def open_metrics_logger(
         finished = True
     finally:
         logger.close(finished=finished)
+
+
+RISEN: Final = "loss_risen_to"
+LOWEST: Final = "loss_was"
+_MOST: Final = 10  # losses of a mean
+_FEWEST: Final = 3
+_RISE: Final = 1.0  # e times as unlikely a token: more than any good run takes back
+_SIGMAS: Final = 6.0
+_LARGE, _LARGEST = 1.5, 4.0
+_TIMES = 20.0
+
+
+class LossWatch:
+    """A detector of a loss that has risen, which tells it once.
+
+    Short runs are judged by fewer losses; `records` are of the log of an earlier part of the run.
+    """
+
+    def __init__(self, steps: int, records: Sequence[Record] = ()) -> None:
+        self._window = min(_MOST, max(_FEWEST, steps // 4))
+        self._losses: deque[float] = deque(maxlen=self._window)
+        self._lowest: float | None = None
+        self._is_alone = True  # the lowest is the first loss, not a mean
+        self._jumps, self._count = 0.0, 0
+        self._is_told = any(RISEN in record for record in records)
+        for record in records:
+            if "loss" in record:
+                self.push(record["loss"])
+
+    def push(self, loss: float) -> tuple[float, float] | None:
+        """Take in a loss; return lowest and present mean when it has risen for the first time."""
+        if self._losses:
+            self._jumps += (loss - self._losses[-1]) ** 2 / 2
+            self._count += 1
+        self._losses.append(loss)
+        if self._lowest is None:
+            self._lowest = loss
+        if len(self._losses) < self._window:
+            return None
+        mean = fmean(self._losses)
+        if mean < self._lowest:
+            self._lowest, self._is_alone = mean, False
+            return None
+        # Half the mean square of the jumps is the variance of losses without their trend.
+        losses = 1 / self._window + (1.0 if self._is_alone else 1 / self._window)
+        noise = sqrt(self._jumps / self._count * losses)
+        # Losses that diverge jump about as well, so that a large rise is believed without this.
+        is_large = mean - self._lowest > _LARGE and (
+            mean > _TIMES * self._lowest or mean - self._lowest > _LARGEST
+        )
+        is_clear = mean - self._lowest > max(_RISE, _SIGMAS * noise)
+        if self._is_told or not (is_large or is_clear):
+            return None
+        self._is_told = True
+        return self._lowest, mean
+
+
+def rise_record(step: int, rise: tuple[float, float]) -> Record:
+    """Return the log's record of a rise."""
+    return {"step": step, LOWEST: rise[0], RISEN: rise[1]}
+
+
+def advice(records: Sequence[Record], lr: float) -> str | None:
+    """Return one sentence about the rise that a log tells of; None where there is none.
+
+    `lr` is the largest learning rate of the run.
+    """
+    found = next((record for record in records if RISEN in record), None)
+    if found is None:
+        return None
+    return (
+        f"the loss rose from {found[LOWEST]:.2f} to {found[RISEN]:.2f} by step {found['step']}: "
+        f"the learning rate of {lr:g} is likely too large. Begin again in another folder with a "
+        f"smaller one (optim.lr = {lr / 10:.1g}), or with a longer optim.warmup_ratio"
+    )
+
+
+Curve = Sequence[tuple[int | float, float]]
+
+
+def plot_losses(
+    curves: Mapping[str, Curve],
+    path: Path,
+    *,
+    evaluations: Mapping[str, Curve] | None = None,
+) -> None:
+    """Draw one panel per run, loss over steps, as PNG.
+
+    `curves` are (step, loss) pairs by name of the run; `evaluations` are those of held-out data.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(curves), 2.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (name, curve) in enumerate(curves.items()):
+        axes = figure.add_subplot(1, len(curves), place + 1)
+        axes.plot([step for step, _ in curve], [loss for _, loss in curve], linewidth=1.0)
+        if held_out := (evaluations or {}).get(name):
+            steps, losses = zip(*held_out, strict=True)
+            axes.plot(steps, losses, marker="o", markersize=3.0, linewidth=1.0, label="held out")
+            axes.legend(fontsize=7)
+        if all(loss > 0 for _, loss in curve):
+            axes.set_yscale("log")
+        axes.set_title(name, fontsize=9, parse_math=False)  # a folder may be called $a_b_c$
+        axes.set_xlabel("step", fontsize=8)
+        if place == 0:
+            axes.set_ylabel("loss", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(visible=True, alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def loss_curve(records: Sequence[Record], key: str = "loss") -> list[tuple[int | float, float]]:
+    """Return (step, loss) of the log records that have a loss of this name."""
+    return [(record["step"], record[key]) for record in records if key in record]

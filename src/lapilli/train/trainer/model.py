@@ -4,26 +4,80 @@
           --> hidden states where something is predicted --> logits --> cross entropy
 
 A module, so that FSDP2 can wrap it. What a stage does not train is computed without gradients and
-in evaluation mode.
+in evaluation mode. Its loss and the noise on its embeddings (NEFTune) are functions of tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F  # noqa: N812  torch's own habit
 
 from lapilli.errors import UnsupportedModelError
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.vector import VectorModality
 from lapilli.model import VisionLanguageModel, fuse
 from lapilli.nn.kv_cache import Segments, uncompiled_segments
+from lapilli.nn.linear import rounded
 from lapilli.prompt.encode import Span
-from lapilli.shapes import Float, Int, Tensor
+from lapilli.shapes import Bool, Float, Int, Tensor
 from lapilli.train.recipe import NoiseRecipe
-from lapilli.train.trainer.batch import TrainingBatch
-from lapilli.train.trainer.contract import Loss
-from lapilli.train.trainer.loss import cross_entropy_sum, noisy, noisy_samples, scores, supervised
+from lapilli.train.trainer.task import Loss, TrainingBatch
+
+
+def cross_entropy_sum(
+    logits: Float[Tensor, "M V"], targets: Int[Tensor, " M"]
+) -> Float[Tensor, ""]:
+    """Return the sum of the negative log likelihoods of the targets, in float32."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def supervised(
+    input_ids: Int[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]
+) -> tuple[Bool[Tensor, "B T"], Int[Tensor, " M"]]:
+    """Return the positions whose next token counts, and those next tokens.
+
+    A position predicts its successor, so the mask moves one to the left and the last position never
+    counts.
+    """
+    where = torch.zeros_like(loss_mask)
+    where[:, :-1] = loss_mask[:, 1:]
+    return where, input_ids[:, 1:][loss_mask[:, 1:]]
+
+
+def scores(
+    head: Callable[[Tensor], Float[Tensor, "R V"]], hidden: Float[Tensor, "M D"]
+) -> Float[Tensor, "M V"]:
+    """Return what a head makes of M states.
+
+    M is another in every batch, so the head sees R, `rounded`, of them: it takes each by itself.
+    """
+    count = len(hidden)
+    return head(F.pad(hidden, (0, 0, 0, rounded(count) - count)))[:count]
+
+
+def noisy(vectors: Float[Tensor, "n D"], alpha: float) -> Float[Tensor, "n D"]:
+    """Add noise of size `alpha` to the vectors of one sample or picture."""
+    size: float = alpha / vectors.numel() ** 0.5
+    return vectors + (torch.rand_like(vectors) * 2 - 1) * size
+
+
+def noisy_samples(
+    vectors: Float[Tensor, "B T D"], segments: Sequence[Sequence[int]], alpha: float
+) -> Float[Tensor, "B T D"]:
+    """Add noise to every sample, and none to the padding after the last.
+
+    `segments` has the lengths of the samples of every sequence.
+    """
+    size = torch.zeros(vectors.shape[:2])
+    for row, lengths in enumerate(segments):
+        start = 0
+        for length in lengths:
+            size[row, start : start + length] = alpha / (length * vectors.shape[2]) ** 0.5
+            start += length
+    size = size.to(vectors.device, vectors.dtype)
+    return vectors + (torch.rand_like(vectors) * 2 - 1) * size[..., None]
 
 
 class TrainedModel(nn.Module):

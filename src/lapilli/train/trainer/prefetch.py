@@ -29,7 +29,7 @@ from typing import Any, Final
 import torch
 
 from lapilli.errors import ConfigError
-from lapilli.train.trainer.contract import TrainingError
+from lapilli.train.trainer.task import TrainingError
 
 Place = tuple[int, int]  # step, micro
 MakeBatch = Callable[[int, int], tuple[Any, int]]
@@ -53,11 +53,7 @@ class _Worker:
 class ReadAhead:
     """A queue of the items of `places`, made by workers and handed out in that order.
 
-    Args:
-        make: what makes an item.
-        places: all items that will be taken, in order.
-        workers: how many processes, at least 1.
-        describe: says what an item is made of, should a worker die of it; "": nothing is known.
+    `describe` says what an item is made of, should a worker die of it; "": nothing is known.
 
     Raises:
         ConfigError: this system has no fork.

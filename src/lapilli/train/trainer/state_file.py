@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from lapilli.checkpoint.write.files import flush_path
 from lapilli.shapes import Tensor
-from lapilli.train.trainer.contract import Plain, TrainingError
+from lapilli.train.trainer.task import Best, Plain, TrainingError
 
 _DIGEST = "digest"
 
@@ -132,9 +132,7 @@ def check_archive(file: BufferedReader | BytesIO, size: int) -> None:
 def content_digest(content: object, *, most: int | None = None) -> str:
     """Return the SHA-256 of nested containers of tensors and plain values; their order counts.
 
-    Args:
-        content: dictionaries, lists, tuples.
-        most: bytes and values that it may have; a damaged file can name one tensor many times.
+    A damaged file can name one tensor many times: `most` bytes and values are taken.
 
     Raises:
         ValueError: it has more.
@@ -217,10 +215,8 @@ _RENAMED = {"run.accumulate": "run.gradient_accumulation_steps"}  # recipe keys 
 _NOT_NEGATIVE = frozenset({"step", "exp_avg_sq", "max_exp_avg_sq"})
 
 
-def checked_values(
-    values: Mapping[str, Any], path: Path
-) -> tuple[int, int, tuple[int, float] | None]:
-    """Return steps done, samples skipped, and step and loss of the best evaluation, or None.
+def checked_values(values: Mapping[str, Any], path: Path) -> tuple[int, int, Best | None]:
+    """Return steps done, samples skipped, and the best evaluation, or None.
 
     Raises:
         TrainingError: one of them cannot be that.
@@ -235,7 +231,7 @@ def checked_values(
     is_pair = isinstance(best, (list, tuple)) and len(best) == 2
     if not (is_pair and is_count(best[0]) and is_number(best[1]) and best[0] <= step):
         raise damaged(path, f"best is {best!r:.80}, expected a step that is done and its loss")
-    return int(step), skipped, (best[0], float(best[1]))  # type: ignore[arg-type]
+    return int(step), skipped, Best(best[0], float(best[1]))  # type: ignore[arg-type]
 
 
 def check_fingerprint(ours: Mapping[str, Plain] | None, theirs: object, path: Path) -> None:
@@ -281,11 +277,7 @@ def checked_weights(
 ) -> Mapping[str, Tensor]:
     """Return saved weights that fit ours, name by name.
 
-    Args:
-        ours: what this recipe trains, in pieces or whole.
-        theirs: what the file holds, whole.
-        path: of the file.
-        what: how the file calls them.
+    Ours may be in pieces, theirs are whole; `what` is how the file calls them.
 
     Raises:
         TrainingError: they do not fit, or are no finite numbers.
@@ -355,11 +347,7 @@ def check_moment_shape(
 def check_numbers(value: Tensor, path: Path, what: str, *, not_negative: bool = False) -> None:
     """Refuse what is no plain tensor of finite floats; of pieces a process looks at its own.
 
-    Args:
-        value: the tensor.
-        path: of the file.
-        what: the tensor, for the message.
-        not_negative: it holds counts or averages of squares.
+    What holds counts or averages of squares is `not_negative`.
     """
     own = value.to_local() if isinstance(value, DTensor) else value
     is_plain = own.layout == torch.strided and not (own.is_meta or own.is_nested)

@@ -2,6 +2,9 @@
 
     sum of a micro-batch x scale -> backward, all of them -> gradients summed -> clip -> update
 
+    loss / all supervised positions of a step   "tokens": every token weighs the same
+    mean of the means of the micro-batches      "llava": as in the original's trainer
+
 The device is waited for once, when everything has been asked of it. A step whose loss or gradient
 is not finite changes nothing, and its batch is kept so that one can look at it.
 """
@@ -20,12 +23,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  torch's own habit
 from torch.overrides import TorchFunctionMode
 
+from lapilli.errors import ConfigError
 from lapilli.shapes import Float, Tensor
 from lapilli.train.distributed import SINGLE_PROCESS, ParallelContext
-from lapilli.train.recipe import TrainerRecipe
-from lapilli.train.trainer.contract import Loss, Task, TrainingError
-from lapilli.train.trainer.loss import scales
+from lapilli.train.recipe import Reduction, TrainerRecipe
 from lapilli.train.trainer.state_file import write_whole
+from lapilli.train.trainer.task import Loss, Task, TrainingError
 
 Made = Mapping[int, tuple[Any, int]]
 
@@ -35,7 +38,6 @@ class NotFiniteError(ArithmeticError):
 
     Attributes:
         what: "loss" or "gradient norm".
-        value: of it.
         batches: (micro, batch) of this process that made it.
     """
 
@@ -95,7 +97,8 @@ def take_step(
     parallel.sum_gradients(trainable)
     norm = parallel.clip(trainable, recipe.optim.max_grad_norm)
     metrics = _weighted(losses, [weights[micro] for micro in made])
-    beside = {"stop": float(asked_to_stop()), "skipped": float(_num_skipped(made))}
+    skipped = sum(len(getattr(batch, "skipped", ())) for batch, _ in made.values())
+    beside = {"stop": float(asked_to_stop()), "skipped": float(skipped)}
     metrics = parallel.sum_floats({**metrics, **beside})
     asked, skipped = metrics.pop("stop") > 0, int(metrics.pop("skipped"))
     _check_finite(metrics, norm, losses, made)
@@ -104,9 +107,21 @@ def take_step(
     return StepRecord({**metrics, "norm": norm}, sum(counts), skipped, asked)
 
 
-def _num_skipped(made: Made) -> int:
-    batches = (batch for batch, _ in made.values())
-    return sum(len(getattr(batch, "skipped", ())) for batch in batches)
+def scales(counts: list[int], reduction: Reduction) -> list[float]:
+    """Return the factors of the micro-batches' sums that make the step's loss their total.
+
+    Raises:
+        ConfigError: nothing is supervised, or (llava) one micro-batch has nothing.
+    """
+    total = sum(counts)
+    if total == 0 or (reduction == "llava" and 0 in counts):
+        raise ConfigError(
+            f"no supervised token among {len(counts)} micro-batches with {counts}: "
+            "check the loss mask of the data"
+        )
+    if reduction == "tokens":
+        return [1.0 / total] * len(counts)
+    return [1.0 / (count * len(counts)) for count in counts]
 
 
 def random_seed(seed: int, step: int, micro: int) -> int:
@@ -151,14 +166,11 @@ def _check_finite(
 ) -> None:
     """Stop before the update; every process sees the same sums."""
     if not isfinite(metrics["loss"]):
-        bad = [(m, made[m][0]) for m, loss in zip(made, losses, strict=True) if _bad(loss)]
+        pairs = zip(made, losses, strict=True)
+        bad = [(m, made[m][0]) for m, loss in pairs if not isfinite(float(loss.total))]
         raise NotFiniteError("loss", metrics["loss"], bad)
     if not isfinite(norm):
         raise NotFiniteError("gradient norm", norm, [(m, batch) for m, (batch, _) in made.items()])
-
-
-def _bad(loss: Loss) -> bool:
-    return not isfinite(float(loss.total))
 
 
 class PlainAttention(TorchFunctionMode):

@@ -11,11 +11,12 @@ from lapilli.train.distributed import (
     SINGLE_PROCESS,
     ParallelContext,
     RankInfo,
+    is_network_error,
     joined,
+    layers_of,
     rank_info_of,
+    shard,
 )
-from lapilli.train.distributed.context import layers_of, shard
-from lapilli.train.distributed.process_group import is_network_error
 from lapilli.train.trainer.loop import train
 from tests.model.conftest import build_tiny
 from tests.train import cluster

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lapilli.errors import ConfigError
 from lapilli.nn.linear import rounded
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
-from lapilli.train.trainer.batch import collate, collate_packed, pack
+from lapilli.train.trainer.task import collate, collate_packed, pack
 
 
 @dataclass
