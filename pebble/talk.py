@@ -24,7 +24,7 @@ from lapilli.prompt.template import TEMPLATES
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.shapes import Float, Tensor
 from lapilli.train.data import to_sample
-from lapilli.train.data.order import draw_indices
+from lapilli.train.data.sampler import draw_indices
 from lapilli.train.trainer.loop import Loss
 from lapilli.train.trainer.task import TrainingBatch, collate
 from pebble.blind import blind_question

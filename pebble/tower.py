@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812  torch's own habit
 from lapilli.config.model import VisionConfig
 from lapilli.modality.image.image import VisionLayer, VisionTransformer
 from lapilli.shapes import Float, Int, Tensor, UInt8
-from lapilli.train.data.order import draw_indices
+from lapilli.train.data.sampler import draw_indices
 from lapilli.train.recipe import RunRecipe
 from lapilli.train.trainer.loop import Loss
 from pebble.initialise import initialise

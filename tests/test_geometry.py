@@ -7,16 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lapilli.geometry import (
-    Grid,
-    ImageSize,
-    best_resolution,
-    fit_within,
-    tile_grid,
-    unpad_margins,
-    unpadded,
-    with_shortest_edge,
-)
+from lapilli.geometry import Grid, ImageSize, fit_within, with_shortest_edge
+from lapilli.modality.image.modes.anyres import best_resolution, tile_grid, unpad_margins, unpadded
 
 PINPOINTS = tuple(
     ImageSize(height, width)

@@ -17,8 +17,8 @@ from lapilli.config.families import (
     text_types,
 )
 from lapilli.config.families.decoder import DecoderFamily
+from lapilli.config.huggingface import parse_config
 from lapilli.config.model import DecoderConfig, RopeScaling
-from lapilli.config.parse import parse_config
 from lapilli.config.reader import KeyReader
 from lapilli.errors import ConfigError, UnsupportedModelError
 from tests.contributing import sample

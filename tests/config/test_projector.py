@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from lapilli.config.model import ProjectorConfig, VisionConfig
 from lapilli.config.projector import parse_projector, projector_name, tile_features
 from lapilli.errors import ConfigError, UnsupportedModelError
-from tests.config.test_parse import original, parse
+from tests.config.test_huggingface import original, parse
 
 WIDTHS = {"vision_size": 1024, "hidden_size": 4096}
 

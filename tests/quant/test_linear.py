@@ -39,8 +39,10 @@ DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.float() - expected).abs().max() / expected.abs().max()).item()
+def error(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> float:
+    """Return the largest difference, as a share of the largest number of `expected`, or of `scale`."""
+    largest = (expected if scale is None else scale).abs().max()
+    return ((found.float() - expected).abs().max() / largest).item()
 
 
 @given(
@@ -57,12 +59,14 @@ def test_products_equal_the_reference(kind, out_features, sizes, rows, dtype, bi
     packed = packed_weight(kind, (out_features, in_features), group=group, bias=bias)
     x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows)).to(dtype)
     expected = linear_reference(x.float(), packed, weight_only=True)
+    # Terms may cancel each other, so that an output is small and what was rounded away is not.
+    terms = x.float().abs() @ packed.dequantize().abs().T
     tiles = int4_tiles(packed, dtype)
     fits = kind != "int8" and in_features % 32 == 0 and in_features % group == 0
     assert (tiles is not None) == fits
     for found in (gpu_linear(x, packed, tiles), gpu_linear(x, packed, None)):
         assert found.dtype == dtype
-        assert error(found, expected) < DTYPES[dtype]
+        assert error(found, expected, terms) < DTYPES[dtype]
 
 
 @pytest.mark.parametrize("kind", ["int4", "int4 zeros"])

@@ -31,9 +31,9 @@ from lapilli.checkpoint.source import in_folder, read_optional_json, resolve
 from lapilli.checkpoint.template import choose_for
 from lapilli.checkpoint.tokenizer import load_tokenizer
 from lapilli.config.families import IGNORED
+from lapilli.config.huggingface import supported_types
 from lapilli.config.llava import parse_tokens
 from lapilli.config.model import ModelConfig
-from lapilli.config.parse import supported_types
 from lapilli.config.reader import (
     MOST_LAYERS,
     MOST_POSITIONS,

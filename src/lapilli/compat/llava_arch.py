@@ -34,8 +34,9 @@ from lapilli.config.llava import ROUNDS_KEY, parse_pinpoints
 from lapilli.config.model import ImageConfig, Merge, PixelConfig
 from lapilli.config.projector import tile_features
 from lapilli.errors import ConfigError
-from lapilli.geometry import Grid, ImageSize, unpad_margins
+from lapilli.geometry import Grid, ImageSize
 from lapilli.modality.image.modes import ImageMode, find_mode, mode_named
+from lapilli.modality.image.modes.anyres import unpad_margins
 from lapilli.shapes import Float, Int, Tensor
 
 __all__ = [

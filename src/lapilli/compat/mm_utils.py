@@ -22,8 +22,9 @@ from transformers import StoppingCriteria
 from lapilli.config.llava import parse_pinpoints
 from lapilli.config.model import ImageConfig, PixelConfig
 from lapilli.errors import MediaError
-from lapilli.geometry import ImageSize, best_resolution, tile_grid
+from lapilli.geometry import ImageSize
 from lapilli.modality.image.modes import ImageMode, find_mode, mode_named
+from lapilli.modality.image.modes.anyres import best_resolution, tile_grid
 from lapilli.modality.image.pixels import fit_and_pad, pad_to_square
 from lapilli.shapes import Float, Int, Tensor
 

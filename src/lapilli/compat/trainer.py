@@ -30,7 +30,7 @@ from lapilli.compat.tokenizer import NO_LIMIT, PreTrainedTokenizer, inner_of
 from lapilli.errors import PromptError
 from lapilli.prompt.original_labels import original_sample, show_images_first
 from lapilli.shapes import Tensor
-from lapilli.train.data.order import (
+from lapilli.train.data.sampler import (
     LengthGroupedSampler,
     even_chunks,
     grouped_by_length,

@@ -1,6 +1,6 @@
 """Frozen records of a model: the language model, the tower, the projector and their joint.
 
-Foreign config.json files become these in config/parse.py; nothing else reads a foreign key.
+Foreign config.json files become these in config/huggingface.py; nothing else reads a foreign key.
 """
 
 from dataclasses import dataclass

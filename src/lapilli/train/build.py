@@ -34,9 +34,9 @@ from lapilli.checkpoint.write.files import (
 )
 from lapilli.checkpoint.write.llava import TowerPlace, save_llava, write_llava_config
 from lapilli.config.families import family_of
+from lapilli.config.huggingface import parse_config
 from lapilli.config.llava import is_hf_llava, is_original
 from lapilli.config.model import ModelConfig
-from lapilli.config.parse import parse_config
 from lapilli.config.projector import parse_projector
 from lapilli.config.reader import JsonObject
 from lapilli.config.vision import TOWER_TYPES

@@ -38,7 +38,7 @@ from lapilli.train.data import (
 )
 from lapilli.train.data.dataset import fingerprint_of
 from lapilli.train.data.encoder import EncodesSamples
-from lapilli.train.data.order import Order
+from lapilli.train.data.sampler import Order
 from lapilli.train.distill import (
     DistilledModel,
     PairEncoder,

@@ -19,8 +19,9 @@ from lapilli.config.model import ImageConfig, PixelConfig, VisionConfig
 from lapilli.config.projector import tile_features
 from lapilli.errors import LapilliError
 from lapilli.generate.reference import generate as run_generation
-from lapilli.geometry import ImageSize, best_resolution, tile_grid
+from lapilli.geometry import ImageSize
 from lapilli.modality.image.modes import mode_of
+from lapilli.modality.image.modes.anyres import best_resolution, tile_grid
 from lapilli.model import FusedBatch
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import Message

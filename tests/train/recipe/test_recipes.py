@@ -13,7 +13,7 @@ import torch
 
 from lapilli.checkpoint.read.assemble import build_model
 from lapilli.checkpoint.read.plan import make_plan
-from lapilli.config.parse import parse_config
+from lapilli.config.huggingface import parse_config
 from lapilli.plan import A100, RTX4090, plan, usual_work
 from lapilli.quant.nf4 import Nf4Linear
 from lapilli.train.recipe import OptimRecipe, Recipe

@@ -5,6 +5,7 @@ import json
 import math
 import struct
 import sys
+import time
 from dataclasses import replace
 from types import ModuleType
 
@@ -169,7 +170,12 @@ def test_the_real_wandb_keeps_one_run_in_two_folders(tmp_path, monkeypatch):
     train(new_regression(), recipe, tmp_path)
     folders = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda at: at.stat().st_ctime)
     name = (tmp_path / "wandb_id").read_text()
-    starts = [history(folder / f"run-{name}.wandb") for folder in folders]
+    files = [folder / f"run-{name}.wandb" for folder in folders]
+    # wandb writes in a process of its own, which may still be at it when `finish` has returned.
+    deadline = time.monotonic() + 60
+    while not history(files[-1]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    starts = [history(file) for file in files]
     assert [list(rows) for rows in starts] == [[1, 2, 3, 4], [4, 5]]
     rows = starts[0] | starts[1]
     for record in RunLog(tmp_path).records():

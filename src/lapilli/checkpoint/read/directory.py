@@ -16,9 +16,9 @@ from lapilli.checkpoint.keymaps import (
     original_keymap,
 )
 from lapilli.checkpoint.source import HUB_ID, find_directory, read_json, read_optional_json, resolve
+from lapilli.config.huggingface import parse_text_config
 from lapilli.config.llava import is_hf_llava, is_original, named_tower
 from lapilli.config.model import ModelConfig, TextConfig
-from lapilli.config.parse import parse_text_config
 from lapilli.config.reader import JsonObject, is_object
 from lapilli.errors import (
     CheckpointError,

@@ -51,9 +51,9 @@ from lapilli.checkpoint.source import (
     resolve,
 )
 from lapilli.checkpoint.tokenizer import has_tokenizer, tokenizer_of
+from lapilli.config.huggingface import parse_config
 from lapilli.config.llava import is_original, sampling_notes
 from lapilli.config.model import ModelConfig
-from lapilli.config.parse import parse_config
 from lapilli.config.reader import JsonObject, KeyReport, in_file
 from lapilli.errors import ConfigError, MissingFileError
 from lapilli.modality.image.modes import mode_of

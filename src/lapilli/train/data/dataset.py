@@ -35,8 +35,8 @@ from lapilli.config.reader import given_path
 from lapilli.errors import DataError
 from lapilli.train.data.encoder import EncodedSample, EncodesSamples
 from lapilli.train.data.formats import id_of, signed_words
-from lapilli.train.data.order import Order
 from lapilli.train.data.sample import Sample, to_sample
+from lapilli.train.data.sampler import Order
 from lapilli.train.data.source import JsonSource, LinesSource, Source, expand, part_at
 from lapilli.train.data.tables import CsvSource, ParquetSource
 from lapilli.train.data.tar_source import TarSource

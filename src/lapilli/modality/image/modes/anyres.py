@@ -5,7 +5,7 @@ spatial         the base tile, then the joint map of the other tiles row by row
 spatial_unpad   the same without the padding, `newline` at the end of every row
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,13 +14,75 @@ from PIL import Image
 from lapilli.config.model import ImageConfig, Merge
 from lapilli.config.projector import TileFeatures
 from lapilli.errors import ConfigError, FusionError
-from lapilli.geometry import Grid, ImageSize, best_resolution, tile_grid, unpad_margins, unpadded
+from lapilli.geometry import Grid, ImageSize
 from lapilli.modality.image.modes.base import ImageMode
 from lapilli.modality.image.pixels import base_size, fit_and_pad, resize, size_of
 from lapilli.shapes import Float, Tensor
 
 # Columns and rows of tiles of the resolutions that the published 1.6 checkpoints choose from.
 _GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+
+
+def best_resolution(size: ImageSize, candidates: Sequence[ImageSize]) -> ImageSize:
+    """Return the candidate that shows most of a picture, then the one that wastes least.
+
+    The picture's two scaled sides are truncated to whole pixels, a picture is never counted larger
+    than it is, and the first of equal candidates wins.
+
+    Raises:
+        ValueError: there are no candidates.
+
+    Source: LLaVA mm_utils.py, select_best_resolution; LLaVA-NeXT blog, "dynamic high resolution".
+    """
+
+    def merit(candidate: ImageSize) -> tuple[int, int]:
+        scale = min(candidate.width / size.width, candidate.height / size.height)
+        shown = int(size.width * scale) * int(size.height * scale)
+        effective = min(shown, size.width * size.height)
+        wasted = candidate.width * candidate.height - effective
+        return effective, -wasted
+
+    return max(candidates, key=merit)  # max keeps the first of equals
+
+
+def tile_grid(resolution: ImageSize, tile: int) -> Grid:
+    """Return rows and columns of whole square tiles in a resolution."""
+    return Grid(resolution.height // tile, resolution.width // tile)
+
+
+def unpad_margins(size: ImageSize, feature_map: Grid, *, rounds: bool = False) -> Grid:
+    """Return rows on top and columns on the left of a feature map that show only padding.
+
+    Args:
+        size: the picture before it was resized.
+        feature_map: rows and columns of the features of all tiles together.
+        rounds: round to 7 decimals before truncating, as Hugging Face does; the original truncates
+            at once, so that 23.999999999999996 becomes 23.
+
+    Returns:
+        What is cut off on either side (as much below and on the right); one of the two numbers is
+        0. When the remainder is odd, the additional row or column stays.
+
+    Source: LLaVA llava_arch.py, unpad_image; transformers modeling_llava_next.py, unpad_image.
+    """
+
+    def whole(value: float) -> int:
+        return int(round(value, 7)) if rounds else int(value)
+
+    if size.width / size.height > feature_map.columns / feature_map.rows:
+        kept = whole(size.height * (feature_map.columns / size.width))
+        return Grid((feature_map.rows - kept) // 2, 0)
+    kept = whole(size.width * (feature_map.rows / size.height))
+    return Grid(0, (feature_map.columns - kept) // 2)
+
+
+def unpadded(size: ImageSize, feature_map: Grid, *, rounds: bool = False) -> Grid:
+    """Return the size of a feature map without its margins; an extreme picture leaves nothing.
+
+    A picture of 2000x20 leaves 0 rows: its map is dropped and only the base tile speaks for it.
+    """
+    margins = unpad_margins(size, feature_map, rounds=rounds)
+    return Grid(feature_map.rows - 2 * margins.rows, feature_map.columns - 2 * margins.columns)
 
 
 class Anyres(ImageMode):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapilli.errors import ConfigError
-from lapilli.train.data.order import (
+from lapilli.train.data.sampler import (
     LengthGroupedSampler,
     Order,
     draw_indices,

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from lapilli.config.huggingface import parse_config
 from lapilli.config.llava import named_tower
 from lapilli.config.model import DecoderConfig, MptConfig
-from lapilli.config.parse import parse_config
 from lapilli.errors import CheckpointError, ConfigError, UnknownKeyError, UnsupportedModelError
 from lapilli.geometry import ImageSize
 
