@@ -1,6 +1,8 @@
 """A folder changes in one step: killed, out of space or interrupted, the old one stays whole."""
 
+import errno
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -276,3 +278,51 @@ def test_a_pickled_view_does_not_bring_its_storage(tmp_path):
     write_pickled(tmp_path / "x.bin", {"t": torch.zeros(1_000_000)[:3]})
     assert (tmp_path / "x.bin").stat().st_size < 5_000
     assert torch.equal(torch.load(tmp_path / "x.bin", weights_only=True)["t"], torch.zeros(3))
+
+
+def mounted(monkeypatch, path):
+    """Make a folder one that is mounted: it cannot be renamed, and the system's table has it."""
+    table = path.parent / "mountinfo"
+    table.write_bytes(b"29 1 0:25 / %s rw - tmpfs tmpfs rw\n" % bytes(path).replace(b" ", rb"\040"))
+    monkeypatch.setattr(files, "_MOUNTS", table)
+    busy(monkeypatch, path)
+
+
+def busy(monkeypatch, path):
+    rename = os.rename
+
+    def refused(one, other, **options):
+        if path in (Path(one), Path(other)):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(one), None, str(other))
+        rename(one, other, **options)
+
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", refused)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_empty_mount_point_is_filled(tmp_path, monkeypatch, known):
+    path = tmp_path / "a disk"
+    path.mkdir()
+    (mounted if known else busy)(monkeypatch, path)
+    if known:  # what a killed process leaves
+        (path / ".lapilli.part" / "new").mkdir(parents=True)
+    saved(path, 1.0)
+    assert {item.name for item in path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {item.name for item in tmp_path.iterdir()} <= {"a disk", "mountinfo"}
+    with pytest.raises(CheckpointError, match="is a mount point, which cannot be replaced: give a"):
+        saved(path, 2.0)
+    assert load_file(path / "model.safetensors")["t"].unique().tolist() == [1.0]
+
+
+def test_a_file_in_the_way_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for inside in ("file/q", "file/q/r"):
+        with pytest.raises(CheckpointError, match=r"Not a directory: .*file is a file"):
+            check_target(tmp_path / inside)
+
+
+def test_a_folder_that_nobody_may_write_to_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may everything
+    with pytest.raises(CheckpointError, match="nothing can be written in"):
+        check_target(tmp_path / "new")

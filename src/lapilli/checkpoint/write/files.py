@@ -1,7 +1,8 @@
 """Writing of checkpoint files; knows bytes and folders, no models.
 
 new_directory(path)   a folder written aside, flushed, and swapped with `path` in one step: a
-                      kill at any moment leaves the old folder or the new one, never a mixture
+                      kill at any moment leaves the old folder or the new one, never a mixture;
+                      an empty mount point is filled, config.json last
 write_weights(...)    tensor by tensor, so that no second copy of a model is ever in memory
 """
 
@@ -33,6 +34,8 @@ MARKS = {"config.json", "adapter_config.json"}  # of which every checkpoint has 
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 1 << 24  # elements of a tensor that are converted and written at once
+_FILLING = ".lapilli.part"  # inside of a mount point
+_MOUNTS = Path("/proc/self/mountinfo")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Flags of renameat2: paths relative to the working directory, swap both names.
 _AT_FDCWD, _EXCHANGE = -100, 2
@@ -61,14 +64,14 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a folder beside `path` that replaces it once everything is on the disk.
 
     A half-written folder of an earlier process is removed first. Where `path` is a link, the folder
-    that it leads to is replaced.
+    that it leads to is replaced. An empty mount point, which cannot be renamed, is filled.
 
     Raises:
         CheckpointError: see `check_target`, or the disk is full.
     """
     path = check_target(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".{path.name}.part"
+    aside = path / _FILLING if is_mount(path) else path.parent / f".{path.name}.part"
     _remove(aside)
     try:
         with explaining_full_disk(path):
@@ -77,7 +80,10 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield folder
             for written in (*folder.rglob("*"), folder):
                 flush_path(written)
-            _move_into_place(folder, path)
+            if aside.parent == path:
+                _fill(folder, path)
+            else:
+                _move_into_place(folder, path)
     finally:
         _remove(aside)
 
@@ -98,12 +104,15 @@ def check_target(path: Path, *, overwrite: bool = False) -> Path:
     except (OSError, RuntimeError) as error:  # a link to itself
         raise CheckpointError(f"{path} leads nowhere: {error}") from error
     if not os.path.lexists(place):
+        _check_parent(path, place)
         return place
     if Path.cwd().is_relative_to(place):
         raise CheckpointError(
             f"{path} holds the working directory, which cannot be replaced: give another folder"
         )
     inside = {item.name: item.is_dir() for item in place.iterdir()} if place.is_dir() else None
+    if inside is not None and is_mount(place):
+        inside.pop(_FILLING, None)
     if inside == {}:
         return place
     if not overwrite:
@@ -112,6 +121,8 @@ def check_target(path: Path, *, overwrite: bool = False) -> Path:
         )
     if inside is None:
         raise CheckpointError(f"{path} is no folder: choose another place, or remove it first")
+    if is_mount(place):
+        raise _is_mounted(path)
     folders = {name for name, is_folder in inside.items() if is_folder}
     foreign = sorted(folders - {TOWER_FOLDER})
     if foreign or not MARKS & set(inside):
@@ -121,6 +132,40 @@ def check_target(path: Path, *, overwrite: bool = False) -> Path:
             "Choose another place, or remove it first"
         )
     return place
+
+
+def _check_parent(path: Path, place: Path) -> None:
+    """Check that the folder of what is going to be written can be made, before any work.
+
+    Raises:
+        CheckpointError: a file is in its way, or nothing can be written there.
+    """
+    parent = next(one for one in place.parents if os.path.lexists(one))
+    if not parent.is_dir():
+        raise CheckpointError(f"{path}: Not a directory: {parent} is a file; choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{path}: nothing can be written in {parent}; choose another place")
+
+
+def _is_mounted(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a mount point, which cannot be replaced: give a folder inside of it"
+    )
+
+
+def is_mount(path: Path) -> bool:
+    """Return whether something is mounted on a folder, one of the same disk (Linux) included."""
+    if path.is_mount():
+        return True
+    try:
+        table = _MOUNTS.read_bytes()
+    except OSError:  # another system
+        return False
+    # Fifth field: where it is mounted; spaces and the like are octal, \\040. Source: proc(5).
+    points = {
+        line.split()[4].decode("unicode_escape").encode("latin-1") for line in table.splitlines()
+    }
+    return os.fsencode(path) in points
 
 
 @contextmanager
@@ -254,11 +299,30 @@ def _move_into_place(folder: Path, path: Path) -> None:
     """Move `folder` to `path`, in one step where the system can swap names."""
     if path.exists():
         if not _exchange(folder, path):
-            path.rename(folder.parent / "old")
-            folder.rename(path)
+            try:
+                path.rename(folder.parent / "old")
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                if any(path.iterdir()):
+                    raise _is_mounted(path) from error
+                _fill(folder, path)
+            else:
+                folder.rename(path)
     else:
         folder.rename(path)
     flush_path(path.parent)
+
+
+def _fill(folder: Path, path: Path) -> None:
+    """Move what is in `folder` into `path`, which is empty but for it; the marks come last.
+
+    Killed in between, it is no checkpoint.
+    """
+    for item in sorted(folder.iterdir(), key=lambda item: (item.name in MARKS, item.name)):
+        shutil.move(item, path / item.name)  # copies, where it is another disk
+    for written in (*path.rglob("*"), path):
+        flush_path(written)
 
 
 def _exchange(one: Path, other: Path) -> bool:
