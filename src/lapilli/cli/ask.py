@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -84,10 +85,14 @@ def _is_picture(question: str) -> bool:
 def write_answer(
     session: "Chat", question: str, pictures: list[Any], sampling: dict[str, Any]
 ) -> None:
-    """Write the answer as it comes: a terminal and a pipe both see it grow."""
-    for piece in session.stream(question, *pictures, **sampling):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    """Write the answer as it comes: a terminal and a pipe both see it grow.
+
+    Whatever ends this, what was written of the answer is in the conversation.
+    """
+    with closing(session.stream(question, *pictures, **sampling)) as answer:
+        for piece in answer:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
 

@@ -13,6 +13,7 @@ it said before is moved to OUT.old.
 
 import codecs
 import errno
+import io
 import json
 import os
 import stat
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -48,6 +49,9 @@ Rows = Annotated[int, typer.Option(min=1, help="Most questions that are answered
 
 EXIT_NO_ANSWER = 1
 """Exit code when no line has an answer."""
+
+MOST_BYTES = 1 << 28
+"""Most bytes of a line, and of all lines of a pipe or a device, which may have no end."""
 
 Result = dict[str, Any]
 """A line of the output."""
@@ -106,18 +110,49 @@ def read_lines(source: Path) -> list[Line]:
     The marks that Windows writes at the beginning of a file are read over, UTF-16 included.
 
     Raises:
-        PromptError: the file is UTF-16 and damaged.
+        PromptError: the file is UTF-16 and damaged, or there is more than `MOST_BYTES` in a line,
+            or in a pipe or device.
         OSError: it cannot be read.
     """
-    content = source.read_bytes()
-    if content.startswith(_UTF_16):
+    with source.open("rb") as opened:
+        file: IO[bytes] = opened
+        if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+            content = opened.read(MOST_BYTES + 1)
+            if len(content) > MOST_BYTES:
+                raise PromptError(
+                    f"{source} is no regular file and gives more than {MOST_BYTES} bytes: write "
+                    "the questions into a file first"
+                )
+            file = io.BytesIO(content)
         try:
-            content = content.decode("utf-16").encode()
+            numbered = enumerate(_contents(file, source), 1)
+            return [Line(at, line.strip()) for at, line in numbered if not line.isspace()]
         except UnicodeError as error:
             raise PromptError(f"{source} begins as UTF-16 and is none: {error}") from error
-    content = content.removeprefix(codecs.BOM_UTF8)
-    lines = (Line(number, line.strip()) for number, line in enumerate(content.split(b"\n"), 1))
-    return [line for line in lines if line.content]
+
+
+def _contents(file: IO[bytes], source: Path) -> Iterator[bytes]:
+    """Yield the lines in UTF-8.
+
+    Raises:
+        PromptError: one has more than `MOST_BYTES`.
+    """
+    begin = file.read(len(codecs.BOM_UTF8))
+    file.seek(0)
+    reader: IO[Any] = file
+    if begin.startswith(_UTF_16):
+        reader = io.TextIOWrapper(file, "utf-16", newline="\n")
+    elif begin == codecs.BOM_UTF8:
+        file.seek(len(begin))
+    number = 0
+    while line := reader.readline(MOST_BYTES + 1):
+        number += 1
+        if len(line) > MOST_BYTES:
+            raise PromptError(
+                f"{source}: line {number} has more than {MOST_BYTES} bytes: expected a JSON object "
+                "in each line"
+            )
+        yield line if isinstance(line, bytes) else line.encode()
 
 
 def _object(content: bytes) -> dict[str, Any]:
@@ -244,14 +279,13 @@ class AnswerFile(AbstractContextManager["AnswerFile"]):
 
     def _take_up(self, digests: dict[int, str]) -> None:
         """Read what is there; keep what answers the lines as they are now."""
-        content = self.path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if not START.startswith(content[end:][: len(START)]):
-            raise _not_ours(self.path)
         kept: dict[int, bytes] = {}
         stale = []
-        rows = content[:end].splitlines(keepends=True)
-        for row in rows:
+        torn = b""
+        for row in self._rows():
+            if not row.endswith(b"\n"):
+                torn = row
+                break
             number, asked, is_answer = _read_back(row, self.path)
             if number in digests and number not in kept and asked in (None, digests[number]):
                 kept[number] = row
@@ -263,8 +297,21 @@ class AnswerFile(AbstractContextManager["AnswerFile"]):
             with self.old.open("ab") as file:
                 file.writelines(stale)
             self._replace(b"".join(kept.values()))
-        elif end < len(content):
-            os.truncate(self._number, end)
+        elif torn:
+            os.truncate(self._number, os.fstat(self._number).st_size - len(torn))
+
+    def _rows(self) -> Iterator[bytes]:
+        """Yield what is there line by line; the last may be torn.
+
+        Raises:
+            PromptError: a line is longer than any answer, or the torn one is none of ours.
+        """
+        with self.path.open("rb") as file:
+            while row := file.readline(MOST_BYTES + 1):
+                is_torn = not row.endswith(b"\n")
+                if len(row) > MOST_BYTES or (is_torn and not START.startswith(row[: len(START)])):
+                    raise _not_ours(self.path)
+                yield row
 
     def _replace(self, content: bytes) -> None:
         """Put another file into the place of this one, so that a stop in between loses nothing."""

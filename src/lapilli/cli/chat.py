@@ -3,6 +3,8 @@
 import json
 import os
 import select
+import shlex
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +15,7 @@ import typer
 
 from lapilli.cli.ask import warn_of_answer, write_answer
 from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, ChatOptions, in_one_line, note
+from lapilli.config.reader import given_path
 from lapilli.errors import LapilliError, PromptError
 
 if TYPE_CHECKING:
@@ -22,6 +25,12 @@ HELP = (
     "/image PATH shows a picture, /reset begins anew, /save FILE keeps the conversation, /quit ends"
 )
 Image = Annotated[str | None, typer.Argument(help="A picture to begin with.")]
+
+LONGEST_LINE = 1 << 20
+"""Most characters of a line that is not typed: more than any context holds."""
+
+LARGEST_SAVED = 1 << 26
+"""Most bytes of an earlier conversation that `/save` replaces."""
 
 
 def chat(image: Image = None, *, how: ChatOptions) -> None:
@@ -57,7 +66,10 @@ class Conversation:
             if line in ("/quit", "/exit"):
                 return
             if line:
-                self._take(line)
+                try:
+                    self._take(line)
+                except KeyboardInterrupt:  # of a command, or a second one
+                    note("\n(stopped)")
 
     @staticmethod
     def _read() -> str:
@@ -65,11 +77,22 @@ class Conversation:
 
         Raises:
             EOFError: there is none.
+            PromptError: it is longer than `LONGEST_LINE`; standard input may be anything.
         """
+        if not sys.stdin.isatty():
+            line = sys.stdin.readline(LONGEST_LINE)
+            if not line:
+                raise EOFError
+            if len(line) == LONGEST_LINE:
+                raise PromptError(
+                    f"standard input: a line has {LONGEST_LINE} characters or more, which no "
+                    "context holds: expected a question in each line"
+                )
+            return line
         ahead = typed_ahead()
         if ahead == "":
             raise EOFError
-        return input("> " if sys.stdin.isatty() else "") if ahead is None else ahead
+        return input("> ") if ahead is None else ahead
 
     def _take(self, line: str) -> None:
         command, _, argument = line.partition(" ")
@@ -81,15 +104,15 @@ class Conversation:
         }
         try:
             if command in commands:
-                commands[command](argument.strip())
+                try:
+                    commands[command](unquoted(argument.strip()))
+                except OSError as error:  # a mistyped path must not end the conversation
+                    note(f"lapilli: {in_one_line(error)}")
             elif command.startswith("/"):
                 note(f"no command {command}: {HELP}")
             else:
-                self.answer(line)
-        except BrokenPipeError:
-            raise  # nobody reads the answers any more
-        except (LapilliError, OSError) as error:
-            # A mistyped path must not end the conversation.
+                self.answer(line)  # an OSError of it ends: answers can be written no more
+        except LapilliError as error:
             note(f"lapilli: {in_one_line(error)}")
 
     def show(self, path: str) -> None:
@@ -112,17 +135,25 @@ class Conversation:
         """Write the conversation as JSON, roles and texts in order.
 
         Raises:
-            PromptError: the file holds something else than a saved conversation.
+            PromptError: the file holds something else than a saved conversation, or is no regular
+                file.
+            OSError: it cannot be written.
         """
-        target = Path(path or "conversation.json").expanduser()
-        if target.exists() and not is_conversation(target):
+        target = given_path(path or "conversation.json")
+        content = earlier_content(target)
+        if not is_conversation(content):
             raise PromptError(f"{target} is no saved conversation: name another file")
         turns = [{"role": turn.role, "text": turn.text} for turn in self.session.history]
         target.write_text(json.dumps(turns, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        note(f"{len(turns)} turns saved to {target}")
+        replaced = ", the conversation that was there is replaced" if content else ""
+        note(f"{len(turns)} turns saved to {target}{replaced}")
 
     def answer(self, question: str) -> None:
-        """Answer; Ctrl-C ends the answer and keeps what was said of it."""
+        """Answer; Ctrl-C ends the answer and keeps what was said of it.
+
+        Where nothing was said, the pictures wait for the next question.
+        """
+        before = self.session.history
         if self.pictures and PLACEHOLDER in question and not self.quiet:
             note(STAYED_TEXT)
         try:
@@ -130,15 +161,51 @@ class Conversation:
         except KeyboardInterrupt:
             sys.stdout.write("\n")
             note("(stopped)")
-        self.pictures.clear()
+        finally:
+            if self.session.history is not before:
+                self.pictures.clear()
         if not self.quiet:
             warn_of_answer(self.session)
 
 
-def is_conversation(path: Path) -> bool:
-    """Return whether a file is empty or holds a conversation that `/save` wrote."""
+def unquoted(path: str) -> str:
+    """Return a path without the quotes or backslashes that a terminal gives a dropped file."""
+    is_quoted = path.startswith(("'", '"')) or (os.sep == "/" and "\\" in path)
+    if is_quoted and not os.path.lexists(path):
+        with suppress(ValueError):  # a quote that does not end
+            words = shlex.split(path)
+            if len(words) == 1:
+                return words[0]
+    return path
+
+
+def earlier_content(target: Path) -> bytes:
+    """Return what a file holds that is going to be written, b"" where there is none.
+
+    Of a file that is larger than a conversation, only the beginning.
+
+    Raises:
+        PromptError: it is no regular file: a device may have no end, and a pipe no reader.
+        OSError: it cannot be read.
+    """
     try:
-        turns = json.loads(path.read_bytes() or b"[]")
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return b""
+    except ValueError as error:  # a NUL in the name
+        raise PromptError(f"{str(target)!r} is no path: {error}") from error
+    if not stat.S_ISREG(mode):
+        raise PromptError(f"{target} is not a regular file: name a file for the conversation")
+    with target.open("rb") as file:
+        return file.read(LARGEST_SAVED + 1)
+
+
+def is_conversation(content: bytes) -> bool:
+    """Return whether this is nothing, or a conversation that `/save` wrote."""
+    if len(content) > LARGEST_SAVED:
+        return False
+    try:
+        turns = json.loads(content or b"[]")
     except (ValueError, RecursionError):
         return False
     return isinstance(turns, list) and all(
@@ -159,6 +226,9 @@ def line_editing(history: Path) -> Iterator[None]:
         import readline
     except ImportError:  # Windows: input() still works, without history
         yield
+        return
+    if os.path.lexists(history) and not os.path.isfile(history):  # noqa: PTH113 - raises nothing
+        yield  # a pipe or a device, which might have no end
         return
     with suppress(OSError):  # none yet, or one that cannot be read: no reason not to talk
         readline.read_history_file(history)

@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Annotated, TextIO
 
-import typer
+try:
+    import typer
 
-from lapilli import __version__
-from lapilli.cli import ask, batch, build, chat, data, export, inspect, quantize, train
-from lapilli.cli.terminal import EXIT_BAD_INPUT, add_command, in_one_line, note, plain_errors
+    from lapilli import __version__
+    from lapilli.cli import ask, batch, build, chat, data, export, inspect, quantize, train
+    from lapilli.cli.terminal import EXIT_BAD_INPUT, add_command, in_one_line, note, plain_errors
+except KeyboardInterrupt:  # the program is still starting
+    raise SystemExit(130) from None
 
 COMMANDS: Mapping[str, Callable[..., None] | typer.Typer] = {
     "ask": ask.ask,
@@ -69,11 +72,11 @@ app = build_program(COMMANDS)
 
 def main() -> None:
     """Run the installed `lapilli` script: no traceback, whatever the streams are."""
-    prepare_streams()
-    end_in_order()
     code = 0
     try:
         with plain_errors():
+            prepare_streams()
+            end_in_order()
             app()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1

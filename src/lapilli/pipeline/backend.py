@@ -151,11 +151,15 @@ class AnswerStream(Iterator[str]):
 
     Args:
         begin: starts the answer; called when the first piece is wanted.
-        keep: called when it is over, unless it failed.
+        keep: called with the answer when it is over, unless it failed; called once more where an
+            interrupt ended the call.
     """
 
-    def __init__(self, begin: Callable[[], Pieces], keep: Callable[[Pieces], None]) -> None:
+    def __init__(
+        self, begin: Callable[[], Pieces], keep: Callable[[Pieces, Generation], None]
+    ) -> None:
         self._is_over = False
+        self._said: list[Piece] = []
         self._begin = begin
         self._keep = keep
         self._lock = threading.RLock()
@@ -204,14 +208,31 @@ class AnswerStream(Iterator[str]):
             piece = next(self._pieces, None)
             if piece is None:
                 self._end()
-            elif piece.text:
-                return piece.text
+            else:
+                self._said.append(piece)
+                if piece.text:
+                    return piece.text
         return None
 
     def _end(self) -> None:
-        was_over, self._is_over = self._is_over, True
-        if self._pieces is not None and not was_over:
-            self._keep(self._pieces)
+        """Keep what was said; over only then, so that an interrupted end is made up for."""
+        if self._pieces is not None and not self._is_over:
+            try:
+                self._keep(self._pieces, self._generation(self._pieces))
+            except Exception:  # it failed: there is nothing to keep
+                self._is_over = True
+                raise
+        self._is_over = True
+
+    def _generation(self, pieces: Pieces) -> Generation:
+        """Return the answer; where an interrupt broke the engine's, what was handed out of it."""
+        try:
+            return pieces.generation
+        except (LapilliError, RuntimeError):
+            if not any(piece.text for piece in self._said):
+                raise
+            ids = tuple(token for piece in self._said for token in piece.token_ids)
+            return Generation(ids, "".join(piece.text for piece in self._said), "cancelled")
 
 
 class Backend:

@@ -271,7 +271,7 @@ class Chat:
             new = prompt.media[len(prompt.media) - len(asked.media) :]
             return AnswerStream(
                 lambda: self._backend.stream(prompt, params),
-                lambda pieces: self._remember(asked, new, talk, pieces),
+                lambda pieces, answer: self._remember(asked, new, talk, pieces, answer),
             )
 
     def answer(
@@ -384,13 +384,20 @@ class Chat:
         return self._detector.doubt(probability, self.name)
 
     def _remember(
-        self, question: Message, media: tuple[Any, ...], talk: Conversation, pieces: Pieces
+        self,
+        question: Message,
+        media: tuple[Any, ...],
+        talk: Conversation,
+        pieces: Pieces,
+        generation: Generation,
     ) -> None:
-        """Keep the turn, unless it was cancelled before it said anything."""
-        generation = pieces.generation
+        """Keep the turn, unless it was cancelled before it said anything.
+
+        An interrupt may end any line; a second call then does what is left.
+        """
         is_said = bool(generation.text) or generation.finish_reason != "cancelled"
         with self._adopting:
-            if is_said:
+            if is_said and not any(turn is question for turn in talk.history):
                 answer = Message.assistant(generation.text.strip())
                 talk.history = (*talk.history, question, answer)
             if talk.number < self._conversation.number:

@@ -23,6 +23,9 @@ from lapilli.errors import ConfigError, DataError, UnknownKeyError
 from lapilli.train.data.source import NAME_A_FILE, expand
 from lapilli.train.recipe import Recipe, TrainerRecipe
 
+MOST_CHARACTERS = 1 << 20
+"""Of a recipe: what is read may be a device without an end."""
+
 Section = TypeVar("Section")
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
@@ -82,7 +85,13 @@ def read_recipe(path: Path, kind: type[Section], overrides: Sequence[str] = ()) 
     if path.is_dir():
         raise ConfigError(f"{path.absolute()} is a folder: expected a recipe in TOML")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MOST_CHARACTERS + 1)
+        if len(text) > MOST_CHARACTERS:
+            raise ConfigError(
+                f"{path} has more than {MOST_CHARACTERS} characters: expected a recipe in TOML"
+            )
+        raw = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     _override(raw, overrides)
