@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lapilli.cli import batch
 from lapilli.cli.batch import AnswerFile, Line, answer_lines, read_lines
 from lapilli.errors import GenerationError, LapilliError, PromptError
 from tests.cli.conftest import PROGRAM
@@ -359,6 +361,42 @@ def test_lines_keep_their_number_whatever_ends_them(tmp_path):
     source.write_bytes(b"\xff\xfea")
     with pytest.raises(PromptError, match="begins as UTF-16 and is none"):
         read_lines(source)
+
+
+def test_lines_without_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "MOST_BYTES", 100)
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"a\n" + b"b" * 100)
+    assert [line.number for line in read_lines(source)] == [1, 2]
+    for content in (b"a\n" + b"b" * 101, b"a\n" + b" " * 101, ("a\n" + "b" * 101).encode("utf-16")):
+        source.write_bytes(content)
+        with pytest.raises(PromptError, match=r"in\.jsonl: line 2 has more than 100 bytes"):
+            read_lines(source)
+    os.mkfifo(tmp_path / "pipe")
+    for content in (b"a\n" * 50, b"a\n" * 51):
+        writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+        writer.start()
+        if len(content) == 100:
+            assert len(read_lines(tmp_path / "pipe")) == 50
+        else:
+            with pytest.raises(PromptError, match="pipe is no regular file and gives more than"):
+                read_lines(tmp_path / "pipe")
+        writer.join()
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="a device of Linux")
+def test_a_device_without_an_end():
+    with pytest.raises(PromptError, match="/dev/zero is no regular file and gives more than"):
+        read_lines(Path("/dev/zero"))
+
+
+def test_a_huge_file_of_somebody_else_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "MOST_BYTES", 1 << 20)
+    target = tmp_path / "out.jsonl"
+    with target.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(PromptError, match="something else than answers of lapilli batch"):
+        answers_in(target)
 
 
 def test_pictures_lie_beside_the_file(tmp_path):

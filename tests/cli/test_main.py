@@ -113,6 +113,25 @@ def test_closed_streams(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("module", ["typer", "typer.main", "lapilli.cli.batch", "lapilli.pipeline"])
+def test_an_interrupt_during_an_import(module: str) -> None:
+    """The signal comes when Python looks for the module."""
+    code = (
+        "import signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.argv[1:] = ['ask', 'Hello?']\n"
+        "from lapilli.cli.main import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
+
+
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough(lapilli: Run) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -115,7 +115,7 @@ def read_lines(source: Path) -> list[Line]:
         OSError: it cannot be read.
     """
     with source.open("rb") as opened:
-        file: IO[bytes] = opened
+        file: io.BufferedIOBase = opened
         if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
             content = opened.read(MOST_BYTES + 1)
             if len(content) > MOST_BYTES:
@@ -131,7 +131,7 @@ def read_lines(source: Path) -> list[Line]:
             raise PromptError(f"{source} begins as UTF-16 and is none: {error}") from error
 
 
-def _contents(file: IO[bytes], source: Path) -> Iterator[bytes]:
+def _contents(file: io.BufferedIOBase, source: Path) -> Iterator[bytes]:
     """Yield the lines in UTF-8.
 
     Raises:
@@ -139,20 +139,21 @@ def _contents(file: IO[bytes], source: Path) -> Iterator[bytes]:
     """
     begin = file.read(len(codecs.BOM_UTF8))
     file.seek(0)
-    reader: IO[Any] = file
+    reader: io.BufferedIOBase | io.TextIOWrapper = file
     if begin.startswith(_UTF_16):
-        reader = io.TextIOWrapper(file, "utf-16", newline="\n")
+        reader = io.TextIOWrapper(cast(IO[bytes], file), "utf-16", newline="\n")
     elif begin == codecs.BOM_UTF8:
         file.seek(len(begin))
     number = 0
-    while line := reader.readline(MOST_BYTES + 1):
-        number += 1
-        if len(line) > MOST_BYTES:
-            raise PromptError(
-                f"{source}: line {number} has more than {MOST_BYTES} bytes: expected a JSON object "
-                "in each line"
-            )
-        yield line if isinstance(line, bytes) else line.encode()
+    with reader:
+        while line := reader.readline(MOST_BYTES + 1):
+            number += 1
+            if len(line) > MOST_BYTES:
+                raise PromptError(
+                    f"{source}: line {number} has more than {MOST_BYTES} bytes: expected a JSON "
+                    "object in each line"
+                )
+            yield line if isinstance(line, bytes) else line.encode()
 
 
 def _object(content: bytes) -> dict[str, Any]:

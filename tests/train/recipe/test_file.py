@@ -572,3 +572,9 @@ def test_evaluation_is_looked_for_and_a_file_is_no_checkpoint(here):
         check_paths(replace(recipe, data=data), here / "a.toml")
     with pytest.raises(CheckpointError, match="is a file: give the directory"):
         check_paths(recipe_of(checkpoint="data.json"), here / "a.toml")
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="a device of Linux")
+def test_a_recipe_without_an_end():
+    with pytest.raises(ConfigError, match="/dev/zero has more than 1048576 characters"):
+        load_recipe(Path("/dev/zero"))
