@@ -22,7 +22,7 @@ from lapilli.prompt.message import Message
 from lapilli.train.data import Dataset, open_dataset, to_sample
 from lapilli.train.data.check import check
 from lapilli.train.data.formats import MOST_LETTERS, signed_words
-from lapilli.train.data.source import MOST_BYTES
+from lapilli.train.data.source import MOST_BYTES, decode
 from lapilli.train.recipe import SourceRecipe
 from lapilli.train.trainer.metrics import RunLog
 from tests.train.data.conftest import RECORDS
@@ -389,3 +389,28 @@ def test_every_ending_of_a_picture_is_one(tmp_path, ending):
     members = {"a.txt": b"A red square.", f"a.{ending}": png("red")}
     sample = opened(write_tar(tmp_path / "data.tar", members)).sample(0)
     assert [part.source.name for part in sample.media] == [f"a.{ending}"]
+
+
+@pytest.mark.parametrize("names", [["image", "image", "answer"], ["image", "answer", "answer"]])
+def test_two_columns_of_one_name_are_refused(tmp_path, names):
+    arrays = [pyarrow.array([text]) for text in ("a.png", "b.png", "Red.")]
+    parquet.write_table(pyarrow.Table.from_arrays(arrays, names=names), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet has two columns '(image|answer)': rename"):
+        opened(tmp_path / "a.parquet")
+
+
+def test_two_fields_of_one_name_are_an_error_of_the_row(tmp_path):
+    parts = [pyarrow.array(["a.png"]), pyarrow.array(["b.png"])]
+    image = pyarrow.StructArray.from_arrays(parts, names=["path", "path"])
+    table = pyarrow.Table.from_arrays([image, pyarrow.array(["Red."])], names=["image", "answer"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet"):
+        opened(tmp_path / "a.parquet").sample(0)
+
+
+def test_a_key_that_comes_twice_among_many_is_found_at_once():
+    text = ",".join(f'"{i}": 0' for i in range(100_000))
+    started = time.process_time()
+    with pytest.raises(DataError, match="the key '99999' comes twice"):
+        decode(f'{{{text}, "99999": 1}}'.encode(), "a.jsonl:1")
+    assert time.process_time() - started < 2
