@@ -276,3 +276,9 @@ def test_a_pickled_view_does_not_bring_its_storage(tmp_path):
     write_pickled(tmp_path / "x.bin", {"t": torch.zeros(1_000_000)[:3]})
     assert (tmp_path / "x.bin").stat().st_size < 5_000
     assert torch.equal(torch.load(tmp_path / "x.bin", weights_only=True)["t"], torch.zeros(3))
+
+
+def test_json_does_not_name_what_it_cannot(tmp_path):
+    with pytest.raises(CheckpointError, match=r"^config.json cannot name '/x/odd.*, as its name"):
+        write_json(tmp_path / "config.json", {"a": "\xe9", "mm_vision_tower": "/x/odd\udcff/tower"})
+    assert not (tmp_path / "config.json").exists()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lapilli.checkpoint.formats.weights import DTYPES
 from lapilli.checkpoint.keymaps import KeyMap
+from lapilli.config.reader import shown
 from lapilli.errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
@@ -241,7 +242,18 @@ def write_pickled(path: Path, tensors: Mapping[str, Stored]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a readable JSON file."""
+    """Write a readable JSON file.
+
+    Raises:
+        CheckpointError: it would name a folder whose name is no UTF-8, which JSON cannot.
+    """
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        text = error.object[: error.end].rpartition('"')[2]
+        raise CheckpointError(
+            f"{path.name} cannot name {shown(text)}..., as its name is no UTF-8: rename it first"
+        ) from error
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -485,7 +485,8 @@ def plot_losses(
             axes.legend(fontsize=7)
         if all(loss > 0 for _, loss in curve):
             axes.set_yscale("log")
-        axes.set_title(name, fontsize=9, parse_math=False)  # a folder may be called $a_b_c$
+        title = name.encode(errors="replace").decode()  # a folder may be called \xff, or $a_b_c$
+        axes.set_title(title, fontsize=9, parse_math=False)
         axes.set_xlabel("step", fontsize=8)
         if place == 0:
             axes.set_ylabel("loss", fontsize=8)

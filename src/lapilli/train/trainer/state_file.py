@@ -85,11 +85,11 @@ def read_state_file(path: Path) -> dict[str, Any]:
 
 
 def _loaded(path: Path, size: int) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with path.open("rb") as file, warnings.catch_warnings():
         check_archive(file, size)
-    with warnings.catch_warnings():
+        file.seek(0)
         warnings.simplefilter("ignore")  # torch's, about files that are no state
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        content: object = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise TypeError(f"it holds a {type(content).__name__}")
     return content
