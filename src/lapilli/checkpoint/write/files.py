@@ -143,6 +143,18 @@ def explaining_full_disk(path: Path) -> Iterator[None]:
         ) from error
 
 
+def advice_on(error: OSError | None) -> str:
+    """Return what to do before the same command is started again, by what the disk said."""
+    number = None if error is None else error.errno
+    if number in _FULL:
+        return "Make room (or raise the quota)"
+    if number == errno.EROFS:
+        return "Mount that file system writable (making room does not help)"
+    if number in (errno.EACCES, errno.EPERM):
+        return "Change the permissions there"
+    return "See what is wrong with that disk"
+
+
 def write_weights(
     folder: Path,
     tensors: Mapping[str, Stored],
