@@ -170,6 +170,14 @@ def test_whatever_a_line_holds_it_is_a_question_or_an_error(content):
     assert ("error" in question.head) is (question.messages == ())
 
 
+@pytest.mark.parametrize(
+    "content", [b'{"question": "a", "question": "b"}', b'{"question": "a", "x": {"y": 1, "y": 2}}']
+)
+def test_a_line_that_says_a_key_twice_is_an_error(content):
+    found = Line(3, content).question(Path("/pictures"))
+    assert "comes twice in one object" in found.head["error"]
+
+
 def fake(answers):
     """A session that gives an answer for every question, or raises what stands in its place."""
 

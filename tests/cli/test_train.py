@@ -1,6 +1,7 @@
 """`lapilli train` as a process: both stages on a tiny LLaVA, and what is refused."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -190,3 +191,24 @@ def test_an_exam_is_printed_at_the_end(
     assert done.returncode == 0, done.stderr
     assert "of 2 held-out answers" in done.stderr
     assert "exact match" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_folder_whose_name_is_no_utf8_is_trained_into_and_asked(
+    lapilli: Run, checkpoint: str, captions: Path, tmp_path: Path
+) -> None:
+    odd = os.fsdecode(bytes(tmp_path) + b"/q\xff")
+    given = ["--model.checkpoint", checkpoint, "--data.sources", f'[{{path = "{captions}"}}]']
+    given += ["--lora.rank", "4", "--optim.schedule", "constant", "--out", f"{odd}/run"]
+    for steps in ("1", "2"):  # it goes on
+        done = lapilli("train", str(RECIPES / "instruct.toml"), *given, "--run.steps", steps)
+        assert done.returncode == 0, done.stderr
+    for command in (
+        ["ask", "-m", f"{odd}/run/model", "Hello?", "--max-new-tokens", "2"],
+        ["export", f"{odd}/run/model", f"{odd}/hf", "--layout", "huggingface"],
+        ["ask", "-m", f"{odd}/hf", "Hello?", "--max-new-tokens", "2"],
+        ["quantize", f"{odd}/hf", f"{odd}/int4"],
+        ["ask", "-m", f"{odd}/int4", "Hello?", "--max-new-tokens", "2"],
+    ):
+        done = lapilli(*command)
+        assert done.returncode == 0, done.stderr

@@ -275,3 +275,6 @@ def test_records_must_be_a_list(loaded: Any, tmp_path: Path) -> None:
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(PromptError, match="does not hold a list"):
         LazySupervisedDataset(path, loaded[0], None)
+    path.write_text('[{"id": 1, "id": 2}]', encoding="utf-8")
+    with pytest.raises(PromptError, match="the key 'id' comes twice"):
+        LazySupervisedDataset(path, loaded[0], None)

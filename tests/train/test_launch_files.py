@@ -13,8 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lapilli.checkpoint.source import resolve
+from lapilli.errors import ConfigError
 from lapilli.train.distributed import SINGLE_PROCESS, joined
-from lapilli.train.launch import launch
+from lapilli.train.launch import check_output_folder, launch
+from lapilli.train.recipe import OptimRecipe, Recipe, RunRecipe
 from lapilli.train.recipe.file import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -130,3 +132,17 @@ def test_one_process_of_torchrun_on_a_gpu_is_a_process(tmp_path, given, environm
     with joined(None, device="cuda") as parallel:
         launch(load_recipe(RECIPE, given), alone, parallel=parallel)
     assert log(together) == pytest.approx(log(alone), abs=1e-3)
+
+
+def test_a_folder_that_takes_no_files_is_told_at_once(tmp_path, monkeypatch):
+    recipe = Recipe(stage="instruct", optim=OptimRecipe(lr=1e-3), run=RunRecipe(batch_size=1))
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match=r"/file is no folder: give another one as --out"):
+            check_output_folder(folder, recipe)
+    access = os.access  # root may write anywhere but on a read-only file system
+    monkeypatch.setattr(os, "access", lambda place, mode: mode == os.F_OK and access(place, mode))
+    with pytest.raises(
+        ConfigError, match=rf"^{tmp_path} cannot be written to \(its file system is"
+    ):
+        check_output_folder(tmp_path / "a/b", recipe)

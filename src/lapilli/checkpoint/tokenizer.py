@@ -221,7 +221,7 @@ def save_tokenizer_with(
     rust.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
     _frame(rust, tokenizer)
     copy_tokenizer(source, folder)
-    rust.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(rust.to_str(pretty=True), encoding="utf-8")
     written = dict(read_optional_json(source / "tokenizer_config.json") or {})
     # tokenizer.json has the added tokens now.
     for key in ("added_tokens_decoder", "auto_map"):

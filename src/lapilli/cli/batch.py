@@ -30,7 +30,7 @@ import typer
 
 from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, ChatOptions, Sampling, counting, note
 from lapilli.config.generation import SamplingParams
-from lapilli.config.reader import given_path
+from lapilli.config.reader import given_path, unique_keys
 from lapilli.errors import LapilliError, PromptError
 
 if TYPE_CHECKING:
@@ -158,7 +158,9 @@ def _contents(file: io.BufferedIOBase, source: Path) -> Iterator[bytes]:
 
 def _object(content: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(content.decode("utf-8"), parse_constant=_no_constant)
+        row = json.loads(
+            content.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=unique_keys
+        )
     except UnicodeDecodeError as error:
         raise PromptError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
     except RecursionError as error:

@@ -27,6 +27,7 @@ from lapilli.compat import conversation
 from lapilli.compat.llava_arch import average_new_rows
 from lapilli.compat.mm_utils import IGNORE_INDEX, Foreign, one_tile
 from lapilli.compat.tokenizer import NO_LIMIT, PreTrainedTokenizer, inner_of
+from lapilli.config.reader import unique_keys
 from lapilli.errors import PromptError
 from lapilli.prompt.original_labels import original_sample, show_images_first
 from lapilli.shapes import Tensor
@@ -115,7 +116,7 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
             image_aspect_ratio.
 
     Raises:
-        PromptError: the file is no list, or no JSON.
+        PromptError: the file is no list, or no JSON, or says a key twice in an object.
     """
 
     def __init__(
@@ -124,7 +125,8 @@ class LazySupervisedDataset(Dataset[dict[str, Tensor]]):
         self.tokenizer = tokenizer
         self.data_args = data_args
         try:
-            found = json.loads(Path(data_path).read_text(encoding="utf-8"))
+            text = Path(data_path).read_text(encoding="utf-8")
+            found = json.loads(text, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise PromptError(f"{data_path} is no JSON file that can be read: {error}") from error
         self.list_data_dict: list[dict[str, Any]] = found

@@ -11,6 +11,7 @@ and what was found. Knows nothing about models.
 import json
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,9 +97,8 @@ def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} comes twice in one object")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {shown(twice)} comes twice in one object")
     return made
 
 
@@ -386,3 +386,18 @@ def given_path(name: str | os.PathLike[str]) -> Path:
         return Path(name).expanduser()
     except RuntimeError:
         return Path(name)
+
+
+@contextmanager
+def utf8_name(path: Path) -> Iterator[str]:
+    """Yield a name of a file for libraries that take no other bytes than UTF-8.
+
+    A file whose name is none goes by its open descriptor.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield str(path)

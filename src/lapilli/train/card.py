@@ -49,7 +49,9 @@ def model_card(
         _data(recipe),
         _recipe(recipe),
     ]
-    files["README.md"] = "\n".join(part for part in parts if part)
+    text = "\n".join(part for part in parts if part)
+    # A folder may be called \xff.
+    files["README.md"] = text.encode(errors="backslashreplace").decode()
     return files
 
 

@@ -334,11 +334,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_output_folder(folder: Path, recipe: Recipe) -> None:
-    """Check that `folder/model`, which the results replace, is nothing that somebody needs.
+    """Check that `folder` can be written, and that nobody needs `folder/model`, its results.
 
     Raises:
-        ConfigError: no run that can go on left it, or this run begins with it.
+        ConfigError: it is on a disk that is read-only or somebody else's; no run that can go on
+            left the results, or this run begins with them.
     """
+    _check_writable(folder.absolute())
     results, model = folder / RESULTS, recipe.model
     teacher = None if recipe.distill is None else recipe.distill.teacher
     for given in (model.checkpoint, model.projector, model.adapter, teacher):
@@ -354,6 +356,18 @@ def check_output_folder(folder: Path, recipe: Recipe) -> None:
         raise ConfigError(
             f"the results of this run would replace {results}, and there is no state of a run "
             "beside it to go on from: give another folder as --out, or move it away"
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    """Check that files can be made in a folder, or in the nearest one that is there."""
+    place = next(p for p in (folder, *folder.parents) if os.access(p, os.F_OK))
+    if not place.is_dir():
+        raise ConfigError(f"{place} is no folder: give another one as --out")
+    if not os.access(place, os.W_OK):
+        raise ConfigError(
+            f"{place} cannot be written to (its file system is read-only, or it is somebody "
+            "else's): give another folder as --out"
         )
 
 

@@ -11,13 +11,15 @@ import lapilli
 from lapilli.checkpoint.formats.quantized import (
     LayerQuantizer,
     faster_tower_dtype,
+    is_packed_here,
     stored_quantization,
+    with_quantization_file,
     written_quantization,
 )
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.read.assemble import build_model
 from lapilli.checkpoint.write.llava import save_llava
-from lapilli.errors import ConfigError, UnsupportedModelError
+from lapilli.errors import ConfigError, ConfigFileError, UnsupportedModelError
 from lapilli.quant import QuantConfig, quant_config, quantize
 from lapilli.quant.autotune import Choices
 from lapilli.quant.linear import QuantLinear, StoredEmbedding
@@ -105,6 +107,19 @@ def test_unknown_options_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"has the keys .*rotation.*, this version reads"):
         stored_quantization(raw)
     assert stored_quantization({}) is None
+    assert stored_quantization({"quantization_config": None}) is None
+
+
+@pytest.mark.parametrize("found", [[], [{"quant_method": "awq"}], "awq", "", 4, 0, True, False])
+def test_settings_that_are_no_object_are_refused(found: object, tmp_path: Path) -> None:
+    raw = {"quantization_config": found}
+    with pytest.raises(ConfigFileError, match=r"^config.json: quantization_config is .*expected"):
+        stored_quantization(raw)
+    (tmp_path / "quant_config.json").write_text('{"w_bit": 4}')
+    with pytest.raises(ConfigFileError, match="expected an object with quant_method"):
+        with_quantization_file(raw, tmp_path)
+    with pytest.raises(ConfigFileError, match="expected an object with quant_method"):
+        is_packed_here(raw)
 
 
 @pytest.mark.slow

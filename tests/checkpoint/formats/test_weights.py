@@ -1,5 +1,6 @@
 """Weight files: views, conversions, memory and the check for values that are not finite."""
 
+import io
 import struct
 
 import pytest
@@ -18,10 +19,17 @@ from lapilli.checkpoint.formats.weights import (
 )
 from lapilli.errors import CheckpointError, MissingFileError
 
+
+def saved(tensors) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
 SHAPES = [(3, 5), (7,), (), (0, 4), (2, 3, 4)]
 
 
-@pytest.fixture(params=["safetensors", "bin"])
+@pytest.fixture(params=["safetensors", "bin", "odd\udcff.safetensors", "odd\udcff.bin"])
 def shard(request, tmp_path):
     """The same tensors in either format."""
     generator = torch.Generator().manual_seed(0)
@@ -31,10 +39,10 @@ def shard(request, tmp_path):
     }
     tensors["ids"] = torch.arange(5)
     path = tmp_path / f"model.{request.param}"
-    if request.param == "bin":
-        torch.save(tensors, path)
+    if path.suffix == ".bin":
+        path.write_bytes(saved(tensors))
         return PickledShard(path), tensors
-    save_file(tensors, path)
+    path.write_bytes(save(tensors))
     return SafetensorsShard(path), tensors
 
 

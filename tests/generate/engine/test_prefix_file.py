@@ -78,6 +78,12 @@ def refused(path, kind, engine=None, **expected):
     assert len(str(told.value)) < 600
 
 
+def test_a_name_that_is_no_utf8_is_read(saved, kind, tmp_path):
+    odd = tmp_path / "odd\udcff"
+    odd.write_bytes(saved.read_bytes())
+    assert new_engine(kind).load_prefix(odd) == new_engine(kind).load_prefix(saved)
+
+
 @pytest.mark.slow
 def test_what_was_saved_is_found_and_answers_are_the_same(saved, kind):
     fresh, loaded = new_engine(kind), new_engine(kind)

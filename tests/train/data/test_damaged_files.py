@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -21,7 +22,7 @@ from lapilli.prompt.message import Message
 from lapilli.train.data import Dataset, open_dataset, to_sample
 from lapilli.train.data.check import check
 from lapilli.train.data.formats import MOST_LETTERS, signed_words
-from lapilli.train.data.source import MOST_BYTES
+from lapilli.train.data.source import MOST_BYTES, decode
 from lapilli.train.recipe import SourceRecipe
 from lapilli.train.trainer.metrics import RunLog
 from tests.train.data.conftest import RECORDS
@@ -302,3 +303,114 @@ def test_a_picture_that_never_ends_is_not_waited_for(tmp_path, make):
     (text,) = learned(tmp_path / "data.jsonl")
     assert "red.png is a pipe or a device" in text.replace("'", "")
     assert time.monotonic() - started < 5
+
+
+def link(name: str, target: str, kind: bytes = tarfile.LNKTYPE) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def linked(path: Path, *links: tarfile.TarInfo) -> Path:
+    """A tar archive of a.png, b.txt and links, in this order."""
+    with tarfile.open(path, "w") as shard:
+        for name, data in {"x/a.png": png("red"), "x/b.txt": b"A red square."}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            shard.addfile(info, io.BytesIO(data))
+        for info in links:
+            shard.addfile(info)
+    return path
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        [link("x/b.png", "x/a.png")],
+        [link("x/b.png", "./x/a.png")],
+        [link("x/b.png", "a.png", tarfile.SYMTYPE)],
+        [link("x/b.png", "../x/a.png", tarfile.SYMTYPE)],
+        [link("x/b.png", "c.png", tarfile.SYMTYPE), link("x/c.png", "x/a.png")],
+        [link("x/b.png", "x/a.png"), link("x/b.png", "x/b.png")],  # tar was given it twice
+        [link("x/b.png", "x/a.png"), link("y", "x", tarfile.SYMTYPE)],
+    ],
+)
+def test_links_of_a_shard_are_the_members_that_they_lead_to(tmp_path, links):
+    dataset = opened(linked(tmp_path / "data.tar", *links))
+    sample = next(s for s in (try_sample(dataset, i) for i in range(len(dataset))) if s)
+    assert sample.label.endswith("(id 'x/b')")
+    assert [part.source.content() for part in sample.media] == [png("red")]
+
+
+def try_sample(dataset, index):
+    try:
+        return dataset.sample(index)
+    except DataError:  # a picture alone
+        return None
+
+
+@pytest.mark.parametrize(
+    ("lost", "what"),
+    [
+        (link("x/b.png", "gone.png"), "is a link to 'gone.png', which is no file"),
+        (link("x/b.png", "/tmp/a.png", tarfile.SYMTYPE), "is a link to '/tmp/a.png', which"),
+        (link("x/b.png", "b.png", tarfile.SYMTYPE), "is a link to 'b.png', which is no file"),
+        (link("x/b.png", "..", tarfile.SYMTYPE), "is a link to '..', which is no file"),
+        (link("x/b.png", "", tarfile.FIFOTYPE), "is a pipe or a device"),
+        (link("x/b.png", "", b"M"), "is of a kind that is not read"),
+    ],
+)
+def test_a_member_that_cannot_be_read_is_an_error_of_its_sample(tmp_path, lost, what):
+    report = check(opened(linked(tmp_path / "data.tar", lost)))
+    assert any(f.where.endswith("data.tar:x/b") and what in f.text for f in report.errors)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.pdf", "a.bin", "a.mp4", "a.svg", "a.image", "a"])
+def test_a_caption_is_not_learned_without_the_member_beside_it(tmp_path, name):
+    data = b"<svg></svg>" if name == "a.svg" else b"\x93NUMPY\0\1" + bytes(600)
+    path = write_tar(tmp_path / "data.tar", {"a.txt": b"A red square.", name: data})
+    (error,) = check(opened(path)).errors
+    assert f"learned without a picture, and its member {name!r} is not read" in error.text
+    path = write_tar(tmp_path / "more.tar", {"a.txt": b"Red.", "a.png": png("red"), name: data})
+    assert [f.text for f in check(opened(path)).findings] == [f"its member {name!r} is not read"]
+
+
+def test_a_text_beside_a_text_is_noted(tmp_path):
+    members = {"a.txt": "Wei\xdf".encode(), "a.url": b"x" * 511 + "\xdf".encode()}
+    report = check(opened(write_tar(tmp_path / "data.tar", members)))
+    assert not report.errors
+    noted = [f.text for f in report.notes]
+    assert noted[0] == "its member 'a.url' is not read"
+    assert noted[1] == "no picture stands beside its .txt: it is learned without one"
+
+
+@pytest.mark.parametrize("ending", ["avif", "jp2", "pgm", "ico", "tga", "heic"])
+def test_every_ending_of_a_picture_is_one(tmp_path, ending):
+    members = {"a.txt": b"A red square.", f"a.{ending}": png("red")}
+    sample = opened(write_tar(tmp_path / "data.tar", members)).sample(0)
+    assert [part.source.name for part in sample.media] == [f"a.{ending}"]
+
+
+@pytest.mark.parametrize("names", [["image", "image", "answer"], ["image", "answer", "answer"]])
+def test_two_columns_of_one_name_are_refused(tmp_path, names):
+    arrays = [pyarrow.array([text]) for text in ("a.png", "b.png", "Red.")]
+    parquet.write_table(pyarrow.Table.from_arrays(arrays, names=names), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet has two columns '(image|answer)': rename"):
+        opened(tmp_path / "a.parquet")
+
+
+def test_two_fields_of_one_name_are_an_error_of_the_row(tmp_path):
+    parts = [pyarrow.array(["a.png"]), pyarrow.array(["b.png"])]
+    image = pyarrow.StructArray.from_arrays(parts, names=["path", "path"])
+    table = pyarrow.Table.from_arrays([image, pyarrow.array(["Red."])], names=["image", "answer"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet"):
+        opened(tmp_path / "a.parquet").sample(0)
+
+
+def test_a_key_that_comes_twice_among_many_is_found_at_once():
+    text = ",".join(f'"{i}": 0' for i in range(100_000))
+    started = time.process_time()
+    with pytest.raises(DataError, match="the key '99999' comes twice"):
+        decode(f'{{{text}, "99999": 1}}'.encode(), "a.jsonl:1")
+    assert time.process_time() - started < 2

@@ -90,6 +90,9 @@ class Numbers:
     def media(self, index, name):
         raise AssertionError
 
+    def notes(self, index, pictures):
+        return ()
+
 
 def ids(dataset):
     return [dataset.sample(i).id for i in range(len(dataset))]
@@ -154,6 +157,9 @@ class Mixed(Numbers):
 
     def media(self, index, name):
         return name
+
+    def notes(self, index, pictures):
+        return ()
 
 
 class Words:

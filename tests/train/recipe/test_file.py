@@ -521,6 +521,23 @@ def test_what_is_there_is_taken_from_the_working_directory(here):
     check_paths(recipe, here / "recipes" / "a.toml")
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_the_results_could_not_name_is_refused(here, is_link):
+    odd = here / "odd\udcff"
+    odd.mkdir()
+    (odd / "data.json").touch()
+    (here / "link").symlink_to(odd)
+    name = "link" if is_link else str(odd)
+    with pytest.raises(ConfigError, match=r"^recipe key model.checkpoint is .*odd.*no UTF-8"):
+        check_paths(recipe_of(checkpoint=name), here / "a.toml")
+    data = recipe_of(path=f"{name}/data.json", images=name)
+    if is_link:
+        check_paths(data, here / "a.toml")
+        return
+    with pytest.raises(ConfigError, match=r"^recipe key data.sources\[0\].path is .*no UTF-8"):
+        check_paths(data, here / "a.toml")
+
+
 def test_a_folder_is_no_file_of_data(here):
     expected = rf"path is 'recipes', and {here}/recipes is a folder: name a \.json, .* file in it$"
     with pytest.raises(ConfigError, match=expected):

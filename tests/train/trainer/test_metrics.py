@@ -72,8 +72,9 @@ def test_the_curve_is_drawn_at_the_end(tmp_path):
     assert [step for step, _ in loss_curve(records, "eval_loss")] == [3, 6]
 
 
-def test_a_folder_may_be_called_anything(tmp_path):
-    folder = tmp_path / "$a_b_c$ \\frac{"
+@pytest.mark.parametrize("name", ["$a_b_c$ \\frac{", "odd\udcff"])
+def test_a_folder_may_be_called_anything(tmp_path, name):
+    folder = tmp_path / name
     train(new_regression(), new_recipe(steps=2, plot=True), folder)
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
 

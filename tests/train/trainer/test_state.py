@@ -17,6 +17,7 @@ from lapilli.errors import LapilliError
 from lapilli.train.distributed import SINGLE_PROCESS
 from lapilli.train.recipe import OptimRecipe
 from lapilli.train.trainer.loop import train
+from lapilli.train.trainer.metrics import RunLog
 from lapilli.train.trainer.optim import Average, build_optimizer
 from lapilli.train.trainer.state import (
     load_best,
@@ -201,6 +202,22 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(small_disk):
     assert state.step == 1
 
 
+def test_a_disk_that_became_read_only_is_not_told_to_make_room(small_disk):
+    save_state(new_state(100, steps=1), small_disk)
+    log = RunLog(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    try:
+        for write in (
+            lambda: save_state(new_state(100, steps=2), small_disk),
+            lambda: log.write({"step": 2}),
+        ):
+            with pytest.raises(TrainingError, match="Mount that file system writable") as told:
+                write()
+            assert "Make room" not in str(told.value)
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+
+
 @pytest.mark.slow
 def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(small_disk, tmp_path):
     folder, whole = small_disk / "run", tmp_path / "whole"
@@ -369,7 +386,7 @@ def test_a_disk_that_takes_nothing_leaves_the_earlier_state(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem.os.fsync", full)
-    with pytest.raises(LapilliError, match=r"000004 cannot be written.*No space left"):
+    with pytest.raises(LapilliError, match=r"000004 cannot be written.*No space.*Make room"):
         saved(tmp_path, step=4)
     assert newest_pieces(tmp_path)[0] == 3
     assert json.loads((newest_pieces(tmp_path)[1] / "values.json").read_text())["step"] == 3

@@ -83,8 +83,12 @@ class StoredQuantization:
 
 
 def with_quantization_file(raw: JsonObject, path: Path) -> JsonObject:
-    """Return config.json with the quantization settings of a file beside it, if there is one."""
-    if is_object(raw.get(KEY)):
+    """Return config.json with the quantization settings of a file beside it, if there is one.
+
+    Raises:
+        ConfigFileError: config.json has settings that are no object.
+    """
+    if _settings(raw) is not None:
         return raw
     for method, name in BESIDE.items():
         found = read_optional_json(path / name)
@@ -95,8 +99,22 @@ def with_quantization_file(raw: JsonObject, path: Path) -> JsonObject:
 
 def is_packed_here(raw: JsonObject) -> bool:
     """Return whether a checkpoint is in lapilli's own quantized format."""
+    return (_settings(raw) or {}).get("quant_method") == METHOD
+
+
+def _settings(raw: JsonObject) -> JsonObject | None:
+    """Return the quantization settings of config.json; None where it has none or null.
+
+    Raises:
+        ConfigFileError: they are no object.
+    """
     found = raw.get(KEY)
-    return is_object(found) and found.get("quant_method") == METHOD
+    if found is None or is_object(found):
+        return found
+    raise ConfigFileError(
+        f"config.json: {KEY} is {shown(found)}, expected an object with quant_method: leave it out "
+        "if the weights are not packed"
+    )
 
 
 def stored_quantization(raw: JsonObject) -> StoredQuantization | None:
@@ -104,10 +122,10 @@ def stored_quantization(raw: JsonObject) -> StoredQuantization | None:
 
     Raises:
         UnsupportedModelError: a format of another library that is not read.
-        ConfigError: a format of another version of lapilli.
+        ConfigError: a format of another version of lapilli, or settings that are no object.
     """
-    found = raw.get(KEY)
-    if not is_object(found):
+    found = _settings(raw)
+    if found is None:
         return None
     method = found.get("quant_method")
     if isinstance(method, str) and method in NAMES:

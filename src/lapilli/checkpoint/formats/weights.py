@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lapilli.checkpoint.source import GGUF, first_bytes, has_file, read_optional_json
-from lapilli.config.reader import MOST_BYTES, is_object, parse_json, shown
+from lapilli.config.reader import MOST_BYTES, is_object, parse_json, shown, utf8_name
 from lapilli.errors import CheckpointError, MissingFileError, UnsafeFileError
 
 DTYPES = {
@@ -126,7 +126,8 @@ class SafetensorsShard:
     def _mapping(self) -> torch.UntypedStorage:
         """Map the file privately: its pages are shared until somebody writes to them."""
         size = self.path.stat().st_size
-        mapping = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=size)
+        with utf8_name(self.path) as name:
+            mapping = torch.UntypedStorage.from_file(name, shared=False, nbytes=size)
         return cast("torch.UntypedStorage", mapping)
 
     def _header(self) -> tuple[int, Mapping[str, object]]:
@@ -199,9 +200,9 @@ class PickledShard:
 def _load(path: Path, *, mmap: bool = True) -> object:
     """Load a file with the restricted unpickler."""
     try:
-        with warnings.catch_warnings():  # of storages in old files
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings(), utf8_name(path) as name:
+            warnings.simplefilter("ignore")  # of storages in old files
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise _unsafe_or_damaged(path, error) from error
     except Exception as error:  # damaged bytes make an unpickler raise anything

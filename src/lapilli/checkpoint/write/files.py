@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lapilli.checkpoint.formats.weights import DTYPES
 from lapilli.checkpoint.keymaps import KeyMap
+from lapilli.config.reader import shown
 from lapilli.errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
@@ -187,6 +188,18 @@ def explaining_full_disk(path: Path) -> Iterator[None]:
         ) from error
 
 
+def advice_on(error: OSError | None) -> str:
+    """Return what to do before the same command is started again, by what the disk said."""
+    number = None if error is None else error.errno
+    if number in _FULL:
+        return "Make room (or raise the quota)"
+    if number == errno.EROFS:
+        return "Mount that file system writable (making room does not help)"
+    if number in (errno.EACCES, errno.EPERM):
+        return "Change the permissions there"
+    return "See what is wrong with that disk"
+
+
 def write_weights(
     folder: Path,
     tensors: Mapping[str, Stored],
@@ -286,7 +299,18 @@ def write_pickled(path: Path, tensors: Mapping[str, Stored]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a readable JSON file."""
+    """Write a readable JSON file.
+
+    Raises:
+        CheckpointError: it would name a folder whose name is no UTF-8, which JSON cannot.
+    """
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        text = error.object[: error.end].rpartition('"')[2]
+        raise CheckpointError(
+            f"{path.name} cannot name {shown(text)}..., as its name is no UTF-8: rename it first"
+        ) from error
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lapilli.config.reader import parse_json
+from lapilli.config.reader import parse_json, utf8_name
 from lapilli.errors import CheckpointError, MissingFileError
 from lapilli.generate.engine.block_pool import BlockPool, Prefix
 from lapilli.nn.paged import BlockStore
@@ -133,7 +133,7 @@ def read_prefix(path: Path, pool: BlockPool, model: str) -> SavedPrefix:
     if not path.is_file():
         raise CheckpointError(f"{path}: not a saved prefix (it is no file)")
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
             header = file.metadata() or {}
             _check(path, header, pool.store, model)
             keys = _keys(path, header)

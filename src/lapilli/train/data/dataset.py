@@ -122,12 +122,15 @@ class Dataset:
             DataError: its record cannot be read.
         """
         source, inside = self._at(index)
-        return to_sample(
+        sample = to_sample(
             source.record(inside),
             where=source.where(inside),
             placement=self._placement,
             resolve=lambda name: source.media(inside, name),
         )
+        with sample.named_in_errors():
+            notes = source.notes(inside, [part.source for part in sample.media])
+        return replace(sample, notes=(*sample.notes, *notes)) if notes else sample
 
     def words(self) -> NDArray[np.int64]:
         """Return the words of every sample, negative without media; every record is read once.
@@ -260,6 +263,11 @@ class Joined:
         """See Source."""
         part, inside = self._at(index)
         return part.media(inside, name)
+
+    def notes(self, index: int, pictures: Sequence[object]) -> tuple[str, ...]:
+        """See Source."""
+        part, inside = self._at(index)
+        return part.notes(inside, pictures)
 
 
 def open_source(recipe: SourceRecipe) -> Source:

@@ -59,6 +59,13 @@ class Source(Protocol):
             DataError: there is nothing of that name, or it is no name.
         """
 
+    def notes(self, index: int, pictures: Sequence[object]) -> tuple[str, ...]:
+        """Return what a person should know of record `index`, which shows these pictures.
+
+        Raises:
+            DataError: it would be learned without something that belongs to it.
+        """
+
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -125,6 +132,10 @@ class RecordFile:
         """See Source."""
         picture = picture_of(name)
         return self._folder / str(picture) if is_file_name(picture) else picture
+
+    def notes(self, index: int, pictures: Sequence[object]) -> tuple[str, ...]:
+        """See Source; all that belongs to a record stands in it."""
+        return ()
 
 
 def part_at(ends: Sequence[int], index: int) -> tuple[int, int]:

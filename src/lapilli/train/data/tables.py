@@ -10,12 +10,14 @@ and needs pyarrow (the extra "data"), which is imported when a table is opened.
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Final
 
+from lapilli.config.reader import shown
 from lapilli.errors import ConfigError, DataError
 from lapilli.train.data.formats import ANSWER_KEYS, MEDIA_KEYS
 from lapilli.train.data.source import (
@@ -53,9 +55,7 @@ class CsvSource(RecordFile):
                 f"{path} has the columns {listed(columns, _SHOWN)}: expected image, question "
                 "and answer, or image and caption"
             )
-        twice = next((name for name in _READ if columns.count(name) > 1), "")
-        if twice:
-            raise DataError(f"{path} has two columns {twice!r}: rename or delete one")
+        _check_names(path, [name for name in columns if name in _READ])
         other = next((name for name in columns if any(part in name for part in _LIKE_IMAGE)), "")
         if other and "image" not in columns:  # a whole run without its pictures otherwise
             raise DataError(
@@ -111,6 +111,13 @@ class CsvSource(RecordFile):
         return f"{self.name}:{self._rows[index][0]}"
 
 
+def _check_names(path: Path, columns: Sequence[str]) -> None:
+    """Refuse two columns of one name, of which one would be lost."""
+    name, count = next(iter(Counter(columns).most_common(1)), ("", 0))
+    if count > 1:
+        raise DataError(f"{path} has two columns {shown(name)}: rename or delete one")
+
+
 def _lines_of(path: Path) -> Iterator[str]:
     """Yield lines with their ends, whichever system wrote them; one at a time is in memory.
 
@@ -154,7 +161,7 @@ class ParquetSource(RecordFile):
     """A Parquet file. Pictures are paths, bytes, or Hugging Face's {"bytes", "path"}.
 
     Raises:
-        DataError: no Parquet file, or a damaged one.
+        DataError: no Parquet file, a damaged one, or one with two columns of one name.
         ConfigError: pyarrow is not installed.
     """
 
@@ -166,6 +173,7 @@ class ParquetSource(RecordFile):
             groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
             rows = [group.num_rows for group in groups]
             self._check_sizes(rows, [group.total_byte_size for group in groups])
+            _check_names(path, file.schema_arrow.names)
         self._ends = list(accumulate(rows))
 
     def _check_sizes(self, rows: list[int], unpacked: list[int]) -> None:

@@ -3,11 +3,13 @@
 read once:  headers  ->  key -> {extension: place in the file}
 record(i):  KEY.json decoded (or KEY.txt as the caption of KEY's picture)
 media(i):   a place in the file, read by seeking when it is fetched
+links:      hard and symbolic ones are the member of this archive that they lead to
 """
 
+import posixpath
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,44 @@ from lapilli.train.data.source import (
     too_large,
 )
 
-_IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"})
+_IMAGES = frozenset(
+    {
+        *(
+            "apng",
+            "avif",
+            "avifs",
+            "bmp",
+            "cur",
+            "dds",
+            "dib",
+            "gif",
+            "heic",
+            "heif",
+            "icns",
+            "ico",
+        ),
+        *(
+            "im",
+            "j2c",
+            "j2k",
+            "jfif",
+            "jp2",
+            "jpc",
+            "jpe",
+            "jpeg",
+            "jpf",
+            "jpg",
+            "jpx",
+            "pbm",
+            "pcx",
+        ),
+        *("pfm", "pgm", "png", "pnm", "ppm", "psd", "qoi", "ras", "sgi", "tga", "tif", "tiff"),
+        *("webp", "xbm", "xpm"),
+    }
+)
+_BESIDE = frozenset({tarfile.DIRTYPE, b"D", b"V"})  # folders, as GNU lists them too, and a label
+_MOST_LINKS = 40  # that lead to each other, as in Linux
+_LOOKED_AT = 512  # bytes that tell text from anything else
 _LISTED = 8  # members that a message names
 _LONGEST_NAME = 1000
 _BLOCK = tarfile.BLOCKSIZE
@@ -115,6 +154,7 @@ class TarSource:
         self.name = str(path)
         self._path = path
         self._members: dict[str, dict[str, Member]] = {}
+        self._lost: dict[str, str] = {}  # by key: a member that cannot be read, and why
         self._read_headers()
         self._keys = list(self._members)
 
@@ -136,9 +176,13 @@ class TarSource:
                 raise DataError(f"{self._path} is no whole tar archive: a member has no size")
             end = info.offset_data
             if info.isreg():
-                self._add(info, size)
+                self._check_member(info, size)
             if info.isreg() or info.type not in tarfile.SUPPORTED_TYPES:
                 end += -(-info.size // _BLOCK) * _BLOCK
+        links = _Links(shard.getmembers())
+        for info in shard.getmembers():
+            if info.type not in _BESIDE and not links.is_folder(info):
+                self._add(info, links.follow(info))
         return end
 
     def _check_end(self, end: int) -> None:
@@ -151,19 +195,27 @@ class TarSource:
                 f"{self._path} is no whole tar archive: the header at byte {end} is damaged"
             )
 
-    def _add(self, info: tarfile.TarInfo, file_size: int) -> None:
+    def _check_member(self, info: tarfile.TarInfo, file_size: int) -> None:
         if info.offset_data + info.size > file_size:
             raise DataError(f"{self._path} was cut off in the middle of {shown(info.name)[1:-1]}")
         if len(info.name) > _LONGEST_NAME:
             raise DataError(f"{self._path}: a member's name has {len(info.name)} letters")
+
+    def _add(self, info: tarfile.TarInfo, found: "tarfile.TarInfo | str") -> None:
+        """Add a member; `found` is the file that it leads to, or why there is none."""
         folder, slash, file = info.name.rpartition("/")
         stem, _, extension = file.partition(".")
         if not stem:
             return  # hidden files, as macOS packs them
-        inside = self._members.setdefault(f"{folder}{slash}{stem}", {})
-        member = Member(self._path, info.name, info.offset_data, info.size)
+        key = f"{folder}{slash}{stem}"
+        inside = self._members.setdefault(key, {})
+        if isinstance(found, str):
+            self._lost.setdefault(key, f"its member {shown(info.name[:_LONGEST_NAME])} {found}")
+            return
+        member = Member(self._path, info.name, found.offset_data, found.size)
         first = inside.setdefault(extension.lower(), member)
-        if first is not member:
+        is_same = first.start == member.start and first.name == member.name
+        if first is not member and not (info is not found and is_same):  # the same file given twice
             raise DataError(
                 f"{self._path} has two members of one name, {shown(first.name)} and "
                 f"{shown(info.name)}: delete the wrong one"
@@ -178,6 +230,8 @@ class TarSource:
 
     def record(self, index: int) -> Any:  # noqa: ANN401 - see Source
         """See Source."""
+        if lost := self._lost.get(self._keys[index]):
+            raise DataError(f"{self.where(index)}: {lost}")
         members = self._members[self._keys[index]]
         if "json" in members:
             record = decode(self._text(members["json"], index), self.where(index))
@@ -249,3 +303,74 @@ class TarSource:
         raise DataError(
             f"the shard has no member {shown(name)}; this sample has {self._listed(index)}"
         )
+
+    def notes(self, index: int, pictures: Sequence[object]) -> tuple[str, ...]:
+        """See Source; says which members nothing reads."""
+        members = self._members[self._keys[index]]
+        used = {picture for picture in pictures if isinstance(picture, Member)}
+        left = {
+            name: member
+            for name, member in members.items()
+            if name not in ("json", "txt") and member not in used
+        }
+        if not pictures and (other := next(filter(_is_data, left.values()), None)):
+            raise DataError(
+                f"it would be learned without a picture, and its member {shown(other.name)} is not "
+                "read: give it the ending of its format (.jpg, .png, ...), or take it out"
+            )
+        alone = "no picture stands beside its .txt: it is learned without one"
+        return (
+            *(f"its member {shown(member.name)} is not read" for member in left.values()),
+            *([alone] if not pictures and "json" not in members else []),
+        )
+
+
+def _is_data(member: Member) -> bool:
+    """Return whether a member may be a picture or a recording: no plain text, but for drawings."""
+    start = replace(member, position=0).read(_LOOKED_AT)
+    text = start.decode("utf-8", "replace").rstrip("\ufffd")  # a character may be cut at the end
+    return "\ufffd" in text or "\0" in text or text.lstrip().startswith("<")
+
+
+class _Links:
+    """The links of an archive, and what they lead to."""
+
+    def __init__(self, members: list[tarfile.TarInfo]) -> None:
+        self._files: dict[str, tarfile.TarInfo] = {}
+        for info in members:
+            if info.type not in _BESIDE:
+                self._files.setdefault(posixpath.normpath(info.name), info)
+        self._folders = {posixpath.dirname(name) for name in self._files} | {
+            posixpath.normpath(info.name) for info in members if info.isdir()
+        }
+
+    def is_folder(self, info: tarfile.TarInfo) -> bool:
+        """Return whether a symbolic link leads to a folder of the archive and not to a file."""
+        return (
+            info.issym()
+            and "." not in posixpath.basename(info.name)
+            and _target(info) in self._folders
+        )
+
+    def follow(self, info: tarfile.TarInfo) -> tarfile.TarInfo | str:
+        """Return the file that a member is or leads to, or why there is none."""
+        found: tarfile.TarInfo | None = info
+        for _ in range(_MOST_LINKS):
+            if found is None or found.isreg():
+                break
+            if not (found.islnk() or found.issym()):
+                kind = "a pipe or a device" if found.isdev() else "of a kind that is not read"
+                return f"is {kind}: take it out of the archive"
+            found = self._files.get(_target(found))
+        if found is not None and found.isreg():
+            return found
+        return (
+            f"is a link to {shown(info.linkname[:_LONGEST_NAME])}, which is no file of this "
+            "archive: pack it again with --dereference"
+        )
+
+
+def _target(info: tarfile.TarInfo) -> str:
+    """Return the name of the member that a link leads to."""
+    folder = posixpath.dirname(info.name) if info.issym() else ""
+    return posixpath.normpath(posixpath.join(folder, info.linkname))

@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from lapilli.checkpoint.source import HUB_ID, is_local
-from lapilli.config.reader import given_path
+from lapilli.config.reader import given_path, shown
 from lapilli.errors import ConfigError, DataError, UnknownKeyError
 from lapilli.train.data.source import NAME_A_FILE, expand
 from lapilli.train.recipe import Recipe, TrainerRecipe
@@ -374,11 +374,14 @@ def check_paths(recipe: Recipe, file: Path) -> None:
 
     Raises:
         ConfigError: a path that leads nowhere, and where it would, from the recipe's own folder; a
-            folder where files of data are meant.
+            folder where files of data are meant; a name that is no UTF-8.
         CheckpointError: a file where a checkpoint's directory is meant.
     """
     for key, name, is_there in _paths(recipe):
-        if name is None or is_there(name):
+        if name is None:
+            continue
+        _check_name(key, name)
+        if is_there(name):
             continue
         path = given_path(name)
         if is_there is _has_files and path.is_dir():
@@ -394,6 +397,18 @@ def check_paths(recipe: Recipe, file: Path) -> None:
             f"recipe key {key} is {name!r}, and there is no {path.absolute()}: relative paths "
             f"start in the folder where the command is started{there if lies_beside else ''}"
         )
+
+
+def _check_name(key: str, name: str) -> None:
+    """Refuse what the files of the results could not name: the recipe, and a base by its path."""
+    is_base = key.startswith("model.") and _is_folder(name)
+    try:
+        (str(given_path(name).resolve()) if is_base else name).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"recipe key {key} is {name!r}, and {shown(error.object[: error.end])} is no UTF-8, so "
+            "that the results could not name it: rename it first"
+        ) from error
 
 
 def _paths(recipe: Recipe) -> Iterator[tuple[str, str | None, Callable[[str], bool]]]:

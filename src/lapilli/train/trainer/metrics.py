@@ -34,6 +34,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lapilli.checkpoint.write.files import advice_on
 from lapilli.config.reader import parse_json
 from lapilli.errors import CheckpointError, ConfigError
 from lapilli.train.distributed import ParallelContext
@@ -75,8 +76,8 @@ class RunLog:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise TrainingError(
-                f"{self.path} cannot be written ({error}): make room and start the same command "
-                "again; the run goes on from its last checkpoint"
+                f"{self.path} cannot be written ({error}). {advice_on(error)} and start the same "
+                "command again: the run goes on from its last checkpoint"
             ) from error
         if self._echo:
             self.say(self.line(record))
@@ -485,7 +486,8 @@ def plot_losses(
             axes.legend(fontsize=7)
         if all(loss > 0 for _, loss in curve):
             axes.set_yscale("log")
-        axes.set_title(name, fontsize=9, parse_math=False)  # a folder may be called $a_b_c$
+        title = name.encode(errors="replace").decode()  # a folder may be called \xff, or $a_b_c$
+        axes.set_title(title, fontsize=9, parse_math=False)
         axes.set_xlabel("step", fontsize=8)
         if place == 0:
             axes.set_ylabel("loss", fontsize=8)

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lapilli.checkpoint.source import read_json
+from lapilli.checkpoint.write.files import advice_on
 from lapilli.errors import CheckpointError
 from lapilli.shapes import Tensor
 from lapilli.train.data.dataset import data_file
@@ -50,6 +51,7 @@ from lapilli.train.trainer.state_file import (
     checked_values,
     checked_weights,
     damaged,
+    disk_error,
     first_line,
     read_state_file,
     write_state_file,
@@ -137,8 +139,8 @@ def save_pieces(
             _finish(staged, place, values)
     except (CheckpointException, OSError) as error:
         raise TrainingError(
-            f"{place} cannot be written ({_reason(error)}); the earlier checkpoint is whole. Make "
-            "room (or raise the quota) and start the same command again"
+            f"{place} cannot be written ({_reason(error)}); the earlier checkpoint is whole. "
+            f"{advice_on(disk_error(_first(error)))} and start the same command again"
         ) from error
     parallel.wait()
 
@@ -327,10 +329,18 @@ def _fill_optimizer(state: RunState, moments: Mapping[tuple[str, str], Tensor]) 
 
 def _reason(error: BaseException) -> str:
     """Return the first failure of the processes, without their tracebacks."""
+    said = first_line(_first(error))
     if isinstance(error, CheckpointException) and error.failures:
-        rank, (failure, _) = next(iter(error.failures.items()))
-        return f"process {rank}: {first_line(failure)}"
-    return first_line(error)
+        return f"process {next(iter(error.failures))}: {said}"
+    return said
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return the first failure of the processes, or the error itself."""
+    if isinstance(error, CheckpointException) and error.failures:
+        failure: BaseException = next(iter(error.failures.values()))[0]
+        return failure
+    return error
 
 
 _STATE = "state.pt"

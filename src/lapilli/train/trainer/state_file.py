@@ -15,6 +15,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lapilli.checkpoint.write.files import flush_path
+from lapilli.checkpoint.write.files import advice_on, flush_path
 from lapilli.shapes import Tensor
 from lapilli.train.trainer.task import Best, Plain, TrainingError
 
@@ -47,12 +48,13 @@ def write_whole(content: Any, path: Path) -> None:  # noqa: ANN401  whatever tor
         staged.replace(path)
         flush_path(path.parent)
     except (OSError, RuntimeError) as error:
-        if _disk_error(error) is None:
+        if disk_error(error) is None:
             raise
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing can be removed
+            staged.unlink()
         leaves = (leaf for _, leaf in _leaves(content))
         needed = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
-        raise TrainingError(_no_room(path, needed, _disk_error(error))) from error
+        raise TrainingError(_no_room(path, needed, disk_error(error))) from error
 
 
 def write_state_file(content: Mapping[str, Any], path: Path) -> None:
@@ -85,11 +87,11 @@ def read_state_file(path: Path) -> dict[str, Any]:
 
 
 def _loaded(path: Path, size: int) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with path.open("rb") as file, warnings.catch_warnings():
         check_archive(file, size)
-    with warnings.catch_warnings():
+        file.seek(0)
         warnings.simplefilter("ignore")  # torch's, about files that are no state
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        content: object = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise TypeError(f"it holds a {type(content).__name__}")
     return content
@@ -195,11 +197,11 @@ def _no_room(path: Path, needed: int, error: OSError | None) -> str:
     kept = f"the earlier {path.name} is whole" if path.exists() else f"there is no {path.name} yet"
     return (
         f"{path} cannot be written ({error}): about {needed:,} bytes are needed, {free:,} are "
-        f"free; {kept}. Make room (or raise the quota) and start the same command again"
+        f"free; {kept}. {advice_on(error)} and start the same command again"
     )
 
 
-def _disk_error(error: BaseException) -> OSError | None:
+def disk_error(error: BaseException) -> OSError | None:
     """Return what the disk said: torch's writer answers a failed write with its own error."""
     seen: BaseException | None = error
     while seen is not None:
