@@ -1,0 +1,97 @@
+"""Programs of the original that write a checkpoint anew.
+
+llava.model.apply_delta    a base and the published difference from it become a LLaVA
+llava.model.make_delta     the other way round
+llava.model.consolidate    the same weights again, in float16
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lapilli.compat import models
+from lapilli.compat.mm_utils import Foreign, auto_upgrade
+from lapilli.errors import CheckpointError
+
+__all__ = ["apply_delta", "consolidate_ckpt", "make_delta"]
+
+OWN = ("mm_projector", "vision_tower", "image_newline")
+"""Parts of names that a base has not."""
+RESIZED = ("model.embed_tokens.weight", "lm_head.weight")
+"""Parameters that have a row more for each token that was added."""
+
+
+def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -> None:
+    """Write to `target_model_path` the sum of a base and the difference of a LLaVA from it.
+
+    Raises:
+        CheckpointError: the two do not belong together.
+    """
+    model = models.LlavaLlamaForCausalLM.from_pretrained(delta_path, torch_dtype=torch.float16)
+    _add(model, base_model_path, 1)
+    _write(model, delta_path, target_model_path)
+
+
+def make_delta(
+    base_model_path: str, target_model_path: str, delta_path: str, hub_repo_id: str | None = None
+) -> None:
+    """Write to `delta_path` (and to the hub, if asked) the difference of a LLaVA from a base.
+
+    Raises:
+        CheckpointError: the two do not belong together.
+    """
+    auto_upgrade(target_model_path)
+    model = AutoModelForCausalLM.from_pretrained(target_model_path, torch_dtype=torch.float16)
+    _add(model, base_model_path, -1)
+    published = {"push_to_hub": True, "repo_id": hub_repo_id} if hub_repo_id else {}
+    _write(model, target_model_path, delta_path, **published)
+
+
+def consolidate_ckpt(src_path: str, dst_path: str) -> None:
+    """Write a checkpoint again in float16, in as few files as it takes, without its tower."""
+    auto_upgrade(src_path)
+    model = AutoModelForCausalLM.from_pretrained(src_path, torch_dtype=torch.float16)
+    _write(model, src_path, dst_path, use_fast=False)
+
+
+def _add(model: Foreign, base_path: str, sign: int) -> None:
+    """Add `sign` times a base to a model, in float16 as the original does."""
+    base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float16).state_dict()
+    for name, parameter in model.state_dict().items():
+        if name not in base:
+            if not any(part in name for part in OWN):
+                raise CheckpointError(
+                    f"{base_path} has no {name}: give the base that the LLaVA was made from"
+                )
+            continue
+        rows = base[name]
+        fits = len(parameter) >= len(rows) if name in RESIZED else len(parameter) == len(rows)
+        if not fits or parameter.shape[1:] != rows.shape[1:]:
+            raise CheckpointError(
+                f"{name} is {list(rows.shape)} in {base_path}, but {list(parameter.shape)} in the "
+                "LLaVA: give the base that it was made from"
+            )
+        parameter[: len(rows)] += sign * rows
+
+
+def _write(
+    model: Foreign, tokenizer_path: str, path: str, *, use_fast: bool = True, **published: Foreign
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, use_fast=use_fast)
+    model.save_pretrained(path, **published)
+    tokenizer.save_pretrained(path, **published)
+
+
+def run(kind: str) -> None:
+    """Run a program with the options of the command line."""
+    program = {"apply_delta": apply_delta, "make_delta": make_delta}.get(kind, consolidate_ckpt)
+    names = ("--src", "--dst")
+    if kind != "consolidate":
+        names = ("--base-model-path", "--target-model-path", "--delta-path")
+    parser = argparse.ArgumentParser()
+    for name in names:
+        parser.add_argument(name, required=True)
+    if kind == "make_delta":
+        parser.add_argument("--hub-repo-id")
+    program(*vars(parser.parse_args()).values())
