@@ -10,6 +10,7 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lapilli.checkpoint.source import resolve
 from lapilli.compat import models
 from lapilli.compat.mm_utils import Foreign, auto_upgrade
 from lapilli.errors import CheckpointError
@@ -26,9 +27,9 @@ def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -
     """Write to `target_model_path` the sum of a base and the difference of a LLaVA from it.
 
     Raises:
-        CheckpointError: the two do not belong together.
+        CheckpointError: one cannot be read, or the two do not belong together.
     """
-    model = models.LlavaLlamaForCausalLM.from_pretrained(delta_path, torch_dtype=torch.float16)
+    model = _read(models.LlavaLlamaForCausalLM, delta_path)
     _add(model, base_model_path, 1)
     _write(model, delta_path, target_model_path)
 
@@ -39,25 +40,38 @@ def make_delta(
     """Write to `delta_path` (and to the hub, if asked) the difference of a LLaVA from a base.
 
     Raises:
-        CheckpointError: the two do not belong together.
+        CheckpointError: one cannot be read, or the two do not belong together.
     """
     auto_upgrade(target_model_path)
-    model = AutoModelForCausalLM.from_pretrained(target_model_path, torch_dtype=torch.float16)
+    model = _read(AutoModelForCausalLM, target_model_path)
     _add(model, base_model_path, -1)
     published = {"push_to_hub": True, "repo_id": hub_repo_id} if hub_repo_id else {}
     _write(model, target_model_path, delta_path, **published)
 
 
 def consolidate_ckpt(src_path: str, dst_path: str) -> None:
-    """Write a checkpoint again in float16, in as few files as it takes, without its tower."""
+    """Write a checkpoint again in float16, in as few files as it takes, without its tower.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     auto_upgrade(src_path)
-    model = AutoModelForCausalLM.from_pretrained(src_path, torch_dtype=torch.float16)
+    model = _read(AutoModelForCausalLM, src_path)
     _write(model, src_path, dst_path, use_fast=False)
+
+
+def _read(kind: Foreign, path: str) -> Foreign:
+    folder = resolve(path)
+    try:
+        return kind.from_pretrained(folder, torch_dtype=torch.float16)
+    except (OSError, ValueError) as error:
+        said = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} cannot be read as a language model: {said}") from error
 
 
 def _add(model: Foreign, base_path: str, sign: int) -> None:
     """Add `sign` times a base to a model, in float16 as the original does."""
-    base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float16).state_dict()
+    base = _read(AutoModelForCausalLM, base_path).state_dict()
     for name, parameter in model.state_dict().items():
         if name not in base:
             if not any(part in name for part in OWN):
@@ -78,7 +92,7 @@ def _add(model: Foreign, base_path: str, sign: int) -> None:
 def _write(
     model: Foreign, tokenizer_path: str, path: str, *, use_fast: bool = True, **published: Foreign
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, use_fast=use_fast)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(tokenizer_path), use_fast=use_fast)
     model.save_pretrained(path, **published)
     tokenizer.save_pretrained(path, **published)
 
