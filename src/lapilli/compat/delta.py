@@ -6,6 +6,7 @@ llava.model.consolidate    the same weights again, in float16
 """
 
 import argparse
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,7 +46,9 @@ def make_delta(
     auto_upgrade(target_model_path)
     model = _read(AutoModelForCausalLM, target_model_path)
     _add(model, base_model_path, -1)
-    published = {"push_to_hub": True, "repo_id": hub_repo_id} if hub_repo_id else {}
+    published: dict[str, Any] = {}
+    if hub_repo_id:
+        published = {"push_to_hub": True, "repo_id": hub_repo_id}
     _write(model, target_model_path, delta_path, **published)
 
 
@@ -100,11 +103,9 @@ def _write(
 def run(kind: str) -> None:
     """Run a program with the options of the command line."""
     program = {"apply_delta": apply_delta, "make_delta": make_delta}.get(kind, consolidate_ckpt)
-    names = ("--src", "--dst")
-    if kind != "consolidate":
-        names = ("--base-model-path", "--target-model-path", "--delta-path")
     parser = argparse.ArgumentParser()
-    for name in names:
+    paths = ("--base-model-path", "--target-model-path", "--delta-path")
+    for name in ("--src", "--dst") if kind == "consolidate" else paths:
         parser.add_argument(name, required=True)
     if kind == "make_delta":
         parser.add_argument("--hub-repo-id")
