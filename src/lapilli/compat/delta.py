@@ -9,6 +9,7 @@ import argparse
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lapilli.checkpoint.source import resolve
@@ -18,6 +19,7 @@ from lapilli.errors import CheckpointError
 
 __all__ = ["apply_delta", "consolidate_ckpt", "make_delta"]
 
+HALF = {"torch_dtype": torch.float16}
 OWN = ("mm_projector", "vision_tower", "image_newline")
 """Parts of names that a base has not."""
 RESIZED = ("model.embed_tokens.weight", "lm_head.weight")
@@ -30,7 +32,7 @@ def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -
     Raises:
         CheckpointError: one cannot be read, or the two do not belong together.
     """
-    model = _read(models.LlavaLlamaForCausalLM, delta_path)
+    model = _read(models.LlavaLlamaForCausalLM, delta_path, **HALF)
     _add(model, base_model_path, 1)
     _write(model, delta_path, target_model_path)
 
@@ -44,7 +46,7 @@ def make_delta(
         CheckpointError: one cannot be read, or the two do not belong together.
     """
     auto_upgrade(target_model_path)
-    model = _read(AutoModelForCausalLM, target_model_path)
+    model = _read(AutoModelForCausalLM, target_model_path, **HALF)
     _add(model, base_model_path, -1)
     published: dict[str, Any] = {}
     if hub_repo_id:
@@ -59,22 +61,23 @@ def consolidate_ckpt(src_path: str, dst_path: str) -> None:
         CheckpointError: it cannot be read.
     """
     auto_upgrade(src_path)
-    model = _read(AutoModelForCausalLM, src_path)
+    model = _read(AutoModelForCausalLM, src_path, **HALF)
     _write(model, src_path, dst_path, use_fast=False)
 
 
-def _read(kind: Foreign, path: str) -> Foreign:
+def _read(kind: Foreign, path: str, **options: Foreign) -> Foreign:
+    """Return what transformers reads of a checkpoint, or one error for its many."""
     folder = resolve(path)
     try:
-        return kind.from_pretrained(folder, torch_dtype=torch.float16)
-    except (OSError, ValueError) as error:
+        return kind.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         said = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} cannot be read as a language model: {said}") from error
+        raise CheckpointError(f"{path} cannot be read by {kind.__name__}: {said}") from error
 
 
 def _add(model: Foreign, base_path: str, sign: int) -> None:
     """Add `sign` times a base to a model, in float16 as the original does."""
-    base = _read(AutoModelForCausalLM, base_path).state_dict()
+    base = _read(AutoModelForCausalLM, base_path, **HALF).state_dict()
     for name, parameter in model.state_dict().items():
         if name not in base:
             if not any(part in name for part in OWN):
@@ -95,7 +98,7 @@ def _add(model: Foreign, base_path: str, sign: int) -> None:
 def _write(
     model: Foreign, tokenizer_path: str, path: str, *, use_fast: bool = True, **published: Foreign
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(resolve(tokenizer_path), use_fast=use_fast)
+    tokenizer = _read(AutoTokenizer, tokenizer_path, use_fast=use_fast)
     model.save_pretrained(path, **published)
     tokenizer.save_pretrained(path, **published)
 
