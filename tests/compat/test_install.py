@@ -1,10 +1,16 @@
+import inspect
+import pickle
+import py_compile
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from lapilli.compat import MODULES, PACKAGES, PROGRAMS, LlavaFinder, install
+from lapilli.compat import MODULES, PACKAGES, PARTS, PROGRAMS, LlavaFinder, install
 from lapilli.compat.__main__ import main
 
 
@@ -14,7 +20,7 @@ def run_python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]"
     )
 
 
-@pytest.mark.parametrize("name", sorted({*PACKAGES, *MODULES, *PROGRAMS}))
+@pytest.mark.parametrize("name", sorted({*PACKAGES, *MODULES, *PARTS, *PROGRAMS}))
 def test_every_name_can_be_imported(name: str) -> None:
     __import__(name)
     assert sys.modules[name] is not None
@@ -36,9 +42,54 @@ def test_packages_give_the_model_classes() -> None:
     assert LlavaMistralForCausalLM.__name__ != LlavaMptForCausalLM.__name__
 
 
-def test_a_name_that_the_original_lacks_is_not_found() -> None:
-    with pytest.raises(ModuleNotFoundError, match=r"llava\.nothing"):
-        __import__("llava.nothing")
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("import llava.nothing", "llava.nothing"),
+        ("import llava.nothing.more", "llava.nothing"),
+        ("import llava.eval.model_qa", "llava.eval.model_qa"),
+        ("from llava.eval import model_qa", "llava.eval.model_qa"),
+        ("from llava.eval.model_qa import eval_model", "llava.eval.model_qa"),
+        ("from llava.model import LlavaNothing", "llava.model.LlavaNothing"),
+        ("import llava.model.language_model.x", "llava.model.language_model.x"),
+    ],
+)
+def test_a_name_that_is_not_there_is_told_with_those_that_are(statement: str, name: str) -> None:
+    package = name.rpartition(".")[0]
+    parts = {"llava": "constants, conversation, ", "llava.eval": "m4c_evaluator, model_vqa, "}
+    message = f"lapilli has no {name}: the modules of its {package} are {parts.get(package, '')}"
+    with pytest.raises(ModuleNotFoundError, match=re.escape(message)) as caught:
+        exec(statement)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_packages_are_nobody_s_business() -> None:
+    assert LlavaFinder().find_spec("llava_next") is None
+    assert LlavaFinder().find_spec("nothing") is None
+
+
+def test_a_part_has_its_own_name_and_no_others() -> None:
+    import llava.constants
+    import llava.utils
+    from llava.constants import IMAGE_TOKEN_INDEX
+    from llava.utils import build_logger, disable_torch_init
+
+    from lapilli.compat import mm_utils
+
+    assert (llava.constants.__name__, llava.utils.__name__) == ("llava.constants", "llava.utils")
+    public = {name for name in dir(llava.constants) if not name.startswith("_")}
+    assert "IGNORE_INDEX" in public
+    assert all(name.isupper() for name in public)
+    names: dict[str, object] = {}
+    exec("from llava.constants import *", names)
+    assert public == names.keys() - {"__builtins__"}
+    assert not hasattr(llava.utils, "process_images")
+    assert not hasattr(llava.utils, "torch")
+    assert IMAGE_TOKEN_INDEX == mm_utils.IMAGE_TOKEN_INDEX
+    assert inspect.getmodule(build_logger) is mm_utils
+    assert pickle.loads(pickle.dumps(disable_torch_init)) is disable_torch_init
+    parts = {part for names in PARTS.values() for part in names.split()}
+    assert parts & set(mm_utils.__all__) == {"IMAGE_TOKEN_INDEX"}
 
 
 def test_installing_again_changes_nothing() -> None:
@@ -113,6 +164,90 @@ def test_what_a_program_cannot_do_is_one_line(
 def test_a_module_without_a_program_is_named() -> None:
     with pytest.raises(ImportError, match=r"llava\.mm_utils cannot be run as a program"):
         LlavaFinder().get_code("llava.mm_utils")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nomod", "there is no module nomod, here or installed; the programs of the original"),
+        ("nomod.x", "there is no module nomod.x, here or installed; the programs of"),
+        ("json.x", "there is no module json.x, here or installed; the programs of"),
+        ("json", "json is a package without __main__: name one of its modules"),
+        ("sys", "the module sys is not written in Python and cannot be run; the programs of"),
+        (".x", "'.x' is no name of a module: the programs of"),
+        ("", "'' is no name of a module: the programs of"),
+        (
+            "llava",
+            "llava is no program: the programs of the original here are llava.eval.model_vqa",
+        ),
+        ("llava.bogus", "llava.bogus is no program: the programs of"),
+        ("llava.bogus.x", "llava.bogus.x is no program: the programs of"),
+        ("llava.mm_utils", "llava.mm_utils is no program: the programs of"),
+        ("llava.constants", "llava.constants is no program: the programs of"),
+    ],
+)
+def test_a_module_that_cannot_be_run_is_one_line(
+    name: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    with pytest.raises(SystemExit, match="2"):
+        main(["-m", name])
+    said = capsys.readouterr().err
+    assert said.startswith(f"lapilli.compat: {message}")
+    assert said.count("\n") == 1
+
+
+def test_what_is_no_program_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("drawing.png")
+    Path("wide.py").write_text("print(1)", encoding="utf-16")
+    with zipfile.ZipFile("archive.zip", "w") as archive:
+        archive.writestr("a.txt", "")
+    for name, message in (
+        ("drawing.png", "is no Python program: it begins with b'\\x89PNG\\r\\n\\x1a\\n' and has"),
+        ("wide.py", "is no Python program: it begins with b'\\xff\\xfep"),
+        ("archive.zip", "is an archive without __main__.py"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([name])
+        said = capsys.readouterr().err
+        assert said.startswith(f"lapilli.compat: {name} {message}")
+        assert said.count("\n") == 1
+
+
+def test_what_python_runs_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    Path("script.py").write_text("print('ran')", encoding="utf-8")
+    py_compile.compile("script.py", "script.pyc")
+    with zipfile.ZipFile("archive.zip", "w") as archive:
+        archive.write("script.py", "__main__.py")
+    Path("package").mkdir()
+    Path("package/__main__.py").write_text("print('ran')", encoding="utf-8")
+    for arguments in (["script.py"], ["script.pyc"], ["archive.zip"], ["-m", "package"]):
+        main(arguments)
+        assert capsys.readouterr().out == "ran\n"
+
+
+def test_errors_of_a_program_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    Path("bad.py").write_text("def f(:\n", encoding="utf-8")
+    Path("needs.py").write_text("import nothing_like_it\n", encoding="utf-8")
+    Path("broken").mkdir()
+    Path("broken/__init__.py").write_text("import nothing_like_it\n", encoding="utf-8")
+    for arguments in (["bad.py"], ["-m", "bad"]):
+        with pytest.raises(SyntaxError, match="invalid syntax"):
+            main(arguments)
+    for arguments in (["needs.py"], ["-m", "needs"], ["-m", "broken.x"]):
+        with pytest.raises(ModuleNotFoundError, match="nothing_like_it"):
+            main(arguments)
 
 
 def test_a_missing_script_is_named(capsys: pytest.CaptureFixture[str]) -> None:

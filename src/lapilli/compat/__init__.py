@@ -47,16 +47,16 @@ PACKAGES: Mapping[str, str] = MappingProxyType(
 
 MODULES: Mapping[str, str] = MappingProxyType(
     {
-        "llava.constants": "mm_utils",
         "llava.conversation": "conversation",
         "llava.mm_utils": "mm_utils",
-        "llava.utils": "mm_utils",
-        "llava.model.utils": "mm_utils",
+        "llava.model.apply_delta": "delta",
         "llava.model.builder": "builder",
+        "llava.model.consolidate": "delta",
         "llava.model.llava_arch": "llava_arch",
         "llava.model.language_model.llava_llama": "models",
         "llava.model.language_model.llava_mistral": "models",
         "llava.model.language_model.llava_mpt": "models",
+        "llava.model.make_delta": "delta",
         "llava.model.multimodal_encoder.builder": "tower",
         "llava.model.multimodal_encoder.clip_encoder": "tower",
         "llava.model.multimodal_projector.builder": "tower",
@@ -69,11 +69,27 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "llava.train.train_mem": "training",
         "llava.train.train_xformers": "training",
         "llava.train.llava_trainer": "trainer",
-        "llava.train.llama_flash_attn_monkey_patch": "mm_utils",
-        "llava.train.llama_xformers_attn_monkey_patch": "mm_utils",
     }
 )
 """Module of the original -> ours, which is the very same module object under both names."""
+
+PARTS: Mapping[str, str] = MappingProxyType(
+    {
+        "llava.constants": (
+            "CONTROLLER_HEART_BEAT_EXPIRATION WORKER_HEART_BEAT_INTERVAL LOGDIR IGNORE_INDEX "
+            "IMAGE_TOKEN_INDEX DEFAULT_IMAGE_TOKEN DEFAULT_IMAGE_PATCH_TOKEN "
+            "DEFAULT_IM_START_TOKEN DEFAULT_IM_END_TOKEN IMAGE_PLACEHOLDER"
+        ),
+        "llava.utils": (
+            "LOGDIR server_error_msg moderation_msg build_logger disable_torch_init "
+            "violates_moderation pretty_print_semaphore"
+        ),
+        "llava.model.utils": "auto_upgrade",
+        "llava.train.llama_flash_attn_monkey_patch": "replace_llama_attn_with_flash_attn",
+        "llava.train.llama_xformers_attn_monkey_patch": "replace_llama_attn_with_xformers_attn",
+    }
+)
+"""Module of the original -> the names that it has of mm_utils: no more, for `import *`."""
 
 PROGRAMS: Mapping[str, str] = MappingProxyType(
     {
@@ -85,6 +101,9 @@ PROGRAMS: Mapping[str, str] = MappingProxyType(
 )
 """Program of the original -> the module of ours that has its names and those of others."""
 
+RUNNABLE = ("delta", "evaluation", "serving", "training")
+"""Modules of ours that can be run as programs."""
+
 
 class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finder and loader of the modules of the original among ours."""
@@ -92,9 +111,16 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: object = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return a spec for the names of the original, nothing for others."""
-        if not any(fullname in table for table in (PACKAGES, MODULES, PROGRAMS)):
+        """Return a spec for the names of the original, nothing for others.
+
+        Raises:
+            ModuleNotFoundError: a name under llava that is not there. It has no `name`, for which
+                `from llava.eval import x` would say less.
+        """
+        if fullname.partition(".")[0] != "llava":
             return None
+        if not any(fullname in table for table in (PACKAGES, MODULES, PARTS, PROGRAMS)):
+            raise ModuleNotFoundError(_missing(fullname))
         return importlib.util.spec_from_loader(
             fullname,
             self,
@@ -115,6 +141,9 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if name in MODULES:
             # One object: what a program assigns to a name of the module, our functions see.
             sys.modules[name] = _ours(MODULES[name])
+        elif name in PARTS:
+            ours = _ours("mm_utils")
+            module.__dict__.update({part: getattr(ours, part) for part in PARTS[name].split()})
         elif name in PROGRAMS:
             module.__dict__.update(_ours(PROGRAMS[name]).names_of(_kind(name)))
         elif PACKAGES[name]:
@@ -127,9 +156,9 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         Raises:
             ImportError: there is no such program.
         """
-        source = PROGRAMS.get(fullname) or MODULES.get(fullname)
-        if source not in ("evaluation", "serving", "training"):
+        if fullname not in programs():
             raise ImportError(f"{fullname} cannot be run as a program", name=fullname)
+        source = {**MODULES, **PROGRAMS}[fullname]
         program = f"from {PACKAGE}.{source} import run\nrun({_kind(fullname)!r})"
         return compile(program, fullname, "exec")
 
@@ -139,6 +168,22 @@ def why_no_names() -> str | None:
     if importlib.util.find_spec("transformers") is not None:
         return None
     return "the names of the original need transformers: pip install 'lapilli[compat]'"
+
+
+def programs() -> list[str]:
+    """Return the modules of the original that can be run."""
+    return sorted(name for name, ours in {**MODULES, **PROGRAMS}.items() if ours in RUNNABLE)
+
+
+def _missing(fullname: str) -> str:
+    """Return one line about a name that is not there: what its package has."""
+    package = fullname.rpartition(".")[0]
+    parts = [name.rpartition(".") for name in (*PACKAGES, *MODULES, *PARTS, *PROGRAMS)]
+    inside = sorted(part for parent, _, part in parts if parent == package)
+    return (
+        f"lapilli has no {fullname}: the modules of its {package} are {', '.join(inside)} "
+        "(docs/guide/compat.md says what to use instead)"
+    )
 
 
 def _ours(name: str) -> ModuleType:

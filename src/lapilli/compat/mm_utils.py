@@ -28,37 +28,20 @@ from lapilli.modality.image.modes.anyres import best_resolution, tile_grid
 from lapilli.modality.image.pixels import fit_and_pad, pad_to_square
 from lapilli.shapes import Float, Int, Tensor
 
+# What `from llava.mm_utils import *` takes; the names of the other modules are in compat's PARTS.
 __all__ = [
-    "CONTROLLER_HEART_BEAT_EXPIRATION",
-    "DEFAULT_IMAGE_PATCH_TOKEN",
-    "DEFAULT_IMAGE_TOKEN",
-    "DEFAULT_IM_END_TOKEN",
-    "DEFAULT_IM_START_TOKEN",
-    "IGNORE_INDEX",
-    "IMAGE_PLACEHOLDER",
     "IMAGE_TOKEN_INDEX",
-    "LOGDIR",
-    "WORKER_HEART_BEAT_INTERVAL",
     "KeywordsStoppingCriteria",
-    "auto_upgrade",
-    "build_logger",
-    "disable_torch_init",
     "divide_to_patches",
     "expand2square",
     "get_anyres_image_grid_shape",
     "get_model_name_from_path",
     "load_image_from_base64",
-    "moderation_msg",
-    "pretty_print_semaphore",
     "process_anyres_image",
     "process_images",
-    "replace_llama_attn_with_flash_attn",
-    "replace_llama_attn_with_xformers_attn",
     "resize_and_pad_image",
     "select_best_resolution",
-    "server_error_msg",
     "tokenizer_image_token",
-    "violates_moderation",
 ]
 
 CONTROLLER_HEART_BEAT_EXPIRATION = 30

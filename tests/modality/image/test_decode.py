@@ -138,6 +138,48 @@ def test_32_bit_grey_counts_as_16_bits():
         to_rgb(Image.fromarray(values * 0 + 70000), name="scan")
 
 
+@pytest.mark.parametrize("source", ["image", "turned", "TIFF"])
+def test_8_bit_grey_in_32_bits_stays_as_it_is(source):
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    image = grey.convert("I")
+    if source == "turned":
+        image.getexif()[0x0112] = 3
+        grey = grey.transpose(Image.Transpose.ROTATE_180)
+    shown = to_rgb(encoded(image, source) if source.isupper() else image)
+    assert (pixels(shown) == np.asarray(grey)[:, :, None]).all()
+
+
+def as_signed_tiff(image: Image.Image) -> bytes:
+    data = encoded(image, "TIFF", tiffinfo={339: 2})  # SampleFormat: signed whole numbers
+    assert Image.open(io.BytesIO(data)).mode == "I"
+    return data
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N"])
+@pytest.mark.parametrize("kind", ["image", "PNG", "TIFF", "PPM", "signed"])
+def test_dark_16_bit_grey_stays_dark(mode, kind):
+    image = Image.new(mode, (8, 8), 255)
+    if kind != "image":
+        image = image.convert("I;16")
+    given = {"image": lambda: image, "signed": lambda: as_signed_tiff(image)}
+    shown = to_rgb(given.get(kind, lambda: encoded(image, kind))())
+    assert (pixels(shown) == 1).all()
+
+
+def test_32_bit_grey_that_cannot_be_told_is_refused():
+    for values in (np.full((8, 8), -1, np.int32), np.full((8, 8), 65536, np.int32)):
+        for kind in ("image", "TIFF"):
+            image = Image.fromarray(values)
+            with pytest.raises(
+                MediaError, match=r"scan has grey values from .* outside of 16 bits"
+            ):
+                to_rgb(encoded(image, kind) if kind == "TIFF" else image, name="scan")
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    message = r'scan is floating point \(mode "F"\) with values from 0.0 to 255.0: .* 0 and 1'
+    with pytest.raises(MediaError, match=message):
+        to_rgb(grey.convert("F"), name="scan")
+
+
 def test_floating_point_images():
     values = np.linspace(0, 1, SIDE * SIDE, dtype=np.float32).reshape(SIDE, SIDE)
     expected = np.rint(values.astype(np.float64) * 255)

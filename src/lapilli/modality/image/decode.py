@@ -24,6 +24,7 @@ Depth = Literal["scale", "clip"]
 MAX_PIXELS = 178_956_970
 
 _ORIENTATION_TAG = 0x0112
+_BITS_TAG = 0x0102
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -112,7 +113,8 @@ def to_rgb(
         exif: turn the picture as its EXIF orientation says. The original ignores it.
         alpha: "drop" forgets the alpha channel and shows the colours under it, as the original
             does; "composite" lays the picture on white.
-        depth: 16-bit grey is scaled to 8 bits; "clip" cuts at 255 as the original does.
+        depth: 16-bit grey is scaled to 8 bits, and Pillow's 32-bit grey (mode "I") too where a
+            value is above 255; "clip" cuts at 255 as the original does.
         max_pixels: a larger picture is refused before its pixels are unpacked.
         max_bytes: a picture whose decoding would hold more bytes is refused likewise.
         name: what the picture is called in messages.
@@ -147,9 +149,12 @@ def to_rgb(
             image.load()
         if image.size != before:  # the picture inside an icon has a size of its own
             _check_size(image, name, exif=exif, max_pixels=max_pixels, max_bytes=max_bytes)
+        has_16_bits = _has_16_bits(image)  # asked now: an image that was turned knows no file
         if exif:
             image = _upright(image)
-        return _flatten(image, name, alpha=alpha, depth=depth)
+        if image.mode in ("I", "F") or has_16_bits:
+            return _from_deep_grey(image, name, depth=depth, has_16_bits=has_16_bits)
+        return _flatten(image, alpha=alpha)
 
 
 def check_alpha(alpha: str) -> None:
@@ -341,9 +346,18 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _flatten(image: Image.Image, name: str, *, alpha: Alpha, depth: Depth) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _from_deep_grey(image, name, depth=depth)
+def _has_16_bits(image: Image.Image) -> bool:
+    """Return whether grey values have 16 bits, whatever they are.
+
+    Pillow opens most such files as "I;16", but PGM and TIFF with a sign as "I".
+    """
+    if image.mode == "I":
+        bits = getattr(image, "tag_v2", {}).get(_BITS_TAG)
+        return image.format == "PPM" or bits == (16,)
+    return image.mode.startswith("I;16")
+
+
+def _flatten(image: Image.Image, *, alpha: Alpha) -> Image.Image:
     if alpha == "composite" and image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
@@ -352,8 +366,13 @@ def _flatten(image: Image.Image, name: str, *, alpha: Alpha, depth: Depth) -> Im
     return as_rgb(image)
 
 
-def _from_deep_grey(image: Image.Image, name: str, *, depth: Depth) -> Image.Image:
-    """Return 16-bit grey (Pillow's 32-bit "I" too) and floating point in 8 bits."""
+def _from_deep_grey(
+    image: Image.Image, name: str, *, depth: Depth, has_16_bits: bool
+) -> Image.Image:
+    """Return grey of more than 8 bits, and floating point, in 8 bits.
+
+    Values of 32 bits that all lie within 0 to 255 are 8-bit grey that was converted, and stay.
+    """
     if depth == "clip":
         return image.convert("RGB")
     grey = Image.new("L", image.size)
@@ -362,13 +381,15 @@ def _from_deep_grey(image: Image.Image, name: str, *, depth: Depth) -> Image.Ima
     ends = np.array([_ends(np.asarray(image.crop(strip))) for strip in strips])
     low, high = ends[:, 0].min(), ends[:, 1].max()
     if image.mode == "F":
-        _check_floats(low, high, np.dtype(np.float32), name)
+        _check_floats(low, high, 'floating point (mode "F")', name)
     elif low < 0 or high > 0xFFFF:
         raise MediaError(
             f"{name} has grey values from {low:g} to {high:g}, outside of 16 bits "
             "(0 to 65535): scale them first"
         )
     levels = 255.0 if image.mode == "F" else 1 / 257  # 65535 = 257 * 255
+    if image.mode == "I" and high <= 0xFF and not has_16_bits:
+        levels = 1.0
     for strip in strips:
         values = np.asarray(image.crop(strip), np.float64)
         grey.paste(Image.fromarray(np.rint(values * levels).astype(np.uint8)), strip[:2])
@@ -380,10 +401,10 @@ def _ends(values: NDArray[Any]) -> tuple[float, float]:
     return float(values.min()), float(values.max())
 
 
-def _check_floats(low: float, high: float, dtype: np.dtype[Any], name: str) -> None:
+def _check_floats(low: float, high: float, kind: str, name: str) -> None:
     if not (low >= 0 and high <= 1):  # written so that NaN is refused
         raise MediaError(
-            f"{name} is an array of {dtype} with values from {low} to "
+            f"{name} is {kind} with values from {low} to "
             f"{high}: floating point must lie between 0 and 1, or give uint8"
         )
 
@@ -401,7 +422,7 @@ def _from_array(values: NDArray[Any], name: str) -> Image.Image:
     if not values.size:
         raise MediaError(f"{name} is an empty array of shape {shape}")
     if values.dtype.kind == "f":
-        _check_floats(*_ends(values), values.dtype, name)
+        _check_floats(*_ends(values), f"an array of {values.dtype}", name)
         values = _floats_to_8_bits(values)
     if values.dtype != np.uint8:
         raise MediaError(
