@@ -292,5 +292,6 @@ def test_positions_are_counted_without_padding_on_either_side(loaded: Loaded) ->
         inputs_embeds=torch.zeros(2, 3, 64),
         attention_mask=mask,
         is_first_iteration=True,
+        use_cache=False,
     )
     assert prepared["position_ids"].tolist() == [[1, 0, 1], [0, 1, 1]]

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -167,7 +167,10 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         UnsupportedModelError: a way of training that lapilli does not have.
     """
     kinds: Any = (ModelArguments, DataArguments, TrainingArguments)
+    types = {field: field.type for kind in kinds for field in fields(kind)}
     parser: Any = _Parser(kinds)
+    for field, kind in types.items():  # transformers 5.2 takes `| None` out of them
+        field.type = kind
     model, data, training, unknown = parser.parse_args_into_dataclasses(
         args=list(arguments), return_remaining_strings=True, look_for_args_file=False
     )
