@@ -41,6 +41,7 @@ class PoolSpec:
         side: pixels of the square that the model sees.
         crowds: many scenes hold more objects than pebble is asked about, see `wide_scene`.
         world: `WORLD` when it was drawn.
+        shard: scenes of one file of samples.
     """
 
     first_seed: int
@@ -48,6 +49,7 @@ class PoolSpec:
     side: int
     crowds: bool = False
     world: int = WORLD
+    shard: int = SHARD
 
     def __post_init__(self) -> None:
         if self.num_scenes < 1 or self.side < 16 or self.first_seed < 0:
@@ -62,7 +64,7 @@ class PoolSpec:
     @property
     def num_shards(self) -> int:
         """Files of samples."""
-        return -(-self.num_scenes // SHARD)
+        return -(-self.num_scenes // self.shard)
 
 
 def draw_pool(folder: Path, spec: PoolSpec, *, workers: int = 2) -> "Pool":
@@ -90,7 +92,7 @@ def _claim(folder: Path, spec: PoolSpec) -> None:
     note = folder / "pool.json"
     if note.exists():
         found = json.loads(note.read_text(encoding="utf-8"))
-        if {"crowds": False, **found} != asdict(spec):
+        if {"crowds": False, "shard": SHARD, **found} != asdict(spec):
             raise ConfigError(
                 f"{folder} holds another pool: {found}, wanted {asdict(spec)}; use an empty folder"
             )
@@ -107,9 +109,9 @@ def _lines(folder: Path, shard: int) -> Path:
 def draw_shard(folder: Path, spec: PoolSpec, shard: int) -> None:
     """Draw one shard's pixels and samples."""
     pixels = np.lib.format.open_memmap(folder / "pixels.npy", mode="r+")
-    start = shard * SHARD
+    start = shard * spec.shard
     lines = []
-    for i in range(start, min(start + SHARD, spec.num_scenes)):
+    for i in range(start, min(start + spec.shard, spec.num_scenes)):
         seed = spec.first_seed + i
         scene = spec.scene(seed)
         pixels[i] = model_pixels(draw(scene), spec.side)

@@ -9,14 +9,9 @@ from pebble.pool import Pool, PoolSpec, draw_pool, draw_shard
 from pebble.sample import sample_scene
 
 
-@pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr(pool_module, "SHARD", 8)
-
-
 @pytest.mark.slow
-def test_a_pool_holds_what_its_seeds_draw(tmp_path, small_shards):
-    pool = draw_pool(tmp_path, PoolSpec(first_seed=50, num_scenes=20, side=32), workers=1)
+def test_a_pool_holds_what_its_seeds_draw(tmp_path):
+    pool = draw_pool(tmp_path, PoolSpec(first_seed=50, num_scenes=20, side=32, shard=8), workers=1)
     assert len(pool) == 20
     assert pool.pixels.shape == (20, 3, 32, 32)
     assert pool.pixels.dtype == np.uint8
@@ -30,8 +25,8 @@ def test_a_pool_holds_what_its_seeds_draw(tmp_path, small_shards):
 
 
 @pytest.mark.slow
-def test_an_interrupted_pool_goes_on_with_the_missing_shards(tmp_path, small_shards, monkeypatch):
-    spec = PoolSpec(first_seed=0, num_scenes=24, side=16)
+def test_an_interrupted_pool_goes_on_with_the_missing_shards(tmp_path, monkeypatch):
+    spec = PoolSpec(first_seed=0, num_scenes=24, side=16, shard=8)
     whole = draw_pool(tmp_path / "whole", spec, workers=1)
     drawn = []
 
@@ -54,7 +49,7 @@ def test_an_interrupted_pool_goes_on_with_the_missing_shards(tmp_path, small_sha
 
 @pytest.mark.slow
 def test_processes_draw_the_same_pool(tmp_path):
-    spec = PoolSpec(first_seed=9, num_scenes=pool_module.SHARD + 40, side=16)
+    spec = PoolSpec(first_seed=9, num_scenes=21, side=16, shard=8)
     one = draw_pool(tmp_path / "one", spec, workers=1)
     two = draw_pool(tmp_path / "two", spec, workers=2)
     np.testing.assert_array_equal(one.pixels, two.pixels)

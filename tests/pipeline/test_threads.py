@@ -18,7 +18,7 @@ from lapilli import Message, SamplingParams
 from lapilli.generate.engine import EngineOptions
 from lapilli.pipeline.chat import Chat
 
-NUM_ANSWERS = int(os.environ.get("LAPILLI_THREAD_ANSWERS", "200"))
+NUM_ANSWERS = int(os.environ.get("LAPILLI_THREAD_ANSWERS", "150"))
 FEW = SamplingParams(max_new_tokens=4)
 QUESTIONS = ("What is in this picture?", "How many objects are there?", "Is there a star?")
 PICTURES = [

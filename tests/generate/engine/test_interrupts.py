@@ -67,7 +67,7 @@ def line_of(frame) -> str:
 
 
 SOME = 8
-EVERY = int(os.environ.get("LAPILLI_INTERRUPT_EVERY", "149"))
+EVERY = int(os.environ.get("LAPILLI_INTERRUPT_EVERY", "211"))
 """Lines from one interrupt to the next in the slow test; 1 takes most of an hour."""
 # By the clock ("auto") a session would have another number of lines each time.
 TINY = dataclasses.replace(SMALL, kv_bytes=14 * 2 * 2 * 2 * 4 * 8 * 4, speculate="on")
