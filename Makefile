@@ -51,9 +51,8 @@ $(VENV)/.installed-dev: $(BIN)/python pyproject.toml locks/test.txt
 demo: $(VENV)/.installed
 	$(BIN)/lapilli ask "What is in this picture?" examples/picture.png
 
-# A third worker, because many of the slow tests wait for processes that they started.
 test: $(VENV)/.installed-dev
-	$(PYTEST) -n 3 -m "$(HERE)"
+	$(PYTEST) -m "$(HERE)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance --processes 2
 
 quick: $(VENV)/.installed-dev
