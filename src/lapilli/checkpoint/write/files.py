@@ -112,7 +112,8 @@ def check_target(path: Path, *, overwrite: bool = False) -> Path:
             f"{path} holds the working directory, which cannot be replaced: give another folder"
         )
     inside = {item.name: item.is_dir() for item in place.iterdir()} if place.is_dir() else None
-    if inside is not None and is_mount(place):
+    is_mounted = inside is not None and is_mount(place)
+    if inside and is_mounted:
         inside.pop(_FILLING, None)
     if inside == {}:
         return place
@@ -122,7 +123,7 @@ def check_target(path: Path, *, overwrite: bool = False) -> Path:
         )
     if inside is None:
         raise CheckpointError(f"{path} is no folder: choose another place, or remove it first")
-    if is_mount(place):
+    if is_mounted:
         raise _is_mounted(path)
     folders = {name for name, is_folder in inside.items() if is_folder}
     foreign = sorted(folders - {TOWER_FOLDER})
