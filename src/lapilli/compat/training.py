@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 from transformers import HfArgumentParser
@@ -45,13 +45,14 @@ from lapilli.train.recipe import (
     OptimRecipe,
     Recipe,
     RunRecipe,
+    Schedule,
     SourceRecipe,
 )
 from lapilli.train.trainer.loop import number_of_steps
 from lapilli.train.trainer.metrics import RunLog
 from lapilli.train.trainer.optim import lr_share
 
-SCHEDULES = {
+SCHEDULES: Final[Mapping[str, Schedule]] = {
     "linear": "linear",
     "cosine": "cosine",
     "constant": "constant",
@@ -229,8 +230,7 @@ def recipe_of(parsed: Arguments, start: Path, config: Mapping[str, Any]) -> Reci
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_epsilon,
             weight_decay=training.weight_decay,
-            # The recipe checks it; the table cannot say that its values are names of schedules.
-            schedule=SCHEDULES[training.lr_scheduler_type],  # type: ignore[arg-type]
+            schedule=SCHEDULES[training.lr_scheduler_type],
             warmup_steps=training.warmup_steps,
             warmup_ratio=training.warmup_ratio,
             max_grad_norm=training.max_grad_norm,
