@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from lapilli.checkpoint.export import export_checkpoint
 from lapilli.checkpoint.load import load_checkpoint
@@ -32,6 +33,22 @@ def test_an_export_to_hugging_face_and_back_changes_nothing(golden, tmp_path):
     assert one.keys() == two.keys()
     for name, tensor in one.items():  # the image token stays in the vocabulary
         assert torch.equal(tensor, two[name][: len(tensor)]), name
+
+
+def stored_dtypes(folder, part):
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as shard:
+            found |= {shard.get_slice(name).get_dtype() for name in shard.keys() if part in name}  # noqa: SIM118  no mapping
+    return found
+
+
+def test_each_tensor_is_exported_in_the_format_of_its_file(golden, tmp_path):
+    """The original's towers lie in float32 beside a language model in float16."""
+    _, built, _ = golden("llava-v1.5-tiny-pad")
+    export_checkpoint(built["model_path"], tmp_path / "out", layout="huggingface")
+    assert stored_dtypes(tmp_path / "out", "vision_tower") == {"F32"}
+    assert stored_dtypes(tmp_path / "out", "layers.0.mlp") - {"F32"} == {"F16"}
 
 
 def test_an_adapter_is_folded_in(golden, tmp_path):

@@ -1,6 +1,7 @@
 """`lapilli batch`: a line for every line, errors among them, and killed in the middle."""
 
 import errno
+import io
 import json
 import os
 import resource
@@ -11,9 +12,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from lapilli.cli import batch
 from lapilli.cli.batch import AnswerFile, Line, answer_lines, read_lines
@@ -248,6 +251,88 @@ def answers_in(target: Path, *contents: bytes) -> AnswerFile:
     source.touch()
     lines = [Line(number, content) for number, content in enumerate(contents, 1)]
     return AnswerFile(target, lines, source=source)
+
+
+def damaged_avif() -> bytes:
+    """A whole header whose pixels are no AV1, for which Pillow raises a RuntimeError."""
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(stream, "AVIF")
+    start = stream.getvalue().index(b"mdat") + 4
+    return stream.getvalue()[:start] + b"\xff" * (len(stream.getvalue()) - start)
+
+
+ALONE = {
+    "an address that ends inside": b'{"question": "x", "images": ["http://["]}',
+    "half a character": b'{"question": "\\ud800"}',
+    "nested": b"[" * 100_000,
+    "a damaged picture": b'{"question": "x", "image": "damaged.avif"}',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ALONE.values(), ids=ALONE.keys())
+def test_the_line_after_a_bad_one_is_answered(lapilli, checkpoint, tmp_path, line):
+    (tmp_path / "damaged.avif").write_bytes(damaged_avif())
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(line + b'\n{"question": "last"}\n')
+    done = lapilli("batch", str(source), str(target), "--model", checkpoint, *FEW)
+    assert done.returncode == 0, done.stderr
+    found = results(target)
+    assert "error" in found[1]
+    assert "answer" in found[2]
+
+
+@pytest.mark.slow
+def test_one_question_is_one_answer_whatever_is_in_it(lapilli, checkpoint, tmp_path):
+    """A byte order mark, and characters at which Python's splitlines() splits."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = '{"question": "x\u2028y", "id": 1}\n{"question": "x\x85y", "id": 2}\n'
+    source.write_bytes(b"\xef\xbb\xbf" + rows.encode())
+    done = lapilli("batch", str(source), str(target), "--model", checkpoint, *FEW)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(row) for row in target.read_text("utf-8").split("\n")[:-1]]
+    assert sorted((row["line"], row["id"]) for row in found) == [(1, 1), (2, 2)]
+    assert all("answer" in row for row in found)
+
+
+@pytest.mark.slow
+def test_a_last_row_that_is_cut_off_is_no_success(lapilli, checkpoint, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write(source, [{"question": "a"}])
+    command = ("batch", str(source), str(target), "--model", checkpoint, "--quiet", *FEW)
+    assert lapilli(*command).returncode == 0
+    whole = target.read_bytes()
+    target.unlink()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) - 5, len(whole) - 5))
+
+    done = lapilli(*command, preexec_fn=limit)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"{os.strerror(errno.EFBIG)}\n")
+    assert lapilli(*command).returncode == 0
+    assert target.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_second_program_on_one_output_is_refused(lapilli, checkpoint, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write(source, [{"question": f"number {i}"} for i in range(300)])
+    command = ["batch", str(source), str(target), "--model", checkpoint, "--rows", "2", *FEW]
+    first = subprocess.Popen(
+        [str(PROGRAM), *command], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
+    )
+    try:
+        while not target.exists() or not target.stat().st_size:
+            assert first.poll() is None
+            time.sleep(0.02)
+        done = lapilli(*command)
+    finally:
+        first.kill()
+        first.communicate()
+    assert done.returncode == 2
+    assert "is being written by another lapilli batch" in done.stderr
 
 
 def test_torn_lines_are_dropped(tmp_path):

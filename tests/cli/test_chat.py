@@ -63,11 +63,12 @@ def test_saving_replaces_conversations_and_nothing_else(
 
 @pytest.mark.slow
 def test_mistakes_do_not_end_the_conversation(lapilli: Run, checkpoint: str) -> None:
-    lines = ["/image nowhere.png", "/dance", "Hello?"]
+    lines = ["/image nowhere.png", "/dance", "/save nowhere/x.json", "Hello?"]
     done = lapilli("chat", "--model", checkpoint, *OPTIONS, input="\n".join(lines) + "\n")
     assert done.returncode == 0
     assert "nowhere.png" in done.stderr
     assert "no command /dance" in done.stderr
+    assert f"lapilli: nowhere/x.json: {os.strerror(errno.ENOENT)}" in done.stderr
     assert done.stdout.strip()
 
 

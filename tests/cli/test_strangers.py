@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def deep(folder: Path) -> None:
-    (folder / "config.json").write_text('{"a":' * 5000)
+    (folder / "config.json").write_text('{"a":' * 5000 + "1" + "}" * 5000)
 
 
 def pipe(folder: Path) -> None:

@@ -269,6 +269,8 @@ def _bytes_per_pixel(image: Image.Image, *, exif: bool) -> int:
     # The RGB copy, or the turned one before the first is let go. Whether it will be turned is not
     # asked: Pillow decodes a PNG to find its EXIF data.
     copies = max(0 if image.mode == "RGB" else 4, stored if exif else 0)
+    if image.mode[0] in "IF":  # in 8 bits before it is RGB
+        copies += 1
     if not isinstance(image, ImageFile.ImageFile):
         return stored + copies
     decoder = _DECODER_BYTES.get(image.format or "", _OTHER_DECODER_BYTES)
