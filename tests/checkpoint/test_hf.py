@@ -139,6 +139,8 @@ def test_llava_next_logits(tmp_path, text):
 
 def classic(name):
     """Style (ii): what llava-hf published, and what a re-saved hub model keeps."""
+    if "vision_tower.vision_model." in name:  # transformers until 5.19 saves it so
+        return name
     return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
 
 
@@ -156,6 +158,7 @@ def nested(name):
 def test_key_styles_give_the_same_model(tmp_path, style):
     make(tmp_path, "llama", "clip", is_next=True)
     fresh = load_checkpoint(tmp_path, device="cpu", dtype="float32").model.state_dict()
+    fresh = {name: tensor.clone() for name, tensor in fresh.items()}  # no view of the file
     file = tmp_path / "model.safetensors"
     renamed = {style(name): tensor.clone() for name, tensor in load_file(file).items()}
     renamed["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]

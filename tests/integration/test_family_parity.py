@@ -31,6 +31,7 @@ from lapilli.lm.fused_layer import FusedLayer
 from lapilli.nn.paged import BlockStore
 from lapilli.quant import QuantConfig, quantize
 from tests.integration.oracle import Oracle, make_llava, make_tokenizer, picture
+from tests.versions import needs
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 12}
@@ -97,10 +98,18 @@ def make_oracle(path: Path, family: str) -> Oracle:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     oracle.model.save_pretrained(path)
+    # Its own choice until 5.23, torch's attention, forgets the soft caps of Gemma 2.
+    oracle.model.set_attn_implementation({"": "eager", "text_config": "eager"})
     return oracle
 
 
-@pytest.fixture(scope="module", params=SAMPLES)
+SCALED = needs(
+    "transformers", "5.20", "scales the embeddings of Gemma 2 after the picture is in them"
+)
+PAIRS = [pytest.param(name, marks=SCALED if name == "gemma2" else ()) for name in SAMPLES]
+
+
+@pytest.fixture(scope="module", params=PAIRS)
 def pair(request, tmp_path_factory) -> tuple[Oracle, Chat]:
     oracle = make_oracle(tmp_path_factory.mktemp("family"), request.param)
     chat = lapilli.load(str(oracle.path), device="cpu", dtype="float32", strict_config=True)
@@ -250,6 +259,7 @@ def plain(request, tmp_path) -> tuple[torch.nn.Module, Chat]:
     for parameter in oracle.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     oracle.save_pretrained(tmp_path)
+    oracle.set_attn_implementation("eager")  # see make_oracle
     make_tokenizer().save_pretrained(tmp_path)
     return oracle, lapilli.load(str(tmp_path), device="cpu", dtype="float32", strict_config=True)
 

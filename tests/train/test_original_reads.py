@@ -46,11 +46,12 @@ class Original(nn.Module):
             nn.Linear(raw["mm_hidden_size"], width), nn.GELU(), nn.Linear(width, width)
         )
         holder = nn.Module()
-        holder.vision_tower = nn.Module()  # today's class lost this part of the names
-        holder.vision_tower.vision_model = CLIPVisionModel.from_pretrained(
-            raw["mm_vision_tower"], dtype="float32"
-        )
-        self.tower = holder.vision_tower.vision_model
+        holder.vision_tower = nn.Module()  # transformers from 5.20 lost this part of the names
+        self.tower = CLIPVisionModel.from_pretrained(raw["mm_vision_tower"], dtype="float32")
+        if hasattr(self.tower, "vision_model"):
+            holder.vision_tower = self.tower
+        else:
+            holder.vision_tower.vision_model = self.tower
         self.lm = whole
         if raw["unfreeze_mm_vision_tower"]:  # built before the weights come, not after
             whole.model.vision_tower = holder
