@@ -312,7 +312,7 @@ def test_an_interrupt_before_many_lines(
             check_interrupted(talk, capsys.readouterr().out)
         except AssertionError as error:
             raise AssertionError(f"interrupted before line {at}") from error
-        at += 97 if at < 400 else 4001
+        at += 97 if at < 400 else 8009
     assert at > 2000
 
 
