@@ -29,7 +29,7 @@ def test_some_cases_of_the_kinds_that_are_quickly_made(folder):
 
 
 # `make stress` runs 20,000, which take about ten minutes.
-CASES = int(os.environ.get("LAPILLI_FUZZ_CASES", "300"))
+CASES = int(os.environ.get("LAPILLI_FUZZ_CASES", "200"))
 
 
 @pytest.mark.slow

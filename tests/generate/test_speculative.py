@@ -167,7 +167,7 @@ def options():
     ),
     st.sampled_from(["lookup", "parrot", "itself", "small"]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_answers_are_those_without_drafts(model, drawn, kind):
     proposers: dict[str, NewProposer] = {
         "lookup": PromptLookup,

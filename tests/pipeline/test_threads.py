@@ -1,7 +1,7 @@
 """One Chat, several threads: no wrong answer, no hang, whatever is evicted and cancelled.
 
 LAPILLI_THREAD_ANSWERS=10000 pytest -m slow tests/pipeline/test_threads.py -k ten_thousand
-asks that often instead of a few hundred times.
+asks that often instead of a hundred times.
 """
 
 import os
@@ -18,7 +18,7 @@ from lapilli import Message, SamplingParams
 from lapilli.generate.engine import EngineOptions
 from lapilli.pipeline.chat import Chat
 
-NUM_ANSWERS = int(os.environ.get("LAPILLI_THREAD_ANSWERS", "150"))
+NUM_ANSWERS = int(os.environ.get("LAPILLI_THREAD_ANSWERS", "100"))
 FEW = SamplingParams(max_new_tokens=4)
 QUESTIONS = ("What is in this picture?", "How many objects are there?", "Is there a star?")
 PICTURES = [
