@@ -10,7 +10,7 @@ A single letter needs a leading space in an annotation: Float[Tensor, " D"].
 The annotations are documentation in production and are checked in the tests (tests/conftest.py).
 """
 
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Int8, UInt8
 from torch import Tensor
 
-__all__ = ["Bool", "Float", "Int", "Tensor", "UInt8"]
+__all__ = ["Bool", "Float", "Int", "Int8", "Tensor", "UInt8"]

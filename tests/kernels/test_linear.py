@@ -29,7 +29,7 @@ ONCE = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
-KINDS = ("int8", "int4", "int4 zeros")
+KINDS = ("int8", "symmetric", "zeros", "grid")
 
 
 def packed_weight(
@@ -40,8 +40,9 @@ def packed_weight(
     offset = torch.randn(shape[0], generator=random) if bias else None
     if kind == "int8":
         return round8(weight, offset, group)
-    config = QuantConfig(group_size=group, symmetric=kind == "int4", search=False)
-    return round4(weight, offset, config)
+    if kind == "grid":  # pairs of chunks share a scale
+        group = max(group, 64)
+    return round4(weight, offset, QuantConfig(group_size=group, levels=kind, search=False))
 
 
 def exact(x: torch.Tensor, packed: Packed, *, weight_only: bool) -> torch.Tensor:
@@ -111,7 +112,7 @@ def test_extreme_integers_never_overflow(library: Library, kind: str) -> None:
     packed = (
         round8(weight, None, 128)
         if kind == "int8"
-        else round4(weight, None, QuantConfig(symmetric=kind == "int4", search=False))
+        else round4(weight, None, QuantConfig(levels=kind, search=False))
     )
     x = torch.ones(7, inputs)
     x[1] = -1.0
@@ -122,7 +123,7 @@ def test_extreme_integers_never_overflow(library: Library, kind: str) -> None:
 
 @pytest.mark.slow
 def test_large_layer_on_threads(library: Library, threads: int) -> None:
-    packed = packed_weight("int4", (520, 1056), group=128, bias=True)
+    packed = packed_weight("symmetric", (520, 1056), group=128, bias=True)
     for tokens in (1, 8, 40):
         x = torch.randn(tokens, 1056, generator=torch.Generator().manual_seed(tokens))
         found = one(library, x, packed)
@@ -130,7 +131,7 @@ def test_large_layer_on_threads(library: Library, threads: int) -> None:
 
 
 def test_rows_may_lie_apart(library: Library) -> None:
-    packed = packed_weight("int4", (32, 64))
+    packed = packed_weight("symmetric", (32, 64))
     wide = torch.randn(5, 100)
     found = one(library, wide[:, :64], packed)
     assert_close(found, exact(wide[:, :64].contiguous(), packed, weight_only=False))
@@ -147,13 +148,13 @@ def test_nan_is_not_swallowed(library: Library) -> None:
 
 
 def test_zero_and_tiny_rows_give_zero(library: Library) -> None:
-    packed = packed_weight("int4", (16, 64))
+    packed = packed_weight("symmetric", (16, 64))
     found = one(library, torch.full((2, 64), 1e-38), packed)
     assert torch.equal(found, torch.zeros(2, 16))
 
 
 def test_no_rows() -> None:
-    layer = PackedLinear(packed_weight("int4", (16, 64)))
+    layer = PackedLinear(packed_weight("symmetric", (16, 64)))
     assert layer(torch.empty(0, 64)).shape == (0, 16)
 
 
@@ -167,7 +168,7 @@ def test_any_leading_shape_and_dtype() -> None:
 
 
 def test_without_the_library_the_reference_answers() -> None:
-    layer = PackedLinear(packed_weight("int4", (24, 64)))
+    layer = PackedLinear(packed_weight("symmetric", (24, 64)))
     x = torch.randn(4, 64)
     expected = layer(x)
     layer.library = None
@@ -175,21 +176,23 @@ def test_without_the_library_the_reference_answers() -> None:
 
 
 def test_gradients_are_refused() -> None:
-    layer = PackedLinear(packed_weight("int4", (16, 64)))
+    layer = PackedLinear(packed_weight("symmetric", (16, 64)))
     with pytest.raises(ConfigError, match=r"no gradients: run under torch\.no_grad"):
         layer(torch.randn(1, 64, requires_grad=True))
 
 
-def test_custom_op_is_well_formed() -> None:
-    packed = packed_weight("int4", (16, 64))
-    sizes = [16, 64, 32, 4]
-    arguments = (torch.randn(2, 64), packed.data, packed.scales, None, None, sizes, False)
+@pytest.mark.parametrize("kind", ["symmetric", "grid"])
+def test_custom_op_is_well_formed(kind: str) -> None:
+    packed = packed_weight(kind, (16, 64))
+    grid = [] if packed.grid is None else [packed.grid.steps, packed.grid.centers]
+    sizes = [16, 64, packed.group_size, 4]
+    arguments = (torch.randn(2, 64), packed.data, packed.scales, None, grid, None, sizes, False)
     torch.library.opcheck(linear_op, arguments, test_utils=("test_schema", "test_faketensor"))
     assert_close(linear_op(*arguments), PackedLinear(packed)(arguments[0]).double())
 
 
 def test_the_library_is_used_where_it_is_there() -> None:
-    assert PackedLinear(packed_weight("int4", (16, 64))).library is native()
+    assert PackedLinear(packed_weight("symmetric", (16, 64))).library is native()
 
 
 @pytest.mark.slow
@@ -219,10 +222,10 @@ def test_weights_in_one_call_equal_weights_alone(
 
 
 def test_kinds_that_cannot_share_a_call() -> None:
-    a, b = (PackedLinear(packed_weight("int4", (16, 64), group=g)) for g in (32, 64))
+    a, b = (PackedLinear(packed_weight("symmetric", (16, 64), group=g)) for g in (32, 64))
     c = PackedLinear(packed_weight("int8", (16, 64), group=32))
     assert len({a.kind, b.kind, c.kind}) == 3
-    assert a.kind == PackedLinear(packed_weight("int4", (48, 64), group=32, seed=1)).kind
+    assert a.kind == PackedLinear(packed_weight("symmetric", (48, 64), group=32, seed=1)).kind
 
 
 @pytest.mark.slow

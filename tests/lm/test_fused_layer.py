@@ -38,7 +38,8 @@ CONFIG = DecoderConfig(
 KINDS = {
     "float": None,
     "int8": QuantConfig(bits=8, group_size=32),
-    "int4": QuantConfig(bits=4, group_size=32, symmetric=False),
+    "zeros": QuantConfig(bits=4, group_size=32, levels="zeros"),
+    "int4": QuantConfig(bits=4, group_size=64, levels="grid"),
     "weight only": QuantConfig(bits=4, group_size=32, mode="weight_only"),
 }
 

@@ -62,17 +62,19 @@ def test_products_equal_the_reference(kind, out_features, sizes, rows, dtype, bi
     # A single output may be small because its terms cancel; what was rounded away is not.
     typical = (x.float().norm(dim=-1).max() * packed.dequantize().square().mean().sqrt()).item()
     tiles = int4_tiles(packed, dtype)
-    fits = kind != "int8" and in_features % 32 == 0 and in_features % group == 0
+    shared = 32 if kind == "grid" else group  # inputs of one scale and one zero of the tiles
+    fits = kind != "int8" and in_features % 32 == 0 and in_features % shared == 0
     assert (tiles is not None) == fits
     for found in (gpu_linear(x, packed, tiles), gpu_linear(x, packed, None)):
         assert found.dtype == dtype
         assert error(found, expected, typical) < DTYPES[dtype]
 
 
-@pytest.mark.parametrize("kind", ["int4", "int4 zeros"])
+@pytest.mark.parametrize("kind", ["symmetric", "zeros", "grid"])
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_scales_and_zeros_say_the_same_weight(kind, group):
     packed = packed_weight(kind, (35, 256), group=group)
+    group = 32 if kind == "grid" else group
     found = scales_and_zeros(packed, torch.float32)
     assert found.shape == (256 // group, 48, 2)  # rows of padding too
     nibbles = gpu.unpack4(packed.data).float().view(48, -1, group)
@@ -99,7 +101,7 @@ def test_8_bits_are_whole_numbers_until_the_end():
 
 def test_a_gpu_without_bfloat16_makes_floats(monkeypatch):
     """What decides is asked of the device, so a pretended one will do."""
-    packed = packed_weight("int4", (32, 128))
+    packed = packed_weight("symmetric", (32, 128))
 
     class Pretended:
         device = GPU
@@ -124,12 +126,14 @@ def test_layer(kind):
     other = packed_weight(kind, (40, 128), bias=True, seed=1)
     layer.qweight, layer.scales, layer.zeros = other.data, other.scales, other.zeros
     layer.packed_bias = other.bias
+    if other.grid is not None:
+        layer.steps, layer.centers = other.grid.steps, other.grid.centers
     expected = linear_reference(x.view(6, 128), other, weight_only=True).view(2, 3, 40)
     assert error(layer.on_gpu(x), expected) < 1e-5  # and anew for another weight
 
 
 def test_activations_of_another_format_are_multiplied_by_floats():
-    packed = packed_weight("int4", (40, 128))
+    packed = packed_weight("symmetric", (40, 128))
     layer = QuantLinear(packed)
     x = torch.randn(3, 128)
     expected = linear_reference(x, packed, weight_only=True)
@@ -139,7 +143,7 @@ def test_activations_of_another_format_are_multiplied_by_floats():
 
 
 def test_no_gradients():
-    layer = QuantLinear(packed_weight("int4", (32, 128)))
+    layer = QuantLinear(packed_weight("symmetric", (32, 128)))
     with pytest.raises(ConfigError, match="no gradients on a GPU either"):
         layer.on_gpu(torch.randn(1, 128, requires_grad=True))
 
@@ -163,7 +167,7 @@ def test_on_the_device(kind, group, rows):
 @needs_gpu
 def test_tiles_on_the_device_are_the_weight():
     """The identity shows every weight: a swapped pair of nibbles would be seen."""
-    packed = packed_weight("int4 zeros", (64, 128), group=32)
+    packed = packed_weight("zeros", (64, 128), group=32)
     on_device = QuantLinear(packed).to(GPU).packed
     tiles = int4_tiles(on_device, torch.bfloat16)
     weight = tiles.product(torch.eye(128, device=GPU, dtype=torch.bfloat16)).T

@@ -78,7 +78,7 @@ def test_scales_in_a_byte_move_little_and_weigh_less(inputs):
 PACKED = {
     "int8": lambda w, b: QuantLinear(round8(w, b)),
     "int4": lambda w, b: QuantLinear(round4(w, b, QuantConfig())),
-    "zeros": lambda w, b: QuantLinear(round4(w, b, QuantConfig(symmetric=False, group_size=32))),
+    "zeros": lambda w, b: QuantLinear(round4(w, b, QuantConfig(levels="zeros", group_size=32))),
     "nf4": Nf4Linear,
     "nf4, scales in a byte": partial(Nf4Linear, double_quant=True),
 }

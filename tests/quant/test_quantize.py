@@ -25,14 +25,14 @@ def test_int8_is_within_half_a_step() -> None:
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_int4_is_within_half_a_step(group: int, symmetric: bool) -> None:
+@pytest.mark.parametrize("levels", ["symmetric", "zeros"])
+def test_int4_is_within_half_a_step(group: int, levels: str) -> None:
     weight = weights()
-    config = QuantConfig(group_size=group, symmetric=symmetric, search=False)
+    config = QuantConfig(group_size=group, levels=levels, search=False)
     back = round4(weight, None, config).dequantize()
     for begin in range(0, weight.shape[1], group):
         old, new = weight[:, begin : begin + group], back[:, begin : begin + group]
-        if symmetric:  # the largest weight of the other sign may be a whole step away
+        if levels == "symmetric":  # the largest weight of the other sign may be a whole step away
             step = old.abs().amax(dim=1, keepdim=True) / 8
             assert bool(((new - old).abs() <= step * 1.01).all())
         else:
@@ -44,19 +44,24 @@ def test_the_search_lowers_the_error() -> None:
     weight = weights(64, 512)
     error = [
         float(
-            (round4(weight, None, QuantConfig(search=search)).dequantize() - weight).square().mean()
+            (
+                round4(weight, None, QuantConfig(levels="symmetric", search=search)).dequantize()
+                - weight
+            )
+            .square()
+            .mean()
         )
         for search in (False, True)
     ]
     assert error[1] < 0.97 * error[0]
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_zeros_and_constants_are_kept(symmetric: bool) -> None:
+@pytest.mark.parametrize("levels", ["symmetric", "zeros", "grid"])
+def test_zeros_and_constants_are_kept(levels: str) -> None:
     weight = torch.zeros(16, 96)
     weight[1] = 0.25
     weight[2] = -0.25
-    back = round4(weight, None, QuantConfig(group_size=32, symmetric=symmetric)).dequantize()
+    back = round4(weight, None, QuantConfig(group_size=64, levels=levels)).dequantize()
     assert torch.equal(back[0], torch.zeros(96))
     assert torch.allclose(back[1:3], weight[1:3], rtol=1e-3)
 
@@ -71,7 +76,7 @@ def test_a_bias_is_kept() -> None:
 
 def test_too_large_weights_are_refused() -> None:
     with pytest.raises(ConfigError, match="weights above 65504 x 8 do not fit into 4 bits"):
-        round4(torch.full((16, 32), 1e6), None, QuantConfig())
+        round4(torch.full((16, 32), 1e6), None, QuantConfig(levels="symmetric"))
 
 
 def test_int8_is_packed_where_the_weight_is() -> None:
@@ -138,7 +143,7 @@ def test_the_group_size_follows_the_bits_wherever_it_is_not_given() -> None:
     assert QuantConfig(bits=4) == quant_config("int4")
     assert (QuantConfig(bits=8).group_size, QuantConfig(bits=4).group_size) == (32, 128)
     assert describe(QuantConfig(bits=8)) == "8 bits, groups of 32, dynamic"
-    assert describe(QuantConfig(symmetric=False)) == "4 bits, groups of 128, zero points, dynamic"
+    assert describe(QuantConfig(levels="zeros")) == "4 bits, groups of 128, zero points, dynamic"
 
 
 def test_the_tower_when_asked() -> None:

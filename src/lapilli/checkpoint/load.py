@@ -226,7 +226,7 @@ def _asked(
     if stored is None or stored.published is None or quantization != "int4":
         return asked
     own = stored.config
-    return replace(asked, group_size=own.group_size, symmetric=own.symmetric)
+    return replace(asked, group_size=own.group_size, levels=own.levels)
 
 
 def _quantizer(

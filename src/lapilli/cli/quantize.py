@@ -11,7 +11,13 @@ GroupSize = Annotated[
     int,
     typer.Option(help="Inputs that share a scale: 32, 64 or 128. 0 is 32 at 8 bits, 128 at 4."),
 ]
-Zeros = Annotated[bool, typer.Option("--zero-points", help="4 bits with zero points.")]
+Levels = Annotated[
+    str,
+    typer.Option(
+        help="4 bits: symmetric, zeros (zero points, as AWQ has them), or grid (a step and a "
+        "center for every 32 inputs)."
+    ),
+]
 Mode = Annotated[
     str, typer.Option(help="dynamic rounds activations to 8 bits, weight_only does not.")
 ]
@@ -23,7 +29,7 @@ def quantize(
     target: Target,
     bits: Bits = 4,
     group_size: GroupSize = 0,
-    zero_points: Zeros = False,
+    levels: Levels = "symmetric",
     mode: Mode = "dynamic",
     tower: Tower = False,
     *,
@@ -41,7 +47,7 @@ def quantize(
         config = QuantConfig(
             bits=bits,
             group_size=group_size,
-            symmetric=not zero_points,
+            levels=levels,
             mode=mode,
             quantize_tower=tower,
         )

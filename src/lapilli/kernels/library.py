@@ -23,7 +23,7 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
-ABI = 9  # of native/abi.h: a library that was built from older sources is left alone
+ABI = 10  # of native/abi.h: a library that was built from older sources is left alone
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """Number formats of native/abi.h."""
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
@@ -39,7 +39,7 @@ class Weights(ctypes.Structure):
     """`Weights` of native/abi.h, field by field."""
 
     _fields_ = _fields(
-        "data half_scales row_scales zeros bias",
+        "data half_scales row_scales zeros steps centers bias",
         "rows inputs group bits",
     )
 
@@ -122,6 +122,15 @@ class LayerCall(ctypes.Structure):
         "tokens heads kv_heads width block_size table_stride block_stride head_stride "
         "kind window weight_only gelu threads",
         "scale eps norm_offset softcap",
+    )
+
+
+class RoundCall(ctypes.Structure):
+    """`RoundCall` of native/abi.h, field by field."""
+
+    _fields_ = _fields(
+        "w data scales steps centers refused",
+        "rows inputs padded stride group threads",
     )
 
 
@@ -225,6 +234,7 @@ def _declare(functions: ctypes.CDLL) -> None:
         "gelu_mul",
         "rotate",
         "layer",
+        "round_grid",
     ):
         function = functions[f"lapilli_{name}"]
         function.argtypes = (pointer,)

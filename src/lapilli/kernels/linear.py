@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from lapilli.errors import ConfigError
 from lapilli.kernels.library import KINDS, DenseCall, Library, Weights, address, native
-from lapilli.kernels.packing import Packed, rounded
+from lapilli.kernels.packing import Grid, Packed, rounded
 from lapilli.shapes import Float, Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -86,6 +86,8 @@ def native_weights(packed: Packed) -> Weights:
         half_scales=None if wide else packed.scales.data_ptr(),
         row_scales=packed.scales.data_ptr() if wide else None,
         zeros=address(packed.zeros),
+        steps=None if packed.grid is None else packed.grid.steps.data_ptr(),
+        centers=None if packed.grid is None else packed.grid.centers.data_ptr(),
         bias=address(packed.bias),
         rows=packed.out_features,
         inputs=packed.in_features,
@@ -131,6 +133,7 @@ class PackedLinear:
             packed.group_size,
             packed.bits,
             packed.zeros is None,
+            packed.grid is None,
             weight_only,
             self.library is None,
         )
@@ -184,17 +187,30 @@ def linear_op(
     data: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
+    grid: list[Tensor],
     bias: Tensor | None,
     sizes: list[int],
     weight_only: bool,
 ) -> Tensor:
-    """Compute `PackedLinear` for torch.compile; sizes = [out, in, group_size, bits]."""
+    """Compute `PackedLinear` for torch.compile.
+
+    Args:
+        x: see `PackedLinear`.
+        data: see `Packed`, as all that follow.
+        scales: likewise.
+        zeros: likewise.
+        grid: steps and centers, or nothing.
+        bias: likewise.
+        sizes: out, in, group_size, bits.
+        weight_only: see `PackedLinear`.
+    """
     out_features, in_features, group_size, bits = sizes
-    packed = Packed(data, scales, zeros, bias, out_features, in_features, group_size, bits)
+    levels = Grid(*grid) if grid else None
+    packed = Packed(data, scales, zeros, bias, out_features, in_features, group_size, bits, levels)
     return PackedLinear(packed, weight_only=weight_only)(x)
 
 
 @linear_op.register_fake
 def _linear_fake(x: Tensor, *given: Any) -> Tensor:  # noqa: ANN401  as linear_op's
-    sizes: list[int] = given[4]
+    sizes: list[int] = given[5]
     return x.new_empty(*x.shape[:-1], sizes[0])

@@ -4,7 +4,14 @@
     scales  float16 [block, group, 16] at 4 bits        float32 [block, 16] at 8 bits
     zeros   UInt8[block, group, 16] or None (8)         bias float32 [block, 16] or None
 
-One layout for every instruction set, so that packed files fit every machine.
+4 bits on a grid: every chunk of 32 inputs has a step and a center of its own, small integers, so
+that a weight is scale * (center + step * (nibble - 8)) and products stay integers over a group:
+
+    steps    UInt8[block, chunk, 8]            less one; row j the low, row j + 8 the high nibble
+    centers  Int8[block, pair of chunks, 32]   of row j: the bytes 2 j and 2 j + 1
+
+That is 4.5 bits a weight with groups of 128. One layout for every instruction set, so that packed
+files fit every machine.
 """
 
 from dataclasses import dataclass
@@ -13,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from lapilli.errors import ShapeMismatchError
-from lapilli.shapes import Float, Int, Tensor, UInt8
+from lapilli.shapes import Float, Int, Int8, Tensor, UInt8
 
 BLOCK = 16
 CHUNK = 32
@@ -22,6 +29,33 @@ BYTE_ZERO = 128
 NIBBLE_ZERO = 8
 
 BITS = (4, 8)
+GRID_GROUPS = (64, 128)
+"""Inputs that share a scale on a grid: pairs of chunks."""
+MAX_STEP = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """Steps and centers of the chunks of a 4-bit weight, packed as the head of this file says."""
+
+    steps: UInt8[Tensor, "blocks chunks 8"]
+    centers: Int8[Tensor, "blocks pairs 32"]
+
+    @staticmethod
+    def pack(steps: Int[Tensor, "out chunks"], centers: Int[Tensor, "out chunks"]) -> "Grid":
+        """Return steps of 1 to 16 and centers of -128 to 127 as the kernels read them."""
+        chunks = steps.shape[1]
+        less = by_block(steps.to(torch.uint8) - 1)  # [block, chunk, 16]
+        pairs = by_block(functional.pad(centers.to(torch.int8), (0, chunks % 2)))
+        pairs = pairs.view(len(pairs), -1, 2, BLOCK).transpose(2, 3)
+        return Grid(less[..., :8] | (less[..., 8:] << 4), pairs.flatten(2).contiguous())
+
+    def unpack(self) -> tuple[Int[Tensor, "rows chunks"], Int[Tensor, "rows chunks"]]:
+        """Return steps and centers as `pack` took them, with the padding of the rows."""
+        steps = torch.cat((self.steps & 15, self.steps >> 4), dim=-1) + 1
+        pairs = self.centers.view(*self.centers.shape[:2], BLOCK, 2).transpose(2, 3)
+        centers = by_row(pairs.flatten(1, 2))[:, : steps.shape[1]]
+        return by_row(steps).int(), centers.int()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +71,7 @@ class Packed:
         in_features: inputs before padding.
         group_size: inputs that share a scale, of the weights (4 bits) and of the activations.
         bits: 4 or 8.
+        grid: of 4 bits whose chunks have steps and centers; None: a nibble is scale * (n - zero).
     """
 
     data: UInt8[Tensor, "blocks steps 64"]
@@ -47,6 +82,7 @@ class Packed:
     in_features: int
     group_size: int
     bits: int
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         blocks, padded = -(-self.out_features // BLOCK), -(-self.in_features // CHUNK) * CHUNK
@@ -58,13 +94,18 @@ class Packed:
             _check("scales", self.scales, (blocks, BLOCK), torch.float32)
         if self.zeros is not None:
             _check("zeros", self.zeros, (blocks, groups, BLOCK), torch.uint8)
+        if self.grid is not None:
+            chunks = padded // CHUNK
+            _check("steps", self.grid.steps, (blocks, chunks, 8), torch.uint8)
+            _check("centers", self.grid.centers, (blocks, -(-chunks // 2), 32), torch.int8)
         if self.bias is not None:
             _check("bias", self.bias, (blocks, BLOCK), torch.float32)
 
     @property
     def num_bytes(self) -> int:
         """Return the size in memory."""
-        parts = (self.data, self.scales, self.zeros, self.bias)
+        grid = () if self.grid is None else (self.grid.steps, self.grid.centers)
+        parts = (self.data, self.scales, self.zeros, self.bias, *grid)
         return sum(part.nbytes for part in parts if part is not None)
 
     @property
@@ -81,6 +122,12 @@ class Packed:
         values = unpack4(self.data).float()
         padded = values.shape[1]
         scales = by_row(self.scales).float().repeat_interleave(self.group_size, dim=1)
+        if self.grid is not None:
+            steps, centers = self.grid.unpack()
+            chunks = values.view(len(values), -1, CHUNK) - NIBBLE_ZERO
+            values = (chunks * steps[..., None] + centers[..., None]).flatten(1)
+            values *= scales[:, :padded]
+            return values[: self.out_features, : self.in_features]
         zeros: Tensor | int = NIBBLE_ZERO
         if self.zeros is not None:
             zeros = by_row(self.zeros).float().repeat_interleave(self.group_size, dim=1)

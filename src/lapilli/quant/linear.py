@@ -24,6 +24,7 @@ from lapilli.kernels.packing import (
     BYTE_ZERO,
     CHUNK,
     NIBBLE_ZERO,
+    Grid,
     Packed,
     block_bias,
     by_row,
@@ -80,7 +81,8 @@ def int4_tiles(packed: Packed, dtype: torch.dtype) -> Int4Tiles | None:
     """Return tiles of a weight for activations of a dtype; None where torch has no product."""
     width, device = packed.in_features, packed.data.device
     steps = next((n for n in _TILE_STEPS if width % (16 * n) == 0), None)
-    if packed.bits != 4 or steps is None or width % packed.group_size:
+    group_size = packed.group_size if packed.grid is None else CHUNK
+    if packed.bits != 4 or steps is None or width % group_size:
         return None
     if device.type == "cuda" and not (dtype == torch.bfloat16 and has_bfloat16_cores(device)):
         return None
@@ -91,13 +93,20 @@ def int4_tiles(packed: Packed, dtype: torch.dtype) -> Int4Tiles | None:
         # Two inputs in a byte, the first one in its upper half.
         pairs = (values[:, ::2] << 4) | values[:, 1::2]
         tiles = torch.ops.aten._convert_weight_to_int4pack.default(pairs.contiguous(), steps)
-    return Int4Tiles(tiles, scales_and_zeros(packed, dtype), packed.group_size, packed.data)
+    return Int4Tiles(tiles, scales_and_zeros(packed, dtype), group_size, packed.data)
 
 
 def scales_and_zeros(packed: Packed, dtype: torch.dtype) -> Float[Tensor, "groups rows 2"]:
-    """Return (nibble - zero) * scale said as (nibble - 8) * scale + (8 - zero) * scale."""
+    """Return (nibble - zero) * scale said as (nibble - 8) * scale + (8 - zero) * scale.
+
+    On a grid by chunk: (nibble - 8) * (step * scale) + center * scale.
+    """
     scales = by_row(packed.scales).float()
-    if packed.zeros is None:
+    if packed.grid is not None:
+        step, center = packed.grid.unpack()
+        scales = scales.repeat_interleave(packed.group_size // CHUNK, dim=1)[:, : step.shape[1]]
+        scales, shift = scales * step, scales * center
+    elif packed.zeros is None:
         shift = torch.zeros_like(scales)
     else:
         shift = (NIBBLE_ZERO - by_row(packed.zeros).float()) * scales
@@ -158,23 +167,30 @@ def summed8(x: Float[Tensor, "M K"], packed: Packed) -> Float[Tensor, "M out"]:
     return sums.view(len(x), -1)[:, : packed.out_features].to(x.dtype)
 
 
-def empty_packed(linear: nn.Linear, bits: int, group_size: int, *, symmetric: bool) -> Packed:
+def empty_packed(linear: nn.Linear, bits: int, group_size: int, *, levels: str) -> Packed:
     """Return packed tensors of the shapes of a layer's weight, on its device, without values."""
     blocks = -(-linear.out_features // BLOCK)
     padded = -(-linear.in_features // CHUNK) * CHUNK
     groups = -(-padded // group_size)
     empty = partial(torch.empty, device=linear.weight.device)
     of_groups, of_rows = (blocks, groups, BLOCK), (blocks, BLOCK)
-    is_narrow = bits == 4
+    is_narrow, chunks = bits == 4, padded // CHUNK
+    grid = None
+    if is_narrow and levels == "grid":
+        grid = Grid(
+            empty((blocks, chunks, BLOCK // 2), dtype=torch.uint8),
+            empty((blocks, -(-chunks // 2), 2 * BLOCK), dtype=torch.int8),
+        )
     return Packed(
         empty((blocks, padded * bits // 32, 64), dtype=torch.uint8),
         empty(of_groups, dtype=torch.float16) if is_narrow else empty(of_rows, dtype=torch.float32),
-        empty(of_groups, dtype=torch.uint8) if is_narrow and not symmetric else None,
+        empty(of_groups, dtype=torch.uint8) if is_narrow and levels == "zeros" else None,
         None if linear.bias is None else empty(of_rows, dtype=torch.float32),
         linear.out_features,
         linear.in_features,
         group_size,
         bits,
+        grid,
     )
 
 
@@ -185,12 +201,16 @@ class QuantLinear(KernelLayer, FrozenQuantizedLinear):
         qweight: packed integers (kernels/packing.py).
         scales: of groups or rows.
         zeros: what zero is stored as, by group; None: the middle.
+        steps: of the chunks of a grid, or None.
+        centers: likewise.
         packed_bias: by block of 16 rows, or None.
     """
 
     qweight: Tensor
     scales: Tensor
     zeros: Tensor | None
+    steps: Tensor | None
+    centers: Tensor | None
     packed_bias: Tensor | None
 
     def __init__(self, packed: Packed, *, weight_only: bool = False) -> None:
@@ -203,6 +223,8 @@ class QuantLinear(KernelLayer, FrozenQuantizedLinear):
         self.register_buffer("qweight", packed.data)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("zeros", packed.zeros)
+        self.register_buffer("steps", None if packed.grid is None else packed.grid.steps)
+        self.register_buffer("centers", None if packed.grid is None else packed.grid.centers)
         self.register_buffer("packed_bias", packed.bias)
         self._ready: PackedLinear | None = None
         self._tiles: Int4Tiles | None = None
@@ -219,7 +241,15 @@ class QuantLinear(KernelLayer, FrozenQuantizedLinear):
             self.in_features,
             self.group_size,
             self.bits,
+            self.grid,
         )
+
+    @property
+    def grid(self) -> Grid | None:
+        """Return steps and centers of a grid, or None."""
+        if self.steps is None or self.centers is None:
+            return None
+        return Grid(self.steps, self.centers)
 
     def set_bias(self, bias: Float[Tensor, " out"] | None) -> None:
         """Add a bias to the output from now on."""
@@ -238,20 +268,21 @@ class QuantLinear(KernelLayer, FrozenQuantizedLinear):
             return self.on_gpu(x)
         if torch.compiler.is_compiling():
             sizes = [self.out_features, self.in_features, self.group_size, self.bits]
-            out: Tensor = torch.ops.lapilli.linear(
-                x, self.qweight, self.scales, self.zeros, self.packed_bias, sizes, self.weight_only
-            )
+            grid = [part for part in (self.steps, self.centers) if part is not None]
+            given = (self.qweight, self.scales, self.zeros, grid, self.packed_bias, sizes)
+            out: Tensor = torch.ops.lapilli.linear(x, *given, self.weight_only)
             return out
         return self.kernel()(x)
 
     def weight_rows(self, start: int, stop: int) -> Float[Tensor, "rows in"]:
         """Return rows of W in float32, see FrozenQuantizedLinear."""
-        blocks = slice(start // BLOCK, -(-stop // BLOCK))
+        blocks, grid = slice(start // BLOCK, -(-stop // BLOCK)), self.grid
         part = replace(
             self.packed,
             data=self.qweight[blocks],
             scales=self.scales[blocks],
             zeros=None if self.zeros is None else self.zeros[blocks],
+            grid=None if grid is None else Grid(grid.steps[blocks], grid.centers[blocks]),
             bias=None,
             out_features=stop - start,
         )

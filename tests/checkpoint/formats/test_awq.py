@@ -251,16 +251,16 @@ def test_a_section_in_a_file_of_its_own(packed_llava, tmp_path):
 @pytest.mark.slow
 def test_int4_packs_the_layers_that_awq_leaves_float(pebble, packed_llava):
     plain = load(packed_llava)
-    assert plain.quantization == QuantConfig(group_size=64, symmetric=False, head_bits=None)
+    assert plain.quantization == QuantConfig(group_size=64, levels="zeros", head_bits=None)
     assert not isinstance(plain.model.language_model.model.embed_tokens, StoredEmbedding)
     more = load(packed_llava, quantization="int4", quantize_tower=True)
-    assert more.quantization == QuantConfig(group_size=64, symmetric=False, quantize_tower=True)
+    assert more.quantization == QuantConfig(group_size=64, levels="zeros", quantize_tower=True)
     assert more.model.language_model.lm_head.bits == 8
     assert more.model.modalities.image.projector[0].bits == 8
     assert isinstance(more.model.language_model.model.embed_tokens, StoredEmbedding)
     layer, same = (m.model.get_submodule(LAYER).packed.data for m in (plain, more))
     assert torch.equal(layer, same)
-    exact = QuantConfig(group_size=64, symmetric=False, mode="weight_only", head_bits=None)
+    exact = QuantConfig(group_size=64, levels="zeros", mode="weight_only", head_bits=None)
     found = text_logits(load(packed_llava, quantization=exact).model)
     assert torch.equal(found, text_logits(weight_only(plain.model)))
     # What the files leave float is rounded when it is asked for.

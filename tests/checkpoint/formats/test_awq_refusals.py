@@ -141,7 +141,7 @@ def test_symmetric_weights_with_zero_points(llava, tmp_path):
         load(packed)
 
 
-@pytest.mark.parametrize("asked", ["int8", QuantConfig(), QuantConfig(symmetric=False)])
+@pytest.mark.parametrize("asked", ["int8", QuantConfig(), QuantConfig(levels="zeros")])
 def test_another_quantization_than_the_files_is_refused(packed_llava, asked):
     what = r"quantized already \(AWQ, 4 bits, groups of 64, zero points\).*group_size=64"
     with pytest.raises(ConfigError, match=what):

@@ -57,7 +57,8 @@ class PublishedFormat:
     def config(self) -> QuantConfig:
         """The settings of the kernels; a wide group becomes several with the same scale."""
         width = WIDEST if self.group_size < 0 else min(self.group_size, WIDEST)
-        return QuantConfig(bits=4, group_size=width, symmetric=self.symmetric, head_bits=None)
+        levels = "symmetric" if self.symmetric else "zeros"
+        return QuantConfig(bits=4, group_size=width, levels=levels, head_bits=None)
 
     def inputs_of_group(self, in_features: int) -> int:
         """Return the number of inputs that share a scale in the files of a layer."""

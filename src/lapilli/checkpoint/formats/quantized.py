@@ -69,10 +69,10 @@ class StoredQuantization:
         own = self.config
         if self.published is None and asked != own:
             advice = "load it as it is"
-        elif (asked.bits, asked.group_size, asked.symmetric) != (4, own.group_size, own.symmetric):
+        elif (asked.bits, asked.group_size, asked.levels) != (4, own.group_size, own.levels):
             advice = (
                 "load it as it is, or with quantize='int4' or QuantConfig(bits=4, "
-                f"group_size={own.group_size}, symmetric={own.symmetric}, ...) to pack the rest too"
+                f"group_size={own.group_size}, levels={own.levels!r}, ...) to pack the rest too"
             )
         else:
             return
@@ -136,6 +136,9 @@ def stored_quantization(raw: JsonObject) -> StoredQuantization | None:
             f"config.json: weights quantized by {shown(method)} cannot be read: {ADVICE}"
         )
     options = {str(key): value for key, value in found.items() if key != "quant_method"}
+    symmetric = options.pop("symmetric", None)
+    if "levels" not in options and isinstance(symmetric, bool):  # files of lapilli 0.1
+        options["levels"] = "symmetric" if symmetric else "zeros"
     known = asdict(QuantConfig()).keys()
     if options.keys() != known:
         raise ConfigFileError(
@@ -256,8 +259,7 @@ class LayerQuantizer:
 
     def _expect_packed(self, path: str, linear: nn.Linear, bits: int) -> None:
         """Put an empty packed layer in place of one that the files hold packed."""
-        group_size, symmetric = self.config.group_size, self.config.symmetric
-        packed = empty_packed(linear, bits, group_size, symmetric=symmetric)
+        packed = empty_packed(linear, bits, self.config.group_size, levels=self.config.levels)
         layer = QuantLinear(packed, weight_only=self.config.mode == "weight_only")
         self._model.set_submodule(path, layer)
         self._as_stored |= {f"{path}.{name}" for name in layer.state_dict()}

@@ -3,6 +3,8 @@
 //
 //   quantized   q[tile][input / 4][token of the tile][input % 4], scale and correction [tile][group][token]
 //               q = round(x * 127 / max|x|) over a group;  correction = -sum(q) * what zero is stored as
+//               on a grid: correction [tile][chunk][token], and the sums of q of two chunks, as 16 bits
+//               each, pairs [tile][pair of chunks][token]
 //   float       x[tile][input][token of the tile]
 #pragma once
 
@@ -16,6 +18,7 @@ struct Activations {
   int8_t* q;
   float* scale;
   int32_t* correction;
+  int32_t* pairs;
   float* x;
 };
 
@@ -23,7 +26,7 @@ constexpr int64_t kMaxGroup = 128;
 constexpr float kSmallest = 1e-30f;  // below this a group counts as zeros: 127 / max stays finite
 
 template <class S>
-void quantize_group(const float* x, int64_t count, int8_t* q, float* scale, int32_t* sum) {
+void quantize_group(const float* x, int64_t count, int8_t* q, float* scale) {
   typename S::I most = S::izero();
   for (int64_t i = 0; i < count; i += S::kLanes) most = S::max_bits(most, S::load(x + i));
   const int32_t bits = S::reduce_max(most);
@@ -35,9 +38,42 @@ void quantize_group(const float* x, int64_t count, int8_t* q, float* scale, int3
     S::store_rounded(q + i, S::mul(S::load(x + i), factor));
   }
   *scale = empty ? 0.0f : largest / 127.0f;
-  int32_t total = 0;
-  for (int64_t i = 0; i < count; ++i) total += q[i];
-  *sum = total;
+}
+
+inline int32_t total(const int8_t* q, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += q[i];
+  return sum;
+}
+
+constexpr int64_t kUnpackFrom = 4;  // tiles of tokens; unpacking nibbles pays from here
+
+// Whether nibbles are unpacked once for all tokens.
+template <class S>
+bool unpacks(const LinearCall& call) {
+  return call.weights.bits == 4 && call.tokens >= kUnpackFrom * S::kTokens;
+}
+
+// Whether nibbles of a grid meet the tokens, a chunk at a time; else bytes do, a group at a time.
+template <class S>
+bool by_chunk(const LinearCall& call) {
+  return call.weights.steps != nullptr && !(S::kByteDot && unpacks<S>(call));
+}
+
+// Sums of the chunks of a group, as the tiles of a grid add them.
+inline void correct_chunks(const LinearCall& call, const int8_t* q, int64_t begin, int64_t count, int64_t first,
+                           int64_t tokens, int64_t t, const Activations& out) {
+  const int64_t chunks = call.weights.chunks(), pairs = call.weights.pairs();
+  int32_t sums[kMaxGroup / kChunk + 1] = {};
+  for (int64_t i = 0; i < count; i += kChunk) {
+    sums[i / kChunk] = total(q + i, kChunk);
+    out.correction[first * chunks + (begin + i) / kChunk * tokens + t] = -8 * sums[i / kChunk];
+  }
+  for (int64_t i = 0; i < count; i += 2 * kChunk) {
+    const uint32_t low = static_cast<uint32_t>(sums[i / kChunk]) & 0xffffu;
+    const uint32_t both = low | static_cast<uint32_t>(sums[i / kChunk + 1]) << 16;
+    out.pairs[first * pairs + (begin + i) / (2 * kChunk) * tokens + t] = static_cast<int32_t>(both);
+  }
 }
 
 template <class S>
@@ -58,9 +94,12 @@ void quantize_tile(const LinearCall& call, int64_t first, int64_t tokens, int32_
         std::memset(buffer + valid, 0, static_cast<size_t>(count - valid) * 4);
         source = buffer;
       }
-      int32_t sum;
-      quantize_group<S>(source, count, q, out.scale + (first * groups + g * tokens + t), &sum);
-      out.correction[first * groups + g * tokens + t] = -bias * sum;
+      quantize_group<S>(source, count, q, out.scale + (first * groups + g * tokens + t));
+      if (by_chunk<S>(call)) {
+        correct_chunks(call, q, begin, count, first, tokens, t, out);
+      } else {
+        out.correction[first * groups + g * tokens + t] = -bias * total(q, count);
+      }
       int8_t* target = out.q + first * padded + (begin * tokens + t * 4);
       for (int64_t i = 0; i < count; i += 4) std::memcpy(target + i * tokens, q + i, 4);
     }
@@ -106,12 +145,15 @@ Activations prepare(const LinearCall& call, Scratch& scratch) {
     });
     return out;
   }
-  const int64_t facts = (tokens * groups * 4 + 63) / 64 * 64;
-  uint8_t* memory = scratch.get(tokens * padded + 2 * facts);
+  const auto lines = [&](int64_t units) { return (tokens * units * 4 + 63) / 64 * 64; };
+  const int64_t scales = lines(groups), corrections = lines(by_chunk<S>(call) ? w.chunks() : groups);
+  uint8_t* memory = scratch.get(tokens * padded + scales + corrections + lines(w.pairs()));
   out.scale = reinterpret_cast<float*>(memory);
-  out.correction = reinterpret_cast<int32_t*>(memory + facts);
-  out.q = reinterpret_cast<int8_t*>(memory + 2 * facts);
-  const int32_t bias = w.bits == 8 ? S::kByteBias : (w.zeros != nullptr ? 1 : 8);
+  out.correction = reinterpret_cast<int32_t*>(memory + scales);
+  out.pairs = reinterpret_cast<int32_t*>(memory + scales + corrections);
+  out.q = reinterpret_cast<int8_t*>(memory + scales + corrections + lines(w.pairs()));
+  const bool bytes = w.bits == 8 || w.steps != nullptr;
+  const int32_t bias = bytes ? S::kByteBias : (w.zeros != nullptr ? 1 : 8);
   for_pieces(call.threads, tiles, step, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       quantize_tile<S>(call, i * size, tokens_of_tile(tokens, i, size), bias, out);

@@ -129,6 +129,10 @@ __attribute__((visibility("default"))) void lapilli_layer(const lapilli::LayerCa
   lapilli::g_table->layer(*call);
 }
 
+__attribute__((visibility("default"))) void lapilli_round_grid(const lapilli::RoundCall* call) {
+  lapilli::g_table->round_grid(*call);
+}
+
 __attribute__((visibility("default"))) void lapilli_dense(const lapilli::DenseCall* call) {
   lapilli::g_table->dense(*call);
 }

@@ -10,7 +10,6 @@
 namespace lapilli {
 namespace {
 
-constexpr int64_t kUnpackFrom = 4;   // tiles of tokens; unpacking pays from here
 constexpr int64_t kFloatFew = 8;      // tokens; above this a panel of floats pays
 constexpr int64_t kFloatPiece = 128;  // inputs of a float panel
 
@@ -24,6 +23,11 @@ Rows<R> rows_at(const Weights& w, int64_t vector) {
     rows.data[r] = w.data + block * w.block_bytes() + lane * 4;
     if (w.half_scales) rows.half[r] = w.half_scales + block * w.groups() * kBlock + lane;
     if (w.zeros) rows.zeros[r] = w.zeros + block * w.groups() * kBlock + lane;
+    if (w.steps) {
+      rows.steps[r] = w.steps + block * w.chunks() * 8 + lane % 8;
+      rows.shift[r] = lane < 8 ? 0 : 4;
+      rows.centers[r] = w.centers + block * w.pairs() * 2 * kBlock + lane * 2;
+    }
     if (w.row_scales) rows.row[r] = w.row_scales + block * kBlock + lane;
     if (w.bias) rows.bias[r] = w.bias + block * kBlock + lane;
   }
@@ -46,6 +50,25 @@ void dot_tokens(int64_t count, const Weights& shape, const Rows<R>& w, const int
   if constexpr (S::kFew > S::kTokens && R * S::kLanes == kBlock) {
     if (count == 7) return dot_tile<S, kind, zeros, 7, R>(shape, w, q, scale, correction, out, stride);
     return dot_tile<S, kind, zeros, 8, R>(shape, w, q, scale, correction, out, stride);
+  }
+}
+
+template <class S, Kind kind, int R>
+void grid_tokens(int64_t count, const Weights& shape, const Rows<R>& w, const int8_t* q, const float* scale,
+                 const int32_t* correction, const int32_t* pairs, float* out, int64_t stride) {
+  switch (count) {
+    case 1: return grid_tile<S, kind, 1, R>(shape, w, q, scale, correction, pairs, out, stride);
+    case 2: return grid_tile<S, kind, 2, R>(shape, w, q, scale, correction, pairs, out, stride);
+    case 3: return grid_tile<S, kind, 3, R>(shape, w, q, scale, correction, pairs, out, stride);
+    case 4: return grid_tile<S, kind, 4, R>(shape, w, q, scale, correction, pairs, out, stride);
+  }
+  if constexpr (S::kTokens > 4) {
+    if (count == 5) return grid_tile<S, kind, 5, R>(shape, w, q, scale, correction, pairs, out, stride);
+    if (count == 6) return grid_tile<S, kind, 6, R>(shape, w, q, scale, correction, pairs, out, stride);
+  }
+  if constexpr (S::kFew > S::kTokens && R * S::kLanes == kBlock) {
+    if (count == 7) return grid_tile<S, kind, 7, R>(shape, w, q, scale, correction, pairs, out, stride);
+    return grid_tile<S, kind, 8, R>(shape, w, q, scale, correction, pairs, out, stride);
   }
 }
 
@@ -81,6 +104,43 @@ Rows<R> unpack(const Weights& w, Rows<R> rows, uint8_t* panel) {
   return rows;
 }
 
+// Brackets of a grid of R vectors as bytes, in the same order.
+template <class S, int R>
+Rows<R> unpack_grid(const Weights& w, Rows<R> rows, uint8_t* panel) {
+  using I = typename S::I;
+  constexpr int64_t width = S::kLanes * 4;
+  for (int64_t k = 0; k < w.padded() / 8; ++k) {
+    for (int r = 0; r < R; ++r) {
+      const int64_t chunk = k / 4;
+      const I step = S::steps(rows.steps[r] + chunk * 8, rows.shift[r]);
+      const I center = S::center(S::centers(rows.centers[r] + chunk / 2 * 2 * kBlock), chunk % 2);
+      const I start = S::isub(S::iadd(center, S::iset(S::kByteBias)), S::imul(step, S::iset(8)));
+      typename S::W low, high;
+      S::nibbles(rows.data[r] + k * rows.step, low, high);
+      S::store_bytes(panel + (2 * k * R + r) * width, S::grid_bytes(low, step, start));
+      S::store_bytes(panel + ((2 * k + 1) * R + r) * width, S::grid_bytes(high, step, start));
+    }
+  }
+  for (int r = 0; r < R; ++r) rows.data[r] = panel + r * width;
+  rows.step = R * width;
+  return rows;
+}
+
+// What a nibble of a chunk of a grid is multiplied by, and what is added: step * nibble + start.
+template <class S>
+void grid_facts(const Rows<1>& rows, int64_t chunk, typename S::F& step, typename S::F& start) {
+  const typename S::I steps = S::steps(rows.steps[0] + chunk * 8, rows.shift[0]);
+  const typename S::I center = S::center(S::centers(rows.centers[0] + chunk / 2 * 2 * kBlock), chunk % 2);
+  step = S::to_float(steps);
+  start = S::to_float(S::isub(center, S::imul(steps, S::iset(8))));
+}
+
+template <int R>
+Rows<1> row_of(const Rows<R>& rows, int r) {
+  return {{rows.data[r]}, rows.step, {rows.half[r]}, {rows.zeros[r]}, {rows.steps[r]}, {rows.shift[r]},
+          {rows.centers[r]}, {rows.row[r]}, {rows.bias[r]}};
+}
+
 // One group of four inputs of a vector as floats: (byte - zero) * scale.
 template <class S, int R>
 inline void widen_four(const uint8_t* p, typename S::F scale, typename S::F shift, float* out) {
@@ -108,9 +168,16 @@ void dequantize(const Weights& w, const Rows<R>& rows, int64_t begin, int64_t en
         widen_four<S, R>(rows.data[r] + (k / 4 + 1) * 64, scale, shift, out + 4 * next);
         continue;
       }
-      const F scale = S::half(rows.half[r] + group);
-      const F zero = w.zeros ? S::to_float(S::widen(rows.zeros[r] + group)) : S::fset(8.0f);
-      const F shift = S::mul(S::mul(scale, zero), S::fset(-1.0f));
+      F scale = S::half(rows.half[r] + group), shift;
+      if (w.steps) {
+        F step, start;
+        grid_facts<S>(row_of(rows, r), k / kChunk, step, start);
+        shift = S::mul(scale, start);
+        scale = S::mul(scale, step);
+      } else {
+        const F zero = w.zeros ? S::to_float(S::widen(rows.zeros[r] + group)) : S::fset(8.0f);
+        shift = S::mul(S::mul(scale, zero), S::fset(-1.0f));
+      }
       typename S::W low, high;
       S::nibbles(rows.data[r] + k / 8 * 64, low, high);
       S::store_bytes(bytes, low);
@@ -121,14 +188,15 @@ void dequantize(const Weights& w, const Rows<R>& rows, int64_t begin, int64_t en
   }
 }
 
-// Four inputs of a vector, as bytes, against T tokens.
+// Four inputs of a vector, step * byte + start, against T tokens.
 template <class S, int T>
-inline void meet_four(typename S::W w, typename S::I zero, const float* x, typename S::F (&sum)[T][2]) {
+inline void meet_four(typename S::W w, typename S::F step, typename S::F start, const float* x,
+                      typename S::F (&sum)[T][2]) {
   using F = typename S::F;
-  const F four[4] = {S::to_float(S::isub(S::template byte<0>(w), zero)),
-                     S::to_float(S::isub(S::template byte<1>(w), zero)),
-                     S::to_float(S::isub(S::template byte<2>(w), zero)),
-                     S::to_float(S::isub(S::template byte<3>(w), zero))};
+  const F four[4] = {S::fma(S::to_float(S::template byte<0>(w)), step, start),
+                     S::fma(S::to_float(S::template byte<1>(w)), step, start),
+                     S::fma(S::to_float(S::template byte<2>(w)), step, start),
+                     S::fma(S::to_float(S::template byte<3>(w)), step, start)};
   for (int j = 0; j < 4; ++j) {
     for (int t = 0; t < T; ++t) sum[t][j & 1] = S::fma(four[j], S::fset(x[j * T + t]), sum[t][j & 1]);
   }
@@ -144,21 +212,22 @@ void float_direct(const Weights& w, const Rows<1>& rows, const float* x, float* 
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = g * w.group;
     const int64_t end = begin + w.group < padded ? begin + w.group : padded;
-    typename S::I zero = S::iset(w.bits == 8 ? 128 : 8);
-    if (w.zeros) zero = S::widen(rows.zeros[0] + g * kBlock);
+    F step = S::fset(1.0f), start = S::fset(w.bits == 8 ? -128.0f : -8.0f);
+    if (w.zeros) start = S::sub(S::fzero(), S::to_float(S::widen(rows.zeros[0] + g * kBlock)));
     F sum[T][2];
     for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = S::fzero();
     if (w.bits == 8) {
       for (int64_t k = begin; k < end; k += 4) {
-        meet_four<S, T>(S::small_bytes(rows.data[0] + k * 16), zero, x + k * T, sum);
+        meet_four<S, T>(S::small_bytes(rows.data[0] + k * 16), step, start, x + k * T, sum);
       }
     } else {
       for (int64_t k = begin; k < end; k += 8) {
+        if (w.steps && k % kChunk == 0) grid_facts<S>(rows, k / kChunk, step, start);
         typename S::W low, high;
         S::nibbles(rows.data[0] + k * 8, low, high);
         S::prefetch(rows.data[0] + k * 8 + 2048);
-        meet_four<S, T>(low, zero, x + k * T, sum);
-        meet_four<S, T>(high, zero, x + (k + 4) * T, sum);
+        meet_four<S, T>(low, step, start, x + k * T, sum);
+        meet_four<S, T>(high, step, start, x + (k + 4) * T, sum);
       }
     }
     const F scale = w.bits == 8 ? S::load(rows.row[0]) : S::half(rows.half[0] + g * kBlock);
@@ -197,7 +266,7 @@ void dot_rows(const LinearCall& call, const Activations& a, int64_t vector, Scra
   const Weights& w = call.weights;
   const int64_t padded = w.padded(), groups = w.groups();
   Rows<R> rows = rows_at<S, R>(w, vector);
-  const bool unpacked = w.bits == 4 && call.tokens >= kUnpackFrom * S::kTokens;
+  const bool unpacked = unpacks<S>(call);
   if (unpacked) rows = unpack<S, R>(w, rows, scratch.get(padded * R * S::kLanes));
   const int64_t size = tile_size<S>(call);
   for (int64_t first = 0; first < call.tokens; first += size) {
@@ -212,6 +281,35 @@ void dot_rows(const LinearCall& call, const Activations& a, int64_t vector, Scra
       dot_tokens<S, kUnpacked, zeros, R>(count, w, rows, q, scale, correction, target, stride);
     } else {
       dot_tokens<S, kPacked, zeros, R>(count, w, rows, q, scale, correction, target, stride);
+    }
+  }
+}
+
+// Rows of a grid: chunks of nibbles, or unpacked bytes where the set of instructions has products of bytes.
+template <class S, int R>
+void grid_rows(const LinearCall& call, const Activations& a, int64_t vector, Scratch& scratch, float* out,
+               int64_t stride) {
+  const Weights& w = call.weights;
+  const int64_t padded = w.padded(), groups = w.groups(), units = by_chunk<S>(call) ? w.chunks() : groups;
+  Rows<R> rows = rows_at<S, R>(w, vector);
+  if (unpacks<S>(call)) {
+    uint8_t* panel = scratch.get(padded * R * S::kLanes);
+    rows = S::kByteDot ? unpack_grid<S, R>(w, rows, panel) : unpack<S, R>(w, rows, panel);
+  }
+  const int64_t size = tile_size<S>(call);
+  for (int64_t first = 0; first < call.tokens; first += size) {
+    const int64_t count = tokens_of_tile(call.tokens, first / size, size);
+    const int8_t* q = a.q + first * padded;
+    const float* scale = a.scale + first * groups;
+    const int32_t* correction = a.correction + first * units;
+    const int32_t* pairs = a.pairs + first * w.pairs();
+    float* target = out + first * stride;
+    if (!unpacks<S>(call)) {
+      grid_tokens<S, kPacked, R>(count, w, rows, q, scale, correction, pairs, target, stride);
+    } else if constexpr (S::kByteDot) {
+      dot_tokens<S, kGroupBytes, false, R>(count, w, rows, q, scale, correction, target, stride);
+    } else {
+      grid_tokens<S, kUnpacked, R>(count, w, rows, q, scale, correction, pairs, target, stride);
     }
   }
 }
@@ -247,6 +345,7 @@ template <class S, int R>
 void some_rows(const LinearCall& call, const Activations& a, int64_t vector, float* out, int64_t stride) {
   static thread_local Scratch scratch;
   if (call.weight_only) return float_rows<S, R>(call, a, vector, scratch, out, stride);
+  if (call.weights.steps) return grid_rows<S, R>(call, a, vector, scratch, out, stride);
   if (call.weights.zeros) return dot_rows<S, true, R>(call, a, vector, scratch, out, stride);
   dot_rows<S, false, R>(call, a, vector, scratch, out, stride);
 }

@@ -6,7 +6,12 @@
 namespace lapilli {
 namespace {
 
-enum Kind { kPacked, kUnpacked, kBytes };
+enum Kind {
+  kPacked,      // nibbles as they lie in memory
+  kUnpacked,    // a nibble in every byte
+  kBytes,       // weights of 8 bits
+  kGroupBytes,  // brackets of a grid, as bytes() returns them
+};
 
 // Where the R vectors of output rows of a tile lie.
 template <int R>
@@ -15,16 +20,18 @@ struct Rows {
   int64_t step;  // bytes from one group of four inputs (kPacked: eight) to the next
   const uint16_t* half[R];
   const uint8_t* zeros[R];
+  const uint8_t* steps[R];
+  int shift[R];  // of the nibbles of `steps`
+  const int8_t* centers[R];
   const float* row[R];
   const float* bias[R];
 };
 
+// A chunk of inputs times the tokens, onto partial sums that have begun.
 template <class S, Kind kind, int T, int R>
 inline __attribute__((always_inline)) void dot_chunk(const Rows<R>& w, const int8_t* q, int64_t k,
-                                                     typename S::I (&sum)[T][R]) {
-  typename S::P partial[T][R];
-  for (int t = 0; t < T; ++t)
-    for (int r = 0; r < R; ++r) partial[t][r] = S::begin(sum[t][r]);
+                                                     typename S::P (&partial)[T][R], typename S::I (&sum)[T][R]) {
+  constexpr bool signs = kind == kBytes || kind == kGroupBytes;
   constexpr int steps = kind == kPacked ? 4 : 8;
 #pragma GCC unroll 8
   for (int s = 0; s < steps; ++s) {
@@ -52,14 +59,78 @@ inline __attribute__((always_inline)) void dot_chunk(const Rows<R>& w, const int
       for (int t = 0; t < T; ++t) {
         const typename S::W four = S::broadcast(a + t * 4);
         for (int r = 0; r < R; ++r) {
-          S::template dot<kind != kBytes>(partial[t][r], sum[t][r], bytes[r], four);
+          S::template dot<!signs>(partial[t][r], sum[t][r], bytes[r], four);
         }
       }
     }
   }
-  if (kind != kBytes) {
+}
+
+// A chunk onto sums of whole groups.
+template <class S, Kind kind, int T, int R>
+inline __attribute__((always_inline)) void add_chunk(const Rows<R>& w, const int8_t* q, int64_t k,
+                                                     typename S::I (&sum)[T][R]) {
+  typename S::P partial[T][R];
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) partial[t][r] = S::begin(sum[t][r]);
+  dot_chunk<S, kind, T, R>(w, q, k, partial, sum);
+  if (kind == kPacked || kind == kUnpacked) {
     for (int t = 0; t < T; ++t)
       for (int r = 0; r < R; ++r) S::end(partial[t][r], sum[t][r]);
+  }
+}
+
+// A chunk of a grid, multiplied by its steps. With the correction of the chunk, sum(q * (nibble - 8)),
+// it is at most 32 * 8 * 127 = 32512: 16 bits.
+template <class S, Kind kind, int T, int R>
+inline __attribute__((always_inline)) void add_stepped(const Rows<R>& w, const int8_t* q, const int32_t* correction,
+                                                       int64_t k, typename S::I (&sum)[T][R]) {
+  typename S::P partial[T][R];
+  typename S::I chunk[T][R];
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) S::begin_chunk(correction[t], partial[t][r], chunk[t][r]);
+  dot_chunk<S, kind, T, R>(w, q, k, partial, chunk);
+  for (int r = 0; r < R; ++r) {
+    const typename S::I step = S::steps(w.steps[r] + k / kChunk * 8, w.shift[r]);
+    for (int t = 0; t < T; ++t) S::end_chunk(partial[t][r], chunk[t][r], step, sum[t][r]);
+  }
+}
+
+template <class S, Kind kind, int T, int R>
+void grid_tile(const Weights& shape, const Rows<R>& w, const int8_t* q, const float* scale,
+               const int32_t* correction, const int32_t* pairs, float* out, int64_t stride) {
+  using F = typename S::F;
+  using I = typename S::I;
+  F acc[T][R];
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) acc[t][r] = S::fzero();
+  const int64_t padded = shape.padded(), groups = shape.groups();
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t begin = g * shape.group;
+    const int64_t end = begin + shape.group < padded ? begin + shape.group : padded;
+    I sum[T][R];
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < R; ++r) sum[t][r] = S::izero();
+    for (int64_t k = begin; k < end; k += kChunk) {
+      add_stepped<S, kind, T, R>(w, q, correction + k / kChunk * T, k, sum);
+    }
+    for (int64_t pair = begin / (2 * kChunk); pair * 2 * kChunk < end; ++pair) {
+      for (int r = 0; r < R; ++r) {
+        const I centers = S::centers(w.centers[r] + pair * 2 * kBlock);
+        for (int t = 0; t < T; ++t) S::add_pair(sum[t][r], centers, pairs[pair * T + t]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const F factor = S::half(w.half[r] + g * kBlock);
+      for (int t = 0; t < T; ++t) {
+        const F both = S::mul(factor, S::fset(scale[g * T + t]));
+        acc[t][r] = S::fma(S::to_float(sum[t][r]), both, acc[t][r]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const F bias = w.bias[r] != nullptr ? S::load(w.bias[r]) : S::fzero();
+    for (int t = 0; t < T; ++t) S::store(out + t * stride + r * S::kLanes, S::add(acc[t][r], bias));
   }
 }
 
@@ -82,7 +153,7 @@ void dot_tile(const Weights& shape, const Rows<R>& w, const int8_t* q, const flo
         sum[t][r] = zeros ? S::imul(start, S::widen(w.zeros[r] + g * kBlock)) : start;
       }
     }
-    for (int64_t k = begin; k < end; k += kChunk) dot_chunk<S, kind, T, R>(w, q, k, sum);
+    for (int64_t k = begin; k < end; k += kChunk) add_chunk<S, kind, T, R>(w, q, k, sum);
     F factor[R];
     for (int r = 0; r < R; ++r) {
       if (kind != kBytes) factor[r] = S::half(w.half[r] + g * kBlock);

@@ -1,6 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_avx2.h"
 
+#include "grid.h"
 #include "layer.h"
 #include "prefill.h"
 
@@ -17,6 +18,7 @@ const Table kAvx2 = {
     gelu_mul<Avx2>,
     rotate<Avx2>,
     layer<Avx2>,
+    round_grid<Avx2>,
 };
 
 }  // namespace lapilli

@@ -1,6 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_avx512.h"
 
+#include "grid.h"
 #include "layer.h"
 #include "prefill.h"
 
@@ -17,6 +18,7 @@ const Table kAvx512 = {
     gelu_mul<Avx512>,
     rotate<Avx512>,
     layer<Avx512>,
+    round_grid<Avx512>,
 };
 
 }  // namespace lapilli

@@ -2,6 +2,7 @@
 #define LAPILLI_AVXVNNI
 #include "isa_avx2.h"
 
+#include "grid.h"
 #include "layer.h"
 #include "prefill.h"
 
@@ -18,6 +19,7 @@ const Table kAvxVnni = {
     gelu_mul<Avx2>,
     rotate<Avx2>,
     layer<Avx2>,
+    round_grid<Avx2>,
 };
 
 }  // namespace lapilli

@@ -1,6 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_neon.h"
 
+#include "grid.h"
 #include "layer.h"
 #include "prefill.h"
 
@@ -17,6 +18,7 @@ const Table kNeon = {
     gelu_mul<Neon>,
     rotate<Neon>,
     layer<Neon>,
+    round_grid<Neon>,
 };
 
 }  // namespace lapilli

@@ -2,6 +2,7 @@
 #define LAPILLI_NEONDOT
 #include "isa_neon.h"
 
+#include "grid.h"
 #include "layer.h"
 #include "prefill.h"
 
@@ -18,6 +19,7 @@ const Table kNeonDot = {
     gelu_mul<Neon>,
     rotate<Neon>,
     layer<Neon>,
+    round_grid<Neon>,
 };
 
 }  // namespace lapilli

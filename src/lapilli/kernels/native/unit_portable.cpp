@@ -1,6 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_portable.h"
 
+#include "grid.h"
 #include "layer.h"
 #include "prefill.h"
 
@@ -17,6 +18,7 @@ const Table kPortable = {
     gelu_mul<Portable>,
     rotate<Portable>,
     layer<Portable>,
+    round_grid<Portable>,
 };
 
 }  // namespace lapilli
