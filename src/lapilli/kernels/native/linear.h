@@ -104,41 +104,34 @@ Rows<R> unpack(const Weights& w, Rows<R> rows, uint8_t* panel) {
   return rows;
 }
 
+// What a nibble of a chunk of a grid is multiplied by, and what is added: step * nibble + start.
+template <class S, int R>
+void grid_facts(const Rows<R>& rows, int r, int64_t chunk, typename S::I& step, typename S::I& start) {
+  step = S::steps(rows.steps[r] + chunk * 8, rows.shift[r]);
+  const typename S::I center = S::center(S::centers(rows.centers[r] + chunk / 2 * 2 * kBlock), chunk % 2);
+  start = S::isub(center, S::imul(step, S::iset(8)));
+}
+
 // Brackets of a grid of R vectors as bytes, in the same order.
 template <class S, int R>
 Rows<R> unpack_grid(const Weights& w, Rows<R> rows, uint8_t* panel) {
-  using I = typename S::I;
   constexpr int64_t width = S::kLanes * 4;
-  for (int64_t k = 0; k < w.padded() / 8; ++k) {
+  for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
     for (int r = 0; r < R; ++r) {
-      const int64_t chunk = k / 4;
-      const I step = S::steps(rows.steps[r] + chunk * 8, rows.shift[r]);
-      const I center = S::center(S::centers(rows.centers[r] + chunk / 2 * 2 * kBlock), chunk % 2);
-      const I start = S::isub(S::iadd(center, S::iset(S::kByteBias)), S::imul(step, S::iset(8)));
-      typename S::W low, high;
-      S::nibbles(rows.data[r] + k * rows.step, low, high);
-      S::store_bytes(panel + (2 * k * R + r) * width, S::grid_bytes(low, step, start));
-      S::store_bytes(panel + ((2 * k + 1) * R + r) * width, S::grid_bytes(high, step, start));
+      typename S::I step, start;
+      grid_facts<S>(rows, r, chunk, step, start);
+      start = S::iadd(start, S::iset(S::kByteBias));
+      for (int64_t k = chunk * 4; k < chunk * 4 + 4; ++k) {
+        typename S::W low, high;
+        S::nibbles(rows.data[r] + k * rows.step, low, high);
+        S::store_bytes(panel + (2 * k * R + r) * width, S::grid_bytes(low, step, start));
+        S::store_bytes(panel + ((2 * k + 1) * R + r) * width, S::grid_bytes(high, step, start));
+      }
     }
   }
   for (int r = 0; r < R; ++r) rows.data[r] = panel + r * width;
   rows.step = R * width;
   return rows;
-}
-
-// What a nibble of a chunk of a grid is multiplied by, and what is added: step * nibble + start.
-template <class S>
-void grid_facts(const Rows<1>& rows, int64_t chunk, typename S::F& step, typename S::F& start) {
-  const typename S::I steps = S::steps(rows.steps[0] + chunk * 8, rows.shift[0]);
-  const typename S::I center = S::center(S::centers(rows.centers[0] + chunk / 2 * 2 * kBlock), chunk % 2);
-  step = S::to_float(steps);
-  start = S::to_float(S::isub(center, S::imul(steps, S::iset(8))));
-}
-
-template <int R>
-Rows<1> row_of(const Rows<R>& rows, int r) {
-  return {{rows.data[r]}, rows.step, {rows.half[r]}, {rows.zeros[r]}, {rows.steps[r]}, {rows.shift[r]},
-          {rows.centers[r]}, {rows.row[r]}, {rows.bias[r]}};
 }
 
 // One group of four inputs of a vector as floats: (byte - zero) * scale.
@@ -170,10 +163,10 @@ void dequantize(const Weights& w, const Rows<R>& rows, int64_t begin, int64_t en
       }
       F scale = S::half(rows.half[r] + group), shift;
       if (w.steps) {
-        F step, start;
-        grid_facts<S>(row_of(rows, r), k / kChunk, step, start);
-        shift = S::mul(scale, start);
-        scale = S::mul(scale, step);
+        typename S::I step, start;
+        grid_facts<S>(rows, r, k / kChunk, step, start);
+        shift = S::mul(scale, S::to_float(start));
+        scale = S::mul(scale, S::to_float(step));
       } else {
         const F zero = w.zeros ? S::to_float(S::widen(rows.zeros[r] + group)) : S::fset(8.0f);
         shift = S::mul(S::mul(scale, zero), S::fset(-1.0f));
@@ -222,7 +215,12 @@ void float_direct(const Weights& w, const Rows<1>& rows, const float* x, float* 
       }
     } else {
       for (int64_t k = begin; k < end; k += 8) {
-        if (w.steps && k % kChunk == 0) grid_facts<S>(rows, k / kChunk, step, start);
+        if (w.steps && k % kChunk == 0) {
+          typename S::I steps, starts;
+          grid_facts<S>(rows, 0, k / kChunk, steps, starts);
+          step = S::to_float(steps);
+          start = S::to_float(starts);
+        }
         typename S::W low, high;
         S::nibbles(rows.data[0] + k * 8, low, high);
         S::prefetch(rows.data[0] + k * 8 + 2048);
