@@ -56,7 +56,7 @@ def test_unknown_option_is_exit_code_2(lapilli: Run) -> None:
     assert "No such option" in done.stderr
 
 
-ENDS = [["ask", "--help"], ["--help"], ["--version"], ["inspect"]]
+ENDS = [*([command, "--help"] for command in COMMANDS), ["--help"], ["--version"], ["inspect"]]
 FULL = Path("/dev/full")
 SLOW = [pytest.param(command, marks=pytest.mark.slow) for command in ("ask", "chat", "batch")]
 

@@ -84,6 +84,7 @@ def test_the_wider_exam_asks_for_type_of_any_size_and_without_a_picture():
         assert item.answer == (TOO_SMALL if writing.is_small else writing.text)
         if "default font" in item.skill:
             assert writing.font in (0, BITMAP_FONT)
+    assert wider_exam() == items
 
 
 def test_questions_without_a_picture_reach_a_model_without_one():

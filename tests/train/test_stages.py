@@ -371,7 +371,9 @@ def test_layers_recompute_as_the_run_says(whole, wanted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "kind"), [("eager", "packed"), ("inductor", "packed")])
+@pytest.mark.parametrize(
+    ("backend", "kind"), [("eager", "packed"), ("inductor", "packed"), ("inductor", "alone")]
+)
 def test_compiled_layers_give_the_same_loss_and_gradients_from_few_programs(backend, kind):
     """In a process of its own: the checks of annotations cannot be compiled."""
     done = subprocess.run(
