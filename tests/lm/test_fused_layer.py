@@ -14,7 +14,7 @@ from lapilli.config.model import DecoderConfig
 from lapilli.kernels.library import native
 from lapilli.lm import decoder as decoder_file
 from lapilli.lm.decoder import Decoder, DecoderLayer
-from lapilli.lm.fused_layer import FusedLayer, _Part
+from lapilli.lm.fused_layer import FusedLayer, FusedLayers, _Watch
 from lapilli.lora import LoraConfig, inject
 from lapilli.nn.paged import BlockStore, PagedBatch, PagedRow, QuantizedBlockStore
 from lapilli.quant import QuantConfig
@@ -104,7 +104,8 @@ def step(
 
 @pytest.fixture
 def calls(monkeypatch) -> list[bool]:
-    """Whether each layer was one call, without those that a new call is compared by."""
+    """Whether each layer was one call, without those that a new call is compared by; never all."""
+    monkeypatch.setattr(FusedLayers, "run", lambda *_, **__: None)
     seen: list[bool] = []
     run = FusedLayer.run
     depth = 0
@@ -126,6 +127,7 @@ def plain(decoder: Decoder, monkeypatch, **options) -> torch.Tensor:
     """The same step, module by module."""
     with monkeypatch.context() as context:
         context.setattr(FusedLayer, "run", lambda *_, **__: None)
+        context.setattr(FusedLayers, "run", lambda *_, **__: None)
         return step(decoder, **options)
 
 
@@ -204,8 +206,8 @@ def test_changes_are_noticed(calls, monkeypatch) -> None:
 def test_a_watched_model_is_looked_at_once(calls, monkeypatch) -> None:
     decoder = build()
     looks = []
-    is_same = _Part.is_same
-    monkeypatch.setattr(_Part, "is_same", lambda part: looks.append(1) or is_same(part))
+    is_same = _Watch.is_same
+    monkeypatch.setattr(_Watch, "is_same", lambda watch: looks.append(1) or is_same(watch))
     first, second = object(), object()
     step(decoder, unchanged=first)
     step(decoder, unchanged=first)
@@ -362,3 +364,200 @@ def test_what_the_call_does_not_know_runs_module_by_module(calls):
     decoder.model.layers[1].mlp.register_buffer("scale", torch.ones(1))
     step(decoder)
     assert calls == [False] * 4
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[bool]:
+    """Whether each step was one call."""
+    seen: list[bool] = []
+    run = FusedLayers.run
+
+    def watched(self, *args):
+        out = run(self, *args)
+        seen.append(out is not None)
+        return out
+
+    monkeypatch.setattr(FusedLayers, "run", watched)
+    return seen
+
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "mistral": {"sliding_window": 3},
+    "qwen3": QWEN,
+    "gemma3": GEMMA,
+    "gemma2": {**GEMMA, "attention_softcap": 2.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        *[("int4", family) for family in FAMILIES],
+        *[pytest.param(kind, "gemma3", marks=pytest.mark.slow) for kind in KINDS],
+        *[pytest.param(kind, "llama", marks=pytest.mark.slow) for kind in KINDS],
+    ],
+)
+@pytest.mark.parametrize("counts", [(1,), (1, 1, 3)])
+def test_a_step_in_one_call_has_the_bits_of_its_layers(steps, monkeypatch, kind, family, counts):
+    decoder = build(kind, **FAMILIES[family])
+    watch = object()
+    found = step(decoder, counts=counts, unchanged=watch)
+    assert torch.equal(found, step(decoder, counts=counts, unchanged=watch))
+    assert steps == [True, True]
+    with monkeypatch.context() as context:
+        context.setattr(FusedLayers, "run", lambda *_: None)
+        assert torch.equal(found, step(decoder, counts=counts, unchanged=watch))
+    expected = plain(decoder, monkeypatch, counts=counts)
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_a_step_with_keys_in_bfloat16(steps, monkeypatch):
+    decoder = build("int4")
+    found = step(decoder, unchanged=object(), kept_dtype=torch.bfloat16)
+    assert steps == [True]
+    with monkeypatch.context() as context:
+        context.setattr(FusedLayers, "run", lambda *_: None)
+        assert torch.equal(found, step(decoder, kept_dtype=torch.bfloat16))
+
+
+class Doubling(DecoderLayer):
+    def forward(self, *args):
+        return 2 * super().forward(*args)
+
+
+def doubles(decoder: Decoder) -> None:
+    layer = decoder.model.layers[0]
+    layer.__class__ = Doubling
+
+
+def replaces_forward(decoder: Decoder) -> None:
+    layer = decoder.model.layers[0]
+    run = layer.forward
+    layer.forward = lambda *args: run(*args) + 1
+
+
+def hooks_a_layer(decoder: Decoder) -> None:
+    decoder.model.layers[1].register_forward_hook(lambda _m, _i, out: out + 1)
+
+
+def hooks_an_inner_module(decoder: Decoder) -> None:
+    decoder.model.layers[0].mlp.register_forward_hook(lambda _m, _i, out: out + 1)
+
+
+def hooks_before(decoder: Decoder) -> None:
+    decoder.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _m, args: args[0] + 1)
+
+
+def adds_an_adapter(decoder: Decoder) -> None:
+    inject(decoder, LoraConfig(rank=2, alpha=4, targets=("*.q_proj",)))
+    for name, parameter in decoder.named_parameters():
+        if "lora" in name:
+            parameter.data.normal_()
+
+
+def changes_activation(decoder: Decoder) -> None:
+    decoder.model.layers[1].mlp.act = nn.GELU()
+
+
+def drops_a_layer(decoder: Decoder) -> None:
+    decoder.model.layers = decoder.model.layers[:1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        doubles,
+        replaces_forward,
+        hooks_a_layer,
+        hooks_an_inner_module,
+        hooks_before,
+        adds_an_adapter,
+        changes_activation,
+        drops_a_layer,
+    ],
+)
+def test_a_step_follows_every_change(steps, monkeypatch, change) -> None:
+    """Also one that comes after steps in one call, while nobody says that anything changed."""
+    decoder = build()
+    watch = object()
+    before = step(decoder, unchanged=watch)
+    change(decoder)
+    is_seen_alone = change in (adds_an_adapter, changes_activation, drops_a_layer)
+    found = step(decoder, unchanged=object() if is_seen_alone else watch)
+    assert steps == [True, change is drops_a_layer]
+    torch.testing.assert_close(found, plain(decoder, monkeypatch), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, before, atol=1e-3)
+
+
+def test_hooks_of_all_modules_are_called(steps) -> None:
+    decoder = build()
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, _i, _o: seen.append(type(m)))
+    try:
+        step(decoder, unchanged=object())
+    finally:
+        handle.remove()
+    assert seen.count(DecoderLayer) == 2
+    assert steps == [False]
+
+
+def test_a_step_holds_no_weights(steps, monkeypatch) -> None:
+    decoder = build("int4")
+    step(decoder, unchanged=object())
+    packed = decoder.model.layers[0].mlp.up_proj
+    gone = weakref.ref(packed)
+    assert isinstance(packed, QuantLinear)
+    for name in ("gate_proj", "up_proj"):
+        plain_layer = nn.Linear(96, 112, bias=False).requires_grad_(False)
+        setattr(decoder.model.layers[0].mlp, name, plain_layer)
+    del packed
+    decoder.model.layers[0].fused = FusedLayer(decoder.model.layers[0])
+    gc.collect()
+    assert gone() is None
+    found = step(decoder, unchanged=object())
+    torch.testing.assert_close(found, plain(decoder, monkeypatch), atol=2e-2, rtol=2e-2)
+    copied = copy.deepcopy(decoder)
+    assert torch.equal(step(copied, unchanged=object()), found)
+    assert steps == [True] * 3
+
+
+@pytest.mark.slow
+def test_threads_that_share_a_decoder_do_not_meet_in_it(steps):
+    decoder = build("int4")
+    counts = [(1, 1, 3), (1, 2)]
+    watch = object()
+    alone = [step(decoder, each, unchanged=watch) for each in counts]
+    wrong = []
+
+    def go(at: int) -> None:
+        mine = object()
+        for turn in range(60):
+            which = (at + turn) % 2
+            seen = mine if turn % 7 == 0 else watch
+            if not torch.equal(step(decoder, counts[which], unchanged=seen), alone[which]):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=go, args=(at,)) for at in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert all(steps)
+
+
+def test_a_step_is_the_same_with_any_number_of_threads():
+    """Also with more threads than the machine has cores, where helpers come late or never."""
+    decoder = build("int4")
+    watch = object()
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found += [step(decoder, unchanged=watch) for _ in range(20)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, found[0]) for one in found)

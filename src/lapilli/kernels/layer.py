@@ -1,10 +1,11 @@
-"""Small operations between the products (norm, gate, rotation), and a whole layer in one call.
+"""Small operations between the products (norm, gate, rotation), and whole layers in one call.
 
 Each small operation has a plain-torch reference, and a native path for float32 on a CPU where no
 gradient is wanted: torch takes several passes over its rows for each, which costs more than the
 arithmetic of one token. The layer in one call does the same for a few positions, in the order of
 lm/decoder.py and with the same bits: what is saved is the way from one operation to the next, which
-costs a small model more than the arithmetic of a token. Its plain twin is the layer itself.
+costs a small model more than the arithmetic of a token. Its plain twin is the layer itself. All
+layers of a decoder in one call are the same call for each of them, with threads that stand by.
 
     torch.ops.lapilli.rms_norm, silu_mul, rotate     for programs that trace without a compiler
 
@@ -14,7 +15,7 @@ width 1024 1.05 times).
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from lapilli.kernels.library import (
     Product,
     RotateCall,
     RowsCall,
+    StepCall,
     address,
     native,
 )
@@ -259,12 +261,12 @@ class LayerKernel:
         norms: Mapping[str, Float[Tensor, " D"]],
         facts: LayerFacts,
     ) -> None:
-        self._library = library
+        self.library = library
         self._packed = [one for one in products.values() if isinstance(one, PackedLinear)]
         self.is_packed = bool(self._packed)
         self._products = {name: _described(products[name]) for name in PRODUCTS}
         # Only read from now on: every call fills in a copy, so that threads do not meet in it.
-        self._facts = LayerCall(
+        self.description = LayerCall(
             **{f"{name}_norm": weight.data_ptr() for name, weight in norms.items()},
             **{name: ctypes.addressof(one) for name, one in self._products.items()},
             heads=facts.heads,
@@ -294,7 +296,7 @@ class LayerKernel:
             memory: keys and values of this layer, float32 or bfloat16.
             places: of the positions in it.
         """
-        call, y = LayerCall.from_buffer_copy(self._facts), torch.empty_like(x)
+        call, y = LayerCall.from_buffer_copy(self.description), torch.empty_like(x)
         keys, values = memory
         call.x, call.y = x.data_ptr(), y.data_ptr()
         call.cosine, call.sine = table[0].data_ptr(), table[1].data_ptr()
@@ -307,7 +309,72 @@ class LayerKernel:
         call.block_stride, call.head_stride = keys.stride(0), keys.stride(1)
         call.kind = KINDS[keys.dtype]
         call.threads = torch.get_num_threads()
-        self._library.functions.lapilli_layer(ctypes.byref(call))
+        self.library.functions.lapilli_layer(ctypes.byref(call))
+        return y
+
+
+Memory = tuple[Float[Tensor, "N K P A"], Float[Tensor, "N K P A"]]
+Table = tuple[Float[Tensor, "1 1 T A"], Float[Tensor, "1 1 T A"]]
+
+
+class StepKernel:
+    """The layers of a decoder, one after the other; any number of threads may call it.
+
+    Args:
+        layers: the first one first; all of one library. Who calls keeps them.
+        local: whether the second of two rotary tables turns a layer.
+    """
+
+    def __init__(self, layers: Sequence[LayerKernel], local: Sequence[bool]) -> None:
+        self._library = layers[0].library
+        self._descriptions = (LayerCall * len(layers))(*[layer.description for layer in layers])
+        self._local = (ctypes.c_uint8 * len(layers))(*local)
+
+    def __call__(
+        self,
+        x: Float[Tensor, "1 T D"],
+        tables: tuple[Table, Table],
+        memory: Sequence[Memory],
+        places: Places,
+    ) -> Float[Tensor, "1 T D"]:
+        """Return the hidden states after the last layer; new keys and values are in their places.
+
+        Args:
+            x: hidden states before, float32, contiguous.
+            tables: see `LayerKernel`, for layers that are not local and for local ones.
+            memory: of every layer, of one shape and dtype.
+            places: of the positions in it.
+        """
+        y, count = torch.empty_like(x), len(self._descriptions)
+        pointers = ctypes.c_void_p * count
+        all_keys = pointers(*[one.data_ptr() for one, _ in memory])
+        all_values = pointers(*[one.data_ptr() for _, one in memory])
+        keys = memory[0][0]
+        (cosine, sine), (local_cosine, local_sine) = tables
+        call = StepCall(
+            x=x.data_ptr(),
+            y=y.data_ptr(),
+            cosine=cosine.data_ptr(),
+            local_cosine=local_cosine.data_ptr(),
+            sine=sine.data_ptr(),
+            local_sine=local_sine.data_ptr(),
+            keys=ctypes.addressof(all_keys),
+            values=ctypes.addressof(all_values),
+            local=ctypes.addressof(self._local),
+            blocks=places.blocks.data_ptr(),
+            offsets=places.offsets.data_ptr(),
+            table=places.table.data_ptr(),
+            lengths=places.lengths.data_ptr(),
+            layers=count,
+            tokens=x.shape[1],
+            block_size=keys.shape[2],
+            table_stride=places.table.shape[1],
+            block_stride=keys.stride(0),
+            head_stride=keys.stride(1),
+            kind=KINDS[keys.dtype],
+            threads=torch.get_num_threads(),
+        )
+        self._library.functions.lapilli_step(ctypes.byref(call), ctypes.byref(self._descriptions))
         return y
 
 

@@ -23,7 +23,7 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
-ABI = 10  # of native/abi.h: a library that was built from older sources is left alone
+ABI = 11  # of native/abi.h: a library that was built from older sources is left alone
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """Number formats of native/abi.h."""
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
@@ -122,6 +122,15 @@ class LayerCall(ctypes.Structure):
         "tokens heads kv_heads width block_size table_stride block_stride head_stride "
         "kind window weight_only gelu threads",
         "scale eps norm_offset softcap",
+    )
+
+
+class StepCall(ctypes.Structure):
+    """`StepCall` of native/abi.h, field by field."""
+
+    _fields_ = _fields(
+        "x y cosine local_cosine sine local_sine keys values local blocks offsets table lengths",
+        "layers tokens block_size table_stride block_stride head_stride kind threads",
     )
 
 
@@ -224,6 +233,8 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.lapilli_use_pool.restype = None
     functions.lapilli_linear.argtypes = (pointer, pointer, number, pointer, *(number,) * 4)
     functions.lapilli_linear.restype = None
+    functions.lapilli_step.argtypes = (pointer, pointer)
+    functions.lapilli_step.restype = None
     for name in (
         "dense",
         "store",

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lapilli.config.model import DecoderConfig
 from lapilli.kernels.layer import rotate
-from lapilli.lm.fused_layer import FusedLayer
+from lapilli.lm.fused_layer import FusedLayer, FusedLayers
 from lapilli.nn.attention import attend, causal_mask
 from lapilli.nn.kv_cache import Cache, KVCache, Segments
 from lapilli.nn.layers import GatedMLP, RMSNorm, Rotary
@@ -99,7 +99,7 @@ class DecoderLayer(nn.Module):
             activation=config.activation,
             bias=config.mlp_bias,
         )
-        self._fused = FusedLayer(self)
+        self.fused = FusedLayer(self)
 
     def forward(
         self,
@@ -110,7 +110,7 @@ class DecoderLayer(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Return the hidden states after this layer."""
         if not torch.compiler.is_compiling():
-            fused = self._fused.run(x, table, cache, index=self.self_attn.layer)
+            fused = self.fused.run(x, table, cache, index=self.self_attn.layer)
             if fused is not None:
                 return fused
         update = self.self_attn(self.input_layernorm(x), table, mask, cache)
@@ -153,6 +153,12 @@ class Decoder(nn.Module):
         self.rotary = Rotary(config)
         self.local_rotary = Rotary(config, local=True)
         self.gradient_checkpointing = False
+        self._fused = FusedLayers(self, DecoderLayer)
+
+    @property
+    def local_layers(self) -> list[bool]:
+        """Return which layers have the positions of local ones."""
+        return [self._has_local_positions(i) for i in range(len(self.model.layers))]
 
     def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
         """Return the vectors of token ids."""
@@ -178,16 +184,25 @@ class Decoder(nn.Module):
         """
         masks: dict[int | None, Tensor | None] = {}  # by window, as tables by kind of layer
         tables: dict[bool, RotaryTable] = {}
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        x = inputs_embeds
-        for index, layer in enumerate(self.model.layers):
-            window, local = self.config.window(index), self._has_local_positions(index)
-            if window not in masks:
-                masks[window] = _mask(attention_mask, inputs_embeds, cache, window)
+
+        def table_of(local: bool) -> RotaryTable:
             if local not in tables:
                 rotary = self.local_rotary if local else self.rotary
                 tables[local] = rotary.table(position_ids, inputs_embeds.dtype)
-            mask, table = masks[window], tables[local]
+            return tables[local]
+
+        if not torch.compiler.is_compiling():
+            fused = self._fused.run(inputs_embeds, table_of, cache)
+            if fused is not None:
+                after: Tensor = self.model.norm(fused)
+                return after
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        x = inputs_embeds
+        for index, layer in enumerate(self.model.layers):
+            window = self.config.window(index)
+            if window not in masks:
+                masks[window] = _mask(attention_mask, inputs_embeds, cache, window)
+            mask, table = masks[window], table_of(self._has_local_positions(index))
             if recompute:
                 x = checkpoint(layer, x, table, mask, cache, use_reentrant=False)
             else:

@@ -1,4 +1,4 @@
-"""A decoder layer as one call (kernels/layer.py), as long as there is nothing special about it.
+"""A decoder layer, and all layers, as one call, as long as there is nothing special about them.
 
 Special is everything that the call could not know of: an adapter, a hook, another activation,
 another number format, weights that were moved. Looked at before every call, in microseconds. The
@@ -9,14 +9,23 @@ left where they differ.
 import logging
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from lapilli.kernels.layer import PRODUCTS, WIDTH_STEP, LayerFacts, LayerKernel, PlainLinear
+from lapilli.kernels.layer import (
+    PRODUCTS,
+    WIDTH_STEP,
+    LayerFacts,
+    LayerKernel,
+    PlainLinear,
+    StepKernel,
+)
 from lapilli.kernels.library import native
 from lapilli.kernels.linear import PackedLinear
 from lapilli.nn.layers import RMSNorm, is_gelu_tanh
@@ -57,31 +66,26 @@ class FusedLayer:
         self, x: Float[Tensor, "B T D"], table: RotaryTables, cache: object, *, index: int
     ) -> Float[Tensor, "B T D"] | None:
         """Return the hidden states after the layer; None where it runs module by module."""
-        if not isinstance(cache, PagedBatch) or torch.is_grad_enabled() or x.shape[0] != 1:
+        if not isinstance(cache, PagedBatch) or cache.places is None or not _is_step(x):
             return None
-        places = cache.places
-        if places is None or x.dtype != torch.float32 or not x.is_contiguous():
-            return None
-        if torch.is_autocast_enabled("cpu"):
-            return None
-        made = self._current(cache.unchanged)
+        made = self.current(cache.unchanged)
         if made is None or made.kernel is None or x.shape[1] > made.most:
             return None
-        if any(map(_Part.is_hooked, made.parts)):
+        if made.watch.is_hooked():
             return None
-        return made.kernel(x, table, cache.memory(index), places)
+        return made.kernel(x, table, cache.memory(index), cache.places)
 
-    def _current(self, unchanged: object | None) -> "_Made | None":
+    def current(self, unchanged: object | None) -> "_Made | None":
         """Return the call for the parts of now; not looked at again where somebody watches them.
 
         Threads and interrupts may come between any two lines: what was made, and with what it was
         seen, are replaced as wholes, and the second says for which of the first it holds.
         """
         made, seen = self._made, self._seen_with
-        is_same = made is not None and all(map(_Part.runs_same, made.parts))
+        is_same = made is not None and made.watch.runs_same()
         if is_same and seen is not None and unchanged is seen[0] and made is seen[1]:
             return made
-        if made is None or not is_same or not all(map(_Part.is_same, made.parts)):
+        if made is None or not is_same or not made.watch.is_same():
             made = self._made = self._make()
         self._seen_with = None if made is None or unchanged is None else (unchanged, made)
         return made
@@ -103,13 +107,96 @@ class FusedLayer:
         facts = _facts_of(layer, found)
         if facts is None or len(found) != len(parts) or not _agree(found):
             return None
-        watched = [_Part(one) for one in (layer, attention, mlp, mlp.act, *norms.values(), *parts)]
-        if any(map(_Part.is_hooked, watched)):
+        watch = _Watch([layer, attention, mlp, mlp.act, *norms.values(), *parts])
+        if watch.is_hooked():
             return None
         weights = {name: norm.weight for name, norm in norms.items()}
         kernel = LayerKernel(library, dict(zip(PRODUCTS, found, strict=True)), weights, facts)
         most = min(MOST[type(one)] for one in found)
-        return _Made(kernel if agrees(layer, kernel, facts) else None, most, watched)
+        return _Made(kernel if agrees(layer, kernel, facts) else None, most, watch)
+
+
+class FusedLayers:
+    """All layers of a decoder as one call, where each of them is one.
+
+    Between two calls a layer's weights are not read, and reading them is what a token waits for.
+
+    Holds no weight, as FusedLayer.
+
+    Args:
+        decoder: with `model.layers` and `local_layers`; asked for them anew after every change.
+        layer_type: of layers whose forward pass is known.
+    """
+
+    def __init__(self, decoder: Any, layer_type: type[nn.Module]) -> None:  # noqa: ANN401
+        self._decoder = decoder
+        self._layer_type = layer_type
+        self._made: _MadeStep | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the addresses out of copies, which make them anew."""
+        return {"_decoder": self._decoder, "_layer_type": self._layer_type, "_made": None}
+
+    def run(
+        self,
+        x: Float[Tensor, "B T D"],
+        tables: Callable[[bool], RotaryTables],
+        cache: object,
+    ) -> Float[Tensor, "B T D"] | None:
+        """Return the hidden states after the last layer; None where layers run one by one.
+
+        Args:
+            x: hidden states before the first layer.
+            tables: gives cosines and signed sines, of local layers or of the others.
+            cache: of keys and values.
+        """
+        if not isinstance(cache, PagedBatch) or cache.places is None or not _is_step(x):
+            return None
+        made = self._current(cache.unchanged)
+        if made is None or x.shape[1] > made.most or made.watch.is_hooked():
+            return None
+        held = made.held()  # until the call is over
+        if None in held:
+            return None
+        other = tables(made.locals[0])
+        pair = (tables(False), tables(True)) if len(set(made.locals)) > 1 else (other, other)
+        memory = [cache.memory(index) for index in range(len(made.locals))]
+        return made.kernel(x, pair, memory, cache.places)
+
+    def _current(self, unchanged: object | None) -> "_MadeStep | None":
+        """Return the call for the layers of now; None where one of them runs module by module."""
+        made = self._made
+        is_watched = made is not None and unchanged is not None and made.unchanged is unchanged
+        if made is not None and is_watched and made.watch.runs_same():
+            return made
+        layers = list(self._decoder.model.layers)
+        if unchanged is None or not layers:
+            return None
+        if any(type(one) is not self._layer_type or "forward" in vars(one) for one in layers):
+            return None
+        found = [layer.fused.current(unchanged) for layer in layers]
+        ready = [(one, one.kernel) for one in found if one is not None and one.kernel is not None]
+        if len(ready) < len(layers):
+            return None
+        kernels, local = [kernel for _, kernel in ready], self._decoder.local_layers
+        self._made = made = _MadeStep(
+            StepKernel(kernels, local),
+            [weakref.ref(kernel) for kernel in kernels],
+            min(one.most for one, _ in ready),
+            _Watch([module for one, _ in ready for module in one.watch.modules()]),
+            local,
+            unchanged,
+        )
+        return made
+
+
+def _is_step(x: Float[Tensor, "B T D"]) -> bool:
+    """Return whether these are positions whose layers may be calls."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]  # torch has no types for it
+        return False
+    return x.shape[0] == 1 and x.dtype == torch.float32 and x.is_contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,41 +205,82 @@ class _Made:
 
     kernel: LayerKernel | None
     most: int
-    parts: "list[_Part]"
+    watch: "_Watch"
 
 
-class _Part:
-    """A module as it was: its children, its code, and where its tensors lie."""
+@dataclass(frozen=True, slots=True)
+class _MadeStep:
+    """The call for all layers, theirs, which of them are local, and with what they were seen."""
 
-    __slots__ = ("_children", "_forward", "_module", "_tensors")
+    kernel: StepKernel
+    layers: "list[weakref.ref[LayerKernel]]"
+    most: int
+    watch: "_Watch"
+    locals: Sequence[bool]
+    unchanged: object
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
+    def held(self) -> list[LayerKernel | None]:
+        """Return the calls of the layers; None where one is gone, with what it described."""
+        return [layer() for layer in self.layers]
+
+
+class _Watch:
+    """Modules as they were: their children, their code, and where their tensors lie.
+
+    Looked at in every step, so the loops run in C.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = [weakref.ref(module) for module in modules]
+        self._types: list[type[nn.Module]] = [type(module) for module in modules]
+        self._sizes = [len(vars(module)) for module in modules]
+        self._own = [(i, _forward_of(m)) for i, m in enumerate(modules) if "forward" in vars(m)]
+        self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(self._types)]
         self._children = [
-            None if child is None else weakref.ref(child) for child in module._modules.values()
+            [None if child is None else weakref.ref(child) for child in module._modules.values()]
+            for module in modules
         ]
-        self._tensors = _addresses(module)
-        self._forward = _forward_of(module)
+        self._tensors = list(map(_addresses, modules))
+
+    def modules(self) -> list[nn.Module]:
+        """Return the modules; fewer where some are gone."""
+        return [module for module in (held() for held in self._modules) if module is not None]
+
+    def runs_same(self) -> bool:
+        """Return whether the modules are there and run the code that they ran."""
+        modules = self.modules()
+        if list(map(type, modules)) != self._types:
+            return False
+        if any(kind.forward is not forward for kind, forward in self._forwards):
+            return False
+        # One more attribute: a forward of its own, maybe.
+        if list(map(len, map(vars, modules))) != self._sizes:
+            return False
+        return all(_forward_of(modules[i]) is forward for i, forward in self._own)
 
     def is_same(self) -> bool:
         """Return whether nothing was replaced or moved."""
-        module = self._module()
-        if module is None or _addresses(module) != self._tensors:
+        modules = self.modules()
+        if len(modules) != len(self._modules) or list(map(_addresses, modules)) != self._tensors:
             return False
-        children = module._modules.values()
-        return len(children) == len(self._children) and all(
-            child is (held and held()) for child, held in zip(children, self._children, strict=True)
+        return all(
+            len(module._modules) == len(held)
+            and all(
+                child is (one and one())
+                for child, one in zip(module._modules.values(), held, strict=True)
+            )
+            for module, held in zip(modules, self._children, strict=True)
         )
-
-    def runs_same(self) -> bool:
-        """Return whether the module still runs the code that it ran."""
-        module = self._module()
-        return module is not None and _forward_of(module) is self._forward
 
     def is_hooked(self) -> bool:
         """Return whether somebody wants to see or change what goes through."""
-        module = self._module()
-        return module is None or bool(module._forward_hooks or module._forward_pre_hooks)
+        modules = self.modules()
+        if len(modules) != len(self._modules):
+            return True
+        return any(map(_HOOKS, modules)) or any(map(_PRE_HOOKS, modules))
+
+
+_HOOKS, _PRE_HOOKS = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hooks")
 
 
 def _forward_of(module: nn.Module) -> object:

@@ -19,7 +19,7 @@
 
 namespace lapilli {
 
-constexpr int kAbi = 10;  // rises when anything here changes; kernels/library.py compares
+constexpr int kAbi = 11;  // rises when anything here changes; kernels/library.py compares
 
 constexpr int64_t kBlock = 16;  // output rows of a block
 constexpr int64_t kChunk = 32;  // inputs are padded to this; they share a step on a grid
@@ -235,6 +235,30 @@ struct LayerCall {
   double softcap;      // of attention scores, 0: none
 };
 
+// All layers of a decoder, one after the other: what differs from step to step, in place of what the
+// calls of the layers say about it.
+struct StepCall {
+  const float* x;  // [tokens, hidden]
+  float* y;        // likewise
+  const float* cosines[2];  // [tokens, width], of layers that are not local and of local ones
+  const float* sines[2];    // likewise
+  void* const* keys;        // of every layer
+  void* const* values;
+  const uint8_t* local;  // 1 where the second of the two tables turns a layer
+  const int64_t* blocks;
+  const int64_t* offsets;
+  const int32_t* table;
+  const int32_t* lengths;
+  int64_t layers;
+  int64_t tokens;
+  int64_t block_size;
+  int64_t table_stride;
+  int64_t block_stride;
+  int64_t head_stride;
+  int64_t kind;
+  int64_t threads;
+};
+
 // Weights as floats to 4 bits on a grid; `padded` inputs, groups of at most 128.
 struct RoundCall {
   const float* w;    // [rows, inputs], rows stride elements apart
@@ -262,6 +286,7 @@ struct Table {
   void (*gelu_mul)(const RowsCall&);
   void (*rotate)(const RotateCall&);
   void (*layer)(const LayerCall&);
+  void (*step)(const StepCall&, const LayerCall* layers);
   void (*round_grid)(const RoundCall&);
 };
 

@@ -1,5 +1,6 @@
-// A whole decoder layer for a few positions: the same operations, in the order of lm/decoder.py, without
-// a caller between them. One token of a small model is otherwise spent in callers.
+// A whole decoder layer for a few positions, and all layers of a decoder: the same operations, in the order
+// of lm/decoder.py, without a caller between them. One token is otherwise spent in callers, and memory, which
+// decides how long it takes, stands still meanwhile.
 #pragma once
 
 #include "attention.h"
@@ -82,7 +83,7 @@ void attend_layer(const LayerCall& call, const float* q, const float* k, const f
 }
 
 template <class S>
-void layer(const LayerCall& call) {
+void compute_layer(const LayerCall& call) {
   static thread_local Scratch scratch;
   const int64_t tokens = call.tokens, hidden = call.q->inputs, inner = call.down->inputs;
   const int64_t queries = call.heads * call.width, kv = call.kv_heads * call.width;
@@ -118,6 +119,38 @@ void layer(const LayerCall& call) {
   product<S>(call, *call.down, gate, update);
   norm<S>(call, call.mlp_out_norm, update, update, tokens, hidden);
   add(call.y, update, call.y, tokens * hidden);
+}
+
+template <class S>
+void layer(const LayerCall& call) {
+  with_team(call.threads, [&] { compute_layer<S>(call); });
+}
+
+template <class S>
+void step(const StepCall& now, const LayerCall* layers) {
+  with_team(now.threads, [&] {
+    for (int64_t i = 0; i < now.layers; ++i) {
+      LayerCall call = layers[i];
+      call.x = i == 0 ? now.x : now.y;
+      call.y = now.y;
+      call.cosine = now.cosines[now.local[i]];
+      call.sine = now.sines[now.local[i]];
+      call.keys = now.keys[i];
+      call.values = now.values[i];
+      call.blocks = now.blocks;
+      call.offsets = now.offsets;
+      call.table = now.table;
+      call.lengths = now.lengths;
+      call.tokens = now.tokens;
+      call.block_size = now.block_size;
+      call.table_stride = now.table_stride;
+      call.block_stride = now.block_stride;
+      call.head_stride = now.head_stride;
+      call.kind = now.kind;
+      call.threads = now.threads;
+      compute_layer<S>(call);
+    }
+  });
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
 // Entry points (plain C, called through ctypes) and the choice of the instruction set.
+#include <sched.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -15,6 +17,100 @@
 namespace lapilli {
 
 Parallel g_parallel = nullptr;
+
+namespace {
+
+constexpr uint64_t kRound = uint64_t{1} << 40;  // of Team::cursor_
+constexpr int kPatience = 4000;                 // looks at nothing new before others get the core
+
+thread_local Team* t_team = nullptr;
+
+// A short wait inside a loop that looks again and again.
+class Wait {
+ public:
+  void once() {
+    if (++count_ > kPatience) {
+      sched_yield();
+      return;
+    }
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+ private:
+  int count_ = 0;
+};
+
+}  // namespace
+
+Team* Team::of_this_thread() { return t_team; }
+
+void Team::run(int64_t threads, void (*work)(void*), void* data) {
+  struct Call {
+    Team team;
+    void (*work)(void*);
+    void* data;
+    Team** caller;  // a thread knows itself by the place of its own variable
+  } call{Team(threads), work, data, &t_team};
+  g_parallel(
+      [](void* raw) {
+        Call& c = *static_cast<Call*>(raw);
+        if (&t_team != c.caller) return c.team.help();
+        t_team = &c.team;
+        c.work(c.data);
+        t_team = nullptr;
+        c.team.close();
+      },
+      &call, static_cast<unsigned>(threads), 0);
+}
+
+void Team::share(int64_t count, int64_t least, Piece piece, const void* body) {
+  // Closed first: a helper that is late with the last round must not take its end for a piece of this one.
+  const uint64_t round = cursor_.load(std::memory_order_relaxed) / kRound;
+  cursor_.store(round * kRound + (kRound - 1), std::memory_order_relaxed);
+  count_.store(count, std::memory_order_release);
+  least_.store(least, std::memory_order_relaxed);
+  piece_.store(piece, std::memory_order_relaxed);
+  body_.store(body, std::memory_order_relaxed);
+  done_.store(0, std::memory_order_relaxed);
+  cursor_.store((round + 1) * kRound, std::memory_order_release);
+  while (take()) {
+  }
+  for (Wait wait; done_.load(std::memory_order_acquire) < count;) wait.once();
+}
+
+bool Team::take() {
+  uint64_t seen = cursor_.load(std::memory_order_acquire);
+  for (;;) {
+    const int64_t begin = static_cast<int64_t>(seen % kRound), left = count_.load(std::memory_order_acquire) - begin;
+    if (left <= 0) return false;
+    const int64_t least = least_.load(std::memory_order_relaxed), part = left / (2 * threads_);
+    const int64_t wanted = part > least ? part : least, size = wanted < left ? wanted : left;
+    const Piece piece = piece_.load(std::memory_order_relaxed);
+    const void* body = body_.load(std::memory_order_relaxed);
+    const uint64_t next = seen + static_cast<uint64_t>(size);
+    if (cursor_.compare_exchange_weak(seen, next, std::memory_order_acq_rel, std::memory_order_acquire)) {
+      piece(body, begin, begin + size);
+      done_.fetch_add(size, std::memory_order_release);
+      return true;
+    }
+  }
+}
+
+void Team::help() {
+  for (Wait wait; !closed_.load(std::memory_order_acquire);) {
+    if (take()) {
+      wait = Wait();
+    } else {
+      wait.once();
+    }
+  }
+}
+
+void Team::close() { closed_.store(true, std::memory_order_release); }
 
 namespace {
 
@@ -127,6 +223,10 @@ __attribute__((visibility("default"))) void lapilli_store(const lapilli::StoreCa
 
 __attribute__((visibility("default"))) void lapilli_layer(const lapilli::LayerCall* call) {
   lapilli::g_table->layer(*call);
+}
+
+__attribute__((visibility("default"))) void lapilli_step(const lapilli::StepCall* call, const lapilli::LayerCall* layers) {
+  lapilli::g_table->step(*call, layers);
 }
 
 __attribute__((visibility("default"))) void lapilli_round_grid(const lapilli::RoundCall* call) {

@@ -379,17 +379,15 @@ void write_unit(const LinearCall& call, const Activations& a, int64_t unit) {
   for (int64_t v = vector; v < vectors; ++v) write_rows<S, 1>(call, a, v);
 }
 
-// `pieces` for every thread: whoever is done takes the next one.
+// The rows of all calls, shared out together.
 template <class S, int R>
-void share_out(const LinearCall* calls, int64_t count, const Activations& a, int64_t pieces) {
+void share_out(const LinearCall* calls, int64_t count, const Activations& a) {
   const LinearCall& one = calls[0];
   int64_t units = 0;
   for (int64_t i = 0; i < count; ++i) units += units_of<S, R>(calls[i]);
   // A piece is worth a hand's while from about this many multiply-adds.
   const int64_t work = one.tokens * one.weights.padded() * R * S::kLanes;
-  const int64_t least = 1 + (int64_t{1} << 17) / work;
-  const int64_t even = units / (one.threads * pieces) + 1;
-  for_pieces(one.threads, units, least > even ? least : even, [&](int64_t begin, int64_t end) {
+  for_pieces(one.threads, units, 1 + (int64_t{1} << 17) / work, [&](int64_t begin, int64_t end) {
     int64_t first = 0;  // unit of the call
     for (int64_t i = 0; i < count; ++i) {
       const int64_t own = units_of<S, R>(calls[i]);
@@ -409,11 +407,8 @@ void linear(const LinearCall* calls, int64_t count) {
   if (calls[0].tokens == 0) return;
   const Activations a = prepare<S>(calls[0], scratch);
   // One block of rows at a time: one stream from memory is faster than two.
-  if (calls[0].tokens <= S::kFew) {
-    share_out<S, kBlock / S::kLanes>(calls, count, a, 4);  // long stretches of memory
-  } else {
-    share_out<S, S::kVectors>(calls, count, a, 8);
-  }
+  calls[0].tokens <= S::kFew ? share_out<S, kBlock / S::kLanes>(calls, count, a)
+                             : share_out<S, S::kVectors>(calls, count, a);
   scratch.trim();
 }
 

@@ -18,6 +18,7 @@ const Table kAvx2 = {
     gelu_mul<Avx2>,
     rotate<Avx2>,
     layer<Avx2>,
+    step<Avx2>,
     round_grid<Avx2>,
 };
 

@@ -18,6 +18,7 @@ const Table kAvx512 = {
     gelu_mul<Avx512>,
     rotate<Avx512>,
     layer<Avx512>,
+    step<Avx512>,
     round_grid<Avx512>,
 };
 

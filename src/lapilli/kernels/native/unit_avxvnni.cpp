@@ -19,6 +19,7 @@ const Table kAvxVnni = {
     gelu_mul<Avx2>,
     rotate<Avx2>,
     layer<Avx2>,
+    step<Avx2>,
     round_grid<Avx2>,
 };
 

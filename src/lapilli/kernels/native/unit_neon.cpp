@@ -18,6 +18,7 @@ const Table kNeon = {
     gelu_mul<Neon>,
     rotate<Neon>,
     layer<Neon>,
+    step<Neon>,
     round_grid<Neon>,
 };
 

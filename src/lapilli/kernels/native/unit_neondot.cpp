@@ -19,6 +19,7 @@ const Table kNeonDot = {
     gelu_mul<Neon>,
     rotate<Neon>,
     layer<Neon>,
+    step<Neon>,
     round_grid<Neon>,
 };
 

@@ -18,6 +18,7 @@ const Table kPortable = {
     gelu_mul<Portable>,
     rotate<Portable>,
     layer<Portable>,
+    step<Portable>,
     round_grid<Portable>,
 };
 
