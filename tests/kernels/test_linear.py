@@ -29,7 +29,7 @@ ONCE = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
-KINDS = ("int8", "symmetric", "zeros", "grid")
+KINDS = ("int8", "symmetric", "zeros", "nonlinear")
 
 
 def packed_weight(
@@ -40,8 +40,6 @@ def packed_weight(
     offset = torch.randn(shape[0], generator=random) if bias else None
     if kind == "int8":
         return round8(weight, offset, group)
-    if kind == "grid":  # pairs of chunks share a scale
-        group = max(group, 64)
     return round4(weight, offset, QuantConfig(group_size=group, levels=kind, search=False))
 
 
@@ -181,12 +179,12 @@ def test_gradients_are_refused() -> None:
         layer(torch.randn(1, 64, requires_grad=True))
 
 
-@pytest.mark.parametrize("kind", ["symmetric", "grid"])
+@pytest.mark.parametrize("kind", ["symmetric", "nonlinear"])
 def test_custom_op_is_well_formed(kind: str) -> None:
     packed = packed_weight(kind, (16, 64))
-    grid = [] if packed.grid is None else [packed.grid.steps, packed.grid.centers]
     sizes = [16, 64, packed.group_size, 4]
-    arguments = (torch.randn(2, 64), packed.data, packed.scales, None, grid, None, sizes, False)
+    parts = (packed.data, packed.scales, None, packed.span_scales, None)
+    arguments = (torch.randn(2, 64), *parts, sizes, False)
     torch.library.opcheck(linear_op, arguments, test_utils=("test_schema", "test_faketensor"))
     assert_close(linear_op(*arguments), PackedLinear(packed)(arguments[0]).double())
 

@@ -39,7 +39,7 @@ KINDS = {
     "float": None,
     "int8": QuantConfig(bits=8, group_size=32),
     "zeros": QuantConfig(bits=4, group_size=32, levels="zeros"),
-    "int4": QuantConfig(bits=4, group_size=64, levels="grid"),
+    "int4": QuantConfig(bits=4),
     "weight only": QuantConfig(bits=4, group_size=32, mode="weight_only"),
 }
 

@@ -56,7 +56,7 @@ def test_the_search_lowers_the_error() -> None:
     assert error[1] < 0.97 * error[0]
 
 
-@pytest.mark.parametrize("levels", ["symmetric", "zeros", "grid"])
+@pytest.mark.parametrize("levels", ["symmetric", "zeros", "nonlinear"])
 def test_zeros_and_constants_are_kept(levels: str) -> None:
     weight = torch.zeros(16, 96)
     weight[1] = 0.25
@@ -141,7 +141,8 @@ def test_tied_embeddings_are_named_in_the_report() -> None:
 def test_the_group_size_follows_the_bits_wherever_it_is_not_given() -> None:
     assert QuantConfig(bits=8) == quant_config("int8")
     assert QuantConfig(bits=4) == quant_config("int4")
-    assert (QuantConfig(bits=8).group_size, QuantConfig(bits=4).group_size) == (32, 128)
+    assert (QuantConfig(bits=8).group_size, QuantConfig(bits=4).group_size) == (32, 64)
+    assert QuantConfig(bits=4, levels="symmetric").group_size == 128
     assert describe(QuantConfig(bits=8)) == "8 bits, groups of 32, dynamic"
     assert describe(QuantConfig(levels="zeros")) == "4 bits, groups of 128, zero points, dynamic"
 

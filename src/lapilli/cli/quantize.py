@@ -14,8 +14,8 @@ GroupSize = Annotated[
 Levels = Annotated[
     str,
     typer.Option(
-        help="4 bits: symmetric, zeros (zero points, as AWQ has them), or grid (a step and a "
-        "center for every 32 inputs)."
+        help="4 bits: nonlinear (a scale for every 16 inputs), symmetric, or zeros (zero points, "
+        "as AWQ has them)."
     ),
 ]
 Mode = Annotated[
@@ -29,7 +29,7 @@ def quantize(
     target: Target,
     bits: Bits = 4,
     group_size: GroupSize = 0,
-    levels: Levels = "symmetric",
+    levels: Levels = "nonlinear",
     mode: Mode = "dynamic",
     tower: Tower = False,
     *,

@@ -23,7 +23,7 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
-ABI = 11  # of native/abi.h: a library that was built from older sources is left alone
+ABI = 12  # of native/abi.h: a library that was built from older sources is left alone
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """Number formats of native/abi.h."""
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
@@ -39,7 +39,7 @@ class Weights(ctypes.Structure):
     """`Weights` of native/abi.h, field by field."""
 
     _fields_ = _fields(
-        "data half_scales row_scales zeros steps centers bias",
+        "data half_scales row_scales zeros span_scales bias",
         "rows inputs group bits",
     )
 
@@ -138,8 +138,8 @@ class RoundCall(ctypes.Structure):
     """`RoundCall` of native/abi.h, field by field."""
 
     _fields_ = _fields(
-        "w data scales steps centers refused",
-        "rows inputs padded stride group threads",
+        "w data row_scales span_scales refused",
+        "rows inputs padded stride threads",
     )
 
 
@@ -245,7 +245,7 @@ def _declare(functions: ctypes.CDLL) -> None:
         "gelu_mul",
         "rotate",
         "layer",
-        "round_grid",
+        "round_levels",
     ):
         function = functions[f"lapilli_{name}"]
         function.argtypes = (pointer,)

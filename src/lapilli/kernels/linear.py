@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from lapilli.errors import ConfigError
 from lapilli.kernels.library import KINDS, DenseCall, Library, Weights, address, native
-from lapilli.kernels.packing import Grid, Packed, rounded
+from lapilli.kernels.packing import Packed, rounded
 from lapilli.shapes import Float, Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -80,14 +80,13 @@ def linear_reference(
 
 def native_weights(packed: Packed) -> Weights:
     """Describe the weight to the library; its tensors have to outlive the description."""
-    wide = packed.bits == 8
+    by_row = packed.bits == 8 or packed.span_scales is not None
     return Weights(
         data=packed.data.data_ptr(),
-        half_scales=None if wide else packed.scales.data_ptr(),
-        row_scales=packed.scales.data_ptr() if wide else None,
+        half_scales=None if by_row else packed.scales.data_ptr(),
+        row_scales=packed.scales.data_ptr() if by_row else None,
         zeros=address(packed.zeros),
-        steps=None if packed.grid is None else packed.grid.steps.data_ptr(),
-        centers=None if packed.grid is None else packed.grid.centers.data_ptr(),
+        span_scales=address(packed.span_scales),
         bias=address(packed.bias),
         rows=packed.out_features,
         inputs=packed.in_features,
@@ -133,7 +132,7 @@ class PackedLinear:
             packed.group_size,
             packed.bits,
             packed.zeros is None,
-            packed.grid is None,
+            packed.span_scales is None,
             weight_only,
             self.library is None,
         )
@@ -187,7 +186,7 @@ def linear_op(
     data: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
-    grid: list[Tensor],
+    span_scales: Tensor | None,
     bias: Tensor | None,
     sizes: list[int],
     weight_only: bool,
@@ -199,14 +198,14 @@ def linear_op(
         data: see `Packed`, as all that follow.
         scales: likewise.
         zeros: likewise.
-        grid: steps and centers, or nothing.
+        span_scales: likewise.
         bias: likewise.
         sizes: out, in, group_size, bits.
         weight_only: see `PackedLinear`.
     """
     out_features, in_features, group_size, bits = sizes
-    levels = Grid(*grid) if grid else None
-    packed = Packed(data, scales, zeros, bias, out_features, in_features, group_size, bits, levels)
+    parts = (data, scales, zeros, bias)
+    packed = Packed(*parts, out_features, in_features, group_size, bits, span_scales)
     return PackedLinear(packed, weight_only=weight_only)(x)
 
 

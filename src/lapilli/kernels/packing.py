@@ -4,17 +4,17 @@
     scales  float16 [block, group, 16] at 4 bits        float32 [block, 16] at 8 bits
     zeros   UInt8[block, group, 16] or None (8)         bias float32 [block, 16] or None
 
-4 bits on a grid: every chunk of 32 inputs has a step and a center of its own, small integers, so
-that a weight is scale * (center + step * (nibble - 8)) and products stay integers over a group:
+4 bits with nonlinear levels: every span of 16 inputs of a row has a signed scale of 8 bits, so that
+a weight is scales * span_scales * LEVELS[nibble], and products stay integers over a group:
 
-    steps    UInt8[block, chunk, 8]            less one; row j the low, row j + 8 the high nibble
-    centers  Int8[block, pair of chunks, 32]   of row j: the bytes 2 j and 2 j + 1
+    scales  float32 [block, 16]          span_scales  Int8[block, span, 16]
 
-That is 4.5 bits a weight with groups of 128. One layout for every instruction set, so that packed
-files fit every machine.
+That is 4.5 bits a weight; `group_size` is of the activations alone. One layout for every
+instruction set, so that packed files fit every machine.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -29,33 +29,13 @@ BYTE_ZERO = 128
 NIBBLE_ZERO = 8
 
 BITS = (4, 8)
-GRID_GROUPS = (64, 128)
-"""Inputs that share a scale on a grid: pairs of chunks."""
-MAX_STEP = 16
+SPAN = 16
+"""Inputs that share a scale of nonlinear levels."""
+LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""The nonlinear levels of a nibble, closer to each other near zero, where most weights are.
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Grid:
-    """Steps and centers of the chunks of a 4-bit weight, packed as the head of this file says."""
-
-    steps: UInt8[Tensor, "blocks chunks 8"]
-    centers: Int8[Tensor, "blocks pairs 32"]
-
-    @staticmethod
-    def pack(steps: Int[Tensor, "out chunks"], centers: Int[Tensor, "out chunks"]) -> "Grid":
-        """Return steps of 1 to 16 and centers of -128 to 127 as the kernels read them."""
-        chunks = steps.shape[1]
-        less = by_block(steps.to(torch.uint8) - 1)  # [block, chunk, 16]
-        pairs = by_block(functional.pad(centers.to(torch.int8), (0, chunks % 2)))
-        pairs = pairs.view(len(pairs), -1, 2, BLOCK).transpose(2, 3)
-        return Grid(less[..., :8] | (less[..., 8:] << 4), pairs.flatten(2).contiguous())
-
-    def unpack(self) -> tuple[Int[Tensor, "rows chunks"], Int[Tensor, "rows chunks"]]:
-        """Return steps and centers as `pack` took them, with the padding of the rows."""
-        steps = torch.cat((self.steps & 15, self.steps >> 4), dim=-1) + 1
-        pairs = self.centers.view(*self.centers.shape[:2], BLOCK, 2).transpose(2, 3)
-        centers = by_row(pairs.flatten(1, 2))[:, : steps.shape[1]]
-        return by_row(steps).int(), centers.int()
+Source: IQ4_NL of ggml, whose files hold the same numbers; native/abi.h has them again.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,14 +44,14 @@ class Packed:
 
     Attributes:
         data: see the head of this file.
-        scales: of groups of weights (4 bits) or of output rows (8 bits).
+        scales: of groups of weights (4 bits), or of output rows (8 bits and nonlinear levels).
         zeros: what zero is stored as, by group; None: 8 at 4 bits, 128 at 8.
         bias: added to the output.
         out_features: rows before padding.
         in_features: inputs before padding.
         group_size: inputs that share a scale, of the weights (4 bits) and of the activations.
         bits: 4 or 8.
-        grid: of 4 bits whose chunks have steps and centers; None: a nibble is scale * (n - zero).
+        span_scales: of nonlinear levels; None: a weight is scale * (n - zero).
     """
 
     data: UInt8[Tensor, "blocks steps 64"]
@@ -82,30 +62,28 @@ class Packed:
     in_features: int
     group_size: int
     bits: int
-    grid: Grid | None = None
+    span_scales: Int8[Tensor, "blocks spans 16"] | None = None
 
     def __post_init__(self) -> None:
         blocks, padded = -(-self.out_features // BLOCK), -(-self.in_features // CHUNK) * CHUNK
         groups = -(-padded // self.group_size)
         _check("data", self.data, (blocks, padded * self.bits // 32, 64), torch.uint8)
-        if self.bits == 4:
+        if self.span_scales is not None:
+            shape = (blocks, padded // SPAN, BLOCK)
+            _check("span_scales", self.span_scales, shape, torch.int8)
+        if self.bits == 4 and self.span_scales is None:
             _check("scales", self.scales, (blocks, groups, BLOCK), torch.float16)
         else:
             _check("scales", self.scales, (blocks, BLOCK), torch.float32)
         if self.zeros is not None:
             _check("zeros", self.zeros, (blocks, groups, BLOCK), torch.uint8)
-        if self.grid is not None:
-            chunks = padded // CHUNK
-            _check("steps", self.grid.steps, (blocks, chunks, 8), torch.uint8)
-            _check("centers", self.grid.centers, (blocks, -(-chunks // 2), 32), torch.int8)
         if self.bias is not None:
             _check("bias", self.bias, (blocks, BLOCK), torch.float32)
 
     @property
     def num_bytes(self) -> int:
         """Return the size in memory."""
-        grid = () if self.grid is None else (self.grid.steps, self.grid.centers)
-        parts = (self.data, self.scales, self.zeros, self.bias, *grid)
+        parts = (self.data, self.scales, self.zeros, self.bias, self.span_scales)
         return sum(part.nbytes for part in parts if part is not None)
 
     @property
@@ -119,21 +97,60 @@ class Packed:
             values = unpack8(self.data).float() - BYTE_ZERO
             values *= self.scales.view(-1, 1)
             return values[: self.out_features, : self.in_features]
+        if self.span_scales is not None:
+            table = torch.tensor(LEVELS, dtype=torch.float32, device=self.data.device)
+            spans = table[unpack4(self.data).long()].view(self.data.shape[0] * BLOCK, -1, SPAN)
+            spans *= by_row(self.span_scales).float()[..., None]
+            values = spans.flatten(1).mul_(self.scales.view(-1, 1))
+            return values[: self.out_features, : self.in_features]
         values = unpack4(self.data).float()
         padded = values.shape[1]
         scales = by_row(self.scales).float().repeat_interleave(self.group_size, dim=1)
-        if self.grid is not None:
-            steps, centers = self.grid.unpack()
-            chunks = values.view(len(values), -1, CHUNK) - NIBBLE_ZERO
-            values = (chunks * steps[..., None] + centers[..., None]).flatten(1)
-            values *= scales[:, :padded]
-            return values[: self.out_features, : self.in_features]
         zeros: Tensor | int = NIBBLE_ZERO
         if self.zeros is not None:
             zeros = by_row(self.zeros).float().repeat_interleave(self.group_size, dim=1)
             zeros = zeros[:, :padded]
         values = (values - zeros) * scales[:, :padded]
         return values[: self.out_features, : self.in_features]
+
+
+def empty_packed(
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    *,
+    levels: str = "symmetric",
+    has_bias: bool = False,
+    device: torch.device | None = None,
+) -> Packed:
+    """Return packed tensors of the shapes of a weight, without values.
+
+    Args:
+        out_features: rows of the weight.
+        in_features: its columns.
+        bits: 4 or 8.
+        group_size: see `Packed`.
+        levels: of 4 bits: nonlinear, symmetric or zeros.
+        has_bias: whether there is one.
+        device: where they lie.
+    """
+    blocks, padded = -(-out_features // BLOCK), -(-in_features // CHUNK) * CHUNK
+    of_groups, of_rows = (blocks, -(-padded // group_size), BLOCK), (blocks, BLOCK)
+    empty = partial(torch.empty, device=device)
+    is_nonlinear = bits == 4 and levels == "nonlinear"
+    by_row = bits == 8 or is_nonlinear
+    return Packed(
+        empty((blocks, padded * bits // 32, 64), dtype=torch.uint8),
+        empty(of_rows, dtype=torch.float32) if by_row else empty(of_groups, dtype=torch.float16),
+        empty(of_groups, dtype=torch.uint8) if bits == 4 and levels == "zeros" else None,
+        empty(of_rows, dtype=torch.float32) if has_bias else None,
+        out_features,
+        in_features,
+        group_size,
+        bits,
+        empty((blocks, padded // SPAN, BLOCK), dtype=torch.int8) if is_nonlinear else None,
+    )
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

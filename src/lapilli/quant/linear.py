@@ -11,7 +11,6 @@ Tensors of layers are buffers, so that state_dict has them. Knows packed weights
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -24,7 +23,6 @@ from lapilli.kernels.packing import (
     BYTE_ZERO,
     CHUNK,
     NIBBLE_ZERO,
-    Grid,
     Packed,
     block_bias,
     by_row,
@@ -81,9 +79,9 @@ def int4_tiles(packed: Packed, dtype: torch.dtype) -> Int4Tiles | None:
     """Return tiles of a weight for activations of a dtype; None where torch has no product."""
     width, device = packed.in_features, packed.data.device
     steps = next((n for n in _TILE_STEPS if width % (16 * n) == 0), None)
-    group_size = packed.group_size if packed.grid is None else CHUNK
-    if packed.bits != 4 or steps is None or width % group_size:
-        return None
+    group_size = packed.group_size
+    if packed.bits != 4 or packed.span_scales is not None or steps is None or width % group_size:
+        return None  # torch's product has linear levels
     if device.type == "cuda" and not (dtype == torch.bfloat16 and has_bfloat16_cores(device)):
         return None
     values = unpack4(packed.data)[:, :width]
@@ -97,16 +95,9 @@ def int4_tiles(packed: Packed, dtype: torch.dtype) -> Int4Tiles | None:
 
 
 def scales_and_zeros(packed: Packed, dtype: torch.dtype) -> Float[Tensor, "groups rows 2"]:
-    """Return (nibble - zero) * scale said as (nibble - 8) * scale + (8 - zero) * scale.
-
-    On a grid by chunk: (nibble - 8) * (step * scale) + center * scale.
-    """
+    """Return (nibble - zero) * scale said as (nibble - 8) * scale + (8 - zero) * scale."""
     scales = by_row(packed.scales).float()
-    if packed.grid is not None:
-        step, center = packed.grid.unpack()
-        scales = scales.repeat_interleave(packed.group_size // CHUNK, dim=1)[:, : step.shape[1]]
-        scales, shift = scales * step, scales * center
-    elif packed.zeros is None:
+    if packed.zeros is None:
         shift = torch.zeros_like(scales)
     else:
         shift = (NIBBLE_ZERO - by_row(packed.zeros).float()) * scales
@@ -167,33 +158,6 @@ def summed8(x: Float[Tensor, "M K"], packed: Packed) -> Float[Tensor, "M out"]:
     return sums.view(len(x), -1)[:, : packed.out_features].to(x.dtype)
 
 
-def empty_packed(linear: nn.Linear, bits: int, group_size: int, *, levels: str) -> Packed:
-    """Return packed tensors of the shapes of a layer's weight, on its device, without values."""
-    blocks = -(-linear.out_features // BLOCK)
-    padded = -(-linear.in_features // CHUNK) * CHUNK
-    groups = -(-padded // group_size)
-    empty = partial(torch.empty, device=linear.weight.device)
-    of_groups, of_rows = (blocks, groups, BLOCK), (blocks, BLOCK)
-    is_narrow, chunks = bits == 4, padded // CHUNK
-    grid = None
-    if is_narrow and levels == "grid":
-        grid = Grid(
-            empty((blocks, chunks, BLOCK // 2), dtype=torch.uint8),
-            empty((blocks, -(-chunks // 2), 2 * BLOCK), dtype=torch.int8),
-        )
-    return Packed(
-        empty((blocks, padded * bits // 32, 64), dtype=torch.uint8),
-        empty(of_groups, dtype=torch.float16) if is_narrow else empty(of_rows, dtype=torch.float32),
-        empty(of_groups, dtype=torch.uint8) if is_narrow and levels == "zeros" else None,
-        None if linear.bias is None else empty(of_rows, dtype=torch.float32),
-        linear.out_features,
-        linear.in_features,
-        group_size,
-        bits,
-        grid,
-    )
-
-
 class QuantLinear(KernelLayer, FrozenQuantizedLinear):
     """A linear layer, W x + b, with W in 4 or 8 bits.
 
@@ -201,16 +165,14 @@ class QuantLinear(KernelLayer, FrozenQuantizedLinear):
         qweight: packed integers (kernels/packing.py).
         scales: of groups or rows.
         zeros: what zero is stored as, by group; None: the middle.
-        steps: of the chunks of a grid, or None.
-        centers: likewise.
+        span_scales: of nonlinear levels, or None.
         packed_bias: by block of 16 rows, or None.
     """
 
     qweight: Tensor
     scales: Tensor
     zeros: Tensor | None
-    steps: Tensor | None
-    centers: Tensor | None
+    span_scales: Tensor | None
     packed_bias: Tensor | None
 
     def __init__(self, packed: Packed, *, weight_only: bool = False) -> None:
@@ -223,8 +185,7 @@ class QuantLinear(KernelLayer, FrozenQuantizedLinear):
         self.register_buffer("qweight", packed.data)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("zeros", packed.zeros)
-        self.register_buffer("steps", None if packed.grid is None else packed.grid.steps)
-        self.register_buffer("centers", None if packed.grid is None else packed.grid.centers)
+        self.register_buffer("span_scales", packed.span_scales)
         self.register_buffer("packed_bias", packed.bias)
         self._ready: PackedLinear | None = None
         self._tiles: Int4Tiles | None = None
@@ -241,15 +202,8 @@ class QuantLinear(KernelLayer, FrozenQuantizedLinear):
             self.in_features,
             self.group_size,
             self.bits,
-            self.grid,
+            self.span_scales,
         )
-
-    @property
-    def grid(self) -> Grid | None:
-        """Return steps and centers of a grid, or None."""
-        if self.steps is None or self.centers is None:
-            return None
-        return Grid(self.steps, self.centers)
 
     def set_bias(self, bias: Float[Tensor, " out"] | None) -> None:
         """Add a bias to the output from now on."""
@@ -268,21 +222,20 @@ class QuantLinear(KernelLayer, FrozenQuantizedLinear):
             return self.on_gpu(x)
         if torch.compiler.is_compiling():
             sizes = [self.out_features, self.in_features, self.group_size, self.bits]
-            grid = [part for part in (self.steps, self.centers) if part is not None]
-            given = (self.qweight, self.scales, self.zeros, grid, self.packed_bias, sizes)
-            out: Tensor = torch.ops.lapilli.linear(x, *given, self.weight_only)
+            parts = (self.qweight, self.scales, self.zeros, self.span_scales, self.packed_bias)
+            out: Tensor = torch.ops.lapilli.linear(x, *parts, sizes, self.weight_only)
             return out
         return self.kernel()(x)
 
     def weight_rows(self, start: int, stop: int) -> Float[Tensor, "rows in"]:
         """Return rows of W in float32, see FrozenQuantizedLinear."""
-        blocks, grid = slice(start // BLOCK, -(-stop // BLOCK)), self.grid
+        blocks, spans = slice(start // BLOCK, -(-stop // BLOCK)), self.span_scales
         part = replace(
             self.packed,
             data=self.qweight[blocks],
             scales=self.scales[blocks],
             zeros=None if self.zeros is None else self.zeros[blocks],
-            grid=None if grid is None else Grid(grid.steps[blocks], grid.centers[blocks]),
+            span_scales=None if spans is None else spans[blocks],
             bias=None,
             out_features=stop - start,
         )

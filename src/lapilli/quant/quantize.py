@@ -1,10 +1,10 @@
 """The quantization pass: how linear layers are stored, their rounding, and their replacement.
 
 8 bits   by output channel:  q = round(w / s),  s = max|w| / 127
-4 bits   on a grid:  a step and a center for every 32 inputs, whole multiples of the scale of their
-         group (kernels/grid.py);  by group, symmetric:  q - 8 = round(w / s) in -8..7, s signed so
-         that the largest weight can take the -8, with a search for the scale;  with zeros:
-         q = round(w / s) + z in 0..15, as AWQ's files have it
+4 bits   nonlinear levels:  16 fixed ones, with a signed scale of 8 bits for every 16 inputs and
+         one for every row (kernels/levels.py);  by group, symmetric:  q - 8 = round(w / s) in
+         -8..7, s signed so that the largest weight can take the -8, with a search for the scale;
+         with zeros:  q = round(w / s) + z in 0..15, as AWQ's files have it
 
 Knows a plain model; must not know how packed layers compute.
 """
@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from lapilli.errors import ConfigError
-from lapilli.kernels.grid import round_grid
+from lapilli.kernels.levels import round_levels
 from lapilli.kernels.packing import (
     BITS,
     BLOCK,
     BYTE_ZERO,
     CHUNK,
-    GRID_GROUPS,
     GROUPS,
     NIBBLE_ZERO,
     Packed,
@@ -36,11 +35,12 @@ from lapilli.quant.linear import QuantLinear
 from lapilli.shapes import Float, Tensor
 
 MODES = ("dynamic", "weight_only")
-LEVELS = {"grid": "on a grid", "symmetric": "symmetric", "zeros": "zero points"}
+LEVELS = {"nonlinear": "nonlinear levels", "symmetric": "symmetric", "zeros": "zero points"}
 """The 16 values of a weight of 4 bits, and what reports call them."""
 # The group size of each number of bits where none is asked for. Finer activations at 8 bits cost
 # nothing for one token; none of 500 answers of pebble changed.
 GROUP_SIZES = {8: 32, 4: 128}
+NONLINEAR_GROUP = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,18 +49,19 @@ class QuantConfig:
 
     Attributes:
         bits: 8: one scale per output channel; 4: one scale per group of inputs.
-        group_size: 32, 64 or 128 inputs that share a scale: of the weights at 4 bits, of the
-            activations that are rounded on the fly at both. 0 stands for 32 at 8 bits and 128 at 4.
-        levels: of 4 bits. "grid": every 32 inputs have a step and a center, as whole multiples of
-            the scale of their group of 64 or 128; "symmetric": scales alone; "zeros": scales and
-            zero points, as AWQ has them.
+        group_size: 32, 64 or 128 inputs that share a scale: of the activations that are rounded on
+            the fly, and at 4 bits with linear levels of the weights. 0 stands for 32 at 8 bits,
+            64 at 4 bits with nonlinear levels and 128 with linear ones.
+        levels: of 4 bits. "nonlinear": levels that are closer to each other near zero, and a scale
+            for every 16 inputs, whatever the group; "symmetric": scales of groups alone; "zeros":
+            scales and zero points, as AWQ has them.
         mode: "dynamic" rounds activations to 8 bits by token and group, so that products are
             integers; "weight_only" keeps them in float32.
         head_bits: bits of the layer that gives the logits, which are the most sensitive; None: it
             stays float. A model with tied embeddings has no such layer: its table stays float.
         quantize_tower: the vision tower and the projector too, in 8 bits.
         search: at 4 bits, look for the scale with the least squared error instead of the one that
-            just covers the largest weight. A grid is always looked for.
+            just covers the largest weight. Nonlinear levels are always looked for.
 
     Raises:
         ConfigError: a number that there are no kernels for.
@@ -68,7 +69,7 @@ class QuantConfig:
 
     bits: int = 4
     group_size: int = 0
-    levels: str = "symmetric"
+    levels: str = "nonlinear"
     mode: str = "dynamic"
     head_bits: int | None = 8
     quantize_tower: bool = False
@@ -79,17 +80,14 @@ class QuantConfig:
             if bits not in BITS and not (name == "head_bits" and bits is None):
                 raise ConfigError(f"{name} must be 4 or 8, found {bits}")
         if self.group_size == 0:
-            object.__setattr__(self, "group_size", GROUP_SIZES[self.bits])
+            is_nonlinear = self.bits == 4 and self.levels == "nonlinear"
+            size = NONLINEAR_GROUP if is_nonlinear else GROUP_SIZES[self.bits]
+            object.__setattr__(self, "group_size", size)
         if self.group_size not in GROUPS:
             raise ConfigError(f"group_size must be 32, 64 or 128, found {self.group_size}")
         if self.levels not in LEVELS:
             known = ", ".join(LEVELS)
             raise ConfigError(f"levels must be one of {known}, found {self.levels!r}")
-        if self.levels == "grid" and (self.bits != 4 or self.group_size not in GRID_GROUPS):
-            raise ConfigError(
-                f"levels='grid' is for 4 bits in groups of 64 or 128, found {self.bits} bits in "
-                f"groups of {self.group_size}: take levels='symmetric' or 'zeros'"
-            )
         if self.mode not in MODES:
             raise ConfigError(f"mode must be dynamic or weight_only, found {self.mode!r}")
 
@@ -146,8 +144,8 @@ def round4(weight: Float[Tensor, "out in"], bias: Tensor | None, config: QuantCo
     Raises:
         ConfigError: weights too large for a float16 scale, or no numbers.
     """
-    if config.levels == "grid":
-        return round_grid(weight, bias, config.group_size)
+    if config.levels == "nonlinear":
+        return round_levels(weight, bias, config.group_size)
     is_symmetric = config.levels == "symmetric"
     out_features, in_features = weight.shape
     groups = -(-in_features // config.group_size)

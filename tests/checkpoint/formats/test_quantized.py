@@ -53,7 +53,7 @@ def test_packing_while_loading_equals_quantize(name: str) -> None:
         QuantConfig(),
         QuantConfig(bits=8, quantize_tower=True),
         QuantConfig(group_size=32, levels="zeros", mode="weight_only", head_bits=4),
-        QuantConfig(group_size=64, levels="grid", head_bits=4),
+        QuantConfig(head_bits=4),
     ],
 )
 def test_saved_and_read_back(tmp_path: Path, config: QuantConfig) -> None:
@@ -105,7 +105,7 @@ def test_quantization_of_unknown_libraries_is_refused() -> None:
 
 @pytest.mark.parametrize(("symmetric", "levels"), [(True, "symmetric"), (False, "zeros")])
 def test_directories_of_before_are_read(symmetric: bool, levels: str) -> None:
-    """Until there were grids, config.json said whether weights have zero points."""
+    """Until there were other levels, config.json said whether weights have zero points."""
     settings = written_quantization(QuantConfig(levels=levels))
     del settings["levels"]
     raw = {"quantization_config": {**settings, "symmetric": symmetric}}

@@ -27,9 +27,10 @@ from lapilli.checkpoint.source import read_optional_json
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import JsonObject, in_file, is_object, shown
 from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, UnsupportedModelError
+from lapilli.kernels.packing import empty_packed
 from lapilli.quant import QuantConfig
 from lapilli.quant.autotune import Choices
-from lapilli.quant.linear import QuantLinear, StoredEmbedding, empty_packed
+from lapilli.quant.linear import QuantLinear, StoredEmbedding
 from lapilli.quant.quantize import SEEN, bits_of, describe, notes_on, round_weight
 
 KEY = "quantization_config"
@@ -259,7 +260,15 @@ class LayerQuantizer:
 
     def _expect_packed(self, path: str, linear: nn.Linear, bits: int) -> None:
         """Put an empty packed layer in place of one that the files hold packed."""
-        packed = empty_packed(linear, bits, self.config.group_size, levels=self.config.levels)
+        packed = empty_packed(
+            linear.out_features,
+            linear.in_features,
+            bits,
+            self.config.group_size,
+            levels=self.config.levels,
+            has_bias=linear.bias is not None,
+            device=linear.weight.device,
+        )
         layer = QuantLinear(packed, weight_only=self.config.mode == "weight_only")
         self._model.set_submodule(path, layer)
         self._as_stored |= {f"{path}.{name}" for name in layer.state_dict()}

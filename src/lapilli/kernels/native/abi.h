@@ -8,40 +8,42 @@
 // so 64 bytes are one operand of vpdpbusd (16 rows x 4 inputs). Rows are padded to 16 and inputs
 // to 32 with weights of zero; groups of `group` inputs share a scale, the last one may be shorter.
 //
-// 4 bits on a grid: every chunk of 32 inputs has a step (1 to 16) and a center, and
-//   weight = scale of the group * (center + step * (nibble - 8)),    the bracket in -128..127
-//   steps    [block][chunk][8]           row j in the low, row j + 8 in the high nibble; step - 1
-//   centers  [block][pair of chunks][row 16][2]
-// so sums over a chunk are scaled as integers, and bytes of the brackets are weights of 8 bits.
+// 4 bits with nonlinear levels: every span of 16 inputs of a row has a signed scale, and
+//   weight = scale of the row * scale of the span * kLevels[nibble]
+//   span_scales  [block][span][row 16]
+// so sums over a span are scaled as integers.
 #pragma once
 
 #include <cstdint>
 
 namespace lapilli {
 
-constexpr int kAbi = 11;  // rises when anything here changes; kernels/library.py compares
+constexpr int kAbi = 12;  // rises when anything here changes; kernels/library.py compares
 
 constexpr int64_t kBlock = 16;  // output rows of a block
-constexpr int64_t kChunk = 32;  // inputs are padded to this; they share a step on a grid
+constexpr int64_t kChunk = 32;  // inputs are padded to this
+constexpr int64_t kSpan = 16;   // inputs that share a scale of nonlinear levels
+
+// The 16 levels, closer to each other near zero, where most weights are.
+// Source: IQ4_NL of ggml, whose files hold the same numbers.
+constexpr int8_t kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 struct Weights {
   const uint8_t* data;
   const uint16_t* half_scales;  // [block][group][16] float16, 4 bits
-  const float* row_scales;      // [block][16], 8 bits
+  const float* row_scales;      // [block][16], 8 bits and nonlinear levels
   const uint8_t* zeros;         // [block][group][16], or null: 8
-  const uint8_t* steps;         // of a grid, or null
-  const int8_t* centers;        // of a grid, or null
+  const int8_t* span_scales;    // of nonlinear levels, or null
   const float* bias;            // [block][16], or null
   int64_t rows;
   int64_t inputs;
-  int64_t group;  // of the weights at 4 bits, of the activations at both
+  int64_t group;  // of the activations; of the weights too, at 4 bits with linear levels
   int64_t bits;
 
   int64_t blocks() const { return (rows + kBlock - 1) / kBlock; }
   int64_t padded() const { return (inputs + kChunk - 1) / kChunk * kChunk; }
   int64_t groups() const { return (padded() + group - 1) / group; }
-  int64_t chunks() const { return padded() / kChunk; }
-  int64_t pairs() const { return (chunks() + 1) / 2; }
+  int64_t spans() const { return padded() / kSpan; }
   int64_t block_bytes() const { return padded() * kBlock * bits / 8; }
 };
 
@@ -259,19 +261,17 @@ struct StepCall {
   int64_t threads;
 };
 
-// Weights as floats to 4 bits on a grid; `padded` inputs, groups of at most 128.
+// Weights as floats to 4 bits with nonlinear levels; `padded` inputs.
 struct RoundCall {
   const float* w;    // [rows, inputs], rows stride elements apart
-  uint8_t* data;     // of Weights, as the three that follow
-  uint16_t* scales;
-  uint8_t* steps;
-  int8_t* centers;
+  uint8_t* data;     // of Weights, as the two that follow
+  float* row_scales;
+  int8_t* span_scales;
   int64_t* refused;  // set where a weight is no number, or too large for a scale
   int64_t rows;
   int64_t inputs;
   int64_t padded;
   int64_t stride;
-  int64_t group;
   int64_t threads;
 };
 
@@ -287,7 +287,7 @@ struct Table {
   void (*rotate)(const RotateCall&);
   void (*layer)(const LayerCall&);
   void (*step)(const StepCall&, const LayerCall* layers);
-  void (*round_grid)(const RoundCall&);
+  void (*round_levels)(const RoundCall&);
 };
 
 extern const Table kPortable;

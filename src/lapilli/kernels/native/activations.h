@@ -3,8 +3,7 @@
 //
 //   quantized   q[tile][input / 4][token of the tile][input % 4], scale and correction [tile][group][token]
 //               q = round(x * 127 / max|x|) over a group;  correction = -sum(q) * what zero is stored as
-//               on a grid: correction [tile][chunk][token], and the sums of q of two chunks, as 16 bits
-//               each, pairs [tile][pair of chunks][token]
+//               nonlinear levels: correction [tile][span][token]
 //   float       x[tile][input][token of the tile]
 #pragma once
 
@@ -18,7 +17,6 @@ struct Activations {
   int8_t* q;
   float* scale;
   int32_t* correction;
-  int32_t* pairs;
   float* x;
 };
 
@@ -54,32 +52,14 @@ bool unpacks(const LinearCall& call) {
   return call.weights.bits == 4 && call.tokens >= kUnpackFrom * S::kTokens;
 }
 
-// Whether nibbles of a grid meet the tokens, a chunk at a time; else bytes do, a group at a time.
-template <class S>
-bool by_chunk(const LinearCall& call) {
-  return call.weights.steps != nullptr && !(S::kByteDot && unpacks<S>(call));
-}
-
-// Sums of the chunks of a group, as the tiles of a grid add them.
-inline void correct_chunks(const LinearCall& call, const int8_t* q, int64_t begin, int64_t count, int64_t first,
-                           int64_t tokens, int64_t t, const Activations& out) {
-  const int64_t chunks = call.weights.chunks(), pairs = call.weights.pairs();
-  int32_t sums[kMaxGroup / kChunk + 1] = {};
-  for (int64_t i = 0; i < count; i += kChunk) {
-    sums[i / kChunk] = total(q + i, kChunk);
-    out.correction[first * chunks + (begin + i) / kChunk * tokens + t] = -8 * sums[i / kChunk];
-  }
-  for (int64_t i = 0; i < count; i += 2 * kChunk) {
-    const uint32_t low = static_cast<uint32_t>(sums[i / kChunk]) & 0xffffu;
-    const uint32_t both = low | static_cast<uint32_t>(sums[i / kChunk + 1]) << 16;
-    out.pairs[first * pairs + (begin + i) / (2 * kChunk) * tokens + t] = static_cast<int32_t>(both);
-  }
-}
+// What has a correction of its own: a span of nonlinear levels, or a group.
+inline int64_t corrected_inputs(const Weights& w) { return w.span_scales != nullptr ? kSpan : w.group; }
+inline int64_t corrections(const Weights& w) { return w.span_scales != nullptr ? w.spans() : w.groups(); }
 
 template <class S>
 void quantize_tile(const LinearCall& call, int64_t first, int64_t tokens, int32_t bias, const Activations& out) {
   const Weights& w = call.weights;
-  const int64_t padded = w.padded(), groups = w.groups();
+  const int64_t padded = w.padded(), groups = w.groups(), unit = corrected_inputs(w), units = corrections(w);
   alignas(64) float buffer[kMaxGroup];
   alignas(64) int8_t q[kMaxGroup];
   for (int64_t t = 0; t < tokens; ++t) {
@@ -95,10 +75,9 @@ void quantize_tile(const LinearCall& call, int64_t first, int64_t tokens, int32_
         source = buffer;
       }
       quantize_group<S>(source, count, q, out.scale + (first * groups + g * tokens + t));
-      if (by_chunk<S>(call)) {
-        correct_chunks(call, q, begin, count, first, tokens, t, out);
-      } else {
-        out.correction[first * groups + g * tokens + t] = -bias * total(q, count);
+      for (int64_t i = 0; i < count; i += unit) {
+        const int64_t size = count - i < unit ? count - i : unit;
+        out.correction[first * units + (begin + i) / unit * tokens + t] = -bias * total(q + i, size);
       }
       int8_t* target = out.q + first * padded + (begin * tokens + t * 4);
       for (int64_t i = 0; i < count; i += 4) std::memcpy(target + i * tokens, q + i, 4);
@@ -146,13 +125,12 @@ Activations prepare(const LinearCall& call, Scratch& scratch) {
     return out;
   }
   const auto lines = [&](int64_t units) { return (tokens * units * 4 + 63) / 64 * 64; };
-  const int64_t scales = lines(groups), corrections = lines(by_chunk<S>(call) ? w.chunks() : groups);
-  uint8_t* memory = scratch.get(tokens * padded + scales + corrections + lines(w.pairs()));
+  const int64_t scales = lines(groups), sums = lines(corrections(w));
+  uint8_t* memory = scratch.get(tokens * padded + scales + sums);
   out.scale = reinterpret_cast<float*>(memory);
   out.correction = reinterpret_cast<int32_t*>(memory + scales);
-  out.pairs = reinterpret_cast<int32_t*>(memory + scales + corrections);
-  out.q = reinterpret_cast<int8_t*>(memory + scales + corrections + lines(w.pairs()));
-  const bool bytes = w.bits == 8 || w.steps != nullptr;
+  out.q = reinterpret_cast<int8_t*>(memory + scales + sums);
+  const bool bytes = w.bits == 8 || w.span_scales != nullptr;
   const int32_t bias = bytes ? S::kByteBias : (w.zeros != nullptr ? 1 : 8);
   for_pieces(call.threads, tiles, step, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

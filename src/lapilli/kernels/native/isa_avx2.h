@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "abi.h"
+
 namespace lapilli {
 namespace {
 
@@ -13,12 +15,10 @@ struct Avx2 {
 #if defined(LAPILLI_AVXVNNI)
   static constexpr const char* kName = "avxvnni";
   static constexpr int kByteBias = 128;  // bytes are unsigned: weight + 128
-  static constexpr bool kByteDot = true;  // a product of bytes is as fast as one of nibbles
   using P = struct Nothing {};
 #else
   static constexpr const char* kName = "avx2";
   static constexpr int kByteBias = 0;  // bytes become signed when they are loaded
-  static constexpr bool kByteDot = false;
   using P = __m256i;
 #endif
   static constexpr int kLanes = 8;
@@ -55,9 +55,6 @@ struct Avx2 {
     sum = _mm256_dpbusd_avx_epi32(sum, w, a);
   }
   static void end(P, I&) {}
-  // A grid (abi.h): sums of a chunk fit into 16 bits, so the lower half of a lane times the step is all.
-  static void begin_chunk(int32_t correction, P&, I& chunk) { chunk = iset(correction); }
-  static void end_chunk(P, I chunk, I step, I& sum) { sum = _mm256_dpwssd_avx_epi32(sum, chunk, step); }
 #else
   static W bytes(const uint8_t* p) {
     return _mm256_xor_si256(small_bytes(p), _mm256_set1_epi8(static_cast<char>(0x80)));
@@ -78,37 +75,15 @@ struct Avx2 {
   static void end(P partial, I& sum) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(partial, _mm256_set1_epi16(1)));
   }
-  // A grid (abi.h): the step multiplies where 16 bits are widened anyway. The correction begins in the
-  // lower half of a lane, which with half of the chunk stays within 8 * 127 * 32 = 32512.
-  static void begin_chunk(int32_t correction, P& partial, I&) { partial = iset(correction & 0xffff); }
-  static void end_chunk(P partial, I, I step, I& sum) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(partial, twice(step)));
-  }
 #endif
-  // The lower half of a lane in both.
-  static I twice(I v) {
-    return _mm256_or_si256(_mm256_and_si256(v, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(v, 16));
+  // Nonlinear levels of nibbles, as bytes() returns weights.
+  static W levels(W nibbles) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kLevels));
+    const __m128i shifted = _mm_add_epi8(table, _mm_set1_epi8(static_cast<char>(kByteBias)));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(shifted), nibbles);
   }
-  static I steps(const uint8_t* p, int shift) {
-    const __m256i v = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    const __m256i nibble = _mm256_and_si256(_mm256_srl_epi32(v, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(15));
-    return _mm256_add_epi32(nibble, _mm256_set1_epi32(1));
-  }
-  static I centers(const int8_t* p) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static I center(I centers, bool second) {
-    return _mm256_srai_epi32(second ? centers : _mm256_slli_epi32(centers, 16), 16);
-  }
-  static void add_pair(I& sum, I centers, int32_t pair) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(centers, iset(pair)));
-  }
-  // step * byte + start in every byte; all three and the result fit into one.
-  static W grid_bytes(W w, I step, I start) {
-    const __m256i low = _mm256_set1_epi16(255), steps = twice(step), starts = twice(start);
-    const __m256i even = _mm256_add_epi16(_mm256_mullo_epi16(_mm256_and_si256(w, low), steps), starts);
-    const __m256i odd = _mm256_add_epi16(_mm256_mullo_epi16(_mm256_srli_epi16(w, 8), steps), starts);
-    return _mm256_or_si256(_mm256_and_si256(even, low), _mm256_slli_epi16(odd, 8));
+  static I signed_lanes(const int8_t* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
 
   static I izero() { return _mm256_setzero_si256(); }

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "abi.h"
+
 namespace lapilli {
 namespace {
 
@@ -16,7 +18,6 @@ struct Avx512 {
   static constexpr int kFew = 8;  // of a tile with one block of output rows
   static constexpr int kVectors = 2;   // of output rows in a tile
   static constexpr int kByteBias = 128;  // bytes are unsigned: weight + 128
-  static constexpr bool kByteDot = true;  // a product of bytes is as fast as one of nibbles
 
   using I = __m512i;
   using F = __m512;
@@ -43,28 +44,14 @@ struct Avx512 {
   }
   static void end(P, I&) {}
 
-  // A grid (abi.h): sums of a chunk fit into 16 bits, so the lower half of a lane times the step is all.
-  static void begin_chunk(int32_t correction, P&, I& chunk) { chunk = iset(correction); }
-  static void end_chunk(P, I chunk, I step, I& sum) { sum = _mm512_dpwssd_epi32(sum, chunk, step); }
-  static I steps(const uint8_t* p, int) {
-    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), mask = _mm_set1_epi8(15);
-    const __m128i rows = _mm_unpacklo_epi64(_mm_and_si128(v, mask), _mm_and_si128(_mm_srli_epi16(v, 4), mask));
-    return _mm512_cvtepu8_epi32(_mm_add_epi8(rows, _mm_set1_epi8(1)));
+  // Nonlinear levels of nibbles, as bytes() returns weights.
+  static W levels(W nibbles) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kLevels));
+    const __m128i shifted = _mm_xor_si128(table, _mm_set1_epi8(static_cast<char>(0x80)));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(shifted), nibbles);
   }
-  static I centers(const int8_t* p) {
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static I center(I centers, bool second) {
-    return _mm512_srai_epi32(second ? centers : _mm512_slli_epi32(centers, 16), 16);
-  }
-  static void add_pair(I& sum, I centers, int32_t pair) { sum = _mm512_dpwssd_epi32(sum, centers, iset(pair)); }
-  // step * byte + start in every byte; all three and the result fit into one.
-  static W grid_bytes(W w, I step, I start) {
-    const __m512i steps = _mm512_or_si512(step, _mm512_slli_epi32(step, 16)), low = _mm512_set1_epi16(255);
-    const __m512i starts = _mm512_or_si512(_mm512_and_si512(start, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(start, 16));
-    const __m512i even = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_and_si512(w, low), steps), starts);
-    const __m512i odd = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_srli_epi16(w, 8), steps), starts);
-    return _mm512_or_si512(_mm512_and_si512(even, low), _mm512_slli_epi16(odd, 8));
+  static I signed_lanes(const int8_t* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
   static I izero() { return _mm512_setzero_si512(); }

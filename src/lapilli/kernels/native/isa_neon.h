@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "abi.h"
+
 namespace lapilli {
 namespace {
 
@@ -15,13 +17,11 @@ struct Neon {
   static constexpr const char* kName = "neondot";
   static constexpr int kTokens = 6;
   static constexpr int kFew = 6;  // of a tile with one block of output rows
-  static constexpr bool kByteDot = true;  // a product of bytes is as fast as one of nibbles
   using P = struct Nothing {};
 #else
   static constexpr const char* kName = "neon";
   static constexpr int kTokens = 2;  // two registers of 16-bit sums each: more do not fit
   static constexpr int kFew = 2;
-  static constexpr bool kByteDot = false;
   using P = int16x8x2_t;
 #endif
   static constexpr int kLanes = 4;
@@ -55,8 +55,6 @@ struct Neon {
     sum = vdotq_lane_s32(sum, vreinterpretq_s8_u8(w), four, 0);
   }
   static void end(P, I&) {}
-  static void begin_chunk(int32_t correction, P&, I& chunk) { chunk = iset(correction); }
-  static void end_chunk(P, I chunk, I step, I& sum) { sum = vmlaq_s32(sum, chunk, step); }
 #else
   static W broadcast(const int8_t* p) {
     int32_t four;
@@ -80,33 +78,11 @@ struct Neon {
   static void end(P partial, I& sum) {
     sum = vpadalq_s16(sum, vpaddq_s16(partial.val[0], partial.val[1]));
   }
-  // A grid (abi.h): the correction begins in one of the four parts of a row, which with its quarter of
-  // the chunk, and with another, stays within 8 * 127 * 32 = 32512.
-  static void begin_chunk(int32_t correction, P& partial, I&) {
-    partial.val[0] = partial.val[1] = vreinterpretq_s16_s64(vdupq_n_s64(correction & 0xffff));
-  }
-  static void end_chunk(P partial, I, I step, I& sum) {
-    sum = vmlaq_s32(sum, vpaddlq_s16(vpaddq_s16(partial.val[0], partial.val[1])), step);
-  }
 #endif
-  static I steps(const uint8_t* p, int shift) {
-    const uint16x4_t v = vget_low_u16(vmovl_u8(vreinterpret_u8_u32(four_bytes(p))));
-    const uint32x4_t nibbles = vshlq_u32(vmovl_u16(v), vdupq_n_s32(-shift));
-    return vreinterpretq_s32_u32(vaddq_u32(vandq_u32(nibbles, vdupq_n_u32(15)), vdupq_n_u32(1)));
-  }
-  static I centers(const int8_t* p) { return vreinterpretq_s32_s16(vmovl_s8(vld1_s8(p))); }
-  static I center(I centers, bool second) {
-    return vshrq_n_s32(second ? centers : vshlq_n_s32(centers, 16), 16);
-  }
-  static void add_pair(I& sum, I centers, int32_t pair) {
-    const int16x8_t two = vreinterpretq_s16_s32(centers), by = vreinterpretq_s16_s32(vdupq_n_s32(pair));
-    const int32x4_t low = vmull_s16(vget_low_s16(two), vget_low_s16(by));
-    sum = vaddq_s32(sum, vpaddq_s32(low, vmull_high_s16(two, by)));
-  }
-  // step * byte + start in every byte; all three and the result fit into one.
-  static W grid_bytes(W w, I step, I start) {
-    const I by = vmulq_s32(step, vdupq_n_s32(0x01010101)), from = vandq_s32(start, vdupq_n_s32(255));
-    return vmlaq_u8(vreinterpretq_u8_s32(vmulq_s32(from, vdupq_n_s32(0x01010101))), w, vreinterpretq_u8_s32(by));
+  // Nonlinear levels of nibbles, as bytes() returns weights.
+  static W levels(W nibbles) { return vqtbl1q_u8(vreinterpretq_u8_s8(vld1q_s8(kLevels)), nibbles); }
+  static I signed_lanes(const int8_t* p) {
+    return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(four_bytes(p)))));
   }
 
   static I izero() { return vdupq_n_s32(0); }

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "abi.h"
+
 namespace lapilli {
 namespace {
 
@@ -15,13 +17,11 @@ struct Portable {
   static constexpr int kFew = 4;  // of a tile with one block of output rows
   static constexpr int kVectors = 1;
   static constexpr int kByteBias = 128;
-  static constexpr bool kByteDot = true;
 
   typedef int32_t I __attribute__((vector_size(64)));
   typedef float F __attribute__((vector_size(64)));
   typedef uint8_t W __attribute__((vector_size(64)));
   struct P {};
-  typedef int16_t Pairs __attribute__((vector_size(64)));
 
   static W bytes(const uint8_t* p) {
     W w;
@@ -52,32 +52,16 @@ struct Portable {
     for (int j = 0; j < 4; ++j) sum += ((words >> (8 * j)) & 255) * ((signs << (24 - 8 * j)) >> 24);
   }
   static void end(P, I&) {}
-  static void begin_chunk(int32_t correction, P&, I& chunk) { chunk = iset(correction); }
-  static void end_chunk(P, I chunk, I step, I& sum) { sum += chunk * step; }
-  static I steps(const uint8_t* p, int) {
+  // Nonlinear levels of nibbles, as bytes() returns weights.
+  static W levels(W nibbles) {
+    W w;
+    for (int i = 0; i < 64; ++i) w[i] = static_cast<uint8_t>(kLevels[nibbles[i]] + kByteBias);
+    return w;
+  }
+  static I signed_lanes(const int8_t* p) {
     I v;
-    for (int i = 0; i < 8; ++i) {
-      v[i] = 1 + (p[i] & 15);
-      v[i + 8] = 1 + (p[i] >> 4);
-    }
+    for (int i = 0; i < kLanes; ++i) v[i] = p[i];
     return v;
-  }
-  static I centers(const int8_t* p) {  // two numbers of 16 bits in a lane
-    I v;
-    for (int i = 0; i < kLanes; ++i) v[i] = (p[2 * i] & 0xffff) | p[2 * i + 1] << 16;
-    return v;
-  }
-  static I center(I centers, bool second) { return second ? centers >> 16 : (centers << 16) >> 16; }
-  static void add_pair(I& sum, I centers, int32_t pair) {
-    sum += center(centers, false) * static_cast<int16_t>(pair & 0xffff) + center(centers, true) * (pair >> 16);
-  }
-  // step * byte + start in every byte; all three and the result fit into one.
-  static W grid_bytes(W w, I step, I start) {
-    const I words = ((byte<0>(w) * step + start) & 255) | ((byte<1>(w) * step + start) & 255) << 8 |
-                    ((byte<2>(w) * step + start) & 255) << 16 | (byte<3>(w) * step + start) << 24;
-    W out;
-    std::memcpy(&out, &words, 64);
-    return out;
   }
 
   static I izero() { return I{}; }

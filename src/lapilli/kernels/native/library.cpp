@@ -229,8 +229,8 @@ __attribute__((visibility("default"))) void lapilli_step(const lapilli::StepCall
   lapilli::g_table->step(*call, layers);
 }
 
-__attribute__((visibility("default"))) void lapilli_round_grid(const lapilli::RoundCall* call) {
-  lapilli::g_table->round_grid(*call);
+__attribute__((visibility("default"))) void lapilli_round_levels(const lapilli::RoundCall* call) {
+  lapilli::g_table->round_levels(*call);
 }
 
 __attribute__((visibility("default"))) void lapilli_dense(const lapilli::DenseCall* call) {

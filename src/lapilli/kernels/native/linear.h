@@ -23,11 +23,7 @@ Rows<R> rows_at(const Weights& w, int64_t vector) {
     rows.data[r] = w.data + block * w.block_bytes() + lane * 4;
     if (w.half_scales) rows.half[r] = w.half_scales + block * w.groups() * kBlock + lane;
     if (w.zeros) rows.zeros[r] = w.zeros + block * w.groups() * kBlock + lane;
-    if (w.steps) {
-      rows.steps[r] = w.steps + block * w.chunks() * 8 + lane % 8;
-      rows.shift[r] = lane < 8 ? 0 : 4;
-      rows.centers[r] = w.centers + block * w.pairs() * 2 * kBlock + lane * 2;
-    }
+    if (w.span_scales) rows.span[r] = w.span_scales + block * w.spans() * kBlock + lane;
     if (w.row_scales) rows.row[r] = w.row_scales + block * kBlock + lane;
     if (w.bias) rows.bias[r] = w.bias + block * kBlock + lane;
   }
@@ -54,21 +50,21 @@ void dot_tokens(int64_t count, const Weights& shape, const Rows<R>& w, const int
 }
 
 template <class S, Kind kind, int R>
-void grid_tokens(int64_t count, const Weights& shape, const Rows<R>& w, const int8_t* q, const float* scale,
-                 const int32_t* correction, const int32_t* pairs, float* out, int64_t stride) {
+void level_tokens(int64_t count, const Weights& shape, const Rows<R>& w, const int8_t* q, const float* scale,
+                 const int32_t* correction, float* out, int64_t stride) {
   switch (count) {
-    case 1: return grid_tile<S, kind, 1, R>(shape, w, q, scale, correction, pairs, out, stride);
-    case 2: return grid_tile<S, kind, 2, R>(shape, w, q, scale, correction, pairs, out, stride);
-    case 3: return grid_tile<S, kind, 3, R>(shape, w, q, scale, correction, pairs, out, stride);
-    case 4: return grid_tile<S, kind, 4, R>(shape, w, q, scale, correction, pairs, out, stride);
+    case 1: return level_tile<S, kind, 1, R>(shape, w, q, scale, correction, out, stride);
+    case 2: return level_tile<S, kind, 2, R>(shape, w, q, scale, correction, out, stride);
+    case 3: return level_tile<S, kind, 3, R>(shape, w, q, scale, correction, out, stride);
+    case 4: return level_tile<S, kind, 4, R>(shape, w, q, scale, correction, out, stride);
   }
   if constexpr (S::kTokens > 4) {
-    if (count == 5) return grid_tile<S, kind, 5, R>(shape, w, q, scale, correction, pairs, out, stride);
-    if (count == 6) return grid_tile<S, kind, 6, R>(shape, w, q, scale, correction, pairs, out, stride);
+    if (count == 5) return level_tile<S, kind, 5, R>(shape, w, q, scale, correction, out, stride);
+    if (count == 6) return level_tile<S, kind, 6, R>(shape, w, q, scale, correction, out, stride);
   }
   if constexpr (S::kFew > S::kTokens && R * S::kLanes == kBlock) {
-    if (count == 7) return grid_tile<S, kind, 7, R>(shape, w, q, scale, correction, pairs, out, stride);
-    return grid_tile<S, kind, 8, R>(shape, w, q, scale, correction, pairs, out, stride);
+    if (count == 7) return level_tile<S, kind, 7, R>(shape, w, q, scale, correction, out, stride);
+    return level_tile<S, kind, 8, R>(shape, w, q, scale, correction, out, stride);
   }
 }
 
@@ -87,46 +83,17 @@ void float_tokens(int64_t count, const float* panel, const float* x, int64_t inp
   }
 }
 
-// Nibbles of R vectors as bytes, [input / 4][vector][lane][input % 4].
-template <class S, int R>
+// Nibbles of R vectors, or their nonlinear levels, as bytes, [input / 4][vector][lane][input % 4].
+template <class S, bool levels, int R>
 Rows<R> unpack(const Weights& w, Rows<R> rows, uint8_t* panel) {
   constexpr int64_t width = S::kLanes * 4;
   for (int64_t k = 0; k < w.padded() / 8; ++k) {
     for (int r = 0; r < R; ++r) {
       typename S::W low, high;
       S::nibbles(rows.data[r] + k * rows.step, low, high);
+      if (levels) low = S::levels(low), high = S::levels(high);
       S::store_bytes(panel + (2 * k * R + r) * width, low);
       S::store_bytes(panel + ((2 * k + 1) * R + r) * width, high);
-    }
-  }
-  for (int r = 0; r < R; ++r) rows.data[r] = panel + r * width;
-  rows.step = R * width;
-  return rows;
-}
-
-// What a nibble of a chunk of a grid is multiplied by, and what is added: step * nibble + start.
-template <class S, int R>
-void grid_facts(const Rows<R>& rows, int r, int64_t chunk, typename S::I& step, typename S::I& start) {
-  step = S::steps(rows.steps[r] + chunk * 8, rows.shift[r]);
-  const typename S::I center = S::center(S::centers(rows.centers[r] + chunk / 2 * 2 * kBlock), chunk % 2);
-  start = S::isub(center, S::imul(step, S::iset(8)));
-}
-
-// Brackets of a grid of R vectors as bytes, in the same order.
-template <class S, int R>
-Rows<R> unpack_grid(const Weights& w, Rows<R> rows, uint8_t* panel) {
-  constexpr int64_t width = S::kLanes * 4;
-  for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
-    for (int r = 0; r < R; ++r) {
-      typename S::I step, start;
-      grid_facts<S>(rows, r, chunk, step, start);
-      start = S::iadd(start, S::iset(S::kByteBias));
-      for (int64_t k = chunk * 4; k < chunk * 4 + 4; ++k) {
-        typename S::W low, high;
-        S::nibbles(rows.data[r] + k * rows.step, low, high);
-        S::store_bytes(panel + (2 * k * R + r) * width, S::grid_bytes(low, step, start));
-        S::store_bytes(panel + ((2 * k + 1) * R + r) * width, S::grid_bytes(high, step, start));
-      }
     }
   }
   for (int r = 0; r < R; ++r) rows.data[r] = panel + r * width;
@@ -145,6 +112,15 @@ inline void widen_four(const uint8_t* p, typename S::F scale, typename S::F shif
   S::store(out + 3 * next, S::fma(S::to_float(S::template byte<3>(w)), scale, shift));
 }
 
+// Levels of nibbles + 128, as weights of 8 bits lie in memory.
+template <class S>
+inline typename S::W level_bytes(typename S::W nibbles) {
+  alignas(64) uint8_t bytes[64];
+  S::store_bytes(bytes, S::levels(nibbles));
+  for (int i = 0; i < S::kLanes * 4; ++i) bytes[i] = static_cast<uint8_t>(bytes[i] + 128 - S::kByteBias);
+  return S::small_bytes(bytes);
+}
+
 // Inputs begin..end of R vectors as floats, [input][vector][lane].
 template <class S, int R>
 void dequantize(const Weights& w, const Rows<R>& rows, int64_t begin, int64_t end, float* panel) {
@@ -161,18 +137,18 @@ void dequantize(const Weights& w, const Rows<R>& rows, int64_t begin, int64_t en
         widen_four<S, R>(rows.data[r] + (k / 4 + 1) * 64, scale, shift, out + 4 * next);
         continue;
       }
-      F scale = S::half(rows.half[r] + group), shift;
-      if (w.steps) {
-        typename S::I step, start;
-        grid_facts<S>(rows, r, k / kChunk, step, start);
-        shift = S::mul(scale, S::to_float(start));
-        scale = S::mul(scale, S::to_float(step));
+      F scale, shift;
+      typename S::W low, high;
+      S::nibbles(rows.data[r] + k / 8 * 64, low, high);
+      if (w.span_scales) {
+        scale = S::mul(S::load(rows.row[r]), S::to_float(S::signed_lanes(rows.span[r] + k / kSpan * kBlock)));
+        shift = S::mul(scale, S::fset(-128.0f));
+        low = level_bytes<S>(low), high = level_bytes<S>(high);
       } else {
+        scale = S::half(rows.half[r] + group);
         const F zero = w.zeros ? S::to_float(S::widen(rows.zeros[r] + group)) : S::fset(8.0f);
         shift = S::mul(S::mul(scale, zero), S::fset(-1.0f));
       }
-      typename S::W low, high;
-      S::nibbles(rows.data[r] + k / 8 * 64, low, high);
       S::store_bytes(bytes, low);
       S::store_bytes(bytes + 64, high);
       widen_four<S, R>(bytes, scale, shift, out);
@@ -215,20 +191,19 @@ void float_direct(const Weights& w, const Rows<1>& rows, const float* x, float* 
       }
     } else {
       for (int64_t k = begin; k < end; k += 8) {
-        if (w.steps && k % kChunk == 0) {
-          typename S::I steps, starts;
-          grid_facts<S>(rows, 0, k / kChunk, steps, starts);
-          step = S::to_float(steps);
-          start = S::to_float(starts);
-        }
         typename S::W low, high;
         S::nibbles(rows.data[0] + k * 8, low, high);
+        if (w.span_scales) {
+          step = S::to_float(S::signed_lanes(rows.span[0] + k / kSpan * kBlock));
+          start = S::mul(step, S::fset(-128.0f));
+          low = level_bytes<S>(low), high = level_bytes<S>(high);
+        }
         S::prefetch(rows.data[0] + k * 8 + 2048);
         meet_four<S, T>(low, step, start, x + k * T, sum);
         meet_four<S, T>(high, step, start, x + (k + 4) * T, sum);
       }
     }
-    const F scale = w.bits == 8 ? S::load(rows.row[0]) : S::half(rows.half[0] + g * kBlock);
+    const F scale = rows.row[0] ? S::load(rows.row[0]) : S::half(rows.half[0] + g * kBlock);
     for (int t = 0; t < T; ++t) acc[t] = S::fma(S::add(sum[t][0], sum[t][1]), scale, acc[t]);
   }
   for (int t = 0; t < T; ++t) S::store(out + t * stride, acc[t]);
@@ -265,7 +240,7 @@ void dot_rows(const LinearCall& call, const Activations& a, int64_t vector, Scra
   const int64_t padded = w.padded(), groups = w.groups();
   Rows<R> rows = rows_at<S, R>(w, vector);
   const bool unpacked = unpacks<S>(call);
-  if (unpacked) rows = unpack<S, R>(w, rows, scratch.get(padded * R * S::kLanes));
+  if (unpacked) rows = unpack<S, false, R>(w, rows, scratch.get(padded * R * S::kLanes));
   const int64_t size = tile_size<S>(call);
   for (int64_t first = 0; first < call.tokens; first += size) {
     const int64_t count = tokens_of_tile(call.tokens, first / size, size);
@@ -283,31 +258,26 @@ void dot_rows(const LinearCall& call, const Activations& a, int64_t vector, Scra
   }
 }
 
-// Rows of a grid: chunks of nibbles, or unpacked bytes where the set of instructions has products of bytes.
+// Rows of nonlinear levels.
 template <class S, int R>
-void grid_rows(const LinearCall& call, const Activations& a, int64_t vector, Scratch& scratch, float* out,
-               int64_t stride) {
+void level_rows(const LinearCall& call, const Activations& a, int64_t vector, Scratch& scratch, float* out,
+                int64_t stride) {
   const Weights& w = call.weights;
-  const int64_t padded = w.padded(), groups = w.groups(), units = by_chunk<S>(call) ? w.chunks() : groups;
+  const int64_t padded = w.padded(), groups = w.groups(), spans = w.spans();
   Rows<R> rows = rows_at<S, R>(w, vector);
-  if (unpacks<S>(call)) {
-    uint8_t* panel = scratch.get(padded * R * S::kLanes);
-    rows = S::kByteDot ? unpack_grid<S, R>(w, rows, panel) : unpack<S, R>(w, rows, panel);
-  }
+  const bool unpacked = unpacks<S>(call);
+  if (unpacked) rows = unpack<S, true, R>(w, rows, scratch.get(padded * R * S::kLanes));
   const int64_t size = tile_size<S>(call);
   for (int64_t first = 0; first < call.tokens; first += size) {
     const int64_t count = tokens_of_tile(call.tokens, first / size, size);
     const int8_t* q = a.q + first * padded;
     const float* scale = a.scale + first * groups;
-    const int32_t* correction = a.correction + first * units;
-    const int32_t* pairs = a.pairs + first * w.pairs();
+    const int32_t* correction = a.correction + first * spans;
     float* target = out + first * stride;
-    if (!unpacks<S>(call)) {
-      grid_tokens<S, kPacked, R>(count, w, rows, q, scale, correction, pairs, target, stride);
-    } else if constexpr (S::kByteDot) {
-      dot_tokens<S, kGroupBytes, false, R>(count, w, rows, q, scale, correction, target, stride);
+    if (unpacked) {
+      level_tokens<S, kLevelBytes, R>(count, w, rows, q, scale, correction, target, stride);
     } else {
-      grid_tokens<S, kUnpacked, R>(count, w, rows, q, scale, correction, pairs, target, stride);
+      level_tokens<S, kLevelNibbles, R>(count, w, rows, q, scale, correction, target, stride);
     }
   }
 }
@@ -343,7 +313,7 @@ template <class S, int R>
 void some_rows(const LinearCall& call, const Activations& a, int64_t vector, float* out, int64_t stride) {
   static thread_local Scratch scratch;
   if (call.weight_only) return float_rows<S, R>(call, a, vector, scratch, out, stride);
-  if (call.weights.steps) return grid_rows<S, R>(call, a, vector, scratch, out, stride);
+  if (call.weights.span_scales) return level_rows<S, R>(call, a, vector, scratch, out, stride);
   if (call.weights.zeros) return dot_rows<S, true, R>(call, a, vector, scratch, out, stride);
   dot_rows<S, false, R>(call, a, vector, scratch, out, stride);
 }

@@ -1,7 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_avx2.h"
 
-#include "grid.h"
+#include "levels.h"
 #include "layer.h"
 #include "prefill.h"
 
@@ -19,7 +19,7 @@ const Table kAvx2 = {
     rotate<Avx2>,
     layer<Avx2>,
     step<Avx2>,
-    round_grid<Avx2>,
+    round_levels<Avx2>,
 };
 
 }  // namespace lapilli

@@ -1,7 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_avx512.h"
 
-#include "grid.h"
+#include "levels.h"
 #include "layer.h"
 #include "prefill.h"
 
@@ -19,7 +19,7 @@ const Table kAvx512 = {
     rotate<Avx512>,
     layer<Avx512>,
     step<Avx512>,
-    round_grid<Avx512>,
+    round_levels<Avx512>,
 };
 
 }  // namespace lapilli

@@ -2,7 +2,7 @@
 #define LAPILLI_AVXVNNI
 #include "isa_avx2.h"
 
-#include "grid.h"
+#include "levels.h"
 #include "layer.h"
 #include "prefill.h"
 
@@ -20,7 +20,7 @@ const Table kAvxVnni = {
     rotate<Avx2>,
     layer<Avx2>,
     step<Avx2>,
-    round_grid<Avx2>,
+    round_levels<Avx2>,
 };
 
 }  // namespace lapilli

@@ -1,7 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_neon.h"
 
-#include "grid.h"
+#include "levels.h"
 #include "layer.h"
 #include "prefill.h"
 
@@ -19,7 +19,7 @@ const Table kNeon = {
     rotate<Neon>,
     layer<Neon>,
     step<Neon>,
-    round_grid<Neon>,
+    round_levels<Neon>,
 };
 
 }  // namespace lapilli

@@ -2,7 +2,7 @@
 #define LAPILLI_NEONDOT
 #include "isa_neon.h"
 
-#include "grid.h"
+#include "levels.h"
 #include "layer.h"
 #include "prefill.h"
 
@@ -20,7 +20,7 @@ const Table kNeonDot = {
     rotate<Neon>,
     layer<Neon>,
     step<Neon>,
-    round_grid<Neon>,
+    round_levels<Neon>,
 };
 
 }  // namespace lapilli

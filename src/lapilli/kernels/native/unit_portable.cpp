@@ -1,7 +1,7 @@
 // The kernels for one instruction set; compiled with its flags (CMakeLists.txt).
 #include "isa_portable.h"
 
-#include "grid.h"
+#include "levels.h"
 #include "layer.h"
 #include "prefill.h"
 
@@ -19,7 +19,7 @@ const Table kPortable = {
     rotate<Portable>,
     layer<Portable>,
     step<Portable>,
-    round_grid<Portable>,
+    round_levels<Portable>,
 };
 
 }  // namespace lapilli
