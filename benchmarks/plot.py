@@ -11,13 +11,30 @@ from matplotlib.axes import Axes
 
 from benchmarks.contest import ENGINES
 
-COLOURS = {"lapilli": "#1b6ca8", "llama.cpp": "#c8553d", "transformers": "#8a8d91"}
+COLOURS = {
+    "lapilli": "#1b6ca8",
+    "llama.cpp": "#c8553d",
+    "ik_llama.cpp": "#d99a2b",
+    "transformers": "#8a8d91",
+}
 OTHER = "#5b8c5a"
 BARS = (
     ("first_s", "first token, s (less is better)"),
     ("tokens_per_s", "decoding, tokens/s"),
     ("many_tokens_per_s", "8 at once, tokens/s"),
 )
+QUALITY = (
+    ("tokens_per_s", "decoding, tokens/s"),
+    ("prefill_tokens_per_s", "reading the prompt, tokens/s"),
+)
+LEAST_KL = 1e-4
+"""Where engines stand that compute with the weights as they are: a logarithm has no zero."""
+STYLE = {
+    "svg.hashsalt": "lapilli",
+    "font.size": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+}
 GROWTH = (
     ("positions", "first_s", "positions", "first token, s"),
     ("positions", "tokens_per_s", "positions", "decoding, tokens/s"),
@@ -33,14 +50,7 @@ def colour(engine: str) -> str:
 
 def draw(found: dict[str, Any], rows: dict[str, dict[str, float]], path: Path) -> None:
     """Write the plot; the same figures give the same bytes."""
-    with plt.rc_context(
-        {
-            "svg.hashsalt": "lapilli",
-            "font.size": 9,
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-        }
-    ):
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(12, 7), layout="constrained")
         above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))
         shape = found["settings"]["shape"]
@@ -51,6 +61,39 @@ def draw(found: dict[str, Any], rows: dict[str, dict[str, float]], path: Path) -
             _lines(axes, found, task, labels)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
+
+
+def draw_quality(found: dict[str, Any], rows: dict[str, dict[str, float]], path: Path) -> None:
+    """Write the plot of KL against speed: what is fast and good stands to the right and below."""
+    with plt.rc_context(STYLE):
+        figure, both = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained", sharey=True)
+        shape = found["settings"]["shape"]
+        figure.suptitle(f"shape {shape}, {found['machine']['cpu']}, {found['date']}", fontsize=10)
+        for axes, (key, label) in zip(both, QUALITY, strict=True):
+            for name, speed, kl in _points(found, rows, key):
+                axes.plot(speed, kl, "o", color=colour(name))
+                axes.annotate(name, (speed, kl), (4, 4), textcoords="offset points", fontsize=7)
+            axes.set_yscale("log")
+            axes.set_xlabel(label)
+            axes.set_xlim(left=0)
+            axes.margins(x=0.2)
+        both[0].set_ylabel(f"KL from float32, nats ({LEAST_KL:g}: weights not rounded)")
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
+def _points(
+    found: dict[str, Any], rows: dict[str, dict[str, float]], key: str
+) -> list[tuple[str, float, float]]:
+    """Name, speed and KL of every engine that both are known of."""
+    formats = found["quality"]["formats"]
+    points = []
+    for engine in ENGINES:
+        kl = LEAST_KL if not engine.format else formats.get(engine.format, {}).get("kl")
+        speed = rows.get(engine.name, {}).get(key)
+        if kl is not None and speed is not None:
+            points.append((engine.name, speed, max(kl, LEAST_KL)))
+    return points
 
 
 def _bars(axes: Axes, rows: dict[str, dict[str, float]], key: str, title: str) -> None:
