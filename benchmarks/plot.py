@@ -70,7 +70,7 @@ def draw_quality(found: dict[str, Any], rows: dict[str, dict[str, float]], path:
         shape = found["settings"]["shape"]
         figure.suptitle(f"shape {shape}, {found['machine']['cpu']}, {found['date']}", fontsize=10)
         for axes, (key, label) in zip(both, QUALITY, strict=True):
-            for name, speed, kl in _points(found, rows, key):
+            for name, speed, kl in points(found, rows, key):
                 axes.plot(speed, kl, "o", color=colour(name))
                 axes.annotate(name, (speed, kl), (4, 4), textcoords="offset points", fontsize=7)
             axes.set_yscale("log")
@@ -82,7 +82,7 @@ def draw_quality(found: dict[str, Any], rows: dict[str, dict[str, float]], path:
         plt.close(figure)
 
 
-def _points(
+def points(
     found: dict[str, Any], rows: dict[str, dict[str, float]], key: str
 ) -> list[tuple[str, float, float]]:
     """Name, speed and KL of every engine that both are known of."""
