@@ -143,10 +143,11 @@ def chosen(
         peers: of the peers' environment.
         programs: the folder of ik_llama.cpp's programs.
     """
-    found, skipped = [], {}
+    found: list[Engine] = []
+    skipped: dict[str, str] = {}
     for engine in ENGINES:
         if names and not any(engine.name.startswith(name) for name in names):
-            why = "not asked for"
+            why: str | None = "not asked for"
         elif shape == "L" and engine.kind == "float32":
             why = TOO_LARGE
         else:
@@ -182,7 +183,7 @@ def make_files(
 ) -> None:
     """The checkpoint, and what engines make of it with their own tools."""
     source = write_checkpoint(shape, folder / "float", dtype=DTYPES[shape])
-    kinds = {engine.gguf_kind for engine in engines} - {None}
+    kinds = {engine.gguf_kind for engine in engines if engine.gguf_kind is not None}
     if kinds:
         arguments = [str(source), str(folder / "gguf"), *sorted(kinds), "--threads", str(threads)]
         if programs is not None:

@@ -54,7 +54,7 @@ OURS: dict[str, QuantConfig] = {
     "lapilli int4, symmetric g32": QuantConfig(levels="symmetric", group_size=32),
     "lapilli int4, zeros g32": QuantConfig(levels="zeros", group_size=32),
 }
-IK = ("Q4_0", "Q4_1", "Q4_K_M", "Q5_K_M", "IQ4_KS", "IQ4_K", "Q8_0")
+IK = ("Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_K_M", "IQ4_KS", "IQ4_K", "Q8_0")
 LLAMA = ("Q4_0", "Q4_K_M", "Q8_0")
 """Rounded by llama.cpp's own quantizer, which is not always ik_llama.cpp's."""
 PROGRAMS = ("llama-perplexity", "llama-quantize")
@@ -205,7 +205,8 @@ class Reference:
             losses.append(_losses(logs, window))
         kl = torch.cat(kls)
         answers = greedy(chat, self._questions)
-        equal = [mine == theirs for mine, theirs in zip(answers, self._answers, strict=True)]
+        pairs = list(zip(answers, self._answers, strict=True))
+        kept = [_common(mine, theirs) / len(theirs) for mine, theirs in pairs]
         return {
             "perplexity": math.exp(torch.cat(losses).mean()),
             "perplexity of float32": self.perplexity,
@@ -213,8 +214,15 @@ class Reference:
             "kl error": (kl.std() / math.sqrt(len(kl))).item(),
             "kl median": kl.median().item(),
             "same": torch.cat(same).float().mean().item(),
-            "greedy answers equal": sum(equal) / len(equal),
+            "greedy answers equal": sum(mine == theirs for mine, theirs in pairs) / len(pairs),
+            "greedy tokens before another one": sum(kept) / len(kept),
         }
+
+
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Return how many tokens at the beginning are the same."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _losses(logs: torch.Tensor, window: torch.Tensor) -> torch.Tensor:

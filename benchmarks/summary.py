@@ -269,12 +269,12 @@ def _own_ratios(
     reached.append(_target(words, ours["second_over_first"], 0.1, most=True))
     is_real = shape in "SL"  # nothing is wanted of the tiny shape
     share = shares(found, rows).get("lapilli int4", {})
-    for key, words, wanted in (
+    for key, words, least in (
         ("decode", "decode: part of the memory bandwidth, in weight bytes", 0.85),
         ("tower", "tower: part of the fastest float format's peak", 0.75),
     ):
         if key in share:
-            reached.append(_target(words, share[key], wanted if is_real else None))
+            reached.append(_target(words, share[key], least if is_real else None))
     if "peak_bytes" in ours:
         gigabytes = ours["peak_bytes"] / 1e9
         wanted = 5.2 if shape == "L" else None

@@ -98,6 +98,12 @@ def test_the_same_model_differs_in_nothing(model: Path) -> None:
     assert found["perplexity"] == found["perplexity of float32"] == truth.perplexity
 
 
+def test_answers_are_the_same_up_to_the_first_other_token() -> None:
+    assert quality._common((1, 2, 3), (1, 2, 3)) == 3
+    assert quality._common((1, 2, 3), (1, 5, 3)) == 1
+    assert quality._common((1, 2), (1, 2, 3)) == 2
+
+
 def test_fewer_bits_differ_more(model: Path) -> None:
     truth = _reference(model)
     rows, bits = {}, {}
