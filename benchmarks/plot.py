@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.contest import ENGINES
+from benchmarks.summary import figures_of_format
 
 COLOURS = {
     "lapilli": "#1b6ca8",
@@ -87,13 +88,13 @@ def points(
 ) -> list[tuple[str, float, float]]:
     """Name, speed and KL of every engine that both are known of."""
     formats = found["quality"]["formats"]
-    points = []
+    found_points = []
     for engine in ENGINES:
-        kl = LEAST_KL if not engine.format else formats.get(engine.format, {}).get("kl")
+        known = figures_of_format(formats, engine.format) if engine.format else {"kl": LEAST_KL}
         speed = rows.get(engine.name, {}).get(key)
-        if kl is not None and speed is not None:
-            points.append((engine.name, speed, max(kl, LEAST_KL)))
-    return points
+        if known is not None and speed is not None:
+            found_points.append((engine.name, speed, max(known["kl"], LEAST_KL)))
+    return found_points
 
 
 def _bars(axes: Axes, rows: dict[str, dict[str, float]], key: str, title: str) -> None:

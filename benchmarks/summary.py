@@ -204,6 +204,17 @@ def shares(found: dict[str, Any], rows: dict[str, dict[str, float]]) -> dict[str
     return shared
 
 
+def figures_of_format(formats: dict[str, dict[str, float]], name: str) -> dict[str, float] | None:
+    """Figures of a format; of a kind of GGUF those of the quantizer with the lower KL.
+
+    llama.cpp's and ik_llama.cpp's quantizers differ, and the files of either run in both.
+    """
+    kind = name.rpartition(" ")[2]
+    makers = (f"llama.cpp {kind}", f"ik_llama.cpp {kind}")
+    known = [formats[each] for each in (makers if name in makers else (name,)) if each in formats]
+    return min(known, key=lambda one: one["kl"], default=None)
+
+
 def rivals(found: dict[str, Any]) -> list[str]:
     """Names of ik_llama.cpp's rows at equal or better KL than lapilli int4; none: nobody measured.
 
@@ -212,11 +223,11 @@ def rivals(found: dict[str, Any]) -> list[str]:
     formats = found.get("quality", {}).get("formats", {})
     if "lapilli int4" not in formats:
         return []
-    kls = {
-        engine.name: formats[engine.format]["kl"]
-        for engine in ENGINES
-        if engine.module == "ik" and engine.format in formats
-    }
+    kls = {}
+    for engine in ENGINES:
+        known = figures_of_format(formats, engine.format)
+        if engine.module == "ik" and known is not None:
+            kls[engine.name] = known["kl"]
     most = AS_GOOD * formats["lapilli int4"]["kl"]
     as_good = [name for name, kl in kls.items() if kl <= most]
     return as_good or sorted(kls, key=lambda name: kls[name])[:1]
@@ -291,11 +302,11 @@ def quality_ratios(formats: dict[str, dict[str, float]]) -> list[dict[str, Any]]
     reached = []
     ours = formats.get("lapilli int4")
     for other, wanted in (("Q4_K_M", 1.0), ("Q4_0", 0.7)):
-        theirs = formats.get(f"ik_llama.cpp {other}")
+        theirs = figures_of_format(formats, f"llama.cpp {other}")
         if ours and theirs:
             words = f"KL of int4 over that of {other}"
             reached.append(_target(words, ours["kl"] / theirs["kl"], wanted, most=True))
-    theirs = formats.get("ik_llama.cpp Q4_K_M")
+    theirs = figures_of_format(formats, "llama.cpp Q4_K_M")
     if ours and theirs:
         words = "bits per weight of int4 over those of Q4_K_M, layers alone"
         reached.append(_target(words, ours["bits"] / theirs["bits"], 1.0, most=True))

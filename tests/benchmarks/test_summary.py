@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from benchmarks.summary import (
+    figures_of_format,
     limits,
     medians,
     quality_ratios,
@@ -138,6 +139,15 @@ def test_the_rivals_are_as_good_as_ours(found: dict[str, Any]) -> None:
     assert reached[f"prefill: {best}"]["value"] == pytest.approx(616 / 2.5 / 200)
     assert reached[f"decode: {best}"]["value"] == pytest.approx(41 / 50)
     assert reached[f"decode: {best}"]["target"] == "at least 1.1"
+
+
+def test_the_better_quantizer_of_a_kind_counts() -> None:
+    formats = {"llama.cpp Q4_0": {"kl": 0.3}, "ik_llama.cpp Q4_0": {"kl": 0.4}}
+    formats["lapilli int4"] = {"kl": 0.2}
+    for name in ("llama.cpp Q4_0", "ik_llama.cpp Q4_0"):
+        assert figures_of_format(formats, name) == {"kl": 0.3}
+    assert figures_of_format(formats, "lapilli int4") == {"kl": 0.2}
+    assert figures_of_format(formats, "ik_llama.cpp IQ4_K") is None
 
 
 def test_where_nobody_is_as_good_the_best_is_the_rival(found: dict[str, Any]) -> None:
