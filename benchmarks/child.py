@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.engines import Options
 from benchmarks.figures import (
     Figures,
+    MeasuresItself,
     Plan,
     Question,
     Timed,
@@ -31,7 +32,7 @@ VOCABULARY = 900
 """Ids of texts lie below: words of every engine's vocabulary."""
 
 
-def figures(engine: Timed, wanted: argparse.Namespace) -> Figures:
+def figures(engine: Timed | MeasuresItself, wanted: argparse.Namespace) -> Figures:
     """Everything of the table."""
     plan = Plan(
         new_tokens=wanted.new_tokens,
@@ -39,6 +40,8 @@ def figures(engine: Timed, wanted: argparse.Namespace) -> Figures:
         many=wanted.many,
         vocabulary=VOCABULARY,
     )
+    if isinstance(engine, MeasuresItself):
+        return engine.measure(plan)
     found = measure(engine, plan)
     if not getattr(engine, "has_tower", True):
         del found["tower_s"]
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--many", type=int, default=8)
     parser.add_argument("--at", type=int, nargs="*", default=[1], help="points of growth")
+    parser.add_argument("--ik", type=Path, help="folder of ik_llama.cpp's programs")
     parser.add_argument("--quick", action="store_true")
     wanted = parser.parse_args()
     if wanted.task == "limits":
@@ -106,7 +110,7 @@ def main() -> None:
     import_s = time.perf_counter() - started
     most = max(wanted.at)
     positions = {"positions": most, "pictures": 576 * most + 64}.get(wanted.task, 1024)
-    options = Options(wanted.files, wanted.kind, wanted.threads, positions)
+    options = Options(wanted.files, wanted.kind, wanted.threads, positions, wanted.ik)
     started = time.perf_counter()
     engine = module.load(options)
     found: dict[str, Any] = {
@@ -115,7 +119,9 @@ def main() -> None:
         "start_bytes": start_bytes,
         "load_peak_bytes": peak_bytes(),
     }
-    if wanted.task == "figures":
+    if isinstance(engine, MeasuresItself):  # this process loaded nothing
+        found = figures(engine, wanted)
+    elif wanted.task == "figures":
         found |= figures(engine, wanted)
     else:
         found["points"] = growth(engine, wanted)

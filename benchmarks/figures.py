@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 Figures = dict[str, float]
+PICTURE_POSITIONS = 576
+"""That a picture takes in a prompt, in every shape."""
 Times = list[float]
 
 
@@ -46,6 +48,14 @@ class Timed(Protocol):
         Returns, for each question and each of its tokens, the seconds from the call until the
         token was chosen. What was read for earlier calls may be used again.
         """
+
+
+@runtime_checkable
+class MeasuresItself(Protocol):
+    """An engine that is a program with a clock of its own."""
+
+    def measure(self, plan: "Plan") -> Figures:
+        """Return the figures of one process, those of them that the program can take."""
 
 
 @dataclass(frozen=True, kw_only=True)

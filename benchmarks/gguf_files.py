@@ -3,12 +3,11 @@
     python -m benchmarks.gguf_files CHECKPOINT OUT Q4_0 Q4_K_M Q8_0    (numpy, gguf, llama_cpp)
 
 Runs where llama.cpp is installed. Same weights, one tensor at a time in memory; the text file is
-rounded by llama.cpp's own quantizer. mmproj.gguf is the tower and the projector in float16, as
-llama.cpp's converters write it.
+rounded by llama.cpp's own quantizer, kinds of ik_llama.cpp by that one's (--quantizer).
+mmproj.gguf is the tower and the projector in float16, as llama.cpp's converters write it.
 """
 
 import argparse
-import ctypes
 import json
 import struct
 from collections.abc import Iterator
@@ -18,6 +17,9 @@ from typing import Any
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+
+from benchmarks.gguf_header import weight_bytes
+from benchmarks.quantizer import is_known, quantize, run_quantizer
 
 Array = NDArray[Any]
 DONE = "complete.json"
@@ -201,27 +203,18 @@ def write_tower(config: dict[str, Any], tensors: Tensors, path: Path) -> None:
     write_tensors(writer, tensors, None)
 
 
-def quantize(source: Path, target: Path, kind: str, threads: int) -> None:
-    """llama.cpp's own rounding."""
-    import llama_cpp
+def make(source: Path, target: Path, kind: str, threads: int, program: Path | None) -> None:
+    """Round by llama.cpp's own quantizer, or by ik_llama.cpp's what llama.cpp does not know.
 
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.nthread = threads
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    error = llama_cpp.llama_model_quantize(
-        str(source).encode(), str(target).encode(), ctypes.byref(params)
-    )
-    if error:
-        raise SystemExit(f"llama.cpp could not quantize to {kind}: error {error}")
-
-
-def weight_bytes(path: Path) -> int:
-    """Bytes that one decoded token reads: all matrices but the embeddings."""
-    return sum(
-        int(tensor.n_bytes)
-        for tensor in gguf.GGUFReader(path).tensors
-        if len(tensor.shape) > 1 and tensor.name != "token_embd.weight"
-    )
+    Raises:
+        SystemExit: nobody here can make this kind, or the quantizer failed.
+    """
+    if is_known(kind):
+        quantize(source, target, kind, threads)
+    elif program is not None:
+        run_quantizer(program, source, target, kind, threads)
+    else:
+        raise SystemExit(f"{kind}: llama.cpp does not know it, and ik_llama.cpp is not here")
 
 
 def main() -> None:
@@ -230,6 +223,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("kinds", nargs="+")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quantizer", type=Path, help="llama-quantize of ik_llama.cpp")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     note = options.out / DONE
@@ -246,7 +240,7 @@ def main() -> None:
     for kind in missing:
         path = options.out / f"{kind}.gguf"
         if kind != "F16":
-            quantize(plain, path, kind, options.threads)
+            make(plain, path, kind, options.threads, options.quantizer)
         known[kind] = weight_bytes(path)
         note.write_text(json.dumps(known))
     if "F16" not in options.kinds:

@@ -44,6 +44,25 @@ def run_child(python: str, arguments: list[str], *, timeout: float = 3600) -> di
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def run_peer(peers: str, module: str, *arguments: str) -> None:
+    """Run a module of ours in the peers' environment, which has none of our packages.
+
+    Raises:
+        SystemExit: it failed; the message is the end of what it said.
+    """
+    environment = {"PYTHONPATH": str(ROOT), "PATH": str(Path(peers).parent)}
+    done = subprocess.run(
+        [peers, "-m", module, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{module} failed: {done.stderr[-1000:]}")
+
+
 def package_version(python: str, package: str) -> str | None:
     """The version that an environment has of a package."""
     if python == sys.executable:

@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contest import ENGINES, LOADING
-from benchmarks.plot import draw
+from benchmarks.plot import draw, draw_quality
 from benchmarks.summary import limits, medians, ratios, shares, spreads, work
 
 HEAD = (
-    "| engine | tower ms | first token s | decode tokens/s | 8 at once tokens/s | with reading "
-    "| second question s | of the first | peak GB | peak at 8 GB | imports s | load s |"
+    "| engine | tower ms | first token s | prefill tokens/s | decode tokens/s "
+    "| 8 at once tokens/s | with reading | second question s "
+    "| of the first | peak GB | peak at 8 GB | imports s | load s |"
 )
 CELLS = (
     ("tower_s", 1e3, 0),
     ("first_s", 1, 2),
+    ("prefill_tokens_per_s", 1, 0),
     ("tokens_per_s", 1, 1),
     ("many_tokens_per_s", 1, 1),
     ("many_whole_tokens_per_s", 1, 1),
@@ -47,6 +49,8 @@ def write_report(found: dict[str, Any], folder: Path, name: str) -> str:
     (folder / f"{name}.json").write_text(json.dumps(found | {"summary": summary}, indent=1) + "\n")
     (folder / f"{name}.md").write_text(text)
     draw(found, rows, folder / f"{name}.svg")
+    if "quality" in found:
+        draw_quality(found, rows, folder / f"{name}-quality.svg")
     return text
 
 
@@ -54,7 +58,7 @@ def markdown(found: dict[str, Any], summary: dict[str, Any], name: str) -> str:
     """The report as a page."""
     parts = [*_heading(found), "", *_table(summary["engines"]), ""]
     parts += [*_limits(summary), "", *_ratios(summary["ratios"]), "", *_spreads(found)]
-    parts += ["", *_growth(found), *_lookup(found), *_start(found)]
+    parts += ["", *_quality(found, name), *_growth(found), *_lookup(found), *_start(found)]
     parts += [f"![first token, decoding, growth]({name}.svg)", ""]
     left_out = found["skipped"] | found["failed"]
     parts += [f"- not measured: {key}: {why}" for key, why in left_out.items()]
@@ -132,6 +136,30 @@ def _spreads(found: dict[str, Any]) -> list[str]:
         for name in first
     ]
     return [f"Spread of the processes: {'; '.join(listed)}."] if listed else []
+
+
+def _quality(found: dict[str, Any], name: str) -> list[str]:
+    quality = found.get("quality")
+    if not quality:
+        return []
+    lines = [
+        f"Formats on SmolLM2-135M, trained off its grid and widened to 768 inputs (quality.py), "
+        f"{quality['positions']} positions of text that it was not trained on; KL from float32 in "
+        "nats, bits per weight of the layers, and with the head:",
+        "",
+        "| format | KL | error | first choice stays | perplexity | bits | with the head "
+        "| greedy answers stay |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row, one in sorted(quality["formats"].items(), key=lambda each: each[1]["kl"]):
+        greedy = one.get("greedy answers equal")
+        lines.append(
+            f"| {row} | {one['kl']:.4f} | {one['kl error']:.4f} | {100 * one['same']:.1f} % "
+            f"| {one['perplexity']:.2f} | {one['bits']:.2f} | {one['bits with the head']:.2f} "
+            f"| {'' if greedy is None else f'{100 * greedy:.0f} %'} |"
+        )
+    lines += ["", f"Perplexity of float32: {one['perplexity of float32']:.2f}.", ""]
+    return [*lines, f"![KL against decoding and reading]({name}-quality.svg)", ""]
 
 
 def _growth(found: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ benchmarks/results/inference-SHAPE.{json,md,svg}.
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ from benchmarks.machine import (
 from benchmarks.report import write_report
 
 PEERS = ROOT / ".venv-peers" / "bin" / "python"  # see README.md
+IK = ROOT / ".ik" / "bin"
 POINTS = {
     "positions": [256, 512, 1024, 2048, 4096],
     "batch": [1, 2, 4, 8, 16],
@@ -95,7 +97,13 @@ def run_rounds(notes: Notes, engines: list[Engine], folder: Path, wanted: Any) -
             python = wanted.peers_python if engine.is_peer else sys.executable
             many = 0 if engine.is_slow and turn else wanted.many
             repeats = [*plain, "--repeats", "1"] if engine.is_slow else often
-            arguments = ["figures", *engine.arguments(folder), *repeats, "--many", str(many)]
+            arguments = [
+                "figures",
+                *engine.arguments(folder, wanted.ik),
+                *repeats,
+                "--many",
+                str(many),
+            ]
             notes.run(f"figures/{engine.name}/{turn}", python, arguments)
         if not turn and any(engine.name == "lapilli int4" for engine in engines):
             arguments = ["figures", *LOADING.arguments(folder), *often, "--many", "0"]
@@ -118,6 +126,28 @@ def run_growth(notes: Notes, engines: list[Engine], folder: Path, wanted: Any) -
             notes.run("lookup", sys.executable, arguments)
 
 
+def run_quality(notes: Notes, wanted: Any) -> None:
+    """Measure what the formats cost in quality (quality.py), in a process of its own.
+
+    With shape S alone: the model is the same for every shape.
+    """
+    arguments = ["--peers-python", wanted.peers_python, "--threads", str(wanted.threads)]
+    arguments += ["--folder", str(wanted.folder / "lapilli-bench-quality")]
+    arguments += ["--out", str(wanted.out), *(["--resume"] if wanted.resume else [])]
+    arguments += [] if wanted.ik is None else ["--ik", str(wanted.ik)]
+    command = [sys.executable, "-m", "benchmarks.quality", *arguments]
+    done = subprocess.run(command, cwd=ROOT, check=False)
+    if done.returncode:
+        notes.found["failed"]["quality"] = f"benchmarks.quality ended with {done.returncode}"
+
+
+def read_quality(notes: Notes, folder: Path) -> None:
+    """Take along what is known of the formats' quality."""
+    path = folder / "quality.json"
+    if path.exists():
+        notes.found["quality"] = json.loads(path.read_text())
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -133,11 +163,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--peers-python", default=str(PEERS if PEERS.exists() else sys.executable))
+    parser.add_argument(
+        "--ik", type=Path, default=IK if IK.exists() else None, help="ik_llama.cpp's programs"
+    )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--keep", action="store_true", help="leave the models where they are")
     parser.add_argument("--resume", action="store_true", help="go on where a run was cut off")
     parser.add_argument("--no-growth", action="store_true", help="the table alone")
+    parser.add_argument("--no-quality", action="store_true", help="of formats: not measured anew")
     parser.add_argument("--only-report", action="store_true", help="write it again")
     return parser.parse_args(arguments)
 
@@ -145,7 +179,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     wanted = parse(arguments)
     names = [name.strip() for name in wanted.engines.split(",") if name.strip()]
-    engines, skipped = chosen(names, wanted.shape, sys.executable, wanted.peers_python)
+    engines, skipped = chosen(names, wanted.shape, sys.executable, wanted.peers_python, wanted.ik)
     settings = {
         "shape": wanted.shape,
         "threads": wanted.threads,
@@ -158,6 +192,9 @@ def main(arguments: list[str] | None = None) -> None:
     notes = Notes(wanted.out / "raw" / f"{name}.json", settings, resume=resume)
     if not wanted.only_report:
         measure(notes, engines, skipped, wanted)
+        if wanted.shape == "S" and not wanted.no_quality:
+            run_quality(notes, wanted)
+    read_quality(notes, wanted.out)
     print(write_report(notes.found, wanted.out, name))
 
 
@@ -169,11 +206,12 @@ def measure(notes: Notes, engines: list[Engine], skipped: dict, wanted: Any) -> 
         "date": datetime.now(tz=UTC).date().isoformat(),
         "machine": machine(),
         "peers": {name: package_version(wanted.peers_python, name) for name in sorted(peers)},
+        "programs": sorted(engine.name for engine in engines if engine.is_program),
         "skipped": skipped,
         "rounds": wanted.rounds,
     }
     try:
-        make_files(folder, wanted.shape, engines, wanted.peers_python, wanted.threads)
+        make_files(folder, wanted.shape, engines, wanted.peers_python, wanted.threads, wanted.ik)
         weights = (folder / "float").glob("*.safetensors")
         notes.found["float_bytes"] = sum(file.stat().st_size for file in weights)
         notes.found["config"] = json.loads((folder / "float" / "config.json").read_text())

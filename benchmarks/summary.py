@@ -1,6 +1,7 @@
 """From what processes found to figures per engine, shares of the machine's limits, and ratios."""
 
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.contest import ENGINES
@@ -9,35 +10,110 @@ from lapilli.config.model import DecoderConfig, ProjectorConfig, VisionConfig
 from lapilli.plan.flops import projector_operations, tower_operations
 
 NUM_TEXT = 40
+AS_GOOD = 1.05
+"""A KL is equal or better up to this factor: other text of the same kind would move it as much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A ratio that is wanted.
+
+    Attributes:
+        words: what the report calls it.
+        figure: of lapilli int4 and of the others.
+        against: beginning of the others' names; the best of them counts.
+        wanted: the least ratio, by shape; no target where a shape is not named.
+    """
+
+    words: str
+    figure: str
+    against: str
+    wanted: dict[str, float]
+
+
 TARGETS = (
-    # words, shapes, figure, least ratio, against which engines (beginning of their names)
-    ("first token: times faster than llama.cpp Q4_0", "SL", "first_s", 1.6, "llama.cpp Q4_0"),
-    ("first token: times faster than transformers float32", "S", "first_s", 2.0, "transformers f"),
-    (
-        "first token: times faster than transformers bfloat16",
-        "S",
-        "first_s",
-        10.0,
-        "transformers b",
+    Target(
+        "first token: times faster than llama.cpp Q4_0", "first_s", "llama.cpp Q4_0", {"S": 2.2}
     ),
-    ("decode: times the rate of llama.cpp Q4_0", "SL", "tokens_per_s", 1.1, "llama.cpp Q4_0"),
-    ("8 at once: times llama.cpp's slots", "S", "many_tokens_per_s", 2.0, "llama.cpp Q4_0"),
-    (
-        "8 at once, reading included: times llama.cpp's slots",
-        "",
-        "many_whole_tokens_per_s",
-        2.0,
+    Target(
+        "first token: times faster than llama.cpp Q4_K_M", "first_s", "llama.cpp Q4_K_M", {"S": 2.2}
+    ),
+    Target(
+        "first token: times faster than transformers float32",
+        "first_s",
+        "transformers float32",
+        {"S": 2.0},
+    ),
+    Target(
+        "first token: times faster than transformers bfloat16",
+        "first_s",
+        "transformers bfloat16",
+        {"S": 10.0},
+    ),
+    Target(
+        "prefill: times the rate of ik_llama.cpp Q4_0",
+        "prefill_tokens_per_s",
+        "ik_llama.cpp Q4_0",
+        {"L": 1.3},
+    ),
+    Target(
+        "decode: times the rate of ik_llama.cpp Q4_0",
+        "tokens_per_s",
+        "ik_llama.cpp Q4_0",
+        {"L": 1.1},
+    ),
+    Target(
+        "decode: times the rate of llama.cpp Q4_0",
+        "tokens_per_s",
         "llama.cpp Q4_0",
+        {"S": 1.25, "L": 1.2},
+    ),
+    Target(
+        "decode: times the rate of llama.cpp Q4_K_M",
+        "tokens_per_s",
+        "llama.cpp Q4_K_M",
+        {"S": 1.25},
+    ),
+    Target(
+        "8 at once: times llama.cpp Q4_0's slots",
+        "many_tokens_per_s",
+        "llama.cpp Q4_0",
+        {"S": 2.2, "L": 2.0},
+    ),
+    Target(
+        "8 at once: times llama.cpp Q4_K_M's slots",
+        "many_tokens_per_s",
+        "llama.cpp Q4_K_M",
+        {"S": 2.2},
+    ),
+    Target(
+        "8 at once, reading included: times llama.cpp Q4_0's slots",
+        "many_whole_tokens_per_s",
+        "llama.cpp Q4_0",
+        {},
     ),
 )
+# Against the best of ik_llama.cpp's formats whose KL is equal or better: see `rivals`.
+PREFILL_AT_EQUAL_KL = {"S": 1.5}
+DECODE_AT_EQUAL_KL = {"S": 1.1}
+MANY_OVER_ONE = {"S": 5.0, "L": 4.5}
 
 
 def medians(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of every figure of every engine, over its processes."""
+    """Of every figure of every engine, over its processes.
+
+    Prefill is the positions of the prompt over the time to the first token beside the tower, where
+    an engine does not measure it itself.
+    """
+    positions = work(found)["positions"]
     rows: dict[str, list[dict[str, float]]] = {}
     for name, figures in found["done"].items():
         task, _, rest = name.partition("/")
         if task in ("figures", "loading"):
+            figures = dict(figures)
+            if "first_s" in figures:
+                reading = figures["first_s"] - figures.get("tower_s", 0.0)
+                figures["prefill_tokens_per_s"] = positions / reading
             rows.setdefault(rest.rpartition("/")[0], []).append(figures)
     return {engine: _medians(processes) for engine, processes in rows.items()}
 
@@ -116,64 +192,136 @@ def shares(found: dict[str, Any], rows: dict[str, dict[str, float]]) -> dict[str
     shared = {}
     for engine in ENGINES:
         row = rows.get(engine.name)
-        if row is None or "first_s" not in row:
+        if row is None or "prefill_tokens_per_s" not in row:
             continue
         one = {"decode": row["weight_bytes"] * row["tokens_per_s"] / most["bytes_per_s"]}
-        reading = row["first_s"] - row.get("tower_s", 0.0)
+        per_position = tasks["prompt_operations"] / tasks["positions"]
         peak = most[f"{engine.arithmetic}_per_s"]
-        one["prefill"] = tasks["prompt_operations"] / reading / peak
+        one["prefill"] = per_position * row["prefill_tokens_per_s"] / peak
         if "tower_s" in row:
             one["tower"] = tasks["tower_operations"] / row["tower_s"] / floats
         shared[engine.name] = one
     return shared
 
 
+def figures_of_format(formats: dict[str, dict[str, float]], name: str) -> dict[str, float] | None:
+    """Figures of a format; of a kind of GGUF those of the quantizer with the lower KL.
+
+    llama.cpp's and ik_llama.cpp's quantizers differ, and the files of either run in both.
+    """
+    kind = name.rpartition(" ")[2]
+    makers = (f"llama.cpp {kind}", f"ik_llama.cpp {kind}")
+    known = [formats[each] for each in (makers if name in makers else (name,)) if each in formats]
+    return min(known, key=lambda one: one["kl"], default=None)
+
+
+def rivals(found: dict[str, Any]) -> list[str]:
+    """Names of ik_llama.cpp's rows at equal or better KL than lapilli int4; none: nobody measured.
+
+    Where none of its formats is as good, the best of them is the rival.
+    """
+    formats = found.get("quality", {}).get("formats", {})
+    if "lapilli int4" not in formats:
+        return []
+    kls = {}
+    for engine in ENGINES:
+        known = figures_of_format(formats, engine.format)
+        if engine.module == "ik" and known is not None:
+            kls[engine.name] = known["kl"]
+    most = AS_GOOD * formats["lapilli int4"]["kl"]
+    as_good = [name for name, kl in kls.items() if kl <= most]
+    return as_good or sorted(kls, key=lambda name: kls[name])[:1]
+
+
 def ratios(found: dict[str, Any], rows: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     """The targets: what is wanted and what was reached."""
     ours = rows.get("lapilli int4")
+    reached = quality_ratios(found.get("quality", {}).get("formats", {}))
     if ours is None:
-        return []
+        return reached
+    shape = found["settings"]["shape"]
+    for target in TARGETS:
+        others = [row for name, row in rows.items() if name.startswith(target.against)]
+        value = _times(ours, others, target.figure)
+        if value is not None:
+            reached.append(_target(target.words, value, target.wanted.get(shape)))
+    for figure, words, wanted in (
+        ("prefill_tokens_per_s", "prefill", PREFILL_AT_EQUAL_KL),
+        ("tokens_per_s", "decode", DECODE_AT_EQUAL_KL),
+    ):
+        known = [name for name in rivals(found) if figure in rows.get(name, {})]
+        if known and figure in ours:
+            best = max(known, key=lambda name: rows[name][figure])
+            value = ours[figure] / rows[best][figure]
+            words = f"{words}: times the best of ik_llama.cpp at equal or better KL, {best}"
+            reached.append(_target(words, value, wanted.get(shape)))
+    return reached + _own_ratios(found, rows, ours)
+
+
+def _times(ours: dict[str, float], others: list[dict[str, float]], figure: str) -> float | None:
+    """How many times better ours is than the best of the others; None: not measured."""
+    theirs = [row[figure] for row in others if figure in row]
+    if not theirs or figure not in ours:
+        return None
+    return min(theirs) / ours[figure] if figure == "first_s" else ours[figure] / max(theirs)
+
+
+def _own_ratios(
+    found: dict[str, Any], rows: dict[str, dict[str, float]], ours: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Targets that compare lapilli int4 with itself and with the machine."""
     shape = found["settings"]["shape"]
     reached = []
-    for words, shapes, figure, wanted, against in TARGETS:
-        others = [
-            row[figure] for name, row in rows.items() if name.startswith(against) and figure in row
-        ]
-        if others and figure in ours:
-            # The best of what a peer reaches with any of its settings.
-            is_time = figure == "first_s"
-            value = min(others) / ours[figure] if is_time else ours[figure] / max(others)
-            reached.append(_target(words, value, wanted, applies=shape in shapes))
     many = ours.get("many_tokens_per_s", 0.0) / ours["tokens_per_s"]
     if many:
         words = "8 at once: times our own single request"
-        reached.append(_target(words, many, 4.0, applies=shape == "S"))
+        reached.append(_target(words, many, MANY_OVER_ONE.get(shape)))
     words = "second question: first token as part of the first question's"
-    reached.append(_target(words, ours["second_over_first"], 0.1, applies=True, most=True))
-    share = shares(found, rows).get("lapilli int4", {}).get("decode")
-    if share is not None:
-        words = "decode: part of the memory bandwidth, in weight bytes"
-        reached.append(_target(words, share, 0.8, applies=shape == "L"))
+    reached.append(_target(words, ours["second_over_first"], 0.1, most=True))
+    is_real = shape in "SL"  # nothing is wanted of the tiny shape
+    share = shares(found, rows).get("lapilli int4", {})
+    for key, words, least in (
+        ("decode", "decode: part of the memory bandwidth, in weight bytes", 0.85),
+        ("tower", "tower: part of the fastest float format's peak", 0.75),
+    ):
+        if key in share:
+            reached.append(_target(words, share[key], least if is_real else None))
     if "peak_bytes" in ours:
-        words = "peak memory, GB"
         gigabytes = ours["peak_bytes"] / 1e9
-        reached.append(_target(words, gigabytes, 5.2, applies=shape == "L", most=True))
+        wanted = 5.2 if shape == "L" else None
+        reached.append(_target("peak memory, GB", gigabytes, wanted, most=True))
     for name, one in found["done"].get("lookup", {}).items():
         words = f"prompt lookup, {name}: times the rate without"
-        reached.append(
-            _target(words, one["auto over off"], 1.5, applies=shape in "SL" and name != "prose")
-        )
+        wanted = 1.5 if is_real and name != "prose" else None
+        reached.append(_target(words, one["auto over off"], wanted))
+    return reached
+
+
+def quality_ratios(formats: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """Targets of the quality of lapilli's formats, of what was measured (quality.py)."""
+    reached = []
+    ours = formats.get("lapilli int4")
+    for other, wanted in (("Q4_K_M", 1.0), ("Q4_0", 0.7)):
+        theirs = figures_of_format(formats, f"llama.cpp {other}")
+        if ours and theirs:
+            words = f"KL of int4 over that of {other}"
+            reached.append(_target(words, ours["kl"] / theirs["kl"], wanted, most=True))
+    theirs = figures_of_format(formats, "llama.cpp Q4_K_M")
+    if ours and theirs:
+        words = "bits per weight of int4 over those of Q4_K_M, layers alone"
+        reached.append(_target(words, ours["bits"] / theirs["bits"], 1.0, most=True))
+    eight = formats.get("lapilli int8", {})
+    if "greedy answers equal" in eight:
+        words = "int8: greedy answers equal to float32's"
+        reached.append(_target(words, eight["greedy answers equal"], 0.6))
     return reached
 
 
 def _target(
-    words: str, value: float, wanted: float, *, applies: bool, most: bool = False
+    words: str, value: float, wanted: float | None, *, most: bool = False
 ) -> dict[str, Any]:
-    kept = value <= wanted if most else value >= wanted
+    if wanted is None:
+        return {"figure": words, "value": value, "target": None, "met": None}
     sign = "at most" if most else "at least"
-    return {
-        "figure": words,
-        "value": value,
-        "target": f"{sign} {wanted:g}" if applies else None,
-        "met": kept if applies else None,
-    }
+    kept = value <= wanted if most else value >= wanted
+    return {"figure": words, "value": value, "target": f"{sign} {wanted:g}", "met": kept}

@@ -1,4 +1,4 @@
-"""One file per engine: `load(files, options) -> Timed` (figures.py)."""
+"""One file per engine: `load(options) -> Timed | MeasuresItself` (figures.py)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,11 @@ class Options:
         kind: number format, by the engine's own name for it.
         threads: of all computations.
         positions: longest sequence.
+        programs: the folder of an engine that is a program and no package.
     """
 
     files: Path
     kind: str
     threads: int
     positions: int = 1024
+    programs: Path | None = None

@@ -16,9 +16,7 @@ import openvino
 import openvino_genai
 
 from benchmarks.engines import Options
-from benchmarks.figures import Question, words
-
-POSITIONS = 576
+from benchmarks.figures import PICTURE_POSITIONS, Question, words
 
 
 class OpenVino:
@@ -66,7 +64,10 @@ class OpenVino:
         return times
 
     def _submit(self, question: Question, config: Any) -> Any:
-        seen = [words(int.from_bytes(one[:8], "big"), POSITIONS, 900) for one in question.pictures]
+        seen = [
+            words(int.from_bytes(one[:8], "big"), PICTURE_POSITIONS, 900)
+            for one in question.pictures
+        ]
         ids = np.array([[1, *(token for one in seen for token in one), *question.text]])
         self._count += 1
         return self._pipeline.add_request(self._count, openvino.Tensor(ids), config)

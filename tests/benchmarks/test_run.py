@@ -1,6 +1,7 @@
 """The benchmark end to end in its tiny shape, and what a cut-off run keeps."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,32 @@ def test_a_failed_process_is_named_and_tried_again(
     again.run("figures/x/0", "python", [])
     assert again.found["done"] == {"figures/x/0": {"first_s": 1.0}}
     assert not again.found["failed"]
+
+
+@pytest.mark.parametrize(("code", "failed"), [(0, False), (3, True)])
+def test_quality_is_measured_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, failed: bool
+) -> None:
+    asked: list[list[str]] = []
+
+    def start(command: list[str], **options: object) -> subprocess.CompletedProcess:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(run.subprocess, "run", start)
+    notes = run.Notes(tmp_path / "raw.json", {}, resume=False)
+    ik = ["--ik", str(tmp_path), "--resume"]
+    run.run_quality(notes, run.parse([*ik, "--threads", "1", "--out", str(tmp_path)]))
+    [command] = asked
+    assert command[1:3] == ["-m", "benchmarks.quality"]
+    assert {*ik, "--out", "--peers-python"} <= set(command)
+    assert ("quality" in notes.found["failed"]) is failed
+
+
+def test_every_report_takes_what_is_known_of_quality(tmp_path: Path) -> None:
+    notes = run.Notes(tmp_path / "raw.json", {}, resume=False)
+    run.read_quality(notes, tmp_path)
+    assert "quality" not in notes.found
+    (tmp_path / "quality.json").write_text('{"formats": {}}')
+    run.read_quality(notes, tmp_path)
+    assert notes.found["quality"] == {"formats": {}}
