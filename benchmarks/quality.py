@@ -49,7 +49,7 @@ QUESTIONS, ASKED, ANSWERED = 50, 40, 60
 OURS: dict[str, QuantConfig] = {
     "lapilli int8": quant_config("int8"),
     "lapilli int4": quant_config("int4"),
-    "lapilli int4, grid g128": QuantConfig(levels="grid"),
+    "lapilli int4, values in 4 bits": QuantConfig(value_bits=4),
     "lapilli int4, symmetric g128": QuantConfig(levels="symmetric", group_size=128),
     "lapilli int4, symmetric g32": QuantConfig(levels="symmetric", group_size=32),
     "lapilli int4, zeros g32": QuantConfig(levels="zeros", group_size=32),

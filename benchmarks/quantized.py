@@ -29,8 +29,9 @@ CONFIGS = {
     "int8": QuantConfig(bits=8, group_size=32),
     "int8 with tower": QuantConfig(bits=8, group_size=32, quantize_tower=True),
     "int8 g128": QuantConfig(bits=8, group_size=128),
-    "int4 g128": QuantConfig(bits=4),
-    "int4 g32": QuantConfig(bits=4, group_size=32),
+    "int4": QuantConfig(bits=4),
+    "int4 symmetric g128": QuantConfig(bits=4, levels="symmetric"),
+    "int4 symmetric g32": QuantConfig(bits=4, levels="symmetric", group_size=32),
 }
 
 

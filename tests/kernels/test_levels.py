@@ -1,4 +1,4 @@
-"""Weights of 4 bits with nonlinear levels: the search, its twin, the layout, the largest numbers."""
+"""Weights of 4 bits with nonlinear levels: the search, its twin, the largest numbers."""
 
 import pytest
 import torch

@@ -69,7 +69,8 @@ def build(kind: str = "float", **changes) -> Decoder:
     if config is not None:
         for path, layer in list(decoder.model.named_modules()):
             if type(layer) is nn.Linear:
-                packed = round_weight(layer.weight, layer.bias, config.bits, config)
+                bits = config.value_bits if path.endswith("v_proj") else config.bits
+                packed = round_weight(layer.weight, layer.bias, bits, config)
                 weight_only = config.mode == "weight_only"
                 decoder.model.set_submodule(path, QuantLinear(packed, weight_only=weight_only))
     return decoder

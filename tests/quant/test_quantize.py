@@ -10,7 +10,7 @@ from lapilli.kernels.packing import Packed
 from lapilli.lora import LoraConfig, inject
 from lapilli.quant import QuantConfig, quant_config, quantize
 from lapilli.quant.linear import QuantLinear
-from lapilli.quant.quantize import describe, round4, round8, round_weight
+from lapilli.quant.quantize import bits_of, describe, round4, round8, round_weight
 
 
 def weights(rows: int = 40, inputs: int = 200, seed: int = 0) -> torch.Tensor:
@@ -224,3 +224,18 @@ def test_pebble_answers_as_before(bits: int) -> None:
     quantize(plain.model, QuantConfig(bits=bits))
     plain.reset()
     assert plain.ask("What is in this picture?", picture) == expected
+
+
+def test_values_are_kept_in_8_bits() -> None:
+    config = QuantConfig()
+    for path in ("language_model.model.layers.0.self_attn.v_proj", "language_model.lm_head"):
+        assert bits_of(path, config) == 8
+    assert bits_of("language_model.model.layers.0.self_attn.k_proj", config) == 4
+    named = "4 bits, groups of 64, nonlinear levels, values in 8 bits, dynamic"
+    assert describe(config) == named
+    alike = QuantConfig(value_bits=4)
+    assert bits_of("language_model.model.layers.0.self_attn.v_proj", alike) == 4
+    linear = QuantConfig(levels="symmetric")
+    assert bits_of("language_model.model.layers.0.self_attn.v_proj", linear) == 4
+    with pytest.raises(ConfigError, match="value_bits must be 4 or 8, found 5"):
+        QuantConfig(value_bits=5)

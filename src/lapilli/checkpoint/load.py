@@ -165,7 +165,7 @@ def load_checkpoint(
         plan.keys.refuse_unknown()
     with in_folder(plan.path):
         stored = stored_quantization(plan.weights_raw)
-        asked = _asked(quantization, stored, quantize_tower=quantize_tower)
+        asked = _asked(quantization, stored, where, quantize_tower=quantize_tower)
         model = build_model(plan.config)
         free = where.type == "cpu" and dtype == AUTO  # to take the faster dtype
         quantizer = _quantizer(plan, model, asked, stored, merge_lora=merge_lora, free=free)
@@ -216,13 +216,20 @@ def load_checkpoint(
 def _asked(
     quantization: str | QuantConfig | None,
     stored: StoredQuantization | None,
+    where: torch.device,
     *,
     quantize_tower: bool,
 ) -> QuantConfig | None:
-    """Return the quantization to load in; "int4" has the groups and zero points of AWQ files."""
+    """Return the quantization to load in.
+
+    "int4" has the groups and zero points of AWQ files, and linear levels on a GPU, where torch has
+    a product for those alone.
+    """
     if quantization is None:
         return None
     asked = quant_config(quantization, quantize_tower=quantize_tower)
+    if stored is None and quantization == "int4" and where.type != "cpu":
+        return QuantConfig(levels="symmetric", quantize_tower=quantize_tower)
     if stored is None or stored.published is None or quantization != "int4":
         return asked
     own = stored.config

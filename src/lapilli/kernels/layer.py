@@ -249,7 +249,7 @@ class LayerKernel:
 
     Args:
         library: what runs it.
-        products: PRODUCTS by name; q, k and v of one kind, gate and up likewise.
+        products: PRODUCTS by name; q, k and v all packed or none, gate and up likewise.
         norms: weights by the names of NORMS, float32.
         facts: about the arithmetic.
     """

@@ -315,11 +315,11 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _agree(products: Sequence[PackedLinear | PlainLinear]) -> bool:
-    """Return whether one call can meet q, k and v with one input, and gate and up with theirs.
+    """Return whether q, k and v are all packed or none of them, and gate and up likewise.
 
     Activations are rounded for all packed layers or for none.
     """
-    kinds = [one.kind if isinstance(one, PackedLinear) else None for one in products]
+    kinds = [type(one) for one in products]
     are_alike = len(set(kinds[:3])) == 1 and len(set(kinds[4:6])) == 1
     rounds = {one.weight_only for one in products if isinstance(one, PackedLinear)}
     return are_alike and len(rounds) < 2

@@ -10,6 +10,7 @@ new shape and keeps the last thousand, so rows come in few sizes: `rounded`.
 """
 
 from abc import ABC, abstractmethod
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -134,12 +135,13 @@ class KernelLayer(nn.Module, ABC):
 
 
 def project(x: Float[Tensor, "... K"], *layers: nn.Module) -> list[Float[Tensor, "... out"]]:
-    """Return each layer's output for one input; packed layers (quant/linear.py) share a call."""
+    """Return each layer's output for one input; neighbours that are packed alike share a call."""
     learns = torch.is_grad_enabled() and x.requires_grad
     if x.device.type == "cpu" and not learns and not torch.compiler.is_compiling():
         kernels = [layer.kernel() for layer in layers if isinstance(layer, KernelLayer)]
-        if len(kernels) == len(layers) and len({kernel.kind for kernel in kernels}) == 1:
-            return linears(x, kernels)
+        if len(kernels) == len(layers):
+            alike = groupby(kernels, key=lambda kernel: kernel.kind)
+            return [out for _, some in alike for out in linears(x, list(some))]
     return [layer(x) for layer in layers]
 
 

@@ -55,6 +55,9 @@ class QuantConfig:
         levels: of 4 bits. "nonlinear": levels that are closer to each other near zero, and a scale
             for every 16 inputs, whatever the group; "symmetric": scales of groups alone; "zeros":
             scales and zero points, as AWQ has them.
+        value_bits: bits of the projections that make the values of attention, of which 4 bits cost
+            most: 3 % of the layers of SmolLM2, a quarter of its divergence. 0 stands for 8 with
+            nonlinear levels, and for `bits` otherwise.
         mode: "dynamic" rounds activations to 8 bits by token and group, so that products are
             integers; "weight_only" keeps them in float32.
         head_bits: bits of the layer that gives the logits, which are the most sensitive; None: it
@@ -70,6 +73,7 @@ class QuantConfig:
     bits: int = 4
     group_size: int = 0
     levels: str = "nonlinear"
+    value_bits: int = 0
     mode: str = "dynamic"
     head_bits: int | None = 8
     quantize_tower: bool = False
@@ -88,6 +92,11 @@ class QuantConfig:
         if self.levels not in LEVELS:
             known = ", ".join(LEVELS)
             raise ConfigError(f"levels must be one of {known}, found {self.levels!r}")
+        if self.value_bits == 0:
+            more = 8 if self.levels == "nonlinear" else self.bits
+            object.__setattr__(self, "value_bits", more)
+        if self.value_bits not in BITS:
+            raise ConfigError(f"value_bits must be 4 or 8, found {self.value_bits}")
         if self.mode not in MODES:
             raise ConfigError(f"mode must be dynamic or weight_only, found {self.mode!r}")
 
@@ -95,7 +104,8 @@ class QuantConfig:
 def describe(config: QuantConfig) -> str:
     """Return how weights are stored in the words of reports: bits, groups, zero points, mode."""
     levels = "" if config.bits == 8 else f", {LEVELS[config.levels]}"
-    return f"{config.bits} bits, groups of {config.group_size}{levels}, {config.mode}"
+    values = "" if config.value_bits == config.bits else f", values in {config.value_bits} bits"
+    return f"{config.bits} bits, groups of {config.group_size}{levels}{values}, {config.mode}"
 
 
 def quant_config(scheme: str | QuantConfig, *, quantize_tower: bool = False) -> QuantConfig:
@@ -225,6 +235,7 @@ def _with_zeros(groups: Tensor) -> _Rounded:
 
 LANGUAGE_MODEL = "language_model."
 HEAD = ".lm_head"
+VALUES = ".v_proj"
 SEEN = ("modalities.",)  # towers and projectors
 
 
@@ -248,6 +259,8 @@ class QuantReport:
 def bits_of(path: str, config: QuantConfig) -> int | None:
     """Return the bits in which the linear layer of this path is stored; None: as it is."""
     if path.startswith(LANGUAGE_MODEL):
+        if path.endswith(VALUES):
+            return max(config.value_bits, config.bits)
         if not path.endswith(HEAD):
             return config.bits
         return None if config.head_bits is None else max(config.head_bits, config.bits)

@@ -140,6 +140,7 @@ def stored_quantization(raw: JsonObject) -> StoredQuantization | None:
     symmetric = options.pop("symmetric", None)
     if "levels" not in options and isinstance(symmetric, bool):  # files of lapilli 0.1
         options["levels"] = "symmetric" if symmetric else "zeros"
+    options.setdefault("value_bits", options.get("bits"))  # likewise
     known = asdict(QuantConfig()).keys()
     if options.keys() != known:
         raise ConfigFileError(

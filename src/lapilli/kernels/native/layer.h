@@ -12,16 +12,28 @@
 namespace lapilli {
 namespace {
 
-// The products of one input with layers that are all packed alike, or all plain.
+inline bool packed_alike(const Weights& a, const Weights& b) {
+  return a.bits == b.bits && a.group == b.group && (a.zeros == nullptr) == (b.zeros == nullptr) &&
+         (a.span_scales == nullptr) == (b.span_scales == nullptr);
+}
+
+// The products of one input with layers that are all packed, or all plain. Neighbours that are packed alike
+// share a call, and the activations that it rounds.
 template <class S>
 void products(const LayerCall& call, const Product* const* layers, float* const* y, int64_t count, const float* x) {
   const int64_t tokens = call.tokens, inputs = layers[0]->inputs;
   if (layers[0]->packed != nullptr) {
     LinearCall calls[3];
+    int64_t waiting = 0;
     for (int64_t i = 0; i < count; ++i) {
-      calls[i] = {*layers[i]->packed, x, y[i], tokens, inputs, layers[i]->rows, call.threads, call.weight_only};
+      const Weights& packed = *layers[i]->packed;
+      if (waiting > 0 && !packed_alike(calls[0].weights, packed)) {
+        linear<S>(calls, waiting);
+        waiting = 0;
+      }
+      calls[waiting++] = {packed, x, y[i], tokens, inputs, layers[i]->rows, call.threads, call.weight_only};
     }
-    return linear<S>(calls, count);
+    return linear<S>(calls, waiting);
   }
   for (int64_t i = 0; i < count; ++i) {
     const Product& p = *layers[i];
