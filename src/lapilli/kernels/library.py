@@ -125,6 +125,16 @@ class LayerCall(ctypes.Structure):
     )
 
 
+class TowerCall(ctypes.Structure):
+    """`TowerCall` of native/abi.h, field by field."""
+
+    _fields_ = _fields(
+        "norm1_weight norm1_bias norm2_weight norm2_bias q k v out fc1 fc2 x y",
+        "tiles positions heads width kind activation threads",
+        "scale eps",
+    )
+
+
 class RoundCall(ctypes.Structure):
     """`RoundCall` of native/abi.h, field by field."""
 
@@ -235,10 +245,13 @@ def _declare(functions: ctypes.CDLL) -> None:
         "rotate",
         "layer",
         "round_grid",
+        "tower",
     ):
         function = functions[f"lapilli_{name}"]
         function.argtypes = (pointer,)
         function.restype = None
+    functions.lapilli_has_pairs.argtypes = ()
+    functions.lapilli_has_pairs.restype = ctypes.c_int
 
 
 def _torch_pool() -> int | None:

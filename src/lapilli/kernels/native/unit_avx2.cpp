@@ -4,6 +4,7 @@
 #include "grid.h"
 #include "layer.h"
 #include "prefill.h"
+#include "tower.h"
 
 namespace lapilli {
 
@@ -19,6 +20,7 @@ const Table kAvx2 = {
     rotate<Avx2>,
     layer<Avx2>,
     round_grid<Avx2>,
+    tower<Avx2>,
 };
 
 }  // namespace lapilli

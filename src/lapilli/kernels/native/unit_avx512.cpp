@@ -4,6 +4,7 @@
 #include "grid.h"
 #include "layer.h"
 #include "prefill.h"
+#include "tower.h"
 
 namespace lapilli {
 
@@ -19,6 +20,7 @@ const Table kAvx512 = {
     rotate<Avx512>,
     layer<Avx512>,
     round_grid<Avx512>,
+    tower<Avx512>,
 };
 
 }  // namespace lapilli

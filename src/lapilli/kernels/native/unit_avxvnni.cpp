@@ -5,6 +5,7 @@
 #include "grid.h"
 #include "layer.h"
 #include "prefill.h"
+#include "tower.h"
 
 namespace lapilli {
 
@@ -20,6 +21,7 @@ const Table kAvxVnni = {
     rotate<Avx2>,
     layer<Avx2>,
     round_grid<Avx2>,
+    tower<Avx2>,
 };
 
 }  // namespace lapilli

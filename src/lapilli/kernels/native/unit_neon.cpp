@@ -4,6 +4,7 @@
 #include "grid.h"
 #include "layer.h"
 #include "prefill.h"
+#include "tower.h"
 
 namespace lapilli {
 
@@ -19,6 +20,7 @@ const Table kNeon = {
     rotate<Neon>,
     layer<Neon>,
     round_grid<Neon>,
+    tower<Neon>,
 };
 
 }  // namespace lapilli

@@ -5,6 +5,7 @@
 #include "grid.h"
 #include "layer.h"
 #include "prefill.h"
+#include "tower.h"
 
 namespace lapilli {
 
@@ -20,6 +21,7 @@ const Table kNeonDot = {
     rotate<Neon>,
     layer<Neon>,
     round_grid<Neon>,
+    tower<Neon>,
 };
 
 }  // namespace lapilli
