@@ -20,7 +20,11 @@ MIB = 1 << 20
 
 
 def measure_limits(
-    *, megabytes: int = 512, side: int = 2048, seconds: float = 0.3
+    *,
+    megabytes: int = 512,
+    side: int = 2048,
+    seconds: float = 0.3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Bytes a second, and operations a second by number format.
 
@@ -28,41 +32,42 @@ def measure_limits(
         megabytes: read in one go; several times the caches, or the figure says nothing.
         side: of the matrices that are multiplied.
         seconds: that each kernel is tried for.
+        clock: that times a call.
     """
-    found = {"bytes_per_s": _bandwidth(megabytes * MIB, seconds)}
+    found = {"bytes_per_s": _bandwidth(megabytes * MIB, seconds, clock)}
     for name in ("float32", "bfloat16", "int8"):
         call = _product(name, side)
-        found[f"{name}_per_s"] = 2.0 * side**3 / _best(call, seconds)
+        found[f"{name}_per_s"] = 2.0 * side**3 / _best(call, seconds, clock)
     return found
 
 
 @torch.inference_mode()
-def _best(call: Callable[[], object], seconds: float) -> float:
+def _best(call: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
     """The shortest time of one call; the first one does not count."""
     call()
     best, ending = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < ending or best == float("inf"):
-        started = time.perf_counter()
+        started = clock()
         call()
-        best = min(best, time.perf_counter() - started)
+        best = min(best, clock() - started)
     return best
 
 
-def _bandwidth(size: int, seconds: float) -> float:
+def _bandwidth(size: int, seconds: float, clock: Callable[[], float]) -> float:
     """The best of several ways to read memory: none of them is the fastest everywhere."""
     columns = 4096
     rows = size // 4 // columns
     floats = torch.rand(rows, columns)
     vector = torch.rand(columns)
     times = [
-        _best(lambda: torch.mv(floats, vector), seconds),
-        _best(lambda: floats.view(torch.int32).max(), seconds),
-        _best(lambda: floats.sum(), seconds),
+        _best(lambda: torch.mv(floats, vector), seconds, clock),
+        _best(lambda: floats.view(torch.int32).max(), seconds, clock),
+        _best(lambda: floats.sum(), seconds, clock),
     ]
     # The same memory again, as weights of one layer.
     packed = PackedLinear(_packed(floats.view(torch.uint8).view(-1, columns)))
     row = torch.rand(1, columns)
-    times.append(_best(lambda: packed(row), seconds))
+    times.append(_best(lambda: packed(row), seconds, clock))
     return floats.nbytes / min(times)
 
 

@@ -37,13 +37,12 @@ def test_the_search_finds_what_its_twin_finds(
     found = round_levels_native(library, weight, None, 128)
     expected = round_levels_reference(weight, None, 128)
     assert found.data.shape == expected.data.shape
+    # Sums in another order decide otherwise between choices that are about equally good.
     miss, expected_miss = (
-        (packed.dequantize() - weight).norm().item() for packed in (found, expected)
+        (packed.dequantize() - weight).norm(dim=1) for packed in (found, expected)
     )
-    assert miss == pytest.approx(expected_miss, rel=1e-3, abs=1e-7)
-    # Sums in another order may decide otherwise between choices that are equally good.
-    differ = (found.dequantize() - expected.dequantize()).abs() > 1e-5 * weight.abs().amax()
-    assert differ.float().mean().item() < 0.02 or int(differ.any(dim=1).sum()) <= 1
+    torch.testing.assert_close(miss.norm(), expected_miss.norm(), rtol=0.01, atol=1e-6)
+    assert ((miss - expected_miss).abs() <= 0.1 * expected_miss + 1e-4 * weight.norm(dim=1)).all()
 
 
 def test_it_is_nearer_than_linear_levels_at_about_the_bits() -> None:

@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import nn
 
+from lapilli.config.model import VisionConfig
+from lapilli.kernels.library import native
+from lapilli.modality.image.image import VisionTransformer
 from lapilli.nn.linear import FloatLinear
 from lapilli.quant.autotune import (
     PATHS,
     Choices,
     Shape,
     machine,
+    take_faster_layers,
     take_faster_products,
     time_path,
 )
@@ -95,3 +99,27 @@ def test_nowhere_to_write_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_runs(path: str) -> None:
     assert 0 < time_path(path, (48, 64, 3)) < 60
+
+
+@pytest.mark.parametrize(("seconds", "changed"), [(1.0, 2), (2.0, 0)])
+def test_layers_of_a_tower_take_one_call_where_it_is_faster(seconds: float, changed: int) -> None:
+    config = VisionConfig(
+        image_size=14,
+        patch_size=14,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_layers=2,
+        num_heads=8,
+    )
+    with torch.device("meta"):
+        tower = VisionTransformer(config)
+    tower = tower.to_empty(device="cpu")
+    clock = Clock(**{"modules float32 8": 2.0, "one call float32 8": seconds})
+    assert take_faster_layers(tower, Choices(timer=clock)) == (0 if native() is None else changed)
+    layers = tower.vision_model.encoder.layers
+    assert sum(layer.fused.takes_floats for layer in layers) == (0 if native() is None else changed)
+
+
+@pytest.mark.parametrize("path", ["modules float32 2", "one call bfloat16 2"])
+def test_layers_of_a_tower_are_timed(path: str) -> None:
+    assert time_path(path, (64, 32, 5)) > 0

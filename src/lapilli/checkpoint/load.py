@@ -51,7 +51,12 @@ from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template, TemplateChoice
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant import QuantConfig, quant_config, quantize
-from lapilli.quant.autotune import Choices, cache_file, take_faster_products
+from lapilli.quant.autotune import (
+    Choices,
+    cache_file,
+    take_faster_layers,
+    take_faster_products,
+)
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -199,7 +204,9 @@ def load_checkpoint(
         if asked is not None and quantizer is None:  # an adapter had to be folded in first
             notes = quantize(model, asked).notes
         if where.type == "cpu" and dtype != STORED:
-            take_faster_products(model, Choices(cache_file()))
+            choices = Choices(cache_file())
+            take_faster_products(model, choices)
+            take_faster_layers(model, choices)
     report = LoadReport(
         used=tuple(sorted(matching.sources)),
         dropped=matching.dropped,

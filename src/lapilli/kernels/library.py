@@ -23,7 +23,7 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
-ABI = 12  # of native/abi.h: a library that was built from older sources is left alone
+ABI = 13  # of native/abi.h: a library that was built from older sources is left alone
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """Number formats of native/abi.h."""
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
@@ -131,6 +131,16 @@ class StepCall(ctypes.Structure):
     _fields_ = _fields(
         "x y cosine local_cosine sine local_sine keys values local blocks offsets table lengths",
         "layers tokens block_size table_stride block_stride head_stride kind threads",
+    )
+
+
+class TowerCall(ctypes.Structure):
+    """`TowerCall` of native/abi.h, field by field."""
+
+    _fields_ = _fields(
+        "norm1_weight norm1_bias norm2_weight norm2_bias q k v out fc1 fc2 x y",
+        "tiles positions heads width kind activation threads",
+        "scale eps",
     )
 
 
@@ -246,10 +256,13 @@ def _declare(functions: ctypes.CDLL) -> None:
         "rotate",
         "layer",
         "round_levels",
+        "tower",
     ):
         function = functions[f"lapilli_{name}"]
         function.argtypes = (pointer,)
         function.restype = None
+    functions.lapilli_has_pairs.argtypes = ()
+    functions.lapilli_has_pairs.restype = ctypes.c_int
 
 
 def _torch_pool() -> int | None:

@@ -1,6 +1,7 @@
-"""Kernel autotuner: the path of a linear layer on this machine, measured once and kept on disk.
+"""Kernel autotuner: the path of a layer on this machine, measured once and kept on disk.
 
     paths   float32, bfloat16: torch    onednn: float32 by oneDNN    int8, int4: the packed kernels
+    layers  of a vision tower in floats: by their modules, or in one call (kernels/tower.py)
     key     CPU, threads, instruction set, torch and lapilli versions; output x input x rows
 
 CPUs differ by more than an order of magnitude in bfloat16, so nothing here is guessed from names.
@@ -18,10 +19,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lapilli.config.model import VisionConfig
 from lapilli.config.reader import parse_json
 from lapilli.errors import CheckpointError
 from lapilli.kernels.library import native
 from lapilli.kernels.linear import PackedLinear
+from lapilli.modality.image.image import VisionLayer
 from lapilli.nn.linear import FloatLinear, has_onednn, onednn_linear
 from lapilli.quant.quantize import QuantConfig, round4, round8
 from lapilli.shapes import Tensor
@@ -35,7 +38,9 @@ LARGE = 1 << 20  # elements of a weight from which its product is worth a choice
 _ROWS = 256  # of a prefill
 _WIDEST = 2048  # wider layers are as fast, element by element, and take longer to measure
 
-Shape = tuple[int, int, int]  # output, input, rows
+Shape = tuple[int, int, int]  # output, input, rows; of a tower's layer: inner, hidden, positions
+MODULES, ONE_CALL = "modules", "one call"
+"""Paths of a tower's layer, followed by the float format and the number of heads."""
 
 
 def machine() -> str:
@@ -71,10 +76,15 @@ def cache_file() -> Path:
 def time_path(path: str, shape: Shape) -> float:
     """Return seconds of one call, the best of a few, on random weights that are never zero."""
     out_features, in_features, rows = shape
+    if path.startswith((MODULES, ONE_CALL)):
+        return _best(_layer_call(path, shape))
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=random)
     x = torch.randn(rows, in_features, generator=random)
-    call = _call_of(path, weight, x)
+    return _best(_call_of(path, weight, x))
+
+
+def _best(call: Callable[[], Tensor]) -> float:
     best = float("inf")
     with torch.inference_mode():
         for _ in range(_REPEATS):
@@ -94,6 +104,31 @@ def _call_of(path: str, weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
     config = QuantConfig(search=False)
     packed = round8(weight, None) if path == "int8" else round4(weight, None, config)
     layer = PackedLinear(packed)
+    return lambda: layer(x)
+
+
+def _layer_call(path: str, shape: Shape) -> Callable[[], Tensor]:
+    """Return a call of a tower's layer with random weights, as its path says."""
+    *way, name, heads = path.split()
+    inner, hidden, positions = shape
+    config = VisionConfig(
+        image_size=1,
+        patch_size=1,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_layers=1,
+        num_heads=int(heads),
+    )
+    layer = VisionLayer(config).to(DTYPES[name]).eval().requires_grad_(False)
+    for inside, module in list(layer.named_modules()):
+        if isinstance(module, nn.Linear):
+            by_onednn = module.weight.dtype == torch.float32 and has_onednn()
+            layer.set_submodule(inside, FloatLinear.of(module, by_onednn=by_onednn))
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1, positions, hidden, generator=random).to(DTYPES[name])
+    layer.fused.takes_floats = " ".join(way) == ONE_CALL
+    with torch.inference_mode():
+        layer(x)  # compared with the modules
     return lambda: layer(x)
 
 
@@ -125,6 +160,25 @@ def take_faster_products(model: nn.Module, choices: "Choices") -> int:
         by_onednn = weight.dtype == torch.float32 and choices.is_onednn_faster(shape)
         model.set_submodule(path, FloatLinear.of(module, by_onednn=by_onednn))
         changed += 1
+    return changed
+
+
+def take_faster_layers(model: nn.Module, choices: "Choices") -> int:
+    """Let the large float layers of vision towers on a CPU run in one call; how many do now."""
+    if native() is None:
+        return 0
+    changed = 0
+    for module in model.modules():
+        if not isinstance(module, VisionLayer) or not isinstance(module.mlp.fc1, nn.Linear):
+            continue
+        weight = module.mlp.fc1.weight
+        names = [name for name, dtype in DTYPES.items() if dtype == weight.dtype]
+        if weight.numel() < LARGE or weight.device.type != "cpu" or not names:
+            continue
+        shape = (*weight.shape, _ROWS)
+        if choices.is_one_call_faster(shape, names[0], module.self_attn.num_heads):
+            module.fused.takes_floats = True
+            changed += 1
     return changed
 
 
@@ -165,6 +219,12 @@ class Choices:
             return False
         seconds = self.seconds(shape, ("float32", "onednn"))
         return seconds["onednn"] * _MARGIN < seconds["float32"]
+
+    def is_one_call_faster(self, shape: Shape, dtype: str, heads: int) -> bool:
+        """Return whether a tower's layer of this shape is faster in one call than by modules."""
+        modules, one_call = (f"{way} {dtype} {heads}" for way in (MODULES, ONE_CALL))
+        seconds = self.seconds(shape, (modules, one_call))
+        return seconds[one_call] < seconds[modules]
 
     def describe(self, shape: Shape) -> str:
         """Return one line for people: milliseconds per path, and the fastest."""

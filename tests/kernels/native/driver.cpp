@@ -41,6 +41,7 @@ Library open(const char* path) {
   find(handle, "lapilli_silu_mul", library.silu_mul);
   find(handle, "lapilli_gelu_mul", library.gelu_mul);
   find(handle, "lapilli_rotate", library.rotate);
+  find(handle, "lapilli_tower", library.tower);
   return library;
 }
 
@@ -71,6 +72,7 @@ int run(int count, char** arguments) {
   check_attention(library, report);
   check_prefill(library, report);
   check_fused(library, report);
+  check_tower(library, report);
   return report.failed() ? 1 : 0;
 }
 

@@ -35,6 +35,7 @@ struct Library {
   void (*silu_mul)(const lapilli::RowsCall*);
   void (*gelu_mul)(const lapilli::RowsCall*);
   void (*rotate)(const lapilli::RotateCall*);
+  void (*tower)(const lapilli::TowerCall*);
 };
 
 class Random {
@@ -104,5 +105,6 @@ void check_dense(const Library& library, Report& report);
 void check_attention(const Library& library, Report& report);
 void check_prefill(const Library& library, Report& report);
 void check_fused(const Library& library, Report& report);
+void check_tower(const Library& library, Report& report);
 
 }  // namespace driver

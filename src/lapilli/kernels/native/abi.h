@@ -18,7 +18,7 @@
 
 namespace lapilli {
 
-constexpr int kAbi = 12;  // rises when anything here changes; kernels/library.py compares
+constexpr int kAbi = 13;  // rises when anything here changes; kernels/library.py compares
 
 constexpr int64_t kBlock = 16;  // output rows of a block
 constexpr int64_t kChunk = 32;  // inputs are padded to this
@@ -275,6 +275,33 @@ struct RoundCall {
   int64_t threads;
 };
 
+enum Activation : int64_t { kQuickGelu = 0, kGeluTanh = 1, kGelu = 2 };
+
+// A layer of a vision transformer for all positions of some tiles (tower.h).
+struct TowerCall {
+  const float* norm1_weight;  // [hidden]
+  const float* norm1_bias;
+  const float* norm2_weight;
+  const float* norm2_bias;
+  const Product* q;  // rows of every product are multiples of 16
+  const Product* k;
+  const Product* v;
+  const Product* out;
+  const Product* fc1;
+  const Product* fc2;
+  const float* x;  // [tiles, positions, hidden]
+  float* y;        // likewise
+  int64_t tiles;
+  int64_t positions;
+  int64_t heads;
+  int64_t width;       // of a head, a multiple of 16
+  int64_t kind;        // of all products: kFloat32, kBfloat16, or kInt8 for packed ones of 8 bits
+  int64_t activation;  // between fc1 and fc2
+  int64_t threads;
+  double scale;
+  double eps;
+};
+
 struct Table {
   const char* name;
   void (*linear)(const LinearCall*, int64_t count);
@@ -288,7 +315,11 @@ struct Table {
   void (*layer)(const LayerCall&);
   void (*step)(const StepCall&, const LayerCall* layers);
   void (*round_levels)(const RoundCall&);
+  void (*tower)(const TowerCall&);
 };
+
+// For kAvx512 on CPUs that have products of bfloat16 too.
+void tower_avx512bf16(const TowerCall& call);
 
 extern const Table kPortable;
 extern const Table kAvx2;

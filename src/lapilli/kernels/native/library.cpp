@@ -161,6 +161,15 @@ const Table* const kTables[] = {
 
 const Table* g_table = nullptr;
 
+// Whether the layer of a tower may use products of bfloat16.
+bool has_pairs() {
+#if defined(LAPILLI_X86)
+  return g_table == &kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 uint8_t* Scratch::get(int64_t bytes) {
@@ -232,6 +241,17 @@ __attribute__((visibility("default"))) void lapilli_step(const lapilli::StepCall
 __attribute__((visibility("default"))) void lapilli_round_levels(const lapilli::RoundCall* call) {
   lapilli::g_table->round_levels(*call);
 }
+
+__attribute__((visibility("default"))) void lapilli_tower(const lapilli::TowerCall* call) {
+  using namespace lapilli;
+#if defined(LAPILLI_X86)
+  if (has_pairs()) return tower_avx512bf16(*call);
+#endif
+  g_table->tower(*call);
+}
+
+// 1: a layer of a tower multiplies bfloat16 as it is; 0: as float32.
+__attribute__((visibility("default"))) int lapilli_has_pairs() { return lapilli::has_pairs(); }
 
 __attribute__((visibility("default"))) void lapilli_dense(const lapilli::DenseCall* call) {
   lapilli::g_table->dense(*call);

@@ -4,6 +4,7 @@
 #include "levels.h"
 #include "layer.h"
 #include "prefill.h"
+#include "tower.h"
 
 namespace lapilli {
 
@@ -20,6 +21,7 @@ const Table kAvx2 = {
     layer<Avx2>,
     step<Avx2>,
     round_levels<Avx2>,
+    tower<Avx2>,
 };
 
 }  // namespace lapilli

@@ -4,6 +4,7 @@
 #include "levels.h"
 #include "layer.h"
 #include "prefill.h"
+#include "tower.h"
 
 namespace lapilli {
 
@@ -20,6 +21,7 @@ const Table kAvx512 = {
     layer<Avx512>,
     step<Avx512>,
     round_levels<Avx512>,
+    tower<Avx512>,
 };
 
 }  // namespace lapilli

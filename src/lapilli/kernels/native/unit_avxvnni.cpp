@@ -5,6 +5,7 @@
 #include "levels.h"
 #include "layer.h"
 #include "prefill.h"
+#include "tower.h"
 
 namespace lapilli {
 
@@ -21,6 +22,7 @@ const Table kAvxVnni = {
     layer<Avx2>,
     step<Avx2>,
     round_levels<Avx2>,
+    tower<Avx2>,
 };
 
 }  // namespace lapilli

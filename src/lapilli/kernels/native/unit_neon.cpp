@@ -4,6 +4,7 @@
 #include "levels.h"
 #include "layer.h"
 #include "prefill.h"
+#include "tower.h"
 
 namespace lapilli {
 
@@ -20,6 +21,7 @@ const Table kNeon = {
     layer<Neon>,
     step<Neon>,
     round_levels<Neon>,
+    tower<Neon>,
 };
 
 }  // namespace lapilli

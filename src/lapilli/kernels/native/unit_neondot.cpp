@@ -5,6 +5,7 @@
 #include "levels.h"
 #include "layer.h"
 #include "prefill.h"
+#include "tower.h"
 
 namespace lapilli {
 
@@ -21,6 +22,7 @@ const Table kNeonDot = {
     layer<Neon>,
     step<Neon>,
     round_levels<Neon>,
+    tower<Neon>,
 };
 
 }  // namespace lapilli

@@ -23,6 +23,7 @@ from lapilli.config.model import ImageConfig, ProjectorConfig, VisionConfig
 from lapilli.config.projector import tile_features
 from lapilli.errors import ConfigError
 from lapilli.geometry import ImageSize
+from lapilli.modality.image.fused_layer import FusedVisionLayer
 from lapilli.modality.image.modes import mode_of
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.modality.projector import build_projector
@@ -89,9 +90,15 @@ class VisionLayer(nn.Module):
         self.self_attn = VisionAttention(config)
         self.layer_norm2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = MLP(width, config.intermediate_size, activation=config.activation)
+        self.fused = FusedVisionLayer(self)
 
     def forward(self, x: Float[Tensor, "N P E"]) -> Float[Tensor, "N P E"]:
         """Return the hidden states after this layer."""
+        found = self.fused.run(x)
+        return self.by_modules(x) if found is None else found
+
+    def by_modules(self, x: Float[Tensor, "N P E"]) -> Float[Tensor, "N P E"]:
+        """Compute `forward` module by module."""
         x = x + self.self_attn(self.layer_norm1(x))
         out: Tensor = x + self.mlp(self.layer_norm2(x))
         return out
