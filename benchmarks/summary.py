@@ -253,8 +253,15 @@ def ratios(found: dict[str, Any], rows: dict[str, dict[str, float]]) -> list[dic
         if known and figure in ours:
             best = max(known, key=lambda name: rows[name][figure])
             value = ours[figure] / rows[best][figure]
-            words = f"{words}: times the best of ik_llama.cpp at equal or better KL, {best}"
-            reached.append(_target(words, value, wanted.get(shape)))
+            against = f"times the best of ik_llama.cpp at equal or better KL, {best}"
+            reached.append(_target(f"{words}: {against}", value, wanted.get(shape)))
+        every = [engine.name for engine in ENGINES if engine.module == "ik"]
+        every = [name for name in every if figure in rows.get(name, {})]
+        if every and figure in ours:
+            best = max(every, key=lambda name: rows[name][figure])
+            value = ours[figure] / rows[best][figure]
+            against = f"times the fastest of ik_llama.cpp at any KL, {best}"
+            reached.append(_target(f"{words}: {against}", value, None))
     return reached + _own_ratios(found, rows, ours)
 
 
