@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lapilli.checkpoint.keymaps import ORIGINAL, PROJECTOR
@@ -233,6 +235,24 @@ def test_another_format_is_made_while_writing(tmp_path):
     found = load_file(tmp_path / "x.safetensors")
     assert torch.equal(found["b.wide"], TENSORS["b.wide"].half())
     assert found["d.bytes"].dtype == torch.uint8
+
+
+@given(st.lists(st.sampled_from([1, 7, 16, 32, 64, 100, 640]), min_size=1, max_size=6))
+@settings(max_examples=20, deadline=None)
+def test_whole_lines_of_the_cache_begin_at_one(tmp_path_factory, lengths):
+    kinds = [torch.float32, torch.uint8, torch.float16, torch.int8]
+    tensors = {f"{i}": torch.ones(n, dtype=kinds[i % 4]) for i, n in enumerate(lengths)}
+    path = tmp_path_factory.mktemp("lines") / "x.safetensors"
+    write_safetensors(path, tensors)
+    raw = path.read_bytes()
+    length = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:length])
+    for name, tensor in tensors.items():
+        begin = length + header[name]["data_offsets"][0]
+        assert begin % tensor.itemsize == 0
+        if tensor.nbytes % 64 == 0:
+            assert begin % 64 == 0
+    assert load_file(path).keys() == tensors.keys()
 
 
 def test_a_long_tensor_is_written_in_pieces(tmp_path, monkeypatch):
