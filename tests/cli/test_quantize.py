@@ -14,7 +14,7 @@ def test_a_quantized_checkpoint_answers(lapilli: Run, tmp_path: Path, picture: s
     target = tmp_path / "llava-small"
     done = lapilli("quantize", "pebble", str(target), "--bits", "4", "--group-size", "64")
     assert done.returncode == 0, done.stderr
-    assert "MB, 4 bits, groups of 64, symmetric, dynamic" in done.stderr
+    assert "4 bits, groups of 64, nonlinear levels, values in 8 bits, dynamic" in done.stderr
     assert "embeddings are tied" not in done.stderr
     asked = lapilli("ask", "What is in this picture?", picture, "-m", str(target), "-q")
     assert asked.returncode == 0, asked.stderr

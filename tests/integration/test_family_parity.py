@@ -27,7 +27,7 @@ from lapilli.config.families import text_types
 from lapilli.generate.engine import EngineOptions
 from lapilli.kernels.library import native
 from lapilli.lm.decoder import Decoder
-from lapilli.lm.fused_layer import FusedLayer
+from lapilli.lm.fused_layer import FusedLayer, FusedLayers
 from lapilli.nn.paged import BlockStore
 from lapilli.quant import QuantConfig, quantize
 from tests.integration.oracle import Oracle, make_llava, make_tokenizer, picture
@@ -144,12 +144,15 @@ def test_logits(pair):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("is_whole", [True, False], ids=["layers in one call", "modules"])
+STEPS, LAYERS, MODULES = "steps in one call", "layers in one call", "modules"
+
+
+@pytest.mark.parametrize("way", [STEPS, LAYERS, MODULES])
 @pytest.mark.parametrize("name", ENGINES)
-def test_new_tokens(pair, monkeypatch, name, is_whole):
+def test_new_tokens(pair, monkeypatch, name, way):
     oracle, _ = pair
     expected = oracle.answers(oracle.inputs(ROWS), max_new_tokens=12)
-    calls = watch_layers(monkeypatch, is_whole=is_whole)
+    calls = watch_calls(monkeypatch, way)
     engine = ENGINES[name]
     other = lapilli.load(
         str(oracle.path), device="cpu", dtype="float32", strict_config=True, engine=engine
@@ -157,7 +160,7 @@ def test_new_tokens(pair, monkeypatch, name, is_whole):
     found = tokens_of(other)
     if name != "kept in bfloat16":  # whose logits may be 1e-2 apart
         assert found == expected
-    assert (native() is None) or any(calls) == is_whole
+    assert (native() is None) or any(calls) == (way != MODULES)
 
 
 def test_new_tokens_without_kernels(pair, monkeypatch):
@@ -168,17 +171,23 @@ def test_new_tokens_without_kernels(pair, monkeypatch):
     assert tokens_of(chat) == oracle.answers(oracle.inputs(ROWS), max_new_tokens=12)
 
 
-def watch_layers(monkeypatch, *, is_whole: bool) -> list[bool]:
-    """Which layers were one call; none of them where that is not wanted."""
+def watch_calls(monkeypatch, way: str) -> list[bool]:
+    """Whether what the way names was one call, each time; with MODULES nothing is."""
     calls: list[bool] = []
-    run = FusedLayer.run
 
-    def watched(self, *args, **options):
-        out = run(self, *args, **options) if is_whole else None
-        calls.append(out is not None)
-        return out
+    def watch(kind: type, *, is_used: bool, is_watched: bool) -> None:
+        run = kind.run
 
-    monkeypatch.setattr(FusedLayer, "run", watched)
+        def watched(self, *args, **options):
+            out = run(self, *args, **options) if is_used else None
+            if is_watched:
+                calls.append(out is not None)
+            return out
+
+        monkeypatch.setattr(kind, "run", watched)
+
+    watch(FusedLayers, is_used=way == STEPS, is_watched=way == STEPS)
+    watch(FusedLayer, is_used=way != MODULES, is_watched=way != STEPS)
     return calls
 
 
@@ -208,7 +217,7 @@ def test_packed_weights(pair, monkeypatch, bits):
         near = logits_of(chat)
     assert (near - exact).std() < (0.1 if bits == 8 else 0.7) * exact.std()
     whole = tokens_of(chat)
-    calls = watch_layers(monkeypatch, is_whole=False)
+    calls = watch_calls(monkeypatch, MODULES)
     assert tokens_of(chat) == whole
     assert calls
 

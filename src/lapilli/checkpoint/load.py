@@ -240,7 +240,7 @@ def _asked(
     if stored is None or stored.published is None or quantization != "int4":
         return asked
     own = stored.config
-    return replace(asked, group_size=own.group_size, levels=own.levels)
+    return replace(asked, group_size=own.group_size, levels=own.levels, value_bits=own.value_bits)
 
 
 def _quantizer(
