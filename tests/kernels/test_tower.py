@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lapilli.config.model import Activation, VisionConfig
+from lapilli.kernels.layer import PlainLinear
 from lapilli.kernels.library import Library
 from lapilli.kernels.linear import PackedLinear
-from lapilli.kernels.tower import PlainProduct, TowerFacts, multiplies_pairs, tower_layer
+from lapilli.kernels.tower import TowerFacts, multiplies_pairs, tower_layer
 from lapilli.modality.image.image import VisionLayer
 from lapilli.quant.linear import QuantLinear
 from lapilli.quant.quantize import round8
@@ -55,9 +56,9 @@ def facts_of(layer: VisionLayer, activation: str = "quick_gelu") -> TowerFacts:
     return TowerFacts(norms=norms, heads=heads, activation=activation, eps=first.eps)
 
 
-def plain_products(layer: VisionLayer) -> list[PlainProduct]:
+def plain_products(layer: VisionLayer) -> list[PlainLinear]:
     modules = [layer.get_submodule(path) for path in PRODUCTS]
-    return [PlainProduct(module.weight, module.bias) for module in modules]
+    return [PlainLinear(module.weight, module.bias) for module in modules]
 
 
 def packed(layer: VisionLayer, group: int) -> list[PackedLinear]:
@@ -130,7 +131,7 @@ def test_rows_of_weights_may_lie_apart(library: Library) -> None:
     expected = tower_layer(library, x, products, facts_of(layer))
     wide = [torch.cat((one.weight, torch.full_like(one.weight, 7.0)), dim=1) for one in products]
     apart_in_memory = [
-        PlainProduct(weight[:, : one.weight.shape[1]], one.bias)
+        PlainLinear(weight[:, : one.weight.shape[1]], one.bias)
         for weight, one in zip(wide, products, strict=True)
     ]
     assert torch.equal(tower_layer(library, x, apart_in_memory, facts_of(layer)), expected)

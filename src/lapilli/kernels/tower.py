@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lapilli.kernels.layer import PlainLinear
 from lapilli.kernels.library import KINDS, Library, Product, TowerCall, address
 from lapilli.kernels.linear import PackedLinear
 from lapilli.shapes import Float, Tensor
@@ -25,14 +26,6 @@ WIDTH_STEP = 16
 """Widths of heads and of products are multiples of this."""
 ACTIVATIONS = {"quick_gelu": 0, "gelu_tanh": 1, "gelu": 2}
 """Activations of native/abi.h."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlainProduct:
-    """A weight as torch has it, float32 or bfloat16, its rows side by side, and its bias."""
-
-    weight: Float[Tensor, "out K"]
-    bias: Float[Tensor, " out"] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +53,7 @@ def multiplies_pairs(library: Library) -> bool:
 def tower_layer(
     library: Library,
     x: Float[Tensor, "N P E"],
-    products: Sequence[PackedLinear | PlainProduct],
+    products: Sequence[PackedLinear | PlainLinear],
     facts: TowerFacts,
 ) -> Float[Tensor, "N P E"]:
     """Return the hidden states after a layer, in the dtype of x.
@@ -99,7 +92,7 @@ def tower_layer(
     return out.to(x.dtype)
 
 
-def _described(product: PackedLinear | PlainProduct) -> tuple[Product, Tensor | None]:
+def _described(product: PackedLinear | PlainLinear) -> tuple[Product, Tensor | None]:
     """Describe a product to the library; with what has to outlive the description."""
     if isinstance(product, PackedLinear):
         packed = product.packed

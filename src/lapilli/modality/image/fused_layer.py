@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from lapilli.kernels.layer import PlainLinear
 from lapilli.kernels.library import Library, native
 from lapilli.kernels.linear import PackedLinear
-from lapilli.kernels.tower import WIDTH_STEP, PlainProduct, TowerFacts, tower_layer
+from lapilli.kernels.tower import WIDTH_STEP, TowerFacts, tower_layer
 from lapilli.nn.layers import MLP, QuickGELU, is_gelu_tanh
 from lapilli.nn.linear import FloatLinear, KernelLayer
 from lapilli.shapes import Float, Tensor
@@ -80,7 +81,7 @@ class FusedVisionLayer:
     def _agrees(
         self,
         library: Library,
-        products: "list[PackedLinear | PlainProduct]",
+        products: "list[PackedLinear | PlainLinear]",
         facts: TowerFacts,
         x: Tensor,
     ) -> bool:
@@ -136,7 +137,7 @@ def _report(apart: float) -> None:
 def _products_of(
     layer: Any,  # noqa: ANN401 - a VisionLayer
     dtype: torch.dtype,
-) -> "list[PackedLinear | PlainProduct] | None":
+) -> "list[PackedLinear | PlainLinear] | None":
     """Return q, k, v, out, fc1 and fc2 as the call takes them; None where it does not."""
     if type(layer.mlp) is not MLP or not _has_only_known(layer):
         return None
@@ -174,7 +175,7 @@ def _are_bytes(packed: list[PackedLinear]) -> bool:
     return fits and len({one.packed.group_size for one in packed[:3]}) == 1
 
 
-def _plain_of(module: nn.Module, dtype: torch.dtype) -> PlainProduct | None:
+def _plain_of(module: nn.Module, dtype: torch.dtype) -> PlainLinear | None:
     if type(module) not in (nn.Linear, FloatLinear) or not isinstance(module, nn.Linear):
         return None
     weight = module.weight
@@ -183,7 +184,7 @@ def _plain_of(module: nn.Module, dtype: torch.dtype) -> PlainProduct | None:
         return None
     if weight.shape[0] % WIDTH_STEP or weight.shape[1] % WIDTH_STEP:
         return None
-    return PlainProduct(weight, module.bias)
+    return PlainLinear(weight, module.bias)
 
 
 def _facts_of(layer: Any) -> TowerFacts | None:  # noqa: ANN401 - a VisionLayer
