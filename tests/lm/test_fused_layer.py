@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from lapilli.config.model import DecoderConfig
+from lapilli.generate.engine.feature_cache import WeightWatch
 from lapilli.kernels.library import native
 from lapilli.lm import decoder as decoder_file
 from lapilli.lm.decoder import Decoder, DecoderLayer
 from lapilli.lm.fused_layer import FusedLayer, FusedLayers, _Watch
 from lapilli.lora import LoraConfig, inject
+from lapilli.nn.layers import RMSNorm
 from lapilli.nn.paged import BlockStore, PagedBatch, PagedRow, QuantizedBlockStore
 from lapilli.quant import QuantConfig
 from lapilli.quant.linear import QuantLinear
@@ -480,16 +482,29 @@ def drops_a_layer(decoder: Decoder) -> None:
     ],
 )
 def test_a_step_follows_every_change(steps, monkeypatch, change) -> None:
-    """Also one that comes after steps in one call, while nobody says that anything changed."""
+    """Also one that comes after steps in one call: the watch of the weights says so."""
     decoder = build()
-    watch = object()
-    before = step(decoder, unchanged=watch)
+    watch = WeightWatch(decoder)
+    assert watch.version == watch.version
+    before = step(decoder, unchanged=watch.token)
+    version = watch.version
     change(decoder)
-    is_seen_alone = change in (adds_an_adapter, changes_activation, drops_a_layer)
-    found = step(decoder, unchanged=object() if is_seen_alone else watch)
+    assert watch.version != version
+    found = step(decoder, unchanged=watch.token)
     assert steps == [True, change is drops_a_layer]
     torch.testing.assert_close(found, plain(decoder, monkeypatch), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found, before, atol=1e-3)
+
+
+def test_a_step_follows_a_forward_that_a_class_is_given(steps, monkeypatch) -> None:
+    """The watch of the weights does not look at classes."""
+    decoder = build()
+    watch = object()
+    step(decoder, unchanged=watch)
+    forward = RMSNorm.forward
+    monkeypatch.setattr(RMSNorm, "forward", lambda norm, x: forward(norm, x) + 1)
+    found = step(decoder, unchanged=watch)
+    torch.testing.assert_close(found, plain(decoder, monkeypatch), atol=1e-5, rtol=1e-5)
 
 
 def test_hooks_of_all_modules_are_called(steps) -> None:

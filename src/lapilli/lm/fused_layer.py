@@ -153,7 +153,7 @@ class FusedLayers:
         if not isinstance(cache, PagedBatch) or cache.places is None or not _is_step(x):
             return None
         made = self._current(cache.unchanged)
-        if made is None or x.shape[1] > made.most or made.watch.is_hooked():
+        if made is None or x.shape[1] > made.most:
             return None
         held = made.held()  # until the call is over
         if None in held:
@@ -167,7 +167,8 @@ class FusedLayers:
         """Return the call for the layers of now; None where one of them runs module by module."""
         made = self._made
         is_watched = made is not None and unchanged is not None and made.unchanged is unchanged
-        if made is not None and is_watched and made.watch.runs_same():
+        # Who gives `unchanged` has looked at everything of the modules, hooks too, but their classes.
+        if made is not None and is_watched and made.watch.has_same_classes():
             return made
         layers = list(self._decoder.model.layers)
         if unchanged is None or not layers:
@@ -176,7 +177,7 @@ class FusedLayers:
             return None
         found = [layer.fused.current(unchanged) for layer in layers]
         ready = [(one, one.kernel) for one in found if one is not None and one.kernel is not None]
-        if len(ready) < len(layers):
+        if len(ready) < len(layers) or any(one.watch.is_hooked() for one, _ in ready):
             return None
         kernels, local = [kernel for _, kernel in ready], self._decoder.local_layers
         self._made = made = _MadeStep(
@@ -251,12 +252,16 @@ class _Watch:
         modules = self.modules()
         if list(map(type, modules)) != self._types:
             return False
-        if any(kind.forward is not forward for kind, forward in self._forwards):
+        if not self.has_same_classes():
             return False
         # One more attribute: a forward of its own, maybe.
         if list(map(len, map(vars, modules))) != self._sizes:
             return False
         return all(_forward_of(modules[i]) is forward for i, forward in self._own)
+
+    def has_same_classes(self) -> bool:
+        """Return whether the classes of the modules run the code that they ran."""
+        return all(kind.forward is forward for kind, forward in self._forwards)
 
     def is_same(self) -> bool:
         """Return whether nothing was replaced or moved."""

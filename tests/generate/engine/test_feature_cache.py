@@ -114,6 +114,18 @@ def fill_empty_buffer(model):
     model[1].extra = torch.zeros(3)
 
 
+def hook(model):
+    model[0].register_forward_hook(lambda *_: None)
+
+
+def hook_before(model):
+    model[1].register_forward_pre_hook(lambda *_: None)
+
+
+def take_another_forward(model):
+    model[0].forward = model[1].forward
+
+
 def add_lora(model):
     inject(model, LoraConfig(rank=1, alpha=1, targets=("0",)))
 
@@ -129,6 +141,9 @@ CHANGES = [
     set_number_for_record,
     hide_child,
     fill_empty_buffer,
+    hook,
+    hook_before,
+    take_another_forward,
     add_lora,
 ]
 
@@ -142,6 +157,16 @@ def test_change_begins_a_new_version(model, change):
     after = watch.version
     assert after != before
     assert watch.version == after
+
+
+def test_another_hook_is_a_change(model):
+    first = model[0].register_forward_hook(lambda *_: None)
+    watch = WeightWatch(model)
+    before = watch.version
+    assert watch.version == before
+    first.remove()
+    hook(model)
+    assert watch.version != before
 
 
 def test_versions_never_come_again(model):

@@ -7,7 +7,9 @@
 Knows file formats, no models.
 """
 
+import ctypes
 import math
+import mmap
 import pickle
 import struct
 import warnings
@@ -128,6 +130,7 @@ class SafetensorsShard:
         size = self.path.stat().st_size
         with utf8_name(self.path) as name:
             mapping = torch.UntypedStorage.from_file(name, shared=False, nbytes=size)
+        ask_for_large_pages(mapping.data_ptr(), size)
         return cast("torch.UntypedStorage", mapping)
 
     def _header(self) -> tuple[int, Mapping[str, object]]:
@@ -171,6 +174,17 @@ class SafetensorsShard:
         return _damaged(self.path, "safetensors file", why)
 
 
+def ask_for_large_pages(start: int, size: int) -> None:
+    """Ask for pages of 2 MiB under a mapping, where the operating system has them.
+
+    Every token reads all weights once. In pages of 4 KiB a third of the time may go into finding
+    them in memory, most of all inside a virtual machine. It is a wish: nothing depends on it.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None and size:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+
+
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
@@ -197,19 +211,19 @@ class PickledShard:
         return self._tensors[name].to(dtype or self._tensors[name].dtype, copy=not mapped)
 
 
-def _load(path: Path, *, mmap: bool = True) -> object:
+def _load(path: Path, *, mapped: bool = True) -> object:
     """Load a file with the restricted unpickler."""
     try:
         with warnings.catch_warnings(), utf8_name(path) as name:
             warnings.simplefilter("ignore")  # of storages in old files
-            return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise _unsafe_or_damaged(path, error) from error
     except Exception as error:  # damaged bytes make an unpickler raise anything
-        if not mmap or "mmap can only be used" not in str(error):
+        if not mapped or "mmap can only be used" not in str(error):
             raise _damaged(path) from error
     # Files of torch before 1.6 are no archives and cannot be mapped.
-    return _load(path, mmap=False)
+    return _load(path, mapped=False)
 
 
 def _check_archive(path: Path) -> None:

@@ -132,8 +132,9 @@ class WeightWatch:
     """Version counter of a model's weights and settings, which grows with every change.
 
     No version comes again: after an adapter was switched off and on, everything is computed anew.
-    Compared are the class and the plain attributes of every module (a LoRA's scaling, training
-    mode), and of every parameter and buffer the tensor, its memory and its version counter.
+    Compared are the class, the plain attributes (a LoRA's scaling, training mode), the hooks and a
+    forward of its own of every module, and of every parameter and buffer the tensor, its memory and
+    its version counter.
 
     Note: a module that counts in a plain attribute looks changed every time, so nothing cached is
         found; keep counts in an object of their own.
@@ -187,7 +188,9 @@ class WeightWatch:
                 for item in inside.items()
                 if type(item[1]) not in _NO_SETTINGS and isinstance(item[1], SCALARS)
             )
-            settings.append((path, type(module), plain))
+            hooks = tuple(key for kind in _HOOKS for key in inside[kind])
+            runs = (("hooks", hooks), ("forward", id(inside.get("forward"))))
+            settings.append((path, type(module), (*plain, *runs)))
             for held in (inside["_parameters"], inside["_buffers"]):
                 for name, tensor in held.items():
                     if tensor is not None:
@@ -218,6 +221,7 @@ class _Glance:
         self._counted = [tensor for tensor in self._held if not tensor.is_inference()]
         self._children = [inside["_modules"] for inside in self._insides]
         self._empty = [group for group in groups if not group]
+        self._hooks = [inside[kind] for kind in _HOOKS for inside in self._insides]
         self._facts = self._look()
 
     def is_same(self) -> bool:
@@ -236,6 +240,7 @@ class _Glance:
             list(map(len, self._insides)),
             list(map(len, self._groups)),
             list(map(len, self._empty)),
+            list(map(tuple, filter(None, self._hooks))),  # a number for each, which none has again
             list(map(list, map(dict.values, self._children))),
             list(map(getitem, *self._plain)),
             list(map(type, map(getitem, *self._things))),
@@ -245,6 +250,7 @@ class _Glance:
 
 
 _GROUPS = ("_parameters", "_buffers")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _UNSEEN = (type(None), dict, set, *SCALARS)  # compared otherwise, or no settings
 _VERSION = attrgetter("_version")
 

@@ -360,15 +360,18 @@ def run_varlen(
         rows.append(PagedRow(row.blocks, row.length, one.length))
         if one.is_sampled:
             ends += range(start + one.count - 1, len(ids))
-    x = language_model.embed(torch.tensor(ids, device=store.device))
+    both = torch.tensor((ids, positions), device=store.device)
+    x = language_model.embed(both[0])
     hidden = language_model.forward(
         fuse(x[None], *scheduled_features(scheduled)),
-        position_ids=torch.tensor([positions], device=store.device),
+        position_ids=both[1:],
         cache=PagedBatch(store, rows, unchanged=unchanged),
     )
     if not ends:
         return None
-    return language_model.logits(hidden[0, torch.tensor(ends, device=store.device)])
+    is_decode = len(ends) == len(ids)  # where every position is the end of a row
+    last = hidden[0] if is_decode else hidden[0, torch.tensor(ends, device=store.device)]
+    return language_model.logits(last)
 
 
 def scheduled_features(

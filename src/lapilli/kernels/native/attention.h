@@ -79,36 +79,65 @@ void cap_scores(float* scores, int64_t count, float cap) {
   }
 }
 
-template <class S, int64_t kind>
-void score_group(const AttentionCall& call, const Group& group, float* scores, int64_t stride) {
+// Up to four positions of a run and the scales of the whole numbers they are kept as.
+struct Keys {
+  int64_t at[4];  // the last of a run stands in for those beyond it
+  int64_t count;
+  const float* scales;
+};
+
+// G heads times four keys: what is read of a key serves all of them.
+template <class S, int64_t kind, int G>
+inline void score_heads(const AttentionCall& call, const Keys& keys, const float* q, float* scores, int64_t stride) {
   using F = typename S::F;
   const int64_t width = call.width;
   const float scale = static_cast<float>(call.scale);
+  F sum[G][4];  // unrolled by hand of the compiler: in memory it would cost as much as the products
+#pragma GCC unroll 16
+  for (int i = 0; i < 4 * G; ++i) sum[i / 4][i % 4] = S::fzero();
+  for (int64_t v = 0; v < width; v += S::kLanes) {
+    F key[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) key[j] = load_cache<S, kind>(call.keys, keys.at[j] + v);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      const F x = S::load(q + g * width + v);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum[g][j] = S::fma(x, key[j], sum[g][j]);
+    }
+  }
+  alignas(16) float four[4 * G];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) S::sum4(sum[g][0], sum[g][1], sum[g][2], sum[g][3], four + 4 * g);
+  for (int g = 0; g < G; ++g) {
+    float* target = scores + g * stride;
+    for (int64_t j = 0; j < keys.count; ++j) {
+      target[j] = four[4 * g + j] * scale;
+      if (kind == kInt8) target[j] *= keys.scales[j];
+    }
+  }
+}
+
+template <class S, int64_t kind>
+void score_group(const AttentionCall& call, const Group& group, float* scores, int64_t stride) {
+  constexpr int kHeads = S::kLanes == 8 ? 2 : 4;  // AVX2 has 16 registers, the others 32
+  const int64_t width = call.width;
   for_runs(call, group, [&](int64_t start, int64_t scales, int64_t at, int64_t count, int64_t ahead) {
     for (int64_t i = 0; i < count; i += 4) {
-      const int64_t here = count - i < 4 ? count - i : 4;
-      int64_t key[4];  // the last of a run stands in for those beyond it
+      Keys keys{};
+      keys.count = count - i < 4 ? count - i : 4;
+      if (kind == kInt8) keys.scales = call.key_scales + scales + i;
       for (int64_t j = 0; j < 4; ++j) {
-        key[j] = start + (i + (j < here ? j : here - 1)) * width;
-        fetch<S, kind>(call.keys, key[j] + ahead, width);
+        keys.at[j] = start + (i + (j < keys.count ? j : keys.count - 1)) * width;
+        fetch<S, kind>(call.keys, keys.at[j] + ahead, width);
       }
-      for (int64_t g = 0; g < group.size; ++g) {
-        const float* q = group.q + g * width;
-        F a = S::fzero(), b = S::fzero(), c = S::fzero(), d = S::fzero();
-        for (int64_t v = 0; v < width; v += S::kLanes) {
-          const F x = S::load(q + v);
-          a = S::fma(x, load_cache<S, kind>(call.keys, key[0] + v), a);
-          b = S::fma(x, load_cache<S, kind>(call.keys, key[1] + v), b);
-          c = S::fma(x, load_cache<S, kind>(call.keys, key[2] + v), c);
-          d = S::fma(x, load_cache<S, kind>(call.keys, key[3] + v), d);
-        }
-        float four[4];
-        S::sum4(a, b, c, d, four);
-        float* target = scores + g * stride + at + i;
-        for (int64_t j = 0; j < here; ++j) {
-          target[j] = four[j] * scale;
-          if (kind == kInt8) target[j] *= call.key_scales[scales + i + j];
-        }
+      float* target = scores + at + i;
+      int64_t g = 0;
+      for (; g + kHeads <= group.size; g += kHeads) {
+        score_heads<S, kind, kHeads>(call, keys, group.q + g * width, target + g * stride, stride);
+      }
+      for (; g < group.size; ++g) {
+        score_heads<S, kind, 1>(call, keys, group.q + g * width, target + g * stride, stride);
       }
     }
   });
