@@ -26,7 +26,7 @@ constexpr int64_t cache_bytes(int64_t kind) {
 
 // One position of a cache, fetched before it is read.
 template <class S, int64_t kind>
-inline void fetch(const void* base, int64_t index, int64_t width) {
+inline __attribute__((always_inline)) void fetch(const void* base, int64_t index, int64_t width) {
   const char* from = static_cast<const char*>(base) + index * cache_bytes(kind);
   for (int64_t byte = 0; byte < width * cache_bytes(kind); byte += 64) S::prefetch(from + byte);
 }

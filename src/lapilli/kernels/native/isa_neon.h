@@ -138,7 +138,7 @@ struct Neon {
     const int16x8_t v = vmovl_s8(vreinterpret_s8_u32(four_bytes(p)));
     return to_float(vmovl_s16(vget_low_s16(v)));
   }
-  static void prefetch(const void* p) { __builtin_prefetch(p); }
+  static inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p); }
 
   static uint32x2_t four_bytes(const void* p) {
     uint32_t four;

@@ -164,7 +164,7 @@ struct Portable {
     for (int i = 0; i < kLanes; ++i) v[i] = p[i];
     return v;
   }
-  static void prefetch(const void* p) { __builtin_prefetch(p); }
+  static inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p); }
 
   static float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
