@@ -26,6 +26,7 @@ from lapilli.checkpoint.write.llava import save_llava
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.prompt.encode import EncodedPrompt, Span
+from lapilli.quant import QuantConfig
 
 VOCABULARY = 120
 IMAGE_ID = 100
@@ -121,6 +122,38 @@ def test_llava_logits(tmp_path, text, tower, strategy):
         ours, theirs(model, length, pixel_values=pixels), atol=1e-4, rtol=1e-4
     )
     assert loaded.config.tokens.image_id == IMAGE_ID
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_tied_logits_are_packed_as_a_layer_of_their_own(tmp_path, scheme):
+    make(tmp_path / "from", "tied", "clip")
+    plain = load_checkpoint(tmp_path / "from", device="cpu", dtype="float32")
+    table = plain.model.language_model.model.embed_tokens.weight
+    packed = load_checkpoint(tmp_path / "from", device="cpu", quantization=scheme)
+    decoder = packed.model.language_model
+    assert torch.equal(decoder.model.embed_tokens.weight, table)
+    assert (decoder.lm_head.bits, decoder.config.tie_embeddings) == (8, False)
+    near = decoder.lm_head.kernel().packed.dequantize()
+    step = table.abs().amax(dim=1, keepdim=True) / 127
+    assert bool(((near - table).abs() <= 0.51 * step).all())
+    assert any("a layer of its own" in note for note in packed.report.notes)
+    target = tmp_path / "llava-packed"
+    quantization = packed.quantization
+    save_llava(
+        target,
+        packed.model,
+        packed.config,
+        tokenizer_path=packed.tokenizer_path,
+        quantization=quantization,
+    )
+    again = load_checkpoint(target, device="cpu")
+    hidden = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found = again.model.language_model.logits(hidden)
+        assert torch.equal(found, decoder.logits(hidden))
+    float_head = QuantConfig(head_bits=None)
+    kept = load_checkpoint(tmp_path / "from", device="cpu", quantization=float_head)
+    assert kept.model.language_model.config.tie_embeddings
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from lapilli.checkpoint.read.assemble import (
     check_complete,
     fill,
 )
-from lapilli.checkpoint.read.directory import open_weights
+from lapilli.checkpoint.read.directory import CHECKPOINT, open_weights
 from lapilli.checkpoint.read.plan import Plan, make_plan
 from lapilli.checkpoint.source import in_folder, read_optional_json, resolve
 from lapilli.checkpoint.template import choose_for
@@ -171,6 +171,7 @@ def load_checkpoint(
     with in_folder(plan.path):
         stored = stored_quantization(plan.weights_raw)
         asked = _asked(quantization, stored, where, quantize_tower=quantize_tower)
+        plan = _with_head_to_pack(plan, asked, stored)
         model = build_model(plan.config)
         free = where.type == "cpu" and dtype == AUTO  # to take the faster dtype
         quantizer = _quantizer(plan, model, asked, stored, merge_lora=merge_lora, free=free)
@@ -241,6 +242,26 @@ def _asked(
         return asked
     own = stored.config
     return replace(asked, group_size=own.group_size, levels=own.levels, value_bits=own.value_bits)
+
+
+def _with_head_to_pack(
+    plan: Plan, asked: QuantConfig | None, stored: StoredQuantization | None
+) -> Plan:
+    """Give a model with tied embeddings an output layer of its own, to be packed.
+
+    Every token reads the whole output layer, and one row of the embedding, which stays float.
+    """
+    is_packed = stored is not None and stored.published is None
+    if asked is None or asked.head_bits is None or is_packed:
+        return plan
+    if not plan.config.text.tie_embeddings:
+        return plan
+    bits = max(asked.head_bits, asked.bits)
+    note = (
+        f"the output layer is the embedding: it is packed in {bits} bits as a layer of its own, "
+        "and the embedding stays float"
+    )
+    return plan.with_head(note, CHECKPOINT)
 
 
 def _quantizer(

@@ -41,6 +41,9 @@ PACKAGES: Mapping[str, str] = MappingProxyType(
         "llava.model.multimodal_projector": "",
         "llava.serve": "",
         "llava.train": "",
+        "tinychat": "",
+        "tinychat.models": "tinychat",
+        "tinychat.utils": "",
     }
 )
 """Package of the original -> the module of ours whose public names it has, if any."""
@@ -69,6 +72,8 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "llava.train.train_mem": "training",
         "llava.train.train_xformers": "training",
         "llava.train.llava_trainer": "trainer",
+        "tinychat.models.llava_llama": "tinychat",
+        "tinychat.utils.constants": "tinychat",
     }
 )
 """Module of the original -> ours, which is the very same module object under both names."""
@@ -101,6 +106,9 @@ PROGRAMS: Mapping[str, str] = MappingProxyType(
 )
 """Program of the original -> the module of ours that has its names and those of others."""
 
+NAMES = ("llava", "tinychat")
+"""Packages whose names are taken: the original's, and TinyChat's of llm-awq."""
+
 RUNNABLE = ("delta", "evaluation", "serving", "training")
 """Modules of ours that can be run as programs."""
 
@@ -114,10 +122,10 @@ class LlavaFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Return a spec for the names of the original, nothing for others.
 
         Raises:
-            ModuleNotFoundError: a name under llava that is not there. It has no `name`, for which
+            ModuleNotFoundError: a name under these that is not there. It has no `name`, for which
                 `from llava.eval import x` would say less.
         """
-        if fullname.partition(".")[0] != "llava":
+        if fullname.partition(".")[0] not in NAMES:
             return None
         if not any(fullname in table for table in (PACKAGES, MODULES, PARTS, PROGRAMS)):
             raise ModuleNotFoundError(_missing(fullname))
@@ -196,20 +204,22 @@ def _kind(name: str) -> str:
 
 
 def install() -> None:
-    """Make `import llava` and its submodules find lapilli, in this process, from now on.
+    """Make `import llava` and `import tinychat` find lapilli, in this process, from now on.
 
     Where torch sees no GPU, "cuda" means the CPU, because programs for the original ask for it
     unconditionally. Calling `install` again changes nothing.
 
     Raises:
-        ImportError: another package named llava has been imported already.
+        ImportError: another package of such a name has been imported already.
     """
     if not any(isinstance(finder, LlavaFinder) for finder in sys.meta_path):
-        if "llava" in sys.modules:
-            raise ImportError(
-                "a package named llava is imported already: call lapilli.compat.install() first",
-                name="llava",
-            )
+        for name in NAMES:
+            if name in sys.modules:
+                raise ImportError(
+                    f"a package named {name} is imported already: call lapilli.compat.install() "
+                    "first",
+                    name=name,
+                )
         sys.meta_path.insert(0, LlavaFinder())
     stand_in()
 

@@ -194,9 +194,7 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
             raise ValueError("generate() needs the ids of a prompt as its first argument")
         options.pop("position_ids", None)
         mask = options.pop("attention_mask", None)
-        _, _, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
-            ids, None, mask, None, None, images, image_sizes
-        )
+        embeds, mask = self._prompt_embeds(ids, mask, images, image_sizes)
         if embeds is None:
             embeds = self.get_input_embeddings()(ids)
         if mask is None:  # quirk 5: without a mask padding is text
@@ -207,6 +205,19 @@ class LlavaForCausalLM(LlavaMetaForCausalLM):
         if not _chooses_cache(config, options):
             options[self._cache_name] = LegacyCache()
         return super().generate(start, inputs_embeds=embeds, attention_mask=mask, **options)
+
+    def _prompt_embeds(
+        self,
+        ids: Int[Tensor, "B L"],
+        mask: Tensor | None,
+        images: Images | None,
+        image_sizes: Sequence[Sequence[int]] | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return embeddings and mask of a prompt; no embeddings where there are no pictures."""
+        _, _, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
+            ids, None, mask, None, None, images, image_sizes
+        )
+        return embeds, mask
 
     def _prepare_generated_length(
         self, generation_config: Foreign, *_: object, input_ids_length: int, **__: object

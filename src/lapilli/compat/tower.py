@@ -256,28 +256,39 @@ class CLIPVisionTower(nn.Module):
                 f"pixels of {images.shape[-2]}x{images.shape[-1]}: the tower takes {side}x{side}; "
                 "process_images() makes them so"
             )
-        features = self._selected(self._hidden_state(images.to(self.device, self.dtype)))
+        pixels = images.to(self.device, self.dtype)
+        features = self._selected(self.hidden_states(pixels, [self.select_layer])[0])
         wider = torch.promote_types(images.dtype, self.dtype) == images.dtype
         return features.to(images.dtype) if wider else features
 
-    def _hidden_state(self, pixels: Float[Tensor, "N C H W"]) -> Tensor:
-        """Return the selected hidden state, by a hook of our own.
+    def hidden_states(
+        self, pixels: Float[Tensor, "N C H W"], layers: Sequence[int]
+    ) -> list[Float[Tensor, "N P E"]]:
+        """Return hidden states by number, with a class token where there is one, by own hooks.
 
         Those of transformers that collect the language model's states reach into the tower.
         """
-        layers = self.vision_tower.vision_model.encoder.layers
-        at = self.select_layer % (len(layers) + 1)
-        seen: list[Any] = []
-        if at == 0:
-            hook = layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-        else:
-            hook = layers[at - 1].register_forward_hook(lambda _, __, made: seen.append(made))
+        inside = self.vision_tower.vision_model.encoder.layers
+        seen: dict[int, Any] = {}
+
+        def hook(at: int) -> Foreign:
+            if at == 0:
+                return inside[0].register_forward_pre_hook(
+                    lambda _, given: seen.__setitem__(at, given[0])
+                )
+            return inside[at - 1].register_forward_hook(
+                lambda _, __, made: seen.__setitem__(at, made)
+            )
+
+        numbers = [layer % (len(inside) + 1) for layer in layers]
+        hooks = [hook(at) for at in dict.fromkeys(numbers)]
         try:
             self.vision_tower(pixels)
         finally:
-            hook.remove()
-        found: Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-        return found
+            for one in hooks:
+                one.remove()
+        found = [seen[at] for at in numbers]
+        return [one[0] if isinstance(one, tuple) else one for one in found]
 
     @property
     def config(self) -> Foreign:

@@ -167,7 +167,8 @@ class FusedLayers:
         """Return the call for the layers of now; None where one of them runs module by module."""
         made = self._made
         is_watched = made is not None and unchanged is not None and made.unchanged is unchanged
-        # Who gives `unchanged` has looked at everything of the modules, hooks too, but their classes.
+        # Who gives `unchanged` has looked at everything of the modules, hooks too, but not at the
+        # code of their classes.
         if made is not None and is_watched and made.watch.has_same_classes():
             return made
         layers = list(self._decoder.model.layers)

@@ -61,7 +61,8 @@ class QuantConfig:
         mode: "dynamic" rounds activations to 8 bits by token and group, so that products are
             integers; "weight_only" keeps them in float32.
         head_bits: bits of the layer that gives the logits, which are the most sensitive; None: it
-            stays float. A model with tied embeddings has no such layer: its table stays float.
+            stays float. A model with tied embeddings gets such a layer when it is loaded, of the
+            values of its table, which stays float.
         quantize_tower: the vision tower and the projector too, in 8 bits.
         search: at 4 bits, look for the scale with the least squared error instead of the one that
             just covers the largest weight. Nonlinear levels are always looked for.
@@ -275,8 +276,8 @@ def notes_on(paths: Iterable[str], config: QuantConfig) -> tuple[str, ...]:
     if has_head or config.head_bits is None:
         return ()
     return (
-        "the logits stay float: the embeddings are tied, so the logits are made of the embedding "
-        f"table, and head_bits {config.head_bits} changes nothing",
+        "the logits stay float: they are made of the embedding table, and head_bits "
+        f"{config.head_bits} changes nothing; lapilli.load(..., quantize=) makes a layer of them",
     )
 
 

@@ -189,15 +189,18 @@ def has_other_head(parts: Sequence[WeightPart]) -> bool:
     return False
 
 
-def tied_heads(parts: Sequence[WeightPart]) -> list[WeightPart]:
-    """Return an output layer for every part with an embedding that is both, an adapter's apart."""
+def tied_heads(parts: Sequence[WeightPart], label: str = ADAPTER) -> list[WeightPart]:
+    """Return output layers under a label, one for every part with an embedding that is both.
+
+    An adapter's tables are left apart.
+    """
     heads = []
     for part in parts:
         head = WeightStore()
         for name, foreign in part.parameters.items() if part.label != ADAPTER else ():
             if name in EMBEDDINGS:
                 head.rename(part.store, foreign, "lm_head.weight")
-        heads += [WeightPart(ADAPTER, head, LANGUAGE_MODEL)] if head.infos else []
+        heads += [WeightPart(label, head, LANGUAGE_MODEL)] if head.infos else []
     return heads
 
 

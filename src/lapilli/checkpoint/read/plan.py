@@ -126,6 +126,11 @@ class Plan:
         config = replace(self.config, text=text)
         return replace(self, config=config, notes=(*self.notes, note))
 
+    def with_head(self, note: str, label: str = ADAPTER) -> "Plan":
+        """Return the plan of a model whose output layer is a copy of its embedding."""
+        apart = self.with_text(note, tie_embeddings=False)
+        return replace(apart, parts=(*tied_heads(self.parts, label), *self.parts))
+
     def match(self, model: nn.Module) -> Matching:
         """Match the parameters of a model with the tensors of the files."""
         return match(self.parts, model, tied=self.config.text.tie_embeddings)
@@ -241,8 +246,7 @@ def _with_own_head(plan: Plan) -> Plan:
         "the base's output layer is its embedding, but the adapter changes one of the two: they "
         "are kept apart"
     )
-    apart = plan.with_text(note, tie_embeddings=False)
-    return replace(apart, parts=(*tied_heads(plan.parts), *plan.parts))
+    return plan.with_head(note)
 
 
 def _with_longer_vocabulary(plan: Plan) -> Plan:
