@@ -84,6 +84,25 @@ def awq_tensors(nibbles, zeros, scales):
     }
 
 
+def llm_awq_tensors(nibbles, zeros, scales, group, *, zeros_name="scaled_zeros"):
+    """What llm-awq stores: nibble t of number c of a quarter is one of tile c // 64, see below."""
+    values, outputs = nibbles.T.astype(np.uint16), nibbles.shape[1]
+    words = np.zeros((outputs // 4, nibbles.shape[0]), dtype=np.uint16)
+    for column in range(nibbles.shape[0]):
+        tile, row, half, i = column // 64, column % 64 // 16, column % 16 // 8, column % 8
+        for t in range(4):
+            inputs = values[row::4, 64 * tile + 32 * half + 8 * t + i]
+            words[:, column] |= inputs << np.uint16(4 * t)
+    step = 8 * {32: 4, 64: 2}.get(group, 1)
+    more = -len(scales) % step
+    padded, products = (np.pad(x, ((0, more), (0, 0))) for x in (scales, -(zeros * scales)))
+    return {
+        "qweight": torch.from_numpy(words.view(np.int16)),
+        "scales": torch.from_numpy(padded),
+        zeros_name: torch.from_numpy(products.astype(np.float16)),
+    }
+
+
 def gptq_tensors(nibbles, zeros, scales, group, *, one_less=True):
     """What AutoGPTQ stores; `one_less`: version 1, whose zeros wrap."""
     inputs = nibbles.shape[0]
@@ -135,11 +154,14 @@ def convert(source, target, section, *, chosen, rename=lambda name: name, zero_p
         width = tensor.shape[1] if group < 0 else group
         integers = rounded(tensor, width, zero_points=zero_points)
         floats[new] = multiplied_out(*integers, width)
-        parts = (
-            awq_tensors(*integers)
-            if section["quant_method"] == "awq"
-            else gptq_tensors(*integers, width, one_less=one_less)
-        )
+        if section.get("backend") == "llm-awq":
+            parts = llm_awq_tensors(*integers, width)
+        elif section.get("version") == "gemv_fast":
+            parts = llm_awq_tensors(*integers, width, zeros_name="qzeros")
+        elif section["quant_method"] == "awq":
+            parts = awq_tensors(*integers)
+        else:
+            parts = gptq_tensors(*integers, width, one_less=one_less)
         files |= {f"{new.removesuffix('weight')}{kind}": part for kind, part in parts.items()}
     for folder, tensors in (("packed", files), ("float", floats)):
         shutil.copytree(source, target / folder)

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lapilli
-from lapilli.checkpoint.formats.awq import PublishedLinear, published_format
+from lapilli.checkpoint.formats.awq import PublishedLinear, in_tiles, published_format
 from lapilli.checkpoint.inspect import inspect_checkpoint
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.write.llava import save_llava
@@ -32,6 +33,7 @@ from tests.checkpoint.published import (
     drawn,
     gptq,
     gptq_tensors,
+    llm_awq_tensors,
     make_llava,
     multiplied_out,
     of_text_layers,
@@ -111,6 +113,45 @@ def test_awq_of_every_group_size(llava, tmp_path, group):
     }
     assert isinstance(loaded.model.language_model.lm_head, nn.Linear)
     assert loaded.report.missing == loaded.report.unexpected == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [{"backend": "llm-awq", "version": "gemv"}, {"version": "gemv_fast"}]
+)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_awq_in_the_layout_of_llm_awq(llava, tmp_path, group, more):
+    paths = convert(llava, tmp_path, awq(group, **more), chosen=of_text_layers)
+    loaded = check(*paths, with_picture)
+    assert len(packed_layers(loaded.model)) == 14
+    assert loaded.report.missing == loaded.report.unexpected == ()
+
+
+def test_nibbles_in_the_order_of_llm_awq():
+    """Numbers that llm-awq itself packed."""
+    rows, inputs = torch.meshgrid(torch.arange(8), torch.arange(128), indexing="ij")
+    values = (7 * rows + 5 * inputs + inputs // 8 + inputs // 64) % 16
+    zeros, scales = np.zeros((1, 8), dtype=int), np.ones((1, 8), dtype=np.float16)
+    stored = llm_awq_tensors(values.numpy().T, zeros, scales, 128)["qweight"]
+    words = stored.numpy().view(np.uint16)
+    known = {(0, 0): 0xB290, (0, 1): 0x07E5, (0, 8): 0xF6D4, (0, 16): 0x2907, (0, 63): 0x7E5C}
+    known |= {(0, 64): 0x4B29, (1, 0): 0x7E5C, (1, 127): 0xC3A1}
+    assert {at: int(words[at]) for at in known} == known
+    assert words.sum(dtype=np.int64) == 8379776
+    assert torch.equal(in_tiles(stored), values.to(torch.uint8))
+
+
+def test_scaled_zeros_that_are_no_whole_numbers():
+    form = published_format(awq(backend="llm-awq"))
+    nibbles, zeros, scales = drawn(128, 16, 128, 0)
+    stored = llm_awq_tensors(nibbles, zeros + 0.4, scales, 128)
+    linear = nn.Linear(128, 16, bias=False, device="meta")
+    layer = PublishedLinear(LAYER, linear, form, zeros="scaled_zeros")
+    last = stored.popitem()
+    for name, tensor in stored.items():
+        layer.add(name, tensor)
+    with pytest.raises(CheckpointError, match="no whole numbers from 0 to 15"):
+        layer.add(*last)
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def load(path, **options):
         (awq(version="marlin"), "AWQ of version 'marlin' cannot be read"),
         (awq(version="exllama"), "AWQ of version 'exllama' cannot be read"),
         (awq(bits=3), "AWQ weights in 3 bits cannot be read, only 4"),
-        (awq(backend="llm-awq"), "AWQ in llm-awq's layout"),
+        (awq(-1, backend="llm-awq"), "AWQ in llm-awq's layout has groups of 32, 64 or"),
         (awq(48), "AWQ groups of 48 cannot be read"),
         (gptq(bits=8), "GPTQ weights in 8 bits cannot be read, only 4"),
         (gptq(checkpoint_format="marlin"), "GPTQ of checkpoint_format 'marlin' cannot be read"),

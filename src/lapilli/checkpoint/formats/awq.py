@@ -10,6 +10,11 @@ Knows these formats and the packed layout of the kernels; knows no model and ope
 
 A number holds eight 4-bit values. In GPTQ they are in order, lowest bits first; in AWQ value 0 to 7
 belongs to output 0, 2, 4, 6, 1, 3, 5, 7. A weight is (q - zero) * scale in both.
+
+              AWQ as llm-awq writes it, version gemv_fast of AutoAWQ
+    qweight        int16 [out / 4, in]    see `in_tiles`
+    scales         float [rows, out]      groups, and rows of padding
+    scaled_zeros   float [rows, out]      -zero * scale; some releases call it qzeros
 """
 
 from dataclasses import dataclass
@@ -30,7 +35,8 @@ from lapilli.shapes import Int, Tensor, UInt8
 NAMES = {"awq": "AWQ", "gptq": "GPTQ"}
 PER_NUMBER = 8
 WIDEST = 128  # inputs under one scale that the kernels know
-PIECES = ("qweight", "qzeros", "scales")
+PIECES = ("qweight", "qzeros", "scales", "scaled_zeros")
+TILE = 64  # inputs of a tile of llm-awq
 ADVICE = "take the checkpoint before quantization and load it with quantize='int4'"
 _COLUMNS = 1024  # outputs repacked at once, which bounds the memory of a large layer
 
@@ -45,6 +51,7 @@ class PublishedFormat:
         symmetric: zero is always 8.
         one_less: the files hold zero - 1.
         act_order: inputs belong to groups in any order, given by g_idx.
+        is_tiled: AWQ in the layout of llm-awq.
     """
 
     method: str
@@ -52,6 +59,7 @@ class PublishedFormat:
     symmetric: bool = False
     one_less: bool = False
     act_order: bool = False
+    is_tiled: bool = False
 
     @property
     def config(self) -> QuantConfig:
@@ -63,6 +71,17 @@ class PublishedFormat:
     def inputs_of_group(self, in_features: int) -> int:
         """Return the number of inputs that share a scale in the files of a layer."""
         return in_features if self.group_size < 0 else self.group_size
+
+    def rows_of_scales(self, in_features: int) -> int:
+        """Return the number of rows of scales in the files of a layer.
+
+        Source: llm-awq pads them to multiples of eight groups, of 16 or 32 where groups are small.
+        """
+        groups = -(-in_features // self.inputs_of_group(in_features))
+        if not self.is_tiled:
+            return groups
+        step = PER_NUMBER * max(1, WIDEST // self.group_size)
+        return -(-groups // step) * step
 
     def __str__(self) -> str:
         groups = f"groups of {self.group_size}" if self.group_size > 0 else "one group per output"
@@ -93,12 +112,16 @@ def published_format(found: JsonObject) -> PublishedFormat:
             f"multiples of {WIDEST}, and -1: {ADVICE}"
         )
     if method == "awq":
-        _check_variant(reader, "version", "format", known=("gemm",))
-        if reader.text("backend") == "llm-awq":
+        is_tiled = reader.text("backend") == "llm-awq"  # which calls its version gemv
+        if not is_tiled:
+            known = ("gemm", "gemv_fast", "llm-awq")
+            is_tiled = _check_variant(reader, "version", "format", known=known) != "gemm"
+        if is_tiled and size < 0:
             raise UnsupportedModelError(
-                f"config.json: AWQ in llm-awq's layout is not read: {ADVICE}"
+                "config.json: AWQ in llm-awq's layout has groups of 32, 64 or multiples of "
+                f"{WIDEST}, found {size}: {ADVICE}"
             )
-        return PublishedFormat(method="awq", group_size=size)
+        return PublishedFormat(method="awq", group_size=size, is_tiled=is_tiled)
     variant = _check_variant(reader, "checkpoint_format", "format", known=("gptq", "gptq_v2"))
     if reader.flag("is_marlin_format", False):
         raise UnsupportedModelError(f"config.json: GPTQ in marlin's format is not read: {ADVICE}")
@@ -141,12 +164,14 @@ class PublishedLinear(nn.Module):
         *,
         has_order: bool = False,
         has_bias: bool = False,
+        zeros: str = "qzeros",
     ) -> None:
         super().__init__()
         self.path = path
         self.form = form
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.is_biased = linear.bias is not None
+        self._zeros_name = zeros
         self._found: dict[str, Tensor] = {}
         along = "inputs" if form.method == "gptq" else "outputs"
         for name, size in (("outputs", self.out_features), ("inputs", self.in_features)):
@@ -155,6 +180,11 @@ class PublishedLinear(nn.Module):
                     f"{path} has {size} {name}, but {NAMES[form.method]} packs {PER_NUMBER} into "
                     "one number: config.json and weights do not belong together"
                 )
+        if form.is_tiled and self.in_features % TILE:
+            raise ShapeMismatchError(
+                f"{path} has {self.in_features} inputs, but llm-awq packs {TILE} into a tile: "
+                "config.json and weights do not belong together"
+            )
         for name, shape, dtype in self._shapes(has_order=has_order):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         if self.is_biased or has_bias:
@@ -162,7 +192,14 @@ class PublishedLinear(nn.Module):
 
     def _shapes(self, *, has_order: bool) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         inputs, outputs, form = self.in_features, self.out_features, self.form
-        groups = -(-inputs // form.inputs_of_group(inputs))
+        groups = form.rows_of_scales(inputs)
+        if form.is_tiled:
+            rows = (groups, outputs)
+            return [
+                ("qweight", (outputs // 4, inputs), torch.int16),
+                (self._zeros_name, rows, torch.float16),
+                ("scales", rows, torch.float16),
+            ]
         packed = (inputs, outputs // PER_NUMBER)
         if form.method == "gptq":
             packed = (inputs // PER_NUMBER, outputs)
@@ -182,7 +219,9 @@ class PublishedLinear(nn.Module):
             CheckpointError: a tensor of the wrong dtype, or values that the kernels cannot hold.
         """
         expected = self.get_buffer(name).dtype
-        if tensor.dtype != expected and not (name == "scales" and tensor.is_floating_point()):
+        if tensor.dtype != expected and not (
+            expected.is_floating_point and tensor.is_floating_point()
+        ):
             raise CheckpointError(
                 f"{self.path}.{name} is {tensor.dtype}, expected {expected}: "
                 f"is this a file of {NAMES[self.form.method]}?"
@@ -208,15 +247,18 @@ class PublishedLinear(nn.Module):
         self._check_order(self._found.get("g_idx"))
         width = form.config.group_size
         starts = torch.arange(0, -(-inputs // CHUNK) * CHUNK, width)
-        group = (starts // form.inputs_of_group(inputs)).clamp(max=len(self._found["scales"]) - 1)
-        scales = self._found["scales"].half()
+        groups = -(-inputs // form.inputs_of_group(inputs))
+        group = (starts // form.inputs_of_group(inputs)).clamp(max=groups - 1)
+        scales = self._found["scales"][:groups].half()
         if not bool(torch.isfinite(scales).all()):
             raise CheckpointError(f"{self.path}.scales do not fit into float16")
         zeros = self._zeros()
         qweight = self._found["qweight"]
         data = []
         for start in range(0, self.out_features, _COLUMNS):
-            if form.method == "gptq":
+            if form.is_tiled:
+                nibbles = in_tiles(qweight[start // 4 : (start + _COLUMNS) // 4])
+            elif form.method == "gptq":
                 nibbles = in_order(qweight[:, start : start + _COLUMNS].t())
             else:
                 columns = slice(start // PER_NUMBER, (start + _COLUMNS) // PER_NUMBER)
@@ -246,7 +288,9 @@ class PublishedLinear(nn.Module):
 
     def _zeros(self) -> UInt8[Tensor, "groups out"] | None:
         """Return the stored zero points, or None where the format says that all are 8."""
-        stored = self._found["qzeros"]
+        stored = self._found[self._zeros_name]
+        if self.form.is_tiled:
+            return self._unscaled_zeros(stored)
         if self.form.method == "awq":
             return interleaved(stored).t()
         zeros = in_order(stored)
@@ -261,6 +305,24 @@ class PublishedLinear(nn.Module):
                 "config.json says sym: correct it to false if the weights have zero points"
             )
         return None
+
+    def _unscaled_zeros(self, stored: Tensor) -> UInt8[Tensor, "groups out"]:
+        """Return the zero points of zeros that are multiplied by their negative scales.
+
+        Raises:
+            CheckpointError: they are no whole numbers from 0 to 15.
+        """
+        groups = -(-self.in_features // self.form.inputs_of_group(self.in_features))
+        scales = self._found["scales"][:groups].float()
+        exact = -stored[:groups].float() / torch.where(scales == 0, 1.0, scales)
+        zeros = exact.round()
+        # Both are rounded to 16 bits, bfloat16 to 8 of them: 15 is known to within 0.12.
+        if not bool(((exact - zeros).abs() < 0.25).all() and ((zeros >= 0) & (zeros < 16)).all()):
+            raise CheckpointError(
+                f"{self.path}.{self._zeros_name} are no whole numbers from 0 to 15 times the "
+                "scales: is this a file of llm-awq?"
+            )
+        return zeros.to(torch.uint8)
 
 
 def _contiguous(numbers: Tensor) -> Tensor:
@@ -284,6 +346,19 @@ def interleaved(numbers: Int[Tensor, "rows columns"]) -> UInt8[Tensor, "nibbles 
     each = _contiguous(numbers.t()).view(torch.uint8).view(columns, rows, 2, 2)  # [.., a, b]
     each = each.permute(0, 3, 2, 1).contiguous()  # [columns, b, a, rows]
     return torch.stack((each & 15, each >> 4), dim=2).view(columns * PER_NUMBER, rows)
+
+
+def in_tiles(numbers: Int[Tensor, "quarters inputs"]) -> UInt8[Tensor, "rows inputs"]:
+    """Unpack the nibbles of llm-awq: four rows and 64 inputs are a tile.
+
+    Number c of quarter Q of the rows holds, with c = 64 T + 16 r + 8 h + i, of row 4 Q + r the
+    inputs 64 T + 32 h + 8 t + i as its nibbles t = 0 to 3, lowest bits first.
+    """
+    quarters, inputs = numbers.shape
+    each = numbers.to(torch.int32).view(quarters, inputs // TILE, 4, 2, 1, 8)
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32).view(4, 1)
+    nibbles = ((each >> shifts) & 15).to(torch.uint8)  # [Q, T, r, h, t, i]
+    return nibbles.permute(0, 2, 1, 3, 4, 5).reshape(4 * quarters, inputs)
 
 
 def is_published(path: str, names: frozenset[str]) -> bool:

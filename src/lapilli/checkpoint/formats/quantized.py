@@ -278,8 +278,17 @@ class LayerQuantizer:
         self, path: str, linear: nn.Linear, published: PublishedFormat, names: frozenset[str]
     ) -> None:
         """Put a placeholder in place of a layer that the files hold in AWQ or GPTQ."""
-        has_order, has_bias = (f"{path}.{name}" in names for name in ("g_idx", "bias"))
-        layer = PublishedLinear(path, linear, published, has_order=has_order, has_bias=has_bias)
+        has_order, has_bias, has_scaled = (
+            f"{path}.{name}" in names for name in ("g_idx", "bias", "scaled_zeros")
+        )
+        layer = PublishedLinear(
+            path,
+            linear,
+            published,
+            has_order=has_order,
+            has_bias=has_bias,
+            zeros="scaled_zeros" if has_scaled else "qzeros",
+        )
         self._model.set_submodule(path, layer)
         self._bits[path] = 4
         self._as_stored |= {f"{path}.{name}" for name in layer.state_dict() if name != "bias"}

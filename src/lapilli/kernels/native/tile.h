@@ -42,7 +42,7 @@ inline __attribute__((always_inline)) void dot_steps(const Rows<R>& w, const int
         const uint8_t* p = w.data[r] + (k / 8 + s) * w.step;
         S::nibbles(p, low[r], high[r]);
         if (kind == kLevelNibbles) low[r] = S::levels(low[r]), high[r] = S::levels(high[r]);
-        S::prefetch(p + kAhead);
+        if (T > 1) S::prefetch(p + kAhead);  // one token keeps the memory busy without it
       }
       const int8_t* a = q + (k / 4 + 2 * s) * (T * 4);
       for (int t = 0; t < T; ++t) {
@@ -55,7 +55,7 @@ inline __attribute__((always_inline)) void dot_steps(const Rows<R>& w, const int
       for (int r = 0; r < R; ++r) {
         const uint8_t* p = w.data[r] + (k / 4 + s) * w.step;
         bytes[r] = kind == kBytes ? S::bytes(p) : S::small_bytes(p);
-        if (kind == kBytes && few) S::prefetch(p + kAhead);
+        if (kind == kBytes && few && T > 1) S::prefetch(p + kAhead);
       }
       const int8_t* a = q + (k / 4 + s) * (T * 4);
       for (int t = 0; t < T; ++t) {
