@@ -163,6 +163,17 @@ def test_a_position_that_nothing_leads_to(model: Any) -> None:
         model.forward(start_pos=0)
 
 
+def test_rows_that_do_not_keep_step(model: Any, pixels: torch.Tensor) -> None:
+    ids = torch.tensor([[0, 1, 5], [1, 5, 6]])
+    with pytest.raises(ValueError, match="rows without padding"):
+        model.forward(ids, start_pos=0, attention_mask=(ids > 0).long())
+    rows = torch.tensor([[1, 5, -200, 7], [1, 5, 6, 7]])
+    with pytest.raises(ValueError, match=r"same number of pictures, found \[1, 0\]"):
+        model.forward(rows, start_pos=0, images=pixels[:2], special_token=True)
+    with pytest.raises(ValueError, match="has no loss"):
+        model.forward(ids, start_pos=0, labels=ids)
+
+
 def test_embeddings_are_taken_as_they_are(model: Any, pixels: torch.Tensor) -> None:
     ids = torch.tensor([row(1, "p", 21)])
     embeds = model.get_input_embeddings()(ids)

@@ -206,6 +206,20 @@ def test_changes_are_noticed(calls, monkeypatch) -> None:
     assert calls == [False, False]
 
 
+@pytest.mark.parametrize("kind", ["float", "int4"])
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "mlp.up_proj", "mlp.act"])
+def test_hooks_of_parts_that_share_a_call_are_called(kind, part) -> None:
+    decoder = build(kind)
+    before = step(decoder)
+    module = decoder.model.layers[0].get_submodule(part)
+    seen = []
+    handle = module.register_forward_hook(lambda _m, _i, out: seen.append(1) or out + 1)
+    assert not torch.allclose(step(decoder), before, atol=1e-3)
+    assert seen == [1]
+    handle.remove()
+    assert torch.equal(step(decoder), before)
+
+
 def test_a_watched_model_is_looked_at_once(calls, monkeypatch) -> None:
     decoder = build()
     looks = []

@@ -104,8 +104,8 @@ class LlavaLlamaForCausalLM(Original):
         Args:
             input_ids: with a place for every patch, or with -200 for every picture.
             start_pos: None: all positions at once. A number: so many positions of the keys and
-                values of earlier calls come before these; mask, positions, `past_key_values`,
-                labels and what they would change in the output are not read then.
+                values of earlier calls come before these; positions, `past_key_values` and what
+                would change the output are not read then.
             attention_mask: see the forward of the other names, as everything that is not said here.
             position_ids: likewise.
             past_key_values: likewise.
@@ -122,12 +122,14 @@ class LlavaLlamaForCausalLM(Original):
 
         Raises:
             ValueError: no input; a picture is missing; `start_pos` lies behind what is kept, or the
-                end behind what the model reads.
+                end behind what the model reads; padding or labels with it.
             IndexError: an id of -200 without special_token.
             AssertionError: patches of half a picture.
         """
         if inputs_embeds is None and input_ids is None:
             raise ValueError("forward() needs input_ids or inputs_embeds")
+        if start_pos is not None:
+            _check_rows(input_ids, attention_mask, labels, special_token=special_token)
         if inputs_embeds is None and special_token:
             prepared = self.prepare_inputs_labels_for_multimodal(
                 input_ids, position_ids, attention_mask, past_key_values, labels, images
@@ -323,6 +325,30 @@ class LlavaLlamaForCausalLM(Original):
             kwargs["past_key_values"] = past_key_values
         prepared = super().prepare_inputs_for_generation(input_ids, inputs_embeds, **kwargs)
         return prepared if images is None else {**prepared, "images": images}
+
+
+def _check_rows(
+    ids: Tensor | None, mask: Tensor | None, labels: Tensor | None, *, special_token: bool
+) -> None:
+    """Check that no row has padding: all keep their keys and values at the same positions.
+
+    Raises:
+        ValueError: one has, or there are labels, for which this mode has no loss.
+    """
+    if labels is not None:
+        raise ValueError("forward(start_pos=...) has no loss: leave out start_pos or the labels")
+    if mask is not None and not bool(mask.bool().all()):
+        raise ValueError(
+            "forward(start_pos=...) takes rows without padding, but attention_mask has zeros: ask "
+            "the rows one by one"
+        )
+    if special_token and ids is not None and ids.shape[1] > 1:
+        counts = (ids == IMAGE_TOKEN_INDEX).sum(dim=1)
+        if bool((counts != counts[0]).any()):
+            raise ValueError(
+                "forward(start_pos=...) takes rows with the same number of pictures, found "
+                f"{counts.tolist()}: ask the rows one by one"
+            )
 
 
 def _with_pictures(config: Foreign) -> LlavaConfig:

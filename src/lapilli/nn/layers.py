@@ -14,7 +14,7 @@ from torch import nn
 from lapilli.config.model import Activation, DecoderConfig, RopeScaling
 from lapilli.errors import ConfigError
 from lapilli.kernels.layer import gelu_mul, rms_norm, silu_mul
-from lapilli.nn.linear import project
+from lapilli.nn.linear import is_hooked, project
 from lapilli.shapes import Float, Int, Tensor
 
 
@@ -106,6 +106,9 @@ class GatedMLP(nn.Module):
 
     def _gated(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... inner"]:
         gate, up = project(x, self.gate_proj, self.up_proj)
+        if not torch.compiler.is_compiling() and is_hooked(self.act):
+            seen: Tensor = self.act(gate) * up
+            return seen
         if isinstance(self.act, nn.SiLU):
             return silu_mul(gate, up)
         if is_gelu_tanh(self.act):

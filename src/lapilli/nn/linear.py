@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 
 from lapilli.kernels.linear import PackedLinear, dense, is_dense_native, linears
 from lapilli.shapes import Float, Tensor
@@ -134,10 +135,18 @@ class KernelLayer(nn.Module, ABC):
         """Return the weight ready to be called."""
 
 
+def is_hooked(*modules: nn.Module) -> bool:
+    """Return whether somebody wants to see or change what goes through one of the modules."""
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]  # torch has no types for it
+        return True
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
 def project(x: Float[Tensor, "... K"], *layers: nn.Module) -> list[Float[Tensor, "... out"]]:
     """Return each layer's output for one input; neighbours that are packed alike share a call."""
     learns = torch.is_grad_enabled() and x.requires_grad
-    if x.device.type == "cpu" and not learns and not torch.compiler.is_compiling():
+    is_plain = x.device.type == "cpu" and not learns and not torch.compiler.is_compiling()
+    if is_plain and not is_hooked(*layers):
         kernels = [layer.kernel() for layer in layers if isinstance(layer, KernelLayer)]
         if len(kernels) == len(layers):
             alike = groupby(kernels, key=lambda kernel: kernel.kind)

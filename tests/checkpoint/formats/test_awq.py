@@ -21,6 +21,7 @@ from lapilli.errors import (
     CheckpointError,
     ConfigError,
     MissingWeightsError,
+    ShapeMismatchError,
 )
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
@@ -139,6 +140,28 @@ def test_nibbles_in_the_order_of_llm_awq():
     assert {at: int(words[at]) for at in known} == known
     assert words.sum(dtype=np.int64) == 8379776
     assert torch.equal(in_tiles(stored), values.to(torch.uint8))
+
+
+@pytest.mark.parametrize(("made", "said"), [(128, 256), (256, 128)])
+def test_groups_of_another_size_than_config_json_says(made, said):
+    form = published_format(awq(said, backend="llm-awq"))
+    nibbles, zeros, scales = drawn(1024, 16, made, 0)
+    stored = llm_awq_tensors(nibbles, zeros, scales, made)
+    layer = PublishedLinear(
+        LAYER, nn.Linear(1024, 16, bias=False, device="meta"), form, zeros="scaled_zeros"
+    )
+    last = stored.popitem()
+    for name, tensor in stored.items():
+        layer.add(name, tensor)
+    expected = f"{1024 // made} groups, expected {1024 // said} of {said} inputs"
+    with pytest.raises(CheckpointError, match=expected):
+        layer.add(*last)
+
+
+def test_inputs_that_are_no_whole_groups():
+    form = published_format(awq(128, backend="llm-awq"))
+    with pytest.raises(ShapeMismatchError, match="192 inputs, but llm-awq packs them in tiles"):
+        PublishedLinear(LAYER, nn.Linear(192, 16, device="meta"), form)
 
 
 def test_scaled_zeros_that_are_no_whole_numbers():

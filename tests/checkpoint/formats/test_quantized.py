@@ -79,6 +79,19 @@ def test_saved_and_read_back(tmp_path: Path, config: QuantConfig) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_the_stored_quantization_may_be_asked_for(tmp_path: Path, name: str) -> None:
+    made = load_checkpoint("pebble", device="cpu", quantization=name)
+    target = tmp_path / "llava-packed"
+    packed = made.quantization
+    save_llava(
+        target, made.model, made.config, tokenizer_path=made.tokenizer_path, quantization=packed
+    )
+    again = load_checkpoint(target, device="cpu", quantization=name)
+    assert torch.equal(logits(again.model), logits(made.model))
+
+
+@pytest.mark.slow
 def test_another_quantization_than_the_stored_one_is_refused(tmp_path: Path) -> None:
     made = load_checkpoint("pebble", device="cpu", quantization="int8")
     target = tmp_path / "llava-packed"

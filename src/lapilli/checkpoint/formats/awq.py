@@ -180,10 +180,11 @@ class PublishedLinear(nn.Module):
                     f"{path} has {size} {name}, but {NAMES[form.method]} packs {PER_NUMBER} into "
                     "one number: config.json and weights do not belong together"
                 )
-        if form.is_tiled and self.in_features % TILE:
+        whole = max(TILE, form.group_size)
+        if form.is_tiled and self.in_features % whole:
             raise ShapeMismatchError(
-                f"{path} has {self.in_features} inputs, but llm-awq packs {TILE} into a tile: "
-                "config.json and weights do not belong together"
+                f"{path} has {self.in_features} inputs, but llm-awq packs them in tiles of {TILE} "
+                f"and groups of {form.group_size}: config.json and weights do not belong together"
             )
         for name, shape, dtype in self._shapes(has_order=has_order):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
@@ -313,7 +314,14 @@ class PublishedLinear(nn.Module):
             CheckpointError: they are no whole numbers from 0 to 15.
         """
         groups = -(-self.in_features // self.form.inputs_of_group(self.in_features))
-        scales = self._found["scales"][:groups].float()
+        every = self._found["scales"].float()
+        scales, padding = every[:groups], every[groups:]
+        if not bool(scales.any(dim=1).all()) or bool(padding.any()):
+            count = int(every.any(dim=1).sum())
+            raise CheckpointError(
+                f"{self.path}.scales has {count} groups, expected {groups} of "
+                f"{self.form.group_size} inputs: is group_size in config.json the one of the files?"
+            )
         exact = -stored[:groups].float() / torch.where(scales == 0, 1.0, scales)
         zeros = exact.round()
         # Both are rounded to 16 bits, bfloat16 to 8 of them: 15 is known to within 0.12.

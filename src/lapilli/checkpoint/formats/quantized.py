@@ -68,7 +68,9 @@ class StoredQuantization:
             ConfigError: it is another one.
         """
         own = self.config
-        if self.published is None and asked != own:
+        if self.published is None:
+            if asked == own:
+                return
             advice = "load it as it is"
         elif (asked.bits, asked.group_size, asked.levels) != (4, own.group_size, own.levels):
             advice = (
@@ -278,16 +280,15 @@ class LayerQuantizer:
         self, path: str, linear: nn.Linear, published: PublishedFormat, names: frozenset[str]
     ) -> None:
         """Put a placeholder in place of a layer that the files hold in AWQ or GPTQ."""
-        has_order, has_bias, has_scaled = (
-            f"{path}.{name}" in names for name in ("g_idx", "bias", "scaled_zeros")
-        )
+        pieces = ("g_idx", "bias", "scaled_zeros", "qzeros")
+        has_order, has_bias, has_scaled, has_zeros = (f"{path}.{name}" in names for name in pieces)
         layer = PublishedLinear(
             path,
             linear,
             published,
             has_order=has_order,
             has_bias=has_bias,
-            zeros="scaled_zeros" if has_scaled else "qzeros",
+            zeros="scaled_zeros" if has_scaled or not has_zeros else "qzeros",
         )
         self._model.set_submodule(path, layer)
         self._bits[path] = 4
