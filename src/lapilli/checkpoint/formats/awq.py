@@ -72,12 +72,16 @@ class PublishedFormat:
         """Return the number of inputs that share a scale in the files of a layer."""
         return in_features if self.group_size < 0 else self.group_size
 
+    def num_groups(self, in_features: int) -> int:
+        """Return the number of groups of inputs of a layer."""
+        return -(-in_features // self.inputs_of_group(in_features))
+
     def rows_of_scales(self, in_features: int) -> int:
         """Return the number of rows of scales in the files of a layer.
 
         Source: llm-awq pads them to multiples of eight groups, of 16 or 32 where groups are small.
         """
-        groups = -(-in_features // self.inputs_of_group(in_features))
+        groups = self.num_groups(in_features)
         if not self.is_tiled:
             return groups
         step = PER_NUMBER * max(1, WIDEST // self.group_size)
@@ -248,7 +252,7 @@ class PublishedLinear(nn.Module):
         self._check_order(self._found.get("g_idx"))
         width = form.config.group_size
         starts = torch.arange(0, -(-inputs // CHUNK) * CHUNK, width)
-        groups = -(-inputs // form.inputs_of_group(inputs))
+        groups = form.num_groups(inputs)
         group = (starts // form.inputs_of_group(inputs)).clamp(max=groups - 1)
         scales = self._found["scales"][:groups].half()
         if not bool(torch.isfinite(scales).all()):
@@ -313,7 +317,7 @@ class PublishedLinear(nn.Module):
         Raises:
             CheckpointError: they are no whole numbers from 0 to 15.
         """
-        groups = -(-self.in_features // self.form.inputs_of_group(self.in_features))
+        groups = self.form.num_groups(self.in_features)
         every = self._found["scales"].float()
         scales, padding = every[:groups], every[groups:]
         if not bool(scales.any(dim=1).all()) or bool(padding.any()):
