@@ -11,12 +11,10 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from lapilli.kernels.layer import (
     PRODUCTS,
@@ -29,7 +27,7 @@ from lapilli.kernels.layer import (
 from lapilli.kernels.library import native
 from lapilli.kernels.linear import PackedLinear
 from lapilli.nn.layers import RMSNorm, is_gelu_tanh
-from lapilli.nn.linear import FEW, FloatLinear, KernelLayer
+from lapilli.nn.linear import FEW, FloatLinear, KernelLayer, is_hooked
 from lapilli.nn.paged import BlockStore, PagedBatch, PagedRow
 from lapilli.shapes import Float, Tensor
 
@@ -196,7 +194,7 @@ def _is_step(x: Float[Tensor, "B T D"]) -> bool:
     """Return whether these are positions whose layers may be calls."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]  # torch has no types for it
+    if is_hooked():  # whatever module it is
         return False
     return x.shape[0] == 1 and x.dtype == torch.float32 and x.is_contiguous()
 
@@ -283,10 +281,7 @@ class _Watch:
         modules = self.modules()
         if len(modules) != len(self._modules):
             return True
-        return any(map(_HOOKS, modules)) or any(map(_PRE_HOOKS, modules))
-
-
-_HOOKS, _PRE_HOOKS = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hooks")
+        return is_hooked(*modules)
 
 
 def _forward_of(module: nn.Module) -> object:
