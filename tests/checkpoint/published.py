@@ -114,11 +114,11 @@ def gptq_tensors(nibbles, zeros, scales, group, *, one_less=True):
     }
 
 
-def make_llava(path, *, is_next=False):
+def make_llava(path, *, is_next=False, text=TEXT):
     """A random Hugging Face LLaVA whose layers are wide enough for groups of 128."""
     torch.manual_seed(0)
     common = {
-        "text_config": TEXT,
+        "text_config": text,
         "vision_config": TOWERS["clip"],
         "image_token_index": IMAGE_ID,
     }

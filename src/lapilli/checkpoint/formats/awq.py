@@ -360,6 +360,14 @@ def interleaved(numbers: Int[Tensor, "rows columns"]) -> UInt8[Tensor, "nibbles 
     return torch.stack((each & 15, each >> 4), dim=2).view(columns * PER_NUMBER, rows)
 
 
+def interleave(nibbles: UInt8[Tensor, "out rows"]) -> Int[Tensor, "rows columns"]:
+    """Pack nibbles as AutoAWQ does, eight outputs in a number: the inverse of `interleaved`."""
+    outputs, rows = nibbles.shape
+    each = nibbles.reshape(outputs // PER_NUMBER, 2, 2, 2, rows)  # [column, b, h, a, row]
+    pairs = each[:, :, 0] | (each[:, :, 1] << 4)  # [column, b, a, row]
+    return pairs.permute(3, 0, 2, 1).reshape(rows, -1).contiguous().view(torch.int32)
+
+
 def in_tiles(numbers: Int[Tensor, "quarters inputs"]) -> UInt8[Tensor, "rows inputs"]:
     """Unpack the nibbles of llm-awq: four rows and 64 inputs are a tile.
 
@@ -371,6 +379,15 @@ def in_tiles(numbers: Int[Tensor, "quarters inputs"]) -> UInt8[Tensor, "rows inp
     shifts = torch.arange(0, 16, 4, dtype=torch.int32).view(4, 1)
     nibbles = ((each >> shifts) & 15).to(torch.uint8)  # [Q, T, r, h, t, i]
     return nibbles.permute(0, 2, 1, 3, 4, 5).reshape(4 * quarters, inputs)
+
+
+def tile(nibbles: UInt8[Tensor, "rows in"]) -> Int[Tensor, "quarters in"]:
+    """Pack nibbles as llm-awq does, four inputs in a number: the inverse of `in_tiles`."""
+    rows, inputs = nibbles.shape
+    each = nibbles.reshape(rows // 4, 4, inputs // TILE, 2, 4, 8)  # [Q, r, T, h, t, i]
+    low, high = (each[..., t, :] | (each[..., t + 1, :] << 4) for t in (0, 2))
+    words = torch.stack((low, high), dim=-1).transpose(1, 2)  # [Q, T, r, h, i, byte]
+    return words.reshape(rows // 4, 2 * inputs).view(torch.int16)
 
 
 def is_published(path: str, names: frozenset[str]) -> bool:

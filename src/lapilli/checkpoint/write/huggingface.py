@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from lapilli.checkpoint.formats.quantized import KEY
 from lapilli.checkpoint.keymaps import HF_LLAVA
 from lapilli.checkpoint.read.assemble import VOCABULARY, resized
 from lapilli.checkpoint.template import WrittenTemplate, written_template
@@ -39,6 +40,7 @@ from lapilli.checkpoint.write.files import (
     write_weights,
 )
 from lapilli.checkpoint.write.llava import (
+    HALF,
     write_preprocessor_config,
     write_tower_config,
 )
@@ -76,6 +78,7 @@ def save_hf(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     state: Mapping[str, Stored] | None = None,
+    section: Mapping[str, object] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Save a whole checkpoint that transformers and lapilli read; adapters are merged.
@@ -85,13 +88,13 @@ def save_hf(
 
     Raises:
         CheckpointError: the directory is there already, or the disk is full.
-        ConfigError: the model is quantized.
+        ConfigError: the model is quantized, and no `section` says how `state` holds that.
         UnsupportedModelError: see `check_hf_layout`.
 
     Note: new rows of the image token in both vocabulary tables are the mean of the others.
     """
     check_hf_layout(config)
-    if any(isinstance(module, QuantLinear) for module in model.modules()):
+    if section is None and any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ConfigError("the model is quantized: save it from one that is not")
     written = written_template(template, config, tokenizer_path)
     whole = merged_state(model) if state is None else state
@@ -103,9 +106,11 @@ def save_hf(
         content = write_hf_config(
             replace(config, text=replace(config.text, vocab_size=rows)),
             image_id=image_id,
-            torch_dtype=dtype_name(common_dtypes(whole, dtype)[0]),
+            torch_dtype=HALF if section else dtype_name(common_dtypes(whole, dtype)[0]),
             template=written.name,
         )
+        if section is not None:
+            content |= {KEY: section}
         write_json(folder / "config.json", content)
         generation = folder / "generation_config.json"
         if generation.is_file():  # the tokenizer's directory had one

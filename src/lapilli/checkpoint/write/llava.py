@@ -45,6 +45,7 @@ from lapilli.quant import QuantConfig
 from lapilli.quant.linear import QuantLinear
 
 TowerPlace = Literal["named", "inside", "beside"]
+HALF = "float16"  # the dtype of a checkpoint that is packed for other libraries
 
 
 def save_llava(
@@ -60,6 +61,7 @@ def save_llava(
     shard_bytes: int = SHARD_BYTES,
     quantization: QuantConfig | None = None,
     state: Mapping[str, Stored] | None = None,
+    section: Mapping[str, object] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Save a whole checkpoint that lapilli and the original read.
@@ -81,6 +83,8 @@ def save_llava(
         quantization: of a quantized model. Only lapilli reads such a checkpoint; a packed tower is
             inside of it, a tuned float one beside.
         state: other tensors under the names of `model.state_dict()`, for instance `merged_state`.
+        section: the quantization_config of packed layers that `state` has in the format of another
+            library, whose programs compute in float16.
         extra: more files by name, such as README.md.
 
     Raises:
@@ -91,7 +95,8 @@ def save_llava(
     """
     if state is None and any(True for _ in adapters(model)):
         raise ConfigError("the model has an unmerged adapter: lapilli.lora.merge(model) first")
-    check_quantization(model, quantization, dtype if isinstance(dtype, torch.dtype) else None)
+    if section is None:
+        check_quantization(model, quantization, dtype if isinstance(dtype, torch.dtype) else None)
     written = written_template(template, config, tokenizer_path)
     config = as_original(config)
     keymap = original_keymap(config.text)
@@ -100,7 +105,7 @@ def save_llava(
         place = "inside"
     if quantization is not None and quantization.quantize_tower:
         place = "inside"
-    elif quantization is not None and place == "inside":
+    elif (quantization or section) and place == "inside":
         place = "beside"  # stored once: inside, the original wants it beside as well
     state = model.state_dict() if state is None else state
     tower_state = {name: state[name] for name in state if name.startswith(TOWER)}
@@ -110,11 +115,13 @@ def save_llava(
         content = write_llava_config(
             replace(config, vision_in_checkpoint=place == "inside"),
             vision_source=_tower_name(config, place),
-            torch_dtype=dtype_name(common_dtypes(inner, dtype)[0]),
+            torch_dtype=HALF if section else dtype_name(common_dtypes(inner, dtype)[0]),
             template=written.name,
         )
         if quantization is not None:
-            content |= {KEY: written_quantization(quantization)}
+            section = written_quantization(quantization)
+        if section is not None:
+            content |= {KEY: section}
         write_json(folder / "config.json", content)
         if tower_state and content.get("mm_vision_tower") == TOWER_FOLDER:
             is_packed = quantization is not None and quantization.quantize_tower
