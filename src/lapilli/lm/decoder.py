@@ -7,6 +7,7 @@ is added here is followed everywhere: where lm/fused_layer.py computes a layer i
 compares that with `DecoderLayer.forward`.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -222,6 +223,21 @@ class Decoder(nn.Module):
             scores = self.lm_head(hidden)
         cap = self.config.logit_softcap
         return scores if cap is None else cap * torch.tanh(scores / cap)
+
+    def untie(self) -> DecoderConfig:
+        """Give the logits a layer of their own, with the values of the embedding.
+
+        Returns:
+            The configuration of the model from now on; as it was where there is one already.
+        """
+        if self.config.tie_embeddings:
+            table = self.model.embed_tokens.weight
+            vocabulary, width = table.shape
+            self.lm_head = nn.Linear(width, vocabulary, bias=False, device="meta")
+            self.lm_head.weight = nn.Parameter(table.detach().clone(), table.requires_grad)
+            self.lm_head.train(self.training)
+            self.config = replace(self.config, tie_embeddings=False)
+        return self.config
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
         """Return an empty cache in the dtype and on the device of the weights."""

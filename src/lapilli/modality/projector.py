@@ -200,3 +200,16 @@ def build_projector(config: ProjectorConfig, vision: VisionConfig | None = None)
         )
     tile_features(vision, config)  # refuses a grid that cannot be divided
     return PooledMLP(*layers, grid=vision.grid, side=config.pool, at=config.pool_at)
+
+
+def output_layers(projector: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers that write a projector's output; none where no layer does.
+
+    What is behind them are means of neighbours, if anything.
+    """
+    last = projector
+    if isinstance(projector, Resampler):
+        last = projector.output_proj
+    elif isinstance(projector, nn.Sequential):
+        last = projector[-1]
+    return [last] if isinstance(last, nn.Linear) else []

@@ -8,7 +8,7 @@ from torch import nn
 
 from lapilli.config.model import ProjectorConfig
 from lapilli.errors import MediaError
-from lapilli.modality.projector import build_projector
+from lapilli.modality.projector import build_projector, output_layers
 from lapilli.shapes import Float, Tensor
 
 
@@ -58,6 +58,10 @@ class VectorModality(nn.Module):
     def num_tokens(self, prepared: PreparedVectors) -> int:
         """Return one position per vector, or one per query of a resampler."""
         return self.config.num_queries or len(prepared.values)
+
+    def output_layers(self) -> list[nn.Linear]:
+        """Return the linear layers whose outputs, or means of them, are the features."""
+        return output_layers(self.projector)
 
     def embed(self, items: Sequence[PreparedVectors]) -> list[Float[Tensor, "_ D"]]:
         """Return what the projector makes of the vectors, item by item."""

@@ -26,7 +26,7 @@ from lapilli.geometry import ImageSize
 from lapilli.modality.image.fused_layer import FusedVisionLayer
 from lapilli.modality.image.modes import mode_of
 from lapilli.modality.image.pixels import PreparedImage
-from lapilli.modality.projector import build_projector
+from lapilli.modality.projector import build_projector, output_layers
 from lapilli.nn.attention import attend_all
 from lapilli.nn.layers import MLP
 from lapilli.shapes import Float, Tensor
@@ -261,6 +261,10 @@ class ImageModality(nn.Module):
     def merge(self, features: Float[Tensor, "N P D"], item: PreparedImage) -> Float[Tensor, "n D"]:
         """Return the row of features that stands for one picture."""
         return self.mode.join(features, item.size, self.image, self.tile, newline=self._row_end)
+
+    def output_layers(self) -> list[nn.Linear]:
+        """Return the linear layers whose outputs, or means of them, are the features."""
+        return output_layers(self.projector)
 
     def embed(self, items: Sequence[PreparedImage]) -> list[Float[Tensor, "_ D"]]:
         """Return the features of every picture; all tiles share the tower's batches."""
