@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import lapilli
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.config.model import DecoderConfig, MptConfig, ProjectorConfig, VisionConfig
 from lapilli.errors import ConfigError
@@ -194,6 +195,26 @@ def test_pebble():
             features.append(image.embed([PreparedImage(pixels, ImageSize(28, 28))])[0])
     rotation = Flat(features[0].shape[1], 0)
     torch.testing.assert_close(features[1], rotation(features[0]), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_model_that_has_answered_answers_the_same(repository):
+    """What the engine prepared of the old weights is made anew."""
+    chat = lapilli.load("pebble", device="cpu", dtype="float32")
+    question = ("What is in this picture?", str(repository / "examples" / "picture.png"))
+    before = chat.ask(*question)
+    chat.model.language_model.untie()
+    rotation = Rotation(chat.model)
+    rotation.ends(chat.model)
+    for layer in chat.model.language_model.model.layers:
+        rotation.layer(layer)
+    seen = []
+    hook = chat.model.language_model.lm_head.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0])
+    )
+    assert chat.ask(*question) == before
+    hook.remove()
+    assert seen
 
 
 def test_views_of_files_are_read_only():

@@ -1,6 +1,7 @@
 """AWQ that is written here: the known words, what comes back, and what transformers makes of it."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +29,9 @@ from lapilli.checkpoint.load import STORED, load_checkpoint
 from lapilli.checkpoint.write.awq import FORMS, save_awq, stored_parts, unfit_layers, verify_written
 from lapilli.checkpoint.write.files import Deferred, value
 from lapilli.errors import CheckpointError, ConfigError
+from lapilli.geometry import ImageSize
 from lapilli.kernels.packing import Packed, block_bias, by_block, pack4
+from lapilli.modality.image.pixels import PreparedImage
 from lapilli.quant import QuantConfig, quantize
 from lapilli.quant.linear import QuantLinear
 from lapilli.quant.quantize import round_weight
@@ -41,7 +44,7 @@ from tests.checkpoint.published import (
     make_llava,
     multiplied_out,
 )
-from tests.checkpoint.test_hf import VOCABULARY, add_tokenizer
+from tests.checkpoint.test_hf import VOCABULARY, add_tokenizer, logits_of, theirs
 
 IDS = torch.arange(3, 15)[None]
 UP = "language_model.model.layers.1.mlp.up_proj"
@@ -57,10 +60,11 @@ def sources(tmp_path_factory, llava):
     """Checkpoints to quantize, by name; `biased` ones have biases in attention."""
     folder = tmp_path_factory.mktemp("sources")
     found = {"llava": llava}
-    for name in ("biased", "plain", "plain biased", "tied"):
+    for name in ("biased", "next", "plain", "plain biased", "tied"):
         found[name] = folder / name
         found[name].mkdir()
     make_llava(found["biased"], text=BIASED)
+    make_llava(found["next"], is_next=True)
     torch.manual_seed(0)
     tied = Qwen2Config(**{**BIASED.to_dict(), "tie_word_embeddings": True})
     for name, model in (
@@ -172,7 +176,7 @@ def test_any_shape_is_what_the_descriptions_say(inputs, outputs, group, form, ha
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["llava", "biased", "plain", "plain biased"])
+@pytest.mark.parametrize("name", ["llava", "biased", "next", "plain", "plain biased"])
 def test_what_is_written_comes_back(sources, tmp_path, name, form, group):
     loaded = packed(sources[name], group, form)
     save_awq(tmp_path / "llava-awq", loaded, form=form, group_size=group)
@@ -195,9 +199,8 @@ def test_what_is_written_comes_back(sources, tmp_path, name, form, group):
             rows = len(tensor) if tensor.ndim else None  # the image token may be a row more
             assert torch.equal(tensor, after[kept][:rows]), kept
             assert tensor.dtype == after[kept].dtype
-    assert back.config.layout == (
-        "text" if "plain" in name else "hf_llava" if form == "gemm" else "llava"
-    )
+    hf = "hf_llava_next" if name == "next" else "hf_llava"
+    assert back.config.layout == ("text" if "plain" in name else hf if form == "gemm" else "llava")
     found = section(tmp_path / "llava-awq")
     assert (found["quant_method"], found["bits"], found["group_size"]) == ("awq", 4, group)
     version = ("gemm", None) if form == "gemm" else ("gemv", "llm-awq")
@@ -246,7 +249,7 @@ def test_one_float_layer_of_a_kind_is_named_by_its_number(sources, tmp_path):
     assert len(layers(back)) == 13
 
 
-def theirs(path):
+def taken(path):
     """The linear layers that transformers would replace, of a model on the meta device."""
     config = AutoConfig.from_pretrained(path)
     build = AutoModelForCausalLM
@@ -258,19 +261,19 @@ def theirs(path):
         model = build.from_config(config)
     parsed = AwqConfig.from_dict(found)
     floats = [*parsed.modules_to_not_convert]
-    taken = {
+    layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and should_convert_module(name, floats)
     }
-    return parsed, taken
+    return parsed, layers
 
 
 @pytest.mark.parametrize("name", ["llava", "biased", "plain", "tied"])
 @pytest.mark.parametrize("group", [32, 128])
 def test_transformers_would_build_these_layers(sources, tmp_path, name, group):
     save_awq(tmp_path / "out", packed(sources[name], group), form="gemm", group_size=group)
-    parsed, expected = theirs(tmp_path / "out")
+    parsed, expected = taken(tmp_path / "out")
     assert (parsed.bits, parsed.group_size, parsed.zero_point) == (4, group, True)
     assert parsed.format == "gemm"
     tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -296,10 +299,53 @@ def test_transformers_would_build_these_layers(sources, tmp_path, name, group):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float16"
 
 
+def unpacked(words):
+    """The nibbles of AutoAWQ's words, read off their description one by one."""
+    out = np.zeros((words.shape[0], 8 * words.shape[1]), dtype=np.int64)
+    for i, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+        out[:, column::8] = (words.numpy().view(np.uint32) >> np.uint32(4 * i)) & 15
+    return out
+
+
+@pytest.mark.parametrize("name", ["llava", "biased", "next"])
+def test_transformers_computes_the_same_of_the_unpacked_files(sources, tmp_path, name):
+    """Its own AWQ layers need a GPU: the files are multiplied out for its float model."""
+    save_awq(tmp_path / "packed", packed(sources[name], 64), form="gemm", group_size=64)
+    shutil.copytree(tmp_path / "packed", tmp_path / "float")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    floats = {k: t.float() for k, t in tensors.items() if t.dtype != torch.int32}
+    for key in [key for key in tensors if key.endswith(".qweight")]:
+        path = key.removesuffix(".qweight")
+        nibbles, zeros = (unpacked(tensors[f"{path}.{kind}"]) for kind in ("qweight", "qzeros"))
+        scales = floats.pop(f"{path}.scales").numpy()
+        floats[f"{path}.weight"] = multiplied_out(nibbles, zeros, scales, 64)
+    save_file(floats, tmp_path / "float" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "float" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "float" / "config.json").write_text(json.dumps(config))
+    other = AutoModelForImageTextToText.from_pretrained(tmp_path / "float", dtype="float32").eval()
+    exact = QuantConfig(group_size=64, levels="zeros", mode="weight_only", head_bits=None)
+    loaded = load_checkpoint(tmp_path / "packed", device="cpu", dtype="float32", quantization=exact)
+    generator = torch.Generator().manual_seed(1)
+    if name == "next":
+        pixels, size = torch.randn(5, 3, 28, 28, generator=generator), ImageSize(40, 50)
+        more = {"pixel_values": pixels[None], "image_sizes": torch.tensor([size])}
+    else:
+        pixels, size = torch.randn(1, 3, 28, 28, generator=generator), ImageSize(28, 28)
+        more = {"pixel_values": pixels}
+    length = loaded.model.modality("image").num_tokens(PreparedImage(pixels, size))
+    torch.testing.assert_close(
+        logits_of(loaded, pixels, size, length),
+        theirs(other, length, **more),
+        atol=1e-4,
+        rtol=1e-3,
+    )
+
+
 def test_transformers_finds_backend_llm_awq(sources, tmp_path):
     loaded = packed(sources["plain"], 64, "llm-awq")
     save_awq(tmp_path / "out", loaded, form="llm-awq", group_size=64)
-    parsed, _ = theirs(tmp_path / "out")
+    parsed, _ = taken(tmp_path / "out")
     assert parsed.format == "llm-awq"
 
 

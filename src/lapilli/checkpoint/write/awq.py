@@ -119,7 +119,8 @@ def save_awq(
 def unfit_layers(model: nn.Module, form: str, group_size: int) -> dict[str, str]:
     """Return the layers of the decoder that a form cannot hold, and why, by path.
 
-    Left float, they are named in config.json, which the programs that read the form follow.
+    Left float, they are named in config.json, which transformers, vLLM and AutoAWQ follow; the
+    loader of llm-awq itself expects every layer packed.
 
     Raises:
         ConfigError: an unknown form or group size.
