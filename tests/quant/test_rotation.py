@@ -330,7 +330,7 @@ def test_what_cannot_be_rotated():
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
     mpt = Mpt(MptConfig(vocab_size=50, hidden_size=32, num_layers=1, num_heads=2, max_positions=32))
-    refused("a mpt model cannot be rotated", VisionLanguageModel(mpt))
+    refused("mpt models cannot be rotated", VisionLanguageModel(mpt))
     refused("norms behind attention and MLP", build({"post_norms": True, "family": "gemma2"}))
     refused(r"a layer of their own first \(Decoder\.untie\)", build({"tie_embeddings": True}))
     refused(

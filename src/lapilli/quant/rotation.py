@@ -91,7 +91,7 @@ def check_rotation(model: VisionLanguageModel) -> None:
     decoder = _decoder(model)
     if decoder.config.post_norms:
         raise ConfigError(
-            f"a {decoder.config.family} model cannot be rotated: the gains of its norms behind "
+            f"{decoder.config.family} models cannot be rotated: the gains of the norms behind "
             "attention and MLP belong to single channels and fold into no layer"
         )
     if decoder.config.tie_embeddings:
@@ -115,7 +115,7 @@ def _decoder(model: VisionLanguageModel) -> Decoder:
     decoder = model.language_model
     if not isinstance(decoder, Decoder):
         raise ConfigError(
-            f"a {decoder.config.family} model cannot be rotated: only decoders with RMS norms can"
+            f"{decoder.config.family} models cannot be rotated: only decoders with RMS norms can"
         )
     return decoder
 
