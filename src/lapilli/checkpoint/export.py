@@ -1,6 +1,6 @@
 """Export: a checkpoint saved again in another layout or dtype, with its adapters merged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -76,11 +76,12 @@ def save_loaded(
     config: ModelConfig | None = None,
     quantization: QuantConfig | None = None,
     overwrite: bool = False,
+    extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Save a loaded checkpoint with its tokenizer, template and detector.
 
     The arguments are those of `export_checkpoint`; `loaded` may have been changed since, `config`
-    and `quantization` are then those that it has now.
+    and `quantization` are then those that it has now. `extra` are more files by name.
 
     Raises:
         CheckpointError: `target` is there, or the disk is full.
@@ -99,5 +100,5 @@ def save_loaded(
         tokenizer_path=loaded.tokenizer_path,
         template=loaded.template.template,
         overwrite=overwrite,
-        extra=detector_files(loaded.path),
+        extra={**detector_files(loaded.path), **(extra or {})},
     )

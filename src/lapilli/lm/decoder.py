@@ -211,6 +211,22 @@ class Decoder(nn.Module):
         out: Tensor = self.model.norm(x)
         return out
 
+    def layer(self, index: int) -> DecoderLayer:
+        """Return one layer."""
+        found: DecoderLayer = self.model.layers[index]  # type: ignore[assignment]  # of its list
+        return found
+
+    def layer_context(
+        self, layer: int, position_ids: Int[Tensor, "B T"], dtype: torch.dtype
+    ) -> tuple[RotaryTable, Bool[Tensor, "rows 1 T S"] | None]:
+        """Return rotary table and mask of one layer, for rows without padding and cache."""
+        rotary = self.local_rotary if self._has_local_positions(layer) else self.rotary
+        length = position_ids.shape[1]
+        mask = causal_mask(
+            None, length, length, window=self.config.window(layer), device=position_ids.device
+        )
+        return rotary.table(position_ids, dtype), mask
+
     def _has_local_positions(self, layer: int) -> bool:
         return self.config.local_rope_theta is not None and self.config.is_local(layer)
 

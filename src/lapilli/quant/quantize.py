@@ -149,15 +149,21 @@ def round8(weight: Float[Tensor, "out in"], bias: Tensor | None, group_size: int
     )
 
 
-def round4(weight: Float[Tensor, "out in"], bias: Tensor | None, config: QuantConfig) -> Packed:
-    """Round a linear layer to 4 bits.
+def round4(
+    weight: Float[Tensor, "out in"], bias: Tensor | None, config: QuantConfig, *, bits: int = 4
+) -> Packed:
+    """Round a linear layer to 4 bits, or to 3 of them, which are stored as 4.
 
     Raises:
-        ConfigError: weights too large for a float16 scale, or no numbers.
+        ConfigError: weights too large for a float16 scale, or no numbers, or 3 bits of nonlinear
+            levels.
     """
     if config.levels == "nonlinear":
+        if bits != 4:
+            raise ConfigError(f"{bits} bits have linear levels: choose zeros or symmetric")
         return round_levels(weight, bias, config.group_size)
     is_symmetric = config.levels == "symmetric"
+    span = nibbles_of(bits, config.levels)
     out_features, in_features = weight.shape
     groups = -(-in_features // config.group_size)
     padded = -(-in_features // CHUNK) * CHUNK
@@ -167,7 +173,9 @@ def round4(weight: Float[Tensor, "out in"], bias: Tensor | None, config: QuantCo
         piece = weight[rows : rows + step].detach().float()
         piece = pad_to(piece, 1, config.group_size, 0).view(len(piece), groups, -1)
         values, scale, zero = (
-            _symmetric(piece, search=config.search) if is_symmetric else _with_zeros(piece)
+            _symmetric(piece, span, search=config.search)
+            if is_symmetric
+            else _with_zeros(piece, span)
         )
         if not bool(torch.isfinite(scale).all()):
             raise ConfigError(f"weights above {_HALF_MAX:.0f} x 8 do not fit into 4 bits")
@@ -187,29 +195,38 @@ def round4(weight: Float[Tensor, "out in"], bias: Tensor | None, config: QuantCo
     )
 
 
+def nibbles_of(bits: int, levels: str) -> tuple[int, int]:
+    """Return the least and the largest nibble of weights in 3 or 4 bits with linear levels."""
+    half = 1 << (bits - 1)
+    if levels == "symmetric":
+        return NIBBLE_ZERO - half, NIBBLE_ZERO + half - 1
+    return 0, 2 * half - 1
+
+
 def _rows_at_once(in_features: int) -> int:
     """Return a number of rows that is one of whole blocks."""
     return max(_PIECE // in_features // BLOCK, 1) * BLOCK
 
 
 _Rounded = tuple[Tensor, Tensor, Tensor]
+_Nibbles = tuple[int, int]
 
 
-def _quantized(groups: Tensor, scale: Tensor, zero: Tensor | int) -> Tensor:
+def _quantized(groups: Tensor, scale: Tensor, zero: Tensor | int, span: _Nibbles) -> Tensor:
     """Return nibbles of groups [rows, groups, group] as floats."""
     factor = torch.where(scale == 0, 0.0, 1.0 / scale)
-    return (groups * factor[..., None]).round_().add_(zero).clamp_(0, 15)
+    return (groups * factor[..., None]).round_().add_(zero).clamp_(*span)
 
 
-def _symmetric(groups: Tensor, *, search: bool) -> _Rounded:
+def _symmetric(groups: Tensor, span: _Nibbles, *, search: bool) -> _Rounded:
     """Return nibbles, scales and zeros; the scale of the least squared error among a few."""
     index = groups.abs().argmax(dim=-1, keepdim=True)
-    cover = groups.gather(-1, index).squeeze(-1) / -8.0
+    cover = groups.gather(-1, index).squeeze(-1) / (span[0] - NIBBLE_ZERO)
     best_error: Tensor | None = None
     best, best_scale = groups, cover.half()
     for shrink in _SHRINK if search else _SHRINK[:1]:
         scale = (cover * shrink).half()
-        values = _quantized(groups, scale.float(), NIBBLE_ZERO)
+        values = _quantized(groups, scale.float(), NIBBLE_ZERO, span)
         error = ((values - NIBBLE_ZERO) * scale.float()[..., None] - groups).square_().sum(-1)
         if best_error is None:
             best_error, best, best_scale = error, values, scale
@@ -221,17 +238,17 @@ def _symmetric(groups: Tensor, *, search: bool) -> _Rounded:
     return best, best_scale, torch.full_like(cover, NIBBLE_ZERO, dtype=torch.uint8)
 
 
-def _with_zeros(groups: Tensor) -> _Rounded:
+def _with_zeros(groups: Tensor, span: _Nibbles) -> _Rounded:
     """Return nibbles, scales and zeros that cover the range from the least to the largest weight.
 
     Note: the range always contains 0, so that padding and zero weights stay zero; AWQ's own rule
     does not, and loses groups of one sign.
     """
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scale = ((high - low) / 15.0).half()
+    scale = ((high - low) / span[1]).half()
     exact = scale.float()
-    zero = torch.where(exact == 0, 0.0, -low / exact).round_().clamp_(0, 15)
-    return _quantized(groups, exact, zero[..., None]), scale, zero.to(torch.uint8)
+    zero = torch.where(exact == 0, 0.0, -low / exact).round_().clamp_(*span)
+    return _quantized(groups, exact, zero[..., None], span), scale, zero.to(torch.uint8)
 
 
 LANGUAGE_MODEL = "language_model."
@@ -282,10 +299,10 @@ def notes_on(paths: Iterable[str], config: QuantConfig) -> tuple[str, ...]:
 
 
 def round_weight(weight: Tensor, bias: Tensor | None, bits: int, config: QuantConfig) -> Packed:
-    """Return one weight, packed."""
+    """Return one weight, packed; 3 bits lie in the layout of 4."""
     if bits == 8:
         return round8(weight, bias, config.group_size)
-    return round4(weight, bias, config)
+    return round4(weight, bias, config, bits=bits)
 
 
 def quantize(model: nn.Module, config: QuantConfig) -> QuantReport:
@@ -305,6 +322,14 @@ def quantize(model: nn.Module, config: QuantConfig) -> QuantReport:
         raise ConfigError("the model is quantized already: load it again to quantize it otherwise")
     if any(name.endswith(".lora_A.weight") for name, _ in model.named_parameters()):
         raise ConfigError("the model has an unmerged adapter: lapilli.lora.merge(model) first")
+    report = pack_layers(model, config)
+    if not report.bits:
+        raise ConfigError(f"no linear layer lies under {LANGUAGE_MODEL}: is this a whole model?")
+    return report
+
+
+def pack_layers(model: nn.Module, config: QuantConfig) -> QuantReport:
+    """Round the linear layers that `config` names and that are not packed yet, in place."""
     done: dict[str, int] = {}
     after = before = 0
     # The modules are looked up by name one at a time: a list of them would keep every old weight.
@@ -322,7 +347,5 @@ def quantize(model: nn.Module, config: QuantConfig) -> QuantReport:
         done[path] = bits
         before += old.weight.nbytes
         after += packed.num_bytes
-    if not done:
-        raise ConfigError(f"no linear layer lies under {LANGUAGE_MODEL}: is this a whole model?")
     model.requires_grad_(False)
     return QuantReport(done, after, before, notes_on(paths, config))

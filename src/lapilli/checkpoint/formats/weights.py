@@ -14,7 +14,7 @@ import pickle
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -182,6 +182,22 @@ def ask_for_large_pages(start: int, size: int) -> None:
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is not None and size:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+
+
+def release_pages(tensor: Tensor, files: Sequence[Path]) -> None:
+    """Give back the memory of a tensor that is a view of a mapped file and is not needed now.
+
+    Who reads it again reads the file again. Nothing happens to a tensor whose storage is none of
+    these files as a whole.
+    """
+    advice = getattr(mmap, "MADV_DONTNEED", None)
+    sizes = {file.stat().st_size for file in files}
+    if advice is None or tensor.untyped_storage().nbytes() not in sizes:
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
 
 

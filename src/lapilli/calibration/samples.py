@@ -1,0 +1,166 @@
+"""Calibration samples: texts and conversations with pictures, embedded for the first layer.
+
+    file.txt                 blocks of text, one after the other
+    file.jsonl, .json, ...   a record with "text" is a text; others are conversations as `lapilli
+                             train` reads them, with pictures or without
+    builtin                  builtin.py
+
+A text becomes blocks of 512 tokens, as AWQ's authors cut it; a conversation stays whole.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lapilli.calibration.builtin import BUILTIN, builtin_samples, builtin_text
+from lapilli.checkpoint.load import Loaded
+from lapilli.errors import ConfigError, DataError
+from lapilli.model import VisionLanguageModel
+from lapilli.prompt.encode import EncodedPrompt
+from lapilli.quant.activations import Sample
+from lapilli.train.data.dataset import open_dataset
+from lapilli.train.data.encoder import EncodedSample, SampleEncoder
+from lapilli.train.recipe import SourceRecipe
+
+BLOCK = 512
+"""Tokens of a block of text. Source: llm-awq's calibration."""
+_SEED = 42
+
+
+def read_samples(source: str, number: int, loaded: Loaded) -> list[EncodedSample]:
+    """Return calibration samples for a model; a choice of `number` where there are more.
+
+    Args:
+        source: a file, or "builtin".
+        number: of samples.
+        loaded: whose tokenizer, template and modalities prepare them.
+
+    Raises:
+        ConfigError: no samples, or one that is longer than the context of the model.
+        DataError: a file or a record that cannot be read.
+    """
+    if number < 1:
+        raise ConfigError(f"the number of calibration samples must be 1 or more, found {number}")
+    encoder = SampleEncoder(
+        loaded.tokenizer,
+        loaded.template.template,
+        loaded.model,
+        image_id=loaded.config.tokens.image_id,
+    )
+    longest = loaded.config.max_length or loaded.config.context_length
+    if source == BUILTIN:
+        samples = _builtin(number, loaded, encoder, min(BLOCK, longest))
+    elif Path(source).suffix.lower() == ".txt":
+        samples = _blocks(_read_text(Path(source)), loaded, min(BLOCK, longest), source)
+    else:
+        samples = _records(source, number, loaded, encoder, min(BLOCK, longest))
+    for sample in samples:
+        if len(sample.prompt) > longest:
+            raise ConfigError(
+                f"{sample.id}: the calibration sample has {len(sample.prompt)} positions, and the "
+                f"context of the model {longest}: leave it out, or cut it"
+            )
+    return _some(samples, number)
+
+
+def _some(samples: list[Any], number: int) -> list[Any]:
+    """Return a random choice in the order of the file, always the same one."""
+    if len(samples) <= number:
+        return samples
+    chosen = np.random.default_rng(_SEED).choice(len(samples), size=number, replace=False)
+    return [samples[at] for at in sorted(chosen.tolist())]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8: save it in UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _blocks(text: str, loaded: Loaded, length: int, where: str) -> list[EncodedSample]:
+    """Return a text as blocks of tokens of which all but the first count.
+
+    Raises:
+        ConfigError: it is shorter than one block.
+    """
+    prefix = list(loaded.tokenizer.prefix_ids)
+    ids = loaded.tokenizer.encode(text, add_bos=False)
+    size = length - len(prefix)
+    if len(ids) < size:
+        raise ConfigError(
+            f"{where} has {len(ids)} tokens, and calibration takes blocks of {size}: give more text"
+        )
+    found = []
+    for start in range(0, len(ids) - size + 1, size):
+        block = [*prefix, *ids[start : start + size]]
+        prompt = EncodedPrompt(block, [True] * len(block))
+        found.append(EncodedSample(prompt, id=f"{where}, tokens {start} to {start + size}"))
+    return found
+
+
+def _builtin(
+    number: int, loaded: Loaded, encoder: SampleEncoder, length: int
+) -> list[EncodedSample]:
+    """Return built-in samples: half of them pictures, where the model sees any."""
+    pictures = number // 2 if "image" in loaded.model.modalities else 0
+    texts = _some(_blocks(builtin_text(), loaded, length, "the built-in text"), number - pictures)
+    return [*texts, *(encoder.encode(sample) for sample in builtin_samples(pictures))]
+
+
+def _records(
+    source: str, number: int, loaded: Loaded, encoder: SampleEncoder, length: int
+) -> list[EncodedSample]:
+    dataset = open_dataset([SourceRecipe(path=source)])
+    (records,) = dataset.sources
+    first = records.record(0)
+    if isinstance(first, Mapping) and set(first) <= {"text", "meta", "id"} and "text" in first:
+        texts = [str(records.record(at).get("text", "")) for at in range(len(records))]
+        return _blocks("\n\n".join(texts), loaded, length, source)
+    chosen = _some(list(range(len(dataset))), number)
+    return [encoder.encode(dataset.sample(at)) for at in chosen]
+
+
+@torch.no_grad()
+def embed_samples(
+    model: VisionLanguageModel, samples: Sequence[EncodedSample], device: torch.device
+) -> list[Sample]:
+    """Return the float32 vectors of samples before the first layer, features in their places."""
+    found = []
+    with in_float32(model.modalities):
+        for sample in samples:
+            fused = model.embed_prompts([sample.prompt], [list(sample.media)])
+            is_picture = torch.zeros(len(sample.prompt), dtype=torch.bool, device=device)
+            for span in sample.prompt.spans:
+                is_picture[span.start : span.start + span.length] = True
+            found.append(
+                Sample(
+                    fused.inputs_embeds.float().to(device),
+                    is_picture,
+                    torch.tensor(sample.prompt.loss_mask, device=device),
+                    torch.tensor(sample.prompt.input_ids, device=device),
+                )
+            )
+    return found
+
+
+@contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """Keep a module in float32 for a while, and have it back as it was, views of files included."""
+    before = {name: one.data for name, one in module.named_parameters()}
+    buffers = {name: one.data for name, one in module.named_buffers()}
+    module.float()
+    try:
+        yield
+    finally:
+        for name, parameter in module.named_parameters():
+            parameter.data = before[name]
+        for name, buffer in module.named_buffers():
+            buffer.data = buffers[name]
