@@ -5,9 +5,11 @@ wider    every channel stands there w times: x -> [x, x]. A matrix that reads co
 deeper   layers 0, 1, .. become 0, 0', 1, 1', ..: the primed one is a copy that adds nothing yet,
          o_proj and down_proj being zero.
 
-Copies get equal inputs, so the noise cancels whatever its size. It is there for the gradient, which
-would be the same for all copies otherwise, so that they would stay copies for ever. A norm sees the
-mean square that it saw before, and a copied head looks where its first one looks.
+Copies get equal inputs, so the noise N cancels whatever its size. A norm sees the mean square that
+it saw before, and a copied head looks where its first one looks: the function is the same. But
+activations would take up half of the room, and only training would fill the rest, slowly. So a
+smaller noise that does not cancel can be added, as `spread`: copies part at once, and what little
+the answers lose by it is learned again.
 
 Source: Chen et al. 2016 (Net2Net, arXiv 1511.05641), section 2; Chen et al. 2022 (bert2BERT, arXiv
 2110.07143), section 3; Wu et al. 2024 (LLaMA Pro, arXiv 2401.02415), section 3.2.
@@ -24,7 +26,9 @@ from lapilli.errors import ConfigError
 from lapilli.lm.decoder import Decoder
 from lapilli.shapes import Float, Tensor
 
-NOISE: Final = 1.0  # of N against the blocks W / w: a matrix then varies like one of its own width
+# Against the blocks W / w. A matrix then varies about like a fresh one of its own width.
+NOISE: Final = 1.0
+SPREAD: Final = 0.5
 _ENDS: Final = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # of the residual branches
 
 
@@ -71,7 +75,7 @@ def check_growth(small: DecoderConfig, large: DecoderConfig) -> None:
 
 
 def grow_language_model(
-    small: Decoder, config: DecoderConfig, seed: int, *, noise: float = NOISE
+    small: Decoder, config: DecoderConfig, seed: int, *, noise: float = NOISE, spread: float = 0.0
 ) -> Decoder:
     """Return a language model of these sizes with the smaller one's logits.
 
@@ -80,6 +84,7 @@ def grow_language_model(
         config: sizes of the larger one.
         seed: of the noise.
         noise: its standard deviation against that of the blocks of columns that it is added to.
+        spread: the same of noise that does not cancel.
 
     Raises:
         ConfigError: see `check_growth`.
@@ -87,25 +92,30 @@ def grow_language_model(
     check_growth(small.config, config)
     times = config.hidden_size // small.config.hidden_size
     each = config.num_layers // small.config.num_layers
-    generator = torch.Generator().manual_seed(seed)
+    widen = _Widening(noise, spread, torch.Generator().manual_seed(seed))
     grown, found = Decoder(config), small.state_dict()
     with torch.no_grad():
         for name, value in grown.state_dict().items():
             source, is_added = _source(name, each)
             if is_added and source.endswith(_ENDS):
                 value.zero_()
-            elif source.endswith("embed_tokens.weight"):
-                value.copy_(found[source].repeat(1, times))
+            elif source.endswith("embed_tokens.weight"):  # what it holds are outputs
+                value.copy_(widen(found[source].T, times, 1).T)
             elif value.ndim == 1:
                 value.copy_(found[source].repeat(times))
             else:
                 rows = value.shape[0] // found[source].shape[0]  # 1 of the head's tokens
-                value.copy_(_wider(found[source], rows, times, noise, generator))
+                value.copy_(widen(found[source], rows, times))
     return grown
 
 
 def grow_projector(
-    small: nn.Sequential, large: nn.Sequential, seed: int, *, noise: float = NOISE
+    small: nn.Sequential,
+    large: nn.Sequential,
+    seed: int,
+    *,
+    noise: float = NOISE,
+    spread: float = 0.0,
 ) -> None:
     """Give a projector of more channels the smaller one's function, each channel several times.
 
@@ -114,8 +124,9 @@ def grow_projector(
         large: the same with a whole multiple of its hidden and output channels; set in place.
         seed: of the noise.
         noise: see `grow_language_model`.
+        spread: see there too.
     """
-    generator = torch.Generator().manual_seed(seed)
+    widen = _Widening(noise, spread, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for before, after in zip(small, large, strict=True):
             if not isinstance(before, nn.Linear):
@@ -123,7 +134,7 @@ def grow_projector(
             after = cast(nn.Linear, after)
             rows = after.out_features // before.out_features
             columns = after.in_features // before.in_features
-            after.weight.copy_(_wider(before.weight, rows, columns, noise, generator))
+            after.weight.copy_(widen(before.weight, rows, columns))
             after.bias.copy_(before.bias.repeat(rows))
 
 
@@ -136,15 +147,24 @@ def _source(name: str, each: int) -> tuple[str, bool]:
     return f"{head}{layers}{int(number) // each}.{inner}", int(number) % each > 0
 
 
-def _wider(
-    weight: Float[Tensor, "O I"], rows: int, columns: int, noise: float, generator: torch.Generator
-) -> Float[Tensor, "rO cI"]:
-    """Return a matrix that makes `rows` copies of the outputs from `columns` copies of inputs."""
-    blocks = weight.repeat(rows, columns).unflatten(1, (columns, -1)) / columns  # [r O, c, I]
-    if columns > 1:
-        deviation = noise * float(weight.std()) / columns
-        drawn = torch.randn(blocks.shape, generator=generator)
-        # Less their mean they sum to nothing; the factor gives back the variance that this takes.
-        drawn = (drawn - drawn.mean(1, keepdim=True)) * (columns / (columns - 1)) ** 0.5
-        blocks = blocks + deviation * drawn
-    return blocks.flatten(1)
+@dataclass(frozen=True, slots=True)
+class _Widening:
+    """Matrices that make copies of the outputs from copies of the inputs."""
+
+    noise: float
+    spread: float
+    generator: torch.Generator
+
+    def __call__(self, weight: Float[Tensor, "O I"], rows: int, columns: int) -> Tensor:
+        """Return the matrix of `rows` and `columns` copies, [rows O, columns I]."""
+        blocks = weight.repeat(rows, columns).unflatten(1, (columns, -1)) / columns  # [r O, c, I]
+        deviation = float(weight.std()) / columns
+        if columns > 1:
+            drawn = torch.randn(blocks.shape, generator=self.generator)
+            # Less their mean they sum to nothing; the factor gives back the variance it takes.
+            drawn = (drawn - drawn.mean(1, keepdim=True)) * (columns / (columns - 1)) ** 0.5
+            blocks = blocks + self.noise * deviation * drawn
+        if rows * columns > 1:
+            drawn = torch.randn(blocks.shape, generator=self.generator)
+            blocks = blocks + self.spread * deviation * drawn
+        return blocks.flatten(1)

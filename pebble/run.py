@@ -38,7 +38,7 @@ from lapilli.train.recipe.file import build_section
 from lapilli.train.trainer.loop import Task, train
 from lapilli.train.trainer.step import PlainAttention
 from pebble.fit import start_language_model, start_projector, word_vectors
-from pebble.grow import Sizes, grow_language_model, grow_projector
+from pebble.grow import SPREAD, Sizes, grow_language_model, grow_projector
 from pebble.initialise import initialise
 from pebble.pool import PoolSpec
 from pebble.prepare import prepare_pool, prepare_tokenizer
@@ -207,8 +207,9 @@ class Workshop:
         small = cast(Decoder, self._earlier.language_model)
         seen = cast(ImageModality, self._earlier.modality("image")).projector
         projector = cast(nn.Sequential, build_projector(self.projector))
-        grow_projector(cast(nn.Sequential, seen), projector, seed)
-        return FeatureReader(grow_language_model(small, self.text, seed), projector)
+        grow_projector(cast(nn.Sequential, seen), projector, seed, spread=SPREAD)
+        grown = grow_language_model(small, self.text, seed, spread=SPREAD)
+        return FeatureReader(grown, projector)
 
     def finished_reader(self) -> FeatureReader:
         """Projector and language model at the end of everything."""
