@@ -5,6 +5,10 @@ tokenizer, pictures -> tower -> language -> features -> align -> instruct -> exp
 `--recipes pebble/recipes/warm` goes on from the embedded pebble instead:
 
 tokenizer, pictures -> tower -> features -> instruct -> export -> exam
+
+and `--recipes pebble/recipes/larger` grows it to four times its parameters, with its own tower:
+
+tokenizer, pictures -> features -> instruct -> export -> exam
 """
 
 import argparse
@@ -44,12 +48,11 @@ def main(arguments: list[str] | None = None) -> None:
     _say("tokenizer and pictures")
     shop.prepare(options.processes)
     for stage in shop.stages:
+        if stage != "1_tower":  # which makes the features of all others
+            shop.compute_features()
         if not shop.is_finished(stage):
             _say(f"stage {stage}")
             shop.train_together(stage, options.processes)
-        if stage == "1_tower":
-            _say("features of all pictures")
-            shop.compute_features()
     export(shop, options.out)
     mark_boundary(options.out)
     curves = {stage: loss_curve(RunLog(options.work / stage).records()) for stage in shop.stages}

@@ -58,7 +58,9 @@ HEADS: Final = {
     "said": Head(3, 0),
     "left over": Head(3, 1),
 }
-"""Who learns each kind of look."""
+"""Who learns each kind of look, in a model of `DEPTH` layers."""
+DEPTH: Final = 5
+"""With twice as many, layer 1 of `HEADS` is layer 2 of the model, where grow.py puts it."""
 
 
 @dataclass(frozen=True, slots=True)

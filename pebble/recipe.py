@@ -29,7 +29,8 @@ class PartsRecipe:
     Attributes:
         checkpoint: an earlier pebble that goes on; None: fresh parts.
         vision: fields of VisionConfig for a fresh tower.
-        text: fields of DecoderConfig for a fresh language model.
+        text: fields of DecoderConfig: all of a fresh language model, or the sizes to which that of
+            the checkpoint grows.
     """
 
     checkpoint: str | None = None
@@ -76,7 +77,7 @@ _OF_STAGE: Final[Mapping[Stage, Mapping[str, Sequence[str]]]] = {
     "tower": {"model": ("vision", "checkpoint"), "data": ("num_crowds",)},
     "language": {"model": ("text",), **_TALK},
     "align": {"optim": ("projector_lr",), "data": ("template",)},
-    "instruct": {"model": ("checkpoint",), **_TALK},
+    "instruct": {"model": ("checkpoint", "text"), **_TALK},
 }
 _OF_ALL: Final[Mapping[str, Sequence[str]]] = {
     "optim": (

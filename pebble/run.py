@@ -6,14 +6,15 @@
 
 Everything that is finished is left as it is, so the whole run resumes where it stopped. Where the
 recipes name a checkpoint, the tower and the last stage go on from an earlier pebble, with its
-tokenizer, and the two stages between them are left out.
+tokenizer, and the two stages between them are left out. Without a recipe for the tower, the earlier
+one is kept; with other sizes in `model.text`, language model and projector grow to them (grow.py).
 """
 
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
@@ -37,6 +38,7 @@ from lapilli.train.recipe.file import build_section
 from lapilli.train.trainer.loop import Task, train
 from lapilli.train.trainer.step import PlainAttention
 from pebble.fit import start_language_model, start_projector, word_vectors
+from pebble.grow import SPREAD, Sizes, grow_language_model, grow_projector
 from pebble.initialise import initialise
 from pebble.pool import PoolSpec
 from pebble.prepare import prepare_pool, prepare_tokenizer
@@ -70,9 +72,11 @@ class Workshop:
     def __init__(self, recipes: Path, work: Path) -> None:
         self._recipes = recipes
         self.work = work
-        first = load_recipe(recipes / f"{STAGES[0]}.toml")
-        self.start = first.model.checkpoint
-        self.stages = STAGES if self.start is None else (STAGES[0], STAGES[-1])
+        self.start = load_recipe(recipes / f"{STAGES[-1]}.toml").model.checkpoint
+        self.stages = STAGES
+        if self.start is not None:
+            first = STAGES[:1] if (recipes / f"{STAGES[0]}.toml").exists() else ()
+            self.stages = (*first, STAGES[-1])
         self.recipes: Mapping[str, PebbleRecipe] = {
             name: load_recipe(recipes / f"{name}.toml") for name in self.stages
         }
@@ -100,7 +104,11 @@ class Workshop:
     def text(self) -> DecoderConfig:
         """The language model."""
         if self._plan is not None:
-            return _part(self._plan.config.text, DecoderConfig)
+            earlier = _part(self._plan.config.text, DecoderConfig)
+            sizes = self.recipes["4_instruct"].model.text
+            if not sizes:
+                return earlier
+            return replace(earlier, **asdict(build_section(Sizes, sizes, "model.text")))
         return build_section(DecoderConfig, self.recipes["2_language"].model.text, "model.text")
 
     @property
@@ -126,12 +134,14 @@ class Workshop:
         else:
             self.work.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._plan.path / "tokenizer.model", self.work / "tokenizer.model")
-        data, side = self.recipes["1_tower"].data, self.vision.image_size
+        data, side = self.recipes[self.stages[0]].data, self.vision.image_size
         scenes = PoolSpec(first_seed=0, num_scenes=data.num_pictures, side=side)
-        crowds = PoolSpec(
-            first_seed=_FIRST_CROWD, num_scenes=data.num_crowds, side=side, crowds=True
-        )
-        for name, spec in (("scenes", scenes), ("crowds", crowds)):
+        pools = {"scenes": scenes}
+        if "1_tower" in self.stages:
+            pools["crowds"] = PoolSpec(
+                first_seed=_FIRST_CROWD, num_scenes=data.num_crowds, side=side, crowds=True
+            )
+        for name, spec in pools.items():
             prepare_pool(
                 self.work / name,
                 spec,
@@ -158,21 +168,21 @@ class Workshop:
         return state
 
     def tower(self) -> VisionTransformer:
-        """Return the trained tower."""
+        """Return the trained tower, the earlier pebble's where no stage trains it."""
         tower = VisionTransformer(self.vision)
+        if "1_tower" not in self.stages:
+            image = cast(ImageModality, self._earlier.modality("image"))
+            tower.load_state_dict(image.vision_tower.state_dict())
+            return tower.eval()
         _load(tower, self.state("1_tower")["model"], "vision_tower.")
         return tower.eval()
 
     def reader(self, stage: str) -> FeatureReader:
         """Projector and language model as they stand before (or, with a checkpoint, in) a stage."""
         seed = self.recipes[stage].run.seed
-        language_model = Decoder(self.text)
         if self.start is not None:
-            image = cast(ImageModality, self._earlier.modality("image"))
-            language_model.load_state_dict(cast(Decoder, self._earlier.language_model).state_dict())
-            projector = build_projector(self.projector)
-            projector.load_state_dict(image.projector.state_dict())
-            return FeatureReader(language_model, projector)
+            return self._earlier_reader(seed)
+        language_model = Decoder(self.text)
         if stage == "2_language":
             start_language_model(language_model, seed)
             words = nn.Linear(len(LEXICON), self.text.hidden_size, bias=False)
@@ -191,6 +201,15 @@ class Workshop:
         else:
             _load(projector, self.state("3_align")["model"], "projector.")
         return FeatureReader(language_model, projector)
+
+    def _earlier_reader(self, seed: int) -> FeatureReader:
+        """Projector and language model of the earlier pebble, grown where the recipe says so."""
+        small = cast(Decoder, self._earlier.language_model)
+        seen = cast(ImageModality, self._earlier.modality("image")).projector
+        projector = cast(nn.Sequential, build_projector(self.projector))
+        grow_projector(cast(nn.Sequential, seen), projector, seed, spread=SPREAD)
+        grown = grow_language_model(small, self.text, seed, spread=SPREAD)
+        return FeatureReader(grown, projector)
 
     def finished_reader(self) -> FeatureReader:
         """Projector and language model at the end of everything."""

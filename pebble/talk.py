@@ -36,6 +36,7 @@ from pebble.conversation import (
     draw_questions,
 )
 from pebble.pointing import (
+    DEPTH,
     HEADS,
     Looks,
     Pointers,
@@ -251,10 +252,10 @@ class TalkTask:
             return self.model.loss(batch.rows)
         with QueriesAndKeys() as seen:
             answers = self.model.loss(batch.rows)
-        kinds = {}
+        kinds, each = {}, max(len(seen.layers) // DEPTH, 1)
         for kind, pointers in batch.pointers.items():
             layer, head = HEADS[kind]
-            queries, keys = seen.layers[layer]
+            queries, keys = seen.layers[layer * each]
             kinds[kind] = pointing_loss(queries, keys, pointers, head=head)
         number = batch.rows.num_valid
         parts = {kind: float(loss.detach()) * number for kind, loss in kinds.items()}

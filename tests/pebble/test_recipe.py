@@ -42,7 +42,7 @@ READ = {
     "tower": {"model.vision", "model.checkpoint", "data.num_pictures", "data.num_crowds"} | OF_ALL,
     "language": {"model.text", "data.num_pictures"} | TALK | OF_ALL,
     "align": {"data.num_pictures", "data.template", "optim.projector_lr"} | OF_ALL,
-    "instruct": {"model.checkpoint", "data.num_pictures"} | TALK | OF_ALL,
+    "instruct": {"model.checkpoint", "model.text", "data.num_pictures"} | TALK | OF_ALL,
 }
 
 
@@ -89,7 +89,7 @@ def test_the_recipes_of_the_repository_are_read_and_their_parts_are_built(path):
     with torch.device("meta"):
         if recipe.model.vision:
             parts.append(VisionTransformer(VisionConfig(**recipe.model.vision)))
-        if recipe.model.text:
+        if recipe.model.text and recipe.model.checkpoint is None:
             parts.append(build_language_model(DecoderConfig(**recipe.model.text)))
     is_fresh = path.parent.name == "from_nothing" and path.stem in ("1_tower", "2_language")
     assert len(parts) == is_fresh
