@@ -60,6 +60,17 @@ def scaled_inputs(layer: DecoderLayer) -> tuple[ScaledInput, ...]:
 @torch.no_grad()
 def quantize_by_awq(calibration: CalibrationLayer) -> dict[str, float]:
     """Scale, clip and pack the linear layers of `calibration.layer`; return the shares found."""
+    shares = scale_layer(calibration)
+    for name in calibration.rounding.names:
+        if not name.endswith(UNCLIPPED):
+            clip(calibration, name)
+    calibration.rounding.pack_layer(calibration.layer)
+    return shares
+
+
+@torch.no_grad()
+def scale_layer(calibration: CalibrationLayer) -> dict[str, float]:
+    """Scale the inputs of the linear layers of `calibration.layer`; return the shares found."""
     shares = {}
     names = set(calibration.rounding.names)
     for scaled in scaled_inputs(calibration.layer):
@@ -69,10 +80,6 @@ def quantize_by_awq(calibration: CalibrationLayer) -> dict[str, float]:
         shares[scaled.name] = share
         if share:
             apply_scales(calibration, scaled, scales)
-    for name in calibration.rounding.names:
-        if not name.endswith(UNCLIPPED):
-            clip(calibration, name)
-    calibration.rounding.pack_layer(calibration.layer)
     return shares
 
 
@@ -94,6 +101,8 @@ def search_scales(
             for x, whole, weight in zip(seen.kept, wanted, weights, strict=True):
                 missed = calibration.inspect(scaled.inspected, x / scales) - whole
                 error += float((missed.square() * weight).sum())
+                if error >= best_error:
+                    break  # it only grows
         if error < best_error:
             best, best_error = (share, scales), error
     return best
