@@ -46,7 +46,7 @@ from pebble.score import ExamItem, exam, is_exact
 RESULT = RESULTS / "quantization.json"
 AT_ONCE = 20
 Figures = dict[str, Any]
-SAMPLES = {"pebble": 128, "larger": 128, "text": 32}
+SAMPLES = {"pebble": 128, "larger": 128, "text": 16}
 COMPARED = 300
 """Answers along which the divergence is taken."""
 
@@ -334,8 +334,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     options = parser.parse_args(arguments)
     table = Table(options.out)
+    table.found["samples"] = SAMPLES
     if options.resume and options.out.is_file():
-        table.found = json.loads(options.out.read_text(encoding="utf-8"))
+        table.found |= json.loads(options.out.read_text(encoding="utf-8"))
     seen = {"pebble": "pebble", "larger": options.larger and str(options.larger)}
     with tempfile.TemporaryDirectory() as place:
         for model, source in seen.items():

@@ -71,20 +71,18 @@ def page(found: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
+_ABOUT_TEXT = """The model of `benchmarks/quality.py`: real weights, trained a little so that they
+lie on no format's levels; 4,080 positions of held-out text. Calibrated on {samples} blocks of 512
+tokens of what it was trained on. GGUF files are made and run by llama.cpp and ik_llama.cpp."""
+_ABOUT_EXAM = """Exact answers of {questions:,} questions in percent, all and by skill; *same* are
+answers that are float32's word for word. Calibrated on {samples} conversations about pictures;
+*text* leaves the pictures out. GGUF rows are rounded by llama.cpp and computed in floats."""
+
+
 def _about(model: str, found: Mapping[str, Any]) -> str:
+    text = _ABOUT_TEXT if model == "text" else _ABOUT_EXAM
     questions = found.get("questions", {}).get(model, 0)
-    if model == "text":
-        return (
-            "The model of `benchmarks/quality.py`: real weights, trained a little so that they\n"
-            "lie on no format's levels; 4,080 positions of held-out text. Calibrated on 32 blocks of\n"
-            "512 tokens of what it was trained on. GGUF files are made and run by llama.cpp and\n"
-            "ik_llama.cpp."
-        )
-    return (
-        f"Exact answers of {questions:,} questions in percent, all and by skill; *same* are\n"
-        "answers that are float32's word for word. Calibrated on 128 conversations about pictures;\n"
-        "*text* leaves the pictures out. GGUF rows are rounded by llama.cpp and computed in floats."
-    )
+    return text.format(questions=questions, samples=found["samples"][model])
 
 
 def _seeing_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
