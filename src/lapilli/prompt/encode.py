@@ -8,6 +8,7 @@ r"""Encoding of a conversation: ids, loss mask and media spans, in one pass.
 Knows segments and tokenizers; must not know where features come from.
 """
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -202,16 +203,20 @@ def _tokenize(
     tokens = tokenizer.tokenize(text, literal=literal)
     # Bytes in the middle of a character may have no characters of their own.
     piece = [(token.id, counts[max(token.end - 1, token.start)]) for token in tokens]
+    ends = [token.end for token in tokens]
     for start, end, said in reversed(answers):
-        place = _place(text, tokens, start, end, said.after)
-        if place is not None:
-            piece[place] = [(index, counts[start]) for index in said.ids]
+        first, last = bisect(ends, start), bisect(ends, end)
+        # White space before an answer belongs to it as far as the prompt did not end with it.
+        while first and tokens[first - 1].id != said.after and _is_white(text, tokens[first - 1]):
+            first -= 1
+        begins = 0 < first < last and tokens[first - 1].id == said.after
+        # Otherwise a token reaches over a border of the answer, and the text is cut anew.
+        if begins and ends[last - 1] == end and not text[tokens[first].start : start].strip():
+            piece[first:last] = [(index, counts[start]) for index in said.ids]
     return piece
 
 
-def tokens_said(
-    text: str, ids: Sequence[int], after: int, tokenizer: Tokenizer
-) -> Said | None:
+def tokens_said(text: str, ids: Sequence[int], after: int, tokenizer: Tokenizer) -> Said | None:
     """Return the tokens of an answer's text, without what ended it; None: no part of them is it.
 
     Args:
@@ -230,9 +235,7 @@ def tokens_said(
     return Said(tuple(fewest), after) if text and fewest else None
 
 
-def _says(
-    segment: TextSegment, said: Said, tokenizer: Tokenizer, image_id: int | None
-) -> bool:
+def _says(segment: TextSegment, said: Said, tokenizer: Tokenizer, image_id: int | None) -> bool:
     """Return whether tokens are those of a text, to this tokenizer too."""
     return image_id not in said.ids and _decoded(said.ids, tokenizer) == segment.text.strip()
 
@@ -242,23 +245,6 @@ def _decoded(ids: Sequence[int], tokenizer: Tokenizer) -> str | None:
         return tokenizer.decode(ids).strip()
     except PromptError:  # an id behind the vocabulary, which a model may have rows for
         return None
-
-
-def _place(
-    text: str, tokens: Sequence[Token], start: int, end: int, after: int
-) -> slice | None:
-    """Return which tokens stand for an answer; None where one reaches over its border.
-
-    White space before an answer belongs to it as far as the prompt did not end with it.
-    """
-    first = next((i for i, token in enumerate(tokens) if token.end > start), len(tokens))
-    while first > 0 and tokens[first - 1].id != after and _is_white(text, tokens[first - 1]):
-        first -= 1
-    last = next((i for i, token in enumerate(tokens) if token.end > end), len(tokens))
-    begins = 0 < first < last and tokens[first - 1].id == after
-    if not begins or text[tokens[first].start : start].strip() or tokens[last - 1].end != end:
-        return None
-    return slice(first, last)
 
 
 def _is_white(text: str, token: Token) -> bool:

@@ -200,8 +200,8 @@ class _Marks:
             times = text.count(self.mark(index))
             if times != 1:
                 raise PromptError(
-                    f"the checkpoint's chat template writes the text {part.text[:40]!r} {times} times "
-                    "instead of once: choose a template by name"
+                    f"the checkpoint's chat template writes the text {part.text[:40]!r} {times} "
+                    "times instead of once: choose a template by name"
                 )
         slots = text.count(self._image_token)
         if slots != num_media:
