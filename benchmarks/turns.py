@@ -106,8 +106,15 @@ def conversations(chat: Chat, *, turns: int, tokens: int, rounds: int) -> dict[s
     return {
         "visual positions": sum(span.length for span in spans),
         "last over second": rows[-1]["first_s"] / rows[1]["first_s"],
+        "last three over turns 2 to 4": growth([row["first_s"] for row in rows]),
         "turns": rows,
     }
+
+
+def growth(seconds: list[float]) -> float:
+    """The last three turns over turns 2 to 4: medians, as single ones vary."""
+    early = min(3, len(seconds) - 1)
+    return statistics.median(seconds[-early:]) / statistics.median(seconds[1 : 1 + early])
 
 
 def histories(chat: Chat, *, longest: int, rounds: int) -> list[dict[str, float]]:
@@ -177,8 +184,9 @@ def describe(found: dict[str, Any]) -> str:
             f"{about['visual positions']:.0f} visual positions: turn 1 {rows[0]['first_s']:.3f} s "
             f"({rows[0]['computed']:.0f} computed), turn 2 {1e3 * rows[1]['first_s']:.0f} ms "
             f"({rows[1]['computed']:.0f}), turn {len(rows)} {1e3 * rows[-1]['first_s']:.0f} ms "
-            f"({rows[-1]['computed']:.0f}), {about['last over second']:.2f} of turn 2; computed "
-            f"beyond what is new: {more:.0f}"
+            f"({rows[-1]['computed']:.0f}), {about['last over second']:.2f} of turn 2; the last "
+            f"three {about['last three over turns 2 to 4']:.2f} of turns 2 to 4; computed beyond "
+            f"what is new: {more:.0f}"
         )
     lines += [
         f"history of {row['history']:.0f}: {1e3 * row['kept_s']:.0f} ms ({row['computed']:.0f} "

@@ -7,7 +7,7 @@ import pytest
 
 import lapilli
 from benchmarks.checkpoint import with_pictures, write_checkpoint, write_quantized
-from benchmarks.turns import converse, describe, histories, load, main
+from benchmarks.turns import converse, describe, growth, histories, load, main
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,11 @@ def test_the_figures_of_a_file_and_for_people(
     found = json.loads(out.read_text())
     assert list(found["conversations"]) == ["9", "64"]
     assert "computed beyond what is new: 0" in describe(found)
+
+
+def test_growth_leaves_single_turns_aside() -> None:
+    assert growth([9.0, 1.0, 1.0, 7.0, 5.0, 2.0, 2.0, 8.0]) == 2.0
+    assert growth([9.0, 1.0, 1.5]) == 1.0
 
 
 @pytest.mark.slow

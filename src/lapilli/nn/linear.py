@@ -148,7 +148,7 @@ def kept_linear(
     if few and not learns and is_dense_native(x, weight):
         return dense(x, weight, bias)
     seen = x.float()
-    rows = [functional.linear(seen, piece.float()) for piece in weight.split(KEPT_AT_ONCE)]
+    rows = [functional.linear(seen, piece.float()) for piece in weight.split(KEPT_AT_ONCE)]  # type: ignore[no-untyped-call]
     out = torch.cat(rows, dim=-1)
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
