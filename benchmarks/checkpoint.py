@@ -13,7 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -110,6 +111,59 @@ def write_quantized(source: Path, out: Path, bits: int) -> Path:
         subprocess.run(command, check=True)
         aside.rename(out)
     return out
+
+
+def with_pictures(source: Path, out: Path, side: int, *, anyres: bool = False) -> Path:
+    """The same model with pictures of another size, or in tiles, and with text about them.
+
+    Args:
+        source: what `write_quantized` made.
+        out: written once and reused by later runs.
+        side: pixels of a tile; a picture is one of them, or with `anyres` up to four and itself.
+    """
+    if (out / "complete").exists():
+        return out
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "vision_tower").mkdir(parents=True)
+    for path in source.rglob("*"):
+        if path.suffix in (".model", ".json"):
+            shutil.copy(path, out / path.relative_to(source))
+    weights = (source / "model.safetensors").resolve()
+    config = json.loads((source / "config.json").read_text())
+    del config["lapilli_image_token_index"]  # the tokenizer has no text for it
+    if anyres:
+        pinpoints = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
+        config |= {"image_aspect_ratio": "anyres", "image_grid_pinpoints": pinpoints}
+        config["mm_patch_merge_type"] = "spatial_unpad"
+        newline = {"model.image_newline": torch.zeros(config["hidden_size"])}
+        save_file(newline, out / "model-00002.safetensors")
+        (out / "model-00001.safetensors").symlink_to(weights)
+        with safe_open(weights, "pt") as file:
+            weight_map = dict.fromkeys(file.keys(), "model-00001.safetensors")
+        weight_map |= dict.fromkeys(newline, "model-00002.safetensors")
+        index = {"metadata": {}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        (out / "model.safetensors").symlink_to(weights)
+    (out / "config.json").write_text(json.dumps(config))
+    _resize_tower(source / "vision_tower", out / "vision_tower", side)
+    (out / "complete").touch()
+    return out
+
+
+def _resize_tower(source: Path, out: Path, side: int) -> None:
+    """Cut a tower's positions to those of a picture of another size."""
+    config = json.loads((source / "config.json").read_text())
+    positions = (side // config["patch_size"]) ** 2 + 1
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "position_embedding" in name:
+            tensors[name] = tensor[:positions].clone()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config | {"image_size": side}))
+    preparing = json.loads((source / "preprocessor_config.json").read_text())
+    preparing |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    (out / "preprocessor_config.json").write_text(json.dumps(preparing))
 
 
 def _write_shards(shapes: dict[str, torch.Size], out: Path, dtype: torch.dtype) -> None:

@@ -20,6 +20,7 @@ from lapilli.kernels.linear import (
     native_weights,
 )
 from lapilli.kernels.packing import Packed, round_rows
+from lapilli.nn.linear import kept_linear
 from lapilli.quant import QuantConfig
 from lapilli.quant.quantize import round4, round8
 
@@ -264,6 +265,54 @@ def test_equals_float64(
     torch.testing.assert_close(found.double(), wide, **near)
     if dtype == torch.float32:
         torch.testing.assert_close(dense_reference(x, weight, added).double(), wide, **near)
+
+
+@ONCE
+@given(
+    rows=st.integers(1, 9),
+    inputs=st.integers(1, 200),
+    outputs=st.integers(1, 70),
+    bias=st.booleans(),
+    kept=st.sampled_from((torch.float16, torch.bfloat16)),
+    size=st.sampled_from((1e-7, 1.0, 1e4)),
+    seed=st.integers(0, 99),
+)
+def test_weights_of_16_bits_are_multiplied_as_their_floats(
+    library: Library,
+    threads: int,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    bias: bool,
+    kept: torch.dtype,
+    size: float,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(rows, inputs)
+    weight = (size * torch.randn(outputs, inputs)).to(kept)  # the smallest are subnormal
+    added = torch.randn(outputs).to(kept) if bias else None
+    wide = functional.linear(x.double(), weight.double(), None if added is None else added.double())
+    assert is_dense_native(x, weight)
+    near = {"atol": 2e-5 * max(size, 1.0), "rtol": 2e-5}
+    for product in (dense, dense_reference, kept_linear):
+        found = product(x, weight, added)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), wide, **near)
+
+
+def test_many_rows_and_gradients_of_a_kept_weight() -> None:
+    x, weight = torch.randn(2, 200, 24, requires_grad=True), torch.randn(5000, 24).half()
+    bias = torch.randn(5000).half()
+    found = kept_linear(x, weight, bias)
+    expected = functional.linear(x, weight.float(), bias.float())
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    torch.testing.assert_close(x.grad, weight.float().sum(dim=0).expand_as(x), rtol=1e-3, atol=1e-3)
+    narrow = kept_linear(x.detach().bfloat16(), weight, None)
+    assert narrow.dtype == torch.bfloat16
+    same = functional.linear(x.detach().bfloat16().float(), weight.float()).bfloat16()
+    torch.testing.assert_close(narrow, same)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

@@ -8,8 +8,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lapilli.errors import LapilliError, MediaCountMismatchError, PromptError
-from lapilli.prompt.encode import IGNORE_INDEX, PLACEHOLDER, EncodedPrompt, Span, encode
-from lapilli.prompt.message import Message
+from lapilli.prompt.encode import (
+    IGNORE_INDEX,
+    PLACEHOLDER,
+    EncodedPrompt,
+    Span,
+    encode,
+    tokens_said,
+)
+from lapilli.prompt.message import Message, Said
 from lapilli.prompt.template import TEMPLATES, MediaSlot, TextSegment, to_text
 from lapilli.prompt.tokenizer import Tokenizer
 
@@ -245,3 +252,51 @@ def test_a_template_that_writes_the_image_token_itself_is_refused(goldens: Any) 
     segments = [MediaSlot(), TextSegment(" and <image>")]
     with pytest.raises(LapilliError, match=r"cut 2 image tokens '<image>'.*prompt with 1 media"):
         encode(segments, tokenizer, [1], image_id=image_id)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.integers(3, 900), min_size=1, max_size=12),
+    st.sampled_from(["vicuna_v1", "llama_2", "mpt", "llava_v0", "v1"]),
+)
+def test_an_answer_keeps_the_tokens_that_it_was_said_in(
+    tokenizer: Tokenizer, ids: list[int], name: str
+) -> None:
+    """Any cut of a text, one of the tokenizer's or not, and with what ended it behind it."""
+    template, asked = TEMPLATES[name], Message.user("What is this?")
+    opened = encode(template.render([asked]), tokenizer, []).input_ids
+    text = tokenizer.decode(ids).strip()
+    said = tokens_said(text, [*ids, tokenizer.eos_id or 2], opened[-1], tokenizer)
+    if said is None:
+        assert not text
+        return
+    assert list(said.ids) == ids[: len(said.ids)]
+    turns = [asked, Message.assistant(text, said), Message.user("Sure?")]
+    later = encode(template.render(turns), tokenizer, []).input_ids
+    plain = encode(template.render([asked, Message.assistant(text), turns[2]]), tokenizer, [])
+    kept = [*opened, *said.ids]
+    # Where a token reaches over the border of the answer, its text is cut anew.
+    assert later[: len(kept)] == kept or later == plain.input_ids
+
+
+def test_an_unusual_cut_is_kept_and_changes_no_text(tokenizer: Tokenizer) -> None:
+    template, asked = TEMPLATES["vicuna_v1"], Message.user("What is this?")
+    opened = encode(template.render([asked]), tokenizer, []).input_ids
+    usual = tokenizer.encode("A red boat.", add_bos=False)
+    letters = [tokenizer.encode(letter, add_bos=False)[-1] for letter in "red"]
+    ids = [usual[0], *tokenizer.encode("a", add_bos=False)[:-1], *letters]
+    text = tokenizer.decode(ids).strip()
+    said = tokens_said(text, ids, opened[-1], tokenizer)
+    turns = [asked, Message.assistant(text, said), Message.user("Sure?")]
+    later = encode(template.render(turns), tokenizer, []).input_ids
+    assert later[: len(opened) + len(ids)] == [*opened, *ids]
+    assert turns[1] == Message.assistant(text)  # the same message, whoever said it
+
+
+def test_tokens_of_another_tokenizer_are_not_taken(tokenizer: Tokenizer) -> None:
+    turns = [Message.user("What?"), Message.assistant("A boat."), Message.user("Sure?")]
+    plain = encode(TEMPLATES["vicuna_v1"].render(turns), tokenizer, [])
+    colon = encode(TEMPLATES["vicuna_v1"].render(turns[:1]), tokenizer, []).input_ids[-1]
+    for ids in ((5, 6, 7), (10**9,)):
+        turns[1] = Message.assistant("A boat.", Said(ids, colon))
+        assert encode(TEMPLATES["vicuna_v1"].render(turns), tokenizer, []) == plain

@@ -174,7 +174,10 @@ def load_checkpoint(
         plan = _with_head_to_pack(plan, asked, stored)
         model = build_model(plan.config)
         free = where.type == "cpu" and dtype == AUTO  # to take the faster dtype
-        quantizer = _quantizer(plan, model, asked, stored, merge_lora=merge_lora, free=free)
+        computes = where.type == "cpu" and dtype != STORED
+        quantizer = _quantizer(
+            plan, model, asked, stored, merge_lora=merge_lora, free=free, reads_kept=computes
+        )
         matching = plan.match(model)
         check_complete(matching)
         target = None
@@ -204,7 +207,7 @@ def load_checkpoint(
         notes = () if quantizer is None else quantizer.notes
         if asked is not None and quantizer is None:  # an adapter had to be folded in first
             notes = quantize(model, asked).notes
-        if where.type == "cpu" and dtype != STORED:
+        if computes:
             choices = Choices(cache_file())
             take_faster_products(model, choices)
             take_faster_layers(model, choices)
@@ -272,6 +275,7 @@ def _quantizer(
     *,
     merge_lora: bool,
     free: bool,
+    reads_kept: bool,
 ) -> LayerQuantizer | None:
     """Return the quantizer of layers while they are read; None where an adapter comes first.
 
@@ -301,6 +305,7 @@ def _quantizer(
         published=published,
         names=plan.parameters,
         tower_dtype=faster_tower_dtype(plan.config, Choices(cache_file())) if is_free else None,
+        reads_kept=reads_kept,
     )
 
 

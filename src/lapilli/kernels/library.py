@@ -23,8 +23,9 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
-ABI = 13  # of native/abi.h: a library that was built from older sources is left alone
+ABI = 14  # of native/abi.h: a library that was built from older sources is left alone
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+WEIGHT_KINDS = {**KINDS, torch.float16: 3}
 """Number formats of native/abi.h."""
 _NAMES = ("liblapilli_kernels.so", "liblapilli_kernels.dylib")
 

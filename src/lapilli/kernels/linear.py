@@ -8,25 +8,29 @@ import torch
 from torch.nn import functional
 
 from lapilli.errors import ConfigError
-from lapilli.kernels.library import KINDS, DenseCall, Library, Weights, address, native
+from lapilli.kernels.library import WEIGHT_KINDS, DenseCall, Library, Weights, address, native
 from lapilli.kernels.packing import Packed, rounded
 from lapilli.shapes import Float, Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_KEPT = (*_DTYPES, torch.float16)
 
 
 def dense_reference(
     x: Float[Tensor, "... K"], weight: Float[Tensor, "out K"], bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "... out"]:
     """Compute the same as `dense` by torch."""
-    return functional.linear(x, weight, bias)
+    if weight.dtype == x.dtype:
+        return functional.linear(x, weight, bias)
+    added = None if bias is None else bias.float()
+    return functional.linear(x.float(), weight.float(), added).to(x.dtype)
 
 
 def is_dense_native(x: Tensor, weight: Tensor) -> bool:
     """Return whether the library has the product of these."""
+    is_kept = x.dtype == torch.float32 and weight.dtype in _KEPT
     return (
-        weight.dtype in _DTYPES
-        and x.dtype == weight.dtype
+        (is_kept or (x.dtype == weight.dtype and weight.dtype in _DTYPES))
         and x.device.type == weight.device.type == "cpu"
         and weight.stride(1) == 1
         and native() is not None
@@ -40,7 +44,8 @@ def dense(
 
     Args:
         x: few rows: every one of them is met while the weight is read once.
-        weight: float32 or bfloat16; anything else, or without the library, goes to torch.
+        weight: float32 or bfloat16 as x, or float16 or bfloat16 to an x of float32; anything else,
+            or without the library, goes to torch.
         bias: in the dtype of the weight, or None.
     """
     library = native()
@@ -63,7 +68,7 @@ def dense(
         w_stride=weight.stride(0),
         x_stride=rows.stride(0),
         y_stride=out_features,
-        kind=KINDS[weight.dtype],
+        kind=WEIGHT_KINDS[weight.dtype],
         threads=torch.get_num_threads(),
     )
     library.functions.lapilli_dense(ctypes.byref(call))

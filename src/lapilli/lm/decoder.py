@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lapilli.config.model import DecoderConfig
@@ -21,7 +20,7 @@ from lapilli.lm.fused_layer import FusedLayer, FusedLayers
 from lapilli.nn.attention import attend, causal_mask
 from lapilli.nn.kv_cache import Cache, KVCache, Segments
 from lapilli.nn.layers import GatedMLP, RMSNorm, Rotary
-from lapilli.nn.linear import project
+from lapilli.nn.linear import kept_linear, project
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 RotaryTable = tuple[Tensor, Tensor]
@@ -234,7 +233,7 @@ class Decoder(nn.Module):
         """Return the scores of every vocabulary entry."""
         scores: Tensor
         if self.config.tie_embeddings:
-            scores = functional.linear(hidden, self.model.embed_tokens.weight)
+            scores = kept_linear(hidden, self.model.embed_tokens.weight, None)
         else:
             scores = self.lm_head(hidden)
         cap = self.config.logit_softcap

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lapilli.config.model import MptConfig
 from lapilli.nn.attention import attend, causal_bias, causal_mask
 from lapilli.nn.kv_cache import Cache, KVCache, Segments
+from lapilli.nn.linear import kept_linear
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 
@@ -172,7 +173,7 @@ class Mpt(nn.Module):
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Return the scores of every vocabulary entry."""
         if self.config.tie_embeddings:
-            return functional.linear(hidden, self.transformer.wte.weight)
+            return kept_linear(hidden, self.transformer.wte.weight, None)
         scores: Tensor = self.lm_head(hidden)
         return scores
 

@@ -1,6 +1,7 @@
 """Linear layers: of floats on a CPU, of a kernel, and of a frozen quantized weight.
 
     FloatLinear             few rows by the compiled library, many by oneDNN where it is faster
+    KeptLinear              a frozen weight of 16 bits, multiplied as its numbers in float32
     KernelLayer             layers of one kind share a call for one input: `project`
     FrozenQuantizedLinear   W stays quantized, with the gradient of x: floats of some rows at a time
 
@@ -125,6 +126,52 @@ def is_plain_float(x: Tensor, weight: Tensor) -> bool:
     """Return whether the product of these is one of float32 on a CPU."""
     is_float = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     return is_float and not torch.is_autocast_enabled("cpu")
+
+
+KEPT_AT_ONCE = 4096
+MOST_KEPT = 64
+"""Rows up to which a weight of another format than theirs is read in place."""
+
+
+def kept_linear(
+    x: Float[Tensor, "... K"], weight: Float[Tensor, "out K"], bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "... out"]:
+    """Return the product x W^T + b in the dtype of x, of a weight in any format of floats.
+
+    Its numbers are those of the weight in float32. Few rows of float32 read the weight where it
+    lies; many get some rows of it as floats at a time.
+    """
+    if weight.dtype == x.dtype:
+        return functional.linear(x, weight, bias)
+    learns = torch.is_grad_enabled() and x.requires_grad
+    few = x.numel() <= MOST_KEPT * weight.shape[1] and not torch.compiler.is_compiling()
+    if few and not learns and is_dense_native(x, weight):
+        return dense(x, weight, bias)
+    seen = x.float()
+    rows = [functional.linear(seen, piece.float()) for piece in weight.split(KEPT_AT_ONCE)]  # type: ignore[no-untyped-call]
+    out = torch.cat(rows, dim=-1)
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+class KeptLinear(nn.Linear):
+    """A frozen linear layer in the format of its file, which its input need not have.
+
+    Every token reads the whole output layer: in 16 bits half the bytes of float32, and the same
+    numbers.
+    """
+
+    @classmethod
+    def of(cls, plain: nn.Linear) -> "KeptLinear":
+        """Return a layer with the same parameters, not copies of them."""
+        layer = cls(
+            plain.in_features, plain.out_features, bias=plain.bias is not None, device="meta"
+        )
+        layer.weight, layer.bias = plain.weight, plain.bias
+        return layer.requires_grad_(False).train(plain.training)
+
+    def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
+        """Return W x + b in the dtype of x; it has the gradient of x."""
+        return kept_linear(x, self.weight, self.bias)
 
 
 class KernelLayer(nn.Module, ABC):

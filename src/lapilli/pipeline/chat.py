@@ -34,6 +34,7 @@ from lapilli.pipeline.backend import (
     with_stops,
 )
 from lapilli.prompt.choose import Template, check_template
+from lapilli.prompt.encode import tokens_said
 from lapilli.prompt.message import (
     MediaPart,
     Message,
@@ -271,7 +272,9 @@ class Chat:
             new = prompt.media[len(prompt.media) - len(asked.media) :]
             return AnswerStream(
                 lambda: self._backend.stream(prompt, params),
-                lambda pieces, answer: self._remember(asked, new, talk, pieces, answer),
+                lambda pieces, answer: self._remember(
+                    asked, new, talk, pieces, answer, after=prompt.encoded.input_ids[-1]
+                ),
             )
 
     def answer(
@@ -390,15 +393,19 @@ class Chat:
         talk: Conversation,
         pieces: Pieces,
         generation: Generation,
+        *,
+        after: int,
     ) -> None:
         """Keep the turn, unless it was cancelled before it said anything.
 
         An interrupt may end any line; a second call then does what is left.
         """
         is_said = bool(generation.text) or generation.finish_reason != "cancelled"
+        text = generation.text.strip()
+        said = tokens_said(text, generation.token_ids, after, self.tokenizer)
         with self._adopting:
             if is_said and not any(turn is question for turn in talk.history):
-                answer = Message.assistant(generation.text.strip())
+                answer = Message.assistant(text, said)
                 talk.history = (*talk.history, question, answer)
             if talk.number < self._conversation.number:
                 return  # a later conversation has begun, or this one is to be forgotten

@@ -8,12 +8,14 @@ r"""Encoding of a conversation: ids, loss mask and media spans, in one pass.
 Knows segments and tokenizers; must not know where features come from.
 """
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lapilli.errors import MediaCountMismatchError, PromptError
+from lapilli.prompt.message import Said
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
-from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.prompt.tokenizer import Token, Tokenizer
 
 PLACEHOLDER = 0
 """The id under a span: an id of every vocabulary, whose embedding is overwritten."""
@@ -138,7 +140,7 @@ def _encode_whole(
     token = tokenizer.id_to_token(image_id)
     texts = [TextSegment(token) if isinstance(s, MediaSlot) else s for s in segments]
     pieces: list[Piece] = [[]]
-    for index, counts in _with_prefix(tokenizer, _tokenize(texts, tokenizer)):
+    for index, counts in _with_prefix(tokenizer, _tokenize(texts, tokenizer, image_id)):
         if index == image_id:
             pieces.append([])
         else:
@@ -180,18 +182,70 @@ def _with_prefix(tokenizer: Tokenizer, piece: Piece) -> Piece:
     return piece if written else prefix + piece
 
 
-def _tokenize(segments: Sequence[TextSegment], tokenizer: Tokenizer) -> Piece:
-    """Tokenize joined segments; a token is trainable where its last character is."""
+def _tokenize(
+    segments: Sequence[TextSegment], tokenizer: Tokenizer, image_id: int | None = None
+) -> Piece:
+    """Tokenize joined segments; a token is trainable where its last character is.
+
+    An answer has the tokens that it was said in, where they are known.
+    """
     text = "".join(segment.text for segment in segments)
     literal: list[tuple[int, int]] = []
     counts: list[bool] = []
+    answers: list[tuple[int, int, Said]] = []
     for segment in segments:
         start = len(counts)
         counts += [segment.trainable] * len(segment.text)
         if segment.literal and segment.text:
             literal.append((start, len(counts)))
+        if segment.said is not None and _says(segment, segment.said, tokenizer, image_id):
+            answers.append((start, len(counts), segment.said))
+    tokens = tokenizer.tokenize(text, literal=literal)
     # Bytes in the middle of a character may have no characters of their own.
-    return [
-        (token.id, counts[max(token.end - 1, token.start)])
-        for token in tokenizer.tokenize(text, literal=literal)
-    ]
+    piece = [(token.id, counts[max(token.end - 1, token.start)]) for token in tokens]
+    ends = [token.end for token in tokens]
+    for start, end, said in reversed(answers):
+        first, last = bisect(ends, start), bisect(ends, end)
+        # White space before an answer belongs to it as far as the prompt did not end with it.
+        while first and tokens[first - 1].id != said.after and _is_white(text, tokens[first - 1]):
+            first -= 1
+        begins = 0 < first < last and tokens[first - 1].id == said.after
+        # Otherwise a token reaches over a border of the answer, and the text is cut anew.
+        if begins and ends[last - 1] == end and not text[tokens[first].start : start].strip():
+            piece[first:last] = [(index, counts[start]) for index in said.ids]
+    return piece
+
+
+def tokens_said(text: str, ids: Sequence[int], after: int, tokenizer: Tokenizer) -> Said | None:
+    """Return the tokens of an answer's text, without what ended it; None: no part of them is it.
+
+    Args:
+        text: of the answer, without white space around it.
+        ids: that were generated.
+        after: last token of the prompt.
+        tokenizer: of the language model.
+    """
+    fewest: Sequence[int] = ()
+    for count in range(len(ids), 0, -1):
+        found = _decoded(ids[:count], tokenizer)
+        if found == text:
+            fewest = ids[:count]
+        elif fewest or found is None or len(found) < len(text):
+            break
+    return Said(tuple(fewest), after) if text and fewest else None
+
+
+def _says(segment: TextSegment, said: Said, tokenizer: Tokenizer, image_id: int | None) -> bool:
+    """Return whether tokens are those of a text, to this tokenizer too."""
+    return image_id not in said.ids and _decoded(said.ids, tokenizer) == segment.text.strip()
+
+
+def _decoded(ids: Sequence[int], tokenizer: Tokenizer) -> str | None:
+    try:
+        return tokenizer.decode(ids).strip()
+    except PromptError:  # an id behind the vocabulary, which a model may have rows for
+        return None
+
+
+def _is_white(text: str, token: Token) -> bool:
+    return token.end > token.start and text[token.start : token.end].isspace()

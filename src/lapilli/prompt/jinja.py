@@ -179,7 +179,7 @@ class _Marks:
         self._nonce = secrets.token_hex(16)
         self._takes_parts = takes_parts
         self._image_token = image_token
-        self._texts: list[str] = []
+        self._texts: list[TextPart] = []
 
     def mark(self, index: int) -> str:
         """Return the stand-in of the text with this number."""
@@ -196,12 +196,12 @@ class _Marks:
         Raises:
             PromptError: a text that is missing, or another number of image tokens than of media.
         """
-        for index, typed in enumerate(self._texts):
+        for index, part in enumerate(self._texts):
             times = text.count(self.mark(index))
             if times != 1:
                 raise PromptError(
-                    f"the checkpoint's chat template writes the text {typed[:40]!r} {times} times "
-                    "instead of once: choose a template by name"
+                    f"the checkpoint's chat template writes the text {part.text[:40]!r} {times} "
+                    "times instead of once: choose a template by name"
                 )
         slots = text.count(self._image_token)
         if slots != num_media:
@@ -229,8 +229,8 @@ class _Marks:
             elif found.group(1) is None:
                 segments.append(MediaSlot())
             else:
-                typed = self._texts[int(found.group(1))]
-                segments.append(TextSegment(typed, trainable=counts, literal=True))
+                part = self._texts[int(found.group(1))]
+                segments.append(TextSegment(part.text, counts, literal=True, said=part.said))
         return segments
 
     def _parts(self, message: Message) -> list[dict[str, str]]:
@@ -239,7 +239,7 @@ class _Marks:
         return [
             {"type": part.modality}
             if isinstance(part, MediaPart)
-            else {"type": "text", "text": self._hide_text(part.text)}
+            else {"type": "text", "text": self._hide_text(part)}
             for part in message.parts
         ]
 
@@ -249,18 +249,18 @@ class _Marks:
         leading = message.written is None
         for part in message.in_order:
             if isinstance(part, TextPart):
-                text += self._hide_text(part.text)
+                text += self._hide_text(part)
                 leading = leading and not part.text
             else:
                 text += f"{self._image_token}\n" if leading else self._image_token
         return text
 
-    def _hide_text(self, text: str) -> str:
-        core = text.strip()
+    def _hide_text(self, part: TextPart) -> str:
+        core = part.text.strip()
         if not core:
-            return text
-        before, _, after = text.partition(core)
-        self._texts.append(core)
+            return part.text
+        before, _, after = part.text.partition(core)
+        self._texts.append(TextPart(core, part.said))
         return f"{before}{self.mark(len(self._texts) - 1)}{after}"
 
 

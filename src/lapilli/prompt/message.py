@@ -4,7 +4,7 @@ Knows nothing of templates, tokens or pictures: the source of a medium is passed
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from lapilli.config.reader import shown
@@ -16,14 +16,31 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
+class Said:
+    """The tokens of a text that a model said, and the token of the prompt before them.
+
+    A text can be cut into tokens in several ways, and a model need not choose the one of its
+    tokenizer. Keys and values that are kept belong to the tokens that were said.
+    """
+
+    ids: tuple[int, ...]
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
 class TextPart:
     """Text as it was typed; nothing inside it is a special token or a placeholder.
+
+    Attributes:
+        text: the text.
+        said: its tokens where a model said it; None: those of the tokenizer.
 
     Raises:
         PromptError: something else than text.
     """
 
     text: str
+    said: Said | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_text(self.text)
@@ -108,9 +125,9 @@ class Message:
         return cls("user", (*(MediaPart(source) for source in sources), TextPart(text)))
 
     @classmethod
-    def assistant(cls, text: str) -> "Message":
-        """Return an answer."""
-        return cls("assistant", (TextPart(text),))
+    def assistant(cls, text: str, said: Said | None = None) -> "Message":
+        """Return an answer, with the tokens of a model that said it."""
+        return cls("assistant", (TextPart(text, said),))
 
     @classmethod
     def from_placeholders(

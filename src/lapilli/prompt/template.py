@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Literal, Protocol, runtime_checkable
 
 from lapilli.errors import PromptError
-from lapilli.prompt.message import MediaPart, Message
+from lapilli.prompt.message import MediaPart, Message, Said
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +21,13 @@ class TextSegment:
     """A part of a prompt's text.
 
     `trainable`: the loss counts its tokens. `literal`: typed by a person, special tokens inside it
-    stay text.
+    stay text. `said`: its tokens, where a model said it.
     """
 
     text: str
     trainable: bool = False
     literal: bool = False
+    said: Said | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ class ChatTemplate:
                     content.append(TextSegment("\n"))
             elif part.text:
                 leading = False
-                content.append(TextSegment(part.text, literal=True))
+                content.append(TextSegment(part.text, literal=True, said=part.said))
         return content or None
 
     def _slot(self, part: MediaPart, message: Message, tagged: bool) -> list[Segment]:

@@ -25,6 +25,7 @@ from lapilli.errors import (
 )
 from lapilli.geometry import ImageSize
 from lapilli.modality.image.pixels import PreparedImage
+from lapilli.nn.linear import KeptLinear
 from lapilli.quant import QuantConfig
 from lapilli.quant.linear import QuantLinear, StoredEmbedding
 from tests.checkpoint.published import (
@@ -317,6 +318,9 @@ def test_int4_packs_the_layers_that_awq_leaves_float(pebble, packed_llava):
     plain = load(packed_llava)
     assert plain.quantization == QuantConfig(group_size=64, levels="zeros", head_bits=None)
     assert not isinstance(plain.model.language_model.model.embed_tokens, StoredEmbedding)
+    head = plain.model.language_model.lm_head
+    assert isinstance(head, KeptLinear)
+    assert head.weight.dtype == torch.float16
     more = load(packed_llava, quantization="int4", quantize_tower=True)
     assert more.quantization == QuantConfig(group_size=64, levels="zeros", quantize_tower=True)
     assert more.model.language_model.lm_head.bits == 8

@@ -28,6 +28,7 @@ from lapilli.config.model import ModelConfig
 from lapilli.config.reader import JsonObject, in_file, is_object, shown
 from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, UnsupportedModelError
 from lapilli.kernels.packing import empty_packed
+from lapilli.nn.linear import KeptLinear
 from lapilli.quant import QuantConfig
 from lapilli.quant.autotune import Choices
 from lapilli.quant.linear import QuantLinear, StoredEmbedding
@@ -216,6 +217,7 @@ class LayerQuantizer:
         published: AWQ or GPTQ, where the files have it.
         names: of the parameters in the files, among which AWQ and GPTQ layers are found.
         tower_dtype: of towers and projectors that stay floats; None: as the rest.
+        reads_kept: where the model runs, products read 16 bits as they are stored.
 
     Attributes:
         config: as given, with the output layer in 4 bits where the files have it so.
@@ -235,6 +237,7 @@ class LayerQuantizer:
         published: PublishedFormat | None = None,
         names: frozenset[str] = frozenset(),
         tower_dtype: torch.dtype | None = None,
+        reads_kept: bool = False,
     ) -> None:
         self._model = model
         self._tower_dtype = tower_dtype
@@ -259,7 +262,7 @@ class LayerQuantizer:
                 f"config.json says {published}, but no linear layer of the files has a qweight: "
                 "config.json and weights do not belong together"
             )
-        self._keep_embeddings()
+        self._keep_vocabulary(reads_kept=reads_kept)
 
     def _expect_packed(self, path: str, linear: nn.Linear, bits: int) -> None:
         """Put an empty packed layer in place of one that the files hold packed."""
@@ -294,11 +297,20 @@ class LayerQuantizer:
         self._bits[path] = 4
         self._as_stored |= {f"{path}.{name}" for name in layer.state_dict() if name != "bias"}
 
-    def _keep_embeddings(self) -> None:
-        """Keep the embedding in its stored dtype where the output layer is packed."""
+    def _keep_vocabulary(self, *, reads_kept: bool) -> None:
+        """Keep the embedding in its stored dtype where the output layer is packed.
+
+        With `reads_kept` an output layer of floats is kept so too, as AWQ and GPTQ files have it,
+        or the embedding that stands for it: a token reads all of it.
+        """
         paths = {path for path, _ in self._model.named_modules()}
         head = self._model.get_submodule(OUTPUT) if OUTPUT in paths else None
-        if EMBEDDINGS in paths and (OUTPUT in self._bits or isinstance(head, QuantLinear)):
+        if reads_kept and type(head) is nn.Linear and OUTPUT not in self._bits:
+            layer = KeptLinear.of(head)
+            self._model.set_submodule(OUTPUT, layer)
+            self._as_stored |= {f"{OUTPUT}.{name}" for name in layer.state_dict()}
+        is_packed = OUTPUT in self._bits or isinstance(head, QuantLinear)
+        if EMBEDDINGS in paths and (is_packed or (reads_kept and head is None)):
             weight = self._model.get_submodule(EMBEDDINGS).get_parameter("weight")
             self._model.set_submodule(EMBEDDINGS, StoredEmbedding(weight.detach()))
             self._as_stored.add(f"{EMBEDDINGS}.weight")

@@ -9,7 +9,9 @@ import secrets
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import chain
 from operator import attrgetter, getitem, is_
 from typing import Any
 
@@ -22,9 +24,8 @@ Key = tuple[object, ...]
 SCALARS = (bool, int, float, str, bytes)
 _NO_SETTINGS = frozenset((dict, OrderedDict, set, type(None)))  # most attributes, sorted out first
 
-Setting = tuple[str, type, tuple[tuple[str, Any], ...]]
-Held = tuple[str, str, "weakref.ref[Tensor]", tuple[int, int]]
-State = tuple[list[Setting], list[Held]]
+State = tuple[list[Any], list["weakref.ref[Tensor]"]]
+"""Facts of all modules and tensors one after the other, and the tensors."""
 
 
 @dataclass(slots=True)
@@ -178,25 +179,28 @@ class WeightWatch:
         self._version += 1
 
     def _current_state(self) -> State:
-        """Return the state of all modules, with weak references to the tensors."""
-        settings: list[Setting] = []
-        tensors: list[Held] = []
+        """Return the state of all modules, with weak references to the tensors.
+
+        Note: two flat lists, since a tuple for each of thousands of facts would make Python look
+            for garbage among all objects of the program every few requests, for a tenth of a
+            second.
+        """
+        facts: list[Any] = []
+        tensors: list[weakref.ref[Tensor]] = []
         for path, module in self._model.named_modules():
             inside = vars(module)
-            plain = tuple(
-                item
-                for item in inside.items()
-                if type(item[1]) not in _NO_SETTINGS and isinstance(item[1], SCALARS)
-            )
-            hooks = tuple(key for kind in _HOOKS for key in inside[kind])
-            runs = (("hooks", hooks), ("forward", id(inside.get("forward"))))
-            settings.append((path, type(module), (*plain, *runs)))
+            facts += (path, type(module), id(inside.get("forward")))
+            for name, value in inside.items():
+                if type(value) not in _NO_SETTINGS and isinstance(value, SCALARS):
+                    facts += (name, value)
+            for kind in _HOOKS:
+                facts += (kind, *inside[kind])
             for held in (inside["_parameters"], inside["_buffers"]):
                 for name, tensor in held.items():
                     if tensor is not None:
-                        state = (tensor.data_ptr(), _version(tensor))
-                        tensors.append((path, name, weakref.ref(tensor), state))
-        return settings, tensors
+                        facts += (name, tensor.data_ptr(), _version(tensor))
+                        tensors.append(weakref.ref(tensor))
+        return facts, tensors
 
 
 class _Glance:
@@ -208,15 +212,12 @@ class _Glance:
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         self._insides = [vars(module) for module in self._modules]
-        named = [(inside, name) for inside in self._insides for name in inside]
-        plain = [one for one in named if _is_plain(one[0][one[1]])]
-        things = [one for one in named if not isinstance(one[0][one[1]], _UNSEEN)]
-        self._plain, self._things = _columns(plain), _columns(things)
+        self._plain = _columns(self._insides, _is_plain)
+        self._things = _columns(self._insides, lambda value: not isinstance(value, _UNSEEN))
         groups = [inside[kind] for kind in _GROUPS for inside in self._insides]
         self._groups = [group for group in groups if group]
-        entries = [(group, name) for group in self._groups for name in group]
-        self._entries = _columns(entries)
-        self._values = [group[name] for group, name in entries]  # tensors, or None
+        self._entries = _columns(self._groups, lambda _: True)
+        self._values = list(map(getitem, *self._entries))  # tensors, or None
         self._held = [tensor for tensor in self._values if tensor is not None]
         self._counted = [tensor for tensor in self._held if not tensor.is_inference()]
         self._children = [inside["_modules"] for inside in self._insides]
@@ -241,7 +242,8 @@ class _Glance:
             list(map(len, self._groups)),
             list(map(len, self._empty)),
             list(map(tuple, filter(None, self._hooks))),  # a number for each, which none has again
-            list(map(list, map(dict.values, self._children))),
+            list(map(len, self._children)),
+            list(chain.from_iterable(map(dict.values, self._children))),
             list(map(getitem, *self._plain)),
             list(map(type, map(getitem, *self._things))),
             list(map(Tensor.data_ptr, self._held)),
@@ -260,10 +262,17 @@ def _is_plain(value: Any) -> bool:  # noqa: ANN401 - an attribute of a module
 
 
 def _columns(
-    pairs: list[tuple[dict[str, Any], str]],
+    insides: list[dict[str, Any]], chosen: Callable[[Any], bool]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return dictionaries and names, for map(getitem, ...)."""
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    """Return dictionaries and names of the chosen values, for map(getitem, ...)."""
+    owners: list[dict[str, Any]] = []
+    names: list[str] = []
+    for inside in insides:
+        for name, value in inside.items():
+            if chosen(value):
+                owners.append(inside)
+                names.append(name)
+    return owners, names
 
 
 def _version(tensor: Tensor) -> int:
@@ -274,7 +283,4 @@ def _same(new: State, old: State) -> bool:
     """Return whether both name the same living tensors in the same state, and the same settings."""
     if new[0] != old[0] or len(new[1]) != len(old[1]):
         return False
-    return all(
-        a[:2] == b[:2] and a[2]() is b[2]() and a[3] == b[3]
-        for a, b in zip(new[1], old[1], strict=True)
-    )
+    return all(a() is b() for a, b in zip(new[1], old[1], strict=True))

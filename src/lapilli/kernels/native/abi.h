@@ -18,7 +18,7 @@
 
 namespace lapilli {
 
-constexpr int kAbi = 13;  // rises when anything here changes; kernels/library.py compares
+constexpr int kAbi = 14;  // rises when anything here changes; kernels/library.py compares
 
 constexpr int64_t kBlock = 16;  // output rows of a block
 constexpr int64_t kChunk = 32;  // inputs are padded to this
@@ -58,7 +58,7 @@ struct LinearCall {
   int64_t weight_only;  // 1: activations stay float32
 };
 
-enum NumberKind : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+enum NumberKind : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kFloat16 = 3 };
 
 struct AttentionCall {
   const float* q;             // [rows, heads, width]
@@ -97,7 +97,7 @@ struct DenseCall {
   int64_t w_stride;
   int64_t x_stride;
   int64_t y_stride;
-  int64_t kind;  // of the weights: float32 or bfloat16
+  int64_t kind;  // of the weights: float32, bfloat16 or float16
   int64_t threads;
 };
 

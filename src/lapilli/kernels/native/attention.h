@@ -17,11 +17,12 @@ template <class S, int64_t kind>
 inline typename S::F load_cache(const void* base, int64_t index) {
   if constexpr (kind == kFloat32) return S::load(static_cast<const float*>(base) + index);
   if constexpr (kind == kBfloat16) return S::bfloat(static_cast<const uint16_t*>(base) + index);
+  if constexpr (kind == kFloat16) return S::half(static_cast<const uint16_t*>(base) + index);
   if constexpr (kind == kInt8) return S::signed_bytes(static_cast<const int8_t*>(base) + index);
 }
 
 constexpr int64_t cache_bytes(int64_t kind) {
-  return kind == kFloat32 ? 4 : kind == kBfloat16 ? 2 : 1;
+  return kind == kFloat32 ? 4 : kind == kInt8 ? 1 : 2;
 }
 
 // One position of a cache, fetched before it is read.

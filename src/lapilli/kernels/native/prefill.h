@@ -219,8 +219,14 @@ void prefill_heads(const PrefillCall& call, int64_t row, int64_t first, int64_t 
 template <class S>
 void prefill(const PrefillCall& call) {
   const int64_t group = call.heads / call.kv_heads;
-  int64_t parts = 1;  // of a group: more when there are too few heads of keys to share out
-  while (parts < group && (group % parts || call.batch * call.kv_heads * parts < 4 * call.threads)) ++parts;
+  // Parts of a group: more when there are too few heads of keys to share out. Each of them packs all keys,
+  // which for few queries after many positions is a tenth of the work.
+  int64_t parts = 1;
+  const auto shares = [&]() {
+    const int64_t pieces = call.batch * call.kv_heads * parts;
+    return pieces >= 4 * call.threads || (pieces >= 2 * call.threads && pieces % call.threads == 0);
+  };
+  while (parts < group && (group % parts || !shares())) ++parts;
   const int64_t size = group / parts, pieces = call.batch * call.kv_heads * parts;
   for_pieces(call.threads, pieces, 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
