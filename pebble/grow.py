@@ -157,7 +157,8 @@ class _Widening:
 
     def __call__(self, weight: Float[Tensor, "O I"], rows: int, columns: int) -> Tensor:
         """Return the matrix of `rows` and `columns` copies, [rows O, columns I]."""
-        blocks = weight.repeat(rows, columns).unflatten(1, (columns, -1)) / columns  # [r O, c, I]
+        shape = (rows * weight.shape[0], columns, weight.shape[1])
+        blocks: Tensor = weight.repeat(rows, columns).view(shape) / columns
         deviation = float(weight.std()) / columns
         if columns > 1:
             drawn = torch.randn(blocks.shape, generator=self.generator)
