@@ -51,7 +51,7 @@ def check_growth(small: DecoderConfig, large: DecoderConfig) -> None:
 
     Raises:
         ConfigError: the widths are not all multiplied by one whole number, the layers not by a
-            whole number, or something else differs.
+            whole number, something else differs, or the smaller one is of another kind.
     """
     times = large.hidden_size // small.hidden_size
     sizes = {name: getattr(large, name) for name in _FIELDS}
@@ -65,6 +65,11 @@ def check_growth(small: DecoderConfig, large: DecoderConfig) -> None:
         raise ConfigError(
             f"model.text.num_layers is {large.num_layers}: expected a multiple of the "
             f"{small.num_layers} that grow"
+        )
+    if small.tie_embeddings or small.qk_norm:
+        raise ConfigError(
+            "a language model grows that has a head of its own and no norm of queries and keys, as "
+            f"pebble; found {small}"
         )
     expected = replace(small, **sizes)
     if expected != large:
@@ -157,7 +162,8 @@ class _Widening:
 
     def __call__(self, weight: Float[Tensor, "O I"], rows: int, columns: int) -> Tensor:
         """Return the matrix of `rows` and `columns` copies, [rows O, columns I]."""
-        blocks = weight.repeat(rows, columns).unflatten(1, (columns, -1)) / columns  # [r O, c, I]
+        shape = (rows * weight.shape[0], columns, weight.shape[1])
+        blocks: Tensor = weight.repeat(rows, columns).view(shape) / columns
         deviation = float(weight.std()) / columns
         if columns > 1:
             drawn = torch.randn(blocks.shape, generator=self.generator)

@@ -26,3 +26,26 @@ def test_accuracy_of_pebble_in_its_wider_world() -> None:
     for name, tally in rows.items():
         share = 100 * tally["right"] / tally["total"]
         assert f"| {name} | {share:.1f} % | {tally['right']} of {tally['total']} |" in guide
+
+
+def test_accuracy_of_the_larger_sibling() -> None:
+    guide = (REPOSITORY / "docs/guide/pebble.md").read_text("utf-8")
+    section = guide.partition("## A larger sibling")[2]
+    results = REPOSITORY / "benchmarks/results/pebble-larger.json"
+    of_both = [
+        json.loads(path.read_text("utf-8"))
+        for path in (REPOSITORY / "src/lapilli/pebble/accuracy.json", results)
+    ]
+    small, large = (
+        {
+            **measured["questions"],
+            "2,000 questions": measured["questions"]["all"],
+            "handwritten digits never trained on": measured["held_out_digits"],
+            **measured["wider"],
+        }
+        for measured in of_both
+    )
+    for name in small.keys() - {"all"}:
+        first, second = (100 * one[name]["right"] / one[name]["total"] for one in (small, large))
+        count = f"{large[name]['right']} of {large[name]['total']}"
+        assert f"| {name} | {first:.1f} % | {second:.1f} % ({count}) |" in section

@@ -170,6 +170,23 @@ def test_other_sizes_are_refused(changes, message):
         check_growth(SMALL, replace(larger(2, 2), **changes))
 
 
+@pytest.mark.parametrize("kind", ["tie_embeddings", "qk_norm"])
+def test_other_kinds_are_refused(kind):
+    other = replace(SMALL, **{kind: True})
+    with pytest.raises(ConfigError, match="a head of its own and no norm of queries and keys"):
+        check_growth(other, larger(2, 1, other))
+
+
+def test_spread_parts_the_copies_from_the_start_and_costs_little():
+    small, ids = fresh(), torch.arange(20).view(2, 10)
+    grown = grow_language_model(small, larger(2, 1), 0, spread=0.1).eval()
+    first, second = grown.model.embed_tokens.weight.detach().chunk(2, dim=1)
+    assert not torch.equal(first, second)
+    with torch.no_grad():
+        before, after = logits(small, ids), logits(grown, ids)
+    assert 0 < float((after - before).std() / before.std()) < 0.5
+
+
 def test_the_recipe_has_one_stage_and_pebbles_tower(shop):
     assert shop.stages == ("4_instruct",)
     earlier = load("pebble", device="cpu", dtype="float32").model.modality("image").vision_tower

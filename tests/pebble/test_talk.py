@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,8 @@ from lapilli.train.trainer.metrics import RunLog
 from pebble.blind import NEEDS_PICTURE
 from pebble.conversation import draw_questions
 from pebble.examine import examine, words_of_scene
-from pebble.pointing import HEADS
+from pebble.grow import grow_language_model
+from pebble.pointing import DEPTH, HEADS
 from pebble.reader import FeatureReader
 from pebble.recipe import PebbleRecipe, WorldRecipe
 from pebble.regions import LEXICON, region_words
@@ -103,6 +106,16 @@ def test_attention_is_taught_where_the_recipe_says_so(tokenizer, regions):
         loss.parts["answers"] + 0.5 * taught, rel=1e-4
     )
     assert taught > 0 < count
+
+
+def test_a_grown_model_is_taught_in_the_layers_that_it_grew_from(tokenizer, regions):
+    task = new_task(tokenizer, regions, "instruct", pointing=0.5, num_layers=DEPTH, num_heads=4)
+    batch, _ = task.batch(0, 0)
+    before = task.loss(batch)
+    small = task.model.language_model
+    larger = replace(small.config, num_layers=2 * DEPTH)
+    task.model.language_model = grow_language_model(small, larger, 0)
+    assert task.loss(batch).parts == pytest.approx(before.parts, rel=1e-4)
 
 
 def test_captions_align(tokenizer, regions):
