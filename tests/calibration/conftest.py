@@ -1,7 +1,6 @@
 """A small LLaVA whose layers fit into every format, and calibration samples for it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from PIL import Image, ImageDraw
 from transformers import LlamaConfig
 
 from lapilli.calibration import CalibrationOptions, quantize_from_samples
+from lapilli.calibration.builtin import builtin_text
 from lapilli.quant import QuantConfig
 from lapilli.quant.layerwise import LayerReport
 from tests.integration.oracle import make_llava
@@ -57,7 +57,12 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_conversations(tmp_path_factory.mktemp("conversations")))
 
 
-Quantized = Callable[..., list[LayerReport]]
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A text of several blocks: more positions than any layer has inputs."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(builtin_text()[:6000], encoding="utf-8")
+    return str(path)
 
 
 def quantized(

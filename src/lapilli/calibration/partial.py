@@ -63,13 +63,18 @@ class PartialRun:
             CheckpointError: its files are damaged, or the disk is full.
         """
         settings = json.loads(json.dumps(settings))
-        if not (self.folder / SETTINGS).is_file():
+        while (self.folder / _report(self.finished)).is_file():
+            self.finished += 1
+        is_begun = (self.folder / SETTINGS).is_file()
+        if self.finished and not is_begun:
+            raise self._damaged(SETTINGS)
+        before = self._read_json(SETTINGS) if is_begun else None
+        if self.finished:
+            self._check(before, settings)
+        elif before != settings:  # nothing is lost
             for left in self.folder.iterdir():
                 left.unlink()
             self._write_json(SETTINGS, settings)
-        self._check(self._read_json(SETTINGS), settings)
-        while (self.folder / _report(self.finished)).is_file():
-            self.finished += 1
 
     def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for key in {**now, **before}:
@@ -190,7 +195,7 @@ class PartialRun:
 def open_partial_run(target: Path) -> Iterator[PartialRun]:
     """Make the folder of a run, which is this process's alone until the block ends.
 
-    A folder in which nothing was begun does not stay. The system lets go of the lock when the
+    A folder in which nothing was done does not stay. The system lets go of the lock when the
     process ends, however it ends.
 
     Raises:
@@ -204,8 +209,8 @@ def open_partial_run(target: Path) -> Iterator[PartialRun]:
         try:
             yield run
         finally:
-            if run.folder.is_dir() and not any(run.folder.iterdir()):
-                run.folder.rmdir()
+            if {file.name for file in run.folder.glob("*")} <= {SETTINGS}:
+                run.remove()
 
 
 @contextmanager
