@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lapilli.calibration.partial import open_partial_run
-from lapilli.errors import CheckpointError, ConfigError
+from lapilli.errors import CheckpointError, ConfigError, LapilliError
 from tests.calibration.conftest import quantized, write_conversations
 from tests.calibration.killed import run_until
 from tests.train.faults import kill, start, wait_for
@@ -190,9 +190,9 @@ def test_two_processes_do_not_quantize_into_one_folder(small, conversations, tmp
 
 def test_a_run_that_is_refused_leaves_no_folder(small, tmp_path):
     file = write_conversations(tmp_path, 1, pictures=False)
-    with pytest.raises(ConfigError):
+    with pytest.raises(LapilliError, match="cannot be read"):
         quantized(small, tmp_path / "q", {"samples": str(file.with_name("none.txt"))})
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="no calibration sample has a picture"):
         quantized(small, tmp_path / "q", {"method": "mbq", "samples": str(file)})
     assert sorted(found.name for found in tmp_path.iterdir() if found.is_dir()) == []
 

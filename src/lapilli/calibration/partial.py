@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,19 @@ class PartialRun:
             self._write_json(SETTINGS, settings)
 
     def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        for key in {**now, **before}:
-            was, is_now = before.get(key), now.get(key)
-            if was == is_now:
-                continue
-            both = f"{key} changed" if _is_digest(was) else f"{key} was {was!r} and is {is_now!r}"
-            raise ConfigError(
-                f"{self.folder} holds layers of another run: {both}. Repeat the command of that "
-                "run to go on with it, or remove the folder to begin again"
-            )
+        other = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+        if not other:
+            return
+        differences = ", ".join(
+            f"{key} changed"
+            if _is_digest(before.get(key))
+            else f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+            for key in other
+        )
+        raise ConfigError(
+            f"{self.folder} holds layers of another run: {differences}. Repeat the command of that "
+            "run to go on with it, or remove the folder to begin again"
+        )
 
     def save(self, layer: DecoderLayer, samples: Sequence[Sample], report: LayerReport) -> None:
         """Save a layer that is done, and the samples behind it.
@@ -259,8 +263,10 @@ def _restored(
         raise CheckpointError(f"{name} is missing in a saved layer")
     sizes = (linear.out_features, linear.in_features, rounding.config.group_size)
     bits = 8 if rounding.bits_of(name) == 8 else 4
-    packed = Packed(data, scales, parts["zeros"], parts["packed_bias"], *sizes, bits)
-    return rounding.linear(replace(packed, span_scales=parts["span_scales"]))
+    spans = parts["span_scales"]
+    return rounding.linear(
+        Packed(data, scales, parts["zeros"], parts["packed_bias"], *sizes, bits, spans)
+    )
 
 
 def digest_of(samples: Sequence[EncodedSample]) -> str:

@@ -268,8 +268,8 @@ class _Run:
         names = {"samples": "calibration", "number": "samples", "form": "format"}
         files = [data_file(file) for file in self._loaded.weight_files]
         return {
-            **{key: value for key, value in asdict(self._config).items() if key != "bits"},
             **{names.get(key, key): value for key, value in asked.items()},
+            **{key: value for key, value in asdict(self._config).items() if key != "bits"},
             "the version of lapilli": __version__,
             "the configuration of the model": content_digest([repr(self._loaded.config)]),
             "the weights of the model": together(files),
