@@ -47,19 +47,14 @@ def read_samples(source: str, number: int, loaded: Loaded) -> list[EncodedSample
     """
     if number < 1:
         raise ConfigError(f"the number of calibration samples must be 1 or more, found {number}")
-    encoder = SampleEncoder(
-        loaded.tokenizer,
-        loaded.template.template,
-        loaded.model,
-        image_id=loaded.config.tokens.image_id,
-    )
     longest = loaded.config.max_length or loaded.config.context_length
+    length = min(BLOCK, longest)
     if source == BUILTIN:
-        samples = _builtin(number, loaded, encoder, min(BLOCK, longest))
+        samples = _builtin(number, loaded, _encoder(loaded, longest), length)
     elif Path(source).suffix.lower() == ".txt":
-        samples = _blocks(_read_text(given_path(source)), loaded, min(BLOCK, longest), source)
+        samples = _blocks(_read_text(given_path(source)), loaded, length, source)
     else:
-        samples = _records(source, number, loaded, encoder, min(BLOCK, longest))
+        samples = _records(source, number, loaded, _encoder(loaded), length)
     for sample in samples:
         if len(sample.prompt) > longest:
             raise ConfigError(
@@ -67,6 +62,16 @@ def read_samples(source: str, number: int, loaded: Loaded) -> list[EncodedSample
                 f"context of the model {longest}: leave it out, or cut it"
             )
     return _some(samples, number)
+
+
+def _encoder(loaded: Loaded, max_length: int | None = None) -> SampleEncoder:
+    return SampleEncoder(
+        loaded.tokenizer,
+        loaded.template.template,
+        loaded.model,
+        max_length,
+        image_id=loaded.config.tokens.image_id,
+    )
 
 
 def _some(samples: list[Any], number: int) -> list[Any]:
@@ -110,7 +115,10 @@ def _blocks(text: str, loaded: Loaded, length: int, where: str) -> list[EncodedS
 def _builtin(
     number: int, loaded: Loaded, encoder: SampleEncoder, length: int
 ) -> list[EncodedSample]:
-    """Return built-in samples: half of them pictures, where the model sees any."""
+    """Return built-in samples: half of them pictures, where the model sees any.
+
+    What the encoder cuts off their end is a second question.
+    """
     pictures = number // 2 if "image" in loaded.model.modalities else 0
     texts = _some(_blocks(builtin_text(), loaded, length, "the built-in text"), number - pictures)
     return [*texts, *(encoder.encode(sample) for sample in builtin_samples(pictures))]
