@@ -69,8 +69,8 @@ def test_killed_and_gone_on_with_other_methods(small, conversations, tmp_path, m
     options = {"method": method, "form": form, "rotate": True}
     options |= {} if method == "rtn" else {"samples": conversations, "number": 4}
     quantized(small, tmp_path / "whole", options)
-    child = start(run_until, 7, small, str(tmp_path / "q"), options)
-    child.join(120)
+    folder = killed(small, tmp_path / "q", options, 4 if method == "rtn" else 7)
+    assert (folder / "report-00000.json").exists()
     quantized(small, tmp_path / "q", options)
     wanted = load_file(tmp_path / "whole" / WEIGHTS)
     found = load_file(tmp_path / "q" / WEIGHTS)

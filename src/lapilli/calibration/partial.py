@@ -68,7 +68,7 @@ class PartialRun:
         is_begun = (self.folder / SETTINGS).is_file()
         if self.finished and not is_begun:
             raise self._damaged(SETTINGS)
-        before = self._read_json(SETTINGS) if is_begun else None
+        before = self._read_json(SETTINGS) if is_begun else {}
         if self.finished:
             self._check(before, settings)
         elif before != settings:  # nothing is lost
