@@ -1,5 +1,6 @@
 """A checkpoint quantized from samples: every method and format, read back, and what is refused."""
 
+import gc
 import json
 import re
 import shutil
@@ -127,9 +128,9 @@ def test_a_plain_language_model_is_quantized_from_texts(tmp_path, text, form, dt
     assert isinstance(answer(tmp_path / "q"), str)
 
 
-def plain_model(path: Path, dtype: torch.dtype = torch.float32) -> Path:
+def plain_model(path: Path, dtype: torch.dtype = torch.float32, **sizes: int) -> Path:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(text_config()).to(dtype)
+    model = LlamaForCausalLM(text_config(**sizes)).to(dtype)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -276,3 +277,33 @@ def test_mbq_needs_answers(small, tmp_path):
     file.write_text(lines, encoding="utf-8")
     with pytest.raises(LapilliError, match=r"supervised|answer"):
         quantized(small, tmp_path / "q", {"method": "mbq", "samples": str(file)})
+
+
+def live_bytes() -> int:
+    """The bytes of all tensors that something refers to, mapped files included."""
+    gc.collect()
+    storages = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.Tensor) and not found.is_meta:
+            storage = found.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", SLOW[0]])
+def test_no_float_layer_stays_behind(tmp_path, text, method):
+    """What is kept of a layer that is done is its packed weights."""
+    source = plain_model(tmp_path / "deep", num_hidden_layers=6)
+    kept: list[int] = []
+
+    class Counting(list[str]):
+        def append(self, line: str) -> None:
+            if line.startswith("layer "):
+                kept.append(live_bytes())
+
+    options = {"method": method, "rotate": True, "number": 2}
+    options |= {} if method == "rtn" else {"samples": text}
+    quantized(str(source), tmp_path / "q", options, Counting())
+    assert len(kept) == 6
+    of_a_layer = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256)
+    assert (kept[-1] - kept[1]) / 4 < of_a_layer / 4  # packed: a seventh of the floats
