@@ -86,13 +86,9 @@ def quantize(
     from lapilli.calibration import CalibrationOptions, quantize_from_samples
 
     given = {"samples": calibration, "number": samples}
+    more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     options = CalibrationOptions(
-        method=method,
-        bits=bits,
-        rotate=rotate,
-        form=form,
-        device=device,
-        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        method=method, bits=bits, rotate=rotate, form=form, device=device, **more
     )
     say = (lambda _text: None) if how.quiet else note
     with loading(source, quiet=how.quiet) as progress, counting(quiet=how.quiet) as layers:
