@@ -4,18 +4,23 @@
                                         '--> .TARGET.layers/, to go on after a kill
 
 Memory holds one layer in float32, the packed ones, the samples and what they make; the weights that
-are not reached yet are views of their files.
+are not reached yet are views of their files. Knows the order of the steps; must not know how a
+method rounds, nor what the files of a run that was killed look like.
 """
 
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lapilli import __version__
 from lapilli.calibration.builtin import BUILTIN
-from lapilli.calibration.partial import PartialRun, digest_of, digest_of_files, vars_of
+from lapilli.calibration.partial import PartialRun, digest_of, open_partial_run
 from lapilli.calibration.samples import embed_samples, read_samples
 from lapilli.checkpoint.export import save_loaded
 from lapilli.checkpoint.formats.weights import release_pages
@@ -30,6 +35,9 @@ from lapilli.quant.layerwise import METHODS, LayerReport, decoder_of, quantize_l
 from lapilli.quant.quantize import pack_layers
 from lapilli.quant.rotation import Rotation, check_rotation
 from lapilli.quant.sensitivity import Weights, sensitivities
+from lapilli.train.data.dataset import data_file, together
+from lapilli.train.data.encoder import EncodedSample
+from lapilli.train.trainer.state_file import content_digest
 
 NEAREST = "rtn"
 OWN = "lapilli"
@@ -68,12 +76,39 @@ class CalibrationOptions:
         known = (NEAREST, *METHODS)
         if self.method not in known:
             raise ConfigError(f"method {self.method!r} is unknown: choose {', '.join(known)}")
-        if self.bits not in (3, 4):
-            raise ConfigError(f"bits must be 3 or 4 with a method, found {self.bits}")
         if self.form not in (OWN, *FORMS):
             raise ConfigError(f"format {self.form!r} is unknown: choose {', '.join((OWN, *FORMS))}")
         if self.form != OWN and self.bits != 4:
             raise ConfigError(f"files of format {self.form} have 4 bits, found {self.bits}")
+        if self.bits not in (3, 4):
+            raise ConfigError(
+                f"bits must be 3 or 4 here, found {self.bits}: 8 bits are rounded to the nearest, "
+                "without --rotate"
+            )
+        if self.number < 1:
+            raise ConfigError(
+                f"the number of calibration samples must be 1 or more, found {self.number}"
+            )
+
+    def check_config(self, config: QuantConfig) -> None:
+        """Check that packed layers as `config` describes them can be made and saved.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+        if config.bits != 4:
+            raise ConfigError(f"bits must be 4 in the configuration, found {config.bits}")
+        if self.bits == 3 and config.levels == "nonlinear":
+            raise ConfigError("3 bits have linear levels: choose zeros or symmetric")
+        if self.form == OWN:
+            return
+        if config.levels != "zeros" or config.value_bits != 4:
+            raise ConfigError(
+                f"files of format {self.form} have zero points and 4 bits, values of attention "
+                f"included; found levels {config.levels!r}, values in {config.value_bits} bits"
+            )
+        if config.quantize_tower or config.head_bits is not None:
+            raise ConfigError(f"files of format {self.form} have tower and logits in floats")
 
 
 def quantize_from_samples(
@@ -111,7 +146,9 @@ def quantize_from_samples(
             run with other options that was not finished.
         UnsupportedModelError: no Llama-shaped language model, or it cannot be rotated.
     """
-    check_target(target, overwrite=overwrite)
+    options.check_config(config)
+    device = choose_device(options.device)
+    place = check_target(target, overwrite=overwrite)
     loaded = load_checkpoint(
         source,
         base=base,
@@ -122,69 +159,77 @@ def quantize_from_samples(
         progress=loading,
     )
     decoder = decoder_of(loaded.model)
-    if options.rotate:
-        check_rotation(loaded.model)
-    run = _Run(loaded, decoder, target, config, options, say)
-    reports = run.layers(layers)
-    loaded = run.finish()
-    extra = {REPORT: report_text(config, options, reports)}
-    if options.form == OWN:
-        save_loaded(
-            target,
-            loaded,
-            config=loaded.config,
-            quantization=config,
-            overwrite=overwrite,
-            extra=extra,
-        )
-    else:
-        save_awq(
-            target,
-            loaded,
-            form=options.form,
-            group_size=config.group_size,
-            config=loaded.config,
-            overwrite=overwrite,
-            extra=extra,
-        )
-    verify_written(target, loaded)
-    run.partial.remove()
+    with open_partial_run(place) as unfinished:
+        run = _Run(loaded, decoder, config, options, device, unfinished, say)
+        reports = run.layers(layers)
+        loaded = run.finish()
+        _save(target, loaded, config, options, reports, overwrite=overwrite)
+        verify_written(target, loaded)
+        unfinished.remove()
     return reports
 
 
+def _save(
+    target: Path,
+    loaded: Loaded,
+    config: QuantConfig,
+    options: CalibrationOptions,
+    reports: Sequence[LayerReport],
+    *,
+    overwrite: bool,
+) -> None:
+    """Write the checkpoint in the format that was asked for."""
+    save = (
+        partial(save_loaded, quantization=config)
+        if options.form == OWN
+        else partial(save_awq, form=options.form, group_size=config.group_size)
+    )
+    extra = {REPORT: report_text(config, options, reports)}
+    save(target, loaded, config=loaded.config, overwrite=overwrite, extra=extra)
+
+
 class _Run:
-    """A run over the layers of one model."""
+    """A run over the layers of one model.
+
+    Args:
+        loaded: the model, which is changed in place.
+        decoder: its language model.
+        config: of the packed layers.
+        options: of the run.
+        device: that the search runs on.
+        unfinished: holds the layers that are done.
+        say: told in a sentence what happens.
+    """
 
     def __init__(
         self,
         loaded: Loaded,
         decoder: Decoder,
-        target: Path,
         config: QuantConfig,
         options: CalibrationOptions,
+        device: torch.device,
+        unfinished: PartialRun,
         say: Say,
     ) -> None:
         self._loaded, self._decoder, self._config = loaded, decoder, config
-        self._options, self._say = options, say
-        self._rounding = Rounding(config, options.bits, self._unfit())
+        self._options, self._unfinished, self._say = options, unfinished, say
         self._stored = decoder.layer(0).input_layernorm.weight.dtype
-        self._device = choose_device(options.device)
-        self._weights: Sequence[Weights] | None = None
-        is_plain = options.method == NEAREST
-        encoded = [] if is_plain else read_samples(options.samples, options.number, loaded)
-        samples = embed_samples(loaded.model, encoded, self._device)
-        self.partial = PartialRun(target, self._settings(samples))
-        if self.partial.is_resumed:
-            say(f"going on behind {self.partial.finished} layers that are done")
-        if not is_plain and METHODS[options.method].needs_gradients:
-            self._weights = self._sensitivities(samples)
-        self._rotation: Rotation | None = None
         if decoder.config.tie_embeddings and (options.rotate or config.head_bits is not None):
             decoder.untie()
         if options.rotate:
+            check_rotation(loaded.model)
+        self._rounding = Rounding(config, options.bits, self._unfit())
+        encoded = self._read()
+        unfinished.begin(self._settings(encoded))
+        if unfinished.finished:
+            say(f"{unfinished.finished} layers are done already, and are not quantized again")
+        samples = embed_samples(loaded.model, encoded, device)
+        self._weights = self._sensitivities(samples)
+        self._rotation: Rotation | None = None
+        if options.rotate:
             self._rotation = Rotation(loaded.model)
             self._rotation.ends(loaded.model)
-            samples = embed_samples(loaded.model, encoded, self._device)
+            samples = embed_samples(loaded.model, encoded, device)
         self._samples = samples
 
     def _unfit(self) -> frozenset[str]:
@@ -192,68 +237,94 @@ class _Run:
         if self._options.form == OWN:
             return frozenset()
         unfit = unfit_layers(self._loaded.model, self._options.form, self._config.group_size)
-        names = {name for path in unfit for name in linear_names() if path.endswith(f".{name}")}
-        for name in sorted(names):
-            why = next(why for path, why in unfit.items() if path.endswith(f".{name}"))
+        reasons = {
+            name: why
+            for path, why in unfit.items()
+            for name in linear_names()
+            if path.endswith(name)
+        }
+        if len(reasons) == len(linear_names()):
+            raise ConfigError(
+                f"no linear layer fits into format {self._options.form}: "
+                f"{next(iter(reasons.values()))}; choose another group size or format"
+            )
+        for name, why in sorted(reasons.items()):
             self._say(f"{name} stays float in every layer: {why}")
-        if len(names) == len(linear_names()):
-            raise ConfigError(f"no layer fits into {self._options.form}: choose another group size")
-        return frozenset(names)
+        return frozenset(reasons)
 
-    def _settings(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return everything that decides what the layers are."""
+    def _read(self) -> list[EncodedSample]:
+        """Return the samples, none for plain rounding."""
+        wanted = self._options.number
+        if self._options.method == NEAREST:
+            return []
+        encoded = read_samples(self._options.samples, wanted, self._loaded)
+        if len(encoded) < wanted:
+            self._say(f"{self._options.samples} has {len(encoded)} samples, fewer than {wanted}")
+        return encoded
+
+    def _settings(self, encoded: Sequence[EncodedSample]) -> dict[str, Any]:
+        """Return everything that decides what the layers are, under names for people."""
+        asked = asdict(self._options)
+        names = {"samples": "calibration", "number": "samples", "form": "format"}
+        files = [data_file(file) for file in self._loaded.weight_files]
         return {
-            **asdict(self._options),
-            **{f"config.{name}": value for name, value in asdict(self._config).items()},
-            "weights of the model": digest_of_files(self._loaded.weight_files),
-            "tokens of the samples": digest_of(samples),
+            **{names.get(key, key): value for key, value in asked.items()},
+            **{key: value for key, value in asdict(self._config).items() if key != "bits"},
+            "the version of lapilli": __version__,
+            "the configuration of the model": content_digest([repr(self._loaded.config)]),
+            "the weights of the model": together(files),
+            "what the calibration samples say or show": digest_of(encoded),
         }
 
-    def _sensitivities(self, samples: Sequence[Sample]) -> Sequence[Weights]:
-        found = self.partial.weights()
+    def _sensitivities(self, samples: Sequence[Sample]) -> Sequence[Weights] | None:
+        """Return MBQ's weights of every layer; None for the other methods."""
+        method = METHODS.get(self._options.method)
+        if method is None or not method.needs_gradients:
+            return None
+        found = self._unfinished.weights()
         if found is None:
-            self._say("gradients of the calibration samples")
+            self._say("computing gradients of the calibration samples")
             found = sensitivities(self._decoder, samples)
-            self.partial.save_weights(found)
+            self._unfinished.save_weights(found)
         return found
 
     def layers(self, progress: Progress) -> list[LayerReport]:
         """Quantize all layers, those that are done already being read."""
-        count = len(self._decoder.model.layers)
-        done = self.partial.finished
+        count, done = len(self._decoder.model.layers), self._unfinished.finished
         reports = []
         for index in range(done):
-            reports.append(self.partial.load(self._decoder.layer(index), index, self._rounding))
+            reports.append(self._unfinished.load(self._decoder.layer(index), index, self._rounding))
             progress(index + 1, count)
-        self.partial.load_samples(self._samples)
+        self._unfinished.load_samples(self._samples)
         start = time.perf_counter()
         for index in range(done, count):
             report = self._layer(index)
             reports.append(report)
-            self.partial.save(self._decoder.layer(index), self._samples, report)
+            self._unfinished.save(self._decoder.layer(index), self._samples, report)
             progress(index + 1, count)
             each = (time.perf_counter() - start) / (index + 1 - done)
             self._say(_line(report, count, each * (count - index - 1)))
         return reports
 
     def _layer(self, index: int) -> LayerReport:
+        """Quantize one layer, and give back the memory of its floats."""
         layer = self._decoder.layer(index)
         mapped = [parameter.data for parameter in layer.parameters()]
         if self._rotation is not None:
             layer.float()
             self._rotation.layer(layer)
         if self._options.method == NEAREST:
-            return round_layer(self._decoder, index, self._rounding, stored=self._stored)
-        weights = None if self._weights is None else self._weights[index]
-        report = quantize_layer(
-            self._decoder,
-            index,
-            self._samples,
-            self._options.method,
-            self._rounding,
-            weights=weights,
-            stored=self._stored,
-        )
+            report = round_layer(self._decoder, index, self._rounding, stored=self._stored)
+        else:
+            report = quantize_layer(
+                self._decoder,
+                index,
+                self._samples,
+                self._options.method,
+                self._rounding,
+                weights=None if self._weights is None else self._weights[index],
+                stored=self._stored,
+            )
         for tensor in mapped:
             release_pages(tensor, self._loaded.weight_files)
         return report
@@ -286,6 +357,6 @@ def report_text(
     content: Mapping[str, Any] = {
         "options": asdict(options),
         "config": asdict(config),
-        "layers": [vars_of(report) for report in reports],
+        "layers": [asdict(report) for report in reports],
     }
     return json.dumps(content, indent=1) + "\n"

@@ -19,8 +19,9 @@ from torch import nn
 
 from lapilli.calibration.builtin import BUILTIN, builtin_samples, builtin_text
 from lapilli.checkpoint.load import Loaded
+from lapilli.config.reader import given_path, shown
 from lapilli.errors import ConfigError, DataError
-from lapilli.model import VisionLanguageModel
+from lapilli.model import VisionLanguageModel, fuse
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.quant.activations import Sample
 from lapilli.train.data.dataset import open_dataset
@@ -46,19 +47,14 @@ def read_samples(source: str, number: int, loaded: Loaded) -> list[EncodedSample
     """
     if number < 1:
         raise ConfigError(f"the number of calibration samples must be 1 or more, found {number}")
-    encoder = SampleEncoder(
-        loaded.tokenizer,
-        loaded.template.template,
-        loaded.model,
-        image_id=loaded.config.tokens.image_id,
-    )
     longest = loaded.config.max_length or loaded.config.context_length
+    length = min(BLOCK, longest)
     if source == BUILTIN:
-        samples = _builtin(number, loaded, encoder, min(BLOCK, longest))
+        samples = _builtin(number, loaded, _encoder(loaded, longest), length)
     elif Path(source).suffix.lower() == ".txt":
-        samples = _blocks(_read_text(Path(source)), loaded, min(BLOCK, longest), source)
+        samples = _blocks(_read_text(given_path(source)), loaded, length, source)
     else:
-        samples = _records(source, number, loaded, encoder, min(BLOCK, longest))
+        samples = _records(source, number, loaded, _encoder(loaded), length)
     for sample in samples:
         if len(sample.prompt) > longest:
             raise ConfigError(
@@ -66,6 +62,16 @@ def read_samples(source: str, number: int, loaded: Loaded) -> list[EncodedSample
                 f"context of the model {longest}: leave it out, or cut it"
             )
     return _some(samples, number)
+
+
+def _encoder(loaded: Loaded, max_length: int | None = None) -> SampleEncoder:
+    return SampleEncoder(
+        loaded.tokenizer,
+        loaded.template.template,
+        loaded.model,
+        max_length,
+        image_id=loaded.config.tokens.image_id,
+    )
 
 
 def _some(samples: list[Any], number: int) -> list[Any]:
@@ -109,7 +115,10 @@ def _blocks(text: str, loaded: Loaded, length: int, where: str) -> list[EncodedS
 def _builtin(
     number: int, loaded: Loaded, encoder: SampleEncoder, length: int
 ) -> list[EncodedSample]:
-    """Return built-in samples: half of them pictures, where the model sees any."""
+    """Return built-in samples: half of them pictures, where the model sees any.
+
+    What the encoder cuts off their end is a second question.
+    """
     pictures = number // 2 if "image" in loaded.model.modalities else 0
     texts = _some(_blocks(builtin_text(), loaded, length, "the built-in text"), number - pictures)
     return [*texts, *(encoder.encode(sample) for sample in builtin_samples(pictures))]
@@ -118,36 +127,60 @@ def _builtin(
 def _records(
     source: str, number: int, loaded: Loaded, encoder: SampleEncoder, length: int
 ) -> list[EncodedSample]:
+    """Return the texts of a file of records as blocks, or its conversations."""
     dataset = open_dataset([SourceRecipe(path=source)])
     (records,) = dataset.sources
-    first = records.record(0)
-    if isinstance(first, Mapping) and set(first) <= {"text", "meta", "id"} and "text" in first:
-        texts = [str(records.record(at).get("text", "")) for at in range(len(records))]
+    if _is_text(records.record(0)):
+        places = range(len(records))
+        texts = [_text(records.record(at), records.where(at)) for at in places]
         return _blocks("\n\n".join(texts), loaded, length, source)
     chosen = _some(list(range(len(dataset))), number)
     return [encoder.encode(dataset.sample(at)) for at in chosen]
+
+
+def _is_text(record: object) -> bool:
+    return (
+        isinstance(record, Mapping)
+        and "text" in record
+        and "conversations" not in record
+        and "messages" not in record
+    )
+
+
+def _text(record: object, where: str) -> str:
+    text = record.get("text") if isinstance(record, Mapping) and _is_text(record) else None
+    if not isinstance(text, str):
+        raise DataError(
+            f'{where}: expected a record with "text", as the first one has, found '
+            f"{shown(record)}: keep texts and conversations in files of their own"
+        )
+    return text
 
 
 @torch.no_grad()
 def embed_samples(
     model: VisionLanguageModel, samples: Sequence[EncodedSample], device: torch.device
 ) -> list[Sample]:
-    """Return the float32 vectors of samples before the first layer, features in their places."""
+    """Return samples before the first layer, features in their places.
+
+    All is computed in float32, whatever the number format of the files, as a packed model does.
+    """
     found = []
     with in_float32(model.modalities):
         for sample in samples:
-            fused = model.embed_prompts([sample.prompt], [list(sample.media)])
-            is_picture = torch.zeros(len(sample.prompt), dtype=torch.bool, device=device)
-            for span in sample.prompt.spans:
+            prompt = sample.prompt
+            ids = torch.tensor(prompt.input_ids).clamp(min=0)  # features have none
+            is_picture = torch.zeros(len(prompt), dtype=torch.bool)
+            for span in prompt.spans:
                 is_picture[span.start : span.start + span.length] = True
-            found.append(
-                Sample(
-                    fused.inputs_embeds.float().to(device),
-                    is_picture,
-                    torch.tensor(sample.prompt.loss_mask, device=device),
-                    torch.tensor(sample.prompt.input_ids, device=device),
-                )
-            )
+            features = [
+                model.modality(span.modality).embed([item])[0]
+                for span, item in zip(prompt.spans, sample.media, strict=True)
+            ]
+            hidden = fuse(model.language_model.embed(ids[None]).float(), features, prompt.spans)
+            counts = torch.tensor(prompt.loss_mask)
+            parts = (hidden, is_picture, counts, ids)
+            found.append(Sample(*(part.to(device) for part in parts)))
     return found
 
 

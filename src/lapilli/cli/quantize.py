@@ -42,12 +42,12 @@ Rotate = Annotated[
     bool, typer.Option("--rotate", help="Rotate hidden states first; costs nothing at run time.")
 ]
 Calibration = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Samples: .txt, or .json, .jsonl, ... as lapilli train reads them; or builtin."
+        help="Samples: .txt, or .json, .jsonl, ... as lapilli train reads them; else built-in ones."
     ),
 ]
-Samples = Annotated[int, typer.Option(help="How many of them.")]
+Samples = Annotated[int | None, typer.Option(help="How many of them; else 32.")]
 Format = Annotated[
     str,
     typer.Option(
@@ -65,8 +65,8 @@ def quantize(
     levels: Levels = "",
     activations: Activations = 0,
     rotate: Rotate = False,
-    calibration: Calibration = "builtin",
-    samples: Samples = 32,
+    calibration: Calibration = None,
+    samples: Samples = None,
     tower: Tower = False,
     form: Format = "lapilli",
     device: Device = "cpu",
@@ -78,19 +78,17 @@ def quantize(
     A run from samples that was killed goes on where it was when the same command is repeated.
     """
     config = _config(bits, group_size, levels, activations, form, tower=tower)
-    if method == "rtn" and not rotate and form == "lapilli" and bits != 3:
-        _round(source, target, config, how)
-        return
+    if method == "rtn":
+        _refuse_unused(calibration, samples, activations, form, device)
+        if not rotate and form == "lapilli" and bits != 3:
+            _round(source, target, config, how)
+            return
     from lapilli.calibration import CalibrationOptions, quantize_from_samples
 
+    given = {"samples": calibration, "number": samples}
+    more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     options = CalibrationOptions(
-        method=method,
-        bits=bits,
-        rotate=rotate,
-        samples=calibration,
-        number=samples,
-        form=form,
-        device=device,
+        method=method, bits=bits, rotate=rotate, form=form, device=device, **more
     )
     say = (lambda _text: None) if how.quiet else note
     with loading(source, quiet=how.quiet) as progress, counting(quiet=how.quiet) as layers:
@@ -110,6 +108,30 @@ def quantize(
     _say(target, config, how)
 
 
+def _refuse_unused(
+    calibration: str | None, samples: int | None, activations: int, form: str, device: str
+) -> None:
+    """Refuse options that plain rounding has no use for.
+
+    Raises:
+        ConfigError: one of them was given.
+    """
+    from lapilli.errors import ConfigError
+
+    unused = {
+        "--calibration": calibration is not None,
+        "--samples": samples is not None,
+        "--device": device not in ("cpu", "auto"),
+        "--activations": activations == 8 and form != "lapilli",  # such files say nothing of them
+    }
+    for option, is_given in unused.items():
+        if is_given:
+            raise ConfigError(
+                f"{option} changes nothing with --method rtn: leave it out, or choose gptq, awq or "
+                "mbq"
+            )
+
+
 def _config(
     bits: int, group_size: int, levels: str, activations: int, form: str, *, tower: bool
 ) -> "QuantConfig":
@@ -118,10 +140,13 @@ def _config(
     Raises:
         ConfigError: a value that there is nothing for, or that files of a format cannot have.
     """
+    from lapilli.checkpoint.write.awq import FORMS
     from lapilli.errors import ConfigError
     from lapilli.quant import QuantConfig
 
     is_own = form == "lapilli"
+    if form not in ("lapilli", *FORMS):
+        raise ConfigError(f"format {form!r} is unknown: choose lapilli, {', '.join(FORMS)}")
     if not is_own and (tower or levels not in ("", "zeros")):
         wrong = "a tower in 8 bits" if tower else f"levels {levels!r}"
         raise ConfigError(f"files of format {form} cannot have {wrong}: leave it out")
@@ -129,6 +154,10 @@ def _config(
         raise ConfigError(f"activations must be 8 or 16, found {activations}")
     if bits not in (3, 4, 8):
         raise ConfigError(f"bits must be 3, 4 or 8, found {bits}")
+    if bits == 8 and levels:
+        raise ConfigError(f"--levels {levels} is of 4 bits, and 8 were asked for: leave one out")
+    if bits == 3 and levels == "nonlinear":
+        raise ConfigError("3 bits have linear levels: choose zeros or symmetric")
     levels = levels or ("nonlinear" if is_own and bits != 3 else "zeros")
     more: dict[str, Any] = {} if is_own else {"head_bits": None, "value_bits": 4}
     return QuantConfig(
