@@ -5,7 +5,7 @@
 
 The share r is the one with the least error of what will run: rounded weights, and activations in 8
 bits where the model rounds them. Then the largest weights of every group are cut where that makes
-the group's product more exact. MBQ is the same search, in which positions of text and of features
+the group's product more exact; nonlinear levels look for scales that do as much by themselves. MBQ is the same search, in which positions of text and of features
 count by what their gradients are (sensitivity.py).
 
 Source: Lin et al. 2023, AWQ section 3.2 (arXiv 2306.00978) and the search of llm-awq; Li et al.
@@ -61,9 +61,10 @@ def scaled_inputs(layer: DecoderLayer) -> tuple[ScaledInput, ...]:
 def quantize_by_awq(calibration: CalibrationLayer) -> dict[str, float]:
     """Scale, clip and pack the linear layers of `calibration.layer`; return the shares found."""
     shares = scale_layer(calibration)
-    for name in calibration.rounding.names:
-        if not name.endswith(UNCLIPPED):
-            clip(calibration, name)
+    if calibration.rounding.config.levels != "nonlinear":
+        for name in calibration.rounding.names:
+            if not name.endswith(UNCLIPPED):
+                clip(calibration, name)
     calibration.rounding.pack_layer(calibration.layer)
     return shares
 

@@ -133,7 +133,7 @@ def quantize_layer(
     before = calibration.error(nearest)
     choices = chosen.quantize(calibration)
     error, best = calibration.error(calibration.layer), calibration.layer
-    is_plain = error > before
+    is_plain = not error <= before  # NaN too
     if is_plain:
         error, best = before, nearest
     outputs = calibration.outputs

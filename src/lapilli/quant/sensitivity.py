@@ -56,6 +56,10 @@ def sensitivities(
         totals += _gradients(decoder, part)
         finished += len(part)
         done(finished, len(samples))
+    if not bool(torch.isfinite(totals).all()):
+        raise ConfigError(
+            "the gradients of the calibration samples are NaN or infinite: the weights are damaged"
+        )
     means = (totals / counts.clamp(min=1)).tolist()
     return [{ATTENTION: tuple(one[0]), MLP: tuple(one[1])} for one in means]
 
