@@ -96,7 +96,7 @@ def _draw(
     box = (x - size, y - size, x + size, y + size)
     if shape == "circle":
         pen.ellipse(box, fill=colour)
-    elif shape == "square":
-        pen.rectangle(box, fill=colour)
-    else:
+    elif shape == "triangle":
         pen.polygon([(x, box[1]), (box[0], box[3]), (box[2], box[3])], fill=colour)
+    else:
+        pen.rectangle(box, fill=colour)

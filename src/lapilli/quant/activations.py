@@ -190,11 +190,7 @@ class CalibrationLayer:
         for number, sample in enumerate(self.samples):
             with self._hooks(keep=number in self.searched, gram=gram):
                 out = self.run(self.layer, sample.hidden)
-            if not bool(torch.isfinite(out).all()):
-                raise ConfigError(
-                    f"layer {self.index} makes NaN or infinity of calibration sample {number}: the "
-                    "weights are damaged, or were trained in a wider number format"
-                )
+            check_finite(out, self.index, number)
             self.outputs.append(out)
 
     @contextmanager
@@ -259,6 +255,19 @@ class CalibrationLayer:
         plain = float_copy(self._decoder.layer(self.index), self.samples[0].hidden.device)
         self.rounding.pack_layer(plain)
         return plain
+
+
+def check_finite(out: Tensor, layer: int, sample: int) -> None:
+    """Check what a layer makes of a sample.
+
+    Raises:
+        ConfigError: it is NaN or infinite.
+    """
+    if not bool(torch.isfinite(out).all()):
+        raise ConfigError(
+            f"layer {layer} makes NaN or infinity of calibration sample {sample}: the weights are "
+            "damaged, or were trained in a wider number format"
+        )
 
 
 def linear_of(layer: nn.Module, name: str) -> nn.Linear:

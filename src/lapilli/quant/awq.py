@@ -5,8 +5,9 @@
 
 The share r is the one with the least error of what will run: rounded weights, and activations in 8
 bits where the model rounds them. Then the largest weights of every group are cut where that makes
-the group's product more exact; nonlinear levels look for scales that do as much by themselves. MBQ is the same search, in which positions of text and of features
-count by what their gradients are (sensitivity.py).
+the group's product more exact; nonlinear levels look for scales that do as much by themselves. MBQ
+is the same search, in which positions of text and of features count by what their gradients are
+(sensitivity.py).
 
 Source: Lin et al. 2023, AWQ section 3.2 (arXiv 2306.00978) and the search of llm-awq; Li et al.
 2025, MBQ (arXiv 2412.19509).

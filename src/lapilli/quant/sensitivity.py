@@ -13,7 +13,7 @@ from torch.nn import functional
 from lapilli.errors import ConfigError
 from lapilli.kernels.layer import rms_norm
 from lapilli.lm.decoder import Decoder, DecoderLayer
-from lapilli.quant.activations import ATTENTION, MLP, Sample, float_copy
+from lapilli.quant.activations import ATTENTION, MLP, Sample, check_finite, float_copy
 from lapilli.shapes import Float, Tensor
 
 KEPT_BYTES = 1 << 30
@@ -53,7 +53,7 @@ def sensitivities(
     for part in _parts(samples, num_layers):
         for sample in part:
             counts += torch.tensor([(~sample.is_picture).sum(), sample.is_picture.sum()])
-        totals += _gradients(decoder, part)
+        totals += _gradients(decoder, part, finished)
         finished += len(part)
         done(finished, len(samples))
     if not bool(torch.isfinite(totals).all()):
@@ -72,8 +72,11 @@ def _parts(samples: Sequence[Sample], num_layers: int) -> Iterator[Sequence[Samp
         yield samples[first : first + at_once]
 
 
-def _gradients(decoder: Decoder, samples: Sequence[Sample]) -> Float[Tensor, "L 2 2"]:
-    """Return the sums of mean |gradient| over positions of text and of features."""
+def _gradients(decoder: Decoder, samples: Sequence[Sample], first: int) -> Float[Tensor, "L 2 2"]:
+    """Return the sums of mean |gradient| over positions of text and of features.
+
+    `first` is the number of the first sample among all.
+    """
     num_layers = len(decoder.model.layers)
     device = samples[0].hidden.device
     kept: list[list[Tensor]] = []
@@ -83,6 +86,8 @@ def _gradients(decoder: Decoder, samples: Sequence[Sample]) -> Float[Tensor, "L 
             layer = float_copy(decoder.layer(index), device)
             kept.append(hidden)
             hidden = [_run(decoder, index, layer, x) for x in hidden]
+            for number, x in enumerate(hidden, start=first):
+                check_finite(x, index, number)
     pairs = zip(hidden, samples, strict=True)
     gradients = [_of_loss(decoder, x, sample) for x, sample in pairs]
     found = torch.zeros(num_layers, 2, 2, dtype=torch.float64)
