@@ -188,6 +188,15 @@ def test_two_processes_do_not_quantize_into_one_folder(small, conversations, tmp
     assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
+def test_files_of_others_stay(small, conversations, tmp_path):
+    folder = tmp_path / ".q.layers"
+    (folder / "chapters").mkdir(parents=True)
+    (folder / "thesis.txt").write_text("years of work")
+    quantized(small, tmp_path / "q", {"method": "gptq", "samples": conversations})
+    assert (folder / "thesis.txt").read_text() == "years of work"
+    assert {file.name for file in folder.iterdir()} == {"chapters", "thesis.txt"}
+
+
 def test_a_run_that_is_refused_leaves_no_folder(small, tmp_path):
     file = write_conversations(tmp_path, 1, pictures=False)
     with pytest.raises(LapilliError, match="cannot be read"):

@@ -88,6 +88,7 @@ def written(folder: Path, name: str, content: str | bytes) -> str:
         ),
         ("null.jsonl", '{"text": "a"}\n{"text": null}', r"expected a record with"),
         ("none.jsonl", '{"text": "a"}\n5', r"none.jsonl"),
+        ("seen.jsonl", '{"text": "a", "image": "a.png"}', r"seen.jsonl.*shows no pictures"),
         ("what.zip", b"PK\x03\x04", "what.zip"),
     ],
 )

@@ -13,10 +13,9 @@ its report is there. Knows files; must not know how layers are quantized.
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,14 @@ from lapilli.train.trainer.state_file import content_digest
 
 SETTINGS = "settings.json"
 _WEIGHTS = "weights.json"
+_OURS = (
+    SETTINGS,
+    _WEIGHTS,
+    "report-*.json",
+    "layer-*.safetensors",
+    "samples-*.safetensors",
+    "*.part",
+)
 _DIGESTS = "files"  # key of a report
 
 
@@ -72,8 +79,7 @@ class PartialRun:
         if self.finished:
             self._check(before, settings)
         elif before != settings:  # nothing is lost
-            for left in self.folder.iterdir():
-                left.unlink()
+            self._clear()
             self._write_json(SETTINGS, settings)
 
     def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -191,8 +197,15 @@ class PartialRun:
         self._write_json(_WEIGHTS, list(weights))
 
     def remove(self) -> None:
-        """Remove the folder once the checkpoint is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder once the checkpoint is written; what is not ours stays, and it too."""
+        self._clear()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _clear(self) -> None:
+        for pattern in _OURS:
+            for file in self.folder.glob(pattern):
+                file.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class CalibrationOptions:
         rotate: rotate the hidden states and the values of heads first.
         samples: a file of calibration samples, or "builtin".
         number: of samples.
+        images: the folder that image paths of the samples are relative to; None: the file's own.
         form: of the files: "lapilli", "gemm" (AutoAWQ's, for transformers and vLLM) or "llm-awq".
         device: to search on.
 
@@ -69,6 +70,7 @@ class CalibrationOptions:
     rotate: bool = False
     samples: str = BUILTIN
     number: int = SAMPLES
+    images: str | None = None
     form: str = OWN
     device: str = "cpu"
 
@@ -148,6 +150,8 @@ def quantize_from_samples(
     """
     options.check_config(config)
     device = choose_device(options.device)
+    if device.type == "meta":
+        raise ConfigError("device 'meta' keeps no numbers: try cpu, cuda or cuda:1")
     place = check_target(target, overwrite=overwrite)
     loaded = load_checkpoint(
         source,
@@ -164,7 +168,7 @@ def quantize_from_samples(
         reports = run.layers(layers)
         loaded = run.finish()
         _save(target, loaded, config, options, reports, overwrite=overwrite)
-        verify_written(target, loaded)
+        verify_written(place, loaded)  # a name such as pebble would be another checkpoint
         unfinished.remove()
     return reports
 
@@ -257,7 +261,9 @@ class _Run:
         wanted = self._options.number
         if self._options.method == NEAREST:
             return []
-        encoded = read_samples(self._options.samples, wanted, self._loaded)
+        encoded = read_samples(
+            self._options.samples, wanted, self._loaded, images=self._options.images
+        )
         if len(encoded) < wanted:
             self._say(f"{self._options.samples} has {len(encoded)} samples, fewer than {wanted}")
         return encoded
@@ -265,6 +271,7 @@ class _Run:
     def _settings(self, encoded: Sequence[EncodedSample]) -> dict[str, Any]:
         """Return everything that decides what the layers are, under names for people."""
         asked = asdict(self._options)
+        asked.pop("images")  # what they show is in the digest of the samples
         names = {"samples": "calibration", "number": "samples", "form": "format"}
         files = [data_file(file) for file in self._loaded.weight_files]
         return {
@@ -353,10 +360,11 @@ def _line(report: LayerReport, count: int, left: float) -> str:
 def report_text(
     config: QuantConfig, options: CalibrationOptions, reports: Sequence[LayerReport]
 ) -> str:
-    """Return quantization.json: what was asked for, and what became of every layer."""
-    content: Mapping[str, Any] = {
-        "options": asdict(options),
-        "config": asdict(config),
-        "layers": [asdict(report) for report in reports],
-    }
+    """Return quantization.json: what was asked for, and what samples made of every layer."""
+    layers = [asdict(report) for report in reports]
+    asked = asdict(options)
+    if options.method == NEAREST:  # which looks at no samples and measures nothing
+        unused, layers = ("samples", "number", "images"), []
+        asked = {name: value for name, value in asked.items() if name not in unused}
+    content: Mapping[str, Any] = {"options": asked, "config": asdict(config), "layers": layers}
     return json.dumps(content, indent=1) + "\n"

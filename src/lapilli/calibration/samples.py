@@ -26,6 +26,7 @@ from lapilli.prompt.encode import EncodedPrompt
 from lapilli.quant.activations import Sample
 from lapilli.train.data.dataset import open_dataset
 from lapilli.train.data.encoder import EncodedSample, SampleEncoder
+from lapilli.train.data.formats import MEDIA_KEYS
 from lapilli.train.recipe import SourceRecipe
 
 BLOCK = 512
@@ -33,13 +34,16 @@ BLOCK = 512
 _SEED = 42
 
 
-def read_samples(source: str, number: int, loaded: Loaded) -> list[EncodedSample]:
+def read_samples(
+    source: str, number: int, loaded: Loaded, *, images: str | None = None
+) -> list[EncodedSample]:
     """Return calibration samples for a model; a choice of `number` where there are more.
 
     Args:
         source: a file, or "builtin".
         number: of samples.
         loaded: whose tokenizer, template and modalities prepare them.
+        images: the folder that image paths are relative to; None: the file's own.
 
     Raises:
         ConfigError: no samples, or one that is longer than the context of the model.
@@ -54,7 +58,8 @@ def read_samples(source: str, number: int, loaded: Loaded) -> list[EncodedSample
     elif Path(source).suffix.lower() == ".txt":
         samples = _blocks(_read_text(given_path(source)), loaded, length, source)
     else:
-        samples = _records(source, number, loaded, _encoder(loaded), length)
+        recipe = SourceRecipe(path=source, images=images)
+        samples = _records(recipe, number, loaded, _encoder(loaded), length)
     for sample in samples:
         if len(sample.prompt) > longest:
             raise ConfigError(
@@ -125,15 +130,15 @@ def _builtin(
 
 
 def _records(
-    source: str, number: int, loaded: Loaded, encoder: SampleEncoder, length: int
+    source: SourceRecipe, number: int, loaded: Loaded, encoder: SampleEncoder, length: int
 ) -> list[EncodedSample]:
     """Return the texts of a file of records as blocks, or its conversations."""
-    dataset = open_dataset([SourceRecipe(path=source)])
+    dataset = open_dataset([source])
     (records,) = dataset.sources
     if _is_text(records.record(0)):
         places = range(len(records))
         texts = [_text(records.record(at), records.where(at)) for at in places]
-        return _blocks("\n\n".join(texts), loaded, length, source)
+        return _blocks("\n\n".join(texts), loaded, length, source.path)
     chosen = _some(list(range(len(dataset))), number)
     return [encoder.encode(dataset.sample(at)) for at in chosen]
 
@@ -149,6 +154,10 @@ def _is_text(record: object) -> bool:
 
 def _text(record: object, where: str) -> str:
     text = record.get("text") if isinstance(record, Mapping) and _is_text(record) else None
+    if isinstance(record, Mapping) and any(record.get(key) for key in MEDIA_KEYS):
+        raise DataError(
+            f'{where}: a record with "text" shows no pictures: write it as a conversation'
+        )
     if not isinstance(text, str):
         raise DataError(
             f'{where}: expected a record with "text", as the first one has, found '

@@ -21,7 +21,10 @@ Bits = Annotated[
 ]
 GroupSize = Annotated[
     int,
-    typer.Option(help="Inputs that share a scale: 32, 64 or 128. 0 is 32 at 8 bits, 128 at 4."),
+    typer.Option(
+        help="Inputs that share a scale: 32, 64 or 128. 0 is 32 at 8 bits, 64 with "
+        "nonlinear levels, 128 with the others."
+    ),
 ]
 Levels = Annotated[
     str,
@@ -48,6 +51,10 @@ Calibration = Annotated[
     ),
 ]
 Samples = Annotated[int | None, typer.Option(help="How many of them; else 32.")]
+Images = Annotated[
+    str | None,
+    typer.Option(help="The folder that image paths of the samples are relative to."),
+]
 Format = Annotated[
     str,
     typer.Option(
@@ -67,6 +74,7 @@ def quantize(
     rotate: Rotate = False,
     calibration: Calibration = None,
     samples: Samples = None,
+    images: Images = None,
     tower: Tower = False,
     form: Format = "lapilli",
     device: Device = "cpu",
@@ -79,13 +87,13 @@ def quantize(
     """
     config = _config(bits, group_size, levels, activations, form, tower=tower)
     if method == "rtn":
-        _refuse_unused(calibration, samples, activations, form, device)
+        _refuse_unused(calibration or images, samples, activations, form, device)
         if not rotate and form == "lapilli" and bits != 3:
             _round(source, target, config, how)
             return
     from lapilli.calibration import CalibrationOptions, quantize_from_samples
 
-    given = {"samples": calibration, "number": samples}
+    given = {"samples": calibration, "number": samples, "images": images}
     more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     options = CalibrationOptions(
         method=method, bits=bits, rotate=rotate, form=form, device=device, **more
@@ -105,7 +113,7 @@ def quantize(
             adapter=how.adapter,
             template=how.template,
         )
-    _say(target, config, how)
+    _say(target, config, how, part="3 of " if bits == 3 else "")
 
 
 def _refuse_unused(
@@ -196,10 +204,11 @@ def _round(source: str, target: Path, config: "QuantConfig", how: SaveOptions) -
             note(line)
 
 
-def _say(target: Path, config: "QuantConfig", how: SaveOptions) -> None:
+def _say(target: Path, config: "QuantConfig", how: SaveOptions, *, part: str = "") -> None:
+    """Say how large the files are and what they hold; `part` is of the bits that weights use."""
     if how.quiet:
         return
     from lapilli.quant.quantize import describe
 
     size = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
-    note(f"{target}: {size / 1e6:.1f} MB, {describe(config)}")
+    note(f"{target}: {size / 1e6:.1f} MB, {part}{describe(config)}")

@@ -27,6 +27,7 @@ from lapilli.quant.activations import (
 )
 from lapilli.quant.awq import quantize_by_awq
 from lapilli.quant.gptq import quantize_by_gptq
+from lapilli.quant.linear import QuantLinear
 from lapilli.quant.sensitivity import Weights
 
 
@@ -88,12 +89,16 @@ def decoder_of(model: VisionLanguageModel) -> Decoder:
         raise UnsupportedModelError(
             "only Llama-shaped language models are quantized from samples: choose the method rtn"
         )
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ConfigError(
+            "the model is quantized already: quantize the checkpoint that it was made from"
+        )
     for index, layer in enumerate(decoder.model.layers):
         for name in linear_names():
             if type(layer.get_submodule(name)) not in (nn.Linear, FloatLinear):
                 raise ConfigError(
-                    f"layer {index}: {name} is no plain linear layer: the model is quantized "
-                    "already, or has an adapter"
+                    f"layer {index}: {name} is no plain linear layer: fold the model's adapter in "
+                    "before, lapilli.lora.merge(model)"
                 )
     return decoder
 
