@@ -120,3 +120,19 @@ def test_three_bits_are_of_the_layers_in_four() -> None:
     packed = rounding.pack("mlp.up_proj", torch.randn(16, 64), None)
     assert packed.bits == 4
     assert len(packed.dequantize()[0, :32].unique()) <= 8
+
+
+def test_second_moments_count_positions_by_their_weights() -> None:
+    decoder = small_decoder()
+    samples = samples_of(decoder)
+    weights = {"self_attn": (1.0, 0.0), "mlp": (4.0, 0.0)}
+    rounding = Rounding(QuantConfig(mode="weight_only"))
+    calibration = CalibrationLayer(decoder, 0, samples, rounding, weights)
+    calibration.observe(gram=True)
+    plain = given_to_layers(decoder, samples)
+    for name, factor in (("self_attn.o_proj", 1.0), ("mlp.down_proj", 4.0)):
+        pairs = zip(plain[name], samples, strict=True)
+        text = torch.cat([x[~sample.is_picture] for x, sample in pairs])
+        expected = factor * text.t() @ text
+        gram = calibration.seen[name].gram
+        assert torch.allclose(gram, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))

@@ -50,11 +50,16 @@ def test_logits_are_closer_than_those_of_plain_rounding(method: str, config: Qua
 
 @torch.no_grad()
 def test_what_is_handed_on() -> None:
-    for method, is_packed in (("awq", False), ("gptq", True)):
+    zeros = QuantConfig(levels="zeros", group_size=32)
+    for method, config, is_packed in (
+        ("awq", zeros, False),
+        ("awq", QuantConfig(), True),
+        ("gptq", zeros, True),
+    ):
         decoder = small_decoder()
         samples, before = samples_of(decoder), samples_of(decoder)
         whole = small_decoder()
-        quantize_layer(decoder, 0, samples, method, Rounding(QuantConfig()))
+        quantize_layer(decoder, 0, samples, method, Rounding(config))
         layer = (decoder if is_packed else whole).layer(0)
         for sample, old in zip(samples, before, strict=True):
             table, mask = whole.layer_context(0, torch.arange(len(old))[None], torch.float32)

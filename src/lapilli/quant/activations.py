@@ -33,7 +33,7 @@ SHARED_INPUTS: Mapping[str, tuple[str, ...]] = {
     "mlp.down_proj": ("mlp.down_proj",),
 }
 """Linear layers of a decoder layer by the first one that sees the same input."""
-SEARCHED = 2048
+SEARCHED = 1024
 """Positions whose inputs are kept, for what is computed again and again."""
 
 
@@ -115,7 +115,8 @@ class Seen:
         total: of |x| over all positions, for each channel.
         positions: how many they were.
         kept: the inputs of some samples, [T, in] each.
-        gram: the sum of x x^T, x as packed weights see it; None where nobody asked for it.
+        gram: the sum of x x^T, x as packed weights see it and by how much its position counts; None
+            where nobody asked for it.
     """
 
     total: Float[Tensor, " in"]
@@ -188,16 +189,17 @@ class CalibrationLayer:
             ConfigError: an output is NaN or infinite.
         """
         for number, sample in enumerate(self.samples):
-            with self._hooks(keep=number in self.searched, gram=gram):
+            with self._hooks(number, gram=gram):
                 out = self.run(self.layer, sample.hidden)
             check_finite(out, self.index, number)
             self.outputs.append(out)
 
     @contextmanager
-    def _hooks(self, *, keep: bool, gram: bool) -> Iterator[None]:
-        handles = []
+    def _hooks(self, number: int, *, gram: bool) -> Iterator[None]:
+        handles, keep = [], number in self.searched
         for name in SHARED_INPUTS:
-            note = partial(self._note, name, keep=keep, gram=gram, parts=[])
+            weight = self._weight(number, name).sqrt() if gram else None
+            note = partial(self._note, name, keep=keep, weight=weight, parts=[])
             handles.append(self.layer.get_submodule(name).register_forward_pre_hook(note))
         try:
             yield
@@ -212,33 +214,38 @@ class CalibrationLayer:
         given: tuple[Tensor, ...],
         *,
         keep: bool,
-        gram: bool,
+        weight: Float[Tensor, "T 1"] | None,
         parts: list[Tensor],
     ) -> None:
-        """Keep what a linear layer is given; an MLP may see a long sample in several parts."""
+        """Keep what a linear layer is given; an MLP may see a long sample in several parts.
+
+        With the square root of every position's weight, the second moments too.
+        """
         x = given[0].flatten(0, -2)
+        begin = sum(map(len, parts))
         seen = self.seen.setdefault(name, Seen(torch.zeros_like(x[0])))
         seen.total += x.abs().sum(dim=0)
         seen.positions += len(x)
+        if keep and parts:
+            seen.kept.pop()
+        parts.append(x if keep else x[:, :0])
         if keep:
-            if parts:
-                seen.kept.pop()
-            parts.append(x)
             seen.kept.append(torch.cat(parts))
-        if gram:
-            x = self.rounding.seen(x)
+        if weight is not None:
+            x = self.rounding.seen(x) * weight[begin : begin + len(x)]
             more = x.t() @ x
             seen.gram = more if seen.gram is None else seen.gram.add_(more)
 
     def weight_of(self, inspected: str) -> list[Float[Tensor, "T 1"]]:
         """Return how much each position of the kept samples counts in the loss over a part."""
-        part = ATTENTION if inspected.startswith(ATTENTION) else MLP
+        return [self._weight(number, inspected) for number in self.searched]
+
+    def _weight(self, number: int, name: str) -> Float[Tensor, "T 1"]:
+        """Return how much each position of a sample counts in a part of the layer."""
+        part = ATTENTION if name.startswith(ATTENTION) else MLP
         of_text, of_features = (1.0, 1.0) if self._weights is None else self._weights[part]
-        found = []
-        for number in self.searched:
-            seen = self.samples[number].is_picture[:, None]
-            found.append(torch.where(seen, of_features, of_text).float())
-        return found
+        is_picture = self.samples[number].is_picture[:, None]
+        return torch.where(is_picture, of_features, of_text).float()
 
     @torch.no_grad()
     def error(self, layer: DecoderLayer) -> float:

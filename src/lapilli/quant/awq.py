@@ -5,8 +5,9 @@
 
 The share r is the one with the least error of what will run: rounded weights, and activations in 8
 bits where the model rounds them. Then the largest weights of every group are cut where that makes
-the group's product more exact; nonlinear levels look for scales that do as much by themselves. MBQ
-is the same search, in which positions of text and of features count by what their gradients are
+the group's product more exact. Nonlinear levels look for scales that do as much by themselves;
+there the scaled weights are rounded as gptq.py does, for no other program reads them. MBQ is the
+same search, in which positions of text and of features count by what their gradients are
 (sensitivity.py).
 
 Source: Lin et al. 2023, AWQ section 3.2 (arXiv 2306.00978) and the search of llm-awq; Li et al.
@@ -23,6 +24,7 @@ from torch import nn
 from lapilli.lm.decoder import DecoderLayer
 from lapilli.nn.layers import RMSNorm
 from lapilli.quant.activations import SHARED_INPUTS, CalibrationLayer, linear_of
+from lapilli.quant.gptq import quantize_by_gptq
 from lapilli.shapes import Float, Tensor
 
 SHARES = tuple(step / 20 for step in range(20))
@@ -60,12 +62,17 @@ def scaled_inputs(layer: DecoderLayer) -> tuple[ScaledInput, ...]:
 
 @torch.no_grad()
 def quantize_by_awq(calibration: CalibrationLayer) -> dict[str, float]:
-    """Scale, clip and pack the linear layers of `calibration.layer`; return the shares found."""
+    """Scale and pack the linear layers of `calibration.layer`; return the shares found.
+
+    Clipped first, or with second moments observed, rounded as GPTQ does.
+    """
     shares = scale_layer(calibration)
-    if calibration.rounding.config.levels != "nonlinear":
-        for name in calibration.rounding.names:
-            if not name.endswith(UNCLIPPED):
-                clip(calibration, name)
+    if all(seen.gram is not None for seen in calibration.seen.values()):
+        quantize_by_gptq(calibration)
+        return shares
+    for name in calibration.rounding.names:
+        if not name.endswith(UNCLIPPED):
+            clip(calibration, name)
     calibration.rounding.pack_layer(calibration.layer)
     return shares
 

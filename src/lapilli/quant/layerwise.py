@@ -3,8 +3,9 @@
     samples before layer i --observe--> inputs of its linear layers --method--> packed layer i
           '---------------------------> samples before layer i + 1
 
-One layer is in float32 at a time. AWQ and MBQ hand on what the float layer gives, GPTQ what the
-packed one gives, as their authors do.
+One layer is in float32 at a time. Where weights are rounded in turn (gptq.py), the next layer sees
+what the packed one gives, and can make up for it too; else what the float layer gives, as AWQ's
+authors do.
 """
 
 import time
@@ -28,6 +29,7 @@ from lapilli.quant.activations import (
 from lapilli.quant.awq import quantize_by_awq
 from lapilli.quant.gptq import quantize_by_gptq
 from lapilli.quant.linear import QuantLinear
+from lapilli.quant.quantize import LEVELS
 from lapilli.quant.sensitivity import Weights
 
 
@@ -37,21 +39,19 @@ class Method:
 
     Attributes:
         quantize: packs the linear layers of `CalibrationLayer.layer`; returns what it chose.
-        needs_gram: of the inputs' second moments.
+        in_turn: levels whose weights are rounded in turn, by second moments of the inputs.
         needs_gradients: positions count by their gradients.
-        hands_on_packed: the next layer sees what the packed one gives.
     """
 
     quantize: Callable[[CalibrationLayer], Mapping[str, float]]
-    needs_gram: bool = False
+    in_turn: frozenset[str] = frozenset()
     needs_gradients: bool = False
-    hands_on_packed: bool = False
 
 
 METHODS: Mapping[str, Method] = {
-    "gptq": Method(quantize_by_gptq, needs_gram=True, hands_on_packed=True),
-    "awq": Method(quantize_by_awq),
-    "mbq": Method(quantize_by_awq, needs_gradients=True),
+    "gptq": Method(quantize_by_gptq, in_turn=frozenset(LEVELS)),
+    "awq": Method(quantize_by_awq, in_turn=frozenset({"nonlinear"})),
+    "mbq": Method(quantize_by_awq, in_turn=frozenset({"nonlinear"}), needs_gradients=True),
 }
 
 
@@ -133,7 +133,8 @@ def quantize_layer(
     calibration = CalibrationLayer(decoder, index, samples, rounding, weights)
     calibration.stored = stored or calibration.stored
     chosen = METHODS[method]
-    calibration.observe(gram=chosen.needs_gram)
+    in_turn = rounding.config.levels in chosen.in_turn
+    calibration.observe(gram=in_turn)
     nearest = calibration.rounded_to_nearest()
     before = calibration.error(nearest)
     choices = chosen.quantize(calibration)
@@ -142,7 +143,7 @@ def quantize_layer(
     if is_plain:
         error, best = before, nearest
     outputs = calibration.outputs
-    if chosen.hands_on_packed:
+    if in_turn:
         outputs = [calibration.run(best, sample.hidden) for sample in samples]
     for sample, out in zip(samples, outputs, strict=True):
         sample.hidden = out
