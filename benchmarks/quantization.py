@@ -17,6 +17,7 @@ quantization_report.py writes docs/quantization.md and its plot of what is there
 import argparse
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -35,8 +36,10 @@ from benchmarks.quality import LENGTH, WINDOWS, log_probabilities, own_bits
 from lapilli.calibration import CalibrationOptions, quantize_from_samples
 from lapilli.checkpoint.write.files import write_safetensors
 from lapilli.config.generation import SamplingParams
+from lapilli.generate.engine import EngineOptions, Request
 from lapilli.model import FusedBatch
 from lapilli.pipeline import Chat
+from lapilli.prompt.encode import EncodedPrompt
 from lapilli.quant import QuantConfig
 from pebble.calibration import write_calibration
 from pebble.draw import draw
@@ -222,10 +225,14 @@ class Table:
     def add(self, model: str, key: str, figures: dict[str, Any]) -> None:
         """Note a row of a model."""
         self.found["models"].setdefault(model, {})[key] = figures
+        self.write()
+        print(model, key, json.dumps(figures)[:200], flush=True)
+
+    def write(self) -> None:
+        """Write the result, whole or not at all."""
         aside = self.path.with_suffix(".new")
         aside.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
         aside.replace(self.path)
-        print(model, key, json.dumps(figures)[:200], flush=True)
 
     def has(self, model: str, key: str) -> bool:
         """Return whether a row is there."""
@@ -300,6 +307,55 @@ def measure(
             table.add(model, key, {**figures, **bits, "seconds": seconds, "config": config})
 
 
+SPEEDS: dict[str, QuantConfig | None] = {
+    "float32": None,
+    "int8": QuantConfig(bits=8),
+    "W4A8 nonlinear": QuantConfig(),
+    "W4A16 nonlinear": QuantConfig(mode="weight_only"),
+    "W4A8 zeros g32": QuantConfig(levels="zeros", group_size=32),
+    "W4A8 zeros g128": QuantConfig(levels="zeros", group_size=128),
+    "W4A16 zeros g128": QuantConfig(levels="zeros", group_size=128, mode="weight_only"),
+}
+"""Formats whose speed is measured; the method that chose the integers makes no difference."""
+PROMPT, DECODED, ROUNDS = 512, 48, 3
+
+
+def speeds(source: str) -> dict[str, dict[str, float]]:
+    """Return prompt and new tokens a second of every format, medians of rounds in turn."""
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"prompt": [], "decode": []} for name in SPEEDS
+    }
+    sizes: dict[str, float] = {}
+    for _ in range(ROUNDS):
+        for name, config in SPEEDS.items():
+            options = EngineOptions(speculate="off")
+            chat = lapilli.load(
+                source, device="cpu", dtype="float32", quantize=config, engine=options
+            )
+            language_model: Any = chat.model.language_model
+            tensors = [*language_model.parameters(), *language_model.buffers()]
+            sizes[name] = sum(tensor.nbytes for tensor in tensors) / 1e6
+            prompts = ([7, 11, 13, 17] * (PROMPT // 4), [19, 23, 29, 31] * (PROMPT // 4))
+            _seconds(chat, prompts[0], 2)  # what is made once
+            first = _seconds(chat, prompts[1], 1)
+            whole = _seconds(chat, [*prompts[1][1:], 37], DECODED)
+            found[name]["prompt"].append(PROMPT / first)
+            found[name]["decode"].append((DECODED - 1) / max(whole - first, 1e-9))
+    return {
+        name: {"MB": sizes[name], **{key: statistics.median(one) for key, one in rows.items()}}
+        for name, rows in found.items()
+    }
+
+
+def _seconds(chat: Chat, ids: list[int], tokens: int) -> float:
+    end = chat.tokenizer.eos_id
+    params = SamplingParams(max_new_tokens=tokens, logit_bias={} if end is None else {end: -100.0})
+    request = Request(EncodedPrompt(ids, [False] * len(ids), ()), (), params)
+    start = time.perf_counter()
+    list(chat.engine.run([request]))
+    return time.perf_counter() - start
+
+
 def drawn_samples(folder: Path) -> dict[str, str]:
     """Write calibration samples of pebble's world; return the files, by kind."""
     pictures = write_calibration(folder, SAMPLES["pebble"])
@@ -329,6 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="folder of quality.py with SmolLM2")
     parser.add_argument("--peers-python", help="with llama.cpp, for the rows of GGUF")
     parser.add_argument("--only", default="", help="one model: pebble, larger or text")
+    parser.add_argument("--speed", action="store_true", help="only speeds, on the text model")
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
@@ -337,6 +394,10 @@ def main(arguments: list[str] | None = None) -> None:
     table.found["samples"] = SAMPLES
     if options.resume and options.out.is_file():
         table.found |= json.loads(options.out.read_text(encoding="utf-8"))
+    if options.speed:
+        table.found["speeds"] = speeds(str(options.text / "model"))
+        table.write()
+        return
     seen = {"pebble": "pebble", "larger": options.larger and str(options.larger)}
     with tempfile.TemporaryDirectory() as place:
         for model, source in seen.items():

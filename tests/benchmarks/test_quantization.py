@@ -7,7 +7,17 @@ import pytest
 
 from benchmarks import quantization_report as report
 from benchmarks.machine import RESULTS
-from benchmarks.quantization import ROWS, Row, Seeing, Table, drawn_samples, key_of, make, measure
+from benchmarks.quantization import (
+    ROWS,
+    Row,
+    Seeing,
+    Table,
+    drawn_samples,
+    key_of,
+    make,
+    measure,
+    speeds,
+)
 from lapilli.quant import QuantConfig
 
 
@@ -55,6 +65,19 @@ def test_float_and_int8_are_not_made_from_samples(tmp_path: Path) -> None:
     chat, _ = make("pebble", Row("int8", QuantConfig(bits=8)), "", 0, tmp_path)
     assert not list(tmp_path.iterdir())
     assert "QuantLinear" in str(chat.model.language_model)
+
+
+@pytest.mark.slow
+def test_speeds_are_those_of_every_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("ROUNDS", 1), ("DECODED", 4), ("PROMPT", 64)):
+        monkeypatch.setattr(f"benchmarks.quantization.{name}", value)
+    few = {"float32": None, "W4A8 nonlinear": QuantConfig()}
+    monkeypatch.setattr("benchmarks.quantization.SPEEDS", few)
+    found = speeds("pebble")
+    assert list(found) == list(few)
+    assert found["float32"]["MB"] > 4 * found["W4A8 nonlinear"]["MB"]
+    assert all(row["prompt"] > 0 and row["decode"] > 0 for row in found.values())
+    assert "| W4A8 nonlinear | " in report.page({"models": {}, "speeds": found})
 
 
 def test_the_page_and_the_plot_say_what_was_found(tmp_path: Path) -> None:
