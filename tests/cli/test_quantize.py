@@ -1,6 +1,7 @@
 """`lapilli quantize SRC DST`, then the result is used like any checkpoint."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -134,22 +135,32 @@ def test_a_folder_that_cannot_be_written(lapilli: Run, small: str, tmp_path: Pat
     assert "nothing can be written" in done.stderr
 
 
+def stopped(target: Path, number: signal.Signals) -> tuple[int, str]:
+    """Send a signal once the first layer is done; return the code and what was said."""
+    command = [str(PROGRAM), "quantize", "pebble", str(target), *GPTQ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        report = target.parent / f".{target.name}.layers" / "report-00000.json"
+        deadline = time.monotonic() + 100
+        while not report.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_command_that_was_stopped_goes_on(
     lapilli: Run, tmp_path: Path, number: signal.Signals
 ) -> None:
     whole = lapilli("quantize", "pebble", str(tmp_path / "whole"), *GPTQ, "-q")
     assert whole.returncode == 0, whole.stderr
-    command = [str(PROGRAM), "quantize", "pebble", str(tmp_path / "q"), *GPTQ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        report = tmp_path / ".q.layers" / "report-00001.json"
-        deadline = time.monotonic() + 100
-        while not report.exists() and time.monotonic() < deadline:
-            time.sleep(0.001)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else -number), said
+    code, said = stopped(tmp_path / "q", number)
+    for _ in range(4):  # on a busy machine it may have ended before it was seen
+        if code == 0:
+            shutil.rmtree(tmp_path / "q")
+            code, said = stopped(tmp_path / "q", number)
+    assert code == (130 if number == signal.SIGINT else -number), said
     assert "Traceback" not in said
     assert not (tmp_path / "q").exists()
     done = lapilli("quantize", "pebble", str(tmp_path / "q"), *GPTQ)

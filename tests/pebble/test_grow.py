@@ -48,6 +48,7 @@ def larger(times, each, small=SMALL):
 
 
 def fresh(config=SMALL):
+    torch.manual_seed(0)
     model = Decoder(config)
     initialise(model, 3, depth=1)
     with torch.no_grad():
