@@ -12,8 +12,6 @@ its report is there. Knows files; must not know how layers are quantized.
 
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
@@ -24,7 +22,7 @@ import torch
 from torch import nn
 
 from lapilli.checkpoint.formats.weights import SafetensorsShard
-from lapilli.checkpoint.write.files import explaining_full_disk, write_safetensors
+from lapilli.checkpoint.write.files import explaining_full_disk, locked_folder, write_safetensors
 from lapilli.config.reader import parse_json
 from lapilli.errors import CheckpointError, ConfigError
 from lapilli.kernels.packing import Packed
@@ -222,34 +220,13 @@ def open_partial_run(target: Path) -> Iterator[PartialRun]:
     run = PartialRun(target)
     with explaining_full_disk(target):
         run.folder.mkdir(parents=True, exist_ok=True)
-    with _locked(run.folder):
+    refusal = f"another process quantizes into {run.folder}: wait for it, or choose another target"
+    with locked_folder(run.folder, refusal):
         try:
             yield run
         finally:
             if {file.name for file in run.folder.glob("*")} <= {SETTINGS}:
                 run.remove()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another process quantizes into {folder}: wait for it, or choose another target"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(number)
 
 
 def _layer(index: int) -> str:

@@ -227,7 +227,9 @@ class _Run:
         unfinished.begin(self._settings(encoded))
         if unfinished.finished:
             say(f"{unfinished.finished} layers are done already, and are not quantized again")
-        samples = embed_samples(loaded.model, encoded, device)
+        samples = []
+        if not options.rotate or self._needs_gradients:  # else they would be embedded for nothing
+            samples = embed_samples(loaded.model, encoded, device)
         self._weights = self._sensitivities(samples)
         self._rotation: Rotation | None = None
         if options.rotate:
@@ -283,10 +285,14 @@ class _Run:
             "what the calibration samples say or show": digest_of(encoded),
         }
 
+    @property
+    def _needs_gradients(self) -> bool:
+        method = METHODS.get(self._options.method)
+        return method is not None and method.needs_gradients
+
     def _sensitivities(self, samples: Sequence[Sample]) -> Sequence[Weights] | None:
         """Return MBQ's weights of every layer; None for the other methods."""
-        method = METHODS.get(self._options.method)
-        if method is None or not method.needs_gradients:
+        if not self._needs_gradients:
             return None
         found = self._unfinished.weights()
         if found is None:

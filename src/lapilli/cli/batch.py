@@ -400,18 +400,12 @@ def _open_to_append(path: Path) -> int:
 
 def _lock(number: int, path: Path) -> None:
     """Make this process the only one that writes the file, where the system can do that."""
-    if sys.platform == "win32" or not stat.S_ISREG(os.fstat(number).st_mode):
-        return
-    import fcntl
+    from lapilli.checkpoint.write.files import take_lock
 
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if stat.S_ISREG(os.fstat(number).st_mode) and not take_lock(number):
         raise PromptError(
             f"{path} is being written by another lapilli batch: wait for it, or name another file"
-        ) from error
-    except OSError:
-        return  # a file system without locks
+        )
 
 
 def batch(

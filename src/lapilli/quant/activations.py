@@ -171,10 +171,7 @@ class CalibrationLayer:
 
     def run(self, layer: nn.Module, x: Float[Tensor, "1 T D"]) -> Float[Tensor, "1 T D"]:
         """Return what a decoder layer or its attention makes of a sample."""
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        table, mask = self._decoder.layer_context(self.index, positions, x.dtype)
-        out: Tensor = layer(x, table, mask, None)
-        return out
+        return run_layer(self._decoder, self.index, layer, x)
 
     def inspect(self, name: str, x: Float[Tensor, "T in"]) -> Float[Tensor, "T out"]:
         """Return what a part of the layer makes of its input."""
@@ -296,10 +293,17 @@ def linear_names() -> list[str]:
 
 def float_copy(layer: DecoderLayer, device: torch.device) -> DecoderLayer:
     """Return a copy of a layer in float32 that is independent of the files."""
-    made = copy.deepcopy(layer).to(device, torch.float32).requires_grad_(requires_grad=False)
-    for parameter in made.parameters():
-        parameter.data = parameter.data.clone()
-    return made
+    return copy.deepcopy(layer).to(device, torch.float32).requires_grad_(requires_grad=False)
+
+
+def run_layer(
+    decoder: Decoder, index: int, layer: nn.Module, x: Float[Tensor, "1 T D"]
+) -> Float[Tensor, "1 T D"]:
+    """Return what a layer of this number, or its attention, makes of a sample."""
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    table, mask = decoder.layer_context(index, positions, x.dtype)
+    out: Tensor = layer(x, table, mask, None)
+    return out
 
 
 def searched(samples: Sequence[Sample], most: int = SEARCHED) -> list[int]:

@@ -13,7 +13,14 @@ from torch.nn import functional
 from lapilli.errors import ConfigError
 from lapilli.kernels.layer import rms_norm
 from lapilli.lm.decoder import Decoder, DecoderLayer
-from lapilli.quant.activations import ATTENTION, MLP, Sample, check_finite, float_copy
+from lapilli.quant.activations import (
+    ATTENTION,
+    MLP,
+    Sample,
+    check_finite,
+    float_copy,
+    run_layer,
+)
 from lapilli.shapes import Float, Tensor
 
 KEPT_BYTES = 1 << 30
@@ -85,7 +92,7 @@ def _gradients(decoder: Decoder, samples: Sequence[Sample], first: int) -> Float
         for index in range(num_layers):
             layer = float_copy(decoder.layer(index), device)
             kept.append(hidden)
-            hidden = [_run(decoder, index, layer, x) for x in hidden]
+            hidden = [run_layer(decoder, index, layer, x) for x in hidden]
             for number, x in enumerate(hidden, start=first):
                 check_finite(x, index, number)
     pairs = zip(hidden, samples, strict=True)
@@ -101,13 +108,6 @@ def _gradients(decoder: Decoder, samples: Sequence[Sample], first: int) -> Float
                 found[index, part, 0] += float(size[~is_picture].sum())
                 found[index, part, 1] += float(size[is_picture].sum())
     return found
-
-
-def _run(decoder: Decoder, index: int, layer: DecoderLayer, x: Tensor) -> Tensor:
-    positions = torch.arange(x.shape[1], device=x.device)[None]
-    table, mask = decoder.layer_context(index, positions, x.dtype)
-    out: Tensor = layer(x, table, mask, None)
-    return out
 
 
 def _of_loss(decoder: Decoder, hidden: Tensor, sample: Sample) -> Tensor:
@@ -141,7 +141,7 @@ def _backwards(
     handles = [layer.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     x = x.detach().requires_grad_()
     try:
-        out = _run(decoder, index, layer, x)
+        out = run_layer(decoder, index, layer, x)
     finally:
         for handle in handles:
             handle.remove()

@@ -9,7 +9,6 @@ Knows every room of the trainer; must not know the loop's arithmetic or how resu
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ import torch
 from lapilli import __version__
 from lapilli.checkpoint.load import Loaded
 from lapilli.checkpoint.source import RESULTS
+from lapilli.checkpoint.write.files import locked_folder
 from lapilli.config.model import DecoderConfig
 from lapilli.errors import ConfigError
 from lapilli.lora import adapters
@@ -313,24 +313,9 @@ def locked(folder: Path) -> Iterator[None]:
         ConfigError: another run writes there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if sys.platform == "win32":
+    refusal = f"another run trains into {folder}: wait for it, or give another folder as --out"
+    with locked_folder(folder, refusal):
         yield
-        return
-    import fcntl
-
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another run trains into {folder}: wait for it, or give another folder as --out"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(number)
 
 
 def check_output_folder(folder: Path, recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from torch import Tensor
 from lapilli.checkpoint.formats.weights import DTYPES
 from lapilli.checkpoint.keymaps import KeyMap
 from lapilli.config.reader import shown
-from lapilli.errors import CheckpointError
+from lapilli.errors import CheckpointError, ConfigError
 
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
@@ -374,6 +375,44 @@ def flush_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def take_lock(number: int) -> bool:
+    """Lock an open file or folder for this process; return False where another one holds it.
+
+    The system lets go of the lock when the process ends, however it ends. Where the system or the
+    file system has no locks, everybody gets one.
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+@contextmanager
+def locked_folder(folder: Path, refusal: str) -> Iterator[None]:
+    """Make a folder this process's alone until the block ends, where the system can do that.
+
+    Raises:
+        ConfigError: another process has it; the message is `refusal`.
+    """
+    if sys.platform == "win32":  # which opens no folder
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        if not take_lock(number):
+            raise ConfigError(refusal)
+        yield
+    finally:
+        os.close(number)
 
 
 def _remove(path: Path) -> None:
