@@ -292,12 +292,13 @@ class Workshop:
             train(task, recipe, self.work / stage, parallel=parallel, echo=parallel.is_main_process)
 
     def train_together(self, stage: str, processes: int) -> None:
-        """Run a stage in several processes and wait for them.
+        """Run a stage in several processes, no more than its steps have micro-batches, and wait.
 
         Raises:
             ConfigError: a process failed; its own message stands on stderr.
         """
         (self.work / "meeting").unlink(missing_ok=True)
+        processes = min(processes, self.recipes[stage].run.gradient_accumulation_steps)
         command = [sys.executable, "-m", "pebble", "--recipes", str(self._recipes)]
         command += ["--work", str(self.work), "--stage", stage, "--processes", str(processes)]
         children = [

@@ -114,3 +114,18 @@ def test_it_is_a_program_of_the_repositorys_root(repository, tmp_path):
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert "state.pt is missing: run stage 2_language first" in done.stderr
     assert not any(tmp_path.glob("*/state.pt"))
+
+
+def test_no_more_processes_than_micro_batches_of_a_step(tmp_path, monkeypatch):
+    started = []
+
+    class Child:
+        def __init__(self, command):
+            started.append(command)
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr("pebble.run.subprocess.Popen", Child)
+    Workshop(RECIPES / "larger", tmp_path).train_together("4_instruct", 2)
+    assert [command[-4:] for command in started] == [["--processes", "1", "--rank", "0"]]
