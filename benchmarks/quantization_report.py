@@ -81,9 +81,18 @@ answers that are float32's word for word. Calibrated on {samples} conversations 
 *text* leaves the pictures out. GGUF rows are rounded by llama.cpp and computed in floats."""
 
 
+_ABOUT_LARGER = """
+
+Read this table with care: most of what the sibling can do still stands in pebble's part of it. The
+layers that it grew add a few hundredths to what the old ones compute ([A larger
+sibling](guide/pebble.md#a-larger-sibling)), so errors in them change little, and a model whose
+layers all work may lose more by quantization than this one does."""
+
+
 def _about(model: str, found: Mapping[str, Any]) -> str:
     text = _ABOUT_TEXT if model == "text" else _ABOUT_EXAM
     questions = found.get("questions", {}).get(model, 0)
+    text += _ABOUT_LARGER if model == "larger" else ""
     return text.format(questions=questions, samples=found["samples"][model])
 
 

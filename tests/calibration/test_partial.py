@@ -12,7 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from lapilli.calibration import run
+from lapilli.calibration.builtin import builtin_text
 from lapilli.calibration.partial import open_partial_run
+from lapilli.checkpoint.write import files, llava
 from lapilli.errors import CheckpointError, ConfigError, LapilliError
 from tests.calibration.conftest import quantized, write_conversations
 from tests.calibration.killed import run_until
@@ -167,13 +170,15 @@ def test_lost_samples_are_named(stopped):
         quantized(str(source), target, options)
 
 
-def test_a_full_disk_leaves_what_is_done(small, conversations, tmp_path, undisturbed):
+def test_a_limit_on_the_size_of_files_leaves_what_is_done(
+    small, conversations, tmp_path, undisturbed
+):
     options = {**GPTQ, "samples": conversations}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(CheckpointError, match=r"q could not be written: .*bytes are free"):
+        with pytest.raises(CheckpointError, match=r"q could not be written: .*Raise the limit"):
             quantized(small, tmp_path / "q", options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -201,7 +206,7 @@ def test_a_run_that_is_refused_leaves_no_folder(small, tmp_path):
     file = write_conversations(tmp_path, 1, pictures=False)
     with pytest.raises(LapilliError, match="cannot be read"):
         quantized(small, tmp_path / "q", {"samples": str(file.with_name("none.txt"))})
-    with pytest.raises(ConfigError, match="no calibration sample has a picture"):
+    with pytest.raises(ConfigError, match=r"no calibration sample of 1 from .* has a picture"):
         quantized(small, tmp_path / "q", {"method": "mbq", "samples": str(file)})
     assert sorted(found.name for found in tmp_path.iterdir() if found.is_dir()) == []
 
@@ -217,3 +222,96 @@ def test_killed_while_it_computes(small, conversations, tmp_path, undisturbed):
         kill(child)
     quantized(small, tmp_path / "q", options)
     assert (tmp_path / "q" / WEIGHTS).read_bytes() == undisturbed
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """A file of text in the working directory, for a run of two samples of it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.txt").write_text(builtin_text()[:3000], encoding="utf-8")
+    return {"method": "gptq", "number": 2, "samples": "s.txt"}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"samples": "./s.txt"}, {"samples": "sub/../s.txt"}, {"samples": "moved.txt"}]
+)
+def test_the_same_samples_by_another_name_go_on(small, tmp_path, texts, changed):
+    killed(small, tmp_path / "q", texts, 4)
+    (tmp_path / "sub").mkdir()
+    shutil.copy(tmp_path / "s.txt", tmp_path / "moved.txt")
+    said: list[str] = []
+    quantized(small, tmp_path / "q", {**texts, **changed}, said)
+    assert "1 layers are done already, and are not quantized again" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto would be another device")
+def test_a_device_by_another_name_goes_on_and_other_samples_do_not(small, tmp_path, texts):
+    killed(small, tmp_path / "q", texts, 4)
+    (tmp_path / "s.txt").write_text(builtin_text()[500:3500], encoding="utf-8")
+    with pytest.raises(ConfigError, match="what the calibration samples say or show changed"):
+        quantized(small, tmp_path / "q", texts)
+    (tmp_path / "s.txt").write_text(builtin_text()[:3000], encoding="utf-8")
+    said: list[str] = []
+    quantized(small, tmp_path / "q", {**texts, "device": "auto"}, said)
+    assert "1 layers are done already, and are not quantized again" in said
+
+
+def test_plain_rounding_leaves_no_layers_of_another_method_behind(tmp_path):
+    folder = tmp_path / ".q.layers"
+    with open_partial_run(tmp_path / "q") as unfinished:
+        unfinished.begin({"method": "gptq"})
+        (folder / "samples-00000.safetensors.part").touch()  # before any layer was done
+    with open_partial_run(tmp_path / "q") as unfinished:
+        unfinished.begin_anew("rtn")
+    assert not folder.exists()
+    with open_partial_run(tmp_path / "q") as unfinished:
+        unfinished.begin({"method": "gptq"})
+        (folder / "report-00000.json").write_text("{}")
+    with (
+        pytest.raises(ConfigError, match=r"method was 'gptq' and is 'rtn'.*or remove the folder"),
+        open_partial_run(tmp_path / "q") as unfinished,
+    ):
+        unfinished.begin_anew("rtn")
+    assert (folder / "report-00000.json").is_file()
+
+
+def killed_while_verifying(source, target, options):
+    """Quantize, and die when the files are written and not verified yet."""
+    run.verify_written = lambda _path, loaded: os.kill(os.getpid(), signal.SIGKILL)
+    quantized(source, Path(target), options)
+
+
+@pytest.mark.parametrize("form", ["lapilli", "gemm", "llm-awq"])
+def test_a_target_appears_when_it_is_verified(small, tmp_path, texts, form):
+    texts = {**texts, "form": form}
+    child = start(killed_while_verifying, small, str(tmp_path / "q"), texts)
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "q").exists()
+    said: list[str] = []
+    quantized(small, tmp_path / "q", texts, said)
+    assert "3 layers are done already, and are not quantized again" in said
+    assert (tmp_path / "q" / WEIGHTS).is_file()
+    assert [found.name for found in tmp_path.iterdir() if found.name.startswith(".")] == []
+
+
+def test_files_that_differ_when_read_back_do_not_become_the_target(
+    small, tmp_path, texts, monkeypatch
+):
+    (tmp_path / "q").mkdir()
+    write = files.write_json
+
+    def spoil(path, content):
+        write(path, content)
+        for weights in path.parent.glob("*.safetensors"):
+            data = bytearray(weights.read_bytes())
+            data[-70_000] ^= 16
+            weights.write_bytes(data)
+
+    monkeypatch.setattr(llava, "write_json", spoil)
+    with pytest.raises(CheckpointError, match=r"differs by up to .* when it is read back"):
+        quantized(small, tmp_path / "q", texts)
+    assert list((tmp_path / "q").iterdir()) == []
+    monkeypatch.undo()
+    quantized(small, tmp_path / "q", {**texts, "samples": tmp_path / "s.txt"})
+    assert (tmp_path / "q" / WEIGHTS).is_file()

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, MptConfig, MptForCausalLM
 
 import lapilli
+from lapilli.calibration import CalibrationOptions, quantize_from_samples
 from lapilli.checkpoint.load import STORED, load_checkpoint
 from lapilli.errors import CheckpointError, ConfigError, LapilliError
 from lapilli.prompt.encode import EncodedPrompt
+from lapilli.quant import QuantConfig
 from lapilli.quant.linear import QuantLinear
 from tests.calibration.conftest import quantized, text_config, write_conversations
 from tests.integration.oracle import make_llava, make_oracle, make_tokenizer
@@ -289,8 +291,49 @@ def test_fewer_samples_than_asked_for_are_all_taken_and_it_is_said(small, tmp_pa
 
 def test_mbq_needs_pictures(small, tmp_path):
     file = write_conversations(tmp_path, pictures=False)
-    with pytest.raises(ConfigError, match="no calibration sample has a picture"):
+    with pytest.raises(ConfigError, match=r"no calibration sample of 4 from .* has a picture"):
         quantized(small, tmp_path / "q", {"method": "mbq", "samples": str(file)})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"number": 1}, "one built-in sample is a text: ask for 2 samples or more"),
+        ({"number": 1, "samples": "mixed.jsonl"}, r"no calibration sample of 1 from .*mixed.jsonl"),
+    ],
+)
+def test_mbq_says_where_pictures_could_come_from(small, tmp_path, options, message):
+    file = write_conversations(tmp_path, 2)
+    first, second = file.read_text("utf-8").splitlines()
+    lines = [
+        re.sub(r'<image>\\n|"image": ".*?", |, "image": "[^"]*"', "", one)
+        for one in (first, second)
+    ]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    if "samples" in options:
+        options = {**options, "samples": tmp_path / str(options["samples"])}
+    with pytest.raises(ConfigError, match=message):
+        quantized(small, tmp_path / "q", {"method": "mbq", **options})
+
+
+def test_a_model_of_text_alone_has_no_tower_and_no_pictures(tmp_path, text):
+    source = str(plain_model(tmp_path / "text"))
+    with pytest.raises(ConfigError, match="the model reads text only: choose awq"):
+        quantized(source, tmp_path / "q", {"method": "mbq", "samples": text})
+    for options in ({"method": "gptq", "samples": text, "number": 1}, {"method": "rtn"}):
+        said: list[str] = []
+        quantized(source, tmp_path / "q", options, said, overwrite=True, quantize_tower=True)
+        assert [line for line in said if "no vision tower, and quantize_tower" in line] == said[:1]
+
+
+def test_places_may_be_texts_or_paths(small, conversations, tmp_path):
+    places = [tmp_path / "path", str(tmp_path / "text")]
+    for target, samples in zip(places, (conversations, Path(conversations)), strict=True):
+        options = CalibrationOptions(method="gptq", samples=samples, number=2)
+        quantize_from_samples(small, target, QuantConfig(), options)
+    written = [(Path(place) / "quantization.json").read_text("utf-8") for place in places]
+    kept = [json.loads(one)["options"] for one in written]
+    assert kept[0] == kept[1]
 
 
 def test_mbq_needs_answers(small, tmp_path):

@@ -89,7 +89,12 @@ def written(folder: Path, name: str, content: str | bytes) -> str:
         ("null.jsonl", '{"text": "a"}\n{"text": null}', r"expected a record with"),
         ("none.jsonl", '{"text": "a"}\n5', r"none.jsonl"),
         ("seen.jsonl", '{"text": "a", "image": "a.png"}', r"seen.jsonl.*shows no pictures"),
-        ("what.zip", b"PK\x03\x04", "what.zip"),
+        ("what.zip", b"PK\x03\x04", "what.zip is a ZIP archive"),
+        ("what.md", "few words", r"what.md is no file of .* known: give \.txt, \.json, .*\.tar$"),
+        ("cut.json", '[{"text": "a"}', r"cut.json:1: expected .* found the end.*cut off"),
+        ("cut.json", '[{"text": "a', r"cut.json:1: no valid JSON: .*seems to be cut off"),
+        ("cut.json", b'[{"text": "caf\xc3', r"cut.json:1: no UTF-8: .*seems to be cut off"),
+        ("cut.json", "", r"cut.json is empty"),
     ],
 )
 def test_files_that_hold_no_samples(loaded, tmp_path, name, content, message):
@@ -103,10 +108,13 @@ def test_a_file_that_is_not_there(loaded, tmp_path, name):
         read_samples(str(tmp_path / name), 4, loaded)
 
 
-def test_a_folder_is_no_text(loaded, tmp_path):
-    (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(DataError, match=r"folder.txt cannot be read: Is a directory"):
-        read_samples(str(tmp_path / "folder.txt"), 4, loaded)
+@pytest.mark.parametrize("name", ["", "folder.txt", "folder.json"])
+def test_a_folder_holds_files_of_all_kinds(loaded, tmp_path, name):
+    (tmp_path / name).mkdir(exist_ok=True)
+    with pytest.raises(
+        DataError, match=r"is a folder: name a file in it .* \.txt, \.json,.*\.tar$"
+    ):
+        read_samples(tmp_path / name, 4, loaded)
 
 
 def test_a_picture_that_is_missing_is_named(loaded, tmp_path):

@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lapilli.checkpoint import source as sources
+from lapilli.checkpoint.export import save_loaded
 from lapilli.checkpoint.formats.weights import SafetensorsShard
 from lapilli.checkpoint.inspect import inspect_checkpoint
+from lapilli.checkpoint.load import STORED, load_checkpoint
+from lapilli.checkpoint.read.plan import make_plan
 from lapilli.errors import MissingFileError
 
 
@@ -112,3 +115,15 @@ def test_sampling_settings_that_are_not_applied_are_noted(tmp_path):
     assert "repetition_penalty = 1.5, which is not applied" in told[0]
     assert "suppress_tokens = [7]" in told[1]
     assert not any("generation_config" in note for note in inspect_checkpoint("pebble").notes)
+
+
+def test_the_settings_of_packed_layers_are_read(llava, packed_llava, tmp_path):
+    loaded = load_checkpoint(str(llava), device="cpu", dtype=STORED, quantization="int8")
+    save_loaded(tmp_path / "q", loaded, quantization=loaded.quantization)
+    for path in (tmp_path / "q", packed_llava):
+        found = inspect_checkpoint(path)
+        assert found.quantization
+        assert "quantization_config" not in found.ignored_keys
+        assert found.unknown_keys == ()
+        assert "quantization_config" in make_plan(path).keys.used
+    assert "quantization_config" not in make_plan(llava).keys.used

@@ -1,5 +1,6 @@
 """Options that commands share: one frozen value, with the fields of SamplingParams in it."""
 
+import gc
 import inspect
 import json
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import lapilli
 from lapilli.cli.ask import ask
 from lapilli.cli.batch import batch
 from lapilli.cli.chat import chat
@@ -127,3 +129,14 @@ def test_a_tilde_is_the_home_in_every_path(lapilli, tmp_path, monkeypatch, pictu
         assert done.returncode == 2
         assert f"{tmp_path}/none" in done.stderr
         assert "~" not in done.stderr
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_was_loaded_is_no_matter_for_the_collector_of_a_program(monkeypatch, quiet):
+    """A library may not choose that for the process: lapilli.load leaves it alone."""
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(1))
+    lapilli.load("pebble", device="cpu")
+    assert frozen == []
+    ChatOptions(sampling={}, device="cpu", quiet=quiet).load()
+    assert frozen == [1]

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.calibration.conftest import text_config, write_conversations
+from tests.calibration.test_run import plain_model
 from tests.cli.conftest import PROGRAM, Run
 from tests.integration.oracle import make_llava, make_oracle
 
@@ -169,6 +170,35 @@ def test_a_command_that_was_stopped_goes_on(
     assert "layer 1 of" not in done.stderr
     name = "model.safetensors"
     assert (tmp_path / "q" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_plain_rounding_beside_a_killed_run_of_another_method(
+    lapilli: Run, small: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / ".q.layers"
+    folder.mkdir()
+    (folder / "settings.json").write_text('{"method": "gptq"}')
+    (folder / "report-00000.json").write_text("{}")
+    done = lapilli("quantize", small, str(tmp_path / "q"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "holds layers of another run: method was 'gptq' and is 'rtn'" in done.stderr
+    assert not (tmp_path / "q").exists()
+    (folder / "report-00000.json").unlink()  # no layer was done
+    done = lapilli("quantize", small, str(tmp_path / "q"))
+    assert done.returncode == 0, done.stderr
+    assert [found.name for found in tmp_path.iterdir()] == ["q"]
+
+
+@pytest.mark.parametrize("options", [(), ("--rotate",)])
+def test_a_tower_that_is_not_there_is_noted(
+    lapilli: Run, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    source = plain_model(tmp_path / "text")
+    done = lapilli("quantize", str(source), str(tmp_path / "q"), "--tower", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("it has no vision tower, and quantize_tower (--tower)") == 1
+    done = lapilli("quantize", str(source), str(tmp_path / "plain"), *options)
+    assert "vision tower" not in done.stderr
 
 
 def test_damaged_weights_are_one_line(lapilli: Run, small: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from lapilli.kernels.library import native
 from lapilli.nn import attention
 from lapilli.nn.attention import (
     FEWEST,
+    LEAST_SHARED,
     attend,
     attend_plain,
     attention_backward,
@@ -165,9 +166,31 @@ def test_bfloat16_is_computed_in_float32():
 
 @needs_attention_backward
 def test_long_rows_that_learn_take_it():
-    long, short = draw(FEWEST), draw(FEWEST - 1)
+    shape = {"heads": 4, "kv_heads": 1, "width": LEAST_SHARED // 4}
+    long, short = draw(FEWEST, **shape), draw(FEWEST - 1, **shape)
     assert has_native_backward(*long)
     assert "_Attention" in attend(*long).grad_fn.name()
     assert not has_native_backward(*short)
     with torch.no_grad():
         assert not has_native_backward(*long)
+
+
+@needs_attention_backward
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "is_taken"),
+    [(9, 3, 64, True), (14, 2, 64, True), (8, 8, 32, False), (4, 4, 128, False), (8, 4, 64, False)],
+)
+def test_it_is_taken_where_enough_heads_share_their_keys(heads, kv_heads, width, is_taken):
+    given = draw(FEWEST, heads=heads, kv_heads=kv_heads, width=width, rows=1)
+    assert has_native_backward(*given) == is_taken
+    assert ("_Attention" in attend(*given).grad_fn.name()) == is_taken
+
+
+@needs_attention_backward
+@pytest.mark.parametrize("has_products", [False, True])
+def test_bfloat16_takes_it_where_the_cpu_has_no_such_products(monkeypatch, has_products):
+    monkeypatch.setattr(attention, "has_bfloat16_products", lambda: has_products)
+    given = draw(FEWEST, heads=3, kv_heads=1, width=64, rows=1, dtype=torch.bfloat16)
+    assert has_native_backward(*given) != has_products
+    expected = attend_plain(*(x.detach().float() for x in given))
+    torch.testing.assert_close(attend(*given).float(), expected, atol=2e-2, rtol=2e-2)

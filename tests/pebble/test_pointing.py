@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from lapilli.nn.attention import FEWEST, attend
+from lapilli.nn.attention import FEWEST, LEAST_SHARED, attend
 from lapilli.prompt.template import TEMPLATES
 from lapilli.train.trainer.step import PlainAttention
 from pebble.conversation import as_sample, draw_questions
@@ -184,7 +184,7 @@ def test_queries_and_keys_are_kept_by_layer():
 
 @pytest.mark.parametrize("length", [FEWEST - 1, FEWEST])
 def test_they_are_kept_whatever_way_attention_takes(length):
-    q, k, v = torch.randn(3, 1, 2, length, 64).requires_grad_().unbind()
+    q, k, v = torch.randn(3, 1, 2, length, LEAST_SHARED).requires_grad_().unbind()
     with PlainAttention(), QueriesAndKeys() as seen:
         out = attend(q, k, v)
     [(queries, keys)] = seen.layers

@@ -75,3 +75,21 @@ def test_a_checkpoint_that_says_nothing_of_it_answers_itself(tmp_path: Path) -> 
     (folder / "world.json").write_text(json.dumps(world))
     chat = lapilli.load(str(folder), device="cpu", dtype="float32", template="vicuna_v1")
     assert chat.ask(QUESTIONS[0], max_new_tokens=4) != NEEDS
+
+
+@pytest.mark.parametrize("number", [None, 0, 2])
+def test_who_asks_for_log_probabilities_gets_one_per_token(chat, number):
+    blind = [Message.user(QUESTIONS[0])]
+    params = SamplingParams(max_new_tokens=4, logprobs=number)
+    found = [chat.answer(blind, params), dict(chat.as_completed([blind], params))[0]]
+    chat.ask(QUESTIONS[0], logprobs=number)  # which keeps them in any case, for `doubt`
+    assert chat.doubt() is None
+    if number is None:
+        assert [generation.logprobs for generation in found] == [None, None]
+        return
+    for generation in (*found, chat.last):
+        reports = generation.logprobs
+        assert [report.token_id for report in reports] == list(generation.token_ids)
+        assert {report.logprob for report in reports} == {0.0}
+        tops = [report.top for report in reports]
+        assert tops == [((token, 0.0),) * min(number, 1) for token in generation.token_ids]

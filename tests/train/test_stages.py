@@ -1,5 +1,6 @@
 """What a run starts from, and which parameters its stage trains."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from lapilli.checkpoint.export import save_loaded
+from lapilli.checkpoint.formats.quantized import written_quantization
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.checkpoint.source import RESULTS
 from lapilli.config.model import (
@@ -32,6 +35,7 @@ from lapilli.lora import adapter_tensors, adapters
 from lapilli.modality.image.image import ImageModality
 from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import template_by_name
+from lapilli.quant import QuantConfig
 from lapilli.quant.linear import QuantLinear
 from lapilli.quant.nf4 import Nf4Linear, RoundedScales
 from lapilli.train.data import SampleEncoder
@@ -392,3 +396,54 @@ def test_an_adapter_goes_on_as_it_is_or_is_refused(whole):
             choose_trainable(whole, staged(lora=replace(ADAPTER, **{key: value})))
     choose_trainable(whole, staged(lora=replace(ADAPTER, dropout=0.25)))
     assert {layer.dropout.p for _, layer in adapters(whole)} == {0.25}
+
+
+SETTINGS = {"bits": 4, "group_size": 128, "sym": False}
+
+
+@pytest.fixture(params=["int8", "int4", "awq", "gptq"])
+def packed(request, checkpoint, tmp_path):
+    """A checkpoint whose config.json says that it is packed; its weights are not looked at."""
+    folder = tmp_path / "llava-packed"
+    shutil.copytree(checkpoint, folder)
+    if request.param in ("int8", "int4"):
+        section = written_quantization(QuantConfig(bits=int(request.param[-1])))
+    else:
+        method = {"gptq": {"desc_act": False}, "awq": {"version": "gemm", "zero_point": True}}
+        section = {"quant_method": request.param, **SETTINGS, **method[request.param]}
+    content = json.loads((folder / "config.json").read_text("utf-8"))
+    content["quantization_config"] = section
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize("base", ["float", "int4", "nf4"])
+def test_an_adapter_on_a_packed_checkpoint_is_refused_at_once(packed, base):
+    recipe = recipe_of(packed, lora=LoraRecipe(rank=2, base=base))
+    with pytest.raises(ConfigError, match=r"is quantized \(.*\), and an adapter .* float") as told:
+        load_start(recipe)
+    assert 'lora.base = "int4" or "nf4" packs it while it trains' in str(told.value)
+
+
+def test_packed_weights_that_would_have_to_learn_are_refused_at_once(packed):
+    with pytest.raises(
+        ConfigError, match=r"is quantized .* packed weights do not learn: train the"
+    ):
+        load_start(recipe_of(packed))
+
+
+def test_a_projector_learns_on_a_packed_checkpoint(llava, tmp_path):  # noqa: F811
+    loaded = load_checkpoint(str(llava), device="cpu", dtype="stored", quantization="int8")
+    save_loaded(tmp_path / "q", loaded, quantization=loaded.quantization)
+    recipe = recipe_of(str(tmp_path / "q"), "align")
+    start = load_start(recipe)
+    names = choose_trainable(start.model, recipe)
+    assert names
+    assert all(
+        name.startswith(("modalities.image.projector", "modalities.image.image_newline"))
+        for name in names
+    )
+    results = Results.of(start, recipe)
+    save_results(tmp_path / "out", start.model, results)
+    again = load_checkpoint(str(tmp_path / "out"), device="cpu")
+    assert any(isinstance(one, QuantLinear) for one in again.model.modules())

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -68,17 +68,34 @@ class PartialRun:
             CheckpointError: its files are damaged, or the disk is full.
         """
         settings = json.loads(json.dumps(settings))
-        while (self.folder / _report(self.finished)).is_file():
-            self.finished += 1
-        is_begun = (self.folder / SETTINGS).is_file()
-        if self.finished and not is_begun:
-            raise self._damaged(SETTINGS)
-        before = self._read_json(SETTINGS) if is_begun else {}
+        before = self._found()
         if self.finished:
             self._check(before, settings)
         elif before != settings:  # nothing is lost
             self._clear()
             self._write_json(SETTINGS, settings)
+
+    def begin_anew(self, method: str) -> None:
+        """Begin a run that is over at once and keeps no layers, in a folder without any.
+
+        Raises:
+            ConfigError: there are layers of an earlier run.
+            CheckpointError: its files are damaged.
+        """
+        before = self._found()
+        if self.finished:
+            self._refuse(f"method was {before.get('method')!r} and is {method!r}")
+        self._clear()
+
+    def _found(self) -> Mapping[str, Any]:
+        """Count the layers that are done, and return the settings of their run, if it had any."""
+        while (self.folder / _report(self.finished)).is_file():
+            self.finished += 1
+        is_begun = (self.folder / SETTINGS).is_file()
+        if self.finished and not is_begun:
+            raise self._damaged(SETTINGS)
+        found: Mapping[str, Any] = self._read_json(SETTINGS) if is_begun else {}
+        return found
 
     def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         other = [key for key in {**now, **before} if before.get(key) != now.get(key)]
@@ -90,6 +107,9 @@ class PartialRun:
             else f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
             for key in other
         )
+        self._refuse(differences)
+
+    def _refuse(self, differences: str) -> NoReturn:
         raise ConfigError(
             f"{self.folder} holds layers of another run: {differences}. Repeat the command of that "
             "run to go on with it, or remove the folder to begin again"

@@ -27,12 +27,13 @@ from lapilli.checkpoint.formats.weights import release_pages
 from lapilli.checkpoint.load import STORED, Loaded, choose_device, load_checkpoint
 from lapilli.checkpoint.write.awq import FORMS, save_awq, unfit_layers, verify_written
 from lapilli.checkpoint.write.files import check_target
+from lapilli.config.reader import check_fields, check_type, given_path
 from lapilli.errors import ConfigError
 from lapilli.lm.decoder import Decoder
 from lapilli.quant import QuantConfig
 from lapilli.quant.activations import Rounding, Sample, linear_names
 from lapilli.quant.layerwise import METHODS, LayerReport, decoder_of, quantize_layer, round_layer
-from lapilli.quant.quantize import pack_layers
+from lapilli.quant.quantize import notes_on, pack_layers
 from lapilli.quant.rotation import Rotation, check_rotation
 from lapilli.quant.sensitivity import Weights, sensitivities
 from lapilli.train.data.dataset import data_file, together
@@ -55,26 +56,30 @@ class CalibrationOptions:
         method: "rtn", plain rounding, or one of METHODS: "gptq", "awq", "mbq".
         bits: 4, or 3, which lie in the layout of 4 and save nothing.
         rotate: rotate the hidden states and the values of heads first.
-        samples: a file of calibration samples, or "builtin".
+        samples: a file of calibration samples, or "builtin"; kept as a text.
         number: of samples.
         images: the folder that image paths of the samples are relative to; None: the file's own.
         form: of the files: "lapilli", "gemm" (AutoAWQ's, for transformers and vLLM) or "llm-awq".
         device: to search on.
 
     Raises:
-        ConfigError: a value that there is nothing for.
+        ConfigError: a value that there is nothing for, or one of another type.
     """
 
     method: str = "awq"
     bits: int = 4
     rotate: bool = False
-    samples: str = BUILTIN
+    samples: str | Path = BUILTIN
     number: int = SAMPLES
-    images: str | None = None
+    images: str | Path | None = None
     form: str = OWN
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("samples", "images"):
+            if isinstance(getattr(self, name), Path):
+                object.__setattr__(self, name, str(getattr(self, name)))
         known = (NEAREST, *METHODS)
         if self.method not in known:
             raise ConfigError(f"method {self.method!r} is unknown: choose {', '.join(known)}")
@@ -114,8 +119,8 @@ class CalibrationOptions:
 
 
 def quantize_from_samples(
-    source: str,
-    target: Path,
+    source: str | Path,
+    target: str | Path,
     config: QuantConfig,
     options: CalibrationOptions,
     *,
@@ -145,9 +150,17 @@ def quantize_from_samples(
     Raises:
         CheckpointError: files are missing or damaged, `target` is there, or the disk is full.
         ConfigError: an option that the model cannot have, calibration samples that do not fit, or a
-            run with other options that was not finished.
+            run with other options that was not finished; or an argument of another type.
         UnsupportedModelError: no Llama-shaped language model, or it cannot be rotated.
     """
+    for name, value, kind in (
+        ("target", target, str | Path),
+        ("config", config, QuantConfig),
+        ("options", options, CalibrationOptions),
+        ("overwrite", overwrite, bool),
+    ):
+        check_type(name, value, kind)
+    target = given_path(target)
     options.check_config(config)
     device = choose_device(options.device)
     if device.type == "meta":
@@ -168,7 +181,6 @@ def quantize_from_samples(
         reports = run.layers(layers)
         loaded = run.finish()
         _save(target, loaded, config, options, reports, overwrite=overwrite)
-        verify_written(place, loaded)  # a name such as pebble would be another checkpoint
         unfinished.remove()
     return reports
 
@@ -182,14 +194,15 @@ def _save(
     *,
     overwrite: bool,
 ) -> None:
-    """Write the checkpoint in the format that was asked for."""
+    """Write the checkpoint in the format that was asked for; it appears once it is verified."""
     save = (
         partial(save_loaded, quantization=config)
         if options.form == OWN
         else partial(save_awq, form=options.form, group_size=config.group_size)
     )
     extra = {REPORT: report_text(config, options, reports)}
-    save(target, loaded, config=loaded.config, overwrite=overwrite, extra=extra)
+    check = partial(verify_written, loaded=loaded)
+    save(target, loaded, config=loaded.config, overwrite=overwrite, extra=extra, check=check)
 
 
 class _Run:
@@ -217,11 +230,14 @@ class _Run:
     ) -> None:
         self._loaded, self._decoder, self._config = loaded, decoder, config
         self._options, self._unfinished, self._say = options, unfinished, say
+        self._device = device
         self._stored = decoder.layer(0).input_layernorm.weight.dtype
         if decoder.config.tie_embeddings and (options.rotate or config.head_bits is not None):
             decoder.untie()
         if options.rotate:
             check_rotation(loaded.model)
+        for line in notes_on(dict(loaded.model.named_modules()), config):
+            say(line)
         self._rounding = Rounding(config, options.bits, self._unfit())
         encoded = self._read()
         unfinished.begin(self._settings(encoded))
@@ -263,18 +279,42 @@ class _Run:
         wanted = self._options.number
         if self._options.method == NEAREST:
             return []
-        encoded = read_samples(
-            self._options.samples, wanted, self._loaded, images=self._options.images
-        )
+        source, images = self._options.samples, self._options.images
+        encoded = read_samples(source, wanted, self._loaded, images=images)
         if len(encoded) < wanted:
-            self._say(f"{self._options.samples} has {len(encoded)} samples, fewer than {wanted}")
+            self._say(f"{source} has {len(encoded)} samples, fewer than {wanted}")
+        if self._needs_gradients:
+            self._check_pictures(encoded)
         return encoded
+
+    def _check_pictures(self, encoded: Sequence[EncodedSample]) -> None:
+        """Check that a method which weighs text against pictures has some of both.
+
+        Raises:
+            ConfigError: it has no picture.
+        """
+        if any(sample.prompt.spans for sample in encoded):
+            return
+        weighs = f"{self._options.method} weighs text against pictures, and"
+        if not self._loaded.model.modalities:
+            raise ConfigError(f"{weighs} the model reads text only: choose awq")
+        if self._options.samples == BUILTIN:
+            raise ConfigError(
+                f"{weighs} one built-in sample is a text: ask for 2 samples or more (--samples), "
+                "half of which are pictures, or choose awq"
+            )
+        raise ConfigError(
+            f"{weighs} no calibration sample of {len(encoded)} from {self._options.samples} has a "
+            "picture: give samples with pictures, or choose awq"
+        )
 
     def _settings(self, encoded: Sequence[EncodedSample]) -> dict[str, Any]:
         """Return everything that decides what the layers are, under names for people."""
         asked = asdict(self._options)
-        asked.pop("images")  # what they show is in the digest of the samples
-        names = {"samples": "calibration", "number": "samples", "form": "format"}
+        for name in ("samples", "images"):  # what they say and show is digested, not their place
+            asked.pop(name)
+        asked["device"] = str(self._device)  # "auto" is one of them
+        names = {"number": "samples", "form": "format"}
         files = [data_file(file) for file in self._loaded.weight_files]
         return {
             **{names.get(key, key): value for key, value in asked.items()},

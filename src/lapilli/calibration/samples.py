@@ -24,7 +24,7 @@ from lapilli.errors import ConfigError, DataError
 from lapilli.model import VisionLanguageModel, fuse
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.quant.activations import Sample
-from lapilli.train.data.dataset import open_dataset
+from lapilli.train.data.dataset import OPENERS, check_foreign, open_dataset
 from lapilli.train.data.encoder import EncodedSample, SampleEncoder
 from lapilli.train.data.formats import MEDIA_KEYS
 from lapilli.train.recipe import SourceRecipe
@@ -32,10 +32,11 @@ from lapilli.train.recipe import SourceRecipe
 BLOCK = 512
 """Tokens of a block of text. Source: llm-awq's calibration."""
 _SEED = 42
+_TEXT = ".txt"
 
 
 def read_samples(
-    source: str, number: int, loaded: Loaded, *, images: str | None = None
+    source: str | Path, number: int, loaded: Loaded, *, images: str | Path | None = None
 ) -> list[EncodedSample]:
     """Return calibration samples for a model; a choice of `number` where there are more.
 
@@ -53,12 +54,13 @@ def read_samples(
         raise ConfigError(f"the number of calibration samples must be 1 or more, found {number}")
     longest = loaded.config.max_length or loaded.config.context_length
     length = min(BLOCK, longest)
+    source = str(source)
     if source == BUILTIN:
         samples = _builtin(number, loaded, _encoder(loaded, longest), length)
-    elif Path(source).suffix.lower() == ".txt":
+    elif _kind_of(given_path(source)) == _TEXT:
         samples = _blocks(_read_text(given_path(source)), loaded, length, source)
     else:
-        recipe = SourceRecipe(path=source, images=images)
+        recipe = SourceRecipe(path=source, images=None if images is None else str(images))
         samples = _records(recipe, number, loaded, _encoder(loaded), length)
     for sample in samples:
         if len(sample.prompt) > longest:
@@ -67,6 +69,24 @@ def read_samples(
                 f"context of the model {longest}: leave it out, or cut it"
             )
     return _some(samples, number)
+
+
+def _kind_of(path: Path) -> str:
+    """Return how the name of a file of samples ends; "" for a pattern of several files.
+
+    Raises:
+        DataError: a folder, or a file that holds no samples.
+    """
+    kind = path.suffix.lower()
+    known = (_TEXT, *OPENERS)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name a file in it that ends in {', '.join(known)}")
+    if path.is_file() and kind not in known:
+        check_foreign(path)
+        raise DataError(
+            f"{path} is no file of calibration samples that is known: give {', '.join(known)}"
+        )
+    return kind
 
 
 def _encoder(loaded: Loaded, max_length: int | None = None) -> SampleEncoder:

@@ -9,7 +9,7 @@ from lapilli.checkpoint.load import DTYPES, STORED, Loaded, load_checkpoint
 from lapilli.checkpoint.out_of_distribution import detector_files
 from lapilli.checkpoint.read.assemble import Progress
 from lapilli.checkpoint.read.plan import make_plan
-from lapilli.checkpoint.write.files import check_target, common_dtypes, dtype_name
+from lapilli.checkpoint.write.files import Check, check_target, common_dtypes, dtype_name
 from lapilli.checkpoint.write.huggingface import check_hf_layout, save_hf
 from lapilli.checkpoint.write.llava import check_llava_layout, save_llava
 from lapilli.config.model import ModelConfig
@@ -77,11 +77,13 @@ def save_loaded(
     quantization: QuantConfig | None = None,
     overwrite: bool = False,
     extra: Mapping[str, str | bytes] | None = None,
+    check: Check | None = None,
 ) -> None:
     """Save a loaded checkpoint with its tokenizer, template and detector.
 
     The arguments are those of `export_checkpoint`; `loaded` may have been changed since, `config`
-    and `quantization` are then those that it has now. `extra` are more files by name.
+    and `quantization` are then those that it has now. `extra` are more files by name, `check` is
+    that of `new_directory`.
 
     Raises:
         CheckpointError: `target` is there, or the disk is full.
@@ -101,4 +103,5 @@ def save_loaded(
         template=loaded.template.template,
         overwrite=overwrite,
         extra={**detector_files(loaded.path), **(extra or {})},
+        check=check,
     )

@@ -181,23 +181,26 @@ def _config(
 def _round(source: str, target: Path, config: "QuantConfig", how: SaveOptions) -> None:
     """Round every weight to the nearest while it is read."""
     with loading(source, quiet=how.quiet) as progress:
+        from lapilli.calibration.partial import open_partial_run
         from lapilli.checkpoint.export import save_loaded
         from lapilli.checkpoint.load import STORED, load_checkpoint
         from lapilli.checkpoint.write.files import check_target
         from lapilli.quant.quantize import notes_on
 
-        check_target(target, overwrite=how.overwrite)
-        loaded = load_checkpoint(
-            source,
-            base=how.base,
-            adapter=how.adapter,
-            template=how.template,
-            device="cpu",
-            dtype=STORED,
-            quantization=config,
-            progress=progress,
-        )
-    save_loaded(target, loaded, quantization=config, overwrite=how.overwrite)
+        place = check_target(target, overwrite=how.overwrite)
+        with open_partial_run(place) as unfinished:  # of another method
+            unfinished.begin_anew("rtn")
+            loaded = load_checkpoint(
+                source,
+                base=how.base,
+                adapter=how.adapter,
+                template=how.template,
+                device="cpu",
+                dtype=STORED,
+                quantization=config,
+                progress=progress,
+            )
+            save_loaded(target, loaded, quantization=config, overwrite=how.overwrite)
     _say(target, config, how)
     if not how.quiet:
         for line in notes_on(dict(loaded.model.named_modules()), config):

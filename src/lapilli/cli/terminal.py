@@ -5,6 +5,7 @@ runs.
 """
 
 import errno
+import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -117,6 +118,11 @@ class ChatOptions:
                 engine=EngineOptions(speculate=self.speculate, **limits),
                 progress=progress,
             )
+        # What torch and the model are made of stays until the process ends. Python's collector need
+        # not look through it, which would pause an answer once in some twenty turns. It counts for
+        # the whole process, so it is for a program to choose, and not done by lapilli.load.
+        gc.collect()
+        gc.freeze()
         if not self.quiet:
             _say_what_is_odd(chat)
         return chat

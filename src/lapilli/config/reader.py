@@ -14,9 +14,10 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final, TypeGuard, TypeVar, overload
+from types import NoneType
+from typing import Any, Final, TypeGuard, TypeVar, get_args, overload
 
 from lapilli.errors import CheckpointError, ConfigError, ConfigFileError, UnknownKeyError
 
@@ -146,6 +147,13 @@ class KeyReport:
             ignored=self.ignored + other.ignored,
             unknown=self.unknown + other.unknown,
         )
+
+    def with_read(self, key: str) -> "KeyReport":
+        """Return the report of a key that was read elsewhere, if it is there."""
+        if key not in self.ignored:
+            return self
+        ignored = tuple(name for name in self.ignored if name != key)
+        return replace(self, used=(*self.used, key), ignored=ignored)
 
     def refuse_unknown(self) -> None:
         """Refuse unknown keys, for strict_config.
@@ -372,6 +380,43 @@ def in_file() -> Iterator[None]:
     except ConfigError as error:
         where = "" if ".json" in str(error) else "config.json: "
         raise ConfigFileError(f"{where}{error}"[:LONGEST]) from error
+
+
+_EXPECTED: Final = {
+    str: "a text",
+    int: "a whole number",
+    bool: "True or False",
+    NoneType: "None",
+    Path: "a Path",
+}
+
+
+def check_type(name: str, value: object, kind: Any) -> None:  # noqa: ANN401  a type or several
+    """Check the type of what a program gave; a bool is no number.
+
+    Args:
+        name: of the argument.
+        value: that it has.
+        kind: a class, or several as in `str | None`.
+
+    Raises:
+        ConfigError: a value of another type.
+    """
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
+        return
+    expected = " or ".join(_EXPECTED.get(one, f"a {one.__name__}") for one in kinds)
+    raise ConfigError(f"{name} must be {expected}, got {shown(value)}")
+
+
+def check_fields(record: Any) -> None:  # noqa: ANN401  any dataclass
+    """Check that every field of a dataclass of plain values has a value of its type.
+
+    Raises:
+        ConfigError: see `check_type`.
+    """
+    for one in fields(record):
+        check_type(one.name, getattr(record, one.name), one.type)
 
 
 def given_path(name: str | os.PathLike[str]) -> Path:

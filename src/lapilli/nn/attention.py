@@ -7,8 +7,8 @@ float bias. A query that would see nothing sees itself, so that rows of padding 
 
 Learning stores no scores: the forward pass is the library's prefill, whose inputs and output are
 kept; the backward pass makes the scores of a stretch of queries again, all heads of a group in one
-product. torch's own function stores none either, but takes three times as long for 700 positions in
-float32 and five times in bfloat16, which is computed in float32 here.
+product. torch's own function stores none either; `has_native_backward` says where it is the slower
+one. bfloat16 is computed in float32 here.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from lapilli.kernels.attention import (
     prefills_natively,
 )
 from lapilli.kernels.library import native
-from lapilli.nn.linear import has_onednn, onednn_linear
+from lapilli.nn.linear import has_bfloat16_products, has_onednn, onednn_linear
 from lapilli.shapes import Bool, Float, Tensor
 
 SCORE_BYTES = 64 << 20
@@ -235,10 +235,12 @@ def attend_plain(
     return torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype) @ v
 
 
-FEWEST = 192
-"""Positions from which it is faster than storing all scores of a row."""
+FEWEST = 384
+"""Positions from which it is faster than torch's own."""
+LEAST_SHARED = 192
+"""Width of a head times the query heads that share its keys, below which its products are too small
+to be faster than torch's own at any length. Measured in float32 (AVX-512, torch 2.13)."""
 
-_DTYPES = (torch.float32, torch.bfloat16)
 _STRETCH = 64  # queries whose scores are made at once: they stay in the cache
 
 
@@ -247,9 +249,19 @@ def has_native_backward(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or native() is None:
         return False
     is_wanted = any(x.requires_grad for x in (q, k, v))
-    fits = q.shape[2] == k.shape[2] >= FEWEST and q.shape[3] % WIDTH_STEP == 0 and has_onednn()
-    known = all(x.device.type == "cpu" and x.dtype in _DTYPES for x in (q, k, v))
-    return is_wanted and fits and known
+    fits = q.shape[2] == k.shape[2] and q.shape[3] % WIDTH_STEP == 0 and has_onednn()
+    known = all(x.device.type == "cpu" and x.dtype == q.dtype for x in (q, k, v))
+    return is_wanted and fits and known and _pays(q, k)
+
+
+def _pays(q: Tensor, k: Tensor) -> bool:
+    """Return whether `attention_backward` is faster than torch's own function.
+
+    bfloat16 is computed in float32, which pays only where the CPU has no products of bfloat16.
+    """
+    dtypes = (torch.float32,) if has_bfloat16_products() else (torch.float32, torch.bfloat16)
+    shared = q.shape[1] // k.shape[1] * q.shape[3]
+    return q.dtype in dtypes and q.shape[2] >= FEWEST and shared >= LEAST_SHARED
 
 
 def attention_backward(

@@ -11,6 +11,7 @@ new shape and keeps the last thousand, so rows come in few sizes: `rounded`.
 """
 
 from abc import ABC, abstractmethod
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -36,6 +37,14 @@ def rounded(length: int) -> int:
 def has_onednn() -> bool:
     """Return whether this build of torch has the product."""
     return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def has_bfloat16_products() -> bool:
+    """Return whether this CPU multiplies bfloat16 without going through float32."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch has no public name
+    asks = (getattr(torch.cpu, name, None) for name in names)
+    return any(ask is not None and ask() for ask in asks)
 
 
 def onednn_linear(

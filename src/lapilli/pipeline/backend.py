@@ -23,7 +23,7 @@ from lapilli.errors import LapilliError, MediaError, UnsupportedModelError
 from lapilli.generate.engine import Engine, EngineOptions, Request
 from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch, media_digest
 from lapilli.generate.engine.request import EngineStream
-from lapilli.generate.output import Generation, Piece
+from lapilli.generate.output import Generation, Piece, TokenLogprob
 from lapilli.generate.reference import Stream, check_context, generate, lock_of, stream
 from lapilli.media.fetch import FetchLimits, fetch
 from lapilli.modality.image.decode import Alpha, to_rgb
@@ -306,7 +306,7 @@ class Backend:
 
     def stream(self, prompt: ProcessedPrompt, params: SamplingParams) -> Pieces:
         """Return one answer piece by piece."""
-        fixed = self._fixed(prompt)
+        fixed = self._fixed(prompt, params)
         if fixed is not None:
             return FixedAnswer(fixed)
         request = self._request(prompt, params)
@@ -318,7 +318,7 @@ class Backend:
         self, prompts: Sequence[ProcessedPrompt], params: SamplingParams
     ) -> list[Generation]:
         """Return the answers, each as if it were the only one."""
-        fixed = [self._fixed(prompt) for prompt in prompts]
+        fixed = [self._fixed(prompt, params) for prompt in prompts]
         requests = [
             self._request(prompt, params)
             for prompt, known in zip(prompts, fixed, strict=True)
@@ -337,10 +337,11 @@ class Backend:
 
         def requests() -> Iterator[Request]:
             for number, prompt in enumerate(prompts):
-                fixed = prompt if isinstance(prompt, LapilliError) else self._fixed(prompt)
-                if fixed is not None:
+                if isinstance(prompt, LapilliError):
+                    known.append((number, prompt))
+                elif (fixed := self._fixed(prompt, params)) is not None:
                     known.append((number, fixed))
-                elif isinstance(prompt, ProcessedPrompt):
+                else:
                     asked.append(number)
                     yield self._request(prompt, params)
 
@@ -354,13 +355,19 @@ class Backend:
             yield asked[at], answer
         yield from known
 
-    def _fixed(self, prompt: ProcessedPrompt) -> Generation | None:
-        """Return the answer to a prompt that no model is needed for."""
+    def _fixed(self, prompt: ProcessedPrompt, params: SamplingParams) -> Generation | None:
+        """Return the answer to a prompt that no model is needed for.
+
+        Who asks for log-probabilities finds one per token as in every answer, of certain tokens.
+        """
         if not self._without_media or prompt.encoded.spans:
             return None
         ids = self._loaded.tokenizer.encode(self._without_media, add_bos=False)
         length = len(prompt.encoded.input_ids)
-        return Generation(tuple(ids), self._without_media, "stop", prompt_len=length)
+        sure = [TokenLogprob(token, 0.0, ((token, 0.0),) * bool(params.logprobs)) for token in ids]
+        logprobs = None if params.logprobs is None else tuple(sure)
+        text = self._without_media
+        return Generation(tuple(ids), text, "stop", logprobs=logprobs, prompt_len=length)
 
     def _generate_or_error(self, request: Request) -> Generation | LapilliError:
         try:

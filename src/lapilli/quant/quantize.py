@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lapilli.config.reader import check_fields, check_type
 from lapilli.errors import ConfigError
 from lapilli.kernels.levels import round_levels
 from lapilli.kernels.packing import (
@@ -68,7 +69,7 @@ class QuantConfig:
             just covers the largest weight. Nonlinear levels are always looked for.
 
     Raises:
-        ConfigError: a number that there are no kernels for.
+        ConfigError: a number that there are no kernels for, or a value of another type.
     """
 
     bits: int = 4
@@ -81,6 +82,7 @@ class QuantConfig:
     search: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, bits in (("bits", self.bits), ("head_bits", self.head_bits)):
             if bits not in BITS and not (name == "head_bits" and bits is None):
                 raise ConfigError(f"{name} must be 4 or 8, found {bits}")
@@ -289,13 +291,21 @@ def bits_of(path: str, config: QuantConfig) -> int | None:
 
 def notes_on(paths: Iterable[str], config: QuantConfig) -> tuple[str, ...]:
     """Return what `config` asks for and a model with linear layers of these paths cannot have."""
+    paths = list(paths)
+    found = []
     has_head = any(path.startswith(LANGUAGE_MODEL) and path.endswith(HEAD) for path in paths)
-    if has_head or config.head_bits is None:
-        return ()
-    return (
-        "the logits stay float: they are made of the embedding table, and head_bits "
-        f"{config.head_bits} changes nothing; lapilli.load(..., quantize=) makes a layer of them",
-    )
+    if config.head_bits is not None and not has_head:
+        found.append(
+            "the logits stay float: they are made of the embedding table, and head_bits "
+            f"{config.head_bits} changes nothing; lapilli.load(..., quantize=) makes a layer of "
+            "them"
+        )
+    if config.quantize_tower and not any(path.startswith(SEEN) for path in paths):
+        found.append(
+            "the model reads text only: it has no vision tower, and quantize_tower (--tower) "
+            "changes nothing"
+        )
+    return tuple(found)
 
 
 def round_weight(weight: Tensor, bias: Tensor | None, bits: int, config: QuantConfig) -> Packed:
@@ -316,8 +326,10 @@ def quantize(model: nn.Module, config: QuantConfig) -> QuantReport:
         config: see QuantConfig.
 
     Raises:
-        ConfigError: the model is quantized already, has adapters, or nothing in it is a target.
+        ConfigError: the model is quantized already, has adapters, or nothing in it is a target; or
+            `config` is none.
     """
+    check_type("config", config, QuantConfig)
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ConfigError("the model is quantized already: load it again to quantize it otherwise")
     if any(name.endswith(".lora_A.weight") for name, _ in model.named_parameters()):

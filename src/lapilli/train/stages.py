@@ -12,20 +12,28 @@ Knows checkpoints and models; must not know samples, batches or the loop.
 """
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, cast
 
 import torch
 from torch import nn
 
+from lapilli.checkpoint.formats.quantized import stored_quantization
 from lapilli.checkpoint.formats.weights import WeightStore
 from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER
 from lapilli.checkpoint.load import Loaded, load_checkpoint
-from lapilli.checkpoint.read.plan import PROJECTOR_FILES
+from lapilli.checkpoint.read.plan import PROJECTOR_FILES, make_plan
 from lapilli.checkpoint.source import RESULTS
 from lapilli.checkpoint.template import find_chat_template
 from lapilli.config.reader import given_path
-from lapilli.errors import ConfigError, MissingFileError, MissingWeightsError, ShapeMismatchError
+from lapilli.errors import (
+    ConfigError,
+    MissingFileError,
+    MissingWeightsError,
+    ShapeMismatchError,
+    UnsupportedModelError,
+)
 from lapilli.lm.decoder import Decoder
 from lapilli.lm.foreign import ForeignLanguageModel
 from lapilli.lm.mpt import Mpt
@@ -53,13 +61,15 @@ def load_start(recipe: Recipe) -> Loaded:
     and what is kept for the backward pass is the weight itself. `lora.base` packs while reading.
 
     Raises:
-        ConfigError: the recipe names no checkpoint, or one that reads text only.
+        ConfigError: the recipe names no checkpoint, one that reads text only, or a packed one for
+            more than a projector.
         CheckpointError: it cannot be read, or the projector does not fit.
     """
     if recipe.model.checkpoint is None:
         raise ConfigError(
             "recipe key model.checkpoint is missing: name what `lapilli build` made, or any LLaVA"
         )
+    _check_floats(recipe, recipe.model.checkpoint)
     loaded = load_checkpoint(
         recipe.model.checkpoint,
         adapter=recipe.model.adapter,
@@ -76,6 +86,31 @@ def load_start(recipe: Recipe) -> Loaded:
     if recipe.model.projector is not None:
         load_projector(loaded.model, given_path(recipe.model.projector))
     return loaded
+
+
+def _check_floats(recipe: Recipe, checkpoint: str) -> None:
+    """Check that what the stage trains, or lays an adapter on, is not packed.
+
+    An adapter learns beside packed layers, but belongs to the floats that were packed: rounded
+    twice, files would lose more than the adapter gives, so none is laid over them afterwards.
+
+    Raises:
+        ConfigError: the language model of the checkpoint is packed.
+    """
+    with suppress(UnsupportedModelError):  # of a foreign family, or a format that loading refuses
+        stored = stored_quantization(make_plan(checkpoint).weights_raw)
+        if stored is None or recipe.stage != "instruct":
+            return
+        if recipe.lora is None:
+            raise ConfigError(
+                f"{checkpoint} is quantized ({stored}), and packed weights do not learn: train the "
+                "checkpoint that it was made from"
+            )
+        raise ConfigError(
+            f"{checkpoint} is quantized ({stored}), and an adapter that was trained on it could "
+            "not be loaded afterwards: train on the float checkpoint that it was made from; "
+            'lora.base = "int4" or "nf4" packs it while it trains'
+        )
 
 
 def load_projector(model: VisionLanguageModel, folder: Path) -> None:

@@ -170,7 +170,7 @@ def test_a_signal_to_end_leaves_nothing_half_written(tmp_path, number):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_named_with_what_is_free(tmp_path):
+def test_a_limit_on_the_size_of_files_is_named(tmp_path):
     path = tmp_path / "results"
     saved(path, 1.0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -178,12 +178,52 @@ def test_a_full_disk_is_named_with_what_is_free(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
         with pytest.raises(
-            CheckpointError, match=r"results could not be written: .*\d+ bytes are free.*untouched"
+            CheckpointError,
+            match=r"results could not be written: File too large; .*untouched\. Raise the limit on "
+            r"the size of a file \(ulimit -f\)",
         ):
             saved(path, 2.0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
+    assert load_file(path / "model.safetensors")["t"].unique().tolist() == [1.0]
+    assert [found.name for found in tmp_path.iterdir()] == ["results"]
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, r"No space left on device \(\d+ bytes are free on that disk\); .*Make room"),
+        (errno.EDQUOT, r"Disk quota exceeded; .*Make room within your quota"),
+        (errno.EFBIG, r"File too large; .*Raise the limit on the size of a file"),
+    ],
+)
+def test_what_is_full_is_named(tmp_path, number, says):
+    with (
+        pytest.raises(CheckpointError, match=f"results could not be written: {says}") as told,
+        new_directory(tmp_path / "results"),
+    ):
+        raise OSError(number, os.strerror(number))
+    assert ("bytes are free" in str(told.value)) == (number == errno.ENOSPC)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_checked_before_it_takes_its_place(tmp_path):
+    path = tmp_path / "results"
+    saved(path, 1.0)
+    seen: list[list[str]] = []
+
+    def check(folder: Path) -> None:
+        seen.append([file.name for file in folder.iterdir()])
+        assert (path / "model.safetensors").is_file()  # the earlier one
+        raise CheckpointError("damaged")
+
+    with (
+        pytest.raises(CheckpointError, match="damaged"),
+        new_directory(path, overwrite=True, check=check) as folder,
+    ):
+        (folder / "config.json").write_text("{}")
+    assert seen == [["config.json"]]
     assert load_file(path / "model.safetensors")["t"].unique().tolist() == [1.0]
     assert [found.name for found in tmp_path.iterdir()] == ["results"]
 
@@ -359,7 +399,8 @@ def test_json_does_not_name_what_it_cannot(tmp_path):
     ("number", "says"),
     [
         (errno.ENOSPC, "Make room"),
-        (errno.EDQUOT, "Make room"),
+        (errno.EDQUOT, "Make room within your quota"),
+        (errno.EFBIG, "Raise the limit on the size of a file"),
         (errno.EROFS, "Mount that file system writable"),
         (errno.EACCES, "Change the permissions"),
         (errno.EIO, "See what is wrong"),

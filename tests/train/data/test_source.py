@@ -121,12 +121,12 @@ def test_an_empty_array_has_no_records(tmp_path, text):
     [
         ('[\n{"a": 1},\n{"b": ', r"json:3: no valid JSON.*begins in line 3.*cut off"),
         ('[\n{"a": 1},\n{"b": "xy', r"json:3: no valid JSON: Unterminated"),
-        ('[\n{"a": 1}', r"json:2: expected ',' or '\]' after a sample, found the end"),
+        ('[\n{"a": 1}', r"json:2: expected ',' or '\]' after a sample, found the end.*cut off"),
         ('[\n{"a": 1},\n', r"json:3: no valid JSON"),
         ('[\n{"a": 1}\n{"b": 2}]', r"json:3: expected ',' or '\]' after a sample, found '\{'"),
         ('[{"a": 1}] x', r"json:1: more text after the list"),
         ('{"a": 1}\n{"b": 2}', r"json:1: expected a list of samples.*\.jsonl"),
-        ("", r"json:1: expected a list"),
+        ("", r"json is empty: expected a list"),
         ('[{"a": 1, "b": nope}' + " " * 99, r"json:1: no valid JSON: Expecting value"),
         ('[{"a": 1},\n{"b": nope}]\n\n\n', r"json:2: no valid JSON: [^;]*in line 2\)$"),
         ('[{"a": 1},\n{"b": 2},\n]', r"json:3: a comma before the closing '\]'"),
@@ -145,6 +145,9 @@ def test_text_that_is_no_utf8_is_named(tmp_path):
     path = tmp_path / "data.json"
     path.write_bytes('[{"a": "é"}]'.encode("latin-1"))
     with pytest.raises(DataError, match=r"data.json:1: no UTF-8: .*save the file as UTF-8"):
+        read(path)
+    path.write_bytes('[{"a": "é"}]'.encode()[:9])
+    with pytest.raises(DataError, match=r"data.json:1: no UTF-8: .*seems to be cut off$"):
         read(path)
     path.write_bytes(b'[\n{"a": 1},\n\n{"a": "\xe9"}]')
     with pytest.raises(DataError, match=r"data.json:4: no UTF-8"):

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lapilli.checkpoint.formats.quantized import is_packed_here, with_quantization_file
+from lapilli.checkpoint.formats.quantized import KEY, is_packed_here, with_quantization_file
 from lapilli.checkpoint.formats.weights import WeightStore, find_weight_files
 from lapilli.checkpoint.keymaps import OUTPUT, PROJECTOR, KeyMap
 from lapilli.checkpoint.read.adapter import Adapter, is_adapter, open_adapter
@@ -376,13 +376,14 @@ def _plan(
         how = "cut" if rows < before else "grown, new rows being the mean of the others,"
         change = f"{how} from {before} to {rows} rows, the length of the tokenizer"
         notes += [] if rows == before else [f"the vocabulary was {change}"]
+    weights_raw = with_quantization_file(below_raw, base_path or path)
     return Plan(
         form=form,
         path=path,
         raw=raw,
-        weights_raw=with_quantization_file(below_raw, base_path or path),
+        weights_raw=weights_raw,
         config=replace(config, text=replace(config.text, vocab_size=rows)),
-        keys=keys,
+        keys=keys.with_read(KEY) if raw.get(KEY) == weights_raw.get(KEY) else keys,
         parts=parts,
         keymap=keymap,
         tokenizer=tokenizer,

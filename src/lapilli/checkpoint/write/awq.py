@@ -25,6 +25,7 @@ from lapilli.checkpoint.out_of_distribution import detector_files
 from lapilli.checkpoint.template import written_template
 from lapilli.checkpoint.tokenizer import write_beside
 from lapilli.checkpoint.write.files import (
+    Check,
     Deferred,
     Stored,
     new_directory,
@@ -64,6 +65,7 @@ def save_awq(
     config: ModelConfig | None = None,
     overwrite: bool = False,
     extra: Mapping[str, str | bytes] | None = None,
+    check: Check | None = None,
 ) -> None:
     """Save a model whose decoder layers are packed in 4 bits with zero points.
 
@@ -78,6 +80,7 @@ def save_awq(
         config: of the model as it is now; None: as it was loaded.
         overwrite: replace a checkpoint that is there.
         extra: more files by name, beside the detector that the source has.
+        check: see `new_directory`.
 
     Raises:
         CheckpointError: the directory is there already, or the disk is full.
@@ -97,7 +100,8 @@ def save_awq(
     state = _state(model, form)
     files = {**detector_files(loaded.path), **(extra or {})}
     if layout == "text":
-        _save_plain(path, loaded, config, section, stored, state, files, overwrite=overwrite)
+        with new_directory(path, overwrite=overwrite, check=check) as folder:
+            _write_plain(folder, loaded, config, section, stored, state, files)
         return
     save: Callable[..., None] = save_llava
     if layout == "huggingface":
@@ -113,6 +117,7 @@ def save_awq(
         state=state,
         section=section,
         extra=files,
+        check=check,
     )
 
 
@@ -145,7 +150,8 @@ def unfit_layers(model: nn.Module, form: str, group_size: int) -> dict[str, str]
 def verify_written(path: Path, loaded: Loaded) -> None:
     """Check that a written checkpoint, read back, has exactly the packed layers of a model.
 
-    Weights are compared as the floats that they stand for, biases after rounding to float16.
+    Weights are compared as the floats that they stand for, biases after rounding to float16. As a
+    `check` of a writer it keeps files that differ from taking their place.
 
     Raises:
         CheckpointError: a layer has another value; or see `load_checkpoint`.
@@ -154,15 +160,17 @@ def verify_written(path: Path, loaded: Loaded) -> None:
     for name, layer in _packed_layers(loaded.model):
         other = found.get_submodule(name)
         if not isinstance(other, QuantLinear):
-            raise CheckpointError(f"{path}: {name} was packed and is float when read back")
+            raise CheckpointError(f"{name} was packed and is float when read back from {path}")
         shapes = [(one.out_features, one.in_features) for one in (layer, other)]
         if shapes[0] != shapes[1]:
-            raise CheckpointError(f"{path}: {name} is {shapes[1]}, expected {shapes[0]}")
+            raise CheckpointError(
+                f"{name} is {shapes[1]} when read back from {path}, expected {shapes[0]}"
+            )
         worst = _largest_difference(layer, other)
         if worst > 0:
             raise CheckpointError(
-                f"{path}: {name} differs by up to {worst:.3g} from what was written: the disk or "
-                "the writer is at fault, do not use these files"
+                f"{name} differs by up to {worst:.3g} from what was written when it is read back "
+                f"from {path}: the disk or the writer is at fault, do not use these files"
             )
 
 
@@ -280,18 +288,16 @@ def _section(form: str, group_size: int, floats: list[str]) -> dict[str, object]
     }
 
 
-def _save_plain(
-    path: Path,
+def _write_plain(
+    folder: Path,
     loaded: Loaded,
     config: ModelConfig,
     section: Mapping[str, object],
     dtype: Mapping[str, torch.dtype],
     state: Mapping[str, Stored],
     extra: Mapping[str, str | bytes],
-    *,
-    overwrite: bool,
 ) -> None:
-    """Save a language model without pictures under the config.json that it came with."""
+    """Write a language model without pictures under the config.json that it came with."""
     written = written_template(loaded.template.template, config, loaded.tokenizer_path)
     content = {key: value for key, value in loaded.raw.items() if key != "dtype"}
     content |= {
@@ -300,12 +306,9 @@ def _save_plain(
         "torch_dtype": HALF,
         KEY: section,
     }
-    with new_directory(path, overwrite=overwrite) as folder:
-        write_weights(folder, state, LANGUAGE_MODEL, dtype=dtype)
-        write_json(folder / "config.json", content)
-        write_beside(
-            folder, loaded.tokenizer_path, extra, jinja=written.jinja, tokens=config.tokens
-        )
+    write_weights(folder, state, LANGUAGE_MODEL, dtype=dtype)
+    write_json(folder / "config.json", content)
+    write_beside(folder, loaded.tokenizer_path, extra, jinja=written.jinja, tokens=config.tokens)
 
 
 def _state(model: nn.Module, form: str) -> dict[str, Stored]:

@@ -1,8 +1,8 @@
 """Writing of checkpoint files; knows bytes and folders, no models.
 
-new_directory(path)   a folder written aside, flushed, and swapped with `path` in one step: a
-                      kill at any moment leaves the old folder or the new one, never a mixture;
-                      an empty mount point is filled, config.json last
+new_directory(path)   a folder written aside, flushed, checked, and swapped with `path` in one
+                      step: a kill at any moment leaves the old folder or the new one, never a
+                      mixture; an empty mount point is filled, config.json last
 write_weights(...)    tensor by tensor, so that no second copy of a model is ever in memory
 """
 
@@ -58,17 +58,26 @@ class Deferred:
         return self.shape.numel()
 
 
+Check = Callable[[Path], None]
+"""What looks at written files before they take their place; what it raises prevents that."""
 Stored = Tensor | Deferred
 # Dtype of all floats, or of each tensor by its name; None: as they are.
 Formats = torch.dtype | Mapping[str, torch.dtype] | None
 
 
 @contextmanager
-def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(
+    path: Path, *, overwrite: bool = False, check: Check | None = None
+) -> Iterator[Path]:
     """Yield a folder beside `path` that replaces it once everything is on the disk.
 
     A half-written folder of an earlier process is removed first. Where `path` is a link, the folder
     that it leads to is replaced. An empty mount point, which cannot be renamed, is filled.
+
+    Args:
+        path: of the folder.
+        overwrite: see `check_target`.
+        check: called with the written folder before it takes its place.
 
     Raises:
         CheckpointError: see `check_target`, or the disk is full.
@@ -84,6 +93,8 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield folder
             for written in (*folder.rglob("*"), folder):
                 flush_path(written)
+            if check is not None:
+                check(folder)
             if aside.parent == path:
                 _fill(folder, path)
             else:
@@ -175,7 +186,7 @@ def is_mount(path: Path) -> bool:
 
 @contextmanager
 def explaining_full_disk(path: Path) -> Iterator[None]:
-    """Raise errors of a full disk with the path and the number of free bytes.
+    """Raise errors of a full disk with the path, the cause and what to do.
 
     Raises:
         CheckpointError: the disk is full, or a quota or limit on the size of files is reached.
@@ -185,18 +196,24 @@ def explaining_full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        free = shutil.disk_usage(path.parent).free
+        found = error.strerror or str(error)
+        if error.errno == errno.ENOSPC:  # else the disk may be nearly empty
+            found += f" ({shutil.disk_usage(path.parent).free} bytes are free on that disk)"
         raise CheckpointError(
-            f"{path} could not be written: {error.strerror or error} ({free} bytes are free on "
-            "that disk); what was there before is untouched. Make room and save again"
+            f"{path} could not be written: {found}; what was there before is untouched. "
+            f"{advice_on(error)} and save again"
         ) from error
 
 
 def advice_on(error: OSError | None) -> str:
     """Return what to do before the same command is started again, by what the disk said."""
     number = None if error is None else error.errno
-    if number in _FULL:
-        return "Make room (or raise the quota)"
+    if number == errno.ENOSPC:
+        return "Make room"
+    if number == errno.EDQUOT:
+        return "Make room within your quota on that disk, or have it raised,"
+    if number == errno.EFBIG:
+        return "Raise the limit on the size of a file (ulimit -f), or choose another file system,"
     if number == errno.EROFS:
         return "Mount that file system writable (making room does not help)"
     if number in (errno.EACCES, errno.EPERM):

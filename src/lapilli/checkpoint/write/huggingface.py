@@ -29,6 +29,7 @@ from lapilli.checkpoint.tokenizer import (
 from lapilli.checkpoint.write.adapter import merged_state
 from lapilli.checkpoint.write.files import (
     SHARD_BYTES,
+    Check,
     Deferred,
     Formats,
     Stored,
@@ -80,6 +81,7 @@ def save_hf(
     state: Mapping[str, Stored] | None = None,
     section: Mapping[str, object] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
+    check: Check | None = None,
 ) -> None:
     """Save a whole checkpoint that transformers and lapilli read; adapters are merged.
 
@@ -98,7 +100,7 @@ def save_hf(
         raise ConfigError("the model is quantized: save it from one that is not")
     written = written_template(template, config, tokenizer_path)
     whole = merged_state(model) if state is None else state
-    with new_directory(path, overwrite=overwrite) as folder:
+    with new_directory(path, overwrite=overwrite, check=check) as folder:
         image_id = _write_processor(folder, config, tokenizer, tokenizer_path, written)
         rows = max(config.text.vocab_size, image_id + 1)
         tensors = {name: _with_rows(name, tensor, rows) for name, tensor in whole.items()}

@@ -18,6 +18,7 @@ from lapilli.checkpoint.tokenizer import special_ids, write_beside
 from lapilli.checkpoint.write.files import (
     SHARD_BYTES,
     TOWER_FOLDER,
+    Check,
     Formats,
     Stored,
     common_dtypes,
@@ -63,6 +64,7 @@ def save_llava(
     state: Mapping[str, Stored] | None = None,
     section: Mapping[str, object] | None = None,
     extra: Mapping[str, str | bytes] | None = None,
+    check: Check | None = None,
 ) -> None:
     """Save a whole checkpoint that lapilli and the original read.
 
@@ -86,6 +88,7 @@ def save_llava(
         section: the quantization_config of packed layers that `state` has in the format of another
             library, whose programs compute in float16.
         extra: more files by name, such as README.md.
+        check: see `new_directory`.
 
     Raises:
         CheckpointError: the directory is there already, or the disk is full.
@@ -110,7 +113,7 @@ def save_llava(
     state = model.state_dict() if state is None else state
     tower_state = {name: state[name] for name in state if name.startswith(TOWER)}
     inner = {n: t for n, t in state.items() if place == "inside" or n not in tower_state}
-    with new_directory(path, overwrite=overwrite) as folder:
+    with new_directory(path, overwrite=overwrite, check=check) as folder:
         write_weights(folder, inner, keymap, dtype=dtype, shard_bytes=shard_bytes)
         content = write_llava_config(
             replace(config, vision_in_checkpoint=place == "inside"),

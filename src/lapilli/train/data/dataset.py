@@ -20,7 +20,7 @@ outside of the files of samples are not read. Digests of files:
 
 import codecs
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from itertools import accumulate, chain
@@ -286,30 +286,38 @@ def _open_file(path: Path, images: str | None) -> Source:
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: expected that of the images (from {Path.cwd()})")
     try:
-        _check_foreign(path)
+        check_foreign(path)
         return _open_kind(path, folder)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _open_kind(path: Path, folder: Path) -> Source:
-    match path.suffix.lower():
-        case ".json":
-            return JsonSource(path, folder)
-        case ".jsonl" | ".ndjson":
-            return LinesSource(path, folder)
-        case ".csv" | ".tsv":
-            return CsvSource(path, folder)
-        case ".parquet" | ".pq":
-            return ParquetSource(path, folder)
-        case ".tar":
-            return TarSource(path)
-    raise DataError(
-        f"{path} is no data file that is known: give .json, .jsonl, .csv, .tsv, .parquet or .tar"
-    )
+    opener = OPENERS.get(path.suffix.lower())
+    if opener is None:
+        raise DataError(f"{path} is no data file that is known: give {', '.join(OPENERS)}")
+    return opener(path, folder)
 
 
-def _check_foreign(path: Path) -> None:
+OPENERS: Final[Mapping[str, Callable[[Path, Path], Source]]] = {
+    ".json": JsonSource,
+    ".jsonl": LinesSource,
+    ".ndjson": LinesSource,
+    ".csv": CsvSource,
+    ".tsv": CsvSource,
+    ".parquet": ParquetSource,
+    ".pq": ParquetSource,
+    ".tar": lambda path, _folder: TarSource(path),
+}
+"""What opens a file, with the folder of its images, by how its name ends."""
+
+
+def check_foreign(path: Path) -> None:
+    """Refuse a file that is not what its name says, by its first bytes.
+
+    Raises:
+        DataError: it is compressed, a spreadsheet, or the like.
+    """
     with path.open("rb") as file:
         begins = file.read(max(len(mark) for mark, _ in _FOREIGN))
     for mark, meaning in _FOREIGN:

@@ -205,8 +205,10 @@ def picture_of(name: object) -> str | bytes:
         raise DataError(f"a picture in base64 ({name[:12]}...) is damaged: {error}") from error
 
 
+_CUT = "the file seems to be cut off"
 _BLOCK = 1 << 22
 _BLANK = " \t\r\n"
+_HALF = "unexpected end of data"  # what the decoder says of half a character at the end
 _BOM = codecs.BOM_UTF8
 
 
@@ -301,10 +303,12 @@ class _Scanner:
             self._bytes = len(_BOM)
         else:
             self._file.seek(0)
+        if not self._next():
+            raise DataError(f"{self._path} is empty: expected a list of samples, '[' ... ']'")
         if self._next() != "[":
             raise DataError(
                 f"{self._path}:{self._line}: expected a list of samples, which begins with '[', "
-                f"found {self._found()}; one object per line belongs into a .jsonl file"
+                f"found {self._next()!r}; one object per line belongs into a .jsonl file"
             )
         self._move(self.at + 1)
         if self._next() != "]":
@@ -319,15 +323,11 @@ class _Scanner:
         if self._next() != "]":
             raise DataError(
                 f"{self._path}:{self._line}: expected ',' or ']' after a sample, found "
-                f"{self._found()}"
+                + (repr(self._next()) if self._next() else f"the end of the file: {_CUT}")
             )
         self._move(self.at + 1)
         if self._next():
             raise DataError(f"{self._path}:{self._line}: more text after the list of samples")
-
-    def _found(self) -> str:
-        """Return the next character, for messages."""
-        return repr(self._next()) if self._next() else "the end of the file"
 
     def _next(self) -> str:
         """Return the next character that is no white space; "" at the end of the file."""
@@ -367,7 +367,7 @@ class _Scanner:
         is_cut = reason.startswith("Unterminated") or not self.text[place:].strip()
         return DataError(
             f"{self._path}:{line}: no valid JSON: {reason} (in the sample that begins in line "
-            f"{self._line})" + "; the file seems to be cut off" * is_cut
+            f"{self._line})" + f"; {_CUT}" * is_cut
         )
 
     def _move(self, place: int) -> None:
@@ -389,9 +389,8 @@ class _Scanner:
             self.text = kept + self._decode(data, self._ended)
         except UnicodeDecodeError as error:
             line = self._line + kept.count("\n") + error.object[: error.start].count(b"\n")
-            raise DataError(
-                f"{self._path}:{line}: no UTF-8: {error.reason}; save the file as UTF-8"
-            ) from error
+            advice = _CUT if error.reason == _HALF else "save the file as UTF-8"
+            raise DataError(f"{self._path}:{line}: no UTF-8: {error.reason}; {advice}") from error
         self.at = 0
         return not self._ended
 
