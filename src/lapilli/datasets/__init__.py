@@ -1,0 +1,8 @@
+"""Data sets of users, items and queries: readers of the field's layouts, and splits.
+
+    RecBole's atomic files, Parquet   interactions.py   Interactions: who took what, when
+    BEIR, TREC, SMART                 retrieval.py      Retrieval: queries, texts, judgements
+    rows of any of them               tables.py         columns by name
+
+Knows files and numbers; must not know models.
+"""
