@@ -1,0 +1,133 @@
+"""Index: from ids to places, by binary search in sorted 64-bit keys.
+
+The key of an id is the blake2b digest of its UTF-8 text with 8 bytes, read as a little-endian
+number: public, the same in every language, and spread evenly. Two ids of one key are refused when
+the second is written, as the ids themselves are kept; among ten million ids that happens once in
+half a million stores. Resolving it instead would cost every lookup a second step for nothing.
+
+An index is a few segments, each sorted, of which the newest that has a key is right. A commit adds
+one, and merges those behind it that are not twice as long: n entries have log2(n) segments, and
+a commit of a few writes a few.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from lapilli.config.reader import shown
+from lapilli.errors import StoreError
+from lapilli.store.manifest import FileRecord
+from lapilli.store.shard import Array, map_arrays, write_arrays
+
+DEAD: Final = -1
+"""Place of an id that was deleted."""
+UNKNOWN: Final = -2
+"""Place of an id that was never there."""
+ROW_BITS: Final = 32
+ROW_MASK: Final = (1 << ROW_BITS) - 1
+_BLAKE: Final = hashlib.blake2b(digest_size=8)
+
+
+def encode_ids(ids: Iterable[object]) -> list[bytes]:
+    """Return ids in UTF-8; whole numbers as their decimal text.
+
+    Raises:
+        StoreError: neither text nor a whole number.
+    """
+    try:
+        return [one.encode() if type(one) is str else _encode(one) for one in ids]
+    except UnicodeEncodeError as error:
+        raise StoreError(f"an id is no text that UTF-8 can say: {shown(error.object)}") from error
+
+
+def _encode(one: object) -> bytes:
+    if isinstance(one, str):
+        return one.encode()
+    if isinstance(one, bool | np.bool_) or not hasattr(one, "__index__"):
+        raise StoreError(f"an id is {shown(one)}: expected a text or a whole number")
+    return str(one.__index__()).encode()
+
+
+def keys_of(ids: Sequence[bytes]) -> Array:
+    """Return the keys of ids, uint64 [n]."""
+    digests, copy = [], _BLAKE.copy
+    for one in ids:
+        digest = copy()
+        digest.update(one)
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), "<u8")
+
+
+class Segment:
+    """Sorted keys and the places of their entries."""
+
+    def __init__(self, keys: Array, places: Array) -> None:
+        self.keys, self.places = keys, places
+        self._last = len(keys) - 1
+
+    def find(self, keys: Array) -> Array:
+        """Return places, int64 [n]: DEAD for what was deleted, UNKNOWN for what is not here."""
+        at = np.minimum(self.keys.searchsorted(keys), self._last)
+        return np.where(self.keys[at] == keys, self.places[at], UNKNOWN)
+
+
+def map_segment(folder: Path, record: FileRecord) -> Segment:
+    """Map a segment.
+
+    Raises:
+        FileNotFoundError, StoreError: see `map_arrays`.
+    """
+    shape = (record.rows,)
+    arrays = map_arrays(folder, record, {"keys": ("U64", shape), "places": ("I64", shape)})
+    return Segment(arrays["keys"], arrays["places"])
+
+
+def write_segment(folder: Path, segment: Segment) -> FileRecord:
+    """Write a segment to a new file.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    arrays: dict[str, tuple[str, Any]] = {
+        "keys": ("U64", segment.keys),
+        "places": ("I64", segment.places),
+    }
+    return write_arrays(folder, "index", arrays)
+
+
+def find(segments: Sequence[Segment], keys: Array) -> Array:
+    """Return the places of keys, int64 [n], DEAD or UNKNOWN where there is none.
+
+    Args:
+        segments: the newest first.
+        keys: uint64 [n].
+    """
+    if not segments:
+        return np.full(len(keys), UNKNOWN, "<i8")
+    places: Array = segments[0].find(keys)
+    for older in segments[1:]:
+        missing = np.flatnonzero(places == UNKNOWN)
+        if not len(missing):
+            break
+        places[missing] = older.find(keys[missing])
+    return places
+
+
+def merge(segments: Sequence[Segment], *, oldest: bool) -> Segment:
+    """Return one segment for several.
+
+    Args:
+        segments: the newest first.
+        oldest: there is none behind them, so that what was deleted can be forgotten.
+    """
+    keys = np.concatenate([segment.keys for segment in segments])
+    places = np.concatenate([segment.places for segment in segments])
+    keys, first = np.unique(keys, return_index=True)  # the first of equals: the newest
+    places = places[first]
+    if oldest:
+        alive = places != DEAD
+        keys, places = keys[alive], places[alive]
+    return Segment(keys, places)
