@@ -71,7 +71,14 @@ class Segment:
     def find(self, keys: Array) -> Array:
         """Return places, int64 [n]: DEAD for what was deleted, UNKNOWN for what is not here."""
         at = np.minimum(self.keys.searchsorted(keys), self._last)
-        return np.where(self.keys[at] == keys, self.places[at], UNKNOWN)
+        return np.where(self.keys.take(at) == keys, self.places.take(at), UNKNOWN)
+
+    def find_one(self, key: np.uint64) -> int:
+        """Return the place of one key; see `find`."""
+        at = self.keys.searchsorted(key)
+        if at > self._last or self.keys[at] != key:
+            return UNKNOWN
+        return int(self.places[at])
 
 
 def map_segment(folder: Path, record: FileRecord) -> Segment:
@@ -81,7 +88,7 @@ def map_segment(folder: Path, record: FileRecord) -> Segment:
         FileNotFoundError, StoreError: see `map_arrays`.
     """
     shape = (record.rows,)
-    arrays = map_arrays(folder, record, {"keys": ("U64", shape), "places": ("I64", shape)})
+    arrays = map_arrays(folder, record, {"keys": ("U64", shape), "places": ("I64", shape)}).arrays
     return Segment(arrays["keys"], arrays["places"])
 
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, SupportsIndex
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from lapilli.shapes import Float, Tensor
 from lapilli.store.index import (
     ROW_BITS,
     ROW_MASK,
+    UNKNOWN,
     Segment,
     encode_ids,
     find,
@@ -32,7 +33,7 @@ from lapilli.store.index import (
 from lapilli.store.manifest import Manifest, Stamp, read_manifest
 from lapilli.store.shard import HASH_BYTES, TORCH_DTYPES, Array, Shard, check_digest, damaged
 
-Ids = str | int | Sequence[str] | Sequence[int] | Iterable[object]
+Ids = str | SupportsIndex | Iterable[object]
 
 _TRIES: Final = 20  # of opening while compactions go on
 _SHOWN: Final = 5  # ids that a message names
@@ -66,7 +67,7 @@ class StoreInfo:
     bytes: int
 
 
-def text_hash(text: str) -> str:
+def text_hash(text: object) -> str:
     """Return the hash that an entry keeps of the text it was made of: blake2b, 16 bytes, in hex.
 
     Raises:
@@ -79,7 +80,7 @@ def text_hash(text: str) -> str:
     ).hexdigest()
 
 
-def hashes_of(texts: Iterable[str] | None, hashes: Iterable[str] | None, number: int) -> Array:
+def hashes_of(texts: Iterable[object] | None, hashes: Iterable[str] | None, number: int) -> Array:
     """Return the hashes of texts, or given ones, as bytes [n, 16]; zeros where there are neither.
 
     Raises:
@@ -119,6 +120,14 @@ class Snapshot:
         """Return places, negative where there is no entry."""
         return find(self.segments, keys)
 
+    def find_one(self, key: np.uint64) -> int:
+        """Return the place of one key, negative where there is no entry."""
+        for segment in self.segments:
+            place = segment.find_one(key)
+            if place != UNKNOWN:
+                return place
+        return UNKNOWN
+
     def by_shard(self, places: Array) -> Iterator[tuple[int, Array | slice, Array]]:
         """Yield shard, which of the places lie in it, and their rows there.
 
@@ -147,6 +156,17 @@ class Snapshot:
                 found[at] = one
         return found
 
+    def one_at(self, place: int) -> tuple[Shard, int]:
+        """Return the shard and the row of a place.
+
+        Raises:
+            StoreError: see `by_shard`.
+        """
+        number, row = place >> ROW_BITS, place & ROW_MASK
+        if number >= len(self.shards) or row >= self.shards[number].rows:
+            raise damaged(self.folder, f"an index names row {row} of shard {number}")
+        return self.shards[number], row
+
     def hashes_at(self, places: Array) -> Array:
         """Return the text hashes of places, bytes [n, 16]."""
         found = np.empty((len(places), HASH_BYTES), "u1")
@@ -159,21 +179,23 @@ class Snapshot:
         parts = list(self.by_shard(places))
         if len(parts) == 1:
             number, _, rows = parts[0]
-            return self._take(number, rows, dtype)
+            return self.take(self.shards[number], rows, dtype)
         found = torch.empty((len(places), *self._shape[1:]), dtype=dtype)
         for number, chosen, rows in parts:
-            found[torch.from_numpy(chosen)] = self._take(number, rows, dtype)
+            found[torch.from_numpy(chosen)] = self.take(self.shards[number], rows, dtype)
         return found
 
-    def _take(self, number: int, rows: Array, dtype: torch.dtype) -> Float[Tensor, "n T W"]:
-        shard = self.shards[number]
-        taken = torch.from_numpy(shard.vectors.take(rows, axis=0))
+    def take(self, shard: Shard, rows: Array | int, dtype: torch.dtype) -> Tensor:
+        """Return copies of the vectors of rows, [n, T_s, W], or of one row, [T_s, W]."""
+        one = isinstance(rows, int)
+        taken = torch.from_numpy(shard.vectors[rows].copy() if one else shard.vectors.take(rows, 0))
+        shape = self._shape[one:]
         if shard.scales is not None:
-            scales = torch.from_numpy(shard.scales.take(rows, axis=0)).unsqueeze(-1)
-            return (taken.view(self._shape).to(torch.float32) * scales).to(dtype)
+            scales = torch.from_numpy(shard.scales[rows].copy()).unsqueeze(-1)
+            return (taken.view(shape).to(torch.float32) * scales).to(dtype)
         if taken.dtype != self._dtype:  # bfloat16, whose bits numpy keeps
-            taken = taken.view(torch.uint8).view(self._dtype)
-        return taken.view(self._shape).to(dtype)
+            taken = taken.view(self._dtype)
+        return taken.view(shape).to(dtype)
 
     def live(self) -> Array:
         """Return the places of all entries, in the order of the shards."""
@@ -315,8 +337,20 @@ class Store:
 
     def __getitem__(self, ids: Ids) -> Tensor:
         """Return the vectors of one id, [T_s, W], or of several, [n, T_s, W], in float32."""
-        found = self.get(ids)
-        return found[0] if _is_one(ids) else found
+        if isinstance(ids, str) or _is_one(ids):
+            return self._get_one(ids)
+        return self.get(ids)
+
+    def _get_one(self, one: object) -> Tensor:
+        """Return the vectors of one id, [T_s, W]: `get` without the cost of arrays of one."""
+        snapshot, ids = self._snapshot, encode_ids((one,))
+        place = snapshot.find_one(keys_of(ids)[0])
+        if place < 0 or self._wrong:
+            return self.get([one])[0]  # which says what is wrong
+        shard, row = snapshot.one_at(place)
+        if shard.id_at(row) != ids[0]:
+            raise self._unknown(ids)
+        return snapshot.take(shard, row, torch.float32)
 
     def read(self, keys: Array, *, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """Return the vectors of keys that `keys` made, [n, T_s, W].
@@ -407,7 +441,7 @@ class Store:
     def needed(
         self,
         ids: Ids,
-        texts: Iterable[str] | None = None,
+        texts: Iterable[object] | None = None,
         *,
         hashes: Iterable[str] | None = None,
     ) -> list[int]:
@@ -489,6 +523,8 @@ def several(ids: Ids) -> Iterable[object]:
     """
     if _is_one(ids):
         return [ids]
+    if type(ids) is list:
+        return ids
     if isinstance(ids, Tensor | np.ndarray):
         return ids.tolist()  # numbers of Python, which are quicker to read
     if not isinstance(ids, Iterable) or isinstance(ids, bytes | Mapping):

@@ -2,7 +2,7 @@
 
     vectors      [n, T_s, W]  in the number format of the store
     scales       [n, T_s]     float32, with int8 alone: vector = codes * scale
-    id_ends      [n]          int64, where the id of a row ends in `ids`
+    id_bounds    [n + 1]      int64: the id of row r is ids[id_bounds[r] : id_bounds[r + 1]]
     ids          [bytes]      the ids in UTF-8, one after the other
     text_hashes  [n, 16]      bytes; all zero where nobody gave a text
     keys, places [n]          of an index, see index.py
@@ -19,7 +19,7 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -95,9 +95,17 @@ def _raw(array: tuple[str, Array]) -> memoryview | bytes:
     return memoryview(numbers.view("u1").reshape(-1)) if numbers.size else b""  # type: ignore[arg-type]  # an array has a buffer
 
 
+class MappedArrays(NamedTuple):
+    """A mapped file: its arrays, and at which byte each begins."""
+
+    file: mmap.mmap
+    arrays: dict[str, Array]
+    begins: dict[str, int]
+
+
 def map_arrays(
     folder: Path, record: FileRecord, expected: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> dict[str, Array]:
+) -> MappedArrays:
     """Map the arrays of a file, without reading them.
 
     Args:
@@ -126,15 +134,13 @@ def map_arrays(
         raise damaged(path, f"its header does not fit ({error!r:.100})") from error
 
 
-def _cut(
-    mapped: mmap.mmap, expected: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> dict[str, Array]:
+def _cut(mapped: mmap.mmap, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> MappedArrays:
     (length,) = _PREFIX.unpack(mapped[: _PREFIX.size])
     begin = _PREFIX.size + length
     if begin > len(mapped):
         raise ValueError("it is longer than the file")
     header = json.loads(mapped[_PREFIX.size : begin])
-    arrays = {}
+    arrays, begins = dict[str, Array](), dict[str, int]()
     for name, (dtype, shape) in expected.items():
         entry, found = header[name], tuple(header[name]["shape"])
         fits = len(found) == len(shape) and all(
@@ -147,8 +153,9 @@ def _cut(
         kind, count = np.dtype(_NUMPY_OF[dtype]), math.prod(found)
         if not 0 <= start <= stop <= len(mapped) - begin or stop - start != count * kind.itemsize:
             raise ValueError(f"{name} lies at {start}..{stop}")
-        arrays[name] = np.frombuffer(mapped, kind, count, begin + start).reshape(found)
-    return arrays
+        begins[name] = begin + start
+        arrays[name] = np.frombuffer(mapped, kind, count, begins[name]).reshape(found)
+    return MappedArrays(mapped, arrays, begins)
 
 
 def check_digest(folder: Path, record: FileRecord) -> None:
@@ -179,35 +186,40 @@ class Shard:
         rows, tokens, width = record.rows, manifest.tokens, manifest.width
         expected: dict[str, tuple[str, tuple[int, ...]]] = {
             "vectors": (_NAMES[manifest.dtype], (rows, tokens, width)),
-            "id_ends": ("I64", (rows,)),
+            "id_bounds": ("I64", (rows + 1,)),
             "ids": ("U8", (-1,)),
             "text_hashes": ("U8", (rows, HASH_BYTES)),
         }
         if manifest.dtype == "int8":
             expected["scales"] = ("F32", (rows, tokens))
-        arrays = map_arrays(folder, record, expected)
+        self._file, arrays, begins = map_arrays(folder, record, expected)
         self.path = folder / record.file
         self.rows = rows
         self.vectors: Array = arrays["vectors"].reshape(rows, tokens * width)
         self.scales: Array | None = arrays.get("scales")
         self.hashes: Array = arrays["text_hashes"]
-        self._ends: Array = arrays["id_ends"]
-        self._ids = memoryview(arrays["ids"])  # type: ignore[arg-type]  # an array has a buffer
+        self._bounds: Array = arrays["id_bounds"]
+        self._begin = begins["ids"]  # a slice of the mapping is quicker than one of an array
 
     def ids_at(self, rows: Array) -> list[bytes]:
         """Return the ids of rows in UTF-8."""
-        stops = self._ends[rows].tolist()
-        starts = np.where(rows == 0, 0, self._ends[rows - 1]).tolist()
-        raw = self._ids
-        return [bytes(raw[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+        starts = (self._bounds.take(rows) + self._begin).tolist()
+        stops = (self._bounds.take(rows + 1) + self._begin).tolist()
+        mapped = self._file
+        return [mapped[start:stop] for start, stop in zip(starts, stops, strict=True)]
+
+    def id_at(self, row: int) -> bytes:
+        """Return the id of a row in UTF-8."""
+        start, stop = self._bounds[row : row + 2].tolist()
+        return self._file[start + self._begin : stop + self._begin]
 
 
 def _shard_arrays(
     dtype: str, vectors: Array, scales: Array | None, ids: Sequence[bytes], hashes: Array
 ) -> dict[str, tuple[str, Array]]:
     """Return the arrays of a file of entries, in an order that aligns each."""
-    ends = np.cumsum([len(one) for one in ids], dtype="<i8")
-    arrays: dict[str, tuple[str, Array]] = {"id_ends": ("I64", ends)}
+    bounds = np.cumsum([0, *map(len, ids)], dtype="<i8")
+    arrays: dict[str, tuple[str, Array]] = {"id_bounds": ("I64", bounds)}
     if scales is not None:
         arrays["scales"] = ("F32", scales)
     arrays["vectors"] = (_NAMES[dtype], vectors)
@@ -225,7 +237,8 @@ def to_rows(vectors: Float[Tensor, "n T W"], dtype: str) -> tuple[Array, Array |
     Raises:
         StoreError: a number that the format cannot say.
     """
-    stored = vectors.to(torch.float32 if dtype == "int8" else TORCH_DTYPES[dtype]).contiguous()
+    kind = torch.float32 if dtype == "int8" else TORCH_DTYPES[dtype]
+    stored = vectors.to(kind, copy=True).contiguous()  # the caller may write over its own
     if not bool(torch.isfinite(stored).all()):
         raise StoreError(
             f"a vector has the number {float(vectors.abs().max()):g}, which is more than {dtype} "

@@ -158,7 +158,11 @@ class StoreWriter:
             raise StoreError(f"this writer of {self.path} has ended: make another one")
 
     def needed(
-        self, ids: Ids, texts: Iterable[str] | None = None, *, hashes: Iterable[str] | None = None
+        self,
+        ids: Ids,
+        texts: Iterable[object] | None = None,
+        *,
+        hashes: Iterable[str] | None = None,
     ) -> list[int]:
         """Return which ids have to be encoded, as of the last commit; see Store.needed."""
         encoded = encode_ids(several(ids))
@@ -179,7 +183,7 @@ class StoreWriter:
         self,
         ids: Ids,
         vectors: Tensor | Array,
-        texts: Iterable[str] | None = None,
+        texts: Iterable[object] | None = None,
         *,
         hashes: Iterable[str] | None = None,
     ) -> int:
