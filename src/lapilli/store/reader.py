@@ -468,6 +468,12 @@ class Store:
         for record in (*manifest.shards, *manifest.indexes):
             check_digest(self.path, record)
 
+    def stamps(self) -> list[Stamp]:
+        """Return what made the entries that are there; replaced and deleted ones do not count."""
+        snapshot = self._snapshot
+        numbers = np.unique(snapshot.stamp_of(snapshot.live())).tolist()
+        return [snapshot.manifest.stamps[number] for number in numbers]
+
     def info(self) -> StoreInfo:
         """Return what the store is."""
         manifest = self._snapshot.manifest

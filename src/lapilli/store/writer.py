@@ -153,6 +153,11 @@ class StoreWriter:
     def _committed(self) -> Manifest | None:
         return None if self._snapshot is None else self._snapshot.manifest
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it can still write: it ends with its block, and when the disk fails."""
+        return self._lock is not None
+
     def _check_open(self) -> None:
         if self._lock is None:
             raise StoreError(f"this writer of {self.path} has ended: make another one")
