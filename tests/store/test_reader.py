@@ -254,7 +254,7 @@ def test_every_changed_byte_is_found(small, kind):
 def test_an_index_that_names_other_rows(small):
     file = shard_of(small, "index")
     data = bytearray(file.read_bytes())
-    data[-8:] = (77).to_bytes(8, "little")
+    data[-16:-8] = (77).to_bytes(8, "little")  # the last place; samples follow
     file.write_bytes(data)
     store = Store.open(small)
     lost = next(one for one in "abc" if store._snapshot.find(store.keys([one]))[0] == 77)

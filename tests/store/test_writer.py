@@ -15,7 +15,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from lapilli.errors import StoreError
 from lapilli.store import Store, StoreWriter, compact, writer
-from lapilli.store import index as store_index
 from tests.store.conftest import die_at, vectors_of, write
 from tests.train.faults import start
 
@@ -198,13 +197,6 @@ def test_two_ids_of_one_key_are_refused(tmp_path, monkeypatch, committed):
             with pytest.raises(StoreError, match="'one' and 'two' have the same 64-bit key"):
                 writing.commit()
             writing.discard()
-
-
-def test_keys_are_blake2b(small):
-    import hashlib
-
-    digest = hashlib.blake2b("straße".encode(), digest_size=8).digest()
-    assert store_index.keys_of(["straße".encode()]).tolist() == [int.from_bytes(digest, "little")]
 
 
 def test_many_commits_stay_quick_to_read(tmp_path, monkeypatch):

@@ -28,6 +28,10 @@ UNKNOWN: Final = -2
 """Place of an id that was never there."""
 ROW_BITS: Final = 32
 ROW_MASK: Final = (1 << ROW_BITS) - 1
+_EVERY: Final = 32
+_WINDOW: Final = np.arange(_EVERY)
+_FEW: Final = 1 << 18  # keys that a cache holds
+_MOST_WINDOWS: Final = 1 << 13  # whose keys are copied at once
 _BLAKE: Final = hashlib.blake2b(digest_size=8)
 
 
@@ -62,20 +66,39 @@ def keys_of(ids: Sequence[bytes]) -> Array:
 
 
 class Segment:
-    """Sorted keys and the places of their entries."""
+    """Sorted keys and the places of their entries.
 
-    def __init__(self, keys: Array, places: Array) -> None:
+    A search among many keys waits for memory at every step, so few keys are looked for in two
+    steps: in a sample of every 32nd key, which stays in the cache, and in the 32 that follow.
+
+    Args:
+        keys: uint64 [n], ascending, each once.
+        places: int64 [n].
+        samples: every 32nd key, as an array of its own; None: taken out of the keys.
+    """
+
+    def __init__(self, keys: Array, places: Array, samples: Array | None = None) -> None:
         self.keys, self.places = keys, places
+        self.samples: Array = keys[::_EVERY].copy() if samples is None else samples
         self._last = len(keys) - 1
 
     def find(self, keys: Array) -> Array:
         """Return places, int64 [n]: DEAD for what was deleted, UNKNOWN for what is not here."""
-        at = np.minimum(self.keys.searchsorted(keys), self._last)
+        is_small = self._last < _FEW or len(keys) > _MOST_WINDOWS
+        at = self.keys.searchsorted(keys) if is_small else self._search_in_two_steps(keys)
+        at = np.minimum(at, self._last)
         return np.where(self.keys.take(at) == keys, self.places.take(at), UNKNOWN)
+
+    def _search_in_two_steps(self, keys: Array) -> Array:
+        """Return what `searchsorted` returns, for keys that are there."""
+        begin = np.maximum(self.samples.searchsorted(keys, side="right") - 1, 0) * _EVERY
+        window = self.keys.take(begin[:, None] + _WINDOW, mode="clip")
+        at: Array = begin + (window < keys[:, None]).sum(axis=1)
+        return at
 
     def find_one(self, key: np.uint64) -> int:
         """Return the place of one key; see `find`."""
-        at = self.keys.searchsorted(key)
+        at = int(self.keys.searchsorted(key))
         if at > self._last or self.keys[at] != key:
             return UNKNOWN
         return int(self.places[at])
@@ -88,8 +111,13 @@ def map_segment(folder: Path, record: FileRecord) -> Segment:
         FileNotFoundError, StoreError: see `map_arrays`.
     """
     shape = (record.rows,)
-    arrays = map_arrays(folder, record, {"keys": ("U64", shape), "places": ("I64", shape)}).arrays
-    return Segment(arrays["keys"], arrays["places"])
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        "keys": ("U64", shape),
+        "places": ("I64", shape),
+        "samples": ("U64", (-(-record.rows // _EVERY),)),
+    }
+    arrays = map_arrays(folder, record, expected).arrays
+    return Segment(arrays["keys"], arrays["places"], arrays["samples"])
 
 
 def write_segment(folder: Path, segment: Segment) -> FileRecord:
@@ -101,6 +129,7 @@ def write_segment(folder: Path, segment: Segment) -> FileRecord:
     arrays: dict[str, tuple[str, Any]] = {
         "keys": ("U64", segment.keys),
         "places": ("I64", segment.places),
+        "samples": ("U64", segment.samples),
     }
     return write_arrays(folder, "index", arrays)
 

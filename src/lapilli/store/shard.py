@@ -5,7 +5,7 @@
     id_bounds    [n + 1]      int64: the id of row r is ids[id_bounds[r] : id_bounds[r + 1]]
     ids          [bytes]      the ids in UTF-8, one after the other
     text_hashes  [n, 16]      bytes; all zero where nobody gave a text
-    keys, places [n]          of an index, see index.py
+    keys, places [n], samples of an index, see index.py
 
 Nothing is unpickled: a header in JSON and raw little-endian numbers. Source: the safetensors
 format, version 1.
