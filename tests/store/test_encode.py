@@ -1,5 +1,8 @@
 """Encoding: the last hidden states, whatever stands beside a text; fingerprints; going on."""
 
+import os
+import signal
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +13,7 @@ from lapilli.errors import PromptError
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.store import Store, encode
 from lapilli.store.encode import batches_by_length, build_store, encode_texts, fingerprint
+from tests.train.faults import start
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +107,26 @@ def test_a_build_goes_on_where_it_was(chat, tmp_path, monkeypatch):
     items[1] = ("b", "another text")
     assert build_store(tmp_path / "s", items, chat.model, chat.tokenizer) == 1
     assert build_store(tmp_path / "s", items, chat.model, chat.tokenizer, max_length=9) == 4
+
+
+def build_until_killed(path, items):
+    """Commit after every two items, and be killed before the last one is read."""
+    chat = lapilli.load("pebble", device="cpu")
+    encode._CHUNK, encode._COMMIT_S = 2, 0.0
+
+    def stopped():
+        yield from items[:-1]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    build_store(path, stopped(), chat.model, chat.tokenizer)
+
+
+@pytest.mark.slow
+def test_a_kill_keeps_what_was_committed(chat, tmp_path):
+    items = list(zip("abcd", TEXTS, strict=True))
+    child = start(build_until_killed, str(tmp_path / "s"), items)
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    assert Store(tmp_path / "s").ids() == ["a", "b"]
+    assert build_store(tmp_path / "s", items, chat.model, chat.tokenizer) == 2
+    assert sorted(Store(tmp_path / "s").ids()) == list("abcd")

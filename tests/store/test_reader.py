@@ -209,6 +209,9 @@ def test_no_store(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="is a file"):
         Store.open(tmp_path / "file")
+    for use in (Store.open, compact, lambda path: StoreWriter(path, encoder="e")):
+        with pytest.raises(StoreError, match="a name has no NUL in it"):
+            use("a\0b")
     writing = StoreWriter(tmp_path / "s", encoder="e")
     writing.add(["a"], vectors_of(1))
     with pytest.raises(StoreError, match="a store that was never finished"):

@@ -7,7 +7,6 @@ from typing import Final
 
 import numpy as np
 
-from lapilli.config.reader import given_path
 from lapilli.store.index import ROW_BITS, ROW_MASK, Segment, merge, write_segment
 from lapilli.store.manifest import (
     Lock,
@@ -16,6 +15,7 @@ from lapilli.store.manifest import (
     explaining_disk,
     read_manifest,
     remove_strays,
+    store_path,
     write_manifest,
 )
 from lapilli.store.reader import Snapshot, open_snapshot
@@ -37,7 +37,7 @@ def compact(path: str | Path, *, shard_bytes: int = SHARD_BYTES) -> int:
         StoreError: no store, a damaged one, one that is being written, or the disk does not take
             it: the store is then as it was.
     """
-    folder = given_path(path)
+    folder = store_path(path)
     read_manifest(folder)
     with explaining_disk(folder):
         lock = Lock(folder)

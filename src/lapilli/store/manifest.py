@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lapilli.config.reader import shown
+from lapilli.config.reader import given_path, shown
 from lapilli.disk import FULL_DISK, advice_on, flush_path, take_lock
 from lapilli.errors import StoreError
 
@@ -109,6 +109,18 @@ class Manifest:
     def rows(self) -> int:
         """Return the entries in the shards, replaced and deleted ones included."""
         return sum(shard.rows for shard in self.shards)
+
+
+def store_path(path: str | Path) -> Path:
+    """Return the folder that a person means.
+
+    Raises:
+        StoreError: no file system has such a name.
+    """
+    folder = given_path(path)
+    if "\0" in str(folder):
+        raise StoreError(f"a store is called {shown(str(folder))}: a name has no NUL in it")
+    return folder
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -16,7 +16,7 @@ from typing import Final, SupportsIndex
 import numpy as np
 import torch
 
-from lapilli.config.reader import given_path, shown
+from lapilli.config.reader import shown
 from lapilli.errors import StoreError
 from lapilli.shapes import Float, Tensor
 from lapilli.store.index import (
@@ -30,7 +30,7 @@ from lapilli.store.index import (
     map_segment,
     merge,
 )
-from lapilli.store.manifest import Manifest, Stamp, read_manifest
+from lapilli.store.manifest import Manifest, Stamp, read_manifest, store_path
 from lapilli.store.shard import HASH_BYTES, TORCH_DTYPES, Array, Shard, check_digest, damaged
 
 Ids = str | SupportsIndex | Iterable[object]
@@ -248,7 +248,7 @@ class Store:
     def __init__(
         self, path: str | Path, *, encoder: str | None = None, projector: str | None = None
     ) -> None:
-        self.path = given_path(path)
+        self.path = store_path(path)
         self.encoder, self.projector = encoder, projector
         self._snapshot = open_snapshot(self.path)
         self._wrong = self._wrong_stamps(self._snapshot)

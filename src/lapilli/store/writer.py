@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from lapilli.config.reader import given_path, shown
+from lapilli.config.reader import shown
 from lapilli.errors import StoreError
 from lapilli.shapes import Tensor
 from lapilli.store.compaction import SHARD_BYTES, rewrite
@@ -44,6 +44,7 @@ from lapilli.store.manifest import (
     explaining_disk,
     read_manifest,
     remove_strays,
+    store_path,
     write_manifest,
 )
 from lapilli.store.reader import Ids, Snapshot, hashes_of, open_snapshot, several, unchanged
@@ -92,7 +93,7 @@ class StoreWriter:
             raise StoreError(
                 f"number format {shown(dtype)}: expected one of {', '.join(NUMBER_FORMATS)}"
             )
-        self.path = given_path(path)
+        self.path = store_path(path)
         self._stamp = Stamp(encoder=encoder, projector=projector)
         self._wanted = {"width": width, "tokens": tokens, "dtype": dtype}
         self._shard_bytes = shard_bytes
