@@ -105,7 +105,11 @@ def hashes_of(texts: Iterable[object] | None, hashes: Iterable[str] | None, numb
 
 
 class Snapshot:
-    """The mapped files of one manifest."""
+    """The mapped files of one manifest.
+
+    Attributes:
+        wrong: numbers of the stamps that are refused, decided before anybody reads.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
@@ -113,6 +117,7 @@ class Snapshot:
         self.segments: list[Segment] = [
             map_segment(folder, record) for record in reversed(manifest.indexes)
         ]
+        self.wrong: frozenset[int] = frozenset()
         self._dtype = TORCH_DTYPES[manifest.dtype]
         self._shape = (-1, manifest.tokens, manifest.width)
 
@@ -251,9 +256,9 @@ class Store:
         self.path = store_path(path)
         self.encoder, self.projector = encoder, projector
         self._snapshot = open_snapshot(self.path)
-        self._wrong = self._wrong_stamps(self._snapshot)
+        self._snapshot.wrong = self._wrong_stamps(self._snapshot)
         stamps = self._snapshot.manifest.stamps
-        if len(self) and len(self._wrong) == len(stamps):
+        if len(self) and len(self._snapshot.wrong) == len(stamps):
             raise self._stale(stamps[0], "every entry")
 
     @classmethod
@@ -276,9 +281,8 @@ class Store:
         if read_manifest(self.path) == self._snapshot.manifest:
             return False
         fresh = open_snapshot(self.path)
-        wrong = self._wrong_stamps(fresh)
-        # Both in one step: other threads read meanwhile.
-        self._snapshot, self._wrong = fresh, wrong
+        fresh.wrong = self._wrong_stamps(fresh)
+        self._snapshot = fresh  # in one step: other threads read meanwhile
         return True
 
     def _wrong_stamps(self, snapshot: Snapshot) -> frozenset[int]:
@@ -310,8 +314,9 @@ class Store:
     def __contains__(self, one: object) -> bool:
         """Return whether there is an entry, from whatever encoder."""
         ids = encode_ids([one])
-        places = self._snapshot.find(keys_of(ids))
-        return bool(places[0] >= 0) and self._snapshot.ids_at(places) == ids
+        snapshot = self._snapshot
+        places = snapshot.find(keys_of(ids))
+        return bool(places[0] >= 0) and snapshot.ids_at(places) == ids
 
     def keys(self, ids: Ids) -> Array:
         """Return the keys of ids, uint64 [n], for `read`: hashing is most of the time of `get`."""
@@ -345,7 +350,7 @@ class Store:
         """Return the vectors of one id, [T_s, W]: `get` without the cost of arrays of one."""
         snapshot, ids = self._snapshot, encode_ids((one,))
         place = snapshot.find_one(keys_of(ids)[0])
-        if place < 0 or self._wrong:
+        if place < 0 or snapshot.wrong:
             return self.get([one])[0]  # which says what is wrong
         shard, row = snapshot.one_at(place)
         if shard.id_at(row) != ids[0]:
@@ -378,9 +383,9 @@ class Store:
             raise self._unknown(
                 [f"key {keys[at]}".encode() if ids is None else ids[at] for at in missing]
             )
-        if self._wrong:
+        if snapshot.wrong:
             stamps = snapshot.stamp_of(places)
-            stale = np.flatnonzero(np.isin(stamps, list(self._wrong)))
+            stale = np.flatnonzero(np.isin(stamps, list(snapshot.wrong)))
             if len(stale):
                 first = snapshot.ids_at(places[stale[:1]])[0].decode("utf-8", "replace")
                 found = snapshot.manifest.stamps[int(stamps[stale[0]])]
@@ -431,11 +436,11 @@ class Store:
         Raises:
             StoreError: an id that is not there.
         """
-        encoded = encode_ids(several(ids))
-        places = self._snapshot.find(keys_of(encoded))
+        encoded, snapshot = encode_ids(several(ids)), self._snapshot
+        places = snapshot.find(keys_of(encoded))
         if len(places) and int(places.min()) < 0:
             raise self._unknown([encoded[at] for at in np.flatnonzero(places < 0).tolist()])
-        raw = self._snapshot.hashes_at(places)
+        raw = snapshot.hashes_at(places)
         return [one.tobytes().hex() if one.any() else None for one in raw]
 
     def needed(
@@ -455,7 +460,8 @@ class Store:
         """
         encoded = encode_ids(several(ids))
         wanted = hashes_of(texts, hashes, len(encoded))
-        fresh = unchanged(self._snapshot, keys_of(encoded), wanted, self._wrong)
+        snapshot = self._snapshot
+        fresh = unchanged(snapshot, keys_of(encoded), wanted, snapshot.wrong)
         return np.flatnonzero(~fresh).tolist()
 
     def verify(self) -> None:
