@@ -31,6 +31,7 @@ PUBLIC = {
     "RequestError",
     "SamplingParams",
     "ShapeMismatchError",
+    "StoreError",
     "TemplateFileError",
     "TextPart",
     "TokenLogprob",

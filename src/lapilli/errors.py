@@ -13,6 +13,7 @@
     |  '- UnsafeFileError                 a pickle that wants to run code
     |- MediaError (ValueError)            a picture that cannot be fetched or decoded
     |- DataError (ValueError)             a training sample, or the file that holds it
+    |- StoreError (ValueError)            a store of embeddings: its files, ids, vectors or stamps
     |- PromptError (ValueError)           messages, templates, placeholders
     |  |- MediaCountMismatchError         another number of media than of places for them
     |  '- TemplateFileError               a checkpoint's own template: a CheckpointError too
@@ -71,6 +72,10 @@ class MediaError(LapilliError, ValueError):
 
 class DataError(LapilliError, ValueError):
     """A training sample, or a file of samples, that cannot be learned from."""
+
+
+class StoreError(LapilliError, ValueError):
+    """A store of embeddings that cannot be read or written as asked."""
 
 
 class PromptError(LapilliError, ValueError):

@@ -400,7 +400,7 @@ def _open_to_append(path: Path) -> int:
 
 def _lock(number: int, path: Path) -> None:
     """Make this process the only one that writes the file, where the system can do that."""
-    from lapilli.checkpoint.write.files import take_lock
+    from lapilli.disk import take_lock
 
     if stat.S_ISREG(os.fstat(number).st_mode) and not take_lock(number):
         raise PromptError(

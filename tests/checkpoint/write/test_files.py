@@ -20,7 +20,6 @@ from lapilli.checkpoint.keymaps import ORIGINAL, PROJECTOR
 from lapilli.checkpoint.write import files
 from lapilli.checkpoint.write.files import (
     Deferred,
-    advice_on,
     check_target,
     new_directory,
     write_json,
@@ -393,18 +392,3 @@ def test_json_does_not_name_what_it_cannot(tmp_path):
     with pytest.raises(CheckpointError, match=r"^config.json cannot name '/x/odd.*, as its name"):
         write_json(tmp_path / "config.json", {"a": "\xe9", "mm_vision_tower": "/x/odd\udcff/tower"})
     assert not (tmp_path / "config.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("number", "says"),
-    [
-        (errno.ENOSPC, "Make room"),
-        (errno.EDQUOT, "Make room within your quota"),
-        (errno.EFBIG, "Raise the limit on the size of a file"),
-        (errno.EROFS, "Mount that file system writable"),
-        (errno.EACCES, "Change the permissions"),
-        (errno.EIO, "See what is wrong"),
-    ],
-)
-def test_advice_is_that_of_what_the_disk_said(number, says):
-    assert advice_on(OSError(number, os.strerror(number))).startswith(says)

@@ -26,6 +26,7 @@ from torch import Tensor
 from lapilli.checkpoint.formats.weights import DTYPES
 from lapilli.checkpoint.keymaps import KeyMap
 from lapilli.config.reader import shown
+from lapilli.disk import FULL_DISK, advice_on, flush_path, take_lock
 from lapilli.errors import CheckpointError, ConfigError
 
 SHARD_BYTES = 5_000_000_000
@@ -40,7 +41,6 @@ _PREFIX = struct.Struct("<Q")  # length of the header
 _PIECE = 1 << 24  # elements of a tensor that are converted and written at once
 _FILLING = ".lapilli.part"  # inside of a mount point
 _MOUNTS = Path("/proc/self/mountinfo")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Flags of renameat2: paths relative to the working directory, swap both names.
 _AT_FDCWD, _EXCHANGE = -100, 2
 
@@ -194,7 +194,7 @@ def explaining_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL_DISK:
             raise
         found = error.strerror or str(error)
         if error.errno == errno.ENOSPC:  # else the disk may be nearly empty
@@ -203,22 +203,6 @@ def explaining_full_disk(path: Path) -> Iterator[None]:
             f"{path} could not be written: {found}; what was there before is untouched. "
             f"{advice_on(error)} and save again"
         ) from error
-
-
-def advice_on(error: OSError | None) -> str:
-    """Return what to do before the same command is started again, by what the disk said."""
-    number = None if error is None else error.errno
-    if number == errno.ENOSPC:
-        return "Make room"
-    if number == errno.EDQUOT:
-        return "Make room within your quota on that disk, or have it raised,"
-    if number == errno.EFBIG:
-        return "Raise the limit on the size of a file (ulimit -f), or choose another file system,"
-    if number == errno.EROFS:
-        return "Mount that file system writable (making room does not help)"
-    if number in (errno.EACCES, errno.EPERM):
-        return "Change the permissions there"
-    return "See what is wrong with that disk"
 
 
 def write_weights(
@@ -383,34 +367,6 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     done = call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE)
     return bool(done == 0)
-
-
-def flush_path(path: Path) -> None:
-    """Flush a file, or a folder: a rename is on the disk only when its folder is."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def take_lock(number: int) -> bool:
-    """Lock an open file or folder for this process; return False where another one holds it.
-
-    The system lets go of the lock when the process ends, however it ends. Where the system or the
-    file system has no locks, everybody gets one.
-    """
-    if sys.platform == "win32":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return True
 
 
 @contextmanager

@@ -34,8 +34,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lapilli.checkpoint.write.files import advice_on
 from lapilli.config.reader import parse_json
+from lapilli.disk import advice_on
 from lapilli.errors import CheckpointError, ConfigError
 from lapilli.train.distributed import ParallelContext
 from lapilli.train.recipe import TrainerRecipe

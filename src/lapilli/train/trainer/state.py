@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lapilli.checkpoint.source import read_json
-from lapilli.checkpoint.write.files import advice_on
+from lapilli.disk import advice_on
 from lapilli.errors import CheckpointError
 from lapilli.shapes import Tensor
 from lapilli.train.data.dataset import data_file

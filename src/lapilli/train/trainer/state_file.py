@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lapilli.checkpoint.write.files import advice_on, flush_path
+from lapilli.disk import advice_on, flush_path
 from lapilli.shapes import Tensor
 from lapilli.train.trainer.task import Best, Plain, TrainingError
 

@@ -1,0 +1,544 @@
+"""Store: embeddings by id, read from mapped files.
+
+    ids -> UTF-8 -> keys -> places -> rows of shards -> Tensor [n, T_s, W]
+           encode_ids  keys_of  index.find     take
+
+A Store keeps the snapshot that it opened, whatever is written meanwhile; `reload` moves on. Any
+number of threads and processes may read one.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, SupportsIndex
+
+import numpy as np
+import torch
+
+from lapilli.config.reader import shown
+from lapilli.errors import StoreError
+from lapilli.shapes import Float, Tensor
+from lapilli.store.index import (
+    ROW_BITS,
+    ROW_MASK,
+    UNKNOWN,
+    Segment,
+    encode_ids,
+    find,
+    keys_of,
+    map_segment,
+    merge,
+)
+from lapilli.store.manifest import Manifest, Stamp, read_manifest, store_path
+from lapilli.store.shard import HASH_BYTES, TORCH_DTYPES, Array, Shard, check_digest, damaged
+
+Ids = str | SupportsIndex | Iterable[object]
+
+_TRIES: Final = 20  # of opening while compactions go on
+_SHOWN: Final = 5  # ids that a message names
+_PIECE: Final = 1 << 16  # rows whose ids are decoded at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreInfo:
+    """What a store is, without reading its vectors.
+
+    Attributes:
+        path: the folder.
+        entries: ids that are there.
+        width: numbers of one vector.
+        tokens: vectors of one entry.
+        dtype: number format.
+        stamps: what made the vectors, and how many rows of each there are.
+        shards: files of vectors.
+        dead: rows that were replaced or deleted; `compact` drops them.
+        bytes: size of all files.
+    """
+
+    path: Path
+    entries: int
+    width: int
+    tokens: int
+    dtype: str
+    stamps: Mapping[Stamp, int]
+    shards: int
+    dead: int
+    bytes: int
+
+
+def text_hash(text: object) -> str:
+    """Return the hash that an entry keeps of the text it was made of: blake2b, 16 bytes, in hex.
+
+    Raises:
+        StoreError: no text.
+    """
+    if not isinstance(text, str):
+        raise StoreError(f"a text is {shown(text)}: expected a string")
+    return hashlib.blake2b(
+        text.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES
+    ).hexdigest()
+
+
+def hashes_of(texts: Iterable[object] | None, hashes: Iterable[str] | None, number: int) -> Array:
+    """Return the hashes of texts, or given ones, as bytes [n, 16]; zeros where there are neither.
+
+    Raises:
+        StoreError: both are given, another number than of ids, or no such hash.
+    """
+    if texts is not None and hashes is not None:
+        raise StoreError("texts and hashes were given: give one of them, a text has one hash")
+    if texts is not None:
+        hashes = [text_hash(text) for text in texts]
+    if hashes is None:
+        return np.zeros((number, HASH_BYTES), "u1")
+    listed = list(hashes)
+    if len(listed) != number:
+        raise StoreError(f"{number} ids but {len(listed)} texts or hashes: give one for each id")
+    try:
+        raw = b"".join(map(bytes.fromhex, listed))
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"a hash is no text in hex ({error}): make it with text_hash") from error
+    if any(len(one) != 2 * HASH_BYTES for one in listed):
+        raise StoreError(f"a hash has not {2 * HASH_BYTES} digits: make it with text_hash")
+    return np.frombuffer(raw, "u1").reshape(number, HASH_BYTES)
+
+
+class Snapshot:
+    """The mapped files of one manifest.
+
+    Attributes:
+        wrong: numbers of the stamps that are refused, decided before anybody reads.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.shards = [Shard(folder, record, manifest) for record in manifest.shards]
+        self.segments: list[Segment] = [
+            map_segment(folder, record) for record in reversed(manifest.indexes)
+        ]
+        self.wrong: frozenset[int] = frozenset()
+        self._dtype = TORCH_DTYPES[manifest.dtype]
+        self._shape = (-1, manifest.tokens, manifest.width)
+
+    def find(self, keys: Array) -> Array:
+        """Return places, negative where there is no entry."""
+        return find(self.segments, keys)
+
+    def find_one(self, key: np.uint64) -> int:
+        """Return the place of one key, negative where there is no entry."""
+        for segment in self.segments:
+            place = segment.find_one(key)
+            if place != UNKNOWN:
+                return place
+        return UNKNOWN
+
+    def by_shard(self, places: Array) -> Iterator[tuple[int, Array | slice, Array]]:
+        """Yield shard, which of the places lie in it, and their rows there.
+
+        Raises:
+            StoreError: a place beyond the shards, which only a damaged index has.
+        """
+        if len(self.shards) == 1 and (not len(places) or places.max() < self.shards[0].rows):
+            yield 0, slice(None), places
+            return
+        numbers, rows = places >> ROW_BITS, places & ROW_MASK
+        for number in np.unique(numbers).tolist():
+            chosen = np.flatnonzero(numbers == number)
+            inside = rows[chosen]
+            if number >= len(self.shards) or inside.max() >= self.shards[number].rows:
+                raise damaged(self.folder, f"an index names row {inside.max()} of shard {number}")
+            yield number, chosen, inside
+
+    def ids_at(self, places: Array) -> list[bytes]:
+        """Return the ids of places, in UTF-8."""
+        found = [b""] * len(places)
+        for number, chosen, rows in self.by_shard(places):
+            ids = self.shards[number].ids_at(rows)
+            if isinstance(chosen, slice):
+                return ids
+            for at, one in zip(chosen.tolist(), ids, strict=True):
+                found[at] = one
+        return found
+
+    def one_at(self, place: int) -> tuple[Shard, int]:
+        """Return the shard and the row of a place.
+
+        Raises:
+            StoreError: see `by_shard`.
+        """
+        number, row = place >> ROW_BITS, place & ROW_MASK
+        if number >= len(self.shards) or row >= self.shards[number].rows:
+            raise damaged(self.folder, f"an index names row {row} of shard {number}")
+        return self.shards[number], row
+
+    def hashes_at(self, places: Array) -> Array:
+        """Return the text hashes of places, bytes [n, 16]."""
+        found = np.empty((len(places), HASH_BYTES), "u1")
+        for number, chosen, rows in self.by_shard(places):
+            found[chosen] = self.shards[number].hashes[rows]
+        return found
+
+    def vectors_at(self, places: Array, dtype: torch.dtype) -> Float[Tensor, "n T W"]:
+        """Return the vectors of places in a dtype."""
+        parts = list(self.by_shard(places))
+        if len(parts) == 1:
+            number, _, rows = parts[0]
+            return self.take(self.shards[number], rows, dtype)
+        found = torch.empty((len(places), *self._shape[1:]), dtype=dtype)
+        for number, chosen, rows in parts:
+            found[torch.from_numpy(chosen)] = self.take(self.shards[number], rows, dtype)
+        return found
+
+    def take(self, shard: Shard, rows: Array | int, dtype: torch.dtype) -> Tensor:
+        """Return copies of the vectors of rows, [n, T_s, W], or of one row, [T_s, W]."""
+        one = isinstance(rows, int)
+        taken = torch.from_numpy(shard.vectors[rows].copy() if one else shard.vectors.take(rows, 0))
+        shape = self._shape[one:]
+        if shard.scales is not None:
+            scales = torch.from_numpy(shard.scales[rows].copy()).unsqueeze(-1)
+            return (taken.view(shape).to(torch.float32) * scales).to(dtype)
+        if taken.dtype != self._dtype:  # bfloat16, whose bits numpy keeps
+            taken = taken.view(self._dtype)
+        return taken.view(shape).to(dtype)
+
+    def live(self) -> Array:
+        """Return the places of all entries, in the order of the shards."""
+        if not self.segments:
+            return np.empty(0, "<i8")
+        return np.sort(merge(self.segments, oldest=True).places)
+
+    def stamp_of(self, places: Array) -> Array:
+        """Return the number of the stamp of each place, int64 [n]."""
+        stamps = np.array([record.stamp for record in self.manifest.shards] or [0])
+        found: Array = stamps[places >> ROW_BITS]
+        return found
+
+
+def open_snapshot(folder: Path) -> Snapshot:
+    """Map a store as it is now; a compaction that is going on meanwhile is waited for.
+
+    Raises:
+        StoreError: no store, or a damaged one.
+    """
+    manifest = read_manifest(folder)
+    for _ in range(_TRIES):
+        try:
+            return Snapshot(folder, manifest)
+        except FileNotFoundError as error:
+            now = read_manifest(folder)
+            if now == manifest:
+                raise damaged(folder, f"{error.filename} is missing") from error
+            manifest = now
+    raise StoreError(f"{folder} changes faster than it can be opened: try again")
+
+
+class Store:
+    """Embeddings by id, as they were when the store was opened.
+
+    Args:
+        path: the folder.
+        encoder: fingerprint of the model whose vectors are wanted; vectors of another one are
+            refused. None: any.
+        projector: the same of the projector.
+
+    Raises:
+        StoreError: no store, a damaged one, one of another version, or one that has nothing from
+            this encoder.
+
+    Source: MixLM (arXiv 2512.07846), whose items are encoded once and looked up when they are
+    ranked.
+    """
+
+    def __init__(
+        self, path: str | Path, *, encoder: str | None = None, projector: str | None = None
+    ) -> None:
+        self.path = store_path(path)
+        self.encoder, self.projector = encoder, projector
+        self._snapshot = open_snapshot(self.path)
+        self._snapshot.wrong = self._wrong_stamps(self._snapshot)
+        stamps = self._snapshot.manifest.stamps
+        if len(self) and len(self._snapshot.wrong) == len(stamps):
+            raise self._stale(stamps[0], "every entry")
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, encoder: str | None = None, projector: str | None = None
+    ) -> "Store":
+        """Open a store; see the class."""
+        return cls(path, encoder=encoder, projector=projector)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Open it again in another process, as it is then."""
+        return _reopen, (self.path, self.encoder, self.projector)
+
+    def reload(self) -> bool:
+        """Move on to what is there now; return whether that is anything new.
+
+        Raises:
+            StoreError: see the class; the store stays at what it had.
+        """
+        if read_manifest(self.path) == self._snapshot.manifest:
+            return False
+        fresh = open_snapshot(self.path)
+        fresh.wrong = self._wrong_stamps(fresh)
+        self._snapshot = fresh  # in one step: other threads read meanwhile
+        return True
+
+    def _wrong_stamps(self, snapshot: Snapshot) -> frozenset[int]:
+        return frozenset(
+            number
+            for number, stamp in enumerate(snapshot.manifest.stamps)
+            if (self.encoder not in (None, stamp.encoder))
+            or (self.projector not in (None, stamp.projector))
+        )
+
+    def __len__(self) -> int:
+        return self._snapshot.manifest.entries
+
+    @property
+    def width(self) -> int:
+        """Numbers of one vector."""
+        return self._snapshot.manifest.width
+
+    @property
+    def tokens(self) -> int:
+        """Vectors of one entry."""
+        return self._snapshot.manifest.tokens
+
+    @property
+    def dtype(self) -> str:
+        """Number format of the files."""
+        return self._snapshot.manifest.dtype
+
+    def __contains__(self, one: object) -> bool:
+        """Return whether there is an entry, from whatever encoder."""
+        ids = encode_ids([one])
+        snapshot = self._snapshot
+        places = snapshot.find(keys_of(ids))
+        return bool(places[0] >= 0) and snapshot.ids_at(places) == ids
+
+    def keys(self, ids: Ids) -> Array:
+        """Return the keys of ids, uint64 [n], for `read`: hashing is most of the time of `get`."""
+        return keys_of(encode_ids(several(ids)))
+
+    def get(self, ids: Ids, *, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """Return the vectors of ids, [n, T_s, W].
+
+        Args:
+            ids: texts or whole numbers; one alone is as a list of one.
+            dtype: of the result; None: that of the files.
+
+        Raises:
+            StoreError: an id that is not there, or whose vectors are from another encoder.
+        """
+        encoded = encode_ids(several(ids))
+        snapshot = self._snapshot
+        places = self._places(snapshot, keys_of(encoded), encoded)
+        if len(places) and snapshot.ids_at(places) != encoded:
+            pairs = zip(snapshot.ids_at(places), encoded, strict=True)
+            raise self._unknown([asked for found, asked in pairs if found != asked])
+        return snapshot.vectors_at(places, self._result_dtype(dtype))
+
+    def __getitem__(self, ids: Ids) -> Tensor:
+        """Return the vectors of one id, [T_s, W], or of several, [n, T_s, W], in float32."""
+        if isinstance(ids, str) or _is_one(ids):
+            return self._get_one(ids)
+        return self.get(ids)
+
+    def _get_one(self, one: object) -> Tensor:
+        """Return the vectors of one id, [T_s, W]: `get` without the cost of arrays of one."""
+        snapshot, ids = self._snapshot, encode_ids((one,))
+        place = snapshot.find_one(keys_of(ids)[0])
+        if place < 0 or snapshot.wrong:
+            return self.get([one])[0]  # which says what is wrong
+        shard, row = snapshot.one_at(place)
+        if shard.id_at(row) != ids[0]:
+            raise self._unknown(ids)
+        return snapshot.take(shard, row, torch.float32)
+
+    def read(self, keys: Array, *, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """Return the vectors of keys that `keys` made, [n, T_s, W].
+
+        The ids themselves are not compared: a key that another store made of an id that is not
+        here is taken for unknown, but for one chance in 2^64 / entries.
+
+        Raises:
+            StoreError: see `get`; or these are no keys.
+        """
+        wanted = np.asarray(keys)
+        if wanted.ndim != 1 or (wanted.dtype != np.uint64 and len(wanted)):
+            raise StoreError(
+                f"keys are {wanted.dtype} {list(wanted.shape)}: expected uint64 [n], as "
+                "Store.keys makes them"
+            )
+        snapshot = self._snapshot
+        return snapshot.vectors_at(self._places(snapshot, wanted, None), self._result_dtype(dtype))
+
+    def _places(self, snapshot: Snapshot, keys: Array, ids: Sequence[bytes] | None) -> Array:
+        """Return the places of keys, all of which are there and fresh."""
+        places = snapshot.find(keys)
+        if len(places) and int(places.min()) < 0:
+            missing = np.flatnonzero(places < 0).tolist()
+            raise self._unknown(
+                [f"key {keys[at]}".encode() if ids is None else ids[at] for at in missing]
+            )
+        if snapshot.wrong:
+            stamps = snapshot.stamp_of(places)
+            stale = np.flatnonzero(np.isin(stamps, list(snapshot.wrong)))
+            if len(stale):
+                first = snapshot.ids_at(places[stale[:1]])[0].decode("utf-8", "replace")
+                found = snapshot.manifest.stamps[int(stamps[stale[0]])]
+                more = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
+                raise self._stale(found, f"id {shown(first)}{more}")
+        return places
+
+    def _unknown(self, missing: Sequence[bytes]) -> StoreError:
+        if not len(self):
+            return StoreError(f"{self.path} has no entries: add some with StoreWriter")
+        names = ", ".join(shown(one.decode("utf-8", "replace")) for one in missing[:_SHOWN])
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        return StoreError(
+            f"{self.path} has no entry for {names}{more} (it has {len(self)} entries): add them, "
+            "or reload the store if they were added after it was opened"
+        )
+
+    def _stale(self, found: Stamp, what: str) -> StoreError:
+        wants_encoder = self.encoder not in (None, found.encoder)
+        kind = "encoder" if wants_encoder else "projector"
+        expected, got = getattr(self, kind), getattr(found, kind)
+        return StoreError(
+            f"{self.path}: {what} was made by another {kind}: expected {shown(expected)}, found "
+            f"{shown(got)}; encode the items again, or open the store with the {kind} that made it"
+        )
+
+    def _result_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        if dtype is None and self.dtype != "int8":
+            return TORCH_DTYPES[self.dtype]
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise StoreError(
+                f"vectors as {dtype} are asked for: expected torch.float32, float16 or bfloat16 "
+                f"(the store is {self.dtype}, and codes of int8 mean nothing without their scales)"
+            )
+        return dtype
+
+    def ids(self) -> list[str]:
+        """Return the ids of all entries, in the order in which they were written."""
+        snapshot, found = self._snapshot, list[str]()
+        places = snapshot.live()
+        for start in range(0, len(places), _PIECE):
+            found += [one.decode() for one in snapshot.ids_at(places[start : start + _PIECE])]
+        return found
+
+    def hashes(self, ids: Ids) -> list[str | None]:
+        """Return the text hashes of ids; None where nobody gave a text.
+
+        Raises:
+            StoreError: an id that is not there.
+        """
+        encoded, snapshot = encode_ids(several(ids)), self._snapshot
+        places = snapshot.find(keys_of(encoded))
+        if len(places) and int(places.min()) < 0:
+            raise self._unknown([encoded[at] for at in np.flatnonzero(places < 0).tolist()])
+        raw = snapshot.hashes_at(places)
+        return [one.tobytes().hex() if one.any() else None for one in raw]
+
+    def needed(
+        self,
+        ids: Ids,
+        texts: Iterable[object] | None = None,
+        *,
+        hashes: Iterable[str] | None = None,
+    ) -> list[int]:
+        """Return which of the ids have to be encoded, by their numbers in the list.
+
+        Those that are not there, whose text is another one, or which were made by another encoder
+        or projector than the store was opened with.
+
+        Raises:
+            StoreError: another number of texts than of ids.
+        """
+        encoded = encode_ids(several(ids))
+        wanted = hashes_of(texts, hashes, len(encoded))
+        snapshot = self._snapshot
+        fresh = unchanged(snapshot, keys_of(encoded), wanted, snapshot.wrong)
+        return np.flatnonzero(~fresh).tolist()
+
+    def verify(self) -> None:
+        """Read every file once and compare it with the digest that was written.
+
+        Raises:
+            StoreError: a file is not what was written.
+        """
+        manifest = self._snapshot.manifest
+        for record in (*manifest.shards, *manifest.indexes):
+            check_digest(self.path, record)
+
+    def stamps(self) -> list[Stamp]:
+        """Return what made the entries that are there; replaced and deleted ones do not count."""
+        snapshot = self._snapshot
+        numbers = np.unique(snapshot.stamp_of(snapshot.live())).tolist()
+        return [snapshot.manifest.stamps[number] for number in numbers]
+
+    def info(self) -> StoreInfo:
+        """Return what the store is."""
+        manifest = self._snapshot.manifest
+        rows = dict.fromkeys(manifest.stamps, 0)
+        for shard in manifest.shards:
+            rows[manifest.stamps[shard.stamp]] += shard.rows
+        return StoreInfo(
+            path=self.path,
+            entries=manifest.entries,
+            width=manifest.width,
+            tokens=manifest.tokens,
+            dtype=manifest.dtype,
+            stamps=rows,
+            shards=len(manifest.shards),
+            dead=manifest.rows - manifest.entries,
+            bytes=sum(record.bytes for record in (*manifest.shards, *manifest.indexes)),
+        )
+
+
+def _reopen(path: Path, encoder: str | None, projector: str | None) -> Store:
+    return Store(path, encoder=encoder, projector=projector)
+
+
+def unchanged(snapshot: Snapshot, keys: Array, hashes: Array, wrong: frozenset[int]) -> Array:
+    """Return which entries are there as they would be written, bool [n].
+
+    Args:
+        snapshot: what is there.
+        keys: of the entries.
+        hashes: of their texts; without a text nothing is known, and nothing is unchanged.
+        wrong: stamps of other encoders and projectors.
+    """
+    places = snapshot.find(keys)
+    at = np.flatnonzero(places >= 0)
+    fresh = np.zeros(len(keys), bool)
+    if len(at):
+        known = hashes[at].any(axis=1)
+        same = (snapshot.hashes_at(places[at]) == hashes[at]).all(axis=1)
+        right = ~np.isin(snapshot.stamp_of(places[at]), list(wrong))
+        fresh[at] = known & same & right
+    return fresh
+
+
+def _is_one(ids: Ids) -> bool:
+    return isinstance(ids, str) or (hasattr(ids, "__index__") and not hasattr(ids, "__len__"))
+
+
+def several(ids: Ids) -> Iterable[object]:
+    """Return ids as a list, one alone too.
+
+    Raises:
+        StoreError: no ids.
+    """
+    if _is_one(ids):
+        return [ids]
+    if type(ids) is list:
+        return ids
+    if isinstance(ids, Tensor | np.ndarray):
+        return ids.tolist()  # numbers of Python, which are quicker to read
+    if not isinstance(ids, Iterable) or isinstance(ids, bytes | Mapping):
+        raise StoreError(f"ids are {shown(ids)}: expected a list of texts or whole numbers")
+    return ids
