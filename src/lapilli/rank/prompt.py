@@ -36,8 +36,8 @@ SETWISE = f"Query: {QUERY}\nWhich of these items matches the query best? Name it
 Content = str | Tensor | np.ndarray | MediaPart
 """A text, one or more vectors of the language model's width, or a medium that the model reads."""
 
-Query = str | Message | Sequence[Message | Content]
-"""A text, messages that end with the user's, or parts."""
+Query = Content | Message | Sequence[Message | Content]
+"""A text, vectors, messages that end with the user's, or parts."""
 
 Item = Content | Sequence[Content]
 """One part, or several in order."""
@@ -167,7 +167,7 @@ class PromptSplitter:
 
     def _conversation(self, query: Query, marks: "_Marks") -> tuple[list[Message], Message]:
         """Return the messages before the query, and the user's message that is the query."""
-        given = [query] if isinstance(query, str | Message) else query
+        given = [query] if isinstance(query, Message) else query
         if isinstance(given, Sequence) and any(isinstance(one, Message) for one in given):
             check_conversation(given)
             *before, last = (one for one in given if isinstance(one, Message))

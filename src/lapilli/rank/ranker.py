@@ -15,6 +15,7 @@ import torch
 
 from lapilli.config.reader import shown
 from lapilli.errors import ConfigError, PromptError
+from lapilli.generate.engine.feature_cache import FeatureCache
 from lapilli.pipeline import Chat, ProcessedPrompt
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.rank.prompt import (
@@ -70,6 +71,11 @@ class Ranker:
             self._score.check(model.model.language_model.config.hidden_size)
         else:
             self._lead, self._ids = label_tokens(self._score.labels, model.tokenizer)
+
+    @property
+    def prefixes(self) -> FeatureCache:
+        """Keys and values of queries that were read before."""
+        return self._scorer.prefixes
 
     def score(self, query: Query, items: Iterable[Item]) -> Float[Tensor, " n"]:
         """Return the number of every item; of no items none.
