@@ -62,15 +62,21 @@ class Ranker:
         prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
         _check_model(model)
+        self._chat = model
         self._score: Score = YesNo() if score is None else score
         self._splitter = PromptSplitter(model, _template(template))
         self._scorer = SuffixScorer(model.model, max_tokens=max_tokens, prefix_bytes=prefix_bytes)
         self._lead: list[int] = []
         self._ids: list[int] = []
         if isinstance(self._score, Head):
-            self._score.check(model.model.language_model.config.hidden_size)
+            self._score.check(self.width)
         else:
             self._lead, self._ids = label_tokens(self._score.labels, model.tokenizer)
+
+    @property
+    def width(self) -> int:
+        """Width of the vectors that an item may have: that of the language model."""
+        return self._chat.model.language_model.config.hidden_size
 
     @property
     def prefixes(self) -> FeatureCache:
