@@ -167,6 +167,29 @@ def test_tokens_around_an_item_do_not_depend_on_it(chat):
     assert chat.tokenizer.eos_id not in item  # what a catalogue says is text
 
 
+@pytest.mark.slow
+def test_a_checkpoints_own_template_gives_the_tokens_of_a_question(tmp_path):
+    """Of bytes as tokens a prompt in three pieces is the prompt of the same text in one."""
+    from tests.integration.oracle import make_oracle, picture
+
+    oracle = make_oracle(tmp_path, next_=True, text="mistral", tower="clip")
+    chat = lapilli.load(str(oracle.path), device="cpu", dtype="float32")
+    shown = picture(60, 40, 1)
+    splitter = PromptSplitter(chat, RankTemplate(user="Find {query} in: {item} Well?"))
+    frame = splitter.frame(Message.user("a boat ", shown))
+    whole = join([frame.prefix, splitter.item("an <image> of one", "item"), frame.suffix])
+    asked = chat.encode([Message.user("Find a boat  in: an <image> of one Well?", shown)])
+    assert whole.encoded.input_ids == asked.encoded.input_ids
+    assert whole.encoded.spans == asked.encoded.spans
+    items = ["a", "an <image> of one", vectors(2, 48), ["b", vectors(48)]]
+    ranker = Ranker(chat, score=Labels((40, 50), (1.0, 0.0)))
+    query = [Message.user("a boat", shown)]
+    logits = hidden_alone(chat, query, items, PLAIN)
+    with torch.inference_mode():
+        expected = chat.model.logits(logits)[:, [40, 50]].softmax(dim=-1)[:, 0]
+    torch.testing.assert_close(ranker.score(query, items), expected, atol=1e-4, rtol=0)
+
+
 def test_difference_is_the_logit_of_the_probability(chat, ranker):
     found = Ranker(chat, score=YesNo(difference=True)).score("boats", ITEMS)
     torch.testing.assert_close(found.sigmoid(), ranker.score("boats", ITEMS), atol=1e-5, rtol=0)

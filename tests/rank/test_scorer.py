@@ -209,6 +209,29 @@ def test_a_model_without_ragged_rows_reads_every_prompt_whole(llama, monkeypatch
     assert scorer.prefixes.stats.misses == 0
 
 
+@pytest.mark.slow
+def test_a_model_of_transformers_has_the_same_logits_plainly():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from lapilli.lm.foreign import ForeignLanguageModel
+
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=61,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    inner = GPTNeoXForCausalLM(config).eval()
+    foreign = VisionLanguageModel(ForeignLanguageModel(inner)).requires_grad_(False)
+    found = packed(SuffixScorer(foreign), piece(3, 4), [piece(1, 2), piece(7), piece(9, 8, 5)])
+    for row, ids in zip(found, [[3, 4, 1, 2], [3, 4, 7], [3, 4, 9, 8, 5]], strict=True):
+        expected = inner(input_ids=torch.tensor([ids])).logits[0, -1, LABELS]
+        torch.testing.assert_close(row, expected.detach(), atol=1e-5, rtol=0)
+
+
 def test_threads_score_at_the_same_time(llama):
     scorer = SuffixScorer(llama, max_tokens=6, prefix_bytes=4000)  # prefixes are evicted
     generator = torch.Generator().manual_seed(0)
