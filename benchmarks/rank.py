@@ -130,7 +130,7 @@ def measured(way: str, items: int, prefix: int) -> int:
     positions = (prefix if way.endswith("alone") else 0) + (
         1 if way == "vectors" else FULL if way.startswith("full") else SUMMARY
     )
-    return max(2, min(items, 3000 // (positions + END)))
+    return max(1, min(items, 1500 // (positions + END)))
 
 
 def measure(model: VisionLanguageModel, prefix: int, items: int, rounds: int) -> dict[str, Any]:
@@ -191,21 +191,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     model = make_model(options.shape)
-    found = {
+    found: dict[str, Any] = {
         "machine": machine(),
         "shape": options.shape,
         "threads": options.threads,
         "rounds": options.rounds,
         "items": options.items,
         "positions": {"full text": FULL, "summary": SUMMARY, "vector": 1, "end": END},
-        "prefixes": {
-            str(prefix): measure(model, prefix, options.items, options.rounds)
-            for prefix in map(int, options.prefixes.split(","))
-        },
+        "prefixes": {},
     }
+    for prefix in map(int, options.prefixes.split(",")):
+        one = measure(model, prefix, options.items, options.rounds)
+        found["prefixes"][str(prefix)] = one
+        if options.out is not None:  # whatever ends the program, what was measured is there
+            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(describe(found))
-    if options.out is not None:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def packed(scorer: SuffixScorer, prefix, suffixes) -> torch.Tensor:
     return torch.stack(list(scorer.logits(prefix, suffixes, LABELS)))
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     st.lists(PARTS, min_size=1, max_size=12),
     st.lists(st.lists(PARTS, min_size=1, max_size=6), min_size=1, max_size=9),
