@@ -49,7 +49,7 @@ def attend_both(case: dict, dtype: torch.dtype = torch.float32) -> tuple[torch.T
 def test_attention_is_that_of_a_block_diagonal_mask(case, is_long, is_split):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_prefix, "LONG", 1 if is_long else 100)
-        patch.setattr(shared_prefix, "SCORE_BYTES", 1000 if is_split else 1 << 20)
+        patch.setattr(shared_prefix, "CACHED_BYTES", 1000 if is_split else 1 << 20)
         found, expected = attend_both(case)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
