@@ -287,7 +287,7 @@ def test_an_interrupt_while_the_picture_is_read(
     talk: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Chat, "_prepare", raising(Chat._prepare, at=1))
+        patch.setattr(Chat, "prepare", raising(Chat.prepare, at=1))
         talk.answer("Describe the picture.")
     assert talk.pictures == [str(DRAWING)]
     check_interrupted(talk, capsys.readouterr().out)

@@ -49,3 +49,21 @@ def test_accuracy_of_the_larger_sibling() -> None:
         first, second = (100 * one[name]["right"] / one[name]["total"] for one in (small, large))
         count = f"{large[name]['right']} of {large[name]['total']}"
         assert f"| {name} | {first:.1f} % | {second:.1f} % ({count}) |" in section
+
+
+def test_what_ranking_costs() -> None:
+    guide = (REPOSITORY / "docs/guide/rank.md").read_text("utf-8")
+    results = json.loads((REPOSITORY / "benchmarks/results/rank.json").read_text("utf-8"))
+    for prefix, measured in results["prefixes"].items():
+        ratios = measured["ratios"]
+        row = " | ".join(
+            f"{ratios[name]:.1f}"
+            for name in (
+                "vectors to full text alone",
+                "vectors to full text",
+                "vectors to summaries",
+                "sharing, full text",
+                "sharing, summaries",
+            )
+        )
+        assert f"| {int(prefix):,} | {row} |" in guide

@@ -284,6 +284,15 @@ def test_tied_model_has_no_head():
     assert "lm_head.weight" in _tiny().state_dict()
 
 
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"logit_softcap": 3.0}])
+def test_scores_of_some_tokens_are_those_of_all(changes):
+    model, ids = _tiny(**changes), torch.tensor([7, 0, 100])
+    hidden = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        expected = model.logits(hidden)[..., ids]
+        torch.testing.assert_close(model.token_logits(hidden, ids), expected, atol=1e-5, rtol=0)
+
+
 def test_follows_the_protocol():
     assert isinstance(build_language_model(TINY), LanguageModel)
 

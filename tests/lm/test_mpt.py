@@ -128,5 +128,14 @@ def test_bfloat16_stays_close():
     torch.testing.assert_close(low.float(), exact, atol=0.05 * exact.abs().max().item(), rtol=0)
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_scores_of_some_tokens_are_those_of_all(tie):
+    model, ids = _model(tie_embeddings=tie), torch.tensor([7, 0, 96])
+    hidden = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        expected = model.logits(hidden)[..., ids]
+        torch.testing.assert_close(model.token_logits(hidden, ids), expected, atol=1e-5, rtol=0)
+
+
 def test_follows_the_protocol():
     assert isinstance(build_language_model(TINY), LanguageModel)

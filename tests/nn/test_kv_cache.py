@@ -271,3 +271,15 @@ def test_no_piece_sees_another(window, has_slopes, lengths, padding):
     how = {"scale": 0.3, "window": window, "slopes": slopes}
     expected = masked(q, k, v, lengths, **how)
     torch.testing.assert_close(Segments(lengths).attend(q, k, v, **how), expected)
+
+
+def test_all_layers_stacked_are_what_was_appended():
+    cache = _cache(2, 8)
+    given = torch.randn(2, 2, 2, 2, 3, 3)  # keys and values, layers, rows, heads, positions
+    for layer in range(2):
+        cache.append(layer, *given[:, layer])
+    stacked = cache.stacked()
+    assert torch.equal(stacked, given)
+    cache.truncate(0)
+    cache.append(0, *torch.zeros(2, 2, 2, 3, 3))
+    assert torch.equal(stacked, given)  # a copy

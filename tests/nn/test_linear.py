@@ -13,7 +13,9 @@ from torch.nn import functional
 from lapilli.nn.linear import (
     FEW,
     FloatLinear,
+    KeptLinear,
     has_onednn,
+    linear_rows,
     linear_with_backward,
     onednn_linear,
     rounded,
@@ -140,3 +142,30 @@ def test_float_layers_learn_by_it_outside_of_autocast():
     assert "_Product" in layer(x).grad_fn.name()
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
+
+
+class Doubled(torch.nn.Linear):
+    """A layer of somebody else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "float", "kept", "other", "hooked", "replaced"])
+def test_rows_are_those_of_all_outputs(kind, bias):
+    torch.manual_seed(0)
+    plain = nn.Linear(8, 20, bias=bias)
+    layer = {
+        "float": lambda: FloatLinear.of(plain, by_onednn=False),
+        "kept": lambda: KeptLinear.of(plain.bfloat16()),
+        "other": lambda: Doubled(8, 20, bias=bias),
+    }.get(kind, lambda: plain)()
+    if kind == "hooked":
+        layer.register_forward_hook(lambda _module, _given, out: out + 1)
+    if kind == "replaced":
+        layer.forward = lambda x: functional.linear(x, plain.weight) - 5
+    x, rows = torch.randn(2, 3, 8), torch.tensor([19, 0, 7])
+    with torch.no_grad():
+        found, expected = linear_rows(x, layer, rows), layer(x)[..., rows]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -231,6 +231,15 @@ def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
     assert encode([TextSegment("a \U0001f600 b")], tokenizer, []).input_ids
 
 
+def test_what_goes_on_after_something_has_no_first_token(tokenizer: Tokenizer) -> None:
+    segments = [TextSegment("a b"), MediaSlot(), TextSegment("c")]
+    whole = encode(segments, tokenizer, [2])
+    rest = encode(segments, tokenizer, [2], add_bos=False)
+    before = len(tokenizer.prefix_ids)
+    assert rest.input_ids == whole.input_ids[before:]
+    assert rest.spans[0].start == whole.spans[0].start - before
+
+
 def test_empty_media_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(PromptError, match=r"at least one position, found \[0\]"):
         encode([MediaSlot()], tokenizer, [0])

@@ -12,7 +12,19 @@ try:
     import typer
 
     from lapilli import __version__
-    from lapilli.cli import ask, batch, build, chat, data, export, inspect, quantize, store, train
+    from lapilli.cli import (
+        ask,
+        batch,
+        build,
+        chat,
+        data,
+        export,
+        inspect,
+        quantize,
+        rank,
+        store,
+        train,
+    )
     from lapilli.cli.terminal import EXIT_BAD_INPUT, add_command, in_one_line, note, plain_errors
 except KeyboardInterrupt:  # the program is still starting
     raise SystemExit(130) from None
@@ -25,6 +37,7 @@ COMMANDS: Mapping[str, Callable[..., None] | typer.Typer] = {
     "export": export.export,
     "inspect": inspect.inspect,
     "quantize": quantize.quantize,
+    "rank": rank.rank,
     "train": train.train,
     "data": data.app,
     "store": store.app,

@@ -60,6 +60,12 @@ class LanguageModel(Protocol):
         """Return the scores of every vocabulary entry."""
         ...
 
+    def token_logits(
+        self, hidden: Float[Tensor, "... D"], ids: Int[Tensor, " n"]
+    ) -> Float[Tensor, "... n"]:
+        """Return the scores of these vocabulary entries alone, the same numbers as of `logits`."""
+        ...
+
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
         """Return an empty cache for this model, in its dtype and on its device."""
         ...

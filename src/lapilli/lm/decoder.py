@@ -20,7 +20,7 @@ from lapilli.lm.fused_layer import FusedLayer, FusedLayers
 from lapilli.nn.attention import attend, causal_mask
 from lapilli.nn.kv_cache import Cache, KVCache, Segments
 from lapilli.nn.layers import GatedMLP, RMSNorm, Rotary
-from lapilli.nn.linear import kept_linear, project
+from lapilli.nn.linear import kept_linear, linear_rows, project
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 RotaryTable = tuple[Tensor, Tensor]
@@ -236,6 +236,17 @@ class Decoder(nn.Module):
             scores = kept_linear(hidden, self.model.embed_tokens.weight, None)
         else:
             scores = self.lm_head(hidden)
+        return self._capped(scores)
+
+    def token_logits(
+        self, hidden: Float[Tensor, "... D"], ids: Int[Tensor, " n"]
+    ) -> Float[Tensor, "... n"]:
+        """Return the scores of these vocabulary entries alone."""
+        if self.config.tie_embeddings:
+            return self._capped(kept_linear(hidden, self.model.embed_tokens.weight[ids], None))
+        return self._capped(linear_rows(hidden, self.lm_head, ids))
+
+    def _capped(self, scores: Tensor) -> Tensor:
         cap = self.config.logit_softcap
         return scores if cap is None else cap * torch.tanh(scores / cap)
 

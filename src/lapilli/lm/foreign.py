@@ -118,6 +118,12 @@ class ForeignLanguageModel(nn.Module):
         scores: Tensor = module.get_output_embeddings()(hidden)
         return scores
 
+    def token_logits(
+        self, hidden: Float[Tensor, "... D"], ids: Int[Tensor, " n"]
+    ) -> Float[Tensor, "... n"]:
+        """Return the scores of these vocabulary entries alone."""
+        return self.logits(hidden)[..., ids]
+
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
         """Return an empty cache in the dtype and on the device of the weights."""
         weight = next(self.inner.parameters())

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lapilli.config.model import MptConfig
 from lapilli.nn.attention import attend, causal_bias, causal_mask
 from lapilli.nn.kv_cache import Cache, KVCache, Segments
-from lapilli.nn.linear import kept_linear
+from lapilli.nn.linear import kept_linear, linear_rows
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 
@@ -176,6 +176,14 @@ class Mpt(nn.Module):
             return kept_linear(hidden, self.transformer.wte.weight, None)
         scores: Tensor = self.lm_head(hidden)
         return scores
+
+    def token_logits(
+        self, hidden: Float[Tensor, "... D"], ids: Int[Tensor, " n"]
+    ) -> Float[Tensor, "... n"]:
+        """Return the scores of these vocabulary entries alone."""
+        if self.config.tie_embeddings:
+            return kept_linear(hidden, self.transformer.wte.weight[ids], None)
+        return linear_rows(hidden, self.lm_head, ids)
 
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
         """Return an empty cache in the dtype and on the device of the weights."""

@@ -5,8 +5,8 @@
     StaticBatch   a decode pass over blocks, one new position per row, that a device can record
     Segments      packed sequences of a training pass, which keep nothing
 
-`Cache` names what may stand there; a pass over ragged rows is in nn/paged.py. Knows positions; must
-not know requests.
+`Cache` names what may stand there; a pass over ragged rows is in nn/paged.py, one over many short
+sequences after a prefix in nn/shared_prefix.py. Knows positions; must not know requests.
 """
 
 import functools
@@ -20,6 +20,7 @@ from lapilli.errors import GenerationError
 from lapilli.nn.attention import attend, causal_bias, causal_mask
 from lapilli.nn.linear import rounded
 from lapilli.nn.paged import BlockStore, PagedBatch, seen_from, single_mask
+from lapilli.nn.shared_prefix import SharedPrefix
 from lapilli.shapes import Bool, Float, Int, Tensor
 
 
@@ -65,6 +66,16 @@ class KVCache:
     def device(self) -> torch.device:
         """Return where the positions are."""
         return self._keys[0].device
+
+    def stacked(self) -> Float[Tensor, "2 L B K S A"]:
+        """Return a copy of the keys and of the values of every layer so far."""
+        held = [
+            torch.stack(
+                [buffer[:, :, :filled] for buffer, filled in zip(kind, self._lengths, strict=True)]
+            )
+            for kind in (self._keys, self._values)
+        ]
+        return torch.stack(held)
 
     @property
     def capacity(self) -> int:
@@ -338,5 +349,5 @@ def _attend_one(
     return attend(q, k, v, mask=mask, scale=scale, softcap=softcap)[:, :, :length]
 
 
-Cache = KVCache | PagedBatch | StaticBatch | Segments
+Cache = KVCache | PagedBatch | StaticBatch | Segments | SharedPrefix
 """The `cache` of a language model: rows of one length, or ragged rows over blocks."""

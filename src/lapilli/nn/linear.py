@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from lapilli.kernels.linear import PackedLinear, dense, is_dense_native, linears
-from lapilli.shapes import Float, Tensor
+from lapilli.shapes import Float, Int, Tensor
 
 
 def rounded(length: int) -> int:
@@ -181,6 +181,21 @@ class KeptLinear(nn.Linear):
     def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... out"]:
         """Return W x + b in the dtype of x; it has the gradient of x."""
         return kept_linear(x, self.weight, self.bias)
+
+
+def linear_rows(
+    x: Float[Tensor, "... K"], layer: nn.Module, rows: Int[Tensor, " n"]
+) -> Float[Tensor, "... n"]:
+    """Return some of a linear layer's outputs: of these rows of its weight.
+
+    Of plain floats no other row is read; of any other layer all outputs are computed.
+    """
+    is_plain = type(layer) in (nn.Linear, FloatLinear, KeptLinear) and "forward" not in vars(layer)
+    if not is_plain or not isinstance(layer, nn.Linear) or is_hooked(layer):
+        every: Tensor = layer(x)
+        return every[..., rows]
+    bias = None if layer.bias is None else layer.bias[rows]
+    return kept_linear(x, layer.weight[rows], bias)
 
 
 class KernelLayer(nn.Module, ABC):

@@ -208,6 +208,11 @@ class Chat:
         return self._loaded.config
 
     @property
+    def context_length(self) -> int:
+        """Most positions of prompt and answer."""
+        return self._backend.context_length
+
+    @property
     def report(self) -> LoadReport:
         """Report of loading: used, dropped, missing and unexpected tensors."""
         return self._loaded.report
@@ -354,6 +359,15 @@ class Chat:
         """Return the prompt that `answer` works with: ids, spans and prepared media."""
         return self._process(messages)
 
+    def prepare(self, part: MediaPart) -> Any:  # noqa: ANN401 - every modality has its own
+        """Return a medium as its modality takes it; features stay features.
+
+        Raises:
+            MediaError: it cannot be fetched or decoded, or features of another shape.
+            UnsupportedModelError: the model does not read this kind of medium.
+        """
+        return prepare(part, self.model, self.limits, alpha=self.alpha)
+
     def check_image(self, source: object) -> None:
         """Fetch and decode a picture, and throw it away.
 
@@ -361,7 +375,7 @@ class Chat:
             MediaError: it cannot be fetched or decoded.
             UnsupportedModelError: the model reads text only.
         """
-        self._prepare(MediaPart(source))
+        self.prepare(MediaPart(source))
 
     def out_of_distribution(self) -> str | None:
         """Return one line for people if a picture of the latest question is unlike the training's.
@@ -424,7 +438,7 @@ class Chat:
         check_conversation(messages)
         known = {} if talk is None else talk.media
         parts = [part for message in messages for part in message.media]
-        shown = {id(part): known.get(id(part)) or (part, self._prepare(part)) for part in parts}
+        shown = {id(part): known.get(id(part)) or (part, self.prepare(part)) for part in parts}
         items = [shown[id(part)][1] for part in parts]
         prompt = self._backend.process(messages, items, self.template, row=row)
         known.update(shown)
@@ -435,9 +449,6 @@ class Chat:
             return self._process(messages)
         except LapilliError as error:
             return error
-
-    def _prepare(self, part: MediaPart) -> Any:  # noqa: ANN401 - every modality has its own
-        return prepare(part, self.model, self.limits, alpha=self.alpha)
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         return messages if self.system is None else (Message.system(self.system), *messages)

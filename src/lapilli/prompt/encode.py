@@ -58,6 +58,7 @@ def encode(
     lengths: Sequence[int],
     *,
     image_id: int | None = None,
+    add_bos: bool = True,
 ) -> EncodedPrompt:
     """Encode rendered segments.
 
@@ -67,6 +68,7 @@ def encode(
         lengths: positions of every medium, in the order of the slots.
         image_id: the vocabulary's own image token, for checkpoints in the layout of Hugging Face:
             then the text is tokenized whole, with that token in the place of each medium.
+        add_bos: False where the segments go on after something else.
 
     Raises:
         MediaCountMismatchError: another number of lengths than of slots.
@@ -89,6 +91,8 @@ def encode(
         pieces = _encode_gaps(segments, tokenizer)
     else:
         pieces = _encode_whole(segments, tokenizer, image_id, len(slots))
+    if add_bos:
+        pieces[0] = _with_prefix(tokenizer, pieces[0])
     ids: list[int] = []
     mask: list[bool] = []
     spans: list[Span] = []
@@ -128,9 +132,7 @@ def _encode_gaps(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[Piec
             gaps.append([])
         else:
             gaps[-1].append(segment)
-    pieces = [_tokenize(gap, tokenizer) for gap in gaps]
-    pieces[0] = _with_prefix(tokenizer, pieces[0])
-    return pieces
+    return [_tokenize(gap, tokenizer) for gap in gaps]
 
 
 def _encode_whole(
@@ -140,7 +142,7 @@ def _encode_whole(
     token = tokenizer.id_to_token(image_id)
     texts = [TextSegment(token) if isinstance(s, MediaSlot) else s for s in segments]
     pieces: list[Piece] = [[]]
-    for index, counts in _with_prefix(tokenizer, _tokenize(texts, tokenizer, image_id)):
+    for index, counts in _tokenize(texts, tokenizer, image_id):
         if index == image_id:
             pieces.append([])
         else:

@@ -1,0 +1,197 @@
+"""Many short suffixes after one prefix, in as few passes as fit, read at their last position.
+
+    prefix    read once -> keys and values, kept by content and version of the weights
+    suffixes  -> chunks of at most `max_tokens` positions, by length within a chunk
+    a chunk   one flat row, `SharedPrefix` as its cache -> hidden states of the last positions
+              read(hidden [n, D]) -> values [n, L]: logits of labels, or those of a head
+
+Every value is that of the suffix alone, up to the rounding of floats. Several threads may score at
+the same time: the model is run by one of them at a time, chunk by chunk. Knows ids, vectors and
+positions; must not know queries, items or templates.
+
+Source: multi-item scoring and in-batch prefix caching, MixLM (arXiv 2512.07846).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from lapilli.errors import ConfigError, PromptError
+from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch, content_digest
+from lapilli.generate.reference import lock_of
+from lapilli.model import VisionLanguageModel
+from lapilli.nn.shared_prefix import SharedPrefix
+from lapilli.pipeline import ProcessedPrompt
+from lapilli.prompt.encode import EncodedPrompt, Span
+from lapilli.shapes import Float, Int, Tensor
+
+MAX_TOKENS = 2048
+PREFIX_BYTES = 256 << 20
+
+Read = Callable[[Float[Tensor, "n D"]], Float[Tensor, "n L"]]
+"""Values of hidden states behind the final norm."""
+
+
+def join(pieces: Sequence[ProcessedPrompt]) -> ProcessedPrompt:
+    """Return pieces of a prompt one after the other."""
+    ids: list[int] = []
+    spans: list[Span] = []
+    for piece in pieces:
+        start = len(ids)
+        ids += piece.encoded.input_ids
+        spans += [
+            Span(0, start + span.start, span.length, span.modality) for span in piece.encoded.spans
+        ]
+    media = tuple(item for piece in pieces for item in piece.media)
+    return ProcessedPrompt(EncodedPrompt(ids, [False] * len(ids), tuple(spans)), media)
+
+
+class SuffixScorer:
+    """Scores suffixes after a prefix.
+
+    A language model of another library is given every prompt alone and whole.
+
+    Args:
+        model: the model.
+        max_tokens: positions of suffixes in one pass; a longer suffix has a pass of its own.
+        prefix_bytes: most bytes of keys and values that are kept of prefixes; 0: of none beyond
+            the call that made them.
+
+    Raises:
+        ConfigError: limits that leave nothing.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        prefix_bytes: int = PREFIX_BYTES,
+    ) -> None:
+        if max_tokens < 1 or prefix_bytes < 0:
+            raise ConfigError(
+                "max_tokens must be at least 1 and prefix_bytes at least 0, got "
+                f"{max_tokens} and {prefix_bytes}"
+            )
+        self._model = model
+        self._max_tokens = max_tokens
+        self._watch = WeightWatch(model)
+        self.prefixes = FeatureCache(prefix_bytes)
+        """Keys and values of prefixes."""
+
+    def logits(
+        self,
+        prefix: ProcessedPrompt,
+        suffixes: Iterable[ProcessedPrompt],
+        ids: Sequence[int],
+    ) -> Iterator[Float[Tensor, " L"]]:
+        """Yield the logits of these tokens after every suffix, float32 on the CPU."""
+        wanted = torch.tensor(ids, device=self._model.device)
+        return self.values(prefix, suffixes, lambda hidden: self._token_logits(hidden, wanted))
+
+    def values(
+        self, prefix: ProcessedPrompt, suffixes: Iterable[ProcessedPrompt], read: Read
+    ) -> Iterator[Float[Tensor, " L"]]:
+        """Yield what `read` makes of the last hidden state of every suffix, in order.
+
+        The suffixes are taken from the iterable when there is room for them. What `read` returns
+        comes as float32 on the CPU.
+
+        Raises:
+            PromptError: a prefix or a suffix without positions.
+        """
+        if not len(prefix.encoded):
+            raise PromptError("the prefix has no positions: there is nothing to share")
+        run = self._pass if self._model.language_model.supports_varlen else self._alone
+        held = _Held(content_digest(prefix))
+        for chunk in self._chunks(suffixes):
+            yield from run(prefix, chunk, read, held)
+
+    def _token_logits(self, hidden: Tensor, ids: Int[Tensor, " L"]) -> Tensor:
+        return self._model.language_model.token_logits(hidden, ids)
+
+    def _chunks(self, suffixes: Iterable[ProcessedPrompt]) -> Iterator[list[ProcessedPrompt]]:
+        chunk: list[ProcessedPrompt] = []
+        tokens = 0
+        for suffix in suffixes:
+            length = len(suffix.encoded)
+            if not length:
+                raise PromptError("a suffix has no positions: nothing would be read after it")
+            if chunk and tokens + length > self._max_tokens:
+                yield chunk
+                chunk, tokens = [], 0
+            chunk.append(suffix)
+            tokens += length
+        if chunk:
+            yield chunk
+
+    @torch.inference_mode()
+    def _pass(
+        self,
+        prefix: ProcessedPrompt,
+        chunk: Sequence[ProcessedPrompt],
+        read: Read,
+        held: "_Held",
+    ) -> Float[Tensor, "n L"]:
+        """Return the values of suffixes that are read together."""
+        order = sorted(range(len(chunk)), key=lambda i: len(chunk[i].encoded))
+        packed = join([chunk[i] for i in order])
+        model = self._model
+        with lock_of(model.language_model).turn:
+            before = self._prefix(prefix, held)
+            shared = SharedPrefix(before, [len(chunk[i].encoded) for i in order])
+            row = model.embed_prompts([packed.encoded], [packed.media])
+            hidden = model.language_model.forward(
+                row.inputs_embeds, position_ids=shared.position_ids, cache=shared
+            )
+            found = read(hidden[0, shared.last]).float().cpu()
+        values = torch.empty_like(found)
+        values[order] = found
+        return values
+
+    def _prefix(self, prefix: ProcessedPrompt, held: "_Held") -> Float[Tensor, "2 L 1 K P A"]:
+        """Return keys and values of the prefix, of the weights of now; the model is locked."""
+        version = self._watch.version, self._watch.token  # asked for in this order
+        self._watch.release()
+        if held.layers is not None and held.version == version:
+            return held.layers
+        model, config = self._model, self._model.language_model.config
+        length = len(prefix.encoded)
+        shape = (2, config.num_layers, 1, config.num_kv_heads, length, config.head_dim)
+        kept = self.prefixes.get((held.digest, version))
+        if kept is None:
+            batch = model.embed_prompts([prefix.encoded], [prefix.media])
+            cache = model.language_model.new_cache(1, capacity=length)
+            model.language_model.forward(
+                batch.inputs_embeds, position_ids=batch.position_ids, cache=cache
+            )
+            kept = cache.stacked().view(-1, config.head_dim)
+            self.prefixes.put((held.digest, version), kept)
+        held.layers, held.version = kept.view(shape), version
+        return held.layers
+
+    @torch.inference_mode()
+    def _alone(
+        self,
+        prefix: ProcessedPrompt,
+        chunk: Sequence[ProcessedPrompt],
+        read: Read,
+        held: "_Held",
+    ) -> Float[Tensor, "n L"]:
+        """Return the same values from a pass over every whole prompt: the plain twin."""
+        found = []
+        for suffix in chunk:
+            whole = join([prefix, suffix])
+            with lock_of(self._model.language_model).turn:
+                hidden = self._model(self._model.embed_prompts([whole.encoded], [whole.media]))
+                found.append(read(hidden[:, -1]).float().cpu())
+        return torch.cat(found)
+
+
+class _Held:
+    """The prefix of one call, so that it stays through the call whatever else is kept."""
+
+    def __init__(self, digest: bytes) -> None:
+        self.digest = digest
+        self.version: tuple[int, object] | None = None
+        self.layers: Float[Tensor, "2 L 1 K P A"] | None = None
