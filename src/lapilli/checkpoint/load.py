@@ -33,7 +33,7 @@ from lapilli.checkpoint.tokenizer import load_tokenizer
 from lapilli.config.families import IGNORED
 from lapilli.config.huggingface import supported_types
 from lapilli.config.llava import parse_tokens
-from lapilli.config.model import ModelConfig
+from lapilli.config.model import ModalityConfig, ModelConfig
 from lapilli.config.reader import (
     MOST_LAYERS,
     MOST_POSITIONS,
@@ -47,6 +47,7 @@ from lapilli.config.reader import (
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.lm.foreign import load_foreign
 from lapilli.lora import inject, merge
+from lapilli.modality import build_modality
 from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template, TemplateChoice
 from lapilli.prompt.tokenizer import Tokenizer
@@ -224,6 +225,44 @@ def load_checkpoint(
     return replace(loaded, quantization=config, stored=matching.dtypes)
 
 
+def with_modalities(
+    loaded: Loaded,
+    modalities: Mapping[str, ModalityConfig],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Loaded:
+    """Return a checkpoint that declares more modalities, whose weights are fresh; same for a seed.
+
+    The model is changed in place. `dtype` is of their weights; None: float32.
+
+    Raises:
+        ConfigError: settings that do not fit, or a name that the model has already.
+        UnsupportedModelError: a kind that nobody registered.
+    """
+    model, width = loaded.model, loaded.config.text.hidden_size
+    for name, config in modalities.items():
+        if name in model.modalities:
+            raise ConfigError(f"the model has a modality {name!r} already: give another name")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = build_modality(name, config, hidden_size=width)
+        model.add_modality(name, module.to(model.device, dtype).eval())
+    attach_tokenizer(model, loaded.tokenizer)
+    declared = (*loaded.config.modalities, *modalities.items())
+    return replace(loaded, config=replace(loaded.config, modalities=declared))
+
+
+def attach_tokenizer(model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
+    """Give the language model's tokenizer to the modalities that read text.
+
+    Modules know no files; a tokenizer of a modality's own is not read yet.
+    """
+    for modality in model.modalities.values():
+        if hasattr(modality, "tokenizer"):
+            modality.tokenizer = tokenizer  # type: ignore[assignment]  # no module, whatever torch says
+
+
 def _asked(
     quantization: str | QuantConfig | None,
     stored: StoredQuantization | None,
@@ -321,6 +360,7 @@ def _num_floats(model: torch.nn.Module, quantizer: LayerQuantizer | None) -> int
 def _loaded(
     model: VisionLanguageModel, plan: Plan, report: LoadReport, template: str | Template | None
 ) -> Loaded:
+    attach_tokenizer(model, plan.tokenizer)
     return Loaded(
         model=model.eval(),
         tokenizer=plan.tokenizer,

@@ -19,7 +19,7 @@ import torch
 from lapilli.checkpoint.export import save_loaded
 from lapilli.checkpoint.formats.quantized import stored_quantization
 from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR
-from lapilli.checkpoint.load import DTYPES, STORED, Loaded, load_checkpoint
+from lapilli.checkpoint.load import DTYPES, STORED, Loaded, load_checkpoint, with_modalities
 from lapilli.checkpoint.read.assemble import build_model
 from lapilli.checkpoint.read.directory import preprocessor_of
 from lapilli.checkpoint.source import is_local, read_json, read_optional_json, resolve
@@ -36,6 +36,7 @@ from lapilli.checkpoint.write.llava import TowerPlace, save_llava, write_llava_c
 from lapilli.config.families import family_of
 from lapilli.config.huggingface import parse_config
 from lapilli.config.llava import is_hf_llava, is_original
+from lapilli.config.modalities import modality_config
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import parse_projector
 from lapilli.config.reader import JsonObject
@@ -177,6 +178,59 @@ def build_llava(
     return Built(
         path=out, config=config, template=name, reason=reason, notes=(*loaded.report.notes, *doubts)
     )
+
+
+def add_modalities(
+    source: str,
+    out: Path,
+    modalities: Mapping[str, object],
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> ModelConfig:
+    """Write a checkpoint with more modalities, whose weights are fresh; return what it is.
+
+    Args:
+        source: a LLaVA or a plain language model, a directory or a hub id.
+        out: the new directory.
+        modalities: by name, what `lapilli_modalities` of a config.json would say, or a
+            ModalityConfig.
+        seed: of the fresh weights.
+        overwrite: replace a directory that is there.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the disk is full.
+        ConfigError: a modality that cannot be followed, does not fit, or is declared already.
+        UnsupportedModelError: a kind that nobody registered.
+    """
+    if not modalities:
+        raise ConfigError("no modality is given: name one, such as user={'kind': 'vector', ...}")
+    declared = {name: modality_config(name, given) for name, given in modalities.items()}
+    check_target(out, overwrite=overwrite)
+    loaded = load_checkpoint(source, device="cpu", dtype=STORED)
+    taken = next((name for name in declared if name in loaded.model.modalities), None)
+    if taken is not None:
+        raise ConfigError(f"{source} has a modality {taken!r} already: give another name")
+    if loaded.quantization is not None and loaded.quantization.quantize_tower:
+        raise ConfigError(
+            f"{source} has packed modalities, and fresh ones are not packed: add them to the "
+            "checkpoint that it was made from"
+        )
+    common = common_dtypes(loaded.model.state_dict())[0]
+    added = with_modalities(loaded, declared, seed=seed, dtype=common)
+    save_loaded(
+        out,
+        added,
+        layout=layout_of(added.config),
+        quantization=added.quantization,
+        overwrite=overwrite,
+    )
+    return added.config
+
+
+def layout_of(config: ModelConfig) -> str:
+    """Return the layout that a checkpoint is saved in where nobody asks for another."""
+    return "huggingface" if config.layout.startswith("hf_") else "llava"
 
 
 def _check_base(raw: JsonObject, base: Path) -> None:

@@ -21,6 +21,7 @@ from lapilli.config.model import ModelConfig
 from lapilli.config.reader import KeyReport, in_file, shown
 from lapilli.errors import CheckpointError, MissingWeightsError, ShapeMismatchError
 from lapilli.lm import build_language_model
+from lapilli.modality import build_modality
 from lapilli.modality.image.image import ImageModality
 from lapilli.model import VisionLanguageModel
 
@@ -104,12 +105,15 @@ def build_model(config: ModelConfig) -> VisionLanguageModel:
     """Build the model of a configuration on the meta device."""
     with in_file(), torch.device("meta"), WithoutInitialisation():
         language_model = build_language_model(config.text)
-        if config.image is None or config.vision is None or config.projector is None:
-            return VisionLanguageModel(language_model, {})
-        image = ImageModality(
-            config.image, config.vision, config.projector, has_newline=config.has_newline
-        )
-        return VisionLanguageModel(language_model, {"image": image})
+        modalities: dict[str, Any] = {}
+        if config.image is not None and config.vision is not None and config.projector is not None:
+            modalities["image"] = ImageModality(
+                config.image, config.vision, config.projector, has_newline=config.has_newline
+            )
+        for name, declared in config.modalities:
+            width = config.text.hidden_size
+            modalities[name] = build_modality(name, declared, hidden_size=width)
+        return VisionLanguageModel(language_model, modalities)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TEXT, KeyMap, original_keymap
+from lapilli.checkpoint.keymaps import (
+    NEWLINE,
+    PROJECTOR,
+    TEXT,
+    KeyMap,
+    is_declared,
+    original_keymap,
+)
 from lapilli.checkpoint.read.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WRAPPER
 from lapilli.checkpoint.read.plan import NON_LORA_FILES
 from lapilli.checkpoint.template import WrittenTemplate, written_template
@@ -137,7 +144,8 @@ def _split(
     beside = {
         name: tensor
         for name, tensor in state.items()
-        if (name.startswith((PROJECTOR, NEWLINE)) or name in trained) and ".lora_" not in name
+        if ".lora_" not in name
+        and (name.startswith((PROJECTOR, NEWLINE)) or is_declared(name) or name in trained)
     }
     others = {WRAPPER + name: tensor for name, tensor in keymap.rename(beside).items()}
     return halves, others

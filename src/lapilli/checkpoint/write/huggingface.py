@@ -47,6 +47,7 @@ from lapilli.checkpoint.write.llava import (
 from lapilli.config.families import family_of, find_family
 from lapilli.config.families.decoder import ACTIVATION_NAMES
 from lapilli.config.llava import CAP_KEY, RECORD_KEY
+from lapilli.config.modalities import write_modalities
 from lapilli.config.model import (
     DecoderConfig,
     ImageConfig,
@@ -248,6 +249,7 @@ def write_hf_config(
     written |= mode_of(image).hf_keys(image)
     if isinstance(config.text, DecoderConfig) and config.text.logit_softcap is not None:
         written[CAP_KEY] = config.text.logit_softcap  # transformers' LLaVA classes cap no logits
+    written |= write_modalities(config.modalities)
     if template is not None:
         written[RECORD_KEY] = template
     return written

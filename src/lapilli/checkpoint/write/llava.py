@@ -12,7 +12,14 @@ from typing import Literal
 import torch
 
 from lapilli.checkpoint.formats.quantized import KEY, check_quantization, written_quantization
-from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER, VISION_TOWER, original_keymap
+from lapilli.checkpoint.keymaps import (
+    NEWLINE,
+    PROJECTOR,
+    TOWER,
+    VISION_TOWER,
+    is_declared,
+    original_keymap,
+)
 from lapilli.checkpoint.template import written_template
 from lapilli.checkpoint.tokenizer import special_ids, write_beside
 from lapilli.checkpoint.write.files import (
@@ -30,6 +37,7 @@ from lapilli.checkpoint.write.files import (
 from lapilli.config.families import find_family, text_types
 from lapilli.config.families.decoder import ACTIVATION_NAMES
 from lapilli.config.llava import IMAGE_KEY, RECORD_KEY, ROUNDS_KEY
+from lapilli.config.modalities import write_modalities
 from lapilli.config.model import (
     ImageConfig,
     ModelConfig,
@@ -143,6 +151,8 @@ def save_projector(
 ) -> None:
     """Save a projector-only checkpoint, config.json and mm_projector.bin, as the original does.
 
+    Declared modalities are among its tensors, with their encoders.
+
     The arguments are those of `save_llava`; `base`, the language model, is written as
     `_name_or_path`.
 
@@ -156,7 +166,9 @@ def save_projector(
     config = as_original(config)
     whole = model.state_dict() if state is None else state
     projector = {
-        name: tensor for name, tensor in whole.items() if name.startswith((PROJECTOR, NEWLINE))
+        name: tensor
+        for name, tensor in whole.items()
+        if name.startswith((PROJECTOR, NEWLINE)) or is_declared(name)
     }
     named = {} if base is None else {"_name_or_path": base}
     with new_directory(path, overwrite=overwrite) as folder:
@@ -267,6 +279,7 @@ def write_llava_config(
         written |= _vision(config, config.vision, vision_source)
         written["mm_projector_type"] = projector_name(config.projector)
         written |= _image(config.image)
+    written |= write_modalities(config.modalities)
     if template is not None:
         written[RECORD_KEY] = template
     if config.tokens.image_id is not None:
