@@ -218,19 +218,14 @@ def add_modalities(
         )
     common = common_dtypes(loaded.model.state_dict())[0]
     added = with_modalities(loaded, declared, seed=seed, dtype=common)
-    save_loaded(
-        out,
-        added,
-        layout=layout_of(added.config),
-        quantization=added.quantization,
-        overwrite=overwrite,
-    )
+    layout = "llava" if added.quantization else layout_of(added.config)
+    save_loaded(out, added, layout=layout, quantization=added.quantization, overwrite=overwrite)
     return added.config
 
 
 def layout_of(config: ModelConfig) -> str:
     """Return the layout that a checkpoint is saved in where nobody asks for another."""
-    return "huggingface" if config.layout.startswith("hf_") else "llava"
+    return "llava" if config.layout == "llava" else "huggingface"
 
 
 def _check_base(raw: JsonObject, base: Path) -> None:
