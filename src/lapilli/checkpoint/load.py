@@ -4,7 +4,7 @@ Checkpoints are read only, and weights are memory-mapped where they need no conv
 dtype are chosen here, by name or as suits this machine.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -121,7 +121,7 @@ def load_checkpoint(
     progress: Progress | None = None,
     quantization: str | QuantConfig | None = None,
     quantize_tower: bool = False,
-    float32_parameters: tuple[str, ...] = (),
+    float32_parameters: Callable[[str], bool] | None = None,
 ) -> Loaded:
     """Load a model, its tokenizer and a report from any LLaVA checkpoint as it was published.
 
@@ -142,8 +142,8 @@ def load_checkpoint(
             read, so that memory holds the packed model and one layer more; None: as the files are.
             Layers that AWQ and GPTQ files hold packed stay as they are; "int4" packs the rest.
         quantize_tower: pack the vision tower and the projector too, in 8 bits.
-        float32_parameters: prefixes of the names of parameters that are float32 whatever `dtype`
-            says, to be trained. An adapter kept beside the weights is float32 too.
+        float32_parameters: tells the names of parameters that are float32 whatever `dtype` says,
+            to be trained; None: none. An adapter kept beside the weights is float32 too.
 
     Raises:
         CheckpointError: files are missing, damaged, unsafe, or do not belong together.

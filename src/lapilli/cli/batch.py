@@ -1,6 +1,7 @@
 """`lapilli batch IN.jsonl OUT.jsonl`: many questions, a line each; may be stopped and run again.
 
     in    {"question": "...", "images": ["a.png"], "id": 7}      paths beside the file, any id
+          {"question": "...", "user": ...}           what the checkpoint declares, by its name
     out   {"line": 1, "id": 7, "asked": "...", "answer": "...", ...} or {..., "error": "..."}
 
     bytes -> Line (numbered from 1) -> Question: messages, or what is wrong -> Result -> AnswerFile
@@ -84,17 +85,18 @@ class Line:
         """Digest that the output keeps of the line, to see whether it was changed."""
         return blake2b(self.content, digest_size=8).hexdigest()
 
-    def question(self, folder: Path) -> Question:
+    def question(self, folder: Path, modalities: Sequence[str] = ()) -> Question:
         """Return what the line asks.
 
-        Relative paths of pictures begin in `folder`.
+        Relative paths of pictures begin in `folder`; `modalities` are the names that the checkpoint
+        declares, whose keys are read.
         """
         head: dict[str, Any] = {"line": self.number}
         try:
             row = _object(self.content)
             if "id" in row:
                 head["id"] = _id(row["id"])
-            messages = _messages(row, folder)
+            messages = _messages(row, folder, modalities)
         except PromptError as error:
             return Question(head | {"asked": self.digest, "error": str(error)}, ())
         except Exception as error:  # noqa: BLE001 - a line holds anything, and has to have a result
@@ -185,7 +187,9 @@ def _id(value: object) -> object:
     return value
 
 
-def _messages(row: dict[str, Any], folder: Path) -> "tuple[Message, ...]":
+def _messages(
+    row: dict[str, Any], folder: Path, modalities: Sequence[str]
+) -> "tuple[Message, ...]":
     from lapilli.prompt.message import Message
 
     question, system = row.get("question"), row.get("system")
@@ -197,7 +201,8 @@ def _messages(row: dict[str, Any], folder: Path) -> "tuple[Message, ...]":
         raise PromptError(f'"system" must be a text, found {_kind(system)}')
     messages = [] if system is None else [Message.system(system)]
     pictures = (_place(each, folder) for each in _pictures(row))
-    return (*messages, Message.user(question, *pictures))
+    media = {name: row[name] for name in modalities if row.get(name) is not None}
+    return (*messages, Message.user(question, *pictures, **media))
 
 
 def _pictures(row: dict[str, Any]) -> list[str]:
@@ -462,7 +467,8 @@ def answer_lines(
     stays with the line that it belongs to, and the rest goes on together.
     """
     params = SamplingParams.from_options(**sampling)
-    questions = [line.question(folder) for line in lines]
+    names = [name for name in session.model.modalities if name != "image"]
+    questions = [line.question(folder, names) for line in lines]
     yield from (question.head for question in questions if not question.messages)
     waiting = [question for question in questions if question.messages]
     while waiting:

@@ -24,8 +24,9 @@ class Modality(Protocol):
     What `prepare` returns is the modality's own; it only travels from there to `num_tokens` and
     `embed`. A dataclass of tensors and numbers is found again in caches by its content.
 
-    A module may have an `encoder`, which rests in training unless `model.tune_encoder` names it,
-    and a `tokenizer`, which is then given the language model's.
+    A module may have an `encoder`, which rests in training unless `model.tune_encoder` names it, a
+    `tokenizer`, which is then given the language model's, and `blank()`, a prepared item of zeros
+    for processes that train together and have none in their batch.
     """
 
     @property

@@ -68,6 +68,10 @@ class VectorModality(nn.Module):
         """Return `tokens` positions per vector, or one per query of a resampler."""
         return self.config.num_queries or len(prepared.values) * self.tokens
 
+    def blank(self) -> PreparedVectors:
+        """Return an item of zeros, for processes that train without one."""
+        return PreparedVectors(torch.zeros(1, self.config.vision_size))
+
     def output_layers(self) -> list[nn.Linear]:
         """Return the linear layers whose outputs, or means of them, are the features.
 

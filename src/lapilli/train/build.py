@@ -107,6 +107,7 @@ def build_llava(
     tower: str | None = None,
     force: bool = False,
     overwrite: bool = False,
+    modalities: Mapping[str, object] | None = None,
 ) -> Built:
     """Build a LLaVA in the original layout that can be loaded, asked and trained.
 
@@ -123,6 +124,7 @@ def build_llava(
         tower: see `save_llava`; None: named by a hub id, else copied beside.
         force: take a template that contradicts the language model's own.
         overwrite: replace a directory that is there.
+        modalities: more of them, see `add_modalities`.
 
     Raises:
         CheckpointError: files are missing or damaged, or the disk is full.
@@ -161,6 +163,7 @@ def build_llava(
         write_pickled(staged / "mm_projector.bin", _fresh(config, joint.seed))
         loaded = load_checkpoint(staged, base=str(base), device="cpu", dtype=STORED, template=name)
     _round_fresh(loaded)
+    loaded = _with_declared(loaded, modalities or {}, joint.seed)
     is_hub = not is_local(vision)
     source = vision.partition("@")[0] if is_hub else str(eyes)
     config = replace(loaded.config, vision_source=source)
@@ -205,22 +208,24 @@ def add_modalities(
     """
     if not modalities:
         raise ConfigError("no modality is given: name one, such as user={'kind': 'vector', ...}")
-    declared = {name: modality_config(name, given) for name, given in modalities.items()}
     check_target(out, overwrite=overwrite)
     loaded = load_checkpoint(source, device="cpu", dtype=STORED)
-    taken = next((name for name in declared if name in loaded.model.modalities), None)
-    if taken is not None:
-        raise ConfigError(f"{source} has a modality {taken!r} already: give another name")
     if loaded.quantization is not None and loaded.quantization.quantize_tower:
         raise ConfigError(
             f"{source} has packed modalities, and fresh ones are not packed: add them to the "
             "checkpoint that it was made from"
         )
-    common = common_dtypes(loaded.model.state_dict())[0]
-    added = with_modalities(loaded, declared, seed=seed, dtype=common)
+    added = _with_declared(loaded, modalities, seed)
     layout = "llava" if added.quantization else layout_of(added.config)
     save_loaded(out, added, layout=layout, quantization=added.quantization, overwrite=overwrite)
     return added.config
+
+
+def _with_declared(loaded: Loaded, modalities: Mapping[str, object], seed: int) -> Loaded:
+    """Return the checkpoint with fresh modalities, in the number format of most numbers beside."""
+    declared = {name: modality_config(name, given) for name, given in modalities.items()}
+    common = common_dtypes(loaded.model.state_dict())[0]
+    return with_modalities(loaded, declared, seed=seed, dtype=common)
 
 
 def layout_of(config: ModelConfig) -> str:

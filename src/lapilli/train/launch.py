@@ -37,7 +37,7 @@ from lapilli.train.data import (
     order_of,
 )
 from lapilli.train.data.dataset import fingerprint_of
-from lapilli.train.data.encoder import EncodesSamples
+from lapilli.train.data.encoder import EncodesSamples, declared_names
 from lapilli.train.data.sampler import Order
 from lapilli.train.distill import (
     DistilledModel,
@@ -167,6 +167,8 @@ def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
     check_idle_keys(recipe)
     kept, held = _datasets(recipe)
     loaded = load_start(recipe)
+    names = declared_names(loaded.model)
+    kept, held = kept.declaring(names), None if held is None else held.declaring(names)
     if recipe.data.pack:
         check_packing(loaded, recipe.data.max_length)
     teacher = load_teacher(recipe, loaded)

@@ -269,13 +269,13 @@ def fill(
     check_finite: bool = True,
     progress: Progress | None = None,
     quantizer: LayerQuantizer | None = None,
-    float32_parameters: tuple[str, ...] = (),
+    float32_parameters: Callable[[str], bool] | None = None,
 ) -> None:
     """Assign every tensor to its parameter; with dtype=None each keeps the dtype of its file.
 
     A tensor that has the dtype already stays a view of its file; others are converted one at a
     time. Vocabulary tables get the number of rows that the model has. Layers of `quantizer` are
-    rounded as they are read. Names with a prefix among `float32_parameters` are float32.
+    rounded as they are read. Names that `float32_parameters` takes are float32.
 
     Raises:
         ShapeMismatchError: a tensor has another shape than the configuration says.
@@ -288,7 +288,7 @@ def fill(
         sources = matching.sources[name]
         tensors = []
         read_as = dtype if quantizer is None else quantizer.dtype_of(name, dtype)
-        if name.startswith(float32_parameters):
+        if float32_parameters is not None and float32_parameters(name):
             read_as = torch.float32
         kept = quantizer is None or not quantizer.takes(name)
         for part, foreign in sources:

@@ -16,7 +16,6 @@ from torch.nn import functional as F  # noqa: N812  torch's own habit
 
 from lapilli.errors import UnsupportedModelError
 from lapilli.modality.image.image import ImageModality
-from lapilli.modality.vector import VectorModality
 from lapilli.model import VisionLanguageModel, fuse
 from lapilli.nn.kv_cache import Segments, uncompiled_segments
 from lapilli.nn.linear import rounded
@@ -108,12 +107,13 @@ class TrainedModel(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TrainedModel":
-        """Set the mode of what is trained; a frozen tower stays in evaluation mode."""
+        """Set the mode of what is trained; frozen encoders stay in evaluation mode."""
         super().train(mode)
         for modality in self.vlm.modalities.values():
-            tower = getattr(modality, "vision_tower", None)
-            if tower is not None and not _learns(tower):
-                tower.eval()
+            for name in ("vision_tower", "encoder"):
+                part = getattr(modality, name, None)
+                if isinstance(part, nn.Module) and not _learns(part):
+                    part.eval()
         return self
 
     def forward(self, batch: TrainingBatch) -> Loss:
@@ -241,25 +241,32 @@ class TrainedModel(nn.Module):
             newline = getattr(modality, "image_newline", None)
             if newline is not None and newline.requires_grad:
                 total = total + newline.sum() * 0.0
-            if name in reached or not isinstance(modality, ImageModality | VectorModality):
+            if name in reached:
                 continue
             if _learns(modality) or self._is_sharded:
                 total = total + self._of_nothing(modality).float().sum() * 0.0
         return total
 
-    def _of_nothing(self, modality: ImageModality | VectorModality) -> Tensor:
-        """Return what the projector, and a tower that learns or is sharded, make of zeros."""
+    def _of_nothing(self, modality: nn.Module) -> Tensor:
+        """Return what a modality makes of nothing: its `blank` item, else of its parameters.
+
+        Of pictures it is what the projector, and a tower that learns or is sharded, make of zeros.
+        """
         device = self.vlm.device
-        if isinstance(modality, VectorModality):
-            seen = torch.zeros(1, modality.config.vision_size, device=device)
-        else:
-            vision, tower = modality.vision, modality.vision_tower
-            seen = torch.zeros(1, vision.num_patches, vision.hidden_size, device=device)
-            if _learns(tower) or self._is_sharded:
-                side = vision.image_size
-                pixels = torch.zeros(1, vision.num_channels, side, side, device=device)
-                with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(tower)):
-                    seen = tower(pixels)
+        if not isinstance(modality, ImageModality):
+            blank = getattr(modality, "blank", None)
+            if blank is None:
+                sums = [p.float().sum() for p in modality.parameters() if p.requires_grad]
+                return torch.stack(sums) if sums else torch.zeros(1, device=device)
+            found: Tensor = modality.embed([blank()])[0]  # type: ignore[operator]  # every modality embeds
+            return found
+        vision, tower = modality.vision, modality.vision_tower
+        seen = torch.zeros(1, vision.num_patches, vision.hidden_size, device=device)
+        if _learns(tower) or self._is_sharded:
+            side = vision.image_size
+            pixels = torch.zeros(1, vision.num_channels, side, side, device=device)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(tower)):
+                seen = tower(pixels)
         weight = next(modality.projector.parameters(), None)
         projected: Tensor = modality.projector(seen if weight is None else seen.to(weight.dtype))
         return projected
