@@ -30,10 +30,11 @@ from lapilli.checkpoint.read.plan import Plan, make_plan
 from lapilli.checkpoint.source import in_folder, read_optional_json, resolve
 from lapilli.checkpoint.template import choose_for
 from lapilli.checkpoint.tokenizer import load_tokenizer
-from lapilli.config.families import IGNORED
+from lapilli.config.families import IGNORED, family_of
 from lapilli.config.huggingface import supported_types
 from lapilli.config.llava import parse_tokens
-from lapilli.config.model import ModalityConfig, ModelConfig
+from lapilli.config.modalities import modality_config
+from lapilli.config.model import ModelConfig
 from lapilli.config.reader import (
     MOST_LAYERS,
     MOST_POSITIONS,
@@ -227,30 +228,64 @@ def load_checkpoint(
 
 def with_modalities(
     loaded: Loaded,
-    modalities: Mapping[str, ModalityConfig],
+    modalities: Mapping[str, object],
     *,
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Loaded:
     """Return a checkpoint that declares more modalities, whose weights are fresh; same for a seed.
 
-    The model is changed in place. `dtype` is of their weights; None: float32.
+    Args:
+        loaded: the checkpoint, whose model is changed in place.
+        modalities: by name a ModalityConfig, or settings as in a config.json; those of a kind with
+            an encoder of its own may say `from`: the language model whose weights that begins with.
+        seed: of what is drawn.
+        dtype: of the weights; None: float32.
 
     Raises:
         ConfigError: settings that do not fit, or a name that the model has already.
         UnsupportedModelError: a kind that nobody registered.
     """
     model, width = loaded.model, loaded.config.text.hidden_size
-    for name, config in modalities.items():
+    configs = list(loaded.config.modalities)
+    for name, given in modalities.items():
         if name in model.modalities:
             raise ConfigError(f"the model has a modality {name!r} already: give another name")
+        settings, encoder = _with_encoder(name, given, loaded)
+        configs.append((name, modality_config(name, settings)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module = build_modality(name, config, hidden_size=width)
+            module = build_modality(name, configs[-1][1], hidden_size=width)
+        if encoder is not None:
+            module.get_submodule("encoder").load_state_dict(encoder)
         model.add_modality(name, module.to(model.device, dtype).eval())
     attach_tokenizer(model, loaded.tokenizer)
-    declared = (*loaded.config.modalities, *modalities.items())
-    return replace(loaded, config=replace(loaded.config, modalities=declared))
+    return replace(loaded, config=replace(loaded.config, modalities=tuple(configs)))
+
+
+def _with_encoder(
+    name: str, given: object, loaded: Loaded
+) -> tuple[object, dict[str, torch.Tensor] | None]:
+    """Return settings without `from`, and the weights of the language model that it names.
+
+    Raises:
+        ConfigError: it has another tokenizer than the model that the modality is added to.
+    """
+    if not isinstance(given, Mapping) or given.get("from") is None:
+        return given, None
+    source = str(given["from"])
+    other = load_checkpoint(source, device="cpu", dtype=STORED)
+    text, sample = other.config.text, "A text, of 3 words: naïve café."
+    if other.tokenizer.encode(sample) != loaded.tokenizer.encode(sample):
+        raise ConfigError(
+            f"modality {name!r}: {source} has another tokenizer than {loaded.path}, and one "
+            "tokenizer is shared: take an encoder of the same vocabulary"
+        )
+    config = {"model_type": text.family, **family_of(text).write(text)}
+    state = other.model.language_model.state_dict()  # type: ignore[attr-defined]  # a module that follows the protocol
+    weights = {key: tensor for key, tensor in state.items() if not key.startswith("lm_head.")}
+    rest = {key: value for key, value in given.items() if key != "from"}
+    return {**rest, "text_config": config}, weights
 
 
 def attach_tokenizer(model: VisionLanguageModel, tokenizer: Tokenizer) -> None:

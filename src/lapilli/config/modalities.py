@@ -468,8 +468,12 @@ def write_modalities(modalities: Modalities) -> dict[str, object]:
     """Return the key of config.json that declares them; nothing where there are none."""
     if not modalities:
         return {}
-    written = {name: {"kind": config.kind, **_plain(config)} for name, config in modalities}
-    return {KEY: written}
+    return {KEY: {name: settings_of(config) for name, config in modalities}}
+
+
+def settings_of(config: ModalityConfig) -> dict[str, object]:
+    """Return the settings of a modality as they stand in a config.json."""
+    return {"kind": config.kind, **_plain(config)}
 
 
 def _plain(record: Any) -> dict[str, object]:  # noqa: ANN401  a dataclass

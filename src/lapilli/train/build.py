@@ -36,7 +36,6 @@ from lapilli.checkpoint.write.llava import TowerPlace, save_llava, write_llava_c
 from lapilli.config.families import family_of
 from lapilli.config.huggingface import parse_config
 from lapilli.config.llava import is_hf_llava, is_original
-from lapilli.config.modalities import modality_config
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import parse_projector
 from lapilli.config.reader import JsonObject
@@ -197,7 +196,7 @@ def add_modalities(
         source: a LLaVA or a plain language model, a directory or a hub id.
         out: the new directory.
         modalities: by name, what `lapilli_modalities` of a config.json would say, or a
-            ModalityConfig.
+            ModalityConfig; `from` names a language model that an encoder of texts begins as.
         seed: of the fresh weights.
         overwrite: replace a directory that is there.
 
@@ -223,9 +222,8 @@ def add_modalities(
 
 def _with_declared(loaded: Loaded, modalities: Mapping[str, object], seed: int) -> Loaded:
     """Return the checkpoint with fresh modalities, in the number format of most numbers beside."""
-    declared = {name: modality_config(name, given) for name, given in modalities.items()}
     common = common_dtypes(loaded.model.state_dict())[0]
-    return with_modalities(loaded, declared, seed=seed, dtype=common)
+    return with_modalities(loaded, modalities, seed=seed, dtype=common)
 
 
 def layout_of(config: ModelConfig) -> str:

@@ -26,8 +26,7 @@ from lapilli.checkpoint.load import Loaded, load_checkpoint, with_modalities
 from lapilli.checkpoint.read.plan import PROJECTOR_FILES
 from lapilli.checkpoint.source import RESULTS
 from lapilli.checkpoint.template import find_chat_template
-from lapilli.config.modalities import modality_config
-from lapilli.config.model import ModalityConfig
+from lapilli.config.modalities import modality_config, settings_of
 from lapilli.config.reader import given_path
 from lapilli.errors import ConfigError, MissingFileError, MissingWeightsError, ShapeMismatchError
 from lapilli.lm.decoder import Decoder
@@ -93,26 +92,25 @@ def _is_float32(model: ModelRecipe, name: str) -> bool:
     return name.startswith((PROJECTOR, NEWLINE)) or (model.tune_tower and name.startswith(TOWER))
 
 
-def _fresh_modalities(recipe: Recipe, loaded: Loaded) -> dict[str, ModalityConfig]:
+def _fresh_modalities(recipe: Recipe, loaded: Loaded) -> dict[str, object]:
     """Return the recipe's modalities that the checkpoint does not have.
 
     Raises:
         ConfigError: it has one of them with other settings.
     """
-    has, fresh = dict(loaded.config.modalities), {}
-    for name, settings in recipe.model.modalities.items():
-        try:
-            config = modality_config(name, settings)
-        except ConfigError as error:
-            raise ConfigError(f"recipe key model.modalities: {error}") from error
-        if name not in has:
-            fresh[name] = config
-        elif has[name] != config:
+    has = dict(loaded.config.modalities)
+    wanted = recipe.model.modalities
+    for name in wanted.keys() & has.keys():
+        settings = wanted[name]
+        if isinstance(settings, dict):  # what it leaves out is as the checkpoint has it
+            given = {key: value for key, value in settings.items() if key != "from"}
+            settings = {**settings_of(has[name]), **given}
+        if modality_config(name, settings) != has[name]:
             raise ConfigError(
-                f"recipe key model.modalities.{name} says {config}, and the checkpoint has "
-                f"{has[name]}: leave the key out, or give another name"
+                f"recipe key model.modalities.{name} says {wanted[name]}, and the checkpoint "
+                f"has {has[name]}: leave the key out, or give another name"
             )
-    return fresh
+    return {name: settings for name, settings in wanted.items() if name not in has}
 
 
 def load_projector(model: VisionLanguageModel, folder: Path) -> None:
