@@ -277,7 +277,7 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-def register_kind(config: type[ModalityConfig], build: Build) -> None:
+def register_kind(config: type, build: Build) -> None:
     """Add a kind of modality to the table, or replace one of yours.
 
     From then on checkpoints and recipes may name it; a program that loads one calls this first,
