@@ -37,6 +37,7 @@ from lapilli.checkpoint.write.files import (
 )
 from lapilli.checkpoint.write.llava import (
     as_original,
+    check_declared,
     config_of_part,
 )
 from lapilli.config.model import ModelConfig
@@ -99,6 +100,7 @@ def save_adapter(
     config = as_original(config) if is_original else config
     keymap = original_keymap(config.text) if is_original else HF_MODULES
     state = model.state_dict() if state is None else state
+    check_declared(state, config)
     halves, others = _split(model, state, keymap, trained)
     settings = _adapter_config(model, base, keymap)
     with new_directory(path, overwrite=overwrite) as folder:

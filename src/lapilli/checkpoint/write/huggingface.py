@@ -44,6 +44,7 @@ from lapilli.checkpoint.write.files import (
 )
 from lapilli.checkpoint.write.llava import (
     HALF,
+    check_declared,
     write_preprocessor_config,
     write_tower_config,
 )
@@ -102,6 +103,7 @@ def save_hf(
         raise ConfigError("the model is quantized: save it from one that is not")
     written = written_template(template, config, tokenizer_path)
     whole = merged_state(model) if state is None else state
+    check_declared(whole, config)
     if config.vision is None:
         with new_directory(path, overwrite=overwrite) as folder:
             write_weights(folder, whole, LANGUAGE_MODEL, dtype=dtype, shard_bytes=shard_bytes)

@@ -4,7 +4,7 @@ config.json  model.safetensors or shards with index  tokenizer files  generation
 vision_tower/{config.json, preprocessor_config.json, model.safetensors}   with tower="beside"
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -116,6 +116,7 @@ def save_llava(
     elif (quantization or section) and place == "inside":
         place = "beside"  # stored once: inside, the original wants it beside as well
     state = model.state_dict() if state is None else state
+    check_declared(state, config)
     tower_state = {name: state[name] for name in state if name.startswith(TOWER)}
     inner = {n: t for n, t in state.items() if place == "inside" or n not in tower_state}
     with new_directory(path, overwrite=overwrite) as folder:
@@ -165,6 +166,7 @@ def save_projector(
     written = written_template(template, config, tokenizer_path)
     config = as_original(config)
     whole = model.state_dict() if state is None else state
+    check_declared(whole, config)
     projector = {
         name: tensor
         for name, tensor in whole.items()
@@ -201,6 +203,21 @@ def config_of_part(
         torch_dtype=config.torch_dtype or dtype_name(next(iter(model.parameters())).dtype),
         template=template,
     )
+
+
+def check_declared(names: Iterable[str], config: ModelConfig) -> None:
+    """Check that the configuration declares every modality that has parameters.
+
+    Raises:
+        ConfigError: one was only put into the model; nobody could load its tensors.
+    """
+    owners = {name.split(".", 2)[1] for name in names if is_declared(name)}
+    lost = sorted(owners - {name for name, _ in config.modalities})
+    if lost:
+        raise ConfigError(
+            f"the configuration does not declare the modality {lost[0]!r} that the model has: make "
+            "it with lapilli.train.build.add_modalities, or add it to ModelConfig.modalities"
+        )
 
 
 def is_lasting(source: str | None) -> bool:
