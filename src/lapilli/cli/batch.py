@@ -429,7 +429,9 @@ def batch(
         if waiting and not how.quiet:
             _warn_of_placeholders(waiting, folder)
         if waiting:
-            results = answer_lines(how.load(max_rows=rows), waiting, folder, how.sampling)
+            session = how.load(max_rows=rows)
+            names = [name for name, _ in session.config.modalities]
+            results = answer_lines(session, waiting, folder, how.sampling, names)
             errors = write_results(results, answers, total=len(waiting), quiet=how.quiet)
             if errors and not how.quiet:
                 note(f"{errors} of {len(waiting)} lines have an error, see {target}")
@@ -458,17 +460,22 @@ def _warn_of_placeholders(lines: Sequence[Line], folder: Path) -> None:
 
 
 def answer_lines(
-    session: "Chat", lines: Sequence[Line], folder: Path, sampling: Sampling
+    session: "Chat",
+    lines: Sequence[Line],
+    folder: Path,
+    sampling: Sampling,
+    modalities: Sequence[str] = (),
 ) -> Iterator[Result]:
     """Yield a result for every line, in the order in which they are finished.
+
+    `modalities` are the names that the checkpoint declares.
 
     Questions are answered together. Where that ends in an error of all (a fault in the model's
     arithmetic, or in ours), those that were on their way are asked one by one, so that the error
     stays with the line that it belongs to, and the rest goes on together.
     """
     params = SamplingParams.from_options(**sampling)
-    names = [name for name in session.model.modalities if name != "image"]
-    questions = [line.question(folder, names) for line in lines]
+    questions = [line.question(folder, modalities) for line in lines]
     yield from (question.head for question in questions if not question.messages)
     waiting = [question for question in questions if question.messages]
     while waiting:

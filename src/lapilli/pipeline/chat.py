@@ -447,7 +447,7 @@ class Chat:
         self, options: Mapping[str, object]
     ) -> tuple[dict[str, object], dict[str, object]]:
         """Return the media among keyword options, and the rest, which sampling knows or refuses."""
-        names = [name for name in self.model.modalities if name != "image"]
+        names = set(self.model.modalities) - {"image"}
         media = {name: value for name, value in options.items() if name in names}
         return media, {name: value for name, value in options.items() if name not in names}
 
