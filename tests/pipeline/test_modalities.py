@@ -219,13 +219,9 @@ def test_one_clear_error(plain, media, error, match):
 
 
 def test_a_modality_that_the_model_does_not_have(plain):
-    with pytest.raises(
-        UnsupportedModelError, match="cannot take the medium sound, it reads"
-    ):
+    with pytest.raises(UnsupportedModelError, match="cannot take the medium sound, it reads"):
         plain.answer([Message.user("What?", sound=[1.0])], FEW)
-    with pytest.raises(
-        UnsupportedModelError, match="cannot take an image, it reads user, item"
-    ):
+    with pytest.raises(UnsupportedModelError, match="cannot take an image, it reads user, item"):
         plain.ask("What?", PICTURE)
 
 
