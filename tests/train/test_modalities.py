@@ -17,7 +17,7 @@ from lapilli.train.data.check import check
 from lapilli.train.data.dataset import open_dataset
 from lapilli.train.data.encoder import plan_encoder
 from lapilli.train.distributed import SINGLE_PROCESS
-from lapilli.train.launch import build_task, launch
+from lapilli.train.launch import build_task, check_sharding, launch
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -313,6 +313,14 @@ def test_the_same_settings_keep_the_weights_of_the_checkpoint(root):
 def test_a_model_that_reads_text_only_is_told_what_to_do(root):
     with pytest.raises(ConfigError, match=r"or a modality with \[model\.modalities\.NAME\]"):
         build_task(recipe(root, "plain", "vec"), SINGLE_PROCESS)
+
+
+def test_a_resampler_in_pieces_is_refused(root, tmp_path):
+    resampler = {"new": {"kind": "vector", "width": 3, "projector": "resampler2"}}
+    add_modalities(str(root / "plain"), tmp_path / "out", resampler)
+    with pytest.raises(ConfigError, match="\"fsdp\" and the modality 'new' has a resampler"):
+        check_sharding(load_checkpoint(tmp_path / "out", device="cpu"))
+    check_sharding(load_checkpoint(root / "all", device="cpu"))
 
 
 def test_data_check_reads_declared_media(root, tmp_path):

@@ -98,7 +98,8 @@ def build(
             raise ConfigError("nothing is added to the language model: give --vision or --modality")
         add_modalities(language, out, added, seed=seed, overwrite=overwrite)
         if not quiet:
-            note(f"{out}: {', '.join(added)} know nothing yet; train with `lapilli train`")
+            names = ", ".join(added)
+            note(f"{out}: nothing is known of {names} yet; train it with `lapilli train`")
         return
     built = build_llava(
         language,
