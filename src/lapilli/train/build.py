@@ -38,7 +38,7 @@ from lapilli.config.huggingface import parse_config
 from lapilli.config.llava import is_hf_llava, is_original
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import parse_projector
-from lapilli.config.reader import JsonObject
+from lapilli.config.reader import JsonObject, given_path
 from lapilli.config.vision import TOWER_TYPES
 from lapilli.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
 from lapilli.modality.image.image import ImageModality
@@ -183,8 +183,8 @@ def build_llava(
 
 
 def add_modalities(
-    source: str,
-    out: Path,
+    source: str | Path,
+    out: str | Path,
     modalities: Mapping[str, object],
     *,
     seed: int = 0,
@@ -207,6 +207,7 @@ def add_modalities(
     """
     if not modalities:
         raise ConfigError("no modality is given: name one, such as user={'kind': 'vector', ...}")
+    out = given_path(out)
     check_target(out, overwrite=overwrite)
     loaded = load_checkpoint(source, device="cpu", dtype=STORED)
     if loaded.quantization is not None and loaded.quantization.quantize_tower:
