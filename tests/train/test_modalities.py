@@ -31,6 +31,7 @@ from lapilli.train.recipe import (
 from lapilli.train.recipe.file import load_recipe, recipe_text
 from lapilli.train.trainer.metrics import RunLog
 from tests.modality.declared import DECLARED, tiny_language_model
+from tests.train import cluster
 
 COLOURS = ("red", "green", "blue", "grey")
 USER = {"vec": {"kind": "vector", "width": 3}}
@@ -338,3 +339,36 @@ def test_data_check_reads_declared_media(root, tmp_path):
     assert report.num_media == 9
     with pytest.raises(DataError, match=r"d\.json.*vec: expected"):
         encoder.encode(dataset.declaring(encoder.modalities).sample(1))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_learns(root, tmp_path, sharding):
+    """Batches of one sample each, of which some show a user, some a text and some nothing."""
+    rows = records(8)
+    for i, row in enumerate(rows):
+        shown = ("vec", "user", "item", "")[i % 4]
+        row["conversations"] = [
+            {"from": "human", "value": f"<{shown}>\nWell?" if shown else "Well?"},
+            row["conversations"][1],
+        ]
+        for name in DECLARED.keys() - {shown}:
+            del row[name]
+    (tmp_path / "mixed.json").write_text(json.dumps(rows))
+    run = {"batch_size": 1, "gradient_accumulation_steps": 4, "steps": 4}
+    asked = recipe(
+        tmp_path,
+        str(root / "all"),
+        "mixed",
+        model={"tune_encoder": ("user", "item")},
+        run={**run, "sharding": sharding},
+    )
+    task = launch(asked, tmp_path / "alone" / "run", parallel=SINGLE_PROCESS)
+    answers = cluster.together(cluster.run_recipe, 2, tmp_path / "two", asked)
+    assert answers == [None, None]
+    found, expected = (losses(tmp_path / name / "run") for name in ("two", "alone"))
+    assert found == pytest.approx(expected, abs=1e-4)
+    state = task.model.vlm.state_dict()
+    saved = load_checkpoint(tmp_path / "two" / "run" / "model", device="cpu", dtype="float32")
+    for name, tensor in saved.model.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], atol=2e-4, rtol=1e-3)
