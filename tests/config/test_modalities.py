@@ -205,3 +205,40 @@ class Mine(VectorConfig):
 def test_what_is_no_kind(kinds, config, match):
     with pytest.raises(ConfigError, match=match):
         register_kind(config, lambda config, **_: None)
+
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 70)
+    | st.floats()
+    | st.sampled_from(["vector", "events", "text", "linear", "mlp0x_gelu", "llama", "x"])
+)
+KEYS = (
+    *("kind", "width", "projector", "tokens", "categorical", "numeric", "hidden_size"),
+    *("num_heads", "name", "size", "text_config", "model_type", "max_length", "max_events"),
+)
+keys = st.sampled_from(KEYS)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=5),
+    max_leaves=12,
+)
+STARTS = (VECTOR, EVENTS, TEXT)
+
+
+@given(
+    st.sampled_from(STARTS), st.dictionaries(keys, anything, max_size=3), st.lists(keys, max_size=2)
+)
+def test_whatever_is_declared_is_read_or_refused_in_one_line(start, changes, missing):
+    settings = {key: value for key, value in (start | changes).items() if key not in missing}
+    refusal = ""
+    try:
+        [(_, config)] = parse({"user": settings})
+    except ConfigError as error:
+        refusal = str(error)
+    else:
+        assert modality_config("user", settings_of(config)) == config
+    assert not refusal or refusal.startswith("config.json: ")
+    assert "\n" not in refusal
+    assert len(refusal) < 600

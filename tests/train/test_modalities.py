@@ -9,6 +9,7 @@ from PIL import Image
 
 import lapilli
 from lapilli import Message, SamplingParams
+from lapilli.calibration.samples import embed_samples, read_samples
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.errors import ConfigError, DataError, FusionError
 from lapilli.prompt.encode import Span
@@ -339,6 +340,14 @@ def test_data_check_reads_declared_media(root, tmp_path):
     assert report.num_media == 9
     with pytest.raises(DataError, match=r"d\.json.*vec: expected"):
         encoder.encode(dataset.declaring(encoder.modalities).sample(1))
+
+
+def test_calibration_samples_show_declared_media(root):
+    loaded = load_checkpoint(root / "all", device="cpu")
+    samples = read_samples(str(root / "all.json"), 2, loaded)
+    assert [span.modality for span in samples[0].prompt.spans] == ["vec", "user", "item"]
+    first, _ = embed_samples(loaded.model, samples, torch.device("cpu"))
+    assert int(first.is_picture.sum()) == sum(span.length for span in samples[0].prompt.spans)
 
 
 @pytest.mark.cluster
