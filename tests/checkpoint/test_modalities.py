@@ -215,6 +215,14 @@ def test_what_cannot_be_added(checkpoints, given, match, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_foreign_family_declares_nothing(tmp_path):
+    config = {"model_type": "phi", "architectures": ["PhiForCausalLM"]}
+    config["lapilli_modalities"] = {"user": DECLARED["vec"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="declares the modality 'user', which only"):
+        load_checkpoint(tmp_path, device="cpu")
+
+
 def test_a_name_that_is_taken(checkpoints, tmp_path):
     with pytest.raises(ConfigError, match="a modality 'vec' already"):
         add_modalities(str(checkpoints["text"]), tmp_path / "out", {"vec": DECLARED["vec"]})

@@ -33,7 +33,7 @@ from lapilli.checkpoint.tokenizer import load_tokenizer
 from lapilli.config.families import IGNORED, family_of
 from lapilli.config.huggingface import supported_types
 from lapilli.config.llava import parse_tokens
-from lapilli.config.modalities import modality_config
+from lapilli.config.modalities import declared, modality_config
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import (
     MOST_LAYERS,
@@ -443,6 +443,11 @@ def load_foreign_model(
     is_causal = "ForCausalLM" in str(raw.get("architectures", ""))
     if not is_causal or raw.get("model_type") in supported_types():
         raise refusal
+    if names := declared(raw):
+        raise UnsupportedModelError(
+            f"{refusal}; and it declares the modality {names[0]!r}, which only lapilli's own "
+            "families take"
+        )
     reader = KeyReader(raw, "config.json", IGNORED)
     for most, keys in _SIZES.items():  # before transformers builds a model of these sizes
         for key in keys:
