@@ -52,7 +52,10 @@ def drawing(tmp_path_factory) -> str:
 
 def test_every_example_is_tested(repository: Path):
     names = {path.name for path in (repository / "examples").glob("*.py")}
-    assert names == {"01_ask.py", "02_batch.py", "03_forward_pass.py", "boxes.py", "tiny_llama.py"}
+    assert names == {
+        *("01_ask.py", "02_batch.py", "03_forward_pass.py", "05_add_a_modality.py"),
+        *("boxes.py", "tiny_llama.py"),
+    }
 
 
 def test_the_guide_shows_the_recipe_of_the_boxes(repository: Path):
@@ -73,6 +76,13 @@ def test_without_arguments_pebble_answers(repository: Path):
     assert first
     assert second
     assert len(run(repository, "02_batch.py").splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_a_modality_of_ones_own_is_learned(repository: Path, tmp_path: Path):
+    source = (repository / "examples" / "05_add_a_modality.py").read_text("utf-8")
+    assert len(source.splitlines()) <= 60
+    assert run(repository, "05_add_a_modality.py", str(tmp_path)).split() == ["green", "red"]
 
 
 @pytest.mark.slow

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lapilli.errors import FusionError, MediaCountMismatchError, PromptError, UnsupportedModelError
+from lapilli.errors import (
+    ConfigError,
+    FusionError,
+    MediaCountMismatchError,
+    PromptError,
+    UnsupportedModelError,
+)
 from lapilli.lm import LanguageModel
 from lapilli.modality import Modality
 from lapilli.nn.kv_cache import KVCache
@@ -97,7 +103,10 @@ class VisionLanguageModel(nn.Module):
     """A language model and the modalities that it reads, by name.
 
     Parameters are named `language_model.*`, `modalities.image.vision_tower.*`,
-    `modalities.image.projector.*`, `modalities.image.image_newline`.
+    `modalities.image.projector.*`, `modalities.image.image_newline`, `modalities.NAME.*`.
+
+    Raises:
+        ConfigError: a modality whose name torch has for itself.
 
     Source: LLaVA (arXiv 2304.08485) section 4.1.
     """
@@ -107,7 +116,22 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.language_model: LanguageModel = language_model
-        self.modalities = nn.ModuleDict(dict(modalities or {}))  # type: ignore[arg-type]  # modules that follow the protocol
+        self.modalities = nn.ModuleDict()
+        for name, modality in (modalities or {}).items():
+            self.add_modality(name, modality)
+
+    def add_modality(self, name: str, modality: Modality | nn.Module) -> None:
+        """Give the model a modality, or another one in its place.
+
+        Raises:
+            ConfigError: a name that torch has for itself.
+        """
+        if hasattr(nn.ModuleDict, name):
+            raise ConfigError(
+                f"a modality is called {name!r}, which torch's ModuleDict has for itself: choose "
+                "another word"
+            )
+        self.modalities[name] = modality  # type: ignore[assignment]  # modules that follow the protocol
 
     def modality(self, name: str) -> Modality:
         """Return the modality of this name.

@@ -86,6 +86,12 @@ def test_dropped_on_purpose(keymap, foreign):
     assert keymap.is_dropped(foreign)
 
 
+@pytest.mark.parametrize("keymap", [ORIGINAL, ORIGINAL_MPT, HF_LLAVA, LANGUAGE_MODEL])
+def test_declared_modalities_have_the_same_names_everywhere(keymap):
+    foreign, ours = "lapilli_modalities.user.encoder.x", "modalities.user.encoder.x"
+    assert (keymap.to_ours(foreign), keymap.to_foreign(ours)) == (ours, foreign)
+
+
 def test_unknown_names_have_no_parameter():
     assert ORIGINAL.to_ours("vpm.blocks.0.weight") is None
-    assert ORIGINAL.to_foreign("modalities.audio.encoder.weight") is None
+    assert ORIGINAL.to_foreign("detector.weight") is None

@@ -59,6 +59,56 @@ def test_a_llava_is_no_language_model(lapilli: Run, tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+USER = 'user={"kind": "vector", "width": 4}'
+
+
+def test_modalities_are_declared(tmp_path: Path) -> None:
+    app, run = typer.Typer(), CliRunner().invoke
+    app.command()(build)
+    base, eyes = Parts(tmp_path)("llama", "clip")
+    (tmp_path / "more.toml").write_text('[item]\nkind = "vector"\nwidth = 3\n')
+    more = ["--modality", USER, "--modalities", str(tmp_path / "more.toml")]
+    for out, others in (("plain", []), ("llava", ["--vision", eyes])):
+        done = run(app, [str(tmp_path / out), "--language", base, *others, *more])
+        assert done.exit_code == 0, done.output
+        written = json.loads((tmp_path / out / "config.json").read_text())
+        assert list(written["lapilli_modalities"]) == ["item", "user"]
+        assert written["model_type"] == ("llava_llama" if others else "llama")
+        state = load_file(tmp_path / out / "model.safetensors")
+        assert state["lapilli_modalities.user.projector.0.weight"].dtype == torch.bfloat16
+    again = run(
+        app,
+        [
+            str(tmp_path / "both"),
+            "--language",
+            str(tmp_path / "llava"),
+            "--modality",
+            USER.replace("user", "third"),
+            "--quiet",
+        ],
+    )
+    assert (again.exit_code, again.output) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ([], "nothing is added to the language model: give --vision or --modality"),
+        (["--modality", "user"], "expected NAME=SETTINGS"),
+        (["--modality", "user={"], "--modality user: the settings are no JSON"),
+        (["--modality", USER, "--modality", USER], "the modality 'user' is given twice"),
+        (["--modality", USER.replace("vector", "sound")], "the kind 'sound' of a modality is unk"),
+        (["--modality", USER.replace("width", "wide")], "has a key 'wide', which nothing reads"),
+    ],
+)
+def test_what_declares_no_modality(tmp_path: Path, options, match) -> None:
+    app = typer.Typer()
+    app.command()(build)
+    done = CliRunner().invoke(app, [str(tmp_path / "out"), "--language", "pebble", *options])
+    assert match in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_parts_are_asked_for(lapilli: Run, tmp_path: Path) -> None:
     done = lapilli("build", str(tmp_path / "out"))
     assert done.returncode == 2

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from lapilli.config.modalities import VectorConfig
 from lapilli.config.model import ProjectorConfig
-from lapilli.errors import MediaError
-from lapilli.modality import Modality
+from lapilli.errors import ConfigError, MediaError
+from lapilli.modality import Modality, build_modality
 from lapilli.modality.vector import VectorModality
 
 
@@ -66,3 +67,30 @@ def test_refusals(raw, match):
 
 def test_follows_the_protocol():
     assert isinstance(_modality(), Modality)
+
+
+@pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
+def test_one_vector_becomes_several_tokens(projector):
+    config = VectorConfig(width=4, projector=projector, tokens=3)
+    modality = build_modality("user", config, hidden_size=6)
+    items = [modality.prepare(torch.randn(n, 4)) for n in (1, 2)]
+    together = modality.embed(items)
+    assert [f.shape for f in together] == [(3, 6), (6, 6)]
+    assert [modality.num_tokens(item) for item in items] == [3, 6]
+    assert len(together[1].unique(dim=0)) == 6  # every token is another one
+    torch.testing.assert_close(
+        together[1][3:], modality.embed([modality.prepare(items[1].values[1])])[0]
+    )
+    assert modality.output_layers() == []  # a rotation is of one token
+
+
+def test_a_blank_is_an_item():
+    modality = build_modality("user", VectorConfig(width=4, projector="resampler2"), hidden_size=8)
+    assert modality.embed([modality.blank()])[0].shape == (2, 8)
+
+
+def test_an_identity_between_different_widths_is_refused():
+    config = VectorConfig(width=4, projector="none")
+    assert build_modality("user", config, hidden_size=4).embed([]) == []
+    with pytest.raises(ConfigError, match="modality 'user': projector 'identity' hands on vectors"):
+        build_modality("user", config, hidden_size=6)

@@ -153,7 +153,7 @@ def _records(
     source: SourceRecipe, number: int, loaded: Loaded, encoder: SampleEncoder, length: int
 ) -> list[EncodedSample]:
     """Return the texts of a file of records as blocks, or its conversations."""
-    dataset = open_dataset([source])
+    dataset = open_dataset([source]).declaring(encoder.modalities)
     (records,) = dataset.sources
     if _is_text(records.record(0)):
         places = range(len(records))

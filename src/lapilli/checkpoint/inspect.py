@@ -58,6 +58,7 @@ class Inspection:
         template: name, reason and, if the user overrode it, a note.
         tower: family, sizes and place of the vision tower; empty without images.
         projector: kind and widths; empty without images.
+        modalities: what the configuration declares besides images: name -> kind and settings.
         image: aspect, layout of the features, resolutions; empty without images.
         dtypes: dtype -> numbers stored in it, over all files.
         parameters: component -> number of parameters.
@@ -79,6 +80,7 @@ class Inspection:
     tower: dict[str, object] = field(default_factory=dict)
     projector: dict[str, object] = field(default_factory=dict)
     image: dict[str, object] = field(default_factory=dict)
+    modalities: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     num_bytes: int = 0
@@ -154,8 +156,9 @@ def inspect_checkpoint(
         tower=_tower(plan),
         projector=_projector(plan.config),
         image=_image(plan.config),
+        modalities=_modalities(plan.config),
         dtypes=dict(dtypes),
-        parameters=_parameters(shapes),
+        parameters=_parameters(shapes, [name for name, _ in plan.config.modalities]),
         num_bytes=sum(info.num_bytes for info in tensors),
         visual_tokens=_visual_tokens(plan.config),
         special_tokens=_special_tokens(plan),
@@ -237,10 +240,24 @@ def _image(config: ModelConfig) -> dict[str, object]:
     return found
 
 
-def _parameters(shapes: dict[str, int]) -> dict[str, int]:
+def _modalities(config: ModelConfig) -> dict[str, str]:
+    """Return kind and plain settings of every declared modality."""
+    found = {}
+    for name, modality in config.modalities:
+        plain = [f"{key} {value}" for key, value in asdict(modality).items() if _is_plain(value)]
+        found[name] = f"({', '.join((modality.kind, *plain))})"
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | float)
+
+
+def _parameters(shapes: dict[str, int], declared: Sequence[str] = ()) -> dict[str, int]:
+    parts = COMPONENTS | {name: f"modalities.{name}." for name in declared}
     counts = {
         label: sum(count for name, count in shapes.items() if name.startswith(prefix))
-        for label, prefix in COMPONENTS.items()
+        for label, prefix in parts.items()
     }
     return {label: count for label, count in counts.items() if count}
 

@@ -7,6 +7,8 @@ Hugging Face, classic     language_model.model.layers.N...   vision_tower.vision
 multi_modal_projector.linear_1.weight   image_newline
 transformers from 4.52    model.language_model.layers.N...   model.vision_tower...   lm_head
 fresh models of 5.x       as classic, but vision_tower.embeddings... without vision_model
+
+Declared modalities are `lapilli_modalities.NAME...` in every layout.
 """
 
 import re
@@ -87,6 +89,9 @@ PROJECTOR = "modalities.image.projector."
 NEWLINE = "modalities.image.image_newline"
 TEXT = "language_model."
 
+DECLARED = ("lapilli_modalities.", "modalities.")
+"""The rule of declared modalities; the last one of a layout, so that pictures have their own."""
+
 EMBEDDINGS = (f"{TEXT}model.embed_tokens.weight", f"{TEXT}transformer.wte.weight")
 OUTPUT = f"{TEXT}lm_head.weight"
 
@@ -99,6 +104,7 @@ ORIGINAL = KeyMap(
         ("model.image_newline", NEWLINE),
         ("model.", f"{TEXT}model."),
         ("lm_head.", f"{TEXT}lm_head."),
+        DECLARED,
     ),
 )
 
@@ -113,6 +119,7 @@ ORIGINAL_MPT = KeyMap(
         ("model.mm_projector.", PROJECTOR),
         ("transformer.", f"{TEXT}transformer."),
         ("lm_head.", f"{TEXT}lm_head."),
+        DECLARED,
     ),
 )
 
@@ -141,6 +148,7 @@ HF_LLAVA = KeyMap(
         ("model.multi_modal_projector.linear_2.", f"{PROJECTOR}2."),
         ("image_newline", NEWLINE),
         ("model.image_newline", NEWLINE),
+        DECLARED,
     ),
 )
 
@@ -150,8 +158,15 @@ LANGUAGE_MODEL = KeyMap(
         ("model.", f"{TEXT}model."),
         ("transformer.", f"{TEXT}transformer."),
         ("lm_head.", f"{TEXT}lm_head."),
+        DECLARED,
     ),
 )
+
+
+def is_declared(name: str) -> bool:
+    """Return whether a parameter belongs to a modality that the configuration declares."""
+    return name.startswith("modalities.") and not name.startswith("modalities.image.")
+
 
 VISION_TOWER = KeyMap(
     "vision tower",

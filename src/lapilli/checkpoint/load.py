@@ -4,7 +4,7 @@ Checkpoints are read only, and weights are memory-mapped where they need no conv
 dtype are chosen here, by name or as suits this machine.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,9 +30,10 @@ from lapilli.checkpoint.read.plan import Plan, make_plan
 from lapilli.checkpoint.source import in_folder, read_optional_json, resolve
 from lapilli.checkpoint.template import choose_for
 from lapilli.checkpoint.tokenizer import load_tokenizer
-from lapilli.config.families import IGNORED
+from lapilli.config.families import IGNORED, family_of
 from lapilli.config.huggingface import supported_types
 from lapilli.config.llava import parse_tokens
+from lapilli.config.modalities import declared, modality_config
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import (
     MOST_LAYERS,
@@ -47,6 +48,7 @@ from lapilli.config.reader import (
 from lapilli.errors import ConfigError, UnsupportedModelError
 from lapilli.lm.foreign import load_foreign
 from lapilli.lora import inject, merge
+from lapilli.modality import build_modality
 from lapilli.model import VisionLanguageModel
 from lapilli.prompt.choose import Template, TemplateChoice
 from lapilli.prompt.tokenizer import Tokenizer
@@ -120,7 +122,7 @@ def load_checkpoint(
     progress: Progress | None = None,
     quantization: str | QuantConfig | None = None,
     quantize_tower: bool = False,
-    float32_parameters: tuple[str, ...] = (),
+    float32_parameters: Callable[[str], bool] | None = None,
 ) -> Loaded:
     """Load a model, its tokenizer and a report from any LLaVA checkpoint as it was published.
 
@@ -141,8 +143,8 @@ def load_checkpoint(
             read, so that memory holds the packed model and one layer more; None: as the files are.
             Layers that AWQ and GPTQ files hold packed stay as they are; "int4" packs the rest.
         quantize_tower: pack the vision tower and the projector too, in 8 bits.
-        float32_parameters: prefixes of the names of parameters that are float32 whatever `dtype`
-            says, to be trained. An adapter kept beside the weights is float32 too.
+        float32_parameters: tells the names of parameters that are float32 whatever `dtype` says,
+            to be trained; None: none. An adapter kept beside the weights is float32 too.
 
     Raises:
         CheckpointError: files are missing, damaged, unsafe, or do not belong together.
@@ -222,6 +224,78 @@ def load_checkpoint(
     config = asked if quantizer is None else quantizer.config
     loaded = _loaded(model, plan, report, template)
     return replace(loaded, quantization=config, stored=matching.dtypes)
+
+
+def with_modalities(
+    loaded: Loaded,
+    modalities: Mapping[str, object],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Loaded:
+    """Return a checkpoint that declares more modalities, whose weights are fresh; same for a seed.
+
+    Args:
+        loaded: the checkpoint, whose model is changed in place.
+        modalities: by name a ModalityConfig, or settings as in a config.json; those of a kind with
+            an encoder of its own may say `from`: the language model whose weights that begins with.
+        seed: of what is drawn.
+        dtype: of the weights; None: float32.
+
+    Raises:
+        ConfigError: settings that do not fit, or a name that the model has already.
+        UnsupportedModelError: a kind that nobody registered.
+    """
+    model, width = loaded.model, loaded.config.text.hidden_size
+    configs = list(loaded.config.modalities)
+    for name, given in modalities.items():
+        if name in model.modalities:
+            raise ConfigError(f"the model has a modality {name!r} already: give another name")
+        settings, encoder = _with_encoder(name, given, loaded)
+        configs.append((name, modality_config(name, settings)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = build_modality(name, configs[-1][1], hidden_size=width)
+        if encoder is not None:
+            module.get_submodule("encoder").load_state_dict(encoder)
+        model.add_modality(name, module.to(model.device, dtype).eval())
+    attach_tokenizer(model, loaded.tokenizer)
+    return replace(loaded, config=replace(loaded.config, modalities=tuple(configs)))
+
+
+def _with_encoder(
+    name: str, given: object, loaded: Loaded
+) -> tuple[object, dict[str, torch.Tensor] | None]:
+    """Return settings without `from`, and the weights of the language model that it names.
+
+    Raises:
+        ConfigError: it has another tokenizer than the model that the modality is added to.
+    """
+    if not isinstance(given, Mapping) or given.get("from") is None:
+        return given, None
+    source = str(given["from"])
+    other = load_checkpoint(source, device="cpu", dtype=STORED)
+    text, sample = other.config.text, "A text, of 3 words: naïve café."
+    if other.tokenizer.encode(sample) != loaded.tokenizer.encode(sample):
+        raise ConfigError(
+            f"modality {name!r}: {source} has another tokenizer than {loaded.path}, and one "
+            "tokenizer is shared: take an encoder of the same vocabulary"
+        )
+    config = {"model_type": text.family, **family_of(text).write(text)}
+    state = other.model.language_model.state_dict()  # type: ignore[attr-defined]  # a module that follows the protocol
+    weights = {key: tensor for key, tensor in state.items() if not key.startswith("lm_head.")}
+    rest = {key: value for key, value in given.items() if key != "from"}
+    return {**rest, "text_config": config}, weights
+
+
+def attach_tokenizer(model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
+    """Give the language model's tokenizer to the modalities that read text.
+
+    Modules know no files; a tokenizer of a modality's own is not read yet.
+    """
+    for modality in model.modalities.values():
+        if hasattr(modality, "tokenizer"):
+            modality.tokenizer = tokenizer  # type: ignore[assignment]  # no module, whatever torch says
 
 
 def _asked(
@@ -321,6 +395,7 @@ def _num_floats(model: torch.nn.Module, quantizer: LayerQuantizer | None) -> int
 def _loaded(
     model: VisionLanguageModel, plan: Plan, report: LoadReport, template: str | Template | None
 ) -> Loaded:
+    attach_tokenizer(model, plan.tokenizer)
     return Loaded(
         model=model.eval(),
         tokenizer=plan.tokenizer,
@@ -368,6 +443,11 @@ def load_foreign_model(
     is_causal = "ForCausalLM" in str(raw.get("architectures", ""))
     if not is_causal or raw.get("model_type") in supported_types():
         raise refusal
+    if names := declared(raw):
+        raise UnsupportedModelError(
+            f"{refusal}; and it declares the modality {names[0]!r}, which only lapilli's own "
+            "families take"
+        )
     reader = KeyReader(raw, "config.json", IGNORED)
     for most, keys in _SIZES.items():  # before transformers builds a model of these sizes
         for key in keys:

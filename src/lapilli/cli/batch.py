@@ -1,6 +1,7 @@
 """`lapilli batch IN.jsonl OUT.jsonl`: many questions, a line each; may be stopped and run again.
 
     in    {"question": "...", "images": ["a.png"], "id": 7}      paths beside the file, any id
+          {"question": "...", "user": ...}           what the checkpoint declares, by its name
     out   {"line": 1, "id": 7, "asked": "...", "answer": "...", ...} or {..., "error": "..."}
 
     bytes -> Line (numbered from 1) -> Question: messages, or what is wrong -> Result -> AnswerFile
@@ -84,17 +85,18 @@ class Line:
         """Digest that the output keeps of the line, to see whether it was changed."""
         return blake2b(self.content, digest_size=8).hexdigest()
 
-    def question(self, folder: Path) -> Question:
+    def question(self, folder: Path, modalities: Sequence[str] = ()) -> Question:
         """Return what the line asks.
 
-        Relative paths of pictures begin in `folder`.
+        Relative paths of pictures begin in `folder`; `modalities` are the names that the checkpoint
+        declares, whose keys are read.
         """
         head: dict[str, Any] = {"line": self.number}
         try:
             row = _object(self.content)
             if "id" in row:
                 head["id"] = _id(row["id"])
-            messages = _messages(row, folder)
+            messages = _messages(row, folder, modalities)
         except PromptError as error:
             return Question(head | {"asked": self.digest, "error": str(error)}, ())
         except Exception as error:  # noqa: BLE001 - a line holds anything, and has to have a result
@@ -185,7 +187,9 @@ def _id(value: object) -> object:
     return value
 
 
-def _messages(row: dict[str, Any], folder: Path) -> "tuple[Message, ...]":
+def _messages(
+    row: dict[str, Any], folder: Path, modalities: Sequence[str]
+) -> "tuple[Message, ...]":
     from lapilli.prompt.message import Message
 
     question, system = row.get("question"), row.get("system")
@@ -197,7 +201,8 @@ def _messages(row: dict[str, Any], folder: Path) -> "tuple[Message, ...]":
         raise PromptError(f'"system" must be a text, found {_kind(system)}')
     messages = [] if system is None else [Message.system(system)]
     pictures = (_place(each, folder) for each in _pictures(row))
-    return (*messages, Message.user(question, *pictures))
+    media = {name: row[name] for name in modalities if row.get(name) is not None}
+    return (*messages, Message.user(question, *pictures, **media))
 
 
 def _pictures(row: dict[str, Any]) -> list[str]:
@@ -424,7 +429,9 @@ def batch(
         if waiting and not how.quiet:
             _warn_of_placeholders(waiting, folder)
         if waiting:
-            results = answer_lines(how.load(max_rows=rows), waiting, folder, how.sampling)
+            session = how.load(max_rows=rows)
+            names = [name for name, _ in session.config.modalities]
+            results = answer_lines(session, waiting, folder, how.sampling, names)
             errors = write_results(results, answers, total=len(waiting), quiet=how.quiet)
             if errors and not how.quiet:
                 note(f"{errors} of {len(waiting)} lines have an error, see {target}")
@@ -453,16 +460,22 @@ def _warn_of_placeholders(lines: Sequence[Line], folder: Path) -> None:
 
 
 def answer_lines(
-    session: "Chat", lines: Sequence[Line], folder: Path, sampling: Sampling
+    session: "Chat",
+    lines: Sequence[Line],
+    folder: Path,
+    sampling: Sampling,
+    modalities: Sequence[str] = (),
 ) -> Iterator[Result]:
     """Yield a result for every line, in the order in which they are finished.
+
+    `modalities` are the names that the checkpoint declares.
 
     Questions are answered together. Where that ends in an error of all (a fault in the model's
     arithmetic, or in ours), those that were on their way are asked one by one, so that the error
     stays with the line that it belongs to, and the rest goes on together.
     """
     params = SamplingParams.from_options(**sampling)
-    questions = [line.question(folder) for line in lines]
+    questions = [line.question(folder, modalities) for line in lines]
     yield from (question.head for question in questions if not question.messages)
     waiting = [question for question in questions if question.messages]
     while waiting:

@@ -1,5 +1,11 @@
-"""`lapilli build`: a LLaVA with a fresh projector out of a language model and a vision tower."""
+"""`lapilli build`: a LLaVA out of a language model and a vision tower, or one with more modalities.
 
+--vision joins a tower with a fresh projector; --modality declares what else the model shall read.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -7,13 +13,31 @@ import typer
 
 from lapilli.cli.terminal import Overwrite, Quiet, note
 from lapilli.config.families import text_types
+from lapilli.config.reader import parse_json
+from lapilli.errors import ConfigError
 
 Out = Annotated[Path, typer.Argument(help="The new directory.")]
 Language = Annotated[
-    str, typer.Option(help=f"Language model: a directory or a hub id ({', '.join(text_types())}).")
+    str,
+    typer.Option(
+        help=f"Language model: a directory or a hub id ({', '.join(text_types())}). "
+        "Without --vision a LLaVA will do too."
+    ),
 ]
 Vision = Annotated[
-    str, typer.Option(help="Vision tower: a directory or a hub id (CLIP, SigLIP), or pebble.")
+    str | None,
+    typer.Option(help="Vision tower: a directory or a hub id (CLIP, SigLIP), or pebble."),
+]
+Added = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--modality",
+        help="""NAME=SETTINGS in JSON: 'user={"kind": "vector", "width": 64}'; repeatable.""",
+    ),
+]
+AddedFile = Annotated[
+    Path | None,
+    typer.Option("--modalities", help="The same in a TOML or JSON file: a table for each name."),
 ]
 Projector = Annotated[str, typer.Option(help="mlp2x_gelu, linear, pool2x2_mlp2x_gelu ...")]
 Template = Annotated[
@@ -45,7 +69,9 @@ Force = Annotated[
 def build(
     out: Out,
     language: Language,
-    vision: Vision,
+    vision: Vision = None,
+    modality: Added = None,
+    modalities: AddedFile = None,
     projector: Projector = "mlp2x_gelu",
     template: Template = None,
     select_layer: SelectLayer = -2,
@@ -60,9 +86,21 @@ def build(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Join a language model and a vision tower with a fresh projector, ready to be trained."""
-    from lapilli.train.build import Joint, build_llava
+    """Join a language model with a vision tower, with modalities of other kinds, or with both.
 
+    What is new begins with fresh weights, ready to be trained.
+    """
+    from lapilli.train.build import Joint, add_modalities, build_llava
+
+    added = _added(modality or [], modalities)
+    if vision is None:
+        if not added:
+            raise ConfigError("nothing is added to the language model: give --vision or --modality")
+        add_modalities(language, out, added, seed=seed, overwrite=overwrite)
+        if not quiet:
+            names = ", ".join(added)
+            note(f"{out}: nothing is known of {names} yet; train it with `lapilli train`")
+        return
     built = build_llava(
         language,
         vision,
@@ -81,9 +119,43 @@ def build(
         tower=tower,
         force=force,
         overwrite=overwrite,
+        modalities=added,
     )
     if not quiet:
         for line in built.notes:
             note(line)
         note(f"template {built.template}: {built.reason}")
         note(f"{out}: its projector knows nothing yet; train it with `lapilli train`")
+
+
+def _added(options: Sequence[str], file: Path | None) -> dict[str, object]:
+    """Return the settings of the modalities by name.
+
+    Raises:
+        ConfigError: no NAME=SETTINGS, no JSON or TOML, or a name twice.
+    """
+    found: dict[str, object] = {} if file is None else dict(_tables(file))
+    for option in options:
+        name, is_pair, text = option.partition("=")
+        if not is_pair:
+            raise ConfigError(f"--modality {option!r}: expected NAME=SETTINGS, SETTINGS in JSON")
+        if name in found:
+            raise ConfigError(f"the modality {name!r} is given twice")
+        try:
+            found[name] = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"--modality {name}: the settings are no JSON: {error}") from error
+    return found
+
+
+def _tables(file: Path) -> Mapping[str, object]:
+    data = file.read_bytes()
+    if file.suffix.lower() == ".json":
+        found = parse_json(data, str(file), unique=True)
+        if not isinstance(found, dict):
+            raise ConfigError(f"{file} holds no object: expected a table for each modality")
+        return found
+    try:
+        return tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error

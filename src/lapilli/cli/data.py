@@ -117,6 +117,8 @@ def show(
     colored = _wants_color(color)
     dataset, checker = how.open(file), ImageChecker()
     planned, plain = how.plan()
+    if planned is not None:
+        dataset = dataset.declaring(planned.encoder.modalities)
     if start >= len(dataset):
         raise ConfigError(f"--start is {start}, and {file} has {len(dataset)} samples")
     for index in range(start, min(start + number, len(dataset))):

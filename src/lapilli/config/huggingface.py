@@ -26,6 +26,7 @@ from lapilli.config.llava import (
     parse_pinpoints,
     parse_tokens,
 )
+from lapilli.config.modalities import parse_modalities
 from lapilli.config.model import (
     DecoderConfig,
     ImageConfig,
@@ -145,6 +146,7 @@ def _parse_hf_llava(
         image=image,
         vision_in_checkpoint=True,
         has_newline=is_next,
+        modalities=parse_modalities(reader),
         layout="hf_llava_next" if is_next else "hf_llava",
         torch_dtype=parse_dtype((reader, text_reader)),
         context_length=text.max_positions,
@@ -246,8 +248,10 @@ def _parse_language_model(
     config = ModelConfig(
         text=text,
         tokens=tokens,
+        modalities=parse_modalities(reader),
         layout="text",
         torch_dtype=parse_dtype((reader,)),
         context_length=text.max_positions,
+        template=reader.text(RECORD_KEY),
     )
     return config, reader.report() + token_report

@@ -16,6 +16,7 @@ from lapilli.config.families import (
     keys_of,
     original_types,
 )
+from lapilli.config.modalities import parse_modalities
 from lapilli.config.model import (
     ImageConfig,
     Merge,
@@ -152,6 +153,7 @@ def parse_llava(
         vision_source=source,
         vision_in_checkpoint=reader.flag("unfreeze_mm_vision_tower", False),
         has_newline=bool(image and "unpad" in image.merge),
+        modalities=parse_modalities(reader),
         layout="llava",
         torch_dtype=torch_dtype,
         max_length=_max_length(reader),

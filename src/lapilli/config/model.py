@@ -4,7 +4,7 @@ Foreign config.json files become these in config/huggingface.py; nothing else re
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lapilli.errors import ConfigError
 from lapilli.geometry import Grid, ImageSize
@@ -264,6 +264,13 @@ class ImageConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModalityConfig:
+    """Settings of a declared modality; every kind is a class over it (config/modalities.py)."""
+
+    kind: ClassVar[str] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenConfig:
     """Special ids and the token switches of the original."""
 
@@ -289,6 +296,7 @@ class ModelConfig:
     vision_source: str | None = None  # mm_vision_tower: a directory or a hub id
     vision_in_checkpoint: bool = False
     has_newline: bool = False
+    modalities: tuple[tuple[str, ModalityConfig], ...] = ()  # besides "image", by name
     layout: Literal["llava", "hf_llava", "hf_llava_next", "text"] = "llava"
     torch_dtype: str | None = None
     # tokenizer_model_max_length: the original truncates the fused row to it.

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lapilli.config.modalities import VectorConfig
 from lapilli.config.model import ProjectorConfig
-from lapilli.errors import MediaError
+from lapilli.errors import ConfigError, MediaError
 from lapilli.modality.projector import build_projector, output_layers
 from lapilli.shapes import Float, Tensor
 
@@ -24,14 +25,22 @@ class VectorModality(nn.Module):
 
     A resampler makes the same number of positions of every item, however many vectors it has.
 
+    Args:
+        config: the projector, from the vectors' width E to the language model's.
+        name: in messages.
+        tokens: positions of every vector: the last layer is so many times as wide, and cut.
+
     Source: Ning et al. 2024, User-LLM section 3.2 (user embeddings as soft prompt).
     """
 
-    def __init__(self, config: ProjectorConfig, *, name: str = "vector") -> None:
+    def __init__(self, config: ProjectorConfig, *, name: str = "vector", tokens: int = 1) -> None:
         super().__init__()
         self.config = config
         self.name = name
+        self.tokens = tokens
         self.projector = build_projector(config)
+        if tokens > 1:
+            self.projector = _widened(self.projector, tokens)
 
     def prepare(self, raw: object) -> PreparedVectors:
         """Return one vector or several, anything that torch can read, as float32 [n, E].
@@ -56,12 +65,19 @@ class VectorModality(nn.Module):
         return PreparedVectors(vectors)
 
     def num_tokens(self, prepared: PreparedVectors) -> int:
-        """Return one position per vector, or one per query of a resampler."""
-        return self.config.num_queries or len(prepared.values)
+        """Return `tokens` positions per vector, or one per query of a resampler."""
+        return self.config.num_queries or len(prepared.values) * self.tokens
+
+    def blank(self) -> PreparedVectors:
+        """Return an item of zeros, for processes that train without one."""
+        return PreparedVectors(torch.zeros(1, self.config.vision_size))
 
     def output_layers(self) -> list[nn.Linear]:
-        """Return the linear layers whose outputs, or means of them, are the features."""
-        return output_layers(self.projector)
+        """Return the linear layers whose outputs, or means of them, are the features.
+
+        None where one output is several features: a rotation is of one.
+        """
+        return output_layers(self.projector) if self.tokens == 1 else []
 
     def embed(self, items: Sequence[PreparedVectors]) -> list[Float[Tensor, "_ D"]]:
         """Return what the projector makes of the vectors, item by item."""
@@ -74,4 +90,22 @@ class VectorModality(nn.Module):
         rows = torch.cat([item.values for item in items])
         if weight is not None:
             rows = rows.to(weight.device, weight.dtype)
-        return list(torch.split(self.projector(rows), [len(item.values) for item in items]))
+        features = self.projector(rows).reshape(-1, self.config.hidden_size)
+        return list(torch.split(features, [self.num_tokens(item) for item in items]))
+
+
+def _widened(projector: nn.Module, tokens: int) -> nn.Module:
+    """Return a linear or mlp projector whose last layer makes so many features of one."""
+    last = projector[-1] if isinstance(projector, nn.Sequential) else projector
+    if not isinstance(last, nn.Linear):
+        raise ConfigError(f"tokens {tokens} needs a projector that ends in a linear layer")
+    wide = nn.Linear(last.in_features, last.out_features * tokens, bias=last.bias is not None)
+    if not isinstance(projector, nn.Sequential):
+        return wide
+    projector[-1] = wide
+    return projector
+
+
+def build(config: VectorConfig, *, name: str, hidden_size: int) -> VectorModality:
+    """Build the modality that a checkpoint declares."""
+    return VectorModality(config.projector_for(hidden_size), name=name, tokens=config.tokens)

@@ -80,9 +80,12 @@ def prepare(
     """
     if part.modality not in model.modalities:
         known = ", ".join(model.modalities) or "text only"
+        advice = "load a LLaVA checkpoint"
+        if part.modality != "image":
+            advice = "declare it (lapilli build --modality)"
         raise UnsupportedModelError(
-            f"this model cannot take an {part.modality}, it reads {known}: leave it out, or load a "
-            "LLaVA checkpoint"
+            f"this model cannot take {'an' if part.modality == 'image' else 'the medium'} "
+            f"{part.modality}, it reads {known}: leave it out, or {advice}"
         )
     modality = model.modality(part.modality)
     source = part.source

@@ -6,7 +6,7 @@ chosen.
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -139,6 +139,8 @@ class Chat:
     are turns of the one conversation and follow each other; `answer`, `batch`, `ask_many` and
     `as_completed` leave it alone and are answered side by side.
 
+    What the checkpoint declares besides pictures is given by its name: `ask("...", user=history)`.
+
     Pictures may be paths, URLs, data URIs, "-" (standard input), bytes, Pillow images, arrays, or
     in place of a picture its features: a floating point tensor [n, width of the language model],
     or [n, width of the tower], which goes through the projector and is laid down as it is.
@@ -233,37 +235,39 @@ class Chat:
             self._conversation = Conversation(next(self._numbers))
             self._last_keys, self._last_media, self.last = (), (), None
 
-    def ask(self, question: str, *images: object, keep: bool = False, **sampling: object) -> str:
+    def ask(self, question: str, *images: object, keep: bool = False, **options: object) -> str:
         """Return the answer, without white space around it.
 
         Args:
             question: anything; an `<image>` in it stays text.
             images: stand before the question. With images a new conversation begins, without any
                 the question follows the one before, whose images are not encoded again.
-            keep: the images join the running conversation.
-            sampling: fields of SamplingParams.
+            keep: the media join the running conversation.
+            options: fields of SamplingParams, and a medium under the name of a modality that the
+                checkpoint declares, such as `user=history`; no modality is called like an option.
 
         Raises:
             PromptError: the question is empty.
-            MediaError: an image cannot be fetched or decoded.
+            MediaError: an image cannot be fetched or decoded, or a medium is none of its modality.
             ContextTooLongError: the conversation leaves no room for an answer.
         """
         with self._turns:
-            return "".join(self.stream(question, *images, keep=keep, **sampling)).strip()
+            return "".join(self.stream(question, *images, keep=keep, **options)).strip()
 
     def stream(
         self,
         question: str,
         *images: object,
         keep: bool = False,
-        **sampling: object,
+        **options: object,
     ) -> AnswerStream:
         """Return the answer of `ask` as an iterator of pieces of text.
 
         Closing the iterator stops the answer; what was said of it is kept. The question follows the
         history as it is now, and joins it with its answer when that is over.
         """
-        asked = Message.user(question, *images)
+        media, sampling = self._told_apart(options)
+        asked = Message.user(question, *images, **media)
         if not question.strip():
             raise PromptError("the question is empty: ask something")
         params = self._params(SamplingParams.from_options(**sampling))
@@ -271,7 +275,7 @@ class Chat:
         if detector is not None and detector.unsure_below and params.num_beams == 1:
             params = replace(params, logprobs=params.logprobs or 0)  # for `doubt`
         with self._turns:
-            begins = bool(images) and not keep
+            begins = bool(asked.media) and not keep
             talk = Conversation(next(self._numbers)) if begins else self._conversation
             prompt = self._process(self._with_system((*talk.history, asked)), talk)
             new = prompt.media[len(prompt.media) - len(asked.media) :]
@@ -316,14 +320,14 @@ class Chat:
         return self._backend.as_completed(prompts, params)
 
     def ask_many(
-        self, questions: Sequence[str | tuple[object, ...]], **sampling: object
+        self, questions: Sequence[str | tuple[object, ...] | Message], **sampling: object
     ) -> list[str]:
         """Return the answers to questions that have nothing to do with each other, many at a time.
 
         The chat's own history is not touched. Pictures and beginnings that several questions share
         are read once.
 
-        A question is a text, or a tuple of a text and the pictures before it.
+        A question is a text, a tuple of a text and the pictures before it, or a Message.
 
         Raises:
             LapilliError: the first question that cannot be answered, see `as_completed`.
@@ -449,6 +453,14 @@ class Chat:
             return self._process(messages)
         except LapilliError as error:
             return error
+
+    def _told_apart(
+        self, options: Mapping[str, object]
+    ) -> tuple[dict[str, object], dict[str, object]]:
+        """Return the media among keyword options, and the rest, which sampling knows or refuses."""
+        names = set(self.model.modalities) - {"image"}
+        media = {name: value for name, value in options.items() if name in names}
+        return media, {name: value for name, value in options.items() if name not in names}
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         return messages if self.system is None else (Message.system(self.system), *messages)

@@ -121,7 +121,7 @@ class JinjaTemplate:
         hidden = [marks.hide(message) for message in messages]
         with self._named():
             text = self._run(hidden, open_turn=open_turn)
-            marks.check(text, sum(len(message.media) for message in messages))
+            marks.check(text, sum(part.modality == "image" for m in messages for part in m.media))
             ranges = [] if open_turn else self._answers(hidden, text)
         return marks.reveal(text, ranges)
 
@@ -179,7 +179,7 @@ class _Marks:
         self._nonce = secrets.token_hex(16)
         self._takes_parts = takes_parts
         self._image_token = image_token
-        self._texts: list[TextPart] = []
+        self._texts: list[TextPart | MediaPart] = []
 
     def mark(self, index: int) -> str:
         """Return the stand-in of the text with this number."""
@@ -190,24 +190,30 @@ class _Marks:
         content = self._parts(message) if self._takes_parts else self._string(message)
         return {"role": message.role, "content": content}
 
-    def check(self, text: str, num_media: int) -> None:
+    def check(self, text: str, num_pictures: int) -> None:
         """Refuse a rendering that lost or doubled something.
 
         Raises:
-            PromptError: a text that is missing, or another number of image tokens than of media.
+            PromptError: a text or another medium that is missing, or another number of image tokens
+                than of pictures.
         """
         for index, part in enumerate(self._texts):
             times = text.count(self.mark(index))
             if times != 1:
+                what = (
+                    f"medium {part.modality!r}"
+                    if isinstance(part, MediaPart)
+                    else f"text {part.text[:40]!r}"
+                )
                 raise PromptError(
-                    f"the checkpoint's chat template writes the text {part.text[:40]!r} {times} "
+                    f"the checkpoint's chat template writes the {what} {times} "
                     "times instead of once: choose a template by name"
                 )
         slots = text.count(self._image_token)
-        if slots != num_media:
+        if slots != num_pictures:
             raise PromptError(
-                f"the checkpoint's chat template wrote {slots} {self._image_token} for {num_media} "
-                "media: choose a template by name"
+                f"the checkpoint's chat template wrote {slots} {self._image_token} for "
+                f"{num_pictures} media: choose a template by name"
             )
 
     def reveal(self, text: str, answers: Sequence[tuple[int, int]]) -> list[Segment]:
@@ -230,18 +236,27 @@ class _Marks:
                 segments.append(MediaSlot())
             else:
                 part = self._texts[int(found.group(1))]
+                if isinstance(part, MediaPart):
+                    segments.append(MediaSlot(part.modality))
+                    continue
                 segments.append(TextSegment(part.text, counts, literal=True, said=part.said))
         return segments
 
     def _parts(self, message: Message) -> list[dict[str, str]]:
         if message.written is not None:  # templates move pictures, but leave text as it is
             return [{"type": "text", "text": self._string(message)}]
-        return [
-            {"type": part.modality}
-            if isinstance(part, MediaPart)
-            else {"type": "text", "text": self._hide_text(part)}
-            for part in message.parts
-        ]
+        found = []
+        leading = True
+        for part in message.parts:
+            if isinstance(part, TextPart):
+                found.append({"type": "text", "text": self._hide_text(part)})
+                leading = leading and not part.text
+            elif part.modality == "image":
+                found.append({"type": "image"})
+            else:  # no template knows its type: a mark in a text, as it stands for in a string
+                line = "\n" if leading else ""
+                found.append({"type": "text", "text": self._hide_medium(part) + line})
+        return found
 
     def _string(self, message: Message) -> str:
         """Return one string, leading media on lines of their own, as LLaVA was trained."""
@@ -252,8 +267,14 @@ class _Marks:
                 text += self._hide_text(part)
                 leading = leading and not part.text
             else:
-                text += f"{self._image_token}\n" if leading else self._image_token
+                image = part.modality == "image"
+                token = self._image_token if image else self._hide_medium(part)
+                text += f"{token}\n" if leading else token
         return text
+
+    def _hide_medium(self, part: MediaPart) -> str:
+        self._texts.append(part)
+        return self.mark(len(self._texts) - 1)
 
     def _hide_text(self, part: TextPart) -> str:
         core = part.text.strip()

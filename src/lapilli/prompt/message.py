@@ -3,7 +3,8 @@
 Knows nothing of templates, tokens or pictures: the source of a medium is passed on untouched.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -120,9 +121,18 @@ class Message:
         return cls("system", (TextPart(text),))
 
     @classmethod
-    def user(cls, text: str, *sources: object) -> "Message":
-        """Return a question about `sources`, which stand in front of it as LLaVA was trained."""
-        return cls("user", (*(MediaPart(source) for source in sources), TextPart(text)))
+    def user(cls, text: str, *sources: object, **media: object) -> "Message":
+        """Return a question about media, which stand in front of it as LLaVA was trained.
+
+        Args:
+            text: the question.
+            sources: pictures.
+            media: one medium of each modality that is named, such as `user=history`, in the order
+                given. Several of one modality are MediaParts of a message made from its parts.
+        """
+        pictures = [MediaPart(source) for source in sources]
+        others = [MediaPart(source, modality) for modality, source in media.items()]
+        return cls("user", (*pictures, *others, TextPart(text)))
 
     @classmethod
     def assistant(cls, text: str, said: Said | None = None) -> "Message":
@@ -131,31 +141,49 @@ class Message:
 
     @classmethod
     def from_placeholders(
-        cls, role: str, text: str, sources: Sequence[object], *, placeholder: str = "<image>"
+        cls,
+        role: str,
+        text: str,
+        sources: Sequence[object],
+        *,
+        placeholder: str = "<image>",
+        media: Mapping[str, Sequence[object]] | None = None,
     ) -> "Message":
         """Return a message that a program wrote with `placeholder` where each source goes.
 
         The text is kept character by character. In `parts` a line break after a leading
         placeholder is left out, as a template writes it there.
 
+        Args:
+            role: who speaks.
+            text: with the placeholders.
+            sources: pictures.
+            placeholder: of a picture.
+            media: sources of other modalities by name, each for a `<name>` of its own in the text.
+
         Raises:
             MediaCountMismatchError: another number of placeholders than of sources.
         """
-        pieces = text.split(placeholder)
-        if len(pieces) - 1 != len(sources):
-            raise MediaCountMismatchError(
-                f"the text has {len(pieces) - 1} {placeholder} but {len(sources)} sources were "
-                "given: give one source for each placeholder"
-            )
+        given = {placeholder: [MediaPart(source) for source in sources]}
+        for name, others in (media or {}).items():
+            given[f"<{name}>"] = [MediaPart(source, name) for source in others]
+        for mark, waiting in given.items():
+            if text.count(mark) != len(waiting):
+                raise MediaCountMismatchError(
+                    f"the text has {text.count(mark)} {mark} but {len(waiting)} sources were "
+                    "given: give one source for each placeholder"
+                )
+        first, *rest = re.split(f"({'|'.join(map(re.escape, given))})", text)
+        pieces = [first, *rest[1::2]]
         parts: list[Part] = [TextPart(pieces[0])] if pieces[0] else []
         leads = not parts  # no text stands before
-        for source, piece in zip(sources, pieces[1:], strict=True):
-            parts.append(MediaPart(source))
-            rest = piece.removeprefix("\n") if leads else piece
-            if rest:
-                parts.append(TextPart(rest))
+        for mark, piece in zip(rest[::2], pieces[1:], strict=True):
+            parts.append(given[mark].pop(0))
+            said = piece.removeprefix("\n") if leads else piece
+            if said:
+                parts.append(TextPart(said))
                 leads = False
-        return cls(role, tuple(parts), tuple(pieces) if sources else None)
+        return cls(role, tuple(parts), tuple(pieces) if len(pieces) > 1 else None)
 
 
 def check_text(text: object) -> None:
@@ -180,14 +208,17 @@ def check_conversation(messages: object) -> None:
         raise PromptError(f"a conversation must be a list of Message, got {shown(messages)}")
 
 
-def questions_of(given: Iterable[str | tuple[object, ...]]) -> list[Message]:
-    """Return the message of each question, which is a text, or a tuple of a text and pictures.
+def questions_of(given: Iterable[str | tuple[object, ...] | Message]) -> list[Message]:
+    """Return the message of each question: a text, a tuple of a text and pictures, or a Message.
 
     Raises:
         PromptError: something else; one text alone, too.
     """
     found = []
     for one in several(given):
+        if isinstance(one, Message):
+            found.append(one)
+            continue
         parts = one if isinstance(one, tuple | list) else (one,)
         text, *pictures = parts or (None,)
         if not isinstance(text, str):

@@ -167,6 +167,8 @@ class ChatTemplate:
                 f"a message of the {message.role} holds a medium ({part.modality}): "
                 "only the user shows media"
             )
+        if part.modality != "image":  # the marks are those of pictures
+            return [MediaSlot(part.modality)]
         before, after = self.media_tokens
         if tagged:
             before, after = self.media_open + before, after + self.media_close

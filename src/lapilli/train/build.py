@@ -19,7 +19,7 @@ import torch
 from lapilli.checkpoint.export import save_loaded
 from lapilli.checkpoint.formats.quantized import stored_quantization
 from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR
-from lapilli.checkpoint.load import DTYPES, STORED, Loaded, load_checkpoint
+from lapilli.checkpoint.load import DTYPES, STORED, Loaded, load_checkpoint, with_modalities
 from lapilli.checkpoint.read.assemble import build_model
 from lapilli.checkpoint.read.directory import preprocessor_of
 from lapilli.checkpoint.source import is_local, read_json, read_optional_json, resolve
@@ -38,7 +38,7 @@ from lapilli.config.huggingface import parse_config
 from lapilli.config.llava import is_hf_llava, is_original
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import parse_projector
-from lapilli.config.reader import JsonObject
+from lapilli.config.reader import JsonObject, given_path
 from lapilli.config.vision import TOWER_TYPES
 from lapilli.errors import ConfigError, ShapeMismatchError, UnsupportedModelError
 from lapilli.modality.image.image import ImageModality
@@ -106,6 +106,7 @@ def build_llava(
     tower: str | None = None,
     force: bool = False,
     overwrite: bool = False,
+    modalities: Mapping[str, object] | None = None,
 ) -> Built:
     """Build a LLaVA in the original layout that can be loaded, asked and trained.
 
@@ -122,6 +123,7 @@ def build_llava(
         tower: see `save_llava`; None: named by a hub id, else copied beside.
         force: take a template that contradicts the language model's own.
         overwrite: replace a directory that is there.
+        modalities: more of them, see `add_modalities`.
 
     Raises:
         CheckpointError: files are missing or damaged, or the disk is full.
@@ -160,6 +162,7 @@ def build_llava(
         write_pickled(staged / "mm_projector.bin", _fresh(config, joint.seed))
         loaded = load_checkpoint(staged, base=str(base), device="cpu", dtype=STORED, template=name)
     _round_fresh(loaded)
+    loaded = _with_declared(loaded, modalities or {}, joint.seed)
     is_hub = not is_local(vision)
     source = vision.partition("@")[0] if is_hub else str(eyes)
     config = replace(loaded.config, vision_source=source)
@@ -177,6 +180,56 @@ def build_llava(
     return Built(
         path=out, config=config, template=name, reason=reason, notes=(*loaded.report.notes, *doubts)
     )
+
+
+def add_modalities(
+    source: str | Path,
+    out: str | Path,
+    modalities: Mapping[str, object],
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> ModelConfig:
+    """Write a checkpoint with more modalities, whose weights are fresh; return what it is.
+
+    Args:
+        source: a LLaVA or a plain language model, a directory or a hub id.
+        out: the new directory.
+        modalities: by name, what `lapilli_modalities` of a config.json would say, or a
+            ModalityConfig; `from` names a language model that an encoder of texts begins as.
+        seed: of the fresh weights.
+        overwrite: replace a directory that is there.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the disk is full.
+        ConfigError: a modality that cannot be followed, does not fit, or is declared already.
+        UnsupportedModelError: a kind that nobody registered.
+    """
+    if not modalities:
+        raise ConfigError("no modality is given: name one, such as user={'kind': 'vector', ...}")
+    out = given_path(out)
+    check_target(out, overwrite=overwrite)
+    loaded = load_checkpoint(source, device="cpu", dtype=STORED)
+    if loaded.quantization is not None and loaded.quantization.quantize_tower:
+        raise ConfigError(
+            f"{source} has packed modalities, and fresh ones are not packed: add them to the "
+            "checkpoint that it was made from"
+        )
+    added = _with_declared(loaded, modalities, seed)
+    layout = "llava" if added.quantization else layout_of(added.config)
+    save_loaded(out, added, layout=layout, quantization=added.quantization, overwrite=overwrite)
+    return added.config
+
+
+def _with_declared(loaded: Loaded, modalities: Mapping[str, object], seed: int) -> Loaded:
+    """Return the checkpoint with fresh modalities, in the number format of most numbers beside."""
+    common = common_dtypes(loaded.model.state_dict())[0]
+    return with_modalities(loaded, modalities, seed=seed, dtype=common)
+
+
+def layout_of(config: ModelConfig) -> str:
+    """Return the layout that a checkpoint is saved in where nobody asks for another."""
+    return "llava" if config.layout == "llava" else "huggingface"
 
 
 def _check_base(raw: JsonObject, base: Path) -> None:

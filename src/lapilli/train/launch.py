@@ -25,6 +25,7 @@ from lapilli.config.model import DecoderConfig
 from lapilli.errors import ConfigError
 from lapilli.lora import adapters
 from lapilli.modality.image.decode import Alpha
+from lapilli.modality.projector import Resampler
 from lapilli.prompt.choose import Template
 from lapilli.train.card import add_card, model_card
 from lapilli.train.data import (
@@ -37,7 +38,7 @@ from lapilli.train.data import (
     order_of,
 )
 from lapilli.train.data.dataset import fingerprint_of
-from lapilli.train.data.encoder import EncodesSamples
+from lapilli.train.data.encoder import EncodesSamples, declared_names
 from lapilli.train.data.sampler import Order
 from lapilli.train.distill import (
     DistilledModel,
@@ -167,8 +168,12 @@ def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
     check_idle_keys(recipe)
     kept, held = _datasets(recipe)
     loaded = load_start(recipe)
+    names = declared_names(loaded.model)
+    kept, held = kept.declaring(names), None if held is None else held.declaring(names)
     if recipe.data.pack:
         check_packing(loaded, recipe.data.max_length)
+    if parallel.is_sharded:
+        check_sharding(loaded)
     teacher = load_teacher(recipe, loaded)
     template = choose_template(recipe, loaded)
     data = recipe.data
@@ -205,6 +210,21 @@ def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
         template=template,
         weights=weights,
     )
+
+
+def check_sharding(loaded: Loaded) -> None:
+    """Check that all processes call the layers of every modality equally often.
+
+    Raises:
+        ConfigError: a resampler takes items one by one, and a batch has another number of them in
+            every process: each would wait for the others.
+    """
+    for name in declared_names(loaded.model):
+        if any(isinstance(module, Resampler) for module in loaded.model.modalities[name].modules()):
+            raise ConfigError(
+                f'run.sharding = "fsdp" and the modality {name!r} has a resampler, which reads one '
+                'item at a time: set run.sharding = "ddp", or another projector'
+            )
 
 
 def check_packing(loaded: Loaded, max_length: int) -> None:

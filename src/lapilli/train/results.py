@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from lapilli.checkpoint.formats.weights import complete_weights
-from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER
+from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER, is_declared
 from lapilli.checkpoint.load import DTYPES, Loaded, load_checkpoint
 from lapilli.checkpoint.read.adapter import is_adapter, open_adapter
 from lapilli.checkpoint.read.directory import find_base
@@ -152,6 +152,11 @@ class Results:
                 f"save.layout is 'huggingface', but a PEFT adapter cannot carry {what}: set "
                 'save.merge, or save.layout = "llava"'
             )
+        if self.config.modalities:
+            raise ConfigError(
+                "save.layout is 'huggingface', but a PEFT adapter cannot carry the modality "
+                f'{self.config.modalities[0][0]!r}: set save.merge, or save.layout = "llava"'
+            )
         beyond = [name for name in self.loaded.beside if not name.startswith(PROJECTOR)]
         if beyond:
             raise ConfigError(
@@ -263,7 +268,9 @@ def _trained_whole(model: VisionLanguageModel, recipe: Recipe) -> list[str]:
 
 def _is_projector_alone(model: VisionLanguageModel) -> bool:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return bool(trained) and all(name.startswith((PROJECTOR, NEWLINE)) for name in trained)
+    return bool(trained) and all(
+        name.startswith((PROJECTOR, NEWLINE)) or is_declared(name) for name in trained
+    )
 
 
 def _spoken(loaded: Loaded, recipe: Recipe) -> Template:

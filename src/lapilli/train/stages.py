@@ -4,15 +4,17 @@
     model.projector  --mm_projector.*---> over the projector of it
     data.template    --is it the base's? does the vocabulary have its marks?--> Template
 
-    align            the projector and the learned row end
+    align            the projectors of all modalities, and the learned row end
     instruct         those and the language model, or an adapter beside its layers
-    both             the tower too with `model.tune_tower`: the layers that its features come from
+    both             the tower too with `model.tune_tower`: the layers that its features come from;
+                     encoders of declared modalities with `model.tune_encoder`
 
 Knows checkpoints and models; must not know samples, batches or the loop.
 """
 
 import re
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final, cast
 
@@ -21,11 +23,12 @@ from torch import nn
 
 from lapilli.checkpoint.formats.quantized import stored_quantization
 from lapilli.checkpoint.formats.weights import WeightStore
-from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER
-from lapilli.checkpoint.load import Loaded, load_checkpoint
+from lapilli.checkpoint.keymaps import DECLARED, NEWLINE, PROJECTOR, TOWER, is_declared
+from lapilli.checkpoint.load import Loaded, load_checkpoint, with_modalities
 from lapilli.checkpoint.read.plan import PROJECTOR_FILES, make_plan
 from lapilli.checkpoint.source import RESULTS
 from lapilli.checkpoint.template import find_chat_template
+from lapilli.config.modalities import modality_config, settings_of
 from lapilli.config.reader import given_path
 from lapilli.errors import (
     ConfigError,
@@ -47,7 +50,7 @@ from lapilli.prompt.template import ChatTemplate
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant import QuantConfig
 from lapilli.quant.nf4 import store_nf4
-from lapilli.train.recipe import LoraRecipe, Recipe, RunRecipe
+from lapilli.train.recipe import LoraRecipe, ModelRecipe, Recipe, RunRecipe
 
 _INT4: Final = QuantConfig(bits=4, head_bits=None, mode="weight_only")
 _MARK: Final = re.compile(r"</?s>|<\|[^|<>\s]+\|>")
@@ -61,8 +64,8 @@ def load_start(recipe: Recipe) -> Loaded:
     and what is kept for the backward pass is the weight itself. `lora.base` packs while reading.
 
     Raises:
-        ConfigError: the recipe names no checkpoint, one that reads text only, or a packed one for
-            more than a projector.
+        ConfigError: the recipe names no checkpoint, one that reads text only, a packed one for
+            more than a projector, or modalities that the checkpoint has otherwise.
         CheckpointError: it cannot be read, or the projector does not fit.
     """
     if recipe.model.checkpoint is None:
@@ -76,12 +79,14 @@ def load_start(recipe: Recipe) -> Loaded:
         merge_lora=False,
         device="cpu",
         dtype="float32" if recipe.saves_frozen else recipe.run.precision,
-        float32_parameters=(PROJECTOR, NEWLINE, *([TOWER] if recipe.model.tune_tower else [])),
+        float32_parameters=partial(_is_float32, recipe.model),
         quantization=_INT4 if recipe.lora is not None and recipe.lora.base == "int4" else None,
     )
+    loaded = with_modalities(loaded, _fresh_modalities(recipe, loaded), seed=recipe.run.seed)
     if not loaded.model.modalities:
         raise ConfigError(
-            f"{loaded.path} reads text only: give it a tower and a projector with `lapilli build`"
+            f"{loaded.path} reads text only: give it a tower and a projector with `lapilli build`, "
+            "or a modality with [model.modalities.NAME]"
         )
     if recipe.model.projector is not None:
         load_projector(loaded.model, given_path(recipe.model.projector))
@@ -113,6 +118,35 @@ def _check_floats(recipe: Recipe, checkpoint: str) -> None:
         )
 
 
+def _is_float32(model: ModelRecipe, name: str) -> bool:
+    """Return whether a parameter may learn although the language model rests."""
+    if is_declared(name):
+        owner, _, part = name.removeprefix("modalities.").partition(".")
+        return not part.startswith("encoder.") or owner in model.tune_encoder
+    return name.startswith((PROJECTOR, NEWLINE)) or (model.tune_tower and name.startswith(TOWER))
+
+
+def _fresh_modalities(recipe: Recipe, loaded: Loaded) -> dict[str, object]:
+    """Return the recipe's modalities that the checkpoint does not have.
+
+    Raises:
+        ConfigError: it has one of them with other settings.
+    """
+    has = dict(loaded.config.modalities)
+    wanted = recipe.model.modalities
+    for name in wanted.keys() & has.keys():
+        settings = wanted[name]
+        if isinstance(settings, dict):  # what it leaves out is as the checkpoint has it
+            given = {key: value for key, value in settings.items() if key != "from"}
+            settings = {**settings_of(has[name]), **given}
+        if modality_config(name, settings) != has[name]:
+            raise ConfigError(
+                f"recipe key model.modalities.{name} says {wanted[name]}, and the checkpoint "
+                f"has {has[name]}: leave the key out, or give another name"
+            )
+    return {name: settings for name, settings in wanted.items() if name not in has}
+
+
 def load_projector(model: VisionLanguageModel, folder: Path) -> None:
     """Load the projector that an earlier run left over the model's own, in place.
 
@@ -130,15 +164,15 @@ def load_projector(model: VisionLanguageModel, folder: Path) -> None:
             f"recipe key model.projector: no {' or '.join(PROJECTOR_FILES)} in {folder} or "
             f"{folder / RESULTS}: give the folder of an align run"
         )
-    image = model.modality("image")
-    own = {f"projector.{name}": p for name, p in image.projector.named_parameters()}  # type: ignore[attr-defined]  # every modality has one
-    newline = getattr(image, "image_newline", None)
-    if newline is not None:
-        own["image_newline"] = newline
+    own = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith((PROJECTOR, NEWLINE)) or is_declared(name)
+    }
     store = WeightStore.of_files([file])
     pairs = ((_own_name(name), name) for name in store.infos)
     found = {ours: name for ours, name in pairs if ours is not None}
-    needed = {name for name in own if name != "image_newline"}
+    needed = {name for name in own if name != NEWLINE}
     strange = sorted(found.keys() - own.keys()) + sorted(needed - found.keys())
     if strange:
         raise MissingWeightsError(
@@ -158,11 +192,14 @@ def load_projector(model: VisionLanguageModel, folder: Path) -> None:
 
 
 def _own_name(foreign: str) -> str | None:
-    """Return `projector.0.weight` for `model.mm_projector.0.weight`; None for no projector."""
+    """Return the parameter of a tensor beside a base; None where it is no projector's."""
     if foreign.endswith("image_newline"):
-        return "image_newline"
-    _, mark, rest = foreign.rpartition("mm_projector.")
-    return f"projector.{rest}" if mark else None
+        return NEWLINE
+    for mark, prefix in (("mm_projector.", PROJECTOR), DECLARED):
+        _, found, rest = foreign.rpartition(mark)
+        if found:
+            return prefix + rest
+    return None
 
 
 def choose_template(recipe: Recipe, loaded: Loaded) -> Template:
@@ -235,12 +272,14 @@ def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, .
         )
     model.requires_grad_(False)
     trained: list[nn.Parameter] = []
-    for modality in model.modalities.values():
-        trained += modality.projector.parameters()  # type: ignore[union-attr]  # all modalities have one
-        newline = getattr(modality, "image_newline", None)
-        trained += [] if newline is None else [newline]
-        if recipe.model.tune_tower and isinstance(modality, ImageModality):
-            trained += _used(modality.vision_tower)
+    _check_encoders(model, recipe.model)
+    for name, modality in model.modalities.items():
+        if isinstance(modality, ImageModality):
+            trained += modality.projector.parameters()
+            trained += [] if modality.image_newline is None else [modality.image_newline]
+            trained += _used(modality.vision_tower) if recipe.model.tune_tower else []
+        else:
+            trained += _of_declared(modality, encoder=name in recipe.model.tune_encoder)
     if recipe.stage == "instruct":
         trained += _of_language_model(model, recipe.lora)
     for parameter in trained:
@@ -252,6 +291,29 @@ def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, .
     if not names:
         raise ConfigError(f"stage {recipe.stage!r} trains nothing in this model")
     return names
+
+
+def _of_declared(modality: nn.Module, *, encoder: bool) -> list[nn.Parameter]:
+    """Return the parameters of a modality, with those of its encoder or without."""
+    found = getattr(modality, "encoder", None)
+    resting = set() if found is None or encoder else {id(p) for p in found.parameters()}
+    return [parameter for parameter in modality.parameters() if id(parameter) not in resting]
+
+
+def _check_encoders(model: VisionLanguageModel, recipe: ModelRecipe) -> None:
+    """Check that the modalities whose encoder is to learn have one.
+
+    Raises:
+        ConfigError: one has none, or is no modality of the model.
+    """
+    having = [name for name, one in model.modalities.items() if hasattr(one, "encoder")]
+    for name in recipe.tune_encoder:
+        if name not in having:
+            other = "; the tower of pictures is model.tune_tower" if name == "image" else ""
+            raise ConfigError(
+                f"recipe key model.tune_encoder names {name!r}: the modalities with an encoder are "
+                f"{', '.join(having) or 'none'}{other}"
+            )
 
 
 def _used(tower: VisionTransformer) -> list[nn.Parameter]:
@@ -325,8 +387,7 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
 
 def set_up_layers(model: VisionLanguageModel, run: RunRecipe) -> None:
     """Switch on recomputation and compilation of the layers, as the run asks for them."""
-    towers = [getattr(modality, "vision_tower", None) for modality in model.modalities.values()]
-    for part in (model.language_model, *towers):
+    for part in model.modules():
         if isinstance(part, Decoder | Mpt | VisionTransformer):
             part.gradient_checkpointing = run.gradient_checkpointing
         elif run.gradient_checkpointing and isinstance(part, ForeignLanguageModel):

@@ -408,3 +408,102 @@ def test_no_record_breaks_the_reader(record):
     assert (signed_words(record) > 0) is bool(
         sample.media or record.get("image") or record.get("images")
     )
+
+
+NAMES = ("user", "item")
+ASKED = {"user": {"film": [1]}, "item": [[1.0], [2.0]]}
+
+
+def media(sample):
+    return [(part.modality, part.source) for part in sample.media]
+
+
+def test_a_declared_key_stands_at_its_place():
+    record = {
+        **ASKED,
+        "image": "a.png",
+        "conversations": turns("<user>\n<image>\nSaw <item>?", "A"),
+    }
+    sample = read(record, modalities=NAMES, placement="written")
+    assert media(sample) == [
+        ("user", {"film": [1]}),
+        ("image", "a.png"),
+        ("item", [[1.0], [2.0]]),  # one place: the whole value
+    ]
+    assert sample.messages[0].written == ("", "\n", "\nSaw ", "?")
+    front = read(record, modalities=NAMES)
+    assert media(front) == media(sample)
+    assert front.messages[0].text == "Saw ?"
+    resolved = read(record, modalities=NAMES, resolve=lambda name: f"at/{name}")
+    assert media(resolved)[1] == ("image", "at/a.png")
+    assert media(resolved)[0] == ("user", {"film": [1]})
+
+
+def test_several_places_take_one_each():
+    record = {"item": [[1.0], [2.0]], "conversations": turns("<item> or <item>?", "A")}
+    assert media(read(record, modalities=NAMES)) == [("item", [1.0]), ("item", [2.0])]
+
+
+def test_parts_name_a_modality():
+    parts = [{"type": "user", "user": 3}, {"type": "item"}, {"type": "text", "text": "Q"}]
+    record = {
+        "item": [4.0],
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A"}],
+    }
+    assert media(read(record, modalities=NAMES)) == [("user", 3), ("item", [4.0])]
+
+
+def test_a_table_shows_them_in_front():
+    record = {"image": "a.png", "user": 1, "question": "Q", "answer": "A"}
+    sample = read(record, modalities=NAMES)
+    assert media(sample) == [("image", "a.png"), ("user", 1)]
+    assert said(sample) == [("user", "Q"), ("assistant", "A")]
+
+
+def test_what_is_not_declared_is_not_read():
+    record = {**ASKED, "history": [1], "conversations": turns("<user>\nQ", "A")}
+    sample = read(record)
+    assert media(sample) == []
+    assert sample.messages[0].text == "<user>\nQ"
+    assert sample.notes == ("its 'history' is not read",)
+    declared = {"history": [1], "audio": 2, "conversations": turns("<history> <audio>\nQ", "A")}
+    assert read(declared, modalities=("history", "audio")).notes == ()
+
+
+def test_a_record_with_declared_media_has_no_text_alone():
+    record = {"user": 1, "conversations": turns("<user>\nQ", "A")}
+    assert signed_words(record, ("user",)) > 0 > signed_words(record)
+
+
+@pytest.mark.parametrize(
+    ("record", "match"),
+    [
+        (
+            {"conversations": turns("<user>\nQ", "A")},
+            "<user> stands in its turns, and it has no 'user': add the key",
+        ),
+        (
+            {"user": 1, "conversations": turns("Q", "A")},
+            "its 'user' has no place: write <user> where it belongs",
+        ),
+        (
+            {"item": [1, 2, 3], "conversations": turns("<item><item>", "A")},
+            "<item> stands in its turns 2 times, and its 'item' holds 3: give a list with one",
+        ),
+        (
+            {"item": 7, "conversations": turns("<item><item>", "A")},
+            "2 times, and its 'item' holds 1",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "user"}]}]},
+            "a part of the type 'user' has no 'user'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "sound", "sound": 1}]}]},
+            "a part has the type 'sound': expected text, image, image_url, user or item",
+        ),
+    ],
+)
+def test_declared_media_and_places_differ(record, match):
+    with pytest.raises(DataError, match=match):
+        read(record, modalities=NAMES)

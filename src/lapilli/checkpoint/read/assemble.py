@@ -21,6 +21,7 @@ from lapilli.config.model import ModelConfig
 from lapilli.config.reader import KeyReport, in_file, shown
 from lapilli.errors import CheckpointError, MissingWeightsError, ShapeMismatchError
 from lapilli.lm import build_language_model
+from lapilli.modality import build_modality
 from lapilli.modality.image.image import ImageModality
 from lapilli.model import VisionLanguageModel
 
@@ -104,12 +105,15 @@ def build_model(config: ModelConfig) -> VisionLanguageModel:
     """Build the model of a configuration on the meta device."""
     with in_file(), torch.device("meta"), WithoutInitialisation():
         language_model = build_language_model(config.text)
-        if config.image is None or config.vision is None or config.projector is None:
-            return VisionLanguageModel(language_model, {})
-        image = ImageModality(
-            config.image, config.vision, config.projector, has_newline=config.has_newline
-        )
-        return VisionLanguageModel(language_model, {"image": image})
+        modalities: dict[str, Any] = {}
+        if config.image is not None and config.vision is not None and config.projector is not None:
+            modalities["image"] = ImageModality(
+                config.image, config.vision, config.projector, has_newline=config.has_newline
+            )
+        for name, declared in config.modalities:
+            width = config.text.hidden_size
+            modalities[name] = build_modality(name, declared, hidden_size=width)
+        return VisionLanguageModel(language_model, modalities)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,13 +269,13 @@ def fill(
     check_finite: bool = True,
     progress: Progress | None = None,
     quantizer: LayerQuantizer | None = None,
-    float32_parameters: tuple[str, ...] = (),
+    float32_parameters: Callable[[str], bool] | None = None,
 ) -> None:
     """Assign every tensor to its parameter; with dtype=None each keeps the dtype of its file.
 
     A tensor that has the dtype already stays a view of its file; others are converted one at a
     time. Vocabulary tables get the number of rows that the model has. Layers of `quantizer` are
-    rounded as they are read. Names with a prefix among `float32_parameters` are float32.
+    rounded as they are read. Names that `float32_parameters` takes are float32.
 
     Raises:
         ShapeMismatchError: a tensor has another shape than the configuration says.
@@ -284,7 +288,7 @@ def fill(
         sources = matching.sources[name]
         tensors = []
         read_as = dtype if quantizer is None else quantizer.dtype_of(name, dtype)
-        if name.startswith(float32_parameters):
+        if float32_parameters is not None and float32_parameters(name):
             read_as = torch.float32
         kept = quantizer is None or not quantizer.takes(name)
         for part, foreign in sources:

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TEXT, KeyMap, original_keymap
+from lapilli.checkpoint.keymaps import (
+    NEWLINE,
+    PROJECTOR,
+    TEXT,
+    KeyMap,
+    is_declared,
+    original_keymap,
+)
 from lapilli.checkpoint.read.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WRAPPER
 from lapilli.checkpoint.read.plan import NON_LORA_FILES
 from lapilli.checkpoint.template import WrittenTemplate, written_template
@@ -30,6 +37,7 @@ from lapilli.checkpoint.write.files import (
 )
 from lapilli.checkpoint.write.llava import (
     as_original,
+    check_declared,
     config_of_part,
 )
 from lapilli.config.model import ModelConfig
@@ -92,6 +100,7 @@ def save_adapter(
     config = as_original(config) if is_original else config
     keymap = original_keymap(config.text) if is_original else HF_MODULES
     state = model.state_dict() if state is None else state
+    check_declared(state, config)
     halves, others = _split(model, state, keymap, trained)
     settings = _adapter_config(model, base, keymap)
     with new_directory(path, overwrite=overwrite) as folder:
@@ -137,7 +146,8 @@ def _split(
     beside = {
         name: tensor
         for name, tensor in state.items()
-        if (name.startswith((PROJECTOR, NEWLINE)) or name in trained) and ".lora_" not in name
+        if ".lora_" not in name
+        and (name.startswith((PROJECTOR, NEWLINE)) or is_declared(name) or name in trained)
     }
     others = {WRAPPER + name: tensor for name, tensor in keymap.rename(beside).items()}
     return halves, others

@@ -4,7 +4,9 @@
     tokenizer.json  tokenizer_config.json  preprocessor_config.json  processor_config.json
     chat_template.jinja
 
-One token is the placeholder of every position of a picture; it is added if there is none.
+One token is the placeholder of every position of a picture; it is added if there is none. A
+language model without pictures, but with declared modalities, is written as the plain model that it
+is to transformers.
 """
 
 import tempfile
@@ -15,7 +17,7 @@ from pathlib import Path
 import torch
 
 from lapilli.checkpoint.formats.quantized import KEY
-from lapilli.checkpoint.keymaps import HF_LLAVA
+from lapilli.checkpoint.keymaps import HF_LLAVA, LANGUAGE_MODEL
 from lapilli.checkpoint.read.assemble import VOCABULARY, resized
 from lapilli.checkpoint.template import WrittenTemplate, written_template
 from lapilli.checkpoint.tokenizer import (
@@ -23,6 +25,7 @@ from lapilli.checkpoint.tokenizer import (
     save_tokenizer_with,
     settle_generation,
     special_ids,
+    write_beside,
     write_chat_template,
     write_extra,
 )
@@ -42,12 +45,14 @@ from lapilli.checkpoint.write.files import (
 )
 from lapilli.checkpoint.write.llava import (
     HALF,
+    check_declared,
     write_preprocessor_config,
     write_tower_config,
 )
 from lapilli.config.families import family_of, find_family
 from lapilli.config.families.decoder import ACTIVATION_NAMES
 from lapilli.config.llava import CAP_KEY, RECORD_KEY
+from lapilli.config.modalities import write_modalities
 from lapilli.config.model import (
     DecoderConfig,
     ImageConfig,
@@ -100,6 +105,15 @@ def save_hf(
         raise ConfigError("the model is quantized: save it from one that is not")
     written = written_template(template, config, tokenizer_path)
     whole = merged_state(model) if state is None else state
+    check_declared(whole, config)
+    if config.vision is None:
+        with new_directory(path, overwrite=overwrite, check=check) as folder:
+            write_weights(folder, whole, LANGUAGE_MODEL, dtype=dtype, shard_bytes=shard_bytes)
+            stored = HALF if section else dtype_name(common_dtypes(whole, dtype)[0])
+            content = write_text_config(config, torch_dtype=stored, template=written.name)
+            write_json(folder / "config.json", content | ({KEY: section} if section else {}))
+            write_beside(folder, tokenizer_path, extra, jinja=written.jinja, tokens=config.tokens)
+        return
     with new_directory(path, overwrite=overwrite, check=check) as folder:
         image_id = _write_processor(folder, config, tokenizer, tokenizer_path, written)
         rows = max(config.text.vocab_size, image_id + 1)
@@ -140,6 +154,8 @@ def check_hf_files(
     """
     check_hf_layout(config)
     written = written_template(template, config, tokenizer_path)
+    if config.vision is None:
+        return
     with tempfile.TemporaryDirectory(prefix="lapilli-processor-") as folder:
         _write_processor(Path(folder), config, tokenizer, tokenizer_path, written)
 
@@ -188,8 +204,10 @@ def check_hf_layout(config: ModelConfig) -> None:
 
 def _lacks(config: ModelConfig) -> str | None:
     """Return the first property of a model that the layout does not have."""
-    vision, projector, image = _parts(config)
     family = find_family(config.text.family)
+    if config.vision is None and config.modalities:
+        return None if family is not None else f"{config.text.family} language model"
+    vision, projector, image = _parts(config)
     if family is None or not family.in_hf_llava:
         return f"{config.text.family} language model"
     if config.tokens.use_start_end:
@@ -208,6 +226,25 @@ def _lacks(config: ModelConfig) -> str | None:
     if mode.is_tiled and vision.num_patches != vision.grid.rows * vision.grid.columns:
         return f"{image.aspect} with {vision.feature_select!r} features"
     return None
+
+
+def write_text_config(
+    config: ModelConfig, *, torch_dtype: str, template: str | None = None
+) -> dict[str, object]:
+    """Return config.json of a plain language model, with the modalities that it declares.
+
+    `template` is a `WrittenTemplate.name`.
+    """
+    family = family_of(config.text)
+    written: dict[str, object] = {
+        "architectures": [family.original[1].removeprefix("Llava")],
+        "model_type": family.model_type,
+        **family.write(config.text),
+        **special_ids(config.tokens),
+        "torch_dtype": torch_dtype,
+        **write_modalities(config.modalities),
+    }
+    return written if template is None else {**written, RECORD_KEY: template}
 
 
 def write_hf_config(
@@ -250,6 +287,7 @@ def write_hf_config(
     written |= mode_of(image).hf_keys(image)
     if isinstance(config.text, DecoderConfig) and config.text.logit_softcap is not None:
         written[CAP_KEY] = config.text.logit_softcap  # transformers' LLaVA classes cap no logits
+    written |= write_modalities(config.modalities)
     if template is not None:
         written[RECORD_KEY] = template
     return written

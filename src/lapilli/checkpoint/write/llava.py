@@ -4,7 +4,7 @@ config.json  model.safetensors or shards with index  tokenizer files  generation
 vision_tower/{config.json, preprocessor_config.json, model.safetensors}   with tower="beside"
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,14 @@ from typing import Literal
 import torch
 
 from lapilli.checkpoint.formats.quantized import KEY, check_quantization, written_quantization
-from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER, VISION_TOWER, original_keymap
+from lapilli.checkpoint.keymaps import (
+    NEWLINE,
+    PROJECTOR,
+    TOWER,
+    VISION_TOWER,
+    is_declared,
+    original_keymap,
+)
 from lapilli.checkpoint.template import written_template
 from lapilli.checkpoint.tokenizer import special_ids, write_beside
 from lapilli.checkpoint.write.files import (
@@ -31,6 +38,7 @@ from lapilli.checkpoint.write.files import (
 from lapilli.config.families import find_family, text_types
 from lapilli.config.families.decoder import ACTIVATION_NAMES
 from lapilli.config.llava import IMAGE_KEY, RECORD_KEY, ROUNDS_KEY
+from lapilli.config.modalities import write_modalities
 from lapilli.config.model import (
     ImageConfig,
     ModelConfig,
@@ -111,6 +119,7 @@ def save_llava(
     elif (quantization or section) and place == "inside":
         place = "beside"  # stored once: inside, the original wants it beside as well
     state = model.state_dict() if state is None else state
+    check_declared(state, config)
     tower_state = {name: state[name] for name in state if name.startswith(TOWER)}
     inner = {n: t for n, t in state.items() if place == "inside" or n not in tower_state}
     with new_directory(path, overwrite=overwrite, check=check) as folder:
@@ -146,6 +155,8 @@ def save_projector(
 ) -> None:
     """Save a projector-only checkpoint, config.json and mm_projector.bin, as the original does.
 
+    Declared modalities are among its tensors, with their encoders.
+
     The arguments are those of `save_llava`; `base`, the language model, is written as
     `_name_or_path`.
 
@@ -158,8 +169,11 @@ def save_projector(
     written = written_template(template, config, tokenizer_path)
     config = as_original(config)
     whole = model.state_dict() if state is None else state
+    check_declared(whole, config)
     projector = {
-        name: tensor for name, tensor in whole.items() if name.startswith((PROJECTOR, NEWLINE))
+        name: tensor
+        for name, tensor in whole.items()
+        if name.startswith((PROJECTOR, NEWLINE)) or is_declared(name)
     }
     named = {} if base is None else {"_name_or_path": base}
     with new_directory(path, overwrite=overwrite) as folder:
@@ -192,6 +206,21 @@ def config_of_part(
         torch_dtype=config.torch_dtype or dtype_name(next(iter(model.parameters())).dtype),
         template=template,
     )
+
+
+def check_declared(names: Iterable[str], config: ModelConfig) -> None:
+    """Check that the configuration declares every modality that has parameters.
+
+    Raises:
+        ConfigError: one was only put into the model; nobody could load its tensors.
+    """
+    owners = {name.split(".", 2)[1] for name in names if is_declared(name)}
+    lost = sorted(owners - {name for name, _ in config.modalities})
+    if lost:
+        raise ConfigError(
+            f"the configuration does not declare the modality {lost[0]!r} that the model has: make "
+            "it with lapilli.train.build.add_modalities, or add it to ModelConfig.modalities"
+        )
 
 
 def is_lasting(source: str | None) -> bool:
@@ -270,6 +299,7 @@ def write_llava_config(
         written |= _vision(config, config.vision, vision_source)
         written["mm_projector_type"] = projector_name(config.projector)
         written |= _image(config.image)
+    written |= write_modalities(config.modalities)
     if template is not None:
         written[RECORD_KEY] = template
     if config.tokens.image_id is not None:

@@ -34,6 +34,7 @@ Kind = Literal[
     "record",
     "turns",
     "image",
+    "medium",
     "mended",
     "empty answer",
     "no labels",
@@ -201,6 +202,7 @@ def check(
         progress: called with the samples that are done and with how many there are.
     """
     checker = _Checker(encoder, template, max_length)
+    dataset = dataset if encoder is None else dataset.declaring(encoder.modalities)
     for index in range(len(dataset)):
         checker.read(dataset, index)
         if progress is not None:
@@ -296,11 +298,11 @@ class _Checker:
             self._add("mended", sample, note)
         self._check_id(sample)
         self._check_answers(sample)
-        sizes = self._check_media(sample)
+        items = self._check_media(sample)
         if self._encoder is None:
             self._check_turns(sample)
-        elif len(sizes) == len(sample.media):
-            self._check_row(sample, sizes, self._encoder)
+        elif len(items) == len(sample.media):
+            self._check_row(sample, items, self._encoder)
 
     def _check_id(self, sample: Sample) -> None:
         first = self._ids.setdefault(sample.id, sample.where)
@@ -316,10 +318,16 @@ class _Checker:
         if not answers:
             self._add("no labels", sample, "no answer to learn from")
 
-    def _check_media(self, sample: Sample) -> list[ImageSize]:
-        """Return the sizes of the pictures that can be opened."""
-        sizes = []
+    def _check_media(self, sample: Sample) -> list[Any]:
+        """Return the media that can be read, pictures without their pixels."""
+        items: list[Any] = []
         for part in sample.media:
+            if part.modality != "image":
+                try:
+                    items.append(self._encoder and self._encoder.prepare(part))
+                except LapilliError as error:
+                    self._add("medium", sample, error)
+                continue
             try:
                 seen = self._images.look(part.source)
             except MediaError as error:
@@ -327,8 +335,8 @@ class _Checker:
                 continue
             if seen.twin is not None:
                 self._add("duplicate image", sample, f"{seen.name} is the same as {seen.twin}")
-            sizes.append(seen.size)
-        return sizes
+            items.append(size_only(seen.size))
+        return items
 
     def _check_turns(self, sample: Sample) -> None:
         if self._template is None:
@@ -338,11 +346,9 @@ class _Checker:
         except LapilliError as error:
             self._add("turns", sample, error)
 
-    def _check_row(self, sample: Sample, sizes: list[ImageSize], encoder: SampleEncoder) -> None:
+    def _check_row(self, sample: Sample, items: list[Any], encoder: SampleEncoder) -> None:
         try:
-            prompt = encoder.encode_prompt(
-                sample, encoder.count(sample, [size_only(size) for size in sizes])
-            )
+            prompt = encoder.encode_prompt(sample, encoder.count(sample, items))
         except LapilliError as error:
             self._add("turns", sample, error)
             return
@@ -412,7 +418,12 @@ def tokenized(sample: Sample, encoder: SampleEncoder, images: ImageChecker) -> l
         DataError: a picture that cannot be opened, or turns that the template cannot have.
     """
     with sample.named_in_errors():
-        media = [size_only(images.look(part.source).size) for part in sample.media]
+        media = [
+            size_only(images.look(part.source).size)
+            if part.modality == "image"
+            else encoder.prepare(part)
+            for part in sample.media
+        ]
         prompt = encoder.encode_prompt(sample, encoder.count(sample, media))
     return text_spans(prompt, encoder.tokenizer)
 

@@ -20,6 +20,7 @@ outside of the files of samples are not read. Digests of files:
 
 import codecs
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -73,10 +74,12 @@ class Dataset:
         weights: Sequence[float] | None = None,
         placement: Placement = "front",
         chosen: Sequence[NDArray[np.int64]] | None = None,
+        modalities: Sequence[str] = (),
     ) -> None:
         self.sources = tuple(sources)
         self.weights = tuple(weights or [1.0] * len(self.sources))
         self._placement: Placement = placement
+        self._modalities = tuple(modalities)
         self._chosen = chosen
         self.counts = tuple(
             len(source) if chosen is None else len(chosen[number])
@@ -127,9 +130,11 @@ class Dataset:
             where=source.where(inside),
             placement=self._placement,
             resolve=lambda name: source.media(inside, name),
+            modalities=self._modalities,
         )
+        pictures = [part.source for part in sample.media if part.modality == "image"]
         with sample.named_in_errors():
-            notes = source.notes(inside, [part.source for part in sample.media])
+            notes = source.notes(inside, pictures)
         return replace(sample, notes=(*sample.notes, *notes)) if notes else sample
 
     def words(self) -> NDArray[np.int64]:
@@ -145,7 +150,7 @@ class Dataset:
     def _signed_words(self, index: int) -> int:
         source, inside = self._at(index)
         try:
-            return signed_words(source.record(inside))
+            return signed_words(source.record(inside), self._modalities)
         except DataError:
             return -1
 
@@ -174,7 +179,23 @@ class Dataset:
     def _part(self, chosen: list[NDArray[np.int64]]) -> "Dataset":
         if self._chosen is not None:
             chosen = [old[new] for old, new in zip(self._chosen, chosen, strict=True)]
-        return Dataset(self.sources, weights=self.weights, placement=self._placement, chosen=chosen)
+        return Dataset(
+            self.sources,
+            weights=self.weights,
+            placement=self._placement,
+            chosen=chosen,
+            modalities=self._modalities,
+        )
+
+    def declaring(self, modalities: Sequence[str]) -> "Dataset":
+        """Return the same samples with the media of modalities that a checkpoint declares."""
+        return Dataset(
+            self.sources,
+            weights=self.weights,
+            placement=self._placement,
+            chosen=self._chosen,
+            modalities=modalities,
+        )
 
 
 class EncodedDataset:
@@ -442,6 +463,10 @@ def fingerprint_of(
     }
     if recipe.model.freeze:
         found["model.freeze"] = ", ".join(recipe.model.freeze)
+    if recipe.model.tune_encoder:
+        found["model.tune_encoder"] = ", ".join(recipe.model.tune_encoder)
+    if recipe.model.modalities:
+        found["model.modalities"] = json.dumps(recipe.model.modalities, sort_keys=True)
     if recipe.lora is not None:
         names = ("rank", "alpha", "base", "double_quant")
         found |= {f"lora.{name}": getattr(recipe.lora, name) for name in names}

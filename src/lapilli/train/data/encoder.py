@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from lapilli.checkpoint.load import attach_tokenizer
 from lapilli.checkpoint.read.assemble import build_model
 from lapilli.checkpoint.read.plan import make_plan
 from lapilli.checkpoint.template import choose_for
@@ -87,7 +88,7 @@ class SampleEncoder:
                 cannot have, no supervised token, or one that the embeddings have no row for.
         """
         with sample.named_in_errors():
-            media = tuple(self._prepare(part) for part in sample.media)
+            media = tuple(self.prepare(part) for part in sample.media)
             prompt = self.encode_prompt(sample, self.count(sample, media))
             kept = cut(prompt, self._max_length)
             _check_supervised(prompt, kept)
@@ -120,12 +121,27 @@ class SampleEncoder:
         segments = self._template.render(sample.messages, open_turn=False)
         return encode(segments, self.tokenizer, lengths, image_id=self._image_id)
 
-    def _prepare(self, part: MediaPart) -> Any:  # noqa: ANN401 - every modality has its own
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Return the names of the modalities that the checkpoint declares."""
+        return declared_names(self._model)
+
+    def prepare(self, part: MediaPart) -> Any:  # noqa: ANN401 - every modality has its own
+        """Return a medium prepared for its modality.
+
+        Raises:
+            MediaError: it cannot be read, or is none of its modality.
+        """
         modality = self._model.modality(part.modality)
         if part.modality != "image":
             return modality.prepare(part.source)
         fetched = fetch_picture(part.source)
         return modality.prepare(to_rgb(fetched.data, alpha=self.alpha, name=fetched.name))
+
+
+def declared_names(model: VisionLanguageModel) -> tuple[str, ...]:
+    """Return the names of a model's modalities besides "image"."""
+    return tuple(name for name in model.modalities if name != "image")
 
 
 def cut(prompt: EncodedPrompt, max_length: int | None) -> EncodedPrompt:
@@ -193,5 +209,6 @@ def plan_encoder(
     plan = make_plan(checkpoint, base=base, fetch=False)
     chosen = choose_for(plan, template).template
     model, image_id = build_model(plan.config), plan.config.tokens.image_id
+    attach_tokenizer(model, plan.tokenizer)
     encoder = SampleEncoder(plan.tokenizer, chosen, model, image_id=image_id)
     return PlannedEncoder(encoder, chosen, plan.config.max_length or plan.config.context_length)

@@ -5,6 +5,10 @@
     OpenAI    {"messages": [{"role", "content": text | [{"type": "text"|"image_url"|"image"}]}]}
     a table's {"image": name | [names], "question", "answer"}, or "caption" and no question
 
+    declared  {"user": ..., "item": ...} beside "image", with <user> and <item> in the turns, or
+              {"type": "user", "user": ...} among the parts of a turn; only names that the
+              checkpoint declares are read so
+
 Every record is looked at on its own: a file may mix the formats. Keys that nothing reads and that
 would change what is learned are refused or noted. What is wrong with a record is a DataError
 without its place, which `to_sample` adds.
@@ -66,8 +70,10 @@ def id_of(record: object, *, where: str) -> str:
     return where if name is None else name if isinstance(name, str) else shown(name)
 
 
-def signed_words(record: object) -> int:
-    """Return the words of a record as the original counts them, negative without pictures; never 0.
+def signed_words(record: object, modalities: Sequence[str] = ()) -> int:
+    """Return the words of a record as the original counts them, negative without media; never 0.
+
+    `modalities` are the names that the checkpoint declares.
 
     Placeholders count, and turns that are dropped too. What is no sample counts -1.
 
@@ -76,11 +82,12 @@ def signed_words(record: object) -> int:
     if not isinstance(record, Mapping):
         return -1
     try:
-        turns = turns_of(record)
+        turns = turns_of(record, modalities)
     except DataError:
         return -1
     words = max(count_words(turns), 1)
-    shows = listed_media(record) or any(
+    shows = listed_media(record) or any(record.get(name) is not None for name in modalities)
+    shows = shows or any(
         isinstance(part, Mapping) and part.get("type") not in TEXT_PARTS
         for _, content in turns
         if isinstance(content, list)
@@ -137,11 +144,14 @@ def source_of(part: Record) -> object:
     return next((value for value in found if value is not None), None)
 
 
-def turns_of(record: Record) -> list[Turn]:
-    """Return role and content of every turn, under whatever names."""
+def turns_of(record: Record, modalities: Sequence[str] = ()) -> list[Turn]:
+    """Return role and content of every turn, under whatever names.
+
+    A table's row shows its media in front, those of declared `modalities` after the pictures.
+    """
     key = turns_key(record)
     if key is None:
-        return _asked_once(record)
+        return _asked_once(record, modalities)
     turns = record[key]
     if isinstance(turns, str):  # a column of a table may hold JSON
         try:
@@ -174,7 +184,7 @@ def _rows(columns: Mapping[str, Any]) -> object:
     return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
 
 
-def _asked_once(record: Record) -> list[Turn]:
+def _asked_once(record: Record, modalities: Sequence[str]) -> list[Turn]:
     """Return the turns of a row of a table: its pictures and question, its answer or caption."""
     key = next((key for key in ANSWER_KEYS if record.get(key) is not None), None)
     if key is None:
@@ -187,6 +197,8 @@ def _asked_once(record: Record) -> list[Turn]:
         )
     question = "" if record.get("question") is None else _cell(record, "question")
     shown = "" if PLACEHOLDER in question else PLACEHOLDER * len(listed_media(record))
+    given = [name for name in modalities if record.get(name) is not None]
+    shown += "".join(f"<{name}>" for name in given if f"<{name}>" not in question)
     return [("user", "\n".join(filter(None, (shown, question)))), ("assistant", _cell(record, key))]
 
 
@@ -230,9 +242,9 @@ def _first(record: Record, *keys: str) -> Any:  # noqa: ANN401 - JSON values
     return next((record[key] for key in keys if record.get(key) is not None), None)
 
 
-def check_keys(record: Record, *, shows: bool) -> None:
+def check_keys(record: Record, *, shows: bool, modalities: Sequence[str] = ()) -> None:
     """Refuse a record that cannot be learned without the keys that nothing reads."""
-    if other := first_of(record, _OTHER_MEDIA):
+    if other := first_of(record, tuple(key for key in _OTHER_MEDIA if key not in modalities)):
         raise DataError(f"it has {other!r}, and only images are read: leave it out")
     if (picture := first_of(record, _PICTURES)) and not shows:
         raise DataError(f"it shows no picture, and its {picture!r} is not read: call it 'image'")

@@ -1,7 +1,9 @@
 """Sample: one conversation to learn from, made of a record of any known format; opens nothing.
 
 A text of a list of turns holds one "<image>" for every picture that the record lists; in a table
-the pictures come first.
+the pictures come first. So it is with the modalities that a checkpoint declares: what the key
+"user" of a record holds stands where its turns say "<user>", a list with one for each place if
+there are several.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,15 +77,24 @@ class Sample:
 
 
 def to_sample(
-    record: object, *, where: str, placement: Placement = "front", resolve: Resolve | None = None
+    record: object,
+    *,
+    where: str,
+    placement: Placement = "front",
+    resolve: Resolve | None = None,
+    modalities: Sequence[str] = (),
 ) -> Sample:
     """Return the sample of a record of any known format.
 
-    `where` is its place, for messages. `resolve` makes of what the record calls a picture something
-    that media/fetch takes.
+    Args:
+        record: of any of the formats.
+        where: its place, for messages.
+        placement: of the media of a turn.
+        resolve: makes of what the record calls a picture something that media/fetch takes.
+        modalities: names of the modalities that the checkpoint declares, whose keys are read.
 
     Raises:
-        DataError: no known format, an unknown role, or another number of pictures than of places.
+        DataError: no known format, an unknown role, or another number of media than of places.
 
     Source: LLaVA train.py, preprocess_multimodal (placement) and preprocess_v1 (an answer that
         stands first is dropped).
@@ -92,10 +103,10 @@ def to_sample(
         raise DataError(f"{where} holds a {type(record).__name__}: expected an object")
     sample = Sample(id_of(record, where=where), (), where)
     try:
-        turns = turns_of(record)
+        turns = turns_of(record, modalities)
         words = count_words(turns)
         turns, notes = _shown_once(turns, record) if placement == "front" else (turns, ())
-        messages = _messages(record, turns)
+        messages = _messages(record, turns, modalities)
         messages, odd = _from_first_question(messages)
         resolve = resolve or (lambda source: source)
         shown = tuple(_place(_resolved(message, resolve), placement) for message in messages)
@@ -103,15 +114,16 @@ def to_sample(
         raise DataError(f"{sample.label}: {reason}") from reason
     if not any(message.media for message in shown):
         notes += empty_pictures(record)
-    notes = (*notes, *odd, *(f"its {key!r} is not read" for key in NOTED if record.get(key)))
+    unread = [key for key in NOTED if record.get(key) and key not in modalities]
+    notes = (*notes, *odd, *(f"its {key!r} is not read" for key in unread))
     return replace(sample, messages=shown, words=words, notes=notes)
 
 
-def _messages(record: Record, turns: list[Turn]) -> list[Message]:
+def _messages(record: Record, turns: list[Turn], modalities: Sequence[str]) -> list[Message]:
     one, several = (record.get(key) for key in MEDIA_KEYS)
     if one and several and as_list(one) != as_list(several):
         raise DataError("its 'image' and its 'images' are not the same: keep one of the keys")
-    pictures = _Pictures(listed_media(record))
+    pictures = _Media(listed_media(record), _declared_media(record, turns, modalities))
     messages = [pictures.message(role, content) for role, content in turns]
     if turns_key(record) is None and PLACEHOLDER not in str(record.get("question") or ""):
         messages = [replace(message, written=None) for message in messages]  # a table's own words
@@ -123,7 +135,11 @@ def _messages(record: Record, turns: list[Turn]) -> list[Message]:
     _check_length("turns have", sum(len(message.text) for message in messages))
     for number, message in enumerate(messages):
         _check_unicode(f"turn {number}", message.text)
-    check_keys(record, shows=any(message.media for message in messages))
+    for name, waiting in pictures.others.items():
+        if waiting:
+            raise DataError(f"its {name!r} has no place: write <{name}> where it belongs")
+    shows = any(part.modality == "image" for message in messages for part in message.media)
+    check_keys(record, shows=shows, modalities=modalities)
     return [*_system(record, messages), *messages]
 
 
@@ -196,11 +212,37 @@ def _shown_once(turns: list[Turn], record: Record) -> tuple[list[Turn], tuple[st
     return [*turns[:number], (role, mended), *turns[number + 1 :]], (note,)
 
 
+def _declared_media(
+    record: Record, turns: Sequence[Turn], modalities: Sequence[str]
+) -> dict[str, list[object]]:
+    """Return what the record gives for every declared modality, one for each of its places."""
+    found: dict[str, list[object]] = {}
+    for name in modalities:
+        value, mark = record.get(name), f"<{name}>"
+        places = sum(text.count(mark) for _, text in turns if isinstance(text, str))
+        if value is None:
+            if places:
+                raise DataError(f"{mark} stands in its turns, and it has no {name!r}: add the key")
+            found[name] = []
+        elif places < 2:
+            found[name] = [value]
+        elif isinstance(value, list | tuple) and len(value) == places:
+            found[name] = list(value)
+        else:
+            number = len(value) if isinstance(value, list | tuple) else 1
+            raise DataError(
+                f"{mark} stands in its turns {places} times, and its {name!r} holds {number}: give "
+                "a list with one for each place"
+            )
+    return found
+
+
 @dataclass(slots=True)
-class _Pictures:
-    """The record's pictures, handed out in order."""
+class _Media:
+    """The record's pictures, handed out in order, and its media of declared modalities."""
 
     names: list[object]
+    others: dict[str, list[object]]
     used: int = 0
 
     def message(self, role: Role, content: str | list[Any]) -> Message:
@@ -213,8 +255,12 @@ class _Pictures:
         number = text.count(PLACEHOLDER)
         given = self.names[self.used : self.used + number]
         self.used += number
+        media: dict[str, list[object]] = {}
+        for name, waiting in self.others.items():
+            count = text.count(f"<{name}>")
+            media[name], self.others[name] = waiting[:count], waiting[count:]
         try:
-            return Message.from_placeholders(role, text, given)
+            return Message.from_placeholders(role, text, given, media=media)
         except MediaCountMismatchError as error:
             raise DataError(
                 f"{len(self.names)} images but at least {self.used} {PLACEHOLDER} placeholders: "
@@ -231,7 +277,19 @@ class _Pictures:
             return TextPart(str(part.get("text") or ""))
         if kind in ("image", "image_url", "input_image"):
             return MediaPart(self._source(part))
-        raise DataError(f"a part has the type {shown(kind)}: expected text, image or image_url")
+        if isinstance(kind, str) and kind in self.others:
+            return MediaPart(self._other(kind, part), kind)
+        expected = ", ".join(("text", "image", "image_url", *self.others))
+        expected = " or ".join(expected.rsplit(", ", 1))
+        raise DataError(f"a part has the type {shown(kind)}: expected {expected}")
+
+    def _other(self, name: str, part: Mapping[str, Any]) -> object:
+        """Return the medium of a part: its own, or the record's where it has none."""
+        if part.get(name) is not None:
+            return part[name]
+        if not self.others[name]:
+            raise DataError(f"a part of the type {name!r} has no {name!r}: add the key to it")
+        return self.others[name].pop(0)
 
     def _source(self, part: Mapping[str, Any]) -> object:
         own = source_of(part)
@@ -250,7 +308,9 @@ def _resolved(message: Message, resolve: Resolve) -> Message:
     if not message.media:
         return message
     parts = [
-        replace(part, source=resolve(part.source)) if isinstance(part, MediaPart) else part
+        replace(part, source=resolve(part.source))
+        if isinstance(part, MediaPart) and part.modality == "image"
+        else part
         for part in message.parts
     ]
     return replace(message, parts=tuple(parts))

@@ -174,6 +174,10 @@ class ModelRecipe:
         projector: a projector of an earlier run that is loaded over it (its output folder).
         adapter: a LoRA that is trained on.
         tune_tower: train the vision tower too (with `optim.tower_lr`).
+        tune_encoder: modalities of `lapilli_modalities` whose encoder learns too; what stands
+            between it and the language model always does.
+        modalities: by name what `lapilli_modalities` of a config.json would say; one that the
+            checkpoint does not have begins with fresh weights.
         freeze: beginnings of names of parameters that stay frozen all the same, such as
             "language_model.model.".
     """
@@ -182,6 +186,8 @@ class ModelRecipe:
     projector: str | None = None
     adapter: str | None = None
     tune_tower: bool = False
+    tune_encoder: tuple[str, ...] = ()
+    modalities: Mapping[str, Any] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
 
 

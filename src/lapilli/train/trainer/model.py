@@ -7,7 +7,7 @@ A module, so that FSDP2 can wrap it. What a stage does not train is computed wit
 in evaluation mode. Its loss and the noise on its embeddings (NEFTune) are functions of tensors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -16,11 +16,9 @@ from torch.nn import functional as F  # noqa: N812  torch's own habit
 
 from lapilli.errors import UnsupportedModelError
 from lapilli.modality.image.image import ImageModality
-from lapilli.modality.vector import VectorModality
 from lapilli.model import VisionLanguageModel, fuse
 from lapilli.nn.kv_cache import Segments, uncompiled_segments
 from lapilli.nn.linear import rounded
-from lapilli.prompt.encode import Span
 from lapilli.shapes import Bool, Float, Int, Tensor
 from lapilli.train.recipe import NoiseRecipe
 from lapilli.train.trainer.task import Loss, TrainingBatch
@@ -108,12 +106,13 @@ class TrainedModel(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TrainedModel":
-        """Set the mode of what is trained; a frozen tower stays in evaluation mode."""
+        """Set the mode of what is trained; frozen encoders stay in evaluation mode."""
         super().train(mode)
         for modality in self.vlm.modalities.values():
-            tower = getattr(modality, "vision_tower", None)
-            if tower is not None and not _learns(tower):
-                tower.eval()
+            for name in ("vision_tower", "encoder"):
+                part = getattr(modality, name, None)
+                if isinstance(part, nn.Module) and not _learns(part):
+                    part.eval()
         return self
 
     def forward(self, batch: TrainingBatch) -> Loss:
@@ -173,43 +172,54 @@ class TrainedModel(nn.Module):
         if torch.is_autocast_enabled(device.type):
             # A residual stream of half the width: a fifth faster on a CPU.
             text = text.to(torch.get_autocast_dtype(device.type))
-        features = self.features(batch.media, batch.spans)
+        # Before the language model, and modality after modality: in pieces all processes put the
+        # same layer together at the same time, forwards and backwards.
+        features, idle = self._seen(batch)
         alpha = self.noise.alpha if self.training else 0.0
         if alpha and self.noise.on == "image":
             features = [noisy(item, alpha) for item in features]
-        fused = fuse(text, features, batch.spans)
-        if self.training or self._is_sharded:
-            # Before the language model, where a tower with pictures runs: in pieces all processes
-            # put the same layer together at the same time, forwards and backwards.
-            fused = fused + self._touch(batch)
+        fused = fuse(text, features, batch.spans) + idle
         if alpha and self.noise.on == "all":
             fused = noisy_samples(fused, batch.segments, alpha)
         return fused
 
-    def features(
-        self, media: Sequence[object], spans: Sequence[Span]
-    ) -> list[Float[Tensor, "_ D"]]:
-        """Return the projected features of every item; each modality sees its items at once.
+    def _seen(self, batch: TrainingBatch) -> tuple[list[Float[Tensor, "_ D"]], Tensor | float]:
+        """Return the features of every item, and zero.
+
+        The zero has a zero gradient for every trained part that the batch does not reach. Processes
+        that train together exchange the gradients of all parameters in every step; one without a
+        picture would be waited for for ever.
+        """
+        names = [span.modality for span in batch.spans]
+        for name in names:
+            self.vlm.modality(name)  # refuses one that the model does not have
+        found: dict[int, Tensor] = {}
+        idle: Tensor | float = 0.0
+        for name, modality in self.vlm.modalities.items():
+            places = [i for i, other in enumerate(names) if other == name]
+            if places:
+                items = [batch.media[i] for i in places]
+                found.update(zip(places, self._features(modality, items), strict=True))
+            if self.training or self._is_sharded:
+                idle = idle + self._touch(modality, reached=bool(places))
+        return [found[i] for i in range(len(names))], idle
+
+    def _features(self, modality: nn.Module, items: Sequence[object]) -> list[Float[Tensor, "_ D"]]:
+        """Return the projected features of a modality's items, which it sees at once.
 
         Tensors stand for what a tower made earlier; they go through the projector alone.
         """
-        found: dict[int, Tensor] = {}
-        names = [span.modality for span in spans]
-        for name in dict.fromkeys(names):
-            places = [i for i, other in enumerate(names) if other == name]
-            modality = self.vlm.modality(name)
-            seen = [i for i in places if not isinstance(media[i], Tensor)]
-            if seen:
-                items = [media[i] for i in seen]
-                made = (
-                    self._pictures(modality, items)
-                    if isinstance(modality, ImageModality)
-                    else modality.embed(items)
-                )
-                found.update(zip(seen, made, strict=True))
-            for i in set(places) - set(seen):
-                found[i] = modality.projector(media[i].to(self.vlm.device))  # type: ignore[attr-defined]  # all modalities have one
-        return [found[i] for i in range(len(names))]
+        ready = [item for item in items if not isinstance(item, Tensor)]
+        made: Iterator[Tensor] = iter(())
+        if ready:
+            is_image = isinstance(modality, ImageModality)
+            made = iter(self._pictures(modality, ready) if is_image else modality.embed(ready))  # type: ignore[arg-type,operator]  # see Modality
+        return [
+            modality.projector(item.to(self.vlm.device))  # type: ignore[operator]  # those with towers have one
+            if isinstance(item, Tensor)
+            else next(made)
+            for item in items
+        ]
 
     def _pictures(self, image: ImageModality, items: Sequence[object]) -> list[Tensor]:
         """Embed pictures, with the tower outside of the graph where it is frozen."""
@@ -229,37 +239,36 @@ class TrainedModel(nn.Module):
     def _is_sharded(self) -> bool:
         return isinstance(self, FSDPModule)
 
-    def _touch(self, batch: TrainingBatch) -> Tensor | float:
-        """Return zero, with a zero gradient for every trained part that the batch does not reach.
-
-        Processes that train together exchange the gradients of all parameters in every step; one
-        without a picture would be waited for for ever.
-        """
-        reached = {span.modality for span in batch.spans}
+    def _touch(self, modality: nn.Module, *, reached: bool) -> Tensor | float:
+        """Return zero, with a zero gradient for what a batch does not reach of a modality."""
         total: Tensor | float = 0.0
-        for name, modality in self.vlm.modalities.items():
-            newline = getattr(modality, "image_newline", None)
-            if newline is not None and newline.requires_grad:
-                total = total + newline.sum() * 0.0
-            if name in reached or not isinstance(modality, ImageModality | VectorModality):
-                continue
-            if _learns(modality) or self._is_sharded:
-                total = total + self._of_nothing(modality).float().sum() * 0.0
+        newline = getattr(modality, "image_newline", None)
+        if newline is not None and newline.requires_grad:
+            total = newline.sum() * 0.0
+        if not reached and (_learns(modality) or self._is_sharded):
+            total = total + self._of_nothing(modality).float().sum() * 0.0
         return total
 
-    def _of_nothing(self, modality: ImageModality | VectorModality) -> Tensor:
-        """Return what the projector, and a tower that learns or is sharded, make of zeros."""
+    def _of_nothing(self, modality: nn.Module) -> Tensor:
+        """Return what a modality makes of nothing: its `blank` item, else of its parameters.
+
+        Of pictures it is what the projector, and a tower that learns or is sharded, make of zeros.
+        """
         device = self.vlm.device
-        if isinstance(modality, VectorModality):
-            seen = torch.zeros(1, modality.config.vision_size, device=device)
-        else:
-            vision, tower = modality.vision, modality.vision_tower
-            seen = torch.zeros(1, vision.num_patches, vision.hidden_size, device=device)
-            if _learns(tower) or self._is_sharded:
-                side = vision.image_size
-                pixels = torch.zeros(1, vision.num_channels, side, side, device=device)
-                with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(tower)):
-                    seen = tower(pixels)
+        if not isinstance(modality, ImageModality):
+            blank = getattr(modality, "blank", None)
+            if blank is None:
+                sums = [p.float().sum() for p in modality.parameters() if p.requires_grad]
+                return torch.stack(sums) if sums else torch.zeros(1, device=device)
+            found: Tensor = modality.embed([blank()])[0]  # type: ignore[operator]  # every modality embeds
+            return found
+        vision, tower = modality.vision, modality.vision_tower
+        seen = torch.zeros(1, vision.num_patches, vision.hidden_size, device=device)
+        if _learns(tower) or self._is_sharded:
+            side = vision.image_size
+            pixels = torch.zeros(1, vision.num_channels, side, side, device=device)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(tower)):
+                seen = tower(pixels)
         weight = next(modality.projector.parameters(), None)
         projected: Tensor = modality.projector(seen if weight is None else seen.to(weight.dtype))
         return projected

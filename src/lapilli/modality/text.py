@@ -1,0 +1,109 @@
+"""Text: a text through a language model of its own, compressed into its last hidden states.
+
+    "a long description"  --tokenizer--> ids [n]  --encoder--> [n, E] --last T--> [T, E]
+    --projector--> [T, D]
+
+Source: Guoyao Li et al. 2025 (MixLM): an item is the last T_S hidden states of an encoder, which
+stand in the prompt of the ranking model as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from lapilli.config.modalities import TextEncoderConfig
+from lapilli.config.reader import shown
+from lapilli.errors import MediaError
+from lapilli.lm import build_language_model
+from lapilli.modality.projector import build_projector, output_layers
+from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.shapes import Float, Int, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedText:
+    """The tokens of one text."""
+
+    ids: Int[Tensor, " n"]
+
+
+class TextModality(nn.Module):
+    """Texts as the last states of an encoder language model.
+
+    Attributes:
+        tokenizer: the language model's, given when the checkpoint is loaded; one of the encoder's
+            own is not read yet.
+    """
+
+    tokenizer: Tokenizer | None
+
+    def __init__(self, config: TextEncoderConfig, *, name: str, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.name = name
+        self.tokenizer = None
+        # Without an output layer, which nothing reads.
+        self.encoder = build_language_model(replace(config.text_config, tie_embeddings=True))
+        self.projector = build_projector(config.projector_for(hidden_size))
+
+    def prepare(self, raw: object) -> PreparedText:
+        """Return the tokens of a text, at most `max_length` of them.
+
+        Raises:
+            MediaError: no text, one of fewer tokens than positions, or no tokenizer.
+        """
+        if not isinstance(raw, str) or not raw.strip():
+            raise MediaError(f"{self.name}: expected a text, got {shown(raw)}")
+        if self.tokenizer is None:
+            raise MediaError(
+                f"{self.name}: there is no tokenizer: load the checkpoint with lapilli.load, or "
+                "set modality.tokenizer"
+            )
+        ids = self.tokenizer.encode(raw)[: self.config.max_length]
+        rows = self.config.text_config.vocab_size
+        if max(ids) >= rows:
+            raise MediaError(
+                f"{self.name}: the token {max(ids)} has no row among the encoder's {rows}: the "
+                "encoder was made for another tokenizer"
+            )
+        if len(ids) < self.config.tokens:
+            raise MediaError(
+                f"{self.name}: the text has {len(ids)} tokens, and the last {self.config.tokens} "
+                "states are taken: give a longer text"
+            )
+        return PreparedText(torch.tensor(ids))
+
+    def num_tokens(self, prepared: PreparedText) -> int:
+        """Return the number of states that are taken."""
+        return self.config.tokens
+
+    def blank(self) -> PreparedText:
+        """Return a text of the first token, for processes that train without one."""
+        return PreparedText(torch.zeros(self.config.tokens, dtype=torch.long))
+
+    def output_layers(self) -> list[nn.Linear]:
+        """Return the linear layers whose outputs are the features; none without a projector."""
+        return output_layers(self.projector)
+
+    def states(self, items: Sequence[PreparedText]) -> list[Float[Tensor, "T E"]]:
+        """Return the last states of every text, the texts side by side."""
+        device = next(self.encoder.parameters()).device
+        # Padded on the right, where no token before it looks.
+        ids = nn.utils.rnn.pad_sequence([item.ids for item in items], batch_first=True).to(device)
+        positions = torch.arange(ids.shape[1], device=device).expand(ids.shape)
+        states = self.encoder(self.encoder.embed(ids), position_ids=positions)
+        ends = [len(item.ids) for item in items]
+        taken = self.config.tokens
+        return [row[end - taken : end] for row, end in zip(states, ends, strict=True)]
+
+    def embed(self, items: Sequence[PreparedText]) -> list[Float[Tensor, "_ D"]]:
+        """Return the features of every text."""
+        if not items:
+            return []
+        states = torch.stack(self.states(items))
+        weight = next(self.projector.parameters(), None)
+        if weight is not None:
+            states = states.to(weight.device, weight.dtype)
+        return list(self.projector(states))

@@ -1,0 +1,138 @@
+"""Histories of events as a modality."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lapilli.config.modalities import CategoricalFeature, EventsConfig
+from lapilli.errors import MediaError
+from lapilli.modality import Modality, build_modality
+from lapilli.modality.events import EventsModality
+
+
+def _modality(**changes) -> EventsModality:
+    torch.manual_seed(0)
+    options = {
+        "categorical": (
+            CategoricalFeature(name="film", size=20, width=6),
+            CategoricalFeature(name="keys", size=4, width=2),  # a name that torch's dicts have
+        ),
+        "numeric": ("rating",),
+        "hidden_size": 16,
+        "num_heads": 2,
+        "max_events": 5,
+        "projector": "linear",
+        **changes,
+    }
+    return build_modality("user", EventsConfig(**options), hidden_size=10).eval()
+
+
+def _history(length: int, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    return {
+        "film": rng.integers(0, 20, length),
+        "keys": rng.integers(0, 4, length).tolist(),
+        "rating": rng.normal(size=length),
+    }
+
+
+def test_both_forms_are_the_same_history():
+    modality = _modality()
+    columns = modality.prepare({"film": [1, 2], "rating": [0.5, 3]})
+    rows = modality.prepare([{"film": 1, "rating": 0.5}, {"film": 2, "rating": 3}])
+    assert columns.categories.tolist() == rows.categories.tolist() == [[1, 0], [2, 0]]
+    assert columns.numbers.tolist() == rows.numbers.tolist() == [[0.5], [3.0]]
+
+
+def test_the_last_events_are_kept():
+    item = _modality().prepare({"film": list(range(9))})
+    assert item.categories[:, 0].tolist() == [4, 5, 6, 7, 8]
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from(["linear", "resampler3"])
+)
+def test_items_together_equal_items_alone(lengths, projector):
+    modality = _modality(projector=projector)
+    items = [modality.prepare(_history(n, seed)) for seed, n in enumerate(lengths)]
+    together = modality.embed(items)
+    for item, features in zip(items, together, strict=True):
+        assert features.shape == (modality.num_tokens(item), 10)
+        torch.testing.assert_close(features, modality.embed([item])[0], rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(2, 5), st.integers(1, 4))
+@settings(max_examples=20)
+def test_no_event_looks_ahead(length, kept):
+    modality, whole = _modality(), _history(length)
+    kept = min(kept, length - 1)
+    before = modality.prepare({name: values[:kept] for name, values in whole.items()})
+    [first], [second] = modality.embed([before]), modality.embed([modality.prepare(whole)])
+    torch.testing.assert_close(first, second[:kept], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(second[0], second[-1])
+
+
+def test_the_next_event_is_learned():
+    modality = _modality().train()
+    items = [modality.prepare({"film": [1 + (s + i) % 6 for i in range(5)]}) for s in range(6)]
+    optimizer = torch.optim.Adam(modality.encoder.parameters(), lr=0.01)
+    losses = []
+    for _ in range(40):
+        loss = modality.next_event_loss(items)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.2 * losses[0]
+    states = modality.states([modality.prepare({"film": [2, 3, 4]})])[0]
+    assert int(modality.encoder.scores(states[-1:], 0).argmax()) == 5
+    with pytest.raises(MediaError, match="no history has a second event"):
+        modality.next_event_loss([modality.blank()])
+
+
+def test_an_unknown_value_is_not_predicted():
+    modality = _modality()
+    known = modality.prepare({"film": [1, 2], "keys": [1, 0]})
+    states = modality.states([known])[0]
+    scores = modality.encoder.scores(states[:1], 0)
+    alone = torch.nn.functional.cross_entropy(scores, torch.tensor([2]))
+    torch.testing.assert_close(modality.next_event_loss([known]), alone)
+
+
+def test_gradients_reach_tables_and_projector():
+    modality = _modality()
+    modality.embed([modality.prepare(_history(3))])[0].sum().backward()
+    missing = [n for n, p in modality.named_parameters() if p.grad is None]
+    assert all(name.startswith("encoder.heads.") for name in missing)
+
+
+@pytest.mark.parametrize(
+    ("raw", "match"),
+    [
+        ("abc", r"user: expected \{feature: values\} or a list of events, got 'abc'"),
+        ([], "user: the history has no event"),
+        ({}, "user: the history has no event"),
+        ({"film": []}, "user: the history has no event"),
+        ({"movie": [1]}, "user: no feature is called 'movie', there are film, keys, rating"),
+        ([{"film": 1, "year": 3}], "no feature is called 'year'"),
+        ({"film": [1], "rating": [1, 2]}, "different lengths: film 1, rating 2"),
+        ({"film": 3}, "'film' must be a list with a value for each event, got 3"),
+        ({"film": [20]}, r"film is 20, expected a number from 0 \(unknown\) to 19"),
+        ({"film": [-1]}, "film is -1"),
+        ({"film": [1.5]}, "film is 1.5"),
+        ({"film": [True]}, "film is True"),
+        ({"film": ["x"]}, "film is 'x'"),
+        ({"rating": ["x"]}, "rating is 'x', expected a number"),
+        ({"rating": [float("nan")]}, "rating is nan, expected a finite number"),
+    ],
+)
+def test_refusals(raw, match):
+    with pytest.raises(MediaError, match=match):
+        _modality().prepare(raw)
+
+
+def test_follows_the_protocol():
+    assert isinstance(_modality(), Modality)

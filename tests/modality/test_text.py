@@ -1,0 +1,109 @@
+"""Texts as the last states of a language model of their own."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lapilli.config.modalities import TextEncoderConfig
+from lapilli.config.model import DecoderConfig
+from lapilli.errors import MediaError
+from lapilli.lm.decoder import Decoder
+from lapilli.modality import Modality, build_modality
+from lapilli.modality.text import TextModality
+
+ENCODER = DecoderConfig(
+    vocab_size=64,
+    hidden_size=12,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=6,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_positions=64,
+)
+
+
+class Letters:
+    """A tokenizer: BOS, and a token for every character."""
+
+    def encode(self, text: str) -> list[int]:
+        return [1, *(ord(letter) % 62 + 2 for letter in text)]
+
+
+def _modality(**changes) -> TextModality:
+    torch.manual_seed(0)
+    config = TextEncoderConfig(
+        text_config=ENCODER, **{"tokens": 2, "projector": "linear", **changes}
+    )
+    modality = build_modality("item", config, hidden_size=10).eval()
+    modality.tokenizer = Letters()
+    return modality
+
+
+def test_an_item_is_the_last_states_of_its_text():
+    modality = _modality()
+    item = modality.prepare("a thing")
+    assert modality.num_tokens(item) == 2
+    ids = item.ids[None]
+    encoder = Decoder(replace(ENCODER, tie_embeddings=True))
+    encoder.load_state_dict(modality.encoder.state_dict())
+    states = encoder(encoder.embed(ids), position_ids=torch.arange(ids.shape[1])[None])
+    expected = modality.projector(states[0, -2:])
+    torch.testing.assert_close(modality.embed([item])[0], expected)
+
+
+def test_items_together_equal_items_alone():
+    modality = _modality()
+    items = [modality.prepare(text) for text in ("short", "a much longer text", "mid one")]
+    for item, features in zip(items, modality.embed(items), strict=True):
+        assert features.shape == (2, 10)
+        torch.testing.assert_close(features, modality.embed([item])[0], rtol=1e-4, atol=1e-5)
+    assert modality.embed([]) == []
+
+
+def test_the_encoder_has_no_output_layer():
+    names = [name for name, _ in _modality().named_parameters()]
+    assert not [name for name in names if "lm_head" in name]
+    assert "encoder.model.embed_tokens.weight" in names
+
+
+def test_a_long_text_is_cut_on_the_right():
+    assert len(_modality(max_length=4).prepare("a much longer text").ids) == 4
+
+
+@pytest.mark.parametrize(
+    ("raw", "match"),
+    [
+        (3, "item: expected a text, got 3"),
+        ("  ", "item: expected a text"),
+    ],
+)
+def test_refusals(raw, match):
+    with pytest.raises(MediaError, match=match):
+        _modality().prepare(raw)
+
+
+def test_a_text_shorter_than_its_positions():
+    with pytest.raises(MediaError, match="the text has 2 tokens, and the last 3 states are taken"):
+        _modality(tokens=3).prepare("a")
+
+
+def test_without_a_tokenizer():
+    modality = _modality()
+    modality.tokenizer = None
+    with pytest.raises(MediaError, match="item: there is no tokenizer"):
+        modality.prepare("a text")
+
+
+def test_a_tokenizer_of_a_larger_vocabulary():
+    modality = _modality()
+    modality.tokenizer.encode = lambda text: [70]
+    with pytest.raises(MediaError, match="the token 70 has no row among the encoder's 64"):
+        modality.prepare("a text")
+
+
+def test_follows_the_protocol():
+    assert isinstance(_modality(), Modality)
