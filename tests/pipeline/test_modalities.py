@@ -85,7 +85,7 @@ def test_mixed_prompts_alone_in_batches_and_in_the_engine(chat, rows):
     reference = chat._backend._generate_plain(
         [chat._backend._request(prompt, chat._params(FEW)) for prompt in prompts]
     )
-    fixed = [chat._backend._fixed(prompt) for prompt in prompts]
+    fixed = [chat._backend._fixed(prompt, FEW) for prompt in prompts]
     for answer, expected, known in zip(together, reference, fixed, strict=True):
         assert answer == (expected.token_ids if known is None else known.token_ids)
 
