@@ -29,15 +29,24 @@ class VectorModality(nn.Module):
         config: the projector, from the vectors' width E to the language model's.
         name: in messages.
         tokens: positions of every vector: the last layer is so many times as wide, and cut.
+        made_by: fingerprint of the encoder whose vectors it was trained with; None: not known.
 
     Source: Ning et al. 2024, User-LLM section 3.2 (user embeddings as soft prompt).
     """
 
-    def __init__(self, config: ProjectorConfig, *, name: str = "vector", tokens: int = 1) -> None:
+    def __init__(
+        self,
+        config: ProjectorConfig,
+        *,
+        name: str = "vector",
+        tokens: int = 1,
+        made_by: str | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.name = name
         self.tokens = tokens
+        self.made_by = made_by
         self.projector = build_projector(config)
         if tokens > 1:
             self.projector = _widened(self.projector, tokens)
@@ -108,4 +117,9 @@ def _widened(projector: nn.Module, tokens: int) -> nn.Module:
 
 def build(config: VectorConfig, *, name: str, hidden_size: int) -> VectorModality:
     """Build the modality that a checkpoint declares."""
-    return VectorModality(config.projector_for(hidden_size), name=name, tokens=config.tokens)
+    return VectorModality(
+        config.projector_for(hidden_size),
+        name=name,
+        tokens=config.tokens,
+        made_by=config.encoder,
+    )
