@@ -49,8 +49,8 @@ class Stores(MutableMapping[str, Store]):
     def __getitem__(self, name: str) -> Store:
         return self._attached[name].store
 
-    def __setitem__(self, name: str, given: Store | str | Path) -> None:
-        """Attach a store, or the one in a folder.
+    def __setitem__(self, name: str, given: object) -> None:
+        """Attach a Store, or the one in a folder.
 
         Raises:
             ConfigError: no such modality, or one whose media have names of their own.
