@@ -51,6 +51,17 @@ def last_states(
     return torch.stack([row[end - tokens : end] for row, end in zip(states, ends, strict=True)])
 
 
+def check_utf8(text: str, name: str) -> None:
+    """Refuse half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MediaError(
+            f"{name}: the text has {text[error.start]!a} in it, which is no character (a lone "
+            "surrogate): write the text in UTF-8"
+        ) from error
+
+
 class TextModality(nn.Module):
     """Texts as the last states of an encoder language model.
 
@@ -74,7 +85,8 @@ class TextModality(nn.Module):
         """Return the tokens of a text, at most `max_length` of them.
 
         Raises:
-            MediaError: no text, one of fewer tokens than positions, or no tokenizer.
+            MediaError: no text, one of fewer tokens than positions or with half a character, or no
+                tokenizer.
         """
         if not isinstance(raw, str) or not raw.strip():
             raise MediaError(f"{self.name}: expected a text, got {shown(raw)}")
@@ -83,6 +95,7 @@ class TextModality(nn.Module):
                 f"{self.name}: there is no tokenizer: load the checkpoint with lapilli.load, or "
                 "set modality.tokenizer"
             )
+        check_utf8(raw, self.name)
         # Special tokens that stand in a text are text.
         ids = self.tokenizer.encode(raw, literal=[(0, len(raw))])[: self.max_length]
         rows = self.config.text_config.vocab_size

@@ -58,9 +58,15 @@ class VectorModality(nn.Module):
             MediaError: not numbers, another width than the projector's, nothing, or not finite.
         """
         try:
-            vectors = torch.as_tensor(raw, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError) as error:
+            vectors = torch.as_tensor(raw, dtype=None if _has_type(raw) else torch.float32)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise MediaError(f"{self.name}: not a vector of numbers ({error})") from error
+        if vectors.is_complex() or vectors.is_meta or vectors.layout != torch.strided:
+            raise MediaError(
+                f"{self.name}: not a vector of numbers ({vectors.dtype} on {vectors.device} in the "
+                f"layout {vectors.layout})"
+            )
+        vectors = vectors.to(torch.float32)
         if vectors.ndim == 1:
             vectors = vectors[None]
         width = self.config.vision_size
@@ -101,6 +107,11 @@ class VectorModality(nn.Module):
             rows = rows.to(weight.device, weight.dtype)
         features = self.projector(rows).reshape(-1, self.config.hidden_size)
         return list(torch.split(features, [self.num_tokens(item) for item in items]))
+
+
+def _has_type(raw: object) -> bool:
+    """Return whether something is an array, whose numbers have a type that may be a wrong one."""
+    return hasattr(raw, "dtype")
 
 
 def _widened(projector: nn.Module, tokens: int) -> nn.Module:

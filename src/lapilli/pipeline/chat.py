@@ -101,6 +101,8 @@ def load(
         raise ConfigError("device 'meta' keeps no numbers: try auto, cpu, cuda or cuda:1")
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress must be a function or None, got {shown(progress)}")
+    if stores is not None and not isinstance(stores, Mapping):
+        raise ConfigError(f"stores must be {{name of a modality: store}}, got {shown(stores)}")
     loaded = load_checkpoint(
         source,
         base=base,

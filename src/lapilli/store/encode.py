@@ -19,7 +19,7 @@ from torch import nn
 from lapilli.config.modalities import TextEncoderConfig
 from lapilli.config.reader import shown
 from lapilli.errors import ConfigError, MediaError, PromptError, StoreError
-from lapilli.modality.text import PreparedText, TextModality, last_states
+from lapilli.modality.text import PreparedText, TextModality, check_utf8, last_states
 from lapilli.model import VisionLanguageModel
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.shapes import Float, Tensor
@@ -89,6 +89,11 @@ class TextEncoder:
         max_length: int | None = None,
         modality: str | None = None,
     ) -> None:
+        if not isinstance(model, VisionLanguageModel):
+            raise ConfigError(
+                f"model is a {type(model).__name__}: expected a VisionLanguageModel, such as "
+                "lapilli.load(...).model"
+            )
         self._model, self._tokenizer, self._max_length = model, tokenizer, max_length
         self.width: int = model.language_model.config.hidden_size
         self.tokens = 1 if tokens is None else tokens
@@ -127,8 +132,11 @@ class TextEncoder:
             positions: of one batch, rows times the longest.
 
         Raises:
-            PromptError: a text with fewer than T tokens, or too long a one.
+            PromptError: no text, one with fewer than T tokens, or too long a one.
+            MediaError: half a character in a text.
         """
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise PromptError(f"texts are {shown(texts)}: expected a list of texts")
         names = [f"text {number}" for number in range(len(texts))] if names is None else names
         rows = [self._prepared(*pair) for pair in zip(texts, names, strict=True)]
         found = torch.empty(len(rows), self.tokens, self.width)
@@ -145,6 +153,9 @@ class TextEncoder:
         return last_states(self._model.language_model, rows, self.tokens)
 
     def _prepared(self, text: str, name: str) -> PreparedText:
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError(f"{name} is {shown(text)}: expected a text")
+        check_utf8(text, name)
         if self._modality is None:
             return self._token_ids(text, name)
         try:

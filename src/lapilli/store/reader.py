@@ -298,6 +298,9 @@ class Store:
     def __len__(self) -> int:
         return self._snapshot.manifest.entries
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids())
+
     @property
     def width(self) -> int:
         """Numbers of one vector."""
