@@ -95,6 +95,7 @@ def test_a_long_text_is_cut_on_the_right():
     [
         (3, "item: expected a text, got 3"),
         ("  ", "item: expected a text"),
+        ("half \ud800", r"item: the text has '\\ud800' in it, which is no character"),
     ],
 )
 def test_refusals(raw, match):

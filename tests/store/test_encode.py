@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lapilli
-from lapilli.errors import PromptError
+from lapilli.errors import MediaError, PromptError
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.store import Store, encode
 from lapilli.store.encode import (
@@ -66,6 +66,18 @@ def test_short_texts_are_refused(chat):
         encode_texts(chat.model, chat.tokenizer, ["a"], tokens=40)
     with pytest.raises(PromptError, match="tokens is 2 and max_length 1: expected"):
         encode_texts(chat.model, chat.tokenizer, ["a"], tokens=2, max_length=1)
+
+
+def test_what_is_no_text(chat):
+    for wrong, says in (
+        ([""], "text 0 is '': expected a text"),
+        (["a", "  "], "text 1 is '  ': expected a text"),
+        ("abc", "texts are 'abc': expected a list of texts"),
+    ):
+        with pytest.raises(PromptError, match=says):
+            encode_texts(chat.model, chat.tokenizer, wrong)
+    with pytest.raises(MediaError, match=r"text 0: the text has .* which is no character"):
+        encode_texts(chat.model, chat.tokenizer, ["\ud800"])
 
 
 @given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 100))

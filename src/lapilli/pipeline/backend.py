@@ -103,7 +103,7 @@ def prepare(
     if type(modality) is VectorModality and is_id(source):
         raise MediaError(
             f"{part.modality}: {shown(source)} is no vector, and as an id it needs a store: "
-            f"chat.stores[{part.modality!r}] = a folder, or load(..., stores=...)"
+            f"chat.stores[{part.modality!r}] = a folder, load(..., stores=...), or --store"
         )
     if not isinstance(modality, ImageModality):
         return modality.prepare(source)
