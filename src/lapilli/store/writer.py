@@ -246,7 +246,7 @@ class StoreWriter:
 
     def _check_vectors(self, vectors: Any, ids: Sequence[bytes]) -> Tensor:  # noqa: ANN401
         number = len(ids)
-        found = _tensor(vectors)
+        found = tensor_of(vectors)
         if found.ndim == 2:
             found = found.unsqueeze(1)
         if found.ndim != 3 or not found.is_floating_point():
@@ -451,7 +451,7 @@ def _check_ids(ids: Sequence[bytes]) -> None:
         raise StoreError(f"id {shown(twice.decode())} comes twice: give each id once")
 
 
-def _tensor(vectors: Any) -> Tensor:  # noqa: ANN401 - anything that somebody takes for vectors
+def tensor_of(vectors: Any) -> Tensor:  # noqa: ANN401 - anything that somebody takes for vectors
     """Return vectors on the CPU.
 
     Raises:
