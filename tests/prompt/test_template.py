@@ -275,7 +275,6 @@ def test_another_number_of_texts_around_media_is_refused() -> None:
         Message("user", (MediaPart(IMAGE),), ("Q",))
 
 
-@pytest.mark.parametrize("sources", ["shoe", None, 3])
-def test_sources_of_a_modality_are_a_list(sources):
+def test_sources_of_a_modality_are_a_list():
     with pytest.raises(PromptError, match=r"media.'item'. is .*: expected a list, with a source"):
-        Message.from_placeholders("user", "<item>", [], media={"item": sources})
+        Message.from_placeholders("user", "<item>", [], media={"item": "shoe"})
