@@ -376,7 +376,7 @@ def fill_disk(path: str, limit: int) -> None:
             writing.add([f"x{n}" for n in range(100)], torch.ones(100, 4))
     except StoreError as error:
         said = str(error)
-        os._exit(7 if "the disk is full" in said and "Make room" in said else 8)
+        os._exit(7 if "the disk is full" in said and "Raise the limit" in said else 8)
 
 
 @pytest.mark.parametrize("limit", [0, 100, 3000])
