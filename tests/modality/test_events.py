@@ -126,6 +126,7 @@ def test_gradients_reach_tables_and_projector():
         ({"film": [True]}, "film is True"),
         ({"film": ["x"]}, "film is 'x'"),
         ({"rating": ["x"]}, "rating is 'x', expected a number"),
+        ({"rating": [10**400]}, "rating is 10000.*, expected a number"),
         ({"rating": [float("nan")]}, "rating is nan, expected a finite number"),
     ],
 )

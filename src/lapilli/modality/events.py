@@ -200,7 +200,12 @@ class EventsModality(nn.Module):
             return 0.0
         if isinstance(value, bool | str) or not hasattr(value, "__float__"):
             raise MediaError(f"{self.name}: {feature} is {shown(value)}, expected a number")
-        number = float(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError) as error:  # arrays of several, 10 ** 400
+            raise MediaError(
+                f"{self.name}: {feature} is {shown(value)}, expected a number ({error})"
+            ) from error
         if not math.isfinite(number):
             raise MediaError(f"{self.name}: {feature} is {number}, expected a finite number")
         return number

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
+from lapilli.config.reader import shown
 from lapilli.errors import ConfigError, PromptError
 from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch, content_digest
 from lapilli.generate.reference import lock_of
@@ -68,10 +69,11 @@ class SuffixScorer:
         max_tokens: int = MAX_TOKENS,
         prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
-        if max_tokens < 1 or prefix_bytes < 0:
+        are_numbers = all(type(one) is int for one in (max_tokens, prefix_bytes))
+        if not are_numbers or max_tokens < 1 or prefix_bytes < 0:
             raise ConfigError(
                 "max_tokens must be at least 1 and prefix_bytes at least 0, got "
-                f"{max_tokens} and {prefix_bytes}"
+                f"{shown(max_tokens)} and {shown(prefix_bytes)}"
             )
         self._model = model
         self._max_tokens = max_tokens
