@@ -224,6 +224,7 @@ def test_three_stages_teach_a_rule(chat, tmp_path):
     assert int(scores.argmax()) == 0
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_makes_the_same_bits(checkpoint, tmp_path):
     def new(asked: Recipe) -> RankingTask:
         chat = Chat(load_checkpoint(checkpoint, device="cpu", dtype="float32"))

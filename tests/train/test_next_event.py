@@ -47,6 +47,7 @@ def recipe(**run) -> TrainerRecipe:
     return TrainerRecipe(stage="events", optim=OptimRecipe(lr=0.01), run=RunRecipe(**given))
 
 
+@pytest.mark.slow
 def test_what_follows_is_learned(tmp_path):
     asked = recipe(gradient_accumulation_steps=2)
     task = NextEventTask(modality(dropout=0.1), histories(60), asked.run, histories(8, seed=1))
@@ -82,6 +83,7 @@ def test_micro_batches_of_a_step_are_different_ones():
     assert len(set(seen)) == len(seen) == per_epoch * 4
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_makes_the_same_bits(tmp_path):
     def new() -> NextEventTask:
         return NextEventTask(modality(dropout=0.3), histories(20), recipe().run)
