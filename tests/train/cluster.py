@@ -24,6 +24,7 @@ from PIL import Image
 
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from lapilli.train.data.encoder import EncodedSample
+from lapilli.rank.mixlm import RankingExample, RankingTask
 from lapilli.train.distributed import SINGLE_PROCESS, RankInfo, joined
 from lapilli.train.launch import launch
 from lapilli.train.recipe import LoraRecipe, ModelRecipe, OptimRecipe
