@@ -65,8 +65,8 @@ def histories(count: int) -> list[list[int]]:
 
 def task(chat: Chat, asked: Recipe, **changes) -> NextItemTask:
     choose_trainable(chat.model, asked)
-    given = {"catalogue": TEXTS, "histories": histories(24), **changes}
-    return NextItemTask(chat=chat, run=asked.run, **given)
+    given = {"catalogue": TEXTS, "histories": histories(24), "run": asked.run, **changes}
+    return NextItemTask(chat=chat, **given)
 
 
 @torch.inference_mode()
@@ -203,6 +203,11 @@ def test_a_run_in_two_parts_makes_the_same_bits(checkpoint, tmp_path):
         ({"held_out": [[1, -1]]}, PromptError, "held-out history 0 has the item -1"),
         ({"temperature": 0.0}, ConfigError, r"temperature 0\.0: expected"),
         ({"max_items": 0}, ConfigError, "max_items is 0"),
+        (
+            {"held_out": [[1, 2]], "run": RunRecipe(batch_size=2, sharding="fsdp")},
+            ConfigError,
+            'run.sharding is "fsdp": leave held_out out',
+        ),
         ({"modality": "user"}, UnsupportedModelError, "no modality 'user'"),
     ],
 )

@@ -259,7 +259,8 @@ class NextItemTask:
             its cross entropy, `eval_recall` the share of those among the first ten.
 
     Raises:
-        ConfigError: no catalogue, no histories, or a limit that leaves nothing.
+        ConfigError: no catalogue, no histories, a limit that leaves nothing, or something held out
+            from a model in pieces.
         PromptError: a history of fewer than two items, or with one that the catalogue lacks.
         UnsupportedModelError: the model has no such modality.
     """
@@ -367,6 +368,11 @@ class NextItemTask:
             raise ConfigError(
                 f"max_items is {self.max_items}, negatives {self.negatives}, temperature "
                 f"{self.temperature}: expected at least 1, at least 0, and above 0"
+            )
+        if self.held_out and self.run.sharding == "fsdp":
+            raise ConfigError(
+                "held-out histories are scored against the whole catalogue, which takes a whole "
+                'model, and run.sharding is "fsdp": leave held_out out, or set run.sharding = "ddp"'
             )
         for name, histories in (("history", self.histories), ("held-out history", self.held_out)):
             for number, history in enumerate(histories):
