@@ -33,6 +33,7 @@ from lapilli.errors import ConfigError, ConfigFileError, UnsupportedModelError
 
 KEY = "lapilli_modalities"
 MOST_TOKENS = 1 << 16
+MOST_VALUES = 1 << 10  # of a feature in one event
 Modalities = tuple[tuple[str, ModalityConfig], ...]
 """Names and settings of the declared modalities, in the order of the file."""
 
@@ -90,13 +91,20 @@ class VectorConfig(ModalityConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CategoricalFeature:
-    """A feature of an event that is one of `size` values; 0 stands for unknown and padding."""
+    """A feature of an event that is one of `size` values; 0 stands for unknown and padding.
+
+    Attributes:
+        most: values that an event may have at once, such as the genres of a film; the mean of
+            their vectors is read.
+    """
 
     name: str
     size: int
     width: int
+    most: int = 1
 
     def __post_init__(self) -> None:
+        _within(f"most of the feature {self.name!r}", self.most, MOST_VALUES)
         _within(f"size of the feature {self.name!r}", self.size, MOST_WORDS)
         _within(f"width of the feature {self.name!r}", self.width, MOST_WIDTH)
 
@@ -112,6 +120,8 @@ class EventsConfig(ModalityConfig):
         intermediate_size: of its feed-forward blocks; 0: four widths.
         max_events: of a history; the last ones are kept.
         projector: linear or mlpNx_gelu (a position for every event), or resamplerM (M positions).
+        dropout: share of the joined vectors, and of what every block adds, that is left out while
+            the encoder learns.
 
     Source: Ning et al. 2024 (User-LLM), section 3.1.
     """
@@ -126,6 +136,7 @@ class EventsConfig(ModalityConfig):
     intermediate_size: int = 0
     max_events: int = 128
     projector: str = "resampler8"
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         names = [feature.name for feature in self.categorical] + list(self.numeric)
@@ -141,6 +152,8 @@ class EventsConfig(ModalityConfig):
         _within("num_heads", self.num_heads, MOST_HEADS)
         _within("max_events", self.max_events, MOST_POSITIONS)
         _within("intermediate_size", self.intermediate_size, MOST_WIDTH, least=0)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout}, expected at least 0 and below 1")
         if self.hidden_size % (2 * self.num_heads):
             raise ConfigError(
                 f"hidden_size {self.hidden_size} must be a multiple of twice num_heads "
