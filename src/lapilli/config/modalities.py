@@ -40,6 +40,7 @@ from lapilli.config.reader import (
 from lapilli.errors import ConfigError, ConfigFileError, UnsupportedModelError
 
 KEY = "lapilli_modalities"
+FUSIONS = ("tokens", "cross_attention")
 MOST_TOKENS = 1 << 16
 Modalities = tuple[tuple[str, ModalityConfig], ...]
 """Names and settings of the declared modalities, in the order of the file."""
@@ -363,6 +364,7 @@ def modality_config(name: str, settings: object) -> ModalityConfig:
     if isinstance(settings, ModalityConfig):
         check_name(name)
         kind_of(settings)
+        _check_fusion(settings)
         return settings
     [(_, found)] = parse_modalities(KeyReader({KEY: {name: settings}}, "modality"))
     return found
@@ -380,8 +382,54 @@ def _parse_one(section: KeyReader, name: str) -> ModalityConfig:
         raise ConfigFileError(f"{where}.kind is missing, expected one of {', '.join(_KINDS)}")
     if kind not in _KINDS:
         raise UnsupportedModelError(f"{where}: {_unknown(kind)}")
-    found = _build(_KINDS[kind].config, reader, extra=frozenset({"kind"}))
-    return cast("ModalityConfig", found)
+    found = cast("ModalityConfig", _build(_KINDS[kind].config, reader, extra=frozenset({"kind"})))
+    try:
+        _check_fusion(found)
+    except ConfigError as error:
+        raise ConfigFileError(f"{where}: {error}") from error
+    return found
+
+
+def _check_fusion(config: ModalityConfig) -> None:
+    """Refuse a way of fusion that there is not, or half of one.
+
+    Not in the class: a kind of somebody else's checks its own fields in the same place.
+    """
+    if config.fusion not in FUSIONS:
+        raise ConfigError(f"fusion is {shown(config.fusion)}, expected {' or '.join(FUSIONS)}")
+    if not config.is_attended and config.every is not None:
+        raise ConfigError(
+            f"every is {config.every}, and features that stand in the sequence have no blocks: set "
+            'fusion = "cross_attention", or leave it out'
+        )
+    if config.is_attended and config.every is None:
+        raise ConfigError(
+            'fusion "cross_attention" needs every: a block before every n-th layer, such as every '
+            "= 2"
+        )
+    if config.every is not None:
+        _within("every", config.every, MOST_LAYERS)
+
+
+def attended(modalities: Modalities) -> tuple[str, ...]:
+    """Return the names of the modalities that take no position and are looked at."""
+    return tuple(name for name, config in modalities if config.is_attended)
+
+
+def attention_every(modalities: Modalities) -> int | None:
+    """Return n, where a gated block stands before every n-th layer; None: there are none.
+
+    Raises:
+        ConfigError: the modalities name different numbers; they share the blocks.
+    """
+    wanted = {config.every: name for name, config in modalities if config.is_attended}
+    if len(wanted) > 1:
+        found = ", ".join(f"{name!r} every = {every}" for every, name in wanted.items())
+        raise ConfigError(
+            f"modalities that are attended to share their blocks, and name different ones: {found}:"
+            " give all of them the same every"
+        )
+    return next(iter(wanted), None)
 
 
 def _build(kind: type, reader: KeyReader, *, extra: frozenset[str] = frozenset()) -> Any:  # noqa: ANN401
@@ -473,7 +521,10 @@ def write_modalities(modalities: Modalities) -> dict[str, object]:
 
 def settings_of(config: ModalityConfig) -> dict[str, object]:
     """Return the settings of a modality as they stand in a config.json."""
-    return {"kind": config.kind, **_plain(config)}
+    found = {"kind": config.kind, **_plain(config)}
+    if not config.is_attended:
+        del found["fusion"]  # as every file without it means
+    return found
 
 
 def _plain(record: Any) -> dict[str, object]:  # noqa: ANN401  a dataclass
