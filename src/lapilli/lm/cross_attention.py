@@ -42,17 +42,33 @@ class Memory:
         ends: the position from which on it is not seen any more.
         kept: keys and values by layer, made once where no gradient is asked for: the passes of an
             answer read the same memory.
+        parts: the memories that this one of a single row was joined of, which keep theirs.
     """
 
     features: Float[Tensor, "B M D"]
     starts: Int[Tensor, "B M"]
     ends: Int[Tensor, "B M"]
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    parts: tuple["Memory", ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence["Memory"], places: Sequence[tuple[int, int]]) -> "Memory":
+        """Return memories of one row each as that of a row which they share.
+
+        Args:
+            parts: at least one.
+            places: of each the first position that sees all of it, and the end.
+        """
+        counts = [part.features.shape[1] for part in parts]
+        edges = torch.tensor(places).repeat_interleave(torch.tensor(counts), dim=0)
+        features = torch.cat([part.features for part in parts], dim=1)
+        starts, ends = edges.to(features.device).T[:, None]
+        return cls(features, starts, ends, parts=tuple(parts))
 
     @classmethod
     def of_rows(
         cls,
-        features: Sequence[Float[Tensor, "n D"]],
+        features: Sequence[Float[Tensor, "_ D"]],
         places: Sequence[tuple[int, int, int]],
         *,
         rows: int,
@@ -144,12 +160,20 @@ class GatedCrossAttention(nn.Module):
     ) -> tuple[Float[Tensor, "B K M A"], Float[Tensor, "B K M A"]]:
         """Return keys and values of a memory; kept with it where no gradient is asked for."""
         found = memory.kept.get(self.layer)
-        if found is None:
+        if found is not None:
+            return found
+        if memory.parts:
+            of_parts = [self.keys_values(part) for part in memory.parts]
+            keys, values = (torch.cat(all_of, dim=2) for all_of in zip(*of_parts, strict=True))
+        else:
             features = memory.features
-            found = self._by_head(self.k_proj(features)), self._by_head(self.v_proj(features))
-            if not torch.is_grad_enabled():
-                memory.kept[self.layer] = found
-        return found
+            keys, values = (
+                self._by_head(self.k_proj(features)),
+                self._by_head(self.v_proj(features)),
+            )
+        if not torch.is_grad_enabled():
+            memory.kept[self.layer] = keys, values
+        return keys, values
 
     def _by_head(self, x: Float[Tensor, "B n width"]) -> Float[Tensor, "B heads n A"]:
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
