@@ -134,7 +134,7 @@ def test_beams_take_their_memory_along(model):
         )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=8)
 @given(asked=st.lists(PARTS, min_size=1, max_size=5))
 def test_the_engine_answers_as_the_plain_loop(asked):
     model = build()

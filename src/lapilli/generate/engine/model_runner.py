@@ -446,7 +446,8 @@ class MediaEncoder:
             known = item if isinstance(item, Tensor) else self._cache.get(key)
             if known is None:
                 if most <= 0:
-                    return max(0, span.start - start)
+                    # What only the answer sees has to be there before the answer begins.
+                    return max(0, min(span.start, sequence.prompt_length - 1) - start)
                 most -= 1
                 known = self._encode(item, span.modality)
                 self._cache.put(key, known)
