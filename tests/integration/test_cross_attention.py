@@ -134,6 +134,20 @@ def test_beams_take_their_memory_along(model):
         )
 
 
+def test_the_engine_mixes_all_kinds_of_requests(model):
+    asked = [
+        [3, user(1), 4, 5, 6],
+        [7, 8, 9],
+        [user(2, 3), *range(10, 20), picture(1), user(1), 21],
+        [4, picture(2), 27, picture(3), picture(1), 47, user(3)],  # only the answer sees it
+    ]
+    requests = [request_of(parts) for parts in asked]
+    found = engine_of(model).run(requests)
+    for request, answer in zip(requests, found, strict=True):
+        assert_same(answer, alone(model, request), model, request)
+
+
+@pytest.mark.slow
 @settings(deadline=None, max_examples=8)
 @given(asked=st.lists(PARTS, min_size=1, max_size=5))
 def test_the_engine_answers_as_the_plain_loop(asked):
