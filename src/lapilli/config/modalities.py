@@ -32,6 +32,7 @@ from lapilli.config.record import read_record, write_record
 from lapilli.errors import ConfigError, ConfigFileError, UnsupportedModelError
 
 KEY = "lapilli_modalities"
+FUSIONS = ("tokens", "cross_attention")
 MOST_TOKENS = 1 << 16
 MOST_VALUES = 1 << 10  # of a feature in one event
 Modalities = tuple[tuple[str, ModalityConfig], ...]
@@ -375,6 +376,7 @@ def modality_config(name: str, settings: object) -> ModalityConfig:
     if isinstance(settings, ModalityConfig):
         check_name(name)
         kind_of(settings)
+        _check_fusion(settings)
         return settings
     [(_, found)] = parse_modalities(KeyReader({KEY: {name: settings}}, "modality"))
     return found
@@ -393,7 +395,54 @@ def _parse_one(section: KeyReader, name: str) -> ModalityConfig:
     if kind not in _KINDS:
         raise UnsupportedModelError(f"{where}: {_unknown(kind)}")
     found = read_record(_KINDS[kind].config, reader, extra=frozenset({"kind"}))
-    return cast("ModalityConfig", found)
+    config = cast("ModalityConfig", found)
+    try:
+        _check_fusion(config)
+    except ConfigError as error:
+        raise ConfigFileError(f"{where}: {error}") from error
+    return config
+
+
+def _check_fusion(config: ModalityConfig) -> None:
+    """Refuse a way of fusion that there is not, or half of one.
+
+    Not in the class: a kind of somebody else's checks its own fields in the same place.
+    """
+    if config.fusion not in FUSIONS:
+        raise ConfigError(f"fusion is {shown(config.fusion)}, expected {' or '.join(FUSIONS)}")
+    if not config.is_attended and config.every is not None:
+        raise ConfigError(
+            f"every is {config.every}, and features that stand in the sequence have no blocks: set "
+            'fusion = "cross_attention", or leave it out'
+        )
+    if config.is_attended and config.every is None:
+        raise ConfigError(
+            'fusion "cross_attention" needs every: a block before every n-th layer, such as every '
+            "= 2"
+        )
+    if config.every is not None:
+        _within("every", config.every, MOST_LAYERS)
+
+
+def attended(modalities: Modalities) -> tuple[str, ...]:
+    """Return the names of the modalities that take no position and are looked at."""
+    return tuple(name for name, config in modalities if config.is_attended)
+
+
+def attention_every(modalities: Modalities) -> int | None:
+    """Return n, where a gated block stands before every n-th layer; None: there are none.
+
+    Raises:
+        ConfigError: the modalities name different numbers; they share the blocks.
+    """
+    wanted = {config.every: name for name, config in modalities if config.is_attended}
+    if len(wanted) > 1:
+        found = ", ".join(f"{name!r} every = {every}" for every, name in wanted.items())
+        raise ConfigError(
+            f"modalities that are attended to share their blocks, and name different ones: {found}:"
+            " give all of them the same every"
+        )
+    return next(iter(wanted), None)
 
 
 def write_modalities(modalities: Modalities) -> dict[str, object]:
@@ -405,7 +454,10 @@ def write_modalities(modalities: Modalities) -> dict[str, object]:
 
 def settings_of(config: ModalityConfig) -> dict[str, object]:
     """Return the settings of a modality as they stand in a config.json."""
-    return {"kind": config.kind, **write_record(config)}
+    found = {"kind": config.kind, **write_record(config)}
+    if not config.is_attended:
+        del found["fusion"]  # as every file without it means
+    return found
 
 
 def declared(raw: JsonObject) -> tuple[str, ...]:

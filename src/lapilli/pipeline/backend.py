@@ -312,10 +312,7 @@ class Backend:
         model, image_id = self._loaded.model, self._loaded.config.tokens.image_id
         parts = [part for message in messages for part in message.media]
         lengths = [
-            len(item)
-            if isinstance(item, Tensor)
-            else model.modality(part.modality).num_tokens(item)
-            for part, item in zip(parts, items, strict=True)
+            model.span_length(part.modality, item) for part, item in zip(parts, items, strict=True)
         ]
         segments = template.render(messages)
         encoded = encode(segments, self._loaded.tokenizer, lengths, image_id=image_id)

@@ -219,9 +219,7 @@ class PromptSplitter:
     ) -> ProcessedPrompt:
         slots = [segment for segment in segments if isinstance(segment, MediaSlot)]
         lengths = [
-            len(one)
-            if isinstance(one, Tensor)
-            else self._chat.model.modality(slot.modality).num_tokens(one)
+            self._chat.model.span_length(slot.modality, one)
             for one, slot in zip(media, slots, strict=True)
         ]
         encoded = encode(
