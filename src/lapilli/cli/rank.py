@@ -29,11 +29,11 @@ from lapilli.cli.terminal import (
     TextColumn,
 )
 from lapilli.config.reader import shown
-from lapilli.datasets.texts import Id, TextFile
 from lapilli.errors import ConfigError, StoreError
 from lapilli.prompt.message import MediaPart
 
 if TYPE_CHECKING:
+    from lapilli.datasets.texts import Id
     from lapilli.rank import Head, Labels, Ranker, YesNo
     from lapilli.rank.prompt import Item
     from lapilli.store import Store
@@ -166,7 +166,7 @@ class Catalogue:
         id_column: str = "id",
         text_column: str = "text",
     ) -> None:
-        self.ids: Sequence[Id]
+        self.ids: "Sequence[Id]"
         self.store: Store | None = None
         self._modality = modality
         self._texts: list[str] = []
@@ -180,6 +180,8 @@ class Catalogue:
             return
         if modality is not None:
             raise ConfigError(f"--modality reads entries of a store, and {path} is none: leave it")
+        from lapilli.datasets.texts import TextFile  # imports numpy
+
         rows = list(TextFile(path, id_column=id_column, text_column=text_column))
         self.ids, self._texts = [one for one, _ in rows], [text for _, text in rows]
 
@@ -206,6 +208,8 @@ def rank(
     how: ModelOptions,
 ) -> None:
     """Score many items after each query, whose prompt is read once; prints a line per item."""
+    from lapilli.datasets.texts import TextFile
+
     asked = TextFile(queries, id_column=id_column, text_column=text_column)
     catalogue = Catalogue(items, modality=modality, id_column=id_column, text_column=text_column)
     stores = {} if modality is None or catalogue.store is None else {modality: catalogue.store}
@@ -218,7 +222,7 @@ def rank(
 
 
 def lines_of(
-    query: object, ids: Sequence[Id], scores: Iterable[float], top_k: int | None
+    query: object, ids: "Sequence[Id]", scores: Iterable[float], top_k: int | None
 ) -> Iterator[dict[str, Any]]:
     """Yield the lines of a query: as they come, or the best ones; tied items stay in order."""
     pairs = zip(scores, ids, strict=True)
