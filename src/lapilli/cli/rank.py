@@ -166,7 +166,7 @@ class Catalogue:
         id_column: str = "id",
         text_column: str = "text",
     ) -> None:
-        self.ids: "Sequence[Id]"
+        self.ids: Sequence[Id]
         self.store: Store | None = None
         self._modality = modality
         self._texts: list[str] = []
