@@ -80,11 +80,11 @@ class Row:
     gguf: str = ""
 
 
-SEEING, EVERY, PEBBLE = ("pebble", "larger"), ("pebble", "larger", "text"), ("pebble",)
+SEEING, PEBBLE = ("pebble", "larger"), ("pebble",)
 
 
 def _rows() -> list[Row]:
-    own, plain = QuantConfig(), QuantConfig(mode="weight_only")
+    own = QuantConfig()
     rows = [
         Row("float32", None),
         Row("int8", QuantConfig(bits=8)),
@@ -95,30 +95,31 @@ def _rows() -> list[Row]:
         Row("mbq", own, "mbq", samples="pictures", of=SEEING),
         Row("nearest, rotated", own, "rtn", rotate=True),
         Row("gptq, rotated", own, "gptq", rotate=True, samples="pictures"),
-        Row("awq, rotated", own, "awq", rotate=True, samples="pictures"),
+        Row("awq, rotated", own, "awq", rotate=True, samples="pictures", of=SEEING),
     ]
     rows += [Row(f"GGUF {kind}", None, of=SEEING, gguf=kind) for kind in ("Q4_0", "Q4_1", "Q4_K_M")]
     tower = replace(own, quantize_tower=True)
     rows.append(Row("gptq, tower int8", tower, "gptq", samples="pictures", of=SEEING))
-    rows += _methods(QuantConfig(levels="zeros", group_size=128), 4, EVERY)
-    rows += _methods(QuantConfig(levels="zeros", group_size=32), 3, EVERY)
-    rows += _methods(plain, 4, EVERY)
+    rows += _methods(QuantConfig(levels="zeros", group_size=128), 4, SEEING)
+    rows += _methods(QuantConfig(levels="zeros", group_size=32), 3, SEEING)
+    rows += _methods(QuantConfig(mode="weight_only"), 4, PEBBLE)
     for size, mode in ((32, "dynamic"), (64, "dynamic"), (128, "weight_only")):
-        config = QuantConfig(levels="zeros", group_size=size, mode=mode)
-        rows += _methods(config, 4, PEBBLE if size == 64 else EVERY)
+        rows += _methods(QuantConfig(levels="zeros", group_size=size, mode=mode), 4, PEBBLE)
     for size, mode in ((32, "weight_only"), (64, "dynamic"), (128, "dynamic")):
         rows += _methods(QuantConfig(levels="zeros", group_size=size, mode=mode), 3, PEBBLE)
     return rows
 
 
 def _methods(config: QuantConfig, bits: int, of: tuple[str, ...]) -> list[Row]:
-    seeing = tuple(model for model in of if model in SEEING)
-    return [
+    """Return the methods of a format; MBQ, the slowest, where both models are measured."""
+    rows = [
         Row("nearest", config, "rtn", bits, of=of),
         Row("gptq", config, "gptq", bits, samples="pictures", of=of),
         Row("awq", config, "awq", bits, samples="pictures", of=of),
-        Row("mbq", config, "mbq", bits, samples="pictures", of=seeing),
     ]
+    if of == SEEING:
+        rows.append(Row("mbq", config, "mbq", bits, samples="pictures", of=of))
+    return rows
 
 
 ROWS = _rows()

@@ -77,12 +77,8 @@ def test_lock_holds_what_the_package_is_built_with(name):
 
 
 def test_extras_are_all_tested():
-    """Every extra is in the lock that the tests are run with.
-
-    But for Lance: 80 MB for one form of a store's entries, whose tests run where it is installed.
-    """
-    extras = PROJECT["optional-dependencies"].keys() - {"lance"}
-    everything = {str(r) for extra in extras for r in asked(extra)}
+    """Every extra is in the lock that the tests are run with."""
+    everything = {str(r) for extra in PROJECT["optional-dependencies"] for r in asked(extra)}
     assert everything == {str(r) for r in asked("dev")}
 
 

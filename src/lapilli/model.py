@@ -1,13 +1,15 @@
 """The vision language model: modalities and a language model, joined by `fuse`.
 
     prompts --pad left, embed--> text [B, T, D] --.
-    media   --tower, projector-> [n_i, D] --------+-- fuse --> FusedBatch --> hidden --> logits
+    media   --tower, projector-> [n_i, D] --.-----+-- fuse --> FusedBatch --> hidden --> logits
+                                            '-- remember --> memory, which positions look at
 
-The features of every item go over its own span, counted before any copy. Knows ids, spans and
-vectors; no strings, no files, no pixels.
+The features of every item go over its own span, counted before any copy; those of a modality that
+is attended to have a span of length 0, and stand beside the sequence. Knows ids, spans and vectors;
+no strings, no files, no pixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,7 +24,8 @@ from lapilli.errors import (
     PromptError,
     UnsupportedModelError,
 )
-from lapilli.lm import LanguageModel
+from lapilli.lm import LanguageModel, Memory
+from lapilli.lm.cross_attention import ENDLESS
 from lapilli.modality import Modality
 from lapilli.nn.kv_cache import KVCache
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
@@ -40,11 +43,13 @@ class FusedBatch:
         inputs_embeds: vectors of all positions.
         attention_mask: False for padding.
         position_ids: 0, 1, ... from the first real position of each row; 0 under padding.
+        memory: features that stand beside the rows; None where there are none.
     """
 
     inputs_embeds: Float[Tensor, "B T D"]
     attention_mask: Bool[Tensor, "B T"]
     position_ids: Int[Tensor, "B T"]
+    memory: Memory | None = None
 
 
 def fuse(
@@ -54,7 +59,8 @@ def fuse(
 
     Args:
         text: embeddings of all positions; values under a span are ignored.
-        features: one [n_i, D] tensor per span, in the order of `spans`.
+        features: one [n_i, D] tensor per span, in the order of `spans`; those of a span of length
+            0 are left for `remember`.
         spans: where each item goes.
 
     Raises:
@@ -65,7 +71,8 @@ def fuse(
     prepare_inputs_labels_for_multimodal.
     """
     _check_features(text, features, spans)
-    if not spans:
+    features = [item for item, span in zip(features, spans, strict=True) if span.length]
+    if not features:
         return text
     rows = [span.row for span in spans for _ in range(span.length)]
     columns = [span.start + i for span in spans for i in range(span.length)]
@@ -80,7 +87,8 @@ def _check_features(text: Tensor, features: Sequence[Tensor], spans: Sequence[Sp
     batch, length, width = text.shape
     for i, (item, span) in enumerate(zip(features, spans, strict=True)):
         where = f"item {i} (row {span.row}, position {span.start})"
-        if tuple(item.shape) != (span.length, width):
+        is_beside = span.length == 0 and item.ndim == 2 and len(item) > 0
+        if tuple(item.shape) != (len(item) if is_beside else span.length, width):
             raise FusionError(
                 f"{where}: the span has {span.length} positions of width {width}, "
                 f"the features are {list(item.shape)}"
@@ -90,7 +98,7 @@ def _check_features(text: Tensor, features: Sequence[Tensor], spans: Sequence[Sp
                 f"{where}: a span of {span.length} positions does not lie inside "
                 f"{batch} rows of {length} positions"
             )
-    ordered = sorted(spans, key=lambda span: (span.row, span.start))
+    ordered = sorted(spans, key=lambda span: (span.row, span.start, span.length))
     for before, after in pairwise(ordered):
         if before.row == after.row and before.start + before.length > after.start:
             raise FusionError(
@@ -99,11 +107,41 @@ def _check_features(text: Tensor, features: Sequence[Tensor], spans: Sequence[Sp
             )
 
 
+def remember(
+    text: Float[Tensor, "B T D"],
+    features: Sequence[Float[Tensor, "_ D"]],
+    spans: Sequence[Span],
+    ends: Sequence[int] = (),
+) -> Memory | None:
+    """Return the features of spans of length 0, which stand beside the rows; None without any.
+
+    A position sees what has its place at or before it: what stands before a medium does not depend
+    on it, as if it stood in the sequence.
+
+    Args:
+        text: embeddings of all positions.
+        features: one [n_i, D] tensor per span, checked by `fuse`.
+        spans: places of the items.
+        ends: of every span the end of the sample that it belongs to, where rows hold several.
+    """
+    ends = ends or [ENDLESS] * len(spans)
+    beside = [i for i, span in enumerate(spans) if span.length == 0]
+    if not beside:
+        return None
+    places = [(spans[i].row, spans[i].start, ends[i]) for i in beside]
+    return Memory.of_rows([features[i] for i in beside], places, rows=len(text), like=text)
+
+
 class VisionLanguageModel(nn.Module):
     """A language model and the modalities that it reads, by name.
 
     Parameters are named `language_model.*`, `modalities.image.vision_tower.*`,
     `modalities.image.projector.*`, `modalities.image.image_newline`, `modalities.NAME.*`.
+
+    Args:
+        language_model: any; one with gated blocks where a modality is attended to.
+        modalities: by name.
+        attended: names of those that take no position and are looked at from between the layers.
 
     Raises:
         ConfigError: a modality whose name torch has for itself.
@@ -112,15 +150,22 @@ class VisionLanguageModel(nn.Module):
     """
 
     def __init__(
-        self, language_model: LanguageModel, modalities: Mapping[str, Modality] | None = None
+        self,
+        language_model: LanguageModel,
+        modalities: Mapping[str, Modality] | None = None,
+        *,
+        attended: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.language_model: LanguageModel = language_model
         self.modalities = nn.ModuleDict()
+        self.attended = frozenset[str]()
         for name, modality in (modalities or {}).items():
-            self.add_modality(name, modality)
+            self.add_modality(name, modality, attended=name in attended)
 
-    def add_modality(self, name: str, modality: Modality | nn.Module) -> None:
+    def add_modality(
+        self, name: str, modality: Modality | nn.Module, *, attended: bool = False
+    ) -> None:
         """Give the model a modality, or another one in its place.
 
         Raises:
@@ -132,6 +177,7 @@ class VisionLanguageModel(nn.Module):
                 "another word"
             )
         self.modalities[name] = modality  # type: ignore[assignment]  # modules that follow the protocol
+        self.attended = self.attended | {name} if attended else self.attended - {name}
 
     def modality(self, name: str) -> Modality:
         """Return the modality of this name.
@@ -143,6 +189,21 @@ class VisionLanguageModel(nn.Module):
             known = ", ".join(self.modalities) or "none, it reads text only"
             raise UnsupportedModelError(f"the model has no modality {name!r}; it has: {known}")
         return self.modalities[name]  # type: ignore[return-value]  # see __init__
+
+    def span_length(self, name: str, item: Any) -> int:  # noqa: ANN401  see Modality.prepare
+        """Return the positions that a prepared item, or its features, take in a prompt.
+
+        0 of a modality that is attended to.
+
+        Raises:
+            UnsupportedModelError: the model has no modality of this name.
+            PromptError: the item has no features.
+        """
+        is_ready = isinstance(item, Tensor)
+        number = len(item) if is_ready else self.modality(name).num_tokens(item)
+        if number < 1:
+            raise PromptError(f"every medium needs at least one feature, {name} has {number}")
+        return 0 if name in self.attended else number
 
     @property
     def device(self) -> torch.device:
@@ -180,8 +241,9 @@ class VisionLanguageModel(nn.Module):
         ]
         items = [item for row in media for item in row]
         text = self.language_model.embed(ids)
-        fused = fuse(text, self._features(items, spans), spans)
-        return FusedBatch(fused, attention_mask, position_ids)
+        features = self._features(items, spans)
+        fused = fuse(text, features, spans)
+        return FusedBatch(fused, attention_mask, position_ids, remember(text, features, spans))
 
     def _features(self, items: Sequence[Any], spans: Sequence[Span]) -> list[Tensor]:
         """Return features of every item; each modality embeds all of its items at once."""
@@ -209,6 +271,7 @@ class VisionLanguageModel(nn.Module):
             position_ids=batch.position_ids,
             attention_mask=batch.attention_mask,
             cache=cache,
+            memory=batch.memory,
         )
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:

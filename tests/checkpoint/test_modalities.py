@@ -18,6 +18,9 @@ from lapilli.config.modalities import register_kind
 from lapilli.config.model import ModalityConfig, ProjectorConfig
 from lapilli.errors import ConfigError, MissingWeightsError, UnsupportedModelError
 from lapilli.modality.vector import VectorModality
+from lapilli.prompt.encode import EncodedPrompt, Span
+from lapilli.quant.layerwise import decoder_of
+from lapilli.quant.rotation import check_rotation
 from lapilli.train.build import add_modalities
 from tests.modality.declared import DECLARED, tiny_language_model
 
@@ -226,3 +229,141 @@ def test_a_foreign_family_declares_nothing(tmp_path):
 def test_a_name_that_is_taken(checkpoints, tmp_path):
     with pytest.raises(ConfigError, match="a modality 'vec' already"):
         add_modalities(str(checkpoints["text"]), tmp_path / "out", {"vec": DECLARED["vec"]})
+
+
+ATTENDED = {
+    "user": {**DECLARED["user"], "fusion": "cross_attention", "every": 2},
+    "vec": {**DECLARED["vec"], "fusion": "cross_attention", "every": 2},
+    "item": DECLARED["item"],
+}
+
+
+@pytest.fixture(scope="module")
+def attended(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints of two layouts whose modalities stand beside the sequence, gates open."""
+    root = tmp_path_factory.mktemp("attended")
+    plain = tiny_language_model(root / "plain")
+    for name, source in (("text", str(plain)), ("llava", "pebble")):
+        add_modalities(source, root / f"{name}-shut", ATTENDED, seed=3)
+        loaded = load_checkpoint(root / f"{name}-shut", device="cpu", dtype="stored")
+        for path, parameter in loaded.model.named_parameters():
+            if path.endswith("_gate"):
+                parameter.data = torch.full_like(parameter, 0.5)
+        layout = "llava" if name == "llava" else "huggingface"
+        save_loaded(root / name, loaded, layout=layout)
+    export_checkpoint(str(root / "llava"), root / "hf_llava", layout="huggingface")
+    return {name: root / name for name in ("plain", "text-shut", *LAYOUTS)}
+
+
+def hidden_of(path: Path, *, beside: bool = True, **options) -> torch.Tensor:
+    model = load_checkpoint(path, device="cpu", **{"dtype": "float32", **options}).model
+    prompt = EncodedPrompt([1, 5, 6, 7], [False] * 4, (Span(0, 2, 0, "vec"),) if beside else ())
+    media = [model.modality("vec").prepare([1.0, 2.0, 3.0])] if beside else []
+    with torch.inference_mode():
+        return model(model.embed_prompts([prompt], [media]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_are_saved_in_every_layout(attended, layout, tmp_path):
+    first = load_checkpoint(attended[layout], device="cpu", dtype="stored")
+    assert first.config.layout == layout
+    assert first.model.attended == {"user", "vec"}
+    kept = "llava" if layout == "llava" else "huggingface"
+    save_loaded(tmp_path / "again", first, layout=kept)
+    again = load_checkpoint(tmp_path / "again", device="cpu", dtype="stored")
+    assert again.config.modalities == first.config.modalities
+    assert_equal_bits(tensors(first), tensors(again))
+    names = load_file(tmp_path / "again" / "model.safetensors")
+    assert names["lapilli_cross_attention.1.attention_gate"].item() == 0.5
+    raw = json.loads((tmp_path / "again" / "config.json").read_text())["lapilli_modalities"]
+    assert (raw["vec"]["fusion"], raw["vec"]["every"]) == ("cross_attention", 2)
+    assert "fusion" not in raw["item"]
+
+
+def test_both_layouts_compute_the_same(attended):
+    found = hidden_of(attended["llava"])
+    assert torch.equal(found, hidden_of(attended["hf_llava"]))
+    assert not torch.allclose(found, hidden_of(attended["llava"], beside=False))
+
+
+def test_fresh_blocks_change_no_bit(attended):
+    model = load_checkpoint(attended["plain"], device="cpu", dtype="float32").model
+    with torch.inference_mode():
+        expected = model(model.embed_prompts([EncodedPrompt([1, 5, 6, 7], [False] * 4)]))
+    assert torch.equal(hidden_of(attended["text-shut"]), expected)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_blocks_stay_float_among_packed_layers(attended, bits, tmp_path):
+    first = load_checkpoint(attended["text"], device="cpu", quantization=bits)
+    save_loaded(tmp_path / "packed", first, quantization=first.quantization)
+    second = load_checkpoint(tmp_path / "packed", device="cpu")
+    assert_equal_bits(tensors(first), tensors(second))
+    kinds = {
+        name: type(module).__name__
+        for name, module in second.model.named_modules()
+        if name.endswith(("1.q_proj", "1.self_attn.q_proj"))
+    }
+    assert kinds["language_model.model.layers.1.self_attn.q_proj"] == "QuantLinear"
+    assert kinds["language_model.cross_attention.1.q_proj"] != "QuantLinear"
+    found = hidden_of(tmp_path / "packed", dtype="auto")
+    assert (
+        torch.nn.functional.cosine_similarity(found, hidden_of(attended["text"]), dim=-1).min()
+        > 0.9
+    )
+    packed = tmp_path / "packed-and-more"
+    more = {"sensor": {"kind": "vector", "width": 2, "fusion": "cross_attention", "every": 2}}
+    add_modalities(tmp_path / "packed", packed, more)
+    assert load_checkpoint(packed, device="cpu").model.attended == {"user", "vec", "sensor"}
+
+
+def test_inspect_tells_how_they_are_fused(attended):
+    found = inspect_checkpoint(attended["llava"])
+    assert found.modalities["vec"] == (
+        "(vector, fusion cross_attention, every 2, width 3, projector mlp2x_gelu, tokens 2)"
+    )
+    plain = inspect_checkpoint("pebble")
+    assert found.parameters["language model"] == plain.parameters["language model"]
+    model = load_checkpoint(attended["llava"], device="cpu", dtype="stored").model
+    blocks = model.get_submodule("language_model.cross_attention").parameters()
+    assert found.parameters["cross-attention"] == sum(p.numel() for p in blocks)
+    assert found.missing == found.unexpected == ()
+
+
+VEC = {"kind": "vector", "width": 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"v": {**VEC, "fusion": "late"}}, "fusion is 'late', expected tokens or cross_attention"),
+        ({"v": {**VEC, "fusion": "cross_attention"}}, r"needs every: a block .* every = 2"),
+        ({"v": {**VEC, "fusion": "cross_attention", "every": 0}}, "every is 0, expected 1 to"),
+        ({"v": {**VEC, "fusion": "cross_attention", "every": 3}}, "has 2 layers: .* 1 to 2"),
+        ({"v": {**VEC, "every": 2}}, "every is 2, and features that stand in the sequence have no"),
+        (
+            {
+                "v": {**VEC, "fusion": "cross_attention", "every": 1},
+                "w": {**VEC, "fusion": "cross_attention", "every": 2},
+            },
+            "share their blocks, .*'v' every = 1, 'w' every = 2: give all of them the same",
+        ),
+    ],
+)
+def test_half_of_a_fusion_is_refused(attended, settings, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        add_modalities(attended["plain"], tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+    raw = json.loads((attended["plain"] / "config.json").read_text())
+    folder = shutil.copytree(attended["plain"], tmp_path / "declares")
+    (folder / "config.json").write_text(json.dumps({**raw, "lapilli_modalities": settings}))
+    with pytest.raises(ConfigError, match=message):
+        load_checkpoint(folder, device="cpu")
+
+
+def test_a_packed_or_rotated_model_with_blocks_is_refused_where_it_would_be_wrong(attended):
+    model = load_checkpoint(attended["text"], device="cpu", dtype="float32").model
+    with pytest.raises(UnsupportedModelError, match="without the gated cross-attention"):
+        decoder_of(model)
+    with pytest.raises(ConfigError, match="gated cross-attention cannot be rotated"):
+        check_rotation(model)

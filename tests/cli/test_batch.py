@@ -14,14 +14,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from lapilli.cli import batch
 from lapilli.cli.batch import AnswerFile, Line, answer_lines, read_lines
+from lapilli.cli.terminal import open_stores
 from lapilli.errors import GenerationError, LapilliError, PromptError
+from lapilli.store import StoreWriter
+from lapilli.train.build import add_modalities
 from tests.cli.conftest import PROGRAM
+from tests.modality.declared import tiny_language_model
 
 FEW = ("--max-new-tokens", "5", "--device", "cpu", "--dtype", "float32")
 
@@ -511,3 +516,43 @@ def test_a_typed_placeholder_stays_text(lapilli, checkpoint, picture, tmp_path):
     )
     command = ("batch", str(source), str(tmp_path / "o"), "--model", checkpoint, *FEW)
     assert lapilli(*command).stderr.startswith("line 2: <image> in the question stays text")
+
+
+@pytest.mark.slow
+def test_ids_of_a_store_stand_for_vectors(lapilli, tmp_path):
+    settings = {"vec": {"kind": "vector", "width": 3}}
+    add_modalities(tiny_language_model(tmp_path / "plain"), tmp_path / "model", settings)
+    with StoreWriter(tmp_path / "s", encoder="e") as writer:
+        writer.add(["shoe", 7], torch.randn(2, 3))
+    rows = [{"question": "What next?", "vec": one} for one in ("shoe", 7, "boot")]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = (str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
+    command = ("batch", *files, "--model", str(tmp_path / "model"), "--max-new-tokens", "3")
+    done = lapilli(*command, "--store", f"vec={tmp_path / 's'}")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    found = {row["line"]: row for row in map(json.loads, lines)}
+    assert "answer" in found[1]
+    assert "answer" in found[2]
+    assert "vec: " in found[3]["error"]
+    assert "has no entry for 'boot'" in found[3]["error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["vec"], "--store 'vec': expected NAME=STORE, a modality and a folder"),
+        (["=s"], "--store '=s': expected NAME=STORE"),
+        (["vec=nothing"], "nothing is not there: expected a store"),
+    ],
+)
+def test_options_that_name_no_store(options, says):
+    with pytest.raises(LapilliError, match=says):
+        open_stores(options)
+
+
+def test_a_store_is_named_once(tmp_path):
+    with StoreWriter(tmp_path / "s", encoder="e", width=3):
+        pass
+    with pytest.raises(LapilliError, match="names the modality 'vec' twice"):
+        open_stores([f"vec={tmp_path / 's'}"] * 2)

@@ -140,7 +140,14 @@ def stopped(target: Path, number: signal.Signals) -> tuple[int, str]:
     """Send a signal once the first layer is done; return the code and what was said."""
     command = [str(PROGRAM), "quantize", "pebble", str(target), *GPTQ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A program in the background is started with the signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         report = target.parent / f".{target.name}.layers" / "report-00000.json"
         deadline = time.monotonic() + 100
         while not report.exists() and process.poll() is None and time.monotonic() < deadline:

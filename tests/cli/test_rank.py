@@ -1,20 +1,19 @@
 """`lapilli rank`: a line per query and item, the best ones alone, and one error for a bad file."""
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
-import pyarrow as pa
 import pytest
 import torch
-from pyarrow import parquet
 
 import lapilli
-from lapilli.cli.rank import Catalogue, ScoreOptions, lines_of, read_texts
-from lapilli.errors import ConfigError, PromptError
+from lapilli.cli.rank import Catalogue, ScoreOptions, lines_of
+from lapilli.errors import ConfigError, StoreError
+from lapilli.prompt.message import MediaPart
 from lapilli.rank import Labels, YesNo
 from lapilli.rank import rank as score_items
+from lapilli.store import Store, StoreWriter
+from lapilli.train.build import add_modalities
 
 QUERIES = [("q1", "something that floats"), ("q2", "tools")]
 ITEMS = [("a", "a boat"), ("b", "a hammer"), (3, "a red square")]
@@ -54,8 +53,8 @@ def test_scores_are_those_of_the_library(lapilli, tmp_path):
     assert len(wrong.stderr.splitlines()) == 1
 
 
-def load():
-    return lapilli.load("pebble", device="cpu", dtype="float32")
+def load(source="pebble"):
+    return lapilli.load(str(source), device="cpu", dtype="float32")
 
 
 def test_the_best_ones_come_first_and_tied_ones_in_order():
@@ -73,74 +72,71 @@ def test_lines_come_while_scores_are_computed():
     assert next(lines) == {"query": "q", "item": "a", "score": 0.5}
 
 
-def test_every_kind_of_file_has_the_same_rows(tmp_path):
-    rows = [("a", 'one, "two"\nthree'), ("b", "é漢")]
-    write_jsonl(tmp_path / "x.jsonl", rows)
-    quoted = 'id,text,more\na,"one, ""two""\nthree",1\nb,é漢,2\n'
-    (tmp_path / "x.csv").write_text("\ufeff" + quoted, encoding="utf-8")
-    (tmp_path / "x.tsv").write_text(
-        'text\tid\n"one, ""two""\nthree"\ta\né漢\tb\n', encoding="utf-8"
-    )
-    ids, texts = zip(*rows, strict=True)
-    parquet.write_table(pa.table({"text": texts, "id": ids}), tmp_path / "x.parquet")
-    for ending in ("jsonl", "csv", "tsv", "parquet"):
-        assert read_texts(tmp_path / f"x.{ending}") == rows, ending
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "text"),
-    [
-        ("x.txt", "a", r"expected a file that ends in .jsonl, .csv, .tsv, .parquet"),
-        ("x.jsonl", "", "is empty: expected rows with id and text"),
-        ("x.csv", "id,text\n", "is empty"),
-        ("x.jsonl", '{"id": 1, "text": "a"}\n{', r"x.jsonl:2 is no JSON"),
-        ("x.jsonl", "[1]", r"x.jsonl:1 is no JSON object"),
-        ("x.jsonl", '{"text": "a"}', r'x.jsonl:1: "id" must be a text or a number, found None'),
-        ("x.jsonl", '{"id": true, "text": "a"}', r'"id" must be a text or a number, found True'),
-        ("x.jsonl", '{"id": 1, "text": " "}', r'"text" must be a text'),
-        ("x.jsonl", '{"id": 1, "text": 5}', r'"text" must be a text, found 5'),
-        ("x.csv", "id,title\n1,a\n", "has the columns id, title: expected text among them"),
-        ("x.csv", "id,text\n1\n", r'x.csv:2: "text" must be a text, found None'),
-        ("x.csv", 'id,text\n1,"a\n', "is no table of CSV"),
-        ("x.parquet", "PAR1", "is no Parquet file"),
-    ],
-)
-def test_bad_files_are_named(tmp_path, name, content, text):
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(PromptError, match=text):
-        read_texts(tmp_path / name)
-
-
 def test_a_missing_file_is_one_line(lapilli, tmp_path):
     done = lapilli("rank", str(tmp_path / "none.jsonl"), str(tmp_path / "none.jsonl"))
     assert done.returncode == 2
-    assert "none.jsonl: No such file" in done.stderr
+    assert "none.jsonl is no file: expected rows with an id and a text" in done.stderr
 
 
 def test_a_store_gives_its_ids_and_vectors(tmp_path, monkeypatch):
     stored = torch.randn(600, 2, 8).half()
+    with StoreWriter(tmp_path / "s", encoder="e") as writer:
+        writer.add(list(range(600)), stored)
     asked = []
 
-    def get(ids):
+    def get(self, ids):
         asked.append(len(ids))
-        return stored[[int(one) for one in ids]]
+        return one_by_one(self, ids)
 
-    room = ModuleType("lapilli.store")
-    opened = SimpleNamespace(ids=lambda: [str(i) for i in range(600)], get=get)
-    room.Store = SimpleNamespace(open=lambda path: opened)
-    monkeypatch.setitem(sys.modules, "lapilli.store", room)
-    catalogue = Catalogue(tmp_path)
+    one_by_one = Store.get
+    monkeypatch.setattr(Store, "get", get)
+    catalogue = Catalogue(tmp_path / "s")
     items = catalogue.items()
     torch.testing.assert_close(next(items), stored[0].float())
     assert asked == [256]
     assert len(list(items)) == 599
-    assert len(catalogue.ids) == 600
+    assert catalogue.ids == [str(i) for i in range(600)]
 
 
-def test_a_folder_without_the_room_of_stores_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lapilli.store", None)
-    with pytest.raises(ConfigError, match="is a folder, and this lapilli reads no stores"):
+def test_what_is_no_catalogue(tmp_path):
+    with pytest.raises(StoreError, match="is no store: it has no manifest"):
         Catalogue(tmp_path)
+    with StoreWriter(tmp_path / "s", encoder="e", width=4):
+        pass
+    with pytest.raises(StoreError, match="has no entries: there is nothing to rank"):
+        Catalogue(tmp_path / "s")
+    items = write_jsonl(tmp_path / "items.jsonl", ITEMS)
+    with pytest.raises(ConfigError, match="--modality reads entries of a store"):
+        Catalogue(items, modality="item")
+    assert list(Catalogue(items).items()) == [text for _, text in ITEMS]
+    assert Catalogue(items).ids == ["a", "b", 3]
+
+
+@pytest.mark.slow
+def test_entries_are_media_of_a_modality(lapilli, tmp_path):
+    add_modalities("pebble", tmp_path / "m", {"item": {"kind": "vector", "width": 3}})
+    vectors = torch.randn(4, 3)
+    with StoreWriter(tmp_path / "s", encoder="e", dtype="float32") as writer:
+        writer.add(list("abcd"), vectors)
+    queries = write_jsonl(tmp_path / "queries.jsonl", QUERIES[:1])
+    command = ("rank", str(queries), str(tmp_path / "s"), "--model", str(tmp_path / "m"))
+    exact = ("--device", "cpu", "--dtype", "float32")
+    done = lapilli(*command, *exact, "--modality", "item")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["item"] for row in found] == list("abcd")
+    chat = load(tmp_path / "m")
+    items = [MediaPart(vector, "item") for vector in vectors]
+    scores = torch.tensor([row["score"] for row in found])
+    torch.testing.assert_close(scores, score_items(QUERIES[0][1], items, chat), atol=1e-6, rtol=0)
+    for name, says in (
+        ((), "as wide as the language model, got torch.float32 [1, 3]"),
+        (("--modality", "user"), "a store is given for 'user': expected a modality"),
+    ):
+        wrong = lapilli(*command, *exact, *name)
+        assert wrong.returncode == 2
+        assert says in wrong.stderr
+        assert len(wrong.stderr.splitlines()) == 1
 
 
 def test_options_say_what_a_score_is():

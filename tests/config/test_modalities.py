@@ -53,7 +53,12 @@ vectors = st.fixed_dictionaries(
     optional={"tokens": st.just(1)},
 )
 feature = st.fixed_dictionaries(
-    {"name": st.sampled_from("abcdef"), "size": st.integers(1, 99), "width": st.integers(1, 9)}
+    {
+        "name": st.sampled_from("abcdef"),
+        "size": st.integers(1, 99),
+        "width": st.integers(1, 9),
+        "most": st.integers(1, 6),
+    }
 )
 events = st.fixed_dictionaries(
     {
@@ -66,6 +71,7 @@ events = st.fixed_dictionaries(
         "num_heads": st.sampled_from([1, 2, 4]),
         "max_events": st.integers(1, 50),
         "projector": projectors,
+        "dropout": st.sampled_from([0.0, 0.25]),
     },
 )
 
@@ -140,6 +146,11 @@ def test_every_layout_declares():
         ),
         ({"user": {**EVENTS, "numeric": ["film"]}}, "the feature 'film' comes twice"),
         ({"user": {**EVENTS, "numeric": ["a b"]}}, "a feature is called 'a b'"),
+        (
+            {"user": {**EVENTS, "categorical": [{**EVENTS["categorical"][0], "most": 0}]}},
+            "most of the feature 'film' is 0, expected 1 to 1024",
+        ),
+        ({"user": {**EVENTS, "dropout": 1.0}}, "dropout is 1.0, expected at least 0 and below 1"),
         ({"user": {**EVENTS, "num_heads": 3}}, "hidden_size 128 must be a multiple of twice"),
         ({"user": {**TEXT, "projector": "resampler2"}}, "sets the number of positions"),
         ({"user": {**TEXT, "max_length": 1, "tokens": 2}}, "max_length 1 is below tokens 2"),

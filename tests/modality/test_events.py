@@ -126,6 +126,7 @@ def test_gradients_reach_tables_and_projector():
         ({"film": [True]}, "film is True"),
         ({"film": ["x"]}, "film is 'x'"),
         ({"rating": ["x"]}, "rating is 'x', expected a number"),
+        ({"rating": [10**400]}, "rating is 10000.*, expected a number"),
         ({"rating": [float("nan")]}, "rating is nan, expected a finite number"),
     ],
 )
@@ -136,3 +137,72 @@ def test_refusals(raw, match):
 
 def test_follows_the_protocol():
     assert isinstance(_modality(), Modality)
+
+
+GENRES = CategoricalFeature(name="genres", size=6, width=3, most=3)
+
+
+def test_several_values_of_an_event_are_read_as_their_mean():
+    modality = _modality(categorical=(GENRES,), numeric=())
+    encoder = modality.encoder
+    item = modality.prepare({"genres": [[1, 4], 2, [], None, (5, 1, 3)]})
+    assert item.categories.tolist() == [[1, 4, 0], [2, 0, 0], [0, 0, 0], [0, 0, 0], [5, 1, 3]]
+    read = []
+    encoder.input_proj.register_forward_hook(lambda _m, given, _out: read.append(given[0][0]))
+    modality.states([item])
+    table = encoder.tables[0].weight
+    means = [table[rows].mean(0) for rows in ([1, 4], [2], [0], [0], [5, 1, 3])]
+    torch.testing.assert_close(read[0], torch.stack(means))
+    order = (
+        modality.prepare({"genres": [[4, 1]]}),
+        modality.prepare({"genres": [torch.tensor([1, 4])]}),
+    )
+    torch.testing.assert_close(*(modality.embed([one])[0] for one in order))
+
+
+def test_several_values_of_the_next_event_are_predicted_alike():
+    modality = _modality(categorical=(GENRES,), numeric=())
+    item = modality.prepare({"genres": [1, [2, 5], []]})
+    logs = modality.encoder.scores(modality.states([item])[0], 0).log_softmax(-1)
+    expected = -(logs[0, 2] + logs[0, 5]) / 2
+    [found], count = modality.next_event_losses([item])
+    assert count == 2
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("raw", "match"),
+    [
+        ({"genres": [[1, 2, 3, 4]]}, "genres has 4 values in one event, and the model reads 3"),
+        ({"genres": [[1, 6]]}, "genres is 6, expected a number from 0"),
+        ({"genres": [[[1]]]}, r"genres is \[1\], expected a number"),
+    ],
+)
+def test_values_of_an_event_that_are_none(raw, match):
+    with pytest.raises(MediaError, match=match):
+        _modality(categorical=(GENRES,), numeric=()).prepare(raw)
+
+
+def test_a_feature_of_one_value_takes_no_list():
+    with pytest.raises(MediaError, match=r"film is \[1\], expected a number"):
+        _modality().prepare({"film": [[1]]})
+
+
+@given(st.integers(1, 23))
+@settings(max_examples=20)
+def test_pieces_of_a_history_predict_every_event_once(length):
+    modality = _modality()
+    films = [1 + i % 19 for i in range(length)]
+    pieces = modality.windows({"film": films})
+    assert all(2 <= len(piece.categories) <= 5 for piece in pieces)
+    assert [film for piece in pieces for film in piece.categories[1:, 0].tolist()] == films[1:]
+    assert [piece.categories[0, 0].item() for piece in pieces] == films[:-1:4]
+
+
+def test_dropout_is_of_training_alone():
+    modality, plain = _modality(dropout=0.5), _modality()
+    items = [modality.prepare(_history(4))]
+    torch.testing.assert_close(modality.states(items)[0], plain.states(items)[0])
+    modality.train()
+    assert not torch.equal(modality.states(items)[0], modality.states(items)[0])
+    assert torch.equal(plain.train().states(items)[0], plain.states(items)[0])

@@ -10,7 +10,7 @@ from lapilli.config.model import DecoderConfig
 from lapilli.errors import MediaError
 from lapilli.lm.decoder import Decoder
 from lapilli.modality import Modality, build_modality
-from lapilli.modality.text import TextModality
+from lapilli.modality.text import PreparedText, TextModality, last_states
 
 ENCODER = DecoderConfig(
     vocab_size=64,
@@ -29,7 +29,8 @@ ENCODER = DecoderConfig(
 class Letters:
     """A tokenizer: BOS, and a token for every character."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, literal=()) -> list[int]:
+        assert literal == [(0, len(text))]
         return [1, *(ord(letter) % 62 + 2 for letter in text)]
 
 
@@ -64,6 +65,21 @@ def test_items_together_equal_items_alone():
     assert modality.embed([]) == []
 
 
+def test_more_than_the_encoder_has_positions_for_is_cut():
+    assert len(_modality().prepare("x" * 500).ids) == ENCODER.max_positions
+
+
+def test_last_states_are_those_of_every_text_alone():
+    encoder = _modality().encoder
+    texts = [PreparedText(torch.randint(2, 60, (length,))) for length in (2, 7, 3)]
+    together = last_states(encoder, texts, 2)
+    assert together.shape == (3, 2, ENCODER.hidden_size)
+    for text, states in zip(texts, together, strict=True):
+        positions = torch.arange(len(text.ids))[None]
+        alone = encoder(encoder.embed(text.ids[None]), position_ids=positions)[0, -2:]
+        torch.testing.assert_close(states, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_the_encoder_has_no_output_layer():
     names = [name for name, _ in _modality().named_parameters()]
     assert not [name for name in names if "lm_head" in name]
@@ -79,6 +95,7 @@ def test_a_long_text_is_cut_on_the_right():
     [
         (3, "item: expected a text, got 3"),
         ("  ", "item: expected a text"),
+        ("half \ud800", r"item: the text has '\\ud800' in it, which is no character"),
     ],
 )
 def test_refusals(raw, match):
@@ -100,7 +117,7 @@ def test_without_a_tokenizer():
 
 def test_a_tokenizer_of_a_larger_vocabulary():
     modality = _modality()
-    modality.tokenizer.encode = lambda text: [70]
+    modality.tokenizer.encode = lambda text, literal: [70]
     with pytest.raises(MediaError, match="the token 70 has no row among the encoder's 64"):
         modality.prepare("a text")
 

@@ -57,6 +57,10 @@ def test_gradients_reach_the_projector():
         ([1.0, 2.0], r"user: expected \[n, 4\] or \[4\] numbers, n at least 1, found \[1, 2\]"),
         (torch.zeros(0, 4), r"found \[0, 4\]"),
         (torch.zeros(1, 1, 4), r"found \[1, 1, 4\]"),
+        (torch.zeros(4, dtype=torch.complex64), "user: not a vector of numbers .torch.complex64"),
+        (np.zeros(4, complex), "user: not a vector of numbers .torch.complex128"),
+        (torch.zeros(4, device="meta"), "user: not a vector of numbers .torch.float32 on meta"),
+        (torch.eye(4).to_sparse(), "user: not a vector of numbers .* torch.sparse_coo"),
         ([1.0, 2.0, float("nan"), 0.0], "user: the vectors contain NaN or infinity"),
     ],
 )

@@ -85,7 +85,7 @@ def test_mixed_prompts_alone_in_batches_and_in_the_engine(chat, rows):
     reference = chat._backend._generate_plain(
         [chat._backend._request(prompt, chat._params(FEW)) for prompt in prompts]
     )
-    fixed = [chat._backend._fixed(prompt) for prompt in prompts]
+    fixed = [chat._backend._fixed(prompt, FEW) for prompt in prompts]
     for answer, expected, known in zip(together, reference, fixed, strict=True):
         assert answer == (expected.token_ids if known is None else known.token_ids)
 
@@ -207,7 +207,7 @@ def test_a_placeholder_of_no_given_modality_stays_text():
         ({"vec": [1.0, 2.0]}, MediaError, r"vec: expected \[n, 3\] or \[3\] numbers"),
         ({"vec": [1.0, float("nan"), 2.0]}, MediaError, "vec: the vectors contain NaN or infinity"),
         ({"vec": [1.0, float("inf"), 2.0]}, MediaError, "vec: the vectors contain NaN or infinity"),
-        ({"vec": "a.png"}, MediaError, "vec: not a vector of numbers"),
+        ({"vec": "a.png"}, MediaError, "vec: 'a.png' is no vector, and as an id it needs a store"),
         ({"user": {"movie": [1]}}, MediaError, "user: no feature is called 'movie'"),
         ({"item": 7}, MediaError, "item: expected a text, got 7"),
         ({"uzer": HISTORY}, GenerationError, "unknown sampling option uzer"),

@@ -240,9 +240,19 @@ def test_what_goes_on_after_something_has_no_first_token(tokenizer: Tokenizer) -
     assert rest.spans[0].start == whole.spans[0].start - before
 
 
-def test_empty_media_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(PromptError, match=r"at least one position, found \[0\]"):
-        encode([MediaSlot()], tokenizer, [0])
+def test_media_of_less_than_nothing_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(PromptError, match=r"takes 0 positions or more, found \[-1\]"):
+        encode([MediaSlot()], tokenizer, [-1])
+
+
+def test_a_medium_beside_the_sequence_leaves_the_tokens_as_they_are(tokenizer: Tokenizer) -> None:
+    segments = [TextSegment("a b"), MediaSlot("user"), TextSegment("c"), MediaSlot("user")]
+    inside, beside = encode(segments, tokenizer, [2, 1]), encode(segments, tokenizer, [0, 0])
+    covered = {i for s in inside.spans for i in range(s.start, s.start + s.length)}
+    assert beside.input_ids == [x for i, x in enumerate(inside.input_ids) if i not in covered]
+    assert [span.length for span in beside.spans] == [0, 0]
+    assert beside.spans[0].start == inside.spans[0].start
+    assert beside.spans[1].start == len(beside.input_ids)
 
 
 def test_a_vocabulary_image_token_gives_the_same_row_as_gaps(goldens: Any) -> None:

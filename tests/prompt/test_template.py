@@ -273,3 +273,8 @@ def test_text_with_placeholders_is_kept_character_by_character(name: str, text: 
 def test_another_number_of_texts_around_media_is_refused() -> None:
     with pytest.raises(PromptError, match="1 media stand between 2 pieces of text, found 1"):
         Message("user", (MediaPart(IMAGE),), ("Q",))
+
+
+def test_sources_of_a_modality_are_a_list():
+    with pytest.raises(PromptError, match=r"media.'item'. is .*: expected a list, with a source"):
+        Message.from_placeholders("user", "<item>", [], media={"item": "shoe"})

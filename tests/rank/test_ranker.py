@@ -317,6 +317,7 @@ WRONG_ITEMS = {
     "width": (vectors(255), MediaError, r"item 1: vectors must be .*\[256\].*got .* \[255\]"),
     "rank": (vectors(1, 1, 256), MediaError, r"item 1: vectors must be"),
     "none": (vectors(0, 256), MediaError, r"item 1: vectors must be"),
+    "nowhere": (torch.zeros(256, device="meta"), MediaError, r"got .* \[256\] on meta"),
     "whole": (torch.ones(256, dtype=torch.int64), MediaError, r"floating point .* torch.int64"),
     "texts": (np.array(["a"]), MediaError, r"item 1: an array of <U1 holds no vectors"),
     "nan": (NAN, MediaError, r"item 1: 1 of the numbers of its vectors are NaN or infinite"),
@@ -405,6 +406,8 @@ def test_heads_of_other_models_are_refused(chat, tmp_path):
     save_file({"other": vectors(1, 256)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="holds other: a head has weight"):
         Head.load(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="the head has NaN or infinite numbers"):
+        Ranker(chat, score=Head(vectors(1, 256) * torch.nan))
     head = Ranker(chat, score=Head(vectors(1, 256)))
     with pytest.raises(ConfigError, match="a head has no labels"):
         head.label_logprobs("boats", ["a"])
@@ -421,10 +424,11 @@ def test_wrong_sets_are_named(chat, one, text):
 
 PROGRAM = """
 import json, sys
-import lapilli
+import lapilli, torch
 from lapilli.rank import Labels, Ranker, RankTemplate, SetwiseRanker
 
-ranker = Ranker(lapilli.load("pebble", device="cpu"))
+chat = lapilli.load("pebble", device="cpu")
+ranker = Ranker(chat)
 found = {}
 for text in json.load(sys.stdin):
     try:
@@ -439,6 +443,9 @@ WRONG_TYPES = {
     "SetwiseRanker(None)": "ConfigError: model must be what lapilli.load returns, got None",
     "RankTemplate(user=7)": "PromptError: a template of a ranking must be a text, got 7",
     "ranker.score('boats', 'a boat')": "PromptError: items must be a list of items, got 'a boat'",
+    "ranker.score('boats', torch.tensor(3.0))": "PromptError: items must be a list of items",
+    "Ranker(chat, score='yes')": "ConfigError: score must be YesNo, Labels or Head, got 'yes'",
+    "Ranker(chat, max_tokens='3')": "ConfigError: max_tokens must be at least 1",
     "ranker.score('boats', 7)": "PromptError: items must be a list of items, got 7",
     "ranker.score('boats', None)": "PromptError: items must be a list of items, got None",
     "ranker.score('boats', [7])": "PromptError: item 0: expected a text, vectors, or a list",

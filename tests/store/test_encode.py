@@ -9,10 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lapilli
-from lapilli.errors import PromptError
+from lapilli.errors import MediaError, PromptError
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.store import Store, encode
-from lapilli.store.encode import batches_by_length, build_store, encode_texts, fingerprint
+from lapilli.store.encode import (
+    TextEncoder,
+    batches_by_length,
+    build_store,
+    encode_texts,
+    fingerprint,
+)
 from tests.train.faults import start
 
 
@@ -38,7 +44,7 @@ def test_states_are_those_of_a_plain_pass(chat):
 
 def test_batches_of_any_size_give_the_same(chat):
     whole = encode_texts(chat.model, chat.tokenizer, TEXTS)
-    alone = encode_texts(chat.model, chat.tokenizer, TEXTS, positions=1)
+    alone = TextEncoder(chat.model, chat.tokenizer).encode(TEXTS, positions=1)
     torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-4)
     assert encode_texts(chat.model, chat.tokenizer, []).shape == (0, 1, whole.shape[-1])
 
@@ -60,6 +66,18 @@ def test_short_texts_are_refused(chat):
         encode_texts(chat.model, chat.tokenizer, ["a"], tokens=40)
     with pytest.raises(PromptError, match="tokens is 2 and max_length 1: expected"):
         encode_texts(chat.model, chat.tokenizer, ["a"], tokens=2, max_length=1)
+
+
+def test_what_is_no_text(chat):
+    for wrong, says in (
+        ([""], "text 0 is '': expected a text"),
+        (["a", "  "], "text 1 is '  ': expected a text"),
+        ("abc", "texts are 'abc': expected a list of texts"),
+    ):
+        with pytest.raises(PromptError, match=says):
+            encode_texts(chat.model, chat.tokenizer, wrong)
+    with pytest.raises(MediaError, match=r"text 0: the text has .* which is no character"):
+        encode_texts(chat.model, chat.tokenizer, ["\ud800"])
 
 
 @given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 100))
@@ -87,6 +105,7 @@ def test_a_fingerprint_is_that_of_the_weights(chat):
 def test_a_build_goes_on_where_it_was(chat, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "_CHUNK", 2)
     items, read = list(zip("abcd", TEXTS, strict=True)), []
+    encoder = TextEncoder(chat.model, chat.tokenizer)
 
     def stopped():
         for number, item in enumerate(items):
@@ -95,9 +114,9 @@ def test_a_build_goes_on_where_it_was(chat, tmp_path, monkeypatch):
             yield item
 
     with pytest.raises(KeyboardInterrupt):
-        build_store(tmp_path / "s", stopped(), chat.model, chat.tokenizer)
+        build_store(tmp_path / "s", stopped(), encoder)
     before = len(Store(tmp_path / "s"))
-    built = build_store(tmp_path / "s", items, chat.model, chat.tokenizer, progress=read.append)
+    built = build_store(tmp_path / "s", items, encoder, progress=read.append)
     assert before in (0, 2)  # the chunk that was being read is lost
     assert built == 4 - before
     assert read == [2, 4]
@@ -105,8 +124,11 @@ def test_a_build_goes_on_where_it_was(chat, tmp_path, monkeypatch):
     expected = encode_texts(chat.model, chat.tokenizer, TEXTS)
     torch.testing.assert_close(store[list("abcd")], expected, rtol=1e-2, atol=1e-2)
     items[1] = ("b", "another text")
-    assert build_store(tmp_path / "s", items, chat.model, chat.tokenizer) == 1
-    assert build_store(tmp_path / "s", items, chat.model, chat.tokenizer, max_length=9) == 4
+    assert build_store(tmp_path / "s", items, TextEncoder(chat.model, chat.tokenizer)) == 1
+    assert (
+        build_store(tmp_path / "s", items, TextEncoder(chat.model, chat.tokenizer, max_length=9))
+        == 4
+    )
 
 
 def build_until_killed(path, items):
@@ -118,7 +140,7 @@ def build_until_killed(path, items):
         yield from items[:-1]
         os.kill(os.getpid(), signal.SIGKILL)
 
-    build_store(path, stopped(), chat.model, chat.tokenizer)
+    build_store(path, stopped(), TextEncoder(chat.model, chat.tokenizer))
 
 
 @pytest.mark.slow
@@ -128,5 +150,5 @@ def test_a_kill_keeps_what_was_committed(chat, tmp_path):
     child.join(120)
     assert child.exitcode == -signal.SIGKILL
     assert Store(tmp_path / "s").ids() == ["a", "b"]
-    assert build_store(tmp_path / "s", items, chat.model, chat.tokenizer) == 2
+    assert build_store(tmp_path / "s", items, TextEncoder(chat.model, chat.tokenizer)) == 2
     assert sorted(Store(tmp_path / "s").ids()) == list("abcd")

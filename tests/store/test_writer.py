@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from lapilli.errors import StoreError
 from lapilli.store import Store, StoreWriter, compact, writer
+from lapilli.store.writer import tensor_of
 from tests.store.conftest import die_at, vectors_of, write
 from tests.train.faults import start
 
@@ -111,6 +112,9 @@ NAN = torch.tensor([[[1.0, float("nan"), 0.0, 0.0]]])
         (["x", "x"], torch.ones(2, 4), None, "id 'x' comes twice"),
         ([1, "1"], torch.ones(2, 4), None, "id '1' comes twice"),
         ([""], torch.ones(1, 4), None, "an id is empty"),
+        (["x"], np.array([[None, 1, 2, 3]]), None, "vectors are array.*: expected numbers"),
+        (["x"], torch.ones(1, 4, device="meta"), None, "vectors are on the device meta"),
+        (["x"], torch.eye(4)[:1].to_sparse(), None, "in the layout torch.sparse_coo: expected a"),
         (["x"], torch.ones(1, 4), ["t", "u"], "1 ids but 2 texts"),
         (["x"], torch.ones(1, 4), [None], "a text is None: expected a string"),
     ],
@@ -139,6 +143,12 @@ def test_wrong_options(small, options, says):
     write(small, ["d"], vectors_of(1))  # the lock was let go of
 
 
+@pytest.mark.parametrize("wrong", [[[1.0], [2.0, 3.0]], ["abc"], None])
+def test_what_is_no_vector_at_all(wrong):
+    with pytest.raises(StoreError, match=r"vectors are .*: expected numbers \("):
+        tensor_of(wrong)
+
+
 def test_a_new_store_needs_a_width(tmp_path):
     with pytest.raises(StoreError, match="would be empty: add vectors, or say their width"):  # noqa: SIM117
         with StoreWriter(tmp_path / "s", encoder="e"):
@@ -146,6 +156,22 @@ def test_a_new_store_needs_a_width(tmp_path):
     with pytest.raises(StoreError, match="width is 0: expected a whole number"):  # noqa: SIM117
         with StoreWriter(tmp_path / "t", encoder="e", width=0):
             pass
+    with pytest.raises(StoreError, match="tokens is 0: expected a whole number from 1 on"):
+        StoreWriter(tmp_path / "t", encoder="e", width=3, tokens=0)
+
+
+@pytest.mark.parametrize("pattern", ["shard-*", "index-*"])
+def test_a_damaged_store_keeps_its_other_files(small, pattern):
+    """Whoever tries to write to a store with one file cut may still restore that file."""
+    write(small, ["d"], vectors_of(1))
+    whole = {path.name: path.read_bytes() for path in small.iterdir()}
+    name = next(small.glob(pattern)).name
+    (small / name).write_bytes(whole[name][:50])
+    with pytest.raises(StoreError, match=f"{name} is damaged: it has 50 bytes"):
+        StoreWriter(small, encoder="e")
+    (small / name).write_bytes(whole[name])
+    assert {path.name: path.read_bytes() for path in small.iterdir()} == whole
+    assert sorted(Store.open(small)) == ["a", "b", "c", "d"]
 
 
 def test_deleted_ids_are_gone(small):
@@ -350,7 +376,7 @@ def fill_disk(path: str, limit: int) -> None:
             writing.add([f"x{n}" for n in range(100)], torch.ones(100, 4))
     except StoreError as error:
         said = str(error)
-        os._exit(7 if "the disk is full" in said and "Make room" in said else 8)
+        os._exit(7 if "Raise the limit on the size of a file" in said else 8)
 
 
 @pytest.mark.parametrize("limit", [0, 100, 3000])

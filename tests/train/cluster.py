@@ -22,7 +22,11 @@ import torch
 import torch._dynamo
 from PIL import Image
 
+from lapilli import Chat
+from lapilli.checkpoint.load import load_checkpoint
 from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
+from lapilli.rank.mixlm import RankingExample, RankingTask
+from lapilli.rank.next_item import NextItemTask
 from lapilli.train.data.encoder import EncodedSample
 from lapilli.train.distributed import SINGLE_PROCESS, RankInfo, joined
 from lapilli.train.launch import launch
@@ -38,6 +42,8 @@ from tests.train.conftest import new_recipe, new_regression
 torch.set_num_threads(1)
 
 BEAT_S = 0.3
+WORDS = ("language_model.model.embed_tokens.", "language_model.lm_head.")
+"""What next items do not reach: in pieces it has a gradient of zero, and its weights decay."""
 
 
 def together(job, size, folder, *arguments, timeout_s=60):
@@ -232,3 +238,27 @@ def losses(folder: Path):
     lines = (folder / "run" / "log.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return [r[name] for r in records for name in ("loss", "eval_loss") if name in r]
+
+
+def run_ranking(rank_info, folder, sharding, checkpoint, kind):
+    """Weights after training a ranker of vectors, or a reader of items, two steps."""
+    with joined(
+        rank_info, sharding=sharding, device="cpu", timeout_s=20.0, beat_s=BEAT_S
+    ) as parallel:
+        chat = Chat(load_checkpoint(checkpoint, device="cpu", dtype="float32"))
+        recipe = dataclasses.replace(
+            new_recipe(steps=2, gradient_accumulation_steps=4, batch_size=2, sharding=sharding),
+            model=ModelRecipe(tune_encoder=("item",), freeze=() if kind == "mixlm" else WORDS),
+        )
+        choose_trainable(chat.model, recipe)
+        texts = [f"a {size} {thing}" for size in ("small", "red") for thing in ("boat", "star")]
+        if kind == "mixlm":
+            examples = [RankingExample("boats", one, i / 4, 0.5) for i, one in enumerate(texts)]
+            task = RankingTask(chat, examples, recipe.run, reads="mixed", held_out=examples)
+        else:
+            seen = [[0, 1, 2], [1, 3], [2, 0, 3, 1], [3, 2]]
+            held_out = [] if sharding == "fsdp" else seen
+            task = NextItemTask(chat, texts, seen, recipe.run, negatives=1, held_out=held_out)
+        parallel.wrap(task.model)
+        train(task, recipe, folder / "run", parallel=parallel)
+        return {name: _whole(p) for name, p in task.model.named_parameters()}

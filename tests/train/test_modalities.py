@@ -381,3 +381,79 @@ def test_two_processes_learn_what_one_learns(root, tmp_path, sharding):
     saved = load_checkpoint(tmp_path / "two" / "run" / "model", device="cpu", dtype="float32")
     for name, tensor in saved.model.state_dict().items():
         torch.testing.assert_close(tensor, state[name], atol=2e-4, rtol=1e-3)
+
+
+BESIDE = {"vec": {**USER["vec"], "fusion": "cross_attention", "every": 1}}
+
+
+@pytest.mark.parametrize("form", ["align", "instruct", "lora", "merged"])
+def test_gated_blocks_learn_with_the_projectors(root, form, tmp_path):
+    """In every stage, and are asked from what comes out; an adapter leaves them alone."""
+    lora = LoraRecipe(rank=4) if form in ("lora", "merged") else None
+    asked = recipe(
+        root,
+        "plain",
+        "vec",
+        stage="align" if form == "align" else "instruct",
+        lora=lora,
+        model={"modalities": BESIDE},
+        run={"steps": 8, "batch_size": 6},
+        optim=OptimRecipe(lr=2e-2),
+        save=SaveRecipe(merge=form == "merged"),
+    )
+    task = build_task(asked, SINGLE_PROCESS)
+    blocks = {n for n, _ in task.model.vlm.named_parameters() if "cross_attention" in n}
+    assert len(blocks) == 2 * 11
+    assert blocks <= learning(task)
+    if form == "align":
+        assert all("cross_attention" in n or ".projector." in n for n in learning(task))
+    assert not any("lora" in name for name in blocks)
+    launch(asked, tmp_path / "run", parallel=SINGLE_PROCESS)
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0]
+    out = tmp_path / "run" / "model"
+    loaded = load_checkpoint(out, device="cpu", dtype="float32")
+    gates = [p for n, p in loaded.model.named_parameters() if n.endswith("_gate")]
+    assert len(gates) == 4
+    assert all(gate.abs() > 1e-3 for gate in gates)
+    chat = lapilli.load(str(out), device="cpu", dtype="float32")
+    question = [[Message.user("What colour?", vec=[*v])] for v in ([1, 0, 0], [0, 0, 1])]
+    prompts = [chat.encode(one) for one in question]
+    assert [span.length for prompt in prompts for span in prompt.encoded.spans] == [0, 0]
+    first, other = (
+        chat.model(chat.model.embed_prompts([p.encoded], [p.media]))[0, -1] for p in prompts
+    )
+    assert not torch.allclose(first, other)
+    assert answer(out, vec=[1.0, 0, 0])
+
+
+def test_a_projector_of_align_lies_over_the_blocks(root, tmp_path):
+    asked = recipe(
+        root, "plain", "vec", stage="align", model={"modalities": BESIDE}, run={"steps": 2}
+    )
+    launch(asked, tmp_path / "run", parallel=SINGLE_PROCESS)
+    again = recipe(
+        root,
+        "plain",
+        "vec",
+        model={"modalities": BESIDE, "projector": str(tmp_path / "run")},
+    )
+    found = build_task(again, SINGLE_PROCESS).model.vlm.state_dict()
+    expected = load_checkpoint(tmp_path / "run" / "model", device="cpu", dtype="float32")
+    for name, tensor in expected.model.state_dict().items():
+        if "cross_attention" in name or "modalities" in name:
+            assert torch.equal(found[name], tensor), name
+
+
+def test_a_soft_prompt_is_k_positions_at_the_place_of_the_medium(root, tmp_path):
+    """User-LLM's soft prompt: fusion by tokens, with a fixed number of them."""
+    soft = {"vec": {"kind": "vector", "width": 3, "tokens": 4}}
+    add_modalities(str(root / "plain"), tmp_path / "soft", soft)
+    chat = lapilli.load(str(tmp_path / "soft"), device="cpu")
+    prompt = chat.encode([Message.user("What colour?", vec=[1.0, 0, 0])])
+    [span] = prompt.encoded.spans
+    assert span.length == 4
+    batch = chat.model.embed_prompts([prompt.encoded], [prompt.media])
+    [features] = chat.model.modality("vec").embed(prompt.media)
+    assert torch.equal(batch.inputs_embeds[0, span.start : span.start + 4], features)
+    assert batch.memory is None

@@ -7,12 +7,13 @@ from pathlib import Path
 from textwrap import wrap
 
 from lapilli.checkpoint.formats.quantized import LayerQuantizer, stored_quantization
-from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TEXT, TOWER
+from lapilli.checkpoint.keymaps import ATTENTION, NEWLINE, PROJECTOR, TEXT, TOWER
 from lapilli.checkpoint.read.assemble import Matching, build_model
 from lapilli.checkpoint.read.directory import VISION
 from lapilli.checkpoint.read.plan import Plan, make_plan
 from lapilli.checkpoint.source import in_folder
 from lapilli.checkpoint.template import choose_for
+from lapilli.config.modalities import settings_of
 from lapilli.config.model import ModelConfig
 from lapilli.config.projector import tile_features
 from lapilli.config.reader import in_file
@@ -44,6 +45,7 @@ COMPONENTS = {
     "vision tower": "modalities.image.vision_tower.",
     "projector": PROJECTOR,
     "newline": NEWLINE,
+    "cross-attention": ATTENTION[1],
 }
 
 
@@ -244,7 +246,8 @@ def _modalities(config: ModelConfig) -> dict[str, str]:
     """Return kind and plain settings of every declared modality."""
     found = {}
     for name, modality in config.modalities:
-        plain = [f"{key} {value}" for key, value in asdict(modality).items() if _is_plain(value)]
+        settings = settings_of(modality).items()
+        plain = [f"{key} {value}" for key, value in settings if key != "kind" and _is_plain(value)]
         found[name] = f"({', '.join((modality.kind, *plain))})"
     return found
 
@@ -259,6 +262,7 @@ def _parameters(shapes: dict[str, int], declared: Sequence[str] = ()) -> dict[st
         label: sum(count for name, count in shapes.items() if name.startswith(prefix))
         for label, prefix in parts.items()
     }
+    counts["language model"] -= counts["cross-attention"]
     return {label: count for label, count in counts.items() if count}
 
 

@@ -8,7 +8,8 @@ multi_modal_projector.linear_1.weight   image_newline
 transformers from 4.52    model.language_model.layers.N...   model.vision_tower...   lm_head
 fresh models of 5.x       as classic, but vision_tower.embeddings... without vision_model
 
-Declared modalities are `lapilli_modalities.NAME...` in every layout.
+Declared modalities are `lapilli_modalities.NAME...` in every layout, and the blocks that look at
+them from between the layers `lapilli_cross_attention.LAYER...`.
 """
 
 import re
@@ -89,6 +90,9 @@ PROJECTOR = "modalities.image.projector."
 NEWLINE = "modalities.image.image_newline"
 TEXT = "language_model."
 
+ATTENTION = ("lapilli_cross_attention.", f"{TEXT}cross_attention.")
+"""The rule of gated cross-attention."""
+
 DECLARED = ("lapilli_modalities.", "modalities.")
 """The rule of declared modalities; the last one of a layout, so that pictures have their own."""
 
@@ -104,6 +108,7 @@ ORIGINAL = KeyMap(
         ("model.image_newline", NEWLINE),
         ("model.", f"{TEXT}model."),
         ("lm_head.", f"{TEXT}lm_head."),
+        ATTENTION,
         DECLARED,
     ),
 )
@@ -119,6 +124,7 @@ ORIGINAL_MPT = KeyMap(
         ("model.mm_projector.", PROJECTOR),
         ("transformer.", f"{TEXT}transformer."),
         ("lm_head.", f"{TEXT}lm_head."),
+        ATTENTION,
         DECLARED,
     ),
 )
@@ -148,6 +154,7 @@ HF_LLAVA = KeyMap(
         ("model.multi_modal_projector.linear_2.", f"{PROJECTOR}2."),
         ("image_newline", NEWLINE),
         ("model.image_newline", NEWLINE),
+        ATTENTION,
         DECLARED,
     ),
 )
@@ -158,6 +165,7 @@ LANGUAGE_MODEL = KeyMap(
         ("model.", f"{TEXT}model."),
         ("transformer.", f"{TEXT}transformer."),
         ("lm_head.", f"{TEXT}lm_head."),
+        ATTENTION,
         DECLARED,
     ),
 )
@@ -166,6 +174,14 @@ LANGUAGE_MODEL = KeyMap(
 def is_declared(name: str) -> bool:
     """Return whether a parameter belongs to a modality that the configuration declares."""
     return name.startswith("modalities.") and not name.startswith("modalities.image.")
+
+
+def is_joint(name: str) -> bool:
+    """Return whether a parameter joins the parts: a projector, a declared modality, a gated block.
+
+    What is saved beside a language model that stays as it is.
+    """
+    return name.startswith((PROJECTOR, NEWLINE, ATTENTION[1])) or is_declared(name)
 
 
 VISION_TOWER = KeyMap(

@@ -33,7 +33,7 @@ from lapilli.checkpoint.tokenizer import load_tokenizer
 from lapilli.config.families import IGNORED, family_of
 from lapilli.config.huggingface import supported_types
 from lapilli.config.llava import parse_tokens
-from lapilli.config.modalities import declared, modality_config
+from lapilli.config.modalities import Modalities, attention_every, declared, modality_config
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import (
     MOST_LAYERS,
@@ -46,6 +46,7 @@ from lapilli.config.reader import (
     shown,
 )
 from lapilli.errors import ConfigError, UnsupportedModelError
+from lapilli.lm import add_cross_attention
 from lapilli.lm.foreign import load_foreign
 from lapilli.lora import inject, merge
 from lapilli.modality import build_modality
@@ -235,6 +236,8 @@ def with_modalities(
 ) -> Loaded:
     """Return a checkpoint that declares more modalities, whose weights are fresh; same for a seed.
 
+    The first that is attended to brings gated blocks, whose gates are shut.
+
     Args:
         loaded: the checkpoint, whose model is changed in place.
         modalities: by name a ModalityConfig, or settings as in a config.json; those of a kind with
@@ -258,9 +261,25 @@ def with_modalities(
             module = build_modality(name, configs[-1][1], hidden_size=width)
         if encoder is not None:
             module.get_submodule("encoder").load_state_dict(encoder)
-        model.add_modality(name, module.to(model.device, dtype).eval())
+        config = configs[-1][1]
+        model.add_modality(name, module.to(model.device, dtype).eval(), attended=config.is_attended)
+    _add_blocks(model, tuple(configs), seed=seed, dtype=dtype)
     attach_tokenizer(model, loaded.tokenizer)
     return replace(loaded, config=replace(loaded.config, modalities=tuple(configs)))
+
+
+def _add_blocks(
+    model: VisionLanguageModel, modalities: Modalities, *, seed: int, dtype: torch.dtype | None
+) -> None:
+    """Give the language model fresh gated blocks where a modality needs them and it has none."""
+    every = attention_every(modalities)
+    if every is None or getattr(model.language_model, "cross_attention", None):
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        add_cross_attention(model.language_model, every)
+    blocks = model.get_submodule("language_model.cross_attention")
+    blocks.to(model.device, dtype).train(model.training)
 
 
 def _with_encoder(

@@ -29,7 +29,16 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, ChatOptions, Sampling, counting, note
+from lapilli.cli.terminal import (
+    PLACEHOLDER,
+    STAYED_TEXT,
+    ChatOptions,
+    Sampling,
+    StoreOfModality,
+    counting,
+    note,
+    open_stores,
+)
 from lapilli.config.generation import SamplingParams
 from lapilli.config.reader import given_path, unique_keys
 from lapilli.errors import LapilliError, PromptError
@@ -414,12 +423,19 @@ def _lock(number: int, path: Path) -> None:
 
 
 def batch(
-    source: Source, target: Target, images: Folder = None, rows: Rows = 16, *, how: ChatOptions
+    source: Source,
+    target: Target,
+    images: Folder = None,
+    rows: Rows = 16,
+    store: StoreOfModality = None,
+    *,
+    how: ChatOptions,
 ) -> None:
     """Answer the questions of a file, many at a time; run again after a stop, it goes on.
 
     A line that was changed since is answered again. The exit code is 1 where no line has an answer.
     """
+    stores = open_stores(store or [])
     lines = read_lines(source)
     with AnswerFile(target, lines, source=source) as answers:
         if not how.quiet:
@@ -429,7 +445,7 @@ def batch(
         if waiting and not how.quiet:
             _warn_of_placeholders(waiting, folder)
         if waiting:
-            session = how.load(max_rows=rows)
+            session = how.load(stores, max_rows=rows)
             names = [name for name, _ in session.config.modalities]
             results = answer_lines(session, waiting, folder, how.sampling, names)
             errors = write_results(results, answers, total=len(waiting), quiet=how.quiet)

@@ -8,34 +8,46 @@ A query's scores are written as they are computed. What is wrong with a file is 
 before a model is loaded.
 """
 
-import csv
 import heapq
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lapilli.cli.terminal import Adapter, Base, ChatOptions, Device, Quiet, Template
+from lapilli.cli.terminal import (
+    Adapter,
+    Base,
+    ChatOptions,
+    Device,
+    IdColumn,
+    Quiet,
+    Template,
+    TextColumn,
+)
 from lapilli.config.reader import shown
-from lapilli.errors import ConfigError, PromptError
+from lapilli.errors import ConfigError, StoreError
+from lapilli.prompt.message import MediaPart
 
 if TYPE_CHECKING:
+    from lapilli.datasets.texts import Id
     from lapilli.rank import Head, Labels, Ranker, YesNo
     from lapilli.rank.prompt import Item
+    from lapilli.store import Store
 
 Queries = Annotated[Path, typer.Argument(help="JSONL, CSV, TSV or Parquet with id and text.")]
 Items = Annotated[
     Path, typer.Argument(help="The same of the items, or the folder of a store of embeddings.")
 ]
+Modality = Annotated[
+    str | None,
+    typer.Option(help="A modality of the checkpoint: entries of the store are its media."),
+]
 TopK = Annotated[int | None, typer.Option(min=1, help="Write the best ones alone, the best first.")]
 
-LONGEST_FIELD = 32 << 20
-"""Letters of a field of CSV."""
 VECTORS_AT_ONCE = 256
 """Items that are read from a store at once."""
 
@@ -112,14 +124,14 @@ class ScoreOptions:
             raise ConfigError(f"--values must be numbers, got {shown(self.values)}") from error
         return Labels(labels, values)
 
-    def ranker(self, how: ModelOptions) -> "Ranker":
+    def ranker(self, how: ModelOptions, stores: "Mapping[str, Store]") -> "Ranker":
         """Load the model, and return what scores with it."""
         from lapilli.rank import Ranker, RankTemplate
         from lapilli.rank.prompt import POINTWISE
 
         score = self.score()
         template = RankTemplate(user=self.prompt or POINTWISE, system=self.system)
-        chat = how.of_chat().load()
+        chat = how.of_chat().load(stores)
         return Ranker(chat, score=score, template=template, max_tokens=self.max_tokens)
 
 
@@ -132,123 +144,56 @@ def _is_number(text: str) -> bool:
 
 
 class Catalogue:
-    """Items that are scored after each query: ids, and texts or stored vectors.
+    """Items that are scored after each query: ids, and texts or entries of a store.
+
+    Args:
+        path: a file of texts, or the folder of a store.
+        modality: by which the entries are read; None: vectors of the language model's width.
+        id_column: of a file.
+        text_column: of a file.
 
     Raises:
-        PromptError: a file without items, or one that `read_texts` refuses.
-        ConfigError: a folder where no store can be read.
+        DataError: a file that TextFile refuses.
+        StoreError: a folder that is no store, or one without entries.
+        ConfigError: a modality, and texts.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.ids: Sequence[Any]
-        self._texts: list[str] | None = None
-        self._store: Any = None
+    def __init__(
+        self,
+        path: Path,
+        *,
+        modality: str | None = None,
+        id_column: str = "id",
+        text_column: str = "text",
+    ) -> None:
+        self.ids: Sequence[Id]
+        self.store: Store | None = None
+        self._modality = modality
+        self._texts: list[str] = []
         if path.is_dir():
-            self._store = open_store(path)
-            self.ids = self._store.ids()
-        else:
-            rows = read_texts(path)
-            self.ids, self._texts = [one for one, _ in rows], [text for _, text in rows]
+            from lapilli import store as room
+
+            self.store = room.Store.open(path)
+            self.ids = self.store.ids()
+            if not self.ids:
+                raise StoreError(f"{path} has no entries: there is nothing to rank")
+            return
+        if modality is not None:
+            raise ConfigError(f"--modality reads entries of a store, and {path} is none: leave it")
+        from lapilli.datasets.texts import TextFile  # imports numpy
+
+        rows = list(TextFile(path, id_column=id_column, text_column=text_column))
+        self.ids, self._texts = [one for one, _ in rows], [text for _, text in rows]
 
     def items(self) -> "Iterator[Item]":
         """Yield the items in order; vectors are read as they are needed."""
-        if self._texts is not None:
+        if self.store is None:
             yield from self._texts
-            return
-        for start in range(0, len(self.ids), VECTORS_AT_ONCE):
-            yield from self._store.get(self.ids[start : start + VECTORS_AT_ONCE]).float()
-
-
-def open_store(path: Path) -> Any:  # noqa: ANN401 - of a room that this one does not need
-    """Return a store of embeddings: `ids()`, and `get(ids) -> [n, T, D]`.
-
-    Raises:
-        ConfigError: this lapilli reads no stores.
-    """
-    try:
-        return import_module("lapilli.store").Store.open(path)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{path} is a folder, and this lapilli reads no stores of embeddings: name a file"
-        ) from error
-
-
-def read_texts(path: Path) -> list[tuple[Any, str]]:
-    """Return ids and texts of a file.
-
-    Raises:
-        PromptError: another kind of file, nothing in it, or a row without id or text.
-        OSError: it cannot be read.
-    """
-    kinds = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
-    read = kinds.get(path.suffix.lower())
-    if read is None:
-        raise PromptError(f"{path}: expected a file that ends in {', '.join(kinds)}")
-    found = []
-    for line, row in read(path):
-        one, text = row.get("id"), row.get("text")
-        if isinstance(one, bool) or not isinstance(one, str | int) or one == "":
-            raise PromptError(f'{path}:{line}: "id" must be a text or a number, found {shown(one)}')
-        if not isinstance(text, str) or not text.strip():
-            raise PromptError(f'{path}:{line}: "text" must be a text, found {shown(text)}')
-        found.append((one, text))
-    if not found:
-        raise PromptError(f"{path} is empty: expected rows with id and text")
-    return found
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise PromptError(f"{path}:{number} is no JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise PromptError(f"{path}:{number} is no JSON object with id and text")
-            yield number, row
-
-
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    limit = csv.field_size_limit(LONGEST_FIELD)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-            _check_columns(path, reader.fieldnames or ())
-            for row in reader:
-                yield reader.line_num, row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise PromptError(f"{path} is no table of CSV in UTF-8: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise ConfigError("Parquet needs pyarrow: pip install 'lapilli[data]'") from error
-    try:
-        table = parquet.ParquetFile(path)
-        _check_columns(path, table.schema_arrow.names)
-        number = 0
-        for batch in table.iter_batches(columns=["id", "text"]):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except ArrowException as error:
-        raise PromptError(f"{path} is no Parquet file: {error}") from error
-
-
-def _check_columns(path: Path, found: Iterable[str]) -> None:
-    names = list(found)
-    for name in ("id", "text"):
-        if name not in names:
-            listed = ", ".join(names) or "none"
-            raise PromptError(f"{path} has the columns {listed}: expected {name} among them")
+        elif self._modality is not None:
+            yield from (MediaPart(one, self._modality) for one in self.ids)
+        else:
+            for start in range(0, len(self.ids), VECTORS_AT_ONCE):
+                yield from self.store.get(self.ids[start : start + VECTORS_AT_ONCE])
 
 
 def rank(
@@ -256,13 +201,19 @@ def rank(
     items: Items,
     top_k: TopK = None,
     *,
+    modality: Modality = None,
+    id_column: IdColumn = "id",
+    text_column: TextColumn = "text",
     what: ScoreOptions,
     how: ModelOptions,
 ) -> None:
     """Score many items after each query, whose prompt is read once; prints a line per item."""
-    asked = read_texts(queries)
-    catalogue = Catalogue(items)
-    ranker = what.ranker(how)
+    from lapilli.datasets.texts import TextFile
+
+    asked = TextFile(queries, id_column=id_column, text_column=text_column)
+    catalogue = Catalogue(items, modality=modality, id_column=id_column, text_column=text_column)
+    stores = {} if modality is None or catalogue.store is None else {modality: catalogue.store}
+    ranker = what.ranker(how, stores)
     for query, text in asked:
         scores = ranker.stream(text, catalogue.items())
         for line in lines_of(query, catalogue.ids, scores, top_k):
@@ -271,7 +222,7 @@ def rank(
 
 
 def lines_of(
-    query: object, ids: Sequence[Any], scores: Iterable[float], top_k: int | None
+    query: object, ids: "Sequence[Id]", scores: Iterable[float], top_k: int | None
 ) -> Iterator[dict[str, Any]]:
     """Yield the lines of a query: as they come, or the best ones; tied items stay in order."""
     pairs = zip(scores, ids, strict=True)

@@ -11,7 +11,9 @@ from lapilli.cli.terminal import (
     Adapter,
     Base,
     Device,
+    IdColumn,
     Json,
+    TextColumn,
     add_command,
     counting,
     loading,
@@ -25,8 +27,19 @@ Target = Annotated[Path, typer.Argument(help="The new file.")]
 Encoder = Annotated[
     str, typer.Option(help="The language model that reads the texts: a directory or a hub id.")
 ]
+Modality = Annotated[
+    str | None,
+    typer.Option(
+        help="A modality of kind text of that checkpoint: it reads the texts, and what stands for "
+        "them in its prompts is stored."
+    ),
+]
 Tokens = Annotated[
-    int, typer.Option(min=1, help="Vectors of an item: the states of its last tokens.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Vectors of an item: the states of its last tokens; without it 1, or the modality's.",
+    ),
 ]
 ReadTokens = Annotated[
     int | None, typer.Option(min=1, help="Vectors of an entry; without it, what the file says.")
@@ -37,8 +50,6 @@ Dtype = Annotated[
         help="float16, bfloat16, float32 or int8; without it, the store's own or float16."
     ),
 ]
-IdColumn = Annotated[str, typer.Option("--id", help="The column of the ids.")]
-TextColumn = Annotated[str, typer.Option("--text", help="The column of the texts.")]
 VectorColumn = Annotated[str, typer.Option("--vector", help="The column of the vectors.")]
 MaxLength = Annotated[
     int | None, typer.Option(min=1, help="Cut longer texts at their end, in tokens.")
@@ -60,7 +71,8 @@ def build(
     folder: Folder,
     *,
     encoder: Encoder,
-    tokens: Tokens = 1,
+    modality: Modality = None,
+    tokens: Tokens = None,
     dtype: Dtype = None,
     id_column: IdColumn = "id",
     text_column: TextColumn = "text",
@@ -75,25 +87,25 @@ def build(
     Items whose text is the same and whose vectors are from the same encoder stay as they are.
     """
     with loading(encoder, quiet=quiet) as progress:
-        from lapilli.store.items import ItemFile
+        from lapilli.datasets.texts import TextFile
 
-        file = ItemFile(items, id_column=id_column, text_column=text_column)
+        file = TextFile(items, id_column=id_column, text_column=text_column)
 
         from lapilli.checkpoint.load import load_checkpoint
-        from lapilli.store.encode import build_store
+        from lapilli.store.encode import TextEncoder, build_store
 
         loaded = load_checkpoint(
             encoder, base=base, adapter=adapter, device=device, progress=progress
         )
+    reader = TextEncoder(
+        loaded.model, loaded.tokenizer, tokens=tokens, max_length=max_length, modality=modality
+    )
     with counting(quiet=quiet) as count:
         encoded = build_store(
             folder,
             file,
-            loaded.model,
-            loaded.tokenizer,
-            tokens=tokens,
+            reader,
             dtype=dtype,
-            max_length=max_length,
             progress=lambda done: count(done, len(file)),
         )
     if not quiet:

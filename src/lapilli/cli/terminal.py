@@ -8,7 +8,7 @@ import errno
 import gc
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import wraps
@@ -21,11 +21,12 @@ from lapilli.checkpoint.source import is_local
 from lapilli.config.generation import EngineOptions, SamplingParams, value_type
 from lapilli.config.llava import SamplingNote
 from lapilli.config.reader import given_path
-from lapilli.errors import LapilliError
+from lapilli.errors import ConfigError, LapilliError
 
 if TYPE_CHECKING:
     from lapilli.modality.image.decode import Alpha
     from lapilli.pipeline import Chat
+    from lapilli.store import Store
 
 EXIT_BAD_INPUT = 2
 
@@ -46,7 +47,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the answer.")]
 Source = Annotated[str, typer.Argument(help="A directory, a hub id, or pebble.")]
 Target = Annotated[Path, typer.Argument(help="The new directory.")]
+IdColumn = Annotated[str, typer.Option("--id", help="The column, or key, of the ids.")]
+TextColumn = Annotated[str, typer.Option("--text", help="The column, or key, of the texts.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory.")]
+
+StoreOfModality = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--store",
+        metavar="NAME=STORE",
+        help="A store of embeddings, whose ids stand for media of the modality NAME.",
+    ),
+]
 
 Sampling = dict[str, Any]
 """Sampling options of a command: keyword arguments of SamplingParams.from_options."""
@@ -98,10 +110,14 @@ class ChatOptions:
     def __post_init__(self) -> None:
         SamplingParams.from_options(**self.sampling)
 
-    def load(self, **limits: Any) -> "Chat":  # noqa: ANN401  see EngineOptions
+    def load(
+        self,
+        stores: "Mapping[str, Store] | None" = None,
+        **limits: Any,  # noqa: ANN401  see EngineOptions
+    ) -> "Chat":
         """Load the model behind a bar, and say what a person should know about it.
 
-        `limits` are fields of EngineOptions.
+        `stores` go by the names of modalities, `limits` are fields of EngineOptions.
         """
         with loading(self.model, quiet=self.quiet) as progress:
             import lapilli  # torch with it, which takes time too
@@ -117,6 +133,7 @@ class ChatOptions:
                 alpha=cast("Alpha", self.alpha),  # any text: it is checked there
                 engine=EngineOptions(speculate=self.speculate, **limits),
                 progress=progress,
+                stores=stores,
             )
         # What torch and the model are made of stays until the process ends. Python's collector need
         # not look through it, which would pause an answer once in some twenty turns. It counts for
@@ -126,6 +143,28 @@ class ChatOptions:
         if not self.quiet:
             _say_what_is_odd(chat)
         return chat
+
+
+def open_stores(given: Sequence[str]) -> "dict[str, Store]":
+    """Return the stores that options NAME=STORE name.
+
+    Raises:
+        ConfigError: an option of another form, or a name that comes twice.
+        StoreError: no store.
+    """
+    if not given:
+        return {}
+    from lapilli.store import Store
+
+    found: dict[str, Store] = {}
+    for option in given:
+        name, equals, path = option.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"--store {option!r}: expected NAME=STORE, a modality and a folder")
+        if name in found:
+            raise ConfigError(f"--store names the modality {name!r} twice")
+        found[name] = Store.open(path)
+    return found
 
 
 def _say_what_is_odd(chat: "Chat") -> None:

@@ -9,24 +9,15 @@ modality "image" stands in no such key: a checkpoint with a vision tower has it.
 """
 
 import importlib
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from keyword import iskeyword
-from typing import Any, ClassVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, cast
 
-from lapilli.config.families import family_named, family_of
 from lapilli.config.generation import SamplingParams
-from lapilli.config.model import (
-    DecoderConfig,
-    ModalityConfig,
-    MptConfig,
-    ProjectorConfig,
-    TextConfig,
-)
+from lapilli.config.model import DecoderConfig, ModalityConfig, ProjectorConfig, TextConfig
 from lapilli.config.projector import parse_projector
 from lapilli.config.reader import (
-    LARGEST,
     MOST_HEADS,
     MOST_LAYERS,
     MOST_POSITIONS,
@@ -37,10 +28,13 @@ from lapilli.config.reader import (
     is_object,
     shown,
 )
+from lapilli.config.record import read_record, write_record
 from lapilli.errors import ConfigError, ConfigFileError, UnsupportedModelError
 
 KEY = "lapilli_modalities"
+FUSIONS = ("tokens", "cross_attention")
 MOST_TOKENS = 1 << 16
+MOST_VALUES = 1 << 10  # of a feature in one event
 Modalities = tuple[tuple[str, ModalityConfig], ...]
 """Names and settings of the declared modalities, in the order of the file."""
 
@@ -61,6 +55,8 @@ class VectorConfig(ModalityConfig):
 
     Attributes:
         width: of a vector.
+        encoder: fingerprint of what made the vectors that it was trained with; vectors of another
+            encoder in a store are refused. None: nobody says.
         projector: linear, mlpNx_gelu, identity (where the widths agree), or resamplerM: M positions
             of an item, however many vectors it has.
         tokens: positions of one vector: the projector's last layer is so many times as wide.
@@ -71,12 +67,17 @@ class VectorConfig(ModalityConfig):
     kind: ClassVar[str] = "vector"
 
     width: int
+    encoder: str | None = None
     projector: str = "mlp2x_gelu"
     tokens: int = 1
 
     def __post_init__(self) -> None:
         _within("width", self.width, MOST_WIDTH)
         _within("tokens", self.tokens, MOST_TOKENS)
+        if self.encoder == "":
+            raise ConfigError(
+                "encoder is empty: give the fingerprint of an encoder, or leave it out"
+            )
         if self.tokens > 1 and self.projector.startswith(("identity", "none", "resampler")):
             raise ConfigError(
                 f"tokens {self.tokens} needs a linear or mlpNx_gelu projector, found "
@@ -91,13 +92,20 @@ class VectorConfig(ModalityConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CategoricalFeature:
-    """A feature of an event that is one of `size` values; 0 stands for unknown and padding."""
+    """A feature of an event that is one of `size` values; 0 stands for unknown and padding.
+
+    Attributes:
+        most: values that an event may have at once, such as the genres of a film; the mean of
+            their vectors is read.
+    """
 
     name: str
     size: int
     width: int
+    most: int = 1
 
     def __post_init__(self) -> None:
+        _within(f"most of the feature {self.name!r}", self.most, MOST_VALUES)
         _within(f"size of the feature {self.name!r}", self.size, MOST_WORDS)
         _within(f"width of the feature {self.name!r}", self.width, MOST_WIDTH)
 
@@ -113,6 +121,8 @@ class EventsConfig(ModalityConfig):
         intermediate_size: of its feed-forward blocks; 0: four widths.
         max_events: of a history; the last ones are kept.
         projector: linear or mlpNx_gelu (a position for every event), or resamplerM (M positions).
+        dropout: share of the joined vectors, and of what every block adds, that is left out while
+            the encoder learns.
 
     Source: Ning et al. 2024 (User-LLM), section 3.1.
     """
@@ -127,6 +137,7 @@ class EventsConfig(ModalityConfig):
     intermediate_size: int = 0
     max_events: int = 128
     projector: str = "resampler8"
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         names = [feature.name for feature in self.categorical] + list(self.numeric)
@@ -142,6 +153,8 @@ class EventsConfig(ModalityConfig):
         _within("num_heads", self.num_heads, MOST_HEADS)
         _within("max_events", self.max_events, MOST_POSITIONS)
         _within("intermediate_size", self.intermediate_size, MOST_WIDTH, least=0)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout}, expected at least 0 and below 1")
         if self.hidden_size % (2 * self.num_heads):
             raise ConfigError(
                 f"hidden_size {self.hidden_size} must be a multiple of twice num_heads "
@@ -363,6 +376,7 @@ def modality_config(name: str, settings: object) -> ModalityConfig:
     if isinstance(settings, ModalityConfig):
         check_name(name)
         kind_of(settings)
+        _check_fusion(settings)
         return settings
     [(_, found)] = parse_modalities(KeyReader({KEY: {name: settings}}, "modality"))
     return found
@@ -380,88 +394,55 @@ def _parse_one(section: KeyReader, name: str) -> ModalityConfig:
         raise ConfigFileError(f"{where}.kind is missing, expected one of {', '.join(_KINDS)}")
     if kind not in _KINDS:
         raise UnsupportedModelError(f"{where}: {_unknown(kind)}")
-    found = _build(_KINDS[kind].config, reader, extra=frozenset({"kind"}))
-    return cast("ModalityConfig", found)
-
-
-def _build(kind: type, reader: KeyReader, *, extra: frozenset[str] = frozenset()) -> Any:  # noqa: ANN401
-    """Return a dataclass of the keys of an object; every key is one of its fields."""
-    where = f"{reader.where}: {reader.prefix.removesuffix('.')}"
-    hints = get_type_hints(kind)
-    known = {field.name: field for field in fields(kind)}
-    if odd := next((key for key in reader.raw if key not in known.keys() | extra), None):
-        raise ConfigFileError(
-            f"{where} has a key {shown(odd)}, which nothing reads: expected {', '.join(known)}"
-        )
-    given: dict[str, object] = {}
-    for key, field in known.items():
-        if reader.raw.get(key) is not None:
-            given[key] = _value(hints[key], reader, key)
-        elif field.default is MISSING and field.default_factory is MISSING:
-            raise ConfigFileError(f"{where}.{key} is missing, expected {_expected(hints[key])}")
+    found = read_record(_KINDS[kind].config, reader, extra=frozenset({"kind"}))
+    config = cast("ModalityConfig", found)
     try:
-        return kind(**given)
+        _check_fusion(config)
     except ConfigError as error:
         raise ConfigFileError(f"{where}: {error}") from error
+    return config
 
 
-_SIMPLE: Mapping[type, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-}
+def _check_fusion(config: ModalityConfig) -> None:
+    """Refuse a way of fusion that there is not, or half of one.
 
-
-def _value(hint: Any, reader: KeyReader, key: str) -> Any:  # noqa: ANN401  of any field
-    """Return the value of a key as its field's type."""
-    found = reader.value(key)
-    hint = _given(hint)
-    if hint is TextConfig or hint in get_args(TextConfig):
-        child = reader.child(key)
-        family = family_named(child.text("model_type", "llama"))
-        child.ignored = family.ignored
-        return family.parse(child)
-    if isinstance(hint, type) and is_dataclass(hint):
-        return _build(hint, reader.child(key))
-    if get_origin(hint) is tuple:
-        if not isinstance(found, list | tuple):
-            raise _wrong(reader, key, "a list", found)
-        one = get_args(hint)[0]
-        items = KeyReader(
-            {f"{key}[{i}]": item for i, item in enumerate(found)},
-            reader.where,
-            prefix=reader.prefix,
+    Not in the class: a kind of somebody else's checks its own fields in the same place.
+    """
+    if config.fusion not in FUSIONS:
+        raise ConfigError(f"fusion is {shown(config.fusion)}, expected {' or '.join(FUSIONS)}")
+    if not config.is_attended and config.every is not None:
+        raise ConfigError(
+            f"every is {config.every}, and features that stand in the sequence have no blocks: set "
+            'fusion = "cross_attention", or leave it out'
         )
-        reader.children.append(items)
-        return tuple(_value(one, items, name) for name in items.raw)
-    if hint is float and type(found) is int:
-        return float(found)
-    is_plain = hint in _SIMPLE and type(found) is hint
-    if not is_plain or (type(found) is float and not abs(found) < LARGEST):
-        raise _wrong(reader, key, _expected(hint), found)
-    return found
+    if config.is_attended and config.every is None:
+        raise ConfigError(
+            'fusion "cross_attention" needs every: a block before every n-th layer, such as every '
+            "= 2"
+        )
+    if config.every is not None:
+        _within("every", config.every, MOST_LAYERS)
 
 
-def _given(hint: Any) -> Any:  # noqa: ANN401  any annotation
-    """Return X of X | None, and other annotations as they are."""
-    if hint == TextConfig or get_origin(hint) not in (Union, types.UnionType):
-        return TextConfig if hint == TextConfig else hint
-    kinds = [one for one in get_args(hint) if one is not type(None)]
-    return kinds[0] if len(kinds) == 1 else hint
+def attended(modalities: Modalities) -> tuple[str, ...]:
+    """Return the names of the modalities that take no position and are looked at."""
+    return tuple(name for name, config in modalities if config.is_attended)
 
 
-def _expected(hint: Any) -> str:  # noqa: ANN401  any annotation
-    hint = _given(hint)
-    if get_origin(hint) is tuple:
-        return "a list"
-    return _SIMPLE.get(hint, "an object")
+def attention_every(modalities: Modalities) -> int | None:
+    """Return n, where a gated block stands before every n-th layer; None: there are none.
 
-
-def _wrong(reader: KeyReader, key: str, expected: str, found: object) -> ConfigFileError:
-    return ConfigFileError(
-        f"{reader.where}: {reader.prefix}{key} must be {expected}, got {shown(found)}"
-    )
+    Raises:
+        ConfigError: the modalities name different numbers; they share the blocks.
+    """
+    wanted = {config.every: name for name, config in modalities if config.is_attended}
+    if len(wanted) > 1:
+        found = ", ".join(f"{name!r} every = {every}" for every, name in wanted.items())
+        raise ConfigError(
+            f"modalities that are attended to share their blocks, and name different ones: {found}:"
+            " give all of them the same every"
+        )
+    return next(iter(wanted), None)
 
 
 def write_modalities(modalities: Modalities) -> dict[str, object]:
@@ -473,21 +454,10 @@ def write_modalities(modalities: Modalities) -> dict[str, object]:
 
 def settings_of(config: ModalityConfig) -> dict[str, object]:
     """Return the settings of a modality as they stand in a config.json."""
-    return {"kind": config.kind, **_plain(config)}
-
-
-def _plain(record: Any) -> dict[str, object]:  # noqa: ANN401  a dataclass
-    """Return the fields of a record as JSON has them; those that are None are left out."""
-    found = {field.name: getattr(record, field.name) for field in fields(record)}
-    return {name: _json(value) for name, value in found.items() if value is not None}
-
-
-def _json(value: object) -> object:
-    if isinstance(value, DecoderConfig | MptConfig):
-        return {"model_type": value.family, **family_of(value).write(value)}
-    if is_dataclass(value):
-        return _plain(value)
-    return [_json(one) for one in value] if isinstance(value, tuple | list) else value
+    found = {"kind": config.kind, **write_record(config)}
+    if not config.is_attended:
+        del found["fusion"]  # as every file without it means
+    return found
 
 
 def declared(raw: JsonObject) -> tuple[str, ...]:

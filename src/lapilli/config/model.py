@@ -265,9 +265,23 @@ class ImageConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModalityConfig:
-    """Settings of a declared modality; every kind is a class over it (config/modalities.py)."""
+    """Settings of a declared modality; every kind is a class over it (config/modalities.py).
+
+    Attributes:
+        fusion: "tokens": features stand in the sequence; "cross_attention": they take no position,
+            and gated blocks between the layers look at them (lm/cross_attention.py).
+        every: with cross-attention: a block before every n-th layer.
+    """
 
     kind: ClassVar[str] = ""
+
+    fusion: str = "tokens"
+    every: int | None = None
+
+    @property
+    def is_attended(self) -> bool:
+        """Return whether features are looked at from beside the sequence."""
+        return self.fusion == "cross_attention"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,11 @@ A column of texts is a list of str, one of numbers is float64 [n], one of lists 
 pyarrow (the extra "data") is imported when a Parquet file is opened.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -181,22 +182,35 @@ def _is_float(value: str, kind: str) -> bool:
         return False
 
 
-def read_parquet(path: Path) -> Table:
-    """Read a Parquet file.
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """Open a Parquet file as pyarrow's ParquetFile.
 
     Raises:
         DataError: pyarrow is missing, or cannot read the file.
     """
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise DataError(
             f"{path}: Parquet is read by pyarrow: pip install 'lapilli[data]'"
         ) from error
     try:
-        found = parquet.read_table(path)
+        with ParquetFile(path) as file:
+            yield file
     except (ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+        raise DataError(f"{path} cannot be read as Parquet: {error!s:.200}") from error
+
+
+def read_parquet(path: Path) -> Table:
+    """Read a Parquet file.
+
+    Raises:
+        DataError: see `open_parquet`, or an empty field.
+    """
+    with open_parquet(path) as file:
+        found = file.read()
     columns: dict[str, Column] = {}
     for name in found.column_names:
         values = found.column(name).to_pylist()

@@ -84,6 +84,7 @@ class DecodingBatch:
         self._lock = lock_of(language_model)
         self._room = room
         self._batch: FusedBatch | None = batch
+        self._memory = batch.memory
         self.cache = cache
         # Counted, not read from the last column: prepared rows of compat may end in padding.
         self._positions = batch.attention_mask.sum(dim=1, keepdim=True) - 1
@@ -103,6 +104,7 @@ class DecodingBatch:
                 position_ids=batch.position_ids[:, start:],
                 attention_mask=self._mask,
                 cache=self.cache,
+                memory=self._memory,
             )
             # Only the last position: the head is the widest matrix of a small model.
             logits = self._language_model.logits(hidden[:, -1])
@@ -125,6 +127,7 @@ class DecodingBatch:
                 position_ids=self._positions,
                 attention_mask=mask,
                 cache=self.cache,
+                memory=self._memory,
             )
             logits = self._language_model.logits(hidden[:, -1])
         self._positions += 1
@@ -136,6 +139,8 @@ class DecodingBatch:
         index = torch.tensor(rows, device=self._positions.device)
         self.cache.reorder(index)
         self._positions = self._positions[index]
+        if self._memory is not None:
+            self._memory = self._memory.take(index)
         if self._mask is not None:
             self._mask = self._mask[index]
 

@@ -7,12 +7,20 @@ from typing import Protocol, runtime_checkable
 
 from lapilli.config.model import DecoderConfig, MptConfig, TextConfig
 from lapilli.errors import UnsupportedModelError
+from lapilli.lm.cross_attention import Memory
 from lapilli.lm.decoder import Decoder
 from lapilli.lm.mpt import Mpt
 from lapilli.nn.kv_cache import Cache, KVCache
 from lapilli.shapes import Bool, Float, Int, Tensor
 
-__all__ = ["Decoder", "LanguageModel", "Mpt", "build_language_model"]
+__all__ = [
+    "Decoder",
+    "LanguageModel",
+    "Memory",
+    "Mpt",
+    "add_cross_attention",
+    "build_language_model",
+]
 
 
 @runtime_checkable
@@ -43,6 +51,7 @@ class LanguageModel(Protocol):
         position_ids: Int[Tensor, "B T"],
         attention_mask: Bool[Tensor, "B S"] | None = None,
         cache: Cache | None = None,
+        memory: Memory | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the hidden states after the final norm.
 
@@ -53,6 +62,8 @@ class LanguageModel(Protocol):
                 no row is padded.
             cache: what was read before; the new positions are appended. With a PagedBatch the one
                 row holds the new positions of many sequences, one after the other.
+            memory: features beside the rows. Positions are counted in the row as it lies, padding
+                and `cache.length` included, those of a ragged cache in the one row of this pass.
         """
         ...
 
@@ -69,6 +80,21 @@ class LanguageModel(Protocol):
     def new_cache(self, batch: int, capacity: int = 256) -> KVCache:
         """Return an empty cache for this model, in its dtype and on its device."""
         ...
+
+
+def add_cross_attention(language_model: object, every: int) -> None:
+    """Put fresh gated blocks before every n-th layer of a language model.
+
+    Raises:
+        ConfigError: there are fewer layers, or blocks already.
+        UnsupportedModelError: it is not Llama-shaped.
+    """
+    if not isinstance(language_model, Decoder):
+        raise UnsupportedModelError(
+            f"{type(language_model).__name__} takes no gated cross-attention, which is for "
+            'Llama-shaped language models: declare the modality with fusion = "tokens"'
+        )
+    language_model.add_cross_attention(every)
 
 
 def build_language_model(config: TextConfig) -> Decoder | Mpt:

@@ -1,6 +1,7 @@
 """The Llama-shaped decoder of every family but MPT; parameters named as in their files.
 
     inputs_embeds -> [ norm -> attention -> + -> norm -> gated MLP -> + ] x L -> norm -> hidden
+    memory ----------^ before every n-th layer, where the model has blocks (lm/cross_attention.py)
 
 Knows nothing of modalities or files. What differs between families is in DecoderConfig. A step that
 is added here is followed everywhere: where lm/fused_layer.py computes a layer in one call, it first
@@ -15,7 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lapilli.config.model import DecoderConfig
+from lapilli.errors import ConfigError
 from lapilli.kernels.layer import rotate
+from lapilli.lm.cross_attention import Memory, Sight, build_cross_attention, refuse_memory
 from lapilli.lm.fused_layer import FusedLayer, FusedLayers
 from lapilli.nn.attention import attend, causal_mask
 from lapilli.nn.kv_cache import Cache, KVCache, Segments
@@ -152,6 +155,7 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
         self.local_rotary = Rotary(config, local=True)
+        self.cross_attention = nn.ModuleDict()
         self.gradient_checkpointing = False
         self._fused = FusedLayers(self, DecoderLayer)
 
@@ -176,6 +180,7 @@ class Decoder(nn.Module):
         position_ids: Int[Tensor, "B T"],
         attention_mask: Bool[Tensor, "B S"] | None = None,
         cache: Cache | None = None,
+        memory: Memory | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the hidden states after the final norm; see LanguageModel.forward.
 
@@ -191,24 +196,49 @@ class Decoder(nn.Module):
                 tables[local] = rotary.table(position_ids, inputs_embeds.dtype)
             return tables[local]
 
-        if not torch.compiler.is_compiling():
+        look = self._look(memory, inputs_embeds, cache)
+        if look is None and not torch.compiler.is_compiling():
             fused = self._fused.run(inputs_embeds, table_of, cache)
             if fused is not None:
                 after: Tensor = self.model.norm(fused)
                 return after
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        run = partial(checkpoint, use_reentrant=False) if self._recomputes else _call
         x = inputs_embeds
         for index, layer in enumerate(self.model.layers):
             window = self.config.window(index)
             if window not in masks:
                 masks[window] = _mask(attention_mask, inputs_embeds, cache, window)
             mask, table = masks[window], table_of(self._has_local_positions(index))
-            if recompute:
-                x = checkpoint(layer, x, table, mask, cache, use_reentrant=False)
-            else:
-                x = layer(x, table, mask, cache)
+            if look is not None and str(index) in self.cross_attention:
+                x = run(self.cross_attention[str(index)], x, *look)
+            x = run(layer, x, table, mask, cache)
         out: Tensor = self.model.norm(x)
         return out
+
+    @property
+    def _recomputes(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def _look(
+        self, memory: Memory | None, x: Float[Tensor, "B T D"], cache: Cache | None
+    ) -> tuple[Memory, Sight] | None:
+        """Return the memory, and what these positions see of it; None where there is none."""
+        if not self.cross_attention:
+            refuse_memory(memory, "the language model")
+        if memory is None:
+            return None
+        past = 0 if cache is None or cache.ragged else cache.length
+        return memory, memory.sight(past, x.shape[1])
+
+    def add_cross_attention(self, every: int) -> None:
+        """Put fresh blocks before every n-th layer; their gates are shut.
+
+        Raises:
+            ConfigError: there are fewer layers, or blocks already.
+        """
+        if self.cross_attention:
+            raise ConfigError("the language model has gated cross-attention already")
+        self.cross_attention = build_cross_attention(self.config, every)
 
     def layer(self, index: int) -> DecoderLayer:
         """Return one layer."""
@@ -269,6 +299,12 @@ class Decoder(nn.Module):
         """Return an empty cache in the dtype and on the device of the weights."""
         weight = self.model.norm.weight
         return KVCache(self.config, batch, weight.dtype, weight.device, capacity=capacity)
+
+
+def _call(module: nn.Module, *given: object) -> Tensor:
+    """Run a module, as `checkpoint` does where its values are computed again."""
+    found: Tensor = module(*given)
+    return found
 
 
 def _mask(

@@ -14,6 +14,7 @@ from torch import nn
 
 from lapilli.config.model import DecoderConfig
 from lapilli.errors import GenerationError, UnsupportedModelError
+from lapilli.lm.cross_attention import Memory, refuse_memory
 from lapilli.nn.kv_cache import Cache, KVCache
 from lapilli.shapes import Bool, Float, Int, Tensor
 
@@ -83,12 +84,15 @@ class ForeignLanguageModel(nn.Module):
         position_ids: Int[Tensor, "B T"],
         attention_mask: Bool[Tensor, "B S"] | None = None,
         cache: Cache | None = None,
+        memory: Memory | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the hidden states after the final norm; see LanguageModel.forward.
 
         Raises:
-            UnsupportedModelError: ragged rows, which another library's attention cannot read.
+            UnsupportedModelError: ragged rows, which another library's attention cannot read, or
+                features beside the sequence.
         """
+        refuse_memory(memory, "a language model of transformers")
         if not isinstance(cache, KVCache | None):
             raise UnsupportedModelError(
                 "the batching engine cannot run a language model of transformers: use generate()"

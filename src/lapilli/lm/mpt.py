@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lapilli.config.model import MptConfig
+from lapilli.lm.cross_attention import Memory, refuse_memory
 from lapilli.nn.attention import attend, causal_bias, causal_mask
 from lapilli.nn.kv_cache import Cache, KVCache, Segments
 from lapilli.nn.linear import kept_linear, linear_rows
@@ -149,8 +150,10 @@ class Mpt(nn.Module):
         position_ids: Int[Tensor, "B T"],
         attention_mask: Bool[Tensor, "B S"] | None = None,
         cache: Cache | None = None,
+        memory: Memory | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the hidden states after the final norm; see LanguageModel.forward."""
+        refuse_memory(memory, "MPT")
         length = inputs_embeds.shape[1]
         if self._slopes.device != inputs_embeds.device:
             self._slopes = self._slopes.to(inputs_embeds.device)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lapilli.config.modalities import CategoricalFeature, EventsConfig
 from lapilli.config.reader import shown
@@ -38,7 +37,8 @@ class PreparedEvents:
     """The features of the events of one history, oldest first.
 
     Attributes:
-        categories: an index into each categorical feature's table, in the order of the settings.
+        categories: indices into the tables of the categorical features, in the order of the
+            settings, as many of each as an event may have.
         numbers: the numeric features.
     """
 
@@ -58,6 +58,7 @@ class EventLayer(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
         self.mlp_norm = RMSNorm(width, config.decoder.norm_eps)
         self.mlp = MLP(width, config.decoder.intermediate_size, activation="gelu")
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x: Float[Tensor, "B n E"], table: tuple[Tensor, Tensor]
@@ -66,8 +67,8 @@ class EventLayer(nn.Module):
         heads = self.qkv_proj(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # [B, heads, n, A] each
         seen = attend(rotate(q, *table), rotate(k, *table), v)
-        x = x + self.o_proj(seen.transpose(1, 2).flatten(2))
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        x = x + self.dropout(self.o_proj(seen.transpose(1, 2).flatten(2)))
+        out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return out
 
 
@@ -83,17 +84,19 @@ class EventEncoder(nn.Module):
         self.layers = nn.ModuleList(EventLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(width, config.decoder.norm_eps)
         self.heads = nn.ModuleList(nn.Linear(width, one.width) for one in features)
+        self.dropout = nn.Dropout(config.dropout)
         self._rotary = Rotary(config.decoder)
+        self._most = [one.most for one in features]
 
     def forward(
         self, categories: Int[Tensor, "B n M"], numbers: Float[Tensor, "B n R"]
     ) -> Float[Tensor, "B n E"]:
         """Return the state behind every event; what follows an event does not change it."""
         device = next(self.parameters()).device
-        indices = categories.to(device).unbind(-1)
-        vectors = [table(index) for table, index in zip(self.tables, indices, strict=True)]
+        values = self.values(categories.to(device))
+        vectors = [_mean_vector(table, one) for table, one in zip(self.tables, values, strict=True)]
         numbers = numbers.to(device, vectors[0].dtype)
-        x: Tensor = self.input_proj(torch.cat((*vectors, numbers), dim=-1))
+        x: Tensor = self.dropout(self.input_proj(torch.cat((*vectors, numbers), dim=-1)))
         positions = torch.arange(x.shape[1], device=device).expand(x.shape[:2])
         table = self._rotary.table(positions, x.dtype)
         for layer in self.layers:
@@ -101,10 +104,40 @@ class EventEncoder(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
+    def values(self, categories: Int[Tensor, "... M"]) -> tuple[Int[Tensor, "... _"], ...]:
+        """Return the values of every feature, as many as an event may have of it."""
+        return torch.split(categories, self._most, dim=-1)
+
     def scores(self, states: Float[Tensor, "n E"], feature: int) -> Float[Tensor, "n V"]:
         """Return the scores of every value of a feature in the next event."""
         found: Tensor = self.heads[feature](states) @ self.tables[feature].weight.T
         return found
+
+    def losses(
+        self, states: Float[Tensor, "n E"], following: Int[Tensor, "n M"]
+    ) -> list[Float[Tensor, ""]]:
+        """Return per feature the cross-entropy of what follows n states, summed over them.
+
+        Of several values of an event it is the mean; unknown values count nothing.
+        """
+        found = []
+        for i, values in enumerate(self.values(following.to(states.device))):
+            known = values != UNKNOWN
+            logs = self.scores(states, i).float().log_softmax(dim=-1).gather(-1, values)
+            means = (logs * known).sum(dim=-1) / known.sum(dim=-1).clamp(min=1)
+            found.append(-means.sum())
+        return found
+
+
+def _mean_vector(table: nn.Module, values: Int[Tensor, "... k"]) -> Float[Tensor, "... w"]:
+    """Return the mean of the vectors of known values; that of the unknown where there are none."""
+    vectors: Tensor = table(values)
+    if values.shape[-1] == 1:
+        return vectors.squeeze(-2)
+    is_read = values != UNKNOWN
+    is_read[..., 0] |= ~is_read.any(dim=-1)
+    share = is_read.to(vectors.dtype)
+    return (vectors * share[..., None]).sum(dim=-2) / share.sum(dim=-1, keepdim=True)
 
 
 class EventsModality(nn.Module):
@@ -129,16 +162,34 @@ class EventsModality(nn.Module):
 
         Args:
             raw: {feature: values of all events}, or a list of events {feature: value}, oldest
-                first. A feature that is left out is unknown: 0.
+                first. A feature that is left out is unknown: 0. One that may have several values
+                in an event takes a list of them, too.
 
         Raises:
             MediaError: no history, no event, a feature that the model does not have, features of
                 different lengths, or a value that is none.
         """
         columns, length = self._columns(raw)
-        kept = range(max(0, length - self.config.max_events), length)
+        return self._prepared(columns, range(max(0, length - self.config.max_events), length))
+
+    def windows(self, raw: object) -> list[PreparedEvents]:
+        """Return a history in pieces of `max_events`, to learn all of it; see `prepare`.
+
+        A piece begins with the last event of the one before it, so that every event but the first
+        is predicted once. A history of one event has no piece.
+        """
+        columns, length = self._columns(raw)
+        size = self.config.max_events
+        starts = range(0, length - 1, max(1, size - 1))
+        return [self._prepared(columns, range(at, min(at + size, length))) for at in starts]
+
+    def _prepared(self, columns: Mapping[str, Sequence[Any]], kept: range) -> PreparedEvents:
         categories = [
-            [self._index(one, columns[one.name][i]) for one in self.config.categorical]
+            [
+                index
+                for one in self.config.categorical
+                for index in self._indices(one, columns[one.name][i])
+            ]
             for i in kept
         ]
         numbers = [[self._number(n, columns[n][i]) for n in self.config.numeric] for i in kept]
@@ -181,6 +232,20 @@ class EventsModality(nn.Module):
             )
         return found
 
+    def _indices(self, feature: CategoricalFeature, value: object) -> list[int]:
+        """Return the values of a feature in one event, filled up with unknown ones."""
+        found = value.tolist() if hasattr(value, "tolist") else value
+        values = found if isinstance(found, list | tuple | set | frozenset) else [found]
+        if feature.most == 1 and values is found:
+            values = [value]  # refused as what it is
+        if len(values) > feature.most:
+            raise MediaError(
+                f"{self.name}: {feature.name} has {len(values)} values in one event, and the model "
+                f"reads {feature.most}: leave some out"
+            )
+        indices = [self._index(feature, one) for one in values]
+        return indices + [UNKNOWN] * (feature.most - len(indices))
+
     def _index(self, feature: CategoricalFeature, value: object) -> int:
         if value is None:
             return UNKNOWN
@@ -200,7 +265,12 @@ class EventsModality(nn.Module):
             return 0.0
         if isinstance(value, bool | str) or not hasattr(value, "__float__"):
             raise MediaError(f"{self.name}: {feature} is {shown(value)}, expected a number")
-        number = float(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError) as error:  # arrays of several, 10 ** 400
+            raise MediaError(
+                f"{self.name}: {feature} is {shown(value)}, expected a number ({error})"
+            ) from error
         if not math.isfinite(number):
             raise MediaError(f"{self.name}: {feature} is {number}, expected a finite number")
         return number
@@ -247,18 +317,19 @@ class EventsModality(nn.Module):
         Raises:
             MediaError: no history has a second event.
         """
-        states = self.states(items)
-        before = torch.cat([state[:-1] for state in states])
-        after = torch.cat([item.categories[1:] for item in items]).to(before.device)
-        if not len(before):
+        losses, count = self.next_event_losses(items)
+        return torch.stack(losses).sum() / count
+
+    def next_event_losses(
+        self, items: Sequence[PreparedEvents]
+    ) -> tuple[list[Float[Tensor, ""]], int]:
+        """Return per categorical feature the sum over all next events, and how many those are.
+
+        Raises:
+            MediaError: no history has a second event.
+        """
+        count = sum(len(item.categories) - 1 for item in items)
+        if not count:
             raise MediaError(f"{self.name}: no history has a second event to predict")
-        losses = [
-            functional.cross_entropy(
-                self.encoder.scores(before, i).float(),
-                after[:, i],
-                ignore_index=UNKNOWN,
-                reduction="sum",
-            )
-            for i in range(len(self.config.categorical))
-        ]
-        return torch.stack(losses).sum() / len(before)
+        before = torch.cat([state[:-1] for state in self.states(items)])
+        return self.encoder.losses(before, torch.cat([i.categories[1:] for i in items])), count

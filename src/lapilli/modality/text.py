@@ -16,7 +16,7 @@ from torch import nn
 from lapilli.config.modalities import TextEncoderConfig
 from lapilli.config.reader import shown
 from lapilli.errors import MediaError
-from lapilli.lm import build_language_model
+from lapilli.lm import LanguageModel, build_language_model
 from lapilli.modality.projector import build_projector, output_layers
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.shapes import Float, Int, Tensor
@@ -27,6 +27,39 @@ class PreparedText:
     """The tokens of one text."""
 
     ids: Int[Tensor, " n"]
+
+
+def last_states(
+    encoder: LanguageModel, texts: Sequence[PreparedText], tokens: int
+) -> Float[Tensor, "n T E"]:
+    """Return the hidden states after the final norm of the last T tokens of every text.
+
+    One pass, the texts side by side; none of them sees another.
+
+    Args:
+        encoder: a causal language model.
+        texts: at least one, each of at least T tokens.
+        tokens: T.
+    """
+    # Padded on the right, where no token before it looks: so no mask is needed, which is faster.
+    ids = nn.utils.rnn.pad_sequence([text.ids for text in texts], batch_first=True)
+    assert isinstance(encoder, nn.Module)  # noqa: S101 - every language model is one
+    device = next(encoder.parameters()).device
+    positions = torch.arange(ids.shape[1], device=device).expand(ids.shape)
+    states = encoder(encoder.embed(ids.to(device)), position_ids=positions)
+    ends = [len(text.ids) for text in texts]
+    return torch.stack([row[end - tokens : end] for row, end in zip(states, ends, strict=True)])
+
+
+def check_utf8(text: str, name: str) -> None:
+    """Refuse half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MediaError(
+            f"{name}: the text has {text[error.start]!a} in it, which is no character (a lone "
+            "surrogate): write the text in UTF-8"
+        ) from error
 
 
 class TextModality(nn.Module):
@@ -52,7 +85,8 @@ class TextModality(nn.Module):
         """Return the tokens of a text, at most `max_length` of them.
 
         Raises:
-            MediaError: no text, one of fewer tokens than positions, or no tokenizer.
+            MediaError: no text, one of fewer tokens than positions or with half a character, or no
+                tokenizer.
         """
         if not isinstance(raw, str) or not raw.strip():
             raise MediaError(f"{self.name}: expected a text, got {shown(raw)}")
@@ -61,9 +95,11 @@ class TextModality(nn.Module):
                 f"{self.name}: there is no tokenizer: load the checkpoint with lapilli.load, or "
                 "set modality.tokenizer"
             )
-        ids = self.tokenizer.encode(raw)[: self.config.max_length]
+        check_utf8(raw, self.name)
+        # Special tokens that stand in a text are text.
+        ids = self.tokenizer.encode(raw, literal=[(0, len(raw))])[: self.max_length]
         rows = self.config.text_config.vocab_size
-        if max(ids) >= rows:
+        if max(ids, default=0) >= rows:
             raise MediaError(
                 f"{self.name}: the token {max(ids)} has no row among the encoder's {rows}: the "
                 "encoder was made for another tokenizer"
@@ -74,6 +110,11 @@ class TextModality(nn.Module):
                 "states are taken: give a longer text"
             )
         return PreparedText(torch.tensor(ids))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that are read of a text: the setting, or what the encoder has positions for."""
+        return min(self.config.max_length, self.config.text_config.max_positions)
 
     def num_tokens(self, prepared: PreparedText) -> int:
         """Return the number of states that are taken."""
@@ -87,22 +128,11 @@ class TextModality(nn.Module):
         """Return the linear layers whose outputs are the features; none without a projector."""
         return output_layers(self.projector)
 
-    def states(self, items: Sequence[PreparedText]) -> list[Float[Tensor, "T E"]]:
-        """Return the last states of every text, the texts side by side."""
-        device = next(self.encoder.parameters()).device
-        # Padded on the right, where no token before it looks.
-        ids = nn.utils.rnn.pad_sequence([item.ids for item in items], batch_first=True).to(device)
-        positions = torch.arange(ids.shape[1], device=device).expand(ids.shape)
-        states = self.encoder(self.encoder.embed(ids), position_ids=positions)
-        ends = [len(item.ids) for item in items]
-        taken = self.config.tokens
-        return [row[end - taken : end] for row, end in zip(states, ends, strict=True)]
-
     def embed(self, items: Sequence[PreparedText]) -> list[Float[Tensor, "_ D"]]:
         """Return the features of every text."""
         if not items:
             return []
-        states = torch.stack(self.states(items))
+        states = last_states(self.encoder, items, self.config.tokens)
         weight = next(self.projector.parameters(), None)
         if weight is not None:
             states = states.to(weight.device, weight.dtype)

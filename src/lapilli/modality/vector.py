@@ -29,15 +29,24 @@ class VectorModality(nn.Module):
         config: the projector, from the vectors' width E to the language model's.
         name: in messages.
         tokens: positions of every vector: the last layer is so many times as wide, and cut.
+        made_by: fingerprint of the encoder whose vectors it was trained with; None: not known.
 
     Source: Ning et al. 2024, User-LLM section 3.2 (user embeddings as soft prompt).
     """
 
-    def __init__(self, config: ProjectorConfig, *, name: str = "vector", tokens: int = 1) -> None:
+    def __init__(
+        self,
+        config: ProjectorConfig,
+        *,
+        name: str = "vector",
+        tokens: int = 1,
+        made_by: str | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.name = name
         self.tokens = tokens
+        self.made_by = made_by
         self.projector = build_projector(config)
         if tokens > 1:
             self.projector = _widened(self.projector, tokens)
@@ -49,9 +58,15 @@ class VectorModality(nn.Module):
             MediaError: not numbers, another width than the projector's, nothing, or not finite.
         """
         try:
-            vectors = torch.as_tensor(raw, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError) as error:
+            vectors = torch.as_tensor(raw, dtype=None if _has_type(raw) else torch.float32)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise MediaError(f"{self.name}: not a vector of numbers ({error})") from error
+        if vectors.is_complex() or vectors.is_meta or vectors.layout != torch.strided:
+            raise MediaError(
+                f"{self.name}: not a vector of numbers ({vectors.dtype} on {vectors.device} in the "
+                f"layout {vectors.layout})"
+            )
+        vectors = vectors.to(torch.float32)
         if vectors.ndim == 1:
             vectors = vectors[None]
         width = self.config.vision_size
@@ -94,6 +109,11 @@ class VectorModality(nn.Module):
         return list(torch.split(features, [self.num_tokens(item) for item in items]))
 
 
+def _has_type(raw: object) -> bool:
+    """Return whether something is an array, whose numbers have a type that may be a wrong one."""
+    return hasattr(raw, "dtype")
+
+
 def _widened(projector: nn.Module, tokens: int) -> nn.Module:
     """Return a linear or mlp projector whose last layer makes so many features of one."""
     last = projector[-1] if isinstance(projector, nn.Sequential) else projector
@@ -108,4 +128,9 @@ def _widened(projector: nn.Module, tokens: int) -> nn.Module:
 
 def build(config: VectorConfig, *, name: str, hidden_size: int) -> VectorModality:
     """Build the modality that a checkpoint declares."""
-    return VectorModality(config.projector_for(hidden_size), name=name, tokens=config.tokens)
+    return VectorModality(
+        config.projector_for(hidden_size),
+        name=name,
+        tokens=config.tokens,
+        made_by=config.encoder,
+    )

@@ -19,6 +19,7 @@ import torch
 
 from lapilli.checkpoint.load import Loaded
 from lapilli.config.generation import SamplingParams
+from lapilli.config.reader import shown
 from lapilli.errors import LapilliError, MediaError, UnsupportedModelError
 from lapilli.generate.engine import Engine, EngineOptions, Request
 from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch, media_digest
@@ -29,7 +30,9 @@ from lapilli.media.fetch import FetchLimits, fetch
 from lapilli.modality.image.decode import Alpha, to_rgb
 from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
+from lapilli.modality.vector import VectorModality
 from lapilli.model import FusedBatch, VisionLanguageModel
+from lapilli.pipeline.stores import Stores, is_id
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart, Message
@@ -70,13 +73,19 @@ def with_stops(params: SamplingParams, template: Template, tokenizer: Tokenizer)
 
 
 def prepare(
-    part: MediaPart, model: VisionLanguageModel, limits: FetchLimits, *, alpha: Alpha = "drop"
+    part: MediaPart,
+    model: VisionLanguageModel,
+    limits: FetchLimits,
+    *,
+    alpha: Alpha = "drop",
+    stores: Stores | None = None,
 ) -> Any:  # noqa: ANN401 - every modality has its own
     """Return a medium prepared for its modality; features stay features.
 
     Raises:
         UnsupportedModelError: the model does not read this kind of medium.
         MediaError: it cannot be fetched or decoded, or features of another shape.
+        StoreError: an id that the modality's store does not have.
     """
     if part.modality not in model.modalities:
         known = ", ".join(model.modalities) or "text only"
@@ -89,6 +98,13 @@ def prepare(
         )
     modality = model.modality(part.modality)
     source = part.source
+    if stores is not None and stores.has_id(part.modality, source):
+        return stores.look_up(part.modality, source)
+    if type(modality) is VectorModality and is_id(source):
+        raise MediaError(
+            f"{part.modality}: {shown(source)} is no vector, and as an id it needs a store: "
+            f"chat.stores[{part.modality!r}] = a folder, load(..., stores=...), or --store"
+        )
     if not isinstance(modality, ImageModality):
         return modality.prepare(source)
     if isinstance(source, PreparedImage):
@@ -296,10 +312,7 @@ class Backend:
         model, image_id = self._loaded.model, self._loaded.config.tokens.image_id
         parts = [part for message in messages for part in message.media]
         lengths = [
-            len(item)
-            if isinstance(item, Tensor)
-            else model.modality(part.modality).num_tokens(item)
-            for part, item in zip(parts, items, strict=True)
+            model.span_length(part.modality, item) for part, item in zip(parts, items, strict=True)
         ]
         segments = template.render(messages)
         encoded = encode(segments, self._loaded.tokenizer, lengths, image_id=image_id)

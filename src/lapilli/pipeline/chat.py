@@ -33,6 +33,7 @@ from lapilli.pipeline.backend import (
     prepare,
     with_stops,
 )
+from lapilli.pipeline.stores import Stores
 from lapilli.prompt.choose import Template, check_template
 from lapilli.prompt.encode import tokens_said
 from lapilli.prompt.message import (
@@ -45,6 +46,7 @@ from lapilli.prompt.message import (
 )
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant import QuantConfig
+from lapilli.store import Store
 
 
 def load(
@@ -63,6 +65,7 @@ def load(
     engine: EngineOptions | None = None,
     prefix: str | Path | None = None,
     alpha: Alpha = "drop",
+    stores: Mapping[str, Store | str | Path] | None = None,
 ) -> "Chat":
     """Load a checkpoint to talk with.
 
@@ -84,11 +87,13 @@ def load(
         prefix: a file from `Chat.save_prefix`: what begins like that is not read again.
         alpha: "drop" shows the colours that lie under the transparency of a picture, as the
             original does; "composite" lays the picture on white, as people see it.
+        stores: by the names of modalities, stores whose ids may be given in place of their media.
 
     Raises:
         CheckpointError: the files are not usable.
         ConfigError: the configuration cannot be followed.
         PromptError: no template has this name.
+        StoreError: a store that does not fit its modality.
     """
     check_alpha(alpha)
     check_engine_options(engine)
@@ -96,6 +101,8 @@ def load(
         raise ConfigError("device 'meta' keeps no numbers: try auto, cpu, cuda or cuda:1")
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress must be a function or None, got {shown(progress)}")
+    if stores is not None and not isinstance(stores, Mapping):
+        raise ConfigError(f"stores must be {{name of a modality: store}}, got {shown(stores)}")
     loaded = load_checkpoint(
         source,
         base=base,
@@ -111,6 +118,8 @@ def load(
     )
     chat = Chat(loaded, name=str(source), engine=engine)
     chat.alpha = alpha
+    for name, store in (stores or {}).items():
+        chat.stores[name] = store
     if prefix is not None:
         chat.load_prefix(prefix)
     return chat
@@ -139,7 +148,8 @@ class Chat:
     are turns of the one conversation and follow each other; `answer`, `batch`, `ask_many` and
     `as_completed` leave it alone and are answered side by side.
 
-    What the checkpoint declares besides pictures is given by its name: `ask("...", user=history)`.
+    What the checkpoint declares besides pictures is given by its name: `ask("...", user=history)`,
+    or by an id where `stores` has a store for it.
 
     Pictures may be paths, URLs, data URIs, "-" (standard input), bytes, Pillow images, arrays, or
     in place of a picture its features: a floating point tensor [n, width of the language model],
@@ -163,6 +173,8 @@ class Chat:
         self.name = name or loaded.path.name
         self.template: Template = loaded.template.template
         self.limits = FetchLimits()
+        self.stores = Stores(loaded.model)
+        """Stores by the names of modalities, see `pipeline.stores.Stores`."""
         self.alpha: Alpha = "drop"
         """Treatment of transparent pictures, see `load`."""
         self.system: str | None = None
@@ -368,9 +380,10 @@ class Chat:
 
         Raises:
             MediaError: it cannot be fetched or decoded, or features of another shape.
+            StoreError: an id that the modality's store does not have.
             UnsupportedModelError: the model does not read this kind of medium.
         """
-        return prepare(part, self.model, self.limits, alpha=self.alpha)
+        return prepare(part, self.model, self.limits, alpha=self.alpha, stores=self.stores)
 
     def check_image(self, source: object) -> None:
         """Fetch and decode a picture, and throw it away.

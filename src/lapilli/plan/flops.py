@@ -15,7 +15,7 @@ Source: Chowdhery et al. 2022 (PaLM) appendix B for the counting; tests/plan/tes
 from dataclasses import dataclass
 from math import prod
 
-from lapilli.config.model import ProjectorConfig, TextConfig, VisionConfig
+from lapilli.config.model import DecoderConfig, ProjectorConfig, TextConfig, VisionConfig
 from lapilli.config.projector import RESAMPLER_EXPANSION, tile_features
 
 Product = tuple[int, int, int]
@@ -141,6 +141,41 @@ def sample_flops(
         adapter=3 * adapter,
         recomputed=(linear - last + square + adapter) if recomputes else 0.0,
     )
+
+
+def request_flops(
+    text: DecoderConfig,
+    *,
+    positions: int,
+    new_tokens: int = 0,
+    memory: int = 0,
+    every: int | None = None,
+) -> float:
+    """Return the operations of reading a prompt and writing an answer, without its media's encoder.
+
+    Three ways of telling a model who asks, with a question of q tokens: `positions = q + n` with a
+    history of n tokens as text, q + k with k features in the sequence, or q with `memory = k`
+    features beside it.
+
+    Args:
+        text: sizes of the language model.
+        positions: of the prompt.
+        new_tokens: of the answer; the last one is not read again.
+        memory: features beside the sequence, seen by all of it; keys and values are made once.
+        every: gated blocks stand before every n-th layer; None: there are none.
+    """
+    read = positions + max(0, new_tokens - 1)
+    heads = text.num_heads * text.head_dim
+    layer = sum(a * b for a, b in text.linear_widths)
+    # The prompt's square, as everywhere here, and for each later token all before it and itself.
+    pairs = positions**2 + sum(range(positions + 1, read + 1))
+    found = text.num_layers * (2 * read * layer + 4 * pairs * heads)
+    if memory and every is not None:
+        seen = 2 * text.hidden_size * text.num_kv_heads * text.head_dim  # keys and values
+        block = 2 * read * (layer - seen) + 2 * memory * seen + 4 * read * memory * heads
+        found += text.num_layers // every * block
+    logits = 2 * max(1, new_tokens) * text.vocab_size * text.hidden_size
+    return float(found + logits)
 
 
 def num_adapter_parameters(text: TextConfig, rank: int) -> int:

@@ -3,7 +3,7 @@ r"""Encoding of a conversation: ids, loss mask and media spans, in one pass.
     segments  "USER: " | slot | "\nWhat?" ... "ASSISTANT:" | " A boat.</s>"*    (* trainable)
       gaps    the text between two media, one tokenizer call each (LLaVA cuts there too)
       tokens  with the characters they stand for -> trainable where their last character is
-      spans   as many positions as the medium has features
+      spans   as many positions as the medium has features, or none where it is looked at
 
 Knows segments and tokenizers; must not know where features come from.
 """
@@ -26,7 +26,10 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Place of one medium: `length` positions of row `row` from `start` on."""
+    """Place of one medium: `length` positions of row `row` from `start` on.
+
+    A medium of length 0 stands beside the sequence: positions from `start` on look at it.
+    """
 
     row: int
     start: int
@@ -65,14 +68,14 @@ def encode(
     Args:
         segments: what a template rendered.
         tokenizer: of the language model.
-        lengths: positions of every medium, in the order of the slots.
+        lengths: positions of every medium, in the order of the slots; 0 of one beside the sequence.
         image_id: the vocabulary's own image token, for checkpoints in the layout of Hugging Face:
             then the text is tokenized whole, with that token in the place of each medium.
         add_bos: False where the segments go on after something else.
 
     Raises:
         MediaCountMismatchError: another number of lengths than of slots.
-        PromptError: a medium of no positions, text that is no Unicode, or an image token that the
+        PromptError: a negative length, text that is no Unicode, or an image token that the
             tokenizer does not cut.
 
     Source: LLaVA mm_utils.py tokenizer_image_token (BOS once, one call per gap); transformers'
@@ -84,8 +87,8 @@ def encode(
             f"the prompt has {len(slots)} places for media but {len(lengths)} media were given: "
             "give one medium for each place"
         )
-    if any(length < 1 for length in lengths):
-        raise PromptError(f"every medium needs at least one position, found {list(lengths)}")
+    if any(length < 0 for length in lengths):
+        raise PromptError(f"a medium takes 0 positions or more, found {list(lengths)}")
     _check_text(segments)
     if image_id is None:
         pieces = _encode_gaps(segments, tokenizer)

@@ -163,9 +163,15 @@ class Message:
 
         Raises:
             MediaCountMismatchError: another number of placeholders than of sources.
+            PromptError: sources that are no list.
         """
         given = {placeholder: [MediaPart(source) for source in sources]}
         for name, others in (media or {}).items():
+            if isinstance(others, str) or not hasattr(others, "__len__"):
+                raise PromptError(
+                    f"media[{name!r}] is {shown(others)}: expected a list, with a source for each "
+                    f"<{name}> in the text"
+                )
             given[f"<{name}>"] = [MediaPart(source, name) for source in others]
         for mark, waiting in given.items():
             if text.count(mark) != len(waiting):

@@ -93,6 +93,11 @@ def decoder_of(model: VisionLanguageModel) -> Decoder:
         raise ConfigError(
             "the model is quantized already: quantize the checkpoint that it was made from"
         )
+    if decoder.cross_attention:
+        raise UnsupportedModelError(
+            "layers are rounded from samples one after the other, without the gated "
+            "cross-attention that this model has between them: choose the method rtn"
+        )
     for index, layer in enumerate(decoder.model.layers):
         for name in linear_names():
             if type(layer.get_submodule(name)) not in (nn.Linear, FloatLinear):

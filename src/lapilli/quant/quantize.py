@@ -254,6 +254,7 @@ def _with_zeros(groups: Tensor, span: _Nibbles) -> _Rounded:
 
 
 LANGUAGE_MODEL = "language_model."
+ATTENDING = "language_model.cross_attention."  # part of the joint, which stays float
 HEAD = ".lm_head"
 VALUES = ".v_proj"
 SEEN = ("modalities.",)  # towers and projectors
@@ -278,6 +279,8 @@ class QuantReport:
 
 def bits_of(path: str, config: QuantConfig) -> int | None:
     """Return the bits in which the linear layer of this path is stored; None: as it is."""
+    if path.startswith(ATTENDING):
+        return None
     if path.startswith(LANGUAGE_MODEL):
         if path.endswith(VALUES):
             return max(config.value_bits, config.bits)

@@ -94,6 +94,11 @@ def check_rotation(model: VisionLanguageModel) -> None:
             f"{decoder.config.family} models cannot be rotated: the gains of the norms behind "
             "attention and MLP belong to single channels and fold into no layer"
         )
+    if decoder.cross_attention:
+        raise ConfigError(
+            "a model with gated cross-attention cannot be rotated: its blocks read the hidden "
+            "states that would be rotated"
+        )
     if decoder.config.tie_embeddings:
         raise ConfigError(
             "the logits are made of the embedding, and a rotation changes the two differently: "

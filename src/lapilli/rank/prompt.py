@@ -20,6 +20,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+import torch
 
 from lapilli.config.reader import shown
 from lapilli.errors import ContextTooLongError, MediaError, PromptError
@@ -195,10 +196,11 @@ class PromptSplitter:
         found = given if isinstance(given, Tensor) else _tensor(given, name)
         shape = list(found.shape)
         is_right = found.ndim in (1, 2) and shape[-1] == self._width and found.numel() > 0
-        if not is_right or not found.is_floating_point():
+        is_dense = found.is_floating_point() and found.layout == torch.strided
+        if not is_right or not is_dense or found.is_meta:
             raise MediaError(
                 f"{name}: vectors must be floating point [{self._width}] or [n, {self._width}], as "
-                f"wide as the language model, got {found.dtype} {shape}"
+                f"wide as the language model, got {found.dtype} {shape} on {found.device}"
             )
         if not bool(found.isfinite().all()):
             raise MediaError(
@@ -217,9 +219,7 @@ class PromptSplitter:
     ) -> ProcessedPrompt:
         slots = [segment for segment in segments if isinstance(segment, MediaSlot)]
         lengths = [
-            len(one)
-            if isinstance(one, Tensor)
-            else self._chat.model.modality(slot.modality).num_tokens(one)
+            self._chat.model.span_length(slot.modality, one)
             for one, slot in zip(media, slots, strict=True)
         ]
         encoded = encode(
@@ -314,8 +314,6 @@ def _merged(parts: Sequence[Part]) -> list[Part]:
 
 
 def _tensor(given: np.ndarray, name: str) -> Tensor:
-    import torch
-
     try:
         return torch.as_tensor(given)
     except TypeError as error:

@@ -62,6 +62,7 @@ class Ranker:
         prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
         _check_model(model)
+        _check_score(score)
         self._chat = model
         self._score: Score = YesNo() if score is None else score
         self._splitter = PromptSplitter(model, _template(template))
@@ -235,13 +236,24 @@ def _check_model(model: object) -> None:
         raise ConfigError(f"model must be what lapilli.load returns, got {shown(model)}")
 
 
+def _check_score(score: object) -> None:
+    """Refuse what is no kind of score.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if score is not None and not isinstance(score, Score):
+        raise ConfigError(f"score must be YesNo, Labels or Head, got {shown(score)}")
+
+
 def _check_items(items: object) -> None:
     """Refuse one item in the place of several.
 
     Raises:
         PromptError: a text, or something that is no list.
     """
-    if isinstance(items, str | bytes) or not isinstance(items, Iterable):
+    is_one = isinstance(items, str | bytes) or getattr(items, "ndim", 1) == 0
+    if is_one or not isinstance(items, Iterable):
         raise PromptError(f"items must be a list of items, got {shown(items)}")
 
 

@@ -117,6 +117,7 @@ class Head:
 
         Raises:
             ShapeMismatchError: it does not read vectors of this width.
+            CheckpointError: it has NaN or infinite numbers.
         """
         shapes = [list(self.weight.shape), None if self.bias is None else list(self.bias.shape)]
         if shapes[0] != [1, width] or shapes[1] not in (None, [1]):
@@ -124,6 +125,10 @@ class Head:
                 f"a head of this model has weight [1, {width}] and bias [1] or none, got "
                 f"{shapes[0]} and {shapes[1]}"
             )
+        if not all(
+            bool(one.isfinite().all()) for one in (self.weight, self.bias) if one is not None
+        ):
+            raise CheckpointError("the head has NaN or infinite numbers: train it again")
 
     def logits(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n 1"]:
         """Return what the layer says of hidden states, in float32."""

@@ -13,12 +13,15 @@ Source: multi-item scoring and in-batch prefix caching, MixLM (arXiv 2512.07846)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
+from lapilli.config.reader import shown
 from lapilli.errors import ConfigError, PromptError
 from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch, content_digest
 from lapilli.generate.reference import lock_of
+from lapilli.lm import Memory
 from lapilli.model import VisionLanguageModel
 from lapilli.nn.shared_prefix import SharedPrefix
 from lapilli.pipeline import ProcessedPrompt
@@ -68,10 +71,11 @@ class SuffixScorer:
         max_tokens: int = MAX_TOKENS,
         prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
-        if max_tokens < 1 or prefix_bytes < 0:
+        are_numbers = all(type(one) is int for one in (max_tokens, prefix_bytes))
+        if not are_numbers or max_tokens < 1 or prefix_bytes < 0:
             raise ConfigError(
                 "max_tokens must be at least 1 and prefix_bytes at least 0, got "
-                f"{max_tokens} and {prefix_bytes}"
+                f"{shown(max_tokens)} and {shown(prefix_bytes)}"
             )
         self._model = model
         self._max_tokens = max_tokens
@@ -98,7 +102,8 @@ class SuffixScorer:
         comes as float32 on the CPU.
 
         Raises:
-            PromptError: a prefix or a suffix without positions.
+            PromptError: a prefix or a suffix without positions, or a medium beside the sequence
+                that stands in a suffix.
         """
         if not len(prefix.encoded):
             raise PromptError("the prefix has no positions: there is nothing to share")
@@ -117,6 +122,13 @@ class SuffixScorer:
             length = len(suffix.encoded)
             if not length:
                 raise PromptError("a suffix has no positions: nothing would be read after it")
+            beside = [span.modality for span in suffix.encoded.spans if not span.length]
+            if beside:
+                raise PromptError(
+                    f"the {beside[0]} of an item, or behind the items, stands beside the sequence "
+                    '(fusion = "cross_attention"), which many items share: put it into the query '
+                    'before them, or declare it with fusion = "tokens"'
+                )
             if chunk and tokens + length > self._max_tokens:
                 yield chunk
                 chunk, tokens = [], 0
@@ -142,7 +154,10 @@ class SuffixScorer:
             shared = SharedPrefix(before, [len(chunk[i].encoded) for i in order])
             row = model.embed_prompts([packed.encoded], [packed.media])
             hidden = model.language_model.forward(
-                row.inputs_embeds, position_ids=shared.position_ids, cache=shared
+                row.inputs_embeds,
+                position_ids=shared.position_ids,
+                cache=shared,
+                memory=self._memory(prefix, held),
             )
             found = read(hidden[0, shared.last]).float().cpu()
         values = torch.empty_like(found)
@@ -163,12 +178,25 @@ class SuffixScorer:
             batch = model.embed_prompts([prefix.encoded], [prefix.media])
             cache = model.language_model.new_cache(1, capacity=length)
             model.language_model.forward(
-                batch.inputs_embeds, position_ids=batch.position_ids, cache=cache
+                batch.inputs_embeds,
+                position_ids=batch.position_ids,
+                cache=cache,
+                memory=batch.memory,
             )
             kept = cache.stacked().view(-1, config.head_dim)
             self.prefixes.put((held.digest, version), kept)
-        held.layers, held.version = kept.view(shape), version
+        held.layers, held.version, held.memory = kept.view(shape), version, None
         return held.layers
+
+    def _memory(self, prefix: ProcessedPrompt, held: "_Held") -> Memory | None:
+        """Return what stands beside the prefix, seen by every position of the suffixes."""
+        if all(span.length for span in prefix.encoded.spans):
+            return None
+        if held.memory is None:
+            memory = self._model.embed_prompts([prefix.encoded], [prefix.media]).memory
+            if memory is not None:
+                held.memory = replace(memory, starts=torch.zeros_like(memory.starts))
+        return held.memory
 
     @torch.inference_mode()
     def _alone(
@@ -195,3 +223,4 @@ class _Held:
         self.digest = digest
         self.version: tuple[int, object] | None = None
         self.layers: Float[Tensor, "2 L 1 K P A"] | None = None
+        self.memory: Memory | None = None

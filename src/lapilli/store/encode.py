@@ -1,6 +1,6 @@
 """Encoding: the last hidden states of a text as the vectors of an entry.
 
-    texts -> ids, sorted by length -> batches, padded left -> hidden states -> the last T_s of each
+    texts -> ids, sorted by length -> batches -> hidden states -> the last T_s of each
 
 Source: MixLM (arXiv 2512.07846), whose encoder is a language model without a head; an item is the
 final hidden states of its last T_s tokens.
@@ -16,10 +16,11 @@ from typing import Final
 import torch
 from torch import nn
 
+from lapilli.config.modalities import TextEncoderConfig
 from lapilli.config.reader import shown
-from lapilli.errors import PromptError, StoreError
+from lapilli.errors import ConfigError, MediaError, PromptError, StoreError
+from lapilli.modality.text import PreparedText, TextModality, check_utf8, last_states
 from lapilli.model import VisionLanguageModel
-from lapilli.prompt.encode import EncodedPrompt
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.shapes import Float, Tensor
 from lapilli.store.writer import StoreWriter
@@ -41,9 +42,12 @@ def fingerprint(model: nn.Module, *, max_length: int | None = None) -> str:
 
     Args:
         model: a VisionLanguageModel, or a module as a whole.
-        max_length: of the texts, where they are cut; another one makes other vectors.
+        max_length: of the texts, where they are cut; another one makes other vectors. A modality
+            of texts has its own.
     """
     module = model.language_model if isinstance(model, VisionLanguageModel) else model
+    if isinstance(module, TextModality):
+        max_length = module.max_length
     if not isinstance(module, nn.Module):
         raise StoreError(f"{type(module).__name__} has no weights to take a fingerprint of")
     digest = hashlib.sha256()
@@ -56,71 +60,159 @@ def fingerprint(model: nn.Module, *, max_length: int | None = None) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+class TextEncoder:
+    """What makes vectors of texts: a language model, or a modality of kind `text` of a checkpoint.
+
+    A language model gives the hidden states after its final norm of a text's last tokens, a
+    modality what stands in the prompt for the text: such states behind its projector. Special
+    tokens that stand in a text are text.
+
+    Args:
+        model: whose language model or modality reads the texts; one thread at a time may use it.
+        tokenizer: of that model; it writes its own prefix, such as BOS, before each text.
+        tokens: T, how many positions of each text are kept; None: what the modality says, or 1.
+        max_length: tokens that are read of a text, the rest is cut off at its end; None: what the
+            modality says; a text that a language model has no positions for is refused.
+        modality: name of the modality; None: the language model itself.
+
+    Raises:
+        ConfigError: a name of no such modality, or sizes that contradict it.
+        PromptError: sizes that contradict each other.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: Tokenizer,
+        *,
+        tokens: int | None = None,
+        max_length: int | None = None,
+        modality: str | None = None,
+    ) -> None:
+        if not isinstance(model, VisionLanguageModel):
+            raise ConfigError(
+                f"model is a {type(model).__name__}: expected a VisionLanguageModel, such as "
+                "lapilli.load(...).model"
+            )
+        self._model, self._tokenizer, self._max_length = model, tokenizer, max_length
+        self.width: int = model.language_model.config.hidden_size
+        self.tokens = 1 if tokens is None else tokens
+        self._modality: TextModality | None = None
+        if modality is not None:
+            self._modality = _text_modality(model, modality, tokens, max_length)
+            self.tokens = self._modality.config.tokens
+        if self.tokens < 1 or (max_length is not None and max_length < self.tokens):
+            raise PromptError(
+                f"tokens is {tokens} and max_length {max_length}: expected 1 <= tokens <= "
+                "max_length"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the weights that read the texts; see `fingerprint`."""
+        if self._modality is not None:
+            return fingerprint(self._modality)
+        return fingerprint(self._model, max_length=self._max_length)
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        names: Sequence[str] | None = None,
+        positions: int = POSITIONS,
+    ) -> Float[Tensor, "n T D"]:
+        """Return the vectors of every text, in float32.
+
+        Rows of a batch do not see each other, but sums of another length may differ in their last
+        bits.
+
+        Args:
+            texts: any number.
+            names: what errors call the texts; None: by their numbers.
+            positions: of one batch, rows times the longest.
+
+        Raises:
+            PromptError: no text, one with fewer than T tokens, or too long a one.
+            MediaError: half a character in a text.
+        """
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise PromptError(f"texts are {shown(texts)}: expected a list of texts")
+        names = [f"text {number}" for number in range(len(texts))] if names is None else names
+        rows = [self._prepared(*pair) for pair in zip(texts, names, strict=True)]
+        found = torch.empty(len(rows), self.tokens, self.width)
+        for batch in batches_by_length([len(row.ids) for row in rows], positions):
+            chosen = [rows[number] for number in batch]
+            with torch.inference_mode():
+                vectors = self._vectors(chosen)
+            found[batch] = vectors.to("cpu", torch.float32)
+        return found
+
+    def _vectors(self, rows: Sequence[PreparedText]) -> Float[Tensor, "n T D"]:
+        if self._modality is not None:
+            return torch.stack(self._modality.embed(rows))
+        return last_states(self._model.language_model, rows, self.tokens)
+
+    def _prepared(self, text: str, name: str) -> PreparedText:
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError(f"{name} is {shown(text)}: expected a text")
+        check_utf8(text, name)
+        if self._modality is None:
+            return self._token_ids(text, name)
+        try:
+            return self._modality.prepare(text)
+        except MediaError as error:
+            raise PromptError(f"{name} ({shown(text)}): {error}") from error
+
+    def _token_ids(self, text: str, name: str) -> PreparedText:
+        ids = self._tokenizer.encode(text, literal=[(0, len(text))])[: self._max_length]
+        limit = self._model.language_model.config.max_positions
+        if len(ids) < self.tokens:
+            raise PromptError(
+                f"{name} ({shown(text)}) has {len(ids)} tokens, and the states of the last "
+                f"{self.tokens} are kept: choose fewer, or leave the text out"
+            )
+        if len(ids) > limit:
+            raise PromptError(
+                f"{name} ({shown(text)}) has {len(ids)} tokens, and the model reads {limit}: "
+                "give max_length to cut such texts"
+            )
+        return PreparedText(torch.tensor(ids))
+
+
+def _text_modality(
+    model: VisionLanguageModel, name: str, tokens: int | None, max_length: int | None
+) -> TextModality:
+    """Return the modality of this name, which has sizes of its own."""
+    found = model.modality(name)
+    if not isinstance(found, TextModality):
+        raise ConfigError(
+            f"modality {name!r} reads no texts: expected one of kind {TextEncoderConfig.kind!r}"
+        )
+    config = found.config
+    for key, given, own in (
+        ("tokens", tokens, config.tokens),
+        ("max_length", max_length, config.max_length),
+    ):
+        if given not in (None, own):
+            raise ConfigError(
+                f"{key} is {given}, and modality {name!r} has {own}: leave it out, as the vectors "
+                "are to be those of its prompts"
+            )
+    return found
+
+
 def encode_texts(
     model: VisionLanguageModel,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
-    tokens: int = 1,
+    tokens: int | None = None,
     max_length: int | None = None,
-    positions: int = POSITIONS,
+    modality: str | None = None,
 ) -> Float[Tensor, "n T D"]:
-    """Return the hidden states after the final norm of the last tokens of every text, in float32.
-
-    Special tokens that stand in a text are text. Rows of a batch do not see each other, but sums
-    of another length may differ in their last bits.
-
-    Args:
-        model: whose language model reads the texts; one thread at a time may use it.
-        tokenizer: of that model; it writes its own prefix, such as BOS, before each text.
-        texts: any number.
-        tokens: T, how many positions of each text are kept.
-        max_length: tokens that are read of a text, the rest is cut off at its end; None: a text
-            that the model has no positions for is refused.
-        positions: of one batch, rows times the longest.
-
-    Raises:
-        PromptError: a text with fewer than T tokens, or too long a one.
-    """
-    if tokens < 1 or (max_length is not None and max_length < tokens):
-        raise PromptError(
-            f"tokens is {tokens} and max_length {max_length}: expected 1 <= tokens <= max_length"
-        )
-    rows = [
-        _token_ids(model, tokenizer, text, number, tokens, max_length)
-        for number, text in enumerate(texts)
-    ]
-    width = model.language_model.config.hidden_size
-    found = torch.empty(len(rows), tokens, width)
-    for batch in batches_by_length([len(row) for row in rows], positions):
-        prompts = [EncodedPrompt(rows[number], [False] * len(rows[number])) for number in batch]
-        with torch.inference_mode():
-            hidden = model.forward(model.embed_prompts(prompts))
-        found[batch] = hidden[:, -tokens:].to("cpu", torch.float32)
-    return found
-
-
-def _token_ids(
-    model: VisionLanguageModel,
-    tokenizer: Tokenizer,
-    text: str,
-    number: int,
-    tokens: int,
-    max_length: int | None,
-) -> list[int]:
-    ids = tokenizer.encode(text, literal=[(0, len(text))])[:max_length]
-    limit = model.language_model.config.max_positions
-    if len(ids) < tokens:
-        raise PromptError(
-            f"text {number} ({shown(text)}) has {len(ids)} tokens, and the states of the last "
-            f"{tokens} are kept: choose fewer, or leave the text out"
-        )
-    if len(ids) > limit:
-        raise PromptError(
-            f"text {number} ({shown(text)}) has {len(ids)} tokens, and the model reads {limit}: "
-            "give max_length to cut such texts"
-        )
-    return ids
+    """Return the vectors of every text, in float32: see TextEncoder, which encodes many."""
+    encoder = TextEncoder(model, tokenizer, tokens=tokens, max_length=max_length, modality=modality)
+    return encoder.encode(texts)
 
 
 def batches_by_length(lengths: Sequence[int], positions: int) -> Iterator[list[int]]:
@@ -138,13 +230,10 @@ def batches_by_length(lengths: Sequence[int], positions: int) -> Iterator[list[i
 
 def build_store(
     path: str | Path,
-    items: Iterable[tuple[str, str]],
-    model: VisionLanguageModel,
-    tokenizer: Tokenizer,
+    items: Iterable[tuple[str | int, str]],
+    encoder: TextEncoder,
     *,
-    tokens: int = 1,
     dtype: str | None = None,
-    max_length: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Encode items into a store, those that are not there yet; return how many were encoded.
@@ -154,22 +243,19 @@ def build_store(
     Args:
         path: of the store; made where there is none.
         items: ids and texts.
-        model: the encoder.
-        tokenizer: of that model.
-        tokens: see `encode_texts`.
+        encoder: what reads the texts.
         dtype: number format; None: that of the store, or float16.
-        max_length: see `encode_texts`.
         progress: called with how many items are done.
 
     Raises:
         StoreError: see StoreWriter.
-        PromptError: see `encode_texts`.
+        PromptError: see `TextEncoder.encode`.
     """
     writer = StoreWriter(
         path,
-        encoder=fingerprint(model, max_length=max_length),
-        width=model.language_model.config.hidden_size,
-        tokens=tokens,
+        encoder=encoder.fingerprint,
+        width=encoder.width,
+        tokens=encoder.tokens,
         dtype=dtype,
     )
     with writer:
@@ -180,9 +266,7 @@ def build_store(
             while chunk := list(islice(stream, _CHUNK)):
                 needed = [chunk[at] for at in writer.needed(*_columns(chunk))]
                 ids, texts = _columns(needed)
-                vectors = encode_texts(
-                    model, tokenizer, texts, tokens=tokens, max_length=max_length
-                )
+                vectors = encoder.encode(texts, names=[f"item {shown(one)}" for one in ids])
                 encoded += writer.add(ids, vectors, texts)
                 done += len(chunk)
                 progress(done)
@@ -196,5 +280,5 @@ def build_store(
     return encoded
 
 
-def _columns(items: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+def _columns(items: Sequence[tuple[str | int, str]]) -> tuple[list[str | int], list[str]]:
     return [one for one, _ in items], [text for _, text in items]

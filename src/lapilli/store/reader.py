@@ -285,16 +285,21 @@ class Store:
         self._snapshot = fresh  # in one step: other threads read meanwhile
         return True
 
-    def _wrong_stamps(self, snapshot: Snapshot) -> frozenset[int]:
+    def _wrong_stamps(self, snapshot: Snapshot, encoder: str | None = None) -> frozenset[int]:
+        """Return the stamps that are refused, by the store or by one call with this encoder."""
         return frozenset(
             number
             for number, stamp in enumerate(snapshot.manifest.stamps)
             if (self.encoder not in (None, stamp.encoder))
+            or (encoder not in (None, stamp.encoder))
             or (self.projector not in (None, stamp.projector))
         )
 
     def __len__(self) -> int:
         return self._snapshot.manifest.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids())
 
     @property
     def width(self) -> int:
@@ -322,19 +327,26 @@ class Store:
         """Return the keys of ids, uint64 [n], for `read`: hashing is most of the time of `get`."""
         return keys_of(encode_ids(several(ids)))
 
-    def get(self, ids: Ids, *, dtype: torch.dtype | None = torch.float32) -> Tensor:
+    def get(
+        self,
+        ids: Ids,
+        *,
+        dtype: torch.dtype | None = torch.float32,
+        encoder: str | None = None,
+    ) -> Tensor:
         """Return the vectors of ids, [n, T_s, W].
 
         Args:
             ids: texts or whole numbers; one alone is as a list of one.
             dtype: of the result; None: that of the files.
+            encoder: what made the vectors that this call takes, where the store was opened for any.
 
         Raises:
             StoreError: an id that is not there, or whose vectors are from another encoder.
         """
         encoded = encode_ids(several(ids))
         snapshot = self._snapshot
-        places = self._places(snapshot, keys_of(encoded), encoded)
+        places = self._places(snapshot, keys_of(encoded), encoded, encoder)
         if len(places) and snapshot.ids_at(places) != encoded:
             pairs = zip(snapshot.ids_at(places), encoded, strict=True)
             raise self._unknown([asked for found, asked in pairs if found != asked])
@@ -375,7 +387,13 @@ class Store:
         snapshot = self._snapshot
         return snapshot.vectors_at(self._places(snapshot, wanted, None), self._result_dtype(dtype))
 
-    def _places(self, snapshot: Snapshot, keys: Array, ids: Sequence[bytes] | None) -> Array:
+    def _places(
+        self,
+        snapshot: Snapshot,
+        keys: Array,
+        ids: Sequence[bytes] | None,
+        encoder: str | None = None,
+    ) -> Array:
         """Return the places of keys, all of which are there and fresh."""
         places = snapshot.find(keys)
         if len(places) and int(places.min()) < 0:
@@ -383,14 +401,15 @@ class Store:
             raise self._unknown(
                 [f"key {keys[at]}".encode() if ids is None else ids[at] for at in missing]
             )
-        if snapshot.wrong:
+        wrong = snapshot.wrong if encoder is None else self._wrong_stamps(snapshot, encoder)
+        if wrong:
             stamps = snapshot.stamp_of(places)
-            stale = np.flatnonzero(np.isin(stamps, list(snapshot.wrong)))
+            stale = np.flatnonzero(np.isin(stamps, list(wrong)))
             if len(stale):
                 first = snapshot.ids_at(places[stale[:1]])[0].decode("utf-8", "replace")
                 found = snapshot.manifest.stamps[int(stamps[stale[0]])]
                 more = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
-                raise self._stale(found, f"id {shown(first)}{more}")
+                raise self._stale(found, f"id {shown(first)}{more}", encoder)
         return places
 
     def _unknown(self, missing: Sequence[bytes]) -> StoreError:
@@ -403,10 +422,12 @@ class Store:
             "or reload the store if they were added after it was opened"
         )
 
-    def _stale(self, found: Stamp, what: str) -> StoreError:
-        wants_encoder = self.encoder not in (None, found.encoder)
-        kind = "encoder" if wants_encoder else "projector"
-        expected, got = getattr(self, kind), getattr(found, kind)
+    def _stale(self, found: Stamp, what: str, encoder: str | None = None) -> StoreError:
+        wanted = next(
+            (one for one in (self.encoder, encoder) if one not in (None, found.encoder)), None
+        )
+        kind = "projector" if wanted is None else "encoder"
+        expected, got = wanted or self.projector, getattr(found, kind)
         return StoreError(
             f"{self.path}: {what} was made by another {kind}: expected {shown(expected)}, found "
             f"{shown(got)}; encode the items again, or open the store with the {kind} that made it"
@@ -473,6 +494,16 @@ class Store:
         manifest = self._snapshot.manifest
         for record in (*manifest.shards, *manifest.indexes):
             check_digest(self.path, record)
+
+    def check_encoder(self, encoder: str) -> None:
+        """Refuse a store that has entries, and none of this encoder.
+
+        Raises:
+            StoreError: so it is; the message names both encoders.
+        """
+        stamps = self._snapshot.manifest.stamps
+        if len(self) and all(stamp.encoder != encoder for stamp in stamps):
+            raise self._stale(stamps[0], "every entry", encoder)
 
     def stamps(self) -> list[Stamp]:
         """Return what made the entries that are there; replaced and deleted ones do not count."""

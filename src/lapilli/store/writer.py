@@ -93,6 +93,9 @@ class StoreWriter:
             raise StoreError(
                 f"number format {shown(dtype)}: expected one of {', '.join(NUMBER_FORMATS)}"
             )
+        for name, size in (("width", width), ("tokens", tokens)):
+            if size is not None and (type(size) is not int or size < 1):
+                raise StoreError(f"{name} is {shown(size)}: expected a whole number from 1 on")
         self.path = store_path(path)
         self._stamp = Stamp(encoder=encoder, projector=projector)
         self._wanted = {"width": width, "tokens": tokens, "dtype": dtype}
@@ -146,7 +149,9 @@ class StoreWriter:
         """Forget what was not committed, and let go of the store."""
         if self._lock is not None:
             with suppress(OSError):  # a disk that fails may fail here too: the next writer does it
-                remove_strays(self.path, self._committed)
+                # Of a store that could not be opened nothing is removed: the rest of it is whole.
+                if self._snapshot is not None or not (self.path / MANIFEST).exists():
+                    remove_strays(self.path, self._committed)
             self._lock.release()
             self._lock = None
 
@@ -241,9 +246,7 @@ class StoreWriter:
 
     def _check_vectors(self, vectors: Any, ids: Sequence[bytes]) -> Tensor:  # noqa: ANN401
         number = len(ids)
-        # Copied where they may not be written, of which torch would warn.
-        locked = isinstance(vectors, np.ndarray) and not vectors.flags.writeable
-        found = torch.as_tensor(vectors.copy() if locked else vectors).detach().to("cpu")
+        found = tensor_of(vectors)
         if found.ndim == 2:
             found = found.unsqueeze(1)
         if found.ndim != 3 or not found.is_floating_point():
@@ -446,6 +449,26 @@ def _check_ids(ids: Sequence[bytes]) -> None:
         seen: set[bytes] = set()
         twice = next(one for one in ids if one in seen or seen.add(one))  # type: ignore[func-returns-value]
         raise StoreError(f"id {shown(twice.decode())} comes twice: give each id once")
+
+
+def tensor_of(vectors: Any) -> Tensor:  # noqa: ANN401 - anything that somebody takes for vectors
+    """Return vectors on the CPU.
+
+    Raises:
+        StoreError: no numbers, or numbers that are nowhere or only in places.
+    """
+    # Copied where they may not be written, of which torch would warn.
+    locked = isinstance(vectors, np.ndarray) and not vectors.flags.writeable
+    try:
+        found = torch.as_tensor(vectors.copy() if locked else vectors).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise StoreError(f"vectors are {shown(vectors)}: expected numbers ({error})") from error
+    if found.is_meta or found.layout != torch.strided:
+        raise StoreError(
+            f"vectors are on the device {found.device} in the layout {found.layout}: expected a "
+            "dense tensor of numbers"
+        )
+    return found.to("cpu")
 
 
 def _collision(one: bytes, other: bytes) -> StoreError:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from lapilli.checkpoint.formats.weights import complete_weights
-from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR, TOWER, is_declared
+from lapilli.checkpoint.keymaps import PROJECTOR, TOWER, is_joint
 from lapilli.checkpoint.load import DTYPES, Loaded, load_checkpoint
 from lapilli.checkpoint.read.adapter import is_adapter, open_adapter
 from lapilli.checkpoint.read.directory import find_base
@@ -268,9 +268,7 @@ def _trained_whole(model: VisionLanguageModel, recipe: Recipe) -> list[str]:
 
 def _is_projector_alone(model: VisionLanguageModel) -> bool:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return bool(trained) and all(
-        name.startswith((PROJECTOR, NEWLINE)) or is_declared(name) for name in trained
-    )
+    return bool(trained) and all(is_joint(name) for name in trained)
 
 
 def _spoken(loaded: Loaded, recipe: Recipe) -> Template:
@@ -368,7 +366,7 @@ def _questions(encoded: EncodedSample) -> Iterator[tuple[ProcessedPrompt, list[i
     for start, end in answers_of(encoded.prompt.loss_mask):
         if start == 0 or (encoded.cut and end == len(ids)):
             continue
-        before = tuple(span for span in spans if span.start < start)
+        before = tuple(span for span in spans if span.start + span.length <= start)
         prompt = EncodedPrompt(ids[:start], [False] * start, before)
         yield ProcessedPrompt(prompt, tuple(encoded.media[: len(before)])), ids[start:end]
 

@@ -4,7 +4,7 @@
     model.projector  --mm_projector.*---> over the projector of it
     data.template    --is it the base's? does the vocabulary have its marks?--> Template
 
-    align            the projectors of all modalities, and the learned row end
+    align            the projectors of all modalities, gated cross-attention, the learned row end
     instruct         those and the language model, or an adapter beside its layers
     both             the tower too with `model.tune_tower`: the layers that its features come from;
                      encoders of declared modalities with `model.tune_encoder`
@@ -23,7 +23,15 @@ from torch import nn
 
 from lapilli.checkpoint.formats.quantized import stored_quantization
 from lapilli.checkpoint.formats.weights import WeightStore
-from lapilli.checkpoint.keymaps import DECLARED, NEWLINE, PROJECTOR, TOWER, is_declared
+from lapilli.checkpoint.keymaps import (
+    ATTENTION,
+    DECLARED,
+    NEWLINE,
+    PROJECTOR,
+    TOWER,
+    is_declared,
+    is_joint,
+)
 from lapilli.checkpoint.load import Loaded, load_checkpoint, with_modalities
 from lapilli.checkpoint.read.plan import PROJECTOR_FILES, make_plan
 from lapilli.checkpoint.source import RESULTS
@@ -123,7 +131,7 @@ def _is_float32(model: ModelRecipe, name: str) -> bool:
     if is_declared(name):
         owner, _, part = name.removeprefix("modalities.").partition(".")
         return not part.startswith("encoder.") or owner in model.tune_encoder
-    return name.startswith((PROJECTOR, NEWLINE)) or (model.tune_tower and name.startswith(TOWER))
+    return is_joint(name) or (model.tune_tower and name.startswith(TOWER))
 
 
 def _fresh_modalities(recipe: Recipe, loaded: Loaded) -> dict[str, object]:
@@ -164,11 +172,7 @@ def load_projector(model: VisionLanguageModel, folder: Path) -> None:
             f"recipe key model.projector: no {' or '.join(PROJECTOR_FILES)} in {folder} or "
             f"{folder / RESULTS}: give the folder of an align run"
         )
-    own = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.startswith((PROJECTOR, NEWLINE)) or is_declared(name)
-    }
+    own = {name: parameter for name, parameter in model.named_parameters() if is_joint(name)}
     store = WeightStore.of_files([file])
     pairs = ((_own_name(name), name) for name in store.infos)
     found = {ours: name for ours, name in pairs if ours is not None}
@@ -195,7 +199,7 @@ def _own_name(foreign: str) -> str | None:
     """Return the parameter of a tensor beside a base; None where it is no projector's."""
     if foreign.endswith("image_newline"):
         return NEWLINE
-    for mark, prefix in (("mm_projector.", PROJECTOR), DECLARED):
+    for mark, prefix in (("mm_projector.", PROJECTOR), ATTENTION, DECLARED):
         _, found, rest = foreign.rpartition(mark)
         if found:
             return prefix + rest
@@ -280,6 +284,7 @@ def choose_trainable(model: VisionLanguageModel, recipe: Recipe) -> tuple[str, .
             trained += _used(modality.vision_tower) if recipe.model.tune_tower else []
         else:
             trained += _of_declared(modality, encoder=name in recipe.model.tune_encoder)
+    trained += [p for name, p in model.named_parameters() if name.startswith(ATTENTION[1])]
     if recipe.stage == "instruct":
         trained += _of_language_model(model, recipe.lora)
     for parameter in trained:
@@ -372,7 +377,7 @@ def _go_on(model: VisionLanguageModel, lora: LoraRecipe) -> None:
 
 
 def default_targets(model: nn.Module) -> tuple[str, ...]:
-    """Return every linear layer of the language model but the head, by path.
+    """Return every linear layer of the language model but the head and the gated blocks, by path.
 
     Source: LLaVA train.py find_all_linear_names.
     """
@@ -381,6 +386,7 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | FrozenQuantizedLinear)
         and path.startswith("language_model.")
+        and not path.startswith(ATTENTION[1])
         and not path.endswith(".lm_head")
     )
 

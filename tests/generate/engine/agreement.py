@@ -36,5 +36,5 @@ def logits_after(
     answer = model.language_model.embed(torch.tensor([token_ids], dtype=torch.long))
     x = torch.cat((batch.inputs_embeds, answer), dim=1)
     positions = torch.arange(x.shape[1])[None]
-    hidden = model.language_model.forward(x, position_ids=positions)
+    hidden = model.language_model.forward(x, position_ids=positions, memory=batch.memory)
     return model.logits(hidden[0, -1])

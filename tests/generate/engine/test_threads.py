@@ -212,7 +212,11 @@ MALFORMED = {
     "priority without order": ({"priority": float("nan")}, RequestError, "priority"),
     "span beyond the prompt": ({"prompt": spans(Span(0, 3, 3, "vector"))}, RequestError, "Span"),
     "negative span": ({"prompt": spans(Span(0, -1, 3, "vector"))}, RequestError, "Span"),
-    "empty span": ({"prompt": spans(Span(0, 1, 0, "vector"))}, RequestError, "Span"),
+    "empty span": (
+        {"prompt": spans(Span(0, 1, 0, "vector"))},
+        FusionError,
+        "the span has 0 positions, and features of this modality stand in the sequence",
+    ),
     "spans over each other": (
         {
             "prompt": spans(Span(0, 1, 3, "vector"), Span(0, 2, 3, "vector")),

@@ -279,6 +279,8 @@ VALUES = {
     "optim.betas": (0.5, 0.6),
     "run.epochs": 2.0,
     "model.freeze": ("modalities.image.projector.",),
+    "model.tune_encoder": ("user",),
+    "model.modalities": {"user": {"kind": "vector", "width": 4}},
 }
 # With these the key above counts.
 BESIDE = {

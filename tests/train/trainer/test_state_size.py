@@ -56,7 +56,7 @@ CASES = [
     (layout, what)
     for layout in ("original", "huggingface", *PACKED)
     for what in WHAT
-    if layout not in PACKED or what in ("projector", "lora")
+    if layout not in PACKED or what == "projector"  # packed weights do not learn
 ]
 
 

@@ -15,12 +15,13 @@ from torch.overrides import TorchFunctionMode
 
 from lapilli.checkpoint.formats.quantized import LayerQuantizer
 from lapilli.checkpoint.formats.weights import WeightStore, check_values
-from lapilli.checkpoint.keymaps import EMBEDDINGS, LANGUAGE_MODEL, OUTPUT
+from lapilli.checkpoint.keymaps import ATTENTION, EMBEDDINGS, LANGUAGE_MODEL, OUTPUT
 from lapilli.checkpoint.read.directory import ADAPTER, BASE, WeightPart
+from lapilli.config.modalities import attended, attention_every
 from lapilli.config.model import ModelConfig
 from lapilli.config.reader import KeyReport, in_file, shown
 from lapilli.errors import CheckpointError, MissingWeightsError, ShapeMismatchError
-from lapilli.lm import build_language_model
+from lapilli.lm import add_cross_attention, build_language_model
 from lapilli.modality import build_modality
 from lapilli.modality.image.image import ImageModality
 from lapilli.model import VisionLanguageModel
@@ -113,7 +114,10 @@ def build_model(config: ModelConfig) -> VisionLanguageModel:
         for name, declared in config.modalities:
             width = config.text.hidden_size
             modalities[name] = build_modality(name, declared, hidden_size=width)
-        return VisionLanguageModel(language_model, modalities)
+        every = attention_every(config.modalities)
+        if every is not None:
+            add_cross_attention(language_model, every)
+        return VisionLanguageModel(language_model, modalities, attended=attended(config.modalities))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +222,7 @@ def match(parts: Sequence[WeightPart], model: nn.Module, *, tied: bool) -> Match
         for foreign in part.store.infos:
             ours = part.parameter(foreign)
             # A base may be a LLaVA with an image part that its adapter's config does not have.
-            surplus = part.label == BASE and (ours or "").startswith("modalities.")
+            surplus = part.label == BASE and (ours or "").startswith(("modalities.", ATTENTION[1]))
             if part.is_dropped(foreign) or (tied and ours == OUTPUT):
                 dropped.append(foreign)
             elif ours is None or ours not in expected:

@@ -18,7 +18,7 @@ from torch import nn
 
 from lapilli.checkpoint.formats.quantized import KEY, is_packed_here, with_quantization_file
 from lapilli.checkpoint.formats.weights import WeightStore, find_weight_files
-from lapilli.checkpoint.keymaps import DECLARED, OUTPUT, PROJECTOR, KeyMap
+from lapilli.checkpoint.keymaps import ATTENTION, DECLARED, OUTPUT, PROJECTOR, KeyMap
 from lapilli.checkpoint.read.adapter import Adapter, is_adapter, open_adapter
 from lapilli.checkpoint.read.assemble import (
     Matching,
@@ -63,7 +63,7 @@ PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 PEFT_ADAPTER = "PEFT adapter"
 # Beginnings of names that carry the `model.` of PEFT's wrapper before their own.
-WRAPPED = ("model.model.", "model.transformer.", f"model.{DECLARED[0]}")
+WRAPPED = ("model.model.", "model.transformer.", f"model.{ATTENTION[0]}", f"model.{DECLARED[0]}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,11 +15,10 @@ from pathlib import Path
 from torch import Tensor
 
 from lapilli.checkpoint.keymaps import (
-    NEWLINE,
     PROJECTOR,
     TEXT,
     KeyMap,
-    is_declared,
+    is_joint,
     original_keymap,
 )
 from lapilli.checkpoint.read.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WRAPPER
@@ -146,8 +145,7 @@ def _split(
     beside = {
         name: tensor
         for name, tensor in state.items()
-        if ".lora_" not in name
-        and (name.startswith((PROJECTOR, NEWLINE)) or is_declared(name) or name in trained)
+        if ".lora_" not in name and (is_joint(name) or name in trained)
     }
     others = {WRAPPER + name: tensor for name, tensor in keymap.rename(beside).items()}
     return halves, others

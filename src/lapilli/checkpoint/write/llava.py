@@ -13,11 +13,10 @@ import torch
 
 from lapilli.checkpoint.formats.quantized import KEY, check_quantization, written_quantization
 from lapilli.checkpoint.keymaps import (
-    NEWLINE,
-    PROJECTOR,
     TOWER,
     VISION_TOWER,
     is_declared,
+    is_joint,
     original_keymap,
 )
 from lapilli.checkpoint.template import written_template
@@ -170,11 +169,7 @@ def save_projector(
     config = as_original(config)
     whole = model.state_dict() if state is None else state
     check_declared(whole, config)
-    projector = {
-        name: tensor
-        for name, tensor in whole.items()
-        if name.startswith((PROJECTOR, NEWLINE)) or is_declared(name)
-    }
+    projector = {name: tensor for name, tensor in whole.items() if is_joint(name)}
     named = {} if base is None else {"_name_or_path": base}
     with new_directory(path, overwrite=overwrite) as folder:
         write_pickled(folder / "mm_projector.bin", original_keymap(config.text).rename(projector))

@@ -28,7 +28,7 @@ from lapilli.config.generation import EngineOptions
 from lapilli.generate.engine.block_pool import release_memory
 from lapilli.generate.engine.feature_cache import FeatureCache
 from lapilli.generate.engine.sequence import ScheduledSequence, Sequence, check_features
-from lapilli.lm import LanguageModel
+from lapilli.lm import LanguageModel, Memory
 from lapilli.model import VisionLanguageModel, fuse
 from lapilli.nn.kv_cache import StaticBatch
 from lapilli.nn.paged import BlockStore, PagedBatch, PagedRow
@@ -86,10 +86,10 @@ class StaticSteps:
         return tuple(self._recorded)
 
     def supports(self, scheduled: Items[ScheduledSequence]) -> bool:
-        """Return whether all rows are decoding and their new positions fit."""
+        """Return whether all rows are decoding, look at nothing, and their new positions fit."""
         positions = sum(one.length for one in scheduled)
         return positions <= self._row_counts[-1] and all(
-            one.sequence.is_decoding for one in scheduled
+            one.sequence.is_decoding and not one.sequence.is_looking for one in scheduled
         )
 
     def clear(self) -> None:
@@ -366,6 +366,7 @@ def run_varlen(
         fuse(x[None], *scheduled_features(scheduled)),
         position_ids=both[1:],
         cache=PagedBatch(store, rows, unchanged=unchanged),
+        memory=scheduled_memory(scheduled, like=x),
     )
     if not ends:
         return None
@@ -394,6 +395,30 @@ def scheduled_features(
     return parts, spans
 
 
+def scheduled_memory(scheduled: Items[ScheduledSequence], *, like: Tensor) -> Memory | None:
+    """Return what stands beside the sequences as the memory of the flat row; None: nothing.
+
+    The new positions of a sequence see its own media alone, as far as these are not after them.
+    `like` is a tensor of the dtype and on the device of the features.
+    """
+    parts: list[Memory] = []
+    places: list[tuple[int, int]] = []
+    at = 0
+    for one in scheduled:
+        row = one.sequence
+        for i, span in enumerate(row.prompt.spans if row.is_looking else ()):
+            features = row.features[i]
+            first = max(0, span.start - row.length)
+            if span.length or features is None or first >= one.length:
+                continue
+            if i not in row.memories:
+                row.memories[i] = Memory.of_rows([features], [(0, 0, 0)], rows=1, like=like)
+            parts.append(row.memories[i])
+            places.append((at + first, at + one.length))
+        at += one.length
+    return Memory.joined(parts, places) if parts else None
+
+
 class MediaEncoder:
     """Encoder of media whose positions are scheduled, each content once per weights version."""
 
@@ -413,13 +438,16 @@ class MediaEncoder:
         start = sequence.length
         for i, span in enumerate(sequence.prompt.spans):
             is_ahead = span.start < start + count and span.start + span.length > start
+            if span.length == 0:  # whoever stands behind it looks at it, an answer too
+                is_ahead = span.start <= start + count
             if not is_ahead or sequence.features[i] is not None:
                 continue
             item, key = sequence.media[i], (sequence.digests[i], weights_version)
             known = item if isinstance(item, Tensor) else self._cache.get(key)
             if known is None:
                 if most <= 0:
-                    return max(0, span.start - start)
+                    # What only the answer sees has to be there before the answer begins.
+                    return max(0, min(span.start, sequence.prompt_length - 1) - start)
                 most -= 1
                 known = self._encode(item, span.modality)
                 self._cache.put(key, known)

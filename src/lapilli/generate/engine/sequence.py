@@ -4,6 +4,7 @@ Request --InputProcessor: everything that can be refused is refused here--> Sequ
 Sequence --Scheduler--> ScheduledSequence: the tokens that it computes in one step
 """
 
+import hashlib
 from collections.abc import Collection
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lapilli.generate.output import GenerationState, TokenBytes, TokenLogprob
 from lapilli.generate.reference import check_context
 from lapilli.generate.sampler import SamplingState, check_logit_bias
 from lapilli.generate.speculative import IsWorth, Proposer
+from lapilli.lm import Memory
 from lapilli.model import VisionLanguageModel
 from lapilli.nn.paged import MOST_TOGETHER
 from lapilli.prompt.encode import EncodedPrompt, Span
@@ -54,13 +56,16 @@ class Sequence:
         self.tokens = list(self.prompt.input_ids)
         self.keys = position_keys(self.prompt, digests)
         self.features: list[Float[Tensor, "n D"] | None] = [None] * len(self.prompt.spans)
+        self.memories: dict[int, Memory] = {}
+        """Of media beside the sequence by number, once their features are known."""
         self.chain: tuple[bytes, ...] = ()
         """Digests of the beginnings of the prompt (BlockPool.chain)."""
         self.table: BlockTable | None = None
         self.length = 0
         """Tokens whose keys and values are computed."""
-        self.is_stale = False
-        """The model changed meanwhile, so its keys and values are not shared."""
+        self.is_stale = any(span.start == self.prompt_length for span in self.prompt.spans)
+        """The model changed meanwhile, or only the answer sees a medium, which no key of a token
+        tells: so its keys and values are not shared."""
         self.is_open = False
         """It is being changed; after an interrupt such a sequence fails."""
         self.sampling: SamplingState | None = None
@@ -76,6 +81,11 @@ class Sequence:
     def is_decoding(self) -> bool:
         """True once the prompt is computed and the answer has begun."""
         return len(self.tokens) > self.prompt_length
+
+    @property
+    def is_looking(self) -> bool:
+        """True where media stand beside the sequence."""
+        return any(span.length == 0 for span in self.prompt.spans)
 
     @property
     def num_needed_positions(self) -> int:
@@ -127,10 +137,19 @@ class ScheduledSequence:
 
 
 def position_keys(prompt: EncodedPrompt, digests: Items[bytes]) -> list[int]:
-    """Return the key of every position: a token id, or a number below zero in a medium."""
+    """Return the key of every position: a token id, or a number below zero in a medium.
+
+    The first position that sees a medium beside the sequence has such a number too, so that nothing
+    behind it is shared with a prompt that has another.
+    """
     keys = list(prompt.input_ids)
-    for span, digest in zip(prompt.spans, digests, strict=True):
+    media = list(zip(prompt.spans, digests, strict=True))
+    for span, digest in media:
         keys[span.start : span.start + span.length] = media_keys(digest, span.length)
+    for span, digest in media:
+        if span.length == 0 and span.start < len(keys):
+            both = hashlib.sha256(digest + f"{keys[span.start]:x}".encode()).digest()
+            [keys[span.start]] = media_keys(both, 1)
     return keys
 
 
@@ -216,12 +235,19 @@ class InputProcessor:
 
     def _check_medium(self, span: Span, item: Any) -> None:  # noqa: ANN401
         """Check that an item was made by its modality, and is as long as its span."""
-        modality = self._model.modality(span.modality)
+        self._model.modality(span.modality)
+        is_beside = span.modality in self._model.attended
+        if (span.length == 0) is not is_beside:
+            raise FusionError(
+                f"the {span.modality} at position {span.start}: the span has {span.length} "
+                f"positions, and features of this modality stand "
+                f"{'beside' if is_beside else 'in'} the sequence"
+            )
         if isinstance(item, Tensor):
             check_given_features(item, span, self._config.hidden_size)
             return
         try:
-            length = modality.num_tokens(item)
+            length = self._model.span_length(span.modality, item)
         except Exception as error:  # a modality may be any code
             raise RequestError(
                 f"the {span.modality} at position {span.start} is a {type(item).__name__}, which "
@@ -265,10 +291,10 @@ def check_spans(spans: Items[Span], length: int) -> None:
     end = 0
     for span in spans:
         fits = isinstance(span, Span) and is_whole(span.start) and is_whole(span.length)
-        if not (fits and span.length > 0 and end <= span.start <= length - span.length):
+        if not (fits and span.length >= 0 and end <= span.start <= length - span.length):
             raise RequestError(
-                f"{span}: spans are {length} positions of the prompt or fewer, at least one each, "
-                f"in their order and side by side at most; this one may begin at {end}"
+                f"{span}: spans are {length} positions of the prompt or fewer, in their order and "
+                f"side by side at most; this one may begin at {end}"
             )
         end = span.start + span.length
 
@@ -279,7 +305,8 @@ def check_features(features: Tensor, span: Span, width: int) -> None:
     Raises:
         FusionError: another shape.
     """
-    if tuple(features.shape) != (span.length, width):
+    is_beside = span.length == 0 and features.ndim == 2 and len(features) > 0
+    if tuple(features.shape) != (len(features) if is_beside else span.length, width):
         raise FusionError(
             f"the {span.modality} at position {span.start}: the span has {span.length} positions "
             f"of width {width}, the features are {list(features.shape)}"

@@ -106,9 +106,9 @@ class SampleEncoder:
             )
 
     def count(self, sample: Sample, media: Sequence[Any]) -> list[int]:
-        """Return the positions of every prepared medium of a sample."""
+        """Return the positions of every prepared medium of a sample; 0 of one beside it."""
         return [
-            self._model.modality(part.modality).num_tokens(item)
+            self._model.span_length(part.modality, item)
             for part, item in zip(sample.media, media, strict=True)
         ]
 

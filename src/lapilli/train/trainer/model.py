@@ -1,6 +1,7 @@
 """Model in training: a vision language model from a batch to its summed loss; knows no files.
 
-    media --tower, projector--> features --noise--> fuse over the text --noise--> layers
+    media --tower, projector--> features --noise--> fuse over the text, or remember beside it
+          --noise--> layers
           --> hidden states where something is predicted --> logits --> cross entropy
 
 A module, so that FSDP2 can wrap it. What a stage does not train is computed without gradients and
@@ -15,8 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F  # noqa: N812  torch's own habit
 
 from lapilli.errors import UnsupportedModelError
+from lapilli.lm import Memory
 from lapilli.modality.image.image import ImageModality
-from lapilli.model import VisionLanguageModel, fuse
+from lapilli.model import VisionLanguageModel, fuse, remember
 from lapilli.nn.kv_cache import Segments, uncompiled_segments
 from lapilli.nn.linear import rounded
 from lapilli.shapes import Bool, Float, Int, Tensor
@@ -158,15 +160,20 @@ class TrainedModel(nn.Module):
             raise UnsupportedModelError(
                 "a language model of transformers cannot read packed rows: set data.pack = false"
             )
-        embeds = self._embeds(batch)
+        embeds, memory = self._embeds(batch)
         return language_model.forward(
             embeds,
             position_ids=batch.position_ids.to(embeds.device),
             cache=self._segments(batch.segments) if packed else None,
+            memory=memory,
         )
 
-    def _embeds(self, batch: TrainingBatch) -> Float[Tensor, "B T D"]:
-        """Return text and media as vectors, in the autocast's width where there is one."""
+    def _embeds(self, batch: TrainingBatch) -> tuple[Float[Tensor, "B T D"], Memory | None]:
+        """Return text and media as vectors, in the autocast's width where there is one.
+
+        And the features beside the rows, if only one that nobody sees where blocks have to be
+        called: see `_seen`.
+        """
         device = self.vlm.device
         text = self.vlm.language_model.embed(batch.input_ids.to(device))
         if torch.is_autocast_enabled(device.type):
@@ -179,9 +186,12 @@ class TrainedModel(nn.Module):
         if alpha and self.noise.on == "image":
             features = [noisy(item, alpha) for item in features]
         fused = fuse(text, features, batch.spans) + idle
+        memory = remember(text, features, batch.spans, batch.ends)
+        if memory is None and self.vlm.attended and (self.training or self._is_sharded):
+            memory = Memory.of_rows([], [], rows=len(text), like=text)
         if alpha and self.noise.on == "all":
             fused = noisy_samples(fused, batch.segments, alpha)
-        return fused
+        return fused, memory
 
     def _seen(self, batch: TrainingBatch) -> tuple[list[Float[Tensor, "_ D"]], Tensor | float]:
         """Return the features of every item, and zero.

@@ -151,6 +151,7 @@ class TrainingBatch:
         num_valid: supervised tokens.
         ids: names of the samples, sequence after sequence.
         skipped: why other samples, which these stand in for, could not be read.
+        ends: of every span the end of its sample in the sequence; (): samples are sequences.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -162,6 +163,7 @@ class TrainingBatch:
     num_valid: int
     ids: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
 
     @property
     def is_packed(self) -> bool:
@@ -182,6 +184,7 @@ def collate_packed(bins: Sequence[Sequence[EncodedLike]]) -> TrainingBatch:
     mask = torch.zeros(shape, dtype=torch.bool)
     positions = torch.zeros(shape, dtype=torch.long)
     spans: list[Span] = []
+    ends: list[int] = []
     media: list[Any] = []
     for row, samples in enumerate(bins):
         start = 0
@@ -192,6 +195,7 @@ def collate_packed(bins: Sequence[Sequence[EncodedLike]]) -> TrainingBatch:
             mask[row, start] = False
             positions[row, start:end] = torch.arange(len(prompt))
             spans += [Span(row, start + s.start, s.length, s.modality) for s in prompt.spans]
+            ends += [end] * len(prompt.spans)
             media += sample.media
             start = end
     return TrainingBatch(
@@ -204,6 +208,7 @@ def collate_packed(bins: Sequence[Sequence[EncodedLike]]) -> TrainingBatch:
         num_valid=int(mask.sum()),
         ids=tuple(sample.id for samples in bins for sample in samples),
         skipped=tuple(why for samples in bins for sample in samples for why in sample.skipped),
+        ends=tuple(ends),
     )
 
 
