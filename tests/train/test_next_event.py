@@ -12,7 +12,8 @@ from lapilli.config.modalities import CategoricalFeature, EventsConfig, VectorCo
 from lapilli.errors import ConfigError, MediaError
 from lapilli.modality import build_modality
 from lapilli.modality.events import EventsModality
-from lapilli.train.next_event import NextEventTask, batches_of_similar_length
+from lapilli.train.data.sampler import batches_of_similar_length
+from lapilli.train.next_event import NextEventTask
 from lapilli.train.recipe import OptimRecipe, RunRecipe, TrainerRecipe
 from lapilli.train.trainer.loop import Task, TrainingError, train
 from tests.train.conftest import steps_of

@@ -14,13 +14,11 @@ Source: Junyi Chen et al. 2024 (HLLM, arXiv 2409.12740): an item model, a user m
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 from typing import Any, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn import functional as F  # noqa: N812  torch's own habit
 
 from lapilli.config.reader import shown
@@ -33,7 +31,7 @@ from lapilli.model import VisionLanguageModel
 from lapilli.nn.linear import rounded
 from lapilli.pipeline import Chat
 from lapilli.shapes import Float, Tensor
-from lapilli.train.next_event import batches_of_similar_length
+from lapilli.train.data.sampler import OrderByLength
 from lapilli.train.recipe import RunRecipe
 from lapilli.train.trainer.model import TrainedModel
 from lapilli.train.trainer.task import Loss, Plain
@@ -286,13 +284,7 @@ class NextItemTask:
             for at in range(0, len(history) - 1, self.max_items)
         ]
         lengths = [len(piece) for _, piece in self._pieces]
-        self._size = min(self.run.batch_size, len(lengths))
-
-        def epoch(number: int) -> NDArray[np.int64]:
-            rng = np.random.default_rng([self.run.seed, number, 47])
-            return batches_of_similar_length(lengths, self._size, rng)
-
-        self._epoch = lru_cache(maxsize=2)(epoch)
+        self._order = OrderByLength(lengths, self.run, stream=47)
 
     @property
     def num_samples(self) -> int:
@@ -319,9 +311,7 @@ class NextItemTask:
 
         Histories that fill no micro-batch of an epoch wait for another one.
         """
-        number = step * self.run.gradient_accumulation_steps + micro
-        epoch, at = divmod(number, len(self._pieces) // self._size)
-        chosen = [self._pieces[i] for i in self._epoch(epoch)[at]]
+        chosen = [self._pieces[i] for i in self._order.indices(step, micro)]
         rng = np.random.default_rng([self.run.seed, step, micro, 53])
         drawn = rng.integers(len(self.catalogue), size=self.negatives).tolist()
         used, local = _renumbered([piece for _, piece in chosen], drawn)

@@ -161,7 +161,7 @@ class StoreWriter:
 
     @property
     def is_open(self) -> bool:
-        """Whether it can still write: it ends with its block, and when the disk fails."""
+        """Return whether it can still write: it ends with its block, and when the disk fails."""
         return self._lock is not None
 
     def _check_open(self) -> None:

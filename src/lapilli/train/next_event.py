@@ -12,22 +12,17 @@ Source: Ning et al. 2024 (User-LLM), section 3.1: next-event prediction, the sum
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from lapilli.errors import ConfigError
 from lapilli.generate.engine.feature_cache import content_digest
 from lapilli.modality import Modality
 from lapilli.modality.events import EventsModality, PreparedEvents
+from lapilli.train.data.sampler import OrderByLength
 from lapilli.train.recipe import RunRecipe
 from lapilli.train.trainer.task import Loss, Plain
-
-_SORTED: Final = 50  # micro-batches whose histories are sorted by length together
 
 
 class NextEventModel(nn.Module):
@@ -88,13 +83,7 @@ class NextEventTask:
             )
         self.model = NextEventModel(self._events)
         lengths = [len(piece.categories) for piece in self._pieces]
-        self._size = min(self.run.batch_size, len(lengths))
-
-        def epoch(number: int) -> NDArray[np.int64]:
-            rng = np.random.default_rng([self.run.seed, number, 43])
-            return batches_of_similar_length(lengths, self._size, rng)
-
-        self._epoch = lru_cache(maxsize=2)(epoch)
+        self._order = OrderByLength(lengths, self.run, stream=43)
 
     @property
     def num_samples(self) -> int:
@@ -115,9 +104,7 @@ class NextEventTask:
 
         Pieces that fill no micro-batch of an epoch wait for another one.
         """
-        number = step * self.run.gradient_accumulation_steps + micro
-        epoch, at = divmod(number, len(self._pieces) // self._size)
-        made = [self._pieces[i] for i in self._epoch(epoch)[at]]
+        made = [self._pieces[i] for i in self._order.indices(step, micro)]
         return made, _count(made)
 
     def loss(self, batch: Sequence[PreparedEvents]) -> Loss:
@@ -143,21 +130,3 @@ class NextEventTask:
 
 def _count(items: Sequence[PreparedEvents]) -> int:
     return sum(len(item.categories) - 1 for item in items)
-
-
-def batches_of_similar_length(
-    lengths: Sequence[int], size: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """Return random batches [count, size] whose samples are about as long as each other.
-
-    Each sample comes once; those that fill no batch are left out, others every time.
-    """
-    order = rng.permutation(len(lengths))[: len(lengths) // size * size]
-    sizes = np.asarray(lengths)[order]
-    chunks = range(0, len(order), _SORTED * size)
-    by_length = [
-        order[at : at + _SORTED * size][np.argsort(sizes[at : at + _SORTED * size], kind="stable")]
-        for at in chunks
-    ]
-    batches: NDArray[np.int64] = np.concatenate(by_length).reshape(-1, size)
-    return batches[rng.permutation(len(batches))]

@@ -12,8 +12,9 @@ Note: the last step of an epoch is filled from the next one, so every step is wh
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from heapq import heappop, heappush
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from lapilli.errors import ConfigError
+from lapilli.train.recipe import RunRecipe
 
 Group = Literal["none", "length", "modality"]
+_SORTED: Final = 50  # micro-batches whose histories are sorted by length together
 
 
 def draw_indices(num_samples: int, batch_size: int, number: int, *, seed: int) -> NDArray[np.int64]:
@@ -255,3 +258,50 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = grouped_by_modality if self.group_by_modality else grouped_by_length
         return iter(order(self.lengths, self.batch_size, self.world_size, self.generator))
+
+
+class OrderByLength:
+    """The samples of every step and micro-batch, those of one about as long as each other.
+
+    Samples that fill no micro-batch of an epoch wait for another one.
+
+    Args:
+        lengths: of the samples.
+        run: batch size, micro-batches and seed; a micro-batch has no more samples than there are.
+        stream: a number of its own for each use, so that their shuffles differ.
+    """
+
+    def __init__(self, lengths: Sequence[int], run: RunRecipe, *, stream: int) -> None:
+        self._micro_batches = run.gradient_accumulation_steps
+        size = min(run.batch_size, len(lengths))
+        self._per_epoch = len(lengths) // size
+
+        def epoch(number: int) -> NDArray[np.int64]:
+            rng = np.random.default_rng([run.seed, number, stream])
+            return batches_of_similar_length(lengths, size, rng)
+
+        self._epoch = lru_cache(maxsize=2)(epoch)
+
+    def indices(self, step: int, micro: int) -> list[int]:
+        """Return the samples of a micro-batch."""
+        epoch, at = divmod(step * self._micro_batches + micro, self._per_epoch)
+        found: list[int] = self._epoch(epoch)[at].tolist()
+        return found
+
+
+def batches_of_similar_length(
+    lengths: Sequence[int], size: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return random batches [count, size] whose samples are about as long as each other.
+
+    Each sample comes once; those that fill no batch are left out, others every time.
+    """
+    order = rng.permutation(len(lengths))[: len(lengths) // size * size]
+    sizes = np.asarray(lengths)[order]
+    chunks = range(0, len(order), _SORTED * size)
+    by_length = [
+        order[at : at + _SORTED * size][np.argsort(sizes[at : at + _SORTED * size], kind="stable")]
+        for at in chunks
+    ]
+    batches: NDArray[np.int64] = np.concatenate(by_length).reshape(-1, size)
+    return batches[rng.permutation(len(batches))]
