@@ -205,7 +205,7 @@ def check_hf_layout(config: ModelConfig) -> None:
 def _lacks(config: ModelConfig) -> str | None:
     """Return the first property of a model that the layout does not have."""
     family = find_family(config.text.family)
-    if config.vision is None and config.modalities:
+    if config.vision is None:
         return None if family is not None else f"{config.text.family} language model"
     vision, projector, image = _parts(config)
     if family is None or not family.in_hf_llava:

@@ -1,0 +1,360 @@
+"""Generated shop, ranked by texts, by vectors of a store, and by what they are compared with.
+
+    fresh -> stage I -> stage II -> stage III -> store of the test's items -> Ranker -> NDCG@10
+                    |-> summaries   |-> two towers
+                    '-> one word of the summary
+
+Items, queries and wordings of the test are drawn apart from those of training.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from comparison.baselines import bm25
+from comparison.generated import (
+    ASKED,
+    Item,
+    Query,
+    candidates,
+    description,
+    draw_items,
+    draw_queries,
+    sentences,
+    summary,
+)
+from comparison.intervals import interval, ratio_interval
+from comparison.language_model import Sizes, write_language_model
+from comparison.rankers import (
+    ITEM,
+    TEMPLATE,
+    Course,
+    Record,
+    Towers,
+    fastest,
+    item_flops,
+    open_chat,
+    taught,
+    train_mixed,
+    train_reasoning,
+    train_text,
+    train_towers,
+)
+from lapilli import Chat
+from lapilli.prompt.message import MediaPart
+from lapilli.rank import Ranker
+from lapilli.rank.metrics import ndcg
+from lapilli.rank.mixlm import CURRICULUM, Phase, RankingExample
+from lapilli.store import Store
+from lapilli.store.encode import TextEncoder, build_store
+
+PER_QUERY: Final = 8  # examples of a query
+_POOL: Final = 150  # items that the candidates of a training query are chosen from
+
+TEACHER, EMBEDDING = "text ranker, whole description", "embedding ranker"
+ABLATIONS: Final[Mapping[str, tuple[Phase, ...]]] = {
+    "two phases": CURRICULUM,
+    "one phase": (Phase(),),
+    "no distillation": tuple(replace(phase, distill=0.0) for phase in CURRICULUM),
+    "no self-alignment": tuple(replace(phase, align=0.0) for phase in CURRICULUM),
+    "labels alone": (Phase(distill=0.0, align=0.0),),
+}
+"""Weights of stage III, each for fewer steps than the embedding ranker has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShopPlan:
+    """Sizes of the shop and courses of what is trained for it."""
+
+    sizes: Sizes = field(default_factory=lambda: Sizes(layers=2))
+    items: int = 1000
+    test_items: int = 400
+    queries: int = 150
+    candidates: int = 40
+    fillers: int = 8
+    reasoning: Course = field(default_factory=lambda: Course(steps=130))
+    text: Course = field(default_factory=lambda: Course(steps=160))
+    mixed: Course = field(default_factory=lambda: Course(steps=250))
+    towers: Course = field(default_factory=lambda: Course(steps=360))
+    summaries: Course = field(default_factory=lambda: Course(steps=160))
+    ablation: Course = field(default_factory=lambda: Course(steps=100))
+    seed: int = 0
+
+
+class Shop:
+    """What is learned from and what is ranked, all a function of the plan.
+
+    Args:
+        plan: sizes.
+        test: number of the draw that is ranked: 0 for choices while the program was made, 1 for
+            the figures.
+    """
+
+    def __init__(self, plan: ShopPlan, test: int) -> None:
+        self.plan, seed = plan, 10 * plan.seed
+        self.known = draw_items(plan.items, seed)
+        self.items = draw_items(plan.test_items, seed + 1 + test)
+        self.queries = draw_queries(plan.queries, self.items, seed + 1 + test)
+        self.descriptions = [description(item, fillers=plan.fillers) for item in self.items]
+        self.wanted = [
+            candidates(query, self.items, plan.candidates, seed) for query in self.queries
+        ]
+
+    def pairs(self, count: int) -> Iterator[tuple[Query, Item]]:
+        """Yield queries and items to learn from, a few items for a query."""
+        rng = np.random.default_rng([self.plan.seed, 5])
+        for query in draw_queries(-(-count // PER_QUERY), self.known, 10 * self.plan.seed):
+            pool = [self.known[i] for i in rng.permutation(len(self.known))[:_POOL]]
+            for item in candidates(query, pool, PER_QUERY, self.plan.seed):
+                yield query, item
+
+    def examples(self, count: int, text: Callable[[Item, int], str]) -> list[RankingExample]:
+        """Return examples with the text of an item, which has a number for its wording."""
+        pairs = [pair for pair, _ in zip(self.pairs(count), range(count), strict=False)]
+        return [
+            RankingExample(query.text, text(item, query.number), query.grade(item) / ASKED)
+            for query, item in pairs
+        ]
+
+    def long(self, item: Item, wording: int) -> str:
+        """Return a description, worded anew for every query of training."""
+        return description(item, fillers=self.plan.fillers, seed=wording + 1)
+
+    def records(self, count: int) -> list[Record]:
+        """Return queries and items with a reason: which of the item's values are wanted."""
+        found = []
+        for place, (query, item) in enumerate(self.pairs(count)):
+            wanted = {name for name, value in query.wanted if item.values[name] == value}
+            said = list(enumerate(item.words))
+            if place % 4 == 3:  # some of them as sentences
+                told = sentences(item, fillers=2, seed=query.number + 1)
+                pieces = [(text, name in wanted) for text, name in told]
+            else:
+                pieces = [(word, name in wanted) for name, word in said]
+            record = [(f"query: {query.text}\nitem:", False)]
+            for text, is_wanted in pieces:
+                record += [(text, False), ("yes" if is_wanted else "no", True)]
+            found.append(record)
+        return found
+
+    def texts(self) -> list[str]:
+        """Return texts with all words there are, for the tokenizer."""
+        known = self.known[:300]
+        queries = draw_queries(300, known, 10 * self.plan.seed)
+        return [
+            *(self.long(item, 0) for item in known),
+            *(summary(item) for item in known),
+            *(TEMPLATE.user.format(query=query.text, item="yes no") for query in queries),
+        ]
+
+    def ndcg(self, scores: Callable[[Query, list[Item]], Sequence[float]]) -> np.ndarray:
+        """Return NDCG@10 of every query, float [queries]."""
+        found = []
+        for query, items in zip(self.queries, self.wanted, strict=True):
+            grades = [query.grade(item) for item in items]
+            found.append(ndcg(grades, np.asarray(scores(query, items)), 10, gain="exponential"))
+        return np.array(found)
+
+
+class ShopComparison:
+    """Trains the rankers of a shop and measures them.
+
+    Args:
+        plan: sizes and courses.
+        folder: where checkpoints and the store go.
+        save: called with the result after every part.
+        test: which draw is ranked, see Shop.
+    """
+
+    def __init__(
+        self,
+        plan: ShopPlan,
+        folder: Path,
+        save: Callable[[Mapping[str, Any]], None] = lambda _: None,
+        *,
+        test: int = 1,
+    ) -> None:
+        self.plan, self.folder, self._save = plan, folder, save
+        self.shop = Shop(plan, test)
+        self.found: dict[str, Any] = {"rows": {}, "ablations": {}, "seconds": {}}
+        self._ndcgs: dict[str, np.ndarray] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Return rows of quality and cost, ablations and seconds of training."""
+        self.without_training()
+        self.text_rankers()
+        self.embedding_ranker()
+        self.two_towers()
+        self.speeds()
+        self.ablations()
+        return self.found
+
+    def without_training(self) -> None:
+        """Measure what needs no training."""
+        self._row("random order", self.shop.ndcg(lambda _, items: [0.0] * len(items)))
+        score = bm25(self.shop.descriptions)
+        words = {query.number: score(query.text) for query in self.shop.queries}
+        self._row(
+            "BM25, whole description",
+            self.shop.ndcg(lambda query, items: [words[query.number][i.number] for i in items]),
+        )
+
+    def text_rankers(self) -> None:
+        """Train and measure the rankers of texts: whole ones, summaries, and their first word."""
+        plan, shop, seconds = self.plan, self.shop, self.found["seconds"]
+        write_language_model(self.folder / "fresh", shop.texts(), plan.sizes, seed=plan.seed)
+        records = shop.records(plan.reasoning.examples)
+        seconds["stage I"] = train_reasoning(
+            self.folder / "fresh", self.folder / "stage1", records, plan.reasoning
+        )
+        for name, (text, course) in self._texts().items():
+            examples = shop.examples(course.examples, text)
+            out = self.folder / _folder(name)
+            seconds[name] = train_text(self.folder / "stage1", out, examples, course)
+            ranker = Ranker(open_chat(out), template=TEMPLATE)
+            self._row(
+                name, shop.ndcg(lambda q, items, r=ranker, t=text: _text_scores(r, t, q, items))
+            )
+
+    def embedding_ranker(self) -> None:
+        """Train stage III, store the items of the test, and rank from the store."""
+        plan, shop = self.plan, self.shop
+        examples = taught(
+            self.folder / _folder(TEACHER), shop.examples(plan.mixed.examples, shop.long)
+        )
+        self.found["seconds"][EMBEDDING] = self._train_mixed("mixed", examples, plan.mixed)
+        self._row(EMBEDDING, self._rank_from_store("mixed"))
+
+    def two_towers(self) -> None:
+        """Train the bi-encoder on the same examples, for as many operations as stage III."""
+        plan, shop = self.plan, self.shop
+        examples = shop.examples(plan.towers.examples, shop.long)
+        towers, self.found["seconds"]["bi-encoder"] = train_towers(
+            self.folder / "mixed-start", self.folder / "towers-run", examples, plan.towers
+        )
+        self._row("bi-encoder", shop.ndcg(_tower_scores(towers, shop)))
+
+    def ablations(self) -> None:
+        """Train stage III shorter, with each of its parts left out."""
+        plan, shop = self.plan, self.shop
+        examples = taught(
+            self.folder / _folder(TEACHER), shop.examples(plan.ablation.examples, shop.long)
+        )
+        for number, (name, curriculum) in enumerate(ABLATIONS.items()):
+            folder = f"ablation{number}"
+            self._train_mixed(folder, examples, plan.ablation, curriculum)
+            values = self._rank_from_store(folder)
+            self.found["ablations"][name] = self._quality(values)
+            self._save(self.found)
+
+    def speeds(self) -> None:
+        """Measure items a second of the rankers, in turns, and count operations and positions."""
+        shop = self.shop
+        texts = open_chat(self.folder / _folder(TEACHER))
+        vectors = self._chat_with_store("mixed")
+        items = {
+            name: [text(item, -1) for item in shop.items]
+            for name, (text, _) in self._texts().items()
+        }
+        prefix, suffix = (len(texts.tokenizer.encode(one)) for one in self._around())
+        ways = {}
+        for name, some in items.items():
+            ways[name] = lambda some=some: Ranker(texts, template=TEMPLATE).score(
+                shop.queries[0].text, some
+            )
+        stored = [MediaPart(str(item.number), ITEM) for item in shop.items]
+        ways[EMBEDDING] = lambda: Ranker(vectors, template=TEMPLATE).score(
+            shop.queries[0].text, stored
+        )
+        config = texts.config.text
+        for name, seconds in fastest(ways).items():
+            count = 1.0
+            if name in items:
+                count = float(np.mean([len(texts.tokenizer.encode(one)) for one in items[name]]))
+            self.found["rows"][name] |= {
+                "positions": count,
+                "flops": item_flops(config, prefix, round(count) + suffix),
+                "items_per_s": len(stored) / seconds,
+            }
+        self._save(self.found)
+
+    def _texts(self) -> dict[str, tuple[Callable[[Item, int], str], Course]]:
+        """Return by row what a text ranker reads of an item, and how it is trained."""
+        plan, shop = self.plan, self.shop
+        return {
+            "text ranker, one word": (lambda item, _: item.words[0], plan.summaries),
+            "text ranker, summary": (lambda item, _: summary(item), plan.summaries),
+            TEACHER: (shop.long, plan.text),
+        }
+
+    def _around(self) -> tuple[str, str]:
+        """Return a prompt before its item, and behind it."""
+        before, _, behind = TEMPLATE.user.partition("{item}")
+        return before.format(query=self.shop.queries[0].text), behind
+
+    def _train_mixed(
+        self,
+        folder: str,
+        examples: Sequence[RankingExample],
+        course: Course,
+        curriculum: Sequence[Phase] = CURRICULUM,
+    ) -> float:
+        teacher = self.folder / _folder(TEACHER)
+        return train_mixed(teacher, self.folder / folder, examples, course, curriculum=curriculum)
+
+    def _chat_with_store(self, folder: str) -> Chat:
+        """Return the ranker of a folder with the test's items in a store on disk."""
+        chat, path = open_chat(self.folder / folder), self.folder / f"{folder}-store"
+        encoder = TextEncoder(chat.model, chat.tokenizer, modality=ITEM)
+        numbers = [str(item.number) for item in self.shop.items]
+        build_store(path, zip(numbers, self.shop.descriptions, strict=True), encoder)
+        chat.stores[ITEM] = Store(path)
+        return chat
+
+    def _rank_from_store(self, folder: str) -> np.ndarray:
+        """Return NDCG@10 of every query."""
+        ranker = Ranker(self._chat_with_store(folder), template=TEMPLATE)
+
+        def scores(query: Query, items: list[Item]) -> Sequence[float]:
+            stored = [MediaPart(str(item.number), ITEM) for item in items]
+            return ranker.score(query.text, stored).tolist()
+
+        return self.shop.ndcg(scores)
+
+    def _row(self, name: str, values: np.ndarray) -> None:
+        self._ndcgs[name] = values
+        self.found["rows"][name] = self._quality(values)
+        self._save(self.found)
+
+    def _quality(self, values: np.ndarray) -> dict[str, Any]:
+        found: dict[str, Any] = {"ndcg": interval(values)}
+        if TEACHER in self._ndcgs:
+            found["of teacher"] = ratio_interval(values, self._ndcgs[TEACHER])
+        return found
+
+
+def _folder(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")
+
+
+def _text_scores(
+    ranker: Ranker, text: Callable[[Item, int], str], query: Query, items: Sequence[Item]
+) -> list[float]:
+    """Return scores of items by their texts, worded as in the test."""
+    return ranker.score(query.text, [text(item, -1) for item in items]).tolist()
+
+
+def _tower_scores(towers: Towers, shop: Shop) -> Callable[[Query, list[Item]], Sequence[float]]:
+    """Return the scores of two towers."""
+    with torch.inference_mode():
+        vectors = torch.cat([towers.items([text]) for text in shop.descriptions])
+        asked = {query.number: towers.queries([query.text])[0] for query in shop.queries}
+
+    def scores(query: Query, items: list[Item]) -> Sequence[float]:
+        return (vectors[[item.number for item in items]] @ asked[query.number]).tolist()
+
+    return scores
