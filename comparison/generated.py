@@ -103,18 +103,13 @@ def description(item: Item, *, fillers: int, seed: int = 0) -> str:
         fillers: sentences that say nothing; a sentence has about seven words.
         seed: of the wording.
     """
-    return " ".join(text for text, _ in sentences(item, fillers=fillers, seed=seed))
-
-
-def sentences(item: Item, *, fillers: int, seed: int = 0) -> list[tuple[str, int | None]]:
-    """Return the sentences of a description, each with the number of the attribute it names."""
     rng = np.random.default_rng([seed, 2, item.number])
-    found: list[tuple[str, int | None]] = [
-        (str(rng.choice(_SENTENCES[name])).format(word), number)
-        for number, (name, word) in enumerate(zip(NAMES, item.words, strict=True))
+    sentences = [
+        str(rng.choice(_SENTENCES[name])).format(word)
+        for name, word in zip(NAMES, item.words, strict=True)
     ]
-    found += [(str(saying), None) for saying in rng.choice(_SAYINGS, size=fillers)]
-    return [found[i] for i in rng.permutation(len(found))]
+    sentences += [str(saying) for saying in rng.choice(_SAYINGS, size=fillers)]
+    return " ".join(sentences[i] for i in rng.permutation(len(sentences)))
 
 
 def summary(item: Item) -> str:

@@ -23,3 +23,10 @@ def ratio_interval(
 
 def _drawn(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(count, size=(DRAWS, count))
+
+
+def difference_interval(
+    values: np.ndarray, others: np.ndarray, *, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return the mean difference over the same queries, and the ends of its 95 % interval."""
+    return interval(values - others, seed=seed)

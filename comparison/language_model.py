@@ -7,11 +7,12 @@ The checkpoint is one of Hugging Face's layout, which lapilli loads as any other
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,7 +37,12 @@ class Sizes:
 
 
 def write_language_model(
-    folder: Path, texts: Iterable[str], sizes: Sizes | None = None, *, seed: int = 0
+    folder: Path,
+    texts: Sequence[str],
+    sizes: Sizes | None = None,
+    *,
+    meanings: int = 0,
+    seed: int = 0,
 ) -> Path:
     """Write a checkpoint with fresh weights, a function of the texts, sizes and seed.
 
@@ -46,6 +52,8 @@ def write_language_model(
         folder: is made.
         texts: of which the tokenizer learns its words.
         sizes: of tokenizer and model; the vocabulary is smaller where the texts have fewer words.
+        meanings: numbers of a token's vector that begin as what latent semantic analysis of the
+            texts makes of the token; 0: all are drawn.
         seed: of the weights.
     """
     sizes = sizes or Sizes()
@@ -75,6 +83,12 @@ def write_language_model(
         torch.manual_seed(seed)
         model = build_language_model(parse_text_config(config))
         _draw(model, sizes)
+        if meanings:
+            rows = [one.ids for one in tokenizer.encode_batch(texts)]
+            counts = token_counts(rows, tokenizer.get_vocab_size())
+            rarity = np.log(len(counts) / (counts > 0).sum(0).clip(1))
+            vectors = latent_semantics(counts, meanings)[1] * rarity[:, None]
+            _lay_meanings(model.model.embed_tokens.weight.data, vectors)
     save_file(model.state_dict(), folder / "model.safetensors")
     return folder
 
@@ -99,7 +113,61 @@ def _draw(model: torch.nn.Module, sizes: Sizes) -> None:
             parameter.data.copy_(parameters[name.replace("q_proj", "k_proj")].data)
 
 
-def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+def token_counts(rows: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray:
+    """Return how often each token stands in each text, float32 [texts, tokens]."""
+    return np.stack([np.bincount(row, minlength=vocabulary) for row in rows]).astype(np.float32)
+
+
+def weigh(counts: np.ndarray, documents: np.ndarray, total: int) -> np.ndarray:
+    """Return rows of length 1 of log frequencies times log rarities.
+
+    Args:
+        counts: of tokens in texts, [texts, tokens].
+        documents: texts that have each token, [tokens].
+        total: number of texts.
+    """
+    weights = np.log1p(counts) * np.log(total / documents.clip(1))
+    return weights / np.linalg.norm(weights, axis=1, keepdims=True).clip(1e-9)
+
+
+def latent_semantics(counts: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return vectors of texts and of tokens, of which like ones stand in like texts.
+
+    Args:
+        counts: of tokens in texts, [texts, tokens].
+        width: of the vectors.
+
+    Returns:
+        Unit vectors of the texts, [texts, width], and vectors of the tokens, [tokens, width], with
+        which weighed counts are multiplied.
+
+    Source: Deerwester et al. 1990, Indexing by latent semantic analysis.
+    """
+    documents = (counts > 0).sum(0)
+    weighed = torch.from_numpy(weigh(counts, documents, len(counts)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, _, tokens = torch.svd_lowrank(weighed, q=width, niter=3)
+    vectors = weighed @ tokens
+    return torch.nn.functional.normalize(vectors, dim=-1).numpy(), tokens.numpy()
+
+
+def _lay_meanings(table: torch.Tensor, vectors: np.ndarray) -> None:
+    """Put vectors of meaning into a table of embeddings, in whose rows the rest stays random.
+
+    Rows keep one length, as a norm follows: common words have little meaning and much of the rest.
+    """
+    width, room = vectors.shape[1], table.shape[1] ** 0.5
+    found = torch.from_numpy(vectors).float()
+    strong = torch.quantile(found.norm(dim=-1), 0.95)
+    found = found / strong
+    found = found / found.norm(dim=-1, keepdim=True).clamp(min=1.0) * 0.9
+    rest = torch.nn.functional.normalize(table[:, width:], dim=-1)
+    left = (1 - found.square().sum(-1, keepdim=True)).sqrt()
+    table[:] = torch.cat([found, rest * left], dim=-1) * room
+
+
+def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     """Return a byte-level BPE, for which every text begins with a space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

@@ -8,18 +8,24 @@ Writes comparison/results/mixlm.json after every part; mixlm_report.py writes do
 
 import argparse
 import json
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from comparison.cranfield import CranfieldComparison, CranfieldPlan, read_cranfield
 from comparison.language_model import Sizes
+from comparison.mixlm_report import tables
 from comparison.rankers import Course
 from comparison.shop import ShopComparison, ShopPlan
 
+Save = Callable[[Mapping[str, Any]], None]
 RESULT: Final = Path(__file__).parent / "results" / "mixlm.json"
 _QUICK: Final = Course(steps=2, batch=4)
 QUICK_SHOP: Final = ShopPlan(
@@ -38,6 +44,18 @@ QUICK_SHOP: Final = ShopPlan(
 )
 
 
+QUICK_CRANFIELD: Final = CranfieldPlan(
+    sizes=Sizes(vocabulary=400, width=32, inner=48, layers=1, heads=2),
+    meanings=8,
+    words=20,
+    train=1,
+    validation=2,
+    text=_QUICK,
+    mixed=_QUICK,
+)
+PARTS: Final = ("shop", "cranfield")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, measure, and write what was found."""
     parser = argparse.ArgumentParser(prog="python -m comparison.mixlm", description=__doc__)
@@ -45,22 +63,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="toy sizes: does it run?")
     parser.add_argument("--validation", action="store_true", help="score validation, not the test")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, default=data_folder())
+    parser.add_argument("--part", choices=PARTS, help="one part; None: both")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
+    if options.out.exists() and options.part:  # the other part stays
+        found = json.loads(options.out.read_text(encoding="utf-8"))
 
     def save(name: str, part: Mapping[str, Any]) -> None:
         found[name] = part
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
+    for name in PARTS if options.part is None else (options.part,):
+        measure = measure_shop if name == "shop" else measure_cranfield
+        with tempfile.TemporaryDirectory(prefix="lapilli-mixlm-") as folder:
+            started = time.process_time()
+            part = measure(options, Path(folder), partial(save, name))
+        if part is not None:
+            part["seconds"]["all"] = time.process_time() - started
+            save(name, part)
+    sys.stdout.write(tables(found))
+
+
+def measure_shop(options: argparse.Namespace, folder: Path, save: Save) -> dict[str, Any]:
+    """Return what is found of the generated shop."""
     plan = QUICK_SHOP if options.quick else ShopPlan(seed=options.seed)
     test = 0 if options.validation else 1
-    with tempfile.TemporaryDirectory(prefix="lapilli-mixlm-") as folder:
-        started = time.process_time()
-        part = ShopComparison(plan, Path(folder), lambda one: save("shop", one), test=test).run()
-        part["seconds"]["all"] = time.process_time() - started
-        save("shop", part)
+    return ShopComparison(plan, folder, save, test=test).run()
+
+
+def measure_cranfield(
+    options: argparse.Namespace, folder: Path, save: Save
+) -> dict[str, Any] | None:
+    """Return what is found of Cranfield, or say where it is to be had."""
+    data = options.data / "cranfield"
+    if not (data / "cran.all.1400").is_file():
+        sys.stderr.write(
+            f"{data} has no Cranfield: put cran.all.1400, cran.qry and cranqrel of the test "
+            "collection there (--data names the folder above); this part is left out\n"
+        )
+        return None
+    plan = QUICK_CRANFIELD if options.quick else CranfieldPlan(seed=options.seed)
+    return CranfieldComparison(read_cranfield(data), plan, folder, save).run()
+
+
+def data_folder() -> Path:
+    """Return where real data lie unless --data says it."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    return Path(os.environ.get("LAPILLI_DATA", beside))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from comparison.generated import (
     description,
     draw_items,
     draw_queries,
-    sentences,
     summary,
 )
 from comparison.intervals import interval, ratio_interval
@@ -75,8 +74,8 @@ class ShopPlan:
     test_items: int = 400
     queries: int = 150
     candidates: int = 40
-    fillers: int = 8
-    reasoning: Course = field(default_factory=lambda: Course(steps=130))
+    fillers: int = 6
+    reasoning: Course = field(default_factory=lambda: Course(steps=110))
     text: Course = field(default_factory=lambda: Course(steps=160))
     mixed: Course = field(default_factory=lambda: Course(steps=250))
     towers: Course = field(default_factory=lambda: Course(steps=360))
@@ -125,19 +124,22 @@ class Shop:
         return description(item, fillers=self.plan.fillers, seed=wording + 1)
 
     def records(self, count: int) -> list[Record]:
-        """Return queries and items with a reason: which of the item's values are wanted."""
+        """Return queries and items with a reason: which of the item's values are wanted.
+
+        Items are summaries, which have half of what is wanted.
+        """
+        rng = np.random.default_rng([self.plan.seed, 6])
+        queries = draw_queries(count, self.known, 10 * self.plan.seed)
         found = []
-        for place, (query, item) in enumerate(self.pairs(count)):
-            wanted = {name for name, value in query.wanted if item.values[name] == value}
-            said = list(enumerate(item.words))
-            if place % 4 == 3:  # some of them as sentences
-                told = sentences(item, fillers=2, seed=query.number + 1)
-                pieces = [(text, name in wanted) for text, name in told]
-            else:
-                pieces = [(word, name in wanted) for name, word in said]
+        for place, query in enumerate(queries):
+            values = list(self.known[int(rng.integers(len(self.known)))].values)
+            for name, value in query.wanted:
+                values[name] = value if rng.random() < 0.5 else values[name]
+            item = Item(place, tuple(values))
             record = [(f"query: {query.text}\nitem:", False)]
-            for text, is_wanted in pieces:
-                record += [(text, False), ("yes" if is_wanted else "no", True)]
+            for name, word in enumerate(item.words):
+                is_wanted = (name, values[name]) in query.wanted
+                record += [(word, False), ("yes" if is_wanted else "no", True)]
             found.append(record)
         return found
 
@@ -181,6 +183,11 @@ class ShopComparison:
         self.plan, self.folder, self._save = plan, folder, save
         self.shop = Shop(plan, test)
         self.found: dict[str, Any] = {"rows": {}, "ablations": {}, "seconds": {}}
+        self.found["about"] = {
+            "queries": plan.queries,
+            "candidates": plan.candidates,
+            "steps": plan.ablation.steps,
+        }
         self._ndcgs: dict[str, np.ndarray] = {}
 
     def run(self) -> dict[str, Any]:
@@ -271,6 +278,8 @@ class ShopComparison:
             shop.queries[0].text, stored
         )
         config = texts.config.text
+        parameters = sum(one.numel() for one in texts.model.parameters())
+        self.found["about"]["parameters"] = parameters
         for name, seconds in fastest(ways).items():
             count = 1.0
             if name in items:

@@ -1,0 +1,170 @@
+"""docs/mixlm.md, of what comparison/mixlm.py found: `python -m comparison.mixlm_report`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from comparison.cranfield import EMBEDDING as RERANKER
+from comparison.cranfield import TEXT
+from comparison.shop import EMBEDDING, TEACHER
+
+PAGE: Final = Path(__file__).parents[1] / "docs" / "mixlm.md"
+RESULT: Final = Path(__file__).parent / "results" / "mixlm.json"
+
+HEAD: Final = """# MixLM at a small size
+
+Measured by `make example-mixlm` (`python -m comparison.mixlm`), written by
+`python -m comparison.mixlm_report` from [its result](../comparison/results/mixlm.json).
+[Train rankers](guide/train_rankers.md) says what the stages are. Intervals are 95 % of the
+bootstrap over queries, each with one training run.
+"""
+SHOP: Final = """
+## A generated shop
+
+An item is six values out of eight each. Its description names each once, among sentences that say
+nothing; a query wants four values, and a grade is how many of them an item has. Items, wordings and
+queries of the test are drawn apart from those of training. Each of {queries} test queries ranks
+{candidates} items, half of them the best of all; gains are exponential.
+
+The model is new: a Qwen3 of {parameters:,} parameters with a tokenizer trained on the texts. Stage
+I are queries and summaries that say behind each value whether it is wanted. The text rankers begin
+there; the embedding ranker and its encoder begin as the ranker of whole descriptions, and so do
+both towers of the bi-encoder, which learns from the same labels for as many operations as stage III
+takes. The vectors of the test's items are read from a store on disk, one for each item.
+"""
+AFTER_SHOP: Final = """
+*Positions* are those of the item, without the question behind it that all have. Operations and
+items a second are those of an item behind a query that was read; speeds are of one run, in turns,
+on one core: read the ratios. A query names its values by the words of the description, so that BM25
+has little to miss here, and a grade is a sum, which the cosine of two vectors can be: this shop
+shows what is lost between a text and a vector, not what a language model knows.
+"""
+ABLATIONS: Final = """
+### What the parts of stage III do
+
+The same stage for {steps} steps, with a part left out.
+
+"""
+CRANFIELD: Final = """
+## Cranfield
+
+1,400 abstracts, 225 queries, judged by people. Each ranker reorders the first hundred of BM25;
+NDCG@10 has exponential gains and all judged texts in its best order. {test} queries are the test,
+{validation} the validation, and {train} more were looked at while the program was made. Judgements
+teach nothing here: the rankers learn from sentences of the abstracts as queries, and from a judge
+without labels, the mean of the z-scores of BM25 and latent semantic analysis. Embeddings of tokens
+begin as what latent semantics makes of them. *and BM25* adds the z-scores of the ranker's logit and
+of BM25, with the weight that validation prefers ({weights}).
+"""
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """Return the tables of all parts."""
+    parts = []
+    if "shop" in found:
+        parts.append(shop_table(found["shop"]["rows"]))
+        if found["shop"]["ablations"]:
+            parts.append(ablation_table(found["shop"]["ablations"]))
+    if "cranfield" in found:
+        parts.append(cranfield_table(found["cranfield"]["rows"]))
+    return "\n".join(parts)
+
+
+def shop_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return quality and cost of every way to rank."""
+    lines = [
+        "| | NDCG@10 | of the teacher's | positions | operations an item | items/s | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    whole = rows.get(TEACHER, {}).get("items_per_s")
+    for name, row in rows.items():
+        cells = [spread(row["ndcg"]), share(row.get("of teacher")), "", "", "", ""]
+        if "positions" in row:
+            cells[2] = f"{row['positions']:.0f}"
+        if "flops" in row:
+            cells[3] = amount(row["flops"])
+        if "items_per_s" in row:
+            cells[4] = f"{row['items_per_s']:,.0f}"
+            cells[5] = f"{row['items_per_s'] / whole:.1f}" if whole else ""
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def ablation_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return quality of stage III without its parts."""
+    lines = ["| stage III | NDCG@10 | of the teacher's |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {spread(row['ndcg'])} | {share(row.get('of teacher'))} |"
+        for name, row in rows.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def cranfield_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return quality of every way to rerank."""
+    lines = ["| | NDCG@10 | above BM25 | of the text ranker's |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        above = spread(row["above BM25"], signed=True) if name != "BM25" else ""
+        cells = [spread(row["ndcg"]), above, share(row.get("of teacher"))]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(found: Sequence[float], *, signed: bool = False) -> str:
+    """Return a mean and its interval."""
+    mean, low, high = (f"{one:+.3f}" if signed else f"{one:.3f}" for one in found)
+    return f"{mean} ({low} to {high})"
+
+
+def share(found: Sequence[float] | None) -> str:
+    """Return a ratio and its interval in percent."""
+    if found is None:
+        return ""
+    mean, low, high = (f"{100 * one:.1f}" for one in found)
+    return f"{mean} % ({low} to {high})"
+
+
+def amount(number: float) -> str:
+    """Return a number of operations."""
+    return f"{number / 1e6:.2f} M" if number < 1e9 else f"{number / 1e9:.2f} G"
+
+
+def verdict(what: str, found: Sequence[float], target: float) -> str:
+    """Return whether a target is met."""
+    said = "met" if found[0] >= target else "missed"
+    return f"{what}: {share(found)}, target {100 * target:.0f} %: **{said}**.\n"
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """Return the page."""
+    parts = [HEAD]
+    if "shop" in found:
+        shop = found["shop"]
+        parts += [SHOP.format(**shop["about"]), "\n", shop_table(shop["rows"]), AFTER_SHOP]
+        if EMBEDDING in shop["rows"]:
+            kept = shop["rows"][EMBEDDING]["of teacher"]
+            parts += ["\n", verdict("The embedding ranker's share of its teacher", kept, 0.97)]
+        if shop["ablations"]:
+            parts += [ABLATIONS.format(**shop["about"]), ablation_table(shop["ablations"])]
+    if "cranfield" in found:
+        part = found["cranfield"]
+        weights = ", ".join(f"{name}: {one}" for name, one in part["weights"].items())
+        parts += [CRANFIELD.format(**part["queries"], weights=weights), "\n"]
+        parts.append(cranfield_table(part["rows"]))
+        best = part["rows"].get(f"{RERANKER} and BM25")
+        if best:
+            above = part["rows"][f"{TEXT} and BM25"]["above BM25"]
+            said = "met" if above[0] > 0 else "missed"
+            parts += [f"\nThe text ranker above BM25: {spread(above, signed=True)}: **{said}**.\n"]
+            parts += ["\n", verdict("The embedding ranker's share", best["of teacher"], 0.95)]
+    return "".join(parts)
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(json.loads(RESULT.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
