@@ -4,6 +4,7 @@ abstracts -> sentences as queries -> a judge without labels -> stages II and III
 queries   -> BM25's first hundred -> rankers, alone and beside BM25's score -> NDCG@10
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,9 +26,11 @@ from comparison.rankers import (
     ITEM,
     TEMPLATE,
     Course,
+    Record,
     open_chat,
     taught,
     train_mixed,
+    train_reasoning,
     train_text,
 )
 from lapilli.datasets.retrieval import Retrieval, read_smart
@@ -39,6 +42,7 @@ from lapilli.store import Store
 from lapilli.store.encode import TextEncoder, build_store
 
 FIRST: Final = 100  # texts that are reranked
+_QUERY_WORDS, _ASKED_WORDS = 16, 8  # of a record of stage I
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +51,10 @@ class CranfieldPlan:
 
     sizes: Sizes = field(default_factory=lambda: Sizes(vocabulary=6000, layers=2))
     meanings: int = 96
-    words: int = 150
-    train: int = 60
-    validation: int = 40
-    per_query: int = 8
-    text: Course = field(default_factory=lambda: Course(steps=200, batch=48))
-    mixed: Course = field(default_factory=lambda: Course(steps=200, batch=48))
+    validation: int = 75
+    reasoning: Course = field(default_factory=lambda: Course(steps=160, batch=48))
+    text: Course = field(default_factory=lambda: Course(steps=120, batch=48))
+    mixed: Course = field(default_factory=lambda: Course(steps=100, batch=48))
     seed: int = 0
 
 
@@ -66,9 +68,9 @@ def read_cranfield(folder: Path) -> Retrieval:
 
 
 class Collection:
-    """The texts, the queries in three parts, and a judge that has seen no judgement.
+    """The texts, the queries in two parts, and a judge that has seen no judgement.
 
-    The judge's grade of a text is how far it stands above the others of a query: the mean of the
+    The judge's grade of a title is how far it stands above the others for a query: the mean of the
     z-scores of BM25 and of latent semantics, as a probability.
 
     Args:
@@ -88,50 +90,69 @@ class Collection:
         vocabulary: int,
     ) -> None:
         self.plan, self._tokens, self._vocabulary = plan, tokens, vocabulary
-        known = {name: one.whole for name, one in found.documents.items() if one.whole.strip()}
-        self.names, whole = list(known), list(known.values())
-        self.texts = [" ".join(text.split()[: plan.words]) for text in whole]
+        known = {name: one for name, one in found.documents.items() if one.whole.strip()}
+        self.names, whole = list(known), [one.whole for one in known.values()]
+        self.titles = [one.title or " ".join(one.text.split()[:12]) for one in known.values()]
         self.queries, self._judgements = found.queries, found.judgements
-        self.words = bm25(whole)
+        self.words, self.title_words = bm25(whole), bm25(self.titles)
         counts = token_counts([tokens(text) for text in whole], vocabulary)
         self._documents = (counts > 0).sum(0)
-        self._weighed = weigh(counts, self._documents, len(whole))
-        self._vectors, self._meanings = latent_semantics(counts, plan.meanings)
+        _, self._meanings = latent_semantics(counts, plan.meanings)
+        self._vectors = np.concatenate([self._meaning(title) for title in self.titles])
         order = np.random.default_rng(plan.seed).permutation(len(self.queries))
         names = [list(self.queries)[i] for i in order]
-        self.train = names[: plan.train]
-        self.validation = names[plan.train : plan.train + plan.validation]
-        self.test = names[plan.train + plan.validation :]
-        self._sentences = [sentences_of(text) for text in whole]
+        self.validation, self.test = names[: plan.validation], names[plan.validation :]
+        self._sentences = [(at, one) for at, text in enumerate(whole) for one in sentences_of(text)]
 
     def meaning(self, query: str) -> np.ndarray:
-        """Return the cosine of a query with every text, by latent semantics."""
-        counts = token_counts([self._tokens(query)], self._vocabulary)
-        [vector] = weigh(counts, self._documents, len(self.texts)) @ self._meanings
-        found: np.ndarray = self._vectors @ (vector / max(float(np.linalg.norm(vector)), 1e-9))
+        """Return the cosine of a query with every title, by latent semantics."""
+        found: np.ndarray = self._vectors @ self._meaning(query)[0]
         return found
 
     def judge(self, query: str) -> np.ndarray:
-        """Return probabilities of all texts."""
-        above = (standard(self.words(query)) + standard(self.meaning(query))) / 2
-        return 1 / (1 + np.exp(3.0 - above))
+        """Return probabilities of all titles."""
+        above = (standard(self.title_words(query)) + standard(self.meaning(query))) / 2
+        found: np.ndarray = 1 / (1 + np.exp(3.0 - above))
+        return found
+
+    def records(self, count: int) -> list[Record]:
+        """Return sentences and words that stand in them or in another one: does the word?"""
+        rng = np.random.default_rng([self.plan.seed, 2])
+        found: list[Record] = []
+        for _ in range(count):
+            (_, query), (_, other) = (
+                self._sentences[int(i)] for i in rng.integers(len(self._sentences), size=2)
+            )
+            inside, outside = query.split()[:_QUERY_WORDS], other.split()
+            record = [(f"query: {' '.join(inside)}\nitem:", False)]
+            for _ in range(_ASKED_WORDS):
+                some = inside if rng.random() < 0.5 else outside
+                word = some[int(rng.integers(len(some)))]
+                record += [(word, False), ("yes" if word in inside else "no", True)]
+            found.append(record)
+        return found
 
     def examples(self, count: int) -> list[RankingExample]:
-        """Return sentences with other texts than their own, and the judge's probabilities."""
+        """Return sentences with titles of other texts, and the judge's probabilities."""
         rng = np.random.default_rng([self.plan.seed, 1])
-        every = [(at, one) for at, some in enumerate(self._sentences) for one in some]
         found: list[RankingExample] = []
         while len(found) < count:
-            at, sentence = every[int(rng.integers(len(every)))]
+            at, sentence = self._sentences[int(rng.integers(len(self._sentences)))]
             labels = self.judge(sentence)
             order = np.argsort(-labels)
             order = order[order != at]
-            places = [*rng.integers(0, 3, 2), *rng.integers(3, 30, 2), *rng.integers(30, 150, 2)]
-            places += [*rng.integers(150, len(order), 2)]
+            places = [int(rng.integers(low, high)) for low, high in _bounds(len(order))]
             found += [
-                RankingExample(sentence, self.texts[i], float(labels[i])) for i in order[places]
+                RankingExample(sentence, self.titles[i], float(labels[i])) for i in order[places]
             ]
         return found[:count]
+
+    def _meaning(self, text: str) -> np.ndarray:
+        """Return the unit vector of a text, [1, width]."""
+        counts = token_counts([self._tokens(text)], self._vocabulary)
+        vector = weigh(counts, self._documents, len(self.titles)) @ self._meanings
+        found: np.ndarray = vector / np.linalg.norm(vector, axis=1, keepdims=True).clip(1e-9)
+        return found
 
     def first(self, query: str) -> np.ndarray:
         """Return the places of the texts that BM25 has first, the best first."""
@@ -145,6 +166,15 @@ class Collection:
         return ndcg([judged.get(one, 0) for one in self.names], every, 10, gain="exponential")
 
 
+def _bounds(count: int) -> list[tuple[int, int]]:
+    """Return between which places of a judge's order the titles of a sentence are drawn."""
+    ends = (0, 3, 10, 30, 100, 300)
+    bounds = [
+        (min(low, count - 1), min(high, count)) for low, high in itertools.pairwise((*ends, count))
+    ]
+    return [*bounds, *bounds[:2]]
+
+
 def standard(scores: np.ndarray) -> np.ndarray:
     """Return scores with mean 0 and deviation 1."""
     return (scores - scores.mean()) / max(float(scores.std()), 1e-9)
@@ -156,7 +186,8 @@ def sentences_of(text: str, least: int = 6, most: int = 40) -> list[str]:
     return [one for one in found if least <= len(one.split()) <= most]
 
 
-LEXICAL, JUDGE, TEXT, EMBEDDING = "BM25", "judge", "text ranker", "embedding ranker"
+LEXICAL, MEANING = "BM25", "latent semantics of titles"
+TEXT, EMBEDDING = "text ranker", "embedding ranker"
 WEIGHTS: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Shares of a ranker beside BM25 that validation chooses from."""
 
@@ -188,7 +219,6 @@ class CranfieldComparison:
         self.collection = Collection(found, plan, tokenizer.encode, tokenizer.vocab_size)
         self.found: dict[str, Any] = {"rows": {}, "seconds": {}, "weights": {}}
         self.found["queries"] = {
-            "train": len(self.collection.train),
             "validation": len(self.collection.validation),
             "test": len(self.collection.test),
         }
@@ -198,11 +228,13 @@ class CranfieldComparison:
         """Return rows of quality and seconds of training."""
         of, plan, seconds = self.collection, self.plan, self.found["seconds"]
         self._row(LEXICAL, lambda query, first: of.words(query)[first])
-        self._row("latent semantics", lambda query, first: of.meaning(query)[first])
-        self._row(JUDGE, lambda query, first: of.judge(query)[first])
+        self._rows("BM25 of titles", lambda query, first: of.title_words(query)[first])
+        self._rows(MEANING, lambda query, first: of.meaning(query)[first])
+        start, text = self.folder / "stage1", self.folder / "text"
+        records = of.records(plan.reasoning.examples)
+        seconds["stage I"] = train_reasoning(self.folder / "fresh", start, records, plan.reasoning)
         examples = of.examples(plan.text.examples)
-        text = self.folder / "text"
-        seconds[TEXT] = train_text(self.folder / "fresh", text, examples, plan.text)
+        seconds[TEXT] = train_text(start, text, examples, plan.text)
         self._rows(TEXT, self._text_scores(text))
         examples = taught(text, of.examples(plan.mixed.examples))
         seconds[EMBEDDING] = train_mixed(text, self.folder / "mixed", examples, plan.mixed)
@@ -211,14 +243,14 @@ class CranfieldComparison:
 
     def _text_scores(self, folder: Path) -> Callable[[str, np.ndarray], np.ndarray]:
         ranker = Ranker(open_chat(folder), template=TEMPLATE, score=YesNo(difference=True))
-        texts = self.collection.texts
-        return lambda query, first: ranker.score(query, [texts[i] for i in first]).numpy()
+        titles = self.collection.titles
+        return lambda query, first: ranker.score(query, [titles[i] for i in first]).numpy()
 
     def _stored_scores(self, folder: Path) -> Callable[[str, np.ndarray], np.ndarray]:
         chat, path = open_chat(folder), folder.with_name("store")
         encoder = TextEncoder(chat.model, chat.tokenizer, modality=ITEM)
         names = self.collection.names
-        build_store(path, zip(names, self.collection.texts, strict=True), encoder)
+        build_store(path, zip(names, self.collection.titles, strict=True), encoder)
         chat.stores[ITEM] = Store(path)
         ranker = Ranker(chat, template=TEMPLATE, score=YesNo(difference=True))
         items = [MediaPart(name, ITEM) for name in names]

@@ -21,6 +21,7 @@ from lapilli.config.huggingface import parse_text_config
 from lapilli.lm import build_language_model
 
 END: Final = "<|end|>"
+_MEANING: Final = 0.7  # most of a vector's length; the rest tells words of like meaning apart
 _TEMPLATE: Final = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -161,7 +162,7 @@ def _lay_meanings(table: torch.Tensor, vectors: np.ndarray) -> None:
     found = torch.from_numpy(vectors).float()
     strong = torch.quantile(found.norm(dim=-1), 0.95)
     found = found / strong
-    found = found / found.norm(dim=-1, keepdim=True).clamp(min=1.0) * 0.9
+    found = found / found.norm(dim=-1, keepdim=True).clamp(min=1.0) * _MEANING
     rest = torch.nn.functional.normalize(table[:, width:], dim=-1)
     left = (1 - found.square().sum(-1, keepdim=True)).sqrt()
     table[:] = torch.cat([found, rest * left], dim=-1) * room

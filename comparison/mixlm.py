@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +38,7 @@ QUICK_SHOP: Final = ShopPlan(
     text=_QUICK,
     mixed=_QUICK,
     towers=_QUICK,
+    words=_QUICK,
     summaries=_QUICK,
     ablation=_QUICK,
 )
@@ -47,9 +47,8 @@ QUICK_SHOP: Final = ShopPlan(
 QUICK_CRANFIELD: Final = CranfieldPlan(
     sizes=Sizes(vocabulary=400, width=32, inner=48, layers=1, heads=2),
     meanings=8,
-    words=20,
-    train=1,
-    validation=2,
+    validation=200,
+    reasoning=_QUICK,
     text=_QUICK,
     mixed=_QUICK,
 )
@@ -64,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--validation", action="store_true", help="score validation, not the test")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=data_folder())
+    parser.add_argument("--work", type=Path, help="keep checkpoints here, and go on from them")
     parser.add_argument("--part", choices=PARTS, help="one part; None: both")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -78,11 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     for name in PARTS if options.part is None else (options.part,):
         measure = measure_shop if name == "shop" else measure_cranfield
-        with tempfile.TemporaryDirectory(prefix="lapilli-mixlm-") as folder:
-            started = time.process_time()
-            part = measure(options, Path(folder), partial(save, name))
+        with tempfile.TemporaryDirectory(prefix="lapilli-mixlm-") as scratch:
+            folder = Path(scratch) if options.work is None else options.work / name
+            part = measure(options, folder, partial(save, name))
         if part is not None:
-            part["seconds"]["all"] = time.process_time() - started
             save(name, part)
     sys.stdout.write(tables(found))
 

@@ -28,10 +28,11 @@ queries of the test are drawn apart from those of training. Each of {queries} te
 {candidates} items, half of them the best of all; gains are exponential.
 
 The model is new: a Qwen3 of {parameters:,} parameters with a tokenizer trained on the texts. Stage
-I are queries and summaries that say behind each value whether it is wanted. The text rankers begin
-there; the embedding ranker and its encoder begin as the ranker of whole descriptions, and so do
-both towers of the bi-encoder, which learns from the same labels for as many operations as stage III
-takes. The vectors of the test's items are read from a store on disk, one for each item.
+I are queries and summaries that say behind each value whether it is wanted. The rankers of one word
+and of summaries begin there, that of whole descriptions as the ranker of summaries. The embedding
+ranker and its encoder begin as the ranker of whole descriptions, and so do both towers of the
+bi-encoder, which learns from the same labels for about as many operations as stage III takes. The
+vectors of the test's items are read from a store on disk, one for each item.
 """
 AFTER_SHOP: Final = """
 *Positions* are those of the item, without the question behind it that all have. Operations and

@@ -184,7 +184,13 @@ def train_mixed(
 
 
 def _train(source: Path, out: Path, make_task: Callable[[Chat], Task], course: Course) -> float:
-    """Train all of a checkpoint but its pictures, and write it; return its seconds of one core."""
+    """Train a checkpoint and write it; return its seconds of one core.
+
+    What an earlier call has finished in the folder is not trained again.
+    """
+    spent = out.with_name(f"{out.name}.seconds")
+    if spent.is_file():
+        return float(spent.read_text())
     loaded = load_checkpoint(source, device="cpu", dtype="float32")
     recipe = course.recipe(encoders=tuple(loaded.model.modalities))
     choose_trainable(loaded.model, recipe)
@@ -193,6 +199,7 @@ def _train(source: Path, out: Path, make_task: Callable[[Chat], Task], course: C
     train(task, recipe, out.with_name(f"{out.name}-run"))
     seconds = time.process_time() - started
     save_loaded(out, loaded, layout="huggingface", overwrite=True)
+    spent.write_text(f"{seconds:.1f}\n")
     return seconds
 
 
@@ -269,9 +276,11 @@ def train_towers(
     for name, parameter in towers.named_parameters():
         if name.endswith("lm_head.weight"):
             parameter.requires_grad_(False)  # nothing of it is read
-    started = time.process_time()
+    started, spent = time.process_time(), folder.with_name(f"{folder.name}.seconds")
     train(TowersTask(towers, examples, course.batch), recipe, folder)
-    return towers.eval(), time.process_time() - started
+    if not spent.is_file():  # else the run only took up what it had
+        spent.write_text(f"{time.process_time() - started:.1f}\n")
+    return towers.eval(), float(spent.read_text())
 
 
 def item_flops(text: DecoderConfig, prefix: int, positions: int) -> float:

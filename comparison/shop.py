@@ -1,8 +1,7 @@
 """Generated shop, ranked by texts, by vectors of a store, and by what they are compared with.
 
-    fresh -> stage I -> stage II -> stage III -> store of the test's items -> Ranker -> NDCG@10
-                    |-> summaries   |-> two towers
-                    '-> one word of the summary
+    fresh -> stage I -> summaries -> stage II -> stage III -> store of the test's items -> Ranker
+                 '-> one word            |-> two towers
 
 Items, queries and wordings of the test are drawn apart from those of training.
 """
@@ -54,13 +53,13 @@ from lapilli.store.encode import TextEncoder, build_store
 PER_QUERY: Final = 8  # examples of a query
 _POOL: Final = 150  # items that the candidates of a training query are chosen from
 
+SUMMARY = "text ranker, summary"
 TEACHER, EMBEDDING = "text ranker, whole description", "embedding ranker"
 ABLATIONS: Final[Mapping[str, tuple[Phase, ...]]] = {
     "two phases": CURRICULUM,
     "one phase": (Phase(),),
     "no distillation": tuple(replace(phase, distill=0.0) for phase in CURRICULUM),
     "no self-alignment": tuple(replace(phase, align=0.0) for phase in CURRICULUM),
-    "labels alone": (Phase(distill=0.0, align=0.0),),
 }
 """Weights of stage III, each for fewer steps than the embedding ranker has."""
 
@@ -74,13 +73,14 @@ class ShopPlan:
     test_items: int = 400
     queries: int = 150
     candidates: int = 40
-    fillers: int = 6
-    reasoning: Course = field(default_factory=lambda: Course(steps=110))
-    text: Course = field(default_factory=lambda: Course(steps=160))
-    mixed: Course = field(default_factory=lambda: Course(steps=250))
-    towers: Course = field(default_factory=lambda: Course(steps=360))
-    summaries: Course = field(default_factory=lambda: Course(steps=160))
-    ablation: Course = field(default_factory=lambda: Course(steps=100))
+    fillers: int = 4
+    reasoning: Course = field(default_factory=lambda: Course(steps=150))
+    text: Course = field(default_factory=lambda: Course(steps=150, batch=48))
+    mixed: Course = field(default_factory=lambda: Course(steps=120, batch=48))
+    towers: Course = field(default_factory=lambda: Course(steps=150, batch=48))
+    words: Course = field(default_factory=lambda: Course(steps=60, batch=48))
+    summaries: Course = field(default_factory=lambda: Course(steps=160, batch=48))
+    ablation: Course = field(default_factory=lambda: Course(steps=60, batch=32))
     seed: int = 0
 
 
@@ -218,10 +218,10 @@ class ShopComparison:
         seconds["stage I"] = train_reasoning(
             self.folder / "fresh", self.folder / "stage1", records, plan.reasoning
         )
-        for name, (text, course) in self._texts().items():
+        for name, (text, course, start) in self._texts().items():
             examples = shop.examples(course.examples, text)
             out = self.folder / _folder(name)
-            seconds[name] = train_text(self.folder / "stage1", out, examples, course)
+            seconds[name] = train_text(self.folder / start, out, examples, course)
             ranker = Ranker(open_chat(out), template=TEMPLATE)
             self._row(
                 name, shop.ndcg(lambda q, items, r=ranker, t=text: _text_scores(r, t, q, items))
@@ -265,7 +265,7 @@ class ShopComparison:
         vectors = self._chat_with_store("mixed")
         items = {
             name: [text(item, -1) for item in shop.items]
-            for name, (text, _) in self._texts().items()
+            for name, (text, _, _) in self._texts().items()
         }
         prefix, suffix = (len(texts.tokenizer.encode(one)) for one in self._around())
         ways = {}
@@ -291,13 +291,13 @@ class ShopComparison:
             }
         self._save(self.found)
 
-    def _texts(self) -> dict[str, tuple[Callable[[Item, int], str], Course]]:
-        """Return by row what a text ranker reads of an item, and how it is trained."""
+    def _texts(self) -> dict[str, tuple[Callable[[Item, int], str], Course, str]]:
+        """Return by row what a text ranker reads of an item, how it is trained, and from where."""
         plan, shop = self.plan, self.shop
         return {
-            "text ranker, one word": (lambda item, _: item.words[0], plan.summaries),
-            "text ranker, summary": (lambda item, _: summary(item), plan.summaries),
-            TEACHER: (shop.long, plan.text),
+            "text ranker, one word": (lambda item, _: item.words[0], plan.words, "stage1"),
+            SUMMARY: (lambda item, _: summary(item), plan.summaries, "stage1"),
+            TEACHER: (shop.long, plan.text, _folder(SUMMARY)),
         }
 
     def _around(self) -> tuple[str, str]:

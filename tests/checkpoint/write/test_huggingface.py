@@ -17,6 +17,7 @@ from lapilli.lora import LoraConfig, inject, merge
 from lapilli.quant import QuantConfig, quantize
 from lapilli.train.build import replace_projector
 from tests.integration.oracle import picture
+from tests.modality.declared import tiny_language_model
 
 VARIANTS = ["llava-v1.5-tiny-pad", "llava-v1.6-vicuna-tiny-336", "llava-v1.6-mistral-tiny"]
 PICTURES = [picture(60, 40, 1), picture(28, 90, 2)]
@@ -87,6 +88,18 @@ def test_it_is_read_back_here(pair):
     _, found = logits_of(after, messages)
     rows = expected.shape[-1]
     torch.testing.assert_close(found[:, :rows], expected, atol=1e-5, rtol=0)
+
+
+def test_a_plain_language_model_is_saved_as_it_is(tmp_path):
+    loaded = load_checkpoint(tiny_language_model(tmp_path / "plain"), device="cpu", dtype="float32")
+    with torch.no_grad():
+        loaded.model.language_model.model.norm.weight.mul_(2)  # as if it had learned
+    path = saved(tmp_path / "saved", loaded)
+    again = load_checkpoint(path, device="cpu", dtype="float32")
+    expected = loaded.model.state_dict()
+    assert expected.keys() == again.model.state_dict().keys()
+    assert all(torch.equal(one, expected[name]) for name, one in again.model.state_dict().items())
+    assert again.tokenizer.encode("a boat") == loaded.tokenizer.encode("a boat")
 
 
 def test_ordinary_added_tokens_stay_ordinary(conformance, tmp_path):
