@@ -160,7 +160,7 @@ def _lay_meanings(table: torch.Tensor, vectors: np.ndarray) -> None:
     """
     width, room = vectors.shape[1], table.shape[1] ** 0.5
     found = torch.from_numpy(vectors).float()
-    strong = torch.quantile(found.norm(dim=-1), 0.95)
+    strong = torch.quantile(found.norm(dim=-1), 0.95).clamp(min=1e-9)
     found = found / strong
     found = found / found.norm(dim=-1, keepdim=True).clamp(min=1.0) * _MEANING
     rest = torch.nn.functional.normalize(table[:, width:], dim=-1)

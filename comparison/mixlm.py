@@ -39,7 +39,6 @@ QUICK_SHOP: Final = ShopPlan(
     mixed=_QUICK,
     towers=_QUICK,
     words=_QUICK,
-    summaries=_QUICK,
     ablation=_QUICK,
 )
 

@@ -1,7 +1,7 @@
 """Generated shop, ranked by texts, by vectors of a store, and by what they are compared with.
 
-    fresh -> stage I -> summaries -> stage II -> stage III -> store of the test's items -> Ranker
-                 '-> one word            |-> two towers
+    fresh -> stage I -> stage II -> stage III -> store of the test's items -> Ranker -> NDCG@10
+                 '-> first word   '-> two towers
 
 Items, queries and wordings of the test are drawn apart from those of training.
 """
@@ -53,8 +53,7 @@ from lapilli.store.encode import TextEncoder, build_store
 PER_QUERY: Final = 8  # examples of a query
 _POOL: Final = 150  # items that the candidates of a training query are chosen from
 
-SUMMARY = "text ranker, summary"
-TEACHER, EMBEDDING = "text ranker, whole description", "embedding ranker"
+TEACHER, EMBEDDING = "text ranker", "embedding ranker"
 ABLATIONS: Final[Mapping[str, tuple[Phase, ...]]] = {
     "two phases": CURRICULUM,
     "one phase": (Phase(),),
@@ -66,20 +65,23 @@ ABLATIONS: Final[Mapping[str, tuple[Phase, ...]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShopPlan:
-    """Sizes of the shop and courses of what is trained for it."""
+    """Sizes of the shop and courses of what is trained for it.
+
+    Attributes:
+        fillers: sentences that say nothing in a description; None: items are their summaries.
+    """
 
     sizes: Sizes = field(default_factory=lambda: Sizes(layers=2))
     items: int = 1000
     test_items: int = 400
     queries: int = 150
     candidates: int = 40
-    fillers: int = 4
+    fillers: int | None = None
     reasoning: Course = field(default_factory=lambda: Course(steps=150))
-    text: Course = field(default_factory=lambda: Course(steps=150, batch=48))
+    text: Course = field(default_factory=lambda: Course(steps=160, batch=48))
     mixed: Course = field(default_factory=lambda: Course(steps=120, batch=48))
     towers: Course = field(default_factory=lambda: Course(steps=150, batch=48))
     words: Course = field(default_factory=lambda: Course(steps=60, batch=48))
-    summaries: Course = field(default_factory=lambda: Course(steps=160, batch=48))
     ablation: Course = field(default_factory=lambda: Course(steps=60, batch=32))
     seed: int = 0
 
@@ -98,7 +100,9 @@ class Shop:
         self.known = draw_items(plan.items, seed)
         self.items = draw_items(plan.test_items, seed + 1 + test)
         self.queries = draw_queries(plan.queries, self.items, seed + 1 + test)
-        self.descriptions = [description(item, fillers=plan.fillers) for item in self.items]
+        self.texts = [self.text(item) for item in self.items]
+        seen = {item.values for item in self.known}
+        self.overlap = sum(item.values in seen for item in self.items)
         self.wanted = [
             candidates(query, self.items, plan.candidates, seed) for query in self.queries
         ]
@@ -119,8 +123,10 @@ class Shop:
             for query, item in pairs
         ]
 
-    def long(self, item: Item, wording: int) -> str:
-        """Return a description, worded anew for every query of training."""
+    def text(self, item: Item, wording: int = -1) -> str:
+        """Return what is read of an item; a description is worded anew for every training query."""
+        if self.plan.fillers is None:
+            return summary(item)
         return description(item, fillers=self.plan.fillers, seed=wording + 1)
 
     def records(self, count: int) -> list[Record]:
@@ -143,12 +149,12 @@ class Shop:
             found.append(record)
         return found
 
-    def texts(self) -> list[str]:
+    def words(self) -> list[str]:
         """Return texts with all words there are, for the tokenizer."""
         known = self.known[:300]
         queries = draw_queries(300, known, 10 * self.plan.seed)
         return [
-            *(self.long(item, 0) for item in known),
+            *(description(item, fillers=4, seed=1) for item in known),
             *(summary(item) for item in known),
             *(TEMPLATE.user.format(query=query.text, item="yes no") for query in queries),
         ]
@@ -187,6 +193,8 @@ class ShopComparison:
             "queries": plan.queries,
             "candidates": plan.candidates,
             "steps": plan.ablation.steps,
+            "items": plan.test_items,
+            "overlap": self.shop.overlap,
         }
         self._ndcgs: dict[str, np.ndarray] = {}
 
@@ -203,25 +211,25 @@ class ShopComparison:
     def without_training(self) -> None:
         """Measure what needs no training."""
         self._row("random order", self.shop.ndcg(lambda _, items: [0.0] * len(items)))
-        score = bm25(self.shop.descriptions)
+        score = bm25(self.shop.texts)
         words = {query.number: score(query.text) for query in self.shop.queries}
         self._row(
-            "BM25, whole description",
+            "BM25",
             self.shop.ndcg(lambda query, items: [words[query.number][i.number] for i in items]),
         )
 
     def text_rankers(self) -> None:
         """Train and measure the rankers of texts: whole ones, summaries, and their first word."""
         plan, shop, seconds = self.plan, self.shop, self.found["seconds"]
-        write_language_model(self.folder / "fresh", shop.texts(), plan.sizes, seed=plan.seed)
+        write_language_model(self.folder / "fresh", shop.words(), plan.sizes, seed=plan.seed)
         records = shop.records(plan.reasoning.examples)
         seconds["stage I"] = train_reasoning(
             self.folder / "fresh", self.folder / "stage1", records, plan.reasoning
         )
-        for name, (text, course, start) in self._texts().items():
+        for name, (text, course) in self._texts().items():
             examples = shop.examples(course.examples, text)
             out = self.folder / _folder(name)
-            seconds[name] = train_text(self.folder / start, out, examples, course)
+            seconds[name] = train_text(self.folder / "stage1", out, examples, course)
             ranker = Ranker(open_chat(out), template=TEMPLATE)
             self._row(
                 name, shop.ndcg(lambda q, items, r=ranker, t=text: _text_scores(r, t, q, items))
@@ -231,7 +239,7 @@ class ShopComparison:
         """Train stage III, store the items of the test, and rank from the store."""
         plan, shop = self.plan, self.shop
         examples = taught(
-            self.folder / _folder(TEACHER), shop.examples(plan.mixed.examples, shop.long)
+            self.folder / _folder(TEACHER), shop.examples(plan.mixed.examples, shop.text)
         )
         self.found["seconds"][EMBEDDING] = self._train_mixed("mixed", examples, plan.mixed)
         self._row(EMBEDDING, self._rank_from_store("mixed"))
@@ -239,7 +247,7 @@ class ShopComparison:
     def two_towers(self) -> None:
         """Train the bi-encoder on the same examples, for as many operations as stage III."""
         plan, shop = self.plan, self.shop
-        examples = shop.examples(plan.towers.examples, shop.long)
+        examples = shop.examples(plan.towers.examples, shop.text)
         towers, self.found["seconds"]["bi-encoder"] = train_towers(
             self.folder / "mixed-start", self.folder / "towers-run", examples, plan.towers
         )
@@ -249,7 +257,7 @@ class ShopComparison:
         """Train stage III shorter, with each of its parts left out."""
         plan, shop = self.plan, self.shop
         examples = taught(
-            self.folder / _folder(TEACHER), shop.examples(plan.ablation.examples, shop.long)
+            self.folder / _folder(TEACHER), shop.examples(plan.ablation.examples, shop.text)
         )
         for number, (name, curriculum) in enumerate(ABLATIONS.items()):
             folder = f"ablation{number}"
@@ -265,7 +273,7 @@ class ShopComparison:
         vectors = self._chat_with_store("mixed")
         items = {
             name: [text(item, -1) for item in shop.items]
-            for name, (text, _, _) in self._texts().items()
+            for name, (text, _) in self._texts().items()
         }
         prefix, suffix = (len(texts.tokenizer.encode(one)) for one in self._around())
         ways = {}
@@ -291,13 +299,12 @@ class ShopComparison:
             }
         self._save(self.found)
 
-    def _texts(self) -> dict[str, tuple[Callable[[Item, int], str], Course, str]]:
-        """Return by row what a text ranker reads of an item, how it is trained, and from where."""
+    def _texts(self) -> dict[str, tuple[Callable[[Item, int], str], Course]]:
+        """Return by row what a text ranker reads of an item, how it is trained."""
         plan, shop = self.plan, self.shop
         return {
-            "text ranker, one word": (lambda item, _: item.words[0], plan.words, "stage1"),
-            SUMMARY: (lambda item, _: summary(item), plan.summaries, "stage1"),
-            TEACHER: (shop.long, plan.text, _folder(SUMMARY)),
+            "text ranker, first word": (lambda item, _: item.words[0], plan.words),
+            TEACHER: (shop.text, plan.text),
         }
 
     def _around(self) -> tuple[str, str]:
@@ -320,7 +327,7 @@ class ShopComparison:
         chat, path = open_chat(self.folder / folder), self.folder / f"{folder}-store"
         encoder = TextEncoder(chat.model, chat.tokenizer, modality=ITEM)
         numbers = [str(item.number) for item in self.shop.items]
-        build_store(path, zip(numbers, self.shop.descriptions, strict=True), encoder)
+        build_store(path, zip(numbers, self.shop.texts, strict=True), encoder)
         chat.stores[ITEM] = Store(path)
         return chat
 
@@ -360,7 +367,7 @@ def _text_scores(
 def _tower_scores(towers: Towers, shop: Shop) -> Callable[[Query, list[Item]], Sequence[float]]:
     """Return the scores of two towers."""
     with torch.inference_mode():
-        vectors = torch.cat([towers.items([text]) for text in shop.descriptions])
+        vectors = torch.cat([towers.items([text]) for text in shop.texts])
         asked = {query.number: towers.queries([query.text])[0] for query in shop.queries}
 
     def scores(query: Query, items: list[Item]) -> Sequence[float]:

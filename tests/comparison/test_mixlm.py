@@ -1,6 +1,7 @@
 """MixLM's comparison: the whole program at toy sizes, and what its parts are made of."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,16 +9,17 @@ import torch
 
 from comparison import mixlm
 from comparison.cranfield import Collection, CranfieldPlan, sentences_of, standard
-from comparison.generated import ASKED
+from comparison.generated import ASKED, ATTRIBUTES
 from comparison.intervals import difference_interval, interval, ratio_interval
 from comparison.language_model import Sizes, latent_semantics, token_counts, write_language_model
 from comparison.mixlm_report import page, tables
-from comparison.rankers import Course, ReasoningTask, item_flops, open_chat
+from comparison.rankers import ReasoningTask, item_flops, open_chat
 from comparison.shop import ABLATIONS, EMBEDDING, TEACHER, Shop
 from lapilli.checkpoint.export import save_loaded
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.datasets.retrieval import Document, Retrieval
 
+VALUES = {word for values in ATTRIBUTES.values() for word in values}
 SIZES = Sizes(vocabulary=400, width=32, inner=48, layers=1, heads=2)
 TEXTS = ["a wing in a stream of air", "the heat of a wing", "a shell under load", "load on a shell"]
 
@@ -57,9 +59,18 @@ def test_the_test_is_another_draw_than_the_validation():
     first, second = (Shop(mixlm.QUICK_SHOP, test=test) for test in (0, 1))
     assert first.known == second.known
     assert {item.values for item in first.items} != {item.values for item in second.items}
-    assert set(first.descriptions).isdisjoint(
-        example.item for example in first.examples(40, first.long)
-    )
+    seen = {item.values for item in first.known}
+    assert first.overlap == sum(item.values in seen for item in first.items)
+
+
+@pytest.mark.parametrize("fillers", [None, 2])
+def test_examples_have_the_texts_and_grades_of_their_items(fillers):
+    shop = Shop(replace(mixlm.QUICK_SHOP, fillers=fillers), test=1)
+    for example in shop.examples(20, shop.text):
+        words = example.item.replace(",", "").replace(".", "").split()
+        grade = sum(word in example.query for word in set(words) & VALUES)
+        assert example.label == grade / ASKED
+    assert (", " in shop.texts[0]) == (fillers is None)
 
 
 def test_only_learned_pieces_are_supervised(tmp_path):
@@ -112,9 +123,10 @@ def test_an_item_behind_a_longer_prefix_costs_its_attention_more(tmp_path):
     text = open_chat(tmp_path / "fresh").config.text
     one, more, behind = (item_flops(text, *both) for both in ((10, 1), (10, 5), (100, 1)))
     linear = 2 * text.num_layers * sum(a * b for a, b in text.linear_widths)
-    assert linear < one < 1.1 * linear
-    assert one < behind < more
-    assert more > 5 * linear
+    heads = 4 * text.num_layers * text.num_heads * text.head_dim
+    assert one == linear + heads * (11**2 - 10**2)
+    assert more == 5 * linear + heads * (15**2 - 10**2)
+    assert one < behind == linear + heads * (101**2 - 100**2)
 
 
 def test_intervals_hold_their_means_and_pair_their_queries():
@@ -125,17 +137,19 @@ def test_intervals_hold_their_means_and_pair_their_queries():
     assert difference_interval(values + 0.25, values) == pytest.approx((0.25, 0.25, 0.25))
 
 
+def documents():
+    return [f"{text} and {i} more words ." for i, text in enumerate(TEXTS)]
+
+
 def collection():
-    documents = {
-        str(i): Document("", f"{text} and {i} more words .") for i, text in enumerate(TEXTS)
-    }
-    documents["empty"] = Document("", "")
+    known = {str(i): Document("", text) for i, text in enumerate(documents())}
+    known["empty"] = Document("", "")
     queries = {"1": "air around a wing", "2": "a shell", "3": "heat"}
     judged = {"1": {"0": 4.0, "1": 1.0}, "2": {"2": 3.0}, "3": {"1": 2.0}}
-    plan = CranfieldPlan(train=1, validation=1, meanings=2, text=Course(steps=1))
+    plan = CranfieldPlan(validation=1, meanings=2)
     letters = sorted(set("".join(TEXTS)))
     return Collection(
-        Retrieval(documents, queries, judged),
+        Retrieval(known, queries, judged),
         plan,
         lambda text: [letters.index(letter) for letter in text if letter in letters],
         len(letters),
@@ -144,7 +158,7 @@ def collection():
 
 def test_queries_are_in_one_part_and_texts_that_say_nothing_in_none():
     found = collection()
-    parts = [found.train, found.validation, found.test]
+    parts = [found.validation, found.test]
     assert sorted(name for part in parts for name in part) == ["1", "2", "3"]
     assert found.names == ["0", "1", "2", "3"]
 
@@ -156,6 +170,21 @@ def test_scores_of_the_judged_order_are_the_best():
     right = np.array([judged.get(found.names[i], 0.0) for i in first])
     assert found.ndcg("1", right) == pytest.approx(1.0)
     assert found.ndcg("1", -right) < 0.7
+
+
+def test_a_record_asks_whether_words_are_in_the_query():
+    for record in collection().records(20):
+        query = record[0][0].removeprefix("query: ").removesuffix("\nitem:").split()
+        for (word, _), (answer, _) in zip(record[1::2], record[2::2], strict=True):
+            assert (answer == "yes") == (word in query)
+
+
+def test_examples_are_titles_of_other_texts_with_the_grades_of_the_judge():
+    found = collection()
+    for example in found.examples(16):
+        place = found.titles.index(example.item)
+        assert example.label == pytest.approx(found.judge(example.query)[place])
+        assert example.query not in documents()[place]
 
 
 def test_sentences_and_standard_scores():
