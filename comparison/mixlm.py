@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="toy sizes: does it run?")
     parser.add_argument("--validation", action="store_true", help="score validation, not the test")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ablations", action="store_true", help="stage III without its parts too")
     parser.add_argument("--data", type=Path, default=data_folder())
     parser.add_argument("--work", type=Path, help="keep checkpoints here, and go on from them")
     parser.add_argument("--part", choices=PARTS, help="one part; None: both")
@@ -89,7 +90,7 @@ def measure_shop(options: argparse.Namespace, folder: Path, save: Save) -> dict[
     """Return what is found of the generated shop."""
     plan = QUICK_SHOP if options.quick else ShopPlan(seed=options.seed)
     test = 0 if options.validation else 1
-    return ShopComparison(plan, folder, save, test=test).run()
+    return ShopComparison(plan, folder, save, test=test).run(ablations=options.ablations)
 
 
 def measure_cranfield(

@@ -164,9 +164,7 @@ def train_mixed(
         curriculum: weights of the parts.
         tokens: vectors of an item.
     """
-    item = {"kind": "text", "from": str(teacher), "tokens": tokens, "max_length": 512}
-    start = out.with_name(f"{out.name}-start")
-    add_modalities(teacher, start, {ITEM: item}, overwrite=True)
+    start = _with_encoder(teacher, out, tokens)
     recipe = course.recipe()
 
     def task(chat: Chat) -> RankingTask:
@@ -181,6 +179,14 @@ def train_mixed(
         )
 
     return _train(start, out, task, course)
+
+
+def _with_encoder(teacher: Path, out: Path, tokens: int = 1) -> Path:
+    """Write a ranker beside `out` with an encoder of items, which begins as the ranker does."""
+    start = out.with_name(f"{out.name}-start")
+    item = {"kind": "text", "from": str(teacher), "tokens": tokens, "max_length": 512}
+    add_modalities(teacher, start, {ITEM: item}, overwrite=True)
+    return start
 
 
 def _train(source: Path, out: Path, make_task: Callable[[Chat], Task], course: Course) -> float:
@@ -259,16 +265,17 @@ class TowersTask:
 
 
 def train_towers(
-    start: Path, folder: Path, examples: Sequence[RankingExample], course: Course
+    teacher: Path, folder: Path, examples: Sequence[RankingExample], course: Course
 ) -> tuple[Towers, float]:
-    """Train two towers, both of which begin as the ranker of stage III does; return their seconds.
+    """Train two towers, both of which begin as the text ranker; return them and their seconds.
 
     Args:
-        start: folder of a checkpoint with an encoder of items.
+        teacher: folder of the text ranker.
         folder: of the run.
         examples: labels alone count.
         course: how long and how fast.
     """
+    start = _with_encoder(teacher, folder)
     loaded = load_checkpoint(start, device="cpu", dtype="float32")
     recipe = course.recipe(encoders=(ITEM,))
     choose_trainable(loaded.model, recipe)

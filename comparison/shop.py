@@ -79,10 +79,10 @@ class ShopPlan:
     fillers: int | None = None
     reasoning: Course = field(default_factory=lambda: Course(steps=150))
     text: Course = field(default_factory=lambda: Course(steps=160, batch=48))
-    mixed: Course = field(default_factory=lambda: Course(steps=120, batch=48))
-    towers: Course = field(default_factory=lambda: Course(steps=150, batch=48))
+    mixed: Course = field(default_factory=lambda: Course(steps=200, batch=48))
+    towers: Course = field(default_factory=lambda: Course(steps=370, batch=48))
     words: Course = field(default_factory=lambda: Course(steps=60, batch=48))
-    ablation: Course = field(default_factory=lambda: Course(steps=60, batch=32))
+    ablation: Course = field(default_factory=lambda: Course(steps=120, batch=48))
     seed: int = 0
 
 
@@ -198,14 +198,15 @@ class ShopComparison:
         }
         self._ndcgs: dict[str, np.ndarray] = {}
 
-    def run(self) -> dict[str, Any]:
-        """Return rows of quality and cost, ablations and seconds of training."""
+    def run(self, *, ablations: bool = False) -> dict[str, Any]:
+        """Return rows of quality and cost, ablations if asked for, and seconds of training."""
         self.without_training()
         self.text_rankers()
         self.embedding_ranker()
         self.two_towers()
         self.speeds()
-        self.ablations()
+        if ablations:
+            self.ablations()
         return self.found
 
     def without_training(self) -> None:
@@ -249,7 +250,7 @@ class ShopComparison:
         plan, shop = self.plan, self.shop
         examples = shop.examples(plan.towers.examples, shop.text)
         towers, self.found["seconds"]["bi-encoder"] = train_towers(
-            self.folder / "mixed-start", self.folder / "towers-run", examples, plan.towers
+            self.folder / _folder(TEACHER), self.folder / "towers", examples, plan.towers
         )
         self._row("bi-encoder", shop.ndcg(_tower_scores(towers, shop)))
 

@@ -26,7 +26,7 @@ TEXTS = ["a wing in a stream of air", "the heat of a wing", "a shell under load"
 
 def test_the_program_writes_every_row_of_the_shop(tmp_path, capsys):
     out = tmp_path / "mixlm.json"
-    mixlm.main(["--quick", "--out", str(out), "--data", str(tmp_path)])
+    mixlm.main(["--quick", "--ablations", "--out", str(out), "--data", str(tmp_path)])
     said, missing = capsys.readouterr()
     assert "has no Cranfield: put cran.all.1400" in missing
     found = json.loads(out.read_text())["shop"]
