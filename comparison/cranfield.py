@@ -211,7 +211,7 @@ class CranfieldComparison:
     ) -> None:
         self.plan, self.folder, self._save = plan, folder, save
         whole = [one.whole for one in found.documents.values() if one.whole.strip()]
-        said = [TEMPLATE.user.format(query="", item="yes no")] * 3
+        said = [TEMPLATE.user.format(query="", item="yes no")] * 20  # as words of their own
         fresh = write_language_model(
             folder / "fresh", [*whole, *said], plan.sizes, meanings=plan.meanings, seed=plan.seed
         )

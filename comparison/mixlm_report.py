@@ -31,9 +31,11 @@ half of them the best of all; gains are exponential.
 The model is new: a Qwen3 of {parameters:,} parameters with a tokenizer trained on the texts. Stage
 I are queries and items that say behind each value whether it is wanted. The text ranker and the
 ranker of an item's first word, which costs as many positions as a vector, begin there. The
-embedding ranker and its encoder begin as the text ranker, and so do both towers of the bi-encoder,
-which learns from the same labels. The vectors of the test's items are read from a store on disk,
-one for each item.
+encoder of the embedding ranker begins as the text ranker and learns from labels, the text ranker's
+probabilities and its hidden states, while the ranker is frozen: where both learned at once at the
+same rate, what the ranker said of texts and of vectors became equal within twenty steps and no
+better than a constant. Both towers of the bi-encoder begin as the text ranker too and learn from
+the same labels. The vectors of the test's items are read from a store on disk, one for each item.
 """
 AFTER_SHOP: Final = """
 *Positions* are those of the item, without the question behind it that all have. Operations and
@@ -144,12 +146,19 @@ def verdict(what: str, found: Sequence[float], target: float) -> str:
     return f"{what}: {share(found)}, target {100 * target:.0f} %: **{said}**.\n"
 
 
+def unmeasured(rows: Mapping[str, object], wanted: Sequence[str]) -> str:
+    """Return which of the wanted rows are not there, as a sentence, or nothing."""
+    missing = [name for name in wanted if name not in rows]
+    return f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
+
+
 def page(found: Mapping[str, Any]) -> str:
     """Return the page."""
     parts = [HEAD]
     if "shop" in found:
         shop = found["shop"]
         parts += [SHOP.format(**shop["about"]), "\n", shop_table(shop["rows"]), AFTER_SHOP]
+        parts.append(unmeasured(shop["rows"], (TEACHER, EMBEDDING, "bi-encoder")))
         if EMBEDDING in shop["rows"]:
             kept = shop["rows"][EMBEDDING]["of teacher"]
             parts += ["\n", verdict("The embedding ranker's share of its teacher", kept, 0.97)]
@@ -160,6 +169,7 @@ def page(found: Mapping[str, Any]) -> str:
         weights = ", ".join(f"{name}: {one}" for name, one in part["weights"].items())
         parts += [CRANFIELD.format(**part["queries"], weights=weights), "\n"]
         parts.append(cranfield_table(part["rows"]))
+        parts.append(unmeasured(part["rows"], (TEXT, RERANKER)))
         best = part["rows"].get(f"{RERANKER} and BM25")
         if best:
             above = part["rows"][f"{TEXT} and BM25"]["above BM25"]

@@ -52,12 +52,17 @@ Record = Sequence[tuple[str, bool]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """How long and how fast something learns."""
+    """How long and how fast something learns.
+
+    Attributes:
+        freezes_ranker: the encoder of items learns alone.
+    """
 
     steps: int
     batch: int = 64
     lr: float = 2e-3
     seed: int = 0
+    freezes_ranker: bool = False
 
     @property
     def examples(self) -> int:
@@ -67,7 +72,7 @@ class Course:
     def recipe(self, encoders: tuple[str, ...] = ()) -> Recipe:
         """Return it as the trainer's recipe, under which these encoders learn too."""
         return Recipe(
-            stage="instruct",
+            stage="align" if self.freezes_ranker else "instruct",
             model=ModelRecipe(tune_encoder=encoders),
             optim=OptimRecipe(lr=self.lr, warmup_ratio=0.05, schedule="trapezoid"),
             run=RunRecipe(

@@ -54,6 +54,8 @@ PER_QUERY: Final = 8  # examples of a query
 _POOL: Final = 150  # items that the candidates of a training query are chosen from
 
 TEACHER, EMBEDDING = "text ranker", "embedding ranker"
+ENCODER_ALONE: Final = (Phase(distill=2.0, align=1.0),)
+"""Weights of a stage III whose ranker is frozen."""
 ABLATIONS: Final[Mapping[str, tuple[Phase, ...]]] = {
     "two phases": CURRICULUM,
     "one phase": (Phase(),),
@@ -79,7 +81,9 @@ class ShopPlan:
     fillers: int | None = None
     reasoning: Course = field(default_factory=lambda: Course(steps=150))
     text: Course = field(default_factory=lambda: Course(steps=160, batch=48))
-    mixed: Course = field(default_factory=lambda: Course(steps=200, batch=48))
+    mixed: Course = field(
+        default_factory=lambda: Course(steps=160, batch=48, lr=3e-3, freezes_ranker=True)
+    )
     towers: Course = field(default_factory=lambda: Course(steps=370, batch=48))
     words: Course = field(default_factory=lambda: Course(steps=60, batch=48))
     ablation: Course = field(default_factory=lambda: Course(steps=120, batch=48))
@@ -242,7 +246,9 @@ class ShopComparison:
         examples = taught(
             self.folder / _folder(TEACHER), shop.examples(plan.mixed.examples, shop.text)
         )
-        self.found["seconds"][EMBEDDING] = self._train_mixed("mixed", examples, plan.mixed)
+        self.found["seconds"][EMBEDDING] = self._train_mixed(
+            "mixed", examples, plan.mixed, ENCODER_ALONE
+        )
         self._row(EMBEDDING, self._rank_from_store("mixed"))
 
     def two_towers(self) -> None:
