@@ -301,11 +301,11 @@ def item_flops(text: DecoderConfig, prefix: int, positions: int) -> float:
 
 
 def fastest(ways: Mapping[str, Callable[[], None]], rounds: int = 3) -> dict[str, float]:
-    """Return the seconds of every way in its fastest round; the ways take turns."""
+    """Return the seconds of one core of every way in its fastest round; the ways take turns."""
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for name, way in ways.items():
-            started = time.perf_counter()
+            started = time.process_time()
             way()
-            best[name] = min(best[name], time.perf_counter() - started)
+            best[name] = min(best[name], time.process_time() - started)
     return best
