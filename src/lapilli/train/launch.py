@@ -25,8 +25,8 @@ from lapilli.checkpoint.write.files import locked_folder
 from lapilli.config.model import DecoderConfig
 from lapilli.errors import ConfigError
 from lapilli.lora import adapters
-from lapilli.modality.image.decode import Alpha
 from lapilli.modality.projector import Resampler
+from lapilli.pipeline.stores import Stores
 from lapilli.prompt.choose import Template
 from lapilli.train.card import add_card, model_card
 from lapilli.train.data import (
@@ -218,10 +218,10 @@ def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
     teacher = load_teacher(recipe, loaded)
     template = choose_template(recipe, loaded)
     data = recipe.data
-    encoder = _sample_encoder(loaded, template, data.max_length, alpha=data.alpha)
+    encoder = _sample_encoder(loaded, template, recipe)
     pairs: EncodesSamples = encoder
     if teacher is not None:
-        theirs = _sample_encoder(teacher, for_model(template, teacher), alpha=data.alpha)
+        theirs = _sample_encoder(teacher, for_model(template, teacher), recipe, is_cut=False)
         pairs = PairEncoder(encoder, theirs)
     order = order_of(kept, recipe.data, recipe.run)
     torch.manual_seed(recipe.run.seed)  # a fresh adapter is drawn
@@ -284,11 +284,19 @@ def check_packing(loaded: Loaded, max_length: int) -> None:
 
 
 def _sample_encoder(
-    loaded: Loaded, template: Template, max_length: int | None = None, *, alpha: Alpha
+    loaded: Loaded, template: Template, recipe: Recipe, *, is_cut: bool = True
 ) -> SampleEncoder:
-    image_id = loaded.config.tokens.image_id
+    stores = Stores(loaded.model)
+    for name, folder in recipe.data.stores.items():
+        stores[name] = folder
     return SampleEncoder(
-        loaded.tokenizer, template, loaded.model, max_length, image_id=image_id, alpha=alpha
+        loaded.tokenizer,
+        template,
+        loaded.model,
+        recipe.data.max_length if is_cut else None,
+        image_id=loaded.config.tokens.image_id,
+        alpha=recipe.data.alpha,
+        stores=stores,
     )
 
 

@@ -231,6 +231,7 @@ class DataRecipe:
             one; "written" leaves them where they stand.
         alpha: "drop" shows the colours under the transparency of a picture, as the original does;
             "composite" lays the picture on white.
+        stores: folders of stores by the names of modalities, whose ids stand for media in samples.
         on_bad_sample: what a sample that cannot be read does to the run: "skip" puts the next one
             into its place and counts.
     """
@@ -244,6 +245,7 @@ class DataRecipe:
     pack: bool = False
     placement: Placement = "front"
     alpha: Literal["drop", "composite"] = "drop"
+    stores: Mapping[str, str] = field(default_factory=dict)
     on_bad_sample: OnBadSample = "error"
 
     def __post_init__(self) -> None:

@@ -342,7 +342,14 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _idle_of_objective(objective: str) -> Iterator[tuple[str, str]]:
     """Yield keys that only a run on conversations reads."""
     keys = [f"data.{key}" for key in ("template", "max_length", "group", "pack", "placement")]
-    keys += ["data.alpha", "data.on_bad_sample", "noise.alpha", "optim.z_loss", "run.compile"]
+    keys += [
+        "data.alpha",
+        "data.stores",
+        "data.on_bad_sample",
+        "noise.alpha",
+        "optim.z_loss",
+        "run.compile",
+    ]
     keys += [f"distill.{field.name}" for field in dataclasses.fields(DistillRecipe)]
     for key in (*keys, "run.exam"):
         yield key, f"[{objective}] does not learn from conversations: leave [{objective}] out"
@@ -432,6 +439,8 @@ def _paths(recipe: Recipe) -> Iterator[tuple[str, str | None, Callable[[str], bo
     yield "distill.teacher", None if distill is None else distill.teacher, is_local
     yield "ranking.teacher", None if ranking is None else ranking.teacher, is_local
     yield "next_item.catalogue", None if next_item is None else next_item.catalogue, _has_files
+    for name, folder in recipe.data.stores.items():
+        yield f"data.stores.{name}", folder, _is_folder
     for part in ("sources", "evaluation"):
         for number, source in enumerate(getattr(recipe.data, part)):
             yield f"data.{part}[{number}].path", source.path, _has_files
