@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import lapilli
 from lapilli.cli.main import app
 from lapilli.cli.terminal import read_media
-from lapilli.errors import ConfigError, MediaError
+from lapilli.errors import ConfigError, GenerationError, MediaError
 from lapilli.store import StoreWriter
 from lapilli.train.build import add_modalities
 
@@ -43,12 +43,20 @@ def test_a_medium_is_what_it_is_in_python(model, tmp_path) -> None:
     assert json.loads(said)["answer"] == expected
 
 
-def test_a_name_of_no_modality_is_no_option(model) -> None:
-    done = CliRunner().invoke(
-        app, ["ask", "What?", "--model", model, "--media", "temperature=2", *SHORT]
-    )
+@pytest.mark.parametrize(
+    ("media", "says"),
+    [("temperature=2", "temperature"), ("image=a.png", "pictures stand behind the question")],
+)
+def test_a_name_of_no_modality_is_no_option(model, media, says) -> None:
+    done = CliRunner().invoke(app, ["ask", "What?", "--model", model, "--media", media, *SHORT])
     assert done.exit_code != 0
-    assert "temperature" in f"{done.output}{done.exception}"
+    assert says in f"{done.output}{done.exception}"
+
+
+def test_a_name_of_no_modality_is_said_in_python(model) -> None:
+    chat = lapilli.load(model, device="cpu")
+    with pytest.raises(GenerationError, match=r"option itm, and no modality either: the .* item$"):
+        chat.ask("What?", itm=[1.0, 2.0, 3.0])
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_the_result_ranks(root, tmp_path) -> None:
 def test_a_query_is_held_out_with_all_of_its_rows(root) -> None:
     recipe = load_recipe(write(root, "ranking"), ["--data.held_out", "0.3"])
     task = build_objective(recipe, SINGLE_PROCESS)
-    queries = [{row.text("query") for row in task.held_out}, {e.query for e in task.made.examples}]
+    queries = [{one.query for one in made} for made in (task.held_out, task.made.examples)]
     assert [len(one) for one in queries] == [1, 2]
     assert not queries[0] & queries[1]
     assert task.evaluate()["eval_loss"] > 0
@@ -161,6 +161,8 @@ def test_a_query_is_held_out_with_all_of_its_rows(root) -> None:
         ("next_item", {"history": [0, 9]}, "9 is none of the 4 items of .*items.jsonl"),
         ("next_item", {"history": [0]}, "a history of 1 items has no next one"),
         ("next_event", {"user": {}}, "bad.jsonl:1 has no 'history': expected it beside 'user'"),
+        ("next_event", {"history": {"film": [99, 1]}}, "bad.jsonl:1: user: film is 99"),
+        ("next_event", {"history": {"film": [9]}}, "bad.jsonl:1: a history of one event has no"),
     ],
 )
 def test_rows_that_cannot_be_read(root, tmp_path, objective, row, says) -> None:

@@ -104,6 +104,18 @@ def test_what_is_wrong_is_said(ray, tmp_path):
         build_store_distributed(tmp_path / "c", ITEMS, made, encoder, workers=0)
 
 
+def test_a_ray_that_does_not_start(monkeypatch, tmp_path):
+    ray = pytest.importorskip("ray")
+
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nLook at it")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(ConfigError, match="Ray does not start on this machine: The current node"):
+        build_store_distributed(tmp_path / "s", ITEMS, encoder(), encoder, workers=2)
+
+
 def test_without_ray(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"several workers need Ray: install lapilli\[ray\]"):

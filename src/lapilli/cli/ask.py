@@ -20,7 +20,7 @@ from lapilli.cli.terminal import (
     read_media,
 )
 from lapilli.config.reader import given_path
-from lapilli.errors import MediaError
+from lapilli.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
     from lapilli.generate.output import Generation
@@ -52,6 +52,10 @@ def ask(
     session = how.load(stores)
     load_s = time.perf_counter() - started
     for name in others:
+        if name == "image":
+            raise ConfigError(
+                "--media image: pictures stand behind the question, as QUESTION IMAGE"
+            )
         session.model.modality(name)  # another name would be an option of sampling
     options = {**how.sampling, **others}
     try:

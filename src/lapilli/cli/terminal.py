@@ -67,7 +67,7 @@ MediaOfModality = Annotated[
         "--media",
         metavar="NAME=VALUE",
         help="A medium of the modality NAME: JSON, a file that ends in .json, or an id of its "
-        "store.",
+        "store (one that looks like JSON in double quotes).",
     ),
 ]
 

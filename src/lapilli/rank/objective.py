@@ -18,7 +18,8 @@ import lapilli
 from lapilli.checkpoint.load import Loaded
 from lapilli.config.reader import shown
 from lapilli.datasets.texts import TextFile
-from lapilli.errors import ConfigError, DataError
+from lapilli.errors import ConfigError, DataError, MediaError
+from lapilli.modality.events import EventsModality
 from lapilli.pipeline import Chat
 from lapilli.rank.mixlm import CURRICULUM, RankingExample, RankingTask, with_teacher
 from lapilli.rank.next_item import NextItemTask
@@ -33,6 +34,8 @@ from lapilli.train.stages import choose_trainable, load_start, set_up_layers
 from lapilli.train.trainer.task import Loss, Plain
 
 Made = RankingTask | NextItemTask | NextEventTask
+Make = Callable[[Chat], Made]
+"""Makes the task, of rows that were read before the model was loaded."""
 _SPLIT: Final = 61  # stream of random numbers that decides what is held out
 
 
@@ -150,13 +153,13 @@ def build_objective(recipe: Recipe, parallel: ParallelContext) -> ObjectiveTask:
     if name is None:
         raise ConfigError("the recipe has no objective: add [ranking], [next_item] or [next_event]")
     rows, counts = _rows_of(recipe.data.sources, name)
-    kept, held = _split(recipe, rows)
+    make = _MAKERS[name](recipe, *_split(recipe, rows))
     loaded = load_start(recipe)
     if parallel.is_sharded:
         check_sharding(loaded)
     choose_trainable(loaded.model, recipe)
     set_up_layers(loaded.model, recipe.run)
-    made = _MAKERS[name](recipe, Chat(loaded), kept, held)
+    made = make(Chat(loaded))
     parallel.wrap(made.model, precision=recipe.run.precision)
     return ObjectiveTask(
         made=made,
@@ -164,26 +167,33 @@ def build_objective(recipe: Recipe, parallel: ParallelContext) -> ObjectiveTask:
         recipe=recipe,
         parallel=parallel,
         counts=counts,
-        held_out=held or None,
+        held_out=made.held_out or None,
     )
 
 
-def _ranking(recipe: Recipe, chat: Chat, kept: list[Row], held: list[Row]) -> RankingTask:
+def _ranking(recipe: Recipe, kept: list[Row], held: list[Row]) -> Make:
     asked = recipe.ranking
     assert asked is not None  # noqa: S101  its section chose this function
     examples, held_out = ([_example(row) for row in rows] for rows in (kept, held))
-    if asked.teacher is not None and asked.reads == "mixed":
-        ranker = Ranker(lapilli.load(asked.teacher, device=str(chat.model.device), dtype="float32"))
-        examples = with_teacher(examples, ranker)
-    return RankingTask(
-        chat,
-        examples,
-        recipe.run,
-        reads=asked.reads,
-        held_out=held_out,
-        encoder=asked.encoder,
-        curriculum=asked.curriculum or CURRICULUM,
-    )
+
+    def make(chat: Chat) -> RankingTask:
+        taught = examples
+        if asked.teacher is not None and asked.reads == "mixed":
+            device = str(chat.model.device)
+            taught = with_teacher(
+                examples, Ranker(lapilli.load(asked.teacher, device=device, dtype="float32"))
+            )
+        return RankingTask(
+            chat,
+            taught,
+            recipe.run,
+            reads=asked.reads,
+            held_out=held_out,
+            encoder=asked.encoder,
+            curriculum=asked.curriculum or CURRICULUM,
+        )
+
+    return make
 
 
 def _example(row: Row) -> RankingExample:
@@ -191,7 +201,7 @@ def _example(row: Row) -> RankingExample:
     return RankingExample(row.text("query"), row.text("item"), row.probability("label"), teacher)
 
 
-def _next_item(recipe: Recipe, chat: Chat, kept: list[Row], held: list[Row]) -> NextItemTask:
+def _next_item(recipe: Recipe, kept: list[Row], held: list[Row]) -> Make:
     asked = recipe.next_item
     assert asked is not None  # noqa: S101  its section chose this function
     items = list(TextFile(asked.catalogue))
@@ -211,27 +221,48 @@ def _next_item(recipe: Recipe, chat: Chat, kept: list[Row], held: list[Row]) -> 
             raise DataError(f"{row.where}: a history of {len(ids)} items has no next one")
         return [places[str(one)] for one in ids]
 
-    return NextItemTask(
+    histories, held_out = ([history(row) for row in rows] for rows in (kept, held))
+    return lambda chat: NextItemTask(
         chat,
         [text for _, text in items],
-        [history(row) for row in kept],
+        histories,
         recipe.run,
         modality=asked.modality,
         negatives=asked.negatives,
         max_items=asked.max_items,
         temperature=asked.temperature,
-        held_out=[history(row) for row in held],
+        held_out=held_out,
     )
 
 
-def _next_event(recipe: Recipe, chat: Chat, kept: list[Row], held: list[Row]) -> NextEventTask:
+def _next_event(recipe: Recipe, kept: list[Row], held: list[Row]) -> Make:
     asked = recipe.next_event
     assert asked is not None  # noqa: S101  its section chose this function
-    histories, held_out = ([row.get("history") for row in rows] for rows in (kept, held))
-    return NextEventTask(chat.model.modality(asked.modality), histories, recipe.run, held_out)
+    name = asked.modality
+    histories, held_out = ([(row, row.get("history")) for row in rows] for rows in (kept, held))
+
+    def make(chat: Chat) -> NextEventTask:
+        modality = chat.model.modality(name)
+        if isinstance(modality, EventsModality):  # else the task says what it is
+            for row, history in (*histories, *held_out):
+                _check_events(row, modality, history)
+        learned, predicted = ([one for _, one in rows] for rows in (histories, held_out))
+        return NextEventTask(modality, learned, recipe.run, predicted)
+
+    return make
 
 
-_MAKERS: Final[Mapping[str, Callable[[Recipe, Chat, list[Row], list[Row]], Made]]] = {
+def _check_events(row: Row, modality: EventsModality, history: object) -> None:
+    """Refuse a history that cannot be read, or predicts nothing."""
+    try:
+        pieces = modality.windows(history)
+    except MediaError as error:
+        raise DataError(f"{row.where}: {error}") from error
+    if not pieces:
+        raise DataError(f"{row.where}: a history of one event has no next one")
+
+
+_MAKERS: Final[Mapping[str, Callable[[Recipe, list[Row], list[Row]], Make]]] = {
     "ranking": _ranking,
     "next_item": _next_item,
     "next_event": _next_event,

@@ -10,6 +10,7 @@ Knows texts and encoders; must not know how a checkpoint is loaded, which is the
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lapilli.store.writer import StoreWriter
 
 BATCH = 256
 """Texts that a worker gets at once."""
+_SHOWN = 300  # letters of a message of Ray's
 _TABLE = 1 << 14  # items that become one table, and one entry of Ray's object store
 MakeEncoder = Callable[[], TextEncoder]
 Columns = dict[str, Any]
@@ -146,7 +148,14 @@ def _connected(workers: int, gpus: float) -> Any:  # noqa: ANN401 - a module
         ) from error
     module: Any = ray  # half of it has no types
     if not module.is_initialized():
-        module.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        try:
+            module.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        except Exception as error:  # Ray has no class of its own for a start that fails
+            where = os.environ.get("RAY_ADDRESS", "this machine")
+            raise ConfigError(
+                f"Ray does not start on {where}: {' '.join(str(error).split())[:_SHOWN]}; look at "
+                "`ray status`, or leave workers out"
+            ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
