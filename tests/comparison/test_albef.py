@@ -79,7 +79,7 @@ def test_it_learns_which_caption_belongs_to_a_picture(model, scenes):
     torch.manual_seed(0)
     captions = captions_of(scenes, [0, 1, 2, 3], Vocabulary(scenes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(25):
+    for _ in range(40):
         optimizer.zero_grad()
         (model.caption_loss(captions).total / 4).backward()
         optimizer.step()

@@ -68,7 +68,7 @@ def test_a_row_gives_what_prompts_of_the_library_give(reader, scenes):
         own = texts.owner[row] == texts.owner[row, texts.last[1, number]]
         ids = [PLACEHOLDER] * before + texts.ids[row][own].tolist()
         span = Span(0, 0, before, NAME)
-        prompt = EncodedPrompt(tuple(ids), (False,) * len(ids), (span,))
+        prompt = EncodedPrompt(ids, [False] * len(ids), (span,))
         picture = PreparedVectors(texts.features[row])
         hidden = reader.vlm(reader.vlm.embed_prompts([prompt], [[picture]]))
         alone = reader.decoder.token_logits(hidden[0, -1], reader.answers)

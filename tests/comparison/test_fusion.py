@@ -26,7 +26,7 @@ def small(monkeypatch):
 
 def test_everything_is_measured_and_written(splits, small, tmp_path):
     result = tmp_path / "fusion.json"
-    found = Measurement(TOY, splits, result, 1).measure([0, 1])
+    found = Measurement(TOY, splits, result, 1, (1e-3, 2e-3)).measure([0, 1])
     assert json.loads(result.read_text()) == json.loads(json.dumps(found))
     assert set(found["rates"]) == set(FORMS)
     runs = found["runs"]
