@@ -201,7 +201,7 @@ def learn(
         stage=kind,
         optim=OptimRecipe(lr=lr, betas=(0.9, 0.98), weight_decay=0.01, warmup_ratio=0.1),
         run=RunRecipe(
-            epochs=epochs,
+            epochs=float(epochs),
             batch_size=plan.batch,
             seed=seed,
             threads=1,

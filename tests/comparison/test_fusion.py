@@ -24,13 +24,14 @@ def small(monkeypatch):
     return forms
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_written(splits, small, tmp_path):
     result = tmp_path / "fusion.json"
-    found = Measurement(TOY, splits, result, 1, (1e-3, 2e-3)).measure([0, 1])
+    found = Measurement(TOY, splits, result, 1).measure([0, 1])
     assert json.loads(result.read_text()) == json.loads(json.dumps(found))
     assert set(found["rates"]) == set(FORMS)
     runs = found["runs"]
-    assert len(runs) == 3 * len(FORMS)  # both rates of the first seed, the better of the second
+    assert len(runs) == 2 * len(FORMS)
     for run in runs.values():
         assert run["test"]["all"][1] == TOY.test * TOY.questions
         assert 0 <= run["retrieval"]["recall@1"] <= 1
@@ -44,17 +45,30 @@ def test_everything_is_measured_and_written(splits, small, tmp_path):
     assert "user: tokens" in text
 
 
-def test_what_is_measured_already_is_not_run_again(splits, small, tmp_path, monkeypatch):
+def test_rates_are_chosen_by_validation_and_nothing_is_run_twice(splits, tmp_path, monkeypatch):
+    asked = []
+
+    def pretend(name, _splits, _plan, seed, lr):
+        asked.append((name, seed, lr))
+        right = 9 if (lr == 1e-3) == (name == "tokens") else 1
+        # The test split says the opposite, and must not be asked.
+        return {
+            "validation": {"all": [right, 10]},
+            "test": {"all": [10 - right, 10]},
+            "seconds": {},
+        }
+
+    monkeypatch.setattr(fusion, "run_once", pretend)
+    monkeypatch.setattr(fusion, "request_costs", lambda *_: {})
     result = tmp_path / "fusion.json"
-    Measurement(TOY, splits, result, 1).measure([0])
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("run again")
-
-    monkeypatch.setattr(fusion, "run_once", refuse)
-    Measurement(TOY, splits, result, 1).measure([0])
-    with pytest.raises(AssertionError, match="run again"):
-        Measurement(replace(TOY, batch=3), splits, result, 1).measure([0])
+    found = Measurement(TOY, splits, result, 1, (1e-3, 2e-3)).measure([0, 1])
+    assert found["rates"] == {name: 1e-3 if name == "tokens" else 2e-3 for name in FORMS}
+    assert len(asked) == len(set(asked)) == 3 * len(FORMS)
+    assert ("tokens", 1, 1e-3) in asked
+    Measurement(TOY, splits, result, 1, (1e-3, 2e-3)).measure([0, 1])
+    assert len(asked) == 3 * len(FORMS)
+    Measurement(replace(TOY, batch=3), splits, result, 1, (1e-3,)).measure([0])
+    assert len(asked) == 4 * len(FORMS)
 
 
 def test_an_epoch_shows_every_scene_once_in_an_order_of_its_own(splits, small):
