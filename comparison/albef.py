@@ -146,7 +146,7 @@ class Encoders(nn.Module):
 
     def read(self, texts: Texts, ids: Int[Tensor, "B T"] | None = None) -> Float[Tensor, "B T D"]:
         """Return the states of texts before they are fused with a picture."""
-        x = self.words(texts.ids if ids is None else ids) + self.places(texts.places)
+        x: Tensor = self.words(texts.ids if ids is None else ids) + self.places(texts.places)
         mask = own_mask(texts)
         for layer in self.text:
             x = layer(x, mask, None)
@@ -174,7 +174,8 @@ class Encoders(nn.Module):
 
     def word_logits(self, states: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
         """Return the scores of all words, of the table that texts are read with."""
-        return states @ self.words.weight.T
+        out: Tensor = states @ self.words.weight.T
+        return out
 
 
 def own_mask(texts: Texts) -> Bool[Tensor, "B 1 T T"]:
