@@ -5,6 +5,7 @@
 # make stress       the fuzzer with 20,000 damaged files, two threads with 10,000 answers: an hour or less
 # make check        format, lint, types, import layers, docs, tests: what CI runs
 # make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
+# make example-fusion  early fusion beside late fusion, a quarter of an hour (docs/fusion.md); ARGS="--toy" for options
 # make pebble      the embedded model from nothing, hours; PEBBLE="--recipes pebble/recipes/warm" for options
 # make lock         choose the exact versions that demo and test install anew (locks/), from pyproject.toml
 # make test-newest  the tests with the newest packages that pyproject.toml allows
@@ -24,8 +25,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 HERE := not gpu and not network and not browser and not cluster
 
-.PHONY: help demo test quick stress check format lint types layers docs cluster conformance bench pebble lock test-newest \
-	test-oldest clean
+.PHONY: help demo test quick stress check format lint types layers docs cluster conformance bench example-fusion pebble lock \
+	test-newest test-oldest clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -89,6 +90,9 @@ docs: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+example-fusion: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m comparison.fusion $(ARGS)
 
 pebble: $(VENV)/.installed-dev
 	$(BIN)/python -m pebble $(PEBBLE)
