@@ -6,6 +6,7 @@
 # make check        format, lint, types, import layers, docs, tests: what CI runs
 # make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
 # make example-mixlm  MixLM's claims at a small size, a quarter of an hour (docs/mixlm.md); ARGS="--quick" for options
+# make example-fusion  early fusion beside late fusion, a quarter of an hour (docs/fusion.md); ARGS="--toy" for options
 # make pebble      the embedded model from nothing, hours; PEBBLE="--recipes pebble/recipes/warm" for options
 # make lock         choose the exact versions that demo and test install anew (locks/), from pyproject.toml
 # make test-newest  the tests with the newest packages that pyproject.toml allows
@@ -25,7 +26,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 HERE := not gpu and not network and not browser and not cluster
 
-.PHONY: help demo test quick stress check format lint types layers docs cluster conformance bench example-mixlm pebble lock \
+.PHONY: help demo test quick stress check format lint types layers docs cluster conformance bench example-mixlm example-fusion pebble lock \
 	test-newest test-oldest clean
 
 help:
@@ -64,7 +65,7 @@ stress: $(VENV)/.installed-dev
 		tests/fuzz/test_fuzz.py tests/pipeline/test_threads.py tests/prompt/test_sandbox.py
 
 cluster: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not gpu and not network" tests/train
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not gpu and not network" tests/train tests/store
 
 conformance: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance --processes 2
@@ -93,6 +94,9 @@ bench: $(VENV)/.installed-dev
 
 example-mixlm: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m comparison.mixlm $(ARGS)
+
+example-fusion: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m comparison.fusion $(ARGS)
 
 pebble: $(VENV)/.installed-dev
 	$(BIN)/python -m pebble $(PEBBLE)

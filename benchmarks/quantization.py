@@ -111,7 +111,7 @@ def _rows() -> list[Row]:
 
 
 def _methods(config: QuantConfig, bits: int, of: tuple[str, ...]) -> list[Row]:
-    """Return the methods of a format; MBQ, the slowest, where both models are measured."""
+    """Return the methods of a format; MBQ and AWQ as published where both models are measured."""
     rows = [
         Row("nearest", config, "rtn", bits, of=of),
         Row("gptq", config, "gptq", bits, samples="pictures", of=of),
@@ -119,6 +119,7 @@ def _methods(config: QuantConfig, bits: int, of: tuple[str, ...]) -> list[Row]:
     ]
     if of == SEEING:
         rows.append(Row("mbq", config, "mbq", bits, samples="pictures", of=of))
+        rows.append(Row("awq-clip", config, "awq-clip", bits, samples="pictures", of=of))
     return rows
 
 

@@ -28,6 +28,7 @@ COLOURS = {
     "nearest": "#8a8d91",
     "gptq": "#1b6ca8",
     "awq": "#c8553d",
+    "awq-clip": "#8e5aa8",
     "mbq": "#5b8c5a",
     "GGUF": "#d99a2b",
 }
@@ -45,9 +46,9 @@ them. *nearest* is plain rounding. Bits are those of a weight in the linear laye
 scales included; 3 bits lie in the layout of 4 and are here to see what they would cost. KL is the
 divergence of the next token's distribution from float32's, in nats.
 
-With zero points, *awq* and *mbq* are the published algorithm, which clips weights and rounds each
-to its nearest level. It lowers the error of every layer, and yet the KL of some of these rows is
-above that of *nearest*: take *gptq* there, or lapilli's own format, where they round in turn.
+*awq* and *mbq* round the scaled weights in turn, as *gptq* does. *awq-clip* is AWQ as published,
+which clips weights and rounds each to its nearest level: that lowers the error of every layer, and
+yet the KL of some of its rows is above that of *nearest*.
 """
 
 

@@ -25,7 +25,7 @@ def test_every_row_has_a_name_of_its_own() -> None:
     keys = [key_of(row) for row in ROWS]
     assert len(set(keys)) == len(keys)
     assert {"float32", "int8", "W4A8 nonlinear, mbq", "W3A16 zeros g32, awq"} <= set(keys)
-    assert {row.method for row in ROWS if row.samples} == {"gptq", "awq", "mbq"}
+    assert {row.method for row in ROWS if row.samples} == {"gptq", "awq", "awq-clip", "mbq"}
 
 
 @pytest.mark.slow

@@ -216,7 +216,7 @@ def test_what_is_quantized_already_is_refused(small, conversations, tmp_path, fo
 @pytest.mark.parametrize(
     ("options", "config", "message"),
     [
-        ({"method": "best"}, {}, "method 'best' is unknown: choose rtn, gptq, awq, mbq"),
+        ({"method": "best"}, {}, "method 'best' is unknown: choose rtn, gptq, awq, awq-clip, mbq"),
         ({"form": "marlin"}, {}, "format 'marlin' is unknown: choose lapilli, gemm, llm-awq"),
         ({"bits": 8}, {}, "bits must be 3 or 4 here, found 8"),
         ({"bits": 3, "form": "gemm"}, {}, "files of format gemm have 4 bits, found 3"),

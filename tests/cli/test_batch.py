@@ -242,7 +242,7 @@ def test_changed_lines_are_answered_again(lapilli, checkpoint, tmp_path):
     done = lapilli(*command)
     assert done.returncode == 0
     assert "1 of 2 lines are in" in done.stderr
-    assert "2 answers are to lines that were changed since" in done.stderr
+    assert "2 results are errors that are retried, or of lines that were changed" in done.stderr
     after = results(target)
     assert sorted(after) == [1, 2]
     assert (after[1]["id"], after[2]) == (2, before[2])
@@ -536,6 +536,17 @@ def test_ids_of_a_store_stand_for_vectors(lapilli, tmp_path):
     assert "answer" in found[2]
     assert "vec: " in found[3]["error"]
     assert "has no entry for 'boot'" in found[3]["error"]
+    with StoreWriter(tmp_path / "s", encoder="e") as writer:
+        writer.add(["boot"], torch.randn(1, 3))
+    store = ("--store", f"vec={tmp_path / 's'}")
+    assert "3 of 3 lines are in" in lapilli(*command, *store).stderr
+    done = lapilli(*command, *store, "--retry")
+    assert "2 of 3 lines are in" in done.stderr
+    rows = (tmp_path / "out.jsonl").read_text().splitlines()
+    again = {row["line"]: row for row in map(json.loads, rows)}
+    assert again[1] == found[1]
+    assert "answer" in again[3]
+    assert len(rows) == 3
 
 
 @pytest.mark.parametrize(

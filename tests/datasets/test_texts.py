@@ -44,13 +44,19 @@ def test_numbers_are_ids(tmp_path, kind):
 
 
 def test_a_number_and_its_text_are_one_id(tmp_path):
-    with pytest.raises(DataError, match="id 7 comes twice"):
+    with pytest.raises(DataError, match=":3: id '7' comes twice, first in line 1"):
         TextFile(written(tmp_path / "items.jsonl", [(7, "a"), ("8", "b"), ("7", "c")]))
 
 
 def test_marks_and_other_columns_are_read_over(tmp_path):
     (tmp_path / "a.csv").write_text('\ufefftext,id,more\n"one, two",1,x\n', encoding="utf-8")
     assert list(TextFile(tmp_path / "a.csv")) == [("1", "one, two")]
+
+
+def test_a_field_too_many_is_no_text(tmp_path):
+    (tmp_path / "a.csv").write_text("id,text\nx,y\na,b,c\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a.csv:3 has 3 fields, and the table has 2 columns: put"):
+        TextFile(tmp_path / "a.csv")
 
 
 def test_a_file_that_changes_meanwhile_is_said(tmp_path):
@@ -68,7 +74,7 @@ def test_a_file_that_changes_meanwhile_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("items", "says"),
     [
-        ([("a", "t"), ("b", "u"), ("a", "v")], "id 'a' comes twice"),
+        ([("a", "t"), ("b", "u"), ("a", "v")], ":[34]: id 'a' comes twice, first in line [12]"),
         ([("a", "t"), ("", "u")], ":[23] has no 'id': give it an id"),
         ([("a", "t"), ("b", "")], ":[23]: 'text' is '': expected a text"),
     ],

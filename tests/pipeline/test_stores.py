@@ -51,7 +51,12 @@ def test_an_id_is_the_vectors_of_its_entry(chat, tmp_path):
         assert torch.equal(found.media[0].values, expected.media[0].values)
     several = prompt(chat, vec=["hat", "shoe"])
     assert torch.equal(several.media[0].values, torch.cat([vectors[1], vectors[0]]))
-    assert torch.equal(prompt(chat, vec=[1, 0, 2]).media[0].values, torch.tensor([[1.0, 0, 2]]))
+    mixed = prompt(chat, vec=[7, "shoe"])
+    assert torch.equal(mixed.media[0].values, torch.cat([vectors[2], vectors[0]]))
+    given = prompt(chat, vec=[1.0, 0.0, 2.0]).media[0].values
+    assert torch.equal(given, torch.tensor([[1.0, 0, 2]]))
+    with pytest.raises(StoreError, match=r"vec: .* has no entry for '1'"):
+        prompt(chat, vec=[1, 0, 2])
     sampling = {"temperature": 0.0, "max_new_tokens": 4}
     assert chat.ask("What next?", vec="hat", **sampling) == chat.ask(
         "What next?", vec=vectors[1], **sampling

@@ -12,6 +12,7 @@ from lapilli.quant.awq import (
     apply_scales,
     clip,
     quantize_by_awq,
+    quantize_by_clipping,
     scaled_inputs,
     scales_of,
     search_scales,
@@ -160,7 +161,7 @@ def test_clipping_lowers_the_error_of_the_products(config: QuantConfig) -> None:
 def test_queries_and_keys_are_not_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     clipped = []
     monkeypatch.setattr("lapilli.quant.awq.clip", lambda _layer, name: clipped.append(name))
-    quantize_by_awq(observed())
+    quantize_by_clipping(observed())
     assert clipped == [
         "self_attn.v_proj",
         "self_attn.o_proj",
@@ -170,14 +171,17 @@ def test_queries_and_keys_are_not_clipped(monkeypatch: pytest.MonkeyPatch) -> No
     ]
 
 
-def test_with_second_moments_codes_are_those_of_gptq(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "config", [QuantConfig(), QuantConfig(levels="zeros", group_size=32)], ids=str
+)
+def test_rounding_in_turn_is_closer_than_clipping(config: QuantConfig) -> None:
     errors = []
-    for gram in (False, True):
+    for quantize in (quantize_by_clipping, quantize_by_awq):
         decoder = small_decoder(num_kv_heads=2)
         samples = samples_of(decoder, (60, 50, 60, 60))
-        calibration = CalibrationLayer(decoder, 1, samples, Rounding(QuantConfig()))
-        calibration.observe(gram=gram)
-        shares = quantize_by_awq(calibration)
+        calibration = CalibrationLayer(decoder, 1, samples, Rounding(config))
+        calibration.observe(gram=quantize is quantize_by_awq)
+        shares = quantize(calibration)
         assert any(shares.values())
         errors.append(calibration.error(calibration.layer))
     assert errors[1] < 0.8 * errors[0]
@@ -187,7 +191,7 @@ def test_with_second_moments_codes_are_those_of_gptq(monkeypatch: pytest.MonkeyP
 def test_channels_that_stick_out_are_rounded_better(config: QuantConfig) -> None:
     calibration = observed(config, num_kv_heads=2)
     before = calibration.error(calibration.rounded_to_nearest())
-    shares = quantize_by_awq(calibration)
+    shares = quantize_by_clipping(calibration)
     assert set(shares) == set(SHARED_INPUTS)
     assert any(shares.values())
     assert calibration.error(calibration.layer) < 0.9 * before
@@ -216,7 +220,7 @@ def test_layers_that_stay_floats_are_not_scaled() -> None:
     decoder = small_decoder()
     rounding = Rounding(WITHOUT_ROUNDED_ACTIVATIONS, floats=frozenset({"mlp.down_proj"}))
     calibration = CalibrationLayer(decoder, 1, samples_of(decoder), rounding)
-    calibration.observe()
+    calibration.observe(gram=True)
     shares = quantize_by_awq(calibration)
     assert "mlp.down_proj" not in shares
     assert isinstance(calibration.layer.mlp.down_proj, torch.nn.Linear)

@@ -52,8 +52,8 @@ def test_logits_are_closer_than_those_of_plain_rounding(method: str, config: Qua
 def test_what_is_handed_on() -> None:
     zeros = QuantConfig(levels="zeros", group_size=32)
     for method, config, is_packed in (
-        ("awq", zeros, False),
-        ("awq", QuantConfig(), True),
+        ("awq-clip", zeros, False),
+        ("awq", zeros, True),
         ("gptq", zeros, True),
     ):
         decoder = small_decoder()
@@ -80,7 +80,7 @@ def test_a_method_that_makes_it_worse_is_not_taken(monkeypatch: pytest.MonkeyPat
         return {}
 
     method = METHODS["awq"]
-    monkeypatch.setitem(METHODS, "awq", type(method)(spoil))
+    monkeypatch.setitem(METHODS, "awq", type(method)(spoil, in_turn=False))
     decoder, plain = small_decoder(), small_decoder()
     report = quantize_layer(decoder, 1, samples_of(decoder), "awq", Rounding(QuantConfig()))
     round_layer(plain, 1, Rounding(QuantConfig()))

@@ -266,6 +266,19 @@ def test_more_items_than_fit_stream_in_order(chat):
     torch.testing.assert_close(torch.tensor(list(found)), expected.repeat(8), atol=1e-5, rtol=0)
 
 
+def test_items_before_one_that_does_not_fit_have_their_scores(chat, ranker):
+    items = ["a raft", "a cork", "word " * 3000, "a hammer"]
+    found = []
+    with pytest.raises(ContextTooLongError, match="item 'long' has"):
+        found.extend(ranker.stream("boats", items, names=["a", "b", "long", "c"]))
+    with pytest.raises(ContextTooLongError, match="item 2 has"):
+        found.extend(ranker.stream("boats", items))
+    expected = ranker.score("boats", items[:2]).tolist()
+    assert found == pytest.approx(expected * 2, abs=1e-6)
+    with pytest.raises(ContextTooLongError, match=r"the query has \d+ positions with what the"):
+        ranker.score("word " * 3000, ["a raft"])
+
+
 @pytest.mark.slow
 def test_ten_thousand_items_at_once(chat):
     stored = vectors(50, 256).repeat(200, 1)

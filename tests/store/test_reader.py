@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lapilli.errors import StoreError
 from lapilli.store import Store, StoreWriter, compact, text_hash
+from lapilli.store.index import keys_of
 from tests.store.conftest import vectors_of, write
 
 
@@ -312,3 +313,24 @@ def test_threads_read_during_compaction(tmp_path):
     assert wrong == []
     assert store.reload() in (True, False)
     assert store.get(ids)[:, 0, 0].tolist() == [9.0] * 50
+
+
+@given(st.data())
+def test_ids_are_compared_at_once_as_one_by_one(tmp_path_factory, data):
+    ids = data.draw(st.lists(st.text(min_size=1, max_size=12), min_size=1, unique=True, max_size=8))
+    folder = tmp_path_factory.mktemp("ids") / "s"
+    with StoreWriter(folder, encoder="e") as writer:
+        half = len(ids) // 2
+        for part in (ids[:half], ids[half:]):
+            if part:
+                writer.add(part, torch.zeros(len(part), 2))
+                writer.commit()
+    snapshot = Store(folder)._snapshot
+    asked = data.draw(st.lists(st.sampled_from(ids), min_size=1, max_size=8))
+    encoded = [one.encode() for one in asked]
+    places = snapshot.find(keys_of(encoded))
+    others = data.draw(st.permutations(encoded))
+    assert snapshot.has_ids(places, encoded)
+    assert snapshot.has_ids(places, others) == (snapshot.ids_at(places) == others)
+    longer = [*encoded[:-1], encoded[-1] + b"x"]
+    assert not snapshot.has_ids(places, longer)

@@ -1,6 +1,8 @@
 """Training with declared modalities: what learns, from what, and what comes out."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from lapilli.calibration.samples import embed_samples, read_samples
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.errors import ConfigError, DataError, FusionError
 from lapilli.prompt.encode import Span
+from lapilli.store import StoreWriter
+from lapilli.store.encode import TextEncoder, build_store
 from lapilli.train.build import add_modalities
 from lapilli.train.data.check import check
 from lapilli.train.data.dataset import open_dataset
@@ -348,6 +352,37 @@ def test_calibration_samples_show_declared_media(root):
     assert [span.modality for span in samples[0].prompt.spans] == ["vec", "user", "item"]
     first, _ = embed_samples(loaded.model, samples, torch.device("cpu"))
     assert int(first.is_picture.sum()) == sum(span.length for span in samples[0].prompt.spans)
+
+
+def test_ids_of_stores_learn_what_their_media_learn(root, tmp_path):
+    """Vectors of a `vec`, and the features of a text's frozen encoder, stand in stores."""
+    model = load_checkpoint(root / "all", device="cpu", dtype="float32")
+    rows = records()
+    with StoreWriter(tmp_path / "vec", encoder="e", dtype="float32") as writer:
+        writer.add([row["id"] for row in rows], torch.tensor([[row["vec"]] for row in rows])[:, 0])
+    encoder = TextEncoder(model.model, model.tokenizer, modality="item")
+    texts = sorted({row["item"] for row in rows})
+    build_store(tmp_path / "item", zip(texts, texts, strict=True), encoder, dtype="float32")
+    for row in rows:
+        row["vec"] = row["id"]
+    (tmp_path / "ids.json").write_text(json.dumps(rows))
+    stores = {name: str(tmp_path / name) for name in ("vec", "item")}
+    ids = (SourceRecipe(path=str(tmp_path / "ids.json")),)
+    frozen = {"run": {"steps": 1}, "model": {"freeze": ("modalities.item.",)}}
+    plain = recipe(root, "all", **copy.deepcopy(frozen))
+    stored = recipe(root, "all", **frozen)
+    stored = replace(stored, data=replace(stored.data, sources=ids, stores=stores))
+    made = [build_task(one, SINGLE_PROCESS) for one in (plain, stored)]
+    expected, found = (task.loss(task.batch(0, 0)[0]).total for task in made)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    before = made[1].fingerprint()["data.stores.vec"]
+    with StoreWriter(tmp_path / "vec", encoder="e", dtype="float32") as writer:
+        writer.add(["r0"], torch.ones(1, 3))
+    assert made[1].fingerprint()["data.stores.vec"] != before
+    rows[0]["vec"] = "nobody"
+    (tmp_path / "ids.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"r0.*vec: .*'nobody'"):
+        build_task(stored, SINGLE_PROCESS).samples.sample(0)
 
 
 @pytest.mark.cluster

@@ -53,7 +53,7 @@ class CalibrationOptions:
     """What a run is asked for beside the format of the weights.
 
     Attributes:
-        method: "rtn", plain rounding, or one of METHODS: "gptq", "awq", "mbq".
+        method: "rtn", plain rounding, or one of METHODS: "gptq", "awq", "awq-clip", "mbq".
         bits: 4, or 3, which lie in the layout of 4 and save nothing.
         rotate: rotate the hidden states and the values of heads first.
         samples: a file of calibration samples, or "builtin"; kept as a text.

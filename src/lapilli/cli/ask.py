@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lapilli.cli.terminal import PLACEHOLDER, STAYED_TEXT, ChatOptions, Json, note
+from lapilli.cli.terminal import (
+    PLACEHOLDER,
+    STAYED_TEXT,
+    ChatOptions,
+    Json,
+    MediaOfModality,
+    StoreOfModality,
+    note,
+    open_stores,
+    read_media,
+)
 from lapilli.config.reader import given_path
-from lapilli.errors import MediaError
+from lapilli.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
     from lapilli.generate.output import Generation
@@ -25,20 +35,34 @@ Images = Annotated[
 
 
 def ask(
-    question: Question, images: Images = None, *, how: ChatOptions, as_json: Json = False
+    question: Question,
+    images: Images = None,
+    *,
+    media: MediaOfModality = None,
+    store: StoreOfModality = None,
+    how: ChatOptions,
+    as_json: Json = False,
 ) -> None:
-    """Answer one question about some pictures (or about none)."""
-    pictures = read_pipe_once(images or [])
+    """Answer one question about some pictures, other media, or nothing."""
+    pictures, others = read_pipe_once(images or []), read_media(media or [])
+    stores = open_stores(store or [])
     if not how.quiet:
         _say_what_is_odd(question, images or [])
     started = time.perf_counter()
-    session = how.load()
+    session = how.load(stores)
     load_s = time.perf_counter() - started
+    for name in others:
+        if name == "image":
+            raise ConfigError(
+                "--media image: pictures stand behind the question, as QUESTION IMAGE"
+            )
+        session.model.modality(name)  # another name would be an option of sampling
+    options = {**how.sampling, **others}
     try:
         if as_json:
-            _print_json(session, question, pictures, how.sampling, load_s=load_s)
+            _print_json(session, question, pictures, options, load_s=load_s)
         else:
-            write_answer(session, question, pictures, how.sampling)
+            write_answer(session, question, pictures, options)
     except MediaError as error:
         if not _is_picture(question):
             raise
@@ -83,13 +107,14 @@ def _is_picture(question: str) -> bool:
 
 
 def write_answer(
-    session: "Chat", question: str, pictures: list[Any], sampling: dict[str, Any]
+    session: "Chat", question: str, pictures: list[Any], options: dict[str, Any]
 ) -> None:
     """Write the answer as it comes: a terminal and a pipe both see it grow.
 
+    `options` are those of sampling, and media by the names of their modalities.
     Whatever ends this, what was written of the answer is in the conversation.
     """
-    with closing(session.stream(question, *pictures, **sampling)) as answer:
+    with closing(session.stream(question, *pictures, **options)) as answer:
         for piece in answer:
             sys.stdout.write(piece)
             sys.stdout.flush()
@@ -101,12 +126,12 @@ def _print_json(
     session: "Chat",
     question: str,
     pictures: list[Any],
-    sampling: dict[str, Any],
+    options: dict[str, Any],
     *,
     load_s: float,
 ) -> None:
     started = time.perf_counter()
-    answer = session.ask(question, *pictures, **sampling)
+    answer = session.ask(question, *pictures, **options)
     generation = cast("Generation", session.last)  # ask() has just set it
     typer.echo(
         json.dumps(

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 Source = Annotated[
     Path, typer.Argument(help="One JSON object per line: question, image or images, id, system.")
 ]
+Retry = Annotated[bool, typer.Option("--retry", help="Ask lines again that ended in an error.")]
 Target = Annotated[Path, typer.Argument(help="Answers; lines that it has already are skipped.")]
 Folder = Annotated[
     Path | None, typer.Option(help="Where the pictures are; beside the file when left out.")
@@ -253,7 +254,9 @@ class AnswerFile(AbstractContextManager["AnswerFile"]):
         OSError: it cannot be read or written.
     """
 
-    def __init__(self, path: Path, lines: Iterable[Line], *, source: Path) -> None:
+    def __init__(
+        self, path: Path, lines: Iterable[Line], *, source: Path, retry: bool = False
+    ) -> None:
         if path.is_dir():
             raise PromptError(f"{path} is a folder: name a file for the answers")
         self.path = path
@@ -261,11 +264,12 @@ class AnswerFile(AbstractContextManager["AnswerFile"]):
         self.done: frozenset[int] = frozenset()
         """Numbers of the lines that are answered or have their error."""
         self.stale = 0
-        """Answers that were moved away, because the line was changed."""
+        """Results that were moved away: the line was changed, or they are errors to be retried."""
         self.num_answers = 0
         """Number of them that are answers."""
         if path.exists() and path.samefile(source):
             raise PromptError(f"{path} is the input: name another file for the answers")
+        self._retry = retry
         self._number = _open(path)
         try:
             if stat.S_ISREG(os.fstat(self._number).st_mode):
@@ -304,7 +308,9 @@ class AnswerFile(AbstractContextManager["AnswerFile"]):
                 torn = row
                 break
             number, asked, is_answer = _read_back(row, self.path)
-            if number in digests and number not in kept and asked in (None, digests[number]):
+            is_usable = is_answer or not self._retry
+            is_same = number in digests and asked in (None, digests[number])
+            if is_same and is_usable and number not in kept:
                 kept[number] = row
                 self.num_answers += is_answer
             else:
@@ -428,16 +434,18 @@ def batch(
     images: Folder = None,
     rows: Rows = 16,
     store: StoreOfModality = None,
+    retry: Retry = False,
     *,
     how: ChatOptions,
 ) -> None:
     """Answer the questions of a file, many at a time; run again after a stop, it goes on.
 
-    A line that was changed since is answered again. The exit code is 1 where no line has an answer.
+    A line that was changed since is answered again; answers of another model, store or option stay.
+    The exit code is 1 where no line has an answer.
     """
     stores = open_stores(store or [])
     lines = read_lines(source)
-    with AnswerFile(target, lines, source=source) as answers:
+    with AnswerFile(target, lines, source=source, retry=retry) as answers:
         if not how.quiet:
             _say_what_is_there(answers, len(lines), target)
         waiting = [line for line in lines if line.number not in answers.done]
@@ -460,8 +468,8 @@ def _say_what_is_there(answers: AnswerFile, num_lines: int, target: Path) -> Non
         note(f"{len(answers.done)} of {num_lines} lines are in {target} already")
     if answers.stale:
         note(
-            f"{answers.stale} answers are to lines that were changed since: they are now in "
-            f"{answers.old}, and the lines are answered again"
+            f"{answers.stale} results are errors that are retried, or of lines that were changed "
+            f"since: they are now in {answers.old}, and the lines are answered again"
         )
 
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 Method = Annotated[
     str,
     typer.Option(
-        help="rtn rounds to the nearest; gptq, awq and mbq look at samples first, and take minutes."
+        help="rtn rounds to the nearest; gptq, awq, awq-clip (AWQ as published) and mbq look at "
+        "samples first, and take minutes."
     ),
 ]
 Bits = Annotated[
@@ -135,8 +136,8 @@ def _refuse_unused(
     for option, is_given in unused.items():
         if is_given:
             raise ConfigError(
-                f"{option} changes nothing with --method rtn: leave it out, or choose gptq, awq or "
-                "mbq"
+                f"{option} changes nothing with --method rtn: leave it out, or choose gptq, awq, "
+                "awq-clip or mbq"
             )
 
 

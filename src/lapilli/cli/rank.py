@@ -29,7 +29,7 @@ from lapilli.cli.terminal import (
     TextColumn,
 )
 from lapilli.config.reader import shown
-from lapilli.errors import ConfigError, StoreError
+from lapilli.errors import ConfigError, LapilliError, StoreError
 from lapilli.prompt.message import MediaPart
 
 if TYPE_CHECKING:
@@ -215,10 +215,13 @@ def rank(
     stores = {} if modality is None or catalogue.store is None else {modality: catalogue.store}
     ranker = what.ranker(how, stores)
     for query, text in asked:
-        scores = ranker.stream(text, catalogue.items())
-        for line in lines_of(query, catalogue.ids, scores, top_k):
-            sys.stdout.write(f"{json.dumps(line, ensure_ascii=False)}\n")
-            sys.stdout.flush()
+        try:
+            scores = ranker.stream(text, catalogue.items(), names=catalogue.ids)
+            for line in lines_of(query, catalogue.ids, scores, top_k):
+                sys.stdout.write(f"{json.dumps(line, ensure_ascii=False)}\n")
+                sys.stdout.flush()
+        except LapilliError as error:
+            raise type(error)(f"query {shown(query)}: {error}") from error
 
 
 def lines_of(

@@ -2,8 +2,9 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +20,11 @@ from lapilli.cli.terminal import (
     loading,
     note,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lapilli.store.encode import TextEncoder
 
 Folder = Annotated[Path, typer.Argument(metavar="STORE", help="The folder of the store.")]
 Items = Annotated[Path, typer.Argument(help="Parquet, CSV, TSV or JSONL with ids and texts.")]
@@ -54,6 +60,14 @@ VectorColumn = Annotated[str, typer.Option("--vector", help="The column of the v
 MaxLength = Annotated[
     int | None, typer.Option(min=1, help="Cut longer texts at their end, in tokens.")
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Encode in so many processes of Ray, each on one core or GPU; RAY_ADDRESS names a "
+        "cluster, without it they run here.",
+    ),
+]
 Made = Annotated[
     str | None,
     typer.Option("--encoder", help="What made the vectors; without it, what the file says."),
@@ -80,6 +94,7 @@ def build(
     base: Base = None,
     adapter: Adapter = None,
     device: Device = "auto",
+    workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
     """Encode the texts of items into a store; run again after a stop or a change, it goes on.
@@ -91,25 +106,51 @@ def build(
 
         file = TextFile(items, id_column=id_column, text_column=text_column)
 
-        from lapilli.checkpoint.load import load_checkpoint
-        from lapilli.store.encode import TextEncoder, build_store
-
-        loaded = load_checkpoint(
-            encoder, base=base, adapter=adapter, device=device, progress=progress
-        )
-    reader = TextEncoder(
-        loaded.model, loaded.tokenizer, tokens=tokens, max_length=max_length, modality=modality
-    )
+        make = partial(_encoder, encoder, base, adapter, device, (tokens, max_length, modality))
+        reader = make(progress)
     with counting(quiet=quiet) as count:
-        encoded = build_store(
-            folder,
-            file,
-            reader,
-            dtype=dtype,
-            progress=lambda done: count(done, len(file)),
-        )
+
+        def done(items: int) -> None:
+            count(items, len(file))
+
+        if workers is None:
+            from lapilli.store.encode import build_store
+
+            encoded = build_store(folder, file, reader, dtype=dtype, progress=done)
+        else:
+            from lapilli.store.distributed import build_store_distributed
+
+            encoded = build_store_distributed(
+                folder,
+                file,
+                reader,
+                make,
+                workers=workers,
+                gpus=float(reader.device.type == "cuda"),
+                dtype=dtype,
+                progress=done,
+            )
     if not quiet:
         note(f"{folder}: {encoded} of {len(file)} items encoded, the others were there")
+
+
+def _encoder(
+    source: str,
+    base: str | None,
+    adapter: str | None,
+    device: str,
+    sizes: tuple[int | None, int | None, str | None],
+    progress: "Callable[[int, int], None] | None" = None,
+) -> "TextEncoder":
+    """Load what reads the texts: in this process, and in every worker."""
+    from lapilli.checkpoint.load import load_checkpoint
+    from lapilli.store.encode import TextEncoder
+
+    loaded = load_checkpoint(source, base=base, adapter=adapter, device=device, progress=progress)
+    tokens, max_length, modality = sizes
+    return TextEncoder(
+        loaded.model, loaded.tokenizer, tokens=tokens, max_length=max_length, modality=modality
+    )
 
 
 def import_(

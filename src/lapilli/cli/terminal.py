@@ -7,6 +7,7 @@ runs.
 import errno
 import gc
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from lapilli.checkpoint.source import is_local
 from lapilli.config.generation import EngineOptions, SamplingParams, value_type
 from lapilli.config.llava import SamplingNote
 from lapilli.config.reader import given_path
-from lapilli.errors import ConfigError, LapilliError
+from lapilli.errors import ConfigError, LapilliError, MediaError
 
 if TYPE_CHECKING:
     from lapilli.modality.image.decode import Alpha
@@ -57,6 +58,16 @@ StoreOfModality = Annotated[
         "--store",
         metavar="NAME=STORE",
         help="A store of embeddings, whose ids stand for media of the modality NAME.",
+    ),
+]
+
+MediaOfModality = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--media",
+        metavar="NAME=VALUE",
+        help="A medium of the modality NAME: JSON, a file that ends in .json, or an id of its "
+        "store (one that looks like JSON in double quotes).",
     ),
 ]
 
@@ -165,6 +176,38 @@ def open_stores(given: Sequence[str]) -> "dict[str, Store]":
             raise ConfigError(f"--store names the modality {name!r} twice")
         found[name] = Store.open(path)
     return found
+
+
+def read_media(given: Sequence[str]) -> dict[str, Any]:
+    """Return the media that options NAME=VALUE name: JSON, a file of JSON, or a text as it is.
+
+    Raises:
+        ConfigError: an option of another form, or a name that comes twice.
+        MediaError: a .json file that is none.
+    """
+    found: dict[str, Any] = {}
+    for option in given:
+        name, equals, value = option.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"--media {option!r}: expected NAME=VALUE, a modality and a medium")
+        if name in found:
+            raise ConfigError(f"--media names the modality {name!r} twice: give it a JSON list")
+        found[name] = _medium(value)
+    return found
+
+
+def _medium(value: str) -> Any:  # noqa: ANN401  whatever JSON holds
+    if not value.endswith(".json"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    try:
+        return json.loads(given_path(value).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MediaError(f"--media {value} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise MediaError(f"--media {value} is not valid JSON: {error}") from error
 
 
 def _say_what_is_odd(chat: "Chat") -> None:

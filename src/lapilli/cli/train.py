@@ -60,6 +60,7 @@ def train(
 
 
 def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
+    from lapilli.rank.objective import build_objective
     from lapilli.train.distributed import joined, rank_info_of
     from lapilli.train.launch import launch
     from lapilli.train.trainer.loop import Stopped
@@ -71,6 +72,7 @@ def _run(recipe: "Recipe", out: Path, *, device: str, quiet: bool) -> None:
                 recipe,
                 out,
                 parallel=parallel,
+                build=build_objective if recipe.objective else None,
                 echo=parallel.is_main_process and not quiet and not shows_bar,
                 progress=parallel.is_main_process and shows_bar,
             )

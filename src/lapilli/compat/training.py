@@ -37,7 +37,7 @@ from lapilli.config.llava import RECORD_KEY
 from lapilli.errors import CheckpointError, ConfigError, UnsupportedModelError
 from lapilli.prompt.template import DEFAULT_TEMPLATE, TEMPLATES
 from lapilli.train.distributed import joined, rank_info_of
-from lapilli.train.launch import TrainingTask, launch
+from lapilli.train.launch import LaunchedTask, launch
 from lapilli.train.recipe import (
     DataRecipe,
     LoraRecipe,
@@ -388,7 +388,7 @@ def stage(folder: Path, parsed: Arguments, config: Mapping[str, Any]) -> None:
     )
 
 
-def _save(task: TrainingTask, parsed: Arguments, config: dict[str, Any], folder: Path) -> None:
+def _save(task: LaunchedTask, parsed: Arguments, config: dict[str, Any], folder: Path) -> None:
     """Leave the files of the original: a projector, an adapter, or the whole model.
 
     Source: LLaVA train.py, the end of train(), and safe_save_model_for_hf_trainer.
@@ -405,7 +405,7 @@ def _save(task: TrainingTask, parsed: Arguments, config: dict[str, Any], folder:
         shutil.copyfile(results / "mm_projector.bin", output / "mm_projector.bin")
     else:
         # Everything, the frozen tower included (quirk 17).
-        loaded = replace(task.loaded, model=task.model.vlm.to("cpu"))
+        loaded = replace(task.loaded, model=task.loaded.model.to("cpu"))
         tokenizer, whole, _, _ = wrap_loaded(loaded, loaded.config.text.family)
         whole.save_pretrained(output)
         tokenizer.padding_side, tokenizer.model_max_length = "right", training.model_max_length
@@ -433,7 +433,7 @@ def peft_defaults(written: Mapping[str, Any], base: str) -> dict[str, Any]:
     }
 
 
-def _state(task: TrainingTask, folder: Path) -> dict[str, Any]:
+def _state(task: LaunchedTask, folder: Path) -> dict[str, Any]:
     """Return trainer_state.json: the loss of every step, and the learning rate after it."""
     recipe = task.recipe
     steps = number_of_steps(task, recipe.run)

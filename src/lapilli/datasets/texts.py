@@ -96,8 +96,12 @@ class TextFile:
             raise DataError(f"{self.path} is empty: expected rows with an id and a text")
         if len(distinct) < len(keys):
             twice = distinct[counts.argmax()].tobytes()
-            name = next(one for one, _ in self if _key(one) == twice)
-            raise DataError(f"{self.path}: id {shown(name)} comes twice: give each row its own")
+            rows = self._read(self.path, *self._columns)
+            same = [(line, one) for line, one, _ in rows if _key(one) == twice]
+            raise DataError(
+                f"{self.path}:{same[1][0]}: id {shown(same[1][1])} comes twice, first in line "
+                f"{same[0][0]}: give each row its own"
+            )
         return len(keys)
 
 
@@ -134,16 +138,23 @@ def _jsonl(path: Path, id_column: str, text_column: str) -> Rows:
 
 
 def _csv(path: Path, id_column: str, text_column: str) -> Rows:
-    limit = csv.field_size_limit(_LONGEST)
+    limit, reader = csv.field_size_limit(_LONGEST), None
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
             reader = csv.DictReader(file, delimiter=delimiter, strict=True)
             _check_columns(str(path), reader.fieldnames or (), id_column, text_column)
             for row in reader:
+                if None in row:  # what DictReader calls fields without a name
+                    raise DataError(
+                        f"{path}:{reader.line_num} has {len(row) - 1 + len(row[None])} fields, and "
+                        f"the table has {len(row) - 1} columns: put quotes around a text with "
+                        f"{delimiter!r} in it"
+                    )
                 yield reader.line_num, row[id_column], row[text_column]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no table in UTF-8: {error}") from error
+        line = f":{reader.line_num}" if reader is not None else ""
+        raise DataError(f"{path}{line} is no table in UTF-8: {error}") from error
     finally:
         csv.field_size_limit(limit)
 

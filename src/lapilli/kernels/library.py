@@ -23,7 +23,7 @@ import torch
 from lapilli.errors import ConfigError
 
 SWITCH = "LAPILLI_KERNELS"
-ABI = 14  # of native/abi.h: a library that was built from older sources is left alone
+ABI = 15  # of native/abi.h: a library that was built from older sources is left alone
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 WEIGHT_KINDS = {**KINDS, torch.float16: 3}
 """Number formats of native/abi.h."""
@@ -262,6 +262,8 @@ def _declare(functions: ctypes.CDLL) -> None:
         function = functions[f"lapilli_{name}"]
         function.argtypes = (pointer,)
         function.restype = None
+    functions.lapilli_digests.argtypes = (ctypes.c_char_p, pointer, number, pointer)
+    functions.lapilli_digests.restype = None
     functions.lapilli_has_pairs.argtypes = ()
     functions.lapilli_has_pairs.restype = ctypes.c_int
 

@@ -7,7 +7,7 @@ chosen.
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -473,6 +473,13 @@ class Chat:
         """Return the media among keyword options, and the rest, which sampling knows or refuses."""
         names = set(self.model.modalities) - {"image"}
         media = {name: value for name, value in options.items() if name in names}
+        known = {one.name for one in fields(SamplingParams)}
+        strange = sorted(options.keys() - known - names)
+        if names and strange:
+            raise GenerationError(
+                f"unknown sampling option {', '.join(strange)}, and no modality either: the "
+                f"checkpoint declares {', '.join(sorted(names))}"
+            )
         return media, {name: value for name, value in options.items() if name not in names}
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:

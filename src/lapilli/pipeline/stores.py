@@ -34,7 +34,7 @@ class Stores(MutableMapping[str, Store]):
     """Stores by the names of modalities: `chat.stores["item"] = "path"`.
 
     Where a modality has a store, a text or a whole number in its place is an id of it, and a list
-    of texts several entries one after the other. The entries of a `vector` modality's are what its
+    of them several entries one after the other. The entries of a `vector` modality's are what its
     projector reads, those of any other the features that its module makes, as wide as the language
     model.
 
@@ -85,8 +85,15 @@ class Stores(MutableMapping[str, Store]):
         return len(self._attached)
 
     def has_id(self, name: str, source: object) -> bool:
-        """Return whether a source of this modality is an id, or several."""
-        return name in self._attached and is_id(source)
+        """Return whether a source of this modality is an id, or several.
+
+        Where there is a store, whole numbers in a list are ids too: a vector has a point in it.
+        """
+        if name not in self._attached:
+            return False
+        if isinstance(source, list | tuple):
+            return bool(source) and all(map(_is_one, source))
+        return _is_one(source)
 
     def look_up(self, name: str, source: Any) -> Any:  # noqa: ANN401 - as the modality prepares it
         """Return the entry of an id, or the entries of several, as one prepared medium.
@@ -133,10 +140,11 @@ def _encoder_of(modality: object) -> str | None:
 
 
 def is_id(source: object) -> bool:
-    """Return whether something is an id or several: a text, a whole number, a list of texts.
-
-    A list of numbers is a vector.
-    """
+    """Return whether something without a store is an id or several: no list of numbers is."""
     if isinstance(source, list | tuple):
         return bool(source) and all(isinstance(one, str) for one in source)
+    return _is_one(source)
+
+
+def _is_one(source: object) -> bool:
     return isinstance(source, str | int | np.integer) and not isinstance(source, bool)

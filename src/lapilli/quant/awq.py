@@ -4,11 +4,11 @@
                                it: a norm's gain, or the rows of the linear layer there
 
 The share r is the one with the least error of what will run: rounded weights, and activations in 8
-bits where the model rounds them. Then the largest weights of every group are cut where that makes
-the group's product more exact. Nonlinear levels look for scales that do as much by themselves;
-there the scaled weights are rounded as gptq.py does, for no other program reads them. MBQ is the
-same search, in which positions of text and of features count by what their gradients are
-(sensitivity.py).
+bits where the model rounds them. Then the scaled weights are rounded as gptq.py does. The published
+algorithm instead cuts the largest weights of every group where that makes the group's product more
+exact, and rounds to the nearest; its layers are better than without, and yet whole models can be
+further from float than plain rounding leaves them (docs/quantization.md). MBQ is the same search,
+in which positions of text and of features count by what their gradients are (sensitivity.py).
 
 Source: Lin et al. 2023, AWQ section 3.2 (arXiv 2306.00978) and the search of llm-awq; Li et al.
 2025, MBQ (arXiv 2412.19509).
@@ -62,14 +62,16 @@ def scaled_inputs(layer: DecoderLayer) -> tuple[ScaledInput, ...]:
 
 @torch.no_grad()
 def quantize_by_awq(calibration: CalibrationLayer) -> dict[str, float]:
-    """Scale and pack the linear layers of `calibration.layer`; return the shares found.
-
-    Clipped first, or with second moments observed, rounded as GPTQ does.
-    """
+    """Scale the linear layers of `calibration.layer` and round them in turn; return the shares."""
     shares = scale_layer(calibration)
-    if all(seen.gram is not None for seen in calibration.seen.values()):
-        quantize_by_gptq(calibration)
-        return shares
+    quantize_by_gptq(calibration)
+    return shares
+
+
+@torch.no_grad()
+def quantize_by_clipping(calibration: CalibrationLayer) -> dict[str, float]:
+    """Scale, clip and round to the nearest, as published; return the shares found."""
+    shares = scale_layer(calibration)
     for name in calibration.rounding.names:
         if not name.endswith(UNCLIPPED):
             clip(calibration, name)

@@ -26,10 +26,9 @@ from lapilli.quant.activations import (
     float_copy,
     linear_names,
 )
-from lapilli.quant.awq import quantize_by_awq
+from lapilli.quant.awq import quantize_by_awq, quantize_by_clipping
 from lapilli.quant.gptq import quantize_by_gptq
 from lapilli.quant.linear import QuantLinear
-from lapilli.quant.quantize import LEVELS
 from lapilli.quant.sensitivity import Weights
 
 
@@ -39,19 +38,20 @@ class Method:
 
     Attributes:
         quantize: packs the linear layers of `CalibrationLayer.layer`; returns what it chose.
-        in_turn: levels whose weights are rounded in turn, by second moments of the inputs.
+        in_turn: weights are rounded in turn, by second moments of the inputs.
         needs_gradients: positions count by their gradients.
     """
 
     quantize: Callable[[CalibrationLayer], Mapping[str, float]]
-    in_turn: frozenset[str] = frozenset()
+    in_turn: bool = True
     needs_gradients: bool = False
 
 
 METHODS: Mapping[str, Method] = {
-    "gptq": Method(quantize_by_gptq, in_turn=frozenset(LEVELS)),
-    "awq": Method(quantize_by_awq, in_turn=frozenset({"nonlinear"})),
-    "mbq": Method(quantize_by_awq, in_turn=frozenset({"nonlinear"}), needs_gradients=True),
+    "gptq": Method(quantize_by_gptq),
+    "awq": Method(quantize_by_awq),
+    "awq-clip": Method(quantize_by_clipping, in_turn=False),
+    "mbq": Method(quantize_by_awq, needs_gradients=True),
 }
 
 
@@ -138,8 +138,7 @@ def quantize_layer(
     calibration = CalibrationLayer(decoder, index, samples, rounding, weights)
     calibration.stored = stored or calibration.stored
     chosen = METHODS[method]
-    in_turn = rounding.config.levels in chosen.in_turn
-    calibration.observe(gram=in_turn)
+    calibration.observe(gram=chosen.in_turn)
     nearest = calibration.rounded_to_nearest()
     before = calibration.error(nearest)
     choices = chosen.quantize(calibration)
@@ -148,7 +147,7 @@ def quantize_layer(
     if is_plain:
         error, best = before, nearest
     outputs = calibration.outputs
-    if in_turn:
+    if chosen.in_turn:
         outputs = [calibration.run(best, sample.hidden) for sample in samples]
     for sample, out in zip(samples, outputs, strict=True):
         sample.hidden = out

@@ -33,7 +33,7 @@ from lapilli.rank.scorer import join
 from lapilli.shapes import Float, Tensor
 from lapilli.train.data import EncodedSample
 from lapilli.train.data.sampler import Order
-from lapilli.train.recipe import RunRecipe
+from lapilli.train.recipe import Phase, RunRecipe
 from lapilli.train.trainer.loop import number_of_steps
 from lapilli.train.trainer.model import TrainedModel
 from lapilli.train.trainer.task import Loss, Plain, TrainingBatch, collate
@@ -86,34 +86,6 @@ def with_teacher(examples: Sequence[RankingExample], ranker: Ranker) -> list[Ran
         for place, score in zip(places, scores.tolist(), strict=True):
             found[place] = replace(examples[place], teacher=score)
     return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """Weights of the parts of the loss from one step on.
-
-    Attributes:
-        start: share of the steps that are done when it begins, 0 to 1.
-        distill: of KL(teacher || p).
-        align: of KL(p~ || p) and of the distance between hidden states.
-        hidden: of 1 - cos(h, h~), beside KL(p~ || p).
-
-    Raises:
-        ConfigError: a weight below 0, or a start that no step of a run has.
-    """
-
-    start: float = 0.0
-    distill: float = 1.0
-    align: float = 1.0
-    hidden: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < 1:
-            raise ConfigError(f"a phase starts at {self.start}: expected a share of the steps")
-        for name in ("distill", "align", "hidden"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"the weight {name} of a phase is {value}: expected 0 or more")
 
 
 CURRICULUM: Final = (

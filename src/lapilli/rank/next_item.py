@@ -32,13 +32,11 @@ from lapilli.nn.linear import rounded
 from lapilli.pipeline import Chat
 from lapilli.shapes import Float, Tensor
 from lapilli.train.data.sampler import OrderByLength
-from lapilli.train.recipe import RunRecipe
+from lapilli.train.recipe import MAX_ITEMS, TEMPERATURE, RunRecipe
 from lapilli.train.trainer.model import TrainedModel
 from lapilli.train.trainer.task import Loss, Plain
 
 BATCH: Final = 64
-MAX_ITEMS: Final = 50
-TEMPERATURE: Final = 0.05
 _LEADING: Final = 10  # places that count for eval_recall
 
 

@@ -145,6 +145,11 @@ class PromptSplitter:
         """
         around = len(frame.prefix.encoded) + len(frame.suffix.encoded)
         length, limit = len(item.encoded), self._chat.context_length
+        if around >= limit:
+            raise ContextTooLongError(
+                f"the query has {around} positions with what the template says, but the model "
+                f"reads {limit}: shorten it"
+            )
         if around + length > limit:
             raise ContextTooLongError(
                 f"{name} has {length} positions and what stands around it {around}, but the model "

@@ -98,13 +98,16 @@ class Ranker:
         """
         return torch.tensor(list(self.stream(query, items)), dtype=torch.float32)
 
-    def stream(self, query: Query, items: Iterable[Item]) -> Iterator[float]:
+    def stream(
+        self, query: Query, items: Iterable[Item], *, names: Sequence[object] | None = None
+    ) -> Iterator[float]:
         """Yield the numbers of `score` in order, as they are computed.
 
         Items are taken from the iterable when there is room for them, so memory is bounded however
-        many there are. The query is looked at at once.
+        many there are. The query is looked at at once. `names` are what errors call the items;
+        None: their numbers.
         """
-        values = self._values(query, items)
+        values = self._values(query, items, names)
         return (float(self._score.numbers(one[None])) for one in values)
 
     def label_logprobs(self, query: Query, items: Iterable[Item]) -> Float[Tensor, "n L"]:
@@ -120,19 +123,23 @@ class Ranker:
             return torch.empty(0, len(self._ids))
         return torch.stack(logits).log_softmax(dim=-1)
 
-    def _values(self, query: Query, items: Iterable[Item]) -> Iterator[Float[Tensor, " L"]]:
+    def _values(
+        self, query: Query, items: Iterable[Item], names: Sequence[object] | None = None
+    ) -> Iterator[Float[Tensor, " L"]]:
         _check_items(items)
         frame = self._splitter.frame(query)
-        suffixes = self._suffixes(frame, items)
+        suffixes = self._suffixes(frame, items, names)
         if isinstance(self._score, Head):
             return self._scorer.values(frame.prefix, suffixes, self._score.logits)
         return self._scorer.logits(frame.prefix, suffixes, self._ids)
 
-    def _suffixes(self, frame: Frame, items: Iterable[Item]) -> Iterator[ProcessedPrompt]:
+    def _suffixes(
+        self, frame: Frame, items: Iterable[Item], names: Sequence[object] | None
+    ) -> Iterator[ProcessedPrompt]:
         """Yield everything behind the prefix, item by item."""
         closed = Frame(frame.prefix, with_lead(frame.suffix, self._lead))
         for number, item in enumerate(items):
-            name = f"item {number}"
+            name = f"item {number if names is None else shown(names[number])}"
             piece = self._splitter.item(item, name)
             self._splitter.check_length(closed, piece, name)
             yield join([piece, closed.suffix])

@@ -35,6 +35,20 @@ Read = Callable[[Float[Tensor, "n D"]], Float[Tensor, "n L"]]
 """Values of hidden states behind the final norm."""
 
 
+def _checked(suffix: ProcessedPrompt) -> ProcessedPrompt:
+    """Return the suffix, which has positions, and nothing beside them."""
+    if not len(suffix.encoded):
+        raise PromptError("a suffix has no positions: nothing would be read after it")
+    beside = [span.modality for span in suffix.encoded.spans if not span.length]
+    if beside:
+        raise PromptError(
+            f"the {beside[0]} of an item, or behind the items, stands beside the sequence "
+            '(fusion = "cross_attention"), which many items share: put it into the query '
+            'before them, or declare it with fusion = "tokens"'
+        )
+    return suffix
+
+
 def join(pieces: Sequence[ProcessedPrompt]) -> ProcessedPrompt:
     """Return pieces of a prompt one after the other."""
     ids: list[int] = []
@@ -116,19 +130,22 @@ class SuffixScorer:
         return self._model.language_model.token_logits(hidden, ids)
 
     def _chunks(self, suffixes: Iterable[ProcessedPrompt]) -> Iterator[list[ProcessedPrompt]]:
+        """Yield suffixes that go through the model together.
+
+        Those before one that cannot be read come first, then its error.
+        """
         chunk: list[ProcessedPrompt] = []
-        tokens = 0
-        for suffix in suffixes:
+        tokens, failed = 0, None
+        checked = map(_checked, suffixes)
+        while True:
+            try:
+                suffix = next(checked)
+            except StopIteration:
+                break
+            except Exception as error:  # noqa: BLE001 - raised below
+                failed = error
+                break
             length = len(suffix.encoded)
-            if not length:
-                raise PromptError("a suffix has no positions: nothing would be read after it")
-            beside = [span.modality for span in suffix.encoded.spans if not span.length]
-            if beside:
-                raise PromptError(
-                    f"the {beside[0]} of an item, or behind the items, stands beside the sequence "
-                    '(fusion = "cross_attention"), which many items share: put it into the query '
-                    'before them, or declare it with fusion = "tokens"'
-                )
             if chunk and tokens + length > self._max_tokens:
                 yield chunk
                 chunk, tokens = [], 0
@@ -136,6 +153,8 @@ class SuffixScorer:
             tokens += length
         if chunk:
             yield chunk
+        if failed is not None:
+            raise failed
 
     @torch.inference_mode()
     def _pass(

@@ -9,6 +9,7 @@ final hidden states of its last T_s tokens.
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -106,6 +107,11 @@ class TextEncoder:
                 f"tokens is {tokens} and max_length {max_length}: expected 1 <= tokens <= "
                 "max_length"
             )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self._model.device
 
     @property
     def fingerprint(self) -> str:
@@ -228,6 +234,23 @@ def batches_by_length(lengths: Sequence[int], positions: int) -> Iterator[list[i
         start += count
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Items whose vectors are ready to be written.
+
+    Attributes:
+        ids: of the items.
+        texts: that they were made of.
+        vectors: float32 [n, T, D].
+        done: how many items of the whole are done with them, unchanged ones included.
+    """
+
+    ids: list[str | int]
+    texts: list[str]
+    vectors: Float[Tensor, "n T D"]
+    done: int
+
+
 def build_store(
     path: str | Path,
     items: Iterable[tuple[str | int, str]],
@@ -251,6 +274,35 @@ def build_store(
         StoreError: see StoreWriter.
         PromptError: see `TextEncoder.encode`.
     """
+
+    def encoded(writer: StoreWriter) -> Iterator[Encoded]:
+        for ids, texts, done in needed_items(writer, items):
+            vectors = encoder.encode(texts, names=[f"item {shown(one)}" for one in ids])
+            yield Encoded(ids, texts, vectors, done)
+
+    return fill(path, encoder, encoded, dtype=dtype, progress=progress)
+
+
+def fill(
+    path: str | Path,
+    encoder: TextEncoder,
+    encoded: Callable[[StoreWriter], Iterable[Encoded]],
+    *,
+    dtype: str | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Write what is encoded into a store; return how many entries are new or changed.
+
+    Args:
+        path: of the store; made where there is none.
+        encoder: whose fingerprint and sizes the entries have.
+        encoded: makes the items, given the writer, which knows what is there.
+        dtype: see `build_store`.
+        progress: likewise.
+
+    Raises:
+        StoreError: see StoreWriter.
+    """
     writer = StoreWriter(
         path,
         encoder=encoder.fingerprint,
@@ -260,16 +312,11 @@ def build_store(
     )
     with writer:
         committed = time.monotonic()
-        done = encoded = 0
-        stream = iter(items)
+        changed = 0
         try:
-            while chunk := list(islice(stream, _CHUNK)):
-                needed = [chunk[at] for at in writer.needed(*_columns(chunk))]
-                ids, texts = _columns(needed)
-                vectors = encoder.encode(texts, names=[f"item {shown(one)}" for one in ids])
-                encoded += writer.add(ids, vectors, texts)
-                done += len(chunk)
-                progress(done)
+            for batch in encoded(writer):
+                changed += writer.add(batch.ids, batch.vectors, batch.texts)
+                progress(batch.done)
                 if time.monotonic() - committed > _COMMIT_S:
                     writer.commit()
                     committed = time.monotonic()
@@ -277,7 +324,21 @@ def build_store(
             if writer.is_open:  # which it is not where the disk failed
                 writer.commit()
             raise
-    return encoded
+    return changed
+
+
+def needed_items(
+    writer: StoreWriter, items: Iterable[tuple[str | int, str]], *, chunk_size: int | None = None
+) -> Iterator[tuple[list[str | int], list[str], int]]:
+    """Yield ids and texts that have to be encoded, chunk by chunk, and how many items came so far.
+
+    A chunk is what is left of `chunk_size` items, and may be empty.
+    """
+    stream, done = iter(items), 0
+    while chunk := list(islice(stream, chunk_size or _CHUNK)):
+        needed = [chunk[at] for at in writer.needed(*_columns(chunk))]
+        done += len(chunk)
+        yield *_columns(needed), done
 
 
 def _columns(items: Sequence[tuple[str | int, str]]) -> tuple[list[str | int], list[str]]:

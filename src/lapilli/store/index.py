@@ -10,7 +10,6 @@ one, and merges those behind it that are not twice as long: n entries have log2(
 a commit of a few writes a few.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +18,7 @@ import numpy as np
 
 from lapilli.config.reader import shown
 from lapilli.errors import StoreError
+from lapilli.kernels.digest import digests
 from lapilli.store.manifest import FileRecord
 from lapilli.store.shard import Array, map_arrays, write_arrays
 
@@ -32,7 +32,6 @@ _EVERY: Final = 32
 _WINDOW: Final = np.arange(_EVERY)
 _FEW: Final = 1 << 18  # keys that a cache holds
 _MOST_WINDOWS: Final = 1 << 13  # whose keys are copied at once
-_BLAKE: Final = hashlib.blake2b(digest_size=8)
 
 
 def encode_ids(ids: Iterable[object]) -> list[bytes]:
@@ -57,12 +56,7 @@ def _encode(one: object) -> bytes:
 
 def keys_of(ids: Sequence[bytes]) -> Array:
     """Return the keys of ids, uint64 [n]."""
-    digests, copy = [], _BLAKE.copy
-    for one in ids:
-        digest = copy()
-        digest.update(one)
-        digests.append(digest.digest())
-    return np.frombuffer(b"".join(digests), "<u8")
+    return digests(ids)
 
 
 class Segment:

@@ -161,6 +161,15 @@ class Snapshot:
                 found[at] = one
         return found
 
+    def has_ids(self, places: Array, ids: Sequence[bytes]) -> bool:
+        """Return whether places have these ids, in UTF-8: `ids_at(places) == ids`, faster."""
+        return all(
+            self.shards[number].has_ids(
+                rows, ids if isinstance(chosen, slice) else [ids[at] for at in chosen.tolist()]
+            )
+            for number, chosen, rows in self.by_shard(places)
+        )
+
     def one_at(self, place: int) -> tuple[Shard, int]:
         """Return the shard and the row of a place.
 
@@ -347,7 +356,7 @@ class Store:
         encoded = encode_ids(several(ids))
         snapshot = self._snapshot
         places = self._places(snapshot, keys_of(encoded), encoded, encoder)
-        if len(places) and snapshot.ids_at(places) != encoded:
+        if len(places) and not snapshot.has_ids(places, encoded):
             pairs = zip(snapshot.ids_at(places), encoded, strict=True)
             raise self._unknown([asked for found, asked in pairs if found != asked])
         return snapshot.vectors_at(places, self._result_dtype(dtype))

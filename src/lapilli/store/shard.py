@@ -199,6 +199,7 @@ class Shard:
         self.scales: Array | None = arrays.get("scales")
         self.hashes: Array = arrays["text_hashes"]
         self._bounds: Array = arrays["id_bounds"]
+        self._ids: Array = arrays["ids"]
         self._begin = begins["ids"]  # a slice of the mapping is quicker than one of an array
 
     def ids_at(self, rows: Array) -> list[bytes]:
@@ -207,6 +208,19 @@ class Shard:
         stops = (self._bounds.take(rows + 1) + self._begin).tolist()
         mapped = self._file
         return [mapped[start:stop] for start, stop in zip(starts, stops, strict=True)]
+
+    def has_ids(self, rows: Array, ids: Sequence[bytes]) -> bool:
+        """Return whether rows have these ids, in UTF-8: `ids_at(rows) == ids`, all at once."""
+        starts = self._bounds.take(rows)
+        lengths = self._bounds.take(rows + 1) - starts
+        if not np.array_equal(lengths, np.fromiter(map(len, ids), np.int64, len(ids))):
+            return False
+        shifts = starts - (lengths.cumsum() - lengths)
+        at = np.arange(int(lengths.sum())) + shifts.repeat(lengths)
+        # Bounds of a damaged file may lead anywhere; what is there is another id.
+        return not len(at) or (
+            len(self._ids) > 0 and self._ids.take(at, mode="clip").tobytes() == b"".join(ids)
+        )
 
     def id_at(self, row: int) -> bytes:
         """Return the id of a row in UTF-8."""

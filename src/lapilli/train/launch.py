@@ -9,11 +9,12 @@ Knows every room of the trainer; must not know the loop's arithmetic or how resu
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -24,8 +25,8 @@ from lapilli.checkpoint.write.files import locked_folder
 from lapilli.config.model import DecoderConfig
 from lapilli.errors import ConfigError
 from lapilli.lora import adapters
-from lapilli.modality.image.decode import Alpha
 from lapilli.modality.projector import Resampler
+from lapilli.pipeline.stores import Stores
 from lapilli.prompt.choose import Template
 from lapilli.train.card import add_card, model_card
 from lapilli.train.data import (
@@ -62,7 +63,47 @@ from lapilli.train.trainer.loop import number_of_steps, train
 from lapilli.train.trainer.metrics import RunLog
 from lapilli.train.trainer.model import TrainedModel
 from lapilli.train.trainer.state import gather, holds_state
-from lapilli.train.trainer.task import Loss, Plain, TrainingBatch, collate, collate_packed, pack
+from lapilli.train.trainer.task import (
+    Loss,
+    Plain,
+    Task,
+    TrainingBatch,
+    collate,
+    collate_packed,
+    pack,
+)
+
+
+class LaunchedTask(Task, Protocol):
+    """A task whose model is saved as a checkpoint.
+
+    Attributes:
+        recipe: that it was made by.
+        parallel: the processes that run it.
+        skipped: why samples could not be read.
+    """
+
+    recipe: Recipe
+    parallel: ParallelContext
+    skipped: list[str]
+
+    @property
+    def loaded(self) -> Loaded:
+        """Return the checkpoint that it came from; its model is saved."""
+        ...
+
+    @property
+    def held_out(self) -> Sized | None:
+        """Return what evaluation reads; None: there is nothing."""
+        ...
+
+    @property
+    def num_samples(self) -> int:
+        """Return the samples of one epoch."""
+        ...
+
+
+Build = Callable[[Recipe, ParallelContext], LaunchedTask]
 
 
 @dataclass
@@ -177,10 +218,10 @@ def build_task(recipe: Recipe, parallel: ParallelContext) -> TrainingTask:
     teacher = load_teacher(recipe, loaded)
     template = choose_template(recipe, loaded)
     data = recipe.data
-    encoder = _sample_encoder(loaded, template, data.max_length, alpha=data.alpha)
+    encoder = _sample_encoder(loaded, template, recipe)
     pairs: EncodesSamples = encoder
     if teacher is not None:
-        theirs = _sample_encoder(teacher, for_model(template, teacher), alpha=data.alpha)
+        theirs = _sample_encoder(teacher, for_model(template, teacher), recipe, is_cut=False)
         pairs = PairEncoder(encoder, theirs)
     order = order_of(kept, recipe.data, recipe.run)
     torch.manual_seed(recipe.run.seed)  # a fresh adapter is drawn
@@ -243,11 +284,19 @@ def check_packing(loaded: Loaded, max_length: int) -> None:
 
 
 def _sample_encoder(
-    loaded: Loaded, template: Template, max_length: int | None = None, *, alpha: Alpha
+    loaded: Loaded, template: Template, recipe: Recipe, *, is_cut: bool = True
 ) -> SampleEncoder:
-    image_id = loaded.config.tokens.image_id
+    stores = Stores(loaded.model)
+    for name, folder in recipe.data.stores.items():
+        stores[name] = folder
     return SampleEncoder(
-        loaded.tokenizer, template, loaded.model, max_length, image_id=image_id, alpha=alpha
+        loaded.tokenizer,
+        template,
+        loaded.model,
+        recipe.data.max_length if is_cut else None,
+        image_id=loaded.config.tokens.image_id,
+        alpha=recipe.data.alpha,
+        stores=stores,
     )
 
 
@@ -290,22 +339,24 @@ def launch(
     folder: Path,
     *,
     parallel: ParallelContext,
+    build: Build | None = None,
     echo: bool = False,
     progress: bool = False,
-) -> TrainingTask:
+) -> LaunchedTask:
     """Run a recipe from where it stopped, and leave its results in `folder/model`.
 
     A projector or an adapter is saved with every checkpoint, a whole model at the end. With
     run.exam the main process then answers held-out questions, while the others wait.
 
-    `echo` writes log lines to stderr, `progress` a progress bar.
+    `echo` writes log lines to stderr, `progress` a progress bar. `build` makes the task; None: of
+    conversations, `build_task`.
 
     Raises:
         ConfigError: something else lies where the results would, or another run writes there.
         LapilliError: see build_task, Results.of and train.
     """
     check_output_folder(folder, recipe)
-    task = build_task(recipe, parallel)
+    task = (build or build_task)(recipe, parallel)
     saver = _Saver(task, Results.of(task.loaded, recipe), folder / RESULTS)
     with locked(folder) if parallel.is_main_process else nullcontext():
         train(
@@ -378,14 +429,14 @@ def _check_writable(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Saver:
-    task: TrainingTask
+    task: LaunchedTask
     results: Results
     folder: Path
 
     def on_the_way(self, step: int) -> None:
         """Save with a checkpoint what is small enough."""
         del step
-        model = self.task.model.vlm
+        model = self.task.loaded.model
         if self.results.recipe.stage == "align" or any(True for _ in adapters(model)):
             self.save()
 
@@ -395,7 +446,7 @@ class _Saver:
         Args:
             card: with the model card, whose digest reads all of the data.
         """
-        parallel, model = self.task.parallel, self.task.model.vlm
+        parallel, model = self.task.parallel, self.task.loaded.model
         state = gather(model.state_dict(), parallel) if parallel.is_sharded else None
         if parallel.is_main_process:
             extra = self._card() if card else None
@@ -409,10 +460,10 @@ class _Saver:
         files.
         """
         task, parallel, folder = self.task, self.task.parallel, self.folder.parent
-        held_out, number = task.held_out, self.results.recipe.run.exam
-        if parallel.is_main_process and held_out is not None:
+        number = self.results.recipe.run.exam
+        if parallel.is_main_process and isinstance(task, TrainingTask) and task.held_out:
             graded = hold_exam(
-                self.folder, held_out, number, template=task.template, device=parallel.device
+                self.folder, task.held_out, number, template=task.template, device=parallel.device
             )
             write_exam(folder, graded)
             log = RunLog(folder, echo=echo)
@@ -425,7 +476,7 @@ class _Saver:
     def _card(self) -> dict[str, str | bytes]:
         """Return the files of the model card, with what is known of the run beside its log."""
         task, parallel = self.task, self.task.parallel
-        parameters = task.model.vlm.parameters()
+        parameters = task.model.parameters()
         learned = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         held_out = "" if task.held_out is None else f", and {len(task.held_out):,} held out"
         facts = {

@@ -271,6 +271,7 @@ KEYS = [f"{name}.{f.name}" for name, kind in SECTIONS.items() for f in dataclass
 SOURCE = SourceRecipe(path="x.json")
 # Values for keys whose neighbours have to go along, or whose type does not tell one.
 VALUES = {
+    "data.stores": {"item": "a folder"},
     "data.sources": (SOURCE,),
     "data.evaluation": (SOURCE,),
     "data.max_length": 64,

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "abi.h"
+#include "digest.h"
 #include "pool.h"
 #include "store.h"
 
@@ -275,6 +276,11 @@ __attribute__((visibility("default"))) void lapilli_silu_mul(const lapilli::Rows
 
 __attribute__((visibility("default"))) void lapilli_gelu_mul(const lapilli::RowsCall* call) {
   lapilli::g_table->gelu_mul(*call);
+}
+
+__attribute__((visibility("default"))) void lapilli_digests(const unsigned char* texts, const int64_t* ends,
+                                                           int64_t count, uint64_t* out) {
+  lapilli::digests(texts, ends, count, out);
 }
 
 __attribute__((visibility("default"))) void lapilli_rotate(const lapilli::RotateCall* call) {

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from lapilli.config.reader import given_path
 from lapilli.errors import DataError
+from lapilli.store.manifest import MANIFEST
 from lapilli.train.data.encoder import EncodedSample, EncodesSamples
 from lapilli.train.data.formats import id_of, signed_words
 from lapilli.train.data.sample import Sample, to_sample
@@ -473,6 +474,8 @@ def fingerprint_of(
     for number, (source, count) in enumerate(zip(data.sources, counts, strict=True)):
         facts = {"samples": count, "weight": source.weight, **_files(source)}
         found |= {f"data.sources[{number}].{key}": value for key, value in facts.items()}
+    for name, folder in data.stores.items():
+        found[f"data.stores.{name}"] = data_file(given_path(folder) / MANIFEST).digest
     for key, files in weights.items():
         found[f"{key}.content"] = together([data_file(path) for path in files])
     return found

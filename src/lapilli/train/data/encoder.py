@@ -20,6 +20,7 @@ from lapilli.config.reader import shown
 from lapilli.errors import PromptError
 from lapilli.modality.image.decode import Alpha, to_rgb
 from lapilli.model import VisionLanguageModel
+from lapilli.pipeline.stores import Stores
 from lapilli.prompt.choose import Template
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart
@@ -64,6 +65,7 @@ class SampleEncoder:
         max_length: positions that a sample may have; None: any number.
         image_id: the vocabulary's own image token, in checkpoints of Hugging Face's layout.
         alpha: what becomes of the transparency of pictures, see `to_rgb`.
+        stores: of modalities, whose ids stand for media.
     """
 
     def __init__(
@@ -75,10 +77,11 @@ class SampleEncoder:
         *,
         image_id: int | None = None,
         alpha: Alpha = "drop",
+        stores: Stores | None = None,
     ) -> None:
         self.tokenizer, self._template, self._model = tokenizer, template, model
         self._max_length, self._image_id = max_length, image_id
-        self.alpha = alpha
+        self.alpha, self._stores = alpha, stores
 
     def encode(self, sample: Sample) -> EncodedSample:
         """Return the sample as the model learns from it.
@@ -131,8 +134,11 @@ class SampleEncoder:
 
         Raises:
             MediaError: it cannot be read, or is none of its modality.
+            StoreError: an id that the modality's store does not have.
         """
         modality = self._model.modality(part.modality)
+        if self._stores is not None and self._stores.has_id(part.modality, part.source):
+            return self._stores.look_up(part.modality, part.source)
         if part.modality != "image":
             return modality.prepare(part.source)
         fetched = fetch_picture(part.source)

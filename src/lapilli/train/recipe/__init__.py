@@ -19,6 +19,14 @@ Sharding = Literal["ddp", "fsdp"]
 Logger = Literal["tensorboard", "wandb"]
 
 
+OBJECTIVES: Final = ("ranking", "next_item", "next_event")
+"""Sections of a recipe that say what is learned from other rows than conversations."""
+
+MAX_ITEMS: Final = 50
+"""Items of a history that a language model reads, where nothing else is said."""
+TEMPERATURE: Final = 0.05
+"""Divisor of cosines, likewise."""
+
 _RANGES: Final[Mapping[str, Callable[[Any], bool]]] = MappingProxyType(
     {
         "at least 1": lambda value: value >= 1,
@@ -223,6 +231,7 @@ class DataRecipe:
             one; "written" leaves them where they stand.
         alpha: "drop" shows the colours under the transparency of a picture, as the original does;
             "composite" lays the picture on white.
+        stores: folders of stores by the names of modalities, whose ids stand for media in samples.
         on_bad_sample: what a sample that cannot be read does to the run: "skip" puts the next one
             into its place and counts.
     """
@@ -236,6 +245,7 @@ class DataRecipe:
     pack: bool = False
     placement: Placement = "front"
     alpha: Literal["drop", "composite"] = "drop"
+    stores: Mapping[str, str] = field(default_factory=dict)
     on_bad_sample: OnBadSample = "error"
 
     def __post_init__(self) -> None:
@@ -316,6 +326,87 @@ class DistillRecipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Weights of the parts of a ranker's loss from one step on, see `lapilli.rank.mixlm`.
+
+    Attributes:
+        start: share of the steps that are done when it begins, 0 to 1.
+        distill: of KL(teacher || p).
+        align: of KL(p~ || p) and of the distance between hidden states.
+        hidden: of 1 - cos(h, h~), beside KL(p~ || p).
+
+    Raises:
+        ConfigError: a weight below 0, or a start that no step of a run has.
+    """
+
+    start: float = 0.0
+    distill: float = 1.0
+    align: float = 1.0
+    hidden: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < 1:
+            raise ConfigError(f"a phase starts at {self.start}: expected a share of the steps")
+        for name in ("distill", "align", "hidden"):
+            value = getattr(self, name)
+            if not 0 <= value < inf:
+                raise ConfigError(f"the weight {name} of a phase is {value}: expected 0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankingRecipe:
+    """An objective: a ranker learns from rows with `query`, `item` and `label`, see MixLM.
+
+    Attributes:
+        reads: "text": items as texts; "mixed": as vectors of the modality `encoder`.
+        encoder: name of the modality that makes vectors of a text.
+        teacher: a text ranker, a checkpoint, that is asked before the run; None: rows have what it
+            said as `teacher`.
+        curriculum: phases of the mixed stage; empty: those of `lapilli.rank.mixlm`.
+    """
+
+    reads: Literal["text", "mixed"] = "text"
+    encoder: str = "item"
+    teacher: str | None = None
+    curriculum: tuple[Phase, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextItemRecipe:
+    """An objective: the next item of a history among those of a catalogue, see HLLM.
+
+    Attributes:
+        catalogue: a file with ids and texts of the items; rows have a `history` of ids.
+        modality: name of the one that makes vectors of items.
+        negatives: items that are drawn for every micro-batch, beside those of its histories.
+        max_items: that the language model reads of a history; longer ones are learned in pieces.
+        temperature: that cosines are divided by.
+    """
+
+    catalogue: str
+    modality: str = "item"
+    negatives: int = 0
+    max_items: int = MAX_ITEMS
+    temperature: float = TEMPERATURE
+
+    def __post_init__(self) -> None:
+        _expect("next_item", self, "0 or more", "negatives")
+        _expect("next_item", self, "at least 1", "max_items")
+        _expect("next_item", self, "a number above 0", "temperature")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextEventRecipe:
+    """An objective: an encoder of events predicts the next one; rows have a `history` of events.
+
+    Attributes:
+        modality: name of the one of kind `events` whose encoder learns.
+    """
+
+    modality: str = "user"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SaveRecipe:
     """The form of the results.
 
@@ -332,7 +423,11 @@ class SaveRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe(TrainerRecipe):
-    """One run of `lapilli train`: a whole model that learns from files of samples."""
+    """One run of `lapilli train`: a whole model that learns from files of samples.
+
+    The samples are conversations, or with one of the objectives its rows. `stage` says what learns
+    in either case.
+    """
 
     stage: Stage
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -340,9 +435,18 @@ class Recipe(TrainerRecipe):
     lora: LoraRecipe | None = None
     noise: NoiseRecipe = field(default_factory=NoiseRecipe)
     distill: DistillRecipe | None = None
+    ranking: RankingRecipe | None = None
+    next_item: NextItemRecipe | None = None
+    next_event: NextEventRecipe | None = None
     save: SaveRecipe = field(default_factory=SaveRecipe)
 
     def __post_init__(self) -> None:
+        given = [name for name in OBJECTIVES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                f"a run has one objective, and the recipe has [{'] and ['.join(given)}]: leave all "
+                "but one out"
+            )
         if self.stage == "align" and self.lora is not None:
             raise ConfigError(
                 "[lora] lies beside the language model, and stage 'align' trains the projector "
@@ -353,6 +457,11 @@ class Recipe(TrainerRecipe):
                 "optim.tower_lr is set, and the tower does not learn: set model.tune_tower = true, "
                 "or leave optim.tower_lr out"
             )
+
+    @property
+    def objective(self) -> str | None:
+        """Return the name of its objective's section; None: it learns from conversations."""
+        return next((name for name in OBJECTIVES if getattr(self, name) is not None), None)
 
     @property
     def saves_frozen(self) -> bool:

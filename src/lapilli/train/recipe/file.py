@@ -21,7 +21,7 @@ from lapilli.checkpoint.source import HUB_ID, is_local
 from lapilli.config.reader import given_path, shown
 from lapilli.errors import ConfigError, DataError, UnknownKeyError
 from lapilli.train.data.source import NAME_A_FILE, expand
-from lapilli.train.recipe import Recipe, TrainerRecipe
+from lapilli.train.recipe import DistillRecipe, Recipe, TrainerRecipe
 
 MOST_CHARACTERS = 1 << 20
 """Of a recipe: what is read may be a device without an end."""
@@ -333,8 +333,26 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"run.{key}", "nothing is held out: set data.held_out or data.evaluation"
     if recipe.lora is None and recipe.model.adapter is None:
         yield "save.merge", "there is no adapter to fold in: add [lora]"
+    if recipe.objective is not None:
+        yield from _idle_of_objective(recipe.objective)
     if not _saves_whole(recipe):
         yield "save.dtype", "what comes out is no whole checkpoint: set save.merge with [lora]"
+
+
+def _idle_of_objective(objective: str) -> Iterator[tuple[str, str]]:
+    """Yield keys that only a run on conversations reads."""
+    keys = [f"data.{key}" for key in ("template", "max_length", "group", "pack", "placement")]
+    keys += [
+        "data.alpha",
+        "data.stores",
+        "data.on_bad_sample",
+        "noise.alpha",
+        "optim.z_loss",
+        "run.compile",
+    ]
+    keys += [f"distill.{field.name}" for field in dataclasses.fields(DistillRecipe)]
+    for key in (*keys, "run.exam"):
+        yield key, f"[{objective}] does not learn from conversations: leave [{objective}] out"
 
 
 def _saves_whole(recipe: Recipe) -> bool:
@@ -414,10 +432,15 @@ def _check_name(key: str, name: str) -> None:
 def _paths(recipe: Recipe) -> Iterator[tuple[str, str | None, Callable[[str], bool]]]:
     """Yield key, name and what tells whether it is there."""
     model, distill = recipe.model, recipe.distill
+    ranking, next_item = recipe.ranking, recipe.next_item
     yield "model.checkpoint", model.checkpoint, is_local
     yield "model.adapter", model.adapter, is_local
     yield "model.projector", model.projector, _is_folder
     yield "distill.teacher", None if distill is None else distill.teacher, is_local
+    yield "ranking.teacher", None if ranking is None else ranking.teacher, is_local
+    yield "next_item.catalogue", None if next_item is None else next_item.catalogue, _has_files
+    for name, folder in recipe.data.stores.items():
+        yield f"data.stores.{name}", folder, _is_folder
     for part in ("sources", "evaluation"):
         for number, source in enumerate(getattr(recipe.data, part)):
             yield f"data.{part}[{number}].path", source.path, _has_files

@@ -207,25 +207,29 @@ class TrainedModel(nn.Module):
         idle: Tensor | float = 0.0
         for name, modality in self.vlm.modalities.items():
             places = [i for i, other in enumerate(names) if other == name]
+            items = [batch.media[i] for i in places]
             if places:
-                items = [batch.media[i] for i in places]
                 found.update(zip(places, self._features(modality, items), strict=True))
             if self.training or self._is_sharded:
-                idle = idle + self._touch(modality, reached=bool(places))
+                is_image = isinstance(modality, ImageModality)
+                reached = any(is_image or not isinstance(item, Tensor) for item in items)
+                idle = idle + self._touch(modality, reached=reached)
         return [found[i] for i in range(len(names))], idle
 
     def _features(self, modality: nn.Module, items: Sequence[object]) -> list[Float[Tensor, "_ D"]]:
         """Return the projected features of a modality's items, which it sees at once.
 
-        Tensors stand for what a tower made earlier; they go through the projector alone.
+        Tensors stand for what a tower made earlier and go through the projector alone; for other
+        modalities they are features, such as the entries of a store, and stand as they are.
         """
+        is_image = isinstance(modality, ImageModality)
         ready = [item for item in items if not isinstance(item, Tensor)]
         made: Iterator[Tensor] = iter(())
         if ready:
-            is_image = isinstance(modality, ImageModality)
             made = iter(self._pictures(modality, ready) if is_image else modality.embed(ready))  # type: ignore[arg-type,operator]  # see Modality
+        given = modality.projector if is_image else nn.Identity()
         return [
-            modality.projector(item.to(self.vlm.device))  # type: ignore[operator]  # those with towers have one
+            given(item.to(self.vlm.device))  # type: ignore[operator]  # a module
             if isinstance(item, Tensor)
             else next(made)
             for item in items
