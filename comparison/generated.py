@@ -21,6 +21,15 @@ ATTRIBUTES: Final[dict[str, tuple[str, ...]]] = {
     "room": ("kitchen", "bedroom", "garden", "office", "hall", "bathroom", "nursery", "studio"),
     "size": ("tiny", "small", "medium", "large", "huge", "narrow", "wide", "tall"),
 }
+OTHER_WORDS: Final[dict[str, tuple[str, ...]]] = {
+    "kind": ("seat", "lantern", "desk", "rack", "timepiece", "glassware", "carpet", "perch"),
+    "colour": ("crimson", "azure", "emerald", "ebony", "ivory", "golden", "chestnut", "silver"),
+    "material": ("timber", "iron", "crystal", "linen", "cane", "stone", "bronze", "fleece"),
+    "style": ("sleek", "rural", "timeless", "simple", "ornate", "arctic", "maritime", "metropolitan"),
+    "room": ("galley", "dormitory", "yard", "study", "corridor", "washroom", "playroom", "atelier"),
+    "size": ("minute", "little", "average", "big", "giant", "slim", "broad", "lofty"),
+}
+"""Words for the same values, which queries say and texts do not."""
 NAMES: Final = tuple(ATTRIBUTES)
 ASKED: Final = 4
 """Attributes of a query; grades go from 0 to this."""
@@ -118,14 +127,20 @@ def summary(item: Item) -> str:
 
 
 def draw_queries(count: int, items: list[Item], seed: int) -> list[Query]:
-    """Draw queries for ASKED values of an item each, so that at least one item has all of them."""
+    """Draw queries for ASKED values of an item each, so that at least one item has all of them.
+
+    Half of the values are asked for by OTHER_WORDS.
+    """
     rng = np.random.default_rng([seed, 3])
     queries = []
     for n in range(count):
         item = items[int(rng.integers(len(items)))]
         names = sorted(map(int, rng.choice(len(NAMES), size=ASKED, replace=False)))
         wanted = tuple((name, item.values[name]) for name in names)
-        parts = [_ASKED[NAMES[name]].format(ATTRIBUTES[NAMES[name]][v]) for name, v in wanted]
+        parts = [
+            _ASKED[NAMES[name]].format((ATTRIBUTES, OTHER_WORDS)[asks][NAMES[name]][v])
+            for (name, v), asks in zip(wanted, rng.integers(2, size=ASKED), strict=True)
+        ]
         text = str(rng.choice(_QUERIES)).format(", ".join(parts[i] for i in rng.permutation(ASKED)))
         queries.append(Query(n, wanted, text))
     return queries

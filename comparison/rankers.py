@@ -24,7 +24,8 @@ from lapilli.checkpoint.load import load_checkpoint
 from lapilli.config.model import DecoderConfig
 from lapilli.modality.text import PreparedText, last_states
 from lapilli.plan.flops import request_flops
-from lapilli.prompt.encode import EncodedPrompt
+from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
+from lapilli.prompt.message import MediaPart
 from lapilli.rank import Ranker, RankTemplate
 from lapilli.rank.mixlm import (
     CURRICULUM,
@@ -46,8 +47,8 @@ from lapilli.train.trainer.task import Loss, Task, TrainingBatch, collate
 TEMPLATE: Final = RankTemplate(user="query: {query}\nitem: {item}\nmatch?")
 ITEM: Final = "item"
 
-Record = Sequence[tuple[str, bool]]
-"""Pieces of a text; True: it is learned."""
+Record = Sequence[tuple[str | MediaPart, bool]]
+"""Pieces of a text, or items that stand in it as vectors; True: it is learned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,11 +122,19 @@ class ReasoningTask:
     def _sample(self, record: Record) -> EncodedSample:
         ids: list[int] = []
         mask: list[bool] = []
-        for text, is_learned in record:
-            piece = self.chat.tokenizer.encode(text)
-            ids += piece
-            mask += [is_learned] * len(piece)
-        return EncodedSample(EncodedPrompt(ids, mask), (), "record")
+        spans: list[Span] = []
+        media = []
+        for piece, is_learned in record:
+            if isinstance(piece, MediaPart):
+                media.append(self.chat.prepare(piece))
+                length = self.chat.model.span_length(piece.modality, media[-1])
+                spans.append(Span(0, len(ids), length, piece.modality))
+                found = [PLACEHOLDER] * length
+            else:
+                found = self.chat.tokenizer.encode(piece)
+            ids += found
+            mask += [is_learned] * len(found)
+        return EncodedSample(EncodedPrompt(ids, mask, tuple(spans)), tuple(media), "record")
 
 
 def train_reasoning(source: Path, out: Path, records: Sequence[Record], course: Course) -> float:

@@ -121,7 +121,7 @@ def test_the_lead_of_labels_is_part_of_the_prompt():
 
 
 def test_the_loss_is_the_sum_of_its_parts(chat):
-    phase = Phase(distill=0.3, align=0.7, hidden=2.0)
+    phase = Phase(distill=0.3, align=0.7, hidden=2.0, text=0.9)
     made = task(chat, recipe(), curriculum=[phase])
     batch, count = made.batch(1, 0)
     found = made.loss(batch)
@@ -130,7 +130,7 @@ def test_the_loss_is_the_sum_of_its_parts(chat):
         q, g = made.model.read(batch.text)
     p, q = torch.sigmoid(p).double(), torch.sigmoid(q).double()
 
-    def divergence(target):
+    def divergence(target, p=p):
         pairs = [(target, p), (1 - target, 1 - p)]
         return sum((torch.special.xlogy(t, t) - t * o.log()).sum() for t, o in pairs)
 
@@ -140,12 +140,13 @@ def test_the_loss_is_the_sum_of_its_parts(chat):
         "distill": divergence(batch.teacher.double()),
         "align": divergence(q),
         "hidden": (1 - cosine).sum(),
+        "text": divergence(batch.labels.double(), q),
     }
     assert count == 8
     assert {k: float(v) for k, v in found.parts.items()} == pytest.approx(
         {k: float(v) for k, v in expected.items()}, rel=1e-3, abs=1e-4
     )
-    weights = {"labels": 1, "distill": 0.3, "align": 0.7, "hidden": 1.4}
+    weights = {"labels": 1, "distill": 0.3, "align": 0.7, "hidden": 1.4, "text": 0.9}
     total = sum(weights[name] * float(part) for name, part in found.parts.items())
     assert float(found.total.detach()) == pytest.approx(total, rel=1e-5)
 
@@ -161,6 +162,24 @@ def test_gradients_reach_the_encoder_and_none_flows_through_the_text(chat):
     assert silent == []
     encoder = chat.model.modality("item").encoder
     assert all(float(p.grad.abs().sum()) > 0 for p in encoder.parameters())
+
+
+def test_a_text_that_is_learned_too_is_not_led_by_the_vectors(chat):
+    found = {}
+    for text, align in ((1.0, 0.0), (1.0, 1.0), (0.0, 1.0)):
+        made = task(chat, recipe(), curriculum=[Phase(distill=0.0, align=align, text=text)])
+        made.model.zero_grad()
+        made.loss(made.batch(0, 0)[0]).total.backward()
+        weight = chat.model.language_model.lm_head.weight
+        found[text, align] = weight.grad.clone()
+    made.model.zero_grad()
+    made = task(chat, recipe(), curriculum=[Phase(distill=0.0, align=0.0)])
+    made.loss(made.batch(0, 0)[0]).total.backward()
+    labels = chat.model.language_model.lm_head.weight.grad
+    assert not torch.equal(found[1.0, 0.0], labels)
+    torch.testing.assert_close(
+        found[1.0, 1.0] + labels, found[1.0, 0.0] + found[0.0, 1.0], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_phases_switch_at_their_step(chat):

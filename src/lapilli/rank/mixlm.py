@@ -4,6 +4,7 @@
     mixed    query, item's text -> encoder -> vectors -> p, h        KL(label || p)
              + distill  KL(teacher || p)                             the text ranker's probability
              + align    (KL(p~ || p) + hidden (1 - cos(h, h~)))      the same ranker, on the text
+             + text     KL(label || p~)                              what it read stays learned
 
 Encoder and ranker are one checkpoint: the language model ranks, a declared modality of the kind
 `text` encodes. Prompts are cut as a Ranker cuts them, so what is learned is what is asked. Knows
@@ -104,7 +105,7 @@ class RankingBatch:
 
     Attributes:
         read: what is scored, and learns.
-        text: the same with the items as texts; None where the phase does not compare with them.
+        text: the same with the items as texts; None where the phase does not read them.
         labels: probabilities.
         teacher: probabilities; None where the phase does not learn from them.
         phase: weights of the parts.
@@ -156,10 +157,14 @@ class RankingModel(TrainedModel):
             distill = binary_kl(batch.teacher.to(device), logits).sum()
             total, parts["distill"] = total + phase.distill * distill, distill.detach()
         if batch.text is not None:
-            with torch.no_grad():  # the text shows where the vectors should lead, and stays there
+            with torch.set_grad_enabled(phase.text > 0):
                 text_logits, text_hidden = self.read(batch.text)
-            same = binary_kl(torch.sigmoid(text_logits), logits).sum()
-            apart = (1 - F.cosine_similarity(hidden, text_hidden, dim=-1)).sum()
+            if phase.text:
+                kept = binary_kl(batch.labels.to(device), text_logits).sum()
+                total, parts["text"] = total + phase.text * kept, kept.detach()
+            # The text shows where the vectors should lead, and is not led by them.
+            same = binary_kl(torch.sigmoid(text_logits.detach()), logits).sum()
+            apart = (1 - F.cosine_similarity(hidden, text_hidden.detach(), dim=-1)).sum()
             total = total + phase.align * (same + phase.hidden * apart)
             parts |= {"align": same.detach(), "hidden": apart.detach()}
         return Loss(total, parts)
@@ -312,9 +317,10 @@ class RankingTask:
         self, examples: Sequence[RankingExample], phase: Phase, places: Sequence[int] = ()
     ) -> RankingBatch:
         teacher = [one.teacher for one in examples if one.teacher is not None]
+        is_read = phase.align > 0 or phase.text > 0
         return RankingBatch(
             read=self.prompts(examples, reads=self.reads, places=places),
-            text=self.prompts(examples, reads="text", places=places) if phase.align else None,
+            text=self.prompts(examples, reads="text", places=places) if is_read else None,
             labels=torch.tensor([example.label for example in examples], dtype=torch.float32),
             teacher=torch.tensor(teacher) if phase.distill else None,
             phase=phase,

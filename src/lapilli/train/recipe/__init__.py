@@ -334,6 +334,7 @@ class Phase:
         distill: of KL(teacher || p).
         align: of KL(p~ || p) and of the distance between hidden states.
         hidden: of 1 - cos(h, h~), beside KL(p~ || p).
+        text: of KL(label || p~), which keeps what is read of texts where vectors are learned.
 
     Raises:
         ConfigError: a weight below 0, or a start that no step of a run has.
@@ -343,11 +344,12 @@ class Phase:
     distill: float = 1.0
     align: float = 1.0
     hidden: float = 1.0
+    text: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < 1:
             raise ConfigError(f"a phase starts at {self.start}: expected a share of the steps")
-        for name in ("distill", "align", "hidden"):
+        for name in ("distill", "align", "hidden", "text"):
             value = getattr(self, name)
             if not 0 <= value < inf:
                 raise ConfigError(f"the weight {name} of a phase is {value}: expected 0 or more")
