@@ -22,6 +22,7 @@ from lapilli.lm import build_language_model
 
 END: Final = "<|end|>"
 _MEANING: Final = 0.7  # most of a vector's length; the rest tells words of like meaning apart
+_GATHERS: Final = 3.0  # a mean of ten words is a third of a word's length
 _TEMPLATE: Final = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -43,6 +44,7 @@ def write_language_model(
     sizes: Sizes | None = None,
     *,
     meanings: int = 0,
+    matches: bool = True,
     seed: int = 0,
 ) -> Path:
     """Write a checkpoint with fresh weights, a function of the texts, sizes and seed.
@@ -55,6 +57,8 @@ def write_language_model(
         sizes: of tokenizer and model; the vocabulary is smaller where the texts have fewer words.
         meanings: numbers of a token's vector that begin as what latent semantic analysis of the
             texts makes of the token; 0: all are drawn.
+        matches: a word looks at its like from the first step on; False: at all words alike, as
+            who makes one vector of many words does.
         seed: of the weights.
     """
     sizes = sizes or Sizes()
@@ -83,7 +87,7 @@ def write_language_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_language_model(parse_text_config(config))
-        _draw(model, sizes)
+        _draw(model, sizes, matches=matches)
         if meanings:
             rows = [one.ids for one in tokenizer.encode_batch(texts)]
             counts = token_counts(rows, tokenizer.get_vocab_size())
@@ -94,11 +98,12 @@ def write_language_model(
     return folder
 
 
-def _draw(model: torch.nn.Module, sizes: Sizes) -> None:
+def _draw(model: torch.nn.Module, sizes: Sizes, *, matches: bool) -> None:
     """Draw the weights.
 
-    Queries are made as keys are, so that a word looks at its like from the first step on: who
-    matches texts finds equal words first.
+    Where it matches, queries are made as keys are, so that a word looks at its like from the first
+    step on: who matches texts finds equal words first. The last word looks at itself then, and
+    little of the words before it comes into its state.
 
     Source: for queries and keys, the idea of Trockman and Kolter 2023 (arXiv 2305.09828).
     """
@@ -108,9 +113,11 @@ def _draw(model: torch.nn.Module, sizes: Sizes) -> None:
             # What comes out of a block is small beside what it is added to.
             small = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = sizes.width**-0.5 / ((2 * sizes.layers) ** 0.5 if small else 1)
+            if not matches and name.endswith("o_proj.weight"):
+                std = _GATHERS * sizes.width**-0.5
             torch.nn.init.normal_(parameter, std=1.0 if "embed" in name else std)
     for name, parameter in parameters.items():
-        if name.endswith("q_proj.weight"):
+        if matches and name.endswith("q_proj.weight"):
             parameter.data.copy_(parameters[name.replace("q_proj", "k_proj")].data)
 
 

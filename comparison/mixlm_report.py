@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from comparison.cranfield import EMBEDDING as RERANKER
-from comparison.cranfield import TEXT
 from comparison.shop import EMBEDDING, TEACHER
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "mixlm.md"

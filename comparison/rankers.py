@@ -2,6 +2,7 @@
 
     stage I     records with a reason: the language model's cross entropy   train_reasoning
     stage II    query, text -> probability                                  train_text
+    vectors     text -> encoder -> the mean of its words' embeddings        train_vectors
     stage III   query, vectors of an encoder -> probability                 train_mixed
     two towers  query -> vector, text -> vector, their cosine               train_towers
 
@@ -22,10 +23,10 @@ from lapilli import Chat
 from lapilli.checkpoint.export import save_loaded
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.config.model import DecoderConfig
-from lapilli.modality.text import PreparedText, last_states
+from lapilli.modality.text import TextModality
+from lapilli.model import VisionLanguageModel
 from lapilli.plan.flops import request_flops
-from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
-from lapilli.prompt.message import MediaPart
+from lapilli.prompt.encode import EncodedPrompt
 from lapilli.rank import Ranker, RankTemplate
 from lapilli.rank.mixlm import (
     CURRICULUM,
@@ -45,10 +46,10 @@ from lapilli.train.trainer.model import TrainedModel
 from lapilli.train.trainer.task import Loss, Task, TrainingBatch, collate
 
 TEMPLATE: Final = RankTemplate(user="query: {query}\nitem: {item}\nmatch?")
-ITEM: Final = "item"
+ITEM, QUERY = "item", "query"
 
-Record = Sequence[tuple[str | MediaPart, bool]]
-"""Pieces of a text, or items that stand in it as vectors; True: it is learned."""
+Record = Sequence[tuple[str, bool]]
+"""Pieces of a text; True: it is learned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,19 +123,11 @@ class ReasoningTask:
     def _sample(self, record: Record) -> EncodedSample:
         ids: list[int] = []
         mask: list[bool] = []
-        spans: list[Span] = []
-        media = []
-        for piece, is_learned in record:
-            if isinstance(piece, MediaPart):
-                media.append(self.chat.prepare(piece))
-                length = self.chat.model.span_length(piece.modality, media[-1])
-                spans.append(Span(0, len(ids), length, piece.modality))
-                found = [PLACEHOLDER] * length
-            else:
-                found = self.chat.tokenizer.encode(piece)
-            ids += found
-            mask += [is_learned] * len(found)
-        return EncodedSample(EncodedPrompt(ids, mask, tuple(spans)), tuple(media), "record")
+        for text, is_learned in record:
+            piece = self.chat.tokenizer.encode(text)
+            ids += piece
+            mask += [is_learned] * len(piece)
+        return EncodedSample(EncodedPrompt(ids, mask), (), "record")
 
 
 def train_reasoning(source: Path, out: Path, records: Sequence[Record], course: Course) -> float:
@@ -159,26 +152,83 @@ def taught(teacher: Path, examples: Sequence[RankingExample]) -> list[RankingExa
     return with_teacher(examples, Ranker(open_chat(teacher), template=TEMPLATE))
 
 
+@dataclass
+class VectorsTask:
+    """Texts whose vectors should lie where their words' embeddings do: 1 - cos(vector, their mean).
+
+    A language model that has read words alone finds words in such a vector, several at once.
+
+    Attributes:
+        chat: the language model, which stays as it is, and the encoder of items.
+        texts: in the order given.
+        batch_size: texts of a step.
+    """
+
+    chat: Chat
+    texts: Sequence[str]
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        self.model = self.chat.model
+        self._encoder = self.model.modality(ITEM)
+        self._table = self.model.language_model.model.embed_tokens.weight
+        self._separators = set(self.chat.tokenizer.encode(","))
+
+    def batch(self, step: int, micro: int) -> tuple[list[str], int]:
+        """Return a micro-batch and its number of texts."""
+        del micro  # a step is one
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self.texts[i % len(self.texts)] for i in places], self.batch_size
+
+    def loss(self, batch: Sequence[str]) -> Loss:
+        """Return the summed loss."""
+        with torch.no_grad():
+            means = torch.stack([self._mean(text) for text in batch])
+        return Loss((1 - F.cosine_similarity(vectors_of(self._encoder, batch), means)).sum())
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Return nothing: what is learned is seen in stage III."""
+        return {}
+
+    def _mean(self, text: str) -> Float[Tensor, " D"]:
+        ids = [token for token in self.chat.tokenizer.encode(text) if token not in self._separators]
+        return self._table[ids].mean(0)
+
+
+def train_vectors(
+    teacher: Path, fresh: Path, out: Path, texts: Sequence[str], course: Course
+) -> float:
+    """Write a ranker with an encoder of items, which has learned alone; return its seconds.
+
+    Args:
+        teacher: folder of the text ranker.
+        fresh: folder of the language model that the encoder begins as.
+        out: folder of the result.
+        texts: of items.
+        course: how long and how fast.
+    """
+    start = out.with_name(f"{out.name}-start")
+    add_modalities(teacher, start, {ITEM: encoder_of(fresh)}, overwrite=True)
+    return _train(start, out, lambda chat: VectorsTask(chat, texts, course.batch), course)
+
+
 def train_mixed(
-    teacher: Path,
+    start: Path,
     out: Path,
     examples: Sequence[RankingExample],
     course: Course,
     *,
     curriculum: Sequence[Phase] = CURRICULUM,
-    tokens: int = 1,
 ) -> float:
-    """Train stage III, whose ranker and encoder begin as the teacher; return its seconds.
+    """Train stage III, ranker and encoder together; return its seconds.
 
     Args:
-        teacher: folder of the text ranker.
+        start: folder of a ranker with an encoder of items.
         out: folder of the result.
         examples: with the teacher's probabilities, where a phase has distill above 0.
         course: how long and how fast.
         curriculum: weights of the parts.
-        tokens: vectors of an item.
     """
-    start = _with_encoder(teacher, out, tokens)
     recipe = course.recipe()
 
     def task(chat: Chat) -> RankingTask:
@@ -193,14 +243,6 @@ def train_mixed(
         )
 
     return _train(start, out, task, course)
-
-
-def _with_encoder(teacher: Path, out: Path, tokens: int = 1) -> Path:
-    """Write a ranker beside `out` with an encoder of items, which begins as the ranker does."""
-    start = out.with_name(f"{out.name}-start")
-    item = {"kind": "text", "from": str(teacher), "tokens": tokens, "max_length": 512}
-    add_modalities(teacher, start, {ITEM: item}, overwrite=True)
-    return start
 
 
 def _train(source: Path, out: Path, make_task: Callable[[Chat], Task], course: Course) -> float:
@@ -223,28 +265,31 @@ def _train(source: Path, out: Path, make_task: Callable[[Chat], Task], course: C
     return seconds
 
 
+def vectors_of(encoder: TextModality, texts: Sequence[str]) -> Float[Tensor, "n D"]:
+    """Return the last state of every text."""
+    states = encoder.embed([encoder.prepare(text) for text in texts])
+    return torch.stack([state[-1] for state in states])
+
+
 class Towers(nn.Module):
-    """A bi-encoder: the language model reads queries, the encoder of items reads texts.
+    """A bi-encoder: one encoder reads queries and another one texts, both of the modality's kind.
 
     The logit of a match is a learned scale times the cosine of both last states, and a bias.
     """
 
-    def __init__(self, chat: Chat) -> None:
+    def __init__(self, vlm: VisionLanguageModel) -> None:
         super().__init__()
-        self.vlm, self._tokenizer = chat.model, chat.tokenizer
+        self.of_items, self.of_queries = vlm.modality(ITEM), vlm.modality(QUERY)
         self.scale = nn.Parameter(torch.tensor(5.0))
         self.bias = nn.Parameter(torch.tensor(0.0))
 
     def queries(self, texts: Sequence[str]) -> Float[Tensor, "n D"]:
         """Return a unit vector of every query."""
-        rows = [PreparedText(torch.tensor(self._tokenizer.encode(text))) for text in texts]
-        return F.normalize(last_states(self.vlm.language_model, rows, 1)[:, 0], dim=-1)
+        return F.normalize(vectors_of(self.of_queries, texts), dim=-1)
 
     def items(self, texts: Sequence[str]) -> Float[Tensor, "n D"]:
         """Return a unit vector of every text."""
-        encoder = self.vlm.modality(ITEM)
-        states = encoder.embed([encoder.prepare(text) for text in texts])
-        return F.normalize(torch.stack([state[-1] for state in states]), dim=-1)
+        return F.normalize(vectors_of(self.of_items, texts), dim=-1)
 
     def forward(self, examples: Sequence[RankingExample]) -> Loss:
         """Return KL(label || p), summed."""
@@ -279,29 +324,35 @@ class TowersTask:
 
 
 def train_towers(
-    teacher: Path, folder: Path, examples: Sequence[RankingExample], course: Course
+    source: Path, fresh: Path, folder: Path, examples: Sequence[RankingExample], course: Course
 ) -> tuple[Towers, float]:
-    """Train two towers, both of which begin as the text ranker; return them and their seconds.
+    """Train two towers, both of which begin as the encoder of items; return them, their seconds.
 
     Args:
-        teacher: folder of the text ranker.
+        source: folder of a ranker with an encoder of items.
+        fresh: folder of what that encoder once began as, for its sizes.
         folder: of the run.
         examples: labels alone count.
         course: how long and how fast.
     """
-    start = _with_encoder(teacher, folder)
+    start = folder.with_name(f"{folder.name}-start")
+    add_modalities(source, start, {QUERY: encoder_of(fresh)}, overwrite=True)
     loaded = load_checkpoint(start, device="cpu", dtype="float32")
-    recipe = course.recipe(encoders=(ITEM,))
-    choose_trainable(loaded.model, recipe)
-    towers = Towers(Chat(loaded))
+    loaded.model.requires_grad_(False)
+    towers = Towers(loaded.model)
+    towers.of_queries.load_state_dict(towers.of_items.state_dict())
     for name, parameter in towers.named_parameters():
-        if name.endswith("lm_head.weight"):
-            parameter.requires_grad_(False)  # nothing of it is read
+        parameter.requires_grad_(not name.endswith("lm_head.weight"))  # nothing of it is read
     started, spent = time.process_time(), folder.with_name(f"{folder.name}.seconds")
-    train(TowersTask(towers, examples, course.batch), recipe, folder)
+    train(TowersTask(towers, examples, course.batch), course.recipe(), folder)
     if not spent.is_file():  # else the run only took up what it had
         spent.write_text(f"{time.process_time() - started:.1f}\n")
     return towers.eval(), float(spent.read_text())
+
+
+def encoder_of(fresh: Path) -> dict[str, object]:
+    """Return what a config.json says of an encoder that begins as the model of a folder."""
+    return {"kind": "text", "from": str(fresh), "tokens": 1, "max_length": 512}
 
 
 def item_flops(text: DecoderConfig, prefix: int, positions: int) -> float:

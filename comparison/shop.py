@@ -1,13 +1,14 @@
 """Generated shop, ranked by texts, by vectors of a store, and by what they are compared with.
 
-    fresh -> stage I -> stage II -> stage III -> store of the test's items -> Ranker -> NDCG@10
-                 '-> first word   '-> two towers
+    fresh -> stage I -> stage II -> vectors -> stage III -> store of the items -> Ranker -> NDCG@10
+                 '-> first word          '-> two towers
 
 Items, queries and wordings of the test are drawn apart from those of training.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,12 +42,13 @@ from comparison.rankers import (
     train_reasoning,
     train_text,
     train_towers,
+    train_vectors,
 )
 from lapilli import Chat
 from lapilli.prompt.message import MediaPart
 from lapilli.rank import Ranker
 from lapilli.rank.metrics import ndcg
-from lapilli.rank.mixlm import CURRICULUM, Phase, RankingExample
+from lapilli.rank.mixlm import Phase, RankingExample
 from lapilli.store import Store
 from lapilli.store.encode import TextEncoder, build_store
 
@@ -54,15 +56,15 @@ PER_QUERY: Final = 8  # examples of a query
 _POOL: Final = 150  # items that the candidates of a training query are chosen from
 
 TEACHER, EMBEDDING = "text ranker", "embedding ranker"
-ENCODER_ALONE: Final = (Phase(distill=2.0, align=1.0),)
-"""Weights of a stage III whose ranker is frozen."""
+MIXED: Final = (Phase(distill=1.0, align=0.0),)
+"""Weights of stage III: labels and the text ranker's probabilities."""
 ABLATIONS: Final[Mapping[str, tuple[Phase, ...]]] = {
-    "two phases": CURRICULUM,
-    "one phase": (Phase(),),
-    "no distillation": tuple(replace(phase, distill=0.0) for phase in CURRICULUM),
-    "no self-alignment": tuple(replace(phase, align=0.0) for phase in CURRICULUM),
+    "labels and distillation": MIXED,
+    "labels alone": (Phase(distill=0.0, align=0.0),),
+    "with self-alignment": (Phase(distill=1.0, align=1.0, text=0.5),),
 }
 """Weights of stage III, each for fewer steps than the embedding ranker has."""
+WITHOUT_VECTORS: Final = "with an encoder that has not learned alone"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,22 +73,24 @@ class ShopPlan:
 
     Attributes:
         fillers: sentences that say nothing in a description; None: items are their summaries.
+        taught: examples that the text ranker is asked about, once; stage III goes through them
+            several times.
     """
 
     sizes: Sizes = field(default_factory=lambda: Sizes(layers=2))
-    items: int = 1000
+    items: int = 8000
     test_items: int = 400
     queries: int = 150
     candidates: int = 40
     fillers: int | None = None
-    reasoning: Course = field(default_factory=lambda: Course(steps=150))
-    text: Course = field(default_factory=lambda: Course(steps=160, batch=48))
-    mixed: Course = field(
-        default_factory=lambda: Course(steps=160, batch=48, lr=3e-3, freezes_ranker=True)
-    )
-    towers: Course = field(default_factory=lambda: Course(steps=370, batch=48))
-    words: Course = field(default_factory=lambda: Course(steps=60, batch=48))
-    ablation: Course = field(default_factory=lambda: Course(steps=120, batch=48))
+    reasoning: Course = field(default_factory=lambda: Course(steps=600))
+    text: Course = field(default_factory=lambda: Course(steps=500, batch=48))
+    vectors: Course = field(default_factory=lambda: Course(steps=300, freezes_ranker=True))
+    taught: int = 24_000
+    mixed: Course = field(default_factory=lambda: Course(steps=2500, batch=48, lr=1e-3))
+    towers: Course = field(default_factory=lambda: Course(steps=2000, batch=48, lr=1e-3))
+    words: Course = field(default_factory=lambda: Course(steps=150, batch=48))
+    ablation: Course = field(default_factory=lambda: Course(steps=600, batch=48, lr=1e-3))
     seed: int = 0
 
 
@@ -241,36 +245,45 @@ class ShopComparison:
             )
 
     def embedding_ranker(self) -> None:
-        """Train stage III, store the items of the test, and rank from the store."""
-        plan, shop = self.plan, self.shop
-        examples = taught(
-            self.folder / _folder(TEACHER), shop.examples(plan.mixed.examples, shop.text)
-        )
-        self.found["seconds"][EMBEDDING] = self._train_mixed(
-            "mixed", examples, plan.mixed, ENCODER_ALONE
+        """Train encoder and stage III, store the items of the test, and rank from the store."""
+        plan, shop, seconds = self.plan, self.shop, self.found["seconds"]
+        fresh, aligned = self.folder / "fresh-encoder", self.folder / "aligned"
+        write_language_model(fresh, shop.words(), plan.sizes, matches=False, seed=plan.seed + 1)
+        texts = [shop.text(item) for item in shop.known]
+        teacher = self.folder / _folder(TEACHER)
+        seconds["vectors"] = train_vectors(teacher, fresh, aligned, texts, plan.vectors)
+        started = time.process_time()
+        examples = self._taught()
+        seconds["teacher's answers"] = round(time.process_time() - started, 1)
+        seconds[EMBEDDING] = train_mixed(
+            aligned, self.folder / "mixed", examples, plan.mixed, curriculum=MIXED
         )
         self._row(EMBEDDING, self._rank_from_store("mixed"))
 
     def two_towers(self) -> None:
-        """Train the bi-encoder on the same examples, for as many operations as stage III."""
+        """Train the bi-encoder on the same examples."""
         plan, shop = self.plan, self.shop
-        examples = shop.examples(plan.towers.examples, shop.text)
+        examples = shop.examples(plan.taught, shop.text)
         towers, self.found["seconds"]["bi-encoder"] = train_towers(
-            self.folder / _folder(TEACHER), self.folder / "towers", examples, plan.towers
+            self.folder / "aligned",
+            self.folder / "fresh-encoder",
+            self.folder / "towers",
+            examples,
+            plan.towers,
         )
         self._row("bi-encoder", shop.ndcg(_tower_scores(towers, shop)))
 
     def ablations(self) -> None:
-        """Train stage III shorter, with each of its parts left out."""
-        plan, shop = self.plan, self.shop
-        examples = taught(
-            self.folder / _folder(TEACHER), shop.examples(plan.ablation.examples, shop.text)
-        )
-        for number, (name, curriculum) in enumerate(ABLATIONS.items()):
+        """Train stage III shorter, with other parts, and without what the encoder learned alone."""
+        examples = self._taught()
+        aligned = self.folder / "aligned"
+        ways = {name: (aligned, curriculum) for name, curriculum in ABLATIONS.items()}
+        ways[WITHOUT_VECTORS] = self.folder / "aligned-start", MIXED
+        for number, (name, (start, curriculum)) in enumerate(ways.items()):
             folder = f"ablation{number}"
-            self._train_mixed(folder, examples, plan.ablation, curriculum)
-            values = self._rank_from_store(folder)
-            self.found["ablations"][name] = self._quality(values)
+            course = self.plan.ablation
+            train_mixed(start, self.folder / folder, examples, course, curriculum=curriculum)
+            self.found["ablations"][name] = self._quality(self._rank_from_store(folder))
             self._save(self.found)
 
     def speeds(self) -> None:
@@ -319,15 +332,10 @@ class ShopComparison:
         before, _, behind = TEMPLATE.user.partition("{item}")
         return before.format(query=self.shop.queries[0].text), behind
 
-    def _train_mixed(
-        self,
-        folder: str,
-        examples: Sequence[RankingExample],
-        course: Course,
-        curriculum: Sequence[Phase] = CURRICULUM,
-    ) -> float:
-        teacher = self.folder / _folder(TEACHER)
-        return train_mixed(teacher, self.folder / folder, examples, course, curriculum=curriculum)
+    def _taught(self) -> list[RankingExample]:
+        """Return examples with the text ranker's probabilities."""
+        examples = self.shop.examples(self.plan.taught, self.shop.text)
+        return taught(self.folder / _folder(TEACHER), examples)
 
     def _chat_with_store(self, folder: str) -> Chat:
         """Return the ranker of a folder with the test's items in a store on disk."""
