@@ -25,7 +25,16 @@ OTHER_WORDS: Final[dict[str, tuple[str, ...]]] = {
     "kind": ("seat", "lantern", "desk", "rack", "timepiece", "glassware", "carpet", "perch"),
     "colour": ("crimson", "azure", "emerald", "ebony", "ivory", "golden", "chestnut", "silver"),
     "material": ("timber", "iron", "crystal", "linen", "cane", "stone", "bronze", "fleece"),
-    "style": ("sleek", "rural", "timeless", "simple", "ornate", "arctic", "maritime", "metropolitan"),
+    "style": (
+        "sleek",
+        "rural",
+        "timeless",
+        "simple",
+        "ornate",
+        "arctic",
+        "maritime",
+        "metropolitan",
+    ),
     "room": ("galley", "dormitory", "yard", "study", "corridor", "washroom", "playroom", "atelier"),
     "size": ("minute", "little", "average", "big", "giant", "slim", "broad", "lofty"),
 }

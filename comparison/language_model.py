@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,7 +20,6 @@ from lapilli.config.huggingface import parse_text_config
 from lapilli.lm import build_language_model
 
 END: Final = "<|end|>"
-_MEANING: Final = 0.7  # most of a vector's length; the rest tells words of like meaning apart
 _GATHERS: Final = 3.0  # a mean of ten words is a third of a word's length
 _TEMPLATE: Final = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -43,7 +41,6 @@ def write_language_model(
     texts: Sequence[str],
     sizes: Sizes | None = None,
     *,
-    meanings: int = 0,
     matches: bool = True,
     seed: int = 0,
 ) -> Path:
@@ -55,8 +52,6 @@ def write_language_model(
         folder: is made.
         texts: of which the tokenizer learns its words.
         sizes: of tokenizer and model; the vocabulary is smaller where the texts have fewer words.
-        meanings: numbers of a token's vector that begin as what latent semantic analysis of the
-            texts makes of the token; 0: all are drawn.
         matches: a word looks at its like from the first step on; False: at all words alike, as
             who makes one vector of many words does.
         seed: of the weights.
@@ -88,12 +83,6 @@ def write_language_model(
         torch.manual_seed(seed)
         model = build_language_model(parse_text_config(config))
         _draw(model, sizes, matches=matches)
-        if meanings:
-            rows = [one.ids for one in tokenizer.encode_batch(texts)]
-            counts = token_counts(rows, tokenizer.get_vocab_size())
-            rarity = np.log(len(counts) / (counts > 0).sum(0).clip(1))
-            vectors = latent_semantics(counts, meanings)[1] * rarity[:, None]
-            _lay_meanings(model.model.embed_tokens.weight.data, vectors)
     save_file(model.state_dict(), folder / "model.safetensors")
     return folder
 
@@ -119,60 +108,6 @@ def _draw(model: torch.nn.Module, sizes: Sizes, *, matches: bool) -> None:
     for name, parameter in parameters.items():
         if matches and name.endswith("q_proj.weight"):
             parameter.data.copy_(parameters[name.replace("q_proj", "k_proj")].data)
-
-
-def token_counts(rows: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray:
-    """Return how often each token stands in each text, float32 [texts, tokens]."""
-    return np.stack([np.bincount(row, minlength=vocabulary) for row in rows]).astype(np.float32)
-
-
-def weigh(counts: np.ndarray, documents: np.ndarray, total: int) -> np.ndarray:
-    """Return rows of length 1 of log frequencies times log rarities.
-
-    Args:
-        counts: of tokens in texts, [texts, tokens].
-        documents: texts that have each token, [tokens].
-        total: number of texts.
-    """
-    weights = np.log1p(counts) * np.log(total / documents.clip(1))
-    return weights / np.linalg.norm(weights, axis=1, keepdims=True).clip(1e-9)
-
-
-def latent_semantics(counts: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return vectors of texts and of tokens, of which like ones stand in like texts.
-
-    Args:
-        counts: of tokens in texts, [texts, tokens].
-        width: of the vectors.
-
-    Returns:
-        Unit vectors of the texts, [texts, width], and vectors of the tokens, [tokens, width], with
-        which weighed counts are multiplied.
-
-    Source: Deerwester et al. 1990, Indexing by latent semantic analysis.
-    """
-    documents = (counts > 0).sum(0)
-    weighed = torch.from_numpy(weigh(counts, documents, len(counts)))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        _, _, tokens = torch.svd_lowrank(weighed, q=width, niter=3)
-    vectors = weighed @ tokens
-    return torch.nn.functional.normalize(vectors, dim=-1).numpy(), tokens.numpy()
-
-
-def _lay_meanings(table: torch.Tensor, vectors: np.ndarray) -> None:
-    """Put vectors of meaning into a table of embeddings, in whose rows the rest stays random.
-
-    Rows keep one length, as a norm follows: common words have little meaning and much of the rest.
-    """
-    width, room = vectors.shape[1], table.shape[1] ** 0.5
-    found = torch.from_numpy(vectors).float()
-    strong = torch.quantile(found.norm(dim=-1), 0.95).clamp(min=1e-9)
-    found = found / strong
-    found = found / found.norm(dim=-1, keepdim=True).clamp(min=1.0) * _MEANING
-    rest = torch.nn.functional.normalize(table[:, width:], dim=-1)
-    left = (1 - found.square().sum(-1, keepdim=True)).sqrt()
-    table[:] = torch.cat([found, rest * left], dim=-1) * room
 
 
 def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:

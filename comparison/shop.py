@@ -26,7 +26,7 @@ from comparison.generated import (
     draw_queries,
     summary,
 )
-from comparison.intervals import interval, ratio_interval
+from comparison.intervals import difference_interval, interval, ratio_interval
 from comparison.language_model import Sizes, write_language_model
 from comparison.rankers import (
     ITEM,
@@ -55,7 +55,8 @@ from lapilli.store.encode import TextEncoder, build_store
 PER_QUERY: Final = 8  # examples of a query
 _POOL: Final = 150  # items that the candidates of a training query are chosen from
 
-TEACHER, EMBEDDING = "text ranker", "embedding ranker"
+TEACHER, EMBEDDING, TOWERS = "text ranker", "embedding ranker", "bi-encoder"
+FIRST_WORD: Final = "text ranker, first word"
 MIXED: Final = (Phase(distill=1.0, align=0.0),)
 """Weights of stage III: labels and the text ranker's probabilities."""
 ABLATIONS: Final[Mapping[str, tuple[Phase, ...]]] = {
@@ -203,6 +204,8 @@ class ShopComparison:
             "steps": plan.ablation.steps,
             "items": plan.test_items,
             "overlap": self.shop.overlap,
+            "known": plan.items,
+            "taught": plan.taught,
         }
         self._ndcgs: dict[str, np.ndarray] = {}
 
@@ -212,6 +215,7 @@ class ShopComparison:
         self.text_rankers()
         self.embedding_ranker()
         self.two_towers()
+        self.differences()
         self.speeds()
         if ablations:
             self.ablations()
@@ -264,14 +268,21 @@ class ShopComparison:
         """Train the bi-encoder on the same examples."""
         plan, shop = self.plan, self.shop
         examples = shop.examples(plan.taught, shop.text)
-        towers, self.found["seconds"]["bi-encoder"] = train_towers(
+        towers, self.found["seconds"][TOWERS] = train_towers(
             self.folder / "aligned",
             self.folder / "fresh-encoder",
             self.folder / "towers",
             examples,
             plan.towers,
         )
-        self._row("bi-encoder", shop.ndcg(_tower_scores(towers, shop)))
+        self._row(TOWERS, shop.ndcg(_tower_scores(towers, shop)))
+
+    def differences(self) -> None:
+        """Compare the embedding ranker with what costs as much, query by query."""
+        found = self.found["above"] = {}
+        for name in (TOWERS, FIRST_WORD, "BM25"):
+            found[name] = difference_interval(self._ndcgs[EMBEDDING], self._ndcgs[name])
+        self._save(self.found)
 
     def ablations(self) -> None:
         """Train stage III shorter, with other parts, and without what the encoder learned alone."""
@@ -323,7 +334,7 @@ class ShopComparison:
         """Return by row what a text ranker reads of an item, how it is trained."""
         plan, shop = self.plan, self.shop
         return {
-            "text ranker, first word": (lambda item, _: item.words[0], plan.words),
+            FIRST_WORD: (lambda item, _: item.words[0], plan.words),
             TEACHER: (shop.text, plan.text),
         }
 

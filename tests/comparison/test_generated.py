@@ -1,11 +1,14 @@
 """The generated shop: what is drawn is a function of the seed, and grades are what texts say."""
 
+import re
+
 import numpy as np
 import pytest
 
 from comparison.generated import (
     ASKED,
     ATTRIBUTES,
+    OTHER_WORDS,
     candidates,
     description,
     draw_items,
@@ -33,8 +36,20 @@ def test_a_query_has_an_item_with_all_that_it_wants():
     items = draw_items(200, 0)
     for query in draw_queries(20, items, 0):
         assert max(query.grade(item) for item in items) == ASKED
-        wanted = [list(ATTRIBUTES.values())[name][value] for name, value in query.wanted]
-        assert all(word in query.text for word in wanted)
+        for name, value in query.wanted:
+            words = [list(each.values())[name][value] for each in (ATTRIBUTES, OTHER_WORDS)]
+            assert sum(word in re.findall(r"\w+", query.text) for word in words) == 1
+
+
+def test_half_of_the_values_are_asked_for_by_other_words_that_no_text_says():
+    others = [word for words in OTHER_WORDS.values() for word in words]
+    own = [word for words in ATTRIBUTES.values() for word in words]
+    assert len({*own, *others}) == len(own) + len(others) == 96
+    items = draw_items(100, 0)
+    said = [
+        word for query in draw_queries(100, items, 0) for word in re.findall(r"\w+", query.text)
+    ]
+    assert 0.4 < sum(word in others for word in said) / (100 * ASKED) < 0.6
 
 
 def test_half_of_the_candidates_are_the_best_of_all():
