@@ -30,7 +30,6 @@ from lapilli.prompt.encode import EncodedPrompt
 from lapilli.rank import Ranker, RankTemplate
 from lapilli.rank.mixlm import (
     CURRICULUM,
-    Phase,
     RankingExample,
     RankingTask,
     binary_kl,
@@ -39,7 +38,7 @@ from lapilli.rank.mixlm import (
 from lapilli.shapes import Float, Tensor
 from lapilli.train.build import add_modalities
 from lapilli.train.data import EncodedSample
-from lapilli.train.recipe import ModelRecipe, OptimRecipe, Recipe, RunRecipe
+from lapilli.train.recipe import ModelRecipe, OptimRecipe, Phase, Recipe, RunRecipe
 from lapilli.train.stages import choose_trainable
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.model import TrainedModel
@@ -170,8 +169,8 @@ class VectorsTask:
 
     def __post_init__(self) -> None:
         self.model = self.chat.model
-        self._encoder = self.model.modality(ITEM)
-        self._table = self.model.language_model.model.embed_tokens.weight
+        self._encoder = encoder(self.model, ITEM)
+        self._language_model = self.model.language_model
         self._separators = set(self.chat.tokenizer.encode(","))
 
     def batch(self, step: int, micro: int) -> tuple[list[str], int]:
@@ -192,7 +191,7 @@ class VectorsTask:
 
     def _mean(self, text: str) -> Float[Tensor, " D"]:
         ids = [token for token in self.chat.tokenizer.encode(text) if token not in self._separators]
-        return self._table[ids].mean(0)
+        return self._language_model.embed(torch.tensor(ids)).mean(0)
 
 
 def train_vectors(
@@ -265,6 +264,14 @@ def _train(source: Path, out: Path, make_task: Callable[[Chat], Task], course: C
     return seconds
 
 
+def encoder(vlm: VisionLanguageModel, name: str) -> TextModality:
+    """Return an encoder of texts."""
+    found = vlm.modality(name)
+    if not isinstance(found, TextModality):
+        raise TypeError(f"the modality {name} is {type(found).__name__}: expected TextModality")
+    return found
+
+
 def vectors_of(encoder: TextModality, texts: Sequence[str]) -> Float[Tensor, "n D"]:
     """Return the last state of every text."""
     states = encoder.embed([encoder.prepare(text) for text in texts])
@@ -279,7 +286,7 @@ class Towers(nn.Module):
 
     def __init__(self, vlm: VisionLanguageModel) -> None:
         super().__init__()
-        self.of_items, self.of_queries = vlm.modality(ITEM), vlm.modality(QUERY)
+        self.of_items, self.of_queries = encoder(vlm, ITEM), encoder(vlm, QUERY)
         self.scale = nn.Parameter(torch.tensor(5.0))
         self.bias = nn.Parameter(torch.tensor(0.0))
 
@@ -360,7 +367,7 @@ def item_flops(text: DecoderConfig, prefix: int, positions: int) -> float:
     return request_flops(text, positions=prefix + positions) - request_flops(text, positions=prefix)
 
 
-def fastest(ways: Mapping[str, Callable[[], None]], rounds: int = 3) -> dict[str, float]:
+def fastest(ways: Mapping[str, Callable[[], object]], rounds: int = 3) -> dict[str, float]:
     """Return the seconds of one core of every way in its fastest round; the ways take turns."""
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):

@@ -9,8 +9,9 @@ Items, queries and wordings of the test are drawn apart from those of training.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -45,12 +46,14 @@ from comparison.rankers import (
     train_vectors,
 )
 from lapilli import Chat
+from lapilli.config.model import DecoderConfig
 from lapilli.prompt.message import MediaPart
 from lapilli.rank import Ranker
 from lapilli.rank.metrics import ndcg
-from lapilli.rank.mixlm import Phase, RankingExample
+from lapilli.rank.mixlm import RankingExample
 from lapilli.store import Store
 from lapilli.store.encode import TextEncoder, build_store
+from lapilli.train.recipe import Phase
 
 PER_QUERY: Final = 8  # examples of a query
 _POOL: Final = 150  # items that the candidates of a training query are chosen from
@@ -89,7 +92,7 @@ class ShopPlan:
     vectors: Course = field(default_factory=lambda: Course(steps=300, freezes_ranker=True))
     taught: int = 24_000
     mixed: Course = field(default_factory=lambda: Course(steps=2500, batch=48, lr=1e-3))
-    towers: Course = field(default_factory=lambda: Course(steps=2000, batch=48, lr=1e-3))
+    towers: Course = field(default_factory=lambda: Course(steps=3000, batch=48, lr=1e-3))
     words: Course = field(default_factory=lambda: Course(steps=150, batch=48))
     ablation: Course = field(default_factory=lambda: Course(steps=600, batch=48, lr=1e-3))
     seed: int = 0
@@ -145,7 +148,7 @@ class Shop:
         """
         rng = np.random.default_rng([self.plan.seed, 6])
         queries = draw_queries(count, self.known, 10 * self.plan.seed)
-        found = []
+        found: list[Record] = []
         for place, query in enumerate(queries):
             values = list(self.known[int(rng.integers(len(self.known)))].values)
             for name, value in query.wanted:
@@ -244,9 +247,7 @@ class ShopComparison:
             out = self.folder / _folder(name)
             seconds[name] = train_text(self.folder / "stage1", out, examples, course)
             ranker = Ranker(open_chat(out), template=TEMPLATE)
-            self._row(
-                name, shop.ndcg(lambda q, items, r=ranker, t=text: _text_scores(r, t, q, items))
-            )
+            self._row(name, shop.ndcg(partial(_text_scores, ranker, text)))
 
     def embedding_ranker(self) -> None:
         """Train encoder and stage III, store the items of the test, and rank from the store."""
@@ -307,16 +308,12 @@ class ShopComparison:
             for name, (text, _) in self._texts().items()
         }
         prefix, suffix = (len(texts.tokenizer.encode(one)) for one in self._around())
-        ways = {}
-        for name, some in items.items():
-            ways[name] = lambda some=some: Ranker(texts, template=TEMPLATE).score(
-                shop.queries[0].text, some
-            )
         stored = [MediaPart(str(item.number), ITEM) for item in shop.items]
-        ways[EMBEDDING] = lambda: Ranker(vectors, template=TEMPLATE).score(
-            shop.queries[0].text, stored
-        )
-        config = texts.config.text
+        ways: dict[str, Callable[[], object]] = {}
+        for name, some in items.items():
+            ways[name] = partial(_score_anew, texts, shop.queries[0].text, some)
+        ways[EMBEDDING] = partial(_score_anew, vectors, shop.queries[0].text, stored)
+        config = cast(DecoderConfig, texts.config.text)
         parameters = sum(one.numel() for one in texts.model.parameters())
         self.found["about"]["parameters"] = parameters
         for name, seconds in fastest(ways).items():
@@ -381,6 +378,11 @@ class ShopComparison:
 
 def _folder(name: str) -> str:
     return name.replace(",", "").replace(" ", "-")
+
+
+def _score_anew(chat: Chat, query: str, items: Sequence[str | MediaPart]) -> torch.Tensor:
+    """Return scores of a ranker that has kept nothing."""
+    return Ranker(chat, template=TEMPLATE).score(query, items)
 
 
 def _text_scores(
