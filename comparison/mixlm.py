@@ -34,6 +34,7 @@ QUICK_SHOP: Final = ShopPlan(
     vectors=_QUICK,
     taught=16,
     mixed=_QUICK,
+    new=_QUICK,
     towers=_QUICK,
     words=_QUICK,
     ablation=_QUICK,

@@ -62,9 +62,11 @@ TEACHER, EMBEDDING, TOWERS = "text ranker", "embedding ranker", "bi-encoder"
 FIRST_WORD: Final = "text ranker, first word"
 MIXED: Final = (Phase(distill=1.0, align=0.0),)
 """Weights of stage III: labels and the text ranker's probabilities."""
+LABELS: Final = (Phase(distill=0.0, align=0.0),)
+"""Weights behind it, of new examples that the text ranker was not asked about."""
 ABLATIONS: Final[Mapping[str, tuple[Phase, ...]]] = {
     "labels and distillation": MIXED,
-    "labels alone": (Phase(distill=0.0, align=0.0),),
+    "labels alone": LABELS,
     "with self-alignment": (Phase(distill=1.0, align=1.0, text=0.5),),
 }
 """Weights of stage III, each for fewer steps than the embedding ranker has."""
@@ -77,8 +79,9 @@ class ShopPlan:
 
     Attributes:
         fillers: sentences that say nothing in a description; None: items are their summaries.
-        taught: examples that the text ranker is asked about, once; stage III goes through them
-            several times.
+        taught: examples that the text ranker is asked about, once; the courses `mixed` and
+            `towers` go through them several times.
+        new: the course of stage III behind `mixed`, in which every example is a new one.
     """
 
     sizes: Sizes = field(default_factory=lambda: Sizes(layers=2))
@@ -92,6 +95,7 @@ class ShopPlan:
     vectors: Course = field(default_factory=lambda: Course(steps=300, freezes_ranker=True))
     taught: int = 24_000
     mixed: Course = field(default_factory=lambda: Course(steps=2500, batch=48, lr=1e-3))
+    new: Course = field(default_factory=lambda: Course(steps=1500, batch=48, lr=1e-3))
     towers: Course = field(default_factory=lambda: Course(steps=3000, batch=48, lr=1e-3))
     words: Course = field(default_factory=lambda: Course(steps=150, batch=48))
     ablation: Course = field(default_factory=lambda: Course(steps=600, batch=48, lr=1e-3))
@@ -209,6 +213,7 @@ class ShopComparison:
             "overlap": self.shop.overlap,
             "known": plan.items,
             "taught": plan.taught,
+            "new": plan.new.examples,
         }
         self._ndcgs: dict[str, np.ndarray] = {}
 
@@ -260,10 +265,14 @@ class ShopComparison:
         started = time.process_time()
         examples = self._taught()
         seconds["teacher's answers"] = round(time.process_time() - started, 1)
-        seconds[EMBEDDING] = train_mixed(
-            aligned, self.folder / "mixed", examples, plan.mixed, curriculum=MIXED
+        mixed, finished = self.folder / "mixed", self.folder / "finished"
+        seconds[EMBEDDING] = train_mixed(aligned, mixed, examples, plan.mixed, curriculum=MIXED)
+        self._row(f"{EMBEDDING}, {plan.taught:,} examples", self._rank_from_store("mixed"))
+        new = shop.examples(plan.taught + plan.new.examples, shop.text)[plan.taught :]
+        seconds[f"{EMBEDDING}, new examples"] = train_mixed(
+            mixed, finished, new, plan.new, curriculum=LABELS
         )
-        self._row(EMBEDDING, self._rank_from_store("mixed"))
+        self._row(EMBEDDING, self._rank_from_store("finished"))
 
     def two_towers(self) -> None:
         """Train the bi-encoder on the same examples."""
@@ -302,7 +311,7 @@ class ShopComparison:
         """Measure items a second of the rankers, in turns, and count operations and positions."""
         shop = self.shop
         texts = open_chat(self.folder / _folder(TEACHER))
-        vectors = self._chat_with_store("mixed")
+        vectors = self._chat_with_store("finished")
         items = {
             name: [text(item, -1) for item in shop.items]
             for name, (text, _) in self._texts().items()
