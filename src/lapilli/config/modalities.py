@@ -121,7 +121,7 @@ class EventsConfig(ModalityConfig):
         intermediate_size: of its feed-forward blocks; 0: four widths.
         max_events: of a history; the last ones are kept.
         projector: linear or mlpNx_gelu (a position for every event), or resamplerM (M positions).
-        tokens: last events whose states are handed on, each of which has seen all before it; 0: all.
+        tokens: last events whose states are handed on, each having seen all before it; 0: all.
         dropout: share of the joined vectors, and of what every block adds, that is left out while
             the encoder learns.
 

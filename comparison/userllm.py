@@ -1,0 +1,616 @@
+"""User-LLM on MovieLens-100k: a user as a few vectors, against the same history as text.
+
+    python -m comparison.userllm [--data DIR] [--seeds N]
+
+    histories --NextEventTask--> encoder of events --.
+              --TextTask-------> language model -----+--UserTask--> forms that read a user's vectors
+    popularity | item-kNN | SASRec | encoder alone | text | forms | HLLM   --rank all films--> rows
+
+Every row learns from the same events and reads the same last events; the second last film of a user
+was what choices were made by, the last one is the test. Writes results/userllm.json after every
+row, and docs/userllm.md of it.
+
+Source: Ning et al. 2024 (User-LLM, arXiv 2402.13598); Junyi Chen et al. 2024 (HLLM, arXiv
+    2409.12740); Kang and McAuley 2018 (SASRec, arXiv 1808.09781).
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from comparison.baselines import (
+    SequenceOptions,
+    item_knn,
+    popularity,
+    sequence_scores,
+    train_sequence_model,
+)
+from comparison.movies import ADVICE, NAME, Movies, data_folder, film_word, read_movies
+from comparison.next_film import (
+    USER,
+    FilmWords,
+    Sizes,
+    TextTask,
+    UserTask,
+    Window,
+    events_of,
+    film_scores,
+    last_events,
+    scores_of_encoder,
+    scores_of_text,
+    scores_of_users,
+    write_language_model,
+)
+from comparison.userllm_report import PAGE, page, table
+from lapilli.checkpoint.load import Loaded, load_checkpoint, with_modalities
+from lapilli.datasets.interactions import Interactions
+from lapilli.pipeline import Chat
+from lapilli.plan.flops import request_flops
+from lapilli.rank.next_item import NextItemScorer, NextItemTask
+from lapilli.train.next_event import NextEventTask
+from lapilli.train.recipe import (
+    LoraRecipe,
+    ModelRecipe,
+    OptimRecipe,
+    Recipe,
+    RunRecipe,
+    TrainerRecipe,
+)
+from lapilli.train.stages import choose_trainable
+from lapilli.train.trainer.loop import train
+
+RESULT: Final = Path(__file__).parent / "results" / "userllm.json"
+K: Final = 10
+RESAMPLES: Final = 2000
+FUSIONS: Final = {
+    "tokens": ("mlp2x_gelu", False),
+    "soft prompt": ("resampler{tokens}", False),
+    "cross-attention": ("mlp2x_gelu", True),
+}
+"""The projector between encoder and language model, and whether its features stand beside the
+sequence. All of them hand on the same number of features."""
+LEARNS: Final = ("full", "encoder", "projector", "lora")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Sizes, and how long each part learns.
+
+    Attributes:
+        sequence: the model of film numbers that the others are compared with.
+        encoder_epochs: passes of the encoder over all histories.
+        text_steps: steps of the language model on histories as text.
+        form_steps: steps of each form that reads users.
+        item_steps: steps of HLLM's objective.
+    """
+
+    sizes: Sizes = field(default_factory=Sizes)
+    sequence: SequenceOptions = field(default_factory=SequenceOptions)
+    encoder_epochs: float = 20
+    encoder_lr: float = 3e-3
+    text_steps: int = 600
+    text_lr: float = 3e-3
+    text_batch: int = 24
+    form_steps: int = 200
+    form_lr: float = 1e-3
+    form_batch: int = 32
+    item_steps: int = 100
+    item_lr: float = 1e-3
+    item_batch: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What the forms begin with.
+
+    Attributes:
+        folder: of the language model's checkpoint, before it learned.
+        text: weights of the language model that has read histories as text.
+        encoder: weights of the encoder of events that has learned alone.
+    """
+
+    movies: Movies
+    options: Options
+    folder: Path
+    text: Mapping[str, torch.Tensor]
+    encoder: Mapping[str, torch.Tensor]
+
+    def language_model(self) -> Loaded:
+        """Return the language model that has read histories."""
+        loaded = load_checkpoint(self.folder, device="cpu", dtype="float32")
+        loaded.model.load_state_dict(self.text)
+        return loaded
+
+    def with_user(self, fusion: str, *, seed: int) -> Loaded:
+        """Return the language model with the encoder beside it and fresh weights between them."""
+        projector, attended = FUSIONS[fusion]
+        sizes = self.options.sizes
+        settings = sizes.user(
+            self.movies, projector=projector.format(tokens=sizes.tokens), attended=attended
+        )
+        loaded = with_modalities(self.language_model(), {USER: settings}, seed=seed)
+        events_of(loaded.model).encoder.load_state_dict(self.encoder)
+        return loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """How many films stand before the right one, of every user, and what an answer costs.
+
+    Attributes:
+        validation: ranks, int64 [users].
+        test: likewise.
+        cost: positions of a request, its operations, and the like, by name.
+    """
+
+    validation: np.ndarray
+    test: np.ndarray
+    cost: Mapping[str, float] = field(default_factory=dict)
+
+
+Scores = Callable[[Interactions], np.ndarray]
+"""From what is known of all users to the scores of all films, float [users, films]."""
+
+
+def ranks_of(scores: np.ndarray, known: Interactions, held_out: Interactions) -> np.ndarray:
+    """Return the ranks of held-out films, as `baselines.next_item_ranks` does one by one."""
+    found = []
+    for user, row in enumerate(np.array(scores, dtype=np.float64)):
+        target = held_out.history(user)
+        if len(target):
+            own = row[target[0]]
+            row[known.history(user)] = -np.inf
+            found.append(int((row >= own).sum()) - 1)
+    return np.array(found, dtype=np.int64)
+
+
+def measured(movies: Movies, scores: Scores, **cost: float) -> Measured:
+    """Return the ranks of validation and test."""
+    split = movies.split
+    return Measured(
+        validation=ranks_of(scores(split.train), split.train, split.validation),
+        test=ranks_of(scores(split.before_test), split.before_test, split.test),
+        cost=cost,
+    )
+
+
+def learn_parts(movies: Movies, options: Options, folder: Path, *, seed: int = 0) -> Parts:
+    """Let the language model read histories as text, and the encoder predict events.
+
+    Args:
+        movies: what is learned from.
+        options: sizes and steps.
+        folder: a new one, for the checkpoint and the runs.
+        seed: of weights and batches.
+    """
+    sizes = options.sizes
+    checkpoint = write_language_model(folder / "fresh", movies, sizes, seed=seed)
+    loaded = load_checkpoint(checkpoint, device="cpu", dtype="float32")
+    run = _run(options.text_batch, options.text_steps, seed)
+    task = TextTask(loaded.model, FilmWords(loaded, movies), movies, run, sizes.events)
+    train(task, _recipe("text", options.text_lr, run), folder / "text")
+    text = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    settings = sizes.user(movies, projector="linear", attended=False)
+    added = with_modalities(loaded, {USER: settings}, seed=seed)
+    users = events_of(added.model).train()
+    for feature in users.encoder.tables:
+        torch.nn.init.normal_(feature.weight, std=TABLE_SCALE)
+    train_split = movies.split.train
+    histories = [
+        movies.events(train_split.history(user), train_split.ratings[train_split.of_user(user)])
+        for user in range(len(train_split.user_ids))
+    ]
+    encoder_run = replace(_run(32, 0, seed), epochs=options.encoder_epochs)
+    train(
+        NextEventTask(users, histories, encoder_run),
+        _recipe("events", options.encoder_lr, encoder_run),
+        folder / "events",
+    )
+    encoder = users.encoder.state_dict()
+    return Parts(movies=movies, options=options, folder=checkpoint, text=text, encoder=encoder)
+
+
+TABLE_SCALE: Final = 0.1
+"""Of an encoder's tables: torch's own 1 is far from what a softmax over films begins well with."""
+
+
+def _run(batch: int, steps: int, seed: int) -> RunRecipe:
+    return RunRecipe(
+        batch_size=batch, steps=steps, seed=seed, plot=False, log_every=50, save_every=10**6
+    )
+
+
+def _recipe(stage: str, lr: float, run: RunRecipe) -> TrainerRecipe:
+    optim = OptimRecipe(lr=lr, weight_decay=0.05, decay="matrices", warmup_ratio=0.05)
+    return TrainerRecipe(stage=stage, optim=optim, run=run)
+
+
+def measure_text(parts: Parts) -> Measured:
+    """Ask the language model with the last events as text."""
+    loaded, options = parts.language_model(), parts.options
+    words, events = FilmWords(loaded, parts.movies), options.sizes.events
+    known = parts.movies.split.before_test
+    texts = [words.text(window) for window in windows_of(known, events)]
+    positions = float(np.mean([len(text) for text in texts]))
+    return measured(
+        parts.movies,
+        lambda known: scores_of_text(loaded.model, words, windows_of(known, events)).numpy(),
+        positions=positions,
+        flops=float(np.mean([flops_of(loaded, len(text)) for text in texts])),
+    )
+
+
+def measure_encoder(parts: Parts) -> Measured:
+    """Ask the encoder of events by itself."""
+    loaded = parts.with_user("tokens", seed=0)
+    users, events = events_of(loaded.model).eval(), parts.options.sizes.events
+    return measured(
+        parts.movies,
+        lambda known: scores_of_encoder(users, parts.movies, windows_of(known, events)).numpy(),
+    )
+
+
+def learn_form(
+    parts: Parts, folder: Path, *, fusion: str, learns: str = "full", seed: int = 0
+) -> Loaded:
+    """Let a language model and an encoder learn to recommend together.
+
+    Args:
+        parts: what both begin as.
+        folder: a new one, for the run.
+        fusion: one of FUSIONS.
+        learns: one of LEARNS: all of it; encoder and projector; the projector; or both and an
+            adapter of the language model. Gated blocks of cross-attention always learn.
+        seed: of what is fresh, and of the batches.
+    """
+    options, loaded = parts.options, parts.with_user(fusion, seed=seed)
+    lora = LoraRecipe(rank=8, alpha=16.0) if learns == "lora" else None
+    recipe = Recipe(
+        stage="instruct" if learns in ("full", "lora") else "align",
+        model=ModelRecipe(tune_encoder=() if learns == "projector" else (USER,)),
+        lora=lora,
+        optim=OptimRecipe(lr=options.form_lr),
+        run=_run(options.form_batch, options.form_steps, seed),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        choose_trainable(loaded.model, recipe)
+    # The tables of other features than films predict nothing here, and neither do their heads.
+    words = FilmWords(loaded, parts.movies)
+    task = UserTask(loaded.model, words, parts.movies, recipe.run, options.sizes.events)
+    task.model.train()
+    train(task, _recipe(f"{fusion}, {learns}", options.form_lr, recipe.run), folder)
+    loaded.model.eval()
+    return loaded
+
+
+def measure_form(
+    parts: Parts, *, fusion: str = "tokens", learns: str = "full", seed: int = 0
+) -> Measured:
+    """Train one form that reads users and return its ranks and costs.
+
+    `comparison.userllm.measure_form` is what other programs call, with `learn_parts` before it.
+
+    Args:
+        parts: what `learn_parts` returns.
+        fusion: one of FUSIONS: how the language model is told of a user.
+        learns: one of LEARNS.
+        seed: of what is fresh, and of the batches.
+    """
+    with tempfile.TemporaryDirectory(prefix="lapilli-userllm-") as folder:
+        loaded = learn_form(parts, Path(folder), fusion=fusion, learns=learns, seed=seed)
+    movies, events = parts.movies, parts.options.sizes.events
+    words = FilmWords(loaded, movies)
+    number = parts.options.sizes.tokens
+    beside = USER in loaded.model.attended
+    positions = len(words.user(0 if beside else number))
+    return measured(
+        movies,
+        lambda known: scores_of_users(
+            loaded.model, words, movies, windows_of(known, events)
+        ).numpy(),
+        positions=positions,
+        flops=flops_of(loaded, positions, memory=number if beside else 0),
+        encoder_flops=encoder_flops(loaded, movies, events),
+        trained=sum(p.numel() for p in loaded.model.parameters() if p.requires_grad),
+    )
+
+
+def measure_items(parts: Parts, *, seed: int = 0) -> Measured:
+    """Train HLLM's two models, which both begin as the language model, and return the ranks."""
+    options, movies = parts.options, parts.movies
+    raw = json.loads((parts.folder / "config.json").read_text(encoding="utf-8"))
+    loaded = with_modalities(
+        parts.language_model(), {"item": {"kind": "text", "text_config": raw}}, seed=seed
+    )
+    prefix = "language_model."
+    encoder = {name.removeprefix(prefix): value for name, value in parts.text.items()}
+    loaded.model.modality("item").encoder.load_state_dict(encoder)  # type: ignore[attr-defined]
+    chat = Chat(loaded)
+    run = _run(options.item_batch, options.item_steps, seed)
+    recipe = Recipe(
+        stage="instruct",
+        model=ModelRecipe(tune_encoder=("item",), freeze=("language_model.model.embed_tokens.",)),
+        optim=OptimRecipe(lr=options.item_lr),
+        run=run,
+    )
+    choose_trainable(chat.model, recipe)
+    catalogue = [
+        " ".join((film_word(number), *title)) for number, title in enumerate(movies.titles)
+    ]
+    split, events = movies.split.train, options.sizes.events
+    histories = [split.history(user).tolist() for user in range(len(split.user_ids))]
+    task = NextItemTask(
+        chat, catalogue, histories, run, modality="item", negatives=256, max_items=events
+    )
+    with tempfile.TemporaryDirectory(prefix="lapilli-userllm-") as folder:
+        train(task, _recipe("items", options.item_lr, run), Path(folder))
+    chat.model.eval()
+    scorer = NextItemScorer(chat, "item", max_items=events)
+    vectors = scorer.encode(catalogue)
+
+    def scores(known: Interactions) -> np.ndarray:
+        users = range(len(known.user_ids))
+        return scorer.score([known.history(user).tolist() for user in users], vectors).numpy()
+
+    positions = float(np.mean([len(one.films) for one in windows_of(split, events)]))
+    # Cosines with all films stand where the logits of a vocabulary do.
+    sized = replace(loaded.config.text, vocab_size=movies.num_films)
+    return measured(
+        movies,
+        scores,
+        positions=positions,
+        flops=request_flops(sized, positions=round(positions)),  # type: ignore[arg-type]
+    )
+
+
+def windows_of(known: Interactions, events: int) -> list[Window]:
+    """Return the last events of all users."""
+    return [last_events(known, user, events) for user in range(len(known.user_ids))]
+
+
+def flops_of(loaded: Loaded, positions: int, *, memory: int = 0) -> float:
+    """Return the operations of a request of so many positions, and features beside them."""
+    every = next((one.every for _, one in loaded.config.modalities if one.is_attended), None)
+    return request_flops(loaded.config.text, positions=positions, memory=memory, every=every)  # type: ignore[arg-type]
+
+
+def encoder_flops(loaded: Loaded, movies: Movies, events: int) -> float:
+    """Return the operations that make the features of one user, as torch counts them."""
+    users = events_of(loaded.model)
+    longest = max(windows_of(movies.split.before_test, events), key=lambda one: len(one.films))
+    item = users.prepare(movies.events(longest.films.tolist(), longest.ratings.tolist()))
+    with FlopCounterMode(display=False) as counter:
+        users.embed([item])
+    return float(counter.get_total_flops())
+
+
+def of_users(ranks: np.ndarray) -> dict[str, np.ndarray]:
+    """Return hit rate and NDCG of every user at K, with one right film each."""
+    found = ranks < K
+    return {"hit": found.astype(np.float64), "ndcg": np.where(found, 1 / np.log2(ranks + 2.0), 0)}
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Return the mean over users, and where 95 % of bootstrap samples of them put it."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
+    return [float(values.mean()), float(low), float(high)]
+
+
+class Results:
+    """The rows so far, written to a file after each of them.
+
+    Args:
+        path: of the result.
+        options: sizes and steps, for the page.
+        movies: the data.
+        others: rows that every later one is compared with, user by user.
+    """
+
+    def __init__(
+        self, path: Path, options: Options, movies: Movies, others: Sequence[str], name: str
+    ) -> None:
+        self._path, self._others = path, others
+        self._users: dict[str, dict[str, np.ndarray]] = {}
+        split, sizes = movies.split, options.sizes
+        self.found: dict[str, Any] = {
+            "data": {
+                "name": name,
+                "users": len(split.test.user_ids),
+                "films": movies.num_films,
+                "events": sum(map(len, (split.train, split.validation, split.test))),
+                "window": sizes.events,
+            },
+            "options": {
+                "width": sizes.width,
+                "layers": sizes.layers,
+                "tokens": sizes.tokens,
+                "every": sizes.every,
+                "encoder epochs": options.encoder_epochs,
+                "text steps": options.text_steps,
+                "form steps": options.form_steps,
+                "item steps": options.item_steps,
+                "SASRec epochs": options.sequence.epochs,
+            },
+            "rows": {},
+            "seconds": {},
+        }
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the processor's seconds inside."""
+        started = time.process_time()
+        yield
+        self.found["seconds"][name] = time.process_time() - started
+
+    def add(self, name: str, runs: Sequence[Measured]) -> None:
+        """Add a row of one or several seeds, and write the file."""
+        every = [of_users(run.test) for run in runs]
+        users = {m: np.mean([one[m] for one in every], axis=0) for m in ("hit", "ndcg")}
+        held = [of_users(run.validation) for run in runs]
+        self._users[name] = users
+        row = {
+            "test": {m: interval(values) for m, values in users.items()},
+            "validation": {m: float(np.mean([one[m] for one in held])) for m in users},
+            "each seed": [{m: float(one[m].mean()) for m in users} for one in every],
+            "seeds": len(runs),
+            "cost": dict(runs[0].cost),
+            "against": {
+                other: {m: interval(users[m] - self._users[other][m]) for m in users}
+                for other in self._others
+                if other in self._users and other != name
+            },
+        }
+        self.found["rows"][name] = row
+        self.write()
+        hit, ndcg = (row["test"][m][0] for m in ("hit", "ndcg"))
+        _say(f"{name}: HR@{K} {hit:.4f}, NDCG@{K} {ndcg:.4f}")
+
+    def write(self) -> None:
+        """Write what there is."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+SEQUENCE: Final = "SASRec"
+TEXT: Final = "text of 50 events"
+
+
+def compare(movies: Movies, options: Options, results: Results, *, seeds: int) -> None:
+    """Measure every row and write it."""
+    _baselines(movies, options, results, seeds=seeds)
+    with tempfile.TemporaryDirectory(prefix="lapilli-userllm-") as folder:
+        with results.timed("text and encoder"):
+            parts = learn_parts(movies, options, Path(folder) / "parts")
+        results.add(TEXT, [measure_text(parts)])
+        results.add("encoder alone", [measure_encoder(parts)])
+        for fusion in FUSIONS:
+            with results.timed(fusion):
+                runs = [measure_form(parts, fusion=fusion, seed=seed) for seed in range(seeds)]
+            results.add(f"user: {fusion}", runs)
+        for learns in LEARNS[1:]:
+            with results.timed(f"tokens, {learns}"):
+                runs = [measure_form(parts, learns=learns, seed=seed) for seed in range(seeds)]
+            results.add(f"user: tokens, {learns} learns", runs)
+        with results.timed("HLLM"):
+            results.add("HLLM", [measure_items(parts)])
+        results.found["milliseconds"] = milliseconds(parts)
+        results.write()
+
+
+def _baselines(movies: Movies, options: Options, results: Results, *, seeds: int) -> None:
+    train_split = movies.split.train
+
+    def each(score: Callable[[np.ndarray], np.ndarray]) -> Measured:
+        def scores(known: Interactions) -> np.ndarray:
+            users = range(len(known.user_ids))
+            return np.stack([score(known.history(user)) for user in users])
+
+        return measured(movies, scores)
+
+    results.add("popularity", [each(popularity(train_split))])
+    results.add("item-kNN", [each(item_knn(train_split))])
+    with results.timed(SEQUENCE):
+        runs = [
+            each(sequence_scores(train_sequence_model(train_split, one)))
+            for one in (replace(options.sequence, seed=seed) for seed in range(seeds))
+        ]
+    results.add(SEQUENCE, runs)
+
+
+@torch.inference_mode()
+def milliseconds(parts: Parts, *, repeats: int = 30) -> dict[str, float]:
+    """Return the median time of one request of each form, which take turns, on random users.
+
+    The weights do not matter for it: fresh joints are as fast as learned ones.
+    """
+    movies, sizes = parts.movies, parts.options.sizes
+    every = windows_of(movies.split.before_test, sizes.events)
+    longest = [one for one in every if len(one.films) == sizes.events] or every
+    asked = {TEXT: _text_request(parts)}
+    asked |= {f"user: {fusion}": _user_request(parts, fusion) for fusion in FUSIONS}
+    asked["the user's vectors"] = _encoder_request(parts)
+    spent: dict[str, list[float]] = {name: [] for name in asked}
+    for turn in range(repeats + 3):
+        for name, prepare in asked.items():
+            request = prepare(longest[turn % len(longest)])
+            started = time.perf_counter()
+            request()
+            if turn >= 3:  # the first ones choose kernels
+                spent[name].append(1000 * (time.perf_counter() - started))
+    return {name: median(values) for name, values in spent.items()}
+
+
+Request = Callable[[Window], Callable[[], object]]
+
+
+def _text_request(parts: Parts) -> Request:
+    loaded = parts.language_model()
+    words = FilmWords(loaded, parts.movies)
+    return lambda window: lambda: scores_of_text(loaded.model, words, [window])
+
+
+def _user_request(parts: Parts, fusion: str) -> Request:
+    loaded = parts.with_user(fusion, seed=0)
+    words, users = FilmWords(loaded, parts.movies), events_of(loaded.model.eval())
+
+    def request(window: Window) -> Callable[[], object]:
+        features = users.embed([users.prepare(_events_of(parts.movies, window))])
+        return lambda: film_scores(loaded.model, words, features)
+
+    return request
+
+
+def _encoder_request(parts: Parts) -> Request:
+    users = events_of(parts.with_user("tokens", seed=0).model.eval())
+    events = parts.movies
+    return lambda window: lambda: users.embed([users.prepare(_events_of(events, window))])
+
+
+def _events_of(movies: Movies, window: Window) -> dict[str, list[Any]]:
+    return movies.events(window.films.tolist(), window.ratings.tolist())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure all rows, and write the result and the page."""
+    parser = argparse.ArgumentParser(prog="comparison.userllm", description=__doc__)
+    parser.add_argument("--data", help="folder that has ml-100k/; default: LAPILLI_DATA")
+    parser.add_argument("--seeds", type=int, default=2, help="of every row but text and HLLM")
+    given = parser.parse_args(arguments)
+    folder = data_folder(given.data)
+    movies = read_movies(folder)
+    if movies is None:
+        _say(ADVICE.format(folder=folder))
+        return
+    options = Options()
+    results = Results(RESULT, options, movies, (SEQUENCE, TEXT), f"MovieLens-100k ({NAME})")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        compare(movies, options, results, seeds=given.seeds)
+    finally:
+        torch.set_num_threads(threads)
+    PAGE.write_text(page(results.found), encoding="utf-8")
+    sys.stdout.write(table(results.found))
+
+
+if __name__ == "__main__":
+    main()
