@@ -30,6 +30,7 @@ ADVICE: Final = (
     "it) there, or name another folder by --data or LAPILLI_DATA"
 )
 RATINGS: Final = 5
+Numbers = Sequence[int] | Sequence[float] | np.ndarray
 _FIRST_YEAR: Final = 1920
 _YEARS: Final = 5  # years of films that are told apart no further
 
@@ -57,12 +58,12 @@ class Movies:
         """Return how many films there are."""
         return len(self.titles)
 
-    def events(self, films: Sequence[int], ratings: Sequence[float]) -> dict[str, list[Any]]:
+    def events(self, films: Numbers, ratings: Numbers) -> dict[str, list[Any]]:
         """Return a history as an encoder of events reads it; see `categorical`."""
         return {
             "film": [int(film) + 1 for film in films],
-            "genres": [list(self.genres[film]) for film in films],
-            "year": [self.years[film] for film in films],
+            "genres": [list(self.genres[int(film)]) for film in films],
+            "year": [self.years[int(film)] for film in films],
             "rating": [int(rating) for rating in ratings],
         }
 
@@ -77,12 +78,12 @@ class Movies:
             {"name": "rating", "size": RATINGS + 1, "width": small},
         ]
 
-    def words(self, films: Sequence[int], ratings: Sequence[float]) -> list[str]:
+    def words(self, films: Numbers, ratings: Numbers) -> list[str]:
         """Return a history as words: of every event the film, its title, and the rating."""
         return [
             word
             for film, rating in zip(films, ratings, strict=True)
-            for word in (film_word(int(film)), *self.titles[film], rating_word(int(rating)))
+            for word in (film_word(int(film)), *self.titles[int(film)], rating_word(int(rating)))
         ]
 
     def vocabulary(self) -> list[str]:

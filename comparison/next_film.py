@@ -281,7 +281,7 @@ class UserTask:
         rng = np.random.default_rng([self.run.seed, step, micro, 67])
         windows = draw_windows(self.movies.split.train, self.run.batch_size, self.events, rng)
         users = events_of(self.vlm)
-        prepared = tuple(users.windows(_events(self.movies, one))[0] for one in windows)
+        prepared = tuple(users.windows(events_of_window(self.movies, one))[0] for one in windows)
         longest = max(len(one.categories) for one in prepared)
         cuts = rng.choice(np.arange(1, longest), size=min(self.cuts, longest - 1), replace=False)
         made = UserBatch(prepared, tuple(sorted(map(int, cuts))))
@@ -302,8 +302,9 @@ def events_of(vlm: VisionLanguageModel) -> EventsModality:
     return cast("EventsModality", vlm.modality(USER))
 
 
-def _events(movies: Movies, window: Window) -> dict[str, list[Any]]:
-    return movies.events(window.films.tolist(), window.ratings.tolist())
+def events_of_window(movies: Movies, window: Window) -> dict[str, list[Any]]:
+    """Return a stretch of events as the encoder's modality prepares it."""
+    return movies.events(window.films, window.ratings)
 
 
 def film_scores(
@@ -341,7 +342,7 @@ def scores_of_users(
     """Return the scores of all films for users, through their encoder and the language model."""
     users, found = events_of(vlm), []
     for chunk in _chunks(windows):
-        items = [users.prepare(_events(movies, one)) for one in chunk]
+        items = [users.prepare(events_of_window(movies, one)) for one in chunk]
         found.append(film_scores(vlm, words, users.embed(items)))
     return torch.cat(found)
 
@@ -353,7 +354,7 @@ def scores_of_encoder(
     """Return what the encoder of events says itself of the next film, without a language model."""
     found = []
     for chunk in _chunks(windows):
-        items = [users.prepare(_events(movies, one)) for one in chunk]
+        items = [users.prepare(events_of_window(movies, one)) for one in chunk]
         last = torch.stack([states[-1] for states in users.states(items)])
         found.append(users.encoder.scores(last, 0)[:, 1:])
     return torch.cat(found)

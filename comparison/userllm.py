@@ -20,11 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -46,16 +49,20 @@ from comparison.next_film import (
     UserTask,
     Window,
     events_of,
+    events_of_window,
     film_scores,
     last_events,
+    one_thread,
     scores_of_encoder,
     scores_of_text,
     scores_of_users,
     write_language_model,
 )
-from comparison.userllm_report import PAGE, page, table
+from comparison.userllm_report import PAGE, RESULT, SEQUENCE, TEXT, page, table
 from lapilli.checkpoint.load import Loaded, load_checkpoint, with_modalities
+from lapilli.config.modalities import EventsConfig, modality_config
 from lapilli.datasets.interactions import Interactions
+from lapilli.modality.events import EventsModality
 from lapilli.pipeline import Chat
 from lapilli.plan.flops import request_flops
 from lapilli.rank.next_item import NextItemScorer, NextItemTask
@@ -71,7 +78,6 @@ from lapilli.train.recipe import (
 from lapilli.train.stages import choose_trainable
 from lapilli.train.trainer.loop import train
 
-RESULT: Final = Path(__file__).parent / "results" / "userllm.json"
 K: Final = 10
 RESAMPLES: Final = 2000
 FUSIONS: Final = {
@@ -100,6 +106,7 @@ class Options:
     sequence: SequenceOptions = field(default_factory=SequenceOptions)
     encoder_epochs: float = 20
     encoder_lr: float = 3e-3
+    encoder_batch: int = 32
     text_steps: int = 600
     text_lr: float = 3e-3
     text_batch: int = 24
@@ -116,20 +123,20 @@ class Parts:
     """What the forms begin with.
 
     Attributes:
-        folder: of the language model's checkpoint, before it learned.
         text: weights of the language model that has read histories as text.
         encoder: weights of the encoder of events that has learned alone.
     """
 
     movies: Movies
     options: Options
-    folder: Path
     text: Mapping[str, torch.Tensor]
     encoder: Mapping[str, torch.Tensor]
 
     def language_model(self) -> Loaded:
         """Return the language model that has read histories."""
-        loaded = load_checkpoint(self.folder, device="cpu", dtype="float32")
+        with _folder() as folder:
+            path = write_language_model(folder / "fresh", self.movies, self.options.sizes)
+            loaded = load_checkpoint(path, device="cpu", dtype="float32")
         loaded.model.load_state_dict(self.text)
         return loaded
 
@@ -186,40 +193,64 @@ def measured(movies: Movies, scores: Scores, **cost: float) -> Measured:
     )
 
 
-def learn_parts(movies: Movies, options: Options, folder: Path, *, seed: int = 0) -> Parts:
+Weights = Mapping[str, torch.Tensor]
+
+
+def learn_text(movies: Movies, options: Options, *, seed: int = 0) -> Weights:
+    """Let a fresh language model read histories as text, and return its weights."""
+    with _folder() as folder:
+        path = write_language_model(folder / "fresh", movies, options.sizes, seed=seed)
+        loaded = load_checkpoint(path, device="cpu", dtype="float32")
+        run = _run(options.text_batch, options.text_steps, seed)
+        words = FilmWords(loaded, movies)
+        task = TextTask(loaded.model, words, movies, run, options.sizes.events)
+        train(task, _recipe("text", options.text_lr, run), folder / "run")
+    return loaded.model.state_dict()
+
+
+def learn_encoder(movies: Movies, options: Options, *, seed: int = 0) -> Weights:
+    """Let a fresh encoder predict the events of histories, and return its weights."""
+    settings = options.sizes.user(movies, projector="linear", attended=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = cast("EventsConfig", modality_config(USER, settings))
+        users = EventsModality(config, name=USER, hidden_size=options.sizes.width)
+        for feature in users.encoder.tables:
+            torch.nn.init.normal_(cast("torch.nn.Embedding", feature).weight, std=TABLE_SCALE)
+    known = movies.split.train
+    histories = [
+        movies.events(known.history(user), known.ratings[known.of_user(user)])
+        for user in range(len(known.user_ids))
+    ]
+    run = replace(_run(options.encoder_batch, 0, seed), epochs=options.encoder_epochs)
+    with _folder() as folder:
+        task = NextEventTask(users.train(), histories, run)
+        train(task, _recipe("events", options.encoder_lr, run), folder / "run")
+    return users.encoder.state_dict()
+
+
+def learn_parts(movies: Movies, options: Options | None = None, *, seed: int = 0) -> Parts:
     """Let the language model read histories as text, and the encoder predict events.
 
     Args:
         movies: what is learned from.
         options: sizes and steps.
-        folder: a new one, for the checkpoint and the runs.
         seed: of weights and batches.
     """
-    sizes = options.sizes
-    checkpoint = write_language_model(folder / "fresh", movies, sizes, seed=seed)
-    loaded = load_checkpoint(checkpoint, device="cpu", dtype="float32")
-    run = _run(options.text_batch, options.text_steps, seed)
-    task = TextTask(loaded.model, FilmWords(loaded, movies), movies, run, sizes.events)
-    train(task, _recipe("text", options.text_lr, run), folder / "text")
-    text = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-    settings = sizes.user(movies, projector="linear", attended=False)
-    added = with_modalities(loaded, {USER: settings}, seed=seed)
-    users = events_of(added.model).train()
-    for feature in users.encoder.tables:
-        torch.nn.init.normal_(feature.weight, std=TABLE_SCALE)
-    train_split = movies.split.train
-    histories = [
-        movies.events(train_split.history(user), train_split.ratings[train_split.of_user(user)])
-        for user in range(len(train_split.user_ids))
-    ]
-    encoder_run = replace(_run(32, 0, seed), epochs=options.encoder_epochs)
-    train(
-        NextEventTask(users, histories, encoder_run),
-        _recipe("events", options.encoder_lr, encoder_run),
-        folder / "events",
+    options = options or Options()
+    return Parts(
+        movies=movies,
+        options=options,
+        text=learn_text(movies, options, seed=seed),
+        encoder=learn_encoder(movies, options, seed=seed),
     )
-    encoder = users.encoder.state_dict()
-    return Parts(movies=movies, options=options, folder=checkpoint, text=text, encoder=encoder)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Lend a folder for checkpoints and runs that nobody needs afterwards."""
+    with tempfile.TemporaryDirectory(prefix="lapilli-userllm-") as folder:
+        yield Path(folder)
 
 
 TABLE_SCALE: Final = 0.1
@@ -262,14 +293,11 @@ def measure_encoder(parts: Parts) -> Measured:
     )
 
 
-def learn_form(
-    parts: Parts, folder: Path, *, fusion: str, learns: str = "full", seed: int = 0
-) -> Loaded:
+def learn_form(parts: Parts, *, fusion: str, learns: str = "full", seed: int = 0) -> Loaded:
     """Let a language model and an encoder learn to recommend together.
 
     Args:
         parts: what both begin as.
-        folder: a new one, for the run.
         fusion: one of FUSIONS.
         learns: one of LEARNS: all of it; encoder and projector; the projector; or both and an
             adapter of the language model. Gated blocks of cross-attention always learn.
@@ -287,11 +315,11 @@ def learn_form(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         choose_trainable(loaded.model, recipe)
-    # The tables of other features than films predict nothing here, and neither do their heads.
     words = FilmWords(loaded, parts.movies)
     task = UserTask(loaded.model, words, parts.movies, recipe.run, options.sizes.events)
     task.model.train()
-    train(task, _recipe(f"{fusion}, {learns}", options.form_lr, recipe.run), folder)
+    with _folder() as folder:
+        train(task, _recipe(f"{fusion}, {learns}", options.form_lr, recipe.run), folder)
     loaded.model.eval()
     return loaded
 
@@ -309,8 +337,7 @@ def measure_form(
         learns: one of LEARNS.
         seed: of what is fresh, and of the batches.
     """
-    with tempfile.TemporaryDirectory(prefix="lapilli-userllm-") as folder:
-        loaded = learn_form(parts, Path(folder), fusion=fusion, learns=learns, seed=seed)
+    loaded = learn_form(parts, fusion=fusion, learns=learns, seed=seed)
     movies, events = parts.movies, parts.options.sizes.events
     words = FilmWords(loaded, movies)
     number = parts.options.sizes.tokens
@@ -331,10 +358,9 @@ def measure_form(
 def measure_items(parts: Parts, *, seed: int = 0) -> Measured:
     """Train HLLM's two models, which both begin as the language model, and return the ranks."""
     options, movies = parts.options, parts.movies
-    raw = json.loads((parts.folder / "config.json").read_text(encoding="utf-8"))
-    loaded = with_modalities(
-        parts.language_model(), {"item": {"kind": "text", "text_config": raw}}, seed=seed
-    )
+    loaded = parts.language_model()
+    settings = {"kind": "text", "text_config": dict(loaded.raw)}
+    loaded = with_modalities(loaded, {"item": settings}, seed=seed)
     prefix = "language_model."
     encoder = {name.removeprefix(prefix): value for name, value in parts.text.items()}
     loaded.model.modality("item").encoder.load_state_dict(encoder)  # type: ignore[attr-defined]
@@ -355,8 +381,8 @@ def measure_items(parts: Parts, *, seed: int = 0) -> Measured:
     task = NextItemTask(
         chat, catalogue, histories, run, modality="item", negatives=256, max_items=events
     )
-    with tempfile.TemporaryDirectory(prefix="lapilli-userllm-") as folder:
-        train(task, _recipe("items", options.item_lr, run), Path(folder))
+    with _folder() as folder:
+        train(task, _recipe("items", options.item_lr, run), folder)
     chat.model.eval()
     scorer = NextItemScorer(chat, "item", max_items=events)
     vectors = scorer.encode(catalogue)
@@ -391,7 +417,7 @@ def encoder_flops(loaded: Loaded, movies: Movies, events: int) -> float:
     """Return the operations that make the features of one user, as torch counts them."""
     users = events_of(loaded.model)
     longest = max(windows_of(movies.split.before_test, events), key=lambda one: len(one.films))
-    item = users.prepare(movies.events(longest.films.tolist(), longest.ratings.tolist()))
+    item = users.prepare(events_of_window(movies, longest))
     with FlopCounterMode(display=False) as counter:
         users.embed([item])
     return float(counter.get_total_flops())
@@ -450,20 +476,13 @@ class Results:
             "seconds": {},
         }
 
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Count the processor's seconds inside."""
-        started = time.process_time()
-        yield
-        self.found["seconds"][name] = time.process_time() - started
-
     def add(self, name: str, runs: Sequence[Measured]) -> None:
         """Add a row of one or several seeds, and write the file."""
         every = [of_users(run.test) for run in runs]
         users = {m: np.mean([one[m] for one in every], axis=0) for m in ("hit", "ndcg")}
         held = [of_users(run.validation) for run in runs]
         self._users[name] = users
-        row = {
+        row: dict[str, Any] = {
             "test": {m: interval(values) for m, values in users.items()},
             "validation": {m: float(np.mean([one[m] for one in held])) for m in users},
             "each seed": [{m: float(one[m].mean()) for m in users} for one in every],
@@ -490,50 +509,115 @@ def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
-SEQUENCE: Final = "SASRec"
-TEXT: Final = "text of 50 events"
+Result = Callable[[], Any]
+"""Waits for a piece of work and returns what it found."""
 
 
-def compare(movies: Movies, options: Options, results: Results, *, seeds: int) -> None:
+class Workers:
+    """Processes of one thread each; none: what is asked for is done at once, in this one.
+
+    Args:
+        count: of processes.
+        seconds: what each named piece of work took of the processor, added up.
+    """
+
+    def __init__(self, count: int, seconds: dict[str, float]) -> None:
+        self._pool = None
+        if count:
+            self._pool = ProcessPoolExecutor(
+                count, get_context("spawn"), torch.set_num_threads, (1,)
+            )
+        self._seconds = seconds
+
+    def start(self, name: str, work: Callable[..., Any], *given: object, **more: object) -> Result:
+        """Begin a piece of work, and return what waits for its result."""
+        begun = partial(_timed, work, *given, **more)
+        ends = begun if self._pool is None else self._pool.submit(begun).result
+
+        def result() -> Any:  # noqa: ANN401  whatever the work returns
+            found, seconds = ends()
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+            return found
+
+        return result
+
+    def close(self) -> None:
+        """Let the processes go."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _timed(work: Callable[..., Any], *given: object, **more: object) -> tuple[Any, float]:
+    started = time.process_time()
+    return work(*given, **more), time.process_time() - started
+
+
+def compare(
+    movies: Movies, options: Options, results: Results, *, seeds: int, workers: int
+) -> None:
     """Measure every row and write it."""
-    _baselines(movies, options, results, seeds=seeds)
-    with tempfile.TemporaryDirectory(prefix="lapilli-userllm-") as folder:
-        with results.timed("text and encoder"):
-            parts = learn_parts(movies, options, Path(folder) / "parts")
-        results.add(TEXT, [measure_text(parts)])
-        results.add("encoder alone", [measure_encoder(parts)])
-        for fusion in FUSIONS:
-            with results.timed(fusion):
-                runs = [measure_form(parts, fusion=fusion, seed=seed) for seed in range(seeds)]
-            results.add(f"user: {fusion}", runs)
-        for learns in LEARNS[1:]:
-            with results.timed(f"tokens, {learns}"):
-                runs = [measure_form(parts, learns=learns, seed=seed) for seed in range(seeds)]
-            results.add(f"user: tokens, {learns} learns", runs)
-        with results.timed("HLLM"):
-            results.add("HLLM", [measure_items(parts)])
-        results.found["milliseconds"] = milliseconds(parts)
-        results.write()
-
-
-def _baselines(movies: Movies, options: Options, results: Results, *, seeds: int) -> None:
-    train_split = movies.split.train
-
-    def each(score: Callable[[np.ndarray], np.ndarray]) -> Measured:
-        def scores(known: Interactions) -> np.ndarray:
-            users = range(len(known.user_ids))
-            return np.stack([score(known.history(user)) for user in users])
-
-        return measured(movies, scores)
-
-    results.add("popularity", [each(popularity(train_split))])
-    results.add("item-kNN", [each(item_knn(train_split))])
-    with results.timed(SEQUENCE):
-        runs = [
-            each(sequence_scores(train_sequence_model(train_split, one)))
-            for one in (replace(options.sequence, seed=seed) for seed in range(seeds))
+    pool = Workers(workers, results.found["seconds"])
+    try:
+        text = pool.start("text", learn_text, movies, options)
+        encoder = pool.start("encoder", learn_encoder, movies, options)
+        rows: list[tuple[str, list[Result]]] = [
+            ("popularity", [pool.start("baselines", measure_popularity, movies)]),
+            ("item-kNN", [pool.start("baselines", measure_item_knn, movies)]),
+            (SEQUENCE, _each(pool, SEQUENCE, measure_sequence, movies, options, seeds=seeds)),
         ]
-    results.add(SEQUENCE, runs)
+        parts = Parts(movies=movies, options=options, text=text(), encoder=encoder())
+        rows += _rows_of_parts(pool, parts, seeds=seeds)
+        for name, runs in rows:
+            results.add(name, [result() for result in runs])
+    finally:
+        pool.close()
+    results.found["milliseconds"] = milliseconds(parts)
+    results.write()
+
+
+def _rows_of_parts(pool: Workers, parts: Parts, *, seeds: int) -> list[tuple[str, list[Result]]]:
+    rows = [
+        (TEXT, [pool.start(TEXT, measure_text, parts)]),
+        ("encoder alone", [pool.start("encoder alone", measure_encoder, parts)]),
+    ]
+    for fusion in FUSIONS:
+        name = f"user: {fusion}"
+        rows.append((name, _each(pool, name, measure_form, parts, seeds=seeds, fusion=fusion)))
+    for learns in LEARNS[1:]:
+        name = f"user: tokens, {learns} learns"
+        rows.append((name, _each(pool, name, measure_form, parts, seeds=seeds, learns=learns)))
+    rows.append(("HLLM", [pool.start("HLLM", measure_items, parts)]))
+    return rows
+
+
+def _each(
+    pool: Workers, name: str, work: Callable[..., Any], *given: object, seeds: int, **more: object
+) -> list[Result]:
+    return [pool.start(name, work, *given, seed=seed, **more) for seed in range(seeds)]
+
+
+def measure_popularity(movies: Movies) -> Measured:
+    """Rank films by how many have seen them."""
+    return _of_histories(movies, popularity(movies.split.train))
+
+
+def measure_item_knn(movies: Movies) -> Measured:
+    """Rank films by those that a user saw last."""
+    return _of_histories(movies, item_knn(movies.split.train))
+
+
+def measure_sequence(movies: Movies, options: Options, *, seed: int = 0) -> Measured:
+    """Train a model of film numbers, and rank by it."""
+    model = train_sequence_model(movies.split.train, replace(options.sequence, seed=seed))
+    return _of_histories(movies, sequence_scores(model))
+
+
+def _of_histories(movies: Movies, score: Callable[[np.ndarray], np.ndarray]) -> Measured:
+    def scores(known: Interactions) -> np.ndarray:
+        users = range(len(known.user_ids))
+        return np.stack([score(known.history(user)) for user in users])
+
+    return measured(movies, scores)
 
 
 @torch.inference_mode()
@@ -573,7 +657,7 @@ def _user_request(parts: Parts, fusion: str) -> Request:
     words, users = FilmWords(loaded, parts.movies), events_of(loaded.model.eval())
 
     def request(window: Window) -> Callable[[], object]:
-        features = users.embed([users.prepare(_events_of(parts.movies, window))])
+        features = users.embed([users.prepare(events_of_window(parts.movies, window))])
         return lambda: film_scores(loaded.model, words, features)
 
     return request
@@ -581,12 +665,8 @@ def _user_request(parts: Parts, fusion: str) -> Request:
 
 def _encoder_request(parts: Parts) -> Request:
     users = events_of(parts.with_user("tokens", seed=0).model.eval())
-    events = parts.movies
-    return lambda window: lambda: users.embed([users.prepare(_events_of(events, window))])
-
-
-def _events_of(movies: Movies, window: Window) -> dict[str, list[Any]]:
-    return movies.events(window.films.tolist(), window.ratings.tolist())
+    movies = parts.movies
+    return lambda window: lambda: users.embed([users.prepare(events_of_window(movies, window))])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -594,6 +674,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="comparison.userllm", description=__doc__)
     parser.add_argument("--data", help="folder that has ml-100k/; default: LAPILLI_DATA")
     parser.add_argument("--seeds", type=int, default=2, help="of every row but text and HLLM")
+    parser.add_argument("--workers", type=int, default=2, help="processes; 0: this one alone")
     given = parser.parse_args(arguments)
     folder = data_folder(given.data)
     movies = read_movies(folder)
@@ -602,12 +683,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     options = Options()
     results = Results(RESULT, options, movies, (SEQUENCE, TEXT), f"MovieLens-100k ({NAME})")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        compare(movies, options, results, seeds=given.seeds)
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread():
+        compare(movies, options, results, seeds=given.seeds, workers=given.workers)
     PAGE.write_text(page(results.found), encoding="utf-8")
     sys.stdout.write(table(results.found))
 

@@ -106,14 +106,14 @@ def _how(found: Mapping[str, Any]) -> str:
     options, costs = found["options"], found["rows"]
     form = next((row for row in costs.values() if "encoder_flops" in row["cost"]), None)
     apart = f"{form['cost']['encoder_flops'] / 1e6:.1f}" if form else "?"
-    return f"""The language model has {options["layers"]} layers of width {options["width"]}, and words
-for films, titles and ratings; it begins with random weights and reads the training histories as
-text, which makes the row of the text. The encoder of events (film, genres, years, rating) is as
-wide and learns next events alone. The forms begin as both: the states behind a user's last
-{options["tokens"]} events (the soft prompt: {options["tokens"]} learned queries over all states)
-stand in the prompt, or beside it before gated cross-attention, and language model, projector and
-encoder learn together, or a part of them. The scores of all films are the logits of their words
-after one pass.
+    sizes = f"{options['layers']} layers of width {options['width']}"
+    return f"""The language model has {sizes}, and words for films, titles and ratings;
+it begins with random weights and reads the training histories as text, which makes the row of the
+text. The encoder of events (film, genres, years, rating) is as wide and learns next events alone.
+The forms begin as both: the states behind a user's last {options["tokens"]} events (the soft prompt:
+{options["tokens"]} learned queries over all states) stand in the prompt, or beside it before gated
+cross-attention, and language model, projector and encoder learn together, or a part of them. The
+scores of all films are the logits of their words after one pass.
 
 Operations are those of `lapilli.plan.flops.request_flops`. They leave out the encoder, whose
 {apart} MFLOP are spent once when a user does something, and not when somebody asks.

@@ -47,13 +47,13 @@ def movies():
 
 
 @pytest.fixture(scope="module")
-def parts(movies, tmp_path_factory):
-    return learn_parts(movies, TOY, tmp_path_factory.mktemp("userllm") / "parts")
+def parts(movies):
+    return learn_parts(movies, TOY)
 
 
 def test_the_whole_program_writes_every_row(movies, tmp_path):
     path = tmp_path / "result.json"
-    compare(movies, TOY, Results(path, TOY, movies, (SEQUENCE, TEXT), "toy"), seeds=2)
+    compare(movies, TOY, Results(path, TOY, movies, (SEQUENCE, TEXT), "toy"), seeds=2, workers=0)
     found = json.loads(path.read_text())
     forms = {f"user: {fusion}" for fusion in FUSIONS}
     assert {"popularity", TEXT, SEQUENCE, "HLLM", *forms} <= set(found["rows"])
@@ -70,11 +70,11 @@ def test_the_whole_program_writes_every_row(movies, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_user_says_what_comes_next(tmp_path):
+def test_a_user_says_what_comes_next():
     """Nine of ten films are followed by the next but two, which popularity cannot know."""
     movies = generated_movies(80, 20, seed=1)
     options = replace(TOY, encoder_epochs=30.0, text_steps=100, form_steps=60, form_lr=3e-3)
-    parts = learn_parts(movies, options, tmp_path / "parts")
+    parts = learn_parts(movies, options)
     found = {"text": measure_text(parts), "encoder": measure_encoder(parts)}
     found |= {fusion: measure_form(parts, fusion=fusion) for fusion in FUSIONS}
     for name, one in found.items():
@@ -82,9 +82,9 @@ def test_a_user_says_what_comes_next(tmp_path):
 
 
 @pytest.mark.parametrize("learns", LEARNS)
-def test_what_rests_stays_as_it_was(parts, learns, tmp_path):
+def test_what_rests_stays_as_it_was(parts, learns):
     before = parts.with_user("tokens", seed=0).model.state_dict()
-    after = learn_form(parts, tmp_path / "run", fusion="tokens", learns=learns).model
+    after = learn_form(parts, fusion="tokens", learns=learns).model
     moved = {
         "lora" if "lora_" in name else ".".join(name.split(".")[:3])
         for name, value in after.state_dict().items()
