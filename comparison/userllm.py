@@ -16,6 +16,7 @@ Source: Ning et al. 2024 (User-LLM, arXiv 2402.13598); Junyi Chen et al. 2024 (H
 
 import argparse
 import json
+import pickle
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -268,7 +270,7 @@ def _recipe(stage: str, lr: float, run: RunRecipe) -> TrainerRecipe:
     return TrainerRecipe(stage=stage, optim=optim, run=run)
 
 
-def measure_text(parts: Parts) -> Measured:
+def measure_text(parts: Parts, *, seed: int = 0) -> Measured:
     """Ask the language model with the last events as text."""
     loaded, options = parts.language_model(), parts.options
     words, events = FilmWords(loaded, parts.movies), options.sizes.events
@@ -283,7 +285,7 @@ def measure_text(parts: Parts) -> Measured:
     )
 
 
-def measure_encoder(parts: Parts) -> Measured:
+def measure_encoder(parts: Parts, *, seed: int = 0) -> Measured:
     """Ask the encoder of events by itself."""
     loaded = parts.with_user("tokens", seed=0)
     users, events = events_of(loaded.model).eval(), parts.options.sizes.events
@@ -325,7 +327,7 @@ def learn_form(parts: Parts, *, fusion: str, learns: str = "full", seed: int = 0
 
 
 def measure_form(
-    parts: Parts, *, fusion: str = "tokens", learns: str = "full", seed: int = 0
+    parts: Parts, fusion: str = "tokens", learns: str = "full", *, seed: int = 0
 ) -> Measured:
     """Train one form that reads users and return its ranks and costs.
 
@@ -518,28 +520,37 @@ class Workers:
 
     Args:
         count: of processes.
-        seconds: what each named piece of work took of the processor, added up.
+        kept: a folder where what is done is kept, so that a killed run goes on. Work with other
+            sizes or steps is other work.
     """
 
-    def __init__(self, count: int, seconds: dict[str, float]) -> None:
+    def __init__(self, count: int, kept: Path) -> None:
         self._pool = None
         if count:
             self._pool = ProcessPoolExecutor(
                 count, get_context("spawn"), torch.set_num_threads, (1,)
             )
-        self._seconds = seconds
+        self._kept = kept
+        self.seconds: dict[str, float] = {}
+        """Of the processor, that each named piece of work took."""
 
-    def start(self, name: str, work: Callable[..., Any], *given: object, **more: object) -> Result:
+    def start(self, name: str, work: Callable[..., Any], *given: object, seed: int = 0) -> Result:
         """Begin a piece of work, and return what waits for its result."""
-        begun = partial(_timed, work, *given, **more)
+        known = [name, seed, *map(_decides, given)]
+        digest = sha256(repr(known).encode()).hexdigest()[:16]
+        begun = partial(_kept_work, self._kept / f"{digest}.pickle", work, *given, seed=seed)
         ends = begun if self._pool is None else self._pool.submit(begun).result
 
         def result() -> Any:  # noqa: ANN401  whatever the work returns
             found, seconds = ends()
-            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
             return found
 
         return result
+
+    def each(self, name: str, work: Callable[..., Any], *given: object, seeds: int) -> list[Result]:
+        """Begin a piece of work with several seeds."""
+        return [self.start(name, work, *given, seed=seed) for seed in range(seeds)]
 
     def close(self) -> None:
         """Let the processes go."""
@@ -547,68 +558,70 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
 
-def _timed(work: Callable[..., Any], *given: object, **more: object) -> tuple[Any, float]:
+def _decides(given: object) -> object:
+    """Return what a piece of work depends on, of something that it is given."""
+    if isinstance(given, Parts):
+        return _decides(given.movies), given.options
+    return (given.num_films, len(given.split.train)) if isinstance(given, Movies) else given
+
+
+def _kept_work(
+    path: Path, work: Callable[..., Any], *given: object, seed: int
+) -> tuple[Any, float]:
+    """Return what work finds and the processor's seconds; from a file where it was done before."""
+    if path.is_file():
+        return cast("tuple[Any, float]", pickle.loads(path.read_bytes()))  # noqa: S301  our own file
     started = time.process_time()
-    return work(*given, **more), time.process_time() - started
+    found = work(*given, seed=seed), time.process_time() - started
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".part")
+    whole.write_bytes(pickle.dumps(found))
+    whole.replace(path)
+    return found
 
 
-def compare(
-    movies: Movies, options: Options, results: Results, *, seeds: int, workers: int
-) -> None:
+def compare(results: Results, pool: Workers, movies: Movies, options: Options, seeds: int) -> None:
     """Measure every row and write it."""
-    pool = Workers(workers, results.found["seconds"])
-    try:
-        text = pool.start("text", learn_text, movies, options)
-        encoder = pool.start("encoder", learn_encoder, movies, options)
-        rows: list[tuple[str, list[Result]]] = [
-            ("popularity", [pool.start("baselines", measure_popularity, movies)]),
-            ("item-kNN", [pool.start("baselines", measure_item_knn, movies)]),
-            (SEQUENCE, _each(pool, SEQUENCE, measure_sequence, movies, options, seeds=seeds)),
-        ]
-        parts = Parts(movies=movies, options=options, text=text(), encoder=encoder())
-        rows += _rows_of_parts(pool, parts, seeds=seeds)
-        for name, runs in rows:
-            results.add(name, [result() for result in runs])
-    finally:
-        pool.close()
-    results.found["milliseconds"] = milliseconds(parts)
-    results.write()
-
-
-def _rows_of_parts(pool: Workers, parts: Parts, *, seeds: int) -> list[tuple[str, list[Result]]]:
-    rows = [
+    text = pool.start("text", learn_text, movies, options)
+    encoder = pool.start("encoder", learn_encoder, movies, options)
+    rows: list[tuple[str, list[Result]]] = [
+        ("popularity", [pool.start("popularity", measure_popularity, movies)]),
+        ("item-kNN", [pool.start("item-kNN", measure_item_knn, movies)]),
+        (SEQUENCE, pool.each(SEQUENCE, measure_sequence, movies, options.sequence, seeds=seeds)),
+    ]
+    parts = Parts(movies=movies, options=options, text=text(), encoder=encoder())
+    rows += [
         (TEXT, [pool.start(TEXT, measure_text, parts)]),
         ("encoder alone", [pool.start("encoder alone", measure_encoder, parts)]),
     ]
     for fusion in FUSIONS:
         name = f"user: {fusion}"
-        rows.append((name, _each(pool, name, measure_form, parts, seeds=seeds, fusion=fusion)))
+        rows.append((name, pool.each(name, measure_form, parts, fusion, seeds=seeds)))
     for learns in LEARNS[1:]:
         name = f"user: tokens, {learns} learns"
-        rows.append((name, _each(pool, name, measure_form, parts, seeds=seeds, learns=learns)))
+        rows.append((name, [pool.start(name, measure_form, parts, "tokens", learns)]))
     rows.append(("HLLM", [pool.start("HLLM", measure_items, parts)]))
-    return rows
+    for name, runs in rows:
+        measured_runs = [result() for result in runs]
+        results.found["seconds"] = dict(pool.seconds)
+        results.add(name, measured_runs)
+    results.found["milliseconds"] = milliseconds(parts)
+    results.write()
 
 
-def _each(
-    pool: Workers, name: str, work: Callable[..., Any], *given: object, seeds: int, **more: object
-) -> list[Result]:
-    return [pool.start(name, work, *given, seed=seed, **more) for seed in range(seeds)]
-
-
-def measure_popularity(movies: Movies) -> Measured:
+def measure_popularity(movies: Movies, *, seed: int = 0) -> Measured:
     """Rank films by how many have seen them."""
     return _of_histories(movies, popularity(movies.split.train))
 
 
-def measure_item_knn(movies: Movies) -> Measured:
+def measure_item_knn(movies: Movies, *, seed: int = 0) -> Measured:
     """Rank films by those that a user saw last."""
     return _of_histories(movies, item_knn(movies.split.train))
 
 
-def measure_sequence(movies: Movies, options: Options, *, seed: int = 0) -> Measured:
+def measure_sequence(movies: Movies, options: SequenceOptions, *, seed: int = 0) -> Measured:
     """Train a model of film numbers, and rank by it."""
-    model = train_sequence_model(movies.split.train, replace(options.sequence, seed=seed))
+    model = train_sequence_model(movies.split.train, replace(options, seed=seed))
     return _of_histories(movies, sequence_scores(model))
 
 
@@ -673,8 +686,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all rows, and write the result and the page."""
     parser = argparse.ArgumentParser(prog="comparison.userllm", description=__doc__)
     parser.add_argument("--data", help="folder that has ml-100k/; default: LAPILLI_DATA")
-    parser.add_argument("--seeds", type=int, default=2, help="of every row but text and HLLM")
+    parser.add_argument("--seeds", type=int, default=2, help="of SASRec and of each fusion")
     parser.add_argument("--workers", type=int, default=2, help="processes; 0: this one alone")
+    kept = "where finished work is kept: a run that was killed goes on; remove it to begin anew"
+    parser.add_argument("--kept", default="build/userllm", help=kept)
     given = parser.parse_args(arguments)
     folder = data_folder(given.data)
     movies = read_movies(folder)
@@ -683,8 +698,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     options = Options()
     results = Results(RESULT, options, movies, (SEQUENCE, TEXT), f"MovieLens-100k ({NAME})")
-    with one_thread():
-        compare(movies, options, results, seeds=given.seeds, workers=given.workers)
+    pool = Workers(given.workers, Path(given.kept))
+    try:
+        with one_thread():
+            compare(results, pool, movies, options, given.seeds)
+    finally:
+        pool.close()
     PAGE.write_text(page(results.found), encoding="utf-8")
     sys.stdout.write(table(results.found))
 

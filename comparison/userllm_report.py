@@ -110,7 +110,7 @@ def _how(found: Mapping[str, Any]) -> str:
     return f"""The language model has {sizes}, and words for films, titles and ratings;
 it begins with random weights and reads the training histories as text, which makes the row of the
 text. The encoder of events (film, genres, years, rating) is as wide and learns next events alone.
-The forms begin as both: the states behind a user's last {options["tokens"]} events (the soft prompt:
+The forms begin as both: the states behind a user's last {options["tokens"]} events (soft prompt:
 {options["tokens"]} learned queries over all states) stand in the prompt, or beside it before gated
 cross-attention, and language model, projector and encoder learn together, or a part of them. The
 scores of all films are the logits of their words after one pass.

@@ -17,6 +17,7 @@ from comparison.userllm import (
     TEXT,
     Options,
     Results,
+    Workers,
     compare,
     interval,
     learn_form,
@@ -53,8 +54,12 @@ def parts(movies):
 
 def test_the_whole_program_writes_every_row(movies, tmp_path):
     path = tmp_path / "result.json"
-    compare(movies, TOY, Results(path, TOY, movies, (SEQUENCE, TEXT), "toy"), seeds=2, workers=0)
-    found = json.loads(path.read_text())
+    for _ in range(2):  # the second time finds everything done
+        pool = Workers(0, tmp_path / "kept")
+        compare(Results(path, TOY, movies, (SEQUENCE, TEXT), "toy"), pool, movies, TOY, 2)
+        found = json.loads(path.read_text())
+        written = {one: one.stat().st_mtime_ns for one in (tmp_path / "kept").iterdir()}
+    assert written == {one: one.stat().st_mtime_ns for one in (tmp_path / "kept").iterdir()}
     forms = {f"user: {fusion}" for fusion in FUSIONS}
     assert {"popularity", TEXT, SEQUENCE, "HLLM", *forms} <= set(found["rows"])
     row = found["rows"]["user: tokens"]
