@@ -6,6 +6,7 @@
 # make check        format, lint, types, import layers, docs, tests: what CI runs
 # make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
 # make pebble      the embedded model from nothing, hours; PEBBLE="--recipes pebble/recipes/warm" for options
+# make example-userllm  User-LLM on MovieLens-100k (docs/userllm.md), some 20 minutes; ARGS="--data DIR" for options
 # make lock         choose the exact versions that demo and test install anew (locks/), from pyproject.toml
 # make test-newest  the tests with the newest packages that pyproject.toml allows
 # make test-oldest  the tests with the oldest ones (locks/oldest.txt)
@@ -24,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 HERE := not gpu and not network and not browser and not cluster
 
-.PHONY: help demo test quick stress check format lint types layers docs cluster conformance bench pebble lock test-newest \
+.PHONY: example-userllm help demo test quick stress check format lint types layers docs cluster conformance bench pebble lock test-newest \
 	test-oldest clean
 
 help:
@@ -92,6 +93,9 @@ bench: $(VENV)/.installed-dev
 
 pebble: $(VENV)/.installed-dev
 	$(BIN)/python -m pebble $(PEBBLE)
+
+example-userllm: $(VENV)/.installed-dev
+	$(BIN)/python -m comparison.userllm $(ARGS)
 
 # Locks hold for every machine that torch has a build for, so the local version of its CPU build (+cpu) is cut off,
 # and what its CUDA build brings is not named. pip-compile chooses the newest versions, uv the oldest.

@@ -72,7 +72,7 @@ class Sizes:
             "hidden_size": self.width,
             "num_layers": self.layers,
             "num_heads": self.heads,
-            "max_events": self.events,
+            "max_events": self.events + 1,  # of a stretch that is learned from, the film behind too
             "projector": projector,
             "tokens": 0 if projector.startswith("resampler") else self.tokens,
             "dropout": self.dropout,
@@ -121,16 +121,22 @@ def _write(path: Path, content: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A stretch of a user's events: what was watched and how it was rated."""
+    """A stretch of a user's events: what was watched, how it was rated and when."""
 
     films: np.ndarray
     ratings: np.ndarray
+    times: np.ndarray
+
+    @classmethod
+    def of(cls, events: Interactions, rows: slice) -> "Window":
+        """Return the events of these rows."""
+        return cls(events.items[rows], events.ratings[rows], events.times[rows])
 
 
 def last_events(known: Interactions, user: int, events: int) -> Window:
     """Return the last events of a user."""
     rows = known.of_user(user)
-    return Window(known.items[rows][-events:], known.ratings[rows][-events:])
+    return Window.of(known, slice(max(rows.start, rows.stop - events), rows.stop))
 
 
 def draw_windows(
@@ -148,7 +154,7 @@ def draw_windows(
         first, length = train.of_user(int(user)).start, int(lengths[user])
         end = int(rng.integers(2, length + events))
         rows = slice(first + max(0, end - events - 1), first + min(end, length))
-        found.append(Window(train.items[rows], train.ratings[rows]))
+        found.append(Window.of(train, rows))
     return found
 
 
@@ -304,7 +310,7 @@ def events_of(vlm: VisionLanguageModel) -> EventsModality:
 
 def events_of_window(movies: Movies, window: Window) -> dict[str, list[Any]]:
     """Return a stretch of events as the encoder's modality prepares it."""
-    return movies.events(window.films, window.ratings)
+    return movies.events(window.films, window.ratings, window.times)
 
 
 def film_scores(

@@ -221,7 +221,7 @@ def learn_encoder(movies: Movies, options: Options, *, seed: int = 0) -> Weights
             torch.nn.init.normal_(cast("torch.nn.Embedding", feature).weight, std=TABLE_SCALE)
     known = movies.split.train
     histories = [
-        movies.events(known.history(user), known.ratings[known.of_user(user)])
+        events_of_window(movies, Window.of(known, known.of_user(user)))
         for user in range(len(known.user_ids))
     ]
     run = replace(_run(options.encoder_batch, 0, seed), epochs=options.encoder_epochs)

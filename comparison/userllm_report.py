@@ -18,7 +18,7 @@ HEAD: Final = """# A user as a few vectors
 
 Measured by `make example-userllm` (`python -m comparison.userllm`), written by
 `python -m comparison.userllm_report` from
-[its result](https://github.com/lapilli/lapilli/blob/main/comparison/results/userllm.json).
+[its result](../comparison/results/userllm.json).
 """
 
 
