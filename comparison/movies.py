@@ -30,7 +30,6 @@ ADVICE: Final = (
     "it) there, or name another folder by --data or LAPILLI_DATA"
 )
 RATINGS: Final = 5
-WEEK: Final = 7 * 24 * 3600  # seconds
 Numbers = Sequence[int] | Sequence[float] | np.ndarray
 _FIRST_YEAR: Final = 1920
 _YEARS: Final = 5  # years of films that are told apart no further
@@ -59,14 +58,13 @@ class Movies:
         """Return how many films there are."""
         return len(self.titles)
 
-    def events(self, films: Numbers, ratings: Numbers, times: Numbers) -> dict[str, list[Any]]:
+    def events(self, films: Numbers, ratings: Numbers) -> dict[str, list[Any]]:
         """Return a history as an encoder of events reads it; see `categorical`."""
         return {
             "film": [int(film) + 1 for film in films],
             "genres": [list(self.genres[int(film)]) for film in films],
             "year": [self.years[int(film)] for film in films],
             "rating": [int(rating) for rating in ratings],
-            "week": [self._week(time) for time in times],
         }
 
     def categorical(self, width: int) -> list[dict[str, Any]]:
@@ -78,13 +76,7 @@ class Movies:
             {"name": "genres", "size": self.num_genres + 1, "width": small, "most": most},
             {"name": "year", "size": max(self.years) + 1, "width": small},
             {"name": "rating", "size": RATINGS + 1, "width": small},
-            {"name": "week", "size": self._week(self.split.train.times.max()) + 1, "width": small},
         ]
-
-    def _week(self, time: float) -> int:
-        """Return the week of the data that a time is in, from 1; later ones are the last."""
-        times = self.split.train.times
-        return 1 + int((min(time, times.max()) - times.min()) // WEEK)
 
     def words(self, films: Numbers, ratings: Numbers) -> list[str]:
         """Return a history as words: of every event the film, its title, and the rating."""

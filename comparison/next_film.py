@@ -121,16 +121,15 @@ def _write(path: Path, content: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A stretch of a user's events: what was watched, how it was rated and when."""
+    """A stretch of a user's events: what was watched and how it was rated."""
 
     films: np.ndarray
     ratings: np.ndarray
-    times: np.ndarray
 
     @classmethod
     def of(cls, events: Interactions, rows: slice) -> "Window":
         """Return the events of these rows."""
-        return cls(events.items[rows], events.ratings[rows], events.times[rows])
+        return cls(events.items[rows], events.ratings[rows])
 
 
 def last_events(known: Interactions, user: int, events: int) -> Window:
@@ -310,7 +309,7 @@ def events_of(vlm: VisionLanguageModel) -> EventsModality:
 
 def events_of_window(movies: Movies, window: Window) -> dict[str, list[Any]]:
     """Return a stretch of events as the encoder's modality prepares it."""
-    return movies.events(window.films, window.ratings, window.times)
+    return movies.events(window.films, window.ratings)
 
 
 def film_scores(

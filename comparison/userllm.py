@@ -106,13 +106,14 @@ class Options:
 
     sizes: Sizes = field(default_factory=Sizes)
     sequence: SequenceOptions = field(default_factory=SequenceOptions)
-    encoder_epochs: float = 20
+    encoder_epochs: float = 20.0
     encoder_lr: float = 3e-3
     encoder_batch: int = 32
+    encoder_decay: float = 0.01
     text_steps: int = 600
     text_lr: float = 3e-3
     text_batch: int = 24
-    form_steps: int = 200
+    form_steps: int = 800
     form_lr: float = 1e-3
     form_batch: int = 32
     item_steps: int = 100
@@ -227,7 +228,8 @@ def learn_encoder(movies: Movies, options: Options, *, seed: int = 0) -> Weights
     run = replace(_run(options.encoder_batch, 0, seed), epochs=options.encoder_epochs)
     with _folder() as folder:
         task = NextEventTask(users.train(), histories, run)
-        train(task, _recipe("events", options.encoder_lr, run), folder / "run")
+        recipe = _recipe("events", options.encoder_lr, run, options.encoder_decay)
+        train(task, recipe, folder / "run")
     return users.encoder.state_dict()
 
 
@@ -265,8 +267,8 @@ def _run(batch: int, steps: int, seed: int) -> RunRecipe:
     )
 
 
-def _recipe(stage: str, lr: float, run: RunRecipe) -> TrainerRecipe:
-    optim = OptimRecipe(lr=lr, weight_decay=0.05, decay="matrices", warmup_ratio=0.05)
+def _recipe(stage: str, lr: float, run: RunRecipe, decay: float = 0.05) -> TrainerRecipe:
+    optim = OptimRecipe(lr=lr, weight_decay=decay, decay="matrices", warmup_ratio=0.05)
     return TrainerRecipe(stage=stage, optim=optim, run=run)
 
 
@@ -580,8 +582,25 @@ def _kept_work(
     return found
 
 
-def compare(results: Results, pool: Workers, movies: Movies, options: Options, seeds: int) -> None:
-    """Measure every row and write it."""
+def compare(
+    results: Results,
+    pool: Workers,
+    movies: Movies,
+    options: Options,
+    *,
+    seeds: int,
+    requests: int = 30,
+) -> None:
+    """Measure every row and write it.
+
+    Args:
+        results: where rows go.
+        pool: does the work.
+        movies: the data.
+        options: sizes and steps.
+        seeds: of SASRec and of each fusion; other rows have one.
+        requests: of each kind whose time is taken.
+    """
     text = pool.start("text", learn_text, movies, options)
     encoder = pool.start("encoder", learn_encoder, movies, options)
     rows: list[tuple[str, list[Result]]] = [
@@ -605,7 +624,7 @@ def compare(results: Results, pool: Workers, movies: Movies, options: Options, s
         measured_runs = [result() for result in runs]
         results.found["seconds"] = dict(pool.seconds)
         results.add(name, measured_runs)
-    results.found["milliseconds"] = milliseconds(parts)
+    results.found["milliseconds"] = milliseconds(parts, requests)
     results.write()
 
 
@@ -634,7 +653,7 @@ def _of_histories(movies: Movies, score: Callable[[np.ndarray], np.ndarray]) -> 
 
 
 @torch.inference_mode()
-def milliseconds(parts: Parts, *, repeats: int = 30) -> dict[str, float]:
+def milliseconds(parts: Parts, requests: int) -> dict[str, float]:
     """Return the median time of one request of each form, which take turns, on random users.
 
     The weights do not matter for it: fresh joints are as fast as learned ones.
@@ -646,7 +665,7 @@ def milliseconds(parts: Parts, *, repeats: int = 30) -> dict[str, float]:
     asked |= {f"user: {fusion}": _user_request(parts, fusion) for fusion in FUSIONS}
     asked["the user's vectors"] = _encoder_request(parts)
     spent: dict[str, list[float]] = {name: [] for name in asked}
-    for turn in range(repeats + 3):
+    for turn in range(requests + 3):
         for name, prepare in asked.items():
             request = prepare(longest[turn % len(longest)])
             started = time.perf_counter()
@@ -686,7 +705,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all rows, and write the result and the page."""
     parser = argparse.ArgumentParser(prog="comparison.userllm", description=__doc__)
     parser.add_argument("--data", help="folder that has ml-100k/; default: LAPILLI_DATA")
-    parser.add_argument("--seeds", type=int, default=2, help="of SASRec and of each fusion")
+    parser.add_argument("--seeds", type=int, default=1, help="of SASRec and of each fusion")
     parser.add_argument("--workers", type=int, default=2, help="processes; 0: this one alone")
     kept = "where finished work is kept: a run that was killed goes on; remove it to begin anew"
     parser.add_argument("--kept", default="build/userllm", help=kept)
@@ -701,7 +720,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pool = Workers(given.workers, Path(given.kept))
     try:
         with one_thread():
-            compare(results, pool, movies, options, given.seeds)
+            compare(results, pool, movies, options, seeds=given.seeds)
     finally:
         pool.close()
     PAGE.write_text(page(results.found), encoding="utf-8")

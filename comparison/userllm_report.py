@@ -60,6 +60,30 @@ def differences(found: Mapping[str, Any], other: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def best_form(found: Mapping[str, Any]) -> str:
+    """Return the form that reads users and is the best by the validation alone."""
+    rows = {name: row for name, row in found["rows"].items() if name.startswith("user: ")}
+    return max(rows, key=lambda name: rows[name]["validation"]["ndcg"])
+
+
+def targets(found: Mapping[str, Any]) -> str:
+    """Return a table of what the best form was to reach, and whether it did."""
+    rows, best = found["rows"], best_form(found)
+    mine = rows[best]
+    lines = [_line(("", "HR@10", "NDCG@10", "reached")), _line(["---"] * 4)]
+    for other in ("popularity", "item-kNN", SEQUENCE, TEXT):
+        theirs = rows[other]["test"]
+        above = [mine["test"][m][0] - theirs[m][0] for m in ("hit", "ndcg")]
+        reached = all(one >= 0 if other == TEXT else one > 0 for one in above)
+        wanted = "not below" if other == TEXT else "above"
+        cells = [f"{theirs[m][0]:.3f}" for m in ("hit", "ndcg")]
+        lines.append(_line([f"{wanted} {other}", *cells, "yes" if reached else "no"]))
+    share = rows[TEXT]["cost"]["flops"] / mine["cost"]["flops"]
+    cells = [f"20 times fewer operations than {TEXT}", "", "", f"{share:.1f} times"]
+    lines.append(_line(cells))
+    return "\n".join(lines) + "\n"
+
+
 def latencies(found: Mapping[str, Any]) -> str:
     """Return a table of milliseconds."""
     times = found["milliseconds"]
@@ -72,6 +96,7 @@ def latencies(found: Mapping[str, Any]) -> str:
 def page(found: Mapping[str, Any]) -> str:
     """Return the page."""
     parts = [HEAD, _about(found), table(found)]
+    parts += ["\n## Targets\n\n", _chosen(found), targets(found)]
     parts += ["\n## Against SASRec, user by user\n\n", _DIFFERENCES, differences(found, SEQUENCE)]
     parts += ["\n## Against the text, user by user\n\n", differences(found, TEXT)]
     if "milliseconds" in found:
@@ -98,6 +123,16 @@ film of a user is to be found among all films that the user has not rated; none 
 second last one is the validation by which every choice was made; what a row reads of a user is the
 last {data["window"]} events before the film. HR@10 and NDCG@10 with 95 % intervals of a bootstrap
 over users, the mean over seeds where there are several.
+
+"""
+
+
+def _chosen(found: Mapping[str, Any]) -> str:
+    best = best_form(found)
+    hit, ndcg = (found["rows"][best]["test"][m][0] for m in ("hit", "ndcg"))
+    return f"""By the validation the best form is *{best.removeprefix("user: ")}*. It has HR@10
+{hit:.3f} and NDCG@10 {ndcg:.3f} on the test; means are compared here, and the intervals below say
+which differences could be chance.
 
 """
 

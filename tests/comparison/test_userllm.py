@@ -28,7 +28,7 @@ from comparison.userllm import (
     of_users,
     ranks_of,
 )
-from comparison.userllm_report import differences, page, table
+from comparison.userllm_report import differences, page, table, targets
 from lapilli.rank.metrics import hit_rate, ndcg
 
 SIZES = Sizes(width=16, inner=32, layers=2, heads=2, events=8, tokens=2, dropout=0.0)
@@ -52,11 +52,13 @@ def parts(movies):
     return learn_parts(movies, TOY)
 
 
+@pytest.mark.slow
 def test_the_whole_program_writes_every_row(movies, tmp_path):
     path = tmp_path / "result.json"
     for _ in range(2):  # the second time finds everything done
         pool = Workers(0, tmp_path / "kept")
-        compare(Results(path, TOY, movies, (SEQUENCE, TEXT), "toy"), pool, movies, TOY, 2)
+        results = Results(path, TOY, movies, (SEQUENCE, TEXT), "toy")
+        compare(results, pool, movies, TOY, seeds=2, requests=1)
         found = json.loads(path.read_text())
         written = {one: one.stat().st_mtime_ns for one in (tmp_path / "kept").iterdir()}
     assert written == {one: one.stat().st_mtime_ns for one in (tmp_path / "kept").iterdir()}
@@ -72,6 +74,12 @@ def test_the_whole_program_writes_every_row(movies, tmp_path):
         assert f"| {name} | {found['rows'][name]['test']['hit'][0]:.3f}" in table(found)
     assert table(found) in written
     assert differences(found, SEQUENCE) in written
+    assert "| above popularity | " in targets(found)
+    for one in found["rows"].values():
+        one["test"] = {"hit": [0.5, 0.4, 0.6], "ndcg": [0.5, 0.4, 0.6]}
+    assert [line.split("|")[4].strip() for line in targets(found).splitlines()[2:6]] == [
+        *("no", "no", "no", "yes")
+    ]
 
 
 @pytest.mark.slow
