@@ -63,7 +63,8 @@ def differences(found: Mapping[str, Any], other: str) -> str:
 def best_form(found: Mapping[str, Any]) -> str:
     """Return the form that reads users and is the best by the validation alone."""
     rows = {name: row for name, row in found["rows"].items() if name.startswith("user: ")}
-    return max(rows, key=lambda name: rows[name]["validation"]["ndcg"])
+    best: str = max(rows, key=lambda name: rows[name]["validation"]["ndcg"])
+    return best
 
 
 def targets(found: Mapping[str, Any]) -> str:
@@ -71,7 +72,7 @@ def targets(found: Mapping[str, Any]) -> str:
     rows, best = found["rows"], best_form(found)
     mine = rows[best]
     lines = [_line(("", "HR@10", "NDCG@10", "reached")), _line(["---"] * 4)]
-    for other in ("popularity", "item-kNN", SEQUENCE, TEXT):
+    for other in (one for one in ("popularity", "item-kNN", SEQUENCE, TEXT) if one in rows):
         theirs = rows[other]["test"]
         above = [mine["test"][m][0] - theirs[m][0] for m in ("hit", "ndcg")]
         reached = all(one >= 0 if other == TEXT else one > 0 for one in above)
@@ -97,20 +98,23 @@ def page(found: Mapping[str, Any]) -> str:
     """Return the page."""
     parts = [HEAD, _about(found), table(found)]
     parts += ["\n## Targets\n\n", _chosen(found), targets(found)]
-    parts += ["\n## Against SASRec, user by user\n\n", _DIFFERENCES, differences(found, SEQUENCE)]
-    parts += ["\n## Against the text, user by user\n\n", differences(found, TEXT)]
+    for other in (SEQUENCE, TEXT):
+        if other in found["rows"]:
+            parts += [f"\n## Against {other}, user by user\n\n", _DIFFERENCES]
+            parts.append(differences(found, other))
     if "milliseconds" in found:
         parts += ["\n## Time\n\n", _TIMES, latencies(found)]
     parts += ["\n## How it was done\n\n", _how(found)]
     return "".join(parts)
 
 
-_DIFFERENCES: Final = """The difference to SASRec's row, and where 95 % of bootstrap samples of the
-users put it. An interval around 0 tells nothing apart.
+_DIFFERENCES: Final = """The difference of means, and where 95 % of bootstrap samples of the users
+put it. An interval around 0 tells nothing apart.
 
 """
-_TIMES: Final = """Medians of requests that take turns in one run on one core: prompt in, scores of
-all films out. The user's vectors are there before; the last row is what makes them, once.
+_TIMES: Final = """Medians of the processor time of requests that take turns in one run: prompt in,
+scores of all films out. A model of this size spends most of it on calls, not on products. The
+user's vectors are there before; the last row is what makes them, once.
 
 """
 
