@@ -124,8 +124,8 @@ def _about(found: Mapping[str, Any]) -> str:
     return f"""
 {data["name"]}: {data["users"]} users, {data["films"]:,} films, {data["events"]:,} ratings. The last
 film of a user is to be found among all films that the user has not rated; none is sampled. The
-second last one is the validation by which every choice was made; what a row reads of a user is the
-last {data["window"]} events before the film. HR@10 and NDCG@10 with 95 % intervals of a bootstrap
+second last one is the validation that choices go by; what a row reads of a user is the last
+{data["window"]} events before the film. HR@10 and NDCG@10 with 95 % intervals of a bootstrap
 over users, the mean over seeds where there are several.
 
 """
@@ -145,6 +145,8 @@ def _how(found: Mapping[str, Any]) -> str:
     options, costs = found["options"], found["rows"]
     form = next((row for row in costs.values() if "encoder_flops" in row["cost"]), None)
     apart = f"{form['cost']['encoder_flops'] / 1e6:.1f}" if form else "?"
+    steps, passes = options["form steps"], options["SASRec epochs"]
+    epochs = f"{options['encoder epochs']:.0f}"
     sizes = f"{options['layers']} layers of width {options['width']}"
     return f"""The language model has {sizes}, and words for films, titles and ratings;
 it begins with random weights and reads the training histories as text, which makes the row of the
@@ -157,8 +159,12 @@ scores of all films are the logits of their words after one pass.
 Operations are those of `lapilli.plan.flops.request_flops`. They leave out the encoder, whose
 {apart} MFLOP are spent once when a user does something, and not when somebody asks.
 
+The rows are not trained alike. The text row is the language model as the forms begin with it; they
+have {steps} more steps, and {epochs} epochs of the encoder behind them.
+HLLM has {options["item steps"]} steps from the same language model, SASRec {passes} epochs.
+
 {_seconds(found)}
-"""
+{found.get("note", "")}"""
 
 
 def _seconds(found: Mapping[str, Any]) -> str:
