@@ -7,7 +7,7 @@
 # make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
 # make example-fusion  early fusion beside late fusion, a quarter of an hour (docs/fusion.md); ARGS="--toy" for options
 # make pebble      the embedded model from nothing, hours; PEBBLE="--recipes pebble/recipes/warm" for options
-# make example-userllm  User-LLM on MovieLens-100k (docs/userllm.md), some 20 minutes; ARGS="--data DIR" for options
+# make example-userllm  User-LLM on MovieLens-100k (docs/userllm.md), a quarter of an hour; ARGS="--data DIR" for options
 # make lock         choose the exact versions that demo and test install anew (locks/), from pyproject.toml
 # make test-newest  the tests with the newest packages that pyproject.toml allows
 # make test-oldest  the tests with the oldest ones (locks/oldest.txt)

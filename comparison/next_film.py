@@ -62,7 +62,7 @@ class Sizes:
     events: int = 50
     tokens: int = 4
     every: int = 1
-    dropout: float = 0.3
+    dropout: float = 0.4
 
     def user(self, movies: Movies, *, projector: str, attended: bool) -> dict[str, Any]:
         """Return the settings of the modality of users."""

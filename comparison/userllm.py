@@ -106,14 +106,14 @@ class Options:
 
     sizes: Sizes = field(default_factory=Sizes)
     sequence: SequenceOptions = field(default_factory=SequenceOptions)
-    encoder_epochs: float = 20.0
+    encoder_epochs: float = 40.0
     encoder_lr: float = 3e-3
     encoder_batch: int = 32
-    encoder_decay: float = 0.01
+    encoder_decay: float = 0.1
     text_steps: int = 600
     text_lr: float = 3e-3
     text_batch: int = 24
-    form_steps: int = 500
+    form_steps: int = 1200
     form_lr: float = 1e-3
     form_batch: int = 32
     item_steps: int = 100
