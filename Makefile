@@ -5,9 +5,10 @@
 # make stress       the fuzzer with 20,000 damaged files, two threads with 10,000 answers: an hour or less
 # make check        format, lint, types, import layers, docs, tests: what CI runs
 # make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
-# make example-mixlm  MixLM's claims at a small size, a quarter of an hour (docs/mixlm.md); ARGS="--quick" for options
+# make example-mixlm  MixLM's claims at a small size, some 20 minutes (docs/mixlm.md); ARGS="--quick" for options
 # make example-fusion  early fusion beside late fusion, a quarter of an hour (docs/fusion.md); ARGS="--toy" for options
 # make pebble      the embedded model from nothing, hours; PEBBLE="--recipes pebble/recipes/warm" for options
+# make example-userllm  User-LLM on MovieLens-100k (docs/userllm.md), a quarter of an hour; ARGS="--data DIR" for options
 # make lock         choose the exact versions that demo and test install anew (locks/), from pyproject.toml
 # make test-newest  the tests with the newest packages that pyproject.toml allows
 # make test-oldest  the tests with the oldest ones (locks/oldest.txt)
@@ -26,8 +27,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 HERE := not gpu and not network and not browser and not cluster
 
-.PHONY: help demo test quick stress check format lint types layers docs cluster conformance bench example-mixlm example-fusion pebble lock \
-	test-newest test-oldest clean
+.PHONY: help demo test quick stress check format lint types layers docs cluster conformance bench example-mixlm \
+	example-fusion example-userllm pebble lock test-newest test-oldest clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -100,6 +101,9 @@ example-fusion: $(VENV)/.installed-dev
 
 pebble: $(VENV)/.installed-dev
 	$(BIN)/python -m pebble $(PEBBLE)
+
+example-userllm: $(VENV)/.installed-dev
+	$(BIN)/python -m comparison.userllm $(ARGS)
 
 # Locks hold for every machine that torch has a build for, so the local version of its CPU build (+cpu) is cut off,
 # and what its CUDA build brings is not named. pip-compile chooses the newest versions, uv the oldest.

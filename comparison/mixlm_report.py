@@ -36,8 +36,8 @@ The model is new: a Qwen3 of {parameters:,} parameters with a tokenizer trained 
   equal words by looking for them, and finds several in one vector then. This is ours, and not
   MixLM's, whose models are not new. Its queries and keys are drawn apart; those of the ranker begin
   equal, so that its last word looks at itself and gathers little.
-- Stage III is from there on, ranker and encoder together: from the labels of {taught:,} examples and
-  the text ranker's answers to them, several times, and then from the labels of {new:,} new ones.
+- Stage III is from there on, ranker and encoder together: from the labels of {taught:,} examples
+  and the text ranker's answers to them, several times, then from the labels of {new:,} new ones.
 - Both towers of the bi-encoder begin as that encoder and learn from the same examples' labels.
 
 The vectors of the test's items are read from a store on disk, one for each item.

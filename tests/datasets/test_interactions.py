@@ -55,6 +55,7 @@ def test_leave_one_out_takes_the_last_two_of_users_with_three(
         ]
         assert list(itertools.chain(*parts)) == whole
         assert [len(part) for part in parts[1:]] == ([1, 1] if len(whole) >= 3 else [0, 0])
+        assert split.before_test.history(user).tolist() == whole[: len(whole) - len(parts[2])]
 
 
 @given(EVENTS)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapilli.config.modalities import CategoricalFeature, EventsConfig
-from lapilli.errors import MediaError
+from lapilli.errors import ConfigError, MediaError
 from lapilli.modality import Modality, build_modality
 from lapilli.modality.events import EventsModality
 
@@ -206,3 +206,29 @@ def test_dropout_is_of_training_alone():
     modality.train()
     assert not torch.equal(modality.states(items)[0], modality.states(items)[0])
     assert torch.equal(plain.train().states(items)[0], plain.states(items)[0])
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_the_last_states_alone_are_handed_on(length):
+    whole, last = _modality(), _modality(tokens=2)
+    item = whole.prepare(_history(length))
+    expected = whole.embed([item])[0][-2:]
+    [found] = last.embed([item])
+    torch.testing.assert_close(found, expected)
+    assert last.num_tokens(item) == len(found) == min(2, length)
+
+
+def test_more_last_states_than_events_are_read_are_refused():
+    with pytest.raises(ConfigError, match="tokens is 6, expected 0 to 5"):
+        _modality(tokens=6)
+
+
+@pytest.mark.parametrize("projector", ["linear", "resampler3"])
+def test_the_first_states_of_a_history_are_a_shorter_one(projector):
+    modality = _modality(projector=projector, tokens=2)
+    history = _history(5)
+    [states] = modality.states([modality.prepare(history)])
+    found = modality.project([states[:3], states, states[:1], states[:3]])
+    for features, length in zip(found, (3, 5, 1, 3), strict=True):
+        shorter = {name: values[:length] for name, values in history.items()}
+        torch.testing.assert_close(features, modality.embed([modality.prepare(shorter)])[0])

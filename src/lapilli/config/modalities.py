@@ -121,6 +121,7 @@ class EventsConfig(ModalityConfig):
         intermediate_size: of its feed-forward blocks; 0: four widths.
         max_events: of a history; the last ones are kept.
         projector: linear or mlpNx_gelu (a position for every event), or resamplerM (M positions).
+        tokens: last events whose states are handed on, each having seen all before it; 0: all.
         dropout: share of the joined vectors, and of what every block adds, that is left out while
             the encoder learns.
 
@@ -137,6 +138,7 @@ class EventsConfig(ModalityConfig):
     intermediate_size: int = 0
     max_events: int = 128
     projector: str = "resampler8"
+    tokens: int = 0
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -153,6 +155,7 @@ class EventsConfig(ModalityConfig):
         _within("num_heads", self.num_heads, MOST_HEADS)
         _within("max_events", self.max_events, MOST_POSITIONS)
         _within("intermediate_size", self.intermediate_size, MOST_WIDTH, least=0)
+        _within("tokens", self.tokens, self.max_events, least=0)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, expected at least 0 and below 1")
         if self.hidden_size % (2 * self.num_heads):

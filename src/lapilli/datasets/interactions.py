@@ -81,6 +81,24 @@ class Split:
     validation: Interactions
     test: Interactions
 
+    @property
+    def before_test(self) -> Interactions:
+        """Return what is known when the test is asked: the events of train and validation."""
+        parts = (self.train, self.validation)
+        users, items, times, ratings = (
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("users", "items", "times", "ratings")
+        )
+        order = np.argsort(users, kind="stable")  # those of validation are the later ones
+        return Interactions(
+            user_ids=self.train.user_ids,
+            item_ids=self.train.item_ids,
+            users=users[order],
+            items=items[order],
+            times=times[order],
+            ratings=ratings[order],
+        )
+
 
 def read_interactions(
     path: str | Path,

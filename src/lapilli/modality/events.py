@@ -2,7 +2,8 @@
 
     {"film": [3, 7], "rating": [4.5, 2]}  --prepare-->  categories [n, M], numbers [n, R]
     --tables, joined--> [n, sum of widths + R] --linear--> [n, E] --causal layers--> [n, E]
-    --projector--> [n, D], a position for every event, or [m, D] behind a resampler
+    --projector--> [n, D], a position for every event or the last of them, or [m, D] behind a
+                   resampler
 
 Every state also predicts the next event: so the encoder is trained before a language model sees any
 of it. The head of a feature is its own table, read the other way.
@@ -276,8 +277,9 @@ class EventsModality(nn.Module):
         return number
 
     def num_tokens(self, prepared: PreparedEvents) -> int:
-        """Return a position for every event, or one for every query of a resampler."""
-        return self.projector_config.num_queries or len(prepared.categories)
+        """Return a position for every event handed on, or for every query of a resampler."""
+        number = len(prepared.categories)
+        return self.projector_config.num_queries or min(number, self.config.tokens or number)
 
     def blank(self) -> PreparedEvents:
         """Return a history of one unknown event, for processes that train without one."""
@@ -300,14 +302,27 @@ class EventsModality(nn.Module):
         """Return the features of every history."""
         if not items:
             return []
-        states = self.states(items)
+        return self.project(self.states(items))
+
+    def project(self, states: Sequence[Float[Tensor, "_ E"]]) -> list[Float[Tensor, "_ D"]]:
+        """Return the features of histories whose states are known.
+
+        The states behind the first events of a history are those of a history that ends there, so
+        that many of them can be asked about after one pass of the encoder.
+        """
+        states = [state[-self.config.tokens :] for state in states]  # [-0:] is all of them
         weight = next(self.projector.parameters(), None)
         if weight is not None:
             states = [state.to(weight.device, weight.dtype) for state in states]
-        if self.projector_config.num_queries:
-            return [self.projector(state) for state in states]
-        projected = self.projector(torch.cat(states))
-        return list(torch.split(projected, [len(state) for state in states]))
+        lengths = [len(state) for state in states]
+        if not self.projector_config.num_queries:
+            return list(torch.split(self.projector(torch.cat(states)), lengths))
+        found: dict[int, Tensor] = {}
+        for length in set(lengths):  # a resampler takes those of one length together
+            places = [i for i, other in enumerate(lengths) if other == length]
+            made = self.projector(torch.stack([states[i] for i in places]))
+            found.update(zip(places, made, strict=True))
+        return [found[i] for i in range(len(states))]
 
     def next_event_loss(self, items: Sequence[PreparedEvents]) -> Float[Tensor, ""]:
         """Return the cross-entropies of the next event's categorical features, summed over them.
