@@ -46,16 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m comparison.mixlm", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--quick", action="store_true", help="toy sizes: does it run?")
-    parser.add_argument("--validation", action="store_true", help="score validation, not the test")
+    parser.add_argument("--validation", action="store_true", help="score the draw for choices")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ablations", action="store_true", help="stage III with other parts too")
     parser.add_argument("--work", type=Path, help="keep checkpoints here, and go on from them")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    part = "validation" if options.validation else "shop"
     found: dict[str, Any] = {}
+    if options.out.exists():  # the other draw's figures stay
+        found = json.loads(options.out.read_text(encoding="utf-8"))
 
     def save(shop: Mapping[str, Any]) -> None:
-        found["shop"] = shop
+        found[part] = shop
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="lapilli-mixlm-") as scratch:
         folder = options.work or Path(scratch)
         save(ShopComparison(plan, folder, save, test=test).run(ablations=options.ablations))
-    sys.stdout.write(tables(found))
+    sys.stdout.write(tables(found[part]))
 
 
 if __name__ == "__main__":

@@ -48,12 +48,12 @@ def test_the_program_writes_every_row_of_the_shop(tmp_path, capsys):
     assert found["rows"][TEACHER]["of teacher"] == pytest.approx([1, 1, 1])
     for name in found["rows"]:
         assert f"| {name} |" in said
-        assert f"| {name} |" in page({"shop": found})
+        assert f"| {name} |" in page({"shop": found, "validation": found})
     for name, (mean, low, high) in found["above"].items():
         expected = found["rows"][EMBEDDING]["ndcg"][0] - found["rows"][name]["ndcg"][0]
         assert mean == pytest.approx(expected)
         assert low <= mean <= high
-    assert tables({"shop": found}).count("\n|") >= len(found["rows"]) + len(ABLATIONS)
+    assert tables(found).count("\n|") >= len(found["rows"]) + len(ABLATIONS)
 
 
 def asked(text):
