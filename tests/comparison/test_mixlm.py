@@ -11,7 +11,7 @@ from comparison import mixlm
 from comparison.generated import ASKED, ATTRIBUTES, OTHER_WORDS
 from comparison.intervals import difference_interval, interval, ratio_interval
 from comparison.language_model import Sizes, write_language_model
-from comparison.mixlm_report import page, tables
+from comparison.mixlm_report import page, tables, verdict
 from comparison.rankers import (
     ITEM,
     Course,
@@ -167,3 +167,15 @@ def test_who_gathers_words_does_not_look_at_itself_alone(tmp_path):
     assert torch.equal(first["matches"].q_proj.weight, first["matches"].k_proj.weight)
     assert not torch.equal(first["gathers"].q_proj.weight, first["gathers"].k_proj.weight)
     assert encoder_of(tmp_path)["from"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ((0.98, 0.975, 0.99), "**met**"),
+        ((0.98, 0.96, 0.99), "**met by the mean, not by its interval**"),
+        ((0.96, 0.95, 0.99), "**missed**"),
+    ],
+)
+def test_a_target_is_met_by_the_whole_interval_or_said_not_to_be(found, said):
+    assert said in verdict("share", found, 0.97)
