@@ -34,8 +34,8 @@ The model is new: a Qwen3 of {parameters:,} parameters with a tokenizer trained 
 - The encoder is a new language model of the same sizes. It learns alone first: its vector should
   point to the mean of the embeddings that the text ranker has of the item's words, so that a ranker
   that looks for words may find several in one vector. This is ours, and not MixLM's, whose models
-  are not new. Queries and keys of the encoder are drawn apart; those of the ranker begin equal, with
-  which a last word looks at itself.
+  are not new. Queries and keys of the encoder are drawn apart; those of the ranker begin equal,
+  with which a last word looks at itself.
 - Stage III is from there on, ranker and encoder together: from the labels of {taught:,} examples
   and the text ranker's answers to them, several times, then from the labels of {new:,} new ones.
 - Both towers of the bi-encoder begin as that encoder and learn from the same examples' labels.
