@@ -82,7 +82,7 @@ def test_from_samples_of_a_file(lapilli: Run, small: str, tmp_path: Path, pictur
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--method", "best"), "method 'best' is unknown: choose rtn, gptq, awq, mbq"),
+        (("--method", "best"), "method 'best' is unknown: choose rtn, gptq, awq, awq-clip, mbq"),
         (("--format", "exl2"), "format 'exl2' is unknown: choose lapilli, gemm, llm-awq"),
         (("--format", "exl2", "--tower"), "format 'exl2' is unknown"),
         (("--method", "awq", "--device", "abacus"), "device 'abacus' is unknown"),
