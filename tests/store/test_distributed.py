@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -56,20 +57,26 @@ def same(found: Store, expected: Store) -> None:
 
 
 def workers() -> list[psutil.Process]:
-    mine = psutil.Process().children(recursive=True)
-    return [one for one in mine if "MapWorker" in " ".join(one.cmdline())]
+    found = []
+    for one in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if "MapWorker" in " ".join(one.cmdline()):
+                found.append(one)
+    return found
 
 
 def test_a_worker_that_is_killed_costs_nothing(ray, plain, tmp_path):
     killed = []
 
-    def kill_one() -> None:
-        if wait_for(workers):
-            victim = workers()[0]
-            victim.send_signal(signal.SIGKILL)
-            killed.append(victim.pid)
+    def kill_one() -> bool:
+        for victim in workers():
+            with suppress(psutil.Error):
+                victim.send_signal(signal.SIGKILL)
+                killed.append(victim.pid)
+                return True
+        return False
 
-    killer = threading.Thread(target=kill_one)
+    killer = threading.Thread(target=wait_for, args=(kill_one,))
     killer.start()
     changed = build_store_distributed(
         tmp_path / "s", ITEMS, encoder(), encoder, workers=2, dtype="float32"
