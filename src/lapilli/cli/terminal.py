@@ -167,15 +167,8 @@ def open_stores(given: Sequence[str]) -> "dict[str, Store]":
         return {}
     from lapilli.store import Store
 
-    found: dict[str, Store] = {}
-    for option in given:
-        name, equals, path = option.partition("=")
-        if not (name and equals and path):
-            raise ConfigError(f"--store {option!r}: expected NAME=STORE, a modality and a folder")
-        if name in found:
-            raise ConfigError(f"--store names the modality {name!r} twice")
-        found[name] = Store.open(path)
-    return found
+    said = ("NAME=STORE, a modality and a folder", "")
+    return {name: Store.open(path) for name, path in _by_modality("--store", given, *said)}
 
 
 def read_media(given: Sequence[str]) -> dict[str, Any]:
@@ -185,15 +178,23 @@ def read_media(given: Sequence[str]) -> dict[str, Any]:
         ConfigError: an option of another form, or a name that comes twice.
         MediaError: a .json file that is none.
     """
-    found: dict[str, Any] = {}
-    for option in given:
-        name, equals, value = option.partition("=")
+    said = ("NAME=VALUE, a modality and a medium", ": give it a JSON list")
+    return {name: _medium(value) for name, value in _by_modality("--media", given, *said)}
+
+
+def _by_modality(
+    option: str, given: Sequence[str], expected: str, advice: str
+) -> Iterator[tuple[str, str]]:
+    """Yield names and values of options NAME=VALUE, each name once."""
+    names = set[str]()
+    for one in given:
+        name, equals, value = one.partition("=")
         if not (name and equals and value):
-            raise ConfigError(f"--media {option!r}: expected NAME=VALUE, a modality and a medium")
-        if name in found:
-            raise ConfigError(f"--media names the modality {name!r} twice: give it a JSON list")
-        found[name] = _medium(value)
-    return found
+            raise ConfigError(f"{option} {one!r}: expected {expected}")
+        if name in names:
+            raise ConfigError(f"{option} names the modality {name!r} twice{advice}")
+        names.add(name)
+        yield name, value
 
 
 def _medium(value: str) -> Any:  # noqa: ANN401  whatever JSON holds
