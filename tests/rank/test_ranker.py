@@ -25,7 +25,7 @@ from lapilli.errors import (
 from lapilli.prompt.message import MediaPart
 from lapilli.rank import Head, Labels, Ranker, RankTemplate, SetwiseRanker, YesNo, rank
 from lapilli.rank.prompt import PromptSplitter
-from lapilli.rank.scorer import join
+from lapilli.pipeline.scorer import join
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 PLAIN = RankTemplate()

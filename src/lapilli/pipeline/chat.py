@@ -8,9 +8,10 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.out_of_distribution import load_detector
@@ -33,6 +34,7 @@ from lapilli.pipeline.backend import (
     prepare,
     with_stops,
 )
+from lapilli.pipeline.questions import Decisions, Question
 from lapilli.pipeline.stores import Stores
 from lapilli.prompt.choose import Template, check_template
 from lapilli.prompt.encode import tokens_said
@@ -47,6 +49,9 @@ from lapilli.prompt.message import (
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant import QuantConfig
 from lapilli.store import Store
+
+if TYPE_CHECKING:
+    from lapilli.pipeline.decide import Decider, Wording
 
 
 def load(
@@ -349,6 +354,28 @@ class Chat:
         answers = self.batch(conversations, SamplingParams.from_options(**sampling))
         return [answer.text.strip() for answer in answers]
 
+    def decide(
+        self, given: object, questions: Sequence[Question], *, wording: "Wording | None" = None
+    ) -> Decisions:
+        """Return probabilities for the answers to many questions about one input.
+
+        The input is read once, all questions behind it together; every answer is that of the
+        question alone, up to the rounding of floats. The chat's own history is not touched.
+
+        Args:
+            given: a text, a picture, a list of texts and pictures, or messages. A picture on disk
+                is a pathlib.Path or a MediaPart, since a string is a text.
+            questions: Predicate, Choice and Score, in any order.
+            wording: what is written around a question; None: a predicate with a question mark
+                stands as it is, others are followed by how they are to be answered.
+
+        Raises:
+            PromptError: an input or a question with nothing in it.
+            MediaError: a picture cannot be fetched or decoded.
+            ContextTooLongError: the input with one of the questions is longer than the context.
+        """
+        return self._decider.decide(given, questions, wording)
+
     def save_prefix(self, path: str | Path) -> int:
         """Save keys and values of the latest question and its answer; return the positions.
 
@@ -416,6 +443,13 @@ class Chat:
             return None
         probability = math.exp(sum(token.logprob for token in self.last.logprobs))
         return self._detector.doubt(probability, self.name)
+
+    @cached_property
+    def _decider(self) -> "Decider":
+        from lapilli.pipeline.decide import Decider  # here, as it asks a Chat
+
+        without = "" if self._detector is None else self._detector.without_picture
+        return Decider(self, without)
 
     def _remember(
         self,

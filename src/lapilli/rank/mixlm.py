@@ -26,11 +26,11 @@ from lapilli.errors import ConfigError
 from lapilli.generate.engine.feature_cache import content_digest
 from lapilli.model import VisionLanguageModel
 from lapilli.pipeline import Chat
+from lapilli.pipeline.scorer import join
 from lapilli.prompt.message import MediaPart
 from lapilli.rank.prompt import Frame, PromptSplitter, RankTemplate
 from lapilli.rank.ranker import Ranker, with_lead
 from lapilli.rank.score import YesNo, label_tokens
-from lapilli.rank.scorer import join
 from lapilli.shapes import Float, Tensor
 from lapilli.train.data import EncodedSample
 from lapilli.train.data.sampler import Order

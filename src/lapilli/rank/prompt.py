@@ -12,9 +12,7 @@ template, the query and the items say is text as it was typed, so nothing in it 
 Knows messages, templates and tokenizers; must not know how a prompt is scored.
 """
 
-import re
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -25,6 +23,7 @@ import torch
 from lapilli.config.reader import shown
 from lapilli.errors import ContextTooLongError, MediaError, PromptError
 from lapilli.pipeline import Chat, ProcessedPrompt
+from lapilli.pipeline.marks import Marks
 from lapilli.prompt.encode import encode
 from lapilli.prompt.message import MediaPart, Message, Part, TextPart, check_conversation
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
@@ -105,7 +104,7 @@ class PromptSplitter:
                 that does not write the item's place.
             MediaError: a medium of the query cannot be read, or a vector of it is of another width.
         """
-        marks = _Marks()
+        marks = Marks()
         messages = self._messages(query, marks)
         prepared = [self._chat.prepare(part) for message in messages for part in message.media]
         segments, media, at = marks.reveal(self._chat.template.render(messages), prepared)
@@ -156,7 +155,7 @@ class PromptSplitter:
                 f"reads {limit}: shorten the item or the query"
             )
 
-    def _messages(self, query: Query, marks: "_Marks") -> list[Message]:
+    def _messages(self, query: Query, marks: Marks) -> list[Message]:
         """Return the conversation, with the query and marks in the last message."""
         before, last = self._conversation(query, marks)
         if not before or before[0].role != "system":
@@ -171,7 +170,7 @@ class PromptSplitter:
         texts = [TextPart(opening), *parts[leading:], TextPart(between + marks.item + closing)]
         return [*before, Message("user", (*parts[:leading], *_merged(texts)))]
 
-    def _conversation(self, query: Query, marks: "_Marks") -> tuple[list[Message], Message]:
+    def _conversation(self, query: Query, marks: Marks) -> tuple[list[Message], Message]:
         """Return the messages before the query, and the user's message that is the query."""
         given = [query] if isinstance(query, Message) else query
         if isinstance(given, Sequence) and any(isinstance(one, Message) for one in given):
@@ -231,61 +230,6 @@ class PromptSplitter:
             segments, self._chat.tokenizer, lengths, image_id=image_id, add_bos=add_bos
         )
         return ProcessedPrompt(encoded, tuple(media))
-
-
-class _Marks:
-    """Unguessable stand-ins in a text, for the item and for vectors of the query."""
-
-    def __init__(self) -> None:
-        self._nonce = secrets.token_hex(16)
-        self._vectors: list[Tensor] = []
-        self.item = f"[{self._nonce}:item]"
-
-    def vectors(self, given: Tensor) -> str:
-        """Return the stand-in of these vectors."""
-        self._vectors.append(given)
-        return f"[{self._nonce}:{len(self._vectors) - 1}]"
-
-    def reveal(
-        self, segments: Sequence[Segment], prepared: Sequence[Any]
-    ) -> tuple[list[Segment], list[Any], int]:
-        """Return segments with places for vectors, all media in order, and where the item goes.
-
-        Raises:
-            PromptError: a conversation template that wrote a mark not once.
-        """
-        found: list[Segment] = []
-        media: list[Any] = []
-        places: list[int] = []
-        rest = iter(prepared)
-        for segment in segments:
-            if isinstance(segment, MediaSlot):
-                found.append(segment)
-                media.append(next(rest))
-                continue
-            for piece in self._cut(segment):
-                if isinstance(piece, TextSegment):
-                    found.append(piece)
-                elif piece == "item":
-                    places.append(len(found))
-                else:
-                    found.append(MediaSlot())
-                    media.append(self._vectors[int(piece)])
-        if len(places) != 1 or len(media) != len(prepared) + len(self._vectors):
-            raise PromptError(
-                f"the conversation template writes the place of the item {len(places)} times and "
-                f"{len(media)} of {len(prepared) + len(self._vectors)} media: choose a template by "
-                "name"
-            )
-        return found, media, places[0]
-
-    def _cut(self, segment: TextSegment) -> Iterator[TextSegment | str]:
-        """Yield texts, and the names of the marks between them."""
-        for i, piece in enumerate(re.split(rf"\[{self._nonce}:(\w+)\]", segment.text)):
-            if i % 2:
-                yield piece
-            elif piece:
-                yield TextSegment(piece, literal=segment.literal)
 
 
 def _parts(given: Item | Query, name: str) -> list[Content]:

@@ -17,6 +17,7 @@ from lapilli.config.reader import shown
 from lapilli.errors import ConfigError, PromptError
 from lapilli.generate.engine.feature_cache import FeatureCache
 from lapilli.pipeline import Chat, ProcessedPrompt
+from lapilli.pipeline.scorer import MAX_TOKENS, PREFIX_BYTES, SuffixScorer, join
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.rank.prompt import (
     SETWISE,
@@ -28,7 +29,6 @@ from lapilli.rank.prompt import (
     RankTemplate,
 )
 from lapilli.rank.score import Head, Score, YesNo, label_tokens
-from lapilli.rank.scorer import MAX_TOKENS, PREFIX_BYTES, SuffixScorer, join
 from lapilli.shapes import Float, Tensor
 
 MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

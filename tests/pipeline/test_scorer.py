@@ -13,8 +13,8 @@ from lapilli.errors import ConfigError, PromptError
 from lapilli.lm import build_language_model
 from lapilli.model import VisionLanguageModel
 from lapilli.pipeline import ProcessedPrompt
+from lapilli.pipeline.scorer import SuffixScorer, join
 from lapilli.prompt.encode import EncodedPrompt, Span
-from lapilli.rank.scorer import SuffixScorer, join
 
 SIZES = {
     "vocab_size": 61,

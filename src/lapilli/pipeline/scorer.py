@@ -24,7 +24,7 @@ from lapilli.generate.reference import lock_of
 from lapilli.lm import Memory
 from lapilli.model import VisionLanguageModel
 from lapilli.nn.shared_prefix import SharedPrefix
-from lapilli.pipeline import ProcessedPrompt
+from lapilli.pipeline.backend import ProcessedPrompt
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.shapes import Float, Int, Tensor
 
@@ -102,18 +102,30 @@ class SuffixScorer:
         prefix: ProcessedPrompt,
         suffixes: Iterable[ProcessedPrompt],
         ids: Sequence[int],
+        *,
+        on_prefix: Callable[[bool], None] | None = None,
     ) -> Iterator[Float[Tensor, " L"]]:
         """Yield the logits of these tokens after every suffix, float32 on the CPU."""
         wanted = torch.tensor(ids, device=self._model.device)
-        return self.values(prefix, suffixes, lambda hidden: self._token_logits(hidden, wanted))
+
+        def read(hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n L"]:
+            return self._token_logits(hidden, wanted)
+
+        return self.values(prefix, suffixes, read, on_prefix=on_prefix)
 
     def values(
-        self, prefix: ProcessedPrompt, suffixes: Iterable[ProcessedPrompt], read: Read
+        self,
+        prefix: ProcessedPrompt,
+        suffixes: Iterable[ProcessedPrompt],
+        read: Read,
+        *,
+        on_prefix: Callable[[bool], None] | None = None,
     ) -> Iterator[Float[Tensor, " L"]]:
         """Yield what `read` makes of the last hidden state of every suffix, in order.
 
         The suffixes are taken from the iterable when there is room for them. What `read` returns
-        comes as float32 on the CPU.
+        comes as float32 on the CPU. `on_prefix` is told once whether keys and values of the prefix
+        were kept from an earlier call; never where the model reads every prompt alone.
 
         Raises:
             PromptError: a prefix or a suffix without positions, or a medium beside the sequence
@@ -122,7 +134,7 @@ class SuffixScorer:
         if not len(prefix.encoded):
             raise PromptError("the prefix has no positions: there is nothing to share")
         run = self._pass if self._model.language_model.supports_varlen else self._alone
-        held = _Held(content_digest(prefix))
+        held = _Held(content_digest(prefix), on_prefix)
         for chunk in self._chunks(suffixes):
             yield from run(prefix, chunk, read, held)
 
@@ -193,6 +205,8 @@ class SuffixScorer:
         length = len(prefix.encoded)
         shape = (2, config.num_layers, 1, config.num_kv_heads, length, config.head_dim)
         kept = self.prefixes.get((held.digest, version))
+        if held.version is None and held.on_prefix is not None:
+            held.on_prefix(kept is not None)
         if kept is None:
             batch = model.embed_prompts([prefix.encoded], [prefix.media])
             cache = model.language_model.new_cache(1, capacity=length)
@@ -238,8 +252,9 @@ class SuffixScorer:
 class _Held:
     """The prefix of one call, so that it stays through the call whatever else is kept."""
 
-    def __init__(self, digest: bytes) -> None:
+    def __init__(self, digest: bytes, on_prefix: Callable[[bool], None] | None) -> None:
         self.digest = digest
+        self.on_prefix = on_prefix
         self.version: tuple[int, object] | None = None
         self.layers: Float[Tensor, "2 L 1 K P A"] | None = None
         self.memory: Memory | None = None

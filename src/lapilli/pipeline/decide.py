@@ -1,0 +1,411 @@
+r"""Decisions: many questions about one input, which is read once, answered by probabilities.
+
+    input      [system] "USER: " [picture] text       read once: SuffixScorer's prefix
+    questions  "\nIs it red? Answer yes or no. ASSISTANT:"      packed behind it, one pass
+    labels     yes no | A B C | 01 02 ...             labels.py: logits -> probabilities
+
+The conversation is rendered by the model's own template and cut where a question begins, so that a
+question about a picture has the tokens that it has when it is asked. Every answer is the one that
+the question has alone, up to the rounding of floats. Knows questions and prompts; must not know how
+a pass is made.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+from lapilli.config.reader import shown
+from lapilli.errors import ContextTooLongError, PromptError
+from lapilli.pipeline.backend import ProcessedPrompt
+from lapilli.pipeline.chat import Chat
+from lapilli.pipeline.labels import LabelTree, Path, spellings
+from lapilli.pipeline.marks import Marks
+from lapilli.pipeline.questions import (
+    Answer,
+    Choice,
+    ChoiceAnswer,
+    Decisions,
+    Instructions,
+    Predicate,
+    PredicateAnswer,
+    Question,
+    Refusal,
+    Score,
+    ScoreAnswer,
+)
+from lapilli.pipeline.scorer import SuffixScorer, join
+from lapilli.prompt.encode import EncodedPrompt, encode
+from lapilli.prompt.message import MediaPart, Message, Part, TextPart, check_conversation
+from lapilli.prompt.template import MediaSlot, Segment, TextSegment
+from lapilli.shapes import Float, Tensor
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+QUESTION, OPTIONS = "{question}", "{options}"
+YES = ("yes", "Yes", " yes", " Yes")
+NO = ("no", "No", " no", " No")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wording:
+    """What is written around a question.
+
+    Attributes:
+        predicate: of a question with a question mark at its end, with {question} in it.
+        statement: of a predicate without one, with {question} in it.
+        choice: with {question} and {options}, a line for each option.
+        score: with {question} and {options}, a line for each level.
+
+    Raises:
+        PromptError: a text without its places.
+    """
+
+    predicate: str = QUESTION
+    statement: str = f"{QUESTION}\nIs this true? Answer yes or no."
+    choice: str = f"{QUESTION}\n{OPTIONS}\nAnswer with the letter or number of the best option."
+    score: str = f"{QUESTION}\n{OPTIONS}\nAnswer with the number of the right level."
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            text = getattr(self, field.name)
+            needed = [QUESTION, OPTIONS] if field.name in ("choice", "score") else [QUESTION]
+            if not isinstance(text, str) or any(text.count(place) != 1 for place in needed):
+                raise PromptError(
+                    f"the wording of a {field.name} has {' and '.join(needed)} once, got "
+                    f"{shown(text)}"
+                )
+
+    def of(self, question: Question) -> str:
+        """Return the text around this question."""
+        if isinstance(question, Choice):
+            return QUESTION if question.spelled else self.choice
+        if isinstance(question, Score):
+            return self.score
+        given = question.instructions
+        last = given if isinstance(given, str) else given[-1]
+        is_asked = isinstance(last, str) and last.rstrip().endswith(("?", "\uff1f"))
+        return self.predicate if is_asked else self.statement
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """A conversation that is cut where the question goes.
+
+    Attributes:
+        prefix: what all questions share.
+        opening: white space before the question, which is read with it.
+        closing: what the template writes behind the question.
+        media: of the closing.
+    """
+
+    prefix: ProcessedPrompt
+    opening: tuple[Segment, ...]
+    closing: tuple[Segment, ...]
+    media: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A question as it goes into the model: its piece of the prompt, up to where labels part."""
+
+    question: Question
+    tree: LabelTree
+    piece: ProcessedPrompt
+
+    @property
+    def suffixes(self) -> dict[Path, ProcessedPrompt]:
+        """Return what stands behind the prefix, per node of the labels."""
+        skip = len(self.tree.lead)
+        return {path: join([self.piece, _tokens(path[skip:])]) for path in self.tree.nodes}
+
+    def is_cheaper_apart(self, prefix_length: int) -> bool:
+        """Return whether reading prefix and question once more saves positions.
+
+        So it is where labels have several tokens and the question is long: each node of the labels
+        would repeat it.
+        """
+        ends = [span.start + span.length for span in self.piece.encoded.spans]
+        if len(self.piece.encoded) in ends or len(self.piece.encoded) < 2:
+            return False  # nothing of the end can be left for the suffixes
+        num_nodes, length = len(self.tree.nodes), len(self.piece.encoded)
+        return num_nodes * length > prefix_length + length + num_nodes
+
+
+class Decider:
+    """Answers questions with one model, for any number of threads.
+
+    Args:
+        chat: what `lapilli.load` returns.
+        without_media: the fixed sentence of a checkpoint that answers nothing without a picture;
+            "": it answers.
+    """
+
+    def __init__(self, chat: Chat, without_media: str = "") -> None:
+        self._chat = chat
+        self._without_media = without_media
+        self._scorer = SuffixScorer(chat.model)
+        self._apart = SuffixScorer(chat.model, prefix_bytes=0)
+
+    def decide(
+        self, given: object, questions: Sequence[Question], wording: Wording | None = None
+    ) -> Decisions:
+        """Return the answers to all questions about one input; see `Chat.decide`."""
+        _check_questions(questions)
+        wording = Wording() if wording is None else wording
+        frame = self._frame(_conversation(given))
+        asked = [
+            self._ask(frame, question, wording, f"question {number}")
+            for number, question in enumerate(questions)
+        ]
+        prefix = frame.prefix
+        ways = [self._way(one, prefix) for one in asked]
+        kept: list[bool] = []
+        packed = [one for one, way in zip(asked, ways, strict=True) if way == "packed"]
+        logits = self._read_packed(prefix, packed, kept)
+        answers: list[Answer] = []
+        for one, way in zip(asked, ways, strict=True):
+            if way == "refused":
+                answers.append(Refusal(self._without_media, one.question.name))
+                continue
+            found = next(logits) if way == "packed" else self._read_apart(prefix, one)
+            answers.append(_answer(one.question, one.tree.probabilities(found)))
+        read = len(prefix.encoded) + sum(len(one.piece.encoded) for one in asked)
+        return Decisions(tuple(answers), read, len(prefix.encoded) if any(kept) else 0)
+
+    def _way(self, asked: _Asked, prefix: ProcessedPrompt) -> Literal["packed", "apart", "refused"]:
+        if self._without_media and not (asked.piece.encoded.spans or prefix.encoded.spans):
+            return "refused"
+        return "apart" if asked.is_cheaper_apart(len(prefix.encoded)) else "packed"
+
+    def _read_packed(
+        self, prefix: ProcessedPrompt, asked: Sequence[_Asked], kept: list[bool]
+    ) -> Iterator[dict[Path, Float[Tensor, " k"]]]:
+        """Yield the logits of every node of every question, all packed behind the prefix."""
+        ids = sorted({i for one in asked for some in one.tree.nodes.values() for i in some})
+        column = {token: at for at, token in enumerate(ids)}
+        suffixes = (suffix for one in asked for suffix in one.suffixes.values())
+        rows = self._scorer.logits(prefix, suffixes, ids, on_prefix=kept.append)
+        for one in asked:
+            yield {
+                path: next(rows)[[column[token] for token in tokens]]
+                for path, tokens in one.tree.nodes.items()
+            }
+
+    def _read_apart(
+        self, prefix: ProcessedPrompt, asked: _Asked
+    ) -> dict[Path, Float[Tensor, " k"]]:
+        """Return the logits of every node of a question, read once more behind the prefix."""
+        nodes = asked.tree.nodes
+        ids = sorted({token for some in nodes.values() for token in some})
+        column = {token: at for at, token in enumerate(ids)}
+        before, last = _without_last(asked.piece)
+        skip = len(asked.tree.lead)
+        suffixes = [_tokens((last, *path[skip:])) for path in nodes]
+        rows = self._apart.logits(join([prefix, before]), suffixes, ids)
+        return {
+            path: row[[column[token] for token in nodes[path]]]
+            for path, row in zip(nodes, rows, strict=True)
+        }
+
+    def _frame(self, messages: Sequence[Message]) -> _Frame:
+        chat, marks = self._chat, Marks()
+        *before, last = messages
+        if chat.system is not None and messages[0].role != "system":
+            before = [Message.system(chat.system), *before]
+        messages = [*before, _with_mark(last, marks.item)]
+        prepared = [chat.prepare(part) for message in messages for part in message.media]
+        segments, media, at = marks.reveal(chat.template.render(messages), prepared)
+        start = at
+        while start and _is_white(segments[start - 1]):
+            start -= 1
+        if not start or not isinstance(segments[start - 1], MediaSlot):
+            start = at  # white space behind a text belongs to it
+        num_before = sum(isinstance(segment, MediaSlot) for segment in segments[:at])
+        shared, rest = media[:num_before], media[num_before:]
+        prefix = self._encode(segments[:start], shared, is_first=True)
+        return _Frame(prefix, tuple(segments[start:at]), tuple(segments[at:]), tuple(rest))
+
+    def _ask(self, frame: _Frame, question: Question, wording: Wording, name: str) -> _Asked:
+        segments, media = list(frame.opening), []
+        for part in _parts(question, wording):
+            if isinstance(part, str):
+                segments.append(TextSegment(part, literal=True))
+            else:
+                segments.append(MediaSlot(part.modality))
+                media.append(self._chat.prepare(part))
+        piece = self._encode([*segments, *frame.closing], [*media, *frame.media])
+        tree = self._tree(question)
+        piece = join([piece, _tokens(tree.lead)])
+        deepest = max(len(path) for path in tree.nodes) - len(tree.lead)
+        length, limit = len(frame.prefix.encoded), self._chat.context_length
+        if length + len(piece.encoded) + deepest > limit:
+            raise ContextTooLongError(
+                f"{name} has {len(piece.encoded) + deepest} positions and the input before it "
+                f"{length}, but the model reads {limit}: shorten the question or the input"
+            )
+        return _Asked(question, tree, piece)
+
+    def _tree(self, question: Question) -> LabelTree:
+        """Return the labels of a question.
+
+        Raises:
+            PromptError: labels that are the same tokens.
+        """
+        tokenizer = self._chat.tokenizer
+        if isinstance(question, Predicate):
+            return LabelTree([spellings(words, tokenizer) for words in (YES, NO)], ["yes", "no"])
+        if isinstance(question, Choice) and question.spelled:
+            names = [option.text for option in question.options]
+            end = self._end
+            return LabelTree([[(*spellings([n], tokenizer)[0], end)] for n in names], names)
+        names = _codes(question)
+        return LabelTree([spellings([name, f" {name}"], tokenizer) for name in names], names)
+
+    @property
+    def _end(self) -> int:
+        """Return the token that ends an answer.
+
+        Raises:
+            PromptError: neither the template nor the tokenizer has one.
+        """
+        ends = [self._chat.tokenizer.token_to_id(stop) for stop in self._chat.template.stop]
+        ends.append(self._chat.tokenizer.eos_id)
+        found = next((end for end in ends if end is not None), None)
+        if found is None:
+            raise PromptError(
+                "spelled choices need a token that ends an answer, and the checkpoint names none: "
+                "ask with spelled=False"
+            )
+        return found
+
+    def _encode(
+        self, segments: Sequence[Segment], media: Sequence[Any], *, is_first: bool = False
+    ) -> ProcessedPrompt:
+        chat = self._chat
+        slots = [segment for segment in segments if isinstance(segment, MediaSlot)]
+        lengths = [
+            chat.model.span_length(slot.modality, one)
+            for slot, one in zip(slots, media, strict=True)
+        ]
+        image_id = chat.config.tokens.image_id if is_first else None
+        encoded = encode(segments, chat.tokenizer, lengths, image_id=image_id, add_bos=is_first)
+        return ProcessedPrompt(encoded, tuple(media))
+
+
+def _conversation(given: object) -> list[Message]:
+    """Return the messages of an input; the last is the user's, whose end the questions are.
+
+    Raises:
+        PromptError: nothing in it.
+    """
+    several: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+    if any(isinstance(one, Message) for one in several):
+        check_conversation(several)
+        if several[-1].role != "user":
+            several.append(Message.user("A question about this conversation."))
+        if not several[-1].text.strip() and not several[-1].media:
+            raise PromptError("the last message of the input is empty: put something into it")
+        return several
+    parts = [_part(one) for one in several]
+    if not any(isinstance(part, MediaPart) or part.text.strip() for part in parts):
+        raise PromptError("the input is empty: give a text, a picture or messages")
+    return [Message("user", tuple(parts))]
+
+
+def _part(given: object) -> Part:
+    if isinstance(given, str):
+        return TextPart(given)
+    if isinstance(given, TextPart | MediaPart):
+        return given
+    return MediaPart(str(given) if isinstance(given, FilePath) else given)
+
+
+def _with_mark(last: Message, mark: str) -> Message:
+    """Return the message with a mark at its end, on a line of its own where text stands before."""
+    parts = list(last.parts)
+    gap = "\n" if last.text.strip() else ""
+    if parts and isinstance(parts[-1], TextPart):
+        parts[-1] = TextPart(parts[-1].text + gap + mark)
+    else:
+        parts.append(TextPart(gap + mark))
+    return replace(last, parts=tuple(parts), written=None)
+
+
+def _parts(question: Question, wording: Wording) -> Iterator[str | MediaPart]:
+    """Yield texts and media of a question, with what is written around it."""
+    text, lines = wording.of(question), ""
+    if isinstance(question, Choice):
+        options = [(option.text, option.description) for option in question.options]
+        lines = _lines(_codes(question), options)
+    elif isinstance(question, Score):
+        lines = _lines(_codes(question), [(label, said) for label, said, _ in question.steps])
+    opening, _, closing = text.partition(QUESTION)
+    given: Instructions = question.instructions
+    found: list[str | MediaPart] = [opening.replace(OPTIONS, lines)]
+    for one in (given,) if isinstance(given, str) else given:
+        part = _part(one)
+        found.append(part.text if isinstance(part, TextPart) else part)
+    found.append(closing.replace(OPTIONS, lines))
+    yield from (part for part in found if part != "")
+
+
+def _lines(codes: Sequence[str], options: Sequence[tuple[str, str]]) -> str:
+    """Return a line for each option: its code, its text where that says more, what is meant."""
+    found = []
+    for code, (text, description) in zip(codes, options, strict=True):
+        is_number = text.isdecimal() and int(text) == int(code) if code.isdecimal() else False
+        said = code if is_number else f"{code}. {text}"
+        found.append(f"{said}: {description}" if description else said)
+    return "\n".join(found)
+
+
+def _codes(question: Choice | Score) -> list[str]:
+    """Return what the options are called, all of one length: none begins another."""
+    if isinstance(question, Choice) and len(question.choices) <= len(LETTERS):
+        return list(LETTERS[: len(question.choices)])
+    if isinstance(question, Choice):
+        numbers = list(range(1, len(question.choices) + 1))
+    else:
+        numbers = [value for _, _, value in question.steps]
+    width = len(str(max(numbers)))
+    return [f"{number:0{width}d}" for number in numbers]
+
+
+def _answer(question: Question, shares: tuple[float, ...]) -> Answer:
+    if isinstance(question, Predicate):
+        return PredicateAnswer(shares[0], question.name)
+    if isinstance(question, Choice):
+        values = tuple(option.value for option in question.options)
+        return ChoiceAnswer(values[shares.index(max(shares))], shares, values, question.name)
+    labels = tuple(label for label, _, _ in question.steps)
+    numbers = tuple(value for _, _, value in question.steps)
+    expected = sum(share * value for share, value in zip(shares, numbers, strict=True))
+    return ScoreAnswer(expected, shares, labels, numbers, question.name)
+
+
+def _tokens(ids: Sequence[int]) -> ProcessedPrompt:
+    return ProcessedPrompt(EncodedPrompt(list(ids), [False] * len(ids)), ())
+
+
+def _without_last(piece: ProcessedPrompt) -> tuple[ProcessedPrompt, int]:
+    """Return a piece without its last token, which is text, and that token."""
+    encoded = piece.encoded
+    shorter = replace(encoded, input_ids=encoded.input_ids[:-1], loss_mask=encoded.loss_mask[:-1])
+    return ProcessedPrompt(shorter, piece.media), encoded.input_ids[-1]
+
+
+def _is_white(segment: Segment) -> bool:
+    return isinstance(segment, TextSegment) and not segment.text.strip()
+
+
+def _check_questions(questions: object) -> None:
+    """Refuse what is no list of questions.
+
+    Raises:
+        PromptError: none, or something else among them.
+    """
+    if isinstance(questions, str) or not isinstance(questions, Sequence) or not questions:
+        raise PromptError(f"questions must be a list of at least one, got {shown(questions)}")
+    for one in questions:
+        if not isinstance(one, Question):
+            raise PromptError(f"a question must be a Predicate, Choice or Score, got {shown(one)}")
