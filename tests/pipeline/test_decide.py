@@ -305,5 +305,3 @@ def test_inputs_that_cannot_be_read_are_refused(chat):
         chat.decide(MediaPart("nowhere.png"), ask)
     with pytest.raises(ContextTooLongError, match=r"question 1 has \d+ positions"):
         chat.decide(EXAMPLE, [*ask, Predicate("red " * 3000)])
-    with pytest.raises(PromptError, match="are the same tokens"):
-        chat.decide(EXAMPLE, [Choice("?", ["a", " a"], spelled=True)])
