@@ -22,6 +22,7 @@ try:
         inspect,
         quantize,
         rank,
+        serve,
         store,
         train,
     )
@@ -38,6 +39,7 @@ COMMANDS: Mapping[str, Callable[..., None] | typer.Typer] = {
     "inspect": inspect.inspect,
     "quantize": quantize.quantize,
     "rank": rank.rank,
+    "serve": serve.serve,
     "train": train.train,
     "data": data.app,
     "store": store.app,

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -120,6 +120,10 @@ class ChatOptions:
 
     def __post_init__(self) -> None:
         SamplingParams.from_options(**self.sampling)
+
+    def of_model(self, model: str) -> "ChatOptions":
+        """Return them with another model."""
+        return replace(self, model=model)
 
     def load(
         self,

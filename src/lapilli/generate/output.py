@@ -192,11 +192,13 @@ class Piece:
         text: never a part of a character or of a stop string.
         token_ids: generated since the chunk before.
         finish_reason: set on the last chunk only.
+        logprobs: one report per token, if they were asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class GenerationState:
@@ -296,9 +298,10 @@ class GenerationState:
             return None
         self._is_end_taken = self.is_finished
         token_ids = tuple(self._token_ids[self._num_taken_tokens :])
+        logprobs = tuple((self._logprobs or ())[self._num_taken_tokens :])
         self._num_taken_texts = len(self._texts)
         self._num_taken_tokens = len(self._token_ids)
-        return Piece(text, token_ids, self.finish_reason)
+        return Piece(text, token_ids, self.finish_reason, logprobs)
 
     def result(self) -> Generation:
         """Return the answer so far, cancelled unless it is finished."""

@@ -4,11 +4,13 @@ It stands on the standard library. The clients that huggingface_hub brings along
 httpx and httpx2, by its release, so that none of them is always there; and none has a deadline over
 the whole download, name look-up included. Proxies are those that urllib finds.
 
-Note: an address inside the caller's own network is fetched like any other. A server that takes
-URLs from strangers has to check them first.
+An address inside the caller's own network is fetched like any other. A server that takes URLs from
+strangers says `public_only`: then every connection, those of redirects too, is made to an address
+that was looked up and checked just before, so that no name can lead inside (DNS rebinding).
 """
 
 import http.client
+import ipaddress
 import socket
 import threading
 from contextlib import suppress
@@ -37,11 +39,20 @@ _SAFE = "%/:=&?~+!$,;'@()*[]-._"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchLimits:
-    """Limits of a download: seconds for the whole, bytes of one medium, number of redirects."""
+    """Limits of a download.
+
+    Attributes:
+        timeout_s: seconds for the whole.
+        max_bytes: of one medium.
+        max_redirects: number of redirects that are followed.
+        public_only: refuse addresses that are private, of this machine or of its links; proxies
+            are not used then, since they would make the connection.
+    """
 
     timeout_s: float = 30.0
     max_bytes: int = 128 << 20
     max_redirects: int = 5
+    public_only: bool = False
 
     def __post_init__(self) -> None:
         if self.timeout_s <= 0 or self.max_bytes <= 0 or self.max_redirects < 0:
@@ -166,7 +177,7 @@ class _Transfer:
     def _opener(self) -> OpenerDirector:
         opener = OpenerDirector()
         for handler in (
-            ProxyHandler(),
+            ProxyHandler({} if self.limits.public_only else None),
             _Handler(self),
             _RedirectHandler(self),
             HTTPDefaultErrorHandler(),
@@ -197,14 +208,56 @@ class _Handler(HTTPSHandler):
     def _open(
         self, kind: type[http.client.HTTPConnection], req: Request
     ) -> http.client.HTTPResponse:
-        keep = self._transfer.keep
+        keep, public_only = self._transfer.keep, self._transfer.limits.public_only
 
         class Connection(kind):  # type: ignore[valid-type, misc]  # one of the two above
             def connect(self) -> None:
+                if public_only:
+                    self._create_connection = connect_in_public
                 super().connect()
                 keep(self.sock)
 
         return self.do_open(Connection, req)
+
+
+def connect_in_public(
+    address: tuple[str, int], timeout: float | None = None, source: tuple[str, int] | None = None
+) -> socket.socket:
+    """Connect to a name, looked up once, of which every address is public; as `create_connection`.
+
+    Raises:
+        MediaError: one of its addresses is not.
+        OSError: none of them answers.
+    """
+    host, port = address
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for *_, (number, *_rest) in found:
+        if not is_public(str(number)):
+            raise MediaError(
+                f"{host} leads to {number}, which is no public address: a server fetches no "
+                "pictures from inside its own network"
+            )
+    failure: OSError = OSError(f"{host} has no address")
+    for *_, (number, *_rest) in found:
+        try:
+            return socket.create_connection((str(number), port), timeout, source)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def is_public(address: str) -> bool:
+    """Return whether an IP address is one of the open internet, also where it carries another."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    inner: list[ipaddress.IPv4Address | ipaddress.IPv6Address | None] = [ip]
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner += [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        if ip in _NAT64:
+            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    return all(one is None or (one.is_global and not one.is_multicast) for one in inner)
+
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class _RedirectHandler(HTTPRedirectHandler):

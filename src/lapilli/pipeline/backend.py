@@ -330,6 +330,11 @@ class Backend:
             return self.engine.stream(request)
         return stream(batch=self._fuse([request]), **self._plain_options([request]))
 
+    def request(self, prompt: ProcessedPrompt, params: SamplingParams) -> Request | Generation:
+        """Return the engine's request for a prompt, or the answer where there is a fixed one."""
+        fixed = self._fixed(prompt, params)
+        return self._request(prompt, params) if fixed is None else fixed
+
     def generate(
         self, prompts: Sequence[ProcessedPrompt], params: SamplingParams
     ) -> list[Generation]:

@@ -21,7 +21,7 @@ from lapilli.config.model import ModelConfig
 from lapilli.config.reader import given_path, shown
 from lapilli.errors import CheckpointError, ConfigError, GenerationError, LapilliError, PromptError
 from lapilli.generate.engine import Engine, EngineOptions
-from lapilli.generate.engine.request import EngineStream
+from lapilli.generate.engine.request import EngineStream, Request
 from lapilli.generate.output import Generation
 from lapilli.media.fetch import FetchLimits
 from lapilli.modality.image.decode import Alpha, check_alpha
@@ -401,6 +401,20 @@ class Chat:
     def encode(self, messages: Sequence[Message]) -> ProcessedPrompt:
         """Return the prompt that `answer` works with: ids, spans and prepared media."""
         return self._process(messages)
+
+    def request(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> Request | Generation:
+        """Return what `answer` asks the engine, or the answer where no model is needed for it.
+
+        Whoever runs the engine in a way of its own, as a server does, submits the request.
+
+        Raises:
+            PromptError: a conversation with nothing to answer.
+            ContextTooLongError: it leaves no room for an answer.
+        """
+        prompt = self._process(messages)
+        return self._backend.request(prompt, self._params(params or SamplingParams()))
 
     def prepare(self, part: MediaPart) -> Any:  # noqa: ANN401 - every modality has its own
         """Return a medium as its modality takes it; features stay features.

@@ -48,6 +48,20 @@ class AsyncEngine:
             GenerationError: no slot and `wait` is False, or the engine is closed.
             LapilliError: the request is invalid (`Engine.submit`) or failed.
         """
+        answer = await self.open(request, handle=handle, wait=wait)
+        try:
+            async for piece in answer:
+                yield piece
+        finally:
+            answer.close()
+
+    async def open(
+        self, request: Request, *, handle: RequestHandle | None = None, wait: bool = True
+    ) -> "AsyncAnswer":
+        """Submit a request and return its answer, which must be closed; raises what `submit` does.
+
+        Whoever asks knows at once whether the request was refused.
+        """
         handle = handle or RequestHandle(request)
         if wait:
             await self._slots.acquire()
@@ -56,25 +70,21 @@ class AsyncEngine:
                 f"{self.engine.options.max_waiting} requests are on their way, the limit: try "
                 "again later"
             )
+        answer = AsyncAnswer(handle, lambda: self._leave(handle))
         try:
-            news = asyncio.Event()
-            handle.wake = waker(asyncio.get_running_loop(), news)
             # In a thread: a large picture takes milliseconds to be hashed.
             await asyncio.to_thread(self._enter, request, handle)
-            while True:
-                await news.wait()
-                news.clear()
-                is_finished = handle.is_finished  # asked first: a piece may come between
-                while (piece := handle.take()) is not None:
-                    yield piece
-                if is_finished:
-                    return
-        finally:
-            self._slots.release()
-            self._handles.discard(handle)
-            if not handle.is_finished:
-                handle.cancel()
-                self._has_news.set()
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+    def _leave(self, handle: RequestHandle) -> None:
+        self._slots.release()
+        self._handles.discard(handle)
+        if not handle.is_finished:
+            handle.cancel()
+            self._has_news.set()
 
     async def answer(self, request: Request) -> Generation:
         """Return the whole answer; raises what `submit` does."""
@@ -124,6 +134,46 @@ class AsyncEngine:
 
     def _fail_open(self) -> None:
         self.engine.abort_all(GenerationError("the engine is closed"), list(self._handles))
+
+
+class AsyncAnswer:
+    """Answer on its way, as an asynchronous iterator of pieces.
+
+    Args:
+        handle: has the finished answer afterwards.
+        leave: called once, when the answer is closed.
+    """
+
+    def __init__(self, handle: RequestHandle, leave: Callable[[], None]) -> None:
+        self.handle = handle
+        self._news = asyncio.Event()
+        self._leave: Callable[[], None] | None = leave
+        handle.wake = waker(asyncio.get_running_loop(), self._news)
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        return self
+
+    async def __anext__(self) -> Piece:
+        """Return the text that came since the last piece.
+
+        Raises:
+            LapilliError: the request failed.
+        """
+        while True:
+            is_finished = self.handle.is_finished  # asked first: a piece may come between
+            piece = self.handle.take()
+            if piece is not None:
+                return piece
+            if is_finished:
+                raise StopAsyncIteration
+            await self._news.wait()
+            self._news.clear()
+
+    def close(self) -> None:
+        """Let go of it; an answer that is not finished is cancelled within a step."""
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            leave()
 
 
 def waker(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[], None]:

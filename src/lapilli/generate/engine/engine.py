@@ -364,6 +364,11 @@ class Engine:
         """Requests that no block is reserved for yet."""
         return self.scheduler.num_waiting
 
+    @property
+    def num_running(self) -> int:
+        """Requests with reserved blocks."""
+        return len(self.scheduler.running)
+
     def submit(self, request: Request, *, handle: RequestHandle | None = None) -> RequestHandle:
         """Submit a request, which is answered by the steps that any thread takes.
 

@@ -56,6 +56,10 @@ class RequestHandle:
         the engine, so it may use the engine. Exceptions are logged."""
         self.keys: tuple[int, ...] = ()
         """Position keys of the computed tokens, once it is finished (Engine.save_prefix)."""
+        self.cached_tokens = 0
+        """Tokens of the prompt that the prefix cache had."""
+        self.admitted_at: float | None = None
+        """When its blocks were reserved, of `time.monotonic`."""
         self._lock = threading.Lock()
         self._is_submitted = False
         self._waiting: list[Piece] = []
@@ -107,6 +111,7 @@ class RequestHandle:
             "".join(piece.text for piece in pieces),
             tuple(token for piece in pieces for token in piece.token_ids),
             pieces[-1].finish_reason,
+            tuple(report for piece in pieces for report in piece.logprobs),
         )
 
     def claim(self) -> None:

@@ -10,6 +10,7 @@ Any thread may call `enter` and read the counts; all else is for the one that ho
 import hashlib
 import logging
 import threading
+import time
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator
@@ -128,6 +129,8 @@ class Scheduler:
             if table is None:
                 break
             sequence.table, sequence.length = table, table.length
+            sequence.handle.cached_tokens = table.length
+            sequence.handle.admitted_at = time.monotonic()
             self.running.append(sequence)
             self.waiting.remove(sequence)
             self._pool.stats.tokens += sequence.prompt_length

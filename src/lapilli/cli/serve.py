@@ -1,0 +1,104 @@
+"""`lapilli serve`: a server of one model, for every client that speaks the field's protocols."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lapilli.cli.terminal import ChatOptions, note
+from lapilli.config.generation import SamplingParams
+from lapilli.errors import ConfigError
+
+Model = Annotated[str | None, typer.Argument(help="A directory, a hub id, or pebble.")]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)]
+Keys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-key",
+        metavar="KEY",
+        help="KEY, or NAME=KEY:REQUESTS_PER_MINUTE:CONCURRENT; repeatable. Without it the "
+        "environment variable LAPILLI_API_KEY counts.",
+    ),
+]
+Name = Annotated[str, typer.Option("--name", help="What requests call the model.")]
+Rows = Annotated[int, typer.Option(help="Answers that are worked on at the same time.", min=1)]
+CacheBytes = Annotated[
+    int | None, typer.Option(help="Memory for keys and values, cached ones included.", min=0)
+]
+Remote = Annotated[
+    bool, typer.Option("--allow-remote-images", help="Fetch pictures from http(s) URLs.")
+]
+Root = Annotated[
+    Path | None, typer.Option("--media-root", help="A folder whose files requests may name.")
+]
+Origins = Annotated[
+    list[str] | None,
+    typer.Option("--allow-origin", help="A web page's origin that may ask; repeatable."),
+]
+WithoutKey = Annotated[
+    bool, typer.Option("--without-key", help="Let other machines ask without a key.")
+]
+Store = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--store",
+        metavar="NAME=STORE",
+        help="A store of embeddings, whose ids stand for media of the modality NAME.",
+    ),
+]
+
+
+def serve(
+    checkpoint: Model = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: Keys = None,
+    name: Name = "",
+    rows: Rows = 16,
+    cache_bytes: CacheBytes = None,
+    allow_remote_images: Remote = False,
+    media_root: Root = None,
+    allow_origin: Origins = None,
+    without_key: WithoutKey = False,
+    store: Store = None,
+    *,
+    how: ChatOptions,
+) -> None:
+    """Serve a model over HTTP: OpenAI's protocol and others, and a page to talk with it."""
+    from lapilli.serve.options import ServeOptions, keys_of
+
+    options = ServeOptions(
+        host=host,
+        port=port,
+        keys=keys_of(api_key or []),
+        model_name=name,
+        allow_remote_images=allow_remote_images,
+        media_root=media_root,
+        allow_origins=tuple(allow_origin or ()),
+        without_key=without_key,
+        sampling=SamplingParams.from_options(**how.sampling),
+    )
+    run = _runner()
+    limits: dict[str, Any] = {"max_rows": rows, "kv_bytes": cache_bytes}
+    if checkpoint is not None:
+        how = how.of_model(checkpoint)
+    from lapilli.cli.terminal import open_stores
+
+    chat = how.load(open_stores(store or []), **limits)
+    run(chat, options, lambda address: None if how.quiet else note(f"lapilli: ready on {address}"))
+
+
+def _runner() -> Any:  # noqa: ANN401  a function, imported where it is needed
+    """Return what runs the server.
+
+    Raises:
+        ConfigError: the extra is not installed.
+    """
+    try:
+        from lapilli.serve.run import run
+    except ImportError as error:
+        raise ConfigError(
+            f'the server needs more packages ({error.name}): pip install "lapilli[serve]"'
+        ) from error
+    return run

@@ -1,0 +1,99 @@
+"""Application: the routes of all protocols over one model, and what stands before them.
+
+    Gate (auth.py) -> routes: chat, completions, ... -> Service
+    errors of any kind -> api_error -> the shape of the protocol
+
+The one place that knows all routes.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from lapilli import __version__
+from lapilli.pipeline import Chat
+from lapilli.serve import chat, completions, status, uploads
+from lapilli.serve.auth import Gate
+from lapilli.serve.errors import ApiError, api_error, dialect_of
+from lapilli.serve.options import ServeOptions
+from lapilli.serve.service import Service
+
+ROUTERS = (chat.router, completions.router, uploads.router, status.router)
+"""A protocol, or a part of one, is one file with a `router`, and an entry here."""
+
+
+def create_app(model: Chat, options: ServeOptions | None = None) -> FastAPI:
+    """Return the application that serves a model.
+
+    Args:
+        model: what `lapilli.load` returns.
+        options: keys and limits; host and port are uvicorn's to know.
+    """
+    options = options or ServeOptions()
+    service = Service(model, options)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await service.close()
+
+    app = FastAPI(
+        title="lapilli",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # they load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.service = service
+    for router in ROUTERS:
+        app.include_router(router(service))
+    if options.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(options.allow_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+        )
+    app.add_middleware(Gate, options=options)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _not_found)
+    app.add_exception_handler(ApiError, _answered)
+    app.add_exception_handler(Exception, _answered)
+    for kind in (ValueError, RuntimeError, OSError, TypeError, KeyError):
+        # Starlette re-raises what only the handler of Exception takes, behind a traceback.
+        app.add_exception_handler(kind, _answered)
+    return app
+
+
+async def _answered(request: Request, error: Exception) -> JSONResponse:
+    """Answer with the cause of an error, in the shape of the protocol."""
+    found = api_error(error)
+    request.app.state.service.metrics.count_error(found.status)
+    body = found.body(dialect_of(request.url.path))
+    return JSONResponse(body, status_code=found.status, headers=dict(found.headers))
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """Answer a body of another form: 400, as OpenAI does, with the first field that is wrong."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - it is registered for these
+    first = error.errors()[0] if error.errors() else {"loc": ("body",), "msg": "is not valid"}
+    where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
+    found = ApiError(400, f"{where}: {first['msg']}", "invalid_request", where)
+    return await _answered(request, found)
+
+
+async def _not_found(request: Request, error: Exception) -> JSONResponse:
+    """Answer what no route answers, and what the framework refuses."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - it is registered for these
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"there is no route {request.method} {request.url.path}"
+    elif error.status_code == 405:
+        message = f"{request.url.path} does not take {request.method}"
+    headers = dict(error.headers or {})
+    return await _answered(request, ApiError(error.status_code, message, headers=headers))

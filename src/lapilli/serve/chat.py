@@ -1,0 +1,268 @@
+"""`/v1/chat/completions`: OpenAI's chat, with the extensions that its users know from vLLM."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+
+from lapilli.config.generation import SamplingParams
+from lapilli.generate.output import TokenLogprob
+from lapilli.prompt.tokenizer import Tokenizer
+from lapilli.serve.errors import ApiError
+from lapilli.serve.sampling import SamplingBody
+from lapilli.serve.service import (
+    Answers,
+    ChatRequest,
+    Delta,
+    Finished,
+    Part,
+    Service,
+    Timings,
+    Turn,
+    Usage,
+)
+from lapilli.serve.stream import DONE, event, events, unless_gone
+
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+MEDIA_TYPES = frozenset(("image_url", "input_image", "image_embeds", "image"))
+TEXT_TYPES = frozenset(("text", "input_text", "output_text", "refusal"))
+
+
+class MessageBody(BaseModel):
+    """One message: its content is a text, or texts and pictures in order."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Role
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatBody(SamplingBody):
+    """The body of `/v1/chat/completions`."""
+
+    messages: list[MessageBody]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+
+    @property
+    def most(self) -> int | None:
+        """The longest answer that the client named."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+def router(service: Service) -> APIRouter:
+    """Return the route."""
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatBody, http: Request) -> Response:
+        """Answer a conversation, at once or as a stream."""
+        service.check_model(body.model)
+        request = chat_request(body, service.options.sampling, http.state.owner)
+        answers = await service.open(request)
+        reply = Reply(service, body, answers)
+        if body.stream:
+            return events(reply.stream())
+        return JSONResponse(await unless_gone(http, reply.whole()))
+
+    return routes
+
+
+def chat_request(body: ChatBody, base: SamplingParams, owner: str) -> ChatRequest:
+    """Return the internal request of a body.
+
+    Raises:
+        ApiError: no messages, a part of an unknown type, or options that contradict each other.
+        GenerationError: a sampling option out of its bounds.
+    """
+    logprobs = None
+    if body.logprobs or body.top_logprobs:
+        logprobs = body.top_logprobs or 0
+        if not 0 <= logprobs <= 20:
+            raise ApiError(
+                400, f"top_logprobs must be from 0 to 20, got {logprobs}", param="top_logprobs"
+            )
+    return ChatRequest(
+        turns=turns_of(body.messages),
+        params=body.params(base, logprobs=logprobs, max_new_tokens=body.most),
+        has_limit=body.most is not None,
+        choices=1 if body.n is None else body.n,
+        owner=owner,
+    )
+
+
+def turns_of(messages: list[MessageBody]) -> tuple[Turn, ...]:
+    """Return messages as turns; what a tool returned is shown to the model as the user's.
+
+    Raises:
+        ApiError: no messages, or a part of an unknown type.
+    """
+    if not messages:
+        raise ApiError(400, "messages is empty: give at least one of the user", param="messages")
+    roles: Mapping[str, str] = {"developer": "system", "tool": "user", "function": "user"}
+    return tuple(
+        Turn(role=roles.get(one.role, one.role), parts=parts_of(one.content, f"messages[{i}]"))
+        for i, one in enumerate(messages)
+    )
+
+
+def parts_of(content: str | list[dict[str, Any]] | None, name: str) -> tuple[Part, ...]:
+    """Return the parts of a message in order; pictures are opened later, in a worker thread.
+
+    Raises:
+        ApiError: a part of an unknown type, or a text that is none.
+    """
+    if content is None:
+        return ()
+    if isinstance(content, str):
+        return (content,)
+    found: list[Part] = []
+    for at, part in enumerate(content):
+        kind, where = part.get("type"), f"{name}.content[{at}]"
+        if kind in MEDIA_TYPES:
+            found.append(part)
+        elif kind in TEXT_TYPES:
+            text = part.get("text", part.get("refusal"))
+            if not isinstance(text, str):
+                raise ApiError(400, f"{where} has no text", param=where)
+            found.append(text)
+        else:
+            known = ", ".join(sorted((*TEXT_TYPES, *MEDIA_TYPES)))
+            raise ApiError(
+                400, f"{where} has the type {kind!r}: expected one of {known}", param=where
+            )
+    return tuple(found)
+
+
+class Reply:
+    """The answer to one request in OpenAI's form."""
+
+    def __init__(self, service: Service, body: ChatBody, answers: Answers) -> None:
+        self._service = service
+        self._body = body
+        self._answers = answers
+        self._wants_logprobs = bool(body.logprobs or body.top_logprobs)
+        self._head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": service.model_name,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """Return the response in one piece."""
+        async with self._answers as answers:
+            finished = await answers.collect()
+        self._service.metrics.count(answers)
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [self._choice(one) for one in finished],
+            "usage": usage_json(answers.usage),
+            "timings": timings_json(answers.timings, answers.usage),
+        }
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Yield the response as events."""
+        options = self._body.stream_options
+        async with self._answers as answers:
+            for index in range(self._body.n or 1):
+                yield self._chunk(index, {"role": "assistant", "content": ""})
+            async for one in answers:
+                if isinstance(one, Finished):
+                    yield self._chunk(one.index, {}, finish=one.reason)
+                else:
+                    yield self._chunk(one.index, {"content": one.text}, delta=one)
+        self._service.metrics.count(answers)
+        if options is not None and options.include_usage:
+            last = {**self._head, "object": "chat.completion.chunk", "choices": []}
+            timings = timings_json(answers.timings, answers.usage)
+            yield event({**last, "usage": usage_json(answers.usage), "timings": timings})
+        yield DONE
+
+    def _choice(self, one: Finished) -> dict[str, Any]:
+        generation = one.generation
+        message = {"role": "assistant", "content": generation.text.strip(), "refusal": None}
+        logprobs = None
+        if self._wants_logprobs:
+            content = logprobs_json(generation.logprobs or (), self._service.chat.tokenizer)
+            logprobs = {"content": content, "refusal": None}
+        return {
+            "index": one.index,
+            "message": message,
+            "logprobs": logprobs,
+            "finish_reason": one.reason,
+        }
+
+    def _chunk(
+        self,
+        index: int,
+        said: dict[str, Any],
+        *,
+        finish: str | None = None,
+        delta: Delta | None = None,
+    ) -> bytes:
+        choice: dict[str, Any] = {"index": index, "delta": said, "finish_reason": finish}
+        if self._wants_logprobs and delta is not None:
+            content = logprobs_json(delta.logprobs, self._service.chat.tokenizer)
+            choice["logprobs"] = {"content": content, "refusal": None}
+        chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        options = self._body.stream_options
+        if options is not None and options.continuous_usage_stats:
+            chunk["usage"] = usage_json(self._answers.usage)
+        return event(chunk)
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    """Return counts as OpenAI names them, visual tokens besides."""
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached,
+            "image_tokens": usage.visual,
+        },
+    }
+
+
+def timings_json(timings: Timings, usage: Usage) -> dict[str, float]:
+    """Return times in milliseconds, and speed, as llama.cpp's server does."""
+    decoding = timings.total - timings.first_token
+    rate = (usage.completion - 1) / decoding if usage.completion > 1 and decoding > 0 else 0.0
+    return {
+        "queue_ms": 1e3 * timings.queue,
+        "prompt_ms": 1e3 * (timings.first_token - timings.queue),
+        "first_token_ms": 1e3 * timings.first_token,
+        "total_ms": 1e3 * timings.total,
+        "predicted_per_second": rate,
+        "cache_n": usage.cached,
+    }
+
+
+def logprobs_json(reports: tuple[TokenLogprob, ...], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Return log-probabilities as OpenAI has them: per token, with its bytes and alternatives."""
+
+    def named(token_id: int, logprob: float) -> dict[str, Any]:
+        special = token_id in tokenizer.special_ids
+        data = b"" if special else tokenizer.token_bytes(token_id)
+        text = tokenizer.id_to_token(token_id) if special else data.decode("utf-8", "replace")
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
+
+    return [
+        {
+            **named(one.token_id, one.logprob),
+            "top_logprobs": [named(*alternative) for alternative in one.top],
+        }
+        for one in reports
+    ]

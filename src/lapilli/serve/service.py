@@ -1,0 +1,406 @@
+"""Service: the internal request of all protocols, and how it is answered.
+
+    ChatRequest --worker thread: media, template, tokens--> n requests of the engine
+    Answers     Delta, Delta, Finished of every choice, as the engine makes them; Usage, Timings
+
+Knows the model and its engine; must not know protocols.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from lapilli.config.generation import SamplingParams
+from lapilli.errors import ContextTooLongError, UnsupportedModelError
+from lapilli.generate.engine.async_engine import AsyncAnswer, AsyncEngine
+from lapilli.generate.engine.request import Request
+from lapilli.generate.output import FinishReason, Generation, TokenLogprob
+from lapilli.pipeline import Chat
+from lapilli.prompt.encode import EncodedPrompt
+from lapilli.prompt.message import MediaPart, Message, TextPart
+from lapilli.serve.errors import ApiError, BusyError
+from lapilli.serve.files import Files
+from lapilli.serve.media import MediaReader
+from lapilli.serve.metrics import Metrics
+from lapilli.serve.options import ServeOptions
+
+T = TypeVar("T")
+
+Part = str | MediaPart | dict[str, Any]
+"""A text, a medium, or a picture in OpenAI's form that a worker thread is to open."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One message of a request, its pictures not opened yet."""
+
+    role: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest:
+    """What every protocol's request for an answer becomes.
+
+    Attributes:
+        turns: the conversation.
+        prompt: in place of a conversation a text, or tokens, that the model goes on with as it is.
+        params: how to sample; `max_new_tokens` counts if `has_limit`.
+        has_limit: whether the client named a longest answer.
+        choices: answers to the same prompt.
+        owner: whose key it came with.
+        endpoint: for the metrics.
+    """
+
+    turns: tuple[Turn, ...] = ()
+    prompt: str | tuple[int, ...] | None = None
+    params: SamplingParams = field(default_factory=SamplingParams)
+    has_limit: bool = False
+    choices: int = 1
+    owner: str = "anyone"
+    endpoint: str = "chat"
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More of one choice."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of one choice."""
+
+    index: int
+    reason: FinishReason
+    generation: Generation
+
+
+@dataclass(slots=True)
+class Usage:
+    """Counts of tokens, exact: pictures as the positions that they take.
+
+    Attributes:
+        prompt: tokens of the prompt, visual ones included.
+        visual: those of pictures and other media.
+        cached: those of the prompt that were not computed again.
+        completion: generated tokens of all choices.
+    """
+
+    prompt: int = 0
+    visual: int = 0
+    cached: int = 0
+    completion: int = 0
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds of a request: waiting for blocks, until the first token, and in all."""
+
+    queue: float = 0.0
+    first_token: float = 0.0
+    total: float = 0.0
+
+
+class Answers:
+    """The choices of one request, as they come.
+
+    Use it as an asynchronous iterator inside `async with`: leaving the block ends what is not
+    finished, within one step of the engine.
+    """
+
+    def __init__(self, answers: Sequence[AsyncAnswer | Generation], started: float) -> None:
+        self._answers = answers
+        self._started = started
+        self.usage = Usage()
+        self.timings = Timings()
+        self.reason = "cancelled"
+
+    async def __aenter__(self) -> "Answers":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every choice that is not finished."""
+        for answer in self._answers:
+            if isinstance(answer, AsyncAnswer):
+                answer.close()
+
+    async def collect(self) -> list[Finished]:
+        """Return every choice when all are finished."""
+        found = [event async for event in self if isinstance(event, Finished)]
+        return sorted(found, key=lambda one: one.index)
+
+    def __aiter__(self) -> AsyncIterator[Delta | Finished]:
+        if len(self._answers) == 1:
+            return self._events(0, self._answers[0])
+        return self._merged()
+
+    async def _merged(self) -> AsyncIterator[Delta | Finished]:
+        """Yield the events of several choices as they come."""
+        queue: asyncio.Queue[Delta | Finished | BaseException | None] = asyncio.Queue()
+
+        async def feed(index: int, answer: AsyncAnswer | Generation) -> None:
+            try:
+                async for event in self._events(index, answer):
+                    await queue.put(event)
+            except Exception as error:  # noqa: BLE001 - raised below, in the reader
+                await queue.put(error)
+            await queue.put(None)
+
+        tasks = [asyncio.create_task(feed(*one)) for one in enumerate(self._answers)]
+        left = len(tasks)
+        try:
+            while left:
+                event = await queue.get()
+                if isinstance(event, BaseException):
+                    raise event
+                if event is None:
+                    left -= 1
+                else:
+                    yield event
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _events(
+        self, index: int, answer: AsyncAnswer | Generation
+    ) -> AsyncIterator[Delta | Finished]:
+        if isinstance(answer, Generation):
+            yield Delta(index, answer.text, answer.token_ids, answer.logprobs or ())
+            generation = answer
+        else:
+            async for piece in answer:
+                if not self.timings.first_token:
+                    self._note_first(answer)
+                if piece.text or piece.token_ids:
+                    yield Delta(index, piece.text, piece.token_ids, piece.logprobs)
+            generation = answer.handle.generation
+            if index == 0:  # the others find what the first one computed
+                self.usage.cached = answer.handle.cached_tokens
+        self.usage.completion += len(generation.token_ids)
+        self.timings.total = time.monotonic() - self._started
+        self.reason = generation.finish_reason
+        yield Finished(index, generation.finish_reason, generation)
+
+    def _note_first(self, answer: AsyncAnswer) -> None:
+        now = time.monotonic()
+        self.timings.first_token = now - self._started
+        admitted = answer.handle.admitted_at
+        self.timings.queue = (now if admitted is None else admitted) - self._started
+
+
+class Pool:
+    """Threads for what would stall the event loop; refuses more than may wait for them."""
+
+    def __init__(self, name: str, workers: int, waiting: int) -> None:
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix=f"lapilli-{name}")
+        self._free = threading.Semaphore(workers + waiting)
+        self._waiting = waiting
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """Return what a function returns, called in a thread.
+
+        Raises:
+            BusyError: too many wait already.
+        """
+        if not self._free.acquire(blocking=False):
+            raise BusyError(f"{self._waiting} requests are waiting to be read: try again later")
+        future = asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        future.add_done_callback(lambda _: self._free.release())
+        return await asyncio.shield(future)
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class Service:
+    """One model, as all routes use it.
+
+    Args:
+        chat: the model.
+        options: limits, and what the model is called.
+
+    Raises:
+        UnsupportedModelError: a language model of another library, which has no engine.
+    """
+
+    def __init__(self, chat: Chat, options: ServeOptions) -> None:
+        if not chat.model.language_model.supports_varlen:
+            raise UnsupportedModelError(
+                f"{chat.name}: its language model is one of another library, which the engine "
+                "cannot run: a server needs one of lapilli's own"
+            )
+        self.chat = chat
+        self.options = options
+        self.model_name = options.model_name or chat.name
+        self.created = int(time.time())
+        self.files = Files(options.limits.upload_bytes)
+        self.media = MediaReader(chat, options, self.files)
+        self.engine = AsyncEngine(chat.engine)
+        self.metrics = Metrics(self)
+        self.is_stopping = False
+        limits = options.limits
+        self._readers = Pool("reader", limits.workers, limits.waiting)
+        self._scorers = Pool("scorer", 1, limits.waiting)
+
+    async def read(self, function: Callable[..., T], *args: object) -> T:
+        """Run a function that fetches, decodes or tokenizes, in a worker thread."""
+        return await self._readers.run(function, *args)
+
+    async def compute(self, function: Callable[..., T], *args: object) -> T:
+        """Run a function that uses the model by itself, between steps of the engine."""
+        return await self._scorers.run(function, *args)
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a request for another model.
+
+        Raises:
+            ApiError: 404 with the name of the model that there is.
+        """
+        if name not in (None, "", self.model_name, f"{self.model_name}:latest", "default"):
+            raise ApiError(
+                404,
+                f"the model {name!r} does not exist: this server has {self.model_name!r}",
+                "model_not_found",
+                "model",
+            )
+
+    async def open(self, request: ChatRequest) -> Answers:
+        """Read a request and submit it; what is wrong with it is raised here, not later.
+
+        Raises:
+            ApiError: the server is stopping, or more choices than it makes.
+            LapilliError: a medium, the conversation or the options.
+        """
+        started = time.monotonic()
+        self.check_open()
+        most = self.options.limits.choices
+        if not 1 <= request.choices <= most:
+            raise ApiError(400, f"n must be from 1 to {most}, got {request.choices}", param="n")
+        asked = await self.read(self.prepare, request)
+        answers: list[AsyncAnswer | Generation] = []
+        try:
+            for one in asked:
+                if isinstance(one, Request):
+                    answers.append(await self.engine.open(one, wait=False))
+                else:
+                    answers.append(one)
+        except BaseException:
+            Answers(answers, started).close()
+            raise
+        found = Answers(answers, started)
+        first = asked[0]
+        if isinstance(first, Generation):
+            found.usage.prompt = first.prompt_len
+        else:
+            found.usage.prompt = len(first.prompt.input_ids)
+            found.usage.visual = sum(span.length for span in first.prompt.spans)
+        return found
+
+    def check_open(self) -> None:
+        """Refuse new work while the server stops.
+
+        Raises:
+            ApiError: 503.
+        """
+        if self.is_stopping:
+            raise ApiError(
+                503,
+                "the server is stopping: ask another one",
+                "unavailable",
+                headers={"Retry-After": "5"},
+            )
+
+    def messages(self, turns: Sequence[Turn], owner: str) -> list[Message]:
+        """Return turns as messages, their pictures opened; called in a worker thread.
+
+        Instructions that come later join those at the beginning, and neighbouring turns of one
+        speaker are one message, since templates know no others.
+        """
+        count = sum(not isinstance(part, str) for turn in turns for part in turn.parts)
+        most = self.options.limits.images
+        if count > most:
+            raise ApiError(400, f"{count} pictures in one request, the limit is {most}")
+        system = [str(p) for turn in turns if turn.role == "system" for p in turn.parts]
+        found: list[tuple[str, list[str | MediaPart]]] = []
+        for turn in turns:
+            if turn.role == "system":
+                continue
+            opened = [
+                self.media.part(part, owner) if isinstance(part, dict) else part
+                for part in turn.parts
+            ]
+            if found and found[-1][0] == turn.role:
+                found[-1][1].extend(["\n", *opened])
+            else:
+                found.append((turn.role, opened))
+        messages = [Message.system("\n\n".join(system))] if system else []
+        return messages + [Message(role, text_and_media(parts)) for role, parts in found]
+
+    def prepare(self, request: ChatRequest) -> Sequence[Request | Generation]:
+        """Return the engine's requests of all choices; called in a worker thread."""
+        chat, params = self.chat, request.params
+        first = self._continued(request.prompt, params) or chat.request(
+            self.messages(request.turns, request.owner), params
+        )
+        if isinstance(first, Generation):
+            return [first] * request.choices
+        room = chat.context_length - len(first.prompt.input_ids)
+        wanted = first.params.max_new_tokens
+        if request.has_limit and wanted > room:
+            raise ContextTooLongError(
+                f"the prompt has {len(first.prompt.input_ids)} tokens and the answer may have "
+                f"{wanted}, the context holds {chat.context_length}: ask for at most {room}"
+            )
+        first = replace(first, params=first.params.updated(max_new_tokens=min(wanted, room)))
+        seed = first.params.seed
+        return [first] + [
+            replace(
+                first,
+                params=first.params.updated(
+                    seed=None if seed is None else (seed + number) % (1 << 64)
+                ),
+            )
+            for number in range(1, request.choices)
+        ]
+
+    def _continued(
+        self, prompt: str | tuple[int, ...] | None, params: SamplingParams
+    ) -> Request | None:
+        """Return the request of a prompt without a conversation."""
+        if prompt is None:
+            return None
+        ids = self.chat.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return Request(EncodedPrompt(ids, [False] * len(ids)), params=params)
+
+    async def close(self) -> None:
+        """End the engine and the threads."""
+        self.is_stopping = True
+        self._readers.close()
+        self._scorers.close()
+        await asyncio.to_thread(self.engine.close)
+
+
+def text_and_media(parts: Sequence[str | MediaPart]) -> tuple[Any, ...]:
+    """Return the parts of a message: neighbouring texts as one."""
+    found: list[Any] = []
+    for part in parts:
+        if isinstance(part, MediaPart):
+            found.append(part)
+        elif found and isinstance(found[-1], TextPart):
+            found[-1] = TextPart(found[-1].text + part)
+        else:
+            found.append(TextPart(part))
+    return tuple(found)

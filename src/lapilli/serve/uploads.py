@@ -1,0 +1,50 @@
+"""`/v1/files`: a picture is uploaded once, and named by its id in any number of requests."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, Request, Response, UploadFile
+
+from lapilli.serve.errors import ApiError
+from lapilli.serve.service import Service
+
+
+def router(service: Service) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter()
+
+    @routes.post("/v1/files")
+    async def upload(
+        file: UploadFile, http: Request, purpose: Annotated[str, Form()] = "vision"
+    ) -> dict[str, Any]:
+        """Keep a picture, decoded at once, so that one that cannot be read is refused here."""
+        if purpose not in ("vision", "user_data"):
+            raise ApiError(400, f"purpose is {purpose!r}: expected vision", param="purpose")
+        data = await file.read()
+        owner = http.state.owner
+        await service.read(lambda: service.media.picture(data, owner=owner))
+        return service.files.add(owner, file.filename or "picture", purpose, data).as_json()
+
+    @routes.get("/v1/files")
+    async def listed(http: Request) -> dict[str, Any]:
+        """List the files of this key."""
+        files = [file.as_json() for file in service.files.all(http.state.owner)]
+        return {"object": "list", "data": files, "has_more": False}
+
+    @routes.get("/v1/files/{file_id}")
+    async def described(file_id: str, http: Request) -> dict[str, Any]:
+        """Describe a file."""
+        return service.files.get(file_id, http.state.owner).as_json()
+
+    @routes.get("/v1/files/{file_id}/content", response_model=None)
+    async def content(file_id: str, http: Request) -> Response:
+        """Return the bytes of a file."""
+        data = service.files.content(file_id, http.state.owner)
+        return Response(data, media_type="application/octet-stream")
+
+    @routes.delete("/v1/files/{file_id}")
+    async def deleted(file_id: str, http: Request) -> dict[str, Any]:
+        """Let go of a file."""
+        service.files.delete(file_id, http.state.owner)
+        return {"id": file_id, "object": "file", "deleted": True}
+
+    return routes
