@@ -169,8 +169,9 @@ class Decider:
                 continue
             found = next(logits) if way == "packed" else self._read_apart(prefix, one)
             answers.append(_answer(one.question, one.tree.probabilities(found)))
-        read = len(prefix.encoded) + sum(len(one.piece.encoded) for one in asked)
-        return Decisions(tuple(answers), read, len(prefix.encoded) if any(kept) else 0)
+        shared = len(prefix.encoded)
+        read = shared + sum(len(one.piece.encoded) for one in asked)
+        return Decisions(tuple(answers), read, shared if any(kept) else 0, shared)
 
     def _way(self, asked: _Asked, prefix: ProcessedPrompt) -> Literal["packed", "apart", "refused"]:
         if self._without_media and not (asked.piece.encoded.spans or prefix.encoded.spans):

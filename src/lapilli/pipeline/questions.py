@@ -212,11 +212,13 @@ class Decisions(Sequence[Answer]):
         prompt_tokens: positions that the prompts have: those that all share once, and those of
             every question.
         cached_tokens: how many of them were kept from an earlier call.
+        shared_tokens: how many of them all questions share.
     """
 
     answers: tuple[Answer, ...]
     prompt_tokens: int
     cached_tokens: int
+    shared_tokens: int
 
     def __len__(self) -> int:
         return len(self.answers)

@@ -9,7 +9,7 @@ The number of an item is the one that it has alone, up to the rounding of floats
 threads may use one Ranker, and several Rankers one Chat.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -99,15 +99,20 @@ class Ranker:
         return torch.tensor(list(self.stream(query, items)), dtype=torch.float32)
 
     def stream(
-        self, query: Query, items: Iterable[Item], *, names: Sequence[object] | None = None
+        self,
+        query: Query,
+        items: Iterable[Item],
+        *,
+        names: Sequence[object] | None = None,
+        on_read: Callable[[int], None] | None = None,
     ) -> Iterator[float]:
         """Yield the numbers of `score` in order, as they are computed.
 
         Items are taken from the iterable when there is room for them, so memory is bounded however
         many there are. The query is looked at at once. `names` are what errors call the items;
-        None: their numbers.
+        None: their numbers. `on_read` is told the positions of the query, and those of every item.
         """
-        values = self._values(query, items, names)
+        values = self._values(query, items, names, on_read)
         return (float(self._score.numbers(one[None])) for one in values)
 
     def label_logprobs(self, query: Query, items: Iterable[Item]) -> Float[Tensor, "n L"]:
@@ -124,11 +129,18 @@ class Ranker:
         return torch.stack(logits).log_softmax(dim=-1)
 
     def _values(
-        self, query: Query, items: Iterable[Item], names: Sequence[object] | None = None
+        self,
+        query: Query,
+        items: Iterable[Item],
+        names: Sequence[object] | None = None,
+        on_read: Callable[[int], None] | None = None,
     ) -> Iterator[Float[Tensor, " L"]]:
         _check_items(items)
         frame = self._splitter.frame(query)
         suffixes = self._suffixes(frame, items, names)
+        if on_read is not None:
+            on_read(len(frame.prefix.encoded))
+            suffixes = _told(suffixes, on_read)
         if isinstance(self._score, Head):
             return self._scorer.values(frame.prefix, suffixes, self._score.logits)
         return self._scorer.logits(frame.prefix, suffixes, self._ids)
@@ -225,6 +237,15 @@ def rank(
 def with_lead(suffix: ProcessedPrompt, lead: Sequence[int]) -> ProcessedPrompt:
     """Return the end of a prompt with tokens that all labels begin with."""
     return join([suffix, ProcessedPrompt(EncodedPrompt(list(lead), [False] * len(lead)), ())])
+
+
+def _told(
+    suffixes: Iterable[ProcessedPrompt], on_read: Callable[[int], None]
+) -> Iterator[ProcessedPrompt]:
+    """Yield the suffixes, and tell the positions of each."""
+    for suffix in suffixes:
+        on_read(len(suffix.encoded))
+        yield suffix
 
 
 def _template(given: RankTemplate | str | None) -> RankTemplate:

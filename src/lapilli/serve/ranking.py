@@ -1,0 +1,518 @@
+"""`/v1/score` and `/rerank`: many items after one query, whose prompt is read once.
+
+    /v1/score            SGLang's: query and items as they are, probabilities of label tokens
+    /rerank, /v1, /v2    vLLM's, Jina's and Cohere's: one relevance per document, the best first
+
+A score reads raw texts or tokens, without a conversation around them, and tokenizes query and item
+apart, so that a query is read once for all items. A document is scored by `rank.Ranker`: the
+probability that the model says yes.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import torch
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from lapilli.pipeline import ProcessedPrompt
+from lapilli.pipeline.scorer import SuffixScorer
+from lapilli.prompt.encode import EncodedPrompt, Span, encode
+from lapilli.prompt.message import MediaPart
+from lapilli.prompt.template import MediaSlot, Segment, TextSegment
+from lapilli.rank import Ranker, RankTemplate
+from lapilli.rank.prompt import POINTWISE, Content
+from lapilli.serve.chat import parts_of
+from lapilli.serve.errors import ApiError
+from lapilli.serve.service import Service
+from lapilli.serve.stream import unless_gone
+from lapilli.shapes import Float, Tensor
+
+Tokens = list[int]
+Parts = list[dict[str, Any]]
+Vectors = list[list[float]]
+
+
+class ScoreBody(BaseModel):
+    """The body of `/v1/score`; texts with pictures (part lists) are an extension."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = None
+    query: str | Tokens | Parts = ""
+    items: str | list[str | Tokens | Parts]
+    label_token_ids: Tokens | list[Tokens]
+    apply_softmax: bool = False
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    item_first: bool = False
+    return_token_logprobs: bool = False
+    return_pooled_hidden_states: bool = False
+    score_extraction_token: str | None = None
+    embed_override_token_id: int | None = None
+    query_embed_overrides: Vectors | None = None
+    item_embed_overrides: list[Vectors | None] | None = None
+
+
+class DocumentBody(BaseModel):
+    """A document that is more than a text: exactly one of the fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | None = None
+    image: str | None = None
+    image_url: str | dict[str, Any] | None = None
+    content: Parts | None = None
+    item_id: str | int | None = None
+    modality: str | None = None
+
+
+class RerankBody(BaseModel):
+    """The body of a reranking."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = None
+    query: str | DocumentBody | Parts
+    documents: Annotated[list[str | DocumentBody | Parts], Field(min_length=1)]
+    top_n: int | None = Field(default=None, ge=1)
+    return_documents: bool | None = None
+    instruct: str | None = None
+
+
+def router(service: Service) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter()
+    scoring = Scoring(service)
+
+    @routes.post("/v1/score", response_model=None)
+    async def score(body: ScoreBody, http: Request) -> Response:
+        """Return probabilities of label tokens after query and item."""
+        service.check_model(body.model)
+        service.check_open()
+        rows = await service.read(scoring.rows, body, http.state.owner)
+        found = await unless_gone(http, service.compute(scoring.score, body, rows))
+        return JSONResponse(found)
+
+    @routes.post("/rerank", response_model=None)
+    @routes.post("/v1/rerank", response_model=None)
+    @routes.post("/v2/rerank", response_model=None)
+    async def rerank(body: RerankBody, http: Request) -> Response:
+        """Return documents by how likely each matches the query."""
+        service.check_model(body.model)
+        service.check_open()
+        is_cohere = http.url.path.startswith("/v2/")  # whose second version returns none
+        shows = not is_cohere if body.return_documents is None else body.return_documents
+        query, documents = await service.read(scoring.documents, body, http.state.owner)
+        found = service.compute(scoring.rerank, body, query, documents)
+        scores, tokens = await unless_gone(http, found)
+        return JSONResponse(rerank_json(body, scores, tokens, service.model_name, shows=shows))
+
+    return routes
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Where one score is read: behind a suffix, of an item of the request."""
+
+    item: int
+    prefix: ProcessedPrompt
+    suffix: ProcessedPrompt
+
+
+class Scoring:
+    """Scores and rankings of one server, which keep what they read of queries.
+
+    Args:
+        service: the model, and how media are opened.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._chat = service.chat
+        self._scorer = SuffixScorer(service.chat.model)
+        self._rankers: dict[str, Ranker] = {}
+
+    def rows(self, body: ScoreBody, owner: str) -> list[Row]:
+        """Return where the scores of a request are read; called in a worker thread.
+
+        Raises:
+            ApiError: fields that contradict each other, or a token that is none.
+        """
+        items = [body.items] if isinstance(body.items, str) else list(body.items)
+        self._check(body, items)
+        vectors = body.item_embed_overrides or [None] * len(items)
+        query = self._piece(body.query, body.query_embed_overrides, "query", body, owner)
+        pieces = [
+            self._piece(item, vectors[at], f"items[{at}]", body, owner)
+            for at, item in enumerate(items)
+        ]
+        if body.score_extraction_token is not None:
+            return self._extracted(body, query, pieces)
+        rows = []
+        for at, piece in enumerate(pieces):
+            first, second = (piece, query) if body.item_first else (query, piece)
+            rows.append(Row(at, *self._split(first, second, f"items[{at}]")))
+        return rows
+
+    def score(self, body: ScoreBody, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return the response to `/v1/score`; called in the thread that computes."""
+        ids = self._labels(body, max((row.item for row in rows), default=0) + 1)
+        wanted = sorted({token for some in ids for token in some})
+        column = {token: at for at, token in enumerate(wanted)}
+        read = _Readout(self._chat.model.language_model, wanted, body.temperature)
+        found: list[Tensor] = []
+        kept: list[int] = []
+        start = 0
+        while start < len(rows):  # rows that share a prefix are read together
+            prefix = rows[start].prefix
+            end = start
+            while end < len(rows) and rows[end].prefix is prefix:
+                end += 1
+            suffixes = [row.suffix for row in rows[start:end]]
+
+            def note(is_kept: bool, length: int = len(prefix.encoded)) -> None:
+                kept.append(length * is_kept)
+
+            found += self._scorer.values(prefix, suffixes, read, on_prefix=note)
+            start = end
+        scores, logprobs, states = [], [], []
+        for row, values in zip(rows, found, strict=True):
+            at = [column[token] for token in ids[row.item]]
+            logits, total = values[: len(wanted)][at], values[len(wanted)]
+            logprobs.append((logits - total).tolist())
+            share = logits.softmax(-1) if body.apply_softmax else (logits - total).exp()
+            scores.append(share.tolist())
+            states.append(values[len(wanted) + 1 :].tolist())
+        is_set = body.score_extraction_token is not None
+        count = len(ids)
+        prefixes = {id(row.prefix): len(row.prefix.encoded) for row in rows}
+        tokens = sum(prefixes.values()) + sum(len(row.suffix.encoded) for row in rows)
+
+        def shaped(values: list[Any]) -> list[Any]:
+            if not is_set:
+                return values
+            return [
+                [value for row, value in zip(rows, values, strict=True) if row.item == at]
+                for at in range(count)
+            ]
+
+        return {
+            "object": "scoring",
+            "model": self._service.model_name,
+            "scores": shaped(scores),
+            "token_logprobs": shaped(logprobs) if body.return_token_logprobs else None,
+            "pooled_hidden_states": shaped(states) if body.return_pooled_hidden_states else None,
+            "usage": {
+                "prompt_tokens": tokens,
+                "total_tokens": tokens,
+                "completion_tokens": 0,
+                "prompt_tokens_details": {"cached_tokens": sum(kept)},
+            },
+        }
+
+    def documents(self, body: RerankBody, owner: str) -> tuple[list[Content], list[list[Content]]]:
+        """Return query and documents, their pictures opened; called in a worker thread.
+
+        Raises:
+            ApiError: a document of no known form, or an id without a store.
+            MediaError: a picture that cannot be opened.
+        """
+        self._check_pictures([body.query, *body.documents])
+        query = self._contents(body.query, "query", owner)
+        found = [
+            self._contents(one, f"documents[{at}]", owner) for at, one in enumerate(body.documents)
+        ]
+        return query, found
+
+    def rerank(
+        self, body: RerankBody, query: list[Content], documents: list[list[Content]]
+    ) -> tuple[list[float], int]:
+        """Return the relevance of every document, and the positions that were read."""
+        ranker = self._ranker(body.instruct)
+        tokens: list[int] = []
+        names = [f"documents[{at}]" for at in range(len(documents))]
+        scores = list(ranker.stream(query, documents, names=names, on_read=tokens.append))
+        return scores, sum(tokens)
+
+    def _ranker(self, instruct: str | None) -> Ranker:
+        """Return the ranker of an instruction; the usual one keeps what it read of queries."""
+        if instruct:
+            said = RankTemplate(user=f"{instruct}\n{POINTWISE}")
+            return Ranker(self._chat, template=said, prefix_bytes=0)
+        return self._plain_ranker
+
+    @cached_property
+    def _plain_ranker(self) -> Ranker:
+        return Ranker(self._chat)
+
+    def _contents(self, given: str | DocumentBody | Parts, where: str, owner: str) -> list[Content]:
+        """Return a query or a document as texts and media in order."""
+        if isinstance(given, str):
+            return [given]
+        if isinstance(given, list):
+            return [
+                self._service.media.part(part, owner) if isinstance(part, dict) else part
+                for part in _texts_and_media(given, where)
+            ]
+        named = [
+            name
+            for name in ("text", "image", "image_url", "content", "item_id")
+            if getattr(given, name) is not None
+        ]
+        is_captioned = len(named) == 2 and named[0] == "text" and named[1] in ("image", "image_url")
+        if len(named) != 1 and not is_captioned:
+            raise ApiError(
+                400,
+                f"{where} has {', '.join(named) or 'nothing'}: expected text, image, both, "
+                "content or item_id",
+                param=where,
+            )
+        if given.content is not None:
+            return self._contents(given.content, where, owner)
+        if given.item_id is not None:
+            return [MediaPart(given.item_id, self._modality(given.modality, where))]
+        found: list[Content] = []
+        url = given.image if given.image is not None else given.image_url
+        if url is not None:
+            found.append(self._service.media.part({"image_url": url}, owner))
+        return found if given.text is None else [*found, given.text]
+
+    def _modality(self, name: str | None, where: str) -> str:
+        """Return the modality whose store has an id.
+
+        Raises:
+            ApiError: none, or several and no name.
+        """
+        stores = list(self._chat.stores)
+        if name is None and len(stores) == 1:
+            return stores[0]
+        if name not in stores:
+            raise ApiError(
+                400,
+                f"{where} has an item_id, and modality says {name!r}: this server has stores of "
+                f"{', '.join(stores) or 'no modality'}",
+                param=where,
+            )
+        return str(name)
+
+    def _check_pictures(self, given: Sequence[object]) -> None:
+        """Refuse more pictures than one request may have."""
+        count, most = 0, self._service.options.limits.images
+        for one in given:
+            parts = one.content if isinstance(one, DocumentBody) else one
+            if isinstance(one, DocumentBody) and (one.image or one.image_url):
+                count += 1
+            if isinstance(parts, list):
+                media = ("image_url", "input_image", "image", "image_embeds")
+                count += sum(isinstance(p, dict) and p.get("type") in media for p in parts)
+        if count > most:
+            raise ApiError(400, f"{count} pictures in one request, the limit is {most}")
+
+    def _check(self, body: ScoreBody, items: Sequence[object]) -> None:
+        """Refuse fields of a score that contradict each other."""
+        if not items:
+            raise ApiError(400, "items is empty: give at least one", param="items")
+        self._check_pictures([body.query, *items])
+        self._labels(body, len(items))
+        vectors = body.item_embed_overrides
+        if vectors is not None and len(vectors) != len(items):
+            raise ApiError(
+                400,
+                f"{len(items)} items but item_embed_overrides of {len(vectors)}: give one entry "
+                "for each, null where there is none",
+                param="item_embed_overrides",
+            )
+        is_given = bool(vectors and any(vectors)) or bool(body.query_embed_overrides)
+        if is_given and body.embed_override_token_id is None:
+            raise ApiError(
+                400,
+                "embed_override_token_id is missing: it says which token the vectors replace",
+                param="embed_override_token_id",
+            )
+
+    def _labels(self, body: ScoreBody, num_items: int) -> list[Tokens]:
+        """Return the label tokens of every item.
+
+        Raises:
+            ApiError: none, another number of lists than of items, or a token that is none.
+        """
+        given: list[Any] = list(body.label_token_ids)
+        lists = given if given and isinstance(given[0], list) else [given] * num_items
+        size = self._chat.tokenizer.vocab_size
+        if len(lists) != num_items or not all(lists):
+            raise ApiError(
+                400,
+                f"label_token_ids must be a list of tokens, or one list for each of the "
+                f"{num_items} items, got {len(lists)} lists",
+                param="label_token_ids",
+            )
+        wrong = [token for some in lists for token in some if not 0 <= token < size]
+        if wrong:
+            raise ApiError(
+                400,
+                f"label_token_ids: {wrong[0]} is no token: the vocabulary has 0 to {size - 1}",
+                param="label_token_ids",
+            )
+        return lists
+
+    def _extracted(
+        self, body: ScoreBody, query: ProcessedPrompt, pieces: Sequence[ProcessedPrompt]
+    ) -> list[Row]:
+        """Return a row for every place of the token that scores are read at."""
+        text = str(body.score_extraction_token)
+        token = self._chat.tokenizer.token_to_id(text)
+        if token is None or body.item_first or token in query.encoded.input_ids:
+            reason = "is no token" if token is None else "goes with item_first=false"
+            raise ApiError(
+                400,
+                f"score_extraction_token {text!r} {reason}, and may not stand in the query",
+                param="score_extraction_token",
+            )
+        rows = []
+        for at, piece in enumerate(pieces):
+            prefix, suffix = self._split(query, piece, f"items[{at}]")
+            ends = [i + 1 for i, one in enumerate(suffix.encoded.input_ids) if one == token]
+            rows += [Row(at, prefix, _beginning(suffix, end)) for end in ends]
+        if not rows:
+            raise ApiError(400, f"no item has the token {text!r} to read scores at", param="items")
+        return rows
+
+    def _split(
+        self, first: ProcessedPrompt, second: ProcessedPrompt, where: str
+    ) -> tuple[ProcessedPrompt, ProcessedPrompt]:
+        """Return what is read once, and what stands behind it.
+
+        Raises:
+            ApiError: nothing on one of the sides, or more than the model reads.
+        """
+        length, limit = len(first.encoded) + len(second.encoded), self._chat.context_length
+        if not len(first.encoded) or not len(second.encoded):
+            raise ApiError(400, f"{where}: query and item both need a text", param=where)
+        if length > limit:
+            raise ApiError(
+                400,
+                f"{where} has {length} tokens with the query, the model reads {limit}: shorten it",
+                "context_length_exceeded",
+                where,
+            )
+        return first, second
+
+    def _piece(
+        self,
+        given: str | Tokens | Parts,
+        vectors: Vectors | None,
+        where: str,
+        body: ScoreBody,
+        owner: str,
+    ) -> ProcessedPrompt:
+        """Return a query or an item as tokens and media."""
+        is_first = (where == "query") is not body.item_first
+        chat = self._chat
+        if isinstance(given, list) and given and isinstance(given[0], dict):
+            segments: list[Segment] = []
+            media: list[Any] = []
+            for part in _texts_and_media(given, where):
+                if isinstance(part, dict):
+                    medium = self._service.media.part(part, owner)
+                    segments.append(MediaSlot(medium.modality))
+                    media.append(chat.prepare(medium))
+                else:
+                    segments.append(TextSegment(part, literal=True))
+            lengths = [chat.model.span_length("image", one) for one in media]
+            encoded = encode(segments, chat.tokenizer, lengths, add_bos=is_first)
+            return ProcessedPrompt(encoded, tuple(media))
+        if isinstance(given, str):
+            ids = chat.tokenizer.encode(given, add_bos=is_first)
+        else:
+            ids = [token for token in given if isinstance(token, int)]
+            wrong = [token for token in ids if not 0 <= token < chat.tokenizer.vocab_size]
+            if wrong:
+                raise ApiError(400, f"{where}: {wrong[0]} is no token", param=where)
+        return self._overridden(ids, vectors, where, body.embed_override_token_id)
+
+    def _overridden(
+        self, ids: list[int], vectors: Vectors | None, where: str, token: int | None
+    ) -> ProcessedPrompt:
+        """Return tokens, with a vector in every place of the token that stands for one."""
+        mask = [False] * len(ids)
+        if not vectors:
+            return ProcessedPrompt(EncodedPrompt(ids, mask), ())
+        places = [at for at, one in enumerate(ids) if one == token]
+        width = self._chat.model.language_model.config.hidden_size
+        if len(places) != len(vectors) or any(len(one) != width for one in vectors):
+            raise ApiError(
+                400,
+                f"{where} has the token {token} {len(places)} times and {len(vectors)} vectors of "
+                f"{sorted({len(one) for one in vectors})} numbers: expected a vector of {width} "
+                "numbers for each",
+                param=where,
+            )
+        rows = torch.tensor(vectors, dtype=torch.float32)
+        if not bool(rows.isfinite().all()):
+            raise ApiError(400, f"{where}: a vector has NaN or infinite numbers", param=where)
+        spans = tuple(Span(0, at, 1) for at in places)
+        return ProcessedPrompt(EncodedPrompt(ids, mask, spans), tuple(rows.split(1)))
+
+
+class _Readout:
+    """What is read of last states: logits of some tokens, their log-sum over all, the states."""
+
+    def __init__(self, language_model: Any, ids: Sequence[int], temperature: float) -> None:  # noqa: ANN401
+        self._language_model = language_model
+        self._ids = list(ids)
+        self._temperature = temperature
+
+    def __call__(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n L"]:
+        logits = self._language_model.logits(hidden).float() / self._temperature
+        total = logits.logsumexp(dim=-1, keepdim=True)
+        return torch.cat([logits[:, self._ids], total, hidden.float()], dim=-1)
+
+
+def _beginning(piece: ProcessedPrompt, end: int) -> ProcessedPrompt:
+    """Return the first positions of a piece."""
+    spans = tuple(span for span in piece.encoded.spans if span.start + span.length <= end)
+    ids, mask = piece.encoded.input_ids[:end], piece.encoded.loss_mask[:end]
+    return ProcessedPrompt(EncodedPrompt(ids, mask, spans), piece.media[: len(spans)])
+
+
+def _texts_and_media(given: Parts, where: str) -> Sequence[str | dict[str, Any]]:
+    """Return parts as texts, and pictures that are not opened yet."""
+    known: list[dict[str, Any]] = []
+    for part in given:
+        kind: Literal["image"] | str = part.get("type", "text" if "text" in part else "image")
+        is_plain = kind == "image" and "image" in part
+        known.append({"image_url": part["image"], "type": "image"} if is_plain else part)
+        known[-1].setdefault("type", kind)
+    return [part for part in parts_of(known, where) if not isinstance(part, MediaPart)]
+
+
+def rerank_json(
+    body: RerankBody, scores: Sequence[float], tokens: int, model: str, *, shows: bool
+) -> dict[str, Any]:
+    """Return the response of a reranking: what vLLM, Jina's and Cohere's clients read."""
+    order = sorted(range(len(scores)), key=lambda at: (-scores[at], at))[: body.top_n]
+    results = []
+    for at in order:
+        one: dict[str, Any] = {"index": at, "relevance_score": scores[at]}
+        if shows:
+            one["document"] = _document_json(body.documents[at])
+        results.append(one)
+    return {
+        "id": f"rerank-{secrets.token_hex(12)}",
+        "model": model,
+        "results": results,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+def _document_json(document: str | DocumentBody | Parts) -> dict[str, Any]:
+    """Return a document as it was sent."""
+    if isinstance(document, str):
+        return {"text": document}
+    if isinstance(document, list):
+        return {"content": document}
+    return document.model_dump(exclude_none=True)
