@@ -48,6 +48,7 @@ from lapilli.prompt.message import (
 )
 from lapilli.prompt.tokenizer import Tokenizer
 from lapilli.quant import QuantConfig
+from lapilli.shapes import Float, Tensor
 from lapilli.store import Store
 
 if TYPE_CHECKING:
@@ -375,6 +376,25 @@ class Chat:
             ContextTooLongError: the input with one of the questions is longer than the context.
         """
         return self._decider.decide(given, questions, wording)
+
+    def embed(self, inputs: Sequence[object]) -> Float[Tensor, "n D"]:
+        """Return one vector of length 1 for each input, float32 on the CPU.
+
+        A vector is the mean of the last hidden states, behind the final norm, over the positions of
+        text, or over those of the pictures where there is no text.
+
+        Args:
+            inputs: texts, pictures, lists of texts and pictures, which are read as they are; or
+                lists of messages, which the template writes. A picture on disk is a pathlib.Path.
+
+        Raises:
+            PromptError: no list, or an input with nothing in it.
+            MediaError: a picture cannot be fetched or decoded.
+            ContextTooLongError: an input that is longer than the context.
+        """
+        from lapilli.pipeline.embed import Embedder  # here, as it asks a Chat
+
+        return Embedder(self).embed(inputs)
 
     def save_prefix(self, path: str | Path) -> int:
         """Save keys and values of the latest question and its answer; return the positions.

@@ -160,7 +160,7 @@ class Scoring:
 
     def score(self, body: ScoreBody, rows: Sequence[Row]) -> dict[str, Any]:
         """Return the response to `/v1/score`; called in the thread that computes."""
-        ids = self._labels(body, max((row.item for row in rows), default=0) + 1)
+        ids = self._labels(body, 1 if isinstance(body.items, str) else len(body.items))
         wanted = sorted({token for some in ids for token in some})
         column = {token: at for at, token in enumerate(wanted)}
         read = _Readout(self._chat.model.language_model, wanted, body.temperature)
@@ -455,7 +455,7 @@ class Scoring:
         if not bool(rows.isfinite().all()):
             raise ApiError(400, f"{where}: a vector has NaN or infinite numbers", param=where)
         spans = tuple(Span(0, at, 1) for at in places)
-        return ProcessedPrompt(EncodedPrompt(ids, mask, spans), tuple(rows.split(1)))
+        return ProcessedPrompt(EncodedPrompt(ids, mask, spans), tuple(torch.split(rows, 1)))
 
 
 class _Readout:
