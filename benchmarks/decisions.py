@@ -3,8 +3,8 @@
     scenes nobody trained on -> "Is there a red circle?" about each, with the truth
     chat.decide: probability of yes -> ten bins: what was said, how often it was so
 
-python -m benchmarks.decisions [SCENES] writes benchmarks/results/decisions.json and prints the table
-of docs/guide/decide.md. It measures quality, not time.
+python -m benchmarks.decisions [SCENES] writes benchmarks/results/decisions.json and prints the
+table of docs/guide/decide.md. It measures quality, not time.
 """
 
 import json
@@ -76,16 +76,13 @@ def report(said: np.ndarray, truth: np.ndarray, num_scenes: int) -> dict[str, ob
 
 def table(found: dict[str, object]) -> str:
     """Return the bins as a table of the guide."""
-    lines = [
-        "| probability of yes | questions | mean of what was said | it was so |",
-        "|---|---|---|---|",
+    rows = [
+        f"| {row['from']:.1f} to {row['to']:.1f} | {row['questions']} | {row['said']:.3f} | "
+        f"{row['so']:.3f} |"
+        for row in found["bins"]  # type: ignore[attr-defined]
     ]
-    for row in found["bins"]:  # type: ignore[attr-defined]
-        lines.append(
-            f"| {row['from']:.1f} to {row['to']:.1f} | {row['questions']} | {row['said']:.3f} | "
-            f"{row['so']:.3f} |"
-        )
-    return "\n".join(lines)
+    head = "| probability of yes | questions | mean of what was said | it was so |"
+    return "\n".join([head, "|---|---|---|---|", *rows])
 
 
 def main(num_scenes: str = "400") -> None:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import lapilli
-
 from lapilli.prompt.encode import EncodedPrompt, Span
 from lapilli.prompt.message import MediaPart
 from lapilli.rank import Ranker, RankTemplate

@@ -1,6 +1,20 @@
-"""From a checkpoint to answers: `load(source) -> Chat`, then `ask`, `stream`, `batch`."""
+"""From a checkpoint to answers: `load(source) -> Chat`, then `ask`, `stream`, `batch`, `decide`."""
 
 from lapilli.pipeline.backend import ProcessedPrompt
 from lapilli.pipeline.chat import Chat, load
+from lapilli.pipeline.decide import Wording
+from lapilli.pipeline.questions import Choice, Decisions, Level, Option, Predicate, Refusal, Score
 
-__all__ = ["Chat", "ProcessedPrompt", "load"]
+__all__ = [
+    "Chat",
+    "Choice",
+    "Decisions",
+    "Level",
+    "Option",
+    "Predicate",
+    "ProcessedPrompt",
+    "Refusal",
+    "Score",
+    "Wording",
+    "load",
+]
