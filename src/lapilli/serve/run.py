@@ -34,9 +34,10 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """Stop to take requests at a signal; a second one ends at once."""
-        app = self.config.app
-        app.state.service.is_stopping = True  # type: ignore[union-attr]  # create_app's
-        super().handle_exit(sig, frame)  # type: ignore[arg-type]
+        del sig, frame  # uvicorn would raise the signal again, after the last answer
+        self.config.app.state.service.is_stopping = True  # type: ignore[union-attr]  # create_app's
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 def run(chat: Chat, options: ServeOptions, ready: Callable[[str], None]) -> None:
