@@ -112,6 +112,7 @@ def test_a_query_may_hold_a_picture(client):
         ({"label_token_ids": []}, "must be a list of tokens"),
         ({"label_token_ids": [[1], [2], [3]]}, "got 3 lists"),
         ({"temperature": 0}, "temperature"),
+        ({"temperature": 1e-300}, "temperature"),
         ({"query": ""}, None),
         ({"query": [], "items": ["a"]}, "both need a text"),
         ({"query": [1, 10**6]}, "is no token"),

@@ -47,7 +47,7 @@ class ScoreBody(BaseModel):
     items: str | list[str | Tokens | Parts]
     label_token_ids: Tokens | list[Tokens]
     apply_softmax: bool = False
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, ge=1e-4, le=1e4)  # float32 holds what is divided
     item_first: bool = False
     return_token_logprobs: bool = False
     return_pooled_hidden_states: bool = False
@@ -179,6 +179,10 @@ class Scoring:
 
             found += self._scorer.values(prefix, suffixes, read, on_prefix=note)
             start = end
+        if not all(bool(values.isfinite().all()) for values in found):
+            raise ApiError(
+                400, "the scores are not finite: a vector in the place of a token is too large"
+            )
         scores, logprobs, states = [], [], []
         for row, values in zip(rows, found, strict=True):
             at = [column[token] for token in ids[row.item]]
