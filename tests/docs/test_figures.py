@@ -67,3 +67,16 @@ def test_what_ranking_costs() -> None:
             )
         )
         assert f"| {int(prefix):,} | {row} |" in guide
+
+
+def test_calibration_of_decisions() -> None:
+    guide = (REPOSITORY / "docs/guide/decide.md").read_text("utf-8")
+    path = REPOSITORY / "benchmarks/results/decisions.json"
+    measured = json.loads(path.read_text("utf-8"))
+    assert len(measured["bins"]) > 5
+    for row in measured["bins"]:
+        said = f"{row['said']:.3f} | {row['so']:.3f} |"
+        assert f"| {row['from']:.1f} to {row['to']:.1f} | {row['questions']} | {said}" in guide
+    assert f"about {measured['scenes']} fresh scenes" in guide
+    assert f"{100 * measured['accuracy']:.1f} %" in guide
+    assert f"{measured['expected_calibration_error']:.4f}" in guide
