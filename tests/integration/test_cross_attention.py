@@ -17,8 +17,8 @@ from lapilli.lm.decoder import Decoder
 from lapilli.modality.vector import PreparedVectors, VectorModality
 from lapilli.model import VisionLanguageModel
 from lapilli.pipeline import ProcessedPrompt
-from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from lapilli.pipeline.scorer import SuffixScorer
+from lapilli.prompt.encode import PLACEHOLDER, EncodedPrompt, Span
 from lapilli.train.data.encoder import EncodedSample
 from lapilli.train.trainer.model import TrainedModel
 from lapilli.train.trainer.task import collate, collate_packed

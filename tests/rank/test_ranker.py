@@ -22,10 +22,10 @@ from lapilli.errors import (
     PromptError,
     ShapeMismatchError,
 )
+from lapilli.pipeline.scorer import join
 from lapilli.prompt.message import MediaPart
 from lapilli.rank import Head, Labels, Ranker, RankTemplate, SetwiseRanker, YesNo, rank
 from lapilli.rank.prompt import PromptSplitter
-from lapilli.pipeline.scorer import join
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 PLAIN = RankTemplate()
