@@ -211,7 +211,8 @@ class CompiledGrammar:
 class _Vocabulary:
     """The vocabulary as llguidance reads it; the tokenizer may be gone one day.
 
-    The names of the attributes are llguidance's.
+    Text that is forced is cut into tokens, so every byte has to be a token: true of SentencePiece
+    with byte tokens and of byte-level BPE. The names of the attributes are llguidance's.
     """
 
     bos_token_id = None
@@ -225,6 +226,12 @@ class _Vocabulary:
             b"" if token in silent else _bytes_of(tokenizer, token)
             for token in range(vocab_size + 1)
         ]
+        self.drops_space = _drops_space(tokenizer, self.tokens)
+        if self.drops_space:
+            # A byte that stands for a space is not dropped as the token for a space is.
+            for token, said in enumerate(self.tokens):
+                if said == b" " and tokenizer.decode([token]):
+                    self.tokens[token] = b""
         self._ids = {text: token for token, text in enumerate(self.tokens) if text}
         self._longest = max(map(len, self._ids), default=1)
 
@@ -287,7 +294,7 @@ class GrammarCompiler:
             library.TokenizerWrapper(vocabulary), n_vocab=vocab_size + 1
         )
         self._space = next((i for i, text in enumerate(vocabulary.tokens) if text == b" "), None)
-        self._drops_space = _drops_space(tokenizer, vocabulary.tokens)
+        self._drops_space = vocabulary.drops_space
         self._limits = library.LLParserLimits(**LIMITS)
         self.compile = lru_cache(maxsize=KEPT)(self._compile)
         """Return the CompiledGrammar of a Grammar; raises GrammarError."""
@@ -419,7 +426,7 @@ def _bytes_of(tokenizer: TokenBytes, token_id: int) -> bytes:
 def _drops_space(tokenizer: TokenBytes, tokens: Sequence[bytes]) -> bool:
     """Return whether the text of an answer lacks the space that its first token begins with."""
     for token_id, text in enumerate(tokens):
-        if text.startswith(b" ") and text[1:].isalpha():
+        if text.startswith(b" ") and text[1:].isalnum():
             return not tokenizer.decode([token_id]).startswith(" ")
     return False
 
