@@ -286,6 +286,28 @@ def test_masks_of_draft_tokens_are_those_of_one_token_at_a_time(tokenizers):
     assert flags[4].nonzero().flatten().tolist() == [ord("e"), 256]
 
 
+def test_special_tokens_are_never_allowed(tokenizers):
+    tokenizer = tokenizers["sentencepiece"]
+    width = tokenizer.vocab_size
+    matcher = compiled(as_grammar("(?s:.*)"), tokenizer, width).matcher([tokenizer.eos_id])
+    matcher.consume(tokenizer.encode("a", add_bos=False)[0])
+    [flags] = module.unpack_masks(
+        module.fill_masks([(0, matcher, ())], rows=1, vocab_size=width), width, CPU
+    )
+    allowed = set(flags.nonzero().flatten().tolist())
+    assert allowed & tokenizer.special_ids == {tokenizer.eos_id}
+    assert len(allowed) > width - 20
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model():
+    tokenizer = ByteTokenizer()
+    matcher = compiled(as_grammar("[a-z]?"), tokenizer, 100).matcher([99])
+    [flags] = module.unpack_masks(
+        module.fill_masks([(0, matcher, ())], rows=1, vocab_size=100), 100, CPU
+    )
+    assert flags.nonzero().flatten().tolist() == [97, 98, 99]
+
+
 @pytest.mark.skipif(sys.byteorder != "little", reason="llguidance writes words of this machine")
 def test_both_ways_to_unpack_agree():
     masks = torch.randint(-(2**31), 2**31 - 1, (3, 5), dtype=torch.int32)

@@ -14,6 +14,7 @@ requests, whichever tokens end them.
 """
 
 import json
+import os
 import weakref
 from collections.abc import Collection, Sequence
 from functools import cache, lru_cache
@@ -67,7 +68,9 @@ def _library() -> ModuleType:
 
 
 @cache
-def _executor() -> Any:  # noqa: ANN401  the library has no importable type for it when missing
+def _executor(process: int) -> Any:  # noqa: ANN401  see _library
+    """Return the threads that fill masks; a forked process has none of its parent's."""
+    del process
     return _library().LLExecutor()
 
 
@@ -167,10 +170,11 @@ def fill_masks(
     alone = [place[:2] for place in places if not place[2]]
     drafted = [place for place in places if place[2]]
     where = (masks.data_ptr(), 4 * masks.shape[1], rows)
+    executor = _executor(os.getpid())
     if alone:
-        _executor().unsafe_compute_mask_ptr(alone, *where)
+        executor.unsafe_compute_mask_ptr(alone, *where)
     if drafted:
-        _executor().unsafe_compute_mask_ptr_with_draft_token(drafted, *where)
+        executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *where)
     words = masks.numpy().view(np.uint32)
     for row, matcher, draft in wanted:
         for at in range(row, row + 1 + len(draft)):
@@ -223,9 +227,9 @@ class _Vocabulary:
         self.eos_token_id = vocab_size
         self.special_token_ids = [*sorted(i for i in silent if i < vocab_size), vocab_size]
         self.tokens = [
-            b"" if token in silent else _bytes_of(tokenizer, token)
-            for token in range(vocab_size + 1)
+            b"" if token in silent else _bytes_of(tokenizer, token) for token in range(vocab_size)
         ]
+        self.tokens.append(b"")
         self.drops_space = _drops_space(tokenizer, self.tokens)
         if self.drops_space:
             # A byte that stands for a space is not dropped as the token for a space is.
@@ -233,6 +237,8 @@ class _Vocabulary:
                 if said == b" " and tokenizer.decode([token]):
                     self.tokens[token] = b""
         self._ids = {text: token for token, text in enumerate(self.tokens) if text}
+        for token in self.special_token_ids:
+            self.tokens[token] = f"<{token}>".encode()  # each another one, or all were allowed
         self._longest = max(map(len, self._ids), default=1)
 
     def __call__(self, text: bytes | str) -> list[int]:
