@@ -296,7 +296,7 @@ def test_special_tokens_are_never_allowed(tokenizers):
     )
     allowed = set(flags.nonzero().flatten().tolist())
     assert allowed & tokenizer.special_ids == {tokenizer.eos_id}
-    assert len(allowed) > width - 20
+    assert len(allowed) > width - 100  # bytes that begin no character are not
 
 
 def test_a_tokenizer_may_have_more_tokens_than_the_model():
