@@ -44,7 +44,7 @@ class Parts:
 
     train: int = 50
     validation: int = 25
-    words: int = 24
+    words: int = 32
     seed: int = 0
 
 
@@ -119,9 +119,8 @@ class Abstracts:
             texts = self.texts if text == self.texts[place] else self._bodies
             order = np.argsort(-self.words(query), kind="stable")
             order = order[order != place]
-            near = order[
-                int(rng.integers(min(_HARD[0], len(order) - 1), min(_HARD[1], len(order))))
-            ]
+            low, high = (min(one, len(order) - 1) for one in _HARD)
+            near = order[int(rng.integers(low, high + 1))]
             far = order[int(rng.integers(len(order)))]
             found.append(RankingExample(query, text, 1.0))
             found += [RankingExample(query, texts[int(one)], 0.0) for one in (near, far)]

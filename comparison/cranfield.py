@@ -2,17 +2,17 @@
 
     SmolLM2's first layers -> stage I: a query finds its text among others' -> bi-encoder
                                  |-> text ranker: query, text -> probability
-                                 '-> encoder of items -> embedding ranker, taught by the text ranker
+                                 '-> encoder of items -> embedding ranker, taught by one of both
     abstracts -> store on disk -> Ranker -> alone, and beside BM25's score -> NDCG@10
 
-Models begin pretrained: of 1,400 abstracts alone a language model learns too little. The weight
-beside BM25 is chosen on queries of the validation.
+Models begin pretrained: of 1,400 abstracts alone a language model learns too little. Validation
+chooses the weights beside BM25, and which of the two that read texts is the teacher.
 """
 
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -36,7 +36,7 @@ from lapilli import Chat
 from lapilli.checkpoint.load import load_checkpoint
 from lapilli.config.model import DecoderConfig
 from lapilli.datasets.retrieval import Retrieval
-from lapilli.modality.text import PreparedText, last_states
+from lapilli.modality.text import PreparedText, mean_states
 from lapilli.prompt.message import MediaPart
 from lapilli.rank import Ranker, YesNo
 from lapilli.rank.mixlm import RankingExample, with_teacher
@@ -53,8 +53,9 @@ TEXT, EMBEDDING, TOWERS = "text ranker", "embedding ranker", "bi-encoder"
 BESIDE: Final = " and BM25"
 """Behind the name of a ranker whose score is added to BM25's."""
 MIXED: Final = (Phase(distill=1.0, align=0.0),)
-"""Weights of stage III: labels and the text ranker's probabilities."""
+"""Weights of stage III: labels and the teacher's probabilities."""
 _SHARPNESS: Final = 20.0  # of a softmax over cosines
+_OTHERS: Final = 10  # items that a bi-encoder's probability is beside
 _TABLES: Final = (
     "language_model.model.embed_tokens",
     "language_model.lm_head",
@@ -75,21 +76,16 @@ class CranfieldPlan:
     Attributes:
         layers: of the pretrained model that are kept, from the first on.
         vectors: T_s, of an abstract.
-        taught: examples that the text ranker is asked about; `mixed` goes through them.
+        taught: examples that the teacher is asked about; `mixed` goes through them.
     """
 
     parts: Parts = field(default_factory=Parts)
-    layers: int = 4
+    layers: int = 2
     vectors: int = 2
-    contrast: Course = field(default_factory=lambda: _course(100, 24, 3e-4))
-    text: Course = field(default_factory=lambda: _course(120, 32, 2e-4))
-    taught: int = 3000
-    mixed: Course = field(default_factory=lambda: _course(120, 32, 2e-4))
-
-
-def asked(query: str) -> str:
-    """Return a query as stage I reads it, which is how the rankers' prompt begins."""
-    return f"query: {query}\n"
+    contrast: Course = field(default_factory=lambda: _course(120, 32, 1e-3))
+    text: Course = field(default_factory=lambda: _course(200, 32, 5e-4))
+    taught: int = 3200
+    mixed: Course = field(default_factory=lambda: _course(250, 32, 5e-4))
 
 
 @dataclass
@@ -97,7 +93,7 @@ class ContrastTask:
     """Queries that should find their texts among the texts of the batch, by the cosine.
 
     Attributes:
-        chat: whose language model reads both, each to its last state.
+        chat: whose language model reads both.
         pairs: query and text, in the order given.
         batch_size: pairs of a step.
 
@@ -119,7 +115,7 @@ class ContrastTask:
 
     def loss(self, batch: Sequence[tuple[str, str]]) -> Loss:
         """Return the summed loss."""
-        queries = unit_vectors(self.chat, [asked(query) for query, _ in batch])
+        queries = unit_vectors(self.chat, [query for query, _ in batch])
         texts = unit_vectors(self.chat, [text for _, text in batch])
         cosines, own = _SHARPNESS * queries @ texts.T, torch.arange(len(batch))
         both = [F.cross_entropy(one, own, reduction="sum") for one in (cosines, cosines.T)]
@@ -131,9 +127,50 @@ class ContrastTask:
 
 
 def unit_vectors(chat: Chat, texts: Sequence[str]) -> Float[Tensor, "n D"]:
-    """Return the last state of every text, of length 1."""
+    """Return the mean of the states of every text, of length 1."""
     rows = [PreparedText(torch.tensor(chat.tokenizer.encode(text))) for text in texts]
-    return F.normalize(last_states(chat.model.language_model, rows, 1)[:, 0].float(), dim=-1)
+    states = mean_states(chat.model.language_model, rows, 1)
+    return F.normalize(states[:, 0].float(), dim=-1)
+
+
+class Towers:
+    """A bi-encoder that has read all texts.
+
+    Args:
+        chat: its language model.
+        texts: of the items.
+    """
+
+    def __init__(self, chat: Chat, texts: Sequence[str]) -> None:
+        self._chat, batches = chat, range(0, len(texts), _BATCH)
+        with torch.inference_mode():
+            found = [unit_vectors(chat, texts[at : at + _BATCH]) for at in batches]
+        self._items, self._places = torch.cat(found), {text: at for at, text in enumerate(texts)}
+
+    def cosines(self, query: str) -> np.ndarray:
+        """Return the cosine of a query with every text, float [texts]."""
+        with torch.inference_mode():
+            found: np.ndarray = (self._items @ unit_vectors(self._chat, [query])[0]).numpy()
+        return found
+
+    def taught(self, examples: Sequence[RankingExample]) -> list[RankingExample]:
+        """Return the examples with its probabilities: of an item beside ten of any kind.
+
+        The softmax is that of stage I. An item that is no text of its own has a vector made for it.
+        """
+        found = []
+        for example in examples:
+            sharp = _SHARPNESS * self.cosines(example.query)
+            place = self._places.get(example.item)
+            own = self._cosine(example) * _SHARPNESS if place is None else float(sharp[place])
+            others = float(np.logaddexp.reduce(sharp)) - np.log(len(sharp) / _OTHERS)
+            found.append(replace(example, teacher=float(1 / (1 + np.exp(others - own)))))
+        return found
+
+    def _cosine(self, example: RankingExample) -> float:
+        with torch.inference_mode():
+            query, item = unit_vectors(self._chat, [example.query, example.item])
+        return float(query @ item)
 
 
 class CranfieldComparison:
@@ -193,20 +230,8 @@ class CranfieldComparison:
             lambda chat: ContrastTask(chat, pairs, plan.contrast.batch),
             contrast,
         )
-        chat, texts = open_fast(self.folder / "contrast"), self.of.texts
-        with torch.inference_mode():
-            items = torch.cat(
-                [unit_vectors(chat, texts[at : at + _BATCH]) for at in range(0, len(texts), _BATCH)]
-            )
-
-        @torch.inference_mode()
-        def score(query: str, first: np.ndarray) -> np.ndarray:
-            found: np.ndarray = (
-                items[torch.from_numpy(first)] @ unit_vectors(chat, [asked(query)])[0]
-            ).numpy()
-            return found
-
-        self._rows(TOWERS, score)
+        towers = Towers(open_fast(self.folder / "contrast"), self.of.texts)
+        self._rows(TOWERS, lambda query, first: towers.cosines(query)[first])
 
     def text_ranker(self) -> None:
         """Train stage II, and rank texts."""
@@ -222,8 +247,9 @@ class CranfieldComparison:
         """Train stage III, store the abstracts, and rank from the store."""
         plan, folder, seconds = self.plan, self.folder, self.found["seconds"]
         start, out = folder / "mixed-start", folder / "mixed"
-        encoder = encoder_of(folder / "contrast") | {"tokens": plan.vectors}
+        encoder = encoder_of(folder / "contrast") | {"tokens": plan.vectors, "pool": "mean"}
         add_modalities(folder / "text", start, {ITEM: encoder}, overwrite=True)
+        self.found["about"]["teacher"] = self._teacher()
         began = time.process_time()
         examples = self._taught()
         seconds["teacher's answers"] = round(time.process_time() - began, 1)
@@ -260,10 +286,18 @@ class CranfieldComparison:
         found: np.ndarray = self.of.words(query)[first]
         return found
 
+    def _teacher(self) -> str:
+        """Return who is better beside BM25 for the queries of the validation."""
+        rows = self.found["rows"]
+        return max((TEXT, TOWERS), key=lambda name: float(rows[name + BESIDE]["validation"]))
+
     def _taught(self) -> list[RankingExample]:
-        """Return examples with the text ranker's probabilities."""
-        ranker = Ranker(open_fast(self.folder / "text"), template=TEMPLATE)
-        return with_teacher(self.of.examples(self.plan.taught), ranker)
+        """Return examples with the teacher's probabilities."""
+        examples = self.of.examples(self.plan.taught)
+        if self.found["about"]["teacher"] == TEXT:
+            ranker = Ranker(open_fast(self.folder / "text"), template=TEMPLATE)
+            return with_teacher(examples, ranker)
+        return Towers(open_fast(self.folder / "contrast"), self.of.texts).taught(examples)
 
     def _ranker(self, chat: Chat) -> Ranker:
         return Ranker(chat, template=TEMPLATE, score=YesNo(difference=True))
@@ -282,8 +316,8 @@ class CranfieldComparison:
         row: dict[str, Any] = {"ndcg": interval(values), "weight": ranking.weight}
         row["validation"] = float(ranking.ndcgs(self.of.validation).mean())
         row["above BM25"] = difference_interval(values, self._ndcgs[BM25])
-        teacher = f"{TEXT}{BESIDE}"
-        if name.endswith(BESIDE) and teacher in self._ndcgs:
+        if name == f"{EMBEDDING}{BESIDE}":
+            teacher = f"{self.found['about']['teacher']}{BESIDE}"
             row["of teacher"] = ratio_interval(values, self._ndcgs[teacher])
         self.found["rows"][name] = row
         self._save(self.found)

@@ -63,9 +63,9 @@ CRANFIELD: Final = """
 Texts and queries of people: {texts:,} abstracts on aerodynamics, and 225 queries with grades from 1
 to 4. The readme of the collection does not say what its judgements of -1 are; they are left out, so
 their texts have the grade 0, as all that are not judged. {train} queries are learned from, weights
-and settings are chosen on {validation}, and {test} are the test; a permutation that was fixed before
-the first model was trained says which. Ranked are BM25's first hundred texts; what is relevant and
-not among them counts as missed. Gains are exponential.
+and settings are chosen on {validation}, and {test} are the test; a permutation that was fixed
+before the first model was trained says which. Ranked are BM25's first hundred texts; what is
+relevant and not among them counts as missed. Gains are exponential.
 
 A ranker alone does not see what BM25 found. *And BM25* is the usual sum of both: scores of the
 hundred texts are brought to mean 0 and deviation 1, and the ranker's weigh as the table says, the
@@ -80,9 +80,9 @@ the first {words} words of title and abstract.
   bi-encoder of the table.
 - The text ranker goes on from there, with {examples:,} examples, {judged:,} of them judgements of
   the {train} queries.
-- The encoder of the embedding ranker goes on from stage I, and its ranker from the text ranker, with
-  {mixed:,} examples out of {taught:,} that the text ranker has answered. An abstract is {vectors}
-  vectors, read from a store on disk.
+- The encoder of the embedding ranker goes on from stage I, and its ranker from the text ranker,
+  with {mixed:,} examples out of {taught:,} that the text ranker has answered. An abstract is
+  {vectors} vectors, read from a store on disk.
 """
 AFTER_CRANFIELD: Final = """
 *Of the teacher's* compares with the text ranker and BM25. Positions and operations are those of an
