@@ -76,16 +76,19 @@ The models are the first {layers} layers of SmolLM2-135M-Instruct, dequantized f
 the first {words} words of title and abstract.
 
 - Stage I: {pairs:,} titles and sentences are queries, and each should find the abstract that it was
-  taken out of among those of its batch. No judgement is read. The cosine of its states is the
-  bi-encoder of the table.
+  taken out of among those of its batch. No judgement is read. The cosine of means of states is the
+  bi-encoder of the table. Last states, which MixLM takes, learned slower: of four layers the loss
+  was 2.4 after 100 steps of 24 pairs, where the means of two had 1.6 after 60 steps of 32.
 - The text ranker goes on from there, with {examples:,} examples, {judged:,} of them judgements of
-  the {train} queries.
+  the {train} queries and what BM25 has first for them, the others made of abstracts.
 - The encoder of the embedding ranker goes on from stage I, and its ranker from the text ranker,
-  with {mixed:,} examples out of {taught:,} that the text ranker has answered. An abstract is
-  {vectors} vectors, read from a store on disk.
+  with {mixed:,} examples out of {taught:,} that the teacher has answered: of the bi-encoder and the
+  text ranker the one that is better beside BM25 for the queries of the validation, here the
+  {teacher}. An abstract is {vectors} vectors, means of stretches of its states, read from a store
+  on disk.
 """
 AFTER_CRANFIELD: Final = """
-*Of the teacher's* compares with the text ranker and BM25. Positions and operations are those of an
+*Of the teacher's* compares with the teacher and BM25. Positions and operations are those of an
 abstract behind a query that was read. All of it is from one run of the program.
 """
 NO_CRANFIELD: Final = """
@@ -195,6 +198,13 @@ def difference(name: str, found: Sequence[float]) -> str:
     return f"\nAbove {name}: {spread(found, signed=True)} of NDCG@10: **{said}**.\n"
 
 
+def above_bm25(name: str, found: Sequence[float]) -> str:
+    """Return how far a reader of texts is above BM25 alone."""
+    said = "met" if found[1] > 0 else "met by the mean, not by its interval"
+    said = said if found[0] > 0 else "missed"
+    return f"\n{name[0].upper()}{name[1:]} above BM25: {spread(found, signed=True)}: **{said}**.\n"
+
+
 def spent(seconds: Mapping[str, float]) -> str:
     """Return the time of every part."""
     parts = ", ".join(f"{name} {found:.0f}" for name, found in seconds.items())
@@ -246,15 +256,13 @@ def page(found: Mapping[str, Any]) -> str:
 
 def cranfield(found: Mapping[str, Any]) -> list[str]:
     """Return the section of the abstracts; rows that are not there yet are named."""
-    rows, about = found["rows"], {"parameters": 0, **found["about"]}
-    teacher, embedding = f"{TEXT}{BESIDE}", f"{EMBEDDING}{BESIDE}"
+    rows = found["rows"]
+    about = {"parameters": 0, "teacher": "text ranker", **found["about"]}
+    teacher, embedding = f"{about['teacher']}{BESIDE}", f"{EMBEDDING}{BESIDE}"
     parts = [CRANFIELD.format(**about), "\n", cranfield_table(rows), AFTER_CRANFIELD]
-    parts.append(unmeasured(rows, (TEXT, EMBEDDING)))
-    if teacher in rows:
-        above = rows[teacher]["above BM25"]
-        said = "met" if above[1] > 0 else "met by the mean, not by its interval"
-        said = said if above[0] > 0 else "missed"
-        parts.append(f"\nThe {teacher} above BM25: {spread(above, signed=True)}: **{said}**.\n")
+    parts.append(unmeasured(rows, (TOWERS, TEXT, EMBEDDING)))
+    readers = [name for name in dict.fromkeys((teacher, f"{TEXT}{BESIDE}")) if name in rows]
+    parts += [above_bm25(name, rows[name]["above BM25"]) for name in readers]
     if embedding in rows:
         kept = rows[embedding]["of teacher"]
         parts += ["\n", verdict("The embedding ranker's share of its teacher", kept, 0.95)]
