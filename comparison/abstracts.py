@@ -206,7 +206,8 @@ def scored(of: Abstracts, score: Callable[[str, np.ndarray], np.ndarray]) -> Ran
 
 def standard(scores: np.ndarray) -> np.ndarray:
     """Return scores with mean 0 and deviation 1."""
-    return (scores - scores.mean()) / max(float(scores.std()), 1e-9)
+    found: np.ndarray = (scores - scores.mean()) / max(float(scores.std()), 1e-9)
+    return found
 
 
 def sentences_of(text: str, least: int = 8, most: int = 30) -> list[str]:

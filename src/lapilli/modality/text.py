@@ -71,7 +71,8 @@ def _states(encoder: LanguageModel, texts: Sequence[PreparedText]) -> Float[Tens
     assert isinstance(encoder, nn.Module)  # noqa: S101 - every language model is one
     device = next(encoder.parameters()).device
     positions = torch.arange(ids.shape[1], device=device).expand(ids.shape)
-    return encoder(encoder.embed(ids.to(device)), position_ids=positions)
+    found: Tensor = encoder(encoder.embed(ids.to(device)), position_ids=positions)
+    return found
 
 
 def check_utf8(text: str, name: str) -> None:
