@@ -159,8 +159,10 @@ class Towers:
         The softmax is that of stage I. An item that is no text of its own has a vector made for it.
         """
         found = []
+        queries = dict.fromkeys(one.query for one in examples)
+        sharps = {query: _SHARPNESS * self.cosines(query) for query in queries}
         for example in examples:
-            sharp = _SHARPNESS * self.cosines(example.query)
+            sharp = sharps[example.query]
             place = self._places.get(example.item)
             own = self._cosine(example) * _SHARPNESS if place is None else float(sharp[place])
             others = float(np.logaddexp.reduce(sharp)) - np.log(len(sharp) / _OTHERS)

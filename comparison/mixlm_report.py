@@ -89,7 +89,7 @@ the first {words} words of title and abstract.
 """
 AFTER_CRANFIELD: Final = """
 *Of the teacher's* compares with the teacher and BM25. Positions and operations are those of an
-abstract behind a query that was read. All of it is from one run of the program.
+abstract behind a query that was read.
 """
 NO_CRANFIELD: Final = """
 Texts of people: Cranfield, whose 225 queries are judged, was not measured.
@@ -266,7 +266,8 @@ def cranfield(found: Mapping[str, Any]) -> list[str]:
     if embedding in rows:
         kept = rows[embedding]["of teacher"]
         parts += ["\n", verdict("The embedding ranker's share of its teacher", kept, 0.95)]
-    return [*parts, spent(found["seconds"])]
+    said = [f"\n{found['note']}\n"] if "note" in found else []
+    return [*parts, spent(found["seconds"]), *said]
 
 
 def main() -> None:
