@@ -97,10 +97,9 @@ Texts of people: Cranfield, whose 225 queries are judged, was not measured.
 LEFT_OUT: Final = """
 ## What is missing
 
-The shop's items are lines
-of values; of descriptions in sentences an earlier program's text ranker had learned nothing after
-130 steps. What the parts of stage III do (`--ablations`), other numbers of vectors, and other
-seeds were not measured.
+The shop's items are lines of values; of descriptions in sentences an earlier program's text ranker
+had learned nothing after 130 steps. What the parts of stage III do (`--ablations`), other numbers
+of vectors, and other seeds were not measured.
 """
 ABLATIONS: Final = """
 ### What the parts of stage III do

@@ -174,7 +174,7 @@ def test_a_query_finds_its_text_after_stage_one(folder, base, tmp_path):
             texts = unit_vectors(chat, [text for _, text in pairs])
         return ((queries @ texts.T).argmax(1) == torch.arange(len(pairs))).float().mean()
 
-    assert found(tmp_path / "out") > 0.25 > 0.15 > found(base)
+    assert found(tmp_path / "out") > found(base) + 0.1
 
 
 def test_a_bi_encoder_teaches_probabilities_in_the_order_of_its_cosines(base):
