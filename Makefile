@@ -5,7 +5,7 @@
 # make stress       the fuzzer with 20,000 damaged files, two threads with 10,000 answers: an hour or less
 # make check        format, lint, types, import layers, docs, tests: what CI runs
 # make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
-# make example-mixlm  MixLM's claims at a small size, some 20 minutes (docs/mixlm.md); ARGS="--quick" for options
+# make example-mixlm  MixLM's claims at a small size, docs/mixlm.md says how long; ARGS="--quick" for options
 # make example-fusion  early fusion beside late fusion, a quarter of an hour (docs/fusion.md); ARGS="--toy" for options
 # make pebble      the embedded model from nothing, hours; PEBBLE="--recipes pebble/recipes/warm" for options
 # make example-userllm  User-LLM on MovieLens-100k (docs/userllm.md), a quarter of an hour; ARGS="--data DIR" for options
