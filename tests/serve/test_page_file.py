@@ -1,4 +1,4 @@
-"""The file of the page: built from its sources, sent with headers that let it do no more than it must."""
+"""The file of the page: built from its sources, sent with headers that let it do no more."""
 
 import base64
 import hashlib

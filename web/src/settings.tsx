@@ -11,7 +11,7 @@ const NUMBERS: [keyof Parameters, string, string, string, string][] = [
   ["temperature", "Temperature", "0", "5", "0.1"],
   ["top_p", "Top p", "0.01", "1", "0.01"],
   ["top_k", "Top k", "0", "", "1"],
-  ["max_tokens", "Longest answer, in tokens", "1", "", "1"],
+  ["max_tokens", "Most tokens", "1", "", "1"],
   ["seed", "Seed", "0", "", "1"],
 ];
 

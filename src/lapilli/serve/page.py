@@ -19,7 +19,7 @@ from lapilli.serve.service import Service
 _INLINE: Final = re.compile(r"<(script|style)\b[^>]*>(.*?)</\1>", re.DOTALL)
 
 
-def router(service: Service) -> APIRouter:  # noqa: ARG001  as every router; the page asks /v1
+def router(service: Service) -> APIRouter:
     """Return the route."""
     routes = APIRouter()
     html = files("lapilli.serve").joinpath("page.html").read_bytes()
