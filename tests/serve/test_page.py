@@ -361,10 +361,9 @@ class TestHistory:
                     const one = { id: `old${at}`, revision: "r", updated: at, messages: [message] };
                     localStorage.setItem(`lapilli:conversation:old${at}`, JSON.stringify(one));
                 }
-                let filler = 600_000;
-                while (filler > 1000) {
-                    try { localStorage.setItem("lapilli:filler", "y".repeat(filler)); break; }
-                    catch { filler = Math.floor(filler * 0.98); }
+                for (let size = 1_000_000, at = 0; size > 100; at++) {
+                    try { localStorage.setItem(`filler${at}`, "y".repeat(size)); }
+                    catch { size /= 2; }
                 }
             }"""
         )
@@ -440,7 +439,7 @@ class TestStream:
                 "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\n\n",
                 "[link](javascript:window.hacked=1) ![](http://elsewhere.example/spy.png)\n\n",
                 "<form action='http://elsewhere.example'><button>Send money</button></form>\n\n",
-                "<p style='position:fixed;inset:0' id='app'>over</p> [good](https://good.example)",
+                "<p style='position:fixed;inset:0' id='app'>over</p>\n\n[good](https://good.example)",
             )
             script.end()
             expect(page.get_by_role("link", name="good")).to_have_attribute(
@@ -583,6 +582,8 @@ class TestEverybody:
         if menu.is_visible():
             menu.click()
             check("history")
+            look.get_by_label("Your question").focus()
+            expect(look.get_by_role("navigation")).to_be_hidden()
         assert {state: faults for state, faults in found.items() if faults} == {}
 
     def test_a_phone_scrolls_in_one_direction(self, new_context, client):

@@ -51,7 +51,7 @@ export function App() {
         <Theme />
       </header>
       <History chat={chat} onChosen={() => (setOpen(""), setTab("chat"))} />
-      <main>
+      <main onFocusCapture={() => setOpen((before) => (before === "history" ? "" : before))}>
         <div class="notices" role="status">
           {server.isLost && <p class="notice">No connection to the server. Trying again…</p>}
           {!chat.isKept && <p class="notice">This conversation is too large for the browser to keep: export it before you leave.</p>}

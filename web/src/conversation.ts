@@ -18,6 +18,12 @@ export interface Chat {
   remove: (id: string) => void;
 }
 
+/** Return whether a tab is about to write the last answer. */
+function isUnfinished(conversation: Conversation): boolean {
+  const last = conversation.messages.at(-1);
+  return last?.role === "assistant" && !last.text && !last.note && !last.error;
+}
+
 /**
  * Return the conversation of this tab.
  *
@@ -108,7 +114,7 @@ export function useChat(model: string, parameters: Parameters, onError: (error: 
       if (!store.isConversation(event.key)) return;
       setHistory(store.list());
       const stored = store.load(now.current.id);
-      if (stored && !running.current) put(stored); // the other tab has gone on with it
+      if (stored && !running.current && !isUnfinished(stored)) put(stored); // another tab has gone on with it
     };
     addEventListener("storage", changed);
     addEventListener("pagehide", leave);
