@@ -591,7 +591,7 @@ class TestEverybody:
         page.get_by_role("button", name=COLOUR).click()
         expect(page.locator(".facts")).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") == 360
-        for name in ("Picture", "Draw", "Photo", "Send"):
+        for name in ("Conversations", "Model and", "Colours", "Picture", "Draw", "Photo", "Send"):
             box = page.get_by_role("button", name=name).bounding_box()
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= 360
