@@ -2,7 +2,7 @@
 # make test         every test that needs no GPU; the golden numbers of the original as a table at the end
 # make quick        the tests to run between two commits, in under a minute: no slow ones, no docs, no benchmarks
 # make cluster      tests that start several processes, on this machine
-# make browser      the page of the server in Chromium; needs chromium and playwright, axe from axe-playwright-python or web/node_modules
+# make browser      the page of the server in Chromium; skipped where chromium or playwright is missing
 # make stress       the fuzzer with 20,000 damaged files, two threads with 10,000 answers: an hour or less
 # make check        format, lint, types, import layers, docs, tests: what CI runs
 # make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
