@@ -2,8 +2,8 @@
 
     web/ --vite--> page.html (in the wheel) -> GET /
 
-The file is built, never edited: docs/guide/page.md says how. It talks to `/v1` of the server that it
-came from; the headers here forbid it, and whatever a model writes into it, everything else.
+The file is built, never edited: docs/guide/page.md says how. It talks to the server that it came
+from; the headers here forbid it, and whatever a model writes into it, everything else.
 """
 
 import base64
