@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from lapilli import __version__
 from lapilli.pipeline import Chat
-from lapilli.serve import chat, completions, status, uploads
+from lapilli.serve import chat, completions, page, status, uploads
 from lapilli.serve.auth import Gate
 from lapilli.serve.errors import INTERNAL, ApiError, api_error, dialect_of
 from lapilli.serve.options import ServeOptions
@@ -26,7 +26,13 @@ from lapilli.serve.service import Service
 
 LOG = logging.getLogger(__name__)
 
-ROUTERS = (chat.router, completions.router, uploads.router, status.router)
+ROUTERS = (
+    chat.router,
+    completions.router,
+    uploads.router,
+    status.router,
+    page.router,
+)
 """A protocol, or a part of one, is one file with a `router`, and an entry here."""
 
 
