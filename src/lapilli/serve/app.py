@@ -17,13 +17,21 @@ from starlette.exceptions import HTTPException
 
 from lapilli import __version__
 from lapilli.pipeline import Chat
-from lapilli.serve import chat, completions, status, uploads
+from lapilli.serve import anthropic, chat, completions, ollama, responses, status, uploads
 from lapilli.serve.auth import Gate
 from lapilli.serve.errors import ApiError, api_error, dialect_of
 from lapilli.serve.options import ServeOptions
 from lapilli.serve.service import Service
 
-ROUTERS = (chat.router, completions.router, uploads.router, status.router)
+ROUTERS = (
+    chat.router,
+    completions.router,
+    responses.router,
+    anthropic.router,
+    ollama.router,
+    uploads.router,
+    status.router,
+)
 """A protocol, or a part of one, is one file with a `router`, and an entry here."""
 
 

@@ -18,6 +18,7 @@ from lapilli.config.generation import SamplingParams
 from lapilli.errors import ContextTooLongError, UnsupportedModelError
 from lapilli.generate.engine.async_engine import AsyncAnswer, AsyncEngine
 from lapilli.generate.engine.request import Request
+from lapilli.generate.grammar import compiled
 from lapilli.generate.output import FinishReason, Generation, TokenLogprob
 from lapilli.pipeline import Chat
 from lapilli.prompt.encode import EncodedPrompt
@@ -309,6 +310,20 @@ class Service:
             found.usage.visual = sum(span.length for span in first.prompt.spans)
         return found
 
+    async def count(self, request: ChatRequest) -> int:
+        """Return the number of tokens of a prompt, as `Usage.prompt` has it; nothing is generated.
+
+        Raises:
+            LapilliError: a medium or the conversation.
+        """
+        self.check_open()
+        asked = await self.read(
+            lambda: self.chat.request(self.messages(request.turns, request.owner), request.params)
+        )
+        if isinstance(asked, Generation):
+            return asked.prompt_len
+        return len(asked.prompt.input_ids)
+
     def check_open(self) -> None:
         """Refuse new work while the server stops.
 
@@ -333,7 +348,9 @@ class Service:
         most = self.options.limits.images
         if count > most:
             raise ApiError(400, f"{count} pictures in one request, the limit is {most}")
-        system = [str(p) for turn in turns if turn.role == "system" for p in turn.parts]
+        system = [p for turn in turns if turn.role == "system" for p in turn.parts]
+        if not all(isinstance(part, str) for part in system):
+            raise ApiError(400, "the instructions hold a picture: show it in a message of the user")
         found: list[tuple[str, list[str | MediaPart]]] = []
         for turn in turns:
             if turn.role == "system":
@@ -346,12 +363,14 @@ class Service:
                 found[-1][1].extend(["\n", *opened])
             else:
                 found.append((turn.role, opened))
-        messages = [Message.system("\n\n".join(system))] if system else []
+        messages = [Message.system("\n\n".join(map(str, system)))] if system else []
         return messages + [Message(role, text_and_media(parts)) for role, parts in found]
 
     def prepare(self, request: ChatRequest) -> Sequence[Request | Generation]:
         """Return the engine's requests of all choices; called in a worker thread."""
         chat, params = self.chat, request.params
+        # A form that cannot be followed is found before a picture is fetched.
+        compiled(params.grammar, chat.tokenizer, chat.model.language_model.config.vocab_size)
         first = self._continued(request.prompt, params) or chat.request(
             self.messages(request.turns, request.owner), params
         )
