@@ -270,10 +270,18 @@ def _grammar(use: ToolUse, other: Grammar | None) -> Grammar:
         begins = json.dumps(f'{OPEN}\n{{"name": {json.dumps(one.name)}, "arguments": ')
         ends = json.dumps(f"}}\n{CLOSE}")
         rules.append(f"call_{at}: {begins} arguments_{at} {ends}")
-        rules.append(f"arguments_{at}: {_json({'type': 'object', **one.parameters})}")
+        rules.append(f"arguments_{at}: {_json(_arguments(one))}")
     if other is not None:
         rules.append(f"other: {_rule(other)}")
     return Grammar.lark("\n".join(rules))
+
+
+def _arguments(tool: Tool) -> dict[str, Any]:
+    """Return the schema of arguments: those declared, and no others unless it allows them."""
+    schema = {"type": "object", **tool.parameters}
+    if "properties" in schema:
+        schema.setdefault("additionalProperties", False)
+    return schema
 
 
 def _json(schema: Mapping[str, Any]) -> str:
