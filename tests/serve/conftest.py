@@ -2,20 +2,17 @@
 
 import base64
 import io
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import httpx
 import pytest
-import uvicorn
 from PIL import Image, ImageDraw
 
 import lapilli
 from lapilli.pipeline import Chat
-from lapilli.serve.app import create_app
 from lapilli.serve.options import ServeOptions
-from lapilli.serve.run import Server, listen
+from lapilli.serve.run import ServerThread
 
 KEY = "secret-1"
 
@@ -44,23 +41,12 @@ def asked(question: str, *urls: object, **options: object) -> dict[str, object]:
 @contextmanager
 def serving(chat: Chat, options: ServeOptions | None = None) -> Iterator[httpx.Client]:
     """Run a server of its own on a free port; yield a client of it."""
-    options = options or ServeOptions(port=0)
-    listening = listen(options)
-    ready = threading.Event()
-    config = uvicorn.Config(create_app(chat, options), log_level="warning", access_log=False)
-    server = Server(config, ready.set)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    assert ready.wait(30)
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    try:
-        with httpx.Client(base_url=url, timeout=60) as client:
-            client.app = config.app  # type: ignore[attr-defined]
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listening.close()
+    with (
+        ServerThread(chat, options) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        client.app = server.app  # type: ignore[attr-defined]
+        yield client
 
 
 @pytest.fixture(scope="session")

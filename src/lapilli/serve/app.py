@@ -6,6 +6,7 @@
 The one place that knows all routes.
 """
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -19,9 +20,11 @@ from lapilli import __version__
 from lapilli.pipeline import Chat
 from lapilli.serve import anthropic, chat, completions, ollama, responses, status, uploads
 from lapilli.serve.auth import Gate
-from lapilli.serve.errors import ApiError, api_error, dialect_of
+from lapilli.serve.errors import INTERNAL, ApiError, api_error, dialect_of
 from lapilli.serve.options import ServeOptions
 from lapilli.serve.service import Service
+
+LOG = logging.getLogger(__name__)
 
 ROUTERS = (
     chat.router,
@@ -81,6 +84,8 @@ def create_app(model: Chat, options: ServeOptions | None = None) -> FastAPI:
 async def _answered(request: Request, error: Exception) -> JSONResponse:
     """Answer with the cause of an error, in the shape of the protocol."""
     found = api_error(error)
+    if found.status >= INTERNAL:
+        LOG.error("%s %s: %s", request.method, request.url.path, found.message, exc_info=error)
     request.app.state.service.metrics.count_error(found.status)
     body = found.body(dialect_of(request.url.path))
     return JSONResponse(body, status_code=found.status, headers=dict(found.headers))

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from threading import Lock
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from lapilli.serve.errors import ApiError, dialect_of
 from lapilli.serve.options import LOOPBACK, ApiKey, ServeOptions
 
@@ -157,8 +159,8 @@ class Gate:
             nonlocal count
             message = await receive()
             count += len(message.get("body", b""))
-            if count > most:
-                raise too_long(most)
+            if count > most:  # of the framework's own kind: others it takes for bad JSON
+                raise HTTPException(413, too_long(most).message)
             return message
 
         return counted

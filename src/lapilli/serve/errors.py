@@ -68,13 +68,15 @@ class ApiError(Exception):
 
     def body(self, dialect: Dialect = "openai") -> dict[str, Any]:
         """Return the JSON that clients of a protocol expect."""
+        # What a client wrote may be no Unicode, and is told back to it.
+        message = self.message.encode("utf-8", "backslashreplace").decode()
         if dialect == "ollama":
-            return {"error": self.message}
+            return {"error": message}
         if dialect == "anthropic":
             kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
-            return {"type": "error", "error": {"type": kind, "message": self.message}}
+            return {"type": "error", "error": {"type": kind, "message": message}}
         kind = _OPENAI_TYPES.get(self.status, "invalid_request_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        error = {"message": message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
 

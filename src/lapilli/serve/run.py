@@ -6,9 +6,11 @@ A second signal ends it at once.
 """
 
 import socket
+import threading
 from collections.abc import Callable
 
 import uvicorn
+from fastapi import FastAPI
 
 from lapilli.errors import ConfigError
 from lapilli.pipeline import Chat
@@ -34,9 +36,73 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """Stop to take requests at a signal; a second one ends at once."""
-        app = self.config.app
-        app.state.service.is_stopping = True  # type: ignore[union-attr]  # create_app's
-        super().handle_exit(sig, frame)  # type: ignore[arg-type]
+        del sig, frame  # uvicorn would raise the signal again, after the last answer
+        self.config.app.state.service.is_stopping = True  # type: ignore[union-attr]  # create_app's
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+class ServerThread:
+    """Server in a thread of its own, for notebooks and tests; ends when its block is left.
+
+    Args:
+        chat: the model, which may be used beside it.
+        options: where to listen, keys and limits; None: a free port of this machine.
+
+    Attributes:
+        url: its address.
+        app: the application.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+
+    def __init__(self, chat: Chat, options: ServeOptions | None = None) -> None:
+        options = options or ServeOptions(port=0)
+        self._listening = listen(options)
+        self.url = address_of(options, self._listening)
+        self.app = create_app(chat, options)
+        self._ready = threading.Event()
+        self._server = Server(config_of(self.app), self._ready.set)
+        self._thread = threading.Thread(target=self._run, name="lapilli-server", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+
+    def _run(self) -> None:
+        try:
+            self._server.run(sockets=[self._listening])
+        finally:
+            self._ready.set()  # nobody may wait for one that failed
+
+    def close(self) -> None:
+        """Answer what runs, then end."""
+        self._server.should_exit = True
+        self._thread.join()
+        self._listening.close()
+
+    def __enter__(self) -> "ServerThread":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def config_of(app: FastAPI) -> uvicorn.Config:
+    """Return how uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_keep_alive=30,
+    )
+
+
+def address_of(options: ServeOptions, listening: socket.socket) -> str:
+    """Return the URL of a socket that listens."""
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    return f"http://{host}:{listening.getsockname()[1]}"
 
 
 def run(chat: Chat, options: ServeOptions, ready: Callable[[str], None]) -> None:
@@ -51,15 +117,8 @@ def run(chat: Chat, options: ServeOptions, ready: Callable[[str], None]) -> None
         ConfigError: the address cannot be listened on.
     """
     listening = listen(options)
-    address = f"http://{_shown(options.host)}:{listening.getsockname()[1]}"
-    config = uvicorn.Config(
-        create_app(chat, options),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        timeout_keep_alive=30,
-    )
+    address = address_of(options, listening)
+    config = config_of(create_app(chat, options))
     with listening:
         Server(config, lambda: ready(address)).run(sockets=[listening])
 
@@ -83,7 +142,3 @@ def listen(options: ServeOptions) -> socket.socket:
             "choose another --port, or --port 0 for a free one"
         ) from error
     return listening
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

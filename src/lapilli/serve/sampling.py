@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict
 from lapilli.config.generation import SamplingParams
 from lapilli.serve.errors import ApiError
 
+MOST_STOPS = 64
+"""Each of them is looked for in every token."""
+
 
 class SamplingBody(BaseModel):
     """Options that chat, completions and their kin share; None is the default of the server."""
@@ -38,6 +41,10 @@ class SamplingBody(BaseModel):
             GenerationError: a value out of its bounds.
             ApiError: a token of logit_bias that is none.
         """
+        if isinstance(self.stop, list) and len(self.stop) > MOST_STOPS:
+            raise ApiError(
+                400, f"stop has {len(self.stop)} texts, the limit is {MOST_STOPS}", param="stop"
+            )
         names = (
             "temperature",
             "top_p",

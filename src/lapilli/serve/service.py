@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import ContextTooLongError, UnsupportedModelError
@@ -30,6 +30,9 @@ from lapilli.serve.metrics import Metrics
 from lapilli.serve.options import ServeOptions
 
 T = TypeVar("T")
+
+LONGEST_TOKEN: Final = 256
+"""Letters of a token; the longest ones of known vocabularies have half as many."""
 
 Part = str | MediaPart | dict[str, Any]
 """A text, a medium, or a picture in OpenAI's form that a worker thread is to open."""
@@ -179,17 +182,18 @@ class Answers:
     ) -> AsyncIterator[Delta | Finished]:
         if isinstance(answer, Generation):
             yield Delta(index, answer.text, answer.token_ids, answer.logprobs or ())
+            self.usage.completion += len(answer.token_ids)
             generation = answer
         else:
             async for piece in answer:
                 if not self.timings.first_token:
                     self._note_first(answer)
+                self.usage.completion += len(piece.token_ids)
                 if piece.text or piece.token_ids:
                     yield Delta(index, piece.text, piece.token_ids, piece.logprobs)
             generation = answer.handle.generation
             if index == 0:  # the others find what the first one computed
                 self.usage.cached = answer.handle.cached_tokens
-        self.usage.completion += len(generation.token_ids)
         self.timings.total = time.monotonic() - self._started
         self.reason = generation.finish_reason
         yield Finished(index, generation.finish_reason, generation)
@@ -348,8 +352,9 @@ class Service:
         most = self.options.limits.images
         if count > most:
             raise ApiError(400, f"{count} pictures in one request, the limit is {most}")
-        system = [p for turn in turns if turn.role == "system" for p in turn.parts]
-        if not all(isinstance(part, str) for part in system):
+        said = [p for turn in turns if turn.role == "system" for p in turn.parts]
+        system = [part for part in said if isinstance(part, str)]
+        if len(system) < len(said):
             raise ApiError(400, "the instructions hold a picture: show it in a message of the user")
         found: list[tuple[str, list[str | MediaPart]]] = []
         for turn in turns:
@@ -363,7 +368,9 @@ class Service:
                 found[-1][1].extend(["\n", *opened])
             else:
                 found.append((turn.role, opened))
-        messages = [Message.system("\n\n".join(map(str, system)))] if system else []
+        letters = sum(len(part) for _, parts in found for part in parts if isinstance(part, str))
+        self._check_length(letters + sum(map(len, system)))
+        messages = [Message.system("\n\n".join(system))] if system else []
         return messages + [Message(role, text_and_media(parts)) for role, parts in found]
 
     def prepare(self, request: ChatRequest) -> Sequence[Request | Generation]:
@@ -395,12 +402,26 @@ class Service:
             for number in range(1, request.choices)
         ]
 
+    def _check_length(self, letters: int) -> None:
+        """Refuse a text that cannot fit, before it is cut into tokens, which takes its time.
+
+        Raises:
+            ContextTooLongError: more letters than a context of long tokens has.
+        """
+        most = LONGEST_TOKEN * self.chat.context_length
+        if letters > most:
+            raise ContextTooLongError(
+                f"the request has {letters} letters of text, more than the {most} that "
+                f"{self.chat.context_length} tokens may stand for: send less"
+            )
+
     def _continued(
         self, prompt: str | tuple[int, ...] | None, params: SamplingParams
     ) -> Request | None:
         """Return the request of a prompt without a conversation."""
         if prompt is None:
             return None
+        self._check_length(len(prompt))
         ids = self.chat.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return Request(EncodedPrompt(ids, [False] * len(ids)), params=params)
 

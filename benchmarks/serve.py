@@ -1,0 +1,229 @@
+"""The server under load: many clients with pictures of their own, and what HTTP costs.
+
+    python -m benchmarks.serve [MODEL] [--clients 64] [--seconds 60] [--out FILE]
+
+    clients     each streams the answer about its own picture and compares it with the library's
+    tokens/s    eight answers at the same time, by the server and by the bare engine, in turns
+    start       of `lapilli serve`, until it is ready
+
+Clients and server share the machine, so read the ratios.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+from PIL import Image, ImageDraw
+
+import lapilli
+from benchmarks.machine import machine
+from lapilli.config.generation import EngineOptions, SamplingParams
+from lapilli.prompt.message import Message
+
+COLOURS = ("red", "green", "blue", "yellow")
+QUESTION = "What color is the circle?"
+PATH = "/v1/chat/completions"
+PROGRAM = (sys.executable, "-c", "from lapilli.cli.main import main; main()")
+TOKENS, TOGETHER = 64, 8
+
+
+def picture(number: int) -> bytes:
+    """A PNG of one circle whose colour and place follow from the number."""
+    rng = np.random.default_rng(number)
+    side, radius = 160, 24
+    x, y = rng.integers(radius + 8, side - radius - 8, 2).tolist()
+    image = Image.new("RGB", (side, side), "white")
+    box = (x - radius, y - radius, x + radius, y + radius)
+    ImageDraw.Draw(image).ellipse(box, fill=COLOURS[number % len(COLOURS)])
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def body_of(image: bytes, question: str, **options):
+    uri = "data:image/png;base64," + base64.b64encode(image).decode()
+    content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": question}]
+    return {"messages": [{"role": "user", "content": content}], "stream": True, **options}
+
+
+@contextmanager
+def server(model: str, *options: str):
+    """`lapilli serve` as a process; yields it, its address and the seconds until it was ready."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [*PROGRAM, "serve", model, "--port", "0", *options], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        for line in process.stderr:
+            if found := re.search(r"ready on (http://\S+)", line):
+                break
+        else:
+            raise SystemExit(f"the server ended with {process.wait()}")
+        yield process, found[1], time.perf_counter() - started
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def ask(client: httpx.AsyncClient, body) -> tuple[str, list[float]]:
+    """The answer to one request, and the moments at which its pieces came."""
+    times, said = [], []
+    async with client.stream("POST", PATH, json=body) as response:
+        if response.status_code != 200:
+            raise RuntimeError(f"{response.status_code} {await response.aread()!r}")
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise RuntimeError(chunk["error"]["message"])
+            text = chunk["choices"][0]["delta"].get("content") if chunk["choices"] else None
+            if text:
+                times.append(time.perf_counter())
+                said.append(text)
+    return "".join(said).strip(), times
+
+
+async def load(address: str, clients: int, seconds: float, right: dict[int, str]):
+    """Clients that ask again and again; counts, and seconds between the pieces of an answer."""
+    end = time.perf_counter() + seconds
+    gaps, firsts, wrong, errors = [], [], [], []
+    asked = 0
+
+    async def one(number: int, client: httpx.AsyncClient) -> None:
+        nonlocal asked
+        turn = 0
+        while time.perf_counter() < end:
+            key = (number + clients * turn) % len(right)
+            turn += 1
+            asked += 1
+            started = time.perf_counter()
+            try:
+                said, times = await ask(client, body_of(picture(key), "What is in this picture?"))
+            except (httpx.HTTPError, RuntimeError) as error:
+                errors.append(str(error))
+                continue
+            if said != right[key]:
+                wrong.append((key, said, right[key]))
+            if times:
+                firsts.append(times[0] - started)
+                gaps.extend(np.diff(times).tolist())
+
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
+        await asyncio.gather(*(one(number, client) for number in range(clients)))
+    return {
+        "requests": asked,
+        "wrong": len(wrong),
+        "errors": len(errors),
+        "first_errors": errors[:3],
+        "gap_median_ms": 1e3 * statistics.median(gaps),
+        "gap_p99_ms": 1e3 * float(np.percentile(gaps, 99)),
+        "first_token_median_ms": 1e3 * statistics.median(firsts),
+        "requests_per_second": asked / seconds,
+    }
+
+
+def library_answers(chat, count: int) -> dict[int, str]:
+    questions = [[Message.user("What is in this picture?", picture(n))] for n in range(count)]
+    return {n: answer.text.strip() for n, answer in enumerate(chat.batch(questions))}
+
+
+def under_load(model: str, clients: int, seconds: float):
+    """Errors, wrong answers, gaps and memory of a server with many clients."""
+    right = library_answers(lapilli.load(model), 2 * clients)
+    with server(model, "--rows", "16") as (process, address, ready):
+        asyncio.run(load(address, clients, min(10.0, seconds / 4), right))  # warm
+        memory = psutil.Process(process.pid)
+        before = memory.memory_info().rss
+        found = asyncio.run(load(address, clients, seconds, right))
+        after = memory.memory_info().rss
+    grown = (after - before) / 2**20
+    ratio = found["gap_p99_ms"] / found["gap_median_ms"]
+    return {
+        **found,
+        "gap_ratio": ratio,
+        "memory_mib": before / 2**20,
+        "grown_mib": grown,
+        "ready_s": ready,
+    }
+
+
+def beside_the_engine(model: str, rounds: int, quantize: str | None):
+    """Tokens per second of eight answers at once: by HTTP, and by the engine in this process."""
+    options = SamplingParams(max_new_tokens=TOKENS, temperature=0.0)
+    images = [picture(number) for number in range(TOGETHER * (rounds + 1))]
+    ours: list[float] = []
+    theirs: list[float] = []
+    more = ("--quantize", quantize) if quantize else ()
+    bias = {"2": -100}
+    with server(model, "--rows", str(TOGETHER), "--speculate", "off", *more) as (
+        _,
+        address,
+        _ready,
+    ):
+        engine = EngineOptions(max_rows=TOGETHER, speculate="off")
+        chat = lapilli.load(model, quantize=quantize, engine=engine)
+        params = options.updated(logit_bias={2: -100.0})
+
+        async def by_server(batch):
+            async with httpx.AsyncClient(base_url=address, timeout=600) as client:
+                bodies = [
+                    body_of(image, QUESTION, max_tokens=TOKENS, logit_bias=bias) for image in batch
+                ]
+                return await asyncio.gather(*(ask(client, body) for body in bodies))
+
+        for turn in range(rounds + 1):
+            batch = images[turn * TOGETHER : (turn + 1) * TOGETHER]
+            started = time.perf_counter()
+            chat.batch([[Message.user(QUESTION, image)] for image in batch], params)
+            between = time.perf_counter()
+            asyncio.run(by_server(batch))
+            if turn:  # the first one warms
+                ours.append(TOGETHER * TOKENS / (time.perf_counter() - between))
+                theirs.append(TOGETHER * TOKENS / (between - started))
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "server_tokens_per_s": statistics.median(ours),
+        "engine_tokens_per_s": statistics.median(theirs),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
+    parser.add_argument("model", nargs="?", default="pebble")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quantize")
+    parser.add_argument("--no-load", action="store_true", help="only beside the engine")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    found = {"machine": machine(), "model": given.model}
+    if not given.no_load:
+        found["load"] = under_load(given.model, given.clients, given.seconds)
+    found["beside_the_engine"] = beside_the_engine(given.model, given.rounds, given.quantize)
+    text = json.dumps(found, indent=1)
+    if given.out:
+        given.out.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
