@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from lapilli.config.generation import SamplingParams
 from lapilli.config.grammar import Grammar
 from lapilli.serve.errors import ApiError
+from lapilli.serve.sampling import check_stops
 from lapilli.serve.service import Answers, ChatRequest, Finished, Part, Service, Turn
 from lapilli.serve.stream import event, events, unless_gone
 from lapilli.serve.structured import format_grammar
@@ -120,7 +121,9 @@ class MessagesBody(CountBody):
 
         Raises:
             GenerationError: one out of its bounds.
+            ApiError: too many stop sequences, or a form that cannot be used.
         """
+        check_stops(self.stop_sequences, "stop_sequences")
         options = {
             "max_new_tokens": self.max_tokens,
             "stop": self.stop_sequences,

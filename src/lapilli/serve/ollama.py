@@ -22,6 +22,7 @@ from lapilli.config.grammar import Grammar
 from lapilli.serve.chat import MessageBody as ChatMessage
 from lapilli.serve.chat import turns_of
 from lapilli.serve.errors import ApiError, api_error
+from lapilli.serve.sampling import check_stops
 from lapilli.serve.service import Answers, ChatRequest, Finished, Part, Service, Turn
 from lapilli.serve.stream import unless_gone
 from lapilli.serve.structured import kind_grammar
@@ -84,6 +85,7 @@ class OllamaBody(BaseModel):
         for name, value in OFF.items():
             if given.get(name) not in (None, value):
                 raise ApiError(400, f"options.{name} is not supported: leave it out", param=name)
+        check_stops(given.get("stop"), "options.stop")
         found = {OPTIONS[name]: value for name, value in given.items() if name in OPTIONS}
         found = {name: value for name, value in found.items() if value is not None}
         if found.get("top_k") == 0:  # all tokens

@@ -7,6 +7,7 @@ What would need stored responses (`store: true`, `previous_response_id`, `conver
 false.
 """
 
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -97,6 +98,18 @@ class ResponsesBody(SamplingBody, StructuredBody):
                 "unsupported",
                 "truncation",
             )
+        told = [
+            self.instructions,
+            self.metadata,
+            self.text,
+            self.tools,
+            self.tool_choice,
+            self.user,
+        ]
+        try:
+            json.dumps(told, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the response cannot repeat the request: {error}") from error
         if self.top_logprobs:
             raise ApiError(
                 400,
@@ -212,7 +225,9 @@ def _turns(item: Mapping[str, Any], where: str) -> list[Turn]:
 
 
 def _parts(content: object, where: str) -> tuple[Part, ...]:
-    if content is None or isinstance(content, str | list):
+    if content is None or isinstance(content, str):
+        return parts_of(content, where)
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         return parts_of(content, where)
     raise ApiError(400, f"{where}: content must be a text or a list of parts", param=where)
 

@@ -61,7 +61,7 @@ class StructuredBody(BaseModel):
         return next(iter(found.values()), None)
 
 
-def format_grammar(given: Mapping[str, Any] | None, where: str) -> Grammar | None:
+def format_grammar(given: object, where: str) -> Grammar | None:
     """Return the form that `response_format`, or `text.format` of the Responses API, names.
 
     A schema is followed exactly, whether `strict` says so or not.
@@ -69,8 +69,12 @@ def format_grammar(given: Mapping[str, Any] | None, where: str) -> Grammar | Non
     Raises:
         ApiError: another type than text, json_object or json_schema, or no schema.
     """
-    kind = None if given is None else given.get("type")
-    if given is None or kind == "text":
+    if given is None:
+        return None
+    kind = given.get("type") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or kind == "text":
+        if kind is None:
+            raise ApiError(400, f"{where} must be an object with a type", param=where)
         return None
     if kind == "json_object":
         return Grammar.json_object()
@@ -126,7 +130,12 @@ def _of_schema(given: object, whitespace: str | None) -> Grammar:
     if whitespace is None:
         return Grammar.json_schema(given)
     schema = json.loads(Grammar.json_schema(given).text)
-    written = {"whitespace_flexible": True, "whitespace_pattern": whitespace}
+    written = {
+        "item_separator": ",",
+        "key_separator": ":",
+        "whitespace_flexible": True,
+        "whitespace_pattern": whitespace,
+    }
     return Grammar.json_schema({**schema, "x-guidance": written})
 
 

@@ -30,7 +30,9 @@ lines = list(client.chat("pebble", MESSAGES, stream=True))
 assert "".join(line.message.content for line in lines) == "red"
 assert lines[-1].eval_count == found.eval_count
 assert client.generate("pebble", QUESTION, images=[path]).response == "red"
-pieces = [piece.response for piece in client.generate("pebble", QUESTION, images=[path], stream=True)]
+pieces = [
+    piece.response for piece in client.generate("pebble", QUESTION, images=[path], stream=True)
+]
 assert "".join(pieces) == "red"
 short = client.chat("pebble", MESSAGES, options={"num_predict": 1, "temperature": 0})
 assert short.done_reason == "length"

@@ -49,9 +49,7 @@ def chat():
     said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert said == "red", said
     assert chunks[-1].usage.total_tokens == found.usage.total_tokens
-    form = client.chat.completions.parse(
-        model=model, messages=asked(uri), response_format=Circle
-    )
+    form = client.chat.completions.parse(model=model, messages=asked(uri), response_format=Circle)
     assert form.choices[0].message.parsed.color in ("red", "green", "blue")
 
 
