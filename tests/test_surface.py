@@ -19,6 +19,8 @@ PUBLIC = {
     "FusionError",
     "Generation",
     "GenerationError",
+    "Grammar",
+    "GrammarError",
     "LapilliError",
     "MediaCountMismatchError",
     "MediaError",

@@ -19,6 +19,7 @@ from lapilli.errors import (
     DataError,
     FusionError,
     GenerationError,
+    GrammarError,
     LapilliError,
     MediaCountMismatchError,
     MediaError,
@@ -36,6 +37,7 @@ from lapilli.errors import (
 
 if TYPE_CHECKING:
     from lapilli.config.generation import SamplingParams
+    from lapilli.config.grammar import Grammar
     from lapilli.generate.output import Generation, Piece, TokenLogprob
     from lapilli.pipeline import Chat, load
     from lapilli.prompt.message import MediaPart, Message, TextPart
@@ -52,6 +54,8 @@ __all__ = [
     "FusionError",
     "Generation",
     "GenerationError",
+    "Grammar",
+    "GrammarError",
     "LapilliError",
     "MediaCountMismatchError",
     "MediaError",
@@ -78,6 +82,7 @@ __all__ = [
 _HOMES = {
     "Chat": "lapilli.pipeline",
     "Generation": "lapilli.generate.output",
+    "Grammar": "lapilli.config.grammar",
     "MediaPart": "lapilli.prompt.message",
     "Message": "lapilli.prompt.message",
     "Piece": "lapilli.generate.output",

@@ -20,6 +20,7 @@
     |- FusionError (ValueError)           features that do not fit their span
     '- GenerationError (ValueError)       sampling options, the context
        |- ContextTooLongError             prompt plus answer do not fit the context
+       |- GrammarError                    a schema that no answer can be held to
        '- RequestError                    a request that an engine could not answer as it is
 
 A message names the thing, says what was expected and what was found, and what to do.
@@ -100,6 +101,10 @@ class GenerationError(LapilliError, ValueError):
 
 class ContextTooLongError(GenerationError):
     """Prompt plus answer do not fit the context of the language model."""
+
+
+class GrammarError(GenerationError):
+    """A JSON schema, regular expression, list of choices or Lark grammar that cannot be used."""
 
 
 class RequestError(GenerationError):

@@ -140,3 +140,64 @@ def test_what_was_loaded_is_no_matter_for_the_collector_of_a_program(monkeypatch
     assert frozen == []
     ChatOptions(sampling={}, device="cpu", quiet=quiet).load()
     assert frozen == [1]
+
+
+GRAMMARS = {
+    "form.json": ('{"type": "boolean"}', "json_schema"),
+    "form.regex": ("[0-9]{2}\n", "regex"),
+    "form.txt": ("yes\n\nno\n", "choice"),
+    "form.LARK": ('start: "a"\n', "lark"),
+}
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_a_file_says_the_form_of_an_answer(name, tmp_path):
+    text, kind = GRAMMARS[name]
+    (tmp_path / name).write_text(text)
+    how = ChatOptions(sampling={"seed": 3}, schema=tmp_path / name)
+    grammar = how.sampling["grammar"]
+    assert (grammar.kind, how.sampling["seed"]) == (kind, 3)
+    if kind != "json_schema":
+        expected = {"regex": "[0-9]{2}", "choice": '["yes", "no"]', "lark": text}
+        assert grammar.text == expected[kind]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("form.yaml", b"a: b", "must end in one of .json, .regex, .txt, .lark"),
+        ("form.json", b"{", "form.json: the JSON schema is not JSON"),
+        ("form.json", b"\xff", "form.json: not UTF-8 at byte 1"),
+        ("form.txt", b"\n", "choices must be a list"),
+        ("missing.json", None, "missing.json: No such file"),
+    ],
+)
+def test_a_wrong_file_of_a_form_is_one_line_before_a_model_is_loaded(
+    name, content, message, tmp_path
+):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    arguments = ["ask", "Is it?", "--schema", str(tmp_path / name), "--model", "nowhere"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+
+
+def test_ask_and_batch_follow_a_schema(tmp_path):
+    schema = {
+        "type": "object",
+        "properties": {"is_red": {"type": "boolean"}},
+        "required": ["is_red"],
+        "additionalProperties": False,
+    }
+    (tmp_path / "form.json").write_text(json.dumps(schema))
+    form = ["--schema", str(tmp_path / "form.json"), "--quiet", "--device", "cpu"]
+    done = CliRunner().invoke(app, ["ask", "Is it red?", *form])
+    assert done.exit_code == 0, done.output
+    assert set(json.loads(done.stdout)) == {"is_red"}
+    (tmp_path / "in.jsonl").write_text('{"question": "Is it red?"}\n{"question": "And you?"}\n')
+    target = tmp_path / "out.jsonl"
+    done = CliRunner().invoke(app, ["batch", str(tmp_path / "in.jsonl"), str(target), *form])
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [set(json.loads(row["answer"])) for row in rows] == [{"is_red"}] * 2

@@ -166,7 +166,7 @@ def test_every_option_is_in_one_table():
     """What no table has must be decided by the loop: it would change nothing here."""
     of_the_loop = {
         *("max_new_tokens", "num_beams", "length_penalty", "stop", "stop_token_ids"),
-        *("temperature", "seed", "logprobs"),
+        *("temperature", "seed", "logprobs", "grammar"),
     }
     names = {field.name for field in fields(SamplingParams)}
     assert names == {*PROCESSORS, *FILTERS, *of_the_loop}

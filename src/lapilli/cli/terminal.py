@@ -20,9 +20,10 @@ import typer
 
 from lapilli.checkpoint.source import is_local
 from lapilli.config.generation import EngineOptions, SamplingParams, value_type
+from lapilli.config.grammar import Grammar
 from lapilli.config.llava import SamplingNote
 from lapilli.config.reader import given_path
-from lapilli.errors import ConfigError, LapilliError, MediaError
+from lapilli.errors import ConfigError, GrammarError, LapilliError, MediaError
 
 if TYPE_CHECKING:
     from lapilli.modality.image.decode import Alpha
@@ -91,7 +92,7 @@ class ChatOptions:
     """Options of the commands that answer questions.
 
     Raises:
-        GenerationError: a wrong sampling option, found before a model is loaded.
+        GenerationError: a wrong sampling option or schema, found before a model is loaded.
     """
 
     model: Annotated[
@@ -101,6 +102,13 @@ class ChatOptions:
     adapter: Adapter = None
     template: Template = None
     sampling: Sampling
+    schema: Annotated[
+        Path | None,
+        typer.Option(
+            help="Form of the answer: a JSON schema (.json), a regular expression (.regex), "
+            "choices, one per line (.txt), or a Lark grammar (.lark)."
+        ),
+    ] = None
     device: Device = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
     quantize: Annotated[
@@ -119,6 +127,9 @@ class ChatOptions:
     quiet: Quiet = False
 
     def __post_init__(self) -> None:
+        if self.schema is not None:
+            options = {**self.sampling, "grammar": read_grammar(self.schema)}
+            object.__setattr__(self, "sampling", options)
         SamplingParams.from_options(**self.sampling)
 
     def of_model(self, model: str) -> "ChatOptions":
@@ -158,6 +169,35 @@ class ChatOptions:
         if not self.quiet:
             _say_what_is_odd(chat)
         return chat
+
+
+GRAMMARS: Mapping[str, Callable[[str], Grammar]] = {
+    ".json": Grammar.json_schema,
+    ".regex": lambda text: Grammar.regex(text.rstrip("\r\n")),
+    ".txt": lambda text: Grammar.choice([line for line in text.splitlines() if line.strip()]),
+    ".lark": Grammar.lark,
+}
+"""What the file of --schema holds, by the end of its name."""
+
+
+def read_grammar(path: Path) -> Grammar:
+    """Return the grammar that a file holds.
+
+    Raises:
+        GrammarError: the name ends otherwise than in `GRAMMARS`, or the file cannot be used.
+    """
+    read = GRAMMARS.get(path.suffix.lower())
+    if read is None:
+        known = ", ".join(GRAMMARS)
+        raise GrammarError(f"--schema {path}: the name must end in one of {known}")
+    try:
+        return read(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GrammarError(f"--schema {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise GrammarError(f"--schema {path}: not UTF-8 at byte {error.start + 1}") from error
+    except GrammarError as error:
+        raise GrammarError(f"--schema {path}: {error}") from error
 
 
 def open_stores(given: Sequence[str]) -> "dict[str, Store]":

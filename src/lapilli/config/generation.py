@@ -6,6 +6,7 @@ from math import inf, isinf
 from types import NoneType
 from typing import Any, cast, get_args
 
+from lapilli.config.grammar import Grammar, as_grammar
 from lapilli.errors import GenerationError
 
 MIB = 1 << 20
@@ -48,6 +49,12 @@ class Option:
         elif kind == tuple[str, ...]:
             if any(not isinstance(text, str) or not text for text in _items(name, value)):
                 raise GenerationError(f"{name} must hold non-empty strings, got {value!r}")
+        elif kind is Grammar:
+            if not isinstance(value, Grammar):
+                raise GenerationError(
+                    f"{name} must be a Grammar, got {value!r:.100}: pass schema=... to "
+                    "SamplingParams.from_options, or use lapilli.config.grammar.as_grammar"
+                )
         else:
             for token_id, number in cast("Mapping[object, object]", value).items():
                 check_count(f"a token id of {name}", token_id, least=0)
@@ -112,6 +119,10 @@ class SamplingParams:
         low=0,
         in_terminal=False,
     )
+    # from_options and updated take what `as_grammar` does, under the name `schema` too.
+    grammar: Grammar | None = option(  # noqa: RUF009  it is a field, as the others are
+        None, "Form that the answer must have.", in_terminal=False
+    )
 
     def __post_init__(self) -> None:
         # A dict of its own: the caller's may change.
@@ -122,10 +133,18 @@ class SamplingParams:
                 one.metadata["option"].check(one.name, value, value_type(one))
         if self.seed is not None and self.seed >= EXCLUSIVE_SEED_LIMIT:
             raise GenerationError(f"seed must be below 2 ** 64, got {self.seed}")
+        if self.grammar is not None and self.num_beams > 1:
+            raise GenerationError(
+                f"num_beams {self.num_beams}: beams cannot follow a grammar (schema=...), leave "
+                "one of them out"
+            )
 
     @classmethod
     def from_options(cls, **options: object) -> "SamplingParams":
         """Return parameters from keyword options; one stop string may stand without a tuple.
+
+        `schema` is what `as_grammar` takes: a JSON schema, a pydantic model class, choices or a
+        regular expression.
 
         Raises:
             GenerationError: an option has another name than a field, or a value is out of bounds.
@@ -134,6 +153,8 @@ class SamplingParams:
 
     def updated(self, **options: object) -> "SamplingParams":
         """Return these parameters with some of them changed; see `from_options`."""
+        if "schema" in options:
+            options = _without_alias(options)
         known = sorted(one.name for one in fields(self))
         unknown = sorted(set(options) - set(known))
         if unknown:
@@ -157,12 +178,22 @@ def value_type(one: "Field[Any]") -> Any:  # noqa: ANN401  a type
     return types[0] if NoneType in get_args(one.type) else one.type
 
 
+def _without_alias(options: Mapping[str, object]) -> dict[str, object]:
+    """Return the options with `schema` under the name of its field, `grammar`."""
+    if options.get("grammar") is not None:
+        raise GenerationError("schema and grammar are the same option: give one of them")
+    rest = {name: value for name, value in options.items() if name != "schema"}
+    return rest | {"grammar": options["schema"]}
+
+
 def _normalized(name: str, value: object) -> object:
     """Return an option as its field keeps it: sequences as tuples, a bias as a dict."""
     if name == "logit_bias":
         return _bias(value)
     if name == "stop" and isinstance(value, str):
         return (value,)
+    if name == "grammar" and value is not None:
+        return as_grammar(value)
     if name in ("stop", "stop_token_ids") and isinstance(value, Iterable):
         return tuple(value)
     return value

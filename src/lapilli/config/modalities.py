@@ -43,7 +43,7 @@ RESERVED = frozenset(
     {
         *(field.name for field in fields(SamplingParams)),
         *("image", "images", "image_url", "input_image", "text", "input_text", "output_text"),
-        *("question", "keep", "self", "cls", "role", "content", "system", "id", "type"),
+        *("question", "keep", "schema", "self", "cls", "role", "content", "system", "id", "type"),
         *("conversations", "messages", "conversation", "answer", "caption"),
     }
 )

@@ -169,8 +169,8 @@ class Generation:
     Attributes:
         token_ids: every generated token, the one that ended the answer included.
         text: without special tokens, and without the stop string or stop token that ended it.
-        finish_reason: `stop` (end token, stop token, stop string), `length` (max_new_tokens or the
-            context is used up) or `cancelled`.
+        finish_reason: `stop` (end token, stop token, stop string, end of a grammar), `length`
+            (max_new_tokens or the context is used up) or `cancelled`.
         logprobs: one report per token, if SamplingParams.logprobs asked for it.
         score: of the best beam: log-probability / length ** length_penalty; None without beams.
         prompt_len: tokens of the prompt, every visual token counted.
@@ -260,8 +260,10 @@ class GenerationState:
         """True once no further token is taken."""
         return self.finish_reason is not None
 
-    def push(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
-        """Add the next token."""
+    def push(
+        self, token_id: int, logprob: TokenLogprob | None = None, *, is_whole: bool = False
+    ) -> None:
+        """Add the next token; `is_whole`: nothing may follow, by the grammar of the answer."""
         self._token_ids.append(token_id)
         if self._logprobs is not None and logprob is not None:
             self._logprobs.append(logprob)
@@ -271,6 +273,8 @@ class GenerationState:
         self._texts.append(self._stops.push(self._detokenizer.push(token_id)))
         if self._stops.found is not None:
             self.finish_reason = "stop"
+        elif is_whole:
+            self._finish("stop")
         elif len(self._token_ids) >= self.limit:
             self._finish("length")
 

@@ -18,6 +18,7 @@ import torch
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import ContextTooLongError, GenerationError
 from lapilli.generate.beam import BeamRow, search
+from lapilli.generate.grammar import CompiledGrammar, compiled
 from lapilli.generate.output import Generation, GenerationState, Piece, TokenBytes
 from lapilli.generate.sampler import (
     Sampler,
@@ -175,10 +176,14 @@ def generate(
 
     Raises:
         ContextTooLongError: a prompt leaves no room for a single token.
-        GenerationError: a bias for a token that the model does not have.
+        GenerationError: a bias for a token that the model does not have, or a grammar that cannot
+            be followed.
     """
     answers = new_answers(model, batch, params, tokenizer, eos_ids, context_length)
-    steps = decode(model.language_model, batch, params, answers, prompt_ids=prompt_ids)
+    grammar = compiled(params.grammar, tokenizer, model.language_model.config.vocab_size)
+    steps = decode(
+        model.language_model, batch, params, answers, prompt_ids=prompt_ids, grammar=grammar
+    )
     for _ in steps:
         if cancelled is not None and cancelled():
             steps.close()
@@ -247,7 +252,16 @@ def stream(
         )
     answers = new_answers(model, batch, params, tokenizer, eos_ids, context_length)
     language_model = model.language_model
-    steps = decode(language_model, batch, params, answers, prompt_ids=prompt_ids, cache=cache)
+    grammar = compiled(params.grammar, tokenizer, language_model.config.vocab_size)
+    steps = decode(
+        language_model,
+        batch,
+        params,
+        answers,
+        prompt_ids=prompt_ids,
+        cache=cache,
+        grammar=grammar,
+    )
     return Stream(steps, answers[0])
 
 
@@ -305,8 +319,12 @@ def decode(
     *,
     prompt_ids: Sequence[Sequence[int]] | None,
     cache: KVCache | None = None,
+    grammar: CompiledGrammar | None = None,
 ) -> Generator[None, None, None]:
-    """Add one token to every unfinished answer per turn, until all are finished."""
+    """Add one token to every unfinished answer per turn, until all are finished.
+
+    `grammar` is that of the params.
+    """
     rows, length = batch.attention_mask.shape
     longest = max(answer.limit for answer in answers)
     if cache is None:
@@ -314,8 +332,11 @@ def decode(
     decoding = DecodingBatch(language_model, batch, cache, room=longest)
     del batch  # the embeddings of the prompt are not needed after the prefill
     logits = decoding.prefill()
-    decode_all = _decode_beams if params.num_beams > 1 else _decode_tokens
-    yield from decode_all(decoding, logits, params, answers, prompt_ids or [()] * rows)
+    seen = prompt_ids or [()] * rows
+    if params.num_beams > 1:
+        yield from _decode_beams(decoding, logits, params, answers, seen)
+    else:
+        yield from _decode_tokens(decoding, logits, params, answers, seen, grammar)
 
 
 def _decode_tokens(
@@ -324,18 +345,21 @@ def _decode_tokens(
     params: SamplingParams,
     answers: Sequence[GenerationState],
     prompt_ids: Sequence[Sequence[int]],
+    grammar: CompiledGrammar | None,
 ) -> Generator[None, None, None]:
     vocab_size, device = logits.shape[-1], logits.device
-    active = [
-        (answer, SamplingState(params, vocab_size, device, prompt_ids=token_ids))
-        for answer, token_ids in zip(answers, prompt_ids, strict=True)
-    ]
+    active = []
+    for answer, seen in zip(answers, prompt_ids, strict=True):
+        matcher = None if grammar is None else grammar.matcher(answer.stop_ids)
+        state = SamplingState(params, vocab_size, device, prompt_ids=seen, matcher=matcher)
+        active.append((answer, state))
     while True:
         sampler = Sampler(logits)
-        token_ids = []
+        sampler.constrain([(row, state, ()) for row, (_, state) in enumerate(active)])
+        token_ids: list[int] = []
         for row, (answer, state) in enumerate(active):
             token_id, report = sampler.sample(row, state)
-            answer.push(token_id, report)
+            answer.push(token_id, report, is_whole=state.is_over)
             token_ids.append(token_id)
         yield
         going = [row for row, (answer, _) in enumerate(active) if not answer.is_finished]

@@ -1,7 +1,7 @@
 """Sampler: the one place where logits become tokens, and what the sampling options do to them.
 
-    logits [R, V] --processors: bias, penalties--> --temperature 0: argmax-->           token
-                                                   --else: warp (filters), draw-->      token
+    logits [R, V] --grammar: what it forbids is -inf--> --processors: bias, penalties-->
+                  --temperature 0: argmax; else: warp (filters), draw--> token
 
 The plain loop, the engine, verified drafts and recorded CUDA graphs all call `Sampler.sample`. A
 new option is a field of SamplingParams and an entry in PROCESSORS or FILTERS: whether a row may
@@ -17,6 +17,7 @@ import torch
 
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import GenerationError
+from lapilli.generate.grammar import TokenMatcher, fill_masks, unpack_masks
 from lapilli.generate.output import TokenLogprob
 from lapilli.shapes import Bool, Float, Int, Tensor
 
@@ -165,7 +166,15 @@ def check_logit_bias(params: SamplingParams, vocab_size: int) -> None:
 
 
 class SamplingState:
-    """State of the sampling of one answer: options, random generator, counts."""
+    """State of the sampling of one answer: options, random generator, counts, grammar.
+
+    Args:
+        params: the options.
+        vocab_size: width of the logits.
+        device: of the logits.
+        prompt_ids: tokens that the repetition penalty counts as seen.
+        matcher: of the options' grammar.
+    """
 
     def __init__(
         self,
@@ -174,11 +183,20 @@ class SamplingState:
         device: torch.device,
         *,
         prompt_ids: Sequence[int] = (),
+        matcher: TokenMatcher | None = None,
     ) -> None:
+        if (matcher is None) is not (params.grammar is None):
+            raise RuntimeError("a grammar was asked for and not compiled, or the other way round")
         self.params = params
+        self.matcher = matcher
         # Greedy sampling needs no generator, so it leaves torch's global one alone.
         self.generator = new_generator(params.seed, device) if params.temperature > 0 else None
         self.processors = logits_processors(params, [prompt_ids], vocab_size, device)
+
+    @property
+    def is_over(self) -> bool:
+        """True once the grammar allows nothing more: the answer is whole."""
+        return self.matcher is not None and self.matcher.is_over
 
 
 class Sampler:
@@ -191,17 +209,45 @@ class Sampler:
 
     def __init__(self, logits: Float[Tensor, "R V"]) -> None:
         self._logits = logits
+        self._allowed = logits
+        """The logits, -inf where a grammar forbids a token."""
+        self._constrained: set[int] = set()
         self._best: list[int] | None = None
 
+    def constrain(self, wanted: Sequence[tuple[int, SamplingState, Sequence[int]]]) -> None:
+        """Compute what the grammars of many rows allow, in parallel; on a GPU while it works.
+
+        Args:
+            wanted: per sequence its first row, its state, and its draft tokens, whose rows follow.
+        """
+        known = [(row, one.matcher, draft) for row, one, draft in wanted if one.matcher is not None]
+        if not known:
+            return
+        rows, vocab_size = self._logits.shape
+        masks = fill_masks(known, rows=rows, vocab_size=vocab_size)
+        allowed = unpack_masks(masks, vocab_size, self._logits.device)
+        self._allowed = self._allowed.masked_fill(~allowed, -torch.inf)
+        self._best = None
+        for row, _, draft in known:
+            self._constrained.update(range(row, row + 1 + len(draft)))
+
     def sample(self, row: int, state: SamplingState) -> tuple[int, TokenLogprob | None]:
-        """Return the token of one row and its report, if asked for; count it in `state`."""
-        params, processors = state.params, state.processors
+        """Return the token of one row and its report, if asked for; count it in `state`.
+
+        Raises:
+            GenerationError: its grammar allows no token, or reached a limit.
+        """
+        params, processors, matcher = state.params, state.processors, state.matcher
+        if matcher is not None:
+            if row not in self._constrained:
+                self.constrain([(row, state, ())])
+            matcher.check()
         if processors is None and state.generator is None:
             if self._best is None:  # of all rows at once
-                self._best = self._logits.argmax(dim=-1).tolist()
+                self._best = self._allowed.argmax(dim=-1).tolist()
             token_id = self._best[row]
         else:
-            scores = self._logits[row : row + 1].float()
+            scores = self._allowed[row : row + 1].float()
             if processors is not None:
                 scores = processors(scores)
             tokens = (
@@ -212,6 +258,8 @@ class Sampler:
             if processors is not None:
                 processors.push(tokens)
             token_id = int(tokens)
+        if matcher is not None:
+            matcher.consume(token_id)
         if params.logprobs is None:
             return token_id, None
         [report] = report_logprobs(self._logits[row : row + 1], [token_id], params.logprobs)

@@ -63,11 +63,13 @@ def with_stops(params: SamplingParams, template: Template, tokenizer: Tokenizer)
     """Return the parameters with the template's end of an answer among the stops.
 
     Where the tokenizer has the stop string as one token, that token stops too: special tokens
-    are not part of the text that stop strings are looked for in.
+    are not part of the text that stop strings are looked for in. An answer that follows a grammar
+    ends where that ends, and may have the stop string in its text.
     """
     token_ids = [tokenizer.token_to_id(text) for text in template.stop]
+    strings = template.stop if params.grammar is None else ()
     return params.updated(
-        stop=dict.fromkeys((*params.stop, *template.stop)),
+        stop=dict.fromkeys((*params.stop, *strings)),
         stop_token_ids=(*params.stop_token_ids, *(i for i in token_ids if i is not None)),
     )
 
@@ -377,11 +379,11 @@ class Backend:
         yield from known
 
     def _fixed(self, prompt: ProcessedPrompt, params: SamplingParams) -> Generation | None:
-        """Return the answer to a prompt that no model is needed for.
+        """Return the answer to a prompt that no model is needed for, unless it needs a form.
 
         Who asks for log-probabilities finds one per token as in every answer, of certain tokens.
         """
-        if not self._without_media or prompt.encoded.spans:
+        if not self._without_media or prompt.encoded.spans or params.grammar is not None:
             return None
         ids = self._loaded.tokenizer.encode(self._without_media, add_bos=False)
         length = len(prompt.encoded.input_ids)

@@ -255,8 +255,10 @@ class Chat:
             images: stand before the question. With images a new conversation begins, without any
                 the question follows the one before, whose images are not encoded again.
             keep: the media join the running conversation.
-            options: fields of SamplingParams, and a medium under the name of a modality that the
-                checkpoint declares, such as `user=history`; no modality is called like an option.
+            options: fields of SamplingParams; `schema`, the form of the answer: a JSON schema, a
+                pydantic model class, a list of choices or a regular expression; and a medium under
+                the name of a modality that the checkpoint declares, such as `user=history`; no
+                modality is called like an option.
 
         Raises:
             PromptError: the question is empty.
@@ -487,7 +489,7 @@ class Chat:
         """Return the media among keyword options, and the rest, which sampling knows or refuses."""
         names = set(self.model.modalities) - {"image"}
         media = {name: value for name, value in options.items() if name in names}
-        known = {one.name for one in fields(SamplingParams)}
+        known = {"schema", *(one.name for one in fields(SamplingParams))}
         strange = sorted(options.keys() - known - names)
         if names and strange:
             raise GenerationError(

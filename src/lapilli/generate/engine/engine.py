@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import suppress
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -253,13 +253,16 @@ def sample(
     """
     sampler = Sampler(logits)
     failures: dict[Sequence, Exception] = {}
-    start = 0
-    for one in scheduled:
+    starts = accumulate((1 + len(one.draft) for one in scheduled), initial=0)
+    rows = [(start, one) for start, one in zip(starts, scheduled, strict=False)]
+    sampler.constrain(
+        [(at, one.sequence.sampling, one.draft) for at, one in rows if one.sequence.sampling]
+    )
+    for start, one in rows:
         try:
             _sample_one(sampler, one, start)
         except Exception as error:  # noqa: BLE001  NaN logits or a tokenizer fail one request alone
             failures[one.sequence] = error
-        start += 1 + len(one.draft)
     return failures
 
 
@@ -382,6 +385,7 @@ class Engine:
             FusionError: a medium that does not fit its span.
             UnsupportedModelError: a modality that the model does not have.
             RequestError: ids, spans or options that the model cannot work with.
+            GrammarError: a grammar that cannot be followed, or llguidance is not installed.
             GenerationError: beams, no tokens, too large for the memory, or too many wait already.
         """
         handle = handle or RequestHandle(request)

@@ -20,6 +20,7 @@ from lapilli.errors import GenerationError, LapilliError
 from lapilli.generate.engine.block_pool import BlockPool
 from lapilli.generate.engine.model_runner import MediaEncoder
 from lapilli.generate.engine.sequence import ScheduledSequence, Sequence
+from lapilli.generate.grammar import GrammarProposer
 from lapilli.generate.sampler import SamplingState
 from lapilli.generate.speculative import (
     NewProposer,
@@ -137,12 +138,23 @@ class Scheduler:
             self._pool.stats.cached_tokens += table.length
         for row in self.running:
             if row.sampling is None:
-                row.proposer = self._start_proposer()
-                seen = row.handle.request.seen_ids or ()
-                device = self._pool.store.device
-                row.sampling = SamplingState(
-                    row.handle.request.params, self._vocab_size, device, prompt_ids=seen
-                )
+                self._start(row)
+
+    def _start(self, row: Sequence) -> None:
+        """Create the sampling state and the proposer of a sequence."""
+        request, matcher = row.handle.request, None
+        proposer = self._start_proposer()
+        if row.grammar is not None:
+            matcher = row.grammar.matcher(row.answer.stop_ids)
+            proposer = proposer and GrammarProposer(matcher, proposer)
+        row.proposer = proposer
+        row.sampling = SamplingState(
+            request.params,
+            self._vocab_size,
+            self._pool.store.device,
+            prompt_ids=request.seen_ids or (),
+            matcher=matcher,
+        )
 
     def _start_proposer(self) -> Proposer | None:
         if self._options.speculate == "off":

@@ -19,6 +19,7 @@ from lapilli.errors import FusionError, GenerationError, MediaCountMismatchError
 from lapilli.generate.engine.block_pool import BlockPool, BlockTable, media_keys
 from lapilli.generate.engine.feature_cache import media_digest
 from lapilli.generate.engine.request import Request, RequestHandle
+from lapilli.generate.grammar import CompiledGrammar, compiled
 from lapilli.generate.output import GenerationState, TokenBytes, TokenLogprob
 from lapilli.generate.reference import check_context
 from lapilli.generate.sampler import SamplingState, check_logit_bias
@@ -41,16 +42,24 @@ class Sequence:
         answer: the empty answer.
         digests: of every medium of the prompt.
         order: number of the request since the engine was made.
+        grammar: of the request's options.
     """
 
     def __init__(
-        self, handle: RequestHandle, answer: GenerationState, *, digests: Items[bytes], order: int
+        self,
+        handle: RequestHandle,
+        answer: GenerationState,
+        *,
+        digests: Items[bytes],
+        order: int,
+        grammar: CompiledGrammar | None = None,
     ) -> None:
         self.handle = handle
         self.answer = answer
         self.prompt: EncodedPrompt = handle.request.prompt
         self.media: tuple[Any, ...] = handle.request.media
         self.digests = tuple(digests)
+        self.grammar = grammar
         self.rank = (-handle.request.priority, order)
         self.prompt_length = len(self.prompt.input_ids)
         self.tokens = list(self.prompt.input_ids)
@@ -108,7 +117,8 @@ class Sequence:
         """Add one more token of the answer."""
         self.tokens.append(token_id)
         self.keys.append(token_id)
-        self.answer.push(token_id, report)
+        is_whole = self.sampling is not None and self.sampling.is_over
+        self.answer.push(token_id, report, is_whole=is_whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +186,7 @@ class InputProcessor:
     def new_sequence(self, request: Request, handle: RequestHandle) -> Sequence:
         """Return a new sequence; raises what Engine.submit documents."""
         self._check(request, handle)
+        grammar = compiled(request.params.grammar, self._tokenizer, self._config.vocab_size)
         prompt, params = request.prompt, request.params
         room = check_context(
             len(prompt.input_ids),
@@ -193,7 +204,9 @@ class InputProcessor:
             media_digest(span.modality, item)
             for span, item in zip(prompt.spans, request.media, strict=True)
         ]
-        sequence = Sequence(handle, answer, digests=digests, order=next(self._order))
+        sequence = Sequence(
+            handle, answer, digests=digests, order=next(self._order), grammar=grammar
+        )
         if self._pool.blocks_for(sequence.num_needed_positions) > self._pool.capacity:
             raise GenerationError(
                 f"prompt and answer may take {sequence.num_needed_positions} tokens, the engine "
