@@ -37,20 +37,50 @@ from lapilli.serve.tools import (
     with_instructions,
 )
 
-OPTIONS: Mapping[str, str] = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "seed": "seed",
-    "stop": "stop",
-    "repeat_penalty": "repetition_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "presence_penalty": "presence_penalty",
-    "num_predict": "max_new_tokens",
-}
+NAMES: Mapping[str, str] = {"repeat_penalty": "repetition_penalty", "num_predict": "max_new_tokens"}
+"""Options that have another name here."""
 OFF: Mapping[str, float] = {"mirostat": 0, "tfs_z": 1, "typical_p": 1}
 """Ways to sample that this server does not have, and the value that switches them off."""
+
+
+class OptionsBody(BaseModel):
+    """Options of sampling, as Ollama names them."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    repeat_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    num_predict: int | None = None
+    mirostat: float | None = None
+    tfs_z: float | None = None
+    typical_p: float | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Return those that are given, under the engine's names.
+
+        Raises:
+            ApiError: a way to sample that this server does not have, or too many stop strings.
+        """
+        found = self.model_dump(exclude_none=True)
+        for name, value in OFF.items():
+            if found.pop(name, value) != value:
+                where = f"options.{name}"
+                raise ApiError(400, f"{where} is not supported: leave it out", param=where)
+        check_stops(self.stop, "options.stop")
+        if self.top_k == 0:  # all tokens
+            del found["top_k"]
+        if self.seed is not None:
+            found["seed"] = self.seed % (1 << 63)
+        if self.num_predict is not None and self.num_predict < 0:  # as long as it takes
+            found["num_predict"] = 1 << 30
+        return {NAMES.get(name, name): value for name, value in found.items()}
 
 
 class MessageBody(BaseModel):
@@ -72,7 +102,7 @@ class OllamaBody(BaseModel):
     model: str
     stream: bool = True
     format: str | dict[str, Any] | None = None
-    options: dict[str, Any] | None = None
+    options: OptionsBody | None = None
 
     def params(self, base: SamplingParams) -> SamplingParams:
         """Return the sampling options over those of the server.
@@ -81,21 +111,7 @@ class OllamaBody(BaseModel):
             ApiError: a way to sample that this server does not have, or a form of an unknown kind.
             GenerationError: a value out of its bounds.
         """
-        given = self.options or {}
-        for name, value in OFF.items():
-            if given.get(name) not in (None, value):
-                raise ApiError(400, f"options.{name} is not supported: leave it out", param=name)
-        check_stops(given.get("stop"), "options.stop")
-        found = {OPTIONS[name]: value for name, value in given.items() if name in OPTIONS}
-        found = {name: value for name, value in found.items() if value is not None}
-        if found.get("top_k") == 0:  # all tokens
-            del found["top_k"]
-        most = found.get("max_new_tokens")
-        if isinstance(most, int) and most < 0:  # as long as it takes
-            found["max_new_tokens"] = 1 << 30
-        seed = found.get("seed")
-        if isinstance(seed, int):
-            found["seed"] = seed % (1 << 63)
+        found = {} if self.options is None else self.options.given()
         return base.updated(**found, grammar=self.form() or base.grammar)
 
     def form(self) -> Grammar | None:
@@ -374,7 +390,7 @@ def _details(service: Service) -> dict[str, Any]:
     }
 
 
-def _now(seconds: float | None = None) -> str:
+def _now(seconds: int | None = None) -> str:
     moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
     return moment.isoformat().replace("+00:00", "Z")
 

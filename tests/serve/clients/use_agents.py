@@ -6,8 +6,14 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from agents import Agent, ModelSettings, Runner, function_tool, set_tracing_disabled
-from agents import set_default_openai_client
+from agents import (
+    Agent,
+    ModelSettings,
+    Runner,
+    function_tool,
+    set_default_openai_client,
+    set_tracing_disabled,
+)
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 

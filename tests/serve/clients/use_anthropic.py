@@ -25,6 +25,16 @@ PAINT = {
 }
 options = {"model": "pebble", "max_tokens": 200}
 
+
+def refusal(error, call):
+    """Return the error that a call must end in."""
+    try:
+        call()
+    except error as found:
+        return found
+    raise AssertionError(f"{error} expected")
+
+
 found = client.messages.create(messages=MESSAGES, **options)
 assert found.content[0].text == "red", found
 assert found.stop_reason == "end_turn"
@@ -63,15 +73,15 @@ assert both > one + 64, (one, both)  # the picture of the tool is seen
 answer = client.messages.create(messages=history, **options)
 assert answer.usage.input_tokens == both
 
-broken = {"type": "image", "source": {**SOURCE, "data": "AAAA"}}
-for error, messages, model in (
-    (anthropic.NotFoundError, MESSAGES, "claude-9"),
-    (anthropic.BadRequestError, [{"role": "user", "content": [broken]}], "pebble"),
-):
-    try:
-        client.messages.create(model=model, max_tokens=8, messages=messages)
-    except error as problem:
-        assert problem.body["error"]["message"]
-    else:
-        raise AssertionError(error)
+broken = [{"type": "image", "source": {**SOURCE, "data": "AAAA"}}]
+create = client.messages.create
+other = refusal(
+    anthropic.NotFoundError, lambda: create(model="claude-9", max_tokens=8, messages=MESSAGES)
+)
+assert other.body["error"]["type"] == "not_found_error"
+wrong = refusal(
+    anthropic.BadRequestError,
+    lambda: create(messages=[{"role": "user", "content": broken}], **options),
+)
+assert wrong.body["error"]["message"]
 print("all of it answered")

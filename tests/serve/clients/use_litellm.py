@@ -25,7 +25,8 @@ for name, base in (
     chunks = list(litellm.completion(stream=True, **options))
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert said == "red", (name, said)
+options = {"model": "hosted_vllm/gpt-9", "api_base": f"{url}/v1", "messages": messages}
 try:
-    litellm.completion(model="hosted_vllm/gpt-9", api_base=f"{url}/v1", messages=messages)
+    litellm.completion(**options)
 except litellm.NotFoundError:
     print("all of it answered")

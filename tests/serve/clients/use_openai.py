@@ -32,6 +32,15 @@ def asked(*pictures):
     return [{"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}]
 
 
+def refusal(error, call):
+    """Return the error that a call must end in."""
+    try:
+        call()
+    except error as found:
+        return found
+    raise AssertionError(f"{error} expected")
+
+
 def chat():
     create = client.chat.completions.create
     found = create(model=model, messages=asked(uri))
@@ -85,16 +94,12 @@ def tools():
 
 
 def errors():
-    for error, messages, name in (
-        (openai.NotFoundError, asked(uri), "gpt-9"),
-        (openai.BadRequestError, asked("data:image/png;base64,AAAA"), model),
-    ):
-        try:
-            client.chat.completions.create(model=name, messages=messages)
-        except error as found:
-            assert found.message
-        else:
-            raise AssertionError(error)
+    create = client.chat.completions.create
+    other = refusal(openai.NotFoundError, lambda: create(model="gpt-9", messages=asked(uri)))
+    assert "'gpt-9' does not exist" in other.message
+    broken = asked("data:image/png;base64,AAAA")
+    wrong = refusal(openai.BadRequestError, lambda: create(model=model, messages=broken))
+    assert wrong.code == "invalid_image"
 
 
 def uploads():
@@ -135,13 +140,11 @@ def responses():
     cut = client.responses.create(model=model, input=given, max_output_tokens=1)
     assert cut.status == "incomplete"
     assert cut.incomplete_details.reason == "max_output_tokens"
-    for refused in ({"store": True}, {"previous_response_id": "resp_1"}):
-        try:
-            client.responses.create(model=model, input=given, **refused)
-        except openai.BadRequestError as error:
-            assert "stores no responses" in error.message
-        else:
-            raise AssertionError(refused)
+    create = client.responses.create
+    stored = refusal(openai.BadRequestError, lambda: create(model=model, input=given, store=True))
+    assert "stores no responses" in stored.message
+    earlier = {"previous_response_id": "resp_1"}
+    refusal(openai.BadRequestError, lambda: create(model=model, input=given, **earlier))
 
 
 for part in (chat, tools, errors, uploads, responses):
