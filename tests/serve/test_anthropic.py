@@ -99,12 +99,15 @@ def test_the_count_is_that_of_the_answer(client, options):
         assert count(client, body) == post(client, body)["usage"]["input_tokens"]
 
 
-def test_a_conversation_that_is_too_long_can_be_counted(client):
+def test_a_conversation_that_is_too_long_says_how_long_it_is(client):
     body = asked({"type": "text", "text": "circle " * 2100})
-    assert count(client, body) > 2048
-    response = client.post("/v1/messages", json=body)
-    assert response.status_code == 400
-    assert response.json()["error"]["type"] == "invalid_request_error"
+    given = {"model": "pebble", "messages": body["messages"]}
+    for path, sent in (("/v1/messages", body), ("/v1/messages/count_tokens", given)):
+        response = client.post(path, json=sent)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["type"] == "invalid_request_error"
+        assert "has 2135 tokens" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ fails when an answer is not what it expects.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,7 +24,15 @@ NODE = ENVIRONMENT / "node"
 pytestmark = pytest.mark.slow
 
 
-def run(command, client, tmp_path, extra=None):
+PAGE = REPOSITORY / "docs" / "guide" / "clients.md"
+SNIPPETS = [
+    block
+    for block in re.findall(r"^```text\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
+    if "localhost:8000" in block
+]
+
+
+def run(command, client, tmp_path):
     """Run a program against the server; return what it printed."""
     image = tmp_path / "picture.png"
     image.write_bytes(picture("red"))
@@ -32,7 +41,7 @@ def run(command, client, tmp_path, extra=None):
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     done = subprocess.run(
         [*command, url, str(image)],
-        env={**environment, "NO_PROXY": "*", "PYTHONDONTWRITEBYTECODE": "1", **(extra or {})},
+        env={**environment, "NO_PROXY": "*", "PYTHONDONTWRITEBYTECODE": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -49,6 +58,22 @@ def test_clients_in_python(program, client, tmp_path):
         pytest.skip("the clients are not installed: make clients")
     said = run([str(PYTHON), str(program)], client, tmp_path)
     assert said.splitlines()[-1] == "all of it answered"
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_the_guide_shows_what_runs(number, client, tmp_path):
+    if not (ENVIRONMENT / ".installed").exists():
+        pytest.skip("the clients are not installed: make clients")
+    url = str(client.base_url).rstrip("/")
+    program = tmp_path / "snippet.py"
+    program.write_text(SNIPPETS[number].replace("http://localhost:8000", url), "utf-8")
+    assert run([str(PYTHON), str(program)], client, tmp_path).strip()
+
+
+def test_the_guide_has_a_snippet_of_every_library_in_python():
+    named = {"openai", "agents", "anthropic", "ollama", "langchain_openai", "litellm"}
+    found = {name for one in SNIPPETS for name in re.findall(r"^(?:from|import) (\w+)", one, re.M)}
+    assert named <= found
 
 
 @pytest.mark.parametrize("program", sorted(HERE.glob("use_*.mjs")), ids=lambda path: path.stem)
