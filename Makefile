@@ -2,11 +2,12 @@
 # make test         every test that needs no GPU; the golden numbers of the original as a table at the end
 # make quick        the tests to run between two commits, in under a minute: no slow ones, no docs, no benchmarks
 # make cluster      tests that start several processes, on this machine
+# make browser      the page of the server in Chromium; skipped where chromium or playwright is missing
 # make stress       the fuzzer with 20,000 damaged files, two threads with 10,000 answers: an hour or less
 # make check        format, lint, types, import layers, docs, tests: what CI runs
 # make clients      the client libraries that a server is tested with, in build/clients; without the registries those tests skip
 # make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
-# make example-mixlm  MixLM's claims at a small size, some 20 minutes (docs/mixlm.md); ARGS="--quick" for options
+# make example-mixlm  MixLM's claims at a small size, docs/mixlm.md says how long; ARGS="--quick" for options
 # make example-fusion  early fusion beside late fusion, a quarter of an hour (docs/fusion.md); ARGS="--toy" for options
 # make pebble      the embedded model from nothing, hours; PEBBLE="--recipes pebble/recipes/warm" for options
 # make example-userllm  User-LLM on MovieLens-100k (docs/userllm.md), a quarter of an hour; ARGS="--data DIR" for options
@@ -28,7 +29,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 HERE := not gpu and not network and not browser and not cluster
 
-.PHONY: help demo test quick stress check clients format lint types layers docs cluster conformance bench example-mixlm \
+.PHONY: help demo test quick browser stress check clients format lint types layers docs cluster conformance bench example-mixlm \
 	example-fusion example-userllm pebble lock test-newest test-oldest clean
 
 help:
@@ -62,6 +63,9 @@ test: $(VENV)/.installed-dev
 quick: $(VENV)/.installed-dev
 	$(PYTEST) --hypothesis-profile quick -m "$(HERE) and not slow" --ignore=tests/docs --ignore=tests/benchmarks
 
+browser: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/serve
+
 stress: $(VENV)/.installed-dev
 	LAPILLI_FUZZ_CASES=20000 LAPILLI_THREAD_ANSWERS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 3600 \
 		tests/fuzz/test_fuzz.py tests/pipeline/test_threads.py tests/prompt/test_sandbox.py
@@ -72,7 +76,7 @@ cluster: $(VENV)/.installed-dev
 conformance: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance --processes 2
 
-check: format lint types layers docs clients test cluster
+check: format lint types layers docs clients test cluster browser
 
 clients:
 	@PYTHON=$(PYTHON) sh tests/serve/clients/install.sh build/clients

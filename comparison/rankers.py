@@ -38,7 +38,14 @@ from lapilli.rank.mixlm import (
 from lapilli.shapes import Float, Tensor
 from lapilli.train.build import add_modalities
 from lapilli.train.data import EncodedSample
-from lapilli.train.recipe import ModelRecipe, OptimRecipe, Phase, Recipe, RunRecipe
+from lapilli.train.recipe import (
+    ModelRecipe,
+    OptimRecipe,
+    Phase,
+    Precision,
+    Recipe,
+    RunRecipe,
+)
 from lapilli.train.stages import choose_trainable
 from lapilli.train.trainer.loop import train
 from lapilli.train.trainer.model import TrainedModel
@@ -57,6 +64,8 @@ class Course:
 
     Attributes:
         freezes_ranker: the encoder of items learns alone.
+        freeze: beginnings of names of parameters that stay as they are.
+        precision: of forward and backward passes.
     """
 
     steps: int
@@ -64,6 +73,8 @@ class Course:
     lr: float = 2e-3
     seed: int = 0
     freezes_ranker: bool = False
+    freeze: tuple[str, ...] = ()
+    precision: Precision = "float32"
 
     @property
     def examples(self) -> int:
@@ -74,12 +85,13 @@ class Course:
         """Return it as the trainer's recipe, under which these encoders learn too."""
         return Recipe(
             stage="align" if self.freezes_ranker else "instruct",
-            model=ModelRecipe(tune_encoder=encoders),
+            model=ModelRecipe(tune_encoder=encoders, freeze=self.freeze),
             optim=OptimRecipe(lr=self.lr, warmup_ratio=0.05, schedule="trapezoid"),
             run=RunRecipe(
                 steps=self.steps,
                 batch_size=self.batch,
                 seed=self.seed,
+                precision=self.precision,
                 log_every=10,
                 save_every=1_000_000,
                 plot=False,
@@ -131,7 +143,7 @@ class ReasoningTask:
 
 def train_reasoning(source: Path, out: Path, records: Sequence[Record], course: Course) -> float:
     """Train stage I; return its seconds of one core."""
-    return _train(source, out, lambda chat: ReasoningTask(chat, records, course.batch), course)
+    return train_task(source, out, lambda chat: ReasoningTask(chat, records, course.batch), course)
 
 
 def train_text(
@@ -143,7 +155,7 @@ def train_text(
     def task(chat: Chat) -> RankingTask:
         return RankingTask(chat, examples, recipe.run, reads="text", template=TEMPLATE)
 
-    return _train(source, out, task, course)
+    return train_task(source, out, task, course)
 
 
 def taught(teacher: Path, examples: Sequence[RankingExample]) -> list[RankingExample]:
@@ -208,7 +220,7 @@ def train_vectors(
     """
     start = out.with_name(f"{out.name}-start")
     add_modalities(teacher, start, {ITEM: encoder_of(fresh)}, overwrite=True)
-    return _train(start, out, lambda chat: VectorsTask(chat, texts, course.batch), course)
+    return train_task(start, out, lambda chat: VectorsTask(chat, texts, course.batch), course)
 
 
 def train_mixed(
@@ -241,10 +253,10 @@ def train_mixed(
             curriculum=curriculum,
         )
 
-    return _train(start, out, task, course)
+    return train_task(start, out, task, course)
 
 
-def _train(source: Path, out: Path, make_task: Callable[[Chat], Task], course: Course) -> float:
+def train_task(source: Path, out: Path, make_task: Callable[[Chat], Task], course: Course) -> float:
     """Train a checkpoint and write it; return its seconds of one core.
 
     What an earlier call has finished in the folder is not trained again.

@@ -1,6 +1,7 @@
 """The examples run as they are, as somebody would run them."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import lapilli
 from tests.conformance.cases import find_variants
 from tests.conformance.checkpoints import Workshop, load_maker
+from tests.serve.conftest import picture, serving
 
 # What the seed's notebook prints, in its order.
 SEED_SHAPES = [
@@ -54,7 +57,7 @@ def test_every_example_is_tested(repository: Path):
     names = {path.name for path in (repository / "examples").glob("*.py")}
     assert names == {
         *("01_ask.py", "02_batch.py", "03_forward_pass.py", "05_add_a_modality.py"),
-        *("boxes.py", "tiny_llama.py"),
+        *("boxes.py", "gradio_chat.py", "tiny_llama.py"),
     }
 
 
@@ -102,3 +105,16 @@ def test_forward_pass_prints_the_shapes_of_the_seed(repository: Path):
     assert printed == SEED_SHAPES
     assert "Linear(in_features=1024, out_features=4096, bias=True)" in out
     assert out.endswith("True\n")
+
+
+@pytest.mark.slow
+def test_the_chat_of_gradio_answers(repository: Path, tmp_path: Path, monkeypatch):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    pytest.importorskip("openai", reason="openai is not installed")
+    path = tmp_path / "circle.png"
+    path.write_bytes(picture("red"))
+    with serving(lapilli.load("pebble")) as client:
+        monkeypatch.setattr(sys, "argv", ["gradio_chat.py", f"{client.base_url}/v1"])
+        answer = runpy.run_path(str(repository / "examples" / "gradio_chat.py"))["answer"]
+        *_, last = answer({"text": "What color is the circle?", "files": [str(path)]}, [])
+    assert last.strip() == "red"

@@ -7,10 +7,11 @@ import torch
 
 from lapilli.config.modalities import TextEncoderConfig
 from lapilli.config.model import DecoderConfig
-from lapilli.errors import MediaError
+from lapilli.errors import ConfigError, MediaError
 from lapilli.lm.decoder import Decoder
 from lapilli.modality import Modality, build_modality
-from lapilli.modality.text import PreparedText, TextModality, last_states
+from lapilli.modality.text import PreparedText, TextModality, last_states, mean_states
+from lapilli.store.encode import fingerprint
 
 ENCODER = DecoderConfig(
     vocab_size=64,
@@ -78,6 +79,30 @@ def test_last_states_are_those_of_every_text_alone():
         positions = torch.arange(len(text.ids))[None]
         alone = encoder(encoder.embed(text.ids[None]), position_ids=positions)[0, -2:]
         torch.testing.assert_close(states, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_means_are_those_of_every_text_alone_and_leave_the_first_state_out():
+    encoder = _modality().encoder
+    texts = [PreparedText(torch.randint(2, 60, (length,))) for length in (2, 8, 3)]
+    together = mean_states(encoder, texts, 2)
+    assert together.shape == (3, 2, ENCODER.hidden_size)
+    stretches = [[(0, 1), (1, 2)], [(1, 5), (5, 8)], [(1, 2), (2, 3)]]
+    for text, means, bounds in zip(texts, together, stretches, strict=True):
+        positions = torch.arange(len(text.ids))[None]
+        states = encoder(encoder.embed(text.ids[None]), position_ids=positions)[0]
+        alone = torch.stack([states[start:end].mean(0) for start, end in bounds])
+        torch.testing.assert_close(means, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_modality_pools_as_its_setting_says_and_says_so_in_its_fingerprint():
+    last, mean = _modality(), _modality(pool="mean")
+    item = last.prepare("a long thing")
+    expected = mean.projector(mean_states(mean.encoder, [item], 2))[0]
+    torch.testing.assert_close(mean.embed([item])[0], expected)
+    assert not torch.allclose(last.embed([item])[0], expected)
+    assert fingerprint(last) != fingerprint(mean)
+    with pytest.raises(ConfigError, match="pool is 'middle', expected last or mean"):
+        _modality(pool="middle")
 
 
 def test_the_encoder_has_no_output_layer():

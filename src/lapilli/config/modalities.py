@@ -187,14 +187,19 @@ class EventsConfig(ModalityConfig):
         return projector_of(self.projector, self.hidden_size, hidden_size)
 
 
+POOLS = ("last", "mean")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextEncoderConfig(ModalityConfig):
-    """A text through a language model of its own, of which the last hidden states are taken.
+    """A text through a language model of its own, of which hidden states are taken.
 
     Attributes:
         text_config: the encoder, as in a config.json of its family; the same tokenizer as the
             language model's.
-        tokens: last positions whose hidden states are handed on.
+        tokens: how many vectors are handed on.
+        pool: "last": they are the hidden states of the last positions; "mean": the text is cut into
+            so many stretches, and each is the mean of the states of one.
         projector: identity (where the widths agree), linear, or mlpNx_gelu.
         max_length: positions of a text; longer ones are cut on the right.
 
@@ -207,10 +212,13 @@ class TextEncoderConfig(ModalityConfig):
     tokens: int = 1
     projector: str = "identity"
     max_length: int = 2048
+    pool: str = "last"
 
     def __post_init__(self) -> None:
         _within("tokens", self.tokens, MOST_TOKENS)
         _within("max_length", self.max_length, MOST_POSITIONS)
+        if self.pool not in POOLS:
+            raise ConfigError(f"pool is {shown(self.pool)}, expected {' or '.join(POOLS)}")
         if self.max_length < self.tokens:
             raise ConfigError(
                 f"max_length {self.max_length} is below tokens {self.tokens}: the last states are "
@@ -460,6 +468,8 @@ def settings_of(config: ModalityConfig) -> dict[str, object]:
     found = {"kind": config.kind, **write_record(config)}
     if not config.is_attended:
         del found["fusion"]  # as every file without it means
+    if isinstance(config, TextEncoderConfig) and config.pool == "last":
+        del found["pool"]
     return found
 
 

@@ -1,7 +1,7 @@
 """Text: a text through a language model of its own, compressed into its last hidden states.
 
     "a long description"  --tokenizer--> ids [n]  --encoder--> [n, E] --last T--> [T, E]
-    --projector--> [T, D]
+    --projector--> [T, D]                                    or the means of T stretches
 
 Source: Guoyao Li et al. 2025 (MixLM): an item is the last T_S hidden states of an encoder, which
 stand in the prompt of the ranking model as they are.
@@ -41,14 +41,38 @@ def last_states(
         texts: at least one, each of at least T tokens.
         tokens: T.
     """
-    # Padded on the right, where no token before it looks: so no mask is needed, which is faster.
+    states = _states(encoder, texts)
+    ends = [len(text.ids) for text in texts]
+    return torch.stack([row[end - tokens : end] for row, end in zip(states, ends, strict=True)])
+
+
+def mean_states(
+    encoder: LanguageModel, texts: Sequence[PreparedText], tokens: int
+) -> Float[Tensor, "n T E"]:
+    """Return the mean hidden states of T stretches of every text, cut as evenly as can be.
+
+    The first state is left out where there are others: in a pretrained model it is many times
+    longer than those behind it, whatever its token. Arguments are those of `last_states`.
+    """
+    found = []
+    for row, text in zip(_states(encoder, texts), texts, strict=True):
+        count = len(text.ids)
+        read = row[1:count] if count > tokens else row[:count]
+        found.append(torch.stack([part.mean(0) for part in read.tensor_split(tokens)]))
+    return torch.stack(found)
+
+
+def _states(encoder: LanguageModel, texts: Sequence[PreparedText]) -> Float[Tensor, "n L E"]:
+    """Return the hidden states of texts side by side, those behind a text's end being of nothing.
+
+    Padded on the right, where no token before it looks: so no mask is needed, which is faster.
+    """
     ids = nn.utils.rnn.pad_sequence([text.ids for text in texts], batch_first=True)
     assert isinstance(encoder, nn.Module)  # noqa: S101 - every language model is one
     device = next(encoder.parameters()).device
     positions = torch.arange(ids.shape[1], device=device).expand(ids.shape)
-    states = encoder(encoder.embed(ids.to(device)), position_ids=positions)
-    ends = [len(text.ids) for text in texts]
-    return torch.stack([row[end - tokens : end] for row, end in zip(states, ends, strict=True)])
+    found: Tensor = encoder(encoder.embed(ids.to(device)), position_ids=positions)
+    return found
 
 
 def check_utf8(text: str, name: str) -> None:
@@ -63,7 +87,7 @@ def check_utf8(text: str, name: str) -> None:
 
 
 class TextModality(nn.Module):
-    """Texts as the last states of an encoder language model.
+    """Texts as states of an encoder language model: the last ones, or means of stretches.
 
     Attributes:
         tokenizer: the language model's, given when the checkpoint is loaded; one of the encoder's
@@ -117,7 +141,7 @@ class TextModality(nn.Module):
         return min(self.config.max_length, self.config.text_config.max_positions)
 
     def num_tokens(self, prepared: PreparedText) -> int:
-        """Return the number of states that are taken."""
+        """Return the number of vectors of a text."""
         return self.config.tokens
 
     def blank(self) -> PreparedText:
@@ -132,7 +156,8 @@ class TextModality(nn.Module):
         """Return the features of every text."""
         if not items:
             return []
-        states = last_states(self.encoder, items, self.config.tokens)
+        pooled = mean_states if self.config.pool == "mean" else last_states
+        states = pooled(self.encoder, items, self.config.tokens)
         weight = next(self.projector.parameters(), None)
         if weight is not None:
             states = states.to(weight.device, weight.dtype)

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from lapilli import __version__
 from lapilli.pipeline import Chat
-from lapilli.serve import anthropic, chat, completions, ollama, responses, status, uploads
+from lapilli.serve import anthropic, chat, completions, ollama, page, responses, status, uploads
 from lapilli.serve.auth import Gate
 from lapilli.serve.errors import INTERNAL, ApiError, api_error, dialect_of
 from lapilli.serve.options import ServeOptions
@@ -34,6 +34,7 @@ ROUTERS = (
     ollama.router,
     uploads.router,
     status.router,
+    page.router,
 )
 """A protocol, or a part of one, is one file with a `router`, and an entry here."""
 

@@ -58,6 +58,8 @@ def fingerprint(model: nn.Module, *, max_length: int | None = None) -> str:
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
     if max_length is not None:
         digest.update(f"max_length\0{max_length}".encode())
+    if isinstance(module, TextModality) and module.config.pool != "last":
+        digest.update(f"pool\0{module.config.pool}".encode())
     return f"sha256:{digest.hexdigest()}"
 
 

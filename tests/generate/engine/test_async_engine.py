@@ -119,6 +119,8 @@ def test_open_requests_are_limited(model, tokenizer):
 
 
 def test_closed_engine_refuses(engine):
+    before = set(threading.enumerate())
+
     async def ask():
         service = AsyncEngine(engine)
         waiting = asyncio.create_task(service.answer(request_of([3], max_new_tokens=120)))
@@ -131,7 +133,8 @@ def test_closed_engine_refuses(engine):
             await service.answer(request_of([3]))
 
     run(ask())
-    assert not any(thread.name == "lapilli-engine" for thread in threading.enumerate())
+    new = set(threading.enumerate()) - before
+    assert not any(thread.name == "lapilli-engine" for thread in new)
 
 
 @pytest.mark.slow
