@@ -5,6 +5,7 @@
 # make browser      the page of the server in Chromium; skipped where chromium or playwright is missing
 # make stress       the fuzzer with 20,000 damaged files, two threads with 10,000 answers: an hour or less
 # make check        format, lint, types, import layers, docs, tests: what CI runs
+# make clients      the client libraries that a server is tested with, in build/clients; without the registries those tests skip
 # make bench        side by side with transformers and llama.cpp (benchmarks/README.md); BENCH="--shape L" for options
 # make example-mixlm  MixLM's claims at a small size, docs/mixlm.md says how long; ARGS="--quick" for options
 # make example-fusion  early fusion beside late fusion, a quarter of an hour (docs/fusion.md); ARGS="--toy" for options
@@ -28,7 +29,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 HERE := not gpu and not network and not browser and not cluster
 
-.PHONY: help demo test quick browser stress check format lint types layers docs cluster conformance bench example-mixlm \
+.PHONY: help demo test quick browser stress check clients format lint types layers docs cluster conformance bench example-mixlm \
 	example-fusion example-userllm pebble lock test-newest test-oldest clean
 
 help:
@@ -75,7 +76,10 @@ cluster: $(VENV)/.installed-dev
 conformance: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance --processes 2
 
-check: format lint types layers docs test cluster browser
+check: format lint types layers docs clients test cluster browser
+
+clients:
+	@PYTHON=$(PYTHON) sh tests/serve/clients/install.sh build/clients
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -119,6 +123,7 @@ OLDEST = build/lock/bin/uv pip compile --quiet --no-header --annotation-style li
 lock:
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet --disable-pip-version-check pip-tools uv
+	$(NEWEST) --output-file locks/clients.txt locks/clients.in
 	$(NEWEST) --output-file locks/demo.txt pyproject.toml locks/build.in
 	$(NEWEST) --output-file locks/test.txt --extra dev pyproject.toml locks/build.in
 	$(OLDEST) --output-file locks/oldest.txt --extra dev pyproject.toml

@@ -10,7 +10,11 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lapilli.serve.anthropic import CountBody, MessagesBody
 from lapilli.serve.chat import ChatBody
+from lapilli.serve.ollama import ChatBody as OllamaChat
+from lapilli.serve.ollama import GenerateBody
+from lapilli.serve.responses import ResponsesBody
 from tests.serve.conftest import asked, data_uri, picture, serving
 
 PATH = "/v1/chat/completions"
@@ -59,6 +63,31 @@ def test_wrong_values_of_every_field(client, given, with_messages):
         body["messages"] = asked("Hi", data_uri(picture()))["messages"]
     text = json.dumps(body)
     fails_well(client.post(PATH, content=text.encode("utf-8", "surrogatepass"), headers=JSON))
+
+
+OTHERS = {
+    "/v1/responses": ResponsesBody,
+    "/v1/messages": MessagesBody,
+    "/v1/messages/count_tokens": CountBody,
+    "/api/chat": OllamaChat,
+    "/api/generate": GenerateBody,
+}
+
+
+@pytest.mark.parametrize("path", OTHERS)
+@settings(max_examples=CASES, suppress_health_check=list(HealthCheck), deadline=None)
+@given(data=st.data())
+def test_wrong_values_in_other_protocols(client, path, data):
+    names = tuple(OTHERS[path].model_fields)
+    given = data.draw(st.dictionaries(st.sampled_from(names), anything, max_size=4))
+    short = {"max_tokens": 2, "max_output_tokens": 2, "options": {"num_predict": 2}}
+    whole = {"model": "pebble", "input": "Hi", "prompt": "Hi", **short}
+    whole["messages"] = [{"role": "user", "content": "Hi"}]
+    text = json.dumps({**whole, **given}).encode("utf-8", "surrogatepass")
+    response = client.post(path, content=text, headers=JSON)
+    assert response.status_code < 500, (response.status_code, response.text)
+    if response.status_code >= 400:
+        assert len(response.json()["error"]) > 1
 
 
 def test_bodies_that_are_no_json(client):

@@ -174,6 +174,7 @@ class Generation:
         logprobs: one report per token, if SamplingParams.logprobs asked for it.
         score: of the best beam: log-probability / length ** length_penalty; None without beams.
         prompt_len: tokens of the prompt, every visual token counted.
+        stop: the stop string that ended it; None where something else did.
     """
 
     token_ids: tuple[int, ...]
@@ -182,6 +183,7 @@ class Generation:
     logprobs: tuple[TokenLogprob, ...] | None = None
     score: float | None = None
     prompt_len: int = 0
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +319,7 @@ class GenerationState:
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
             score=self.score,
             prompt_len=self._prompt_len,
+            stop=self._stops.found,
         )
 
     def _finish(self, reason: FinishReason) -> None:

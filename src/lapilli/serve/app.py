@@ -18,7 +18,19 @@ from starlette.exceptions import HTTPException
 
 from lapilli import __version__
 from lapilli.pipeline import Chat
-from lapilli.serve import chat, completions, decisions, embeddings, page, ranking, status, uploads
+from lapilli.serve import (
+    anthropic,
+    chat,
+    completions,
+    decisions,
+    embeddings,
+    ollama,
+    page,
+    ranking,
+    responses,
+    status,
+    uploads,
+)
 from lapilli.serve.auth import Gate
 from lapilli.serve.errors import INTERNAL, ApiError, api_error, dialect_of
 from lapilli.serve.options import ServeOptions
@@ -29,6 +41,9 @@ LOG = logging.getLogger(__name__)
 ROUTERS = (
     chat.router,
     completions.router,
+    responses.router,
+    anthropic.router,
+    ollama.router,
     decisions.router,
     embeddings.router,
     ranking.router,

@@ -133,7 +133,8 @@ class Gate:
         """Refuse a body that says that it is too long, and one that is no JSON.
 
         A page of another origin may send plain text without asking the browser's permission, JSON
-        it may not.
+        it may not. A page says its origin: what has none is a program, which may leave out what
+        its body is.
         """
         most = self._options.limits.body_bytes
         said = headers.get("content-length", b"")
@@ -143,6 +144,10 @@ class Gate:
             return
         kind = headers.get("content-type", b"").partition(b";")[0].strip().lower()
         expected = b"multipart/form-data" if scope["path"] == "/v1/files" else b"application/json"
+        is_silent = "content-type" not in headers and "origin" not in headers
+        if is_silent and expected == b"application/json":
+            scope["headers"] = [*scope["headers"], (b"content-type", b"application/json")]
+            return
         if kind != expected and not kind.endswith(b"+json"):
             shown = kind.decode("latin-1") or "nothing"
             raise ApiError(

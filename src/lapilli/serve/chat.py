@@ -17,7 +17,6 @@ from lapilli.serve.sampling import SamplingBody
 from lapilli.serve.service import (
     Answers,
     ChatRequest,
-    Delta,
     Finished,
     Part,
     Service,
@@ -26,6 +25,22 @@ from lapilli.serve.service import (
     Usage,
 )
 from lapilli.serve.stream import DONE, event, events, unless_gone
+from lapilli.serve.structured import StructuredBody
+from lapilli.serve.tools import (
+    AnswerReader,
+    Call,
+    CallEnd,
+    CallStart,
+    Spoken,
+    Text,
+    ToolUse,
+    calls_text,
+    choice_of,
+    response_parts,
+    tool_use,
+    tools_of,
+    with_instructions,
+)
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 MEDIA_TYPES = frozenset(("image_url", "input_image", "image_embeds", "image"))
@@ -44,21 +59,31 @@ class MessageBody(BaseModel):
     tool_call_id: str | None = None
 
 
-class ChatBody(SamplingBody):
+class ChatBody(SamplingBody, StructuredBody):
     """The body of `/v1/chat/completions`."""
 
     messages: list[MessageBody]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def most(self) -> int | None:
         """The longest answer that the client named."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def use(self) -> ToolUse:
+        """Return the tools, and whether one must be called.
+
+        Raises:
+            ApiError: a declaration or a choice that cannot be used.
+        """
+        choice, named = choice_of(self.tool_choice)
+        tools = tools_of(self.tools)
+        return tool_use(tools, choice, named, is_parallel=self.parallel_tool_calls)
 
 
 def router(service: Service) -> APIRouter:
@@ -69,9 +94,10 @@ def router(service: Service) -> APIRouter:
     async def chat_completions(body: ChatBody, http: Request) -> Response:
         """Answer a conversation, at once or as a stream."""
         service.check_model(body.model)
-        request = chat_request(body, service.options.sampling, http.state.owner)
+        use = body.use()
+        request = chat_request(body, use, service.options.sampling, http.state.owner)
         answers = await service.open(request)
-        reply = Reply(service, body, answers)
+        reply = Reply(service, body, answers, use)
         if body.stream:
             return events(reply.stream())
         return JSONResponse(await unless_gone(http, reply.whole()))
@@ -79,7 +105,7 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def chat_request(body: ChatBody, base: SamplingParams, owner: str) -> ChatRequest:
+def chat_request(body: ChatBody, use: ToolUse, base: SamplingParams, owner: str) -> ChatRequest:
     """Return the internal request of a body.
 
     Raises:
@@ -93,9 +119,10 @@ def chat_request(body: ChatBody, base: SamplingParams, owner: str) -> ChatReques
             raise ApiError(
                 400, f"top_logprobs must be from 0 to 20, got {logprobs}", param="top_logprobs"
             )
+    params = body.params(base, logprobs=logprobs, max_new_tokens=body.most, grammar=body.grammar())
     return ChatRequest(
-        turns=turns_of(body.messages),
-        params=body.params(base, logprobs=logprobs, max_new_tokens=body.most),
+        turns=with_instructions(turns_of(body.messages), use),
+        params=use.params(params),
         has_limit=body.most is not None,
         choices=1 if body.n is None else body.n,
         owner=owner,
@@ -111,10 +138,16 @@ def turns_of(messages: list[MessageBody]) -> tuple[Turn, ...]:
     if not messages:
         raise ApiError(400, "messages is empty: give at least one of the user", param="messages")
     roles: Mapping[str, str] = {"developer": "system", "tool": "user", "function": "user"}
-    return tuple(
-        Turn(role=roles.get(one.role, one.role), parts=parts_of(one.content, f"messages[{i}]"))
-        for i, one in enumerate(messages)
-    )
+    found = []
+    for at, one in enumerate(messages):
+        parts = parts_of(one.content, f"messages[{at}]")
+        if one.role in ("tool", "function"):
+            parts = response_parts(parts)
+        calls = calls_text(one.tool_calls, f"messages[{at}]")
+        if parts and calls:
+            parts = (*parts, "\n")
+        found.append(Turn(role=roles.get(one.role, one.role), parts=(*parts, *calls)))
+    return tuple(found)
 
 
 def parts_of(content: str | list[dict[str, Any]] | None, name: str) -> tuple[Part, ...]:
@@ -148,10 +181,11 @@ def parts_of(content: str | list[dict[str, Any]] | None, name: str) -> tuple[Par
 class Reply:
     """The answer to one request in OpenAI's form."""
 
-    def __init__(self, service: Service, body: ChatBody, answers: Answers) -> None:
+    def __init__(self, service: Service, body: ChatBody, answers: Answers, use: ToolUse) -> None:
         self._service = service
         self._body = body
         self._answers = answers
+        self._readers = [AnswerReader(use.names) for _ in range(body.n or 1)]
         self._wants_logprobs = bool(body.logprobs or body.top_logprobs)
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -179,10 +213,18 @@ class Reply:
             for index in range(self._body.n or 1):
                 yield self._chunk(index, {"role": "assistant", "content": ""})
             async for one in answers:
+                reader = self._readers[one.index]
                 if isinstance(one, Finished):
-                    yield self._chunk(one.index, {}, finish=one.reason)
-                else:
-                    yield self._chunk(one.index, {"content": one.text}, delta=one)
+                    for said in reader.flush():
+                        if delta := delta_json(said):
+                            yield self._chunk(one.index, delta)
+                    yield self._chunk(one.index, {}, finish=finish_of(one, reader))
+                    continue
+                reports = one.logprobs if self._wants_logprobs else ()
+                deltas = [delta for said in reader.push(one.text) if (delta := delta_json(said))]
+                for delta in deltas or ([{"content": ""}] if reports else []):
+                    yield self._chunk(one.index, delta, logprobs=reports)
+                    reports = ()
         self._service.metrics.count(answers)
         if options is not None and options.include_usage:
             last = {**self._head, "object": "chat.completion.chunk", "choices": []}
@@ -191,8 +233,13 @@ class Reply:
         yield DONE
 
     def _choice(self, one: Finished) -> dict[str, Any]:
-        generation = one.generation
-        message = {"role": "assistant", "content": generation.text.strip(), "refusal": None}
+        generation, reader = one.generation, self._readers[one.index]
+        reader.push(generation.text)
+        reader.flush()
+        message: dict[str, Any] = {"role": "assistant", "content": reader.text, "refusal": None}
+        if reader.calls:
+            message["content"] = reader.text or None
+            message["tool_calls"] = [call_json(call) for call in reader.calls]
         logprobs = None
         if self._wants_logprobs:
             content = logprobs_json(generation.logprobs or (), self._service.chat.tokenizer)
@@ -201,7 +248,7 @@ class Reply:
             "index": one.index,
             "message": message,
             "logprobs": logprobs,
-            "finish_reason": one.reason,
+            "finish_reason": finish_of(one, reader),
         }
 
     def _chunk(
@@ -210,17 +257,42 @@ class Reply:
         said: dict[str, Any],
         *,
         finish: str | None = None,
-        delta: Delta | None = None,
+        logprobs: tuple[TokenLogprob, ...] = (),
     ) -> bytes:
         choice: dict[str, Any] = {"index": index, "delta": said, "finish_reason": finish}
-        if self._wants_logprobs and delta is not None:
-            content = logprobs_json(delta.logprobs, self._service.chat.tokenizer)
+        if logprobs:
+            content = logprobs_json(logprobs, self._service.chat.tokenizer)
             choice["logprobs"] = {"content": content, "refusal": None}
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
         options = self._body.stream_options
         if options is not None and options.continuous_usage_stats:
             chunk["usage"] = usage_json(self._answers.usage)
         return event(chunk)
+
+
+def finish_of(one: Finished, reader: AnswerReader) -> str:
+    """Return why an answer ended; one that was cut is `length`, whether it calls or not."""
+    return "tool_calls" if reader.calls and one.reason == "stop" else one.reason
+
+
+def call_json(call: Call) -> dict[str, Any]:
+    """Return a call as OpenAI has it in a message."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def delta_json(said: Spoken) -> dict[str, Any]:
+    """Return what a chunk adds to a message; {} for the end of a call, which has none."""
+    if isinstance(said, Text):
+        return {"content": said.text}
+    if isinstance(said, CallEnd):
+        return {}
+    index = said.call.number
+    if isinstance(said, CallStart):
+        function = {"name": said.call.name, "arguments": ""}
+        begun = {"index": index, "id": said.call.id, "type": "function", "function": function}
+        return {"tool_calls": [begun]}
+    return {"tool_calls": [{"index": index, "function": {"arguments": said.text}}]}
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from lapilli.serve.errors import ApiError
 from lapilli.serve.sampling import SamplingBody
 from lapilli.serve.service import Answers, ChatRequest, Finished, Service
 from lapilli.serve.stream import DONE, event, events, unless_gone
+from lapilli.serve.structured import StructuredBody
 
 
-class CompletionBody(SamplingBody):
+class CompletionBody(SamplingBody, StructuredBody):
     """The body of `/v1/completions`."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
@@ -72,7 +73,7 @@ def completion_requests(
     if body.stream and len(prompts) > 1:
         raise ApiError(400, f"{len(prompts)} prompts cannot be streamed: ask for one", param="n")
     most = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default
-    params = body.params(base, logprobs=body.logprobs, max_new_tokens=most)
+    params = body.params(base, logprobs=body.logprobs, max_new_tokens=most, grammar=body.grammar())
     return [
         ChatRequest(
             prompt=one if isinstance(one, str) else tuple(one),

@@ -41,10 +41,7 @@ class SamplingBody(BaseModel):
             GenerationError: a value out of its bounds.
             ApiError: a token of logit_bias that is none.
         """
-        if isinstance(self.stop, list) and len(self.stop) > MOST_STOPS:
-            raise ApiError(
-                400, f"stop has {len(self.stop)} texts, the limit is {MOST_STOPS}", param="stop"
-            )
+        check_stops(self.stop, "stop")
         names = (
             "temperature",
             "top_p",
@@ -68,6 +65,18 @@ class SamplingBody(BaseModel):
             ) from error
         options.update(more)
         return base.updated(**{name: value for name, value in options.items() if value is not None})
+
+
+def check_stops(given: object, where: str) -> None:
+    """Refuse too many stop strings.
+
+    Raises:
+        ApiError: there are more than `MOST_STOPS`.
+    """
+    if isinstance(given, list) and len(given) > MOST_STOPS:
+        raise ApiError(
+            400, f"{where} has {len(given)} texts, the limit is {MOST_STOPS}", param=where
+        )
 
 
 class StreamOptions(BaseModel):

@@ -18,6 +18,7 @@ from lapilli.config.generation import SamplingParams
 from lapilli.errors import ContextTooLongError, UnsupportedModelError
 from lapilli.generate.engine.async_engine import AsyncAnswer, AsyncEngine
 from lapilli.generate.engine.request import Request
+from lapilli.generate.grammar import compiled
 from lapilli.generate.output import FinishReason, Generation, TokenLogprob
 from lapilli.pipeline import Chat
 from lapilli.prompt.encode import EncodedPrompt
@@ -313,6 +314,20 @@ class Service:
             found.usage.visual = sum(span.length for span in first.prompt.spans)
         return found
 
+    async def count(self, request: ChatRequest) -> int:
+        """Return the number of tokens of a prompt, as `Usage.prompt` has it; nothing is generated.
+
+        Raises:
+            LapilliError: a medium or the conversation.
+        """
+        self.check_open()
+        asked = await self.read(
+            lambda: self.chat.request(self.messages(request.turns, request.owner), request.params)
+        )
+        if isinstance(asked, Generation):
+            return asked.prompt_len
+        return len(asked.prompt.input_ids)
+
     def check_open(self) -> None:
         """Refuse new work while the server stops.
 
@@ -337,7 +352,10 @@ class Service:
         most = self.options.limits.images
         if count > most:
             raise ApiError(400, f"{count} pictures in one request, the limit is {most}")
-        system = [str(p) for turn in turns if turn.role == "system" for p in turn.parts]
+        said = [p for turn in turns if turn.role == "system" for p in turn.parts]
+        system = [part for part in said if isinstance(part, str)]
+        if len(system) < len(said):
+            raise ApiError(400, "the instructions hold a picture: show it in a message of the user")
         found: list[tuple[str, list[str | MediaPart]]] = []
         for turn in turns:
             if turn.role == "system":
@@ -358,6 +376,8 @@ class Service:
     def prepare(self, request: ChatRequest) -> Sequence[Request | Generation]:
         """Return the engine's requests of all choices; called in a worker thread."""
         chat, params = self.chat, request.params
+        # A form that cannot be followed is found before a picture is fetched.
+        compiled(params.grammar, chat.tokenizer, chat.model.language_model.config.vocab_size)
         first = self._continued(request.prompt, params) or chat.request(
             self.messages(request.turns, request.owner), params
         )

@@ -1,0 +1,419 @@
+"""`/v1/responses`: OpenAI's Responses API without a memory: a request brings its conversation.
+
+    input items --turns_of--> ChatRequest --Answers--> ResponseWriter --> events, or the last one
+
+What would need stored responses (`store: true`, `previous_response_id`, `conversation`,
+`background`) is refused with the reason; `store` may be left out, and the response says that it is
+false.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from lapilli.config.generation import SamplingParams
+from lapilli.serve.chat import parts_of
+from lapilli.serve.errors import ApiError
+from lapilli.serve.sampling import SamplingBody
+from lapilli.serve.service import Answers, ChatRequest, Finished, Part, Service, Turn
+from lapilli.serve.stream import event, events, unless_gone
+from lapilli.serve.structured import StructuredBody, format_grammar
+from lapilli.serve.tools import (
+    AnswerReader,
+    Call,
+    CallArguments,
+    CallEnd,
+    CallStart,
+    Spoken,
+    Text,
+    Tool,
+    ToolUse,
+    call_text,
+    choice_of,
+    function_tool,
+    response_parts,
+    tool_use,
+    with_instructions,
+)
+
+ROLES: Mapping[str, str] = {
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "system",
+}
+
+
+class ResponsesBody(SamplingBody, StructuredBody):
+    """The body of `/v1/responses`."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    text: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    background: bool | None = None
+    previous_response_id: str | None = None
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
+    truncation: str | None = None
+    top_logprobs: int | None = None
+
+    def check(self) -> None:
+        """Refuse what needs a server that remembers, or does not exist here.
+
+        Raises:
+            ApiError: with the reason.
+        """
+        stateful = {
+            "store": self.store,
+            "previous_response_id": self.previous_response_id,
+            "conversation": self.conversation,
+            "background": self.background,
+            "prompt": self.prompt,
+        }
+        for name, value in stateful.items():
+            if value:
+                raise ApiError(
+                    400,
+                    f"{name} is not supported: this server stores no responses and prompts, send "
+                    "the whole conversation as input",
+                    "unsupported",
+                    name,
+                )
+        if self.truncation not in (None, "disabled"):
+            raise ApiError(
+                400,
+                f"truncation {self.truncation!r} is not supported: a conversation is never cut "
+                "here, shorten it or leave truncation out",
+                "unsupported",
+                "truncation",
+            )
+        told = [
+            self.instructions,
+            self.metadata,
+            self.text,
+            self.tools,
+            self.tool_choice,
+            self.user,
+        ]
+        try:
+            json.dumps(told, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the response cannot repeat the request: {error}") from error
+        if self.top_logprobs:
+            raise ApiError(
+                400,
+                "top_logprobs is not supported here: ask /v1/chat/completions for them",
+                "unsupported",
+                "top_logprobs",
+            )
+
+    def use(self) -> ToolUse:
+        """Return the tools, and whether one must be called.
+
+        Raises:
+            ApiError: a tool that is no function, or a choice that cannot be followed.
+        """
+        tools: list[Tool] = []
+        for at, one in enumerate(self.tools or ()):
+            if one.get("type") != "function":
+                raise ApiError(
+                    400,
+                    f"tools[{at}] has the type {one.get('type')!r}: this server runs no tools of "
+                    "its own, it calls functions of yours only",
+                    "unsupported",
+                    f"tools[{at}]",
+                )
+            tools.append(function_tool(one, f"tools[{at}]"))
+        choice, named = choice_of(self.tool_choice)
+        return tool_use(tools, choice, named, is_parallel=self.parallel_tool_calls)
+
+    def request(self, use: ToolUse, base: SamplingParams, owner: str) -> ChatRequest:
+        """Return the internal request.
+
+        Raises:
+            ApiError: an item or a part of an unknown type, or two forms of the answer.
+            GenerationError: a sampling option out of its bounds.
+        """
+        form = format_grammar((self.text or {}).get("format"), "text.format")
+        other = self.grammar()
+        if form is not None and other is not None:
+            raise ApiError(400, "text.format and another form are given: leave one out")
+        most = self.max_tokens if self.max_output_tokens is None else self.max_output_tokens
+        params = self.params(base, max_new_tokens=most, grammar=form or other)
+        return ChatRequest(
+            turns=with_instructions(turns_of(self.instructions, self.input), use),
+            params=use.params(params),
+            has_limit=most is not None,
+            owner=owner,
+            endpoint="responses",
+        )
+
+
+def router(service: Service) -> APIRouter:
+    """Return the route."""
+    routes = APIRouter()
+
+    @routes.post("/v1/responses", response_model=None)
+    async def responses(body: ResponsesBody, http: Request) -> Response:
+        """Answer items, at once or as a stream."""
+        service.check_model(body.model)
+        body.check()
+        use = body.use()
+        request = body.request(use, service.options.sampling, http.state.owner)
+        answers = await service.open(request)
+        writer = ResponseWriter(service, body, request, use)
+        if body.stream:
+            return events(writer.stream(answers))
+        return JSONResponse(await unless_gone(http, writer.whole(answers)))
+
+    return routes
+
+
+def turns_of(instructions: str | None, given: str | Sequence[Mapping[str, Any]]) -> list[Turn]:
+    """Return instructions and input as turns.
+
+    Raises:
+        ApiError: nothing to answer, or an item of an unknown type.
+    """
+    found = [Turn(role="system", parts=(instructions,))] if instructions else []
+    if isinstance(given, str):
+        return [*found, Turn(role="user", parts=(given,))]
+    if not given:
+        raise ApiError(400, "input is empty: give a text or at least one item", param="input")
+    found += [turn for at, item in enumerate(given) for turn in _turns(item, f"input[{at}]")]
+    return found
+
+
+def _turns(item: Mapping[str, Any], where: str) -> list[Turn]:
+    """Return the turn of an item; none for reasoning, which comes from other servers only."""
+    kind = item.get("type", "message")
+    if kind == "message":
+        role = ROLES.get(str(item.get("role")))
+        if role is None:
+            raise ApiError(
+                400,
+                f"{where} has the role {item.get('role')!r}: expected one of {', '.join(ROLES)}",
+                param=where,
+            )
+        return [Turn(role=role, parts=_parts(item.get("content"), where))]
+    if kind == "function_call":
+        if not isinstance(item.get("name"), str):
+            raise ApiError(400, f"{where} has no name", param=where)
+        said = call_text(item["name"], item.get("arguments"))
+        return [Turn(role="assistant", parts=(said,))]
+    if kind == "function_call_output":
+        return [Turn(role="user", parts=response_parts(_parts(item.get("output"), where)))]
+    if kind == "reasoning":
+        return []
+    raise ApiError(
+        400,
+        f"{where} has the type {kind!r}: expected message, function_call or function_call_output",
+        "unsupported",
+        where,
+    )
+
+
+def _parts(content: object, where: str) -> tuple[Part, ...]:
+    if content is None or isinstance(content, str):
+        return parts_of(content, where)
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        return parts_of(content, where)
+    raise ApiError(400, f"{where}: content must be a text or a list of parts", param=where)
+
+
+class ResponseWriter:
+    """Writer of one response: its items as they grow, and the events that tell of it.
+
+    Args:
+        service: the model.
+        body: what was asked.
+        request: as the engine has it.
+        use: tools.
+    """
+
+    def __init__(
+        self, service: Service, body: ResponsesBody, request: ChatRequest, use: ToolUse
+    ) -> None:
+        self._service = service
+        self._reader = AnswerReader(use.names)
+        self._number = 0
+        self._output: list[dict[str, Any]] = []
+        self._message: dict[str, Any] | None = None
+        self._response = {
+            **_asked(body, request.params, use),
+            "id": f"resp_{secrets.token_hex(16)}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": service.model_name,
+            "status": "in_progress",
+            "error": None,
+            "incomplete_details": None,
+            "output": [],
+            "usage": None,
+        }
+
+    async def whole(self, answers: Answers) -> dict[str, Any]:
+        """Return the response in one piece."""
+        async for _, _ in self._events(answers):
+            pass
+        return self._response
+
+    async def stream(self, answers: Answers) -> AsyncIterator[bytes]:
+        """Yield the response as events."""
+        async for name, data in self._events(answers):
+            yield event({"type": name, **data, "sequence_number": self._number}, name)
+            self._number += 1
+
+    async def _events(self, answers: Answers) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        """Yield names of events and what they say."""
+        yield "response.created", {"response": dict(self._response)}
+        yield "response.in_progress", {"response": dict(self._response)}
+        reason = "stop"
+        async with answers:
+            async for one in answers:
+                if isinstance(one, Finished):
+                    reason = one.reason
+                    said = self._reader.flush()
+                else:
+                    said = self._reader.push(one.text)
+                for piece in said:
+                    for found in self._said(piece):
+                        yield found
+        self._service.metrics.count(answers)
+        if not self._output:
+            yield self._open_message()
+            yield self._part("response.content_part.added", "")
+        for found in self._close_message():
+            yield found
+        yield self._finish(answers, reason)
+
+    def _finish(self, answers: Answers, reason: str) -> tuple[str, dict[str, Any]]:
+        """Return the last event, with the whole response."""
+        usage = answers.usage
+        self._response["usage"] = {
+            "input_tokens": usage.prompt,
+            "input_tokens_details": {
+                "cached_tokens": usage.cached,
+                "image_tokens": usage.visual,
+            },
+            "output_tokens": usage.completion,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage.prompt + usage.completion,
+        }
+        self._response["output"] = self._output
+        is_whole = reason == "stop"
+        self._response["status"] = "completed" if is_whole else "incomplete"
+        if not is_whole:
+            self._response["incomplete_details"] = {"reason": "max_output_tokens"}
+        return f"response.{self._response['status']}", {"response": self._response}
+
+    def _said(self, piece: Spoken) -> list[tuple[str, dict[str, Any]]]:
+        """Return the events of a piece of the answer."""
+        if isinstance(piece, Text):
+            found = []
+            if self._message is None:
+                found.append(self._open_message())
+                found.append(self._part("response.content_part.added", ""))
+            self._text += piece.text
+            place = {**self._place(), "content_index": 0}
+            delta = {**place, "delta": piece.text, "logprobs": []}
+            return [*found, ("response.output_text.delta", delta)]
+        if isinstance(piece, CallStart):
+            return [*self._close_message(), self._open_call(piece.call)]
+        if isinstance(piece, CallArguments):
+            delta = {**self._place(), "delta": piece.text}
+            return [("response.function_call_arguments.delta", delta)]
+        assert isinstance(piece, CallEnd)  # noqa: S101 - there is nothing else
+        return self._close_call(piece.call)
+
+    def _place(self) -> dict[str, Any]:
+        """Return where the item is that grows."""
+        return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
+
+    def _part(self, name: str, text: str) -> tuple[str, dict[str, Any]]:
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        return name, {**self._place(), "content_index": 0, "part": part}
+
+    def _open_message(self) -> tuple[str, dict[str, Any]]:
+        self._message = {
+            "id": f"msg_{secrets.token_hex(16)}",
+            "type": "message",
+            "role": "assistant",
+            "status": "in_progress",
+            "content": [],
+        }
+        self._text = ""
+        self._output.append(self._message)
+        added = {"output_index": len(self._output) - 1, "item": dict(self._message)}
+        return "response.output_item.added", added
+
+    def _close_message(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the events that end a message, if one is open."""
+        if self._message is None:
+            return []
+        name, part = self._part("response.content_part.done", self._text)
+        self._message["content"] = [part["part"]]
+        self._message["status"] = "completed"
+        done = {**self._place(), "content_index": 0, "text": self._text, "logprobs": []}
+        item = {"output_index": len(self._output) - 1, "item": self._message}
+        self._message = None
+        return [
+            ("response.output_text.done", done),
+            (name, part),
+            ("response.output_item.done", item),
+        ]
+
+    def _open_call(self, call: Call) -> tuple[str, dict[str, Any]]:
+        item = {
+            "id": f"fc_{secrets.token_hex(16)}",
+            "type": "function_call",
+            "status": "in_progress",
+            "call_id": call.id,
+            "name": call.name,
+            "arguments": "",
+        }
+        self._output.append(item)
+        added = {"output_index": len(self._output) - 1, "item": dict(item)}
+        return "response.output_item.added", added
+
+    def _close_call(self, call: Call) -> list[tuple[str, dict[str, Any]]]:
+        item = self._output[-1]
+        item["arguments"] = call.arguments
+        item["status"] = "completed" if call.is_whole else "incomplete"
+        done = {**self._place(), "name": call.name, "arguments": call.arguments}
+        return [
+            ("response.function_call_arguments.done", done),
+            ("response.output_item.done", {"output_index": len(self._output) - 1, "item": item}),
+        ]
+
+
+def _asked(body: ResponsesBody, params: SamplingParams, use: ToolUse) -> dict[str, Any]:
+    """Return what a response repeats of its request, with the values that counted."""
+    return {
+        "background": False,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": use.is_parallel,
+        "previous_response_id": None,
+        "reasoning": {"effort": None, "summary": None},
+        "store": False,
+        "temperature": params.temperature,
+        "text": body.text or {"format": {"type": "text"}},
+        "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
+        "tools": body.tools or [],
+        "top_p": params.top_p,
+        "truncation": "disabled",
+        "user": body.user,
+    }
