@@ -9,7 +9,6 @@ Every line ends as an answer or as its error, whatever it holds: see questions.p
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,11 +20,16 @@ from lapilli.cli.terminal import (
     PLACEHOLDER,
     STAYED_TEXT,
     ChatOptions,
+    Cores,
+    Engine,
+    EngineKind,
     Sampling,
     StoreOfModality,
     counting,
     note,
     open_stores,
+    reachable,
+    reachable_stores,
 )
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import ConfigError, LapilliError
@@ -34,13 +38,6 @@ if TYPE_CHECKING:
     from lapilli.generate.output import Generation
     from lapilli.pipeline import Chat
     from lapilli.prompt.message import Message
-
-
-class EngineKind(StrEnum):
-    """Where questions are answered."""
-
-    LOCAL = "local"
-    RAY = "ray"
 
 
 Source = Annotated[
@@ -62,12 +59,10 @@ Rows = Annotated[int, typer.Option(min=1, help="Most questions that an engine an
 Asked = Annotated[
     str | None, typer.Option("--question", help="What is asked about each picture of a folder.")
 ]
-Engine = Annotated[EngineKind, typer.Option(help="local, or ray: several processes or machines.")]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Engines of Ray; as many as it has room for when left out."),
 ]
-Cores = Annotated[int, typer.Option(min=1, help="Cores of one engine of Ray without a GPU.")]
 
 EXIT_NO_ANSWER = 1
 """Exit code when no line has an answer."""
@@ -107,7 +102,9 @@ def batch(
             _warn_of_placeholders(waiting, folder)
         if waiting:
             if engine is EngineKind.RAY:
-                answerer = Answerer(_reachable(how), tuple(store or ()), folder.absolute(), rows)
+                answerer = Answerer(
+                    reachable(how), reachable_stores(store or []), folder.absolute(), rows
+                )
                 results = _spread(answerer, waiting, workers, cores)
             else:
                 session = how.load(stores, max_rows=rows)
@@ -175,17 +172,6 @@ class LoadedAnswerer:
         yield from answer_lines(
             self._session, lines, made_by.folder, made_by.how.sampling, self._names
         )
-
-
-def _reachable(how: ChatOptions) -> ChatOptions:
-    """Return the options with paths that mean the same in another folder."""
-
-    def whole(name: str | None) -> str | None:
-        return str(Path(name).absolute()) if name is not None and Path(name).exists() else name
-
-    return replace(
-        how, model=whole(how.model) or "", base=whole(how.base), adapter=whole(how.adapter)
-    )
 
 
 def _spread(

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, fields, is_dataclass, replace
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -70,6 +71,17 @@ MediaOfModality = Annotated[
         "store (one that looks like JSON in double quotes).",
     ),
 ]
+
+
+class EngineKind(StrEnum):
+    """Where questions are answered."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+Engine = Annotated[EngineKind, typer.Option(help="local, or ray: several processes or machines.")]
+Cores = Annotated[int, typer.Option(min=1, help="Cores of one engine of Ray without a GPU.")]
 
 Sampling = dict[str, Any]
 """Sampling options of a command: keyword arguments of SamplingParams.from_options."""
@@ -173,6 +185,23 @@ def open_stores(given: Sequence[str]) -> "dict[str, Store]":
 
     said = ("NAME=STORE, a modality and a folder", "")
     return {name: Store.open(path) for name, path in _by_modality("--store", given, *said)}
+
+
+def reachable(how: ChatOptions) -> ChatOptions:
+    """Return the options with paths that mean the same in a process of another folder."""
+    model = _whole(how.model) or how.model
+    return replace(how, model=model, base=_whole(how.base), adapter=_whole(how.adapter))
+
+
+def reachable_stores(given: Sequence[str]) -> tuple[str, ...]:
+    """Return options NAME=STORE whose paths mean the same in a process of another folder."""
+    parts = (one.partition("=") for one in given)
+    return tuple(f"{name}{equals}{_whole(path) or path}" for name, equals, path in parts)
+
+
+def _whole(name: str | None) -> str | None:
+    """Return a path from the root; a hub id as it is."""
+    return str(Path(name).absolute()) if name is not None and Path(name).exists() else name
 
 
 def read_media(given: Sequence[str]) -> dict[str, Any]:

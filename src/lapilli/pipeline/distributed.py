@@ -46,8 +46,9 @@ def answer_distributed(
         GenerationError: a worker cannot load its engine, or Ray gives up.
     """
     import pyarrow
-    from ray import cloudpickle
+    from ray import cloudpickle as pickled  # it has no types
 
+    cloudpickle: Any = pickled
     size = max(1, min(at_once, -(-len(rows) // workers)))
     refs = [
         ray.put(pyarrow.table({"rows": [cloudpickle.dumps(list(rows[at : at + size]))]}))

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 
 import uvicorn
+from fastapi import FastAPI
 
 from lapilli.errors import ConfigError
 from lapilli.pipeline import Chat
@@ -40,10 +41,15 @@ class Server(uvicorn.Server):
 
 
 def run(chat: Chat, options: ServeOptions, ready: Callable[[str], None]) -> None:
-    """Serve a model until a signal ends it.
+    """Serve a model until a signal ends it; see `run_app`."""
+    run_app(create_app(chat, options), options, ready)
+
+
+def run_app(app: FastAPI, options: ServeOptions, ready: Callable[[str], None]) -> None:
+    """Serve an application until a signal ends it.
 
     Args:
-        chat: the model.
+        app: of `lapilli.serve.app`.
         options: where to listen, keys and limits.
         ready: called with the address once requests are taken.
 
@@ -53,7 +59,7 @@ def run(chat: Chat, options: ServeOptions, ready: Callable[[str], None]) -> None
     listening = listen(options)
     address = f"http://{_shown(options.host)}:{listening.getsockname()[1]}"
     config = uvicorn.Config(
-        create_app(chat, options),
+        app,
         log_level="warning",
         access_log=False,
         server_header=False,
