@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -15,8 +14,7 @@ import pytest
 from lapilli.cli.serve import Loader
 from lapilli.cli.terminal import ChatOptions
 from lapilli.cluster import Share
-from lapilli.serve.affinity import prefix_key, with_files
-from lapilli.serve.distributed import REPLICA_HEADER, Front, deploy, front_app, labelled
+from lapilli.serve.distributed import REPLICA_HEADER, Front, deploy, front_app
 from lapilli.serve.options import ApiKey, ServeOptions
 from lapilli.serve.run import Server, listen
 from tests.serve.conftest import KEY, asked, data_uri, picture

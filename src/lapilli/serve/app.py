@@ -8,7 +8,7 @@ The one place that knows all routes.
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -28,6 +28,7 @@ ROUTERS = (chat.router, completions.router, uploads.router, status.router)
 """A protocol, or a part of one, is one file with a `router`, and an entry here."""
 
 
+@runtime_checkable
 class CountsErrors(Protocol):
     """Metrics, as the handlers of errors use them."""
 
@@ -35,6 +36,7 @@ class CountsErrors(Protocol):
         """Count a request that was refused or failed."""
 
 
+@runtime_checkable
 class Served(Protocol):
     """What stands behind an application: a model, or the way to several."""
 

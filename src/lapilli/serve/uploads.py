@@ -1,6 +1,6 @@
 """`/v1/files`: a picture is uploaded once, and named by its id in any number of requests."""
 
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 from fastapi import APIRouter, Form, Request, Response, UploadFile
 
@@ -8,6 +8,7 @@ from lapilli.serve.errors import ApiError
 from lapilli.serve.files import Files
 
 
+@runtime_checkable
 class KeepsFiles(Protocol):
     """What the routes need: a service with a model, or a front that asks one."""
 
