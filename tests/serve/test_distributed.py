@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -199,3 +201,33 @@ def test_a_rolling_restart_under_load_costs_no_request(cluster):
     assert set(load.found) == {200}
     assert len(replica_processes()) == 2
     assert cluster.ask(data_uri(picture("red"))).status_code == 200
+
+
+def test_the_command_restarts_its_replicas_and_ends():
+    pytest.importorskip("ray.serve")
+    program = (sys.executable, "-c", "from lapilli.cli.main import main; main()")
+    options = ("--port", "0", "--engine", "ray", "--replicas", "1", "--device", "cpu")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [*program, "serve", "pebble", *options]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        url = next(
+            line.split()[-1] for line in process.stderr if line.startswith("lapilli: ready on")
+        )
+        body = asked("What is shown?", data_uri(picture("red")), **FEW)
+
+        def ask() -> str:
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+            assert answer.status_code == 200, answer.text
+            return answer.headers[REPLICA_HEADER]
+
+        first = ask()
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: ask() != first)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()

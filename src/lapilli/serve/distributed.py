@@ -15,7 +15,7 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -80,7 +80,7 @@ class Replica:
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Head | bytes]:
         """Yield the head of an answer and the pieces of its body."""
-        messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        messages: asyncio.Queue[MutableMapping[str, Any] | None] = asyncio.Queue()
         waiting = [{"type": "http.request", "body": body, "more_body": False}]
         is_gone = asyncio.Event()
 
@@ -383,6 +383,7 @@ def deploy(make: MakeChat, options: ServeOptions, *, replicas: int, share: Share
 
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
     serve.start(proxy_location="Disabled")
+    router = RequestRouterConfig.model_validate({"request_router_class": _ROUTER})
     deployment = serve.deployment(
         name="engine",
         num_replicas=replicas,
@@ -393,7 +394,7 @@ def deploy(make: MakeChat, options: ServeOptions, *, replicas: int, share: Share
         health_check_timeout_s=60,
         graceful_shutdown_wait_loop_s=1,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
-        request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
+        request_router_config=router,
     )(Replica)
     try:
         bound = deployment.bind(make, options, share.cpus)
