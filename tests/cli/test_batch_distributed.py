@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from PIL import Image, ImageDraw
-
-from tests.train.faults import wait_for
 
 # Ray warns about settings of its own that nobody has set.
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore:::ray")]
@@ -71,6 +70,14 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return found
 
 
+def until(condition: Callable[[], object]) -> None:
+    """Wait until it holds, without taking much of the processors that others need."""
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def has_rows(path: Path, count: int) -> bool:
     return path.exists() and len(rows_of(path)) >= count
 
@@ -86,15 +93,26 @@ def plain(folder: Path) -> list[dict[str, object]]:
 def test_a_killed_worker_and_a_killed_command_cost_no_row(folder, plain, tmp_path):
     source, target = folder / "in200.jsonl", tmp_path / "out.jsonl"
     process = start(source, target, *FEW, *RAY)
-    wait_for(lambda: has_rows(target, 20))
-    victim = workers_of(process)[0]
-    victim.send_signal(signal.SIGKILL)
+    until(lambda: has_rows(target, 20))
+    killed = []
+
+    def kill_one() -> bool:
+        for victim in workers_of(process):
+            with suppress(psutil.Error):
+                victim.send_signal(signal.SIGKILL)
+                killed.append(victim.pid)
+                return True
+        return False
+
+    until(kill_one)
     at_kill = len(rows_of(target))
-    wait_for(lambda: has_rows(target, at_kill + 20) or process.poll() is not None)
+    assert killed
+    assert at_kill < len(plain)
+    until(lambda: has_rows(target, at_kill + 20) or process.poll() is not None)
     process.kill()
-    process.communicate()
+    said = process.communicate()[1]
     before = rows_of(target)
-    assert len({row["line"] for row in before}) == len(before)
+    assert len({row["line"] for row in before}) == len(before) > at_kill, said
     run(source, target, *FEW, *RAY)
     assert rows_of(target) == plain
 

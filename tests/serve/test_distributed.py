@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import httpx
@@ -20,7 +20,6 @@ from lapilli.serve.distributed import REPLICA_HEADER, Front, deploy, front_app
 from lapilli.serve.options import ApiKey, ServeOptions
 from lapilli.serve.run import Server, listen
 from tests.serve.conftest import KEY, asked, data_uri, picture
-from tests.train.faults import wait_for
 
 # Ray warns about settings of its own that nobody has set.
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
@@ -105,12 +104,20 @@ class Load:
 
     def __enter__(self) -> "Load":
         self._thread.start()
-        wait_for(lambda: len(self.found) > 2)
+        until(lambda: len(self.found) > 2)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
         self._thread.join(120)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until it holds, without taking much of the processors that others need."""
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def replica_processes() -> list[psutil.Process]:
@@ -188,8 +195,8 @@ def test_a_replica_that_is_killed_costs_no_request(cluster):
         victim = replica_processes()[0]
         victim.send_signal(signal.SIGKILL)
         before = len(load.found)
-        wait_for(lambda: len(load.found) > before + 10)
-        wait_for(lambda: len(replica_processes()) == 2)
+        until(lambda: len(load.found) > before + 10)
+        until(lambda: len(replica_processes()) == 2)
     assert set(load.found) == {200}
 
 
@@ -197,7 +204,7 @@ def test_a_rolling_restart_under_load_costs_no_request(cluster):
     before = {one.pid for one in replica_processes()}
     with Load(cluster) as load:
         cluster.deploy()
-        wait_for(lambda: not before & {one.pid for one in replica_processes()})
+        until(lambda: not before & {one.pid for one in replica_processes()})
     assert set(load.found) == {200}
     assert len(replica_processes()) == 2
     assert cluster.ask(data_uri(picture("red"))).status_code == 200
@@ -224,7 +231,7 @@ def test_the_command_restarts_its_replicas_and_ends():
 
         first = ask()
         process.send_signal(signal.SIGHUP)
-        wait_for(lambda: ask() != first)
+        until(lambda: ask() != first)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
         assert process.returncode == 0

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lapilli.checkpoint.source import is_local
+from lapilli.checkpoint.source import PEBBLE, is_local
 from lapilli.config.generation import EngineOptions, SamplingParams, value_type
 from lapilli.config.llava import SamplingNote
 from lapilli.config.reader import given_path
@@ -200,8 +200,10 @@ def reachable_stores(given: Sequence[str]) -> tuple[str, ...]:
 
 
 def _whole(name: str | None) -> str | None:
-    """Return a path from the root; a hub id as it is."""
-    return str(Path(name).absolute()) if name is not None and Path(name).exists() else name
+    """Return a path from the root; a hub id, and the embedded model, as they are."""
+    if name is None or name == PEBBLE or not Path(name).exists():
+        return name
+    return str(Path(name).absolute())
 
 
 def read_media(given: Sequence[str]) -> dict[str, Any]:
