@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 # Ray warns about settings of its own that nobody has set.
-pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore:::ray")]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),  # several clusters begin, which takes a minute each on a busy machine
+    pytest.mark.filterwarnings("ignore:::ray"),
+]
 FEW = ("--max-new-tokens", "6", "--device", "cpu", "--dtype", "float32", "--quiet")
 RAY = ("--engine", "ray", "--workers", "2", "--rows", "4")
 PROGRAM = (sys.executable, "-c", "from lapilli.cli.main import main; main()", "batch")
@@ -93,24 +98,23 @@ def plain(folder: Path) -> list[dict[str, object]]:
 def test_a_killed_worker_and_a_killed_command_cost_no_row(folder, plain, tmp_path):
     source, target = folder / "in200.jsonl", tmp_path / "out.jsonl"
     process = start(source, target, *FEW, *RAY)
-    until(lambda: has_rows(target, 20))
-    killed = []
 
     def kill_one() -> bool:
         for victim in workers_of(process):
             with suppress(psutil.Error):
                 victim.send_signal(signal.SIGKILL)
-                killed.append(victim.pid)
                 return True
         return False
 
-    until(kill_one)
-    at_kill = len(rows_of(target))
-    assert killed
-    assert at_kill < len(plain)
-    until(lambda: has_rows(target, at_kill + 20) or process.poll() is not None)
-    process.kill()
-    said = process.communicate()[1]
+    try:
+        until(lambda: has_rows(target, 20))
+        until(kill_one)
+        at_kill = len(rows_of(target))
+        assert at_kill < len(plain)
+        until(lambda: has_rows(target, at_kill + 20) or process.poll() is not None)
+    finally:
+        process.kill()
+        said = process.communicate()[1]
     before = rows_of(target)
     assert len({row["line"] for row in before}) == len(before) > at_kill, said
     run(source, target, *FEW, *RAY)
