@@ -19,8 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lapilli.cli import batch
-from lapilli.cli.batch import AnswerFile, Line, answer_lines, read_lines
+from lapilli.cli import answers, questions
+from lapilli.cli.answers import AnswerFile
+from lapilli.cli.batch import answer_lines
+from lapilli.cli.questions import Line, read_lines
 from lapilli.cli.terminal import open_stores
 from lapilli.errors import GenerationError, LapilliError, PromptError
 from lapilli.store import StoreWriter
@@ -462,7 +464,7 @@ def test_lines_keep_their_number_whatever_ends_them(tmp_path):
 
 
 def test_lines_without_an_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "MOST_BYTES", 100)
+    monkeypatch.setattr(questions, "MOST_BYTES", 100)
     source = tmp_path / "in.jsonl"
     source.write_bytes(b"a\n" + b"b" * 100)
     assert [line.number for line in read_lines(source)] == [1, 2]
@@ -489,7 +491,7 @@ def test_a_device_without_an_end():
 
 
 def test_a_huge_file_of_somebody_else_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(answers, "MOST_BYTES", 1 << 20)
     target = tmp_path / "out.jsonl"
     with target.open("wb") as file:
         file.truncate(1 << 40)

@@ -1,6 +1,7 @@
 """The figures in the README are those of the result files."""
 
 import json
+import re
 
 from tests.docs.test_code_blocks import REPOSITORY
 
@@ -80,3 +81,19 @@ def test_calibration_of_decisions() -> None:
     assert f"about {measured['scenes']} fresh scenes" in guide
     assert f"{100 * measured['accuracy']:.1f} %" in guide
     assert f"{measured['expected_calibration_error']:.4f}" in guide
+
+
+def test_hours_for_a_million_pictures() -> None:
+    guide = (REPOSITORY / "docs/guide/scale.md").read_text("utf-8")
+    rows = re.findall(
+        r"^\| ([SL]): .* \| (\w+) \| ([\d.]+) \| ([\d,]+) \| ([\d.]+) \|$", guide, re.M
+    )
+    assert len(rows) == 4
+    for shape, weights, per_minute, hours, peak in rows:
+        results = REPOSITORY / f"benchmarks/results/inference-{shape}.json"
+        measured = json.loads(results.read_text("utf-8"))["summary"]["engines"]
+        found = measured[f"lapilli {weights}"]
+        rate = found["many_whole_tokens_per_s"] / 64  # pictures a second, 64 tokens each
+        assert per_minute == f"{60 * rate:.1f}"
+        assert hours == f"{1e6 / rate / 3600:,.0f}"
+        assert peak == f"{found['many_peak_bytes'] / 1e9:.1f}"

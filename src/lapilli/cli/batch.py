@@ -1,431 +1,73 @@
-"""`lapilli batch IN.jsonl OUT.jsonl`: many questions, a line each; may be stopped and run again.
+"""`lapilli batch IN OUT`: many questions, a line each; may be stopped and run again.
 
-    in    {"question": "...", "images": ["a.png"], "id": 7}      paths beside the file, any id
-          {"question": "...", "user": ...}           what the checkpoint declares, by its name
-    out   {"line": 1, "id": 7, "asked": "...", "answer": "...", ...} or {..., "error": "..."}
+    Line -> Question: messages, or what is wrong -> Result -> AnswerFile
+      --engine local   one engine in this process, many questions at once
+      --engine ray     an engine in each of several processes, on this machine or a cluster
 
-    bytes -> Line (numbered from 1) -> Question: messages, or what is wrong -> Result -> AnswerFile
-
-Every line ends as an answer or as its error, whatever it holds. Answers are written as they come,
-each in one piece: whatever ends the program, what is in the file is whole but for a torn last line,
-which the next run drops. A line of the input that was changed is answered again; the answer to what
-it said before is moved to OUT.old.
+Every line ends as an answer or as its error, whatever it holds: see questions.py and answers.py.
 """
 
-import codecs
-import errno
-import io
-import json
-import os
-import stat
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import cached_property
-from hashlib import blake2b
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lapilli.cli.answers import AnswerFile, Result, write_table
+from lapilli.cli.questions import Line, Question, read_questions
 from lapilli.cli.terminal import (
     PLACEHOLDER,
     STAYED_TEXT,
     ChatOptions,
+    Cores,
+    Engine,
+    EngineKind,
     Sampling,
     StoreOfModality,
     counting,
     note,
     open_stores,
+    reachable,
+    reachable_stores,
 )
 from lapilli.config.generation import SamplingParams
-from lapilli.config.reader import given_path, unique_keys
-from lapilli.errors import LapilliError, PromptError
+from lapilli.errors import ConfigError, LapilliError
 
 if TYPE_CHECKING:
     from lapilli.generate.output import Generation
     from lapilli.pipeline import Chat
     from lapilli.prompt.message import Message
 
+
 Source = Annotated[
-    Path, typer.Argument(help="One JSON object per line: question, image or images, id, system.")
+    Path,
+    typer.Argument(
+        help="One JSON object per line: question, image or images, id, system; a .parquet file "
+        "with such columns; or a folder of pictures."
+    ),
 ]
 Retry = Annotated[bool, typer.Option("--retry", help="Ask lines again that ended in an error.")]
-Target = Annotated[Path, typer.Argument(help="Answers; lines that it has already are skipped.")]
+Target = Annotated[
+    Path,
+    typer.Argument(help="Answers, as JSON lines or .parquet; lines that it has are skipped."),
+]
 Folder = Annotated[
     Path | None, typer.Option(help="Where the pictures are; beside the file when left out.")
 ]
-Rows = Annotated[int, typer.Option(min=1, help="Most questions that are answered at once.")]
+Rows = Annotated[int, typer.Option(min=1, help="Most questions that an engine answers at once.")]
+Asked = Annotated[
+    str | None, typer.Option("--question", help="What is asked about each picture of a folder.")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Engines of Ray; as many as it has room for when left out."),
+]
 
 EXIT_NO_ANSWER = 1
 """Exit code when no line has an answer."""
 
-MOST_BYTES = 1 << 28
-"""Most bytes of a line, and of all lines of a pipe or a device, which may have no end."""
-
-Result = dict[str, Any]
-"""A line of the output."""
-
-START = b'{"line": '
-"""Beginning of every line of the output."""
-
-# Ends of lines to many programs, though not to JSON: written as escapes.
-_ESCAPED = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
-_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question, and the beginning of its result: an error where there are no messages."""
-
-    head: dict[str, Any]
-    messages: "tuple[Message, ...]"
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the input, numbered from 1; its bytes may be anything."""
-
-    number: int
-    content: bytes
-
-    @cached_property
-    def digest(self) -> str:
-        """Digest that the output keeps of the line, to see whether it was changed."""
-        return blake2b(self.content, digest_size=8).hexdigest()
-
-    def question(self, folder: Path, modalities: Sequence[str] = ()) -> Question:
-        """Return what the line asks.
-
-        Relative paths of pictures begin in `folder`; `modalities` are the names that the checkpoint
-        declares, whose keys are read.
-        """
-        head: dict[str, Any] = {"line": self.number}
-        try:
-            row = _object(self.content)
-            if "id" in row:
-                head["id"] = _id(row["id"])
-            messages = _messages(row, folder, modalities)
-        except PromptError as error:
-            return Question(head | {"asked": self.digest, "error": str(error)}, ())
-        except Exception as error:  # noqa: BLE001 - a line holds anything, and has to have a result
-            reason = f"cannot be read: {type(error).__name__}: {error}"
-            return Question(head | {"asked": self.digest, "error": reason}, ())
-        return Question(head | {"asked": self.digest}, messages)
-
-
-def read_lines(source: Path) -> list[Line]:
-    r"""Return the lines that hold something.
-
-    They end with \n alone: a string in JSON may hold U+2028 and other ends of lines as they are.
-    The marks that Windows writes at the beginning of a file are read over, UTF-16 included.
-
-    Raises:
-        PromptError: the file is UTF-16 and damaged, or there is more than `MOST_BYTES` in a line,
-            or in a pipe or device.
-        OSError: it cannot be read.
-    """
-    with source.open("rb") as opened:
-        file: io.BufferedIOBase = opened
-        if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-            content = opened.read(MOST_BYTES + 1)
-            if len(content) > MOST_BYTES:
-                raise PromptError(
-                    f"{source} is no regular file and gives more than {MOST_BYTES} bytes: write "
-                    "the questions into a file first"
-                )
-            file = io.BytesIO(content)
-        try:
-            numbered = enumerate(_contents(file, source), 1)
-            return [Line(at, line.strip()) for at, line in numbered if not line.isspace()]
-        except UnicodeError as error:
-            raise PromptError(f"{source} begins as UTF-16 and is none: {error}") from error
-
-
-def _contents(file: io.BufferedIOBase, source: Path) -> Iterator[bytes]:
-    """Yield the lines in UTF-8.
-
-    Raises:
-        PromptError: one has more than `MOST_BYTES`.
-    """
-    begin = file.read(len(codecs.BOM_UTF8))
-    file.seek(0)
-    reader: io.BufferedIOBase | io.TextIOWrapper = file
-    if begin.startswith(_UTF_16):
-        reader = io.TextIOWrapper(cast(IO[bytes], file), "utf-16", newline="\n")
-    elif begin == codecs.BOM_UTF8:
-        file.seek(len(begin))
-    number = 0
-    with reader:
-        while line := reader.readline(MOST_BYTES + 1):
-            number += 1
-            if len(line) > MOST_BYTES:
-                raise PromptError(
-                    f"{source}: line {number} has more than {MOST_BYTES} bytes: expected a JSON "
-                    "object in each line"
-                )
-            yield line if isinstance(line, bytes) else line.encode()
-
-
-def _object(content: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(
-            content.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=unique_keys
-        )
-    except UnicodeDecodeError as error:
-        raise PromptError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
-    except RecursionError as error:
-        raise PromptError("not JSON that can be read: lists or objects too deep") from error
-    except ValueError as error:
-        raise PromptError(f"not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise PromptError("not a JSON object")
-    return row
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")
-
-
-def _id(value: object) -> object:
-    """Return the id, if it can be written as it was read."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError) as error:  # 1e999 is read as infinity
-        raise PromptError('"id" cannot be written as JSON: use a text or a number') from error
-    return value
-
-
-def _messages(
-    row: dict[str, Any], folder: Path, modalities: Sequence[str]
-) -> "tuple[Message, ...]":
-    from lapilli.prompt.message import Message
-
-    question, system = row.get("question"), row.get("system")
-    if not isinstance(question, str | None):
-        raise PromptError(f'"question" must be a text, found {_kind(question)}')
-    if question is None or not question.strip():
-        raise PromptError('no "question", or an empty one')
-    if not isinstance(system, str | None):
-        raise PromptError(f'"system" must be a text, found {_kind(system)}')
-    messages = [] if system is None else [Message.system(system)]
-    pictures = (_place(each, folder) for each in _pictures(row))
-    media = {name: row[name] for name in modalities if row.get(name) is not None}
-    return (*messages, Message.user(question, *pictures, **media))
-
-
-def _pictures(row: dict[str, Any]) -> list[str]:
-    image, images = row.get("image"), row.get("images")
-    if image is not None and images is not None:
-        raise PromptError('both "image" and "images": give one of them')
-    if image is not None and not isinstance(image, str):
-        raise PromptError(f'"image" must be a path, a URL or a data URI, found {_kind(image)}')
-    pictures = images if images is not None else [] if image is None else [image]
-    if not isinstance(pictures, list) or not all(isinstance(each, str) for each in pictures):
-        raise PromptError('"images" must be a list of paths, URLs or data URIs')
-    if "-" in pictures:
-        raise PromptError("'-' is standard input, which no line can have: give a path")
-    return pictures
-
-
-def _kind(value: object) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
-    return names.get(type(value), "an object" if isinstance(value, dict) else "a text")
-
-
-def _place(picture: str, folder: Path) -> str:
-    from lapilli.media.fetch import is_path
-
-    if not picture:
-        raise PromptError("the path of a picture is empty")
-    return str(folder / given_path(picture)) if is_path(picture) else picture
-
-
-class AnswerFile(AbstractContextManager["AnswerFile"]):
-    """The output of a batch: answers that are there, and those that are added; for one process.
-
-    A pipe or a device is written and not read back. `source` is the file of the lines that are to
-    be answered.
-
-    Raises:
-        PromptError: the file holds something else than answers, another process writes it, it is
-            a folder, the input, or a pipe that nobody reads.
-        OSError: it cannot be read or written.
-    """
-
-    def __init__(
-        self, path: Path, lines: Iterable[Line], *, source: Path, retry: bool = False
-    ) -> None:
-        if path.is_dir():
-            raise PromptError(f"{path} is a folder: name a file for the answers")
-        self.path = path
-        self.old = path.with_name(f"{path.name}.old")
-        self.done: frozenset[int] = frozenset()
-        """Numbers of the lines that are answered or have their error."""
-        self.stale = 0
-        """Results that were moved away: the line was changed, or they are errors to be retried."""
-        self.num_answers = 0
-        """Number of them that are answers."""
-        if path.exists() and path.samefile(source):
-            raise PromptError(f"{path} is the input: name another file for the answers")
-        self._retry = retry
-        self._number = _open(path)
-        try:
-            if stat.S_ISREG(os.fstat(self._number).st_mode):
-                self._take_up({line.number: line.digest for line in lines})
-        except BaseException:  # an interrupt too must leave no lock behind
-            os.close(self._number)
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._number)
-
-    def add(self, result: Result) -> None:
-        """Append a result, whole.
-
-        Raises:
-            OSError: the disk is full, or the like; what was written of the line is a torn end.
-        """
-        self._write(_encoded(result))
-        self.num_answers += "answer" in result
-
-    def _write(self, content: bytes) -> None:
-        rest = memoryview(content)
-        try:
-            while rest:
-                rest = rest[os.write(self._number, rest) :]
-        except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
-
-    def _take_up(self, digests: dict[int, str]) -> None:
-        """Read what is there; keep what answers the lines as they are now."""
-        kept: dict[int, bytes] = {}
-        stale = []
-        torn = b""
-        for row in self._rows():
-            if not row.endswith(b"\n"):
-                torn = row
-                break
-            number, asked, is_answer = _read_back(row, self.path)
-            is_usable = is_answer or not self._retry
-            is_same = number in digests and asked in (None, digests[number])
-            if is_same and is_usable and number not in kept:
-                kept[number] = row
-                self.num_answers += is_answer
-            else:
-                stale.append(row)
-        self.done, self.stale = frozenset(kept), len(stale)
-        if stale:
-            with self.old.open("ab") as file:
-                file.writelines(stale)
-            self._replace(b"".join(kept.values()))
-        elif torn:
-            os.truncate(self._number, os.fstat(self._number).st_size - len(torn))
-
-    def _rows(self) -> Iterator[bytes]:
-        """Yield what is there line by line; the last may be torn.
-
-        Raises:
-            PromptError: a line is longer than any answer, or the torn one is none of ours.
-        """
-        with self.path.open("rb") as file:
-            while row := file.readline(MOST_BYTES + 1):
-                is_torn = not row.endswith(b"\n")
-                if len(row) > MOST_BYTES or (is_torn and not START.startswith(row[: len(START)])):
-                    raise _not_ours(self.path)
-                yield row
-
-    def _replace(self, content: bytes) -> None:
-        """Put another file into the place of this one, so that a stop in between loses nothing."""
-        before, whole = self._number, self.path
-        self.path = whole.with_name(f"{whole.name}.new")
-        self.path.unlink(missing_ok=True)
-        self._number = _open(self.path)
-        try:
-            self._write(content)
-            self.path.chmod(stat.S_IMODE(os.fstat(before).st_mode))
-            self.path.replace(whole)
-        finally:
-            self.path = whole
-            os.close(before)
-
-
-def _encoded(result: Result) -> bytes:
-    """Return a line of the output; what is no Unicode is written as escapes."""
-    try:
-        text = json.dumps(result, ensure_ascii=False, allow_nan=False).translate(_ESCAPED)
-        return f"{text}\n".encode()
-    except UnicodeEncodeError:
-        return f"{json.dumps(result)}\n".encode()
-
-
-def _read_back(row: bytes, path: Path) -> tuple[int, str | None, bool]:
-    """Return number of the line, what was asked (None: not written), and whether it is an answer.
-
-    A row that was torn and written over is nobody's: line 0.
-
-    Raises:
-        PromptError: the row is none of ours.
-    """
-    try:
-        found = json.loads(row)
-        number, asked = found["line"], found.get("asked")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if row.startswith(START):
-            return 0, None, False
-        raise _not_ours(path) from error
-    if type(number) is not int or not isinstance(asked, str | None):
-        raise _not_ours(path)
-    return number, asked, "answer" in found
-
-
-def _not_ours(path: Path) -> PromptError:
-    return PromptError(
-        f"{path} holds something else than answers of lapilli batch: name another file"
-    )
-
-
-def _open(path: Path) -> int:
-    """Return a descriptor at the end of the file, locked.
-
-    Raises:
-        PromptError: another process has it, or nobody reads the pipe that it is.
-    """
-    while True:
-        number = _open_to_append(path)
-        try:
-            _lock(number, path)
-        except BaseException:  # an interrupt too must leave no descriptor open
-            os.close(number)
-            raise
-        # Whoever had it before may have put another file into its place meanwhile.
-        if path.exists() and os.path.samestat(os.fstat(number), path.stat()):
-            return number
-        os.close(number)
-
-
-def _open_to_append(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
-    try:  # a pipe without a reader would wait for ever
-        number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            raise PromptError(f"{path} is a pipe that nobody reads: start its reader") from error
-        raise
-    if sys.platform != "win32":
-        os.set_blocking(number, True)
-    return number
-
-
-def _lock(number: int, path: Path) -> None:
-    """Make this process the only one that writes the file, where the system can do that."""
-    from lapilli.disk import take_lock
-
-    if stat.S_ISREG(os.fstat(number).st_mode) and not take_lock(number):
-        raise PromptError(
-            f"{path} is being written by another lapilli batch: wait for it, or name another file"
-        )
+_AT_ONCE = 1024  # lines of a table whose pictures are read before they are asked about
 
 
 def batch(
@@ -435,6 +77,10 @@ def batch(
     rows: Rows = 16,
     store: StoreOfModality = None,
     retry: Retry = False,
+    question: Asked = None,
+    engine: Engine = EngineKind.LOCAL,
+    workers: Workers = None,
+    cores: Cores = 1,
     *,
     how: ChatOptions,
 ) -> None:
@@ -444,23 +90,104 @@ def batch(
     The exit code is 1 where no line has an answer.
     """
     stores = open_stores(store or [])
-    lines = read_lines(source)
-    with AnswerFile(target, lines, source=source, retry=retry) as answers:
+    lines = read_questions(source, question)
+    table = target if target.suffix == ".parquet" else None
+    path = target if table is None else beside(table)
+    with AnswerFile(path, lines, source=source, retry=retry) as answers:
         if not how.quiet:
-            _say_what_is_there(answers, len(lines), target)
+            _say_what_is_there(answers, len(lines), path)
         waiting = [line for line in lines if line.number not in answers.done]
-        folder = images or source.parent
+        folder = images or (source if source.is_dir() else source.parent)
         if waiting and not how.quiet:
             _warn_of_placeholders(waiting, folder)
         if waiting:
-            session = how.load(stores, max_rows=rows)
-            names = [name for name, _ in session.config.modalities]
-            results = answer_lines(session, waiting, folder, how.sampling, names)
+            if engine is EngineKind.RAY:
+                answerer = Answerer(
+                    reachable(how), reachable_stores(store or []), folder.absolute(), rows
+                )
+                results = _spread(answerer, waiting, workers, cores)
+            else:
+                session = how.load(stores, max_rows=rows)
+                names = [name for name, _ in session.config.modalities]
+                results = answer_in_parts(session, waiting, folder, how.sampling, names)
             errors = write_results(results, answers, total=len(waiting), quiet=how.quiet)
+            if engine is EngineKind.RAY:
+                answers.sort()
             if errors and not how.quiet:
                 note(f"{errors} of {len(waiting)} lines have an error, see {target}")
+        if table is not None:
+            write_table(answers, table)
         if not answers.num_answers and lines:
             raise typer.Exit(EXIT_NO_ANSWER)
+
+
+def beside(table: Path) -> Path:
+    """Return the file in which the answers of a Parquet file are while they come.
+
+    Raises:
+        ConfigError: there is the table and not that file, so that it is somebody else's.
+    """
+    path = table.with_name(f"{table.name}.jsonl")
+    if table.exists() and not path.exists():
+        raise ConfigError(
+            f"{table} is there, and {path.name}, where its answers come from, is not: name another "
+            "file for the answers"
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """Makes what answers lines in a process of Ray's: an engine, loaded there.
+
+    Attributes:
+        how: model and sampling; its paths mean the same on every machine.
+        stores: options NAME=STORE.
+        folder: where relative paths of pictures begin.
+        rows: questions that are answered at once.
+    """
+
+    how: ChatOptions
+    stores: tuple[str, ...]
+    folder: Path
+    rows: int
+
+    def __call__(self) -> "LoadedAnswerer":
+        """Load the engine."""
+        session = replace(self.how, quiet=True).load(open_stores(self.stores), max_rows=self.rows)
+        return LoadedAnswerer(self, session)
+
+
+class LoadedAnswerer:
+    """Answers lines with an engine of its own."""
+
+    def __init__(self, made_by: Answerer, session: "Chat") -> None:
+        self._made_by = made_by
+        self._session = session
+        self._names = [name for name, _ in session.config.modalities]
+
+    def __call__(self, lines: Sequence[Line]) -> Iterator[Result]:
+        """Yield the results of lines as they are finished."""
+        made_by = self._made_by
+        yield from answer_lines(
+            self._session, lines, made_by.folder, made_by.how.sampling, self._names
+        )
+
+
+def _spread(
+    answerer: Answerer, lines: Sequence[Line], workers: int | None, cores: int
+) -> Iterator[Result]:
+    """Yield the results of lines that processes of Ray answer, as they come."""
+    from lapilli.cluster import check_room, connect, room, share_of
+    from lapilli.pipeline.distributed import answer_distributed
+
+    ray = connect("--engine ray needs Ray")
+    share = share_of(ray, cores=cores, device=answerer.how.device)
+    workers = workers or room(ray, share)
+    check_room(ray, share, workers)
+    yield from answer_distributed(
+        ray, lines, answerer, workers=workers, share=share, at_once=4 * answerer.rows
+    )
 
 
 def _say_what_is_there(answers: AnswerFile, num_lines: int, target: Path) -> None:
@@ -481,6 +208,19 @@ def _warn_of_placeholders(lines: Sequence[Line], folder: Path) -> None:
             if messages and messages[-1].media and PLACEHOLDER in messages[-1].text:
                 note(f"line {line.number}: {STAYED_TEXT}")
                 return
+
+
+def answer_in_parts(
+    session: "Chat",
+    lines: Sequence[Line],
+    folder: Path,
+    sampling: Sampling,
+    modalities: Sequence[str] = (),
+) -> Iterator[Result]:
+    """Yield what `answer_lines` does; of a table's pictures, only those of a part are in memory."""
+    size = _AT_ONCE if lines[0].table is not None else len(lines)
+    for at in range(0, len(lines), size):
+        yield from answer_lines(session, lines[at : at + size], folder, sampling, modalities)
 
 
 def answer_lines(

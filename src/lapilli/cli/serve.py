@@ -1,13 +1,27 @@
 """`lapilli serve`: a server of one model, for every client that speaks the field's protocols."""
 
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lapilli.cli.terminal import ChatOptions, note
+from lapilli.cli.terminal import (
+    ChatOptions,
+    Cores,
+    Engine,
+    EngineKind,
+    note,
+    open_stores,
+    reachable,
+    reachable_stores,
+)
 from lapilli.config.generation import SamplingParams
 from lapilli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lapilli.pipeline import Chat
 
 Model = Annotated[str | None, typer.Argument(help="A directory, a hub id, or pebble.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -48,6 +62,27 @@ Store = Annotated[
     ),
 ]
 
+Replicas = Annotated[int, typer.Option(help="Engines of Ray.", min=1)]
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Loads the model in a process of Ray's.
+
+    Attributes:
+        how: options of the model; its paths mean the same on every machine.
+        stores: options NAME=STORE.
+        limits: fields of EngineOptions.
+    """
+
+    how: ChatOptions
+    stores: tuple[str, ...]
+    limits: dict[str, Any]
+
+    def __call__(self) -> "Chat":
+        """Return the model."""
+        return replace(self.how, quiet=True).load(open_stores(self.stores), **self.limits)
+
 
 def serve(
     checkpoint: Model = None,
@@ -62,6 +97,9 @@ def serve(
     allow_origin: Origins = None,
     without_key: WithoutKey = False,
     store: Store = None,
+    engine: Engine = EngineKind.LOCAL,
+    replicas: Replicas = 1,
+    cores: Cores = 1,
     *,
     how: ChatOptions,
 ) -> None:
@@ -79,26 +117,34 @@ def serve(
         without_key=without_key,
         sampling=SamplingParams.from_options(**how.sampling),
     )
-    run = _runner()
     limits: dict[str, Any] = {"max_rows": rows, "kv_bytes": cache_bytes}
     if checkpoint is not None:
         how = how.of_model(checkpoint)
-    from lapilli.cli.terminal import open_stores
 
-    chat = how.load(open_stores(store or []), **limits)
-    run(chat, options, lambda address: None if how.quiet else note(f"lapilli: ready on {address}"))
+    def ready(address: str) -> None:
+        if not how.quiet:
+            note(f"lapilli: ready on {address}")
+
+    if engine is EngineKind.RAY:
+        run_distributed = _runner("run_distributed", "lapilli.serve.distributed")
+        loader = Loader(reachable(how), reachable_stores(store or []), limits)
+        run_distributed(
+            loader, options, ready, replicas=replicas, cores=cores, device=how.device, rows=rows
+        )
+        return
+    run = _runner("run", "lapilli.serve.run")
+    run(how.load(open_stores(store or []), **limits), options, ready)
 
 
-def _runner() -> Any:  # noqa: ANN401  a function, imported where it is needed
+def _runner(name: str, module: str) -> Any:  # noqa: ANN401  a function, imported where needed
     """Return what runs the server.
 
     Raises:
         ConfigError: the extra is not installed.
     """
     try:
-        from lapilli.serve.run import run
+        return getattr(import_module(module), name)
     except ImportError as error:
         raise ConfigError(
             f'the server needs more packages ({error.name}): pip install "lapilli[serve]"'
         ) from error
-    return run

@@ -12,13 +12,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, fields, is_dataclass, replace
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lapilli.checkpoint.source import is_local
+from lapilli.checkpoint.source import PEBBLE, is_local
 from lapilli.config.generation import EngineOptions, SamplingParams, value_type
 from lapilli.config.grammar import Grammar
 from lapilli.config.llava import SamplingNote
@@ -71,6 +72,17 @@ MediaOfModality = Annotated[
         "store (one that looks like JSON in double quotes).",
     ),
 ]
+
+
+class EngineKind(StrEnum):
+    """Where questions are answered."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+Engine = Annotated[EngineKind, typer.Option(help="local, or ray: several processes or machines.")]
+Cores = Annotated[int, typer.Option(min=1, help="Cores of one engine of Ray without a GPU.")]
 
 Sampling = dict[str, Any]
 """Sampling options of a command: keyword arguments of SamplingParams.from_options."""
@@ -213,6 +225,25 @@ def open_stores(given: Sequence[str]) -> "dict[str, Store]":
 
     said = ("NAME=STORE, a modality and a folder", "")
     return {name: Store.open(path) for name, path in _by_modality("--store", given, *said)}
+
+
+def reachable(how: ChatOptions) -> ChatOptions:
+    """Return the options with paths that mean the same in a process of another folder."""
+    model = _whole(how.model) or how.model
+    return replace(how, model=model, base=_whole(how.base), adapter=_whole(how.adapter))
+
+
+def reachable_stores(given: Sequence[str]) -> tuple[str, ...]:
+    """Return options NAME=STORE whose paths mean the same in a process of another folder."""
+    parts = (one.partition("=") for one in given)
+    return tuple(f"{name}{equals}{_whole(path) or path}" for name, equals, path in parts)
+
+
+def _whole(name: str | None) -> str | None:
+    """Return a path from the root; a hub id, and the embedded model, as they are."""
+    if name is None or name == PEBBLE or not Path(name).exists():
+        return name
+    return str(Path(name).absolute())
 
 
 def read_media(given: Sequence[str]) -> dict[str, Any]:

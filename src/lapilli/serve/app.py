@@ -7,10 +7,11 @@ The one place that knows all routes.
 """
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from typing import Protocol, runtime_checkable
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
@@ -54,15 +55,50 @@ ROUTERS = (
 """A protocol, or a part of one, is one file with a `router`, and an entry here."""
 
 
-def create_app(model: Chat, options: ServeOptions | None = None) -> FastAPI:
+@runtime_checkable
+class CountsErrors(Protocol):
+    """Metrics, as the handlers of errors use them."""
+
+    def count_error(self, status: int) -> None:
+        """Count a request that was refused or failed."""
+
+
+@runtime_checkable
+class Served(Protocol):
+    """What stands behind an application: a model, or the way to several."""
+
+    @property
+    def metrics(self) -> CountsErrors:
+        """Return what counts the errors."""
+
+    async def close(self) -> None:
+        """End it."""
+
+
+def create_app(
+    model: Chat, options: ServeOptions | None = None, *, is_behind: bool = False
+) -> FastAPI:
     """Return the application that serves a model.
 
     Args:
         model: what `lapilli.load` returns.
         options: keys and limits; host and port are uvicorn's to know.
+        is_behind: another process has checked the key, and sends nothing else.
     """
     options = options or ServeOptions()
     service = Service(model, options)
+    routers = [router(service) for router in ROUTERS]
+    return assemble(service, routers, options, is_behind=is_behind)
+
+
+def assemble(
+    service: Served,
+    routers: Iterable[APIRouter],
+    options: ServeOptions,
+    *,
+    is_behind: bool = False,
+) -> FastAPI:
+    """Return an application with what stands before its routes, and what answers for errors."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -77,16 +113,17 @@ def create_app(model: Chat, options: ServeOptions | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    for router in ROUTERS:
-        app.include_router(router(service))
-    if options.allow_origins:
+    for router in routers:
+        app.include_router(router)
+    if options.allow_origins and not is_behind:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(options.allow_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
         )
-    app.add_middleware(Gate, options=options)
+    if not is_behind:
+        app.add_middleware(Gate, options=options)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _not_found)
     app.add_exception_handler(ApiError, _answered)

@@ -106,10 +106,15 @@ def address_of(options: ServeOptions, listening: socket.socket) -> str:
 
 
 def run(chat: Chat, options: ServeOptions, ready: Callable[[str], None]) -> None:
-    """Serve a model until a signal ends it.
+    """Serve a model until a signal ends it; see `run_app`."""
+    run_app(create_app(chat, options), options, ready)
+
+
+def run_app(app: FastAPI, options: ServeOptions, ready: Callable[[str], None]) -> None:
+    """Serve an application until a signal ends it.
 
     Args:
-        chat: the model.
+        app: of `lapilli.serve.app`.
         options: where to listen, keys and limits.
         ready: called with the address once requests are taken.
 
@@ -118,7 +123,7 @@ def run(chat: Chat, options: ServeOptions, ready: Callable[[str], None]) -> None
     """
     listening = listen(options)
     address = address_of(options, listening)
-    config = config_of(create_app(chat, options))
+    config = config_of(app)
     with listening:
         Server(config, lambda: ready(address)).run(sockets=[listening])
 

@@ -268,6 +268,10 @@ class Service:
         """Run a function that uses the model by itself, between steps of the engine."""
         return await self._scorers.run(function, *args)
 
+    async def check_picture(self, data: bytes, owner: str) -> None:
+        """Decode a picture, and keep it prepared; raises what `MediaReader.picture` does."""
+        await self.read(lambda: self.media.picture(data, owner=owner))
+
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.
 

@@ -1,14 +1,26 @@
 """`/v1/files`: a picture is uploaded once, and named by its id in any number of requests."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 from fastapi import APIRouter, Form, Request, Response, UploadFile
 
 from lapilli.serve.errors import ApiError
-from lapilli.serve.service import Service
+from lapilli.serve.files import Files
 
 
-def router(service: Service) -> APIRouter:
+@runtime_checkable
+class KeepsFiles(Protocol):
+    """What the routes need: a service with a model, or a front that asks one."""
+
+    @property
+    def files(self) -> Files:
+        """Return the files."""
+
+    async def check_picture(self, data: bytes, owner: str) -> None:
+        """Refuse a picture that cannot be read."""
+
+
+def router(service: KeepsFiles) -> APIRouter:
     """Return the routes."""
     routes = APIRouter()
 
@@ -21,7 +33,7 @@ def router(service: Service) -> APIRouter:
             raise ApiError(400, f"purpose is {purpose!r}: expected vision", param="purpose")
         data = await file.read()
         owner = http.state.owner
-        await service.read(lambda: service.media.picture(data, owner=owner))
+        await service.check_picture(data, owner)
         return service.files.add(owner, file.filename or "picture", purpose, data).as_json()
 
     @routes.get("/v1/files")

@@ -9,8 +9,6 @@ store meanwhile, which spills to disk. Needs the extra "ray".
 Knows texts and encoders; must not know how a checkpoint is loaded, which is the caller's function.
 """
 
-import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from lapilli.cluster import Share, check_room, connect
 from lapilli.config.reader import shown
-from lapilli.errors import ConfigError, LapilliError, PromptError, StoreError
+from lapilli.errors import LapilliError, PromptError, StoreError
 from lapilli.store.encode import Encoded, TextEncoder, fill, needed_items
 from lapilli.store.writer import StoreWriter
 
 BATCH = 256
 """Texts that a worker gets at once."""
-_SHOWN = 300  # letters of a message of Ray's
 _TABLE = 1 << 14  # items that become one table, and one entry of Ray's object store
 MakeEncoder = Callable[[], TextEncoder]
 Columns = dict[str, Any]
@@ -62,7 +60,8 @@ def build_store_distributed(
         StoreError: see StoreWriter; or a worker made another encoder, such as of older files.
         PromptError: see `TextEncoder.encode`.
     """
-    ray = _connected(workers, gpus)
+    ray = connect()
+    check_room(ray, Share(gpus=gpus), workers)
 
     def encoded(writer: StoreWriter) -> Iterator[Encoded]:
         refs, done, total = [], 0, 0
@@ -133,37 +132,3 @@ def _table(ids: list[str | int], texts: list[str]) -> Any:  # noqa: ANN401 - pya
     import pyarrow
 
     return pyarrow.table({"id": [str(one) for one in ids], "text": texts})
-
-
-def _connected(workers: int, gpus: float) -> Any:  # noqa: ANN401 - a module
-    """Return Ray, connected to a cluster that has what the workers need."""
-    if workers < 1:
-        raise ConfigError(f"workers is {workers}: expected 1 or more")
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ConfigError(
-            "several workers need Ray: install lapilli[ray], or leave workers out"
-        ) from error
-    module: Any = ray  # half of it has no types
-    if not module.is_initialized():
-        try:
-            module.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-        except Exception as error:  # Ray has no class of its own for a start that fails
-            where = os.environ.get("RAY_ADDRESS", "this machine")
-            raise ConfigError(
-                f"Ray does not start on {where}: {' '.join(str(error).split())[:_SHOWN]}; look at "
-                "`ray status`, or leave workers out"
-            ) from error
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    found = module.cluster_resources()
-    for name, needed in (("CPU", float(workers)), ("GPU", gpus * workers)):
-        if found.get(name, 0) < needed:
-            raise ConfigError(
-                f"{workers} workers need {needed:g} {name}s, and Ray has {found.get(name, 0):g}: "
-                "ask for fewer workers, or add machines to the cluster"
-            )
-    return module

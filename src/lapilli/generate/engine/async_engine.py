@@ -93,6 +93,11 @@ class AsyncEngine:
             pass
         return handle.generation
 
+    @property
+    def is_alive(self) -> bool:
+        """Return whether the thread runs, so that requests are answered."""
+        return self._thread.is_alive() and not self._is_closing
+
     def close(self) -> None:
         """End the thread after the step that it is in; requests that are not finished fail."""
         self._is_closing = True
