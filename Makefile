@@ -71,7 +71,7 @@ stress: $(VENV)/.installed-dev
 		tests/fuzz/test_fuzz.py tests/pipeline/test_threads.py tests/prompt/test_sandbox.py
 
 cluster: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not gpu and not network" tests/train tests/store
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not gpu and not network" tests/train tests/store tests/serve tests/cli
 
 conformance: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance --processes 2
