@@ -8,28 +8,20 @@ import pytest
 import torch
 
 from comparison.baselines import SequenceOptions, next_item_ranks
+from comparison.evaluation import Results, of_users, ranks_of
+from comparison.film_tasks import draw_windows
 from comparison.movies import generated_movies
-from comparison.next_film import Sizes, draw_windows
+from comparison.next_film import Sizes
+from comparison.user_models import FUSIONS, LEARNS, Options, learn_form, learn_parts
 from comparison.userllm import (
-    FUSIONS,
-    LEARNS,
-    SEQUENCE,
-    TEXT,
-    Options,
-    Results,
-    Workers,
     compare,
-    interval,
-    learn_form,
-    learn_parts,
     measure_encoder,
     measure_form,
     measure_popularity,
     measure_text,
-    of_users,
-    ranks_of,
 )
-from comparison.userllm_report import differences, page, table, targets
+from comparison.userllm_report import SEQUENCE, TEXT, differences, page, table, targets
+from comparison.workers import Workers
 from lapilli.rank.metrics import hit_rate, ndcg
 
 SIZES = Sizes(width=16, inner=32, layers=2, heads=2, events=8, tokens=2, dropout=0.0)
@@ -140,9 +132,3 @@ def test_every_event_but_the_first_is_predicted_as_often():
         counts[start + 1 : start + len(window.films)] += 1
     assert counts[0] == 0
     assert counts[1:].min() > 0.8 * counts[1:].max()
-
-
-def test_an_interval_holds_the_mean():
-    mean, low, high = interval(np.repeat([0.0, 1.0], 200))
-    assert mean == 0.5
-    assert 0.43 < low < 0.5 < high < 0.57
