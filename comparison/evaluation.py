@@ -15,7 +15,6 @@ import numpy as np
 
 from comparison.intervals import interval
 from comparison.movies import Movies
-from comparison.user_models import Options
 from lapilli.datasets.interactions import Interactions
 
 K: Final = 10
@@ -48,6 +47,13 @@ def measured(movies: Movies, scores: Scores, **cost: float) -> Measured:
     )
 
 
+def validation_ndcg(movies: Movies, scores: Scores) -> float:
+    """Return the mean NDCG of the validation, by which all choices are made."""
+    split = movies.split
+    ranks = ranks_of(scores(split.train), split.train, split.validation)
+    return float(of_users(ranks)["ndcg"].mean())
+
+
 def ranks_of(scores: np.ndarray, known: Interactions, held_out: Interactions) -> np.ndarray:
     """Return the ranks of held-out films, as `baselines.next_item_ranks` does one by one."""
     found = []
@@ -71,36 +77,35 @@ class Results:
 
     Args:
         path: of the result.
-        options: sizes and steps, for the page.
         movies: the data.
         others: rows that every later one is compared with, user by user.
+        name: of the data.
+        window: last events of a user that are read.
+        options: sizes and steps, for the page.
     """
 
     def __init__(
-        self, path: Path, options: Options, movies: Movies, others: Sequence[str], name: str
+        self,
+        path: Path,
+        movies: Movies,
+        others: Sequence[str],
+        *,
+        name: str,
+        window: int,
+        options: Mapping[str, float],
     ) -> None:
         self._path, self._others = path, others
         self._users: dict[str, dict[str, np.ndarray]] = {}
-        split, sizes = movies.split, options.sizes
+        split = movies.split
         self.found: dict[str, Any] = {
             "data": {
                 "name": name,
                 "users": len(split.test.user_ids),
                 "films": movies.num_films,
                 "events": sum(map(len, (split.train, split.validation, split.test))),
-                "window": sizes.events,
+                "window": window,
             },
-            "options": {
-                "width": sizes.width,
-                "layers": sizes.layers,
-                "tokens": sizes.tokens,
-                "every": sizes.every,
-                "encoder epochs": options.encoder_epochs,
-                "text steps": options.text_steps,
-                "form steps": options.form_steps,
-                "item steps": options.item_steps,
-                "SASRec epochs": options.sequence.epochs,
-            },
+            "options": dict(options),
             "rows": {},
             "seconds": {},
         }

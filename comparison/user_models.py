@@ -1,7 +1,7 @@
 """The models that read a user: what they begin as, and how they learn.
 
-    histories --NextEventTask--> encoder of events --.
-              --TextTask-------> language model -----+--UserTask--> a form that reads users' vectors
+    histories --EventTask--> encoder of events --.
+              --TextTask---> language model -----+--UserTask--> a form that reads users' vectors
 
 Source: Ning et al. 2024 (User-LLM, arXiv 2402.13598).
 """
@@ -16,21 +16,25 @@ from typing import Final, cast
 import torch
 
 from comparison.baselines import SequenceOptions
-from comparison.film_tasks import TextTask, UserTask
+from comparison.evaluation import Scores, validation_ndcg
+from comparison.film_tasks import EventStretches, EventTask, TextTask, UserTask
 from comparison.movies import Movies
 from comparison.next_film import (
     USER,
     FilmWords,
     Sizes,
-    Window,
     events_of,
     events_of_window,
+    scores_of_encoder,
+    scores_of_text,
+    scores_of_users,
+    windows_of,
     write_language_model,
 )
 from lapilli.checkpoint.load import Loaded, load_checkpoint, with_modalities
 from lapilli.config.modalities import EventsConfig, modality_config
+from lapilli.lm.decoder import Decoder
 from lapilli.modality.events import EventsModality
-from lapilli.train.next_event import NextEventTask
 from lapilli.train.recipe import (
     LoraRecipe,
     ModelRecipe,
@@ -42,14 +46,45 @@ from lapilli.train.recipe import (
 from lapilli.train.stages import choose_trainable
 from lapilli.train.trainer.loop import train
 
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """How a language model is told of a user.
+
+    Attributes:
+        projector: between encoder and language model.
+        is_attended: the features stand beside the sequence, before gated cross-attention.
+        begins_as_encoder: before the first step the scores are those of the encoder alone; see
+            `begin_as_encoder`. Else projector and language model have never met.
+    """
+
+    projector: str
+    is_attended: bool = False
+    begins_as_encoder: bool = False
+
+
 FUSIONS: Final = {
-    "tokens": ("mlp2x_gelu", False),
-    "soft prompt": ("resampler{tokens}", False),
-    "cross-attention": ("mlp2x_gelu", True),
+    "tokens": Fusion("linear", begins_as_encoder=True),
+    "tokens, fresh mlp": Fusion("mlp2x_gelu"),
+    "soft prompt": Fusion("resampler{tokens}"),
+    "cross-attention": Fusion("mlp2x_gelu", is_attended=True),
 }
-"""The projector between encoder and language model, and whether its features stand beside the
-sequence. All of them hand on the same number of features."""
+"""All of them hand on the same number of features."""
 LEARNS: Final = ("full", "encoder", "projector", "lora")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """How a form learns; the weights that the validation finds best are kept.
+
+    Attributes:
+        check: steps between two looks at the validation.
+    """
+
+    steps: int
+    lr: float
+    batch: int = 32
+    check: int = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,25 +95,44 @@ class Options:
         sequence: the model of film numbers that the others are compared with.
         encoder_epochs: passes of the encoder over all histories.
         text_steps: steps of the language model on histories as text.
-        form_steps: steps of each form that reads users.
+        text_check: steps of it between two looks at the validation.
+        check_epochs: passes of the encoder between two looks at the validation.
+        fresh: how a form learns whose projector and language model have never met.
+        gentle: how one learns that begins as the encoder.
         item_steps: steps of HLLM's objective.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
     sequence: SequenceOptions = field(default_factory=SequenceOptions)
-    encoder_epochs: float = 40.0
+    encoder_epochs: float = 20.0
+    check_epochs: float = 4.0
     encoder_lr: float = 3e-3
     encoder_batch: int = 32
     encoder_decay: float = 0.1
     text_steps: int = 600
+    text_check: int = 150
     text_lr: float = 3e-3
     text_batch: int = 24
-    form_steps: int = 1200
-    form_lr: float = 1e-3
-    form_batch: int = 32
+    fresh: Course = field(default_factory=lambda: Course(steps=600, lr=1e-3))
+    gentle: Course = field(default_factory=lambda: Course(steps=300, lr=2e-4))
     item_steps: int = 100
     item_lr: float = 1e-3
     item_batch: int = 8
+
+    def said(self) -> dict[str, float]:
+        """Return what the page says of them."""
+        return {
+            "width": self.sizes.width,
+            "layers": self.sizes.layers,
+            "tokens": self.sizes.tokens,
+            "every": self.sizes.every,
+            "encoder epochs": self.encoder_epochs,
+            "text steps": self.text_steps,
+            "form steps": self.fresh.steps,
+            "gentle steps": self.gentle.steps,
+            "item steps": self.item_steps,
+            "SASRec epochs": self.sequence.epochs,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,14 +159,48 @@ class Parts:
 
     def with_user(self, fusion: str, *, seed: int) -> Loaded:
         """Return the language model with the encoder beside it and fresh weights between them."""
-        projector, attended = FUSIONS[fusion]
-        sizes = self.options.sizes
+        how, sizes = FUSIONS[fusion], self.options.sizes
         settings = sizes.user(
-            self.movies, projector=projector.format(tokens=sizes.tokens), attended=attended
+            self.movies,
+            projector=how.projector.format(tokens=sizes.tokens),
+            attended=how.is_attended,
         )
         loaded = with_modalities(self.language_model(), {USER: settings}, seed=seed)
         events_of(loaded.model).encoder.load_state_dict(self.encoder)
+        if how.begins_as_encoder:
+            begin_as_encoder(loaded, self.movies, sizes.events)
         return loaded
+
+
+@torch.no_grad()
+def begin_as_encoder(loaded: Loaded, movies: Movies, events: int) -> None:
+    """Let a language model rank as its encoder of users does, until it learns more.
+
+    The projector becomes the encoder's head of films and the films' words its table of films; what
+    the layers of the language model add to a position becomes nothing, and what they compute it
+    from stays. Its last norm takes the mean size of the projected states, so that the softmax is as
+    sharp as the encoder's. The other words stay as they were learned from text.
+
+    Args:
+        loaded: with a linear projector, and a language model as wide as the encoder's table.
+        movies: of whose training histories the sizes are measured.
+        events: of a history that are read.
+    """
+    decoder = cast("Decoder", loaded.model.language_model)
+    users = events_of(loaded.model).eval()
+    encoder, [projector] = users.encoder, users.output_layers()
+    head = cast("torch.nn.Linear", encoder.heads[0])
+    projector.weight.copy_(head.weight)
+    cast("torch.Tensor", projector.bias).copy_(cast("torch.Tensor", head.bias))
+    table = cast("torch.nn.Embedding", encoder.tables[0]).weight
+    decoder.model.embed_tokens.weight[FilmWords(loaded, movies).films] = table[1:]
+    for number in range(len(decoder.model.layers)):
+        decoder.layer(number).self_attn.o_proj.weight.zero_()
+        decoder.layer(number).mlp.down_proj.weight.zero_()
+    windows = [one for one in windows_of(movies.split.train, events) if len(one.films)]
+    states = users.states([users.prepare(events_of_window(movies, one)) for one in windows])
+    projected = projector(torch.stack([one[-1] for one in states]))
+    decoder.model.norm.weight.fill_(projected.pow(2).mean(dim=-1).sqrt().mean())
 
 
 Weights = Mapping[str, torch.Tensor]
@@ -143,8 +231,14 @@ def learn_text(movies: Movies, options: Options, *, seed: int = 0) -> Weights:
         path = write_language_model(folder / "fresh", movies, options.sizes, seed=seed)
         loaded = load_checkpoint(path, device="cpu", dtype="float32")
         run = run_recipe(options.text_batch, options.text_steps, seed)
+        run = replace(run, evaluate_every=options.text_check, keep_best=True)
+        scores = text_scores(loaded, movies, options.sizes.events)
+
+        def validate() -> float:
+            return validation_ndcg(movies, scores)
+
         words = FilmWords(loaded, movies)
-        task = TextTask(loaded.model, words, movies, run, options.sizes.events)
+        task = TextTask(loaded.model, words, movies, run, options.sizes.events, validate)
         train(task, trainer_recipe("text", options.text_lr, run), folder / "run")
     return loaded.model.state_dict()
 
@@ -158,17 +252,39 @@ def learn_encoder(movies: Movies, options: Options, *, seed: int = 0) -> Weights
         users = EventsModality(config, name=USER, hidden_size=options.sizes.width)
         for feature in users.encoder.tables:
             torch.nn.init.normal_(cast("torch.nn.Embedding", feature).weight, std=TABLE_SCALE)
-    known = movies.split.train
-    histories = [
-        events_of_window(movies, Window.of(known, known.of_user(user)))
-        for user in range(len(known.user_ids))
-    ]
-    run = replace(run_recipe(options.encoder_batch, 0, seed), epochs=options.encoder_epochs)
+    sizes = options.sizes
+    run = run_recipe(options.encoder_batch, 1, seed)
+    drawn = EventStretches(users, movies, run, sizes.events)
+    steps = round(options.encoder_epochs * drawn.steps_per_epoch)
+    check = max(1, round(options.check_epochs * drawn.steps_per_epoch))
+    run = replace(run, steps=steps, evaluate_every=check, keep_best=True)
+
+    def validate() -> float:
+        return validation_ndcg(movies, encoder_scores(users, movies, sizes.events))
+
     with temporary_folder() as folder:
-        task = NextEventTask(users.train(), histories, run)
         recipe = trainer_recipe("events", options.encoder_lr, run, options.encoder_decay)
-        train(task, recipe, folder / "run")
+        train(EventTask(users.train(), drawn, validate), recipe, folder / "run")
     return users.encoder.state_dict()
+
+
+def encoder_scores(users: EventsModality, movies: Movies, events: int) -> Scores:
+    """Return what ranks films by the encoder of events alone."""
+    return lambda known: scores_of_encoder(users, movies, windows_of(known, events)).numpy()
+
+
+def text_scores(loaded: Loaded, movies: Movies, events: int) -> Scores:
+    """Return what ranks films by the last events as text."""
+    words = FilmWords(loaded, movies)
+    return lambda known: scores_of_text(loaded.model, words, windows_of(known, events)).numpy()
+
+
+def form_scores(loaded: Loaded, movies: Movies, events: int) -> Scores:
+    """Return what ranks films by a form that reads users."""
+    words = FilmWords(loaded, movies)
+    return lambda known: scores_of_users(
+        loaded.model, words, movies, windows_of(known, events)
+    ).numpy()
 
 
 def learn_form(parts: Parts, *, fusion: str, learns: str = "full", seed: int = 0) -> Loaded:
@@ -182,23 +298,35 @@ def learn_form(parts: Parts, *, fusion: str, learns: str = "full", seed: int = 0
         seed: of what is fresh, and of the batches.
     """
     options, loaded = parts.options, parts.with_user(fusion, seed=seed)
+    course = options.gentle if FUSIONS[fusion].begins_as_encoder else options.fresh
     lora = LoraRecipe(rank=8, alpha=16.0) if learns == "lora" else None
+    run = run_recipe(course.batch, course.steps, seed)
     recipe = Recipe(
         stage="instruct" if learns in ("full", "lora") else "align",
         model=ModelRecipe(tune_encoder=() if learns == "projector" else (USER,)),
         lora=lora,
-        optim=OptimRecipe(lr=options.form_lr),
-        run=run_recipe(options.form_batch, options.form_steps, seed),
+        optim=OptimRecipe(lr=course.lr),
+        run=replace(run, evaluate_every=course.check, keep_best=True),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         choose_trainable(loaded.model, recipe)
+    scores = form_scores(loaded, parts.movies, options.sizes.events)
+
+    def validate() -> float:
+        return validation_ndcg(parts.movies, scores)
+
+    drawn = EventStretches(events_of(loaded.model), parts.movies, run, options.sizes.events)
     words = FilmWords(loaded, parts.movies)
-    task = UserTask(loaded.model, words, parts.movies, recipe.run, options.sizes.events)
+    task = UserTask(loaded.model, words, drawn, seed, validate=validate)
+    begun = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    before = validate()
     task.model.train()
     with temporary_folder() as folder:
-        train(task, trainer_recipe(f"{fusion}, {learns}", options.form_lr, recipe.run), folder)
+        train(task, trainer_recipe(f"{fusion}, {learns}", course.lr, recipe.run), folder)
     loaded.model.eval()
+    if validate() < before:
+        loaded.model.load_state_dict(begun)
     return loaded
 
 

@@ -23,13 +23,15 @@ from pathlib import Path
 import numpy as np
 
 from comparison.baselines import (
+    Score,
+    SequenceModel,
     SequenceOptions,
     item_knn,
     popularity,
     sequence_scores,
     train_sequence_model,
 )
-from comparison.evaluation import Measured, Results, measured
+from comparison.evaluation import Measured, Results, Scores, measured, validation_ndcg
 from comparison.hllm import measure_items
 from comparison.latency import encoder_flops, flops_of, milliseconds
 from comparison.movies import ADVICE, NAME, Movies, data_folder, read_movies
@@ -38,9 +40,6 @@ from comparison.next_film import (
     FilmWords,
     events_of,
     one_thread,
-    scores_of_encoder,
-    scores_of_text,
-    scores_of_users,
     windows_of,
 )
 from comparison.user_models import (
@@ -48,10 +47,13 @@ from comparison.user_models import (
     LEARNS,
     Options,
     Parts,
+    encoder_scores,
+    form_scores,
     learn_encoder,
     learn_form,
     learn_parts,
     learn_text,
+    text_scores,
 )
 from comparison.userllm_report import PAGE, RESULT, SEQUENCE, TEXT, page, table
 from comparison.workers import Result, Workers
@@ -69,7 +71,7 @@ def measure_text(parts: Parts, *, seed: int = 0) -> Measured:
     positions = float(np.mean([len(text) for text in texts]))
     return measured(
         parts.movies,
-        lambda known: scores_of_text(loaded.model, words, windows_of(known, events)).numpy(),
+        text_scores(loaded, parts.movies, events),
         positions=positions,
         flops=float(np.mean([flops_of(loaded, len(text)) for text in texts])),
     )
@@ -77,12 +79,8 @@ def measure_text(parts: Parts, *, seed: int = 0) -> Measured:
 
 def measure_encoder(parts: Parts, *, seed: int = 0) -> Measured:
     """Ask the encoder of events by itself."""
-    loaded = parts.with_user("tokens", seed=0)
-    users, events = events_of(loaded.model).eval(), parts.options.sizes.events
-    return measured(
-        parts.movies,
-        lambda known: scores_of_encoder(users, parts.movies, windows_of(known, events)).numpy(),
-    )
+    users = events_of(parts.with_user("tokens", seed=0).model).eval()
+    return measured(parts.movies, encoder_scores(users, parts.movies, parts.options.sizes.events))
 
 
 def measure_form(
@@ -106,9 +104,7 @@ def measure_form(
     positions = len(words.user(0 if beside else number))
     return measured(
         movies,
-        lambda known: scores_of_users(
-            loaded.model, words, movies, windows_of(known, events)
-        ).numpy(),
+        form_scores(loaded, movies, events),
         positions=positions,
         flops=flops_of(loaded, positions, memory=number if beside else 0),
         encoder_flops=encoder_flops(loaded, movies, events),
@@ -132,65 +128,74 @@ def compare(
         pool: does the work.
         movies: the data.
         options: sizes and steps.
-        seeds: of SASRec and of each fusion; other rows have one.
+        seeds: of SASRec, of the encoder, and of the form that begins as it; other rows have one.
         requests: of each kind whose time is taken.
     """
+    encoders = pool.each("encoder", learn_encoder, movies, options, seeds=seeds)
     text = pool.start("text", learn_text, movies, options)
-    encoder = pool.start("encoder", learn_encoder, movies, options)
     rows: list[tuple[str, list[Result]]] = [
         ("popularity", [pool.start("popularity", measure_popularity, movies)]),
         ("item-kNN", [pool.start("item-kNN", measure_item_knn, movies)]),
         (SEQUENCE, pool.each(SEQUENCE, measure_sequence, movies, options.sequence, seeds=seeds)),
     ]
-    parts = Parts(movies=movies, options=options, text=text(), encoder=encoder())
-    rows += [
-        (TEXT, [pool.start(TEXT, measure_text, parts)]),
-        ("encoder alone", [pool.start("encoder alone", measure_encoder, parts)]),
-    ]
-    for fusion in FUSIONS:
-        name = f"user: {fusion}"
-        rows.append((name, pool.each(name, measure_form, parts, fusion, seeds=seeds)))
-    for learns in LEARNS[1:]:
-        name = f"user: tokens, {learns} learns"
-        rows.append((name, [pool.start(name, measure_form, parts, "tokens", learns)]))
-    rows.append(("HLLM", [pool.start("HLLM", measure_items, parts)]))
+    read = text()
+    parts = [Parts(movies=movies, options=options, text=read, encoder=one()) for one in encoders]
+
+    def of_seeds(name: str, work: Callable[..., Measured], *given: object) -> None:
+        runs = [pool.start(name, work, one, *given, seed=i) for i, one in enumerate(parts)]
+        rows.append((name, runs))
+
+    rows.append((TEXT, [pool.start(TEXT, measure_text, parts[0])]))
+    of_seeds("encoder alone", measure_encoder)
+    of_seeds("user: tokens", measure_form, "tokens")
+    forms = [(f"user: {one}", one, "full") for one in list(FUSIONS)[1:]]
+    forms += [(f"user: tokens, {learns} learns", "tokens", learns) for learns in LEARNS[1:]]
+    for name, fusion, learns in forms:
+        rows.append((name, [pool.start(name, measure_form, parts[0], fusion, learns)]))
+    rows.append(("HLLM", [pool.start("HLLM", measure_items, parts[0])]))
     for name, runs in rows:
         measured_runs = [result() for result in runs]
         results.found["seconds"] = dict(pool.seconds)
         results.add(name, measured_runs)
-    results.found["milliseconds"] = milliseconds(parts, requests)
+    results.found["milliseconds"] = milliseconds(parts[0], requests)
     results.write()
 
 
 def measure_popularity(movies: Movies, *, seed: int = 0) -> Measured:
     """Rank films by how many have seen them."""
-    return _of_histories(movies, popularity(movies.split.train))
+    return measured(movies, _of_histories(popularity(movies.split.train)))
 
 
 def measure_item_knn(movies: Movies, *, seed: int = 0) -> Measured:
     """Rank films by those that a user saw last."""
-    return _of_histories(movies, item_knn(movies.split.train))
+    return measured(movies, _of_histories(item_knn(movies.split.train)))
 
 
 def measure_sequence(movies: Movies, options: SequenceOptions, *, seed: int = 0) -> Measured:
-    """Train a model of film numbers, and rank by it."""
-    model = train_sequence_model(movies.split.train, replace(options, seed=seed))
-    return _of_histories(movies, sequence_scores(model))
+    """Train a model of film numbers, keep the epochs that the validation finds best, and rank."""
+
+    def validate(model: SequenceModel) -> float:
+        return validation_ndcg(movies, _of_histories(sequence_scores(model)))
+
+    model = train_sequence_model(movies.split.train, replace(options, seed=seed), validate=validate)
+    return measured(movies, _of_histories(sequence_scores(model)))
 
 
-def _of_histories(movies: Movies, score: Callable[[np.ndarray], np.ndarray]) -> Measured:
+def _of_histories(score: Score) -> Scores:
+    """Return the scores of all users from those of a single history."""
+
     def scores(known: Interactions) -> np.ndarray:
         users = range(len(known.user_ids))
         return np.stack([score(known.history(user)) for user in users])
 
-    return measured(movies, scores)
+    return scores
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all rows, and write the result and the page."""
     parser = argparse.ArgumentParser(prog="comparison.userllm", description=__doc__)
     parser.add_argument("--data", help="folder that has ml-100k/; default: LAPILLI_DATA")
-    parser.add_argument("--seeds", type=int, default=1, help="of SASRec and of each fusion")
+    parser.add_argument("--seeds", type=int, default=2, help="of SASRec, encoder and form")
     parser.add_argument("--workers", type=int, default=2, help="processes; 0: this one alone")
     kept = "where finished work is kept: a run that was killed goes on; remove it to begin anew"
     parser.add_argument("--kept", default="build/userllm", help=kept)
@@ -201,7 +206,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"{ADVICE.format(folder=folder)}\n")
         return
     options = Options()
-    results = Results(RESULT, options, movies, (SEQUENCE, TEXT), f"MovieLens-100k ({NAME})")
+    results = Results(
+        RESULT,
+        movies,
+        (SEQUENCE, TEXT),
+        name=f"MovieLens-100k ({NAME})",
+        window=options.sizes.events,
+        options=options.said(),
+    )
     pool = Workers(given.workers, Path(given.kept))
     try:
         with one_thread():

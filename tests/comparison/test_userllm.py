@@ -12,7 +12,7 @@ from comparison.evaluation import Results, of_users, ranks_of
 from comparison.film_tasks import draw_windows
 from comparison.movies import generated_movies
 from comparison.next_film import Sizes
-from comparison.user_models import FUSIONS, LEARNS, Options, learn_form, learn_parts
+from comparison.user_models import FUSIONS, LEARNS, Course, Options, learn_form, learn_parts
 from comparison.userllm import (
     compare,
     measure_encoder,
@@ -30,7 +30,8 @@ TOY = Options(
     sequence=SequenceOptions(width=16, layers=1, length=8, epochs=1),
     encoder_epochs=1.0,
     text_steps=2,
-    form_steps=2,
+    fresh=Course(steps=2, lr=1e-3, batch=8, check=1),
+    gentle=Course(steps=2, lr=1e-3, batch=8, check=1),
     item_steps=1,
 )
 
@@ -50,7 +51,9 @@ def test_the_whole_program_writes_every_row(movies, tmp_path):
     path = tmp_path / "result.json"
     for _ in range(2):  # the second time finds everything done
         pool = Workers(0, tmp_path / "kept")
-        results = Results(path, TOY, movies, (SEQUENCE, TEXT), "toy")
+        results = Results(
+            path, movies, (SEQUENCE, TEXT), name="toy", window=8, options=TOY.said()
+        )
         compare(results, pool, movies, TOY, seeds=2, requests=1)
         found = json.loads(path.read_text())
         written = {one: one.stat().st_mtime_ns for one in (tmp_path / "kept").iterdir()}
@@ -79,7 +82,8 @@ def test_the_whole_program_writes_every_row(movies, tmp_path):
 def test_a_user_says_what_comes_next():
     """Nine of ten films are followed by the next but two, which popularity cannot know."""
     movies = generated_movies(80, 20, seed=1)
-    options = replace(TOY, encoder_epochs=40.0, text_steps=200, form_steps=80, form_lr=3e-3)
+    course = Course(steps=80, lr=3e-3)
+    options = replace(TOY, encoder_epochs=40.0, text_steps=200, text_check=50, fresh=course)
     parts = learn_parts(movies, options)
     found = {"text": measure_text(parts), "encoder": measure_encoder(parts)}
     found |= {fusion: measure_form(parts, fusion=fusion) for fusion in FUSIONS}
