@@ -95,7 +95,10 @@ def test_a_user_says_what_comes_next():
     """Nine of ten films are followed by the next but two, which popularity cannot know."""
     movies = generated_movies(80, 20, seed=1)
     course = Course(steps=80, lr=3e-3)
-    options = replace(TOY, encoder_epochs=40.0, text_steps=200, text_check=50, fresh=course)
+    gentle = Course(steps=20, lr=1e-4)
+    options = replace(
+        TOY, encoder_epochs=40.0, text_steps=200, text_check=50, fresh=course, gentle=gentle
+    )
     parts = learn_parts(movies, options)
     found = {"text": measure_text(parts), "encoder": measure_encoder(parts)}
     found |= {fusion: measure_form(parts, fusion=fusion) for fusion in FUSIONS}
