@@ -55,6 +55,7 @@ class SequenceOptions:
     lr: float = 2e-3
     weight_decay: float = 0.01
     seed: int = 0
+    check_every: int = 10
 
 
 class SequenceModel(nn.Module):
@@ -99,14 +100,25 @@ class SequenceModel(nn.Module):
 
 
 def train_sequence_model(
-    train: Interactions, options: SequenceOptions | None = None
+    train: Interactions,
+    options: SequenceOptions | None = None,
+    *,
+    validate: Callable[[SequenceModel], float] | None = None,
 ) -> SequenceModel:
-    """Train a SequenceModel on windows of the users' items, cut elsewhere in each epoch."""
+    """Train a SequenceModel on windows of the users' items, cut elsewhere in each epoch.
+
+    Args:
+        train: what is learned from.
+        options: sizes and training.
+        validate: says how good the model is, after every `options.check_every` epochs: the weights
+            that it finds best are returned. None: the last ones are.
+    """
     options = options or SequenceOptions()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         rng = np.random.default_rng(options.seed)
         model = SequenceModel(len(train.item_ids), options).train()
+        best, kept = -math.inf, None
         optimizer = torch.optim.AdamW(
             model.parameters(), options.lr, weight_decay=options.weight_decay
         )
@@ -117,21 +129,40 @@ def train_sequence_model(
             windows = _windows(train, options.length, rng)
             for start in range(0, len(windows), options.batch):
                 _step(model, optimizer, windows[start : start + options.batch])
+            if validate is not None and (epoch + 1) % options.check_every == 0:
+                found = validate(model.eval())
+                if found > best:
+                    best, kept = found, {n: v.clone() for n, v in model.state_dict().items()}
+                model.train()
+        if kept is not None:
+            model.load_state_dict(kept)
     return model.eval()
+
+
+def stretches(
+    lengths: Sequence[int], events: int, rng: np.random.Generator
+) -> list[tuple[int, slice]]:
+    """Return users and where stretches of at most events + 1 of their events lie, shuffled.
+
+    Long histories are cut elsewhere in each call; every event but the first is predicted once,
+    but for some at the end of a long one.
+    """
+    found = []
+    for user, length in enumerate(lengths):
+        end = length
+        if end > events:
+            end -= int(rng.integers(events))
+        while end > 1:
+            found.append((user, slice(max(0, end - events - 1), end)))
+            end -= events
+    return [found[i] for i in rng.permutation(len(found))]
 
 
 def _windows(train: Interactions, length: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Return stretches of at most length + 1 items of all users, in random order."""
-    found = []
-    for user in range(len(train.user_ids)):
-        history = train.history(user)
-        end = len(history)
-        if end > length:
-            end -= int(rng.integers(length))
-        while end > 1:
-            found.append(history[max(0, end - length - 1) : end])
-            end -= length
-    return [found[i] for i in rng.permutation(len(found))]
+    histories = [train.history(user) for user in range(len(train.user_ids))]
+    places = stretches([len(one) for one in histories], length, rng)
+    return [histories[user][where] for user, where in places]
 
 
 def _step(

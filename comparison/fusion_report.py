@@ -4,20 +4,19 @@ python -m comparison.fusion_report
 """
 
 import json
-import math
 import statistics
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from comparison.intervals import interval_of_seeds
+
 ROOT: Final = Path(__file__).parents[1]
 RESULT: Final = Path(__file__).parent / "results" / "fusion.json"
 USERS: Final = Path(__file__).parent / "results" / "userllm.json"
 PAGE: Final = ROOT / "docs" / "fusion.md"
 FIRST: Final = "tokens"
-# Student's t for 95 %, by the number of seeds; more of them are near 2.
-_T: Final = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
 HEAD: Final = """# Early fusion beside late fusion
 
 Is early fusion better than late fusion? Measured by `make example-fusion`
@@ -96,22 +95,13 @@ def runs_of(found: Mapping[str, Any], form: str) -> list[Mapping[str, Any]]:
     return [found["runs"][key] for key in keys if key in found["runs"]]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of some seeds and the half width of its interval of 95 %; nan of one."""
-    count = len(values)
-    if count < 2:
-        return values[0], math.nan
-    half = _T.get(count, 2.6) * statistics.stdev(values) / math.sqrt(count)
-    return statistics.mean(values), half
-
-
 def shares(runs: Sequence[Mapping[str, Any]], skill: str, split: str = "test") -> list[float]:
     """Return the percentage of right answers of each run."""
     return [100 * run[split][skill][0] / run[split][skill][1] for run in runs]
 
 
 def _cell(values: Sequence[float], form: str = "{:.1f}") -> str:
-    mean, half = interval(values)
+    mean, half = interval_of_seeds(values)
     return f"{form.format(mean)} ± {form.format(half)}"
 
 
@@ -148,7 +138,7 @@ def differences(found: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Return what each form has more than early fusion, in points, with the interval by seeds."""
     first = shares(runs_of(found, FIRST), "all")
     return {
-        form: interval(
+        form: interval_of_seeds(
             [b - a for a, b in zip(first, shares(runs_of(found, form), "all"), strict=False)]
         )
         for form in found["rates"]

@@ -3,13 +3,11 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from comparison import mixlm
 from comparison.generated import ASKED, ATTRIBUTES, OTHER_WORDS
-from comparison.intervals import difference_interval, interval, ratio_interval
 from comparison.language_model import Sizes, write_language_model
 from comparison.mixlm_report import page, tables, verdict
 from comparison.rankers import (
@@ -127,14 +125,6 @@ def test_an_item_behind_a_longer_prefix_costs_its_attention_more(tmp_path):
     assert one == linear + heads * (11**2 - 10**2)
     assert more == 5 * linear + heads * (15**2 - 10**2)
     assert one < behind == linear + heads * (101**2 - 100**2)
-
-
-def test_intervals_hold_their_means_and_pair_their_queries():
-    values = np.random.default_rng(0).random(50)
-    mean, low, high = interval(values)
-    assert low < mean == values.mean() < high
-    assert ratio_interval(values * 0.5, values) == pytest.approx((0.5, 0.5, 0.5))
-    assert difference_interval(values + 0.25, values) == pytest.approx((0.25, 0.25, 0.25))
 
 
 def test_an_encoder_learns_where_words_lie_and_the_ranker_stays(tmp_path):

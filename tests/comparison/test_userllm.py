@@ -2,34 +2,40 @@
 
 import json
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
 import torch
 
+from comparison import user_models
 from comparison.baselines import SequenceOptions, next_item_ranks
+from comparison.evaluation import Results, of_users, ranks_of
+from comparison.film_tasks import EventStretches, draw_windows
 from comparison.movies import generated_movies
-from comparison.next_film import Sizes, draw_windows
-from comparison.userllm import (
+from comparison.next_film import USER, Sizes, events_of
+from comparison.user_models import (
     FUSIONS,
     LEARNS,
-    SEQUENCE,
-    TEXT,
+    Course,
     Options,
-    Results,
-    Workers,
-    compare,
-    interval,
+    encoder_scores,
+    form_scores,
     learn_form,
     learn_parts,
+    run_recipe,
+)
+from comparison.userllm import (
+    compare,
     measure_encoder,
     measure_form,
     measure_popularity,
     measure_text,
-    of_users,
-    ranks_of,
 )
-from comparison.userllm_report import differences, page, table, targets
+from comparison.userllm_report import SEQUENCE, TEXT, differences, page, table, targets
+from comparison.workers import Workers
+from lapilli.config.modalities import modality_config
+from lapilli.modality.events import EventsModality
 from lapilli.rank.metrics import hit_rate, ndcg
 
 SIZES = Sizes(width=16, inner=32, layers=2, heads=2, events=8, tokens=2, dropout=0.0)
@@ -38,7 +44,8 @@ TOY = Options(
     sequence=SequenceOptions(width=16, layers=1, length=8, epochs=1),
     encoder_epochs=1.0,
     text_steps=2,
-    form_steps=2,
+    fresh=Course(steps=2, lr=1e-3, batch=8, check=1),
+    gentle=Course(steps=2, lr=1e-3, batch=8, check=1),
     item_steps=1,
 )
 
@@ -58,7 +65,7 @@ def test_the_whole_program_writes_every_row(movies, tmp_path):
     path = tmp_path / "result.json"
     for _ in range(2):  # the second time finds everything done
         pool = Workers(0, tmp_path / "kept")
-        results = Results(path, TOY, movies, (SEQUENCE, TEXT), "toy")
+        results = Results(path, movies, (SEQUENCE, TEXT), name="toy", window=8, options=TOY.said())
         compare(results, pool, movies, TOY, seeds=2, requests=1)
         found = json.loads(path.read_text())
         written = {one: one.stat().st_mtime_ns for one in (tmp_path / "kept").iterdir()}
@@ -87,7 +94,11 @@ def test_the_whole_program_writes_every_row(movies, tmp_path):
 def test_a_user_says_what_comes_next():
     """Nine of ten films are followed by the next but two, which popularity cannot know."""
     movies = generated_movies(80, 20, seed=1)
-    options = replace(TOY, encoder_epochs=40.0, text_steps=200, form_steps=80, form_lr=3e-3)
+    course = Course(steps=80, lr=3e-3)
+    gentle = Course(steps=20, lr=1e-4)
+    options = replace(
+        TOY, encoder_epochs=40.0, text_steps=200, text_check=50, fresh=course, gentle=gentle
+    )
     parts = learn_parts(movies, options)
     found = {"text": measure_text(parts), "encoder": measure_encoder(parts)}
     found |= {fusion: measure_form(parts, fusion=fusion) for fusion in FUSIONS}
@@ -97,7 +108,9 @@ def test_a_user_says_what_comes_next():
 
 
 @pytest.mark.parametrize("learns", LEARNS)
-def test_what_rests_stays_as_it_was(parts, learns):
+def test_what_rests_stays_as_it_was(parts, learns, monkeypatch):
+    better = count(1.0)  # so that what is learned is kept
+    monkeypatch.setattr(user_models, "validation_ndcg", lambda *_: next(better))
     before = parts.with_user("tokens", seed=0).model.state_dict()
     after = learn_form(parts, fusion="tokens", learns=learns).model
     moved = {
@@ -111,6 +124,52 @@ def test_what_rests_stays_as_it_was(parts, learns):
     assert moved - language - {"lora"} == expected
     assert bool(language) is (learns == "full")
     assert ("lora" in moved) is (learns == "lora")
+
+
+def test_a_form_begins_as_its_encoder(parts, movies):
+    loaded = parts.with_user("tokens", seed=3)
+    known, events = movies.split.train, SIZES.events
+    alone = encoder_scores(events_of(loaded.model), movies, events)(known)
+    together = form_scores(loaded, movies, events)(known)
+    np.testing.assert_array_equal(alone.argsort(axis=1), together.argsort(axis=1))
+
+
+def test_a_form_that_learns_nothing_better_stays_as_it_began(parts, monkeypatch):
+    said = iter([0.5, 0.4, 0.3, 0.4])  # before, after each of two steps, and what was kept
+    monkeypatch.setattr(user_models, "validation_ndcg", lambda *_: next(said))
+    before = parts.with_user("tokens", seed=0).model.state_dict()
+    after = learn_form(parts, fusion="tokens").model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_an_epoch_holds_every_event_and_only_ties_change_places(movies):
+    late = replace(movies.split.train, times=np.floor(movies.split.train.times / 2))
+    movies = replace(movies, split=replace(movies.split, train=late))
+    settings = SIZES.user(movies, projector="linear", attended=False)
+    users = EventsModality(modality_config(USER, settings), name=USER, hidden_size=16)
+    run = run_recipe(4, 1, 0)
+    drawn = EventStretches(users, movies, run, SIZES.events)
+    times = [
+        dict(zip((late.history(n) + 1).tolist(), late.times[late.of_user(n)], strict=True))
+        for n in range(len(late.user_ids))
+    ]
+    orders = set()
+    for step in range(3 * drawn.steps_per_epoch):
+        batch = drawn.batch(step)
+        for window, watched in zip(batch.windows, batch.watched, strict=True):
+            films = [*watched.tolist(), *window.categories[:, 0].tolist()]
+            theirs = [[of[film] for film in films] for of in times if of.keys() >= set(films)]
+            assert any(one == sorted(one) for one in theirs)
+            orders.add(tuple(films[:4]))
+        excluded = batch.excluded(movies.num_films + 1)
+        lengths = [len(window.categories) - 1 for window in batch.windows]
+        for rows, window, watched in zip(
+            excluded.split(lengths), batch.windows, batch.watched, strict=True
+        ):
+            for at, row in enumerate(rows):
+                seen = {*watched.tolist(), *window.categories[: at + 1, 0].tolist()}
+                assert set(row.nonzero()[:, 0].tolist()) == seen
+    assert len(orders) > len(late.user_ids)  # one a user without another order
 
 
 def test_ranks_are_those_of_single_users_and_of_the_metrics(movies):
@@ -140,9 +199,3 @@ def test_every_event_but_the_first_is_predicted_as_often():
         counts[start + 1 : start + len(window.films)] += 1
     assert counts[0] == 0
     assert counts[1:].min() > 0.8 * counts[1:].max()
-
-
-def test_an_interval_holds_the_mean():
-    mean, low, high = interval(np.repeat([0.0, 1.0], 200))
-    assert mean == 0.5
-    assert 0.43 < low < 0.5 < high < 0.57

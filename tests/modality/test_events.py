@@ -232,3 +232,16 @@ def test_the_first_states_of_a_history_are_a_shorter_one(projector):
     for features, length in zip(found, (3, 5, 1, 3), strict=True):
         shorter = {name: values[:length] for name, values in history.items()}
         torch.testing.assert_close(features, modality.embed([modality.prepare(shorter)])[0])
+
+
+def test_what_cannot_follow_is_left_out_of_the_loss():
+    modality = _modality()
+    item = modality.prepare({"film": [1, 2], "keys": [1, 0]})
+    state, following = modality.states([item])[0][:1], torch.tensor([[2]])
+    excluded = torch.zeros(1, modality.encoder.tables[0].num_embeddings, dtype=torch.bool)
+    excluded[0, [0, 1]] = True
+    left = modality.encoder.scores(state, 0)[:, 2:]
+    expected = torch.nn.functional.cross_entropy(left, torch.tensor([0]))
+    torch.testing.assert_close(
+        modality.encoder.loss(state, following, 0, excluded=excluded), expected
+    )

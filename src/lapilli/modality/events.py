@@ -27,7 +27,7 @@ from lapilli.kernels.layer import rotate
 from lapilli.modality.projector import build_projector, output_layers
 from lapilli.nn.attention import attend
 from lapilli.nn.layers import MLP, RMSNorm, Rotary
-from lapilli.shapes import Float, Int, Tensor
+from lapilli.shapes import Bool, Float, Int, Tensor
 
 UNKNOWN = 0
 """The row of every table that stands for a value nobody gave, and for padding."""
@@ -121,13 +121,33 @@ class EventEncoder(nn.Module):
 
         Of several values of an event it is the mean; unknown values count nothing.
         """
-        found = []
-        for i, values in enumerate(self.values(following.to(states.device))):
-            known = values != UNKNOWN
-            logs = self.scores(states, i).float().log_softmax(dim=-1).gather(-1, values)
-            means = (logs * known).sum(dim=-1) / known.sum(dim=-1).clamp(min=1)
-            found.append(-means.sum())
-        return found
+        values = self.values(following.to(states.device))
+        return [self.loss(states, one, feature) for feature, one in enumerate(values)]
+
+    def loss(
+        self,
+        states: Float[Tensor, "n E"],
+        values: Int[Tensor, "n k"],
+        feature: int,
+        *,
+        excluded: Bool[Tensor, "n V"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Return the cross-entropy of one feature of what follows n states, summed over them.
+
+        Args:
+            states: behind n events.
+            values: of the feature in the events that follow; unknown ones count nothing, and of
+                several it is the mean.
+            feature: its number.
+            excluded: values that cannot follow, such as what a user has taken already: they are
+                left out of the softmax. None of `values` may be one of them.
+        """
+        scores = self.scores(states, feature).float()
+        if excluded is not None:
+            scores = scores.masked_fill(excluded, torch.finfo(scores.dtype).min)
+        known = values != UNKNOWN
+        logs = scores.log_softmax(dim=-1).gather(-1, values)
+        return -((logs * known).sum(dim=-1) / known.sum(dim=-1).clamp(min=1)).sum()
 
 
 def _mean_vector(table: nn.Module, values: Int[Tensor, "... k"]) -> Float[Tensor, "... w"]:
