@@ -162,6 +162,22 @@ which differences could be chance.
 """
 
 
+def _unchanged(rows: Mapping[str, Any]) -> str:
+    """Return a sentence on the forms that stayed the encoder that they began as, if there are."""
+    seeds = rows.get("encoder alone", {}).get("each seed", [])
+    same = [
+        name.removeprefix("user: ")
+        for name, row in rows.items()
+        if name.startswith("user: ") and row["each seed"] == seeds[: len(row["each seed"])]
+    ]
+    if not same:
+        return ""
+    return f"""
+The look before the first step was the best of {"; ".join(same)}: learning on added nothing there,
+and these rows are those of their encoders.
+"""
+
+
 def _how(found: Mapping[str, Any]) -> str:
     options, costs = found["options"], found["rows"]
     form = next((row for row in costs.values() if "encoder_flops" in row["cost"]), None)
@@ -189,7 +205,7 @@ all films are the logits of their words after one pass.
 Every trained row but HLLM ({options["item steps"]} steps) keeps the weights that the validation's
 NDCG@10 found best among those that were looked at: SASRec every ten epochs, the encoder every
 four, the text every 150 steps, forms every 50 and before the first. Nothing was chosen by the test.
-
+{_unchanged(costs)}
 {TRIED}
 Operations are those of `lapilli.plan.flops.request_flops`. They leave out the encoder, whose
 {apart} MFLOP are spent once when a user does something, and not when somebody asks.

@@ -32,7 +32,16 @@ from comparison.userllm import (
     measure_popularity,
     measure_text,
 )
-from comparison.userllm_report import SEQUENCE, TEXT, differences, page, table, targets
+from comparison.userllm_report import (
+    PAGE,
+    RESULT,
+    SEQUENCE,
+    TEXT,
+    differences,
+    page,
+    table,
+    targets,
+)
 from comparison.workers import Workers
 from lapilli.config.modalities import modality_config
 from lapilli.modality.events import EventsModality
@@ -199,3 +208,7 @@ def test_every_event_but_the_first_is_predicted_as_often():
         counts[start + 1 : start + len(window.films)] += 1
     assert counts[0] == 0
     assert counts[1:].min() > 0.8 * counts[1:].max()
+
+
+def test_the_page_is_that_of_the_result():
+    assert PAGE.read_text("utf-8") == page(json.loads(RESULT.read_text("utf-8")))
