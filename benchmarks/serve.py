@@ -22,8 +22,8 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
 import psutil
 from PIL import Image, ImageDraw
@@ -35,6 +35,7 @@ from lapilli.prompt.message import Message
 
 COLOURS = ("red", "green", "blue", "yellow")
 QUESTION = "What color is the circle?"
+DESCRIBE = "What is in this picture?"
 PATH = "/v1/chat/completions"
 PROGRAM = (sys.executable, "-c", "from lapilli.cli.main import main; main()")
 TOKENS, TOGETHER = 64, 8
@@ -78,43 +79,62 @@ def server(model: str, *options: str):
         process.wait()
 
 
-async def ask(client: httpx.AsyncClient, body) -> tuple[str, list[float]]:
-    """The answer to one request, and the moments at which its pieces came."""
-    times, said = [], []
-    async with client.stream("POST", PATH, json=body) as response:
-        if response.status_code != 200:
-            raise RuntimeError(f"{response.status_code} {await response.aread()!r}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                raise RuntimeError(chunk["error"]["message"])
-            text = chunk["choices"][0]["delta"].get("content") if chunk["choices"] else None
-            if text:
-                times.append(time.perf_counter())
-                said.append(text)
-    return "".join(said).strip(), times
+class Connection:
+    """One client over one socket: a general HTTP library would be busier than the server."""
+
+    def __init__(self, address: str) -> None:
+        parts = urlsplit(address)
+        self._place = (parts.hostname, parts.port)
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def ask(self, body: bytes) -> tuple[str, list[float]]:
+        """The answer to one request, and the moments at which its pieces came."""
+        if self._streams is None:
+            self._streams = await asyncio.open_connection(*self._place)
+        reader, writer = self._streams
+        head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        if " 200 " not in head.partition("\r\n")[0]:
+            self._streams = None
+            raise RuntimeError(head.partition("\r\n")[0])
+        times, said = [], []
+        while size := int(await reader.readline(), 16):  # chunked, one chunk for an event
+            chunk = await reader.readexactly(size + 2)
+            came = time.perf_counter()
+            for line in chunk.split(b"\n"):
+                if line.startswith(b"data: {"):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise RuntimeError(event["error"]["message"])
+                    text = event["choices"][0]["delta"].get("content")
+                    if text:
+                        times.append(came)
+                        said.append(text)
+        await reader.readline()
+        return "".join(said).strip(), times
 
 
 async def load(address: str, clients: int, seconds: float, right: dict[int, str]):
     """Clients that ask again and again; counts, and seconds between the pieces of an answer."""
     end = time.perf_counter() + seconds
     gaps, firsts, wrong, errors = [], [], [], []
+    bodies = {key: json.dumps(body_of(picture(key), DESCRIBE)).encode() for key in right}
     asked = 0
 
-    async def one(number: int, client: httpx.AsyncClient) -> None:
+    async def one(number: int) -> None:
         nonlocal asked
-        turn = 0
+        connection, turn = Connection(address), 0
         while time.perf_counter() < end:
             key = (number + clients * turn) % len(right)
             turn += 1
             asked += 1
             started = time.perf_counter()
             try:
-                said, times = await ask(client, body_of(picture(key), "What is in this picture?"))
-            except (httpx.HTTPError, RuntimeError) as error:
-                errors.append(str(error))
+                said, times = await connection.ask(bodies[key])
+            except (OSError, RuntimeError, asyncio.IncompleteReadError) as error:
+                errors.append(f"{type(error).__name__}: {error}")
+                connection = Connection(address)
                 continue
             if said != right[key]:
                 wrong.append((key, said, right[key]))
@@ -122,9 +142,7 @@ async def load(address: str, clients: int, seconds: float, right: dict[int, str]
                 firsts.append(times[0] - started)
                 gaps.extend(np.diff(times).tolist())
 
-    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
-        await asyncio.gather(*(one(number, client) for number in range(clients)))
+    await asyncio.gather(*(one(number) for number in range(clients)))
     return {
         "requests": asked,
         "wrong": len(wrong),
@@ -138,7 +156,7 @@ async def load(address: str, clients: int, seconds: float, right: dict[int, str]
 
 
 def library_answers(chat, count: int) -> dict[int, str]:
-    questions = [[Message.user("What is in this picture?", picture(n))] for n in range(count)]
+    questions = [[Message.user(DESCRIBE, picture(n))] for n in range(count)]
     return {n: answer.text.strip() for n, answer in enumerate(chat.batch(questions))}
 
 
@@ -180,21 +198,26 @@ def beside_the_engine(model: str, rounds: int, quantize: str | None):
         params = options.updated(logit_bias={2: -100.0})
 
         async def by_server(batch):
-            async with httpx.AsyncClient(base_url=address, timeout=600) as client:
-                bodies = [
-                    body_of(image, QUESTION, max_tokens=TOKENS, logit_bias=bias) for image in batch
-                ]
-                return await asyncio.gather(*(ask(client, body) for body in bodies))
+            bodies = [
+                json.dumps(body_of(image, QUESTION, max_tokens=TOKENS, logit_bias=bias)).encode()
+                for image in batch
+            ]
+            return await asyncio.gather(*(Connection(address).ask(body) for body in bodies))
 
         for turn in range(rounds + 1):
             batch = images[turn * TOGETHER : (turn + 1) * TOGETHER]
+            # Threads spin for a while after their work: the other process waits for that.
+            time.sleep(1)
             started = time.perf_counter()
             chat.batch([[Message.user(QUESTION, image)] for image in batch], params)
-            between = time.perf_counter()
+            engine_s = time.perf_counter() - started
+            time.sleep(1)
+            started = time.perf_counter()
             asyncio.run(by_server(batch))
+            server_s = time.perf_counter() - started
             if turn:  # the first one warms
-                ours.append(TOGETHER * TOKENS / (time.perf_counter() - between))
-                theirs.append(TOGETHER * TOKENS / (between - started))
+                ours.append(TOGETHER * TOKENS / server_s)
+                theirs.append(TOGETHER * TOKENS / engine_s)
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return {
         "server_tokens_per_s": statistics.median(ours),
