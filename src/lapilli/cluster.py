@@ -5,6 +5,10 @@ Knows Ray; must not know what workers do. Needs the extra "ray".
 
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -48,7 +52,10 @@ def connect(needs: str = "several workers need Ray") -> Any:  # noqa: ANN401 - a
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if not module.is_initialized():
         try:
-            module.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            with _own_signals():
+                module.init(
+                    log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
+                )
         except Exception as error:  # Ray has no class of its own for a start that fails
             where = os.environ.get("RAY_ADDRESS", "this machine")
             raise ConfigError(
@@ -59,6 +66,17 @@ def connect(needs: str = "several workers need Ray") -> Any:  # noqa: ANN401 - a
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     return module
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep what this process does at SIGTERM: Ray would end it with another exit code."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def check_room(ray: Any, share: Share, workers: int) -> None:  # noqa: ANN401 - a module
