@@ -31,6 +31,7 @@ from lapilli.serve import (
     responses,
     status,
     uploads,
+    worker,
 )
 from lapilli.serve.auth import Gate
 from lapilli.serve.errors import INTERNAL, ApiError, api_error, dialect_of
@@ -51,6 +52,7 @@ ROUTERS = (
     uploads.router,
     status.router,
     page.router,
+    worker.router,
 )
 """A protocol, or a part of one, is one file with a `router`, and an entry here."""
 

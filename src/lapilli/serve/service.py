@@ -15,14 +15,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from lapilli.config.generation import SamplingParams
-from lapilli.errors import ContextTooLongError, UnsupportedModelError
+from lapilli.errors import ContextTooLongError, MediaCountMismatchError, UnsupportedModelError
 from lapilli.generate.engine.async_engine import AsyncAnswer, AsyncEngine
 from lapilli.generate.engine.request import Request
 from lapilli.generate.grammar import compiled
 from lapilli.generate.output import FinishReason, Generation, TokenLogprob
 from lapilli.pipeline import Chat
-from lapilli.prompt.encode import EncodedPrompt
+from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart, Message, TextPart
+from lapilli.prompt.template import MediaSlot, Segment, TextSegment
 from lapilli.serve.errors import ApiError, BusyError
 from lapilli.serve.files import Files
 from lapilli.serve.media import MediaReader
@@ -30,6 +31,9 @@ from lapilli.serve.metrics import Metrics
 from lapilli.serve.options import ServeOptions
 
 T = TypeVar("T")
+
+PLACE: Final = "<image>"
+"""Where a picture stands in a prompt without a conversation."""
 
 LONGEST_TOKEN: Final = 256
 """Letters of a token; the longest ones of known vocabularies have half as many."""
@@ -53,6 +57,7 @@ class ChatRequest:
     Attributes:
         turns: the conversation.
         prompt: in place of a conversation a text, or tokens, that the model goes on with as it is.
+        media: of a prompt that is a text, one for each `<image>` in it.
         params: how to sample; `max_new_tokens` counts if `has_limit`.
         has_limit: whether the client named a longest answer.
         choices: answers to the same prompt.
@@ -62,6 +67,7 @@ class ChatRequest:
 
     turns: tuple[Turn, ...] = ()
     prompt: str | tuple[int, ...] | None = None
+    media: tuple[dict[str, Any], ...] = ()
     params: SamplingParams = field(default_factory=SamplingParams)
     has_limit: bool = False
     choices: int = 1
@@ -382,7 +388,7 @@ class Service:
         chat, params = self.chat, request.params
         # A form that cannot be followed is found before a picture is fetched.
         compiled(params.grammar, chat.tokenizer, chat.model.language_model.config.vocab_size)
-        first = self._continued(request.prompt, params) or chat.request(
+        first = self._continued(request, params) or chat.request(
             self.messages(request.turns, request.owner), params
         )
         if isinstance(first, Generation):
@@ -419,15 +425,34 @@ class Service:
                 f"{self.chat.context_length} tokens may stand for: send less"
             )
 
-    def _continued(
-        self, prompt: str | tuple[int, ...] | None, params: SamplingParams
-    ) -> Request | None:
-        """Return the request of a prompt without a conversation."""
+    def _continued(self, request: ChatRequest, params: SamplingParams) -> Request | None:
+        """Return the engine's request of a prompt without a conversation.
+
+        Raises:
+            MediaCountMismatchError: other numbers of pictures than of places for them.
+        """
+        prompt, chat = request.prompt, self.chat
         if prompt is None:
             return None
         self._check_length(len(prompt))
-        ids = self.chat.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        return Request(EncodedPrompt(ids, [False] * len(ids)), params=params)
+        if not isinstance(prompt, str):
+            return Request(EncodedPrompt(list(prompt), [False] * len(prompt)), params=params)
+        if not request.media:
+            ids = chat.tokenizer.encode(prompt)
+            return Request(EncodedPrompt(ids, [False] * len(ids)), params=params)
+        first, *texts = prompt.split(PLACE)
+        if len(texts) != len(request.media):
+            raise MediaCountMismatchError(
+                f"the prompt has {len(texts)} {PLACE} but {len(request.media)} pictures were given"
+            )
+        items = [chat.prepare(self.media.part(one, request.owner)) for one in request.media]
+        segments: list[Segment] = [TextSegment(first)]
+        for text in texts:
+            segments += [MediaSlot(), TextSegment(text)]
+        lengths = [chat.model.span_length("image", item) for item in items]
+        image_id = chat.config.tokens.image_id
+        encoded = encode(segments, chat.tokenizer, lengths, image_id=image_id)
+        return Request(encoded, tuple(items), params)
 
     async def close(self) -> None:
         """End the engine and the threads."""

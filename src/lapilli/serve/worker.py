@@ -1,0 +1,89 @@
+"""`/worker_generate_stream` and `/worker_get_status`: what front ends of the original's demo ask.
+
+Answers are the prompt and all text so far, again and again, each ended by a zero byte. Source:
+LLaVA, llava/serve/model_worker.py; `lapilli.compat.serving` has its controller and worker as
+programs.
+"""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from lapilli.serve.errors import api_error
+from lapilli.serve.service import Answers, ChatRequest, Delta, Service
+
+MOST_NEW_TOKENS = 1024
+"""The original's own limit."""
+
+
+class WorkerBody(BaseModel):
+    """A prompt that a front end has rendered, with `<image>` where each picture goes."""
+
+    model: str | None = None
+    prompt: str
+    images: list[str] | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    stop: str | None = None
+
+
+def router(service: Service) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter()
+
+    @routes.post("/worker_get_status")
+    async def worker_get_status() -> dict[str, Any]:
+        """Say which model there is, and how many wait for it."""
+        waiting = service.chat.engine.num_waiting
+        return {"model_names": [service.model_name], "speed": 1, "queue_length": waiting}
+
+    @routes.post("/worker_generate_stream", response_model=None)
+    async def worker_generate_stream(body: WorkerBody, http: Request) -> StreamingResponse:
+        """Go on with a prompt."""
+        answers = await service.open(worker_request(body, service, http.state.owner))
+        return StreamingResponse(pieces(body.prompt, answers, service))
+
+    return routes
+
+
+def worker_request(body: WorkerBody, service: Service, owner: str) -> ChatRequest:
+    """Return the internal request of a body.
+
+    Raises:
+        GenerationError: a sampling option out of its bounds.
+    """
+    params = service.options.sampling.updated(
+        # As in the original, less than this is no temperature at all.
+        temperature=0.0 if body.temperature <= 0.001 else body.temperature,
+        top_p=body.top_p,
+        max_new_tokens=min(body.max_new_tokens, MOST_NEW_TOKENS),
+        stop=(body.stop,) if body.stop else (),
+    )
+    images = tuple({"image_url": image} for image in body.images or ())
+    return ChatRequest(
+        prompt=body.prompt, media=images, params=params, owner=owner, endpoint="worker"
+    )
+
+
+async def pieces(prompt: str, opened: Answers, service: Service) -> AsyncIterator[bytes]:
+    """Yield the prompt with all text so far; an error in the middle has the code 1."""
+    said = prompt
+    try:
+        async with opened as answers:
+            async for one in answers:
+                if isinstance(one, Delta):
+                    said += one.text
+                    yield line(said, 0)
+    except Exception as error:  # noqa: BLE001 - the status is sent, only a line can tell
+        yield line(api_error(error).message, 1)
+    service.metrics.count(opened)
+
+
+def line(text: str, code: int) -> bytes:
+    """Return one piece: JSON and a zero byte."""
+    return json.dumps({"text": text, "error_code": code}).encode() + b"\0"
