@@ -97,3 +97,18 @@ def test_hours_for_a_million_pictures() -> None:
         assert per_minute == f"{60 * rate:.1f}"
         assert hours == f"{1e6 / rate / 3600:,.0f}"
         assert peak == f"{found['many_peak_bytes'] / 1e9:.1f}"
+
+
+def test_what_the_server_bears() -> None:
+    guide = (REPOSITORY / "docs/guide/serve.md").read_text("utf-8")
+    path = REPOSITORY / "benchmarks/results/serve.json"
+    measured = json.loads(path.read_text("utf-8"))
+    load, ratio = measured["load"], measured["beside_the_engine"]["ratio"]
+    for said in (
+        f"{load['requests']} answers, {load['errors']} errors, {load['wrong']} wrong",
+        f"{load['grown_mib']:.1f} MiB",
+        f"every {load['gap_median_ms']:.1f} ms (median) and within {load['gap_p99_ms']:.1f} ms",
+        f"ready after {load['ready_s']:.1f} s",
+        f"had {ratio:.2f} of the tokens",
+    ):
+        assert said in guide, said
