@@ -12,6 +12,7 @@ from lapilli.cli.terminal import (
     Cores,
     Engine,
     EngineKind,
+    StoreOfModality,
     note,
     open_stores,
     reachable,
@@ -53,15 +54,6 @@ Origins = Annotated[
 WithoutKey = Annotated[
     bool, typer.Option("--without-key", help="Let other machines ask without a key.")
 ]
-Store = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--store",
-        metavar="NAME=STORE",
-        help="A store of embeddings, whose ids stand for media of the modality NAME.",
-    ),
-]
-
 Replicas = Annotated[int, typer.Option(help="Engines of Ray.", min=1)]
 
 
@@ -96,7 +88,7 @@ def serve(
     media_root: Root = None,
     allow_origin: Origins = None,
     without_key: WithoutKey = False,
-    store: Store = None,
+    store: StoreOfModality = None,
     engine: Engine = EngineKind.LOCAL,
     replicas: Replicas = 1,
     cores: Cores = 1,

@@ -59,7 +59,7 @@ class Grammar:
 
     @property
     def name(self) -> str:
-        """What the grammar is called in messages."""
+        """Name of the grammar in messages."""
         return NAMES[self.kind]
 
     @classmethod
