@@ -83,7 +83,7 @@ class PictureCache:
 
     def put(self, digest: bytes, item: PreparedImage) -> None:
         """Keep a picture; those that were not used for longest go."""
-        size = sum(t.nbytes for t in vars_of(item) if isinstance(t, Tensor))
+        size = item.pixel_values.nbytes
         with self._lock:
             if size > self._max_bytes or digest in self._kept:
                 return
@@ -116,11 +116,6 @@ class PictureCache:
                 f"no picture with the uuid {name!r} is kept (any more): send its image_url again"
             )
         return item
-
-
-def vars_of(item: PreparedImage) -> list[object]:
-    """Return the values of a prepared picture's fields."""
-    return [getattr(item, name) for name in item.__dataclass_fields__]
 
 
 class MediaReader:
