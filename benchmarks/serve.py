@@ -4,6 +4,7 @@
 
     clients     each streams the answer about its own picture and compares it with the library's
     tokens/s    eight answers at the same time, by the server and by the bare engine, in turns
+    health      how soon /health answers while 32 photographs of 12 megapixels are decoded
     start       of `lapilli serve`, until it is ready
 
 Clients and server share the machine, so read the ratios.
@@ -180,6 +181,52 @@ def under_load(model: str, clients: int, seconds: float):
     }
 
 
+def photograph(number: int) -> bytes:
+    """A JPEG of 12 megapixels and some 3 MB, whose content follows from the number."""
+    rng = np.random.default_rng(number)
+    coarse = rng.integers(0, 256, (750, 1000, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((4000, 3000), Image.Resampling.BILINEAR)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=85)
+    return out.getvalue()
+
+
+async def health_while_decoding(address: str, photographs: list[bytes]):
+    """Milliseconds until /health answers, asked again and again while photographs are read."""
+    times: list[float] = []
+    asking = asyncio.create_task(_ask_all(address, photographs))
+    parts = urlsplit(address)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    while not asking.done():
+        started = time.perf_counter()
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        await reader.readexactly(int(re.search(r"content-length: (\d+)", head)[1]))
+        times.append(1e3 * (time.perf_counter() - started))
+        await asyncio.sleep(0.005)
+    await asking
+    p99 = float(np.percentile(times, 99))
+    return {
+        "photographs": len(photographs),
+        "asked": len(times),
+        "median_ms": statistics.median(times),
+        "p99_ms": p99,
+        "worst_ms": max(times),
+    }
+
+
+async def _ask_all(address: str, photographs: list[bytes]) -> None:
+    bodies = [json.dumps(body_of(one, QUESTION, max_tokens=4)).encode() for one in photographs]
+    await asyncio.gather(*(Connection(address).ask(body) for body in bodies))
+
+
+def health(model: str, count: int = 32):
+    """How soon /health answers beside photographs, by a server of its own."""
+    photographs = [photograph(number) for number in range(count)]
+    with server(model) as (_, address, _ready):
+        return asyncio.run(health_while_decoding(address, photographs))
+
+
 def beside_the_engine(model: str, rounds: int, quantize: str | None):
     """Tokens per second of eight answers at once: by HTTP, and by the engine in this process."""
     options = SamplingParams(max_new_tokens=TOKENS, temperature=0.0)
@@ -241,6 +288,7 @@ def main() -> None:
     found = {"machine": machine(), "model": given.model}
     if not given.no_load:
         found["load"] = under_load(given.model, given.clients, given.seconds)
+        found["health"] = health(given.model)
     found["beside_the_engine"] = beside_the_engine(given.model, given.rounds, given.quantize)
     text = json.dumps(found, indent=1)
     if given.out:
