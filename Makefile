@@ -69,6 +69,8 @@ browser: $(VENV)/.installed-dev
 stress: $(VENV)/.installed-dev
 	LAPILLI_FUZZ_CASES=20000 LAPILLI_THREAD_ANSWERS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --timeout 3600 \
 		tests/fuzz/test_fuzz.py tests/pipeline/test_threads.py tests/prompt/test_sandbox.py
+	LAPILLI_FUZZ_CASES=2000 LAPILLI_LOAD_SECONDS=60 LAPILLI_KILL_ROWS=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		--timeout 3600 tests/serve/test_fuzz.py tests/serve/test_load.py tests/cli/test_batch_distributed.py
 
 cluster: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not gpu and not network" tests/train tests/store tests/serve tests/cli

@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -78,6 +78,7 @@ def server(model: str, *options: str):
     finally:
         process.terminate()
         process.wait()
+        process.stderr.close()
 
 
 class Connection:
@@ -97,7 +98,6 @@ class Connection:
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         if " 200 " not in head.partition("\r\n")[0]:
-            self._streams = None
             raise RuntimeError(head.partition("\r\n")[0])
         times, said = [], []
         while size := int(await reader.readline(), 16):  # chunked, one chunk for an event
@@ -115,6 +115,23 @@ class Connection:
         await reader.readline()
         return "".join(said).strip(), times
 
+    async def close(self) -> None:
+        """End it; it may ask again over a new socket."""
+        if self._streams is not None:
+            writer, self._streams = self._streams[1], None
+            writer.close()
+            with suppress(OSError):  # the other end may be gone
+                await writer.wait_closed()
+
+
+async def ask_once(address: str, body: bytes) -> tuple[str, list[float]]:
+    """The answer to one request over a socket of its own, and when its pieces came."""
+    connection = Connection(address)
+    try:
+        return await connection.ask(body)
+    finally:
+        await connection.close()
+
 
 async def load(address: str, clients: int, seconds: float, right: dict[int, str]):
     """Clients that ask again and again; counts, and seconds between the pieces of an answer."""
@@ -126,7 +143,7 @@ async def load(address: str, clients: int, seconds: float, right: dict[int, str]
     async def one(number: int) -> None:
         nonlocal asked
         connection, turn = Connection(address), 0
-        while time.perf_counter() < end:
+        while turn * clients < len(right) or time.perf_counter() < end:  # every picture once
             key = (number + clients * turn) % len(right)
             turn += 1
             asked += 1
@@ -135,13 +152,14 @@ async def load(address: str, clients: int, seconds: float, right: dict[int, str]
                 said, times = await connection.ask(bodies[key])
             except (OSError, RuntimeError, asyncio.IncompleteReadError) as error:
                 errors.append(f"{type(error).__name__}: {error}")
-                connection = Connection(address)
+                await connection.close()
                 continue
             if said != right[key]:
                 wrong.append((key, said, right[key]))
             if times:
                 firsts.append(times[0] - started)
                 gaps.extend(np.diff(times).tolist())
+        await connection.close()
 
     await asyncio.gather(*(one(number) for number in range(clients)))
     return {
@@ -205,6 +223,8 @@ async def health_while_decoding(address: str, photographs: list[bytes]):
         times.append(1e3 * (time.perf_counter() - started))
         await asyncio.sleep(0.005)
     await asking
+    writer.close()
+    await writer.wait_closed()
     p99 = float(np.percentile(times, 99))
     return {
         "photographs": len(photographs),
@@ -217,7 +237,7 @@ async def health_while_decoding(address: str, photographs: list[bytes]):
 
 async def _ask_all(address: str, photographs: list[bytes]) -> None:
     bodies = [json.dumps(body_of(one, QUESTION, max_tokens=4)).encode() for one in photographs]
-    await asyncio.gather(*(Connection(address).ask(body) for body in bodies))
+    await asyncio.gather(*(ask_once(address, body) for body in bodies))
 
 
 def health(model: str, count: int = 32):
@@ -249,7 +269,7 @@ def beside_the_engine(model: str, rounds: int, quantize: str | None):
                 json.dumps(body_of(image, QUESTION, max_tokens=TOKENS, logit_bias=bias)).encode()
                 for image in batch
             ]
-            return await asyncio.gather(*(Connection(address).ask(body) for body in bodies))
+            return await asyncio.gather(*(ask_once(address, body) for body in bodies))
 
         for turn in range(rounds + 1):
             batch = images[turn * TOGETHER : (turn + 1) * TOGETHER]

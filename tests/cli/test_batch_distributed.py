@@ -22,6 +22,7 @@ pytestmark = [
 ]
 FEW = ("--max-new-tokens", "6", "--device", "cpu", "--dtype", "float32", "--quiet")
 RAY = ("--engine", "ray", "--workers", "2", "--rows", "4")
+ROWS = int(os.environ.get("LAPILLI_KILL_ROWS", "200"))
 PROGRAM = (sys.executable, "-c", "from lapilli.cli.main import main; main()", "batch")
 
 
@@ -90,13 +91,13 @@ def has_rows(path: Path, count: int) -> bool:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> list[dict[str, object]]:
     """What one process answers."""
-    source, target = write(folder, 200), folder / "plain.jsonl"
+    source, target = write(folder, ROWS), folder / "plain.jsonl"
     run(source, target, *FEW)
     return sorted(rows_of(target), key=lambda row: row["line"])
 
 
 def test_a_killed_worker_and_a_killed_command_cost_no_row(folder, plain, tmp_path):
-    source, target = folder / "in200.jsonl", tmp_path / "out.jsonl"
+    source, target = folder / f"in{ROWS}.jsonl", tmp_path / "out.jsonl"
     process = start(source, target, *FEW, *RAY)
 
     def kill_one() -> bool:
