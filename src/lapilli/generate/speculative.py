@@ -8,7 +8,7 @@
 
 A proposer knows position keys (a token id, or a number below zero in a medium) and how likely a
 draft token is right; the controller knows the cost of a pass. Verification is sampling: every
-token is sampled as it would be without a draft (engine/engine.py).
+token is sampled as it would be without a draft (engine/core.py).
 """
 
 from collections import deque
