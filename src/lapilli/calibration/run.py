@@ -22,9 +22,10 @@ from lapilli import __version__
 from lapilli.calibration.builtin import BUILTIN
 from lapilli.calibration.partial import PartialRun, digest_of, open_partial_run
 from lapilli.calibration.samples import embed_samples, read_samples
+from lapilli.checkpoint.device import choose_device
 from lapilli.checkpoint.export import save_loaded
 from lapilli.checkpoint.formats.weights import release_pages
-from lapilli.checkpoint.load import STORED, Loaded, choose_device, load_checkpoint
+from lapilli.checkpoint.load import STORED, Loaded, load_checkpoint
 from lapilli.checkpoint.write.awq import FORMS, save_awq, unfit_layers, verify_written
 from lapilli.checkpoint.write.files import check_target
 from lapilli.config.reader import check_fields, check_type, given_path

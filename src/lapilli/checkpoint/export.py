@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from lapilli.checkpoint.device import DTYPES
 from lapilli.checkpoint.formats.quantized import stored_quantization
-from lapilli.checkpoint.load import DTYPES, STORED, Loaded, load_checkpoint
+from lapilli.checkpoint.load import STORED, Loaded, load_checkpoint
 from lapilli.checkpoint.out_of_distribution import detector_files
 from lapilli.checkpoint.read.assemble import Progress
 from lapilli.checkpoint.read.plan import make_plan

@@ -18,8 +18,8 @@ from lapilli.store.manifest import (
     store_path,
     write_manifest,
 )
-from lapilli.store.reader import Snapshot, open_snapshot
 from lapilli.store.shard import Array, Rows
+from lapilli.store.snapshot import Snapshot, open_snapshot
 
 SHARD_BYTES: Final = 256 << 20
 """Bytes of vectors at which a shard is written."""

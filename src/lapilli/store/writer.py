@@ -47,8 +47,9 @@ from lapilli.store.manifest import (
     store_path,
     write_manifest,
 )
-from lapilli.store.reader import Ids, Snapshot, hashes_of, open_snapshot, several, unchanged
+from lapilli.store.reader import Ids, several
 from lapilli.store.shard import Array, Rows, to_rows
+from lapilli.store.snapshot import Snapshot, hashes_of, open_snapshot, unchanged
 
 _MOST_SHARDS: Final = 128  # then a commit merges the small ones: each costs a mapping and a search
 

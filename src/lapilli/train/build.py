@@ -16,10 +16,11 @@ from typing import cast, get_args
 
 import torch
 
+from lapilli.checkpoint.device import DTYPES
 from lapilli.checkpoint.export import save_loaded
 from lapilli.checkpoint.formats.quantized import stored_quantization
 from lapilli.checkpoint.keymaps import NEWLINE, PROJECTOR
-from lapilli.checkpoint.load import DTYPES, STORED, Loaded, load_checkpoint, with_modalities
+from lapilli.checkpoint.load import STORED, Loaded, load_checkpoint, with_modalities
 from lapilli.checkpoint.read.assemble import build_model
 from lapilli.checkpoint.read.directory import preprocessor_of
 from lapilli.checkpoint.source import is_local, read_json, read_optional_json, resolve

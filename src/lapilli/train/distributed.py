@@ -35,7 +35,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from lapilli.checkpoint.load import choose_device
+from lapilli.checkpoint.device import choose_device
 from lapilli.errors import ConfigError, LapilliError
 from lapilli.shapes import Tensor
 from lapilli.train.recipe import Precision, Sharding

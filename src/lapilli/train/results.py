@@ -24,9 +24,10 @@ from typing import Final, TypedDict
 import torch
 from torch import nn
 
+from lapilli.checkpoint.device import DTYPES
 from lapilli.checkpoint.formats.weights import complete_weights
 from lapilli.checkpoint.keymaps import PROJECTOR, TOWER, is_joint
-from lapilli.checkpoint.load import DTYPES, Loaded, load_checkpoint
+from lapilli.checkpoint.load import Loaded, load_checkpoint
 from lapilli.checkpoint.read.adapter import is_adapter, open_adapter
 from lapilli.checkpoint.read.directory import find_base
 from lapilli.checkpoint.source import find_directory, is_local, read_optional_json

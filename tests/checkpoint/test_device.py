@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lapilli.checkpoint import load
-from lapilli.checkpoint.load import available_memory, choose_device, choose_dtype
+from lapilli.checkpoint import device as device_module
+from lapilli.checkpoint.device import available_memory, choose_device, choose_dtype
 from lapilli.errors import ConfigError
 
 CPU, GPU, OLD_GPU = torch.device("cpu"), torch.device("cuda"), torch.device("cuda:1")
@@ -15,7 +15,7 @@ CPU, GPU, OLD_GPU = torch.device("cpu"), torch.device("cuda"), torch.device("cud
     [(None, torch.float32), (5_000, torch.float32), (4_999, torch.bfloat16)],
 )
 def test_auto_on_a_cpu_is_float32_where_it_fits(monkeypatch, free, chosen):
-    monkeypatch.setattr(load, "available_memory", lambda: free)
+    monkeypatch.setattr(device_module, "available_memory", lambda: free)
     assert choose_dtype("auto", device=CPU, stored="float16", num_parameters=1_000) is chosen
 
 
