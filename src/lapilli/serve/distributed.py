@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from lapilli import __version__
 from lapilli.cluster import Share, check_room, connect, share_of
-from lapilli.errors import GenerationError, LapilliError
+from lapilli.errors import BusyError, ClosedError, GenerationError, LapilliError
 from lapilli.pipeline import Chat
 from lapilli.serve import uploads
 from lapilli.serve.affinity import prefix_key, with_files
@@ -197,7 +197,8 @@ class Front:
     async def __call__(self, scope: Scope, receive: Scope, send: Scope) -> None:
         """Answer a request with what a replica answers."""
         try:
-            self._check_open()
+            if self.is_stopping:
+                raise ClosedError("the server is stopping: ask another one")
             owner = scope.get("state", {}).get("owner", "anyone")
             body = with_files(await _body(receive), self.files, owner)
             told = {name: scope[name] for name in _KEPT if name in scope}
@@ -208,10 +209,6 @@ class Front:
             found = api_error(error)
             self.metrics.count_error(found.status)
             await refuse(found, scope, send)
-
-    def _check_open(self) -> None:
-        if self.is_stopping:
-            raise unavailable("the server is stopping: ask another one")
 
     async def _forward(
         self, told: dict[str, Any], body: bytes, key: str, receive: Scope, send: Scope
@@ -234,7 +231,7 @@ class Front:
                 relay.cancel()
             self.metrics.count_retry()
             await asyncio.sleep(0.1 * 2**attempt)
-        raise unavailable("no engine answers at the moment: ask again")
+        raise ClosedError("no engine answers at the moment: ask again")
 
     async def _relay(self, stream: Any, send: Scope) -> bool:  # noqa: ANN401 - Ray's
         """Pass an answer on; return False where its replica died before it began.
@@ -256,12 +253,7 @@ class Front:
                     await send(self._start(head))
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         except BackPressureError as error:
-            raise ApiError(
-                429,
-                "too many requests are waiting: try again later",
-                "too_many_requests",
-                headers={"Retry-After": "1"},
-            ) from error
+            raise BusyError("too many requests are waiting: try again later") from error
         except (RayActorError, RayServeException):
             if has_begun:  # an answer that ends in its middle must not look whole
                 raise
@@ -306,11 +298,6 @@ def labelled(text: str, replica: str) -> str:
             name, _, value = line.partition(" ")
             lines.append(f'{name}{{replica="{replica}"}} {value}')
     return "".join(f"{line}\n" for line in lines)
-
-
-def unavailable(message: str) -> ApiError:
-    """Return the error of a server that answers later, or elsewhere."""
-    return ApiError(503, message, "unavailable", headers={"Retry-After": "5"})
 
 
 def front_app(front: Front, options: ServeOptions) -> FastAPI:

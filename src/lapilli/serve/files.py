@@ -10,7 +10,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from lapilli.serve.errors import TooLargeError, UnknownMediumError
+from lapilli.errors import MediaTooLargeError
+from lapilli.serve.errors import UnknownMediumError
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +55,10 @@ class Files:
         """Keep a file.
 
         Raises:
-            TooLargeError: it alone is larger than what may be kept.
+            MediaTooLargeError: it alone is larger than what may be kept.
         """
         if len(data) > self._max_bytes:
-            raise TooLargeError(
+            raise MediaTooLargeError(
                 f"{name} has {len(data)} bytes, the server keeps {self._max_bytes} of uploads"
             )
         file = StoredFile(

@@ -27,7 +27,7 @@ from urllib.request import url2pathname
 import torch
 
 from lapilli.config.reader import shown
-from lapilli.errors import MediaError
+from lapilli.errors import MediaError, MediaTooLargeError
 from lapilli.generate.engine.feature_cache import FeatureStats
 from lapilli.media.fetch import FetchLimits, fetch
 from lapilli.modality.image.decode import to_rgb
@@ -35,7 +35,7 @@ from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.pipeline import Chat
 from lapilli.prompt.message import MediaPart
-from lapilli.serve.errors import TooLargeError, UnknownMediumError
+from lapilli.serve.errors import UnknownMediumError
 from lapilli.serve.files import Files
 from lapilli.serve.options import ServeOptions
 from lapilli.shapes import Float, Tensor
@@ -142,7 +142,7 @@ class MediaReader:
 
         Raises:
             MediaError: it cannot be fetched or decoded, or may not be named.
-            TooLargeError: more than the limits.
+            MediaTooLargeError: more than the limits.
             UnknownMediumError: an upload or a uuid that is not there.
         """
         uuid = given.get("uuid")
@@ -169,30 +169,25 @@ class MediaReader:
 
         Raises:
             MediaError: it cannot be decoded, or the model does not look at pictures.
-            TooLargeError: too many bytes or pixels.
+            MediaTooLargeError: too many bytes or pixels.
         """
         limits, model = self._options.limits, self._chat.model
         if "image" not in model.modalities:
             raise MediaError(f"the model {self._chat.name} reads text only: leave pictures out")
         if len(data) > limits.image_bytes:
-            raise TooLargeError(
+            raise MediaTooLargeError(
                 f"the picture has {len(data)} bytes, more than the limit of {limits.image_bytes}: "
                 "shrink it"
             )
         digest = hashlib.sha256(data + self._chat.alpha.encode()).digest()
         item = self.pictures.get(digest)
         if item is None:
-            try:
-                image = to_rgb(
-                    data,
-                    alpha=self._chat.alpha,
-                    max_pixels=limits.image_pixels,
-                    max_bytes=limits.decoded_bytes,
-                )
-            except MediaError as error:
-                if "limit of" in str(error) or "too large" in str(error):
-                    raise TooLargeError(str(error)) from error
-                raise
+            image = to_rgb(
+                data,
+                alpha=self._chat.alpha,
+                max_pixels=limits.image_pixels,
+                max_bytes=limits.decoded_bytes,
+            )
             modality = model.modality("image")
             if not isinstance(modality, ImageModality):
                 raise MediaError(f"the pictures of {self._chat.name} are none that can be decoded")
@@ -241,12 +236,7 @@ class MediaReader:
             max_redirects=limits.redirects,
             public_only=True,
         )
-        try:
-            data = fetch(url, limits=bounds).data
-        except MediaError as error:
-            if "more than the limit of" in str(error) or "too many for" in str(error):
-                raise TooLargeError(str(error)) from error
-            raise
+        data = fetch(url, limits=bounds).data
         assert isinstance(data, bytes)  # noqa: S101 - of a text it always is
         return data
 
@@ -267,7 +257,7 @@ class MediaReader:
         with found.open("rb") as stream:
             data = stream.read(limit + 1)
         if len(data) > limit:
-            raise TooLargeError(f"{url} has more than {limit} bytes, the limit")
+            raise MediaTooLargeError(f"{url} has more than {limit} bytes, the limit")
         return data
 
     def features(self, given: object) -> Float[Tensor, "n D"]:

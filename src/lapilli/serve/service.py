@@ -15,7 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from lapilli.config.generation import SamplingParams
-from lapilli.errors import ContextTooLongError, MediaCountMismatchError, UnsupportedModelError
+from lapilli.errors import (
+    BusyError,
+    ClosedError,
+    ContextTooLongError,
+    MediaCountMismatchError,
+    UnsupportedModelError,
+)
 from lapilli.generate.engine.async_engine import AsyncAnswer, AsyncEngine
 from lapilli.generate.engine.request import Request
 from lapilli.generate.grammar import compiled
@@ -24,7 +30,7 @@ from lapilli.pipeline import Chat
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart, Message, TextPart
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
-from lapilli.serve.errors import ApiError, BusyError
+from lapilli.serve.errors import ApiError
 from lapilli.serve.files import Files
 from lapilli.serve.media import MediaReader
 from lapilli.serve.metrics import Metrics
@@ -296,7 +302,8 @@ class Service:
         """Read a request and submit it; what is wrong with it is raised here, not later.
 
         Raises:
-            ApiError: the server is stopping, or more choices than it makes.
+            ApiError: more choices than the server makes.
+            ClosedError: the server is stopping.
             LapilliError: a medium, the conversation or the options.
         """
         started = time.monotonic()
@@ -342,15 +349,10 @@ class Service:
         """Refuse new work while the server stops.
 
         Raises:
-            ApiError: 503.
+            ClosedError: it does.
         """
         if self.is_stopping:
-            raise ApiError(
-                503,
-                "the server is stopping: ask another one",
-                "unavailable",
-                headers={"Retry-After": "5"},
-            )
+            raise ClosedError("the server is stopping: ask another one")
 
     def messages(self, turns: Sequence[Turn], owner: str) -> list[Message]:
         """Return turns as messages, their pictures opened; called in a worker thread.

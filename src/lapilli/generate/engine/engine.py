@@ -24,7 +24,13 @@ import torch
 from torch import nn
 
 from lapilli.config.generation import EngineOptions
-from lapilli.errors import GenerationError, LapilliError, UnsupportedModelError
+from lapilli.errors import (
+    BusyError,
+    GenerationError,
+    LapilliError,
+    ModelFailedError,
+    UnsupportedModelError,
+)
 from lapilli.generate.engine.block_pool import BlockPool, PrefixStats, new_pool
 from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch
 from lapilli.generate.engine.model_runner import MediaEncoder, ModelRunner
@@ -87,7 +93,7 @@ class EngineCore:
             for sequence, failure in failed.items():
                 self._fail(sequence, failure)
         except Exception as error:  # no single request caused it
-            self.abort_all(GenerationError(f"the engine failed: {error}"))
+            self.abort_all(ModelFailedError(f"the engine failed: {error}"))
             raise
         if scheduled:
             self._advance(scheduled, started=started)
@@ -175,7 +181,7 @@ class EngineCore:
             if logits is not None:
                 failures = sample(logits, [one for one in scheduled if one.is_sampled])
         except Exception as error:
-            failure = GenerationError(f"the model failed: {error}")
+            failure = ModelFailedError(f"the model failed: {error}")
             failure.__cause__ = error
             for one in scheduled:
                 self._fail(one.sequence, failure)
@@ -187,7 +193,7 @@ class EngineCore:
         for one in scheduled:
             row = one.sequence
             if row in failures:
-                self._fail(row, GenerationError(f"no token can be chosen: {failures[row]}"))
+                self._fail(row, ModelFailedError(f"no token can be chosen: {failures[row]}"))
                 continue
             # After sampling all but the newest token is computed, rejected draft tokens apart.
             row.length = len(row.tokens) - 1 if row.is_decoding else row.length + one.count
@@ -386,12 +392,13 @@ class Engine:
             UnsupportedModelError: a modality that the model does not have.
             RequestError: ids, spans or options that the model cannot work with.
             GrammarError: a grammar that cannot be followed, or llguidance is not installed.
-            GenerationError: beams, no tokens, too large for the memory, or too many wait already.
+            GenerationError: beams, no tokens, or too large for the memory.
+            BusyError: too many wait already.
         """
         handle = handle or RequestHandle(request)
         sequence = self._inputs.new_sequence(request, handle)
         if not self.scheduler.enter(sequence):
-            raise GenerationError(
+            raise BusyError(
                 f"{self.num_waiting} requests are waiting, the limit: try again later, or set "
                 "EngineOptions(max_waiting=...)"
             )
