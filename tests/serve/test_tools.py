@@ -8,19 +8,9 @@ from hypothesis import strategies as st
 
 from lapilli.config.generation import SamplingParams
 from lapilli.config.grammar import Grammar
+from lapilli.serve.calls import AnswerReader, CallArguments, CallEnd, CallStart, Text, call_text
 from lapilli.serve.errors import ApiError
-from lapilli.serve.tools import (
-    AnswerReader,
-    CallArguments,
-    CallEnd,
-    CallStart,
-    Text,
-    Tool,
-    call_text,
-    choice_of,
-    tool_use,
-    tools_of,
-)
+from lapilli.serve.tools import Tool, choice_of, tool_use, tools_of
 from tests.serve.conftest import asked, data_uri, picture
 
 NAMES = frozenset(("paint", "clear"))

@@ -28,10 +28,10 @@ from lapilli.pipeline.questions import (
     Refusal,
     Score,
 )
-from lapilli.prompt.message import MediaPart, Message
+from lapilli.prompt.message import Message
 from lapilli.serve.chat import parts_of
 from lapilli.serve.errors import ApiError
-from lapilli.serve.service import Part, Service, Turn
+from lapilli.serve.service import Service, Turn
 from lapilli.serve.stream import unless_gone
 
 MOST_QUESTIONS, MOST_CHOICES = 400, 255
@@ -147,19 +147,13 @@ def asked(service: Service, body: DecisionBody, owner: str) -> tuple[list[Messag
     ]
     groups = [*(turn.parts for turn in turns), *parts]
     count = sum(not isinstance(part, str) for group in groups for part in group)
-    if count > service.options.limits.images:
-        most = service.options.limits.images
-        raise ApiError(400, f"{count} pictures in one request, the limit is {most}", param="input")
+    service.media.check_count(count, "input")
     messages = service.messages(turns, owner)
     questions = [
-        question_of(one, [_opened(part, service, owner) for part in some])
+        question_of(one, service.media.opened(some, owner))
         for one, some in zip(body.questions, parts, strict=True)
     ]
     return messages, questions
-
-
-def _opened(part: Part, service: Service, owner: str) -> str | MediaPart:
-    return service.media.part(part, owner) if isinstance(part, dict) else part
 
 
 def question_of(body: PredicateBody | ChoiceBody | ScoreBody, parts: Sequence[object]) -> Question:

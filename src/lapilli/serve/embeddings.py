@@ -91,15 +91,13 @@ def prompts_of(
         raise ApiError(
             400, f"input must have 1 to {MOST_INPUTS} entries, got {len(given)}", param="input"
         )
-    most = service.options.limits.images
     count = sum(
         isinstance(part, dict) and part.get("type") not in ("text", "input_text")
         for one in given
         if isinstance(one, list)
         for part in one
     )
-    if count > most:
-        raise ApiError(400, f"{count} pictures in one request, the limit is {most}", param="input")
+    service.media.check_count(count, "input")
     return [_prompt(one, at, service, embedder, owner) for at, one in enumerate(given)]
 
 
@@ -122,8 +120,7 @@ def _prompt(
             raise ApiError(400, f"{name} has no tokens of a text", param=name)
         return ProcessedPrompt(EncodedPrompt(ids, [False] * len(ids)), ())
     parts = parts_of([part for part in given if isinstance(part, dict)], name)
-    opened = [service.media.part(p, owner) if isinstance(p, dict) else p for p in parts]
-    return embedder.prompt(opened, name)
+    return embedder.prompt(service.media.opened(parts, owner), name)
 
 
 def _written(vector: Float[Tensor, " D"], as_text: bool) -> list[float] | str:

@@ -3,7 +3,6 @@
 They stay in memory until the server ends, are deleted, or newer ones need their room.
 """
 
-import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lapilli.errors import MediaTooLargeError
+from lapilli.serve.answers import new_id
 from lapilli.serve.errors import UnknownMediumError
 
 
@@ -61,9 +61,7 @@ class Files:
             raise MediaTooLargeError(
                 f"{name} has {len(data)} bytes, the server keeps {self._max_bytes} of uploads"
             )
-        file = StoredFile(
-            f"file-{secrets.token_hex(12)}", owner, name, purpose, data, int(time.time())
-        )
+        file = StoredFile(new_id("file-"), owner, name, purpose, data, int(time.time()))
         with self._lock:
             self._files[file.file_id] = file
             self._bytes += len(data)

@@ -17,7 +17,7 @@ import math
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -35,7 +35,7 @@ from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.pipeline import Chat
 from lapilli.prompt.message import MediaPart
-from lapilli.serve.errors import UnknownMediumError
+from lapilli.serve.errors import ApiError, UnknownMediumError
 from lapilli.serve.files import Files
 from lapilli.serve.options import ServeOptions
 from lapilli.shapes import Float, Tensor
@@ -43,6 +43,10 @@ from lapilli.shapes import Float, Tensor
 _LONGEST_HEADER: Final = 4096
 _DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LONGEST_UUID: Final = 256
+
+
+Part = str | MediaPart | dict[str, Any]
+"""A text, a medium, or a picture in OpenAI's form that a worker thread is to open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,21 @@ class MediaReader:
         self._options = options
         self._files = files
         self.pictures = PictureCache(options.limits.cache_bytes)
+
+    def check_count(self, count: int, param: str | None = None) -> None:
+        """Refuse more pictures than one request may have.
+
+        Raises:
+            ApiError: there are.
+        """
+        most = self._options.limits.images
+        if count > most:
+            message = f"{count} pictures in one request, the limit is {most}"
+            raise ApiError(400, message, param=param)
+
+    def opened(self, parts: Iterable[Part], owner: str) -> list[str | MediaPart]:
+        """Return parts with their pictures opened; raises what `part` does."""
+        return [self.part(one, owner) if isinstance(one, dict) else one for one in parts]
 
     def part(self, given: Mapping[str, Any], owner: str) -> MediaPart:
         """Return the medium of a part in OpenAI's form, or in the form of our own extensions.

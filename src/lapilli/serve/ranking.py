@@ -8,7 +8,6 @@ apart, so that a query is read once for all items. A document is scored by `rank
 probability that the model says yes.
 """
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +25,7 @@ from lapilli.prompt.message import MediaPart
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
 from lapilli.rank import Ranker, RankTemplate
 from lapilli.rank.prompt import POINTWISE, Content
+from lapilli.serve.answers import new_id
 from lapilli.serve.chat import parts_of
 from lapilli.serve.errors import ApiError
 from lapilli.serve.service import Service
@@ -258,10 +258,7 @@ class Scoring:
         if isinstance(given, str):
             return [given]
         if isinstance(given, list):
-            return [
-                self._service.media.part(part, owner) if isinstance(part, dict) else part
-                for part in _texts_and_media(given, where)
-            ]
+            return [*self._service.media.opened(_texts_and_media(given, where), owner)]
         named = [
             name
             for name in ("text", "image", "image_url", "content", "item_id")
@@ -305,7 +302,7 @@ class Scoring:
 
     def _check_pictures(self, given: Sequence[object]) -> None:
         """Refuse more pictures than one request may have."""
-        count, most = 0, self._service.options.limits.images
+        count = 0
         for one in given:
             parts = one.content if isinstance(one, DocumentBody) else one
             if isinstance(one, DocumentBody) and (one.image or one.image_url):
@@ -313,8 +310,7 @@ class Scoring:
             if isinstance(parts, list):
                 media = ("image_url", "input_image", "image", "image_embeds")
                 count += sum(isinstance(p, dict) and p.get("type") in media for p in parts)
-        if count > most:
-            raise ApiError(400, f"{count} pictures in one request, the limit is {most}")
+        self._service.media.check_count(count)
 
     def _check(self, body: ScoreBody, items: Sequence[object]) -> None:
         """Refuse fields of a score that contradict each other."""
@@ -506,7 +502,7 @@ def rerank_json(
             one["document"] = _document_json(body.documents[at])
         results.append(one)
     return {
-        "id": f"rerank-{secrets.token_hex(12)}",
+        "id": new_id("rerank-"),
         "model": model,
         "results": results,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},

@@ -8,38 +8,32 @@ false.
 """
 
 import json
-import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from lapilli.config.generation import SamplingParams
-from lapilli.serve.chat import parts_of
-from lapilli.serve.errors import ApiError
-from lapilli.serve.sampling import SamplingBody
-from lapilli.serve.service import Answers, ChatRequest, Finished, Part, Service, Turn
-from lapilli.serve.stream import event, events, unless_gone
-from lapilli.serve.structured import StructuredBody, format_grammar
-from lapilli.serve.tools import (
+from lapilli.serve.answers import Answers, Finished, new_id
+from lapilli.serve.calls import (
     AnswerReader,
     Call,
     CallArguments,
-    CallEnd,
     CallStart,
     Spoken,
     Text,
-    Tool,
-    ToolUse,
     call_text,
-    choice_of,
-    function_tool,
     response_parts,
-    tool_use,
-    with_instructions,
 )
+from lapilli.serve.chat import parts_of
+from lapilli.serve.errors import ApiError
+from lapilli.serve.media import Part
+from lapilli.serve.sampling import SamplingBody
+from lapilli.serve.service import ChatRequest, Service, Turn
+from lapilli.serve.stream import event, respond
+from lapilli.serve.structured import StructuredBody, format_grammar
+from lapilli.serve.tools import Tool, ToolUse, choice_of, function_tool, tool_use, with_instructions
 
 ROLES: Mapping[str, str] = {
     "user": "user",
@@ -47,6 +41,10 @@ ROLES: Mapping[str, str] = {
     "system": "system",
     "developer": "system",
 }
+
+
+Named = tuple[str, dict[str, object]]
+"""An event: its name, and what it says."""
 
 
 class ResponsesBody(SamplingBody, StructuredBody):
@@ -156,7 +154,6 @@ class ResponsesBody(SamplingBody, StructuredBody):
             params=use.params(params),
             has_limit=most is not None,
             owner=owner,
-            endpoint="responses",
         )
 
 
@@ -171,11 +168,8 @@ def router(service: Service) -> APIRouter:
         body.check()
         use = body.use()
         request = body.request(use, service.options.sampling, http.state.owner)
-        answers = await service.open(request)
         writer = ResponseWriter(service, body, request, use)
-        if body.stream:
-            return events(writer.stream(answers))
-        return JSONResponse(await unless_gone(http, writer.whole(answers)))
+        return await respond(http, service, request, writer, is_stream=body.stream)
 
     return routes
 
@@ -245,14 +239,13 @@ class ResponseWriter:
     def __init__(
         self, service: Service, body: ResponsesBody, request: ChatRequest, use: ToolUse
     ) -> None:
-        self._service = service
         self._reader = AnswerReader(use.names)
         self._number = 0
-        self._output: list[dict[str, Any]] = []
-        self._message: dict[str, Any] | None = None
+        self._output: list[dict[str, object]] = []
+        self._message: dict[str, object] | None = None
         self._response = {
             **_asked(body, request.params, use),
-            "id": f"resp_{secrets.token_hex(16)}",
+            "id": new_id("resp_"),
             "object": "response",
             "created_at": int(time.time()),
             "model": service.model_name,
@@ -263,7 +256,7 @@ class ResponseWriter:
             "usage": None,
         }
 
-    async def whole(self, answers: Answers) -> dict[str, Any]:
+    async def whole(self, answers: Answers) -> dict[str, object]:
         """Return the response in one piece."""
         async for _, _ in self._events(answers):
             pass
@@ -275,7 +268,7 @@ class ResponseWriter:
             yield event({"type": name, **data, "sequence_number": self._number}, name)
             self._number += 1
 
-    async def _events(self, answers: Answers) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    async def _events(self, answers: Answers) -> AsyncIterator[Named]:
         """Yield names of events and what they say."""
         yield "response.created", {"response": dict(self._response)}
         yield "response.in_progress", {"response": dict(self._response)}
@@ -284,21 +277,17 @@ class ResponseWriter:
             async for one in answers:
                 if isinstance(one, Finished):
                     reason = one.reason
-                    said = self._reader.flush()
-                else:
-                    said = self._reader.push(one.text)
-                for piece in said:
+                for piece in self._reader.read(one):
                     for found in self._said(piece):
                         yield found
-        self._service.metrics.count(answers)
         if not self._output:
-            yield self._open_message()
-            yield self._part("response.content_part.added", "")
+            for found in self._open_message():
+                yield found
         for found in self._close_message():
             yield found
         yield self._finish(answers, reason)
 
-    def _finish(self, answers: Answers, reason: str) -> tuple[str, dict[str, Any]]:
+    def _finish(self, answers: Answers, reason: str) -> Named:
         """Return the last event, with the whole response."""
         usage = answers.usage
         self._response["usage"] = {
@@ -318,47 +307,51 @@ class ResponseWriter:
             self._response["incomplete_details"] = {"reason": "max_output_tokens"}
         return f"response.{self._response['status']}", {"response": self._response}
 
-    def _said(self, piece: Spoken) -> list[tuple[str, dict[str, Any]]]:
+    def _said(self, piece: Spoken) -> list[Named]:
         """Return the events of a piece of the answer."""
         if isinstance(piece, Text):
-            found = []
-            if self._message is None:
-                found.append(self._open_message())
-                found.append(self._part("response.content_part.added", ""))
+            found = [] if self._message else self._open_message()
             self._text += piece.text
             place = {**self._place(), "content_index": 0}
             delta = {**place, "delta": piece.text, "logprobs": []}
             return [*found, ("response.output_text.delta", delta)]
         if isinstance(piece, CallStart):
-            return [*self._close_message(), self._open_call(piece.call)]
+            return [*self._close_message(), *self._open_call(piece.call)]
         if isinstance(piece, CallArguments):
             delta = {**self._place(), "delta": piece.text}
             return [("response.function_call_arguments.delta", delta)]
-        assert isinstance(piece, CallEnd)  # noqa: S101 - there is nothing else
         return self._close_call(piece.call)
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self) -> dict[str, object]:
         """Return where the item is that grows."""
         return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
 
-    def _part(self, name: str, text: str) -> tuple[str, dict[str, Any]]:
+    def _part(self, name: str, text: str) -> Named:
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
         return name, {**self._place(), "content_index": 0, "part": part}
 
-    def _open_message(self) -> tuple[str, dict[str, Any]]:
+    def _add(self, item: dict[str, object]) -> Named:
+        """Return the event of a new item."""
+        self._output.append(item)
+        added = {"output_index": len(self._output) - 1, "item": dict(item)}
+        return "response.output_item.added", added
+
+    def _done(self, item: dict[str, object]) -> Named:
+        """Return the event of an item that is over."""
+        return "response.output_item.done", {"output_index": len(self._output) - 1, "item": item}
+
+    def _open_message(self) -> list[Named]:
         self._message = {
-            "id": f"msg_{secrets.token_hex(16)}",
+            "id": new_id("msg_"),
             "type": "message",
             "role": "assistant",
             "status": "in_progress",
             "content": [],
         }
         self._text = ""
-        self._output.append(self._message)
-        added = {"output_index": len(self._output) - 1, "item": dict(self._message)}
-        return "response.output_item.added", added
+        return [self._add(self._message), self._part("response.content_part.added", "")]
 
-    def _close_message(self) -> list[tuple[str, dict[str, Any]]]:
+    def _close_message(self) -> list[Named]:
         """Return the events that end a message, if one is open."""
         if self._message is None:
             return []
@@ -366,39 +359,29 @@ class ResponseWriter:
         self._message["content"] = [part["part"]]
         self._message["status"] = "completed"
         done = {**self._place(), "content_index": 0, "text": self._text, "logprobs": []}
-        item = {"output_index": len(self._output) - 1, "item": self._message}
-        self._message = None
-        return [
-            ("response.output_text.done", done),
-            (name, part),
-            ("response.output_item.done", item),
-        ]
+        item, self._message = self._message, None
+        return [("response.output_text.done", done), (name, part), self._done(item)]
 
-    def _open_call(self, call: Call) -> tuple[str, dict[str, Any]]:
-        item = {
-            "id": f"fc_{secrets.token_hex(16)}",
+    def _open_call(self, call: Call) -> list[Named]:
+        item: dict[str, object] = {
+            "id": new_id("fc_"),
             "type": "function_call",
             "status": "in_progress",
             "call_id": call.id,
             "name": call.name,
             "arguments": "",
         }
-        self._output.append(item)
-        added = {"output_index": len(self._output) - 1, "item": dict(item)}
-        return "response.output_item.added", added
+        return [self._add(item)]
 
-    def _close_call(self, call: Call) -> list[tuple[str, dict[str, Any]]]:
+    def _close_call(self, call: Call) -> list[Named]:
         item = self._output[-1]
         item["arguments"] = call.arguments
         item["status"] = "completed" if call.is_whole else "incomplete"
         done = {**self._place(), "name": call.name, "arguments": call.arguments}
-        return [
-            ("response.function_call_arguments.done", done),
-            ("response.output_item.done", {"output_index": len(self._output) - 1, "item": item}),
-        ]
+        return [("response.function_call_arguments.done", done), self._done(item)]
 
 
-def _asked(body: ResponsesBody, params: SamplingParams, use: ToolUse) -> dict[str, Any]:
+def _asked(body: ResponsesBody, params: SamplingParams, use: ToolUse) -> dict[str, object]:
     """Return what a response repeats of its request, with the values that counted."""
     return {
         "background": False,

@@ -34,6 +34,11 @@ class SamplingBody(BaseModel):
     stream_options: "StreamOptions | None" = None
     user: str | None = None
 
+    @property
+    def reports_usage(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
     def params(self, base: SamplingParams, **more: Any) -> SamplingParams:  # noqa: ANN401  of any field
         """Return them as the engine's, over those of the server.
 
