@@ -38,7 +38,7 @@ from lapilli.serve.tools import Choice, Tool, ToolUse, function_tool, tool_use, 
 CHOICES: Mapping[str, Choice] = {
     "auto": "auto",
     "any": "required",
-    "tool": "required",
+    "tool": "function",
     "none": "none",
 }
 UNSEEN = frozenset(("thinking", "redacted_thinking"))
@@ -91,9 +91,9 @@ class CountBody(BaseModel):
                 f"tool_choice has the type {given.get('type')!r}: expected {', '.join(CHOICES)}",
                 param="tool_choice",
             )
-        named = str(given.get("name")) if given.get("type") == "tool" else None
+        allowed = (str(given.get("name")),) if choice == "function" else None
         is_parallel = not given.get("disable_parallel_tool_use")
-        return tool_use(tools, choice, named, is_parallel=is_parallel)
+        return tool_use(tools, choice, allowed, is_parallel=is_parallel)
 
     def form(self) -> Grammar | None:
         """Return the form that the answer must have."""

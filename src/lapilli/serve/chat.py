@@ -68,9 +68,9 @@ class ChatBody(SamplingBody, StructuredBody):
         Raises:
             ApiError: a declaration or a choice that cannot be used.
         """
-        choice, named = choice_of(self.tool_choice)
+        choice, allowed = choice_of(self.tool_choice)
         tools = tools_of(self.tools)
-        return tool_use(tools, choice, named, is_parallel=self.parallel_tool_calls)
+        return tool_use(tools, choice, allowed, is_parallel=self.parallel_tool_calls)
 
 
 def router(service: Service) -> APIRouter:

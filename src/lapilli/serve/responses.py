@@ -133,8 +133,8 @@ class ResponsesBody(SamplingBody, StructuredBody):
                     f"tools[{at}]",
                 )
             tools.append(function_tool(one, f"tools[{at}]"))
-        choice, named = choice_of(self.tool_choice)
-        return tool_use(tools, choice, named, is_parallel=self.parallel_tool_calls)
+        choice, allowed = choice_of(self.tool_choice)
+        return tool_use(tools, choice, allowed, is_parallel=self.parallel_tool_calls)
 
     def request(self, use: ToolUse, base: SamplingParams, owner: str) -> ChatRequest:
         """Return the internal request.

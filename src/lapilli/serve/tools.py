@@ -5,7 +5,8 @@
 
 This is the form of Hermes, which Qwen and many others were trained with; one form for all models
 and protocols. `auto` reads the text that comes (calls.py); `required` and a named function force
-the call by a grammar, so that its arguments always fit the function's schema.
+the call by a grammar, so that its arguments always fit the function's schema. `allowed_tools` does
+either with some of the functions: the model is told of no others.
 """
 
 import json
@@ -26,7 +27,8 @@ MOST_CALLS: Final = 8
 ONE_LINE: Final = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """How llguidance is to write JSON inside a grammar: as json.dumps does."""
 
-Choice = Literal["none", "auto", "required"]
+Choice = Literal["none", "auto", "required", "function"]
+"""Whether the answer calls functions: never, if it likes, at least one, or one of one name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +52,14 @@ class ToolUse:
 
     Attributes:
         tools: all of them.
-        choice: none, auto or required.
-        named: the only one that may be called; `choice` is then required.
+        choice: whether they are called.
+        allowed: names of those that may be; None: all.
         is_parallel: several calls in one answer.
     """
 
     tools: tuple[Tool, ...] = ()
     choice: Choice = "auto"
-    named: str | None = None
+    allowed: frozenset[str] | None = None
     is_parallel: bool = True
 
     @property
@@ -65,7 +67,7 @@ class ToolUse:
         """The functions that this answer may call."""
         if self.choice == "none":
             return ()
-        return tuple(one for one in self.tools if self.named in (None, one.name))
+        return tuple(one for one in self.tools if self.allowed is None or one.name in self.allowed)
 
     @property
     def names(self) -> frozenset[str]:
@@ -110,7 +112,7 @@ class ToolUse:
         """
         if not self.callable:
             return params
-        if self.choice == "required":
+        if self.choice in ("required", "function"):
             return params.updated(grammar=_grammar(self, None))
         if params.grammar is not None:
             return params.updated(grammar=_grammar(self, params.grammar))
@@ -128,7 +130,7 @@ def with_instructions(turns: Sequence[Turn], use: ToolUse) -> tuple[Turn, ...]:
 def tool_use(
     tools: Sequence[Tool],
     choice: Choice = "auto",
-    named: str | None = None,
+    allowed: Sequence[str] | None = None,
     *,
     is_parallel: bool | None = None,
 ) -> ToolUse:
@@ -148,17 +150,21 @@ def tool_use(
             Grammar.json_schema(one.parameters)
         except GrammarError as error:
             raise ApiError(400, f"{where}, {one.name}: {error}", param=where) from error
-    known = ", ".join(one.name for one in tools)
-    if named is not None and named not in (one.name for one in tools):
-        raise ApiError(
-            400,
-            f"tool_choice names {named!r}: the tools are {known or 'none'}",
-            param="tool_choice",
-        )
+    known = [one.name for one in tools]
+    for name in allowed or ():
+        if name not in known:
+            raise ApiError(
+                400,
+                f"tool_choice names {name!r}: the tools are {', '.join(known) or 'none'}",
+                param="tool_choice",
+            )
     if choice == "required" and not tools:
         raise ApiError(400, "tool_choice is required and there are no tools", param="tool_choice")
     return ToolUse(
-        tools=tuple(tools), choice=choice, named=named, is_parallel=is_parallel is not False
+        tools=tuple(tools),
+        choice=choice,
+        allowed=None if allowed is None else frozenset(allowed),
+        is_parallel=is_parallel is not False,
     )
 
 
@@ -202,25 +208,38 @@ def tools_of(given: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
     return found
 
 
-def choice_of(given: object) -> tuple[Choice, str | None]:
-    """Return `tool_choice` of OpenAI's protocols: a word, or the function that is named.
+def choice_of(given: object) -> tuple[Choice, Sequence[str] | None]:
+    """Return `tool_choice` of OpenAI's protocols, and which functions it allows; None: all.
+
+    Chat has names, mode and functions inside of an object, the Responses API beside the type.
 
     Raises:
         ApiError: something else.
     """
-    if given is None:
-        return "auto", None
-    for word in ("none", "auto", "required"):
-        if given == word:
-            return word, None
-    if isinstance(given, Mapping) and given.get("type") == "function":
-        function = given.get("function")
-        name = function.get("name") if isinstance(function, Mapping) else given.get("name")
-        if isinstance(name, str):
-            return "required", name
+    match given:
+        case None:
+            return "auto", None
+        case "none" | "auto" | "required":
+            return given, None
+        case {"type": "function", "function": {"name": str(name)}} | {
+            "type": "function",
+            "name": str(name),
+        }:
+            return "function", (name,)
+        case {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": mode, "tools": [_, *_] as tools},
+        } | {"type": "allowed_tools", "mode": mode, "tools": [_, *_] as tools} if mode in (
+            "auto",
+            "required",
+        ):
+            chosen = [choice_of(one) for one in tools]
+            if all(choice == "function" for choice, _ in chosen):
+                return mode, [name for _, names in chosen for name in names or ()]
     raise ApiError(
         400,
-        f"tool_choice {given!r:.100} is not known: none, auto, required, or a function by its name",
+        f"tool_choice {given!r:.100} is not known: none, auto, required, a function by its name, "
+        "or allowed_tools with a mode, auto or required, and functions by their names",
         param="tool_choice",
     )
 
@@ -228,7 +247,11 @@ def choice_of(given: object) -> tuple[Choice, str | None]:
 def _grammar(use: ToolUse, other: Grammar | None) -> Grammar:
     """Return the grammar of one call or several; with `other`, of an answer of that form too."""
     rules = ["start: calls | other" if other is not None else "start: calls"]
-    more = f' ("\\n" call){{0,{MOST_CALLS - 1}}}' if use.is_parallel and use.named is None else ""
+    more = (
+        f' ("\\n" call){{0,{MOST_CALLS - 1}}}'
+        if use.is_parallel and use.choice != "function"
+        else ""
+    )
     rules.append(f"calls: call{more}")
     rules.append("call: " + " | ".join(f"call_{at}" for at in range(len(use.callable))))
     for at, one in enumerate(use.callable):
