@@ -45,8 +45,8 @@ _DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bflo
 _LONGEST_UUID: Final = 256
 
 
-Part = str | MediaPart | dict[str, Any]
-"""A text, a medium, or a picture in OpenAI's form that a worker thread is to open."""
+Part = str | dict[str, Any]
+"""A text, or a picture in OpenAI's form that a worker thread is to open."""
 
 
 @dataclass(frozen=True, slots=True)

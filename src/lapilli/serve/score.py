@@ -1,39 +1,31 @@
-"""`/v1/score` and `/rerank`: many items after one query, whose prompt is read once.
+"""`/v1/score`: SGLang's: probabilities of label tokens after a query and each of many items.
 
-    /v1/score            SGLang's: query and items as they are, probabilities of label tokens
-    /rerank, /v1, /v2    vLLM's, Jina's and Cohere's: one relevance per document, the best first
-
-A score reads raw texts or tokens, without a conversation around them, and tokenizes query and item
-apart, so that a query is read once for all items. A document is scored by `rank.Ranker`: the
-probability that the model says yes.
+Raw texts or tokens are read, without a conversation around them. Query and item are tokenized
+apart, so that a query is read once for all items.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, Any, Literal
+from itertools import groupby
+from typing import Any
 
 import torch
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from lapilli.lm import LanguageModel
 from lapilli.pipeline import ProcessedPrompt
 from lapilli.pipeline.scorer import SuffixScorer
 from lapilli.prompt.encode import EncodedPrompt, Span, encode
-from lapilli.prompt.message import MediaPart
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
-from lapilli.rank import Ranker, RankTemplate
-from lapilli.rank.prompt import POINTWISE, Content
-from lapilli.serve.answers import new_id
-from lapilli.serve.chat import parts_of
 from lapilli.serve.errors import ApiError
+from lapilli.serve.rerank import Parts, num_pictures, texts_and_media
 from lapilli.serve.service import Service
 from lapilli.serve.stream import unless_gone
 from lapilli.shapes import Float, Tensor
 
 Tokens = list[int]
-Parts = list[dict[str, Any]]
 Vectors = list[list[float]]
 
 
@@ -57,34 +49,8 @@ class ScoreBody(BaseModel):
     item_embed_overrides: list[Vectors | None] | None = None
 
 
-class DocumentBody(BaseModel):
-    """A document that is more than a text: exactly one of the fields."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    text: str | None = None
-    image: str | None = None
-    image_url: str | dict[str, Any] | None = None
-    content: Parts | None = None
-    item_id: str | int | None = None
-    modality: str | None = None
-
-
-class RerankBody(BaseModel):
-    """The body of a reranking."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    model: str | None = None
-    query: str | DocumentBody | Parts
-    documents: Annotated[list[str | DocumentBody | Parts], Field(min_length=1)]
-    top_n: int | None = Field(default=None, ge=1)
-    return_documents: bool | None = None
-    instruct: str | None = None
-
-
 def router(service: Service) -> APIRouter:
-    """Return the routes."""
+    """Return the route."""
     routes = APIRouter()
     scoring = Scoring(service)
 
@@ -96,20 +62,6 @@ def router(service: Service) -> APIRouter:
         rows = await service.read(scoring.rows, body, http.state.owner)
         found = await unless_gone(http, service.compute(scoring.score, body, rows))
         return JSONResponse(found)
-
-    @routes.post("/rerank", response_model=None)
-    @routes.post("/v1/rerank", response_model=None)
-    @routes.post("/v2/rerank", response_model=None)
-    async def rerank(body: RerankBody, http: Request) -> Response:
-        """Return documents by how likely each matches the query."""
-        service.check_model(body.model)
-        service.check_open()
-        is_cohere = http.url.path.startswith("/v2/")  # whose second version returns none
-        shows = not is_cohere if body.return_documents is None else body.return_documents
-        query, documents = await service.read(scoring.documents, body, http.state.owner)
-        found = service.compute(scoring.rerank, body, query, documents)
-        scores, tokens = await unless_gone(http, found)
-        return JSONResponse(rerank_json(body, scores, tokens, service.model_name, shows=shows))
 
     return routes
 
@@ -124,7 +76,7 @@ class Row:
 
 
 class Scoring:
-    """Scores and rankings of one server, which keep what they read of queries.
+    """Scores of one server, which keep what they read of queries.
 
     Args:
         service: the model, and how media are opened.
@@ -134,7 +86,6 @@ class Scoring:
         self._service = service
         self._chat = service.chat
         self._scorer = SuffixScorer(service.chat.model)
-        self._rankers: dict[str, Ranker] = {}
 
     def rows(self, body: ScoreBody, owner: str) -> list[Row]:
         """Return where the scores of a request are read; called in a worker thread.
@@ -166,19 +117,15 @@ class Scoring:
         read = _Readout(self._chat.model.language_model, wanted, body.temperature)
         found: list[Tensor] = []
         kept: list[int] = []
-        start = 0
-        while start < len(rows):  # rows that share a prefix are read together
-            prefix = rows[start].prefix
-            end = start
-            while end < len(rows) and rows[end].prefix is prefix:
-                end += 1
-            suffixes = [row.suffix for row in rows[start:end]]
+        for _, group in groupby(rows, key=lambda row: id(row.prefix)):  # they are read together
+            some = list(group)
+            prefix = some[0].prefix
 
             def note(is_kept: bool, length: int = len(prefix.encoded)) -> None:
                 kept.append(length * is_kept)
 
+            suffixes = [row.suffix for row in some]
             found += self._scorer.values(prefix, suffixes, read, on_prefix=note)
-            start = end
         if not all(bool(values.isfinite().all()) for values in found):
             raise ApiError(
                 400, "the scores are not finite: a vector in the place of a token is too large"
@@ -218,105 +165,11 @@ class Scoring:
             },
         }
 
-    def documents(self, body: RerankBody, owner: str) -> tuple[list[Content], list[list[Content]]]:
-        """Return query and documents, their pictures opened; called in a worker thread.
-
-        Raises:
-            ApiError: a document of no known form, or an id without a store.
-            MediaError: a picture that cannot be opened.
-        """
-        self._check_pictures([body.query, *body.documents])
-        query = self._contents(body.query, "query", owner)
-        found = [
-            self._contents(one, f"documents[{at}]", owner) for at, one in enumerate(body.documents)
-        ]
-        return query, found
-
-    def rerank(
-        self, body: RerankBody, query: list[Content], documents: list[list[Content]]
-    ) -> tuple[list[float], int]:
-        """Return the relevance of every document, and the positions that were read."""
-        ranker = self._ranker(body.instruct)
-        tokens: list[int] = []
-        names = [f"documents[{at}]" for at in range(len(documents))]
-        scores = list(ranker.stream(query, documents, names=names, on_read=tokens.append))
-        return scores, sum(tokens)
-
-    def _ranker(self, instruct: str | None) -> Ranker:
-        """Return the ranker of an instruction; the usual one keeps what it read of queries."""
-        if instruct:
-            said = RankTemplate(user=f"{instruct}\n{POINTWISE}")
-            return Ranker(self._chat, template=said, prefix_bytes=0)
-        return self._plain_ranker
-
-    @cached_property
-    def _plain_ranker(self) -> Ranker:
-        return Ranker(self._chat)
-
-    def _contents(self, given: str | DocumentBody | Parts, where: str, owner: str) -> list[Content]:
-        """Return a query or a document as texts and media in order."""
-        if isinstance(given, str):
-            return [given]
-        if isinstance(given, list):
-            return [*self._service.media.opened(_texts_and_media(given, where), owner)]
-        named = [
-            name
-            for name in ("text", "image", "image_url", "content", "item_id")
-            if getattr(given, name) is not None
-        ]
-        is_captioned = len(named) == 2 and named[0] == "text" and named[1] in ("image", "image_url")
-        if len(named) != 1 and not is_captioned:
-            raise ApiError(
-                400,
-                f"{where} has {', '.join(named) or 'nothing'}: expected text, image, both, "
-                "content or item_id",
-                param=where,
-            )
-        if given.content is not None:
-            return self._contents(given.content, where, owner)
-        if given.item_id is not None:
-            return [MediaPart(given.item_id, self._modality(given.modality, where))]
-        found: list[Content] = []
-        url = given.image if given.image is not None else given.image_url
-        if url is not None:
-            found.append(self._service.media.part({"image_url": url}, owner))
-        return found if given.text is None else [*found, given.text]
-
-    def _modality(self, name: str | None, where: str) -> str:
-        """Return the modality whose store has an id.
-
-        Raises:
-            ApiError: none, or several and no name.
-        """
-        stores = list(self._chat.stores)
-        if name is None and len(stores) == 1:
-            return stores[0]
-        if name not in stores:
-            raise ApiError(
-                400,
-                f"{where} has an item_id, and modality says {name!r}: this server has stores of "
-                f"{', '.join(stores) or 'no modality'}",
-                param=where,
-            )
-        return str(name)
-
-    def _check_pictures(self, given: Sequence[object]) -> None:
-        """Refuse more pictures than one request may have."""
-        count = 0
-        for one in given:
-            parts = one.content if isinstance(one, DocumentBody) else one
-            if isinstance(one, DocumentBody) and (one.image or one.image_url):
-                count += 1
-            if isinstance(parts, list):
-                media = ("image_url", "input_image", "image", "image_embeds")
-                count += sum(isinstance(p, dict) and p.get("type") in media for p in parts)
-        self._service.media.check_count(count)
-
     def _check(self, body: ScoreBody, items: Sequence[object]) -> None:
         """Refuse fields of a score that contradict each other."""
         if not items:
             raise ApiError(400, "items is empty: give at least one", param="items")
-        self._check_pictures([body.query, *items])
+        self._service.media.check_count(num_pictures([body.query, *items]))
         self._labels(body, len(items))
         vectors = body.item_embed_overrides
         if vectors is not None and len(vectors) != len(items):
@@ -415,7 +268,7 @@ class Scoring:
         if isinstance(given, list) and given and isinstance(given[0], dict):
             segments: list[Segment] = []
             media: list[Any] = []
-            for part in _texts_and_media(given, where):
+            for part in texts_and_media(given, where):
                 if isinstance(part, dict):
                     medium = self._service.media.part(part, owner)
                     segments.append(MediaSlot(medium.modality))
@@ -461,7 +314,9 @@ class Scoring:
 class _Readout:
     """What is read of last states: logits of some tokens, their log-sum over all, the states."""
 
-    def __init__(self, language_model: Any, ids: Sequence[int], temperature: float) -> None:  # noqa: ANN401
+    def __init__(
+        self, language_model: LanguageModel, ids: Sequence[int], temperature: float
+    ) -> None:
         self._language_model = language_model
         self._ids = list(ids)
         self._temperature = temperature
@@ -477,42 +332,3 @@ def _beginning(piece: ProcessedPrompt, end: int) -> ProcessedPrompt:
     spans = tuple(span for span in piece.encoded.spans if span.start + span.length <= end)
     ids, mask = piece.encoded.input_ids[:end], piece.encoded.loss_mask[:end]
     return ProcessedPrompt(EncodedPrompt(ids, mask, spans), piece.media[: len(spans)])
-
-
-def _texts_and_media(given: Parts, where: str) -> Sequence[str | dict[str, Any]]:
-    """Return parts as texts, and pictures that are not opened yet."""
-    known: list[dict[str, Any]] = []
-    for part in given:
-        kind: Literal["image"] | str = part.get("type", "text" if "text" in part else "image")
-        is_plain = kind == "image" and "image" in part
-        known.append({"image_url": part["image"], "type": "image"} if is_plain else part)
-        known[-1].setdefault("type", kind)
-    return [part for part in parts_of(known, where) if not isinstance(part, MediaPart)]
-
-
-def rerank_json(
-    body: RerankBody, scores: Sequence[float], tokens: int, model: str, *, shows: bool
-) -> dict[str, Any]:
-    """Return the response of a reranking: what vLLM, Jina's and Cohere's clients read."""
-    order = sorted(range(len(scores)), key=lambda at: (-scores[at], at))[: body.top_n]
-    results = []
-    for at in order:
-        one: dict[str, Any] = {"index": at, "relevance_score": scores[at]}
-        if shows:
-            one["document"] = _document_json(body.documents[at])
-        results.append(one)
-    return {
-        "id": new_id("rerank-"),
-        "model": model,
-        "results": results,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
-
-
-def _document_json(document: str | DocumentBody | Parts) -> dict[str, Any]:
-    """Return a document as it was sent."""
-    if isinstance(document, str):
-        return {"text": document}
-    if isinstance(document, list):
-        return {"content": document}
-    return document.model_dump(exclude_none=True)
