@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse, format_sse_event
+from starlette.types import Receive
 
 from lapilli.serve.answers import Answers
 from lapilli.serve.errors import ApiError, Dialect, api_error
@@ -90,7 +91,7 @@ async def unless_gone(request: Request, work: Coroutine[object, object, T]) -> T
         ApiError: 499, which nobody reads.
     """
     task = asyncio.create_task(work)
-    gone = asyncio.create_task(_gone(request))
+    gone = asyncio.create_task(until_gone(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -103,7 +104,7 @@ async def unless_gone(request: Request, work: Coroutine[object, object, T]) -> T
                 await one
 
 
-async def _gone(request: Request) -> None:
+async def until_gone(receive: Receive) -> None:
     """Return when the client has closed its connection."""
-    while (await request.receive())["type"] != "http.disconnect":
+    while (await receive())["type"] != "http.disconnect":
         pass
