@@ -29,7 +29,7 @@ from lapilli.serve.calls import (
 )
 from lapilli.serve.errors import ApiError
 from lapilli.serve.media import Part
-from lapilli.serve.sampling import check_stops
+from lapilli.serve.sampling import check_stops, updated
 from lapilli.serve.service import ChatRequest, Service, Turn
 from lapilli.serve.stream import event, respond
 from lapilli.serve.structured import format_grammar
@@ -127,7 +127,7 @@ class MessagesBody(CountBody):
             "top_k": self.top_k,
             "grammar": self.form(),
         }
-        return base.updated(**{name: value for name, value in options.items() if value is not None})
+        return updated(base, options)
 
 
 def router(service: Service) -> APIRouter:

@@ -252,7 +252,7 @@ def _json_text(data: object) -> str:
     return text
 
 
-def decisions_json(found: Decisions, model: str) -> dict[str, Any]:
+def decisions_json(found: Decisions, model: str) -> dict[str, object]:
     """Return the answers in OpenAI's form."""
     written = 0 if found.cached_tokens else found.shared_tokens
     return {
@@ -271,7 +271,7 @@ def decisions_json(found: Decisions, model: str) -> dict[str, Any]:
     }
 
 
-def answer_json(answer: Answer) -> dict[str, Any]:
+def answer_json(answer: Answer) -> dict[str, object]:
     """Return one answer in OpenAI's form."""
     if isinstance(answer, PredicateAnswer):
         return {"type": "predicate", "name": answer.name, "probability": answer.probability}

@@ -19,6 +19,7 @@ from lapilli.shapes import Float, Tensor
 MOST_INPUTS = 2048
 
 Parts = list[dict[str, Any]]
+Input = str | list[int] | Parts
 
 
 class EmbeddingBody(BaseModel):
@@ -27,7 +28,7 @@ class EmbeddingBody(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
-    input: str | list[int] | list[str | list[int] | Parts] | None = None
+    input: str | list[int] | list[Input] | None = None
     messages: list[MessageBody] | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
@@ -84,9 +85,7 @@ def prompts_of(
     if body.messages is not None:
         messages = service.messages(turns_of(body.messages), owner)
         return [embedder.prompt(messages, "messages")]
-    given: list[Any]
-    is_one = isinstance(body.input, str) or (bool(body.input) and isinstance(body.input[0], int))  # type: ignore[index]
-    given = [body.input] if is_one else list(body.input or [])
+    given = inputs_of([] if body.input is None else body.input)
     if not 1 <= len(given) <= MOST_INPUTS:
         raise ApiError(
             400, f"input must have 1 to {MOST_INPUTS} entries, got {len(given)}", param="input"
@@ -101,8 +100,16 @@ def prompts_of(
     return [_prompt(one, at, service, embedder, owner) for at, one in enumerate(given)]
 
 
+def inputs_of(given: str | list[int] | list[Input]) -> list[Input]:
+    """Return the texts, lists of tokens or lists of parts of an input, which may be one of them."""
+    if isinstance(given, str):
+        return [given]
+    tokens = [one for one in given if isinstance(one, int)]
+    return [tokens] if tokens else [one for one in given if not isinstance(one, int)]
+
+
 def _prompt(
-    given: str | list[int] | Parts, at: int, service: Service, embedder: Embedder, owner: str
+    given: Input, at: int, service: Service, embedder: Embedder, owner: str
 ) -> ProcessedPrompt:
     name = f"input[{at}]"
     if isinstance(given, str):

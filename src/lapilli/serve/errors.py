@@ -7,7 +7,7 @@ A status is never chosen by a route: it follows from the kind of error.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from lapilli.errors import (
     BusyError,
@@ -61,7 +61,7 @@ class ApiError(Exception):
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def body(self, dialect: Dialect = "openai") -> dict[str, Any]:
+    def body(self, dialect: Dialect = "openai") -> dict[str, object]:
         """Return the JSON that clients of a protocol expect."""
         # What a client wrote may be no Unicode, and is told back to it.
         message = self.message.encode("utf-8", "backslashreplace").decode()

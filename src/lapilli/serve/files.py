@@ -7,7 +7,6 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
 
 from lapilli.errors import MediaTooLargeError
 from lapilli.serve.answers import new_id
@@ -25,7 +24,7 @@ class StoredFile:
     data: bytes
     created: int
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Return it as OpenAI's file object."""
         return {
             "id": self.file_id,

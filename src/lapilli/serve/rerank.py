@@ -192,7 +192,7 @@ def texts_and_media(given: Parts, where: str) -> Sequence[Part]:
 
 def rerank_json(
     body: RerankBody, scores: Sequence[float], tokens: int, model: str, *, shows: bool
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the response of a reranking: what vLLM, Jina's and Cohere's clients read."""
     order = sorted(range(len(scores)), key=lambda at: (-scores[at], at))[: body.top_n]
     results = []
@@ -209,7 +209,7 @@ def rerank_json(
     }
 
 
-def _document_json(document: str | DocumentBody | Parts) -> dict[str, Any]:
+def _document_json(document: str | DocumentBody | Parts) -> dict[str, object]:
     """Return a document as it was sent."""
     if isinstance(document, str):
         return {"text": document}

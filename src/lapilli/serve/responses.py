@@ -72,15 +72,8 @@ class ResponsesBody(SamplingBody, StructuredBody):
         Raises:
             ApiError: with the reason.
         """
-        stateful = {
-            "store": self.store,
-            "previous_response_id": self.previous_response_id,
-            "conversation": self.conversation,
-            "background": self.background,
-            "prompt": self.prompt,
-        }
-        for name, value in stateful.items():
-            if value:
+        for name in ("store", "previous_response_id", "conversation", "background", "prompt"):
+            if getattr(self, name):
                 raise ApiError(
                     400,
                     f"{name} is not supported: this server stores no responses and prompts, send "

@@ -109,7 +109,7 @@ class Scoring:
             rows.append(Row(at, *self._split(first, second, f"items[{at}]")))
         return rows
 
-    def score(self, body: ScoreBody, rows: Sequence[Row]) -> dict[str, Any]:
+    def score(self, body: ScoreBody, rows: Sequence[Row]) -> dict[str, object]:
         """Return the response to `/v1/score`; called in the thread that computes."""
         ids = self._labels(body, 1 if isinstance(body.items, str) else len(body.items))
         wanted = sorted({token for some in ids for token in some})

@@ -120,7 +120,7 @@ def _of_kind(kind: str, given: object, whitespace: str | None) -> Grammar:
     if kind == "json":
         return _of_schema(given, whitespace)
     if kind == "choice":
-        return Grammar.choice(given)  # type: ignore[arg-type]  # it checks
+        return Grammar.choice(given)
     if not isinstance(given, str):
         raise GrammarError(f"expected a text, got {given!r:.100}")
     return Grammar.regex(given) if kind == "regex" else Grammar.lark(_as_lark(given))

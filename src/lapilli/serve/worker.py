@@ -7,7 +7,6 @@ programs.
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
@@ -38,7 +37,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/worker_get_status")
-    async def worker_get_status() -> dict[str, Any]:
+    async def worker_get_status() -> dict[str, object]:
         """Say which model there is, and how many wait for it."""
         waiting = service.chat.engine.num_waiting
         return {"model_names": [service.model_name], "speed": 1, "queue_length": waiting}
