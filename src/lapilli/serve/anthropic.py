@@ -27,7 +27,7 @@ from lapilli.serve.calls import (
     call_text,
     response_parts,
 )
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.media import Part
 from lapilli.serve.sampling import check_stops, updated
 from lapilli.serve.service import ChatRequest, Service, Turn
@@ -76,20 +76,18 @@ class CountBody(BaseModel):
         tools: list[Tool] = []
         for at, one in enumerate(self.tools or ()):
             if one.get("type") not in (None, "custom"):
-                raise ApiError(
-                    400,
+                raise invalid(
                     f"tools[{at}] has the type {one['type']!r}: this server runs no tools of its "
                     "own, declare one with an input_schema",
-                    param=f"tools[{at}]",
+                    f"tools[{at}]",
                 )
             tools.append(function_tool(one, f"tools[{at}]", "input_schema"))
         given = self.tool_choice or {"type": "auto"}
         choice = CHOICES.get(str(given.get("type")))
         if choice is None:
-            raise ApiError(
-                400,
+            raise invalid(
                 f"tool_choice has the type {given.get('type')!r}: expected {', '.join(CHOICES)}",
-                param="tool_choice",
+                "tool_choice",
             )
         allowed = (str(given.get("name")),) if choice == "function" else None
         is_parallel = not given.get("disable_parallel_tool_use")
@@ -170,7 +168,7 @@ def turns_of(body: CountBody) -> list[Turn]:
         ApiError: no messages, or a block of an unknown type.
     """
     if not body.messages:
-        raise ApiError(400, "messages is empty: give at least one of the user", param="messages")
+        raise invalid("messages is empty: give at least one of the user", "messages")
     found = []
     if body.system:
         found.append(Turn(role="system", parts=_system(body.system)))
@@ -182,7 +180,7 @@ def turns_of(body: CountBody) -> list[Turn]:
 def _system(given: str | list[dict[str, Any]]) -> tuple[Part, ...]:
     parts = parts_of(given, "system")
     if not all(isinstance(part, str) for part in parts):
-        raise ApiError(400, "system holds a picture: show it in a message of the user")
+        raise invalid("system holds a picture: show it in a message of the user")
     return ("\n\n".join(map(str, parts)),)
 
 
@@ -197,7 +195,7 @@ def parts_of(content: object, where: str) -> tuple[Part, ...]:
     if content is None:
         return ()
     if not isinstance(content, list):
-        raise ApiError(400, f"{where} must be a text or a list of blocks", param=where)
+        raise invalid(f"{where} must be a text or a list of blocks", where)
     found: list[Part] = []
     for at, block in enumerate(content):
         found += _block(block, f"{where}.{at}")
@@ -218,11 +216,10 @@ def _block(block: Mapping[str, Any], where: str) -> tuple[Part, ...]:
         return response_parts(("Error: ", *inner) if block.get("is_error") else inner)
     if kind in UNSEEN:
         return ()
-    raise ApiError(
-        400,
+    raise invalid(
         f"{where} has the type {kind!r}, or lacks a field of it: expected text, image, tool_use or "
         "tool_result",
-        param=where,
+        where,
     )
 
 
@@ -240,11 +237,10 @@ def picture_of(source: object, where: str) -> dict[str, Any]:
         return {"image_url": given["url"]}
     if kind == "file" and isinstance(given.get("file_id"), str):
         return {"file_id": given["file_id"]}
-    raise ApiError(
-        400,
+    raise invalid(
         f"{where}.source has the type {kind!r}, or lacks a field of it: expected base64, url or "
         "file",
-        param=where,
+        where,
     )
 
 

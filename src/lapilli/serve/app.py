@@ -35,7 +35,7 @@ from lapilli.serve import (
     worker,
 )
 from lapilli.serve.auth import Gate
-from lapilli.serve.errors import INTERNAL, ApiError, api_error, dialect_of
+from lapilli.serve.errors import INTERNAL, ApiError, api_error, dialect_of, invalid
 from lapilli.serve.options import ServeOptions
 from lapilli.serve.service import Service
 
@@ -150,7 +150,7 @@ def _cause(request: Request, error: Exception) -> ApiError:
     if isinstance(error, RequestValidationError):  # 400, as OpenAI does, with the first field
         first = error.errors()[0] if error.errors() else {"loc": ("body",), "msg": "is not valid"}
         where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
-        return ApiError(400, f"{where}: {first['msg']}", "invalid_request", where)
+        return invalid(f"{where}: {first['msg']}", where)
     if not isinstance(error, HTTPException):
         return api_error(error)
     message = str(error.detail)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from lapilli.serve.answers import Delta, Finished, new_id
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.media import Part
 
 OPEN: Final = "<tool_call>"
@@ -42,7 +42,7 @@ def calls_text(calls: Sequence[Mapping[str, Any]] | None, where: str) -> tuple[s
         function = one.get("function")
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             place = f"{where}.tool_calls[{at}]"
-            raise ApiError(400, f"{place} has no function with a name", param=place)
+            raise invalid(f"{place} has no function with a name", place)
         found.append(call_text(function["name"], function.get("arguments")))
     return ("\n".join(found),) if found else ()
 

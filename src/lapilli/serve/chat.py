@@ -21,7 +21,7 @@ from lapilli.serve.calls import (
     calls_text,
     response_parts,
 )
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.media import Part
 from lapilli.serve.sampling import SamplingBody
 from lapilli.serve.service import ChatRequest, Service, Turn
@@ -101,9 +101,7 @@ def chat_request(body: ChatBody, use: ToolUse, base: SamplingParams, owner: str)
     if body.logprobs or body.top_logprobs:
         logprobs = body.top_logprobs or 0
         if not 0 <= logprobs <= 20:
-            raise ApiError(
-                400, f"top_logprobs must be from 0 to 20, got {logprobs}", param="top_logprobs"
-            )
+            raise invalid(f"top_logprobs must be from 0 to 20, got {logprobs}", "top_logprobs")
     params = body.params(base, logprobs=logprobs, max_new_tokens=body.most, grammar=body.grammar())
     return ChatRequest(
         turns=with_instructions(turns_of(body.messages), use),
@@ -121,7 +119,7 @@ def turns_of(messages: list[MessageBody]) -> tuple[Turn, ...]:
         ApiError: no messages, or a part of an unknown type.
     """
     if not messages:
-        raise ApiError(400, "messages is empty: give at least one of the user", param="messages")
+        raise invalid("messages is empty: give at least one of the user", "messages")
     roles: Mapping[str, str] = {"developer": "system", "tool": "user", "function": "user"}
     found = []
     for at, one in enumerate(messages):
@@ -153,13 +151,11 @@ def parts_of(content: str | list[dict[str, Any]] | None, name: str) -> tuple[Par
         elif kind in TEXT_TYPES:
             text = part.get("text", part.get("refusal"))
             if not isinstance(text, str):
-                raise ApiError(400, f"{where} has no text", param=where)
+                raise invalid(f"{where} has no text", where)
             found.append(text)
         else:
             known = ", ".join(sorted((*TEXT_TYPES, *MEDIA_TYPES)))
-            raise ApiError(
-                400, f"{where} has the type {kind!r}: expected one of {known}", param=where
-            )
+            raise invalid(f"{where} has the type {kind!r}: expected one of {known}", where)
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from lapilli.config.generation import SamplingParams
 from lapilli.serve.answers import Answers, Finished, Usage
 from lapilli.serve.chat import head_json, logprobs_json, timings_json, usage_json
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.sampling import SamplingBody
 from lapilli.serve.service import ChatRequest, Service
 from lapilli.serve.stream import DONE, event, streamed, unless_gone
@@ -55,7 +55,7 @@ def completion_requests(
         ApiError: no prompt, several as a stream, or an option that this server does not have.
     """
     if body.suffix or (body.best_of or body.n or 1) != (body.n or 1):
-        raise ApiError(400, "suffix and best_of are not supported: leave them out")
+        raise invalid("suffix and best_of are not supported: leave them out")
     given = body.prompt
     if isinstance(given, str):
         prompts: list[str | list[int]] = [given]
@@ -63,9 +63,9 @@ def completion_requests(
         tokens = [one for one in given if isinstance(one, int)]
         prompts = [one for one in given if not isinstance(one, int)] or [tokens]
     if not all(prompts):
-        raise ApiError(400, "prompt is empty: give a text or tokens", param="prompt")
+        raise invalid("prompt is empty: give a text or tokens", "prompt")
     if body.stream and len(prompts) > 1:
-        raise ApiError(400, f"{len(prompts)} prompts cannot be streamed: ask for one", param="n")
+        raise invalid(f"{len(prompts)} prompts cannot be streamed: ask for one", "n")
     most = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default
     params = body.params(base, logprobs=body.logprobs, max_new_tokens=most, grammar=body.grammar())
     return [

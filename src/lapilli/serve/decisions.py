@@ -30,7 +30,7 @@ from lapilli.pipeline.questions import (
 )
 from lapilli.prompt.message import Message
 from lapilli.serve.chat import parts_of
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.service import Service, Turn
 from lapilli.serve.stream import unless_gone
 
@@ -181,30 +181,29 @@ def turns_of(given: str | list[ItemBody]) -> tuple[Turn, ...]:
     if isinstance(given, str):
         return (Turn(role="user", parts=(given,)),)
     if not given:
-        raise ApiError(400, "input is empty: give a text or messages", param="input")
+        raise invalid("input is empty: give a text or messages", "input")
     calls: set[str | None] = set()
     found = []
     for at, item in enumerate(given):
         where = f"input[{at}]"
         if item.type == "message":
             if item.role is None or item.content is None:
-                raise ApiError(400, f"{where} needs a role and content", param=where)
+                raise invalid(f"{where} needs a role and content", where)
             role = "system" if item.role == "developer" else item.role
             found.append(Turn(role=role, parts=parts_of(_with_json(item.content), where)))
         elif item.type in ("function_call", "custom_tool_call"):
             said = item.arguments if item.type == "function_call" else item.input
             if not item.call_id or not item.name or said is None:
-                raise ApiError(400, f"{where} needs call_id, name and what is called", param=where)
+                raise invalid(f"{where} needs call_id, name and what is called", where)
             calls.add(item.call_id)
             found.append(Turn(role="assistant", parts=(f"{item.name}({said})",)))
         else:
             if item.call_id not in calls or item.output is None:
-                raise ApiError(
-                    400,
+                raise invalid(
                     f"{where} has the call_id {item.call_id!r} and "
                     f"{'no output' if item.output is None else 'no call before it'}: every output "
                     "needs the call that it answers",
-                    param=where,
+                    where,
                 )
             found.append(Turn(role="user", parts=parts_of(_with_json(item.output), where)))
     return tuple(found)
@@ -231,7 +230,7 @@ def _json_text(data: object) -> str:
         isinstance(data, list) and all(isinstance(one, dict) for one in data)
     )
     if not is_right:
-        raise ApiError(400, "input_json needs data: an object, or a list of objects")
+        raise invalid("input_json needs data: an object, or a list of objects")
     levels, values = 0, 0
     waiting: list[tuple[Any, int]] = [(data, 1)]
     while waiting and levels <= JSON_LEVELS and values <= JSON_VALUES:
@@ -242,13 +241,12 @@ def _json_text(data: object) -> str:
             inside = one.values() if isinstance(one, dict) else one
             waiting += [(each, level + 1) for each in inside]
     if levels > JSON_LEVELS or values > JSON_VALUES:
-        raise ApiError(
-            400,
-            f"input_json has more than {JSON_LEVELS} levels or {JSON_VALUES} values: shorten it",
+        raise invalid(
+            f"input_json has more than {JSON_LEVELS} levels or {JSON_VALUES} values: shorten it"
         )
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     if len(text.encode("utf-8", "replace")) > JSON_BYTES:
-        raise ApiError(400, f"input_json has more than {JSON_BYTES} bytes: shorten it")
+        raise invalid(f"input_json has more than {JSON_BYTES} bytes: shorten it")
     return text
 
 

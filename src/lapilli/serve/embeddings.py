@@ -11,7 +11,7 @@ from lapilli.pipeline import ProcessedPrompt
 from lapilli.pipeline.embed import Embedder
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.serve.chat import MessageBody, parts_of, turns_of
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.service import Service
 from lapilli.serve.stream import unless_gone
 from lapilli.shapes import Float, Tensor
@@ -74,22 +74,19 @@ def prompts_of(
     """
     width = service.chat.model.language_model.config.hidden_size
     if body.dimensions not in (None, width):
-        raise ApiError(
-            400,
+        raise invalid(
             f"dimensions must be {width}, the width of the model, or left out: got "
             f"{body.dimensions}",
-            param="dimensions",
+            "dimensions",
         )
     if (body.input is None) is (body.messages is None):
-        raise ApiError(400, "give either input or messages", param="input")
+        raise invalid("give either input or messages", "input")
     if body.messages is not None:
         messages = service.messages(turns_of(body.messages), owner)
         return [embedder.prompt(messages, "messages")]
     given = inputs_of([] if body.input is None else body.input)
     if not 1 <= len(given) <= MOST_INPUTS:
-        raise ApiError(
-            400, f"input must have 1 to {MOST_INPUTS} entries, got {len(given)}", param="input"
-        )
+        raise invalid(f"input must have 1 to {MOST_INPUTS} entries, got {len(given)}", "input")
     count = sum(
         isinstance(part, dict) and part.get("type") not in ("text", "input_text")
         for one in given
@@ -118,13 +115,11 @@ def _prompt(
         ids = [token for token in given if isinstance(token, int)]
         size, most = service.chat.tokenizer.vocab_size, service.chat.context_length
         if not all(0 <= token < size for token in ids) or len(ids) > most:
-            raise ApiError(
-                400, f"{name}: expected at most {most} tokens from 0 to {size - 1}", param=name
-            )
+            raise invalid(f"{name}: expected at most {most} tokens from 0 to {size - 1}", name)
         first = list(service.chat.tokenizer.prefix_ids)
         ids = ids if ids[: len(first)] == first else [*first, *ids]
         if len(ids) == len(first):
-            raise ApiError(400, f"{name} has no tokens of a text", param=name)
+            raise invalid(f"{name} has no tokens of a text", name)
         return ProcessedPrompt(EncodedPrompt(ids, [False] * len(ids)), ())
     parts = parts_of([part for part in given if isinstance(part, dict)], name)
     return embedder.prompt(service.media.opened(parts, owner), name)

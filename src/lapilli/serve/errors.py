@@ -75,6 +75,11 @@ class ApiError(Exception):
         return {"error": error}
 
 
+def invalid(message: str, param: str | None = None, code: str = "invalid_request") -> ApiError:
+    """Return the error of a request that is wrong, and of the field that is."""
+    return ApiError(400, message, code, param)
+
+
 def dialect_of(path: str) -> Dialect:
     """Return the protocol that a path belongs to."""
     if path.startswith("/v1/messages"):
@@ -108,5 +113,5 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(status, message, code, param, _RETRY.get(status, {}))
     name = type(error).__name__
     if isinstance(error, LapilliError):
-        return ApiError(400, message, name)
+        return invalid(message, code=name)
     return ApiError(INTERNAL, f"the server failed: {name}: {message}", "internal")

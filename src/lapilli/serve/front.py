@@ -21,7 +21,7 @@ from lapilli.serve import uploads
 from lapilli.serve.affinity import prefix_key, with_files
 from lapilli.serve.app import assemble
 from lapilli.serve.auth import refuse
-from lapilli.serve.errors import ApiError, api_error
+from lapilli.serve.errors import ApiError, api_error, invalid
 from lapilli.serve.files import Files
 from lapilli.serve.metrics import CONTENT_TYPE
 from lapilli.serve.options import ServeOptions
@@ -243,7 +243,7 @@ async def _body(receive: Receive) -> bytes:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ApiError(400, "the client has gone before its request was whole")
+            raise invalid("the client has gone before its request was whole")
         pieces.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(pieces)

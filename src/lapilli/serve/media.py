@@ -35,7 +35,7 @@ from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.pipeline import Chat
 from lapilli.prompt.message import MediaPart
-from lapilli.serve.errors import ApiError, UnknownMediumError
+from lapilli.serve.errors import UnknownMediumError, invalid
 from lapilli.serve.files import Files
 from lapilli.serve.options import ServeOptions
 from lapilli.shapes import Float, Tensor
@@ -146,7 +146,7 @@ class MediaReader:
         most = self._options.limits.images
         if count > most:
             message = f"{count} pictures in one request, the limit is {most}"
-            raise ApiError(400, message, param=param)
+            raise invalid(message, param)
 
     def opened(self, parts: Iterable[Part], owner: str) -> list[str | MediaPart]:
         """Return parts with their pictures opened; raises what `part` does."""

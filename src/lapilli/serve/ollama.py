@@ -23,7 +23,7 @@ from lapilli.serve.answers import Answers, Finished
 from lapilli.serve.calls import AnswerReader, Call, CallEnd, Text
 from lapilli.serve.chat import MessageBody as ChatMessage
 from lapilli.serve.chat import turns_of
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.media import Part
 from lapilli.serve.sampling import check_stops
 from lapilli.serve.service import ChatRequest, Service, Turn
@@ -66,7 +66,7 @@ class OptionsBody(BaseModel):
         for name, value in OFF.items():
             if found.pop(name, value) != value:
                 where = f"options.{name}"
-                raise ApiError(400, f"{where} is not supported: leave it out", param=where)
+                raise invalid(f"{where} is not supported: leave it out", where)
         check_stops(self.stop, "options.stop")
         if self.top_k == 0:  # all tokens
             del found["top_k"]
@@ -119,7 +119,7 @@ class OllamaBody(BaseModel):
         if self.format == "json":
             return Grammar.json_object()
         if isinstance(self.format, str):
-            raise ApiError(400, f"format is {self.format!r}: expected json or a JSON schema")
+            raise invalid(f"format is {self.format!r}: expected json or a JSON schema")
         return kind_grammar("json", self.format, "format")
 
 
@@ -188,7 +188,7 @@ def _add_answers(routes: APIRouter, service: Service) -> None:
         """Answer a prompt; an empty one asks whether the model is there."""
         service.check_model(body.model)
         if body.suffix or body.template or body.context:
-            raise ApiError(400, "suffix, template and context are not supported: leave them out")
+            raise invalid("suffix, template and context are not supported: leave them out")
         if not body.prompt and not body.images:
             return JSONResponse(Writer(service, ToolUse(), is_chat=False).loaded())
         if not body.raw:
@@ -196,7 +196,7 @@ def _add_answers(routes: APIRouter, service: Service) -> None:
             asked = Turn(role="user", parts=(*pictures_of(body.images), body.prompt))
             return await answer(http, body, (*turns, asked), ToolUse(), None)
         if body.images:
-            raise ApiError(400, "raw has no place for images: leave raw out", param="images")
+            raise invalid("raw has no place for images: leave raw out", "images")
         return await answer(http, body, (), ToolUse(), body.prompt)
 
 
@@ -245,7 +245,7 @@ def chat_turns(messages: list[MessageBody]) -> tuple[Turn, ...]:
     found = []
     for at, one in enumerate(messages):
         if one.role not in ("system", "user", "assistant", "tool"):
-            raise ApiError(400, f"messages[{at}] has the role {one.role!r}", param="messages")
+            raise invalid(f"messages[{at}] has the role {one.role!r}", "messages")
         shown = [{"type": "image_url", "image_url": {"url": url}} for url in one.images or ()]
         content = [*shown, {"type": "text", "text": one.content}] if one.content or shown else None
         found.append(

@@ -17,7 +17,7 @@ from lapilli.rank import Ranker, RankTemplate
 from lapilli.rank.prompt import POINTWISE, Content
 from lapilli.serve.answers import new_id
 from lapilli.serve.chat import MEDIA_TYPES, parts_of
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.media import Part
 from lapilli.serve.service import Service
 from lapilli.serve.stream import unless_gone
@@ -132,11 +132,10 @@ class Reranking:
         ]
         is_captioned = len(named) == 2 and named[0] == "text" and named[1] in ("image", "image_url")
         if len(named) != 1 and not is_captioned:
-            raise ApiError(
-                400,
+            raise invalid(
                 f"{where} has {', '.join(named) or 'nothing'}: expected text, image, both, "
                 "content or item_id",
-                param=where,
+                where,
             )
         if given.content is not None:
             return self._contents(given.content, where, owner)
@@ -158,11 +157,10 @@ class Reranking:
         if name is None and len(stores) == 1:
             return stores[0]
         if name not in stores:
-            raise ApiError(
-                400,
+            raise invalid(
                 f"{where} has an item_id, and modality says {name!r}: this server has stores of "
                 f"{', '.join(stores) or 'no modality'}",
-                param=where,
+                where,
             )
         return str(name)
 

@@ -27,7 +27,7 @@ from lapilli.serve.calls import (
     response_parts,
 )
 from lapilli.serve.chat import parts_of
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.media import Part
 from lapilli.serve.sampling import SamplingBody
 from lapilli.serve.service import ChatRequest, Service, Turn
@@ -74,20 +74,18 @@ class ResponsesBody(SamplingBody, StructuredBody):
         """
         for name in ("store", "previous_response_id", "conversation", "background", "prompt"):
             if getattr(self, name):
-                raise ApiError(
-                    400,
+                raise invalid(
                     f"{name} is not supported: this server stores no responses and prompts, send "
                     "the whole conversation as input",
-                    "unsupported",
                     name,
+                    code="unsupported",
                 )
         if self.truncation not in (None, "disabled"):
-            raise ApiError(
-                400,
+            raise invalid(
                 f"truncation {self.truncation!r} is not supported: a conversation is never cut "
                 "here, shorten it or leave truncation out",
-                "unsupported",
                 "truncation",
+                code="unsupported",
             )
         told = [
             self.instructions,
@@ -100,13 +98,12 @@ class ResponsesBody(SamplingBody, StructuredBody):
         try:
             json.dumps(told, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the response cannot repeat the request: {error}") from error
+            raise invalid(f"the response cannot repeat the request: {error}") from error
         if self.top_logprobs:
-            raise ApiError(
-                400,
+            raise invalid(
                 "top_logprobs is not supported here: ask /v1/chat/completions for them",
-                "unsupported",
                 "top_logprobs",
+                code="unsupported",
             )
 
     def use(self) -> ToolUse:
@@ -118,12 +115,11 @@ class ResponsesBody(SamplingBody, StructuredBody):
         tools: list[Tool] = []
         for at, one in enumerate(self.tools or ()):
             if one.get("type") != "function":
-                raise ApiError(
-                    400,
+                raise invalid(
                     f"tools[{at}] has the type {one.get('type')!r}: this server runs no tools of "
                     "its own, it calls functions of yours only",
-                    "unsupported",
                     f"tools[{at}]",
+                    code="unsupported",
                 )
             tools.append(function_tool(one, f"tools[{at}]"))
         choice, allowed = choice_of(self.tool_choice)
@@ -139,7 +135,7 @@ class ResponsesBody(SamplingBody, StructuredBody):
         form = format_grammar((self.text or {}).get("format"), "text.format")
         other = self.grammar()
         if form is not None and other is not None:
-            raise ApiError(400, "text.format and another form are given: leave one out")
+            raise invalid("text.format and another form are given: leave one out")
         most = self.max_tokens if self.max_output_tokens is None else self.max_output_tokens
         params = self.params(base, max_new_tokens=most, grammar=form or other)
         return ChatRequest(
@@ -177,7 +173,7 @@ def turns_of(instructions: str | None, given: str | Sequence[Mapping[str, Any]])
     if isinstance(given, str):
         return [*found, Turn(role="user", parts=(given,))]
     if not given:
-        raise ApiError(400, "input is empty: give a text or at least one item", param="input")
+        raise invalid("input is empty: give a text or at least one item", "input")
     found += [turn for at, item in enumerate(given) for turn in _turns(item, f"input[{at}]")]
     return found
 
@@ -188,26 +184,24 @@ def _turns(item: Mapping[str, Any], where: str) -> list[Turn]:
     if kind == "message":
         role = ROLES.get(str(item.get("role")))
         if role is None:
-            raise ApiError(
-                400,
+            raise invalid(
                 f"{where} has the role {item.get('role')!r}: expected one of {', '.join(ROLES)}",
-                param=where,
+                where,
             )
         return [Turn(role=role, parts=_parts(item.get("content"), where))]
     if kind == "function_call":
         if not isinstance(item.get("name"), str):
-            raise ApiError(400, f"{where} has no name", param=where)
+            raise invalid(f"{where} has no name", where)
         said = call_text(item["name"], item.get("arguments"))
         return [Turn(role="assistant", parts=(said,))]
     if kind == "function_call_output":
         return [Turn(role="user", parts=response_parts(_parts(item.get("output"), where)))]
     if kind == "reasoning":
         return []
-    raise ApiError(
-        400,
+    raise invalid(
         f"{where} has the type {kind!r}: expected message, function_call or function_call_output",
-        "unsupported",
         where,
+        code="unsupported",
     )
 
 
@@ -216,7 +210,7 @@ def _parts(content: object, where: str) -> tuple[Part, ...]:
         return parts_of(content, where)
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         return parts_of(content, where)
-    raise ApiError(400, f"{where}: content must be a text or a list of parts", param=where)
+    raise invalid(f"{where}: content must be a text or a list of parts", where)
 
 
 class ResponseWriter:

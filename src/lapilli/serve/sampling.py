@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lapilli.config.generation import SamplingParams
 from lapilli.config.grammar import Grammar
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 
 MOST_STOPS = 64
 """Each of them is looked for in every token."""
@@ -69,9 +69,7 @@ class SamplingBody(BaseModel):
         try:
             bias = {int(key): value for key, value in (self.logit_bias or {}).items()}
         except ValueError as error:
-            raise ApiError(
-                400, f"logit_bias: {error}: its keys are token ids", param="logit_bias"
-            ) from error
+            raise invalid(f"logit_bias: {error}: its keys are token ids", "logit_bias") from error
         options = {name: getattr(self, name) for name in SHARED} | {
             "top_k": None if self.top_k in (0, -1) else self.top_k,  # "all of them" elsewhere
             "seed": None if self.seed is None else self.seed % (1 << 63),
@@ -99,9 +97,7 @@ def check_stops(given: object, where: str) -> None:
         ApiError: there are more than `MOST_STOPS`.
     """
     if isinstance(given, list) and len(given) > MOST_STOPS:
-        raise ApiError(
-            400, f"{where} has {len(given)} texts, the limit is {MOST_STOPS}", param=where
-        )
+        raise invalid(f"{where} has {len(given)} texts, the limit is {MOST_STOPS}", where)
 
 
 class StreamOptions(BaseModel):

@@ -19,7 +19,7 @@ from lapilli.pipeline import ProcessedPrompt
 from lapilli.pipeline.scorer import SuffixScorer
 from lapilli.prompt.encode import EncodedPrompt, Span, encode
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.rerank import Parts, num_pictures, texts_and_media
 from lapilli.serve.service import Service
 from lapilli.serve.stream import unless_gone
@@ -127,8 +127,8 @@ class Scoring:
             suffixes = [row.suffix for row in some]
             found += self._scorer.values(prefix, suffixes, read, on_prefix=note)
         if not all(bool(values.isfinite().all()) for values in found):
-            raise ApiError(
-                400, "the scores are not finite: a vector in the place of a token is too large"
+            raise invalid(
+                "the scores are not finite: a vector in the place of a token is too large"
             )
         scores, logprobs, states = [], [], []
         for row, values in zip(rows, found, strict=True):
@@ -168,23 +168,21 @@ class Scoring:
     def _check(self, body: ScoreBody, items: Sequence[object]) -> None:
         """Refuse fields of a score that contradict each other."""
         if not items:
-            raise ApiError(400, "items is empty: give at least one", param="items")
+            raise invalid("items is empty: give at least one", "items")
         self._service.media.check_count(num_pictures([body.query, *items]))
         self._labels(body, len(items))
         vectors = body.item_embed_overrides
         if vectors is not None and len(vectors) != len(items):
-            raise ApiError(
-                400,
+            raise invalid(
                 f"{len(items)} items but item_embed_overrides of {len(vectors)}: give one entry "
                 "for each, null where there is none",
-                param="item_embed_overrides",
+                "item_embed_overrides",
             )
         is_given = bool(vectors and any(vectors)) or bool(body.query_embed_overrides)
         if is_given and body.embed_override_token_id is None:
-            raise ApiError(
-                400,
+            raise invalid(
                 "embed_override_token_id is missing: it says which token the vectors replace",
-                param="embed_override_token_id",
+                "embed_override_token_id",
             )
 
     def _labels(self, body: ScoreBody, num_items: int) -> list[Tokens]:
@@ -197,18 +195,16 @@ class Scoring:
         lists = given if given and isinstance(given[0], list) else [given] * num_items
         size = self._chat.tokenizer.vocab_size
         if len(lists) != num_items or not all(lists):
-            raise ApiError(
-                400,
+            raise invalid(
                 f"label_token_ids must be a list of tokens, or one list for each of the "
                 f"{num_items} items, got {len(lists)} lists",
-                param="label_token_ids",
+                "label_token_ids",
             )
         wrong = [token for some in lists for token in some if not 0 <= token < size]
         if wrong:
-            raise ApiError(
-                400,
+            raise invalid(
                 f"label_token_ids: {wrong[0]} is no token: the vocabulary has 0 to {size - 1}",
-                param="label_token_ids",
+                "label_token_ids",
             )
         return lists
 
@@ -220,10 +216,9 @@ class Scoring:
         token = self._chat.tokenizer.token_to_id(text)
         if token is None or body.item_first or token in query.encoded.input_ids:
             reason = "is no token" if token is None else "goes with item_first=false"
-            raise ApiError(
-                400,
+            raise invalid(
                 f"score_extraction_token {text!r} {reason}, and may not stand in the query",
-                param="score_extraction_token",
+                "score_extraction_token",
             )
         rows = []
         for at, piece in enumerate(pieces):
@@ -231,7 +226,7 @@ class Scoring:
             ends = [i + 1 for i, one in enumerate(suffix.encoded.input_ids) if one == token]
             rows += [Row(at, prefix, _beginning(suffix, end)) for end in ends]
         if not rows:
-            raise ApiError(400, f"no item has the token {text!r} to read scores at", param="items")
+            raise invalid(f"no item has the token {text!r} to read scores at", "items")
         return rows
 
     def _split(
@@ -244,13 +239,12 @@ class Scoring:
         """
         length, limit = len(first.encoded) + len(second.encoded), self._chat.context_length
         if not len(first.encoded) or not len(second.encoded):
-            raise ApiError(400, f"{where}: query and item both need a text", param=where)
+            raise invalid(f"{where}: query and item both need a text", where)
         if length > limit:
-            raise ApiError(
-                400,
+            raise invalid(
                 f"{where} has {length} tokens with the query, the model reads {limit}: shorten it",
-                "context_length_exceeded",
                 where,
+                code="context_length_exceeded",
             )
         return first, second
 
@@ -284,7 +278,7 @@ class Scoring:
             ids = [token for token in given if isinstance(token, int)]
             wrong = [token for token in ids if not 0 <= token < chat.tokenizer.vocab_size]
             if wrong:
-                raise ApiError(400, f"{where}: {wrong[0]} is no token", param=where)
+                raise invalid(f"{where}: {wrong[0]} is no token", where)
         return self._overridden(ids, vectors, where, body.embed_override_token_id)
 
     def _overridden(
@@ -297,16 +291,15 @@ class Scoring:
         places = [at for at, one in enumerate(ids) if one == token]
         width = self._chat.model.language_model.config.hidden_size
         if len(places) != len(vectors) or any(len(one) != width for one in vectors):
-            raise ApiError(
-                400,
+            raise invalid(
                 f"{where} has the token {token} {len(places)} times and {len(vectors)} vectors of "
                 f"{sorted({len(one) for one in vectors})} numbers: expected a vector of {width} "
                 "numbers for each",
-                param=where,
+                where,
             )
         rows = torch.tensor(vectors, dtype=torch.float32)
         if not bool(rows.isfinite().all()):
-            raise ApiError(400, f"{where}: a vector has NaN or infinite numbers", param=where)
+            raise invalid(f"{where}: a vector has NaN or infinite numbers", where)
         spans = tuple(Span(0, at, 1) for at in places)
         return ProcessedPrompt(EncodedPrompt(ids, mask, spans), tuple(torch.split(rows, 1)))
 

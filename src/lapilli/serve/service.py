@@ -30,7 +30,7 @@ from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart, Message, TextPart
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
 from lapilli.serve.answers import Answers, Usage
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import ApiError, invalid
 from lapilli.serve.files import Files
 from lapilli.serve.media import MediaReader, Part
 from lapilli.serve.metrics import Metrics
@@ -169,7 +169,7 @@ class Service:
         self.check_open()
         most = self.options.limits.choices
         if not 1 <= request.choices <= most:
-            raise ApiError(400, f"n must be from 1 to {most}, got {request.choices}", param="n")
+            raise invalid(f"n must be from 1 to {most}, got {request.choices}", "n")
         asked = await self.read(self.prepare, request)
         answers: list[AsyncAnswer | Generation] = []
         found = Answers(answers, started, prompt_usage(asked[0]), self.metrics.count)
@@ -216,7 +216,7 @@ class Service:
         said = [p for turn in turns if turn.role == "system" for p in turn.parts]
         system = [part for part in said if isinstance(part, str)]
         if len(system) < len(said):
-            raise ApiError(400, "the instructions hold a picture: show it in a message of the user")
+            raise invalid("the instructions hold a picture: show it in a message of the user")
         found: list[tuple[str, list[str | MediaPart]]] = []
         for turn in turns:
             if turn.role == "system":

@@ -5,7 +5,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from lapilli import __version__
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.metrics import CONTENT_TYPE
 from lapilli.serve.service import Service
 
@@ -89,7 +89,7 @@ def _add_tokens(routes: APIRouter, service: Service) -> None:
         service.check_model(body.model)
         size = service.chat.tokenizer.vocab_size
         if any(not 0 <= token < size for token in body.tokens):
-            raise ApiError(400, f"tokens must be from 0 to {size - 1}", param="tokens")
+            raise invalid(f"tokens must be from 0 to {size - 1}", "tokens")
         return {"prompt": service.chat.tokenizer.decode(body.tokens)}
 
 

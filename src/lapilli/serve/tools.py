@@ -19,7 +19,7 @@ from lapilli.config.generation import SamplingParams
 from lapilli.config.grammar import Grammar
 from lapilli.errors import GrammarError
 from lapilli.serve.calls import CLOSE, OPEN
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.service import Turn
 
 MOST_CALLS: Final = 8
@@ -143,23 +143,22 @@ def tool_use(
     for at, one in enumerate(tools):
         where = f"tools[{at}]"
         if not re.fullmatch(r"[\w.-]{1,128}", one.name):
-            raise ApiError(400, f"{where}: {one.name!r:.150} is no name of a function", param=where)
+            raise invalid(f"{where}: {one.name!r:.150} is no name of a function", where)
         if any(one.name == other.name for other in tools[:at]):
-            raise ApiError(400, f"{where}: {one.name!r} is declared twice", param=where)
+            raise invalid(f"{where}: {one.name!r} is declared twice", where)
         try:
             Grammar.json_schema(one.parameters)
         except GrammarError as error:
-            raise ApiError(400, f"{where}, {one.name}: {error}", param=where) from error
+            raise invalid(f"{where}, {one.name}: {error}", where) from error
     known = [one.name for one in tools]
     for name in allowed or ():
         if name not in known:
-            raise ApiError(
-                400,
+            raise invalid(
                 f"tool_choice names {name!r}: the tools are {', '.join(known) or 'none'}",
-                param="tool_choice",
+                "tool_choice",
             )
     if choice == "required" and not tools:
-        raise ApiError(400, "tool_choice is required and there are no tools", param="tool_choice")
+        raise invalid("tool_choice is required and there are no tools", "tool_choice")
     return ToolUse(
         tools=tuple(tools),
         choice=choice,
@@ -182,9 +181,7 @@ def function_tool(given: Mapping[str, Any], where: str, schema: str = "parameter
     name, text = given.get("name"), given.get("description") or ""
     parameters = given.get(schema) or {"type": "object", "properties": {}}
     if not isinstance(name, str) or not isinstance(text, str) or not isinstance(parameters, dict):
-        raise ApiError(
-            400, f"{where} must have a name, a description in text and a schema", param=where
-        )
+        raise invalid(f"{where} must have a name, a description in text and a schema", where)
     return Tool(name=name, description=text, parameters=parameters)
 
 
@@ -198,11 +195,10 @@ def tools_of(given: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
     for at, one in enumerate(given or ()):
         where, function = f"tools[{at}]", one.get("function")
         if one.get("type", "function") != "function" or not isinstance(function, Mapping):
-            raise ApiError(
-                400,
+            raise invalid(
                 f"{where} has the type {one.get('type')!r}: this server calls functions only, "
                 '{"type": "function", "function": {...}}',
-                param=where,
+                where,
             )
         found.append(function_tool(function, where))
     return found
@@ -236,11 +232,10 @@ def choice_of(given: object) -> tuple[Choice, Sequence[str] | None]:
             chosen = [choice_of(one) for one in tools]
             if all(choice == "function" for choice, _ in chosen):
                 return mode, [name for _, names in chosen for name in names or ()]
-    raise ApiError(
-        400,
+    raise invalid(
         f"tool_choice {given!r:.100} is not known: none, auto, required, a function by its name, "
         "or allowed_tools with a mode, auto or required, and functions by their names",
-        param="tool_choice",
+        "tool_choice",
     )
 
 
@@ -288,9 +283,8 @@ def _rule(grammar: Grammar) -> str:
         return "/" + grammar.text.replace("/", "\\/") + "/"
     if grammar.kind == "choice":
         return " | ".join(json.dumps(one, ensure_ascii=False) for one in json.loads(grammar.text))
-    raise ApiError(
-        400,
+    raise invalid(
         "a Lark grammar cannot stand beside tools: set tool_choice to none or required, or give a "
         "JSON schema",
-        param="tools",
+        "tools",
     )

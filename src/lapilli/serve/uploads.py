@@ -4,7 +4,7 @@ from typing import Annotated, Protocol, runtime_checkable
 
 from fastapi import APIRouter, Form, Request, Response, UploadFile
 
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.files import Files
 
 
@@ -30,7 +30,7 @@ def router(service: KeepsFiles) -> APIRouter:
     ) -> dict[str, object]:
         """Keep a picture, decoded at once, so that one that cannot be read is refused here."""
         if purpose not in ("vision", "user_data"):
-            raise ApiError(400, f"purpose is {purpose!r}: expected vision", param="purpose")
+            raise invalid(f"purpose is {purpose!r}: expected vision", "purpose")
         data = await file.read()
         owner = http.state.owner
         await service.check_picture(data, owner)
