@@ -232,7 +232,7 @@ def _json_text(data: object) -> str:
     if not is_right:
         raise invalid("input_json needs data: an object, or a list of objects")
     levels, values = 0, 0
-    waiting: list[tuple[Any, int]] = [(data, 1)]
+    waiting: list[tuple[object, int]] = [(data, 1)]
     while waiting and levels <= JSON_LEVELS and values <= JSON_VALUES:
         one, level = waiting.pop()
         values += 1

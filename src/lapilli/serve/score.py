@@ -7,7 +7,6 @@ apart, so that a query is read once for all items.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
 from fastapi import APIRouter, Request, Response
@@ -143,7 +142,7 @@ class Scoring:
         prefixes = {id(row.prefix): len(row.prefix.encoded) for row in rows}
         tokens = sum(prefixes.values()) + sum(len(row.suffix.encoded) for row in rows)
 
-        def shaped(values: list[Any]) -> list[Any]:
+        def shaped(values: Sequence[list[float]]) -> Sequence[object]:
             if not is_set:
                 return values
             return [
@@ -191,8 +190,9 @@ class Scoring:
         Raises:
             ApiError: none, another number of lists than of items, or a token that is none.
         """
-        given: list[Any] = list(body.label_token_ids)
-        lists = given if given and isinstance(given[0], list) else [given] * num_items
+        tokens = [one for one in body.label_token_ids if isinstance(one, int)]
+        lists = [one for one in body.label_token_ids if not isinstance(one, int)]
+        lists = lists or [tokens] * num_items
         size = self._chat.tokenizer.vocab_size
         if len(lists) != num_items or not all(lists):
             raise invalid(
@@ -261,7 +261,7 @@ class Scoring:
         chat = self._chat
         if isinstance(given, list) and given and isinstance(given[0], dict):
             segments: list[Segment] = []
-            media: list[Any] = []
+            media: list[object] = []
             for part in texts_and_media(given, where):
                 if isinstance(part, dict):
                     medium = self._service.media.part(part, owner)
