@@ -12,7 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lapilli.errors import (
+    BusyError,
     CheckpointError,
+    ClosedError,
     ConfigError,
     ConfigFileError,
     ContextTooLongError,
@@ -23,8 +25,10 @@ from lapilli.errors import (
     LapilliError,
     MediaCountMismatchError,
     MediaError,
+    MediaTooLargeError,
     MissingFileError,
     MissingWeightsError,
+    ModelFailedError,
     PromptError,
     RequestError,
     ShapeMismatchError,
@@ -45,8 +49,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BusyError",
     "Chat",
     "CheckpointError",
+    "ClosedError",
     "ConfigError",
     "ConfigFileError",
     "ContextTooLongError",
@@ -60,9 +66,11 @@ __all__ = [
     "MediaCountMismatchError",
     "MediaError",
     "MediaPart",
+    "MediaTooLargeError",
     "Message",
     "MissingFileError",
     "MissingWeightsError",
+    "ModelFailedError",
     "Piece",
     "PromptError",
     "RequestError",

@@ -12,6 +12,7 @@
     |  |- ShapeMismatchError              a tensor of another shape than the config says
     |  '- UnsafeFileError                 a pickle that wants to run code
     |- MediaError (ValueError)            a picture that cannot be fetched or decoded
+    |  '- MediaTooLargeError              more bytes or pixels than the limits allow
     |- DataError (ValueError)             a training sample, or the file that holds it
     |- StoreError (ValueError)            a store of embeddings: its files, ids, vectors or stamps
     |- PromptError (ValueError)           messages, templates, placeholders
@@ -21,7 +22,10 @@
     '- GenerationError (ValueError)       sampling options, the context
        |- ContextTooLongError             prompt plus answer do not fit the context
        |- GrammarError                    a schema that no answer can be held to
-       '- RequestError                    a request that an engine could not answer as it is
+       |- RequestError                    a request that an engine could not answer as it is
+       |- BusyError                       as many requests as may wait are waiting
+       |- ClosedError                     what should answer takes no requests any more
+       '- ModelFailedError                the model or its engine failed in the middle of a step
 
 A message names the thing, says what was expected and what was found, and what to do.
 """
@@ -71,6 +75,10 @@ class MediaError(LapilliError, ValueError):
     """A picture, or another medium, that cannot be fetched or decoded."""
 
 
+class MediaTooLargeError(MediaError):
+    """A medium of more bytes or pixels than the limits allow."""
+
+
 class DataError(LapilliError, ValueError):
     """A training sample, or a file of samples, that cannot be learned from."""
 
@@ -109,3 +117,15 @@ class GrammarError(GenerationError):
 
 class RequestError(GenerationError):
     """A request that an engine could not answer as it is: ids, spans, media or options."""
+
+
+class BusyError(GenerationError):
+    """As many requests as may wait are waiting: the same one may be asked again later."""
+
+
+class ClosedError(GenerationError):
+    """An engine or a server that takes no requests any more."""
+
+
+class ModelFailedError(GenerationError):
+    """The model or its engine failed in the middle of a step, whatever was asked."""

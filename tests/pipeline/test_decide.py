@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import lapilli
 from lapilli import Chat, MediaPart, Message, TextPart
 from lapilli.errors import ContextTooLongError, MediaError, PromptError
-from lapilli.pipeline.decide import NO, YES, Wording
+from lapilli.pipeline.decide import NO, YES
 from lapilli.pipeline.questions import (
     Choice,
     ChoiceAnswer,
@@ -24,6 +24,7 @@ from lapilli.pipeline.questions import (
     Score,
     ScoreAnswer,
 )
+from lapilli.pipeline.wording import Wording
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "picture.png"
 PICTURES = [

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapilli.serve.affinity import prefix_key, with_files
-from lapilli.serve.distributed import labelled
 from lapilli.serve.errors import UnknownMediumError
 from lapilli.serve.files import Files
+from lapilli.serve.front import labelled
 from tests.serve.conftest import asked, data_uri
 
 

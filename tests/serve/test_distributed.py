@@ -17,7 +17,8 @@ import pytest
 from lapilli.cli.serve import Loader
 from lapilli.cli.terminal import ChatOptions
 from lapilli.cluster import Share
-from lapilli.serve.distributed import REPLICA_HEADER, Front, deploy, front_app
+from lapilli.serve.distributed import deploy
+from lapilli.serve.front import REPLICA_HEADER, Front, front_app
 from lapilli.serve.options import ApiKey, ServeOptions
 from lapilli.serve.run import Server, listen
 from tests.serve.conftest import KEY, asked, data_uri, picture
@@ -33,13 +34,10 @@ class Cluster:
     """Two replicas behind a front that listens."""
 
     def __init__(self) -> None:
-        import uvicorn
-
         front = Front(self.deploy(), OPTIONS)
         self._listening = listen(OPTIONS)
-        config = uvicorn.Config(front_app(front, OPTIONS), log_level="warning")
         ready = threading.Event()
-        self._server = Server(config, ready.set)
+        self._server = Server(front_app(front, OPTIONS), ready.set)
         run = {"sockets": [self._listening]}
         self._thread = threading.Thread(target=self._server.run, kwargs=run, daemon=True)
         self._thread.start()

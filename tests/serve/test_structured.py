@@ -79,6 +79,7 @@ def test_completions_know_forms_too(client):
         ({"guided_json": "{"}, "not JSON"),
         ({"guided_json": {"type": "nothing"}}, "cannot be followed"),
         ({"guided_choice": []}, "list of texts"),
+        ({"structured_outputs": {"choice": 3}}, "list of texts"),
         ({"guided_grammar": "root ::= ("}, "GBNF"),
         ({"structured_outputs": {"regex": 3}}, "expected a text"),
     ],

@@ -1,29 +1,16 @@
-"""Tools: declarations, calls in text as it comes, and calls that a grammar forces."""
+"""Tools: declarations, choices, and calls that a grammar forces."""
 
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lapilli.config.generation import SamplingParams
 from lapilli.config.grammar import Grammar
+from lapilli.serve.calls import AnswerReader
 from lapilli.serve.errors import ApiError
-from lapilli.serve.tools import (
-    AnswerReader,
-    CallArguments,
-    CallEnd,
-    CallStart,
-    Text,
-    Tool,
-    call_text,
-    choice_of,
-    tool_use,
-    tools_of,
-)
+from lapilli.serve.tools import Tool, choice_of, tool_use, tools_of
 from tests.serve.conftest import asked, data_uri, picture
 
-NAMES = frozenset(("paint", "clear"))
 COLOR = {
     "type": "object",
     "properties": {"color": {"type": "string", "enum": ["red", "blue"]}},
@@ -34,109 +21,10 @@ CLEAR = {"type": "function", "function": {"name": "clear"}}
 QUESTION = "What color is the circle?"
 
 
-def read(text, cuts=(), names=NAMES):
-    """Return the reader of a text that comes in pieces, and what it said on the way."""
-    reader, said = AnswerReader(names), []
-    at = 0
-    for cut in (*sorted(cuts), len(text)):
-        said += reader.push(text[at:cut])
-        at = cut
-    return reader, said + reader.flush()
-
-
-def test_a_call_and_the_text_before_it():
-    reader, said = read(
-        ' Look: <tool_call>\n{"name": "paint", "arguments": {"n": 1}}\n</tool_call>\n'
-    )
-    assert reader.text == "Look:"
-    [call] = reader.calls
-    assert (call.name, call.arguments, call.is_whole) == ("paint", '{"n": 1}', True)
-    assert call.id.startswith("call_")
-    assert [type(one) for one in said] == [Text, CallStart, CallArguments, CallEnd]
-
-
-def test_several_calls_have_numbers_and_ids():
-    reader, _ = read(
-        "\n".join([call_text("paint", {"a": [1, {"b": "}"}]}), call_text("clear", {})])
-    )
-    assert [(one.number, one.name) for one in reader.calls] == [(0, "paint"), (1, "clear")]
-    assert json.loads(reader.calls[0].arguments) == {"a": [1, {"b": "}"}]}
-    assert len({one.id for one in reader.calls}) == 2
-    assert reader.text == ""
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '<tool_call>{"name": "fly", "arguments": {}}</tool_call>',  # nobody declared it
-        "<tool_call>paint it</tool_call>",
-        '<tool_call>{"name": "paint", "arguments": 3}</tool_call>',
-        "<tool_call>",
-        "a <tool",
-    ],
-)
-def test_what_is_no_call_is_text(text):
-    reader, _ = read(text)
-    assert reader.calls == []
-    assert reader.text == text
-
-
-def test_keys_in_another_order():
-    reader, _ = read('<tool_call>{"arguments": {"a": 1}, "name": "paint"}</tool_call> done')
-    assert json.loads(reader.calls[0].arguments) == {"a": 1}
-    assert reader.text == "done"
-
-
-def test_a_call_that_is_cut_is_not_whole():
-    reader, said = read('<tool_call>{"name": "paint", "arguments": {"a": "b')
-    assert not reader.calls[0].is_whole
-    assert reader.calls[0].arguments == '{"a": "b'
-    assert isinstance(said[-1], CallEnd)
-
-
-def test_without_tools_everything_is_text():
-    text = call_text("paint", {})
-    reader, _ = read(text, names=frozenset())
-    assert (reader.text, reader.calls) == (text, [])
-
-
-PIECES = st.sampled_from(
-    [
-        "<tool_call>",
-        "</tool_call>",
-        "\n",
-        " ",
-        "word",
-        "<",
-        '{"name": "paint", "arguments": {"a": "\\"}"}}',
-        '{"name": "fly", "arguments": {}}',
-        '{"parameters": {}, "name": "clear"}',
-        '{"name": "paint", "arguments": {"a": [',
-        "}",
-        '"',
-    ]
-)
-
-
-@given(st.lists(PIECES, max_size=12).map("".join), st.data())
-def test_pieces_do_not_matter(text, data):
-    cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=20))
-    whole, _ = read(text)
-    reader, said = read(text, cuts)
-    assert reader.text == whole.text
-    facts = [(one.name, one.arguments, one.is_whole) for one in whole.calls]
-    assert [(one.name, one.arguments, one.is_whole) for one in reader.calls] == facts
-    assert "".join(one.text for one in said if isinstance(one, Text)) == reader.text
-    for call in reader.calls:
-        pieces = [one.text for one in said if isinstance(one, CallArguments) and one.call is call]
-        assert "".join(pieces) == call.arguments
-
-
-@given(st.text(max_size=40))
-def test_text_without_tags_is_only_trimmed(text):
-    reader, _ = read(text, range(len(text)))
-    if "<tool_call>" not in text:
-        assert reader.text == text.strip()
+def allowed(mode, *names):
+    """Return the choice among some of the tools, as chat has it."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
 @pytest.mark.parametrize(
@@ -147,6 +35,10 @@ def test_text_without_tags_is_only_trimmed(text):
         ([PAINT, PAINT], "auto", "declared twice"),
         ([PAINT], {"type": "function", "function": {"name": "fly"}}, "names 'fly'"),
         ([PAINT], "always", "not known"),
+        ([PAINT], allowed("auto", "paint", "fly"), "names 'fly': the tools are paint"),
+        ([PAINT], allowed("auto"), "not known"),
+        ([PAINT], allowed("none", "paint"), "not known"),
+        ([PAINT], {"type": "allowed_tools", "mode": "auto", "tools": ["auto"]}, "not known"),
         ([], "required", "there are no tools"),
         ([{"type": "function", "function": {"name": "a", "parameters": 3}}], "auto", "schema"),
     ],
@@ -207,12 +99,54 @@ def test_forced_calls_are_as_many_as_allowed():
     assert "paint" not in named.instructions()
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_some_of_the_tools_are_allowed(mode):
+    tools = tools_of([PAINT, CLEAR, {"type": "function", "function": {"name": "fly"}}])
+    use = tool_use(tools, *choice_of(allowed(mode, "paint", "clear")))
+    assert (use.choice, use.names) == (mode, {"paint", "clear"})
+    assert "fly" not in use.instructions()
+    grammar = use.params(SamplingParams()).grammar
+    assert (grammar is None) == (mode == "auto")
+    flat = [{"type": "function", "name": name} for name in ("paint", "clear")]
+    assert choice_of({"type": "allowed_tools", "mode": mode, "tools": flat}) == (
+        mode,
+        ["paint", "clear"],
+    )
+
+
+def test_one_allowed_tool_may_be_called_more_than_once():
+    use = tool_use(tools_of([PAINT, CLEAR]), *choice_of(allowed("required", "clear")))
+    grammar = use.params(SamplingParams()).grammar
+    assert grammar is not None
+    assert "{0,7}" in grammar.text
+    assert "paint" not in grammar.text
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_a_required_call_is_of_an_allowed_tool(client, path):
+    tools = [CLEAR, PAINT]
+    body = {**asked("Hi", tools=tools, tool_choice=allowed("required", "paint")), "max_tokens": 200}
+    if path == "/v1/responses":
+        body |= {
+            "input": body.pop("messages"),
+            "tools": [tool["function"] | tool for tool in tools],
+        }
+    answer = client.post(path, json=body | {"parallel_tool_calls": False}).json()
+    if path == "/v1/responses":
+        [call] = answer["output"]
+    else:
+        [call] = [one["function"] for one in answer["choices"][0]["message"]["tool_calls"]]
+    assert call["name"] == "paint"
+    assert json.loads(call["arguments"])["color"] in ("red", "blue")
+
+
 def test_auto_with_one_call_ends_behind_it():
     use = tool_use([Tool(name="paint")], is_parallel=False)
     params = use.params(SamplingParams(stop=("END",)))
     assert params.stop == ("END", "</tool_call>")
     assert tool_use([Tool(name="paint")]).params(SamplingParams()).stop == ()
-    reader, _ = read('<tool_call>\n{"name": "paint", "arguments": {}}\n')
+    reader = AnswerReader(use.names)
+    reader.push('<tool_call>\n{"name": "paint", "arguments": {}}\n')
     assert reader.calls[0].is_whole
 
 

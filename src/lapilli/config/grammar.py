@@ -5,7 +5,7 @@ is not imported here, and nor is pydantic.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,14 +99,14 @@ class Grammar:
         return cls("regex", pattern)
 
     @classmethod
-    def choice(cls, choices: Sequence[object]) -> "Grammar":
+    def choice(cls, choices: object) -> "Grammar":
         """Return the grammar of an answer that is one of several texts.
 
         Raises:
             GrammarError: no choices, or one that is empty or no text.
         """
-        texts = list(choices)
-        if isinstance(choices, str) or not texts:
+        texts = [] if isinstance(choices, str) or not isinstance(choices, Iterable) else [*choices]
+        if not texts:
             raise GrammarError(f"choices must be a list of texts, got {choices!r:.100}")
         for text in texts:
             if not isinstance(text, str) or not text:

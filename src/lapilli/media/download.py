@@ -29,7 +29,7 @@ from urllib.request import (
     UnknownHandler,
 )
 
-from lapilli.errors import ConfigError, MediaError
+from lapilli.errors import ConfigError, MediaError, MediaTooLargeError
 
 _CHUNK = 1 << 16
 _SCHEMES = ("http", "https")
@@ -158,14 +158,14 @@ class _Transfer:
             declared = response.headers.get("Content-Length", "")
             expected = int(declared) if declared.isdigit() else None
             if expected is not None and expected > self.limits.max_bytes:
-                raise MediaError(
+                raise MediaTooLargeError(
                     f"{self.name} has {expected} bytes, more than the limit of "
                     f"{self.limits.max_bytes}"
                 )
             while not self._cancelled.is_set() and (chunk := response.read1(_CHUNK)):
                 self.body += chunk
                 if len(self.body) > self.limits.max_bytes:
-                    raise MediaError(
+                    raise MediaTooLargeError(
                         f"{self.name} has more bytes than the limit of {self.limits.max_bytes}"
                     )
         if expected is not None and len(self.body) < expected:

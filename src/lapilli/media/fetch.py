@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lapilli.config.reader import given_path
-from lapilli.errors import MediaError
+from lapilli.errors import MediaError, MediaTooLargeError
 from lapilli.media.download import FetchLimits, download, url_name
 
 __all__ = ["FetchLimits", "Fetched", "fetch", "is_path"]
@@ -150,7 +150,7 @@ def _fetch_path(source: str | bytes, limits: FetchLimits) -> Fetched:
         if path.is_dir():
             raise MediaError(f"{named} is a directory: give a picture file")
         if path.is_file() and path.stat().st_size > limits.max_bytes:
-            raise MediaError(_too_large(named, path.stat().st_size, limits))
+            raise _too_large(named, path.stat().st_size, limits)
         with _opened(path, named, limits) as stream:
             return _fetch_stream(stream, named, limits)
     except FileNotFoundError as error:
@@ -246,7 +246,9 @@ def _fetch_data_uri(source: str, limits: FetchLimits) -> Fetched:
     if not comma:
         raise MediaError(f"{name} has no ',' before its data: {_short(source)!r}")
     if len(body) > 4 * limits.max_bytes:  # no encoding takes more than 3 letters for a byte
-        raise MediaError(f"{name} has {len(body)} letters, too many for {limits.max_bytes} bytes")
+        raise MediaTooLargeError(
+            f"{name} has {len(body)} letters, too many for {limits.max_bytes} bytes"
+        )
     data = unquote_to_bytes(body)
     if "base64" in (option.strip().lower() for option in options):
         packed = b"".join(data.split())
@@ -261,12 +263,14 @@ def _checked(data: bytes, name: str, limits: FetchLimits) -> Fetched:
     if not data:
         raise MediaError(f"{name} is empty (0 bytes)")
     if len(data) > limits.max_bytes:
-        raise MediaError(_too_large(name, len(data), limits))
+        raise _too_large(name, len(data), limits)
     return Fetched(data, name)
 
 
-def _too_large(name: str, size: int, limits: FetchLimits) -> str:
-    return f"{name} has at least {size} bytes, more than the limit of {limits.max_bytes}"
+def _too_large(name: str, size: int, limits: FetchLimits) -> MediaTooLargeError:
+    return MediaTooLargeError(
+        f"{name} has at least {size} bytes, more than the limit of {limits.max_bytes}"
+    )
 
 
 def _short(text: str) -> str:

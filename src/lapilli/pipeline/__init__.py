@@ -2,8 +2,8 @@
 
 from lapilli.pipeline.backend import ProcessedPrompt
 from lapilli.pipeline.chat import Chat, load
-from lapilli.pipeline.decide import Wording
 from lapilli.pipeline.questions import Choice, Decisions, Level, Option, Predicate, Refusal, Score
+from lapilli.pipeline.wording import Wording
 
 __all__ = [
     "Chat",

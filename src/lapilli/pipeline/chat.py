@@ -52,7 +52,8 @@ from lapilli.shapes import Float, Tensor
 from lapilli.store import Store
 
 if TYPE_CHECKING:
-    from lapilli.pipeline.decide import Decider, Wording
+    from lapilli.pipeline.decide import Decider
+    from lapilli.pipeline.wording import Wording
 
 
 def load(

@@ -11,8 +11,7 @@ a pass is made.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path as FilePath
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lapilli.config.reader import shown
@@ -26,65 +25,21 @@ from lapilli.pipeline.questions import (
     Choice,
     ChoiceAnswer,
     Decisions,
-    Instructions,
     Predicate,
     PredicateAnswer,
     Question,
     Refusal,
-    Score,
     ScoreAnswer,
 )
 from lapilli.pipeline.scorer import SuffixScorer, join
+from lapilli.pipeline.wording import Wording, codes_of, part_of, question_parts
 from lapilli.prompt.encode import EncodedPrompt, encode
-from lapilli.prompt.message import MediaPart, Message, Part, TextPart, check_conversation
+from lapilli.prompt.message import MediaPart, Message, TextPart, check_conversation
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
 from lapilli.shapes import Float, Tensor
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-QUESTION, OPTIONS = "{question}", "{options}"
 YES = ("yes", "Yes", " yes", " Yes")
 NO = ("no", "No", " no", " No")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wording:
-    """What is written around a question.
-
-    Attributes:
-        predicate: of a question with a question mark at its end, with {question} in it.
-        statement: of a predicate without one, with {question} in it.
-        choice: with {question} and {options}, a line for each option.
-        score: with {question} and {options}, a line for each level.
-
-    Raises:
-        PromptError: a text without its places.
-    """
-
-    predicate: str = QUESTION
-    statement: str = f"{QUESTION}\nIs this true? Answer yes or no."
-    choice: str = f"{QUESTION}\n{OPTIONS}\nAnswer with the letter or number of the best option."
-    score: str = f"{QUESTION}\n{OPTIONS}\nAnswer with the number of the right level."
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            text = getattr(self, field.name)
-            needed = [QUESTION, OPTIONS] if field.name in ("choice", "score") else [QUESTION]
-            if not isinstance(text, str) or any(text.count(place) != 1 for place in needed):
-                raise PromptError(
-                    f"the wording of a {field.name} has {' and '.join(needed)} once, got "
-                    f"{shown(text)}"
-                )
-
-    def of(self, question: Question) -> str:
-        """Return the text around this question."""
-        if isinstance(question, Choice):
-            return QUESTION if question.spelled else self.choice
-        if isinstance(question, Score):
-            return self.score
-        given = question.instructions
-        last = given if isinstance(given, str) else given[-1]
-        is_asked = isinstance(last, str) and last.rstrip().endswith(("?", "\uff1f"))
-        return self.predicate if is_asked else self.statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +183,7 @@ class Decider:
 
     def _ask(self, frame: _Frame, question: Question, wording: Wording, name: str) -> _Asked:
         segments, media = list(frame.opening), []
-        for part in _parts(question, wording):
+        for part in question_parts(question, wording):
             if isinstance(part, str):
                 segments.append(TextSegment(part, literal=True))
             else:
@@ -259,7 +214,7 @@ class Decider:
             names = [option.text for option in question.options]
             end = self._end
             return LabelTree([[(*spellings([n], tokenizer)[0], end)] for n in names], names)
-        names = _codes(question)
+        names = codes_of(question)
         return LabelTree([spellings([name, f" {name}"], tokenizer) for name in names], names)
 
     @property
@@ -307,18 +262,10 @@ def _conversation(given: object) -> list[Message]:
         if not several[-1].text.strip() and not several[-1].media:
             raise PromptError("the last message of the input is empty: put something into it")
         return several
-    parts = [_part(one) for one in several]
+    parts = [part_of(one) for one in several]
     if not any(isinstance(part, MediaPart) or part.text.strip() for part in parts):
         raise PromptError("the input is empty: give a text, a picture or messages")
     return [Message("user", tuple(parts))]
-
-
-def _part(given: object) -> Part:
-    if isinstance(given, str):
-        return TextPart(given)
-    if isinstance(given, TextPart | MediaPart):
-        return given
-    return MediaPart(str(given) if isinstance(given, FilePath) else given)
 
 
 def _with_mark(last: Message, mark: str) -> Message:
@@ -330,46 +277,6 @@ def _with_mark(last: Message, mark: str) -> Message:
     else:
         parts.append(TextPart(gap + mark))
     return replace(last, parts=tuple(parts), written=None)
-
-
-def _parts(question: Question, wording: Wording) -> Iterator[str | MediaPart]:
-    """Yield texts and media of a question, with what is written around it."""
-    text, lines = wording.of(question), ""
-    if isinstance(question, Choice):
-        options = [(option.text, option.description) for option in question.options]
-        lines = _lines(_codes(question), options)
-    elif isinstance(question, Score):
-        lines = _lines(_codes(question), [(label, said) for label, said, _ in question.steps])
-    opening, _, closing = text.partition(QUESTION)
-    given: Instructions = question.instructions
-    found: list[str | MediaPart] = [opening.replace(OPTIONS, lines)]
-    for one in (given,) if isinstance(given, str) else given:
-        part = _part(one)
-        found.append(part.text if isinstance(part, TextPart) else part)
-    found.append(closing.replace(OPTIONS, lines))
-    yield from (part for part in found if part != "")
-
-
-def _lines(codes: Sequence[str], options: Sequence[tuple[str, str]]) -> str:
-    """Return a line for each option: its code, its text where that says more, what is meant."""
-    found = []
-    for code, (text, description) in zip(codes, options, strict=True):
-        is_number = text.isdecimal() and int(text) == int(code) if code.isdecimal() else False
-        said = code if is_number else f"{code}. {text}"
-        found.append(f"{said}: {description}" if description else said)
-    return "\n".join(found)
-
-
-def _codes(question: Choice | Score) -> list[str]:
-    """Return what the options are called, all of one length: none begins another."""
-    if isinstance(question, Choice) and len(question.choices) <= len(LETTERS):
-        return list(LETTERS[: len(question.choices)])
-    if isinstance(question, Choice):
-        numbers = list(range(1, len(question.choices) + 1))
-    else:
-        numbers = [value for _, _, value in question.steps]
-    width = len(str(max(numbers)))
-    return [f"{number:0{width}d}" for number in numbers]
 
 
 def _answer(question: Question, shares: tuple[float, ...]) -> Answer:

@@ -50,14 +50,15 @@ def with_files(body: bytes, files: Files, owner: str) -> bytes:
     return json.dumps(_filled(found, files, owner)).encode()
 
 
-def _filled(value: Any, files: Files, owner: str) -> Any:  # noqa: ANN401 - JSON
+def _filled(value: object, files: Files, owner: str) -> object:
     if isinstance(value, list):
         return [_filled(each, files, owner) for each in value]
     if not isinstance(value, dict):
         return value
     value = {name: _filled(each, files, owner) for name, each in value.items()}
-    if isinstance(value.get("file_id"), str):
-        value["image_url"] = {"url": _uri(files.content(value.pop("file_id"), owner))}
+    if isinstance(file_id := value.get("file_id"), str):
+        del value["file_id"]
+        value["image_url"] = {"url": _uri(files.content(file_id, owner))}
     url = value.get("image_url")
     if isinstance(url, str) and url.startswith(_FILE):
         value["image_url"] = _uri(files.content(url, owner))
@@ -70,7 +71,7 @@ def _uri(data: bytes) -> str:
     return f"data:application/octet-stream;base64,{base64.b64encode(data).decode()}"
 
 
-def _pictures(value: Any) -> Iterator[tuple[str, str]]:  # noqa: ANN401 - JSON
+def _pictures(value: object) -> Iterator[tuple[str, str]]:
     """Yield what pictures are called or hold, in the order in which they stand."""
     if isinstance(value, list):
         for each in value:
@@ -97,7 +98,7 @@ def _own_pictures(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield "held", one.partition(",")[2] if one.startswith("data:") else one
 
 
-def _first_text(value: Any) -> str:  # noqa: ANN401 - JSON
+def _first_text(value: object) -> str:
     """Return the instructions of a conversation, or its first turn, or the prompt."""
     if not isinstance(value, dict):
         return json.dumps(value)

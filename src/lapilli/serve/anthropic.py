@@ -7,43 +7,38 @@ server found some of them in its caches or not; counting and answering give the 
 """
 
 import json
-import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from lapilli.config.generation import SamplingParams
 from lapilli.config.grammar import Grammar
-from lapilli.serve.errors import ApiError
-from lapilli.serve.sampling import check_stops
-from lapilli.serve.service import Answers, ChatRequest, Finished, Part, Service, Turn
-from lapilli.serve.stream import event, events, unless_gone
-from lapilli.serve.structured import format_grammar
-from lapilli.serve.tools import (
+from lapilli.serve.answers import Answers, Finished, new_id
+from lapilli.serve.calls import (
     AnswerReader,
     Call,
     CallArguments,
     CallEnd,
     CallStart,
-    Choice,
     Spoken,
     Text,
-    Tool,
-    ToolUse,
     call_text,
-    function_tool,
     response_parts,
-    tool_use,
-    with_instructions,
 )
+from lapilli.serve.errors import invalid
+from lapilli.serve.media import Part
+from lapilli.serve.sampling import check_stops, updated
+from lapilli.serve.service import ChatRequest, Service, Turn
+from lapilli.serve.stream import event, respond
+from lapilli.serve.structured import format_grammar
+from lapilli.serve.tools import Choice, Tool, ToolUse, function_tool, tool_use, with_instructions
 
 CHOICES: Mapping[str, Choice] = {
     "auto": "auto",
     "any": "required",
-    "tool": "required",
+    "tool": "function",
     "none": "none",
 }
 UNSEEN = frozenset(("thinking", "redacted_thinking"))
@@ -81,24 +76,22 @@ class CountBody(BaseModel):
         tools: list[Tool] = []
         for at, one in enumerate(self.tools or ()):
             if one.get("type") not in (None, "custom"):
-                raise ApiError(
-                    400,
+                raise invalid(
                     f"tools[{at}] has the type {one['type']!r}: this server runs no tools of its "
                     "own, declare one with an input_schema",
-                    param=f"tools[{at}]",
+                    f"tools[{at}]",
                 )
             tools.append(function_tool(one, f"tools[{at}]", "input_schema"))
         given = self.tool_choice or {"type": "auto"}
         choice = CHOICES.get(str(given.get("type")))
         if choice is None:
-            raise ApiError(
-                400,
+            raise invalid(
                 f"tool_choice has the type {given.get('type')!r}: expected {', '.join(CHOICES)}",
-                param="tool_choice",
+                "tool_choice",
             )
-        named = str(given.get("name")) if given.get("type") == "tool" else None
+        allowed = (str(given.get("name")),) if choice == "function" else None
         is_parallel = not given.get("disable_parallel_tool_use")
-        return tool_use(tools, choice, named, is_parallel=is_parallel)
+        return tool_use(tools, choice, allowed, is_parallel=is_parallel)
 
     def form(self) -> Grammar | None:
         """Return the form that the answer must have."""
@@ -132,7 +125,7 @@ class MessagesBody(CountBody):
             "top_k": self.top_k,
             "grammar": self.form(),
         }
-        return base.updated(**{name: value for name, value in options.items() if value is not None})
+        return updated(base, options)
 
 
 def router(service: Service) -> APIRouter:
@@ -150,13 +143,11 @@ def router(service: Service) -> APIRouter:
             # The protocol wants a number from everybody, so it is no claim on the context.
             has_limit=False,
             owner=http.state.owner,
-            endpoint="messages",
         )
-        answers = await service.open(request)
         writer = MessageWriter(service, body, use)
-        if body.stream:
-            return events(writer.stream(answers), "anthropic")
-        return JSONResponse(await unless_gone(http, writer.whole(answers)))
+        return await respond(
+            http, service, request, writer, is_stream=body.stream, dialect="anthropic"
+        )
 
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountBody, http: Request) -> dict[str, int]:
@@ -177,7 +168,7 @@ def turns_of(body: CountBody) -> list[Turn]:
         ApiError: no messages, or a block of an unknown type.
     """
     if not body.messages:
-        raise ApiError(400, "messages is empty: give at least one of the user", param="messages")
+        raise invalid("messages is empty: give at least one of the user", "messages")
     found = []
     if body.system:
         found.append(Turn(role="system", parts=_system(body.system)))
@@ -189,7 +180,7 @@ def turns_of(body: CountBody) -> list[Turn]:
 def _system(given: str | list[dict[str, Any]]) -> tuple[Part, ...]:
     parts = parts_of(given, "system")
     if not all(isinstance(part, str) for part in parts):
-        raise ApiError(400, "system holds a picture: show it in a message of the user")
+        raise invalid("system holds a picture: show it in a message of the user")
     return ("\n\n".join(map(str, parts)),)
 
 
@@ -204,7 +195,7 @@ def parts_of(content: object, where: str) -> tuple[Part, ...]:
     if content is None:
         return ()
     if not isinstance(content, list):
-        raise ApiError(400, f"{where} must be a text or a list of blocks", param=where)
+        raise invalid(f"{where} must be a text or a list of blocks", where)
     found: list[Part] = []
     for at, block in enumerate(content):
         found += _block(block, f"{where}.{at}")
@@ -225,11 +216,10 @@ def _block(block: Mapping[str, Any], where: str) -> tuple[Part, ...]:
         return response_parts(("Error: ", *inner) if block.get("is_error") else inner)
     if kind in UNSEEN:
         return ()
-    raise ApiError(
-        400,
+    raise invalid(
         f"{where} has the type {kind!r}, or lacks a field of it: expected text, image, tool_use or "
         "tool_result",
-        param=where,
+        where,
     )
 
 
@@ -247,11 +237,10 @@ def picture_of(source: object, where: str) -> dict[str, Any]:
         return {"image_url": given["url"]}
     if kind == "file" and isinstance(given.get("file_id"), str):
         return {"file_id": given["file_id"]}
-    raise ApiError(
-        400,
+    raise invalid(
         f"{where}.source has the type {kind!r}, or lacks a field of it: expected base64, url or "
         "file",
-        param=where,
+        where,
     )
 
 
@@ -259,18 +248,21 @@ class MessageWriter:
     """Writer of one answer: its blocks as they grow, and the events that tell of it."""
 
     def __init__(self, service: Service, body: MessagesBody, use: ToolUse) -> None:
-        self._service = service
         self._stops = body.stop_sequences or ()
         self._reader = AnswerReader(use.names)
-        self._id = f"msg_{secrets.token_hex(12)}"
+        self._head: dict[str, object] = {
+            "id": new_id("msg_"),
+            "type": "message",
+            "role": "assistant",
+            "model": service.model_name,
+        }
         self._index = -1
         self._is_text_open = False
 
-    async def whole(self, answers: Answers) -> dict[str, Any]:
+    async def whole(self, answers: Answers) -> dict[str, object]:
         """Return the message in one piece; a call that was cut is left out."""
         async with answers:
             [one] = await answers.collect()
-        self._service.metrics.count(answers)
         blocks: list[dict[str, Any]] = []
         for said in [*self._reader.push(one.generation.text), *self._reader.flush()]:
             if isinstance(said, Text):
@@ -282,7 +274,7 @@ class MessageWriter:
                 given = json.loads(said.call.arguments)
                 blocks.append(_tool_use(said.call) | {"input": given})
         return {
-            **self._head(answers),
+            **self._head,
             "content": blocks,
             **self._end(one),
             "usage": usage_json(answers),
@@ -291,33 +283,21 @@ class MessageWriter:
     async def stream(self, answers: Answers) -> AsyncIterator[bytes]:
         """Yield the message as events."""
         async with answers:
-            start = {**self._head(answers), "content": [], "stop_reason": None}
-            start |= {"stop_sequence": None, "usage": usage_json(answers)}
+            start = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None}
+            start["usage"] = usage_json(answers)
             yield _event("message_start", message=start)
             async for one in answers:
-                if isinstance(one, Finished):
-                    end = self._end(one)
-                    said = self._reader.flush()
-                else:
-                    said = self._reader.push(one.text)
-                for piece in said:
+                for piece in self._reader.read(one):
                     for found in self._said(piece):
                         yield found
+                if isinstance(one, Finished):
+                    end = self._end(one)
         for found in self._close_text():
             yield found
-        self._service.metrics.count(answers)
         yield _event("message_delta", delta=end, usage=usage_json(answers))
         yield _event("message_stop")
 
-    def _head(self, answers: Answers) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "type": "message",
-            "role": "assistant",
-            "model": self._service.model_name,
-        }
-
-    def _end(self, one: Finished) -> dict[str, Any]:
+    def _end(self, one: Finished) -> dict[str, object]:
         """Return why the answer ended."""
         if one.reason == "length":
             return {"stop_reason": "max_tokens", "stop_sequence": None}
@@ -343,7 +323,7 @@ class MessageWriter:
             return [_event("content_block_delta", index=self._index, delta=delta)]
         return [_event("content_block_stop", index=self._index)]
 
-    def _start(self, block: dict[str, Any]) -> bytes:
+    def _start(self, block: dict[str, object]) -> bytes:
         self._index += 1
         return _event("content_block_start", index=self._index, content_block=block)
 
@@ -364,7 +344,7 @@ def usage_json(answers: Answers) -> dict[str, int]:
     }
 
 
-def _tool_use(call: Call) -> dict[str, Any]:
+def _tool_use(call: Call) -> dict[str, object]:
     return {"type": "tool_use", "id": call.id, "name": call.name}
 
 

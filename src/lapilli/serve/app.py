@@ -27,14 +27,15 @@ from lapilli.serve import (
     embeddings,
     ollama,
     page,
-    ranking,
+    rerank,
     responses,
+    score,
     status,
     uploads,
     worker,
 )
 from lapilli.serve.auth import Gate
-from lapilli.serve.errors import INTERNAL, ApiError, api_error, dialect_of
+from lapilli.serve.errors import INTERNAL, ApiError, api_error, dialect_of, invalid
 from lapilli.serve.options import ServeOptions
 from lapilli.serve.service import Service
 
@@ -48,7 +49,8 @@ ROUTERS = (
     ollama.router,
     decisions.router,
     embeddings.router,
-    ranking.router,
+    score.router,
+    rerank.router,
     uploads.router,
     status.router,
     page.router,
@@ -126,19 +128,16 @@ def assemble(
         )
     if not is_behind:
         app.add_middleware(Gate, options=options)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _not_found)
-    app.add_exception_handler(ApiError, _answered)
-    app.add_exception_handler(Exception, _answered)
-    for kind in (ValueError, RuntimeError, OSError, TypeError, KeyError):
-        # Starlette re-raises what only the handler of Exception takes, behind a traceback.
+    # Starlette re-raises what only the handler of Exception takes, behind a traceback.
+    own = (ApiError, RequestValidationError, HTTPException)
+    for kind in (*own, ValueError, RuntimeError, OSError, TypeError, KeyError, Exception):
         app.add_exception_handler(kind, _answered)
     return app
 
 
 async def _answered(request: Request, error: Exception) -> JSONResponse:
     """Answer with the cause of an error, in the shape of the protocol."""
-    found = api_error(error)
+    found = _cause(request, error)
     if found.status >= INTERNAL:
         LOG.error("%s %s: %s", request.method, request.url.path, found.message, exc_info=error)
     request.app.state.service.metrics.count_error(found.status)
@@ -146,22 +145,17 @@ async def _answered(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, status_code=found.status, headers=dict(found.headers))
 
 
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    """Answer a body of another form: 400, as OpenAI does, with the first field that is wrong."""
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - it is registered for these
-    first = error.errors()[0] if error.errors() else {"loc": ("body",), "msg": "is not valid"}
-    where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
-    found = ApiError(400, f"{where}: {first['msg']}", "invalid_request", where)
-    return await _answered(request, found)
-
-
-async def _not_found(request: Request, error: Exception) -> JSONResponse:
-    """Answer what no route answers, and what the framework refuses."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - it is registered for these
+def _cause(request: Request, error: Exception) -> ApiError:
+    """Return what a client is told of an error of lapilli's, of the framework's, or of any kind."""
+    if isinstance(error, RequestValidationError):  # 400, as OpenAI does, with the first field
+        first = error.errors()[0] if error.errors() else {"loc": ("body",), "msg": "is not valid"}
+        where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
+        return invalid(f"{where}: {first['msg']}", where)
+    if not isinstance(error, HTTPException):
+        return api_error(error)
     message = str(error.detail)
     if error.status_code == 404:
         message = f"there is no route {request.method} {request.url.path}"
     elif error.status_code == 405:
         message = f"{request.url.path} does not take {request.method}"
-    headers = dict(error.headers or {})
-    return await _answered(request, ApiError(error.status_code, message, headers=headers))
+    return ApiError(error.status_code, message, headers=dict(error.headers or {}))

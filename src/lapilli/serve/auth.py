@@ -11,18 +11,15 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from threading import Lock
-from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lapilli.serve.errors import ApiError, dialect_of
 from lapilli.serve.options import LOOPBACK, ApiKey, ServeOptions
 
 OPEN_PATHS = frozenset(("/", "/health", "/ready"))
 """What is answered without a key."""
-
-Scope = Any
-"""ASGI's: a dictionary, two functions."""
 
 ANYONE = ApiKey(key="none", name="anyone")
 
@@ -83,12 +80,12 @@ class Gate:
         options: keys and limits.
     """
 
-    def __init__(self, app: Scope, options: ServeOptions) -> None:
+    def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
         self._app = app
         self._options = options
         self._allowances = {key.name: Allowance(key) for key in (*options.keys, ANYONE)}
 
-    async def __call__(self, scope: Scope, receive: Scope, send: Scope) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -156,11 +153,11 @@ class Gate:
                 "unsupported_media_type",
             )
 
-    def _counted(self, receive: Scope) -> Scope:
+    def _counted(self, receive: Receive) -> Receive:
         """Return `receive`, which ends a body that is longer than allowed."""
         most, count = self._options.limits.body_bytes, 0
 
-        async def counted() -> Any:  # noqa: ANN401  ASGI's message
+        async def counted() -> Message:
             nonlocal count
             message = await receive()
             count += len(message.get("body", b""))
@@ -205,7 +202,7 @@ def owner_of(headers: Mapping[str, bytes], keys: Iterable[ApiKey]) -> ApiKey:
     return found
 
 
-async def refuse(error: ApiError, scope: Scope, send: Scope) -> None:
+async def refuse(error: ApiError, scope: Scope, send: Send) -> None:
     """Send an error before any route has seen the request."""
     body = json.dumps(error.body(dialect_of(scope["path"]))).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}

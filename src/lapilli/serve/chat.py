@@ -1,46 +1,33 @@
 """`/v1/chat/completions`: OpenAI's chat, with the extensions that its users know from vLLM."""
 
-import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from lapilli.config.generation import SamplingParams
 from lapilli.generate.output import TokenLogprob
 from lapilli.prompt.tokenizer import Tokenizer
-from lapilli.serve.errors import ApiError
-from lapilli.serve.sampling import SamplingBody
-from lapilli.serve.service import (
-    Answers,
-    ChatRequest,
-    Finished,
-    Part,
-    Service,
-    Timings,
-    Turn,
-    Usage,
-)
-from lapilli.serve.stream import DONE, event, events, unless_gone
-from lapilli.serve.structured import StructuredBody
-from lapilli.serve.tools import (
+from lapilli.serve.answers import Answers, Finished, Timings, Usage, new_id
+from lapilli.serve.calls import (
     AnswerReader,
     Call,
     CallEnd,
     CallStart,
     Spoken,
     Text,
-    ToolUse,
     calls_text,
-    choice_of,
     response_parts,
-    tool_use,
-    tools_of,
-    with_instructions,
 )
+from lapilli.serve.errors import invalid
+from lapilli.serve.media import Part
+from lapilli.serve.sampling import SamplingBody
+from lapilli.serve.service import ChatRequest, Service, Turn
+from lapilli.serve.stream import DONE, event, respond
+from lapilli.serve.structured import StructuredBody
+from lapilli.serve.tools import ToolUse, choice_of, tool_use, tools_of, with_instructions
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 MEDIA_TYPES = frozenset(("image_url", "input_image", "image_embeds", "image"))
@@ -81,9 +68,9 @@ class ChatBody(SamplingBody, StructuredBody):
         Raises:
             ApiError: a declaration or a choice that cannot be used.
         """
-        choice, named = choice_of(self.tool_choice)
+        choice, allowed = choice_of(self.tool_choice)
         tools = tools_of(self.tools)
-        return tool_use(tools, choice, named, is_parallel=self.parallel_tool_calls)
+        return tool_use(tools, choice, allowed, is_parallel=self.parallel_tool_calls)
 
 
 def router(service: Service) -> APIRouter:
@@ -96,11 +83,9 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         use = body.use()
         request = chat_request(body, use, service.options.sampling, http.state.owner)
-        answers = await service.open(request)
-        reply = Reply(service, body, answers, use)
-        if body.stream:
-            return events(reply.stream())
-        return JSONResponse(await unless_gone(http, reply.whole()))
+        return await respond(
+            http, service, request, ChatWriter(service, body, use), is_stream=body.stream
+        )
 
     return routes
 
@@ -116,9 +101,7 @@ def chat_request(body: ChatBody, use: ToolUse, base: SamplingParams, owner: str)
     if body.logprobs or body.top_logprobs:
         logprobs = body.top_logprobs or 0
         if not 0 <= logprobs <= 20:
-            raise ApiError(
-                400, f"top_logprobs must be from 0 to 20, got {logprobs}", param="top_logprobs"
-            )
+            raise invalid(f"top_logprobs must be from 0 to 20, got {logprobs}", "top_logprobs")
     params = body.params(base, logprobs=logprobs, max_new_tokens=body.most, grammar=body.grammar())
     return ChatRequest(
         turns=with_instructions(turns_of(body.messages), use),
@@ -136,7 +119,7 @@ def turns_of(messages: list[MessageBody]) -> tuple[Turn, ...]:
         ApiError: no messages, or a part of an unknown type.
     """
     if not messages:
-        raise ApiError(400, "messages is empty: give at least one of the user", param="messages")
+        raise invalid("messages is empty: give at least one of the user", "messages")
     roles: Mapping[str, str] = {"developer": "system", "tool": "user", "function": "user"}
     found = []
     for at, one in enumerate(messages):
@@ -168,81 +151,69 @@ def parts_of(content: str | list[dict[str, Any]] | None, name: str) -> tuple[Par
         elif kind in TEXT_TYPES:
             text = part.get("text", part.get("refusal"))
             if not isinstance(text, str):
-                raise ApiError(400, f"{where} has no text", param=where)
+                raise invalid(f"{where} has no text", where)
             found.append(text)
         else:
             known = ", ".join(sorted((*TEXT_TYPES, *MEDIA_TYPES)))
-            raise ApiError(
-                400, f"{where} has the type {kind!r}: expected one of {known}", param=where
-            )
+            raise invalid(f"{where} has the type {kind!r}: expected one of {known}", where)
     return tuple(found)
 
 
-class Reply:
-    """The answer to one request in OpenAI's form."""
+class ChatWriter:
+    """Writer of the answer to one request."""
 
-    def __init__(self, service: Service, body: ChatBody, answers: Answers, use: ToolUse) -> None:
-        self._service = service
+    def __init__(self, service: Service, body: ChatBody, use: ToolUse) -> None:
+        self._tokenizer = service.chat.tokenizer
         self._body = body
-        self._answers = answers
         self._readers = [AnswerReader(use.names) for _ in range(body.n or 1)]
         self._wants_logprobs = bool(body.logprobs or body.top_logprobs)
-        self._head = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": service.model_name,
-        }
+        self._head = head_json("chatcmpl-", service)
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self, answers: Answers) -> dict[str, object]:
         """Return the response in one piece."""
-        async with self._answers as answers:
+        async with answers:
             finished = await answers.collect()
-        self._service.metrics.count(answers)
         return {
             **self._head,
             "object": "chat.completion",
             "choices": [self._choice(one) for one in finished],
-            "usage": usage_json(answers.usage),
-            "timings": timings_json(answers.timings, answers.usage),
+            **counts_json(answers),
         }
 
-    async def stream(self) -> AsyncIterator[bytes]:
+    async def stream(self, answers: Answers) -> AsyncIterator[bytes]:
         """Yield the response as events."""
-        options = self._body.stream_options
-        async with self._answers as answers:
+        usage = answers.usage
+        async with answers:
             for index in range(self._body.n or 1):
-                yield self._chunk(index, {"role": "assistant", "content": ""})
+                yield self._chunk(usage, index, {"role": "assistant", "content": ""})
             async for one in answers:
                 reader = self._readers[one.index]
+                deltas = [delta for said in reader.read(one) if (delta := delta_json(said))]
                 if isinstance(one, Finished):
-                    for said in reader.flush():
-                        if delta := delta_json(said):
-                            yield self._chunk(one.index, delta)
-                    yield self._chunk(one.index, {}, finish=finish_of(one, reader))
+                    for delta in deltas:
+                        yield self._chunk(usage, one.index, delta)
+                    yield self._chunk(usage, one.index, {}, finish=finish_of(one, reader))
                     continue
                 reports = one.logprobs if self._wants_logprobs else ()
-                deltas = [delta for said in reader.push(one.text) if (delta := delta_json(said))]
                 for delta in deltas or ([{"content": ""}] if reports else []):
-                    yield self._chunk(one.index, delta, logprobs=reports)
+                    yield self._chunk(usage, one.index, delta, logprobs=reports)
                     reports = ()
-        self._service.metrics.count(answers)
-        if options is not None and options.include_usage:
+        if self._body.reports_usage:
             last = {**self._head, "object": "chat.completion.chunk", "choices": []}
-            timings = timings_json(answers.timings, answers.usage)
-            yield event({**last, "usage": usage_json(answers.usage), "timings": timings})
+            yield event({**last, **counts_json(answers)})
         yield DONE
 
-    def _choice(self, one: Finished) -> dict[str, Any]:
+    def _choice(self, one: Finished) -> dict[str, object]:
         generation, reader = one.generation, self._readers[one.index]
         reader.push(generation.text)
         reader.flush()
-        message: dict[str, Any] = {"role": "assistant", "content": reader.text, "refusal": None}
+        message: dict[str, object] = {"role": "assistant", "content": reader.text, "refusal": None}
         if reader.calls:
             message["content"] = reader.text or None
             message["tool_calls"] = [call_json(call) for call in reader.calls]
         logprobs = None
         if self._wants_logprobs:
-            content = logprobs_json(generation.logprobs or (), self._service.chat.tokenizer)
+            content = logprobs_json(generation.logprobs or (), self._tokenizer)
             logprobs = {"content": content, "refusal": None}
         return {
             "index": one.index,
@@ -253,20 +224,21 @@ class Reply:
 
     def _chunk(
         self,
+        usage: Usage,
         index: int,
-        said: dict[str, Any],
+        said: dict[str, object],
         *,
         finish: str | None = None,
         logprobs: tuple[TokenLogprob, ...] = (),
     ) -> bytes:
-        choice: dict[str, Any] = {"index": index, "delta": said, "finish_reason": finish}
+        choice: dict[str, object] = {"index": index, "delta": said, "finish_reason": finish}
         if logprobs:
-            content = logprobs_json(logprobs, self._service.chat.tokenizer)
+            content = logprobs_json(logprobs, self._tokenizer)
             choice["logprobs"] = {"content": content, "refusal": None}
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
         options = self._body.stream_options
         if options is not None and options.continuous_usage_stats:
-            chunk["usage"] = usage_json(self._answers.usage)
+            chunk["usage"] = usage_json(usage)
         return event(chunk)
 
 
@@ -275,13 +247,13 @@ def finish_of(one: Finished, reader: AnswerReader) -> str:
     return "tool_calls" if reader.calls and one.reason == "stop" else one.reason
 
 
-def call_json(call: Call) -> dict[str, Any]:
+def call_json(call: Call) -> dict[str, object]:
     """Return a call as OpenAI has it in a message."""
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id, "type": "function", "function": function}
 
 
-def delta_json(said: Spoken) -> dict[str, Any]:
+def delta_json(said: Spoken) -> dict[str, object]:
     """Return what a chunk adds to a message; {} for the end of a call, which has none."""
     if isinstance(said, Text):
         return {"content": said.text}
@@ -295,7 +267,18 @@ def delta_json(said: Spoken) -> dict[str, Any]:
     return {"tool_calls": [{"index": index, "function": {"arguments": said.text}}]}
 
 
-def usage_json(usage: Usage) -> dict[str, Any]:
+def head_json(kind: str, service: Service) -> dict[str, object]:
+    """Return what OpenAI's responses begin with, under an id of this kind."""
+    return {"id": new_id(kind), "created": int(time.time()), "model": service.model_name}
+
+
+def counts_json(answers: Answers) -> dict[str, object]:
+    """Return the counts and times that a response ends with."""
+    usage = answers.usage
+    return {"usage": usage_json(usage), "timings": timings_json(answers.timings, usage)}
+
+
+def usage_json(usage: Usage) -> dict[str, object]:
     """Return counts as OpenAI names them, visual tokens besides."""
     return {
         "prompt_tokens": usage.prompt,

@@ -28,10 +28,10 @@ from lapilli.pipeline.questions import (
     Refusal,
     Score,
 )
-from lapilli.prompt.message import MediaPart, Message
+from lapilli.prompt.message import Message
 from lapilli.serve.chat import parts_of
-from lapilli.serve.errors import ApiError
-from lapilli.serve.service import Part, Service, Turn
+from lapilli.serve.errors import invalid
+from lapilli.serve.service import Service, Turn
 from lapilli.serve.stream import unless_gone
 
 MOST_QUESTIONS, MOST_CHOICES = 400, 255
@@ -147,19 +147,13 @@ def asked(service: Service, body: DecisionBody, owner: str) -> tuple[list[Messag
     ]
     groups = [*(turn.parts for turn in turns), *parts]
     count = sum(not isinstance(part, str) for group in groups for part in group)
-    if count > service.options.limits.images:
-        most = service.options.limits.images
-        raise ApiError(400, f"{count} pictures in one request, the limit is {most}", param="input")
+    service.media.check_count(count, "input")
     messages = service.messages(turns, owner)
     questions = [
-        question_of(one, [_opened(part, service, owner) for part in some])
+        question_of(one, service.media.opened(some, owner))
         for one, some in zip(body.questions, parts, strict=True)
     ]
     return messages, questions
-
-
-def _opened(part: Part, service: Service, owner: str) -> str | MediaPart:
-    return service.media.part(part, owner) if isinstance(part, dict) else part
 
 
 def question_of(body: PredicateBody | ChoiceBody | ScoreBody, parts: Sequence[object]) -> Question:
@@ -187,30 +181,29 @@ def turns_of(given: str | list[ItemBody]) -> tuple[Turn, ...]:
     if isinstance(given, str):
         return (Turn(role="user", parts=(given,)),)
     if not given:
-        raise ApiError(400, "input is empty: give a text or messages", param="input")
+        raise invalid("input is empty: give a text or messages", "input")
     calls: set[str | None] = set()
     found = []
     for at, item in enumerate(given):
         where = f"input[{at}]"
         if item.type == "message":
             if item.role is None or item.content is None:
-                raise ApiError(400, f"{where} needs a role and content", param=where)
+                raise invalid(f"{where} needs a role and content", where)
             role = "system" if item.role == "developer" else item.role
             found.append(Turn(role=role, parts=parts_of(_with_json(item.content), where)))
         elif item.type in ("function_call", "custom_tool_call"):
             said = item.arguments if item.type == "function_call" else item.input
             if not item.call_id or not item.name or said is None:
-                raise ApiError(400, f"{where} needs call_id, name and what is called", param=where)
+                raise invalid(f"{where} needs call_id, name and what is called", where)
             calls.add(item.call_id)
             found.append(Turn(role="assistant", parts=(f"{item.name}({said})",)))
         else:
             if item.call_id not in calls or item.output is None:
-                raise ApiError(
-                    400,
+                raise invalid(
                     f"{where} has the call_id {item.call_id!r} and "
                     f"{'no output' if item.output is None else 'no call before it'}: every output "
                     "needs the call that it answers",
-                    param=where,
+                    where,
                 )
             found.append(Turn(role="user", parts=parts_of(_with_json(item.output), where)))
     return tuple(found)
@@ -237,9 +230,9 @@ def _json_text(data: object) -> str:
         isinstance(data, list) and all(isinstance(one, dict) for one in data)
     )
     if not is_right:
-        raise ApiError(400, "input_json needs data: an object, or a list of objects")
+        raise invalid("input_json needs data: an object, or a list of objects")
     levels, values = 0, 0
-    waiting: list[tuple[Any, int]] = [(data, 1)]
+    waiting: list[tuple[object, int]] = [(data, 1)]
     while waiting and levels <= JSON_LEVELS and values <= JSON_VALUES:
         one, level = waiting.pop()
         values += 1
@@ -248,17 +241,16 @@ def _json_text(data: object) -> str:
             inside = one.values() if isinstance(one, dict) else one
             waiting += [(each, level + 1) for each in inside]
     if levels > JSON_LEVELS or values > JSON_VALUES:
-        raise ApiError(
-            400,
-            f"input_json has more than {JSON_LEVELS} levels or {JSON_VALUES} values: shorten it",
+        raise invalid(
+            f"input_json has more than {JSON_LEVELS} levels or {JSON_VALUES} values: shorten it"
         )
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     if len(text.encode("utf-8", "replace")) > JSON_BYTES:
-        raise ApiError(400, f"input_json has more than {JSON_BYTES} bytes: shorten it")
+        raise invalid(f"input_json has more than {JSON_BYTES} bytes: shorten it")
     return text
 
 
-def decisions_json(found: Decisions, model: str) -> dict[str, Any]:
+def decisions_json(found: Decisions, model: str) -> dict[str, object]:
     """Return the answers in OpenAI's form."""
     written = 0 if found.cached_tokens else found.shared_tokens
     return {
@@ -277,7 +269,7 @@ def decisions_json(found: Decisions, model: str) -> dict[str, Any]:
     }
 
 
-def answer_json(answer: Answer) -> dict[str, Any]:
+def answer_json(answer: Answer) -> dict[str, object]:
     """Return one answer in OpenAI's form."""
     if isinstance(answer, PredicateAnswer):
         return {"type": "predicate", "name": answer.name, "probability": answer.probability}

@@ -11,7 +11,7 @@ from lapilli.pipeline import ProcessedPrompt
 from lapilli.pipeline.embed import Embedder
 from lapilli.prompt.encode import EncodedPrompt
 from lapilli.serve.chat import MessageBody, parts_of, turns_of
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.service import Service
 from lapilli.serve.stream import unless_gone
 from lapilli.shapes import Float, Tensor
@@ -19,6 +19,7 @@ from lapilli.shapes import Float, Tensor
 MOST_INPUTS = 2048
 
 Parts = list[dict[str, Any]]
+Input = str | list[int] | Parts
 
 
 class EmbeddingBody(BaseModel):
@@ -27,7 +28,7 @@ class EmbeddingBody(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
-    input: str | list[int] | list[str | list[int] | Parts] | None = None
+    input: str | list[int] | list[Input] | None = None
     messages: list[MessageBody] | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
@@ -73,38 +74,39 @@ def prompts_of(
     """
     width = service.chat.model.language_model.config.hidden_size
     if body.dimensions not in (None, width):
-        raise ApiError(
-            400,
+        raise invalid(
             f"dimensions must be {width}, the width of the model, or left out: got "
             f"{body.dimensions}",
-            param="dimensions",
+            "dimensions",
         )
     if (body.input is None) is (body.messages is None):
-        raise ApiError(400, "give either input or messages", param="input")
+        raise invalid("give either input or messages", "input")
     if body.messages is not None:
         messages = service.messages(turns_of(body.messages), owner)
         return [embedder.prompt(messages, "messages")]
-    given: list[Any]
-    is_one = isinstance(body.input, str) or (bool(body.input) and isinstance(body.input[0], int))  # type: ignore[index]
-    given = [body.input] if is_one else list(body.input or [])
+    given = inputs_of([] if body.input is None else body.input)
     if not 1 <= len(given) <= MOST_INPUTS:
-        raise ApiError(
-            400, f"input must have 1 to {MOST_INPUTS} entries, got {len(given)}", param="input"
-        )
-    most = service.options.limits.images
+        raise invalid(f"input must have 1 to {MOST_INPUTS} entries, got {len(given)}", "input")
     count = sum(
         isinstance(part, dict) and part.get("type") not in ("text", "input_text")
         for one in given
         if isinstance(one, list)
         for part in one
     )
-    if count > most:
-        raise ApiError(400, f"{count} pictures in one request, the limit is {most}", param="input")
+    service.media.check_count(count, "input")
     return [_prompt(one, at, service, embedder, owner) for at, one in enumerate(given)]
 
 
+def inputs_of(given: str | list[int] | list[Input]) -> list[Input]:
+    """Return the texts, lists of tokens or lists of parts of an input, which may be one of them."""
+    if isinstance(given, str):
+        return [given]
+    tokens = [one for one in given if isinstance(one, int)]
+    return [tokens] if tokens else [one for one in given if not isinstance(one, int)]
+
+
 def _prompt(
-    given: str | list[int] | Parts, at: int, service: Service, embedder: Embedder, owner: str
+    given: Input, at: int, service: Service, embedder: Embedder, owner: str
 ) -> ProcessedPrompt:
     name = f"input[{at}]"
     if isinstance(given, str):
@@ -113,17 +115,14 @@ def _prompt(
         ids = [token for token in given if isinstance(token, int)]
         size, most = service.chat.tokenizer.vocab_size, service.chat.context_length
         if not all(0 <= token < size for token in ids) or len(ids) > most:
-            raise ApiError(
-                400, f"{name}: expected at most {most} tokens from 0 to {size - 1}", param=name
-            )
+            raise invalid(f"{name}: expected at most {most} tokens from 0 to {size - 1}", name)
         first = list(service.chat.tokenizer.prefix_ids)
         ids = ids if ids[: len(first)] == first else [*first, *ids]
         if len(ids) == len(first):
-            raise ApiError(400, f"{name} has no tokens of a text", param=name)
+            raise invalid(f"{name} has no tokens of a text", name)
         return ProcessedPrompt(EncodedPrompt(ids, [False] * len(ids)), ())
     parts = parts_of([part for part in given if isinstance(part, dict)], name)
-    opened = [service.media.part(p, owner) if isinstance(p, dict) else p for p in parts]
-    return embedder.prompt(opened, name)
+    return embedder.prompt(service.media.opened(parts, owner), name)
 
 
 def _written(vector: Float[Tensor, " D"], as_text: bool) -> list[float] | str:

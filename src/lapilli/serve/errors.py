@@ -7,13 +7,16 @@ A status is never chosen by a route: it follows from the kind of error.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from lapilli.errors import (
+    BusyError,
+    ClosedError,
     ContextTooLongError,
-    GenerationError,
     LapilliError,
     MediaError,
+    MediaTooLargeError,
+    ModelFailedError,
     StoreError,
 )
 
@@ -34,14 +37,6 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
     500: "api_error",
     503: "overloaded_error",
 }
-
-
-class BusyError(GenerationError):
-    """Too much is asked at the same time."""
-
-
-class TooLargeError(MediaError):
-    """A medium of more bytes or pixels than the server takes."""
 
 
 class UnknownMediumError(MediaError):
@@ -66,7 +61,7 @@ class ApiError(Exception):
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def body(self, dialect: Dialect = "openai") -> dict[str, Any]:
+    def body(self, dialect: Dialect = "openai") -> dict[str, object]:
         """Return the JSON that clients of a protocol expect."""
         # What a client wrote may be no Unicode, and is told back to it.
         message = self.message.encode("utf-8", "backslashreplace").decode()
@@ -80,6 +75,11 @@ class ApiError(Exception):
         return {"error": error}
 
 
+def invalid(message: str, param: str | None = None, code: str = "invalid_request") -> ApiError:
+    """Return the error of a request that is wrong, and of the field that is."""
+    return ApiError(400, message, code, param)
+
+
 def dialect_of(path: str) -> Dialect:
     """Return the protocol that a path belongs to."""
     if path.startswith("/v1/messages"):
@@ -87,37 +87,31 @@ def dialect_of(path: str) -> Dialect:
     return "ollama" if path.startswith("/api/") else "openai"
 
 
+_ANSWERS: Mapping[type[Exception], tuple[int, str, str | None]] = {
+    BusyError: (429, "too_many_requests", None),
+    ClosedError: (503, "unavailable", None),
+    ModelFailedError: (INTERNAL, "model_failed", None),
+    UnknownMediumError: (404, "not_found", "messages"),
+    MediaTooLargeError: (413, "too_large", "messages"),
+    MediaError: (400, "invalid_image", "messages"),
+    ContextTooLongError: (400, "context_length_exceeded", "messages"),
+    StoreError: (404, "unknown_id", None),
+}
+"""Status, code and field of each kind of error; one that is not here is told as its nearest kind,
+and a LapilliError of no such kind is a 400 with its name as code."""
+_RETRY: Mapping[int, Mapping[str, str]] = {429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
+
+
 def api_error(error: Exception) -> ApiError:
     """Return what a client is told of an error; one that nobody foresaw is a 500 with its name."""
     if isinstance(error, ApiError):
         return error
     message = str(error)
-    if isinstance(error, BusyError):
-        return ApiError(429, message, "too_many_requests", headers={"Retry-After": "1"})
-    if isinstance(error, UnknownMediumError):
-        return ApiError(404, message, "not_found", "messages")
-    if isinstance(error, TooLargeError):
-        return ApiError(413, message, "too_large", "messages")
-    if isinstance(error, ContextTooLongError):
-        return ApiError(400, message, "context_length_exceeded", "messages")
-    if isinstance(error, MediaError):
-        return ApiError(400, message, "invalid_image", "messages")
-    if isinstance(error, StoreError):
-        return ApiError(404, message, "unknown_id")
+    for kind in type(error).__mro__:
+        if kind in _ANSWERS:
+            status, code, param = _ANSWERS[kind]
+            return ApiError(status, message, code, param, _RETRY.get(status, {}))
+    name = type(error).__name__
     if isinstance(error, LapilliError):
-        return _of_generation(error, message)
-    return ApiError(INTERNAL, f"the server failed: {type(error).__name__}: {message}", "internal")
-
-
-def _of_generation(error: LapilliError, message: str) -> ApiError:
-    """Return the rest: what the engine cannot do now, what it failed at, and what is asked wrong.
-
-    The engine says in words what became of it; these are its own beginnings.
-    """
-    if message.startswith(("the engine is closed", "the server is stopping")):
-        return ApiError(503, message, "unavailable", headers={"Retry-After": "5"})
-    if "requests are waiting, the limit" in message or "on their way, the limit" in message:
-        return ApiError(429, message, "too_many_requests", headers={"Retry-After": "1"})
-    if message.startswith(("the model failed", "the engine failed", "no token can be chosen")):
-        return ApiError(INTERNAL, message, "model_failed")
-    return ApiError(400, message, type(error).__name__)
+        return invalid(message, code=name)
+    return ApiError(INTERNAL, f"the server failed: {name}: {message}", "internal")

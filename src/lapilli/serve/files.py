@@ -3,14 +3,14 @@
 They stay in memory until the server ends, are deleted, or newer ones need their room.
 """
 
-import secrets
 import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
 
-from lapilli.serve.errors import TooLargeError, UnknownMediumError
+from lapilli.errors import MediaTooLargeError
+from lapilli.serve.answers import new_id
+from lapilli.serve.errors import UnknownMediumError
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class StoredFile:
     data: bytes
     created: int
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Return it as OpenAI's file object."""
         return {
             "id": self.file_id,
@@ -54,15 +54,13 @@ class Files:
         """Keep a file.
 
         Raises:
-            TooLargeError: it alone is larger than what may be kept.
+            MediaTooLargeError: it alone is larger than what may be kept.
         """
         if len(data) > self._max_bytes:
-            raise TooLargeError(
+            raise MediaTooLargeError(
                 f"{name} has {len(data)} bytes, the server keeps {self._max_bytes} of uploads"
             )
-        file = StoredFile(
-            f"file-{secrets.token_hex(12)}", owner, name, purpose, data, int(time.time())
-        )
+        file = StoredFile(new_id("file-"), owner, name, purpose, data, int(time.time()))
         with self._lock:
             self._files[file.file_id] = file
             self._bytes += len(data)

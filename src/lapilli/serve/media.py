@@ -17,7 +17,7 @@ import math
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +27,7 @@ from urllib.request import url2pathname
 import torch
 
 from lapilli.config.reader import shown
-from lapilli.errors import MediaError
+from lapilli.errors import MediaError, MediaTooLargeError
 from lapilli.generate.engine.feature_cache import FeatureStats
 from lapilli.media.fetch import FetchLimits, fetch
 from lapilli.modality.image.decode import to_rgb
@@ -35,7 +35,7 @@ from lapilli.modality.image.image import ImageModality
 from lapilli.modality.image.pixels import PreparedImage
 from lapilli.pipeline import Chat
 from lapilli.prompt.message import MediaPart
-from lapilli.serve.errors import TooLargeError, UnknownMediumError
+from lapilli.serve.errors import UnknownMediumError, invalid
 from lapilli.serve.files import Files
 from lapilli.serve.options import ServeOptions
 from lapilli.shapes import Float, Tensor
@@ -43,6 +43,10 @@ from lapilli.shapes import Float, Tensor
 _LONGEST_HEADER: Final = 4096
 _DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LONGEST_UUID: Final = 256
+
+
+Part = str | dict[str, Any]
+"""A text, or a picture in OpenAI's form that a worker thread is to open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,21 @@ class MediaReader:
         self._files = files
         self.pictures = PictureCache(options.limits.cache_bytes)
 
+    def check_count(self, count: int, param: str | None = None) -> None:
+        """Refuse more pictures than one request may have.
+
+        Raises:
+            ApiError: there are.
+        """
+        most = self._options.limits.images
+        if count > most:
+            message = f"{count} pictures in one request, the limit is {most}"
+            raise invalid(message, param)
+
+    def opened(self, parts: Iterable[Part], owner: str) -> list[str | MediaPart]:
+        """Return parts with their pictures opened; raises what `part` does."""
+        return [self.part(one, owner) if isinstance(one, dict) else one for one in parts]
+
     def part(self, given: Mapping[str, Any], owner: str) -> MediaPart:
         """Return the medium of a part in OpenAI's form, or in the form of our own extensions.
 
@@ -142,7 +161,7 @@ class MediaReader:
 
         Raises:
             MediaError: it cannot be fetched or decoded, or may not be named.
-            TooLargeError: more than the limits.
+            MediaTooLargeError: more than the limits.
             UnknownMediumError: an upload or a uuid that is not there.
         """
         uuid = given.get("uuid")
@@ -169,30 +188,25 @@ class MediaReader:
 
         Raises:
             MediaError: it cannot be decoded, or the model does not look at pictures.
-            TooLargeError: too many bytes or pixels.
+            MediaTooLargeError: too many bytes or pixels.
         """
         limits, model = self._options.limits, self._chat.model
         if "image" not in model.modalities:
             raise MediaError(f"the model {self._chat.name} reads text only: leave pictures out")
         if len(data) > limits.image_bytes:
-            raise TooLargeError(
+            raise MediaTooLargeError(
                 f"the picture has {len(data)} bytes, more than the limit of {limits.image_bytes}: "
                 "shrink it"
             )
         digest = hashlib.sha256(data + self._chat.alpha.encode()).digest()
         item = self.pictures.get(digest)
         if item is None:
-            try:
-                image = to_rgb(
-                    data,
-                    alpha=self._chat.alpha,
-                    max_pixels=limits.image_pixels,
-                    max_bytes=limits.decoded_bytes,
-                )
-            except MediaError as error:
-                if "limit of" in str(error) or "too large" in str(error):
-                    raise TooLargeError(str(error)) from error
-                raise
+            image = to_rgb(
+                data,
+                alpha=self._chat.alpha,
+                max_pixels=limits.image_pixels,
+                max_bytes=limits.decoded_bytes,
+            )
             modality = model.modality("image")
             if not isinstance(modality, ImageModality):
                 raise MediaError(f"the pictures of {self._chat.name} are none that can be decoded")
@@ -241,12 +255,7 @@ class MediaReader:
             max_redirects=limits.redirects,
             public_only=True,
         )
-        try:
-            data = fetch(url, limits=bounds).data
-        except MediaError as error:
-            if "more than the limit of" in str(error) or "too many for" in str(error):
-                raise TooLargeError(str(error)) from error
-            raise
+        data = fetch(url, limits=bounds).data
         assert isinstance(data, bytes)  # noqa: S101 - of a text it always is
         return data
 
@@ -267,7 +276,7 @@ class MediaReader:
         with found.open("rb") as stream:
             data = stream.read(limit + 1)
         if len(data) > limit:
-            raise TooLargeError(f"{url} has more than {limit} bytes, the limit")
+            raise MediaTooLargeError(f"{url} has more than {limit} bytes, the limit")
         return data
 
     def features(self, given: object) -> Float[Tensor, "n D"]:

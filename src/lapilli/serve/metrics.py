@@ -9,7 +9,8 @@ from prometheus_client.registry import Collector
 if TYPE_CHECKING:  # it makes the metrics
     from collections.abc import Iterator
 
-    from lapilli.serve.service import Answers, Service
+    from lapilli.serve.answers import Answers
+    from lapilli.serve.service import Service
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -13,29 +13,23 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from lapilli import __version__
 from lapilli.config.generation import SamplingParams
 from lapilli.config.grammar import Grammar
+from lapilli.serve.answers import Answers, Finished
+from lapilli.serve.calls import AnswerReader, Call, CallEnd, Text
 from lapilli.serve.chat import MessageBody as ChatMessage
 from lapilli.serve.chat import turns_of
-from lapilli.serve.errors import ApiError, api_error
+from lapilli.serve.errors import invalid
+from lapilli.serve.media import Part
 from lapilli.serve.sampling import check_stops
-from lapilli.serve.service import Answers, ChatRequest, Finished, Part, Service, Turn
-from lapilli.serve.stream import unless_gone
+from lapilli.serve.service import ChatRequest, Service, Turn
+from lapilli.serve.stream import line, respond
 from lapilli.serve.structured import kind_grammar
-from lapilli.serve.tools import (
-    AnswerReader,
-    Call,
-    CallEnd,
-    Text,
-    ToolUse,
-    tool_use,
-    tools_of,
-    with_instructions,
-)
+from lapilli.serve.tools import ToolUse, tool_use, tools_of, with_instructions
 
 NAMES: Mapping[str, str] = {"repeat_penalty": "repetition_penalty", "num_predict": "max_new_tokens"}
 """Options that have another name here."""
@@ -62,7 +56,7 @@ class OptionsBody(BaseModel):
     tfs_z: float | None = None
     typical_p: float | None = None
 
-    def given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, object]:
         """Return those that are given, under the engine's names.
 
         Raises:
@@ -72,7 +66,7 @@ class OptionsBody(BaseModel):
         for name, value in OFF.items():
             if found.pop(name, value) != value:
                 where = f"options.{name}"
-                raise ApiError(400, f"{where} is not supported: leave it out", param=where)
+                raise invalid(f"{where} is not supported: leave it out", where)
         check_stops(self.stop, "options.stop")
         if self.top_k == 0:  # all tokens
             del found["top_k"]
@@ -125,7 +119,7 @@ class OllamaBody(BaseModel):
         if self.format == "json":
             return Grammar.json_object()
         if isinstance(self.format, str):
-            raise ApiError(400, f"format is {self.format!r}: expected json or a JSON schema")
+            raise invalid(f"format is {self.format!r}: expected json or a JSON schema")
         return kind_grammar("json", self.format, "format")
 
 
@@ -174,13 +168,11 @@ def _add_answers(routes: APIRouter, service: Service) -> None:
             prompt=prompt,
             params=use.params(body.params(service.options.sampling)),
             owner=http.state.owner,
-            endpoint="ollama",
         )
         writer = Writer(service, use, is_chat=isinstance(body, ChatBody))
-        answers = await service.open(request)
-        if body.stream:
-            return StreamingResponse(writer.stream(answers), media_type="application/x-ndjson")
-        return JSONResponse(await unless_gone(http, writer.whole(answers)))
+        return await respond(
+            http, service, request, writer, is_stream=body.stream, dialect="ollama"
+        )
 
     @routes.post("/api/chat", response_model=None)
     async def chat(body: ChatBody, http: Request) -> Response:
@@ -196,7 +188,7 @@ def _add_answers(routes: APIRouter, service: Service) -> None:
         """Answer a prompt; an empty one asks whether the model is there."""
         service.check_model(body.model)
         if body.suffix or body.template or body.context:
-            raise ApiError(400, "suffix, template and context are not supported: leave them out")
+            raise invalid("suffix, template and context are not supported: leave them out")
         if not body.prompt and not body.images:
             return JSONResponse(Writer(service, ToolUse(), is_chat=False).loaded())
         if not body.raw:
@@ -204,7 +196,7 @@ def _add_answers(routes: APIRouter, service: Service) -> None:
             asked = Turn(role="user", parts=(*pictures_of(body.images), body.prompt))
             return await answer(http, body, (*turns, asked), ToolUse(), None)
         if body.images:
-            raise ApiError(400, "raw has no place for images: leave raw out", param="images")
+            raise invalid("raw has no place for images: leave raw out", "images")
         return await answer(http, body, (), ToolUse(), body.prompt)
 
 
@@ -222,18 +214,18 @@ def _add_models(routes: APIRouter, service: Service) -> None:
         return {"version": __version__}
 
     @routes.get("/api/tags")
-    async def tags() -> dict[str, Any]:
+    async def tags() -> dict[str, object]:
         """List the one model that there is."""
         return {"models": [model_json(service)]}
 
     @routes.get("/api/ps")
-    async def running() -> dict[str, Any]:
+    async def running() -> dict[str, object]:
         """List the model that is loaded."""
         known = model_json(service)
         return {"models": [known | {"size_vram": 0, "context_length": service.chat.context_length}]}
 
     @routes.post("/api/show")
-    async def show(body: ShowBody) -> dict[str, Any]:
+    async def show(body: ShowBody) -> dict[str, object]:
         """Describe the model."""
         service.check_model(body.model or body.name)
         return show_json(service)
@@ -253,7 +245,7 @@ def chat_turns(messages: list[MessageBody]) -> tuple[Turn, ...]:
     found = []
     for at, one in enumerate(messages):
         if one.role not in ("system", "user", "assistant", "tool"):
-            raise ApiError(400, f"messages[{at}] has the role {one.role!r}", param="messages")
+            raise invalid(f"messages[{at}] has the role {one.role!r}", "messages")
         shown = [{"type": "image_url", "image_url": {"url": url}} for url in one.images or ()]
         content = [*shown, {"type": "text", "text": one.content}] if one.content or shown else None
         found.append(
@@ -268,11 +260,11 @@ class Writer:
     """Writer of one answer, as lines of JSON or in one piece."""
 
     def __init__(self, service: Service, use: ToolUse, *, is_chat: bool) -> None:
-        self._service = service
+        self._model = service.model_name
         self._reader = AnswerReader(use.names)
         self._is_chat = is_chat
 
-    async def whole(self, answers: Answers) -> dict[str, Any]:
+    async def whole(self, answers: Answers) -> dict[str, object]:
         """Return the answer in one piece; a call that was cut is left out."""
         async with answers:
             [one] = await answers.collect()
@@ -282,49 +274,40 @@ class Writer:
         return self._line(self._reader.text, calls, self._end(answers, one))
 
     async def stream(self, answers: Answers) -> AsyncIterator[bytes]:
-        """Yield the answer as lines; an error in the middle is the last one."""
-        end: dict[str, Any] = {}
-        try:
-            async with answers:
-                async for one in answers:
-                    if isinstance(one, Finished):
-                        said = self._reader.flush()
-                    else:
-                        said = self._reader.push(one.text)
-                    text = "".join(piece.text for piece in said if isinstance(piece, Text))
-                    ended = [piece.call for piece in said if isinstance(piece, CallEnd)]
-                    calls = [call for call in ended if call.is_whole]
-                    if text or calls:
-                        yield _bytes(self._line(text, calls))
-                    if isinstance(one, Finished):
-                        end = self._end(answers, one)
-        except Exception as error:  # noqa: BLE001 - the status is sent, only a line can tell
-            yield _bytes(api_error(error).body("ollama"))
-            return
-        yield _bytes(self._line("", [], end))
+        """Yield the answer as lines."""
+        async with answers:
+            async for one in answers:
+                said = self._reader.read(one)
+                text = "".join(piece.text for piece in said if isinstance(piece, Text))
+                ended = [piece.call for piece in said if isinstance(piece, CallEnd)]
+                calls = [call for call in ended if call.is_whole]
+                if text or calls:
+                    yield line(self._line(text, calls))
+                if isinstance(one, Finished):
+                    end = self._end(answers, one)
+        yield line(self._line("", [], end))
 
-    def loaded(self) -> dict[str, Any]:
+    def loaded(self) -> dict[str, object]:
         """Return the answer to nothing: the model is there."""
         return self._line("", [], {"done": True, "done_reason": "load"})
 
     def _line(
-        self, text: str, calls: list[Call], end: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
-        said: dict[str, Any] = {"response": text}
+        self, text: str, calls: list[Call], end: Mapping[str, object] | None = None
+    ) -> dict[str, object]:
+        said: dict[str, object] = {"response": text}
         if self._is_chat:
-            message: dict[str, Any] = {"role": "assistant", "content": text}
+            message: dict[str, object] = {"role": "assistant", "content": text}
             if calls:
                 message["tool_calls"] = [
                     {"function": {"name": one.name, "arguments": json.loads(one.arguments)}}
                     for one in calls
                 ]
             said = {"message": message}
-        head = {"model": self._service.model_name, "created_at": _now()}
+        head = {"model": self._model, "created_at": _now()}
         return {**head, **said, **(end or {"done": False})}
 
-    def _end(self, answers: Answers, one: Finished) -> dict[str, Any]:
+    def _end(self, answers: Answers, one: Finished) -> dict[str, object]:
         """Return the counts, and times in nanoseconds."""
-        self._service.metrics.count(answers)
         usage, times = answers.usage, answers.timings
         first = times.first_token or times.total
         return {
@@ -339,7 +322,7 @@ class Writer:
         }
 
 
-def model_json(service: Service) -> dict[str, Any]:
+def model_json(service: Service) -> dict[str, object]:
     """Return the model as Ollama lists it."""
     chat = service.chat
     weights = list(chat.model.parameters())
@@ -353,7 +336,7 @@ def model_json(service: Service) -> dict[str, Any]:
     }
 
 
-def show_json(service: Service) -> dict[str, Any]:
+def show_json(service: Service) -> dict[str, object]:
     """Return what `/api/show` says: sizes, and what the model can do."""
     chat = service.chat
     config, family = chat.model.language_model.config, chat.config.text.family
@@ -374,7 +357,7 @@ def show_json(service: Service) -> dict[str, Any]:
     }
 
 
-def _details(service: Service) -> dict[str, Any]:
+def _details(service: Service) -> dict[str, object]:
     chat = service.chat
     family = str(chat.config.text.family)
     millions = sum(one.numel() for one in chat.model.parameters()) / 1e6
@@ -397,7 +380,3 @@ def _now(seconds: int | None = None) -> str:
 
 def _ns(seconds: float) -> int:
     return round(1e9 * seconds)
-
-
-def _bytes(line: Mapping[str, Any]) -> bytes:
-    return json.dumps(line, ensure_ascii=False).encode() + b"\n"

@@ -8,38 +8,32 @@ false.
 """
 
 import json
-import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from lapilli.config.generation import SamplingParams
-from lapilli.serve.chat import parts_of
-from lapilli.serve.errors import ApiError
-from lapilli.serve.sampling import SamplingBody
-from lapilli.serve.service import Answers, ChatRequest, Finished, Part, Service, Turn
-from lapilli.serve.stream import event, events, unless_gone
-from lapilli.serve.structured import StructuredBody, format_grammar
-from lapilli.serve.tools import (
+from lapilli.serve.answers import Answers, Finished, new_id
+from lapilli.serve.calls import (
     AnswerReader,
     Call,
     CallArguments,
-    CallEnd,
     CallStart,
     Spoken,
     Text,
-    Tool,
-    ToolUse,
     call_text,
-    choice_of,
-    function_tool,
     response_parts,
-    tool_use,
-    with_instructions,
 )
+from lapilli.serve.chat import parts_of
+from lapilli.serve.errors import invalid
+from lapilli.serve.media import Part
+from lapilli.serve.sampling import SamplingBody
+from lapilli.serve.service import ChatRequest, Service, Turn
+from lapilli.serve.stream import event, respond
+from lapilli.serve.structured import StructuredBody, format_grammar
+from lapilli.serve.tools import Tool, ToolUse, choice_of, function_tool, tool_use, with_instructions
 
 ROLES: Mapping[str, str] = {
     "user": "user",
@@ -47,6 +41,10 @@ ROLES: Mapping[str, str] = {
     "system": "system",
     "developer": "system",
 }
+
+
+Named = tuple[str, dict[str, object]]
+"""An event: its name, and what it says."""
 
 
 class ResponsesBody(SamplingBody, StructuredBody):
@@ -74,29 +72,20 @@ class ResponsesBody(SamplingBody, StructuredBody):
         Raises:
             ApiError: with the reason.
         """
-        stateful = {
-            "store": self.store,
-            "previous_response_id": self.previous_response_id,
-            "conversation": self.conversation,
-            "background": self.background,
-            "prompt": self.prompt,
-        }
-        for name, value in stateful.items():
-            if value:
-                raise ApiError(
-                    400,
+        for name in ("store", "previous_response_id", "conversation", "background", "prompt"):
+            if getattr(self, name):
+                raise invalid(
                     f"{name} is not supported: this server stores no responses and prompts, send "
                     "the whole conversation as input",
-                    "unsupported",
                     name,
+                    code="unsupported",
                 )
         if self.truncation not in (None, "disabled"):
-            raise ApiError(
-                400,
+            raise invalid(
                 f"truncation {self.truncation!r} is not supported: a conversation is never cut "
                 "here, shorten it or leave truncation out",
-                "unsupported",
                 "truncation",
+                code="unsupported",
             )
         told = [
             self.instructions,
@@ -109,13 +98,12 @@ class ResponsesBody(SamplingBody, StructuredBody):
         try:
             json.dumps(told, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the response cannot repeat the request: {error}") from error
+            raise invalid(f"the response cannot repeat the request: {error}") from error
         if self.top_logprobs:
-            raise ApiError(
-                400,
+            raise invalid(
                 "top_logprobs is not supported here: ask /v1/chat/completions for them",
-                "unsupported",
                 "top_logprobs",
+                code="unsupported",
             )
 
     def use(self) -> ToolUse:
@@ -127,16 +115,15 @@ class ResponsesBody(SamplingBody, StructuredBody):
         tools: list[Tool] = []
         for at, one in enumerate(self.tools or ()):
             if one.get("type") != "function":
-                raise ApiError(
-                    400,
+                raise invalid(
                     f"tools[{at}] has the type {one.get('type')!r}: this server runs no tools of "
                     "its own, it calls functions of yours only",
-                    "unsupported",
                     f"tools[{at}]",
+                    code="unsupported",
                 )
             tools.append(function_tool(one, f"tools[{at}]"))
-        choice, named = choice_of(self.tool_choice)
-        return tool_use(tools, choice, named, is_parallel=self.parallel_tool_calls)
+        choice, allowed = choice_of(self.tool_choice)
+        return tool_use(tools, choice, allowed, is_parallel=self.parallel_tool_calls)
 
     def request(self, use: ToolUse, base: SamplingParams, owner: str) -> ChatRequest:
         """Return the internal request.
@@ -148,7 +135,7 @@ class ResponsesBody(SamplingBody, StructuredBody):
         form = format_grammar((self.text or {}).get("format"), "text.format")
         other = self.grammar()
         if form is not None and other is not None:
-            raise ApiError(400, "text.format and another form are given: leave one out")
+            raise invalid("text.format and another form are given: leave one out")
         most = self.max_tokens if self.max_output_tokens is None else self.max_output_tokens
         params = self.params(base, max_new_tokens=most, grammar=form or other)
         return ChatRequest(
@@ -156,7 +143,6 @@ class ResponsesBody(SamplingBody, StructuredBody):
             params=use.params(params),
             has_limit=most is not None,
             owner=owner,
-            endpoint="responses",
         )
 
 
@@ -171,11 +157,8 @@ def router(service: Service) -> APIRouter:
         body.check()
         use = body.use()
         request = body.request(use, service.options.sampling, http.state.owner)
-        answers = await service.open(request)
         writer = ResponseWriter(service, body, request, use)
-        if body.stream:
-            return events(writer.stream(answers))
-        return JSONResponse(await unless_gone(http, writer.whole(answers)))
+        return await respond(http, service, request, writer, is_stream=body.stream)
 
     return routes
 
@@ -190,7 +173,7 @@ def turns_of(instructions: str | None, given: str | Sequence[Mapping[str, Any]])
     if isinstance(given, str):
         return [*found, Turn(role="user", parts=(given,))]
     if not given:
-        raise ApiError(400, "input is empty: give a text or at least one item", param="input")
+        raise invalid("input is empty: give a text or at least one item", "input")
     found += [turn for at, item in enumerate(given) for turn in _turns(item, f"input[{at}]")]
     return found
 
@@ -201,26 +184,24 @@ def _turns(item: Mapping[str, Any], where: str) -> list[Turn]:
     if kind == "message":
         role = ROLES.get(str(item.get("role")))
         if role is None:
-            raise ApiError(
-                400,
+            raise invalid(
                 f"{where} has the role {item.get('role')!r}: expected one of {', '.join(ROLES)}",
-                param=where,
+                where,
             )
         return [Turn(role=role, parts=_parts(item.get("content"), where))]
     if kind == "function_call":
         if not isinstance(item.get("name"), str):
-            raise ApiError(400, f"{where} has no name", param=where)
+            raise invalid(f"{where} has no name", where)
         said = call_text(item["name"], item.get("arguments"))
         return [Turn(role="assistant", parts=(said,))]
     if kind == "function_call_output":
         return [Turn(role="user", parts=response_parts(_parts(item.get("output"), where)))]
     if kind == "reasoning":
         return []
-    raise ApiError(
-        400,
+    raise invalid(
         f"{where} has the type {kind!r}: expected message, function_call or function_call_output",
-        "unsupported",
         where,
+        code="unsupported",
     )
 
 
@@ -229,7 +210,7 @@ def _parts(content: object, where: str) -> tuple[Part, ...]:
         return parts_of(content, where)
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         return parts_of(content, where)
-    raise ApiError(400, f"{where}: content must be a text or a list of parts", param=where)
+    raise invalid(f"{where}: content must be a text or a list of parts", where)
 
 
 class ResponseWriter:
@@ -245,14 +226,13 @@ class ResponseWriter:
     def __init__(
         self, service: Service, body: ResponsesBody, request: ChatRequest, use: ToolUse
     ) -> None:
-        self._service = service
         self._reader = AnswerReader(use.names)
         self._number = 0
-        self._output: list[dict[str, Any]] = []
-        self._message: dict[str, Any] | None = None
+        self._output: list[dict[str, object]] = []
+        self._message: dict[str, object] | None = None
         self._response = {
             **_asked(body, request.params, use),
-            "id": f"resp_{secrets.token_hex(16)}",
+            "id": new_id("resp_"),
             "object": "response",
             "created_at": int(time.time()),
             "model": service.model_name,
@@ -263,7 +243,7 @@ class ResponseWriter:
             "usage": None,
         }
 
-    async def whole(self, answers: Answers) -> dict[str, Any]:
+    async def whole(self, answers: Answers) -> dict[str, object]:
         """Return the response in one piece."""
         async for _, _ in self._events(answers):
             pass
@@ -275,7 +255,7 @@ class ResponseWriter:
             yield event({"type": name, **data, "sequence_number": self._number}, name)
             self._number += 1
 
-    async def _events(self, answers: Answers) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    async def _events(self, answers: Answers) -> AsyncIterator[Named]:
         """Yield names of events and what they say."""
         yield "response.created", {"response": dict(self._response)}
         yield "response.in_progress", {"response": dict(self._response)}
@@ -284,21 +264,17 @@ class ResponseWriter:
             async for one in answers:
                 if isinstance(one, Finished):
                     reason = one.reason
-                    said = self._reader.flush()
-                else:
-                    said = self._reader.push(one.text)
-                for piece in said:
+                for piece in self._reader.read(one):
                     for found in self._said(piece):
                         yield found
-        self._service.metrics.count(answers)
         if not self._output:
-            yield self._open_message()
-            yield self._part("response.content_part.added", "")
+            for found in self._open_message():
+                yield found
         for found in self._close_message():
             yield found
         yield self._finish(answers, reason)
 
-    def _finish(self, answers: Answers, reason: str) -> tuple[str, dict[str, Any]]:
+    def _finish(self, answers: Answers, reason: str) -> Named:
         """Return the last event, with the whole response."""
         usage = answers.usage
         self._response["usage"] = {
@@ -318,47 +294,51 @@ class ResponseWriter:
             self._response["incomplete_details"] = {"reason": "max_output_tokens"}
         return f"response.{self._response['status']}", {"response": self._response}
 
-    def _said(self, piece: Spoken) -> list[tuple[str, dict[str, Any]]]:
+    def _said(self, piece: Spoken) -> list[Named]:
         """Return the events of a piece of the answer."""
         if isinstance(piece, Text):
-            found = []
-            if self._message is None:
-                found.append(self._open_message())
-                found.append(self._part("response.content_part.added", ""))
+            found = [] if self._message else self._open_message()
             self._text += piece.text
             place = {**self._place(), "content_index": 0}
             delta = {**place, "delta": piece.text, "logprobs": []}
             return [*found, ("response.output_text.delta", delta)]
         if isinstance(piece, CallStart):
-            return [*self._close_message(), self._open_call(piece.call)]
+            return [*self._close_message(), *self._open_call(piece.call)]
         if isinstance(piece, CallArguments):
             delta = {**self._place(), "delta": piece.text}
             return [("response.function_call_arguments.delta", delta)]
-        assert isinstance(piece, CallEnd)  # noqa: S101 - there is nothing else
         return self._close_call(piece.call)
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self) -> dict[str, object]:
         """Return where the item is that grows."""
         return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
 
-    def _part(self, name: str, text: str) -> tuple[str, dict[str, Any]]:
+    def _part(self, name: str, text: str) -> Named:
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
         return name, {**self._place(), "content_index": 0, "part": part}
 
-    def _open_message(self) -> tuple[str, dict[str, Any]]:
+    def _add(self, item: dict[str, object]) -> Named:
+        """Return the event of a new item."""
+        self._output.append(item)
+        added = {"output_index": len(self._output) - 1, "item": dict(item)}
+        return "response.output_item.added", added
+
+    def _done(self, item: dict[str, object]) -> Named:
+        """Return the event of an item that is over."""
+        return "response.output_item.done", {"output_index": len(self._output) - 1, "item": item}
+
+    def _open_message(self) -> list[Named]:
         self._message = {
-            "id": f"msg_{secrets.token_hex(16)}",
+            "id": new_id("msg_"),
             "type": "message",
             "role": "assistant",
             "status": "in_progress",
             "content": [],
         }
         self._text = ""
-        self._output.append(self._message)
-        added = {"output_index": len(self._output) - 1, "item": dict(self._message)}
-        return "response.output_item.added", added
+        return [self._add(self._message), self._part("response.content_part.added", "")]
 
-    def _close_message(self) -> list[tuple[str, dict[str, Any]]]:
+    def _close_message(self) -> list[Named]:
         """Return the events that end a message, if one is open."""
         if self._message is None:
             return []
@@ -366,39 +346,29 @@ class ResponseWriter:
         self._message["content"] = [part["part"]]
         self._message["status"] = "completed"
         done = {**self._place(), "content_index": 0, "text": self._text, "logprobs": []}
-        item = {"output_index": len(self._output) - 1, "item": self._message}
-        self._message = None
-        return [
-            ("response.output_text.done", done),
-            (name, part),
-            ("response.output_item.done", item),
-        ]
+        item, self._message = self._message, None
+        return [("response.output_text.done", done), (name, part), self._done(item)]
 
-    def _open_call(self, call: Call) -> tuple[str, dict[str, Any]]:
-        item = {
-            "id": f"fc_{secrets.token_hex(16)}",
+    def _open_call(self, call: Call) -> list[Named]:
+        item: dict[str, object] = {
+            "id": new_id("fc_"),
             "type": "function_call",
             "status": "in_progress",
             "call_id": call.id,
             "name": call.name,
             "arguments": "",
         }
-        self._output.append(item)
-        added = {"output_index": len(self._output) - 1, "item": dict(item)}
-        return "response.output_item.added", added
+        return [self._add(item)]
 
-    def _close_call(self, call: Call) -> list[tuple[str, dict[str, Any]]]:
+    def _close_call(self, call: Call) -> list[Named]:
         item = self._output[-1]
         item["arguments"] = call.arguments
         item["status"] = "completed" if call.is_whole else "incomplete"
         done = {**self._place(), "name": call.name, "arguments": call.arguments}
-        return [
-            ("response.function_call_arguments.done", done),
-            ("response.output_item.done", {"output_index": len(self._output) - 1, "item": item}),
-        ]
+        return [("response.function_call_arguments.done", done), self._done(item)]
 
 
-def _asked(body: ResponsesBody, params: SamplingParams, use: ToolUse) -> dict[str, Any]:
+def _asked(body: ResponsesBody, params: SamplingParams, use: ToolUse) -> dict[str, object]:
     """Return what a response repeats of its request, with the values that counted."""
     return {
         "background": False,

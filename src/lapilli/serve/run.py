@@ -24,8 +24,17 @@ DRAIN_SECONDS = 30
 class Server(uvicorn.Server):
     """uvicorn, which says when it is ready and tells the routes when it stops."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, app: FastAPI, ready: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_keep_alive=30,
+        )
         super().__init__(config)
+        self._state = app.state
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -37,7 +46,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: object) -> None:
         """Stop to take requests at a signal; a second one ends at once."""
         del sig, frame  # uvicorn would raise the signal again, after the last answer
-        self.config.app.state.service.is_stopping = True  # type: ignore[union-attr]  # create_app's
+        self._state.service.is_stopping = True
         self.force_exit = self.should_exit
         self.should_exit = True
 
@@ -63,7 +72,7 @@ class ServerThread:
         self.url = address_of(options, self._listening)
         self.app = create_app(chat, options)
         self._ready = threading.Event()
-        self._server = Server(config_of(self.app), self._ready.set)
+        self._server = Server(self.app, self._ready.set)
         self._thread = threading.Thread(target=self._run, name="lapilli-server", daemon=True)
         self._thread.start()
         self._ready.wait()
@@ -85,18 +94,6 @@ class ServerThread:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def config_of(app: FastAPI) -> uvicorn.Config:
-    """Return how uvicorn serves the application."""
-    return uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        timeout_keep_alive=30,
-    )
 
 
 def address_of(options: ServeOptions, listening: socket.socket) -> str:
@@ -123,9 +120,8 @@ def run_app(app: FastAPI, options: ServeOptions, ready: Callable[[str], None]) -
     """
     listening = listen(options)
     address = address_of(options, listening)
-    config = config_of(app)
     with listening:
-        Server(config, lambda: ready(address)).run(sockets=[listening])
+        Server(app, lambda: ready(address)).run(sockets=[listening])
 
 
 def listen(options: ServeOptions) -> socket.socket:

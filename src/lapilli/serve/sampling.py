@@ -1,14 +1,26 @@
 """Sampling options of OpenAI's protocols, with those that vLLM's clients add."""
 
-from typing import Any
+from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict
 
 from lapilli.config.generation import SamplingParams
-from lapilli.serve.errors import ApiError
+from lapilli.config.grammar import Grammar
+from lapilli.serve.errors import invalid
 
 MOST_STOPS = 64
 """Each of them is looked for in every token."""
+SHARED = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "stop",
+    "stop_token_ids",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+)
+"""Options that the engine has under the same name."""
 
 
 class SamplingBody(BaseModel):
@@ -34,37 +46,48 @@ class SamplingBody(BaseModel):
     stream_options: "StreamOptions | None" = None
     user: str | None = None
 
-    def params(self, base: SamplingParams, **more: Any) -> SamplingParams:  # noqa: ANN401  of any field
-        """Return them as the engine's, over those of the server.
+    @property
+    def reports_usage(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def params(
+        self,
+        base: SamplingParams,
+        *,
+        logprobs: int | None = None,
+        max_new_tokens: int | None = None,
+        grammar: Grammar | None = None,
+    ) -> SamplingParams:
+        """Return them as the engine's, with those that protocols name differently, over `base`.
 
         Raises:
             GenerationError: a value out of its bounds.
             ApiError: a token of logit_bias that is none.
         """
         check_stops(self.stop, "stop")
-        names = (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "stop",
-            "stop_token_ids",
-            "frequency_penalty",
-            "presence_penalty",
-            "repetition_penalty",
-        )
-        options = {name: getattr(self, name) for name in names}
-        if options["top_k"] in (0, -1):  # "all of them" in other servers
-            options["top_k"] = None
-        options["seed"] = None if self.seed is None else self.seed % (1 << 63)
         try:
-            options["logit_bias"] = {int(key): v for key, v in (self.logit_bias or {}).items()}
+            bias = {int(key): value for key, value in (self.logit_bias or {}).items()}
         except ValueError as error:
-            raise ApiError(
-                400, f"logit_bias: {error}: its keys are token ids", param="logit_bias"
-            ) from error
-        options.update(more)
-        return base.updated(**{name: value for name, value in options.items() if value is not None})
+            raise invalid(f"logit_bias: {error}: its keys are token ids", "logit_bias") from error
+        options = {name: getattr(self, name) for name in SHARED} | {
+            "top_k": None if self.top_k in (0, -1) else self.top_k,  # "all of them" elsewhere
+            "seed": None if self.seed is None else self.seed % (1 << 63),
+            "logit_bias": bias,
+            "logprobs": logprobs,
+            "max_new_tokens": max_new_tokens,
+            "grammar": grammar,
+        }
+        return updated(base, options)
+
+
+def updated(base: SamplingParams, options: Mapping[str, object]) -> SamplingParams:
+    """Return options over others; those that are None say nothing.
+
+    Raises:
+        GenerationError: a value out of its bounds.
+    """
+    return base.updated(**{name: value for name, value in options.items() if value is not None})
 
 
 def check_stops(given: object, where: str) -> None:
@@ -74,9 +97,7 @@ def check_stops(given: object, where: str) -> None:
         ApiError: there are more than `MOST_STOPS`.
     """
     if isinstance(given, list) and len(given) > MOST_STOPS:
-        raise ApiError(
-            400, f"{where} has {len(given)} texts, the limit is {MOST_STOPS}", param=where
-        )
+        raise invalid(f"{where} has {len(given)} texts, the limit is {MOST_STOPS}", where)
 
 
 class StreamOptions(BaseModel):

@@ -1,7 +1,6 @@
 """Service: the internal request of all protocols, and how it is answered.
 
-    ChatRequest --worker thread: media, template, tokens--> n requests of the engine
-    Answers     Delta, Delta, Finished of every choice, as the engine makes them; Usage, Timings
+    ChatRequest --worker thread: media, template, tokens--> n requests of the engine -> Answers
 
 Knows the model and its engine; must not know protocols.
 """
@@ -9,24 +8,31 @@ Knows the model and its engine; must not know protocols.
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from lapilli.config.generation import SamplingParams
-from lapilli.errors import ContextTooLongError, MediaCountMismatchError, UnsupportedModelError
+from lapilli.errors import (
+    BusyError,
+    ClosedError,
+    ContextTooLongError,
+    MediaCountMismatchError,
+    UnsupportedModelError,
+)
 from lapilli.generate.engine.async_engine import AsyncAnswer, AsyncEngine
 from lapilli.generate.engine.request import Request
 from lapilli.generate.grammar import compiled
-from lapilli.generate.output import FinishReason, Generation, TokenLogprob
+from lapilli.generate.output import Generation
 from lapilli.pipeline import Chat
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart, Message, TextPart
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
-from lapilli.serve.errors import ApiError, BusyError
+from lapilli.serve.answers import Answers, Usage
+from lapilli.serve.errors import ApiError, invalid
 from lapilli.serve.files import Files
-from lapilli.serve.media import MediaReader
+from lapilli.serve.media import MediaReader, Part
 from lapilli.serve.metrics import Metrics
 from lapilli.serve.options import ServeOptions
 
@@ -37,9 +43,6 @@ PLACE: Final = "<image>"
 
 LONGEST_TOKEN: Final = 256
 """Letters of a token; the longest ones of known vocabularies have half as many."""
-
-Part = str | MediaPart | dict[str, Any]
-"""A text, a medium, or a picture in OpenAI's form that a worker thread is to open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +65,6 @@ class ChatRequest:
         has_limit: whether the client named a longest answer.
         choices: answers to the same prompt.
         owner: whose key it came with.
-        endpoint: for the metrics.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -72,143 +74,6 @@ class ChatRequest:
     has_limit: bool = False
     choices: int = 1
     owner: str = "anyone"
-    endpoint: str = "chat"
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """More of one choice."""
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The end of one choice."""
-
-    index: int
-    reason: FinishReason
-    generation: Generation
-
-
-@dataclass(slots=True)
-class Usage:
-    """Counts of tokens, exact: pictures as the positions that they take.
-
-    Attributes:
-        prompt: tokens of the prompt, visual ones included.
-        visual: those of pictures and other media.
-        cached: those of the prompt that were not computed again.
-        completion: generated tokens of all choices.
-    """
-
-    prompt: int = 0
-    visual: int = 0
-    cached: int = 0
-    completion: int = 0
-
-
-@dataclass(slots=True)
-class Timings:
-    """Seconds of a request: waiting for blocks, until the first token, and in all."""
-
-    queue: float = 0.0
-    first_token: float = 0.0
-    total: float = 0.0
-
-
-class Answers:
-    """The choices of one request, as they come.
-
-    Use it as an asynchronous iterator inside `async with`: leaving the block ends what is not
-    finished, within one step of the engine.
-    """
-
-    def __init__(self, answers: Sequence[AsyncAnswer | Generation], started: float) -> None:
-        self._answers = answers
-        self._started = started
-        self.usage = Usage()
-        self.timings = Timings()
-        self.reason = "cancelled"
-
-    async def __aenter__(self) -> "Answers":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End every choice that is not finished."""
-        for answer in self._answers:
-            if isinstance(answer, AsyncAnswer):
-                answer.close()
-
-    async def collect(self) -> list[Finished]:
-        """Return every choice when all are finished."""
-        found = [event async for event in self if isinstance(event, Finished)]
-        return sorted(found, key=lambda one: one.index)
-
-    def __aiter__(self) -> AsyncIterator[Delta | Finished]:
-        if len(self._answers) == 1:
-            return self._events(0, self._answers[0])
-        return self._merged()
-
-    async def _merged(self) -> AsyncIterator[Delta | Finished]:
-        """Yield the events of several choices as they come."""
-        queue: asyncio.Queue[Delta | Finished | BaseException | None] = asyncio.Queue()
-
-        async def feed(index: int, answer: AsyncAnswer | Generation) -> None:
-            try:
-                async for event in self._events(index, answer):
-                    await queue.put(event)
-            except Exception as error:  # noqa: BLE001 - raised below, in the reader
-                await queue.put(error)
-            await queue.put(None)
-
-        tasks = [asyncio.create_task(feed(*one)) for one in enumerate(self._answers)]
-        left = len(tasks)
-        try:
-            while left:
-                event = await queue.get()
-                if isinstance(event, BaseException):
-                    raise event
-                if event is None:
-                    left -= 1
-                else:
-                    yield event
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def _events(
-        self, index: int, answer: AsyncAnswer | Generation
-    ) -> AsyncIterator[Delta | Finished]:
-        if isinstance(answer, Generation):
-            yield Delta(index, answer.text, answer.token_ids, answer.logprobs or ())
-            self.usage.completion += len(answer.token_ids)
-            generation = answer
-        else:
-            async for piece in answer:
-                if not self.timings.first_token:
-                    self._note_first(answer)
-                self.usage.completion += len(piece.token_ids)
-                if piece.text or piece.token_ids:
-                    yield Delta(index, piece.text, piece.token_ids, piece.logprobs)
-            generation = answer.handle.generation
-            if index == 0:  # the others find what the first one computed
-                self.usage.cached = answer.handle.cached_tokens
-        self.timings.total = time.monotonic() - self._started
-        self.reason = generation.finish_reason
-        yield Finished(index, generation.finish_reason, generation)
-
-    def _note_first(self, answer: AsyncAnswer) -> None:
-        now = time.monotonic()
-        self.timings.first_token = now - self._started
-        admitted = answer.handle.admitted_at
-        self.timings.queue = (now if admitted is None else admitted) - self._started
 
 
 class Pool:
@@ -296,16 +161,18 @@ class Service:
         """Read a request and submit it; what is wrong with it is raised here, not later.
 
         Raises:
-            ApiError: the server is stopping, or more choices than it makes.
+            ApiError: more choices than the server makes.
+            ClosedError: the server is stopping.
             LapilliError: a medium, the conversation or the options.
         """
         started = time.monotonic()
         self.check_open()
         most = self.options.limits.choices
         if not 1 <= request.choices <= most:
-            raise ApiError(400, f"n must be from 1 to {most}, got {request.choices}", param="n")
+            raise invalid(f"n must be from 1 to {most}, got {request.choices}", "n")
         asked = await self.read(self.prepare, request)
         answers: list[AsyncAnswer | Generation] = []
+        found = Answers(answers, started, prompt_usage(asked[0]), self.metrics.count)
         try:
             for one in asked:
                 if isinstance(one, Request):
@@ -313,15 +180,8 @@ class Service:
                 else:
                     answers.append(one)
         except BaseException:
-            Answers(answers, started).close()
+            found.close()
             raise
-        found = Answers(answers, started)
-        first = asked[0]
-        if isinstance(first, Generation):
-            found.usage.prompt = first.prompt_len
-        else:
-            found.usage.prompt = len(first.prompt.input_ids)
-            found.usage.visual = sum(span.length for span in first.prompt.spans)
         return found
 
     async def count(self, request: ChatRequest) -> int:
@@ -334,23 +194,16 @@ class Service:
         asked = await self.read(
             lambda: self.chat.request(self.messages(request.turns, request.owner), request.params)
         )
-        if isinstance(asked, Generation):
-            return asked.prompt_len
-        return len(asked.prompt.input_ids)
+        return prompt_usage(asked).prompt
 
     def check_open(self) -> None:
         """Refuse new work while the server stops.
 
         Raises:
-            ApiError: 503.
+            ClosedError: it does.
         """
         if self.is_stopping:
-            raise ApiError(
-                503,
-                "the server is stopping: ask another one",
-                "unavailable",
-                headers={"Retry-After": "5"},
-            )
+            raise ClosedError("the server is stopping: ask another one")
 
     def messages(self, turns: Sequence[Turn], owner: str) -> list[Message]:
         """Return turns as messages, their pictures opened; called in a worker thread.
@@ -358,22 +211,17 @@ class Service:
         Instructions that come later join those at the beginning, and neighbouring turns of one
         speaker are one message, since templates know no others.
         """
-        count = sum(not isinstance(part, str) for turn in turns for part in turn.parts)
-        most = self.options.limits.images
-        if count > most:
-            raise ApiError(400, f"{count} pictures in one request, the limit is {most}")
+        parts = [part for turn in turns for part in turn.parts]
+        self.media.check_count(sum(not isinstance(part, str) for part in parts))
         said = [p for turn in turns if turn.role == "system" for p in turn.parts]
         system = [part for part in said if isinstance(part, str)]
         if len(system) < len(said):
-            raise ApiError(400, "the instructions hold a picture: show it in a message of the user")
+            raise invalid("the instructions hold a picture: show it in a message of the user")
         found: list[tuple[str, list[str | MediaPart]]] = []
         for turn in turns:
             if turn.role == "system":
                 continue
-            opened = [
-                self.media.part(part, owner) if isinstance(part, dict) else part
-                for part in turn.parts
-            ]
+            opened = self.media.opened(turn.parts, owner)
             if found and found[-1][0] == turn.role:
                 found[-1][1].extend(["\n", *opened])
             else:
@@ -462,14 +310,22 @@ class Service:
         await asyncio.to_thread(self.engine.close)
 
 
-def text_and_media(parts: Sequence[str | MediaPart]) -> tuple[Any, ...]:
+def prompt_usage(asked: Request | Generation) -> Usage:
+    """Return the counts of a prompt, before an answer is there."""
+    if isinstance(asked, Generation):
+        return Usage(prompt=asked.prompt_len)
+    visual = sum(span.length for span in asked.prompt.spans)
+    return Usage(prompt=len(asked.prompt.input_ids), visual=visual)
+
+
+def text_and_media(parts: Sequence[str | MediaPart]) -> tuple[TextPart | MediaPart, ...]:
     """Return the parts of a message: neighbouring texts as one."""
-    found: list[Any] = []
+    found: list[TextPart | MediaPart] = []
     for part in parts:
         if isinstance(part, MediaPart):
             found.append(part)
-        elif found and isinstance(found[-1], TextPart):
-            found[-1] = TextPart(found[-1].text + part)
+        elif found and isinstance(last := found[-1], TextPart):
+            found[-1] = TextPart(last.text + part)
         else:
             found.append(TextPart(part))
     return tuple(found)

@@ -1,13 +1,11 @@
 """Routes that tell of the server: models, health, version, metrics, tokens."""
 
-from typing import Any
-
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from lapilli import __version__
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.metrics import CONTENT_TYPE
 from lapilli.serve.service import Service
 
@@ -62,12 +60,12 @@ def _add_models(routes: APIRouter, service: Service) -> None:
     """Add the routes that describe the model."""
 
     @routes.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> dict[str, object]:
         """List the one model that there is."""
         return {"object": "list", "data": [model_json(service)]}
 
     @routes.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> dict[str, object]:
         """Describe the model."""
         service.check_model(name)
         return model_json(service)
@@ -77,7 +75,7 @@ def _add_tokens(routes: APIRouter, service: Service) -> None:
     """Add the routes between texts and tokens."""
 
     @routes.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(body: TokenizeBody) -> dict[str, object]:
         """Return the tokens of a text."""
         service.check_model(body.model)
         encode = service.chat.tokenizer.encode
@@ -91,11 +89,11 @@ def _add_tokens(routes: APIRouter, service: Service) -> None:
         service.check_model(body.model)
         size = service.chat.tokenizer.vocab_size
         if any(not 0 <= token < size for token in body.tokens):
-            raise ApiError(400, f"tokens must be from 0 to {size - 1}", param="tokens")
+            raise invalid(f"tokens must be from 0 to {size - 1}", "tokens")
         return {"prompt": service.chat.tokenizer.decode(body.tokens)}
 
 
-def model_json(service: Service) -> dict[str, Any]:
+def model_json(service: Service) -> dict[str, object]:
     """Return the model as OpenAI lists it, with what it reads and how much."""
     chat = service.chat
     config = chat.model.language_model.config

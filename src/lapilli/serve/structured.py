@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lapilli.config.grammar import Grammar
 from lapilli.errors import GrammarError
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
@@ -57,7 +57,7 @@ class StructuredBody(BaseModel):
                 found[name] = form
         if len(found) > 1:
             names = " and ".join(found)
-            raise ApiError(400, f"an answer has one form, not {names}: leave one out")
+            raise invalid(f"an answer has one form, not {names}: leave one out")
         return next(iter(found.values()), None)
 
 
@@ -74,7 +74,7 @@ def format_grammar(given: object, where: str) -> Grammar | None:
     kind = given.get("type") if isinstance(given, Mapping) else None
     if not isinstance(given, Mapping) or kind == "text":
         if kind is None:
-            raise ApiError(400, f"{where} must be an object with a type", param=where)
+            raise invalid(f"{where} must be an object with a type", where)
         return None
     if kind == "json_object":
         return Grammar.json_object()
@@ -82,12 +82,10 @@ def format_grammar(given: object, where: str) -> Grammar | None:
         inner = given.get("json_schema", given)  # the Responses API has it flat
         schema = inner.get("schema") if isinstance(inner, Mapping) else None
         if schema is None:
-            raise ApiError(400, f"{where} has the type json_schema and no schema", param=where)
+            raise invalid(f"{where} has the type json_schema and no schema", where)
         return kind_grammar("json", schema, where)
-    raise ApiError(
-        400,
-        f"{where} has the type {kind!r}: expected text, json_object or json_schema",
-        param=where,
+    raise invalid(
+        f"{where} has the type {kind!r}: expected text, json_object or json_schema", where
     )
 
 
@@ -111,7 +109,7 @@ def kind_grammar(
     try:
         return _of_kind(kind, given, whitespace)
     except GrammarError as error:
-        raise ApiError(400, f"{where}: {error}", param=where) from error
+        raise invalid(f"{where}: {error}", where) from error
 
 
 def _of_kind(kind: str, given: object, whitespace: str | None) -> Grammar:
@@ -120,7 +118,7 @@ def _of_kind(kind: str, given: object, whitespace: str | None) -> Grammar:
     if kind == "json":
         return _of_schema(given, whitespace)
     if kind == "choice":
-        return Grammar.choice(given)  # type: ignore[arg-type]  # it checks
+        return Grammar.choice(given)
     if not isinstance(given, str):
         raise GrammarError(f"expected a text, got {given!r:.100}")
     return Grammar.regex(given) if kind == "regex" else Grammar.lark(_as_lark(given))

@@ -1,10 +1,10 @@
 """`/v1/files`: a picture is uploaded once, and named by its id in any number of requests."""
 
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 from fastapi import APIRouter, Form, Request, Response, UploadFile
 
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
 from lapilli.serve.files import Files
 
 
@@ -27,23 +27,23 @@ def router(service: KeepsFiles) -> APIRouter:
     @routes.post("/v1/files")
     async def upload(
         file: UploadFile, http: Request, purpose: Annotated[str, Form()] = "vision"
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Keep a picture, decoded at once, so that one that cannot be read is refused here."""
         if purpose not in ("vision", "user_data"):
-            raise ApiError(400, f"purpose is {purpose!r}: expected vision", param="purpose")
+            raise invalid(f"purpose is {purpose!r}: expected vision", "purpose")
         data = await file.read()
         owner = http.state.owner
         await service.check_picture(data, owner)
         return service.files.add(owner, file.filename or "picture", purpose, data).as_json()
 
     @routes.get("/v1/files")
-    async def listed(http: Request) -> dict[str, Any]:
+    async def listed(http: Request) -> dict[str, object]:
         """List the files of this key."""
         files = [file.as_json() for file in service.files.all(http.state.owner)]
         return {"object": "list", "data": files, "has_more": False}
 
     @routes.get("/v1/files/{file_id}")
-    async def described(file_id: str, http: Request) -> dict[str, Any]:
+    async def described(file_id: str, http: Request) -> dict[str, object]:
         """Describe a file."""
         return service.files.get(file_id, http.state.owner).as_json()
 
@@ -54,7 +54,7 @@ def router(service: KeepsFiles) -> APIRouter:
         return Response(data, media_type="application/octet-stream")
 
     @routes.delete("/v1/files/{file_id}")
-    async def deleted(file_id: str, http: Request) -> dict[str, Any]:
+    async def deleted(file_id: str, http: Request) -> dict[str, object]:
         """Let go of a file."""
         service.files.delete(file_id, http.state.owner)
         return {"id": file_id, "object": "file", "deleted": True}

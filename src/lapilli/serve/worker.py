@@ -7,14 +7,14 @@ programs.
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from lapilli.serve.errors import api_error
-from lapilli.serve.service import Answers, ChatRequest, Delta, Service
+from lapilli.serve.answers import Answers, Delta
+from lapilli.serve.service import ChatRequest, Service
+from lapilli.serve.stream import guarded
 
 MOST_NEW_TOKENS = 1024
 """The original's own limit."""
@@ -37,7 +37,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/worker_get_status")
-    async def worker_get_status() -> dict[str, Any]:
+    async def worker_get_status() -> dict[str, object]:
         """Say which model there is, and how many wait for it."""
         waiting = service.chat.engine.num_waiting
         return {"model_names": [service.model_name], "speed": 1, "queue_length": waiting}
@@ -46,7 +46,8 @@ def router(service: Service) -> APIRouter:
     async def worker_generate_stream(body: WorkerBody, http: Request) -> StreamingResponse:
         """Go on with a prompt."""
         answers = await service.open(worker_request(body, service, http.state.owner))
-        return StreamingResponse(pieces(body.prompt, answers, service))
+        found = pieces(body.prompt, answers)
+        return StreamingResponse(guarded(found, lambda error: piece(error.message, 1)))
 
     return routes
 
@@ -65,25 +66,19 @@ def worker_request(body: WorkerBody, service: Service, owner: str) -> ChatReques
         stop=(body.stop,) if body.stop else (),
     )
     images = tuple({"image_url": image} for image in body.images or ())
-    return ChatRequest(
-        prompt=body.prompt, media=images, params=params, owner=owner, endpoint="worker"
-    )
+    return ChatRequest(prompt=body.prompt, media=images, params=params, owner=owner)
 
 
-async def pieces(prompt: str, opened: Answers, service: Service) -> AsyncIterator[bytes]:
-    """Yield the prompt with all text so far; an error in the middle has the code 1."""
+async def pieces(prompt: str, opened: Answers) -> AsyncIterator[bytes]:
+    """Yield the prompt with all text so far."""
     said = prompt
-    try:
-        async with opened as answers:
-            async for one in answers:
-                if isinstance(one, Delta):
-                    said += one.text
-                    yield line(said, 0)
-    except Exception as error:  # noqa: BLE001 - the status is sent, only a line can tell
-        yield line(api_error(error).message, 1)
-    service.metrics.count(opened)
+    async with opened as answers:
+        async for one in answers:
+            if isinstance(one, Delta):
+                said += one.text
+                yield piece(said, 0)
 
 
-def line(text: str, code: int) -> bytes:
-    """Return one piece: JSON and a zero byte."""
+def piece(text: str, code: int) -> bytes:
+    """Return one piece, JSON and a zero byte; its code is 1 for an error."""
     return json.dumps({"text": text, "error_code": code}).encode() + b"\0"

@@ -6,7 +6,14 @@ import threading
 
 import pytest
 
-from lapilli.errors import ContextTooLongError, FusionError, GenerationError, RequestError
+from lapilli.errors import (
+    BusyError,
+    ClosedError,
+    ContextTooLongError,
+    FusionError,
+    GenerationError,
+    RequestError,
+)
 from lapilli.generate.engine import AsyncEngine, Engine, RequestHandle
 from tests.generate.engine.agreement import assert_same
 from tests.generate.engine.conftest import SMALL, alone, picture, request_of
@@ -110,7 +117,7 @@ def test_open_requests_are_limited(model, tokenizer):
                 for i in range(1, 6)
             ]
             await asyncio.sleep(0)
-            with pytest.raises(GenerationError, match="2 requests are on their way"):
+            with pytest.raises(BusyError, match="2 requests are on their way"):
                 async for _ in service.submit(request_of([7]), wait=False):
                     pass
             return await asyncio.gather(*tasks)  # the others waited for their turn
@@ -127,9 +134,9 @@ def test_closed_engine_refuses(engine):
         while not engine.has_work:
             await asyncio.sleep(0.001)
         await asyncio.to_thread(service.close)
-        with pytest.raises(GenerationError, match="the engine is closed"):
+        with pytest.raises(ClosedError, match="the engine is closed"):
             await waiting
-        with pytest.raises(GenerationError, match="the engine is closed"):
+        with pytest.raises(ClosedError, match="the engine is closed"):
             await service.answer(request_of([3]))
 
     run(ask())

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from lapilli.config.model import RopeScaling
 from lapilli.errors import (
+    BusyError,
     ContextTooLongError,
     FusionError,
     GenerationError,
     MediaCountMismatchError,
+    ModelFailedError,
     UnsupportedModelError,
 )
 from lapilli.generate.engine import Engine, EngineOptions
@@ -258,7 +260,7 @@ def test_failing_model_fails_the_step_and_not_the_engine(model, tokenizer, monke
         patch.setattr(model.language_model, "logits", out_of_memory)
         with pytest.raises(RuntimeError, match="no memory left"):
             engine.step()
-    with pytest.raises(GenerationError, match="the model failed: no memory left"):
+    with pytest.raises(ModelFailedError, match="the model failed: no memory left"):
         _ = handle.generation
     [answer] = engine.run([request_of([3])])
     assert_same(answer, alone(model, request_of([3])), model, request_of([3]))
@@ -287,7 +289,7 @@ def test_waiting_requests_are_bounded(model, tokenizer):
     engine = Engine(model, tokenizer, options=dataclasses.replace(SMALL, max_waiting=2))
     for _ in range(2):
         engine.submit(request_of([3]))
-    with pytest.raises(GenerationError, match="2 requests are waiting"):
+    with pytest.raises(BusyError, match="2 requests are waiting"):
         engine.submit(request_of([3]))
     assert len(engine.run([request_of([i]) for i in range(1, 9)])) == 8
 

@@ -10,7 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lapilli.errors import FusionError, GenerationError, RequestError, UnsupportedModelError
+from lapilli.errors import (
+    FusionError,
+    GenerationError,
+    ModelFailedError,
+    RequestError,
+    UnsupportedModelError,
+)
 from lapilli.generate.engine import Engine, RequestHandle
 from lapilli.generate.reference import lock_of
 from lapilli.prompt.encode import EncodedPrompt, Span
@@ -293,7 +299,7 @@ def test_logits_without_numbers_fail_their_request_alone(engine, model, monkeypa
     handle = engine.submit(good)
     while engine.step():
         pass
-    with pytest.raises(GenerationError, match="no token can be chosen"):
+    with pytest.raises(ModelFailedError, match="no token can be chosen"):
         _ = bad.generation
     monkeypatch.undo()
     assert_same(handle.generation, alone(model, good), model, good)
@@ -311,7 +317,7 @@ def test_any_error_of_a_pass_fails_its_requests_and_not_the_engine(engine, model
         patch.setattr(model.language_model, "logits", broken)
         with pytest.raises(IndexError):
             engine.step()
-        with pytest.raises(GenerationError, match="the model failed: anything"):
+        with pytest.raises(ModelFailedError, match="the model failed: anything"):
             engine.run([request_of([3])])
     assert handle.error is not None
     [answer] = engine.run([request_of([3])])
@@ -328,7 +334,7 @@ def test_an_error_before_the_pass_fails_all_requests_once(engine, monkeypatch):
         patch.setattr(engine.pool, "find", broken)
         with pytest.raises(OSError, match="anything"):
             engine.step()
-    with pytest.raises(GenerationError, match="the engine failed: anything"):
+    with pytest.raises(ModelFailedError, match="the engine failed: anything"):
         _ = handle.generation
     assert not engine.has_work
     assert engine.run([request_of([3])])

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from types import TracebackType
 
-from lapilli.errors import GenerationError
+from lapilli.errors import BusyError, ClosedError
 from lapilli.generate.engine.engine import Engine
 from lapilli.generate.engine.request import Request, RequestHandle
 from lapilli.generate.output import Generation, Piece
@@ -45,7 +45,8 @@ class AsyncEngine:
             wait: for a slot when `max_waiting` requests are open; else refuse.
 
         Raises:
-            GenerationError: no slot and `wait` is False, or the engine is closed.
+            BusyError: no slot and `wait` is False.
+            ClosedError: the engine is closed.
             LapilliError: the request is invalid (`Engine.submit`) or failed.
         """
         answer = await self.open(request, handle=handle, wait=wait)
@@ -66,7 +67,7 @@ class AsyncEngine:
         if wait:
             await self._slots.acquire()
         elif not self._slots.try_acquire():
-            raise GenerationError(
+            raise BusyError(
                 f"{self.engine.options.max_waiting} requests are on their way, the limit: try "
                 "again later"
             )
@@ -138,7 +139,7 @@ class AsyncEngine:
             self._fail_open()
 
     def _fail_open(self) -> None:
-        self.engine.abort_all(GenerationError("the engine is closed"), list(self._handles))
+        self.engine.abort_all(ClosedError("the engine is closed"), list(self._handles))
 
 
 class AsyncAnswer:

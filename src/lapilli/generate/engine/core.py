@@ -14,7 +14,7 @@ from typing import cast
 
 from torch import nn
 
-from lapilli.errors import GenerationError, LapilliError
+from lapilli.errors import GenerationError, LapilliError, ModelFailedError
 from lapilli.generate.engine.block_pool import BlockPool
 from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch
 from lapilli.generate.engine.model_runner import ModelRunner
@@ -68,7 +68,7 @@ class EngineCore:
             for sequence, failure in failed.items():
                 self._fail(sequence, failure)
         except Exception as error:  # no single request caused it
-            self.abort_all(GenerationError(f"the engine failed: {error}"))
+            self.abort_all(ModelFailedError(f"the engine failed: {error}"))
             raise
         if scheduled:
             self._advance(scheduled, started=started)
@@ -156,7 +156,7 @@ class EngineCore:
             if logits is not None:
                 failures = sample(logits, [one for one in scheduled if one.is_sampled])
         except Exception as error:
-            failure = GenerationError(f"the model failed: {error}")
+            failure = ModelFailedError(f"the model failed: {error}")
             failure.__cause__ = error
             for one in scheduled:
                 self._fail(one.sequence, failure)
@@ -168,7 +168,7 @@ class EngineCore:
         for one in scheduled:
             row = one.sequence
             if row in failures:
-                self._fail(row, GenerationError(f"no token can be chosen: {failures[row]}"))
+                self._fail(row, ModelFailedError(f"no token can be chosen: {failures[row]}"))
                 continue
             # After sampling all but the newest token is computed, rejected draft tokens apart.
             row.length = len(row.tokens) - 1 if row.is_decoding else row.length + one.count

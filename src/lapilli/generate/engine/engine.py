@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 
 from lapilli.config.generation import EngineOptions
-from lapilli.errors import GenerationError, LapilliError, UnsupportedModelError
+from lapilli.errors import BusyError, GenerationError, LapilliError, UnsupportedModelError
 from lapilli.generate.engine.block_pool import PrefixStats, new_pool
 from lapilli.generate.engine.core import EngineCore
 from lapilli.generate.engine.feature_cache import FeatureCache
@@ -146,12 +146,13 @@ class Engine:
             UnsupportedModelError: a modality that the model does not have.
             RequestError: ids, spans or options that the model cannot work with.
             GrammarError: a grammar that cannot be followed, or llguidance is not installed.
-            GenerationError: beams, no tokens, too large for the memory, or too many wait already.
+            GenerationError: beams, no tokens, or too large for the memory.
+            BusyError: too many wait already.
         """
         handle = handle or RequestHandle(request)
         sequence = self._inputs.new_sequence(request, handle)
         if not self.scheduler.enter(sequence):
-            raise GenerationError(
+            raise BusyError(
                 f"{self.num_waiting} requests are waiting, the limit: try again later, or set "
                 "EngineOptions(max_waiting=...)"
             )

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from lapilli.config.generation import EngineOptions
-from lapilli.errors import GenerationError, LapilliError
+from lapilli.errors import LapilliError, ModelFailedError
 from lapilli.generate.engine.block_pool import BlockPool
 from lapilli.generate.engine.model_runner import MediaEncoder
 from lapilli.generate.engine.sequence import ScheduledSequence, Sequence
@@ -195,7 +195,7 @@ class Scheduler:
                 failed[row] = error
                 continue
             except Exception as error:  # noqa: BLE001  a modality may be any code
-                failed[row] = GenerationError(f"the model failed to look at a medium: {error}")
+                failed[row] = ModelFailedError(f"the model failed to look at a medium: {error}")
                 continue
             if count:
                 prefill.append(ScheduledSequence(row, count))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from lapilli.errors import ConfigError, MediaError
+from lapilli.errors import ConfigError, MediaError, MediaTooLargeError
 
 Alpha = Literal["drop", "composite"]
 Depth = Literal["scale", "clip"]
@@ -180,7 +180,7 @@ def check_bytes(needed: int, name: str, what: str, max_bytes: int = MAX_BYTES) -
         MediaError: `needed` is more than `max_bytes`.
     """
     if needed > max_bytes:
-        raise MediaError(
+        raise MediaTooLargeError(
             f"{name} is too large: {what} would take {-(-needed >> 20)} MiB, more than the limit "
             f"of {max_bytes >> 20} MiB: shrink it"
         )
@@ -255,7 +255,7 @@ def _check_size(
         raise MediaError(f"{name} is empty: {image.width}x{image.height} pixels")
     pixels = image.width * image.height
     if pixels > max_pixels:
-        raise MediaError(
+        raise MediaTooLargeError(
             f"{name} has {image.width}x{image.height} = {pixels} pixels, more "
             f"than the limit of {max_pixels}: shrink it, or raise max_pixels if you trust it"
         )
@@ -327,7 +327,7 @@ def _named(name: str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         # Pillow says how many pixels the file declares, and how many it reads.
-        raise MediaError(
+        raise MediaTooLargeError(
             f"{name} is too large to be unpacked safely: {error} Shrink it."
         ) from error
     except MemoryError as error:

@@ -1,39 +1,30 @@
-"""`/v1/score` and `/rerank`: many items after one query, whose prompt is read once.
+"""`/v1/score`: SGLang's: probabilities of label tokens after a query and each of many items.
 
-    /v1/score            SGLang's: query and items as they are, probabilities of label tokens
-    /rerank, /v1, /v2    vLLM's, Jina's and Cohere's: one relevance per document, the best first
-
-A score reads raw texts or tokens, without a conversation around them, and tokenizes query and item
-apart, so that a query is read once for all items. A document is scored by `rank.Ranker`: the
-probability that the model says yes.
+Raw texts or tokens are read, without a conversation around them. Query and item are tokenized
+apart, so that a query is read once for all items.
 """
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, Any, Literal
+from itertools import groupby
 
 import torch
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from lapilli.lm import LanguageModel
 from lapilli.pipeline import ProcessedPrompt
 from lapilli.pipeline.scorer import SuffixScorer
 from lapilli.prompt.encode import EncodedPrompt, Span, encode
-from lapilli.prompt.message import MediaPart
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
-from lapilli.rank import Ranker, RankTemplate
-from lapilli.rank.prompt import POINTWISE, Content
-from lapilli.serve.chat import parts_of
-from lapilli.serve.errors import ApiError
+from lapilli.serve.errors import invalid
+from lapilli.serve.rerank import Parts, num_pictures, texts_and_media
 from lapilli.serve.service import Service
 from lapilli.serve.stream import unless_gone
 from lapilli.shapes import Float, Tensor
 
 Tokens = list[int]
-Parts = list[dict[str, Any]]
 Vectors = list[list[float]]
 
 
@@ -57,34 +48,8 @@ class ScoreBody(BaseModel):
     item_embed_overrides: list[Vectors | None] | None = None
 
 
-class DocumentBody(BaseModel):
-    """A document that is more than a text: exactly one of the fields."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    text: str | None = None
-    image: str | None = None
-    image_url: str | dict[str, Any] | None = None
-    content: Parts | None = None
-    item_id: str | int | None = None
-    modality: str | None = None
-
-
-class RerankBody(BaseModel):
-    """The body of a reranking."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    model: str | None = None
-    query: str | DocumentBody | Parts
-    documents: Annotated[list[str | DocumentBody | Parts], Field(min_length=1)]
-    top_n: int | None = Field(default=None, ge=1)
-    return_documents: bool | None = None
-    instruct: str | None = None
-
-
 def router(service: Service) -> APIRouter:
-    """Return the routes."""
+    """Return the route."""
     routes = APIRouter()
     scoring = Scoring(service)
 
@@ -96,20 +61,6 @@ def router(service: Service) -> APIRouter:
         rows = await service.read(scoring.rows, body, http.state.owner)
         found = await unless_gone(http, service.compute(scoring.score, body, rows))
         return JSONResponse(found)
-
-    @routes.post("/rerank", response_model=None)
-    @routes.post("/v1/rerank", response_model=None)
-    @routes.post("/v2/rerank", response_model=None)
-    async def rerank(body: RerankBody, http: Request) -> Response:
-        """Return documents by how likely each matches the query."""
-        service.check_model(body.model)
-        service.check_open()
-        is_cohere = http.url.path.startswith("/v2/")  # whose second version returns none
-        shows = not is_cohere if body.return_documents is None else body.return_documents
-        query, documents = await service.read(scoring.documents, body, http.state.owner)
-        found = service.compute(scoring.rerank, body, query, documents)
-        scores, tokens = await unless_gone(http, found)
-        return JSONResponse(rerank_json(body, scores, tokens, service.model_name, shows=shows))
 
     return routes
 
@@ -124,7 +75,7 @@ class Row:
 
 
 class Scoring:
-    """Scores and rankings of one server, which keep what they read of queries.
+    """Scores of one server, which keep what they read of queries.
 
     Args:
         service: the model, and how media are opened.
@@ -134,7 +85,6 @@ class Scoring:
         self._service = service
         self._chat = service.chat
         self._scorer = SuffixScorer(service.chat.model)
-        self._rankers: dict[str, Ranker] = {}
 
     def rows(self, body: ScoreBody, owner: str) -> list[Row]:
         """Return where the scores of a request are read; called in a worker thread.
@@ -158,7 +108,7 @@ class Scoring:
             rows.append(Row(at, *self._split(first, second, f"items[{at}]")))
         return rows
 
-    def score(self, body: ScoreBody, rows: Sequence[Row]) -> dict[str, Any]:
+    def score(self, body: ScoreBody, rows: Sequence[Row]) -> dict[str, object]:
         """Return the response to `/v1/score`; called in the thread that computes."""
         ids = self._labels(body, 1 if isinstance(body.items, str) else len(body.items))
         wanted = sorted({token for some in ids for token in some})
@@ -166,22 +116,18 @@ class Scoring:
         read = _Readout(self._chat.model.language_model, wanted, body.temperature)
         found: list[Tensor] = []
         kept: list[int] = []
-        start = 0
-        while start < len(rows):  # rows that share a prefix are read together
-            prefix = rows[start].prefix
-            end = start
-            while end < len(rows) and rows[end].prefix is prefix:
-                end += 1
-            suffixes = [row.suffix for row in rows[start:end]]
+        for _, group in groupby(rows, key=lambda row: id(row.prefix)):  # they are read together
+            some = list(group)
+            prefix = some[0].prefix
 
             def note(is_kept: bool, length: int = len(prefix.encoded)) -> None:
                 kept.append(length * is_kept)
 
+            suffixes = [row.suffix for row in some]
             found += self._scorer.values(prefix, suffixes, read, on_prefix=note)
-            start = end
         if not all(bool(values.isfinite().all()) for values in found):
-            raise ApiError(
-                400, "the scores are not finite: a vector in the place of a token is too large"
+            raise invalid(
+                "the scores are not finite: a vector in the place of a token is too large"
             )
         scores, logprobs, states = [], [], []
         for row, values in zip(rows, found, strict=True):
@@ -196,7 +142,7 @@ class Scoring:
         prefixes = {id(row.prefix): len(row.prefix.encoded) for row in rows}
         tokens = sum(prefixes.values()) + sum(len(row.suffix.encoded) for row in rows)
 
-        def shaped(values: list[Any]) -> list[Any]:
+        def shaped(values: Sequence[list[float]]) -> Sequence[object]:
             if not is_set:
                 return values
             return [
@@ -218,124 +164,24 @@ class Scoring:
             },
         }
 
-    def documents(self, body: RerankBody, owner: str) -> tuple[list[Content], list[list[Content]]]:
-        """Return query and documents, their pictures opened; called in a worker thread.
-
-        Raises:
-            ApiError: a document of no known form, or an id without a store.
-            MediaError: a picture that cannot be opened.
-        """
-        self._check_pictures([body.query, *body.documents])
-        query = self._contents(body.query, "query", owner)
-        found = [
-            self._contents(one, f"documents[{at}]", owner) for at, one in enumerate(body.documents)
-        ]
-        return query, found
-
-    def rerank(
-        self, body: RerankBody, query: list[Content], documents: list[list[Content]]
-    ) -> tuple[list[float], int]:
-        """Return the relevance of every document, and the positions that were read."""
-        ranker = self._ranker(body.instruct)
-        tokens: list[int] = []
-        names = [f"documents[{at}]" for at in range(len(documents))]
-        scores = list(ranker.stream(query, documents, names=names, on_read=tokens.append))
-        return scores, sum(tokens)
-
-    def _ranker(self, instruct: str | None) -> Ranker:
-        """Return the ranker of an instruction; the usual one keeps what it read of queries."""
-        if instruct:
-            said = RankTemplate(user=f"{instruct}\n{POINTWISE}")
-            return Ranker(self._chat, template=said, prefix_bytes=0)
-        return self._plain_ranker
-
-    @cached_property
-    def _plain_ranker(self) -> Ranker:
-        return Ranker(self._chat)
-
-    def _contents(self, given: str | DocumentBody | Parts, where: str, owner: str) -> list[Content]:
-        """Return a query or a document as texts and media in order."""
-        if isinstance(given, str):
-            return [given]
-        if isinstance(given, list):
-            return [
-                self._service.media.part(part, owner) if isinstance(part, dict) else part
-                for part in _texts_and_media(given, where)
-            ]
-        named = [
-            name
-            for name in ("text", "image", "image_url", "content", "item_id")
-            if getattr(given, name) is not None
-        ]
-        is_captioned = len(named) == 2 and named[0] == "text" and named[1] in ("image", "image_url")
-        if len(named) != 1 and not is_captioned:
-            raise ApiError(
-                400,
-                f"{where} has {', '.join(named) or 'nothing'}: expected text, image, both, "
-                "content or item_id",
-                param=where,
-            )
-        if given.content is not None:
-            return self._contents(given.content, where, owner)
-        if given.item_id is not None:
-            return [MediaPart(given.item_id, self._modality(given.modality, where))]
-        found: list[Content] = []
-        url = given.image if given.image is not None else given.image_url
-        if url is not None:
-            found.append(self._service.media.part({"image_url": url}, owner))
-        return found if given.text is None else [*found, given.text]
-
-    def _modality(self, name: str | None, where: str) -> str:
-        """Return the modality whose store has an id.
-
-        Raises:
-            ApiError: none, or several and no name.
-        """
-        stores = list(self._chat.stores)
-        if name is None and len(stores) == 1:
-            return stores[0]
-        if name not in stores:
-            raise ApiError(
-                400,
-                f"{where} has an item_id, and modality says {name!r}: this server has stores of "
-                f"{', '.join(stores) or 'no modality'}",
-                param=where,
-            )
-        return str(name)
-
-    def _check_pictures(self, given: Sequence[object]) -> None:
-        """Refuse more pictures than one request may have."""
-        count, most = 0, self._service.options.limits.images
-        for one in given:
-            parts = one.content if isinstance(one, DocumentBody) else one
-            if isinstance(one, DocumentBody) and (one.image or one.image_url):
-                count += 1
-            if isinstance(parts, list):
-                media = ("image_url", "input_image", "image", "image_embeds")
-                count += sum(isinstance(p, dict) and p.get("type") in media for p in parts)
-        if count > most:
-            raise ApiError(400, f"{count} pictures in one request, the limit is {most}")
-
     def _check(self, body: ScoreBody, items: Sequence[object]) -> None:
         """Refuse fields of a score that contradict each other."""
         if not items:
-            raise ApiError(400, "items is empty: give at least one", param="items")
-        self._check_pictures([body.query, *items])
+            raise invalid("items is empty: give at least one", "items")
+        self._service.media.check_count(num_pictures([body.query, *items]))
         self._labels(body, len(items))
         vectors = body.item_embed_overrides
         if vectors is not None and len(vectors) != len(items):
-            raise ApiError(
-                400,
+            raise invalid(
                 f"{len(items)} items but item_embed_overrides of {len(vectors)}: give one entry "
                 "for each, null where there is none",
-                param="item_embed_overrides",
+                "item_embed_overrides",
             )
         is_given = bool(vectors and any(vectors)) or bool(body.query_embed_overrides)
         if is_given and body.embed_override_token_id is None:
-            raise ApiError(
-                400,
+            raise invalid(
                 "embed_override_token_id is missing: it says which token the vectors replace",
-                param="embed_override_token_id",
+                "embed_override_token_id",
             )
 
     def _labels(self, body: ScoreBody, num_items: int) -> list[Tokens]:
@@ -344,22 +190,21 @@ class Scoring:
         Raises:
             ApiError: none, another number of lists than of items, or a token that is none.
         """
-        given: list[Any] = list(body.label_token_ids)
-        lists = given if given and isinstance(given[0], list) else [given] * num_items
+        tokens = [one for one in body.label_token_ids if isinstance(one, int)]
+        lists = [one for one in body.label_token_ids if not isinstance(one, int)]
+        lists = lists or [tokens] * num_items
         size = self._chat.tokenizer.vocab_size
         if len(lists) != num_items or not all(lists):
-            raise ApiError(
-                400,
+            raise invalid(
                 f"label_token_ids must be a list of tokens, or one list for each of the "
                 f"{num_items} items, got {len(lists)} lists",
-                param="label_token_ids",
+                "label_token_ids",
             )
         wrong = [token for some in lists for token in some if not 0 <= token < size]
         if wrong:
-            raise ApiError(
-                400,
+            raise invalid(
                 f"label_token_ids: {wrong[0]} is no token: the vocabulary has 0 to {size - 1}",
-                param="label_token_ids",
+                "label_token_ids",
             )
         return lists
 
@@ -371,10 +216,9 @@ class Scoring:
         token = self._chat.tokenizer.token_to_id(text)
         if token is None or body.item_first or token in query.encoded.input_ids:
             reason = "is no token" if token is None else "goes with item_first=false"
-            raise ApiError(
-                400,
+            raise invalid(
                 f"score_extraction_token {text!r} {reason}, and may not stand in the query",
-                param="score_extraction_token",
+                "score_extraction_token",
             )
         rows = []
         for at, piece in enumerate(pieces):
@@ -382,7 +226,7 @@ class Scoring:
             ends = [i + 1 for i, one in enumerate(suffix.encoded.input_ids) if one == token]
             rows += [Row(at, prefix, _beginning(suffix, end)) for end in ends]
         if not rows:
-            raise ApiError(400, f"no item has the token {text!r} to read scores at", param="items")
+            raise invalid(f"no item has the token {text!r} to read scores at", "items")
         return rows
 
     def _split(
@@ -395,13 +239,12 @@ class Scoring:
         """
         length, limit = len(first.encoded) + len(second.encoded), self._chat.context_length
         if not len(first.encoded) or not len(second.encoded):
-            raise ApiError(400, f"{where}: query and item both need a text", param=where)
+            raise invalid(f"{where}: query and item both need a text", where)
         if length > limit:
-            raise ApiError(
-                400,
+            raise invalid(
                 f"{where} has {length} tokens with the query, the model reads {limit}: shorten it",
-                "context_length_exceeded",
                 where,
+                code="context_length_exceeded",
             )
         return first, second
 
@@ -418,8 +261,8 @@ class Scoring:
         chat = self._chat
         if isinstance(given, list) and given and isinstance(given[0], dict):
             segments: list[Segment] = []
-            media: list[Any] = []
-            for part in _texts_and_media(given, where):
+            media: list[object] = []
+            for part in texts_and_media(given, where):
                 if isinstance(part, dict):
                     medium = self._service.media.part(part, owner)
                     segments.append(MediaSlot(medium.modality))
@@ -435,7 +278,7 @@ class Scoring:
             ids = [token for token in given if isinstance(token, int)]
             wrong = [token for token in ids if not 0 <= token < chat.tokenizer.vocab_size]
             if wrong:
-                raise ApiError(400, f"{where}: {wrong[0]} is no token", param=where)
+                raise invalid(f"{where}: {wrong[0]} is no token", where)
         return self._overridden(ids, vectors, where, body.embed_override_token_id)
 
     def _overridden(
@@ -448,16 +291,15 @@ class Scoring:
         places = [at for at, one in enumerate(ids) if one == token]
         width = self._chat.model.language_model.config.hidden_size
         if len(places) != len(vectors) or any(len(one) != width for one in vectors):
-            raise ApiError(
-                400,
+            raise invalid(
                 f"{where} has the token {token} {len(places)} times and {len(vectors)} vectors of "
                 f"{sorted({len(one) for one in vectors})} numbers: expected a vector of {width} "
                 "numbers for each",
-                param=where,
+                where,
             )
         rows = torch.tensor(vectors, dtype=torch.float32)
         if not bool(rows.isfinite().all()):
-            raise ApiError(400, f"{where}: a vector has NaN or infinite numbers", param=where)
+            raise invalid(f"{where}: a vector has NaN or infinite numbers", where)
         spans = tuple(Span(0, at, 1) for at in places)
         return ProcessedPrompt(EncodedPrompt(ids, mask, spans), tuple(torch.split(rows, 1)))
 
@@ -465,7 +307,9 @@ class Scoring:
 class _Readout:
     """What is read of last states: logits of some tokens, their log-sum over all, the states."""
 
-    def __init__(self, language_model: Any, ids: Sequence[int], temperature: float) -> None:  # noqa: ANN401
+    def __init__(
+        self, language_model: LanguageModel, ids: Sequence[int], temperature: float
+    ) -> None:
         self._language_model = language_model
         self._ids = list(ids)
         self._temperature = temperature
@@ -481,42 +325,3 @@ def _beginning(piece: ProcessedPrompt, end: int) -> ProcessedPrompt:
     spans = tuple(span for span in piece.encoded.spans if span.start + span.length <= end)
     ids, mask = piece.encoded.input_ids[:end], piece.encoded.loss_mask[:end]
     return ProcessedPrompt(EncodedPrompt(ids, mask, spans), piece.media[: len(spans)])
-
-
-def _texts_and_media(given: Parts, where: str) -> Sequence[str | dict[str, Any]]:
-    """Return parts as texts, and pictures that are not opened yet."""
-    known: list[dict[str, Any]] = []
-    for part in given:
-        kind: Literal["image"] | str = part.get("type", "text" if "text" in part else "image")
-        is_plain = kind == "image" and "image" in part
-        known.append({"image_url": part["image"], "type": "image"} if is_plain else part)
-        known[-1].setdefault("type", kind)
-    return [part for part in parts_of(known, where) if not isinstance(part, MediaPart)]
-
-
-def rerank_json(
-    body: RerankBody, scores: Sequence[float], tokens: int, model: str, *, shows: bool
-) -> dict[str, Any]:
-    """Return the response of a reranking: what vLLM, Jina's and Cohere's clients read."""
-    order = sorted(range(len(scores)), key=lambda at: (-scores[at], at))[: body.top_n]
-    results = []
-    for at in order:
-        one: dict[str, Any] = {"index": at, "relevance_score": scores[at]}
-        if shows:
-            one["document"] = _document_json(body.documents[at])
-        results.append(one)
-    return {
-        "id": f"rerank-{secrets.token_hex(12)}",
-        "model": model,
-        "results": results,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
-
-
-def _document_json(document: str | DocumentBody | Parts) -> dict[str, Any]:
-    """Return a document as it was sent."""
-    if isinstance(document, str):
-        return {"text": document}
-    if isinstance(document, list):
-        return {"content": document}
-    return document.model_dump(exclude_none=True)
