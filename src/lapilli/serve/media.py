@@ -277,7 +277,7 @@ class MediaReader:
 
         Raises:
             MediaError: no such file, another number of tensors than one, or numbers that are not
-                finite.
+                finite or too large to compute with.
         """
         if not isinstance(given, str):
             raise MediaError(f"image_embeds must be base64 text, got {shown(given)}")
@@ -294,7 +294,26 @@ class MediaReader:
                 f"{self._chat.context_length}"
             )
         checked: Tensor = self._chat.prepare(MediaPart(features))
+        self._check_size(checked)
         return checked
+
+    def _check_size(self, features: Float[Tensor, "n D"]) -> None:
+        """Refuse finite numbers that the model's own arithmetic would make infinite.
+
+        Its norms square them in float32; what is infinite there becomes 0, an answer to nothing.
+
+        Raises:
+            MediaError: numbers as large as that.
+        """
+        embed = self._chat.model.language_model.embed
+        kind = embed(torch.zeros(1, dtype=torch.long, device=self._chat.model.device)).dtype
+        squares = features.to(kind).float().square().sum(dim=-1)
+        if not bool(squares.isfinite().all()):
+            raise MediaError(
+                f"image_embeds has numbers up to {float(features.abs().max()):.1e}, too large for the "
+                f"model to square them (it computes in {kind}): send the features of its own tower "
+                "or projector"
+            )
 
 
 def one_tensor(data: bytes) -> Float[Tensor, "n D"]:
