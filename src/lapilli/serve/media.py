@@ -310,9 +310,9 @@ class MediaReader:
         squares = features.to(kind).float().square().sum(dim=-1)
         if not bool(squares.isfinite().all()):
             raise MediaError(
-                f"image_embeds has numbers up to {float(features.abs().max()):.1e}, too large for the "
-                f"model to square them (it computes in {kind}): send the features of its own tower "
-                "or projector"
+                f"image_embeds has numbers up to {float(features.abs().max()):.1e}, too large for "
+                f"the model to square them (it computes in {kind}): send the features of its own "
+                "tower or projector"
             )
 
 
