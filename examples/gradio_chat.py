@@ -13,15 +13,23 @@ from openai import OpenAI
 client = OpenAI(base_url=(sys.argv[1:] or ["http://127.0.0.1:8000/v1"])[0], api_key="none")
 
 
-def part(path):
-    data = base64.b64encode(Path(path).read_bytes()).decode()
+def part(given):
+    if isinstance(given, str) or "text" in given:
+        return {"type": "text", "text": given if isinstance(given, str) else given["text"]}
+    data = base64.b64encode(Path(given.get("file", given)["path"]).read_bytes()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
+def turn(role, content):
+    given = [content] if isinstance(content, str) else content
+    return {"role": role, "content": [part(one) for one in given]}
+
+
 def answer(message, history):
-    content = [*map(part, message["files"]), {"type": "text", "text": message["text"]}]
-    messages, said = [{"role": "user", "content": content}], ""
-    for chunk in client.chat.completions.create(model="default", messages=messages, stream=True):
+    earlier = [turn(one["role"], one["content"]) for one in history]
+    asked = turn("user", [*({"path": path} for path in message["files"]), message["text"]])
+    said, options = "", {"model": "default", "messages": [*earlier, asked], "stream": True}
+    for chunk in client.chat.completions.create(**options):
         said += (chunk.choices[0].delta.content or "") if chunk.choices else ""
         yield said
 

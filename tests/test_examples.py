@@ -116,5 +116,18 @@ def test_the_chat_of_gradio_answers(repository: Path, tmp_path: Path, monkeypatc
     with serving(lapilli.load("pebble")) as client:
         monkeypatch.setattr(sys, "argv", ["gradio_chat.py", f"{client.base_url}/v1"])
         answer = runpy.run_path(str(repository / "examples" / "gradio_chat.py"))["answer"]
-        *_, last = answer({"text": "What color is the circle?", "files": [str(path)]}, [])
-    assert last.strip() == "red"
+        first = {"text": "What color is the circle?", "files": [str(path)]}
+        *_, last = answer(first, [])
+        assert last.strip() == "red"
+        # As Gradio hands a conversation on: of its page, and of a program that asks it.
+        file = {"path": str(path)}
+        for shown, said in (
+            ([{"type": "file", "file": file}, {"type": "text", "text": first["text"]}], [last]),
+            ([file, first["text"]], last),
+        ):
+            history = [
+                {"role": "user", "content": shown},
+                {"role": "assistant", "content": said},
+            ]
+            *_, again = answer({"text": "What color is the circle?", "files": []}, history)
+            assert again.strip() == "red"

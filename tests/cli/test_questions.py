@@ -2,13 +2,14 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from lapilli.cli.answers import AnswerFile, write_table
 from lapilli.cli.batch import beside
-from lapilli.cli.questions import read_questions
+from lapilli.cli.questions import Line, read_questions
 from lapilli.errors import ConfigError, DataError, PromptError
 
 
@@ -91,3 +92,65 @@ def test_answers_as_a_table(tmp_path):
     beside(target).unlink()
     with pytest.raises(ConfigError, match=r"is there, and out.parquet.jsonl, where its answers"):
         beside(target)
+
+
+def line_of(**row):
+    return Line(1, json.dumps(row).encode())
+
+
+def test_messages_are_asked_as_a_question_is():
+    """A line in OpenAI's form is the one that question, system and images make."""
+    url = {"url": "a.png", "detail": "high"}
+    parts = [
+        {"type": "image_url", "image_url": url},
+        {"type": "image_url", "image_url": {"url": "https://example.com/b.png"}},
+        {"type": "text", "text": "What is it?"},
+    ]
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+    images = ["a.png", "https://example.com/b.png"]
+    plain = line_of(question="What is it?", system="Be brief.", images=images)
+    found = line_of(messages=said, id=3).question(Path("/pictures"))
+    assert found.messages == plain.question(Path("/pictures")).messages
+    assert [part.source for part in found.messages[-1].media] == ["/pictures/a.png", images[1]]
+    assert found.head["id"] == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"messages": [{"role": "user", "contnt": "a"}]}, "unknown key 'contnt'"),
+        ({"messages": [{"role": "user", "content": "a"}], "image": "a.png"}, 'both "messages" and'),
+        ({"messages": [{"role": "user", "content": "a"}], "item": 3}, '"messages" and "item"'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "-"}]}]},
+            "'-' is standard input",
+        ),
+        ({"mesages": []}, "unknown key 'mesages': did you mean \"messages\"?"),
+        ({"qestion": "a"}, "unknown key 'qestion': did you mean \"question\"?"),
+        ({"question": "a", "imges": ["b"]}, "unknown key 'imges': did you mean \"images\"?"),
+        ({"question": "a", "Image": "b"}, "unknown key 'Image': did you mean \"image\"?"),
+        ({"question": "a", "sytem": "b"}, "unknown key 'sytem': did you mean \"system\"?"),
+    ],
+)
+def test_a_mistyped_key_is_named(row, error):
+    found = line_of(**row).question(Path(), ["item"])
+    assert found.messages == ()
+    assert error in found.head["error"]
+
+
+def test_other_keys_are_the_owners():
+    row = {"question": "a", "question_id": 3, "image_id": 4, "answer": "b", "questions": 2}
+    assert line_of(**row).question(Path()).messages
+
+
+def test_messages_of_a_table(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    picture = {"type": "image_url", "image_url": {"url": "a.png"}}
+    said = [{"role": "user", "content": [picture, {"type": "text", "text": "What is it?"}]}]
+    path = tmp_path / "t.parquet"
+    write_table(pyarrow.table({"id": ["x"], "messages": [said]}), path)
+    [line] = read_questions(path)
+    expected = line_of(question="What is it?", image="a.png").question(tmp_path)
+    assert line.question(tmp_path).messages == expected.messages

@@ -65,17 +65,6 @@ def test_answers_are_those_of_the_library(client, pebble):
     assert usage["output_tokens"] == usage["output_tokens_details"]["reasoning_tokens"] == 0
 
 
-def test_the_openai_client_reads_it(client):
-    openai = pytest.importorskip("openai")
-    if not hasattr(openai.OpenAI, "decisions"):
-        pytest.skip("this version of openai has no decisions")
-    asking = openai.OpenAI(base_url=f"{client.base_url}v1", api_key="none")
-    found = asking.decisions.create(
-        model="pebble", input=shown(picture("blue")), questions=QUESTIONS
-    )
-    assert found.answers[2].choice == "blue"
-
-
 def test_a_second_request_finds_what_was_read(client):
     given = shown(picture("green", 80))
     first, second = (post(client, QUESTIONS[:n], given).json()["usage"] for n in (1, 3))

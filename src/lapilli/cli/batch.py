@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 Source = Annotated[
     Path,
     typer.Argument(
-        help="One JSON object per line: question, image or images, id, system; a .parquet file "
-        "with such columns; or a folder of pictures."
+        help="One JSON object per line: question, image or images, id, system; or messages in "
+        "OpenAI's form and id; a .parquet file with such columns; or a folder of pictures."
     ),
 ]
 Retry = Annotated[bool, typer.Option("--retry", help="Ask lines again that ended in an error.")]

@@ -1,6 +1,7 @@
 """Questions of a batch: what a file or a folder asks, line by line.
 
     JSONL     {"question": "...", "images": ["a.png"], "id": 7}     paths beside the file, any id
+              {"messages": [{"role": "user", "content": ...}], "id": 7}     as in prompt/openai.py
     Parquet   columns of the same names; pictures may be bytes
     folder    its pictures, in the order of their names, and one question for all of them
 
@@ -15,13 +16,14 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NoReturn, cast
 
-from lapilli.config.reader import given_path, unique_keys
+from lapilli.config.reader import given_path, shown, unique_keys
 from lapilli.errors import DataError, PromptError
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ PICTURES: Final = frozenset(
 """How the names of pictures end in a folder that is asked about."""
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_ASKED: Final = ("question", "image", "images", "system")
+_NO_PIPE: Final = "'-' is standard input, which no line can have: give a path"
 _STORED: Final = ("image", "bytes")  # columns of Parquet whose bytes are a picture
 
 
@@ -135,16 +139,18 @@ def read_table(path: Path) -> list[Line]:
     """Return a line for every row of a Parquet file; bytes of pictures stay where they are.
 
     Raises:
-        DataError: pyarrow is missing, cannot read the file, or there is no column `question`.
+        DataError: pyarrow is missing, cannot read the file, or there is neither a column
+            `question` nor `messages`.
     """
     from lapilli.datasets.tables import open_parquet
 
     lines: list[Line] = []
     with open_parquet(path) as file:
         schema = file.schema_arrow
-        if "question" not in schema.names:
+        if not {"question", "messages"} & set(schema.names):
             raise DataError(
-                f"{path} has the columns {', '.join(schema.names)}: expected one named question"
+                f"{path} has the columns {', '.join(schema.names)}: expected one named question, "
+                "or messages"
             )
         kept = [name for name in schema.names if name not in _stored_columns(schema)]
         for batch in file.iter_batches(columns=kept):
@@ -285,17 +291,71 @@ def _messages(
 ) -> "tuple[Message, ...]":
     from lapilli.prompt.message import Message
 
+    _check_keys(row, modalities)
+    if row.get("messages") is not None:
+        return _conversation(row, folder, modalities)
     question, system = row.get("question"), row.get("system")
     if not isinstance(question, str | None):
         raise PromptError(f'"question" must be a text, found {_kind(question)}')
     if question is None or not question.strip():
-        raise PromptError('no "question", or an empty one')
+        raise PromptError('no "question" or "messages", or an empty one')
     if not isinstance(system, str | None):
         raise PromptError(f'"system" must be a text, found {_kind(system)}')
     messages = [] if system is None else [Message.system(system)]
     pictures = [_place(each, folder) for each in _pictures(row)]
     media = {name: row[name] for name in modalities if row.get(name) is not None}
     return (*messages, Message.user(question, *pictures, **media))
+
+
+def _conversation(
+    row: dict[str, Any], folder: Path, modalities: Sequence[str]
+) -> "tuple[Message, ...]":
+    """Return the messages of a line in OpenAI's form, with the paths of their pictures."""
+    from lapilli.prompt.openai import messages_of
+
+    beside = [name for name in (*_ASKED, *modalities) if row.get(name) is not None]
+    if beside:
+        raise PromptError(
+            f'both "messages" and "{beside[0]}": what is asked about stands in the messages'
+        )
+    return tuple(_placed(message, folder) for message in messages_of(row["messages"], modalities))
+
+
+def _placed(message: "Message", folder: Path) -> "Message":
+    """Return the message with the paths of its pictures from `folder` on."""
+    from lapilli.prompt.message import MediaPart, Part
+
+    parts: list[Part] = []
+    for part in message.parts:
+        if isinstance(part, MediaPart) and part.modality == "image":
+            source = cast(str, part.source)
+            if source == "-":
+                raise PromptError(_NO_PIPE)
+            parts.append(replace(part, source=_place(source, folder)))
+        else:
+            parts.append(part)
+    return replace(message, parts=tuple(parts))
+
+
+def _check_keys(row: dict[str, Any], modalities: Sequence[str]) -> None:
+    """Refuse a key that is nearly one that the line does not have; other keys are the owner's.
+
+    A question without the picture that it is about would be answered all the same.
+
+    Raises:
+        PromptError: such a key.
+    """
+    told = {name for name, value in row.items() if value is not None}
+    has_picture = not told.isdisjoint(("image", "images", "messages"))
+    missing = [
+        *([] if told & {"question", "messages"} else ["question", "messages"]),
+        *([] if has_picture else ["image", "images"]),
+        *([] if told & {"system", "messages"} else ["system"]),
+    ]
+    for name in sorted(told - {"id", "messages", *_ASKED, *modalities}):
+        near = get_close_matches(name.lower(), missing, n=1, cutoff=0.85)
+        if near:
+            raise PromptError(f'unknown key {shown(name)}: did you mean "{near[0]}"?')
 
 
 def _pictures(row: dict[str, Any]) -> list[str | bytes]:
@@ -310,7 +370,7 @@ def _pictures(row: dict[str, Any]) -> list[str | bytes]:
     if not isinstance(pictures, list) or not all(isinstance(each, str) for each in pictures):
         raise PromptError('"images" must be a list of paths, URLs or data URIs')
     if "-" in pictures:
-        raise PromptError("'-' is standard input, which no line can have: give a path")
+        raise PromptError(_NO_PIPE)
     return pictures
 
 

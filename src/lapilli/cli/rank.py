@@ -12,22 +12,13 @@ import heapq
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lapilli.cli.terminal import (
-    Adapter,
-    Base,
-    ChatOptions,
-    Device,
-    IdColumn,
-    Quiet,
-    Template,
-    TextColumn,
-)
+from lapilli.cli.terminal import IdColumn, ModelOptions, TextColumn
 from lapilli.config.reader import shown
 from lapilli.errors import ConfigError, LapilliError, StoreError
 from lapilli.prompt.message import MediaPart
@@ -50,30 +41,6 @@ TopK = Annotated[int | None, typer.Option(min=1, help="Write the best ones alone
 
 VECTORS_AT_ONCE = 256
 """Items that are read from a store at once."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelOptions:
-    """Options of the model."""
-
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A directory, a hub id, or pebble.")
-    ] = "pebble"
-    base: Base = None
-    adapter: Adapter = None
-    template: Template = None
-    device: Device = "auto"
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
-    quantize: Annotated[
-        str | None, typer.Option(help="int8 or int4: smaller and faster on a CPU.")
-    ] = None
-    quiet: Quiet = False
-
-    def of_chat(self) -> ChatOptions:
-        """Return them as those of a model that answers."""
-        return ChatOptions(
-            sampling={}, **{one.name: getattr(self, one.name) for one in fields(self)}
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

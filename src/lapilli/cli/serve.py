@@ -38,6 +38,14 @@ Keys = Annotated[
 ]
 Name = Annotated[str, typer.Option("--name", help="What requests call the model.")]
 Rows = Annotated[int, typer.Option(help="Answers that are worked on at the same time.", min=1)]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        help="Longest context, tokens of prompt and answer together; left out: as many as the "
+        "model reads.",
+        min=1,
+    ),
+]
 CacheBytes = Annotated[
     int | None, typer.Option(help="Memory for keys and values, cached ones included.", min=0)
 ]
@@ -83,6 +91,7 @@ def serve(
     api_key: Keys = None,
     name: Name = "",
     rows: Rows = 16,
+    context: Context = None,
     cache_bytes: CacheBytes = None,
     allow_remote_images: Remote = False,
     media_root: Root = None,
@@ -109,7 +118,11 @@ def serve(
         without_key=without_key,
         sampling=SamplingParams.from_options(**how.sampling),
     )
-    limits: dict[str, Any] = {"max_rows": rows, "kv_bytes": cache_bytes}
+    limits: dict[str, Any] = {
+        "max_rows": rows,
+        "kv_bytes": cache_bytes,
+        "context_length": context,
+    }
     if checkpoint is not None:
         how = how.of_model(checkpoint)
 

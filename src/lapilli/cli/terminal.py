@@ -183,6 +183,30 @@ class ChatOptions:
         return chat
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Options of the commands that load a model and have it write nothing."""
+
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A directory, a hub id, or pebble.")
+    ] = "pebble"
+    base: Base = None
+    adapter: Adapter = None
+    template: Template = None
+    device: Device = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or int4: smaller and faster on a CPU.")
+    ] = None
+    quiet: Quiet = False
+
+    def of_chat(self) -> ChatOptions:
+        """Return them as those of a model that answers."""
+        return ChatOptions(
+            sampling={}, **{one.name: getattr(self, one.name) for one in fields(self)}
+        )
+
+
 GRAMMARS: Mapping[str, Callable[[str], Grammar]] = {
     ".json": Grammar.json_schema,
     ".regex": lambda text: Grammar.regex(text.rstrip("\r\n")),

@@ -274,6 +274,8 @@ class EngineOptions:
         prefix_bytes: of these, what may be kept of sequences that are over; 0 switches the prefix
             cache off. None: all of `kv_bytes`, or an eighth of the memory where that is None too.
         feature_bytes: most bytes of features of pictures that are kept; 0 keeps none.
+        context_length: most tokens of prompt and answer together, no more than the model reads;
+            None: as many as it reads. Longer prompts are refused with ContextTooLongError.
         speculate: whether draft tokens are verified: "off"; "auto", those that make tokens come
             faster by the clock; "on", those that would if each took a tenth of a pass.
         compile: how a step runs in which every row gives one token. "on": in fixed shapes and
@@ -294,6 +296,7 @@ class EngineOptions:
     kv_dtype: str = "auto"
     prefix_bytes: int | None = None
     feature_bytes: int = 256 * MIB
+    context_length: int | None = None
     speculate: str = "auto"
     compile: str = "auto"
 
@@ -303,6 +306,8 @@ class EngineOptions:
         for name in ("kv_bytes", "prefix_bytes", "feature_bytes"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least=0)
+        if self.context_length is not None:
+            check_count("context_length", self.context_length, least=1)
         _check_word("kv_dtype", self.kv_dtype, "auto", "model", "bfloat16", "int8")
         _check_word("speculate", self.speculate, "on", "off", "auto")
         _check_word("compile", self.compile, "auto", "on", "static", "off")

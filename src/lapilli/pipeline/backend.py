@@ -20,7 +20,7 @@ import torch
 from lapilli.checkpoint.load import Loaded
 from lapilli.config.generation import SamplingParams
 from lapilli.config.reader import shown
-from lapilli.errors import LapilliError, MediaError, UnsupportedModelError
+from lapilli.errors import GenerationError, LapilliError, MediaError, UnsupportedModelError
 from lapilli.generate.engine import Engine, EngineOptions, Request
 from lapilli.generate.engine.feature_cache import FeatureCache, WeightWatch, media_digest
 from lapilli.generate.engine.request import EngineStream
@@ -269,6 +269,11 @@ class Backend:
     ) -> None:
         self._loaded = loaded
         self._options = options or EngineOptions()
+        wanted, readable = self._options.context_length, self._readable_length
+        if wanted is not None and wanted > readable:
+            raise GenerationError(
+                f"context_length must be at most {readable}, what the model reads, got {wanted}"
+            )
         self._without_media = without_media
         self._features = FeatureCache(self._options.feature_bytes)
         self._lock = threading.Lock()
@@ -296,6 +301,12 @@ class Backend:
     @property
     def context_length(self) -> int:
         """Most positions of prompt and answer."""
+        wanted = self._options.context_length
+        return self._readable_length if wanted is None else wanted
+
+    @property
+    def _readable_length(self) -> int:
+        """Most positions that the checkpoint reads."""
         config = self._loaded.config
         return max(config.context_length, config.text.max_positions)
 

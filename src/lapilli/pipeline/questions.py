@@ -6,7 +6,7 @@ tokens or models.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 from lapilli.config.reader import shown
 from lapilli.errors import PromptError
@@ -234,6 +234,33 @@ class Decisions(Sequence[Answer]):
 
     def __iter__(self) -> Iterator[Answer]:
         return iter(self.answers)
+
+
+def answer_json(answer: Answer) -> dict[str, Any]:
+    """Return one answer in the form of OpenAI's Decisions API."""
+    if isinstance(answer, PredicateAnswer):
+        return {"type": "predicate", "name": answer.name, "probability": answer.probability}
+    if isinstance(answer, Refusal):
+        return {"type": "refusal", "name": answer.name}
+    if isinstance(answer, ChoiceAnswer):
+        pairs = zip(answer.values, answer.probabilities, strict=True)
+        return {
+            "type": "choice",
+            "name": answer.name,
+            "choice": answer.choice,
+            "confidence": answer.confidence,
+            "probabilities": [{"value": value, "probability": share} for value, share in pairs],
+        }
+    steps = zip(answer.labels, answer.values, answer.probabilities, strict=True)
+    return {
+        "type": "score",
+        "name": answer.name,
+        "score": answer.score,
+        "confidence": answer.confidence,
+        "probabilities": [
+            {"label": label, "value": value, "probability": share} for label, value, share in steps
+        ],
+    }
 
 
 def _check_instructions(given: object) -> None:

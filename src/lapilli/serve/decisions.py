@@ -16,17 +16,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
 
 from lapilli.pipeline.questions import (
-    Answer,
     Choice,
-    ChoiceAnswer,
     Decisions,
     Level,
     Option,
     Predicate,
-    PredicateAnswer,
     Question,
-    Refusal,
     Score,
+    answer_json,
 )
 from lapilli.prompt.message import Message
 from lapilli.serve.chat import parts_of
@@ -266,31 +263,4 @@ def decisions_json(found: Decisions, model: str) -> dict[str, object]:
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": found.prompt_tokens,
         },
-    }
-
-
-def answer_json(answer: Answer) -> dict[str, object]:
-    """Return one answer in OpenAI's form."""
-    if isinstance(answer, PredicateAnswer):
-        return {"type": "predicate", "name": answer.name, "probability": answer.probability}
-    if isinstance(answer, Refusal):
-        return {"type": "refusal", "name": answer.name}
-    if isinstance(answer, ChoiceAnswer):
-        pairs = zip(answer.values, answer.probabilities, strict=True)
-        return {
-            "type": "choice",
-            "name": answer.name,
-            "choice": answer.choice,
-            "confidence": answer.confidence,
-            "probabilities": [{"value": value, "probability": share} for value, share in pairs],
-        }
-    steps = zip(answer.labels, answer.values, answer.probabilities, strict=True)
-    return {
-        "type": "score",
-        "name": answer.name,
-        "score": answer.score,
-        "confidence": answer.confidence,
-        "probabilities": [
-            {"label": label, "value": value, "probability": share} for label, value, share in steps
-        ],
     }

@@ -156,7 +156,8 @@ class MediaReader:
         """Return the medium of a part in OpenAI's form, or in the form of our own extensions.
 
         Args:
-            given: `image_url` (a text, {"url": ...} or None), `file_id`, `uuid`, `image_embeds`.
+            given: `image_url` (a text, {"url": ...} or None), `file_id`, `uuid`, `image_embeds`,
+                and `detail`: "low" shows the model the whole picture in one tile.
             owner: whose request it is.
 
         Raises:
@@ -169,19 +170,26 @@ class MediaReader:
             raise MediaError(f"uuid must be a text of at most {_LONGEST_UUID} letters")
         if given.get("image_embeds") is not None:
             return MediaPart(self.features(given["image_embeds"]))
-        url = given.get("image_url")
+        url, detail = given.get("image_url"), given.get("detail")
         if isinstance(url, Mapping):
-            uuid = uuid or url.get("uuid")
+            uuid, detail = uuid or url.get("uuid"), url.get("detail", detail)
             url = url.get("url")
         if given.get("file_id") is not None:
             data = self._files.content(str(given["file_id"]), owner)
         elif url is not None:
             data = self.content(url, owner)
         elif uuid is not None:
-            return MediaPart(self.pictures.called(owner, uuid))
+            return MediaPart(self._in_detail(self.pictures.called(owner, uuid), detail))
         else:
             raise MediaError("a picture has no image_url, file_id or uuid: give one of them")
-        return MediaPart(self.picture(data, owner=owner, uuid=uuid))
+        return MediaPart(self._in_detail(self.picture(data, owner=owner, uuid=uuid), detail))
+
+    def _in_detail(self, item: PreparedImage, detail: object) -> PreparedImage:
+        """Return the picture as OpenAI's `detail` asks for: all of it but where it is "low"."""
+        modality = self._chat.model.modality("image")
+        if detail != "low" or not isinstance(modality, ImageModality):
+            return item
+        return modality.overview(item)
 
     def picture(self, data: bytes, *, owner: str = "", uuid: str | None = None) -> PreparedImage:
         """Return an encoded picture as the model takes it, decoded once per content.
@@ -286,7 +294,7 @@ class MediaReader:
 
         Raises:
             MediaError: no such file, another number of tensors than one, or numbers that are not
-                finite.
+                finite or too large to compute with.
         """
         if not isinstance(given, str):
             raise MediaError(f"image_embeds must be base64 text, got {shown(given)}")
@@ -303,7 +311,26 @@ class MediaReader:
                 f"{self._chat.context_length}"
             )
         checked: Tensor = self._chat.prepare(MediaPart(features))
+        self._check_size(checked)
         return checked
+
+    def _check_size(self, features: Float[Tensor, "n D"]) -> None:
+        """Refuse finite numbers that the model's own arithmetic would make infinite.
+
+        Its norms square them in float32; what is infinite there becomes 0, an answer to nothing.
+
+        Raises:
+            MediaError: numbers as large as that.
+        """
+        embed = self._chat.model.language_model.embed
+        kind = embed(torch.zeros(1, dtype=torch.long, device=self._chat.model.device)).dtype
+        squares = features.to(kind).float().square().sum(dim=-1)
+        if not bool(squares.isfinite().all()):
+            raise MediaError(
+                f"image_embeds has numbers up to {float(features.abs().max()):.1e}, too large for "
+                f"the model to square them (it computes in {kind}): send the features of its own "
+                "tower or projector"
+            )
 
 
 def one_tensor(data: bytes) -> Float[Tensor, "n D"]:

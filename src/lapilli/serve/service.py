@@ -25,6 +25,7 @@ from lapilli.generate.engine.async_engine import AsyncAnswer, AsyncEngine
 from lapilli.generate.engine.request import Request
 from lapilli.generate.grammar import compiled
 from lapilli.generate.output import Generation
+from lapilli.generate.reference import check_context
 from lapilli.pipeline import Chat
 from lapilli.prompt.encode import EncodedPrompt, encode
 from lapilli.prompt.message import MediaPart, Message, TextPart
@@ -241,7 +242,8 @@ class Service:
         )
         if isinstance(first, Generation):
             return [first] * request.choices
-        room = chat.context_length - len(first.prompt.input_ids)
+        prompt, visual = first.prompt, sum(span.length for span in first.prompt.spans)
+        room = check_context(len(prompt.input_ids), chat.context_length, visual=visual)
         wanted = first.params.max_new_tokens
         if request.has_limit and wanted > room:
             raise ContextTooLongError(

@@ -284,6 +284,17 @@ def test_invalid_requests_are_refused(engine, model, tokenizer):
         EngineOptions(kv_dtype="int4")
 
 
+def test_the_options_bound_the_context(model, tokenizer):
+    """The shorter one of the argument and the options counts."""
+    options = dataclasses.replace(SMALL, context_length=12)
+    engine = Engine(model, tokenizer, options=options)
+    assert engine.context_length == 12
+    assert Engine(model, tokenizer, options=options, context_length=8).context_length == 8
+    assert Engine(model, tokenizer, options=options, context_length=13).context_length == 12
+    with pytest.raises(ContextTooLongError, match="together may have 12"):
+        engine.submit(request_of([3] * 12))
+
+
 @pytest.mark.slow
 def test_waiting_requests_are_bounded(model, tokenizer):
     engine = Engine(model, tokenizer, options=dataclasses.replace(SMALL, max_waiting=2))

@@ -38,6 +38,29 @@ def _pictures() -> list[Image.Image]:
     return [Image.linear_gradient("L").convert("RGB").resize(s) for s in ((40, 90), (64, 30))]
 
 
+@pytest.mark.parametrize("merge", ["flat", "spatial", "spatial_unpad"])
+@pytest.mark.parametrize("has_newline", [False, True])
+def test_an_overview_is_the_first_tile_alone(merge, has_newline):
+    """As the original lays out a picture of one tile: with a newline where rows end in one."""
+    modality = _modality(dataclasses.replace(UNPAD, merge=merge), has_newline=has_newline)
+    whole = modality.prepare(_pictures()[0])
+    item = modality.overview(whole)
+    assert len(whole.pixel_values) > len(item.pixel_values) == 1
+    with torch.no_grad():
+        [features], [base] = modality.embed([item]), modality.encode_tiles(whole.pixel_values[:1])
+    ends = has_newline and merge == "spatial_unpad"
+    assert len(features) == modality.num_tokens(item) == len(base) + ends
+    torch.testing.assert_close(features[: len(base)], base)
+    if ends:
+        torch.testing.assert_close(features[-1], modality.image_newline.detach())
+
+
+def test_a_picture_of_one_tile_is_its_own_overview():
+    modality = _modality(SQUARE)
+    item = modality.prepare(_pictures()[0])
+    assert modality.overview(item) is item
+
+
 @pytest.mark.parametrize(
     "image",
     [

@@ -1,4 +1,7 @@
-"""litellm: the routes of a server like vLLM (hosted_vllm/), of Anthropic and of Ollama."""
+"""litellm: the routes of a server like vLLM (hosted_vllm/), of Anthropic, Ollama and Cohere.
+
+Rankings go to /rerank, /v1/rerank and /v2/rerank, by what each provider's own client asks for.
+"""
 
 import base64
 import sys
@@ -25,6 +28,21 @@ for name, base in (
     chunks = list(litellm.completion(stream=True, **options))
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert said == "red", (name, said)
+texts = ["a blue square", "a red circle", "tools"]
+for name, base in (
+    ("hosted_vllm/pebble", url),
+    ("hosted_vllm/pebble", f"{url}/v1"),
+    ("jina_ai/pebble", f"{url}/v1"),
+    ("cohere/pebble", url),
+):
+    options = {"model": name, "api_base": base, "api_key": "none", "query": "a red circle"}
+    found = litellm.rerank(documents=texts, **options)
+    order = [one["index"] for one in found.results]
+    scores = [one["relevance_score"] for one in found.results]
+    assert sorted(order) == [0, 1, 2], (name, found)
+    assert scores == sorted(scores, reverse=True), (name, found)
+    best = litellm.rerank(documents=texts, top_n=1, **options)
+    assert [one["index"] for one in best.results] == order[:1], (name, best)
 options = {"model": "hosted_vllm/gpt-9", "api_base": f"{url}/v1", "messages": messages}
 try:
     litellm.completion(**options)

@@ -1,4 +1,5 @@
-"""openai: chat, stream, tools, structured output, files, completions, responses, errors."""
+"""openai: chat, stream, tools, structured output, files, completions, responses, errors,
+decisions, embeddings, and what the library has no method for, by its own post."""
 
 import base64
 import json
@@ -147,6 +148,52 @@ def responses():
     refusal(openai.BadRequestError, lambda: create(model=model, input=given, **earlier))
 
 
-for part in (chat, tools, errors, uploads, responses):
+def decisions():
+    picture = {"type": "input_image", "image_url": uri, "detail": "auto"}
+    given = [{"role": "user", "content": [picture, {"type": "input_text", "text": "Look."}]}]
+    colors = [{"value": "red"}, {"value": "blue"}]
+    questions = [
+        {"type": "predicate", "name": "circle", "instructions": "Is there a circle?"},
+        {"type": "predicate", "instructions": "Is there a star?"},
+        {"type": "choice", "instructions": QUESTION, "choices": colors, "spelled": True},
+        {"type": "score", "instructions": "How many?", "levels": [{"label": "0"}, {"label": "1"}]},
+    ]
+    asked_for = {"model": model, "input": given, "questions": questions}
+    raw = client.post("/decisions", cast_to=object, body=asked_for)
+    assert [one["type"] for one in raw["answers"]] == ["predicate", "predicate", "choice", "score"]
+    assert raw["answers"][0]["probability"] > 0.9 > 0.1 > raw["answers"][1]["probability"]
+    assert raw["answers"][2]["choice"] == "red", raw
+    if hasattr(client, "decisions"):  # older versions of the library have no such method
+        found = client.decisions.create(**asked_for)
+        circle, star, color, count = found.answers
+        assert circle.name == "circle"
+        assert circle.probability > 0.9 > 0.1 > star.probability
+        assert color.choice == "red"
+        assert [one.value for one in color.probabilities] == ["red", "blue"]
+        assert count.score == count.probabilities[1].probability
+        assert found.usage.input_tokens == raw["usage"]["input_tokens"] > 64
+    many = {**asked_for, "questions": questions * 101}
+    wrong = refusal(
+        openai.BadRequestError, lambda: client.post("/decisions", cast_to=object, body=many)
+    )
+    assert "questions" in wrong.message
+
+
+def embeddings():
+    plain = client.embeddings.create(model=model, input=["a red boat", "tools"])
+    floats = client.embeddings.create(model=model, input="a red boat", encoding_format="float")
+    first, last = (one.embedding for one in plain.data)
+    assert len(first) == len(last) == len(floats.data[0].embedding)
+    assert max(abs(a - b) for a, b in zip(first, floats.data[0].embedding, strict=True)) < 1e-3
+    assert plain.usage.prompt_tokens > floats.usage.prompt_tokens > 0
+
+
+def scores():
+    body = {"query": "a red boat", "items": ["yes", "no", "is"], "label_token_ids": [5, 17]}
+    found = client.post("/score", cast_to=object, body={"model": model, **body})
+    assert [len(one) for one in found["scores"]] == [2, 2, 2]
+
+
+for part in (chat, tools, errors, uploads, responses, decisions, embeddings, scores):
     part()
 print("all of it answered")

@@ -57,7 +57,8 @@ class Engine:
         model: with a language model of lapilli's own.
         tokenizer: turns ids into text.
         eos_ids: end tokens; None: the tokenizer's.
-        context_length: most tokens of prompt and answer; None: what the language model reads.
+        context_length: most tokens of prompt and answer, where the options do not say fewer; None:
+            what the language model reads.
         options: limits.
         proposer: makes what proposes draft tokens; None: prompt lookup.
         features: cache of the features of media, where others use it too; None: one of its own.
@@ -88,7 +89,9 @@ class Engine:
             proposer.check_vocabulary(language_model.config.vocab_size)
         self.model = model
         self.options = options or EngineOptions()
-        self.context_length = readable_context(model, context_length)
+        lengths = (context_length, self.options.context_length)
+        wanted = min((one for one in lengths if one is not None), default=None)
+        self.context_length = readable_context(model, wanted)
         like = language_model.embed(torch.zeros(1, dtype=torch.long, device=model.device))
         self.pool = new_pool(model, self.options, context_length=self.context_length, like=like)
         self.features = features or FeatureCache(self.options.feature_bytes)

@@ -240,9 +240,20 @@ class ImageModality(nn.Module):
         """Return the tiles of a picture as numbers, on the CPU."""
         return self.mode.prepare(raw, self.image, self.vision)
 
+    def overview(self, prepared: PreparedImage) -> PreparedImage:
+        """Return the whole picture in one tile, without those of its details.
+
+        A tiled mode has it as its first tile; a picture of another mode stays as it is.
+        """
+        if not self.mode.is_tiled:
+            return prepared
+        return PreparedImage(prepared.pixel_values[:1].clone(), prepared.size)
+
     def num_tokens(self, prepared: PreparedImage) -> int:
-        """Return the positions that the picture takes, from its size alone."""
+        """Return the positions that the picture takes, from its size, or as an overview."""
         has_newline = self._row_end is not None
+        if self.mode.is_tiled and len(prepared.pixel_values) == 1:
+            return self.mode.num_overview_tokens(self.image, self.tile, has_newline=has_newline)
         return self.mode.num_tokens(prepared.size, self.image, self.tile, has_newline=has_newline)
 
     def tower_features(self, pixel_values: Float[Tensor, "N C H W"]) -> Float[Tensor, "N P E"]:

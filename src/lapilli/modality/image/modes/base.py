@@ -96,6 +96,12 @@ class ImageMode(ABC):
         ends_in_newline = has_newline and config.merge == "spatial_unpad"
         return tiles * tile.number + int(ends_in_newline)
 
+    def num_overview_tokens(
+        self, config: ImageConfig, tile: TileFeatures, *, has_newline: bool
+    ) -> int:
+        """Return how many features `join` makes of the first tile alone."""
+        return tile.number + int(has_newline and config.merge == "spatial_unpad")
+
     def join(
         self,
         features: Float[Tensor, "N P D"],
