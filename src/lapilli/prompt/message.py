@@ -244,3 +244,40 @@ def several(given: Iterable[T]) -> Iterable[T]:
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise PromptError(f"expected a list, one item for each answer, got {shown(given)}")
     return given
+
+
+def joined(messages: Iterable[Message]) -> list[Message]:
+    """Return a conversation as templates know it.
+
+    Instructions that come later join those at the beginning, and neighbouring messages of one
+    speaker are one message, as are neighbouring texts in it.
+
+    Raises:
+        PromptError: a medium among the instructions.
+    """
+    instructions: list[str] = []
+    turns: list[tuple[str, list[Part]]] = []
+    for message in messages:
+        if message.role == "system":
+            if message.media:
+                raise PromptError(
+                    "the instructions hold a picture: show it in a message of the user"
+                )
+            instructions += [part.text for part in message.parts if isinstance(part, TextPart)]
+        elif turns and turns[-1][0] == message.role:
+            turns[-1][1].extend([TextPart("\n"), *message.parts])
+        else:
+            turns.append((message.role, list(message.parts)))
+    system = [Message.system("\n\n".join(instructions))] if instructions else []
+    return system + [Message(role, _whole_texts(parts)) for role, parts in turns]
+
+
+def _whole_texts(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Return parts with neighbouring texts as one."""
+    found: list[Part] = []
+    for part in parts:
+        if isinstance(part, TextPart) and found and isinstance(last := found[-1], TextPart):
+            found[-1] = TextPart(last.text + part.text)
+        else:
+            found.append(part)
+    return tuple(found)

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from lapilli.config.reader import shown
 from lapilli.errors import PromptError
-from lapilli.prompt.message import MediaPart, Message, Part, TextPart
+from lapilli.prompt.message import MediaPart, Message, Part, TextPart, joined
 
 ROLES: Final[Mapping[str, str]] = {
     "system": "system",
@@ -43,25 +43,19 @@ def messages_of(given: object, modalities: Sequence[str] = ()) -> tuple[Message,
     """
     if not isinstance(given, list) or not given:
         raise PromptError(f"messages must be a list of at least one message, got {shown(given)}")
-    instructions: list[str] = []
-    turns: list[tuple[str, list[Part]]] = []
+    found: list[Message] = []
     for at, one in enumerate(given):
         where = f"messages[{at}]"
         role, parts = _message(one, where, modalities)
-        if role == "system":
-            if any(isinstance(part, MediaPart) for part in parts):
-                raise PromptError(f"{where} holds a picture: show it in a message of the user")
-            instructions.append("".join(part.text for part in parts if isinstance(part, TextPart)))
-        elif turns and turns[-1][0] == role:
-            turns[-1][1].extend([TextPart("\n"), *parts])
-        else:
-            turns.append((role, parts))
-    if not turns or turns[-1][0] != "user":
+        if role == "system" and any(isinstance(part, MediaPart) for part in parts):
+            raise PromptError(f"{where} holds a picture: show it in a message of the user")
+        found.append(Message(role, tuple(parts)))
+    found = joined(found)
+    if found[-1].role != "user":
         raise PromptError("the last of the messages must be the user's: there is nothing to answer")
-    found = [Message(role, _joined(parts)) for role, parts in turns]
     if not found[-1].text.strip() and not found[-1].media:
         raise PromptError("the last of the messages is empty: ask something in it")
-    return (*([Message.system("\n\n".join(instructions))] if instructions else []), *found)
+    return tuple(found)
 
 
 def _message(given: object, where: str, modalities: Sequence[str]) -> tuple[str, list[Part]]:
@@ -129,14 +123,3 @@ def _object(given: object, where: str, known: frozenset[str]) -> dict[str, Any]:
         expected = ", ".join(sorted(known))
         raise PromptError(f"{where} has the unknown key {shown(unknown[0])}: expected {expected}")
     return row
-
-
-def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Return the parts with neighbouring texts as one."""
-    found: list[Part] = []
-    for part in parts:
-        if isinstance(part, TextPart) and found and isinstance(found[-1], TextPart):
-            found[-1] = TextPart(found[-1].text + part.text)
-        else:
-            found.append(part)
-    return tuple(found)

@@ -28,7 +28,7 @@ from lapilli.generate.output import Generation
 from lapilli.generate.reference import check_context
 from lapilli.pipeline import Chat
 from lapilli.prompt.encode import EncodedPrompt, encode
-from lapilli.prompt.message import MediaPart, Message, TextPart
+from lapilli.prompt.message import MediaPart, Message, TextPart, joined
 from lapilli.prompt.template import MediaSlot, Segment, TextSegment
 from lapilli.serve.answers import Answers, Usage
 from lapilli.serve.errors import ApiError, invalid
@@ -214,23 +214,14 @@ class Service:
         """
         parts = [part for turn in turns for part in turn.parts]
         self.media.check_count(sum(not isinstance(part, str) for part in parts))
-        said = [p for turn in turns if turn.role == "system" for p in turn.parts]
-        system = [part for part in said if isinstance(part, str)]
-        if len(system) < len(said):
+        system = [part for turn in turns if turn.role == "system" for part in turn.parts]
+        if not all(isinstance(part, str) for part in system):
             raise invalid("the instructions hold a picture: show it in a message of the user")
-        found: list[tuple[str, list[str | MediaPart]]] = []
-        for turn in turns:
-            if turn.role == "system":
-                continue
-            opened = self.media.opened(turn.parts, owner)
-            if found and found[-1][0] == turn.role:
-                found[-1][1].extend(["\n", *opened])
-            else:
-                found.append((turn.role, opened))
-        letters = sum(len(part) for _, parts in found for part in parts if isinstance(part, str))
-        self._check_length(letters + sum(map(len, system)))
-        messages = [Message.system("\n\n".join(system))] if system else []
-        return messages + [Message(role, text_and_media(parts)) for role, parts in found]
+        found = [(turn.role, self.media.opened(turn.parts, owner)) for turn in turns]
+        self._check_length(
+            sum(len(part) for _, parts in found for part in parts if isinstance(part, str))
+        )
+        return joined(Message(role, text_and_media(parts)) for role, parts in found)
 
     def prepare(self, request: ChatRequest) -> Sequence[Request | Generation]:
         """Return the engine's requests of all choices; called in a worker thread."""
@@ -321,13 +312,5 @@ def prompt_usage(asked: Request | Generation) -> Usage:
 
 
 def text_and_media(parts: Sequence[str | MediaPart]) -> tuple[TextPart | MediaPart, ...]:
-    """Return the parts of a message: neighbouring texts as one."""
-    found: list[TextPart | MediaPart] = []
-    for part in parts:
-        if isinstance(part, MediaPart):
-            found.append(part)
-        elif found and isinstance(last := found[-1], TextPart):
-            found[-1] = TextPart(last.text + part)
-        else:
-            found.append(TextPart(part))
-    return tuple(found)
+    """Return the parts of a message."""
+    return tuple(TextPart(part) if isinstance(part, str) else part for part in parts)
