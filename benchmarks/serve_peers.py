@@ -47,6 +47,10 @@ TEMPLATE = (
     "{% if part.type == 'text' %}{{ part.text }}{% else %}<image>\n{% endif %}{% endfor %} "
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+PLAIN_TEMPLATE = (  # of texts with marks for pictures in them
+    "{% for message in messages %}{{ message.role | upper }}: {{ message.content }} {% endfor %}"
+    "ASSISTANT:"
+)
 OURS, LLAMA, TRANSFORMERS = "lapilli serve", "llama-server", "transformers serve"
 DECISIONS, SIDE = 400, 336
 TIMEOUT = 1800
@@ -96,7 +100,7 @@ def commands(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[int], l
             given.peers_python, "benchmarks.gguf_files", *arguments, "--quantizer", str(quantizer)
         )
         command = [str(given.llama_server), "-m", str(files / "Q4_0.gguf")]
-        command += ["--mmproj", str(files / "mmproj.gguf"), "--chat-template", "vicuna"]
+        command += ["--mmproj", str(files / "mmproj.gguf"), "--chat-template", PLAIN_TEMPLATE]
         command += ["-np", str(TOGETHER), "-c", str(1024 * TOGETHER), "-t", threads]
         yield LLAMA, lambda port: [*command, "--port", str(port)], "/health"
     if given.serving:
