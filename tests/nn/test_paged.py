@@ -1,6 +1,7 @@
 """A pass over ragged rows in blocks equals one pass per sequence with a cache of its own."""
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from lapilli.config.model import DecoderConfig, MptConfig
 from lapilli.lm import LanguageModel
 from lapilli.lm.decoder import Decoder
 from lapilli.lm.mpt import Mpt
-from lapilli.nn.paged import BlockStore, PagedBatch, PagedRow, QuantizedBlockStore
+from lapilli.nn.paged import BlockStore, PagedBatch, PagedRow, QuantizedBlockStore, runs
 
 BLOCK = 4
 NUM_BLOCKS = 48
@@ -233,12 +234,20 @@ def test_cleared_blocks_hold_no_nan():
     assert all(bool((tensor[4] == 7).all()) for tensor in store.tensors())
 
 
-def test_copied_block_is_equal():
+def test_copied_blocks_are_equal():
     store = store_for(decoder(None, 2))
     for tensor in store.tensors():
-        tensor[2] = torch.randn(tensor.shape[1:])
-    store.copy(2, 6)
-    assert all(torch.equal(tensor[2], tensor[6]) for tensor in store.tensors())
+        tensor[2:4] = torch.randn(tensor[2:4].shape)
+    store.copy((2, 3, 2), (6, 5, 7))
+    for tensor in store.tensors():
+        assert torch.equal(tensor[[2, 3, 2]], tensor[[6, 5, 7]])
+
+
+@given(st.sets(st.integers(1, 20)))
+def test_ranges_hold_the_blocks_and_no_others(blocks):
+    found = runs(blocks)
+    assert sorted(blocks) == [one for first, last in found for one in range(first, last)]
+    assert all(a[1] < b[0] for a, b in pairwise(found))
 
 
 def test_rows_with_fewer_new_positions_come_first():

@@ -17,4 +17,5 @@ def test_every_client_reads_the_answer_about_its_own_picture():
     assert found["errors"] == 0, found["first_errors"]
     assert found["wrong"] == 0
     assert found["requests"] >= CLIENTS
-    assert found["grown_mib"] < 64  # of answers that are kept it would be more within seconds
+    if SECONDS >= 60:  # until then blocks are used for the first time
+        assert found["grown_mib"] < 32

@@ -12,7 +12,7 @@ layers see [1, T, D] without padding. Knows blocks and lengths; must not know re
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -71,9 +71,12 @@ class BlockStore:
         self._allocate(config.num_layers)
 
     def _allocate(self, layers: int) -> None:
-        shape = (self.num_blocks, self._heads, self.block_size, self._width)
-        self.keys = [lazy_zeros(shape, self.dtype, self.device) for _ in range(layers)]
-        self.values = [lazy_zeros(shape, self.dtype, self.device) for _ in range(layers)]
+        shape = (2 * layers, self.num_blocks, self._heads, self.block_size, self._width)
+        memory = lazy_zeros(shape, self.dtype, self.device)
+        self.keys, self.values = list(memory[:layers]), list(memory[layers:])
+        # All layers in one tensor: what is done to a block is one operation. Each operation lets go
+        # of the interpreter, and a server has other threads that take it.
+        self._memory = [memory]
 
     @staticmethod
     def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -82,20 +85,20 @@ class BlockStore:
         return positions * config.head_dim * dtype.itemsize
 
     def tensors(self) -> list[Tensor]:
-        """Return all memory, every tensor with the blocks first."""
-        return [*self.keys, *self.values]
+        """Return all memory, every tensor with the blocks first: keys, values, their scales."""
+        return [tensor for memory in self._memory for tensor in memory]
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Zero blocks that somebody used before: nothing of theirs may leak, not even NaN."""
-        if blocks:
-            index = torch.tensor(blocks, device=self.device)
-            for tensor in self.tensors():
-                tensor.index_fill_(0, index, 0)
+        """Zero blocks."""
+        for first, last in runs(blocks):
+            for memory in self._memory:
+                memory[:, first:last].zero_()
 
-    def copy(self, source: int, target: int) -> None:
-        """Copy one block over another."""
-        for tensor in self.tensors():
-            tensor[target] = tensor[source]
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy blocks over others."""
+        index = torch.tensor([sources, targets], device=self.device)
+        for memory in self._memory:
+            memory.index_copy_(1, index[1], memory.index_select(1, index[0]))
 
     def write(
         self,
@@ -180,19 +183,16 @@ class QuantizedBlockStore(BlockStore):
 
     def _allocate(self, layers: int) -> None:
         super()._allocate(layers)
-        shape = (self.num_blocks, self._heads, self.block_size)
-        self.key_scales = [lazy_zeros(shape, torch.float32, self.device) for _ in range(layers)]
-        self.value_scales = [lazy_zeros(shape, torch.float32, self.device) for _ in range(layers)]
+        shape = (2 * layers, self.num_blocks, self._heads, self.block_size)
+        scales = lazy_zeros(shape, torch.float32, self.device)
+        self.key_scales, self.value_scales = list(scales[:layers]), list(scales[layers:])
+        self._memory.append(scales)
 
     @staticmethod
     def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
         """Return the memory of one block in all layers, scales included; `dtype` does not count."""
         positions = 2 * config.num_layers * config.num_kv_heads * block_size
         return positions * (config.head_dim + torch.float32.itemsize)
-
-    def tensors(self) -> list[Tensor]:
-        """Return all memory, every tensor with the blocks first."""
-        return [*self.keys, *self.values, *self.key_scales, *self.value_scales]
 
     def write(
         self,
@@ -230,6 +230,17 @@ class QuantizedBlockStore(BlockStore):
 
     def _scales(self, layer: int) -> dict[str, Tensor]:
         return {"key_scales": self.key_scales[layer], "value_scales": self.value_scales[layer]}
+
+
+def runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the blocks as ranges, each from its first block to behind its last one."""
+    found: list[tuple[int, int]] = []
+    for block in sorted(blocks):
+        if found and found[-1][1] == block:
+            found[-1] = (found[-1][0], block + 1)
+        else:
+            found.append((block, block + 1))
+    return found
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ def begin(pool, keys, answer=0, root=ROOT):
     prefix = pool.find(pool.chain(root, keys), keys)
     table = pool.reserve(prefix, len(keys) + answer)
     if table is not None:
+        pool.make_ready([(table, len(keys))])
         write(pool, table, keys, table.length)
     return table
 
@@ -60,6 +61,7 @@ class Pool(RuleBasedStateMachine):
         super().__init__()
         self.pool = new_pool()
         self.running: list = []
+        self.admitted: list = []
 
     @rule(keys=st.lists(st.integers(0, 1), min_size=1, max_size=14), answer=st.integers(0, 6))
     def start(self, keys, answer):
@@ -68,12 +70,42 @@ class Pool(RuleBasedStateMachine):
             self.pool.publish(table, keys, len(keys))
             self.running.append((table, list(keys), answer))
 
+    @rule(keys=st.lists(st.integers(0, 1), min_size=1, max_size=14), answer=st.integers(0, 6))
+    def admit(self, keys, answer):
+        """Reserve blocks for a sequence whose first step comes later."""
+        prefix = self.pool.find(self.pool.chain(ROOT, keys), keys)
+        table = self.pool.reserve(prefix, len(keys) + answer)
+        if table is not None:
+            self.admitted.append((table, list(keys), answer))
+
+    @precondition(lambda self: self.admitted)
+    @rule()
+    def first_step(self):
+        self.pool.make_ready([(table, len(keys)) for table, keys, _ in self.admitted])
+        for table, keys, _ in self.admitted:
+            write(self.pool, table, keys, table.length)
+            self.pool.publish(table, keys, len(keys))
+        self.running += self.admitted
+        self.admitted = []
+
+    @precondition(lambda self: self.admitted)
+    @rule(at=st.integers(0, 9))
+    def cancel(self, at):
+        """End a sequence before its first step: what it shares stays cached."""
+        table, keys, _ = self.admitted.pop(at % len(self.admitted))
+        self.pool.release(table, keys, table.length)
+
+    @rule()
+    def interrupt(self):
+        self.pool.recount([table for table, _, _ in [*self.running, *self.admitted]])
+
     @precondition(lambda self: self.running)
     @rule(at=st.integers(0, 9), key=st.integers(0, 1))
     def grow(self, at, key):
         table, keys, left = self.running[at % len(self.running)]
         if left:
             keys.append(key)
+            self.pool.make_ready([(table, len(keys))])
             write(self.pool, table, keys, len(keys) - 1)
             self.pool.publish(table, keys, len(keys))
             self.running[at % len(self.running)] = (table, keys, left - 1)
@@ -95,7 +127,9 @@ class Pool(RuleBasedStateMachine):
 
     @invariant()
     def no_block_is_lost(self):
-        owned = {block for table, _, _ in self.running for block in table.blocks}
+        tables = [table for table, _, _ in [*self.running, *self.admitted]]
+        owned = {block for table in tables for block in table.blocks}
+        owned |= {table.source for table in tables if table.source is not None}
         assert self.pool.available + len(owned) == self.pool.capacity
         assert 0 not in owned
 
@@ -173,13 +207,19 @@ def test_idle_blocks_are_limited(max_idle, kept):
     assert begin(pool, keys).length == kept
 
 
-def test_used_blocks_are_cleared_when_reserved():
+def test_used_blocks_are_cleared_when_they_are_reached():
     pool = new_pool(max_idle=0)
     table = begin(pool, [5] * 8)
     pool.store.values[0][table.blocks] = float("nan")
     pool.release(table, [5] * 8, 8)
-    again = begin(pool, [6])
-    assert pool.store.values[0][again.blocks].eq(0).all()
+    again = begin(pool, [6], answer=7)
+    first, second = again.blocks
+    assert pool.store.values[0][first].eq(0).all()
+    pool.make_ready([(again, SIZE + 1)])
+    assert pool.store.values[0][second].eq(0).all()
+    pool.store.values[0][first] = 1  # of the sequence's own: nothing is cleared twice
+    pool.make_ready([(again, SIZE + 2)])
+    assert pool.store.values[0][first].eq(1).all()
 
 
 def test_media_keys_are_no_token_ids():

@@ -72,11 +72,15 @@ class BlockTable:
         blocks: position i is in blocks[i // P].
         chain: the root, then the digests of the first blocks, as far as they are published.
         length: positions that were cached at the beginning.
+        num_ready: first blocks in which nothing of another sequence is left.
+        source: a block that the last of them is still to be copied from, which the table owns too.
     """
 
     blocks: list[int]
     chain: list[bytes]
     length: int
+    num_ready: int
+    source: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,14 +173,45 @@ class BlockPool:
             # The block to copy may be the one that is missing.
             return self.reserve(replace(prefix, tail=None), num_positions) if prefix.tail else None
         fresh = [self._take() for _ in range(needed)]
-        self.store.clear([block for block in fresh if self._blocks[block].is_used])
-        for block in fresh:
+        return BlockTable(
+            [*prefix.blocks, *fresh],
+            list(prefix.chain),
+            prefix.length(self.block_size),
+            num_ready=len(borrowed),
+            source=None if prefix.tail is None else prefix.tail[0],
+        )
+
+    def make_ready(self, reached: Iterable[tuple[BlockTable, int]]) -> None:
+        """Fill the blocks that sequences of these lengths reach with what must stand there first.
+
+        A beginning that is shared in part is copied, and blocks that others used before are zeroed:
+        nothing of theirs may leak, not even NaN. This is done for all sequences of a step at once
+        and for what they reach alone: most answers end long before the longest one that blocks are
+        reserved for.
+        """
+        listed = [(table, self.blocks_for(length)) for table, length in reached]
+        self._copy([table for table, _ in listed if table.source is not None])
+        blocks = [one for table, end in listed for one in table.blocks[table.num_ready : end]]
+        self.store.clear([block for block in blocks if self._blocks[block].is_used])
+        for block in blocks:
             self._blocks[block].is_used = True
-        if prefix.tail is not None:
-            self.store.copy(prefix.tail[0], fresh[0])
-            self._disown(prefix.tail[0])
-        length = prefix.length(self.block_size)
-        return BlockTable([*prefix.blocks, *fresh], list(prefix.chain), length)
+        for table, end in listed:  # last: an interrupted clearing is repeated
+            table.num_ready = max(table.num_ready, end)
+
+    def _copy(self, tables: Sequence[BlockTable]) -> None:
+        """Copy what tables share in part into blocks of their own."""
+        pairs = [
+            (table.source, table.blocks[table.num_ready - 1])
+            for table in tables
+            if table.source is not None
+        ]
+        if not pairs:
+            return
+        self.store.copy(*zip(*pairs, strict=True))
+        for table, (source, target) in zip(tables, pairs, strict=True):
+            self._blocks[target].is_used = True
+            table.source = None
+            self._disown(source)
 
     def publish(self, table: BlockTable, keys: Sequence[int], length: int) -> None:
         """Label the blocks that `length` computed positions fill, so that others find them."""
@@ -185,6 +220,8 @@ class BlockPool:
 
     def release(self, table: BlockTable, keys: Sequence[int], length: int) -> None:
         """Free the blocks of a sequence; the first `length` positions stay cached."""
+        if table.source is not None:
+            self._copy([table])
         self.publish(table, keys, length)
         if (len(table.chain) - 1) * self.block_size < length:
             self._publish_next(table, keys, length)
@@ -213,7 +250,9 @@ class BlockPool:
         Labels are right at any moment: a block gets its label after its content is complete and
         loses it before it is given to another sequence.
         """
-        owners = Counter(block for table in tables for block in table.blocks)
+        owners: Counter[int] = Counter()
+        for table in tables:
+            owners.update(table.blocks if table.source is None else [*table.blocks, table.source])
         self._known, self._children = {}, {}
         free = []
         for number in [*self._idle, *(set(range(1, len(self._blocks))) - self._idle.keys())]:

@@ -152,6 +152,8 @@ class EngineCore:
         failures: dict[Sequence, Exception] = {}
         try:
             # Repeated after an interrupt: no sequence has changed yet.
+            rows = [(one.sequence.table, one.sequence.length + one.length) for one in scheduled]
+            self._pool.make_ready((table, end) for table, end in rows if table is not None)
             logits = self.runner.execute_model(scheduled, unchanged=self._watch.token)
             if logits is not None:
                 failures = sample(logits, [one for one in scheduled if one.is_sampled])

@@ -165,6 +165,7 @@ def place_prefix(saved: SavedPrefix, pool: BlockPool, root: bytes) -> int:
             f"the saved prefix has {length} positions, there is room for "
             f"{pool.available * pool.block_size}: raise EngineOptions(kv_bytes=...)"
         )
+    pool.make_ready([(table, length)])
     size = pool.block_size
     for (_, memory), tensor in zip(_named(pool.store), saved.tensors, strict=True):
         for at, block in enumerate(table.blocks):
