@@ -34,7 +34,7 @@ def refused(monkeypatch):
         (("--length-penalty", "0.5"), "does not search by beams"),
         (("--name", ""), "--name is empty"),
         (("--name", "  "), "--name is empty"),
-        (("--cache-bytes", "5"), "5 is not in the range"),
+        (("--cache-bytes", "5"), "greater than or equal to 1048576"),
         (("--api-key", "=S"), "no name before it"),
         (("--api-key", "a=b=c"), "has an '=' in it"),
         (("--api-key", "anna="), "not empty"),

@@ -79,7 +79,7 @@ def test_a_connection_that_is_used_stays(serve):
 @pytest.mark.parametrize("name", ["idle_seconds", "body_seconds", "fetch_seconds"])
 def test_a_deadline_is_above_0(name):
     with pytest.raises(ConfigError, match=f"{name} must be above 0"):
-        Limits(**{name: 0})
+        Limits(**{name: 0.0})
 
 
 @pytest.mark.parametrize(

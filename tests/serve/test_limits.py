@@ -89,7 +89,7 @@ def cut(client, monkeypatch):
 def test_a_text_that_cannot_fit_is_refused_before_it_is_cut(client, cut, at):
     most = LONGEST_TOKEN * client.app.state.service.chat.context_length
     path, body = bodies("ab " * (most // 3 + 9))[at]
-    response = client.post(path, json=body)
+    response = client.post(path, json={"model": "pebble", **body})
     assert response.status_code == 400, response.text[:300]
     assert f"letters of text, more than the {most}" in response.text
     assert max(cut, default=0) < most // 2

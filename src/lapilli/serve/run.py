@@ -107,6 +107,7 @@ class Server(uvicorn.Server):
                 connection.transport.abort()  # nobody reads there
             self._state.requests.end_all()
             await self._is_idle(LAST_SECONDS)
+        self.force_exit = False  # nothing is left to skip: uvicorn would cut the application's end
         await super().shutdown(sockets)
 
     async def _is_idle(self, seconds: float, *, may_be_forced: bool = False) -> bool:
