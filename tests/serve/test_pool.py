@@ -111,6 +111,28 @@ def test_clients_take_turns_however_much_one_of_them_asks(monkeypatch):
     assert asyncio.run(main()) == ["a", "b", "a", "b", "a", "a", "a"]
 
 
+def test_small_requests_of_one_address_pass_large_ones_which_come_too(monkeypatch):
+    size = 0
+    monkeypatch.setattr(pools, "size_of_request", lambda: size)
+
+    async def main() -> list[str]:
+        nonlocal size
+        busy = Busy()
+        tasks = [await busy.begin()]
+        for name in ["large"] * 2 + ["small"] * 6:
+            size = 9_000_000 if name == "large" else 10
+            tasks.append(asyncio.create_task(busy.pool.run(busy.order.append, name)))
+            await settled(lambda: busy.pool.num_waiting == len(tasks) - 1)
+        busy.free.set()
+        await asyncio.gather(*tasks)
+        busy.pool.close()
+        return busy.order
+
+    # The one that blocks was the first of four.
+    few = ["small"] * 2 + ["large"]
+    assert asyncio.run(main()) == [*few, "small", *few, "small"]
+
+
 def test_more_than_may_wait_are_refused():
     async def main() -> None:
         busy = Busy(waiting=1)

@@ -198,6 +198,14 @@ def close_at_end(close: Callable[[], None]) -> None:
         request.at_end.append(close)
 
 
+def size_of_request() -> int:
+    """Return the bytes that the body of this task's request says it has; 0 where it does not."""
+    request = _CURRENT.get()
+    headers = [] if request is None else request.scope["headers"]
+    said = next((value for name, value in headers if name == b"content-length"), b"0")
+    return int(said) if said.isdigit() else 0
+
+
 def client_of_request() -> str:
     """Return who asks: the owner of the key and the address; "" outside of a request."""
     request = _CURRENT.get()

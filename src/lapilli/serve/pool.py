@@ -13,14 +13,17 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from lapilli.errors import BusyError, ClosedError
 from lapilli.prompt.guard import guarded
-from lapilli.serve.connection import STOPPING, client_of_request
+from lapilli.serve.connection import STOPPING, client_of_request, size_of_request
 from lapilli.serve.errors import ApiError
 
 T = TypeVar("T")
+
+OLDEST: Final = 4
+"""Of so many calls one is the oldest of its client, the others are the smallest."""
 
 CheckText = Callable[[str, int], None]
 """Raises where a text may not be read, or where those before it had so many letters together."""
@@ -32,11 +35,13 @@ class Job:
     Args:
         work: the function with its arguments.
         check_text: what a text may be.
-        client: whose turn it takes.
     """
 
-    def __init__(self, work: Callable[[], object], check_text: CheckText, client: str) -> None:
-        self.client = client
+    def __init__(self, work: Callable[[], object], check_text: CheckText) -> None:
+        self.client = client_of_request()
+        """Whose turn it takes."""
+        self.size = size_of_request()
+        """Bytes of the request."""
         self.is_gone = False
         self._work = work
         self._check_text = check_text
@@ -98,6 +103,7 @@ class Pool:
         self._is_closed = False
         self._name = name
         self._started = 0
+        self._taken = 0
 
     @property
     def num_running(self) -> int:
@@ -119,7 +125,7 @@ class Pool:
             BusyError: too many wait already.
             ClosedError: the threads have ended.
         """
-        job = Job(partial(function, *args), self._check_text, client_of_request())
+        job = Job(partial(function, *args), self._check_text)
         self._enter(job)
         try:
             return await job.future  # type: ignore[return-value]  # of the function, which is T
@@ -178,9 +184,16 @@ class Pool:
                     self._running.discard(job)
 
     def _next(self) -> Job:
-        """Return the next call of the client whose turn it is, who then stands last in line."""
+        """Return the next call of the client whose turn it is, who then stands last in line.
+
+        Clients behind a proxy look like one: so of its calls the one of the smallest request goes
+        first, and every `OLDEST`-th time the oldest, which may be large.
+        """
         client, queue = self._queues.popitem(last=False)
-        job = queue.popleft()
+        self._taken += 1
+        is_oldest = self._taken % OLDEST == 0
+        job = queue[0] if is_oldest else min(queue, key=lambda one: one.size)
+        queue.remove(job)
         if queue:
             self._queues[client] = queue
         return job
